@@ -1,0 +1,52 @@
+# What can be done here: `make` lists it. Needs GNU make and Python 3.11 or later, nothing else.
+
+PYTHON ?= python3
+# Options for pip, such as the address of an index with a build of torch for CPUs alone.
+PIP_ARGS ?=
+# Options for the command that a target runs, such as ARGS="-k slot" for test.
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.cdcsync-setup
+BENCHES = $(filter-out bench/report.py bench/_%,$(sort $(wildcard bench/*.py)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint type bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with everything the other targets need; does nothing when it is current
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "cdcsync needs Python 3.11 or later as '$(PYTHON)': name another one, make PYTHON=python3.12 setup" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "'$(PYTHON)' cannot make virtual environments: install its venv package (Debian: python3-venv)" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+demo: setup ## watch an index follow its table, on a PostgreSQL server made for it
+	$(BIN)/cdcsync demo $(ARGS)
+
+test: setup ## run all tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: setup ## check style, format and which module may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+type: setup ## check the types
+	$(BIN)/mypy
+
+bench: setup ## run every benchmark, one after the other
+	@test -n "$(BENCHES)" || { echo "there are no benchmarks in bench/" >&2; exit 1; }
+	@for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+
+clean: ## remove what the other targets made, .venv included
+	rm -rf .venv build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache \
+		.coverage htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,160 @@
+"""What one index needs of one table's rows, and the changes of those rows.
+
+A `Shape` names the columns; a `Projection` finds them in a relation's tuples, whose order only the relation message
+of the present connection tells. A row is a tuple of values in the shape's order: key, then carried columns, then the
+columns of the text template. Values stay the text that the server rendered, so that they can be copied on unconverted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import cast
+
+import msgspec
+
+from cdcsync.config import QualifiedName
+from cdcsync.errors import ProtocolError, SchemaChanged
+from cdcsync.pgoutput.messages import UNCHANGED, Relation, Tuple, Value
+
+Row = tuple[Value, ...]
+"""A shape's columns of one row version."""
+Key = tuple[str, ...]
+"""The key's values, in the key's order, as the server renders them."""
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """The columns that one index needs of its table, by role."""
+
+    index: str
+    table: QualifiedName
+    key: tuple[str, ...]
+    carried: tuple[str, ...]
+    text: tuple[str, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns in a row's order; one that has two roles appears twice."""
+        return self.key + self.carried + self.text
+
+    def key_of(self, row: Row) -> Key:
+        """Return the key part of a row."""
+        return cast(Key, row[: len(self.key)])
+
+    def carried_of(self, row: Row) -> Row:
+        """Return the carried part of a row."""
+        return row[len(self.key) : len(self.key) + len(self.carried)]
+
+    def text_of(self, row: Row) -> Row:
+        """Return the part of a row that the text template renders."""
+        return row[len(self.key) + len(self.carried) :]
+
+
+class Upsert(msgspec.Struct, frozen=True, gc=False):
+    """A row as it is after a change; `moved_from` is its key before, when that differs."""
+
+    shape: Shape
+    key: Key
+    row: Row
+    xid: int
+    lsn: int
+    moved_from: Key | None = None
+
+
+class Delete(msgspec.Struct, frozen=True, gc=False):
+    """A row that is gone."""
+
+    shape: Shape
+    key: Key
+    xid: int
+    lsn: int
+
+
+class Truncation(msgspec.Struct, frozen=True, gc=False):
+    """All rows are gone."""
+
+    shape: Shape
+    xid: int
+    lsn: int
+
+
+Change = Upsert | Delete | Truncation
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Tuple], Row]:
+    """Return a function that picks `positions` of a tuple, as a tuple, without a loop in Python."""
+    if len(positions) == 1:
+        (only,) = positions
+        return lambda values: (values[only],)
+    return itemgetter(*positions)
+
+
+class Projection:
+    """Turns a relation's tuples into the changes of one index.
+
+    :raises SchemaChanged: the relation lacks a column of the shape, or its identity does not cover the key.
+    """
+
+    def __init__(self, shape: Shape, relation: Relation) -> None:
+        positions = {column.name: at for at, column in enumerate(relation.columns)}
+        if missing := [name for name in dict.fromkeys(shape.columns) if name not in positions]:
+            raise SchemaChanged(
+                f"column {', '.join(missing)} of index {shape.index} is no longer in what the publication sends",
+                where=str(shape.table),
+                hint=f"restore the column, or change [indexes.{shape.index}] and run `cdcsync replay {shape.index}`",
+            )
+        identity = {column.name for column in relation.columns if column.key}
+        if uncovered := [name for name in shape.key if name not in identity]:
+            raise SchemaChanged(
+                f"the replica identity no longer covers the key column {', '.join(uncovered)}",
+                where=str(shape.table),
+                hint=f"ALTER TABLE {shape.table} REPLICA IDENTITY DEFAULT (or USING INDEX … on the key)",
+            )
+        self.shape = shape
+        self._row = _picker([positions[name] for name in shape.columns])
+        self._key = _picker([positions[name] for name in shape.key])
+
+    def inserted(self, new: Tuple, xid: int, lsn: int) -> Upsert:
+        """Return the change that an INSERT makes."""
+        return Upsert(self.shape, cast(Key, self._key(new)), self._row(new), xid, lsn)
+
+    def updated(self, old_kind: str | None, old: Tuple | None, new: Tuple, xid: int, lsn: int) -> Upsert:
+        """Return the change that an UPDATE makes.
+
+        An old tuple is sent only when the identity is FULL or a key column changed; without one the key is unchanged.
+        A full old tuple also tells what unchanged TOAST values are.
+        """
+        row = self._row(new)
+        if old is None:
+            return Upsert(self.shape, cast(Key, self._key(new)), row, xid, lsn)
+        before = self._key(old)
+        if old_kind == "O":
+            row = fill(row, self._row(old))
+        else:
+            width = len(self.shape.key)
+            row = fill(row[:width], before) + row[width:]
+        key = self.shape.key_of(row)
+        return Upsert(self.shape, key, row, xid, lsn, cast(Key, before) if before != key else None)
+
+    def deleted(self, old: Tuple, xid: int, lsn: int) -> Delete:
+        """Return the change that a DELETE makes."""
+        key = self._key(old)
+        if None in key:
+            raise ProtocolError(
+                "a DELETE arrived without its key",
+                where=str(self.shape.table),
+                hint=f"give {self.shape.table} a replica identity that covers ({', '.join(self.shape.key)})",
+            )
+        return Delete(self.shape, cast(Key, key), xid, lsn)
+
+
+def fill(row: Row, known: Row) -> Row:
+    """Return `row` with each unchanged TOAST value taken from `known`, an earlier version of the same row."""
+    if UNCHANGED not in row:
+        return row
+    return tuple(before if now is UNCHANGED else now for now, before in zip(row, known, strict=True))
+
+
+def complete(row: Row) -> bool:
+    """Say whether every value of `row` is known."""
+    return UNCHANGED not in row

@@ -1,0 +1,48 @@
+"""The configuration file: one TOML document, typed, with a default for everything a careful operator would choose.
+
+    names, redaction     what a name and a connection string may be, and what of it may be shown
+    values, sections     the file's shape: `Config` and the sections in it
+    problems, checking   plain data into sections, reporting all problems in plain words
+    environment          ${NAME} in texts
+    reading, rendering   `load` and `parse`; `render` and `schema`
+
+Code outside this package imports from here. A file in it imports only from lines above its own.
+"""
+
+from __future__ import annotations
+
+from cdcsync.config.names import QualifiedName
+from cdcsync.config.reading import load, parse
+from cdcsync.config.redaction import redact_dsn
+from cdcsync.config.rendering import render, schema
+from cdcsync.config.sections import (
+    Chunking,
+    Config,
+    Embedder,
+    HashEmbedder,
+    Hnsw,
+    Index,
+    SentenceTransformersEmbedder,
+    Source,
+    Target,
+    Worker,
+)
+
+__all__ = [
+    "Chunking",
+    "Config",
+    "Embedder",
+    "HashEmbedder",
+    "Hnsw",
+    "Index",
+    "QualifiedName",
+    "SentenceTransformersEmbedder",
+    "Source",
+    "Target",
+    "Worker",
+    "load",
+    "parse",
+    "redact_dsn",
+    "render",
+    "schema",
+]

@@ -1,0 +1,71 @@
+"""A configuration as text for people and editors: the effective file, and the JSON schema of any."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from cdcsync.config import sections
+from cdcsync.config.checking import join
+from cdcsync.config.redaction import REDACTED, is_secret_key, redact_dsn
+from cdcsync.config.sections import Config, descriptions, summary
+
+
+def render(config: Config) -> str:
+    """Return the configuration as TOML with all defaults filled in and all secrets replaced by `***`.
+
+    `parse` reads it back, to an equal configuration when it held no secret.
+    """
+    return "\n".join(_section_lines("", msgspec.to_builtins(config))).lstrip("\n") + "\n"
+
+
+def _section_lines(key_path: str, section: Mapping[str, Any]) -> Iterator[str]:
+    values = {key: value for key, value in section.items() if not isinstance(value, dict)}
+    if values:
+        yield f"\n[{key_path}]"
+    for key, value in values.items():
+        yield f"{key} = {_toml(key, value)}"
+    for key, value in section.items():
+        if key not in values:
+            yield from _section_lines(join(key_path, key), value)
+
+
+def _toml(key: str, value: Any) -> str:
+    match value:
+        case None:
+            # TOML has no null; where None is allowed, the reader takes an empty text for it.
+            return '""'
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case str():
+            return _toml_text(_shown(key, value))
+        case _:
+            return f"[{', '.join(_toml(key, item) for item in value)}]"
+
+
+def _shown(key: str, text: str) -> str:
+    if key == "dsn":
+        return redact_dsn(text)
+    return REDACTED if text and is_secret_key(key) else text
+
+
+def _toml_text(text: str) -> str:
+    """Quote a text: JSON's escapes are TOML's too, DEL needs one more, and `$` must not become a reference."""
+    return json.dumps(text.replace("$", "$$"), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema (2020-12) of a configuration file, with each section and key described."""
+    document = msgspec.json.schema(Config)
+    for name, definition in document["$defs"].items():
+        section = getattr(sections, name)
+        definition["description"] = summary(section)
+        for key, description in descriptions(section).items():
+            definition["properties"][key]["description"] = description
+    plain: dict[str, Any] = json.loads(msgspec.json.encode(document))
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "cdcsync configuration", **plain}

@@ -1,0 +1,266 @@
+"""The sections of the configuration file: one Struct each, with the meaning, unit and default of every key.
+
+What several values must be together is said in a section's `faults`; what one must be, in its type.
+Constructing a section in code checks neither; `cdcsync.config.parse` does. The `:param` lines are also the
+descriptions that `cdcsync config schema` shows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from cdcsync.config.names import QualifiedName
+from cdcsync.config.values import (
+    Address,
+    BatchBytes,
+    Dsn,
+    EmbedderName,
+    IndexName,
+    MemorySize,
+    Milliseconds,
+    Name,
+    Relation,
+    Rows,
+    Seconds,
+    SlotName,
+    Text,
+    parse_address,
+)
+
+MAX_DIMENSIONS = 16_000
+"""pgvector's limit for a column of type vector."""
+
+_PARAM = re.compile(r"^:param (\w+):(.*?)(?=^:|\Z)", re.DOTALL | re.MULTILINE)
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A part of the file whose keys are known."""
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """Yield (key, what is wrong) for values that are right alone and wrong together."""
+        return iter(())
+
+
+class Source(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where changes come from.
+
+    :param dsn: connection string of the source database, URI or key=value; empty means libpq's own environment
+        (PGHOST, PGSERVICE and so on).
+    :param slot: the logical replication slot; created when missing. One slot serves one pipeline.
+    :param publication: the publication that says which tables are sent; created when missing.
+    :param streaming: receive large transactions while they are still open, where the server can (PostgreSQL 14
+        and later), so that it need not spill them to its disk.
+    :param feedback_every_s: at most this many seconds pass between two reports of the checkpoint to the server.
+    :param on_gap: what to do when changes were lost with the slot: "stop" with an error, or "resync" the indexes
+        by reading their tables again.
+    """
+
+    dsn: Dsn = ""
+    slot: SlotName = "cdcsync"
+    publication: Name = "cdcsync"
+    streaming: bool = True
+    feedback_every_s: Seconds = 10.0
+    on_gap: Literal["stop", "resync"] = "stop"
+
+
+class Target(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the index lives.
+
+    :param dsn: connection string of the target database. Left out, it is the source's; empty, it means libpq's own
+        environment.
+    :param schema: the schema of cdcsync's own tables, spelled as the server stores it; created when missing.
+    """
+
+    dsn: Dsn = ""
+    schema: Name = "cdcsync"
+
+
+class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the process runs.
+
+    :param listen: host:port of /livez, /readyz, /metrics, /status and the status page; port 0 takes any free one.
+    :param log_level: the least severity that is logged.
+    :param log_format: "json", "console" for people, or "auto": console on a terminal and json elsewhere.
+    :param batch_rows: the most changed rows in one target transaction.
+    :param batch_bytes: the most bytes of changed rows in one target transaction; this is what bounds memory.
+    :param backfill_page_rows: rows read at a time when a whole table is read, each page under its own snapshot.
+    :param stop_timeout_s: seconds that a stopping worker may take to finish the batch in hand.
+    :param ready_max_lag_s: /readyz says no while the index is more than this many seconds behind the source.
+    """
+
+    listen: Address = "127.0.0.1:9477"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "json", "console"] = "auto"
+    batch_rows: Rows = 2_000
+    batch_bytes: BatchBytes = 8 * 1024 * 1024
+    backfill_page_rows: Rows = 1_000
+    stop_timeout_s: Seconds = 20.0
+    ready_max_lag_s: Seconds = 60.0
+
+    @property
+    def listen_address(self) -> tuple[str, int]:
+        """The host to listen on, an IPv6 one without brackets, and the port; port 0 asks for any free one.
+
+        :raises ConfigError: `listen` is no address; one that was read from a file is.
+        """
+        return parse_address(self.listen)
+
+
+class HashEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="hash"):
+    """Deterministic feature hashing: no weights, for tests and benchmarks.
+
+    :param dimensions: length of the vectors.
+    :param latency_ms: milliseconds that each call pretends to take, to see what a slow model does.
+    """
+
+    dimensions: Annotated[int, Meta(ge=1, le=MAX_DIMENSIONS)] = 256
+    latency_ms: Milliseconds = 0.0
+
+
+class SentenceTransformersEmbedder(
+    Section, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="sentence-transformers"
+):
+    """A local model run by sentence-transformers.
+
+    :param model: the model's name on its hub, or the path of a directory that holds it.
+    :param revision: the hub's commit, branch or tag; without one, the newest that is there.
+    :param device: "auto" picks an accelerator when there is one; else a torch device such as "cpu" or "cuda:1".
+    :param batch_size: texts in one forward pass; larger is faster until the device's memory is full.
+    """
+
+    model: Text
+    revision: Text | None = None
+    device: Text = "auto"
+    batch_size: Annotated[int, Meta(ge=1, le=10_000)] = 32
+
+
+Embedder = HashEmbedder | SentenceTransformersEmbedder
+
+
+class Chunking(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a document is cut.
+
+    :param strategy: "tokens" and "characters" cut at the largest natural border that fits, "markdown" and "code"
+        know the borders of those formats, "none" makes one chunk of a document.
+    :param max_tokens: the largest chunk, in the model's tokens; "characters", and a model without a tokenizer, take
+        four characters as one.
+    :param overlap_tokens: how much of a chunk's end the next one repeats, in the same unit.
+    """
+
+    strategy: Literal["tokens", "characters", "markdown", "code", "none"] = "tokens"
+    max_tokens: Annotated[int, Meta(ge=8, le=1_000_000)] = 256
+    overlap_tokens: Annotated[int, Meta(ge=0, le=1_000_000)] = 32
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """An overlap as long as the chunk would never get to the document's end."""
+        if self.overlap_tokens >= self.max_tokens:
+            yield "overlap_tokens", f"must be less than max_tokens ({self.max_tokens}), got {self.overlap_tokens}"
+
+
+class Hnsw(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The vector index's build parameters (pgvector's names).
+
+    :param m: neighbours that each vector keeps per layer; more finds better, and costs space and build time.
+    :param ef_construction: candidates looked at when a vector is inserted; more finds better and builds slower.
+    :param build_memory: maintenance_work_mem while the index is built; a graph that fits builds many times faster.
+    """
+
+    m: Annotated[int, Meta(ge=2, le=100)] = 16
+    ef_construction: Annotated[int, Meta(ge=4, le=1_000)] = 64
+    build_memory: MemorySize = "512MB"
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """PostgreSQL refuses to create the index otherwise."""
+        if self.ef_construction < 2 * self.m:
+            yield "ef_construction", f"must be at least twice m ({2 * self.m}), got {self.ef_construction}"
+
+
+class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One table's index.
+
+    :param table: the source table, as in SQL: `schema.table`, in quotes where SQL needs them; `public` is the default
+        schema.
+    :param text: the template of a document: column names in braces; NULL renders as nothing.
+    :param embedder: the name of the [embedders.NAME] section that makes the vectors.
+    :param view: the view that users query, as in SQL; left out, `public.NAME_index`.
+    :param columns: columns carried into the index as they are, spelled as the server stores them.
+    :param indexed: columns of the index that get a b-tree each, for searches that filter on them selectively.
+    :param search: the text search configuration of keyword search; empty for none.
+    :param distance: how nearness is measured; "auto" takes what the model was trained for.
+    :param vector_type: pgvector's column type; "halfvec" halves the space and allows twice the dimensions.
+    :param inline_budget_ms: milliseconds that a small batch may wait for its vectors, so that both commit together;
+        0 always lets vectors follow.
+    :param inline_max_chunks: only batches of at most this many chunks wait for their vectors.
+    :param chunking: how a document is cut.
+    :param hnsw: build parameters of the vector index.
+    """
+
+    table: Relation
+    text: Text
+    embedder: str
+    view: Relation = ""
+    columns: tuple[Name, ...] = ()
+    indexed: tuple[Name, ...] = ()
+    search: Relation | None = "english"
+    distance: Literal["auto", "cosine", "l2", "inner_product"] = "auto"
+    vector_type: Literal["vector", "halfvec"] = "vector"
+    inline_budget_ms: Milliseconds = 50.0
+    inline_max_chunks: Annotated[int, Meta(ge=0, le=10_000)] = 16
+    chunking: Chunking = Chunking()
+    hnsw: Hnsw = Hnsw()
+
+    @property
+    def table_name(self) -> QualifiedName:
+        """The source table's name.
+
+        :raises ConfigError: `table` is no name; one that was read from a file is.
+        """
+        return QualifiedName.parse(self.table)
+
+    @property
+    def view_name(self) -> QualifiedName:
+        """The view's name.
+
+        :raises ConfigError: `view` is no name; reading a file fills in an omitted one.
+        """
+        return QualifiedName.parse(self.view)
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """A column named twice would be created twice."""
+        for key, names in (("columns", self.columns), ("indexed", self.indexed)):
+            for name in sorted({name for name in names if names.count(name) > 1}):
+                yield key, f"{name!r} is there more than once"
+
+
+class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole file.
+
+    :param source: where changes come from.
+    :param target: where the index lives; left out, it is the source's database.
+    :param worker: how the process runs.
+    :param embedders: what makes vectors, by name.
+    :param indexes: what is kept in step, by name; the names of an index's tables begin with it.
+    """
+
+    source: Source = Source()
+    target: Target = Target()
+    worker: Worker = Worker()
+    embedders: Annotated[dict[EmbedderName, Embedder], Meta(min_length=1)]
+    indexes: Annotated[dict[IndexName, Index], Meta(min_length=1)]
+
+
+def summary(section: type[msgspec.Struct]) -> str:
+    """Return the first line of a section's docstring."""
+    return inspect.cleandoc(section.__doc__ or "").partition("\n")[0]
+
+
+def descriptions(section: type[msgspec.Struct]) -> dict[str, str]:
+    """Return what each key of a section means, from its docstring, as one line each."""
+    documented = _PARAM.findall(inspect.cleandoc(section.__doc__ or ""))
+    return {key: " ".join(text.split()) for key, text in documented}

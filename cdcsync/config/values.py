@@ -1,0 +1,118 @@
+"""What a single value may be: types that carry their range, or a rule that says in plain words what is wrong.
+
+msgspec holds a rule in the type (`Meta.extra`), where the file's reader finds it; its own pattern and range
+checks say the same in the JSON schema.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from typing import Annotated
+
+from msgspec import Meta
+
+from cdcsync.config.names import QualifiedName, plain_name_fault
+from cdcsync.config.redaction import dsn_fault
+from cdcsync.errors import ConfigError
+
+Rule = Callable[[str], str | None]
+"""Says what is wrong with a text, without a final full stop, or None when nothing is."""
+
+RULE = "rule"
+"""The key of a rule in `Meta.extra`."""
+
+MAX_DURATION_S = 86_400
+"""A day. Nothing in this program waits longer by intent: a larger number was meant in milliseconds."""
+
+_ADDRESS = re.compile(r"(?:\[(?P<v6>[^]]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})")
+_MEMORY = re.compile(r"([0-9]{1,10}) ?(kB|MB|GB|TB)")
+_KB_PER_UNIT = {"kB": 1, "MB": 1024, "GB": 1024**2, "TB": 1024**3}
+_MIN_MEMORY_KB = 1024
+"""The least maintenance_work_mem that every supported PostgreSQL takes (64 kB came with 17)."""
+_MAX_MEMORY_KB = 2**31 - 1
+"""The most it holds anywhere: the setting is an int32 of kilobytes."""
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Read `host:port` into the host, an IPv6 one without its brackets, and the port.
+
+    :raises ConfigError: the text is neither name:port, IPv4:port nor [IPv6]:port, or the port is above 65535.
+    """
+    match = _ADDRESS.fullmatch(text)
+    if match is not None and int(match["port"]) <= 65_535 and (match["v6"] is None or _is_ipv6(match["v6"])):
+        return match["v6"] or match["host"], int(match["port"])
+    raise ConfigError(
+        f'expected host:port such as "127.0.0.1:9477" or "[::1]:9477", got {text!r}',
+        hint='name the interface too: "0.0.0.0:9477" listens on all of them, "127.0.0.1:0" on any free port',
+    )
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _checked_by(rule: Rule) -> Meta:
+    return Meta(extra={RULE: rule})
+
+
+def _read_by(parse: Callable[[str], object]) -> Meta:
+    """Ask of a text that `parse` can read it."""
+
+    def fault(text: str) -> str | None:
+        try:
+            parse(text)
+        except ConfigError as error:
+            return error.message
+        return None
+
+    return _checked_by(fault)
+
+
+def _matching(expression: str, expected: str) -> Meta:
+    """Ask of a text that it matches; `expected` says the same to people."""
+    compiled = re.compile(expression)
+
+    def fault(text: str) -> str | None:
+        return None if compiled.fullmatch(text) else f"expected {expected}, got {text!r}"
+
+    return Meta(pattern=expression, extra={RULE: fault})
+
+
+def _blank_fault(text: str) -> str | None:
+    return None if text.strip() else "expected some text, got none"
+
+
+def _memory_fault(text: str) -> str | None:
+    size = _MEMORY.fullmatch(text)
+    if size is not None and _MIN_MEMORY_KB <= int(size[1]) * _KB_PER_UNIT[size[2]] <= _MAX_MEMORY_KB:
+        return None
+    return f'expected a memory size from "1MB" to "2047GB" in kB, MB, GB or TB, got {text!r}'
+
+
+Text = Annotated[str, _checked_by(_blank_fault)]
+Dsn = Annotated[str, _checked_by(dsn_fault)]
+Name = Annotated[str, _checked_by(plain_name_fault)]
+Relation = Annotated[str, _read_by(QualifiedName.parse)]
+Address = Annotated[str, _read_by(parse_address)]
+MemorySize = Annotated[str, _checked_by(_memory_fault)]
+SlotName = Annotated[str, _matching("^[a-z0-9_]{1,63}$", "1 to 63 lower-case letters, digits or underscores")]
+IndexName = Annotated[
+    str,
+    # Table names begin with it (NAME_vectors_12), and PostgreSQL cuts those at 63 bytes.
+    _matching("^[a-z_][a-z0-9_]{0,39}$", "at most 40 lower-case letters, digits or underscores, no digit first"),
+]
+EmbedderName = Annotated[
+    str,
+    # Metrics carry it as a label and messages as part of a key path: short, and no dots.
+    _matching("^[A-Za-z0-9_-]{1,40}$", "at most 40 letters, digits, underscores or hyphens"),
+]
+Seconds = Annotated[float, Meta(gt=0, le=MAX_DURATION_S)]
+Milliseconds = Annotated[float, Meta(ge=0, le=MAX_DURATION_S * 1000)]
+Rows = Annotated[int, Meta(ge=1, le=100_000)]
+BatchBytes = Annotated[int, Meta(ge=64 * 1024, le=1024**3)]

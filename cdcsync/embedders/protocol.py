@@ -1,0 +1,100 @@
+"""What an embedder is to the rest of cdcsync, and what is asked of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cdcsync.errors import EmbedError, TextRejected
+
+Vectors = npt.NDArray[np.float32]
+"""`float32[n, dimensions]`, one row a text."""
+
+Kind = Literal["document", "query"]
+"""What a text is: some models embed what is searched differently from what it is searched with."""
+
+Distance = Literal["cosine", "l2", "inner_product"]
+
+
+class Embedder(Protocol):
+    """Turns texts into vectors.
+
+    Everything but `embed` works before `open` and is cheap: a command that only needs to know about a model never
+    loads it. The caller opens an embedder once before the first `embed` and closes it at the end.
+    """
+
+    @property
+    def name(self) -> str:
+        """The section's name in the configuration."""
+
+    @property
+    def identity(self) -> str:
+        """Says all that decides the vectors: kind, model, revision, options. Equal identities give equal vectors."""
+
+    @property
+    def origin(self) -> str:
+        """Where the model comes from, for people."""
+
+    @property
+    def dimensions(self) -> int:
+        """Length of the vectors."""
+
+    @property
+    def distance(self) -> Distance:
+        """The distance that the model was made for."""
+
+    @property
+    def tokenizer_json(self) -> str | None:
+        """The model's `tokenizer.json`; `None` where it has none or does not show it."""
+
+    @property
+    def max_input_tokens(self) -> int | None:
+        """How many tokens of a document the model reads, without special tokens and prompt; `None`: any number."""
+
+    async def open(self) -> None:
+        """Load or connect to what `embed` needs. Calling it again does nothing.
+
+        :raises EmbedderUnavailable: it failed for a reason that passes.
+        :raises EmbedderSetupError: the model or provider cannot be used as configured.
+        """
+
+    async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
+        """Return the texts' vectors, in their order.
+
+        :raises EmbedderUnavailable: the model or provider fails as a whole, or is not open.
+        :raises TextRejected: one of these texts cannot be embedded.
+        :raises EmbedderSetupError: the model or provider cannot be used as configured.
+        """
+
+    async def aclose(self) -> None:
+        """Give back memory and connections. The embedder can be opened again."""
+
+
+def validate(vectors: Vectors, n: int, dimensions: int) -> None:
+    """Check that an embedder gave one usable vector a text.
+
+    A vector of zeros has no direction: pgvector leaves it out of cosine indexes, and nobody would ever find its text.
+
+    :param n: the number of texts.
+    :raises EmbedError: the shape or element type is not `float32[n, dimensions]`.
+    :raises TextRejected: some vectors are all zeros, infinite or not numbers; their texts would never be found.
+    """
+    if vectors.shape != (n, dimensions):
+        raise EmbedError(
+            f"the embedder gave vectors of shape {vectors.shape} for {n} texts of {dimensions} dimensions",
+            hint="check that the configured model is the one that answers",
+        )
+    if vectors.dtype != np.float32:
+        raise EmbedError(f"the embedder gave vectors of {vectors.dtype}, not float32")
+    for fault, rows in (
+        ("infinite or no numbers", ~np.isfinite(vectors).all(axis=1)),
+        ("all zeros", ~vectors.any(axis=1)),
+    ):
+        if rows.any():
+            raise TextRejected(
+                f"the vectors of {np.count_nonzero(rows)} of {n} texts, the first at {rows.argmax()}, are {fault}",
+                hint="look at the text; if it is an ordinary one, the model does not work on this device",
+            )

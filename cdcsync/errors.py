@@ -1,0 +1,182 @@
+"""Everything that can go wrong, as a tree that says what to do about it.
+
+    CdcsyncError
+    ├── ConfigError            the file, a key or a value is wrong                      operator
+    │   └── UsageError         the command line is wrong                                operator
+    ├── SetupError             a server, table, slot or privilege is not as needed      operator
+    │   └── EmbedderSetupError the model or provider cannot be used as configured       operator
+    ├── GapError               changes were lost, or cannot be shown not to be          operator
+    ├── SchemaChanged          a table no longer has what an index needs                operator
+    ├── LeaseLost              another worker holds this pipeline now                   never
+    ├── ProtocolError          the server sent what the protocol does not allow         never
+    │   └── MalformedMessage   bytes that are no message, with tag and offset           never
+    ├── Unavailable            a server cannot be reached just now                      automatic
+    │   ├── SourceUnavailable
+    │   ├── TargetUnavailable
+    │   └── SlotInUse          another connection is reading the slot                   automatic
+    └── EmbedError             texts could not be embedded
+        ├── EmbedderUnavailable  the provider or model is failing as a whole            automatic
+        └── TextRejected         these texts, and only these, cannot be embedded        never
+
+Each error says *what* went wrong (`message`), *where* (`where`: a key, a table, a slot) and *the fix*
+(`hint`). `retry` says whether waiting helps. An operator sees those three lines and no traceback.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import ClassVar
+
+EXIT_FAILED = 1
+"""The command ran and did not succeed."""
+EXIT_WRONG = 2
+"""Wrong configuration, set-up or usage: nothing was changed."""
+
+
+class Retry(enum.Enum):
+    """Whether doing the same thing again can succeed."""
+
+    AUTOMATIC = "automatic"
+    """Wait and try again: the cause passes by itself."""
+    OPERATOR = "operator"
+    """Someone has to change something first; the hint says what."""
+    NEVER = "never"
+    """Trying again gives the same answer."""
+
+
+class CdcsyncError(Exception):
+    """Base of all errors that cdcsync raises on purpose.
+
+    :param message: what went wrong, in one sentence without a final full stop.
+    :param where: the key, table, slot, server or file concerned.
+    :param hint: the fix, as an instruction.
+    """
+
+    retry: ClassVar[Retry] = Retry.OPERATOR
+    exit_code: ClassVar[int] = EXIT_FAILED
+
+    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" if self.where else self.message
+
+
+class ConfigError(CdcsyncError):
+    """A configuration file, key or value is wrong."""
+
+    exit_code = EXIT_WRONG
+
+
+class UsageError(ConfigError):
+    """A command was called with the wrong arguments."""
+
+
+class SetupError(CdcsyncError):
+    """A server, table, slot, publication or privilege is not as the pipeline needs it."""
+
+    exit_code = EXIT_WRONG
+
+
+class EmbedderSetupError(SetupError):
+    """The configured model or provider cannot be used: missing package, missing model, wrong dimension."""
+
+
+class GapError(CdcsyncError):
+    """Changes may have been lost between the checkpoint and what the slot can still send."""
+
+
+class SchemaChanged(CdcsyncError):
+    """A source table no longer has a column, key or identity that an index is built on."""
+
+
+class LeaseLost(CdcsyncError):
+    """Another worker has taken over this pipeline; this one must not write any more."""
+
+    retry = Retry.NEVER
+
+
+class ProtocolError(CdcsyncError):
+    """The server sent something that the replication protocol does not allow here."""
+
+    retry = Retry.NEVER
+
+
+class MalformedMessage(ProtocolError):
+    """Bytes that are not a message of the protocol.
+
+    :param tag: the message's first byte as a character, `""` when there was none.
+    :param offset: how far into the message the fault was noticed, in bytes.
+    """
+
+    def __init__(self, tag: str, offset: int, problem: str = "malformed message") -> None:
+        super().__init__(f"{problem} (tag {tag!r}, byte {offset})")
+        self.tag = tag
+        self.offset = offset
+        self.problem = problem
+
+
+class Unavailable(CdcsyncError):
+    """A server cannot be reached or is shutting down; waiting helps."""
+
+    retry = Retry.AUTOMATIC
+
+
+class SourceUnavailable(Unavailable):
+    """The source server cannot be reached just now."""
+
+
+class TargetUnavailable(Unavailable):
+    """The target server cannot be reached just now."""
+
+
+class SlotInUse(Unavailable):
+    """Another connection is reading the replication slot."""
+
+
+class EmbedError(CdcsyncError):
+    """Texts could not be embedded."""
+
+
+class EmbedderUnavailable(EmbedError):
+    """The embedder fails as a whole: outage, rate limit, not loaded yet.
+
+    :param retry_after_s: how long the provider asked us to wait, in seconds, when it said so.
+    """
+
+    retry = Retry.AUTOMATIC
+
+    def __init__(
+        self, message: str, *, where: str | None = None, hint: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class TextRejected(EmbedError):
+    """The embedder refuses at least one text of the batch for what it is (too long, not allowed)."""
+
+    retry = Retry.NEVER
+
+
+def leading(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error of a task group that says why everything ended.
+
+    An error that needs an operator explains one that waiting would mend, and a surprise explains both.
+    """
+    flat: list[BaseException] = []
+
+    def flatten(error: BaseException) -> None:
+        if isinstance(error, BaseExceptionGroup):
+            for part in error.exceptions:
+                flatten(part)
+        else:
+            flat.append(error)
+
+    flatten(group)
+    return min(
+        flat, key=lambda error: 0 if not isinstance(error, CdcsyncError) else 1 + (error.retry is Retry.AUTOMATIC)
+    )

@@ -1,0 +1,1 @@
+"""The index in the target: its tables, what is written to them, and how they are searched."""

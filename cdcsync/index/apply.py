@@ -1,0 +1,346 @@
+"""Apply: what one index takes from a batch, written in the caller's target transaction.
+
+The changed rows are copied as text into a temporary stage, so that values pass through as the source rendered them;
+then a few set-based statements bring chunks, vectors and backlog to the new state. The order matters:
+
+1. chunks that go are deleted, and remembered in `gone`; before the upserts, because two texts can be the same key
+   to the server (1.0 and 1.00 as numeric) and the deletion is always of the older one;
+2. documents that did not change get their carried columns (a separate UPDATE, which can stay HOT);
+3. the others are upserted, and remembered in `put`;
+4. the backlog of both is cleared *before* any vector is touched: the embed loop locks a chunk's backlog row before
+   its vector, and skips what is locked, so the two never wait for each other in a circle;
+5. vectors of equal texts are taken over while those of `gone` still exist: a moved key costs no embedding;
+6. vectors computed already are stored, and what has none goes to the backlog;
+7. vectors of `gone` are deleted.
+
+Every statement can be repeated with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
+
+import msgspec
+import psycopg
+from psycopg import sql
+
+from cdcsync.changes import Key, Row
+from cdcsync.chunks import Chunk
+from cdcsync.index.schema import IndexSpec, Names, vector_schema
+from cdcsync.postgres import Connection
+
+LIVE, BACKFILL = 0, 1
+"""Lanes of the backlog: live changes are embedded first."""
+
+COPY_BLOCK_BYTES = 256 * 1024
+"""Rows are joined into blocks of about this size before they go to the driver."""
+
+
+class Document(msgspec.Struct, frozen=True):
+    """A document whose chunks are to be replaced."""
+
+    key: Key
+    carried: Row
+    hash: bytes
+    chunks: Sequence[Chunk]
+    commit_lsn: int
+    lane: int
+    existed: bool
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """A document that did not change: only its carried columns may have."""
+
+    key: Key
+    carried: Row
+    commit_lsn: int
+
+
+class ChangeSet(msgspec.Struct, frozen=True):
+    """All that one batch changes in one index, with at most one entry per key."""
+
+    truncated: bool
+    deleted: list[Key]
+    kept: list[Kept]
+    documents: list[Document]
+    vectors: Mapping[bytes, str]
+    """Vectors computed already, in pgvector's text form, by the hash of their chunk's text."""
+
+
+class Applied(msgspec.Struct, frozen=True):
+    """What an apply did."""
+
+    chunks: int
+    deleted: int
+    reused: int
+    inline: int
+    queued: int
+
+
+class IndexWriter:
+    """Writes one index over one connection; `open` prepares the connection's temporary tables."""
+
+    def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
+        self._connection = connection
+        self._spec = spec
+        names = Names(schema, spec.name)
+        self._names = names
+        self._vectors = names.vectors(spec.generation)
+        self._stage = sql.Identifier("pg_temp", f"{spec.name}_stage")
+        self._gone = sql.Identifier("pg_temp", f"{spec.name}_gone")
+        self._put = sql.Identifier("pg_temp", f"{spec.name}_put")
+        self._keys = [sql.Identifier(name) for name in spec.shape.key]
+        self._places = [sql.Identifier(f"k{at}") for at in range(len(self._keys))]
+        self._carried = [sql.Identifier(name) for name in spec.shape.carried]
+        self._slots = [sql.Identifier(f"c{at}") for at in range(len(self._carried))]
+        self._vector_schema = "public"
+        self._same_key = sql.SQL(" AND ").join(
+            sql.SQL("c.{} = s.{}").format(key, place) for key, place in zip(self._keys, self._places, strict=True)
+        )
+
+    async def open(self) -> None:
+        """Create the stage; once per connection."""
+        self._vector_schema = await vector_schema(self._connection)
+        columns = [
+            sql.SQL("{} AS {}").format(column, place)
+            for column, place in zip(self._keys + self._carried, self._places + self._slots, strict=True)
+        ]
+        await self._connection.execute(
+            sql.SQL(
+                "CREATE TEMP TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {}, chunk_no, 0 AS chunk_total, content,"
+                " content_hash, document_hash, commit_lsn, 0::smallint AS lane FROM {} WITH NO DATA"
+            ).format(sql.Identifier(f"{self._spec.name}_stage"), sql.SQL(", ").join(columns), self._names.chunks)
+        )
+        for name in (f"{self._spec.name}_gone", f"{self._spec.name}_put"):
+            await self._connection.execute(
+                sql.SQL(
+                    "CREATE TEMP TABLE IF NOT EXISTS {} (chunk_id bigint, content_hash bytea) ON COMMIT DELETE ROWS"
+                ).format(sql.Identifier(name))
+            )
+
+    async def stored_hashes(self, keys: Sequence[Key]) -> dict[Key, bytes]:
+        """Return the document hash of each key that the index holds, read outside the apply transaction.
+
+        Two of `keys` that the server takes for the same key have no hash here: their order decides, not their content.
+        """
+        if not keys:
+            return {}
+        statement = sql.SQL(
+            "SELECT s.place, c.chunk_id, c.document_hash FROM unnest({}) WITH ORDINALITY AS s({}, place)"
+            " JOIN {} AS c ON {} WHERE c.chunk_no = 0"
+        ).format(
+            sql.SQL(", ").join([sql.SQL("%s::text[]")] * len(self._keys)),
+            sql.SQL(", ").join(self._places),
+            self._names.chunks,
+            sql.SQL(" AND ").join(
+                sql.SQL("c.{} = s.{}::" + type_).format(key, place)  # type: ignore[arg-type]
+                for key, place, type_ in zip(self._keys, self._places, self._spec.key_types, strict=True)
+            ),
+        )
+        cursor = await self._connection.execute(statement, [list(column) for column in zip(*keys, strict=True)])
+        by_chunk: dict[int, tuple[Key, bytes] | None] = {}
+        for place, chunk_id, document_hash in await cursor.fetchall():
+            by_chunk[chunk_id] = None if chunk_id in by_chunk else (keys[place - 1], document_hash)
+        return dict(entry for entry in by_chunk.values() if entry is not None)
+
+    async def known_vectors(self, hashes: Sequence[bytes]) -> set[bytes]:
+        """Return those hashes that some chunk has a vector of."""
+        cursor = await self._connection.execute(
+            sql.SQL(
+                "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {} v WHERE v.content_hash = h)"
+            ).format(self._vectors),
+            [list(hashes)],
+        )
+        return {cast(bytes, row[0]) for row in await cursor.fetchall()}
+
+    async def apply(self, changes: ChangeSet) -> Applied:
+        """Write the changes inside the caller's transaction; the caller commits."""
+        if changes.truncated:
+            await self._truncate()
+        await self._copy(changes)
+        deleted = 0
+        if changes.deleted or any(document.existed for document in changes.documents):
+            deleted = await self._delete_surplus()
+        if changes.kept and self._carried:
+            await self._update_kept()
+        reused = inline = queued = 0
+        if changes.documents:
+            await self._upsert()
+        if changes.documents or deleted:
+            await self._run(
+                "DELETE FROM {backlog} AS b USING (SELECT chunk_id FROM {gone} UNION ALL SELECT chunk_id FROM {put}) AS t"
+                " WHERE b.chunk_id = t.chunk_id"
+            )
+        if changes.documents:
+            reused = await self._reuse()
+            inline = await self._store(changes.vectors) if changes.vectors else 0
+            queued = await self._queue()
+        if deleted:
+            await self._run("DELETE FROM {vectors} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id")
+        chunks = sum(len(document.chunks) for document in changes.documents)
+        return Applied(chunks, deleted, reused, inline, queued)
+
+    async def _truncate(self) -> None:
+        """Empty the index: quickly if no reader is in the way, else row by row."""
+        try:
+            async with self._connection.transaction():
+                await self._connection.execute("SET LOCAL lock_timeout = '1s'")
+                await self._run("TRUNCATE {chunks}, {vectors}, {backlog}")
+                await self._connection.execute("SET LOCAL lock_timeout = 0")
+        except psycopg.errors.LockNotAvailable:
+            for table in ("backlog", "vectors", "chunks"):
+                await self._run("DELETE FROM {" + table + "}")
+
+    async def _copy(self, changes: ChangeSet) -> None:
+        columns = [*self._places, *self._slots, *map(sql.Identifier, _STAGE_COLUMNS)]
+        statement = sql.SQL("COPY {} ({}) FROM STDIN").format(self._stage, sql.SQL(", ").join(columns))
+        async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+            for block in _blocks(self._lines(changes)):
+                await copy.write(block)
+
+    def _lines(self, changes: ChangeSet) -> Iterator[str]:
+        no_carried: Row = (None,) * len(self._carried)
+        for key in changes.deleted:
+            yield _line((*key, *no_carried), "0\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
+        for kept in changes.kept:
+            yield _line((*kept.key, *kept.carried), f"\\N\t\\N\t\\N\t\\N\t\\N\t{_lsn(kept.commit_lsn)}\t0\n")
+        for document in changes.documents:
+            row = _line((*document.key, *document.carried), "")
+            total = len(document.chunks)
+            tail = f"\\\\x{document.hash.hex()}\t{_lsn(document.commit_lsn)}\t{document.lane}\n"
+            if not document.chunks:
+                yield f"{row}0\t0\t\\N\t\\N\t{tail}"
+            for chunk in document.chunks:
+                text = copy_text(chunk.text)
+                yield f"{row}{chunk.number}\t{total}\t{text}\t\\\\x{chunk.hash.hex()}\t{tail}"
+
+    async def _delete_surplus(self) -> int:
+        """Delete the chunks of deleted keys, and of documents that have fewer chunks now."""
+        return await self._run(
+            "WITH gone AS (DELETE FROM {chunks} AS c USING {stage} AS s"
+            " WHERE s.chunk_no = 0 AND {same_key} AND c.chunk_no >= s.chunk_total RETURNING c.chunk_id)"
+            " INSERT INTO {gone} (chunk_id) SELECT chunk_id FROM gone"
+        )
+
+    async def _update_kept(self) -> int:
+        pairs = list(zip(self._carried, self._slots, strict=True))
+        assignments = sql.SQL(", ").join(sql.SQL("{} = s.{}").format(column, slot) for column, slot in pairs)
+        # Compared as images: some types (json, xml, point) have no equality, and 1.0 must be able to become 1.00.
+        differs = sql.SQL("ROW({})::record OPERATOR(pg_catalog.*<>) ROW({})::record").format(
+            sql.SQL(", ").join(sql.SQL("c.{}").format(column) for column, _ in pairs),
+            sql.SQL(", ").join(sql.SQL("s.{}").format(slot) for _, slot in pairs),
+        )
+        return await self._run(
+            "UPDATE {chunks} AS c SET {assignments}, commit_lsn = s.commit_lsn, applied_at = now()"
+            " FROM {stage} AS s WHERE s.chunk_no IS NULL AND {same_key} AND {differs}",
+            assignments=assignments,
+            differs=differs,
+        )
+
+    async def _upsert(self) -> int:
+        targets = sql.SQL(", ").join([*self._keys, *self._carried, *map(sql.Identifier, _CHUNK_COLUMNS)])
+        sources = sql.SQL(", ").join([*self._places, *self._slots, *map(sql.Identifier, _CHUNK_COLUMNS)])
+        updates = sql.SQL(", ").join(
+            sql.SQL("{} = excluded.{}").format(column, column)
+            for column in [*self._keys, *self._carried, *map(sql.Identifier, _CHUNK_COLUMNS)]
+        )
+        return await self._run(
+            "WITH put AS (INSERT INTO {chunks} ({targets}) SELECT {sources} FROM {stage} WHERE chunk_total > 0"
+            " ON CONFLICT ({keys}, chunk_no) DO UPDATE SET {updates}, applied_at = now() RETURNING chunk_id, content_hash)"
+            " INSERT INTO {put} SELECT chunk_id, content_hash FROM put",
+            targets=targets,
+            sources=sources,
+            updates=updates,
+            keys=sql.SQL(", ").join(self._keys),
+        )
+
+    async def _reuse(self) -> int:
+        """Give each chunk without a current vector that of an equal text, where one is stored."""
+        return await self._run(
+            "INSERT INTO {vectors} AS mine (chunk_id, content_hash, embedding)"
+            " SELECT p.chunk_id, p.content_hash, equal.embedding FROM {put} AS p CROSS JOIN LATERAL"
+            " (SELECT v.embedding FROM {vectors} AS v WHERE v.content_hash = p.content_hash LIMIT 1) AS equal"
+            " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id"
+            " AND v.content_hash = p.content_hash)"
+            " ON CONFLICT (chunk_id) DO UPDATE SET content_hash = excluded.content_hash, embedding = excluded.embedding"
+        )
+
+    async def _store(self, vectors: Mapping[bytes, str]) -> int:
+        """Store vectors that came with the batch."""
+        return await self._run(
+            "INSERT INTO {vectors} (chunk_id, content_hash, embedding)"
+            " SELECT p.chunk_id, p.content_hash, i.embedding::{vector_schema}."
+            + self._spec.vector_type
+            + " FROM {put} AS p"
+            " JOIN unnest(%s::bytea[], %s::text[]) AS i(content_hash, embedding) USING (content_hash)"
+            " ON CONFLICT (chunk_id) DO UPDATE SET content_hash = excluded.content_hash, embedding = excluded.embedding",
+            arguments=[list(vectors), list(vectors.values())],
+        )
+
+    async def _queue(self) -> int:
+        """Put each chunk that still has no current vector into the backlog."""
+        return await self._run(
+            "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
+            " SELECT {generation}, p.chunk_id, p.content_hash, s.lane FROM {put} AS p"
+            " JOIN (SELECT content_hash, min(lane) AS lane FROM {stage} GROUP BY content_hash) AS s USING (content_hash)"
+            " WHERE NOT EXISTS (SELECT FROM {vectors} AS v"
+            " WHERE v.chunk_id = p.chunk_id AND v.content_hash = p.content_hash)"
+        )
+
+    async def _run(self, statement: str, *, arguments: Sequence[object] | None = None, **parts: sql.Composable) -> int:
+        composed = sql.SQL(statement).format(  # type: ignore[arg-type]
+            chunks=self._names.chunks,
+            backlog=self._names.backlog,
+            vectors=self._vectors,
+            stage=self._stage,
+            gone=self._gone,
+            put=self._put,
+            same_key=self._same_key,
+            generation=sql.Literal(self._spec.generation),
+            vector_schema=sql.Identifier(self._vector_schema),
+            **parts,
+        )
+        cursor = await self._connection.execute(composed, arguments)
+        return cursor.rowcount
+
+
+_CHUNK_COLUMNS = ("chunk_no", "content", "content_hash", "document_hash", "commit_lsn")
+_STAGE_COLUMNS = ("chunk_no", "chunk_total", "content", "content_hash", "document_hash", "commit_lsn", "lane")
+
+
+def copy_text(value: str) -> str:
+    """Escape a value for COPY's text format.
+
+    Source: PostgreSQL, "COPY", File Formats, Text Format.
+    """
+    if "\\" in value:
+        value = value.replace("\\", "\\\\")
+    if "\t" in value:
+        value = value.replace("\t", "\\t")
+    if "\n" in value:
+        value = value.replace("\n", "\\n")
+    if "\r" in value:
+        value = value.replace("\r", "\\r")
+    return value
+
+
+def _line(values: Row, rest: str) -> str:
+    return "".join(["\\N\t" if value is None else copy_text(cast(str, value)) + "\t" for value in values]) + rest
+
+
+def _lsn(position: int) -> str:
+    return f"{position >> 32:X}/{position & 0xFFFFFFFF:X}"
+
+
+def _blocks(lines: Iterable[str]) -> Iterator[bytes]:
+    block: list[str] = []
+    size = 0
+    for line in lines:
+        block.append(line)
+        size += len(line)
+        if size >= COPY_BLOCK_BYTES:
+            yield "".join(block).encode()
+            block, size = [], 0
+    if block:
+        yield "".join(block).encode()

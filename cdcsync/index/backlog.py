@@ -1,0 +1,145 @@
+"""The backlog: the chunks that have no current vector yet. It is the queue of the embed loop and its dead-letter list.
+
+The embed loop writes a vector only where it holds the lock of the chunk's backlog row and that row still names the
+text the vector was made from. Rows that apply is changing at that moment are skipped, never waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from pgvector import HalfVector, Vector
+from pgvector.psycopg import register_vector_async
+from psycopg import sql
+
+from cdcsync.index.schema import IndexSpec, Names, vector_schema
+from cdcsync.postgres import Connection
+
+MAX_ATTEMPTS = 8
+"""After so many failures a chunk waits for an operator; with the delays between them that is about an hour."""
+
+ERROR_CHARACTERS = 500
+"""Stored errors are cut to this: some providers answer with pages."""
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """A text that needs a vector."""
+
+    hash: bytes
+    text: str
+    lane: int
+    attempts: int
+
+
+class BacklogCounts(msgspec.Struct, frozen=True):
+    """How many chunks wait, by lane, and how many have failed for good."""
+
+    live: int
+    backfill: int
+    failed: int
+
+
+class Backlog:
+    """One index's backlog over one connection; `open` prepares the connection's temporary table."""
+
+    def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
+        self._connection = connection
+        self._spec = spec
+        names = Names(schema, spec.name)
+        self._parts: dict[str, sql.Composable] = {
+            "backlog": names.backlog,
+            "chunks": names.chunks,
+            "vectors": names.vectors(spec.generation),
+            "stage": sql.Identifier("pg_temp", f"{spec.name}_made"),
+            "generation": sql.Literal(spec.generation),
+            "attempts": sql.Literal(MAX_ATTEMPTS),
+        }
+        self._vector_type = HalfVector if spec.config.vector_type == "halfvec" else Vector
+
+    async def open(self) -> None:
+        """Create the stage for vectors; once per connection."""
+        schema = await vector_schema(self._connection)
+        # The driver looks the type up by name, and our sessions have no search path.
+        await self._connection.execute("SELECT set_config('search_path', %s, false)", [f'"{schema}"'])
+        await register_vector_async(self._connection)
+        await self._connection.execute("SELECT set_config('search_path', '', false)")
+        await self._connection.execute(
+            sql.SQL(
+                "CREATE TEMP TABLE IF NOT EXISTS {} (content_hash bytea, embedding {}." + self._spec.vector_type + ")"
+                " ON COMMIT DELETE ROWS"
+            ).format(sql.Identifier(f"{self._spec.name}_made"), sql.Identifier(schema))
+        )
+
+    async def window(self, limit: int, *, lane: int | None = None) -> list[Waiting]:
+        """Return up to `limit` distinct texts that are due, the live lane first."""
+        cursor = await self._connection.execute(
+            self._sql(
+                "SELECT b.content_hash, c.content, b.lane, b.attempts FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
+                " WHERE b.generation = {generation} AND b.attempts < {attempts} AND b.next_attempt_at <= now()"
+                " AND (%s::int IS NULL OR b.lane = %s) ORDER BY b.lane, b.chunk_id LIMIT %s"
+            ),
+            [lane, lane, limit],
+        )
+        distinct: dict[bytes, Waiting] = {}
+        for row in await cursor.fetchall():
+            distinct.setdefault(row[0], Waiting(*row))
+        return list(distinct.values())
+
+    async def store(self, vectors: Mapping[bytes, npt.NDArray[np.float32]]) -> int:
+        """Store vectors for every waiting chunk with one of these texts; returns how many chunks."""
+        if not vectors:
+            return 0
+        async with self._connection.transaction():
+            # A lost vector goes with its lost backlog deletion, so it would be made again: no need to wait for the
+            # disk.
+            await self._connection.execute("SET LOCAL synchronous_commit = off")
+            async with (
+                self._connection.cursor() as cursor,
+                cursor.copy(self._sql("COPY {stage} FROM STDIN (FORMAT binary)")) as copy,
+            ):
+                copy.set_types(["bytea", self._spec.config.vector_type])
+                for text_hash, vector in vectors.items():
+                    await copy.write_row((text_hash, self._vector_type(vector)))
+            done = await self._connection.execute(
+                self._sql(
+                    "WITH due AS (SELECT b.chunk_id, b.content_hash FROM {backlog} AS b JOIN {stage} USING (content_hash)"
+                    " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"
+                    " done AS (DELETE FROM {backlog} AS b USING due"
+                    " WHERE b.generation = {generation} AND b.chunk_id = due.chunk_id)"
+                    " INSERT INTO {vectors} (chunk_id, content_hash, embedding)"
+                    " SELECT due.chunk_id, due.content_hash, s.embedding FROM due JOIN {stage} AS s USING (content_hash)"
+                    " ON CONFLICT (chunk_id) DO UPDATE"
+                    " SET content_hash = excluded.content_hash, embedding = excluded.embedding"
+                )
+            )
+            return done.rowcount
+
+    async def postpone(self, hashes: Sequence[bytes], error: str, *, delay_s: float, final: bool = False) -> None:
+        """Note a failure of these texts: they are due again after `delay_s` seconds, or never when `final`."""
+        await self._connection.execute(
+            self._sql(
+                "UPDATE {backlog} SET attempts = CASE WHEN %s THEN {attempts} ELSE attempts + 1 END, error = %s,"
+                " next_attempt_at = now() + make_interval(secs => %s)"
+                " WHERE generation = {generation} AND content_hash = ANY(%s::bytea[])"
+            ),
+            [final, error[:ERROR_CHARACTERS], delay_s, list(hashes)],
+        )
+
+    async def counts(self) -> BacklogCounts:
+        """Return how many chunks wait."""
+        cursor = await self._connection.execute(
+            self._sql(
+                "SELECT count(*) FILTER (WHERE attempts < {attempts} AND lane = 0),"
+                " count(*) FILTER (WHERE attempts < {attempts} AND lane > 0), count(*) FILTER (WHERE attempts >= {attempts})"
+                " FROM {backlog} WHERE generation = {generation}"
+            )
+        )
+        row = await cursor.fetchone()
+        return BacklogCounts(*cast(tuple[int, int, int], row))
+
+    def _sql(self, statement: str) -> sql.Composed:
+        return sql.SQL(statement).format(**self._parts)

@@ -1,0 +1,423 @@
+"""The tables, the view and the function in the target: what they are, and how they come to be.
+
+Everything is created idempotently and describes itself with COMMENT ON. Chunks and vectors are apart, so that a
+change of metadata never touches the HNSW index, a chunk can be applied before its vector exists, and a new model is
+a new vectors table.
+
+Source: PostgreSQL, "Data Definition"; pgvector's README (operator classes, HNSW).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, cast
+
+import msgspec
+from psycopg import sql
+
+from cdcsync.changes import Shape
+from cdcsync.config import Index
+from cdcsync.documents import Template
+from cdcsync.errors import SetupError
+from cdcsync.postgres import Connection
+
+Distance = Literal["cosine", "l2", "inner_product"]
+
+RESERVED = frozenset(
+    (
+        "chunk_id",
+        "chunk_no",
+        "content",
+        "content_hash",
+        "document_hash",
+        "commit_lsn",
+        "applied_at",
+        "search",
+        "embedding",
+        "stale",
+    )
+)
+"""Our own columns of the chunks table and the view: a key or carried column cannot have these names."""
+
+OPERATORS: dict[Distance, str] = {"cosine": "<=>", "l2": "<->", "inner_product": "<#>"}
+"""pgvector's distance operator for each distance; all order by nearest first."""
+_OPCLASSES: dict[Distance, str] = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}
+
+FILLFACTOR = 85
+"""Leaves room on each page for HOT updates of carried columns."""
+
+SCHEMA_VERSION = 1
+"""Counts changes of the shared tables below."""
+
+
+class IndexSpec(msgspec.Struct, frozen=True):
+    """One index as it is to be: configuration, table facts and model facts put together."""
+
+    name: str
+    config: Index
+    shape: Shape
+    template: Template
+    source_key_types: tuple[str, ...]
+    """The key's types on the source, for comparing there."""
+    key_types: tuple[str, ...]
+    """The key's types in the target."""
+    carried_types: tuple[str, ...]
+    model: str
+    dimensions: int
+    distance: Distance
+    fingerprint: str
+    """Identifies the template and the chunking: when it changes, every document is chunked again."""
+    row_filter: str | None = None
+    generation: int = 1
+
+    @property
+    def vector_type(self) -> str:
+        """The type of the embedding column."""
+        return f"{self.config.vector_type}({self.dimensions})"
+
+
+class Names:
+    """The identifiers of one index's relations."""
+
+    def __init__(self, schema: str, index: str) -> None:
+        self.schema = sql.Identifier(schema)
+        self.chunks = sql.Identifier(schema, f"{index}_chunks")
+        self.backlog = sql.Identifier(schema, f"{index}_backlog")
+        self._prefix = (schema, index)
+
+    def vectors(self, generation: int) -> sql.Identifier:
+        """Return the vectors table of a generation."""
+        schema, index = self._prefix
+        return sql.Identifier(schema, f"{index}_vectors_{generation}")
+
+    def hnsw_name(self, generation: int) -> str:
+        """Return the bare name of a generation's HNSW index."""
+        return f"{self._prefix[1]}_vectors_{generation}_hnsw"
+
+
+async def create_shared(connection: Connection, schema: str) -> None:
+    """Create the schema and the tables that all pipelines and indexes share. The caller's transaction commits."""
+    names = {"schema": sql.Identifier(schema), "literal": sql.Literal(schema)}
+    await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdcsync schema ' || %s, 0))", [schema])
+    cursor = await connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", [schema])
+    if await cursor.fetchone() is None:
+        await connection.execute(sql.SQL("CREATE SCHEMA {schema}").format(**names))
+    for statement in _SHARED:
+        await connection.execute(sql.SQL(statement).format(**names))
+
+
+_SHARED = (
+    """
+    CREATE TABLE IF NOT EXISTS {schema}.pipelines (
+        slot text PRIMARY KEY,
+        publication text NOT NULL,
+        checkpoint pg_lsn,
+        system_identifier text,
+        timeline int,
+        fence bigint NOT NULL DEFAULT 0,
+        worker text,
+        commit_time timestamptz,
+        caught_up_at timestamptz,
+        updated_at timestamptz NOT NULL DEFAULT now()
+    )
+    """,
+    "COMMENT ON TABLE {schema}.pipelines IS 'cdcsync: one row per replication slot. checkpoint commits together with the chunks.'",
+    "COMMENT ON COLUMN {schema}.pipelines.checkpoint IS 'The index holds every source transaction that ends at or before this LSN.'",
+    "COMMENT ON COLUMN {schema}.pipelines.fence IS 'Raised by each worker that takes over; writes under an older value are refused.'",
+    "COMMENT ON COLUMN {schema}.pipelines.commit_time IS 'When the source committed the last transaction that was applied.'",
+    "COMMENT ON COLUMN {schema}.pipelines.caught_up_at IS 'When the worker last had nothing left to apply.'",
+    """
+    CREATE TABLE IF NOT EXISTS {schema}.indexes (
+        name text PRIMARY KEY,
+        slot text NOT NULL REFERENCES {schema}.pipelines,
+        source_table text NOT NULL,
+        view_name text NOT NULL,
+        key text[] NOT NULL,
+        columns text[] NOT NULL,
+        fingerprint text NOT NULL,
+        generation int NOT NULL,
+        model text NOT NULL,
+        dimensions int NOT NULL,
+        vector_type text NOT NULL,
+        distance text NOT NULL,
+        state text NOT NULL CHECK (state IN ('building', 'live', 'paused')),
+        reason text,
+        created_at timestamptz NOT NULL DEFAULT now(),
+        live_at timestamptz
+    )
+    """,
+    "COMMENT ON TABLE {schema}.indexes IS 'cdcsync: one row per index, with what its chunks and vectors were made by.'",
+    "COMMENT ON COLUMN {schema}.indexes.generation IS 'The vectors table in use: NAME_vectors_GENERATION.'",
+    """
+    CREATE TABLE IF NOT EXISTS {schema}.backfills (
+        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
+        kind text NOT NULL CHECK (kind IN ('initial', 'replay', 'resync')),
+        rewrite boolean NOT NULL DEFAULT false,
+        filter text,
+        state text NOT NULL DEFAULT 'requested'
+            CHECK (state IN ('requested', 'running', 'paused', 'done', 'failed', 'cancelled')),
+        cursor text[],
+        rows_done bigint NOT NULL DEFAULT 0,
+        rows_total bigint,
+        error text,
+        requested_at timestamptz NOT NULL DEFAULT now(),
+        started_at timestamptz,
+        finished_at timestamptz
+    )
+    """,
+    "COMMENT ON TABLE {schema}.backfills IS 'cdcsync: requests to read source tables, and how far each is.'",
+    "COMMENT ON COLUMN {schema}.backfills.cursor IS 'The key of the last row that was applied; commits together with the rows.'",
+    "CREATE INDEX IF NOT EXISTS backfills_open ON {schema}.backfills (index_name, id) "
+    "WHERE state IN ('requested', 'running', 'paused')",
+    """
+    CREATE OR REPLACE FUNCTION {schema}.wait_for(index_name text, lsn pg_lsn, timeout interval DEFAULT '10 s')
+    RETURNS boolean LANGUAGE plpgsql VOLATILE AS $body$
+    DECLARE
+        deadline timestamptz := clock_timestamp() + timeout;
+        pause float8 := 0.002;
+        reached boolean;
+    BEGIN
+        IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
+            RAISE EXCEPTION 'wait_for needs READ COMMITTED: in this transaction every query sees the same moment';
+        END IF;
+        LOOP
+            SELECT p.checkpoint >= wait_for.lsn INTO reached
+            FROM {schema}.indexes i JOIN {schema}.pipelines p USING (slot) WHERE i.name = wait_for.index_name;
+            IF NOT FOUND THEN
+                RAISE EXCEPTION 'there is no index %', quote_literal(index_name) USING HINT = 'See {schema}.indexes.';
+            END IF;
+            IF reached THEN
+                RETURN true;
+            END IF;
+            IF clock_timestamp() >= deadline THEN
+                RETURN false;
+            END IF;
+            PERFORM pg_sleep(pause);
+            pause := least(pause * 1.5, 0.05);
+        END LOOP;
+    END
+    $body$
+    """,
+    "COMMENT ON FUNCTION {schema}.wait_for(text, pg_lsn, interval) IS "
+    "'cdcsync: returns true once the index holds everything up to lsn, false when that took longer than timeout.'",
+)
+
+
+async def create_index_relations(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Create or extend one index's tables and its view. The caller's transaction commits.
+
+    :raises SetupError: a relation of the view's name exists and is not ours, or an existing index differs in its key.
+    """
+    names = Names(schema, spec.name)
+    key = _definitions(spec.shape.key, spec.key_types, " NOT NULL")
+    carried = _definitions(spec.shape.carried, spec.carried_types, "")
+    identifiers = {
+        "chunks": names.chunks,
+        "backlog": names.backlog,
+        "key": sql.SQL(", ").join(map(sql.Identifier, spec.shape.key)),
+        "columns": sql.SQL("").join(sql.SQL(", ") + one for one in key + carried),
+    }
+    await connection.execute(
+        sql.SQL(
+            """
+            CREATE TABLE IF NOT EXISTS {chunks} (
+                chunk_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY{columns},
+                chunk_no int NOT NULL,
+                content text NOT NULL,
+                content_hash bytea NOT NULL,
+                document_hash bytea NOT NULL,
+                commit_lsn pg_lsn NOT NULL,
+                applied_at timestamptz NOT NULL DEFAULT now(),
+                UNIQUE ({key}, chunk_no)
+            ) WITH (fillfactor = """
+            + str(FILLFACTOR)
+            + ")"
+        ).format(**identifiers)
+    )
+    for definition in carried:
+        await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN IF NOT EXISTS {}").format(names.chunks, definition))
+    await _create_search(connection, schema, spec, names)
+    for column in spec.config.indexed:
+        await connection.execute(
+            sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} ({})").format(
+                sql.Identifier(f"{spec.name}_chunks_{column}"[:63]), names.chunks, sql.Identifier(column)
+            )
+        )
+    await create_vectors(connection, schema, spec)
+    await connection.execute(
+        sql.SQL(
+            """
+            CREATE TABLE IF NOT EXISTS {backlog} (
+                generation int NOT NULL,
+                chunk_id bigint NOT NULL,
+                content_hash bytea NOT NULL,
+                lane smallint NOT NULL,
+                attempts int NOT NULL DEFAULT 0,
+                next_attempt_at timestamptz NOT NULL DEFAULT now(),
+                error text,
+                PRIMARY KEY (generation, chunk_id)
+            )
+            """
+        ).format(**identifiers)
+    )
+    for suffix, columns in (("lane", "generation, lane, chunk_id"), ("hash", "generation, content_hash")):
+        await connection.execute(
+            sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} (" + columns + ")").format(
+                sql.Identifier(f"{spec.name}_backlog_{suffix}"), names.backlog
+            )
+        )
+    for relation, comment in (
+        (names.chunks, f"cdcsync index {spec.name}: the chunks of {spec.shape.table}, by key and number"),
+        (names.backlog, f"cdcsync index {spec.name}: chunks without a current vector; lane 0 live, 1 backfill"),
+    ):
+        await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(relation, sql.Literal(comment)))
+    await create_view(connection, schema, spec)
+
+
+async def _create_search(connection: Connection, schema: str, spec: IndexSpec, names: Names) -> None:
+    if spec.config.search is None:
+        return
+    await connection.execute(
+        sql.SQL(
+            "ALTER TABLE {} ADD COLUMN IF NOT EXISTS search tsvector"
+            " GENERATED ALWAYS AS (to_tsvector({}::pg_catalog.regconfig, content)) STORED"
+        ).format(names.chunks, sql.Literal(spec.config.search))
+    )
+    await connection.execute(
+        sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} USING gin (search)").format(
+            sql.Identifier(f"{spec.name}_chunks_search"), names.chunks
+        )
+    )
+
+
+async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Create the vectors table of the spec's generation, without its HNSW index. The caller's transaction commits."""
+    names = Names(schema, spec.name)
+    vectors = names.vectors(spec.generation)
+    extension = await vector_schema(connection)
+    await connection.execute(
+        sql.SQL(
+            """
+            CREATE TABLE IF NOT EXISTS {} (
+                chunk_id bigint PRIMARY KEY, content_hash bytea NOT NULL, embedding {}."""
+            + spec.vector_type
+            + " NOT NULL)"
+        ).format(vectors, sql.Identifier(extension))
+    )
+    await connection.execute(
+        sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} (content_hash)").format(
+            sql.Identifier(f"{spec.name}_vectors_{spec.generation}_hash"), vectors
+        )
+    )
+    comment = f"cdcsync index {spec.name}: vectors by {spec.model}; content_hash names the text each was made from"
+    await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(vectors, sql.Literal(comment)))
+
+
+async def vector_schema(connection: Connection) -> str:
+    """Return the schema that pgvector is installed in.
+
+    :raises SetupError: it is not installed in this database.
+    """
+    cursor = await connection.execute(
+        "SELECT nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE extname = 'vector'"
+    )
+    row = await cursor.fetchone()
+    if row is None:
+        raise SetupError(
+            "pgvector is not installed in the target database", where="target", hint="CREATE EXTENSION vector"
+        )
+    return cast(str, row[0])
+
+
+async def create_view(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Create or replace the view that users query, on the spec's generation. The caller's transaction commits.
+
+    :raises SetupError: a relation that is not ours has the view's name.
+    """
+    names = Names(schema, spec.name)
+    view = spec.config.view_name
+    identifier = sql.Identifier(view.schema, view.name)
+    marker = f"cdcsync index {spec.name}: "
+    cursor = await connection.execute(
+        """
+        SELECT c.relkind::text, obj_description(c.oid, 'pg_class'),
+               (SELECT array_agg(attname::text ORDER BY attnum) FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0)
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s
+        """,
+        [view.schema, view.name],
+    )
+    existing = await cursor.fetchone()
+    searchable = () if spec.config.search is None else ("search",)
+    stored = (*spec.shape.key, *spec.shape.carried, "chunk_no", "content", *searchable)
+    columns = [*stored, "embedding", "stale"]
+    if existing is not None:
+        kind, description, present = existing
+        if kind != "v" or not str(description or "").startswith(marker):
+            raise SetupError(
+                "a relation of this name exists and is not the view of this index",
+                where=str(view),
+                hint=f"choose another name with [indexes.{spec.name}] view = …",
+            )
+        if list(present) != columns:
+            await connection.execute(sql.SQL("DROP VIEW {}").format(identifier))
+    await connection.execute(
+        sql.SQL(
+            "CREATE OR REPLACE VIEW {} AS SELECT {}, v.embedding, v.content_hash <> c.content_hash AS stale"
+            " FROM {} AS c JOIN {} AS v USING (chunk_id)"
+        ).format(
+            identifier,
+            sql.SQL(", ").join(sql.Identifier("c", name) for name in stored),
+            names.chunks,
+            names.vectors(spec.generation),
+        )
+    )
+    comment = marker + f"{spec.shape.table} with its vectors; stale says that the vector is of an older text"
+    await connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(identifier, sql.Literal(comment)))
+
+
+async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec) -> bool:
+    """Build the generation's HNSW index without blocking writers; returns False when it was there already.
+
+    Needs a connection in autocommit. An index that an interrupted build left invalid is dropped and built again.
+    """
+    names = Names(schema, spec.name)
+    name = names.hnsw_name(spec.generation)
+    cursor = await connection.execute(
+        "SELECT i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
+        [schema, name],
+    )
+    row = await cursor.fetchone()
+    if row is not None and row[0]:
+        return False
+    if row is not None:
+        await connection.execute(sql.SQL("DROP INDEX CONCURRENTLY {}").format(sql.Identifier(schema, name)))
+    extension = await vector_schema(connection)
+    opclass = f"{spec.config.vector_type}_{_OPCLASSES[spec.distance]}"
+    await connection.execute(
+        sql.SQL("SET maintenance_work_mem = {}").format(sql.Literal(spec.config.hnsw.build_memory))
+    )
+    try:
+        await connection.execute(
+            sql.SQL(
+                "CREATE INDEX CONCURRENTLY {} ON {} USING hnsw (embedding {}) WITH (m = {}, ef_construction = {})"
+            ).format(
+                sql.Identifier(name),
+                names.vectors(spec.generation),
+                sql.Identifier(extension, opclass),
+                sql.Literal(spec.config.hnsw.m),
+                sql.Literal(spec.config.hnsw.ef_construction),
+            )
+        )
+    finally:
+        if not connection.closed:
+            await connection.execute("RESET maintenance_work_mem")
+    return True
+
+
+def _definitions(names: Sequence[str], types: Sequence[str], constraint: str) -> list[sql.Composable]:
+    return [
+        sql.SQL("{} " + type_ + constraint).format(sql.Identifier(name))
+        for name, type_ in zip(names, types, strict=True)
+    ]

@@ -1,0 +1,173 @@
+"""The apply session: the one connection that writes chunks and checkpoint, under lock and fence.
+
+It holds the pipeline's advisory lock for as long as it lives. What a batch changes, the cursors of the backfill
+pages in it and the checkpoint commit in one transaction, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Self
+
+import psycopg
+from psycopg import sql
+from psycopg.pq import TransactionStatus
+
+from cdcsync.batches import PageEnd
+from cdcsync.errors import LeaseLost, SetupError, TargetUnavailable
+from cdcsync.index.apply import Applied, ChangeSet, IndexWriter
+from cdcsync.index.pipelines import Pipelines, PipelineState
+from cdcsync.index.schema import IndexSpec
+from cdcsync.lsn import Lsn
+from cdcsync.postgres import Connection, connect, speaking_of
+
+
+def worker_name() -> str:
+    """Return what an operator finds this process by."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+class ApplySession:
+    """Writes batches; made by `open`, which needs the lock, and by `reopen` after the connection broke."""
+
+    def __init__(self, dsn: str, schema: str, slot: str) -> None:
+        self._dsn = dsn
+        self._schema = schema
+        self._slot = slot
+        self._pipelines = Pipelines(schema, slot)
+        self._fence: int | None = None
+        self._connection: Connection | None = None
+        self._writers: dict[str, IndexWriter] = {}
+
+    @property
+    def connection(self) -> Connection:
+        """The session's connection, for reading what only the lock's holder may rely on."""
+        assert self._connection is not None
+        return self._connection
+
+    def writer(self, index: str) -> IndexWriter:
+        """Return the writer of one index, for its look-ups."""
+        return self._writers[index]
+
+    async def try_open(self) -> bool:
+        """Connect and take the pipeline's lock and a new fence; False when another worker holds the lock.
+
+        :raises TargetUnavailable: the target does not answer now.
+        """
+        connection = await self._connect()
+        with speaking_of("target"):
+            if not await self._pipelines.try_lock(connection):
+                await connection.close()
+                return False
+            self._fence = await self._pipelines.take_over(connection, worker_name())
+        self._connection = connection
+        return True
+
+    async def reopen(self, specs: Sequence[IndexSpec]) -> None:
+        """Connect again under the same fence, after the connection broke.
+
+        :raises TargetUnavailable: the target does not answer now, or still holds the old session's lock.
+        :raises LeaseLost: another worker took over meanwhile.
+        """
+        await self.aclose()
+        connection = await self._connect()
+        with speaking_of("target"):
+            locked = await self._pipelines.try_lock(connection)
+            state = await self._pipelines.read(connection)
+        if state is None or state.fence != self._fence or not locked:
+            await connection.close()
+            if state is not None and state.fence == self._fence:
+                # Our own old session may linger on the server for a moment.
+                raise TargetUnavailable("the pipeline's lock is still held", where=f"slot {self._slot}")
+            raise LeaseLost(
+                "another worker took over while the target was away",
+                where=f"slot {self._slot}",
+                hint="this worker stops; the other one goes on",
+            )
+        self._connection = connection
+        await self.prepare(specs)
+
+    async def prepare(self, specs: Sequence[IndexSpec]) -> None:
+        """Create the connection's stages for these indexes."""
+        with speaking_of("target"):
+            self._writers = {spec.name: IndexWriter(self.connection, self._schema, spec) for spec in specs}
+            for writer in self._writers.values():
+                await writer.open()
+
+    async def state(self) -> PipelineState:
+        """Return the stored state of the pipeline."""
+        with speaking_of("target"):
+            state = await self._pipelines.read(self.connection)
+        if state is None:
+            raise SetupError("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
+        return state
+
+    async def begin_at(self, checkpoint: Lsn, system_identifier: str, timeline: int) -> None:
+        """Store where the pipeline starts and which cluster it follows."""
+        assert self._fence is not None
+        with speaking_of("target"):
+            await self._pipelines.begin_at(self.connection, self._fence, checkpoint, system_identifier, timeline)
+
+    async def apply(
+        self,
+        changes: Mapping[str, ChangeSet],
+        pages: Sequence[PageEnd],
+        checkpoint: Lsn | None,
+        *,
+        commit_time: datetime | None,
+        caught_up: bool,
+    ) -> dict[str, Applied]:
+        """Commit a batch: changes, page cursors and checkpoint in one transaction.
+
+        :raises TargetUnavailable: nothing or everything was committed; applying again is safe.
+        :raises LeaseLost: nothing was committed.
+        """
+        assert self._fence is not None
+        if self._connection is None or self._connection.info.transaction_status != TransactionStatus.IDLE:
+            raise TargetUnavailable("the apply connection is not usable", where="target", hint="it is opened again")
+        applied = {}
+        with speaking_of("target"):
+            async with self.connection.transaction():
+                for index, change_set in changes.items():
+                    with speaking_of("target", where=f"index {index}"):
+                        applied[index] = await self._writers[index].apply(change_set)
+                for page in pages:
+                    await self._end_page(page)
+                await self._pipelines.commit(
+                    self.connection, self._fence, checkpoint, commit_time=commit_time, caught_up=caught_up
+                )
+        return applied
+
+    async def _end_page(self, page: PageEnd) -> None:
+        await self.connection.execute(
+            sql.SQL(
+                "UPDATE {} SET cursor = coalesce(%s::text[], cursor), rows_done = %s,"
+                " state = CASE WHEN %s THEN 'done' ELSE state END,"
+                " finished_at = CASE WHEN %s THEN clock_timestamp() END WHERE id = %s"
+            ).format(sql.Identifier(self._schema, "backfills")),
+            [None if page.cursor is None else list(page.cursor), page.rows, page.done, page.done, page.backfill_id],
+        )
+
+    async def _connect(self) -> Connection:
+        connection = await connect(self._dsn, "target", application_name=f"cdcsync apply {self._slot}")
+        # Planned anew each time: a plan made while a table was empty would scan it for ever. Planning is cheap next
+        # to apply.
+        connection.prepare_threshold = None
+        return connection
+
+    async def aclose(self) -> None:
+        """End the session, which frees the lock."""
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            with contextlib.suppress(psycopg.Error):
+                await connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()

@@ -1,0 +1,96 @@
+"""What the process says of its work: one event a line on standard error, JSON for collectors or in colour for people.
+
+Our own modules log events with names (`structlog.get_logger()`). What others write to the standard library's logging or
+to `warnings` comes out in the same form, but only from warning on: what libraries say below that can hold the values of
+cells. For the same reason tracebacks come without local variables, and of an exception's message only the first line is
+shown: PostgreSQL puts the rows concerned into the lines below it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Literal, TextIO
+
+import structlog
+from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
+
+Level = Literal["debug", "info", "warning", "error"]
+Format = Literal["auto", "json", "console"]
+
+_LEVELS: dict[Level, int] = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+_FIRST = ("event", "level", "timestamp", "logger")
+"""The keys that every line begins with: what happened, then how bad it is and when."""
+
+
+def configure(level: Level = "info", format_: Format = "auto", stream: TextIO | None = None) -> None:
+    """Send all logging of this process to `stream`, standard error by default; a later call replaces an earlier one.
+
+    :param level: the least severity of our own events; of other libraries' it is at least warning.
+    :param format_: "auto" is console on a terminal and json elsewhere. Times are UTC in ISO 8601.
+    """
+    stream = stream or sys.stderr
+    on_terminal = stream.isatty()
+    console = format_ == "console" or (format_ == "auto" and on_terminal)
+    renderer: Processor = (
+        # NO_COLOR counts when it is set to anything but nothing (no-color.org).
+        structlog.dev.ConsoleRenderer(
+            colors=on_terminal and not os.environ.get("NO_COLOR"), exception_formatter=structlog.dev.plain_traceback
+        )
+        if console
+        else structlog.processors.JSONRenderer(ensure_ascii=False, default=str)
+    )
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.ExceptionRenderer(_format_exception),
+    ]
+    structlog.configure(
+        processors=[*shared, _ordered, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        # Not cached: loggers are made at import, before the configuration is known.
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _ordered, renderer],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=max(_LEVELS[level], logging.WARNING), force=True)
+    logging.captureWarnings(capture=True)
+
+
+def _ordered(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Put the keys that every line has in front."""
+    first = {key: event[key] for key in _FIRST if key in event}
+    return {**first, **event}
+
+
+def _format_exception(exc_info: ExcInfo) -> str:
+    """Return a traceback without values: places, kinds, and the first line of each message."""
+    return "\n".join(_exception_lines(exc_info[1]))
+
+
+def _exception_lines(error: BaseException) -> Iterator[str]:
+    if error.__cause__ is not None:
+        yield from _exception_lines(error.__cause__)
+        yield "the direct cause of:"
+    for frame in traceback.extract_tb(error.__traceback__):
+        yield f'  File "{frame.filename}", line {frame.lineno}, in {frame.name}'
+    yield f"{type(error).__module__}.{type(error).__qualname__}: {str(error).partition(chr(10))[0]}"
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _exception_lines(one)

@@ -1,0 +1,79 @@
+"""Every metric, with its name, unit and labels.
+
+Label values come from closed sets: index and embedder names, and the words below.
+
+Source: Prometheus, "Metric and label naming".
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+FRESHNESS_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+"""From an inline embedding by a small model to an outage of half an hour."""
+
+BATCH_BUCKETS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)
+"""Rows: one change to a large batch."""
+
+
+class Metrics:
+    """The metrics of one worker, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        index = ("index",)
+        self.received_bytes = self._counter("received_bytes_total", "Bytes of replication messages received.")
+        self.changes = self._counter(
+            "changes_total",
+            "Row changes received, by index and operation (upsert, delete, truncate).",
+            (*index, "operation"),
+        )
+        self.transactions = self._counter("transactions_total", "Source transactions applied.")
+        self.reconnects = self._counter("reconnects_total", "Connections made anew, by side.", ("side",))
+        self.connected = self._gauge("connected", "1 while the connection is up, by side.", ("side",))
+        self.checkpoint_lsn = self._gauge("checkpoint_lsn_bytes", "The checkpoint, as a byte position.")
+        self.lag_bytes = self._gauge("lag_bytes", "WAL between the checkpoint and the source's end of WAL.")
+        self.lag_seconds = self._gauge("lag_seconds", "Age of the oldest commit that is not applied; 0 when caught up.")
+        self.slot_retained_bytes = self._gauge("slot_retained_bytes", "WAL that the source keeps for the slot.")
+        self.slot_safe_bytes = self._gauge(
+            "slot_safe_bytes", "WAL that may still be written before the slot is lost; +Inf without a limit."
+        )
+        self.batch_rows = self._histogram("batch_rows", "Rows of each applied batch.", BATCH_BUCKETS)
+        self.apply_seconds = self._histogram(
+            "apply_seconds", "Time to prepare and commit a batch.", FRESHNESS_BUCKETS_S
+        )
+        self.text_freshness = self._histogram(
+            "text_freshness_seconds", "Source commit to the chunks' commit in the target.", FRESHNESS_BUCKETS_S
+        )
+        self.chunks = self._counter("chunks_total", "Chunks written, by index.", index)
+        self.chunks_deleted = self._counter("chunks_deleted_total", "Chunks deleted, by index.", index)
+        self.documents_unchanged = self._counter(
+            "documents_unchanged_total", "Documents that were not chunked again, their text being unchanged.", index
+        )
+        self.rereads = self._counter("rereads_total", "Rows read again for an unchanged TOAST value.", index)
+        self.vectors = self._counter(
+            "vectors_total", "Vectors stored, by how they came: reused, inline, backlog.", (*index, "way")
+        )
+        self.backlog = self._gauge("backlog_chunks", "Chunks without a current vector, by lane.", (*index, "lane"))
+        self.failed = self._gauge("failed_chunks", "Chunks that could not be embedded and wait for an operator.", index)
+        self.embed_texts = self._counter("embed_texts_total", "Texts given to the embedder.", ("embedder",))
+        self.embed_seconds = self._histogram(
+            "embed_seconds", "Time of one call of the embedder.", FRESHNESS_BUCKETS_S, ("embedder",)
+        )
+        self.embed_errors = self._counter(
+            "embed_errors_total", "Calls of the embedder that failed.", ("embedder", "kind")
+        )
+        self.index_state = self._gauge("index_state", "1 for the state the index is in.", (*index, "state"))
+        self.backfill_rows = self._counter("backfill_rows_total", "Rows read by backfills.", index)
+        self.backfill_overtaken = self._counter(
+            "backfill_overtaken_rows_total", "Rows of a backfill dropped because the stream had newer ones.", index
+        )
+
+    def _counter(self, name: str, help_: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(f"cdcsync_{name}", help_, labels, registry=self.registry)
+
+    def _gauge(self, name: str, help_: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(f"cdcsync_{name}", help_, labels, registry=self.registry)
+
+    def _histogram(self, name: str, help_: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
+        return Histogram(f"cdcsync_{name}", help_, labels, buckets=buckets, registry=self.registry)

@@ -1,0 +1,132 @@
+"""Frames of a replication connection: what the CopyData messages of `START_REPLICATION` hold.
+
+The server sends `XLogData` and `Keepalive`; the client answers with status updates. What an `XLogData` frame
+carries is one message of the output plugin, see `decode`.
+
+Source: PostgreSQL, "Streaming Replication Protocol"; src/backend/replication/walsender.c.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import msgspec
+
+from cdcsync.errors import MalformedMessage
+from cdcsync.lsn import Lsn
+from cdcsync.pgoutput.wire import ENDS_EARLY, TRAILING_BYTES
+
+_XLOG_DATA: Final = ord("w")
+_KEEPALIVE: Final = ord("k")
+_STATUS_UPDATE: Final = ord("r")
+
+_XLOG_DATA_HEAD = struct.Struct(">xQQq")
+_KEEPALIVE_FRAME = struct.Struct(">xQqB")
+_STATUS_UPDATE_FRAME = struct.Struct(">BQQQqB")
+
+
+class XLogData(msgspec.Struct, frozen=True, gc=False):
+    """One message of the output plugin, and its place in the log.
+
+    `wal_start` and `wal_end` are the same: where the change is, for a Commit the end of the transaction. A Begin bears
+    the place of its first change, and what is sent ahead of another message (a Relation, a Type) bears 0/0. So neither
+    says how far the stream has come: only Commit's `end_lsn` does.
+    """
+
+    wal_start: Lsn
+    wal_end: Lsn
+    sent_at_us: int
+    payload: bytes
+
+    def __repr__(self) -> str:
+        return (
+            f"XLogData(wal_start={self.wal_start!r}, wal_end={self.wal_end!r}, sent_at_us={self.sent_at_us}, "
+            f"payload=binary[{len(self.payload)}])"
+        )
+
+
+class Keepalive(msgspec.Struct, frozen=True, gc=False):
+    """The server is there, has sent all up to `wal_end`, and may ask for a status update at once.
+
+    `wal_end` may be acknowledged only when no delivered transaction is unfinished.
+    """
+
+    wal_end: Lsn
+    sent_at_us: int
+    reply_requested: bool
+
+
+class StatusUpdate(msgspec.Struct, frozen=True, gc=False):
+    """How far the client has come, as the server reads it: each position is that of the last byte plus one."""
+
+    received: Lsn
+    flushed: Lsn
+    applied: Lsn
+    at_us: int
+    reply_requested: bool
+
+
+def decode_frame(data: bytes | memoryview) -> XLogData | Keepalive:
+    """Read one frame that the server sent.
+
+    :param data: the contents of one CopyData message; a `memoryview` saves copying the payload twice.
+    :raises MalformedMessage: the bytes are no such frame.
+    """
+    size = len(data)
+    if not size:
+        raise MalformedMessage("", 0, "the frame is empty")
+    tag = data[0]
+    if tag == _XLOG_DATA:
+        try:
+            wal_start, wal_end, sent_at_us = _XLOG_DATA_HEAD.unpack_from(data)
+        except struct.error:
+            raise MalformedMessage("w", size, ENDS_EARLY) from None
+        return XLogData(Lsn(wal_start), Lsn(wal_end), sent_at_us, bytes(data[_XLOG_DATA_HEAD.size :]))
+    if tag == _KEEPALIVE:
+        _check_size(data, _KEEPALIVE_FRAME)
+        wal_end, sent_at_us, reply = _KEEPALIVE_FRAME.unpack(data)
+        return Keepalive(Lsn(wal_end), sent_at_us, _flag(data, reply))
+    raise MalformedMessage(chr(tag), 0, "a frame of a kind that servers do not send")
+
+
+def encode_status_update(
+    *, received: Lsn, flushed: Lsn, applied: Lsn, at_us: int, reply_requested: bool = False
+) -> bytes:
+    """Write the frame that tells the server how far this client has come.
+
+    Each position is that of the last byte plus one, which is what `end_lsn` and `Keepalive.wal_end` already are.
+    The server moves the slot to `flushed` and may discard the log before it.
+
+    :param at_us: the client's clock, microseconds since 2000-01-01 UTC; the server only reports it.
+    :param reply_requested: whether the server should answer with a keepalive at once.
+    """
+    return _STATUS_UPDATE_FRAME.pack(_STATUS_UPDATE, received, flushed, applied, at_us, reply_requested)
+
+
+def decode_status_update(data: bytes | memoryview) -> StatusUpdate:
+    """Read a frame that `encode_status_update` or another client wrote.
+
+    :raises MalformedMessage: the bytes are no status update.
+    """
+    if not data:
+        raise MalformedMessage("", 0, "the frame is empty")
+    if data[0] != _STATUS_UPDATE:
+        raise MalformedMessage(chr(data[0]), 0, "a frame that is no status update")
+    _check_size(data, _STATUS_UPDATE_FRAME)
+    _, received, flushed, applied, at_us, reply = _STATUS_UPDATE_FRAME.unpack(data)
+    return StatusUpdate(Lsn(received), Lsn(flushed), Lsn(applied), at_us, _flag(data, reply))
+
+
+def _check_size(data: bytes | memoryview, layout: struct.Struct) -> None:
+    if len(data) < layout.size:
+        raise MalformedMessage(chr(data[0]), len(data), ENDS_EARLY)
+    if len(data) > layout.size:
+        raise MalformedMessage(chr(data[0]), layout.size, TRAILING_BYTES)
+
+
+def _flag(data: bytes | memoryview, value: int) -> bool:
+    """Return the frame's last byte, `value`, as the yes or no that it is."""
+    if value > 1:
+        raise MalformedMessage(chr(data[0]), len(data) - 1, "a flag that is neither 0 nor 1")
+    return value == 1

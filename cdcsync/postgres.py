@@ -1,0 +1,193 @@
+"""Sessions on either server, and what their errors mean.
+
+Every session pins how values are rendered, so that the stream, a backfill page and a comparison show the same text
+for the same value whatever the role's or database's own settings are.
+
+Source: PostgreSQL, "Client Connection Defaults"; "PostgreSQL Error Codes".
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, LiteralString, Self
+
+import psycopg
+from psycopg import conninfo
+from psycopg.pq import TransactionStatus
+
+from cdcsync.config import redact_dsn
+from cdcsync.errors import CdcsyncError, SetupError, SourceUnavailable, TargetUnavailable
+
+Side = Literal["source", "target"]
+Connection = psycopg.AsyncConnection[tuple[Any, ...]]
+
+RENDERING: LiteralString = (
+    "SET datestyle = 'ISO, MDY'; SET intervalstyle = 'postgres'; SET extra_float_digits = 3; SET bytea_output = 'hex';"
+    " SET timezone = 'UTC'; SET search_path = ''; SET xmloption = 'content'"
+)
+"""Settings that output functions read. An empty search_path makes names in values (regclass, say) come out
+qualified."""
+
+DURABILITY: dict[Side, LiteralString] = {
+    # What we write on the source is a mark or a publication: flushed at commit, waiting for no standby. And
+    # replication does not know row-level security: a policy that would hide rows from us must be an error.
+    "source": "SET synchronous_commit = local; SET row_security = off",
+    # What is acknowledged to the source must survive a crash of the target, whatever the role's default is.
+    "target": "SET synchronous_commit = on",
+}
+"""What each side's sessions need besides."""
+
+CONNECT_TIMEOUT_S = 10
+"""Long enough for a server that is starting, short enough that an operator waits for the message."""
+
+_DEAD_PEER = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+"""A peer that vanished without a word is noticed within a minute, not after the kernel's two hours."""
+
+_HINTS: dict[str, tuple[str, str]] = {
+    "28P01": ("the password is wrong", "correct the password in the DSN, or PGPASSWORD, or ~/.pgpass"),
+    "28000": ("the server refuses this role or host", "allow the role in pg_hba.conf, or use another role"),
+    "3D000": ("the database does not exist", "create it, or correct the database name in the DSN"),
+    "42501": ("the role lacks a privilege", "grant it; config/roles.sql lists what each role needs"),
+}
+
+
+def describe(dsn: str) -> str:
+    """Return a DSN as it may be shown: without secrets; libpq's own settings when it is empty."""
+    return redact_dsn(dsn) if dsn else "libpq's environment (PGHOST, PGSERVICE, …)"
+
+
+def unavailable(side: Side, message: str, *, where: str | None = None) -> CdcsyncError:
+    """Return the error of a server that cannot be reached just now."""
+    kind = SourceUnavailable if side == "source" else TargetUnavailable
+    return kind(message, where=where or side, hint=f"check that the {side} server runs and is reachable")
+
+
+def passing(error: psycopg.Error) -> bool:
+    """Say whether an error goes away by itself: the server or the network, not what we asked for.
+
+    Classes 08 (connection), 53 (resources), 57P (shutdown), 40 (serialisation, deadlock), 55P03 (lock timeout), and
+    errors without a code raised by libpq when the connection broke.
+    """
+    code = error.sqlstate
+    if code is None:
+        return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+    return code[:2] in ("08", "53", "40") or code.startswith("57P") or code in ("55P03", "25006")
+
+
+def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> CdcsyncError:
+    """Return the error of our tree that says what a driver's error means for the pipeline."""
+    message = first_line(error)
+    if passing(error):
+        return unavailable(side, message, where=where)
+    _, hint = _HINTS.get(error.sqlstate or "", (message, None))
+    return SetupError(message, where=where or side, hint=hint or error.diag.message_hint)
+
+
+@contextmanager
+def speaking_of(side: Side, *, where: str | None = None) -> Iterator[None]:
+    """Turn driver errors raised inside into errors of our tree.
+
+    :raises SourceUnavailable, TargetUnavailable: waiting may help.
+    :raises SetupError: it will not.
+    """
+    try:
+        yield
+    except psycopg.Error as error:
+        raise translate(error, side, where=where) from error
+
+
+def first_line(error: psycopg.Error) -> str:
+    """Return the server's primary message, or libpq's words in one line."""
+    text = error.diag.message_primary or str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+async def connect(dsn: str, side: Side, *, application_name: str = "cdcsync", autocommit: bool = True) -> Connection:
+    """Open an SQL session with pinned rendering. The caller closes it.
+
+    :raises SetupError: wrong password, database, host name or DSN: waiting does not help.
+    :raises SourceUnavailable, TargetUnavailable: the server does not answer now.
+    """
+    where = f"{side} ({describe(dsn)})"
+    try:
+        connection: Connection = await psycopg.AsyncConnection.connect(
+            conninfo_for(dsn, application_name=application_name), autocommit=autocommit
+        )
+    except psycopg.Error as error:
+        raise connect_error(error, side, where) from error
+    with speaking_of(side, where=where):
+        await connection.execute(RENDERING)
+        await connection.execute(DURABILITY[side])
+        if not autocommit:
+            await connection.commit()
+    return connection
+
+
+def conninfo_for(dsn: str, **settings: str | int) -> str:
+    """Return `dsn` with our settings added where it does not say otherwise itself.
+
+    :raises SetupError: it is not a DSN.
+    """
+    try:
+        own = conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError as error:
+        raise SetupError(
+            f"not a connection string: {first_line(error)}",
+            where=describe(dsn),
+            hint="write postgresql://user@host/database, or key=value pairs",
+        ) from error
+    defaults = {"connect_timeout": CONNECT_TIMEOUT_S, "client_encoding": "UTF8", **_DEAD_PEER}
+    merged: dict[str, Any] = {**defaults, **own, **settings}
+    return conninfo.make_conninfo("", **merged)
+
+
+def connect_error(error: psycopg.Error, side: Side, where: str) -> CdcsyncError:
+    """Return what a failed attempt to connect means.
+
+    libpq gives no error code for a refused login: its words are what the server sent, so they are looked for.
+    """
+    text = first_line(error)
+    for code, signs in (
+        ("28P01", ("password authentication failed", "no password supplied")),
+        ("28000", ("pg_hba.conf", 'role "')),
+        ("3D000", ('database "',)),
+    ):
+        if error.sqlstate == code or any(sign in text for sign in signs):
+            problem, hint = _HINTS[code]
+            return SetupError(f"{problem}: {text}", where=where, hint=hint)
+    return unavailable(side, text, where=where)
+
+
+class Session:
+    """A connection that is opened when it is needed and again after it broke. For one task at a time."""
+
+    def __init__(self, dsn: str, side: Side, *, application_name: str) -> None:
+        self._dsn = dsn
+        self._side: Side = side
+        self._application_name = application_name
+        self._connection: Connection | None = None
+
+    async def connection(self) -> Connection:
+        """Return the open connection.
+
+        :raises SourceUnavailable, TargetUnavailable, SetupError: as `connect`.
+        """
+        if self._connection is None or self._connection.info.transaction_status != TransactionStatus.IDLE:
+            await self.aclose()
+            self._connection = await connect(self._dsn, self._side, application_name=self._application_name)
+        return self._connection
+
+    async def aclose(self) -> None:
+        """Close the connection, if one is open; the next use opens another."""
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            with contextlib.suppress(psycopg.Error):
+                await connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()

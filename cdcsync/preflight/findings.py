@@ -1,0 +1,119 @@
+"""What the checks find, and what becomes of it.
+
+A check never raises for a fault that it looks for: it adds a `Finding` and the next check goes on, so that one run says
+everything there is to mend.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal, Self
+
+import msgspec
+import psycopg
+
+from cdcsync.errors import CdcsyncError, SetupError
+from cdcsync.index.schema import IndexSpec
+from cdcsync.postgres import Side, translate
+
+Level = Literal["ok", "warning", "error"]
+
+MAX_NAMES = 8
+"""How many names a hint lists: what a person takes in at once."""
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that a check found.
+
+    :ivar level: with an "error" the pipeline cannot work; a "warning" may surprise later; "ok" is good news.
+    :ivar where: the configuration's key, the table, the slot or the server concerned.
+    :ivar message: one sentence without a final full stop.
+    :ivar hint: the fix as an instruction, with the exact SQL where there is one.
+    """
+
+    level: Level
+    where: str
+    message: str
+    hint: str | None = None
+
+    @classmethod
+    def ok(cls, where: str, message: str) -> Self:
+        """Return good news."""
+        return cls("ok", where, message)
+
+    @classmethod
+    def warning(cls, where: str, message: str, hint: str | None = None) -> Self:
+        """Return what does not stop the pipeline."""
+        return cls("warning", where, message, hint)
+
+    @classmethod
+    def error(cls, where: str, message: str, hint: str | None) -> Self:
+        """Return what stops the pipeline."""
+        return cls("error", where, message, hint)
+
+    @classmethod
+    def of(cls, error: CdcsyncError, where: str) -> Self:
+        """Return an error of our tree as a finding; its own place is the better known one."""
+        return cls("error", error.where or where, error.message, error.hint)
+
+
+class Report(msgspec.Struct):
+    """All findings, in the order of the checks, and the indexes as they are to be.
+
+    :ivar specs: complete, in the configuration's order, if there is no error; else those that could be made.
+    """
+
+    findings: list[Finding]
+    specs: list[IndexSpec]
+
+    @property
+    def errors(self) -> list[Finding]:
+        """The findings that stop the pipeline."""
+        return [finding for finding in self.findings if finding.level == "error"]
+
+
+def refuse(report: Report) -> None:
+    """Return when no finding is an error.
+
+    :raises SetupError: there are errors; a single one is the message, several are its blocks.
+    """
+    match report.errors:
+        case []:
+            return
+        case [only]:
+            raise SetupError(only.message, where=only.where, hint=only.hint)
+        case errors:
+            blocks = [f"{len(errors)} problems keep this configuration from working"]
+            for finding in errors:
+                fix = f"\n    fix: {finding.hint}" if finding.hint else ""
+                blocks.append(f"  {finding.where}: {finding.message}{fix}")
+            raise SetupError("\n\n".join(blocks), hint="mend them all, then see that `cdcsync check` is content")
+
+
+@contextmanager
+def noting(findings: list[Finding], side: Side, where: str) -> Iterator[None]:
+    """Turn what goes wrong inside into a finding, once: a server that went away fails every check that follows."""
+    try:
+        yield
+    except psycopg.Error as error:
+        finding = Finding.of(translate(error, side, where=where), where)
+    except CdcsyncError as error:
+        finding = Finding.of(error, where)
+    else:
+        return
+    if finding not in findings:
+        findings.append(finding)
+
+
+def named(names: Iterable[str]) -> str:
+    """Return names as a list to read, cut where it gets long."""
+    names = list(names)
+    left = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {left} more" if left > 0 else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that was most likely meant."""
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)

@@ -1,0 +1,154 @@
+"""From a batch to what is to be written: the part of apply that needs no target transaction.
+
+    batch ─► unchanged TOAST re-read ─► documents ─► stored hashes ─► chunks of what changed ─► vectors that are
+    ready in time
+
+Reading the stored hashes outside the apply transaction is safe because the lock's holder is the only writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import anyio
+import anyio.to_thread
+import msgspec
+import structlog
+
+from cdcsync.batches import IndexChanges
+from cdcsync.changes import Delete, Key, Row, Upsert, complete
+from cdcsync.chunks import Chunk, Chunker
+from cdcsync.documents import hash_text
+from cdcsync.embed import Desk, vector_text
+from cdcsync.index.apply import BACKFILL, LIVE, ChangeSet, Document, IndexWriter, Kept
+from cdcsync.index.schema import IndexSpec
+from cdcsync.metrics import Metrics
+from cdcsync.postgres import Session, speaking_of
+from cdcsync.source.tables import SourceTable
+
+log = structlog.get_logger()
+
+THREAD_CHARACTERS = 20_000
+"""More text than this is chunked in a thread: below it, the hand-over costs more than the splitting."""
+
+VISIBILITY_POLL_S = 0.05
+"""How often a re-read is repeated while the source still hides the transaction: mostly it is a matter of
+microseconds."""
+
+
+class _Rendered(msgspec.Struct, frozen=True):
+    """An upsert with its document."""
+
+    change: Upsert
+    lane: int
+    text: str
+    hash: bytes
+
+
+class Preparer:
+    """Prepares the batches of one index."""
+
+    def __init__(
+        self, spec: IndexSpec, chunker: Chunker, desk: Desk, table: SourceTable, source: Session, metrics: Metrics
+    ) -> None:
+        self._spec = spec
+        self._chunker = chunker
+        self._desk = desk
+        self._table = table
+        self._source = source
+        self._metrics = metrics
+
+    async def prepare(self, changes: IndexChanges, writer: IndexWriter) -> ChangeSet:
+        """Return what the changes of this index come to.
+
+        :raises SourceUnavailable, TargetUnavailable: nothing is lost by preparing the same changes again.
+        """
+        deleted = [change.key for change in changes.live.values() if isinstance(change, Delete)]
+        upserts = [(change, LIVE) for change in changes.live.values() if isinstance(change, Upsert)]
+        upserts += [(change, BACKFILL) for change in changes.filled.values()]
+        upserts = await self._complete(upserts)
+        rendered = self._render(upserts)
+        stored: dict[Key, bytes] = {}
+        if not changes.truncated:
+            with speaking_of("target", where=f"index {self._spec.name}"):
+                stored = await writer.stored_hashes([*deleted, *(one.change.key for one in rendered)])
+        kept = []
+        changed = []
+        for one in rendered:
+            if stored.get(one.change.key) == one.hash and not (changes.rewrite and one.lane == BACKFILL):
+                kept.append(Kept(one.change.key, self._carried(one.change), one.change.lsn))
+            else:
+                changed.append(one)
+        self._metrics.documents_unchanged.labels(self._spec.name).inc(len(kept))
+        chunks = await self._split([one.text for one in changed])
+        documents = [
+            Document(
+                one.change.key,
+                self._carried(one.change),
+                one.hash,
+                cut,
+                one.change.lsn,
+                one.lane,
+                one.change.key in stored,
+            )
+            for one, cut in zip(changed, chunks, strict=True)
+        ]
+        vectors = await self._vectors_in_time(documents, writer)
+        return ChangeSet(changes.truncated, [] if changes.truncated else deleted, kept, documents, vectors)
+
+    def _carried(self, change: Upsert) -> Row:
+        return self._spec.shape.carried_of(change.row)
+
+    async def _complete(self, upserts: list[tuple[Upsert, int]]) -> list[tuple[Upsert, int]]:
+        """Read again the rows whose unchanged TOAST values nothing in the batch tells.
+
+        A row that is gone by now is left out: the change that took it away is still to come.
+        """
+        partial = [change for change, _ in upserts if not complete(change.row)]
+        if not partial:
+            return upserts
+        rows = await self._reread(partial)
+        self._metrics.rereads.labels(self._spec.name).inc(len(partial))
+        completed = []
+        for change, lane in upserts:
+            if complete(change.row):
+                completed.append((change, lane))
+            elif (row := rows.get(change.key)) is not None:
+                completed.append((Upsert(change.shape, change.key, row, change.xid, change.lsn), lane))
+        return completed
+
+    async def _reread(self, changes: Sequence[Upsert]) -> Mapping[Key, Row]:
+        keys = [change.key for change in changes]
+        while True:
+            with speaking_of("source", where=str(self._spec.shape.table)):
+                page = await self._table.by_keys(await self._source.connection(), keys)
+            hidden = {change.xid for change in changes if not page.snapshot.sees(change.xid)}
+            if not hidden:
+                return {self._spec.shape.key_of(row): row for row in page.rows}
+            # Delivered before it is visible: it waits for a synchronous standby.
+            log.debug("reread_waits", index=self._spec.name, transactions=len(hidden))
+            await anyio.sleep(VISIBILITY_POLL_S)
+
+    def _render(self, upserts: Sequence[tuple[Upsert, int]]) -> list[_Rendered]:
+        render, text_of = self._spec.template.render, self._spec.shape.text_of
+        rendered = []
+        for change, lane in upserts:
+            text = render(text_of(change.row))  # type: ignore[arg-type]
+            rendered.append(_Rendered(change, lane, text, hash_text(text)))
+        return rendered
+
+    async def _split(self, texts: Sequence[str]) -> list[list[Chunk]]:
+        if sum(map(len, texts)) < THREAD_CHARACTERS:
+            return self._chunker.split_all(texts)
+        return await anyio.to_thread.run_sync(self._chunker.split_all, texts)
+
+    async def _vectors_in_time(self, documents: Sequence[Document], writer: IndexWriter) -> dict[bytes, str]:
+        """Embed a small live batch here and now, if the desk is free and the budget allows."""
+        texts = {chunk.hash: chunk.text for one in documents if one.lane == LIVE for chunk in one.chunks}
+        if not 0 < len(texts) <= self._spec.config.inline_max_chunks or not self._desk.idle:
+            return {}
+        with speaking_of("target", where=f"index {self._spec.name}"):
+            for known in await writer.known_vectors(list(texts)):
+                del texts[known]
+        made = await self._desk.embed_within(texts, self._spec.config.inline_budget_ms / 1000)
+        return {one: vector_text(vector) for one, vector in made.items()}

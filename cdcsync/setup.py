@@ -1,0 +1,188 @@
+"""Set-up: what `run` creates once every check has passed, and where in the stream the pipeline begins or goes on.
+
+Target first, then publication, then slot: a crash anywhere in between is picked up where it was by the next start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import structlog
+from psycopg import sql
+
+from cdcsync.config import Config
+from cdcsync.errors import GapError
+from cdcsync.index.pipelines import Pipelines, PipelineState
+from cdcsync.index.requests import Kind, Requests
+from cdcsync.index.schema import IndexSpec, create_index_relations, create_shared
+from cdcsync.index.session import ApplySession
+from cdcsync.lsn import Lsn
+from cdcsync.postgres import Connection, speaking_of
+from cdcsync.source.catalog import (
+    create_publication_statement,
+    publish_statement,
+    read_publication,
+    read_slot,
+)
+from cdcsync.source.slot import ServerIdentity, SlotConnection
+
+log = structlog.get_logger()
+
+
+async def set_up_shared(target: Connection, config: Config) -> None:
+    """Create pgvector, our schema and the pipeline's row, as far as they are missing."""
+    with speaking_of("target"):
+        async with target.transaction():
+            cursor = await target.execute("SELECT 1 FROM pg_extension WHERE extname = 'vector'")
+            if await cursor.fetchone() is None:
+                await target.execute("CREATE EXTENSION vector SCHEMA public")
+            await create_shared(target, config.target.schema)
+            await Pipelines(config.target.schema, config.source.slot).ensure(target, config.source.publication)
+
+
+async def set_up_indexes(target: Connection, config: Config, specs: Sequence[IndexSpec]) -> None:
+    """Create or extend each index's relations, and ask for the backfill that its state calls for.
+
+    The relations, the index's row and the request commit together.
+    """
+    for spec in specs:
+        with speaking_of("target", where=f"index {spec.name}"):
+            async with target.transaction():
+                await create_index_relations(target, config.target.schema, spec)
+                await _register(target, config, spec)
+
+
+async def _register(target: Connection, config: Config, spec: IndexSpec) -> None:
+    table = sql.Identifier(config.target.schema, "indexes")
+    cursor = await target.execute(
+        sql.SQL("SELECT fingerprint, columns FROM {} WHERE name = %s").format(table), [spec.name]
+    )
+    before = await cursor.fetchone()
+    await target.execute(
+        sql.SQL(
+            "INSERT INTO {} (name, slot, source_table, view_name, key, columns, fingerprint, generation, model, dimensions,"
+            " vector_type, distance, state) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, 'building')"
+            " ON CONFLICT (name) DO UPDATE SET slot = excluded.slot, view_name = excluded.view_name,"
+            " columns = excluded.columns, fingerprint = excluded.fingerprint"
+        ).format(table),
+        [
+            spec.name,
+            config.source.slot,
+            str(spec.shape.table),
+            str(spec.config.view_name),
+            list(spec.shape.key),
+            list(spec.shape.carried),
+            spec.fingerprint,
+            spec.generation,
+            spec.model,
+            spec.dimensions,
+            spec.config.vector_type,
+            spec.distance,
+        ],
+    )
+    request: tuple[Kind, bool] | None = None
+    if before is None:
+        request = ("initial", False)
+    elif before[0] != spec.fingerprint:
+        request = ("replay", True)
+    elif set(spec.shape.carried) - set(before[1]):
+        request = ("replay", False)
+    if request is not None:
+        kind, rewrite = request
+        await Requests(config.target.schema).add(target, spec.name, kind, rewrite=rewrite, filter_=None)
+        log.info("backfill_requested", index=spec.name, kind=kind, rewrite=rewrite)
+
+
+async def set_up_publication(source: Connection, config: Config, specs: Sequence[IndexSpec]) -> None:
+    """Create the publication, or add the tables it lacks.
+
+    It must exist before the slot does: a slot looks its publication up in the catalog of the past.
+    """
+    tables = list(dict.fromkeys(spec.shape.table for spec in specs))
+    name = config.source.publication
+    with speaking_of("source", where=f"publication {name}"):
+        publication = await read_publication(source, name)
+        if publication is None:
+            await source.execute(create_publication_statement(name, tables))
+            log.info("publication_created", publication=name, tables=[str(table) for table in tables])
+        elif missing := [table for table in tables if table not in publication.tables]:
+            await source.execute(publish_statement(name, missing))
+            log.info("publication_extended", publication=name, tables=[str(table) for table in missing])
+
+
+async def starting_point(
+    slot_connection: SlotConnection, source: Connection, session: ApplySession, config: Config
+) -> Lsn:
+    """Return the LSN to stream from, creating the slot for a pipeline that has none yet.
+
+    :raises GapError: changes between the checkpoint and what the slot can send may be missing.
+    """
+    name = config.source.slot
+    state = await session.state()
+    server = await slot_connection.identify()
+    with speaking_of("source", where=f"slot {name}"):
+        slot = await read_slot(source, name)
+    if state.checkpoint is None:
+        if slot is None:
+            log.info("slot_creating", slot=name)
+            begin = await slot_connection.create_slot(name)
+            log.info("slot_created", slot=name, lsn=str(begin))
+        else:
+            assert slot.confirmed_flush is not None
+            begin = slot.confirmed_flush
+            log.info("slot_adopted", slot=name, lsn=str(begin))
+        await session.begin_at(begin, server.system_identifier, server.timeline)
+        return begin
+    _refuse_foreign_history(state, server, name)
+    if slot is None:
+        raise GapError(
+            "the replication slot is gone: changes since the checkpoint cannot be received any more",
+            where=f"slot {name}, checkpoint {state.checkpoint}",
+            hint=_RESYNC,
+        )
+    if slot.wal_status == "lost":
+        raise GapError(
+            "the replication slot has lost WAL that it still needed (max_slot_wal_keep_size)",
+            where=f"slot {name}, checkpoint {state.checkpoint}",
+            hint=_RESYNC,
+        )
+    if slot.confirmed_flush is not None and slot.confirmed_flush > state.checkpoint:
+        raise GapError(
+            f"the slot is ahead of the index: it was advanced to {slot.confirmed_flush} by someone else, recreated,"
+            " or the target fell back to an older state",
+            where=f"slot {name}, checkpoint {state.checkpoint}",
+            hint=_RESYNC,
+        )
+    if server.timeline != state.timeline:
+        await session.begin_at(state.checkpoint, server.system_identifier, server.timeline)
+        log.info("timeline_followed", slot=name, timeline=server.timeline)
+    return state.checkpoint
+
+
+_RESYNC = (
+    'drop the slot, remove the pipeline\'s rows and start again for a full load: docs/operations.md, "After a gap"'
+)
+
+
+def _refuse_foreign_history(state: PipelineState, server: ServerIdentity, slot: str) -> None:
+    where = f"slot {slot}, checkpoint {state.checkpoint}"
+    if state.system_identifier != server.system_identifier:
+        raise GapError(
+            f"this is another cluster than before (system identifier {server.system_identifier},"
+            f" was {state.system_identifier})",
+            where=where,
+            hint=f"point source.dsn at the old cluster, or give the new one a slot name of its own; {_RESYNC}",
+        )
+    if state.timeline is not None and server.timeline < state.timeline:
+        raise GapError(
+            f"the source is on timeline {server.timeline}, and the index has followed timeline {state.timeline}:"
+            " this server was left behind by a promotion, or restored",
+            where=where,
+            hint=f"point source.dsn at the present primary; {_RESYNC}",
+        )
+    if state.checkpoint is not None and server.lsn < state.checkpoint:
+        raise GapError(
+            f"the source's WAL ends at {server.lsn}, before the checkpoint: it was restored from a backup",
+            where=where,
+            hint=_RESYNC,
+        )

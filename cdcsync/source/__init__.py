@@ -1,0 +1,1 @@
+"""The source server: its slot, its catalog and its tables."""

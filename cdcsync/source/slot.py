@@ -1,0 +1,252 @@
+"""The slot's connection: a walsender session driven through libpq's COPY functions.
+
+The rules:
+
+1. One task owns the connection and does both directions on it: what it may do is read what has come, wait, and send.
+2. Only what is committed in the target is ever reported as flushed: the source then throws that WAL away.
+3. A status goes out at least every third of the server's `wal_sender_timeout`, whatever else is busy. The timer is the
+   caller's; `receive` takes the time that is left until then.
+4. Relation messages belong to the connection: after a reconnect nothing of the old one is remembered.
+
+psycopg has no replication interface, and cancelling its own wait would send a cancel request to the walsender. So
+psycopg connects, and from START_REPLICATION on the socket is driven here.
+
+Source: PostgreSQL, "Streaming Replication Protocol"; "libpq - C Library", Functions Associated with the COPY Command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Self
+
+import anyio
+import msgspec
+import psycopg
+from psycopg import pq, sql
+
+from cdcsync.errors import GapError, ProtocolError, SetupError, SlotInUse, SourceUnavailable
+from cdcsync.lsn import Lsn
+from cdcsync.pgoutput.frames import Keepalive, XLogData, decode_frame, encode_status_update
+from cdcsync.pgoutput.wire import from_datetime
+from cdcsync.postgres import RENDERING, connect_error, conninfo_for, describe, first_line, translate
+
+MIN_VERSION = 140000
+"""PostgreSQL 14: pgoutput with logical messages and protocol 2; older ones are out of support."""
+
+
+class ServerIdentity(msgspec.Struct, frozen=True):
+    """What IDENTIFY_SYSTEM says: the cluster, its timeline and the end of its flushed WAL."""
+
+    system_identifier: str
+    timeline: int
+    lsn: Lsn
+    database: str
+
+
+class SlotConnection:
+    """A walsender session on one database; use `connect`, then `start`, then `receive` and `send_status`."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any], where: str) -> None:
+        self._connection = connection
+        self._pgconn = connection.pgconn
+        self._where = where
+
+    @classmethod
+    async def connect(cls, dsn: str) -> Self:
+        """Open the session. The caller closes it.
+
+        :raises SetupError: the login is wrong, or the role may not replicate.
+        :raises SourceUnavailable: the server does not answer now.
+        """
+        where = f"source ({describe(dsn)})"
+        try:
+            connection = await psycopg.AsyncConnection.connect(
+                conninfo_for(dsn, application_name="cdcsync", replication="database"), autocommit=True
+            )
+        except psycopg.Error as error:
+            if ("WAL senders" in str(error) and "permission denied" in str(error)) or "replication role" in str(error):
+                raise SetupError(
+                    first_line(error), where=where, hint="ALTER ROLE … REPLICATION for the role in the DSN"
+                ) from error
+            raise connect_error(error, "source", where) from error
+        slot = cls(connection, where)
+        await slot._command(RENDERING)
+        return slot
+
+    async def identify(self) -> ServerIdentity:
+        """Ask the server who it is."""
+        rows = await self._command("IDENTIFY_SYSTEM")
+        system, timeline, position, database = rows[0]
+        return ServerIdentity(str(system), int(timeline), Lsn.parse(position), str(database))
+
+    async def create_slot(self, name: str, *, failover: bool = False) -> Lsn:
+        """Create a permanent pgoutput slot and return the position from which it sends.
+
+        Waits for every write transaction that is open now to end.
+        """
+        options = ", ".join(["SNAPSHOT 'nothing'", *(["FAILOVER"] if failover else [])])
+        version = self._pgconn.server_version
+        form = f"({options})" if version >= 150000 else "NOEXPORT_SNAPSHOT"
+        statement = sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput " + form).format(sql.Identifier(name))
+        rows = await self._command(statement.as_string(self._connection))
+        return Lsn.parse(rows[0][1])
+
+    async def start(self, slot: str, publications: Sequence[str], lsn: Lsn, *, streaming: bool) -> int:
+        """Begin to stream from `lsn`; returns the protocol version spoken.
+
+        :raises SlotInUse: another connection reads the slot.
+        :raises GapError: the slot is gone or has lost WAL.
+        """
+        version = 4 if self._pgconn.server_version >= 160000 else 2
+        options = {
+            "proto_version": str(version),
+            "publication_names": ",".join('"' + name.replace('"', '""') + '"' for name in publications),
+            "messages": "true",
+        }
+        if streaming:
+            options["streaming"] = "on"
+        body = sql.SQL(", ").join(
+            sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in options.items()
+        )
+        statement = sql.SQL("START_REPLICATION SLOT {} LOGICAL " + str(lsn) + " ({})").format(
+            sql.Identifier(slot), body
+        )
+        self._pgconn.send_query(statement.as_string(self._connection).encode())
+        await self._flush()
+        result = await self._result()
+        if result is None or result.status != pq.ExecStatus.COPY_BOTH:
+            raise self._failure(result, slot=slot)
+        return version
+
+    async def receive(self, timeout_s: float) -> XLogData | Keepalive | None:
+        """Return the next frame; None when nothing came within `timeout_s` seconds (0: only what is here already).
+
+        :raises SourceUnavailable: the connection or the server ended.
+        :raises ProtocolError: the bytes are not of the protocol.
+        """
+        frame = self._poll()
+        if frame is None and timeout_s > 0:
+            with anyio.move_on_after(timeout_s):
+                while frame is None:
+                    await anyio.wait_readable(self._pgconn.socket)
+                    self._consume()
+                    frame = self._poll()
+        return frame
+
+    def poll(self) -> XLogData | Keepalive | None:
+        """Return the next frame that has arrived already, reading the socket once without waiting."""
+        frame = self._poll()
+        if frame is None:
+            self._consume()
+            frame = self._poll()
+        return frame
+
+    async def send_status(self, received: Lsn, durable: Lsn) -> None:
+        """Report what was received, and what is committed in the target: all before `durable` may be recycled."""
+        message = encode_status_update(
+            received=received, flushed=durable, applied=durable, at_us=from_datetime(datetime.now(UTC))
+        )
+        try:
+            self._pgconn.put_copy_data(message)
+        except psycopg.Error as error:
+            raise self._lost(error) from error
+        await self._flush()
+
+    async def aclose(self) -> None:
+        """End the session: the server frees the slot at once instead of noticing a dead peer."""
+        await self._connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def _poll(self) -> XLogData | Keepalive | None:
+        try:
+            size, data = self._pgconn.get_copy_data(1)
+        except psycopg.Error as error:
+            raise self._lost(error) from error
+        if size > 0:
+            return decode_frame(bytes(data))
+        if size == 0:
+            return None
+        raise self._failure(self._pgconn.get_result())
+
+    def _consume(self) -> None:
+        try:
+            self._pgconn.consume_input()
+        except psycopg.Error as error:
+            raise self._lost(error) from error
+
+    async def _flush(self) -> None:
+        try:
+            while self._pgconn.flush():
+                # A server that blocks on sending to us reads nothing until we read: take in what it sends meanwhile.
+                async with anyio.create_task_group() as either:
+                    either.start_soon(_then_cancel, anyio.wait_writable, self._pgconn.socket, either.cancel_scope)
+                    either.start_soon(_then_cancel, anyio.wait_readable, self._pgconn.socket, either.cancel_scope)
+                self._pgconn.consume_input()
+        except psycopg.Error as error:
+            raise self._lost(error) from error
+
+    async def _result(self) -> pq.abc.PGresult | None:
+        try:
+            while self._pgconn.is_busy():
+                await anyio.wait_readable(self._pgconn.socket)
+                self._pgconn.consume_input()
+            return self._pgconn.get_result()
+        except psycopg.Error as error:
+            raise self._lost(error) from error
+
+    async def _command(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a command of the replication grammar and return its rows as text."""
+        self._pgconn.send_query(statement.encode())
+        await self._flush()
+        rows: list[tuple[Any, ...]] = []
+        while (result := await self._result()) is not None:
+            if result.status not in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK):
+                failure = self._failure(result)
+                while await self._result() is not None:
+                    pass
+                raise failure
+            for row in range(result.ntuples):
+                values = [result.get_value(row, column) for column in range(result.nfields)]
+                rows.append(tuple(None if value is None else value.decode() for value in values))
+        return rows
+
+    def _failure(self, result: pq.abc.PGresult | None, *, slot: str | None = None) -> Exception:
+        """Return what an error result of the server, or a COPY that ended, means."""
+        if result is None or result.status in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.COPY_IN):
+            return SourceUnavailable("the server ended the replication stream", where=self._where)
+        error = psycopg.errors.error_from_result(result)
+        message, code = first_line(error), error.sqlstate
+        where = f"slot {slot}" if slot else self._where
+        if code == "55006":
+            return SlotInUse(
+                message, where=where, hint="another worker reads this slot; it takes over when that one ends"
+            )
+        if code == "42704" and slot:
+            return GapError(
+                message, where=where, hint='the slot was dropped: run with on_gap = "resync", or see docs/operations.md'
+            )
+        if code in ("55000", "58P01"):
+            return GapError(message, where=where, hint="the slot has lost WAL it needs: resync, see docs/operations.md")
+        if code == "42501":
+            return SetupError(message, where=where, hint="ALTER ROLE … REPLICATION for the role in the DSN")
+        if code and code.startswith("08P"):
+            return ProtocolError(message, where=where)
+        return translate(error, "source", where=where)
+
+    def _lost(self, error: psycopg.Error) -> SourceUnavailable:
+        return SourceUnavailable(
+            f"the replication connection broke: {first_line(error)}",
+            where=self._where,
+            hint="check that the source server runs and is reachable",
+        )
+
+
+async def _then_cancel(wait: Any, socket: int, scope: anyio.CancelScope) -> None:
+    await wait(socket)
+    scope.cancel()

@@ -1,0 +1,142 @@
+"""Reading rows of source tables, each time with the snapshot that they were read under.
+
+Pages come in key order; single rows by key.
+
+Rows come as the shape's tuples with every value in the text that its type's output function renders, which is what
+the stream carries too.
+
+Each read is one short REPEATABLE READ transaction that writes nothing: no lock beyond ACCESS SHARE, no snapshot that
+outlives it.
+
+Source: PostgreSQL, "Transaction Isolation"; "System Administration Functions" (pg_logical_emit_message).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import anyio
+import msgspec
+from psycopg import pq, sql
+
+from cdcsync.changes import Key, Row, Shape
+from cdcsync.errors import SetupError
+from cdcsync.postgres import Connection
+from cdcsync.transactions import MARK_PREFIX
+from cdcsync.visibility import Snapshot
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Rows in key order, and the snapshot they were read under."""
+
+    snapshot: Snapshot
+    rows: list[Row]
+
+
+class SourceTable:
+    """One index's view of its table: which columns, of which types, under which filter."""
+
+    def __init__(self, shape: Shape, key_types: Sequence[str], row_filter: str | None = None) -> None:
+        self.shape = shape
+        table = sql.Identifier(shape.table.schema, shape.table.name)
+        columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.columns)
+        keys = [sql.Identifier("t", name) for name in shape.key]
+        published = sql.SQL("(" + row_filter + ")") if row_filter else sql.SQL("true")
+        self._key_list = sql.SQL(", ").join(keys)
+        casts = [sql.SQL("%s::text::" + type_) for type_ in key_types]
+        self._select = sql.SQL("SELECT {} FROM {} AS t WHERE {}").format(columns, table, published)
+        self._after = sql.SQL("({}) > ({})").format(self._key_list, sql.SQL(", ").join(casts))
+        places = [sql.Identifier(f"k{at}") for at in range(len(keys))]
+        self._by_keys = sql.SQL("SELECT {} FROM {} AS t JOIN unnest({}) AS wanted({}) ON {} WHERE {}").format(
+            columns,
+            table,
+            sql.SQL(", ").join([sql.SQL("%s::text[]")] * len(keys)),
+            sql.SQL(", ").join(places),
+            sql.SQL(" AND ").join(
+                sql.SQL("{} = wanted.{}::" + type_).format(key, place)
+                for key, place, type_ in zip(keys, places, key_types, strict=True)
+            ),
+            published,
+        )
+        self._count = sql.SQL("SELECT count(*) FROM {} AS t WHERE {}").format(table, published)
+
+    async def page(self, connection: Connection, after: Key | None, limit: int, where: str | None = None) -> Page:
+        """Return up to `limit` rows with keys above `after`, in key order; fewer rows than that are the last ones."""
+        conditions = [self._after] if after is not None else []
+        if where:
+            conditions.append(sql.SQL("(" + where + ")"))
+        statement = sql.SQL(" AND ").join([self._select, *conditions]) + sql.SQL(" ORDER BY {} LIMIT {}").format(
+            self._key_list, sql.Literal(limit)
+        )
+        return await _read(connection, statement, list(after or ()))
+
+    async def by_keys(self, connection: Connection, keys: Sequence[Key]) -> Page:
+        """Return the rows that exist now with these keys, in no order."""
+        return await _read(connection, self._by_keys, [list(column) for column in zip(*keys, strict=True)])
+
+    async def estimate(self, connection: Connection) -> int:
+        """Return the planner's idea of how many rows the table has."""
+        cursor = await connection.execute(
+            "SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::int8 FROM pg_partition_tree(%s::regclass) t"
+            " JOIN pg_class c ON c.oid = t.relid WHERE t.isleaf",
+            [str(self.shape.table)],
+        )
+        row = await cursor.fetchone()
+        assert row is not None
+        return cast(int, row[0])
+
+    async def count(self, connection: Connection, where: str | None = None) -> int:
+        """Return how many rows there are to read."""
+        statement = self._count if not where else self._count + sql.SQL(" AND (" + where + ")")
+        cursor = await connection.execute(statement)
+        row = await cursor.fetchone()
+        assert row is not None
+        return cast(int, row[0])
+
+
+async def _read(connection: Connection, statement: sql.Composed, arguments: Sequence[object]) -> Page:
+    await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+    try:
+        cursor = await connection.execute("SELECT pg_current_snapshot()::text")
+        first = await cursor.fetchone()
+        assert first is not None
+        cursor = await connection.execute(statement, arguments)
+        result = cursor.pgresult
+        assert result is not None
+        page = Page(Snapshot.parse(cast(str, first[0])), _texts(result))
+    except BaseException:
+        if not connection.closed:
+            with anyio.CancelScope(shield=True):
+                await connection.rollback()
+        raise
+    await connection.execute("COMMIT")
+    return page
+
+
+def _texts(result: pq.abc.PGresult) -> list[Row]:
+    """Return a result's rows in the text that the server sent."""
+    value = result.get_value
+    columns = range(result.nfields)
+    rows: list[Row] = []
+    for at in range(result.ntuples):
+        raw = [value(at, column) for column in columns]
+        rows.append(tuple([None if one is None else one.decode() for one in raw]))
+    return rows
+
+
+async def emit_mark(connection: Connection, content: str) -> None:
+    """Write one of our marks into the WAL; the stream delivers it after all that committed before.
+
+    The message is transactional: its commit flushes it, so that it does not wait for other writers to do so.
+    """
+    await connection.execute("SELECT pg_logical_emit_message(true, %s, %s)", [MARK_PREFIX, content])
+
+
+def check_filter(where: str) -> None:
+    """Refuse a filter that could not be one expression.
+
+    :raises SetupError: it holds a statement separator or a comment.
+    """
+    if ";" in where or "--" in where or "/*" in where:
+        raise SetupError("the filter holds more than one expression", where=where, hint="give one SQL condition")

@@ -1,0 +1,90 @@
+"""What a status says. docs/status.md tells each field's meaning; a test holds the two together.
+
+The same structs are the JSON of `cdcsync status --json` and `/status`: times in RFC 3339, LSNs as PostgreSQL prints
+them, None as null where a figure is not known.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+
+from cdcsync.index.requests import Kind
+
+VERSION = 1
+"""Raised when a field goes or changes its meaning. New fields come without."""
+
+IndexState = Literal["building", "live", "paused", "absent"]
+BackfillState = Literal["running", "requested", "paused"]
+
+
+class SlotStatus(msgspec.Struct, frozen=True):
+    """The replication slot, as the source sees it. `safe_bytes` is None where nothing limits it, or it is lost."""
+
+    name: str
+    active: bool
+    wal_status: str | None
+    retained_bytes: int | None
+    safe_bytes: int | None
+    confirmed_flush: str | None
+
+
+class WorkerStatus(msgspec.Struct, frozen=True):
+    """The process that keeps the indexes in step: the one that runs, or the last that did."""
+
+    name: str | None
+    running: bool
+    since: datetime | None
+
+
+class BackfillStatus(msgspec.Struct, frozen=True):
+    """A backfill that is not finished; `rate` in rows a second over all its time, `eta_s` in seconds."""
+
+    id: int
+    kind: Kind
+    state: BackfillState
+    rows_done: int
+    rows_total: int | None
+    rate: float | None
+    eta_s: float | None
+
+
+class IndexStatus(msgspec.Struct, frozen=True):
+    """One index. `backlog_live` is part of `backlog`, `failed` is not."""
+
+    state: IndexState
+    reason: str | None
+    table: str
+    view: str
+    model: str | None = None
+    dimensions: int | None = None
+    documents: int | None = None
+    chunks: int = 0
+    vectors: int = 0
+    backlog: int = 0
+    backlog_live: int = 0
+    failed: int = 0
+    estimated: bool = False
+    backfill: BackfillStatus | None = None
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The pipeline of one configuration, and its indexes, at one moment.
+
+    `problems` is what an operator should look at, each with what to do; it is empty when all is well.
+    """
+
+    version: int
+    read_at: datetime
+    pipeline: str
+    publication: str
+    checkpoint: str | None
+    lag_bytes: int | None
+    lag_seconds: float | None
+    caught_up: bool | None
+    slot: SlotStatus | None
+    worker: WorkerStatus
+    indexes: dict[str, IndexStatus]
+    problems: list[str]

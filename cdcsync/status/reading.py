@@ -1,0 +1,255 @@
+"""One reading of both servers, by any process: nothing is written, nothing is asked of the worker.
+
+The source is read before the target. The checkpoint that is found was then reached after the end of the WAL that it is
+compared with, so a lag of 0 is never claimed wrongly; and a slot that was ahead of the checkpoint truly is.
+
+Source: PostgreSQL, "pg_replication_slots"; "pg_locks".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import cast
+
+import msgspec
+from psycopg import sql
+
+from cdcsync.config import Config
+from cdcsync.errors import SourceUnavailable
+from cdcsync.index.pipelines import Pipelines, PipelineState
+from cdcsync.index.schema import Names
+from cdcsync.lsn import Lsn
+from cdcsync.postgres import Connection, speaking_of
+from cdcsync.source.catalog import Slot, current_lsn, read_slot
+from cdcsync.status.counting import count_index
+from cdcsync.status.model import VERSION, BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus
+
+FRESH = timedelta(seconds=15)
+"""How long a worker's word holds that nothing was left to apply. An idle worker gives it every 10 s."""
+
+SAME_WRITE = timedelta(milliseconds=1)
+"""Two readings of the clock in one UPDATE are microseconds apart, those of two commits are further."""
+
+_GAP_REMEDY = 'docs/operations.md, "After a gap", says how to go on'
+
+
+async def read_status(config: Config, source: Connection | None, target: Connection) -> Status:
+    """Read the status from both servers.
+
+    :param source: None when the source cannot be reached; what only it knows is None then.
+    :param target: a connection in autocommit that nobody else uses meanwhile.
+    :raises TargetUnavailable: the target does not answer now.
+    :raises SetupError: the role may not read our tables, or the source's slots.
+    """
+    problems: list[str] = []
+    end, slot = await _read_source(config, source)
+    if end is None:
+        problems.append("the source cannot be reached, so lag and slot are unknown: check that it runs")
+    schema, name = config.target.schema, config.source.slot
+    with speaking_of("target"):
+        present = await _relations(target, schema)
+        pipelines = Pipelines(schema, name)
+        set_up = {"pipelines", "indexes", "backfills"} <= present
+        state = await pipelines.read(target) if set_up else None
+        holder = await pipelines.holder(target)
+        now, since = await _clock(target, holder)
+        worker = WorkerStatus(None if state is None else state.worker, holder is not None, since)
+        stored = _Indexes()
+        if state is None:
+            problems.append(f"schema {schema} of the target holds no pipeline {name}: run `cdcsync run` first")
+        else:
+            problems += _worker_problems(config, slot if end is not None else None, worker)
+            if end is not None:
+                problems += _slot_problems(name, slot, state)
+            stored = await _read_indexes(target, config, present, problems)
+    lag = _lag(end, state, worker, stored.oldest, now)
+    return Status(
+        version=VERSION,
+        read_at=now,
+        pipeline=name,
+        publication=config.source.publication,
+        checkpoint=None if state is None or state.checkpoint is None else str(state.checkpoint),
+        lag_bytes=lag.bytes,
+        lag_seconds=lag.seconds,
+        caught_up=lag.caught_up,
+        slot=None if slot is None else _slot_status(slot),
+        worker=worker,
+        indexes={index: stored.found.get(index) or _absent(config, index) for index in config.indexes},
+        problems=problems,
+    )
+
+
+# -- source and worker ------------------------------------------------------------------------------------------
+
+
+async def _read_source(config: Config, source: Connection | None) -> tuple[Lsn | None, Slot | None]:
+    """Return the end of the source's WAL, None when it does not answer, and the slot."""
+    if source is None:
+        return None, None
+    try:
+        with speaking_of("source"):
+            return await current_lsn(source), await read_slot(source, config.source.slot)
+    except SourceUnavailable:
+        return None, None
+
+
+def _slot_status(slot: Slot) -> SlotStatus:
+    return SlotStatus(
+        name=slot.name,
+        active=slot.active_pid is not None,
+        wal_status=slot.wal_status,
+        retained_bytes=slot.retained_bytes,
+        safe_bytes=slot.safe_bytes,
+        confirmed_flush=None if slot.confirmed_flush is None else str(slot.confirmed_flush),
+    )
+
+
+def _worker_problems(config: Config, slot: Slot | None, worker: WorkerStatus) -> Iterator[str]:
+    if not worker.running:
+        yield f"no worker runs for slot {config.source.slot}: start `cdcsync run`"
+    if slot is None:
+        return
+    if slot.active_pid is not None and not worker.running:
+        yield f"slot {slot.name} is read by a process that is not this pipeline's worker: source pid {slot.active_pid}"
+    if slot.active_pid is None and worker.running:
+        yield f"worker {worker.name} runs and is not reading slot {slot.name}: its log says why"
+
+
+def _slot_problems(name: str, slot: Slot | None, state: PipelineState) -> Iterator[str]:
+    if slot is None:
+        if state.checkpoint is not None:
+            yield f"slot {name} is gone, and with it the changes since {state.checkpoint}: {_GAP_REMEDY}"
+        return
+    if slot.wal_status == "lost":
+        yield f"slot {name} has lost WAL that the index needs (max_slot_wal_keep_size): {_GAP_REMEDY}"
+    elif slot.wal_status == "unreserved":
+        yield (
+            f"slot {name} holds more WAL than max_slot_wal_keep_size and is lost at the source's next checkpoint:"
+            " let the worker catch up, or raise the setting"
+        )
+    if slot.confirmed_flush is not None and state.checkpoint is not None and slot.confirmed_flush > state.checkpoint:
+        yield f"slot {name} is ahead of the checkpoint, at {slot.confirmed_flush}: {_GAP_REMEDY}"
+
+
+# -- target -----------------------------------------------------------------------------------------------------
+
+
+async def _relations(target: Connection, schema: str) -> set[str]:
+    cursor = await target.execute(
+        "SELECT relname FROM pg_class WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)", [schema]
+    )
+    return {cast(str, row[0]) for row in await cursor.fetchall()}
+
+
+async def _clock(target: Connection, holder: int | None) -> tuple[datetime, datetime | None]:
+    """Return the target's time, which its rows are stamped with, and since when the lock's session exists."""
+    cursor = await target.execute(
+        "SELECT clock_timestamp(), (SELECT backend_start FROM pg_stat_activity WHERE pid = %s)", [holder]
+    )
+    return cast(tuple[datetime, datetime | None], await cursor.fetchone())
+
+
+class _Lag(msgspec.Struct, frozen=True):
+    bytes: int | None = None
+    seconds: float | None = None
+    caught_up: bool | None = None
+
+
+def _lag(
+    end: Lsn | None, state: PipelineState | None, worker: WorkerStatus, begun: datetime | None, now: datetime
+) -> _Lag:
+    """Return how far the index is behind the source.
+
+    The end of the WAL is seldom the checkpoint itself: other databases write too, and so do we. So a worker that said
+    moments ago that nothing was left counts as caught up. Otherwise the lag is the time since it last said so.
+    """
+    if end is None or state is None:
+        return _Lag()
+    if state.checkpoint is None:
+        return _Lag(caught_up=False)
+    behind = end.bytes_since(state.checkpoint)
+    said = state.caught_up_at
+    nothing_left = said is not None and state.updated_at - said < SAME_WRITE and now - said < FRESH
+    if behind == 0 or (worker.running and nothing_left):
+        return _Lag(behind, 0.0, True)
+    start = said or begun
+    return _Lag(behind, None if start is None else round(max(0.0, (now - start).total_seconds()), 3), False)
+
+
+# -- indexes ----------------------------------------------------------------------------------------------------
+
+
+class _Indexes(msgspec.Struct, frozen=True):
+    """The indexes that are stored, and when the oldest of them was made."""
+
+    found: dict[str, IndexStatus] = {}
+    oldest: datetime | None = None
+
+
+async def _read_indexes(target: Connection, config: Config, present: set[str], problems: list[str]) -> _Indexes:
+    schema, slot = config.target.schema, config.source.slot
+    cursor = await target.execute(
+        sql.SQL(
+            "SELECT name, slot, generation, model, dimensions, state, reason, source_table, view_name, created_at"
+            " FROM {} WHERE slot = %s OR name = ANY(%s) ORDER BY name"
+        ).format(sql.Identifier(schema, "indexes")),
+        [slot, list(config.indexes)],
+    )
+    rows = await cursor.fetchall()
+    backfills = await _read_backfills(target, schema, list(config.indexes), problems)
+    found: dict[str, IndexStatus] = {}
+    for name, owner, generation, model, dimensions, state, reason, table, view, _ in rows:
+        if name not in config.indexes:
+            problems.append(f"index {name} is not in the configuration: nothing keeps it in step any more")
+            continue
+        if owner != slot:
+            problems.append(f"index {name} belongs to the pipeline of slot {owner}: give one of the two another name")
+        status = IndexStatus(state, reason, table, view, model, dimensions, backfill=backfills.get(name))
+        if state == "paused":
+            problems.append(f"index {name} is paused: {reason or 'no reason is stored'}")
+        if missing := sorted({f"{name}_chunks", f"{name}_vectors_{generation}", f"{name}_backlog"} - present):
+            lost = f"tables are missing: {', '.join(missing)}"
+            problems.append(f"index {name}: {lost}; `cdcsync run` creates them, `cdcsync replay {name}` fills them")
+            found[name] = msgspec.structs.replace(status, state="absent", reason=lost)
+            continue
+        counts = await count_index(target, Names(schema, name), generation)
+        if counts.failed:
+            problems.append(f"index {name}: {counts.failed} chunks have no vector, see `cdcsync failures {name} list`")
+        found[name] = msgspec.structs.replace(status, **msgspec.structs.asdict(counts))
+    if new := [name for name in config.indexes if name not in found]:
+        problems.append(f"not set up yet: {', '.join(new)}; start the worker again with this configuration")
+    return _Indexes(found, min((row[-1] for row in rows), default=None))
+
+
+def _absent(config: Config, name: str) -> IndexStatus:
+    index = config.indexes[name]
+    return IndexStatus("absent", "not set up yet: `cdcsync run` does it", str(index.table_name), str(index.view_name))
+
+
+async def _read_backfills(
+    target: Connection, schema: str, indexes: list[str], problems: list[str]
+) -> dict[str, BackfillStatus]:
+    """Return each index's backfill that runs, or else the next one."""
+    cursor = await target.execute(
+        sql.SQL(
+            "SELECT DISTINCT ON (index_name) index_name, id, kind, state, rows_done, rows_total,"
+            " extract(epoch FROM clock_timestamp() - started_at)::float8, error FROM {} WHERE index_name = ANY(%s)"
+            " ORDER BY index_name, array_position(ARRAY['running', 'requested', 'paused'], state),"
+            " CASE WHEN state IN ('running', 'requested', 'paused') THEN id ELSE -id END"
+        ).format(sql.Identifier(schema, "backfills")),
+        [indexes],
+    )
+    found = {}
+    for index, id_, kind, state, done, total, elapsed_s, error in await cursor.fetchall():
+        if state in ("running", "requested", "paused"):
+            rate = done / elapsed_s if state == "running" and done and elapsed_s else None
+            eta_s = max(0, total - done) / rate if rate is not None and total is not None else None
+            found[index] = BackfillStatus(id_, kind, state, done, total, _rounded(rate), _rounded(eta_s))
+        elif state == "failed":
+            problems.append(f"index {index}: its last {kind} failed ({error}); `cdcsync replay {index}` starts another")
+    return found
+
+
+def _rounded(figure: float | None) -> float | None:
+    return None if figure is None else round(figure, 1)

@@ -1,0 +1,408 @@
+"""The stream flow: from the slot to the target, exactly once.
+
+    slot ─► receive ─► assemble ─► batch ─► apply (one target transaction) ─► acknowledge
+
+Two tasks share one open batch. *Receive* owns the slot's connection: it fills the batch, reports progress on a
+timer, and stops reading while the batch is full. *Apply* takes the batch when it is free and the stream is dry, or
+when the batch is full: so light load has no added wait, and heavy load makes its own large batches.
+
+The rules:
+
+1. A status is sent on time whatever apply, the target or the embedder do. It reports as flushed only what is committed.
+2. The checkpoint moves with the batch, to the end of its last complete transaction.
+3. What needs no apply (transactions of other tables, keepalives) moves the checkpoint only while nothing is in
+   flight, and is then written at most every `IDLE_CHECKPOINT_S`, but at once after real work, so that readers who
+   wait for an LSN get on.
+4. When the connection ends, the open batch is thrown away: everything after the checkpoint is delivered again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+
+import anyio
+import anyio.lowlevel
+import structlog
+
+from cdcsync.batches import Batch
+from cdcsync.changes import Shape, Truncation, Upsert
+from cdcsync.embed import EmbedLoop, backoff_s
+from cdcsync.errors import SourceUnavailable, TargetUnavailable, leading
+from cdcsync.index.apply import Applied, ChangeSet
+from cdcsync.index.schema import IndexSpec
+from cdcsync.index.session import ApplySession
+from cdcsync.lsn import Lsn
+from cdcsync.metrics import Metrics
+from cdcsync.pgoutput.decode import decode
+from cdcsync.pgoutput.frames import Keepalive
+from cdcsync.pgoutput.messages import (
+    Begin,
+    Commit,
+    PgoutputMessage,
+    StreamAbort,
+    StreamCommit,
+    StreamStart,
+    StreamStop,
+)
+from cdcsync.pgoutput.wire import to_datetime
+from cdcsync.prepare import Preparer
+from cdcsync.progress import Progress
+from cdcsync.source.slot import SlotConnection
+from cdcsync.source.spool import Spool
+from cdcsync.transactions import Assembler, Committed, Mark
+from cdcsync.visibility import Deliveries
+
+log = structlog.get_logger()
+
+IDLE_CHECKPOINT_S = 10.0
+"""How often an idle pipeline writes its position: one small row, against WAL kept for nothing."""
+
+PROMPT_STATUS_S = 1.0
+"""A moved checkpoint is reported within this time, so that the source can recycle WAL."""
+
+TURN_MESSAGES = 500
+"""Messages handled before other tasks get a turn: a few milliseconds."""
+
+
+class Stream:
+    """Follows the slot for the life of the worker, over any number of connections."""
+
+    def __init__(
+        self,
+        *,
+        specs: Sequence[IndexSpec],
+        session: ApplySession,
+        preparers: Mapping[str, Preparer],
+        embed_loops: Mapping[str, EmbedLoop],
+        deliveries: Mapping[str, Deliveries],
+        take_page: Callable[[Mark, Batch], None],
+        page_applied: Callable[[Batch], None],
+        spool: Spool,
+        metrics: Metrics,
+        batch_rows: int,
+        batch_bytes: int,
+        status_every_s: float,
+    ) -> None:
+        self._specs = specs
+        self._session = session
+        self._preparers = preparers
+        self._embed_loops = embed_loops
+        self._deliveries = deliveries
+        self._take_page = take_page
+        self._page_applied = page_applied
+        self._spool = spool
+        self._metrics = metrics
+        self._batch_rows = batch_rows
+        self._batch_bytes = batch_bytes
+        self.status_every_s = status_every_s
+        self._tables: dict[tuple[str, str], list[Shape]] = {}
+        for spec in specs:
+            table = spec.shape.table
+            self._tables.setdefault((table.schema, table.name), []).append(spec.shape)
+        self.progress = Progress(Lsn(0))
+        self.source_end = Lsn(0)
+        """The end of the source's WAL as last heard of."""
+        self.oldest_unapplied: datetime | None = None
+        """Commit time of the oldest transaction that is received and not applied."""
+        self.stopping = False
+        self._reset(Lsn(0))
+
+    def _reset(self, checkpoint: Lsn) -> None:
+        self.progress = Progress(checkpoint)
+        self._batch = Batch()
+        self._assembler = Assembler(self._tables, checkpoint)
+        self._dry = False
+        self._applying = False
+        self._passed = checkpoint
+        self._work_since_idle_checkpoint = True
+        self._last_idle_checkpoint = 0.0
+        self._wake_apply = anyio.Event()
+        self._wake_receive = anyio.Event()
+        self._spool.clear()
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether everything that was received is in the target."""
+        return self._dry and not self._applying and not self._batch and not self._assembler.in_transaction
+
+    async def follow(self, slot: SlotConnection, checkpoint: Lsn) -> None:
+        """Receive and apply over a connection that has begun to stream at `checkpoint`; returns when told to stop.
+
+        :raises SourceUnavailable: the connection ended; call again with a new one.
+        """
+        self._reset(checkpoint)
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._apply_for_ever)
+                await self._receive_until_stopped(slot)
+                tasks.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise leading(group) from None
+
+    def stop(self) -> None:
+        """Ask for an orderly end: the batch in hand is finished, the last status is sent."""
+        self.stopping = True
+        self._wake_receive.set()
+        self._wake_apply.set()
+
+    # -- receive ------------------------------------------------------------------------------------------------
+
+    async def _receive_until_stopped(self, slot: SlotConnection) -> None:
+        self._slot = slot
+        self._status_due = anyio.current_time()
+        handled = 0
+        while not self.stopping:
+            await self._report_when_due()
+            if self._full:
+                await self._wait_for_room()
+                continue
+            frame = slot.poll()
+            if frame is None:
+                self._note_dry()
+                frame = await slot.receive(self._patience())
+                if frame is None:
+                    continue
+            self._dry = False
+            self.source_end = max(self.source_end, frame.wal_end)
+            if isinstance(frame, Keepalive):
+                self._keepalive(frame)
+            else:
+                self._metrics.received_bytes.inc(len(frame.payload))
+                self.progress.receive(frame.wal_start)
+                await self._take(frame.payload)
+            handled += 1
+            if handled % TURN_MESSAGES == 0:
+                await anyio.lowlevel.checkpoint()
+        # Whoever stops waits for the batch that is being applied, and tells the source how far it got.
+        while self._applying:
+            await self._pause_receiving(self._patience())
+            await self._report_when_due()
+        await slot.send_status(self.progress.received, self.progress.acknowledge())
+
+    async def _take(self, payload: bytes) -> None:
+        """Handle one message: keep it for later if its transaction is still open, else hand it on."""
+        if self._spool.receiving and payload[:1] != b"E":
+            self._spool.append(int.from_bytes(payload[1:5], "big"), payload)
+            return
+        message = decode(payload)
+        match message:
+            case StreamStart():
+                self._spool.enter(message.xid)
+            case StreamStop():
+                self._spool.leave()
+            case StreamAbort():
+                self._spool.abort(message.xid, message.subxid)
+            case StreamCommit():
+                for replayed in self._replay(message):
+                    await self._hand_on(replayed)
+                self._spool.drop(message.xid)
+            case _:
+                await self._hand_on(message)
+
+    def _replay(self, commit: StreamCommit) -> Iterator[PgoutputMessage]:
+        """Yield a spooled transaction as if it had been sent whole at its commit."""
+        yield Begin(final_lsn=commit.commit_lsn, commit_time_us=commit.commit_time_us, xid=commit.xid)
+        for payload in self._spool.replay(commit.xid):
+            yield decode(payload, streamed=True)
+        yield Commit(
+            flags=0, commit_lsn=commit.commit_lsn, end_lsn=commit.end_lsn, commit_time_us=commit.commit_time_us
+        )
+
+    async def _hand_on(self, message: PgoutputMessage) -> None:
+        """Put what a message means into the open batch, waiting for room first."""
+        while self._full:
+            await self._report_when_due()
+            await self._wait_for_room()
+        if type(message) is Begin and self.oldest_unapplied is None:
+            self.oldest_unapplied = to_datetime(message.commit_time_us)
+        for event in self._assembler.feed(message):
+            match event:
+                case Committed():
+                    self._end_transaction(event)
+                case Mark():
+                    self._take_page(event, self._batch)
+                case _:
+                    deliveries = self._deliveries[event.shape.index]
+                    if isinstance(event, Truncation):
+                        deliveries.truncated(event.xid)
+                    else:
+                        deliveries.touched(event.key, event.xid)
+                        if isinstance(event, Upsert) and event.moved_from is not None:
+                            deliveries.touched(event.moved_from, event.xid)
+                    self._batch.add(event)
+
+    def _end_transaction(self, transaction: Committed) -> None:
+        if self._batch.indexes or self._batch.pages:
+            self._batch.commit(transaction)
+        else:
+            self._pass(transaction.end_lsn)
+
+    def _keepalive(self, keepalive: Keepalive) -> None:
+        if not self._assembler.in_transaction and not self._batch:
+            self._pass(keepalive.wal_end)
+        if keepalive.reply_requested:
+            self._status_due = anyio.current_time()
+            # A server that shuts down waits until what it sent is flushed here.
+            self._work_since_idle_checkpoint = True
+
+    def _pass(self, lsn: Lsn) -> None:
+        """Note a position up to which there is nothing (more) to apply."""
+        self._passed = max(self._passed, lsn)
+        self.progress.receive(lsn)
+        if not self._applying:
+            self.oldest_unapplied = None
+
+    def _note_dry(self) -> None:
+        self._dry = True
+        if self._batch or self._passed > self.progress.checkpoint:
+            self._wake_apply.set()
+
+    @property
+    def _full(self) -> bool:
+        return self._batch.rows >= self._batch_rows or self._batch.bytes >= self._batch_bytes
+
+    async def _wait_for_room(self) -> None:
+        self._wake_apply.set()
+        await self._pause_receiving(self._patience())
+
+    async def _pause_receiving(self, timeout_s: float) -> None:
+        self._wake_receive = anyio.Event()
+        if self._applying or self._full:
+            with anyio.move_on_after(timeout_s):
+                await self._wake_receive.wait()
+
+    def _patience(self) -> float:
+        """Return how long receive may wait before a status is due, in seconds."""
+        left = self._status_due - anyio.current_time()
+        if self.progress.checkpoint > self.progress.acknowledged or self._applying:
+            left = min(left, PROMPT_STATUS_S)
+        return max(0.0, left)
+
+    async def _report_when_due(self) -> None:
+        now = anyio.current_time()
+        moved = self.progress.checkpoint > self.progress.acknowledged
+        prompt = moved and self._status_due - self.status_every_s + PROMPT_STATUS_S <= now
+        if now >= self._status_due or prompt:
+            self._status_due = now + self.status_every_s
+            await self._slot.send_status(self.progress.received, self.progress.acknowledge())
+
+    # -- apply --------------------------------------------------------------------------------------------------
+
+    async def _apply_for_ever(self) -> None:
+        while True:
+            if self._ready:
+                batch, self._batch = self._batch, Batch()
+                self._applying = True
+                self._wake_receive.set()
+                try:
+                    await self._apply(batch)
+                finally:
+                    self._applying = False
+                    self._wake_receive.set()
+                continue
+            if self._idle_checkpoint_due:
+                await self._write_idle_checkpoint()
+                continue
+            self._wake_apply = anyio.Event()
+            if not self._ready:
+                with anyio.move_on_after(1.0):
+                    await self._wake_apply.wait()
+
+    @property
+    def _ready(self) -> bool:
+        if self.stopping:
+            return False
+        return self._full or (self._dry and bool(self._batch) and not self._batch.partial)
+
+    async def _apply(self, batch: Batch) -> None:
+        """Bring a batch to the target, trying again for as long as a server is away."""
+        attempt = 0
+        started = anyio.current_time()
+        while True:
+            try:
+                changes = {
+                    index: await self._preparers[index].prepare(of_index, self._session.writer(index))
+                    for index, of_index in batch.indexes.items()
+                }
+                applied = await self._commit(changes, batch)
+            except (TargetUnavailable, SourceUnavailable) as error:
+                await self._recover(error, attempt)
+                attempt += 1
+            else:
+                break
+        if batch.end_lsn is not None:
+            self.progress.commit(batch.end_lsn)
+        self._work_since_idle_checkpoint = True
+        self._account(batch, changes, applied, anyio.current_time() - started)
+        self._page_applied(batch)
+
+    async def _commit(self, changes: Mapping[str, ChangeSet], batch: Batch) -> dict[str, Applied]:
+        # Cancelled in the middle, the driver could leave the transaction open: one that has begun is finished.
+        applied: dict[str, Applied] = {}
+        with anyio.CancelScope(shield=True):
+            applied = await self._session.apply(
+                changes,
+                batch.pages,
+                batch.end_lsn,
+                commit_time=to_datetime(batch.commit_time_us) if batch.commit_time_us is not None else None,
+                caught_up=self._dry and not self._batch,
+            )
+        return applied
+
+    async def _recover(self, error: TargetUnavailable | SourceUnavailable, attempt: int) -> None:
+        delay = backoff_s(attempt, first=0.1, most=10)
+        side = "target" if isinstance(error, TargetUnavailable) else "source"
+        log.warning("apply_waits", side=side, error=str(error), attempt=attempt + 1, delay_s=round(delay, 2))
+        await anyio.sleep(delay)
+        if side == "target":
+            self._metrics.reconnects.labels(side).inc()
+            with contextlib.suppress(TargetUnavailable):  # the next attempt fails the same way, and waits longer
+                await self._session.reopen(self._specs)
+
+    @property
+    def _idle_checkpoint_due(self) -> bool:
+        if self._passed <= self.progress.checkpoint or self._batch or self._assembler.in_transaction:
+            return False
+        rested = anyio.current_time() - self._last_idle_checkpoint
+        return rested >= IDLE_CHECKPOINT_S or (self._work_since_idle_checkpoint and self._dry)
+
+    async def _write_idle_checkpoint(self) -> None:
+        passed = self._passed
+        self._last_idle_checkpoint = anyio.current_time()
+        self._work_since_idle_checkpoint = False
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._session.apply({}, (), passed, commit_time=None, caught_up=self._dry)
+        except TargetUnavailable as error:
+            await self._recover(error, 0)
+        else:
+            self.progress.commit(passed)
+
+    def _account(
+        self, batch: Batch, changes: Mapping[str, ChangeSet], applied: Mapping[str, Applied], seconds: float
+    ) -> None:
+        metrics = self._metrics
+        metrics.transactions.inc(batch.transactions)
+        metrics.batch_rows.observe(batch.rows)
+        metrics.apply_seconds.observe(seconds)
+        if batch.commit_time_us is not None:
+            committed = to_datetime(batch.commit_time_us)
+            metrics.text_freshness.observe(max(0.0, (datetime.now(UTC) - committed).total_seconds()))
+        if not self._batch and not self._assembler.in_transaction:
+            self.oldest_unapplied = None
+        for index, result in applied.items():
+            metrics.chunks.labels(index).inc(result.chunks)
+            metrics.chunks_deleted.labels(index).inc(result.deleted)
+            metrics.vectors.labels(index, "reused").inc(result.reused)
+            metrics.vectors.labels(index, "inline").inc(result.inline)
+            if result.queued:
+                self._embed_loops[index].notify(live=any(one.lane == 0 for one in changes[index].documents))
+        log.debug(
+            "batch_applied",
+            rows=batch.rows,
+            transactions=batch.transactions,
+            checkpoint=str(self.progress.checkpoint),
+            milliseconds=round(seconds * 1000, 1),
+        )

@@ -1,0 +1,154 @@
+"""From protocol messages to the changes of whole transactions.
+
+The rules:
+
+1. Outside a transaction only Begin, Relation, Type, Origin and Message may come; inside, anything but Begin.
+2. A transaction whose commit record begins before the checkpoint is skipped whole: a checkpoint is always the end of
+   a record, so that transaction ended at or before it.
+3. Relation messages belong to the connection. A new connection needs a new assembler.
+4. Marks are logical messages under our prefix, written inside a transaction of their own: each is delivered after every
+   transaction that committed before it.
+
+Source: PostgreSQL, "Logical Streaming Replication Protocol"; src/backend/replication/pgoutput/pgoutput.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from cdcsync.changes import Change, Projection, Shape, Truncation
+from cdcsync.errors import ProtocolError
+from cdcsync.lsn import Lsn
+from cdcsync.pgoutput.messages import (
+    Begin,
+    Commit,
+    Delete,
+    Insert,
+    Message,
+    Origin,
+    PgoutputMessage,
+    Relation,
+    Truncate,
+    Type,
+    Update,
+)
+
+MARK_PREFIX = "cdcsync"
+"""The prefix of our own logical messages."""
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """One of our own messages: a place in the stream that a backfill waits for."""
+
+    content: str
+    lsn: int
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """The end of a transaction: everything of it has been delivered.
+
+    :param end_lsn: the position to resume from once the transaction is in the target.
+    :param commit_time_us: microseconds since 2000-01-01 UTC.
+    """
+
+    end_lsn: Lsn
+    commit_time_us: int
+
+
+Event = Change | Mark | Committed
+
+NOTHING: tuple[Event, ...] = ()
+
+
+class Assembler:
+    """Follows one connection's messages and tells what they mean for the indexes."""
+
+    def __init__(self, tables: Mapping[tuple[str, str], Sequence[Shape]], checkpoint: Lsn) -> None:
+        """Begin at `checkpoint`; `tables` maps (schema, name) as the stream says it to the shapes of its indexes."""
+        self._tables = tables
+        self._checkpoint = checkpoint
+        self._projections: dict[int, tuple[Projection, ...]] = {}
+        self._xid: int | None = None
+        self._lsn = 0
+        self._skipping = False
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction has begun and not ended."""
+        return self._xid is not None
+
+    def feed(self, message: PgoutputMessage) -> Sequence[Event]:
+        """Take the next message and return what follows from it, in order.
+
+        :raises ProtocolError: the message may not come here.
+        :raises SchemaChanged: a table no longer has what an index needs.
+        """
+        kind = type(message)
+        if kind is Insert or kind is Update or kind is Delete:
+            return self._row(message)  # type: ignore[arg-type]
+        match message:
+            case Begin():
+                self._begin(message)
+            case Commit():
+                return self._commit(message)
+            case Relation():
+                shapes = self._tables.get((message.namespace, message.name), ())
+                self._projections[message.oid] = tuple(Projection(shape, message) for shape in shapes)
+            case Truncate():
+                xid = self._inside("Truncate")
+                if not self._skipping:
+                    return [
+                        Truncation(projection.shape, xid, self._lsn)
+                        for oid in message.relation_oids
+                        for projection in self._of(oid)
+                    ]
+            case Message():
+                if message.prefix == MARK_PREFIX and not self._skipping:
+                    return (Mark(message.content.decode("utf-8", "replace"), message.lsn),)
+            case Type() | Origin():
+                pass
+            case _:
+                raise ProtocolError(f"unexpected {kind.__name__} message: streaming and two-phase were not requested")
+        return NOTHING
+
+    def _row(self, message: Insert | Update | Delete) -> Sequence[Event]:
+        xid = self._inside(type(message).__name__)
+        projections = self._of(message.relation_oid)
+        if self._skipping or not projections:
+            return NOTHING
+        lsn = self._lsn
+        if isinstance(message, Insert):
+            return [projection.inserted(message.new, xid, lsn) for projection in projections]
+        if isinstance(message, Update):
+            return [
+                projection.updated(message.old_kind, message.old, message.new, xid, lsn) for projection in projections
+            ]
+        return [projection.deleted(message.old, xid, lsn) for projection in projections]
+
+    def _begin(self, message: Begin) -> None:
+        if self._xid is not None:
+            raise ProtocolError("a transaction began inside another one")
+        self._xid = message.xid
+        self._lsn = message.final_lsn
+        self._skipping = message.final_lsn < self._checkpoint
+
+    def _commit(self, message: Commit) -> Sequence[Event]:
+        self._inside("Commit")
+        self._xid = None
+        if self._skipping:
+            self._skipping = False
+            return NOTHING
+        return (Committed(message.end_lsn, message.commit_time_us),)
+
+    def _inside(self, name: str) -> int:
+        if self._xid is None:
+            raise ProtocolError(f"a {name} message came outside any transaction")
+        return self._xid
+
+    def _of(self, oid: int) -> tuple[Projection, ...]:
+        try:
+            return self._projections[oid]
+        except KeyError:
+            raise ProtocolError(f"a change of relation {oid} came before its description") from None

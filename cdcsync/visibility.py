@@ -1,0 +1,139 @@
+"""Which transactions a snapshot of the source sees, and what the stream delivered besides.
+
+A backfill reads pages of a table while the stream goes on. A page row may be applied at the page's mark
+unless a transaction that the page's snapshot does *not* see has touched that key and was already delivered:
+then the stream's version is newer and the page's is dropped.
+
+The rules:
+
+1. Compare transaction ids, never LSNs. A commit record can be in the WAL, and delivered to us, while new snapshots
+   still exclude the transaction: it leaves the list of running transactions only after waiting for a
+   synchronous standby.
+2. While an index is *recorded*, every key the stream touches is remembered with the last transaction that did so.
+3. A transaction delivered while the index was *not* recorded is a *suspect*: its keys are unknown, so no page may be
+   read by a snapshot that does not see it. So is every transaction that was running when the pipeline began to
+   receive, or when a table joined the publication: what it did before may never be delivered.
+4. What a snapshot sees, every later snapshot sees. Whatever the newest snapshot sees is forgotten.
+
+Source: PostgreSQL, "System Information Functions" (pg_snapshot); src/backend/access/transam/xact.c
+(RecordTransactionCommit, then ProcArrayEndTransaction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Self
+
+import msgspec
+
+from cdcsync.changes import Key
+
+XID_SPAN = 1 << 32
+"""The stream carries transaction ids modulo this; snapshots carry them whole."""
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """What `pg_current_snapshot()` says: the 64-bit transaction ids that are finished, and those that are not.
+
+    Everything below `xmin` is finished, everything from `xmax` on is not, and `running` lists what is not in between.
+    """
+
+    xmin: int
+    xmax: int
+    running: frozenset[int]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read PostgreSQL's `xmin:xmax:xip,…` form.
+
+        :raises ValueError: the text has another form.
+        """
+        xmin, xmax, running = text.split(":")
+        return cls(int(xmin), int(xmax), frozenset(int(xid) for xid in running.split(",") if xid))
+
+    def widen(self, xid: int) -> int:
+        """Return the 64-bit id of a 32-bit `xid` from the stream: the one nearest to this snapshot's end."""
+        distance = (xid - self.xmax) % XID_SPAN
+        if distance >= XID_SPAN // 2:
+            distance -= XID_SPAN
+        return self.xmax + distance
+
+    def sees(self, xid: int) -> bool:
+        """Say whether the effects of transaction `xid` (32 or 64 bits), if it committed, are in this snapshot."""
+        whole = self.widen(xid)
+        return whole < self.xmin or (whole < self.xmax and whole not in self.running)
+
+
+class Deliveries:
+    """The memory of what the stream delivered for one index, as far as a later page has to know it."""
+
+    def __init__(self) -> None:
+        self._suspects: set[int] = set()
+        self._keys: dict[Key, int] | None = None
+        self._truncated: int | None = None
+
+    @property
+    def recording(self) -> bool:
+        """Whether keys are being remembered."""
+        return self._keys is not None
+
+    @property
+    def suspects(self) -> frozenset[int]:
+        """The transactions that a page's snapshot has to see, as 32-bit ids."""
+        return frozenset(self._suspects)
+
+    @property
+    def size(self) -> int:
+        """How many keys and transactions are remembered."""
+        return len(self._suspects) + len(self._keys or ())
+
+    def suspect(self, xids: Iterable[int]) -> None:
+        """Require every later page to see these transactions (32 or 64 bits)."""
+        self._suspects.update(xid % XID_SPAN for xid in xids)
+
+    def record(self) -> None:
+        """Begin to remember keys; a page's snapshot must be taken after this."""
+        if self._keys is None:
+            self._keys = {}
+
+    def stop(self) -> None:
+        """End remembering keys; what was recorded and may still be unseen becomes suspect."""
+        if self._keys is not None:
+            self._suspects.update(self._keys.values())
+        if self._truncated is not None:
+            self._suspects.add(self._truncated)
+        self._keys = None
+        self._truncated = None
+
+    def touched(self, key: Key, xid: int) -> None:
+        """Note that the stream delivered a change of `key` made by `xid`."""
+        if self._keys is None:
+            self._suspects.add(xid)
+        else:
+            self._keys[key] = xid
+
+    def truncated(self, xid: int) -> None:
+        """Note that the stream delivered a TRUNCATE made by `xid`."""
+        if self._keys is None:
+            self._suspects.add(xid)
+        else:
+            self._truncated = xid
+
+    def unseen(self, snapshot: Snapshot) -> list[int]:
+        """Return the suspects that `snapshot` does not see: with any, the page has to be read again."""
+        return [xid for xid in self._suspects if not snapshot.sees(xid)]
+
+    def hides(self, key: Key, snapshot: Snapshot) -> bool:
+        """Say whether the stream has already delivered something newer for `key` than `snapshot` shows."""
+        if self._truncated is not None and not snapshot.sees(self._truncated):
+            return True
+        xid = None if self._keys is None else self._keys.get(key)
+        return xid is not None and not snapshot.sees(xid)
+
+    def forget_seen(self, snapshot: Snapshot) -> None:
+        """Forget what `snapshot`, the oldest one a page is still to be applied under, sees already."""
+        self._suspects = {xid for xid in self._suspects if not snapshot.sees(xid)}
+        if self._keys is not None:
+            self._keys = {key: xid for key, xid in self._keys.items() if not snapshot.sees(xid)}
+        if self._truncated is not None and snapshot.sees(self._truncated):
+            self._truncated = None

@@ -1,0 +1,1 @@
+"""The tests: a package, so that fixtures import as `tests.fixtures.*` whatever else is installed."""
