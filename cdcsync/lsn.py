@@ -8,7 +8,10 @@ Source: PostgreSQL, "pg_lsn Type"; src/include/access/xlogdefs.h.
 
 from __future__ import annotations
 
+import re
 from typing import Self
+
+_TEXT = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")
 
 
 class Lsn(int):
@@ -22,13 +25,9 @@ class Lsn(int):
 
         :raises ValueError: the text is not two hexadecimal numbers of at most 32 bits around a slash.
         """
-        high, slash, low = text.partition("/")
-        if not slash or not 1 <= len(high) <= 8 or not 1 <= len(low) <= 8:
+        if (halves := _TEXT.fullmatch(text)) is None:
             raise ValueError(f"not an LSN: {text!r}")
-        try:
-            return cls(int(high, 16) << 32 | int(low, 16))
-        except ValueError:
-            raise ValueError(f"not an LSN: {text!r}") from None
+        return cls(int(halves[1], 16) << 32 | int(halves[2], 16))
 
     def __str__(self) -> str:
         return f"{self >> 32:X}/{self & 0xFFFFFFFF:X}"

@@ -29,6 +29,7 @@ from cdcsync.config.values import (
     Rows,
     Seconds,
     SlotName,
+    SpoolBytes,
     Text,
     parse_address,
 )
@@ -56,6 +57,9 @@ class Source(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param publication: the publication that says which tables are sent; created when missing.
     :param streaming: receive large transactions while they are still open, where the server can (PostgreSQL 14
         and later), so that it need not spill them to its disk.
+    :param spool_directory: where large open transactions are kept until they commit; empty means the system's
+        directory for temporary files.
+    :param spool_bytes: the most bytes of open transactions to keep there; beyond it the worker stops with an error.
     :param feedback_every_s: at most this many seconds pass between two reports of the checkpoint to the server.
     :param on_gap: what to do when changes were lost with the slot: "stop" with an error, or "resync" the indexes
         by reading their tables again.
@@ -65,6 +69,8 @@ class Source(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     slot: SlotName = "cdcsync"
     publication: Name = "cdcsync"
     streaming: bool = True
+    spool_directory: str = ""
+    spool_bytes: SpoolBytes = 10 * 1024**3
     feedback_every_s: Seconds = 10.0
     on_gap: Literal["stop", "resync"] = "stop"
 

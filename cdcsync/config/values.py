@@ -115,4 +115,5 @@ EmbedderName = Annotated[
 Seconds = Annotated[float, Meta(gt=0, le=MAX_DURATION_S)]
 Milliseconds = Annotated[float, Meta(ge=0, le=MAX_DURATION_S * 1000)]
 Rows = Annotated[int, Meta(ge=1, le=100_000)]
+SpoolBytes = Annotated[int, Meta(ge=1024**2, le=1024**5)]
 BatchBytes = Annotated[int, Meta(ge=64 * 1024, le=1024**3)]

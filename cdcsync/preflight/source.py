@@ -7,10 +7,7 @@ Source: PostgreSQL, "Logical Replication" (Configuration Settings, Security), "L
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import msgspec
-from psycopg import sql
 
 from cdcsync.config import Config
 from cdcsync.config.names import quote
@@ -36,149 +33,172 @@ class SourceFacts(msgspec.Struct, frozen=True):
 
 async def examine_source(connection: Connection, config: Config, findings: list[Finding]) -> SourceFacts | None:
     """Check everything on the source but its tables; returns None when the server could not be read."""
-    name, publication_name = config.source.slot, config.source.publication
-    facts = None
     with noting(findings, "source", "source"):
         server = await read_server(connection)
-        slot = await read_slot(connection, name)
-        findings.extend(server_findings(server, slot))
-        findings.extend(await _sender_findings(config.source.dsn, server, slot))
+        slot = await read_slot(connection, config.source.slot)
+        publication = await read_publication(connection, config.source.publication)
+        findings += server_findings(server, slot)
+        findings += await _try_sender(config.source.dsn, server, slot)
         if slot is not None:
-            findings.extend(slot_findings(slot, server))
-        publication = await read_publication(connection, publication_name)
-        facts = SourceFacts(server, publication, publication_name)
-    if facts is not None and facts.publication is not None:
-        findings.extend(publication_findings(facts.publication))
-    return facts
+            findings += slot_findings(slot, server)
+        if publication is not None:
+            findings += publication_findings(publication)
+        return SourceFacts(server, publication, config.source.publication)
+    return None
 
 
-def server_findings(server: Server, slot: Slot | None) -> Iterator[Finding]:
-    """Say whether the server can decode its WAL, and for one more slot."""
+def server_findings(server: Server, slot: Slot | None) -> list[Finding]:
+    """Say whether the server can decode its WAL, and whether there is room for a slot."""
+    found = []
     if server.version < MIN_VERSION:
-        yield Finding.error(
-            "source",
-            f"PostgreSQL {_version(server)} is too old: it does not send logical messages",
-            f"upgrade the source to PostgreSQL {MIN_VERSION // 10000} or later",
+        found.append(
+            Finding.error(
+                "source",
+                f"PostgreSQL {server.version_text} is too old: it does not send logical messages",
+                f"upgrade the source to PostgreSQL {MIN_VERSION // 10000} or later",
+            )
         )
     if server.in_recovery:
         why = (
-            "pages that are read from tables cannot be marked in the WAL there"
+            "the pages that are read from tables cannot be marked in its WAL"
             if server.version >= STANDBY_VERSION
-            else f"one decodes WAL only from PostgreSQL {STANDBY_VERSION // 10000} on"
+            else f"it cannot decode WAL before PostgreSQL {STANDBY_VERSION // 10000}"
         )
-        yield Finding.error(
-            "source",
-            f"the server is a standby: {why}",
-            "point source.dsn at the primary; with several hosts in it, add target_session_attrs=read-write",
+        found.append(
+            Finding.error(
+                "source",
+                f"the server is a standby: {why}",
+                "point source.dsn at the primary; if it names several hosts, add target_session_attrs=read-write",
+            )
         )
     if server.wal_level != "logical":
-        yield Finding.error(
-            "source",
-            f"wal_level is {server.wal_level}: the WAL does not hold what logical decoding needs",
-            "ALTER SYSTEM SET wal_level = 'logical', then restart the server; a managed service has its own parameter,"
-            " such as rds.logical_replication = 1 or cloudsql.logical_decoding = on, and needs the restart too",
+        found.append(
+            Finding.error(
+                "source",
+                f"wal_level is {server.wal_level}: the WAL does not hold what logical decoding needs",
+                "ALTER SYSTEM SET wal_level = 'logical', then restart the server; a managed service has a parameter for it,"
+                " such as rds.logical_replication = 1 or cloudsql.logical_decoding = on, and needs the restart too",
+            )
         )
     if slot is None and server.used_slots >= server.max_slots:
-        yield Finding.error(
-            "source",
-            f"all {server.max_slots} replication slots are taken",
-            "drop one that nothing reads (SELECT * FROM pg_replication_slots WHERE NOT active;"
-            " SELECT pg_drop_replication_slot('NAME')), or raise max_replication_slots and restart the server",
+        found.append(
+            Finding.error(
+                "source",
+                f"all {server.max_slots} replication slots are taken",
+                "drop one that nothing reads (SELECT slot_name FROM pg_replication_slots WHERE NOT active;"
+                " SELECT pg_drop_replication_slot('NAME')), or raise max_replication_slots and restart the server",
+            )
+        )
+    if not found:
+        found.append(
+            Finding.ok(
+                "source",
+                f"PostgreSQL {server.version_text}, {server.used_slots} of {server.max_slots} slots"
+                f" and {server.used_senders} of {server.max_senders} WAL senders in use",
+            )
         )
     if server.encoding == "SQL_ASCII":
-        yield Finding.warning(
-            "source",
-            "the database's encoding is SQL_ASCII: nothing says that its texts are UTF-8, and one that is not stops the"
-            " pipeline",
-            "make sure that every writer uses UTF-8, or move to a database with ENCODING 'UTF8'",
+        found.append(
+            Finding.warning(
+                "source",
+                "the database's encoding is SQL_ASCII: nothing holds its texts to UTF-8, and one that is not stops the"
+                " pipeline",
+                "make sure that every writer sends UTF-8, or move to a database with ENCODING 'UTF8'",
+            )
         )
-    yield Finding.ok(
-        "source",
-        f"PostgreSQL {_version(server)}, wal_level {server.wal_level},"
-        f" {server.used_slots} of {server.max_slots} slots and {server.used_senders} of {server.max_senders} WAL senders"
-        " in use",
-    )
+    return found
 
 
-async def _sender_findings(dsn: str, server: Server, slot: Slot | None) -> Iterator[Finding]:
+async def _try_sender(dsn: str, server: Server, slot: Slot | None) -> list[Finding]:
     """Open a replication connection and close it again: role, pg_hba.conf and a free WAL sender in one."""
     try:
         async with await SlotConnection.connect(dsn) as sender:
             await sender.identify()
     except CdcsyncError as error:
         return sender_findings(error, server, slot)
-    return iter(())
+    return []
 
 
-def sender_findings(error: CdcsyncError, server: Server, slot: Slot | None) -> Iterator[Finding]:
+def sender_findings(error: CdcsyncError, server: Server, slot: Slot | None) -> list[Finding]:
     """Say why a replication connection was refused."""
     if not server.may_replicate:
-        yield Finding.error(
-            "source",
-            f"the role {server.role} may not replicate",
-            f"ALTER ROLE {quote(server.role)} REPLICATION; on Amazon RDS GRANT rds_replication TO {quote(server.role)}",
-        )
-    elif server.used_senders < server.max_senders:
-        yield Finding.error("source", f"a replication connection is refused: {error.message}", error.hint)
-    elif slot is None or slot.active_pid is None:  # else the worker that reads the slot has its sender
-        yield Finding.error(
+        role = quote(server.role)
+        return [
+            Finding.error(
+                "source",
+                f"the role {role} may not replicate",
+                f"ALTER ROLE {role} REPLICATION; on Amazon RDS: GRANT rds_replication TO {role}",
+            )
+        ]
+    if server.used_senders < server.max_senders:
+        return [Finding.error("source", f"a replication connection is refused: {error.message}", error.hint)]
+    if slot is not None and slot.active_pid is not None:
+        return []  # the worker that reads the slot has its sender
+    return [
+        Finding.error(
             "source",
             f"all {server.max_senders} WAL senders are taken",
-            "end a standby or backup that needs none, or raise max_wal_senders and restart the server",
+            "end a standby or backup that is not needed, or raise max_wal_senders and restart the server",
         )
+    ]
 
 
-def slot_findings(slot: Slot, server: Server) -> Iterator[Finding]:
+def slot_findings(slot: Slot, server: Server) -> list[Finding]:
     """Say whether the slot that exists can be read by us, and from where it was left."""
     where = f"slot {slot.name}"
-    another = 'set source.slot to a name that is free: "cdcsync_2", say'
+    another = "name another slot with source.slot; run creates it"
     if slot.plugin is None:
-        yield Finding.error(where, "is a physical slot, which a standby reads", another)
-        return
+        return [Finding.error(where, "is a physical slot, made for a standby", another)]
+    found = []
     if slot.plugin != "pgoutput":
-        yield Finding.error(where, f"decodes by the plugin {slot.plugin}, and cdcsync reads pgoutput", another)
+        found.append(Finding.error(where, f"decodes with {slot.plugin}, and cdcsync reads pgoutput", another))
     if slot.database != server.database:
-        yield Finding.error(
-            where, f"belongs to the database {slot.database}, and source.dsn leads to {server.database}", another
+        found.append(
+            Finding.error(
+                where,
+                f"belongs to the database {slot.database}, and source.dsn leads to the database {server.database}",
+                another,
+            )
         )
     if slot.wal_status == "lost":
-        yield Finding.error(
-            where,
-            "the server has removed WAL that the slot still needed: the changes in it cannot be received any more",
-            'load the indexes again: docs/operations.md, "After a gap"; and raise max_slot_wal_keep_size',
+        found.append(
+            Finding.error(
+                where,
+                "the server has removed WAL that the slot still needed: its changes cannot be received any more",
+                'load the indexes anew: docs/operations.md, "After a gap"; then raise max_slot_wal_keep_size',
+            )
         )
-    elif slot.wal_status == "unreserved":
-        yield Finding.warning(
-            where,
-            "retains more WAL than max_slot_wal_keep_size: the next checkpoint of the server may make it useless",
-            "start the worker now, and raise max_slot_wal_keep_size",
+    if not found:
+        found.append(Finding.ok(where, f"exists, and is confirmed up to {slot.confirmed_flush}"))
+    if slot.wal_status == "unreserved":
+        found.append(
+            Finding.warning(
+                where,
+                "retains more WAL than max_slot_wal_keep_size allows: the server's next checkpoint may remove it",
+                "start the worker now, and raise max_slot_wal_keep_size",
+            )
         )
     if slot.active_pid is not None:
-        yield Finding.warning(
-            where,
-            f"a worker reads it now (server process {slot.active_pid}): another one waits as its standby",
-            "give this pipeline a slot of its own with source.slot if it is not meant to be a standby",
+        found.append(
+            Finding.warning(
+                where,
+                f"a worker is reading it (server process {slot.active_pid}): another one waits as its standby",
+                "if this is another pipeline, give it a slot of its own with source.slot",
+            )
         )
-    yield Finding.ok(where, f"exists, confirmed up to {slot.confirmed_flush}")
+    return found
 
 
-def publication_findings(publication: Publication) -> Iterator[Finding]:
+def publication_findings(publication: Publication) -> list[Finding]:
     """Say whether the publication that exists sends all kinds of changes."""
     where = f"publication {publication.name}"
     missing = [operation for operation in OPERATIONS if operation not in publication.operations]
     if missing:
-        statement = sql.SQL("ALTER PUBLICATION {} SET (publish = {})").format(
-            sql.Identifier(publication.name), sql.Literal(", ".join(OPERATIONS))
-        )
-        yield Finding.error(where, f"does not send {' and '.join(missing)}: the index would drift", text(statement))
-    else:
-        yield Finding.ok(where, f"exists, sends {len(publication.tables)} tables")
-
-
-def text(statement: sql.Composed) -> str:
-    """Return a statement as an operator would type it."""
-    return statement.as_string(None)
-
-
-def _version(server: Server) -> str:
-    return f"{server.version // 10000}.{server.version % 10000}"
+        return [
+            Finding.error(
+                where,
+                f"does not send {' and '.join(missing)}: the index would drift from its table",
+                f"ALTER PUBLICATION {quote(publication.name)} SET (publish = '{', '.join(OPERATIONS)}')",
+            )
+        ]
+    return [Finding.ok(where, "exists, and sends every kind of change")]

@@ -67,6 +67,11 @@ class Server(msgspec.Struct, frozen=True):
     may_use_temporary: bool = True
     read_only: bool = False
 
+    @property
+    def version_text(self) -> str:
+        """The version as people write it: 18.6."""
+        return f"{self.version // 10000}.{self.version % 10000}"
+
 
 class Slot(msgspec.Struct, frozen=True):
     """A row of pg_replication_slots."""

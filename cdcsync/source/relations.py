@@ -149,7 +149,10 @@ async def _columns(connection: Connection, oid: int) -> dict[str, Column]:
         """,
         [oid],
     )
-    return {row[0]: Column(*row[:6], tuple(row[6])) for row in await cursor.fetchall()}
+    return {
+        name: Column(name, type_, not_null, generated, readable, base_type, tuple(labels))
+        for name, type_, not_null, generated, readable, base_type, labels in await cursor.fetchall()
+    }
 
 
 _INDEX_COLUMNS = """

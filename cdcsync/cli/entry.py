@@ -1,0 +1,69 @@
+"""`main`: runs a command, and turns whatever it raises into lines for people and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app
+from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
+
+INTERRUPTED = 130
+"""What shells report of a program that Ctrl-C ended: 128 + SIGINT."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    :param arguments: without the program's name; the process's own by default.
+    """
+    sys.exit(_status(sys.argv[1:] if arguments is None else arguments))
+
+
+def _status(arguments: Sequence[str]) -> int:
+    invocation = Invocation(debug=bool(os.environ.get(DEBUG_VARIABLE)))
+    try:
+        try:
+            status = app(list(arguments), prog_name="cdcsync", standalone_mode=False, obj=invocation)
+        except BaseExceptionGroup as group:
+            raise leading(group) from group
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except typer.Abort:
+        return INTERRUPTED
+    except typer.TyperException as error:
+        return _report(error.format_message(), None, _help_of(error), error.exit_code)
+    except CdcsyncError as error:
+        if invocation.debug:
+            traceback.print_exception(error)
+        return _report(error.message, error.where, error.hint, error.exit_code)
+    except Exception as error:
+        if invocation.debug:
+            traceback.print_exception(error)
+            return EXIT_FAILED
+        first_line = str(error).partition("\n")[0]
+        return _report(
+            f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__,
+            None,
+            f"this should not happen; {DEBUG_VARIABLE}=1 shows where, and makes a report that can be acted on",
+            EXIT_FAILED,
+        )
+    return status if isinstance(status, int) else 0
+
+
+def _help_of(error: typer.TyperException) -> str:
+    """Return how to find out what the command takes."""
+    context = getattr(error, "ctx", None)
+    return f"`{context.command_path if context else 'cdcsync'} --help` shows what it takes"
+
+
+def _report(message: str, where: str | None, fix: str | None, status: int) -> int:
+    from cdcsync.cli.printing import print_error, three_lines
+
+    print_error(three_lines(message, where, fix))
+    return status

@@ -1,0 +1,129 @@
+"""What the commands print: results on standard output, errors on standard error, colours where a terminal shows them.
+
+Colours follow rich's rules: none into files and pipes, none with NO_COLOR. Texts from databases are printed as they are,
+except that control characters, with which a text could take over the terminal, become a dot.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cdcsync.errors import CdcsyncError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from cdcsync.index.search import Hit
+    from cdcsync.preflight import Finding
+
+SHOWN_LINES = 4
+"""Lines of a chunk that are shown: enough to recognise it; --json has all of it."""
+
+SHOWN_CHARACTERS = 400
+"""Characters of a chunk that are shown, for text without line breaks."""
+
+_MARKS = {"ok": ("✓", "green"), "info": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
+
+
+def console(*, errors: bool = False) -> Console:
+    """Return a console on standard output, or on standard error."""
+    from rich.console import Console
+
+    return Console(stderr=errors, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any, *, indent: bool = True) -> None:
+    """Print a value as JSON on standard output; what JSON has no form for becomes its text."""
+    import msgspec
+
+    encoded = msgspec.json.encode(value, enc_hook=str)
+    print((msgspec.json.format(encoded, indent=2) if indent else encoded).decode(), flush=True)
+
+
+def error_text(error: CdcsyncError) -> Text:
+    """Return an error's lines: what, where and the fix, as far as it has them."""
+    return three_lines(error.message, error.where, error.hint)
+
+
+def three_lines(message: str, where: str | None, fix: str | None) -> Text:
+    """Return what is wrong, where, and the fix, a line each."""
+    from rich.text import Text
+
+    lines = [Text.assemble(("error:", "bold red"), f" {plain(message)}")]
+    if where:
+        lines.append(Text.assemble(("where:", "bold"), f" {plain(where)}"))
+    if fix:
+        lines.append(Text.assemble(("fix:  ", "bold green"), f" {plain(fix)}"))
+    return Text("\n").join(lines)
+
+
+def print_error(text: Text) -> None:
+    """Print to standard error, after what standard output still holds."""
+    sys.stdout.flush()
+    console(errors=True).print(text)
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print each finding with its mark, and the fix of those that need one."""
+    from rich.text import Text
+
+    out = console()
+    for finding in findings:
+        mark, style = _MARKS[finding.level]
+        out.print(Text.assemble((mark, style), " ", (plain(finding.where), "bold"), f": {plain(finding.message)}"))
+        if finding.hint:
+            out.print(Text.assemble(("  fix:", "green"), f" {plain(finding.hint)}"))
+    errors = sum(finding.level == "error" for finding in findings)
+    warnings = sum(finding.level == "warning" for finding in findings)
+    if errors:
+        out.print(Text(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}: `run` would not start", "bold red"))
+    else:
+        out.print(Text(f"nothing keeps `run` from starting; {_count(warnings, 'warning')}", "bold green"))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def print_hits(hits: Sequence[Hit]) -> None:
+    """Print hits, the best first, with the beginning of their text."""
+    from rich.text import Text
+
+    out = console()
+    if not hits:
+        out.print("nothing was found")
+    for place, hit in enumerate(hits, 1):
+        key = ", ".join(f"{name}={plain(str(value))}" for name, value in hit.key.items())
+        figures = [f"score {hit.score:.4f}"]
+        if hit.distance is not None:
+            figures.append(f"distance {hit.distance:.4f}")
+        if hit.text_rank is not None:
+            figures.append(f"text rank {hit.text_rank:.3g}")
+        carried = [f"{name}={plain(str(value))}" for name, value in hit.carried.items()]
+        out.print(
+            Text.assemble(
+                f"{place:>3}  ",
+                (key, "bold"),
+                f"  chunk {hit.chunk_no}  " if hit.chunk_no else "  ",
+                ("  ".join(figures), "cyan"),
+                ("  its vector is not up to date" if hit.stale else "", "yellow"),
+                f"\n     {'  '.join(carried)}" if carried else "",
+            )
+        )
+        out.print(Text(excerpt(hit.content, indent="     "), "dim"))
+
+
+def excerpt(content: str, *, indent: str = "", lines: int = SHOWN_LINES) -> str:
+    """Return the beginning of a text, on at most so many lines."""
+    cut = plain(content[:SHOWN_CHARACTERS])
+    kept = [line.rstrip() for line in cut.splitlines() if line.strip()]
+    more = " …" if len(kept) > lines or len(content) > SHOWN_CHARACTERS else ""
+    return "\n".join(indent + line for line in kept[:lines]) + more
+
+
+def plain(text: str) -> str:
+    """Return the text without characters that a terminal would act on; line breaks stay."""
+    return "".join(character if character.isprintable() or character == "\n" else "·" for character in text)
