@@ -12,27 +12,44 @@ with the rows, so a crash repeats at most the pages in flight.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from typing import TypeAlias, TypeVar
 
 import anyio
 import msgspec
 import structlog
 
 from cdcsync.batches import Batch, PageEnd
-from cdcsync.changes import Key, Upsert
+from cdcsync.changes import Delete, Key, Row, Upsert
 from cdcsync.embed import backoff_s
 from cdcsync.errors import CdcsyncError, Retry, Unavailable
+from cdcsync.index.keys import page_of_keys
 from cdcsync.index.requests import Request, Requests
 from cdcsync.index.schema import IndexSpec
 from cdcsync.metrics import Metrics
 from cdcsync.postgres import Connection, Session, connect, speaking_of
 from cdcsync.source.catalog import blockers, current_snapshot
-from cdcsync.source.tables import Page, SourceTable, emit_mark
+from cdcsync.source.tables import SourceTable, emit_mark
 from cdcsync.transactions import Mark
-from cdcsync.visibility import Deliveries
+from cdcsync.visibility import Deliveries, Snapshot
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
+
+
+class _Page(msgspec.Struct, frozen=True):
+    """Keys with the rows that the snapshot shows, None where it shows none; `cursor` is the last key looked at."""
+
+    snapshot: Snapshot
+    entries: list[tuple[Key, Row | None]]
+    cursor: Key | None
+    last: bool
+
+
+PageReader: TypeAlias = Callable[[Key | None], Awaitable[_Page]]
+"""Reads the page after a key."""
 
 PAGES_IN_FLIGHT = 2
 """One page is read while the other is applied; more would only grow what a crash repeats."""
@@ -54,7 +71,7 @@ class _Pending(msgspec.Struct):
 
     request: Request
     spec: IndexSpec
-    page: Page
+    page: _Page
     end: PageEnd
     applied: anyio.Event
 
@@ -76,6 +93,7 @@ class Backfills:
     ) -> None:
         self._source = Session(source_dsn, "source", application_name="cdcsync backfill")
         self._target_dsn = target_dsn
+        self._schema = schema
         self._requests = Requests(schema)
         self._specs = specs
         self._tables = tables
@@ -98,12 +116,12 @@ class Backfills:
         if pending is None:
             return  # a mark of an earlier process, or of a page that is in the target already
         shape, deliveries = pending.spec.shape, self._deliveries[pending.spec.name]
-        rows = []
-        for row in pending.page.rows:
-            key = shape.key_of(row)
-            if not deliveries.hides(key, pending.page.snapshot):
-                rows.append(Upsert(shape, key, row, 0, mark.lsn))
-        self._metrics.backfill_overtaken.labels(shape.index).inc(len(pending.page.rows) - len(rows))
+        rows: list[Upsert | Delete] = []
+        for key, row in pending.page.entries:
+            if deliveries.hides(key, pending.page.snapshot):
+                continue
+            rows.append(Delete(shape, key, 0, mark.lsn) if row is None else Upsert(shape, key, row, 0, mark.lsn))
+        self._metrics.backfill_overtaken.labels(shape.index).inc(len(pending.page.entries) - len(rows))
         batch.add_page(shape, rows, pending.end, mark=mark.content, rewrite=pending.request.rewrite)
 
     def page_applied(self, batch: Batch) -> None:
@@ -115,7 +133,7 @@ class Backfills:
             deliveries = self._deliveries[pending.spec.name]
             others = [one.page.snapshot for one in self._pending.values() if one.spec is pending.spec]
             deliveries.forget_seen(min(others, key=lambda one: one.xmax, default=pending.page.snapshot))
-            self._metrics.backfill_rows.labels(pending.spec.name).inc(len(pending.page.rows))
+            self._metrics.backfill_rows.labels(pending.spec.name).inc(len(pending.page.entries))
             pending.applied.set()
 
     # -- the task -----------------------------------------------------------------------------------------------
@@ -174,15 +192,29 @@ class Backfills:
             kind=request.kind,
             resumed_at=request.rows_done,
         )
+        finished = True
+        if request.phase == "rows":
+            finished = await self._pages(target, request, self._rows_after(spec, table, request))
+        if finished and request.kind == "resync":
+            if request.phase == "rows":
+                request = msgspec.structs.replace(request, phase="orphans", cursor=None)
+            finished = await self._pages(target, request, self._orphans_after(spec, table, target))
+        if finished:
+            log.info("backfill_done", index=request.index, backfill=request.id)
+
+    async def _pages(self, target: Connection, request: Request, read: PageReader) -> bool:
+        """Send every page of a phase and wait until all are applied; False when someone paused or cancelled."""
+        spec = self._specs[request.index]
         cursor, done = request.cursor, request.rows_done
+        closes = request.phase == "orphans" or request.kind != "resync"
         in_flight: list[_Pending] = []
         last = False
         while not last:
-            page = await self._read(spec, table, cursor, request)
-            last = len(page.rows) < self._page_rows
-            done += len(page.rows)
-            cursor = spec.shape.key_of(page.rows[-1]) if page.rows else cursor
-            in_flight.append(await self._send(request, spec, page, PageEnd(request.id, cursor, done, last)))
+            page = await read(cursor)
+            cursor, last = page.cursor, page.last
+            done += len(page.entries)
+            end = PageEnd(request.id, request.phase, cursor, done, last and closes)
+            in_flight.append(await self._send(_Pending(request, spec, page, end, anyio.Event())))
             while len(in_flight) >= (1 if last else PAGES_IN_FLIGHT):
                 await in_flight.pop(0).applied.wait()
             with speaking_of("target"):
@@ -191,8 +223,39 @@ class Backfills:
                 for pending in in_flight:
                     await pending.applied.wait()
                 log.info("backfill_stopped", index=request.index, backfill=request.id, state=state, rows=done)
-                return
-        log.info("backfill_done", index=request.index, backfill=request.id, rows=done)
+                return False
+        return True
+
+    def _rows_after(self, spec: IndexSpec, table: SourceTable, request: Request) -> PageReader:
+        """Return the reader of the source's rows in the order of their keys."""
+
+        async def read(after: Key | None) -> _Page:
+            async def page(connection: Connection) -> tuple[Snapshot, list[Row]]:
+                found = await table.page(connection, after, self._page_rows, request.filter)
+                return found.snapshot, found.rows
+
+            snapshot, rows = await self._under_a_complete_snapshot(spec, page)
+            entries: list[tuple[Key, Row | None]] = [(spec.shape.key_of(row), row) for row in rows]
+            return _Page(snapshot, entries, entries[-1][0] if entries else after, len(rows) < self._page_rows)
+
+        return read
+
+    def _orphans_after(self, spec: IndexSpec, table: SourceTable, target: Connection) -> PageReader:
+        """Return the reader of the index's keys, which says which of them the source does not have."""
+
+        async def read(after: Key | None) -> _Page:
+            with speaking_of("target", where=f"index {spec.name}"):
+                keys = await page_of_keys(target, self._schema, spec, after, self._page_rows)
+
+            async def page(connection: Connection) -> tuple[Snapshot, list[Key]]:
+                return await table.absent(connection, keys)
+
+            snapshot, absent = await self._under_a_complete_snapshot(spec, page)
+            return _Page(
+                snapshot, [(key, None) for key in absent], keys[-1] if keys else after, len(keys) < self._page_rows
+            )
+
+        return read
 
     async def _estimate(self, table: SourceTable, request: Request) -> int | None:
         """Return how many rows there are to read; None where finding out would cost too much."""
@@ -204,8 +267,10 @@ class Backfills:
             return estimate
         return await table.count(connection, request.filter) if estimate <= COUNT_UP_TO else None
 
-    async def _read(self, spec: IndexSpec, table: SourceTable, after: Key | None, request: Request) -> Page:
-        """Read a page whose snapshot sees every transaction of which we do not know the keys."""
+    async def _under_a_complete_snapshot(
+        self, spec: IndexSpec, read: Callable[[Connection], Awaitable[tuple[Snapshot, T]]]
+    ) -> tuple[Snapshot, T]:
+        """Read with a snapshot that sees every transaction of which we do not know the keys."""
         deliveries = self._deliveries[spec.name]
         reported = anyio.current_time()
         attempt = 0
@@ -213,13 +278,12 @@ class Backfills:
             while True:
                 with speaking_of("source", where=str(spec.shape.table)):
                     connection = await self._source.connection()
-                    snapshot = await current_snapshot(connection)
-                    unseen = deliveries.unseen(snapshot)
+                    unseen = deliveries.unseen(await current_snapshot(connection))
                     if not unseen:
-                        page = await table.page(connection, after, self._page_rows, request.filter)
-                        unseen = deliveries.unseen(page.snapshot)
+                        snapshot, found = await read(connection)
+                        unseen = deliveries.unseen(snapshot)
                         if not unseen:
-                            return page
+                            return snapshot, found
                     self.waiting_for = await blockers(connection, unseen)
                 if anyio.current_time() - reported > BLOCKED_REPORT_S:
                     reported = anyio.current_time()
@@ -229,11 +293,11 @@ class Backfills:
         finally:
             self.waiting_for = []
 
-    async def _send(self, request: Request, spec: IndexSpec, page: Page, end: PageEnd) -> _Pending:
+    async def _send(self, pending: _Pending) -> _Pending:
         """Register a page and write its mark."""
         self._sequence += 1
-        mark = f"{self._run}:{request.id}:{self._sequence}"
-        pending = self._pending[mark] = _Pending(request, spec, page, end, anyio.Event())
+        mark = f"{self._run}:{pending.request.id}:{self._sequence}"
+        self._pending[mark] = pending
         with speaking_of("source"):
             await emit_mark(await self._source.connection(), mark)
         return pending

@@ -12,6 +12,8 @@ The rules:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from cdcsync.changes import Change, Delete, Key, Shape, Upsert, complete, fill
@@ -28,6 +30,7 @@ class PageEnd(msgspec.Struct, frozen=True):
     """A backfill page whose rows are in this batch: its cursor commits together with them."""
 
     backfill_id: int
+    phase: str
     cursor: tuple[str, ...] | None
     rows: int
     done: bool
@@ -72,10 +75,13 @@ class IndexChanges:
             self.live.clear()
             self.filled.clear()
 
-    def add_page_row(self, row: Upsert) -> None:
-        """Add a row that a backfill read and that belongs here, at its page's mark."""
-        self.live.pop(row.key, None)
-        self.filled[row.key] = row
+    def add_page_row(self, row: Upsert | Delete) -> None:
+        """Add a row that a backfill read, or found missing, and that belongs here, at its page's mark."""
+        if isinstance(row, Delete):
+            self._put(row)
+        else:
+            self.live.pop(row.key, None)
+            self.filled[row.key] = row
 
     def _put(self, change: RowChange) -> None:
         self.filled.pop(change.key, None)
@@ -112,18 +118,17 @@ class Batch:
         self.of(change.shape).add(change)
         self.partial = True
         self.rows += 1
-        if isinstance(change, Upsert):
-            self.bytes += ROW_OVERHEAD_BYTES + sum([len(value) for value in change.row if isinstance(value, str)])
-        else:
-            self.bytes += ROW_OVERHEAD_BYTES
+        self.bytes += _size(change)
 
-    def add_page(self, shape: Shape, rows: list[Upsert], end: PageEnd, *, mark: str, rewrite: bool) -> None:
+    def add_page(
+        self, shape: Shape, rows: Sequence[Upsert | Delete], end: PageEnd, *, mark: str, rewrite: bool
+    ) -> None:
         """Add the rows of a backfill page, already rid of those that the stream overtook."""
         changes = self.of(shape)
         changes.rewrite = changes.rewrite or rewrite
         for row in rows:
             changes.add_page_row(row)
-            self.bytes += ROW_OVERHEAD_BYTES + sum([len(value) for value in row.row if isinstance(value, str)])
+            self.bytes += _size(row)
         self.rows += len(rows)
         self.pages.append(end)
         self.marks.append(mark)
@@ -134,3 +139,9 @@ class Batch:
         self.end_lsn = transaction.end_lsn
         self.commit_time_us = transaction.commit_time_us
         self.partial = False
+
+
+def _size(change: Change) -> int:
+    if isinstance(change, Upsert):
+        return ROW_OVERHEAD_BYTES + sum([len(value) for value in change.row if isinstance(value, str)])
+    return ROW_OVERHEAD_BYTES

@@ -22,7 +22,15 @@ import numpy.typing as npt
 import structlog
 
 from cdcsync.embedders.protocol import Embedder, validate
-from cdcsync.errors import CdcsyncError, EmbedderUnavailable, EmbedError, Retry, TargetUnavailable, TextRejected
+from cdcsync.errors import (
+    CdcsyncError,
+    EmbedderSetupError,
+    EmbedderUnavailable,
+    EmbedError,
+    Retry,
+    TargetUnavailable,
+    TextRejected,
+)
 from cdcsync.index.backlog import Backlog, Waiting
 from cdcsync.index.schema import IndexSpec
 from cdcsync.metrics import Metrics
@@ -36,8 +44,11 @@ WINDOW_TEXTS = 512
 """Texts read at once, to be sorted by length: large enough that batches have little padding, small enough to keep
 in memory."""
 
-BATCH_TEXTS = 32
-"""Texts of one call: a live change waits behind one batch, not behind the window."""
+MIN_BATCH_TEXTS = 32
+"""Texts of one call at least: fewer leave a processor's vector units idle."""
+
+BATCH_S = 0.25
+"""A call is made as large as takes about this long: a live change waits behind one call, not behind the window."""
 
 REMEMBERED_VECTORS = 4_096
 """Vectors kept for texts that come back at once: rows skipped while apply held them, late inline results. 6 MB at
@@ -100,6 +111,13 @@ class Desk:
         """Whether a call could begin now."""
         return self.ready.is_set() and self._tasks is not None and not self._turn.locked()
 
+    @property
+    def batch_texts(self) -> int:
+        """How many texts a call should have."""
+        if not self._seconds_per_text:
+            return MIN_BATCH_TEXTS
+        return max(MIN_BATCH_TEXTS, min(WINDOW_TEXTS, int(BATCH_S / self._seconds_per_text)))
+
     def remembered(self, hashes: Sequence[bytes]) -> dict[bytes, FloatVector]:
         """Return the vectors that were made recently for these texts."""
         return {one: self._made[one] for one in hashes if one in self._made}
@@ -131,7 +149,7 @@ class Desk:
         async def call() -> None:
             try:
                 made.update(await self.embed(missing))
-            except EmbedError as error:
+            except CdcsyncError as error:
                 # The texts stay in the backlog, where the loop meets the same error and deals with it.
                 log.debug("inline_embedding_failed", embedder=self.embedder.name, error=str(error))
             finally:
@@ -222,28 +240,34 @@ class EmbedLoop:
         window = await backlog.window(WINDOW_TEXTS, lane=lane)
         # Texts of about the same length together: a batch is padded to its longest.
         window.sort(key=lambda waiting: (waiting.lane, len(waiting.text)))
-        for start in range(0, len(window), BATCH_TEXTS):
-            if self._live and lane is None and window[start].lane > 0:
+        found = len(window)
+        while window:
+            if self._live and lane is None and window[0].lane > 0:
                 self._live = False
                 while await self._window(backlog, lane=0):
                     pass
-            await self._batch(backlog, window[start : start + BATCH_TEXTS])
-        return len(window)
+            batch, window = window[: self._desk.batch_texts], window[self._desk.batch_texts :]
+            # Texts that changed again while they waited in the window are not worth a call.
+            waiting = await backlog.still_waiting([one.hash for one in batch])
+            if batch := [one for one in batch if one.hash in waiting]:
+                await self._batch(backlog, batch)
+        return found
 
     async def _batch(self, backlog: Backlog, batch: Sequence[Waiting]) -> None:
         try:
             made = await self._desk.embed({waiting.hash: waiting.text for waiting in batch})
-        except EmbedderUnavailable as error:
-            # The provider is down, not the text: nobody's attempt.
+        except (EmbedderUnavailable, EmbedderSetupError) as error:
+            # The provider is down or refuses us, not the text: nobody's attempt.
             self.problem = str(error)
-            delay = error.retry_after_s or backoff_s(self._outage, most=60)
+            asked = error.retry_after_s if isinstance(error, EmbedderUnavailable) else None
+            delay = asked or backoff_s(self._outage, most=60)
             log.warning(
                 "embedder_unavailable", embedder=self._desk.embedder.name, error=str(error), delay_s=round(delay, 1)
             )
             self._outage += 1
             await anyio.sleep(delay)
             return
-        except (TextRejected, EmbedError) as error:
+        except EmbedError as error:
             if len(batch) > 1:
                 middle = len(batch) // 2
                 await self._batch(backlog, batch[:middle])

@@ -19,6 +19,7 @@ from cdcsync.index.session import ApplySession
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection, speaking_of
 from cdcsync.source.catalog import (
+    Slot,
     create_publication_statement,
     publish_statement,
     read_publication,
@@ -60,8 +61,9 @@ async def _register(target: Connection, config: Config, spec: IndexSpec) -> None
     before = await cursor.fetchone()
     await target.execute(
         sql.SQL(
-            "INSERT INTO {} (name, slot, source_table, view_name, key, columns, fingerprint, generation, model, dimensions,"
-            " vector_type, distance, state) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, 'building')"
+            "INSERT INTO {} (name, slot, source_table, view_name, key, columns, fingerprint, generation, model,"
+            " dimensions, vector_type, distance, state)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, 'building')"
             " ON CONFLICT (name) DO UPDATE SET slot = excluded.slot, view_name = excluded.view_name,"
             " columns = excluded.columns, fingerprint = excluded.fingerprint"
         ).format(table),
@@ -111,9 +113,11 @@ async def set_up_publication(source: Connection, config: Config, specs: Sequence
 
 
 async def starting_point(
-    slot_connection: SlotConnection, source: Connection, session: ApplySession, config: Config
+    slot_connection: SlotConnection, source: Connection, session: ApplySession, config: Config, indexes: Sequence[str]
 ) -> Lsn:
     """Return the LSN to stream from, creating the slot for a pipeline that has none yet.
+
+    After a gap, `source.on_gap = "resync"` makes a new slot and asks for a full backfill of every index.
 
     :raises GapError: changes between the checkpoint and what the slot can send may be missing.
     """
@@ -123,66 +127,98 @@ async def starting_point(
     with speaking_of("source", where=f"slot {name}"):
         slot = await read_slot(source, name)
     if state.checkpoint is None:
-        if slot is None:
-            log.info("slot_creating", slot=name)
-            begin = await slot_connection.create_slot(name)
-            log.info("slot_created", slot=name, lsn=str(begin))
-        else:
-            assert slot.confirmed_flush is not None
-            begin = slot.confirmed_flush
-            log.info("slot_adopted", slot=name, lsn=str(begin))
+        begin = await _first_position(slot_connection, slot, name)
         await session.begin_at(begin, server.system_identifier, server.timeline)
         return begin
-    _refuse_foreign_history(state, server, name)
-    if slot is None:
-        raise GapError(
-            "the replication slot is gone: changes since the checkpoint cannot be received any more",
-            where=f"slot {name}, checkpoint {state.checkpoint}",
-            hint=_RESYNC,
-        )
-    if slot.wal_status == "lost":
-        raise GapError(
-            "the replication slot has lost WAL that it still needed (max_slot_wal_keep_size)",
-            where=f"slot {name}, checkpoint {state.checkpoint}",
-            hint=_RESYNC,
-        )
-    if slot.confirmed_flush is not None and slot.confirmed_flush > state.checkpoint:
-        raise GapError(
-            f"the slot is ahead of the index: it was advanced to {slot.confirmed_flush} by someone else, recreated,"
-            " or the target fell back to an older state",
-            where=f"slot {name}, checkpoint {state.checkpoint}",
-            hint=_RESYNC,
-        )
+    try:
+        _refuse_gap(state, server, slot, name)
+    except GapError as gap:
+        if config.source.on_gap != "resync":
+            raise
+        log.error("gap", slot=name, error=str(gap), action="resync")
+        return await _resync(slot_connection, source, session, server, slot, name, indexes)
     if server.timeline != state.timeline:
         await session.begin_at(state.checkpoint, server.system_identifier, server.timeline)
         log.info("timeline_followed", slot=name, timeline=server.timeline)
     return state.checkpoint
 
 
+async def _first_position(slot_connection: SlotConnection, slot: Slot | None, name: str) -> Lsn:
+    if slot is not None and slot.confirmed_flush is not None:
+        # Nothing is indexed yet, so nothing can be missing: the initial load is still to come.
+        log.info("slot_adopted", slot=name, lsn=str(slot.confirmed_flush))
+        return slot.confirmed_flush
+    log.info("slot_creating", slot=name)
+    begin = await slot_connection.create_slot(name)
+    log.info("slot_created", slot=name, lsn=str(begin))
+    return begin
+
+
+async def _resync(
+    slot_connection: SlotConnection,
+    source: Connection,
+    session: ApplySession,
+    server: ServerIdentity,
+    slot: Slot | None,
+    name: str,
+    indexes: Sequence[str],
+) -> Lsn:
+    """Begin anew with a new slot; the index stays searchable while everything is read again.
+
+    Interrupted anywhere before the new checkpoint is stored, the next start finds the same gap and begins here again.
+    """
+    if slot is not None:
+        with speaking_of("source", where=f"slot {name}"):
+            await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
+    begin = await slot_connection.create_slot(name)
+    await session.begin_at(begin, server.system_identifier, server.timeline, resync=indexes)
+    log.info("resync_requested", slot=name, lsn=str(begin), indexes=list(indexes))
+    return begin
+
+
 _RESYNC = (
-    'drop the slot, remove the pipeline\'s rows and start again for a full load: docs/operations.md, "After a gap"'
+    'set source.on_gap = "resync" to read everything again with a new slot; docs/operations.md, "After a gap",'
+    " says what that costs"
 )
 
 
-def _refuse_foreign_history(state: PipelineState, server: ServerIdentity, slot: str) -> None:
-    where = f"slot {slot}, checkpoint {state.checkpoint}"
+def _refuse_gap(state: PipelineState, server: ServerIdentity, slot: Slot | None, name: str) -> None:
+    where = f"slot {name}, checkpoint {state.checkpoint}"
+    assert state.checkpoint is not None
     if state.system_identifier != server.system_identifier:
         raise GapError(
             f"this is another cluster than before (system identifier {server.system_identifier},"
             f" was {state.system_identifier})",
             where=where,
-            hint=f"point source.dsn at the old cluster, or give the new one a slot name of its own; {_RESYNC}",
+            hint=f"point source.dsn at the old cluster, or give the new one a slot name of its own; or {_RESYNC}",
         )
     if state.timeline is not None and server.timeline < state.timeline:
         raise GapError(
             f"the source is on timeline {server.timeline}, and the index has followed timeline {state.timeline}:"
             " this server was left behind by a promotion, or restored",
             where=where,
-            hint=f"point source.dsn at the present primary; {_RESYNC}",
+            hint=f"point source.dsn at the present primary; or {_RESYNC}",
         )
-    if state.checkpoint is not None and server.lsn < state.checkpoint:
+    if server.lsn < state.checkpoint:
         raise GapError(
             f"the source's WAL ends at {server.lsn}, before the checkpoint: it was restored from a backup",
+            where=where,
+            hint=_RESYNC,
+        )
+    if slot is None:
+        raise GapError(
+            "the replication slot is gone: changes since the checkpoint cannot be received any more",
+            where=where,
+            hint=_RESYNC,
+        )
+    if slot.wal_status == "lost":
+        raise GapError(
+            "the replication slot has lost WAL that it still needed (max_slot_wal_keep_size)", where=where, hint=_RESYNC
+        )
+    if slot.confirmed_flush is not None and slot.confirmed_flush > state.checkpoint:
+        raise GapError(
+            f"the slot is ahead of the index: it was advanced to {slot.confirmed_flush} by someone else, recreated,"
+            " or the target fell back to an older state",
             where=where,
             hint=_RESYNC,
         )

@@ -317,37 +317,41 @@ class Stream:
         return self._full or (self._dry and bool(self._batch) and not self._batch.partial)
 
     async def _apply(self, batch: Batch) -> None:
-        """Bring a batch to the target, trying again for as long as a server is away."""
-        attempt = 0
+        """Bring a batch to the target."""
         started = anyio.current_time()
-        while True:
-            try:
-                changes = {
-                    index: await self._preparers[index].prepare(of_index, self._session.writer(index))
-                    for index, of_index in batch.indexes.items()
-                }
-                applied = await self._commit(changes, batch)
-            except (TargetUnavailable, SourceUnavailable) as error:
-                await self._recover(error, attempt)
-                attempt += 1
-            else:
-                break
+        changes, applied = await self._until_committed(batch)
         if batch.end_lsn is not None:
             self.progress.commit(batch.end_lsn)
         self._work_since_idle_checkpoint = True
         self._account(batch, changes, applied, anyio.current_time() - started)
         self._page_applied(batch)
 
+    async def _until_committed(self, batch: Batch) -> tuple[dict[str, ChangeSet], dict[str, Applied]]:
+        """Prepare and commit, trying again for as long as a server is away."""
+        attempt = 0
+        while True:
+            try:
+                changes = {
+                    index: await self._preparers[index].prepare(of_index, self._session.writer(index))
+                    for index, of_index in batch.indexes.items()
+                }
+                return changes, await self._commit(changes, batch)
+            except (TargetUnavailable, SourceUnavailable) as error:
+                await self._recover(error, attempt)
+                attempt += 1
+
     async def _commit(self, changes: Mapping[str, ChangeSet], batch: Batch) -> dict[str, Applied]:
         # Cancelled in the middle, the driver could leave the transaction open: one that has begun is finished.
         applied: dict[str, Applied] = {}
         with anyio.CancelScope(shield=True):
-            applied = await self._session.apply(
-                changes,
-                batch.pages,
-                batch.end_lsn,
-                commit_time=to_datetime(batch.commit_time_us) if batch.commit_time_us is not None else None,
-                caught_up=self._dry and not self._batch,
+            applied.update(
+                await self._session.apply(
+                    changes,
+                    batch.pages,
+                    batch.end_lsn,
+                    commit_time=to_datetime(batch.commit_time_us) if batch.commit_time_us is not None else None,
+                    caught_up=self._dry and not self._batch,
+                )
             )
         return applied
 

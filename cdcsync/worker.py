@@ -204,7 +204,9 @@ class _Worker:
             try:
                 async with control, await SlotConnection.connect(self.config.source.dsn) as slot:
                     source = await control.connection()
-                    checkpoint = await starting_point(slot, source, self.session, self.config)
+                    checkpoint = await starting_point(
+                        slot, source, self.session, self.config, [spec.name for spec in self.specs]
+                    )
                     if not suspected:
                         # What these did before the slot or the publication took notice of their tables may never be
                         # delivered.
@@ -240,6 +242,13 @@ class _Worker:
         """Serve backfills: not before the slot exists, which would never deliver a mark written earlier."""
         await self.streaming.wait()
         await self.backfills.run()
+
+    async def end_in_time(self, scope: anyio.CancelScope) -> None:
+        """Once told to stop, abandon what is not done by `worker.stop_timeout_s`."""
+        await self.handle._stopping.wait()
+        await anyio.sleep(self.config.worker.stop_timeout_s)
+        log.warning("stop_timeout", seconds=self.config.worker.stop_timeout_s)
+        scope.cancel()
 
     async def _reopen_target(self) -> None:
         try:
@@ -333,6 +342,7 @@ async def _work(worker: _Worker) -> None:
         tasks.start_soon(worker.backfill_once_streaming)
         tasks.start_soon(build_until_live, worker.config.target.dsn, worker.config.target.schema, worker.specs)
         tasks.start_soon(worker.gauges_for_ever)
+        tasks.start_soon(worker.end_in_time, tasks.cancel_scope)
         await worker.stream_for_ever()
         tasks.cancel_scope.cancel()
 

@@ -5,10 +5,11 @@
     commands    the commands, their options and their help
     entry       `main`: runs a command and turns what it raises into an exit status
 
-The exit status is 0 when all is well, 1 when a command ran and failed, 2 when configuration, set-up or usage is wrong and
-nothing was changed, 130 after Ctrl-C. A file here imports only from lines above its own.
+The exit status is 0 when all is well, 1 when a command ran and failed, 2 when configuration, set-up or usage is wrong
+and nothing was changed, 130 after Ctrl-C. A file here imports only from lines above its own.
 
-Whatever costs time to import is imported in the function that needs it: `--help` must not wait for a web server or a model.
+Whatever costs time to import is imported in the function that needs it: `--help` must not wait for a web server or a
+model.
 """
 
 from __future__ import annotations

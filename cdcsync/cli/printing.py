@@ -1,7 +1,7 @@
 """What the commands print: results on standard output, errors on standard error, colours where a terminal shows them.
 
-Colours follow rich's rules: none into files and pipes, none with NO_COLOR. Texts from databases are printed as they are,
-except that control characters, with which a text could take over the terminal, become a dot.
+Colours follow rich's rules: none into files and pipes, none with NO_COLOR. Texts from databases are printed as they
+are, except that control characters, with which a text could take over the terminal, become a dot.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from cdcsync.index.search import Hit
     from cdcsync.preflight import Finding
+    from cdcsync.status import Status
 
 SHOWN_LINES = 4
 """Lines of a chunk that are shown: enough to recognise it; --json has all of it."""
@@ -25,14 +26,17 @@ SHOWN_LINES = 4
 SHOWN_CHARACTERS = 400
 """Characters of a chunk that are shown, for text without line breaks."""
 
-_MARKS = {"ok": ("✓", "green"), "info": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
+_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
 
 
-def console(*, errors: bool = False) -> Console:
-    """Return a console on standard output, or on standard error."""
+def console(*, errors: bool = False, wrap: bool = False) -> Console:
+    """Return a console on standard output, or on standard error.
+
+    :param wrap: fit the terminal's width, for tables; else lines stay whole, for searching in what was printed.
+    """
     from rich.console import Console
 
-    return Console(stderr=errors, highlight=False, soft_wrap=True)
+    return Console(stderr=errors, highlight=False, soft_wrap=not wrap)
 
 
 def print_json(value: Any, *, indent: bool = True) -> None:
@@ -82,6 +86,13 @@ def print_findings(findings: Sequence[Finding]) -> None:
         out.print(Text(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}: `run` would not start", "bold red"))
     else:
         out.print(Text(f"nothing keeps `run` from starting; {_count(warnings, 'warning')}", "bold green"))
+
+
+def print_status(status: Status) -> None:
+    """Print a status as tables."""
+    from cdcsync.status import render_table
+
+    console(wrap=True).print(render_table(status))
 
 
 def _count(number: int, noun: str) -> str:

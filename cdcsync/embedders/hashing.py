@@ -1,9 +1,9 @@
 """Feature hashing: vectors without a model, for tests and benchmarks.
 
-A text's vector is the sum of its words' vectors. A word's is one signed component for the word and a quarter for each
-of its character trigrams, so that texts with the same or similar words are near each other. It knows no meaning.
+A text's vector is the sum of its words' vectors. A word's is one signed component for the word and a smaller one for
+each of its character trigrams, so that texts with the same or similar words are near each other. It knows no meaning.
 
-All components are multiples of a quarter and stay small, so every sum is exact in binary floating point, whatever the
+All components are multiples of an eighth and stay small, so every sum is exact in binary floating point, whatever the
 order of the additions; square root and division round in one way only. Vectors are therefore the same bits on every
 machine and in every process. (Versions of Python differ in the characters that they know as letters, the newest ones.)
 
@@ -27,8 +27,8 @@ from cdcsync.embedders.protocol import Distance, Kind, Vectors
 VERSION = 1
 """Part of the identity: raise it with any change to what vectors come out."""
 
-TRIGRAM_WEIGHT = 0.25
-"""Trigrams of a word of average length weigh together about as much as the word; a power of two, see above."""
+TRIGRAM_WEIGHT = 3 / 8
+"""A word of seven letters then counts half for itself and half for its trigrams. Exact in binary, see above."""
 
 WORDS_REMEMBERED = 32_768
 """Words whose components are kept: nearly all words of running text, in some 20 MB."""

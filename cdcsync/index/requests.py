@@ -6,7 +6,7 @@ Source: PostgreSQL, "NOTIFY".
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import msgspec
 from psycopg import sql
@@ -14,6 +14,9 @@ from psycopg import sql
 from cdcsync.postgres import Connection
 
 Kind = Literal["initial", "replay", "resync"]
+Phase = Literal["rows", "orphans"]
+
+_COLUMNS = "id, index_name, kind, rewrite, filter, state, phase, cursor, rows_done, rows_total, started_at"
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -25,6 +28,7 @@ class Request(msgspec.Struct, frozen=True):
     rewrite: bool
     filter: str | None
     state: str
+    phase: Phase
     cursor: tuple[str, ...] | None
     rows_done: int
     rows_total: int | None
@@ -55,33 +59,25 @@ class Requests:
         """Return the request to serve next for these indexes."""
         cursor = await connection.execute(
             sql.SQL(
-                "SELECT id, index_name, kind, rewrite, filter, state, cursor, rows_done, rows_total, started_at FROM {}"
+                f"SELECT {_COLUMNS} FROM {{}}"
                 " WHERE state IN ('requested', 'running') AND index_name = ANY(%s) ORDER BY id LIMIT 1"
             ).format(self._table),
             [indexes],
         )
         row = await cursor.fetchone()
-        if row is None:
-            return None
-        values = list(row)
-        values[6] = tuple(values[6]) if values[6] is not None else None
-        return Request(*values)
+        return None if row is None else _request(row)
 
     async def latest(self, connection: Connection, index: str) -> Request | None:
         """Return the open request of an index, or the last one that ended."""
         cursor = await connection.execute(
             sql.SQL(
-                "SELECT id, index_name, kind, rewrite, filter, state, cursor, rows_done, rows_total, started_at FROM {}"
+                f"SELECT {_COLUMNS} FROM {{}}"
                 " WHERE index_name = %s ORDER BY state IN ('requested', 'running', 'paused') DESC, id DESC LIMIT 1"
             ).format(self._table),
             [index],
         )
         row = await cursor.fetchone()
-        if row is None:
-            return None
-        values = list(row)
-        values[6] = tuple(values[6]) if values[6] is not None else None
-        return Request(*values)
+        return None if row is None else _request(row)
 
     async def start(self, connection: Connection, request: Request, rows_total: int | None) -> None:
         """Note that a request is being served."""
@@ -109,3 +105,9 @@ class Requests:
             ),
             [error, request.id],
         )
+
+
+def _request(row: tuple[Any, ...]) -> Request:
+    values = list(row)
+    values[7] = None if values[7] is None else tuple(values[7])
+    return Request(*values)

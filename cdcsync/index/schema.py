@@ -121,10 +121,14 @@ _SHARED = (
         updated_at timestamptz NOT NULL DEFAULT now()
     )
     """,
-    "COMMENT ON TABLE {schema}.pipelines IS 'cdcsync: one row per replication slot. checkpoint commits together with the chunks.'",
-    "COMMENT ON COLUMN {schema}.pipelines.checkpoint IS 'The index holds every source transaction that ends at or before this LSN.'",
-    "COMMENT ON COLUMN {schema}.pipelines.fence IS 'Raised by each worker that takes over; writes under an older value are refused.'",
-    "COMMENT ON COLUMN {schema}.pipelines.commit_time IS 'When the source committed the last transaction that was applied.'",
+    "COMMENT ON TABLE {schema}.pipelines IS"
+    " 'cdcsync: one row per replication slot. checkpoint commits together with the chunks.'",
+    "COMMENT ON COLUMN {schema}.pipelines.checkpoint IS"
+    " 'The index holds every source transaction that ends at or before this LSN.'",
+    "COMMENT ON COLUMN {schema}.pipelines.fence IS"
+    " 'Raised by each worker that takes over; writes under an older value are refused.'",
+    "COMMENT ON COLUMN {schema}.pipelines.commit_time IS"
+    " 'When the source committed the last transaction that was applied.'",
     "COMMENT ON COLUMN {schema}.pipelines.caught_up_at IS 'When the worker last had nothing left to apply.'",
     """
     CREATE TABLE IF NOT EXISTS {schema}.indexes (
@@ -157,6 +161,7 @@ _SHARED = (
         filter text,
         state text NOT NULL DEFAULT 'requested'
             CHECK (state IN ('requested', 'running', 'paused', 'done', 'failed', 'cancelled')),
+        phase text NOT NULL DEFAULT 'rows' CHECK (phase IN ('rows', 'orphans')),
         cursor text[],
         rows_done bigint NOT NULL DEFAULT 0,
         rows_total bigint,
@@ -167,7 +172,10 @@ _SHARED = (
     )
     """,
     "COMMENT ON TABLE {schema}.backfills IS 'cdcsync: requests to read source tables, and how far each is.'",
-    "COMMENT ON COLUMN {schema}.backfills.cursor IS 'The key of the last row that was applied; commits together with the rows.'",
+    "COMMENT ON COLUMN {schema}.backfills.phase IS"
+    " 'rows: reading the source; orphans: asking it which index keys it still has.'",
+    "COMMENT ON COLUMN {schema}.backfills.cursor IS"
+    " 'The key of the last row that was applied; commits together with the rows.'",
     "CREATE INDEX IF NOT EXISTS backfills_open ON {schema}.backfills (index_name, id) "
     "WHERE state IN ('requested', 'running', 'paused')",
     """
@@ -256,7 +264,7 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
                 attempts int NOT NULL DEFAULT 0,
                 next_attempt_at timestamptz NOT NULL DEFAULT now(),
                 error text,
-                PRIMARY KEY (generation, chunk_id)
+                PRIMARY KEY (chunk_id, generation)
             )
             """
         ).format(**identifiers)

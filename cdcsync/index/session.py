@@ -21,6 +21,7 @@ from cdcsync.batches import PageEnd
 from cdcsync.errors import LeaseLost, SetupError, TargetUnavailable
 from cdcsync.index.apply import Applied, ChangeSet, IndexWriter
 from cdcsync.index.pipelines import Pipelines, PipelineState
+from cdcsync.index.requests import Requests
 from cdcsync.index.schema import IndexSpec
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection, connect, speaking_of
@@ -106,11 +107,17 @@ class ApplySession:
             raise SetupError("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
         return state
 
-    async def begin_at(self, checkpoint: Lsn, system_identifier: str, timeline: int) -> None:
-        """Store where the pipeline starts and which cluster it follows."""
+    async def begin_at(
+        self, checkpoint: Lsn, system_identifier: str, timeline: int, *, resync: Sequence[str] = ()
+    ) -> None:
+        """Store where the pipeline starts and which cluster it follows; with it ask for a resync of these indexes."""
         assert self._fence is not None
+        requests = Requests(self._schema)
         with speaking_of("target"):
-            await self._pipelines.begin_at(self.connection, self._fence, checkpoint, system_identifier, timeline)
+            async with self.connection.transaction():
+                await self._pipelines.begin_at(self.connection, self._fence, checkpoint, system_identifier, timeline)
+                for index in resync:
+                    await requests.add(self.connection, index, "resync", rewrite=False, filter_=None)
 
     async def apply(
         self,
@@ -145,11 +152,18 @@ class ApplySession:
     async def _end_page(self, page: PageEnd) -> None:
         await self.connection.execute(
             sql.SQL(
-                "UPDATE {} SET cursor = coalesce(%s::text[], cursor), rows_done = %s,"
+                "UPDATE {} SET phase = %s, cursor = %s::text[], rows_done = %s,"
                 " state = CASE WHEN %s THEN 'done' ELSE state END,"
                 " finished_at = CASE WHEN %s THEN clock_timestamp() END WHERE id = %s"
             ).format(sql.Identifier(self._schema, "backfills")),
-            [None if page.cursor is None else list(page.cursor), page.rows, page.done, page.done, page.backfill_id],
+            [
+                page.phase,
+                None if page.cursor is None else list(page.cursor),
+                page.rows,
+                page.done,
+                page.done,
+                page.backfill_id,
+            ],
         )
 
     async def _connect(self) -> Connection:

@@ -107,6 +107,14 @@ def noting(findings: list[Finding], side: Side, where: str) -> Iterator[None]:
         findings.append(finding)
 
 
+def or_ok(faults: Iterable[Finding], where: str, message: str) -> list[Finding]:
+    """Return the faults, and with no error among them the good news first."""
+    found = list(faults)
+    if any(finding.level == "error" for finding in found):
+        return found
+    return [Finding.ok(where, message), *found]
+
+
 def named(names: Iterable[str]) -> str:
     """Return names as a list to read, cut where it gets long."""
     names = list(names)

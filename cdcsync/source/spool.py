@@ -26,7 +26,7 @@ _LENGTH = struct.Struct("!I")
 
 
 class _Transaction:
-    """One open transaction's file, and where each of its subtransactions begins in it."""
+    """One open transaction's file, and where each of its subtransactions begins in it, in the file's order."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,28 +56,36 @@ class Spool:
         return len(self._open)
 
     def clear(self) -> None:
-        """Throw everything away, and what an earlier process left."""
-        for transaction in self._open.values():
-            transaction.file.close()
-        self._open.clear()
+        """Throw everything away, and what an earlier process left.
+
+        :raises SetupError: the directory cannot be emptied and made anew.
+        """
+        for xid in list(self._open):
+            self.drop(xid)
         self._current = None
-        self.bytes = 0
-        shutil.rmtree(self._directory, ignore_errors=True)
-        self._directory.mkdir(parents=True, mode=0o700)
+        with self._writing():
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(self._directory)
+            self._directory.mkdir(parents=True, mode=0o700)
 
     def enter(self, xid: int) -> None:
-        """Begin to receive a block of transaction `xid`."""
+        """Begin to receive a block of transaction `xid`.
+
+        :raises ProtocolError: the block before has not ended.
+        :raises SetupError: a file for it cannot be made.
+        """
         if self._current is not None:
             raise ProtocolError("a stream block began inside another one")
         transaction = self._open.get(xid)
         if transaction is None:
-            transaction = self._open[xid] = _Transaction(self._directory / f"{xid}.spool")
+            with self._writing():
+                transaction = self._open[xid] = _Transaction(self._directory / f"{xid}.spool")
         self._current = transaction
 
     def append(self, xid: int, payload: bytes) -> None:
         """Keep a message of the present block; `xid` is the (sub)transaction that it belongs to.
 
-        :raises SetupError: the spool would grow beyond its limit.
+        :raises SetupError: the spool would grow beyond its limit, or cannot be written.
         """
         transaction = self._current
         assert transaction is not None
@@ -86,22 +94,29 @@ class Spool:
             raise SetupError(
                 f"open transactions need more than {self._limit:,} bytes of spool",
                 where=str(self._directory),
-                hint="raise source.spool_bytes, free disk space there, or set source.streaming = false to spill on the server",
+                hint="raise source.spool_bytes, or set source.streaming = false to let the server spill instead",
             )
         transaction.first.setdefault(xid, transaction.size)
-        transaction.file.write(_LENGTH.pack(len(payload)))
-        transaction.file.write(payload)
+        with self._writing():
+            transaction.file.write(_LENGTH.pack(len(payload)))
+            transaction.file.write(payload)
         transaction.size += size
         self.bytes += size
 
     def leave(self) -> None:
-        """End the present block."""
+        """End the present block.
+
+        :raises ProtocolError: none has begun.
+        """
         if self._current is None:
             raise ProtocolError("a stream block ended that had not begun")
         self._current = None
 
     def abort(self, xid: int, subxid: int) -> None:
-        """Forget a subtransaction, or with `subxid` equal to `xid` the whole transaction."""
+        """Forget a subtransaction, or with `subxid` equal to `xid` the whole transaction.
+
+        :raises SetupError: the spool cannot be written.
+        """
         transaction = self._open.get(xid)
         if transaction is None:
             return
@@ -111,19 +126,27 @@ class Spool:
         start = transaction.first.get(subxid)
         if start is None:
             return
-        transaction.file.seek(start)
-        transaction.file.truncate()
+        with self._writing():
+            transaction.file.seek(start)
+            transaction.file.truncate()
         self.bytes -= transaction.size - start
         transaction.size = start
-        transaction.first = {sub: first for sub, first in transaction.first.items() if first < start}
+        # From the end: a transaction may have very many subtransactions, and looking at all of them at each abort would
+        # take a time that grows with their square.
+        while transaction.first.popitem()[0] != subxid:
+            pass
 
     def replay(self, xid: int) -> Iterator[bytes]:
-        """Yield the messages of a transaction in their order; the caller drops it afterwards."""
+        """Yield the messages of a transaction in their order; the caller drops it afterwards.
+
+        :raises SetupError: what was kept cannot be written or read back.
+        """
         transaction = self._open.get(xid)
         if transaction is None:
             return
         file = transaction.file
-        file.seek(0)
+        with self._writing():
+            file.seek(0)
         while header := file.read(_LENGTH.size):
             (length,) = _LENGTH.unpack(header)
             yield file.read(length)

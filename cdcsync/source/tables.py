@@ -48,22 +48,24 @@ class SourceTable:
         self._select = sql.SQL("SELECT {} FROM {} AS t WHERE {}").format(columns, table, published)
         self._after = sql.SQL("({}) > ({})").format(self._key_list, sql.SQL(", ").join(casts))
         places = [sql.Identifier(f"k{at}") for at in range(len(keys))]
-        self._by_keys = sql.SQL("SELECT {} FROM {} AS t JOIN unnest({}) AS wanted({}) ON {} WHERE {}").format(
-            columns,
-            table,
-            sql.SQL(", ").join([sql.SQL("%s::text[]")] * len(keys)),
-            sql.SQL(", ").join(places),
-            sql.SQL(" AND ").join(
-                sql.SQL("{} = wanted.{}::" + type_).format(key, place)
-                for key, place, type_ in zip(keys, places, key_types, strict=True)
-            ),
-            published,
+        wanted = sql.SQL("unnest({}) WITH ORDINALITY AS wanted({}, place)").format(
+            sql.SQL(", ").join([sql.SQL("%s::text[]")] * len(keys)), sql.SQL(", ").join(places)
+        )
+        same = sql.SQL(" AND ").join(
+            sql.SQL("{} = wanted.{}::" + type_).format(key, place)
+            for key, place, type_ in zip(keys, places, key_types, strict=True)
+        )
+        self._by_keys = sql.SQL("SELECT {} FROM {} AS t JOIN {} ON {} WHERE {}").format(
+            columns, table, wanted, same, published
+        )
+        self._places = sql.SQL("SELECT wanted.place FROM {} AS t JOIN {} ON {} WHERE {}").format(
+            table, wanted, same, published
         )
         self._count = sql.SQL("SELECT count(*) FROM {} AS t WHERE {}").format(table, published)
 
     async def page(self, connection: Connection, after: Key | None, limit: int, where: str | None = None) -> Page:
         """Return up to `limit` rows with keys above `after`, in key order; fewer rows than that are the last ones."""
-        conditions = [self._after] if after is not None else []
+        conditions: list[sql.Composable] = [self._after] if after is not None else []
         if where:
             conditions.append(sql.SQL("(" + where + ")"))
         statement = sql.SQL(" AND ").join([self._select, *conditions]) + sql.SQL(" ORDER BY {} LIMIT {}").format(
@@ -74,6 +76,12 @@ class SourceTable:
     async def by_keys(self, connection: Connection, keys: Sequence[Key]) -> Page:
         """Return the rows that exist now with these keys, in no order."""
         return await _read(connection, self._by_keys, [list(column) for column in zip(*keys, strict=True)])
+
+    async def absent(self, connection: Connection, keys: Sequence[Key]) -> tuple[Snapshot, list[Key]]:
+        """Return those of `keys` that no row has now; the source's own equality decides, not the text."""
+        page = await _read(connection, self._places, [list(column) for column in zip(*keys, strict=True)])
+        found = {int(cast(str, place)) for (place,) in page.rows}
+        return page.snapshot, [key for place, key in enumerate(keys, start=1) if place not in found]
 
     async def estimate(self, connection: Connection) -> int:
         """Return the planner's idea of how many rows the table has."""

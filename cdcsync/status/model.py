@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from cdcsync.index.requests import Kind
+from cdcsync.index.requests import Kind, Phase
 
 VERSION = 1
 """Raised when a field goes or changes its meaning. New fields come without."""
@@ -45,6 +45,7 @@ class BackfillStatus(msgspec.Struct, frozen=True):
     id: int
     kind: Kind
     state: BackfillState
+    phase: Phase
     rows_done: int
     rows_total: int | None
     rate: float | None

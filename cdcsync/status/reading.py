@@ -233,7 +233,7 @@ async def _read_backfills(
     """Return each index's backfill that runs, or else the next one."""
     cursor = await target.execute(
         sql.SQL(
-            "SELECT DISTINCT ON (index_name) index_name, id, kind, state, rows_done, rows_total,"
+            "SELECT DISTINCT ON (index_name) index_name, id, kind, state, phase, rows_done, rows_total,"
             " extract(epoch FROM clock_timestamp() - started_at)::float8, error FROM {} WHERE index_name = ANY(%s)"
             " ORDER BY index_name, array_position(ARRAY['running', 'requested', 'paused'], state),"
             " CASE WHEN state IN ('running', 'requested', 'paused') THEN id ELSE -id END"
@@ -241,11 +241,12 @@ async def _read_backfills(
         [indexes],
     )
     found = {}
-    for index, id_, kind, state, done, total, elapsed_s, error in await cursor.fetchall():
+    for index, id_, kind, state, phase, done, total, elapsed_s, error in await cursor.fetchall():
         if state in ("running", "requested", "paused"):
-            rate = done / elapsed_s if state == "running" and done and elapsed_s else None
+            reading = state == "running" and phase == "rows"
+            rate = done / elapsed_s if reading and done and elapsed_s else None
             eta_s = max(0, total - done) / rate if rate is not None and total is not None else None
-            found[index] = BackfillStatus(id_, kind, state, done, total, _rounded(rate), _rounded(eta_s))
+            found[index] = BackfillStatus(id_, kind, state, phase, done, total, _rounded(rate), _rounded(eta_s))
         elif state == "failed":
             problems.append(f"index {index}: its last {kind} failed ({error}); `cdcsync replay {index}` starts another")
     return found

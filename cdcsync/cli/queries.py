@@ -1,0 +1,140 @@
+"""What the commands ask of both servers and of a model. Nothing here writes anything."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Literal, cast
+
+from cdcsync.errors import SetupError, SourceUnavailable, Unavailable, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from cdcsync.config import Config
+    from cdcsync.index.search import Hit
+    from cdcsync.postgres import Session
+    from cdcsync.preflight import Finding
+    from cdcsync.status import Status
+
+WATCH_EVERY_S = 1.0
+"""How often a watched status is read: as often as a person can follow, and a few cheap queries each time."""
+
+
+async def examine_all(config: Config) -> list[Finding]:
+    """Return what the checks of models, servers and tables find."""
+    from cdcsync.preflight import build_embedders, examine, examine_embedders
+
+    findings: list[Finding] = []
+    embedders = build_embedders(config, findings)
+    try:
+        findings += await examine_embedders(embedders)
+        report = await examine(config, embedders)
+    finally:
+        for embedder in embedders.values():
+            await embedder.aclose()
+    return findings + report.findings
+
+
+@asynccontextmanager
+async def _sessions(config: Config) -> AsyncIterator[tuple[Session, Session]]:
+    from cdcsync.postgres import Session
+
+    async with (
+        Session(config.source.dsn, "source", application_name="cdcsync status") as source,
+        Session(config.target.dsn, "target", application_name="cdcsync status") as target,
+    ):
+        yield source, target
+
+
+async def read_status_once(config: Config) -> Status:
+    """Return the status of both servers.
+
+    :raises TargetUnavailable: the target does not answer now; a source that does not is part of the status.
+    """
+    async with _sessions(config) as (source, target):
+        return await _read(config, source, target)
+
+
+async def _read(config: Config, source: Session, target: Session) -> Status:
+    from cdcsync.status import read_status
+
+    connected = await target.connection()
+    try:
+        connected_source = await source.connection()
+    except SourceUnavailable:
+        connected_source = None
+    return await read_status(config, connected_source, connected)
+
+
+async def watch_status(config: Config, *, as_json: bool) -> None:
+    """Show the status anew each second, until cancelled; as JSON, print it on a line of its own each time.
+
+    :raises TargetUnavailable: the target does not answer, and a program is watching; a person is told, and waits.
+    """
+    import anyio
+    from rich.live import Live
+
+    from cdcsync.cli.printing import console, error_text, print_json
+    from cdcsync.status import render_table
+
+    async with _sessions(config) as (source, target):
+        if as_json:
+            while True:
+                print_json(await _read(config, source, target), indent=False)
+                await anyio.sleep(WATCH_EVERY_S)
+        with Live(console=console(wrap=True), auto_refresh=False) as live:
+            while True:
+                try:
+                    live.update(render_table(await _read(config, source, target)), refresh=True)
+                except Unavailable as error:
+                    # Watching is what one does while a server restarts.
+                    live.update(error_text(error), refresh=True)
+                await anyio.sleep(WATCH_EVERY_S)
+
+
+async def search_index(
+    config: Config, name: str, text: str, *, k: int, mode: Literal["hybrid", "vector", "text"], where: str | None
+) -> list[Hit]:
+    """Search an index of the configuration, with the query embedded by the index's own model.
+
+    :raises UsageError: there is no such index, or the condition cannot be used.
+    :raises SetupError: the target does not hold the index, or the embedder cannot be used or is of another model.
+    """
+    from cdcsync.index.search import search, stored_spec
+    from cdcsync.postgres import connect
+
+    if name not in config.indexes:
+        raise UsageError(f"the configuration has no index {name}", where="INDEX", hint=_nearest(name, config.indexes))
+    index = config.indexes[name]
+    schema = config.target.schema
+    async with await connect(config.target.dsn, "target", application_name="cdcsync search") as connection:
+        spec = await stored_spec(connection, schema, name, index)
+        vector = None if mode == "text" else await _embed_query(config, index.embedder, spec.model, text)
+        return await search(connection, schema, spec, text=text, vector=vector, k=k, mode=mode, where=where)
+
+
+async def _embed_query(config: Config, name: str, model: str, text: str) -> npt.NDArray[np.float32]:
+    """Return the query's vector, by the model that made the index's vectors."""
+    from cdcsync.embedders import make_embedder
+
+    embedder = make_embedder(name, config.embedders[name])
+    if embedder.identity != model:
+        raise SetupError(
+            f"the index's vectors were made by {model}, this embedder is {embedder.identity}",
+            where=f"embedders.{name}",
+            hint="search with the configuration that the worker runs with, or by the words alone with --mode text",
+        )
+    try:
+        await embedder.open()
+        (vector,) = await embedder.embed([text], kind="query")
+        return cast("npt.NDArray[np.float32]", vector)
+    finally:
+        await embedder.aclose()
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}"

@@ -1,0 +1,183 @@
+"""The acts of the demo, on a stage that has been set: a worker runs, and follows a table."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import anyio
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from cdcsync.config import Config
+from cdcsync.corpus import Entry
+from cdcsync.demo.material import CHANGES, QUESTIONS, text_of
+from cdcsync.embedders import Embedder, make_embedder
+from cdcsync.index.schema import IndexSpec
+from cdcsync.index.search import Hit, search, stored_spec
+from cdcsync.postgres import Connection, speaking_of
+from cdcsync.worker import WorkerHandle
+
+POLL_S = 0.003
+"""How often a change is looked for: what is measured is too long by at most this and a query."""
+
+PATIENCE_S = 60.0
+"""A change that is not searchable by then never will be; on a slow machine it takes a second."""
+
+SINGLE_INSERTS = 20
+"""Inserts one after the other: enough for a median."""
+
+
+class Stage:
+    """What the acts share: a running worker, and a session on its database."""
+
+    def __init__(
+        self,
+        console: Console,
+        config: Config,
+        config_path: Path,
+        connection: Connection,
+        handle: WorkerHandle,
+        rows: int,
+    ) -> None:
+        self._console = console
+        self._config = config
+        self._config_path = config_path
+        self._connection = connection
+        self._handle = handle
+        self._rows = rows
+        self._embedder: Embedder = make_embedder("minilm", config.embedders["minilm"])
+        self._spec: IndexSpec | None = None
+
+    async def load(self) -> None:
+        """Follow the first load to its end, and open the model for queries."""
+        started = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._console) as progress:
+            read = progress.add_task("rows read", total=self._rows)
+            made = progress.add_task("loading the model", total=self._rows)
+            while True:
+                index = (await self._handle.status()).indexes["docs"]
+                progress.update(read, completed=index.documents or 0)
+                if index.vectors:
+                    progress.update(made, description="vectors made", completed=index.vectors, total=index.chunks)
+                if index.state == "live" and index.backlog == 0:
+                    break
+                await anyio.sleep(0.2)
+        elapsed = time.monotonic() - started
+        self._console.print(
+            f"{index.chunks:,} chunks are embedded and indexed (HNSW), after {elapsed:.0f} s with the model's loading"
+        )
+        with self._console.status("loading the model again, for queries …"):
+            await self._embedder.open()
+        self._spec = await stored_spec(
+            self._connection, self._config.target.schema, "docs", self._config.indexes["docs"]
+        )
+
+    async def ask_all(self) -> None:
+        """Answer the questions."""
+        for question in QUESTIONS:
+            self._console.print(f"\n[bold]search:[/] {question}")
+            for hit in await self._search(question, k=3):
+                summary = str(hit.content).partition("\n\n")[2].strip().partition("\n")[0]
+                self._console.print(f"   [cyan]{_name(hit)}[/]", end="  ")
+                self._console.print(summary, markup=False, overflow="ellipsis", no_wrap=True)
+
+    async def change_all(self) -> None:
+        """Make the changes, one after the other, and show when and how searches follow."""
+        table = Table("change", "by words", "by meaning", "embedded", "best hit for", "before", "after")
+        for change in CHANGES:
+            (before, *_) = await self._search(change.question, k=1)
+            texts = self._embedded_texts()
+            text_s, vector_s = await self._make(change.before, change.after)
+            texts = self._embedded_texts() - texts
+            (after, *_) = await self._search(change.question, k=1)
+            times = (_milliseconds(text_s), _milliseconds(vector_s))
+            table.add_row(change.title, *times, f"{texts:.0f}", change.question, _name(before), _name(after))
+        self._console.print("\nLive changes, with the time from commit to searchable and the texts embedded for each:")
+        self._console.print(table)
+
+    async def insert_singly(self) -> None:
+        """Insert rows one by one and show the spread of the times."""
+        texts, vectors = [], []
+        for number in range(SINGLE_INSERTS):
+            entry = Entry("demo.single", f"row_{number}", "row()", f"The row with the number {number} of the demo.")
+            text_s, vector_s = await self._make(None, entry)
+            texts.append(text_s)
+            vectors.append(vector_s)
+        self._console.print(
+            f"{SINGLE_INSERTS} more inserts, each its own transaction, from commit to searchable:"
+            f" by words {_milliseconds(statistics.median(texts))} (slowest {_milliseconds(max(texts))}),"
+            f" by meaning {_milliseconds(statistics.median(vectors))} (slowest {_milliseconds(max(vectors))})"
+        )
+
+    def say_how_to_look_around(self) -> None:
+        """Print where everything is."""
+        self._console.print(
+            f"\nIt goes on running until Ctrl-C. The worker's page: http://127.0.0.1:{self._handle.port}/\n"
+            f"  psql {self._config.source.dsn}\n"
+            f"  cdcsync status --watch -c {self._config_path}\n"
+            f"  cdcsync search docs 'make a file smaller' -c {self._config_path}",
+            soft_wrap=True,
+        )
+
+    async def _search(self, question: str, *, k: int) -> list[Hit]:
+        assert self._spec is not None
+        (vector,) = await self._embedder.embed([question], kind="query")
+        schema = self._config.target.schema
+        return await search(self._connection, schema, self._spec, text=question, vector=vector, k=k)
+
+    async def _make(self, before: Entry | None, after: Entry | None) -> tuple[float, float]:
+        """Make a change; return the seconds from commit until words, and until vectors, find just what is there now."""
+        key = [] if before is None else [before.module, before.name]
+        values = [] if after is None else list(msgspec.structs.astuple(after))
+        if after is None:
+            statement = "DELETE FROM public.docs WHERE (module, name) = (%s, %s)"
+        elif before is None:
+            statement = "INSERT INTO public.docs VALUES (%s, %s, %s, %s)"
+        else:
+            statement = (
+                "UPDATE public.docs SET (module, name, signature, doc) = (%s, %s, %s, %s)"
+                " WHERE (module, name) = (%s, %s)"
+            )
+        expected = set() if after is None else {(after.module, after.name, text_of(after))}
+        keys = [entry for entry in (before, after) if entry is not None]
+        arguments = [[entry.module for entry in keys], [entry.name for entry in keys]]
+        text_s = None
+        with speaking_of("source", where="the demo's server"), anyio.fail_after(PATIENCE_S):
+            await self._connection.execute(statement, values + key)
+            committed = time.perf_counter()
+            while True:
+                cursor = await self._connection.execute(_FOUND, arguments * 2)
+                rows = await cursor.fetchall()
+                if text_s is None and {row[1:] for row in rows if row[0] == "text"} == expected:
+                    text_s = time.perf_counter() - committed
+                if text_s is not None and {row[1:] for row in rows if row[0] == "vector"} == expected:
+                    return text_s, time.perf_counter() - committed
+                await anyio.sleep(POLL_S)
+
+    def _embedded_texts(self) -> float:
+        """Return how many texts the worker has given to the model so far."""
+        labels = {"embedder": self._embedder.name}
+        return self._handle.metrics.registry.get_sample_value("cdcsync_embed_texts_total", labels) or 0.0
+
+
+_FOUND = """
+    SELECT 'text', c.module, c.name, c.content FROM cdcsync.docs_chunks AS c
+    JOIN unnest(%s::text[], %s::text[]) AS k(module, name) USING (module, name)
+    UNION
+    SELECT CASE WHEN i.stale THEN 'stale' ELSE 'vector' END, i.module, i.name, i.content FROM public.docs_index AS i
+    JOIN unnest(%s::text[], %s::text[]) AS k(module, name) USING (module, name)
+"""
+"""What the index has under some keys: the chunks, which searches by words read, and the view, with the vectors."""
+
+
+def _name(hit: Hit) -> str:
+    return f"{hit.key['module']}.{hit.key['name']}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms"

@@ -1,0 +1,39 @@
+"""Embedding models and providers, each kind in a file of its own.
+
+    protocol                what an embedder is; what its answers are checked for
+    hashing                 feature hashing, without a model
+    model_files             where a local model's files are
+    description             what they say about it
+    sentence_transformers   local models
+
+Making an embedder is cheap and never imports torch; `open` loads what is heavy.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from cdcsync import config
+from cdcsync.embedders.hashing import HashEmbedder
+from cdcsync.embedders.protocol import Distance, Embedder, Kind, Vectors, validate
+from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder
+
+__all__ = ["Distance", "Embedder", "Kind", "Vectors", "make_embedder", "validate"]
+
+
+def make_embedder(name: str, settings: config.Embedder) -> Embedder:
+    """Build the embedder that a section of the configuration describes.
+
+    Blocks for as long as it takes to read a model's small files; they are downloaded if the model is not on this
+    machine.
+
+    :param name: the section's name: `minilm` for `[embedders.minilm]`.
+    :raises EmbedderSetupError: the model is not to be found or not supported, or a package is missing.
+    """
+    match settings:
+        case config.HashEmbedder():
+            return HashEmbedder(name, settings)
+        case config.SentenceTransformersEmbedder():
+            return SentenceTransformersEmbedder(name, settings)
+        case unreachable:
+            assert_never(unreachable)

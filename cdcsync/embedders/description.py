@@ -1,0 +1,222 @@
+"""What a local model's files say about it: all that can be known without loading it.
+
+Source: the configuration files of sentence-transformers (modules.json, sentence_bert_config.json,
+config_sentence_transformers.json, those of its modules) and of transformers (config.json, tokenizer_config.json).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import msgspec
+
+from cdcsync.embedders.model_files import INSTALL, ModelFiles, Module, fetch_weights
+from cdcsync.embedders.protocol import Distance
+from cdcsync.errors import EmbedderSetupError
+
+NO_LIMIT = 10**6
+"""Tokenizers without a limit say 10^30 or the like; no model reads a million tokens at once."""
+
+_TRANSFORMER_CONFIGS = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+)
+"""Where the settings of a Transformer module may be; the first that exists counts."""
+
+_WIDTHS = ("hidden_size", "dim", "d_model", "n_embd")
+"""What the families of transformers call the width of their output."""
+
+_DISTANCES: dict[str, Distance] = {"cosine": "cosine", "dot": "inner_product", "euclidean": "l2", "manhattan": "l2"}
+"""pgvector's distance for each of sentence-transformers' similarities; Manhattan's is nearest to the Euclidean."""
+
+_LEGACY_POOLING = "pooling_mode_"
+"""How the keys begin by which older models say how they pool, one key a mode; today it is one key with the modes."""
+
+
+class Description(msgspec.Struct, frozen=True):
+    """What is known about a model.
+
+    `reads` is the number of tokens of an input that the model sees, special tokens included; `max_input_tokens` is
+    what of this is left for a document. `prompts` are put before documents and queries. `weights` are the files that
+    loading needs. `facts` are the settings that, with the weights, decide what vectors come out.
+    """
+
+    dimensions: int
+    distance: Distance
+    tokenizer_json: str
+    reads: int | None
+    max_input_tokens: int | None
+    prompts: dict[str, str]
+    weights: tuple[str, ...]
+    facts: dict[str, Any]
+
+    def identity(self, files: ModelFiles) -> str:
+        """Return the model's identity: equal wherever the same model lies, and by whatever name it goes."""
+        facts = self.facts | {"weights": {name: files.sha256(name) for name in self.weights}}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return f"sentence-transformers:{self.dimensions}:{digest[:32]}"
+
+
+def describe(files: ModelFiles, *, where: str) -> Description:
+    """Read what a model's files say.
+
+    :raises EmbedderSetupError: they cannot be read, or the model has modules that need to be loaded to be known.
+    """
+    try:
+        return _describe(files, where)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise EmbedderSetupError(
+            f"the model's files in {files.directory} cannot be read: {type(error).__name__}: {error}",
+            where=f"{where}.model",
+            hint="see that the directory holds a whole model that sentence-transformers can load",
+        ) from error
+
+
+def _describe(files: ModelFiles, where: str) -> Description:
+    modules = files.modules()
+    weights = tuple(name for module in modules if module.has_weights for name in files.weights(module.folder))
+    first = modules[0]
+    if first.kind == "StaticEmbedding":
+        fetch_weights(files, weights, where=where)  # a small file, and the only one that tells the width
+    settings = files.json("config_sentence_transformers.json")
+    dimensions = 0
+    configs = []
+    for module in modules:
+        config = _config(files, module)
+        dimensions = _width(files, module, config, dimensions, where)
+        configs.append([module.kind, config])
+    if (shortened := settings.get("truncate_dim")) is not None:
+        dimensions = min(dimensions, shortened)
+    transformer = _transformer_config(files, first.folder)
+    tokenizer_json = _tokenizer_json(
+        files, first.folder, lowercase=transformer.get("do_lower_case", False), where=where
+    )
+    saved = settings.get("prompts") or {}
+    prompts = {
+        "document": next((saved[name] for name in ("document", "passage", "corpus") if saved.get(name)), ""),
+        "query": saved.get("query") or "",
+    }
+    reads = None if first.kind == "StaticEmbedding" else _reads(files, first.folder, transformer)
+    return Description(
+        dimensions=dimensions,
+        distance=_DISTANCES[settings.get("similarity_fn_name") or "cosine"],
+        tokenizer_json=tokenizer_json,
+        reads=reads,
+        max_input_tokens=reads and _room(tokenizer_json, reads, prompts["document"], where),
+        prompts=prompts,
+        weights=weights,
+        facts={
+            "modules": configs,
+            "truncate_dim": shortened,
+            "reads": reads,
+            "prompts": prompts,
+            "tokenizer": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
+        },
+    )
+
+
+def _config(files: ModelFiles, module: Module) -> dict[str, Any]:
+    """Return a module's own configuration, without what does not change vectors."""
+    if not module.has_config:
+        return {}
+    if module.kind == "Pooling" and not module.folder:
+        return {"pooling_mode": "mean"}  # the model was not made for sentence-transformers
+    config = files.json(f"{module.folder}/config.json" if module.folder else "config.json")
+    for key in ("_name_or_path", "transformers_version", "architectures"):
+        config.pop(key, None)
+    return config
+
+
+def _width(files: ModelFiles, module: Module, config: dict[str, Any], before: int, where: str) -> int:
+    """Return the length of the vectors that leave a module into which vectors of length `before` go."""
+    if module.official:
+        match module.kind:
+            case "Transformer":
+                if (width := next((config[key] for key in _WIDTHS if key in config), None)) is None:
+                    raise ValueError(f"config.json has none of {', '.join(_WIDTHS)}")
+                return int(width)
+            case "StaticEmbedding":
+                return _rows_width(files, module)
+            case "Pooling":
+                return before * _modes(config)
+            case "Dense":
+                return int(config["out_features"])
+            case "Normalize" | "LayerNorm" | "Dropout":
+                return before
+    raise EmbedderSetupError(
+        f"the model has a module {module.kind}, which is not supported",
+        where=f"{where}.model",
+        hint="use a model of the modules Transformer, Pooling, Dense, LayerNorm, Normalize or StaticEmbedding",
+    )
+
+
+def _modes(config: dict[str, Any]) -> int:
+    """Return how many ways of pooling a Pooling module puts one after the other."""
+    if (modes := config.get("pooling_mode")) is not None:
+        return 1 if isinstance(modes, str) else len(modes)
+    return max(1, sum(bool(value) for key, value in config.items() if key.startswith(_LEGACY_POOLING)))
+
+
+def _rows_width(files: ModelFiles, module: Module) -> int:
+    """Return the width of a StaticEmbedding's table, from the header of its safetensors file."""
+    (name,) = files.weights(module.folder)
+    with (files.directory / name).open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return int((header.get("embedding.weight") or header["embeddings"])["shape"][1])
+
+
+def _transformer_config(files: ModelFiles, folder: str) -> dict[str, Any]:
+    prefix = f"{folder}/" if folder else ""
+    return next((config for name in _TRANSFORMER_CONFIGS if (config := files.json(prefix + name))), {})
+
+
+def _reads(files: ModelFiles, folder: str, transformer: dict[str, Any]) -> int | None:
+    """Return how many tokens the model sees; `None` where nothing limits it."""
+    prefix = f"{folder}/" if folder else ""
+    limit = transformer.get("max_seq_length")
+    for key in ("processor_kwargs", "tokenizer_args"):
+        limit = (transformer.get(key) or {}).get("model_max_length", limit)
+    if limit is None:
+        limits = (
+            files.json(f"{prefix}tokenizer_config.json").get("model_max_length"),
+            files.json(f"{prefix}config.json").get("max_position_embeddings"),
+        )
+        limit = min((value for value in limits if value is not None and value > 0), default=None)
+    return limit if limit is not None and limit < NO_LIMIT else None
+
+
+def _tokenizer_json(files: ModelFiles, folder: str, *, lowercase: bool, where: str) -> str:
+    """Return the tokenizer, without truncation and padding, which are not the model's but those of its training."""
+    tokenizer = files.json(f"{folder}/tokenizer.json" if folder else "tokenizer.json")
+    if not tokenizer:
+        raise EmbedderSetupError(
+            "the model has no tokenizer.json, so nobody could tell which chunks it reads whole",
+            where=f"{where}.model",
+            hint="load its tokenizer with transformers and save it into a copy of the model: that writes the file",
+        )
+    tokenizer |= {"truncation": None, "padding": None}
+    if lowercase and not (tokenizer["normalizer"] or {}).get("lowercase"):
+        steps = [step for step in ({"type": "Lowercase"}, tokenizer["normalizer"]) if step]
+        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    return json.dumps(tokenizer, sort_keys=True)
+
+
+def _room(tokenizer_json: str, reads: int, prompt: str, where: str) -> int:
+    """Return the tokens that special tokens and the prompt leave to a document."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise EmbedderSetupError("tokenizers is not installed", where=where, hint=INSTALL) from error
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # the binding raises bare Exception for what it cannot parse
+        raise ValueError(f"tokenizer.json: {error}") from error
+    special = tokenizer.num_special_tokens_to_add(False)
+    return reads - special - len(tokenizer.encode(prompt, add_special_tokens=False).ids)

@@ -1,0 +1,117 @@
+"""The examination: every check in order, over one connection to each server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+
+from cdcsync.config import Config
+from cdcsync.config.names import quote
+from cdcsync.embedders import Embedder
+from cdcsync.errors import CdcsyncError
+from cdcsync.index.schema import IndexSpec
+from cdcsync.postgres import Connection, Side, connect
+from cdcsync.preflight.findings import Finding, Report, noting
+from cdcsync.preflight.indexes import Plan, key_faults, make_plan, make_spec, stored_faults
+from cdcsync.preflight.layout import examine_layout
+from cdcsync.preflight.sending import creation_faults, sending_findings
+from cdcsync.preflight.source import SourceFacts, examine_source
+from cdcsync.preflight.tables import examine_table, needed_columns, table_faults
+from cdcsync.preflight.target import TargetFacts, examine_target
+
+
+async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
+    """Check everything that can be checked without loading a model, and put the indexes together.
+
+    Nothing is created or changed, and no fault hides another.
+
+    :param embedders: those that could be made; one that is missing has its finding already.
+    """
+    findings: list[Finding] = []
+    plans = [make_plan(name, index, embedders.get(index.embedder), findings) for name, index in config.indexes.items()]
+    async with AsyncExitStack() as stack:
+        source = await _connect(stack, config.source.dsn, "source", findings)
+        target = await _connect(stack, config.target.dsn, "target", findings)
+        source_facts = target_facts = None
+        if source is not None and (source_facts := await examine_source(source, config, findings)) is not None:
+            await _examine_tables(source, plans, source_facts, findings)
+        if target is not None and (target_facts := await examine_target(target, config, findings)) is not None:
+            if source_facts is not None:
+                findings += own_tables(config, source_facts, target_facts)
+            specs = await _examine_indexes(target, config, plans, source_facts, target_facts, findings)
+        else:
+            specs = []
+    return Report(findings, specs)
+
+
+async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[Finding]) -> Connection | None:
+    try:
+        return await stack.enter_async_context(await connect(dsn, side, application_name="cdcsync check"))
+    except CdcsyncError as error:
+        findings.append(Finding.of(error, side))
+        return None
+
+
+async def _examine_tables(
+    source: Connection, plans: Sequence[Plan], facts: SourceFacts, findings: list[Finding]
+) -> None:
+    for plan in plans:
+        plan.table = await examine_table(source, plan.name, plan.index, findings)
+        if plan.table is not None:
+            needed = needed_columns(plan.index, plan.template, plan.table)
+            findings += table_faults(plan.name, plan.index, plan.template, plan.table, facts.server.role)
+            findings += sending_findings(plan.table, needed, facts)
+    if facts.publication is None:
+        found = {plan.table.name: plan.table for plan in plans if plan.table is not None}
+        findings += creation_faults(found.values(), facts)
+
+
+def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list[Finding]:
+    """Say which indexes would be of our own tables, when source and target are one database."""
+    ours = (source.server.started, source.server.database) == (target.server.started, target.server.database)
+    return [
+        Finding.error(
+            f"indexes.{name}.table",
+            f"{index.table_name} lies in the schema {quote(config.target.schema)}, which is cdcsync's own",
+            "name another schema with target.schema, or index a table of another schema",
+        )
+        for name, index in config.indexes.items()
+        if ours and index.table_name.schema == config.target.schema
+    ]
+
+
+async def _examine_indexes(
+    target: Connection,
+    config: Config,
+    plans: Sequence[Plan],
+    source_facts: SourceFacts | None,
+    facts: TargetFacts,
+    findings: list[Finding],
+) -> list[IndexSpec]:
+    publication = source_facts.publication if source_facts is not None else None
+    specs = []
+    for plan in plans:
+        errors = sum(finding.level == "error" for finding in findings)
+        stored = facts.stored.get(plan.name)
+        if stored is not None:
+            findings += stored_faults(plan.name, plan.index, stored, config.source.slot, plan.embedder)
+            if plan.table is not None:
+                findings += key_faults(plan.name, stored, plan.table)
+        await examine_layout(target, config, plan.name, facts, findings)
+        published = publication.tables.get(plan.index.table_name) if publication is not None else None
+        row_filter = published.row_filter if published is not None else None
+        with noting(findings, "target", f"indexes.{plan.name}"):
+            spec = await make_spec(target, config.target.schema, plan, facts, row_filter, findings)
+            if spec is not None and errors == sum(finding.level == "error" for finding in findings):
+                findings.append(_summary(plan, spec))
+                specs.append(spec)
+    return specs
+
+
+def _summary(plan: Plan, spec: IndexSpec) -> Finding:
+    rows = plan.table.estimated_rows if plan.table is not None else 0
+    return Finding.ok(
+        f"indexes.{plan.name}",
+        f"{spec.shape.table} by ({', '.join(map(quote, spec.shape.key))}), some {rows:,} rows, into"
+        f" {spec.config.view_name}; {spec.config.embedder} makes {spec.dimensions} dimensions",
+    )

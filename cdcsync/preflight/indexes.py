@@ -1,0 +1,180 @@
+"""A single index: what the configuration and the model say of it, what is stored of it already, and its `IndexSpec`.
+
+Source: pgvector's README (HNSW).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import msgspec
+
+from cdcsync.changes import Shape
+from cdcsync.chunks import make_chunker
+from cdcsync.config import Index
+from cdcsync.config.names import quote
+from cdcsync.documents import Template
+from cdcsync.embedders.protocol import Distance, Embedder
+from cdcsync.errors import ConfigError
+from cdcsync.index.schema import IndexSpec
+from cdcsync.postgres import Connection
+from cdcsync.preflight.findings import Finding
+from cdcsync.preflight.target import Stored, TargetFacts
+from cdcsync.preflight.types import choose_types, sortable
+from cdcsync.source.relations import Table
+
+MAX_HNSW_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000}
+"""The most dimensions of an HNSW index, by the column's type: pgvector keeps an element on one page."""
+
+FINGERPRINT_DIGITS = 32
+"""128 bits in hexadecimal, as for the hashes of documents."""
+
+
+class Plan(msgspec.Struct):
+    """What is known of one index so far; what stays None has a finding that says why."""
+
+    name: str
+    index: Index
+    template: Template | None = None
+    embedder: Embedder | None = None
+    fingerprint: str | None = None
+    table: Table | None = None
+
+
+def make_plan(name: str, index: Index, embedder: Embedder | None, findings: list[Finding]) -> Plan:
+    """Check what the configuration says alone, without a server."""
+    plan = Plan(name, index, embedder=embedder)
+    where = f"indexes.{name}.text"
+    try:
+        plan.template = Template.parse(index.text, where=where)
+    except ConfigError as error:
+        findings.append(Finding.of(error, where))
+    if embedder is None:
+        return plan
+    findings += model_faults(name, index, embedder)
+    where = f"indexes.{name}.chunking"
+    try:
+        chunker = make_chunker(index.chunking, embedder.tokenizer_json, embedder.max_input_tokens, where=where)
+    except ConfigError as error:
+        findings.append(Finding.of(error, where))
+        return plan
+    if plan.template is not None:
+        content = f"{plan.template.text}\0{chunker.fingerprint}"
+        plan.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:FINGERPRINT_DIGITS]
+    return plan
+
+
+def distance_of(index: Index, embedder: Embedder) -> Distance:
+    """Return the configured distance, or the one that the model was made for."""
+    return embedder.distance if index.distance == "auto" else index.distance
+
+
+def model_faults(name: str, index: Index, embedder: Embedder) -> Iterator[Finding]:
+    """Say whether the model's vectors can be indexed."""
+    most, halved = MAX_HNSW_DIMENSIONS[index.vector_type], MAX_HNSW_DIMENSIONS["halfvec"]
+    if embedder.dimensions > most:
+        yield Finding.error(
+            f"indexes.{name}.vector_type",
+            f"an HNSW index of type {index.vector_type} holds at most {most:,} dimensions,"
+            f" and {index.embedder} makes {embedder.dimensions:,}",
+            f'set indexes.{name}.vector_type = "halfvec"'
+            if embedder.dimensions <= halved
+            else f"name an embedder that makes at most {halved:,} dimensions",
+        )
+
+
+def stored_faults(name: str, index: Index, stored: Stored, slot: str, embedder: Embedder | None) -> Iterator[Finding]:
+    """Say where the configuration is of another index than the one that exists under this name."""
+    where = f"indexes.{name}"
+    another = f"configure this one as [indexes.OTHER], with a view of its own, and leave {where} as it was"
+    table = str(index.table_name)
+    if stored.source_table != table:
+        yield Finding.error(
+            f"{where}.table", f"the index exists and is of {stored.source_table}, not of {table}", another
+        )
+    if stored.slot != slot:
+        yield Finding.error(
+            where,
+            f"the index exists and is kept by the pipeline of slot {stored.slot}, not of {slot}",
+            f'set source.slot = "{stored.slot}", or name another schema with target.schema for this pipeline',
+        )
+    if stored.vector_type != index.vector_type:
+        yield Finding.error(
+            f"{where}.vector_type",
+            f"the index exists and its vectors are of type {stored.vector_type}, not {index.vector_type}",
+            f'set {where}.vector_type = "{stored.vector_type}", or {another}',
+        )
+    if embedder is None:
+        return
+    if (stored.model, stored.dimensions) != (embedder.identity, embedder.dimensions):
+        yield Finding.error(
+            f"{where}.embedder",
+            f"the index exists and its vectors are of {stored.model} ({stored.dimensions} dimensions);"
+            f" {index.embedder} is {embedder.identity} ({embedder.dimensions} dimensions)",
+            f"name an embedder that is {stored.model}, or {another}",
+        )
+    distance = distance_of(index, embedder)
+    if stored.distance != distance:
+        yield Finding.error(
+            f"{where}.distance",
+            f"the index exists and is built for the distance {stored.distance}, not {distance}",
+            f'set {where}.distance = "{stored.distance}", or {another}',
+        )
+
+
+def key_faults(name: str, stored: Stored, table: Table) -> Iterator[Finding]:
+    """Say whether the table's key is the one that the existing index has."""
+    if table.key and stored.key != table.key and stored.source_table == str(table.name):
+        now, then = (", ".join(map(quote, key)) for key in (table.key, stored.key))
+        yield Finding.error(
+            str(table.name),
+            f"its key is ({now}), and the index {name} exists with the key ({then})",
+            f"restore the old key, or load an index anew: configure it as [indexes.OTHER] and not as [indexes.{name}]",
+        )
+
+
+async def make_spec(
+    connection: Connection,
+    schema: str,
+    plan: Plan,
+    target: TargetFacts,
+    row_filter: str | None,
+    findings: list[Finding],
+) -> IndexSpec | None:
+    """Return the index as it is to be; None when the plan has a hole, whose reason is noted already.
+
+    :param schema: that of our own tables, where an existing index tells which types it has.
+    """
+    table, template, embedder, index = plan.table, plan.template, plan.embedder, plan.index
+    if table is None or template is None or embedder is None or plan.fingerprint is None:
+        return None
+    columns = (*table.key, *index.columns)
+    if not table.key or not all(column in table.columns for column in columns):
+        return None
+    types = await choose_types(connection, schema, plan.name, [table.columns[column] for column in columns], findings)
+    findings += [
+        Finding.error(
+            f"indexes.{plan.name}.indexed",
+            f"{quote(column)} is of type {types[column]}, which a b-tree cannot sort",
+            f'remove "{column}" from indexes.{plan.name}.indexed',
+        )
+        for column in index.indexed
+        if column in types and not await sortable(connection, types[column])
+    ]
+    stored = target.stored.get(plan.name)
+    return IndexSpec(
+        name=plan.name,
+        config=index,
+        shape=Shape(plan.name, table.name, table.key, index.columns, template.columns),
+        template=template,
+        source_key_types=tuple(table.columns[column].type for column in table.key),
+        key_types=tuple(types[column] for column in table.key),
+        carried_types=tuple(types[column] for column in index.columns),
+        model=embedder.identity,
+        dimensions=embedder.dimensions,
+        distance=distance_of(index, embedder),
+        fingerprint=plan.fingerprint,
+        row_filter=row_filter,
+        generation=stored.generation if stored else 1,
+    )

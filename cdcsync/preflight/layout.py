@@ -1,0 +1,98 @@
+"""Where an index is to lie in the target: its tables, its view, its keyword search.
+
+Source: PostgreSQL, "Text Search" (Configurations), "Generated Columns".
+"""
+
+from __future__ import annotations
+
+from cdcsync.config import Config
+from cdcsync.config.names import quote
+from cdcsync.postgres import Connection
+from cdcsync.preflight.findings import Finding, nearest, noting
+from cdcsync.preflight.target import (
+    OURS,
+    SHARED,
+    TargetFacts,
+    access_faults,
+    read_access,
+    read_relations,
+    relation_faults,
+)
+
+
+async def examine_layout(
+    connection: Connection, config: Config, name: str, target: TargetFacts, findings: list[Finding]
+) -> None:
+    """Check that the index's relations can be made, or are there and ours."""
+    index = config.indexes[name]
+    where = f"indexes.{name}"
+    schema, view = config.target.schema, index.view_name
+    stored = target.stored.get(name)
+    own = [f"{name}_chunks", f"{name}_backlog", f"{name}_vectors_{stored.generation if stored else 1}"]
+    with noting(findings, "target", where):
+        relations = await read_relations(connection, schema, own)
+        findings += relation_faults("target.schema", relations, target.server)
+        access = await read_access(connection, view.schema)
+        findings += access_faults(f"{where}.view", access, target.server, created=view.schema == schema)
+        findings += await _view_faults(connection, config, name, target)
+        if index.search is not None:
+            built = any(relation.name.name == own[0] and relation.of(OURS) for relation in relations)
+            findings += await _search_faults(connection, config, name, built=built)
+
+
+async def _view_faults(connection: Connection, config: Config, name: str, target: TargetFacts) -> list[Finding]:
+    view = config.indexes[name].view_name
+    where = f"indexes.{name}.view"
+    another = f"name another view with {where}"
+    ours = {*SHARED, *(f"{index}_{part}" for index in config.indexes for part in ("chunks", "backlog", "vectors_1"))}
+    if view.schema == config.target.schema and view.name in ours:
+        return [Finding.error(where, f"{view} is the name of a table of cdcsync's own", another)]
+    existing = await read_relations(connection, view.schema, [view.name])
+    if any(relation.kind != "v" or not relation.of(f"{OURS} index {name}: ") for relation in existing):
+        return [Finding.error(where, f"{view} exists and is not the view of this index", another)]
+    return list(relation_faults(where, existing, target.server))
+
+
+async def _search_faults(connection: Connection, config: Config, name: str, *, built: bool) -> list[Finding]:
+    """Say whether the text search configuration exists, and whether it is the one that an existing index has."""
+    wanted = str(config.indexes[name].search)
+    where = f"indexes.{name}.search"
+    cursor = await connection.execute(
+        """
+        SELECT c.oid::regconfig::text,
+               c.cfgname = parts[cardinality(parts)]
+                   AND n.nspname = CASE cardinality(parts) WHEN 1 THEN 'pg_catalog' ELSE parts[1] END
+        FROM pg_ts_config c JOIN pg_namespace n ON n.oid = c.cfgnamespace, parse_ident(%s) AS parts
+        """,
+        [wanted],
+    )
+    known: dict[str, bool] = dict(await cursor.fetchall())
+    chosen = next((one for one, is_wanted in known.items() if is_wanted), None)
+    if chosen is None:
+        best = nearest(wanted, known)
+        return [
+            Finding.error(
+                where,
+                f"there is no text search configuration {wanted} in the target",
+                f'did you mean "{best}"?' if best else f'set {where} = "simple", or one that \\dF lists in psql',
+            )
+        ]
+    if not built:
+        return []
+    table = f"{quote(config.target.schema)}.{name}_chunks"
+    cursor = await connection.execute(
+        "SELECT pg_get_expr(d.adbin, d.adrelid) FROM pg_attrdef d JOIN pg_attribute a"
+        " ON a.attrelid = d.adrelid AND a.attnum = d.adnum WHERE d.adrelid = to_regclass(%s) AND a.attname = 'search'",
+        [table],
+    )
+    expression = await cursor.fetchone()
+    if expression is None or f"'{chosen}'::regconfig" in expression[0]:
+        return []
+    return [
+        Finding.warning(
+            where,
+            f"the index exists, and its keyword search is not by {chosen} but by {expression[0]}",
+            f"ALTER TABLE {table} DROP COLUMN search CASCADE, then start the worker: it makes the column and the view"
+            " again",
+        )
+    ]

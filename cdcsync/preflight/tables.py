@@ -1,0 +1,202 @@
+"""An index's source table: whether it has what the index asks for, can be read, and names the row of each change.
+
+`examine_table` reads the facts; the functions below it know no server.
+
+Source: PostgreSQL, "Logical Replication" (Publication, Restrictions), "Row Security Policies", "Table Partitioning".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cdcsync.config import Index, QualifiedName
+from cdcsync.config.names import quote
+from cdcsync.documents import Template
+from cdcsync.index.schema import RESERVED
+from cdcsync.postgres import Connection
+from cdcsync.preflight.findings import Finding, named, nearest, noting
+from cdcsync.source.relations import Column, Table, read_table, similar_tables
+
+SYSTEM_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
+"""What PostgreSQL never publishes."""
+
+_WRONG_KINDS = {
+    "v": ("is a view: it has no changes of its own", "index the table that the view reads"),
+    "m": ("is a materialised view: it has no changes of its own", "index the table that the view reads"),
+    "f": ("is a foreign table: its changes happen on another server", "point source.dsn at the server that holds it"),
+}
+
+
+async def examine_table(connection: Connection, name: str, index: Index, findings: list[Finding]) -> Table | None:
+    """Return the index's table; None, with the reason noted, when there is none that could be followed."""
+    table = index.table_name
+    where = f"indexes.{name}.table"
+    with noting(findings, "source", where):
+        found = await read_table(connection, table)
+        if found is None:
+            findings.append(_no_such_table(where, table, await similar_tables(connection, table)))
+            return None
+        if faults := kind_faults(where, found):
+            findings += faults
+            return None
+        return found
+    return None
+
+
+def _no_such_table(where: str, table: QualifiedName, similar: Sequence[QualifiedName]) -> Finding:
+    by_name = {other.name: other for other in similar if other.schema == table.schema}
+    elsewhere = next((other for other in similar if other.name == table.name), None)
+    best = elsewhere or by_name.get(nearest(table.name, by_name) or "")
+    hint = f"did you mean {best}?" if best else "create it, or correct the name; cdcsync does not create source tables"
+    return Finding.error(where, f"there is no table {table} in the source database", hint)
+
+
+def kind_faults(where: str, table: Table) -> list[Finding]:
+    """Say why a relation cannot be published at all."""
+    wrong = _WRONG_KINDS.get(table.kind)
+    if table.name.schema in SYSTEM_SCHEMAS:
+        wrong = ("belongs to the system: PostgreSQL does not publish it", "index a table of your own")
+    elif wrong is None and table.persistence == "u":
+        wrong = ("is unlogged: its changes are not in the WAL", f"ALTER TABLE {table.name} SET LOGGED")
+    elif wrong is None and table.persistence == "t":
+        wrong = ("is temporary", "index a table that lasts")
+    elif wrong is None and table.children:
+        wrong = (
+            "has tables that inherit from it: their rows are read with it, but their changes come under other names",
+            "make it a partitioned table, or give each child an index of its own and this table no index",
+        )
+    return [Finding.error(where, f"{table.name} {wrong[0]}", wrong[1])] if wrong else []
+
+
+def needed_columns(index: Index, template: Template | None, table: Table) -> list[Column]:
+    """Return the columns of the table that the index reads, without those that are missing."""
+    used = (*table.key, *index.columns, *(template.columns if template else ()))
+    return [table.columns[column] for column in dict.fromkeys(used) if column in table.columns]
+
+
+def table_faults(name: str, index: Index, template: Template | None, table: Table, role: str) -> list[Finding]:
+    """Say what the table lacks of what the index asks for, whatever the publication sends."""
+    return [
+        *column_faults(name, index, template, table),
+        *read_faults(table, needed_columns(index, template, table), role),
+        *key_faults(table),
+    ]
+
+
+def column_faults(name: str, index: Index, template: Template | None, table: Table) -> Iterator[Finding]:
+    """Say which columns are missing, named twice, or named like ours."""
+    for key, columns in (("columns", index.columns), ("text", template.columns if template else ())):
+        for column in dict.fromkeys(columns):
+            if column not in table.columns:
+                yield Finding.error(
+                    f"indexes.{name}.{key}",
+                    f"{table.name} has no column {quote(column)}",
+                    _meant(column, table.columns, "its columns are"),
+                )
+    for column in dict.fromkeys(index.columns):
+        if column in table.key:
+            yield Finding.error(
+                f"indexes.{name}.columns",
+                f"{quote(column)} belongs to the key, which is carried anyway",
+                f'remove "{column}" from indexes.{name}.columns',
+            )
+    stored = (*table.key, *index.columns)
+    for column in dict.fromkeys(stored):
+        if column in RESERVED:
+            in_key = column in table.key
+            yield Finding.error(
+                str(table.name) if in_key else f"indexes.{name}.columns",
+                f"{quote(column)} is the name of a column of cdcsync's own in the index",
+                f"ALTER TABLE {table.name} RENAME COLUMN {quote(column)} TO …"
+                + ("" if in_key else f', or remove "{column}" from indexes.{name}.columns'),
+            )
+    for column in index.indexed:
+        if column not in stored:
+            yield Finding.error(
+                f"indexes.{name}.indexed",
+                f"{quote(column)} is not a column of the index",
+                f'add "{column}" to indexes.{name}.columns'
+                if column in table.columns
+                else _meant(column, stored, "the index has"),
+            )
+
+
+def _meant(word: str, known: Sequence[str] | dict[str, Column], listing: str) -> str:
+    best = nearest(word, known)
+    return f'did you mean "{best}"?' if best else f"{listing} {named(known)}"
+
+
+def read_faults(table: Table, needed: Sequence[Column], role: str) -> Iterator[Finding]:
+    """Say why the role could not read the table's rows, or not all of them."""
+    role = quote(role)
+    if not table.reachable:
+        schema = quote(table.name.schema)
+        yield Finding.error(
+            str(table.name),
+            f"the role {role} may not use the schema {schema}",
+            f"GRANT USAGE ON SCHEMA {schema} TO {role}",
+        )
+    hidden = [quote(column.name) for column in needed if not column.readable]
+    if hidden and not table.readable:
+        yield Finding.error(
+            str(table.name),
+            f"the role {role} may not read {named(hidden)}",
+            f"GRANT SELECT ON {table.name} TO {role}",
+        )
+    if table.row_security:
+        yield Finding.error(
+            str(table.name),
+            f"row-level security would hide rows from the role {role} that replication sends",
+            f"ALTER ROLE {role} BYPASSRLS",
+        )
+
+
+def key_faults(table: Table) -> Iterator[Finding]:
+    """Say why a change would not tell which row it is of."""
+    key = ", ".join(map(quote, table.key))
+    alter = f"ALTER TABLE {table.name} REPLICA IDENTITY"
+    if not table.key:
+        yield Finding.error(
+            str(table.name),
+            "has no primary key: nothing identifies its rows",
+            f"ALTER TABLE {table.name} ADD PRIMARY KEY (…), or with a unique index on NOT NULL columns:"
+            f" {alter} USING INDEX …",
+        )
+    elif not set(table.key) <= set(table.identity):
+        why, fix = {
+            "n": ("is NOTHING", f"{alter} DEFAULT"),
+            "d": ("is a deferrable primary key, which does not count", f"{alter} FULL"),
+        }.get(table.identity_mode, ("is an index that was dropped", f"{alter} DEFAULT"))
+        yield Finding.error(
+            str(table.name), f"its replica identity {why}: UPDATE and DELETE do not tell the key ({key})", fix
+        )
+    else:
+        yield from leaf_faults(table, key)
+
+
+def leaf_faults(table: Table, key: str) -> Iterator[Finding]:
+    """Say which partitions would not send their changes, or not as the root promises."""
+    unsent = [leaf for leaf in table.leaves if leaf.kind != "r" or leaf.persistence != "p"]
+    if unsent:
+        yield Finding.error(
+            str(table.name),
+            f"the changes of foreign and unlogged partitions are not sent: {named(str(one.name) for one in unsent)}",
+            f"ALTER TABLE {table.name} DETACH PARTITION {unsent[0].name} and so on, or make them ordinary tables",
+        )
+    blind = [leaf for leaf in table.leaves if leaf not in unsent and not set(table.key) <= set(leaf.identity)]
+    if blind:
+        yield Finding.error(
+            str(table.name),
+            f"replica identities of partitions do not cover the key ({key}): {named(str(one.name) for one in blind)}",
+            f"ALTER TABLE {blind[0].name} REPLICA IDENTITY DEFAULT, and so on for each",
+        )
+    # An old row is announced as whole when the root says FULL, and the NULLs of a leaf that logs only its key
+    # would be taken for values.
+    partial = [leaf for leaf in table.leaves if leaf not in (*unsent, *blind) and leaf.identity_mode != "f"]
+    if table.identity_mode == "f" and partial:
+        yield Finding.error(
+            str(table.name),
+            f"REPLICA IDENTITY is FULL and that of partitions is not: {named(str(one.name) for one in partial)}",
+            f"ALTER TABLE {table.name} REPLICA IDENTITY DEFAULT, or ALTER TABLE {partial[0].name} REPLICA IDENTITY"
+            " FULL and so on for each partition",
+        )

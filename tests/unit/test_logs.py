@@ -1,0 +1,135 @@
+"""Logging: one form for our own events and everyone else's, and nothing in it that a row holds."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from cdcsync import logs
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    """Leave logging as it was: pytest has its own handlers."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers.clear()  # or they would be closed
+    yield
+    logging.captureWarnings(capture=False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def lines(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_an_event_is_a_line_of_json_that_begins_with_its_name() -> None:
+    stream = io.StringIO()
+    logs.configure("info", "json", stream)
+    structlog.get_logger().info("batch_applied", rows=3, where="Zürich")
+    (line,) = lines(stream)
+    assert list(line)[:3] == ["event", "level", "timestamp"]
+    assert line["event"] == "batch_applied"
+    assert line["rows"] == 3
+    assert line["timestamp"].endswith("Z")
+    assert "Zürich" in stream.getvalue()
+
+
+def test_events_below_the_level_are_left_out() -> None:
+    stream = io.StringIO()
+    logs.configure("warning", "json", stream)
+    structlog.get_logger().info("quiet")
+    structlog.get_logger().warning("loud")
+    assert [line["event"] for line in lines(stream)] == ["loud"]
+
+
+def test_loggers_made_before_the_configuration_follow_it() -> None:
+    early = structlog.get_logger()
+    early.debug  # noqa: B018 - binds it
+    first, second = io.StringIO(), io.StringIO()
+    logs.configure("info", "json", first)
+    early.info("one")
+    logs.configure("info", "json", second)
+    early.info("two")
+    assert [line["event"] for line in lines(first) + lines(second)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("format_", "stream", "is_json"),
+    [
+        ("auto", io.StringIO(), True),
+        ("auto", Terminal(), False),
+        ("console", io.StringIO(), False),
+        ("json", Terminal(), True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, io.StringIO) else str(value),
+)
+def test_the_format_is_for_people_on_a_terminal_unless_told(
+    format_: logs.Format, stream: io.StringIO, is_json: bool
+) -> None:
+    logs.configure("info", format_, stream)
+    structlog.get_logger().info("hello")
+    assert stream.getvalue().startswith("{") is is_json
+    assert "hello" in stream.getvalue()
+
+
+def test_a_terminal_gets_colours_unless_no_color_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    coloured, plain = Terminal(), Terminal()
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    logs.configure("info", "console", coloured)
+    structlog.get_logger().info("hello")
+    monkeypatch.setenv("NO_COLOR", "1")
+    logs.configure("info", "console", plain)
+    structlog.get_logger().info("hello")
+    assert "\x1b[" in coloured.getvalue()
+    assert "\x1b[" not in plain.getvalue()
+
+
+def test_what_libraries_log_has_the_same_form_and_begins_at_warning() -> None:
+    stream = io.StringIO()
+    logs.configure("debug", "json", stream)
+    logging.getLogger("psycopg").info("row: %s", "a value")
+    logging.getLogger("psycopg").warning("connection lost")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("old", stacklevel=1)
+    library, warning = lines(stream)
+    assert (library["event"], library["logger"]) == ("connection lost", "psycopg")
+    assert warning["logger"] == "py.warnings"
+    assert "old" in warning["event"]
+
+
+@pytest.mark.parametrize("format_", ["json", "console"])
+def test_a_traceback_shows_places_and_first_lines_and_no_values(format_: logs.Format) -> None:
+    stream = io.StringIO()
+    logs.configure("info", format_, stream)
+    try:
+        local = "a value"
+        try:
+            raise ValueError(f"duplicate key\nDETAIL: Key (name)=({local})")
+        except ValueError as error:
+            raise ExceptionGroup("tasks failed", [KeyError("inner")]) from error
+    except ExceptionGroup:
+        structlog.get_logger().exception("it_failed")
+    written = stream.getvalue()
+    assert "builtins.ValueError: duplicate key" in written
+    assert "the direct cause of" in written
+    assert "KeyError: 'inner'" in written
+    assert "test_logs.py" in written
+    assert "a value" not in written
