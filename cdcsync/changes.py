@@ -80,6 +80,9 @@ class Truncation(msgspec.Struct, frozen=True, gc=False):
 
 Change = Upsert | Delete | Truncation
 
+ANEW = 'drop the slot and start with source.on_gap = "resync"'
+"""The way past changes that cannot be used: they stay in the slot as they were written, whatever the table is now."""
+
 
 def _picker(positions: Sequence[int]) -> Callable[[Tuple], Row]:
     """Return a function that picks `positions` of a tuple, as a tuple, without a loop in Python."""
@@ -101,14 +104,16 @@ class Projection:
             raise SchemaChanged(
                 f"column {', '.join(missing)} of index {shape.index} is no longer in what the publication sends",
                 where=str(shape.table),
-                hint=f"restore the column, or change [indexes.{shape.index}] and run `cdcsync replay {shape.index}`",
+                hint=f"take it out of [indexes.{shape.index}]; or restore it, {ANEW}: what was written meanwhile"
+                " arrives without it",
             )
         identity = {column.name for column in relation.columns if column.key}
         if uncovered := [name for name in shape.key if name not in identity]:
             raise SchemaChanged(
                 f"the replica identity no longer covers the key column {', '.join(uncovered)}",
                 where=str(shape.table),
-                hint=f"ALTER TABLE {shape.table} REPLICA IDENTITY DEFAULT (or USING INDEX … on the key)",
+                hint=f"ALTER TABLE {shape.table} REPLICA IDENTITY DEFAULT (or USING INDEX … on the key), {ANEW}: what"
+                " was written meanwhile does not tell which rows it changed",
             )
         self.shape = shape
         self._row = _picker([positions[name] for name in shape.columns])
@@ -123,29 +128,44 @@ class Projection:
 
         An old tuple is sent only when the identity is FULL or a key column changed; without one the key is unchanged.
         A full old tuple also tells what unchanged TOAST values are.
+
+        :raises ProtocolError: the key is missing.
         """
         row = self._row(new)
         if old is None:
-            return Upsert(self.shape, cast(Key, self._key(new)), row, xid, lsn)
-        before = self._key(old)
+            if UNCHANGED in row[: len(self.shape.key)]:
+                raise ProtocolError(
+                    "an UPDATE arrived without its key",
+                    where=str(self.shape.table),
+                    hint=f"update the source to the latest minor release: early ones leave out large keys; then {ANEW}",
+                )
+            return Upsert(self.shape, self.shape.key_of(row), row, xid, lsn)
+        before = self._old_key(old, "an UPDATE")
         if old_kind == "O":
             row = fill(row, self._row(old))
         else:
             width = len(self.shape.key)
             row = fill(row[:width], before) + row[width:]
         key = self.shape.key_of(row)
-        return Upsert(self.shape, key, row, xid, lsn, cast(Key, before) if before != key else None)
+        return Upsert(self.shape, key, row, xid, lsn, before if before != key else None)
 
     def deleted(self, old: Tuple, xid: int, lsn: int) -> Delete:
-        """Return the change that a DELETE makes."""
+        """Return the change that a DELETE makes.
+
+        :raises ProtocolError: the key is missing.
+        """
+        return Delete(self.shape, self._old_key(old, "a DELETE"), xid, lsn)
+
+    def _old_key(self, old: Tuple, operation: str) -> Key:
         key = self._key(old)
-        if None in key:
+        if None in key:  # a partition may have another replica identity than the table that the stream names
             raise ProtocolError(
-                "a DELETE arrived without its key",
+                f"the old row of {operation} arrived without its key",
                 where=str(self.shape.table),
-                hint=f"give {self.shape.table} a replica identity that covers ({', '.join(self.shape.key)})",
+                hint=f"give {self.shape.table} and its partitions a replica identity that covers"
+                f" ({', '.join(self.shape.key)}), {ANEW}",
             )
-        return Delete(self.shape, cast(Key, key), xid, lsn)
+        return cast(Key, key)
 
 
 def fill(row: Row, known: Row) -> Row:

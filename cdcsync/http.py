@@ -261,9 +261,9 @@ async def _listen(host: str, port: int) -> list[socket.socket]:
     where = f"worker.listen {f'[{host}]' if ':' in host else host}:{port}"
     try:
         found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
+    except (socket.gaierror, UnicodeError) as error:  # the latter for what cannot be a name, such as an empty label
         raise SetupError(
-            f"the host name is not known here: {error.strerror}",
+            f"the host name is not known here: {error}",
             where=where,
             hint='name an address of this machine, or "0.0.0.0" for all of them',
         ) from error

@@ -6,7 +6,9 @@ The rules:
 2. A transaction whose commit record begins before the checkpoint is skipped whole: a checkpoint is always the end of
    a record, so that transaction ended at or before it.
 3. Relation messages belong to the connection. A new connection needs a new assembler.
-4. Marks are logical messages under our prefix, written inside a transaction of their own: each is delivered after every
+4. The stream tells tables apart by OID and the configuration by name. A name that passes from one to another while
+   they are followed is an error: the index would miss changes, or mix two tables.
+5. Marks are logical messages under our prefix, written inside a transaction of their own: each is delivered after every
    transaction that committed before it.
 
 Source: PostgreSQL, "Logical Streaming Replication Protocol"; src/backend/replication/pgoutput/pgoutput.c.
@@ -18,8 +20,9 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from cdcsync.changes import Change, Projection, Shape, Truncation
-from cdcsync.errors import ProtocolError
+from cdcsync.changes import ANEW, Change, Projection, Shape, Truncation
+from cdcsync.config import QualifiedName
+from cdcsync.errors import ProtocolError, SchemaChanged
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.messages import (
     Begin,
@@ -70,6 +73,7 @@ class Assembler:
         self._tables = tables
         self._checkpoint = checkpoint
         self._projections: dict[int, tuple[Projection, ...]] = {}
+        self._oids: dict[tuple[str, str], int] = {}
         self._xid: int | None = None
         self._lsn = 0
         self._skipping = False
@@ -94,8 +98,7 @@ class Assembler:
             case Commit():
                 return self._commit(message)
             case Relation():
-                shapes = self._tables.get((message.namespace, message.name), ())
-                self._projections[message.oid] = tuple(Projection(shape, message) for shape in shapes)
+                self._describe(message)
             case Truncate():
                 xid = self._inside("Truncate")
                 if not self._skipping:
@@ -112,6 +115,18 @@ class Assembler:
             case _:
                 raise ProtocolError(f"unexpected {kind.__name__} message: streaming and two-phase were not requested")
         return NOTHING
+
+    def _describe(self, relation: Relation) -> None:
+        name = (relation.namespace, relation.name)
+        for followed, oid in self._oids.items():
+            if oid == relation.oid and followed != name:
+                raise _renamed(self._tables[followed][0], f"the table is called {QualifiedName(*name)} now")
+        shapes = self._tables.get(name, ())
+        if self._oids.get(name, relation.oid) != relation.oid:
+            raise _renamed(shapes[0], "another table has this name now")
+        if shapes:
+            self._oids[name] = relation.oid
+        self._projections[relation.oid] = tuple(Projection(shape, relation) for shape in shapes)
 
     def _row(self, message: Insert | Update | Delete) -> Sequence[Event]:
         xid = self._inside(type(message).__name__)
@@ -152,3 +167,12 @@ class Assembler:
             return self._projections[oid]
         except KeyError:
             raise ProtocolError(f"a change of relation {oid} came before its description") from None
+
+
+def _renamed(shape: Shape, what: str) -> SchemaChanged:
+    return SchemaChanged(
+        what,
+        where=str(shape.table),
+        hint=f"set indexes.{shape.index}.table to the table that is meant, {ANEW}: each change is sent under the name"
+        " that its table had at the time",
+    )

@@ -36,6 +36,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     """What `pg_current_snapshot()` says: the 64-bit transaction ids that are finished, and those that are not.
 
     Everything below `xmin` is finished, everything from `xmax` on is not, and `running` lists what is not in between.
+    So `running` alone does not name all that run: ids from `xmax` on can have been given out already. Whoever needs
+    them all takes an id first (`pg_current_xact_id`, in a transaction of its own), which moves `xmax` past them.
     """
 
     xmin: int

@@ -39,9 +39,9 @@ embedder = "minilm"
 """
 
 QUESTIONS = (
-    "run another program and read what it prints",
-    "make a file smaller",
-    "wait until several threads have got to the same point",
+    "pick a winner at random",
+    "find the ten biggest values",
+    "where does my memory go",
 )
 
 
@@ -54,7 +54,7 @@ class Change(msgspec.Struct, frozen=True):
     question: str
 
 
-BOAT, TEA = "get across the river in a boat", "prepare a hot drink"
+BOAT, TEA = "cross a river by boat", "prepare a hot drink"
 FERRY = Entry("demo.village", "errand", "errand(who)", "Call the ferryman, who rows you over the water.")
 KETTLE = Entry("demo.village", "errand", "errand(who)", "Boil water and brew a pot of tea.")
 MOVED = Entry("demo.kitchen", "errand", "errand(who)", "Boil water and brew a pot of tea.")

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import anyio
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from cdcsync.config import Config
 from cdcsync.corpus import Entry
@@ -69,7 +71,7 @@ class Stage:
                 await anyio.sleep(0.2)
         elapsed = time.monotonic() - started
         self._console.print(
-            f"{index.chunks:,} chunks are embedded and indexed (HNSW), after {elapsed:.0f} s with the model's loading"
+            f"{index.chunks:,} chunks are embedded and indexed, {elapsed:.0f} s with the loading of the model"
         )
         with self._console.status("loading the model again, for queries …"):
             await self._embedder.open()
@@ -82,22 +84,31 @@ class Stage:
         for question in QUESTIONS:
             self._console.print(f"\n[bold]search:[/] {question}")
             for hit in await self._search(question, k=3):
-                summary = str(hit.content).partition("\n\n")[2].strip().partition("\n")[0]
-                self._console.print(f"   [cyan]{_name(hit)}[/]", end="  ")
-                self._console.print(summary, markup=False, overflow="ellipsis", no_wrap=True)
+                summary = hit.content.partition("\n\n")[2].strip().partition("\n")[0]
+                line = Text.assemble("   ", (_name(hit), "cyan"), "  ", summary)
+                self._console.print(line, overflow="ellipsis", no_wrap=True)
 
     async def change_all(self) -> None:
         """Make the changes, one after the other, and show when and how searches follow."""
-        table = Table("change", "by words", "by meaning", "embedded", "best hit for", "before", "after")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("change, search")
+        for heading in ("words", "meaning", "embedded"):
+            table.add_column(heading, justify="right")
+        table.add_column("best hit before, after", no_wrap=True)
         for change in CHANGES:
             (before, *_) = await self._search(change.question, k=1)
             texts = self._embedded_texts()
             text_s, vector_s = await self._make(change.before, change.after)
             texts = self._embedded_texts() - texts
             (after, *_) = await self._search(change.question, k=1)
-            times = (_milliseconds(text_s), _milliseconds(vector_s))
-            table.add_row(change.title, *times, f"{texts:.0f}", change.question, _name(before), _name(after))
-        self._console.print("\nLive changes, with the time from commit to searchable and the texts embedded for each:")
+            table.add_row(
+                Text.assemble((change.title, "bold"), f"\n  {change.question}"),
+                _milliseconds(text_s),
+                _milliseconds(vector_s),
+                f"{texts:.0f}",
+                Text.assemble(_name(before), "\n", (_name(after), "cyan")),
+            )
+        self._console.print("\nChanges: how soon after the commit searches by words and by meaning follow")
         self._console.print(table)
 
     async def insert_singly(self) -> None:
@@ -109,9 +120,9 @@ class Stage:
             texts.append(text_s)
             vectors.append(vector_s)
         self._console.print(
-            f"{SINGLE_INSERTS} more inserts, each its own transaction, from commit to searchable:"
-            f" by words {_milliseconds(statistics.median(texts))} (slowest {_milliseconds(max(texts))}),"
-            f" by meaning {_milliseconds(statistics.median(vectors))} (slowest {_milliseconds(max(vectors))})"
+            f"{SINGLE_INSERTS} more inserts, one by one, from commit to searchable:\n"
+            f"  by words    {_milliseconds(statistics.median(texts))} (slowest {_milliseconds(max(texts))})\n"
+            f"  by meaning  {_milliseconds(statistics.median(vectors))} (slowest {_milliseconds(max(vectors))})"
         )
 
     def say_how_to_look_around(self) -> None:
@@ -120,7 +131,7 @@ class Stage:
             f"\nIt goes on running until Ctrl-C. The worker's page: http://127.0.0.1:{self._handle.port}/\n"
             f"  psql {self._config.source.dsn}\n"
             f"  cdcsync status --watch -c {self._config_path}\n"
-            f"  cdcsync search docs 'make a file smaller' -c {self._config_path}",
+            f"  cdcsync search docs 'pick a winner' -c {self._config_path}",
             soft_wrap=True,
         )
 

@@ -27,11 +27,16 @@ from psycopg import sql
 
 from cdcsync.changes import Key, Row
 from cdcsync.chunks import Chunk
+from cdcsync.index.comparisons import comparisons
 from cdcsync.index.schema import IndexSpec, Names, vector_schema
 from cdcsync.postgres import Connection
 
 LIVE, BACKFILL = 0, 1
 """Lanes of the backlog: live changes are embedded first."""
+
+TRUNCATE_LOCK_TIMEOUT_MS = 500
+"""Readers that take longer are not waited for, as searches queue up behind who waits for an exclusive lock; less than
+PostgreSQL's default `deadlock_timeout`, 1 s."""
 
 COPY_BLOCK_BYTES = 256 * 1024
 """Rows are joined into blocks of about this size before they go to the driver."""
@@ -95,13 +100,18 @@ class IndexWriter:
         self._carried = [sql.Identifier(name) for name in spec.shape.carried]
         self._slots = [sql.Identifier(f"c{at}") for at in range(len(self._carried))]
         self._vector_schema = "public"
-        self._same_key = sql.SQL(" AND ").join(
-            sql.SQL("c.{} = s.{}").format(key, place) for key, place in zip(self._keys, self._places, strict=True)
-        )
+        self._equal: list[sql.Composable] = []
+        """The key columns' operators."""
+        self._same_key: sql.Composable = sql.SQL("")
 
     async def open(self) -> None:
         """Create the stage; once per connection."""
         self._vector_schema = await vector_schema(self._connection)
+        self._equal = [one.equal for one in await comparisons(self._connection, self._spec.key_types)]
+        self._same_key = sql.SQL(" AND ").join(
+            sql.SQL("c.{} {} s.{}").format(key, equal, place)
+            for key, equal, place in zip(self._keys, self._equal, self._places, strict=True)
+        )
         columns = [
             sql.SQL("{} AS {}").format(column, place)
             for column, place in zip(self._keys + self._carried, self._places + self._slots, strict=True)
@@ -130,15 +140,19 @@ class IndexWriter:
             "SELECT s.place, c.chunk_id, c.document_hash FROM unnest({}) WITH ORDINALITY AS s({}, place)"
             " JOIN {} AS c ON {} WHERE c.chunk_no = 0"
         ).format(
-            sql.SQL(", ").join([sql.SQL("%s::text[]")] * len(self._keys)),
+            sql.SQL(", ").join(sql.SQL(f"${at}::text[]") for at in range(1, len(self._keys) + 1)),
             sql.SQL(", ").join(self._places),
             self._names.chunks,
             sql.SQL(" AND ").join(
-                sql.SQL("c.{} = s.{}::" + type_).format(key, place)
-                for key, place, type_ in zip(self._keys, self._places, self._spec.key_types, strict=True)
+                sql.SQL("c.{} {} s.{}::" + type_).format(key, equal, place)
+                for key, equal, place, type_ in zip(
+                    self._keys, self._equal, self._places, self._spec.key_types, strict=True
+                )
             ),
         )
-        cursor = await self._connection.execute(statement, [list(column) for column in zip(*keys, strict=True)])
+        # A raw cursor: a column's name may hold a % that is no placeholder.
+        cursor = psycopg.AsyncRawCursor(self._connection)
+        await cursor.execute(statement, [list(column) for column in zip(*keys, strict=True)])
         by_chunk: dict[int, tuple[Key, bytes] | None] = {}
         for place, chunk_id, document_hash in await cursor.fetchall():
             by_chunk[chunk_id] = None if chunk_id in by_chunk else (keys[place - 1], document_hash)
@@ -182,13 +196,17 @@ class IndexWriter:
         return Applied(chunks, deleted, reused, inline, queued)
 
     async def _truncate(self) -> None:
-        """Empty the index: quickly if no reader is in the way, else row by row."""
+        """Empty the index: quickly if nobody is in the way, else row by row.
+
+        The backlog is locked first, as the embed loop does. A reader may hold one of the other two and wait for the
+        next: then this gives up before the server looks for such a circle and fails somebody's search to break it.
+        """
         try:
             async with self._connection.transaction():
-                await self._connection.execute("SET LOCAL lock_timeout = '1s'")
-                await self._run("TRUNCATE {chunks}, {vectors}, {backlog}")
+                await self._connection.execute(f"SET LOCAL lock_timeout = {TRUNCATE_LOCK_TIMEOUT_MS}")
+                await self._run("TRUNCATE {backlog}, {chunks}, {vectors}")
                 await self._connection.execute("SET LOCAL lock_timeout = 0")
-        except psycopg.errors.LockNotAvailable:
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
             for table in ("backlog", "vectors", "chunks"):
                 await self._run("DELETE FROM {" + table + "}")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import cast
 
+import psycopg
 from psycopg import sql
 
 from cdcsync.changes import Key
+from cdcsync.index.comparisons import comparisons, follows
 from cdcsync.index.schema import IndexSpec, Names
 from cdcsync.postgres import Connection
 
@@ -20,10 +22,11 @@ async def page_of_keys(
     """
     columns = [sql.Identifier(name) for name in spec.shape.key]
     listed = sql.SQL(", ").join(columns)
-    above = sql.SQL(" AND ({}) > ({})").format(
-        listed, sql.SQL(", ").join(sql.SQL("%s::text::" + type_) for type_ in spec.key_types)
-    )
-    cursor = await connection.execute(
+    values = [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(spec.key_types, start=1)]
+    above = sql.SQL(" AND {}").format(follows(columns, values, await comparisons(connection, spec.key_types)))
+    # A raw cursor: a column's name may hold a % that is no placeholder.
+    cursor = psycopg.AsyncRawCursor(connection)
+    await cursor.execute(
         sql.SQL("SELECT {} FROM {} WHERE chunk_no = 0{} ORDER BY {} LIMIT {}").format(
             listed,
             Names(schema, spec.name).chunks,
@@ -31,7 +34,7 @@ async def page_of_keys(
             listed,
             sql.Literal(limit),
         ),
-        list(after or ()) or None,
+        list(after or ()),
     )
     result = cursor.pgresult
     assert result is not None

@@ -109,9 +109,11 @@ async def _examine_indexes(
 
 
 def _summary(plan: Plan, spec: IndexSpec) -> Finding:
-    rows = plan.table.estimated_rows if plan.table is not None else 0
+    key = ", ".join(map(quote, spec.shape.key))
+    estimate = plan.table.estimated_rows if plan.table is not None else 0
+    rows = f", some {estimate:,} rows" if estimate else ""
     return Finding.ok(
         f"indexes.{plan.name}",
-        f"{spec.shape.table} by ({', '.join(map(quote, spec.shape.key))}), some {rows:,} rows, into"
-        f" {spec.config.view_name}; {spec.config.embedder} makes {spec.dimensions} dimensions",
+        f"{spec.shape.table} by ({key}){rows}, into {spec.config.view_name};"
+        f" {spec.config.embedder} makes {spec.dimensions} dimensions",
     )

@@ -15,7 +15,7 @@ from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.errors import CdcsyncError
 from cdcsync.postgres import Connection
-from cdcsync.preflight.findings import Finding, noting, or_ok
+from cdcsync.preflight.findings import Finding, named, noting, or_ok
 from cdcsync.source.catalog import Publication, Server, Slot, read_publication, read_server, read_slot
 from cdcsync.source.slot import MIN_VERSION, SlotConnection
 
@@ -192,6 +192,6 @@ def publication_faults(publication: Publication) -> Iterator[Finding]:
     if missing:
         yield Finding.error(
             f"publication {publication.name}",
-            f"does not send {' and '.join(missing)}: the index would drift from its table",
+            f"does not send {named(missing)}: the index would drift from its table",
             f"ALTER PUBLICATION {quote(publication.name)} SET (publish = '{', '.join(OPERATIONS)}')",
         )

@@ -63,10 +63,12 @@ class Spool:
         for xid in list(self._open):
             self.drop(xid)
         self._current = None
-        with self._writing():
+        try:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(self._directory)
             self._directory.mkdir(parents=True, mode=0o700)
+        except OSError as error:
+            raise self._unusable(error) from error
 
     def enter(self, xid: int) -> None:
         """Begin to receive a block of transaction `xid`.
@@ -78,8 +80,10 @@ class Spool:
             raise ProtocolError("a stream block began inside another one")
         transaction = self._open.get(xid)
         if transaction is None:
-            with self._writing():
+            try:
                 transaction = self._open[xid] = _Transaction(self._directory / f"{xid}.spool")
+            except OSError as error:
+                raise self._unusable(error) from error
         self._current = transaction
 
     def append(self, xid: int, payload: bytes) -> None:
@@ -97,9 +101,11 @@ class Spool:
                 hint="raise source.spool_bytes, or set source.streaming = false to let the server spill instead",
             )
         transaction.first.setdefault(xid, transaction.size)
-        with self._writing():
+        try:
             transaction.file.write(_LENGTH.pack(len(payload)))
             transaction.file.write(payload)
+        except OSError as error:
+            raise self._unusable(error) from error
         transaction.size += size
         self.bytes += size
 
@@ -126,9 +132,11 @@ class Spool:
         start = transaction.first.get(subxid)
         if start is None:
             return
-        with self._writing():
+        try:
             transaction.file.seek(start)
             transaction.file.truncate()
+        except OSError as error:
+            raise self._unusable(error) from error
         self.bytes -= transaction.size - start
         transaction.size = start
         # From the end: a transaction may have very many subtransactions, and looking at all of them at each abort would
@@ -139,14 +147,16 @@ class Spool:
     def replay(self, xid: int) -> Iterator[bytes]:
         """Yield the messages of a transaction in their order; the caller drops it afterwards.
 
-        :raises SetupError: what was kept cannot be written or read back.
+        :raises SetupError: what is still in memory of the file cannot be written.
         """
         transaction = self._open.get(xid)
         if transaction is None:
             return
         file = transaction.file
-        with self._writing():
+        try:
             file.seek(0)
+        except OSError as error:
+            raise self._unusable(error) from error
         while header := file.read(_LENGTH.size):
             (length,) = _LENGTH.unpack(header)
             yield file.read(length)
@@ -155,7 +165,15 @@ class Spool:
         """Throw a transaction's file away."""
         transaction = self._open.pop(xid, None)
         if transaction is not None:
-            transaction.file.close()
             self.bytes -= transaction.size
+            with contextlib.suppress(OSError):  # a full disk is no reason to keep what is not wanted
+                transaction.file.close()
             with contextlib.suppress(OSError):
                 transaction.path.unlink()
+
+    def _unusable(self, error: OSError) -> SetupError:
+        return SetupError(
+            f"open transactions cannot be kept on disk: {error.strerror or error}",
+            where=str(self._directory),
+            hint="free disk space there, or set source.spool_directory to where the worker may write",
+        )

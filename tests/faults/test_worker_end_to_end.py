@@ -152,7 +152,7 @@ def test_kill_9_in_the_middle_of_a_stream_of_changes_loses_nothing(
         worker = pipeline.start()
         applied = len([event for event in pipeline.events() if event.get("event") == "batch_applied"])
         write(pipeline, seed=100 * seed + round_, transactions=30)
-        wanted = applied + chance.randint(1, 12)
+        wanted = applied + chance.randint(1, 6)
         until(
             lambda wanted=wanted: (
                 len([e for e in pipeline.events() if e.get("event") == "batch_applied"]) >= wanted or pipeline._failed()

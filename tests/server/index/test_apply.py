@@ -11,7 +11,7 @@ import pytest
 
 from cdcsync.changes import Key, Row
 from cdcsync.documents import hash_text
-from cdcsync.index.apply import BACKFILL, LIVE, ChangeSet
+from cdcsync.index.apply import BACKFILL, LIVE, ChangeSet, IndexWriter
 from cdcsync.postgres import Connection
 from tests.fixtures.indexes import (
     LiveIndex,
@@ -21,6 +21,7 @@ from tests.fixtures.indexes import (
     document,
     kept,
     make_spec,
+    until_blocked,
     vector_text,
 )
 
@@ -237,9 +238,9 @@ ZOO: dict[str, tuple[str, str, str | None]] = {
     "oid": ("4294967295", "0", None),
     "pg_lsn": ("FFFFFFFF/FFFFFFFF", "0/0", None),
     "name": ("a b", "", None),
-    'public."Mood"': ("it's fine", "sad", None),
-    "public.pair": ('(1,"two, three")', "(,)", None),
-    "public.email": ("a@b.c", "d@e.f", None),
+    'cdcsync."Mood"': ("it's fine", "sad", None),
+    "cdcsync.pair": ('(1,"two, three")', "(,)", None),
+    "cdcsync.email": ("a@b.c", "d@e.f", None),
     "public.citext": ("Ab", "cd", "aB"),
     "public.hstore": ('"a"=>"1", "b"=>NULL', "", None),
     "public.vector(3)": ("[1,2,3]", "[1,2,4]", None),
@@ -247,17 +248,18 @@ ZOO: dict[str, tuple[str, str, str | None]] = {
 }
 
 
-def prepare_zoo(database: Database) -> dict[str, tuple[str, str, str | None]]:
+def prepare_zoo(target: Database) -> dict[str, tuple[str, str, str | None]]:
     """Create the zoo's own types and return those kinds that this server has."""
-    with database.connect() as connection:
-        connection.execute("CREATE TYPE \"Mood\" AS ENUM ('it''s fine', 'sad')")
-        connection.execute("CREATE TYPE pair AS (first int, second text)")
-        connection.execute("CREATE DOMAIN email AS text CHECK (VALUE LIKE '%@%')")
+    with target.connect() as connection:
+        connection.execute("CREATE SCHEMA cdcsync")
+        connection.execute("CREATE TYPE cdcsync.\"Mood\" AS ENUM ('it''s fine', 'sad')")
+        connection.execute("CREATE TYPE cdcsync.pair AS (first int, second text)")
+        connection.execute("CREATE DOMAIN cdcsync.email AS text CHECK (VALUE LIKE '%@%')")
         available = {row[0] for row in connection.execute("SELECT name FROM pg_available_extensions").fetchall()}
         zoo = dict(ZOO)
         for extension in ("citext", "hstore"):
             if extension in available:
-                connection.execute(f"CREATE EXTENSION {extension}")
+                connection.execute(f"CREATE EXTENSION IF NOT EXISTS {extension}")
             else:
                 del zoo[f"public.{extension}"]
         try:
@@ -268,9 +270,9 @@ def prepare_zoo(database: Database) -> dict[str, tuple[str, str, str | None]]:
 
 
 async def test_values_of_every_type_arrive_as_the_source_rendered_them(
-    database: Database, open_index: OpenIndex
+    target: Database, open_index: OpenIndex
 ) -> None:
-    zoo = prepare_zoo(database)
+    zoo = prepare_zoo(target)
     index = await open_index(carried={f"c{at}": type_ for at, type_ in enumerate(zoo)})
     first: Row = tuple(value for value, _, _ in zoo.values())
     second: Row = tuple(value for _, value, _ in zoo.values())
@@ -296,8 +298,8 @@ async def test_values_of_every_type_arrive_as_the_source_rendered_them(
         await index.apply(changes(kept("1", *first)))
 
 
-async def test_equal_values_of_another_image_are_written(database: Database, open_index: OpenIndex) -> None:
-    zoo = {type_: images for type_, images in prepare_zoo(database).items() if images[2] is not None}
+async def test_equal_values_of_another_image_are_written(target: Database, open_index: OpenIndex) -> None:
+    zoo = {type_: images for type_, images in prepare_zoo(target).items() if images[2] is not None}
     index = await open_index(carried={f"c{at}": type_ for at, type_ in enumerate(zoo)})
     images: Row = tuple(image for _, _, image in zoo.values())
 
@@ -375,11 +377,11 @@ KEYS: list[tuple[dict[str, str], list[Key]]] = [
 
 @pytest.mark.parametrize(("key", "values"), KEYS, ids=[", ".join(key.values()) for key, _ in KEYS])
 async def test_keys_may_be_of_any_type_and_composite(
-    database: Database, open_index: OpenIndex, key: dict[str, str], values: list[Key]
+    target: Database, open_index: OpenIndex, key: dict[str, str], values: list[Key]
 ) -> None:
     for type_ in key.values():
         if type_.startswith("public."):
-            database.execute(f"CREATE EXTENSION {type_.removeprefix('public.')}")
+            target.execute(f"CREATE EXTENSION IF NOT EXISTS {type_.removeprefix('public.')}")
     index = await open_index(key=key)
     await index.apply(changes(*[document(value, f"text {at}", "more") for at, value in enumerate(values)]))
 
@@ -416,10 +418,10 @@ async def test_an_upsert_under_another_text_of_the_key_takes_the_row_over(open_i
 
 
 async def test_keys_that_their_own_type_takes_for_equal_are_one_document(
-    database: Database, open_index: OpenIndex
+    target: Database, open_index: OpenIndex
 ) -> None:
     """Our sessions have no search path: `=` alone would compare citext as text, and see two keys."""
-    database.execute("CREATE EXTENSION citext")
+    target.execute("CREATE EXTENSION IF NOT EXISTS citext")
     index = await open_index(key={"id": "public.citext"})
     await index.apply(changes(document("Foo", "a", "b")))
 
@@ -430,8 +432,8 @@ async def test_keys_that_their_own_type_takes_for_equal_are_one_document(
     assert await index.texts() == {}
 
 
-async def test_look_ups_by_key_use_the_index_whatever_the_type(database: Database, open_index: OpenIndex) -> None:
-    database.execute("CREATE EXTENSION citext")
+async def test_look_ups_by_key_use_the_index_whatever_the_type(target: Database, open_index: OpenIndex) -> None:
+    target.execute("CREATE EXTENSION IF NOT EXISTS citext")
     for name, type_ in (("plain", "text"), ("folded", "public.citext")):
         index = await open_index(name=name, key={"id": type_}, search=None)
         await index.apply(changes(*[document(f"Key {number}", "a") for number in range(2_000)]))
@@ -603,20 +605,10 @@ async def test_truncation_and_an_embed_loop_in_the_middle_of_storing_do_not_wait
     assert await index.dump() == ([], [], [])
 
 
-async def until_blocked(watching: Connection, blocked: Connection) -> None:
-    """Return when a session waits for a lock."""
-    while True:
-        cursor = await watching.execute("SELECT cardinality(pg_blocking_pids(%s))", [blocked.info.backend_pid])
-        if await cursor.fetchone() != (0,):
-            return
-
-
 # -- several indexes ----------------------------------------------------------------------------------------------------------
 
 
 async def test_two_indexes_share_a_session(index: LiveIndex, open_index: OpenIndex) -> None:
-    from cdcsync.index.apply import IndexWriter
-
     other = await open_index(name="notes", key={"id": "text"}, carried={})
     writer = IndexWriter(index.connection, "cdcsync", make_spec(name="notes", key={"id": "text"}, carried={}))
     await writer.open()

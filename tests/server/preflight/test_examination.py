@@ -1,0 +1,158 @@
+"""All checks together: what a sound configuration comes to, and what a faulty one is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from psycopg import conninfo
+
+from cdcsync.changes import Shape
+from cdcsync.cluster import free_port
+from cdcsync.config import QualifiedName
+from cdcsync.errors import SetupError
+from cdcsync.preflight import refuse
+from tests.fixtures.preflight import ARTICLES, configured, examined, the_error
+from tests.fixtures.servers import Database
+
+pytestmark = pytest.mark.server
+
+EVERYTHING = """
+    SELECT 'relation', oid::text FROM pg_class UNION ALL SELECT 'schema', nspname FROM pg_namespace
+    UNION ALL SELECT 'extension', extname FROM pg_extension UNION ALL SELECT 'publication', pubname FROM pg_publication
+    UNION ALL SELECT 'slot', slot_name FROM pg_replication_slots WHERE database = current_database() ORDER BY 1, 2
+"""
+"""What a database holds."""
+
+
+async def test_a_sound_configuration_gives_the_indexes_as_they_are_to_be(
+    make_database: Callable[[], Database],
+) -> None:
+    source, target = make_database(), make_database()
+    source.execute("CREATE TABLE books (shelf text, place int, tenant varchar(8), body text, PRIMARY KEY (place, shelf))")
+    config = configured(source.dsn, target.dsn, books='table = "books"\ntext = "{body}"\ncolumns = ["tenant"]')
+    report = await examined(config)
+    refuse(report)
+    (spec,) = report.specs
+    assert spec.shape == Shape("books", QualifiedName("public", "books"), ("place", "shelf"), ("tenant",), ("body",))
+    assert spec.source_key_types == spec.key_types == ("integer", "text")
+    assert spec.carried_types == ("character varying(8)",)
+    assert (spec.model, spec.dimensions, spec.distance) == ("hash:1:16", 16, "cosine")
+    assert (spec.generation, spec.row_filter, len(spec.fingerprint)) == (1, None, 32)
+    assert {finding.level for finding in report.findings} == {"ok"}
+
+
+async def test_source_and_target_may_be_one_database(database: Database) -> None:
+    database.execute(ARTICLES)
+    report = await examined(configured(database.dsn))
+    assert report.errors == []
+    assert [spec.name for spec in report.specs] == ["articles"]
+
+
+async def test_the_fingerprint_follows_template_and_chunking_and_nothing_else(database: Database) -> None:
+    database.execute(ARTICLES)
+    report = await examined(
+        configured(
+            database.dsn,
+            same='columns = ["tenant"]',
+            one="",
+            other_text='text = "{body}"',
+            other_chunks="chunking.max_tokens = 64",
+        )
+    )
+    same, one, *others = (spec.fingerprint for spec in report.specs)
+    assert same == one
+    assert len({one, *others}) == 3
+
+
+@pytest.mark.parametrize("lines", ["", 'columns = ["nosuch"]'], ids=["sound", "faulty"])
+async def test_nothing_is_created_by_a_check(make_database: Callable[[], Database], lines: str) -> None:
+    source, target = make_database(), make_database()
+    source.execute(ARTICLES)
+    target.execute("DROP EXTENSION vector")
+    before = [database.execute(EVERYTHING) for database in (source, target)]
+    await examined(configured(source.dsn, target.dsn, articles=lines))
+    assert [database.execute(EVERYTHING) for database in (source, target)] == before
+
+
+async def test_all_faults_are_told_at_once(make_database: Callable[[], Database]) -> None:
+    source, target = make_database(), make_database()
+    source.execute(f"{ARTICLES}; CREATE TABLE loose (id int); CREATE VIEW seen AS SELECT 1 AS id")
+    source.execute("CREATE PUBLICATION cdcsync FOR TABLE articles WITH (publish = 'insert')")
+    target.execute("UPDATE pg_extension SET extversion = '0.6.2' WHERE extname = 'vector'")
+    target.execute("CREATE TABLE taken ()")
+    report = await examined(
+        configured(
+            source.dsn,
+            target.dsn,
+            articles='columns = ["tennant", "id"]\nview = "taken"\nsearch = "englsh"',
+            loose='table = "loose"\ntext = "{id}"',
+            seen='table = "seen"\ntext = "{id"',
+            gone='table = "article"\nview = "nowhere.gone"',
+        )
+    )
+    told = {finding.where: finding for finding in report.errors}
+    assert set(told) == {
+        "indexes.seen.text",
+        "publication cdcsync",
+        "indexes.articles.columns",
+        "public.loose",
+        "indexes.seen.table",
+        "indexes.gone.table",
+        "target",
+        "indexes.articles.view",
+        "indexes.articles.search",
+        "indexes.gone.view",
+    }
+    assert all(finding.hint for finding in report.errors)
+    assert report.specs == []
+    with pytest.raises(SetupError) as refused:
+        refuse(report)
+    for finding in report.errors:
+        assert f"{finding.where}: {finding.message}\n    fix: {finding.hint}" in refused.value.message
+
+
+async def test_an_unreachable_source_does_not_hide_what_is_wrong_with_the_target(database: Database) -> None:
+    nowhere = f"postgresql://nobody@127.0.0.1:{free_port()}/nothing"
+    report = await examined(configured(nowhere, database.dsn, articles='search = "nosuch"'))
+    source, search = report.errors
+    assert "source (postgresql://nobody@127.0.0.1" in source.where
+    assert search.where == "indexes.articles.search"
+
+
+async def test_an_unreachable_target_does_not_hide_what_is_wrong_with_the_source(database: Database) -> None:
+    nowhere = f"postgresql://nobody@127.0.0.1:{free_port()}/nothing"
+    report = await examined(configured(database.dsn, nowhere))
+    assert {finding.where.partition(" ")[0] for finding in report.errors} == {"target", "indexes.articles.table"}
+
+
+async def test_cdcsyncs_own_tables_are_not_indexed(database: Database) -> None:
+    database.execute("CREATE SCHEMA cdcsync; CREATE TABLE cdcsync.mine (id int PRIMARY KEY)")
+    config = configured(database.dsn, mine='table = "cdcsync.mine"\ntext = "{id}"')
+    assert the_error(await examined(config)).where == "indexes.mine.table"
+
+
+async def test_a_schema_of_that_name_in_another_database_is_not_ours(make_database: Callable[[], Database]) -> None:
+    source, target = make_database(), make_database()
+    source.execute("CREATE SCHEMA cdcsync; CREATE TABLE cdcsync.mine (id int PRIMARY KEY)")
+    config = configured(source.dsn, target.dsn, mine='table = "cdcsync.mine"\ntext = "{id}"')
+    assert (await examined(config)).errors == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "sign"),
+    [
+        ({"dbname": "nosuch"}, "the database does not exist"),
+        ({"user": "locked", "password": "wrong"}, "the password is wrong"),
+        ({"user": "nosuch"}, "refuses this role"),
+    ],
+)
+async def test_a_login_that_fails_says_why(lone_database: Database, settings: dict[str, Any], sign: str) -> None:
+    lone_database.execute(ARTICLES)
+    wrong = conninfo.make_conninfo(lone_database.dsn, **settings)
+    for config in (configured(wrong, lone_database.dsn), configured(lone_database.dsn, wrong)):
+        error = the_error(await examined(config))
+        assert sign in error.message
+        assert error.hint
+        assert "wrong" not in error.where

@@ -1,0 +1,196 @@
+"""What is told of a source that cannot be followed: server, role, slot, publication."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import psycopg
+import pytest
+
+from cdcsync.cluster import Cluster
+from tests.fixtures.preflight import ARTICLES, Role, configured, examined, the_error, warnings
+from tests.fixtures.servers import Database, Server
+
+pytestmark = pytest.mark.server
+
+SLOT = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
+
+
+@contextlib.contextmanager
+def walsender(dsn: str) -> contextlib.AbstractContextManager[psycopg.pq.PGconn]:
+    """Open a replication connection."""
+    connection = psycopg.pq.PGconn.connect(f"{dsn} replication=database".encode())
+    try:
+        assert connection.status == psycopg.pq.ConnStatus.OK, connection.error_message
+        yield connection
+    finally:
+        connection.finish()
+
+
+async def test_a_wal_level_below_logical_is_told_with_the_statement_that_raises_it(
+    make_cluster: Callable[..., Cluster], database: Database
+) -> None:
+    source = make_cluster(settings={"wal_level": "replica"})
+    with psycopg.connect(source.dsn(), autocommit=True) as connection:
+        connection.execute(ARTICLES)
+    error = the_error(await examined(configured(source.dsn(), database.dsn)))
+    assert "wal_level is replica" in error.message
+    assert "ALTER SYSTEM SET wal_level = 'logical'" in str(error.hint)
+
+
+async def test_a_standby_is_refused_as_source_and_as_target(cluster: Cluster) -> None:
+    with psycopg.connect(cluster.dsn(), autocommit=True) as connection:
+        connection.execute(f"{ARTICLES}; CREATE EXTENSION vector")
+    with cluster.standby() as standby:
+        report = await examined(configured(standby.dsn(), standby.dsn()))
+        with psycopg.connect(standby.dsn(), autocommit=True) as connection, pytest.raises(psycopg.Error):
+            connection.execute("SELECT pg_logical_emit_message(true, 'mark', '')")
+    assert [(finding.where, "standby" in finding.message) for finding in report.errors] == [
+        ("source", True),
+        ("target", True),
+    ]
+
+
+async def test_a_role_without_replication_is_told_how_to_get_it(lone_database: Database, role: Role) -> None:
+    lone_database.execute(f"{ARTICLES}; ALTER ROLE {role.name} NOREPLICATION; GRANT SELECT ON articles TO {role.name}")
+    lone_database.execute("CREATE PUBLICATION cdcsync FOR TABLE articles")
+    error = the_error(await examined(configured(role.dsn, lone_database.dsn)))
+    assert error.message == f"the role {role.name} may not replicate"
+    assert f"ALTER ROLE {role.name} REPLICATION" in str(error.hint)
+
+
+async def test_a_member_of_the_replication_role_of_amazon_rds_counts_as_one_that_may_replicate(
+    lone_database: Database, role: Role
+) -> None:
+    from cdcsync.postgres import connect
+    from cdcsync.source.catalog import read_server
+
+    lone_database.execute(f"CREATE ROLE rds_replication; ALTER ROLE {role.name} NOREPLICATION")
+    try:
+        lone_database.execute(f"GRANT rds_replication TO {role.name}")
+        async with await connect(role.dsn, "source") as connection:
+            assert (await read_server(connection)).may_replicate
+    finally:
+        lone_database.execute("DROP ROLE rds_replication")
+
+
+async def test_a_server_without_a_free_slot_is_refused(lone_database: Database) -> None:
+    lone_database.execute(ARTICLES)
+    taken = [f"{lone_database.name}_{number}" for number in range(2)]
+    for slot in taken:
+        lone_database.execute(SLOT, [slot])
+    error = the_error(await examined(configured(lone_database.dsn)))
+    assert error.message == "all 2 replication slots are taken"
+    lone_database.execute("CREATE PUBLICATION cdcsync FOR TABLE articles")
+    assert (await examined(configured(lone_database.dsn, slot=taken[0]))).errors == []
+
+
+async def test_a_server_without_a_free_sender_is_refused(lone_database: Database) -> None:
+    lone_database.execute(ARTICLES)
+    with walsender(lone_database.dsn), walsender(lone_database.dsn):
+        error = the_error(await examined(configured(lone_database.dsn)))
+    assert error.message == "all 2 WAL senders are taken"
+
+
+async def test_a_slot_that_a_worker_reads_makes_a_standby_whatever_senders_are_free(lone_database: Database) -> None:
+    slot = lone_database.name
+    lone_database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
+    lone_database.execute(SLOT, [slot])
+    with walsender(lone_database.dsn) as worker, walsender(lone_database.dsn):
+        worker.exec_(
+            f"START_REPLICATION SLOT {slot} LOGICAL 0/0 (proto_version '2', publication_names 'cdcsync')".encode()
+        )
+        report = await examined(configured(lone_database.dsn, slot=slot))
+    assert report.errors == []
+    (warning,) = warnings(report)
+    assert warning.where == f"slot {slot}"
+    assert "waits as its standby" in warning.message
+
+
+@pytest.mark.parametrize(
+    ("create", "sign"),
+    [
+        ("SELECT pg_create_physical_replication_slot(%s)", "physical"),
+        ("SELECT pg_create_logical_replication_slot(%s, 'test_decoding')", "test_decoding"),
+    ],
+)
+async def test_a_slot_of_another_kind_is_refused(lone_database: Database, create: str, sign: str) -> None:
+    slot = f"{lone_database.name}_other"
+    lone_database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
+    lone_database.execute(create, [slot])
+    try:
+        error = the_error(await examined(configured(lone_database.dsn, slot=slot)))
+    finally:
+        lone_database.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+    assert error.where == f"slot {slot}"
+    assert sign in error.message
+
+
+async def test_a_slot_of_another_database_is_refused(make_database: Callable[[], Database]) -> None:
+    database, other = make_database(), make_database()
+    database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
+    other.execute(SLOT, [other.name])
+    error = the_error(await examined(configured(database.dsn, slot=other.name)))
+    assert other.name in error.message
+    assert database.name in error.message
+
+
+@pytest.mark.parametrize(("on_gap", "levels"), [("stop", ["error"]), ("resync", ["warning"])])
+async def test_a_slot_that_lost_wal_stops_the_pipeline_unless_it_may_resync(
+    lone_database: Database, on_gap: str, levels: list[str]
+) -> None:
+    import msgspec
+
+    slot = lone_database.name
+    lone_database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
+    lone_database.execute(SLOT, [slot])
+    with lone_database.connect() as connection:
+        for _ in range(4):
+            connection.execute("INSERT INTO articles SELECT coalesce(max(id), 0) + 1 FROM articles")
+            connection.execute("SELECT pg_switch_wal()")
+        connection.execute("CHECKPOINT")
+    config = configured(lone_database.dsn, slot=slot)
+    config = msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, on_gap=on_gap))
+    report = await examined(config)
+    told = [finding for finding in report.findings if finding.level != "ok"]
+    assert [finding.level for finding in told] == levels
+    assert told[0].where == f"slot {slot}"
+    assert "removed WAL" in told[0].message
+
+
+async def test_a_slot_without_its_publication_is_refused(database: Database) -> None:
+    database.execute(ARTICLES)
+    database.execute(SLOT, [database.name])
+    error = the_error(await examined(configured(database.dsn, slot=database.name)))
+    assert error.where == "publication cdcsync"
+    assert f"pg_drop_replication_slot('{database.name}')" in str(error.hint)
+
+
+async def test_a_publication_that_leaves_kinds_of_changes_out_is_told_the_statement_that_adds_them(
+    database: Database,
+) -> None:
+    database.execute(f"{ARTICLES}; CREATE PUBLICATION \"Ours\" FOR TABLE articles WITH (publish = 'insert, update')")
+    config = configured(database.dsn, publication="Ours")
+    error = the_error(await examined(config))
+    assert "does not send delete, truncate" in error.message
+    assert error.hint is not None
+    database.execute(error.hint)
+    assert (await examined(config)).errors == []
+
+
+async def test_a_database_without_an_encoding_is_warned_of(lone_server: Server, lone_database: Database) -> None:
+    name = f"{lone_database.name}_ascii"
+    with lone_server.connect() as connection:
+        connection.execute(f"CREATE DATABASE {name} ENCODING SQL_ASCII TEMPLATE template0 LOCALE 'C'")
+        try:
+            ascii_database = Database(lone_database.dsn.replace(lone_database.name, name), name, lone_server)
+            ascii_database.execute(f"{ARTICLES}; CREATE EXTENSION vector")
+            report = await examined(configured(ascii_database.dsn))
+        finally:
+            connection.execute(f"DROP DATABASE {name}")
+    assert report.errors == []
+    assert [(finding.where, "SQL_ASCII" in finding.message) for finding in warnings(report)] == [
+        ("source", True),
+        ("target", True),
+    ]
