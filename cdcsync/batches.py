@@ -100,6 +100,8 @@ class Batch:
         self.transactions = 0
         self.end_lsn: Lsn | None = None
         self.commit_time_us: int | None = None
+        self.oldest_us: int | None = None
+        """When the first transaction that changed something here was committed."""
         self.partial = False
         """Whether the last transaction in it is not complete."""
 

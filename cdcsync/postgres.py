@@ -30,6 +30,12 @@ RENDERING: LiteralString = (
 """Settings that output functions read. An empty search_path makes names in values (regclass, say) come out
 qualified."""
 
+SAFETY: LiteralString = (
+    "SET statement_timeout = 0; SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0;"
+    " SET default_transaction_isolation = 'read committed'"
+)
+"""A role's own limits are for its queries: a build, a slot or a large page takes the time that it takes."""
+
 DURABILITY: dict[Side, LiteralString] = {
     # What we write on the source is a mark or a publication: flushed at commit, waiting for no standby. And
     # replication does not know row-level security: a policy that would hide rows from us must be an error.
@@ -119,6 +125,7 @@ async def connect(dsn: str, side: Side, *, application_name: str = "cdcsync", au
         raise connect_error(error, side, where) from error
     with speaking_of(side, where=where):
         await connection.execute(RENDERING)
+        await connection.execute(SAFETY)
         await connection.execute(DURABILITY[side])
         if not autocommit:
             await connection.commit()

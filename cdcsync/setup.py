@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import anyio
 import structlog
 from psycopg import sql
 
@@ -20,7 +21,9 @@ from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection, speaking_of
 from cdcsync.source.catalog import (
     Slot,
+    blockers,
     create_publication_statement,
+    current_snapshot,
     publish_statement,
     read_publication,
     read_slot,
@@ -29,11 +32,16 @@ from cdcsync.source.slot import ServerIdentity, SlotConnection
 
 log = structlog.get_logger()
 
+WRITERS_REPORT_S = 5.0
+"""How often it is said which open transactions the creation of the slot waits for."""
+
 
 async def set_up_shared(target: Connection, config: Config) -> None:
     """Create pgvector, our schema and the pipeline's row, as far as they are missing."""
     with speaking_of("target"):
         async with target.transaction():
+            # Two workers that start together take turns here.
+            await target.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdcsync set-up', 0))")
             cursor = await target.execute("SELECT 1 FROM pg_extension WHERE extname = 'vector'")
             if await cursor.fetchone() is None:
                 await target.execute("CREATE EXTENSION vector SCHEMA public")
@@ -127,7 +135,7 @@ async def starting_point(
     with speaking_of("source", where=f"slot {name}"):
         slot = await read_slot(source, name)
     if state.checkpoint is None:
-        begin = await _first_position(slot_connection, slot, name)
+        begin = await _first_position(slot_connection, source, slot, name)
         await session.begin_at(begin, server.system_identifier, server.timeline)
         return begin
     try:
@@ -143,15 +151,31 @@ async def starting_point(
     return state.checkpoint
 
 
-async def _first_position(slot_connection: SlotConnection, slot: Slot | None, name: str) -> Lsn:
+async def _first_position(slot_connection: SlotConnection, source: Connection, slot: Slot | None, name: str) -> Lsn:
     if slot is not None and slot.confirmed_flush is not None:
         # Nothing is indexed yet, so nothing can be missing: the initial load is still to come.
         log.info("slot_adopted", slot=name, lsn=str(slot.confirmed_flush))
         return slot.confirmed_flush
+    return await _create_slot(slot_connection, source, name)
+
+
+async def _create_slot(slot_connection: SlotConnection, source: Connection, name: str) -> Lsn:
+    """Create the slot, and say who is in the way while that waits for open write transactions."""
     log.info("slot_creating", slot=name)
-    begin = await slot_connection.create_slot(name)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_report_writers, source, name)
+        begin = await slot_connection.create_slot(name)
+        tasks.cancel_scope.cancel()
     log.info("slot_created", slot=name, lsn=str(begin))
     return begin
+
+
+async def _report_writers(source: Connection, name: str) -> None:
+    while True:
+        await anyio.sleep(WRITERS_REPORT_S)
+        with speaking_of("source"), anyio.CancelScope(shield=True):
+            sessions = await blockers(source, (await current_snapshot(source)).running)
+        log.warning("slot_waits_for_transactions", slot=name, sessions=sessions)
 
 
 async def _resync(
@@ -170,7 +194,7 @@ async def _resync(
     if slot is not None:
         with speaking_of("source", where=f"slot {name}"):
             await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
-    begin = await slot_connection.create_slot(name)
+    begin = await _create_slot(slot_connection, source, name)
     await session.begin_at(begin, server.system_identifier, server.timeline, resync=indexes)
     log.info("resync_requested", slot=name, lsn=str(begin), indexes=list(indexes))
     return begin

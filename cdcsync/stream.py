@@ -104,8 +104,6 @@ class Stream:
         self.progress = Progress(Lsn(0))
         self.source_end = Lsn(0)
         """The end of the source's WAL as last heard of."""
-        self.oldest_unapplied: datetime | None = None
-        """Commit time of the oldest transaction that is received and not applied."""
         self.stopping = False
         self._reset(Lsn(0))
 
@@ -114,7 +112,8 @@ class Stream:
         self._batch = Batch()
         self._assembler = Assembler(self._tables, checkpoint)
         self._dry = False
-        self._applying = False
+        self._in_hand: Batch | None = None
+        self._committed_at_us = 0
         self._passed = checkpoint
         self._work_since_idle_checkpoint = True
         self._last_idle_checkpoint = 0.0
@@ -125,7 +124,15 @@ class Stream:
     @property
     def caught_up(self) -> bool:
         """Whether everything that was received is in the target."""
-        return self._dry and not self._applying and not self._batch and not self._assembler.in_transaction
+        return self._dry and self._in_hand is None and not self._batch and not self._assembler.in_transaction
+
+    @property
+    def oldest_unapplied(self) -> datetime | None:
+        """When the oldest transaction that is received and not in the target was committed."""
+        for batch in (self._in_hand, self._batch):
+            if batch is not None and batch.oldest_us is not None:
+                return to_datetime(batch.oldest_us)
+        return None
 
     async def follow(self, slot: SlotConnection, checkpoint: Lsn) -> None:
         """Receive and apply over a connection that has begun to stream at `checkpoint`; returns when told to stop.
@@ -176,7 +183,7 @@ class Stream:
             if handled % TURN_MESSAGES == 0:
                 await anyio.lowlevel.checkpoint()
         # Whoever stops waits for the batch that is being applied, and tells the source how far it got.
-        while self._applying:
+        while self._in_hand is not None:
             await self._pause_receiving(self._patience())
             await self._report_when_due()
         await slot.send_status(self.progress.received, self.progress.acknowledge())
@@ -215,8 +222,8 @@ class Stream:
         while self._full:
             await self._report_when_due()
             await self._wait_for_room()
-        if type(message) is Begin and self.oldest_unapplied is None:
-            self.oldest_unapplied = to_datetime(message.commit_time_us)
+        if type(message) is Begin:
+            self._committed_at_us = message.commit_time_us
         for event in self._assembler.feed(message):
             match event:
                 case Committed():
@@ -232,6 +239,8 @@ class Stream:
                         if isinstance(event, Upsert) and event.moved_from is not None:
                             deliveries.touched(event.moved_from, event.xid)
                     self._batch.add(event)
+                    if self._batch.oldest_us is None:
+                        self._batch.oldest_us = self._committed_at_us
 
     def _end_transaction(self, transaction: Committed) -> None:
         if self._batch.indexes or self._batch.pages:
@@ -251,8 +260,6 @@ class Stream:
         """Note a position up to which there is nothing (more) to apply."""
         self._passed = max(self._passed, lsn)
         self.progress.receive(lsn)
-        if not self._applying:
-            self.oldest_unapplied = None
 
     def _note_dry(self) -> None:
         self._dry = True
@@ -269,14 +276,14 @@ class Stream:
 
     async def _pause_receiving(self, timeout_s: float) -> None:
         self._wake_receive = anyio.Event()
-        if self._applying or self._full:
+        if self._in_hand is not None or self._full:
             with anyio.move_on_after(timeout_s):
                 await self._wake_receive.wait()
 
     def _patience(self) -> float:
         """Return how long receive may wait before a status is due, in seconds."""
         left = self._status_due - anyio.current_time()
-        if self.progress.checkpoint > self.progress.acknowledged or self._applying:
+        if self.progress.checkpoint > self.progress.acknowledged or self._in_hand is not None:
             left = min(left, PROMPT_STATUS_S)
         return max(0.0, left)
 
@@ -294,12 +301,12 @@ class Stream:
         while True:
             if self._ready:
                 batch, self._batch = self._batch, Batch()
-                self._applying = True
+                self._in_hand = batch
                 self._wake_receive.set()
                 try:
                     await self._apply(batch)
                 finally:
-                    self._applying = False
+                    self._in_hand = None
                     self._wake_receive.set()
                 continue
             if self._idle_checkpoint_due:
@@ -394,8 +401,6 @@ class Stream:
         if batch.commit_time_us is not None:
             committed = to_datetime(batch.commit_time_us)
             metrics.text_freshness.observe(max(0.0, (datetime.now(UTC) - committed).total_seconds()))
-        if not self._batch and not self._assembler.in_transaction:
-            self.oldest_unapplied = None
         for index, result in applied.items():
             metrics.chunks.labels(index).inc(result.chunks)
             metrics.chunks_deleted.labels(index).inc(result.deleted)

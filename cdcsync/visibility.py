@@ -87,7 +87,7 @@ class Deliveries:
     @property
     def size(self) -> int:
         """How many keys and transactions are remembered."""
-        return len(self._suspects) + len(self._keys or ())
+        return len(self._suspects) + len(self._keys or ()) + (self._truncated is not None)
 
     def suspect(self, xids: Iterable[int]) -> None:
         """Require every later page to see these transactions (32 or 64 bits)."""

@@ -80,6 +80,12 @@ class WorkerHandle:
         """Whether the event loop turns."""
         return anyio.current_time() - self._turned < ALIVE_WITHIN_S
 
+    async def turn(self) -> None:
+        """Show that the event loop turns, until cancelled."""
+        while True:
+            self._turned = anyio.current_time()
+            await anyio.sleep(1.0)
+
     def not_ready(self) -> list[str]:
         """Return why the worker is not doing its work just now; nothing when it is."""
         reasons = []
@@ -264,7 +270,6 @@ class _Worker:
     async def gauges_for_ever(self) -> None:
         """Keep the gauges current."""
         while True:
-            self.handle._turned = anyio.current_time()
             try:
                 status = await self.handle.status()
                 self._set_gauges(status)
@@ -314,6 +319,7 @@ async def run(
         async with anyio.create_task_group() as tasks:
             if handle_signals:
                 await tasks.start(_stop_on_signal, handle)
+            tasks.start_soon(handle.turn)
             await tasks.start(_serve, config, handle)
             if started is not None:
                 started(handle)

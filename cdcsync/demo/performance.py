@@ -83,6 +83,8 @@ async def _running(console: Console, model: str, rows: int) -> AsyncIterator[Sta
             await anyio.to_thread.run_sync(cluster.create)
             await anyio.to_thread.run_sync(cluster.start)
             console.print(f"PostgreSQL {cluster.version} runs, after {time.monotonic() - started:.1f} s")
+        # Torch makes a directory for compiled kernels when it is imported, in /tmp unless told otherwise.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cluster.directory / "torch"))
         config_path = cluster.directory / "cdcsync.toml"
         config_path.write_text(CONFIG.format(dsn=cluster.dsn(), directory=cluster.directory, model=model))
         config = load(config_path, os.environ)

@@ -14,7 +14,7 @@ import msgspec
 
 from cdcsync.embedders.model_files import INSTALL, ModelFiles, Module, fetch_weights
 from cdcsync.embedders.protocol import Distance
-from cdcsync.errors import EmbedderSetupError
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 
 NO_LIMIT = 10**6
 """Tokenizers without a limit say 10^30 or the like; no model reads a million tokens at once."""
@@ -81,10 +81,18 @@ def describe(files: ModelFiles, *, where: str) -> Description:
 
 def _describe(files: ModelFiles, where: str) -> Description:
     modules = files.modules()
-    weights = tuple(name for module in modules if module.has_weights for name in files.weights(module.folder))
+    weights: list[str] = []
+    for module in modules:
+        found = files.weights(module.folder) if module.has_weights else []
+        if module.has_weights and not found:
+            raise ValueError(f"there are no weights for {module.kind}")
+        weights += found
     first = modules[0]
     if first.kind == "StaticEmbedding":
-        fetch_weights(files, weights, where=where)  # a small file, and the only one that tells the width
+        try:
+            fetch_weights(files, weights, where=where)  # a small file, and the only one that tells the width
+        except EmbedderUnavailable as error:
+            raise EmbedderSetupError(error.message, where=error.where, hint=error.hint) from error
     settings = files.json("config_sentence_transformers.json")
     dimensions = 0
     configs = []
@@ -111,7 +119,7 @@ def _describe(files: ModelFiles, where: str) -> Description:
         reads=reads,
         max_input_tokens=reads and _room(tokenizer_json, reads, prompts["document"], where),
         prompts=prompts,
-        weights=weights,
+        weights=tuple(weights),
         facts={
             "modules": configs,
             "truncate_dim": shortened,

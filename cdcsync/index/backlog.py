@@ -136,11 +136,13 @@ class Backlog:
         """Note a failure of these texts: they are due again after `delay_s` seconds, or never when `final`."""
         await self._connection.execute(
             self._sql(
-                "UPDATE {backlog} SET attempts = CASE WHEN %s THEN {attempts} ELSE attempts + 1 END, error = %s,"
+                "WITH due AS (SELECT chunk_id FROM {backlog}"
+                " WHERE generation = {generation} AND content_hash = ANY(%s::bytea[]) FOR UPDATE SKIP LOCKED)"
+                " UPDATE {backlog} AS b SET attempts = CASE WHEN %s THEN {attempts} ELSE b.attempts + 1 END, error = %s,"
                 " next_attempt_at = now() + make_interval(secs => %s)"
-                " WHERE generation = {generation} AND content_hash = ANY(%s::bytea[])"
+                " FROM due WHERE b.generation = {generation} AND b.chunk_id = due.chunk_id"
             ),
-            [final, error[:ERROR_CHARACTERS], delay_s, list(hashes)],
+            [list(hashes), final, error[:ERROR_CHARACTERS], delay_s],
         )
 
     async def counts(self) -> BacklogCounts:

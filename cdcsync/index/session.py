@@ -47,7 +47,8 @@ class ApplySession:
     @property
     def connection(self) -> Connection:
         """The session's connection, for reading what only the lock's holder may rely on."""
-        assert self._connection is not None
+        if self._connection is None:
+            raise TargetUnavailable("the apply connection is closed", where="target", hint="it is opened again")
         return self._connection
 
     def writer(self, index: str) -> IndexWriter:

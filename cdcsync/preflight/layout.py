@@ -59,17 +59,17 @@ async def _search_faults(connection: Connection, config: Config, name: str, *, b
     where = f"indexes.{name}.search"
     cursor = await connection.execute(
         """
-        SELECT c.oid::regconfig::text,
-               c.cfgname = parts[cardinality(parts)]
-                   AND n.nspname = CASE cardinality(parts) WHEN 1 THEN 'pg_catalog' ELSE parts[1] END
+        SELECT c.oid::regconfig::text, c.cfgname = parts[cardinality(parts)],
+               n.nspname = CASE cardinality(parts) WHEN 1 THEN 'pg_catalog' ELSE parts[1] END
         FROM pg_ts_config c JOIN pg_namespace n ON n.oid = c.cfgnamespace, parse_ident(%s) AS parts
         """,
         [wanted],
     )
-    known: dict[str, bool] = dict(await cursor.fetchall())
-    chosen = next((one for one, is_wanted in known.items() if is_wanted), None)
+    known = await cursor.fetchall()
+    namesakes = {one: in_place for one, same_name, in_place in known if same_name}
+    chosen = next((one for one, in_place in namesakes.items() if in_place), None)
     if chosen is None:
-        best = nearest(wanted, known)
+        best = next(iter(namesakes), None) or nearest(wanted, (one for one, *_ in known))
         return [
             Finding.error(
                 where,

@@ -32,23 +32,21 @@ class Counts(msgspec.Struct, frozen=True):
 
 async def count_index(target: Connection, names: Names, generation: int) -> Counts:
     """Count an index's chunks, the vectors of a generation and the chunks that wait for one."""
-    vectors_table = names.vectors(generation)
-    chunks, vectors = await _estimate(target, names.chunks), await _estimate(target, vectors_table)
     documents: int | None = None
-    if exact_chunks := chunks <= COUNT_UP_TO:
+    chunks, exact_chunks = await _rows(target, names.chunks)
+    if exact_chunks:
         query = sql.SQL("SELECT count(*), count(*) FILTER (WHERE chunk_no = 0) FROM {}").format(names.chunks)
         chunks, documents = await _numbers(target, query)
-    if exact_vectors := vectors <= COUNT_UP_TO:
-        (vectors,) = await _numbers(target, sql.SQL("SELECT count(*) FROM {}").format(vectors_table))
-    backlog, backlog_live, failed = await _numbers(target, _waiting(names, generation))
-    if not (exact_backlog := backlog <= COUNT_UP_TO):
-        backlog = max(backlog, await _estimate(target, names.backlog) - failed)
+    vectors, exact_vectors = await _rows(target, names.vectors(generation))
+    if exact_vectors:
+        (vectors,) = await _numbers(target, sql.SQL("SELECT count(*) FROM {}").format(names.vectors(generation)))
+    backlog, backlog_live, failed, exact_backlog = await _count_backlog(target, names, generation)
     exact = exact_chunks and exact_vectors and exact_backlog
     return Counts(documents, chunks, vectors, backlog, backlog_live, failed, not exact)
 
 
-def _waiting(names: Names, generation: int) -> sql.Composed:
-    """Return the query for the chunks that wait, those of the live lane among them, and those that failed for good.
+async def _count_backlog(target: Connection, names: Names, generation: int) -> tuple[int, int, int, bool]:
+    """Return how many chunks wait, those of the live lane among them, those that failed, and whether that is exact.
 
     During a first load the backlog is as large as the index, and afterwards it is full of dead rows, which spoils
     estimates: so it is counted up to the limit. Failures are few, and someone is called for each: they are always
@@ -60,14 +58,44 @@ def _waiting(names: Names, generation: int) -> sql.Composed:
         "most": sql.Literal(MAX_ATTEMPTS),
         "limit": sql.Literal(COUNT_UP_TO + 1),
     }
-    up_to = "(SELECT count(*) FROM (SELECT FROM {backlog} WHERE generation = {generation} AND attempts < {most}"
-    return sql.SQL(
-        f"SELECT {up_to} LIMIT {{limit}}) AS b), {up_to} AND lane = 0 LIMIT {{limit}}) AS b),"
+    up_to_the_limit = sql.SQL(
+        "SELECT count(*) FILTER (WHERE attempts < {most}), count(*) FILTER (WHERE attempts < {most} AND lane = 0),"
+        " count(*) FILTER (WHERE attempts >= {most})"
+        " FROM (SELECT attempts, lane FROM {backlog} WHERE generation = {generation} LIMIT {limit}) AS b"
+    ).format(**parts)
+    waiting, live, failed = await _numbers(target, up_to_the_limit)
+    if waiting + failed <= COUNT_UP_TO:
+        return waiting, live, failed, True
+    by_lane = sql.SQL(
+        "SELECT (SELECT count(*) FROM (SELECT FROM {backlog} WHERE generation = {generation} AND lane = 0"
+        " AND attempts < {most} LIMIT {limit}) AS b),"
         " (SELECT count(*) FROM {backlog} WHERE generation = {generation} AND attempts >= {most})"
     ).format(**parts)
+    live, failed = await _numbers(target, by_lane)
+    planned = await _planned(target, names.backlog)
+    return max(waiting, live, planned - failed), live, failed, False
 
 
-async def _estimate(target: Connection, table: sql.Identifier) -> int:
+async def _rows(target: Connection, table: sql.Identifier) -> tuple[int, bool]:
+    """Return about how many rows a table has, and whether these are few enough to be counted."""
+    planned = await _planned(target, table)
+    # Without statistics the planner guesses a row's width, and can be wrong by an order of magnitude.
+    (analysed,) = await _numbers(
+        target,
+        sql.SQL("SELECT (reltuples >= 0)::int FROM pg_class WHERE oid = {}::regclass").format(
+            sql.Literal(table.as_string(target))
+        ),
+    )
+    if analysed:
+        return planned, planned <= COUNT_UP_TO
+    (counted,) = await _numbers(
+        target,
+        sql.SQL("SELECT count(*) FROM (SELECT FROM {} LIMIT {}) AS t").format(table, sql.Literal(COUNT_UP_TO + 1)),
+    )
+    return max(planned, counted), counted <= COUNT_UP_TO
+
+
+async def _planned(target: Connection, table: sql.Identifier) -> int:
     """Return how many rows the planner expects: its statistics, scaled by the table's present size."""
     cursor = await target.execute(sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {}").format(table), prepare=False)
     row = await cursor.fetchone()

@@ -70,6 +70,7 @@ def server_processes(temporary: Path) -> list[str]:
 @pytest.mark.server
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # the model on a busy machine
 @real
 def test_the_demo_answers_follows_changes_and_leaves_nothing_behind(temporary: Path) -> None:
     with performance(temporary, "--rows", "60") as process:
@@ -102,6 +103,7 @@ def test_the_demo_answers_follows_changes_and_leaves_nothing_behind(temporary: P
 @pytest.mark.server
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # the model on a busy machine
 @real
 def test_a_demo_that_stays_ends_in_order_at_an_interrupt(temporary: Path) -> None:
     with performance(temporary, "--rows", "20", "--stay") as process:
@@ -123,6 +125,7 @@ def test_a_demo_that_stays_ends_in_order_at_an_interrupt(temporary: Path) -> Non
 
 @pytest.mark.server
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # the model on a busy machine
 @real
 def test_an_interrupted_demo_clears_away_and_exits_with_130(temporary: Path) -> None:
     with performance(temporary, "--rows", "20") as process:

@@ -145,12 +145,12 @@ def problem(status: Status, words: str) -> str:
     return found
 
 
-async def fill(pipeline: Pipeline, chunks: int) -> None:
+async def fill(pipeline: Pipeline, chunks: int, *, after: int = 0) -> None:
     """Store documents of two chunks."""
     await pipeline.target.execute(
         "INSERT INTO cdcsync.articles_chunks (id, chunk_no, content, content_hash, document_hash, commit_lsn)"
-        " SELECT n / 2, n %% 2, 'text', int8send(n), 'd', '0/1' FROM generate_series(0, %s - 1) AS n",
-        [chunks],
+        " SELECT n / 2, n %% 2, 'text', int8send(n), 'd', '0/1' FROM generate_series(%s::int, %s - 1) AS n",
+        [after, after + chunks],
     )
 
 
@@ -437,12 +437,26 @@ async def test_large_tables_are_estimated(pipeline: Pipeline, monkeypatch: pytes
     await fill(pipeline, 60)
     await queue(pipeline, 30, lane=1)
     await queue(pipeline, 4, lane=1, attempts=MAX_ATTEMPTS)
-    for table in ("chunks", "vectors_1", "backlog"):
+    for table in ("chunks", "backlog"):
         await pipeline.target.execute(sql.SQL("ANALYZE {}").format(sql.Identifier("cdcsync", f"articles_{table}")))
     index = (await pipeline.status()).indexes["articles"]
     assert (index.documents, index.chunks) == (None, 60)
     assert (index.backlog, index.backlog_live, index.failed) == (30, 0, 4)
     assert index.estimated
+
+
+async def test_what_was_never_analysed_is_counted_however_large_the_planner_takes_it_for(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting, "COUNT_UP_TO", 50)
+    await pipeline.target.execute("ALTER TABLE cdcsync.articles_chunks SET (autovacuum_enabled = off)")
+    await fill(pipeline, 40)
+    few = (await pipeline.status()).indexes["articles"]
+    await fill(pipeline, 20, after=40)
+    many = (await pipeline.status()).indexes["articles"]
+    assert (few.chunks, few.documents, few.estimated) == (40, 20, False)
+    assert many.chunks > 50
+    assert (many.documents, many.estimated) == (None, True)
 
 
 async def test_an_emptied_backlog_is_empty_whatever_the_planner_believes(

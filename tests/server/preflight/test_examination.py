@@ -10,13 +10,17 @@ from psycopg import conninfo
 
 from cdcsync.changes import Shape
 from cdcsync.cluster import free_port
+from cdcsync.config import HashEmbedder as HashSettings
 from cdcsync.config import QualifiedName
+from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.errors import SetupError
 from cdcsync.preflight import refuse
 from tests.fixtures.preflight import ARTICLES, configured, examined, the_error
 from tests.fixtures.servers import Database
 
 pytestmark = pytest.mark.server
+
+EMBEDDER = HashEmbedder("hash", HashSettings(dimensions=16))
 
 EVERYTHING = """
     SELECT 'relation', oid::text FROM pg_class UNION ALL SELECT 'schema', nspname FROM pg_namespace
@@ -30,7 +34,9 @@ async def test_a_sound_configuration_gives_the_indexes_as_they_are_to_be(
     make_database: Callable[[], Database],
 ) -> None:
     source, target = make_database(), make_database()
-    source.execute("CREATE TABLE books (shelf text, place int, tenant varchar(8), body text, PRIMARY KEY (place, shelf))")
+    source.execute(
+        "CREATE TABLE books (shelf text, place int, tenant varchar(8), body text, PRIMARY KEY (place, shelf))"
+    )
     config = configured(source.dsn, target.dsn, books='table = "books"\ntext = "{body}"\ncolumns = ["tenant"]')
     report = await examined(config)
     refuse(report)
@@ -38,7 +44,7 @@ async def test_a_sound_configuration_gives_the_indexes_as_they_are_to_be(
     assert spec.shape == Shape("books", QualifiedName("public", "books"), ("place", "shelf"), ("tenant",), ("body",))
     assert spec.source_key_types == spec.key_types == ("integer", "text")
     assert spec.carried_types == ("character varying(8)",)
-    assert (spec.model, spec.dimensions, spec.distance) == ("hash:1:16", 16, "cosine")
+    assert (spec.model, spec.dimensions, spec.distance) == (EMBEDDER.identity, 16, "cosine")
     assert (spec.generation, spec.row_filter, len(spec.fingerprint)) == (1, None, 32)
     assert {finding.level for finding in report.findings} == {"ok"}
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import msgspec
 import psycopg
 import pytest
+from psycopg import pq
 
 from cdcsync.cluster import Cluster
+from cdcsync.postgres import connect
+from cdcsync.source.catalog import read_server
 from tests.fixtures.preflight import ARTICLES, Role, configured, examined, the_error, warnings
 from tests.fixtures.servers import Database, Server
 
@@ -18,11 +22,11 @@ SLOT = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
 
 
 @contextlib.contextmanager
-def walsender(dsn: str) -> contextlib.AbstractContextManager[psycopg.pq.PGconn]:
+def walsender(dsn: str) -> Iterator[pq.abc.PGconn]:
     """Open a replication connection."""
-    connection = psycopg.pq.PGconn.connect(f"{dsn} replication=database".encode())
+    connection = pq.PGconn.connect(f"{dsn} replication=database".encode())
     try:
-        assert connection.status == psycopg.pq.ConnStatus.OK, connection.error_message
+        assert connection.status == pq.ConnStatus.OK, connection.error_message
         yield connection
     finally:
         connection.finish()
@@ -63,9 +67,6 @@ async def test_a_role_without_replication_is_told_how_to_get_it(lone_database: D
 async def test_a_member_of_the_replication_role_of_amazon_rds_counts_as_one_that_may_replicate(
     lone_database: Database, role: Role
 ) -> None:
-    from cdcsync.postgres import connect
-    from cdcsync.source.catalog import read_server
-
     lone_database.execute(f"CREATE ROLE rds_replication; ALTER ROLE {role.name} NOREPLICATION")
     try:
         lone_database.execute(f"GRANT rds_replication TO {role.name}")
@@ -140,8 +141,6 @@ async def test_a_slot_of_another_database_is_refused(make_database: Callable[[],
 async def test_a_slot_that_lost_wal_stops_the_pipeline_unless_it_may_resync(
     lone_database: Database, on_gap: str, levels: list[str]
 ) -> None:
-    import msgspec
-
     slot = lone_database.name
     lone_database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
     lone_database.execute(SLOT, [slot])

@@ -245,6 +245,13 @@ def test_files_that_cannot_be_read_are_named(model: Model, name: str, content: s
     assert caught.value.hint
 
 
+def test_a_model_without_weights_is_no_model(model: Model) -> None:
+    model.remove("model.safetensors")
+
+    with pytest.raises(EmbedderSetupError, match="there are no weights for Transformer"):
+        _ = model.description
+
+
 def test_the_identity_is_the_same_wherever_the_model_lies(model: Model, tmp_path: Path) -> None:
     copy = Model(tmp_path / "copy")
     copy.change("config.json", _name_or_path="elsewhere", transformers_version="9")

@@ -234,6 +234,25 @@ def test_weights_that_cannot_be_downloaded_make_the_embedder_unavailable(hub: Hu
     assert "hf download acme/mini" in hint
 
 
+def test_a_static_embedding_is_downloaded_to_be_known(hub: Hub, machine: Machine, model: Path) -> None:
+    (model / "modules.json").write_text('[{"type": "sentence_transformers.models.StaticEmbedding", "path": ""}]')
+    header = json.dumps({"embeddings": {"dtype": "F32", "shape": [30522, 32], "data_offsets": [0, 0]}}).encode()
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+    assert machine.locate(hub.url)[1].startswith("sentence-transformers:32:")
+    assert hub.downloads[-1] == "model.safetensors"
+
+
+def test_a_static_embedding_that_cannot_be_downloaded_cannot_be_used(hub: Hub, machine: Machine, model: Path) -> None:
+    (model / "modules.json").write_text('[{"type": "sentence_transformers.models.StaticEmbedding", "path": ""}]')
+    hub.withheld = "model.safetensors"
+
+    kind, message, _ = machine.locate(hub.url)
+
+    assert kind == "EmbedderSetupError"
+    assert message.startswith("model.safetensors of acme/mini cannot be downloaded: ")
+
+
 def test_something_else_on_the_hub_is_no_model(hub: Hub, machine: Machine, model: Path) -> None:
     (model / "modules.json").unlink()
     (model / "config.json").unlink()

@@ -1,0 +1,162 @@
+"""Backfill requests: which is served next, what is known of it, and that the worker hears of it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from cdcsync.index.requests import Request, Requests
+from cdcsync.index.schema import create_shared
+from cdcsync.postgres import Connection
+from tests.fixtures.indexes import SCHEMA
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+REQUESTS = Requests(SCHEMA)
+
+
+@pytest.fixture
+async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> Connection:
+    """A session on a target that has the indexes `articles` and `notes`."""
+    connection = await connect_target()
+    await create_shared(connection, SCHEMA)
+    await connection.execute("INSERT INTO cdcsync.pipelines (slot, publication) VALUES ('s', 'p')")
+    await connection.execute(
+        "INSERT INTO cdcsync.indexes SELECT name, 's', 't', 'v', '{id}', '{}', 'f', 1, 'm', 3, 'vector', 'cosine', 'live'"
+        " FROM unnest('{articles,notes}'::text[]) AS name"
+    )
+    return connection
+
+
+async def add(connection: Connection, index: str = "articles") -> int:
+    return await REQUESTS.add(connection, index, "replay", rewrite=False, filter_=None)
+
+
+async def next_one(connection: Connection, *indexes: str) -> Request | None:
+    return await REQUESTS.oldest_open(connection, list(indexes or ("articles", "notes")))
+
+
+async def end(connection: Connection, request: int, state: str) -> None:
+    await connection.execute("UPDATE cdcsync.backfills SET state = %s WHERE id = %s", [state, request])
+
+
+async def test_a_request_holds_what_was_asked_for(connection: Connection) -> None:
+    id_ = await REQUESTS.add(connection, "articles", "replay", rewrite=True, filter_="tenant = 7")
+    assert await next_one(connection) == Request(
+        id=id_,
+        index="articles",
+        kind="replay",
+        rewrite=True,
+        filter="tenant = 7",
+        state="requested",
+        phase="rows",
+        cursor=None,
+        rows_done=0,
+        rows_total=None,
+        started_at=None,
+    )
+
+
+async def test_requests_are_served_in_the_order_they_came_and_only_for_indexes_that_are_asked_about(
+    connection: Connection,
+) -> None:
+    first, second, third = await add(connection), await add(connection, "notes"), await add(connection)
+    served = []
+    while (request := await next_one(connection)) is not None:
+        served.append(request.id)
+        await end(connection, request.id, "done")
+    assert served == [first, second, third]
+
+    again = await add(connection, "notes")
+    assert await next_one(connection, "articles") is None
+    assert (await next_one(connection, "notes") or request).id == again  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("state", ["paused", "done", "failed", "cancelled"])
+async def test_what_is_paused_or_has_ended_is_not_served(connection: Connection, state: str) -> None:
+    first, second = await add(connection), await add(connection)
+    await end(connection, first, state)
+    request = await next_one(connection)
+    assert request is not None
+    assert request.id == second
+
+
+async def test_a_request_that_was_begun_is_taken_up_where_it_was(connection: Connection) -> None:
+    await add(connection)
+    asked = await next_one(connection)
+    assert asked is not None
+    await REQUESTS.start(connection, asked, 100)
+    await connection.execute("UPDATE cdcsync.backfills SET cursor = '{\"a,b\",\"2\"}', rows_done = 7")
+
+    begun = await next_one(connection)
+    assert begun is not None
+    assert (begun.state, begun.cursor, begun.rows_done, begun.rows_total) == ("running", ("a,b", "2"), 7, 100)
+    assert begun.started_at is not None
+
+    # Beginning again, after a restart, changes neither the start nor the total.
+    await REQUESTS.start(connection, begun, 200)
+    assert await next_one(connection) == begun
+
+
+async def test_a_request_cancelled_before_it_begins_stays_cancelled(connection: Connection) -> None:
+    await add(connection)
+    request = await next_one(connection)
+    assert request is not None
+    await end(connection, request.id, "cancelled")
+    await REQUESTS.start(connection, request, 1)
+    assert await REQUESTS.state(connection, request) == "cancelled"
+
+
+async def test_a_request_that_failed_says_why_and_is_not_served_again(connection: Connection) -> None:
+    await add(connection)
+    request = await next_one(connection)
+    assert request is not None
+    await REQUESTS.fail(connection, request, "column gone")
+    assert await next_one(connection) is None
+    cursor = await connection.execute("SELECT state, error, finished_at IS NOT NULL FROM cdcsync.backfills")
+    assert await cursor.fetchall() == [("failed", "column gone", True)]
+
+
+async def test_the_state_of_a_request_that_is_gone_is_none(connection: Connection) -> None:
+    await add(connection)
+    request = await next_one(connection)
+    assert request is not None
+    assert await REQUESTS.state(connection, request) == "requested"
+    await connection.execute("DELETE FROM cdcsync.backfills")
+    assert await REQUESTS.state(connection, request) is None
+
+
+async def test_the_latest_request_is_an_open_one_if_there_is_any(connection: Connection) -> None:
+    assert await REQUESTS.latest(connection, "articles") is None
+    first, second, third = await add(connection), await add(connection), await add(connection)
+    await add(connection, "notes")
+    for ended, expected in ((third, second), (second, first), (first, third)):
+        await end(connection, ended, "done")
+        latest = await REQUESTS.latest(connection, "articles")
+        assert latest is not None
+        assert latest.id == expected
+    await end(connection, first, "paused")
+    latest = await REQUESTS.latest(connection, "articles")
+    assert latest is not None
+    assert latest.id == first
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, "a" * 63, "Ünï code ☃"])
+async def test_the_worker_is_woken_when_the_request_commits(
+    connection: Connection, connect_target: Callable[[], Awaitable[Connection]], schema: str
+) -> None:
+    """Whatever the schema is called: the server refuses channels with names of more than 63 bytes."""
+    requests = Requests(schema)
+    listening = await connect_target()
+    await listening.execute(f'LISTEN "{requests.channel}"')
+    if schema != SCHEMA:
+        await connection.execute(f'ALTER SCHEMA cdcsync RENAME TO "{schema}"')
+    try:
+        async with connection.transaction():
+            await requests.add(connection, "notes", "resync", rewrite=False, filter_=None)
+        notices = [notice async for notice in listening.notifies(timeout=30, stop_after=1)]
+    finally:
+        if schema != SCHEMA:
+            await connection.execute(f'ALTER SCHEMA "{schema}" RENAME TO cdcsync')
+    assert [(notice.channel, notice.payload) for notice in notices] == [(requests.channel, "notes")]

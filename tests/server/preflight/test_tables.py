@@ -1,0 +1,200 @@
+"""What is told of source tables: whether they can be followed, hold what is asked of them, and name their rows."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fixtures.preflight import ARTICLES, Role, configured, examined, the_error
+from tests.fixtures.servers import Database
+
+pytestmark = pytest.mark.server
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("article", "public.articles"),
+        ('sales.\\"orders\\"', 'sales."Orders"'),
+        ("notes", "old.notes"),
+        ("entirely_different", None),
+    ],
+)
+async def test_a_missing_table_is_told_with_the_one_that_was_meant(
+    database: Database, asked: str, meant: str | None
+) -> None:
+    database.execute(f'{ARTICLES}; CREATE SCHEMA sales; CREATE TABLE sales."Orders" (); CREATE SCHEMA old')
+    database.execute("CREATE TABLE old.notes ()")
+    error = the_error(await examined(configured(database.dsn, lost=f'table = "{asked}"')))
+    assert error.where == "indexes.lost.table"
+    assert ("did you mean" in str(error.hint)) is (meant is not None)
+    assert meant is None or error.hint == f"did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("create", "sign"),
+    [
+        ("CREATE VIEW t AS SELECT 1 AS id", "is a view"),
+        ("CREATE MATERIALIZED VIEW t AS SELECT 1 AS id", "is a materialised view"),
+        ("CREATE UNLOGGED TABLE t (id int PRIMARY KEY)", "ALTER TABLE public.t SET LOGGED"),
+        ("CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u () INHERITS (t)", "inherit"),
+        (
+            "CREATE FOREIGN DATA WRAPPER w; CREATE SERVER s FOREIGN DATA WRAPPER w;"
+            " CREATE FOREIGN TABLE t (id int) SERVER s",
+            "is a foreign table",
+        ),
+    ],
+)
+async def test_a_relation_that_cannot_be_published_is_refused(database: Database, create: str, sign: str) -> None:
+    database.execute(create)
+    error = the_error(await examined(configured(database.dsn, t='table = "t"\ntext = "{id}"')))
+    assert error.where == "indexes.t.table"
+    assert sign in f"{error.message} {error.hint}"
+
+
+async def test_a_system_table_is_refused(database: Database) -> None:
+    error = the_error(await examined(configured(database.dsn, t='table = "pg_catalog.pg_class"\ntext = "{relname}"')))
+    assert "belongs to the system" in error.message
+
+
+@pytest.mark.parametrize(
+    ("lines", "where", "hint"),
+    [
+        ('columns = ["tennant"]', "columns", 'did you mean "tenant"?'),
+        ('text = "{zzz}"', "text", "its columns are id, tenant, title, body, stale"),
+        ('columns = ["id"]', "columns", 'remove "id" from indexes.articles.columns'),
+        ('indexed = ["tenant"]', "indexed", 'add "tenant" to indexes.articles.columns'),
+        ('columns = ["tenant"]\nindexed = ["tenat"]', "indexed", 'did you mean "tenant"?'),
+        ('columns = ["stale"]', "columns", "RENAME COLUMN stale"),
+    ],
+)
+async def test_a_column_that_does_not_fit_is_told_with_its_key_and_fix(
+    database: Database, lines: str, where: str, hint: str
+) -> None:
+    database.execute(f"{ARTICLES}; ALTER TABLE articles ADD stale bool")
+    error = the_error(await examined(configured(database.dsn, articles=lines)))
+    assert error.where == f"indexes.articles.{where}"
+    assert hint in str(error.hint)
+
+
+async def test_a_key_column_named_like_one_of_ours_is_refused(database: Database) -> None:
+    database.execute("CREATE TABLE parts (chunk_no int PRIMARY KEY, body text)")
+    error = the_error(await examined(configured(database.dsn, parts='table = "parts"\ntext = "{body}"')))
+    assert error.where == "public.parts"
+    assert "RENAME COLUMN chunk_no" in str(error.hint)
+
+
+@pytest.mark.parametrize(
+    ("create", "fix"),
+    [
+        ("CREATE TABLE t (id int)", "ADD PRIMARY KEY"),
+        ("CREATE TABLE t (id int PRIMARY KEY); ALTER TABLE t REPLICA IDENTITY NOTHING", "REPLICA IDENTITY DEFAULT"),
+        ("CREATE TABLE t (id int PRIMARY KEY DEFERRABLE)", "REPLICA IDENTITY FULL"),
+        (
+            "CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL); CREATE UNIQUE INDEX u ON t (n);"
+            " ALTER TABLE t REPLICA IDENTITY USING INDEX u; DROP INDEX u",
+            "REPLICA IDENTITY DEFAULT",
+        ),
+        (
+            "CREATE TABLE t (id int PRIMARY KEY) PARTITION BY RANGE (id);"
+            " CREATE TABLE low PARTITION OF t FOR VALUES FROM (0) TO (9);"
+            " ALTER TABLE low REPLICA IDENTITY NOTHING",
+            "ALTER TABLE public.low REPLICA IDENTITY DEFAULT",
+        ),
+        (
+            "CREATE TABLE t (id int PRIMARY KEY) PARTITION BY RANGE (id);"
+            " CREATE TABLE low PARTITION OF t FOR VALUES FROM (0) TO (9);"
+            " ALTER TABLE t REPLICA IDENTITY FULL",
+            "ALTER TABLE public.t REPLICA IDENTITY DEFAULT, or ALTER TABLE public.low REPLICA IDENTITY FULL",
+        ),
+        (
+            "CREATE TABLE t (id int PRIMARY KEY) PARTITION BY RANGE (id);"
+            " CREATE UNLOGGED TABLE low PARTITION OF t FOR VALUES FROM (0) TO (9)",
+            "ALTER TABLE public.t DETACH PARTITION public.low",
+        ),
+    ],
+    ids=["no key", "nothing", "deferrable", "dropped index", "blind partition", "partly full", "unlogged partition"],
+)
+async def test_a_table_whose_changes_do_not_name_their_row_is_refused(
+    database: Database, create: str, fix: str
+) -> None:
+    database.execute(create)
+    error = the_error(await examined(configured(database.dsn, t='table = "t"\ntext = "{id}"')))
+    assert error.where == "public.t"
+    assert fix in str(error.hint)
+
+
+@pytest.mark.parametrize(
+    ("create", "key"),
+    [
+        ("CREATE TABLE t (a int, id int PRIMARY KEY)", ("id",)),
+        ("CREATE TABLE t (id int, a int, PRIMARY KEY (id) INCLUDE (a))", ("id",)),
+        ("CREATE TABLE t (id int PRIMARY KEY DEFERRABLE); ALTER TABLE t REPLICA IDENTITY FULL", ("id",)),
+        (
+            "CREATE TABLE t (a int NOT NULL, id int NOT NULL, UNIQUE (id, a));"
+            " ALTER TABLE t REPLICA IDENTITY USING INDEX t_id_a_key",
+            ("id", "a"),
+        ),
+        (
+            "CREATE TABLE t (id int PRIMARY KEY) PARTITION BY RANGE (id);"
+            " CREATE TABLE low PARTITION OF t FOR VALUES FROM (0) TO (9) PARTITION BY RANGE (id);"
+            " CREATE TABLE lowest PARTITION OF low FOR VALUES FROM (0) TO (1)",
+            ("id",),
+        ),
+    ],
+    ids=["primary", "including", "full", "identity index", "partitioned"],
+)
+async def test_a_table_whose_changes_name_their_row_has_that_as_its_key(
+    database: Database, create: str, key: tuple[str, ...]
+) -> None:
+    database.execute(create)
+    report = await examined(configured(database.dsn, t='table = "t"\ntext = "{id}"'))
+    assert report.errors == []
+    assert report.specs[0].shape.key == key
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message", "fix"),
+    [
+        (
+            "CREATE SCHEMA hidden; ALTER TABLE articles SET SCHEMA hidden; GRANT SELECT ON hidden.articles TO {role}",
+            "may not use the schema hidden",
+            "GRANT USAGE ON SCHEMA hidden TO {role}",
+        ),
+        (
+            "GRANT SELECT (id) ON articles TO {role}",
+            "may not read title, body",
+            "GRANT SELECT ON public.articles TO {role}",
+        ),
+        (
+            "GRANT SELECT ON articles TO {role}; ALTER TABLE articles ENABLE ROW LEVEL SECURITY",
+            "row-level security would hide rows",
+            "ALTER ROLE {role} BYPASSRLS",
+        ),
+    ],
+    ids=["schema", "columns", "rows"],
+)
+async def test_what_the_role_may_not_read_is_told_with_the_grant_that_lets_it(
+    lone_database: Database, role: Role, prepare: str, message: str, fix: str
+) -> None:
+    lone_database.execute(f"{ARTICLES}; {prepare.format(role=role.name)}")
+    place = "hidden" if "hidden" in prepare else "public"
+    lone_database.execute(f"CREATE PUBLICATION cdcsync FOR TABLE {place}.articles")
+    config = configured(role.dsn, lone_database.dsn, articles=f'table = "{place}.articles"')
+    error = the_error(await examined(config))
+    assert error.where == f"{place}.articles"
+    assert message in error.message
+    assert error.hint == fix.format(role=role.name)
+    lone_database.execute(error.hint)
+    assert (await examined(config)).errors == []
+
+
+async def test_grants_on_the_columns_that_are_used_are_enough(lone_database: Database, role: Role) -> None:
+    lone_database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
+    lone_database.execute(f"GRANT SELECT (id, title, body) ON articles TO {role.name}")
+    assert (await examined(configured(role.dsn, lone_database.dsn))).errors == []
+
+
+async def test_a_template_that_cannot_be_read_is_told(database: Database) -> None:
+    database.execute(ARTICLES)
+    error = the_error(await examined(configured(database.dsn, articles='text = "no column"')))
+    assert error.where == "indexes.articles.text"

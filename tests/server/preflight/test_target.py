@@ -1,0 +1,179 @@
+"""What is told of a target that cannot hold the index: server, pgvector, privileges, relations in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.fixtures.indexes import make_spec
+from tests.fixtures.preflight import ARTICLES, Role, configured, examined, lay_out, the_error, warnings
+from tests.fixtures.servers import Database
+
+pytestmark = pytest.mark.server
+
+
+async def test_a_missing_pgvector_is_installed_by_run_where_the_role_may(database: Database) -> None:
+    database.execute(f"{ARTICLES}; DROP EXTENSION vector")
+    report = await examined(configured(database.dsn))
+    assert report.errors == []
+    assert any("which run installs" in finding.message for finding in report.findings)
+
+
+async def test_a_missing_pgvector_that_the_role_may_not_install_is_told_as_a_statement(
+    make_lone_database: Callable[[], Database], lone_database: Database, role: Role
+) -> None:
+    lone_database.execute(f"DROP EXTENSION vector; GRANT CREATE ON DATABASE {lone_database.name} TO {role.name}")
+    lone_database.execute(f"GRANT CREATE ON SCHEMA public TO {role.name}")
+    source = make_lone_database()
+    source.execute(ARTICLES)
+    config = configured(source.dsn, role.dsn)
+    error = the_error(await examined(config))
+    statement = str(error.hint).partition(": ")[2]
+    assert statement == "CREATE EXTENSION vector SCHEMA public"
+    lone_database.execute(statement)
+    assert (await examined(config)).errors == []
+
+
+@pytest.mark.parametrize(
+    ("version", "level"), [("0.6.2", "error"), ("0.7.0", "warning"), ("0.8.3", "warning"), ("0.10.0", "ok")]
+)
+async def test_an_old_pgvector_is_refused_or_warned_of(database: Database, version: str, level: str) -> None:
+    database.execute(ARTICLES)
+    database.execute("UPDATE pg_extension SET extversion = %s WHERE extname = 'vector'", [version])
+    report = await examined(configured(database.dsn))
+    told = [finding for finding in report.findings if f"pgvector {version}" in finding.message]
+    assert max(finding.level != "ok" for finding in told) is (level != "ok")
+    assert {finding.hint for finding in told if finding.level == level} <= {"ALTER EXTENSION vector UPDATE", None}
+    assert level in {finding.level for finding in told}
+    assert bool(report.errors) is (level == "error")
+
+
+async def test_a_pgvector_in_a_schema_that_the_role_may_not_use_is_told(
+    lone_database: Database, make_lone_database: Callable[[], Database], role: Role
+) -> None:
+    lone_database.execute("CREATE SCHEMA tools; ALTER EXTENSION vector SET SCHEMA tools")
+    lone_database.execute(f"GRANT CREATE ON DATABASE {lone_database.name} TO {role.name}")
+    lone_database.execute(f"GRANT CREATE ON SCHEMA public TO {role.name}")
+    source = make_lone_database()
+    source.execute(ARTICLES)
+    config = configured(source.dsn, role.dsn)
+    error = the_error(await examined(config))
+    assert error.hint == f"GRANT USAGE ON SCHEMA tools TO {role.name}"
+    lone_database.execute(error.hint)
+    assert (await examined(config)).errors == []
+
+
+async def test_every_privilege_that_the_role_lacks_in_the_target_is_told_with_its_grant(
+    lone_database: Database, make_lone_database: Callable[[], Database], role: Role
+) -> None:
+    lone_database.execute(f"REVOKE TEMPORARY ON DATABASE {lone_database.name} FROM PUBLIC")
+    source = make_lone_database()
+    source.execute(ARTICLES)
+    config = configured(source.dsn, role.dsn)
+    report = await examined(config)
+    assert [finding.hint for finding in report.errors] == [
+        f"GRANT TEMPORARY ON DATABASE {lone_database.name} TO {role.name}",
+        f"CREATE SCHEMA cdcsync AUTHORIZATION {role.name}",
+        f"GRANT USAGE, CREATE ON SCHEMA public TO {role.name}",
+    ]
+    for finding in report.errors:
+        lone_database.execute(str(finding.hint))
+    assert (await examined(config)).errors == []
+
+
+async def test_a_schema_without_the_privilege_to_create_in_it_is_told(
+    lone_database: Database, make_lone_database: Callable[[], Database], role: Role
+) -> None:
+    lone_database.execute(f"CREATE SCHEMA cdcsync; GRANT CREATE ON SCHEMA public TO {role.name}")
+    source = make_lone_database()
+    source.execute(ARTICLES)
+    error = the_error(await examined(configured(source.dsn, role.dsn)))
+    assert (error.where, error.hint) == ("target.schema", f"GRANT USAGE, CREATE ON SCHEMA cdcsync TO {role.name}")
+
+
+async def test_tables_that_another_role_made_are_told_with_the_role_to_connect_as(
+    lone_database: Database, make_lone_database: Callable[[], Database], role: Role
+) -> None:
+    await lay_out(lone_database, make_spec())
+    lone_database.execute(f"GRANT ALL ON SCHEMA cdcsync, public TO {role.name}")
+    source = make_lone_database()
+    source.execute(ARTICLES)
+    report = await examined(configured(source.dsn, role.dsn))
+    unowned = [finding for finding in report.errors if "does not own" in finding.message]
+    assert {finding.hint for finding in unowned} == {f"GRANT postgres TO {role.name}, or connect as postgres"}
+    assert "cdcsync.articles_chunks" in " ".join(finding.message for finding in unowned)
+    assert "cdcsync.pipelines" in " ".join(finding.message for finding in unowned)
+    assert "public.articles_index" in " ".join(finding.message for finding in unowned)
+
+
+@pytest.mark.parametrize("name", ["indexes", "articles_chunks", "articles_vectors_1"])
+async def test_a_foreign_relation_where_ours_belong_is_never_touched(database: Database, name: str) -> None:
+    database.execute(f"{ARTICLES}; CREATE SCHEMA cdcsync; CREATE TABLE cdcsync.{name} ()")
+    error = the_error(await examined(configured(database.dsn)))
+    assert error.where == "target.schema"
+    assert f"cdcsync.{name}" in error.message
+
+
+async def test_a_read_only_target_is_refused(make_database: Callable[[], Database]) -> None:
+    source, target = make_database(), make_database()
+    source.execute(ARTICLES)
+    target.execute(f"ALTER DATABASE {target.name} SET default_transaction_read_only = on")
+    config = configured(source.dsn, target.dsn)
+    error = the_error(await examined(config))
+    assert "transactions are read-only" in error.message
+
+
+async def test_the_schema_of_a_view_must_exist_unless_it_is_ours(database: Database) -> None:
+    database.execute(ARTICLES)
+    error = the_error(await examined(configured(database.dsn, articles='view = "search.articles"')))
+    assert (error.where, error.hint) == ("indexes.articles.view", "CREATE SCHEMA search")
+    assert (await examined(configured(database.dsn, articles='view = "cdcsync.articles"'))).errors == []
+
+
+@pytest.mark.parametrize(
+    ("create", "view"),
+    [
+        ("CREATE TABLE articles_index ()", "articles_index"),
+        ("CREATE VIEW articles_index AS SELECT 1", "articles_index"),
+        ("CREATE VIEW v AS SELECT 1; COMMENT ON VIEW v IS 'cdcsync index other: x'", "v"),
+        ("SELECT 1", "cdcsync.articles_chunks"),
+        ("SELECT 1", "cdcsync.pipelines"),
+    ],
+)
+async def test_a_view_whose_name_is_taken_is_refused(database: Database, create: str, view: str) -> None:
+    database.execute(f"{ARTICLES}; {create}")
+    error = the_error(await examined(configured(database.dsn, articles=f'view = "{view}"')))
+    assert error.where == "indexes.articles.view"
+
+
+@pytest.mark.parametrize(
+    ("search", "hint"),
+    [("englsh", 'did you mean "english"?'), ("own", 'did you mean "public.own"?'), ("klingon", "simple")],
+)
+async def test_an_unknown_text_search_configuration_is_told_with_the_one_that_was_meant(
+    database: Database, search: str, hint: str
+) -> None:
+    database.execute(f"{ARTICLES}; CREATE TEXT SEARCH CONFIGURATION own (COPY = english)")
+    error = the_error(await examined(configured(database.dsn, articles=f'search = "{search}"')))
+    assert error.where == "indexes.articles.search"
+    assert hint in str(error.hint)
+
+
+@pytest.mark.parametrize("search", ["german", "pg_catalog.german", "public.own", ""])
+async def test_a_text_search_configuration_of_the_target_is_taken(database: Database, search: str) -> None:
+    database.execute(f"{ARTICLES}; CREATE TEXT SEARCH CONFIGURATION own (COPY = english)")
+    assert (await examined(configured(database.dsn, articles=f'search = "{search}"'))).errors == []
+
+
+async def test_a_changed_text_search_configuration_is_warned_of_with_the_way_to_change_it(database: Database) -> None:
+    database.execute(ARTICLES)
+    spec = make_spec(search="english")
+    await lay_out(database, spec)
+    (warning,) = warnings(await examined(configured(database.dsn, articles='search = "german"\ncolumns = ["tenant"]')))
+    assert warning.where == "indexes.articles.search"
+    assert "not by german" in warning.message
+    assert warning.hint is not None
+    database.execute(warning.hint.partition(",")[0])
+    await lay_out(database, make_spec(search="german"))
+    assert warnings(await examined(configured(database.dsn, articles='search = "german"\ncolumns = ["tenant"]'))) == []
