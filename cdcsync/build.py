@@ -11,8 +11,7 @@ from psycopg import sql
 
 from cdcsync.embed import backoff_s
 from cdcsync.errors import TargetUnavailable
-from cdcsync.index.backlog import MAX_ATTEMPTS
-from cdcsync.index.schema import IndexSpec, Names, build_hnsw
+from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, Names, build_hnsw
 from cdcsync.postgres import Connection, connect, speaking_of
 
 log = structlog.get_logger()

@@ -401,6 +401,11 @@ class Stream:
         if batch.commit_time_us is not None:
             committed = to_datetime(batch.commit_time_us)
             metrics.text_freshness.observe(max(0.0, (datetime.now(UTC) - committed).total_seconds()))
+        for index, of_index in batch.indexes.items():
+            upserts = sum(1 for change in of_index.live.values() if isinstance(change, Upsert))
+            metrics.changes.labels(index, "upsert").inc(upserts)
+            metrics.changes.labels(index, "delete").inc(len(of_index.live) - upserts)
+            metrics.changes.labels(index, "truncate").inc(of_index.truncated)
         for index, result in applied.items():
             metrics.chunks.labels(index).inc(result.chunks)
             metrics.chunks_deleted.labels(index).inc(result.deleted)

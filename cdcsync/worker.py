@@ -15,6 +15,7 @@ from pathlib import Path
 
 import anyio
 import anyio.abc
+import msgspec
 import structlog
 
 from cdcsync import http
@@ -120,8 +121,14 @@ class WorkerHandle:
             except SourceUnavailable:
                 source = None
             with speaking_of("target"):
-                self._last = await read_status(self._config, source, target)
-        return self._last
+                status = await read_status(self._config, source, target)
+        if self._connected and self._stream is not None:
+            # What this process knows exactly, against what the tables tell anyone to within some seconds.
+            status = msgspec.structs.replace(
+                status, lag_seconds=self.lag_seconds, caught_up=self._stream.oldest_unapplied is None
+            )
+        self._last = status
+        return status
 
 
 class _Worker:
@@ -157,7 +164,12 @@ class _Worker:
         preparers = {}
         for spec in specs:
             embedder = embedders[spec.config.embedder]
-            chunker = make_chunker(spec.config.chunking, embedder.tokenizer_json, embedder.max_input_tokens)
+            chunker = make_chunker(
+                spec.config.chunking,
+                embedder.tokenizer_json,
+                embedder.max_input_tokens,
+                where=f"indexes.{spec.name}.chunking",
+            )
             desk = self.desks[spec.config.embedder]
             preparers[spec.name] = Preparer(spec, chunker, desk, tables[spec.name], self.reads, metrics)
         directory = Path(config.source.spool_directory or tempfile.gettempdir()) / f"cdcsync-spool-{config.source.slot}"

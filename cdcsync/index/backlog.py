@@ -16,11 +16,8 @@ from pgvector import HalfVector, Vector
 from pgvector.psycopg import register_vector_async
 from psycopg import sql
 
-from cdcsync.index.schema import IndexSpec, Names, vector_schema
+from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, Names, vector_schema
 from cdcsync.postgres import Connection
-
-MAX_ATTEMPTS = 8
-"""After so many failures a chunk waits for an operator; with the delays between them that is about an hour."""
 
 ERROR_CHARACTERS = 500
 """Stored errors are cut to this: some providers answer with pages."""

@@ -19,6 +19,11 @@ Phase = Literal["rows", "orphans"]
 _COLUMNS = "id, index_name, kind, rewrite, filter, state, phase, cursor, rows_done, rows_total, started_at"
 
 
+CHANNEL = "cdcsync_backfills"
+"""Where requests are announced, the payload being the index. The schema is not part of it: the server takes no names
+of more than 63 bytes here, and a worker of another schema is only woken for nothing."""
+
+
 class Request(msgspec.Struct, frozen=True):
     """An open backfill; `cursor` is the key of the last row applied."""
 
@@ -40,7 +45,7 @@ class Requests:
 
     def __init__(self, schema: str) -> None:
         self._table = sql.Identifier(schema, "backfills")
-        self.channel = f"{schema}_backfills"
+        self.channel = CHANNEL
 
     async def add(self, connection: Connection, index: str, kind: Kind, *, rewrite: bool, filter_: str | None) -> int:
         """Ask for a backfill and wake the worker; takes effect when the caller commits."""

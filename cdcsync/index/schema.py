@@ -46,8 +46,8 @@ _OPCLASSES: dict[Distance, str] = {"cosine": "cosine_ops", "l2": "l2_ops", "inne
 FILLFACTOR = 85
 """Leaves room on each page for HOT updates of carried columns."""
 
-SCHEMA_VERSION = 1
-"""Counts changes of the shared tables below."""
+MAX_ATTEMPTS = 8
+"""After so many failures a chunk waits for an operator; with the delays between them that is about ten minutes."""
 
 
 class IndexSpec(msgspec.Struct, frozen=True):
@@ -269,9 +269,13 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
             """
         ).format(**identifiers)
     )
-    for suffix, columns in (("lane", "generation, lane, chunk_id"), ("hash", "generation, content_hash")):
+    for suffix, columns in (
+        ("lane", "(generation, lane, chunk_id)"),
+        ("hash", "(generation, content_hash)"),
+        ("failed", f"(generation) WHERE attempts >= {MAX_ATTEMPTS}"),
+    ):
         await connection.execute(
-            sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} (" + columns + ")").format(
+            sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} " + columns).format(
                 sql.Identifier(f"{spec.name}_backlog_{suffix}"), names.backlog
             )
         )

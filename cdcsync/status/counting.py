@@ -10,8 +10,7 @@ from typing import cast
 import msgspec
 from psycopg import sql
 
-from cdcsync.index.backlog import MAX_ATTEMPTS
-from cdcsync.index.schema import Names
+from cdcsync.index.schema import MAX_ATTEMPTS, Names
 from cdcsync.postgres import Connection
 
 COUNT_UP_TO = 200_000

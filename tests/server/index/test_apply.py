@@ -592,16 +592,15 @@ async def test_truncation_and_an_embed_loop_in_the_middle_of_storing_do_not_wait
     async def truncate() -> None:
         await index.apply(changes(truncated=True))
 
-    async with anyio.create_task_group() as tasks:
-        async with embedding.transaction():
-            await embedding.execute("SELECT FROM cdcsync.articles_backlog FOR UPDATE")
-            tasks.start_soon(truncate)
-            await until_blocked(watching, index.connection)
-            await embedding.execute(
-                "INSERT INTO cdcsync.articles_vectors_1 SELECT chunk_id, content_hash, '[1,1,1]'::public.vector"
-                " FROM cdcsync.articles_chunks"
-            )
-            await embedding.execute("DELETE FROM cdcsync.articles_backlog")
+    async with anyio.create_task_group() as tasks, embedding.transaction():
+        await embedding.execute("SELECT FROM cdcsync.articles_backlog FOR UPDATE")
+        tasks.start_soon(truncate)
+        await until_blocked(watching, index.connection)
+        await embedding.execute(
+            "INSERT INTO cdcsync.articles_vectors_1 SELECT chunk_id, content_hash, '[1,1,1]'::public.vector"
+            " FROM cdcsync.articles_chunks"
+        )
+        await embedding.execute("DELETE FROM cdcsync.articles_backlog")
     assert await index.dump() == ([], [], [])
 
 

@@ -191,16 +191,15 @@ async def test_apply_waits_for_vectors_that_are_being_stored_and_has_the_last_wo
     async def apply() -> None:
         await index.apply(changes(document("1", "c", existed=True), deleted=["2"]))
 
-    async with anyio.create_task_group() as tasks:
-        async with embedding.transaction():
-            await embedding.execute("SELECT FROM cdcsync.articles_backlog FOR UPDATE")
-            tasks.start_soon(apply)
-            await until_blocked(watching, index.connection)
-            await embedding.execute(
-                "INSERT INTO cdcsync.articles_vectors_1"
-                " SELECT chunk_id, content_hash, '[1,1,1]'::public.vector FROM cdcsync.articles_chunks"
-            )
-            await embedding.execute("DELETE FROM cdcsync.articles_backlog")
+    async with anyio.create_task_group() as tasks, embedding.transaction():
+        await embedding.execute("SELECT FROM cdcsync.articles_backlog FOR UPDATE")
+        tasks.start_soon(apply)
+        await until_blocked(watching, index.connection)
+        await embedding.execute(
+            "INSERT INTO cdcsync.articles_vectors_1"
+            " SELECT chunk_id, content_hash, '[1,1,1]'::public.vector FROM cdcsync.articles_chunks"
+        )
+        await embedding.execute("DELETE FROM cdcsync.articles_backlog")
 
     assert await index.texts() == {("1",): ["c"]}
     assert await index.rows("SELECT content_hash FROM {vectors}") == [(hash_text("a"),)]

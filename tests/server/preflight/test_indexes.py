@@ -15,7 +15,7 @@ from cdcsync.embedders import Kind, Vectors
 from cdcsync.embedders.hashing import HashEmbedder as Hashing
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.index.schema import IndexSpec
-from cdcsync.preflight import Finding, build_embedders, examine_embedders
+from cdcsync.preflight import Finding, build_embedders, examine, examine_embedders
 from tests.fixtures.indexes import make_spec
 from tests.fixtures.preflight import ARTICLES, configured, examined, lay_out, the_error, warnings
 from tests.fixtures.servers import Database
@@ -94,6 +94,17 @@ async def test_types_that_the_target_lacks_become_text_with_a_warning(make_datab
     assert "public.pair does not exist" in told
 
 
+async def test_another_type_of_the_same_name_is_not_taken_for_the_columns(
+    make_database: Callable[[], Database],
+) -> None:
+    source, target = make_database(), make_database()
+    source.execute("CREATE TABLE t (id int PRIMARY KEY, place vector(3), body text)")
+    target.execute("CREATE SCHEMA tools; ALTER EXTENSION vector SET SCHEMA tools; CREATE TYPE vector AS (x float)")
+    report = await examined(configured(source.dsn, target.dsn, t='table = "t"\ntext = "{body}"\ncolumns = ["place"]'))
+    assert report.errors == []
+    assert report.specs[0].carried_types == ("text",)
+
+
 async def test_in_one_database_every_type_is_kept(database: Database) -> None:
     database.execute("CREATE TYPE mood AS ENUM ('calm'); CREATE TABLE t (id int PRIMARY KEY, mood mood, body text)")
     report = await examined(configured(database.dsn, t='table = "t"\ntext = "{body}"\ncolumns = ["mood"]'))
@@ -169,6 +180,23 @@ async def test_an_index_that_another_pipeline_keeps_is_refused(database: Databas
     await lay_out(database, stored_spec(), slot=SLOT)
     error = the_error(await examined(configured(database.dsn, slot="preflight_other", articles='search = ""')))
     assert f'set source.slot = "{SLOT}"' in str(error.hint)
+
+
+async def test_an_index_that_exists_is_compared_even_without_its_embedder(database: Database) -> None:
+    database.execute(ARTICLES)
+    await lay_out(database, stored_spec(), slot=SLOT)
+    report = await examine(configured(database.dsn, slot="preflight_other", articles='search = ""'), {})
+    assert "is kept by the pipeline of slot" in the_error(report).message
+    assert report.specs == []
+
+
+async def test_chunks_that_the_model_does_not_read_are_refused(database: Database) -> None:
+    database.execute(ARTICLES)
+    short = Hashing("hash", HashEmbedder(dimensions=16))
+    short.max_input_tokens = 24
+    error = the_error(await examine(configured(database.dsn), {"hash": short}))
+    assert error.where == "indexes.articles.chunking.overlap_tokens"
+    assert "the model reads 24 tokens" in str(error.hint)
 
 
 async def test_an_embedder_that_cannot_be_made_does_not_hide_the_others(database: Database, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psycopg
 import pytest
 
 from cdcsync.config import QualifiedName
@@ -11,7 +12,7 @@ from cdcsync.errors import SetupError, SourceUnavailable
 from cdcsync.preflight import Finding, Report, refuse
 from cdcsync.preflight import source as on_source
 from cdcsync.preflight import target as on_target
-from cdcsync.preflight.findings import MAX_NAMES, named
+from cdcsync.preflight.findings import MAX_NAMES, named, noting
 from cdcsync.preflight.tables import kind_faults
 from cdcsync.source.catalog import Server, Slot
 from cdcsync.source.relations import Table
@@ -119,6 +120,16 @@ def test_several_errors_are_raised_as_one_with_a_block_each() -> None:
         "2 problems keep this configuration from working\n\n  a: first\n    fix: mend it\n\n  b: second"
     )
     assert refused.value.hint
+
+
+def test_a_server_that_goes_away_is_told_once_however_many_checks_it_fails() -> None:
+    findings: list[Finding] = []
+    for _ in range(3):
+        with noting(findings, "target", "target"):
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+    with noting(findings, "target", "target"):
+        raise SourceUnavailable("gone", where="elsewhere")
+    assert [(finding.level, finding.where) for finding in findings] == [("error", "target"), ("error", "elsewhere")]
 
 
 def test_long_lists_of_names_are_cut() -> None:
