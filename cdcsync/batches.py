@@ -27,13 +27,18 @@ RowChange = Upsert | Delete
 
 
 class PageEnd(msgspec.Struct, frozen=True):
-    """A backfill page whose rows are in this batch: its cursor commits together with them."""
+    """A backfill page whose rows are in this batch: its cursor commits together with them.
+
+    :ivar force_embed: keys of `index` whose vectors are to be made again, whatever their text.
+    """
 
     backfill_id: int
     phase: str
     cursor: tuple[str, ...] | None
     rows: int
     done: bool
+    index: str = ""
+    force_embed: tuple[Key, ...] = ()
 
 
 class IndexChanges:
@@ -95,6 +100,8 @@ class Batch:
         self.indexes: dict[str, IndexChanges] = {}
         self.pages: list[PageEnd] = []
         self.marks: list[str] = []
+        self.paused: dict[str, str] = {}
+        """Why indexes stop following their tables here; committed with the position, so that it cannot be forgotten."""
         self.rows = 0
         self.bytes = 0
         self.transactions = 0
@@ -106,7 +113,7 @@ class Batch:
         """Whether the last transaction in it is not complete."""
 
     def __bool__(self) -> bool:
-        return bool(self.indexes)
+        return bool(self.indexes) or bool(self.paused)
 
     def of(self, shape: Shape) -> IndexChanges:
         """Return the changes of the shape's index, empty at first."""

@@ -52,7 +52,7 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
     cursor = await connection.execute(
         sql.SQL(
             "SELECT i.state,"
-            " EXISTS (SELECT FROM {} WHERE index_name = i.name AND kind = 'initial'"
+            " EXISTS (SELECT FROM {} WHERE index_name = i.name AND kind IN ('initial', 'resync')"
             " AND state IN ('requested', 'running', 'paused')),"
             " EXISTS (SELECT FROM {} WHERE generation = {} AND lane > 0 AND attempts < {})"
             " FROM {} AS i WHERE i.name = %s"

@@ -80,6 +80,8 @@ class Truncation(msgspec.Struct, frozen=True, gc=False):
 
 Change = Upsert | Delete | Truncation
 
+AGAIN = "start the worker again: it reads the table anew and resumes the index"
+"""How an operator ends a pause."""
 ANEW = 'drop the slot and start with source.on_gap = "resync"'
 """The way past changes that cannot be used: they stay in the slot as they were written, whatever the table is now."""
 
@@ -102,18 +104,18 @@ class Projection:
         positions = {column.name: at for at, column in enumerate(relation.columns)}
         if missing := [name for name in dict.fromkeys(shape.columns) if name not in positions]:
             raise SchemaChanged(
-                f"column {', '.join(missing)} of index {shape.index} is no longer in what the publication sends",
+                f"column {', '.join(missing)} is no longer in what the publication sends",
+                index=shape.index,
                 where=str(shape.table),
-                hint=f"take it out of [indexes.{shape.index}]; or restore it, {ANEW}: what was written meanwhile"
-                " arrives without it",
+                hint=f"restore the column, or take it out of [indexes.{shape.index}]; then {AGAIN}",
             )
         identity = {column.name for column in relation.columns if column.key}
         if uncovered := [name for name in shape.key if name not in identity]:
             raise SchemaChanged(
                 f"the replica identity no longer covers the key column {', '.join(uncovered)}",
+                index=shape.index,
                 where=str(shape.table),
-                hint=f"ALTER TABLE {shape.table} REPLICA IDENTITY DEFAULT (or USING INDEX … on the key), {ANEW}: what"
-                " was written meanwhile does not tell which rows it changed",
+                hint=f"ALTER TABLE {shape.table} REPLICA IDENTITY DEFAULT (or USING INDEX … on the key); then {AGAIN}",
             )
         self.shape = shape
         self._row = _picker([positions[name] for name in shape.columns])

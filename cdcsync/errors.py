@@ -90,7 +90,14 @@ class GapError(CdcsyncError):
 
 
 class SchemaChanged(CdcsyncError):
-    """A source table no longer has a column, key or identity that an index is built on."""
+    """A source table no longer has what an index is built on; that index is paused, the others go on.
+
+    :param index: the index concerned.
+    """
+
+    def __init__(self, message: str, *, index: str, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.index = index
 
 
 class LeaseLost(CdcsyncError):

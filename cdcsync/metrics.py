@@ -1,13 +1,15 @@
-"""Every metric, with its name, unit and labels.
+"""Every metric, with its name, unit and labels. docs/metrics.md tells each one's meaning; a test holds the two together.
 
-Label values come from closed sets: index and embedder names, and the words below.
+Label values come from closed sets: index and embedder names, and the words below. What a server said never becomes one.
 
-Source: Prometheus, "Metric and label naming".
+Source: Prometheus, "Metric and label naming"; "Writing client libraries", process metrics.
 """
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+
+from cdcsync import __version__
 
 FRESHNESS_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 """From an inline embedding by a small model to an outage of half an hour."""
@@ -15,13 +17,24 @@ FRESHNESS_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 3
 BATCH_BUCKETS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)
 """Rows: one change to a large batch."""
 
+SIDES = ("source", "target")
+LANES = ("live", "backfill")
+STATES = ("building", "live", "paused")
+WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
+"""What pg_replication_slots says of the WAL that a slot needs, from well to gone."""
+
 
 class Metrics:
     """The metrics of one worker, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        # Memory, CPU time, open files and start time of the process, under the names that all exporters use.
+        ProcessCollector(registry=self.registry)
+        Info("cdcsync_build", "The version that runs.", registry=self.registry).info({"version": __version__})
         index = ("index",)
+        self.ready = self._gauge("ready", "1 while the worker does its work, as /readyz says.")
+        self.standby = self._gauge("standby", "1 while another worker holds the pipeline's lock.")
         self.received_bytes = self._counter("received_bytes_total", "Bytes of replication messages received.")
         self.changes = self._counter(
             "changes_total",
@@ -37,6 +50,9 @@ class Metrics:
         self.slot_retained_bytes = self._gauge("slot_retained_bytes", "WAL that the source keeps for the slot.")
         self.slot_safe_bytes = self._gauge(
             "slot_safe_bytes", "WAL that may still be written before the slot is lost; +Inf without a limit."
+        )
+        self.slot_wal_status = self._gauge(
+            "slot_wal_status", "1 for the state of the slot's WAL: reserved, extended, unreserved, lost.", ("status",)
         )
         self.batch_rows = self._histogram("batch_rows", "Rows of each applied batch.", BATCH_BUCKETS)
         self.apply_seconds = self._histogram(
@@ -64,9 +80,17 @@ class Metrics:
             "embed_errors_total", "Calls of the embedder that failed.", ("embedder", "kind")
         )
         self.index_state = self._gauge("index_state", "1 for the state the index is in.", (*index, "state"))
+        self.index_chunks = self._gauge("index_chunks", "Chunks in the index; an estimate for large ones.", index)
+        self.index_vectors = self._gauge("index_vectors", "Vectors in the index; an estimate for large ones.", index)
         self.backfill_rows = self._counter("backfill_rows_total", "Rows read by backfills.", index)
         self.backfill_overtaken = self._counter(
             "backfill_overtaken_rows_total", "Rows of a backfill dropped because the stream had newer ones.", index
+        )
+        self.backfill_done = self._gauge(
+            "backfill_done_rows", "Rows that the open backfill has read; 0 when none is open.", index
+        )
+        self.backfill_expected = self._gauge(
+            "backfill_expected_rows", "Rows that the open backfill will read, by estimate; 0 when none is open.", index
         )
 
     def _counter(self, name: str, help_: str, labels: tuple[str, ...] = ()) -> Counter:

@@ -20,6 +20,7 @@ from cdcsync.changes import Delete, Key, Row, Upsert, complete
 from cdcsync.chunks import Chunk, Chunker
 from cdcsync.documents import hash_text
 from cdcsync.embed import Desk, vector_text
+from cdcsync.errors import SchemaChanged, SetupError
 from cdcsync.index.apply import BACKFILL, LIVE, ChangeSet, Document, IndexWriter, Kept
 from cdcsync.index.schema import IndexSpec
 from cdcsync.metrics import Metrics
@@ -120,8 +121,16 @@ class Preparer:
     async def _reread(self, changes: Sequence[Upsert]) -> Mapping[Key, Row]:
         keys = [change.key for change in changes]
         while True:
-            with speaking_of("source", where=str(self._spec.shape.table)):
-                page = await self._table.by_keys(await self._source.connection(), keys)
+            try:
+                with speaking_of("source", where=str(self._spec.shape.table)):
+                    page = await self._table.by_keys(await self._source.connection(), keys)
+            except SetupError as error:
+                raise SchemaChanged(
+                    f"rows cannot be read again: {error.message}",
+                    index=self._spec.name,
+                    where=str(self._spec.shape.table),
+                    hint=error.hint,
+                ) from error
             hidden = {change.xid for change in changes if not page.snapshot.sees(change.xid)}
             if not hidden:
                 return {self._spec.shape.key_of(row): row for row in page.rows}

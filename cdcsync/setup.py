@@ -5,13 +5,14 @@ Target first, then publication, then slot: a crash anywhere in between is picked
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import anyio
 import structlog
 from psycopg import sql
 
-from cdcsync.config import Config
+from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import GapError
 from cdcsync.index.pipelines import Pipelines, PipelineState
 from cdcsync.index.requests import Kind, Requests
@@ -49,36 +50,75 @@ async def set_up_shared(target: Connection, config: Config) -> None:
             await Pipelines(config.target.schema, config.source.slot).ensure(target, config.source.publication)
 
 
-async def set_up_indexes(target: Connection, config: Config, specs: Sequence[IndexSpec]) -> None:
+async def unpublished_tables(
+    source: Connection, config: Config, specs: Sequence[IndexSpec]
+) -> frozenset[QualifiedName]:
+    """Return the tables that the publication does not send, or that are not the ones they were when we began."""
+    with speaking_of("source", where=f"publication {config.source.publication}"):
+        publication = await read_publication(source, config.source.publication)
+        cursor = await source.execute(
+            "SELECT n.nspname, c.relname, c.oid::int8 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " WHERE c.oid = ANY(%s::int8[]::oid[])",
+            [[spec.table_oid for spec in specs]],
+        )
+        same = {(QualifiedName(schema, name), oid) for schema, name, oid in await cursor.fetchall()}
+    sent = publication.tables if publication is not None else {}
+    return frozenset(
+        spec.shape.table
+        for spec in specs
+        if spec.shape.table not in sent or (spec.shape.table, spec.table_oid) not in same
+    )
+
+
+async def set_up_indexes(
+    target: Connection, config: Config, specs: Sequence[IndexSpec], unpublished: frozenset[QualifiedName]
+) -> None:
     """Create or extend each index's relations, and ask for the backfill that its state calls for.
 
-    The relations, the index's row and the request commit together.
+    The relations, the index's row and the request commit together. An index that may have missed changes, because it
+    was paused, its table made anew or not published for a while, is read again whole and rid of orphans.
+
+    :param unpublished: tables whose changes have not been sent until now.
     """
     for spec in specs:
         with speaking_of("target", where=f"index {spec.name}"):
             async with target.transaction():
                 await create_index_relations(target, config.target.schema, spec)
-                await _register(target, config, spec)
+                await _register(target, config, spec, unpublished)
 
 
-async def _register(target: Connection, config: Config, spec: IndexSpec) -> None:
+async def pause_indexes(target: Connection, config: Config, broken: Mapping[str, str]) -> None:
+    """Note why these indexes, which exist, cannot be followed."""
+    with speaking_of("target"):
+        for index, reason in broken.items():
+            await target.execute(
+                sql.SQL("UPDATE {} SET state = 'paused', reason = %s WHERE name = %s").format(
+                    sql.Identifier(config.target.schema, "indexes")
+                ),
+                [reason, index],
+            )
+
+
+async def _register(target: Connection, config: Config, spec: IndexSpec, unpublished: frozenset[QualifiedName]) -> None:
     table = sql.Identifier(config.target.schema, "indexes")
     cursor = await target.execute(
-        sql.SQL("SELECT fingerprint, columns FROM {} WHERE name = %s").format(table), [spec.name]
+        sql.SQL("SELECT fingerprint, columns, state, table_oid FROM {} WHERE name = %s").format(table), [spec.name]
     )
     before = await cursor.fetchone()
     await target.execute(
         sql.SQL(
-            "INSERT INTO {} (name, slot, source_table, view_name, key, columns, fingerprint, generation, model,"
-            " dimensions, vector_type, distance, state)"
-            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, 'building')"
+            "INSERT INTO {} AS i (name, slot, source_table, table_oid, view_name, key, columns, fingerprint,"
+            " generation, model, dimensions, vector_type, distance, state)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, 'building')"
             " ON CONFLICT (name) DO UPDATE SET slot = excluded.slot, view_name = excluded.view_name,"
-            " columns = excluded.columns, fingerprint = excluded.fingerprint"
+            " columns = excluded.columns, fingerprint = excluded.fingerprint, table_oid = excluded.table_oid,"
+            " state = CASE i.state WHEN 'paused' THEN 'building' ELSE i.state END, reason = NULL"
         ).format(table),
         [
             spec.name,
             config.source.slot,
             str(spec.shape.table),
+            spec.table_oid,
             str(spec.config.view_name),
             list(spec.shape.key),
             list(spec.shape.carried),
@@ -90,30 +130,39 @@ async def _register(target: Connection, config: Config, spec: IndexSpec) -> None
             spec.distance,
         ],
     )
-    request: tuple[Kind, bool] | None = None
-    if before is None:
-        request = ("initial", False)
-    elif before[0] != spec.fingerprint:
-        request = ("replay", True)
-    elif set(spec.shape.carried) - set(before[1]):
-        request = ("replay", False)
+    request = _needed_backfill(spec, before, spec.shape.table in unpublished)
     if request is not None:
         kind, rewrite = request
         await Requests(config.target.schema).add(target, spec.name, kind, rewrite=rewrite, filter_=None)
         log.info("backfill_requested", index=spec.name, kind=kind, rewrite=rewrite)
 
 
-async def set_up_publication(source: Connection, config: Config, specs: Sequence[IndexSpec]) -> None:
+def _needed_backfill(spec: IndexSpec, before: tuple[Any, ...] | None, unpublished: bool) -> tuple[Kind, bool] | None:
+    """Return the kind of backfill that brings an index to its spec, and whether all is to be chunked again."""
+    if before is None:
+        return "initial", False
+    fingerprint, columns, state, table_oid = before
+    rewrite = fingerprint != spec.fingerprint
+    if state == "paused" or unpublished or table_oid not in (None, spec.table_oid):
+        return "resync", rewrite
+    if rewrite or set(spec.shape.carried) - set(columns):
+        return "replay", rewrite
+    return None
+
+
+async def set_up_publication(source: Connection, config: Config, unpublished: frozenset[QualifiedName]) -> None:
     """Create the publication, or add the tables it lacks.
 
     It must exist before the slot does: a slot looks its publication up in the catalog of the past.
     """
-    tables = list(dict.fromkeys(spec.shape.table for spec in specs))
     name = config.source.publication
+    tables = sorted(unpublished)
+    if not tables:
+        return
     with speaking_of("source", where=f"publication {name}"):
         publication = await read_publication(source, name)
         if publication is None:
-            await source.execute(create_publication_statement(name, tables))
+            await source.execute(create_publication_statement(name, tables, version=source.info.server_version))
             log.info("publication_created", publication=name, tables=[str(table) for table in tables])
         elif missing := [table for table in tables if table not in publication.tables]:
             await source.execute(publish_statement(name, missing))
@@ -152,7 +201,10 @@ async def starting_point(
 
 
 async def _first_position(slot_connection: SlotConnection, source: Connection, slot: Slot | None, name: str) -> Lsn:
-    if slot is not None and slot.confirmed_flush is not None:
+    if slot is not None and slot.wal_status == "lost":
+        with speaking_of("source", where=f"slot {name}"):
+            await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
+    elif slot is not None and slot.confirmed_flush is not None:
         # Nothing is indexed yet, so nothing can be missing: the initial load is still to come.
         log.info("slot_adopted", slot=name, lsn=str(slot.confirmed_flush))
         return slot.confirmed_flush
@@ -214,7 +266,7 @@ def _refuse_gap(state: PipelineState, server: ServerIdentity, slot: Slot | None,
             f"this is another cluster than before (system identifier {server.system_identifier},"
             f" was {state.system_identifier})",
             where=where,
-            hint=f"point source.dsn at the old cluster, or give the new one a slot name of its own; or {_RESYNC}",
+            hint=f"point source.dsn at the old cluster; or {_RESYNC}",
         )
     if state.timeline is not None and server.timeline < state.timeline:
         raise GapError(

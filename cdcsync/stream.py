@@ -29,7 +29,7 @@ import structlog
 from cdcsync.batches import Batch
 from cdcsync.changes import Shape, Truncation, Upsert
 from cdcsync.embed import EmbedLoop, backoff_s
-from cdcsync.errors import SourceUnavailable, TargetUnavailable, leading
+from cdcsync.errors import SchemaChanged, SourceUnavailable, TargetUnavailable, leading
 from cdcsync.index.apply import Applied, ChangeSet
 from cdcsync.index.schema import IndexSpec
 from cdcsync.index.session import ApplySession
@@ -51,7 +51,7 @@ from cdcsync.prepare import Preparer
 from cdcsync.progress import Progress
 from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
-from cdcsync.transactions import Assembler, Committed, Mark
+from cdcsync.transactions import Assembler, Committed, Lost, Mark
 from cdcsync.visibility import Deliveries
 
 log = structlog.get_logger()
@@ -64,6 +64,11 @@ PROMPT_STATUS_S = 1.0
 
 TURN_MESSAGES = 500
 """Messages handled before other tasks get a turn: a few milliseconds."""
+
+
+def describe_pause(error: SchemaChanged) -> str:
+    """Return the reason that an operator reads in the index's row."""
+    return f"{error.message}; {error.hint}" if error.hint else error.message
 
 
 class Stream:
@@ -115,6 +120,7 @@ class Stream:
         self._in_hand: Batch | None = None
         self._committed_at_us = 0
         self._passed = checkpoint
+        self._pauses: list[SchemaChanged] = []
         self._work_since_idle_checkpoint = True
         self._last_idle_checkpoint = 0.0
         self._wake_apply = anyio.Event()
@@ -147,6 +153,12 @@ class Stream:
                 tasks.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise leading(group) from None
+
+    def pause(self, error: SchemaChanged) -> None:
+        """Pause an index with the next commit; following then ends with this error, to be begun again without it."""
+        self._batch.paused[error.index] = describe_pause(error)
+        self._pauses.append(error)
+        self._wake_apply.set()
 
     def stop(self) -> None:
         """Ask for an orderly end: the batch in hand is finished, the last status is sent."""
@@ -230,6 +242,8 @@ class Stream:
                     self._end_transaction(event)
                 case Mark():
                     self._take_page(event, self._batch)
+                case Lost():
+                    self.pause(event.error)
                 case _:
                     deliveries = self._deliveries[event.shape.index]
                     if isinstance(event, Truncation):
@@ -243,7 +257,7 @@ class Stream:
                         self._batch.oldest_us = self._committed_at_us
 
     def _end_transaction(self, transaction: Committed) -> None:
-        if self._batch.indexes or self._batch.pages:
+        if self._batch or self._batch.pages:
             self._batch.commit(transaction)
         else:
             self._pass(transaction.end_lsn)
@@ -332,6 +346,8 @@ class Stream:
         self._work_since_idle_checkpoint = True
         self._account(batch, changes, applied, anyio.current_time() - started)
         self._page_applied(batch)
+        if batch.paused:
+            raise self._pauses[0]
 
     async def _until_committed(self, batch: Batch) -> tuple[dict[str, ChangeSet], dict[str, Applied]]:
         """Prepare and commit, trying again for as long as a server is away."""
@@ -343,6 +359,11 @@ class Stream:
                     for index, of_index in batch.indexes.items()
                 }
                 return changes, await self._commit(changes, batch)
+            except SchemaChanged as error:
+                # What is left out of this batch is read again when the index is resumed.
+                batch.indexes.pop(error.index, None)
+                batch.paused[error.index] = describe_pause(error)
+                self._pauses.append(error)
             except (TargetUnavailable, SourceUnavailable) as error:
                 await self._recover(error, attempt)
                 attempt += 1
@@ -356,6 +377,7 @@ class Stream:
                     changes,
                     batch.pages,
                     batch.end_lsn,
+                    paused=batch.paused,
                     commit_time=to_datetime(batch.commit_time_us) if batch.commit_time_us is not None else None,
                     caught_up=self._dry and not self._batch,
                 )

@@ -6,8 +6,8 @@ The rules:
 2. A transaction whose commit record begins before the checkpoint is skipped whole: a checkpoint is always the end of
    a record, so that transaction ended at or before it.
 3. Relation messages belong to the connection. A new connection needs a new assembler.
-4. The stream tells tables apart by OID and the configuration by name. A name that passes from one to another while
-   they are followed is an error: the index would miss changes, or mix two tables.
+4. The stream tells tables apart by OID and the configuration by name. When a name passes from one to another, or a table
+   loses what an index needs, that index is lost: it would miss changes, or mix two tables. The others go on.
 5. Marks are logical messages under our prefix, written inside a transaction of their own: each is delivered after every
    transaction that committed before it.
 
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from cdcsync.changes import ANEW, Change, Projection, Shape, Truncation
+from cdcsync.changes import AGAIN, Change, Projection, Shape, Truncation
 from cdcsync.config import QualifiedName
 from cdcsync.errors import ProtocolError, SchemaChanged
 from cdcsync.lsn import Lsn
@@ -60,7 +60,14 @@ class Committed(msgspec.Struct, frozen=True):
     commit_time_us: int
 
 
-Event = Change | Mark | Committed
+class Lost(msgspec.Struct, frozen=True):
+    """From here on an index cannot follow its table: its changes are left out."""
+
+    index: str
+    error: SchemaChanged
+
+
+Event = Change | Mark | Committed | Lost
 
 NOTHING: tuple[Event, ...] = ()
 
@@ -74,6 +81,8 @@ class Assembler:
         self._checkpoint = checkpoint
         self._projections: dict[int, tuple[Projection, ...]] = {}
         self._oids: dict[tuple[str, str], int] = {}
+        self._types: dict[str, dict[str, tuple[int, int]]] = {}
+        self._lost: set[str] = set()
         self._xid: int | None = None
         self._lsn = 0
         self._skipping = False
@@ -87,7 +96,6 @@ class Assembler:
         """Take the next message and return what follows from it, in order.
 
         :raises ProtocolError: the message may not come here.
-        :raises SchemaChanged: a table no longer has what an index needs.
         """
         kind = type(message)
         if kind is Insert or kind is Update or kind is Delete:
@@ -98,7 +106,7 @@ class Assembler:
             case Commit():
                 return self._commit(message)
             case Relation():
-                self._describe(message)
+                return self._describe(message)
             case Truncate():
                 xid = self._inside("Truncate")
                 if not self._skipping:
@@ -116,17 +124,54 @@ class Assembler:
                 raise ProtocolError(f"unexpected {kind.__name__} message: streaming and two-phase were not requested")
         return NOTHING
 
-    def _describe(self, relation: Relation) -> None:
+    def _describe(self, relation: Relation) -> Sequence[Event]:
+        """Find each index's columns in a table, or say why an index cannot follow it any more."""
         name = (relation.namespace, relation.name)
-        for followed, oid in self._oids.items():
+        lost: list[Event] = []
+        for followed, oid in list(self._oids.items()):
             if oid == relation.oid and followed != name:
-                raise _renamed(self._tables[followed][0], f"the table is called {QualifiedName(*name)} now")
-        shapes = self._tables.get(name, ())
+                lost += self._lose(followed, f"the table is called {QualifiedName(*name)} now")
         if self._oids.get(name, relation.oid) != relation.oid:
-            raise _renamed(shapes[0], "another table has this name now")
-        if shapes:
-            self._oids[name] = relation.oid
-        self._projections[relation.oid] = tuple(Projection(shape, relation) for shape in shapes)
+            lost += self._lose(name, "another table has this name now")
+        shapes = [shape for shape in self._tables.get(name, ()) if shape.index not in self._lost]
+        types = {column.name: (column.type_oid, column.typmod) for column in relation.columns}
+        projections = []
+        for shape in shapes:
+            try:
+                projections.append(Projection(shape, relation))
+                self._check_types(shape, types)
+            except SchemaChanged as error:
+                lost.append(self._lost_event(shape, error))
+        self._oids[name] = relation.oid
+        self._projections[relation.oid] = tuple(one for one in projections if one.shape.index not in self._lost)
+        return lost
+
+    def _check_types(self, shape: Shape, types: Mapping[str, tuple[int, int]]) -> None:
+        """Notice that a column which the target holds with its type has another one than before."""
+        mine = {name: types[name] for name in (*shape.key, *shape.carried)}
+        before = self._types.setdefault(shape.index, mine)
+        if changed := [name for name, type_ in mine.items() if before[name] != type_]:
+            raise SchemaChanged(
+                f"column {', '.join(changed)} changed its type",
+                index=shape.index,
+                where=str(shape.table),
+                hint=AGAIN,
+            )
+
+    def _lose(self, name: tuple[str, str], what: str) -> list[Event]:
+        events = []
+        for shape in self._tables.get(name, ()):
+            if shape.index not in self._lost:
+                hint = f"set indexes.{shape.index}.table to the table that is meant; then {AGAIN}"
+                error = SchemaChanged(what, index=shape.index, where=str(shape.table), hint=hint)
+                events.append(self._lost_event(shape, error))
+        return events
+
+    def _lost_event(self, shape: Shape, error: SchemaChanged) -> Event:
+        self._lost.add(shape.index)
+        for oid, projections in self._projections.items():
+            self._projections[oid] = tuple(one for one in projections if one.shape.index != shape.index)
+        return Lost(shape.index, error)
 
     def _row(self, message: Insert | Update | Delete) -> Sequence[Event]:
         xid = self._inside(type(message).__name__)
@@ -167,12 +212,3 @@ class Assembler:
             return self._projections[oid]
         except KeyError:
             raise ProtocolError(f"a change of relation {oid} came before its description") from None
-
-
-def _renamed(shape: Shape, what: str) -> SchemaChanged:
-    return SchemaChanged(
-        what,
-        where=str(shape.table),
-        hint=f"set indexes.{shape.index}.table to the table that is meant, {ANEW}: each change is sent under the name"
-        " that its table had at the time",
-    )

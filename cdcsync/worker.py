@@ -9,126 +9,53 @@ from __future__ import annotations
 
 import signal
 import tempfile
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import anyio
 import anyio.abc
-import msgspec
 import structlog
 
 from cdcsync import http
 from cdcsync.backfill import Backfills
 from cdcsync.build import build_until_live
+from cdcsync.changes import AGAIN
 from cdcsync.chunks import make_chunker
 from cdcsync.config import Config
 from cdcsync.embed import Desk, EmbedLoop, backoff_s
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import SourceUnavailable, TargetUnavailable, Unavailable, leading
+from cdcsync.errors import SchemaChanged, TargetUnavailable, Unavailable, leading
+from cdcsync.handle import WorkerHandle
 from cdcsync.index.schema import IndexSpec
 from cdcsync.index.session import ApplySession, worker_name
-from cdcsync.metrics import Metrics
 from cdcsync.postgres import Session, connect, speaking_of
-from cdcsync.preflight import Finding, build_embedders, examine, refuse
+from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
 from cdcsync.prepare import Preparer
-from cdcsync.setup import set_up_indexes, set_up_publication, set_up_shared, starting_point
+from cdcsync.setup import (
+    pause_indexes,
+    set_up_indexes,
+    set_up_publication,
+    set_up_shared,
+    starting_point,
+    unpublished_tables,
+)
 from cdcsync.source.catalog import current_snapshot, read_server
 from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
 from cdcsync.source.tables import SourceTable
-from cdcsync.status import Status, read_status
-from cdcsync.stream import Stream
+from cdcsync.stream import Stream, describe_pause
 from cdcsync.visibility import Deliveries
 
 log = structlog.get_logger()
 
+WATCH_S = 5.0
+"""How often the catalog is asked whether the tables are still published."""
+
 STANDBY_POLL_S = 1.0
 """How often a standby tries for the lock: well within the five seconds that a takeover may take."""
 
-GAUGES_S = 2.0
-"""How often the gauges are read from both servers."""
-
-ALIVE_WITHIN_S = 30.0
-"""The loop is alive if it turned within this time; the longest uninterrupted step is a batch being decoded."""
-
-
-class WorkerHandle:
-    """A running worker, as seen by whoever started it, and by its HTTP endpoints."""
-
-    def __init__(self, config: Config) -> None:
-        self.metrics = Metrics()
-        self.port: int | None = None
-        self._config = config
-        self._stream: Stream | None = None
-        self._desks: dict[str, Desk] = {}
-        self._connected = False
-        self._standby = False
-        self._stopping = anyio.Event()
-        self._turned = anyio.current_time()
-        self._source = Session(config.source.dsn, "source", application_name="cdcsync status")
-        self._target = Session(config.target.dsn, "target", application_name="cdcsync status")
-        self._reading = anyio.Lock()
-        self._last: Status | None = None
-
-    def stop(self) -> None:
-        """Ask for an orderly end: the batch in hand is finished, or abandoned whole."""
-        self._stopping.set()
-        if self._stream is not None:
-            self._stream.stop()
-
-    def alive(self) -> bool:
-        """Whether the event loop turns."""
-        return anyio.current_time() - self._turned < ALIVE_WITHIN_S
-
-    async def turn(self) -> None:
-        """Show that the event loop turns, until cancelled."""
-        while True:
-            self._turned = anyio.current_time()
-            await anyio.sleep(1.0)
-
-    def not_ready(self) -> list[str]:
-        """Return why the worker is not doing its work just now; nothing when it is."""
-        reasons = []
-        if self._standby:
-            reasons.append("standby: another worker holds the pipeline")
-        elif not self._connected:
-            reasons.append("the replication stream is not connected")
-        reasons += [f"embedder {name}: {desk.problem}" for name, desk in self._desks.items() if desk.problem]
-        lag = self.lag_seconds
-        if lag > self._config.worker.ready_max_lag_s:
-            reasons.append(f"lag of {lag:.0f} s is above worker.ready_max_lag_s")
-        if self._last is not None:
-            reasons += [
-                f"index {name} is paused: {index.reason}"
-                for name, index in self._last.indexes.items()
-                if index.state == "paused"
-            ]
-        return reasons
-
-    @property
-    def lag_seconds(self) -> float:
-        """Age of the oldest received commit that is not in the target; 0.0 when there is none."""
-        oldest = self._stream.oldest_unapplied if self._stream is not None else None
-        return 0.0 if oldest is None else max(0.0, (datetime.now(UTC) - oldest).total_seconds())
-
-    async def status(self) -> Status:
-        """Return the status, read from both servers now."""
-        async with self._reading:
-            target = await self._target.connection()
-            try:
-                source = await self._source.connection()
-            except SourceUnavailable:
-                source = None
-            with speaking_of("target"):
-                status = await read_status(self._config, source, target)
-        if self._connected and self._stream is not None:
-            # What this process knows exactly, against what the tables tell anyone to within some seconds.
-            status = msgspec.structs.replace(
-                status, lag_seconds=self.lag_seconds, caught_up=self._stream.oldest_unapplied is None
-            )
-        self._last = status
-        return status
+RESUME_AGAIN_S = 600.0
+"""An index that is paused again within this time of being resumed stays paused until the worker starts anew."""
 
 
 class _Worker:
@@ -187,31 +114,89 @@ class _Worker:
             batch_bytes=config.worker.batch_bytes,
             status_every_s=config.source.feedback_every_s,
         )
-        handle._stream = self.stream
-        handle._desks = self.desks
+        handle.attach(self.stream, self.desks)
 
-    async def set_up(self) -> bool:
-        """Take the lock, then create what is missing; False when told to stop while waiting for the lock."""
+    async def set_up(self, broken: Mapping[str, str]) -> bool:
+        """Take the lock, then create what is missing; False when told to stop while waiting for the lock.
+
+        :param broken: why indexes that exist cannot be followed; they are paused.
+        """
         config = self.config
-        async with await connect(config.target.dsn, "target") as target:
+        async with (
+            await connect(config.target.dsn, "target") as target,
+            await connect(config.source.dsn, "source") as source,
+        ):
             await set_up_shared(target, config)
             while not await self.session.try_open():
-                if not self.handle._standby:
+                if not self.handle.standby:
                     log.info("standby", slot=config.source.slot)
-                self.handle._standby = True
+                self.handle.standby = True
                 with anyio.move_on_after(STANDBY_POLL_S):
-                    await self.handle._stopping.wait()
+                    await self.handle.stopping.wait()
                     return False
-            self.handle._standby = False
-            await set_up_indexes(target, config, self.specs)
-        async with await connect(config.source.dsn, "source") as source:
-            await set_up_publication(source, config, self.specs)
+            self.handle.standby = False
+            unpublished = await unpublished_tables(source, config, self.specs)
+            await set_up_indexes(target, config, self.specs, unpublished)
+            await pause_indexes(target, config, broken)
+            await set_up_publication(source, config, unpublished)
             with speaking_of("source"):
                 server = await read_server(source)
         if server.wal_sender_timeout_s > 0:
             self.stream.status_every_s = min(config.source.feedback_every_s, server.wal_sender_timeout_s / 3)
         await self.session.prepare(self.specs)
         return True
+
+    async def work(self) -> None:
+        """Keep the indexes in step until told to stop.
+
+        :raises SchemaChanged: an index was paused; begin again without it, or with what it is now.
+        """
+        try:
+            async with anyio.create_task_group() as tasks:
+                for desk in self.desks.values():
+                    tasks.start_soon(desk.run)
+                for loop in self.embed_loops.values():
+                    tasks.start_soon(loop.run)
+                tasks.start_soon(self.backfill_once_streaming)
+                tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
+                tasks.start_soon(self.watch_publication)
+                tasks.start_soon(self.handle.gauges_for_ever)
+                tasks.start_soon(self.end_in_time, tasks.cancel_scope)
+                await self.stream_for_ever()
+                tasks.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise leading(group) from None
+
+    async def aclose(self) -> None:
+        """Give up the lock and every connection."""
+        self.handle.connected(False)
+        with anyio.CancelScope(shield=True):
+            await self.session.aclose()
+            await self.reads.aclose()
+
+    async def watch_publication(self) -> None:
+        """Pause an index whose table was made anew or is not published any more: the stream would not tell."""
+        await self.streaming.wait()
+        async with Session(self.config.source.dsn, "source", application_name="cdcsync watch") as watch:
+            while True:
+                await anyio.sleep(WATCH_S)
+                try:
+                    with speaking_of("source"):
+                        unpublished = await unpublished_tables(await watch.connection(), self.config, self.specs)
+                except Unavailable as error:
+                    log.debug("watch_waits", error=str(error))
+                    continue
+                for spec in self.specs:
+                    if spec.shape.table in unpublished:
+                        self.stream.pause(
+                            SchemaChanged(
+                                f"{spec.shape.table} was dropped, or taken out of the publication"
+                                f" {self.config.source.publication}",
+                                index=spec.name,
+                                where=str(spec.shape.table),
+                                hint=AGAIN,
+                            )
+                        )
 
     async def stream_for_ever(self) -> None:
         """Follow the slot over any number of connections until told to stop."""
@@ -240,7 +225,7 @@ class _Worker:
                         streaming=self.config.source.streaming,
                     )
                     log.info("streaming", slot=self.config.source.slot, checkpoint=str(checkpoint))
-                    self.connected(True)
+                    self.handle.connected(True)
                     self.streaming.set()
                     attempt = 0
                     await self.stream.follow(slot, checkpoint)
@@ -251,10 +236,10 @@ class _Worker:
                 if isinstance(error, TargetUnavailable):
                     await self._reopen_target()
                 with anyio.move_on_after(delay):
-                    await self.handle._stopping.wait()
+                    await self.handle.stopping.wait()
                 attempt += 1
             finally:
-                self.connected(False)
+                self.handle.connected(False)
 
     async def backfill_once_streaming(self) -> None:
         """Serve backfills: not before the slot exists, which would never deliver a mark written earlier."""
@@ -263,7 +248,7 @@ class _Worker:
 
     async def end_in_time(self, scope: anyio.CancelScope) -> None:
         """Once told to stop, abandon what is not done by `worker.stop_timeout_s`."""
-        await self.handle._stopping.wait()
+        await self.handle.stopping.wait()
         await anyio.sleep(self.config.worker.stop_timeout_s)
         log.warning("stop_timeout", seconds=self.config.worker.stop_timeout_s)
         scope.cancel()
@@ -273,38 +258,6 @@ class _Worker:
             await self.session.reopen(self.specs)
         except TargetUnavailable as error:
             log.debug("target_still_away", error=str(error))
-
-    def connected(self, up: bool) -> None:
-        """Note whether the stream flows."""
-        self.handle._connected = up
-        self.handle.metrics.connected.labels("source").set(up)
-
-    async def gauges_for_ever(self) -> None:
-        """Keep the gauges current."""
-        while True:
-            try:
-                status = await self.handle.status()
-                self._set_gauges(status)
-            except Unavailable as error:
-                log.debug("gauges_wait", error=str(error))
-            await anyio.sleep(GAUGES_S)
-
-    def _set_gauges(self, status: Status) -> None:
-        metrics = self.handle.metrics
-        metrics.checkpoint_lsn.set(int(self.stream.progress.checkpoint))
-        metrics.lag_seconds.set(self.handle.lag_seconds)
-        if status.lag_bytes is not None:
-            metrics.lag_bytes.set(status.lag_bytes)
-        if status.slot is not None:
-            metrics.slot_retained_bytes.set(status.slot.retained_bytes or 0)
-            safe = status.slot.safe_bytes
-            metrics.slot_safe_bytes.set(float("inf") if safe is None else safe)
-        for name, index in status.indexes.items():
-            metrics.backlog.labels(name, "live").set(index.backlog_live)
-            metrics.backlog.labels(name, "backfill").set(index.backlog - index.backlog_live)
-            metrics.failed.labels(name).set(index.failed)
-            for state in ("building", "live", "paused"):
-                metrics.index_state.labels(name, state).set(index.state == state)
 
 
 async def run(
@@ -326,7 +279,6 @@ async def run(
         if finding.level == "warning":
             log.warning("preflight", where=finding.where, problem=finding.message, fix=finding.hint)
     handle = WorkerHandle(config)
-    worker = _Worker(config, handle, report.specs, embedders)
     try:
         async with anyio.create_task_group() as tasks:
             if handle_signals:
@@ -335,34 +287,57 @@ async def run(
             await tasks.start(_serve, config, handle)
             if started is not None:
                 started(handle)
-            if await worker.set_up():
-                await _work(worker)
+            await _work_through_schema_changes(config, handle, report, embedders)
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise leading(group) from None
     finally:
         with anyio.CancelScope(shield=True):
-            await worker.session.aclose()
-            await worker.reads.aclose()
-            await handle._source.aclose()
-            await handle._target.aclose()
+            await handle.aclose()
             for embedder in embedders.values():
                 await embedder.aclose()
-    log.info("stopped", checkpoint=str(worker.stream.progress.checkpoint), worker=worker_name())
+    log.info("stopped", worker=worker_name())
 
 
-async def _work(worker: _Worker) -> None:
-    async with anyio.create_task_group() as tasks:
-        for desk in worker.desks.values():
-            tasks.start_soon(desk.run)
-        for loop in worker.embed_loops.values():
-            tasks.start_soon(loop.run)
-        tasks.start_soon(worker.backfill_once_streaming)
-        tasks.start_soon(build_until_live, worker.config.target.dsn, worker.config.target.schema, worker.specs)
-        tasks.start_soon(worker.gauges_for_ever)
-        tasks.start_soon(worker.end_in_time, tasks.cancel_scope)
-        await worker.stream_for_ever()
-        tasks.cancel_scope.cancel()
+async def _work_through_schema_changes(
+    config: Config, handle: WorkerHandle, report: Report, embedders: dict[str, Embedder]
+) -> None:
+    """Work until told to stop; whenever an index is paused, look at its table again and go on with what is there.
+
+    An index whose table still has all it needs (a type changed, the table was made anew) is resumed by reading the
+    table again. The others stay paused, and their changes are skipped, until the configuration or the table is mended.
+    """
+    paused_at: dict[str, float] = {}
+    kept_out: dict[str, str] = {}
+    while not handle.stopping.is_set():
+        broken = {**report.broken, **kept_out}
+        specs = [spec for spec in report.specs if spec.name not in broken]
+        worker = _Worker(config, handle, specs, embedders)
+        try:
+            if await worker.set_up(broken):
+                await worker.work()
+            return
+        except SchemaChanged as error:
+            log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
+            now = anyio.current_time()
+            if now - paused_at.get(error.index, -RESUME_AGAIN_S) < RESUME_AGAIN_S:
+                kept_out[error.index] = describe_pause(error)
+            paused_at[error.index] = now
+        finally:
+            await worker.aclose()
+        report = await _examine_again(config, handle, embedders)
+
+
+async def _examine_again(config: Config, handle: WorkerHandle, embedders: dict[str, Embedder]) -> Report:
+    attempt = 0
+    while True:
+        report = await examine(config, embedders)
+        if not report.errors or handle.stopping.is_set():
+            return report
+        log.warning("examination_waits", problems=[finding.message for finding in report.errors])
+        with anyio.move_on_after(backoff_s(attempt, first=0.5, most=30)):
+            await handle.stopping.wait()
+        attempt += 1
 
 
 async def _stop_on_signal(

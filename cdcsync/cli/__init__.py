@@ -3,6 +3,7 @@
     printing    findings, hits, statuses and errors, for people and as JSON
     queries     what the commands ask of both servers and of a model
     commands    the commands, their options and their help
+    teardown    the command `teardown`
     entry       `main`: runs a command and turns what it raises into an exit status
 
 The exit status is 0 when all is well, 1 when a command ran and failed, 2 when configuration, set-up or usage is wrong

@@ -10,11 +10,14 @@ from typing import NoReturn
 
 import typer
 
+from cdcsync.cli import teardown
 from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app
 from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
 
 INTERRUPTED = 130
 """What shells report of a program that Ctrl-C ended: 128 + SIGINT."""
+
+app.command(epilog=teardown.EPILOG)(teardown.teardown)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

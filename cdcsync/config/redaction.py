@@ -52,8 +52,8 @@ def dsn_fault(dsn: str) -> str | None:
 
 
 def is_secret_key(key: str) -> bool:
-    """Tell whether a text under this key is taken to be a secret, going by the key's name."""
-    return _SECRET_KEY.search(key) is not None
+    """Tell whether a text under this key is taken to be a secret, going by the key's name; the path of one is none."""
+    return _SECRET_KEY.search(key) is not None and not key.endswith("_file")
 
 
 def _redacted(dsn: str) -> str | None:

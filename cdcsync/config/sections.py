@@ -18,6 +18,7 @@ from msgspec import Meta
 from cdcsync.config.names import QualifiedName
 from cdcsync.config.values import (
     Address,
+    ApiKey,
     BatchBytes,
     Dsn,
     EmbedderName,
@@ -31,6 +32,7 @@ from cdcsync.config.values import (
     SlotName,
     SpoolBytes,
     Text,
+    Url,
     parse_address,
 )
 
@@ -146,7 +148,92 @@ class SentenceTransformersEmbedder(
     batch_size: Annotated[int, Meta(ge=1, le=10_000)] = 32
 
 
-Embedder = HashEmbedder | SentenceTransformersEmbedder
+Dimensions = Annotated[int, Meta(ge=1, le=MAX_DIMENSIONS)]
+PerMinute = Annotated[int, Meta(ge=1, le=10**12)]
+InputTokens = Annotated[int, Meta(ge=8, le=1_000_000)]
+
+
+class RemoteEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What all providers over HTTP have in common."""
+
+    model: Text
+    dimensions: Dimensions
+    max_input_tokens: InputTokens | None = None
+    document_prefix: str = ""
+    query_prefix: str = ""
+    distance: Literal["cosine", "l2", "inner_product"] = "cosine"
+    api_key: ApiKey = ""
+    api_key_file: str = ""
+    concurrency: Annotated[int, Meta(ge=1, le=256)] = 4
+    batch_texts: Annotated[int, Meta(ge=1, le=10_000)] = 128
+    batch_tokens: Annotated[int, Meta(ge=1, le=100_000_000)] = 100_000
+    timeout_s: Seconds = 60.0
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """Two keys would leave open which one is meant."""
+        if self.api_key and self.api_key_file:
+            yield "api_key_file", "cannot be used together with api_key"
+
+
+class OpenAIEmbedder(
+    RemoteEmbedder, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="openai"
+):
+    """A provider that answers as OpenAI's `/v1/embeddings` does: OpenAI, vLLM, Ollama, llama.cpp and many others.
+
+    :param model: the model's name, as the provider knows it.
+    :param dimensions: length of the model's vectors; every answer is checked for it.
+    :param max_input_tokens: how many tokens of a text the model reads; larger chunks are cut. Empty is any number.
+    :param document_prefix: put before each chunk, where the model asks for it.
+    :param query_prefix: put before each query, where the model asks for it.
+    :param distance: the distance that the model was made for.
+    :param api_key: the key, sent as bearer token; empty sends none. Keep it out of the file: "${OPENAI_API_KEY}".
+    :param api_key_file: a file that holds the key, read again for each request, so that it can be exchanged.
+    :param concurrency: requests at the same time, each on a connection that is kept.
+    :param batch_texts: the most texts in one request.
+    :param batch_tokens: the most tokens in one request, by estimate.
+    :param timeout_s: seconds that one request may take.
+    :param base_url: what comes before `/embeddings`.
+    :param request_dimensions: ask the provider for vectors of `dimensions`, which only models trained for it can cut.
+    :param encoding: how vectors travel; "base64" is a third as long, "float" is known to every server.
+    :param requests_per_minute: the most requests in any minute; empty leaves it to the provider's answers.
+    :param tokens_per_minute: the most tokens in any minute; empty leaves it to the provider's answers.
+    """
+
+    base_url: Url = "https://api.openai.com/v1"
+    request_dimensions: bool = False
+    encoding: Literal["float", "base64"] = "float"
+    requests_per_minute: PerMinute | None = None
+    tokens_per_minute: PerMinute | None = None
+
+
+class TeiEmbedder(RemoteEmbedder, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="tei"):
+    """A server of Hugging Face's text-embeddings-inference; its `/info` must name the configured model.
+
+    :param model: the model's name or path, as the server's `/info` says it.
+    :param dimensions: length of the model's vectors; every answer is checked for it.
+    :param max_input_tokens: how many tokens of a text the model reads; larger chunks are cut. Empty is any number.
+    :param document_prefix: put before each chunk, where the model asks for it.
+    :param query_prefix: put before each query, where the model asks for it.
+    :param distance: the distance that the model was made for.
+    :param api_key: the key, sent as bearer token; empty sends none. Keep it out of the file: "${TEI_API_KEY}".
+    :param api_key_file: a file that holds the key, read again for each request, so that it can be exchanged.
+    :param concurrency: requests at the same time, each on a connection that is kept.
+    :param batch_texts: the most texts in one request; the server's own limit goes before it.
+    :param batch_tokens: the most tokens in one request, by estimate.
+    :param timeout_s: seconds that one request may take.
+    :param base_url: where the server is, without `/embed`.
+    :param revision: the model's commit, as `/info` says it; empty takes any.
+    :param normalize: have vectors of length one, as cosine distance and inner product want them.
+    :param truncate: leave out what the model does not read of a text; false lists such a text as failed.
+    """
+
+    base_url: Url
+    revision: Text | None = None
+    normalize: bool = True
+    truncate: bool = False
+
+
+Embedder = HashEmbedder | SentenceTransformersEmbedder | OpenAIEmbedder | TeiEmbedder
 
 
 class Chunking(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):

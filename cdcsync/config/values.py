@@ -10,6 +10,7 @@ import ipaddress
 import re
 from collections.abc import Callable
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from msgspec import Meta
 
@@ -88,6 +89,26 @@ def _blank_fault(text: str) -> str | None:
     return None if text.strip() else "expected some text, got none"
 
 
+def _url_fault(text: str) -> str | None:
+    try:
+        url = urlsplit(text)
+        port_is_fine = url.port is None or url.port > 0
+    except ValueError:
+        return "expected a URL such as http://127.0.0.1:8080/v1"
+    if url.username is not None or url.password is not None or url.query or url.fragment:
+        # A URL is shown in messages and logs.
+        return "expected a URL without user, password, query and fragment; a key goes into api_key or api_key_file"
+    if url.scheme not in ("http", "https") or not url.hostname or not port_is_fine or not text.isascii():
+        return "expected a URL such as http://127.0.0.1:8080/v1"
+    return None
+
+
+def _key_fault(text: str) -> str | None:
+    if re.fullmatch(r"[!-~]*", text):
+        return None
+    return "expected a key of visible ASCII characters without spaces, as it goes into an HTTP header"
+
+
 def _memory_fault(text: str) -> str | None:
     size = _MEMORY.fullmatch(text)
     if size is not None and _MIN_MEMORY_KB <= int(size[1]) * _KB_PER_UNIT[size[2]] <= _MAX_MEMORY_KB:
@@ -97,6 +118,8 @@ def _memory_fault(text: str) -> str | None:
 
 Text = Annotated[str, _checked_by(_blank_fault)]
 Dsn = Annotated[str, _checked_by(dsn_fault)]
+Url = Annotated[str, _checked_by(_url_fault)]
+ApiKey = Annotated[str, _checked_by(_key_fault)]
 Name = Annotated[str, _checked_by(plain_name_fault)]
 Relation = Annotated[str, _read_by(QualifiedName.parse)]
 Address = Annotated[str, _read_by(parse_address)]

@@ -22,8 +22,8 @@ from cdcsync.corpus import Entry
 from cdcsync.demo.material import CONFIG, HUB_MODEL, find_model, read_entries
 from cdcsync.demo.stage import Stage
 from cdcsync.errors import leading
+from cdcsync.handle import WorkerHandle
 from cdcsync.postgres import Connection, connect, speaking_of
-from cdcsync.worker import WorkerHandle
 
 LOG_LINES = 5
 """Lines of the worker's log that are shown when something goes wrong."""

@@ -18,10 +18,10 @@ from cdcsync.config import Config
 from cdcsync.corpus import Entry
 from cdcsync.demo.material import CHANGES, QUESTIONS, text_of
 from cdcsync.embedders import Embedder, make_embedder
+from cdcsync.handle import WorkerHandle
 from cdcsync.index.schema import IndexSpec
 from cdcsync.index.search import Hit, search, stored_spec
 from cdcsync.postgres import Connection, speaking_of
-from cdcsync.worker import WorkerHandle
 
 POLL_S = 0.003
 """How often a change is looked for: what is measured is too long by at most this and a query."""
@@ -31,6 +31,10 @@ PATIENCE_S = 60.0
 
 SINGLE_INSERTS = 20
 """Inserts one after the other: enough for a median."""
+
+
+OTHER_COLUMNS = 58
+"""Characters that the columns of the table of changes take, but for the last."""
 
 
 class Stage:
@@ -91,10 +95,11 @@ class Stage:
     async def change_all(self) -> None:
         """Make the changes, one after the other, and show when and how searches follow."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("change, search")
+        table.add_column("change, search", no_wrap=True)
         for heading in ("words", "meaning", "embedded"):
-            table.add_column(heading, justify="right")
-        table.add_column("best hit before, after", no_wrap=True)
+            table.add_column(heading, justify="right", no_wrap=True)
+        # What the others leave: rich would make all columns narrower alike.
+        table.add_column("best hit before, after", no_wrap=True, max_width=max(20, self._console.width - OTHER_COLUMNS))
         for change in CHANGES:
             (before, *_) = await self._search(change.question, k=1)
             texts = self._embedded_texts()

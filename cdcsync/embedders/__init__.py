@@ -5,6 +5,10 @@
     model_files             where a local model's files are
     description             what they say about it
     sentence_transformers   local models
+    pacing                  budgets, rate limits and the breaker of a provider
+    provider                requests over HTTP
+    remote                  what embedders over HTTP share
+    openai, tei             providers
 
 Making an embedder is cheap and never imports torch; `open` loads what is heavy.
 """
@@ -15,8 +19,10 @@ from typing import assert_never
 
 from cdcsync import config
 from cdcsync.embedders.hashing import HashEmbedder
+from cdcsync.embedders.openai import OpenAIEmbedder
 from cdcsync.embedders.protocol import Distance, Embedder, Kind, Vectors, validate
 from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder
+from cdcsync.embedders.tei import TeiEmbedder
 
 __all__ = ["Distance", "Embedder", "Kind", "Vectors", "make_embedder", "validate"]
 
@@ -35,5 +41,9 @@ def make_embedder(name: str, settings: config.Embedder) -> Embedder:
             return HashEmbedder(name, settings)
         case config.SentenceTransformersEmbedder():
             return SentenceTransformersEmbedder(name, settings)
+        case config.OpenAIEmbedder():
+            return OpenAIEmbedder(name, settings)
+        case config.TeiEmbedder():
+            return TeiEmbedder(name, settings)
         case unreachable:
             assert_never(unreachable)

@@ -48,6 +48,7 @@ class HashEmbedder:
     tokenizer_json: str | None = None
     max_input_tokens: int | None = None
     origin = "feature hashing"
+    concurrency = 1
 
     def __init__(self, name: str, settings: config.HashEmbedder) -> None:
         self.name = name
@@ -58,6 +59,10 @@ class HashEmbedder:
 
     async def open(self) -> None:
         """Do nothing: there is nothing to load."""
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        """Return the number of texts: there is no limit."""
+        return len(texts)
 
     async def aclose(self) -> None:
         """Forget the words."""

@@ -54,6 +54,13 @@ class Embedder(Protocol):
     def max_input_tokens(self) -> int | None:
         """How many tokens of a document the model reads, without special tokens and prompt; `None`: any number."""
 
+    @property
+    def concurrency(self) -> int:
+        """How many calls of `embed` may run at the same time: 1 where the model is on this machine."""
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        """Return how many of these texts, from the first on, one call should have at most; at least 1 of any."""
+
     async def open(self) -> None:
         """Load or connect to what `embed` needs. Calling it again does nothing.
 

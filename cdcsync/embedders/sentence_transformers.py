@@ -33,6 +33,8 @@ class SentenceTransformersEmbedder:
     :raises EmbedderSetupError: the model is not to be found or not supported.
     """
 
+    concurrency = 1
+
     def __init__(self, name: str, settings: config.SentenceTransformersEmbedder) -> None:
         self.name = name
         self._where = f"embedders.{name}"
@@ -79,6 +81,10 @@ class SentenceTransformersEmbedder:
         :raises EmbedderSetupError: sentence-transformers is not installed, or cannot load the model on the device.
         """
         await anyio.to_thread.run_sync(self._load, limiter=self._turn)
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        """Return the number of texts: the model cuts them into passes itself."""
+        return len(texts)
 
     async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
         """Return the texts' vectors, in their order. What the model does not read of a text is left out.

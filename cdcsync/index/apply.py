@@ -88,7 +88,7 @@ class IndexWriter:
 
     def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
         self._connection = connection
-        self._spec = spec
+        self.spec = self._spec = spec
         names = Names(schema, spec.name)
         self._names = names
         self._vectors = names.vectors(spec.generation)

@@ -1,16 +1,24 @@
-"""The keys that an index holds, a page at a time, in the target's own order."""
+"""The keys that an index holds, a page at a time, in the target's own order; and what is stored under given keys.
+
+Every statement here goes through a raw cursor: a column's name may hold a % that is no placeholder.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import psycopg
-from psycopg import sql
+from psycopg import pq, sql
 
-from cdcsync.changes import Key
+from cdcsync.changes import Key, Row
+from cdcsync.index.apply import BACKFILL
 from cdcsync.index.comparisons import comparisons, follows
 from cdcsync.index.schema import IndexSpec, Names
 from cdcsync.postgres import Connection
+
+DISCARDED = sql.SQL("''::bytea")
+"""The content hash of a vector that is to be made anew: no text has it, so the vector is searched, and not reused."""
 
 
 async def page_of_keys(
@@ -24,7 +32,6 @@ async def page_of_keys(
     listed = sql.SQL(", ").join(columns)
     values = [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(spec.key_types, start=1)]
     above = sql.SQL(" AND {}").format(follows(columns, values, await comparisons(connection, spec.key_types)))
-    # A raw cursor: a column's name may hold a % that is no placeholder.
     cursor = psycopg.AsyncRawCursor(connection)
     await cursor.execute(
         sql.SQL("SELECT {} FROM {} WHERE chunk_no = 0{} ORDER BY {} LIMIT {}").format(
@@ -36,9 +43,112 @@ async def page_of_keys(
         ),
         list(after or ()),
     )
-    result = cursor.pgresult
-    assert result is not None
-    return [
-        tuple(cast(bytes, result.get_value(row, column)).decode() for column in range(result.nfields))
-        for row in range(result.ntuples)
+    assert cursor.pgresult is not None
+    return cast(list[Key], texts(cursor.pgresult))
+
+
+async def stored_documents(
+    connection: Connection, schema: str, spec: IndexSpec, keys: Sequence[Key]
+) -> dict[Key, tuple[Row, bytes]]:
+    """Return the carried columns and the document hash that the index holds under each of `keys`, if it does."""
+    columns = [sql.Identifier("c", name) for name in spec.shape.carried]
+    cursor = psycopg.AsyncRawCursor(connection)
+    await cursor.execute(
+        sql.SQL("SELECT {} FROM {} AND c.chunk_no = 0").format(
+            sql.SQL(", ").join([sql.SQL("k.place"), sql.SQL("encode(c.document_hash, 'hex')"), *columns]),
+            await _joined(connection, schema, spec),
+        ),
+        _arrays(spec, keys),
+    )
+    assert cursor.pgresult is not None
+    return {
+        keys[int(cast(str, place)) - 1]: (tuple(carried), bytes.fromhex(cast(str, hash_)))
+        for place, hash_, *carried in texts(cursor.pgresult)
+    }
+
+
+async def discard_vectors(connection: Connection, schema: str, spec: IndexSpec, keys: Sequence[Key]) -> int:
+    """Have the vectors of these documents made again; the caller commits. Returns how many chunks that is.
+
+    The present vectors stay searchable, as stale ones, until their successors are stored.
+    """
+    names = Names(schema, spec.name)
+    cursor = psycopg.AsyncRawCursor(connection)
+    # The backlog before the vectors: the embed loop locks in this order too.
+    await cursor.execute(
+        sql.SQL(
+            "WITH touched AS (SELECT c.chunk_id, c.content_hash FROM {joined})"
+            " INSERT INTO {backlog} AS b (generation, chunk_id, content_hash, lane)"
+            " SELECT {generation}, chunk_id, content_hash, {lane} FROM touched ON CONFLICT (chunk_id, generation)"
+            " DO UPDATE SET attempts = 0, error = NULL, next_attempt_at = now(), content_hash = excluded.content_hash"
+        ).format(
+            joined=await _joined(connection, schema, spec),
+            backlog=names.backlog,
+            generation=sql.Literal(spec.generation),
+            lane=sql.Literal(BACKFILL),
+        ),
+        _arrays(spec, keys),
+    )
+    queued = cursor.rowcount
+    await cursor.execute(
+        sql.SQL(
+            "UPDATE {vectors} AS v SET content_hash = {none} FROM {joined}"
+            " AND v.chunk_id = c.chunk_id AND v.content_hash <> {none}"
+        ).format(
+            vectors=names.vectors(spec.generation),
+            none=DISCARDED,
+            joined=await _joined(connection, schema, spec),
+        ),
+        _arrays(spec, keys),
+    )
+    return queued
+
+
+async def canonical(connection: Connection, spec: IndexSpec, keys: Sequence[Key]) -> list[Key]:
+    """Return the keys as the server renders them: 7 for 007.
+
+    :raises psycopg.DataError: one is no value of its type; the message names it.
+    """
+    columns = [sql.SQL(f"k.k{at}::{type_}") for at, type_ in enumerate(spec.key_types)]
+    cursor = psycopg.AsyncRawCursor(connection)
+    await cursor.execute(
+        sql.SQL("SELECT {} FROM {} ORDER BY k.place").format(sql.SQL(", ").join(columns), _given(spec)),
+        _arrays(spec, keys),
+    )
+    assert cursor.pgresult is not None
+    return cast(list[Key], texts(cursor.pgresult))
+
+
+async def _joined(connection: Connection, schema: str, spec: IndexSpec) -> sql.Composable:
+    """Return SQL of the given keys `k` with the chunks `c` under each; it ends in a WHERE that can go on."""
+    same = [
+        sql.SQL("{} {} k.{}::" + type_).format(sql.Identifier("c", name), comparison.equal, sql.Identifier(f"k{at}"))
+        for at, (name, type_, comparison) in enumerate(
+            zip(spec.shape.key, spec.key_types, await comparisons(connection, spec.key_types), strict=True)
+        )
     ]
+    return sql.SQL("{} JOIN {} AS c ON true WHERE {}").format(
+        _given(spec), Names(schema, spec.name).chunks, sql.SQL(" AND ").join(same)
+    )
+
+
+def _given(spec: IndexSpec) -> sql.Composable:
+    places = range(len(spec.shape.key))
+    return sql.SQL("unnest({}) WITH ORDINALITY AS k({}, place)").format(
+        sql.SQL(", ").join([sql.SQL(f"${at + 1}::text[]") for at in places]),
+        sql.SQL(", ").join([sql.Identifier(f"k{at}") for at in places]),
+    )
+
+
+def _arrays(spec: IndexSpec, keys: Sequence[Key]) -> list[list[str]]:
+    return [[key[at] for key in keys] for at in range(len(spec.shape.key))]
+
+
+def texts(result: pq.abc.PGresult) -> list[Row]:
+    """Return a result's rows with every value in the text that the server sent."""
+    value, columns = result.get_value, range(result.nfields)
+    rows: list[Row] = []
+    for at in range(result.ntuples):
+        raw = [value(at, column) for column in columns]
+        rows.append(tuple([None if one is None else one.decode() for one in raw]))
+    return rows

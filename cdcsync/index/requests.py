@@ -1,31 +1,46 @@
 """Backfill requests: rows that any process writes and the worker serves.
 
+Requests of one index are served in the order they came, one at a time. A paused one lets those behind it pass.
+
 Source: PostgreSQL, "NOTIFY".
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, cast
 
 import msgspec
 from psycopg import sql
 
+from cdcsync.changes import Key
 from cdcsync.postgres import Connection
 
-Kind = Literal["initial", "replay", "resync"]
+Kind = Literal["initial", "replay", "resync", "verify"]
 Phase = Literal["rows", "orphans"]
+Wish = Literal["pause", "resume", "cancel"]
+Problem = Literal["missing", "stale", "orphaned", "carried", "undecided"]
+"""How a document can differ from its row; undecided is what changed each time that it was looked at."""
 
-_COLUMNS = "id, index_name, kind, rewrite, filter, state, phase, cursor, rows_done, rows_total, started_at"
+_COLUMNS = (
+    "id, index_name, kind, rewrite, filter, state, phase, cursor, rows_done, rows_total, started_at,"
+    " force_embed, keyed, max_rows_per_s, error"
+)
 
+_WISHES: Mapping[Wish, tuple[str, tuple[str, ...]]] = {
+    "pause": ("paused", ("requested", "running")),
+    "resume": ("requested", ("paused",)),
+    "cancel": ("cancelled", ("requested", "running", "paused")),
+}
+"""Each wish's new state, and those it can be had in."""
 
-CHANNEL = "cdcsync_backfills"
-"""Where requests are announced, the payload being the index. The schema is not part of it: the server takes no names
-of more than 63 bytes here, and a worker of another schema is only woken for nothing."""
+OPEN = ("requested", "running", "paused")
 
 
 class Request(msgspec.Struct, frozen=True):
-    """An open backfill; `cursor` is the key of the last row applied."""
+    """A backfill; `cursor` is the key of the last row applied, or the place of the last key of a keyed one."""
 
     id: int
     index: str
@@ -38,35 +53,77 @@ class Request(msgspec.Struct, frozen=True):
     rows_done: int
     rows_total: int | None
     started_at: datetime | None
+    force_embed: bool = False
+    keyed: bool = False
+    max_rows_per_s: int | None = None
+    error: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes of it."""
+        return self.state not in OPEN
 
 
 class Requests:
-    """The backfills table."""
+    """The backfills table, with the keys and the findings that belong to it."""
 
     def __init__(self, schema: str) -> None:
+        self._schema = schema
         self._table = sql.Identifier(schema, "backfills")
-        self.channel = CHANNEL
+        self._keys = sql.Identifier(schema, "backfill_keys")
+        self._differences = sql.Identifier(schema, "differences")
+        # A hash: the server refuses channels with names of more than 63 bytes, and a schema's may have as many.
+        self.channel = "cdcsync_" + hashlib.sha256(schema.encode()).hexdigest()[:16]
 
-    async def add(self, connection: Connection, index: str, kind: Kind, *, rewrite: bool, filter_: str | None) -> int:
-        """Ask for a backfill and wake the worker; takes effect when the caller commits."""
+    async def add(
+        self,
+        connection: Connection,
+        index: str,
+        kind: Kind,
+        *,
+        rewrite: bool,
+        filter_: str | None,
+        force_embed: bool = False,
+        keys: Iterable[Key] | None = None,
+        max_rows_per_s: int | None = None,
+    ) -> int:
+        """Ask for a backfill and wake the worker; takes effect when the caller commits.
+
+        :param keys: needs a transaction around it, so that the worker does not see the request without them.
+        """
         cursor = await connection.execute(
-            sql.SQL("INSERT INTO {} (index_name, kind, rewrite, filter) VALUES (%s, %s, %s, %s) RETURNING id").format(
-                self._table
-            ),
-            [index, kind, rewrite, filter_],
+            sql.SQL(
+                "INSERT INTO {} (index_name, kind, rewrite, filter, force_embed, keyed, max_rows_per_s)"
+                " VALUES (%s, %s, %s, %s, %s, %s, %s) RETURNING id"
+            ).format(self._table),
+            [index, kind, rewrite, filter_, force_embed, keys is not None, max_rows_per_s],
         )
         row = await cursor.fetchone()
         assert row is not None
+        id_ = cast(int, row[0])
+        if keys is not None:
+            count = 0
+            statement = sql.SQL("COPY {} (backfill_id, place, key) FROM STDIN").format(self._keys)
+            async with connection.cursor() as writer, writer.copy(statement) as copy:
+                for count, key in enumerate(keys, start=1):
+                    await copy.write_row((id_, count, list(key)))
+            await connection.execute(
+                sql.SQL("UPDATE {} SET rows_total = %s WHERE id = %s").format(self._table), [count, id_]
+            )
+        await self._wake(connection, index)
+        return id_
+
+    async def _wake(self, connection: Connection, index: str) -> None:
         await connection.execute("SELECT pg_notify(%s, %s)", [self.channel, index])
-        return cast(int, row[0])
 
     async def oldest_open(self, connection: Connection, indexes: list[str]) -> Request | None:
-        """Return the request to serve next for these indexes."""
+        """Return the request to serve next for these indexes; those of paused indexes wait."""
         cursor = await connection.execute(
             sql.SQL(
-                f"SELECT {_COLUMNS} FROM {{}}"
-                " WHERE state IN ('requested', 'running') AND index_name = ANY(%s) ORDER BY id LIMIT 1"
-            ).format(self._table),
+                f"SELECT {_COLUMNS} FROM {{}} AS b WHERE state IN ('requested', 'running') AND index_name = ANY(%s)"
+                " AND NOT EXISTS (SELECT FROM {} AS i WHERE i.name = b.index_name AND i.state = 'paused')"
+                " ORDER BY id LIMIT 1"
+            ).format(self._table, sql.Identifier(self._schema, "indexes")),
             [indexes],
         )
         row = await cursor.fetchone()
@@ -83,6 +140,28 @@ class Requests:
         )
         row = await cursor.fetchone()
         return None if row is None else _request(row)
+
+    async def one(self, connection: Connection, id_: int) -> Request | None:
+        """Return a request as it is now; None when it went with its index."""
+        cursor = await connection.execute(
+            sql.SQL(f"SELECT {_COLUMNS} FROM {{}} WHERE id = %s").format(self._table), [id_]
+        )
+        row = await cursor.fetchone()
+        return None if row is None else _request(row)
+
+    async def wish(self, connection: Connection, index: str, wish: Wish, *, id_: int | None = None) -> list[int]:
+        """Pause, resume or cancel the open requests of an index, or only one of them; returns those that it changed."""
+        state, before = _WISHES[wish]
+        cursor = await connection.execute(
+            sql.SQL(
+                "UPDATE {} SET state = %s, finished_at = CASE WHEN %s = 'cancelled' THEN now() END"
+                " WHERE index_name = %s AND state = ANY(%s) AND (%s::bigint IS NULL OR id = %s) RETURNING id"
+            ).format(self._table),
+            [state, state, index, list(before), id_, id_],
+        )
+        changed = sorted(cast(int, row[0]) for row in await cursor.fetchall())
+        await self._wake(connection, index)
+        return changed
 
     async def start(self, connection: Connection, request: Request, rows_total: int | None) -> None:
         """Note that a request is being served."""
@@ -110,6 +189,59 @@ class Requests:
             ),
             [error, request.id],
         )
+
+    async def forget_keys(self, connection: Connection) -> None:
+        """Remove the keys of requests that have ended."""
+        await connection.execute(
+            sql.SQL(
+                "DELETE FROM {} AS k USING {} AS b WHERE b.id = k.backfill_id"
+                " AND b.state IN ('done', 'failed', 'cancelled')"
+            ).format(self._keys, self._table)
+        )
+
+    async def keys(self, connection: Connection, request: Request, after: int, limit: int) -> list[Key]:
+        """Return the keys that follow the `after`-th of a keyed request, in their order."""
+        cursor = await connection.execute(
+            sql.SQL("SELECT key FROM {} WHERE backfill_id = %s AND place > %s ORDER BY place LIMIT %s").format(
+                self._keys
+            ),
+            [request.id, after, limit],
+        )
+        return [tuple(cast(list[str], row[0])) for row in await cursor.fetchall()]
+
+    async def note(
+        self,
+        connection: Connection,
+        request: Request,
+        found: Sequence[tuple[Key, Problem]],
+        *,
+        cursor: Key | None,
+        rows_done: int,
+        done: bool,
+    ) -> None:
+        """Store what a page of a verification found, together with how far it got."""
+        async with connection.transaction():
+            for key, problem in found:
+                await connection.execute(
+                    sql.SQL("INSERT INTO {} VALUES (%s, %s, %s) ON CONFLICT DO NOTHING").format(self._differences),
+                    [request.id, list(key), problem],
+                )
+            await connection.execute(
+                sql.SQL(
+                    "UPDATE {} SET cursor = %s::text[], rows_done = %s,"
+                    " state = CASE WHEN %s AND state = 'running' THEN 'done' ELSE state END,"
+                    " finished_at = CASE WHEN %s AND state = 'running' THEN clock_timestamp() ELSE finished_at END"
+                    " WHERE id = %s"
+                ).format(self._table),
+                [None if cursor is None else list(cursor), rows_done, done, done, request.id],
+            )
+
+    async def found(self, connection: Connection, id_: int) -> list[tuple[Key, Problem]]:
+        """Return what a verification found, by key."""
+        cursor = await connection.execute(
+            sql.SQL("SELECT key, problem FROM {} WHERE backfill_id = %s ORDER BY key").format(self._differences), [id_]
+        )
+        return [(tuple(key), problem) for key, problem in await cursor.fetchall()]
 
 
 def _request(row: tuple[Any, ...]) -> Request:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Literal, cast
 
 import msgspec
+import psycopg
 from psycopg import sql
 
 from cdcsync.changes import Shape
@@ -69,6 +70,8 @@ class IndexSpec(msgspec.Struct, frozen=True):
     """Identifies the template and the chunking: when it changes, every document is chunked again."""
     row_filter: str | None = None
     generation: int = 1
+    table_oid: int = 0
+    """The table's OID on the source: a table that was made anew under the same name has another one."""
 
     @property
     def vector_type(self) -> str:
@@ -147,18 +150,24 @@ _SHARED = (
         state text NOT NULL CHECK (state IN ('building', 'live', 'paused')),
         reason text,
         created_at timestamptz NOT NULL DEFAULT now(),
-        live_at timestamptz
+        live_at timestamptz,
+        table_oid bigint
     )
     """,
     "COMMENT ON TABLE {schema}.indexes IS 'cdcsync: one row per index, with what its chunks and vectors were made by.'",
+    "COMMENT ON COLUMN {schema}.indexes.table_oid IS"
+    " 'The table''s OID on the source: another one under the same name is another table.'",
     "COMMENT ON COLUMN {schema}.indexes.generation IS 'The vectors table in use: NAME_vectors_GENERATION.'",
     """
     CREATE TABLE IF NOT EXISTS {schema}.backfills (
         id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
         index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
-        kind text NOT NULL CHECK (kind IN ('initial', 'replay', 'resync')),
+        kind text NOT NULL CHECK (kind IN ('initial', 'replay', 'resync', 'verify')),
         rewrite boolean NOT NULL DEFAULT false,
+        force_embed boolean NOT NULL DEFAULT false,
         filter text,
+        keyed boolean NOT NULL DEFAULT false,
+        max_rows_per_s int CHECK (max_rows_per_s > 0),
         state text NOT NULL DEFAULT 'requested'
             CHECK (state IN ('requested', 'running', 'paused', 'done', 'failed', 'cancelled')),
         phase text NOT NULL DEFAULT 'rows' CHECK (phase IN ('rows', 'orphans')),
@@ -176,6 +185,27 @@ _SHARED = (
     " 'rows: reading the source; orphans: asking it which index keys it still has.'",
     "COMMENT ON COLUMN {schema}.backfills.cursor IS"
     " 'The key of the last row that was applied; commits together with the rows.'",
+    "COMMENT ON COLUMN {schema}.backfills.keyed IS"
+    " 'Only the keys in backfill_keys are read; cursor is then the place of the last one that was.'",
+    """
+    CREATE TABLE IF NOT EXISTS {schema}.backfill_keys (
+        backfill_id bigint NOT NULL REFERENCES {schema}.backfills ON DELETE CASCADE,
+        place bigint NOT NULL,
+        key text[] NOT NULL,
+        PRIMARY KEY (backfill_id, place)
+    )
+    """,
+    "COMMENT ON TABLE {schema}.backfill_keys IS"
+    " 'cdcsync: the keys that a request is about, where it is not about all; removed when the request has ended.'",
+    """
+    CREATE TABLE IF NOT EXISTS {schema}.differences (
+        backfill_id bigint NOT NULL REFERENCES {schema}.backfills ON DELETE CASCADE,
+        key text[] NOT NULL,
+        problem text NOT NULL CHECK (problem IN ('missing', 'stale', 'orphaned', 'carried', 'undecided')),
+        PRIMARY KEY (backfill_id, key)
+    )
+    """,
+    "COMMENT ON TABLE {schema}.differences IS 'cdcsync: what a verification found to differ from the source.'",
     "CREATE INDEX IF NOT EXISTS backfills_open ON {schema}.backfills (index_name, id) "
     "WHERE state IN ('requested', 'running', 'paused')",
     """
@@ -245,6 +275,7 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
     )
     for definition in carried:
         await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN IF NOT EXISTS {}").format(names.chunks, definition))
+    await _follow_types(connection, schema, spec, names)
     await _create_search(connection, schema, spec, names)
     for column in spec.config.indexed:
         await connection.execute(
@@ -285,6 +316,41 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
     ):
         await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(relation, sql.Literal(comment)))
     await create_view(connection, schema, spec)
+
+
+async def _follow_types(connection: Connection, schema: str, spec: IndexSpec, names: Names) -> None:
+    """Give key and carried columns the types of the spec, where they have others.
+
+    A carried value that cannot become one of the new type is dropped: the backfill that follows brings it again.
+    """
+    cursor = await connection.execute(
+        "SELECT a.attname, format_type(a.atttypid, a.atttypmod) FROM pg_attribute a"
+        " JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 AND NOT a.attisdropped",
+        [schema, f"{spec.name}_chunks"],
+    )
+    present: dict[str, str] = dict(await cursor.fetchall())
+    wanted = dict(zip(spec.shape.carried, spec.carried_types, strict=True))
+    wanted |= dict(zip(spec.shape.key, spec.key_types, strict=True))
+    changed = {column: type_ for column, type_ in wanted.items() if present[column] != type_}
+    if not changed:
+        return
+    view = spec.config.view_name
+    await connection.execute(sql.SQL("DROP VIEW IF EXISTS {}").format(sql.Identifier(view.schema, view.name)))
+    for column, type_ in changed.items():
+        name = sql.Identifier(column)
+        try:
+            async with connection.transaction():
+                await connection.execute(
+                    sql.SQL("ALTER TABLE {} ALTER COLUMN {} TYPE " + type_ + " USING {}::text::" + type_).format(
+                        names.chunks, name, name
+                    )
+                )
+        except psycopg.DataError:
+            if column in spec.shape.key:
+                raise
+            await connection.execute(sql.SQL("ALTER TABLE {} DROP COLUMN {}").format(names.chunks, name))
+            await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN {} " + type_).format(names.chunks, name))
 
 
 async def _create_search(connection: Connection, schema: str, spec: IndexSpec, names: Names) -> None:

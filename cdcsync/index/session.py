@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Self
 
+import anyio
 import psycopg
 from psycopg import sql
 from psycopg.pq import TransactionStatus
 
 from cdcsync.batches import PageEnd
-from cdcsync.errors import LeaseLost, SetupError, TargetUnavailable
+from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetUnavailable
 from cdcsync.index.apply import Applied, ChangeSet, IndexWriter
+from cdcsync.index.keys import discard_vectors
 from cdcsync.index.pipelines import Pipelines, PipelineState
 from cdcsync.index.requests import Requests
 from cdcsync.index.schema import IndexSpec
@@ -30,6 +32,23 @@ from cdcsync.postgres import Connection, connect, speaking_of
 def worker_name() -> str:
     """Return what an operator finds this process by."""
     return f"{socket.gethostname()}:{os.getpid()}"
+
+
+@contextlib.contextmanager
+def _pausing(index: str) -> Iterator[None]:
+    """Turn a value that the target cannot take into the reason why this index, and only this one, stops.
+
+    The server's words hold the value, so only the kind of error is passed on.
+    """
+    try:
+        yield
+    except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded) as error:
+        raise SchemaChanged(
+            f"the target refuses a value: {type(error).__name__} ({error.sqlstate})",
+            index=index,
+            where=f"index {index}",
+            hint="compare the types of the table's key and carried columns with those of the chunks table",
+        ) from error
 
 
 class ApplySession:
@@ -62,12 +81,14 @@ class ApplySession:
         """
         connection = await self._connect()
         with speaking_of("target"):
-            if not await self._pipelines.try_lock(connection):
-                await connection.close()
-                return False
-            self._fence = await self._pipelines.take_over(connection, worker_name())
-        self._connection = connection
-        return True
+            try:
+                if await self._pipelines.try_lock(connection):
+                    self._fence = await self._pipelines.take_over(connection, worker_name())
+                    self._connection = connection
+            finally:
+                if self._connection is None:
+                    await _close(connection)
+        return self._connection is not None
 
     async def reopen(self, specs: Sequence[IndexSpec]) -> None:
         """Connect again under the same fence, after the connection broke.
@@ -78,19 +99,22 @@ class ApplySession:
         await self.aclose()
         connection = await self._connect()
         with speaking_of("target"):
-            locked = await self._pipelines.try_lock(connection)
-            state = await self._pipelines.read(connection)
-        if state is None or state.fence != self._fence or not locked:
-            await connection.close()
-            if state is not None and state.fence == self._fence:
-                # Our own old session may linger on the server for a moment.
-                raise TargetUnavailable("the pipeline's lock is still held", where=f"slot {self._slot}")
-            raise LeaseLost(
-                "another worker took over while the target was away",
-                where=f"slot {self._slot}",
-                hint="this worker stops; the other one goes on",
-            )
-        self._connection = connection
+            try:
+                locked = await self._pipelines.try_lock(connection)
+                state = await self._pipelines.read(connection)
+                if state is None or state.fence != self._fence:
+                    raise LeaseLost(
+                        "another worker took over while the target was away",
+                        where=f"slot {self._slot}",
+                        hint="this worker stops; the other one goes on",
+                    )
+                if not locked:
+                    # Our own old session may linger on the server for a moment.
+                    raise TargetUnavailable("the pipeline's lock is still held", where=f"slot {self._slot}")
+                self._connection = connection
+            finally:
+                if self._connection is None:
+                    await _close(connection)
         await self.prepare(specs)
 
     async def prepare(self, specs: Sequence[IndexSpec]) -> None:
@@ -126,6 +150,7 @@ class ApplySession:
         pages: Sequence[PageEnd],
         checkpoint: Lsn | None,
         *,
+        paused: Mapping[str, str] | None = None,
         commit_time: datetime | None,
         caught_up: bool,
     ) -> dict[str, Applied]:
@@ -133,6 +158,7 @@ class ApplySession:
 
         :raises TargetUnavailable: nothing or everything was committed; applying again is safe.
         :raises LeaseLost: nothing was committed.
+        :raises SchemaChanged: the target refuses a value of one index; nothing was committed.
         """
         assert self._fence is not None
         if self._connection is None or self._connection.info.transaction_status != TransactionStatus.IDLE:
@@ -141,8 +167,10 @@ class ApplySession:
         with speaking_of("target"):
             async with self.connection.transaction():
                 for index, change_set in changes.items():
-                    with speaking_of("target", where=f"index {index}"):
+                    with speaking_of("target", where=f"index {index}"), _pausing(index):
                         applied[index] = await self._writers[index].apply(change_set)
+                for index, reason in (paused or {}).items():
+                    await self._pause(index, reason)
                 for page in pages:
                     await self._end_page(page)
                 await self._pipelines.commit(
@@ -150,12 +178,22 @@ class ApplySession:
                 )
         return applied
 
+    async def _pause(self, index: str, reason: str) -> None:
+        await self.connection.execute(
+            sql.SQL("UPDATE {} SET state = 'paused', reason = %s WHERE name = %s").format(
+                sql.Identifier(self._schema, "indexes")
+            ),
+            [reason, index],
+        )
+
     async def _end_page(self, page: PageEnd) -> None:
+        if page.force_embed and page.index in self._writers:
+            await discard_vectors(self.connection, self._schema, self._writers[page.index].spec, page.force_embed)
         await self.connection.execute(
             sql.SQL(
                 "UPDATE {} SET phase = %s, cursor = %s::text[], rows_done = %s,"
-                " state = CASE WHEN %s THEN 'done' ELSE state END,"
-                " finished_at = CASE WHEN %s THEN clock_timestamp() END WHERE id = %s"
+                " state = CASE WHEN %s AND state <> 'cancelled' THEN 'done' ELSE state END,"
+                " finished_at = CASE WHEN %s THEN clock_timestamp() ELSE finished_at END WHERE id = %s"
             ).format(sql.Identifier(self._schema, "backfills")),
             [
                 page.phase,
@@ -178,11 +216,15 @@ class ApplySession:
         """End the session, which frees the lock."""
         if self._connection is not None:
             connection, self._connection = self._connection, None
-            with contextlib.suppress(psycopg.Error):
-                await connection.close()
+            await _close(connection)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+async def _close(connection: Connection) -> None:
+    with anyio.CancelScope(shield=True), contextlib.suppress(psycopg.Error):
+        await connection.close()

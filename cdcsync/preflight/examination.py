@@ -28,6 +28,8 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
     :param embedders: those that could be made; one that is missing has its finding already.
     """
     findings: list[Finding] = []
+    specs: list[IndexSpec] = []
+    broken: dict[str, str] = {}
     plans = [make_plan(name, index, embedders.get(index.embedder), findings) for name, index in config.indexes.items()]
     async with AsyncExitStack() as stack:
         source = await _connect(stack, config.source.dsn, "source", findings)
@@ -38,10 +40,16 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
         if target is not None and (target_facts := await examine_target(target, config, findings)) is not None:
             if source_facts is not None:
                 findings += own_tables(config, source_facts, target_facts)
-            specs = await _examine_indexes(target, config, plans, source_facts, target_facts, findings)
-        else:
-            specs = []
-    return Report(findings, specs)
+            broken = _pause_broken(plans, target_facts, findings)
+            specs = await _examine_indexes(
+                target,
+                config,
+                [plan for plan in plans if plan.name not in broken],
+                source_facts,
+                target_facts,
+                findings,
+            )
+    return Report(findings, specs, broken)
 
 
 async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[Finding]) -> Connection | None:
@@ -56,11 +64,12 @@ async def _examine_tables(
     source: Connection, plans: Sequence[Plan], facts: SourceFacts, findings: list[Finding]
 ) -> None:
     for plan in plans:
-        plan.table = await examine_table(source, plan.name, plan.index, findings)
+        plan.table = await examine_table(source, plan.name, plan.index, plan.findings)
         if plan.table is not None:
             needed = needed_columns(plan.index, plan.template, plan.table)
-            findings += table_faults(plan.name, plan.index, plan.template, plan.table, facts.server.role)
-            findings += sending_findings(plan.table, needed, facts)
+            plan.findings += table_faults(plan.name, plan.index, plan.template, plan.table, facts.server.role)
+            plan.findings += sending_findings(plan.table, needed, facts)
+        findings += plan.findings
     if facts.publication is None:
         found = {plan.table.name: plan.table for plan in plans if plan.table is not None}
         findings += creation_faults(found.values(), facts)
@@ -78,6 +87,21 @@ def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list
         for name, index in config.indexes.items()
         if ours and index.table_name.schema == config.target.schema
     ]
+
+
+def _pause_broken(plans: Sequence[Plan], facts: TargetFacts, findings: list[Finding]) -> dict[str, str]:
+    """Return the indexes that exist and cannot follow their tables any more; what was an error of theirs is a warning."""
+    broken = {}
+    for plan in plans:
+        errors = [finding for finding in plan.findings if finding.level == "error"]
+        if errors and plan.name in facts.stored:
+            first = errors[0]
+            broken[plan.name] = f"{first.message}; {first.hint}" if first.hint else first.message
+            for error in errors:
+                findings[findings.index(error)] = Finding.warning(
+                    error.where, f"{error.message}; the index {plan.name} is paused, the others go on", error.hint
+                )
+    return broken
 
 
 async def _examine_indexes(

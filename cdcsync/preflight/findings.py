@@ -62,11 +62,14 @@ class Finding(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct):
     """All findings, in the order of the checks, and the indexes as they are to be.
 
+    :ivar broken: indexes that exist and whose tables are not fit for them any more, with the reason; they are paused,
+        and keep no other index from going on.
     :ivar specs: complete, in the configuration's order, if there is no error; else those that could be made.
     """
 
     findings: list[Finding]
     specs: list[IndexSpec]
+    broken: dict[str, str] = {}
 
     @property
     def errors(self) -> list[Finding]:

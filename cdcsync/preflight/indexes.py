@@ -40,6 +40,8 @@ class Plan(msgspec.Struct):
     embedder: Embedder | None = None
     fingerprint: str | None = None
     table: Table | None = None
+    findings: list[Finding] = []
+    """What is wrong with the table, or its sending."""
 
 
 def make_plan(name: str, index: Index, embedder: Embedder | None, findings: list[Finding]) -> Plan:
@@ -177,4 +179,5 @@ async def make_spec(
         fingerprint=plan.fingerprint,
         row_filter=row_filter,
         generation=stored.generation if stored else 1,
+        table_oid=table.oid,
     )

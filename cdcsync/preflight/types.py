@@ -1,7 +1,8 @@
 """The types that key and carried columns have in the target.
 
 A column keeps its type where the target has it. A domain may become what it is made of, anything else text: values are
-copied as the source renders them, so text holds them all. An index that exists keeps the types it was created with.
+copied as the source renders them, so text holds them all. An index that exists keeps the types it has, and
+follows a column that changed its type in the source.
 
 Source: PostgreSQL, "Object Identifier Types" (to_regtype), "Operator Classes and Operator Families".
 """
@@ -39,16 +40,14 @@ async def choose_types(
                 )
             )
         elif kept is not None and kept not in (column.type, column.base_type, type_, FALLBACK):
-            table = f"{quote(schema)}.{name}_chunks"
             findings.append(
                 Finding.warning(
                     f"indexes.{name}",
                     f"the column {quote(column.name)} is {column.type} in the source and {kept} in the existing index:"
-                    " a value that does not fit stops the pipeline",
-                    f"drop the view, ALTER TABLE {table} ALTER COLUMN {quote(column.name)} TYPE {type_}, then start the"
-                    " worker: it makes the view again",
+                    f" run changes the index to {type_}, which rewrites its chunks table",
                 )
             )
+            kept = None
         chosen[column.name] = kept or type_
     return chosen
 

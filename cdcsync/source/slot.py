@@ -65,7 +65,8 @@ class SlotConnection:
                 conninfo_for(dsn, application_name="cdcsync", replication="database"), autocommit=True
             )
         except psycopg.Error as error:
-            if ("WAL senders" in str(error) and "permission denied" in str(error)) or "replication role" in str(error):
+            # "permission denied to start WAL sender" since 16, "must be superuser or replication role" before.
+            if "permission denied to start WAL sender" in str(error) or "replication role" in str(error):
                 raise SetupError(
                     first_line(error), where=where, hint="ALTER ROLE … REPLICATION for the role in the DSN"
                 ) from error

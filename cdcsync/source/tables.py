@@ -42,10 +42,13 @@ class SourceTable:
         table = sql.Identifier(shape.table.schema, shape.table.name)
         columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.columns)
         keys = [sql.Identifier("t", name) for name in shape.key]
-        published = sql.SQL("(" + row_filter + ")") if row_filter else sql.SQL("true")
+        # As a subquery, so that the filter's bare column names cannot be taken for those of what it is joined to.
+        published = sql.SQL("(SELECT * FROM {} AS t WHERE {})").format(
+            table, _condition(row_filter) if row_filter else sql.SQL("true")
+        )
         self._key_list = sql.SQL(", ").join(keys)
         casts = [sql.SQL("%s::text::" + type_) for type_ in key_types]
-        self._select = sql.SQL("SELECT {} FROM {} AS t WHERE {}").format(columns, table, published)
+        self._select = sql.SQL("SELECT {} FROM {} AS t WHERE true").format(columns, published)
         self._after = sql.SQL("({}) > ({})").format(self._key_list, sql.SQL(", ").join(casts))
         places = [sql.Identifier(f"k{at}") for at in range(len(keys))]
         wanted = sql.SQL("unnest({}) WITH ORDINALITY AS wanted({}, place)").format(
@@ -55,19 +58,15 @@ class SourceTable:
             sql.SQL("{} = wanted.{}::" + type_).format(key, place)
             for key, place, type_ in zip(keys, places, key_types, strict=True)
         )
-        self._by_keys = sql.SQL("SELECT {} FROM {} AS t JOIN {} ON {} WHERE {}").format(
-            columns, table, wanted, same, published
-        )
-        self._places = sql.SQL("SELECT wanted.place FROM {} AS t JOIN {} ON {} WHERE {}").format(
-            table, wanted, same, published
-        )
-        self._count = sql.SQL("SELECT count(*) FROM {} AS t WHERE {}").format(table, published)
+        self._by_keys = sql.SQL("SELECT {} FROM {} AS t JOIN {} ON {}").format(columns, published, wanted, same)
+        self._places = sql.SQL("SELECT wanted.place FROM {} AS t JOIN {} ON {}").format(published, wanted, same)
+        self._count = sql.SQL("SELECT count(*) FROM {} AS t WHERE true").format(published)
 
     async def page(self, connection: Connection, after: Key | None, limit: int, where: str | None = None) -> Page:
         """Return up to `limit` rows with keys above `after`, in key order; fewer rows than that are the last ones."""
         conditions: list[sql.Composable] = [self._after] if after is not None else []
         if where:
-            conditions.append(sql.SQL("(" + where + ")"))
+            conditions.append(_condition(where))
         statement = sql.SQL(" AND ").join([self._select, *conditions]) + sql.SQL(" ORDER BY {} LIMIT {}").format(
             self._key_list, sql.Literal(limit)
         )
@@ -75,13 +74,16 @@ class SourceTable:
 
     async def by_keys(self, connection: Connection, keys: Sequence[Key]) -> Page:
         """Return the rows that exist now with these keys, in no order."""
-        return await _read(connection, self._by_keys, [list(column) for column in zip(*keys, strict=True)])
+        return await _read(connection, self._by_keys, self._arrays(keys))
 
     async def absent(self, connection: Connection, keys: Sequence[Key]) -> tuple[Snapshot, list[Key]]:
         """Return those of `keys` that no row has now; the source's own equality decides, not the text."""
-        page = await _read(connection, self._places, [list(column) for column in zip(*keys, strict=True)])
+        page = await _read(connection, self._places, self._arrays(keys))
         found = {int(cast(str, place)) for (place,) in page.rows}
         return page.snapshot, [key for place, key in enumerate(keys, start=1) if place not in found]
+
+    def _arrays(self, keys: Sequence[Key]) -> list[list[str]]:
+        return [[key[at] for key in keys] for at in range(len(self.shape.key))]
 
     async def estimate(self, connection: Connection) -> int:
         """Return the planner's idea of how many rows the table has."""
@@ -96,8 +98,8 @@ class SourceTable:
 
     async def count(self, connection: Connection, where: str | None = None) -> int:
         """Return how many rows there are to read."""
-        statement = self._count if not where else self._count + sql.SQL(" AND (" + where + ")")
-        cursor = await connection.execute(statement)
+        statement = self._count if not where else sql.SQL(" AND ").join([self._count, _condition(where)])
+        cursor = await connection.execute(statement, [])
         row = await cursor.fetchone()
         assert row is not None
         return cast(int, row[0])
@@ -131,6 +133,11 @@ def _texts(result: pq.abc.PGresult) -> list[Row]:
         raw = [value(at, column) for column in columns]
         rows.append(tuple([None if one is None else one.decode() for one in raw]))
     return rows
+
+
+def _condition(text: str) -> sql.Composable:
+    """Return a condition that someone wrote; a per cent sign in it is no placeholder."""
+    return sql.SQL("(" + text.replace("%", "%%") + ")")
 
 
 async def emit_mark(connection: Connection, content: str) -> None:

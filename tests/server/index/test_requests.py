@@ -9,7 +9,7 @@ import pytest
 from cdcsync.index.requests import Request, Requests
 from cdcsync.index.schema import create_shared
 from cdcsync.postgres import Connection
-from tests.fixtures.indexes import SCHEMA
+from tests.fixtures.indexes import SCHEMA, make_spec, register
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -22,10 +22,8 @@ async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> Con
     connection = await connect_target()
     await create_shared(connection, SCHEMA)
     await connection.execute("INSERT INTO cdcsync.pipelines (slot, publication) VALUES ('s', 'p')")
-    await connection.execute(
-        "INSERT INTO cdcsync.indexes SELECT name, 's', 't', 'v', '{id}', '{}', 'f', 1, 'm', 3, 'vector', 'cosine', 'live'"
-        " FROM unnest('{articles,notes}'::text[]) AS name"
-    )
+    for name in ("articles", "notes"):
+        await register(connection, make_spec(name=name), slot="s")
     return connection
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,15 @@ import pytest
 from psycopg.pq import TransactionStatus
 
 from cdcsync.batches import PageEnd
-from cdcsync.errors import LeaseLost, SetupError, TargetUnavailable
+from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetUnavailable
 from cdcsync.index.apply import Applied, ChangeSet
 from cdcsync.index.pipelines import Pipelines
 from cdcsync.index.requests import Requests
-from cdcsync.index.schema import IndexSpec, create_index_relations, create_shared
+from cdcsync.index.schema import create_index_relations, create_shared
 from cdcsync.index.session import ApplySession, worker_name
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection
-from tests.fixtures.indexes import SCHEMA, changes, document, make_spec, vector_text
+from tests.fixtures.indexes import SCHEMA, changes, document, make_spec, register, until, vector_text
 
 if TYPE_CHECKING:
     from tests.fixtures.servers import Database
@@ -82,17 +83,9 @@ async def pipeline(
         await Pipelines(SCHEMA, SLOT).ensure(connection, "publication")
         for spec in SPECS:
             await create_index_relations(connection, SCHEMA, spec)
-            await register(connection, spec)
+            await register(connection, spec, slot=SLOT)
     async with contextlib.AsyncExitStack() as stack:
         yield Pipeline(target, connection, stack)
-
-
-async def register(connection: Connection, spec: IndexSpec) -> None:
-    await connection.execute(
-        "INSERT INTO cdcsync.indexes"
-        " VALUES (%s, 'slot', 't', 'v', '{id}', '{}', 'f', 1, 'm', 3, 'vector', 'cosine', 'live')",
-        [spec.name],
-    )
 
 
 async def apply(
@@ -125,10 +118,12 @@ async def test_who_does_not_get_the_lock_leaves_no_session_behind(pipeline: Pipe
     for _ in range(3):
         assert not await pipeline.session().try_open()
     # A session that was closed may still be ending; one that was not would stay for ever.
-    while await pipeline.rows(
-        "SELECT pid FROM pg_stat_activity WHERE application_name = 'cdcsync apply slot'"
-    ) != [(first.connection.info.backend_pid,)]:
-        await pipeline.connection.execute("SELECT pg_stat_clear_snapshot()")
+
+    async def alone() -> bool:
+        found = await pipeline.rows("SELECT pid FROM pg_stat_activity WHERE application_name = 'cdcsync apply slot'")
+        return found == [(first.connection.info.backend_pid,)]
+
+    await until(alone)
 
 
 async def test_a_pipeline_that_was_not_set_up_cannot_be_opened_and_stays_unlocked(pipeline: Pipeline) -> None:
@@ -138,9 +133,8 @@ async def test_a_pipeline_that_was_not_set_up_cannot_be_opened_and_stays_unlocke
         await session.try_open()
     await pipeline.connection.execute("INSERT INTO cdcsync.pipelines (slot, publication) VALUES ('slot', 'p')")
     other = pipeline.session()
-    while not await other.try_open():
-        # The refused session's end takes the server a moment.
-        pass
+    # The refused session's end takes the server a moment.
+    await until(other.try_open)
     assert (await other.state()).fence == 1
 
 
@@ -196,16 +190,37 @@ async def test_a_batch_commits_its_indexes_its_cursors_and_its_checkpoint_togeth
     assert state.caught_up_at is not None
 
 
-async def test_when_one_part_fails_none_is_written(pipeline: Pipeline) -> None:
-    session = await pipeline.open()
-    with pytest.raises(SetupError, match="invalid input syntax for type bigint") as failed:
+@pytest.mark.parametrize(
+    ("type_", "value", "code"),
+    [
+        ("integer", "not a number", "22P02"),
+        ("numeric(3,1)", "100", "22003"),
+        ("cdcsync.email", "nobody", "23514"),
+        ("text", "long", "54000"),
+    ],
+)
+async def test_a_value_that_the_target_refuses_names_its_index_and_nothing_is_written(
+    pipeline: Pipeline, type_: str, value: str, code: str
+) -> None:
+    await pipeline.connection.execute("CREATE DOMAIN cdcsync.email AS text CHECK (VALUE LIKE '%@%')")
+    await pipeline.connection.execute(f"ALTER TABLE cdcsync.articles_chunks ADD refused {type_}".encode())
+    await pipeline.connection.execute("CREATE INDEX ON cdcsync.articles_chunks (refused)")
+    spec = make_spec(carried={"tenant": "integer", "refused": type_}, search=None)
+    session = pipeline.session()
+    assert await session.try_open()
+    await session.prepare([spec, SPECS[1]])
+    # What is too long for a b-tree must be so after compression, too.
+    value = secrets.token_hex(10_000) if value == "long" else value
+    with pytest.raises(SchemaChanged, match=code) as failed:
         await apply(
             session,
             Lsn(10),
             notes=changes(document("x", "b", carried=())),
-            articles=changes(document("not a number", "a")),
+            articles=changes(document("1", "a", carried=("1", value))),
         )
+    assert failed.value.index == "articles"
     assert failed.value.where == "index articles"
+    assert value not in str(failed.value)
     assert await pipeline.rows("SELECT FROM cdcsync.notes_chunks") == []
     assert await pipeline.checkpoint() is None
     # The session is whole: the next batch gets through.
@@ -295,8 +310,7 @@ async def test_a_session_is_not_opened_again_behind_a_successor(pipeline: Pipeli
         await first.reopen(SPECS)
     # What was refused holds no lock.
     third = pipeline.session()
-    while not await third.try_open():
-        pass
+    await until(third.try_open)
     assert (await third.state()).fence == 3
 
 
@@ -332,8 +346,7 @@ async def test_a_closed_session_may_be_closed_again_and_frees_the_lock(pipeline:
     with pytest.raises(TargetUnavailable, match="not usable"):
         await apply(session, Lsn(10))
     again = pipeline.session()
-    while not await again.try_open():
-        pass
+    await until(again.try_open)
     assert (await again.state()).fence == 2
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from cdcsync.config import HashEmbedder, load, parse, schema, sections
+from cdcsync.config import HashEmbedder, OpenAIEmbedder, TeiEmbedder, load, parse, schema, sections
 from cdcsync.config.sections import Section
 
 EXAMPLE = Path(__file__).parents[3] / "config" / "cdcsync.example.toml"
@@ -51,6 +51,10 @@ def test_the_commented_out_values_are_the_defaults() -> None:
     plain, full = load(EXAMPLE, ENVIRON), parse(uncommented(), ENVIRON, where="example")
 
     assert full.embedders["hashing"] == HashEmbedder()
+    assert full.embedders["hosted"] == OpenAIEmbedder(model="text-embedding-3-small", dimensions=1536)
+    assert full.embedders["served"] == TeiEmbedder(
+        model="BAAI/bge-base-en-v1.5", dimensions=768, base_url="http://127.0.0.1:8080"
+    )
     assert plain == msgspec.structs.replace(full, embedders=plain.embedders)
     assert plain.embedders["minilm"] == full.embedders["minilm"]
 
@@ -66,5 +70,5 @@ def test_every_key_of_every_section_is_in_the_example(section: str) -> None:
 def test_every_key_of_the_example_has_a_line_of_why_above_it() -> None:
     lines = EXAMPLE.read_text().splitlines()
     for above, line in pairwise(lines):
-        if re.match(r"#?[a-z_]+ = ", line) and line != '#type = "hash"':
+        if re.match(r"#?[a-z_]+ = ", line) and not line.startswith("#type = "):
             assert above.startswith("# "), line

@@ -1,79 +1,73 @@
-"""The backfill flow: reads a table in key order while changes stream in, without locks and without long snapshots.
-
-    page (rows + snapshot) ─► mark in the WAL ─► the stream meets the mark ─► rows that nothing newer overtook ─► apply
-
-A page is read in one short transaction, then a mark is written to the source's WAL. When the stream delivers the
-mark, every transaction that the page's snapshot sees has been delivered before it. Those that the snapshot does not
-see and that were delivered all the same have left their keys in the index's `Deliveries`: these rows are dropped,
-the stream had newer ones. What is delivered after the mark is applied after the page. The cursor commits together
-with the rows, so a crash repeats at most the pages in flight.
-"""
+"""The engine: takes requests, sends pages, and hands the stream what belongs at each mark."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from typing import TypeAlias, TypeVar
 
 import anyio
 import msgspec
 import structlog
+from psycopg import sql
 
+from cdcsync.backfill.checking import check
+from cdcsync.backfill.pages import Page, PageReader, Pages
 from cdcsync.batches import Batch, PageEnd
-from cdcsync.changes import Delete, Key, Row, Upsert
+from cdcsync.changes import Delete, Key, Upsert
 from cdcsync.embed import backoff_s
 from cdcsync.errors import CdcsyncError, Retry, Unavailable
-from cdcsync.index.keys import page_of_keys
-from cdcsync.index.requests import Request, Requests
+from cdcsync.index.requests import Problem, Request, Requests
 from cdcsync.index.schema import IndexSpec
 from cdcsync.metrics import Metrics
 from cdcsync.postgres import Connection, Session, connect, speaking_of
-from cdcsync.source.catalog import blockers, current_snapshot
+from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.tables import SourceTable, emit_mark
 from cdcsync.transactions import Mark
-from cdcsync.visibility import Deliveries, Snapshot
+from cdcsync.visibility import Deliveries
 
 log = structlog.get_logger()
-
-T = TypeVar("T")
-
-
-class _Page(msgspec.Struct, frozen=True):
-    """Keys with the rows that the snapshot shows, None where it shows none; `cursor` is the last key looked at."""
-
-    snapshot: Snapshot
-    entries: list[tuple[Key, Row | None]]
-    cursor: Key | None
-    last: bool
-
-
-PageReader: TypeAlias = Callable[[Key | None], Awaitable[_Page]]
-"""Reads the page after a key."""
 
 PAGES_IN_FLIGHT = 2
 """One page is read while the other is applied; more would only grow what a crash repeats."""
 
-POLL_S = 1.0
-"""How often requests are looked for; also how soon a pause or cancellation is noticed."""
+POLL_S = 5.0
+"""How often requests are looked for without being notified of one."""
+
+PAUSE_POLL_S = 0.5
+"""How soon a slowed-down backfill notices that it was paused or cancelled; others look after each page."""
+
+CHECK_ROUNDS = 12
+"""How often a document that changes just then is compared; one that changed each time is reported as undecided."""
 
 COUNT_UP_TO = 200_000
 """Tables with fewer rows than this by the planner's estimate are counted exactly for the progress bar."""
 
-PRUNE_S = 10.0
-"""How often the memory of delivered transactions is rid of those that are visible by now."""
-
-BLOCKED_REPORT_S = 10.0
-
 
 class _Pending(msgspec.Struct):
-    """A page whose mark is under way."""
+    """A page whose mark is under way; without an `end` nothing of it is applied, only waited for."""
 
     request: Request
     spec: IndexSpec
-    page: _Page
-    end: PageEnd
+    page: Page
+    end: PageEnd | None
     applied: anyio.Event
+
+
+class _Pace:
+    """Spreads rows evenly over time."""
+
+    def __init__(self, rows_per_s: int | None) -> None:
+        self.rows_per_s = rows_per_s
+        self._due = anyio.current_time()
+
+    def left_s(self, rows: int) -> float:
+        """Note that rows were read and return how long to wait before the next ones, in seconds."""
+        if self.rows_per_s is None:
+            return 0.0
+        now = anyio.current_time()
+        self._due = max(self._due, now - 1.0) + rows / self.rows_per_s
+        return max(0.0, self._due - now)
 
 
 class Backfills:
@@ -90,7 +84,14 @@ class Backfills:
         deliveries: Mapping[str, Deliveries],
         page_rows: int,
         metrics: Metrics,
+        max_rows_per_s: int | None = None,
+        forget_vectors: Callable[[str], None] = lambda index: None,
     ) -> None:
+        """Make the engine of a worker.
+
+        :param max_rows_per_s: holds for every request, besides the request's own.
+        :param forget_vectors: called when vectors of an index are to be made anew, so that none comes from memory.
+        """
         self._source = Session(source_dsn, "source", application_name="cdcsync backfill")
         self._target_dsn = target_dsn
         self._schema = schema
@@ -100,13 +101,21 @@ class Backfills:
         self._deliveries = deliveries
         self._page_rows = page_rows
         self._metrics = metrics
+        self._max_rows_per_s = max_rows_per_s
+        self._forget_vectors = forget_vectors
         self._pending: dict[str, _Pending] = {}
         self._run = secrets.token_hex(4)
         self._sequence = 0
+        self._pages: dict[str, Pages] = {
+            name: Pages(self._source, schema, spec, tables[name], deliveries[name]) for name, spec in specs.items()
+        }
         self.finished = anyio.Event()
         """Set, and replaced, each time a request ends."""
-        self.waiting_for: list[str] = []
+
+    @property
+    def waiting_for(self) -> list[str]:
         """The source sessions that the present page waits for."""
+        return [session for pages in self._pages.values() for session in pages.waiting_for]
 
     # -- called by the stream -----------------------------------------------------------------------------------
 
@@ -116,6 +125,10 @@ class Backfills:
         if pending is None:
             return  # a mark of an earlier process, or of a page that is in the target already
         shape, deliveries = pending.spec.shape, self._deliveries[pending.spec.name]
+        if pending.end is None:
+            batch.of(shape)
+            batch.marks.append(mark.content)
+            return
         rows: list[Upsert | Delete] = []
         for key, row in pending.page.entries:
             if deliveries.hides(key, pending.page.snapshot):
@@ -147,6 +160,8 @@ class Backfills:
                     stack.push_async_callback(self._source.aclose)
                     target = await connect(self._target_dsn, "target", application_name="cdcsync backfill")
                     stack.push_async_callback(target.close)
+                    with speaking_of("target"):
+                        await target.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._requests.channel)))
                     attempt = 0
                     while True:
                         await self._serve_next(target)
@@ -160,7 +175,9 @@ class Backfills:
             request = await self._requests.oldest_open(target, list(self._specs))
         if request is None:
             await self._prune()
-            await anyio.sleep(POLL_S)
+            with speaking_of("target"):
+                async for _ in target.notifies(timeout=POLL_S, stop_after=1):
+                    pass
             return
         deliveries = self._deliveries[request.index]
         deliveries.record()
@@ -176,11 +193,13 @@ class Backfills:
             for mark in [mark for mark, one in self._pending.items() if one.request.id == request.id]:
                 del self._pending[mark]
             deliveries.stop()
+        with speaking_of("target"):
+            await self._requests.forget_keys(target)
         self.finished.set()
         self.finished = anyio.Event()
 
     async def _serve(self, target: Connection, request: Request) -> None:
-        spec, table = self._specs[request.index], self._tables[request.index]
+        spec, table, pages = self._specs[request.index], self._tables[request.index], self._pages[request.index]
         with speaking_of("source", where=str(spec.shape.table)):
             total = await self._estimate(table, request)
         with speaking_of("target"):
@@ -192,106 +211,101 @@ class Backfills:
             kind=request.kind,
             resumed_at=request.rows_done,
         )
-        finished = True
-        if request.phase == "rows":
-            finished = await self._pages(target, request, self._rows_after(spec, table, request))
-        if finished and request.kind == "resync":
+        if request.force_embed:
+            self._forget_vectors(request.index)
+        read = pages.keyed(target, self._requests, request) if request.keyed else pages.rows(request.filter)
+        if request.kind == "verify":
+            finished = await self._checks(target, request, read)
+        else:
+            finished = True
             if request.phase == "rows":
-                request = msgspec.structs.replace(request, phase="orphans", cursor=None)
-            finished = await self._pages(target, request, self._orphans_after(spec, table, target))
+                finished = await self._send_all(target, request, read)
+            if finished and request.kind == "resync":
+                if request.phase == "rows":
+                    request = msgspec.structs.replace(request, phase="orphans", cursor=None)
+                finished = await self._send_all(target, request, pages.orphans(target))
         if finished:
             log.info("backfill_done", index=request.index, backfill=request.id)
 
-    async def _pages(self, target: Connection, request: Request, read: PageReader) -> bool:
+    def _pace(self, request: Request) -> _Pace:
+        return _Pace(min(filter(None, (self._max_rows_per_s, request.max_rows_per_s)), default=None))
+
+    async def _send_all(self, target: Connection, request: Request, read: PageReader) -> bool:
         """Send every page of a phase and wait until all are applied; False when someone paused or cancelled."""
-        spec = self._specs[request.index]
+        spec, pace = self._specs[request.index], self._pace(request)
+        limit = min(self._page_rows, pace.rows_per_s or self._page_rows)
         cursor, done = request.cursor, request.rows_done
         closes = request.phase == "orphans" or request.kind != "resync"
         in_flight: list[_Pending] = []
         last = False
         while not last:
-            page = await read(cursor)
+            page = await read(cursor, limit)
             cursor, last = page.cursor, page.last
             done += len(page.entries)
-            end = PageEnd(request.id, request.phase, cursor, done, last and closes)
+            forced = tuple(key for key, row in page.entries if row is not None) if request.force_embed else ()
+            end = PageEnd(request.id, request.phase, cursor, done, last and closes, request.index, forced)
             in_flight.append(await self._send(_Pending(request, spec, page, end, anyio.Event())))
             while len(in_flight) >= (1 if last else PAGES_IN_FLIGHT):
                 await in_flight.pop(0).applied.wait()
-            with speaking_of("target"):
-                state = await self._requests.state(target, request)
-            if not last and state not in ("requested", "running"):
+            if not last and not await self._may_go_on(target, request, pace.left_s(len(page.entries))):
                 for pending in in_flight:
                     await pending.applied.wait()
-                log.info("backfill_stopped", index=request.index, backfill=request.id, state=state, rows=done)
+                log.info("backfill_stopped", index=request.index, backfill=request.id, rows=done)
                 return False
         return True
 
-    def _rows_after(self, spec: IndexSpec, table: SourceTable, request: Request) -> PageReader:
-        """Return the reader of the source's rows in the order of their keys."""
+    async def _checks(self, target: Connection, request: Request, read: PageReader) -> bool:
+        """Compare every page of a verification at its mark, one at a time; False when someone paused or cancelled."""
+        pace = self._pace(request)
+        cursor, done, last = request.cursor, request.rows_done, False
+        while not last:
+            page = await read(cursor, min(self._page_rows, pace.rows_per_s or self._page_rows))
+            cursor, last = page.cursor, page.last
+            done += len(page.entries)
+            found = await self._check(target, request, page)
+            with speaking_of("target"):
+                await self._requests.note(target, request, found, cursor=cursor, rows_done=done, done=last)
+            if not last and not await self._may_go_on(target, request, pace.left_s(len(page.entries))):
+                return False
+        return True
 
-        async def read(after: Key | None) -> _Page:
-            async def page(connection: Connection) -> tuple[Snapshot, list[Row]]:
-                found = await table.page(connection, after, self._page_rows, request.filter)
-                return found.snapshot, found.rows
+    async def _check(self, target: Connection, request: Request, page: Page) -> list[tuple[Key, Problem]]:
+        spec, deliveries = self._specs[request.index], self._deliveries[request.index]
+        found: list[tuple[Key, Problem]] = []
+        changed: list[Key] = []
+        for attempt in range(CHECK_ROUNDS):
+            sent = await self._send(_Pending(request, spec, page, None, anyio.Event()))
+            await sent.applied.wait()
+            differ, changed = await check(target, self._schema, spec, page, deliveries.hides)
+            found += differ
+            if not changed:
+                return found
+            await anyio.sleep(backoff_s(attempt, first=0.02, most=1))
+            page = await self._pages[request.index].of_keys(changed)
+        return found + [(key, "undecided") for key in changed]
 
-            snapshot, rows = await self._under_a_complete_snapshot(spec, page)
-            entries: list[tuple[Key, Row | None]] = [(spec.shape.key_of(row), row) for row in rows]
-            return _Page(snapshot, entries, entries[-1][0] if entries else after, len(rows) < self._page_rows)
-
-        return read
-
-    def _orphans_after(self, spec: IndexSpec, table: SourceTable, target: Connection) -> PageReader:
-        """Return the reader of the index's keys, which says which of them the source does not have."""
-
-        async def read(after: Key | None) -> _Page:
-            with speaking_of("target", where=f"index {spec.name}"):
-                keys = await page_of_keys(target, self._schema, spec, after, self._page_rows)
-
-            async def page(connection: Connection) -> tuple[Snapshot, list[Key]]:
-                return await table.absent(connection, keys)
-
-            snapshot, absent = await self._under_a_complete_snapshot(spec, page)
-            return _Page(
-                snapshot, [(key, None) for key in absent], keys[-1] if keys else after, len(keys) < self._page_rows
-            )
-
-        return read
+    async def _may_go_on(self, target: Connection, request: Request, wait_s: float) -> bool:
+        """Wait as long as the pace asks for; False as soon as someone has paused or cancelled."""
+        until = anyio.current_time() + wait_s
+        while True:
+            with speaking_of("target"):
+                state = await self._requests.state(target, request)
+            if state not in ("requested", "running"):
+                return False
+            left = until - anyio.current_time()
+            if left <= 0:
+                return True
+            await anyio.sleep(min(left, PAUSE_POLL_S))
 
     async def _estimate(self, table: SourceTable, request: Request) -> int | None:
         """Return how many rows there are to read; None where finding out would cost too much."""
-        if request.rows_total is not None:
+        if request.rows_total is not None or request.keyed:
             return request.rows_total
         connection = await self._source.connection()
         estimate = await table.estimate(connection)
         if request.filter is None and estimate > COUNT_UP_TO:
             return estimate
         return await table.count(connection, request.filter) if estimate <= COUNT_UP_TO else None
-
-    async def _under_a_complete_snapshot(
-        self, spec: IndexSpec, read: Callable[[Connection], Awaitable[tuple[Snapshot, T]]]
-    ) -> tuple[Snapshot, T]:
-        """Read with a snapshot that sees every transaction of which we do not know the keys."""
-        deliveries = self._deliveries[spec.name]
-        reported = anyio.current_time()
-        attempt = 0
-        try:
-            while True:
-                with speaking_of("source", where=str(spec.shape.table)):
-                    connection = await self._source.connection()
-                    unseen = deliveries.unseen(await current_snapshot(connection))
-                    if not unseen:
-                        snapshot, found = await read(connection)
-                        unseen = deliveries.unseen(snapshot)
-                        if not unseen:
-                            return snapshot, found
-                    self.waiting_for = await blockers(connection, unseen)
-                if anyio.current_time() - reported > BLOCKED_REPORT_S:
-                    reported = anyio.current_time()
-                    log.warning("backfill_waits_for_transactions", index=spec.name, sessions=self.waiting_for)
-                await anyio.sleep(backoff_s(attempt, first=0.02, most=1))
-                attempt += 1
-        finally:
-            self.waiting_for = []
 
     async def _send(self, pending: _Pending) -> _Pending:
         """Register a page and write its mark."""

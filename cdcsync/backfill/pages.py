@@ -1,0 +1,138 @@
+"""Pages: rows of the source, each page with the snapshot that it was read under.
+
+A page's snapshot sees every transaction whose changes the stream delivered without our noting their keys; where it
+does not yet, the page is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias, TypeVar
+
+import anyio
+import msgspec
+import structlog
+
+from cdcsync.changes import Key, Row
+from cdcsync.embed import backoff_s
+from cdcsync.index.keys import page_of_keys
+from cdcsync.index.requests import Request, Requests
+from cdcsync.index.schema import IndexSpec
+from cdcsync.postgres import Connection, Session, speaking_of
+from cdcsync.source.catalog import blockers, current_snapshot
+from cdcsync.source.tables import SourceTable
+from cdcsync.visibility import Deliveries, Snapshot
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+BLOCKED_REPORT_S = 10.0
+"""How often it is said which open transactions a page waits for."""
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Keys with the rows that the snapshot shows, None where it shows none; `cursor` is where the next page begins."""
+
+    snapshot: Snapshot
+    entries: list[tuple[Key, Row | None]]
+    cursor: Key | None
+    last: bool
+
+
+PageReader: TypeAlias = Callable[[Key | None, int], Awaitable[Page]]
+"""Reads the page after a cursor, with at most so many entries."""
+
+
+class Pages:
+    """Reads the pages of one index, over one session on the source."""
+
+    def __init__(
+        self, source: Session, schema: str, spec: IndexSpec, table: SourceTable, deliveries: Deliveries
+    ) -> None:
+        self._source = source
+        self._schema = schema
+        self._spec = spec
+        self._table = table
+        self._deliveries = deliveries
+        self.waiting_for: list[str] = []
+        """The source sessions that the present page waits for."""
+
+    def rows(self, filter_: str | None) -> PageReader:
+        """Return the reader of the source's rows in the order of their keys."""
+
+        async def read(after: Key | None, limit: int) -> Page:
+            async def page(connection: Connection) -> tuple[Snapshot, list[Row]]:
+                found = await self._table.page(connection, after, limit, filter_)
+                return found.snapshot, found.rows
+
+            snapshot, rows = await self._under_a_complete_snapshot(page)
+            entries: list[tuple[Key, Row | None]] = [(self._spec.shape.key_of(row), row) for row in rows]
+            return Page(snapshot, entries, entries[-1][0] if entries else after, len(rows) < limit)
+
+        return read
+
+    def orphans(self, target: Connection) -> PageReader:
+        """Return the reader of the index's keys, which says which of them the source does not have."""
+
+        async def read(after: Key | None, limit: int) -> Page:
+            with speaking_of("target", where=f"index {self._spec.name}"):
+                keys = await page_of_keys(target, self._schema, self._spec, after, limit)
+
+            async def page(connection: Connection) -> tuple[Snapshot, list[Key]]:
+                return await self._table.absent(connection, keys)
+
+            snapshot, absent = await self._under_a_complete_snapshot(page)
+            return Page(snapshot, [(key, None) for key in absent], keys[-1] if keys else after, len(keys) < limit)
+
+        return read
+
+    def keyed(self, target: Connection, requests: Requests, request: Request) -> PageReader:
+        """Return the reader of the keys that a request names; its cursor is the place of the last one."""
+
+        async def read(after: Key | None, limit: int) -> Page:
+            place = int(after[0]) if after else 0
+            with speaking_of("target"):
+                keys = await requests.keys(target, request, place, limit)
+            page = await self.of_keys(keys)
+            return Page(page.snapshot, page.entries, (str(place + len(keys)),), len(keys) < limit)
+
+        return read
+
+    async def of_keys(self, keys: Sequence[Key]) -> Page:
+        """Return the page of these keys."""
+
+        async def page(connection: Connection) -> tuple[Snapshot, list[Row]]:
+            found = await self._table.by_keys(connection, keys)
+            return found.snapshot, found.rows
+
+        snapshot, rows = await self._under_a_complete_snapshot(page)
+        entries: dict[Key, Row | None] = dict.fromkeys(keys)
+        entries.update((self._spec.shape.key_of(row), row) for row in rows)
+        return Page(snapshot, list(entries.items()), None, True)
+
+    async def _under_a_complete_snapshot(
+        self, read: Callable[[Connection], Awaitable[tuple[Snapshot, T]]]
+    ) -> tuple[Snapshot, T]:
+        """Read with a snapshot that sees every transaction of which we do not know the keys."""
+        deliveries = self._deliveries
+        reported = anyio.current_time()
+        attempt = 0
+        try:
+            while True:
+                with speaking_of("source", where=str(self._spec.shape.table)):
+                    connection = await self._source.connection()
+                    unseen = deliveries.unseen(await current_snapshot(connection))
+                    if not unseen:
+                        snapshot, found = await read(connection)
+                        unseen = deliveries.unseen(snapshot)
+                        if not unseen:
+                            return snapshot, found
+                    self.waiting_for = await blockers(connection, unseen)
+                if anyio.current_time() - reported > BLOCKED_REPORT_S:
+                    reported = anyio.current_time()
+                    log.warning("backfill_waits_for_transactions", index=self._spec.name, sessions=self.waiting_for)
+                await anyio.sleep(backoff_s(attempt, first=0.02, most=1))
+                attempt += 1
+        finally:
+            self.waiting_for = []

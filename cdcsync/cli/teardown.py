@@ -1,0 +1,87 @@
+"""`cdcsync teardown`: asks, tears down, and says what became of each thing."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
+from cdcsync.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cdcsync.teardown import Belongings, Step
+
+EPILOG = """Let the source go, and keep the index as it is: `cdcsync teardown`
+
+    Leave nothing behind: `cdcsync teardown --purge`"""
+
+_MARKS = {"dropped": ("✓", "green"), "absent": ("·", "dim"), "kept": ("!", "yellow")}
+
+
+def teardown(
+    context: typer.Context,
+    config: ConfigOption = None,
+    purge: Annotated[bool, typer.Option("--purge", help="Drop the indexes in the target too, after a yes.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Say yes beforehand.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """End a pipeline for good: drop its slot and its publication on the source.
+
+    Stop the worker and its standbys first. The index stays searchable as it is, and follows no more; starting again
+    means reading the tables again. With --purge the index goes too: its view, its tables and, with the last pipeline,
+    cdcsync's schema. Source tables are never touched. Doing it twice does no harm.
+    """
+    import anyio
+
+    from cdcsync import teardown as flow
+    from cdcsync.cli import printing
+
+    configuration = context.ensure_object(Invocation).load(config)
+    if purge and not yes:
+        belongings = anyio.run(flow.read_belongings, configuration)
+        if belongings.set_up:
+            _ask(belongings)
+    steps = anyio.run(lambda: flow.tear_down(configuration, purge=purge))
+    if as_json:
+        printing.print_json(steps)
+    else:
+        _print(steps)
+
+
+def _ask(belongings: Belongings) -> None:
+    """Return only if the answer is yes.
+
+    :raises UsageError: there is nobody to ask.
+    """
+    from cdcsync.cli.printing import console, plain
+
+    out = console(errors=True)
+    out.print("--purge drops from the target, for good:")
+    for kind, names in (("view", belongings.views), ("table", belongings.tables)):
+        for name in names:
+            out.print(f"  {kind} {plain(name)}", markup=False)
+    out.print("Go on? [y/N] ", end="", markup=False)
+    answer = sys.stdin.readline()
+    if not answer:
+        out.print()
+        raise UsageError("--purge needs a yes, and there is nobody to ask", where="--purge", hint="add --yes")
+    if answer.strip().lower() not in ("y", "yes"):
+        out.print("nothing was changed")
+        raise typer.Exit(1)
+
+
+def _print(steps: Sequence[Step]) -> None:
+    from rich.text import Text
+
+    from cdcsync.cli.printing import console, plain
+
+    out = console()
+    for step in steps:
+        mark, style = _MARKS[step.outcome]
+        outcome = "was not there" if step.outcome == "absent" else step.outcome
+        note = f": {plain(step.note)}" if step.note else ""
+        out.print(Text.assemble((mark, style), " ", (plain(step.what), "bold"), f" {outcome}{note}"))

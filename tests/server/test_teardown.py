@@ -1,0 +1,266 @@
+"""`cdcsync teardown` as an operator uses it: what goes, what stays, and when it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import Pipeline
+
+pytestmark = pytest.mark.server
+
+CONFIG = """
+[source]
+dsn = "{source}"
+slot = "{slot}"
+publication = "cdcsync"
+feedback_every_s = 1
+[target]
+dsn = "{target}"
+[worker]
+listen = "127.0.0.1:0"
+[embedders.fake]
+type = "hash"
+dimensions = 8
+[indexes.{index}]
+table = "articles"
+text = "{{title}}"
+embedder = "fake"
+"""
+
+
+def make(
+    make_pipeline: Callable[[str], Pipeline],
+    source: Database,
+    target: Database,
+    *,
+    slot: str | None = None,
+    index: str = "articles",
+) -> Pipeline:
+    text = CONFIG.format(source=source.dsn, target=target.dsn, slot=slot or f"s_{source.name}", index=index)
+    return make_pipeline(text)
+
+
+def fill(database: Database) -> None:
+    database.execute("CREATE TABLE articles (id bigint PRIMARY KEY, title text)")
+    database.execute("INSERT INTO articles SELECT i, 'title ' || i FROM generate_series(1, 20) AS i")
+
+
+def run_and_stop(pipeline: Pipeline) -> None:
+    worker = pipeline.start()
+    pipeline.live()
+    assert pipeline.stop(worker) == 0
+
+
+def teardown(pipeline: Pipeline, *arguments: str, answer: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cdcsync", "teardown", "-c", str(pipeline.path), *arguments],
+        input=answer,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def outcomes(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    assert done.returncode == 0, done.stderr
+    return {step["what"]: step["outcome"] for step in json.loads(done.stdout)}
+
+
+def slots(database: Database) -> list[str]:
+    return [
+        name
+        for (name,) in database.execute(
+            "SELECT slot_name::text FROM pg_replication_slots WHERE database = %s", [database.name]
+        )
+    ]
+
+
+def publications(database: Database) -> list[str]:
+    return [name for (name,) in database.execute("SELECT pubname::text FROM pg_publication")]
+
+
+def relations(database: Database) -> list[str]:
+    """Return everything that is in the database and was not there at first."""
+    return [
+        name
+        for (name,) in database.execute(
+            "SELECT c.oid::regclass::text FROM pg_class c WHERE relkind IN ('r', 'v')"
+            " AND relnamespace::regnamespace::text NOT IN ('pg_catalog', 'information_schema') ORDER BY 1"
+        )
+    ]
+
+
+def test_slot_and_publication_go_and_the_index_stays_searchable(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    source, target = make_database(), make_database()
+    fill(source)
+    pipeline = make(make_pipeline, source, target)
+    run_and_stop(pipeline)
+
+    done = teardown(pipeline)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"✓ slot s_{source.name} dropped", "✓ publication cdcsync dropped"]
+    assert slots(source) == publications(source) == []
+    assert target.execute("SELECT count(*) FROM articles_index") == [(20,)]
+
+
+def test_a_purge_leaves_nothing_behind_and_can_be_repeated(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    fill(database)
+    pipeline = make(make_pipeline, database, database)
+    run_and_stop(pipeline)
+
+    first = outcomes(teardown(pipeline, "--purge", "--yes", "--json"))
+    again = outcomes(teardown(pipeline, "--purge", "--yes", "--json"))
+
+    assert set(first.values()) == {"dropped"}
+    assert set(again.values()) == {"absent"}
+    assert relations(database) == ["articles"]
+    assert slots(database) == publications(database) == []
+    assert database.execute("SELECT FROM pg_namespace WHERE nspname = 'cdcsync'") == []
+    assert database.execute("SELECT count(*) FROM articles") == [(20,)]
+
+
+def test_a_pipeline_that_was_torn_down_can_be_set_up_again(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    fill(database)
+    pipeline = make(make_pipeline, database, database)
+    run_and_stop(pipeline)
+    outcomes(teardown(pipeline, "--purge", "--yes", "--json"))
+
+    run_and_stop(pipeline)
+
+    pipeline.compare()
+
+
+@pytest.mark.parametrize(("answer", "status"), [("n\n", 1), ("\n", 1), ("", 2)], ids=["no", "empty line", "nobody"])
+def test_without_a_yes_nothing_is_changed(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], answer: str, status: int
+) -> None:
+    database = make_database()
+    fill(database)
+    pipeline = make(make_pipeline, database, database)
+    run_and_stop(pipeline)
+    before = relations(database)
+
+    done = teardown(pipeline, "--purge", answer=answer)
+
+    assert done.returncode == status
+    assert "table cdcsync.articles_chunks" in done.stderr
+    assert "view public.articles_index" in done.stderr
+    assert relations(database) == before
+    assert slots(database) == [f"s_{database.name}"]
+    assert outcomes(teardown(pipeline, "--purge", "--json", answer="yes\n"))
+
+
+def test_it_refuses_while_a_worker_runs(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    fill(database)
+    pipeline = make(make_pipeline, database, database)
+    worker = pipeline.start()
+    pipeline.live()
+
+    done = teardown(pipeline, "--purge", "--yes")
+
+    assert done.returncode == 2
+    assert "error: a worker runs for this pipeline" in done.stderr
+    assert "fix:   stop it" in done.stderr
+    database.execute("INSERT INTO articles VALUES (100, 'still followed')")
+    pipeline.in_step()
+    assert pipeline.stop(worker) == 0
+
+
+def test_what_a_user_built_on_the_index_is_not_dropped_with_it(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    fill(database)
+    pipeline = make(make_pipeline, database, database)
+    run_and_stop(pipeline)
+    database.execute("CREATE VIEW mine AS SELECT id FROM articles_index")
+
+    done = teardown(pipeline, "--purge", "--yes")
+
+    assert done.returncode == 2
+    assert "depends on the index" in done.stderr
+    assert "mine" in done.stderr
+    assert database.execute("SELECT count(*) FROM mine") == [(20,)]
+    assert slots(database) == [f"s_{database.name}"]
+
+
+def test_the_other_pipeline_of_the_schema_goes_on(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    fill(database)
+    one = make(make_pipeline, database, database, slot=f"a_{database.name}")
+    other = make(make_pipeline, database, database, slot=f"b_{database.name}", index="others")
+    run_and_stop(one)
+    worker = other.start()
+    other.event("index_live")
+    assert other.stop(worker) == 0
+
+    done = outcomes(teardown(one, "--purge", "--yes", "--json"))
+
+    assert done["publication cdcsync"] == "kept"
+    assert slots(database) == [f"b_{database.name}"]
+    assert not [name for name in relations(database) if "articles_" in name]
+    database.execute("INSERT INTO articles VALUES (100, 'still followed')")
+    worker = other.start()
+    other.in_step()
+    assert other.stop(worker) == 0
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("CREATE PUBLICATION cdcsync FOR ALL TABLES WITH (publish_via_partition_root)", "sends all tables"),
+        ("CREATE PUBLICATION cdcsync FOR TABLE articles, elsewhere", "also sends public.elsewhere"),
+    ],
+    ids=["all tables", "another table"],
+)
+def test_a_publication_that_serves_others_too_is_kept(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], statement: str, reason: str
+) -> None:
+    database = make_database()
+    fill(database)
+    database.execute("CREATE TABLE elsewhere (id int PRIMARY KEY)")
+    database.execute(statement)
+    pipeline = make(make_pipeline, database, database)
+
+    done = teardown(pipeline)
+
+    assert done.returncode == 0
+    assert reason in done.stdout
+    assert "DROP PUBLICATION cdcsync" in done.stdout
+    assert publications(database) == ["cdcsync"]
+
+
+def test_a_slot_that_is_not_the_pipelines_is_refused(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    fill(database)
+    slot = f"s_{database.name}"
+    database.execute("SELECT pg_create_logical_replication_slot(%s, 'test_decoding')", [slot])
+    pipeline = make(make_pipeline, database, database)
+
+    done = teardown(pipeline)
+
+    assert done.returncode == 2
+    assert "test_decoding" in done.stderr
+    assert slots(database) == [slot]
