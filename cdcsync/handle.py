@@ -148,8 +148,8 @@ class WorkerHandle:
             metrics.lag_bytes.set(status.lag_bytes)
         if status.slot is not None:
             metrics.slot_retained_bytes.set(status.slot.retained_bytes or 0)
-            safe = status.slot.safe_bytes
-            metrics.slot_safe_bytes.set(float("inf") if safe is None else safe)
+            safe, gone = status.slot.safe_bytes, status.slot.wal_status == "lost"
+            metrics.slot_safe_bytes.set(0 if gone else float("inf") if safe is None else safe)
             for wal_status in WAL_STATUSES:
                 metrics.slot_wal_status.labels(wal_status).set(status.slot.wal_status == wal_status)
         for name, index in status.indexes.items():

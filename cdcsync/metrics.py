@@ -1,4 +1,4 @@
-"""Every metric, with its name, unit and labels. docs/metrics.md tells each one's meaning; a test holds the two together.
+"""Every metric, with its name, unit and labels. docs/metrics.md tells what each means; a test holds the two together.
 
 Label values come from closed sets: index and embedder names, and the words below. What a server said never becomes one.
 
@@ -17,8 +17,6 @@ FRESHNESS_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 3
 BATCH_BUCKETS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)
 """Rows: one change to a large batch."""
 
-SIDES = ("source", "target")
-LANES = ("live", "backfill")
 STATES = ("building", "live", "paused")
 WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
 """What pg_replication_slots says of the WAL that a slot needs, from well to gone."""
@@ -49,7 +47,7 @@ class Metrics:
         self.lag_seconds = self._gauge("lag_seconds", "Age of the oldest commit that is not applied; 0 when caught up.")
         self.slot_retained_bytes = self._gauge("slot_retained_bytes", "WAL that the source keeps for the slot.")
         self.slot_safe_bytes = self._gauge(
-            "slot_safe_bytes", "WAL that may still be written before the slot is lost; +Inf without a limit."
+            "slot_safe_bytes", "WAL that may be written before the slot is lost; +Inf without a limit."
         )
         self.slot_wal_status = self._gauge(
             "slot_wal_status", "1 for the state of the slot's WAL: reserved, extended, unreserved, lost.", ("status",)

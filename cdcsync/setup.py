@@ -5,7 +5,7 @@ Target first, then publication, then slot: a crash anywhere in between is picked
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -52,26 +52,32 @@ async def set_up_shared(target: Connection, config: Config) -> None:
 
 async def unpublished_tables(
     source: Connection, config: Config, specs: Sequence[IndexSpec]
-) -> frozenset[QualifiedName]:
-    """Return the tables that the publication does not send, or that are not the ones they were when we began."""
-    with speaking_of("source", where=f"publication {config.source.publication}"):
-        publication = await read_publication(source, config.source.publication)
+) -> dict[QualifiedName, str]:
+    """Return the tables whose changes are not sent, or that are not the ones they were when we began, and why."""
+    name = config.source.publication
+    with speaking_of("source", where=f"publication {name}"):
+        publication = await read_publication(source, name)
         cursor = await source.execute(
-            "SELECT n.nspname, c.relname, c.oid::int8 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            "SELECT c.oid::int8, n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
             " WHERE c.oid = ANY(%s::int8[]::oid[])",
             [[spec.table_oid for spec in specs]],
         )
-        same = {(QualifiedName(schema, name), oid) for schema, name, oid in await cursor.fetchall()}
+        called = {oid: QualifiedName(schema, table) for oid, schema, table in await cursor.fetchall()}
     sent = publication.tables if publication is not None else {}
-    return frozenset(
-        spec.shape.table
-        for spec in specs
-        if spec.shape.table not in sent or (spec.shape.table, spec.table_oid) not in same
-    )
+    reasons = {}
+    for spec in specs:
+        table = spec.shape.table
+        if spec.table_oid not in called:
+            reasons[table] = "the table was dropped"
+        elif called[spec.table_oid] != table:
+            reasons[table] = f"the table is called {called[spec.table_oid]} now"
+        elif table not in sent:
+            reasons[table] = f"the publication {name} does not send the table any more"
+    return reasons
 
 
 async def set_up_indexes(
-    target: Connection, config: Config, specs: Sequence[IndexSpec], unpublished: frozenset[QualifiedName]
+    target: Connection, config: Config, specs: Sequence[IndexSpec], unpublished: Collection[QualifiedName]
 ) -> None:
     """Create or extend each index's relations, and ask for the backfill that its state calls for.
 
@@ -99,7 +105,9 @@ async def pause_indexes(target: Connection, config: Config, broken: Mapping[str,
             )
 
 
-async def _register(target: Connection, config: Config, spec: IndexSpec, unpublished: frozenset[QualifiedName]) -> None:
+async def _register(
+    target: Connection, config: Config, spec: IndexSpec, unpublished: Collection[QualifiedName]
+) -> None:
     table = sql.Identifier(config.target.schema, "indexes")
     cursor = await target.execute(
         sql.SQL("SELECT fingerprint, columns, state, table_oid FROM {} WHERE name = %s").format(table), [spec.name]
@@ -150,7 +158,7 @@ def _needed_backfill(spec: IndexSpec, before: tuple[Any, ...] | None, unpublishe
     return None
 
 
-async def set_up_publication(source: Connection, config: Config, unpublished: frozenset[QualifiedName]) -> None:
+async def set_up_publication(source: Connection, config: Config, unpublished: Collection[QualifiedName]) -> None:
     """Create the publication, or add the tables it lacks.
 
     It must exist before the slot does: a slot looks its publication up in the catalog of the past.

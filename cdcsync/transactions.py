@@ -6,8 +6,8 @@ The rules:
 2. A transaction whose commit record begins before the checkpoint is skipped whole: a checkpoint is always the end of
    a record, so that transaction ended at or before it.
 3. Relation messages belong to the connection. A new connection needs a new assembler.
-4. The stream tells tables apart by OID and the configuration by name. When a name passes from one to another, or a table
-   loses what an index needs, that index is lost: it would miss changes, or mix two tables. The others go on.
+4. The stream tells tables apart by OID and the configuration by name. When a name passes from one to another, or a
+   table loses what an index needs, that index is lost: it would miss changes, or mix two tables. The others go on.
 5. Marks are logical messages under our prefix, written inside a transaction of their own: each is delivered after every
    transaction that committed before it.
 

@@ -187,16 +187,10 @@ class _Worker:
                     log.debug("watch_waits", error=str(error))
                     continue
                 for spec in self.specs:
-                    if spec.shape.table in unpublished:
-                        self.stream.pause(
-                            SchemaChanged(
-                                f"{spec.shape.table} was dropped, or taken out of the publication"
-                                f" {self.config.source.publication}",
-                                index=spec.name,
-                                where=str(spec.shape.table),
-                                hint=AGAIN,
-                            )
-                        )
+                    table = spec.shape.table
+                    if table in unpublished:
+                        error = SchemaChanged(unpublished[table], index=spec.name, where=str(table), hint=AGAIN)
+                        self.stream.pause(error)
 
     async def stream_for_ever(self) -> None:
         """Follow the slot over any number of connections until told to stop."""
@@ -308,9 +302,11 @@ async def _work_through_schema_changes(
     table again. The others stay paused, and their changes are skipped, until the configuration or the table is mended.
     """
     paused_at: dict[str, float] = {}
-    kept_out: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    kept_out: set[str] = set()
     while not handle.stopping.is_set():
-        broken = {**report.broken, **kept_out}
+        out = kept_out | set(report.broken)
+        broken = {**report.broken, **{name: why for name, why in reasons.items() if name in out}}
         specs = [spec for spec in report.specs if spec.name not in broken]
         worker = _Worker(config, handle, specs, embedders)
         try:
@@ -321,7 +317,8 @@ async def _work_through_schema_changes(
             log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
             now = anyio.current_time()
             if now - paused_at.get(error.index, -RESUME_AGAIN_S) < RESUME_AGAIN_S:
-                kept_out[error.index] = describe_pause(error)
+                kept_out.add(error.index)
+            reasons[error.index] = describe_pause(error)
             paused_at[error.index] = now
         finally:
             await worker.aclose()

@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
 import httpx2
@@ -218,7 +218,7 @@ class Provider:
                     return None
             return Answer(response.status_code, response.headers, bytes(received))
 
-    def _failed_to_connect(self, problem: str) -> None:
+    def _failed_to_connect(self, problem: str) -> NoReturn:
         now = self._clock()
         self.breaker.failed(now, random.random())  # noqa: S311 - spreads load, guards nothing
         raise EmbedderUnavailable(

@@ -104,7 +104,7 @@ class RemoteEmbedder:
 
     async def _embed_fitting(self, texts: list[str]) -> Vectors:
         try:
-            vectors = await self._request(texts)
+            return await self._request(texts)
         except Refused as refusal:
             # What worked before works: it is these texts that are refused.
             if not self._worked:
@@ -113,8 +113,6 @@ class RemoteEmbedder:
         except Spoilt as failure:
             await self._check_that_it_works(failure)
             raise EmbedError(str(failure), where=self._where) from None
-        self._worked = True
-        return vectors
 
     async def _check_that_it_works(self, failure: Refused | Spoilt) -> None:
         """Raise what the failure means for all texts, unless the provider does its work otherwise."""
@@ -152,6 +150,7 @@ class RemoteEmbedder:
                 where=f"{self._where}.dimensions",
                 hint="see that the model is the right one, and set dimensions to the length of its vectors",
             )
+        self._worked = True
         return np.stack(rows).astype(np.float32, copy=False)
 
     def _tokens(self, texts: Sequence[str]) -> float:

@@ -8,13 +8,14 @@ Source: text-embeddings-inference, docs/openapi.json.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from cdcsync import config
-from cdcsync.embedders.protocol import Vectors
+from cdcsync.embedders.protocol import Kind, Vectors
 from cdcsync.embedders.provider import Provider, Refused, Spoilt
 from cdcsync.embedders.remote import OTHER_BYTES, RemoteEmbedder
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
@@ -71,6 +72,19 @@ class TeiEmbedder(RemoteEmbedder):
         if info.max_client_batch_size:
             self._batch_texts = min(self._batch_texts, info.max_client_batch_size)
         self._known = True
+
+    async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
+        """Return the texts' vectors, in their order; raises what every remote embedder's `embed` does.
+
+        A server that was away may come back with another model: it is asked again for its `/info`.
+        """
+        if self._provider.is_open:
+            await self.open()
+        try:
+            return await super().embed(texts, kind=kind)
+        except EmbedderUnavailable:
+            self._known = False
+            raise
 
     def _check(self, info: _Info) -> None:
         settings = self._settings

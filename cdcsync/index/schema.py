@@ -9,7 +9,8 @@ Source: PostgreSQL, "Data Definition"; pgvector's README (operator classes, HNSW
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
 import msgspec
@@ -18,6 +19,7 @@ from psycopg import sql
 
 from cdcsync.changes import Shape
 from cdcsync.config import Index
+from cdcsync.config.names import MAX_NAME_BYTES
 from cdcsync.documents import Template
 from cdcsync.errors import SetupError
 from cdcsync.postgres import Connection
@@ -46,6 +48,10 @@ _OPCLASSES: dict[Distance, str] = {"cosine": "cosine_ops", "l2": "l2_ops", "inne
 
 FILLFACTOR = 85
 """Leaves room on each page for HOT updates of carried columns."""
+
+SEARCHED_CHARACTERS = 100_000
+"""Keyword search reads this much of a chunk: a tsvector holds at most a megabyte, and a longer text would be refused
+with all that is in its batch. No text of this many characters comes near."""
 
 MAX_ATTEMPTS = 8
 """After so many failures a chunk waits for an operator; with the delays between them that is about ten minutes."""
@@ -210,7 +216,7 @@ _SHARED = (
     "WHERE state IN ('requested', 'running', 'paused')",
     """
     CREATE OR REPLACE FUNCTION {schema}.wait_for(index_name text, lsn pg_lsn, timeout interval DEFAULT '10 s')
-    RETURNS boolean LANGUAGE plpgsql VOLATILE AS $body$
+    RETURNS boolean LANGUAGE plpgsql VOLATILE STRICT AS $body$
     DECLARE
         deadline timestamptz := clock_timestamp() + timeout;
         pause float8 := 0.002;
@@ -223,7 +229,8 @@ _SHARED = (
             SELECT p.checkpoint >= wait_for.lsn INTO reached
             FROM {schema}.indexes i JOIN {schema}.pipelines p USING (slot) WHERE i.name = wait_for.index_name;
             IF NOT FOUND THEN
-                RAISE EXCEPTION 'there is no index %', quote_literal(index_name) USING HINT = 'See {schema}.indexes.';
+                RAISE EXCEPTION 'there is no index %', quote_literal(index_name) USING
+                    HINT = 'See the table indexes in the schema ' || {literal} || '.';
             END IF;
             IF reached THEN
                 RETURN true;
@@ -245,9 +252,13 @@ _SHARED = (
 async def create_index_relations(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Create or extend one index's tables and its view. The caller's transaction commits.
 
+    Where all is there and as it should be, no lock is taken that a search could be in the way of.
+
     :raises SetupError: a relation of the view's name exists and is not ours, or an existing index differs in its key.
     """
     names = Names(schema, spec.name)
+    grants = await _view_grants(connection, spec)
+    present = await _columns_present(connection, schema, spec)
     key = _definitions(spec.shape.key, spec.key_types, " NOT NULL")
     carried = _definitions(spec.shape.carried, spec.carried_types, "")
     identifiers = {
@@ -273,14 +284,17 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
             + ")"
         ).format(**identifiers)
     )
-    for definition in carried:
-        await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN IF NOT EXISTS {}").format(names.chunks, definition))
-    await _follow_types(connection, schema, spec, names)
-    await _create_search(connection, schema, spec, names)
+    if present:
+        for column, definition in zip(spec.shape.carried, carried, strict=True):
+            if column not in present:
+                await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN {}").format(names.chunks, definition))
+        await _follow_types(connection, spec, names, present)
+    if "search" not in present:
+        await _create_search(connection, spec, names)
     for column in spec.config.indexed:
         await connection.execute(
             sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} ({})").format(
-                sql.Identifier(f"{spec.name}_chunks_{column}"[:63]), names.chunks, sql.Identifier(column)
+                sql.Identifier(_b_tree_name(spec.name, column)), names.chunks, sql.Identifier(column)
             )
         )
     await create_vectors(connection, schema, spec)
@@ -315,24 +329,49 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
         (names.backlog, f"cdcsync index {spec.name}: chunks without a current vector; lane 0 live, 1 backfill"),
     ):
         await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(relation, sql.Literal(comment)))
-    await create_view(connection, schema, spec)
+    await _put_view(connection, schema, spec, grants)
 
 
-async def _follow_types(connection: Connection, schema: str, spec: IndexSpec, names: Names) -> None:
+def _b_tree_name(index: str, column: str) -> str:
+    """Return a name for a column's b-tree that no other has: PostgreSQL would cut a long one, and take two for one."""
+    name = f"{index}_chunks_by_{column}"
+    if len(name.encode()) > MAX_NAME_BYTES:
+        name = f"{index}_chunks_by_{hashlib.sha256(column.encode()).hexdigest()[:8]}"
+    return name
+
+
+async def _columns_present(connection: Connection, schema: str, spec: IndexSpec) -> dict[str, str]:
+    """Return the columns of the chunks table and their types; none when it is not there yet.
+
+    :raises SetupError: it is there, for another key.
+    """
+    cursor = await connection.execute(
+        "SELECT a.attname, format_type(a.atttypid, a.atttypmod), EXISTS (SELECT FROM pg_constraint k"
+        " WHERE k.conrelid = c.oid AND k.contype = 'u' AND a.attnum = ANY(k.conkey) AND a.attname <> 'chunk_no')"
+        " FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 AND NOT a.attisdropped",
+        [schema, f"{spec.name}_chunks"],
+    )
+    found = await cursor.fetchall()
+    key = {column for column, _, is_key in found if is_key}
+    if found and key != set(spec.shape.key):
+        raise SetupError(
+            f"the index exists with the key ({', '.join(sorted(key))}), and the table has the key"
+            f" ({', '.join(spec.shape.key)})",
+            where=f"index {spec.name}",
+            hint="give the index another name in the configuration, which builds it anew, and drop the old one",
+        )
+    return {column: type_ for column, type_, _ in found}
+
+
+async def _follow_types(connection: Connection, spec: IndexSpec, names: Names, present: Mapping[str, str]) -> None:
     """Give key and carried columns the types of the spec, where they have others.
 
     A carried value that cannot become one of the new type is dropped: the backfill that follows brings it again.
     """
-    cursor = await connection.execute(
-        "SELECT a.attname, format_type(a.atttypid, a.atttypmod) FROM pg_attribute a"
-        " JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 AND NOT a.attisdropped",
-        [schema, f"{spec.name}_chunks"],
-    )
-    present: dict[str, str] = dict(await cursor.fetchall())
     wanted = dict(zip(spec.shape.carried, spec.carried_types, strict=True))
     wanted |= dict(zip(spec.shape.key, spec.key_types, strict=True))
-    changed = {column: type_ for column, type_ in wanted.items() if present[column] != type_}
+    changed = {column: type_ for column, type_ in wanted.items() if present.get(column, type_) != type_}
     if not changed:
         return
     view = spec.config.view_name
@@ -353,13 +392,15 @@ async def _follow_types(connection: Connection, schema: str, spec: IndexSpec, na
             await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN {} " + type_).format(names.chunks, name))
 
 
-async def _create_search(connection: Connection, schema: str, spec: IndexSpec, names: Names) -> None:
+async def _create_search(connection: Connection, spec: IndexSpec, names: Names) -> None:
     if spec.config.search is None:
         return
     await connection.execute(
         sql.SQL(
             "ALTER TABLE {} ADD COLUMN IF NOT EXISTS search tsvector"
-            " GENERATED ALWAYS AS (to_tsvector({}::pg_catalog.regconfig, content)) STORED"
+            " GENERATED ALWAYS AS (to_tsvector({}::pg_catalog.regconfig, left(content, "
+            + str(SEARCHED_CHARACTERS)
+            + "))) STORED"
         ).format(names.chunks, sql.Literal(spec.config.search))
     )
     await connection.execute(
@@ -413,34 +454,65 @@ async def create_view(connection: Connection, schema: str, spec: IndexSpec) -> N
 
     :raises SetupError: a relation that is not ours has the view's name.
     """
-    names = Names(schema, spec.name)
+    await _put_view(connection, schema, spec, await _view_grants(connection, spec))
+
+
+async def _view_grants(connection: Connection, spec: IndexSpec) -> list[sql.Composed]:
+    """Return the statements that grant again who may use the view; none when there is no view.
+
+    :raises SetupError: a relation that is not ours has the view's name.
+    """
     view = spec.config.view_name
-    identifier = sql.Identifier(view.schema, view.name)
-    marker = f"cdcsync index {spec.name}: "
     cursor = await connection.execute(
-        """
-        SELECT c.relkind::text, obj_description(c.oid, 'pg_class'),
-               (SELECT array_agg(attname::text ORDER BY attnum) FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0)
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s
-        """,
+        "SELECT c.oid, c.relkind::text, obj_description(c.oid, 'pg_class') FROM pg_class c"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
         [view.schema, view.name],
     )
     existing = await cursor.fetchone()
+    if existing is None:
+        return []
+    oid, kind, description = existing
+    if kind != "v" or not str(description or "").startswith(_view_marker(spec)):
+        raise SetupError(
+            "a relation of this name exists and is not the view of this index",
+            where=str(view),
+            hint=f"choose another name with [indexes.{spec.name}] view = …",
+        )
+    cursor = await connection.execute(
+        "SELECT a.privilege_type, r.rolname, a.is_grantable FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a"
+        " LEFT JOIN pg_roles r ON r.oid = a.grantee WHERE c.oid = %s AND a.grantee <> c.relowner",
+        [oid],
+    )
+    return [
+        sql.SQL("GRANT " + privilege + " ON {} TO {}" + (" WITH GRANT OPTION" if grantable else "")).format(
+            sql.Identifier(view.schema, view.name), sql.SQL("PUBLIC") if role is None else sql.Identifier(role)
+        )
+        for privilege, role, grantable in await cursor.fetchall()
+    ]
+
+
+def _view_marker(spec: IndexSpec) -> str:
+    """Return how the comment of an index's own view begins."""
+    return f"cdcsync index {spec.name}: "
+
+
+async def _put_view(connection: Connection, schema: str, spec: IndexSpec, grants: Sequence[sql.Composed]) -> None:
+    names = Names(schema, spec.name)
+    view = spec.config.view_name
+    identifier = sql.Identifier(view.schema, view.name)
     searchable = () if spec.config.search is None else ("search",)
     stored = (*spec.shape.key, *spec.shape.carried, "chunk_no", "content", *searchable)
-    columns = [*stored, "embedding", "stale"]
-    if existing is not None:
-        kind, description, present = existing
-        if kind != "v" or not str(description or "").startswith(marker):
-            raise SetupError(
-                "a relation of this name exists and is not the view of this index",
-                where=str(view),
-                hint=f"choose another name with [indexes.{spec.name}] view = …",
-            )
-        if list(present) != columns:
-            await connection.execute(sql.SQL("DROP VIEW {}").format(identifier))
-    await connection.execute(
-        sql.SQL(
+    cursor = await connection.execute(
+        """
+        SELECT (SELECT array_agg(attname::text ORDER BY attnum) FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0),
+               EXISTS (SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid AND r.ev_class = c.oid
+                       WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%s))
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s
+        """,
+        [names.vectors(spec.generation).as_string(connection), view.schema, view.name],
+    )
+    if await cursor.fetchone() != ([*stored, "embedding", "stale"], True):
+        statement = sql.SQL(
             "CREATE OR REPLACE VIEW {} AS SELECT {}, v.embedding, v.content_hash <> c.content_hash AS stale"
             " FROM {} AS c JOIN {} AS v USING (chunk_id)"
         ).format(
@@ -449,8 +521,16 @@ async def create_view(connection: Connection, schema: str, spec: IndexSpec) -> N
             names.chunks,
             names.vectors(spec.generation),
         )
-    )
-    comment = marker + f"{spec.shape.table} with its vectors; stale says that the vector is of an older text"
+        try:
+            async with connection.transaction():
+                await connection.execute(statement)
+        except psycopg.errors.InvalidTableDefinition:
+            # To replace a view keeps who may use it, but cannot change the columns it has.
+            await connection.execute(sql.SQL("DROP VIEW {}").format(identifier))
+            await connection.execute(statement)
+        for grant in grants:
+            await connection.execute(grant)
+    comment = _view_marker(spec) + f"{spec.shape.table} with its vectors; stale says that the vector is of an older text"
     await connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(identifier, sql.Literal(comment)))
 
 

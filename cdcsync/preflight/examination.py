@@ -90,7 +90,7 @@ def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list
 
 
 def _pause_broken(plans: Sequence[Plan], facts: TargetFacts, findings: list[Finding]) -> dict[str, str]:
-    """Return the indexes that exist and cannot follow their tables any more; what was an error of theirs is a warning."""
+    """Return the indexes that exist and cannot follow their tables any more; their errors become warnings."""
     broken = {}
     for plan in plans:
         errors = [finding for finding in plan.findings if finding.level == "error"]

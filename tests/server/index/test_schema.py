@@ -261,9 +261,9 @@ async def test_the_view_of_another_index_is_refused(connection: Connection) -> N
 
 async def test_an_index_that_exists_with_another_key_is_refused(connection: Connection) -> None:
     await create(connection, make_spec())
-    for key in ({"other": "bigint"}, {"id": "bigint", "tenant": "integer"}, {"tenant": "integer"}, {"id": "text"}):
+    for key in ({"other": "bigint"}, {"id": "bigint", "tenant": "integer"}, {"tenant": "integer"}):
         carried = {"tenant": "integer"} if "tenant" not in key else {}
-        with pytest.raises(SetupError, match="key") as refused:
+        with pytest.raises(SetupError, match="exists with the key") as refused:
             await create(connection, make_spec(key=key, carried=carried))
         assert refused.value.where == "index articles"
         assert refused.value.hint

@@ -1,0 +1,439 @@
+"""Remote embedders against a real server: what they send, and what they make of everything that can come back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+
+from cdcsync import config
+from cdcsync.embedders import make_embedder, validate
+from cdcsync.embedders import provider as provider_module
+from cdcsync.embedders.hashing import HashEmbedder
+from cdcsync.embedders.openai import OpenAIEmbedder
+from cdcsync.embedders.tei import TeiEmbedder
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
+from tests.fixtures.provider import (
+    FakeProvider,
+    Misdeed,
+    cut,
+    cut_in_the_middle,
+    endless,
+    html,
+    not_a_number,
+    slow,
+    status,
+    wrong_count,
+    wrong_dimension,
+)
+
+TEXTS = ["the first text", "Zürich und 東京", "a third one"]
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider_module, "FIRST_RETRY_S", 0.001)
+
+
+@pytest.fixture
+async def make(provider: FakeProvider) -> AsyncIterator[Callable[..., OpenAIEmbedder]]:
+    """Makes open embedders that ask the fake provider."""
+    made = []
+
+    async def opened(**settings: Any) -> OpenAIEmbedder:
+        options = {"base_url": provider.url, "model": "hashing", "dimensions": provider.dimensions, **settings}
+        embedder = OpenAIEmbedder("fake", config.OpenAIEmbedder(**options))
+        await embedder.open()
+        made.append(embedder)
+        return embedder
+
+    yield opened  # type: ignore[misc]
+    for embedder in made:
+        await embedder.aclose()
+
+
+def expected(texts: list[str]) -> Any:
+    return HashEmbedder("h", config.HashEmbedder(dimensions=16)).vectors(texts)
+
+
+# -- what is sent and read --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+async def test_vectors_come_in_the_order_of_the_texts_in_either_encoding(make: Any, encoding: str) -> None:
+    embedder = await make(encoding=encoding)
+
+    vectors = await embedder.embed(TEXTS)
+
+    validate(vectors, 3, 16)
+    np.testing.assert_allclose(vectors, expected(TEXTS), rtol=1e-6)
+
+
+async def test_the_request_is_what_the_interface_asks_for(make: Any, provider: FakeProvider) -> None:
+    await (await make(api_key=KEY)).embed(TEXTS)
+    await (await make(request_dimensions=True, encoding="base64")).embed(TEXTS)
+
+    (path, headers, body), (_, keyless, more) = provider.requests
+    assert path == "/v1/embeddings"
+    assert headers["authorization"] == f"Bearer {KEY}"
+    assert body == {"model": "hashing", "input": TEXTS}
+    assert "authorization" not in keyless
+    assert more == {"model": "hashing", "input": TEXTS, "dimensions": 16, "encoding_format": "base64"}
+
+
+async def test_documents_and_queries_get_their_prefixes(make: Any, provider: FakeProvider) -> None:
+    embedder = await make(document_prefix="passage: ", query_prefix="query: ")
+
+    await embedder.embed(["a"])
+    await embedder.embed(["a"], kind="query")
+
+    assert [body["input"] for _, _, body in provider.requests] == [["passage: a"], ["query: a"]]
+
+
+async def test_texts_are_cut_into_requests_by_count_and_tokens(make: Any, provider: FakeProvider) -> None:
+    embedder = await make(batch_texts=3)
+    vectors = await embedder.embed([f"text {number}" for number in range(7)])
+    np.testing.assert_allclose(vectors, expected([f"text {number}" for number in range(7)]), rtol=1e-6)
+    assert [len(body["input"]) for _, _, body in provider.requests] == [3, 3, 1]
+
+    small = await make(batch_tokens=40)
+    assert small.fitting(["x" * 100, "y" * 40, "z"]) == 1
+    assert small.fitting(["x" * 10_000]) == 1
+    assert (await small.embed([])).shape == (0, 16)
+
+
+async def test_connections_are_kept_and_shared(make: Any, provider: FakeProvider) -> None:
+    embedder = await make(concurrency=2)
+
+    for _ in range(5):
+        await embedder.embed(["a"])
+    assert provider.connections == 1
+    async with anyio.create_task_group() as tasks:
+        for _ in range(6):
+            tasks.start_soon(embedder.embed, TEXTS)
+
+    assert provider.connections == 2
+    assert provider.most_at_once <= 2
+
+
+async def test_the_key_may_be_in_a_file_and_change_there(make: Any, provider: FakeProvider, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("first\n")
+    embedder = await make(api_key_file=str(file))
+
+    await embedder.embed(["a"])
+    file.write_text("second\n")
+    await embedder.embed(["a"])
+
+    assert [headers["authorization"] for _, headers, _ in provider.requests] == ["Bearer first", "Bearer second"]
+    file.write_text("two words")
+    with pytest.raises(EmbedderSetupError, match="holds no key"):
+        await embedder.embed(["a"])
+    file.unlink()
+    with pytest.raises(EmbedderSetupError, match="cannot be read") as missing:
+        await make(api_key_file=str(file))
+    assert missing.value.where == "embedders.fake.api_key_file"
+
+
+def test_the_identity_says_what_decides_the_vectors_and_not_where_they_come_from() -> None:
+    def identity(**settings: Any) -> str:
+        return make_embedder("x", config.OpenAIEmbedder(model="m", dimensions=8, **settings)).identity
+
+    assert identity() == "openai:m:8" == identity(base_url="http://10.0.0.1/v1", api_key=KEY, encoding="base64")
+    assert identity(request_dimensions=True) == "openai:m:8:cut"
+    assert len({identity(), identity(query_prefix="q"), identity(document_prefix="q")}) == 3
+
+
+async def test_an_embedder_that_is_not_open_says_so() -> None:
+    embedder = make_embedder("x", config.OpenAIEmbedder(model="m", dimensions=8))
+    with pytest.raises(EmbedderUnavailable, match="not open"):
+        await embedder.embed(["a"])
+
+
+# -- what passes by itself --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "misdeed",
+    [
+        status(500),
+        status(502),
+        status(503, retry_after_ms="1"),
+        cut,
+        cut_in_the_middle,
+        status(429, retry_after_ms="1"),
+    ],
+    ids=["500", "502", "503", "429", "cut", "cut in the middle"],
+)
+async def test_a_mishap_is_tried_again(make: Any, provider: FakeProvider, misdeed: Misdeed) -> None:
+    embedder = await make()
+    await embedder.embed(["a"])
+    provider.misdeeds.append(misdeed)
+
+    vectors = await embedder.embed(TEXTS)
+
+    np.testing.assert_allclose(vectors, expected(TEXTS), rtol=1e-6)
+    assert len(provider.requests) == 3
+
+
+async def test_being_told_to_wait_costs_no_attempt(make: Any, provider: FakeProvider) -> None:
+    embedder = await make()
+    provider.misdeeds.extend([status(429, retry_after_ms="1")] * 20)
+
+    np.testing.assert_allclose(await embedder.embed(TEXTS), expected(TEXTS), rtol=1e-6)
+    assert len(provider.requests) == 21
+
+
+async def test_a_wait_longer_than_our_patience_is_the_callers(make: Any, provider: FakeProvider) -> None:
+    embedder = await make()
+    provider.misdeeds.append(status(429, retry_after="1800"))
+
+    with pytest.raises(EmbedderUnavailable) as told:
+        await embedder.embed(TEXTS)
+    assert told.value.retry_after_s == 1800
+    with pytest.raises(EmbedderUnavailable, match="rate limit") as again:
+        await embedder.embed(TEXTS)
+
+    assert again.value.retry_after_s == pytest.approx(1800, abs=60)
+    assert len(provider.requests) == 1
+
+
+async def test_rate_limit_headers_are_heeded_before_they_become_429s(make: Any, provider: FakeProvider) -> None:
+    embedder = await make()
+    provider.headers = {"x_ratelimit_remaining_requests": "0", "x_ratelimit_reset_requests": "10m0s"}
+    await embedder.embed(TEXTS)
+
+    with pytest.raises(EmbedderUnavailable, match="rate limit"):
+        await embedder.embed(TEXTS)
+    assert len(provider.requests) == 1
+
+
+async def test_our_own_budget_is_kept(make: Any, provider: FakeProvider) -> None:
+    embedder = await make(requests_per_minute=6)
+    await embedder.embed(TEXTS)
+    with anyio.move_on_after(0.05) as waiting:
+        await embedder.embed(TEXTS)
+    assert waiting.cancelled_caught
+    assert len(provider.requests) == 1
+
+
+# -- whose fault it is ------------------------------------------------------------------------------------------------
+
+
+async def test_a_provider_that_is_away_is_an_outage(make: Any, provider: FakeProvider) -> None:
+    embedder = await make()
+    provider.stop()
+    with pytest.raises(EmbedderUnavailable, match="cannot be reached"):
+        await embedder.embed(TEXTS)
+
+    provider.start()
+    np.testing.assert_allclose(await embedder.embed(TEXTS), expected(TEXTS), rtol=1e-6)
+
+
+@pytest.mark.parametrize("misdeed", [status(500), cut, html, endless], ids=["500", "cut", "html", "endless"])
+async def test_a_provider_that_fails_at_everything_is_an_outage(
+    make: Any, provider: FakeProvider, misdeed: Misdeed
+) -> None:
+    embedder = await make()
+    provider.always = misdeed
+
+    with pytest.raises(EmbedderUnavailable) as outage:
+        await embedder.embed(TEXTS)
+    assert outage.value.where == "embedders.fake"
+
+
+@pytest.mark.parametrize(
+    "misdeed",
+    [status(500), cut, html, wrong_count, not_a_number],
+    ids=["500", "cut", "html", "wrong count", "NaN"],
+)
+async def test_a_request_that_fails_where_another_works_is_the_texts_fault(
+    make: Any, provider: FakeProvider, misdeed: Misdeed
+) -> None:
+    embedder = await make()
+    provider.misdeeds.extend([misdeed] * provider_module.TRIES)
+    if misdeed in (html, wrong_count, not_a_number):
+        # The answer came: asking again would give the same.
+        provider.misdeeds.clear()
+        provider.misdeeds.append(misdeed)
+
+    with pytest.raises(EmbedError) as failure:
+        await embedder.embed(TEXTS)
+
+    assert type(failure.value) is EmbedError
+    assert not any(text in str(failure.value) for text in TEXTS)
+
+
+async def test_no_answer_in_time_is_an_error_and_the_text_can_be_at_fault(make: Any, provider: FakeProvider) -> None:
+    embedder = await make(timeout_s=0.1)
+    provider.misdeeds.extend([slow] * provider_module.TRIES)
+
+    with pytest.raises(EmbedError, match=r"no answer within 0\.1 s") as failure:
+        await embedder.embed(TEXTS)
+    assert type(failure.value) is EmbedError
+
+
+@pytest.mark.parametrize("number", [400, 413, 422])
+async def test_a_refusal_is_the_texts_fault_once_others_were_taken(
+    make: Any, provider: FakeProvider, number: int
+) -> None:
+    embedder = await make()
+    provider.misdeeds.append(status(number, {"error": {"message": "too many tokens", "code": "too_long"}}))
+
+    with pytest.raises(TextRejected, match=f"{number} too_long: too many tokens"):
+        await embedder.embed(TEXTS)
+    assert [body["input"] for _, _, body in provider.requests] == [TEXTS, ["word"]]
+
+    provider.misdeeds.append(status(number))
+    with pytest.raises(TextRejected):
+        await embedder.embed(TEXTS)
+    assert len(provider.requests) == 3
+
+
+async def test_a_provider_that_refuses_everything_is_set_up_wrongly(make: Any, provider: FakeProvider) -> None:
+    embedder = await make()
+    provider.always = status(400, {"detail": "unknown key encoding_format"})
+
+    with pytest.raises(EmbedderSetupError, match="unknown key encoding_format"):
+        await embedder.embed(TEXTS)
+
+
+@pytest.mark.parametrize("number", [301, 401, 403, 404])
+async def test_a_wrong_key_or_address_is_the_operators(make: Any, provider: FakeProvider, number: int) -> None:
+    embedder = await make(api_key=KEY)
+    provider.always = status(number, {"error": {"message": f"Incorrect API key provided: {KEY}"}}, location="/x")
+
+    with pytest.raises(EmbedderSetupError) as wrong:
+        await embedder.embed(TEXTS)
+
+    assert KEY not in f"{wrong.value}{wrong.value.hint}"
+    assert len(provider.requests) == 1
+
+
+async def test_a_wrong_dimension_is_the_operators(make: Any, provider: FakeProvider) -> None:
+    embedder = await make()
+    provider.always = wrong_dimension
+
+    with pytest.raises(EmbedderSetupError, match="17 dimensions, 16 are configured"):
+        await embedder.embed(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "not allowed: the first text"}},
+        {"detail": [{"msg": "String not valid: a text that is much longer than the message", "input": "x"}]},
+        {"error": "word of the day: tiny", "error_type": "validation"},
+    ],
+)
+async def test_messages_do_not_quote_the_text(make: Any, provider: FakeProvider, body: Any) -> None:
+    embedder = await make()
+    await embedder.embed(["a"])
+    provider.misdeeds.append(status(400, body))
+
+    with pytest.raises(TextRejected) as refusal:
+        await embedder.embed(["the first text", "so: a text that is much longer than the message, and goes on", "tiny"])
+    assert "not shown" in str(refusal.value)
+
+
+async def test_a_provider_that_keeps_failing_is_left_alone_for_a_while(make: Any, provider: FakeProvider) -> None:
+    embedder = await make()
+    provider.always = status(500)
+    with pytest.raises(EmbedderUnavailable):
+        await embedder.embed(TEXTS)
+    with pytest.raises(EmbedderUnavailable):
+        await embedder.embed(TEXTS)
+    asked = len(provider.requests)
+
+    with pytest.raises(EmbedderUnavailable, match="several times in a row") as left_alone:
+        await embedder.embed(TEXTS)
+
+    assert len(provider.requests) == asked
+    assert 0 < (left_alone.value.retry_after_s or 0) <= 2
+
+
+async def test_a_cancelled_request_leaves_the_embedder_usable(make: Any, provider: FakeProvider) -> None:
+    embedder = await make(concurrency=1)
+    provider.misdeeds.append(slow)
+    with anyio.move_on_after(0.05):
+        await embedder.embed(TEXTS)
+
+    np.testing.assert_allclose(await embedder.embed(TEXTS), expected(TEXTS), rtol=1e-6)
+
+
+# -- text-embeddings-inference ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def make_tei(provider: FakeProvider) -> AsyncIterator[Callable[..., TeiEmbedder]]:
+    made = []
+
+    def unopened(**settings: Any) -> TeiEmbedder:
+        options = {"base_url": provider.tei_url, "model": "hashing", "dimensions": 16, **settings}
+        made.append(TeiEmbedder("served", config.TeiEmbedder(**options)))
+        return made[-1]
+
+    yield unopened
+    for embedder in made:
+        await embedder.aclose()
+
+
+async def test_tei_embeds_within_the_servers_limits(
+    make_tei: Callable[..., TeiEmbedder], provider: FakeProvider
+) -> None:
+    embedder = make_tei()
+    texts = [f"text {number}" for number in range(40)]
+    await embedder.open()
+    await embedder.open()
+
+    np.testing.assert_allclose(await embedder.embed(texts), expected(texts), rtol=1e-6)
+
+    assert [path for path, _, _ in provider.requests] == ["/info", "/embed", "/embed"]
+    assert provider.requests[1][2] == {"inputs": texts[:32], "normalize": True, "truncate": False}
+    assert embedder.identity == "tei:hashing:16:any revision:normalized"
+
+
+@pytest.mark.parametrize(
+    ("settings", "info", "problem"),
+    [
+        ({"model": "other"}, {}, "the server has the model hashing, other is configured"),
+        ({"revision": "def"}, {}, "the server has revision abc123, def is configured"),
+        ({}, {"model_type": {"reranker": {}}}, "makes no embeddings"),
+        ({"max_input_tokens": 1000}, {}, "the model reads 512 tokens, max_input_tokens is 1000"),
+        ({}, {"model_id": None}, "is not that of text-embeddings-inference"),
+    ],
+)
+async def test_tei_refuses_a_server_that_serves_something_else(
+    make_tei: Callable[..., TeiEmbedder],
+    provider: FakeProvider,
+    settings: dict[str, Any],
+    info: dict[str, Any],
+    problem: str,
+) -> None:
+    provider.info.update(info)
+    with pytest.raises(EmbedderSetupError, match=problem):
+        await make_tei(**settings).open()
+
+
+async def test_tei_looks_again_at_a_server_that_was_away(
+    make_tei: Callable[..., TeiEmbedder], provider: FakeProvider
+) -> None:
+    embedder = make_tei()
+    provider.stop()
+    with pytest.raises(EmbedderUnavailable):
+        await embedder.open()
+    provider.start()
+    await embedder.open()
+    provider.stop()
+    with pytest.raises(EmbedderUnavailable):
+        await embedder.embed(TEXTS)
+
+    provider.info["model_id"] = "another"
+    provider.start()
+    with pytest.raises(EmbedderSetupError, match="the server has the model another"):
+        await embedder.embed(TEXTS)
