@@ -74,6 +74,12 @@ class Metrics:
         self.embed_seconds = self._histogram(
             "embed_seconds", "Time of one call of the embedder.", FRESHNESS_BUCKETS_S, ("embedder",)
         )
+        self.embed_avoided = self._counter(
+            "embed_avoided_texts_total",
+            "Texts that needed no call: remembered from a recent one, under_way in another, or superseded while"
+            " waiting. Unchanged documents and reused vectors have counters of their own.",
+            ("embedder", "reason"),
+        )
         self.embed_errors = self._counter(
             "embed_errors_total", "Calls of the embedder that failed.", ("embedder", "kind")
         )
@@ -90,6 +96,14 @@ class Metrics:
         self.backfill_expected = self._gauge(
             "backfill_expected_rows", "Rows that the open backfill will read, by estimate; 0 when none is open.", index
         )
+
+        self.verify_differences = self._gauge(
+            "verify_differences", "Documents and vectors that differed in the last scheduled verification.", index
+        )
+        self.verify_finished = self._gauge(
+            "verify_finished_timestamp_seconds", "When the last scheduled verification was done.", index
+        )
+        self.verify_seconds = self._gauge("verify_seconds", "Time that the last scheduled verification took.", index)
 
     def _counter(self, name: str, help_: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"cdcsync_{name}", help_, labels, registry=self.registry)

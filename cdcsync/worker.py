@@ -44,6 +44,7 @@ from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
 from cdcsync.source.tables import SourceTable
 from cdcsync.stream import Stream, describe_pause
+from cdcsync.verify import verify_for_ever
 from cdcsync.visibility import Deliveries
 
 log = structlog.get_logger()
@@ -56,6 +57,10 @@ STANDBY_POLL_S = 1.0
 
 RESUME_AGAIN_S = 600.0
 """An index that is paused again within this time of being resumed stays paused until the worker starts anew."""
+
+FAR_BEHIND_S = 2.0
+"""Embedding waits for a stream that is later than this: more than a batch takes, and more than the clocks of two
+servers that keep time should differ. With clocks that differ more, vectors always follow from the backlog."""
 
 
 class _Worker:
@@ -87,6 +92,8 @@ class _Worker:
             deliveries=self.deliveries,
             page_rows=config.worker.backfill_page_rows,
             metrics=metrics,
+            max_rows_per_s=config.worker.backfill_max_rows_per_s or None,
+            forget_vectors=lambda index: self.desks[config.indexes[index].embedder].forget(),
         )
         preparers = {}
         for spec in specs:
@@ -115,6 +122,20 @@ class _Worker:
             status_every_s=config.source.feedback_every_s,
         )
         handle.attach(self.stream, self.desks)
+        self._late = True
+        for desk in self.desks.values():
+            desk.far_behind = self.far_behind
+
+    def far_behind(self) -> bool:
+        """Whether the stream is so late that what it applies now has likely changed again.
+
+        Between two batches there is nothing to tell it by: then it is as it was. A worker begins late.
+        """
+        if self.stream.caught_up:
+            self._late = False
+        elif self.stream.oldest_unapplied is not None:
+            self._late = self.handle.lag_seconds > FAR_BEHIND_S
+        return self._late
 
     async def set_up(self, broken: Mapping[str, str]) -> bool:
         """Take the lock, then create what is missing; False when told to stop while waiting for the lock.
@@ -158,6 +179,7 @@ class _Worker:
                 for loop in self.embed_loops.values():
                     tasks.start_soon(loop.run)
                 tasks.start_soon(self.backfill_once_streaming)
+                tasks.start_soon(self.verify_on_schedule)
                 tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
                 tasks.start_soon(self.watch_publication)
                 tasks.start_soon(self.handle.gauges_for_ever)
@@ -240,6 +262,21 @@ class _Worker:
         await self.streaming.wait()
         await self.backfills.run()
 
+    async def verify_on_schedule(self) -> None:
+        """Compare each index with its source from time to time, where the configuration asks for it."""
+        config = self.config
+        if not config.worker.verify_every_s:
+            return
+        await self.streaming.wait()
+        await verify_for_ever(
+            config.source.dsn,
+            config.target.dsn,
+            config.target.schema,
+            self.specs,
+            self.handle.metrics,
+            every_s=config.worker.verify_every_s,
+        )
+
     async def end_in_time(self, scope: anyio.CancelScope) -> None:
         """Once told to stop, abandon what is not done by `worker.stop_timeout_s`."""
         await self.handle.stopping.wait()
@@ -255,11 +292,16 @@ class _Worker:
 
 
 async def run(
-    config: Config, *, started: Callable[[WorkerHandle], None] | None = None, handle_signals: bool = True
+    config: Config,
+    *,
+    started: Callable[[WorkerHandle], None] | None = None,
+    handle_signals: bool = True,
+    listening: bool = True,
 ) -> None:
     """Run the worker until it is told to stop (SIGTERM, SIGINT or `WorkerHandle.stop`).
 
     :param started: called with the handle once HTTP answers and before the first change is applied.
+    :param listening: whether HTTP is served.
     :raises SetupError: a check before the start failed; nothing was created.
     :raises GapError: changes may have been lost.
     :raises LeaseLost: another worker took over.
@@ -278,7 +320,8 @@ async def run(
             if handle_signals:
                 await tasks.start(_stop_on_signal, handle)
             tasks.start_soon(handle.turn)
-            await tasks.start(_serve, config, handle)
+            if listening:
+                await tasks.start(_serve, config, handle)
             if started is not None:
                 started(handle)
             await _work_through_schema_changes(config, handle, report, embedders)

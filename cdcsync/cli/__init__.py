@@ -4,6 +4,8 @@
     queries     what the commands ask of both servers and of a model
     commands    the commands, their options and their help
     teardown    the command `teardown`
+    replay      the command `replay`
+    verify      the command `verify`
     entry       `main`: runs a command and turns what it raises into an exit status
 
 The exit status is 0 when all is well, 1 when a command ran and failed, 2 when configuration, set-up or usage is wrong

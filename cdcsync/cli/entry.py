@@ -10,13 +10,15 @@ from typing import NoReturn
 
 import typer
 
-from cdcsync.cli import teardown
+from cdcsync.cli import replay, teardown, verify
 from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app
 from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
 
 INTERRUPTED = 130
 """What shells report of a program that Ctrl-C ended: 128 + SIGINT."""
 
+app.command(epilog=replay.EPILOG)(replay.replay)
+app.command(epilog=verify.EPILOG)(verify.verify)
 app.command(epilog=teardown.EPILOG)(teardown.teardown)
 
 

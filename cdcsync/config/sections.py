@@ -98,6 +98,8 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param batch_rows: the most changed rows in one target transaction.
     :param batch_bytes: the most bytes of changed rows in one target transaction; this is what bounds memory.
     :param backfill_page_rows: rows read at a time when a whole table is read, each page under its own snapshot.
+    :param backfill_max_rows_per_s: the most rows a second that backfills read from the source; 0 leaves it to apply.
+    :param verify_every_s: seconds between two comparisons of every index with its source, shown as metrics; 0 for none.
     :param stop_timeout_s: seconds that a stopping worker may take to finish the batch in hand.
     :param ready_max_lag_s: /readyz says no while the index is more than this many seconds behind the source.
     """
@@ -108,6 +110,8 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     batch_rows: Rows = 2_000
     batch_bytes: BatchBytes = 8 * 1024 * 1024
     backfill_page_rows: Rows = 1_000
+    backfill_max_rows_per_s: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    verify_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
     stop_timeout_s: Seconds = 20.0
     ready_max_lag_s: Seconds = 60.0
 

@@ -23,7 +23,7 @@ from cdcsync.index.schema import IndexSpec
 from cdcsync.index.search import Hit, search, stored_spec
 from cdcsync.postgres import Connection, speaking_of
 
-POLL_S = 0.003
+POLL_S = 0.005
 """How often a change is looked for: what is measured is too long by at most this and a query."""
 
 PATIENCE_S = 60.0

@@ -135,8 +135,8 @@ class Backlog:
             self._sql(
                 "WITH due AS (SELECT chunk_id FROM {backlog}"
                 " WHERE generation = {generation} AND content_hash = ANY(%s::bytea[]) FOR UPDATE SKIP LOCKED)"
-                " UPDATE {backlog} AS b SET attempts = CASE WHEN %s THEN {attempts} ELSE b.attempts + 1 END, error = %s,"
-                " next_attempt_at = now() + make_interval(secs => %s)"
+                " UPDATE {backlog} AS b SET attempts = CASE WHEN %s THEN {attempts} ELSE b.attempts + 1 END,"
+                " error = %s, next_attempt_at = now() + make_interval(secs => %s)"
                 " FROM due WHERE b.generation = {generation} AND b.chunk_id = due.chunk_id"
             ),
             [list(hashes), final, error[:ERROR_CHARACTERS], delay_s],

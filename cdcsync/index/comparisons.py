@@ -56,10 +56,7 @@ async def comparisons(connection: Connection, types: Sequence[str]) -> list[Comp
     found: list[dict[int, tuple[str, str]]] = [dict(_PLAIN) for _ in types]
     for place, strategy, schema, name in await cursor.fetchall():
         found[place - 1][strategy] = (schema, name)
-    return [
-        Comparison(*[_operator(*operators[strategy]) for strategy in _STRATEGIES], plain=operators == _PLAIN)
-        for operators in found
-    ]
+    return [Comparison(_operator(*of[3]), _operator(*of[4]), _operator(*of[5]), plain=of == _PLAIN) for of in found]
 
 
 def follows(

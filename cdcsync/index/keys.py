@@ -104,6 +104,17 @@ async def discard_vectors(connection: Connection, schema: str, spec: IndexSpec, 
     return queued
 
 
+async def delete_vectors_without_chunks(connection: Connection, schema: str, spec: IndexSpec) -> int:
+    """Delete the vectors that belong to no chunk; returns how many. Searches never see them, HNSW does."""
+    names = Names(schema, spec.name)
+    cursor = await connection.execute(
+        sql.SQL("DELETE FROM {} AS v WHERE NOT EXISTS (SELECT FROM {} AS c WHERE c.chunk_id = v.chunk_id)").format(
+            names.vectors(spec.generation), names.chunks
+        )
+    )
+    return cursor.rowcount
+
+
 async def canonical(connection: Connection, spec: IndexSpec, keys: Sequence[Key]) -> list[Key]:
     """Return the keys as the server renders them: 7 for 007.
 

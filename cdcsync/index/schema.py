@@ -51,7 +51,7 @@ FILLFACTOR = 85
 
 SEARCHED_CHARACTERS = 100_000
 """Keyword search reads this much of a chunk: a tsvector holds at most a megabyte, and a longer text would be refused
-with all that is in its batch. No text of this many characters comes near."""
+with all that is in its batch. No text of this many characters gets there."""
 
 MAX_ATTEMPTS = 8
 """After so many failures a chunk waits for an operator; with the delays between them that is about ten minutes."""
@@ -156,10 +156,10 @@ _SHARED = (
         state text NOT NULL CHECK (state IN ('building', 'live', 'paused')),
         reason text,
         created_at timestamptz NOT NULL DEFAULT now(),
-        live_at timestamptz,
-        table_oid bigint
+        live_at timestamptz
     )
     """,
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS table_oid bigint",
     "COMMENT ON TABLE {schema}.indexes IS 'cdcsync: one row per index, with what its chunks and vectors were made by.'",
     "COMMENT ON COLUMN {schema}.indexes.table_oid IS"
     " 'The table''s OID on the source: another one under the same name is another table.'",
@@ -504,7 +504,7 @@ async def _put_view(connection: Connection, schema: str, spec: IndexSpec, grants
     stored = (*spec.shape.key, *spec.shape.carried, "chunk_no", "content", *searchable)
     cursor = await connection.execute(
         """
-        SELECT (SELECT array_agg(attname::text ORDER BY attnum) FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0),
+        SELECT array(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 ORDER BY attnum),
                EXISTS (SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid AND r.ev_class = c.oid
                        WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%s))
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s
@@ -530,7 +530,7 @@ async def _put_view(connection: Connection, schema: str, spec: IndexSpec, grants
             await connection.execute(statement)
         for grant in grants:
             await connection.execute(grant)
-    comment = _view_marker(spec) + f"{spec.shape.table} with its vectors; stale says that the vector is of an older text"
+    comment = f"{_view_marker(spec)}{spec.shape.table} with its vectors; stale says that the vector is of an older text"
     await connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(identifier, sql.Literal(comment)))
 
 

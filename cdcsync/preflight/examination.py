@@ -17,7 +17,7 @@ from cdcsync.preflight.layout import examine_layout
 from cdcsync.preflight.sending import creation_faults, sending_findings
 from cdcsync.preflight.source import SourceFacts, examine_source
 from cdcsync.preflight.tables import examine_table, needed_columns, table_faults
-from cdcsync.preflight.target import TargetFacts, examine_target
+from cdcsync.preflight.target import Stored, TargetFacts, examine_target
 
 
 async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
@@ -90,11 +90,14 @@ def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list
 
 
 def _pause_broken(plans: Sequence[Plan], facts: TargetFacts, findings: list[Finding]) -> dict[str, str]:
-    """Return the indexes that exist and cannot follow their tables any more; their errors become warnings."""
+    """Return the indexes that exist and cannot follow their tables any more; their errors become warnings.
+
+    Where the configuration asks for something else than before, the configuration is wrong: that stays an error.
+    """
     broken = {}
     for plan in plans:
         errors = [finding for finding in plan.findings if finding.level == "error"]
-        if errors and plan.name in facts.stored:
+        if errors and _as_before(plan, facts.stored.get(plan.name)):
             first = errors[0]
             broken[plan.name] = f"{first.message}; {first.hint}" if first.hint else first.message
             for error in errors:
@@ -102,6 +105,13 @@ def _pause_broken(plans: Sequence[Plan], facts: TargetFacts, findings: list[Find
                     error.where, f"{error.message}; the index {plan.name} is paused, the others go on", error.hint
                 )
     return broken
+
+
+def _as_before(plan: Plan, stored: Stored | None) -> bool:
+    if stored is None:
+        return False
+    wanted = (str(plan.index.table_name), plan.fingerprint, plan.index.columns)
+    return wanted == (stored.source_table, stored.fingerprint, stored.columns)
 
 
 async def _examine_indexes(

@@ -81,6 +81,8 @@ class Stored(msgspec.Struct, frozen=True):
     dimensions: int
     vector_type: str
     distance: str
+    fingerprint: str
+    columns: tuple[str, ...]
 
 
 class TargetFacts(msgspec.Struct, frozen=True):
@@ -163,12 +165,13 @@ async def read_stored(connection: Connection, schema: str) -> dict[str, Stored]:
     """Return the indexes that exist, by name."""
     cursor = await connection.execute(
         sql.SQL(
-            "SELECT name, slot, source_table, key, generation, model, dimensions, vector_type, distance FROM {}"
+            "SELECT name, slot, source_table, key, generation, model, dimensions, vector_type, distance, fingerprint,"
+            " columns FROM {}"
         ).format(sql.Identifier(schema, "indexes"))
     )
     return {
-        name: Stored(name, slot, source_table, tuple(key), *rest)
-        for name, slot, source_table, key, *rest in await cursor.fetchall()
+        name: Stored(name, slot, source_table, tuple(key), *rest, tuple(columns))
+        for name, slot, source_table, key, *rest, columns in await cursor.fetchall()
     }
 
 

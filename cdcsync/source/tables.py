@@ -18,10 +18,12 @@ from typing import cast
 
 import anyio
 import msgspec
+import psycopg
 from psycopg import pq, sql
 
 from cdcsync.changes import Key, Row, Shape
 from cdcsync.errors import SetupError
+from cdcsync.index.comparisons import Comparison, comparisons, follows
 from cdcsync.postgres import Connection
 from cdcsync.transactions import MARK_PREFIX
 from cdcsync.visibility import Snapshot
@@ -46,41 +48,58 @@ class SourceTable:
         published = sql.SQL("(SELECT * FROM {} AS t WHERE {})").format(
             table, _condition(row_filter) if row_filter else sql.SQL("true")
         )
-        self._key_list = sql.SQL(", ").join(keys)
-        casts = [sql.SQL("%s::text::" + type_) for type_ in key_types]
+        self._keys = keys
+        self._key_types = tuple(key_types)
+        self._comparisons: list[Comparison] = []
         self._select = sql.SQL("SELECT {} FROM {} AS t WHERE true").format(columns, published)
-        self._after = sql.SQL("({}) > ({})").format(self._key_list, sql.SQL(", ").join(casts))
         places = [sql.Identifier(f"k{at}") for at in range(len(keys))]
+        self._wanted = [
+            sql.SQL("{}::" + type_).format(sql.Identifier("wanted", f"k{at}")) for at, type_ in enumerate(key_types)
+        ]
         wanted = sql.SQL("unnest({}) WITH ORDINALITY AS wanted({}, place)").format(
-            sql.SQL(", ").join([sql.SQL("%s::text[]")] * len(keys)), sql.SQL(", ").join(places)
+            sql.SQL(", ").join(sql.SQL(f"${at}::text[]") for at in range(1, len(keys) + 1)),
+            sql.SQL(", ").join(places),
         )
-        same = sql.SQL(" AND ").join(
-            sql.SQL("{} = wanted.{}::" + type_).format(key, place)
-            for key, place, type_ in zip(keys, places, key_types, strict=True)
-        )
-        self._by_keys = sql.SQL("SELECT {} FROM {} AS t JOIN {} ON {}").format(columns, published, wanted, same)
-        self._places = sql.SQL("SELECT wanted.place FROM {} AS t JOIN {} ON {}").format(published, wanted, same)
+        self._by_keys = sql.SQL("SELECT {} FROM {} AS t JOIN {} ON ").format(columns, published, wanted)
+        self._places = sql.SQL("SELECT wanted.place FROM {} AS t JOIN {} ON ").format(published, wanted)
         self._count = sql.SQL("SELECT count(*) FROM {} AS t WHERE true").format(published)
 
     async def page(self, connection: Connection, after: Key | None, limit: int, where: str | None = None) -> Page:
         """Return up to `limit` rows with keys above `after`, in key order; fewer rows than that are the last ones."""
-        conditions: list[sql.Composable] = [self._after] if after is not None else []
+        conditions: list[sql.Composable] = []
+        if after is not None:
+            values = [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(self._key_types, start=1)]
+            conditions.append(follows(self._keys, values, await self._compared(connection)))
         if where:
             conditions.append(_condition(where))
         statement = sql.SQL(" AND ").join([self._select, *conditions]) + sql.SQL(" ORDER BY {} LIMIT {}").format(
-            self._key_list, sql.Literal(limit)
+            sql.SQL(", ").join(self._keys), sql.Literal(limit)
         )
         return await _read(connection, statement, list(after or ()))
 
     async def by_keys(self, connection: Connection, keys: Sequence[Key]) -> Page:
         """Return the rows that exist now with these keys, in no order."""
-        return await _read(connection, self._by_keys, self._arrays(keys))
+        return await _read(connection, self._by_keys + await self._same(connection), self._arrays(keys))
 
     async def absent(self, connection: Connection, keys: Sequence[Key]) -> tuple[Snapshot, list[Key]]:
         """Return those of `keys` that no row has now; the source's own equality decides, not the text."""
-        page = await _read(connection, self._places, self._arrays(keys))
+        page = await _read(connection, self._places + await self._same(connection), self._arrays(keys))
         found = {int(cast(str, place)) for (place,) in page.rows}
         return page.snapshot, [key for place, key in enumerate(keys, start=1) if place not in found]
+
+    async def _compared(self, connection: Connection) -> list[Comparison]:
+        """Return the key's operators, which are looked up once."""
+        if not self._comparisons:
+            self._comparisons = await comparisons(connection, self._key_types)
+        return self._comparisons
+
+    async def _same(self, connection: Connection) -> sql.Composed:
+        """Return SQL that says whether a row has a wanted key."""
+        compared = await self._compared(connection)
+        return sql.SQL(" AND ").join(
+            sql.SQL("{} {} {}").format(key, one.equal, wanted)
+            for key, one, wanted in zip(self._keys, compared, self._wanted, strict=True)
+        )
 
     def _arrays(self, keys: Sequence[Key]) -> list[list[str]]:
         return [[key[at] for key in keys] for at in range(len(self.shape.key))]
@@ -88,9 +107,10 @@ class SourceTable:
     async def estimate(self, connection: Connection) -> int:
         """Return the planner's idea of how many rows the table has."""
         cursor = await connection.execute(
-            "SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::int8 FROM pg_partition_tree(%s::regclass) t"
-            " JOIN pg_class c ON c.oid = t.relid WHERE t.isleaf",
-            [str(self.shape.table)],
+            # A partition tree is empty for a table that has no part in partitioning, and a root repeats its leaves.
+            "SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::int8 FROM pg_class c WHERE c.relkind <> 'p'"
+            " AND (c.oid = %(table)s::regclass OR c.oid IN (SELECT relid FROM pg_partition_tree(%(table)s::regclass)))",
+            {"table": str(self.shape.table)},
         )
         row = await cursor.fetchone()
         assert row is not None
@@ -99,7 +119,7 @@ class SourceTable:
     async def count(self, connection: Connection, where: str | None = None) -> int:
         """Return how many rows there are to read."""
         statement = self._count if not where else sql.SQL(" AND ").join([self._count, _condition(where)])
-        cursor = await connection.execute(statement, [])
+        cursor = await connection.execute(statement)
         row = await cursor.fetchone()
         assert row is not None
         return cast(int, row[0])
@@ -111,8 +131,11 @@ async def _read(connection: Connection, statement: sql.Composed, arguments: Sequ
         cursor = await connection.execute("SELECT pg_current_snapshot()::text")
         first = await cursor.fetchone()
         assert first is not None
-        cursor = await connection.execute(statement, arguments)
-        result = cursor.pgresult
+        # A raw cursor: a per cent sign, in a column's name or someone's condition, is no placeholder.
+        reading = psycopg.AsyncRawCursor(connection)
+        # Never prepared: a plan that is kept fails once a column has another type.
+        await reading.execute(statement, arguments, prepare=False)
+        result = reading.pgresult
         assert result is not None
         page = Page(Snapshot.parse(cast(str, first[0])), _texts(result))
     except BaseException:
@@ -136,8 +159,8 @@ def _texts(result: pq.abc.PGresult) -> list[Row]:
 
 
 def _condition(text: str) -> sql.Composable:
-    """Return a condition that someone wrote; a per cent sign in it is no placeholder."""
-    return sql.SQL("(" + text.replace("%", "%%") + ")")
+    """Return a condition that someone wrote."""
+    return sql.SQL("(" + text + ")")
 
 
 async def emit_mark(connection: Connection, content: str) -> None:

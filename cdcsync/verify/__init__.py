@@ -6,7 +6,8 @@
    buckets whose sums differ are looked at, and give candidates: documents that may differ, or that were just changing.
    Neither sum needs to be of one moment, as nothing is concluded from a candidate.
 2. The candidates go to the backfill engine as a request. It compares each under the snapshot-and-mark rule, as of a
-   place in the stream: what it reports differs, whatever is written meanwhile. What was equal at 1 needs no second look.
+   place in the stream: what it reports differs, whatever is written meanwhile. What was equal at 1 needs no second
+   look.
 3. What the index must be in itself, vectors above all, is read under one snapshot of the target.
 
 `repair` asks for a replay of exactly the keys that were found.

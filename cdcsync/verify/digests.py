@@ -94,8 +94,9 @@ class SourceDigests:
                 """
                 WITH page AS MATERIALIZED (
                     SELECT r.*, {bucket} AS bucket, {digest} AS digest FROM (
-                        SELECT {keys}, row_number() OVER (ORDER BY {ordered}) AS place, ROW({ordered})::text AS key_text,
-                               ROW({carried})::text AS carried_text, {document} AS document
+                        SELECT {keys}, row_number() OVER (ORDER BY {ordered}) AS place,
+                               ROW({ordered})::text AS key_text, ROW({carried})::text AS carried_text,
+                               {document} AS document
                         FROM {published} AS t {above} ORDER BY {ordered} LIMIT {limit}
                     ) AS r
                 )

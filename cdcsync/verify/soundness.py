@@ -17,16 +17,15 @@ from psycopg import sql
 
 from cdcsync.changes import Key
 from cdcsync.documents import sql_hash
-from cdcsync.index.backlog import MAX_ATTEMPTS
 from cdcsync.index.comparisons import comparisons
 from cdcsync.index.keys import texts
-from cdcsync.index.schema import IndexSpec, Names, vector_schema
+from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, Names, vector_schema
 from cdcsync.postgres import Connection
 
 Fault = Literal["damaged", "vector_missing", "vector_stale", "vector_dimensions", "vector_not_finite"]
 
 MOST = 100_000
-"""Keys listed for each fault: an index with more is not one to mend key by key, and what is listed is held in memory."""
+"""Keys listed for each fault: an index with more is not one to mend key by key; what is listed is held in memory."""
 
 
 class Soundness(msgspec.Struct, frozen=True):

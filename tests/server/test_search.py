@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import pytest
@@ -16,7 +16,7 @@ from cdcsync.config import Index, QualifiedName
 from cdcsync.documents import Template, hash_text
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.index.apply import ChangeSet, Document, IndexWriter
-from cdcsync.index.schema import IndexSpec, build_hnsw, create_index_relations, create_shared
+from cdcsync.index.schema import Distance, IndexSpec, build_hnsw, create_index_relations, create_shared
 from cdcsync.index.search import Hit, Mode, search, stored_spec
 from cdcsync.postgres import Connection, connect
 
@@ -124,6 +124,20 @@ async def test_the_nearest_vector_comes_first(database: Database) -> None:
     assert hits[0].content == "polar bears live far up north"
     assert hits[0].distance == pytest.approx(1 - 0.9 / math.sqrt(0.91))
     assert [hit.text_rank for hit in hits] == [None, None, None]
+
+
+@pytest.mark.parametrize("vector_type", ["vector", "halfvec"])
+@pytest.mark.parametrize("distance", ["cosine", "l2", "inner_product"])
+async def test_every_distance_and_type_of_vector_is_served_by_its_index(
+    database: Database, vector_type: Literal["vector", "halfvec"], distance: Distance
+) -> None:
+    plain = make_spec()
+    config = msgspec.structs.replace(plain.config, vector_type=vector_type)
+    chosen = msgspec.structs.replace(plain, config=config, distance=distance)
+    async with indexed(database, spiral(3_000), chosen, hnsw=True) as (connection, spec):
+        hits = await search(connection, SCHEMA, spec, text="", vector=NORTH, mode="vector", k=1)
+        assert await scans(connection, "articles_vectors_1_hnsw") == 1
+    assert ids(hits)[0] in range(2_900, 3_000)  # to halfvec the last ones are all the same
 
 
 async def test_keywords_find_what_has_no_vector_yet_and_say_so(database: Database) -> None:

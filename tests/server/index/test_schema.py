@@ -175,7 +175,7 @@ async def test_no_column_of_ours_is_free_for_a_key_or_carried_column(connection:
 
 
 async def test_schemas_may_have_any_name(connection: Connection) -> None:
-    schema = "Ünï 'quoted' \"x\" 50%"
+    schema = "Ünï 'quoted' \"x\" {y}"
     try:
         await create(connection, make_spec(), schema=schema)
         await Pipelines(schema, "slot").ensure(connection, "p")

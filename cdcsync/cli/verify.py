@@ -1,0 +1,116 @@
+"""`cdcsync verify`: compares an index with its source, and mends what differs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
+from cdcsync.errors import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from cdcsync.config import Config
+    from cdcsync.verify import Verification
+
+EPILOG = """Is the index what it should be? `cdcsync verify articles`
+
+    Mend what is not: `cdcsync verify articles --repair`"""
+
+MEANINGS = {
+    "missing": "the source has the row, the index does not",
+    "stale": "the index has another text",
+    "orphaned": "the index has the document, the source has no row",
+    "carried": "a carried column differs",
+    "damaged": "chunks contradict their hash or each other",
+    "vector_missing": "a chunk has no vector and waits for none",
+    "vector_stale": "a vector is of another text, and no other is waited for",
+    "vector_dimensions": "a vector has another number of dimensions",
+    "vector_not_finite": "a vector holds NaN or infinity",
+}
+
+
+def verify(
+    context: typer.Context,
+    index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
+    config: ConfigOption = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Read exactly the rows again that differ, then compare once more.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare an index with its source while both are in use. Exit status 1 when they differ.
+
+    Both servers add up hashes of what they have; only where the sums differ are single documents compared, by the
+    worker, as of one place in the stream. Where no worker runs, this command takes its place for that. With --repair
+    the status is 1 only if something still differs afterwards.
+    """
+    import anyio
+
+    from cdcsync.cli import printing
+
+    configuration = context.ensure_object(Invocation).load(config)
+    first, last, mended = anyio.run(_verify, configuration, index, repair)
+    if as_json:
+        import msgspec
+
+        found = msgspec.to_builtins(first, enc_hook=str)
+        after = None if last is first else msgspec.to_builtins(last, enc_hook=str)
+        printing.print_json({**found, "repaired": mended, "after_repair": after})
+    else:
+        _print(first)
+        if last is not first:
+            printing.console().print(f"repaired {mended:,} documents; compared once more:")
+            _print(last)
+    if not last.equal:
+        raise typer.Exit(EXIT_FAILED)
+
+
+async def _verify(config: Config, index: str, repair: bool) -> tuple[Verification, Verification, int]:
+    """Return what was found at first, what was found last, and how many documents were mended in between."""
+    from contextlib import AsyncExitStack
+
+    from cdcsync import verify as flow
+    from cdcsync.postgres import connect
+    from cdcsync.replay import as_on_source, open_index
+    from cdcsync.standin import attended
+
+    schema = config.target.schema
+    async with AsyncExitStack() as stack:
+        target = await stack.enter_async_context(
+            await connect(config.target.dsn, "target", application_name="cdcsync verify")
+        )
+        source = await stack.enter_async_context(
+            await connect(config.source.dsn, "source", application_name="cdcsync verify")
+        )
+        spec = await as_on_source(source, config.source.publication, await open_index(target, config, index))
+        async with attended(target, config):
+            found = await flow.verify(source, target, schema, spec)
+            if found.verification.equal or not repair:
+                return found.verification, found.verification, 0
+            mended = await flow.repair(target, schema, spec, found)
+            again = await flow.verify(source, target, schema, spec)
+            return found.verification, again.verification, mended
+
+
+def _print(found: Verification) -> None:
+    from rich.text import Text
+
+    from cdcsync.cli.printing import console, plain
+
+    out = console()
+    rate = f", {found.documents / found.seconds:,.0f} a second" if found.seconds else ""
+    out.print(f"{found.index}: {found.documents:,} documents in {found.seconds:,.1f} s{rate}", markup=False)
+    for problem, count in found.differences.items():
+        keys = ", ".join(plain(" | ".join(key)) for key in found.examples[problem][:5])
+        out.print(Text.assemble(("✗ ", "bold red"), f"{count:,} {problem}: {MEANINGS[problem]}; {keys}"))
+    if found.vectors_orphaned:
+        out.print(Text.assemble(("✗ ", "bold red"), f"{found.vectors_orphaned:,} vectors belong to no chunk"))
+    if found.undecided:
+        out.print(Text.assemble(("! ", "yellow"), f"{found.undecided:,} changed each time they were compared"))
+    if found.waiting:
+        out.print(Text.assemble(("· ", "dim"), f"{found.waiting:,} chunks wait for their vector"))
+    if found.equal:
+        out.print(Text.assemble(("✓ ", "green"), "the index equals the source"))
+    else:
+        out.print(Text(f"they differ; `cdcsync verify {found.index} --repair` mends that", "bold red"))

@@ -1,0 +1,212 @@
+"""The desk: one embedder, its queue, what it made recently and what is under way."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
+
+import anyio
+import anyio.abc
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from cdcsync.embed.waits import backoff_s
+from cdcsync.embedders.protocol import Embedder, validate
+from cdcsync.errors import CdcsyncError, EmbedError, Retry
+from cdcsync.metrics import Metrics
+
+log = structlog.get_logger()
+
+FloatVector = npt.NDArray[np.float32]
+
+WINDOW_TEXTS = 512
+"""Texts read at once, to be sorted by length: large enough that batches have little padding, small enough to keep
+in memory."""
+
+MIN_BATCH_TEXTS = 32
+"""Texts of one call at least: fewer leave a processor's vector units idle."""
+
+BATCH_S = 0.25
+"""A call is made as large as takes about this long: a live change waits behind one call, not behind the window."""
+
+CONCURRENT_BATCH_S = 1.0
+"""The same where several calls run at a time: one of them ends soon, and each costs a journey to the provider."""
+
+MOST_WINDOWS = 4
+"""A window grows with the number of concurrent calls up to this many times its size, so that all have work."""
+
+REMEMBERED_VECTORS = 4_096
+"""Vectors kept for texts that come back at once: rows skipped while apply held them, late inline results. 6 MB at
+384 dimensions."""
+
+
+class Desk:
+    """One embedder, used by as many callers at a time as it can serve."""
+
+    def __init__(self, embedder: Embedder, metrics: Metrics, clock: Callable[[], float]) -> None:
+        self.embedder = embedder
+        self.places = embedder.concurrency
+        """How many calls may run at the same time."""
+        self._metrics = metrics
+        self._clock = clock
+        self._free = anyio.Semaphore(self.places)
+        self._under_way: dict[bytes, anyio.Event] = {}
+        self._made: OrderedDict[bytes, FloatVector] = OrderedDict()
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self._seconds_per_text = 0.0
+        self.ready = anyio.Event()
+        self.problem: CdcsyncError | None = None
+        self.far_behind: Callable[[], bool] = lambda: False
+        """Whether the stream is so late that texts applied now are likely to change again at once."""
+
+    async def run(self) -> None:
+        """Load the model, trying again while that may help, then hold the inline calls until cancelled."""
+        attempt = 0
+        while True:
+            try:
+                await self.embedder.open()
+                break
+            except CdcsyncError as error:
+                self.problem = error
+                if error.retry is not Retry.AUTOMATIC:
+                    # Text, metadata and deletes go on; vectors wait until someone has mended this and restarts.
+                    log.error("embedder_unusable", embedder=self.embedder.name, error=str(error), fix=error.hint)
+                    return
+                log.warning("embedder_unavailable", embedder=self.embedder.name, error=str(error))
+                await anyio.sleep(backoff_s(attempt))
+                attempt += 1
+        self.problem = None
+        log.info("embedder_ready", embedder=self.embedder.name, model=self.embedder.identity)
+        async with anyio.create_task_group() as self._tasks:
+            self.ready.set()
+            await anyio.sleep_forever()
+
+    @property
+    def idle(self) -> bool:
+        """Whether a call could begin now."""
+        return self.ready.is_set() and self._tasks is not None and self._free.value > 0
+
+    def batch(self, texts: Sequence[str]) -> int:
+        """Return how many of these texts, from the first on, the next call should have."""
+        wanted = MIN_BATCH_TEXTS
+        if self._seconds_per_text:
+            seconds = BATCH_S if self.places == 1 else CONCURRENT_BATCH_S
+            wanted = max(MIN_BATCH_TEXTS, min(WINDOW_TEXTS, int(seconds / self._seconds_per_text)))
+        return self.embedder.fitting(texts[:wanted])
+
+    @property
+    def window_texts(self) -> int:
+        """How many texts a window should have."""
+        return WINDOW_TEXTS * min(self.places, MOST_WINDOWS)
+
+    def remembered(self, hashes: Iterable[bytes]) -> dict[bytes, FloatVector]:
+        """Return the vectors that were made recently for these texts."""
+        return {one: self._made[one] for one in hashes if one in self._made}
+
+    async def embed(self, texts: Mapping[bytes, str]) -> dict[bytes, FloatVector]:
+        """Return the vector of each text by its hash, calling the model for those not made recently or under way.
+
+        :raises EmbedderUnavailable: the model or provider fails as a whole.
+        :raises TextRejected: one of the texts cannot be embedded.
+        """
+        made: dict[bytes, FloatVector] = {}
+        waited: set[bytes] = set()
+        while missing := {one: text for one, text in texts.items() if one not in made}:
+            known = self.remembered(missing)
+            made.update(known)
+            self._avoided("remembered", len(known.keys() - waited))
+            self._avoided("under_way", len(known.keys() & waited))
+            others = {one: self._under_way[one] for one in missing if one in self._under_way}
+            waited.update(others)
+            ours = {one: text for one, text in missing.items() if one not in known and one not in others}
+            if ours:
+                made.update(await self._claim(ours))
+            elif others:
+                # Whoever called for these has no call of ours to wait for: a caller's own calls come first.
+                await next(iter(others.values())).wait()
+        return made
+
+    async def embed_within(self, texts: Mapping[bytes, str], budget_s: float) -> dict[bytes, FloatVector]:
+        """Return what can be embedded within the budget; nothing when the desk is busy or would take longer.
+
+        A call that overruns goes on by itself and its result is remembered.
+        """
+        made = self.remembered(texts)
+        missing = {one: text for one, text in texts.items() if one not in made}
+        if (
+            not missing
+            or not self.idle
+            or self._seconds_per_text * len(missing) > budget_s
+            or self.embedder.fitting(list(missing.values())) < len(missing)
+            or self.far_behind()
+        ):
+            self._avoided("remembered", len(made))
+            return made
+        done = anyio.Event()
+
+        async def call() -> None:
+            try:
+                made.update(await self.embed(missing))
+            except CdcsyncError as error:
+                # The texts stay in the backlog, where the loop meets the same error and deals with it.
+                log.debug("inline_embedding_failed", embedder=self.embedder.name, error=str(error))
+            finally:
+                done.set()
+
+        assert self._tasks is not None
+        self._tasks.start_soon(call)
+        with anyio.move_on_after(budget_s):
+            await done.wait()
+        return dict(made)
+
+    def forget(self) -> None:
+        """Forget the vectors made recently: someone wants them made anew."""
+        self._made.clear()
+
+    def superseded(self, texts: int) -> None:
+        """Note texts that changed or went away while they waited for their call."""
+        self._avoided("superseded", texts)
+
+    def _avoided(self, reason: str, texts: int) -> None:
+        if texts:
+            self._metrics.embed_avoided.labels(self.embedder.name, reason).inc(texts)
+
+    async def _claim(self, texts: Mapping[bytes, str]) -> dict[bytes, FloatVector]:
+        """Call the model for texts that nobody else is calling for, once there is a place."""
+        done = anyio.Event()
+        self._under_way.update(dict.fromkeys(texts, done))
+        try:
+            async with self._free:
+                return await self._call(texts)
+        finally:
+            for one in texts:
+                del self._under_way[one]
+            done.set()
+
+    async def _call(self, texts: Mapping[bytes, str]) -> dict[bytes, FloatVector]:
+        await self.ready.wait()
+        name = self.embedder.name
+        started = self._clock()
+        try:
+            vectors = await self.embedder.embed(list(texts.values()))
+            validate(vectors, len(texts), self.embedder.dimensions)
+        except EmbedError as error:
+            self._metrics.embed_errors.labels(name, type(error).__name__).inc()
+            raise
+        elapsed = self._clock() - started
+        self._metrics.embed_texts.labels(name).inc(len(texts))
+        self._metrics.embed_seconds.labels(name).observe(elapsed)
+        each = elapsed / len(texts)
+        self._seconds_per_text = each if not self._seconds_per_text else 0.8 * self._seconds_per_text + 0.2 * each
+        made = dict(zip(texts, vectors, strict=True))
+        self._made.update(made)
+        while len(self._made) > REMEMBERED_VECTORS:
+            self._made.popitem(last=False)
+        return made
+
+
+def vector_text(vector: FloatVector) -> str:
+    """Return a vector in pgvector's text form, exact to the last bit of a float32."""
+    return "[" + ",".join([str(value) for value in cast(list[float], vector.tolist())]) + "]"

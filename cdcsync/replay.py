@@ -1,0 +1,389 @@
+"""The replay flow: what is asked for is checked, written down as a request, and followed until it has been served.
+
+    arguments ─► checked against both servers ─► request row + NOTIFY ─► whichever worker runs ─► followed
+
+A request needs nothing but the target. The source is asked only where there is a condition to check, or a dry run to
+make. A key is given as its column's text; the key of several columns is a JSON array of their texts, in the key's order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import cast
+
+import anyio
+import anyio.to_thread
+import msgspec
+import psycopg
+from psycopg import sql
+
+from cdcsync.changes import Key, Row
+from cdcsync.chunks import Chunk, make_chunker
+from cdcsync.chunks.sizes import CHARACTERS_PER_TOKEN
+from cdcsync.config import Config
+from cdcsync.config.names import quote
+from cdcsync.documents import hash_text
+from cdcsync.embedders import make_embedder
+from cdcsync.embedders.protocol import Embedder
+from cdcsync.errors import EmbedError, SetupError, UsageError
+from cdcsync.index.keys import canonical, stored_documents
+from cdcsync.index.requests import Request, Requests, Wish
+from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, Names
+from cdcsync.index.search import stored_spec
+from cdcsync.postgres import Connection, first_line, passing, speaking_of, translate
+from cdcsync.source.catalog import read_publication
+from cdcsync.source.relations import read_table
+from cdcsync.source.tables import SourceTable
+
+KEYS_AT_ONCE = 10_000
+"""Keys in one query."""
+
+TRIED_ROWS = 100
+"""Rows that a condition is tried on: enough to see that it neither writes nor fails at once."""
+
+PAGE_ROWS = 1_000
+"""Rows of a dry run in one query."""
+
+SAMPLE_TEXTS = 32
+"""Texts embedded to see how long that takes: one batch."""
+
+FOLLOW_S = 0.2
+"""How often a request is looked at."""
+
+
+class Replay(msgspec.Struct, frozen=True):
+    """What is to be read again: all rows, those that `where` holds for, or those of `keys`."""
+
+    where: str | None = None
+    keys: tuple[Key, ...] | None = None
+    force_embed: bool = False
+    rewrite: bool = False
+    max_rows_per_s: int | None = None
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """What a replay would do; tokens are estimated from characters, `seconds` is None where nothing is known.
+
+    :ivar gone: keys that the source has no row of: they would leave the index.
+    :ivar changed: documents whose text is another than the index's, or that the index lacks.
+    :ivar embeddings: chunks whose vector would have to be made.
+    """
+
+    index: str
+    rows: int
+    gone: int
+    changed: int
+    chunks: int
+    tokens: int
+    embeddings: int
+    embedding_tokens: int
+    seconds: float | None
+
+
+# -- what is there ----------------------------------------------------------------------------------------------
+
+
+async def open_index(target: Connection, config: Config, name: str) -> IndexSpec:
+    """Return an index as the target holds it.
+
+    :raises UsageError: the configuration has no such index.
+    :raises SetupError: the target holds no such index, or it is paused.
+    """
+    if name not in config.indexes:
+        close = difflib.get_close_matches(name, config.indexes, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(config.indexes))}"
+        raise UsageError(f"the configuration has no index {name}", where="INDEX", hint=hint)
+    spec = await stored_spec(target, config.target.schema, name, config.indexes[name])
+    with speaking_of("target", where=f"index {name}"):
+        cursor = await target.execute(
+            sql.SQL("SELECT state, reason, slot FROM {} WHERE name = %s").format(
+                sql.Identifier(config.target.schema, "indexes")
+            ),
+            [name],
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        raise SetupError(
+            "the index is being dropped", where=f"index {name}", hint="`cdcsync status` shows what is there"
+        )
+    state, reason, slot = row
+    if slot != config.source.slot:
+        raise SetupError(
+            f"the index belongs to the pipeline of slot {slot}", where=f"index {name}", hint="use its configuration"
+        )
+    if state == "paused":
+        raise SetupError(
+            f"the index is paused: {reason or 'no reason is stored'}",
+            where=f"index {name}",
+            hint="mend what is said there; the worker then resumes it and reads its table again",
+        )
+    return spec
+
+
+async def as_on_source(source: Connection, publication: str, spec: IndexSpec) -> IndexSpec:
+    """Return the index with what only the source knows: its key's types there, and the publication's row filter.
+
+    :raises SetupError: the table or a column of its key is not there.
+    """
+    name = spec.shape.table
+    with speaking_of("source", where=str(name)):
+        table = await read_table(source, name)
+        published = await read_publication(source, publication)
+    missing = [column for column in spec.shape.columns if table is None or column not in table.columns]
+    if table is None or missing:
+        what = "the table is not there" if table is None else f"columns are missing: {', '.join(missing)}"
+        raise SetupError(what, where=f"source, table {name}", hint="`cdcsync check` says what the index needs")
+    sent = published.tables.get(name) if published is not None else None
+    return msgspec.structs.replace(
+        spec,
+        source_key_types=tuple(table.columns[column].type for column in spec.shape.key),
+        row_filter=sent.row_filter if sent is not None else None,
+    )
+
+
+# -- what is asked for ------------------------------------------------------------------------------------------
+
+
+def parse_key(text: str, spec: IndexSpec) -> Key:
+    """Read a key as it is typed: a single column's text as it is, several as a JSON array.
+
+    :raises UsageError: it has another number of columns, or one of them is NULL.
+    """
+    names = spec.shape.key
+    if len(names) == 1:
+        return (text,)
+    example = json.dumps([f"<{name}>" for name in names])
+    hint = f"the key is ({', '.join(map(quote, names))}): give a JSON array such as '{example}'"
+    try:
+        values = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    except ValueError:
+        raise UsageError(f"{text!r} is no JSON array", where="--key", hint=hint) from None
+    if not isinstance(values, list) or len(values) != len(names):
+        raise UsageError(f"{text} does not have {len(names)} values", where="--key", hint=hint)
+    if not all(isinstance(value, str | bool) for value in values):
+        raise UsageError(f"{text} holds something that is no value of a key", where="--key", hint=hint)
+    return tuple(value if isinstance(value, str) else str(value).lower() for value in values)
+
+
+async def canonical_keys(target: Connection, spec: IndexSpec, given: Iterable[str]) -> tuple[Key, ...]:
+    """Return the keys as the server renders them, each once, in the order given.
+
+    :raises UsageError: one is no value of the key's type, or there are none.
+    """
+    types = ", ".join(f"{quote(name)} {type_}" for name, type_ in zip(spec.shape.key, spec.key_types, strict=True))
+    parsed = [parse_key(text, spec) for text in given]
+    if not parsed:
+        raise UsageError("there is no key", where="--key", hint="give at least one, or leave the option out")
+    found: dict[Key, None] = {}
+    for start in range(0, len(parsed), KEYS_AT_ONCE):
+        try:
+            rendered = await canonical(target, spec, parsed[start : start + KEYS_AT_ONCE])
+        except psycopg.DataError as error:
+            raise UsageError(first_line(error), where="--key", hint=f"the key is ({types})") from None
+        except psycopg.Error as error:
+            raise translate(error, "target", where=f"index {spec.name}") from error
+        found.update(dict.fromkeys(rendered))
+    return tuple(found)
+
+
+async def check_where(source: Connection, spec: IndexSpec, where: str) -> None:
+    """Have the source read the condition, and try it on some rows, in a transaction that cannot write.
+
+    It is tried in brackets and without them: what is right in both places is one expression.
+
+    :raises UsageError: it is none, or does not work.
+    """
+    table = sql.Identifier(spec.shape.table.schema, spec.shape.table.name)
+    some = sql.SQL("(SELECT * FROM {} LIMIT {}) AS t").format(table, sql.Literal(TRIED_ROWS))
+    try:
+        await source.execute("BEGIN READ ONLY")
+        for before, after in (("(", ")"), ("CASE WHEN ", " THEN true END")):
+            cursor = psycopg.AsyncRawCursor(source)
+            # With a parameter the server takes a single statement only.
+            await cursor.execute(
+                sql.SQL("SELECT count(*) FILTER (WHERE {}) + $1::int FROM {}").format(
+                    sql.SQL(before + where + after), some
+                ),
+                [0],
+            )
+    except psycopg.Error as error:
+        if passing(error) and error.sqlstate != "25006":
+            raise translate(error, "source", where=str(spec.shape.table)) from error
+        raise UsageError(
+            first_line(error),
+            where=f"--where {where}",
+            hint=error.diag.message_hint or f"give one condition on the columns of {spec.shape.table} that only reads",
+        ) from None
+    finally:
+        if not source.closed:
+            await source.rollback()
+
+
+async def ask(target: Connection, schema: str, spec: IndexSpec, replay: Replay) -> int:
+    """Write the request down and wake the worker, if one runs; returns the request's number.
+
+    :raises SetupError: the index has been dropped meanwhile.
+    """
+    with speaking_of("target", where=f"index {spec.name}"):
+        async with target.transaction():
+            return await Requests(schema).add(
+                target,
+                spec.name,
+                "replay",
+                rewrite=replay.rewrite,
+                filter_=replay.where,
+                force_embed=replay.force_embed,
+                keys=replay.keys,
+                max_rows_per_s=replay.max_rows_per_s,
+            )
+
+
+async def change(target: Connection, schema: str, index: str, wish: Wish) -> list[int]:
+    """Pause, resume or cancel the requests of an index, and return their numbers.
+
+    :raises UsageError: there is none of which that can be said.
+    """
+    with speaking_of("target", where=f"index {index}"):
+        changed = await Requests(schema).wish(target, index, wish)
+    if not changed:
+        raise UsageError(
+            f"there is nothing to {wish}", where=f"index {index}", hint="`cdcsync status` shows what is under way"
+        )
+    return changed
+
+
+async def follow(target: Connection, schema: str, id_: int, show: Callable[[Request], None]) -> Request:
+    """Return the request once it has ended, showing it meanwhile.
+
+    :raises SetupError: it went with its index.
+    """
+    requests = Requests(schema)
+    while True:
+        with speaking_of("target"):
+            request = await requests.one(target, id_)
+        if request is None:
+            raise SetupError(
+                "the index was dropped", where=f"request {id_}", hint="`cdcsync status` shows what is there"
+            )
+        show(request)
+        if request.ended:
+            return request
+        await anyio.sleep(FOLLOW_S)
+
+
+async def backlog_left(target: Connection, schema: str, spec: IndexSpec) -> int:
+    """Return how many chunks wait for a vector."""
+    with speaking_of("target", where=f"index {spec.name}"):
+        cursor = await target.execute(
+            sql.SQL("SELECT count(*) FROM {} WHERE generation = {} AND attempts < {}").format(
+                Names(schema, spec.name).backlog, sql.Literal(spec.generation), sql.Literal(MAX_ATTEMPTS)
+            )
+        )
+        row = await cursor.fetchone()
+    assert row is not None
+    return cast(int, row[0])
+
+
+# -- the dry run ------------------------------------------------------------------------------------------------
+
+
+async def estimate(source: Connection, target: Connection, config: Config, spec: IndexSpec, replay: Replay) -> Estimate:
+    """Say what a replay would do, by doing all of it but the writing; of the embedding, one batch."""
+    embedder = make_embedder(spec.config.embedder, config.embedders[spec.config.embedder])
+    chunker = make_chunker(spec.config.chunking, embedder.tokenizer_json, embedder.max_input_tokens)
+    started = anyio.current_time()
+    rows = gone = changed = chunks = characters = embeddings = to_embed = 0
+    sample: dict[bytes, str] = {}
+    try:
+        async for keys, page in _pages(source, spec, replay):
+            with speaking_of("target", where=f"index {spec.name}"):
+                stored = await stored_documents(target, config.target.schema, spec, keys)
+            present = {spec.shape.key_of(row): row for row in page}
+            rows += len(page)
+            gone += sum(1 for key in keys if key not in present and key in stored)
+            texts = [spec.template.render(spec.shape.text_of(row)) for row in page]  # type: ignore[arg-type]
+            hashes = [stored[key][1] if key in stored else None for key in present]
+            differs = [hash_text(text) != known for text, known in zip(texts, hashes, strict=True)]
+            changed += sum(differs)
+            cut = await anyio.to_thread.run_sync(chunker.split_all, texts)
+            chunks += sum(map(len, cut))
+            characters += sum(len(chunk.text) for document in cut for chunk in document)
+            candidates = [
+                chunk
+                for document, differing in zip(cut, differs, strict=True)
+                if differing or replay.rewrite or replay.force_embed
+                for chunk in document
+            ]
+            new = candidates if replay.force_embed else await _without_vector(target, config, spec, candidates)
+            embeddings += len(new)
+            to_embed += sum(len(chunk.text) for chunk in new)
+            for chunk in new[: SAMPLE_TEXTS - len(sample)]:
+                sample[chunk.hash] = chunk.text
+        reading_s = anyio.current_time() - started
+        each_s = await _seconds_for_each(embedder, list(sample.values())) if sample else 0.0
+    finally:
+        with anyio.CancelScope(shield=True):
+            await embedder.aclose()
+    return Estimate(
+        index=spec.name,
+        rows=rows,
+        gone=gone,
+        changed=changed,
+        chunks=chunks,
+        tokens=-(-characters // CHARACTERS_PER_TOKEN),
+        embeddings=embeddings,
+        embedding_tokens=-(-to_embed // CHARACTERS_PER_TOKEN),
+        seconds=None if each_s is None else round(_at_pace(reading_s, rows, replay) + each_s * embeddings, 1),
+    )
+
+
+def _at_pace(reading_s: float, rows: int, replay: Replay) -> float:
+    return max(reading_s, rows / replay.max_rows_per_s) if replay.max_rows_per_s else reading_s
+
+
+async def _pages(source: Connection, spec: IndexSpec, replay: Replay) -> AsyncIterator[tuple[Sequence[Key], list[Row]]]:
+    """Yield the keys and rows of page after page."""
+    table = SourceTable(spec.shape, spec.source_key_types, spec.row_filter)
+    if replay.keys is not None:
+        for start in range(0, len(replay.keys), PAGE_ROWS):
+            keys = replay.keys[start : start + PAGE_ROWS]
+            with speaking_of("source", where=str(spec.shape.table)):
+                page = await table.by_keys(source, keys)
+            yield keys, page.rows
+        return
+    after: Key | None = None
+    while True:
+        with speaking_of("source", where=str(spec.shape.table)):
+            page = await table.page(source, after, PAGE_ROWS, replay.where)
+        listed = [spec.shape.key_of(row) for row in page.rows]
+        yield listed, page.rows
+        if len(page.rows) < PAGE_ROWS:
+            return
+        after = listed[-1]
+
+
+async def _without_vector(target: Connection, config: Config, spec: IndexSpec, chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Return the chunks whose text has no vector yet, each text once."""
+    distinct = {chunk.hash: chunk for chunk in chunks}
+    with speaking_of("target", where=f"index {spec.name}"):
+        cursor = await target.execute(
+            sql.SQL(
+                "SELECT h FROM unnest(%s::bytea[]) AS h WHERE NOT EXISTS (SELECT FROM {} v WHERE v.content_hash = h)"
+            ).format(Names(config.target.schema, spec.name).vectors(spec.generation)),
+            [list(distinct)],
+        )
+        return [distinct[row[0]] for row in await cursor.fetchall()]
+
+
+async def _seconds_for_each(embedder: Embedder, texts: list[str]) -> float | None:
+    """Return how long the embedding of one text takes; None when the model does not answer."""
+    try:
+        await embedder.open()
+        await embedder.embed(texts[:1])  # what only the first call costs
+        started = anyio.current_time()
+        await embedder.embed(texts)
+        return (anyio.current_time() - started) / len(texts)
+    except EmbedError:
+        return None

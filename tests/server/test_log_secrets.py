@@ -1,0 +1,163 @@
+"""What a worker says at its most talkative holds no value of a cell, no key and no password."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+
+import pytest
+from psycopg import conninfo, sql
+
+from tests.fixtures.servers import Database, Server
+from tests.fixtures.workers import Pipeline, until
+
+pytestmark = pytest.mark.server
+
+CONFIG = """
+[source]
+dsn = "{dsn}"
+slot = "{slot}"
+feedback_every_s = 1
+[target]
+dsn = "{dsn}"
+[worker]
+listen = "127.0.0.1:0"
+log_level = "debug"
+log_format = "{format}"
+batch_rows = 5
+backfill_page_rows = 5
+[embedders.fake]
+type = "hash"
+dimensions = 8
+[indexes.articles]
+table = "articles"
+text = "{{title}}: {{body}}"
+columns = ["author"]
+embedder = "fake"
+"""
+
+PLANTED = "xyzzy"
+"""In every cell, and in nothing that may be logged."""
+
+
+class Login:
+    """A role whose password must not be seen."""
+
+    def __init__(self, name: str, password: str) -> None:
+        self.name = name
+        self.password = password
+
+    def dsn(self, database: Database) -> str:
+        """Return a connection string with the password in it."""
+        return conninfo.make_conninfo(database.dsn, user=self.name, password=self.password)
+
+
+@pytest.fixture
+def login(server: Server) -> Iterator[Login]:
+    """Made before the databases, and dropped after them."""
+    made = Login(f"cdcsync_test_{secrets.token_hex(4)}", f"{PLANTED}-{secrets.token_hex(8)}")
+    role = sql.Identifier(made.name)
+    with server.connect() as admin:
+        admin.execute(sql.SQL("CREATE ROLE {} SUPERUSER LOGIN PASSWORD {}").format(role, sql.Literal(made.password)))
+    yield made
+    with server.connect() as admin:
+        admin.execute(sql.SQL("DROP ROLE {}").format(role))
+
+
+def fill(database: Database) -> None:
+    database.execute("CREATE TABLE articles (id text PRIMARY KEY, author text, title text, body text)")
+    database.execute(
+        "INSERT INTO articles SELECT %(x)s || i, %(x)s, %(x)s, repeat(%(x)s || ' ', i)"
+        " FROM generate_series(1, 30) AS i",
+        {"x": PLANTED},
+    )
+
+
+def start(
+    make_pipeline: Callable[[str], Pipeline],
+    login: Login,
+    database: Database,
+    format_: str = "json",
+) -> Pipeline:
+    dsn = login.dsn(database)
+    pipeline = make_pipeline(CONFIG.format(dsn=dsn, slot=f"s_{database.name}", format=format_))
+    pipeline.start()
+    return pipeline
+
+
+def said(pipeline: Pipeline) -> str:
+    text = pipeline.log.read_text()
+    assert text
+    return text
+
+
+def test_a_run_with_every_kind_of_change_and_broken_connections_gives_nothing_away(
+    login: Login,
+    make_database: Callable[[], Database],
+    make_pipeline: Callable[[str], Pipeline],
+) -> None:
+    database = make_database()
+    fill(database)
+    pipeline = start(make_pipeline, login, database)
+    pipeline.live()
+    for statement in (
+        "UPDATE articles SET author = author || '1' WHERE id < 'xyzzy2'",
+        "UPDATE articles SET id = id || 'moved' WHERE id = 'xyzzy3'",
+        "DELETE FROM articles WHERE id = 'xyzzy4'",
+        "ALTER TABLE articles ALTER body SET STORAGE EXTERNAL",
+        "UPDATE articles SET body = repeat(md5(id) || ' xyzzy', 400) WHERE id = 'xyzzy5'",
+        "UPDATE articles SET author = 'xyzzy6' WHERE id = 'xyzzy5'",
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name LIKE 'cdcsync%'",
+        "TRUNCATE articles",
+        "INSERT INTO articles VALUES ('xyzzy1', 'xyzzy2', 'xyzzy3', 'xyzzy4')",
+    ):
+        database.execute(statement)
+    pipeline.in_step()
+
+    assert {"batch_applied", "streaming"} <= {event["event"] for event in pipeline.events()}
+    assert PLANTED not in said(pipeline)
+    _, status = pipeline.get("/status")
+    _, metrics = pipeline.get("/metrics")
+    assert PLANTED.encode() not in status + metrics
+
+
+@pytest.mark.parametrize("format_", ["json", "console"])
+def test_a_row_that_the_target_refuses_is_not_shown(
+    login: Login,
+    make_database: Callable[[], Database],
+    make_pipeline: Callable[[str], Pipeline],
+    format_: str,
+) -> None:
+    database = make_database()
+    fill(database)
+    pipeline = start(make_pipeline, login, database, format_)
+    pipeline.live()
+    database.execute("ALTER TABLE cdcsync.articles_chunks ADD CONSTRAINT short CHECK (length(author) < 20)")
+
+    database.execute("UPDATE articles SET author = repeat(author, 9) WHERE id = 'xyzzy7'")
+
+    worker = pipeline.processes[-1]
+    until(lambda: worker.poll() is not None or "short" in said(pipeline), "the refusal")
+    assert "violates check constraint" in said(pipeline)
+    assert PLANTED not in said(pipeline)
+
+
+def test_a_password_that_is_refused_is_not_shown(
+    login: Login,
+    make_database: Callable[[], Database],
+    make_pipeline: Callable[[str], Pipeline],
+) -> None:
+    database = make_database()
+    fill(database)
+    pipeline = start(make_pipeline, login, database)
+    pipeline.live()
+    pipeline.stop(pipeline.processes[-1])
+    path = pipeline.path
+    path.write_text(path.read_text().replace(f"user={login.name}", "user=cdcsync_test_nobody"))
+
+    again = pipeline.start()
+
+    assert again.wait(timeout=60) == 2
+    assert "cdcsync_test_nobody" in said(pipeline)
+    assert PLANTED not in said(pipeline)

@@ -1,0 +1,216 @@
+"""The metrics, their page, the alert rules and the dashboard say the same."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+from prometheus_client import generate_latest
+from prometheus_client.metrics import MetricWrapperBase
+
+import cdcsync
+from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = Path(cdcsync.__file__).parent
+ALERTS = ROOT / "config" / "alerts.yml"
+DASHBOARD = ROOT / "config" / "dashboard.json"
+PAGE = ROOT / "docs" / "metrics.md"
+
+SCRAPED = {"job", "instance", "le"}
+"""Labels that a scrape adds, and the one of every histogram's buckets."""
+
+
+class Described(msgspec.Struct, frozen=True):
+    """What is known of a metric."""
+
+    type: str
+    labels: tuple[str, ...]
+
+
+def of_code() -> dict[str, Described]:
+    """Return the metrics that the code makes, under the names that are exposed."""
+    made = {"cdcsync_build_info": Described("gauge", ("version",))}
+    for metric in vars(Metrics()).values():
+        if isinstance(metric, MetricWrapperBase):
+            suffix = "_total" if metric._type == "counter" else ""
+            made[metric._name + suffix] = Described(str(metric._type), tuple(metric._labelnames))
+    return made
+
+
+def of_page() -> dict[str, Described]:
+    """Return the metrics that the page's tables list."""
+    rows = re.findall(r"^\| `(cdcsync_\w+)` \| (\w+) \| ([^|]+) \|([^|]*)\| (.+) \|$", PAGE.read_text(), re.MULTILINE)
+    return {name: Described(type_, tuple(re.findall(r"`(\w+)`", labels))) for name, type_, _, labels, _ in rows}
+
+
+def expressions() -> Iterator[str]:
+    """Return every expression of the rules and the dashboard."""
+    for group in yaml.safe_load(ALERTS.read_text())["groups"]:
+        yield from (rule["expr"] for rule in group["rules"])
+    board = json.loads(DASHBOARD.read_text())
+    for panel in board["panels"]:
+        yield from (target["expr"] for target in panel.get("targets", []))
+    for variable in board["templating"]["list"]:
+        yield str(variable.get("definition", ""))
+    yield from re.findall(r"^    (.*cdcsync_.*)$", PAGE.read_text(), re.MULTILINE)
+
+
+def test_the_page_lists_every_metric_with_its_type_and_labels_and_no_other() -> None:
+    assert of_page() == of_code()
+
+
+def test_the_page_lists_every_value_of_a_closed_label() -> None:
+    listed = dict(re.findall(r"^\| `(\w+)` \| (`[^|]+) \|$", PAGE.read_text(), re.MULTILINE))
+    assert tuple(re.findall(r"`(\w+)`", listed["state"])) == STATES
+    assert tuple(re.findall(r"`(\w+)`", listed["status"].partition(", as")[0])) == WAL_STATUSES
+
+
+def test_every_label_is_explained() -> None:
+    explained = set(re.findall(r"^\| `(\w+)` \| ", PAGE.read_text(), re.MULTILINE))
+    assert {label for metric in of_code().values() for label in metric.labels} <= explained | {"version"}
+
+
+def test_every_metric_is_set_somewhere() -> None:
+    used = {
+        node.attr
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "metrics.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name | ast.Attribute)
+        and (node.value.id if isinstance(node.value, ast.Name) else node.value.attr).lstrip("_") == "metrics"
+    }
+    assert {name for name in vars(Metrics()) if name != "registry"} <= used
+
+
+def test_the_memory_of_the_process_is_exposed() -> None:
+    assert b"process_resident_memory_bytes" in generate_latest(Metrics().registry)
+
+
+def test_rules_and_dashboard_name_only_metrics_and_labels_that_exist() -> None:
+    known = of_code()
+    unknown = set()
+    for expression in expressions():
+        for name, selectors in re.findall(r"\b(cdcsync_\w+)(?:\{([^}]*)\})?", expression):
+            base = name.removesuffix("_bucket")
+            labels = set(re.findall(r"(\w+) *(?:=~|!=|!~|=)", selectors))
+            if base not in known or (base != name) != (known[base].type == "histogram"):
+                unknown.add(name)
+            elif not labels <= {*known[base].labels, *SCRAPED}:
+                unknown.add(f"{name}{{{selectors}}}")
+    assert not unknown
+
+
+def test_each_alert_has_a_severity_and_says_what_to_do() -> None:
+    rules = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+    names = [rule["alert"] for rule in rules]
+    assert len(names) == len(set(names))
+    for rule in rules:
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert set(rule["annotations"]) == {"summary", "description"}
+
+
+def test_the_panels_of_the_dashboard_do_not_overlap() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert place["x"] + place["w"] <= 24
+        assert not taken & cells, panel["title"]
+        taken |= cells
+
+
+# -- promtool ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def promtool() -> str:
+    found = shutil.which("promtool")
+    if found is None:
+        pytest.skip("there is no promtool: it is in Debian's package prometheus")
+    return found
+
+
+def test_the_rules_are_valid(promtool: str) -> None:
+    done = subprocess.run([promtool, "check", "rules", str(ALERTS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+WORKER = 'job="cdcsync", instance="a:9477"'
+
+
+@pytest.mark.parametrize(
+    ("series", "expected"),
+    [
+        ({f"up{{{WORKER}}}": "0x30"}, {"CdcsyncWorkerDown"}),
+        ({f"cdcsync_ready{{{WORKER}}}": "0x30", f"cdcsync_standby{{{WORKER}}}": "0x30"}, {"CdcsyncNotReady"}),
+        ({f"cdcsync_ready{{{WORKER}}}": "0x30", f"cdcsync_standby{{{WORKER}}}": "1x30"}, set()),
+        ({f"cdcsync_lag_seconds{{{WORKER}}}": "100x30"}, {"CdcsyncLag"}),
+        (
+            {f"cdcsync_slot_retained_bytes{{{WORKER}}}": "60x30", f"cdcsync_slot_safe_bytes{{{WORKER}}}": "40x30"},
+            {"CdcsyncSlotHalfFull"},
+        ),
+        (
+            {f"cdcsync_slot_retained_bytes{{{WORKER}}}": "99x30", f"cdcsync_slot_safe_bytes{{{WORKER}}}": "-7x30"},
+            {"CdcsyncSlotHalfFull", "CdcsyncSlotNearlyFull"},
+        ),
+        (
+            {f"cdcsync_slot_retained_bytes{{{WORKER}}}": "60x30", f"cdcsync_slot_safe_bytes{{{WORKER}}}": "+Inf _x30"},
+            set(),
+        ),
+        ({f'cdcsync_backlog_chunks{{{WORKER}, index="i", lane="live"}}': "5000x40"}, {"CdcsyncBacklogNotShrinking"}),
+        ({f'cdcsync_backlog_chunks{{{WORKER}, index="i", lane="live"}}': "9000-100x40"}, set()),
+        ({f'cdcsync_index_state{{{WORKER}, index="i", state="paused"}}': "1x30"}, {"CdcsyncIndexPaused"}),
+        (
+            {
+                f'cdcsync_embed_errors_total{{{WORKER}, embedder="e", kind="EmbedderUnavailable"}}': "0+1x40",
+                f'cdcsync_embed_texts_total{{{WORKER}, embedder="e"}}': "7x40",
+            },
+            {"CdcsyncEmbedderFails"},
+        ),
+        (
+            {
+                f'cdcsync_embed_errors_total{{{WORKER}, embedder="e", kind="TextRejected"}}': "0+1x40",
+                f'cdcsync_embed_texts_total{{{WORKER}, embedder="e"}}': "0+9x40",
+            },
+            set(),
+        ),
+    ],
+)
+def test_an_alert_fires_when_it_should(
+    promtool: str, tmp_path: Path, series: dict[str, str], expected: set[str]
+) -> None:
+    names = [rule["alert"] for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+    # What fires is read as a series, so that annotations need not be repeated here.
+    fires = [
+        {
+            "expr": f'count(ALERTS{{alertname="{name}", alertstate="firing"}})',
+            "eval_time": "30m",
+            "exp_samples": [{"labels": "{}", "value": 1}] if name in expected else [],
+        }
+        for name in names
+    ]
+    inputs: list[dict[str, Any]] = [{"series": name, "values": values} for name, values in series.items()]
+    test = {
+        "rule_files": [str(ALERTS)],
+        "evaluation_interval": "1m",
+        "tests": [{"interval": "1m", "input_series": inputs, "promql_expr_test": fires}],
+    }
+    path = tmp_path / "rules.yml"
+    path.write_text(json.dumps(test))
+    done = subprocess.run([promtool, "test", "rules", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
