@@ -65,6 +65,11 @@ class WorkerHandle:
         self._connected = up
         self.metrics.connected.labels("source").set(up)
 
+    @property
+    def streaming(self) -> bool:
+        """Whether changes flow."""
+        return self._connected
+
     def stop(self) -> None:
         """Ask for an orderly end: the batch in hand is finished, or abandoned whole."""
         self.stopping.set()

@@ -3,7 +3,7 @@
     arguments ─► checked against both servers ─► request row + NOTIFY ─► whichever worker runs ─► followed
 
 A request needs nothing but the target. The source is asked only where there is a condition to check, or a dry run to
-make. A key is given as its column's text; the key of several columns is a JSON array of their texts, in the key's order.
+make. A key is given as its column's text; the key of several columns is a JSON array of their texts, in their order.
 """
 
 from __future__ import annotations
@@ -335,7 +335,7 @@ async def estimate(source: Connection, target: Connection, config: Config, spec:
         tokens=-(-characters // CHARACTERS_PER_TOKEN),
         embeddings=embeddings,
         embedding_tokens=-(-to_embed // CHARACTERS_PER_TOKEN),
-        seconds=None if each_s is None else round(_at_pace(reading_s, rows, replay) + each_s * embeddings, 1),
+        seconds=None if each_s is None else round(_at_pace(reading_s, rows, replay) + each_s * embeddings, 3),
     )
 
 

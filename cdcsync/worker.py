@@ -7,6 +7,7 @@ Each of these is a task that mends its own connections. What ends the worker is 
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from cdcsync.errors import SchemaChanged, TargetUnavailable, Unavailable, leadin
 from cdcsync.handle import WorkerHandle
 from cdcsync.index.schema import IndexSpec
 from cdcsync.index.session import ApplySession, worker_name
+from cdcsync.notify import ServiceManager, keep_informed
 from cdcsync.postgres import Session, connect, speaking_of
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
 from cdcsync.prepare import Preparer
@@ -319,6 +321,8 @@ async def run(
         async with anyio.create_task_group() as tasks:
             if handle_signals:
                 await tasks.start(_stop_on_signal, handle)
+                if manager := ServiceManager.from_environment(os.environ):
+                    tasks.start_soon(keep_informed, manager, handle)
             tasks.start_soon(handle.turn)
             if listening:
                 await tasks.start(_serve, config, handle)

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from cdcsync.cli import replay, teardown, verify
+from cdcsync.cli import failures, replay, teardown, verify
 from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app
 from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
 
@@ -19,6 +19,7 @@ INTERRUPTED = 130
 
 app.command(epilog=replay.EPILOG)(replay.replay)
 app.command(epilog=verify.EPILOG)(verify.verify)
+app.command(epilog=failures.EPILOG)(failures.failures)
 app.command(epilog=teardown.EPILOG)(teardown.teardown)
 
 

@@ -24,7 +24,7 @@ EPILOG = """All rows; what has not changed costs no embedding: `cdcsync replay a
 
     Some of them: `cdcsync replay articles --where "tenant = 7"`
 
-    A few, by key: `cdcsync replay articles --key 17 --key 18`, or `psql -Atc 'SELECT …' | cdcsync replay articles --key -`
+    A few, by key: `cdcsync replay articles --key 17 --key 18`, or `… | cdcsync replay articles --key -`
 
     A key of several columns: `cdcsync replay orders --key '["eu", 17]'`
 
@@ -44,16 +44,14 @@ def replay(
     config: ConfigOption = None,
     where: Annotated[
         str | None,
-        typer.Option(
-            metavar="SQL", help="Only rows for which this condition holds; run read-only.", show_default=False
-        ),
+        typer.Option(metavar="SQL", help="Only rows for which this holds; run read-only.", show_default=False),
     ] = None,
     key: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY",
-            help="Only the row of this key; repeatable. `-` reads keys from standard input, one a line. A key of several"
-            " columns is a JSON array. A key without a row leaves the index.",
+            help="Only the row of this key; repeatable. `-` reads keys from standard input, one a line. A key of"
+            " several columns is a JSON array. A key without a row leaves the index.",
             show_default=False,
         ),
     ] = None,

@@ -68,7 +68,7 @@ def verify(
 
 async def _verify(config: Config, index: str, repair: bool) -> tuple[Verification, Verification, int]:
     """Return what was found at first, what was found last, and how many documents were mended in between."""
-    from contextlib import AsyncExitStack
+    from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
     from cdcsync import verify as flow
     from cdcsync.postgres import connect
@@ -84,10 +84,14 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
             await connect(config.source.dsn, "source", application_name="cdcsync verify")
         )
         spec = await as_on_source(source, config.source.publication, await open_index(target, config, index))
-        async with attended(target, config):
-            found = await flow.verify(source, target, schema, spec)
-            if found.verification.equal or not repair:
-                return found.verification, found.verification, 0
+
+        def attend() -> AbstractAsyncContextManager[bool]:
+            return attended(target, config)
+
+        found = await flow.verify(source, target, schema, spec, attend=attend)
+        if found.verification.equal or not repair:
+            return found.verification, found.verification, 0
+        async with attend():
             mended = await flow.repair(target, schema, spec, found)
             again = await flow.verify(source, target, schema, spec)
             return found.verification, again.verification, mended

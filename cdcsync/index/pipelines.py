@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import cast
 
 import msgspec
+import psycopg
 from psycopg import sql
 
 from cdcsync.errors import LeaseLost
@@ -74,6 +75,16 @@ class Pipelines:
         row = await cursor.fetchone()
         assert row is not None
         return bool(row[0])
+
+    async def lock_within(self, connection: Connection, seconds: float) -> bool:
+        """Take the pipeline's lock for this session, waiting a while for a session that is just ending."""
+        try:
+            async with connection.transaction():
+                await connection.execute("SELECT set_config('lock_timeout', %s, true)", [f"{seconds * 1000:.0f}ms"])
+                await connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [self._lock])
+        except psycopg.errors.LockNotAvailable:
+            return False
+        return True
 
     async def holder(self, connection: Connection) -> int | None:
         """Return the backend process that holds the pipeline's lock, None when no worker does."""

@@ -29,6 +29,10 @@ from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection, connect, speaking_of
 
 
+OLD_SESSION_S = 2.0
+"""A server needs a moment to end a session whose client is gone, and to free its lock."""
+
+
 def worker_name() -> str:
     """Return what an operator finds this process by."""
     return f"{socket.gethostname()}:{os.getpid()}"
@@ -100,7 +104,7 @@ class ApplySession:
         connection = await self._connect()
         with speaking_of("target"):
             try:
-                locked = await self._pipelines.try_lock(connection)
+                locked = await self._pipelines.lock_within(connection, OLD_SESSION_S)
                 state = await self._pipelines.read(connection)
                 if state is None or state.fence != self._fence:
                     raise LeaseLost(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from datetime import UTC, datetime
+from typing import TypeAlias
 
 import anyio
 import msgspec
@@ -75,10 +76,17 @@ class Findings(msgspec.Struct, frozen=True):
     keys: dict[str, list[Key]]
 
 
-async def verify(source: Connection, target: Connection, schema: str, spec: IndexSpec) -> Findings:
+Attend: TypeAlias = Callable[[], AbstractAsyncContextManager[object]]
+"""Sees to it that a worker runs, for as long as it takes."""
+
+
+async def verify(
+    source: Connection, target: Connection, schema: str, spec: IndexSpec, *, attend: Attend = nullcontext
+) -> Findings:
     """Compare an index with its source. Where something may differ, a worker has to run to say whether it does.
 
     :param spec: with the source's key types and the publication's row filter.
+    :param attend: entered while a worker has to run.
     :raises SetupError: the comparison could not be made.
     """
     started = anyio.current_time()
@@ -101,7 +109,7 @@ async def verify(source: Connection, target: Connection, schema: str, spec: Inde
     for group in _groups(sums["source"].differing(sums["index"])):
         suspects = await _suspects(in_source, in_index, buckets, group)
         candidates += len(suspects)
-        for key, problem in await _compared(target, schema, spec, suspects):
+        for key, problem in await _compared(target, schema, spec, suspects, attend):
             keys.setdefault(problem, []).append(key)
     with speaking_of("target", where=f"index {spec.name}"):
         sound = await examine_index(target, schema, spec)
@@ -154,7 +162,9 @@ async def _suspects(in_source: SourceDigests, in_index: IndexDigests, buckets: i
     return [*suspects, *expected]
 
 
-async def _compared(target: Connection, schema: str, spec: IndexSpec, suspects: Sequence[Key]) -> list[tuple[Key, str]]:
+async def _compared(
+    target: Connection, schema: str, spec: IndexSpec, suspects: Sequence[Key], attend: Attend
+) -> list[tuple[Key, str]]:
     """Have the engine compare these documents and return what differs."""
     if not suspects:
         return []
@@ -163,7 +173,8 @@ async def _compared(target: Connection, schema: str, spec: IndexSpec, suspects: 
         async with target.transaction():
             id_ = await requests.add(target, spec.name, "verify", rewrite=False, filter_=None, keys=suspects)
     try:
-        await _done(target, requests, id_, spec)
+        async with attend():
+            await _done(target, requests, id_, spec)
     except BaseException:
         with anyio.CancelScope(shield=True, deadline=anyio.current_time() + 5):
             if not target.closed and not target.broken:

@@ -76,9 +76,7 @@ class Model(msgspec.Struct):
                 self.documents[float(key)] = (stored[0], write.carried, stored[2])
             else:
                 existed = stored is not None and not twice
-                entries.append(
-                    document(key, *write.texts, carried=(write.carried,), existed=existed, lane=write.lane)
-                )
+                entries.append(document(key, *write.texts, carried=(write.carried,), existed=existed, lane=write.lane))
                 self.documents.pop(float(key), None)
                 if write.texts:
                     self.documents[float(key)] = (key, write.carried, write.texts)
@@ -184,9 +182,7 @@ def test_the_index_holds_the_models_documents_and_each_chunk_has_a_vector_or_wai
 
 async def check_stored(index: LiveIndex, model: Model) -> None:
     """The look-up by key agrees with the model, whatever text the key has; of several texts of one it says nothing."""
-    expected = {
-        (f"{key:.3f}",): hash_text("\n".join(texts)) for key, (_, _, texts) in model.documents.items()
-    }
+    expected = {(f"{key:.3f}",): hash_text("\n".join(texts)) for key, (_, _, texts) in model.documents.items()}
     assert await index.writer.stored_hashes([(f"{float(key):.3f}",) for key in ("1", "2", "3", "0.5")]) == expected
     assert await index.writer.stored_hashes([("1",), ("1.0",)]) == {}
 
@@ -215,9 +211,7 @@ def test_any_text_arrives_as_it_is(bench: Bench, texts: Sequence[str]) -> None:
         index = bench.index
         await bench.empty()
         no_carried: Row = (None,)
-        await index.apply(
-            changes(*[document(str(at), text, carried=no_carried) for at, text in enumerate(texts)])
-        )
+        await index.apply(changes(*[document(str(at), text, carried=no_carried) for at, text in enumerate(texts)]))
         found = await index.rows("SELECT id::int, content FROM {chunks} ORDER BY 1")
         assert found == list(enumerate(texts))
 

@@ -188,7 +188,9 @@ def test_a_batch_leaves_open_only_what_nothing_in_it_tells(history: list[Step], 
         elif isinstance(change, list):
             touched |= {row.key for row in change}
         else:
-            touched |= {change.key} | ({change.moved_from} if isinstance(change, Upsert) and change.moved_from else set())
+            touched |= {change.key} | (
+                {change.moved_from} if isinstance(change, Upsert) and change.moved_from else set()
+            )
 
     assert {upsert.key: upsert.row for upsert in upserts(batch)} == known
     assert {key for key, change in batch.live.items() if isinstance(change, Delete)} == touched - set(known)

@@ -10,8 +10,8 @@ some of them of keys that the table does not have.
 
 from __future__ import annotations
 
-from collections.abc import Set
-from itertools import product
+from collections.abc import Sequence, Set
+from random import Random
 from typing import TypeAlias
 
 import msgspec
@@ -42,16 +42,12 @@ class Write(msgspec.Struct, frozen=True):
     published: bool
 
     def apply(self, rows: Rows) -> None:
-        match self.kind:
-            case "put":
-                rows[self.key] = self.values
-            case "delete":
-                del rows[self.key]
-            case "move":
-                del rows[self.key]
-                rows[self.to] = self.values
-            case "truncate":
-                rows.clear()
+        if self.kind == "truncate":
+            rows.clear()
+        if self.kind in ("delete", "move"):
+            del rows[self.key]
+        if self.kind in ("put", "move"):
+            rows[self.to] = self.values
 
     @property
     def keys(self) -> set[Key]:
@@ -181,10 +177,8 @@ class Pipeline:
     def does(self, step: Step) -> None:
         source = self.source
         match step.kind:
-            case "wait":
-                pass
             case "write":
-                self._write(step, source.running[step.number % 3] if step.number % 3 < len(source.running) else None)
+                self._write(step, source.running[step.number] if step.number < len(source.running) else None)
             case "write and commit":
                 if transaction := self._write(step, None):
                     source.commit(transaction)
@@ -198,10 +192,8 @@ class Pipeline:
                 source.finish_all()
             case "take an id":
                 source.roll_back(source.begin())
-            case "deliver":
-                self._deliver(step.number)
-            case "deliver all":
-                self._deliver(None)
+            case "deliver" | "deliver all":
+                self._deliver(step.number if step.kind == "deliver" else None)
             case "apply":
                 self._apply()
             case "reconnect":
@@ -214,16 +206,15 @@ class Pipeline:
                 self._stop()
             case "prune" if not self.deliveries.recording:
                 self.deliveries.forget_seen(source.snapshot())
-            case "snapshot":
-                self.reading = source.snapshot(), frozenset(source.visible)
-            case "read":
+            case "begin a page":
+                self._begin_page()
+            case "read it":
                 self._read(step)
+            case "mark it":
+                self._mark()
             case "page":
-                self.reading = source.snapshot(), frozenset(source.visible)
+                self._begin_page()
                 self._read(step)
-                if step.to != step.key:  # else anything may come between
-                    self._mark()
-            case "mark":
                 self._mark()
 
     # -- the source -----------------------------------------------------------------------------------------------
@@ -298,13 +289,10 @@ class Pipeline:
         target = {} if self.batch.truncated else dict(self.index)
         snapshot = self.source.snapshot()
         rows = self.source.rows()
-        for change in self.batch.live.values():
-            if isinstance(change, Delete):
-                target.pop(change.key, None)
         for change in [*self.batch.live.values(), *self.batch.filled.values()]:
             if isinstance(change, Delete):
-                continue
-            if complete(change.row):
+                target.pop(change.key, None)
+            elif complete(change.row):
                 target[change.key] = (str(change.row[1]), str(change.row[2]))
             elif not snapshot.sees(change.xid):
                 return False
@@ -331,20 +319,20 @@ class Pipeline:
 
     def _restart(self) -> None:
         self._reconnect()
-        self._forget_pages()
+        self._stop()
         self.deliveries = Deliveries()
         self._suspect_all_that_run()
 
     # -- the backfill ---------------------------------------------------------------------------------------------
 
     def _stop(self) -> None:
-        self._forget_pages()
-        self.deliveries.stop()
-
-    def _forget_pages(self) -> None:
         self.pending.clear()
         self.unmarked.clear()
         self.reading = None
+        self.deliveries.stop()
+
+    def _begin_page(self) -> None:
+        self.reading = self.source.snapshot(), frozenset(self.source.visible)
 
     def _read(self, step: Step) -> None:
         """Read a page of the table, or ask which keys of the index the table lacks."""
@@ -370,38 +358,35 @@ class Pipeline:
 
     def end(self) -> None:
         """Let everything end and arrive."""
-        while self.unmarked:
-            self._mark()
+        self.source.wal += self.unmarked
         self.source.finish_all()
         self._deliver(None)
         assert self._apply()
 
 
-AT_THE_SOURCE = {"wait": 1, "write": 2, "write and commit": 6, "commit": 2, "roll back": 1, "show": 4}
-AT_THE_SOURCE |= {"finish all": 4, "take an id": 1}
-IN_THE_PIPELINE = {"deliver": 2, "deliver all": 4, "apply": 3, "reconnect": 1, "restart": 1}
-IN_THE_BACKFILL = {"record": 3, "stop": 1, "prune": 1, "snapshot": 1, "read": 1, "page": 6, "mark": 2}
+AT_THE_SOURCE = dict.fromkeys(["write", "commit"], 2) | dict.fromkeys(["roll back", "take an id"], 1)
+AT_THE_SOURCE |= {"write and commit": 6, "show": 4, "finish all": 3}
+PIPELINE = {"deliver": 2, "deliver all": 4, "apply": 3, "reconnect": 1, "restart": 1}
+BACKFILL = {"record": 3, "stop": 2, "prune": 2, "page": 4, "begin a page": 2, "read it": 3, "mark it": 3}
+EVERYTHING = AT_THE_SOURCE | PIPELINE | BACKFILL
 WRITES = {"put": 4, "delete": 1, "move": 2, "truncate": 1}
 
 
-def steps(kinds: dict[str, int], count: int) -> st.SearchStrategy[list[Step]]:
-    """So many steps, some of which only wait: left to itself, hypothesis tries mostly short lists."""
-    weighted = ([choice for choice, weight in weights.items() for _ in range(weight)] for weights in (kinds, WRITES))
-    kind, write = weighted
-    every = [Step(*choices) for choices in product(kind, range(4), write, KEYS, KEYS, (True, False))]
-    return st.lists(st.sampled_from(every), min_size=count, max_size=count)
+def steps(random: Random, kinds: dict[str, int], count: int) -> list[Step]:
+    def one_of(weights: dict[str, int]) -> str:
+        (choice,) = random.choices(list(weights), list(weights.values()))
+        return choice
+
+    def step() -> Step:
+        return Step(
+            one_of(kinds), random.randrange(4), one_of(WRITES), *random.choices(KEYS, k=2), random.random() < 0.5
+        )
+
+    return [step() for _ in range(count)]
 
 
-@settings(max_examples=600)
-@given(
-    next_xid=st.integers(XID_SPAN - 8, XID_SPAN + 3) | st.integers(3, 6),
-    index=st.dictionaries(st.sampled_from(KEYS), st.just(("stale", "stale"))),
-    before=steps(AT_THE_SOURCE, 8),
-    after=steps(AT_THE_SOURCE | IN_THE_PIPELINE | IN_THE_BACKFILL, 60),
-)
-def test_a_backfill_beside_the_stream_ends_with_what_the_table_holds(
-    next_xid: int, index: Rows, before: list[Step], after: list[Step]
-) -> None:
+def ends_right(next_xid: int, index: Rows, before: Sequence[Step], after: Sequence[Step]) -> bool:
+    """Play the steps; say whether the index is right in the end, and untouched where nothing concerned it."""
     pipeline = Pipeline(next_xid, index)
     for step in before:
         pipeline.does(step)
@@ -410,8 +395,24 @@ def test_a_backfill_beside_the_stream_ends_with_what_the_table_holds(
     for step in after:
         pipeline.does(step)
     pipeline.end()
-
     table = pipeline.source.rows()
-    for key in KEYS:
-        right = table if key in pipeline.settled else pipeline.stale
-        assert pipeline.index.get(key) == right.get(key)
+    right = {key: (table if key in pipeline.settled else pipeline.stale).get(key) for key in KEYS}
+    return {key: pipeline.index.get(key) for key in KEYS} == right
+
+
+# The steps are drawn evenly, not by hypothesis: its draws dwell on simple values, and the faults looked for here take
+# several steps that are not. So a failure is made small here too.
+@settings(max_examples=1500)
+@given(st.randoms(use_true_random=True))
+def test_a_backfill_beside_the_stream_ends_with_what_the_table_holds(random: Random) -> None:
+    next_xid = random.choice([3, 5, XID_SPAN - 6, XID_SPAN - 2, XID_SPAN + 1])  # ids wrap sooner or later, or do not
+    index: Rows = {key: ("stale", "stale") for key in KEYS if random.random() < 0.4}
+    before, after = steps(random, AT_THE_SOURCE, 8), steps(random, EVERYTHING, 60)
+    if not ends_right(next_xid, index, before, after):
+        for part in (after, before):
+            for at in reversed(range(len(part))):
+                step = part.pop(at)
+                if ends_right(next_xid, index, before, after):
+                    part.insert(at, step)
+
+    assert ends_right(next_xid, index, before, after), (next_xid, index, before, after)

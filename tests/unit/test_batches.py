@@ -32,6 +32,8 @@ def page(*rows: RowChange) -> tuple[RowChange, ...]:
 
 TRUNCATION = Truncation(SHAPE, 1, 10)
 
+SWAP = [put(to, UNCHANGED, UNCHANGED, moved_from=key) for key, to in (("a", "t"), ("b", "a"), ("t", "b"))]
+
 Step = Change | tuple[RowChange, ...]
 """A change of the stream, or the rows of a page."""
 
@@ -124,9 +126,7 @@ def outcome(changes: dict[Key, RowChange] | dict[Key, Upsert]) -> dict[str, Row 
             id="there and back again",
         ),
         pytest.param(
-            [put("a", "1", "x"), put("b", "2", "y")]
-            + [put("t", UNCHANGED, UNCHANGED, moved_from="a"), put("a", UNCHANGED, UNCHANGED, moved_from="b")]
-            + [put("b", UNCHANGED, UNCHANGED, moved_from="t")],
+            [put("a", "1", "x"), put("b", "2", "y"), *SWAP],
             {"t": None, "a": ("a", "2", "y"), "b": ("b", "1", "x")},
             {},
             id="two rows swap their keys",
@@ -205,6 +205,14 @@ def test_an_empty_batch_has_nothing_to_apply() -> None:
     assert not batch
     assert (batch.rows, batch.bytes, batch.transactions, batch.partial) == (0, 0, 0, False)
     assert (batch.end_lsn, batch.commit_time_us) == (None, None)
+
+
+def test_a_batch_that_pauses_an_index_is_to_be_applied_even_without_changes() -> None:
+    batch = Batch()
+
+    batch.paused["articles"] = "column author is gone"
+
+    assert batch
 
 
 def test_indexes_are_kept_apart() -> None:

@@ -21,7 +21,7 @@ from cdcsync.errors import EmbedError
 from cdcsync.index.search import Hit
 from cdcsync.preflight import Finding
 
-COMMANDS = ["demo", "check", "run", "status", "search", "teardown", "config show", "config schema"]
+COMMANDS = ["demo", "check", "run", "status", "search", "failures", "teardown", "config show", "config schema"]
 
 HEAVY = {"starlette", "uvicorn", "numpy", "torch", "psycopg", "structlog", "msgspec", "anyio", "prometheus_client"}
 """What no one should wait for who only wants help."""

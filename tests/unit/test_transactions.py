@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pytest
 
 from cdcsync.changes import Change, Delete, Shape, Truncation, Upsert
 from cdcsync.config import QualifiedName
-from cdcsync.errors import ProtocolError, SchemaChanged
+from cdcsync.errors import ProtocolError
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput import messages as pg
-from cdcsync.transactions import MARK_PREFIX, Assembler, Committed, Event, Mark
+from cdcsync.transactions import MARK_PREFIX, Assembler, Committed, Event, Lost, Mark
 
 ARTICLES = Shape(
     index="articles", table=QualifiedName("public", "articles"), key=("id",), carried=("author",), text=("title",)
@@ -25,14 +25,24 @@ COMMIT_LSN, END_LSN = Lsn(100), Lsn(130)
 TIME_US = 42
 
 
-def relation(oid: int, name: str, columns: str = "id author title", *, namespace: str = "public") -> pg.Relation:
+def relation(
+    oid: int,
+    name: str,
+    columns: str = "id author title",
+    *,
+    namespace: str = "public",
+    types: Mapping[str, tuple[int, int]] | None = None,
+) -> pg.Relation:
+    """A table with the key `id`; its columns are text, but for those with another type and modifier in `types`."""
     return pg.Relation(
         xid=None,
         oid=oid,
         namespace=namespace,
         name=name,
         replica_identity="d",
-        columns=tuple(pg.Column(column == "id", column, 25, -1) for column in columns.split()),
+        columns=tuple(
+            pg.Column(column == "id", column, *(types or {}).get(column, (25, -1))) for column in columns.split()
+        ),
     )
 
 
@@ -133,10 +143,8 @@ def assembler() -> Assembler:
             id="a description holds for later transactions",
         ),
         pytest.param(
-            [BEGIN, R_ARTICLES, insert(1, "k", "A", "T"), relation(1, "articles", "title x id author")]
-            + [insert(1, "U", "-", "k", "B"), COMMIT],
-            [upsert(ARTICLES, "k", "A", "T"), upsert(TITLES, "k", "T")]
-            + [upsert(ARTICLES, "k", "B", "U"), upsert(TITLES, "k", "U"), COMMITTED],
+            [BEGIN, R_ARTICLES, relation(1, "articles", "title x id author"), insert(1, "T", "-", "k", "A"), COMMIT],
+            [upsert(ARTICLES, "k", "A", "T"), upsert(TITLES, "k", "T"), COMMITTED],
             id="a new description replaces the old one",
         ),
         pytest.param(
@@ -236,42 +244,106 @@ def test_a_new_connection_has_forgotten_all_relations(assembler: Assembler) -> N
         again.feed(insert(1, "k", "A", "T"))
 
 
-def test_a_table_that_loses_a_column_stops_the_stream(assembler: Assembler) -> None:
+def lost(events: Sequence[Event]) -> dict[str, str]:
+    """Why indexes are lost, by index."""
+    reasons = {}
+    for event in events:
+        assert isinstance(event, Lost)
+        assert event.error.index == event.index
+        reasons[event.index] = event.error.message
+    assert len(reasons) == len(events)
+    return reasons
+
+
+def test_an_index_that_needs_a_column_which_went_away_is_lost_and_the_others_go_on(assembler: Assembler) -> None:
     events_of(assembler, [BEGIN, R_ARTICLES, insert(1, "k", "A", "T")])
 
-    with pytest.raises(SchemaChanged, match="column author of index articles") as caught:
-        assembler.feed(relation(1, "articles", "id title"))
-    assert caught.value.where == "public.articles"
-    assert caught.value.hint is not None
-    assert "[indexes.articles]" in caught.value.hint
+    (event,) = assembler.feed(relation(1, "articles", "id title"))
+
+    assert lost([event]) == {"articles": "column author is no longer in what the publication sends"}
+    assert isinstance(event, Lost)
+    assert event.error.where == "public.articles"
+    assert event.error.hint is not None
+    assert event.error.hint.startswith("restore the column")
+    assert events_of(assembler, [insert(1, "k", "U"), delete(1, "k", 2), truncate(1), COMMIT]) == [
+        upsert(TITLES, "k", "U"),
+        Delete(TITLES, ("k",), XID, COMMIT_LSN),
+        Truncation(TITLES, XID, COMMIT_LSN),
+        COMMITTED,
+    ]
 
 
-def test_a_followed_table_that_is_renamed_stops_the_stream(assembler: Assembler) -> None:
-    events_of(assembler, [BEGIN, *DESCRIBED, COMMIT, BEGIN])
+def test_a_lost_index_stays_lost_when_its_column_comes_back(assembler: Assembler) -> None:
+    events = events_of(assembler, [BEGIN, relation(1, "articles", "id title"), R_ARTICLES, insert(1, "k", "A", "T")])
 
-    with pytest.raises(SchemaChanged, match="the table is called public.articles_old now") as caught:
-        assembler.feed(relation(1, "articles_old"))
-    assert caught.value.where == "public.articles"
-    assert caught.value.hint is not None
-    assert caught.value.hint.startswith("set indexes.articles.table")
+    assert set(lost(events[:1])) == {"articles"}
+    assert events[1:] == [upsert(TITLES, "k", "T")]
 
 
-def test_a_followed_table_that_takes_the_name_of_another_followed_one_stops_the_stream(assembler: Assembler) -> None:
+def test_an_index_whose_key_or_carried_column_changes_its_type_is_lost(assembler: Assembler) -> None:
+    wider = relation(1, "articles", types={"author": (1043, 68)})
     events_of(assembler, [BEGIN, R_ARTICLES])
 
-    with pytest.raises(SchemaChanged, match='the table is called "Other"."Notes" now'):
-        assembler.feed(relation(1, "Notes", namespace="Other"))
+    assert lost(assembler.feed(wider)) == {"articles": "column author changed its type"}
+    assert lost(assembler.feed(relation(1, "articles", types={"id": (20, -1)}))) == {
+        "titles": "column id changed its type"
+    }
 
 
-def test_another_table_under_the_name_of_a_followed_one_stops_the_stream(assembler: Assembler) -> None:
+def test_a_column_that_is_only_rendered_may_change_its_type(assembler: Assembler) -> None:
+    wider = relation(1, "articles", types={"title": (1043, 68)})
+
+    assert events_of(assembler, [BEGIN, R_ARTICLES, wider, wider]) == []
+
+
+def test_the_first_description_says_what_the_types_are(assembler: Assembler) -> None:
+    wider = relation(1, "articles", types={"author": (1043, 68)})
+
+    assert events_of(assembler, [BEGIN, wider, wider]) == []
+
+
+def test_all_indexes_of_a_table_that_is_renamed_are_lost(assembler: Assembler) -> None:
     events_of(assembler, [BEGIN, *DESCRIBED, COMMIT, BEGIN])
+    renamed = relation(1, "articles_old")
 
-    with pytest.raises(SchemaChanged, match="another table has this name now") as caught:
-        assembler.feed(relation(4, "articles"))
-    assert caught.value.where == "public.articles"
+    events = assembler.feed(renamed)
+
+    called = "the table is called public.articles_old now"
+    assert lost(events) == {"articles": called, "titles": called}
+    (first, _) = events
+    assert isinstance(first, Lost)
+    assert first.error.where == "public.articles"
+    assert first.error.hint is not None
+    assert first.error.hint.startswith("set indexes.articles.table")
+    assert events_of(assembler, [renamed, insert(1, "k", "A", "T"), insert(2, "n", "N"), COMMIT]) == [
+        upsert(NOTES, "n", "N"),
+        COMMITTED,
+    ]
 
 
-def test_a_table_that_no_index_follows_may_be_renamed(assembler: Assembler) -> None:
-    events = events_of(assembler, [BEGIN, R_FOREIGN, relation(3, "other"), insert(3, "x", "y", "z"), COMMIT])
+def test_all_indexes_of_a_table_whose_name_another_one_takes_are_lost(assembler: Assembler) -> None:
+    events_of(assembler, [BEGIN, *DESCRIBED, COMMIT, BEGIN])
+    impostor = relation(4, "articles")
 
-    assert events == [COMMITTED]
+    taken = "another table has this name now"
+    assert lost(assembler.feed(impostor)) == {"articles": taken, "titles": taken}
+    assert events_of(assembler, [insert(4, "k", "A", "T"), insert(1, "k", "A", "T"), COMMIT]) == [COMMITTED]
+
+
+def test_tables_that_swap_their_names_lose_the_indexes_of_both(assembler: Assembler) -> None:
+    events_of(assembler, [BEGIN, *DESCRIBED])
+
+    events = assembler.feed(relation(1, "Notes", namespace="Other"))
+
+    assert lost(events) == {
+        "articles": 'the table is called "Other"."Notes" now',
+        "titles": 'the table is called "Other"."Notes" now',
+        "notes": "another table has this name now",
+    }
+    assert assembler.feed(relation(2, "articles")) == []
+
+
+def test_a_table_that_no_index_follows_may_be_renamed_and_replaced(assembler: Assembler) -> None:
+    messages = [BEGIN, R_FOREIGN, relation(3, "other"), relation(5, "other"), insert(3, "x", "y", "z"), COMMIT]
+
+    assert events_of(assembler, messages) == [COMMITTED]

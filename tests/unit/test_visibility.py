@@ -17,7 +17,10 @@ B: Key = ("b",)
         ("10:10:", Snapshot(10, 10, frozenset())),
         ("10:12:10", Snapshot(10, 12, frozenset({10}))),
         ("10:20:10,14,19", Snapshot(10, 20, frozenset({10, 14, 19}))),
-        ("4294967290:4294967300:4294967290,4294967299", Snapshot(2**32 - 6, 2**32 + 4, frozenset({2**32 - 6, 2**32 + 3}))),
+        (
+            "4294967290:4294967300:4294967290,4294967299",
+            Snapshot(2**32 - 6, 2**32 + 4, frozenset({2**32 - 6, 2**32 + 3})),
+        ),
     ],
 )
 def test_a_snapshot_reads_as_postgresql_prints_it(text: str, snapshot: Snapshot) -> None:

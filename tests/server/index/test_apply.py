@@ -165,7 +165,10 @@ async def test_only_rows_whose_carried_values_differ_are_written(index: LiveInde
 
 async def test_a_change_of_carried_columns_touches_neither_vectors_nor_backlog(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "a"), document("2", "b"), inline=["a"]))
-    before = (await index.rows("SELECT *, xmin::text FROM {vectors}"), await index.rows("SELECT *, xmin::text FROM {backlog}"))
+    before = (
+        await index.rows("SELECT *, xmin::text FROM {vectors}"),
+        await index.rows("SELECT *, xmin::text FROM {backlog}"),
+    )
 
     await index.apply(changes(kept("1", "5"), kept("2", "5")))
 
@@ -269,9 +272,7 @@ def prepare_zoo(target: Database) -> dict[str, tuple[str, str, str | None]]:
     return zoo
 
 
-async def test_values_of_every_type_arrive_as_the_source_rendered_them(
-    target: Database, open_index: OpenIndex
-) -> None:
+async def test_values_of_every_type_arrive_as_the_source_rendered_them(target: Database, open_index: OpenIndex) -> None:
     zoo = prepare_zoo(target)
     index = await open_index(carried={f"c{at}": type_ for at, type_ in enumerate(zoo)})
     first: Row = tuple(value for value, _, _ in zoo.values())

@@ -125,7 +125,9 @@ async def test_vectors_arrive_as_the_model_made_them(open_index: OpenIndex, vect
     numbers = [0.1, -3.4028235e38, 1e-45] if vector_type == "vector" else [0.099975586, -65504, 5.9604645e-08]
     await index.backlog.store({hash_text("a"): np.array(numbers, dtype=np.float32)})
     ((stored,),) = await index.rows("SELECT embedding::text FROM {vectors}")
-    assert [np.float32(number) for number in stored.strip("[]").split(",")] == [np.float32(number) for number in numbers]
+    assert [np.float32(number) for number in stored.strip("[]").split(",")] == [
+        np.float32(number) for number in numbers
+    ]
 
 
 async def test_several_windows_are_stored_over_one_connection(index: LiveIndex) -> None:
@@ -138,7 +140,7 @@ async def test_pgvector_may_live_in_any_schema(
     open_index: OpenIndex, connect_target: Callable[[], Awaitable[Connection]]
 ) -> None:
     connection = await connect_target()
-    await connection.execute('CREATE SCHEMA cdcsync; ALTER EXTENSION vector SET SCHEMA cdcsync')
+    await connection.execute("CREATE SCHEMA cdcsync; ALTER EXTENSION vector SET SCHEMA cdcsync")
     try:
         index = await open_index()
         await index.apply(changes(document("1", "a"), document("2", "b"), inline=["a"]))
@@ -215,9 +217,7 @@ async def test_two_embed_loops_share_the_work(
     other = await connect_target()
     await refuse_to_wait(index.embedding)
     async with other.transaction():
-        await other.execute(
-            "SELECT FROM cdcsync.articles_backlog WHERE content_hash = %s FOR UPDATE", [hash_text("a")]
-        )
+        await other.execute("SELECT FROM cdcsync.articles_backlog WHERE content_hash = %s FOR UPDATE", [hash_text("a")])
         assert await index.embed() == 1
     assert await index.embedded() == {"b": [vector_text("b")]}
     assert await index.faults() == []
@@ -232,10 +232,13 @@ async def test_a_postponed_text_is_due_after_its_delay_and_keeps_its_error(index
     await index.backlog.postpone([hash_text("a")], "no such tongue", delay_s=3600)
 
     assert await texts(index.backlog) == ["b"]
-    assert await index.rows(
-        "SELECT attempts, error, next_attempt_at - now() BETWEEN '59 min' AND '1 h' FROM {backlog}"
-        " WHERE error IS NOT NULL"
-    ) == [(1, "no such tongue", True)] * 2
+    assert (
+        await index.rows(
+            "SELECT attempts, error, next_attempt_at - now() BETWEEN '59 min' AND '1 h' FROM {backlog}"
+            " WHERE error IS NOT NULL"
+        )
+        == [(1, "no such tongue", True)] * 2
+    )
     assert await index.backlog.counts() == BacklogCounts(3, 0, 0)
 
     await index.backlog.postpone([hash_text("a")], "again", delay_s=0)

@@ -85,7 +85,7 @@ async def test_a_request_that_was_begun_is_taken_up_where_it_was(connection: Con
     asked = await next_one(connection)
     assert asked is not None
     await REQUESTS.start(connection, asked, 100)
-    await connection.execute("UPDATE cdcsync.backfills SET cursor = '{\"a,b\",\"2\"}', rows_done = 7")
+    await connection.execute('UPDATE cdcsync.backfills SET cursor = \'{"a,b","2"}\', rows_done = 7')
 
     begun = await next_one(connection)
     assert begun is not None

@@ -180,9 +180,7 @@ async def test_schemas_may_have_any_name(connection: Connection) -> None:
         await create(connection, make_spec(), schema=schema)
         await Pipelines(schema, "slot").ensure(connection, "p")
         with pytest.raises(psycopg.errors.RaiseException, match="no index"):
-            await connection.execute(
-                sql.SQL("SELECT {}.wait_for('nosuch', '0/1')").format(sql.Identifier(schema))
-            )
+            await connection.execute(sql.SQL("SELECT {}.wait_for('nosuch', '0/1')").format(sql.Identifier(schema)))
     finally:
         await connection.execute(sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(schema)))
 
@@ -288,9 +286,9 @@ async def test_a_carried_column_that_is_left_out_goes_from_the_view_and_stays_in
 async def test_keyword_search_can_be_turned_on_later(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "running bears"), inline=["running bears"]))
     await create(index.connection, make_spec())
-    assert await index.rows("SELECT search @@ to_tsquery('pg_catalog.english', 'run & bear') FROM public.articles_index") == [
-        (True,)
-    ]
+    assert await index.rows(
+        "SELECT search @@ to_tsquery('pg_catalog.english', 'run & bear') FROM public.articles_index"
+    ) == [(True,)]
 
 
 async def test_whoever_may_read_the_view_still_may_when_its_columns_change(index: LiveIndex) -> None:
@@ -304,9 +302,7 @@ async def test_whoever_may_read_the_view_still_may_when_its_columns_change(index
             " has_table_privilege('cdcsync_test_reader', 'public.articles_index', 'UPDATE')"
         ) == [(True, False)]
     finally:
-        await index.connection.execute(
-            "DROP OWNED BY cdcsync_test_reader; DROP ROLE cdcsync_test_reader"
-        )
+        await index.connection.execute("DROP OWNED BY cdcsync_test_reader; DROP ROLE cdcsync_test_reader")
 
 
 async def test_a_view_that_others_are_built_on_is_not_dropped_under_them(index: LiveIndex) -> None:
@@ -371,9 +367,7 @@ async def test_a_search_through_the_view_scans_the_hnsw_index(
     assert await build_hnsw(index.connection, SCHEMA, index.spec)
     await index.connection.execute("ANALYZE")
 
-    (definition,) = await rows(
-        index.connection, "SELECT pg_get_indexdef('cdcsync.articles_vectors_1_hnsw'::regclass)"
-    )
+    (definition,) = await rows(index.connection, "SELECT pg_get_indexdef('cdcsync.articles_vectors_1_hnsw'::regclass)")
     opclass = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}[distance]
     assert f"USING hnsw (embedding public.{vector_type}_{opclass})" in definition[0]
     found = await plan(index.connection, OPERATORS[distance], vector_type)

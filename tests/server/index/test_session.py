@@ -62,9 +62,7 @@ class Pipeline:
 
     async def terminate(self, session: ApplySession) -> None:
         """End the session on the server, as an administrator or a crash would, and wait until it is gone."""
-        await self.connection.execute(
-            "SELECT pg_terminate_backend(%s, 10000)", [session.connection.info.backend_pid]
-        )
+        await self.connection.execute("SELECT pg_terminate_backend(%s, 10000)", [session.connection.info.backend_pid])
 
     async def broken(self, session: ApplySession) -> None:
         """Break the session so that it knows."""
@@ -74,9 +72,7 @@ class Pipeline:
 
 
 @pytest.fixture
-async def pipeline(
-    target: Database, connect_target: Callable[[], Awaitable[Connection]]
-) -> AsyncIterator[Pipeline]:
+async def pipeline(target: Database, connect_target: Callable[[], Awaitable[Connection]]) -> AsyncIterator[Pipeline]:
     connection = await connect_target()
     async with connection.transaction():
         await create_shared(connection, SCHEMA)

@@ -134,14 +134,14 @@ async def test_an_index_that_exists_keeps_its_generation_and_its_types(database:
     assert report.specs[0].carried_types == ("text", "integer")
 
 
-async def test_a_column_that_grew_in_the_source_is_warned_of(database: Database) -> None:
+async def test_a_column_that_grew_in_the_source_is_warned_of_and_followed(database: Database) -> None:
     database.execute(f"{ARTICLES}; ALTER TABLE articles ALTER tenant TYPE bigint")
     await lay_out(database, stored_spec(carried={"tenant": "integer"}), slot=SLOT)
     config = configured(database.dsn, slot=SLOT, articles='columns = ["tenant"]\nsearch = ""')
     report = await examined(config)
     (warning,) = warnings(report)
     assert "tenant is bigint in the source and integer in the existing index" in warning.message
-    assert report.specs[0].carried_types == ("integer",)
+    assert report.specs[0].carried_types == ("bigint",)
     database.execute("DROP VIEW articles_index; ALTER TABLE cdcsync.articles_chunks ALTER COLUMN tenant TYPE bigint")
     assert warnings(await examined(config)) == []
 

@@ -66,7 +66,7 @@ def named(*texts: str) -> dict[bytes, str]:
 
 
 def avoided(desk: Desk, reason: str) -> float:
-    return desk._metrics.embed_avoided.labels(desk.embedder.name, reason)._value.get()
+    return float(desk._metrics.embed_avoided.labels(desk.embedder.name, reason)._value.get())
 
 
 async def test_a_text_that_was_made_recently_is_not_made_again() -> None:

@@ -1,0 +1,148 @@
+"""What the benches that run a worker share: a PostgreSQL of their own, one table, its index, and the worker's process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psycopg
+
+from cdcsync.cluster import Cluster
+
+T = TypeVar("T")
+
+PATIENCE_S = 300.0
+"""A bench that waits longer is broken."""
+
+POLL_S = 0.002
+
+CONFIG = """
+[source]
+dsn = "{dsn}"
+[worker]
+listen = "127.0.0.1:0"
+log_format = "json"
+[embedders.model]
+{embedder}
+[indexes.articles]
+table = "articles"
+text = "{{body}}"
+columns = ["tenant"]
+embedder = "model"
+"""
+
+TABLE = "CREATE TABLE articles (id bigint PRIMARY KEY, tenant int NOT NULL, body text NOT NULL)"
+
+
+class Pipeline:
+    """A server with the table `articles`, and a worker that can be started and stopped."""
+
+    def __init__(self, directory: Path, dsn: str, embedder: str) -> None:
+        self.dsn = dsn
+        self.connection = psycopg.connect(dsn, autocommit=True)
+        self.connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+        self.connection.execute(TABLE)
+        self._config = directory / "cdcsync.toml"
+        self._config.write_text(CONFIG.format(dsn=dsn, embedder=embedder))
+        self._log = directory / "worker.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the worker; returns at once."""
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "cdcsync", "run", "-c", str(self._config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ,
+            )
+
+    def stop(self) -> None:
+        """Stop the worker, if one runs."""
+        if self._process is not None:
+            process, self._process = self._process, None
+            process.terminate()
+            if process.wait(timeout=60) != 0:
+                raise SystemExit(f"the worker failed:\n{self._log.read_text()[-2000:]}")
+
+    def event(self, name: str) -> dict[str, Any]:
+        """Wait until the worker has logged `name`, and return that event."""
+        return self.until(lambda: next((one for one in self._events() if one.get("event") == name), None), name)
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        for line in self._log.read_text().splitlines():
+            if line.startswith("{"):
+                yield json.loads(line)
+
+    def until(self, probe: Callable[[], T], what: str) -> T:
+        """Return the first true answer of `probe`."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not (answer := probe()):
+            ended = self._process is not None and self._process.poll() is not None
+            if ended or time.monotonic() > deadline:
+                raise SystemExit(f"no {what}; the worker said:\n{self._log.read_text()[-2000:]}")
+            time.sleep(POLL_S)
+        return answer
+
+    def value(self, statement: str, *arguments: object) -> Any:
+        """Return the one value that a statement gives."""
+        row = self.connection.execute(statement, arguments or None).fetchone()
+        return None if row is None else row[0]
+
+    def text_in_step(self) -> None:
+        """Wait until the index's text is that of everything committed so far."""
+        lsn = self.value("SELECT pg_current_wal_insert_lsn()::text")
+        self.until(lambda: self.value("SELECT cdcsync.wait_for('articles', %s, '1 s')", lsn), f"text at {lsn}")
+
+    def vectors_in_step(self) -> None:
+        """Wait until every chunk has its vector."""
+        self.until(lambda: not self.value("SELECT count(*) FROM cdcsync.articles_backlog"), "empty backlog")
+
+    def live(self) -> None:
+        """Wait until the index is complete."""
+        self.until(
+            lambda: (
+                self.value("SELECT to_regclass('cdcsync.indexes') IS NOT NULL")
+                and self.value("SELECT count(*) > 0 FROM cdcsync.indexes WHERE state = 'live'")
+            ),
+            "live index",
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Return the worker's metrics by name and labels, as they are exposed."""
+        port = self.event("listening")["port"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+
+@contextlib.contextmanager
+def pipeline(embedder: str) -> Iterator[Pipeline]:
+    """Start a server and make a pipeline on it; both are gone afterwards.
+
+    :param embedder: the keys of the embedder's section.
+    """
+    with tempfile.TemporaryDirectory(prefix="cdcsync-bench-") as directory, Cluster() as cluster:
+        made = Pipeline(Path(directory), cluster.dsn(), embedder)
+        try:
+            yield made
+        finally:
+            if made._process is not None and made._process.poll() is None:
+                made._process.kill()
+                made._process.wait()
+            made.connection.close()
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return the value that `share` of all are not above."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]

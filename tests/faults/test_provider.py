@@ -1,0 +1,158 @@
+"""The worker with a provider that refuses texts or is away: what can go on goes on, and no text is paid for twice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.fixtures.provider import FakeProvider
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import Pipeline, until
+
+pytestmark = [pytest.mark.server, pytest.mark.faults]
+
+CONFIG = """
+[source]
+dsn = "{source}"
+slot = "{slot}"
+feedback_every_s = 1
+[worker]
+listen = "127.0.0.1:0"
+log_level = "debug"
+[embedders.hosted]
+type = "openai"
+model = "hashing"
+dimensions = 16
+base_url = "{url}"
+api_key = "sk-very-secret-0123456789"
+[indexes.articles]
+table = "articles"
+text = "{{body}}"
+columns = ["tenant"]
+embedder = "hosted"
+"""
+
+
+@pytest.fixture
+def pipeline(database: Database, make_pipeline: Callable[[str], Pipeline], provider: FakeProvider) -> Pipeline:
+    made = make_pipeline(CONFIG.format(source=database.dsn, slot=database.name, url=provider.url))
+    made.source.execute("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, body text)")
+    made.source.execute(
+        "INSERT INTO articles SELECT i, i % 3, 'article number ' || i FROM generate_series(1, 200) AS i"
+    )
+    return made
+
+
+def command(pipeline: Pipeline, *arguments: str) -> Any:
+    """Run a command of cdcsync and return the JSON that it prints."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "cdcsync", *arguments, "--json", "-c", str(pipeline.path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def failed(pipeline: Pipeline) -> float:
+    _, body = pipeline.get("/metrics")
+    lines = [line for line in body.decode().splitlines() if line.startswith("cdcsync_failed_chunks{")]
+    return float(lines[0].split()[-1]) if lines else -1.0
+
+
+def vector_of(pipeline: Pipeline, key: int) -> Any:
+    return pipeline.target.execute("SELECT embedding::text FROM articles_index WHERE id = %s", [key]).fetchone()
+
+
+def test_a_refused_text_waits_with_its_error_and_all_others_go_on(pipeline: Pipeline, provider: FakeProvider) -> None:
+    poison = {"article number 7", "article number 130"}
+    provider.rejects = lambda text: text in poison
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step(vectors=False)
+    until(lambda: failed(pipeline) == 2, "two failures")
+
+    found = command(pipeline, "failures", "articles", "list")
+
+    assert [(one["key"], one["chunk_no"], one["attempts"], one["next_attempt_at"]) for one in found] == [
+        ({"id": "7"}, 0, 8, None),
+        ({"id": "130"}, 0, 8, None),
+    ]
+    assert all("400" in one["error"] and "article number" not in one["error"] for one in found)
+    assert pipeline.target.execute("SELECT count(*) FROM articles_index").fetchone() == (198,)
+    assert provider.embedded.keys() & poison == set()
+    assert {text: count for text, count in provider.embedded.items() if count > 1 and text != "word"} == {}
+
+    provider.rejects = lambda text: text == "article number 130"
+    assert command(pipeline, "failures", "articles", "retry") == {"retry": 2}
+    until(lambda: vector_of(pipeline, 7), "the vector of a text that is taken now")
+    until(lambda: failed(pipeline) == 1, "one failure")
+    assert command(pipeline, "failures", "articles", "discard") == {"discard": 1}
+    assert command(pipeline, "failures", "articles", "list") == []
+    until(lambda: failed(pipeline) == 0, "no failure")
+
+    pipeline.source.execute("UPDATE articles SET body = 'something else' WHERE id = 130")
+    pipeline.in_step()
+    log = pipeline.log.read_text()
+    assert "article number" not in log
+    assert "very-secret" not in log
+
+
+def test_an_outage_costs_vectors_their_freshness_and_nothing_else(pipeline: Pipeline, provider: FakeProvider) -> None:
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step(vectors=False)
+    until(lambda: len(provider.embedded) >= 200 and backlog(pipeline) == 0, "the first vectors")
+
+    provider.stop()
+    for number in range(30):
+        with pipeline.source.transaction():
+            pipeline.source.execute(
+                "UPDATE articles SET body = %s WHERE id = %s", [f"changed in the outage {number}", number + 1]
+            )
+            pipeline.source.execute("UPDATE articles SET tenant = 9 WHERE id = %s", [number + 100])
+            pipeline.source.execute("DELETE FROM articles WHERE id = %s", [number + 50])
+        pipeline.source.execute(
+            "INSERT INTO articles VALUES (%s, 1, %s)", [1000 + number, f"new in the outage {number}"]
+        )
+    pipeline.event("embedder_unavailable")
+    pipeline.in_step(vectors=False)
+    (end,) = pipeline.source.execute("SELECT pg_current_wal_lsn()::text").fetchone() or (None,)
+    until(
+        lambda: (
+            pipeline.source.execute(
+                "SELECT FROM pg_replication_slots WHERE slot_name = %s AND confirmed_flush_lsn >= %s",
+                [pipeline.config.source.slot, end],
+            ).fetchone()
+            is not None
+        ),
+        "the slot to be let go",
+    )
+    hits = command(pipeline, "search", "articles", "outage", "--mode", "text", "-k", "100")
+    assert len(hits) == 60
+    assert pipeline.target.execute("SELECT count(*) FROM articles_index WHERE id BETWEEN 50 AND 79").fetchone() == (0,)
+    assert pipeline.target.execute(
+        "SELECT count(*), count(*) FILTER (WHERE tenant = 9) FROM articles_index WHERE id BETWEEN 100 AND 129"
+    ).fetchone() == (30, 30)
+    assert pipeline.target.execute("SELECT count(*) FROM articles_index WHERE stale").fetchone() == (30,)
+    assert backlog(pipeline) == 60
+
+    provider.start()
+    until(lambda: backlog(pipeline) == 0, "the vectors to catch up", patience_s=80)
+
+    twice = {text: count for text, count in provider.embedded.items() if count > 1}
+    assert twice == {}
+    assert sum("outage" in text for text in provider.embedded) == 60
+    assert failed(pipeline) == 0
+    pipeline.in_step()
+
+
+def backlog(pipeline: Pipeline) -> int:
+    (count,) = pipeline.target.execute("SELECT count(*) FROM cdcsync.articles_backlog").fetchone() or (0,)
+    return int(count)

@@ -1,0 +1,300 @@
+"""`replay` on the command line, against real servers: with a running worker, and in its place."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import Pipeline, until
+
+pytestmark = pytest.mark.server
+
+CONFIG = """
+[source]
+dsn = "{source}"
+slot = "{slot}"
+publication = "cdcsync"
+feedback_every_s = 1
+[target]
+dsn = "{target}"
+[worker]
+listen = "127.0.0.1:0"
+backfill_page_rows = 20
+log_level = "debug"
+[embedders.fake]
+type = "hash"
+dimensions = 16
+[indexes.articles]
+table = "articles"
+text = "{{title}}\\n\\n{{body}}"
+columns = ["tenant"]
+embedder = "fake"
+[indexes.articles.chunking]
+max_tokens = 32
+overlap_tokens = 4
+"""
+
+TABLE = "CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, title text NOT NULL, body text)"
+COMPOSITE = (
+    "CREATE TABLE articles (region text, id int, tenant int, title text NOT NULL, body text, PRIMARY KEY (region, id))"
+)
+
+
+def make(make_pipeline: Callable[[str], Pipeline], source: Database, target: Database | None = None) -> Pipeline:
+    return make_pipeline(CONFIG.format(source=source.dsn, target=(target or source).dsn, slot=f"s_{source.name}"[:60]))
+
+
+def fill(pipeline: Pipeline, rows: int) -> None:
+    pipeline.source.execute(TABLE)
+    pipeline.source.execute(
+        "INSERT INTO articles SELECT i, i %% 5, 'title ' || i, repeat('sentence number ' || i || '. ', i %% 17)"
+        " FROM generate_series(1, %s) AS i",
+        [rows],
+    )
+
+
+def cdcsync(pipeline: Pipeline, *arguments: str, typed: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cdcsync", *arguments, "-c", str(pipeline.path)],
+        input=typed,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def answered(pipeline: Pipeline, *arguments: str, typed: str | None = None) -> Any:
+    """Run a command that succeeds and return its JSON."""
+    done = cdcsync(pipeline, *arguments, "--json", typed=typed)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return json.loads(done.stdout)
+
+
+def refused(pipeline: Pipeline, *arguments: str, typed: str | None = None) -> str:
+    """Run a command that is refused with nothing changed and return what it says."""
+    before = pipeline.target.execute("SELECT count(*) FROM cdcsync.backfills").fetchone()
+    done = cdcsync(pipeline, *arguments, typed=typed)
+    assert done.returncode == 2, done.stderr + done.stdout
+    assert "error:" in done.stderr
+    assert "fix:" in done.stderr
+    assert pipeline.target.execute("SELECT count(*) FROM cdcsync.backfills").fetchone() == before
+    return done.stderr
+
+
+def damage(pipeline: Pipeline) -> None:
+    """Make the index wrong in ways that only reading rows again can mend."""
+    pipeline.target.execute("UPDATE cdcsync.articles_chunks SET tenant = -1 WHERE id % 3 = 0")
+    pipeline.target.execute("UPDATE cdcsync.articles_chunks SET document_hash = '\\x00' WHERE id % 7 = 0")
+    pipeline.target.execute("DELETE FROM cdcsync.articles_chunks WHERE id % 11 = 0")
+
+
+@pytest.fixture
+def live(make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
+    """A pipeline of 100 rows in two databases, with its worker."""
+    pipeline = make(make_pipeline, make_database(), make_database())
+    fill(pipeline, 100)
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    return pipeline
+
+
+def test_a_replay_of_all_rows_mends_what_differs_while_the_worker_runs(live: Pipeline) -> None:
+    damage(live)
+    done = answered(live, "replay", "articles")
+    assert (done["state"], done["rows"]) == ("done", 100)
+    live.in_step()
+
+
+def test_only_the_rows_of_a_condition_are_read_again(live: Pipeline) -> None:
+    live.target.execute("UPDATE cdcsync.articles_chunks SET tenant = -1")
+    done = answered(live, "replay", "articles", "--where", "tenant = 2 AND title LIKE '%7'")
+    assert done["rows"] == 10
+    left = live.target.execute("SELECT array_agg(DISTINCT id ORDER BY id) FROM public.articles_index WHERE tenant = 2")
+    assert left.fetchone() == ([7, 17, 27, 37, 47, 57, 67, 77, 87, 97],)
+
+
+def test_keys_come_from_the_command_line_and_from_standard_input(live: Pipeline) -> None:
+    live.target.execute("UPDATE cdcsync.articles_chunks SET tenant = -1")
+    done = answered(live, "replay", "articles", "--key", "007", "--key", "-", typed="12\n13\n\n12\n")
+    assert done["rows"] == 3
+    left = live.target.execute("SELECT array_agg(DISTINCT id ORDER BY id) FROM public.articles_index WHERE tenant >= 0")
+    assert left.fetchone() == ([7, 12, 13],)
+    keys = live.target.execute("SELECT count(*) FROM cdcsync.backfill_keys")
+    until(lambda: live.target.execute("SELECT count(*) = 0 FROM cdcsync.backfill_keys").fetchone() == (True,), "keys")
+    assert keys
+
+
+def test_a_key_that_the_source_does_not_have_leaves_the_index(live: Pipeline) -> None:
+    live.target.execute(
+        "INSERT INTO cdcsync.articles_chunks (id, chunk_no, content, content_hash, document_hash, commit_lsn)"
+        " VALUES (999, 0, 'x', '\\x00', '\\x00', '0/0')"
+    )
+    answered(live, "replay", "articles", "--key", "999")
+    live.in_step()
+
+
+def test_force_embed_makes_vectors_again_of_what_it_touches_and_of_nothing_else(live: Pipeline) -> None:
+    live.target.execute("UPDATE cdcsync.articles_vectors_1 SET embedding = array_fill(1.0, '{16}')::vector")
+    answered(live, "replay", "articles", "--where", "id <= 50")
+    wrong = "SELECT count(DISTINCT id) FROM public.articles_index WHERE embedding = array_fill(1.0, '{16}')::vector"
+    assert live.target.execute(wrong).fetchone() == (100,)
+
+    answered(live, "replay", "articles", "--where", "id <= 50", "--force-embed")
+
+    until(lambda: live.target.execute(wrong).fetchone() == (50,), "the vectors of half the rows")
+    answered(live, "replay", "articles", "--force-embed")
+    live.in_step()
+
+
+def test_without_a_worker_the_command_takes_its_place_until_all_vectors_are_there(live: Pipeline) -> None:
+    live.stop(live.processes[-1])
+    damage(live)
+    live.source.execute("UPDATE articles SET title = 'changed while nothing ran' WHERE id = 5")
+    live.source.execute("DELETE FROM articles WHERE id = 6")
+    done = answered(live, "replay", "articles", "--force-embed")
+    assert done["state"] == "done"
+    live.compare()
+    worker = live.start()
+    live.in_step()
+    assert live.stop(worker) == 0
+
+
+def test_a_dry_run_counts_and_changes_nothing(live: Pipeline) -> None:
+    rows = live.target.execute("SELECT count(*), count(DISTINCT content_hash) FROM cdcsync.articles_chunks").fetchone()
+    assert rows is not None
+    found = answered(live, "replay", "articles", "--dry-run")
+    assert (found["rows"], found["changed"], found["embeddings"], found["chunks"]) == (100, 0, 0, rows[0])
+    found = answered(live, "replay", "articles", "--dry-run", "--force-embed")
+    assert found["embeddings"] == rows[0]
+    assert found["seconds"] is not None
+    found = answered(live, "replay", "articles", "--dry-run", "--key", "7", "--key", "4711")
+    assert (found["rows"], found["gone"]) == (1, 0)
+    assert live.target.execute("SELECT count(*) FROM cdcsync.backfills").fetchone() == (1,)
+    assert "nothing was changed" in cdcsync(live, "replay", "articles", "--dry-run").stdout
+
+
+def test_requests_are_queued_paused_resumed_and_cancelled(live: Pipeline) -> None:
+    live.target.execute("UPDATE cdcsync.articles_chunks SET tenant = -1")
+    first = answered(live, "replay", "articles", "--detach", "--max-rows-per-s", "5")["request"]
+    second = answered(live, "replay", "articles", "--detach", "--key", "100")["request"]
+    states = "SELECT array_agg(state ORDER BY id) FROM cdcsync.backfills WHERE id >= %s"
+    until(lambda: live.target.execute(states, [first]).fetchone() == (["running", "requested"],), "the first to begin")
+
+    assert answered(live, "replay", "articles", "--pause")["requests"] == [first, second]
+    assert answered(live, "replay", "articles", "--resume")["requests"] == [first, second]
+    assert answered(live, "replay", "articles", "--cancel")["requests"] == [first, second]
+    assert "nothing to cancel" in refused(live, "replay", "articles", "--cancel")
+
+    done = answered(live, "replay", "articles", "--where", "id <= 10")
+    assert done["state"] == "done"
+    assert live.target.execute(states, [first]).fetchone() == (["cancelled", "cancelled", "done"],)
+
+
+def test_a_paused_request_goes_on_where_it_was(live: Pipeline) -> None:
+    request = answered(live, "replay", "articles", "--detach", "--max-rows-per-s", "20")["request"]
+    how_far = "SELECT rows_done, state FROM cdcsync.backfills WHERE id = %s"
+    until(lambda: (live.target.execute(how_far, [request]).fetchone() or (0,))[0] >= 20, "a first page")
+    answered(live, "replay", "articles", "--pause")
+    live.event("backfill_stopped")
+    done, state = live.target.execute(how_far, [request]).fetchone() or (0, "")
+    assert state == "paused"
+    assert done < 100
+    live.target.execute("UPDATE cdcsync.backfills SET max_rows_per_s = NULL")
+
+    answered(live, "replay", "articles", "--resume")
+
+    until(lambda: live.target.execute(how_far, [request]).fetchone() == (100, "done"), "the rest")
+    begun = [event for event in live.events() if event.get("backfill") == request and "resumed_at" in event]
+    assert [event["resumed_at"] for event in begun] == [0, done]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nosuch"], "no index nosuch"),
+        (["articles", "--where", "tenant ="], "syntax error"),
+        (["articles", "--where", "nosuch = 1"], 'column "nosuch" does not exist'),
+        (["articles", "--where", "tenant"], "must be type boolean"),
+        (["articles", "--where", "true); DELETE FROM articles; SELECT (true"], "multiple commands"),
+        (["articles", "--where", "true) OR (true"], "syntax error"),
+        (["articles", "--where", "true -- "], "syntax error"),
+        (["articles", "--where", "nextval('public.s') > 0"], "read-only transaction"),
+        (["articles", "--key", "seven"], 'invalid input syntax for type bigint: "seven"'),
+        (["articles", "--key", "99999999999999999999"], "out of range"),
+        (["articles", "--key", "1", "--where", "true"], "exclude each other"),
+        (["articles", "--pause", "--cancel"], "stands alone"),
+        (["articles", "--pause", "--force-embed"], "stands alone"),
+        (["articles", "--pause"], "nothing to pause"),
+        (["articles", "--key", "-"], "there is no key"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_and_nothing_is_changed(
+    idle: Pipeline, arguments: list[str], said: str
+) -> None:
+    assert said in refused(idle, "replay", *arguments, typed="")
+
+
+def test_a_paused_index_is_not_replayed(idle: Pipeline) -> None:
+    idle.target.execute("UPDATE cdcsync.indexes SET state = 'paused', reason = 'the column is gone'")
+    try:
+        assert "the column is gone" in refused(idle, "replay", "articles")
+    finally:
+        idle.target.execute("UPDATE cdcsync.indexes SET state = 'live', reason = NULL")
+
+
+@pytest.fixture(scope="module")
+def idle(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A pipeline that was set up and stopped, shared by tests that change nothing."""
+    from tests.fixtures.servers import fresh_database
+
+    with fresh_database(server) as database:
+        pipeline = Pipeline(
+            tmp_path_factory.mktemp("idle"),
+            CONFIG.format(source=database.dsn, target=database.dsn, slot=f"s_{database.name}"[:60]),
+        )
+        try:
+            fill(pipeline, 5)
+            pipeline.source.execute("CREATE SEQUENCE s")
+            worker = pipeline.start()
+            pipeline.live()
+            pipeline.stop(worker)
+            yield pipeline
+        finally:
+            pipeline.close()
+
+
+def test_the_key_of_several_columns_is_a_json_array(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = make(make_pipeline, make_database(), make_database())
+    pipeline.source.execute(COMPOSITE)
+    pipeline.source.execute(
+        "INSERT INTO articles SELECT region, i, i, 'title ' || i, 'body of ' || region"
+        ' FROM generate_series(1, 5) i, unnest(\'{eu,"a,b","[\\""}\'::text[]) AS region'
+    )
+    pipeline.start()
+    pipeline.live()
+    pipeline.target.execute("UPDATE cdcsync.articles_chunks SET tenant = -1")
+
+    done = answered(
+        pipeline, "replay", "articles", "--key", '["eu", 3]', "--key", '["a,b", "04"]', "--key", '["[\\"",5]'
+    )
+
+    assert done["rows"] == 3
+    left = pipeline.target.execute("SELECT region, id FROM public.articles_index WHERE tenant >= 0 ORDER BY 2")
+    assert left.fetchall() == [("eu", 3), ("a,b", 4), ('["', 5)]
+    for key in ("eu", '["eu"]', '["eu", 1, 2]', '["eu", null]', '["eu", [1]]', '{"region": "eu", "id": 1}'):
+        assert "(region, id)" in refused(pipeline, "replay", "articles", "--key", key)
+    assert "integer" in refused(pipeline, "replay", "articles", "--key", '["eu", "x"]')
+    answered(pipeline, "replay", "articles")
+    pipeline.in_step()

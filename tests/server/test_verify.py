@@ -1,0 +1,254 @@
+"""`verify`: finds every way in which an index can differ, only those, and mends exactly them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import Pipeline, until
+
+pytestmark = pytest.mark.server
+
+CONFIG = """
+[source]
+dsn = "{source}"
+slot = "{slot}"
+publication = "cdcsync"
+feedback_every_s = 1
+[target]
+dsn = "{target}"
+[worker]
+listen = "127.0.0.1:0"
+backfill_page_rows = 20
+log_level = "debug"
+{worker}
+[embedders.fake]
+type = "hash"
+dimensions = 16
+[indexes.articles]
+table = "articles"
+text = "{{title}}: 100% {{{{of}}}} it's\\n\\n{{body}}"
+columns = ["tenant", "price", "at"]
+embedder = "fake"
+[indexes.articles.chunking]
+max_tokens = 32
+overlap_tokens = 4
+"""
+
+TABLE = """
+CREATE TABLE articles (
+    region text, id int, tenant int, price numeric, at timestamptz, title text, body text, PRIMARY KEY (region, id)
+)
+"""
+
+
+def make(make_pipeline: Callable[[str], Pipeline], source: Database, target: Database, *, worker: str = "") -> Pipeline:
+    return make_pipeline(
+        CONFIG.format(source=source.dsn, target=target.dsn, slot=f"s_{source.name}"[:60], worker=worker)
+    )
+
+
+def fill(pipeline: Pipeline, rows: int) -> None:
+    """Rows with what renders awkwardly: NULLs, blanks, quotes, separators, text in several scripts."""
+    pipeline.source.execute(TABLE)
+    pipeline.source.execute(
+        "INSERT INTO articles SELECT (ARRAY['eu', 'a,b', '(x)', 'ÄÖ \"q\"'])[i %% 4 + 1], i, nullif(i %% 5, 0),"
+        " i * 1.10, to_timestamp(i * 86400.5), nullif('title ' || i, 'title 3'),"
+        " CASE i %% 6 WHEN 0 THEN NULL WHEN 1 THEN ' ' ELSE repeat('Satz \\ ☃ ' || i || '. ', i %% 17) END"
+        " FROM generate_series(1, %s) AS i",
+        [rows],
+    )
+
+
+def verify(pipeline: Pipeline, *arguments: str, status: int = 0) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-m", "cdcsync", "verify", "articles", "--json", "-c", str(pipeline.path), *arguments],
+        env={**os.environ, "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == status, done.stderr + done.stdout
+    return json.loads(done.stdout) if done.stdout else done.stderr
+
+
+@pytest.fixture
+def live(make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
+    """A pipeline of 120 rows in two databases, with its worker."""
+    pipeline = make(make_pipeline, make_database(), make_database())
+    fill(pipeline, 120)
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    return pipeline
+
+
+DAMAGE = {
+    "missing": "DELETE FROM cdcsync.articles_chunks WHERE id IN (5, 6)",
+    "stale": "UPDATE cdcsync.articles_chunks SET document_hash = '\\x00' WHERE id IN (7, 8, 9)",
+    "orphaned": "UPDATE cdcsync.articles_chunks SET id = 1000 + id WHERE id = 10",
+    "carried": "UPDATE cdcsync.articles_chunks SET price = price + 1 WHERE id = 11",
+    "damaged": "UPDATE cdcsync.articles_chunks SET content = 'tampered' WHERE id = 12",
+    "vector_missing": "DELETE FROM cdcsync.articles_vectors_1 WHERE chunk_id IN"
+    " (SELECT chunk_id FROM cdcsync.articles_chunks WHERE id = 13)",
+    "vector_stale": "UPDATE cdcsync.articles_vectors_1 SET content_hash = '\\x00' WHERE chunk_id IN"
+    " (SELECT chunk_id FROM cdcsync.articles_chunks WHERE id = 14)",
+}
+
+
+def test_an_index_that_equals_its_source_verifies(live: Pipeline) -> None:
+    found = verify(live)
+    assert found["equal"] is True
+    assert (found["documents"], found["candidates"], found["differences"]) == (120, 0, {})
+
+
+def test_every_kind_of_difference_is_found_and_mended_and_nothing_else_is_touched(live: Pipeline) -> None:
+    for statement in DAMAGE.values():
+        live.target.execute(statement)
+    untouched = "SELECT chunk_id, applied_at, xmin::text FROM cdcsync.articles_chunks WHERE id BETWEEN 20 AND 120"
+    before = live.target.execute(untouched).fetchall()
+
+    found = verify(live, status=1)
+    assert found["equal"] is False
+    # A document that was moved to another key is missing under its own.
+    assert found["differences"] == {
+        "missing": 3,
+        "stale": 3,
+        "orphaned": 1,
+        "carried": 1,
+        "damaged": 1,
+        "vector_missing": 1,
+        "vector_stale": 1,
+    }
+    assert found["vectors_orphaned"] > 0
+    assert sorted(int(key[1]) for key in found["examples"]["missing"]) == [5, 6, 10]
+    assert [key[1] for key in found["examples"]["orphaned"]] == ["1010"]
+
+    repaired = verify(live, "--repair")
+    assert repaired["differences"] == found["differences"]
+    assert repaired["repaired"] == 11
+    assert repaired["after_repair"]["equal"] is True
+    live.in_step()
+    assert live.target.execute(untouched).fetchall() == before
+    assert verify(live)["equal"] is True
+
+
+def test_without_a_worker_what_was_not_applied_yet_is_no_difference(live: Pipeline) -> None:
+    live.stop(live.processes[-1])
+    live.source.execute("UPDATE articles SET title = 'changed while nothing ran' WHERE id < 9")
+    live.source.execute("DELETE FROM articles WHERE id = 20")
+    live.target.execute(DAMAGE["carried"])
+
+    found = verify(live, status=1)
+
+    assert found["differences"] == {"carried": 1}
+    assert found["candidates"] >= 10
+    assert verify(live, "--repair")["after_repair"]["equal"] is True
+    live.compare()
+
+
+def test_changes_made_while_it_compares_are_no_difference(live: Pipeline) -> None:
+    """Some rows change all the time, in both directions; only what is truly wrong is reported."""
+    live.target.execute(DAMAGE["stale"])
+    script = f"""
+import psycopg, itertools
+with psycopg.connect({live.config.source.dsn!r}, autocommit=True) as c:
+    print("writing", flush=True)
+    for n in itertools.count():
+        c.execute("UPDATE articles SET tenant = %s WHERE id BETWEEN 30 AND 60", [n % 1000])
+        c.execute("DELETE FROM articles WHERE id = %s", [61 + n % 9])
+        c.execute("INSERT INTO articles (region, id, title) VALUES ('new', %s, 't') ON CONFLICT DO NOTHING", [n % 99])
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as writer:
+        try:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            for _ in range(3):
+                assert verify(live, status=1)["differences"] == {"stale": 3}
+        finally:
+            writer.kill()
+    assert verify(live, "--repair")["after_repair"]["equal"] is True
+    live.in_step()
+
+
+def test_a_commit_that_waits_for_a_standby_is_no_difference(
+    make_cluster: Callable[..., Any], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    """The stream delivers such a transaction while no snapshot sees it: the index is ahead of every query."""
+    cluster = make_cluster()
+    with psycopg.connect(cluster.dsn(), autocommit=True) as admin:
+        admin.execute("CREATE EXTENSION vector")
+        database = Database(cluster.dsn(), "postgres", None)  # type: ignore[arg-type]
+        pipeline = make(make_pipeline, database, database)
+        fill(pipeline, 40)
+        pipeline.start()
+        pipeline.live()
+        pipeline.in_step()
+        # From here on only the writer waits for the standby that never comes.
+        admin.execute("ALTER ROLE postgres SET synchronous_commit = local")
+        admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nosuch'")
+        admin.execute("SELECT pg_reload_conf()")
+        with psycopg.connect(cluster.dsn(), autocommit=True) as writer:
+            writer.execute("SET synchronous_commit = on")
+            writer.pgconn.send_query(b"UPDATE articles SET tenant = 4711 WHERE id = 7")
+            delivered = "SELECT EXISTS (SELECT FROM cdcsync.articles_chunks WHERE tenant = 4711)"
+            until(lambda: admin.execute(delivered).fetchone() == (True,), "the update in the index")
+            assert admin.execute("SELECT count(*) FROM articles WHERE tenant = 4711").fetchone() == (0,)
+            pipeline.target.execute("SET synchronous_commit = local")
+            pipeline.target.execute(DAMAGE["carried"])
+
+            found = verify(pipeline, status=1)
+            assert found["differences"] == {"carried": 1}
+            assert found["undecided"] == 1
+
+            admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            admin.execute("SELECT pg_reload_conf()")
+            while writer.pgconn.get_result() is not None:
+                pass
+        assert verify(pipeline, "--repair")["after_repair"]["equal"] is True
+        pipeline.in_step()
+
+
+def test_the_worker_verifies_on_a_schedule_and_shows_the_outcome(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = make(make_pipeline, make_database(), make_database(), worker="verify_every_s = 0.2")
+    fill(pipeline, 50)
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+
+    def differences() -> str:
+        lines = pipeline.get("/metrics")[1].decode().splitlines()
+        return next((line for line in lines if line.startswith("cdcsync_verify_differences{")), "")
+
+    until(lambda: differences().endswith(" 0.0"), "a verification without differences")
+    pipeline.target.execute(DAMAGE["stale"])
+    until(lambda: differences().endswith(" 3.0"), "one with three")
+
+
+def test_an_emptied_index_is_mended_by_a_repair(live: Pipeline) -> None:
+    live.target.execute("TRUNCATE cdcsync.articles_chunks, cdcsync.articles_vectors_1")
+    found = verify(live, "--repair")
+    assert found["differences"] == {"missing": 120}
+    live.in_step()
+
+
+def test_an_unknown_index_is_a_wrong_argument(live: Pipeline) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cdcsync", "verify", "artikles", "-c", str(live.path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "did you mean articles?" in done.stderr
