@@ -1,4 +1,4 @@
-"""What the benches that run a worker share: a PostgreSQL of their own, one table, its index, and the worker's process."""
+"""What the benches that run a worker share: a PostgreSQL of their own, one table, its index, and the worker."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Pipeline:
             if line.startswith("{"):
                 yield json.loads(line)
 
-    def until(self, probe: Callable[[], T], what: str) -> T:
+    def until(self, probe: Callable[[], T | None], what: str) -> T:
         """Return the first true answer of `probe`."""
         deadline = time.monotonic() + PATIENCE_S
         while not (answer := probe()):

@@ -51,7 +51,7 @@ def main() -> None:
     """Measure and report."""
     with pipeline(EMBEDDER) as made:
         made.connection.execute(
-            "INSERT INTO articles SELECT i, i % 50, 'the first text of article ' || i FROM generate_series(1, %s) AS i",
+            "INSERT INTO articles SELECT i, i %% 50, 'the first text of ' || i FROM generate_series(1, %s) AS i",
             [ROWS],
         )
         made.start()

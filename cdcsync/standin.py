@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from cdcsync import logs, worker
+from cdcsync import worker
 from cdcsync.config import Config
 from cdcsync.handle import WorkerHandle
 from cdcsync.index.pipelines import Pipelines
@@ -30,7 +30,6 @@ async def attended(target: Connection, config: Config) -> AsyncIterator[bool]:
     if holder is not None:
         yield False
         return
-    logs.configure("error", config.worker.log_format)
     handles: list[WorkerHandle] = []
     async with anyio.create_task_group() as tasks:
 

@@ -109,6 +109,7 @@ class _Worker:
             desk = self.desks[spec.config.embedder]
             preparers[spec.name] = Preparer(spec, chunker, desk, tables[spec.name], self.reads, metrics)
         directory = Path(config.source.spool_directory or tempfile.gettempdir()) / f"cdcsync-spool-{config.source.slot}"
+        self.spool = Spool(directory, config.source.spool_bytes)
         self.stream = Stream(
             specs=specs,
             session=self.session,
@@ -117,7 +118,7 @@ class _Worker:
             deliveries=self.deliveries,
             take_page=self.backfills.take_page,
             page_applied=self.backfills.page_applied,
-            spool=Spool(directory, config.source.spool_bytes),
+            spool=self.spool,
             metrics=metrics,
             batch_rows=config.worker.batch_rows,
             batch_bytes=config.worker.batch_bytes,
@@ -197,6 +198,7 @@ class _Worker:
         with anyio.CancelScope(shield=True):
             await self.session.aclose()
             await self.reads.aclose()
+        self.spool.remove()
 
     async def watch_publication(self) -> None:
         """Pause an index whose table was made anew or is not published any more: the stream would not tell."""

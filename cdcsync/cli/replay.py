@@ -86,9 +86,11 @@ def replay(
     """
     import anyio
 
+    from cdcsync import logs
     from cdcsync.replay import Replay
 
     configuration = context.ensure_object(Invocation).load(config)
+    logs.configure("error", configuration.worker.log_format)
     wishes: list[Wish] = [wish for wish, asked in _wishes(pause, resume, cancel) if asked]
     selects = (
         where is not None or bool(key) or force_embed or rewrite or dry_run or detach or max_rows_per_s is not None

@@ -47,9 +47,11 @@ def verify(
     """
     import anyio
 
+    from cdcsync import logs
     from cdcsync.cli import printing
 
     configuration = context.ensure_object(Invocation).load(config)
+    logs.configure("error", configuration.worker.log_format)
     first, last, mended = anyio.run(_verify, configuration, index, repair)
     if as_json:
         import msgspec

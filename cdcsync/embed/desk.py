@@ -42,6 +42,14 @@ REMEMBERED_VECTORS = 4_096
 384 dimensions."""
 
 
+SMALL_CALL_TEXTS = 16
+"""Calls up to this size are timed apart: what a text costs in a large call says little of what it costs alone."""
+
+SKIPPED = 0.9
+"""Each small call that is skipped as too slow lowers its estimate by this, so that a passing slowness is not held
+for ever."""
+
+
 class Desk:
     """One embedder, used by as many callers at a time as it can serve."""
 
@@ -56,6 +64,7 @@ class Desk:
         self._made: OrderedDict[bytes, FloatVector] = OrderedDict()
         self._tasks: anyio.abc.TaskGroup | None = None
         self._seconds_per_text = 0.0
+        self._small_seconds_per_text = 0.0
         self.ready = anyio.Event()
         self.problem: CdcsyncError | None = None
         self.far_behind: Callable[[], bool] = lambda: False
@@ -138,7 +147,7 @@ class Desk:
         if (
             not missing
             or not self.idle
-            or self._seconds_per_text * len(missing) > budget_s
+            or not self._in_time(len(missing), budget_s)
             or self.embedder.fitting(list(missing.values())) < len(missing)
             or self.far_behind()
         ):
@@ -160,6 +169,13 @@ class Desk:
         with anyio.move_on_after(budget_s):
             await done.wait()
         return dict(made)
+
+    def _in_time(self, texts: int, budget_s: float) -> bool:
+        """Say whether a small call is likely to fit; what did not fit is tried again after some that were skipped."""
+        if self._small_seconds_per_text * texts <= budget_s:
+            return True
+        self._small_seconds_per_text *= SKIPPED
+        return False
 
     def forget(self) -> None:
         """Forget the vectors made recently: someone wants them made anew."""
@@ -199,12 +215,18 @@ class Desk:
         self._metrics.embed_texts.labels(name).inc(len(texts))
         self._metrics.embed_seconds.labels(name).observe(elapsed)
         each = elapsed / len(texts)
-        self._seconds_per_text = each if not self._seconds_per_text else 0.8 * self._seconds_per_text + 0.2 * each
+        self._seconds_per_text = _smoothed(self._seconds_per_text, each)
+        if len(texts) <= SMALL_CALL_TEXTS:
+            self._small_seconds_per_text = _smoothed(self._small_seconds_per_text, each)
         made = dict(zip(texts, vectors, strict=True))
         self._made.update(made)
         while len(self._made) > REMEMBERED_VECTORS:
             self._made.popitem(last=False)
         return made
+
+
+def _smoothed(before: float, now: float) -> float:
+    return now if not before else 0.8 * before + 0.2 * now
 
 
 def vector_text(vector: FloatVector) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
 import structlog
 
-from cdcsync.embed.desk import Desk
+from cdcsync.embed.desk import Desk, FloatVector
 from cdcsync.embed.waits import backoff_s
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TargetUnavailable, TextRejected, leading
 from cdcsync.index.backlog import Backlog, Waiting
@@ -23,6 +23,13 @@ HOLD_S = 10.0
 that changed several times is embedded once. A stream that stays behind gets vectors all the same."""
 
 HOLD_POLL_S = 0.05
+
+CONNECTIONS = 2
+"""Connections to the target for each index: inserting into HNSW costs the server about a millisecond of one processor
+for each vector, which is more than a fast model or provider takes to make it."""
+
+STORE_TEXTS = 128
+"""Vectors stored in one transaction: apply waits for one that holds a chunk which changed again, some 0.2 s."""
 
 POLL_S = 5.0
 """How often the backlog is looked at without a word from apply: postponed texts become due by themselves."""
@@ -39,7 +46,8 @@ class EmbedLoop:
         self._metrics = metrics
         self._wake = anyio.Event()
         self._live = False
-        self._database = anyio.Lock()
+        self._backlogs: list[Backlog] = []
+        self._free = anyio.Semaphore(CONNECTIONS)
         self._failure: EmbedderUnavailable | EmbedderSetupError | None = None
         self._outage = 0
         self._held = False
@@ -60,26 +68,40 @@ class EmbedLoop:
         while True:
             try:
                 async with AsyncExitStack() as stack:
-                    connection = await connect(self._dsn, "target", application_name=f"cdcsync embed {self._spec.name}")
-                    stack.push_async_callback(connection.close)
-                    connection.prepare_threshold = None
-                    backlog = Backlog(connection, self._schema, self._spec)
                     with speaking_of("target", where=f"index {self._spec.name}"):
-                        await backlog.open()
+                        self._backlogs = [await self._connect(stack) for _ in range(CONNECTIONS)]
                         attempt = 0
-                        await self._drain_for_ever(backlog)
+                        await self._drain_for_ever()
             except TargetUnavailable as error:
                 log.warning("target_unavailable", index=self._spec.name, loop="embed", error=str(error))
                 self._metrics.reconnects.labels("target").inc()
                 await anyio.sleep(backoff_s(attempt, first=0.2, most=15))
                 attempt += 1
 
-    async def _drain_for_ever(self, backlog: Backlog) -> None:
+    async def _connect(self, stack: AsyncExitStack) -> Backlog:
+        connection = await connect(self._dsn, "target", application_name=f"cdcsync embed {self._spec.name}")
+        stack.push_async_callback(connection.close)
+        connection.prepare_threshold = None
+        backlog = Backlog(connection, self._schema, self._spec)
+        await backlog.open()
+        return backlog
+
+    @asynccontextmanager
+    async def _backlog(self) -> AsyncIterator[Backlog]:
+        """Lend a connection that nobody uses."""
+        async with self._free:
+            backlog = self._backlogs.pop()
+            try:
+                yield backlog
+            finally:
+                self._backlogs.append(backlog)
+
+    async def _drain_for_ever(self) -> None:
         while True:
             self._wake = anyio.Event()
             self._live = False
             await self._hold_while_far_behind()
-            if await self._window(backlog, lane=None) == 0:
+            if await self._window(lane=None) == 0:
                 self.drained()
                 with anyio.move_on_after(POLL_S):
                     await self._wake.wait()
@@ -93,9 +115,9 @@ class EmbedLoop:
                     break
         self._held = self._desk.far_behind()
 
-    async def _window(self, backlog: Backlog, *, lane: int | None) -> int:
+    async def _window(self, *, lane: int | None) -> int:
         """Embed one window of due texts and return how many there were."""
-        async with self._database:
+        async with self._backlog() as backlog:
             window = await backlog.window(self._desk.window_texts, lane=lane)
         # Texts of about the same length together: a batch is padded to its longest.
         window.sort(key=lambda waiting: (waiting.lane, len(waiting.text)))
@@ -107,25 +129,25 @@ class EmbedLoop:
                 while window and self._failure is None:
                     if self._live and lane is None and window[0].lane > 0:
                         self._live = False
-                        while await self._window(backlog, lane=0):
+                        while await self._window(lane=0):
                             pass
                     size = self._desk.batch([one.text for one in window])
                     batch, window = window[:size], window[size:]
                     await slots.acquire()
-                    tasks.start_soon(self._one_batch, backlog, batch, slots)
+                    tasks.start_soon(self._one_batch, batch, slots)
         except BaseExceptionGroup as group:
             raise leading(group) from None
         await self._rest()
         return found
 
-    async def _one_batch(self, backlog: Backlog, batch: Sequence[Waiting], slots: anyio.Semaphore) -> None:
+    async def _one_batch(self, batch: Sequence[Waiting], slots: anyio.Semaphore) -> None:
         try:
             # Texts that changed again while they waited in the window are not worth a call.
-            async with self._database:
+            async with self._backlog() as backlog:
                 waiting = await backlog.still_waiting([one.hash for one in batch])
             self._desk.superseded(len(batch) - len(waiting))
             if (batch := [one for one in batch if one.hash in waiting]) and self._failure is None:
-                await self._batch(backlog, batch)
+                await self._batch(batch)
         except (EmbedderUnavailable, EmbedderSetupError) as error:
             # The provider is down or refuses us, not the text: nobody's attempt.
             self._failure = error
@@ -146,7 +168,7 @@ class EmbedLoop:
         self._outage += 1
         await anyio.sleep(delay)
 
-    async def _batch(self, backlog: Backlog, batch: Sequence[Waiting]) -> None:
+    async def _batch(self, batch: Sequence[Waiting]) -> None:
         """Embed and store texts, down to those that cannot be."""
         try:
             made = await self._desk.embed({waiting.hash: waiting.text for waiting in batch})
@@ -155,18 +177,28 @@ class EmbedLoop:
         except EmbedError as error:
             if len(batch) > 1:
                 middle = len(batch) // 2
-                await self._batch(backlog, batch[:middle])
-                await self._batch(backlog, batch[middle:])
+                await self._batch(batch[:middle])
+                await self._batch(batch[middle:])
                 return
             (poison,) = batch
             log.warning("text_not_embedded", index=self._spec.name, attempts=poison.attempts + 1, error=str(error))
-            async with self._database:
+            async with self._backlog() as backlog:
                 await backlog.postpone(
                     [poison.hash], str(error), delay_s=backoff_s(poison.attempts), final=isinstance(error, TextRejected)
                 )
             return
         self._outage = 0
         self.problem = None
-        async with self._database:
-            stored = await backlog.store(made)
+        await self._store(made)
+
+    async def _store(self, made: Mapping[bytes, FloatVector]) -> None:
+        """Store vectors, a part at a time, over as many connections as there are."""
+        items = list(made.items())
+        async with anyio.create_task_group() as tasks:
+            for at in range(0, len(items), STORE_TEXTS):
+                tasks.start_soon(self._store_part, dict(items[at : at + STORE_TEXTS]))
+
+    async def _store_part(self, part: Mapping[bytes, FloatVector]) -> None:
+        async with self._backlog() as backlog:
+            stored = await backlog.store(part)
         self._metrics.vectors.labels(self._spec.name, "backlog").inc(stored)

@@ -28,7 +28,6 @@ from cdcsync.index.schema import IndexSpec
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection, connect, speaking_of
 
-
 OLD_SESSION_S = 2.0
 """A server needs a moment to end a session whose client is gone, and to free its lock."""
 

@@ -35,6 +35,10 @@ MIN_VERSION = 140000
 """PostgreSQL 14: pgoutput with logical messages and protocol 2; older ones are out of support."""
 
 
+_MISTAKEN = ("was not created in this database", "physical replication slot")
+"""Of a slot that is not ours: the server's code is that of a slot that has lost WAL, but a resync would not help."""
+
+
 class ServerIdentity(msgspec.Struct, frozen=True):
     """What IDENTIFY_SYSTEM says: the cluster, its timeline and the end of its flushed WAL."""
 
@@ -72,7 +76,11 @@ class SlotConnection:
                 ) from error
             raise connect_error(error, "source", where) from error
         slot = cls(connection, where)
-        await slot._command(RENDERING)
+        try:
+            await slot._command(RENDERING)
+        except BaseException:
+            await slot.aclose()
+            raise
         return slot
 
     async def identify(self) -> ServerIdentity:
@@ -107,17 +115,22 @@ class SlotConnection:
         }
         if streaming:
             options["streaming"] = "on"
+        # Here a backslash in a string is a backslash, and what the driver's own literals begin with is no syntax.
         body = sql.SQL(", ").join(
-            sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in options.items()
+            sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL("'" + value.replace("'", "''") + "'"))
+            for name, value in options.items()
         )
         statement = sql.SQL("START_REPLICATION SLOT {} LOGICAL " + str(lsn) + " ({})").format(
             sql.Identifier(slot), body
         )
-        self._pgconn.send_query(statement.as_string(self._connection).encode())
-        await self._flush()
+        await self._send(statement.as_string(self._connection))
         result = await self._result()
         if result is None or result.status != pq.ExecStatus.COPY_BOTH:
-            raise self._failure(result, slot=slot)
+            failure = self._failure(result, slot=slot)
+            # All of the refusal is read, so that the session can try again.
+            while result is not None:
+                result = await self._result()
+            raise failure
         return version
 
     async def receive(self, timeout_s: float) -> XLogData | Keepalive | None:
@@ -192,6 +205,13 @@ class SlotConnection:
         except psycopg.Error as error:
             raise self._lost(error) from error
 
+    async def _send(self, statement: str) -> None:
+        try:
+            self._pgconn.send_query(statement.encode())
+        except psycopg.Error as error:
+            raise self._lost(error) from error
+        await self._flush()
+
     async def _result(self) -> pq.abc.PGresult | None:
         try:
             while self._pgconn.is_busy():
@@ -203,8 +223,7 @@ class SlotConnection:
 
     async def _command(self, statement: str) -> list[tuple[Any, ...]]:
         """Run a command of the replication grammar and return its rows as text."""
-        self._pgconn.send_query(statement.encode())
-        await self._flush()
+        await self._send(statement)
         rows: list[tuple[Any, ...]] = []
         while (result := await self._result()) is not None:
             if result.status not in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK):
@@ -231,6 +250,10 @@ class SlotConnection:
         if code == "42704" and slot:
             return GapError(
                 message, where=where, hint='the slot was dropped: run with on_gap = "resync", or see docs/operations.md'
+            )
+        if code == "55000" and any(sign in message for sign in _MISTAKEN):
+            return SetupError(
+                message, where=where, hint="give this pipeline a slot of its own, in the source's database: source.slot"
             )
         if code in ("55000", "58P01"):
             return GapError(message, where=where, hint="the slot has lost WAL it needs: resync, see docs/operations.md")

@@ -70,6 +70,13 @@ class Spool:
         except OSError as error:
             raise self._unusable(error) from error
 
+    def remove(self) -> None:
+        """Throw everything away, the directory too; for the end of a worker."""
+        for xid in list(self._open):
+            self.drop(xid)
+        self._current = None
+        shutil.rmtree(self._directory, ignore_errors=True)
+
     def enter(self, xid: int) -> None:
         """Begin to receive a block of transaction `xid`.
 

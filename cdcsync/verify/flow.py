@@ -225,7 +225,6 @@ async def repair(target: Connection, schema: str, spec: IndexSpec, findings: Fin
                 )
     for id_ in asked:
         await _done(target, requests, id_, spec)
-    log.info("repaired", index=spec.name, documents=len(chunked))
     return len(chunked)
 
 

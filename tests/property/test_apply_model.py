@@ -13,7 +13,7 @@ from psycopg import sql
 
 from cdcsync.changes import Row
 from cdcsync.documents import hash_text
-from cdcsync.index.apply import BACKFILL, LIVE, ChangeSet
+from cdcsync.index.apply import BACKFILL, LIVE, ChangeSet, Document, Kept
 from cdcsync.index.schema import Names
 from tests.fixtures.indexes import (
     SCHEMA,
@@ -64,7 +64,7 @@ class Model(msgspec.Struct):
         before = dict(self.documents)
         for key in step.deleted:
             self.documents.pop(float(key), None)
-        entries = []
+        entries: list[Document | Kept] = []
         for key, write in step.written.items():
             stored = before.get(float(key))
             # Where a batch names a key twice, its order decides: such a document is written anew.

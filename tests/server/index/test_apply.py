@@ -36,7 +36,7 @@ async def versions(index: LiveIndex) -> dict[str, str]:
     return dict(await index.rows("SELECT id::text, xmin::text FROM {chunks} WHERE chunk_no = 0"))
 
 
-# -- documents ----------------------------------------------------------------------------------------------------
+# -- documents -------------------------------------------------------------------------------------------------------
 
 
 async def test_a_document_is_stored_chunk_by_chunk_and_waits_for_its_vectors(index: LiveIndex) -> None:
@@ -142,7 +142,7 @@ async def test_the_same_batch_again_changes_nothing(index: LiveIndex) -> None:
     assert await index.faults() == []
 
 
-# -- carried columns ------------------------------------------------------------------------------------------------
+# -- carried columns -------------------------------------------------------------------------------------------------
 
 
 async def test_only_rows_whose_carried_values_differ_are_written(index: LiveIndex) -> None:
@@ -311,7 +311,7 @@ async def test_equal_values_of_another_image_are_written(target: Database, open_
     assert (await index.carried())[("1",)] == images
 
 
-# -- text -------------------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------------------------
 
 AWKWARD = (
     "",
@@ -359,7 +359,7 @@ async def test_columns_may_have_any_names(open_index: OpenIndex) -> None:
     assert await index.texts() == {}
 
 
-# -- keys ---------------------------------------------------------------------------------------------------------------
+# -- keys ------------------------------------------------------------------------------------------------------------
 
 KEYS: list[tuple[dict[str, str], list[Key]]] = [
     ({"a": "integer", "b": "text"}, [("1", "x"), ("1", "y"), ("2", "x")]),
@@ -459,7 +459,7 @@ async def test_hashes_are_those_of_whole_documents_in_the_index(index: LiveIndex
     }
 
 
-# -- vectors --------------------------------------------------------------------------------------------------------------
+# -- vectors ---------------------------------------------------------------------------------------------------------
 
 
 async def test_a_moved_key_takes_its_vector_along(index: LiveIndex) -> None:
@@ -558,7 +558,7 @@ async def test_what_a_backfill_brings_waits_behind_what_is_live(index: LiveIndex
     ]
 
 
-# -- truncation -------------------------------------------------------------------------------------------------------------
+# -- truncation ------------------------------------------------------------------------------------------------------
 
 
 async def test_a_truncated_index_holds_what_came_after(index: LiveIndex) -> None:
@@ -605,7 +605,7 @@ async def test_truncation_and_an_embed_loop_in_the_middle_of_storing_do_not_wait
     assert await index.dump() == ([], [], [])
 
 
-# -- several indexes ----------------------------------------------------------------------------------------------------------
+# -- several indexes -------------------------------------------------------------------------------------------------
 
 
 async def test_two_indexes_share_a_session(index: LiveIndex, open_index: OpenIndex) -> None:

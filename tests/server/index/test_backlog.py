@@ -10,7 +10,8 @@ import pytest
 
 from cdcsync.documents import hash_text
 from cdcsync.index.apply import BACKFILL, LIVE
-from cdcsync.index.backlog import ERROR_CHARACTERS, MAX_ATTEMPTS, Backlog, BacklogCounts, Waiting
+from cdcsync.index.backlog import ERROR_CHARACTERS, Backlog, BacklogCounts, Waiting
+from cdcsync.index.schema import MAX_ATTEMPTS
 from cdcsync.postgres import Connection
 from tests.fixtures.indexes import (
     SCHEMA,
@@ -37,7 +38,7 @@ async def refuse_to_wait(connection: Connection) -> None:
     await connection.execute("SET lock_timeout = '500ms'")
 
 
-# -- what is due ----------------------------------------------------------------------------------------------------
+# -- what is due -----------------------------------------------------------------------------------------------------
 
 
 async def test_live_texts_come_first_then_the_oldest(index: LiveIndex) -> None:
@@ -83,7 +84,7 @@ async def test_an_empty_backlog_has_nothing_due_and_nothing_to_store(index: Live
     assert await index.backlog.counts() == BacklogCounts(0, 0, 0)
 
 
-# -- storing ----------------------------------------------------------------------------------------------------------
+# -- storing ---------------------------------------------------------------------------------------------------------
 
 
 async def test_one_vector_serves_every_chunk_with_its_text(index: LiveIndex) -> None:
@@ -150,7 +151,7 @@ async def test_pgvector_may_live_in_any_schema(
         await connection.execute("ALTER EXTENSION vector SET SCHEMA public")
 
 
-# -- beside apply -----------------------------------------------------------------------------------------------------
+# -- beside apply ----------------------------------------------------------------------------------------------------
 
 
 async def test_chunks_that_apply_is_changing_are_skipped_and_not_waited_for(
@@ -223,7 +224,7 @@ async def test_two_embed_loops_share_the_work(
     assert await index.faults() == []
 
 
-# -- failures -----------------------------------------------------------------------------------------------------------
+# -- failures --------------------------------------------------------------------------------------------------------
 
 
 async def test_a_postponed_text_is_due_after_its_delay_and_keeps_its_error(index: LiveIndex) -> None:

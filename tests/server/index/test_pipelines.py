@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
 import anyio
@@ -21,12 +21,12 @@ COMMITTED = datetime(2024, 2, 29, 12, tzinfo=UTC)
 
 
 @pytest.fixture
-async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> AsyncIterator[Connection]:
+async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> Connection:
     """A session on a target with our shared tables and the row of the pipeline `slot`."""
     connection = await connect_target()
     await create_shared(connection, SCHEMA)
     await PIPELINES.ensure(connection, "publication")
-    yield connection
+    return connection
 
 
 PIPELINES = Pipelines(SCHEMA, "slot")
@@ -67,7 +67,7 @@ async def test_setting_up_again_keeps_the_state_and_follows_the_publication(conn
     assert await cursor.fetchall() == [("slot", "another")]
 
 
-# -- the lock -------------------------------------------------------------------------------------------------------
+# -- the lock --------------------------------------------------------------------------------------------------------
 
 
 async def test_one_session_holds_the_lock_until_it_ends(
@@ -89,7 +89,7 @@ async def test_one_session_holds_the_lock_until_it_ends(
     assert await PIPELINES.holder(connection) == second.info.backend_pid
 
 
-# -- the fence ------------------------------------------------------------------------------------------------------
+# -- the fence -------------------------------------------------------------------------------------------------------
 
 
 async def test_each_worker_that_takes_over_raises_the_fence(connection: Connection) -> None:
@@ -164,7 +164,7 @@ async def test_who_was_taken_over_while_it_waited_commits_nothing(
     assert (await state(watching)).checkpoint is None
 
 
-# -- the checkpoint ---------------------------------------------------------------------------------------------------
+# -- the checkpoint --------------------------------------------------------------------------------------------------
 
 
 async def test_a_pipeline_begins_where_it_is_told(connection: Connection) -> None:

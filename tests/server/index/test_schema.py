@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -85,7 +84,7 @@ async def catalog(connection: Connection) -> list[tuple[Any, ...]]:
     )
 
 
-# -- creation -----------------------------------------------------------------------------------------------------------
+# -- creation --------------------------------------------------------------------------------------------------------
 
 
 async def test_everything_can_be_created_again_and_is_as_it_was(connection: Connection) -> None:
@@ -223,7 +222,7 @@ async def server_without_pgvector(database: Database) -> AsyncIterator[Connectio
     await connection.close()
 
 
-# -- what exists already ----------------------------------------------------------------------------------------------------
+# -- what exists already ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -338,7 +337,7 @@ async def test_a_worker_that_starts_again_waits_for_no_reader_and_stops_none(
         await create(index.connection, index.spec)
 
 
-# -- the vector index -----------------------------------------------------------------------------------------------------------
+# -- the vector index ------------------------------------------------------------------------------------------------
 
 
 async def fill(index: LiveIndex, count: int = 3_000) -> None:
@@ -406,13 +405,15 @@ async def test_an_index_that_an_interrupted_build_left_behind_is_replaced(
         except psycopg.errors.QueryCanceled:
             failed.append(True)
 
+    async def cancelled() -> bool:
+        return bool(failed)
+
     async with anyio.create_task_group() as tasks, old.transaction():
         await old.execute("UPDATE cdcsync.articles_vectors_1 SET chunk_id = chunk_id")
         tasks.start_soon(build)
         await until_blocked(connection, building)
         await connection.execute("SELECT pg_cancel_backend(%s)", [building.info.backend_pid])
-        while not failed:
-            await asyncio.sleep(0)
+        await until(cancelled)
     valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('cdcsync.articles_vectors_1_hnsw')"
     assert await rows(connection, valid) == [(False,)]
 
@@ -426,19 +427,18 @@ async def test_writers_go_on_while_the_index_is_built(
 ) -> None:
     await fill(index, 10)
     old, building = await connect_target(), await connect_target()
-    async with anyio.create_task_group() as tasks:
-        async with old.transaction():
-            await old.execute("UPDATE cdcsync.articles_vectors_1 SET chunk_id = chunk_id")
-            tasks.start_soon(build_hnsw, building, SCHEMA, index.spec)
-            await until_blocked(connection, building)
-            await index.connection.execute("SET lock_timeout = '500ms'")
-            await index.apply(changes(document("100", "new"), inline=["new"]))
+    async with anyio.create_task_group() as tasks, old.transaction():
+        await old.execute("UPDATE cdcsync.articles_vectors_1 SET chunk_id = chunk_id")
+        tasks.start_soon(build_hnsw, building, SCHEMA, index.spec)
+        await until_blocked(connection, building)
+        await index.connection.execute("SET lock_timeout = '500ms'")
+        await index.apply(changes(document("100", "new"), inline=["new"]))
     assert await rows(connection, "SELECT embedding::text FROM public.articles_index WHERE id = 100") == [
         (vector_text("new"),)
     ]
 
 
-# -- wait_for ---------------------------------------------------------------------------------------------------------------------
+# -- wait_for --------------------------------------------------------------------------------------------------------
 
 
 async def followed(connection: Connection, checkpoint: Lsn | None) -> tuple[Pipelines, int]:
@@ -506,10 +506,9 @@ async def test_waiting_for_an_unknown_index_is_an_error_that_says_where_to_look(
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 async def test_waiting_where_every_query_sees_the_same_moment_is_refused(connection: Connection, level: str) -> None:
     await followed(connection, Lsn(0x10))
+    await connection.execute(f"SET default_transaction_isolation = '{level}'".encode())
     with pytest.raises(psycopg.errors.RaiseException, match="READ COMMITTED"):
-        async with connection.transaction():
-            await connection.execute(f"SET TRANSACTION ISOLATION LEVEL {level}".encode())
-            await connection.execute("SELECT cdcsync.wait_for('articles', '0/1')")
+        await connection.execute("SELECT cdcsync.wait_for('articles', '0/1')")
 
 
 async def test_waiting_without_a_position_or_a_limit_does_not_wait_for_ever(connection: Connection) -> None:

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from psycopg.pq import TransactionStatus
 
+import cdcsync.index.session as session_module
 from cdcsync.batches import PageEnd
 from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetUnavailable
 from cdcsync.index.apply import Applied, ChangeSet
@@ -93,7 +94,7 @@ async def apply(
     return await session.apply(of_index, pages, checkpoint, commit_time=None, caught_up=False)
 
 
-# -- lock and fence -----------------------------------------------------------------------------------------------------
+# -- lock and fence --------------------------------------------------------------------------------------------------
 
 
 async def test_a_session_is_open_to_one_worker_at_a_time(pipeline: Pipeline) -> None:
@@ -153,7 +154,7 @@ async def test_a_successor_ends_the_first_ones_writing_and_nothing_of_it_stays(p
     assert await pipeline.checkpoint() == 30
 
 
-# -- apply ---------------------------------------------------------------------------------------------------------------
+# -- apply -----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_batch_commits_its_indexes_its_cursors_and_its_checkpoint_together(pipeline: Pipeline) -> None:
@@ -224,6 +225,24 @@ async def test_a_value_that_the_target_refuses_names_its_index_and_nothing_is_wr
     assert await pipeline.checkpoint() == 20
 
 
+async def test_an_index_that_pauses_does_so_with_the_batch_that_goes_on_without_it(pipeline: Pipeline) -> None:
+    session = await pipeline.open()
+    await session.apply(
+        {"notes": changes(document("x", "b", carried=()))},
+        [],
+        Lsn(10),
+        paused={"articles": "its key is gone"},
+        commit_time=None,
+        caught_up=False,
+    )
+    assert await pipeline.rows("SELECT name, state, reason FROM cdcsync.indexes ORDER BY name") == [
+        ("articles", "paused", "its key is gone"),
+        ("notes", "live", None),
+    ]
+    assert await pipeline.rows("SELECT content FROM cdcsync.notes_chunks") == [("b",)]
+    assert await pipeline.checkpoint() == 10
+
+
 async def test_a_partial_transaction_leaves_the_checkpoint_and_it_never_moves_back(pipeline: Pipeline) -> None:
     session = await pipeline.open()
     await session.begin_at(Lsn(10), "system", 1)
@@ -256,7 +275,7 @@ async def test_a_resync_that_cannot_be_asked_for_leaves_the_pipeline_where_it_wa
     assert await pipeline.rows("SELECT FROM cdcsync.backfills") == []
 
 
-# -- broken connections ----------------------------------------------------------------------------------------------------
+# -- broken connections ----------------------------------------------------------------------------------------------
 
 
 async def test_a_session_that_broke_is_opened_again_under_the_same_fence(pipeline: Pipeline) -> None:
@@ -293,7 +312,10 @@ async def test_a_transaction_that_was_left_open_is_never_gone_on_with(pipeline: 
     assert await pipeline.rows("SELECT id FROM cdcsync.articles_chunks") == [(2,)]
 
 
-async def test_a_session_is_not_opened_again_behind_a_successor(pipeline: Pipeline) -> None:
+async def test_a_session_is_not_opened_again_behind_a_successor(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "OLD_SESSION_S", 0.1)
     first = await pipeline.open()
     await pipeline.broken(first)
     second = await pipeline.open()
@@ -311,8 +333,11 @@ async def test_a_session_is_not_opened_again_behind_a_successor(pipeline: Pipeli
 
 
 async def test_a_lock_that_the_server_has_not_freed_yet_is_waited_for(
-    pipeline: Pipeline, connect_target: Callable[[], Awaitable[Connection]]
+    pipeline: Pipeline,
+    connect_target: Callable[[], Awaitable[Connection]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(session_module, "OLD_SESSION_S", 0.1)
     session = await pipeline.open()
     await pipeline.broken(session)
     lingering = await connect_target()

@@ -14,7 +14,6 @@ from cdcsync.cluster import Cluster
 from cdcsync.errors import (
     CdcsyncError,
     GapError,
-    ProtocolError,
     SetupError,
     SlotInUse,
     SourceUnavailable,
@@ -84,9 +83,17 @@ async def until_commit(slot: SlotConnection) -> tuple[list[str], Commit]:
     raise AssertionError
 
 
+async def receive_for_ever(slot: SlotConnection, *, answer: bool = False) -> None:
+    """Receive until the connection ends."""
+    while True:
+        frame = await slot.receive(GIVE_UP_AFTER_S)
+        if answer and isinstance(frame, Keepalive):
+            await slot.send_status(frame.wal_end, frame.wal_end)
+
+
 def slots(database: Database, columns: str) -> list[tuple[Any, ...]]:
     return database.execute(
-        f"SELECT {columns} FROM pg_replication_slots WHERE slot_name = %s",  # type: ignore[arg-type]
+        f"SELECT {columns} FROM pg_replication_slots WHERE slot_name = %s",
         [database.name],
     )
 
@@ -99,7 +106,7 @@ def terminate(database: Database) -> None:
     )
 
 
-# -- the server ---------------------------------------------------------------------------------------------------------------
+# -- the server ------------------------------------------------------------------------------------------------------
 
 
 async def test_a_server_says_who_it_is(database: Database, connect_slot: Connect) -> None:
@@ -123,7 +130,7 @@ async def test_the_session_can_be_found_by_its_name(database: Database, connect_
     assert found == [("cdcsync",)]
 
 
-# -- creating a slot ------------------------------------------------------------------------------------------------------------
+# -- creating a slot -------------------------------------------------------------------------------------------------
 
 
 async def test_a_slot_is_permanent_and_sends_from_where_it_says(database: Database, connect_slot: Connect) -> None:
@@ -159,11 +166,12 @@ async def test_creating_a_slot_waits_for_transactions_that_write(database: Datab
         created.append(await slot.create_slot(database.name))
 
     async def waits() -> bool:
-        return [(True,)] == database.execute(
+        found = database.execute(
             "SELECT cardinality(pg_blocking_pids(pid)) > 0 FROM pg_stat_activity"
             " WHERE backend_type = 'walsender' AND datname = %s",
             [database.name],
         )
+        return found == [(True,)]
 
     with database.connect() as writing:
         writing.execute("BEGIN")
@@ -176,7 +184,7 @@ async def test_creating_a_slot_waits_for_transactions_that_write(database: Datab
     assert len(created) == 1
 
 
-# -- the stream -------------------------------------------------------------------------------------------------------------------
+# -- the stream ------------------------------------------------------------------------------------------------------
 
 
 async def test_what_is_committed_after_the_start_arrives_in_order(database: Database, connect_slot: Connect) -> None:
@@ -211,7 +219,7 @@ async def _free(database: Database) -> bool:
 async def test_only_the_publications_named_are_sent_whatever_their_names(
     database: Database, connect_slot: Connect
 ) -> None:
-    odd = "Ünï, \"x\" 'y' \\"
+    odd = "Ünï, \"x\" 'y' \\ {z} 100%"
     with database.connect() as connection:
         slot = await connect_slot()
         connection.execute("CREATE TABLE other (id int PRIMARY KEY)")
@@ -284,7 +292,7 @@ async def test_a_receiver_that_is_cancelled_loses_nothing(database: Database, co
         assert (await until_commit(slot))[0] == [str(number)]
 
 
-# -- reporting --------------------------------------------------------------------------------------------------------------------
+# -- reporting -------------------------------------------------------------------------------------------------------
 
 
 async def test_a_status_moves_the_slot_to_what_is_durable_and_not_to_what_was_received(
@@ -341,11 +349,10 @@ async def test_a_connection_whose_server_gave_up_waiting_for_a_status_is_unavail
     slot = await connect_slot(options="-c wal_sender_timeout=100")
     await slot.start(database.name, ["p"], await slot.create_slot(database.name), streaming=False)
     with pytest.raises(SourceUnavailable):
-        while True:
-            await slot.receive(GIVE_UP_AFTER_S)
+        await receive_for_ever(slot)
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 async def test_a_slot_that_another_connection_reads_is_in_use_and_may_be_tried_again(
@@ -353,9 +360,10 @@ async def test_a_slot_that_another_connection_reads_is_in_use_and_may_be_tried_a
 ) -> None:
     first = await streaming(connect_slot, database)
     second = await connect_slot()
-    for _ in range(2):
-        with pytest.raises(SlotInUse, match=f'"{database.name}" is active') as busy:
-            await second.start(database.name, ["p"], INVALID_LSN, streaming=False)
+    with pytest.raises(SlotInUse):
+        await second.start(database.name, ["p"], INVALID_LSN, streaming=False)
+    with pytest.raises(SlotInUse, match=f'"{database.name}" is active') as busy:
+        await second.start(database.name, ["p"], INVALID_LSN, streaming=False)
     assert busy.value.where == f"slot {database.name}"
     assert busy.value.hint
     assert busy.value.retry.value == "automatic"
@@ -418,8 +426,7 @@ async def test_a_session_that_the_server_ends_is_unavailable(
 
     async def receive() -> None:
         with pytest.raises(SourceUnavailable):
-            while True:
-                await slot.receive(GIVE_UP_AFTER_S)
+            await receive_for_ever(slot)
 
     async with anyio.create_task_group() as tasks:
         if waiting:
@@ -456,17 +463,7 @@ async def test_a_closed_session_is_unavailable_and_may_be_closed_again(
     await until(lambda: _free(database))
 
 
-async def test_what_the_server_takes_for_no_part_of_the_protocol_is_a_protocol_error(
-    database: Database, connect_slot: Connect
-) -> None:
-    slot = await streaming(connect_slot, database)
-    slot._pgconn.put_copy_data(b"?")
-    with pytest.raises(ProtocolError):
-        while True:
-            await slot.receive(GIVE_UP_AFTER_S)
-
-
-# -- logging in -------------------------------------------------------------------------------------------------------------------
+# -- logging in ------------------------------------------------------------------------------------------------------
 
 
 async def test_a_database_that_does_not_exist_is_a_matter_of_set_up(database: Database) -> None:
@@ -539,10 +536,7 @@ async def test_a_server_that_shuts_down_is_unavailable(make_cluster: Callable[..
 
         async def follow() -> None:
             with pytest.raises(SourceUnavailable):
-                while True:
-                    frame = await slot.receive(GIVE_UP_AFTER_S)
-                    if isinstance(frame, Keepalive):
-                        await slot.send_status(frame.wal_end, frame.wal_end)
+                await receive_for_ever(slot, answer=True)
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(follow)

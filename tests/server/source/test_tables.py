@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -42,7 +42,7 @@ def source_table(
     return SourceTable(shape, tuple(key.values()), row_filter)
 
 
-async def rows(connection: Connection, statement: str) -> list[Row]:
+async def rows(connection: Connection, statement: str) -> list[tuple[Any, ...]]:
     cursor = await connection.execute(statement.encode())
     return await cursor.fetchall()
 
@@ -59,7 +59,7 @@ async def pages(table: SourceTable, connection: Connection, limit: int, where: s
         after = table.shape.key_of(page.rows[-1])
 
 
-# -- pages ------------------------------------------------------------------------------------------------------------------
+# -- pages -----------------------------------------------------------------------------------------------------------
 
 KEYS: dict[str, tuple[dict[str, str], str, str]] = {
     # the key's columns; how the table is defined; and what it is filled by
@@ -72,8 +72,8 @@ KEYS: dict[str, tuple[dict[str, str], str, str]] = {
     "text": (
         {"id": "text"},
         "id text PRIMARY KEY",
-        "SELECT * FROM unnest(ARRAY['', ' ', 'a', 'A', 'ä', 'Z', 'z', 'a b', 'ab', 'a-b', '_', '日本', E'\\t', '\\N', '%s',"
-        " '''', '10', '9', E'\\U0001F99C', 'é', E'e\\u0301'])",
+        "SELECT * FROM unnest(ARRAY['', ' ', 'a', 'A', 'ä', 'Z', 'z', 'a b', 'ab', 'a-b', '_', '日本', E'\\t',"
+        " '\\N', '%s','''', '10', '9', E'\\U0001F99C', 'é', E'e\\u0301'])",
     ),
     "text of another collation": (
         {"id": "text"},
@@ -124,8 +124,9 @@ KEYS: dict[str, tuple[dict[str, str], str, str]] = {
     "times": (
         {"at": "timestamp with time zone", "day": "date", "took": "interval"},
         "at timestamptz, day date, took interval, PRIMARY KEY (at, day, took)",
-        "SELECT at, day, took FROM unnest('{-infinity,0044-03-15 00:00 BC,2024-01-01 12:00:00.000001+05,infinity}'::timestamptz[])"
-        " at, unnest('{infinity,2024-02-29}'::date[]) day, unnest('{1 mon,-1 day,00:00:01}'::interval[]) took",
+        "SELECT at, day, took"
+        " FROM unnest('{-infinity,0044-03-15 00:00 BC,2024-01-01 12:00:00.000001+05,infinity}'::timestamptz[]) at,"
+        " unnest('{infinity,2024-02-29}'::date[]) day, unnest('{1 mon,-1 day,00:00:01}'::interval[]) took",
     ),
     "bytes, bits and arrays": (
         {"a": "bytea", "b": "bit(2)", "c": "integer[]"},
@@ -136,8 +137,9 @@ KEYS: dict[str, tuple[dict[str, str], str, str]] = {
     "addresses, ranges and rows": (
         {"a": "inet", "b": "int4range", "c": "public.pair"},
         "a inet, b int4range, c pair, PRIMARY KEY (a, b, c)",
-        "SELECT a, b, c FROM unnest('{10.0.0.1,10.0.0.0/8,::1}'::inet[]) a, unnest('{empty,\"[1,2)\",\"(,1)\"}'::int4range[])"
-        " b, (VALUES ('(1,\"a b\")'::public.pair), ('(,)'), ('(1,)')) v(c)",
+        "SELECT a, b, c FROM unnest('{10.0.0.1,10.0.0.0/8,::1}'::inet[]) a,"
+        ' unnest(\'{empty,"[1,2)","(,1)"}\'::int4range[]) b,'
+        " (VALUES ('(1,\"a b\")'::public.pair), ('(,)'), ('(1,)')) v(c)",
     ),
 }
 
@@ -228,7 +230,7 @@ async def test_absence_is_by_the_servers_own_equality(database: Database, source
     assert (await source_table({"id": "numeric"}).absent(source, []))[1] == []
 
 
-# -- which rows -----------------------------------------------------------------------------------------------------------------
+# -- which rows ------------------------------------------------------------------------------------------------------
 
 
 async def test_the_publications_row_filter_applies_to_every_read(database: Database, source: Connection) -> None:
@@ -238,7 +240,8 @@ async def test_the_publications_row_filter_applies_to_every_read(database: Datab
         " FROM generate_series(1, 10) n"
     )
     database.execute(
-        "CREATE PUBLICATION p FOR TABLE t WHERE ((k0 % 5) < 3 AND title LIKE '%even' AND place > 0) WITH (publish = insert)"
+        "CREATE PUBLICATION p FOR TABLE t WHERE ((k0 % 5) < 3 AND title LIKE '%even' AND place > 0)"
+        " WITH (publish = insert)"
     )
     # As the catalog says it, which is where the worker takes it from; names in it are those of other things here, too.
     ((row_filter,),) = await rows(source, "SELECT rowfilter FROM pg_publication_tables")
@@ -278,7 +281,7 @@ async def test_a_condition_that_is_wrong_leaves_the_session_usable(database: Dat
 
 
 @pytest.fixture
-def policies(database: Database) -> AsyncIterator[str] | Any:
+def policies(database: Database) -> Iterator[str]:
     """A table of which the role `reader` may read all columns, and by its policy only some rows."""
     name = f"reader_{database.name}"
     database.execute("CREATE TABLE t (id int PRIMARY KEY, owner text)")
@@ -302,7 +305,7 @@ async def test_a_policy_that_hides_rows_is_an_error_and_not_missing_rows(
         assert refused.value.hint
 
 
-# -- snapshots ----------------------------------------------------------------------------------------------------------------------
+# -- snapshots -------------------------------------------------------------------------------------------------------
 
 
 async def test_a_page_says_which_transactions_it_saw(database: Database, source: Connection) -> None:
@@ -344,7 +347,7 @@ async def test_a_column_may_change_its_type_between_two_pages(database: Database
     assert (await table.page(source, ("0",), 10)).rows == [("1", "2.00")]
 
 
-# -- estimates ----------------------------------------------------------------------------------------------------------------------
+# -- estimates -------------------------------------------------------------------------------------------------------
 
 
 async def test_the_estimate_is_the_planners_also_over_partitions(database: Database, source: Connection) -> None:
@@ -365,7 +368,7 @@ async def test_the_estimate_is_the_planners_also_over_partitions(database: Datab
     assert [len(await pages(table, source, 20)) for table in tables] == [3, 3]
 
 
-# -- the stream renders the same -------------------------------------------------------------------------------------------------------
+# -- the stream renders the same -------------------------------------------------------------------------------------
 
 ZOO: dict[str, tuple[str, ...]] = {
     "boolean": ("true", "false"),
@@ -462,11 +465,16 @@ async def test_values_are_rendered_exactly_as_the_stream_renders_them(
             connection.execute("SELECT '<a/>'::xml")
         except psycopg.errors.FeatureNotSupported:
             del zoo["xml"]
-        # Every setting that output functions read is other than ours, in the database where both kinds of session log in.
+        # Where both kinds of session log in, every setting that output functions read is other than ours.
         for setting in (
-            "datestyle = 'SQL, DMY'", "intervalstyle = 'sql_standard'", "extra_float_digits = 0", "bytea_output = 'escape'",
-            "timezone = 'Asia/Kathmandu'", "search_path = public, pg_catalog", "xmlbinary = 'hex'",
-        ):  # fmt: skip
+            "datestyle = 'SQL, DMY'",
+            "intervalstyle = 'sql_standard'",
+            "extra_float_digits = 0",
+            "bytea_output = 'escape'",
+            "timezone = 'Asia/Kathmandu'",
+            "search_path = public, pg_catalog",
+            "xmlbinary = 'hex'",
+        ):
             connection.execute(f"ALTER DATABASE {database.name} SET {setting}".encode())
         columns = {f"c{at}": type_ for at, type_ in enumerate(zoo)}
         defined = ", ".join(f"{name} {type_}" for name, type_ in columns.items())
@@ -497,7 +505,7 @@ async def test_values_are_rendered_exactly_as_the_stream_renders_them(
     assert read["1"]["regclass"] == "public.zoo"
 
 
-# -- marks ------------------------------------------------------------------------------------------------------------------------------
+# -- marks -----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_mark_arrives_after_all_that_was_committed_before_it(
@@ -505,7 +513,7 @@ async def test_a_mark_arrives_after_all_that_was_committed_before_it(
 ) -> None:
     database.execute("CREATE TABLE t (id int PRIMARY KEY); CREATE PUBLICATION p FOR TABLE t")
     slot = await open_slot()
-    content = f"page:{random.random()} 日本"  # noqa: S311 - no secret
+    content = f"page:{random.random()} 日本"
 
     database.execute("INSERT INTO t VALUES (1)")
     await emit_mark(source, content)

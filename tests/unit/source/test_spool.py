@@ -273,3 +273,14 @@ def test_a_full_disk_is_an_error_wherever_it_shows_and_the_spool_can_be_cleared(
     receive(spool, 1, (1, b"again"))
     assert replayed(spool, 1) == [b"again"]
     spool.clear()
+
+
+def test_removing_leaves_nothing_of_the_directory(spool: Spool, directory: Path) -> None:
+    spool.enter(1)
+    spool.append(1, b"message")
+
+    spool.remove()
+
+    assert not directory.exists()
+    assert spool.bytes == 0
+    assert not spool.receiving

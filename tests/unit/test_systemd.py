@@ -1,0 +1,104 @@
+"""The systemd units: what they promise agrees with the code, and systemd finds nothing wrong with them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cdcsync.config.sections import Worker
+from cdcsync.errors import EXIT_WRONG
+from cdcsync.handle import ALIVE_WITHIN_S
+
+CONFIG = Path(__file__).parents[2] / "config"
+UNIT, TEMPLATE = CONFIG / "cdcsync.service", CONFIG / "cdcsync@.service"
+
+EXPOSURE = 2.0
+"""The most that systemd's own scale of 0 to 10 may say."""
+
+PER_INSTANCE = {
+    "cdcsync: keeps": "cdcsync for %i: keeps",
+    "/etc/cdcsync/cdcsync.toml": "/etc/cdcsync/%i.toml",
+    "-/etc/cdcsync/environment": "-/etc/cdcsync/%i.environment",
+    "CacheDirectory=cdcsync": "CacheDirectory=cdcsync/%i",
+    "HF_HOME=%C/cdcsync/models TMPDIR=%C/cdcsync": "HF_HOME=%C/cdcsync/%i/models TMPDIR=%C/cdcsync/%i",
+}
+
+
+def directives(path: Path) -> list[str]:
+    """Return a unit's lines without comments."""
+    return [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+
+
+def value(name: str) -> str:
+    """Return what the unit sets a directive to."""
+    (line,) = [line for line in directives(UNIT) if line.startswith(f"{name}=")]
+    return line.partition("=")[2]
+
+
+def test_the_template_is_the_unit_with_an_instance() -> None:
+    expected = []
+    for line in directives(UNIT):
+        changed = line
+        for of_unit, of_instance in PER_INSTANCE.items():
+            if of_unit in line:
+                changed = line.replace(of_unit, of_instance)
+        expected.append(changed)
+    assert directives(TEMPLATE) == expected
+    assert expected != directives(UNIT)
+
+
+def test_it_stops_in_time_restarts_when_that_helps_and_only_then() -> None:
+    assert float(value("TimeoutStopSec")) > Worker().stop_timeout_s
+    assert float(value("WatchdogSec")) > ALIVE_WITHIN_S
+    assert int(value("RestartPreventExitStatus")) == EXIT_WRONG
+
+
+@pytest.mark.parametrize("path", [UNIT, TEMPLATE], ids=lambda path: path.name)
+def test_every_restriction_comes_with_its_reason(path: Path) -> None:
+    lines = path.read_text().partition("[Service]")[2].partition("[Install]")[0].splitlines()
+    blocks = "\n".join(lines[lines.index(next(line for line in lines if line.startswith("# -- "))) + 1 :])
+    explained = True
+    for line in blocks.splitlines():
+        explained = line.startswith("#") or (bool(line) and explained)
+        assert explained or not line, line
+
+
+@pytest.fixture
+def systemd_analyze() -> str:
+    found = shutil.which("systemd-analyze")
+    if found is None:
+        pytest.skip("there is no systemd-analyze: it is in Debian's package systemd")
+    return found
+
+
+@pytest.fixture(params=[UNIT, TEMPLATE], ids=lambda path: path.name)
+def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A unit whose program exists, which systemd wants; an instance of the template."""
+    source: Path = request.param
+    made = tmp_path / source.name.replace("@.", "@articles.")
+    made.write_text(source.read_text().replace("/opt/cdcsync/bin/cdcsync", "/bin/true"))
+    return made
+
+
+def test_systemd_finds_nothing_wrong(systemd_analyze: str, unit: Path) -> None:
+    done = subprocess.run([systemd_analyze, "verify", "--man=no", str(unit)], capture_output=True, text=True)
+    if "Failed to initialize manager" in done.stderr:
+        pytest.skip(f"systemd-analyze cannot verify here: {done.stderr.strip()}")
+    complaints = [line for line in done.stderr.splitlines() if unit.name in line]
+    assert complaints == []
+    assert done.returncode == 0, done.stderr
+
+
+def test_systemd_finds_it_well_shut_off(systemd_analyze: str, unit: Path) -> None:
+    done = subprocess.run(
+        [systemd_analyze, "security", "--no-pager", "--offline=true", f"--threshold={EXPOSURE * 10:.0f}", str(unit)],
+        capture_output=True,
+        text=True,
+    )
+    if "unrecognized option" in done.stderr:
+        pytest.skip("this systemd-analyze cannot look at a unit that is not loaded")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Overall exposure level" in done.stdout
