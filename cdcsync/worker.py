@@ -215,8 +215,9 @@ class _Worker:
                 for spec in self.specs:
                     table = spec.shape.table
                     if table in unpublished:
-                        error = SchemaChanged(unpublished[table], index=spec.name, where=str(table), hint=AGAIN)
-                        self.stream.pause(error)
+                        self.stream.pause(
+                            SchemaChanged(unpublished[table], index=spec.name, where=str(table), hint=AGAIN)
+                        )
 
     async def stream_for_ever(self) -> None:
         """Follow the slot over any number of connections until told to stop."""

@@ -37,8 +37,9 @@ POLL_S = 5.0
 PAUSE_POLL_S = 0.5
 """How soon a slowed-down backfill notices that it was paused or cancelled; others look after each page."""
 
-CHECK_ROUNDS = 12
-"""How often a document that changes just then is compared; one that changed each time is reported as undecided."""
+CHECK_ROUNDS = 8
+"""How often a document that changes just then is compared, over some two seconds; one that changed each time is
+reported as undecided."""
 
 COUNT_UP_TO = 200_000
 """Tables with fewer rows than this by the planner's estimate are counted exactly for the progress bar."""

@@ -163,16 +163,13 @@ async def read_relations(connection: Connection, schema: str, names: Sequence[st
 
 async def read_stored(connection: Connection, schema: str) -> dict[str, Stored]:
     """Return the indexes that exist, by name."""
+    fields = Stored.__struct_fields__
     cursor = await connection.execute(
-        sql.SQL(
-            "SELECT name, slot, source_table, key, generation, model, dimensions, vector_type, distance, fingerprint,"
-            " columns FROM {}"
-        ).format(sql.Identifier(schema, "indexes"))
+        sql.SQL("SELECT {} FROM {}").format(
+            sql.SQL(", ").join(map(sql.Identifier, fields)), sql.Identifier(schema, "indexes")
+        )
     )
-    return {
-        name: Stored(name, slot, source_table, tuple(key), *rest, tuple(columns))
-        for name, slot, source_table, key, *rest, columns in await cursor.fetchall()
-    }
+    return {row[0]: msgspec.convert(dict(zip(fields, row, strict=True)), Stored) for row in await cursor.fetchall()}
 
 
 def server_faults(server: Server) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import json
 import random
 import signal
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -139,6 +140,14 @@ def test_changes_that_come_during_the_initial_load_win(
     pipeline.in_step()
 
 
+def batches(pipeline: Pipeline) -> int:
+    return sum(event.get("event") == "batch_applied" for event in pipeline.events())
+
+
+def applied_or_ended(pipeline: Pipeline, wanted: int) -> bool:
+    return batches(pipeline) >= wanted or pipeline.processes[-1].poll() is not None
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(3))
 def test_kill_9_in_the_middle_of_a_stream_of_changes_loses_nothing(
@@ -150,15 +159,10 @@ def test_kill_9_in_the_middle_of_a_stream_of_changes_loses_nothing(
 
     for round_ in range(5):
         worker = pipeline.start()
-        applied = len([event for event in pipeline.events() if event.get("event") == "batch_applied"])
+        applied = batches(pipeline)
         write(pipeline, seed=100 * seed + round_, transactions=30)
         wanted = applied + chance.randint(1, 6)
-        until(
-            lambda wanted=wanted: (
-                len([e for e in pipeline.events() if e.get("event") == "batch_applied"]) >= wanted or pipeline._failed()
-            ),
-            f"{wanted} batches",
-        )
+        until(partial(applied_or_ended, pipeline, wanted), f"{wanted} batches")
         assert pipeline.stop(worker, signal.SIGKILL) == -signal.SIGKILL
 
     pipeline.start()

