@@ -65,7 +65,9 @@ def change(connection: psycopg.Connection, chance: random.Random, *, truncates: 
         case 2:
             connection.execute("UPDATE notes SET tenant = tenant + 1 WHERE id = %s", [key(chance)])
         case 3:
-            connection.execute("UPDATE notes SET body = body || ' more' WHERE id LIKE %s", [chance.choice("abz") + "%"])
+            connection.execute(
+                "UPDATE notes SET body = %s WHERE id LIKE %s", [f"body {chance.random()}", key(chance)[:2] + "%"]
+            )
         case 4:
             connection.execute("DELETE FROM notes WHERE id = %s", [key(chance)])
         case 5 | 6:
@@ -87,11 +89,13 @@ def write(
         with psycopg.connect(dsn, autocommit=True) as connection:
             connection.execute("SET lock_timeout = '2s'; SET deadlock_timeout = '100ms'")
             while not stop.is_set():
-                with contextlib.suppress(psycopg.OperationalError, psycopg.errors.UniqueViolation):
-                    with connection.transaction(force_rollback=chance.random() < 0.2):
-                        for _ in range(chance.randint(1, changes)):
-                            change(connection, chance, truncates=truncates)
-                            stop.wait(chance.random() / 100)
+                with (
+                    contextlib.suppress(psycopg.OperationalError, psycopg.errors.UniqueViolation),
+                    connection.transaction(force_rollback=chance.random() < 0.2),
+                ):
+                    for _ in range(chance.randint(1, changes)):
+                        change(connection, chance, truncates=truncates)
+                        stop.wait(chance.random() / 30)
     except Exception as error:
         errors.append(error)
 

@@ -6,6 +6,7 @@ import contextlib
 import secrets
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from psycopg import conninfo, sql
 from cdcsync.errors import SetupError
 from cdcsync.programs import embedded_bin_dir
 from tests.fixtures.servers import Database, Server
-from tests.fixtures.workers import Pipeline
+from tests.fixtures.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 
@@ -155,6 +156,58 @@ def test_a_worker_runs_end_to_end_under_roles_with_the_least_privilege(
     assert allowed(read, "SELECT cdcsync.wait_for('articles', '0/1', '1 s')")
     assert not allowed(read, "DELETE FROM cdcsync.articles_chunks")
     assert pipeline.stop(worker) == 0
+
+
+def test_a_lost_slot_is_made_again_under_the_same_roles(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    source, target = make_database(), make_database()
+    source.execute(TABLE)
+    replicator, writer = roles.name("source"), roles.name("target")
+    grant(source, source_role=replicator, tables="shop.articles")
+    grant(target, target_role=writer, view_schema="search")
+    slot = f"s_{source.name}"
+    text = config(roles.dsn(source, replicator), roles.dsn(target, writer), slot, view="search.articles")
+    pipeline = make_pipeline(text.replace("[source]", '[source]\non_gap = "resync"'))
+    worker = pipeline.start()
+    pipeline.live()
+    assert pipeline.stop(worker) == 0
+    source.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+    source.execute("DELETE FROM shop.articles WHERE id < 10")
+
+    pipeline.start()
+
+    pipeline.event("resync_requested")
+    until(
+        lambda: target.execute("SELECT FROM cdcsync.backfills WHERE kind = 'resync' AND state = 'done'"), pipeline.tail
+    )
+    pipeline.in_step()
+
+
+def test_a_purge_keeps_what_the_roles_could_not_make_again(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    database.execute(TABLE)
+    role = roles.name("both")
+    grant(database, source_role=role, target_role=role, tables="shop.articles")
+    dsn = roles.dsn(database, role)
+    pipeline = make_pipeline(config(dsn, dsn, f"s_{database.name}", view="public.articles_index"))
+    for _ in range(2):
+        worker = pipeline.start()
+        pipeline.live()
+        assert pipeline.stop(worker) == 0
+
+        done = subprocess.run(
+            [sys.executable, "-m", "cdcsync", "teardown", "--purge", "--yes", "-c", str(pipeline.path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+        assert done.returncode == 0, done.stderr
+        assert "publication cdcsync kept: it belongs to another role" in done.stdout
+        assert database.execute("SELECT FROM pg_class WHERE relnamespace = 'cdcsync'::regnamespace") == []
 
 
 def test_one_role_serves_both_sides_of_one_database(

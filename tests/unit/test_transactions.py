@@ -344,6 +344,6 @@ def test_tables_that_swap_their_names_lose_the_indexes_of_both(assembler: Assemb
 
 
 def test_a_table_that_no_index_follows_may_be_renamed_and_replaced(assembler: Assembler) -> None:
-    renamed_and_replaced = [BEGIN, R_FOREIGN, relation(3, "other"), relation(5, "other")]
+    renamed_and_replaced: list[pg.PgoutputMessage] = [BEGIN, R_FOREIGN, relation(3, "other"), relation(5, "other")]
 
     assert events_of(assembler, [*renamed_and_replaced, insert(3, "x", "y", "z"), COMMIT]) == [COMMITTED]
