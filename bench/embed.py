@@ -23,8 +23,8 @@ else:
     from _pipeline import pipeline
     from report import report
 
-TEXTS = 1_000
-SAMPLE = 200
+TEXTS = 600
+SAMPLE = 100
 """Texts by which the best batch size is found."""
 BATCH_SIZES = (16, 32, 64)
 MOST_CHARACTERS = 600

@@ -130,13 +130,13 @@ class _Worker:
             desk.far_behind = self.far_behind
 
     def far_behind(self) -> bool:
-        """Whether the stream is so late that what it applies now has likely changed again.
+        """Whether the stream is so late that what it applies now has likely changed again; until it has caught up.
 
-        Between two batches there is nothing to tell it by: then it is as it was. A worker begins late.
+        A worker begins late: nobody knows yet what came while it was away.
         """
         if self.stream.caught_up:
             self._late = False
-        elif self.stream.oldest_unapplied is not None:
+        elif not self._late and self.stream.oldest_unapplied is not None:
             self._late = self.handle.lag_seconds > FAR_BEHIND_S
         return self._late
 

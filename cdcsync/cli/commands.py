@@ -136,7 +136,7 @@ def demo(
     stay: Annotated[
         bool, typer.Option("--stay", help="Keep it all running at the end, until Ctrl-C, and say how to get at it.")
     ] = False,
-    rows: Annotated[int, typer.Option(min=20, max=3000, help="How many rows of documentation to load.")] = 1200,
+    rows: Annotated[int, typer.Option(min=20, max=3000, help="How many rows of documentation to load.")] = 1050,
 ) -> None:
     """Watch an index follow its table, on a PostgreSQL server made for it.
 

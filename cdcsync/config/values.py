@@ -28,6 +28,8 @@ MAX_DURATION_S = 86_400
 """A day. Nothing in this program waits longer by intent: a larger number was meant in milliseconds."""
 
 _ADDRESS = re.compile(r"(?:\[(?P<v6>[^]]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})")
+_VISIBLE = re.compile(r"[!-~]+")
+"""ASCII without spaces and control characters."""
 _MEMORY = re.compile(r"([0-9]{1,10}) ?(kB|MB|GB|TB)")
 _KB_PER_UNIT = {"kB": 1, "MB": 1024, "GB": 1024**2, "TB": 1024**3}
 _MIN_MEMORY_KB = 1024
@@ -98,13 +100,13 @@ def _url_fault(text: str) -> str | None:
     if url.username is not None or url.password is not None or url.query or url.fragment:
         # A URL is shown in messages and logs.
         return "expected a URL without user, password, query and fragment; a key goes into api_key or api_key_file"
-    if url.scheme not in ("http", "https") or not url.hostname or not port_is_fine or not text.isascii():
+    if url.scheme not in ("http", "https") or not url.hostname or not port_is_fine or not _VISIBLE.fullmatch(text):
         return "expected a URL such as http://127.0.0.1:8080/v1"
     return None
 
 
 def _key_fault(text: str) -> str | None:
-    if re.fullmatch(r"[!-~]*", text):
+    if not text or _VISIBLE.fullmatch(text):
         return None
     return "expected a key of visible ASCII characters without spaces, as it goes into an HTTP header"
 

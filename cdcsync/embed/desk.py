@@ -79,12 +79,13 @@ class Desk:
                 break
             except CdcsyncError as error:
                 self.problem = error
-                if error.retry is not Retry.AUTOMATIC:
-                    # Text, metadata and deletes go on; vectors wait until someone has mended this and restarts.
+                if error.retry is Retry.AUTOMATIC:
+                    log.warning("embedder_unavailable", embedder=self.embedder.name, error=str(error))
+                else:
+                    # Text, metadata and deletes go on. What someone has to mend may be on the provider's side, so that
+                    # nobody restarts this worker for it.
                     log.error("embedder_unusable", embedder=self.embedder.name, error=str(error), fix=error.hint)
-                    return
-                log.warning("embedder_unavailable", embedder=self.embedder.name, error=str(error))
-                await anyio.sleep(backoff_s(attempt))
+                await anyio.sleep(backoff_s(attempt, most=60))
                 attempt += 1
         self.problem = None
         log.info("embedder_ready", embedder=self.embedder.name, model=self.embedder.identity)

@@ -153,6 +153,34 @@ def test_an_outage_costs_vectors_their_freshness_and_nothing_else(pipeline: Pipe
     pipeline.in_step()
 
 
+def test_texts_that_changed_while_the_worker_was_away_are_embedded_once_as_they_are_now(
+    pipeline: Pipeline, provider: FakeProvider
+) -> None:
+    worker = pipeline.start()
+    pipeline.live()
+    until(lambda: len(provider.embedded) >= 200 and backlog(pipeline) == 0, "the first vectors")
+    pipeline.stop(worker)
+    known = set(provider.embedded)
+    for number in range(25):
+        with pipeline.source.transaction():
+            pipeline.source.execute("UPDATE articles SET tenant = tenant + 1 WHERE id % 2 = 0")
+            pipeline.source.execute("UPDATE articles SET body = %s || id WHERE id <= 40", [f"round {number} of "])
+    # Equal texts, a moved key, and one that is again what it was.
+    pipeline.source.execute("UPDATE articles SET body = 'the same' WHERE id BETWEEN 30 AND 35")
+    pipeline.source.execute("UPDATE articles SET id = 5000 WHERE id = 150")
+    pipeline.source.execute("UPDATE articles SET body = 'for a moment' WHERE id = 160")
+    pipeline.source.execute("UPDATE articles SET body = 'article number 160' WHERE id = 160")
+    texts = {row[0] for row in pipeline.source.execute("SELECT body FROM articles")}
+
+    pipeline.start()
+    pipeline.in_step(vectors=False)
+    until(lambda: backlog(pipeline) == 0, "the vectors to catch up")
+
+    assert set(provider.embedded) - known == texts - known
+    assert {text: count for text, count in provider.embedded.items() if count > 1} == {}
+    pipeline.in_step()
+
+
 def backlog(pipeline: Pipeline) -> int:
     (count,) = pipeline.target.execute("SELECT count(*) FROM cdcsync.articles_backlog").fetchone() or (0,)
     return int(count)

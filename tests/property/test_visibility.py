@@ -189,11 +189,11 @@ class Pipeline:
             case "take an id":
                 source.roll_back(source.begin())
             case "deliver" | "deliver all":
-                self._deliver(step.number if step.kind == "deliver" else None)
+                self._deliver(step.number if step.kind == "deliver" else 1000)
             case "apply" if self._applied():
                 self._open_batch()
             case "reconnect":
-                self._reconnect()
+                self._connect()
             case "restart":
                 self._restart()
             case "record":
@@ -202,7 +202,7 @@ class Pipeline:
                 self._stop()
             case "prune" if not self.deliveries.recording:
                 self.deliveries.forget_seen(source.snapshot())
-            case "begin a page" | "page":
+            case "begin a page" | "page" if self.deliveries.recording:
                 self.reading = source.snapshot(), frozenset(source.visible)
                 if step.kind == "page":
                     self._read(step)
@@ -234,8 +234,10 @@ class Pipeline:
         self.checkpoint = len(self.source.wal)
         self._restart()
 
-    def _deliver(self, most: int | None) -> None:
-        while self.at < len(self.source.wal) and most != 0:
+    def _deliver(self, most: int) -> None:
+        for _ in range(most):
+            if self.at == len(self.source.wal):
+                return
             entry = self.source.wal[self.at]
             if isinstance(entry, Transaction) and self.within < len(entry.writes):
                 self._take(entry.xid % XID_SPAN, entry.writes[self.within])
@@ -245,7 +247,6 @@ class Pipeline:
                     self._meet_mark(entry)
                 self.at += 1
                 self.within = 0
-            most = None if most is None else most - 1
 
     def _take(self, xid: int, write: Write) -> None:
         if not write.published:
@@ -295,16 +296,16 @@ class Pipeline:
                 self.deliveries.forget_seen(min(others, key=lambda one: one.xmax, default=page.snapshot))
         return True
 
+    def _connect(self) -> None:
+        self._open_batch()
+        self.at, self.within = self.checkpoint, 0
+
     def _open_batch(self) -> None:
         self.batch = IndexChanges(SHAPE)
         self.batch_pages: list[Page] = []
 
-    def _reconnect(self) -> None:
-        self._open_batch()
-        self.at, self.within = self.checkpoint, 0
-
     def _restart(self) -> None:
-        self._reconnect()
+        self._connect()
         self._stop()
         self.deliveries = Deliveries()
         self.source.roll_back(self.source.begin())  # an id of our own: all others are then below the snapshot's end
@@ -318,11 +319,7 @@ class Pipeline:
 
     def _read(self, step: Step) -> None:
         """Read a page of the table, or ask which keys of the index the table lacks."""
-        if (
-            self.reading is None
-            or not self.deliveries.recording
-            or any(one.truncates for one in self.source.unfinished)
-        ):
+        if self.reading is None or any(one.truncates for one in self.source.unfinished):
             return
         (snapshot, visible), self.reading = self.reading, None
         if self.deliveries.unseen(snapshot):
@@ -345,7 +342,7 @@ class Pipeline:
         """Let everything end and arrive."""
         self.source.wal += self.unmarked
         self.source.finish_all()
-        self._deliver(None)
+        self._deliver(1000)
         assert self._applied()
 
 

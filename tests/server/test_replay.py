@@ -129,9 +129,7 @@ def test_keys_come_from_the_command_line_and_from_standard_input(live: Pipeline)
     assert done["rows"] == 3
     left = live.target.execute("SELECT array_agg(DISTINCT id ORDER BY id) FROM public.articles_index WHERE tenant >= 0")
     assert left.fetchone() == ([7, 12, 13],)
-    keys = live.target.execute("SELECT count(*) FROM cdcsync.backfill_keys")
     until(lambda: live.target.execute("SELECT count(*) = 0 FROM cdcsync.backfill_keys").fetchone() == (True,), "keys")
-    assert keys
 
 
 def test_a_key_that_the_source_does_not_have_leaves_the_index(live: Pipeline) -> None:
@@ -225,7 +223,7 @@ def test_a_paused_request_goes_on_where_it_was(live: Pipeline) -> None:
         (["articles", "--where", "tenant ="], "syntax error"),
         (["articles", "--where", "nosuch = 1"], 'column "nosuch" does not exist'),
         (["articles", "--where", "tenant"], "must be type boolean"),
-        (["articles", "--where", "true); DELETE FROM articles; SELECT (true"], "multiple commands"),
+        (["articles", "--where", "true); DELETE FROM articles; SELECT (true"], "syntax error"),
         (["articles", "--where", "true) OR (true"], "syntax error"),
         (["articles", "--where", "true -- "], "syntax error"),
         (["articles", "--where", "nextval('public.s') > 0"], "read-only transaction"),

@@ -179,7 +179,8 @@ def test_a_lost_slot_is_made_again_under_the_same_roles(
 
     pipeline.event("resync_requested")
     until(
-        lambda: target.execute("SELECT FROM cdcsync.backfills WHERE kind = 'resync' AND state = 'done'"), pipeline.tail
+        lambda: target.execute("SELECT 1 FROM cdcsync.backfills WHERE kind = 'resync' AND state = 'done'"),
+        pipeline.tail,
     )
     pipeline.in_step()
 
@@ -207,7 +208,7 @@ def test_a_purge_keeps_what_the_roles_could_not_make_again(
 
         assert done.returncode == 0, done.stderr
         assert "publication cdcsync kept: it belongs to another role" in done.stdout
-        assert database.execute("SELECT FROM pg_class WHERE relnamespace = 'cdcsync'::regnamespace") == []
+        assert database.execute("SELECT 1 FROM pg_class WHERE relnamespace = 'cdcsync'::regnamespace") == []
 
 
 def test_one_role_serves_both_sides_of_one_database(
@@ -290,4 +291,4 @@ def test_a_failure_leaves_nothing_behind(roles: Roles, make_database: Callable[[
     with pytest.raises(AssertionError, match='schema "shop" does not exist'):
         grant(database, source_role=role, tables="shop.absent")
 
-    assert not database.execute("SELECT FROM pg_roles WHERE rolname = %s", [role])
+    assert not database.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [role])

@@ -127,7 +127,7 @@ def test_a_purge_leaves_nothing_behind_and_can_be_repeated(
     assert set(again.values()) == {"absent"}
     assert relations(database) == ["articles"]
     assert slots(database) == publications(database) == []
-    assert database.execute("SELECT FROM pg_namespace WHERE nspname = 'cdcsync'") == []
+    assert database.execute("SELECT 1 FROM pg_namespace WHERE nspname = 'cdcsync'") == []
     assert database.execute("SELECT count(*) FROM articles") == [(20,)]
 
 

@@ -1,0 +1,207 @@
+"""How fast is the initial load, to a built HNSW index, against the fastest way there is to put the same rows there?
+
+The other side is COPY of the same chunks and vectors into tables without indexes, then CREATE INDEX of all that the
+index has, with the same memory. It knows nothing of chunking, hashing, embedding, checkpoints or restarts, so the goal
+is a part of its speed. Both run on one server, which this script starts, or on that of CDCSYNC_BENCH_DSN.
+
+    python bench/backfill.py [ROWS] [DIMENSIONS]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import conninfo, sql
+
+from cdcsync.cluster import Cluster
+
+# A script imports from its own directory; a type checker names files by their place in the repository.
+if TYPE_CHECKING:
+    from bench.report import report
+else:
+    from report import report
+
+ROWS = 200_000
+DIMENSIONS = 64
+"""Enough for HNSW to work as it does, few enough that its build does not hide everything else."""
+GOAL = 0.8
+BUILD_MEMORY = "512MB"
+
+CONFIG = """
+[source]
+dsn = "{dsn}"
+slot = "{name}"
+publication = "{name}"
+[worker]
+listen = "127.0.0.1:0"
+log_level = "warning"
+log_format = "json"
+[embedders.words]
+type = "hash"
+dimensions = {dimensions}
+[indexes.articles]
+table = "articles"
+text = "{{title}}\\n\\n{{body}}"
+columns = ["tenant"]
+embedder = "words"
+[indexes.articles.hnsw]
+build_memory = "{memory}"
+"""
+
+SOURCE = """
+CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, title text NOT NULL, body text NOT NULL);
+INSERT INTO articles
+SELECT i, i % 50, 'Article ' || i,
+       (SELECT string_agg(md5((i * 31 + w)::text), ' ') FROM generate_series(1, 12) AS w)
+FROM generate_series(1, {rows}) AS i;
+ANALYZE articles
+"""
+
+INDEXES = """
+ALTER TABLE {chunks} ADD PRIMARY KEY (chunk_id);
+ALTER TABLE {chunks} ADD UNIQUE (id, chunk_no);
+CREATE INDEX ON {chunks} USING gin (search);
+ALTER TABLE {vectors} ADD PRIMARY KEY (chunk_id);
+CREATE INDEX ON {vectors} (content_hash);
+CREATE INDEX ON {vectors} USING hnsw (embedding vector_cosine_ops) WITH (m = 16, ef_construction = 64)
+"""
+
+
+@contextlib.contextmanager
+def server() -> Iterator[str]:
+    """Yield the DSN of the server to measure on."""
+    if dsn := os.environ.get("CDCSYNC_BENCH_DSN"):
+        yield dsn
+        return
+    with Cluster() as cluster:
+        yield cluster.dsn()
+
+
+@contextlib.contextmanager
+def database(dsn: str) -> Iterator[tuple[str, str]]:
+    """Yield the DSN and the name of a database that goes away afterwards, with its slot."""
+    name = f"cdcsync_bench_{secrets.token_hex(4)}"
+    with psycopg.connect(dsn, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        try:
+            yield conninfo.make_conninfo(dsn, dbname=name), name
+        finally:
+            admin.execute(
+                "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots"
+                " WHERE slot_name = %s AND active_pid IS NOT NULL",
+                [name],
+            )
+            admin.execute(
+                "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s", [name]
+            )
+            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def load(connection: psycopg.Connection[Any], path: Path) -> float:
+    """Return how many seconds a worker takes from its start until the index is live and nothing waits."""
+    ready = (
+        "SELECT coalesce((SELECT state = 'live' FROM cdcsync.indexes), false)"
+        " AND NOT EXISTS (SELECT FROM cdcsync.articles_backlog)"
+    )
+    started = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-m", "cdcsync", "run", "-c", str(path)]) as worker:
+        try:
+            while True:
+                if worker.poll() is not None:
+                    raise RuntimeError(f"the worker ended with {worker.returncode}")
+                with contextlib.suppress(psycopg.errors.UndefinedTable):
+                    if connection.execute(ready).fetchone() == (True,):
+                        return time.perf_counter() - started
+                time.sleep(0.05)
+        finally:
+            worker.terminate()
+
+
+def copy(connection: psycopg.Connection[Any], directory: Path) -> float:
+    """Return how many seconds it takes to copy the same rows into bare tables and to build the same indexes."""
+    columns = "chunk_id, id, tenant, chunk_no, content, content_hash, document_hash, commit_lsn, applied_at"
+    parts = {"chunks": columns, "vectors": "chunk_id, content_hash, embedding"}
+    tables = {"chunks": "articles_chunks", "vectors": "articles_vectors_1"}
+    for part, listed in parts.items():
+        statement = f"COPY (SELECT {listed} FROM cdcsync.{tables[part]}) TO STDOUT"
+        with (directory / part).open("wb") as file, connection.cursor().copy(statement) as source:
+            for block in source:
+                file.write(block)
+        connection.execute(f"CREATE TABLE public.{part} (LIKE cdcsync.{tables[part]} INCLUDING GENERATED)")
+    connection.execute("CHECKPOINT")
+    started = time.perf_counter()
+    for part, listed in parts.items():
+        with (
+            (directory / part).open("rb") as file,
+            connection.cursor().copy(f"COPY public.{part} ({listed}) FROM STDIN") as target,
+        ):
+            while block := file.read(1 << 18):
+                target.write(block)
+    connection.execute(f"SET maintenance_work_mem = '{BUILD_MEMORY}'")
+    for statement in INDEXES.format(chunks="public.chunks", vectors="public.vectors").split(";"):
+        connection.execute(statement)
+    connection.execute("ANALYZE public.chunks; ANALYZE public.vectors")
+    return time.perf_counter() - started
+
+
+def verify(path: Path) -> float:
+    """Return how many seconds a comparison of the whole index takes, the start of the program included."""
+    started = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "cdcsync", "verify", "articles", "-c", str(path)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure and report."""
+    rows = int(sys.argv[1]) if len(sys.argv) > 1 else ROWS
+    dimensions = int(sys.argv[2]) if len(sys.argv) > 2 else DIMENSIONS
+    with (
+        server() as dsn,
+        database(dsn) as (ours, name),
+        tempfile.TemporaryDirectory() as made,
+        psycopg.connect(ours, autocommit=True) as connection,
+    ):
+        directory = Path(made)
+        path = directory / "cdcsync.toml"
+        path.write_text(CONFIG.format(dsn=ours, name=name, dimensions=dimensions, memory=BUILD_MEMORY))
+        connection.execute(SOURCE.format(rows=rows))
+        connection.execute("CHECKPOINT")
+        load_s = load(connection, path)
+        verify_s = verify(path)
+        copy_s = copy(connection, directory)
+        counted = connection.execute("SELECT count(*) FROM cdcsync.articles_chunks").fetchone()
+        assert counted is not None
+        figures = {
+            "rows": float(rows),
+            "chunks": float(counted[0]),
+            "load_s": load_s,
+            "load_rows_per_s": rows / load_s,
+            "copy_and_build_s": copy_s,
+            "copy_and_build_rows_per_s": rows / copy_s,
+            "verify_s": verify_s,
+            "verify_rows_per_s": rows / verify_s,
+        }
+    report(
+        "backfill",
+        figures,
+        {"load_vs_copy_and_build": copy_s / load_s, "verify_vs_goal": rows / verify_s / 50_000},
+        {"load_vs_copy_and_build": GOAL, "verify_vs_goal": 1.0},
+    )
+
+
+if __name__ == "__main__":
+    main()
