@@ -14,7 +14,7 @@ from typing import cast
 import msgspec
 
 from cdcsync.config import QualifiedName
-from cdcsync.errors import ProtocolError, SchemaChanged
+from cdcsync.errors import SchemaChanged
 from cdcsync.pgoutput.messages import UNCHANGED, Relation, Tuple, Value
 
 Row = tuple[Value, ...]
@@ -131,13 +131,14 @@ class Projection:
         An old tuple is sent only when the identity is FULL or a key column changed; without one the key is unchanged.
         A full old tuple also tells what unchanged TOAST values are.
 
-        :raises ProtocolError: the key is missing.
+        :raises SchemaChanged: the key is missing.
         """
         row = self._row(new)
         if old is None:
             if UNCHANGED in row[: len(self.shape.key)]:
-                raise ProtocolError(
+                raise SchemaChanged(
                     "an UPDATE arrived without its key",
+                    index=self.shape.index,
                     where=str(self.shape.table),
                     hint=f"update the source to the latest minor release: early ones leave out large keys; then {ANEW}",
                 )
@@ -154,15 +155,16 @@ class Projection:
     def deleted(self, old: Tuple, xid: int, lsn: int) -> Delete:
         """Return the change that a DELETE makes.
 
-        :raises ProtocolError: the key is missing.
+        :raises SchemaChanged: the key is missing.
         """
         return Delete(self.shape, self._old_key(old, "a DELETE"), xid, lsn)
 
     def _old_key(self, old: Tuple, operation: str) -> Key:
         key = self._key(old)
         if None in key:  # a partition may have another replica identity than the table that the stream names
-            raise ProtocolError(
+            raise SchemaChanged(
                 f"the old row of {operation} arrived without its key",
+                index=self.shape.index,
                 where=str(self.shape.table),
                 hint=f"give {self.shape.table} and its partitions a replica identity that covers"
                 f" ({', '.join(self.shape.key)}), {ANEW}",

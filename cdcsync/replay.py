@@ -85,9 +85,10 @@ class Estimate(msgspec.Struct, frozen=True):
 # -- what is there ----------------------------------------------------------------------------------------------
 
 
-async def open_index(target: Connection, config: Config, name: str) -> IndexSpec:
+async def open_index(target: Connection, config: Config, name: str, *, even_paused: bool = False) -> IndexSpec:
     """Return an index as the target holds it.
 
+    :param even_paused: for what changes only requests.
     :raises UsageError: the configuration has no such index.
     :raises SetupError: the target holds no such index, or it is paused.
     """
@@ -113,7 +114,7 @@ async def open_index(target: Connection, config: Config, name: str) -> IndexSpec
         raise SetupError(
             f"the index belongs to the pipeline of slot {slot}", where=f"index {name}", hint="use its configuration"
         )
-    if state == "paused":
+    if state == "paused" and not even_paused:
         raise SetupError(
             f"the index is paused: {reason or 'no reason is stored'}",
             where=f"index {name}",

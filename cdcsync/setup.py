@@ -24,10 +24,10 @@ from cdcsync.source.catalog import (
     Slot,
     blockers,
     create_publication_statement,
-    current_snapshot,
     publish_statement,
     read_publication,
     read_slot,
+    running_transactions,
 )
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 
@@ -234,7 +234,7 @@ async def _report_writers(source: Connection, name: str) -> None:
     while True:
         await anyio.sleep(WRITERS_REPORT_S)
         with speaking_of("source"), anyio.CancelScope(shield=True):
-            sessions = await blockers(source, (await current_snapshot(source)).running)
+            sessions = await blockers(source, await running_transactions(source))
         log.warning("slot_waits_for_transactions", slot=name, sessions=sessions)
 
 

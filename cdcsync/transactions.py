@@ -178,14 +178,21 @@ class Assembler:
         projections = self._of(message.relation_oid)
         if self._skipping or not projections:
             return NOTHING
-        lsn = self._lsn
+        try:
+            return [self._change(projection, message, xid) for projection in projections]
+        except SchemaChanged as error:
+            # A row without its key: of two indexes on the table, the other one meets the same row.
+            return [*self._lost_by(error, projections), *self._row(message)]
+
+    def _change(self, projection: Projection, message: Insert | Update | Delete, xid: int) -> Event:
         if isinstance(message, Insert):
-            return [projection.inserted(message.new, xid, lsn) for projection in projections]
+            return projection.inserted(message.new, xid, self._lsn)
         if isinstance(message, Update):
-            return [
-                projection.updated(message.old_kind, message.old, message.new, xid, lsn) for projection in projections
-            ]
-        return [projection.deleted(message.old, xid, lsn) for projection in projections]
+            return projection.updated(message.old_kind, message.old, message.new, xid, self._lsn)
+        return projection.deleted(message.old, xid, self._lsn)
+
+    def _lost_by(self, error: SchemaChanged, projections: Sequence[Projection]) -> list[Event]:
+        return [self._lost_event(one.shape, error) for one in projections if one.shape.index == error.index]
 
     def _begin(self, message: Begin) -> None:
         if self._xid is not None:

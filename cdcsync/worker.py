@@ -41,7 +41,7 @@ from cdcsync.setup import (
     starting_point,
     unpublished_tables,
 )
-from cdcsync.source.catalog import current_snapshot, read_server
+from cdcsync.source.catalog import read_server, running_transactions
 from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
 from cdcsync.source.tables import SourceTable
@@ -235,7 +235,7 @@ class _Worker:
                         # What these did before the slot or the publication took notice of their tables may never be
                         # delivered.
                         with speaking_of("source"):
-                            running = (await current_snapshot(source)).running
+                            running = await running_transactions(source)
                         for deliveries in self.deliveries.values():
                             deliveries.suspect(running)
                         suspected = True

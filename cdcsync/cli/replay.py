@@ -150,7 +150,7 @@ async def _change(config: Config, index: str, wish: Wish, as_json: bool) -> None
     from cdcsync.replay import change, open_index
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync replay") as target:
-        await open_index(target, config, index)
+        await open_index(target, config, index, even_paused=True)
         changed = await change(target, config.target.schema, index, wish)
     if as_json:
         print_json({"index": index, "wish": wish, "requests": changed})

@@ -36,8 +36,9 @@ FIRST_RETRY_S = 0.5
 CONNECT_TIMEOUT_S = 10.0
 """Longer than the slowest handshake across the world, shorter than a server at work may take to answer."""
 
-PATIENCE_S = 60.0
-"""A request waits no longer than this for budgets and rate limits; beyond it, the caller decides."""
+PATIENCE_S = 90.0
+"""A request waits no longer than this for a provider that asks for it; beyond it, the caller decides. Our own budgets
+ask for less at a time: after a minute's worth was taken at once, 72 s."""
 
 KEEP_IDLE_S = 30.0
 """Idle connections are closed before common servers and load balancers do so (60 s), in the middle of a request."""
@@ -141,7 +142,7 @@ class Provider:
         deadline = self._clock() + PATIENCE_S
         failures = told_to_wait = 0
         while True:
-            await self._admission(tokens, deadline)
+            await self._admission(tokens)
             self.breaker.admit()
             try:
                 problem = await self._attempt(path, body, at_most)
@@ -152,7 +153,7 @@ class Provider:
                         return answer.body
                     problem = f"{answer.status} {_reason(answer.body, [*texts, self._key()])}".strip()
                     if answer.status in (429, 503):
-                        self._wait(answer, problem, told_to_wait)
+                        self._wait(answer, problem, told_to_wait, deadline)
                         told_to_wait += 1
                         continue
                     self._raise_if_final(answer.status, problem)
@@ -165,7 +166,7 @@ class Provider:
                 raise Spoilt(f"the provider fails: {problem}")
             await anyio.sleep(spread(FIRST_RETRY_S * 2 ** (failures - 1)))
 
-    async def _admission(self, tokens: float, deadline: float) -> None:
+    async def _admission(self, tokens: float) -> None:
         """Wait until a request may go, and note it."""
         assert self._pace is not None
         while True:
@@ -179,7 +180,7 @@ class Provider:
             if wait <= 0:
                 self._pace.take(now, tokens)
                 return
-            if now + wait > deadline:
+            if wait > PATIENCE_S:
                 raise EmbedderUnavailable(
                     "the provider's or our own rate limit is reached", where=self.where, retry_after_s=wait
                 )
@@ -227,7 +228,7 @@ class Provider:
             hint=f"see that {self._url} is up and can be reached from here",
         )
 
-    def _wait(self, answer: Answer, reason: str, told_to_wait: int) -> None:
+    def _wait(self, answer: Answer, reason: str, told_to_wait: int, deadline: float) -> None:
         """Hold everybody back for as long as the provider asks, or ever longer when it does not say."""
         assert self._pace is not None
         if answer.status == 429:
@@ -237,7 +238,7 @@ class Provider:
         wait = asked if asked is not None else spread(min(30.0, 2.0**told_to_wait))
         self._pace.hold(self._clock(), wait)
         log.debug("provider_asks_to_wait", where=self.where, seconds=round(wait, 2), reason=reason)
-        if "insufficient_quota" in reason or wait > PATIENCE_S:
+        if "insufficient_quota" in reason or self._clock() + wait > deadline:
             raise EmbedderUnavailable(
                 f"the provider answers {reason}",
                 where=self.where,

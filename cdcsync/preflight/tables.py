@@ -158,14 +158,13 @@ def key_faults(table: Table) -> Iterator[Finding]:
     if not table.key:
         yield Finding.error(
             str(table.name),
-            "has no primary key: nothing identifies its rows",
+            "has no primary key, or a deferrable one: nothing identifies its rows at every moment",
             f"ALTER TABLE {table.name} ADD PRIMARY KEY (…), or with a unique index on NOT NULL columns:"
             f" {alter} USING INDEX …",
         )
     elif not set(table.key) <= set(table.identity):
         why, fix = {
             "n": ("is NOTHING", f"{alter} DEFAULT"),
-            "d": ("is a deferrable primary key, which does not count", f"{alter} FULL"),
         }.get(table.identity_mode, ("is an index that was dropped", f"{alter} DEFAULT"))
         yield Finding.error(
             str(table.name), f"its replica identity {why}: UPDATE and DELETE do not tell the key ({key})", fix

@@ -37,6 +37,7 @@ __all__ = [
     "read_server",
     "read_slot",
     "read_table",
+    "running_transactions",
 ]
 
 
@@ -179,6 +180,16 @@ async def current_snapshot(connection: Connection) -> Snapshot:
     row = await _one(connection, "SELECT pg_current_snapshot()::text")
     assert row is not None
     return Snapshot.parse(cast(str, row[0]))
+
+
+async def running_transactions(connection: Connection) -> frozenset[int]:
+    """Return the transactions (64-bit ids) that are open now and may have written.
+
+    A snapshot lists what runs below the newest *finished* id, and leaves out what began after that. So an id is
+    drawn and finished first: everything older is below it.
+    """
+    await connection.execute("SELECT pg_current_xact_id()")
+    return (await current_snapshot(connection)).running
 
 
 async def blockers(connection: Connection, xids: Iterable[int]) -> list[str]:

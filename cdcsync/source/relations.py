@@ -173,9 +173,14 @@ _IDENTITY = (
 
 
 async def _keys(connection: Connection, oid: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the columns of the primary key and those of the replica identity."""
+    """Return the columns of the primary key, unless it is deferrable, and those of the replica identity.
+
+    Under a deferrable key two rows may have one key until the transaction ends: no order of changes by key is right.
+    """
     cursor = await connection.execute(
-        f"SELECT ({_INDEX_COLUMNS} i.indisprimary), {_IDENTITY} FROM pg_class c WHERE c.oid = %s::int8::oid", [oid]
+        f"SELECT ({_INDEX_COLUMNS} i.indisprimary AND i.indimmediate), {_IDENTITY}"
+        " FROM pg_class c WHERE c.oid = %s::int8::oid",
+        [oid],
     )
     primary_key, identity = await cursor.fetchone() or (None, None)
     return tuple(primary_key or ()), tuple(identity or ())

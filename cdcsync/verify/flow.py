@@ -11,6 +11,7 @@ from typing import TypeAlias
 import anyio
 import msgspec
 import structlog
+from psycopg import sql
 
 from cdcsync.changes import Key
 from cdcsync.embed import backoff_s
@@ -242,12 +243,24 @@ async def verify_for_ever(
             await anyio.sleep(every_s if not attempt else backoff_s(attempt, most=every_s))
             try:
                 for spec in specs:
+                    if not await _is_live(await target.connection(), schema, spec):
+                        continue
                     found = await verify(await source.connection(), await target.connection(), schema, spec)
                     _report(found.verification, metrics)
                 attempt = 0
             except* CdcsyncError as group:
                 attempt += 1
                 log.warning("verify_failed", error=str(group.exceptions[0]), attempt=attempt)
+
+
+async def _is_live(target: Connection, schema: str, spec: IndexSpec) -> bool:
+    """Say whether an index is loaded and followed; before that, all differences are known ones."""
+    with speaking_of("target"):
+        cursor = await target.execute(
+            sql.SQL("SELECT 1 FROM {} WHERE name = %s AND state = 'live'").format(sql.Identifier(schema, "indexes")),
+            [spec.name],
+        )
+        return await cursor.fetchone() is not None
 
 
 def _report(found: Verification, metrics: Metrics) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures.provider import FakeProvider
+from tests.fixtures.provider import FakeProvider, meeting
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline, until
 
@@ -102,6 +102,20 @@ def test_a_refused_text_waits_with_its_error_and_all_others_go_on(pipeline: Pipe
     log = pipeline.log.read_text()
     assert "article number" not in log
     assert "very-secret" not in log
+
+
+def test_a_backlog_is_embedded_over_as_many_connections_as_are_allowed(
+    pipeline: Pipeline, provider: FakeProvider
+) -> None:
+    together = meeting(4)
+    provider.misdeeds.extend([together] * 4)
+    pipeline.start()
+    pipeline.live()
+    until(lambda: len(provider.embedded) >= 200 and backlog(pipeline) == 0, "the vectors")
+
+    assert provider.most_at_once == 4
+    assert set(provider.embedded.values()) == {1}
+    pipeline.in_step()
 
 
 def test_an_outage_costs_vectors_their_freshness_and_nothing_else(pipeline: Pipeline, provider: FakeProvider) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -214,6 +215,21 @@ def test_a_paused_request_goes_on_where_it_was(live: Pipeline) -> None:
     until(lambda: live.target.execute(how_far, [request]).fetchone() == (100, "done"), "the rest")
     begun = [event for event in live.events() if event.get("backfill") == request and "resumed_at" in event]
     assert [event["resumed_at"] for event in begun] == [0, done]
+
+
+@pytest.mark.parametrize(("choice", "state"), [("leave", "running"), ("cancel", "cancelled")])
+def test_ctrl_c_leaves_the_request_or_cancels_it_as_asked(live: Pipeline, choice: str, state: str) -> None:
+    arguments = ["replay", "articles", "--max-rows-per-s", "2", "--on-interrupt", choice, "-c", str(live.path)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "cdcsync", *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as command:
+        latest = "SELECT state FROM cdcsync.backfills ORDER BY id DESC LIMIT 1"
+        until(lambda: live.target.execute(latest).fetchone() == ("running",), "the request to be served")
+        command.send_signal(signal.SIGINT)
+        _, said = command.communicate(timeout=60)
+        assert command.returncode == 130
+    assert "is cancelled" in said if choice == "cancel" else "left to the worker" in said
+    assert live.target.execute(latest).fetchone() == (state,)
 
 
 @pytest.mark.parametrize(

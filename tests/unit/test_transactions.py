@@ -347,3 +347,13 @@ def test_a_table_that_no_index_follows_may_be_renamed_and_replaced(assembler: As
     renamed_and_replaced: list[pg.PgoutputMessage] = [BEGIN, R_FOREIGN, relation(3, "other"), relation(5, "other")]
 
     assert events_of(assembler, [*renamed_and_replaced, insert(3, "x", "y", "z"), COMMIT]) == [COMMITTED]
+
+
+def test_a_row_without_its_key_loses_the_indexes_of_its_table_and_no_other(assembler: Assembler) -> None:
+    events_of(assembler, [BEGIN, *DESCRIBED])
+    keyless = pg.Delete(xid=None, relation_oid=1, old_kind="O", old=(None, "A", "T"))
+
+    events = assembler.feed(keyless)
+
+    assert sorted(event.index for event in events if isinstance(event, Lost)) == ["articles", "titles"]
+    assert events_of(assembler, [insert(2, "n", "N"), COMMIT]) == [upsert(NOTES, "n", "N"), COMMITTED]
