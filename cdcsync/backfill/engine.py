@@ -144,9 +144,11 @@ class Backfills:
             pending = self._pending.pop(mark, None)
             if pending is None:
                 continue
-            deliveries = self._deliveries[pending.spec.name]
-            others = [one.page.snapshot for one in self._pending.values() if one.spec is pending.spec]
-            deliveries.forget_seen(min(others, key=lambda one: one.xmax, default=pending.page.snapshot))
+            # Every index forgets what the oldest snapshot that still matters to it sees, or a long backfill of one
+            # would let the memory of the others grow.
+            for name, deliveries in self._deliveries.items():
+                waiting = [one.page.snapshot for one in self._pending.values() if one.spec.name == name]
+                deliveries.forget_seen(min(waiting, key=lambda one: one.xmax, default=pending.page.snapshot))
             self._metrics.backfill_rows.labels(pending.spec.name).inc(len(pending.page.entries))
             pending.applied.set()
 

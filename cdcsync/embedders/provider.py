@@ -139,8 +139,8 @@ class Provider:
         :raises Refused: the provider says no to this request.
         :raises Spoilt: it failed `tries` times.
         """
-        deadline = self._clock() + PATIENCE_S
-        failures = told_to_wait = 0
+        failures = 0
+        waits: list[float] = []
         while True:
             await self._admission(tokens)
             self.breaker.admit()
@@ -153,8 +153,7 @@ class Provider:
                         return answer.body
                     problem = f"{answer.status} {_reason(answer.body, [*texts, self._key()])}".strip()
                     if answer.status in (429, 503):
-                        self._wait(answer, problem, told_to_wait, deadline)
-                        told_to_wait += 1
+                        self._wait(answer, problem, waits)
                         continue
                     self._raise_if_final(answer.status, problem)
                 self.breaker.failed(self._clock(), random.random())  # noqa: S311 - spreads load, guards nothing
@@ -228,17 +227,21 @@ class Provider:
             hint=f"see that {self._url} is up and can be reached from here",
         )
 
-    def _wait(self, answer: Answer, reason: str, told_to_wait: int, deadline: float) -> None:
-        """Hold everybody back for as long as the provider asks, or ever longer when it does not say."""
+    def _wait(self, answer: Answer, reason: str, waits: list[float]) -> None:
+        """Hold everybody back for as long as the provider asks, or ever longer when it does not say.
+
+        :param waits: how long this request was told to wait before, in seconds; the new wait is added.
+        """
         assert self._pace is not None
         if answer.status == 429:
             # Busy, but there.
             self.breaker.succeeded()
         asked = retry_after_s(answer.headers, datetime.now(UTC))
-        wait = asked if asked is not None else spread(min(30.0, 2.0**told_to_wait))
+        wait = asked if asked is not None else spread(min(30.0, 2.0 ** len(waits)))
+        waits.append(wait)
         self._pace.hold(self._clock(), wait)
         log.debug("provider_asks_to_wait", where=self.where, seconds=round(wait, 2), reason=reason)
-        if "insufficient_quota" in reason or self._clock() + wait > deadline:
+        if "insufficient_quota" in reason or sum(waits) > PATIENCE_S:
             raise EmbedderUnavailable(
                 f"the provider answers {reason}",
                 where=self.where,

@@ -25,7 +25,7 @@ embedder = "words"
     [
         (["article", "list"], 2, "there are: articles"),
         (["articles", "forget"], 2, "forget"),
-        (["articles"], 2, "ACTION"),
+        (["articles"], 2, "discard"),
         (["articles", "list"], 1, "target"),
     ],
     ids=["unknown index", "unknown action", "no action", "no server"],
