@@ -16,8 +16,9 @@ from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import GapError
 from cdcsync.index.pipelines import Pipelines, PipelineState
 from cdcsync.index.requests import Kind, Requests
-from cdcsync.index.schema import IndexSpec, create_index_relations, create_shared
+from cdcsync.index.schema import IndexSpec, create_index_relations
 from cdcsync.index.session import ApplySession
+from cdcsync.index.shared import create_shared
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection, speaking_of
 from cdcsync.source.catalog import (

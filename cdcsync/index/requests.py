@@ -221,10 +221,10 @@ class Requests:
     ) -> None:
         """Store what a page of a verification found, together with how far it got."""
         async with connection.transaction():
-            for key, problem in found:
-                await connection.execute(
+            async with connection.cursor() as writer:
+                await writer.executemany(
                     sql.SQL("INSERT INTO {} VALUES (%s, %s, %s) ON CONFLICT DO NOTHING").format(self._differences),
-                    [request.id, list(key), problem],
+                    [(request.id, list(key), problem) for key, problem in found],
                 )
             await connection.execute(
                 sql.SQL(

@@ -16,8 +16,9 @@ from cdcsync.config import Index, QualifiedName
 from cdcsync.documents import Template, hash_text
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.index.apply import ChangeSet, Document, IndexWriter
-from cdcsync.index.schema import Distance, IndexSpec, build_hnsw, create_index_relations, create_shared
+from cdcsync.index.schema import Distance, IndexSpec, build_hnsw, create_index_relations
 from cdcsync.index.search import Hit, Mode, search, stored_spec
+from cdcsync.index.shared import create_shared
 from cdcsync.postgres import Connection, connect
 
 if TYPE_CHECKING:

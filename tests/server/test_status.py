@@ -16,7 +16,8 @@ from cdcsync.documents import Template
 from cdcsync.errors import SetupError, TargetUnavailable
 from cdcsync.index.pipelines import Pipelines
 from cdcsync.index.requests import Requests
-from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, create_index_relations, create_shared
+from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, create_index_relations
+from cdcsync.index.shared import create_shared
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection, connect
 from cdcsync.status import Status, counting, read_status

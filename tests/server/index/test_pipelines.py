@@ -10,7 +10,7 @@ import pytest
 
 from cdcsync.errors import LeaseLost
 from cdcsync.index.pipelines import Pipelines, PipelineState
-from cdcsync.index.schema import create_shared
+from cdcsync.index.shared import create_shared
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection
 from tests.fixtures.indexes import SCHEMA, until_blocked

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from cdcsync.index.requests import Request, Requests
-from cdcsync.index.schema import create_shared
+from cdcsync.index.shared import create_shared
 from cdcsync.postgres import Connection
 from tests.fixtures.indexes import SCHEMA, make_spec, register
 

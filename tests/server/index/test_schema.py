@@ -22,11 +22,11 @@ from cdcsync.index.schema import (
     Names,
     build_hnsw,
     create_index_relations,
-    create_shared,
     create_vectors,
     create_view,
     vector_schema,
 )
+from cdcsync.index.shared import create_shared
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection, connect
 from tests.fixtures.indexes import (

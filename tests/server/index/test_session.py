@@ -18,8 +18,9 @@ from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetUnavailab
 from cdcsync.index.apply import Applied, ChangeSet
 from cdcsync.index.pipelines import Pipelines
 from cdcsync.index.requests import Requests
-from cdcsync.index.schema import create_index_relations, create_shared
+from cdcsync.index.schema import create_index_relations
 from cdcsync.index.session import ApplySession, worker_name
+from cdcsync.index.shared import create_shared
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection
 from tests.fixtures.indexes import SCHEMA, changes, document, make_spec, register, until, vector_text
