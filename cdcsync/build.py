@@ -52,8 +52,8 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
     cursor = await connection.execute(
         sql.SQL(
             "SELECT i.state,"
-            " EXISTS (SELECT FROM {} WHERE index_name = i.name AND kind IN ('initial', 'resync')"
-            " AND state IN ('requested', 'running', 'paused')),"
+            " (SELECT array[b.state, b.error] FROM {} AS b WHERE b.index_name = i.name"
+            " AND b.kind IN ('initial', 'resync') ORDER BY b.id DESC LIMIT 1),"
             " EXISTS (SELECT FROM {} WHERE generation = {} AND lane > 0 AND attempts < {})"
             " FROM {} AS i WHERE i.name = %s"
         ).format(
@@ -68,7 +68,18 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
     row = await cursor.fetchone()
     if row is None or row[0] != "building":
         return True
-    if cast(bool, row[1]) or cast(bool, row[2]):
+    load, error = row[1] or ("requested", None)
+    if load in ("failed", "cancelled"):
+        reason = f"its load was {load}{': ' + error if error else ''}; start the worker again to load it"
+        await connection.execute(
+            sql.SQL("UPDATE {} SET state = 'paused', reason = %s WHERE name = %s").format(
+                sql.Identifier(schema, "indexes")
+            ),
+            [reason, spec.name],
+        )
+        log.error("load_ended", index=spec.name, state=load)
+        return True
+    if load != "done" or cast(bool, row[2]):
         return False
     log.info("hnsw_building", index=spec.name)
     await build_hnsw(connection, schema, spec)

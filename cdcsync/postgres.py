@@ -9,6 +9,7 @@ Source: PostgreSQL, "Client Connection Defaults"; "PostgreSQL Error Codes".
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, LiteralString, Self
@@ -79,7 +80,7 @@ def passing(error: psycopg.Error) -> bool:
     code = error.sqlstate
     if code is None:
         return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-    return code[:2] in ("08", "53", "40") or code.startswith("57P") or code in ("55P03", "25006")
+    return code[:2] in ("08", "53", "40") or code.startswith("57P") or code in ("55P03", "25006", "57014")
 
 
 def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> CdcsyncError:
@@ -123,6 +124,9 @@ async def connect(dsn: str, side: Side, *, application_name: str = "cdcsync", au
         )
     except psycopg.Error as error:
         raise connect_error(error, side, where) from error
+    # Planned anew each time: a plan made while a table was empty would scan it for ever, and one that is kept over an
+    # ALTER TABLE is an error.
+    connection.prepare_threshold = None
     with speaking_of(side, where=where):
         await connection.execute(RENDERING)
         await connection.execute(SAFETY)
@@ -156,12 +160,12 @@ def connect_error(error: psycopg.Error, side: Side, where: str) -> CdcsyncError:
     libpq gives no error code for a refused login: its words are what the server sent, so they are looked for.
     """
     text = first_line(error)
-    for code, signs in (
-        ("28P01", ("password authentication failed", "no password supplied")),
-        ("28000", ("pg_hba.conf", 'role "')),
-        ("3D000", ('database "',)),
+    for code, pattern in (
+        ("28P01", r"password authentication failed|no password supplied"),
+        ("28000", r'pg_hba\.conf|role ".*" does not exist|role ".*" is not permitted to log in'),
+        ("3D000", r'database ".*" does not exist'),
     ):
-        if error.sqlstate == code or any(sign in text for sign in signs):
+        if error.sqlstate == code or re.search(pattern, text):
             problem, hint = _HINTS[code]
             return SetupError(f"{problem}: {text}", where=where, hint=hint)
     return unavailable(side, text, where=where)

@@ -5,15 +5,17 @@ Target first, then publication, then slot: a crash anywhere in between is picked
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import anyio
+import psycopg
 import structlog
 from psycopg import sql
 
 from cdcsync.config import Config, QualifiedName
-from cdcsync.errors import GapError
+from cdcsync.errors import GapError, SchemaChanged, SlotInUse
 from cdcsync.index.pipelines import Pipelines, PipelineState
 from cdcsync.index.requests import Kind, Requests
 from cdcsync.index.schema import IndexSpec, create_index_relations
@@ -72,8 +74,12 @@ async def unpublished_tables(
             reasons[table] = "the table was dropped"
         elif called[spec.table_oid] != table:
             reasons[table] = f"the table is called {called[spec.table_oid]} now"
-        elif table not in sent:
+        elif publication is None or table not in sent:
             reasons[table] = f"the publication {name} does not send the table any more"
+        elif missing := {"insert", "update", "delete", "truncate"} - publication.operations:
+            reasons[table] = f"the publication {name} does not send {', '.join(sorted(missing))} any more"
+        elif sent[table].row_filter != spec.row_filter or spec.membership not in (None, sent[table].membership):
+            reasons[table] = f"the publication {name} sends other rows of the table than before"
     return reasons
 
 
@@ -89,9 +95,17 @@ async def set_up_indexes(
     """
     for spec in specs:
         with speaking_of("target", where=f"index {spec.name}"):
-            async with target.transaction():
-                await create_index_relations(target, config.target.schema, spec)
-                await _register(target, config, spec, unpublished)
+            try:
+                async with target.transaction():
+                    await create_index_relations(target, config.target.schema, spec)
+                    await _register(target, config, spec, unpublished)
+            except psycopg.errors.DependentObjectsStillExist as error:
+                raise SchemaChanged(
+                    f"the view {spec.config.view_name} has to change, and other objects depend on it",
+                    index=spec.name,
+                    where=str(spec.config.view_name),
+                    hint=f"drop them, start the worker again, then create them anew: {error.diag.message_detail}",
+                ) from error
 
 
 async def pause_indexes(target: Connection, config: Config, broken: Mapping[str, str]) -> None:
@@ -111,16 +125,20 @@ async def _register(
 ) -> None:
     table = sql.Identifier(config.target.schema, "indexes")
     cursor = await target.execute(
-        sql.SQL("SELECT fingerprint, columns, state, table_oid FROM {} WHERE name = %s").format(table), [spec.name]
+        sql.SQL("SELECT fingerprint, columns, state, table_oid, sent, membership FROM {} WHERE name = %s").format(
+            table
+        ),
+        [spec.name],
     )
     before = await cursor.fetchone()
     await target.execute(
         sql.SQL(
             "INSERT INTO {} AS i (name, slot, source_table, table_oid, view_name, key, columns, fingerprint,"
-            " generation, model, dimensions, vector_type, distance, state)"
-            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, 'building')"
+            " generation, model, dimensions, vector_type, distance, sent, membership, state)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, 'building')"
             " ON CONFLICT (name) DO UPDATE SET slot = excluded.slot, view_name = excluded.view_name,"
             " columns = excluded.columns, fingerprint = excluded.fingerprint, table_oid = excluded.table_oid,"
+            " sent = excluded.sent, membership = coalesce(excluded.membership, i.membership),"
             " state = CASE i.state WHEN 'paused' THEN 'building' ELSE i.state END, reason = NULL"
         ).format(table),
         [
@@ -137,6 +155,8 @@ async def _register(
             spec.dimensions,
             spec.config.vector_type,
             spec.distance,
+            spec.sent,
+            spec.membership,
         ],
     )
     request = _needed_backfill(spec, before, spec.shape.table in unpublished)
@@ -150,13 +170,23 @@ def _needed_backfill(spec: IndexSpec, before: tuple[Any, ...] | None, unpublishe
     """Return the kind of backfill that brings an index to its spec, and whether all is to be chunked again."""
     if before is None:
         return "initial", False
-    fingerprint, columns, state, table_oid = before
+    fingerprint, columns, state, table_oid, sent, membership = before
     rewrite = fingerprint != spec.fingerprint
-    if state == "paused" or unpublished or table_oid not in (None, spec.table_oid):
+    put_back = None not in (membership, spec.membership) and membership != spec.membership
+    if state == "paused" or unpublished or put_back or table_oid != spec.table_oid:
+        return "resync", rewrite
+    if sent is not None and _sent_otherwise(json.loads(sent), json.loads(spec.sent)):
+        # While nobody looked: what an ALTER TABLE or a new row filter makes of old rows is not in the stream.
         return "resync", rewrite
     if rewrite or set(spec.shape.carried) - set(columns):
         return "replay", rewrite
     return None
+
+
+def _sent_otherwise(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    types = before["types"]
+    changed = any(types.get(column, type_) != type_ for column, type_ in now["types"].items())
+    return changed or before["row_filter"] != now["row_filter"]
 
 
 async def set_up_publication(source: Connection, config: Config, unpublished: Collection[QualifiedName]) -> None:
@@ -180,8 +210,8 @@ async def set_up_publication(source: Connection, config: Config, unpublished: Co
 
 async def starting_point(
     slot_connection: SlotConnection, source: Connection, session: ApplySession, config: Config, indexes: Sequence[str]
-) -> Lsn:
-    """Return the LSN to stream from, creating the slot for a pipeline that has none yet.
+) -> tuple[Lsn, bool]:
+    """Return the LSN to stream from, and whether the pipeline begins there anew; creates the slot where there is none.
 
     After a gap, `source.on_gap = "resync"` makes a new slot and asks for a full backfill of every index.
 
@@ -195,26 +225,34 @@ async def starting_point(
     if state.checkpoint is None:
         begin = await _first_position(slot_connection, source, slot, name)
         await session.begin_at(begin, server.system_identifier, server.timeline)
-        return begin
+        return begin, True
     try:
         _refuse_gap(state, server, slot, name)
+        await _refuse_branch(slot_connection, state, server, name)
     except GapError as gap:
         if config.source.on_gap != "resync":
             raise
         log.error("gap", slot=name, error=str(gap), action="resync")
-        return await _resync(slot_connection, source, session, server, slot, name, indexes)
-    if server.timeline != state.timeline:
+        return await _resync(slot_connection, source, session, server, slot, name, indexes), True
+    if state.timeline is not None and server.timeline > state.timeline:
         await session.begin_at(state.checkpoint, server.system_identifier, server.timeline)
         log.info("timeline_followed", slot=name, timeline=server.timeline)
-    return state.checkpoint
+    return state.checkpoint, False
 
 
 async def _first_position(slot_connection: SlotConnection, source: Connection, slot: Slot | None, name: str) -> Lsn:
     if slot is not None and slot.wal_status == "lost":
         with speaking_of("source", where=f"slot {name}"):
             await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
-    elif slot is not None and slot.confirmed_flush is not None:
+    elif slot is not None and slot.confirmed_flush is None:
+        raise SlotInUse(
+            "the slot is still being created by a session that was left behind",
+            where=f"slot {name}",
+            hint="it goes away with that session",
+        )
+    elif slot is not None:
         # Nothing is indexed yet, so nothing can be missing: the initial load is still to come.
+        assert slot.confirmed_flush is not None
         log.info("slot_adopted", slot=name, lsn=str(slot.confirmed_flush))
         return slot.confirmed_flush
     return await _create_slot(slot_connection, source, name)
@@ -250,14 +288,16 @@ async def _resync(
 ) -> Lsn:
     """Begin anew with a new slot; the index stays searchable while everything is read again.
 
-    Interrupted anywhere before the new checkpoint is stored, the next start finds the same gap and begins here again.
+    First the old position is forgotten and the resync asked for, in one transaction: interrupted anywhere after
+    that, the next start begins as one without a position does.
     """
+    await session.forget_position(indexes)
+    log.info("resync_requested", slot=name, indexes=list(indexes))
     if slot is not None:
         with speaking_of("source", where=f"slot {name}"):
             await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
     begin = await _create_slot(slot_connection, source, name)
-    await session.begin_at(begin, server.system_identifier, server.timeline, resync=indexes)
-    log.info("resync_requested", slot=name, lsn=str(begin), indexes=list(indexes))
+    await session.begin_at(begin, server.system_identifier, server.timeline)
     return begin
 
 
@@ -265,6 +305,22 @@ _RESYNC = (
     'set source.on_gap = "resync" to read everything again with a new slot; docs/operations.md, "After a gap",'
     " says what that costs"
 )
+
+
+async def _refuse_branch(
+    slot_connection: SlotConnection, state: PipelineState, server: ServerIdentity, name: str
+) -> None:
+    """Refuse a newer timeline that left ours before the checkpoint: what is indexed beyond never happened there."""
+    if state.timeline is None or server.timeline == state.timeline or state.checkpoint is None:
+        return
+    left_at = await slot_connection.end_of_timeline(state.timeline, server.timeline)
+    if left_at is None or left_at < state.checkpoint:
+        raise GapError(
+            f"the source's timeline {server.timeline} branched off at {left_at or 'an unknown place'}, before the"
+            " checkpoint: a standby was promoted that had not received all that is indexed",
+            where=f"slot {name}, checkpoint {state.checkpoint}",
+            hint=_RESYNC,
+        )
 
 
 def _refuse_gap(state: PipelineState, server: ServerIdentity, slot: Slot | None, name: str) -> None:

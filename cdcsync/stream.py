@@ -120,7 +120,8 @@ class Stream:
         self._in_hand: Batch | None = None
         self._committed_at_us = 0
         self._passed = checkpoint
-        self._pauses: list[SchemaChanged] = []
+        self.pauses: list[SchemaChanged] = []
+        """Why indexes were paused on this connection."""
         self._work_since_idle_checkpoint = True
         self._last_idle_checkpoint = 0.0
         self._wake_apply = anyio.Event()
@@ -157,7 +158,7 @@ class Stream:
     def pause(self, error: SchemaChanged) -> None:
         """Pause an index with the next commit; following then ends with this error, to be begun again without it."""
         self._batch.paused[error.index] = describe_pause(error)
-        self._pauses.append(error)
+        self.pauses.append(error)
         self._wake_apply.set()
 
     def stop(self) -> None:
@@ -214,8 +215,13 @@ class Stream:
             case StreamAbort():
                 self._spool.abort(message.xid, message.subxid)
             case StreamCommit():
-                for replayed in self._replay(message):
+                for number, replayed in enumerate(self._replay(message), start=1):
                     await self._hand_on(replayed)
+                    if number % TURN_MESSAGES == 0:
+                        await self._report_when_due()
+                        await anyio.lowlevel.checkpoint()
+                    if self.stopping:
+                        return
                 self._spool.drop(message.xid)
             case _:
                 await self._hand_on(message)
@@ -231,7 +237,7 @@ class Stream:
 
     async def _hand_on(self, message: PgoutputMessage) -> None:
         """Put what a message means into the open batch, waiting for room first."""
-        while self._full:
+        while self._full and not self.stopping:
             await self._report_when_due()
             await self._wait_for_room()
         if type(message) is Begin:
@@ -347,7 +353,7 @@ class Stream:
         self._account(batch, changes, applied, anyio.current_time() - started)
         self._page_applied(batch)
         if batch.paused:
-            raise self._pauses[0]
+            raise self.pauses[0]
 
     async def _until_committed(self, batch: Batch) -> tuple[dict[str, ChangeSet], dict[str, Applied]]:
         """Prepare and commit, trying again for as long as a server is away."""
@@ -363,7 +369,7 @@ class Stream:
                 # What is left out of this batch is read again when the index is resumed.
                 batch.indexes.pop(error.index, None)
                 batch.paused[error.index] = describe_pause(error)
-                self._pauses.append(error)
+                self.pauses.append(error)
             except (TargetUnavailable, SourceUnavailable) as error:
                 await self._recover(error, attempt)
                 attempt += 1

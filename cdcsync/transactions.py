@@ -147,8 +147,8 @@ class Assembler:
         return lost
 
     def _check_types(self, shape: Shape, types: Mapping[str, tuple[int, int]]) -> None:
-        """Notice that a column which the target holds with its type has another one than before."""
-        mine = {name: types[name] for name in (*shape.key, *shape.carried)}
+        """Notice that a column has another type than before: what that made of the old rows is not in the stream."""
+        mine = {name: types[name] for name in shape.columns}
         before = self._types.setdefault(shape.index, mine)
         if changed := [name for name, type_ in mine.items() if before[name] != type_]:
             raise SchemaChanged(

@@ -89,6 +89,13 @@ class Deliveries:
         """How many keys and transactions are remembered."""
         return len(self._suspects) + len(self._keys or ()) + (self._truncated is not None)
 
+    def begin_anew(self) -> None:
+        """Forget everything: what follows comes from a slot, or a cluster, that the past says nothing about."""
+        self._suspects.clear()
+        self._truncated = None
+        if self._keys is not None:
+            self._keys = {}
+
     def suspect(self, xids: Iterable[int]) -> None:
         """Require every later page to see these transactions (32 or 64 bits)."""
         self._suspects.update(xid % XID_SPAN for xid in xids)

@@ -12,6 +12,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import anyio
 import anyio.abc
@@ -65,6 +66,10 @@ FAR_BEHIND_S = 2.0
 servers that keep time should differ. With clocks that differ more, vectors always follow from the backlog."""
 
 
+SetUp = Literal["ready", "stopped", "outdated"]
+"""How a set-up ended: the worker may begin, was told to stop, or has to examine everything again."""
+
+
 class _Worker:
     """The parts of a worker and how they are wired."""
 
@@ -108,8 +113,10 @@ class _Worker:
             )
             desk = self.desks[spec.config.embedder]
             preparers[spec.name] = Preparer(spec, chunker, desk, tables[spec.name], self.reads, metrics)
-        directory = Path(config.source.spool_directory or tempfile.gettempdir()) / f"cdcsync-spool-{config.source.slot}"
-        self.spool = Spool(directory, config.source.spool_bytes)
+        directory = tempfile.mkdtemp(
+            prefix=f"cdcsync-spool-{config.source.slot}-", dir=config.source.spool_directory or None
+        )
+        self.spool = Spool(Path(directory), config.source.spool_bytes)
         self.stream = Stream(
             specs=specs,
             session=self.session,
@@ -140,8 +147,8 @@ class _Worker:
             self._late = self.handle.lag_seconds > FAR_BEHIND_S
         return self._late
 
-    async def set_up(self, broken: Mapping[str, str]) -> bool:
-        """Take the lock, then create what is missing; False when told to stop while waiting for the lock.
+    async def set_up(self, broken: Mapping[str, str]) -> SetUp:
+        """Take the lock, then create what is missing.
 
         :param broken: why indexes that exist cannot be followed; they are paused.
         """
@@ -157,8 +164,11 @@ class _Worker:
                 self.handle.standby = True
                 with anyio.move_on_after(STANDBY_POLL_S):
                     await self.handle.stopping.wait()
-                    return False
-            self.handle.standby = False
+                    return "stopped"
+            if self.handle.standby:
+                # What was examined before the wait may be long gone.
+                self.handle.standby = False
+                return "outdated"
             unpublished = await unpublished_tables(source, config, self.specs)
             await set_up_indexes(target, config, self.specs, unpublished)
             await pause_indexes(target, config, broken)
@@ -168,7 +178,7 @@ class _Worker:
         if server.wal_sender_timeout_s > 0:
             self.stream.status_every_s = min(config.source.feedback_every_s, server.wal_sender_timeout_s / 3)
         await self.session.prepare(self.specs)
-        return True
+        return "ready"
 
     async def work(self) -> None:
         """Keep the indexes in step until told to stop.
@@ -228,10 +238,15 @@ class _Worker:
             try:
                 async with control, await SlotConnection.connect(self.config.source.dsn) as slot:
                     source = await control.connection()
-                    checkpoint = await starting_point(
+                    checkpoint, anew = await starting_point(
                         slot, source, self.session, self.config, [spec.name for spec in self.specs]
                     )
-                    if not suspected:
+                    # The marks of pages under way may lie before what this connection will deliver.
+                    self.backfills.interrupt()
+                    if anew:
+                        for deliveries in self.deliveries.values():
+                            deliveries.begin_anew()
+                    if anew or not suspected:
                         # What these did before the slot or the publication took notice of their tables may never be
                         # delivered.
                         with speaking_of("source"):
@@ -360,16 +375,26 @@ async def _work_through_schema_changes(
         specs = [spec for spec in report.specs if spec.name not in broken]
         worker = _Worker(config, handle, specs, embedders)
         try:
-            if await worker.set_up(broken):
-                await worker.work()
-            return
-        except SchemaChanged as error:
-            log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
-            now = anyio.current_time()
-            if now - paused_at.get(error.index, -RESUME_AGAIN_S) < RESUME_AGAIN_S:
-                kept_out.add(error.index)
-            reasons[error.index] = describe_pause(error)
-            paused_at[error.index] = now
+            match await worker.set_up(broken):
+                case "ready":
+                    await worker.work()
+                    return
+                case "stopped":
+                    return
+                case "outdated":
+                    pass
+        except SchemaChanged as first:
+            for error in {first.index: first, **{error.index: error for error in worker.stream.pauses}}.values():
+                log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
+                now = anyio.current_time()
+                if now - paused_at.get(error.index, -RESUME_AGAIN_S) < RESUME_AGAIN_S:
+                    kept_out.add(error.index)
+                reasons[error.index] = describe_pause(error)
+                paused_at[error.index] = now
+        except Unavailable as error:
+            log.warning("set_up_waits", error=str(error))
+            with anyio.move_on_after(STANDBY_POLL_S):
+                await handle.stopping.wait()
         finally:
             await worker.aclose()
         report = await _examine_again(config, handle, embedders)

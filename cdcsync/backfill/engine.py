@@ -16,7 +16,7 @@ from cdcsync.backfill.pages import Page, PageReader, Pages
 from cdcsync.batches import Batch, PageEnd
 from cdcsync.changes import Delete, Key, Upsert
 from cdcsync.embed import backoff_s
-from cdcsync.errors import CdcsyncError, Retry, Unavailable
+from cdcsync.errors import CdcsyncError, Retry, SourceUnavailable, Unavailable
 from cdcsync.index.requests import Problem, Request, Requests
 from cdcsync.index.schema import IndexSpec
 from cdcsync.metrics import Metrics
@@ -53,6 +53,16 @@ class _Pending(msgspec.Struct):
     page: Page
     end: PageEnd | None
     applied: anyio.Event
+    lost: bool = False
+
+    async def wait(self) -> None:
+        """Return once the page is in the target.
+
+        :raises SourceUnavailable: the stream began anew before; the page has to be read again.
+        """
+        await self.applied.wait()
+        if self.lost:
+            raise SourceUnavailable("the stream began anew under a page", where=str(self.spec.shape.table))
 
 
 class _Pace:
@@ -152,6 +162,16 @@ class Backfills:
             self._metrics.backfill_rows.labels(pending.spec.name).inc(len(pending.page.entries))
             pending.applied.set()
 
+    def interrupt(self) -> None:
+        """Give up the pages under way: the stream began anew, and their marks may never come.
+
+        The request is served again from its stored cursor.
+        """
+        for pending in self._pending.values():
+            pending.lost = True
+            pending.applied.set()
+        self._pending.clear()
+
     # -- the task -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -249,10 +269,10 @@ class Backfills:
             end = PageEnd(request.id, request.phase, cursor, done, last and closes, request.index, forced)
             in_flight.append(await self._send(_Pending(request, spec, page, end, anyio.Event())))
             while len(in_flight) >= (1 if last else PAGES_IN_FLIGHT):
-                await in_flight.pop(0).applied.wait()
+                await in_flight.pop(0).wait()
             if not last and not await self._may_go_on(target, request, pace.left_s(len(page.entries))):
                 for pending in in_flight:
-                    await pending.applied.wait()
+                    await pending.wait()
                 log.info("backfill_stopped", index=request.index, backfill=request.id, rows=done)
                 return False
         return True
@@ -278,7 +298,7 @@ class Backfills:
         changed: list[Key] = []
         for attempt in range(CHECK_ROUNDS):
             sent = await self._send(_Pending(request, spec, page, None, anyio.Event()))
-            await sent.applied.wait()
+            await sent.wait()
             differ, changed = await check(target, self._schema, spec, page, deliveries.hides)
             found += differ
             if not changed:

@@ -81,7 +81,6 @@ class EmbedLoop:
     async def _connect(self, stack: AsyncExitStack) -> Backlog:
         connection = await connect(self._dsn, "target", application_name=f"cdcsync embed {self._spec.name}")
         stack.push_async_callback(connection.close)
-        connection.prepare_threshold = None
         backlog = Backlog(connection, self._schema, self._spec)
         await backlog.open()
         return backlog

@@ -126,6 +126,19 @@ class Pipelines:
         )
         self._held(cursor.rowcount)
 
+    async def forget(self, connection: Connection, fence: int) -> None:
+        """Forget the checkpoint inside the caller's transaction: what follows is as for a pipeline that never began.
+
+        :raises LeaseLost: another worker has taken over.
+        """
+        cursor = await connection.execute(
+            sql.SQL("UPDATE {} SET checkpoint = NULL, updated_at = now() WHERE slot = %s AND fence = %s").format(
+                self._table
+            ),
+            [self._slot, fence],
+        )
+        self._held(cursor.rowcount)
+
     async def commit(
         self,
         connection: Connection,

@@ -135,15 +135,19 @@ class ApplySession:
             raise SetupError("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
         return state
 
-    async def begin_at(
-        self, checkpoint: Lsn, system_identifier: str, timeline: int, *, resync: Sequence[str] = ()
-    ) -> None:
-        """Store where the pipeline starts and which cluster it follows; with it ask for a resync of these indexes."""
+    async def begin_at(self, checkpoint: Lsn, system_identifier: str, timeline: int) -> None:
+        """Store where the pipeline starts and which cluster it follows."""
+        assert self._fence is not None
+        with speaking_of("target"):
+            await self._pipelines.begin_at(self.connection, self._fence, checkpoint, system_identifier, timeline)
+
+    async def forget_position(self, resync: Sequence[str]) -> None:
+        """Forget the checkpoint, and in the same transaction ask for a resync of these indexes."""
         assert self._fence is not None
         requests = Requests(self._schema)
         with speaking_of("target"):
             async with self.connection.transaction():
-                await self._pipelines.begin_at(self.connection, self._fence, checkpoint, system_identifier, timeline)
+                await self._pipelines.forget(self.connection, self._fence)
                 for index in resync:
                     await requests.add(self.connection, index, "resync", rewrite=False, filter_=None)
 
@@ -209,11 +213,7 @@ class ApplySession:
         )
 
     async def _connect(self) -> Connection:
-        connection = await connect(self._dsn, "target", application_name=f"cdcsync apply {self._slot}")
-        # Planned anew each time: a plan made while a table was empty would scan it for ever. Planning is cheap next
-        # to apply.
-        connection.prepare_threshold = None
-        return connection
+        return await connect(self._dsn, "target", application_name=f"cdcsync apply {self._slot}")
 
     async def aclose(self) -> None:
         """End the session, which frees the lock."""

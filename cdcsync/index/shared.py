@@ -65,13 +65,19 @@ _SHARED = (
         state text NOT NULL CHECK (state IN ('building', 'live', 'paused')),
         reason text,
         created_at timestamptz NOT NULL DEFAULT now(),
-        live_at timestamptz
+        live_at timestamptz,
+        table_oid bigint,
+        sent text,
+        membership bigint
     )
     """,
-    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS table_oid bigint",
     "COMMENT ON TABLE {schema}.indexes IS 'cdcsync: one row per index, with what its chunks and vectors were made by.'",
     "COMMENT ON COLUMN {schema}.indexes.table_oid IS"
     " 'The table''s OID on the source: another one under the same name is another table.'",
+    "COMMENT ON COLUMN {schema}.indexes.sent IS"
+    " 'How the source sends the table: types of the columns that are used, row filter, operations.'",
+    "COMMENT ON COLUMN {schema}.indexes.membership IS"
+    " 'OID of the table''s row in pg_publication_rel: a table that was taken out and put back has another one.'",
     "COMMENT ON COLUMN {schema}.indexes.generation IS 'The vectors table in use: NAME_vectors_GENERATION.'",
     """
     CREATE TABLE IF NOT EXISTS {schema}.backfills (

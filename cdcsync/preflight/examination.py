@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 
+import msgspec
+
 from cdcsync.config import Config
 from cdcsync.config.names import quote
 from cdcsync.embedders import Embedder
@@ -138,7 +140,7 @@ async def _examine_indexes(
             spec = await make_spec(target, config.target.schema, plan, facts, row_filter, findings)
             if spec is not None and errors == sum(finding.level == "error" for finding in findings):
                 findings.append(_summary(plan, spec))
-                specs.append(spec)
+                specs.append(msgspec.structs.replace(spec, membership=published.membership if published else None))
     return specs
 
 

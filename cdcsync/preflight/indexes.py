@@ -180,4 +180,7 @@ async def make_spec(
         row_filter=row_filter,
         generation=stored.generation if stored else 1,
         table_oid=table.oid,
+        source_types=tuple(
+            table.columns[column].type if column in table.columns else "" for column in (*columns, *template.columns)
+        ),
     )

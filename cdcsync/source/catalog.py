@@ -98,6 +98,8 @@ class Published(msgspec.Struct, frozen=True):
     columns: tuple[str, ...]
     row_filter: str | None
     listed: bool = False
+    membership: int | None = None
+    """The OID of the table's own row in pg_publication_rel; None where the publication is of all tables or a schema."""
 
 
 class Publication(msgspec.Struct, frozen=True):
@@ -225,7 +227,9 @@ async def read_publication(connection: Connection, name: str) -> Publication | N
     cursor = await connection.execute(
         sql.SQL(
             """
-            SELECT p.schemaname, p.tablename, {}
+            SELECT p.schemaname, p.tablename, (
+                SELECT r.oid::int8 FROM pg_publication b JOIN pg_publication_rel r ON r.prpubid = b.oid
+                WHERE b.pubname = p.pubname AND r.prrelid = c.oid), {}
             FROM pg_publication_tables p JOIN pg_namespace n ON n.nspname = p.schemaname
             JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename WHERE p.pubname = %s
             """
@@ -233,9 +237,9 @@ async def read_publication(connection: Connection, name: str) -> Publication | N
         [name],
     )
     tables = {}
-    for schema, table, columns, row_filter, listed in await cursor.fetchall():
+    for schema, table, membership, columns, row_filter, listed in await cursor.fetchall():
         qualified = QualifiedName(schema, table)
-        tables[qualified] = Published(qualified, tuple(columns), row_filter, listed)
+        tables[qualified] = Published(qualified, tuple(columns), row_filter, listed, membership)
     names = ("insert", "update", "delete", "truncate")
     return Publication(
         name=name,

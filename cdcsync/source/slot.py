@@ -89,6 +89,15 @@ class SlotConnection:
         system, timeline, position, database = rows[0]
         return ServerIdentity(str(system), int(timeline), Lsn.parse(position), str(database))
 
+    async def end_of_timeline(self, timeline: int, newer: int) -> Lsn | None:
+        """Return where the history of `newer` left `timeline`; None when it never was on it."""
+        rows = await self._command(f"TIMELINE_HISTORY {newer:d}")
+        for line in str(rows[0][1]).splitlines():
+            fields = line.split()
+            if fields and fields[0] == str(timeline):
+                return Lsn.parse(fields[1])
+        return None
+
     async def create_slot(self, name: str, *, failover: bool = False) -> Lsn:
         """Create a permanent pgoutput slot and return the position from which it sends.
 

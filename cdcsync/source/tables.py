@@ -42,6 +42,7 @@ class SourceTable:
     def __init__(self, shape: Shape, key_types: Sequence[str], row_filter: str | None = None) -> None:
         self.shape = shape
         table = sql.Identifier(shape.table.schema, shape.table.name)
+        self._lock = sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(table)
         columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.columns)
         keys = [sql.Identifier("t", name) for name in shape.key]
         # As a subquery, so that the filter's bare column names cannot be taken for those of what it is joined to.
@@ -75,15 +76,15 @@ class SourceTable:
         statement = sql.SQL(" AND ").join([self._select, *conditions]) + sql.SQL(" ORDER BY {} LIMIT {}").format(
             sql.SQL(", ").join(self._keys), sql.Literal(limit)
         )
-        return await _read(connection, statement, list(after or ()))
+        return await self._read(connection, statement, list(after or ()))
 
     async def by_keys(self, connection: Connection, keys: Sequence[Key]) -> Page:
         """Return the rows that exist now with these keys, in no order."""
-        return await _read(connection, self._by_keys + await self._same(connection), self._arrays(keys))
+        return await self._read(connection, self._by_keys + await self._same(connection), self._arrays(keys))
 
     async def absent(self, connection: Connection, keys: Sequence[Key]) -> tuple[Snapshot, list[Key]]:
         """Return those of `keys` that no row has now; the source's own equality decides, not the text."""
-        page = await _read(connection, self._places + await self._same(connection), self._arrays(keys))
+        page = await self._read(connection, self._places + await self._same(connection), self._arrays(keys))
         found = {int(cast(str, place)) for (place,) in page.rows}
         return page.snapshot, [key for place, key in enumerate(keys, start=1) if place not in found]
 
@@ -100,6 +101,29 @@ class SourceTable:
             sql.SQL("{} {} {}").format(key, one.equal, wanted)
             for key, one, wanted in zip(self._keys, compared, self._wanted, strict=True)
         )
+
+    async def _read(self, connection: Connection, statement: sql.Composed, arguments: Sequence[object]) -> Page:
+        await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        try:
+            # Before the snapshot, not after it: a table that an ALTER TABLE rewrote in between would look empty to it.
+            await connection.execute(self._lock)
+            cursor = await connection.execute("SELECT pg_current_snapshot()::text")
+            first = await cursor.fetchone()
+            assert first is not None
+            # A raw cursor: a per cent sign, in a column's name or someone's condition, is no placeholder.
+            reading = psycopg.AsyncRawCursor(connection)
+            # Never prepared: a plan that is kept fails once a column has another type.
+            await reading.execute(statement, arguments, prepare=False)
+            result = reading.pgresult
+            assert result is not None
+            page = Page(Snapshot.parse(cast(str, first[0])), _texts(result))
+        except BaseException:
+            if not connection.closed:
+                with anyio.CancelScope(shield=True):
+                    await connection.rollback()
+            raise
+        await connection.execute("COMMIT")
+        return page
 
     def _arrays(self, keys: Sequence[Key]) -> list[list[str]]:
         return [[key[at] for key in keys] for at in range(len(self.shape.key))]
@@ -123,28 +147,6 @@ class SourceTable:
         row = await cursor.fetchone()
         assert row is not None
         return cast(int, row[0])
-
-
-async def _read(connection: Connection, statement: sql.Composed, arguments: Sequence[object]) -> Page:
-    await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-    try:
-        cursor = await connection.execute("SELECT pg_current_snapshot()::text")
-        first = await cursor.fetchone()
-        assert first is not None
-        # A raw cursor: a per cent sign, in a column's name or someone's condition, is no placeholder.
-        reading = psycopg.AsyncRawCursor(connection)
-        # Never prepared: a plan that is kept fails once a column has another type.
-        await reading.execute(statement, arguments, prepare=False)
-        result = reading.pgresult
-        assert result is not None
-        page = Page(Snapshot.parse(cast(str, first[0])), _texts(result))
-    except BaseException:
-        if not connection.closed:
-            with anyio.CancelScope(shield=True):
-                await connection.rollback()
-        raise
-    await connection.execute("COMMIT")
-    return page
 
 
 def _texts(result: pq.abc.PGresult) -> list[Row]:

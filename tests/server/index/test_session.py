@@ -254,25 +254,45 @@ async def test_a_partial_transaction_leaves_the_checkpoint_and_it_never_moves_ba
     assert checkpoints == [10, 30, 30, 30]
 
 
-async def test_to_begin_again_asks_for_the_resyncs_at_once(pipeline: Pipeline) -> None:
+async def test_a_pipeline_begins_where_it_is_told_also_further_back(pipeline: Pipeline) -> None:
+    """It is the one thing that may move the checkpoint back: a slot that was made again, say."""
     session = await pipeline.open()
-    await session.begin_at(Lsn(50), "system", 2, resync=["articles", "notes"])
+    for position, timeline in ((Lsn(50), 2), (Lsn(40), 3)):
+        await session.begin_at(position, "system", timeline)
+        state = await session.state()
+        assert (state.checkpoint, state.system_identifier, state.timeline) == (position, "system", timeline)
+
+
+async def test_a_position_is_forgotten_together_with_the_wish_for_resyncs(pipeline: Pipeline) -> None:
+    session = await pipeline.open()
+    await session.begin_at(Lsn(50), "system", 2)
+    await session.forget_position(["articles", "notes"])
+    assert await pipeline.checkpoint() is None
     assert await pipeline.rows("SELECT index_name, kind, rewrite, filter FROM cdcsync.backfills ORDER BY id") == [
         ("articles", "resync", False, None),
         ("notes", "resync", False, None),
     ]
-    state = await session.state()
-    assert (state.checkpoint, state.system_identifier, state.timeline) == (50, "system", 2)
-    # Where the pipeline begins is the one place where it may go back.
-    await session.begin_at(Lsn(40), "system", 3)
-    assert await pipeline.checkpoint() == 40
 
 
 async def test_a_resync_that_cannot_be_asked_for_leaves_the_pipeline_where_it_was(pipeline: Pipeline) -> None:
     session = await pipeline.open()
+    await session.begin_at(Lsn(50), "system", 2)
     with pytest.raises(SetupError):
-        await session.begin_at(Lsn(50), "system", 2, resync=["articles", "nosuch"])
-    assert await pipeline.checkpoint() is None
+        await session.forget_position(["articles", "nosuch"])
+    assert await pipeline.checkpoint() == 50
+    assert await pipeline.rows("SELECT FROM cdcsync.backfills") == []
+
+
+async def test_who_was_taken_over_cannot_make_the_pipeline_forget(pipeline: Pipeline) -> None:
+    first = await pipeline.open()
+    await first.begin_at(Lsn(50), "system", 2)
+    await first.connection.execute("SELECT pg_advisory_unlock_all()")
+    await pipeline.open()
+    with pytest.raises(LeaseLost):
+        await first.forget_position(["articles"])
+    with pytest.raises(LeaseLost):
+        await first.begin_at(Lsn(60), "system", 2)
+    assert await pipeline.checkpoint() == 50
     assert await pipeline.rows("SELECT FROM cdcsync.backfills") == []
 
 
