@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import anyio
+import msgspec
 import psycopg
 import structlog
 from psycopg import sql
@@ -206,6 +207,27 @@ async def set_up_publication(source: Connection, config: Config, unpublished: Co
         elif missing := [table for table in tables if table not in publication.tables]:
             await source.execute(publish_statement(name, missing))
             log.info("publication_extended", publication=name, tables=[str(table) for table in missing])
+
+
+async def note_memberships(
+    source: Connection, target: Connection, config: Config, specs: Sequence[IndexSpec]
+) -> list[IndexSpec]:
+    """Store by which membership the publication has each table now, so that leaving it and coming back is noticed."""
+    with speaking_of("source", where=f"publication {config.source.publication}"):
+        publication = await read_publication(source, config.source.publication)
+    sent = publication.tables if publication is not None else {}
+    noted = []
+    for spec in specs:
+        membership = sent[spec.shape.table].membership if spec.shape.table in sent else None
+        with speaking_of("target", where=f"index {spec.name}"):
+            await target.execute(
+                sql.SQL("UPDATE {} SET membership = %s WHERE name = %s AND membership IS DISTINCT FROM %s").format(
+                    sql.Identifier(config.target.schema, "indexes")
+                ),
+                [membership, spec.name, membership],
+            )
+        noted.append(msgspec.structs.replace(spec, membership=membership))
+    return noted
 
 
 async def starting_point(

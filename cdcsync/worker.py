@@ -35,6 +35,7 @@ from cdcsync.postgres import Session, connect, speaking_of
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
 from cdcsync.prepare import Preparer
 from cdcsync.setup import (
+    note_memberships,
     pause_indexes,
     set_up_indexes,
     set_up_publication,
@@ -173,6 +174,7 @@ class _Worker:
             await set_up_indexes(target, config, self.specs, unpublished)
             await pause_indexes(target, config, broken)
             await set_up_publication(source, config, unpublished)
+            self.specs = await note_memberships(source, target, config, self.specs)
             with speaking_of("source"):
                 server = await read_server(source)
         if server.wal_sender_timeout_s > 0:

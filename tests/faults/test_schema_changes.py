@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 
+import psycopg
 import pytest
 
 from tests.fixtures.servers import Database
@@ -19,6 +21,7 @@ slot = "s_{name}"
 feedback_every_s = 1
 [worker]
 listen = "127.0.0.1:0"
+log_level = "debug"
 [embedders.fake]
 type = "hash"
 dimensions = 8
@@ -197,3 +200,114 @@ def test_after_a_gap_resync_heals_updates_inserts_and_deletes_alike(
 
     until(pipeline.in_step_now, pipeline.tail)
     assert [event for event in pipeline.events() if event.get("event") == "gap"]
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        pytest.param(
+            ["ALTER TABLE articles ALTER COLUMN rating TYPE text USING CASE rating % 2 WHEN 0 THEN 'even' END"],
+            id="a carried column retyped, with other values",
+        ),
+        pytest.param(
+            [
+                "ALTER PUBLICATION cdcsync DROP TABLE articles",
+                "DELETE FROM articles WHERE id < 10",
+                "ALTER PUBLICATION cdcsync ADD TABLE articles",
+            ],
+            id="the table out of the publication for a while",
+        ),
+        pytest.param(
+            [
+                "DROP TABLE articles",
+                "CREATE TABLE articles (id int PRIMARY KEY, title text, rating int)",
+                "INSERT INTO articles VALUES (7, 'anew', 7)",
+            ],
+            id="the table made anew",
+        ),
+    ],
+)
+def test_what_happened_to_a_table_while_nobody_looked_is_made_up_for(pipeline: Pipeline, statements: list[str]) -> None:
+    pipeline.stop(pipeline.processes[-1])
+    for statement in statements:
+        pipeline.source.execute(statement)
+
+    pipeline.start()
+
+    until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
+
+
+def test_a_row_filter_that_changes_is_followed(pipeline: Pipeline) -> None:
+    if pipeline.source.info.server_version < 150000:
+        pytest.skip("PostgreSQL 14 has no row filters")
+    pipeline.source.execute("ALTER PUBLICATION cdcsync SET TABLE articles WHERE (id <= 10), notes")
+
+    def filtered() -> bool:
+        row = pipeline.target.execute("SELECT count(*), max(id) FROM articles_index").fetchone()
+        return row == (10, 10) and state(pipeline, "articles")[0] == "live"
+
+    until(filtered, pipeline.tail)
+
+
+def test_a_standby_that_takes_over_knows_the_table_as_it_is_by_then(pipeline: Pipeline) -> None:
+    first = pipeline.processes[-1]
+    pipeline.start()
+    pipeline.event("standby")
+    pipeline.source.execute("ALTER TABLE articles ALTER COLUMN rating TYPE numeric(12,4)")
+    pipeline.source.execute("UPDATE articles SET rating = rating + 0.5")
+    until(pipeline.in_step_now, pipeline.tail)
+
+    pipeline.stop(first, signal.SIGKILL)
+    pipeline.source.execute("UPDATE articles SET rating = rating * 2")
+
+    until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
+
+
+def test_an_initial_load_that_was_cancelled_leaves_no_live_index_of_half_the_rows(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    text = CONFIG.format(dsn=database.dsn, name=database.name)
+    pipeline = make_pipeline(text.replace("[worker]", "[worker]\nbackfill_page_rows = 5\nbackfill_max_rows_per_s = 20"))
+    pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, rating int)")
+    pipeline.source.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    pipeline.source.execute("INSERT INTO articles SELECT i, 'title ' || i, i FROM generate_series(1, 200) i")
+    pipeline.start()
+    pipeline.event("backfill_started")
+    pipeline.target.execute(
+        "UPDATE cdcsync.backfills SET state = 'cancelled', finished_at = now() WHERE index_name = 'articles'"
+    )
+
+    until(lambda: state(pipeline, "articles")[0] == "paused", pipeline.tail)
+    assert "cancelled" in str(state(pipeline, "articles")[1])
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.path.write_text(text)
+    pipeline.start()
+
+    until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
+
+
+def test_a_slot_that_is_dropped_in_the_middle_of_the_initial_load_is_healed_by_a_resync(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    text = CONFIG.format(dsn=database.dsn, name=database.name).replace("[worker]", 'on_gap = "resync"\n[worker]')
+    pipeline = make_pipeline(text.replace("[worker]", "[worker]\nbackfill_page_rows = 5\nbackfill_max_rows_per_s = 50"))
+    pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, rating int)")
+    pipeline.source.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    pipeline.source.execute("INSERT INTO articles SELECT i, 'title ' || i, i FROM generate_series(1, 200) i")
+    pipeline.start()
+    pipeline.event("batch_applied")
+    slot = pipeline.config.source.slot
+
+    def dropped() -> bool:
+        pipeline.source.execute(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s", [slot]
+        )
+        try:
+            pipeline.source.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+        except psycopg.Error:
+            return False
+        return True
+
+    until(dropped, "the slot to be dropped")
+
+    until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
