@@ -23,6 +23,9 @@ from cdcsync.transactions import Committed
 ROW_OVERHEAD_BYTES = 200
 """What a row costs in memory besides its text: two tuples, the change, a dictionary entry, string headers."""
 
+UNCHANGED_BYTES = 64 * 1024
+"""What a value that has to be read again is taken for until then: TOAST holds values from 2 kB to 1 GB."""
+
 RowChange = Upsert | Delete
 
 
@@ -152,5 +155,6 @@ class Batch:
 
 def _size(change: Change) -> int:
     if isinstance(change, Upsert):
-        return ROW_OVERHEAD_BYTES + sum([len(value) for value in change.row if isinstance(value, str)])
+        known = sum([len(value) for value in change.row if isinstance(value, str)])
+        return ROW_OVERHEAD_BYTES + known + (0 if complete(change.row) else UNCHANGED_BYTES)
     return ROW_OVERHEAD_BYTES

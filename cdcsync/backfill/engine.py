@@ -65,6 +65,20 @@ class _Pending(msgspec.Struct):
             raise SourceUnavailable("the stream began anew under a page", where=str(self.spec.shape.table))
 
 
+FIRST_PAGE_ROWS = 100
+"""The first page is small: nobody knows yet how large the rows are."""
+
+PAGE_BYTES = 4 * 1024 * 1024
+"""Pages are made about this large at most; two are in memory at a time, besides the batches."""
+
+
+def next_limit(limit: int, most: int, page: Page) -> int:
+    """Return how many rows the next page should have: twice as many, as long as their bytes allow."""
+    size = sum(len(value) for _, row in page.entries if row is not None for value in row if isinstance(value, str))
+    fitting = len(page.entries) * PAGE_BYTES // size if size else most
+    return max(1, min(most, limit * 2, fitting))
+
+
 class _Pace:
     """Spreads rows evenly over time."""
 
@@ -256,7 +270,8 @@ class Backfills:
     async def _send_all(self, target: Connection, request: Request, read: PageReader) -> bool:
         """Send every page of a phase and wait until all are applied; False when someone paused or cancelled."""
         spec, pace = self._specs[request.index], self._pace(request)
-        limit = min(self._page_rows, pace.rows_per_s or self._page_rows)
+        most = min(self._page_rows, pace.rows_per_s or self._page_rows)
+        limit = min(most, FIRST_PAGE_ROWS)
         cursor, done = request.cursor, request.rows_done
         closes = request.phase == "orphans" or request.kind != "resync"
         in_flight: list[_Pending] = []
@@ -265,6 +280,7 @@ class Backfills:
             page = await read(cursor, limit)
             cursor, last = page.cursor, page.last
             done += len(page.entries)
+            limit = next_limit(limit, most, page)
             forced = tuple(key for key, row in page.entries if row is not None) if request.force_embed else ()
             end = PageEnd(request.id, request.phase, cursor, done, last and closes, request.index, forced)
             in_flight.append(await self._send(_Pending(request, spec, page, end, anyio.Event())))
