@@ -186,7 +186,8 @@ def test_a_commit_that_waits_for_a_standby_is_no_difference(
     make_cluster: Callable[..., Any], database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     """The stream delivers such a transaction while no snapshot sees it: the index is ahead of every query."""
-    cluster = make_cluster()
+    # Only the writer waits for the standby that never comes.
+    cluster = make_cluster(settings={"synchronous_standby_names": "nosuch", "synchronous_commit": "local"})
     with psycopg.connect(cluster.dsn(), autocommit=True) as admin:
         source = Database(cluster.dsn(), "postgres", Server(cluster.dsn(), "cluster"))
         pipeline = make(make_pipeline, source, database)
@@ -194,10 +195,6 @@ def test_a_commit_that_waits_for_a_standby_is_no_difference(
         pipeline.start()
         pipeline.live()
         pipeline.in_step()
-        # From here on only the writer waits for the standby that never comes.
-        admin.execute("ALTER ROLE postgres SET synchronous_commit = local")
-        admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nosuch'")
-        admin.execute("SELECT pg_reload_conf()")
         with psycopg.connect(cluster.dsn(), autocommit=True) as writer:
             writer.execute("SET synchronous_commit = on")
             writer.pgconn.send_query(b"UPDATE articles SET tenant = 4711 WHERE id = 7")
@@ -210,7 +207,7 @@ def test_a_commit_that_waits_for_a_standby_is_no_difference(
                 found = threads.submit(verify, pipeline, status=1)
                 asked = "SELECT EXISTS (SELECT FROM cdcsync.backfills WHERE kind = 'verify' AND state = 'running')"
                 until(lambda: pipeline.target.execute(asked).fetchone() == (True,), "the comparison to begin")
-                admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
+                admin.execute("ALTER SYSTEM SET synchronous_standby_names = ''")
                 admin.execute("SELECT pg_reload_conf()")
                 assert found.result()["differences"] == {"carried": 1}
             while writer.pgconn.get_result() is not None:
