@@ -134,8 +134,6 @@ class Backfills:
         self._pages: dict[str, Pages] = {
             name: Pages(self._source, schema, spec, tables[name], deliveries[name]) for name, spec in specs.items()
         }
-        self.finished = anyio.Event()
-        """Set, and replaced, each time a request ends."""
 
     @property
     def waiting_for(self) -> list[str]:
@@ -232,8 +230,6 @@ class Backfills:
             deliveries.stop()
         with speaking_of("target"):
             await self._requests.forget_keys(target)
-        self.finished.set()
-        self.finished = anyio.Event()
 
     async def _serve(self, target: Connection, request: Request) -> None:
         spec, table, pages = self._specs[request.index], self._tables[request.index], self._pages[request.index]
