@@ -82,8 +82,6 @@ Change = Upsert | Delete | Truncation
 
 AGAIN = "start the worker again: it reads the table anew and resumes the index"
 """How an operator ends a pause."""
-ANEW = 'drop the slot and start with source.on_gap = "resync"'
-"""The way past changes that cannot be used: they stay in the slot as they were written, whatever the table is now."""
 
 
 def _picker(positions: Sequence[int]) -> Callable[[Tuple], Row]:
@@ -140,7 +138,7 @@ class Projection:
                     "an UPDATE arrived without its key",
                     index=self.shape.index,
                     where=str(self.shape.table),
-                    hint=f"update the source to the latest minor release: early ones leave out large keys; then {ANEW}",
+                    hint=f"update the source to its latest minor release: old ones omit large keys; then {AGAIN}",
                 )
             return Upsert(self.shape, self.shape.key_of(row), row, xid, lsn)
         before = self._old_key(old, "an UPDATE")
@@ -167,7 +165,7 @@ class Projection:
                 index=self.shape.index,
                 where=str(self.shape.table),
                 hint=f"give {self.shape.table} and its partitions a replica identity that covers"
-                f" ({', '.join(self.shape.key)}), {ANEW}",
+                f" ({', '.join(self.shape.key)}); then {AGAIN}",
             )
         return cast(Key, key)
 
