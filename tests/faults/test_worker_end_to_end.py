@@ -144,9 +144,11 @@ def batches(pipeline: Pipeline) -> int:
     return sum(event.get("event") == "batch_applied" for event in pipeline.events())
 
 
-def far_enough(pipeline: Pipeline, wanted: int) -> bool:
-    """Say whether so many batches were applied, or all there is: a busy worker makes few and large ones."""
-    return batches(pipeline) >= wanted or pipeline.processes[-1].poll() is not None or pipeline.reached("articles")
+def far_enough(pipeline: Pipeline, wanted: int, lsn: str) -> bool:
+    """Say whether so many batches were applied, or all before `lsn`: a busy worker makes few and large ones."""
+    return (
+        batches(pipeline) >= wanted or pipeline.processes[-1].poll() is not None or pipeline.reached("articles", lsn)
+    )
 
 
 @pytest.mark.faults
@@ -163,7 +165,7 @@ def test_kill_9_in_the_middle_of_a_stream_of_changes_loses_nothing(
         applied = batches(pipeline)
         write(pipeline, seed=100 * seed + round_, transactions=30)
         wanted = applied + chance.randint(1, 6)
-        until(partial(far_enough, pipeline, wanted), f"{wanted} batches")
+        until(partial(far_enough, pipeline, wanted, pipeline.position()), f"{wanted} batches")
         assert pipeline.stop(worker, signal.SIGKILL) == -signal.SIGKILL
 
     pipeline.start()
