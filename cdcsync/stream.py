@@ -11,8 +11,9 @@ The rules:
 1. A status is sent on time whatever apply, the target or the embedder do. It reports as flushed only what is committed.
 2. The checkpoint moves with the batch, to the end of its last complete transaction.
 3. What needs no apply (transactions of other tables, keepalives) moves the checkpoint only while nothing is in
-   flight, and is then written at most every `IDLE_CHECKPOINT_S`, but at once after real work, so that readers who
-   wait for an LSN get on.
+   flight. It is then written at once after real work, so that readers who wait for an LSN get on, and more and more
+   rarely from there, down to every `IDLE_CHECKPOINT_S`: each such write is itself WAL where source and target are one
+   server.
 4. When the connection ends, the open batch is thrown away: everything after the checkpoint is delivered again.
 """
 
@@ -58,6 +59,9 @@ log = structlog.get_logger()
 
 IDLE_CHECKPOINT_S = 10.0
 """How often an idle pipeline writes its position: one small row, against WAL kept for nothing."""
+
+PROMPT_CHECKPOINT_S = 0.25
+"""How soon after real work the position is written again; the pause doubles from there."""
 
 PROMPT_STATUS_S = 1.0
 """A moved checkpoint is reported within this time, so that the source can recycle WAL."""
@@ -122,7 +126,7 @@ class Stream:
         self._passed = checkpoint
         self.pauses: list[SchemaChanged] = []
         """Why indexes were paused on this connection."""
-        self._work_since_idle_checkpoint = True
+        self._idle_pause_s = 0.0
         self._last_idle_checkpoint = 0.0
         self._wake_apply = anyio.Event()
         self._wake_receive = anyio.Event()
@@ -274,7 +278,7 @@ class Stream:
         if keepalive.reply_requested:
             self._status_due = anyio.current_time()
             # A server that shuts down waits until what it sent is flushed here.
-            self._work_since_idle_checkpoint = True
+            self._idle_pause_s = 0.0
 
     def _pass(self, lsn: Lsn) -> None:
         """Note a position up to which there is nothing (more) to apply."""
@@ -334,7 +338,7 @@ class Stream:
                 continue
             self._wake_apply = anyio.Event()
             if not self._ready:
-                with anyio.move_on_after(1.0):
+                with anyio.move_on_after(max(PROMPT_CHECKPOINT_S, self._idle_pause_s - self._idle_rested_s)):
                     await self._wake_apply.wait()
 
     @property
@@ -349,7 +353,7 @@ class Stream:
         changes, applied = await self._until_committed(batch)
         if batch.end_lsn is not None:
             self.progress.commit(batch.end_lsn)
-        self._work_since_idle_checkpoint = True
+        self._idle_pause_s = 0.0
         self._account(batch, changes, applied, anyio.current_time() - started)
         self._page_applied(batch)
         if batch.paused:
@@ -404,13 +408,17 @@ class Stream:
     def _idle_checkpoint_due(self) -> bool:
         if self._passed <= self.progress.checkpoint or self._batch or self._assembler.in_transaction:
             return False
-        rested = anyio.current_time() - self._last_idle_checkpoint
-        return rested >= IDLE_CHECKPOINT_S or (self._work_since_idle_checkpoint and self._dry)
+        rested = self._idle_rested_s
+        return rested >= IDLE_CHECKPOINT_S or (self._dry and rested >= self._idle_pause_s)
+
+    @property
+    def _idle_rested_s(self) -> float:
+        return anyio.current_time() - self._last_idle_checkpoint
 
     async def _write_idle_checkpoint(self) -> None:
         passed = self._passed
         self._last_idle_checkpoint = anyio.current_time()
-        self._work_since_idle_checkpoint = False
+        self._idle_pause_s = min(IDLE_CHECKPOINT_S, max(PROMPT_CHECKPOINT_S, 2 * self._idle_pause_s))
         try:
             with anyio.CancelScope(shield=True):
                 await self._session.apply({}, (), passed, commit_time=None, caught_up=self._dry)
