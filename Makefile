@@ -5,6 +5,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 # Options for the command that a target runs, such as ARGS="-k slot" for test.
 ARGS ?=
+# How many tests run at a time, each on a server of its own: they wait more than they compute.
+JOBS ?= 4
 
 BIN := .venv/bin
 STAMP := .venv/.cdcsync-setup
@@ -32,7 +34,7 @@ demo: setup ## watch an index follow its table, on a PostgreSQL server made for 
 	$(BIN)/cdcsync demo $(ARGS)
 
 test: setup ## run all tests
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: setup ## check style, format and which module may import which
 	$(BIN)/ruff check .

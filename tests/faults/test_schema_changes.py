@@ -150,8 +150,7 @@ def test_an_index_that_cannot_follow_is_paused_alone_and_resumed_by_a_start_afte
     until(lambda: state(pipeline, "articles")[0] == "paused", pipeline.tail)
     assert reason in str(state(pipeline, "articles")[1])
     until(lambda: pipeline.get("/readyz")[0] == 503, "the page to say so")
-    pipeline.reach("notes")
-    pipeline.compare_one("notes")
+    pipeline.in_step("notes")
     status, body = pipeline.get("/readyz")
     assert status == 503
     assert "articles" in json.loads(body)["reasons"][0]
