@@ -25,6 +25,9 @@ log = structlog.get_logger()
 GAUGES_S = 2.0
 """How often the gauges are read from both servers."""
 
+GAUGES_SHARE = 0.05
+"""How much of the time they may be read, which takes the longer the more indexes there are."""
+
 ALIVE_WITHIN_S = 30.0
 """The loop is alive if it turned within this time; the longest uninterrupted step is a batch being decoded."""
 
@@ -137,13 +140,14 @@ class WorkerHandle:
     async def gauges_for_ever(self) -> None:
         """Keep the gauges current."""
         while True:
+            started = anyio.current_time()
             try:
                 self._set_gauges(await self.status())
                 self.metrics.connected.labels("target").set(1)
             except Unavailable as error:
                 self.metrics.connected.labels("target").set(0)
                 log.debug("gauges_wait", error=str(error))
-            await anyio.sleep(GAUGES_S)
+            await anyio.sleep(max(GAUGES_S, (anyio.current_time() - started) / GAUGES_SHARE))
 
     def _set_gauges(self, status: Status) -> None:
         metrics = self.metrics

@@ -24,7 +24,7 @@ from cdcsync.build import build_until_live
 from cdcsync.changes import AGAIN
 from cdcsync.chunks import make_chunker
 from cdcsync.config import Config
-from cdcsync.embed import Desk, EmbedLoop, backoff_s
+from cdcsync.embed import Desk, EmbedLoop, Pool, backoff_s
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import SchemaChanged, TargetUnavailable, Unavailable, leading
 from cdcsync.handle import WorkerHandle
@@ -88,8 +88,9 @@ class _Worker:
         self.desks = {name: Desk(embedder, metrics, anyio.current_time) for name, embedder in embedders.items()}
         self.deliveries = {spec.name: Deliveries() for spec in specs}
         tables = {spec.name: SourceTable(spec.shape, spec.source_key_types, spec.row_filter) for spec in specs}
+        self.embedding = Pool(target_dsn, schema, len(specs))
         self.embed_loops = {
-            spec.name: EmbedLoop(target_dsn, schema, spec, self.desks[spec.config.embedder], metrics) for spec in specs
+            spec.name: EmbedLoop(self.embedding, spec, self.desks[spec.config.embedder], metrics) for spec in specs
         }
         self.backfills = Backfills(
             source_dsn=source_dsn,
@@ -210,6 +211,7 @@ class _Worker:
         with anyio.CancelScope(shield=True):
             await self.session.aclose()
             await self.reads.aclose()
+            await self.embedding.aclose()
         self.spool.remove()
 
     async def watch_publication(self) -> None:

@@ -11,6 +11,7 @@ While the stream is far behind, embedding waits for a moment: what a text is now
 
     waits     how long to wait after a failure
     desk      one embedder and its queue
+    pool      the connections that all loops share
     loop      one index's backlog
 
 A file here imports only from lines above its own.
@@ -18,8 +19,9 @@ A file here imports only from lines above its own.
 
 from __future__ import annotations
 
-from cdcsync.embed.desk import Desk, vector_text
+from cdcsync.embed.desk import Desk, FloatVector, vector_text
 from cdcsync.embed.loop import EmbedLoop
+from cdcsync.embed.pool import Pool
 from cdcsync.embed.waits import backoff_s
 
-__all__ = ["Desk", "EmbedLoop", "backoff_s", "vector_text"]
+__all__ = ["Desk", "EmbedLoop", "FloatVector", "Pool", "backoff_s", "vector_text"]

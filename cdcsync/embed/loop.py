@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import anyio
 import structlog
 
 from cdcsync.embed.desk import Desk, FloatVector
+from cdcsync.embed.pool import Pool
 from cdcsync.embed.waits import backoff_s
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TargetUnavailable, TextRejected, leading
-from cdcsync.index.backlog import Backlog, Waiting
+from cdcsync.index.backlog import Waiting
 from cdcsync.index.schema import IndexSpec
 from cdcsync.metrics import Metrics
-from cdcsync.postgres import connect, speaking_of
+from cdcsync.postgres import speaking_of
 
 log = structlog.get_logger()
 
@@ -24,10 +24,6 @@ that changed several times is embedded once. A stream that stays behind gets vec
 
 HOLD_POLL_S = 0.05
 
-CONNECTIONS = 2
-"""Connections to the target for each index: inserting into HNSW costs the server about a millisecond of one processor
-for each vector, which is more than a fast model or provider takes to make it."""
-
 STORE_TEXTS = 128
 """Vectors stored in one transaction: apply waits for one that holds a chunk which changed again, some 0.2 s."""
 
@@ -36,20 +32,18 @@ POLL_S = 5.0
 
 
 class EmbedLoop:
-    """Empties one index's backlog for ever, on a connection of its own."""
+    """Empties one index's backlog for ever."""
 
-    def __init__(self, dsn: str, schema: str, spec: IndexSpec, desk: Desk, metrics: Metrics) -> None:
-        self._dsn = dsn
-        self._schema = schema
+    def __init__(self, pool: Pool, spec: IndexSpec, desk: Desk, metrics: Metrics) -> None:
+        self._pool = pool
         self._spec = spec
         self._desk = desk
         self._metrics = metrics
         self._wake = anyio.Event()
         self._live = False
-        self._backlogs: list[Backlog] = []
-        self._free = anyio.Semaphore(CONNECTIONS)
         self._failure: EmbedderUnavailable | EmbedderSetupError | None = None
         self._outage = 0
+        self._target_outage = 0
         self._held = False
         self.drained: Callable[[], None] = lambda: None
         """Called each time nothing is left that is due."""
@@ -64,36 +58,15 @@ class EmbedLoop:
     async def run(self) -> None:
         """Embed until cancelled, connecting again whenever the target was away."""
         await self._desk.ready.wait()
-        attempt = 0
         while True:
             try:
-                async with AsyncExitStack() as stack:
-                    with speaking_of("target", where=f"index {self._spec.name}"):
-                        self._backlogs = [await self._connect(stack) for _ in range(CONNECTIONS)]
-                        attempt = 0
-                        await self._drain_for_ever()
+                with speaking_of("target", where=f"index {self._spec.name}"):
+                    await self._drain_for_ever()
             except TargetUnavailable as error:
                 log.warning("target_unavailable", index=self._spec.name, loop="embed", error=str(error))
                 self._metrics.reconnects.labels("target").inc()
-                await anyio.sleep(backoff_s(attempt, first=0.2, most=15))
-                attempt += 1
-
-    async def _connect(self, stack: AsyncExitStack) -> Backlog:
-        connection = await connect(self._dsn, "target", application_name=f"cdcsync embed {self._spec.name}")
-        stack.push_async_callback(connection.close)
-        backlog = Backlog(connection, self._schema, self._spec)
-        await backlog.open()
-        return backlog
-
-    @asynccontextmanager
-    async def _backlog(self) -> AsyncIterator[Backlog]:
-        """Lend a connection that nobody uses."""
-        async with self._free:
-            backlog = self._backlogs.pop()
-            try:
-                yield backlog
-            finally:
-                self._backlogs.append(backlog)
+                await anyio.sleep(backoff_s(self._target_outage, first=0.2, most=15))
+                self._target_outage += 1
 
     async def _drain_for_ever(self) -> None:
         while True:
@@ -116,8 +89,9 @@ class EmbedLoop:
 
     async def _window(self, *, lane: int | None) -> int:
         """Embed one window of due texts and return how many there were."""
-        async with self._backlog() as backlog:
+        async with self._pool.backlog(self._spec) as backlog:
             window = await backlog.window(self._desk.window_texts, lane=lane)
+        self._target_outage = 0
         # Texts of about the same length together: a batch is padded to its longest.
         window.sort(key=lambda waiting: (waiting.lane, len(waiting.text)))
         found = len(window)
@@ -142,7 +116,7 @@ class EmbedLoop:
     async def _one_batch(self, batch: Sequence[Waiting], slots: anyio.Semaphore) -> None:
         try:
             # Texts that changed again while they waited in the window are not worth a call.
-            async with self._backlog() as backlog:
+            async with self._pool.backlog(self._spec) as backlog:
                 waiting = await backlog.still_waiting([one.hash for one in batch])
             self._desk.superseded(len(batch) - len(waiting))
             if (batch := [one for one in batch if one.hash in waiting]) and self._failure is None:
@@ -181,7 +155,7 @@ class EmbedLoop:
                 return
             (poison,) = batch
             log.warning("text_not_embedded", index=self._spec.name, attempts=poison.attempts + 1, error=str(error))
-            async with self._backlog() as backlog:
+            async with self._pool.backlog(self._spec) as backlog:
                 await backlog.postpone(
                     [poison.hash], str(error), delay_s=backoff_s(poison.attempts), final=isinstance(error, TextRejected)
                 )
@@ -198,6 +172,6 @@ class EmbedLoop:
                 tasks.start_soon(self._store_part, dict(items[at : at + STORE_TEXTS]))
 
     async def _store_part(self, part: Mapping[bytes, FloatVector]) -> None:
-        async with self._backlog() as backlog:
+        async with self._pool.backlog(self._spec) as backlog:
             stored = await backlog.store(part)
         self._metrics.vectors.labels(self._spec.name, "backlog").inc(stored)
