@@ -49,6 +49,9 @@ class Metrics:
         self.slot_safe_bytes = self._gauge(
             "slot_safe_bytes", "WAL that may be written before the slot is lost; +Inf without a limit."
         )
+        self.slot_retained_share = self._gauge(
+            "slot_retained_ratio", "Share of max_slot_wal_keep_size that the slot holds; 0 without a limit."
+        )
         self.slot_wal_status = self._gauge(
             "slot_wal_status", "1 for the state of the slot's WAL: reserved, extended, unreserved, lost.", ("status",)
         )

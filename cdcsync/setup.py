@@ -17,7 +17,8 @@ from psycopg import sql
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import GapError, SchemaChanged, SlotInUse
-from cdcsync.index.pipelines import Pipelines, PipelineState
+from cdcsync.gaps import refuse_branch, refuse_gap, refuse_standby
+from cdcsync.index.pipelines import Pipelines
 from cdcsync.index.requests import Kind, Requests
 from cdcsync.index.schema import IndexSpec, create_index_relations
 from cdcsync.index.session import ApplySession
@@ -25,6 +26,7 @@ from cdcsync.index.shared import create_shared
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection, speaking_of
 from cdcsync.source.catalog import (
+    FAILOVER_VERSION,
     Slot,
     blockers,
     create_publication_statement,
@@ -241,28 +243,41 @@ async def starting_point(
     """
     name = config.source.slot
     state = await session.state()
+    await refuse_standby(slot_connection, source)
     server = await slot_connection.identify()
     with speaking_of("source", where=f"slot {name}"):
         slot = await read_slot(source, name)
     if state.checkpoint is None:
-        begin = await _first_position(slot_connection, source, slot, name)
+        begin = await _first_position(slot_connection, source, slot, config)
         await session.begin_at(begin, server.system_identifier, server.timeline)
         return begin, True
     try:
-        _refuse_gap(state, server, slot, name)
-        await _refuse_branch(slot_connection, state, server, name)
+        refuse_gap(state, server, slot, name)
+        await refuse_branch(slot_connection, state, server, name)
     except GapError as gap:
         if config.source.on_gap != "resync":
             raise
         log.error("gap", slot=name, error=str(gap), action="resync")
-        return await _resync(slot_connection, source, session, server, slot, name, indexes), True
+        return await _resync(slot_connection, source, session, server, slot, config, indexes), True
     if state.timeline is not None and server.timeline > state.timeline:
         await session.begin_at(state.checkpoint, server.system_identifier, server.timeline)
         log.info("timeline_followed", slot=name, timeline=server.timeline)
+    assert slot is not None
+    await _let_standbys_have(slot_connection, slot, config)
     return state.checkpoint, False
 
 
-async def _first_position(slot_connection: SlotConnection, source: Connection, slot: Slot | None, name: str) -> Lsn:
+async def _let_standbys_have(slot_connection: SlotConnection, slot: Slot, config: Config) -> None:
+    """Make the slot a failover slot where that is wanted and the server can."""
+    if config.source.failover and not slot.failover and slot_connection.version >= FAILOVER_VERSION:
+        await slot_connection.set_failover(slot.name)
+        log.info("slot_failover", slot=slot.name)
+
+
+async def _first_position(
+    slot_connection: SlotConnection, source: Connection, slot: Slot | None, config: Config
+) -> Lsn:
+    name = config.source.slot
     if slot is not None and slot.wal_status == "lost":
         with speaking_of("source", where=f"slot {name}"):
             await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
@@ -276,16 +291,19 @@ async def _first_position(slot_connection: SlotConnection, source: Connection, s
         # Nothing is indexed yet, so nothing can be missing: the initial load is still to come.
         assert slot.confirmed_flush is not None
         log.info("slot_adopted", slot=name, lsn=str(slot.confirmed_flush))
+        await _let_standbys_have(slot_connection, slot, config)
         return slot.confirmed_flush
-    return await _create_slot(slot_connection, source, name)
+    return await _create_slot(slot_connection, source, config)
 
 
-async def _create_slot(slot_connection: SlotConnection, source: Connection, name: str) -> Lsn:
+async def _create_slot(slot_connection: SlotConnection, source: Connection, config: Config) -> Lsn:
     """Create the slot, and say who is in the way while that waits for open write transactions."""
+    name = config.source.slot
+    failover = config.source.failover and slot_connection.version >= FAILOVER_VERSION
     log.info("slot_creating", slot=name)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_report_writers, source, name)
-        begin = await slot_connection.create_slot(name)
+        begin = await slot_connection.create_slot(name, failover=failover)
         tasks.cancel_scope.cancel()
     log.info("slot_created", slot=name, lsn=str(begin))
     return begin
@@ -305,7 +323,7 @@ async def _resync(
     session: ApplySession,
     server: ServerIdentity,
     slot: Slot | None,
-    name: str,
+    config: Config,
     indexes: Sequence[str],
 ) -> Lsn:
     """Begin anew with a new slot; the index stays searchable while everything is read again.
@@ -313,75 +331,12 @@ async def _resync(
     First the old position is forgotten and the resync asked for, in one transaction: interrupted anywhere after
     that, the next start begins as one without a position does.
     """
+    name = config.source.slot
     await session.forget_position(indexes)
     log.info("resync_requested", slot=name, indexes=list(indexes))
     if slot is not None:
         with speaking_of("source", where=f"slot {name}"):
             await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
-    begin = await _create_slot(slot_connection, source, name)
+    begin = await _create_slot(slot_connection, source, config)
     await session.begin_at(begin, server.system_identifier, server.timeline)
     return begin
-
-
-_RESYNC = (
-    'set source.on_gap = "resync" to read everything again with a new slot; docs/operations.md, "After a gap",'
-    " says what that costs"
-)
-
-
-async def _refuse_branch(
-    slot_connection: SlotConnection, state: PipelineState, server: ServerIdentity, name: str
-) -> None:
-    """Refuse a newer timeline that left ours before the checkpoint: what is indexed beyond never happened there."""
-    if state.timeline is None or server.timeline == state.timeline or state.checkpoint is None:
-        return
-    left_at = await slot_connection.end_of_timeline(state.timeline, server.timeline)
-    if left_at is None or left_at < state.checkpoint:
-        raise GapError(
-            f"the source's timeline {server.timeline} branched off at {left_at or 'an unknown place'}, before the"
-            " checkpoint: a standby was promoted that had not received all that is indexed",
-            where=f"slot {name}, checkpoint {state.checkpoint}",
-            hint=_RESYNC,
-        )
-
-
-def _refuse_gap(state: PipelineState, server: ServerIdentity, slot: Slot | None, name: str) -> None:
-    where = f"slot {name}, checkpoint {state.checkpoint}"
-    assert state.checkpoint is not None
-    if state.system_identifier != server.system_identifier:
-        raise GapError(
-            f"this is another cluster than before (system identifier {server.system_identifier},"
-            f" was {state.system_identifier})",
-            where=where,
-            hint=f"point source.dsn at the old cluster; or {_RESYNC}",
-        )
-    if state.timeline is not None and server.timeline < state.timeline:
-        raise GapError(
-            f"the source is on timeline {server.timeline}, and the index has followed timeline {state.timeline}:"
-            " this server was left behind by a promotion, or restored",
-            where=where,
-            hint=f"point source.dsn at the present primary; or {_RESYNC}",
-        )
-    if server.lsn < state.checkpoint:
-        raise GapError(
-            f"the source's WAL ends at {server.lsn}, before the checkpoint: it was restored from a backup",
-            where=where,
-            hint=_RESYNC,
-        )
-    if slot is None:
-        raise GapError(
-            "the replication slot is gone: changes since the checkpoint cannot be received any more",
-            where=where,
-            hint=_RESYNC,
-        )
-    if slot.wal_status == "lost":
-        raise GapError(
-            "the replication slot has lost WAL that it still needed (max_slot_wal_keep_size)", where=where, hint=_RESYNC
-        )
-    if slot.confirmed_flush is not None and slot.confirmed_flush > state.checkpoint:
-        raise GapError(
-            f"the slot is ahead of the index: it was advanced to {slot.confirmed_flush} by someone else, recreated,"
-            " or the target fell back to an older state",
-            where=where,
-            hint=_RESYNC,
-        )

@@ -130,7 +130,7 @@ class Stream:
         self._last_idle_checkpoint = 0.0
         self._wake_apply = anyio.Event()
         self._wake_receive = anyio.Event()
-        self._spool.clear()
+        self._spool.begin()
 
     @property
     def caught_up(self) -> bool:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Literal
 
 import anyio
@@ -21,15 +19,16 @@ import structlog
 from cdcsync import http
 from cdcsync.backfill import Backfills
 from cdcsync.build import build_until_live
-from cdcsync.changes import AGAIN
 from cdcsync.chunks import make_chunker
 from cdcsync.config import Config
 from cdcsync.embed import Desk, EmbedLoop, Pool, backoff_s
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import SchemaChanged, TargetUnavailable, Unavailable, leading
+from cdcsync.gaps import refuse_moved
 from cdcsync.handle import WorkerHandle
 from cdcsync.index.schema import IndexSpec
 from cdcsync.index.session import ApplySession, worker_name
+from cdcsync.interrupts import INTERRUPT_EVERY_S, cancelled_by, interrupted_by
 from cdcsync.notify import ServiceManager, keep_informed
 from cdcsync.postgres import Session, connect, speaking_of
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
@@ -50,11 +49,9 @@ from cdcsync.source.tables import SourceTable
 from cdcsync.stream import Stream, describe_pause
 from cdcsync.verify import verify_for_ever
 from cdcsync.visibility import Deliveries
+from cdcsync.watch import send_heartbeats, watch
 
 log = structlog.get_logger()
-
-WATCH_S = 5.0
-"""How often the catalog is asked whether the tables are still published."""
 
 STANDBY_POLL_S = 1.0
 """How often a standby tries for the lock: well within the five seconds that a takeover may take."""
@@ -115,10 +112,7 @@ class _Worker:
             )
             desk = self.desks[spec.config.embedder]
             preparers[spec.name] = Preparer(spec, chunker, desk, tables[spec.name], self.reads, metrics)
-        directory = tempfile.mkdtemp(
-            prefix=f"cdcsync-spool-{config.source.slot}-", dir=config.source.spool_directory or None
-        )
-        self.spool = Spool(Path(directory), config.source.spool_bytes)
+        self.spool = Spool(config.source.spool_directory, config.source.spool_bytes)
         self.stream = Stream(
             specs=specs,
             session=self.session,
@@ -158,6 +152,7 @@ class _Worker:
         async with (
             await connect(config.target.dsn, "target") as target,
             await connect(config.source.dsn, "source") as source,
+            interrupted_by(self.handle.stopping, target, source),
         ):
             await set_up_shared(target, config)
             while not await self.session.try_open():
@@ -189,19 +184,22 @@ class _Worker:
         :raises SchemaChanged: an index was paused; begin again without it, or with what it is now.
         """
         try:
-            async with anyio.create_task_group() as tasks:
-                for desk in self.desks.values():
-                    tasks.start_soon(desk.run)
-                for loop in self.embed_loops.values():
-                    tasks.start_soon(loop.run)
-                tasks.start_soon(self.backfill_once_streaming)
-                tasks.start_soon(self.verify_on_schedule)
-                tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
-                tasks.start_soon(self.watch_publication)
-                tasks.start_soon(self.handle.gauges_for_ever)
-                tasks.start_soon(self.end_in_time, tasks.cancel_scope)
-                await self.stream_for_ever()
-                tasks.cancel_scope.cancel()
+            async with anyio.create_task_group() as ending:
+                async with anyio.create_task_group() as tasks:
+                    ending.start_soon(self.end_in_time, tasks.cancel_scope)
+                    for desk in self.desks.values():
+                        tasks.start_soon(desk.run)
+                    for loop in self.embed_loops.values():
+                        tasks.start_soon(loop.run)
+                    tasks.start_soon(self.backfill_once_streaming)
+                    tasks.start_soon(self.verify_on_schedule)
+                    tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
+                    tasks.start_soon(self.watch_once_streaming)
+                    tasks.start_soon(send_heartbeats, self.config)
+                    tasks.start_soon(self.handle.gauges_for_ever)
+                    await self.stream_for_ever()
+                    tasks.cancel_scope.cancel()
+                ending.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise leading(group) from None
 
@@ -212,26 +210,12 @@ class _Worker:
             await self.session.aclose()
             await self.reads.aclose()
             await self.embedding.aclose()
-        self.spool.remove()
+        self.spool.clear()
 
-    async def watch_publication(self) -> None:
-        """Pause an index whose table was made anew or is not published any more: the stream would not tell."""
+    async def watch_once_streaming(self) -> None:
+        """Ask the source what the stream does not tell."""
         await self.streaming.wait()
-        async with Session(self.config.source.dsn, "source", application_name="cdcsync watch") as watch:
-            while True:
-                await anyio.sleep(WATCH_S)
-                try:
-                    with speaking_of("source"):
-                        unpublished = await unpublished_tables(await watch.connection(), self.config, self.specs)
-                except Unavailable as error:
-                    log.debug("watch_waits", error=str(error))
-                    continue
-                for spec in self.specs:
-                    table = spec.shape.table
-                    if table in unpublished:
-                        self.stream.pause(
-                            SchemaChanged(unpublished[table], index=spec.name, where=str(table), hint=AGAIN)
-                        )
+        await watch(self.config, self.specs, self.stream, self.handle.metrics)
 
     async def stream_for_ever(self) -> None:
         """Follow the slot over any number of connections until told to stop."""
@@ -242,9 +226,12 @@ class _Worker:
             try:
                 async with control, await SlotConnection.connect(self.config.source.dsn) as slot:
                     source = await control.connection()
-                    checkpoint, anew = await starting_point(
-                        slot, source, self.session, self.config, [spec.name for spec in self.specs]
-                    )
+                    async with cancelled_by(self.handle.stopping):
+                        checkpoint, anew = await starting_point(
+                            slot, source, self.session, self.config, [spec.name for spec in self.specs]
+                        )
+                    if self.handle.stopping.is_set():
+                        break
                     # The marks of pages under way may lie before what this connection will deliver.
                     self.backfills.interrupt()
                     if anew:
@@ -264,6 +251,7 @@ class _Worker:
                         checkpoint,
                         streaming=self.config.source.streaming,
                     )
+                    await refuse_moved(source, self.config.source.slot, checkpoint)
                     log.info("streaming", slot=self.config.source.slot, checkpoint=str(checkpoint))
                     self.handle.connected(True)
                     self.streaming.set()
@@ -306,7 +294,11 @@ class _Worker:
         await self.handle.stopping.wait()
         await anyio.sleep(self.config.worker.stop_timeout_s)
         log.warning("stop_timeout", seconds=self.config.worker.stop_timeout_s)
-        scope.cancel()
+        async with anyio.create_task_group() as tasks:
+            # A transaction that has begun is not cancelled from this side: its statement has to fail.
+            tasks.start_soon(self.session.interrupt)
+            await anyio.sleep(INTERRUPT_EVERY_S)
+            scope.cancel()
 
     async def _reopen_target(self) -> None:
         try:
@@ -396,11 +388,14 @@ async def _work_through_schema_changes(
                 reasons[error.index] = describe_pause(error)
                 paused_at[error.index] = now
         except Unavailable as error:
-            log.warning("set_up_waits", error=str(error))
+            if not handle.stopping.is_set():
+                log.warning("set_up_waits", error=str(error))
             with anyio.move_on_after(STANDBY_POLL_S):
                 await handle.stopping.wait()
         finally:
             await worker.aclose()
+        if handle.stopping.is_set():
+            return
         report = await _examine_again(config, handle, embedders)
 
 

@@ -63,6 +63,10 @@ class Source(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         directory for temporary files.
     :param spool_bytes: the most bytes of open transactions to keep there; beyond it the worker stops with an error.
     :param feedback_every_s: at most this many seconds pass between two reports of the checkpoint to the server.
+    :param heartbeat_every_s: write a message of a few bytes to the source's WAL this often, in seconds, so that the
+        checkpoint moves on an idle server too; 0 for none.
+    :param failover: create the slot so that standbys which synchronise slots have it too (PostgreSQL 17 and later);
+        older servers cannot.
     :param on_gap: what to do when changes were lost with the slot: "stop" with an error, or "resync" the indexes
         by reading their tables again.
     """
@@ -74,6 +78,8 @@ class Source(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     spool_directory: str = ""
     spool_bytes: SpoolBytes = 10 * 1024**3
     feedback_every_s: Seconds = 10.0
+    heartbeat_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
+    failover: bool = True
     on_gap: Literal["stop", "resync"] = "stop"
 
 

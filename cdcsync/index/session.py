@@ -25,6 +25,7 @@ from cdcsync.index.keys import discard_vectors
 from cdcsync.index.pipelines import Pipelines, PipelineState
 from cdcsync.index.requests import Requests
 from cdcsync.index.schema import IndexSpec
+from cdcsync.interrupts import INTERRUPT_EVERY_S, interrupt
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection, connect, speaking_of
 
@@ -63,6 +64,7 @@ class ApplySession:
         self._slot = slot
         self._pipelines = Pipelines(schema, slot)
         self._fence: int | None = None
+        self._ending = False
         self._connection: Connection | None = None
         self._writers: dict[str, IndexWriter] = {}
 
@@ -100,6 +102,8 @@ class ApplySession:
         :raises LeaseLost: another worker took over meanwhile.
         """
         await self.aclose()
+        if self._ending:
+            raise TargetUnavailable("the worker is ending", where=f"slot {self._slot}")
         connection = await self._connect()
         with speaking_of("target"):
             try:
@@ -211,6 +215,17 @@ class ApplySession:
                 page.backfill_id,
             ],
         )
+
+    async def interrupt(self) -> None:
+        """Have what runs in this session fail and roll back, until cancelled: for a worker whose time is up.
+
+        From now on the session is not opened again.
+        """
+        self._ending = True
+        while True:
+            if self._connection is not None:
+                await interrupt(self._connection)
+            await anyio.sleep(INTERRUPT_EVERY_S)
 
     async def _connect(self) -> Connection:
         return await connect(self._dsn, "target", application_name=f"cdcsync apply {self._slot}")

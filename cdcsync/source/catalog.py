@@ -22,6 +22,7 @@ from cdcsync.source.relations import Column, Table, read_table
 from cdcsync.visibility import Snapshot
 
 __all__ = [
+    "FAILOVER_VERSION",
     "Column",
     "Publication",
     "Published",
@@ -40,6 +41,9 @@ __all__ = [
     "running_transactions",
 ]
 
+
+FAILOVER_VERSION = 170000
+"""PostgreSQL 17: standbys can have a logical slot too."""
 
 REPLICATION_ROLES = ("rds_replication",)
 """Roles of managed services whose members may replicate without having the attribute themselves."""
@@ -86,6 +90,7 @@ class Slot(msgspec.Struct, frozen=True):
     wal_status: str | None
     retained_bytes: int | None
     safe_bytes: int | None
+    failover: bool = False
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -143,13 +148,15 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
     """Return the slot, or None when there is none of that name."""
     row = await _one(
         connection,
-        """
-        SELECT slot_name, plugin, database, active_pid, confirmed_flush_lsn::text, restart_lsn::text, wal_status,
-               pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
-                                    ELSE pg_current_wal_lsn() END, restart_lsn)::int8,
-               safe_wal_size
-        FROM pg_replication_slots WHERE slot_name = %s
-        """,
+        sql.SQL(
+            """
+            SELECT slot_name, plugin, database, active_pid, confirmed_flush_lsn::text, restart_lsn::text, wal_status,
+                   pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
+                                        ELSE pg_current_wal_lsn() END, restart_lsn)::int8,
+                   safe_wal_size, {}
+            FROM pg_replication_slots WHERE slot_name = %s
+            """
+        ).format(sql.SQL("failover" if connection.info.server_version >= FAILOVER_VERSION else "false")),
         name,
     )
     if row is None:
@@ -164,6 +171,7 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
         wal_status=row[6],
         retained_bytes=row[7],
         safe_bytes=row[8],
+        failover=row[9],
     )
 
 

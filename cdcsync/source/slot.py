@@ -16,6 +16,7 @@ Source: PostgreSQL, "Streaming Replication Protocol"; "libpq - C Library", Funct
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -25,7 +26,8 @@ import msgspec
 import psycopg
 from psycopg import pq, sql
 
-from cdcsync.errors import GapError, ProtocolError, SetupError, SlotInUse, SourceUnavailable
+from cdcsync.errors import CdcsyncError, GapError, ProtocolError, SetupError, SlotInUse, SourceUnavailable
+from cdcsync.interrupts import CANCEL_S
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.frames import Keepalive, XLogData, decode_frame, encode_status_update
 from cdcsync.pgoutput.wire import from_datetime
@@ -89,6 +91,16 @@ class SlotConnection:
         system, timeline, position, database = rows[0]
         return ServerIdentity(str(system), int(timeline), Lsn.parse(position), str(database))
 
+    @property
+    def version(self) -> int:
+        """The server's version as a number: 180006 is 18.6."""
+        return self._pgconn.server_version
+
+    async def in_recovery(self) -> bool:
+        """Say whether the server is a standby just now."""
+        rows = await self._command("SELECT pg_is_in_recovery()")
+        return str(rows[0][0]) == "t"
+
     async def end_of_timeline(self, timeline: int, newer: int) -> Lsn | None:
         """Return where the history of `newer` left `timeline`; None when it never was on it."""
         rows = await self._command(f"TIMELINE_HISTORY {newer:d}")
@@ -101,14 +113,31 @@ class SlotConnection:
     async def create_slot(self, name: str, *, failover: bool = False) -> Lsn:
         """Create a permanent pgoutput slot and return the position from which it sends.
 
-        Waits for every write transaction that is open now to end.
+        Waits for every write transaction that is open now to end. Cancelled meanwhile, it leaves no slot behind.
+
+        :param failover: let standbys have it too (PostgreSQL 17 and later).
         """
         options = ", ".join(["SNAPSHOT 'nothing'", *(["FAILOVER"] if failover else [])])
-        version = self._pgconn.server_version
-        form = f"({options})" if version >= 150000 else "NOEXPORT_SNAPSHOT"
+        form = f"({options})" if self.version >= 150000 else "NOEXPORT_SNAPSHOT"
         statement = sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput " + form).format(sql.Identifier(name))
-        rows = await self._command(statement.as_string(self._connection))
+        try:
+            rows = await self._command(statement.as_string(self._connection))
+        except anyio.get_cancelled_exc_class():
+            # A walsender that waits for a transaction does not notice that its client is gone.
+            with anyio.move_on_after(CANCEL_S, shield=True), contextlib.suppress(psycopg.Error, CdcsyncError):
+                await self._connection.cancel_safe(timeout=CANCEL_S)
+                while await self._result() is not None:
+                    pass
+            raise
         return Lsn.parse(rows[0][1])
+
+    async def set_failover(self, name: str) -> None:
+        """Let standbys have a slot that exists (PostgreSQL 17 and later).
+
+        :raises SlotInUse: another connection reads the slot.
+        """
+        statement = sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER)").format(sql.Identifier(name))
+        await self._command(statement.as_string(self._connection))
 
     async def start(self, slot: str, publications: Sequence[str], lsn: Lsn, *, streaming: bool) -> int:
         """Begin to stream from `lsn`; returns the protocol version spoken.
@@ -116,7 +145,7 @@ class SlotConnection:
         :raises SlotInUse: another connection reads the slot.
         :raises GapError: the slot is gone or has lost WAL.
         """
-        version = 4 if self._pgconn.server_version >= 160000 else 2
+        version = 4 if self.version >= 160000 else 2
         options = {
             "proto_version": str(version),
             "publication_names": ",".join('"' + name.replace('"', '""') + '"' for name in publications),

@@ -2,7 +2,8 @@
 
 The rules:
 
-1. One file per top-level transaction. A record is a length and a message, exactly as it came.
+1. One file per top-level transaction, without a name: it goes with the process, however that ends. A record is a
+   length and a message, exactly as it came.
 2. An aborted subtransaction takes with it everything from its first record on: while it runs, only it and its own
    subtransactions write, so nothing behind that point belongs to anyone else.
 3. A spool belongs to its connection. It is emptied when a connection begins, because the server then streams from
@@ -14,32 +15,72 @@ Source: PostgreSQL, "Streaming of Large Transactions for Logical Decoding"; src/
 from __future__ import annotations
 
 import contextlib
-import shutil
 import struct
+import tempfile
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO
+from tempfile import TemporaryFile
+from typing import BinaryIO, cast
 
 from cdcsync.errors import ProtocolError, SetupError
 
 _LENGTH = struct.Struct("!I")
 
+_XIDS = 2**32
+"""Transaction ids wrap around here; those of subtransactions follow that of their transaction."""
+
 
 class _Transaction:
-    """One open transaction's file, and where each of its subtransactions begins in it, in the file's order."""
+    """One open transaction's file, and where each of its subtransactions begins in it.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: BinaryIO = path.open("w+b")
-        self.first: dict[int, int] = {}
+    A transaction may have millions of subtransactions, one for each row of a loop that catches errors. So what is
+    known of each takes twelve bytes: how far its id is from the transaction's, rising, and its first record's place.
+    """
+
+    def __init__(self, xid: int, file: BinaryIO) -> None:
+        self.file = file
         self.size = 0
+        self._xid = xid
+        self._newest: int | None = None
+        self._steps = array("I")
+        self._starts = array("Q")
+
+    def note(self, xid: int) -> None:
+        """Remember that a record of `xid` comes at the end of the file."""
+        if xid == self._newest:
+            return
+        self._newest = xid
+        step = (xid - self._xid) % _XIDS
+        place = bisect_left(self._steps, step)  # nearly always the end
+        if place == len(self._steps) or self._steps[place] != step:
+            self._steps.insert(place, step)
+            self._starts.insert(place, self.size)
+
+    def forget(self, xid: int) -> int | None:
+        """Forget a subtransaction and what began after it; returns its first record's place, None if it has none."""
+        step = (xid - self._xid) % _XIDS
+        place = bisect_left(self._steps, step)
+        if place == len(self._steps) or self._steps[place] != step:
+            return None
+        start = self._starts[place]
+        # Those around it have lower ids, and may have written their own first record after it: they abort as well.
+        while self._starts and self._starts[-1] >= start:
+            self._steps.pop()
+            self._starts.pop()
+        self._newest = None
+        return start if start < self.size else None
 
 
 class Spool:
-    """The open transactions of one connection, in a directory of their own."""
+    """The open transactions of one connection.
 
-    def __init__(self, directory: Path, limit_bytes: int) -> None:
-        self._directory = directory
+    :param directory: where their files are made; empty means the system's directory for temporary files.
+    :param limit_bytes: the most that they may take together.
+    """
+
+    def __init__(self, directory: str, limit_bytes: int) -> None:
+        self._directory = directory or tempfile.gettempdir()
         self._limit = limit_bytes
         self._open: dict[int, _Transaction] = {}
         self._current: _Transaction | None = None
@@ -55,27 +96,19 @@ class Spool:
         """How many open transactions are spooled."""
         return len(self._open)
 
-    def clear(self) -> None:
-        """Throw everything away, and what an earlier process left.
+    def begin(self) -> None:
+        """Throw everything away, for a new connection, and see that files can be made.
 
-        :raises SetupError: the directory cannot be emptied and made anew.
+        :raises SetupError: they cannot: better now than in the middle of a transaction.
         """
-        for xid in list(self._open):
-            self.drop(xid)
-        self._current = None
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(self._directory)
-            self._directory.mkdir(parents=True, mode=0o700)
-        except OSError as error:
-            raise self._unusable(error) from error
+        self.clear()
+        self._make_file().close()
 
-    def remove(self) -> None:
-        """Throw everything away, the directory too; for the end of a worker."""
+    def clear(self) -> None:
+        """Throw everything away."""
         for xid in list(self._open):
             self.drop(xid)
         self._current = None
-        shutil.rmtree(self._directory, ignore_errors=True)
 
     def enter(self, xid: int) -> None:
         """Begin to receive a block of transaction `xid`.
@@ -87,10 +120,7 @@ class Spool:
             raise ProtocolError("a stream block began inside another one")
         transaction = self._open.get(xid)
         if transaction is None:
-            try:
-                transaction = self._open[xid] = _Transaction(self._directory / f"{xid}.spool")
-            except OSError as error:
-                raise self._unusable(error) from error
+            transaction = self._open[xid] = _Transaction(xid, self._make_file())
         self._current = transaction
 
     def append(self, xid: int, payload: bytes) -> None:
@@ -104,10 +134,10 @@ class Spool:
         if self.bytes + size > self._limit:
             raise SetupError(
                 f"open transactions need more than {self._limit:,} bytes of spool",
-                where=str(self._directory),
+                where=self._directory,
                 hint="raise source.spool_bytes, or set source.streaming = false to let the server spill instead",
             )
-        transaction.first.setdefault(xid, transaction.size)
+        transaction.note(xid)
         try:
             transaction.file.write(_LENGTH.pack(len(payload)))
             transaction.file.write(payload)
@@ -136,7 +166,7 @@ class Spool:
         if xid == subxid:
             self.drop(xid)
             return
-        start = transaction.first.get(subxid)
+        start = transaction.forget(subxid)
         if start is None:
             return
         try:
@@ -146,10 +176,6 @@ class Spool:
             raise self._unusable(error) from error
         self.bytes -= transaction.size - start
         transaction.size = start
-        # From the end: a transaction may have very many subtransactions, and looking at all of them at each abort would
-        # take a time that grows with their square.
-        while transaction.first.popitem()[0] != subxid:
-            pass
 
     def replay(self, xid: int) -> Iterator[bytes]:
         """Yield the messages of a transaction in their order; the caller drops it afterwards.
@@ -175,12 +201,16 @@ class Spool:
             self.bytes -= transaction.size
             with contextlib.suppress(OSError):  # a full disk is no reason to keep what is not wanted
                 transaction.file.close()
-            with contextlib.suppress(OSError):
-                transaction.path.unlink()
+
+    def _make_file(self) -> BinaryIO:
+        try:
+            return cast("BinaryIO", TemporaryFile(prefix="cdcsync-spool-", dir=self._directory))
+        except OSError as error:
+            raise self._unusable(error) from error
 
     def _unusable(self, error: OSError) -> SetupError:
         return SetupError(
             f"open transactions cannot be kept on disk: {error.strerror or error}",
-            where=str(self._directory),
+            where=self._directory,
             hint="free disk space there, or set source.spool_directory to where the worker may write",
         )

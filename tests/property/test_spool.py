@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from itertools import count
-from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,8 +103,7 @@ def test_what_replays_is_what_was_sent_and_not_rolled_back(
     steps: list[tuple[int, str, bytes]], order: list[float]
 ) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        spool = Spool(Path(directory) / "spool", limit_bytes=10**6)
-        spool.clear()
+        spool = Spool(directory, limit_bytes=10**6)
         xids = count(1)
         servers = [Server(spool, xids) for _ in range(2)]
         for at, step, payload in steps:

@@ -1,0 +1,86 @@
+"""Interrupts: how what waits is ended, on this side and on the server.
+
+A wait for a server is not just left: psycopg's own would leave a session behind that waits for its lock, and a
+transaction of which nobody knows whether it commits. So the server is asked to cancel, and the statement fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import psycopg
+
+from cdcsync.errors import leading
+
+CANCEL_S = 2.0
+"""How long a cancel request may take: it is one small message to a server that was just reached."""
+
+INTERRUPT_EVERY_S = 0.25
+"""A request that meets no statement does nothing, so it is repeated."""
+
+HANG_UP_AFTER = 8
+"""Requests after which the server is not listening, and the connection is cut."""
+
+
+async def interrupt(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Have whatever runs on a connection fail, statement after statement, until cancelled or the connection is closed.
+
+    One that does not listen is hung up on. What waits for the statement sees an error that waiting would mend.
+    """
+    requests = 0
+    while not connection.closed:
+        with contextlib.suppress(psycopg.Error):
+            await connection.cancel_safe(timeout=CANCEL_S)
+        requests += 1
+        if requests >= HANG_UP_AFTER:
+            with contextlib.suppress(psycopg.Error, OSError):
+                _hang_up(connection.pgconn.socket)
+            return
+        await anyio.sleep(INTERRUPT_EVERY_S)
+
+
+def _hang_up(descriptor: int) -> None:
+    """Shut a connection's socket down: whoever waits for it is woken, and finds it closed."""
+    with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+        duplicate.shutdown(socket.SHUT_RDWR)
+
+
+@asynccontextmanager
+async def interrupted_by(event: anyio.Event, *connections: psycopg.AsyncConnection[Any]) -> AsyncIterator[None]:
+    """Have the statements of a block fail once an event is set."""
+    try:
+        async with anyio.create_task_group() as tasks:
+
+            async def wait(connection: psycopg.AsyncConnection[Any]) -> None:
+                await event.wait()
+                await interrupt(connection)
+
+            for connection in connections:
+                tasks.start_soon(wait, connection)
+            yield
+            tasks.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise leading(group) from None
+
+
+@asynccontextmanager
+async def cancelled_by(event: anyio.Event) -> AsyncIterator[None]:
+    """Leave the block where it is once an event is set: for what ends cleanly when it is cancelled."""
+    try:
+        async with anyio.create_task_group() as tasks:
+
+            async def wait() -> None:
+                await event.wait()
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(wait)
+            yield
+            tasks.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise leading(group) from None

@@ -1,0 +1,117 @@
+"""An orderly end while something waits: for a lock of the target, a transaction of the source, a frozen server."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from cdcsync.cluster import Cluster
+from tests.fixtures.outages import MakeSimple, frozen, make_target, metric
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import Pipeline, until
+
+pytestmark = [pytest.mark.server, pytest.mark.faults]
+
+FOR_EVER = "stop_timeout_s = 1000"
+
+
+@pytest.fixture
+def make(make_database: Callable[[], Database], make_simple: MakeSimple) -> Callable[[str], Pipeline]:
+    """Makes a pipeline between two databases."""
+
+    def made(worker_lines: str) -> Pipeline:
+        source, target = make_database(), make_database()
+        return make_simple(source.dsn, target.dsn, slot=source.name, worker_lines=worker_lines)
+
+    return made
+
+
+def waiting(pipeline: Pipeline) -> list[tuple[object, ...]]:
+    """Return the worker's sessions on the target that wait for a lock; what a transaction sees of others stays as it
+    was, so another session asks."""
+    return pipeline.source.execute(
+        "SELECT pid, query FROM pg_stat_activity WHERE datname = %s"
+        " AND application_name LIKE 'cdcsync%%' AND wait_event_type = 'Lock'",
+        [pipeline.target.info.dbname],
+    ).fetchall()
+
+
+def slots(pipeline: Pipeline) -> list[tuple[object, ...]]:
+    return pipeline.source.execute(
+        "SELECT slot_name FROM pg_replication_slots WHERE slot_name = %s", [pipeline.config.source.slot]
+    ).fetchall()
+
+
+def test_a_worker_whose_apply_waits_for_a_lock_ends_in_time_and_leaves_nothing_half_done(
+    make: Callable[[str], Pipeline],
+) -> None:
+    # With ACCESS EXCLUSIVE the look-up before the transaction waits already, with SHARE the first write in it.
+    pipeline = make("stop_timeout_s = 0.5")
+    for mode in ("ACCESS EXCLUSIVE", "SHARE"):
+        worker = pipeline.start()
+        pipeline.live()
+        pipeline.in_step()
+        with pipeline.target.transaction():
+            pipeline.target.execute(f"LOCK TABLE cdcsync.articles_chunks IN {mode} MODE")
+            pipeline.source.execute("UPDATE articles SET title = title || ' changed'")
+            until(lambda: waiting(pipeline), "apply to wait for the lock")
+
+            assert pipeline.stop(worker) == 0
+
+            until(lambda: not waiting(pipeline), lambda: f"no session that waits: {waiting(pipeline)}")
+    assert pipeline.event("stop_timeout")
+    pipeline.start()
+    pipeline.in_step()
+
+
+def test_a_worker_whose_target_is_frozen_ends_in_time(
+    make_cluster: Callable[..., Cluster], make_simple: MakeSimple
+) -> None:
+    cluster = make_cluster()
+    pipeline = make_simple(cluster.dsn(), make_target(cluster), worker_lines="stop_timeout_s = 0.5")
+    worker = pipeline.start()
+    pipeline.live()
+    row = pipeline.target.execute(
+        "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'cdcsync apply%'"
+    ).fetchone()
+    assert row is not None
+    with frozen(row[0]):
+        pipeline.source.execute("UPDATE articles SET title = 'changed'")
+        until(lambda: metric(pipeline, "cdcsync_lag_seconds") > 0, "the change to wait")
+
+        assert pipeline.stop(worker) == 0
+
+    pipeline.start()
+    pipeline.in_step()
+
+
+def test_a_worker_that_creates_its_slot_ends_at_once_and_leaves_no_slot(make: Callable[[str], Pipeline]) -> None:
+    pipeline = make(FOR_EVER)
+    with pipeline.source.transaction():
+        pipeline.source.execute("INSERT INTO articles VALUES (1000, 1, 'open')")
+        worker = pipeline.start()
+        until(lambda: slots(pipeline), lambda: f"the slot that is being made; {pipeline.tail()}")
+
+        assert pipeline.stop(worker) == 0
+
+        assert slots(pipeline) == []
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+
+
+def test_a_worker_whose_set_up_waits_for_a_lock_ends_at_once(make: Callable[[str], Pipeline]) -> None:
+    pipeline = make(FOR_EVER)
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.stop(worker)
+    with pipeline.target.transaction():
+        pipeline.target.execute("LOCK TABLE cdcsync.pipelines IN SHARE MODE")
+        worker = pipeline.start()
+        until(lambda: waiting(pipeline), lambda: f"the set-up to wait; {pipeline.tail()}")
+
+        assert pipeline.stop(worker, signal.SIGINT) == 0
+
+        assert waiting(pipeline) == []
