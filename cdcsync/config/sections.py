@@ -20,8 +20,10 @@ from cdcsync.config.values import (
     Address,
     ApiKey,
     BatchBytes,
+    ClusterAddress,
     Dsn,
     EmbedderName,
+    FunctionPath,
     IndexName,
     MemorySize,
     Milliseconds,
@@ -29,12 +31,16 @@ from cdcsync.config.values import (
     Relation,
     Rows,
     Seconds,
+    Share,
     SlotName,
     SpoolBytes,
     Text,
     Url,
     parse_address,
 )
+
+NO_FRAME = "{chunk}"
+"""The `chunk_text` of chunks that stand alone."""
 
 MAX_DIMENSIONS = 16_000
 """pgvector's limit for a column of type vector."""
@@ -113,7 +119,7 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     listen: Address = "127.0.0.1:9477"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
-    batch_rows: Rows = 2_000
+    batch_rows: Rows = 10_000
     batch_bytes: BatchBytes = 8 * 1024 * 1024
     backfill_page_rows: Rows = 1_000
     backfill_max_rows_per_s: Annotated[int, Meta(ge=0, le=10**9)] = 0
@@ -130,6 +136,9 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return parse_address(self.listen)
 
 
+Dimensions = Annotated[int, Meta(ge=1, le=MAX_DIMENSIONS)]
+
+
 class HashEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="hash"):
     """Deterministic feature hashing: no weights, for tests and benchmarks.
 
@@ -137,7 +146,7 @@ class HashEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     :param latency_ms: milliseconds that each call pretends to take, to see what a slow model does.
     """
 
-    dimensions: Annotated[int, Meta(ge=1, le=MAX_DIMENSIONS)] = 256
+    dimensions: Dimensions = 256
     latency_ms: Milliseconds = 0.0
 
 
@@ -148,17 +157,36 @@ class SentenceTransformersEmbedder(
 
     :param model: the model's name on its hub, or the path of a directory that holds it.
     :param revision: the hub's commit, branch or tag; without one, the newest that is there.
-    :param device: "auto" picks an accelerator when there is one; else a torch device such as "cpu" or "cuda:1".
-    :param batch_size: texts in one forward pass; larger is faster until the device's memory is full.
+    :param device: "auto" picks an accelerator when there is one; else a torch device such as "cpu", "cuda:1" or "mps".
+    :param dtype: the numbers that the model computes with; "auto" takes those of its files.
+    :param backend: what runs the model: "torch", or "onnx" or "openvino", each of which needs an extra of
+        sentence-transformers.
+    :param dimensions: cut vectors to this length, for models that were trained for it (Matryoshka); empty keeps all.
+    :param normalize: have vectors of length one also where the model's own steps do not make them so.
+    :param document_prompt: put before each chunk when it is embedded; empty takes the model's own.
+    :param query_prompt: put before each query when it is embedded; empty takes the model's own.
+    :param trust_remote_code: run Python code that comes with the model. It can do what the worker can.
+    :param batch_size: the most texts in one forward pass; larger is faster on an accelerator until its memory is full.
     """
 
     model: Text
     revision: Text | None = None
     device: Text = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    backend: Literal["torch", "onnx", "openvino"] = "torch"
+    dimensions: Dimensions | None = None
+    normalize: bool = False
+    document_prompt: str | None = None
+    query_prompt: str | None = None
+    trust_remote_code: bool = False
     batch_size: Annotated[int, Meta(ge=1, le=10_000)] = 32
 
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """The other backends decide on their numbers when they load an exported model."""
+        if self.backend != "torch" and self.dtype != "auto":
+            yield "dtype", f'must be "auto" with backend = "{self.backend}", got "{self.dtype}"'
 
-Dimensions = Annotated[int, Meta(ge=1, le=MAX_DIMENSIONS)]
+
 PerMinute = Annotated[int, Meta(ge=1, le=10**12)]
 InputTokens = Annotated[int, Meta(ge=8, le=1_000_000)]
 
@@ -243,7 +271,43 @@ class TeiEmbedder(RemoteEmbedder, frozen=True, forbid_unknown_fields=True, kw_on
     truncate: bool = False
 
 
-Embedder = HashEmbedder | SentenceTransformersEmbedder | OpenAIEmbedder | TeiEmbedder
+OneEmbedder = HashEmbedder | SentenceTransformersEmbedder | OpenAIEmbedder | TeiEmbedder
+"""What one process runs."""
+
+
+class RayEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="ray"):
+    """Any other embedder, run by actors on the machines of a Ray cluster.
+
+    :param embedder: what each actor runs: a section as any other embedder's.
+    :param address: the cluster's head as host:port; "auto" is the cluster that this machine is a node of.
+    :param actors_min: actors that are kept while there is nothing to do.
+    :param actors_max: the most actors; there are as many as the queue keeps busy.
+    :param tasks_in_flight: calls that each actor has at a time, so that the next is there when one is done.
+    :param idle_s: an actor that had nothing to do for this many seconds is given back.
+    :param timeout_s: seconds that one call may take; an actor that takes longer is replaced.
+    :param cpus: processors that Ray sets aside for each actor; 0 takes none into account.
+    :param gpus: GPUs that Ray sets aside for each actor; a fraction shares one.
+    :param resources: other resources of Ray that each actor needs, by name: { a100 = 1 }. Empty is none.
+    """
+
+    embedder: OneEmbedder
+    address: ClusterAddress = "auto"
+    actors_min: Annotated[int, Meta(ge=1, le=1_000)] = 1
+    actors_max: Annotated[int, Meta(ge=1, le=1_000)] = 4
+    tasks_in_flight: Annotated[int, Meta(ge=2, le=100)] = 2
+    idle_s: Seconds = 60.0
+    timeout_s: Seconds = 300.0
+    cpus: Share = 1.0
+    gpus: Share = 0.0
+    resources: Annotated[dict[Text, Share], Meta(min_length=1)] | None = None
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """Fewer actors than are kept could not be."""
+        if self.actors_max < self.actors_min:
+            yield "actors_max", f"must be at least actors_min ({self.actors_min}), got {self.actors_max}"
+
+
+Embedder = OneEmbedder | RayEmbedder
 
 
 class Chunking(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -254,11 +318,19 @@ class Chunking(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param max_tokens: the largest chunk, in the model's tokens; "characters", and a model without a tokenizer, take
         four characters as one.
     :param overlap_tokens: how much of a chunk's end the next one repeats, in the same unit.
+    :param max_chunks: the most chunks of a document; empty for any number.
+    :param on_too_many: what becomes of a document that has more: "error" leaves it out and says so, "truncate" leaves
+        out what does not fit.
+    :param chunks: a function of your own that cuts documents, as "package.module:function"; what it makes larger than
+        max_tokens is cut again by the strategy.
     """
 
     strategy: Literal["tokens", "characters", "markdown", "code", "none"] = "tokens"
     max_tokens: Annotated[int, Meta(ge=8, le=1_000_000)] = 256
     overlap_tokens: Annotated[int, Meta(ge=0, le=1_000_000)] = 32
+    max_chunks: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    on_too_many: Literal["error", "truncate"] = "error"
+    chunks: FunctionPath | None = None
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """An overlap as long as the chunk would never get to the document's end."""
@@ -272,11 +344,14 @@ class Hnsw(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param m: neighbours that each vector keeps per layer; more finds better, and costs space and build time.
     :param ef_construction: candidates looked at when a vector is inserted; more finds better and builds slower.
     :param build_memory: maintenance_work_mem while the index is built; a graph that fits builds many times faster.
+    :param build_workers: processes that help to build, of those that the server has (max_parallel_workers); 0 leaves it
+        to the server's max_parallel_maintenance_workers, which is 2 by default.
     """
 
     m: Annotated[int, Meta(ge=2, le=100)] = 16
     ef_construction: Annotated[int, Meta(ge=4, le=1_000)] = 64
     build_memory: MemorySize = "512MB"
+    build_workers: Annotated[int, Meta(ge=0, le=64)] = 0
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """PostgreSQL refuses to create the index otherwise."""
@@ -290,6 +365,10 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param table: the source table, as in SQL: `schema.table`, in quotes where SQL needs them; `public` is the default
         schema.
     :param text: the template of a document: column names in braces; NULL renders as nothing.
+    :param documents: in place of `text`, a function of your own that makes documents of rows, as
+        "package.module:function".
+    :param document_columns: the columns that this function gets, spelled as the server stores them.
+    :param chunk_text: what is stored, embedded and searched for each chunk: a template in which {chunk} is the chunk.
     :param embedder: the name of the [embedders.NAME] section that makes the vectors.
     :param view: the view that users query, as in SQL; left out, `public.NAME_index`.
     :param columns: columns carried into the index as they are, spelled as the server stores them.
@@ -305,7 +384,10 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """
 
     table: Relation
-    text: Text
+    text: str = ""
+    documents: FunctionPath | None = None
+    document_columns: tuple[Name, ...] = ()
+    chunk_text: str = NO_FRAME
     embedder: str
     view: Relation = ""
     columns: tuple[Name, ...] = ()
@@ -335,8 +417,15 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return QualifiedName.parse(self.view)
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """A column named twice would be created twice."""
-        for key, names in (("columns", self.columns), ("indexed", self.indexed)):
+        """A document is made in one way; a column named twice would be created twice."""
+        if self.documents is None and not self.text.strip():
+            yield "text", "is required, unless documents names a function; it is the template of a document"
+        if self.documents is not None and self.text:
+            yield "text", "must be left out where documents names a function"
+        if (self.documents is None) != (not self.document_columns):
+            yield "document_columns", "names the columns of the function in documents: give both or neither"
+        lists = (("columns", self.columns), ("indexed", self.indexed), ("document_columns", self.document_columns))
+        for key, names in lists:
             for name in sorted({name for name in names if names.count(name) > 1}):
                 yield key, f"{name!r} is there more than once"
 
