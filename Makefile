@@ -13,7 +13,7 @@ STAMP := .venv/.cdcsync-setup
 BENCHES = $(filter-out bench/report.py bench/_%,$(sort $(wildcard bench/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type bench clean
+.PHONY: help setup demo test lint audit type bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,10 +36,16 @@ demo: setup ## watch an index follow its table, on a PostgreSQL server made for 
 test: setup ## run all tests
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
-lint: setup ## check style, format and which module may import which
+lint: setup ## check style, format, security and which module may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive cdcsync docker
 	$(BIN)/lint-imports
+
+audit: ## look the pinned packages up in the database of advisories; needs the network
+	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit \
+		&& build/audit/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) pip-audit; }
+	build/audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt $(ARGS)
 
 type: setup ## check the types
 	$(BIN)/mypy

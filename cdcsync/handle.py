@@ -5,7 +5,7 @@ Nothing here does the worker's work; it is asked how that goes, over connections
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 import anyio
@@ -42,8 +42,10 @@ class WorkerHandle:
         """Whether another worker holds the pipeline's lock."""
         self.stopping = anyio.Event()
         """Set once the worker is asked to end."""
-        self._config = config
+        self.config = config
+        """What is in effect: read again on SIGHUP."""
         self._stream: Stream | None = None
+        self._reconfigure: Callable[[Config], None] = lambda config: None
         self._desks: Mapping[str, Desk] = {}
         self._connected = False
         self._turned = anyio.current_time()
@@ -56,10 +58,14 @@ class WorkerHandle:
         self.metrics.standby.set_function(lambda: float(self.standby))
         self.metrics.lag_seconds.set_function(lambda: self.lag_seconds)
 
-    def attach(self, stream: Stream, desks: Mapping[str, Desk]) -> None:
-        """Show these parts from now on."""
+    def attach(self, stream: Stream, desks: Mapping[str, Desk], reconfigure: Callable[[Config], None]) -> None:
+        """Show these parts from now on.
+
+        :param reconfigure: tells them of another configuration.
+        """
         self._stream = stream
         self._desks = desks
+        self._reconfigure = reconfigure
         if self.stopping.is_set():
             stream.stop()
 
@@ -78,6 +84,11 @@ class WorkerHandle:
         self.stopping.set()
         if self._stream is not None:
             self._stream.stop()
+
+    def reconfigure(self, config: Config) -> None:
+        """Go by another configuration, in what may change while the worker works."""
+        self.config = config
+        self._reconfigure(config)
 
     def alive(self) -> bool:
         """Whether the event loop turns."""
@@ -98,7 +109,7 @@ class WorkerHandle:
             reasons.append("the replication stream is not connected")
         reasons += [f"embedder {name}: {desk.problem}" for name, desk in self._desks.items() if desk.problem]
         lag = self.lag_seconds
-        if lag > self._config.worker.ready_max_lag_s:
+        if lag > self.config.worker.ready_max_lag_s:
             reasons.append(f"lag of {lag:.0f} s is above worker.ready_max_lag_s")
         if self._last is not None:
             reasons += [
@@ -123,7 +134,7 @@ class WorkerHandle:
             except SourceUnavailable:
                 source = None
             with speaking_of("target"):
-                status = await read_status(self._config, source, target)
+                status = await read_status(self.config, source, target)
         if self._connected and self._stream is not None:
             # What this process knows exactly, against what the tables tell anyone to within some seconds.
             status = msgspec.structs.replace(

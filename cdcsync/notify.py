@@ -4,6 +4,7 @@
     READY=1                 once it streams, or stands by for a worker that does
     STATUS=…                what `systemctl status` shows
     WATCHDOG=1              while the worker is alive; systemd restarts one that no longer says so
+    RELOADING=1             when it reads its configuration again, and READY=1 when it is done with that
     STOPPING=1              from the signal on
 
 Without NOTIFY_SOCKET in the environment nothing of this happens. No answer ever comes, and a manager that does not
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Mapping
 from typing import Protocol, Self
 
@@ -69,6 +71,7 @@ class ServiceManager:
         self.watchdog_s = watchdog_s
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._socket.setblocking(False)
+        self._ready = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self | None:
@@ -97,6 +100,21 @@ class ServiceManager:
             return False
         return True
 
+    def ready(self) -> bool:
+        """Say that the start is over; returns whether the manager took it."""
+        self._ready = self.tell(READY=1)
+        return self._ready
+
+    def reloading(self) -> None:
+        """Say that the configuration is being read again; `reloaded` must follow. Nothing to say during the start."""
+        if self._ready:
+            self.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+
+    def reloaded(self) -> None:
+        """Say that reading the configuration again is over, whatever came of it."""
+        if self._ready:
+            self.tell(READY=1)
+
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
@@ -115,7 +133,7 @@ async def keep_informed(manager: ServiceManager, view: WorkerView) -> None:
                 manager.tell(WATCHDOG=1)
             if not ready:
                 if view.streaming or view.standby:
-                    ready = manager.tell(READY=1)
+                    ready = manager.ready()
                 else:
                     manager.tell(EXTEND_TIMEOUT_USEC=int(START_EXTENSION_S * 1e6))
             if view.stopping.is_set() and not stopping:

@@ -103,8 +103,7 @@ class Stream:
         self._page_applied = page_applied
         self._spool = spool
         self._metrics = metrics
-        self._batch_rows = batch_rows
-        self._batch_bytes = batch_bytes
+        self.limit(batch_rows, batch_bytes)
         self.status_every_s = status_every_s
         self._tables: dict[tuple[str, str], list[Shape]] = {}
         for spec in specs:
@@ -164,6 +163,11 @@ class Stream:
         self._batch.paused[error.index] = describe_pause(error)
         self.pauses.append(error)
         self._wake_apply.set()
+
+    def limit(self, batch_rows: int, batch_bytes: int) -> None:
+        """Close a batch at so many rows or bytes, from the present one on."""
+        self._batch_rows = batch_rows
+        self._batch_bytes = batch_bytes
 
     def stop(self) -> None:
         """Ask for an orderly end: the batch in hand is finished, the last status is sent."""

@@ -33,6 +33,7 @@ from cdcsync.notify import ServiceManager, keep_informed
 from cdcsync.postgres import Session, connect, speaking_of
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
 from cdcsync.prepare import Preparer
+from cdcsync.reload import reload_on_signal
 from cdcsync.setup import (
     note_memberships,
     pause_indexes,
@@ -127,7 +128,7 @@ class _Worker:
             batch_bytes=config.worker.batch_bytes,
             status_every_s=config.source.feedback_every_s,
         )
-        handle.attach(self.stream, self.desks)
+        handle.attach(self.stream, self.desks, self.reconfigure)
         self._late = True
         for desk in self.desks.values():
             desk.far_behind = self.far_behind
@@ -142,6 +143,12 @@ class _Worker:
         elif not self._late and self.stream.oldest_unapplied is not None:
             self._late = self.handle.lag_seconds > FAR_BEHIND_S
         return self._late
+
+    def reconfigure(self, config: Config) -> None:
+        """Go by another configuration, in what may change while the worker works."""
+        self.config = config
+        self.stream.limit(config.worker.batch_rows, config.worker.batch_bytes)
+        self.backfills.limit(config.worker.backfill_page_rows, config.worker.backfill_max_rows_per_s or None)
 
     async def set_up(self, broken: Mapping[str, str]) -> SetUp:
         """Take the lock, then create what is missing.
@@ -310,12 +317,14 @@ class _Worker:
 async def run(
     config: Config,
     *,
+    reread: Callable[[], Config] | None = None,
     started: Callable[[WorkerHandle], None] | None = None,
     handle_signals: bool = True,
     listening: bool = True,
 ) -> None:
     """Run the worker until it is told to stop (SIGTERM, SIGINT or `WorkerHandle.stop`).
 
+    :param reread: reads the configuration again, at SIGHUP; without it, that signal is the system's.
     :param started: called with the handle once HTTP answers and before the first change is applied.
     :param listening: whether HTTP is served.
     :raises SetupError: a check before the start failed; nothing was created.
@@ -337,6 +346,8 @@ async def run(
                 await tasks.start(_stop_on_signal, handle)
                 if manager := ServiceManager.from_environment(os.environ):
                     tasks.start_soon(keep_informed, manager, handle)
+                if reread is not None:
+                    await tasks.start(reload_on_signal, handle, reread, manager)
             tasks.start_soon(handle.turn)
             if listening:
                 await tasks.start(_serve, config, handle)
@@ -369,7 +380,7 @@ async def _work_through_schema_changes(
         out = kept_out | set(report.broken)
         broken = {**report.broken, **{name: why for name, why in reasons.items() if name in out}}
         specs = [spec for spec in report.specs if spec.name not in broken]
-        worker = _Worker(config, handle, specs, embedders)
+        worker = _Worker(handle.config, handle, specs, embedders)
         try:
             match await worker.set_up(broken):
                 case "ready":

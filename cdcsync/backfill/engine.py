@@ -82,16 +82,22 @@ def next_limit(limit: int, most: int, page: Page) -> int:
 class _Pace:
     """Spreads rows evenly over time."""
 
-    def __init__(self, rows_per_s: int | None) -> None:
-        self.rows_per_s = rows_per_s
+    def __init__(self, rows_per_s: Callable[[], int | None]) -> None:
+        self._rows_per_s = rows_per_s
         self._due = anyio.current_time()
+
+    @property
+    def rows_per_s(self) -> int | None:
+        """The most rows a second just now; None for any number."""
+        return self._rows_per_s()
 
     def left_s(self, rows: int) -> float:
         """Note that rows were read and return how long to wait before the next ones, in seconds."""
-        if self.rows_per_s is None:
+        rows_per_s = self.rows_per_s
+        if rows_per_s is None:
             return 0.0
         now = anyio.current_time()
-        self._due = max(self._due, now - 1.0) + rows / self.rows_per_s
+        self._due = max(self._due, now - 1.0) + rows / rows_per_s
         return max(0.0, self._due - now)
 
 
@@ -134,6 +140,11 @@ class Backfills:
         self._pages: dict[str, Pages] = {
             name: Pages(self._source, schema, spec, tables[name], deliveries[name]) for name, spec in specs.items()
         }
+
+    def limit(self, page_rows: int, max_rows_per_s: int | None) -> None:
+        """Read at most so much at a time, and in a second, from the next page on."""
+        self._page_rows = page_rows
+        self._max_rows_per_s = max_rows_per_s
 
     @property
     def waiting_for(self) -> list[str]:
@@ -261,19 +272,19 @@ class Backfills:
             log.info("backfill_done", index=request.index, backfill=request.id)
 
     def _pace(self, request: Request) -> _Pace:
-        return _Pace(min(filter(None, (self._max_rows_per_s, request.max_rows_per_s)), default=None))
+        return _Pace(lambda: min(filter(None, (self._max_rows_per_s, request.max_rows_per_s)), default=None))
 
     async def _send_all(self, target: Connection, request: Request, read: PageReader) -> bool:
         """Send every page of a phase and wait until all are applied; False when someone paused or cancelled."""
         spec, pace = self._specs[request.index], self._pace(request)
-        most = min(self._page_rows, pace.rows_per_s or self._page_rows)
-        limit = min(most, FIRST_PAGE_ROWS)
+        limit = FIRST_PAGE_ROWS
         cursor, done = request.cursor, request.rows_done
         closes = request.phase == "orphans" or request.kind != "resync"
         in_flight: list[_Pending] = []
         last = False
         while not last:
-            page = await read(cursor, limit)
+            most = min(self._page_rows, pace.rows_per_s or self._page_rows)
+            page = await read(cursor, min(limit, most))
             cursor, last = page.cursor, page.last
             done += len(page.entries)
             limit = next_limit(limit, most, page)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from pathlib import Path
@@ -184,8 +185,8 @@ def run(context: typer.Context, config: ConfigOption = None) -> None:
     """Run the worker: create what is missing, load the tables, then follow every change.
 
     Runs until SIGTERM or Ctrl-C, then finishes the batch in hand. It can be killed at any moment and started again: it
-    goes on where the index is. A second worker for the same slot waits as a standby. Logs go to standard error; health,
-    metrics and status are served at `worker.listen`.
+    goes on where the index is. A second worker for the same slot waits as a standby. SIGHUP has it read its
+    configuration again. Logs go to standard error; health, metrics and status are served at `worker.listen`.
     """
     from cdcsync import logs
 
@@ -193,7 +194,9 @@ def run(context: typer.Context, config: ConfigOption = None) -> None:
     logs.configure(configuration.worker.log_level, configuration.worker.log_format)
     from cdcsync import worker
 
-    _wait_for(lambda: worker.run(configuration))
+    # In a terminal that signal says that the terminal is gone, and ends the worker as it ends everything there.
+    reread = None if sys.stderr.isatty() else lambda: _load(context, config)
+    _wait_for(lambda: worker.run(configuration, reread=reread))
 
 
 @app.command(

@@ -215,7 +215,8 @@ async def _read_indexes(target: Connection, config: Config, present: set[str], p
             continue
         counts = await count_index(target, Names(schema, name), generation)
         if counts.failed:
-            problems.append(f"index {name}: {counts.failed} chunks have no vector, see `cdcsync failures {name} list`")
+            failed = "1 chunk has" if counts.failed == 1 else f"{counts.failed} chunks have"
+            problems.append(f"index {name}: {failed} no vector, see `cdcsync failures {name} list`")
         found[name] = msgspec.structs.replace(status, **msgspec.structs.asdict(counts))
     if new := [name for name in config.indexes if name not in found]:
         problems.append(f"not set up yet: {', '.join(new)}; start the worker again with this configuration")

@@ -44,11 +44,15 @@ def hear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hear]:
         monkeypatch.setenv("NOTIFY_SOCKET", address)
         monkeypatch.setenv("WATCHDOG_USEC", "600000")
 
+        lines: list[str] = []
+
         def wait_for(name: str) -> str:
             while True:
-                for line in manager.recv(4096).decode().splitlines():
-                    if line.startswith(f"{name}="):
-                        return line.partition("=")[2]
+                while lines:
+                    said, _, value = lines.pop(0).partition("=")
+                    if said == name:
+                        return value
+                lines.extend(manager.recv(4096).decode().splitlines())
 
         yield wait_for
 
@@ -98,4 +102,37 @@ def test_the_connection_may_come_from_a_service_file(
     pipeline.live()
 
     pipeline.in_step()
+    assert pipeline.stop(worker) == 0
+
+
+def test_a_reload_changes_the_pace_of_a_load_under_way_and_the_manager_hears_of_it(
+    database: Database, make_pipeline: Callable[[str], Pipeline], hear: Hear
+) -> None:
+    pipeline = make(make_pipeline, database, database.dsn)
+    database.execute("INSERT INTO articles SELECT i, 'number ' || i FROM generate_series(2, 120) AS i")
+    text = pipeline.path.read_text()
+    slow = text.replace("[worker]", "[worker]\nbackfill_max_rows_per_s = 1")
+    pipeline.path.write_text(slow)
+    worker = pipeline.start()
+    assert hear("READY") == "1"
+    pipeline.event("backfill_started")
+
+    pipeline.path.write_text(slow.replace("[worker]", "[worker]\nbatchrows = 1"))
+    worker.send_signal(signal.SIGHUP)
+    assert hear("RELOADING") == "1"
+    assert int(hear("MONOTONIC_USEC")) > 0
+    assert hear("READY") == "1"
+    assert "batchrows" in pipeline.event("reload_failed")["error"]
+
+    fast = text.replace("[worker]", '[worker]\nlog_level = "debug"').replace(
+        "feedback_every_s = 1", "spool_bytes = 9999999"
+    )
+    pipeline.path.write_text(fast)
+    worker.send_signal(signal.SIGHUP)
+    assert hear("RELOADING") == "1"
+    assert hear("READY") == "1"
+    assert set(pipeline.event("reloaded")["keys"]) == {"worker.log_level", "worker.backfill_max_rows_per_s"}
+    assert set(pipeline.event("restart_needed")["keys"]) == {"source.spool_bytes", "source.feedback_every_s"}
+    pipeline.live()
+    assert pipeline.event("batch_applied")["level"] == "debug"
     assert pipeline.stop(worker) == 0

@@ -12,7 +12,7 @@ from psycopg import pq, sql
 from cdcsync.changes import Shape
 from cdcsync.cluster import Cluster
 from cdcsync.config import Config, HashEmbedder, Index, QualifiedName, Source, Target
-from cdcsync.documents import Template
+from cdcsync.documents import Documents, Template
 from cdcsync.errors import SetupError, TargetUnavailable
 from cdcsync.index.pipelines import Pipelines
 from cdcsync.index.requests import Requests
@@ -101,7 +101,7 @@ def spec(name: str) -> IndexSpec:
         name=name,
         config=Index(table="articles", text="{title}", embedder="e", view=f"public.{name}_index"),
         shape=Shape(name, QualifiedName("public", "articles"), ("id",), (), ("title",)),
-        template=Template.parse("{title}"),
+        documents=Documents(Template.parse("{title}")),
         source_key_types=("bigint",),
         key_types=("bigint",),
         carried_types=(),
@@ -429,7 +429,7 @@ async def test_small_tables_are_counted(pipeline: Pipeline) -> None:
     assert (index.documents, index.chunks, index.vectors) == (3, 6, 2)
     assert (index.backlog, index.backlog_live, index.failed) == (5, 3, 1)
     assert not index.estimated
-    assert problem(status, "index articles: 1 chunks have no vector, see `cdcsync failures articles list`")
+    assert problem(status, "index articles: 1 chunk has no vector, see `cdcsync failures articles list`")
 
 
 async def test_large_tables_are_estimated(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

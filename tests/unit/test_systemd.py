@@ -54,6 +54,11 @@ def test_it_has_the_time_to_stop_and_the_watchdog_is_more_patient_than_the_worke
     assert float(value("WatchdogSec")) > ALIVE_WITHIN_S
 
 
+def test_a_reload_is_the_signal_that_the_worker_takes_for_one() -> None:
+    assert value("ExecReload").split()[1:] == ["-HUP", "$MAINPID"]
+    assert value("Type") == "notify"
+
+
 @pytest.mark.parametrize("path", [UNIT, TEMPLATE], ids=lambda path: path.name)
 def test_every_restriction_comes_with_its_reason(path: Path) -> None:
     lines = path.read_text().partition("[Service]")[2].partition("[Install]")[0].splitlines()

@@ -1,0 +1,190 @@
+"""The status page in a real browser, over a real worker: what people see of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from tests.fixtures.browsers import Browser
+from tests.fixtures.provider import FakeProvider
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import Pipeline, until
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+CONFIG = """
+[source]
+dsn = "{dsn}"
+slot = "{slot}"
+feedback_every_s = 1
+[worker]
+listen = "127.0.0.1:0"
+backfill_page_rows = 20
+backfill_max_rows_per_s = 100
+[embedders.hosted]
+type = "openai"
+model = "hashing"
+dimensions = 16
+base_url = "{url}"
+[indexes.articles]
+table = "articles"
+text = "{{title}}"
+embedder = "hosted"
+[indexes.notes]
+table = "notes"
+text = "{{body}}"
+embedder = "hosted"
+inline_budget_ms = 0
+"""
+
+ROWS = 300
+REFUSED = {"title 7", "title 130"}
+
+DESKTOP = (1280, 900)
+PHONE = (390, 844)
+
+
+@pytest.fixture
+def pipeline(database: Database, make_pipeline: Callable[[str], Pipeline], provider: FakeProvider) -> Pipeline:
+    provider.rejects = lambda text: text in REFUSED
+    database.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
+    database.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    database.execute(f"INSERT INTO articles SELECT i, 'title ' || i FROM generate_series(1, {ROWS}) AS i")
+    database.execute("INSERT INTO notes SELECT i, 'note ' || i FROM generate_series(1, 30) AS i")
+    return make_pipeline(CONFIG.format(dsn=database.dsn, slot=f"s_{database.name}", url=provider.url))
+
+
+class Page:
+    """The page as it is seen: only what is not hidden."""
+
+    def __init__(self, browser: Browser) -> None:
+        self.browser = browser
+
+    def text(self, selector: str) -> str:
+        """Return what an element shows, nothing when it is not seen."""
+        shown: str = self.browser.ask(
+            "const one = document.querySelector(arguments[0]);"
+            " return one && one.checkVisibility() ? one.innerText : ''",
+            selector,
+        )
+        return shown
+
+    def card(self, index: str) -> str:
+        """Return what is said of an index."""
+        return self.text(f'#indexes [data-name="{index}"]')
+
+    def state(self, index: str) -> str:
+        """Return an index's state."""
+        return self.text(f'#indexes [data-name="{index}"] .badge')
+
+    def figure(self, stage: str) -> float:
+        """Return the figure of a stage of the picture; 0 while it is not known."""
+        found = re.match(r"[\d,.]+", self.text(f"#{stage} [data-f=value]"))
+        return float(found[0].replace(",", "")) if found else 0.0
+
+    def progress(self, index: str) -> float:
+        """Return the share of the index's load that its bar shows, in percent; 0 when there is no bar."""
+        shown = self.browser.ask(
+            "const bar = document.querySelector(arguments[0]);"
+            " return bar && bar.checkVisibility() ? Number(bar.getAttribute('aria-valuenow')) : 0",
+            f'#indexes [data-name="{index}"] [role=progressbar]',
+        )
+        return float(shown)
+
+    def fits(self) -> bool:
+        """Whether nothing sticks out at the side."""
+        return bool(self.browser.ask("return document.documentElement.scrollWidth <= window.innerWidth"))
+
+    def luminance(self) -> float:
+        """Return how bright the ground is, from 0 to 255."""
+        colour = self.browser.ask("return getComputedStyle(document.body).backgroundColor")
+        red, green, blue = map(int, re.findall(r"\d+", colour)[:3])
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def unexpected(browser: Browser) -> list[str]:
+    """Return what the console complained of, but for /readyz saying with its status that the worker is not ready."""
+    return [one for one in browser.complaints() if not re.search(r"/readyz .* 503", one)]
+
+
+def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
+    database: Database, pipeline: Pipeline, browser: Browser
+) -> None:
+    page = Page(browser)
+    worker = pipeline.start()
+    port = pipeline.event("listening")["port"]
+    browser.look(DESKTOP, dark=False)
+    browser.driver.get(f"http://127.0.0.1:{port}/")
+
+    until(lambda: 0 < page.progress("articles") < 100, lambda: f"a progress bar; the page says: {page.text('body')}")
+    assert page.state("articles") == "building"
+    assert re.search(r"first load: \d+ of 300 rows, \d+%", page.card("articles"))
+    browser.screenshot("status-first-load")
+    assert page.luminance() > 200
+    assert page.fits()
+
+    pipeline.live()
+    with database.connect() as writer:
+        number = 1000
+
+        def busy() -> bool:
+            nonlocal number
+            for _ in range(5):
+                number += 1
+                writer.execute("INSERT INTO notes VALUES (%s, %s)", [number, f"note {number}"])
+            return all(page.figure(stage) > 0 for stage in ("source", "apply", "vectors")) and number > 1060
+
+        until(busy, lambda: f"rates; the page says: {page.text('.flow')}")
+    assert "WAL/s" in page.text("#source")
+    assert re.search(r"\d+ for \d+ chunks", page.text("#vectors"))
+    browser.look(DESKTOP, dark=True)
+    assert page.luminance() < 50
+    browser.screenshot("status-busy-dark")
+    until(lambda: "2 chunks have no vector" in page.text("#problems"), "the failures to be told")
+    until(lambda: page.text("#pill") == "caught up", lambda: f"a stream that caught up: {page.text('body')}")
+    assert "reserved" in page.text("section[aria-labelledby=slot-title]")
+    assert unexpected(browser) == []
+
+    database.execute("ALTER TABLE notes DROP COLUMN body")
+    database.execute("INSERT INTO notes VALUES (5000)")
+    until(lambda: page.state("notes") == "paused", lambda: f"a paused index; the page says: {page.text('body')}")
+    assert "column body" in page.card("notes")
+    until(lambda: page.text("#pill") == "not ready", "the head to say so")
+    assert page.text("#problems").count("index notes is paused") == 1
+    assert page.state("articles") == "live"
+    browser.look(DESKTOP, dark=False)
+    browser.screenshot("status-paused")
+    for dark in (False, True):
+        browser.look(PHONE, dark=dark, phone=True)
+        assert page.fits()
+        browser.screenshot(f"status-phone-{'dark' if dark else 'light'}")
+    assert unexpected(browser) == []
+
+    assert pipeline.stop(worker) == 0
+    until(lambda: "does not answer" in page.text("#outage"), "the page to notice that the worker is gone")
+    assert page.text("#main")
+    browser.screenshot("status-no-answer")
+
+
+def test_a_page_that_breaks_its_policy_would_be_noticed(pipeline: Pipeline, browser: Browser) -> None:
+    pipeline.start()
+    port = pipeline.event("listening")["port"]
+    browser.driver.get(f"http://127.0.0.1:{port}/")
+    assert unexpected(browser) == []
+
+    browser.ask(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'}))"
+    )
+    browser.ask("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.2/picture.png'}))")
+
+    complaints: list[str] = []
+
+    def told() -> bool:
+        complaints.extend(unexpected(browser))
+        return len(complaints) >= 2
+
+    until(told, "two violations to be told")
+    assert all("Content Security Policy" in one for one in complaints)
+    assert browser.ask("return window.ran === undefined")
