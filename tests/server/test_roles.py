@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -127,6 +129,23 @@ def allowed(dsn: str, statement: str) -> bool:
     return True
 
 
+def cdcsync(pipeline: Pipeline, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cdcsync", *arguments, "-c", str(pipeline.path)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def answered(pipeline: Pipeline, *arguments: str) -> Any:
+    """Run a command that succeeds and return its JSON."""
+    done = cdcsync(pipeline, *arguments)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return json.loads(done.stdout)
+
+
 def config(source: str, target: str, slot: str, *, publication: str = "cdcsync", view: str) -> str:
     return CONFIG.format(source=source, target=target, slot=slot, publication=publication, view=view)
 
@@ -156,6 +175,57 @@ def test_a_worker_runs_end_to_end_under_roles_with_the_least_privilege(
     assert allowed(read, "SELECT cdcsync.wait_for('articles', '0/1', '1 s')")
     assert not allowed(read, "DELETE FROM cdcsync.articles_chunks")
     assert pipeline.stop(worker) == 0
+
+
+def test_every_command_does_its_work_under_the_least_privilege(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    source, target = make_database(), make_database()
+    source.execute(TABLE)
+    source.execute("ALTER TABLE shop.articles ALTER title SET STORAGE EXTERNAL")
+    replicator, writer = roles.name("source"), roles.name("target")
+    grant(source, source_role=replicator, tables="shop.articles")
+    grant(target, target_role=writer, view_schema="search")
+    source_dsn, target_dsn = roles.dsn(source, replicator), roles.dsn(target, writer)
+    pipeline = make_pipeline(config(source_dsn, target_dsn, f"s_{source.name}", view="search.articles"))
+
+    checked = answered(pipeline, "check", "--json")
+    assert {finding["level"] for finding in checked["findings"]} == {"ok"}
+    worker = pipeline.start()
+    pipeline.live()
+    for change in (
+        "INSERT INTO shop.articles VALUES (100, 1, repeat('too large to be sent again ', 900))",
+        "UPDATE shop.articles SET tenant = 7 WHERE id = 100",
+        "UPDATE shop.articles SET id = 200 WHERE id = 7",
+        "DELETE FROM shop.articles WHERE id = 8",
+        "BEGIN; TRUNCATE shop.articles; INSERT INTO shop.articles VALUES (1, 1, 'one'), (2, 2, 'two'); COMMIT",
+        "INSERT INTO shop.articles SELECT i, i % 3, 'title ' || i FROM generate_series(3, 60) AS i",
+    ):
+        source.execute(change)
+        pipeline.in_step()
+
+    damage = "UPDATE cdcsync.articles_chunks SET content = 'wrong', document_hash = '\\x00' WHERE id < 5"
+    target.execute(damage)
+    assert cdcsync(pipeline, "verify", "articles").returncode == 1
+    assert cdcsync(pipeline, "verify", "articles", "--repair").returncode == 0
+    target.execute(damage)
+    assert answered(pipeline, "replay", "articles", "--where", "id < 10", "--json")["rows"] == 9
+    assert answered(pipeline, "replay", "articles", "--key", "20", "--force-embed", "--json")["rows"] == 1
+    pipeline.in_step()
+    status = answered(pipeline, "status", "--json")
+    assert (status["indexes"]["articles"]["state"], status["problems"]) == ("live", [])
+    assert status["slot"]["wal_status"] == "reserved"
+    hits = answered(pipeline, "search", "articles", "title 20", "--where", "tenant = 2", "--json")
+    assert "title 20" in [hit["content"] for hit in hits]
+    assert answered(pipeline, "failures", "articles", "list", "--json") == []
+
+    assert pipeline.stop(worker) == 0
+    target.execute(damage)
+    assert answered(pipeline, "replay", "articles", "--json")["rows"] == 60
+    pipeline.compare()
+    done = answered(pipeline, "teardown", "--purge", "--yes", "--json")
+    assert "dropped" in {step["outcome"] for step in done}
+    assert source.execute("SELECT 1 FROM pg_replication_slots WHERE slot_name = %s", [f"s_{source.name}"]) == []
 
 
 def test_a_lost_slot_is_made_again_under_the_same_roles(
