@@ -3,13 +3,15 @@
 Our own modules log events with names (`structlog.get_logger()`). What others write to the standard library's logging or
 to `warnings` comes out in the same form, but only from warning on: what libraries say below that can hold the values of
 cells. For the same reason tracebacks come without local variables, and of an exception's message only the first line is
-shown: PostgreSQL puts the rows concerned into the lines below it.
+shown: PostgreSQL puts the rows concerned into the lines below it. What it quotes in the first line of a data exception
+is a value too, and is left out.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -27,6 +29,9 @@ _LEVELS: dict[Level, int] = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
+
+_QUOTED = re.compile(r'["“„«»].*["”“»«]')
+"""From the first quotation mark to the last: a value may hold some itself. Servers speak other languages as well."""
 
 _FIRST = ("event", "level", "timestamp", "logger")
 """The keys that every line begins with: what happened, then how bad it is and when."""
@@ -73,6 +78,14 @@ def configure(level: Level = "info", format_: Format = "auto", stream: TextIO | 
     logging.captureWarnings(capture=True)
 
 
+def without_quoted(message: str, sqlstate: str | None) -> str:
+    """Return a server's message without what it quotes, where that is the value of a cell.
+
+    Source: PostgreSQL, "PostgreSQL Error Codes", class 22, data exception.
+    """
+    return _QUOTED.sub('"…"', message) if sqlstate is not None and sqlstate.startswith("22") else message
+
+
 def _ordered(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Put the keys that every line has in front."""
     first = {key: event[key] for key in _FIRST if key in event}
@@ -90,7 +103,8 @@ def _exception_lines(error: BaseException) -> Iterator[str]:
         yield "the direct cause of:"
     for frame in traceback.extract_tb(error.__traceback__):
         yield f'  File "{frame.filename}", line {frame.lineno}, in {frame.name}'
-    yield f"{type(error).__module__}.{type(error).__qualname__}: {str(error).partition(chr(10))[0]}"
+    message = without_quoted(str(error).partition("\n")[0], getattr(error, "sqlstate", None))
+    yield f"{type(error).__module__}.{type(error).__qualname__}: {message}"
     if isinstance(error, BaseExceptionGroup):
         for one in error.exceptions:
             yield from _exception_lines(one)

@@ -20,6 +20,7 @@ from psycopg.pq import TransactionStatus
 
 from cdcsync.config import redact_dsn
 from cdcsync.errors import CdcsyncError, SetupError, SourceUnavailable, TargetUnavailable
+from cdcsync.logs import without_quoted
 
 Side = Literal["source", "target"]
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
@@ -85,7 +86,7 @@ def passing(error: psycopg.Error) -> bool:
 
 def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> CdcsyncError:
     """Return the error of our tree that says what a driver's error means for the pipeline."""
-    message = first_line(error)
+    message = without_values(error)
     if passing(error):
         return unavailable(side, message, where=where)
     _, hint = _HINTS.get(error.sqlstate or "", (message, None))
@@ -103,6 +104,14 @@ def speaking_of(side: Side, *, where: str | None = None) -> Iterator[None]:
         yield
     except psycopg.Error as error:
         raise translate(error, side, where=where) from error
+
+
+def without_values(error: psycopg.Error) -> str:
+    """Return the server's primary message without the value of a cell that it may quote: fit to be logged and stored.
+
+    Data exceptions quote what they are about: `invalid input syntax for type integer: "…"`.
+    """
+    return without_quoted(first_line(error), error.sqlstate)
 
 
 def first_line(error: psycopg.Error) -> str:

@@ -31,7 +31,7 @@ from cdcsync.interrupts import CANCEL_S
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.frames import Keepalive, XLogData, decode_frame, encode_status_update
 from cdcsync.pgoutput.wire import from_datetime
-from cdcsync.postgres import RENDERING, connect_error, conninfo_for, describe, first_line, translate
+from cdcsync.postgres import RENDERING, connect_error, conninfo_for, describe, first_line, translate, without_values
 
 MIN_VERSION = 140000
 """PostgreSQL 14: pgoutput with logical messages and protocol 2; older ones are out of support."""
@@ -279,7 +279,7 @@ class SlotConnection:
         if result is None or result.status in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.COPY_IN):
             return SourceUnavailable("the server ended the replication stream", where=self._where)
         error = psycopg.errors.error_from_result(result)
-        message, code = first_line(error), error.sqlstate
+        message, code = without_values(error), error.sqlstate
         where = f"slot {slot}" if slot else self._where
         if code == "55006":
             return SlotInUse(

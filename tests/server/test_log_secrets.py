@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 from psycopg import conninfo, sql
 
+from tests.fixtures.provider import FakeProvider, status
 from tests.fixtures.servers import Database, Server
 from tests.fixtures.workers import Pipeline, until
 
@@ -85,6 +88,30 @@ def start(
     return pipeline
 
 
+def stored(database: Database) -> str:
+    """Return every column of ours that tells of an error."""
+    columns = database.execute(
+        "SELECT format('%%I.%%I', table_schema, table_name), format('%%I', column_name) FROM information_schema.columns"
+        " WHERE table_schema = 'cdcsync' AND column_name IN ('error', 'reason')",
+        [],
+    )
+    assert len(columns) >= 3
+    return "\n".join(
+        str(database.execute(f"SELECT {column} FROM {table} WHERE {column} IS NOT NULL")) for table, column in columns
+    )
+
+
+def shown(pipeline: Pipeline) -> str:
+    """Return what the endpoints and the commands that operators use show."""
+    asked = [pipeline.get(path)[1].decode() for path in ("/status", "/readyz", "/metrics")]
+    for command in (["status"], ["check"], ["config", "show"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "cdcsync", *command, "-c", str(pipeline.path)], capture_output=True, text=True
+        )
+        asked += [done.stdout, done.stderr]
+    return "\n".join(asked)
+
+
 def said(pipeline: Pipeline) -> str:
     text = pipeline.log.read_text()
     assert text
@@ -159,3 +186,46 @@ def test_a_password_that_is_refused_is_not_shown(
     assert again.wait(timeout=60) == 2
     assert "cdcsync_test_nobody" in said(pipeline)
     assert PLANTED not in said(pipeline)
+
+
+def test_an_error_that_quotes_a_value_is_stored_and_shown_without_it(
+    login: Login,
+    make_database: Callable[[], Database],
+    make_pipeline: Callable[[str], Pipeline],
+) -> None:
+    database = make_database()
+    fill(database)
+    pipeline = start(make_pipeline, login, database)
+    pipeline.live()
+    # The condition is sound, and fails at the first row that it is asked of: "invalid input syntax for type integer".
+    database.execute(
+        "INSERT INTO cdcsync.backfills (index_name, kind, filter) VALUES ('articles', 'replay', 'author::int = 1')"
+    )
+
+    event = pipeline.event("backfill_failed")
+
+    assert 'invalid input syntax for type integer: "…"' in event["error"]
+    until(lambda: "its last replay failed" in pipeline.get("/status")[1].decode(), "the failure to be shown")
+    assert "invalid input syntax" in stored(database)
+    assert PLANTED not in said(pipeline) + stored(database) + shown(pipeline)
+
+
+def test_what_a_provider_says_of_a_text_is_stored_and_shown_without_text_and_key(
+    login: Login,
+    make_database: Callable[[], Database],
+    make_pipeline: Callable[[str], Pipeline],
+    provider: FakeProvider,
+) -> None:
+    database = make_database()
+    fill(database)
+    provider.rejects = lambda text: text.count(PLANTED) == 9
+    provider.misdeeds.append(status(500, {"error": {"message": f"no such key: {PLANTED}-key"}}))
+    text = CONFIG.format(dsn=login.dsn(database), slot=f"s_{database.name}", format="json")
+    hosted = f'type = "openai"\nmodel = "m"\nbase_url = "{provider.url}"\napi_key = "{PLANTED}-key"'
+    pipeline = make_pipeline(text.replace('type = "hash"', hosted).replace("dimensions = 8", "dimensions = 16"))
+    pipeline.start()
+
+    pipeline.event("text_not_embedded")
+
+    until(lambda: "400" in stored(database), pipeline.tail)
+    assert PLANTED not in said(pipeline) + stored(database) + shown(pipeline)

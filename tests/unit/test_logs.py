@@ -133,3 +133,36 @@ def test_a_traceback_shows_places_and_first_lines_and_no_values(format_: logs.Fo
     assert "KeyError: 'inner'" in written
     assert "test_logs.py" in written
     assert "a value" not in written
+
+
+@pytest.mark.parametrize(
+    ("message", "sqlstate", "shown"),
+    [
+        ('invalid input syntax for type integer: "secret"', "22P02", 'invalid input syntax for type integer: "…"'),
+        ('value "7" is out of range for type smallint', "22003", 'value "…" is out of range for type smallint'),
+        ('invalid input value for enum mood: "a "quoted" one"', "22P02", 'invalid input value for enum mood: "…"'),
+        ("ungültige Eingabesyntax für Typ integer: »geheim«", "22P02", 'ungültige Eingabesyntax für Typ integer: "…"'),
+        ("division by zero", "22012", "division by zero"),
+        ('column "title" does not exist', "42703", 'column "title" does not exist'),
+        ('connection to server at "host" failed', None, 'connection to server at "host" failed'),
+    ],
+)
+def test_what_a_data_exception_quotes_is_left_out(message: str, sqlstate: str | None, shown: str) -> None:
+    assert logs.without_quoted(message, sqlstate) == shown
+
+
+class DataException(Exception):
+    """As the driver raises it."""
+
+    sqlstate = "22P02"
+
+
+def test_a_traceback_shows_no_value_that_an_error_quotes() -> None:
+    stream = io.StringIO()
+    logs.configure("info", "json", stream)
+    try:
+        raise DataException('invalid input syntax for type integer: "secret"')
+    except DataException:
+        structlog.get_logger().exception("broken")
+    assert "secret" not in stream.getvalue()
+    assert "invalid input syntax" in stream.getvalue()

@@ -58,6 +58,7 @@ class Running:
 def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[dict[str, Any]]]]:
     """What is logged from here on, however often logging is configured."""
     before, handlers, level = structlog.get_config(), logging.root.handlers[:], logging.root.level
+    logging.root.handlers.clear()  # or they would be closed
     stream = StringIO()
     # Not the one of the interpreter, which is another one in a test than in its fixtures.
     monkeypatch.setattr(logs, "sys", SimpleNamespace(stderr=stream))
