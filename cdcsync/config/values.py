@@ -111,6 +111,18 @@ def _key_fault(text: str) -> str | None:
     return "expected a key of visible ASCII characters without spaces, as it goes into an HTTP header"
 
 
+def _cluster_fault(text: str) -> str | None:
+    if text == "auto":
+        return None
+    if text.startswith("ray://"):
+        return "expected host:port of the cluster's head without ray://: the worker's machine has to be a node of it"
+    try:
+        host, port = parse_address(text)
+    except ConfigError:
+        host, port = "", 0
+    return None if host and port else 'expected "auto" or host:port, such as 10.0.0.5:6379'
+
+
 def _memory_fault(text: str) -> str | None:
     size = _MEMORY.fullmatch(text)
     if size is not None and _MIN_MEMORY_KB <= int(size[1]) * _KB_PER_UNIT[size[2]] <= _MAX_MEMORY_KB:
@@ -125,6 +137,7 @@ ApiKey = Annotated[str, _checked_by(_key_fault)]
 Name = Annotated[str, _checked_by(plain_name_fault)]
 Relation = Annotated[str, _read_by(QualifiedName.parse)]
 Address = Annotated[str, _read_by(parse_address)]
+ClusterAddress = Annotated[str, _checked_by(_cluster_fault)]
 MemorySize = Annotated[str, _checked_by(_memory_fault)]
 SlotName = Annotated[str, _matching("^[a-z0-9_]{1,63}$", "1 to 63 lower-case letters, digits or underscores")]
 IndexName = Annotated[
@@ -140,5 +153,6 @@ EmbedderName = Annotated[
 Seconds = Annotated[float, Meta(gt=0, le=MAX_DURATION_S)]
 Milliseconds = Annotated[float, Meta(ge=0, le=MAX_DURATION_S * 1000)]
 Rows = Annotated[int, Meta(ge=1, le=100_000)]
+Share = Annotated[float, Meta(ge=0, le=10_000)]
 SpoolBytes = Annotated[int, Meta(ge=1024**2, le=1024**5)]
 BatchBytes = Annotated[int, Meta(ge=64 * 1024, le=1024**3)]

@@ -9,6 +9,7 @@
     provider                requests over HTTP
     remote                  what embedders over HTTP share
     openai, tei             providers
+    ray, ray_pool           any of these on a Ray cluster: the worker's end, and the process that is connected
 
 Making an embedder is cheap and never imports torch; `open` loads what is heavy.
 """
@@ -21,6 +22,7 @@ from cdcsync import config
 from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.embedders.openai import OpenAIEmbedder
 from cdcsync.embedders.protocol import Distance, Embedder, Kind, Vectors, validate
+from cdcsync.embedders.ray import RayEmbedder
 from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder
 from cdcsync.embedders.tei import TeiEmbedder
 
@@ -45,5 +47,7 @@ def make_embedder(name: str, settings: config.Embedder) -> Embedder:
             return OpenAIEmbedder(name, settings)
         case config.TeiEmbedder():
             return TeiEmbedder(name, settings)
+        case config.RayEmbedder():
+            return RayEmbedder(name, settings, make_embedder(name, settings.embedder))
         case unreachable:
             assert_never(unreachable)

@@ -142,11 +142,11 @@ def test_an_unknown_key_deep_in_the_file_is_named_with_its_full_path() -> None:
     [
         (
             "[embedders.x]\ntype = 'hsh'",
-            'embedders.x.type: unknown type "hsh"; known types: hash, sentence-transformers, openai, tei',
+            'embedders.x.type: unknown type "hsh"; known types: hash, sentence-transformers, openai, tei, ray',
         ),
         (
             "[embedders.x]\nmodel = 'm'",
-            "embedders.x.type: is required; known types: hash, sentence-transformers, openai, tei",
+            "embedders.x.type: is required; known types: hash, sentence-transformers, openai, tei, ray",
         ),
         ("[embedders.x]\ntype = 1", "embedders.x.type: expected text, got 1"),
         ("[embedders]\nx = 'hash'", "embedders.x: expected a section, got text"),
