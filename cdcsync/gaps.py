@@ -48,24 +48,10 @@ async def refuse_moved(source: Connection, name: str, checkpoint: Lsn) -> None:
         raise SourceUnavailable("the slot was moved while we connected", where=f"slot {name}")
 
 
-async def refuse_branch(
-    slot_connection: SlotConnection, state: PipelineState, server: ServerIdentity, name: str
+async def refuse_gap(
+    slot_connection: SlotConnection, state: PipelineState, server: ServerIdentity, slot: Slot | None, name: str
 ) -> None:
-    """Refuse a newer timeline that left ours before the checkpoint: what is indexed beyond never happened there."""
-    if state.timeline is None or server.timeline == state.timeline or state.checkpoint is None:
-        return
-    left_at = await slot_connection.end_of_timeline(state.timeline, server.timeline)
-    if left_at is None or left_at < state.checkpoint:
-        raise GapError(
-            f"the source's timeline {server.timeline} branched off at {left_at or 'an unknown place'}, before the"
-            " checkpoint: a standby was promoted that had not received all that is indexed",
-            where=f"slot {name}, checkpoint {state.checkpoint}",
-            hint=_RESYNC,
-        )
-
-
-def refuse_gap(state: PipelineState, server: ServerIdentity, slot: Slot | None, name: str) -> None:
-    """Refuse a server that is not the one we followed, or that is behind us, and a slot that is behind or gone.
+    """Refuse a server that is not the one we followed, or that is behind us, and a slot that is ahead of us or gone.
 
     :raises GapError: changes after the checkpoint may be missing.
     """
@@ -85,6 +71,7 @@ def refuse_gap(state: PipelineState, server: ServerIdentity, slot: Slot | None, 
             where=where,
             hint=f"point source.dsn at the present primary; or {_RESYNC}",
         )
+    await _refuse_branch(slot_connection, state, server, name)
     if server.lsn < state.checkpoint:
         raise GapError(
             f"the source's WAL ends at {server.lsn}, before the checkpoint: it was restored from a backup",
@@ -106,5 +93,21 @@ def refuse_gap(state: PipelineState, server: ServerIdentity, slot: Slot | None, 
             f"the slot is ahead of the index: it was advanced to {slot.confirmed_flush} by someone else, recreated,"
             " or the target fell back to an older state",
             where=where,
+            hint=_RESYNC,
+        )
+
+
+async def _refuse_branch(
+    slot_connection: SlotConnection, state: PipelineState, server: ServerIdentity, name: str
+) -> None:
+    """Refuse a newer timeline that left ours before the checkpoint: what is indexed beyond never happened there."""
+    if state.timeline is None or server.timeline == state.timeline or state.checkpoint is None:
+        return
+    left_at = await slot_connection.end_of_timeline(state.timeline, server.timeline)
+    if left_at is None or left_at < state.checkpoint:
+        raise GapError(
+            f"the source's timeline {server.timeline} branched off at {left_at or 'an unknown place'}, before the"
+            " checkpoint: a standby was promoted that had not received all that is indexed",
+            where=f"slot {name}, checkpoint {state.checkpoint}",
             hint=_RESYNC,
         )

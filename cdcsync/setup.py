@@ -17,7 +17,7 @@ from psycopg import sql
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import GapError, SchemaChanged, SlotInUse
-from cdcsync.gaps import refuse_branch, refuse_gap, refuse_standby
+from cdcsync.gaps import refuse_gap, refuse_standby
 from cdcsync.index.pipelines import Pipelines
 from cdcsync.index.requests import Kind, Requests
 from cdcsync.index.schema import IndexSpec, create_index_relations
@@ -232,6 +232,22 @@ async def note_memberships(
     return noted
 
 
+async def refuse_early(source: Connection, session: ApplySession, config: Config) -> None:
+    """Look for a gap before anything is created: on a server that is not ours nothing may be.
+
+    :raises GapError: there is one, and the configuration does not say to heal it.
+    """
+    state = await session.state()
+    if state.checkpoint is None or config.source.on_gap == "resync":
+        return
+    async with await SlotConnection.connect(config.source.dsn) as slot_connection:
+        await refuse_standby(slot_connection, source)
+        server = await slot_connection.identify()
+        with speaking_of("source", where=f"slot {config.source.slot}"):
+            slot = await read_slot(source, config.source.slot)
+        await refuse_gap(slot_connection, state, server, slot, config.source.slot)
+
+
 async def starting_point(
     slot_connection: SlotConnection, source: Connection, session: ApplySession, config: Config, indexes: Sequence[str]
 ) -> tuple[Lsn, bool]:
@@ -252,8 +268,7 @@ async def starting_point(
         await session.begin_at(begin, server.system_identifier, server.timeline)
         return begin, True
     try:
-        refuse_gap(state, server, slot, name)
-        await refuse_branch(slot_connection, state, server, name)
+        await refuse_gap(slot_connection, state, server, slot, name)
     except GapError as gap:
         if config.source.on_gap != "resync":
             raise

@@ -37,6 +37,7 @@ from cdcsync.reload import reload_on_signal
 from cdcsync.setup import (
     note_memberships,
     pause_indexes,
+    refuse_early,
     set_up_indexes,
     set_up_publication,
     set_up_shared,
@@ -173,6 +174,7 @@ class _Worker:
                 # What was examined before the wait may be long gone.
                 self.handle.standby = False
                 return "outdated"
+            await refuse_early(source, self.session, config)
             unpublished = await unpublished_tables(source, config, self.specs)
             await set_up_indexes(target, config, self.specs, unpublished)
             await pause_indexes(target, config, broken)

@@ -229,7 +229,7 @@ def test_a_directory_that_cannot_be_used_is_an_error_that_names_the_setting(tmp_
 
     for directory in (tmp_path / "file", tmp_path / "nowhere"):
         spool = Spool(str(directory), LIMIT_BYTES)
-        with pytest.raises(SetupError, match="cannot be kept on disk: (Not a directory|No such file)") as caught:
+        with pytest.raises(SetupError, match=r"cannot be kept on disk: (Not a directory|No such file)") as caught:
             spool.enter(1)
         assert caught.value.where == str(directory)
         assert caught.value.hint is not None

@@ -1,0 +1,186 @@
+"""Failover of the source: a standby is promoted, and the index follows it, or says why it cannot."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+
+import psycopg
+import pytest
+
+from cdcsync.cluster import Cluster
+from tests.fixtures.outages import MakeSimple, configure, stops_at_the_gap_and_heals
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import PATIENCE_S, Pipeline, until
+
+pytestmark = [pytest.mark.server, pytest.mark.faults, pytest.mark.failover]
+
+MakePair = Callable[..., tuple[Cluster, Cluster]]
+
+
+@pytest.fixture
+def make_pair() -> Iterator[MakePair]:
+    """Makes a primary and its standby, with settings of their own; the standby goes first."""
+    with ExitStack() as stack:
+
+        def make(primary: Mapping[str, str], standby: Mapping[str, str]) -> tuple[Cluster, Cluster]:
+            first = stack.enter_context(Cluster(settings=primary))
+            if first.version < 17:
+                pytest.skip("slots survive a failover from PostgreSQL 17 on")
+            return first, stack.enter_context(first.standby(slot="near", settings=standby))
+
+        yield make
+
+
+def both(first: Cluster, second: Cluster) -> str:
+    """Return a DSN that leads to whichever is primary."""
+    return (
+        f"host=127.0.0.1,127.0.0.1 port={first.port},{second.port} user=postgres dbname=postgres"
+        " target_session_attrs=read-write"
+    )
+
+
+def until_the_standby_has_the_slot(pipeline: Pipeline, standby: Cluster) -> None:
+    """Do what `sync_replication_slots = on` does every now and then, until it has done it for good."""
+    with psycopg.connect(standby.dsn(), autocommit=True) as connection:
+
+        def synced() -> object:
+            pipeline.source.execute("SELECT pg_log_standby_snapshot()")
+            connection.execute("SELECT pg_sync_replication_slots()")
+            return connection.execute(
+                "SELECT 1 FROM pg_replication_slots WHERE slot_name = 's' AND synced AND NOT temporary"
+            ).fetchone()
+
+        until(synced, "the standby to have the slot")
+
+
+def write_until_it_breaks(dsn: str, broken: threading.Event) -> None:
+    """Commit change after change until the server is gone."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        try:
+            for number in range(1_000_000):
+                connection.execute(
+                    "INSERT INTO articles VALUES (%s, 1, 'written')"
+                    " ON CONFLICT (id) DO UPDATE SET title = 'over ' || excluded.id || articles.title",
+                    [number % 300],
+                )
+                connection.execute("DELETE FROM articles WHERE id = %s", [(number * 7) % 300])
+        except psycopg.OperationalError:
+            broken.set()
+
+
+def test_the_index_follows_a_standby_promoted_amid_writes_and_not_the_primary_left_behind(
+    make_pair: MakePair, database: Database, make_simple: MakeSimple
+) -> None:
+    # The worker gets what the standby has, and nothing before.
+    primary, standby = make_pair({"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": ""})
+    pipeline = make_simple(both(primary, standby), database.dsn)
+    worker = pipeline.start()
+    pipeline.live()
+    until_the_standby_has_the_slot(pipeline, standby)
+    broken = threading.Event()
+    writer = threading.Thread(target=write_until_it_breaks, args=[primary.dsn(), broken])
+    writer.start()
+    (checkpoint,) = pipeline.target.execute("SELECT checkpoint FROM cdcsync.pipelines").fetchone() or (None,)
+    until(
+        lambda: (
+            pipeline.target.execute(
+                "SELECT checkpoint > %s::pg_lsn + 100000 FROM cdcsync.pipelines", [checkpoint]
+            ).fetchone()
+            == (True,)
+        ),
+        pipeline.tail,
+    )
+    primary.kill()
+    writer.join()
+    assert broken.is_set()
+    standby.promote()
+
+    pipeline.connect_source()
+    pipeline.source.execute("UPDATE articles SET title = 'after the failover' WHERE id % 5 = 0")
+    pipeline.in_step()
+    assert pipeline.event("timeline_followed")["timeline"] == 2
+    assert worker.poll() is None
+    assert pipeline.stop(worker) == 0
+
+    primary.start()
+    configure(pipeline, dsn=primary.dsn())
+    before = pipeline.target.execute("SELECT checkpoint FROM cdcsync.pipelines").fetchall()
+    worker = pipeline.start()
+    assert worker.wait(timeout=PATIENCE_S) == 1
+    assert "left behind by a promotion" in " ".join(pipeline.tail().split())
+    assert pipeline.target.execute("SELECT checkpoint FROM cdcsync.pipelines").fetchall() == before
+
+
+def test_a_promoted_standby_without_the_slot_is_a_gap(
+    make_pair: MakePair, database: Database, make_simple: MakeSimple
+) -> None:
+    primary, standby = make_pair({}, {})
+    pipeline = make_simple(both(primary, standby), database.dsn, source_lines="failover = false")
+    load(pipeline)
+    with psycopg.connect(standby.dsn(), autocommit=True) as watching:
+        lsn = pipeline.position()
+        until(
+            lambda: watching.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", [lsn]).fetchone() == (True,),
+            "the standby to have everything",
+        )
+    primary.kill()
+    standby.promote()
+    pipeline.connect_source()
+    pipeline.source.execute("DELETE FROM articles WHERE id % 3 = 0")
+
+    stops_at_the_gap_and_heals(pipeline, "the replication slot is gone")
+
+
+def test_a_promoted_standby_that_lacks_what_is_indexed_is_a_gap(
+    make_pair: MakePair, database: Database, make_simple: MakeSimple
+) -> None:
+    primary, standby = make_pair({}, {})
+    pipeline = make_simple(both(primary, standby), database.dsn)
+    load(pipeline)
+    with psycopg.connect(standby.dsn(), autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET primary_conninfo = ''")
+        connection.execute("SELECT pg_reload_conf()")
+        until(
+            lambda: connection.execute("SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)").fetchone() == (True,),
+            "the standby to be cut off",
+        )
+    pipeline.source.execute("UPDATE articles SET title = 'nobody else knows this' WHERE id < 5")
+    load(pipeline)
+    primary.kill()
+    standby.promote()
+    pipeline.connect_source()
+
+    stops_at_the_gap_and_heals(pipeline, "branched off at")
+
+
+def test_a_worker_waits_for_the_promotion_of_a_standby_that_it_reaches_first(
+    make_pair: MakePair, database: Database, make_simple: MakeSimple
+) -> None:
+    # As with an address that moves to the standby before it is promoted: what it says of the slot is no gap.
+    primary, standby = make_pair({"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": ""})
+    dsn = f"host=127.0.0.1,127.0.0.1 port={primary.port},{standby.port} user=postgres dbname=postgres"
+    pipeline = make_simple(dsn, database.dsn)
+    worker = pipeline.start()
+    pipeline.live()
+    until_the_standby_has_the_slot(pipeline, standby)
+    primary.kill()
+    until(
+        lambda: any("is a standby just now" in event.get("error", "") for event in pipeline.events()),
+        pipeline.tail,
+    )
+    standby.promote()
+    pipeline.connect_source()
+    pipeline.source.execute("UPDATE articles SET title = 'after the failover' WHERE id % 2 = 0")
+
+    pipeline.in_step()
+    assert worker.poll() is None
+
+
+def load(pipeline: Pipeline) -> None:
+    """Run a worker until the index is live and equal, and stop it."""
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    pipeline.stop(worker)

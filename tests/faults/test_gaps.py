@@ -1,0 +1,212 @@
+"""Gaps: changes that the slot cannot send any more are noticed before one is applied, and a resync heals the index."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import conninfo
+
+from cdcsync.cluster import Cluster
+from tests.fixtures.outages import MakeSimple, configure, frozen, indexed, stops_at_the_gap_and_heals
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import PATIENCE_S, Pipeline, until
+
+pytestmark = [pytest.mark.server, pytest.mark.faults]
+
+
+def load(pipeline: Pipeline) -> None:
+    """Run a worker until the index is live and equal, and stop it."""
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    pipeline.stop(worker)
+
+
+def change(pipeline: Pipeline) -> None:
+    """Write what gets lost, of every kind."""
+    pipeline.source.execute("UPDATE articles SET title = title || ' again' WHERE id % 3 = 0")
+    pipeline.source.execute("DELETE FROM articles WHERE id % 7 = 0")
+    pipeline.source.execute("INSERT INTO articles SELECT 1000 + i, 1, 'late ' || i FROM generate_series(1, 5) i")
+
+
+def drop(pipeline: Pipeline) -> None:
+    pipeline.source.execute("SELECT pg_drop_replication_slot(%s)", [pipeline.config.source.slot])
+
+
+def recreate(pipeline: Pipeline) -> None:
+    drop(pipeline)
+    pipeline.source.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [pipeline.config.source.slot])
+
+
+def advance(pipeline: Pipeline) -> None:
+    pipeline.source.execute(
+        "SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [pipeline.config.source.slot]
+    )
+
+
+@pytest.mark.parametrize(
+    ("mishap", "reason"),
+    [
+        pytest.param(drop, "the replication slot is gone", id="dropped"),
+        pytest.param(recreate, "the slot is ahead of the index", id="recreated"),
+        pytest.param(advance, "the slot is ahead of the index", id="advanced by someone else"),
+    ],
+)
+def test_a_slot_that_cannot_send_all_is_a_gap(
+    make_database: Callable[[], Database],
+    make_simple: MakeSimple,
+    mishap: Callable[[Pipeline], None],
+    reason: str,
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name)
+    load(pipeline)
+    change(pipeline)
+    mishap(pipeline)
+
+    stops_at_the_gap_and_heals(pipeline, reason)
+
+
+def test_a_slot_that_was_moved_while_the_worker_was_cut_off_is_a_gap(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name)
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    # Nobody connects anew for a moment, so that the slot is free.
+    with source.server.connect() as admin:
+        admin.execute(f'ALTER DATABASE "{source.name}" ALLOW_CONNECTIONS false')
+        admin.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE datname = %s AND application_name LIKE 'cdcsync%%'",
+            [source.name],
+        )
+        change(pipeline)
+        before = indexed(pipeline)
+        advance(pipeline)
+        admin.execute(f'ALTER DATABASE "{source.name}" ALLOW_CONNECTIONS true')
+
+    assert worker.wait(timeout=PATIENCE_S) == 1
+    assert "the slot is ahead of the index" in pipeline.tail()
+    assert indexed(pipeline) == before
+
+
+LITTLE_WAL = {"max_slot_wal_keep_size": "1MB", "max_wal_size": "32MB", "min_wal_size": "32MB"}
+
+
+def lose_wal(pipeline: Pipeline) -> None:
+    """Write more WAL than the slot may hold."""
+    for _ in range(4):
+        pipeline.source.execute("SELECT pg_switch_wal()")
+        pipeline.source.execute("SELECT pg_logical_emit_message(false, 'x', 'y', true)")
+    pipeline.source.execute("CHECKPOINT")
+    assert pipeline.source.execute("SELECT wal_status FROM pg_replication_slots").fetchone() == ("lost",)
+
+
+def test_a_slot_that_lost_its_wal_is_a_gap(
+    make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
+) -> None:
+    cluster = make_cluster(settings=LITTLE_WAL)
+    pipeline = make_simple(cluster.dsn(), database.dsn)
+    load(pipeline)
+    change(pipeline)
+    lose_wal(pipeline)
+
+    # The checks before the start see it already, and nothing is changed then.
+    stops_at_the_gap_and_heals(pipeline, "the server has removed WAL", status=2)
+
+
+def test_a_slot_that_loses_its_wal_under_a_worker_is_a_gap(
+    make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
+) -> None:
+    cluster = make_cluster(settings=LITTLE_WAL)
+    pipeline = make_simple(cluster.dsn(), database.dsn)
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    with frozen(worker.pid):
+        before = indexed(pipeline)
+        change(pipeline)
+        lose_wal(pipeline)
+
+    assert worker.wait(timeout=PATIENCE_S) == 1
+    assert "has lost WAL" in pipeline.tail()
+    assert indexed(pipeline) == before
+
+
+def copy_of(cluster: Cluster, place: Path) -> None:
+    """Copy a cluster's data while it is down, with owners and modes."""
+    subprocess.run(["cp", "-a", str(cluster.data), str(place)], check=True)
+
+
+def put_back(cluster: Cluster, place: Path) -> None:
+    shutil.rmtree(cluster.data)
+    subprocess.run(["cp", "-a", str(place), str(cluster.data)], check=True)
+
+
+@pytest.mark.parametrize("recovered", [False, True], ids=["files put back", "recovered to a new timeline"])
+def test_a_source_restored_from_an_older_backup_is_a_gap(
+    make_cluster: Callable[..., Cluster],
+    database: Database,
+    make_simple: MakeSimple,
+    tmp_path: Path,
+    recovered: bool,
+) -> None:
+    cluster = make_cluster(settings={"restore_command": "false"})
+    pipeline = make_simple(cluster.dsn(), database.dsn)
+    load(pipeline)
+    cluster.stop()
+    copy_of(cluster, tmp_path / "backup")
+    cluster.start()
+    pipeline.connect_source()
+    change(pipeline)
+    worker = pipeline.start()
+    pipeline.in_step()
+    pipeline.stop(worker)
+    cluster.stop()
+    put_back(cluster, tmp_path / "backup")
+    if recovered:
+        signal = cluster.data / "recovery.signal"
+        signal.touch()
+        cluster.programs.give(signal)
+    cluster.start()
+    pipeline.connect_source()
+    if recovered:
+        until(
+            lambda: pipeline.source.execute("SELECT pg_is_in_recovery()").fetchone() == (False,),
+            "the end of the recovery",
+        )
+        # WAL goes on beyond the checkpoint, so that only its history tells.
+        pipeline.source.execute("SELECT pg_logical_emit_message(false, 'x', repeat('y', 1000000), true)")
+    pipeline.source.execute("UPDATE articles SET title = 'another life' WHERE id = 1")
+
+    stops_at_the_gap_and_heals(pipeline, "branched off at" if recovered else "restored from a backup")
+
+
+def test_another_cluster_is_a_gap_and_nothing_is_created_there(
+    make_cluster: Callable[..., Cluster], make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name)
+    load(pipeline)
+    cluster = make_cluster()
+    other = cluster.dsn()
+    with psycopg.connect(other, autocommit=True) as connection:
+        connection.execute("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, title text NOT NULL)")
+        connection.execute("INSERT INTO articles VALUES (1, 1, 'of another world')")
+    configure(pipeline, dsn=conninfo.make_conninfo(other))
+    pipeline.connect_source(other)
+    before = pipeline.source.execute("SELECT count(*) FROM pg_publication").fetchone()
+
+    worker = pipeline.start()
+    assert worker.wait(timeout=PATIENCE_S) == 1
+    assert pipeline.source.execute("SELECT count(*) FROM pg_publication").fetchone() == before == (0,)
+
+    stops_at_the_gap_and_heals(pipeline, "another cluster than before")
