@@ -9,6 +9,7 @@
     indexes      each index: its model, what is stored of it, and its `IndexSpec`
     layout       where it is to lie: its tables, its view, its keyword search
     embedders    the models
+    machine      this machine's disk and network
     examination  `examine`, all of it in order
 
 Every check only reads. Each goes on where another failed, so that one run tells everything there is to mend.

@@ -16,6 +16,7 @@ from cdcsync.postgres import Connection, Side, connect
 from cdcsync.preflight.findings import Finding, Report, noting
 from cdcsync.preflight.indexes import Plan, key_faults, make_plan, make_spec, stored_faults
 from cdcsync.preflight.layout import examine_layout
+from cdcsync.preflight.machine import machine_findings
 from cdcsync.preflight.sending import creation_faults, sending_findings
 from cdcsync.preflight.source import SourceFacts, examine_source
 from cdcsync.preflight.tables import examine_table, needed_columns, table_faults
@@ -29,7 +30,7 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
 
     :param embedders: those that could be made; one that is missing has its finding already.
     """
-    findings: list[Finding] = []
+    findings: list[Finding] = list(machine_findings(config))
     specs: list[IndexSpec] = []
     broken: dict[str, str] = {}
     plans = [make_plan(name, index, embedders.get(index.embedder), findings) for name, index in config.indexes.items()]

@@ -91,7 +91,13 @@ def server_faults(server: Server, slot: Slot | None) -> Iterator[Finding]:
             "ALTER SYSTEM SET wal_level = 'logical', then restart the server; a managed service has a parameter for it"
             " (rds.logical_replication = 1, cloudsql.logical_decoding = on) and needs the restart too",
         )
-    if slot is None and server.used_slots >= server.max_slots:
+    if server.max_slots == 0:
+        yield Finding.error(
+            "source",
+            "max_replication_slots is 0: the server has no slots",
+            "ALTER SYSTEM SET max_replication_slots = 10, then restart the server",
+        )
+    elif slot is None and server.used_slots >= server.max_slots:
         yield Finding.error(
             "source",
             f"all {server.max_slots} replication slots are taken",
@@ -126,8 +132,15 @@ def sender_faults(error: CdcsyncError, server: Server, slot: Slot | None) -> Ite
             f"the role {role} may not replicate",
             f"ALTER ROLE {role} REPLICATION; on Amazon RDS: GRANT rds_replication TO {role}",
         )
+    if server.max_senders == 0:
+        yield Finding.error(
+            "source",
+            "max_wal_senders is 0: the server sends its WAL to nobody",
+            "ALTER SYSTEM SET max_wal_senders = 10, then restart the server",
+        )
     elif server.used_senders < server.max_senders:
-        yield Finding.error("source", f"a replication connection is refused: {error.message}", error.hint)
+        if server.may_replicate:
+            yield Finding.error("source", f"a replication connection is refused: {error.message}", error.hint)
     elif slot is None or slot.active_pid is None:  # else the worker that reads the slot has its sender
         yield Finding.error(
             "source",

@@ -1,0 +1,51 @@
+"""This machine: where large transactions are spooled, and who can reach the worker's endpoints.
+
+Source: Python, `tempfile`; RFC 5735, RFC 4291, loopback addresses.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cdcsync.config import Config
+from cdcsync.preflight.findings import Finding
+
+
+def machine_findings(config: Config) -> Iterator[Finding]:
+    """Say what keeps the worker from running here, or may surprise."""
+    if config.source.streaming and config.source.spool_directory:
+        yield from spool_faults(Path(config.source.spool_directory))
+    host, _ = config.worker.listen_address
+    if not is_loopback(host):
+        yield Finding.warning(
+            "worker.listen",
+            f"{host} can be reached from other machines: whoever gets there sees names of tables and counts, without a"
+            " login",
+            "listen on 127.0.0.1 with a proxy in front of it, or see that only a scraper and probes are let in",
+        )
+
+
+def spool_faults(directory: Path) -> Iterator[Finding]:
+    """Say whether files can be made in the directory of the spool."""
+    where = "source.spool_directory"
+    if not directory.exists():
+        yield Finding.error(where, f"there is no directory {directory}", f"mkdir -p {directory}, for the worker's user")
+    elif not directory.is_dir():
+        yield Finding.error(where, f"{directory} is no directory", "name a directory with space for large transactions")
+    elif not os.access(directory, os.W_OK | os.X_OK):
+        yield Finding.error(
+            where,
+            f"this user may not create files in {directory}",
+            "give it to the worker's user, or name another directory",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine alone; a name other than `localhost` may be anything."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
