@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
+import select
 import signal
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from psycopg import sql
 
 import cdcsync
 
@@ -202,3 +206,95 @@ def test_a_watched_status_is_a_line_of_json_each_time(database: Database, enviro
         _, complaints = watching.communicate(timeout=PATIENCE_S)
     assert [status["pipeline"] for status in statuses] == [database.name] * 2
     assert (watching.returncode, complaints) == (130, "")
+
+
+class Screen:
+    """A terminal in which a command runs, with all that it was sent."""
+
+    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
+        self._ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cdcsync", *arguments],
+            env={**environment, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self.sent = ""
+
+    def read(self) -> bool:
+        """Read what there is; returns False when the command has closed the terminal."""
+        try:
+            data = os.read(self._ours, 65536)
+        except OSError:  # what Linux says of a terminal that nobody has open any more
+            data = b""
+        self.sent += data.decode()
+        return bool(data)
+
+    def wait_for(self, text: str) -> None:
+        """Wait until something was sent since the last call, which is forgotten."""
+        deadline = time.monotonic() + PATIENCE_S
+        while text not in self.sent:
+            assert time.monotonic() < deadline, self.sent[-2000:]
+            ready, _, _ = select.select([self._ours], [], [], 1)
+            assert not ready or self.read(), self.sent[-2000:]
+        self.sent = self.sent.partition(text)[2]
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+
+def test_a_watched_status_stays_on_the_screen_through_an_outage_and_gives_the_terminal_back(
+    database: Database, environment: dict[str, str]
+) -> None:
+    database.execute(TABLE)
+    database.execute(ROWS)
+    with running(environment) as worker:
+        wait_until_live(environment)
+        worker.send_signal(signal.SIGTERM)
+        worker.communicate(timeout=PATIENCE_S)
+    screen = Screen(environment, "status", "--watch")
+    try:
+        screen.wait_for("\x1b[?25l")  # hides the cursor
+        screen.wait_for("does not run")
+        screen.wait_for("live")
+        name = sql.Identifier(database.name)
+        with database.server.connect() as admin:
+            admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(name))
+            admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = %s AND application_name = 'cdcsync status'",
+                [database.name],
+            )
+            screen.wait_for("error:")
+            admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(name))
+        screen.wait_for("does not run")
+
+        screen.process.send_signal(signal.SIGINT)
+
+        screen.wait_for("\x1b[?25h")  # shows it again
+        assert screen.process.wait(timeout=PATIENCE_S) == 130
+        while screen.read():
+            pass
+        assert "Traceback" not in screen.sent
+    finally:
+        screen.close()
+
+
+def test_colours_in_a_terminal_go_with_no_color(environment: dict[str, str]) -> None:
+    for no_color, coloured in (("", True), ("1", False)):
+        screen = Screen({**environment, "NO_COLOR": no_color}, "check", "-c", "nosuch.toml")
+        try:
+            while screen.read():
+                pass
+            assert screen.process.wait(timeout=PATIENCE_S) == 2
+            assert "there is no such file" in screen.sent
+            # Bold is no colour, and stays.
+            assert bool(re.search(r"\x1b\[[\d;]*3\dm", screen.sent)) == coloured
+        finally:
+            screen.close()

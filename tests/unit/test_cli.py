@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,7 +22,10 @@ from cdcsync.errors import EmbedError
 from cdcsync.index.search import Hit
 from cdcsync.preflight import Finding
 
-COMMANDS = ["demo", "check", "run", "status", "search", "failures", "teardown", "config show", "config schema"]
+COMMANDS = [
+    *("demo", "check", "run", "status", "search", "replay", "verify", "failures", "teardown"),
+    *("config show", "config schema"),
+]
 
 HEAVY = {"starlette", "uvicorn", "numpy", "torch", "psycopg", "structlog", "msgspec", "anyio", "prometheus_client"}
 """What no one should wait for who only wants help."""
@@ -109,10 +113,12 @@ def test_help_waits_for_no_heavy_import() -> None:
     script = (
         "import sys\n"
         "from cdcsync.cli import main\n"
-        "try:\n"
-        "    main(['--help'])\n"
-        "except SystemExit:\n"
-        "    print(*sys.modules, file=sys.stderr)\n"
+        f"for command in {['', *COMMANDS]}:\n"
+        "    try:\n"
+        "        main([*command.split(), '--help'])\n"
+        "    except SystemExit:\n"
+        "        pass\n"
+        "print(*sys.modules, file=sys.stderr)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -121,13 +127,41 @@ def test_help_waits_for_no_heavy_import() -> None:
         text=True,
         check=True,
     )
-    assert "Usage" in done.stdout
+    assert done.stdout.count("Usage: ") == len(COMMANDS) + 1
     assert HEAVY.isdisjoint(done.stderr.split())
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status("--version") == 0
     assert capsys.readouterr().out == f"cdcsync {cdcsync.__version__}\n"
+
+
+COMPLETE = """
+eval "$(cdcsync --show-completion bash)"
+COMP_WORDS=(cdcsync "$@") COMP_CWORD=$#
+_cdcsync_completion cdcsync
+echo "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="this machine has no bash")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [(["te"], "teardown"), (["config", "s"], "show schema"), (["status", "--w"], "--watch"), (["nosuch"], "")],
+    ids=str,
+)
+def test_bash_completes_commands_and_options(typed: list[str], offered: str, tmp_path: Path) -> None:
+    program = tmp_path / "cdcsync"
+    program.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m cdcsync \"$@\"\n")
+    program.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "--norc", "-c", COMPLETE, "bash", *typed],
+        env={**os.environ, "PYTHONPATH": PACKAGES, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout.strip(), done.stderr) == (offered, "")
 
 
 # -- the configuration file -------------------------------------------------------------------------------------
