@@ -11,14 +11,17 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
+import cdcsync
 from cdcsync.config import Config, parse
 from cdcsync.config.sections import Worker
 
@@ -26,6 +29,9 @@ ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 DOCKERFILE = DOCKER / "Dockerfile"
 HEALTHCHECK = DOCKER / "healthcheck.py"
+
+SLIM_BYTES = 150 * 1000**2
+"""The most that an install for remote embedders may take."""
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +156,33 @@ def test_the_healthcheck_of_the_image_is_where_it_says() -> None:
     (copied,) = [line for line in instructions("COPY") if line.startswith("docker/healthcheck.py")]
     (command,) = re.findall(r"CMD (\[.*\])", instructions("HEALTHCHECK")[0])
     assert json.loads(command) == ["python", copied.split()[1]]
+
+
+def installed_bytes(name: str) -> int:
+    """Return what a distribution's files take, byte code included as an image has it."""
+    files = metadata.files(name) or []
+    places = [Path(str(file.locate())) for file in files if file.suffix != ".pyc"]
+    return sum(place.stat().st_size * (2 if place.suffix == ".py" else 1) for place in places if place.is_file())
+
+
+def needed(name: str, extras: Iterable[str], found: set[str]) -> set[str]:
+    """Return what a distribution needs with these extras, and what that needs."""
+    for requirement in map(Requirement, metadata.requires(name) or []):
+        asked = requirement.marker is None or any(
+            requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras)
+        )
+        if asked and requirement.name not in found:
+            found.add(requirement.name)
+            needed(requirement.name, requirement.extras, found)
+    return found
+
+
+def test_a_slim_install_is_small_and_without_torch() -> None:
+    wanted = needed("cdcsync", (), set())
+    assert {"numpy", "psycopg", "psycopg-binary"} <= wanted
+    assert not {"torch", "sentence-transformers", "ray", "opentelemetry-sdk"} & wanted
+    ours = sum(path.stat().st_size for path in Path(cdcsync.__file__).parent.rglob("*.*") if path.suffix != ".pyc")
+    assert ours + sum(map(installed_bytes, wanted)) < SLIM_BYTES
 
 
 def test_hadolint_finds_nothing() -> None:

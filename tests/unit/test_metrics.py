@@ -150,6 +150,12 @@ def test_the_rules_are_valid(promtool: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_what_is_exposed_keeps_to_the_conventions(promtool: str) -> None:
+    exposed = generate_latest(Metrics().registry)
+    done = subprocess.run([promtool, "check", "metrics"], input=exposed, capture_output=True)
+    assert (done.returncode, done.stderr, done.stdout) == (0, b"", b"")
+
+
 WORKER = 'job="cdcsync", instance="a:9477"'
 
 
