@@ -13,6 +13,7 @@ The rules:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -114,6 +115,8 @@ class Batch:
         """When the first transaction that changed something here was committed."""
         self.partial = False
         """Whether the last transaction in it is not complete."""
+        self.origins: dict[int, Any] = {}
+        """Where traced transactions come from, by the LSN that their changes carry."""
 
     def __bool__(self) -> bool:
         return bool(self.indexes) or bool(self.paused)

@@ -5,13 +5,16 @@ Nothing here does the worker's work; it is asked how that goes, over connections
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 import anyio
+import anyio.to_thread
 import msgspec
 import structlog
 
+from cdcsync import tracing
 from cdcsync.config import Config
 from cdcsync.embed import Desk
 from cdcsync.errors import SourceUnavailable, Unavailable
@@ -37,6 +40,7 @@ class WorkerHandle:
 
     def __init__(self, config: Config) -> None:
         self.metrics = Metrics()
+        self.tracing = tracing.from_environment(os.environ)
         self.port: int | None = None
         self.standby = False
         """Whether another worker holds the pipeline's lock."""
@@ -147,6 +151,7 @@ class WorkerHandle:
         """Close the connections that the status is read over."""
         await self._source.aclose()
         await self._target.aclose()
+        await anyio.to_thread.run_sync(self.tracing.close)
 
     async def gauges_for_ever(self) -> None:
         """Keep the gauges current."""

@@ -41,6 +41,7 @@ from cdcsync.pgoutput.frames import Keepalive
 from cdcsync.pgoutput.messages import (
     Begin,
     Commit,
+    Message,
     PgoutputMessage,
     StreamAbort,
     StreamCommit,
@@ -52,6 +53,7 @@ from cdcsync.prepare import Preparer
 from cdcsync.progress import Progress
 from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
+from cdcsync.tracing import PREFIX, Tracing
 from cdcsync.transactions import Assembler, Committed, Lost, Mark
 from cdcsync.visibility import Deliveries
 
@@ -109,6 +111,7 @@ class Stream:
         for spec in specs:
             table = spec.shape.table
             self._tables.setdefault((table.schema, table.name), []).append(spec.shape)
+        self.tracing = Tracing()
         self.progress = Progress(Lsn(0))
         self.source_end = Lsn(0)
         """The end of the source's WAL as last heard of."""
@@ -252,6 +255,9 @@ class Stream:
             self._committed_at_us = message.commit_time_us
         for event in self._assembler.feed(message):
             match event:
+            self.tracing.begin(message.final_lsn)
+        elif type(message) is Message and message.transactional and message.prefix == PREFIX:
+            self.tracing.note(message.content)
                 case Committed():
                     self._end_transaction(event)
                 case Mark():
@@ -275,6 +281,7 @@ class Stream:
             self._batch.commit(transaction)
         else:
             self._pass(transaction.end_lsn)
+            self.tracing.end(self._batch.origins)
 
     def _keepalive(self, keepalive: Keepalive) -> None:
         if not self._assembler.in_transaction and not self._batch:
@@ -354,7 +361,8 @@ class Stream:
     async def _apply(self, batch: Batch) -> None:
         """Bring a batch to the target."""
         started = anyio.current_time()
-        changes, applied = await self._until_committed(batch)
+        with self.tracing.batch(batch.origins, rows=batch.rows, transactions=batch.transactions):
+            changes, applied = await self._until_committed(batch)
         if batch.end_lsn is not None:
             self.progress.commit(batch.end_lsn)
         self._idle_pause_s = 0.0
@@ -368,11 +376,12 @@ class Stream:
         attempt = 0
         while True:
             try:
-                changes = {
-                    index: await self._preparers[index].prepare(of_index, self._session.writer(index))
-                    for index, of_index in batch.indexes.items()
-                }
-                return changes, await self._commit(changes, batch)
+                changes = {}
+                for index, of_index in batch.indexes.items():
+                    with self.tracing.span("cdcsync.prepare", index=index):
+                        changes[index] = await self._preparers[index].prepare(of_index, self._session.writer(index))
+                with self.tracing.span("cdcsync.commit"):
+                    return changes, await self._commit(changes, batch)
             except SchemaChanged as error:
                 # What is left out of this batch is read again when the index is resumed.
                 batch.indexes.pop(error.index, None)

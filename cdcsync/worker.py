@@ -140,6 +140,8 @@ class _Worker:
         A worker begins late: nobody knows yet what came while it was away.
         """
         if self.stream.caught_up:
+            desk.tracing = handle.tracing
+        self.stream.tracing = handle.tracing
             self._late = False
         elif not self._late and self.stream.oldest_unapplied is not None:
             self._late = self.handle.lag_seconds > FAR_BEHIND_S

@@ -9,6 +9,7 @@ from typing import cast
 import anyio
 import anyio.abc
 import numpy as np
+import anyio.to_thread
 import numpy.typing as npt
 import structlog
 
@@ -18,6 +19,7 @@ from cdcsync.errors import CdcsyncError, EmbedError, Retry
 from cdcsync.metrics import Metrics
 
 log = structlog.get_logger()
+from cdcsync.tracing import Tracing
 
 FloatVector = npt.NDArray[np.float32]
 
@@ -86,6 +88,7 @@ class Desk:
                     # nobody restarts this worker for it.
                     log.error("embedder_unusable", embedder=self.embedder.name, error=str(error), fix=error.hint)
                 await anyio.sleep(backoff_s(attempt, most=60))
+        self.tracing = Tracing()
                 attempt += 1
         self.problem = None
         log.info("embedder_ready", embedder=self.embedder.name, model=self.embedder.identity)
@@ -207,7 +210,8 @@ class Desk:
         name = self.embedder.name
         started = self._clock()
         try:
-            vectors = await self.embedder.embed(list(texts.values()))
+            with self.tracing.call(name, texts.keys()):
+                vectors = await self.embedder.embed(list(texts.values()))
             validate(vectors, len(texts), self.embedder.dimensions)
         except EmbedError as error:
             self._metrics.embed_errors.labels(name, type(error).__name__).inc()
