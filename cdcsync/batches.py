@@ -113,10 +113,10 @@ class Batch:
         self.commit_time_us: int | None = None
         self.oldest_us: int | None = None
         """When the first transaction that changed something here was committed."""
-        self.partial = False
-        """Whether the last transaction in it is not complete."""
         self.origins: dict[int, Any] = {}
         """Where traced transactions come from, by the LSN that their changes carry."""
+        self.partial = False
+        """Whether the last transaction in it is not complete."""
 
     def __bool__(self) -> bool:
         return bool(self.indexes) or bool(self.paused)

@@ -94,13 +94,13 @@ class Preparer:
             )
             for one, cut in zip(changed, chunks, strict=True)
         ]
+        self._desk.tracing.follow((one.commit_lsn, chunk.hash) for one in documents for chunk in one.chunks)
         vectors = await self._vectors_in_time(documents, writer)
         return ChangeSet(changes.truncated, [] if changes.truncated else deleted, kept, documents, vectors)
 
     def _carried(self, change: Upsert) -> Row:
         return self._spec.shape.carried_of(change.row)
 
-        self._desk.tracing.follow((one.commit_lsn, chunk.hash) for one in documents for chunk in one.chunks)
     async def _complete(self, upserts: list[tuple[Upsert, int]]) -> list[tuple[Upsert, int]]:
         """Read again the rows whose unchanged TOAST values nothing in the batch tells.
 

@@ -253,11 +253,11 @@ class Stream:
             await self._wait_for_room()
         if type(message) is Begin:
             self._committed_at_us = message.commit_time_us
-        for event in self._assembler.feed(message):
-            match event:
             self.tracing.begin(message.final_lsn)
         elif type(message) is Message and message.transactional and message.prefix == PREFIX:
             self.tracing.note(message.content)
+        for event in self._assembler.feed(message):
+            match event:
                 case Committed():
                     self._end_transaction(event)
                 case Mark():
@@ -279,9 +279,9 @@ class Stream:
     def _end_transaction(self, transaction: Committed) -> None:
         if self._batch or self._batch.pages:
             self._batch.commit(transaction)
+            self.tracing.end(self._batch.origins)
         else:
             self._pass(transaction.end_lsn)
-            self.tracing.end(self._batch.origins)
 
     def _keepalive(self, keepalive: Keepalive) -> None:
         if not self._assembler.in_transaction and not self._batch:

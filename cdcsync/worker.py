@@ -133,6 +133,8 @@ class _Worker:
         self._late = True
         for desk in self.desks.values():
             desk.far_behind = self.far_behind
+            desk.tracing = handle.tracing
+        self.stream.tracing = handle.tracing
 
     def far_behind(self) -> bool:
         """Whether the stream is so late that what it applies now has likely changed again; until it has caught up.
@@ -140,8 +142,6 @@ class _Worker:
         A worker begins late: nobody knows yet what came while it was away.
         """
         if self.stream.caught_up:
-            desk.tracing = handle.tracing
-        self.stream.tracing = handle.tracing
             self._late = False
         elif not self._late and self.stream.oldest_unapplied is not None:
             self._late = self.handle.lag_seconds > FAR_BEHIND_S

@@ -8,8 +8,8 @@ from typing import cast
 
 import anyio
 import anyio.abc
-import numpy as np
 import anyio.to_thread
+import numpy as np
 import numpy.typing as npt
 import structlog
 
@@ -17,9 +17,9 @@ from cdcsync.embed.waits import backoff_s
 from cdcsync.embedders.protocol import Embedder, validate
 from cdcsync.errors import CdcsyncError, EmbedError, Retry
 from cdcsync.metrics import Metrics
+from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
-from cdcsync.tracing import Tracing
 
 FloatVector = npt.NDArray[np.float32]
 
@@ -69,6 +69,7 @@ class Desk:
         self._small_seconds_per_text = 0.0
         self.ready = anyio.Event()
         self.problem: CdcsyncError | None = None
+        self.tracing = Tracing()
         self.far_behind: Callable[[], bool] = lambda: False
         """Whether the stream is so late that texts applied now are likely to change again at once."""
 
@@ -88,7 +89,6 @@ class Desk:
                     # nobody restarts this worker for it.
                     log.error("embedder_unusable", embedder=self.embedder.name, error=str(error), fix=error.hint)
                 await anyio.sleep(backoff_s(attempt, most=60))
-        self.tracing = Tracing()
                 attempt += 1
         self.problem = None
         log.info("embedder_ready", embedder=self.embedder.name, model=self.embedder.identity)
