@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal, cast
 
 from cdcsync.errors import SetupError, SourceUnavailable, Unavailable, UsageError
@@ -85,13 +85,20 @@ async def watch_status(config: Config, *, as_json: bool) -> None:
             while True:
                 print_json(await _read(config, source, target), indent=False)
                 await anyio.sleep(WATCH_EVERY_S)
-        with Live(console=console(wrap=True), auto_refresh=False) as live:
+        out = console(wrap=True)
+        # A file or a pipe gets one after the other: there, a live display would show nothing before the end.
+        live = Live(console=out, auto_refresh=False) if out.is_terminal else None
+        with live or nullcontext():
             while True:
                 try:
-                    live.update(render_table(await _read(config, source, target)), refresh=True)
+                    shown = render_table(await _read(config, source, target))
                 except Unavailable as error:
                     # Watching is what one does while a server restarts.
-                    live.update(error_text(error), refresh=True)
+                    shown = error_text(error)
+                if live is not None:
+                    live.update(shown, refresh=True)
+                else:
+                    out.print(shown, "")
                 await anyio.sleep(WATCH_EVERY_S)
 
 

@@ -208,6 +208,29 @@ def test_a_watched_status_is_a_line_of_json_each_time(database: Database, enviro
     assert (watching.returncode, complaints) == (130, "")
 
 
+def test_a_watched_status_goes_into_a_pipe_as_a_table_each_time(
+    database: Database, environment: dict[str, str]
+) -> None:
+    database.execute(TABLE)
+    with subprocess.Popen(
+        [sys.executable, "-m", "cdcsync", "status", "--watch"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as watching:
+        assert watching.stdout is not None
+        tables = 0
+        while tables < 2:
+            line = watching.stdout.readline()
+            assert line
+            assert "\x1b" not in line
+            tables += line.startswith("pipeline")
+        watching.stdout.close()  # as `head` does, once it has seen enough
+        _, complaints = watching.communicate(timeout=PATIENCE_S)
+    assert (watching.returncode, complaints) == (1, "")
+
+
 class Screen:
     """A terminal in which a command runs, with all that it was sent."""
 
