@@ -21,13 +21,9 @@ import cdcsync
 from cdcsync.cluster import PREFIX, STALE_AFTER_S, Cluster
 from cdcsync.errors import SetupError
 from cdcsync.programs import embedded_bin_dir
+from tests.fixtures.clusters import OTHER_VERSIONS
 
 pytestmark = pytest.mark.server
-
-OTHER_VERSIONS = {
-    15: Path("/usr/lib/postgresql/15/bin"),
-    16: embedded_bin_dir().parents[2] / "pgserver" / "pginstall" / "bin",
-}
 
 WAIT_MS = 60_000
 

@@ -1,0 +1,143 @@
+"""Outages: servers that restart, crash, freeze or stay away, and killed workers. Nothing is lost, and nobody helps."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import datetime, timedelta
+
+import pytest
+
+from cdcsync.cluster import Cluster
+from tests.fixtures.outages import MakeSimple, frozen, make_target, metric
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import Pipeline, until
+
+pytestmark = [pytest.mark.server, pytest.mark.faults]
+
+SENDER_TIMEOUT_S = 3
+
+OUTAGE_S = float(os.environ.get("CDCSYNC_TEST_OUTAGE_S", "7"))
+"""Longer than the server waits for a word from the worker, twice."""
+
+TAKEOVER_S = 5.0
+
+
+def change(pipeline: Pipeline, word: str) -> None:
+    """Write every kind of change."""
+    with pipeline.source.transaction():
+        pipeline.source.execute("UPDATE articles SET title = title || %s WHERE id %% 3 = 0", [word])
+        pipeline.source.execute("UPDATE articles SET tenant = tenant + 1 WHERE id % 3 = 1")
+    pipeline.source.execute("DELETE FROM articles WHERE id = (SELECT min(id) FROM articles)")
+    pipeline.source.execute("INSERT INTO articles SELECT max(id) + 1, 1, %s FROM articles", [word])
+
+
+def test_servers_that_restart_or_crash_are_found_again(
+    make_cluster: Callable[..., Cluster], make_simple: MakeSimple
+) -> None:
+    source, target = make_cluster(), make_cluster()
+    pipeline = make_simple(source.dsn(), make_target(target))
+    worker = pipeline.start()
+    pipeline.live()
+    for cluster, connect in ((source, pipeline.connect_source), (target, pipeline.connect_target)):
+        for stop in (cluster.stop, cluster.kill):
+            change(pipeline, "before")
+            stop()
+            if cluster is target:
+                change(pipeline, "meanwhile")
+            cluster.start()
+            connect()
+            change(pipeline, "after")
+            pipeline.in_step()
+    assert worker.poll() is None
+    assert not [event for event in pipeline.events() if event.get("level") == "error"]
+
+
+def test_any_session_may_be_terminated(make_database: Callable[[], Database], make_simple: MakeSimple) -> None:
+    source, target = make_database(), make_database()
+    pipeline = make_simple(source.dsn, target.dsn, slot=source.name)
+    worker = pipeline.start()
+    pipeline.live()
+    for connection, name in (
+        (pipeline.source, "cdcsync"),
+        (pipeline.target, "cdcsync apply%"),
+        (pipeline.source, "cdcsync%"),
+        (pipeline.target, "cdcsync%"),
+    ):
+        ended = connection.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name LIKE %s",
+            [name],
+        ).fetchall()
+        assert ended
+        change(pipeline, "after")
+        pipeline.in_step()
+    assert worker.poll() is None
+
+
+def sender(pipeline: Pipeline) -> tuple[int, datetime]:
+    """Return the walsender's process id, and when it last heard of the worker."""
+    row = pipeline.source.execute("SELECT pid, reply_time FROM pg_stat_replication").fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+@pytest.mark.timeout(120 + 2 * OUTAGE_S)
+@pytest.mark.parametrize("mode", ["frozen", "down"])
+def test_the_source_hears_of_the_worker_all_the_time_that_the_target_is_away(
+    make_cluster: Callable[..., Cluster], make_simple: MakeSimple, mode: str
+) -> None:
+    source = make_cluster(settings={"wal_sender_timeout": f"{SENDER_TIMEOUT_S}s"})
+    target = make_cluster()
+    pipeline = make_simple(source.dsn(), make_target(target), worker_lines="batch_rows = 50")
+    pipeline.start()
+    pipeline.live()
+    row = pipeline.target.execute(
+        "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'cdcsync apply%'"
+    ).fetchone()
+    assert row is not None
+    with ExitStack() as outage:
+        if mode == "frozen":
+            outage.enter_context(frozen(row[0]))
+        else:
+            target.stop()
+            outage.callback(target.start)
+        # More than the worker takes in while it cannot apply, so that it stops reading.
+        for number in range(5):
+            pipeline.source.execute(
+                "INSERT INTO articles SELECT 1000 * %s + i, 1, 'title' FROM generate_series(1, 100) i", [number + 1]
+            )
+        until(lambda: metric(pipeline, "cdcsync_lag_seconds") > 0, "the changes to wait")
+        pid, began = sender(pipeline)
+        until(
+            lambda: sender(pipeline)[1] > began + timedelta(seconds=OUTAGE_S),
+            "the time to pass",
+            patience_s=40 + OUTAGE_S,
+        )
+        assert sender(pipeline)[0] == pid
+    if mode == "down":
+        pipeline.connect_target()
+    pipeline.in_step()
+    assert sender(pipeline)[0] == pid
+
+
+def test_a_second_worker_takes_over_from_one_that_was_killed_within_seconds(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name)
+    first = pipeline.start()
+    pipeline.live()
+    second = pipeline.start()
+    pipeline.event("standby")
+    pipeline.stop(first, signal.SIGKILL)
+    change(pipeline, "after")
+    lsn = pipeline.position()
+
+    # Twice the time that it may take, for a machine that runs other tests too.
+    until(lambda: pipeline.reached("articles", lsn), pipeline.tail, patience_s=2 * TAKEOVER_S)
+
+    pipeline.in_step()
+    assert second.poll() is None

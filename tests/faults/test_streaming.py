@@ -1,0 +1,242 @@
+"""Large transactions that the server streams while they are open: in bounded memory, and with the source's result."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from cdcsync.cluster import Cluster
+from tests.fixtures.outages import MakeSimple, configure, make_target
+from tests.fixtures.workers import PATIENCE_S, Pipeline, until
+
+pytestmark = [pytest.mark.server, pytest.mark.streaming, pytest.mark.faults]
+
+BIG_ROWS = int(os.environ.get("CDCSYNC_TEST_BIG_ROWS", "100000"))
+"""Rows of the big transaction, some 600 bytes each; kept in memory, the default would take twice what is allowed."""
+
+BIG_PATIENCE_S = 100 + BIG_ROWS / 1000
+
+MAX_GROWTH_BYTES = 100 * 1024**2
+
+SMALLEST_WORK_MEM = {"logical_decoding_work_mem": "64kB", "wal_sender_timeout": "3s"}
+
+
+@pytest.fixture
+def pipeline(make_cluster: Callable[..., Cluster], make_simple: MakeSimple, tmp_path: Path) -> Pipeline:
+    """A pipeline on a server that streams nearly everything, and that waits no longer than 3 s for a word."""
+    cluster = make_cluster(settings=SMALLEST_WORK_MEM)
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    return make_simple(
+        cluster.dsn(),
+        make_target(cluster),
+        source_lines=f'spool_directory = "{spool}"\nspool_bytes = 10_000_000_000',
+        worker_lines="batch_rows = 500",
+    )
+
+
+def insert(first: int, last: int) -> str:
+    """Return a statement whose changes are several times what the server keeps before it streams."""
+    rows = f"generate_series({first}, {last}) AS i"
+    return f"INSERT INTO articles SELECT i, 1, 'title ' || i || repeat(' word', 20) FROM {rows}"
+
+
+def streamed(pipeline: Pipeline) -> int:
+    """Return how many blocks of open transactions the server has streamed; a session inside of one would not see it."""
+    row = pipeline.target.execute("SELECT stream_count FROM pg_stat_replication_slots").fetchone()
+    return row[0] if row else 0
+
+
+def until_streamed(pipeline: Pipeline, more_than: int = 0) -> None:
+    until(lambda: streamed(pipeline) > more_than, lambda: f"a streamed transaction; {pipeline.tail()}")
+
+
+def spool_files(pid: int) -> int:
+    """Return how many spool files a process holds open; they have no names."""
+    found = 0
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found += "/spool/" in os.readlink(entry)
+    return found
+
+
+def memory(pid: int, kind: str) -> int:
+    """Return bytes of a process's resident memory: `VmRSS` now, `VmHWM` at most since it began."""
+    found = re.search(rf"^{kind}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def senders(pipeline: Pipeline) -> list[tuple[object, ...]]:
+    return pipeline.source.execute("SELECT pid, backend_start FROM pg_stat_replication").fetchall()
+
+
+@pytest.mark.timeout(3 * BIG_PATIENCE_S)
+def test_a_big_transaction_takes_little_memory_and_the_server_always_hears_of_the_worker(pipeline: Pipeline) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is read from /proc")
+    worker = pipeline.start()
+    pipeline.live()
+    # What any work takes, before that of this transaction is measured.
+    pipeline.source.execute(insert(1_000, 3_000))
+    pipeline.in_step()
+    before, connection = memory(worker.pid, "VmRSS"), senders(pipeline)
+
+    pipeline.source.execute(
+        "INSERT INTO articles SELECT i, i %% 7, 'title ' || i || repeat(md5(i::text) || ' ', 17)"
+        " FROM generate_series(10001, 10000 + %s) i",
+        [BIG_ROWS],
+    )
+    lsn = pipeline.position()
+    until(lambda: pipeline.reached("articles", lsn), pipeline.tail, patience_s=BIG_PATIENCE_S)
+
+    grown = memory(worker.pid, "VmHWM") - before
+    print(f"{BIG_ROWS} rows: memory grew by {grown / 1024**2:.1f} MiB")  # shown by -rP
+    assert grown <= MAX_GROWTH_BYTES
+    assert senders(pipeline) == connection
+    assert streamed(pipeline) > BIG_ROWS / 1000
+    source = pipeline.source.execute(DIGEST.format("title", "articles")).fetchall()
+    assert pipeline.target.execute(DIGEST.format("content", "cdcsync.articles_chunks")).fetchall() == source
+    assert spool_files(worker.pid) == 0
+
+
+DIGEST = "SELECT count(*), sum(hashtextextended(id::text || ' ' || tenant || ' ' || rtrim({}), 0)) FROM {}"
+"""What tells two tables apart that are too large to be fetched; a chunk ends without white space."""
+
+
+def test_what_happens_inside_streamed_transactions_arrives_as_it_was_committed(pipeline: Pipeline) -> None:
+    pipeline.start()
+    pipeline.live()
+    other = psycopg.connect(pipeline.config.source.dsn, autocommit=False)
+    mine = pipeline.source
+
+    # Rolled back to savepoints, nested and released ones too; then DDL, after which rows look otherwise.
+    with mine.transaction():
+        mine.execute(insert(1_001, 2_000))
+        mine.execute("SAVEPOINT a")
+        mine.execute(insert(2_001, 3_000))
+        mine.execute("SAVEPOINT b")
+        mine.execute("DELETE FROM articles WHERE id < 1500")
+        mine.execute("RELEASE b")
+        until_streamed(pipeline)
+        mine.execute("ROLLBACK TO a")
+        mine.execute("UPDATE articles SET tenant = 8 WHERE id % 3 = 0")
+        mine.execute("ALTER TABLE articles ADD COLUMN more text DEFAULT 'x'")
+        mine.execute("ALTER TABLE articles ALTER COLUMN title TYPE varchar(500)")
+        mine.execute(insert(3_001, 4_000))
+        mine.execute("UPDATE articles SET title = 'short' WHERE id % 50 = 0")
+    pipeline.in_step()
+
+    # The second to begin commits first; what both wrote must be of the last to commit.
+    before = streamed(pipeline)
+    other.execute(insert(5_001, 6_000))
+    with mine.transaction():
+        mine.execute(insert(7_001, 8_000))
+        mine.execute("DELETE FROM articles WHERE id = 1")
+        mine.execute("UPDATE articles SET title = 'first' WHERE id BETWEEN 2 AND 9")
+        until_streamed(pipeline, before + 1)
+        other.execute(insert(6_001, 7_000))
+    other.execute("INSERT INTO articles VALUES (1, 3, 'again')")
+    other.execute("UPDATE articles SET title = 'second' WHERE id BETWEEN 2 AND 5")
+    other.execute("UPDATE articles SET id = id + 100000 WHERE id BETWEEN 6 AND 8")
+    other.commit()
+    pipeline.in_step()
+
+    # Rolled back as a whole, after it was streamed; and one that takes two steps to commit.
+    before = streamed(pipeline)
+    other.execute(insert(10_001, 12_000))
+    until_streamed(pipeline, before)
+    other.rollback()
+    for number, end in enumerate(("COMMIT", "ROLLBACK")):
+        mine.execute("BEGIN")
+        mine.execute(insert(20_001 + 2_000 * number, 22_000 + 2_000 * number))
+        mine.execute(f"PREPARE TRANSACTION 'p{number}'")
+        mine.execute(f"{end} PREPARED 'p{number}'")
+    with mine.transaction():
+        mine.execute("TRUNCATE articles")
+        mine.execute(insert(1, 1_500))
+    pipeline.in_step()
+    other.close()
+
+
+def test_a_transaction_with_very_many_subtransactions_is_applied_but_for_those_rolled_back(pipeline: Pipeline) -> None:
+    pipeline.start()
+    pipeline.live()
+    # Each round of a block that catches errors is a subtransaction; every fifth is rolled back.
+    pipeline.source.execute("""
+        DO $$
+        BEGIN
+            FOR i IN 1001..6000 LOOP
+                BEGIN
+                    INSERT INTO articles VALUES (i, 1, 'title ' || i);
+                    IF i % 5 = 0 THEN
+                        INSERT INTO articles VALUES (i, 1, 'twice');
+                    END IF;
+                EXCEPTION WHEN unique_violation THEN
+                    UPDATE articles SET tenant = tenant + 1 WHERE id = i - 1;
+                END;
+            END LOOP;
+        END $$
+    """)
+    pipeline.in_step()
+    assert streamed(pipeline) > 0
+
+
+def test_what_was_spooled_goes_with_the_connection_and_with_the_worker(pipeline: Pipeline) -> None:
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("open files are read from /proc")
+    directory = Path(pipeline.config.source.spool_directory)
+    worker = pipeline.start()
+    pipeline.live()
+    with pipeline.source.transaction():
+        pipeline.source.execute(insert(1_001, 3_000))
+        until(lambda: spool_files(worker.pid) == 1, "a file of the open transaction")
+
+        with psycopg.connect(pipeline.config.source.dsn, autocommit=True) as admin:
+            admin.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_replication")
+        until(
+            lambda: sum(event["event"] == "streaming" for event in pipeline.events()) == 2,
+            "the worker to connect again",
+        )
+        pipeline.source.execute(insert(3_001, 5_000))
+        until(lambda: spool_files(worker.pid) == 1, "a file of what was streamed again")
+
+        pipeline.stop(worker, signal.SIGKILL)
+        assert list(directory.iterdir()) == []
+        worker = pipeline.start()
+        until(lambda: sum(event["event"] == "streaming" for event in pipeline.events()) == 3, pipeline.tail)
+        pipeline.source.execute(insert(5_001, 6_000))
+        until(lambda: spool_files(worker.pid) == 1, "a file of what was streamed to the next worker")
+    pipeline.in_step()
+    assert spool_files(worker.pid) == 0
+
+
+def test_a_transaction_too_large_for_the_spool_names_the_settings_and_goes_through_without_streaming(
+    make_cluster: Callable[..., Cluster], make_simple: MakeSimple
+) -> None:
+    cluster = make_cluster(settings=SMALLEST_WORK_MEM)
+    pipeline = make_simple(cluster.dsn(), make_target(cluster), source_lines="spool_bytes = 1_048_576")
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.source.execute(insert(1_001, 15_000))
+
+    assert worker.wait(timeout=PATIENCE_S) == 2
+    said = " ".join(pipeline.tail().split())
+    assert "open transactions need more than 1,048,576 bytes of spool" in said
+    assert "source.spool_bytes" in said
+    assert "source.streaming = false" in said
+    found = pipeline.target.execute("SELECT count(*) FROM cdcsync.articles_chunks WHERE id > 1000").fetchone()
+    assert found == (0,)
+
+    configure(pipeline, streaming=False)
+    pipeline.start()
+    pipeline.in_step()
+    row = pipeline.source.execute("SELECT spill_txns > 0 FROM pg_stat_replication_slots").fetchone()
+    assert row == (True,)
