@@ -84,14 +84,14 @@ class Pipeline:
             if line.startswith("{"):
                 yield json.loads(line)
 
-    def until(self, probe: Callable[[], T | None], what: str) -> T:
-        """Return the first true answer of `probe`."""
+    def until(self, probe: Callable[[], T | None], what: str, poll_s: float = POLL_S) -> T:
+        """Return the first true answer of `probe`, asked every `poll_s` seconds."""
         deadline = time.monotonic() + PATIENCE_S
         while not (answer := probe()):
             ended = self._process is not None and self._process.poll() is not None
             if ended or time.monotonic() > deadline:
                 raise SystemExit(f"no {what}; the worker said:\n{self._log.read_text()[-2000:]}")
-            time.sleep(POLL_S)
+            time.sleep(poll_s)
         return answer
 
     def value(self, statement: str, *arguments: object) -> Any:
@@ -104,9 +104,11 @@ class Pipeline:
         lsn = self.value("SELECT pg_current_wal_insert_lsn()::text")
         self.until(lambda: self.value("SELECT cdcsync.wait_for('articles', %s, '1 s')", lsn), f"text at {lsn}")
 
-    def vectors_in_step(self) -> None:
-        """Wait until every chunk has its vector."""
-        self.until(lambda: not self.value("SELECT count(*) FROM cdcsync.articles_backlog"), "empty backlog")
+    def vectors_in_step(self, poll_s: float = POLL_S) -> None:
+        """Wait until every chunk has its vector, looking every `poll_s` seconds."""
+        self.until(
+            lambda: not self.value("SELECT EXISTS (SELECT FROM cdcsync.articles_backlog)"), "empty backlog", poll_s
+        )
 
     def live(self) -> None:
         """Wait until the index is complete."""

@@ -14,6 +14,7 @@
     │   ├── SourceUnavailable
     │   ├── TargetUnavailable
     │   └── SlotInUse          another connection is reading the slot                   automatic
+    ├── DocumentError          a row cannot be made a document, or a document chunks    operator
     └── EmbedError             texts could not be embedded
         ├── EmbedderUnavailable  the provider or model is failing as a whole            automatic
         └── TextRejected         these texts, and only these, cannot be embedded        never
@@ -142,6 +143,10 @@ class TargetUnavailable(Unavailable):
 
 class SlotInUse(Unavailable):
     """Another connection is reading the replication slot."""
+
+
+class DocumentError(CdcsyncError):
+    """A row cannot be made a document, or a document chunks: that one is left out of the index, and it is said why."""
 
 
 class EmbedError(CdcsyncError):

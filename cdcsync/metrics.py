@@ -67,6 +67,9 @@ class Metrics:
         self.documents_unchanged = self._counter(
             "documents_unchanged_total", "Documents that were not chunked again, their text being unchanged.", index
         )
+        self.document_failures = self._counter(
+            "document_failures_total", "Times that a row could not be made a document, or a document chunks.", index
+        )
         self.rereads = self._counter("rereads_total", "Rows read again for an unchanged TOAST value.", index)
         self.vectors = self._counter(
             "vectors_total", "Vectors stored, by how they came: reused, inline, backlog.", (*index, "way")
@@ -74,13 +77,15 @@ class Metrics:
         self.backlog = self._gauge("backlog_chunks", "Chunks without a current vector, by lane.", (*index, "lane"))
         self.failed = self._gauge("failed_chunks", "Chunks that could not be embedded and wait for an operator.", index)
         self.embed_texts = self._counter("embed_texts_total", "Texts given to the embedder.", ("embedder",))
+        self.embed_tokens = self._counter("embed_tokens_total", "Tokens of these texts.", ("embedder",))
         self.embed_seconds = self._histogram(
             "embed_seconds", "Time of one call of the embedder.", FRESHNESS_BUCKETS_S, ("embedder",)
         )
         self.embed_avoided = self._counter(
             "embed_avoided_texts_total",
-            "Texts that needed no call: remembered from a recent one, under_way in another, or superseded while"
-            " waiting. Unchanged documents and reused vectors have counters of their own.",
+            "Texts that needed no call: current, as the chunk had its vector; shared with another chunk that waits;"
+            " remembered from a recent call, under_way in another, or superseded while waiting. Unchanged documents"
+            " and reused vectors have counters of their own.",
             ("embedder", "reason"),
         )
         self.embed_errors = self._counter(

@@ -9,6 +9,7 @@ Reading the stored hashes outside the apply transaction is safe because the lock
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import anyio
 import anyio.to_thread
@@ -18,9 +19,9 @@ import structlog
 from cdcsync.batches import IndexChanges
 from cdcsync.changes import Delete, Key, Row, Upsert, complete
 from cdcsync.chunks import Chunk, Chunker
-from cdcsync.documents import hash_text
+from cdcsync.documents import Rendering
 from cdcsync.embed import Desk, vector_text
-from cdcsync.errors import SchemaChanged, SetupError
+from cdcsync.errors import DocumentError, SchemaChanged, SetupError
 from cdcsync.index.apply import BACKFILL, LIVE, ChangeSet, Document, IndexWriter, Kept
 from cdcsync.index.schema import IndexSpec
 from cdcsync.metrics import Metrics
@@ -32,6 +33,9 @@ log = structlog.get_logger()
 THREAD_CHARACTERS = 20_000
 """More text than this is chunked in a thread: below it, the hand-over costs more than the splitting."""
 
+REPORTED_ROWS = 10
+"""Rows of a batch that are named in the log when they cannot be made documents: a function may fail for all of them."""
+
 VISIBILITY_POLL_S = 0.05
 """How often a re-read is repeated while the source still hides the transaction: mostly it is a matter of
 microseconds."""
@@ -42,8 +46,7 @@ class _Rendered(msgspec.Struct, frozen=True):
 
     change: Upsert
     lane: int
-    text: str
-    hash: bytes
+    document: Rendering
 
 
 class Preparer:
@@ -68,7 +71,7 @@ class Preparer:
         upserts = [(change, LIVE) for change in changes.live.values() if isinstance(change, Upsert)]
         upserts += [(change, BACKFILL) for change in changes.filled.values()]
         upserts = await self._complete(upserts)
-        rendered = self._render(upserts)
+        rendered = await self._render(upserts)
         stored: dict[Key, bytes] = {}
         if not changes.truncated:
             with speaking_of("target", where=f"index {self._spec.name}"):
@@ -76,17 +79,17 @@ class Preparer:
         kept = []
         changed = []
         for one in rendered:
-            if stored.get(one.change.key) == one.hash and not (changes.rewrite and one.lane == BACKFILL):
+            if stored.get(one.change.key) == one.document.hash and not (changes.rewrite and one.lane == BACKFILL):
                 kept.append(Kept(one.change.key, self._carried(one.change), one.change.lsn))
             else:
                 changed.append(one)
         self._metrics.documents_unchanged.labels(self._spec.name).inc(len(kept))
-        chunks = await self._split([one.text for one in changed])
+        chunks = await self._split(changed)
         documents = [
             Document(
                 one.change.key,
                 self._carried(one.change),
-                one.hash,
+                one.document.hash,
                 cut,
                 one.change.lsn,
                 one.lane,
@@ -139,18 +142,45 @@ class Preparer:
             log.debug("reread_waits", index=self._spec.name, transactions=len(hidden))
             await anyio.sleep(VISIBILITY_POLL_S)
 
-    def _render(self, upserts: Sequence[tuple[Upsert, int]]) -> list[_Rendered]:
-        render, text_of = self._spec.template.render, self._spec.shape.text_of
-        rendered = []
-        for change, lane in upserts:
-            text = render(text_of(change.row))  # type: ignore[arg-type]
-            rendered.append(_Rendered(change, lane, text, hash_text(text)))
+    async def _render(self, upserts: Sequence[tuple[Upsert, int]]) -> list[_Rendered]:
+        render = self._spec.render
+        failed: dict[Key, DocumentError] = {}
+
+        def all_of_them() -> list[_Rendered]:
+            rendered = []
+            for change, lane in upserts:
+                try:
+                    document = render(change.row)
+                except DocumentError as error:
+                    failed[change.key] = error
+                    document = Rendering("")
+                rendered.append(_Rendered(change, lane, document))
+            return rendered
+
+        rendered = await anyio.to_thread.run_sync(all_of_them) if self._spec.documents.by_code else all_of_them()
+        self._report(failed)
         return rendered
 
-    async def _split(self, texts: Sequence[str]) -> list[list[Chunk]]:
-        if sum(map(len, texts)) < THREAD_CHARACTERS:
-            return self._chunker.split_all(texts)
-        return await anyio.to_thread.run_sync(self._chunker.split_all, texts)
+    async def _split(self, rendered: Sequence[_Rendered]) -> list[list[Chunk]]:
+        failed: dict[Key, DocumentError] = {}
+
+        def fail(place: int, error: DocumentError) -> None:
+            failed[rendered[place].change.key] = error
+
+        documents = [one.document for one in rendered]
+        if sum(len(document.text) for document in documents) < THREAD_CHARACTERS and not self._chunker.by_code:
+            chunks = self._chunker.split_all(documents, fail)
+        else:
+            chunks = await anyio.to_thread.run_sync(self._chunker.split_all, documents, fail)
+        self._report(failed)
+        return chunks
+
+    def _report(self, failed: Mapping[Key, DocumentError]) -> None:
+        """Say which rows have no place in the index now, and why."""
+        name = self._spec.name
+        self._metrics.document_failures.labels(name).inc(len(failed))
+        for key, error in islice(failed.items(), REPORTED_ROWS):
+            log.warning("document_failed", index=name, key=list(key), error=str(error), failed=len(failed))
 
     async def _vectors_in_time(self, documents: Sequence[Document], writer: IndexWriter) -> dict[bytes, str]:
         """Embed a small live batch here and now, if the desk is free and the budget allows."""

@@ -24,10 +24,10 @@ from cdcsync.chunks import Chunk, make_chunker
 from cdcsync.chunks.sizes import CHARACTERS_PER_TOKEN
 from cdcsync.config import Config
 from cdcsync.config.names import quote
-from cdcsync.documents import hash_text
+from cdcsync.documents import Rendering
 from cdcsync.embedders import make_embedder
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import EmbedError, SetupError, UsageError
+from cdcsync.errors import DocumentError, EmbedError, SetupError, UsageError
 from cdcsync.index.keys import canonical, stored_documents
 from cdcsync.index.requests import Request, Requests, Wish
 from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, Names
@@ -304,11 +304,11 @@ async def estimate(source: Connection, target: Connection, config: Config, spec:
             present = {spec.shape.key_of(row): row for row in page}
             rows += len(page)
             gone += sum(1 for key in keys if key not in present and key in stored)
-            texts = [spec.template.render(spec.shape.text_of(row)) for row in page]  # type: ignore[arg-type]
+            documents = await anyio.to_thread.run_sync(_render_all, spec, page)
             hashes = [stored[key][1] if key in stored else None for key in present]
-            differs = [hash_text(text) != known for text, known in zip(texts, hashes, strict=True)]
+            differs = [made.hash != known for made, known in zip(documents, hashes, strict=True)]
             changed += sum(differs)
-            cut = await anyio.to_thread.run_sync(chunker.split_all, texts)
+            cut = await anyio.to_thread.run_sync(chunker.split_all, documents, _leave_out)
             chunks += sum(map(len, cut))
             characters += sum(len(chunk.text) for document in cut for chunk in document)
             candidates = [
@@ -338,6 +338,21 @@ async def estimate(source: Connection, target: Connection, config: Config, spec:
         embedding_tokens=-(-to_embed // CHARACTERS_PER_TOKEN),
         seconds=None if each_s is None else round(_at_pace(reading_s, rows, replay) + each_s * embeddings, 3),
     )
+
+
+def _render_all(spec: IndexSpec, rows: Sequence[Row]) -> list[Rendering]:
+    """Return what rows come to; one that a function fails for comes to nothing, as when it is applied."""
+    made = []
+    for row in rows:
+        try:
+            made.append(spec.render(row))
+        except DocumentError:
+            made.append(Rendering(""))
+    return made
+
+
+def _leave_out(place: int, error: DocumentError) -> None:
+    """Count no chunks of a document that cannot be cut."""
 
 
 def _at_pace(reading_s: float, rows: int, replay: Replay) -> float:

@@ -460,6 +460,8 @@ class Stream:
             metrics.chunks_deleted.labels(index).inc(result.deleted)
             metrics.vectors.labels(index, "reused").inc(result.reused)
             metrics.vectors.labels(index, "inline").inc(result.inline)
+            current = result.chunks - result.reused - result.inline - result.queued
+            self._embed_loops[index].avoided("current", current)
             if result.queued:
                 self._embed_loops[index].notify(live=any(one.lane == 0 for one in changes[index].documents))
         log.debug(

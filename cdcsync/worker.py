@@ -84,7 +84,8 @@ class _Worker:
         self.session = ApplySession(target_dsn, schema, config.source.slot)
         self.reads = Session(source_dsn, "source", application_name="cdcsync re-read")
         self.streaming = anyio.Event()
-        self.desks = {name: Desk(embedder, metrics, anyio.current_time) for name, embedder in embedders.items()}
+        wait_s = config.worker.live_wait_ms / 1000
+        self.desks = {name: Desk(one, metrics, anyio.current_time, wait_s) for name, one in embedders.items()}
         self.deliveries = {spec.name: Deliveries() for spec in specs}
         tables = {spec.name: SourceTable(spec.shape, spec.source_key_types, spec.row_filter) for spec in specs}
         self.embedding = Pool(target_dsn, schema, len(specs))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from cdcsync.backfill.pages import Page
 from cdcsync.changes import Key, Row
 from cdcsync.chunks.sizes import WHITE_SPACE
-from cdcsync.documents import hash_text
+from cdcsync.errors import DocumentError
 from cdcsync.index.keys import stored_documents
 from cdcsync.index.requests import Problem
 from cdcsync.index.schema import IndexSpec
@@ -46,12 +46,15 @@ async def check(
 
 def difference(spec: IndexSpec, row: Row | None, stored: tuple[Row, bytes] | None) -> Problem | None:
     """Say how the index differs for one key; a document of white space alone has no place in it."""
-    text = None if row is None else spec.template.render(spec.shape.text_of(row))  # type: ignore[arg-type]
-    if row is None or text is None or not text.strip(WHITE_SPACE):
+    try:
+        made = None if row is None else spec.render(row)
+    except DocumentError:  # left out of the index, where it should be
+        return "missing" if stored is None else "stale"
+    if row is None or made is None or not made.text.strip(WHITE_SPACE):
         return None if stored is None else "orphaned"
     if stored is None:
         return "missing"
     carried, hash_ = stored
-    if hash_ != hash_text(text):
+    if hash_ != made.hash:
         return "stale"
     return None if carried == spec.shape.carried_of(row) else "carried"

@@ -1,6 +1,7 @@
 """Cutting documents into chunks that an embedding model reads whole.
 
-What every strategy but `none` promises:
+What every strategy but `none` promises, where no function of the user's cuts and nothing is repeated in each chunk
+(promise 1 holds always):
 
 1. No chunk is longer than the model reads, so that no text is silently left out of its vector.
 2. Chunks are trimmed, never empty, in the document's order, and together hold every character but white space. The
@@ -17,7 +18,9 @@ cuts at the highest ranks that fit. `none` makes one chunk of a document, howeve
 much of it as it reads.
 
     sizes       how long a text is, in tokens or characters; proofs of shortness that spare tokenising
+    lengths     how many tokens texts have
     outline     code between whose blocks to cut
+    framing     chunks that all repeat a line
     chunker     the strategies: `Chunk`, `Chunker`, `make_chunker`
 
 Code outside this package imports from here. A file in it imports only from lines above its own.
@@ -26,6 +29,7 @@ Code outside this package imports from here. A file in it imports only from line
 from __future__ import annotations
 
 from cdcsync.chunks.chunker import Chunk, Chunker, make_chunker
+from cdcsync.chunks.lengths import Lengths, estimate
 from cdcsync.chunks.sizes import CHARACTERS_PER_TOKEN, WHITE_SPACE
 
-__all__ = ["CHARACTERS_PER_TOKEN", "WHITE_SPACE", "Chunk", "Chunker", "make_chunker"]
+__all__ = ["CHARACTERS_PER_TOKEN", "WHITE_SPACE", "Chunk", "Chunker", "Lengths", "estimate", "make_chunker"]

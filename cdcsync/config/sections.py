@@ -100,6 +100,11 @@ class Target(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     dsn: Dsn = ""
     schema: Name = "cdcsync"
 
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """In our statements a per cent sign begins a placeholder."""
+        if "%" in self.schema:
+            yield "schema", f'must have no "%", got "{self.schema}"'
+
 
 class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the process runs.
@@ -111,6 +116,8 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param batch_bytes: the most bytes of changed rows in one target transaction; this is what bounds memory.
     :param backfill_page_rows: rows read at a time when a whole table is read, each page under its own snapshot.
     :param backfill_max_rows_per_s: the most rows a second that backfills read from the source; 0 leaves it to apply.
+    :param live_wait_ms: milliseconds that a live change may wait for its vector behind older texts that are under way;
+        calls of the model are made so large.
     :param verify_every_s: seconds between two comparisons of every index with its source, shown as metrics; 0 for none.
     :param stop_timeout_s: seconds that a stopping worker may take to finish the batch in hand.
     :param ready_max_lag_s: /readyz says no while the index is more than this many seconds behind the source.
@@ -123,6 +130,7 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     batch_bytes: BatchBytes = 8 * 1024 * 1024
     backfill_page_rows: Rows = 1_000
     backfill_max_rows_per_s: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    live_wait_ms: Annotated[float, Meta(ge=10, le=600_000)] = 500.0
     verify_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
     stop_timeout_s: Seconds = 20.0
     ready_max_lag_s: Seconds = 60.0
@@ -206,6 +214,7 @@ class RemoteEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=T
     batch_texts: Annotated[int, Meta(ge=1, le=10_000)] = 128
     batch_tokens: Annotated[int, Meta(ge=1, le=100_000_000)] = 100_000
     timeout_s: Seconds = 60.0
+    price_per_million_tokens: Annotated[float, Meta(ge=0, le=10**9)] | None = None
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """Two keys would leave open which one is meant."""
@@ -230,6 +239,7 @@ class OpenAIEmbedder(
     :param batch_texts: the most texts in one request.
     :param batch_tokens: the most tokens in one request, by estimate.
     :param timeout_s: seconds that one request may take.
+    :param price_per_million_tokens: what the provider asks, in any currency, for `replay --dry-run`; empty is unknown.
     :param base_url: what comes before `/embeddings`.
     :param request_dimensions: ask the provider for vectors of `dimensions`, which only models trained for it can cut.
     :param encoding: how vectors travel; "base64" is a third as long, "float" is known to every server.
@@ -259,6 +269,7 @@ class TeiEmbedder(RemoteEmbedder, frozen=True, forbid_unknown_fields=True, kw_on
     :param batch_texts: the most texts in one request; the server's own limit goes before it.
     :param batch_tokens: the most tokens in one request, by estimate.
     :param timeout_s: seconds that one request may take.
+    :param price_per_million_tokens: what the provider asks, in any currency, for `replay --dry-run`; empty is unknown.
     :param base_url: where the server is, without `/embed`.
     :param revision: the model's commit, as `/info` says it; empty takes any.
     :param normalize: have vectors of length one, as cosine distance and inner product want them.

@@ -145,14 +145,17 @@ IndexName = Annotated[
     # Table names begin with it (NAME_vectors_12), and PostgreSQL cuts those at 63 bytes.
     _matching("^[a-z_][a-z0-9_]{0,39}$", "at most 40 lower-case letters, digits or underscores, no digit first"),
 ]
+FunctionPath = Annotated[
+    str, _matching(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$", 'a function as "package.module:function"')
+]
 EmbedderName = Annotated[
     str,
     # Metrics carry it as a label and messages as part of a key path: short, and no dots.
     _matching("^[A-Za-z0-9_-]{1,40}$", "at most 40 letters, digits, underscores or hyphens"),
 ]
+Share = Annotated[float, Meta(ge=0, le=10_000)]
 Seconds = Annotated[float, Meta(gt=0, le=MAX_DURATION_S)]
 Milliseconds = Annotated[float, Meta(ge=0, le=MAX_DURATION_S * 1000)]
 Rows = Annotated[int, Meta(ge=1, le=100_000)]
-Share = Annotated[float, Meta(ge=0, le=10_000)]
 SpoolBytes = Annotated[int, Meta(ge=1024**2, le=1024**5)]
 BatchBytes = Annotated[int, Meta(ge=64 * 1024, le=1024**3)]

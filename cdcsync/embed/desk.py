@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import cast
 
 import anyio
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
+from cdcsync.chunks import Lengths, estimate
 from cdcsync.embed.waits import backoff_s
 from cdcsync.embedders.protocol import Embedder, validate
 from cdcsync.errors import CdcsyncError, EmbedError, Retry
@@ -27,14 +29,22 @@ WINDOW_TEXTS = 512
 """Texts read at once, to be sorted by length: large enough that batches have little padding, small enough to keep
 in memory."""
 
-MIN_BATCH_TEXTS = 32
-"""Texts of one call at least: fewer leave a processor's vector units idle."""
+LIVE_WAIT_S = 0.5
+"""How long a live change may wait behind texts of the backfill that are under way, where nobody says otherwise."""
 
-BATCH_S = 0.25
-"""A call is made as large as takes about this long: a live change waits behind one call, not behind the window."""
+CALLS_AHEAD = 2
+"""What is under way when a live change comes, on a model that takes one call at a time: one call that runs and one that
+is next. Together they take no longer than the change may wait."""
 
-CONCURRENT_BATCH_S = 1.0
-"""The same where several calls run at a time: one of them ends soon, and each costs a journey to the provider."""
+FIRST_TOKENS = 1_024
+"""Tokens of a call before anything was measured: what a processor takes a fraction of a second for, and enough to keep
+its vector units busy."""
+
+MOST_CALL_TOKENS = 10**7
+"""No call grows beyond this, however fast an embedder is."""
+
+MOST_GROWTH = 2.0
+"""Calls grow and shrink by this factor at most from one to the next: a single measurement may be an accident."""
 
 MOST_WINDOWS = 4
 """A window grows with the number of concurrent calls up to this many times its size, so that all have work."""
@@ -55,7 +65,9 @@ for ever."""
 class Desk:
     """One embedder, used by as many callers at a time as it can serve."""
 
-    def __init__(self, embedder: Embedder, metrics: Metrics, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, embedder: Embedder, metrics: Metrics, clock: Callable[[], float], live_wait_s: float = LIVE_WAIT_S
+    ) -> None:
         self.embedder = embedder
         self.places = embedder.concurrency
         """How many calls may run at the same time."""
@@ -65,6 +77,13 @@ class Desk:
         self._under_way: dict[bytes, anyio.Event] = {}
         self._made: OrderedDict[bytes, FloatVector] = OrderedDict()
         self._tasks: anyio.abc.TaskGroup | None = None
+        self._lengths = Lengths(embedder.tokenizer_json)
+        self._tokens: OrderedDict[bytes, int] = OrderedDict()
+        """Of texts that were measured; others are estimated."""
+        # Where several calls run at a time, one of them ends soon, and each costs a journey to the provider.
+        self._call_s = live_wait_s / CALLS_AHEAD * min(self.places, MOST_WINDOWS)
+        self.call_tokens = float(FIRST_TOKENS)
+        """How many tokens a call may have, so that it takes no longer than its share of what a live change may wait."""
         self._seconds_per_text = 0.0
         self._small_seconds_per_text = 0.0
         self.ready = anyio.Event()
@@ -101,13 +120,28 @@ class Desk:
         """Whether a call could begin now."""
         return self.ready.is_set() and self._tasks is not None and self._free.value > 0
 
-    def batch(self, texts: Sequence[str]) -> int:
-        """Return how many of these texts, from the first on, the next call should have."""
-        wanted = MIN_BATCH_TEXTS
-        if self._seconds_per_text:
-            seconds = BATCH_S if self.places == 1 else CONCURRENT_BATCH_S
-            wanted = max(MIN_BATCH_TEXTS, min(WINDOW_TEXTS, int(seconds / self._seconds_per_text)))
-        return self.embedder.fitting(texts[:wanted])
+    async def measure(self, texts: Mapping[bytes, str]) -> dict[bytes, int]:
+        """Return each text's number of tokens by its hash; what is in a window is measured once."""
+        counted = await anyio.to_thread.run_sync(self._lengths.of, list(texts.values()))
+        tokens = dict(zip(texts, counted, strict=True))
+        self._tokens.update(tokens)
+        while len(self._tokens) > 2 * WINDOW_TEXTS * MOST_WINDOWS:
+            self._tokens.popitem(last=False)
+        return tokens
+
+    def batch(self, texts: Mapping[bytes, str]) -> int:
+        """Return how many of these texts, from the first on, the next call should have; at least one."""
+        wanted: list[str] = []
+        tokens = 0
+        for one, text in islice(texts.items(), WINDOW_TEXTS):
+            tokens += self._size(one, text)
+            if wanted and tokens > self.call_tokens:
+                break
+            wanted.append(text)
+        return self.embedder.fitting(wanted)
+
+    def _size(self, one: bytes, text: str) -> int:
+        return self._tokens.get(one) or estimate(text)
 
     @property
     def window_texts(self) -> int:
@@ -129,8 +163,8 @@ class Desk:
         while missing := {one: text for one, text in texts.items() if one not in made}:
             known = self.remembered(missing)
             made.update(known)
-            self._avoided("remembered", len(known.keys() - waited))
-            self._avoided("under_way", len(known.keys() & waited))
+            self.avoided("remembered", len(known.keys() - waited))
+            self.avoided("under_way", len(known.keys() & waited))
             others = {one: self._under_way[one] for one in missing if one in self._under_way}
             waited.update(others)
             ours = {one: text for one, text in missing.items() if one not in known and one not in others}
@@ -155,7 +189,7 @@ class Desk:
             or self.embedder.fitting(list(missing.values())) < len(missing)
             or self.far_behind()
         ):
-            self._avoided("remembered", len(made))
+            self.avoided("remembered", len(made))
             return made
         done = anyio.Event()
 
@@ -181,16 +215,17 @@ class Desk:
         self._small_seconds_per_text *= SKIPPED
         return False
 
+    def quick(self, texts: int, within_s: float) -> bool:
+        """Say whether so many texts are likely to take no longer than this, besides what is under way."""
+        return self.ready.is_set() and self._seconds_per_text * texts <= within_s
+
     def forget(self) -> None:
         """Forget the vectors made recently: someone wants them made anew."""
         self._made.clear()
 
-    def superseded(self, texts: int) -> None:
-        """Note texts that changed or went away while they waited for their call."""
-        self._avoided("superseded", texts)
-
-    def _avoided(self, reason: str, texts: int) -> None:
-        if texts:
+    def avoided(self, reason: str, texts: int) -> None:
+        """Count texts that need no call; docs/embedders.md tells the reasons."""
+        if texts > 0:
             self._metrics.embed_avoided.labels(self.embedder.name, reason).inc(texts)
 
     async def _claim(self, texts: Mapping[bytes, str]) -> dict[bytes, FloatVector]:
@@ -223,11 +258,25 @@ class Desk:
         self._seconds_per_text = _smoothed(self._seconds_per_text, each)
         if len(texts) <= SMALL_CALL_TEXTS:
             self._small_seconds_per_text = _smoothed(self._small_seconds_per_text, each)
+        tokens = sum(self._size(one, text) for one, text in texts.items())
+        self._metrics.embed_tokens.labels(name).inc(tokens)
+        self._pace(tokens, elapsed)
         made = dict(zip(texts, vectors, strict=True))
         self._made.update(made)
         while len(self._made) > REMEMBERED_VECTORS:
             self._made.popitem(last=False)
         return made
+
+
+    def _pace(self, tokens: int, elapsed: float) -> None:
+        """Learn from a call how large the next ones may be.
+
+        A call that had fewer tokens than it might have says little, unless it took too long all the same.
+        """
+        if elapsed > self._call_s or tokens >= self.call_tokens / 2:
+            wanted = tokens * self._call_s / max(elapsed, 1e-6)
+            least, most = self.call_tokens / MOST_GROWTH, self.call_tokens * MOST_GROWTH
+            self.call_tokens = max(1.0, min(most, max(least, wanted), float(MOST_CALL_TOKENS)))
 
 
 def _smoothed(before: float, now: float) -> float:

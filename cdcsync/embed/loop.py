@@ -55,6 +55,10 @@ class EmbedLoop:
         self._live = self._live or live
         self._wake.set()
 
+    def avoided(self, reason: str, texts: int) -> None:
+        """Count texts of this index that need no call."""
+        self._desk.avoided(reason, texts)
+
     async def run(self) -> None:
         """Embed until cancelled, connecting again whenever the target was away."""
         await self._desk.ready.wait()
@@ -93,7 +97,8 @@ class EmbedLoop:
             window = await backlog.window(self._desk.window_texts, lane=lane)
         self._target_outage = 0
         # Texts of about the same length together: a batch is padded to its longest.
-        window.sort(key=lambda waiting: (waiting.lane, len(waiting.text)))
+        tokens = await self._desk.measure({waiting.hash: waiting.text for waiting in window})
+        window.sort(key=lambda waiting: (waiting.lane, tokens[waiting.hash]))
         found = len(window)
         # One batch more than can be embedded at a time is under way, which is stored meanwhile.
         slots = anyio.Semaphore(self._desk.places + 1)
@@ -104,7 +109,7 @@ class EmbedLoop:
                         self._live = False
                         while await self._window(lane=0):
                             pass
-                    size = self._desk.batch([one.text for one in window])
+                    size = self._desk.batch({one.hash: one.text for one in window})
                     batch, window = window[:size], window[size:]
                     await slots.acquire()
                     tasks.start_soon(self._one_batch, batch, slots)
@@ -118,7 +123,7 @@ class EmbedLoop:
             # Texts that changed again while they waited in the window are not worth a call.
             async with self._pool.backlog(self._spec) as backlog:
                 waiting = await backlog.still_waiting([one.hash for one in batch])
-            self._desk.superseded(len(batch) - len(waiting))
+            self._desk.avoided("superseded", len(batch) - len(waiting))
             if (batch := [one for one in batch if one.hash in waiting]) and self._failure is None:
                 await self._batch(batch)
         except (EmbedderUnavailable, EmbedderSetupError) as error:
@@ -174,4 +179,5 @@ class EmbedLoop:
     async def _store_part(self, part: Mapping[bytes, FloatVector]) -> None:
         async with self._pool.backlog(self._spec) as backlog:
             stored = await backlog.store(part)
+        self._desk.avoided("shared", stored - len(part))
         self._metrics.vectors.labels(self._spec.name, "backlog").inc(stored)

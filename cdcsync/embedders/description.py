@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from cdcsync import config
 from cdcsync.embedders.model_files import INSTALL, ModelFiles, Module, fetch_weights
 from cdcsync.embedders.protocol import Distance
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
@@ -44,8 +45,9 @@ class Description(msgspec.Struct, frozen=True):
     """What is known about a model.
 
     `reads` is the number of tokens of an input that the model sees, special tokens included; `max_input_tokens` is
-    what of this is left for a document. `prompts` are put before documents and queries. `weights` are the files that
-    loading needs. `facts` are the settings that, with the weights, decide what vectors come out.
+    what of this is left for a document. `prompts` are put before documents and queries. Vectors are made of length one
+    after all else if `normalize`. `weights` are the files that loading needs, `code` the Python files that it runs.
+    `facts` are the settings that, with these files, decide what vectors come out.
     """
 
     dimensions: int
@@ -54,23 +56,27 @@ class Description(msgspec.Struct, frozen=True):
     reads: int | None
     max_input_tokens: int | None
     prompts: dict[str, str]
+    normalize: bool
     weights: tuple[str, ...]
+    code: tuple[str, ...]
     facts: dict[str, Any]
 
     def identity(self, files: ModelFiles) -> str:
         """Return the model's identity: equal wherever the same model lies, and by whatever name it goes."""
         facts = self.facts | {"weights": {name: files.sha256(name) for name in self.weights}}
+        if self.code:
+            facts["code"] = {name: files.sha256(name) for name in self.code}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         return f"sentence-transformers:{self.dimensions}:{digest[:32]}"
 
 
-def describe(files: ModelFiles, *, where: str) -> Description:
-    """Read what a model's files say.
+def describe(files: ModelFiles, settings: config.SentenceTransformersEmbedder, *, where: str) -> Description:
+    """Read what a model's files say, and what the configuration makes of it.
 
     :raises EmbedderSetupError: they cannot be read, or the model has modules that need to be loaded to be known.
     """
     try:
-        return _describe(files, where)
+        return _describe(files, settings, where)
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise EmbedderSetupError(
             f"the model's files in {files.directory} cannot be read: {type(error).__name__}: {error}",
@@ -79,7 +85,7 @@ def describe(files: ModelFiles, *, where: str) -> Description:
         ) from error
 
 
-def _describe(files: ModelFiles, where: str) -> Description:
+def _describe(files: ModelFiles, settings: config.SentenceTransformersEmbedder, where: str) -> Description:
     modules = files.modules()
     weights: list[str] = []
     for module in modules:
@@ -93,41 +99,62 @@ def _describe(files: ModelFiles, where: str) -> Description:
             fetch_weights(files, weights, where=where)  # a small file, and the only one that tells the width
         except EmbedderUnavailable as error:
             raise EmbedderSetupError(error.message, where=error.where, hint=error.hint) from error
-    settings = files.json("config_sentence_transformers.json")
+    own = files.json("config_sentence_transformers.json")
     dimensions = 0
     configs = []
     for module in modules:
-        config = _config(files, module)
-        dimensions = _width(files, module, config, dimensions, where)
-        configs.append([module.kind, config])
-    if (shortened := settings.get("truncate_dim")) is not None:
+        module_config = _config(files, module)
+        dimensions = _width(files, module, module_config, dimensions, where)
+        configs.append([module.kind, module_config])
+    shortened = settings.dimensions or own.get("truncate_dim")
+    if (settings.dimensions or 0) > dimensions:
+        raise EmbedderSetupError(
+            f"the model's vectors have {dimensions} dimensions, and cannot be cut to {settings.dimensions}",
+            where=f"{where}.dimensions",
+            hint="lower it, or leave it out to keep all dimensions",
+        )
+    if shortened is not None:
         dimensions = min(dimensions, shortened)
+    unit_length = any(module.kind == "Normalize" for module in modules)
+    # What the model's last step made of length one is so no more once it was cut.
+    normalize = (settings.normalize or unit_length) if settings.dimensions else settings.normalize and not unit_length
     transformer = _transformer_config(files, first.folder)
     tokenizer_json = _tokenizer_json(
         files, first.folder, lowercase=transformer.get("do_lower_case", False), where=where
     )
-    saved = settings.get("prompts") or {}
+    saved = own.get("prompts") or {}
+    saved_prompt = next((saved[name] for name in ("document", "passage", "corpus") if saved.get(name)), "")
     prompts = {
-        "document": next((saved[name] for name in ("document", "passage", "corpus") if saved.get(name)), ""),
-        "query": saved.get("query") or "",
+        "document": settings.document_prompt or saved_prompt,
+        "query": settings.query_prompt or saved.get("query") or "",
     }
     reads = None if first.kind == "StaticEmbedding" else _reads(files, first.folder, transformer)
     return Description(
         dimensions=dimensions,
-        distance=_DISTANCES[settings.get("similarity_fn_name") or "cosine"],
+        distance=_DISTANCES[own.get("similarity_fn_name") or "cosine"],
         tokenizer_json=tokenizer_json,
         reads=reads,
         max_input_tokens=reads and _room(tokenizer_json, reads, prompts["document"], where),
         prompts=prompts,
+        normalize=normalize,
         weights=tuple(weights),
+        code=files.code() if settings.trust_remote_code else (),
         facts={
             "modules": configs,
             "truncate_dim": shortened,
             "reads": reads,
             "prompts": prompts,
             "tokenizer": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
-        },
+        }
+        | _options(settings, normalize),
     )
+
+
+def _options(settings: config.SentenceTransformersEmbedder, normalize: bool) -> dict[str, Any]:
+    """Return the options that change vectors and are not as the model's files have them."""
+    options = {"dtype": settings.dtype, "backend": settings.backend, "normalize": normalize}
+    usual = {"dtype": "auto", "backend": "torch", "normalize": False}
+    return {name: value for name, value in options.items() if value != usual[name]}
 
 
 def _config(files: ModelFiles, module: Module) -> dict[str, Any]:
@@ -136,26 +163,26 @@ def _config(files: ModelFiles, module: Module) -> dict[str, Any]:
         return {}
     if module.kind == "Pooling" and not module.folder:
         return {"pooling_mode": "mean"}  # the model was not made for sentence-transformers
-    config = files.json(f"{module.folder}/config.json" if module.folder else "config.json")
+    found = files.json(f"{module.folder}/config.json" if module.folder else "config.json")
     for key in ("_name_or_path", "transformers_version", "architectures"):
-        config.pop(key, None)
-    return config
+        found.pop(key, None)
+    return found
 
 
-def _width(files: ModelFiles, module: Module, config: dict[str, Any], before: int, where: str) -> int:
+def _width(files: ModelFiles, module: Module, settings: dict[str, Any], before: int, where: str) -> int:
     """Return the length of the vectors that leave a module into which vectors of length `before` go."""
     if module.official:
         match module.kind:
             case "Transformer":
-                if (width := next((config[key] for key in _WIDTHS if key in config), None)) is None:
+                if (width := next((settings[key] for key in _WIDTHS if key in settings), None)) is None:
                     raise ValueError(f"config.json has none of {', '.join(_WIDTHS)}")
                 return int(width)
             case "StaticEmbedding":
                 return _rows_width(files, module)
             case "Pooling":
-                return before * _modes(config)
+                return before * _modes(settings)
             case "Dense":
-                return int(config["out_features"])
+                return int(settings["out_features"])
             case "Normalize" | "LayerNorm" | "Dropout":
                 return before
     raise EmbedderSetupError(
@@ -165,11 +192,11 @@ def _width(files: ModelFiles, module: Module, config: dict[str, Any], before: in
     )
 
 
-def _modes(config: dict[str, Any]) -> int:
+def _modes(settings: dict[str, Any]) -> int:
     """Return how many ways of pooling a Pooling module puts one after the other."""
-    if (modes := config.get("pooling_mode")) is not None:
+    if (modes := settings.get("pooling_mode")) is not None:
         return 1 if isinstance(modes, str) else len(modes)
-    return max(1, sum(bool(value) for key, value in config.items() if key.startswith(_LEGACY_POOLING)))
+    return max(1, sum(bool(value) for key, value in settings.items() if key.startswith(_LEGACY_POOLING)))
 
 
 def _rows_width(files: ModelFiles, module: Module) -> int:
@@ -182,7 +209,7 @@ def _rows_width(files: ModelFiles, module: Module) -> int:
 
 def _transformer_config(files: ModelFiles, folder: str) -> dict[str, Any]:
     prefix = f"{folder}/" if folder else ""
-    return next((config for name in _TRANSFORMER_CONFIGS if (config := files.json(prefix + name))), {})
+    return next((found for name in _TRANSFORMER_CONFIGS if (found := files.json(prefix + name))), {})
 
 
 def _reads(files: ModelFiles, folder: str, transformer: dict[str, Any]) -> int | None:

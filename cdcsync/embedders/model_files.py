@@ -120,6 +120,10 @@ class ModelFiles(msgspec.Struct, frozen=True):
                 return sorted(f"{folder}/{name}" if folder else name for name in found)
         return []
 
+    def code(self) -> tuple[str, ...]:
+        """Return the names of the Python files that come with the model."""
+        return tuple(sorted(path.relative_to(self.directory).as_posix() for path in self.directory.rglob("*.py")))
+
     def complete(self) -> bool:
         """Say whether all modules' configuration and weights are in the directory."""
         return all(
@@ -139,16 +143,24 @@ class ModelFiles(msgspec.Struct, frozen=True):
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def locate(model: str, revision: str | None, *, where: str) -> ModelFiles:
+def locate(model: str, revision: str | None, *, where: str, code: bool = False) -> ModelFiles:
     """Find a model; blocks, on the network only if the model is not on this machine.
 
     :param model: a directory, or a name on the hub; a name without an owner is one of sentence-transformers.
     :param revision: the hub's commit, branch or tag.
     :param where: the config section, for errors.
-    :raises EmbedderSetupError: it is nowhere to be found, the hub cannot be asked, or its client is not installed.
+    :param code: whether the Python files that come with the model are wanted, too.
+    :raises EmbedderSetupError: it is nowhere to be found, the hub cannot be asked, its client is not installed, or a
+        revision is asked of a directory.
     """
     directory = Path(model).expanduser()
     if directory.is_dir():
+        if revision is not None:
+            raise EmbedderSetupError(
+                "a directory has no revisions",
+                where=f"{where}.revision",
+                hint="leave it out: a directory's model is known by the hash of its weights",
+            )
         return ModelFiles(directory, f"directory {model}")
     if not _HUB_NAME.fullmatch(model):
         raise EmbedderSetupError(
@@ -161,7 +173,7 @@ def locate(model: str, revision: str | None, *, where: str) -> ModelFiles:
     return (
         _cached(hub, repository, revision)
         or _packaged(repository, revision)
-        or _on_the_hub(hub, repository, revision, where)
+        or _on_the_hub(hub, repository, revision, where, code)
     )
 
 
@@ -225,12 +237,13 @@ def _packaged(repository: str, revision: str | None) -> ModelFiles | None:
     return ModelFiles(importlib.import_module(PACKAGED_MODULE).get_model_path(), f"packaged copy {PACKAGED_NAME}")
 
 
-def _on_the_hub(hub: Any, repository: str, revision: str | None, where: str) -> ModelFiles:
+def _on_the_hub(hub: Any, repository: str, revision: str | None, where: str, code: bool) -> ModelFiles:
     """Ask the hub for a model and download what describes it."""
     try:
         # This request also says whether there is a hub at all; a download would try for half a minute.
         info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_S)
-        names = sorted(file.rfilename for file in info.siblings if _DESCRIPTION.fullmatch(file.rfilename))
+        listed = [file.rfilename for file in info.siblings]
+        names = sorted(name for name in listed if _DESCRIPTION.fullmatch(name) or (code and name.endswith(".py")))
         paths = {name: Path(hub.hf_hub_download(repository, name, revision=revision)) for name in names}
     except Exception as error:  # as in fetch_weights
         raise _unobtainable(hub, repository, revision, error, where) from error

@@ -19,6 +19,9 @@ from psycopg import sql
 from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, Names, vector_schema
 from cdcsync.postgres import Connection
 
+WINDOW_BYTES = 16 * 1024 * 1024
+"""Text in one window: thousands of usual chunks, and a bound on memory where chunks are whole documents."""
+
 ERROR_CHARACTERS = 500
 """Stored errors are cut to this: some providers answer with pages."""
 
@@ -71,16 +74,23 @@ class Backlog:
             ).format(sql.Identifier(f"{self._spec.name}_made"), sql.Identifier(schema))
         )
 
-    async def window(self, limit: int, *, lane: int | None = None) -> list[Waiting]:
-        """Return up to `limit` distinct texts that are due, the live lane first."""
+    async def window(self, limit: int, *, lane: int | None = None, most_bytes: int = WINDOW_BYTES) -> list[Waiting]:
+        """Return up to `limit` distinct texts that are due, the live lane first.
+
+        They are no more than `most_bytes` together, but for the last of them: at least one is returned.
+        """
         cursor = await self._connection.execute(
             self._sql(
-                "SELECT b.content_hash, c.content, b.lane, b.attempts"
+                "SELECT content_hash, content, lane, attempts FROM ("
+                "SELECT w.*, sum(octet_length(content)::int8) OVER (ORDER BY lane, chunk_id"
+                " ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before FROM ("
+                "SELECT b.content_hash, c.content, b.lane, b.attempts, b.chunk_id"
                 " FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
                 " WHERE b.generation = {generation} AND b.attempts < {attempts} AND b.next_attempt_at <= now()"
-                " AND (%s::int IS NULL OR b.lane = %s) ORDER BY b.lane, b.chunk_id LIMIT %s"
+                " AND (%s::int IS NULL OR b.lane = %s) ORDER BY b.lane, b.chunk_id LIMIT %s) AS w"
+                ") AS w WHERE before IS NULL OR before < %s ORDER BY lane, chunk_id"
             ),
-            [lane, lane, limit],
+            [lane, lane, limit, most_bytes],
         )
         distinct: dict[bytes, Waiting] = {}
         for row in await cursor.fetchall():

@@ -18,10 +18,10 @@ import msgspec
 import psycopg
 from psycopg import sql
 
-from cdcsync.changes import Shape
+from cdcsync.changes import Row, Shape
 from cdcsync.config import Index
 from cdcsync.config.names import MAX_NAME_BYTES
-from cdcsync.documents import Template
+from cdcsync.documents import Documents, Rendering
 from cdcsync.errors import SetupError
 from cdcsync.postgres import Connection
 
@@ -64,7 +64,7 @@ class IndexSpec(msgspec.Struct, frozen=True):
     name: str
     config: Index
     shape: Shape
-    template: Template
+    documents: Documents
     source_key_types: tuple[str, ...]
     """The key's types on the source, for comparing there."""
     key_types: tuple[str, ...]
@@ -74,7 +74,7 @@ class IndexSpec(msgspec.Struct, frozen=True):
     dimensions: int
     distance: Distance
     fingerprint: str
-    """Identifies the template and the chunking: when it changes, every document is chunked again."""
+    """Identifies how documents and chunks are made: when it changes, every document is chunked again."""
     row_filter: str | None = None
     generation: int = 1
     table_oid: int = 0
@@ -83,6 +83,13 @@ class IndexSpec(msgspec.Struct, frozen=True):
     """The types on the source of all columns that are used."""
     membership: int | None = None
     """The OID of the table's row in pg_publication_rel, where it has one."""
+
+    def render(self, row: Row) -> Rendering:
+        """Return what a complete row comes to.
+
+        :raises DocumentError: a function of the user's fails for it.
+        """
+        return self.documents.render(self.shape.text_of(row))  # type: ignore[arg-type]
 
     @property
     def sent(self) -> str:

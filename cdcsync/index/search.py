@@ -23,7 +23,7 @@ from psycopg.types.datetime import DateLoader, TimestampLoader, TimestamptzLoade
 
 from cdcsync.changes import Shape
 from cdcsync.config import Index
-from cdcsync.documents import Template
+from cdcsync.documents import make_documents
 from cdcsync.errors import CdcsyncError, SetupError, UsageError
 from cdcsync.index.schema import OPERATORS, IndexSpec, Names, vector_schema
 from cdcsync.postgres import Connection, first_line, passing, speaking_of, translate
@@ -160,13 +160,13 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
             [schema, f"{name}_chunks"],
         )
         types = cast(dict[str, str], dict(await cursor.fetchall()))
-    template = Template.parse(config.text, where=f"indexes.{name}.text")
+    documents = make_documents(config, where=f"indexes.{name}")
     searchable = config.search if "search" in types else None
     return IndexSpec(
         name=name,
         config=msgspec.structs.replace(config, vector_type=vector_type, columns=tuple(carried), search=searchable),
-        shape=Shape(name, config.table_name, tuple(key), tuple(carried), template.columns),
-        template=template,
+        shape=Shape(name, config.table_name, tuple(key), tuple(carried), documents.columns),
+        documents=documents,
         source_key_types=_types_of(types, key),
         key_types=_types_of(types, key),
         carried_types=_types_of(types, carried),

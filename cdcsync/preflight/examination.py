@@ -69,8 +69,8 @@ async def _examine_tables(
     for plan in plans:
         plan.table = await examine_table(source, plan.name, plan.index, plan.findings)
         if plan.table is not None:
-            needed = needed_columns(plan.index, plan.template, plan.table)
-            plan.findings += table_faults(plan.name, plan.index, plan.template, plan.table, facts.server.role)
+            needed = needed_columns(plan.index, plan.documents, plan.table)
+            plan.findings += table_faults(plan.name, plan.index, plan.documents, plan.table, facts.server.role)
             plan.findings += sending_findings(plan.table, needed, facts)
         findings += plan.findings
     if facts.publication is None:

@@ -14,7 +14,7 @@ from cdcsync.changes import Shape
 from cdcsync.chunks import make_chunker
 from cdcsync.config import Index
 from cdcsync.config.names import quote
-from cdcsync.documents import Template
+from cdcsync.documents import Documents, make_documents
 from cdcsync.embedders.protocol import Distance, Embedder
 from cdcsync.errors import ConfigError
 from cdcsync.index.schema import IndexSpec
@@ -36,7 +36,7 @@ class Plan(msgspec.Struct):
 
     name: str
     index: Index
-    template: Template | None = None
+    documents: Documents | None = None
     embedder: Embedder | None = None
     fingerprint: str | None = None
     table: Table | None = None
@@ -47,10 +47,13 @@ class Plan(msgspec.Struct):
 def make_plan(name: str, index: Index, embedder: Embedder | None, findings: list[Finding]) -> Plan:
     """Check what the configuration says alone, without a server."""
     plan = Plan(name, index, embedder=embedder)
-    where = f"indexes.{name}.text"
+    documents = ""
+    where = f"indexes.{name}"
     try:
-        plan.template = Template.parse(index.text, where=where)
+        plan.documents = make_documents(index, where=where)
+        documents = plan.documents.fingerprint
     except ConfigError as error:
+        plan.documents = None
         findings.append(Finding.of(error, where))
     if embedder is None:
         return plan
@@ -61,8 +64,8 @@ def make_plan(name: str, index: Index, embedder: Embedder | None, findings: list
     except ConfigError as error:
         findings.append(Finding.of(error, where))
         return plan
-    if plan.template is not None:
-        content = f"{plan.template.text}\0{chunker.fingerprint}"
+    if plan.documents is not None:
+        content = f"{documents}\0{chunker.fingerprint}"
         plan.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:FINGERPRINT_DIGITS]
     return plan
 
@@ -148,8 +151,8 @@ async def make_spec(
 
     :param schema: that of our own tables, where an existing index tells which types it has.
     """
-    table, template, embedder, index = plan.table, plan.template, plan.embedder, plan.index
-    if table is None or template is None or embedder is None or plan.fingerprint is None:
+    table, documents, embedder, index = plan.table, plan.documents, plan.embedder, plan.index
+    if table is None or documents is None or embedder is None or plan.fingerprint is None:
         return None
     columns = (*table.key, *index.columns)
     if not table.key or not all(column in table.columns for column in columns):
@@ -165,11 +168,12 @@ async def make_spec(
         if column in types and not await sortable(connection, types[column])
     ]
     stored = target.stored.get(plan.name)
+    wire_types = [table.columns[one].wire_type for one in (*columns, *documents.columns) if one in table.columns]
     return IndexSpec(
         name=plan.name,
         config=index,
-        shape=Shape(plan.name, table.name, table.key, index.columns, template.columns),
-        template=template,
+        shape=Shape(plan.name, table.name, table.key, index.columns, documents.columns, tuple(wire_types)),
+        documents=documents,
         source_key_types=tuple(table.columns[column].type for column in table.key),
         key_types=tuple(types[column] for column in table.key),
         carried_types=tuple(types[column] for column in index.columns),
@@ -181,6 +185,6 @@ async def make_spec(
         generation=stored.generation if stored else 1,
         table_oid=table.oid,
         source_types=tuple(
-            table.columns[column].type if column in table.columns else "" for column in (*columns, *template.columns)
+            table.columns[column].type if column in table.columns else "" for column in (*columns, *documents.columns)
         ),
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from cdcsync.config import Index, QualifiedName
 from cdcsync.config.names import quote
-from cdcsync.documents import Template
+from cdcsync.documents import Documents
 from cdcsync.index.schema import RESERVED
 from cdcsync.postgres import Connection
 from cdcsync.preflight.findings import Finding, named, nearest, noting
@@ -68,24 +68,27 @@ def kind_faults(where: str, table: Table) -> list[Finding]:
     return [Finding.error(where, f"{table.name} {wrong[0]}", wrong[1])] if wrong else []
 
 
-def needed_columns(index: Index, template: Template | None, table: Table) -> list[Column]:
+def needed_columns(index: Index, documents: Documents | None, table: Table) -> list[Column]:
     """Return the columns of the table that the index reads, without those that are missing."""
-    used = (*table.key, *index.columns, *(template.columns if template else ()))
+    used = (*table.key, *index.columns, *(documents.columns if documents else ()))
     return [table.columns[column] for column in dict.fromkeys(used) if column in table.columns]
 
 
-def table_faults(name: str, index: Index, template: Template | None, table: Table, role: str) -> list[Finding]:
+def table_faults(name: str, index: Index, documents: Documents | None, table: Table, role: str) -> list[Finding]:
     """Say what the table lacks of what the index asks for, whatever the publication sends."""
     return [
-        *column_faults(name, index, template, table),
-        *read_faults(table, needed_columns(index, template, table), role),
+        *column_faults(name, index, documents, table),
+        *read_faults(table, needed_columns(index, documents, table), role),
         *key_faults(table),
     ]
 
 
-def column_faults(name: str, index: Index, template: Template | None, table: Table) -> Iterator[Finding]:
+def column_faults(name: str, index: Index, documents: Documents | None, table: Table) -> Iterator[Finding]:
     """Say which columns are missing, named twice, or named like ours."""
-    for key, columns in (("columns", index.columns), ("text", template.columns if template else ())):
+    read = () if documents is None else documents.body.columns
+    named = "text" if index.documents is None else "document_columns"
+    around = [column for column in (documents.columns if documents else ()) if column not in read]
+    for key, columns in (("columns", index.columns), (named, read), ("chunk_text", around)):
         for column in dict.fromkeys(columns):
             if column not in table.columns:
                 yield Finding.error(

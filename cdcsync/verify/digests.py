@@ -9,17 +9,19 @@ Source: PostgreSQL, "Binary String Functions" (sha256), "Composite Types" (their
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
+import anyio.to_thread
 import msgspec
 import psycopg
 from psycopg import sql
 
-from cdcsync.changes import Key
+from cdcsync.changes import Key, Row
 from cdcsync.chunks.sizes import WHITE_SPACE
 from cdcsync.config.names import quote
-from cdcsync.documents import sql_hash
+from cdcsync.errors import DocumentError
 from cdcsync.index.comparisons import comparisons, follows
 from cdcsync.index.keys import texts
 from cdcsync.index.schema import IndexSpec, Names
@@ -27,6 +29,9 @@ from cdcsync.postgres import Connection
 
 PAGE_ROWS = 50_000
 """Rows of the source in one query: a fraction of a second, so that its snapshot keeps no row versions alive."""
+
+MADE_HERE_ROWS = 1_000
+"""Rows in one query where documents are made by code: their texts are all in memory here."""
 
 
 class Sums(msgspec.Struct):
@@ -62,14 +67,59 @@ class SourceDigests:
     async def sums(self, buckets: int) -> Sums:
         """Return the sums of all rows."""
         sums = Sums({})
+        if self._spec.documents.by_code:
+            async for bucket, _, digest in self._made_here(buckets):
+                sums.add(bucket, 1, digest)
+            return sums
         async for row in self._scan(buckets, "count(*), sum(p.digest)", sql.SQL("GROUP BY p.bucket"), None):
             sums.add(int(row[0]), int(row[1]), int(row[2]))
         return sums
 
     async def rows(self, buckets: int, wanted: Sequence[int]) -> AsyncIterator[tuple[Key, int]]:
         """Yield key and digest of each row in the wanted buckets."""
+        if self._spec.documents.by_code:
+            among = set(wanted)
+            async for bucket, key, digest in self._made_here(buckets):
+                if bucket in among:
+                    yield key, digest
+            return
         async for row in self._scan(buckets, "1, p.digest", sql.SQL(""), wanted):
             yield tuple(row[3:]), int(row[2])
+
+    async def _made_here(self, buckets: int) -> AsyncIterator[tuple[int, Key, int]]:
+        """Yield bucket, key and digest of all rows, whose documents are made by code and so not by the server."""
+        spec = self._spec
+        keys = [sql.Identifier("t", name) for name in spec.shape.key]
+        ordered = sql.SQL(", ").join(keys)
+        above = follows(
+            keys,
+            [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(spec.source_key_types, start=1)],
+            await comparisons(self._connection, spec.source_key_types),
+        )
+        after: Key | None = None
+        while True:
+            cursor = psycopg.AsyncRawCursor(self._connection)
+            await cursor.execute(
+                sql.SQL(
+                    "SELECT ROW({ordered})::text, ROW({carried})::text, {columns}"
+                    " FROM {published} AS t {above} ORDER BY {ordered} LIMIT {limit}"
+                ).format(
+                    ordered=ordered,
+                    carried=sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.carried),
+                    columns=sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.columns),
+                    published=published(spec),
+                    above=sql.SQL("") if after is None else sql.SQL("WHERE {}").format(above),
+                    limit=sql.Literal(MADE_HERE_ROWS),
+                ),
+                list(after or ()),
+            )
+            assert cursor.pgresult is not None
+            page = texts(cursor.pgresult)
+            for bucket, key, digest in await anyio.to_thread.run_sync(_digests, spec, page, buckets):
+                yield bucket, key, digest
+            if len(page) < MADE_HERE_ROWS:
+                return
+            after = spec.shape.key_of(tuple(page[-1][2:]))
 
     async def _scan(
         self, buckets: int, figures: str, grouped: sql.Composable, wanted: Sequence[int] | None
@@ -83,7 +133,8 @@ class SourceDigests:
             [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(spec.source_key_types, start=1)],
             await comparisons(self._connection, spec.source_key_types),
         )
-        document = spec.template.sql(lambda name: f"t.{quote(name)}")
+        document = spec.documents.sql(lambda name: f"t.{quote(name)}")
+        document_hash = spec.documents.hash_sql(lambda name: f"t.{quote(name)}")
         places = [sql.Identifier(f"k{at}") for at in range(len(keys))]
         blank = WHITE_SPACE if self._connection.info.parameter_status("server_encoding") == "UTF8" else " \t\n\v\f\r"
         no_key = sql.SQL(", ").join(sql.SQL(f"NULL::{type_}") for type_ in spec.source_key_types)
@@ -96,7 +147,7 @@ class SourceDigests:
                     SELECT r.*, {bucket} AS bucket, {digest} AS digest FROM (
                         SELECT {keys}, row_number() OVER (ORDER BY {ordered}) AS place,
                                ROW({ordered})::text AS key_text, ROW({carried})::text AS carried_text,
-                               {document} AS document
+                               {document} AS document, {document_hash} AS document_hash
                         FROM {published} AS t {above} ORDER BY {ordered} LIMIT {limit}
                     ) AS r
                 )
@@ -108,7 +159,7 @@ class SourceDigests:
             ).format(
                 bucket=_bucket(buckets, "r.key_text"),
                 digest=sql.SQL("CASE WHEN btrim(r.document, {}) <> '' THEN {} END").format(
-                    sql.Literal(blank), _digest("r.key_text", "r.carried_text", sql_hash("r.document"))
+                    sql.Literal(blank), _digest("r.key_text", "r.carried_text", "r.document_hash")
                 ),
                 keys=sql.SQL(", ").join(
                     sql.SQL("{} AS {}").format(key, place) for key, place in zip(keys, places, strict=True)
@@ -116,6 +167,7 @@ class SourceDigests:
                 ordered=ordered,
                 carried=sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.carried),
                 document=sql.SQL(document),
+                document_hash=sql.SQL(document_hash),
                 published=published(spec),
                 above=sql.SQL("") if after is None else sql.SQL("WHERE {}").format(above),
                 limit=sql.Literal(PAGE_ROWS),
@@ -137,6 +189,33 @@ class SourceDigests:
             if end is None or int(end[1]) < PAGE_ROWS:
                 return
             after = tuple(end[3:])
+
+
+def _digests(spec: IndexSpec, page: Sequence[Row], buckets: int) -> list[tuple[int, Key, int]]:
+    """Return what the server's SQL would: bucket, key and digest of each row that has a place in the index.
+
+    A row that a function fails for should have one: its digest is of no document that the index could hold.
+    """
+    found = []
+    for key_text, carried_text, *values in cast(Sequence[Sequence[str | None]], page):
+        row: Row = tuple(values)
+        try:
+            made = spec.render(row)
+            if not made.text.strip(WHITE_SPACE):
+                continue
+            document_hash = made.hash
+        except DocumentError:
+            document_hash = b""
+        digest = hashlib.sha256(f"{key_text} {carried_text}".encode() + document_hash).digest()
+        bucket = hashlib.sha256(str(key_text).encode()).digest()
+        found.append(
+            (
+                int.from_bytes(bucket[:4]) & (buckets - 1),
+                spec.shape.key_of(row),
+                int.from_bytes(digest[:8], signed=True),
+            )
+        )
+    return found
 
 
 class IndexDigests:

