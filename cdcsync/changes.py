@@ -31,6 +31,8 @@ class Shape(msgspec.Struct, frozen=True):
     key: tuple[str, ...]
     carried: tuple[str, ...]
     text: tuple[str, ...]
+    types: tuple[tuple[int, int], ...] = ()
+    """The columns' types when the table was last looked at, as OID and modifier; none where nobody looked."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -106,6 +108,7 @@ class Projection:
                 index=shape.index,
                 where=str(shape.table),
                 hint=f"restore the column, or take it out of [indexes.{shape.index}]; then {AGAIN}",
+                passing=True,
             )
         identity = {column.name for column in relation.columns if column.key}
         if uncovered := [name for name in shape.key if name not in identity]:
@@ -114,6 +117,7 @@ class Projection:
                 index=shape.index,
                 where=str(shape.table),
                 hint=f"ALTER TABLE {shape.table} REPLICA IDENTITY DEFAULT (or USING INDEX … on the key); then {AGAIN}",
+                passing=True,
             )
         self.shape = shape
         self._row = _picker([positions[name] for name in shape.columns])

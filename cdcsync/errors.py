@@ -94,11 +94,16 @@ class SchemaChanged(CdcsyncError):
     """A source table no longer has what an index is built on; that index is paused, the others go on.
 
     :param index: the index concerned.
+    :param passing: the stream has moved past the cause, so that another look at the table may end the pause at once,
+        however often that happens.
     """
 
-    def __init__(self, message: str, *, index: str, where: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, index: str, where: str | None = None, hint: str | None = None, passing: bool = False
+    ) -> None:
         super().__init__(message, where=where, hint=hint)
         self.index = index
+        self.passing = passing
 
 
 class LeaseLost(CdcsyncError):

@@ -27,10 +27,13 @@ Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
 RENDERING: LiteralString = (
     "SET datestyle = 'ISO, MDY'; SET intervalstyle = 'postgres'; SET extra_float_digits = 3; SET bytea_output = 'hex';"
-    " SET timezone = 'UTC'; SET search_path = ''; SET xmloption = 'content'"
+    " SET timezone = 'UTC'; SET search_path = ''; SET xmloption = 'content';"
+    " SET lc_monetary = 'C'; SET array_nulls = on; SET standard_conforming_strings = on;"
+    " SET quote_all_identifiers = off"
 )
-"""Settings that output functions read. An empty search_path makes names in values (regclass, say) come out
-qualified."""
+"""Settings by which values and names are written and read. An empty search_path makes names in values (regclass, say)
+come out qualified. In another `lc_monetary` an amount of money would be another number to a reader. The driver writes
+bytes as the server reads them only where strings are standard."""
 
 SAFETY: LiteralString = (
     "SET statement_timeout = 0; SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0;"

@@ -29,10 +29,12 @@ from cdcsync.embedders import make_embedder
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import DocumentError, EmbedError, SetupError, UsageError
 from cdcsync.index.keys import canonical, stored_documents
+from cdcsync.index.pipelines import Pipelines
 from cdcsync.index.requests import Request, Requests, Wish
 from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, Names
 from cdcsync.index.search import stored_spec
 from cdcsync.postgres import Connection, first_line, passing, speaking_of, translate
+from cdcsync.preflight import build_embedders, examine
 from cdcsync.source.catalog import read_publication
 from cdcsync.source.relations import read_table
 from cdcsync.source.tables import SourceTable
@@ -114,13 +116,20 @@ async def open_index(target: Connection, config: Config, name: str, *, even_paus
         raise SetupError(
             f"the index belongs to the pipeline of slot {slot}", where=f"index {name}", hint="use its configuration"
         )
-    if state == "paused" and not even_paused:
+    if state == "paused" and not even_paused and not await _mended(target, config, name):
         raise SetupError(
             f"the index is paused: {reason or 'no reason is stored'}",
             where=f"index {name}",
-            hint="mend what is said there; the worker then resumes it and reads its table again",
+            hint="mend what is said there, then start the worker again: it reads the whole table anew",
         )
     return spec
+
+
+async def _mended(target: Connection, config: Config, name: str) -> bool:
+    """Say whether a worker that began now would resume a paused index; one that runs has the old configuration."""
+    with speaking_of("target"):
+        holder = await Pipelines(config.target.schema, config.source.slot).holder(target)
+    return holder is None and name not in (await examine(config, build_embedders(config, []))).broken
 
 
 async def as_on_source(source: Connection, publication: str, spec: IndexSpec) -> IndexSpec:

@@ -64,11 +64,14 @@ async def unpublished_tables(
     with speaking_of("source", where=f"publication {name}"):
         publication = await read_publication(source, name)
         cursor = await source.execute(
-            "SELECT c.oid::int8, n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-            " WHERE c.oid = ANY(%s::int8[]::oid[])",
+            "SELECT c.oid::int8, n.nspname, c.relname,"
+            " c.relkind <> 'p' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid)"
+            " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY(%s::int8[]::oid[])",
             [[spec.table_oid for spec in specs]],
         )
-        called = {oid: QualifiedName(schema, table) for oid, schema, table in await cursor.fetchall()}
+        found = await cursor.fetchall()
+    called = {oid: QualifiedName(schema, table) for oid, schema, table, _ in found}
+    parents = {oid for oid, _, _, has_children in found if has_children}
     sent = publication.tables if publication is not None else {}
     reasons = {}
     for spec in specs:
@@ -77,6 +80,8 @@ async def unpublished_tables(
             reasons[table] = "the table was dropped"
         elif called[spec.table_oid] != table:
             reasons[table] = f"the table is called {called[spec.table_oid]} now"
+        elif spec.table_oid in parents:
+            reasons[table] = "other tables inherit from the table now"
         elif publication is None or table not in sent:
             reasons[table] = f"the publication {name} does not send the table any more"
         elif missing := {"insert", "update", "delete", "truncate"} - publication.operations:

@@ -128,6 +128,8 @@ class Stream:
         self._passed = checkpoint
         self.pauses: list[SchemaChanged] = []
         """Why indexes were paused on this connection."""
+        self._paused: set[str] = set()
+        """Those whose pause is stored."""
         self._idle_pause_s = 0.0
         self._last_idle_checkpoint = 0.0
         self._wake_apply = anyio.Event()
@@ -368,7 +370,10 @@ class Stream:
         self._idle_pause_s = 0.0
         self._account(batch, changes, applied, anyio.current_time() - started)
         self._page_applied(batch)
-        if batch.paused:
+        self._paused |= batch.paused.keys()
+        if self._paused and not batch.partial:
+            # What else was found meanwhile will be found again, and a transaction whose end is not stored, too.
+            self.pauses = [error for error in self.pauses if error.index in self._paused]
             raise self.pauses[0]
 
     async def _until_committed(self, batch: Batch) -> tuple[dict[str, ChangeSet], dict[str, Applied]]:

@@ -147,15 +147,21 @@ class Assembler:
         return lost
 
     def _check_types(self, shape: Shape, types: Mapping[str, tuple[int, int]]) -> None:
-        """Notice that a column has another type than before: what that made of the old rows is not in the stream."""
+        """Notice that a column has another type than before: what that made of the old rows is not in the stream.
+
+        Before is at first when the table was looked at, which may be later than what the stream brings now: then the
+        values do not fit the types that the index was given.
+        """
         mine = {name: types[name] for name in shape.columns}
-        before = self._types.setdefault(shape.index, mine)
+        looked_at = dict(zip(shape.columns, shape.types, strict=False))
+        before = self._types.setdefault(shape.index, looked_at or mine)
         if changed := [name for name, type_ in mine.items() if before[name] != type_]:
             raise SchemaChanged(
                 f"column {', '.join(changed)} changed its type",
                 index=shape.index,
                 where=str(shape.table),
                 hint=AGAIN,
+                passing=True,
             )
 
     def _lose(self, name: tuple[str, str], what: str) -> list[Event]:
@@ -163,7 +169,7 @@ class Assembler:
         for shape in self._tables.get(name, ()):
             if shape.index not in self._lost:
                 hint = f"set indexes.{shape.index}.table to the table that is meant; then {AGAIN}"
-                error = SchemaChanged(what, index=shape.index, where=str(shape.table), hint=hint)
+                error = SchemaChanged(what, index=shape.index, where=str(shape.table), hint=hint, passing=True)
                 events.append(self._lost_event(shape, error))
         return events
 

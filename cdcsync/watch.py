@@ -1,6 +1,6 @@
 """The watch: what the stream does not tell, asked of the source from time to time while it flows.
 
-    tables     is each still published as it was, and the one that it was
+    tables     is each still published as it was, and the one that it was, with the partitions it had
     slot       how much of `max_slot_wal_keep_size` does it hold, before that is a gap
     heartbeat  a message now and then, where an idle source should show that the pipeline moves
 
@@ -20,6 +20,7 @@ from cdcsync.config import Config
 from cdcsync.errors import SchemaChanged, Unavailable
 from cdcsync.index.schema import IndexSpec
 from cdcsync.metrics import Metrics
+from cdcsync.partitions import follow_partitions
 from cdcsync.postgres import Session, speaking_of
 from cdcsync.setup import unpublished_tables
 from cdcsync.source.catalog import Slot, read_slot
@@ -72,7 +73,10 @@ def retained_share(slot: Slot) -> float:
 async def watch(config: Config, specs: Sequence[IndexSpec], stream: Stream, metrics: Metrics) -> None:
     """Watch tables and slot until cancelled; an index whose table cannot be followed any more is paused."""
     retention = Retention()
-    async with Session(config.source.dsn, "source", application_name="cdcsync watch") as session:
+    async with (
+        Session(config.source.dsn, "source", application_name="cdcsync watch") as session,
+        Session(config.target.dsn, "target", application_name="cdcsync watch") as target,
+    ):
         while True:
             await anyio.sleep(WATCH_S)
             try:
@@ -80,6 +84,7 @@ async def watch(config: Config, specs: Sequence[IndexSpec], stream: Stream, metr
                     connection = await session.connection()
                     unpublished = await unpublished_tables(connection, config, specs)
                     slot = await read_slot(connection, config.source.slot)
+                    await follow_partitions(connection, target, config, specs)
             except Unavailable as error:
                 log.debug("watch_waits", error=str(error))
                 continue

@@ -30,6 +30,7 @@ from cdcsync.index.schema import IndexSpec
 from cdcsync.index.session import ApplySession, worker_name
 from cdcsync.interrupts import INTERRUPT_EVERY_S, cancelled_by, interrupted_by
 from cdcsync.notify import ServiceManager, keep_informed
+from cdcsync.partitions import follow_partitions
 from cdcsync.postgres import Session, connect, speaking_of
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
 from cdcsync.prepare import Preparer
@@ -183,6 +184,8 @@ class _Worker:
             await pause_indexes(target, config, broken)
             await set_up_publication(source, config, unpublished)
             self.specs = await note_memberships(source, target, config, self.specs)
+            async with Session(config.target.dsn, "target", application_name="cdcsync set-up") as session:
+                await follow_partitions(source, session, config, self.specs)
             with speaking_of("source"):
                 server = await read_server(source)
         if server.wal_sender_timeout_s > 0:
@@ -399,7 +402,7 @@ async def _work_through_schema_changes(
             for error in {first.index: first, **{error.index: error for error in worker.stream.pauses}}.values():
                 log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
                 now = anyio.current_time()
-                if now - paused_at.get(error.index, -RESUME_AGAIN_S) < RESUME_AGAIN_S:
+                if not error.passing and now - paused_at.get(error.index, -RESUME_AGAIN_S) < RESUME_AGAIN_S:
                     kept_out.add(error.index)
                 reasons[error.index] = describe_pause(error)
                 paused_at[error.index] = now

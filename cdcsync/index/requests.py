@@ -86,17 +86,19 @@ class Requests:
         force_embed: bool = False,
         keys: Iterable[Key] | None = None,
         max_rows_per_s: int | None = None,
+        phase: Phase = "rows",
     ) -> int:
         """Ask for a backfill and wake the worker; takes effect when the caller commits.
 
         :param keys: needs a transaction around it, so that the worker does not see the request without them.
+        :param phase: where it begins: a resync from "orphans" on only removes what the source no longer has.
         """
         cursor = await connection.execute(
             sql.SQL(
-                "INSERT INTO {} (index_name, kind, rewrite, filter, force_embed, keyed, max_rows_per_s)"
-                " VALUES (%s, %s, %s, %s, %s, %s, %s) RETURNING id"
+                "INSERT INTO {} (index_name, kind, rewrite, filter, force_embed, keyed, max_rows_per_s, phase)"
+                " VALUES (%s, %s, %s, %s, %s, %s, %s, %s) RETURNING id"
             ).format(self._table),
-            [index, kind, rewrite, filter_, force_embed, keys is not None, max_rows_per_s],
+            [index, kind, rewrite, filter_, force_embed, keys is not None, max_rows_per_s, phase],
         )
         row = await cursor.fetchone()
         assert row is not None

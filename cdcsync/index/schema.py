@@ -23,6 +23,7 @@ from cdcsync.config import Index
 from cdcsync.config.names import MAX_NAME_BYTES
 from cdcsync.documents import Documents, Rendering
 from cdcsync.errors import SetupError
+from cdcsync.index.views import follow_name
 from cdcsync.postgres import Connection
 
 Distance = Literal["cosine", "l2", "inner_product"]
@@ -130,6 +131,7 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
     :raises SetupError: a relation of the view's name exists and is not ours, or an existing index differs in its key.
     """
     names = Names(schema, spec.name)
+    await follow_name(connection, names.chunks, _view_marker(spec), spec.config.view_name)
     grants = await _view_grants(connection, spec)
     present = await _columns_present(connection, schema, spec)
     key = _definitions(spec.shape.key, spec.key_types, " NOT NULL")
@@ -284,7 +286,10 @@ async def _create_search(connection: Connection, spec: IndexSpec, names: Names) 
 
 
 async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -> None:
-    """Create the vectors table of the spec's generation, without its HNSW index. The caller's transaction commits."""
+    """Create the vectors table of the spec's generation, without its HNSW index. The caller's transaction commits.
+
+    :raises SetupError: it exists, for other vectors.
+    """
     names = Names(schema, spec.name)
     vectors = names.vectors(spec.generation)
     extension = await vector_schema(connection)
@@ -302,6 +307,19 @@ async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -
             sql.Identifier(f"{spec.name}_vectors_{spec.generation}_hash"), vectors
         )
     )
+    cursor = await connection.execute(
+        "SELECT format_type(atttypid, atttypmod) FROM pg_attribute"
+        " WHERE attrelid = to_regclass(%s) AND attname = 'embedding'",
+        [vectors.as_string(connection)],
+    )
+    row = await cursor.fetchone()
+    present = str(row[0]).rpartition(".")[2] if row is not None else None
+    if present != spec.vector_type:
+        raise SetupError(
+            f"the table exists and its vectors are of type {present}, not {spec.vector_type}",
+            where=vectors.as_string(connection),
+            hint="it was left by another index: drop it, or give this index another name in the configuration",
+        )
     comment = f"cdcsync index {spec.name}: vectors by {spec.model}; content_hash names the text each was made from"
     await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(vectors, sql.Literal(comment)))
 

@@ -68,9 +68,12 @@ _SHARED = (
         live_at timestamptz,
         table_oid bigint,
         sent text,
-        membership bigint
+        membership bigint,
+        partitions jsonb
     )
     """,
+    "COMMENT ON COLUMN {schema}.indexes.partitions IS"
+    " 'Of a partitioned table, the partitions by OID: which file holds each, and which transactions attached it.'",
     "COMMENT ON TABLE {schema}.indexes IS 'cdcsync: one row per index, with what its chunks and vectors were made by.'",
     "COMMENT ON COLUMN {schema}.indexes.table_oid IS"
     " 'The table''s OID on the source: another one under the same name is another table.'",

@@ -19,7 +19,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection
 from cdcsync.source.relations import Column, Table, read_table
-from cdcsync.visibility import Snapshot
+from cdcsync.visibility import XID_SPAN, Snapshot
 
 __all__ = [
     "FAILOVER_VERSION",
@@ -203,14 +203,18 @@ async def running_transactions(connection: Connection) -> frozenset[int]:
 
 
 async def blockers(connection: Connection, xids: Iterable[int]) -> list[str]:
-    """Describe for an operator the sessions whose transactions (32-bit ids) are among `xids`: pid, role, age, state."""
+    """Describe for an operator whose transactions are among `xids`: session or prepared transaction, role, age."""
     cursor = await connection.execute(
         """
         SELECT format('pid %%s (%%s, %%s, transaction open for %%s)', pid, coalesce(usename, '?'), coalesce(state, '?'),
                       date_trunc('second', now() - xact_start))
         FROM pg_stat_activity WHERE backend_xid::text::bigint = ANY(%s)
+        UNION ALL
+        SELECT format('prepared transaction %%L (%%s, prepared %%s ago)', gid, owner,
+                      date_trunc('second', now() - prepared))
+        FROM pg_prepared_xacts WHERE transaction::text::bigint = ANY(%s)
         """,
-        [list(xids)],
+        [(recent := [xid % XID_SPAN for xid in xids]), recent],
     )
     return [cast(str, row[0]) for row in await cursor.fetchall()]
 

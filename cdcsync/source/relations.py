@@ -18,6 +18,7 @@ class Column(msgspec.Struct, frozen=True):
     :ivar generated: "s" (stored), "v" (virtual) or "" (not generated).
     :ivar base_type: what a domain is made of; None for other types.
     :ivar labels: an enum's.
+    :ivar wire_type: OID and modifier, as the stream tells them.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Column(msgspec.Struct, frozen=True):
     readable: bool = True
     base_type: str | None = None
     labels: tuple[str, ...] = ()
+    wire_type: tuple[int, int] = (0, -1)
 
 
 class Partition(msgspec.Struct, frozen=True):
@@ -144,14 +146,17 @@ async def _columns(connection: Connection, oid: int) -> dict[str, Column]:
                 )
                 SELECT format_type(d.type, d.modifier) FROM domains d JOIN pg_type t ON t.oid = d.type
                 WHERE t.typtype <> 'd'),
-               ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = a.atttypid ORDER BY enumsortorder)
+               ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = a.atttypid ORDER BY enumsortorder),
+               a.atttypid::int8, a.atttypmod
         FROM pg_attribute a WHERE a.attrelid = %s::int8::oid AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
         """,
         [oid],
     )
     return {
-        name: Column(name, type_, not_null, generated, readable, base_type, tuple(labels))
-        for name, type_, not_null, generated, readable, base_type, labels in await cursor.fetchall()
+        name: Column(name, type_, not_null, generated, readable, base_type, tuple(labels), (oid_of_type, modifier))
+        for name, type_, not_null, generated, readable, base_type, labels, oid_of_type, modifier in (
+            await cursor.fetchall()
+        )
     }
 
 

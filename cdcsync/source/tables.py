@@ -42,13 +42,12 @@ class SourceTable:
     def __init__(self, shape: Shape, key_types: Sequence[str], row_filter: str | None = None) -> None:
         self.shape = shape
         table = sql.Identifier(shape.table.schema, shape.table.name)
-        self._lock = sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(table)
         columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.columns)
         keys = [sql.Identifier("t", name) for name in shape.key]
-        # As a subquery, so that the filter's bare column names cannot be taken for those of what it is joined to.
-        published = sql.SQL("(SELECT * FROM {} AS t WHERE {})").format(
-            table, _condition(row_filter) if row_filter else sql.SQL("true")
-        )
+        published: sql.Composable = table
+        if row_filter:
+            # As a subquery, so that the filter's bare column names cannot be taken for those of what it is joined to.
+            published = sql.SQL("(SELECT * FROM {} AS t WHERE {})").format(table, _condition(row_filter))
         self._keys = keys
         self._key_types = tuple(key_types)
         self._comparisons: list[Comparison] = []
@@ -103,10 +102,19 @@ class SourceTable:
         )
 
     async def _read(self, connection: Connection, statement: sql.Composed, arguments: Sequence[object]) -> Page:
+        while (page := await self._read_once(connection, statement, arguments)) is None:
+            pass
+        return page
+
+    async def _read_once(
+        self, connection: Connection, statement: sql.Composed, arguments: Sequence[object]
+    ) -> Page | None:
+        """Read under one snapshot; returns None when the table was made or rewritten after it and so looked empty.
+
+        To lock the table before would do as well, but needs more than the right to read some of its columns.
+        """
         await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         try:
-            # Before the snapshot, not after it: a table that an ALTER TABLE rewrote in between would look empty to it.
-            await connection.execute(self._lock)
             cursor = await connection.execute("SELECT pg_current_snapshot()::text")
             first = await cursor.fetchone()
             assert first is not None
@@ -117,13 +125,15 @@ class SourceTable:
             result = reading.pgresult
             assert result is not None
             page = Page(Snapshot.parse(cast(str, first[0])), _texts(result))
+            cursor = await connection.execute(_REWRITTEN, {"table": str(self.shape.table)})
+            rewritten = await cursor.fetchone()
         except BaseException:
             if not connection.closed:
                 with anyio.CancelScope(shield=True):
                     await connection.rollback()
             raise
         await connection.execute("COMMIT")
-        return page
+        return page if rewritten == (False,) else None
 
     def _arrays(self, keys: Sequence[Key]) -> list[list[str]]:
         return [[key[at] for key in keys] for at in range(len(self.shape.key))]
@@ -147,6 +157,15 @@ class SourceTable:
         row = await cursor.fetchone()
         assert row is not None
         return cast(int, row[0])
+
+
+_REWRITTEN = """
+    SELECT EXISTS (
+        SELECT FROM (SELECT %(table)s::regclass AS oid UNION SELECT relid FROM pg_partition_tree(%(table)s)) AS now
+        LEFT JOIN pg_class AS c ON c.oid = now.oid
+        WHERE c.relfilenode IS DISTINCT FROM coalesce(pg_relation_filenode(now.oid), 0))
+"""
+"""Compares the files of a table and its partitions: as they are, which functions tell, with what the snapshot sees."""
 
 
 def _texts(result: pq.abc.PGresult) -> list[Row]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 import anyio
 import anyio.lowlevel
 import pytest
@@ -35,3 +37,51 @@ async def test_a_page_that_waited_for_a_rewrite_of_the_table_has_all_its_rows(da
             rewriter.execute("COMMIT")
 
     assert len(pages[0].rows) == 50
+
+
+async def test_a_page_that_waited_for_a_table_to_be_made_anew_has_all_its_rows(database: Database) -> None:
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, body text)")
+    table = SourceTable(Shape("i", QualifiedName("public", "t"), ("id",), (), ("body",)), ("integer",))
+    pages: list[Page] = []
+
+    with database.connect() as writer:
+        async with await connect(database.dsn, "source") as reader, anyio.create_task_group() as tasks:
+            writer.execute("BEGIN")
+            writer.execute("ALTER TABLE t RENAME TO old")
+            writer.execute("CREATE TABLE t (id int PRIMARY KEY, body text) PARTITION BY RANGE (id)")
+            writer.execute("CREATE TABLE t1 PARTITION OF t FOR VALUES FROM (1) TO (99)")
+            writer.execute("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 50) i")
+
+            async def read() -> None:
+                pages.append(await table.page(reader, None, 100))
+
+            tasks.start_soon(read)
+            while not database.execute("SELECT 1 FROM pg_locks WHERE NOT granted AND pid <> pg_backend_pid()"):
+                await anyio.lowlevel.checkpoint()
+            writer.execute("COMMIT")
+
+    assert len(pages[0].rows) == 50
+
+
+async def test_the_right_to_read_the_columns_that_are_used_is_enough(database: Database) -> None:
+    role = f"cdcsync_test_{secrets.token_hex(4)}"
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, body text, secret text)")
+    database.execute("INSERT INTO t SELECT i, 'x', 'secret' FROM generate_series(1, 5) i")
+    database.execute(f"CREATE ROLE {role}")
+    try:
+        database.execute(f"GRANT SELECT (id, body) ON t TO {role}")
+        table = SourceTable(Shape("i", QualifiedName("public", "t"), ("id",), (), ("body",)), ("integer",))
+        async with await connect(database.dsn, "source") as reader:
+            await reader.execute(f"SET ROLE {role}".encode())
+            page = await table.page(reader, ("1",), 3, "body = 'x'")
+            again = await table.by_keys(reader, [("1",), ("7",)])
+            counted = await table.count(reader)
+            _, absent = await table.absent(reader, [("1",), ("7",)])
+    finally:
+        database.execute(f"DROP OWNED BY {role}")
+        database.execute(f"DROP ROLE {role}")
+
+    assert [row[0] for row in page.rows] == ["2", "3", "4"]
+    assert again.rows == [("1", "x")]
+    assert counted == 5
+    assert absent == [("7",)]

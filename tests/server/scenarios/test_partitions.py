@@ -1,0 +1,174 @@
+"""Partitioned tables: as one table, partition by partition, and while partitions come and go."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fixtures.scenes import Followed, MakeScene, Scene
+from tests.fixtures.workers import until
+
+pytestmark = [pytest.mark.server]
+
+KEYED = "(id int, day date NOT NULL, title text, PRIMARY KEY (id, day))"
+YEARS = (2024, 2025, 2026)
+
+
+def year(table: str, number: int, kind: str = "PARTITION OF") -> str:
+    return f"CREATE TABLE {table}_{number} {kind} {table} FOR VALUES FROM ('{number}-01-01') TO ('{number + 1}-01-01')"
+
+
+def rows(table: str, first: int = 1) -> str:
+    return (
+        f"INSERT INTO {table} SELECT i, date '2024-06-01' + (i % 9) * 80, 'row ' || i"
+        f" FROM generate_series({first}, {first + 8}) i"
+    )
+
+
+@pytest.fixture(scope="module")
+def parted(make_scene: MakeScene) -> Scene:
+    """A table for each scenario, partitioned by year; sent as one table."""
+    names = ("moving", "attached", "nested", "emptied", "created")
+    return make_scene(
+        [
+            statement
+            for table in names
+            for statement in (
+                f"CREATE TABLE {table} {KEYED} PARTITION BY RANGE (day)",
+                *(year(table, number) for number in YEARS),
+                rows(table),
+            )
+        ],
+        {table: Followed(table, "{title} {day}") for table in names},
+    )
+
+
+def test_rows_keep_their_document_when_they_move_between_partitions(parted: Scene) -> None:
+    parted.execute(
+        rows("moving", 20),
+        "UPDATE moving SET day = '2025-12-12' WHERE id = 1",
+        "UPDATE moving SET title = 'moved', day = '2024-12-12' WHERE id = 20",
+        "UPDATE moving SET id = id + 100 WHERE id = 2",
+        "DELETE FROM moving WHERE id = 3",
+        "INSERT INTO moving_2025 VALUES (50, '2025-05-05', 'into the partition itself')",
+        "UPDATE moving_2026 SET title = 'in the partition itself'",
+    )
+    parted.follows("moving")
+    parted.execute("TRUNCATE moving", rows("moving", 30))
+    parted.follows("moving")
+
+
+def test_a_partition_that_is_created_is_followed_from_its_first_row_on(parted: Scene) -> None:
+    parted.at_once(
+        year("created", 2027),
+        "INSERT INTO created VALUES (70, '2027-01-01', 'first')",
+    )
+    parted.execute(
+        "CREATE TABLE created_rest PARTITION OF created DEFAULT", "INSERT INTO created VALUES (71, '2030-01-01', 'far')"
+    )
+
+    parted.follows("created")
+
+
+def test_rows_come_with_a_partition_that_is_attached_and_go_with_one_that_is_detached(parted: Scene) -> None:
+    parted.execute(
+        f"CREATE TABLE older {KEYED}",
+        rows("older", 200).replace("2024-06-01", "2000-01-01"),
+        "ALTER TABLE attached ATTACH PARTITION older FOR VALUES FROM ('2000-01-01') TO ('2010-01-01')",
+        "UPDATE attached SET title = 'changed since' WHERE id = 201",
+        "ALTER TABLE attached DETACH PARTITION attached_2024",
+        "UPDATE attached_2024 SET title = 'nobody sees'",
+        "DROP TABLE attached_2026",
+    )
+    parted.heals("attached")
+    requests = parted.pipeline.target.execute(
+        "SELECT kind, rows_done FROM cdcsync.backfills WHERE index_name = 'attached' AND kind <> 'initial' ORDER BY id"
+    ).fetchall()
+    # Only what came was read, and of the others only whether they are there.
+    assert ("replay", 9) in requests
+    assert not [event for event in parted.pipeline.events() if event["event"] == "index_paused"]
+
+    parted.at_once(
+        "ALTER TABLE attached DETACH PARTITION older",
+        "UPDATE older SET title = 'while it was away' WHERE id > 203",
+        "DELETE FROM older WHERE id = 202",
+        "ALTER TABLE attached ATTACH PARTITION older FOR VALUES FROM ('2000-01-01') TO ('2010-01-01')",
+    )
+    parted.heals("attached")
+
+
+def test_a_partition_may_be_emptied_by_itself(parted: Scene) -> None:
+    parted.execute("TRUNCATE emptied_2025", "INSERT INTO emptied VALUES (300, '2025-02-03', 'came after')")
+    parted.heals("emptied")
+    parted.execute("VACUUM FULL emptied_2024")
+    parted.heals("emptied")
+
+
+def test_partitions_may_be_partitioned_themselves(parted: Scene) -> None:
+    parted.execute(
+        "CREATE TABLE nested_deep (LIKE nested INCLUDING ALL) PARTITION BY HASH (id)",
+        *(
+            f"CREATE TABLE nested_deep_{at} PARTITION OF nested_deep FOR VALUES WITH (MODULUS 2, REMAINDER {at})"
+            for at in range(2)
+        ),
+        rows("nested_deep", 400).replace("2024-06-01", "2030-01-01"),
+        "ALTER TABLE nested ATTACH PARTITION nested_deep FOR VALUES FROM ('2030-01-01') TO ('2040-01-01')",
+        "DELETE FROM nested WHERE id = 401",
+    )
+    parted.heals("nested")
+    parted.execute("TRUNCATE nested_deep", rows("nested", 500))
+    parted.heals("nested")
+
+
+def test_what_happened_to_partitions_while_no_worker_ran_is_made_up_for(make_scene: MakeScene) -> None:
+    scene = make_scene(
+        [f"CREATE TABLE away {KEYED} PARTITION BY RANGE (day)", *(year("away", one) for one in YEARS), rows("away")],
+        {"away": Followed("away", "{title}")},
+    )
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    scene.execute(
+        "TRUNCATE away_2025",
+        "DROP TABLE away_2024",
+        f"CREATE TABLE back {KEYED}",
+        rows("back", 100).replace("2024-06-01", "2010-01-01"),
+        "ALTER TABLE away ATTACH PARTITION back FOR VALUES FROM ('2010-01-01') TO ('2020-01-01')",
+    )
+
+    scene.pipeline.start()
+
+    scene.heals("away")
+
+
+def test_partitions_that_are_sent_under_their_own_names_can_be_indexed_one_by_one(make_scene: MakeScene) -> None:
+    scene = make_scene(
+        [
+            f"CREATE TABLE own {KEYED} PARTITION BY RANGE (day)",
+            *(year("own", number) for number in YEARS),
+            rows("own"),
+            "CREATE PUBLICATION leaves FOR TABLE own, beat WITH (publish_via_partition_root = false)",
+        ],
+        {f"own_{number}": Followed(f"own_{number}", "{title} {day}") for number in YEARS},
+        publication="leaves",
+    )
+    scene.execute(
+        "UPDATE own SET day = day + 300 WHERE id IN (1, 2, 3)",
+        "UPDATE own SET title = 'another' WHERE id = 5",
+        "DELETE FROM own WHERE id = 6",
+        "TRUNCATE own_2026",
+        "INSERT INTO own VALUES (60, '2026-06-06', 'came after')",
+    )
+    scene.follows()
+    scene.execute("TRUNCATE own", rows("own", 10))
+    scene.follows()
+    assert until(lambda: scene.equal("own_2024"), scene.pipeline.tail)
+
+    refused = make_scene(
+        [
+            f"CREATE TABLE own {KEYED} PARTITION BY RANGE (day)",
+            "CREATE PUBLICATION leaves FOR TABLE own, beat WITH (publish_via_partition_root = false)",
+        ],
+        {"own": Followed("own")},
+        publication="leaves",
+        started=False,
+    ).command("run")
+    assert refused.returncode == 2
+    assert "SET (publish_via_partition_root = true)" in refused.stderr

@@ -1,0 +1,197 @@
+"""Schema changes in mid-stream: what an index can follow it follows, what it cannot pauses it and no other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cdcsync.config import parse
+from tests.fixtures.scenes import Followed, MakeScene, Scene
+from tests.fixtures.workers import until
+
+pytestmark = [pytest.mark.server]
+
+TABLE = (
+    "CREATE TABLE {t} (id int PRIMARY KEY, title text, rating int, price numeric(6,2), label varchar(8), extra text)"
+)
+ROWS = "INSERT INTO {t} SELECT i, 'title ' || i, i, i * 1.5, 'l' || i, 'e' FROM generate_series(1, 12) i"
+WRITE = (
+    "UPDATE {t} SET title = title || ' again' WHERE id % 3 = 0",
+    "UPDATE {t} SET rating = rating WHERE id % 3 = 1",
+    "DELETE FROM {t} WHERE id = (SELECT max(id) FROM {t})",
+)
+CARRIED = ("rating", "price", "label")
+
+HARMLESS = {
+    "a column added": ["ALTER TABLE {t} ADD COLUMN more text DEFAULT 'x'"],
+    "a column renamed that no index needs": ["ALTER TABLE {t} RENAME COLUMN extra TO other"],
+    "a column dropped that no index needs": ["ALTER TABLE {t} DROP COLUMN other"],
+    "the identity made full": ["ALTER TABLE {t} REPLICA IDENTITY FULL"],
+    "the identity made an index": [
+        "CREATE UNIQUE INDEX {t}_other ON {t} (id)",
+        "ALTER TABLE {t} REPLICA IDENTITY USING INDEX {t}_other",
+    ],
+    "the identity made the primary key again": ["ALTER TABLE {t} REPLICA IDENTITY DEFAULT"],
+}
+"""What an index does not notice, each after the one before."""
+
+FOLLOWED = {
+    "carried columns widened": [
+        "ALTER TABLE {t} ALTER COLUMN rating TYPE bigint",
+        "ALTER TABLE {t} ALTER COLUMN label TYPE text",
+        "ALTER TABLE {t} ALTER COLUMN price TYPE numeric(10,4)",
+    ],
+    "carried columns narrowed": [
+        "ALTER TABLE {t} ALTER COLUMN rating TYPE smallint",
+        "ALTER TABLE {t} ALTER COLUMN label TYPE varchar(3)",
+        "ALTER TABLE {t} ALTER COLUMN price TYPE numeric(8,1)",
+    ],
+    "carried columns of other types": [
+        "ALTER TABLE {t} ALTER COLUMN rating TYPE date USING date '2026-01-01' + rating",
+        "ALTER TABLE {t} ALTER COLUMN price TYPE text USING 'costs ' || price",
+        "ALTER TABLE {t} ALTER COLUMN label TYPE int USING length(label)",
+    ],
+    "the text column retyped": ["ALTER TABLE {t} ALTER COLUMN title TYPE varchar(100)"],
+    "the key widened": ["ALTER TABLE {t} ALTER COLUMN id TYPE bigint"],
+    "a column moved to the end": [
+        "ALTER TABLE {t} ADD COLUMN title2 text",
+        "UPDATE {t} SET title2 = title",
+        "ALTER TABLE {t} DROP COLUMN title",
+        "ALTER TABLE {t} RENAME COLUMN title2 TO title",
+    ],
+    "the table renamed and back": ["ALTER TABLE {t} RENAME TO {t}_away", "ALTER TABLE {t}_away RENAME TO {t}"],
+    "the table moved and back": ["ALTER TABLE {t} SET SCHEMA attic", "ALTER TABLE attic.{t} SET SCHEMA public"],
+    "the table dropped and made anew": [
+        "DROP TABLE {t}",
+        TABLE,
+        "INSERT INTO {t} VALUES (5, 'anew', 5), (900, 'n', 6)",
+    ],
+    "the table out of the publication": ["ALTER PUBLICATION cdcsync DROP TABLE {t}"],
+    "the table out of the publication for a while": [
+        "ALTER PUBLICATION cdcsync DROP TABLE {t}",
+        "DELETE FROM {t} WHERE id < 4",
+        "ALTER PUBLICATION cdcsync ADD TABLE {t}",
+    ],
+}
+"""What an index follows, if need be by reading its table again."""
+
+LOST = {
+    "a template column dropped": (
+        ["ALTER TABLE {t} DROP COLUMN title"],
+        "title",
+        ["ALTER TABLE {t} ADD COLUMN title text DEFAULT 'mended'"],
+    ),
+    "a template column renamed": (["ALTER TABLE {t} RENAME COLUMN title TO headline"], "title", []),
+    "a carried column dropped": (
+        ["ALTER TABLE {t} DROP COLUMN rating"],
+        "rating",
+        ["ALTER TABLE {t} ADD COLUMN rating int DEFAULT 7"],
+    ),
+    "the key column gone": (
+        ["ALTER TABLE {t} DROP COLUMN id CASCADE", "ALTER TABLE {t} REPLICA IDENTITY FULL"],
+        "key",
+        ["ALTER TABLE {t} ADD COLUMN id int GENERATED ALWAYS AS IDENTITY", "ALTER TABLE {t} ADD PRIMARY KEY (id)"],
+    ),
+    "the table renamed": (["ALTER TABLE {t} RENAME TO {t}_gone"], "{t}_gone", ["ALTER TABLE {t}_gone RENAME TO {t}"]),
+    "the table moved": (["ALTER TABLE {t} SET SCHEMA attic"], "attic", ["ALTER TABLE attic.{t} SET SCHEMA public"]),
+    "the table dropped": (["DROP TABLE {t}"], "dropped", [TABLE, ROWS]),
+    "the identity gone": (
+        ["ALTER TABLE {t} REPLICA IDENTITY NOTHING"],
+        "identity",
+        ["ALTER TABLE {t} REPLICA IDENTITY DEFAULT"],
+    ),
+    "a table that inherits": (
+        ["CREATE TABLE {t}_child () INHERITS ({t})", "INSERT INTO {t}_child VALUES (500, 'of the child')"],
+        "inherit",
+        ["DROP TABLE {t}_child"],
+    ),
+}
+"""What is done to the table, a word of the reason, and what mends the table; nothing where the configuration is."""
+
+FOLLOWERS = {f"f{at}{how}": (case, how == "i") for at, case in enumerate(FOLLOWED) for how in ("i", "o")}
+LOSSES = {f"p{at}": case for at, case in enumerate(LOST)}
+
+
+def described(name: str) -> str:
+    case, inside = FOLLOWERS[name]
+    return f"{case}, {'inside' if inside else 'outside'} a transaction"
+
+
+@pytest.fixture(scope="module")
+def changed(make_scene: MakeScene) -> Scene:
+    """Every change has been made to a table of its own, in the middle of writes to it."""
+    scene = make_scene(
+        ["CREATE SCHEMA attic", *(one.format(t=name) for name in FOLLOWERS for one in (TABLE, ROWS))],
+        {name: Followed(name, columns=CARRIED) for name in FOLLOWERS},
+    )
+    for name, (case, inside) in FOLLOWERS.items():
+        write, ddl = [one.format(t=name) for one in WRITE], [one.format(t=name) for one in FOLLOWED[case]]
+        if inside:
+            scene.at_once(*write, *ddl, *write)
+        else:
+            scene.execute(*ddl)
+        scene.execute(*write)
+    return scene
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, id=described(name)) for name in FOLLOWERS])
+def test_what_leaves_the_table_fit_is_followed(changed: Scene, name: str) -> None:
+    changed.heals(name)
+
+
+def test_what_no_index_needs_may_change_without_a_pause(make_scene: MakeScene) -> None:
+    scene = make_scene(
+        [one.format(t=name) for name in ("inside", "outside") for one in (TABLE, ROWS)],
+        {name: Followed(name, columns=CARRIED) for name in ("inside", "outside")},
+    )
+    for ddl in HARMLESS.values():
+        scene.at_once(*(one.format(t="inside") for one in (*WRITE, *ddl, *WRITE)))
+        scene.execute(*(one.format(t="outside") for one in (*ddl, *WRITE)))
+        scene.follows()
+
+    assert not [event for event in scene.pipeline.events() if event["event"] == "index_paused"]
+
+
+def test_an_index_that_cannot_follow_is_paused_alone_until_a_replay_or_a_start_after_the_mend(
+    make_scene: MakeScene,
+) -> None:
+    scene = make_scene(
+        ["CREATE SCHEMA attic", *(one.format(t=name) for name in LOSSES for one in (TABLE, ROWS))],
+        {name: Followed(name, columns=CARRIED) for name in LOSSES},
+    )
+    pipeline = scene.pipeline
+    for name, case in LOSSES.items():
+        scene.execute(f"UPDATE {name} SET rating = 5 WHERE id = 1", *(one.format(t=name) for one in LOST[case][0]))
+
+    for name, case in LOSSES.items():
+        assert LOST[case][1].format(t=name) in scene.paused(name)
+        scene.follows("beat")
+    status, body = pipeline.get("/readyz")
+    told = json.loads(pipeline.get("/status")[1])["indexes"]
+    metrics = pipeline.get("/metrics")[1].decode()
+    assert status == 503
+    for name in LOSSES:
+        assert any(f"index {name} " in reason for reason in json.loads(body)["reasons"])
+        assert told[name]["state"] == "paused"
+        assert told[name]["reason"] == scene.state(name)[1]
+        assert f'cdcsync_index_state{{index="{name}",state="paused"}} 1.0' in metrics
+
+    renamed = next(name for name, case in LOSSES.items() if case == "a template column renamed")
+    refused = scene.command("replay", renamed)
+    assert refused.returncode == 2
+    assert "start the worker again" in refused.stderr
+
+    pipeline.stop(pipeline.processes[-1])
+    for name, case in LOSSES.items():
+        scene.execute(*(one.format(t=name) for one in LOST[case][2]))
+    before, after = pipeline.path.read_text().split(f"[indexes.{renamed}]")
+    pipeline.path.write_text(f"{before}[indexes.{renamed}]{after.replace('{title}', '{headline}', 1)}")
+    pipeline.config = parse(pipeline.path.read_text(), {}, where="the test's configuration")
+    done = scene.command("replay", renamed)
+    assert done.returncode == 0, done.stderr + done.stdout
+    pipeline.compare_one(renamed)
+
+    pipeline.start()
+    scene.heals()
+    until(lambda: pipeline.get("/readyz")[0] == 200, "the page to say so")
