@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -22,7 +23,7 @@ feedback_every_s = 1
 [worker]
 listen = "127.0.0.1:0"
 backfill_page_rows = 20
-backfill_max_rows_per_s = 100
+backfill_max_rows_per_s = 20
 [embedders.hosted]
 type = "openai"
 model = "hashing"
@@ -125,6 +126,8 @@ def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
     assert page.luminance() > 200
     assert page.fits()
 
+    pipeline.path.write_text(pipeline.path.read_text().replace("backfill_max_rows_per_s = 20", ""))
+    worker.send_signal(signal.SIGHUP)  # the rest of the load need not take its time
     pipeline.live()
     with database.connect() as writer:
         number = 1000
