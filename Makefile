@@ -45,7 +45,7 @@ lint: setup ## check style, format, security and which module may import which
 audit: ## look the pinned packages up in the database of advisories; needs the network
 	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit \
 		&& build/audit/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) pip-audit; }
-	build/audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt $(ARGS)
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt $(ARGS)
 
 type: setup ## check the types
 	$(BIN)/mypy
