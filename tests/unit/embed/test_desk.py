@@ -84,6 +84,16 @@ async def test_a_text_that_was_made_recently_is_not_made_again() -> None:
         assert not desk.remembered([b"a", b"b", b"c"])
 
 
+async def test_the_tokens_of_what_is_embedded_are_counted_and_those_of_nothing_else() -> None:
+    embedder = HashEmbedder("hash", config.HashEmbedder(dimensions=8))
+    async with opened(embedder) as desk:
+        texts = named("one text", "another, which is somewhat longer")
+        for _ in range(2):  # the second time they are remembered
+            await desk.embed(texts)
+        counted = desk._metrics.embed_tokens.labels(embedder.name)._value.get()
+        assert counted == sum(map(estimate, texts.values())) > 0
+
+
 async def test_a_text_under_way_is_not_asked_for_again_by_others() -> None:
     embedder = Gated(concurrency=4)
     async with opened(embedder) as desk, anyio.create_task_group() as tasks:
