@@ -96,6 +96,7 @@ class SchemaChanged(CdcsyncError):
     :param index: the index concerned.
     :param passing: the stream has moved past the cause, so that another look at the table may end the pause at once,
         however often that happens.
+    :ivar row: the key of a row that is the cause, where one is; for the index's reason, not for a log.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class SchemaChanged(CdcsyncError):
         super().__init__(message, where=where, hint=hint)
         self.index = index
         self.passing = passing
+        self.row: str | None = None
 
 
 class LeaseLost(CdcsyncError):

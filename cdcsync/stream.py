@@ -74,7 +74,8 @@ TURN_MESSAGES = 500
 
 def describe_pause(error: SchemaChanged) -> str:
     """Return the reason that an operator reads in the index's row."""
-    return f"{error.message}; {error.hint}" if error.hint else error.message
+    what = f"{error.message}, of the row {error.row}" if error.row else error.message
+    return f"{what}; {error.hint}" if error.hint else what
 
 
 class Stream:

@@ -20,7 +20,7 @@ from psycopg.pq import TransactionStatus
 
 from cdcsync.batches import PageEnd
 from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetUnavailable
-from cdcsync.index.apply import Applied, ChangeSet, IndexWriter
+from cdcsync.index.apply import Applied, ChangeSet, Document, IndexWriter, Kept
 from cdcsync.index.keys import discard_vectors
 from cdcsync.index.pipelines import Pipelines, PipelineState
 from cdcsync.index.requests import Requests
@@ -31,6 +31,13 @@ from cdcsync.postgres import Connection, connect, speaking_of
 
 OLD_SESSION_S = 2.0
 """A server needs a moment to end a session whose client is gone, and to free its lock."""
+
+
+REFUSALS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
+"""What a target says to a value that it cannot take."""
+
+SHOWN_KEY_CHARACTERS = 60
+"""So much of a key's value is shown: enough to find it by."""
 
 
 def worker_name() -> str:
@@ -46,7 +53,7 @@ def _pausing(index: str) -> Iterator[None]:
     """
     try:
         yield
-    except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded) as error:
+    except REFUSALS as error:
         raise SchemaChanged(
             f"the target refuses a value: {type(error).__name__} ({error.sqlstate})",
             index=index,
@@ -171,6 +178,47 @@ class ApplySession:
         :raises LeaseLost: nothing was committed.
         :raises SchemaChanged: the target refuses a value of one index; nothing was committed.
         """
+        try:
+            return await self._apply(
+                changes, pages, checkpoint, paused=paused or {}, commit_time=commit_time, caught_up=caught_up
+            )
+        except SchemaChanged as error:
+            with speaking_of("target"):
+                error.row = await self._refused(self._writers[error.index], changes[error.index])
+            raise
+
+    async def _refused(self, writer: IndexWriter, changes: ChangeSet) -> str | None:
+        """Return the key of a row that the target refuses, by trying halves; None where no single one is at fault."""
+        rows = [*changes.kept, *changes.documents]
+        while len(rows) > 1:
+            half = rows[: len(rows) // 2]
+            rows = rows[len(half) :] if await self._takes(writer, half) else half
+        if not rows or await self._takes(writer, rows):
+            return None
+        return ", ".join(
+            value if len(value) <= SHOWN_KEY_CHARACTERS else f"{value[:SHOWN_KEY_CHARACTERS]}…" for value in rows[0].key
+        )
+
+    async def _takes(self, writer: IndexWriter, rows: Sequence[Kept | Document]) -> bool:
+        kept = [row for row in rows if isinstance(row, Kept)]
+        documents = [row for row in rows if isinstance(row, Document)]
+        try:
+            async with self.connection.transaction(force_rollback=True):
+                await writer.apply(ChangeSet(False, [], kept, documents, {}))
+        except REFUSALS:
+            return False
+        return True
+
+    async def _apply(
+        self,
+        changes: Mapping[str, ChangeSet],
+        pages: Sequence[PageEnd],
+        checkpoint: Lsn | None,
+        *,
+        paused: Mapping[str, str],
+        commit_time: datetime | None,
+        caught_up: bool,
+    ) -> dict[str, Applied]:
         assert self._fence is not None
         if self._connection is None or self._connection.info.transaction_status != TransactionStatus.IDLE:
             raise TargetUnavailable("the apply connection is not usable", where="target", hint="it is opened again")
@@ -180,7 +228,7 @@ class ApplySession:
                 for index, change_set in changes.items():
                     with speaking_of("target", where=f"index {index}"), _pausing(index):
                         applied[index] = await self._writers[index].apply(change_set)
-                for index, reason in (paused or {}).items():
+                for index, reason in paused.items():
                     await self._pause(index, reason)
                 for page in pages:
                     await self._end_page(page)

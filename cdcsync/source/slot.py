@@ -297,6 +297,13 @@ class SlotConnection:
             return GapError(message, where=where, hint="the slot has lost WAL it needs: resync, see docs/operations.md")
         if code == "42501":
             return SetupError(message, where=where, hint="ALTER ROLE … REPLICATION for the role in the DSN")
+        if "invalid memory alloc request size" in message or code == "54000":
+            return SetupError(
+                f"the source cannot send a change: a row is larger than 1 GB as text ({message})",
+                where=where,
+                hint="make the row smaller, drop the slot, and read the tables again: docs/operations.md,"
+                ' "What is followed, and what pauses"',
+            )
         if code and code.startswith("08P"):
             return ProtocolError(message, where=where)
         return translate(error, "source", where=where)

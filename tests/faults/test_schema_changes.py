@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Callable
 
@@ -62,121 +61,6 @@ def state(pipeline: Pipeline, index: str) -> tuple[str, str | None]:
     row = pipeline.target.execute("SELECT state, reason FROM cdcsync.indexes WHERE name = %s", [index]).fetchone()
     assert row is not None
     return row[0], row[1]
-
-
-@pytest.mark.parametrize(
-    "statements",
-    [
-        pytest.param(["ALTER TABLE articles ADD COLUMN more text DEFAULT 'x'"], id="a column added"),
-        pytest.param(["ALTER TABLE articles DROP COLUMN extra"], id="a column dropped that no index needs"),
-        pytest.param(["ALTER TABLE articles RENAME COLUMN extra TO other"], id="a column renamed that none needs"),
-        pytest.param(["ALTER TABLE articles ALTER COLUMN rating TYPE bigint"], id="a carried column widened"),
-        pytest.param(["ALTER TABLE articles ALTER COLUMN rating TYPE text USING 'r' || rating"], id="retyped to text"),
-        pytest.param(["ALTER TABLE articles ALTER COLUMN title TYPE varchar(100)"], id="a text column retyped"),
-        pytest.param(["ALTER TABLE articles ALTER COLUMN id TYPE bigint"], id="the key widened"),
-        pytest.param(
-            [
-                "ALTER TABLE articles ADD COLUMN title2 text",
-                "UPDATE articles SET title2 = title",
-                "ALTER TABLE articles DROP COLUMN title",
-                "ALTER TABLE articles RENAME COLUMN title2 TO title",
-            ],
-            id="columns reordered by drop and add",
-        ),
-        pytest.param(["ALTER TABLE articles REPLICA IDENTITY FULL"], id="the replica identity made full"),
-    ],
-)
-@pytest.mark.parametrize("inside", [False, True], ids=["outside a transaction", "inside one"])
-def test_what_leaves_the_table_fit_is_followed(pipeline: Pipeline, statements: list[str], inside: bool) -> None:
-    if inside:
-        with pipeline.source.transaction():
-            change(pipeline)
-            for statement in statements:
-                pipeline.source.execute(statement)
-            change(pipeline)
-    else:
-        for statement in statements:
-            pipeline.source.execute(statement)
-    change(pipeline)
-
-    until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
-    assert state(pipeline, "notes")[0] == "live"
-
-
-@pytest.mark.parametrize(
-    ("statements", "reason", "mend"),
-    [
-        pytest.param(
-            ["ALTER TABLE articles DROP COLUMN title"],
-            "title",
-            ["ALTER TABLE articles ADD COLUMN title text DEFAULT 'mended'"],
-            id="a template column dropped",
-        ),
-        pytest.param(
-            ["ALTER TABLE articles RENAME COLUMN title TO headline"],
-            "title",
-            ["ALTER TABLE articles RENAME COLUMN headline TO title"],
-            id="a template column renamed",
-        ),
-        pytest.param(
-            ["ALTER TABLE articles RENAME TO pieces"],
-            "pieces",
-            ["ALTER TABLE pieces RENAME TO articles"],
-            id="the table renamed",
-        ),
-        pytest.param(
-            ["CREATE SCHEMA attic", "ALTER TABLE articles SET SCHEMA attic"],
-            "attic",
-            ["ALTER TABLE attic.articles SET SCHEMA public"],
-            id="the table moved",
-        ),
-        pytest.param(
-            ["ALTER TABLE articles REPLICA IDENTITY NOTHING"],
-            "identity",
-            ["ALTER TABLE articles REPLICA IDENTITY DEFAULT"],
-            id="the replica identity gone",
-        ),
-    ],
-)
-def test_an_index_that_cannot_follow_is_paused_alone_and_resumed_by_a_start_after_the_mend(
-    pipeline: Pipeline, statements: list[str], reason: str, mend: list[str]
-) -> None:
-    for statement in statements:
-        pipeline.source.execute(statement)
-    table = "pieces" if "pieces" in reason else "attic.articles" if reason == "attic" else "articles"
-    pipeline.source.execute(f"INSERT INTO {table} (id, rating) VALUES (1000, 7)")
-    pipeline.source.execute("INSERT INTO notes VALUES (1000, 'goes on')")
-
-    until(lambda: state(pipeline, "articles")[0] == "paused", pipeline.tail)
-    assert reason in str(state(pipeline, "articles")[1])
-    until(lambda: pipeline.get("/readyz")[0] == 503, "the page to say so")
-    pipeline.in_step("notes")
-    status, body = pipeline.get("/readyz")
-    assert status == 503
-    assert "articles" in json.loads(body)["reasons"][0]
-
-    pipeline.stop(pipeline.processes[-1])
-    for statement in mend:
-        pipeline.source.execute(statement)
-    pipeline.start()
-
-    until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
-
-
-def test_a_table_that_was_dropped_and_made_anew_is_read_again(pipeline: Pipeline) -> None:
-    with pipeline.source.transaction():
-        pipeline.source.execute("DROP TABLE articles")
-        pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, rating int)")
-        pipeline.source.execute("INSERT INTO articles SELECT i, 'anew ' || i, i FROM generate_series(20, 40) i")
-
-    until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
-
-
-def test_a_table_taken_out_of_the_publication_is_put_back_and_read_again(pipeline: Pipeline) -> None:
-    pipeline.source.execute("ALTER PUBLICATION cdcsync DROP TABLE articles")
-    pipeline.source.execute("DELETE FROM articles WHERE id < 10")
-
-    until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
 
 
 @pytest.mark.parametrize("gap", ["slot dropped", "slot advanced"])

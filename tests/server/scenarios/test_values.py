@@ -138,3 +138,31 @@ def test_values_are_the_same_whatever_a_role_or_database_renders_them_by(make_sc
     scene.execute(inserted(1), inserted(2))
 
     scene.follows()
+
+
+def test_a_value_that_the_target_cannot_take_pauses_its_index_and_names_the_row_where_no_log_does(
+    make_scene: MakeScene,
+) -> None:
+    """A key may be so long that it fits the table's own index, and not with a chunk's number beside it."""
+    key = "(SELECT left(string_agg(md5(i::text), ''), 2690) FROM generate_series(1, 100) i)"
+    scene = make_scene(
+        ["CREATE TABLE long (id text PRIMARY KEY, title text)", "CREATE TABLE short (id int PRIMARY KEY, title text)"],
+        {"long": Followed("long"), "short": Followed("short")},
+    )
+    scene.at_once(
+        "INSERT INTO long SELECT 'key ' || i, 'fits' FROM generate_series(1, 20) i",
+        f"INSERT INTO long SELECT {key}, 'does not'",
+        "INSERT INTO long VALUES ('after', 'fits as well')",
+        "INSERT INTO short VALUES (1, 'goes on')",
+    )
+
+    reason = scene.paused("long")
+
+    assert "ProgramLimitExceeded" in reason
+    assert "of the row c4ca4238a0b923820dcc" in reason
+    scene.follows("short")
+    assert "c4ca4238a0b923820dcc" not in scene.pipeline.log.read_text()
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    scene.execute("DELETE FROM long WHERE length(id) > 2000")
+    scene.pipeline.start()
+    scene.heals("long")
