@@ -181,7 +181,7 @@ def test_nobody_listens_and_nothing_happens(tmp_path: Path) -> None:
     [
         ({}, None),
         ({"WATCHDOG_USEC": "60000000"}, 60.0),
-        ({"WATCHDOG_USEC": "60000000", "WATCHDOG_PID": str(os.getpid())}, 60.0),
+        ({"WATCHDOG_USEC": "60000000", "WATCHDOG_PID": "our own"}, 60.0),
         ({"WATCHDOG_USEC": "60000000", "WATCHDOG_PID": "1"}, None),
         ({"WATCHDOG_USEC": "nonsense"}, None),
         ({"WATCHDOG_USEC": "0"}, None),
@@ -189,7 +189,8 @@ def test_nobody_listens_and_nothing_happens(tmp_path: Path) -> None:
     ids=str,
 )
 def test_the_watchdog_is_that_of_the_environment(environment: dict[str, str], watchdog_s: float | None) -> None:
-    manager = ServiceManager.from_environment({"NOTIFY_SOCKET": "/nosuch", **environment})
+    ours = {name: value.replace("our own", str(os.getpid())) for name, value in environment.items()}
+    manager = ServiceManager.from_environment({"NOTIFY_SOCKET": "/nosuch", **ours})
     assert manager is not None
     assert manager.watchdog_s == watchdog_s
     assert manager.beat_s <= (watchdog_s or BEAT_S) / (3 if watchdog_s and watchdog_s < 15 else 1)
