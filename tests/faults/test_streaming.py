@@ -19,7 +19,7 @@ from tests.fixtures.workers import PATIENCE_S, Pipeline, until
 pytestmark = [pytest.mark.server, pytest.mark.streaming, pytest.mark.faults]
 
 BIG_ROWS = int(os.environ.get("CDCSYNC_TEST_BIG_ROWS", "100000"))
-"""Rows of the big transaction, some 600 bytes each; kept in memory, the default would take twice what is allowed."""
+"""Rows of the big transaction, some 600 bytes each: kept in memory, these alone would take what is allowed."""
 
 BIG_PATIENCE_S = 100 + BIG_ROWS / 1000
 
@@ -38,7 +38,6 @@ def pipeline(make_cluster: Callable[..., Cluster], make_simple: MakeSimple, tmp_
         cluster.dsn(),
         make_target(cluster),
         source_lines=f'spool_directory = "{spool}"\nspool_bytes = 10_000_000_000',
-        worker_lines="batch_rows = 500",
     )
 
 
