@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import msgspec
 import pytest
 
 from cdcsync.changes import Change, Delete, Shape, Truncation, Upsert
@@ -288,6 +289,27 @@ def test_an_index_whose_key_or_carried_column_changes_its_type_is_lost(assembler
     assert lost(assembler.feed(relation(1, "articles", types={"id": (20, -1)}))) == {
         "titles": "column id changed its type"
     }
+
+
+def test_an_index_is_lost_for_now_when_the_stream_brings_an_older_type_than_the_table_had_when_looked_at() -> None:
+    text, date = (25, -1), (1082, -1)
+    looked_at = msgspec.structs.replace(ARTICLES, types=(text, date, text))
+    assembler = Assembler({("public", "articles"): [looked_at]}, checkpoint=Lsn(0))
+
+    (event,) = events_of(assembler, [BEGIN, R_ARTICLES, insert(1, "k", "A", "T")])
+
+    assert lost([event]) == {"articles": "column author changed its type"}
+    assert isinstance(event, Lost)
+    assert event.error.passing
+
+
+def test_an_index_is_not_lost_when_the_stream_brings_the_types_that_the_table_had() -> None:
+    looked_at = msgspec.structs.replace(ARTICLES, types=((25, -1),) * 3)
+    assembler = Assembler({("public", "articles"): [looked_at]}, checkpoint=Lsn(0))
+
+    (event,) = events_of(assembler, [BEGIN, R_ARTICLES, insert(1, "k", "A", "T")])
+
+    assert not isinstance(event, Lost)
 
 
 def test_a_column_that_is_only_rendered_and_changes_its_type_calls_for_another_reading(assembler: Assembler) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from psycopg import sql
 
 from cdcsync.postgres import connect
-from cdcsync.source.catalog import current_snapshot, running_transactions
+from cdcsync.source.catalog import blockers, current_snapshot, running_transactions
 from tests.fixtures.servers import Database
 
 pytestmark = pytest.mark.server
@@ -19,3 +20,20 @@ async def test_the_newest_open_transaction_is_among_those_that_run(database: Dat
         async with await connect(database.dsn, "source") as connection:
             assert not (await current_snapshot(connection)).sees(row[0])
             assert row[0] in await running_transactions(connection)
+
+
+async def test_a_prepared_transaction_that_is_in_the_way_is_named(database: Database) -> None:
+    gid = f"{database.name} it's"
+    with database.connect() as writer:
+        if writer.execute("SHOW max_prepared_transactions").fetchone() == ("0",):
+            pytest.skip("max_prepared_transactions is 0 on this server")
+        writer.execute("CREATE TABLE t (id int)")
+        writer.execute("BEGIN")
+        writer.execute("INSERT INTO t VALUES (1)")
+        writer.execute(sql.SQL("PREPARE TRANSACTION {}").format(gid))
+        async with await connect(database.dsn, "source") as connection:
+            xids = await running_transactions(connection)
+            described = await blockers(connection, xids)
+        writer.execute(sql.SQL("ROLLBACK PREPARED {}").format(gid))
+
+    assert any(f"'{database.name} it''s'" in one for one in described)

@@ -40,6 +40,7 @@ def test_an_empty_text_is_none_where_none_is_allowed() -> None:
         ("[worker]\nstop_timeout_s = false", "worker.stop_timeout_s: expected a number, got false"),
         ("[source]\nstreaming = 1", "source.streaming: expected true or false, got 1"),
         ("[source]\nslot = 1", "source.slot: expected text, got 1"),
+        ('[target]\nschema = "a%b"', 'target.schema: must have no "%", got "a%b"'),
         ("source = 1", "source: expected a section, got 1"),
         ("[[source]]", "source: expected a section, got a list"),
         (

@@ -29,12 +29,13 @@ from tests.unit.config.files import SECTIONS, read
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.strip)
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=15)
+SCHEMAS = NAMES.filter(lambda name: "%" not in name)
 RELATIONS = st.builds(QualifiedName, NAMES, NAMES).map(str)
 SECONDS = st.floats(min_value=0, max_value=86_400, exclude_min=True)
 CONFIGS = st.builds(
     Config,
     source=st.builds(Source, streaming=st.booleans(), feedback_every_s=SECONDS, publication=NAMES),
-    target=st.builds(Target, dsn=st.sampled_from(["", "service=app", "postgresql://ann@h/app"]), schema=NAMES),
+    target=st.builds(Target, dsn=st.sampled_from(["", "service=app", "postgresql://ann@h/app"]), schema=SCHEMAS),
     worker=st.builds(Worker, batch_rows=st.integers(1, 100_000), stop_timeout_s=SECONDS),
     embedders=st.just({"a": SentenceTransformersEmbedder(model="m")})
     | st.builds(SentenceTransformersEmbedder, model=TEXTS, revision=TEXTS | st.none()).map(lambda one: {"a": one}),
