@@ -46,8 +46,12 @@ MOST_CALL_TOKENS = 10**7
 MOST_GROWTH = 2.0
 """Calls grow and shrink by this factor at most from one to the next: a single measurement may be an accident."""
 
-MOST_WINDOWS = 4
-"""A window grows with the number of concurrent calls up to this many times its size, so that all have work."""
+MOST_WINDOWS = 16
+"""A window grows with the number of concurrent calls up to this many times its size, so that all have work: clusters have
+dozens. Some 10 MB of texts."""
+
+LONGEST_CALLS = 4
+"""A call may take so many times longer where several run at a time, at most."""
 
 REMEMBERED_VECTORS = 4_096
 """Vectors kept for texts that come back at once: rows skipped while apply held them, late inline results. 6 MB at
@@ -81,7 +85,7 @@ class Desk:
         self._tokens: OrderedDict[bytes, int] = OrderedDict()
         """Of texts that were measured; others are estimated."""
         # Where several calls run at a time, one of them ends soon, and each costs a journey to the provider.
-        self._call_s = live_wait_s / CALLS_AHEAD * min(self.places, MOST_WINDOWS)
+        self._call_s = live_wait_s / CALLS_AHEAD * min(self.places, LONGEST_CALLS)
         self.call_tokens = float(FIRST_TOKENS)
         """How many tokens a call may have, so that it takes no longer than its share of what a live change may wait."""
         self._seconds_per_text = 0.0

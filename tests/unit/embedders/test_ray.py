@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
 import pytest
 
-from cdcsync.config import HashEmbedder, RayEmbedder, TeiEmbedder
+from cdcsync.config import HashEmbedder, RayEmbedder, TeiEmbedder, parse
 from cdcsync.embedders import make_embedder
 from cdcsync.embedders.ray import Failure
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
+
+PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
 
 
 def test_it_is_known_as_the_embedder_that_its_actors_run() -> None:
@@ -23,6 +26,16 @@ def test_it_is_known_as_the_embedder_that_its_actors_run() -> None:
     assert fleet.tokenizer_json == plain.tokenizer_json
     assert fleet.fitting(["a"] * 10) == 3
     assert fleet.concurrency == 15
+
+
+def test_the_example_of_the_documentation_is_right() -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    index = '[indexes.a]\ntable = "a"\ntext = "{b}"\nembedder = "fleet"\n'
+
+    fleet = parse(example + index, {}, where="example").embedders["fleet"]
+
+    assert isinstance(fleet, RayEmbedder)
+    assert fleet.gpus == 1
 
 
 async def test_it_needs_to_be_opened() -> None:
