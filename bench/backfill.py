@@ -60,11 +60,12 @@ embedder = "words"
 build_memory = "{memory}"
 """
 
+# Each text is another one, of words as running text has them: few that are frequent, many that are rare.
 SOURCE = """
 CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, title text NOT NULL, body text NOT NULL);
 INSERT INTO articles
 SELECT i, i % 50, 'Article ' || i,
-       (SELECT string_agg(md5((i * 31 + w)::text), ' ') FROM generate_series(1, 12) AS w)
+       (SELECT string_agg('w' || (20000 * power(random(), 4))::int, ' ') FROM generate_series(1, 40 + i % 20))
 FROM generate_series(1, {rows}) AS i;
 ANALYZE articles
 """

@@ -57,6 +57,8 @@ class IndexChanges:
         """Rows that a backfill read; a key is never both here and in `live`."""
         self.rewrite = False
         """Whether the backfilled rows are to be chunked again even where the document is unchanged."""
+        self.known = False
+        """Whether the index may have documents of the backfilled rows."""
 
     @property
     def rows(self) -> int:
@@ -136,11 +138,22 @@ class Batch:
         self.bytes += _size(change)
 
     def add_page(
-        self, shape: Shape, rows: Sequence[Upsert | Delete], end: PageEnd, *, mark: str, rewrite: bool
+        self,
+        shape: Shape,
+        rows: Sequence[Upsert | Delete],
+        end: PageEnd,
+        *,
+        mark: str,
+        rewrite: bool,
+        fresh: bool = False,
     ) -> None:
-        """Add the rows of a backfill page, already rid of those that the stream overtook."""
+        """Add the rows of a backfill page, already rid of those that the stream overtook.
+
+        :param fresh: the index most likely has none of them.
+        """
         changes = self.of(shape)
         changes.rewrite = changes.rewrite or rewrite
+        changes.known = changes.known or not fresh
         for row in rows:
             changes.add_page_row(row)
             self.bytes += _size(row)

@@ -1,4 +1,4 @@
-"""The build flow: once an index's first load has drained, builds its HNSW index and declares it live."""
+"""The build flow: once an index's first load has drained, builds what searches need and declares the index live."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from psycopg import sql
 
 from cdcsync.embed import backoff_s
 from cdcsync.errors import TargetUnavailable
-from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, Names, build_hnsw
+from cdcsync.index.building import build_hnsw, build_search
+from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, Names
 from cdcsync.postgres import Connection, connect, speaking_of
 
 log = structlog.get_logger()
@@ -81,6 +82,7 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
         return True
     if load != "done" or cast(bool, row[2]):
         return False
+    await build_search(connection, schema, spec)
     log.info("hnsw_building", index=spec.name)
     await build_hnsw(connection, schema, spec)
     await connection.execute(sql.SQL("ANALYZE {}").format(names.chunks))

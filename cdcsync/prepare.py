@@ -16,6 +16,7 @@ import anyio.to_thread
 import msgspec
 import structlog
 
+from cdcsync.ahead import Prepared
 from cdcsync.batches import IndexChanges
 from cdcsync.changes import Delete, Key, Row, Upsert, complete
 from cdcsync.chunks import Chunk, Chunker
@@ -73,7 +74,8 @@ class Preparer:
         upserts = await self._complete(upserts)
         rendered = await self._render(upserts)
         stored: dict[Key, bytes] = {}
-        if not changes.truncated:
+        fresh = bool(changes.filled) and not (changes.known or changes.live or changes.truncated)
+        if not (changes.truncated or fresh):
             with speaking_of("target", where=f"index {self._spec.name}"):
                 stored = await writer.stored_hashes([*deleted, *(one.change.key for one in rendered)])
         kept = []
@@ -84,7 +86,8 @@ class Preparer:
             else:
                 changed.append(one)
         self._metrics.documents_unchanged.labels(self._spec.name).inc(len(kept))
-        chunks = await self._split(changed)
+        split = iter(await self._split([one for one in changed if not isinstance(one.change, Prepared)]))
+        chunks = [one.change.chunks if isinstance(one.change, Prepared) else next(split) for one in changed]
         documents = [
             Document(
                 one.change.key,
@@ -99,7 +102,12 @@ class Preparer:
         ]
         self._desk.tracing.follow((one.commit_lsn, chunk.hash) for one in documents for chunk in one.chunks)
         vectors = await self._vectors_in_time(documents, writer)
-        return ChangeSet(changes.truncated, [] if changes.truncated else deleted, kept, documents, vectors)
+        pages = {id(change.vectors): change.vectors for change, _ in upserts if isinstance(change, Prepared)}
+        made = {one: vector for page in pages.values() for one, vector in page.items()}
+        if not fresh:
+            waiting = {chunk.hash for one in documents for chunk in one.chunks} & made.keys()
+            vectors |= {one: vector_text(made[one]) for one in waiting}
+        return ChangeSet(changes.truncated, [] if changes.truncated else deleted, kept, documents, vectors, fresh, made)
 
     def _carried(self, change: Upsert) -> Row:
         return self._spec.shape.carried_of(change.row)
@@ -150,7 +158,7 @@ class Preparer:
             rendered = []
             for change, lane in upserts:
                 try:
-                    document = render(change.row)
+                    document = change.document if isinstance(change, Prepared) else render(change.row)
                 except DocumentError as error:
                     failed[change.key] = error
                     document = Rendering("")

@@ -28,7 +28,7 @@ from cdcsync.documents import Rendering
 from cdcsync.embedders import make_embedder
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import DocumentError, EmbedError, SetupError, UsageError
-from cdcsync.index.keys import canonical, stored_documents
+from cdcsync.index.keys import canonical, stored_documents, texts_with_vector
 from cdcsync.index.pipelines import Pipelines
 from cdcsync.index.requests import Request, Requests, Wish
 from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, Names
@@ -46,7 +46,8 @@ TRIED_ROWS = 100
 """Rows that a condition is tried on: enough to see that it neither writes nor fails at once."""
 
 PAGE_ROWS = 1_000
-"""Rows of a dry run in one query."""
+PAGE_BYTES = 4 * 1024 * 1024
+"""Rows of a dry run in one query, and their size together."""
 
 SAMPLE_TEXTS = 32
 """Texts embedded to see how long that takes: one batch."""
@@ -66,11 +67,12 @@ class Replay(msgspec.Struct, frozen=True):
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """What a replay would do; tokens are estimated from characters, `seconds` is None where nothing is known.
+    """What a replay would do; tokens are estimated from characters, None is what nothing is known of.
 
     :ivar gone: keys that the source has no row of: they would leave the index.
     :ivar changed: documents whose text is another than the index's, or that the index lacks.
     :ivar embeddings: chunks whose vector would have to be made.
+    :ivar price: of these embeddings, in the currency of the embedder's `price_per_million_tokens`.
     """
 
     index: str
@@ -82,6 +84,7 @@ class Estimate(msgspec.Struct, frozen=True):
     embeddings: int
     embedding_tokens: int
     seconds: float | None
+    price: float | None = None
 
 
 # -- what is there ----------------------------------------------------------------------------------------------
@@ -336,6 +339,8 @@ async def estimate(source: Connection, target: Connection, config: Config, spec:
     finally:
         with anyio.CancelScope(shield=True):
             await embedder.aclose()
+    embedding_tokens = -(-to_embed // CHARACTERS_PER_TOKEN)
+    each = getattr(config.embedders[spec.config.embedder], "price_per_million_tokens", None)
     return Estimate(
         index=spec.name,
         rows=rows,
@@ -344,8 +349,9 @@ async def estimate(source: Connection, target: Connection, config: Config, spec:
         chunks=chunks,
         tokens=-(-characters // CHARACTERS_PER_TOKEN),
         embeddings=embeddings,
-        embedding_tokens=-(-to_embed // CHARACTERS_PER_TOKEN),
+        embedding_tokens=embedding_tokens,
         seconds=None if each_s is None else round(_at_pace(reading_s, rows, replay) + each_s * embeddings, 3),
+        price=None if each is None else embedding_tokens * each / 1_000_000,
     )
 
 
@@ -372,19 +378,22 @@ async def _pages(source: Connection, spec: IndexSpec, replay: Replay) -> AsyncIt
     """Yield the keys and rows of page after page."""
     table = SourceTable(spec.shape, spec.source_key_types, spec.row_filter)
     if replay.keys is not None:
-        for start in range(0, len(replay.keys), PAGE_ROWS):
-            keys = replay.keys[start : start + PAGE_ROWS]
+        left = replay.keys
+        while left:
             with speaking_of("source", where=str(spec.shape.table)):
-                page = await table.by_keys(source, keys)
-            yield keys, page.rows
+                fitting = await table.fitting_keys(source, left[:PAGE_ROWS], PAGE_BYTES)
+                page = await table.by_keys(source, left[:fitting])
+            yield left[:fitting], page.rows
+            left = left[fitting:]
         return
     after: Key | None = None
     while True:
         with speaking_of("source", where=str(spec.shape.table)):
-            page = await table.page(source, after, PAGE_ROWS, replay.where)
+            limit = await table.fitting(source, after, PAGE_ROWS, PAGE_BYTES, replay.where)
+            page = await table.page(source, after, limit, replay.where)
         listed = [spec.shape.key_of(row) for row in page.rows]
         yield listed, page.rows
-        if len(page.rows) < PAGE_ROWS:
+        if len(page.rows) < limit:
             return
         after = listed[-1]
 
@@ -393,13 +402,8 @@ async def _without_vector(target: Connection, config: Config, spec: IndexSpec, c
     """Return the chunks whose text has no vector yet, each text once."""
     distinct = {chunk.hash: chunk for chunk in chunks}
     with speaking_of("target", where=f"index {spec.name}"):
-        cursor = await target.execute(
-            sql.SQL(
-                "SELECT h FROM unnest(%s::bytea[]) AS h WHERE NOT EXISTS (SELECT FROM {} v WHERE v.content_hash = h)"
-            ).format(Names(config.target.schema, spec.name).vectors(spec.generation)),
-            [list(distinct)],
-        )
-        return [distinct[row[0]] for row in await cursor.fetchall()]
+        known = await texts_with_vector(target, config.target.schema, spec, list(distinct))
+    return [chunk for hash_, chunk in distinct.items() if hash_ not in known]
 
 
 async def _seconds_for_each(embedder: Embedder, texts: list[str]) -> float | None:

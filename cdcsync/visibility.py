@@ -14,6 +14,8 @@ The rules:
    read by a snapshot that does not see it. So is every transaction that was running when the pipeline began to
    receive, or when a table joined the publication: what it did before may never be delivered.
 4. What a snapshot sees, every later snapshot sees. Whatever the newest snapshot sees is forgotten.
+5. Of no more than `MOST_KEYS` keys the transactions are remembered. Beyond that they become suspects: a page that does
+   not see them has to be read again, and waits until it does.
 
 Source: PostgreSQL, "System Information Functions" (pg_snapshot); src/backend/access/transam/xact.c
 (RecordTransactionCommit, then ProcArrayEndTransaction).
@@ -27,6 +29,10 @@ from typing import Self
 import msgspec
 
 from cdcsync.changes import Key
+
+MOST_KEYS = 100_000
+"""Keys remembered for an index, some 20 MB of them: more than are delivered while a page is under way, unless one
+transaction changes as many."""
 
 XID_SPAN = 1 << 32
 """The stream carries transaction ids modulo this; snapshots carry them whole."""
@@ -69,7 +75,8 @@ class Snapshot(msgspec.Struct, frozen=True):
 class Deliveries:
     """The memory of what the stream delivered for one index, as far as a later page has to know it."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_keys: int = MOST_KEYS) -> None:
+        self._most_keys = most_keys
         self._suspects: set[int] = set()
         self._keys: dict[Key, int] | None = None
         self._truncated: int | None = None
@@ -118,8 +125,11 @@ class Deliveries:
         """Note that the stream delivered a change of `key` made by `xid`."""
         if self._keys is None:
             self._suspects.add(xid)
-        else:
-            self._keys[key] = xid
+            return
+        self._keys[key] = xid
+        if len(self._keys) > self._most_keys:
+            self._suspects.update(self._keys.values())
+            self._keys.clear()
 
     def truncated(self, xid: int) -> None:
         """Note that the stream delivered a TRUNCATE made by `xid`."""
@@ -142,7 +152,8 @@ class Deliveries:
     def forget_seen(self, snapshot: Snapshot) -> None:
         """Forget what `snapshot`, the oldest one a page is still to be applied under, sees already."""
         self._suspects = {xid for xid in self._suspects if not snapshot.sees(xid)}
-        if self._keys is not None:
-            self._keys = {key: xid for key, xid in self._keys.items() if not snapshot.sees(xid)}
+        if self._keys:
+            hidden = {xid for xid in set(self._keys.values()) if not snapshot.sees(xid)}
+            self._keys = {key: xid for key, xid in self._keys.items() if xid in hidden} if hidden else {}
         if self._truncated is not None and snapshot.sees(self._truncated):
             self._truncated = None

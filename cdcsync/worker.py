@@ -17,6 +17,7 @@ import anyio.abc
 import structlog
 
 from cdcsync import http
+from cdcsync.ahead import Ahead
 from cdcsync.backfill import Backfills
 from cdcsync.build import build_until_live
 from cdcsync.chunks import make_chunker
@@ -66,6 +67,9 @@ FAR_BEHIND_S = 2.0
 """Embedding waits for a stream that is later than this: more than a batch takes, and more than the clocks of two
 servers that keep time should differ. With clocks that differ more, vectors always follow from the backlog."""
 
+CLOSE_S = 0.25
+"""A stream that was far behind has caught up when it is no later than this: under steady load it is never empty."""
+
 
 SetUp = Literal["ready", "stopped", "outdated"]
 """How a set-up ended: the worker may begin, was told to stop, or has to examine everything again."""
@@ -93,19 +97,7 @@ class _Worker:
         self.embed_loops = {
             spec.name: EmbedLoop(self.embedding, spec, self.desks[spec.config.embedder], metrics) for spec in specs
         }
-        self.backfills = Backfills(
-            source_dsn=source_dsn,
-            target_dsn=target_dsn,
-            schema=schema,
-            specs={spec.name: spec for spec in specs},
-            tables=tables,
-            deliveries=self.deliveries,
-            page_rows=config.worker.backfill_page_rows,
-            metrics=metrics,
-            max_rows_per_s=config.worker.backfill_max_rows_per_s or None,
-            forget_vectors=lambda index: self.desks[config.indexes[index].embedder].forget(),
-        )
-        preparers = {}
+        preparers, ahead = {}, {}
         for spec in specs:
             embedder = embedders[spec.config.embedder]
             chunker = make_chunker(
@@ -116,6 +108,20 @@ class _Worker:
             )
             desk = self.desks[spec.config.embedder]
             preparers[spec.name] = Preparer(spec, chunker, desk, tables[spec.name], self.reads, metrics)
+            ahead[spec.name] = Ahead(spec, schema, chunker, desk)
+        self.backfills = Backfills(
+            source_dsn=source_dsn,
+            target_dsn=target_dsn,
+            schema=schema,
+            specs={spec.name: spec for spec in specs},
+            tables=tables,
+            ahead=ahead,
+            deliveries=self.deliveries,
+            page_rows=config.worker.backfill_page_rows,
+            metrics=metrics,
+            max_rows_per_s=config.worker.backfill_max_rows_per_s or None,
+            forget_vectors=lambda index: self.desks[config.indexes[index].embedder].forget(),
+        )
         self.spool = Spool(config.source.spool_directory, config.source.spool_bytes)
         self.stream = Stream(
             specs=specs,
@@ -145,8 +151,8 @@ class _Worker:
         """
         if self.stream.caught_up:
             self._late = False
-        elif not self._late and self.stream.oldest_unapplied is not None:
-            self._late = self.handle.lag_seconds > FAR_BEHIND_S
+        elif self.stream.oldest_unapplied is not None:
+            self._late = self.handle.lag_seconds > (CLOSE_S if self._late else FAR_BEHIND_S)
         return self._late
 
     def reconfigure(self, config: Config) -> None:

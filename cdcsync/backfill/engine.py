@@ -11,8 +11,9 @@ import msgspec
 import structlog
 from psycopg import sql
 
+from cdcsync.ahead import Ahead, Made
 from cdcsync.backfill.checking import check
-from cdcsync.backfill.pages import Page, PageReader, Pages
+from cdcsync.backfill.pages import PAGE_BYTES, Page, PageReader, Pages
 from cdcsync.batches import Batch, PageEnd
 from cdcsync.changes import Delete, Key, Upsert
 from cdcsync.embed import backoff_s
@@ -24,12 +25,20 @@ from cdcsync.postgres import Connection, Session, connect, speaking_of
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.tables import SourceTable, emit_mark
 from cdcsync.transactions import Mark
-from cdcsync.visibility import Deliveries
+from cdcsync.visibility import Deliveries, Snapshot
 
 log = structlog.get_logger()
 
 PAGES_IN_FLIGHT = 2
 """One page is read while the other is applied; more would only grow what a crash repeats."""
+
+BESIDE_LIVE_ROWS = 32
+BESIDE_LIVE_BYTES = 128 * 1024
+"""While changes come in, pages are this small, and one at a time: a change waits for the page that is being applied,
+some 5 ms, which is about as long as it takes itself."""
+
+LIVE_RECENTLY_S = 1.0
+"""Changes are taken to come in for so long after the last one."""
 
 POLL_S = 5.0
 """How often requests are looked for without being notified of one."""
@@ -53,30 +62,31 @@ class _Pending(msgspec.Struct):
     page: Page
     end: PageEnd | None
     applied: anyio.Event
+    made: Made | None = None
     lost: bool = False
 
     async def wait(self) -> None:
         """Return once the page is in the target.
 
-        :raises SourceUnavailable: the stream began anew before; the page has to be read again.
+        :raises SourceUnavailable: it never gets there: the stream began anew, or overtook too many rows of it.
         """
         await self.applied.wait()
         if self.lost:
-            raise SourceUnavailable("the stream began anew under a page", where=str(self.spec.shape.table))
+            raise SourceUnavailable("a page has to be read again", where=str(self.spec.shape.table))
 
 
 FIRST_PAGE_ROWS = 100
 """The first page is small: nobody knows yet how large the rows are."""
 
-PAGE_BYTES = 4 * 1024 * 1024
-"""Pages are made about this large at most; two are in memory at a time, besides the batches."""
 
+def next_limit(limit: int, most: int, page: Page, *, beside_live: bool = False) -> int:
+    """Return how many rows the next page should have: twice as many, as long as their bytes allow.
 
-def next_limit(limit: int, most: int, page: Page) -> int:
-    """Return how many rows the next page should have: twice as many, as long as their bytes allow."""
+    :param beside_live: whether changes come in, which are not to wait for a page.
+    """
     size = sum(len(value) for _, row in page.entries if row is not None for value in row if isinstance(value, str))
-    fitting = len(page.entries) * PAGE_BYTES // size if size else most
-    return max(1, min(most, limit * 2, fitting))
+    fitting = len(page.entries) * (BESIDE_LIVE_BYTES if beside_live else PAGE_BYTES) // size if size else most
+    return max(1, min(most, BESIDE_LIVE_ROWS if beside_live else limit * 2, fitting))
 
 
 class _Pace:
@@ -101,6 +111,11 @@ class _Pace:
         return max(0.0, self._due - now)
 
 
+def _fresh(request: Request) -> bool:
+    """Say whether the index most likely has none of the rows to be read."""
+    return request.kind == "initial" and not request.rewrite
+
+
 class Backfills:
     """Serves backfill requests one after the other for ever."""
 
@@ -112,6 +127,7 @@ class Backfills:
         schema: str,
         specs: Mapping[str, IndexSpec],
         tables: Mapping[str, SourceTable],
+        ahead: Mapping[str, Ahead],
         deliveries: Mapping[str, Deliveries],
         page_rows: int,
         metrics: Metrics,
@@ -129,6 +145,7 @@ class Backfills:
         self._requests = Requests(schema)
         self._specs = specs
         self._tables = tables
+        self._ahead = ahead
         self._deliveries = deliveries
         self._page_rows = page_rows
         self._metrics = metrics
@@ -137,8 +154,10 @@ class Backfills:
         self._pending: dict[str, _Pending] = {}
         self._run = secrets.token_hex(4)
         self._sequence = 0
+        self._live_at = float("-inf")
         self._pages: dict[str, Pages] = {
-            name: Pages(self._source, schema, spec, tables[name], deliveries[name]) for name, spec in specs.items()
+            name: Pages(self._source, schema, spec, tables[name], deliveries[name], self._forget)
+            for name, spec in specs.items()
         }
 
     def limit(self, page_rows: int, max_rows_per_s: int | None) -> None:
@@ -159,29 +178,38 @@ class Backfills:
         if pending is None:
             return  # a mark of an earlier process, or of a page that is in the target already
         shape, deliveries = pending.spec.shape, self._deliveries[pending.spec.name]
+        if deliveries.unseen(pending.page.snapshot):
+            # More was delivered under this page than is remembered by key: nobody knows which rows it overtook.
+            self._lose(pending.request)
+            return
         if pending.end is None:
             batch.of(shape)
             batch.marks.append(mark.content)
             return
         rows: list[Upsert | Delete] = []
-        for key, row in pending.page.entries:
+        for place, (key, row) in enumerate(pending.page.entries):
             if deliveries.hides(key, pending.page.snapshot):
                 continue
-            rows.append(Delete(shape, key, 0, mark.lsn) if row is None else Upsert(shape, key, row, 0, mark.lsn))
+            if row is None:
+                rows.append(Delete(shape, key, 0, mark.lsn))
+            elif pending.made is not None:
+                rows.append(pending.made.place(shape, place, key, row, mark.lsn))
+            else:
+                rows.append(Upsert(shape, key, row, 0, mark.lsn))
         self._metrics.backfill_overtaken.labels(shape.index).inc(len(pending.page.entries) - len(rows))
-        batch.add_page(shape, rows, pending.end, mark=mark.content, rewrite=pending.request.rewrite)
+        batch.add_page(
+            shape, rows, pending.end, mark=mark.content, rewrite=pending.request.rewrite, fresh=_fresh(pending.request)
+        )
 
     def page_applied(self, batch: Batch) -> None:
-        """Note that the pages of this batch are in the target."""
+        """Note what is in the target: the pages of this batch, and whether changes come in."""
+        if batch.oldest_us is not None:
+            self._live_at = anyio.current_time()
         for mark in batch.marks:
             pending = self._pending.pop(mark, None)
             if pending is None:
                 continue
-            # Every index forgets what the oldest snapshot that still matters to it sees, or a long backfill of one
-            # would let the memory of the others grow.
-            for name, deliveries in self._deliveries.items():
-                waiting = [one.page.snapshot for one in self._pending.values() if one.spec.name == name]
-                deliveries.forget_seen(min(waiting, key=lambda one: one.xmax, default=pending.page.snapshot))
+            self._forget(pending.page.snapshot)
             self._metrics.backfill_rows.labels(pending.spec.name).inc(len(pending.page.entries))
             pending.applied.set()
 
@@ -190,10 +218,25 @@ class Backfills:
 
         The request is served again from its stored cursor.
         """
-        for pending in self._pending.values():
+        self._lose(None)
+
+    def _lose(self, request: Request | None) -> None:
+        """Give up the pages of a request that are under way, or of all."""
+        lost = {mark: one for mark, one in self._pending.items() if request is None or one.request.id == request.id}
+        for mark, pending in lost.items():
+            del self._pending[mark]
             pending.lost = True
             pending.applied.set()
-        self._pending.clear()
+
+    def _forget(self, snapshot: Snapshot) -> None:
+        """Forget what this snapshot sees, the oldest one that a page is still to be read under.
+
+        Every index forgets what the oldest snapshot that still matters to it sees, or a long backfill of one would let
+        the memory of the others grow.
+        """
+        for name, deliveries in self._deliveries.items():
+            waiting = [one.page.snapshot for one in self._pending.values() if one.spec.name == name]
+            deliveries.forget_seen(min(waiting, key=lambda one: one.xmax, default=snapshot))
 
     # -- the task -----------------------------------------------------------------------------------------------
 
@@ -240,7 +283,7 @@ class Backfills:
                 del self._pending[mark]
             deliveries.stop()
         with speaking_of("target"):
-            await self._requests.forget_keys(target)
+            await self._requests.prune(target)
 
     async def _serve(self, target: Connection, request: Request) -> None:
         spec, table, pages = self._specs[request.index], self._tables[request.index], self._pages[request.index]
@@ -263,19 +306,23 @@ class Backfills:
         else:
             finished = True
             if request.phase == "rows":
-                finished = await self._send_all(target, request, read)
-            if finished and request.kind == "resync":
-                if request.phase == "rows":
-                    request = msgspec.structs.replace(request, phase="orphans", cursor=None)
-                finished = await self._send_all(target, request, pages.orphans(target))
+                rows = await self._send_all(target, request, read)
+                finished = rows is not None
+                if rows is not None and request.kind == "resync":
+                    request = msgspec.structs.replace(request, phase="orphans", cursor=None, rows_done=rows)
+            if request.phase == "orphans":
+                finished = await self._send_all(target, request, pages.orphans(target)) is not None
         if finished:
             log.info("backfill_done", index=request.index, backfill=request.id)
 
     def _pace(self, request: Request) -> _Pace:
         return _Pace(lambda: min(filter(None, (self._max_rows_per_s, request.max_rows_per_s)), default=None))
 
-    async def _send_all(self, target: Connection, request: Request, read: PageReader) -> bool:
-        """Send every page of a phase and wait until all are applied; False when someone paused or cancelled."""
+    async def _send_all(self, target: Connection, request: Request, read: PageReader) -> int | None:
+        """Send every page of a phase and wait until all are applied.
+
+        :returns: the rows of the request so far; None when someone paused or cancelled it.
+        """
         spec, pace = self._specs[request.index], self._pace(request)
         limit = FIRST_PAGE_ROWS
         cursor, done = request.cursor, request.rows_done
@@ -287,18 +334,30 @@ class Backfills:
             page = await read(cursor, min(limit, most))
             cursor, last = page.cursor, page.last
             done += len(page.entries)
-            limit = next_limit(limit, most, page)
+            limit = next_limit(limit, most, page, beside_live=self._beside_live)
+            made = await self._make(target, request, page)
             forced = tuple(key for key, row in page.entries if row is not None) if request.force_embed else ()
             end = PageEnd(request.id, request.phase, cursor, done, last and closes, request.index, forced)
-            in_flight.append(await self._send(_Pending(request, spec, page, end, anyio.Event())))
-            while len(in_flight) >= (1 if last else PAGES_IN_FLIGHT):
+            in_flight.append(await self._send(_Pending(request, spec, page, end, anyio.Event(), made)))
+            while len(in_flight) >= (1 if last or self._beside_live else PAGES_IN_FLIGHT):
                 await in_flight.pop(0).wait()
             if not last and not await self._may_go_on(target, request, pace.left_s(len(page.entries))):
                 for pending in in_flight:
                     await pending.wait()
                 log.info("backfill_stopped", index=request.index, backfill=request.id, rows=done)
-                return False
-        return True
+                return None
+        return done
+
+    @property
+    def _beside_live(self) -> bool:
+        return anyio.current_time() - self._live_at < LIVE_RECENTLY_S
+
+    async def _make(self, target: Connection, request: Request, page: Page) -> Made | None:
+        """Make of a page's rows what they come to, where that is not just what the index has already."""
+        rows = [row for _, row in page.entries if row is not None]
+        if not (_fresh(request) or request.rewrite) or len(rows) < len(page.entries) or not rows:
+            return None
+        return await self._ahead[request.index].make(target, rows)
 
     async def _checks(self, target: Connection, request: Request, read: PageReader) -> bool:
         """Compare every page of a verification at its mark, one at a time; False when someone paused or cancelled."""
@@ -367,5 +426,4 @@ class Backfills:
             return
         with speaking_of("source"):
             snapshot = await current_snapshot(await self._source.connection())
-        for deliveries in self._deliveries.values():
-            deliveries.forget_seen(snapshot)
+        self._forget(snapshot)

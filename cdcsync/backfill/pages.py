@@ -44,17 +44,32 @@ PageReader: TypeAlias = Callable[[Key | None, int], Awaitable[Page]]
 """Reads the page after a cursor, with at most so many entries."""
 
 
+PAGE_BYTES = 4 * 1024 * 1024
+"""Pages are made about this large at most; two are in memory at a time, besides the batches."""
+
+
 class Pages:
     """Reads the pages of one index, over one session on the source."""
 
     def __init__(
-        self, source: Session, schema: str, spec: IndexSpec, table: SourceTable, deliveries: Deliveries
+        self,
+        source: Session,
+        schema: str,
+        spec: IndexSpec,
+        table: SourceTable,
+        deliveries: Deliveries,
+        forget: Callable[[Snapshot], None],
     ) -> None:
+        """Make the reader.
+
+        :param forget: called with each snapshot that does not see enough, for what no page needs to know any more.
+        """
         self._source = source
         self._schema = schema
         self._spec = spec
         self._table = table
         self._deliveries = deliveries
+        self._forget = forget
         self.waiting_for: list[str] = []
         """The source sessions that the present page waits for."""
 
@@ -66,6 +81,8 @@ class Pages:
                 found = await self._table.page(connection, after, limit, filter_)
                 return found.snapshot, found.rows
 
+            with speaking_of("source", where=str(self._spec.shape.table)):
+                limit = await self._table.fitting(await self._source.connection(), after, limit, PAGE_BYTES, filter_)
             snapshot, rows = await self._under_a_complete_snapshot(page)
             entries: list[tuple[Key, Row | None]] = [(self._spec.shape.key_of(row), row) for row in rows]
             return Page(snapshot, entries, entries[-1][0] if entries else after, len(rows) < limit)
@@ -94,8 +111,11 @@ class Pages:
             place = int(after[0]) if after else 0
             with speaking_of("target"):
                 keys = await requests.keys(target, request, place, limit)
-            page = await self.of_keys(keys)
-            return Page(page.snapshot, page.entries, (str(place + len(keys)),), len(keys) < limit)
+            with speaking_of("source", where=str(self._spec.shape.table)):
+                fitting = await self._table.fitting_keys(await self._source.connection(), keys, PAGE_BYTES)
+            page = await self.of_keys(keys[:fitting])
+            last = fitting == len(keys) < limit
+            return Page(page.snapshot, page.entries, (str(place + fitting),), last)
 
         return read
 
@@ -122,8 +142,11 @@ class Pages:
             while True:
                 with speaking_of("source", where=str(self._spec.shape.table)):
                     connection = await self._source.connection()
-                    unseen = deliveries.unseen(await current_snapshot(connection))
-                    if not unseen:
+                    snapshot = await current_snapshot(connection)
+                    unseen = deliveries.unseen(snapshot)
+                    if unseen:
+                        self._forget(snapshot)
+                    else:
                         snapshot, found = await read(connection)
                         unseen = deliveries.unseen(snapshot)
                         if not unseen:

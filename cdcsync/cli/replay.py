@@ -217,6 +217,8 @@ def _print_estimate(found: Estimate) -> None:
     out.print(f"chunks        {found.chunks:>12,}  some {found.tokens:,} tokens")
     out.print(f"to be embedded{found.embeddings:>12,}  some {found.embedding_tokens:,} tokens")
     out.print("time          " + ("     unknown" if found.seconds is None else f"{found.seconds:>12,.1f}  s, about"))
+    if found.price is not None:
+        out.print(f"price         {found.price:>12,.2f}  at the embedder's price_per_million_tokens")
     out.print("nothing was changed")
 
 
@@ -303,7 +305,8 @@ def _bar(index: str) -> Iterator[Callable[..., None]]:
         task = progress.add_task(index, total=None, rate="")
 
         def show(request: Request, waiting: int | None = None) -> None:
-            what = request.state if waiting is None else f"{waiting:,} chunks wait for vectors"
+            phase = request.state if request.phase == "rows" else "looking for rows that are gone"
+            what = phase if waiting is None else f"{waiting:,} chunks wait for vectors"
             speed = progress.tasks[0].speed
             progress.update(
                 task,

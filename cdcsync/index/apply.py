@@ -18,7 +18,8 @@ Every statement can be repeated with the same result.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import msgspec
@@ -28,18 +29,20 @@ from psycopg import sql
 from cdcsync.changes import Key, Row
 from cdcsync.chunks import Chunk
 from cdcsync.index.comparisons import comparisons
+from cdcsync.index.loading import CHUNK_COLUMNS, FloatVector, blocks, copy_text, line, load, lsn_text
 from cdcsync.index.schema import IndexSpec, Names, vector_schema
 from cdcsync.postgres import Connection
 
 LIVE, BACKFILL = 0, 1
 """Lanes of the backlog: live changes are embedded first."""
 
+STAGED_ROWS = 1_000
+"""The temporary tables are emptied by DELETE, and by TRUNCATE once about so many rows went through them. TRUNCATE, and
+`ON COMMIT DELETE ROWS` with it, costs milliseconds of file operations, which at light load is more than all else."""
+
 TRUNCATE_LOCK_TIMEOUT_MS = 500
 """Readers that take longer are not waited for, as searches queue up behind who waits for an exclusive lock; less than
 PostgreSQL's default `deadlock_timeout`, 1 s."""
-
-COPY_BLOCK_BYTES = 256 * 1024
-"""Rows are joined into blocks of about this size before they go to the driver."""
 
 
 class Document(msgspec.Struct, frozen=True):
@@ -71,6 +74,10 @@ class ChangeSet(msgspec.Struct, frozen=True):
     documents: list[Document]
     vectors: Mapping[bytes, str]
     """Vectors computed already, in pgvector's text form, by the hash of their chunk's text."""
+    fresh: bool = False
+    """Whether the index most likely has none of the documents: it is then not asked, and finds out by itself."""
+    made: Mapping[bytes, FloatVector] = msgspec.field(default_factory=dict)
+    """Where `fresh`, vectors computed already."""
 
 
 class Applied(msgspec.Struct, frozen=True):
@@ -90,22 +97,32 @@ class IndexWriter:
         self._connection = connection
         self.spec = self._spec = spec
         names = Names(schema, spec.name)
+        self._schema = schema
         self._names = names
         self._vectors = names.vectors(spec.generation)
-        self._stage = sql.Identifier("pg_temp", f"{spec.name}_stage")
-        self._gone = sql.Identifier("pg_temp", f"{spec.name}_gone")
-        self._put = sql.Identifier("pg_temp", f"{spec.name}_put")
+        types = "\0".join((str(len(spec.key_types)), *spec.key_types, *spec.carried_types))
+        self._stage_name = f"stage_{hashlib.sha256(types.encode()).hexdigest()[:16]}"
+        self._stage = sql.Identifier("pg_temp", self._stage_name)
+        self._gone = sql.Identifier("pg_temp", "gone")
+        self._put = sql.Identifier("pg_temp", "put")
         self._keys = [sql.Identifier(name) for name in spec.shape.key]
         self._places = [sql.Identifier(f"k{at}") for at in range(len(self._keys))]
         self._carried = [sql.Identifier(name) for name in spec.shape.carried]
         self._slots = [sql.Identifier(f"c{at}") for at in range(len(self._carried))]
+        self._composed: dict[str, bytes] = {}
+        """The statements as they are sent, by their templates."""
+        self._staged = 0
+        """Rows that went through the temporary tables since they were last truncated."""
         self._vector_schema = "public"
         self._equal: list[sql.Composable] = []
         """The key columns' operators."""
         self._same_key: sql.Composable = sql.SQL("")
 
     async def open(self) -> None:
-        """Create the stage; once per connection."""
+        """Create the stage; once per connection.
+
+        Each apply empties what it uses, so indexes with the same types share a stage.
+        """
         self._vector_schema = await vector_schema(self._connection)
         self._equal = [one.equal for one in await comparisons(self._connection, self._spec.key_types)]
         self._same_key = sql.SQL(" AND ").join(
@@ -118,15 +135,15 @@ class IndexWriter:
         ]
         await self._connection.execute(
             sql.SQL(
-                "CREATE TEMP TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {}, chunk_no, 0 AS chunk_total,"
+                "CREATE TEMP TABLE IF NOT EXISTS {} AS SELECT {}, chunk_no, 0 AS chunk_total,"
                 " content, content_hash, document_hash, commit_lsn, 0::smallint AS lane FROM {} WITH NO DATA"
-            ).format(sql.Identifier(f"{self._spec.name}_stage"), sql.SQL(", ").join(columns), self._names.chunks)
+            ).format(sql.Identifier(self._stage_name), sql.SQL(", ").join(columns), self._names.chunks)
         )
-        for name in (f"{self._spec.name}_gone", f"{self._spec.name}_put"):
+        for name in ("gone", "put"):
             await self._connection.execute(
-                sql.SQL(
-                    "CREATE TEMP TABLE IF NOT EXISTS {} (chunk_id bigint, content_hash bytea) ON COMMIT DELETE ROWS"
-                ).format(sql.Identifier(name))
+                sql.SQL("CREATE TEMP TABLE IF NOT EXISTS {} (chunk_id bigint, content_hash bytea)").format(
+                    sql.Identifier(name)
+                )
             )
 
     async def stored_hashes(self, keys: Sequence[Key]) -> dict[Key, bytes]:
@@ -170,11 +187,15 @@ class IndexWriter:
 
     async def apply(self, changes: ChangeSet) -> Applied:
         """Write the changes inside the caller's transaction; the caller commits."""
+        await self._empty()
+        if changes.fresh and (loaded := await self._load(changes)) is not None:
+            return loaded
         if changes.truncated:
             await self._truncate()
         await self._copy(changes)
+        chunks = sum(len(document.chunks) for document in changes.documents)
         deleted = 0
-        if changes.deleted or any(document.existed for document in changes.documents):
+        if changes.deleted or changes.fresh or any(document.existed for document in changes.documents):
             deleted = await self._delete_surplus()
         if changes.kept and self._carried:
             await self._update_kept()
@@ -187,13 +208,49 @@ class IndexWriter:
                 " (SELECT chunk_id FROM {gone} UNION ALL SELECT chunk_id FROM {put}) AS t WHERE b.chunk_id = t.chunk_id"
             )
         if changes.documents:
-            reused = await self._reuse()
-            inline = await self._store(changes.vectors) if changes.vectors else 0
-            queued = await self._queue()
+            # At light load every vector came along, and there is nothing to look for.
+            if not all(chunk.hash in changes.vectors for one in changes.documents for chunk in one.chunks):
+                reused = await self._reuse()
+            if changes.vectors:
+                inline = await self._store(changes.vectors)
+            if inline < chunks:
+                queued = await self._queue()
         if deleted:
             await self._run("DELETE FROM {vectors} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id")
-        chunks = sum(len(document.chunks) for document in changes.documents)
+        self._staged += len(changes.deleted) + len(changes.kept) + chunks + deleted
         return Applied(chunks, deleted, reused, inline, queued)
+
+    async def _load(self, changes: ChangeSet) -> Applied | None:
+        """Write documents that the index does not have; None when it has one of them, with nothing written."""
+        reused = queued = 0
+        try:
+            async with self._connection.transaction():
+                left = await load(self._connection, self._schema, self._spec, changes.documents, changes.made)
+                if left:
+                    statement = sql.SQL("COPY {} (chunk_id, content_hash) FROM STDIN").format(self._put)
+                    async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+                        for block in blocks(f"{id_}\t\\\\x{one.hex()}\n" for id_, one in left):
+                            await copy.write(block)
+                    reused = await self._reuse()
+                    queued = await self._run(
+                        "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
+                        " SELECT {generation}, p.chunk_id, p.content_hash, {lane} FROM {put} AS p"
+                        " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id)",
+                        lane=sql.Literal(BACKFILL),
+                    )
+        except psycopg.errors.UniqueViolation:
+            return None
+        chunks = sum(len(document.chunks) for document in changes.documents)
+        self._staged += len(left)
+        return Applied(chunks, 0, reused, chunks - len(left), queued)
+
+    async def _empty(self) -> None:
+        """Empty the temporary tables of what the apply before left there."""
+        if self._staged > STAGED_ROWS:
+            await self._run("TRUNCATE {stage}, {gone}, {put}")
+            self._staged = 0
+        else:
+            await self._run("WITH s AS (DELETE FROM {stage}), g AS (DELETE FROM {gone}) DELETE FROM {put}")
 
     async def _truncate(self) -> None:
         """Empty the index: quickly if nobody is in the way, else row by row.
@@ -214,19 +271,19 @@ class IndexWriter:
         columns = [*self._places, *self._slots, *map(sql.Identifier, _STAGE_COLUMNS)]
         statement = sql.SQL("COPY {} ({}) FROM STDIN").format(self._stage, sql.SQL(", ").join(columns))
         async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
-            for block in _blocks(self._lines(changes)):
+            for block in blocks(self._lines(changes)):
                 await copy.write(block)
 
     def _lines(self, changes: ChangeSet) -> Iterator[str]:
         no_carried: Row = (None,) * len(self._carried)
         for key in changes.deleted:
-            yield _line((*key, *no_carried), "0\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
+            yield line((*key, *no_carried), "0\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
         for kept in changes.kept:
-            yield _line((*kept.key, *kept.carried), f"\\N\t\\N\t\\N\t\\N\t\\N\t{_lsn(kept.commit_lsn)}\t0\n")
+            yield line((*kept.key, *kept.carried), f"\\N\t\\N\t\\N\t\\N\t\\N\t{lsn_text(kept.commit_lsn)}\t0\n")
         for document in changes.documents:
-            row = _line((*document.key, *document.carried), "")
+            row = line((*document.key, *document.carried), "")
             total = len(document.chunks)
-            tail = f"\\\\x{document.hash.hex()}\t{_lsn(document.commit_lsn)}\t{document.lane}\n"
+            tail = f"\\\\x{document.hash.hex()}\t{lsn_text(document.commit_lsn)}\t{document.lane}\n"
             if not document.chunks:
                 yield f"{row}0\t0\t\\N\t\\N\t{tail}"
             for chunk in document.chunks:
@@ -257,11 +314,11 @@ class IndexWriter:
         )
 
     async def _upsert(self) -> int:
-        targets = sql.SQL(", ").join([*self._keys, *self._carried, *map(sql.Identifier, _CHUNK_COLUMNS)])
-        sources = sql.SQL(", ").join([*self._places, *self._slots, *map(sql.Identifier, _CHUNK_COLUMNS)])
+        targets = sql.SQL(", ").join([*self._keys, *self._carried, *map(sql.Identifier, CHUNK_COLUMNS)])
+        sources = sql.SQL(", ").join([*self._places, *self._slots, *map(sql.Identifier, CHUNK_COLUMNS)])
         updates = sql.SQL(", ").join(
             sql.SQL("{} = excluded.{}").format(column, column)
-            for column in [*self._keys, *self._carried, *map(sql.Identifier, _CHUNK_COLUMNS)]
+            for column in [*self._keys, *self._carried, *map(sql.Identifier, CHUNK_COLUMNS)]
         )
         return await self._run(
             "WITH put AS (INSERT INTO {chunks} ({targets}) SELECT {sources} FROM {stage} WHERE chunk_total > 0"
@@ -311,58 +368,23 @@ class IndexWriter:
         )
 
     async def _run(self, statement: str, *, arguments: Sequence[object] | None = None, **parts: sql.Composable) -> int:
-        composed = sql.SQL(statement).format(
-            chunks=self._names.chunks,
-            backlog=self._names.backlog,
-            vectors=self._vectors,
-            stage=self._stage,
-            gone=self._gone,
-            put=self._put,
-            same_key=self._same_key,
-            generation=sql.Literal(self._spec.generation),
-            vector_schema=sql.Identifier(self._vector_schema),
-            **parts,
-        )
+        composed = self._composed.get(statement)
+        if composed is None:
+            whole = sql.SQL(statement).format(
+                chunks=self._names.chunks,
+                backlog=self._names.backlog,
+                vectors=self._vectors,
+                stage=self._stage,
+                gone=self._gone,
+                put=self._put,
+                same_key=self._same_key,
+                generation=sql.Literal(self._spec.generation),
+                vector_schema=sql.Identifier(self._vector_schema),
+                **parts,
+            )
+            composed = self._composed[statement] = whole.as_bytes(self._connection)
         cursor = await self._connection.execute(composed, arguments)
         return cursor.rowcount
 
 
-_CHUNK_COLUMNS = ("chunk_no", "content", "content_hash", "document_hash", "commit_lsn")
 _STAGE_COLUMNS = ("chunk_no", "chunk_total", "content", "content_hash", "document_hash", "commit_lsn", "lane")
-
-
-def copy_text(value: str) -> str:
-    """Escape a value for COPY's text format.
-
-    Source: PostgreSQL, "COPY", File Formats, Text Format.
-    """
-    if "\\" in value:
-        value = value.replace("\\", "\\\\")
-    if "\t" in value:
-        value = value.replace("\t", "\\t")
-    if "\n" in value:
-        value = value.replace("\n", "\\n")
-    if "\r" in value:
-        value = value.replace("\r", "\\r")
-    return value
-
-
-def _line(values: Row, rest: str) -> str:
-    return "".join(["\\N\t" if value is None else copy_text(cast(str, value)) + "\t" for value in values]) + rest
-
-
-def _lsn(position: int) -> str:
-    return f"{position >> 32:X}/{position & 0xFFFFFFFF:X}"
-
-
-def _blocks(lines: Iterable[str]) -> Iterator[bytes]:
-    block: list[str] = []
-    size = 0
-    for line in lines:
-        block.append(line)
-        size += len(line)
-        if size >= COPY_BLOCK_BYTES:
-            yield "".join(block).encode()
-            block, size = [], 0
-    if block:
-        yield "".join(block).encode()

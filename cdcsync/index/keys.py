@@ -67,6 +67,19 @@ async def stored_documents(
     }
 
 
+async def texts_with_vector(
+    connection: Connection, schema: str, spec: IndexSpec, hashes: Sequence[bytes]
+) -> set[bytes]:
+    """Return those hashes of texts that some chunk has a vector of."""
+    cursor = await connection.execute(
+        sql.SQL(
+            "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {} AS v WHERE v.content_hash = h)"
+        ).format(Names(schema, spec.name).vectors(spec.generation)),
+        [list(hashes)],
+    )
+    return {cast(bytes, row[0]) for row in await cursor.fetchall()}
+
+
 async def discard_vectors(connection: Connection, schema: str, spec: IndexSpec, keys: Sequence[Key]) -> int:
     """Have the vectors of these documents made again; the caller commits. Returns how many chunks that is.
 

@@ -38,6 +38,12 @@ _WISHES: Mapping[Wish, tuple[str, tuple[str, ...]]] = {
 
 OPEN = ("requested", "running", "paused")
 
+FOUND_KEPT_S = 3_600
+"""How long the findings of a verification are kept: only the command that asked for it reads them, at once."""
+
+KEPT_S = 7 * 24 * 3_600
+"""How long replays and verifications that have ended are kept, for whoever wants to know what was done."""
+
 
 class Request(msgspec.Struct, frozen=True):
     """A backfill; `cursor` is the key of the last row applied, or the place of the last key of a keyed one."""
@@ -192,13 +198,26 @@ class Requests:
             [error, request.id],
         )
 
-    async def forget_keys(self, connection: Connection) -> None:
-        """Remove the keys of requests that have ended."""
+    async def prune(self, connection: Connection) -> None:
+        """Remove the keys of requests that have ended, and in time what they found and they themselves.
+
+        The last load of an index stays: it says whether the index is whole.
+        """
+        ended = "b.state IN ('done', 'failed', 'cancelled') AND b.finished_at <"
+        for table, age_s in ((self._keys, 0), (self._differences, FOUND_KEPT_S)):
+            await connection.execute(
+                sql.SQL(
+                    f"DELETE FROM {{}} AS k USING {{}} AS b WHERE b.id = k.backfill_id AND {ended}"
+                    " clock_timestamp() - make_interval(secs => %s)"
+                ).format(table, self._table),
+                [age_s],
+            )
         await connection.execute(
             sql.SQL(
-                "DELETE FROM {} AS k USING {} AS b WHERE b.id = k.backfill_id"
-                " AND b.state IN ('done', 'failed', 'cancelled')"
-            ).format(self._keys, self._table)
+                f"DELETE FROM {{}} AS b WHERE b.kind IN ('replay', 'verify') AND {ended}"
+                " clock_timestamp() - make_interval(secs => %s)"
+            ).format(self._table),
+            [KEPT_S],
         )
 
     async def keys(self, connection: Connection, request: Request, after: int, limit: int) -> list[Key]:

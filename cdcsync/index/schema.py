@@ -32,6 +32,7 @@ RESERVED = frozenset(
     (
         "chunk_id",
         "chunk_no",
+        "chunk_total",
         "content",
         "content_hash",
         "document_hash",
@@ -46,7 +47,7 @@ RESERVED = frozenset(
 
 OPERATORS: dict[Distance, str] = {"cosine": "<=>", "l2": "<->", "inner_product": "<#>"}
 """pgvector's distance operator for each distance; all order by nearest first."""
-_OPCLASSES: dict[Distance, str] = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}
+OPCLASSES: dict[Distance, str] = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}
 
 FILLFACTOR = 85
 """Leaves room on each page for HOT updates of carried columns."""
@@ -118,6 +119,11 @@ class Names:
         schema, index = self._prefix
         return sql.Identifier(schema, f"{index}_vectors_{generation}")
 
+    @property
+    def search_name(self) -> str:
+        """The bare name of the index for keyword search."""
+        return f"{self._prefix[1]}_chunks_search"
+
     def hnsw_name(self, generation: int) -> str:
         """Return the bare name of a generation's HNSW index."""
         return f"{self._prefix[1]}_vectors_{generation}_hnsw"
@@ -148,6 +154,7 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
             CREATE TABLE IF NOT EXISTS {chunks} (
                 chunk_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY{columns},
                 chunk_no int NOT NULL,
+                chunk_total int,
                 content text NOT NULL,
                 content_hash bytea NOT NULL,
                 document_hash bytea NOT NULL,
@@ -164,8 +171,17 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
             if column not in present:
                 await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN {}").format(names.chunks, definition))
         await _follow_types(connection, spec, names, present)
+        if "chunk_total" not in present:
+            await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN chunk_total int").format(names.chunks))
     if "search" not in present:
         await _create_search(connection, spec, names)
+        if present and spec.config.search is not None:
+            # A new index gets it once its table is read: many times cheaper than to have it grow.
+            await connection.execute(
+                sql.SQL("CREATE INDEX {} ON {} USING gin (search)").format(
+                    sql.Identifier(names.search_name), names.chunks
+                )
+            )
     for column in spec.config.indexed:
         await connection.execute(
             sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} ({})").format(
@@ -277,11 +293,6 @@ async def _create_search(connection: Connection, spec: IndexSpec, names: Names) 
             + str(SEARCHED_CHARACTERS)
             + "))) STORED"
         ).format(names.chunks, sql.Literal(spec.config.search))
-    )
-    await connection.execute(
-        sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} USING gin (search)").format(
-            sql.Identifier(f"{spec.name}_chunks_search"), names.chunks
-        )
     )
 
 
@@ -423,46 +434,6 @@ async def _put_view(connection: Connection, schema: str, spec: IndexSpec, grants
             await connection.execute(grant)
     comment = f"{_view_marker(spec)}{spec.shape.table} with its vectors; stale says that the vector is of an older text"
     await connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(identifier, sql.Literal(comment)))
-
-
-async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec) -> bool:
-    """Build the generation's HNSW index without blocking writers; returns False when it was there already.
-
-    Needs a connection in autocommit. An index that an interrupted build left invalid is dropped and built again.
-    """
-    names = Names(schema, spec.name)
-    name = names.hnsw_name(spec.generation)
-    cursor = await connection.execute(
-        "SELECT i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
-        " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
-        [schema, name],
-    )
-    row = await cursor.fetchone()
-    if row is not None and row[0]:
-        return False
-    if row is not None:
-        await connection.execute(sql.SQL("DROP INDEX CONCURRENTLY {}").format(sql.Identifier(schema, name)))
-    extension = await vector_schema(connection)
-    opclass = f"{spec.config.vector_type}_{_OPCLASSES[spec.distance]}"
-    await connection.execute(
-        sql.SQL("SET maintenance_work_mem = {}").format(sql.Literal(spec.config.hnsw.build_memory))
-    )
-    try:
-        await connection.execute(
-            sql.SQL(
-                "CREATE INDEX CONCURRENTLY {} ON {} USING hnsw (embedding {}) WITH (m = {}, ef_construction = {})"
-            ).format(
-                sql.Identifier(name),
-                names.vectors(spec.generation),
-                sql.Identifier(extension, opclass),
-                sql.Literal(spec.config.hnsw.m),
-                sql.Literal(spec.config.hnsw.ef_construction),
-            )
-        )
-    finally:
-        if not connection.closed:
-            await connection.execute("RESET maintenance_work_mem")
-    return True
 
 
 def _definitions(names: Sequence[str], types: Sequence[str], constraint: str) -> list[sql.Composable]:

@@ -63,19 +63,96 @@ class SourceTable:
         self._by_keys = sql.SQL("SELECT {} FROM {} AS t JOIN {} ON ").format(columns, published, wanted)
         self._places = sql.SQL("SELECT wanted.place FROM {} AS t JOIN {} ON ").format(published, wanted)
         self._count = sql.SQL("SELECT count(*) FROM {} AS t WHERE true").format(published)
+        self._published = published
+        self._wanted_from = wanted
 
     async def page(self, connection: Connection, after: Key | None, limit: int, where: str | None = None) -> Page:
         """Return up to `limit` rows with keys above `after`, in key order; fewer rows than that are the last ones."""
+        conditions = await self._after(connection, after, where)
+        statement = sql.SQL(" AND ").join([self._select, *conditions]) + sql.SQL(" ORDER BY {} LIMIT {}").format(
+            sql.SQL(", ").join(self._keys), sql.Literal(limit)
+        )
+        return await self._read(connection, statement, list(after or ()))
+
+    async def _after(self, connection: Connection, after: Key | None, where: str | None) -> list[sql.Composable]:
+        """Return the conditions of the rows that follow a key."""
         conditions: list[sql.Composable] = []
         if after is not None:
             values = [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(self._key_types, start=1)]
             conditions.append(follows(self._keys, values, await self._compared(connection)))
         if where:
             conditions.append(_condition(where))
-        statement = sql.SQL(" AND ").join([self._select, *conditions]) + sql.SQL(" ORDER BY {} LIMIT {}").format(
-            sql.SQL(", ").join(self._keys), sql.Literal(limit)
+        return conditions
+
+    async def fitting(
+        self, connection: Connection, after: Key | None, limit: int, most_bytes: int, where: str | None = None
+    ) -> int:
+        """Return how many rows of a page are at most so large together, at least 1; no value is read for that."""
+        if not await self._has_large_values(connection):
+            return limit
+        # What we name ourselves has names that no column is likely to have.
+        statement = sql.SQL(
+            'SELECT count(*), count(*) FILTER (WHERE "so far" <= {most}) FROM (SELECT'
+            ' sum("row size") OVER (ORDER BY {keys} ROWS UNBOUNDED PRECEDING) AS "so far" FROM'
+            ' (SELECT {keys}, {size} AS "row size" FROM {published} AS t WHERE {conditions}'
+            " ORDER BY {keys} LIMIT {limit}) AS t) AS sizes"
+        ).format(
+            most=sql.Literal(most_bytes),
+            keys=sql.SQL(", ").join(self._keys),
+            size=await self._size(connection),
+            published=self._published,
+            conditions=sql.SQL(" AND ").join([sql.SQL("true"), *await self._after(connection, after, where)]),
+            limit=sql.Literal(limit),
         )
-        return await self._read(connection, statement, list(after or ()))
+        cursor = psycopg.AsyncRawCursor(connection)
+        await cursor.execute(statement, list(after or ()), prepare=False)
+        found = await cursor.fetchone()
+        assert found is not None
+        rows, fitting = found
+        return limit if rows == fitting else max(1, cast(int, fitting))
+
+    async def fitting_keys(self, connection: Connection, keys: Sequence[Key], most_bytes: int) -> int:
+        """Return how many of these keys, from the first on, have rows of at most so many bytes together; at least 1."""
+        if not keys or not await self._has_large_values(connection):
+            return len(keys)
+        statement = sql.SQL("SELECT wanted.place, {} FROM {} AS t JOIN {} ON ").format(
+            await self._size(connection), self._published, self._wanted_from
+        )
+        cursor = psycopg.AsyncRawCursor(connection)
+        await cursor.execute(statement + await self._same(connection), self._arrays(keys), prepare=False)
+        sizes: dict[int, int] = dict(await cursor.fetchall())
+        total = 0
+        for place in range(1, len(keys) + 1):
+            total += sizes.get(place, 0)
+            if total > most_bytes:
+                return max(1, place - 1)
+        return len(keys)
+
+    async def _has_large_values(self, connection: Connection) -> bool:
+        """Say whether any value is stored out of line: if none is, no row is larger than a page of the server's."""
+        cursor = await connection.execute(
+            "SELECT EXISTS (SELECT FROM pg_class WHERE reltoastrelid <> 0 AND pg_relation_size(reltoastrelid) > 0"
+            " AND (oid = %(table)s::regclass OR oid IN (SELECT relid FROM pg_partition_tree(%(table)s::regclass))))",
+            {"table": str(self.shape.table)},
+        )
+        row = await cursor.fetchone()
+        assert row is not None
+        return bool(row[0])
+
+    async def _size(self, connection: Connection) -> sql.Composable:
+        """Return SQL of a row's size that reads no value: of compressed ones other than text, the compressed size."""
+        cursor = await connection.execute(
+            "SELECT attname FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0"
+            " AND atttypid IN ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype)",
+            [str(self.shape.table)],
+        )
+        plain = {name for (name,) in await cursor.fetchall()}
+        return sql.SQL(" + ").join(
+            sql.SQL("coalesce({}({}), 0)").format(
+                sql.SQL("octet_length" if name in plain else "pg_column_size"), sql.Identifier("t", name)
+            )
+            for name in dict.fromkeys(self.shape.columns)
+        )
 
     async def by_keys(self, connection: Connection, keys: Sequence[Key]) -> Page:
         """Return the rows that exist now with these keys, in no order."""

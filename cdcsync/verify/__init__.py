@@ -12,8 +12,8 @@
 
 `repair` asks for a replay of exactly the keys that were found.
 
-Not seen: a missing or surplus *last* chunk of a document whose other chunks are right, as only chunking the text again
-would tell. A replay with `--rewrite` does that.
+Not seen: whether the chunker would cut a document in other places today, as only chunking it again would tell. A
+change of the chunking's configuration or of the chunker is known by its fingerprint, and has all of them cut again.
 
     digests   the sums, and the rows behind them
     soundness what the index must be in itself

@@ -1,8 +1,8 @@
 """What an index must be in itself, whatever the source says: read under one snapshot of the target, so exact.
 
 Every committed state of the index holds to these: a chunk's hash is that of its text; the chunks of a document are
-numbered without a gap and agree on what the document is; each chunk has a vector of its text, or waits for one; each
-vector belongs to a chunk, is of the model's dimensions and finite.
+numbered without a gap, are as many as each of them says, and agree on what the document is; each chunk has a vector of
+its text, or waits for one; each vector belongs to a chunk, is of the model's dimensions and finite.
 
 Source: pgvector's README (vector_norm, l2_norm, vector_dims).
 """
@@ -65,7 +65,10 @@ async def examine_index(connection: Connection, schema: str, spec: IndexSpec) ->
         "damaged": (
             "SELECT {keys} FROM {chunks} AS c WHERE c.content_hash <> {hash} OR c.chunk_no > 0 AND NOT EXISTS"
             " (SELECT FROM {chunks} AS p WHERE {same_key} AND p.chunk_no = c.chunk_no - 1"
-            " AND p.document_hash = c.document_hash AND ROW({carried_before})::text = ROW({carried})::text)"
+            " AND p.document_hash = c.document_hash AND p.chunk_total IS NOT DISTINCT FROM c.chunk_total"
+            " AND ROW({carried_before})::text = ROW({carried})::text)"
+            " OR c.chunk_no >= c.chunk_total OR c.chunk_no = 0 AND c.chunk_total > 1 AND NOT EXISTS"
+            " (SELECT FROM {chunks} AS p WHERE {same_key} AND p.chunk_no = c.chunk_total - 1)"
         ),
         "vector_missing": (
             "SELECT {keys} FROM {chunks} AS c LEFT JOIN {vectors} AS v USING (chunk_id)"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.fixtures.provider import FakeProvider
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline, until
 
@@ -182,9 +183,59 @@ def test_a_dry_run_counts_and_changes_nothing(live: Pipeline) -> None:
     assert "nothing was changed" in cdcsync(live, "replay", "articles", "--dry-run").stdout
 
 
+def test_a_dry_run_says_the_price_where_the_configuration_does(live: Pipeline, provider: FakeProvider) -> None:
+    assert answered(live, "replay", "articles", "--dry-run")["price"] is None
+    hosted = f'type = "openai"\nmodel = "m"\nbase_url = "{provider.url}"\nprice_per_million_tokens = 2.5\n'
+    live.path.write_text(live.path.read_text().replace('type = "hash"\n', hosted))
+
+    found = answered(live, "replay", "articles", "--dry-run", "--force-embed")
+
+    assert found["price"] == pytest.approx(found["embedding_tokens"] * 2.5 / 1_000_000)
+    assert found["price"] > 0
+    assert found["seconds"] is not None
+    assert "price" in cdcsync(live, "replay", "articles", "--dry-run").stdout
+
+
+def test_large_rows_are_read_a_few_at_a_time(live: Pipeline) -> None:
+    # Blanks at the end are part of a row and of no chunk.
+    live.source.execute("UPDATE articles SET body = repeat(' ', 1300000) WHERE id BETWEEN 41 AND 50")
+    live.in_step()
+    for arguments in ([], ["--key", "-"]):
+        seen = len(live.events())
+        done = answered(live, "replay", "articles", *arguments, typed="\n".join(map(str, range(1, 101))))
+        assert done["rows"] == 100
+        pages = sum(event["transactions"] for event in live.events()[seen:] if event.get("event") == "batch_applied")
+        assert pages >= 9, "in pages of twenty rows it would be five, and an empty one"
+    live.compare()
+
+
+def test_the_progress_of_a_resync_goes_on_while_it_looks_for_rows_that_are_gone(live: Pipeline) -> None:
+    live.target.execute(
+        "INSERT INTO cdcsync.articles_chunks"
+        " (id, chunk_no, chunk_total, content, content_hash, document_hash, commit_lsn)"
+        " SELECT 1000 + i, 0, 1, 'x', '\\x00', '\\x00', '0/0' FROM generate_series(1, 30) AS i"
+    )
+    row = live.target.execute(
+        "INSERT INTO cdcsync.backfills (index_name, kind) VALUES ('articles', 'resync') RETURNING id"
+    ).fetchone()
+    seen: list[int] = []
+
+    def done() -> bool:
+        state, rows = live.target.execute(
+            "SELECT state, rows_done FROM cdcsync.backfills WHERE id = %s", row
+        ).fetchone() or ("", 0)
+        seen.append(rows)
+        return state == "done"
+
+    until(done, "the resync")
+    assert seen == sorted(seen)
+    assert seen[-1] == 130
+    live.in_step()
+
+
 def test_requests_are_queued_paused_resumed_and_cancelled(live: Pipeline) -> None:
     live.target.execute("UPDATE cdcsync.articles_chunks SET tenant = -1")
-    first = answered(live, "replay", "articles", "--detach", "--max-rows-per-s", "5")["request"]
+    first = answered(live, "replay", "articles", "--detach", "--max-rows-per-s", "1")["request"]
     second = answered(live, "replay", "articles", "--detach", "--key", "100")["request"]
     states = "SELECT array_agg(state ORDER BY id) FROM cdcsync.backfills WHERE id >= %s"
     until(lambda: live.target.execute(states, [first]).fetchone() == (["running", "requested"],), "the first to begin")
@@ -200,9 +251,9 @@ def test_requests_are_queued_paused_resumed_and_cancelled(live: Pipeline) -> Non
 
 
 def test_a_paused_request_goes_on_where_it_was(live: Pipeline) -> None:
-    request = answered(live, "replay", "articles", "--detach", "--max-rows-per-s", "20")["request"]
+    request = answered(live, "replay", "articles", "--detach", "--max-rows-per-s", "1")["request"]
     how_far = "SELECT rows_done, state FROM cdcsync.backfills WHERE id = %s"
-    until(lambda: (live.target.execute(how_far, [request]).fetchone() or (0,))[0] >= 20, "a first page")
+    until(lambda: (live.target.execute(how_far, [request]).fetchone() or (0,))[0] >= 2, "a first page")
     answered(live, "replay", "articles", "--pause")
     live.event("backfill_stopped")
     done, state = live.target.execute(how_far, [request]).fetchone() or (0, "")
@@ -259,10 +310,12 @@ def test_what_cannot_be_served_is_refused_and_nothing_is_changed(
 
 
 def test_a_paused_index_is_not_replayed(idle: Pipeline) -> None:
+    idle.source.execute("ALTER TABLE articles RENAME COLUMN title TO headline")
     idle.target.execute("UPDATE cdcsync.indexes SET state = 'paused', reason = 'the column is gone'")
     try:
         assert "the column is gone" in refused(idle, "replay", "articles")
     finally:
+        idle.source.execute("ALTER TABLE articles RENAME COLUMN headline TO title")
         idle.target.execute("UPDATE cdcsync.indexes SET state = 'live', reason = NULL")
 
 

@@ -143,6 +143,33 @@ def test_every_kind_of_difference_is_found_and_mended_and_nothing_else_is_touche
     assert verify(live)["equal"] is True
 
 
+def test_a_last_chunk_that_is_missing_or_one_too_many_is_found_and_mended(live: Pipeline) -> None:
+    last = (
+        "SELECT c.chunk_id FROM cdcsync.articles_chunks AS c WHERE c.id = %s AND c.chunk_no > 0 AND NOT EXISTS"
+        " (SELECT FROM cdcsync.articles_chunks AS n WHERE n.id = c.id AND n.chunk_no > c.chunk_no)"
+    )
+    assert live.target.execute(f"DELETE FROM cdcsync.articles_chunks WHERE chunk_id IN ({last})", [32]).rowcount == 1
+    columns = "region, id, tenant, price, at, chunk_total, content, content_hash, document_hash, commit_lsn"
+    added = live.target.execute(
+        f"INSERT INTO cdcsync.articles_chunks ({columns}, chunk_no)"
+        f" SELECT {columns}, chunk_no + 1 FROM cdcsync.articles_chunks WHERE chunk_id IN ({last})"
+        " RETURNING chunk_id, content_hash",
+        [33],
+    ).fetchall()
+    live.target.execute(
+        "INSERT INTO cdcsync.articles_vectors_1 SELECT %s, content_hash, embedding FROM cdcsync.articles_vectors_1"
+        " WHERE content_hash = %s LIMIT 1",
+        added[0],
+    )
+
+    found = verify(live, status=1)
+
+    assert (found["differences"], found["vectors_orphaned"]) == ({"damaged": 2}, 1)
+    assert sorted(key[1] for key in found["examples"]["damaged"]) == ["32", "33"]
+    assert verify(live, "--repair")["after_repair"]["equal"] is True
+    live.in_step()
+
+
 def test_without_a_worker_what_was_not_applied_yet_is_no_difference(live: Pipeline) -> None:
     live.stop(live.processes[-1])
     live.source.execute("UPDATE articles SET title = 'changed while nothing ran' WHERE id < 9")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cdcsync.backfill.engine import PAGE_BYTES, next_limit
-from cdcsync.backfill.pages import Page
+from cdcsync.backfill.engine import BESIDE_LIVE_BYTES, BESIDE_LIVE_ROWS, next_limit
+from cdcsync.backfill.pages import PAGE_BYTES, Page
 from cdcsync.changes import Key, Row
 from cdcsync.visibility import Snapshot
 
@@ -27,3 +27,15 @@ def page(rows: int, bytes_each: int) -> Page:
 )
 def test_a_page_grows_until_its_bytes_or_its_rows_are_enough(rows: int, bytes_each: int, wanted: int) -> None:
     assert next_limit(max(rows, 100), 1_000, page(rows, bytes_each)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("rows", "bytes_each", "wanted"),
+    [
+        pytest.param(100, 10, BESIDE_LIVE_ROWS, id="small rows: few"),
+        pytest.param(10, BESIDE_LIVE_BYTES // 5, 5, id="large rows: fewer"),
+        pytest.param(1, PAGE_BYTES, 1, id="at least one"),
+    ],
+)
+def test_a_page_is_small_while_changes_come_in(rows: int, bytes_each: int, wanted: int) -> None:
+    assert next_limit(1_000, 1_000, page(rows, bytes_each), beside_live=True) == wanted

@@ -158,3 +158,27 @@ def test_forgetting_by_a_snapshot_younger_than_a_pending_page_lets_its_old_rows_
     assert deliveries.hides(A, pending)
     deliveries.forget_seen(younger)
     assert not deliveries.hides(A, pending)
+
+
+def test_more_keys_than_are_remembered_make_their_transactions_suspect() -> None:
+    deliveries = Deliveries(most_keys=2)
+    deliveries.record()
+    for number, xid in ((1, 10), (2, 10), (3, 11)):
+        deliveries.touched((str(number),), xid)
+
+    assert deliveries.suspects == {10, 11}
+    assert deliveries.size == 2
+    assert deliveries.unseen(Snapshot(10, 10, frozenset())) == [10, 11]
+    deliveries.touched(A, 12)
+    assert deliveries.hides(A, Snapshot(12, 12, frozenset()))
+    deliveries.forget_seen(Snapshot(13, 13, frozenset()))
+    assert deliveries.size == 0
+
+
+def test_one_transaction_of_any_size_is_remembered_in_bounded_space() -> None:
+    deliveries = Deliveries(most_keys=100)
+    deliveries.record()
+    for number in range(10_000):
+        deliveries.touched((str(number),), 10)
+    assert deliveries.size <= 101
+    assert deliveries.unseen(Snapshot(10, 10, frozenset())) == [10]

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from cdcsync.index.requests import Request, Requests
+from cdcsync.index.requests import Kind, Request, Requests
 from cdcsync.index.shared import create_shared
 from cdcsync.postgres import Connection
 from tests.fixtures.indexes import SCHEMA, make_spec, register
@@ -14,6 +14,7 @@ from tests.fixtures.indexes import SCHEMA, make_spec, register
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
 REQUESTS = Requests(SCHEMA)
+KINDS: tuple[Kind, ...] = ("initial", "replay", "resync", "verify")
 
 
 @pytest.fixture
@@ -158,3 +159,30 @@ async def test_the_worker_is_woken_when_the_request_commits(
         if schema != SCHEMA:
             await connection.execute(f'ALTER SCHEMA "{schema}" RENAME TO cdcsync')
     assert [(notice.channel, notice.payload) for notice in notices] == [(requests.channel, "notes")]
+
+
+async def test_what_has_ended_is_forgotten_in_time_but_not_the_load_that_an_index_rests_on(
+    connection: Connection,
+) -> None:
+    ids = {kind: await REQUESTS.add(connection, "articles", kind, rewrite=False, filter_=None) for kind in KINDS}
+    open_one = await REQUESTS.add(connection, "articles", "verify", rewrite=False, filter_=None)
+    await connection.execute("INSERT INTO cdcsync.backfill_keys SELECT id, 1, '{7}' FROM cdcsync.backfills")
+    await connection.execute("INSERT INTO cdcsync.differences SELECT id, '{7}', 'stale' FROM cdcsync.backfills")
+
+    async def left(age: str) -> tuple[list[int], list[int], list[int]]:
+        await connection.execute(
+            "UPDATE cdcsync.backfills SET state = 'done', finished_at = clock_timestamp() - %s::interval"
+            " WHERE id = ANY(%s)",
+            [age, list(ids.values())],
+        )
+        await REQUESTS.prune(connection)
+        found = []
+        for table, column in (("backfill_keys", "backfill_id"), ("differences", "backfill_id"), ("backfills", "id")):
+            cursor = await connection.execute(f"SELECT DISTINCT {column} FROM cdcsync.{table} ORDER BY 1".encode())
+            found.append([row[0] for row in await cursor.fetchall()])
+        return found[0], found[1], found[2]
+
+    everything = sorted([*ids.values(), open_one])
+    assert await left("1 second") == ([open_one], everything, everything)
+    assert await left("1 day") == ([open_one], [open_one], everything)
+    assert await left("8 days") == ([open_one], [open_one], sorted([ids["initial"], ids["resync"], open_one]))

@@ -13,6 +13,7 @@ import pytest
 from psycopg import sql
 
 from cdcsync.errors import SetupError
+from cdcsync.index.building import build_hnsw
 from cdcsync.index.pipelines import Pipelines
 from cdcsync.index.schema import (
     OPERATORS,
@@ -20,7 +21,6 @@ from cdcsync.index.schema import (
     Distance,
     IndexSpec,
     Names,
-    build_hnsw,
     create_index_relations,
     create_vectors,
     create_view,
@@ -325,6 +325,14 @@ async def test_the_view_can_be_swapped_to_vectors_of_another_width(index: LiveIn
 
     await create_view(index.connection, SCHEMA, index.spec)
     assert await index.rows("SELECT embedding::text FROM public.articles_index") == [(vector_text("a"),)]
+
+
+async def test_vectors_of_another_width_that_another_index_left_are_refused(index: LiveIndex) -> None:
+    with pytest.raises(SetupError, match=r"vectors are of type vector\(3\), not vector\(5\)") as refused:
+        await create_vectors(index.connection, SCHEMA, make_spec(dimensions=5))
+
+    assert refused.value.where == '"cdcsync"."articles_vectors_1"'
+    assert "drop it" in str(refused.value.hint)
 
 
 async def test_a_worker_that_starts_again_waits_for_no_reader_and_stops_none(

@@ -529,3 +529,29 @@ async def test_a_mark_arrives_after_all_that_was_committed_before_it(
         if "2" in seen:
             break
     assert seen == ["1", "mark", "2"]
+
+
+async def test_a_page_of_large_rows_is_as_many_as_fit_and_no_value_is_read_to_know(source: Connection) -> None:
+    await source.execute("CREATE TABLE public.t (id int PRIMARY KEY, body text, size int)")
+    await source.execute("INSERT INTO public.t SELECT i, 'small', 0 FROM generate_series(1, 20) AS i")
+    shape = Shape("index", QualifiedName("public", "t"), ("id",), ("size",), ("body",))
+    table = SourceTable(shape, ("int",))
+    assert await table.fitting(source, None, 10, 1) == 10, "without large values no row can be large"
+
+    # Compressed to next to nothing where it is stored: its size is that of what is read.
+    await source.execute("UPDATE public.t SET body = repeat('large ', 100000) WHERE id > 5")
+    await source.execute(
+        "UPDATE public.t SET body = (SELECT string_agg(md5(i::text), '') FROM generate_series(1, 9999) AS i)"
+        " WHERE id = 3"
+    )
+
+    assert await table.fitting(source, None, 10, 2_000_000) == 7
+    assert await table.fitting(source, ("5",), 10, 2_000_000) == 3
+    assert await table.fitting(source, ("5",), 10, 1) == 1
+    assert await table.fitting(source, ("5",), 2, 2_000_000) == 2
+    assert await table.fitting(source, ("20",), 10, 1) == 10
+    assert await table.fitting(source, None, 10, 2_000_000, "id <> 6 AND id <> 7") == 7
+    keys = [("7",), ("99",), ("1",), ("8",), ("9",), ("10",)]
+    assert await table.fitting_keys(source, keys, 2_000_000) == 5
+    assert await table.fitting_keys(source, keys, 1) == 1
+    assert await table.fitting_keys(source, [("99",)], 1) == 1
