@@ -10,7 +10,7 @@ from typing import Protocol, assert_never
 import msgspec
 from semantic_text_splitter import MarkdownSplitter, TextSplitter
 
-from cdcsync.chunks.framing import Cutter, cut_framed
+from cdcsync.chunks.framing import PORTION_CHARACTERS, PORTION_CHUNKS, Cutter, cut_framed
 from cdcsync.chunks.outline import CODE_RULES, CodeSplitter
 from cdcsync.chunks.sizes import WHITE_SPACE, Sizes
 from cdcsync.config import Chunking
@@ -161,6 +161,7 @@ def make_chunker(
         return Cutter(
             lambda text: sizes.surely_fits(text, room) and (left is None or tokens.surely_fits(text, left)),
             splitter.chunk_all,
+            room,
         )
 
     cutter(capacity)  # an unreadable tokenizer is found now
@@ -169,7 +170,7 @@ def make_chunker(
     return Chunker(
         chunking,
         fingerprint=f"{chunking.strategy}{rules} {capacity}-{overlap} limit {limit} "
-        f"{tokens.fingerprint} semantic-text-splitter {release}{extras}",
+        f"{tokens.fingerprint} semantic-text-splitter {release} portions {PORTION_CHARACTERS}-{PORTION_CHUNKS}{extras}",
         capacity=capacity,
         cutter=cutter,
         function=function,

@@ -8,15 +8,24 @@ comes out is measured, and cut again with more room set aside where it does not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from cdcsync.chunks.sizes import WHITE_SPACE
+from cdcsync.chunks.sizes import CHARACTERS_PER_TOKEN, WHITE_SPACE
 from cdcsync.documents import Rendering
 
 STEPS = 8
 """Into how many parts the capacity is divided for setting room aside: finer wastes less of it and takes more memory."""
+
+PORTION_CHARACTERS = 32 * 1024
+PORTION_CHUNKS = 8
+"""A long text is cut in portions first, of so many characters or so many full chunks, whichever is more: the splitter
+takes a time that grows with the square of a text's length, for ten million letters without structure hours. Chunks do
+not overlap from one portion to the next."""
+
+ENDS = ("\n\n", "\n", ". ", " ")
+"""Where a portion may end, the best first."""
 
 SHARE = 2
 """What is repeated may take a part of 1/SHARE of the capacity; a longer line is cut."""
@@ -27,24 +36,53 @@ class Cutter:
 
     :param surely_fits: says of a text that it fits, without measuring it; may say no of one that does.
     :param chunk_all: cuts texts.
+    :param capacity: the most tokens of a chunk.
     """
 
-    def __init__(self, surely_fits: Callable[[str], bool], chunk_all: Callable[[list[str]], list[list[str]]]) -> None:
+    def __init__(
+        self, surely_fits: Callable[[str], bool], chunk_all: Callable[[list[str]], list[list[str]]], capacity: int
+    ) -> None:
+        self._most_characters = max(PORTION_CHARACTERS, PORTION_CHUNKS * capacity * CHARACTERS_PER_TOKEN)
         self._surely_fits = surely_fits
         self._chunk_all = chunk_all
 
     def cut(self, texts: Sequence[str]) -> list[list[str]]:
         """Return the chunks of each text; what fits stays whole."""
         cut = [[text] for text in texts]
-        long = [place for place, text in enumerate(texts) if not self._surely_fits(text)]
+        long = [
+            (place, part)
+            for place, text in enumerate(texts)
+            if not self._surely_fits(text)
+            for part in portions(text, self._most_characters)
+        ]
+        for place, _ in long:
+            cut[place] = []
         if long:
-            for place, parts in zip(long, self._chunk_all([texts[place] for place in long]), strict=True):
-                cut[place] = parts
+            for (place, _), chunks in zip(long, self._chunk_all([part for _, part in long]), strict=True):
+                cut[place] += chunks
         return cut
 
     def fits(self, text: str) -> bool:
         """Say whether a trimmed text fits."""
-        return not text or self._surely_fits(text) or len(self._chunk_all([text])[0]) == 1
+        return not text or self._surely_fits(text) or len(self.cut([text])[0]) == 1
+
+
+def portions(text: str, most_characters: int) -> Iterator[str]:
+    """Yield a text in portions of at most so many characters.
+
+    They end where a paragraph, a line, a sentence or a word does, if one ends in the last quarter of the portion.
+    """
+    start = 0
+    while len(text) - start > most_characters:
+        stop = start + most_characters
+        for end in ENDS:
+            at = text.rfind(end, stop - most_characters // 4, stop)
+            if at >= 0:
+                stop = at + len(end)
+                break
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 class _Piece(msgspec.Struct):

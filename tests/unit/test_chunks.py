@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from cdcsync.chunks import CHARACTERS_PER_TOKEN, WHITE_SPACE, Chunker, make_chunker
+from cdcsync.chunks.framing import portions
 from cdcsync.chunks.sizes import Sizes
 from cdcsync.config import Chunking
 from cdcsync.documents import hash_text
@@ -415,3 +416,23 @@ def test_the_gil_is_free_while_documents_are_cut() -> None:
         thread.join()
 
     assert not was_done
+
+
+@pytest.mark.parametrize("unit", ["x", "one sentence here. ", "a\n", "word "])
+@pytest.mark.parametrize("strategy", ["tokens", "characters", "markdown"])
+def test_a_huge_text_reaches_the_splitter_in_portions_and_loses_nothing(strategy: Strategy, unit: str) -> None:
+    text = unit * (300_000 // len(unit))
+    chunker = make_chunker(Chunking(strategy=strategy, max_tokens=64, overlap_tokens=0), None, None)
+
+    chunks = [chunk.text for chunk in chunker.split(text)]
+
+    assert "".join("".join(chunks).split()) == "".join(text.split())
+    assert max(map(len, chunks)) <= 64 * CHARACTERS_PER_TOKEN
+
+
+@given(st.text(alphabet="ab .\n", max_size=400), st.integers(4, 60))
+def test_portions_are_the_text_and_none_is_longer_than_asked(text: str, most: int) -> None:
+    cut = list(portions(text, most))
+
+    assert "".join(cut) == text
+    assert all(0 < len(one) <= most for one in cut if text)
