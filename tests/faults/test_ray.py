@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -138,6 +139,7 @@ async def test_an_embedder_that_actors_cannot_open_says_why(rays: RayCluster, pr
 
 
 @pytest.mark.server
+@pytest.mark.timeout(240)  # some 25 s on an idle machine
 def test_nodes_actors_and_the_head_come_and_go_and_nothing_is_lost_or_embedded_for_nothing(
     rays: RayCluster,
     database: Database,
@@ -182,6 +184,15 @@ def test_nodes_actors_and_the_head_come_and_go_and_nothing_is_lost_or_embedded_f
     pipeline.source.execute("UPDATE articles SET body = 'after that ' || id WHERE id <= 5")
     until(lambda: backlog(pipeline) == 0 and "after that 1" in provider.embedded, "the vectors")
     pipeline.in_step()
+
+    # The worker is killed: what it started ends too, and the next one goes on.
+    (driver,) = (pid for pid, title in children(worker.pid) if "ray_pool" in title)
+    left = [driver, *actors(rays.head)]
+    pipeline.stop(worker, signal.SIGKILL)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), "the end of the driver and its actors")
+    pipeline.source.execute("UPDATE articles SET body = 'another worker ' || id WHERE id <= 5")
+    worker = pipeline.start()
+    until(lambda: backlog(pipeline) == 0 and "another worker 1" in provider.embedded, "the vectors")
 
     # The whole cluster goes: vectors wait, text does not, and the worker ends in order.
     rays.kill_node(rays.head)

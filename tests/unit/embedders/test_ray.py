@@ -11,7 +11,7 @@ import pytest
 from cdcsync.config import HashEmbedder, RayEmbedder, TeiEmbedder, parse
 from cdcsync.embedders import make_embedder
 from cdcsync.embedders.ray import Failure
-from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
+from cdcsync.errors import ConfigError, EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
 
 PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
 
@@ -36,6 +36,29 @@ def test_the_example_of_the_documentation_is_right() -> None:
 
     assert isinstance(fleet, RayEmbedder)
     assert fleet.gpus == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        (
+            'address = "ray://head:10001"',
+            "embedders.fleet.address: expected host:port of the cluster's head without",
+        ),
+        ('address = "head"', 'embedders.fleet.address: expected "auto" or host:port'),
+        ('address = "head:0"', 'embedders.fleet.address: expected "auto" or host:port'),
+        ("actors_min = 3\nactors_max = 2", "embedders.fleet.actors_max: must be at least actors_min (3), got 2"),
+        ("tasks_in_flight = 1", "embedders.fleet.tasks_in_flight: expected a whole number of at least 2"),
+        ('resources = { a100 = "one" }', "embedders.fleet.resources.a100: expected a number"),
+    ],
+)
+def test_a_wrong_section_is_said_with_its_key(keys: str, problem: str) -> None:
+    text = (
+        f'[embedders.fleet]\ntype = "ray"\n{keys}\n[embedders.fleet.embedder]\ntype = "hash"\n'
+        '[indexes.a]\ntable = "a"\ntext = "{b}"\nembedder = "fleet"\n'
+    )
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        parse(text, {}, where="test")
 
 
 async def test_it_needs_to_be_opened() -> None:
