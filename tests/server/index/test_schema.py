@@ -335,6 +335,14 @@ async def test_vectors_of_another_width_that_another_index_left_are_refused(inde
     assert "drop it" in str(refused.value.hint)
 
 
+async def test_vectors_of_another_width_that_another_index_left_are_refused(index: LiveIndex) -> None:
+    with pytest.raises(SetupError, match=r"vectors are of type vector\(3\), not vector\(5\)") as refused:
+        await create_vectors(index.connection, SCHEMA, make_spec(dimensions=5))
+
+    assert refused.value.where == '"cdcsync"."articles_vectors_1"'
+    assert "drop it" in str(refused.value.hint)
+
+
 async def test_a_worker_that_starts_again_waits_for_no_reader_and_stops_none(
     index: LiveIndex, connection: Connection
 ) -> None:
