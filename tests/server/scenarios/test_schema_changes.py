@@ -166,7 +166,7 @@ def test_an_index_that_cannot_follow_is_paused_alone_until_a_replay_or_a_start_a
 
     for name, case in LOSSES.items():
         assert LOST[case][1].format(t=name) in scene.paused(name)
-        scene.follows("beat")
+    scene.follows("beat")
     status, body = pipeline.get("/readyz")
     told = json.loads(pipeline.get("/status")[1])["indexes"]
     metrics = pipeline.get("/metrics")[1].decode()
