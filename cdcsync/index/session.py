@@ -189,7 +189,7 @@ class ApplySession:
 
     async def _refused(self, writer: IndexWriter, changes: ChangeSet) -> str | None:
         """Return the key of a row that the target refuses, by trying halves; None where no single one is at fault."""
-        rows = [*changes.kept, *changes.documents]
+        rows: list[Kept | Document] = [*changes.kept, *changes.documents]
         while len(rows) > 1:
             half = rows[: len(rows) // 2]
             rows = rows[len(half) :] if await self._takes(writer, half) else half
