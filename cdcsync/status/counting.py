@@ -16,6 +16,9 @@ from cdcsync.postgres import Connection
 COUNT_UP_TO = 200_000
 """Rows that are counted one by one, in some tens of milliseconds. Of larger tables the planner's estimate is taken."""
 
+ROW_BYTES = 28
+"""What a row takes at least: its header and its line pointer. A table of so many pages has no more rows than that."""
+
 
 class Counts(msgspec.Struct, frozen=True):
     """An index's figures; `estimated` when not all are exact. `documents` is None when chunks are estimated."""
@@ -31,6 +34,8 @@ class Counts(msgspec.Struct, frozen=True):
 
 async def count_index(target: Connection, names: Names, generation: int) -> Counts:
     """Count an index's chunks, the vectors of a generation and the chunks that wait for one."""
+    if await _small(target, names.chunks, names.vectors(generation), names.backlog):
+        return await _count_small(target, names, generation)
     documents: int | None = None
     chunks, exact_chunks = await _rows(target, names.chunks)
     if exact_chunks:
@@ -42,6 +47,42 @@ async def count_index(target: Connection, names: Names, generation: int) -> Coun
     backlog, backlog_live, failed, exact_backlog = await _count_backlog(target, names, generation)
     exact = exact_chunks and exact_vectors and exact_backlog
     return Counts(documents, chunks, vectors, backlog, backlog_live, failed, not exact)
+
+
+async def _small(target: Connection, *tables: sql.Identifier) -> bool:
+    """Say whether these tables have so few pages that their rows must be few enough to be counted."""
+    (largest,) = await _numbers(
+        target,
+        sql.SQL("SELECT greatest({})").format(
+            sql.SQL(", ").join(
+                sql.SQL("pg_relation_size({}::regclass)").format(sql.Literal(table.as_string(target)))
+                for table in tables
+            )
+        ),
+    )
+    return largest <= COUNT_UP_TO * ROW_BYTES
+
+
+async def _count_small(target: Connection, names: Names, generation: int) -> Counts:
+    """Count a small index in one statement: a worker may have many of them."""
+    chunks, documents, vectors, waiting, live, failed = await _numbers(
+        target,
+        sql.SQL(
+            "SELECT c.*, v.*, b.* FROM"
+            " (SELECT count(*), count(*) FILTER (WHERE chunk_no = 0) FROM {chunks}) AS c,"
+            " (SELECT count(*) FROM {vectors}) AS v,"
+            " (SELECT count(*) FILTER (WHERE attempts < {most}),"
+            " count(*) FILTER (WHERE attempts < {most} AND lane = 0), count(*) FILTER (WHERE attempts >= {most})"
+            " FROM {backlog} WHERE generation = {generation}) AS b"
+        ).format(
+            chunks=names.chunks,
+            vectors=names.vectors(generation),
+            backlog=names.backlog,
+            generation=sql.Literal(generation),
+            most=sql.Literal(MAX_ATTEMPTS),
+        ),
+    )
+    return Counts(documents, chunks, vectors, waiting, live, failed, estimated=False)
 
 
 async def _count_backlog(target: Connection, names: Names, generation: int) -> tuple[int, int, int, bool]:

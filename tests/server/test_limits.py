@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 
 import pytest
+from psycopg import sql
 
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline, until
@@ -72,8 +72,12 @@ def memory_bytes(pipeline: Pipeline) -> float:
 
 def backlog(pipeline: Pipeline) -> int:
     """Return how many chunks of all indexes wait for a vector."""
-    _, status = pipeline.get("/status")
-    return sum(index["backlog"] for index in json.loads(status)["indexes"].values())
+    rows = pipeline.target.execute("SELECT name FROM cdcsync.indexes").fetchall()
+    counts = sql.SQL(" + ").join(
+        sql.SQL("(SELECT count(*) FROM {})").format(sql.Identifier("cdcsync", f"{name}_backlog")) for (name,) in rows
+    )
+    (waiting,) = pipeline.target.execute(sql.SQL("SELECT {}").format(counts)).fetchone() or (0,)
+    return int(waiting)
 
 
 def live(pipeline: Pipeline) -> int:

@@ -177,6 +177,7 @@ def test_a_worker_runs_end_to_end_under_roles_with_the_least_privilege(
     assert pipeline.stop(worker) == 0
 
 
+@pytest.mark.timeout(300)  # a dozen processes, on a machine that may be busy
 def test_every_command_does_its_work_under_the_least_privilege(
     roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
