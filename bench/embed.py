@@ -80,7 +80,7 @@ def main() -> None:
     """Measure and report."""
     documents = dict.fromkeys(entry.doc[:MOST_CHARACTERS].strip() for entry in docstrings())
     model = load()
-    lengths = zip(documents, model.tokenizer(list(documents))["input_ids"], strict=True)
+    lengths = zip(documents, model.tokenizer(list(documents), verbose=False)["input_ids"], strict=True)
     texts = [text for text, tokens in lengths if text and len(tokens) <= MOST_TOKENS]
     sample, texts = texts[:SAMPLE], texts[SAMPLE:]
     best = best_batch(model, sample)
