@@ -193,10 +193,11 @@ class Preparer:
     async def _vectors_in_time(self, documents: Sequence[Document], writer: IndexWriter) -> dict[bytes, str]:
         """Embed a small live batch here and now, if the desk is free and the budget allows."""
         texts = {chunk.hash: chunk.text for one in documents if one.lane == LIVE for chunk in one.chunks}
-        if not 0 < len(texts) <= self._spec.config.inline_max_chunks or not self._desk.idle:
+        budget_s = self._spec.config.inline_budget_ms / 1000
+        if not 0 < len(texts) <= self._spec.config.inline_max_chunks or not self._desk.free_within(budget_s / 2):
             return {}
         with speaking_of("target", where=f"index {self._spec.name}"):
             for known in await writer.known_vectors(list(texts)):
                 del texts[known]
-        made = await self._desk.embed_within(texts, self._spec.config.inline_budget_ms / 1000)
+        made = await self._desk.embed_within(texts, budget_s)
         return {one: vector_text(vector) for one, vector in made.items()}

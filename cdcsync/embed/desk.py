@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import cast
 
@@ -124,6 +124,11 @@ class Desk:
         """Whether a call could begin now."""
         return self.ready.is_set() and self._tasks is not None and self._free.value > 0
 
+    def free_within(self, seconds: float) -> bool:
+        """Whether a call could begin now, or after what is under way has likely ended in this time."""
+        loaded = self.ready.is_set() and self._tasks is not None
+        return self.idle or (loaded and self._seconds_per_text * len(self._under_way) <= seconds)
+
     async def measure(self, texts: Mapping[bytes, str]) -> dict[bytes, int]:
         """Return each text's number of tokens by its hash; what is in a window is measured once."""
         counted = await anyio.to_thread.run_sync(self._lengths.of, list(texts.values()))
@@ -188,7 +193,7 @@ class Desk:
         missing = {one: text for one, text in texts.items() if one not in made}
         if (
             not missing
-            or not self.idle
+            or not self.free_within(budget_s / 2)
             or not self._in_time(len(missing), budget_s)
             or self.embedder.fitting(list(missing.values())) < len(missing)
             or self.far_behind()

@@ -132,6 +132,29 @@ async def test_no_more_calls_run_at_a_time_than_the_embedder_serves(places: int)
             embedder.gates[number].set()
 
 
+async def test_a_small_call_waits_for_a_short_one_and_not_for_a_long_one() -> None:
+    embedder = Gated()
+    async with opened(embedder) as desk, anyio.create_task_group() as tasks:
+        desk._seconds_per_text = 0.01
+        tasks.start_soon(desk.embed, named("a", "b"))
+        await embedder.next_call(1)
+        assert desk.free_within(0.025)
+        assert not desk.free_within(0.015)
+        made = []
+
+        async def ask() -> None:
+            made.append(await desk.embed_within(named("live"), 60.0))
+
+        tasks.start_soon(ask)
+        await anyio.wait_all_tasks_blocked()
+        assert made == []
+        for number in range(2):
+            await embedder.next_call(number + 1)
+            embedder.gates[number].set()
+        await anyio.wait_all_tasks_blocked()
+        assert list(made[0]) == [b"live"]
+
+
 async def test_who_waited_for_a_call_that_failed_calls_for_itself() -> None:
     embedder = Gated(concurrency=2)
     async with opened(embedder) as desk, anyio.create_task_group() as tasks:
