@@ -225,7 +225,10 @@ async def note_memberships(
     sent = publication.tables if publication is not None else {}
     noted = []
     for spec in specs:
-        membership = sent[spec.shape.table].membership if spec.shape.table in sent else None
+        membership = spec.membership
+        if membership is None and spec.shape.table in sent:
+            membership = sent[spec.shape.table].membership
+        # One that is another since the table was examined stays unknown here: the watch sees that it left meanwhile.
         with speaking_of("target", where=f"index {spec.name}"):
             await target.execute(
                 sql.SQL("UPDATE {} SET membership = %s WHERE name = %s AND membership IS DISTINCT FROM %s").format(

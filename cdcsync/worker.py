@@ -63,6 +63,10 @@ STANDBY_POLL_S = 1.0
 RESUME_AGAIN_S = 600.0
 """An index that is paused again within this time of being resumed stays paused until the worker starts anew."""
 
+PASSING_PAUSES = 50
+"""So often within that time when the stream moved past the cause: one that is far behind may meet an old type in batch
+after batch, but not for ever."""
+
 FAR_BEHIND_S = 2.0
 """Embedding waits for a stream that is later than this: more than a batch takes, and more than the clocks of two
 servers that keep time should differ. With clocks that differ more, vectors always follow from the backlog."""
@@ -387,7 +391,7 @@ async def _work_through_schema_changes(
     An index whose table still has all it needs (a type changed, the table was made anew) is resumed by reading the
     table again. The others stay paused, and their changes are skipped, until the configuration or the table is mended.
     """
-    paused_at: dict[str, float] = {}
+    paused_at: dict[str, list[float]] = {}
     reasons: dict[str, str] = {}
     kept_out: set[str] = set()
     while not handle.stopping.is_set():
@@ -408,10 +412,11 @@ async def _work_through_schema_changes(
             for error in {first.index: first, **{error.index: error for error in worker.stream.pauses}}.values():
                 log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
                 now = anyio.current_time()
-                if not error.passing and now - paused_at.get(error.index, -RESUME_AGAIN_S) < RESUME_AGAIN_S:
+                recent = [at for at in paused_at.get(error.index, ()) if now - at < RESUME_AGAIN_S]
+                if len(recent) >= (PASSING_PAUSES if error.passing else 1):
                     kept_out.add(error.index)
                 reasons[error.index] = describe_pause(error)
-                paused_at[error.index] = now
+                paused_at[error.index] = [*recent, now]
         except Unavailable as error:
             if not handle.stopping.is_set():
                 log.warning("set_up_waits", error=str(error))
