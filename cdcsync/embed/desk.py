@@ -47,8 +47,8 @@ MOST_GROWTH = 2.0
 """Calls grow and shrink by this factor at most from one to the next: a single measurement may be an accident."""
 
 MOST_WINDOWS = 16
-"""A window grows with the number of concurrent calls up to this many times its size, so that all have work: clusters have
-dozens. Some 10 MB of texts."""
+"""A window grows with the number of concurrent calls up to this many times its size, so that all have work: clusters
+have dozens. Some 10 MB of texts."""
 
 LONGEST_CALLS = 4
 """A call may take so many times longer where several run at a time, at most."""

@@ -123,7 +123,7 @@ def test_the_example_makes_an_index_that_follows_and_is_verified(
     assert verify(pipeline, EXAMPLES)[0] == 0
     pipeline.target.execute("UPDATE cdcsync.notes_chunks SET document_hash = '\\x00' WHERE id = 3")
     pipeline.target.execute("DELETE FROM cdcsync.notes_chunks WHERE id = 4")
-    status, found = verify(pipeline, EXAMPLES, "--repair")
+    _, found = verify(pipeline, EXAMPLES, "--repair")
     assert found["differences"] == {"stale": 1, "missing": 1}
     pipeline.in_step()
     assert verify(pipeline, EXAMPLES)[0] == 0
