@@ -276,7 +276,6 @@ class Desk:
             self._made.popitem(last=False)
         return made
 
-
     def _pace(self, tokens: int, elapsed: float) -> None:
         """Learn from a call how large the next ones may be.
 
