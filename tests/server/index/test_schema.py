@@ -13,7 +13,7 @@ import pytest
 from psycopg import sql
 
 from cdcsync.errors import SetupError
-from cdcsync.index.building import build_hnsw
+from cdcsync.index.building import build_hnsw, build_search
 from cdcsync.index.pipelines import Pipelines
 from cdcsync.index.schema import (
     OPERATORS,
@@ -335,14 +335,6 @@ async def test_vectors_of_another_width_that_another_index_left_are_refused(inde
     assert "drop it" in str(refused.value.hint)
 
 
-async def test_vectors_of_another_width_that_another_index_left_are_refused(index: LiveIndex) -> None:
-    with pytest.raises(SetupError, match=r"vectors are of type vector\(3\), not vector\(5\)") as refused:
-        await create_vectors(index.connection, SCHEMA, make_spec(dimensions=5))
-
-    assert refused.value.where == '"cdcsync"."articles_vectors_1"'
-    assert "drop it" in str(refused.value.hint)
-
-
 async def test_a_worker_that_starts_again_waits_for_no_reader_and_stops_none(
     index: LiveIndex, connection: Connection
 ) -> None:
@@ -388,6 +380,24 @@ async def test_a_search_through_the_view_scans_the_hnsw_index(
     found = await plan(index.connection, OPERATORS[distance], vector_type)
     assert "Index Scan using articles_vectors_1_hnsw" in found
     assert "Seq Scan" not in found
+
+
+async def test_the_index_for_keyword_search_is_built_once_and_at_the_end(open_index: OpenIndex) -> None:
+    index = await open_index()
+    await fill(index)
+    named = "SELECT pg_get_indexdef(to_regclass('cdcsync.articles_chunks_search'))"
+    workers = await rows(index.connection, "SHOW max_parallel_maintenance_workers")
+    assert await rows(index.connection, named) == [(None,)]
+
+    hnsw = msgspec.structs.replace(index.spec.config.hnsw, build_workers=1)
+    spec = msgspec.structs.replace(index.spec, config=msgspec.structs.replace(index.spec.config, hnsw=hnsw))
+    assert await build_search(index.connection, SCHEMA, spec)
+    assert not await build_search(index.connection, SCHEMA, spec)
+
+    assert "USING gin (search)" in (await rows(index.connection, named))[0][0]
+    assert await rows(index.connection, "SHOW max_parallel_maintenance_workers") == workers
+    without = msgspec.structs.replace(spec, config=msgspec.structs.replace(spec.config, search=None))
+    assert not await build_search(index.connection, SCHEMA, without)
 
 
 async def test_the_hnsw_index_is_built_once_with_its_parameters(open_index: OpenIndex) -> None:
