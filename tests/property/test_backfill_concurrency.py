@@ -259,6 +259,11 @@ def test_commits_that_are_delivered_before_they_are_visible_are_not_undone_by_ol
         # What was delivered while no backfill ran has to be seen: this one waits until it is.
         resync = ask(pipeline, "resync")
         until(lambda: state(pipeline, resync) == "running", "the resync to begin")
+        for tick in range(20):  # time enough for a page that did not wait
+            admin.execute("UPDATE notes SET tenant = %s WHERE id = (SELECT min(id) FROM notes)", [1000 + tick])
+            pipeline.reach("notes")
+        done = pipeline.target.execute("SELECT rows_done FROM cdcsync.backfills WHERE id = %s", [resync])
+        assert done.fetchone() == (0,)
         assert held(pipeline) == {"born": "new", "keep": "new", "moved": "old"}
         admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
         admin.execute("SELECT pg_reload_conf()")
