@@ -148,7 +148,7 @@ class WorkerHandle:
         return status
 
     async def aclose(self) -> None:
-        """Close the connections that the status is read over."""
+        """Close the connections that the status is read over, and send the last spans."""
         await self._source.aclose()
         await self._target.aclose()
         await anyio.to_thread.run_sync(self.tracing.close)

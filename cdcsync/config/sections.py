@@ -126,7 +126,7 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     listen: Address = "127.0.0.1:9477"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
-    batch_rows: Rows = 10_000
+    batch_rows: Rows = 5_000
     batch_bytes: BatchBytes = 8 * 1024 * 1024
     backfill_page_rows: Rows = 1_000
     backfill_max_rows_per_s: Annotated[int, Meta(ge=0, le=10**9)] = 0

@@ -142,7 +142,9 @@ class Desk:
         """Return how many of these texts, from the first on, the next call should have; at least one."""
         wanted: list[str] = []
         tokens = 0
-        for one, text in islice(texts.items(), WINDOW_TEXTS):
+        # Where several calls run at a time, each gets its share of what there is.
+        share = max(SMALL_CALL_TEXTS, -(-len(texts) // self.places))
+        for one, text in islice(texts.items(), min(share, WINDOW_TEXTS)):
             tokens += self._size(one, text)
             if wanted and tokens > self.call_tokens:
                 break
@@ -225,8 +227,8 @@ class Desk:
         return False
 
     def quick(self, texts: int, within_s: float) -> bool:
-        """Say whether so many texts are likely to take no longer than this, besides what is under way."""
-        return self.ready.is_set() and self._seconds_per_text * texts <= within_s
+        """Say whether so many texts are likely to take no longer than this; nobody knows before the first call."""
+        return self.ready.is_set() and 0 < self._seconds_per_text * texts <= within_s
 
     def forget(self) -> None:
         """Forget the vectors made recently: someone wants them made anew."""
@@ -259,6 +261,8 @@ class Desk:
             validate(vectors, len(texts), self.embedder.dimensions)
         except EmbedError as error:
             self._metrics.embed_errors.labels(name, type(error).__name__).inc()
+            # One that hangs before it fails is no quick one, whatever it was before.
+            self._seconds_per_text = max(self._seconds_per_text, (self._clock() - started) / len(texts))
             raise
         elapsed = self._clock() - started
         self._metrics.embed_texts.labels(name).inc(len(texts))

@@ -38,8 +38,6 @@ def pipeline(make_cluster: Callable[..., Cluster], make_simple: MakeSimple, tmp_
         cluster.dsn(),
         make_target(cluster),
         source_lines=f'spool_directory = "{spool}"\nspool_bytes = 10_000_000_000',
-        # What a batch takes is another matter, and grows with this.
-        worker_lines="batch_rows = 500",
     )
 
 

@@ -146,9 +146,7 @@ def batches(pipeline: Pipeline) -> int:
 
 def far_enough(pipeline: Pipeline, wanted: int, lsn: str) -> bool:
     """Say whether so many batches were applied, or all before `lsn`: a busy worker makes few and large ones."""
-    return (
-        batches(pipeline) >= wanted or pipeline.processes[-1].poll() is not None or pipeline.reached("articles", lsn)
-    )
+    return batches(pipeline) >= wanted or pipeline.processes[-1].poll() is not None or pipeline.reached("articles", lsn)
 
 
 @pytest.mark.faults

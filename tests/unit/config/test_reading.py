@@ -210,7 +210,10 @@ def test_all_problems_of_a_file_are_reported_together() -> None:
     ("keys", "lines"),
     [
         ("", ["indexes.b.text: is required, unless documents names a function; it is the template of a document"]),
-        ('documents = "m:f"', ["indexes.b.document_columns: names the columns of the function in documents: give both"]),
+        (
+            'documents = "m:f"',
+            ["indexes.b.document_columns: names the columns of the function in documents: give both"],
+        ),
         (
             'text = "{a}"\ndocuments = "m:f"\ndocument_columns = ["a", "a"]',
             [

@@ -127,7 +127,7 @@ def test_the_schema_says_what_reading_checks() -> None:
         "type": "integer",
         "minimum": 1,
         "maximum": 100_000,
-        "default": 10_000,
+        "default": 5_000,
         "description": "the most changed rows in one target transaction.",
     }
     assert definitions["Source"]["properties"]["slot"]["pattern"] == "^[a-z0-9_]{1,63}$"
