@@ -62,6 +62,15 @@ def rays() -> Iterator[RayCluster]:
         yield made
 
 
+@pytest.fixture
+def doomed() -> Iterator[RayCluster]:
+    """A cluster for one test that ends it."""
+    with ray_cluster() as made:
+        if made is None:
+            pytest.skip("the extra `ray` is not installed")
+        yield made
+
+
 def gated(gate: threading.Event) -> Misdeed:
     """Answer once the gate is open."""
 
@@ -141,12 +150,12 @@ async def test_an_embedder_that_actors_cannot_open_says_why(rays: RayCluster, pr
 @pytest.mark.server
 @pytest.mark.timeout(240)  # some 25 s on an idle machine
 def test_nodes_actors_and_the_head_come_and_go_and_nothing_is_lost_or_embedded_for_nothing(
-    rays: RayCluster,
+    doomed: RayCluster,
     database: Database,
     make_pipeline: Callable[[str], Pipeline],
     provider: FakeProvider,
 ) -> None:
-    fleet = f'address = "{rays.address}"\nactors_max = 2\ntasks_in_flight = {IN_FLIGHT}'
+    fleet = f'address = "{doomed.address}"\nactors_max = 2\ntasks_in_flight = {IN_FLIGHT}'
     pipeline = make_pipeline(config_text(provider, fleet, source=database.dsn, slot=database.name))
     pipeline.source.execute("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, body text)")
     pipeline.source.execute("INSERT INTO articles SELECT i, i % 3, 'article ' || i FROM generate_series(1, 120) AS i")
@@ -156,11 +165,11 @@ def test_nodes_actors_and_the_head_come_and_go_and_nothing_is_lost_or_embedded_f
     # One processor, one actor with two calls; a node joins, and the second actor has two more.
     worker = pipeline.start()
     until(lambda: provider.most_at_once == IN_FLIGHT, "two calls of one actor")
-    node = rays.add_node()
+    node = doomed.add_node()
     until(lambda: provider.most_at_once == 2 * IN_FLIGHT, "two calls of each of two actors")
 
     # The node dies with two calls in hand; the other actor makes them again, and all others.
-    rays.kill_node(node)
+    doomed.kill_node(node)
     gate.set()
     pipeline.live()
     assert len(provider.embedded) == 120
@@ -171,9 +180,9 @@ def test_nodes_actors_and_the_head_come_and_go_and_nothing_is_lost_or_embedded_f
     held = len(provider.requests)
     pipeline.source.execute("UPDATE articles SET body = 'changed ' || id WHERE id <= 5")
     until(lambda: len(provider.requests) > held, "a call in hand")
-    (actor,) = actors(rays.head)
+    (actor,) = actors(doomed.head)
     os.kill(actor, signal.SIGKILL)
-    until(lambda: actors(rays.head) not in ([], [actor]), "another actor")
+    until(lambda: actors(doomed.head) not in ([], [actor]), "another actor")
     gate.set()
     until(lambda: backlog(pipeline) == 0, "the vectors")
     assert repeated(provider) <= IN_FLIGHT * BATCH_TEXTS + 5
@@ -187,7 +196,7 @@ def test_nodes_actors_and_the_head_come_and_go_and_nothing_is_lost_or_embedded_f
 
     # The worker is killed: what it started ends too, and the next one goes on.
     (driver,) = (pid for pid, title in children(worker.pid) if "ray_pool" in title)
-    left = [driver, *actors(rays.head)]
+    left = [driver, *actors(doomed.head)]
     pipeline.stop(worker, signal.SIGKILL)
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), "the end of the driver and its actors")
     pipeline.source.execute("UPDATE articles SET body = 'another worker ' || id WHERE id <= 5")
@@ -195,7 +204,7 @@ def test_nodes_actors_and_the_head_come_and_go_and_nothing_is_lost_or_embedded_f
     until(lambda: backlog(pipeline) == 0 and "another worker 1" in provider.embedded, "the vectors")
 
     # The whole cluster goes: vectors wait, text does not, and the worker ends in order.
-    rays.kill_node(rays.head)
+    doomed.kill_node(doomed.head)
     pipeline.source.execute("UPDATE articles SET body = 'without a cluster ' || id WHERE id <= 5")
     pipeline.in_step(vectors=False)
     pipeline.event("embedder_unavailable")

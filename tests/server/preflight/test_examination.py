@@ -41,7 +41,10 @@ async def test_a_sound_configuration_gives_the_indexes_as_they_are_to_be(
     report = await examined(config)
     refuse(report)
     (spec,) = report.specs
-    assert spec.shape == Shape("books", QualifiedName("public", "books"), ("place", "shelf"), ("tenant",), ("body",))
+    types = ((23, -1), (25, -1), (1043, 8 + 4), (25, -1))  # integer, text, varchar(8) as its typmod says it, text
+    assert spec.shape == Shape(
+        "books", QualifiedName("public", "books"), ("place", "shelf"), ("tenant",), ("body",), types
+    )
     assert spec.source_key_types == spec.key_types == ("integer", "text")
     assert spec.carried_types == ("character varying(8)",)
     assert (spec.model, spec.dimensions, spec.distance) == (EMBEDDER.identity, 16, "cosine")

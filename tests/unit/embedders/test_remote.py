@@ -269,10 +269,10 @@ async def test_a_request_that_fails_where_another_works_is_the_texts_fault(
 
 
 async def test_no_answer_in_time_is_an_error_and_the_text_can_be_at_fault(make: Any, provider: FakeProvider) -> None:
-    embedder = await make(timeout_s=0.1)
+    embedder = await make(timeout_s=1.0)
     provider.misdeeds.extend([slow] * provider_module.TRIES)
 
-    with pytest.raises(EmbedError, match=r"no answer within 0\.1 s") as failure:
+    with pytest.raises(EmbedError, match=r"no answer within 1 s") as failure:
         await embedder.embed(TEXTS)
     assert type(failure.value) is EmbedError
 
