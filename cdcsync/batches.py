@@ -91,7 +91,8 @@ class IndexChanges:
         if isinstance(row, Delete):
             self._put(row)
         else:
-            self.live.pop(row.key, None)
+            # What the stream had for the key may have been preceded by more, in batches that are written already.
+            self.known = self.live.pop(row.key, None) is not None or self.known
             self.filled[row.key] = row
 
     def _put(self, change: RowChange) -> None:

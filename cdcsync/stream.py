@@ -165,8 +165,12 @@ class Stream:
             raise leading(group) from None
 
     def pause(self, error: SchemaChanged) -> None:
-        """Pause an index with the next commit; following then ends with this error, to be begun again without it."""
+        """Pause an index with the next commit; following then ends with this error, to be begun again without it.
+
+        A transaction under way is taken to its end first: begun again before it, the same would be found again.
+        """
         self._batch.paused[error.index] = describe_pause(error)
+        self._batch.partial = self._batch.partial or self._assembler.unfinished
         self.pauses.append(error)
         self._wake_apply.set()
 
@@ -280,7 +284,7 @@ class Stream:
                         self._batch.oldest_us = self._committed_at_us
 
     def _end_transaction(self, transaction: Committed) -> None:
-        if self._batch or self._batch.pages:
+        if self._batch or self._batch.pages or self._paused:
             self._batch.commit(transaction)
             self.tracing.end(self._batch.origins)
         else:
@@ -301,7 +305,7 @@ class Stream:
 
     def _note_dry(self) -> None:
         self._dry = True
-        if self._batch or self._passed > self.progress.checkpoint:
+        if self._ready or self._passed > self.progress.checkpoint:
             self._wake_apply.set()
 
     @property
@@ -359,7 +363,11 @@ class Stream:
     def _ready(self) -> bool:
         if self.stopping:
             return False
-        return self._full or (self._dry and bool(self._batch) and not self._batch.partial)
+        if self._full:
+            return True
+        # The end of a transaction in the middle of which an index was paused is stored even if nothing came after it.
+        ends = bool(self._paused) and self._batch.end_lsn is not None
+        return self._dry and not self._batch.partial and (bool(self._batch) or ends)
 
     async def _apply(self, batch: Batch) -> None:
         """Bring a batch to the target."""

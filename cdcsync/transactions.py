@@ -92,6 +92,11 @@ class Assembler:
         """Whether a transaction has begun and not ended."""
         return self._xid is not None
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether a transaction has begun of which a `Committed` will tell the end."""
+        return self._xid is not None and not self._skipping
+
     def feed(self, message: PgoutputMessage) -> Sequence[Event]:
         """Take the next message and return what follows from it, in order.
 

@@ -200,7 +200,8 @@ class _Worker:
                 server = await read_server(source)
         if server.wal_sender_timeout_s > 0:
             self.stream.status_every_s = min(config.source.feedback_every_s, server.wal_sender_timeout_s / 3)
-        await self.session.prepare(self.specs)
+        async with interrupted_by(self.handle.stopping, self.session.connection):
+            await self.session.prepare(self.specs)
         return "ready"
 
     async def work(self) -> None:

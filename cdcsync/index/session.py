@@ -134,9 +134,14 @@ class ApplySession:
     async def prepare(self, specs: Sequence[IndexSpec]) -> None:
         """Create the connection's stages for these indexes."""
         with speaking_of("target"):
-            self._writers = {spec.name: IndexWriter(self.connection, self._schema, spec) for spec in specs}
-            for writer in self._writers.values():
-                await writer.open()
+            writers = {spec.name: IndexWriter(self.connection, self._schema, spec) for spec in specs}
+            try:
+                for writer in writers.values():
+                    await writer.open()
+            except BaseException:
+                await self.aclose()  # half of them open is worse than none
+                raise
+            self._writers = writers
 
     async def state(self) -> PipelineState:
         """Return the stored state of the pipeline."""

@@ -68,10 +68,10 @@ _SHARED = (
         live_at timestamptz,
         table_oid bigint,
         sent text,
-        membership bigint,
-        partitions jsonb
+        membership bigint
     )
     """,
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS partitions jsonb",
     "COMMENT ON COLUMN {schema}.indexes.partitions IS"
     " 'Of a partitioned table, the partitions by OID: which file holds each, and which transactions attached it.'",
     "COMMENT ON TABLE {schema}.indexes IS 'cdcsync: one row per index, with what its chunks and vectors were made by.'",

@@ -194,3 +194,17 @@ def test_a_slot_that_is_dropped_in_the_middle_of_the_initial_load_is_healed_by_a
     until(dropped, "the slot to be dropped")
 
     until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
+
+
+def test_a_large_transaction_from_before_a_type_change_pauses_its_index_once(pipeline: Pipeline) -> None:
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.source.execute("INSERT INTO articles SELECT i, repeat('title ', 100), 1 FROM generate_series(31, 6000) i")
+    pipeline.source.execute("ALTER TABLE articles ALTER COLUMN rating TYPE text USING 'rated ' || rating")
+    pipeline.source.execute("INSERT INTO notes VALUES (1000, 'goes on')")
+    seen = len(pipeline.events())
+
+    pipeline.start()
+
+    until(pipeline.in_step_now, pipeline.tail)
+    paused = [event for event in pipeline.events()[seen:] if event.get("event") == "index_paused"]
+    assert len(paused) <= 1

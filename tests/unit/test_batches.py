@@ -279,3 +279,14 @@ def test_one_page_that_rewrites_makes_the_batch_rewrite_that_index(rewrites: tup
 
     assert batch.of(SHAPE).rewrite is any(rewrites)
     assert not batch.of(OTHER).rewrite
+
+
+def test_a_page_that_overtakes_a_change_may_be_of_a_document_that_the_index_has() -> None:
+    fresh, overtaking = IndexChanges(SHAPE), IndexChanges(SHAPE)
+    overtaking.add(put("a", "1", "old"))
+
+    fresh.add_page_row(put("a", "1", "new"))
+    overtaking.add_page_row(put("a", "1", "new"))
+
+    assert (fresh.known, overtaking.known) == (False, True)
+    assert not overtaking.live

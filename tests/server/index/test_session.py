@@ -15,7 +15,7 @@ from psycopg.pq import TransactionStatus
 import cdcsync.index.session as session_module
 from cdcsync.batches import PageEnd
 from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetUnavailable
-from cdcsync.index.apply import Applied, ChangeSet
+from cdcsync.index.apply import Applied, ChangeSet, IndexWriter
 from cdcsync.index.pipelines import Pipelines
 from cdcsync.index.requests import Requests
 from cdcsync.index.schema import create_index_relations
@@ -396,3 +396,37 @@ async def test_a_target_that_is_away_is_waited_for() -> None:
     session = ApplySession("postgresql://postgres@127.0.0.1:1/nowhere", SCHEMA, SLOT)
     with pytest.raises(TargetUnavailable):
         await session.try_open()
+
+
+async def test_a_session_whose_stages_cannot_be_made_is_closed_and_opened_again(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await pipeline.open()
+    await pipeline.broken(session)
+    opened = IndexWriter.open
+    made = 0
+
+    async def failing(writer: IndexWriter) -> None:
+        nonlocal made
+        made += 1
+        if made == 2:
+            raise psycopg.errors.DiskFull("no space left on device")
+        await opened(writer)
+
+    monkeypatch.setattr(IndexWriter, "open", failing)
+    with pytest.raises(TargetUnavailable):
+        await session.reopen(SPECS)
+    with pytest.raises(TargetUnavailable):
+        await session.apply({}, (), Lsn(5), commit_time=None, caught_up=True)
+
+    await session.reopen(SPECS)
+    await session.apply({SPECS[0].name: changes(document("1", "x"))}, (), Lsn(9), commit_time=None, caught_up=True)
+    assert await pipeline.checkpoint() == Lsn(9)
+
+
+async def test_tables_of_before_partitions_were_followed_are_brought_up(pipeline: Pipeline) -> None:
+    await pipeline.connection.execute(f"ALTER TABLE {SCHEMA}.indexes DROP COLUMN partitions".encode())
+
+    await create_shared(pipeline.connection, SCHEMA)
+
+    assert await pipeline.rows(f"SELECT count(partitions) FROM {SCHEMA}.indexes") == [(0,)]
