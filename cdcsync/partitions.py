@@ -108,7 +108,8 @@ async def _request(
         filter_ = " OR ".join(bounds) if len(bounds) == len(come) else None
         await requests.add(target, index, "replay", rewrite=False, filter_=filter_)
     if left:
-        await requests.add(target, index, "resync", rewrite=False, filter_=None, phase="orphans")
+        # Not a resync: whether an index is whole is told by its last load, which this is none.
+        await requests.add(target, index, "replay", rewrite=False, filter_=None, phase="orphans")
     log.info("partitions_changed", index=index, come=len(come), left=len(left))
 
 

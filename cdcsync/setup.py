@@ -170,7 +170,11 @@ async def _register(
     request = _needed_backfill(spec, before, spec.shape.table in unpublished)
     if request is not None:
         kind, rewrite = request
-        await Requests(config.target.schema).add(target, spec.name, kind, rewrite=rewrite, filter_=None)
+        requests = Requests(config.target.schema)
+        if kind == "resync":
+            await requests.reload(target, spec.name, rewrite=rewrite)
+        else:
+            await requests.add(target, spec.name, kind, rewrite=rewrite, filter_=None)
         log.info("backfill_requested", index=spec.name, kind=kind, rewrite=rewrite)
 
 

@@ -97,7 +97,7 @@ class Requests:
         """Ask for a backfill and wake the worker; takes effect when the caller commits.
 
         :param keys: needs a transaction around it, so that the worker does not see the request without them.
-        :param phase: where it begins: a resync from "orphans" on only removes what the source no longer has.
+        :param phase: where it begins: what begins at "orphans" only removes what the source no longer has.
         """
         cursor = await connection.execute(
             sql.SQL(
@@ -120,6 +120,31 @@ class Requests:
             )
         await self._wake(connection, index)
         return id_
+
+    async def reload(self, connection: Connection, index: str, *, rewrite: bool) -> int:
+        """Ask for a resync in place of the loads that are open: it reads all that they would have read.
+
+        Needs a transaction around it. Documents are chunked again where a load that did not get through was to do so.
+        """
+        await connection.execute(
+            sql.SQL(
+                "UPDATE {} SET state = 'cancelled', finished_at = now()"
+                " WHERE index_name = %s AND kind IN ('initial', 'resync') AND filter IS NULL AND state = ANY(%s)"
+            ).format(self._table),
+            [index, list(OPEN)],
+        )
+        cursor = await connection.execute(
+            sql.SQL(
+                "SELECT coalesce(bool_or(b.rewrite), false) FROM {} AS b"
+                " WHERE b.index_name = %s AND b.kind IN ('initial', 'resync') AND b.state <> 'done' AND NOT EXISTS"
+                " (SELECT FROM {} AS d WHERE d.index_name = b.index_name AND d.kind IN ('initial', 'resync')"
+                " AND d.state = 'done' AND d.id > b.id)"
+            ).format(self._table, self._table),
+            [index],
+        )
+        row = await cursor.fetchone()
+        assert row is not None
+        return await self.add(connection, index, "resync", rewrite=rewrite or cast(bool, row[0]), filter_=None)
 
     async def _wake(self, connection: Connection, index: str) -> None:
         await connection.execute("SELECT pg_notify(%s, %s)", [self.channel, index])

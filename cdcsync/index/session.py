@@ -165,7 +165,7 @@ class ApplySession:
             async with self.connection.transaction():
                 await self._pipelines.forget(self.connection, self._fence)
                 for index in resync:
-                    await requests.add(self.connection, index, "resync", rewrite=False, filter_=None)
+                    await requests.reload(self.connection, index, rewrite=False)
 
     async def apply(
         self,

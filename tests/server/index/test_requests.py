@@ -186,3 +186,38 @@ async def test_what_has_ended_is_forgotten_in_time_but_not_the_load_that_an_inde
     assert await left("1 second") == ([open_one], everything, everything)
     assert await left("1 day") == ([open_one], [open_one], everything)
     assert await left("8 days") == ([open_one], [open_one], sorted([ids["initial"], ids["resync"], open_one]))
+
+
+async def open_ones(connection: Connection) -> list[tuple[object, ...]]:
+    cursor = await connection.execute(
+        "SELECT id, kind, rewrite, cursor FROM cdcsync.backfills WHERE index_name = 'articles'"
+        " AND state IN ('requested', 'running', 'paused') ORDER BY id"
+    )
+    return await cursor.fetchall()
+
+
+@pytest.mark.parametrize("state", ["requested", "running", "paused"])
+async def test_a_reload_takes_the_place_of_the_loads_that_are_open(connection: Connection, state: str) -> None:
+    load = await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
+    await end(connection, load, state)
+    replay, other = (
+        await add(connection),
+        await REQUESTS.add(connection, "notes", "initial", rewrite=False, filter_=None),
+    )
+    async with connection.transaction():
+        await REQUESTS.reload(connection, "articles", rewrite=False)
+        newest = await REQUESTS.reload(connection, "articles", rewrite=False)
+
+    assert await open_ones(connection) == [(replay, "replay", False, None), (newest, "resync", False, None)]
+    assert [one.id for one in [await next_one(connection, "notes")] if one is not None] == [other]
+
+
+@pytest.mark.parametrize("state", ["running", "failed", "cancelled", "done"])
+async def test_a_reload_chunks_again_where_the_load_before_it_did_not_get_through(
+    connection: Connection, state: str
+) -> None:
+    load = await REQUESTS.add(connection, "articles", "resync", rewrite=True, filter_=None)
+    await end(connection, load, state)
+    async with connection.transaction():
+        again = await REQUESTS.reload(connection, "articles", rewrite=False)
+    assert await open_ones(connection) == [(again, "resync", state != "done", None)]

@@ -10,6 +10,7 @@ import anyio
 import msgspec
 import psycopg
 import pytest
+import structlog
 from psycopg import sql
 
 from cdcsync.errors import SetupError
@@ -446,6 +447,64 @@ async def test_an_index_that_an_interrupted_build_left_behind_is_replaced(
     assert await build_hnsw(building, SCHEMA, index.spec)
     assert await rows(connection, valid) == [(True,)]
     assert await rows(building, "SHOW maintenance_work_mem") == await rows(connection, "SHOW maintenance_work_mem")
+
+
+async def test_a_build_that_a_killed_worker_left_running_is_waited_for_and_taken(
+    index: LiveIndex, connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    await fill(index, 10)
+    old, left_behind, building = await connect_target(), await connect_target(), await connect_target()
+    built: list[bool] = []
+
+    async def build_again() -> None:
+        built.append(await build_hnsw(building, SCHEMA, index.spec))
+
+    async def looked() -> bool:
+        return any(event["event"] == "index_build_waits" for event in events)
+
+    oid = "SELECT to_regclass('cdcsync.articles_vectors_1_hnsw')::oid::int8"
+    with structlog.testing.capture_logs() as events:
+        async with anyio.create_task_group() as tasks, old.transaction():
+            await old.execute("UPDATE cdcsync.articles_vectors_1 SET chunk_id = chunk_id")
+            tasks.start_soon(build_hnsw, left_behind, SCHEMA, index.spec)
+            await until_blocked(connection, left_behind)
+            ((first,),) = await rows(connection, oid)
+            tasks.start_soon(build_again)
+            await until(looked)
+            assert await rows(connection, oid) == [(first,)]
+
+    assert built == [False]
+    assert await rows(connection, oid) == [(first,)]
+    valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('cdcsync.articles_vectors_1_hnsw')"
+    assert await rows(connection, valid) == [(True,)]
+
+
+async def test_two_builds_that_wait_for_the_table_at_once_come_to_one_index(
+    index: LiveIndex, connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    """Each saw no other; the server ends one of them as a deadlock, or it finds the name taken."""
+    await fill(index, 10)
+    old, first, second = await connect_target(), await connect_target(), await connect_target()
+    built: list[bool] = []
+
+    async def build(session: Connection) -> None:
+        built.append(await build_hnsw(session, SCHEMA, index.spec))
+
+    async with anyio.create_task_group() as tasks, old.transaction():
+        await old.execute("LOCK TABLE cdcsync.articles_vectors_1 IN SHARE UPDATE EXCLUSIVE MODE")
+        for session in (first, second):
+            tasks.start_soon(build, session)
+            await until_blocked(connection, session)
+
+    assert sorted(built) == [False, True]
+    valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('cdcsync.articles_vectors_1_hnsw')"
+    assert await rows(connection, valid) == [(True,)]
+
+
+async def test_a_name_that_another_relation_has_is_an_error_and_not_waited_for(index: LiveIndex) -> None:
+    await index.connection.execute("CREATE TABLE cdcsync.articles_vectors_1_hnsw ()")
+    with pytest.raises(psycopg.errors.DuplicateTable):
+        await build_hnsw(index.connection, SCHEMA, index.spec)
 
 
 async def test_writers_go_on_while_the_index_is_built(
