@@ -89,7 +89,8 @@ class IndexChanges:
     def add_page_row(self, row: Upsert | Delete) -> None:
         """Add a row that a backfill read, or found missing, and that belongs here, at its page's mark."""
         if isinstance(row, Delete):
-            self._put(row)
+            if not isinstance(self.live.get(row.key), Delete):
+                self._put(row)
         else:
             # What the stream had for the key may have been preceded by more, in batches that are written already.
             self.known = self.live.pop(row.key, None) is not None or self.known

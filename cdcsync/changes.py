@@ -64,12 +64,16 @@ class Upsert(msgspec.Struct, frozen=True, gc=False):
 
 
 class Delete(msgspec.Struct, frozen=True, gc=False):
-    """A row that is gone."""
+    """A row that is gone.
+
+    :ivar as_written: whether a row whose key is equal but written differently (1.00 for 1.0) is another, which stays.
+    """
 
     shape: Shape
     key: Key
     xid: int
     lsn: int
+    as_written: bool = False
 
 
 class Truncation(msgspec.Struct, frozen=True, gc=False):

@@ -68,7 +68,9 @@ class Preparer:
 
         :raises SourceUnavailable, TargetUnavailable: nothing is lost by preparing the same changes again.
         """
-        deleted = [change.key for change in changes.live.values() if isinstance(change, Delete)]
+        deletions = [change for change in changes.live.values() if isinstance(change, Delete)]
+        deleted = [change.key for change in deletions if not change.as_written]
+        absent = [change.key for change in deletions if change.as_written]
         upserts = [(change, LIVE) for change in changes.live.values() if isinstance(change, Upsert)]
         upserts += [(change, BACKFILL) for change in changes.filled.values()]
         upserts = await self._complete(upserts)
@@ -77,7 +79,7 @@ class Preparer:
         fresh = bool(changes.filled) and not (changes.known or changes.live or changes.truncated)
         if not (changes.truncated or fresh):
             with speaking_of("target", where=f"index {self._spec.name}"):
-                stored = await writer.stored_hashes([*deleted, *(one.change.key for one in rendered)])
+                stored = await writer.stored_hashes([*deleted, *absent, *(one.change.key for one in rendered)])
         kept = []
         changed = []
         for one in rendered:
@@ -107,7 +109,16 @@ class Preparer:
         if not fresh:
             waiting = {chunk.hash for one in documents for chunk in one.chunks} & made.keys()
             vectors |= {one: vector_text(made[one]) for one in waiting}
-        return ChangeSet(changes.truncated, [] if changes.truncated else deleted, kept, documents, vectors, fresh, made)
+        return ChangeSet(
+            truncated=changes.truncated,
+            deleted=[] if changes.truncated else deleted,
+            kept=kept,
+            documents=documents,
+            vectors=vectors,
+            fresh=fresh,
+            made=made,
+            absent=[] if changes.truncated else absent,
+        )
 
     def _carried(self, change: Upsert) -> Row:
         return self._spec.shape.carried_of(change.row)

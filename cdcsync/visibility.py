@@ -13,7 +13,8 @@ The rules:
 3. A transaction delivered while the index was *not* recorded is a *suspect*: its keys are unknown, so no page may be
    read by a snapshot that does not see it. So is every transaction that was running when the pipeline began to
    receive, or when a table joined the publication: what it did before may never be delivered.
-4. What a snapshot sees, every later snapshot sees. Whatever the newest snapshot sees is forgotten.
+4. What a snapshot sees, every later snapshot sees. Whatever the oldest snapshot that still matters sees is forgotten,
+   and not remembered when it is delivered only afterwards: a stream that is hours late brings nothing else.
 5. Of no more than `MOST_KEYS` keys the transactions are remembered. Beyond that they become suspects: a page that does
    not see them has to be read again, and waits until it does.
 
@@ -80,6 +81,7 @@ class Deliveries:
         self._suspects: set[int] = set()
         self._keys: dict[Key, int] | None = None
         self._truncated: int | None = None
+        self._seen: Snapshot | None = None
 
     @property
     def recording(self) -> bool:
@@ -99,6 +101,7 @@ class Deliveries:
     def begin_anew(self) -> None:
         """Forget everything: what follows comes from a slot, or a cluster, that the past says nothing about."""
         self._suspects.clear()
+        self._seen = None
         self._truncated = None
         if self._keys is not None:
             self._keys = {}
@@ -123,6 +126,8 @@ class Deliveries:
 
     def touched(self, key: Key, xid: int) -> None:
         """Note that the stream delivered a change of `key` made by `xid`."""
+        if self._seen is not None and self._seen.sees(xid):
+            return
         if self._keys is None:
             self._suspects.add(xid)
             return
@@ -133,6 +138,8 @@ class Deliveries:
 
     def truncated(self, xid: int) -> None:
         """Note that the stream delivered a TRUNCATE made by `xid`."""
+        if self._seen is not None and self._seen.sees(xid):
+            return
         if self._keys is None:
             self._suspects.add(xid)
         else:
@@ -150,10 +157,15 @@ class Deliveries:
         return xid is not None and not snapshot.sees(xid)
 
     def forget_seen(self, snapshot: Snapshot) -> None:
-        """Forget what `snapshot`, the oldest one a page is still to be applied under, sees already."""
+        """Forget what `snapshot`, the oldest one a page is still to be applied under, sees already, now and later."""
+        self._seen = snapshot
         self._suspects = {xid for xid in self._suspects if not snapshot.sees(xid)}
         if self._keys:
             hidden = {xid for xid in set(self._keys.values()) if not snapshot.sees(xid)}
             self._keys = {key: xid for key, xid in self._keys.items() if xid in hidden} if hidden else {}
         if self._truncated is not None and snapshot.sees(self._truncated):
             self._truncated = None
+
+    def forget_snapshot(self) -> None:
+        """Go by no snapshot any more: one that grows as old as half the ids there are would seem to see new ones."""
+        self._seen = None

@@ -247,7 +247,8 @@ class _Worker:
         """Follow the slot over any number of connections until told to stop."""
         attempt = 0
         control = Session(self.config.source.dsn, "source", application_name="cdcsync control")
-        suspected = False
+        followed: int | None = None
+        """The timeline that what is remembered of deliveries belongs to."""
         while not self.stream.stopping:
             try:
                 async with control, await SlotConnection.connect(self.config.source.dsn) as slot:
@@ -260,17 +261,19 @@ class _Worker:
                         break
                     # The marks of pages under way may lie before what this connection will deliver.
                     self.backfills.interrupt()
-                    if anew:
-                        for deliveries in self.deliveries.values():
-                            deliveries.begin_anew()
-                    if anew or not suspected:
+                    timeline = (await slot.identify()).timeline
+                    if anew or timeline != followed:
+                        # On a new timeline, ids that were delivered may never have been given out: no snapshot would
+                        # see them. What counts is delivered again.
+                        followed = None
                         # What these did before the slot or the publication took notice of their tables may never be
                         # delivered.
                         with speaking_of("source"):
                             running = await running_transactions(source)
                         for deliveries in self.deliveries.values():
+                            deliveries.begin_anew()
                             deliveries.suspect(running)
-                        suspected = True
+                        followed = timeline
                     await slot.start(
                         self.config.source.slot,
                         [self.config.source.publication],

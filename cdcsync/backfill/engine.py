@@ -191,7 +191,7 @@ class Backfills:
             if deliveries.hides(key, pending.page.snapshot):
                 continue
             if row is None:
-                rows.append(Delete(shape, key, 0, mark.lsn))
+                rows.append(Delete(shape, key, 0, mark.lsn, as_written=True))
             elif pending.made is not None:
                 rows.append(pending.made.place(shape, place, key, row, mark.lsn))
             else:
@@ -423,6 +423,8 @@ class Backfills:
 
     async def _prune(self) -> None:
         if sum(deliveries.size for deliveries in self._deliveries.values()) == 0:
+            for deliveries in self._deliveries.values():
+                deliveries.forget_snapshot()
             return
         with speaking_of("source"):
             snapshot = await current_snapshot(await self._source.connection())

@@ -15,7 +15,7 @@ import structlog
 
 from cdcsync.changes import Key, Row
 from cdcsync.embed import backoff_s
-from cdcsync.index.keys import page_of_keys
+from cdcsync.index.keys import page_of_keys, written_keys
 from cdcsync.index.requests import Request, Requests
 from cdcsync.index.schema import IndexSpec
 from cdcsync.postgres import Connection, Session, speaking_of
@@ -62,7 +62,8 @@ class Pages:
     ) -> None:
         """Make the reader.
 
-        :param forget: called with each snapshot that does not see enough, for what no page needs to know any more.
+        :param forget: called with a snapshot that is not newer than the page's, for what no page needs to know any
+            more: by the time the page's mark arrives, the stream may have brought all that a late one has to bring.
         """
         self._source = source
         self._schema = schema
@@ -114,8 +115,15 @@ class Pages:
             with speaking_of("source", where=str(self._spec.shape.table)):
                 fitting = await self._table.fitting_keys(await self._source.connection(), keys, PAGE_BYTES)
             page = await self.of_keys(keys[:fitting])
+            present = {key for key, row in page.entries if row is not None}
+            absent = [key for key, row in page.entries if row is None]
+            with speaking_of("target", where=f"index {self._spec.name}"):
+                written = await written_keys(target, self._schema, self._spec, absent)
+            entries: list[tuple[Key, Row | None]] = [(written.get(key, key), None) for key in absent]
+            entries = [entry for entry in entries if entry[0] not in present]
+            entries += [(key, row) for key, row in page.entries if row is not None]
             last = fitting == len(keys) < limit
-            return Page(page.snapshot, page.entries, (str(place + fitting),), last)
+            return Page(page.snapshot, entries, (str(place + fitting),), last)
 
         return read
 
@@ -144,9 +152,8 @@ class Pages:
                     connection = await self._source.connection()
                     snapshot = await current_snapshot(connection)
                     unseen = deliveries.unseen(snapshot)
-                    if unseen:
-                        self._forget(snapshot)
-                    else:
+                    self._forget(snapshot)
+                    if not unseen:
                         snapshot, found = await read(connection)
                         unseen = deliveries.unseen(snapshot)
                         if not unseen:

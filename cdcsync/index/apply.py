@@ -5,7 +5,8 @@ then a few set-based statements bring chunks, vectors and backlog to the new sta
 
 1. chunks that go are deleted, and remembered in `gone`; before the upserts, because two texts can be the same key
    to the server (1.0 and 1.00 as numeric) and the deletion is always of the older one;
-2. documents that did not change get their carried columns (a separate UPDATE, which can stay HOT);
+2. documents that did not change get their carried columns, and their key as it is written now (a separate UPDATE,
+   which can stay HOT);
 3. the others are upserted, and remembered in `put`;
 4. the backlog of both is cleared *before* any vector is touched: the embed loop locks a chunk's backlog row before
    its vector, and skips what is locked, so the two never wait for each other in a circle;
@@ -78,6 +79,9 @@ class ChangeSet(msgspec.Struct, frozen=True):
     """Whether the index most likely has none of the documents: it is then not asked, and finds out by itself."""
     made: Mapping[bytes, FloatVector] = msgspec.field(default_factory=dict)
     """Where `fresh`, vectors computed already."""
+    absent: Sequence[Key] = ()
+    """Keys that the source was found to lack. A row that has since come may be equal to the server and written
+    differently (1.00 for 1.0): only what the index writes just so is deleted."""
 
 
 class Applied(msgspec.Struct, frozen=True):
@@ -195,9 +199,10 @@ class IndexWriter:
         await self._copy(changes)
         chunks = sum(len(document.chunks) for document in changes.documents)
         deleted = 0
-        if changes.deleted or changes.fresh or any(document.existed for document in changes.documents):
+        replaced = any(document.existed for document in changes.documents)
+        if changes.deleted or changes.absent or changes.fresh or replaced:
             deleted = await self._delete_surplus()
-        if changes.kept and self._carried:
+        if changes.kept:
             await self._update_kept()
         reused = inline = queued = 0
         if changes.documents:
@@ -217,7 +222,7 @@ class IndexWriter:
                 queued = await self._queue()
         if deleted:
             await self._run("DELETE FROM {vectors} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id")
-        self._staged += len(changes.deleted) + len(changes.kept) + chunks + deleted
+        self._staged += len(changes.deleted) + len(changes.absent) + len(changes.kept) + chunks + deleted
         return Applied(chunks, deleted, reused, inline, queued)
 
     async def _load(self, changes: ChangeSet) -> Applied | None:
@@ -278,6 +283,8 @@ class IndexWriter:
         no_carried: Row = (None,) * len(self._carried)
         for key in changes.deleted:
             yield line((*key, *no_carried), "0\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
+        for key in changes.absent:
+            yield line((*key, *no_carried), "-1\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
         for kept in changes.kept:
             yield line((*kept.key, *kept.carried), f"\\N\t\\N\t\\N\t\\N\t\\N\t{lsn_text(kept.commit_lsn)}\t0\n")
         for document in changes.documents:
@@ -291,15 +298,22 @@ class IndexWriter:
                 yield f"{row}{chunk.number}\t{total}\t{text}\t\\\\x{chunk.hash.hex()}\t{tail}"
 
     async def _delete_surplus(self) -> int:
-        """Delete the chunks of deleted keys, and of documents that have fewer chunks now."""
+        """Delete the chunks of deleted and absent keys, and of documents that have fewer chunks now."""
+        as_written = sql.SQL(" AND ").join(
+            sql.SQL('c.{}::text COLLATE "C" = s.{}::text COLLATE "C"').format(key, place)
+            for key, place in zip(self._keys, self._places, strict=True)
+        )
         return await self._run(
             "WITH gone AS (DELETE FROM {chunks} AS c USING {stage} AS s"
-            " WHERE s.chunk_no = 0 AND {same_key} AND c.chunk_no >= s.chunk_total RETURNING c.chunk_id)"
-            " INSERT INTO {gone} (chunk_id) SELECT chunk_id FROM gone"
+            " WHERE (s.chunk_no = 0 OR s.chunk_no = -1 AND {as_written}) AND {same_key}"
+            " AND c.chunk_no >= s.chunk_total RETURNING c.chunk_id)"
+            " INSERT INTO {gone} (chunk_id) SELECT chunk_id FROM gone",
+            as_written=as_written,
         )
 
     async def _update_kept(self) -> int:
-        pairs = list(zip(self._carried, self._slots, strict=True))
+        # The key too: 1.0 may be 1.00 now.
+        pairs = list(zip(self._keys + self._carried, self._places + self._slots, strict=True))
         assignments = sql.SQL(", ").join(sql.SQL("{} = s.{}").format(column, slot) for column, slot in pairs)
         # Compared as images: some types (json, xml, point) have no equality, and 1.0 must be able to become 1.00.
         differs = sql.SQL("ROW({})::record OPERATOR(pg_catalog.*<>) ROW({})::record").format(

@@ -67,6 +67,22 @@ async def stored_documents(
     }
 
 
+async def written_keys(connection: Connection, schema: str, spec: IndexSpec, keys: Sequence[Key]) -> dict[Key, Key]:
+    """Return how the index writes each of `keys` that it holds: 1.0 for 1."""
+    if not keys:
+        return {}
+    cursor = psycopg.AsyncRawCursor(connection)
+    await cursor.execute(
+        sql.SQL("SELECT k.place, {} FROM {} AND c.chunk_no = 0").format(
+            sql.SQL(", ").join([sql.Identifier("c", name) for name in spec.shape.key]),
+            await _joined(connection, schema, spec),
+        ),
+        _arrays(spec, keys),
+    )
+    assert cursor.pgresult is not None
+    return {keys[int(cast(str, place)) - 1]: cast(Key, tuple(key)) for place, *key in texts(cursor.pgresult)}
+
+
 async def texts_with_vector(
     connection: Connection, schema: str, spec: IndexSpec, hashes: Sequence[bytes]
 ) -> set[bytes]:

@@ -177,6 +177,70 @@ def test_a_worker_waits_for_the_promotion_of_a_standby_that_it_reaches_first(
     assert worker.poll() is None
 
 
+def test_a_backfill_does_not_wait_for_transactions_that_a_failover_lost(
+    make_pair: MakePair, database: Database, make_simple: MakeSimple
+) -> None:
+    # They were delivered and not applied; on the new primary nobody has their ids yet, and nobody writes.
+    primary, standby = make_pair({}, {})
+    pipeline = make_simple(both(primary, standby), database.dsn)
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    until_the_standby_has_the_slot(pipeline, standby)
+    with pipeline.target.transaction():
+        (checkpoint,) = pipeline.target.execute("SELECT checkpoint FROM cdcsync.pipelines FOR UPDATE").fetchone() or (
+            "",
+        )
+        cut_off(standby, after=checkpoint)
+        for number in range(50):
+            pipeline.source.execute("UPDATE articles SET title = 'lost' WHERE id = %s", [1 + number % 20])
+        lost = pipeline.source.execute("SELECT pg_current_wal_insert_lsn()").fetchone() or ()
+        sent = "SELECT sent_lsn >= %s::pg_lsn FROM pg_stat_replication WHERE application_name LIKE 'cdcsync%%'"
+        until(lambda: pipeline.source.execute(sent, lost).fetchone() == (True,), pipeline.tail)
+        primary.kill()
+        # What is being written holds the worker up, and must not arrive.
+        until(
+            lambda: (
+                pipeline.target.execute(
+                    "SELECT count(pg_terminate_backend(pid)) > 0 FROM pg_stat_activity"
+                    " WHERE cardinality(pg_blocking_pids(pid)) > 0"
+                ).fetchone()
+                == (True,)
+            ),
+            pipeline.tail,
+        )
+        pipeline.event("stream_waits")
+    standby.promote()
+    pipeline.event("timeline_followed")
+    pipeline.target.execute("INSERT INTO cdcsync.backfills (index_name, kind) VALUES ('articles', 'replay')")
+
+    until(
+        lambda: (
+            pipeline.target.execute("SELECT state FROM cdcsync.backfills ORDER BY id DESC LIMIT 1").fetchone()
+            == ("done",)
+        ),
+        pipeline.tail,
+    )
+    assert worker.poll() is None
+    pipeline.connect_source()
+    pipeline.in_step()
+
+
+def cut_off(standby: Cluster, *, after: str) -> None:
+    """Let a standby have what its primary wrote up to here, and nothing more."""
+    with psycopg.connect(standby.dsn(), autocommit=True) as connection:
+        until(
+            lambda: connection.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", [after]).fetchone() == (True,),
+            "the standby to have what is indexed",
+        )
+        connection.execute("ALTER SYSTEM SET primary_conninfo = ''")
+        connection.execute("SELECT pg_reload_conf()")
+        until(
+            lambda: connection.execute("SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)").fetchone() == (True,),
+            "the standby to be cut off",
+        )
+
+
 def load(pipeline: Pipeline) -> None:
     """Run a worker until the index is live and equal, and stop it."""
     worker = pipeline.start()

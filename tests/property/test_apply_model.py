@@ -47,6 +47,7 @@ class Step(msgspec.Struct, frozen=True):
 
     truncated: bool
     deleted: frozenset[str]
+    absent: frozenset[str]
     written: dict[str, Write]
     inline: frozenset[str]
     embedded: int
@@ -64,16 +65,19 @@ class Model(msgspec.Struct):
         before = dict(self.documents)
         for key in step.deleted:
             self.documents.pop(float(key), None)
+        for key in step.absent:
+            if float(key) in self.documents and self.documents[float(key)][0] == key:
+                del self.documents[float(key)]
         entries: list[Document | Kept] = []
         for key, write in step.written.items():
             stored = before.get(float(key))
             # Where a batch names a key twice, its order decides: such a document is written anew.
-            twice = any(float(key) == float(other) for other in step.deleted)
+            twice = any(float(key) == float(other) for other in step.deleted | step.absent)
             if write.texts is None:
                 if stored is None or twice:
                     continue
                 entries.append(kept(key, write.carried))
-                self.documents[float(key)] = (stored[0], write.carried, stored[2])
+                self.documents[float(key)] = (key, write.carried, stored[2])
             else:
                 existed = stored is not None and not twice
                 entries.append(document(key, *write.texts, carried=(write.carried,), existed=existed, lane=write.lane))
@@ -81,7 +85,8 @@ class Model(msgspec.Struct):
                 if write.texts:
                     self.documents[float(key)] = (key, write.carried, write.texts)
         deleted = [] if step.truncated else sorted(step.deleted)
-        return changes(*entries, deleted=deleted, truncated=step.truncated, inline=sorted(step.inline))
+        absent = [] if step.truncated else sorted(step.absent)
+        return changes(*entries, deleted=deleted, absent=absent, truncated=step.truncated, inline=sorted(step.inline))
 
 
 def _once(written: dict[str, Write]) -> dict[str, Write]:
@@ -100,6 +105,7 @@ STEPS = st.lists(
         Step,
         truncated=st.integers(0, 9).map(lambda number: number == 9),
         deleted=st.frozensets(st.sampled_from(KEYS), max_size=2),
+        absent=st.frozensets(st.sampled_from(KEYS), max_size=2),
         written=st.dictionaries(st.sampled_from(KEYS), WRITES, max_size=4).map(_once),
         inline=st.frozensets(st.sampled_from(TEXTS), max_size=2),
         embedded=st.integers(0, 2),
@@ -196,7 +202,7 @@ async def check_vectors(index: LiveIndex) -> None:
 
 def makes_anew(batch: ChangeSet) -> bool:
     """Say whether documents are deleted and written in one batch: then their chunks get new ids each time."""
-    deleted = {float(key[0]) for key in batch.deleted}
+    deleted = {float(key[0]) for key in (*batch.deleted, *batch.absent)}
     return batch.truncated or any(float(one.key[0]) in deleted for one in batch.documents)
 
 

@@ -204,6 +204,7 @@ class Pipeline:
                 self.deliveries.forget_seen(source.snapshot())
             case "begin a page" | "page" if self.deliveries.recording:
                 self.reading = source.snapshot(), frozenset(source.visible)
+                self._forget(source.snapshot())
                 if step.kind == "page":
                     self._read(step)
                     self._mark()
@@ -292,9 +293,12 @@ class Pipeline:
             self.settled |= page.keys
             if page in self.pending:
                 self.pending.remove(page)
-                others = [one.snapshot for one in self.pending]
-                self.deliveries.forget_seen(min(others, key=lambda one: one.xmax, default=page.snapshot))
+                self._forget(page.snapshot)
         return True
+
+    def _forget(self, snapshot: Snapshot) -> None:
+        pending = [one.snapshot for one in self.pending]
+        self.deliveries.forget_seen(min(pending, key=lambda one: one.xmax, default=snapshot))
 
     def _connect(self) -> None:
         self._open_batch()

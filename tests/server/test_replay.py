@@ -143,6 +143,28 @@ def test_a_key_that_the_source_does_not_have_leaves_the_index(live: Pipeline) ->
     live.in_step()
 
 
+def test_keys_are_found_however_they_are_written(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = make(make_pipeline, make_database(), make_database())
+    pipeline.source.execute(TABLE.replace("bigint", "numeric"))
+    pipeline.source.execute(
+        "INSERT INTO articles SELECT x, 1, 'title', 'body' FROM unnest('{1.00,2.0,3.0}'::numeric[]) x"
+    )
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    pipeline.target.execute("UPDATE cdcsync.articles_chunks SET id = 7.0 WHERE id = 1")
+    pipeline.target.execute("UPDATE cdcsync.articles_chunks SET id = 2.00, document_hash = '\\x00' WHERE id = 2")
+    pipeline.target.execute("UPDATE cdcsync.articles_chunks SET id = 3.00 WHERE id = 3")
+
+    answered(pipeline, "replay", "articles", *(f"--key={key}" for key in ("1.00", "1", "2", "3", "7", "8")))
+
+    pipeline.in_step()
+    held = pipeline.target.execute("SELECT array_agg(id::text ORDER BY id) FROM public.articles_index")
+    assert held.fetchone() == (["1.00", "2.0", "3.0"],)
+
+
 def test_force_embed_makes_vectors_again_of_what_it_touches_and_of_nothing_else(live: Pipeline) -> None:
     live.target.execute("UPDATE cdcsync.articles_vectors_1 SET embedding = array_fill(1.0, '{16}')::vector")
     answered(live, "replay", "articles", "--where", "id <= 50")

@@ -1,13 +1,18 @@
-"""How large the next page of a backfill is to be."""
+"""How large the next page of a backfill is to be, and what is known of it before it is read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
+import msgspec
 import pytest
 
 from cdcsync.backfill.engine import BESIDE_LIVE_BYTES, BESIDE_LIVE_ROWS, next_limit
-from cdcsync.backfill.pages import PAGE_BYTES, Page
+from cdcsync.backfill.pages import PAGE_BYTES, Page, Pages
 from cdcsync.changes import Key, Row
-from cdcsync.visibility import Snapshot
+from cdcsync.visibility import Deliveries, Snapshot
+from tests.fixtures.indexes import make_spec
 
 
 def page(rows: int, bytes_each: int) -> Page:
@@ -39,3 +44,34 @@ def test_a_page_grows_until_its_bytes_or_its_rows_are_enough(rows: int, bytes_ea
 )
 def test_a_page_is_small_while_changes_come_in(rows: int, bytes_each: int, wanted: int) -> None:
     assert next_limit(1_000, 1_000, page(rows, bytes_each), beside_live=True) == wanted
+
+
+@pytest.mark.anyio
+async def test_before_a_page_is_read_it_is_said_what_it_will_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a late stream's old transactions are not remembered until the page's mark arrives."""
+    deliveries = Deliveries()
+    deliveries.record()
+    early, late = Snapshot(100, 100, frozenset()), Snapshot(103, 103, frozenset())
+
+    class Source:
+        async def connection(self) -> None:
+            return None
+
+    class Table:
+        async def by_keys(self, _connection: object, _keys: Sequence[Key]) -> msgspec.Struct:
+            for xid in (*range(10, 100), 101):
+                deliveries.touched((str(xid),), xid)
+            return msgspec.defstruct("Found", ["snapshot", "rows"])(late, [])
+
+    async def now(_connection: object) -> Snapshot:
+        return early
+
+    monkeypatch.setattr("cdcsync.backfill.pages.current_snapshot", now)
+    spec = make_spec()
+    pages = Pages(cast(Any, Source()), "cdcsync", spec, cast(Any, Table()), deliveries, deliveries.forget_seen)
+
+    read = await pages.of_keys([("1",)])
+
+    assert read.snapshot == late
+    assert deliveries.size == 1
+    assert deliveries.hides(("101",), early)

@@ -182,3 +182,31 @@ def test_one_transaction_of_any_size_is_remembered_in_bounded_space() -> None:
         deliveries.touched((str(number),), 10)
     assert deliveries.size <= 101
     assert deliveries.unseen(Snapshot(10, 10, frozenset())) == [10]
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_what_every_later_page_sees_is_not_remembered_when_a_late_stream_brings_it(recording: bool) -> None:
+    deliveries = Deliveries(most_keys=100)
+    if recording:
+        deliveries.record()
+    pending = Snapshot(10_000, 10_010, frozenset({10_000}))
+    deliveries.forget_seen(pending)
+
+    for xid in range(10, 10_000):
+        deliveries.touched((str(xid),), xid)
+        deliveries.truncated(xid)
+    assert deliveries.size == 0
+
+    deliveries.touched(A, 10_000)
+    deliveries.touched(B, 10_010)
+    assert deliveries.size == 2
+    assert deliveries.hides(A, pending) is deliveries.hides(B, pending) is recording
+
+
+def test_an_id_that_a_snapshot_of_another_past_sees_is_remembered() -> None:
+    deliveries = Deliveries()
+    for forget in (deliveries.begin_anew, deliveries.forget_snapshot):
+        deliveries.forget_seen(Snapshot(20, 20, frozenset()))
+        forget()
+        deliveries.touched(A, 10)
+        assert deliveries.suspects == {10}

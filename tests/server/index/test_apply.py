@@ -12,8 +12,10 @@ import pytest
 from cdcsync.changes import Key, Row
 from cdcsync.documents import hash_text
 from cdcsync.index.apply import BACKFILL, LIVE, ChangeSet, IndexWriter
+from cdcsync.index.keys import written_keys
 from cdcsync.postgres import Connection
 from tests.fixtures.indexes import (
+    SCHEMA,
     LiveIndex,
     OpenIndex,
     Waits,
@@ -408,6 +410,38 @@ async def test_two_texts_of_one_key_in_a_batch_leave_the_row_that_came_last(open
     assert await index.embedded() == {"a": [vector_text("a")], "c": [vector_text("c")]}
     assert await index.waiting() == []
     assert await index.faults() == []
+
+
+async def test_a_key_found_absent_takes_only_the_row_that_is_written_so(open_index: OpenIndex) -> None:
+    """1.0 is not at the source, as a page found; 1.00 came since."""
+    index = await open_index(key={"id": "numeric", "region": "text"})
+    await index.apply(
+        changes(document(("1.00", "eu"), "a", "b"), document(("2.0", "eu"), "c", "d"), inline=["a", "b", "c", "d"])
+    )
+
+    applied = await index.apply(changes(absent=[("1.0", "eu"), ("2.0", "eu"), ("3", "eu")]))
+
+    assert applied.deleted == 2
+    assert await index.texts() == {("1.00", "eu"): ["a", "b"]}
+    assert await index.faults() == []
+    await index.apply(changes(document(("1.000", "eu"), "e"), absent=[("1.00", "eu")]))
+    assert await index.texts() == {("1.000", "eu"): ["e"]}
+    assert await index.faults() == []
+
+
+@pytest.mark.parametrize("carried", [{}, {"tenant": "integer"}])
+async def test_a_document_that_did_not_change_is_written_under_its_key_of_now(
+    open_index: OpenIndex, carried: dict[str, str]
+) -> None:
+    index = await open_index(key={"id": "numeric"}, carried=carried)
+    values = ("3",) * len(carried)
+    await index.apply(changes(document("1.0", "a", "b", carried=values)))
+
+    await index.apply(changes(kept("1.00", *values)))
+
+    assert await index.texts() == {("1.00",): ["a", "b"]}
+    keys = [("1",), ("2",)]
+    assert await written_keys(index.connection, SCHEMA, index.spec, keys) == {("1",): ("1.00",)}
 
 
 async def test_an_upsert_under_another_text_of_the_key_takes_the_row_over(open_index: OpenIndex) -> None:
