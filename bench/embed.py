@@ -28,9 +28,9 @@ else:
     from _pipeline import Pipeline, pipeline
     from report import report
 
-ROUNDS = 5
-ROUND_TEXTS = 320
-"""Some four seconds on two cores: long enough that a commit and a look at the backlog do not count."""
+ROUNDS = 3
+ROUND_TEXTS = 640
+"""Some eight seconds on two cores: long enough that a commit and a look at the backlog do not count."""
 SAMPLE = 100
 """Texts by which the best batch size is found."""
 BATCH_SIZES = (8, 16, 32, 64)
