@@ -117,22 +117,18 @@ class IndexWriter:
         """The statements as they are sent, by their templates."""
         self._staged = 0
         """Rows that went through the temporary tables since they were last truncated."""
-        self._vector_schema = "public"
         self._equal: list[sql.Composable] = []
         """The key columns' operators."""
-        self._same_key: sql.Composable = sql.SQL("")
+        self._parts: dict[str, sql.Composable] = {}
+        """What stands for the names in braces in the statements."""
 
     async def open(self) -> None:
         """Create the stage; once per connection.
 
         Each apply empties what it uses, so indexes with the same types share a stage.
         """
-        self._vector_schema = await vector_schema(self._connection)
         self._equal = [one.equal for one in await comparisons(self._connection, self._spec.key_types)]
-        self._same_key = sql.SQL(" AND ").join(
-            sql.SQL("c.{} {} s.{}").format(key, equal, place)
-            for key, equal, place in zip(self._keys, self._equal, self._places, strict=True)
-        )
+        self._parts = self._compose(await vector_schema(self._connection))
         columns = [
             sql.SQL("{} AS {}").format(column, place)
             for column, place in zip(self._keys + self._carried, self._places + self._slots, strict=True)
@@ -239,9 +235,8 @@ class IndexWriter:
                     reused = await self._reuse()
                     queued = await self._run(
                         "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
-                        " SELECT {generation}, p.chunk_id, p.content_hash, {lane} FROM {put} AS p"
-                        " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id)",
-                        lane=sql.Literal(BACKFILL),
+                        " SELECT {generation}, p.chunk_id, p.content_hash, {backfill} FROM {put} AS p"
+                        " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id)"
                     )
         except psycopg.errors.UniqueViolation:
             return None
@@ -299,50 +294,25 @@ class IndexWriter:
 
     async def _delete_surplus(self) -> int:
         """Delete the chunks of deleted and absent keys, and of documents that have fewer chunks now."""
-        as_written = sql.SQL(" AND ").join(
-            sql.SQL('c.{}::text COLLATE "C" = s.{}::text COLLATE "C"').format(key, place)
-            for key, place in zip(self._keys, self._places, strict=True)
-        )
         return await self._run(
             "WITH gone AS (DELETE FROM {chunks} AS c USING {stage} AS s"
             " WHERE (s.chunk_no = 0 OR s.chunk_no = -1 AND {as_written}) AND {same_key}"
             " AND c.chunk_no >= s.chunk_total RETURNING c.chunk_id)"
-            " INSERT INTO {gone} (chunk_id) SELECT chunk_id FROM gone",
-            as_written=as_written,
+            " INSERT INTO {gone} (chunk_id) SELECT chunk_id FROM gone"
         )
 
     async def _update_kept(self) -> int:
-        # The key too: 1.0 may be 1.00 now.
-        pairs = list(zip(self._keys + self._carried, self._places + self._slots, strict=True))
-        assignments = sql.SQL(", ").join(sql.SQL("{} = s.{}").format(column, slot) for column, slot in pairs)
-        # Compared as images: some types (json, xml, point) have no equality, and 1.0 must be able to become 1.00.
-        differs = sql.SQL("ROW({})::record OPERATOR(pg_catalog.*<>) ROW({})::record").format(
-            sql.SQL(", ").join(sql.SQL("c.{}").format(column) for column, _ in pairs),
-            sql.SQL(", ").join(sql.SQL("s.{}").format(slot) for _, slot in pairs),
-        )
         return await self._run(
             "UPDATE {chunks} AS c SET {assignments}, commit_lsn = s.commit_lsn, applied_at = now()"
-            " FROM {stage} AS s WHERE s.chunk_no IS NULL AND {same_key} AND {differs}",
-            assignments=assignments,
-            differs=differs,
+            " FROM {stage} AS s WHERE s.chunk_no IS NULL AND {same_key} AND {differs}"
         )
 
     async def _upsert(self) -> int:
-        targets = sql.SQL(", ").join([*self._keys, *self._carried, *map(sql.Identifier, CHUNK_COLUMNS)])
-        sources = sql.SQL(", ").join([*self._places, *self._slots, *map(sql.Identifier, CHUNK_COLUMNS)])
-        updates = sql.SQL(", ").join(
-            sql.SQL("{} = excluded.{}").format(column, column)
-            for column in [*self._keys, *self._carried, *map(sql.Identifier, CHUNK_COLUMNS)]
-        )
         return await self._run(
             "WITH put AS (INSERT INTO {chunks} ({targets}) SELECT {sources} FROM {stage} WHERE chunk_total > 0"
             " ON CONFLICT ({keys}, chunk_no) DO UPDATE SET {updates}, applied_at = now()"
             " RETURNING chunk_id, content_hash)"
-            " INSERT INTO {put} SELECT chunk_id, content_hash FROM put",
-            targets=targets,
-            sources=sources,
-            updates=updates,
-            keys=sql.SQL(", ").join(self._keys),
+            " INSERT INTO {put} SELECT chunk_id, content_hash FROM put"
         )
 
     async def _reuse(self) -> int:
@@ -367,7 +337,7 @@ class IndexWriter:
             " JOIN unnest(%s::bytea[], %s::text[]) AS i(content_hash, embedding) USING (content_hash)"
             " ON CONFLICT (chunk_id) DO UPDATE"
             " SET content_hash = excluded.content_hash, embedding = excluded.embedding",
-            arguments=[list(vectors), list(vectors.values())],
+            [list(vectors), list(vectors.values())],
         )
 
     async def _queue(self) -> int:
@@ -381,24 +351,50 @@ class IndexWriter:
             " WHERE v.chunk_id = p.chunk_id AND v.content_hash = p.content_hash)"
         )
 
-    async def _run(self, statement: str, *, arguments: Sequence[object] | None = None, **parts: sql.Composable) -> int:
+    async def _run(self, statement: str, arguments: Sequence[object] | None = None) -> int:
         composed = self._composed.get(statement)
         if composed is None:
-            whole = sql.SQL(statement).format(
-                chunks=self._names.chunks,
-                backlog=self._names.backlog,
-                vectors=self._vectors,
-                stage=self._stage,
-                gone=self._gone,
-                put=self._put,
-                same_key=self._same_key,
-                generation=sql.Literal(self._spec.generation),
-                vector_schema=sql.Identifier(self._vector_schema),
-                **parts,
-            )
-            composed = self._composed[statement] = whole.as_bytes(self._connection)
+            composed = sql.SQL(statement).format(**self._parts).as_bytes(self._connection)
+            self._composed[statement] = composed
         cursor = await self._connection.execute(composed, arguments)
         return cursor.rowcount
+
+    def _compose(self, vector_schema: str) -> dict[str, sql.Composable]:
+        """Return what stands for the names in braces in the statements."""
+        comma, both = sql.SQL(", "), sql.SQL(" AND ")
+        chunk_columns = [sql.Identifier(name) for name in CHUNK_COLUMNS]
+        targets = [*self._keys, *self._carried, *chunk_columns]
+        # The key of a document that did not change too: 1.0 may be 1.00 now.
+        pairs = list(zip(self._keys + self._carried, self._places + self._slots, strict=True))
+        return {
+            "chunks": self._names.chunks,
+            "backlog": self._names.backlog,
+            "vectors": self._vectors,
+            "stage": self._stage,
+            "gone": self._gone,
+            "put": self._put,
+            "generation": sql.Literal(self._spec.generation),
+            "backfill": sql.Literal(BACKFILL),
+            "vector_schema": sql.Identifier(vector_schema),
+            "keys": comma.join(self._keys),
+            "same_key": both.join(
+                sql.SQL("c.{} {} s.{}").format(key, equal, place)
+                for key, equal, place in zip(self._keys, self._equal, self._places, strict=True)
+            ),
+            "as_written": both.join(
+                sql.SQL('c.{}::text COLLATE "C" = s.{}::text COLLATE "C"').format(key, place)
+                for key, place in zip(self._keys, self._places, strict=True)
+            ),
+            "targets": comma.join(targets),
+            "sources": comma.join([*self._places, *self._slots, *chunk_columns]),
+            "updates": comma.join(sql.SQL("{} = excluded.{}").format(column, column) for column in targets),
+            "assignments": comma.join(sql.SQL("{} = s.{}").format(column, slot) for column, slot in pairs),
+            # Compared as images: some types (json, xml, point) have no equality, and 1.0 must be able to become 1.00.
+            "differs": sql.SQL("ROW({})::record OPERATOR(pg_catalog.*<>) ROW({})::record").format(
+                comma.join(sql.SQL("c.{}").format(column) for column, _ in pairs),
+                comma.join(sql.SQL("s.{}").format(slot) for _, slot in pairs),
+            ),
+        }
 
 
 _STAGE_COLUMNS = ("chunk_no", "chunk_total", "content", "content_hash", "document_hash", "commit_lsn", "lane")
