@@ -89,13 +89,8 @@ class SourceDigests:
     async def _made_here(self, buckets: int) -> AsyncIterator[tuple[int, Key, int]]:
         """Yield bucket, key and digest of all rows, whose documents are made by code and so not by the server."""
         spec = self._spec
-        keys = [sql.Identifier("t", name) for name in spec.shape.key]
+        keys, above = await self._keys()
         ordered = sql.SQL(", ").join(keys)
-        above = follows(
-            keys,
-            [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(spec.source_key_types, start=1)],
-            await comparisons(self._connection, spec.source_key_types),
-        )
         after: Key | None = None
         while True:
             cursor = psycopg.AsyncRawCursor(self._connection)
@@ -121,18 +116,23 @@ class SourceDigests:
                 return
             after = spec.shape.key_of(tuple(page[-1][2:]))
 
+    async def _keys(self) -> tuple[list[sql.Identifier], sql.Composable]:
+        """Return the key's columns, and the condition for rows after the one whose key is given."""
+        keys = [sql.Identifier("t", name) for name in self._spec.shape.key]
+        above = follows(
+            keys,
+            [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(self._spec.source_key_types, start=1)],
+            await comparisons(self._connection, self._spec.source_key_types),
+        )
+        return keys, above
+
     async def _scan(
         self, buckets: int, figures: str, grouped: sql.Composable, wanted: Sequence[int] | None
     ) -> AsyncIterator[Sequence[str]]:
         """Yield (bucket, figures…, key…) over all pages; grouped rows have no key."""
         spec = self._spec
-        keys = [sql.Identifier("t", name) for name in spec.shape.key]
+        keys, above = await self._keys()
         ordered = sql.SQL(", ").join(keys)
-        above = follows(
-            keys,
-            [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(spec.source_key_types, start=1)],
-            await comparisons(self._connection, spec.source_key_types),
-        )
         document = spec.documents.sql(lambda name: f"t.{quote(name)}")
         document_hash = spec.documents.hash_sql(lambda name: f"t.{quote(name)}")
         places = [sql.Identifier(f"k{at}") for at in range(len(keys))]
