@@ -41,6 +41,13 @@ SAFETY: LiteralString = (
 )
 """A role's own limits are for its queries: a build, a slot or a large page takes the time that it takes."""
 
+LEAVING: LiteralString = (
+    "DO $$ BEGIN PERFORM set_config('client_connection_check_interval', '1s', false);"
+    " EXCEPTION WHEN invalid_parameter_value THEN NULL; END $$"
+)
+"""A session whose client is gone ends within a second even while it waits for a lock: otherwise what a killed worker
+asked for would still be in the queue, and hold up everybody behind it. Not every operating system can tell."""
+
 DURABILITY: dict[Side, LiteralString] = {
     # What we write on the source is a mark or a publication: flushed at commit, waiting for no standby. And
     # replication does not know row-level security: a policy that would hide rows from us must be an error.
@@ -143,6 +150,7 @@ async def connect(dsn: str, side: Side, *, application_name: str = "cdcsync", au
         await connection.execute(RENDERING)
         await connection.execute(SAFETY)
         await connection.execute(DURABILITY[side])
+        await connection.execute(LEAVING)
         if not autocommit:
             await connection.commit()
     return connection

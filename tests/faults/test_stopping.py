@@ -66,6 +66,25 @@ def test_a_worker_whose_apply_waits_for_a_lock_ends_in_time_and_leaves_nothing_h
     pipeline.in_step()
 
 
+def test_a_worker_that_is_killed_while_it_waits_for_a_lock_leaves_no_session_in_the_queue(
+    make: Callable[[str], Pipeline],
+) -> None:
+    pipeline = make(FOR_EVER)
+    worker = pipeline.start()
+    pipeline.live()
+    with pipeline.target.transaction():
+        pipeline.target.execute("LOCK TABLE cdcsync.articles_chunks IN ACCESS EXCLUSIVE MODE")
+        pipeline.source.execute("UPDATE articles SET title = title || ' changed'")
+        until(lambda: len(waiting(pipeline)) > 1, "apply and the status page to wait for the lock")
+
+        worker.kill()
+        worker.wait()
+
+        until(lambda: not waiting(pipeline), lambda: f"no session that waits: {waiting(pipeline)}")
+    pipeline.start()
+    pipeline.in_step()
+
+
 def test_a_worker_whose_target_is_frozen_ends_in_time(
     make_cluster: Callable[..., Cluster], make_simple: MakeSimple
 ) -> None:
