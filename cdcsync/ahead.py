@@ -16,9 +16,10 @@ import structlog
 from cdcsync.changes import Key, Row, Shape, Upsert
 from cdcsync.chunks import Chunk, Chunker
 from cdcsync.documents import Rendering
-from cdcsync.embed import Desk, FloatVector
+from cdcsync.embed import Desk
 from cdcsync.errors import CdcsyncError, DocumentError
 from cdcsync.index.keys import texts_with_vector
+from cdcsync.index.loading import FloatVector
 from cdcsync.index.schema import IndexSpec
 from cdcsync.postgres import Connection, speaking_of
 

@@ -181,6 +181,7 @@ class WorkerHandle:
             metrics.backlog.labels(name, "live").set(index.backlog_live)
             metrics.backlog.labels(name, "backfill").set(index.backlog - index.backlog_live)
             metrics.failed.labels(name).set(index.failed)
+            metrics.failed_documents.labels(name).set(index.failed_documents)
             for state in STATES:
                 metrics.index_state.labels(name, state).set(index.state == state)
             metrics.index_chunks.labels(name).set(index.chunks)

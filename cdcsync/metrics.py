@@ -70,6 +70,9 @@ class Metrics:
         self.document_failures = self._counter(
             "document_failures_total", "Times that a row could not be made a document, or a document chunks.", index
         )
+        self.failed_documents = self._gauge(
+            "failed_documents", "Rows that are left out of the index, as no document could be made of them.", index
+        )
         self.rereads = self._counter("rereads_total", "Rows read again for an unchanged TOAST value.", index)
         self.vectors = self._counter(
             "vectors_total", "Vectors stored, by how they came: reused, inline, backlog.", (*index, "way")

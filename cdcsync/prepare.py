@@ -8,8 +8,8 @@ Reading the stored hashes outside the apply transaction is safe because the lock
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import islice
 
 import anyio
 import anyio.to_thread
@@ -24,6 +24,7 @@ from cdcsync.documents import Rendering
 from cdcsync.embed import Desk, vector_text
 from cdcsync.errors import DocumentError, SchemaChanged, SetupError
 from cdcsync.index.apply import BACKFILL, LIVE, ChangeSet, Document, IndexWriter, Kept
+from cdcsync.index.failed_documents import FailedDocument
 from cdcsync.index.schema import IndexSpec
 from cdcsync.metrics import Metrics
 from cdcsync.postgres import Session, speaking_of
@@ -34,8 +35,8 @@ log = structlog.get_logger()
 THREAD_CHARACTERS = 20_000
 """More text than this is chunked in a thread: below it, the hand-over costs more than the splitting."""
 
-REPORTED_ROWS = 10
-"""Rows of a batch that are named in the log when they cannot be made documents: a function may fail for all of them."""
+REPORTED_ERRORS = 10
+"""Errors of a batch that are logged: what fails for all rows may say something else of each."""
 
 VISIBILITY_POLL_S = 0.05
 """How often a re-read is repeated while the source still hides the transaction: mostly it is a matter of
@@ -74,7 +75,8 @@ class Preparer:
         upserts = [(change, LIVE) for change in changes.live.values() if isinstance(change, Upsert)]
         upserts += [(change, BACKFILL) for change in changes.filled.values()]
         upserts = await self._complete(upserts)
-        rendered = await self._render(upserts)
+        failed: dict[Key, DocumentError] = {}
+        rendered = await self._render(upserts, failed)
         stored: dict[Key, bytes] = {}
         fresh = bool(changes.filled) and not (changes.known or changes.live or changes.truncated)
         if not (changes.truncated or fresh):
@@ -88,7 +90,8 @@ class Preparer:
             else:
                 changed.append(one)
         self._metrics.documents_unchanged.labels(self._spec.name).inc(len(kept))
-        split = iter(await self._split([one for one in changed if not isinstance(one.change, Prepared)]))
+        split = iter(await self._split([one for one in changed if not isinstance(one.change, Prepared)], failed))
+        self._report(failed)
         chunks = [one.change.chunks if isinstance(one.change, Prepared) else next(split) for one in changed]
         documents = [
             Document(
@@ -118,6 +121,9 @@ class Preparer:
             fresh=fresh,
             made=made,
             absent=[] if changes.truncated else absent,
+            failed=[
+                FailedDocument(one.key, str(failed[one.key]), one.commit_lsn) for one in documents if one.key in failed
+            ],
         )
 
     def _carried(self, change: Upsert) -> Row:
@@ -161,9 +167,9 @@ class Preparer:
             log.debug("reread_waits", index=self._spec.name, transactions=len(hidden))
             await anyio.sleep(VISIBILITY_POLL_S)
 
-    async def _render(self, upserts: Sequence[tuple[Upsert, int]]) -> list[_Rendered]:
+    async def _render(self, upserts: Sequence[tuple[Upsert, int]], failed: dict[Key, DocumentError]) -> list[_Rendered]:
+        """Make documents; that of a row which fails is empty, and noted in `failed`."""
         render = self._spec.render
-        failed: dict[Key, DocumentError] = {}
 
         def all_of_them() -> list[_Rendered]:
             rendered = []
@@ -176,30 +182,25 @@ class Preparer:
                 rendered.append(_Rendered(change, lane, document))
             return rendered
 
-        rendered = await anyio.to_thread.run_sync(all_of_them) if self._spec.documents.by_code else all_of_them()
-        self._report(failed)
-        return rendered
+        return await anyio.to_thread.run_sync(all_of_them) if self._spec.documents.by_code else all_of_them()
 
-    async def _split(self, rendered: Sequence[_Rendered]) -> list[list[Chunk]]:
-        failed: dict[Key, DocumentError] = {}
+    async def _split(self, rendered: Sequence[_Rendered], failed: dict[Key, DocumentError]) -> list[list[Chunk]]:
+        """Cut documents; one that fails has no chunks, and is noted in `failed`."""
 
         def fail(place: int, error: DocumentError) -> None:
             failed[rendered[place].change.key] = error
 
         documents = [one.document for one in rendered]
         if sum(len(document.text) for document in documents) < THREAD_CHARACTERS and not self._chunker.by_code:
-            chunks = self._chunker.split_all(documents, fail)
-        else:
-            chunks = await anyio.to_thread.run_sync(self._chunker.split_all, documents, fail)
-        self._report(failed)
-        return chunks
+            return self._chunker.split_all(documents, fail)
+        return await anyio.to_thread.run_sync(self._chunker.split_all, documents, fail)
 
     def _report(self, failed: Mapping[Key, DocumentError]) -> None:
-        """Say which rows have no place in the index now, and why."""
+        """Say why rows have no place in the index now; which they are, the target knows from the next commit on."""
         name = self._spec.name
         self._metrics.document_failures.labels(name).inc(len(failed))
-        for key, error in islice(failed.items(), REPORTED_ROWS):
-            log.warning("document_failed", index=name, key=list(key), error=str(error), failed=len(failed))
+        for error, rows in Counter(map(str, failed.values())).most_common(REPORTED_ERRORS):
+            log.warning("document_failed", index=name, error=error, failed=rows, fix=f"cdcsync failures {name} list")
 
     async def _vectors_in_time(self, documents: Sequence[Document], writer: IndexWriter) -> dict[bytes, str]:
         """Embed a small live batch here and now, if the desk is free and the budget allows."""

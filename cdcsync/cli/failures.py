@@ -1,4 +1,4 @@
-"""`cdcsync failures`: the chunks that could not be embedded, and what is to become of them."""
+"""`cdcsync failures`: what could not be embedded or made a document, and what is to become of it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
-from cdcsync.errors import UsageError
+from cdcsync.errors import EXIT_FAILED, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cdcsync.config import Config
-    from cdcsync.index.failures import Failure
+    from cdcsync.index.failed_documents import Listed
+    from cdcsync.index.failures import Failure, Failures
+    from cdcsync.index.requests import Request
+    from cdcsync.index.schema import IndexSpec
+    from cdcsync.postgres import Connection
 
 EPILOG = """What failed, and why: `cdcsync failures articles list`
 
-    After the provider was mended: `cdcsync failures articles retry`
+    After the cause was mended: `cdcsync failures articles retry`
 
     Live without them: `cdcsync failures articles discard`"""
 
@@ -36,74 +40,133 @@ def failures(
     index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
     action: Annotated[Action, typer.Argument(help="Show them, have them tried again now, or give them up.")],
     config: ConfigOption = None,
-    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many to list.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many to list of each kind.")] = 100,
     as_json: JsonOption = False,
 ) -> None:
-    """List the chunks that could not be embedded, have them tried again, or give them up.
+    """List what could not be embedded or made a document, have it tried again, or give it up.
 
     A text that the embedder refuses does not hold up others: it waits here with its error, never shown itself. Other
-    failures are tried again by themselves, at growing intervals, and wait here after some attempts. `retry` is for all
-    of them; `discard` for those that nobody tries any more, whose chunks then stay without a vector until their text
-    changes. A running worker notices within some seconds.
+    failures of embedding are tried again by themselves, at growing intervals, and wait here after some attempts. A row
+    that no document could be made of, or too many chunks, is left out of the index and waits here too.
+
+    `retry` is for all of them: texts are tried again by a running worker within some seconds, rows are read again as by
+    `cdcsync replay`. `discard` is for those that nobody tries any more: chunks then stay without a vector, and rows out
+    of the index without being listed, until they change.
     """
     import anyio
 
+    from cdcsync import logs
     from cdcsync.cli import printing
 
     configuration = context.ensure_object(Invocation).load(config)
-    if action is Action.list:
-        found = anyio.run(_list, configuration, index, limit)
-        if as_json:
-            printing.print_json(found)
-        else:
-            _print(found, limit)
-        return
-    count = anyio.run(_change, configuration, index, action)
-    if as_json:
-        printing.print_json({action.value: count})
-    else:
-        printing.console().print(
-            f"{count} to be tried again" if action is Action.retry else f"{count} given up", markup=False
-        )
-
-
-async def _list(config: Config, name: str, limit: int) -> list[Failure]:
-    from cdcsync.index.failures import Failures
-    from cdcsync.index.search import stored_spec
-    from cdcsync.postgres import connect, speaking_of
-
-    _check(config, name)
-    schema = config.target.schema
-    async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as connection:
-        spec = await stored_spec(connection, schema, name, config.indexes[name])
-        with speaking_of("target", where=f"index {name}"):
-            return await Failures(connection, schema, spec).list(limit)
-
-
-async def _change(config: Config, name: str, action: Action) -> int:
-    from cdcsync.index.failures import Failures
-    from cdcsync.index.search import stored_spec
-    from cdcsync.postgres import connect, speaking_of
-
-    _check(config, name)
-    schema = config.target.schema
-    async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as connection:
-        spec = await stored_spec(connection, schema, name, config.indexes[name])
-        found = Failures(connection, schema, spec)
-        with speaking_of("target", where=f"index {name}"):
-            return await (found.retry() if action is Action.retry else found.discard())
-
-
-def _check(config: Config, name: str) -> None:
-    if name not in config.indexes:
+    if index not in configuration.indexes:
         raise UsageError(
-            f"the configuration has no index {name}",
+            f"the configuration has no index {index}",
             where="INDEX",
-            hint=f"there are: {', '.join(sorted(config.indexes))}",
+            hint=f"there are: {', '.join(sorted(configuration.indexes))}",
         )
+    match action:
+        case Action.list:
+            found, listed = anyio.run(_list, configuration, index, limit)
+            if as_json:
+                printing.print_json(found)
+            else:
+                _print(index, found, listed, limit)
+        case Action.retry:
+            logs.configure("error", configuration.worker.log_format)
+            if not anyio.run(_retry, configuration, index, as_json):
+                raise typer.Exit(EXIT_FAILED)
+        case Action.discard:
+            count = anyio.run(_discard, configuration, index)
+            _say(as_json, {"discard": count}, f"{count} given up")
 
 
-def _print(found: Sequence[Failure], limit: int) -> None:
+async def _open(target: Connection, config: Config, name: str) -> tuple[IndexSpec, Failures]:
+    from cdcsync.index.failures import Failures
+    from cdcsync.index.search import stored_spec
+
+    spec = await stored_spec(target, config.target.schema, name, config.indexes[name])
+    return spec, Failures(target, config.target.schema, spec)
+
+
+async def _list(config: Config, name: str, limit: int) -> tuple[list[Failure], Listed]:
+    from cdcsync.postgres import connect, speaking_of
+
+    async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
+        _, failed = await _open(target, config, name)
+        with speaking_of("target", where=f"index {name}"):
+            return await failed.some(limit), await failed.listed()
+
+
+async def _discard(config: Config, name: str) -> int:
+    from cdcsync.postgres import connect, speaking_of
+
+    async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
+        _, failed = await _open(target, config, name)
+        with speaking_of("target", where=f"index {name}"):
+            return await failed.discard()
+
+
+async def _retry(config: Config, name: str, as_json: bool) -> bool:
+    """Have everything tried again, and follow what is read again; returns whether that was read."""
+    from cdcsync.postgres import connect, speaking_of
+    from cdcsync.replay import open_index
+
+    async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
+        spec, failed = await _open(target, config, name)
+        with speaking_of("target", where=f"index {name}"):
+            before = await failed.listed()
+        if before.documents or before.unlisted:
+            await open_index(target, config, name)  # a paused one reads nothing
+        with speaking_of("target", where=f"index {name}"):
+            texts = await failed.retry_texts()
+        if not (before.documents or before.unlisted):
+            _say(as_json, {"retry": texts}, f"{texts} to be tried again")
+            return True
+        request = await _read_again(target, config, spec, failed, before)
+        with speaking_of("target", where=f"index {name}"):
+            after = await failed.listed()
+    _say(
+        as_json,
+        {
+            "retry": texts + before.documents,
+            "documents": {
+                "request": request.id,
+                "state": request.state,
+                "rows": request.rows_done,
+                "failed": after.documents,
+                "error": request.error,
+            },
+        },
+        f"{texts} texts to be tried again; request {request.id} {request.state}: {request.rows_done:,} rows read"
+        f" again, {after.documents:,} are left out" + (f": {request.error}" if request.error else ""),
+    )
+    return request.state == "done"
+
+
+async def _read_again(target: Connection, config: Config, spec: IndexSpec, failed: Failures, listed: Listed) -> Request:
+    """Have the rows read again, or all rows where not all that failed are listed, and return when that has ended."""
+    from cdcsync.postgres import speaking_of
+    from cdcsync.replay import Replay, ask, follow
+    from cdcsync.standin import attended
+
+    with speaking_of("target", where=f"index {spec.name}"):
+        keys = None if listed.unlisted else tuple(await failed.document_keys())
+    id_ = await ask(target, config.target.schema, spec, Replay(keys=keys))
+    async with attended(target, config):
+        return await follow(target, config.target.schema, id_, lambda request: None)
+
+
+def _say(as_json: bool, value: dict[str, object], text: str) -> None:
+    from cdcsync.cli.printing import console, plain, print_json
+
+    if as_json:
+        print_json(value)
+    else:
+        console().print(plain(text), markup=False)
+
+
+def _print(index: str, found: Sequence[Failure], listed: Listed, limit: int) -> None:
     from rich.text import Text
 
     from cdcsync.cli.printing import console, plain
@@ -114,13 +177,17 @@ def _print(found: Sequence[Failure], limit: int) -> None:
     for failure in found:
         key = ", ".join(f"{name}={plain(value)}" for name, value in failure.key.items())
         when = failure.next_attempt_at
+        what = "no document" if failure.chunk_no is None else f"chunk {failure.chunk_no}"
         out.print(
             Text.assemble(
                 (key, "bold"),
-                f"  chunk {failure.chunk_no}  attempts {failure.attempts}  ",
+                f"  {what}  attempts {failure.attempts}  ",
                 ("waits for you", "red") if when is None else f"next attempt {when:%Y-%m-%d %H:%M:%S %Z}",
                 f"\n     {plain(failure.error)}",
             )
         )
-    if len(found) == limit:
-        out.print(f"the first {limit}; --limit shows more", markup=False)
+    kinds = [failure.kind for failure in found]
+    if limit in (kinds.count("document"), kinds.count("text")):
+        out.print(f"the first {limit} of each kind; --limit shows more", markup=False)
+    if listed.unlisted:
+        out.print(f"more rows failed than are listed; `cdcsync verify {index}` finds the others", markup=False)

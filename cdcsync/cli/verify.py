@@ -19,6 +19,7 @@ EPILOG = """Is the index what it should be? `cdcsync verify articles`
 
 MEANINGS = {
     "missing": "the source has the row, the index does not",
+    "failed": "no document could be made of the row; `cdcsync failures` says why",
     "stale": "the index has another text",
     "orphaned": "the index has the document, the source has no row",
     "carried": "a carried column differs",
@@ -118,5 +119,7 @@ def _print(found: Verification) -> None:
         out.print(Text.assemble(("· ", "dim"), f"{found.waiting:,} chunks wait for their vector"))
     if found.equal:
         out.print(Text.assemble(("✓ ", "green"), "the index equals the source"))
+    elif found.differences.keys() == {"failed"} and not found.vectors_orphaned:
+        out.print(Text(f"some rows are left out; `cdcsync failures {found.index} list` says why", "bold red"))
     else:
         out.print(Text(f"they differ; `cdcsync verify {found.index} --repair` mends that", "bold red"))

@@ -19,9 +19,9 @@ A file here imports only from lines above its own.
 
 from __future__ import annotations
 
-from cdcsync.embed.desk import Desk, FloatVector, vector_text
+from cdcsync.embed.desk import Desk, vector_text
 from cdcsync.embed.loop import EmbedLoop
 from cdcsync.embed.pool import Pool
 from cdcsync.embed.waits import backoff_s
 
-__all__ = ["Desk", "EmbedLoop", "FloatVector", "Pool", "backoff_s", "vector_text"]
+__all__ = ["Desk", "EmbedLoop", "Pool", "backoff_s", "vector_text"]

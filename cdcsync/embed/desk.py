@@ -10,20 +10,17 @@ from typing import cast
 import anyio
 import anyio.abc
 import anyio.to_thread
-import numpy as np
-import numpy.typing as npt
 import structlog
 
 from cdcsync.chunks import Lengths, estimate
 from cdcsync.embed.waits import backoff_s
 from cdcsync.embedders.protocol import Embedder, validate
 from cdcsync.errors import CdcsyncError, EmbedError, Retry
+from cdcsync.index.loading import FloatVector
 from cdcsync.metrics import Metrics
 from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
-
-FloatVector = npt.NDArray[np.float32]
 
 WINDOW_TEXTS = 512
 """Texts read at once, to be sorted by length: large enough that batches have little padding, small enough to keep

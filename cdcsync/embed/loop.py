@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import anyio
 import structlog
 
-from cdcsync.embed.desk import Desk, FloatVector
+from cdcsync.embed.desk import Desk
 from cdcsync.embed.pool import Pool
 from cdcsync.embed.waits import backoff_s
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TargetUnavailable, TextRejected, leading
 from cdcsync.index.backlog import Waiting
+from cdcsync.index.loading import FloatVector
 from cdcsync.index.schema import IndexSpec
 from cdcsync.metrics import Metrics
 from cdcsync.postgres import speaking_of

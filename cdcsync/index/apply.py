@@ -30,6 +30,7 @@ from psycopg import sql
 from cdcsync.changes import Key, Row
 from cdcsync.chunks import Chunk
 from cdcsync.index.comparisons import comparisons
+from cdcsync.index.failed_documents import FailedDocument
 from cdcsync.index.loading import CHUNK_COLUMNS, FloatVector, blocks, copy_text, line, load, lsn_text
 from cdcsync.index.schema import IndexSpec, Names, vector_schema
 from cdcsync.postgres import Connection
@@ -82,6 +83,8 @@ class ChangeSet(msgspec.Struct, frozen=True):
     absent: Sequence[Key] = ()
     """Keys that the source was found to lack. A row that has since come may be equal to the server and written
     differently (1.00 for 1.0): only what the index writes just so is deleted."""
+    failed: Sequence[FailedDocument] = ()
+    """Which of `documents` could not be made, and why; they have no chunks."""
 
 
 class Applied(msgspec.Struct, frozen=True):

@@ -1,28 +1,36 @@
-"""Chunks whose text could not be embedded: what they are, another chance, or none.
+"""What failed in an index and waits: texts that could not be embedded, rows that no document could be made of.
 
-They are rows of the backlog with an error. Below `MAX_ATTEMPTS` they are tried again by themselves; from there on they
-wait for an operator. Nothing here shows a text.
+A text is a row of the backlog with an error. Below `MAX_ATTEMPTS` it is tried again by itself; from there on it waits
+for an operator. A document waits for one at once, in the list of `failed_documents`: what made it fail once does so
+again, until the row changes. Nothing here shows a text.
 """
 
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Literal, cast
 
 import msgspec
 from psycopg import sql
 
+from cdcsync.changes import Key
+from cdcsync.index.failed_documents import TABLE, Listed, count_failed, forget_failed, has_list
 from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, Names
 from cdcsync.postgres import Connection
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """One chunk that could not be embedded; `next_attempt_at` is none when nobody will try again."""
+    """One thing that failed; `next_attempt_at` is none when nobody will try again.
+
+    :ivar chunk_no: which chunk of the row's document could not be embedded; none where there is no document.
+    """
 
     key: dict[str, str]
-    chunk_no: int
+    chunk_no: int | None
     error: str
     attempts: int
     next_attempt_at: datetime | None
+    kind: Literal["text", "document"] = "text"
 
 
 class Failures:
@@ -30,6 +38,8 @@ class Failures:
 
     def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
         self._connection = connection
+        self._schema = schema
+        self._index = spec.name
         self._key = spec.shape.key
         names = Names(schema, spec.name)
         self._parts: dict[str, sql.Composable] = {
@@ -39,10 +49,11 @@ class Failures:
             "generation": sql.Literal(spec.generation),
             "most": sql.Literal(MAX_ATTEMPTS),
             "key": sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier("c", name)) for name in self._key),
+            "documents": sql.Identifier(schema, TABLE),
         }
 
-    async def list(self, limit: int) -> list[Failure]:
-        """Return up to `limit` failures, those that wait for an operator first."""
+    async def some(self, limit: int) -> list[Failure]:
+        """Return up to `limit` failures of each kind: documents, then texts, those that wait for an operator first."""
         cursor = await self._connection.execute(
             self._sql(
                 "SELECT c.chunk_no, b.error, b.attempts,"
@@ -53,10 +64,40 @@ class Failures:
             ),
             [limit],
         )
-        return [Failure(dict(zip(self._key, row[4:], strict=True)), *row[:4]) for row in await cursor.fetchall()]
+        texts = [Failure(dict(zip(self._key, row[4:], strict=True)), *row[:4]) for row in await cursor.fetchall()]
+        return [*await self._documents(limit), *texts]
 
-    async def retry(self) -> int:
-        """Have all failures tried again now, their attempts forgotten; returns how many there are.
+    async def _documents(self, limit: int) -> list[Failure]:
+        if not await has_list(self._connection, self._schema):
+            return []
+        cursor = await self._connection.execute(
+            self._sql(
+                "SELECT key, error, attempts FROM {documents} WHERE index_name = %s AND key <> '{{}}'"
+                " ORDER BY failed_at, key LIMIT %s"
+            ),
+            [self._index, limit],
+        )
+        return [
+            Failure(dict(zip(self._key, key, strict=True)), None, error, attempts, None, "document")
+            for key, error, attempts in await cursor.fetchall()
+        ]
+
+    async def listed(self) -> Listed:
+        """Return how many documents there are."""
+        if not await has_list(self._connection, self._schema):
+            return Listed()
+        return (await count_failed(self._connection, self._schema)).get(self._index, Listed())
+
+    async def document_keys(self) -> list[Key]:
+        """Return the keys of all documents that are listed."""
+        cursor = await self._connection.execute(
+            self._sql("SELECT key FROM {documents} WHERE index_name = %s AND key <> '{{}}' ORDER BY failed_at, key"),
+            [self._index],
+        )
+        return [tuple(cast(list[str], row[0])) for row in await cursor.fetchall()]
+
+    async def retry_texts(self) -> int:
+        """Have all texts tried again now, their attempts forgotten; returns how many there are.
 
         A running worker notices within some seconds.
         """
@@ -69,10 +110,11 @@ class Failures:
         return done.rowcount
 
     async def discard(self) -> int:
-        """Give up the chunks that wait for an operator; returns how many there are.
+        """Give up the texts and the documents that wait for an operator; returns how many there are.
 
-        They keep their text and have no vector, not even one of an older text, until the text changes or someone has
-        the row replayed or the index repaired.
+        The chunks keep their text and have no vector, not even one of an older text, until the text changes or someone
+        has the row replayed or the index repaired. The rows stay out of the index until then, too, and a verification
+        calls them missing.
         """
         done = await self._connection.execute(
             self._sql(
@@ -81,7 +123,10 @@ class Failures:
                 " WHERE v.chunk_id = gone.chunk_id) SELECT chunk_id FROM gone"
             )
         )
-        return done.rowcount
+        documents = 0
+        if await has_list(self._connection, self._schema):
+            documents = await forget_failed(self._connection, self._schema, self._index)
+        return done.rowcount + documents
 
     def _sql(self, statement: str) -> sql.Composed:
         return sql.SQL(statement).format(**self._parts)

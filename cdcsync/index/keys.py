@@ -14,6 +14,7 @@ from psycopg import pq, sql
 from cdcsync.changes import Key, Row
 from cdcsync.index.apply import BACKFILL
 from cdcsync.index.comparisons import comparisons, follows
+from cdcsync.index.failed_documents import TABLE
 from cdcsync.index.schema import IndexSpec, Names
 from cdcsync.postgres import Connection
 
@@ -24,9 +25,10 @@ DISCARDED = sql.SQL("''::bytea")
 async def page_of_keys(
     connection: Connection, schema: str, spec: IndexSpec, after: Key | None, limit: int
 ) -> list[Key]:
-    """Return up to `limit` keys of documents, above `after`, as the target renders them.
+    """Return up to `limit` keys above `after`, of documents and of those that could not be made.
 
-    The order is the target's and means nothing to the source: two servers may sort text differently.
+    They are as the target renders them. The order is the target's and means nothing to the source: two servers may
+    sort text differently.
     """
     columns = [sql.Identifier(name) for name in spec.shape.key]
     listed = sql.SQL(", ").join(columns)
@@ -34,12 +36,21 @@ async def page_of_keys(
     above = sql.SQL(" AND {}").format(follows(columns, values, await comparisons(connection, spec.key_types)))
     cursor = psycopg.AsyncRawCursor(connection)
     await cursor.execute(
-        sql.SQL("SELECT {} FROM {} WHERE chunk_no = 0{} ORDER BY {} LIMIT {}").format(
-            listed,
-            Names(schema, spec.name).chunks,
-            sql.SQL("") if after is None else above,
-            listed,
-            sql.Literal(limit),
+        sql.SQL(
+            "(SELECT {listed} FROM {chunks} WHERE chunk_no = 0{above} ORDER BY {listed} LIMIT {limit}) UNION ALL"
+            " (SELECT * FROM (SELECT {failed} FROM {table} WHERE index_name = {index} AND key <> '{{}}') AS f"
+            " WHERE true{above} ORDER BY {listed} LIMIT {limit}) ORDER BY {listed} LIMIT {limit}"
+        ).format(
+            listed=listed,
+            chunks=Names(schema, spec.name).chunks,
+            above=sql.SQL("") if after is None else above,
+            limit=sql.Literal(limit),
+            failed=sql.SQL(", ").join(
+                sql.SQL(f"key[{at}]::{type_} AS {{}}").format(column)
+                for at, (column, type_) in enumerate(zip(columns, spec.key_types, strict=True), start=1)
+            ),
+            table=sql.Identifier(schema, TABLE),
+            index=sql.Literal(spec.name),
         ),
         list(after or ()),
     )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cdcsync.index.apply import Document
 
 FloatVector = npt.NDArray[np.float32]
+"""`float32[dimensions]`, or `float32[n, dimensions]` of several."""
 
 BLOCK_BYTES = 256 * 1024
 """Rows are joined into blocks of about this size before they go to the driver."""

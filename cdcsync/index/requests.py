@@ -133,6 +133,11 @@ class Requests:
             ).format(self._table),
             [index, list(OPEN)],
         )
+        # What fails now too is listed again; the source may write a key differently by now.
+        await connection.execute(
+            sql.SQL("DELETE FROM {} WHERE index_name = %s").format(sql.Identifier(self._schema, "failed_documents")),
+            [index],
+        )
         cursor = await connection.execute(
             sql.SQL(
                 "SELECT coalesce(bool_or(b.rewrite), false) FROM {} AS b"

@@ -21,6 +21,7 @@ from psycopg.pq import TransactionStatus
 from cdcsync.batches import PageEnd
 from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetUnavailable
 from cdcsync.index.apply import Applied, ChangeSet, Document, IndexWriter, Kept
+from cdcsync.index.failed_documents import FailedDocuments, close_list
 from cdcsync.index.keys import discard_vectors
 from cdcsync.index.pipelines import Pipelines, PipelineState
 from cdcsync.index.requests import Requests
@@ -74,6 +75,7 @@ class ApplySession:
         self._ending = False
         self._connection: Connection | None = None
         self._writers: dict[str, IndexWriter] = {}
+        self._failed: dict[str, FailedDocuments] = {}
 
     @property
     def connection(self) -> Connection:
@@ -142,6 +144,10 @@ class ApplySession:
                 await self.aclose()  # half of them open is worse than none
                 raise
             self._writers = writers
+            self._failed = {
+                spec.name: FailedDocuments(self.connection, self._schema, spec.name, len(spec.shape.key))
+                for spec in specs
+            }
 
     async def state(self) -> PipelineState:
         """Return the stored state of the pipeline."""
@@ -233,6 +239,7 @@ class ApplySession:
                 for index, change_set in changes.items():
                     with speaking_of("target", where=f"index {index}"), _pausing(index):
                         applied[index] = await self._writers[index].apply(change_set)
+                        await self._failed[index].apply(change_set)
                 for index, reason in paused.items():
                     await self._pause(index, reason)
                 for page in pages:
@@ -268,6 +275,8 @@ class ApplySession:
                 page.backfill_id,
             ],
         )
+        if page.done:
+            await close_list(self.connection, self._schema, page.backfill_id)
 
     async def interrupt(self) -> None:
         """Have what runs in this session fail and roll back, until cancelled: for a worker whose time is up.

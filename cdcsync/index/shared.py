@@ -130,6 +130,23 @@ _SHARED = (
     )
     """,
     "COMMENT ON TABLE {schema}.differences IS 'cdcsync: what a verification found to differ from the source.'",
+    """
+    CREATE TABLE IF NOT EXISTS {schema}.failed_documents (
+        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
+        key text[] NOT NULL,
+        error text NOT NULL,
+        attempts int NOT NULL DEFAULT 1,
+        commit_lsn pg_lsn NOT NULL,
+        failed_at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (index_name, key)
+    )
+    """,
+    "COMMENT ON TABLE {schema}.failed_documents IS"
+    " 'cdcsync: rows that no document, or no chunks, could be made of; the index is without them until that succeeds."
+    " An empty key stands for rows that the list has no room for.'",
+    "COMMENT ON COLUMN {schema}.failed_documents.error IS 'What failed and where; it holds no value of the row.'",
+    "COMMENT ON COLUMN {schema}.failed_documents.attempts IS 'How many changes or readings of the row failed.'",
+    "COMMENT ON COLUMN {schema}.failed_documents.commit_lsn IS 'Where in the stream it failed last.'",
     "CREATE INDEX IF NOT EXISTS backfills_open ON {schema}.backfills (index_name, id) "
     "WHERE state IN ('requested', 'running', 'paused')",
     """

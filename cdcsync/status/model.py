@@ -67,6 +67,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
     backlog: int = 0
     backlog_live: int = 0
     failed: int = 0
+    failed_documents: int = 0
     estimated: bool = False
     backfill: BackfillStatus | None = None
 

@@ -17,6 +17,7 @@ from psycopg import sql
 
 from cdcsync.config import Config
 from cdcsync.errors import SourceUnavailable
+from cdcsync.index.failed_documents import TABLE, Listed, count_failed
 from cdcsync.index.pipelines import Pipelines, PipelineState
 from cdcsync.index.schema import Names
 from cdcsync.lsn import Lsn
@@ -198,6 +199,7 @@ async def _read_indexes(target: Connection, config: Config, present: set[str], p
     )
     rows = await cursor.fetchall()
     backfills = await _read_backfills(target, schema, list(config.indexes), problems)
+    left_out = await count_failed(target, schema) if TABLE in present else {}
     found: dict[str, IndexStatus] = {}
     for name, owner, generation, model, dimensions, state, reason, table, view, _ in rows:
         if name not in config.indexes:
@@ -217,10 +219,21 @@ async def _read_indexes(target: Connection, config: Config, present: set[str], p
         if counts.failed:
             failed = "1 chunk has" if counts.failed == 1 else f"{counts.failed} chunks have"
             problems.append(f"index {name}: {failed} no vector, see `cdcsync failures {name} list`")
-        found[name] = msgspec.structs.replace(status, **msgspec.structs.asdict(counts))
+        listed = left_out.get(name, Listed())
+        problems += _left_out(name, listed)
+        found[name] = msgspec.structs.replace(
+            status, **msgspec.structs.asdict(counts), failed_documents=listed.documents
+        )
     if new := [name for name in config.indexes if name not in found]:
         problems.append(f"not set up yet: {', '.join(new)}; start the worker again with this configuration")
     return _Indexes(found, min((row[-1] for row in rows), default=None))
+
+
+def _left_out(name: str, listed: Listed) -> Iterator[str]:
+    if listed.documents or listed.unlisted:
+        rows = "1 row is" if listed.documents == 1 else f"{listed.documents} rows are"
+        more = ", and more than are listed" if listed.unlisted else ""
+        yield f"index {name}: {rows} left out{more}: no document could be made; see `cdcsync failures {name} list`"
 
 
 def _absent(config: Config, name: str) -> IndexStatus:

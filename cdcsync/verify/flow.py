@@ -16,6 +16,7 @@ from psycopg import sql
 from cdcsync.changes import Key
 from cdcsync.embed import backoff_s
 from cdcsync.errors import CdcsyncError, SetupError
+from cdcsync.index.failed_documents import failed_among
 from cdcsync.index.keys import delete_vectors_without_chunks
 from cdcsync.index.requests import Request, Requests
 from cdcsync.index.schema import IndexSpec
@@ -113,6 +114,7 @@ async def verify(
         for key, problem in await _compared(target, schema, spec, suspects, attend):
             keys.setdefault(problem, []).append(key)
     with speaking_of("target", where=f"index {spec.name}"):
+        keys = await _explained(target, schema, spec, keys)
         sound = await examine_index(target, schema, spec)
     keys.update({str(fault): found for fault, found in sound.faults.items()})
     undecided = keys.pop("undecided", [])
@@ -130,6 +132,19 @@ async def verify(
         finished_at=datetime.now(UTC),
     )
     return Findings(verification, keys)
+
+
+async def _explained(
+    target: Connection, schema: str, spec: IndexSpec, keys: dict[str, list[Key]]
+) -> dict[str, list[Key]]:
+    """Tell the rows that are missing because no document could be made of them from the others."""
+    missing = keys.pop("missing", [])
+    failed = await failed_among(target, schema, spec.name, missing)
+    parted = {
+        "missing": [key for key in missing if key not in failed],
+        "failed": [key for key in missing if key in failed],
+    }
+    return {problem: found for problem, found in (keys | parted).items() if found}
 
 
 def _buckets(rows: int) -> int:
