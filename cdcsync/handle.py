@@ -141,9 +141,8 @@ class WorkerHandle:
                 status = await read_status(self.config, source, target)
         if self._connected and self._stream is not None:
             # What this process knows exactly, against what the tables tell anyone to within some seconds.
-            status = msgspec.structs.replace(
-                status, lag_seconds=self.lag_seconds, caught_up=self._stream.oldest_unapplied is None
-            )
+            caught_up = self._stream.heard_all and self._stream.oldest_unapplied is None
+            status = msgspec.structs.replace(status, lag_seconds=self.lag_seconds, caught_up=caught_up)
         self._last = status
         return status
 

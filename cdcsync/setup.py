@@ -43,6 +43,18 @@ WRITERS_REPORT_S = 5.0
 """How often it is said which open transactions the creation of the slot waits for."""
 
 
+class StartingPoint(msgspec.Struct, frozen=True):
+    """Where a connection begins to stream.
+
+    :ivar anew: whether the pipeline begins there: what was before it says nothing about what follows.
+    :ivar server: the source as it was before the connection streamed.
+    """
+
+    checkpoint: Lsn
+    anew: bool
+    server: ServerIdentity
+
+
 async def set_up_shared(target: Connection, config: Config) -> None:
     """Create pgvector, our schema and the pipeline's row, as far as they are missing."""
     with speaking_of("target"):
@@ -262,8 +274,8 @@ async def refuse_early(source: Connection, session: ApplySession, config: Config
 
 async def starting_point(
     slot_connection: SlotConnection, source: Connection, session: ApplySession, config: Config, indexes: Sequence[str]
-) -> tuple[Lsn, bool]:
-    """Return the LSN to stream from, and whether the pipeline begins there anew; creates the slot where there is none.
+) -> StartingPoint:
+    """Return where to stream from; creates the slot where there is none.
 
     After a gap, `source.on_gap = "resync"` makes a new slot and asks for a full backfill of every index.
 
@@ -278,20 +290,21 @@ async def starting_point(
     if state.checkpoint is None:
         begin = await _first_position(slot_connection, source, slot, config)
         await session.begin_at(begin, server.system_identifier, server.timeline)
-        return begin, True
+        return StartingPoint(begin, True, server)
     try:
         await refuse_gap(slot_connection, state, server, slot, name)
     except GapError as gap:
         if config.source.on_gap != "resync":
             raise
         log.error("gap", slot=name, error=str(gap), action="resync")
-        return await _resync(slot_connection, source, session, server, slot, config, indexes), True
+        begin = await _resync(slot_connection, source, session, server, slot, config, indexes)
+        return StartingPoint(begin, True, server)
     if state.timeline is not None and server.timeline > state.timeline:
         await session.begin_at(state.checkpoint, server.system_identifier, server.timeline)
         log.info("timeline_followed", slot=name, timeline=server.timeline)
     assert slot is not None
     await _let_standbys_have(slot_connection, slot, config)
-    return state.checkpoint, False
+    return StartingPoint(state.checkpoint, False, server)
 
 
 async def _let_standbys_have(slot_connection: SlotConnection, slot: Slot, config: Config) -> None:

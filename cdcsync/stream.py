@@ -31,7 +31,7 @@ from cdcsync.batches import Batch
 from cdcsync.changes import Shape, Truncation, Upsert
 from cdcsync.embed import EmbedLoop, backoff_s
 from cdcsync.errors import SchemaChanged, SourceUnavailable, TargetUnavailable, leading
-from cdcsync.index.apply import Applied, ChangeSet
+from cdcsync.index.apply import LIVE, Applied, ChangeSet
 from cdcsync.index.schema import IndexSpec
 from cdcsync.index.session import ApplySession
 from cdcsync.lsn import Lsn
@@ -114,12 +114,11 @@ class Stream:
             self._tables.setdefault((table.schema, table.name), []).append(spec.shape)
         self.tracing = Tracing()
         self.progress = Progress(Lsn(0))
-        self.source_end = Lsn(0)
-        """The end of the source's WAL as last heard of."""
         self.stopping = False
-        self._reset(Lsn(0))
+        self._listening = anyio.CancelScope()
+        self._reset(Lsn(0), Lsn(0))
 
-    def _reset(self, checkpoint: Lsn) -> None:
+    def _reset(self, checkpoint: Lsn, source_end: Lsn) -> None:
         self.progress = Progress(checkpoint)
         self._batch = Batch()
         self._assembler = Assembler(self._tables, checkpoint)
@@ -127,6 +126,8 @@ class Stream:
         self._in_hand: Batch | None = None
         self._committed_at_us = 0
         self._passed = checkpoint
+        self._heard = checkpoint
+        self._source_end = source_end
         self.pauses: list[SchemaChanged] = []
         """Why indexes were paused on this connection."""
         self._paused: set[str] = set()
@@ -139,8 +140,17 @@ class Stream:
 
     @property
     def caught_up(self) -> bool:
-        """Whether everything that was received is in the target."""
-        return self._dry and self._in_hand is None and not self._batch and not self._assembler.in_transaction
+        """Whether everything that the source has sent is in the target."""
+        return self._drained and self._in_hand is None and not self._batch and not self._assembler.in_transaction
+
+    @property
+    def heard_all(self) -> bool:
+        """Whether the source has sent what it had when it was connected: before that, silence says nothing."""
+        return self._heard >= self._source_end
+
+    @property
+    def _drained(self) -> bool:
+        return self._dry and self.heard_all
 
     @property
     def oldest_unapplied(self) -> datetime | None:
@@ -150,12 +160,13 @@ class Stream:
                 return to_datetime(batch.oldest_us)
         return None
 
-    async def follow(self, slot: SlotConnection, checkpoint: Lsn) -> None:
+    async def follow(self, slot: SlotConnection, checkpoint: Lsn, source_end: Lsn) -> None:
         """Receive and apply over a connection that has begun to stream at `checkpoint`; returns when told to stop.
 
+        :param source_end: where the source's WAL ended when it was connected.
         :raises SourceUnavailable: the connection ended; call again with a new one.
         """
-        self._reset(checkpoint)
+        self._reset(checkpoint, source_end)
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._apply_for_ever)
@@ -182,6 +193,7 @@ class Stream:
     def stop(self) -> None:
         """Ask for an orderly end: the batch in hand is finished, the last status is sent."""
         self.stopping = True
+        pass
         self._wake_receive.set()
         self._wake_apply.set()
 
@@ -199,11 +211,12 @@ class Stream:
             frame = slot.poll()
             if frame is None:
                 self._note_dry()
-                frame = await slot.receive(self._patience())
+                with anyio.CancelScope() as self._listening:
+                    frame = await slot.receive(self._patience())
                 if frame is None:
                     continue
             self._dry = False
-            self.source_end = max(self.source_end, frame.wal_end)
+            self._heard = max(self._heard, frame.wal_end)
             if isinstance(frame, Keepalive):
                 self._keepalive(frame)
             else:
@@ -374,10 +387,11 @@ class Stream:
         started = anyio.current_time()
         with self.tracing.batch(batch.origins, rows=batch.rows, transactions=batch.transactions):
             changes, applied = await self._until_committed(batch)
+        before = self.progress.checkpoint
         if batch.end_lsn is not None:
             self.progress.commit(batch.end_lsn)
         self._idle_pause_s = 0.0
-        self._account(batch, changes, applied, anyio.current_time() - started)
+        self._account(batch, before, changes, applied, anyio.current_time() - started)
         self._page_applied(batch)
         self._paused |= batch.paused.keys()
         if self._paused and not batch.partial:
@@ -416,7 +430,7 @@ class Stream:
                     batch.end_lsn,
                     paused=batch.paused,
                     commit_time=to_datetime(batch.commit_time_us) if batch.commit_time_us is not None else None,
-                    caught_up=self._dry and not self._batch,
+                    caught_up=self._drained and not self._batch,
                 )
             )
         return applied
@@ -448,22 +462,33 @@ class Stream:
         self._idle_pause_s = min(IDLE_CHECKPOINT_S, max(PROMPT_CHECKPOINT_S, 2 * self._idle_pause_s))
         try:
             with anyio.CancelScope(shield=True):
-                await self._session.apply({}, (), passed, commit_time=None, caught_up=self._dry)
+                await self._session.apply({}, (), passed, commit_time=None, caught_up=self._drained)
         except TargetUnavailable as error:
             await self._recover(error, 0)
         else:
             self.progress.commit(passed)
 
     def _account(
-        self, batch: Batch, changes: Mapping[str, ChangeSet], applied: Mapping[str, Applied], seconds: float
+        self,
+        batch: Batch,
+        before: Lsn,
+        changes: Mapping[str, ChangeSet],
+        applied: Mapping[str, Applied],
+        seconds: float,
     ) -> None:
         metrics = self._metrics
         metrics.transactions.inc(batch.transactions)
         metrics.batch_rows.observe(batch.rows)
         metrics.apply_seconds.observe(seconds)
-        if batch.commit_time_us is not None:
+        if batch.commit_time_us is not None and batch.end_lsn is not None:
             committed = to_datetime(batch.commit_time_us)
-            metrics.text_freshness.observe(max(0.0, (datetime.now(UTC) - committed).total_seconds()))
+            age = max(0.0, (datetime.now(UTC) - committed).total_seconds())
+            metrics.text_freshness.observe(age)
+            for index, result in applied.items():
+                self._embed_loops[index].commits.note(before, batch.end_lsn, committed)
+                if all(one.lane == LIVE for one in changes[index].documents):
+                    for _ in range(result.inline + result.reused):
+                        metrics.vector_freshness.observe(age)
         for index, of_index in batch.indexes.items():
             upserts = sum(1 for change in of_index.live.values() if isinstance(change, Upsert))
             metrics.changes.labels(index, "upsert").inc(upserts)

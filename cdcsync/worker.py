@@ -254,15 +254,15 @@ class _Worker:
                 async with control, await SlotConnection.connect(self.config.source.dsn) as slot:
                     source = await control.connection()
                     async with cancelled_by(self.handle.stopping):
-                        checkpoint, anew = await starting_point(
+                        start = await starting_point(
                             slot, source, self.session, self.config, [spec.name for spec in self.specs]
                         )
                     if self.handle.stopping.is_set():
                         break
                     # The marks of pages under way may lie before what this connection will deliver.
                     self.backfills.interrupt()
-                    timeline = (await slot.identify()).timeline
-                    if anew or timeline != followed:
+                    checkpoint, timeline = start.checkpoint, start.server.timeline
+                    if start.anew or timeline != followed:
                         # On a new timeline, ids that were delivered may never have been given out: no snapshot would
                         # see them. What counts is delivered again.
                         followed = None
@@ -285,7 +285,7 @@ class _Worker:
                     self.handle.connected(True)
                     self.streaming.set()
                     attempt = 0
-                    await self.stream.follow(slot, checkpoint)
+                    await self.stream.follow(slot, checkpoint, start.server.lsn)
             except Unavailable as error:
                 self.handle.metrics.reconnects.labels("source").inc()
                 delay = backoff_s(attempt, first=0.2, most=15)
