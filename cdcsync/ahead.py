@@ -29,6 +29,13 @@ QUICK_S = 0.25
 """A page whose texts the model takes longer for is applied without vectors, which follow from the backlog: text is not
 to wait for a model. A page takes about as long to apply."""
 
+PAGE_S = QUICK_S / 2
+"""Pages are made small enough for this, so that one that takes a little longer still comes with its vectors: in the
+backlog they cost several times as much."""
+
+LEAST_ROWS = 500
+"""Smaller pages cost more than they save: of a slower model, vectors come from the backlog."""
+
 
 class Prepared(Upsert, frozen=True, gc=False):
     """A row of a page with what it comes to.
@@ -61,6 +68,12 @@ class Ahead:
         self._schema = schema
         self._chunker = chunker
         self._desk = desk
+        self._texts_per_row = 1.0
+
+    def page_rows(self, most: int) -> int:
+        """Return how many rows a page should have, so that its vectors can be made while it waits."""
+        rows = int(self._desk.texts_within(PAGE_S) / self._texts_per_row)
+        return min(most, rows) if rows >= LEAST_ROWS else most
 
     async def make(self, target: Connection, rows: Sequence[Row]) -> Made | None:
         """Return what these rows come to; None where that can fail for a row, which apply deals with.
@@ -71,6 +84,7 @@ class Ahead:
             return None
         documents, cut = await anyio.to_thread.run_sync(self._cut, rows)
         texts = {chunk.hash: chunk.text for chunks in cut for chunk in chunks}
+        self._texts_per_row = max(1.0, len(texts) / len(rows))
         return Made(documents, cut, await self._vectors(target, texts))
 
     def _cut(self, rows: Sequence[Row]) -> tuple[list[Rendering], list[list[Chunk]]]:
@@ -78,7 +92,7 @@ class Ahead:
         return documents, self._chunker.split_all(documents, _cannot_fail)
 
     async def _vectors(self, target: Connection, texts: dict[bytes, str]) -> Mapping[bytes, FloatVector]:
-        if not texts or not self._desk.quick(len(texts), QUICK_S):
+        if not texts or len(texts) > self._desk.texts_within(QUICK_S):
             return {}
         with speaking_of("target", where=f"index {self._spec.name}"):
             for known in await texts_with_vector(target, self._schema, self._spec, list(texts)):

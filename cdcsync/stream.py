@@ -116,6 +116,7 @@ class Stream:
         self.progress = Progress(Lsn(0))
         self.stopping = False
         self._listening = anyio.CancelScope()
+        self._listening = anyio.CancelScope()
         self._reset(Lsn(0), Lsn(0))
 
     def _reset(self, checkpoint: Lsn, source_end: Lsn) -> None:
@@ -194,6 +195,7 @@ class Stream:
         """Ask for an orderly end: the batch in hand is finished, the last status is sent."""
         self.stopping = True
         pass
+        self._listening.cancel()
         self._wake_receive.set()
         self._wake_apply.set()
 
@@ -212,6 +214,7 @@ class Stream:
             if frame is None:
                 self._note_dry()
                 with anyio.CancelScope() as self._listening:
+                    with anyio.CancelScope() as self._listening:
                     frame = await slot.receive(self._patience())
                 if frame is None:
                     continue

@@ -111,6 +111,11 @@ class _Pace:
         return max(0.0, self._due - now)
 
 
+def _made_ahead(request: Request) -> bool:
+    """Say whether what the rows come to is most likely not in the index yet."""
+    return _fresh(request) or request.rewrite
+
+
 def _fresh(request: Request) -> bool:
     """Say whether the index most likely has none of the rows to be read."""
     return request.kind == "initial" and not request.rewrite
@@ -331,6 +336,8 @@ class Backfills:
         last = False
         while not last:
             most = min(self._page_rows, pace.rows_per_s or self._page_rows)
+            if _made_ahead(request):
+                most = self._ahead[request.index].page_rows(most)
             page = await read(cursor, min(limit, most))
             cursor, last = page.cursor, page.last
             done += len(page.entries)
@@ -355,7 +362,7 @@ class Backfills:
     async def _make(self, target: Connection, request: Request, page: Page) -> Made | None:
         """Make of a page's rows what they come to, where that is not just what the index has already."""
         rows = [row for _, row in page.entries if row is not None]
-        if not (_fresh(request) or request.rewrite) or len(rows) < len(page.entries) or not rows:
+        if not _made_ahead(request) or len(rows) < len(page.entries) or not rows:
             return None
         return await self._ahead[request.index].make(target, rows)
 

@@ -223,9 +223,11 @@ class Desk:
         self._small_seconds_per_text *= SKIPPED
         return False
 
-    def quick(self, texts: int, within_s: float) -> bool:
-        """Say whether so many texts are likely to take no longer than this; nobody knows before the first call."""
-        return self.ready.is_set() and 0 < self._seconds_per_text * texts <= within_s
+    def texts_within(self, seconds: float) -> int:
+        """Return how many texts are likely to take no longer than this; 0 before the first call: nobody knows."""
+        if not self.ready.is_set() or not self._seconds_per_text:
+            return 0
+        return int(seconds / self._seconds_per_text)
 
     def forget(self) -> None:
         """Forget the vectors made recently: someone wants them made anew."""

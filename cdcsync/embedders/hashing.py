@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import re
 import zlib
+from array import array
 from collections.abc import Sequence
 from itertools import chain
 
 import anyio
 import anyio.to_thread
 import numpy as np
+import numpy.typing as npt
 
 from cdcsync import config
 from cdcsync.embedders.protocol import Distance, Kind, Vectors
@@ -31,14 +33,66 @@ TRIGRAM_WEIGHT = 3 / 8
 """A word of seven letters then counts half for itself and half for its trigrams. Exact in binary, see above."""
 
 WORDS_REMEMBERED = 32_768
-"""Words whose components are kept: nearly all words of running text, in some 20 MB."""
+"""Words whose components are kept: nearly all words of running text, in some 10 MB. A call with more of them
+remembers all of its own."""
 
 THREAD_TEXTS = 32
 """From this many texts on, work moves to a thread: it then takes long enough for the event loop to notice."""
 
 _WORD = re.compile(r"\w+")
+_Integers = npt.NDArray[np.int64]
+
 _TRIGRAM_SEED = 0x5EED
 """Where the trigrams' checksums start: the trigram `the` is not to share its component with the word `the`."""
+
+
+class _Words:
+    """Words with their components, remembered: nearly all words of a text were in texts before it.
+
+    A word's components lie side by side: from `starts[number]` on, `counts[number]` of them.
+    """
+
+    def __init__(self, dimensions: int) -> None:
+        self._dimensions = dimensions
+        self.clear()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def clear(self) -> None:
+        """Forget all words."""
+        self._numbers: dict[str, int] = {}
+        self._counts, self._starts, self._places, self._weights = array("q"), array("q"), array("q"), array("d")
+
+    def components(self, words: Sequence[str]) -> tuple[_Integers, _Integers, npt.NDArray[np.float64]]:
+        """Return how many components each word has, and the places and weights of all of them, in the words' order."""
+        try:
+            numbers = np.fromiter(map(self._numbers.__getitem__, words), np.int64, len(words))
+        except KeyError:
+            self._learn(words)
+            numbers = np.fromiter(map(self._numbers.__getitem__, words), np.int64, len(words))
+        counts = np.frombuffer(self._counts, np.int64)[numbers]
+        ends = np.cumsum(counts)
+        starts = np.frombuffer(self._starts, np.int64)[numbers]
+        lie = np.repeat(starts - (ends - counts), counts)
+        lie += np.arange(len(lie))
+        return counts, np.frombuffer(self._places, np.int64)[lie], np.frombuffer(self._weights)[lie]
+
+    def _learn(self, words: Sequence[str]) -> None:
+        unknown = set(words).difference(self._numbers)
+        if len(self._numbers) + len(unknown) > WORDS_REMEMBERED:
+            self.clear()
+            unknown = set(words)
+        for word in unknown:
+            padded = f"^{word}$"
+            hashes = [zlib.crc32(word.encode())]
+            hashes += [zlib.crc32(padded[at : at + 3].encode(), _TRIGRAM_SEED) for at in range(len(word))]
+            self._numbers[word] = len(self._numbers)
+            self._starts.append(len(self._places))
+            self._counts.append(len(hashes))
+            self._places.extend([each % self._dimensions for each in hashes])
+            self._weights.append(1.0 if hashes[0] >> 31 else -1.0)
+            self._weights.extend([TRIGRAM_WEIGHT if each >> 31 else -TRIGRAM_WEIGHT for each in hashes[1:]])
 
 
 class HashEmbedder:
@@ -55,7 +109,7 @@ class HashEmbedder:
         self.dimensions = settings.dimensions
         self.identity = f"hash:{VERSION}:{settings.dimensions}"
         self._latency_s = settings.latency_ms / 1000
-        self._words: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {}
+        self._words = _Words(settings.dimensions)
 
     async def open(self) -> None:
         """Do nothing: there is nothing to load."""
@@ -78,44 +132,15 @@ class HashEmbedder:
 
     def vectors(self, texts: Sequence[str]) -> Vectors:
         """Return the texts' vectors, `float32[n, dimensions]`, without waiting."""
-        known = self._words
-        places: list[tuple[int, ...]] = []
-        weights: list[tuple[float, ...]] = []
-        counts = []
-        for text in texts:
-            count = 0
-            for word in _WORD.findall(text.lower()):
-                components = known.get(word) or self._learn(word)
-                places.append(components[0])
-                weights.append(components[1])
-                count += len(components[0])
-            counts.append(count)
-        rows = np.repeat(np.arange(len(texts)) * self.dimensions, counts)
-        total = len(rows)
-        flat = np.bincount(
-            rows + np.fromiter(chain.from_iterable(places), np.int64, total),
-            np.fromiter(chain.from_iterable(weights), np.float64, total),
-            minlength=len(texts) * self.dimensions,
+        words = [_WORD.findall(text.lower()) for text in texts]
+        counts, places, weights = self._words.components(list(chain.from_iterable(words)))
+        rows = np.repeat(np.arange(len(texts)) * self.dimensions, [len(each) for each in words])
+        sums = np.bincount(np.repeat(rows, counts) + places, weights, minlength=len(texts) * self.dimensions).reshape(
+            len(texts), self.dimensions
         )
-        sums = flat.reshape(len(texts), self.dimensions)
         norms = np.sqrt(np.square(sums).sum(axis=1, keepdims=True))
         for row in np.flatnonzero(norms == 0).tolist():
             # No words, or words that cancel out: a vector all the same, and the same one for the same text.
             sums[row, zlib.crc32(texts[row].encode()) % self.dimensions] = norms[row] = 1.0
         vectors: Vectors = (sums / norms).astype(np.float32)
         return vectors
-
-    def _learn(self, word: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Return a word's components, places and weights, and remember them."""
-        padded = f"^{word}$"
-        hashes = [zlib.crc32(word.encode())]
-        hashes += [zlib.crc32(padded[at : at + 3].encode(), _TRIGRAM_SEED) for at in range(len(padded) - 2)]
-        signs = [1.0 if checksum >> 31 else -1.0 for checksum in hashes]
-        components = (
-            tuple(checksum % self.dimensions for checksum in hashes),
-            (signs[0], *(sign * TRIGRAM_WEIGHT for sign in signs[1:])),
-        )
-        if len(self._words) >= WORDS_REMEMBERED:
-            self._words.clear()
-        self._words[word] = components
-        return components
