@@ -35,7 +35,7 @@ def change(pipeline: Pipeline) -> None:
 
 
 def drop(pipeline: Pipeline) -> None:
-    pipeline.source.execute("SELECT pg_drop_replication_slot(%s)", [pipeline.config.source.slot])
+    pipeline.source.execute("SELECT pg_drop_replication_slot(%s)", [pipeline.released()])
 
 
 def recreate(pipeline: Pipeline) -> None:
@@ -44,9 +44,7 @@ def recreate(pipeline: Pipeline) -> None:
 
 
 def advance(pipeline: Pipeline) -> None:
-    pipeline.source.execute(
-        "SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [pipeline.config.source.slot]
-    )
+    pipeline.source.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [pipeline.released()])
 
 
 @pytest.mark.parametrize(

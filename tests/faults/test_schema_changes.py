@@ -68,7 +68,7 @@ def test_after_a_gap_resync_heals_updates_inserts_and_deletes_alike(
     pipeline: Pipeline, make_pipeline: Callable[[str], Pipeline], gap: str
 ) -> None:
     pipeline.stop(pipeline.processes[-1])
-    slot = pipeline.config.source.slot
+    slot = pipeline.released()
     if gap == "slot dropped":
         pipeline.source.execute("SELECT pg_drop_replication_slot(%s)", [slot])
     change(pipeline)

@@ -61,7 +61,7 @@ def test_a_source_of_another_version_is_followed_from_its_first_load_to_a_gap(
 
     pipeline.stop(worker)
     pipeline.source.execute("DELETE FROM articles WHERE id % 4 = 0")
-    pipeline.source.execute("SELECT pg_drop_replication_slot('s')")
+    pipeline.source.execute("SELECT pg_drop_replication_slot(%s)", [pipeline.released()])
     stops_at_the_gap_and_heals(pipeline, "the replication slot is gone")
 
 

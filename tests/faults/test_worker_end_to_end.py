@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.fixtures.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = pytest.mark.server
 
@@ -141,7 +141,7 @@ def test_changes_that_come_during_the_initial_load_win(
 
 
 def batches(pipeline: Pipeline) -> int:
-    return sum(event.get("event") == "batch_applied" for event in pipeline.events())
+    return pipeline.times("batch_applied")
 
 
 def far_enough(pipeline: Pipeline, wanted: int, lsn: str) -> bool:
@@ -240,12 +240,11 @@ def test_a_slot_that_was_advanced_by_someone_else_is_a_gap(
     pipeline.stop(worker)
     pipeline.source.execute("UPDATE articles SET title = 'lost'")
     pipeline.source.execute("SELECT pg_logical_emit_message(true, 'x', 'y')")
-    slot = pipeline.config.source.slot
-    pipeline.source.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [slot])
+    pipeline.source.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [pipeline.released()])
 
     again = pipeline.start()
 
-    assert again.wait(timeout=60) == 1
+    assert again.wait(timeout=PATIENCE_S) == 1
     assert "ahead of the index" in pipeline.tail()
     assert "fix:" in pipeline.tail()
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -226,9 +227,14 @@ def test_large_rows_are_read_a_few_at_a_time(live: Pipeline) -> None:
         seen = len(live.events())
         done = answered(live, "replay", "articles", *arguments, typed="\n".join(map(str, range(1, 101))))
         assert done["rows"] == 100
-        pages = sum(event["transactions"] for event in live.events()[seen:] if event.get("event") == "batch_applied")
-        assert pages >= 9, "in pages of twenty rows it would be five, and an empty one"
+        until(partial(nine_pages, live, seen), "nine pages: of twenty rows each it would be five, and an empty one")
     live.compare()
+
+
+def nine_pages(pipeline: Pipeline, seen: int) -> bool:
+    """Say whether so many were applied since so many events, which are logged a moment after they are."""
+    applied = [event for event in pipeline.events()[seen:] if event.get("event") == "batch_applied"]
+    return sum(event["transactions"] for event in applied) >= 9
 
 
 def test_the_progress_of_a_resync_goes_on_while_it_looks_for_rows_that_are_gone(live: Pipeline) -> None:
@@ -290,6 +296,12 @@ def test_a_paused_request_goes_on_where_it_was(live: Pipeline) -> None:
     assert [event["resumed_at"] for event in begun] == [0, done]
 
 
+FOLLOWING = """
+SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'cdcsync replay'
+AND query LIKE 'SELECT%backfills%WHERE id = %'
+"""
+
+
 @pytest.mark.parametrize(("choice", "state"), [("leave", "running"), ("cancel", "cancelled")])
 def test_ctrl_c_leaves_the_request_or_cancels_it_as_asked(live: Pipeline, choice: str, state: str) -> None:
     arguments = ["replay", "articles", "--max-rows-per-s", "2", "--on-interrupt", choice, "-c", str(live.path)]
@@ -298,6 +310,7 @@ def test_ctrl_c_leaves_the_request_or_cancels_it_as_asked(live: Pipeline, choice
     ) as command:
         latest = "SELECT state FROM cdcsync.backfills ORDER BY id DESC LIMIT 1"
         until(lambda: live.target.execute(latest).fetchone() == ("running",), "the request to be served")
+        until(lambda: live.target.execute(FOLLOWING).fetchone(), "the command to follow it")
         command.send_signal(signal.SIGINT)
         _, said = command.communicate(timeout=60)
         assert command.returncode == 130

@@ -193,7 +193,7 @@ with psycopg.connect({live.config.source.dsn!r}, autocommit=True) as c:
     print("writing", flush=True)
     for n in itertools.count():
         c.execute("SELECT pg_sleep(0.05)")
-        c.execute("UPDATE articles SET tenant = %s WHERE id BETWEEN 30 AND 60", [n % 1000])
+        c.execute("UPDATE articles SET tenant = %s WHERE id = %s", [n % 1000, 30 + n % 31])
         c.execute("DELETE FROM articles WHERE id = %s", [61 + n % 9])
         c.execute("INSERT INTO articles (region, id, title) VALUES ('new', %s, 't') ON CONFLICT DO NOTHING", [n % 99])
 """
