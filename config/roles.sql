@@ -70,7 +70,8 @@ SELECT NOT EXISTS (SELECT FROM pg_roles WHERE rolname = :'source_role') AS missi
 SELECT format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), :'source_role') \gexec
 
 -- The initial load, replays and re-reads of large values are plain SELECTs. To hide columns, grant SELECT (id, title, …)
--- by hand instead, and give the publication the same column list: key, template and carried columns must be in both.
+-- by hand instead, and give the publication the same column list: key, template and carried columns must be in both, and
+-- the columns of a row filter in the grant.
 -- A table with row-level security also needs ALTER ROLE … BYPASSRLS: replication sends all of its rows anyway, and
 -- `cdcsync check` says so.
 SELECT DISTINCT format('GRANT USAGE ON SCHEMA %I TO %I', n.nspname, :'source_role')

@@ -19,7 +19,7 @@ from cdcsync.preflight.layout import examine_layout
 from cdcsync.preflight.machine import machine_findings
 from cdcsync.preflight.sending import creation_faults, sending_findings
 from cdcsync.preflight.source import SourceFacts, examine_source
-from cdcsync.preflight.tables import examine_table, needed_columns, table_faults
+from cdcsync.preflight.tables import examine_row_filter, examine_table, needed_columns, table_faults
 from cdcsync.preflight.target import Stored, TargetFacts, examine_target
 
 
@@ -72,6 +72,10 @@ async def _examine_tables(
             needed = needed_columns(plan.index, plan.documents, plan.table)
             plan.findings += table_faults(plan.name, plan.index, plan.documents, plan.table, facts.server.role)
             plan.findings += sending_findings(plan.table, needed, facts)
+            sent = facts.publication.tables.get(plan.table.name) if facts.publication is not None else None
+            if sent is not None:
+                with noting(plan.findings, "source", str(plan.table.name)):
+                    plan.findings += await examine_row_filter(source, plan.table, sent, facts.server.role)
         findings += plan.findings
     if facts.publication is None:
         found = {plan.table.name: plan.table for plan in plans if plan.table is not None}

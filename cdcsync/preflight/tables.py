@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import psycopg
+from psycopg import sql
+
 from cdcsync.config import Index, QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.documents import Documents
 from cdcsync.index.schema import RESERVED
 from cdcsync.postgres import Connection
 from cdcsync.preflight.findings import Finding, named, nearest, noting
+from cdcsync.source.catalog import Published
 from cdcsync.source.relations import Column, Table, read_table, similar_tables
 
 SYSTEM_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
@@ -41,6 +45,29 @@ async def examine_table(connection: Connection, name: str, index: Index, finding
             return None
         return found
     return None
+
+
+async def examine_row_filter(connection: Connection, table: Table, sent: Published, role: str) -> list[Finding]:
+    """Say whether the role could not read the columns by which a publication chooses the table's rows."""
+    if sent.row_filter is None or table.readable or not table.reachable:
+        return []
+    try:
+        await connection.execute(
+            sql.SQL("SELECT FROM {} AS t WHERE ({}) LIMIT 0").format(
+                sql.Identifier(table.name.schema, table.name.name),
+                sql.SQL(sent.row_filter),
+            )
+        )
+    except psycopg.errors.InsufficientPrivilege:
+        return [
+            Finding.error(
+                str(table.name),
+                f"the role {quote(role)} may not read every column by which the publication chooses rows:"
+                f" {sent.row_filter}",
+                f"GRANT SELECT ON {table.name} TO {quote(role)}, or only on the columns that are named there",
+            )
+        ]
+    return []
 
 
 def _no_such_table(where: str, table: QualifiedName, similar: Sequence[QualifiedName]) -> Finding:

@@ -44,14 +44,16 @@ class SourceTable:
         table = sql.Identifier(shape.table.schema, shape.table.name)
         columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.columns)
         keys = [sql.Identifier("t", name) for name in shape.key]
-        published: sql.Composable = table
-        if row_filter:
-            # As a subquery, so that the filter's bare column names cannot be taken for those of what it is joined to.
-            published = sql.SQL("(SELECT * FROM {} AS t WHERE {})").format(table, _condition(row_filter))
+        sent = _condition(row_filter) if row_filter else sql.SQL("true")
+        # As a subquery, so that the filter's bare column names cannot be taken for those of what it is joined to; of
+        # what the index needs only, because the role may not be allowed to read the other columns.
+        needed = sql.SQL(", ").join(sql.Identifier("t", name) for name in dict.fromkeys(shape.columns))
+        published = sql.SQL("(SELECT {} FROM {} AS t WHERE {})").format(needed, table, sent)
+        self._rows = sql.SQL("{} AS t WHERE {}").format(table, sent)
         self._keys = keys
         self._key_types = tuple(key_types)
         self._comparisons: list[Comparison] = []
-        self._select = sql.SQL("SELECT {} FROM {} AS t WHERE true").format(columns, published)
+        self._select = sql.SQL("SELECT {} FROM {}").format(columns, self._rows)
         places = [sql.Identifier(f"k{at}") for at in range(len(keys))]
         self._wanted = [
             sql.SQL("{}::" + type_).format(sql.Identifier("wanted", f"k{at}")) for at, type_ in enumerate(key_types)
@@ -62,7 +64,7 @@ class SourceTable:
         )
         self._by_keys = sql.SQL("SELECT {} FROM {} AS t JOIN {} ON ").format(columns, published, wanted)
         self._places = sql.SQL("SELECT wanted.place FROM {} AS t JOIN {} ON ").format(published, wanted)
-        self._count = sql.SQL("SELECT count(*) FROM {} AS t WHERE true").format(published)
+        self._count = sql.SQL("SELECT count(*) FROM {}").format(self._rows)
         self._published = published
         self._wanted_from = wanted
 
@@ -94,14 +96,13 @@ class SourceTable:
         statement = sql.SQL(
             'SELECT count(*), count(*) FILTER (WHERE "so far" <= {most}) FROM (SELECT'
             ' sum("row size") OVER (ORDER BY {keys} ROWS UNBOUNDED PRECEDING) AS "so far" FROM'
-            ' (SELECT {keys}, {size} AS "row size" FROM {published} AS t WHERE {conditions}'
+            ' (SELECT {keys}, {size} AS "row size" FROM {rows}'
             " ORDER BY {keys} LIMIT {limit}) AS t) AS sizes"
         ).format(
             most=sql.Literal(most_bytes),
             keys=sql.SQL(", ").join(self._keys),
             size=await self._size(connection),
-            published=self._published,
-            conditions=sql.SQL(" AND ").join([sql.SQL("true"), *await self._after(connection, after, where)]),
+            rows=sql.SQL(" AND ").join([self._rows, *await self._after(connection, after, where)]),
             limit=sql.Literal(limit),
         )
         cursor = psycopg.AsyncRawCursor(connection)

@@ -280,10 +280,11 @@ class IndexDigests:
 
 
 def published(spec: IndexSpec) -> sql.Composable:
-    """Return SQL of the rows that the publication sends, as a subquery."""
+    """Return SQL of the rows that the publication sends, as a subquery; the role may be allowed no other columns."""
     filter_ = sql.SQL("(" + spec.row_filter + ")") if spec.row_filter else sql.SQL("true")
     table = sql.Identifier(spec.shape.table.schema, spec.shape.table.name)
-    return sql.SQL("(SELECT * FROM {} AS t WHERE {})").format(table, filter_)
+    columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in dict.fromkeys(spec.shape.columns))
+    return sql.SQL("(SELECT {} FROM {} AS t WHERE {})").format(columns, table, filter_)
 
 
 def _among(wanted: Sequence[int] | None, column: str) -> sql.Composable:

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from cdcsync.cluster import Cluster
+from cdcsync.postgres import connect
+from cdcsync.replay import check_where
+from cdcsync.verify.digests import published
 from tests.fixtures.preflight import ARTICLES, Role, configured, examined, the_error
 from tests.fixtures.servers import Database
 
@@ -54,6 +58,30 @@ async def test_a_table_that_only_its_owner_could_add_is_told_as_a_statement(
 async def test_a_table_that_run_can_add_itself_is_no_fault(database: Database) -> None:
     database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync")
     assert (await examined(configured(database.dsn))).errors == []
+
+
+async def test_a_role_has_to_read_the_columns_of_a_row_filter_and_none_that_nobody_asks_for(
+    lone_database: Database, role: Role
+) -> None:
+    lone_database.execute(f"{ARTICLES}; ALTER TABLE articles ADD secret text; GRANT SELECT (id) ON articles TO public")
+    lone_database.execute("CREATE PUBLICATION cdcsync FOR TABLE articles WHERE (tenant > 1 AND title <> '%')")
+    lone_database.execute(f"GRANT SELECT (title, body) ON articles TO {role.name}")
+    config = configured(role.dsn, lone_database.dsn)
+    error = the_error(await examined(config))
+    assert error.where == "public.articles"
+    assert "may not read every column by which the publication chooses rows: ((tenant > 1)" in error.message
+    assert f"GRANT SELECT ON public.articles TO {role.name}" in str(error.hint)
+
+    lone_database.execute(f"GRANT SELECT (tenant) ON articles TO {role.name}")
+    report = await examined(config)
+
+    assert report.errors == []
+    (spec,) = report.specs
+    lone_database.execute("INSERT INTO articles VALUES (1, 1, 'left out'), (2, 2, 'sent'), (3, 2, '%')")
+    async with await connect(role.dsn, "source") as source:
+        await check_where(source, spec, "tenant = 2")
+        cursor = await source.execute(sql.SQL("SELECT id FROM {} AS t").format(published(spec)))
+        assert await cursor.fetchall() == [(2,)]
 
 
 @pytest.mark.parametrize("what", ["ALL TABLES", "TABLES IN SCHEMA public"])

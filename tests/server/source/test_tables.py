@@ -22,6 +22,7 @@ from cdcsync.transactions import MARK_PREFIX
 from cdcsync.visibility import Snapshot
 
 if TYPE_CHECKING:
+    from tests.fixtures.preflight import Role
     from tests.fixtures.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -57,6 +58,28 @@ async def pages(table: SourceTable, connection: Connection, limit: int, where: s
         if len(page.rows) < limit:
             return found
         after = table.shape.key_of(page.rows[-1])
+
+
+async def test_a_role_needs_to_read_only_what_the_index_and_the_row_filter_ask_for(
+    lone_database: Database, role: Role
+) -> None:
+    lone_database.execute("CREATE TABLE t (id int PRIMARY KEY, body text, n int, secret text)")
+    lone_database.execute("ALTER TABLE t ALTER body SET STORAGE EXTERNAL")
+    lone_database.execute("INSERT INTO t SELECT i, repeat('x', 3000), i, 'secret' FROM generate_series(1, 9) i")
+    lone_database.execute(f"GRANT SELECT (id, body, n) ON t TO {role.name}")
+    table = source_table({"id": "integer"}, ["body"], "(n > 2)")
+    keys: list[Key] = [("2",), ("3",), ("4",)]
+
+    async with await connect(role.dsn, "source") as connection:
+        assert [[row[0] for row in page] for page in await pages(table, connection, 4, "n < 9")] == [
+            ["3", "4", "5", "6"],
+            ["7", "8"],
+        ]
+        assert sorted(row[0] or "" for row in (await table.by_keys(connection, keys)).rows) == ["3", "4"]
+        assert (await table.absent(connection, keys))[1] == [("2",)]
+        assert await table.count(connection, "n < 5") == 2
+        assert await table.fitting(connection, None, 4, 7_000, "n < 9") == 2
+        assert await table.fitting_keys(connection, keys, 4_000) == 2
 
 
 # -- pages -----------------------------------------------------------------------------------------------------------
