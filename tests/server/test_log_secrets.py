@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from psycopg import conninfo, sql
@@ -101,12 +103,15 @@ def stored(database: Database) -> str:
     )
 
 
-def shown(pipeline: Pipeline) -> str:
+def shown(pipeline: Pipeline, **environment: str) -> str:
     """Return what the endpoints and the commands that operators use show."""
     asked = [pipeline.get(path)[1].decode() for path in ("/status", "/readyz", "/metrics")]
     for command in (["status"], ["check"], ["config", "show"]):
         done = subprocess.run(
-            [sys.executable, "-m", "cdcsync", *command, "-c", str(pipeline.path)], capture_output=True, text=True
+            [sys.executable, "-m", "cdcsync", *command, "-c", str(pipeline.path)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
         )
         asked += [done.stdout, done.stderr]
     return "\n".join(asked)
@@ -229,3 +234,31 @@ def test_what_a_provider_says_of_a_text_is_stored_and_shown_without_text_and_key
 
     until(lambda: "400" in stored(database), pipeline.tail)
     assert PLANTED not in said(pipeline) + stored(database) + shown(pipeline)
+
+
+def test_rows_that_no_document_can_be_made_of_are_logged_without_key_and_value_and_listed_by_key(
+    login: Login,
+    make_database: Callable[[], Database],
+    make_pipeline: Callable[[str], Pipeline],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "telling_documents.py").write_text(
+        "def document(row):\n    if row['body'].count('xyzzy') == 7:\n        raise ValueError(row)\n"
+        "    return row['body']\n"
+    )
+    database = make_database()
+    fill(database)
+    text = CONFIG.format(dsn=login.dsn(database), slot=f"s_{database.name}", format="json").replace(
+        'text = "{title}: {body}"', 'documents = "telling_documents:document"\ndocument_columns = ["body"]'
+    )
+    pipeline = make_pipeline(text)
+    pipeline.start(PYTHONPATH=str(tmp_path))
+    pipeline.live()
+    database.execute("UPDATE articles SET body = 'xyzzy xyzzy xyzzy xyzzy xyzzy xyzzy xyzzy' WHERE id = 'xyzzy8'")
+    pipeline.reach("articles")
+
+    assert [event["failed"] for event in pipeline.events() if event["event"] == "document_failed"] == [1, 1]
+    assert pipeline.left_out("articles") == {("xyzzy7",), ("xyzzy8",)}
+    assert "ValueError in telling_documents.py, line 3" in stored(database)
+    until(lambda: "2 rows are left out" in pipeline.get("/status")[1].decode(), "the rows to be counted")
+    assert PLANTED not in said(pipeline) + stored(database) + shown(pipeline, PYTHONPATH=str(tmp_path))
