@@ -62,6 +62,11 @@ class Metrics:
         self.text_freshness = self._histogram(
             "text_freshness_seconds", "Source commit to the chunks' commit in the target.", FRESHNESS_BUCKETS_S
         )
+        self.vector_freshness = self._histogram(
+            "vector_freshness_seconds",
+            "Source commit to the vector's commit in the target, of texts that a change brought.",
+            FRESHNESS_BUCKETS_S,
+        )
         self.chunks = self._counter("chunks_total", "Chunks written, by index.", index)
         self.chunks_deleted = self._counter("chunks_deleted_total", "Chunks deleted, by index.", index)
         self.documents_unchanged = self._counter(

@@ -12,6 +12,7 @@ While the stream is far behind, embedding waits for a moment: what a text is now
     waits     how long to wait after a failure
     desk      one embedder and its queue
     pool      the connections that all loops share
+    commits   when the source committed what waits
     loop      one index's backlog
 
 A file here imports only from lines above its own.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 
 import anyio
 import structlog
 
+from cdcsync.embed.commits import Commits
 from cdcsync.embed.desk import Desk
 from cdcsync.embed.pool import Pool
 from cdcsync.embed.waits import backoff_s
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TargetUnavailable, TextRejected, leading
+from cdcsync.index.apply import LIVE
 from cdcsync.index.backlog import Waiting
 from cdcsync.index.loading import FloatVector
 from cdcsync.index.schema import IndexSpec
@@ -46,6 +49,8 @@ class EmbedLoop:
         self._outage = 0
         self._target_outage = 0
         self._held = False
+        self.commits = Commits()
+        """When the texts that apply put into the backlog were committed."""
         self.drained: Callable[[], None] = lambda: None
         """Called each time nothing is left that is due."""
         self.problem: str | None = None
@@ -169,6 +174,11 @@ class EmbedLoop:
         self._outage = 0
         self.problem = None
         await self._store(made)
+        now = datetime.now(UTC)
+        for one in batch:
+            if one.lane == LIVE:
+                committed = self.commits.of(one.commit_lsn) or one.applied_at
+                self._metrics.vector_freshness.observe(max(0.0, (now - committed).total_seconds()))
 
     async def _store(self, made: Mapping[bytes, FloatVector]) -> None:
         """Store vectors, a part at a time, over as many connections as there are."""

@@ -7,6 +7,7 @@ text the vector was made from. Rows that apply is changing at that moment are sk
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import cast
 
 import msgspec
@@ -33,6 +34,10 @@ class Waiting(msgspec.Struct, frozen=True):
     text: str
     lane: int
     attempts: int
+    commit_lsn: int
+    """Of the transaction that brought it."""
+    applied_at: datetime
+    """When it was written here, by the target's clock."""
 
 
 class BacklogCounts(msgspec.Struct, frozen=True):
@@ -81,10 +86,10 @@ class Backlog:
         """
         cursor = await self._connection.execute(
             self._sql(
-                "SELECT content_hash, content, lane, attempts FROM ("
+                "SELECT content_hash, content, lane, attempts, (commit_lsn - '0/0')::int8, applied_at FROM ("
                 "SELECT w.*, sum(octet_length(content)::int8) OVER (ORDER BY lane, chunk_id"
                 " ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before FROM ("
-                "SELECT b.content_hash, c.content, b.lane, b.attempts, b.chunk_id"
+                "SELECT b.content_hash, c.content, b.lane, b.attempts, b.chunk_id, c.commit_lsn, c.applied_at"
                 " FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
                 " WHERE b.generation = {generation} AND b.attempts < {attempts} AND b.next_attempt_at <= now()"
                 " AND (%s::int IS NULL OR b.lane = %s) ORDER BY b.lane, b.chunk_id LIMIT %s) AS w"
