@@ -185,6 +185,12 @@ class WorkerHandle:
                 metrics.index_state.labels(name, state).set(index.state == state)
             metrics.index_chunks.labels(name).set(index.chunks)
             metrics.index_vectors.labels(name).set(index.vectors)
+            if index.recall is not None:
+                metrics.recall.labels(name).set(index.recall.recall)
+                metrics.recall_finished.labels(name).set(index.recall.evaluated_at.timestamp())
+            else:  # there is none of another generation
+                metrics.recall.remove(name)
+                metrics.recall_finished.remove(name)
             backfill = index.backfill
             metrics.backfill_done.labels(name).set(0 if backfill is None else backfill.rows_done)
             metrics.backfill_expected.labels(name).set(0 if backfill is None else backfill.rows_total or 0)

@@ -120,6 +120,12 @@ class Metrics:
             "verify_finished_timestamp_seconds", "When the last scheduled verification was done.", index
         )
         self.verify_seconds = self._gauge("verify_seconds", "Time that the last scheduled verification took.", index)
+        self.recall = self._gauge(
+            "recall", "Share of the ten nearest vectors that searches find, as last measured.", index
+        )
+        self.recall_finished = self._gauge(
+            "recall_finished_timestamp_seconds", "When the recall was last measured.", index
+        )
 
     def _counter(self, name: str, help_: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"cdcsync_{name}", help_, labels, registry=self.registry)

@@ -25,6 +25,7 @@ from cdcsync.config import Config
 from cdcsync.embed import Desk, EmbedLoop, Pool, backoff_s
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import SchemaChanged, TargetUnavailable, Unavailable, leading
+from cdcsync.evaluate import evaluate_for_ever
 from cdcsync.gaps import refuse_moved
 from cdcsync.handle import WorkerHandle
 from cdcsync.index.schema import IndexSpec
@@ -219,6 +220,7 @@ class _Worker:
                         tasks.start_soon(loop.run)
                     tasks.start_soon(self.backfill_once_streaming)
                     tasks.start_soon(self.verify_on_schedule)
+                    tasks.start_soon(self.evaluate_on_schedule)
                     tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
                     tasks.start_soon(self.watch_once_streaming)
                     tasks.start_soon(send_heartbeats, self.config)
@@ -317,6 +319,12 @@ class _Worker:
             self.handle.metrics,
             every_s=config.worker.verify_every_s,
         )
+
+    async def evaluate_on_schedule(self) -> None:
+        """Measure each index's recall from time to time, where the configuration asks for it."""
+        target = self.config.target
+        if every_s := self.config.worker.evaluate_every_s:
+            await evaluate_for_ever(target.dsn, target.schema, self.specs, every_s=every_s)
 
     async def end_in_time(self, scope: anyio.CancelScope) -> None:
         """Once told to stop, abandon what is not done by `worker.stop_timeout_s`."""

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from cdcsync.cli import failures, replay, teardown, verify
+from cdcsync.cli import evaluate, failures, replay, teardown, verify
 from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app
 from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
 
@@ -24,6 +24,7 @@ app.command(epilog=teardown.EPILOG)(teardown.teardown)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
+app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
     """Run the command line and exit.
 
     :param arguments: without the program's name; the process's own by default.

@@ -119,6 +119,8 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param live_wait_ms: milliseconds that a live change may wait for its vector behind older texts that are under way;
         calls of the model are made so large.
     :param verify_every_s: seconds between two comparisons of every index with its source, shown as metrics; 0 for none.
+    :param evaluate_every_s: seconds between two measurements of every index's recall, shown in status and metrics; 0
+        for none.
     :param stop_timeout_s: seconds that a stopping worker may take to finish the batch in hand.
     :param ready_max_lag_s: /readyz says no while the index is more than this many seconds behind the source.
     """
@@ -132,6 +134,7 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     backfill_max_rows_per_s: Annotated[int, Meta(ge=0, le=10**9)] = 0
     live_wait_ms: Annotated[float, Meta(ge=10, le=600_000)] = 500.0
     verify_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
+    evaluate_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
     stop_timeout_s: Seconds = 20.0
     ready_max_lag_s: Seconds = 60.0
 

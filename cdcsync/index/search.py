@@ -101,7 +101,7 @@ async def search(
             where=f"index {spec.name}",
             hint=f"embed the query with {spec.model}",
         )
-    _check_where(where)
+    check_where(where)
     depth = k if len(legs) == 1 else min(MAX_HITS, FUSION + 2 * k)
     with speaking_of("target", where=f"index {spec.name}"):
         extension = await vector_schema(connection)
@@ -114,12 +114,12 @@ async def search(
             arguments.append("[" + ",".join([repr(float(value)) for value in vector]) + "]")
         async with connection.transaction():
             await connection.execute("SET TRANSACTION READ ONLY")
-            await _tune(connection, depth, filtered=where is not None)
+            await tune(connection, max(MIN_EF_SEARCH, depth), filtered=where is not None)
             try:
                 await cursor.execute(statement, arguments, prepare=False)
                 rows = await cursor.fetchall()
             except psycopg.Error as error:
-                raise _refusal(error, spec, where) from error
+                raise refusal(error, spec, where) from error
     return [_hit(spec, row) for row in rows]
 
 
@@ -212,7 +212,11 @@ def _legs(spec: IndexSpec, has_vector: bool, mode: Mode) -> tuple[Mode, ...]:
     return tuple(legs)
 
 
-def _check_where(where: str | None) -> None:
+def check_where(where: str | None) -> None:
+    """Refuse what is no single SQL condition.
+
+    :raises UsageError: it is none.
+    """
     if where is None:
         return
     if not where.strip():
@@ -227,15 +231,21 @@ def _check_where(where: str | None) -> None:
 # 2 / (2 * FUSION + 2k), which k chunks of either leg alone reach already: looking deeper cannot change the first k by
 # what agreement finds.
 
-_VECTOR_LEG: LiteralString = """
-    nearest AS MATERIALIZED (
+_NEAREST: LiteralString = """
         SELECT v.chunk_id, v.embedding {operator} {vector} AS distance
         FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id)
-        WHERE {condition} ORDER BY v.embedding {operator} {vector} LIMIT $2
+        WHERE {condition} ORDER BY v.embedding {operator} {vector} LIMIT $2"""
+"""The limit stays next to the ordering, which is what the HNSW index can serve."""
+
+_VECTOR_LEG: LiteralString = (
+    """
+    nearest AS MATERIALIZED ("""
+    + _NEAREST
+    + """
     ),
     by_vector AS (SELECT chunk_id, row_number() OVER (ORDER BY distance, chunk_id) AS place FROM nearest)"""
-"""The limit stays next to the ordering, which is what the HNSW index can serve; ranks come after, as iterative scans
-may return neighbours slightly out of order."""
+)
+"""Ranks come after the limit, as iterative scans may return neighbours slightly out of order."""
 
 _TEXT_LEG: LiteralString = """
     matching AS MATERIALIZED (
@@ -260,26 +270,18 @@ def _statement(
     schema: str, extension: str, spec: IndexSpec, legs: Sequence[Mode], *, with_vector: bool, where: str | None
 ) -> sql.Composed:
     """Return the search: $1 hits, $2 candidates of each leg, $3 the words, $4 the vector when there is one."""
-    names = Names(schema, spec.name)
     by_text = "text" in legs
-    operator = sql.SQL("OPERATOR({}." + OPERATORS[spec.distance] + ")").format(sql.Identifier(extension))
-    vector = sql.SQL("$4::{}." + spec.vector_type).format(sql.Identifier(extension))
-    parts: dict[str, sql.Composable] = {
-        "chunks": names.chunks,
-        "vectors": names.vectors(spec.generation),
-        "operator": operator,
-        "vector": vector,
+    parts = _vector_parts(schema, extension, spec, "$4", where)
+    parts |= {
         "query": sql.SQL("pg_catalog.websearch_to_tsquery({}::pg_catalog.regconfig, $3)").format(
             sql.Literal(spec.config.search or "simple")
         ),
-        # On a line of its own, so that nothing of ours can become part of it.
-        "condition": sql.SQL("(\n" + where + "\n)") if where else sql.SQL("true"),
         "fusion": sql.Literal(FUSION),
         "places": sql.SQL(" UNION ALL ").join(
             sql.SQL("SELECT chunk_id, place FROM {}").format(sql.Identifier(f"by_{leg}")) for leg in legs
         ),
         "columns": sql.SQL(", ").join(sql.Identifier("c", name) for name in spec.shape.key + spec.shape.carried),
-        "distance": sql.SQL("v.embedding {} {}").format(operator, vector) if with_vector else sql.SQL("NULL::float8"),
+        "distance": sql.SQL("v.embedding {operator} {vector}" if with_vector else "NULL::float8").format(**parts),
         "text_rank": sql.SQL("m.text_rank" if by_text else "NULL::float4"),
         "matching": sql.SQL("LEFT JOIN matching AS m USING (chunk_id)" if by_text else ""),
     }
@@ -289,9 +291,28 @@ def _statement(
     return sql.SQL("WITH" + unread + ",".join([*bodies, _FUSION])).format(**parts)
 
 
-async def _tune(connection: Connection, depth: int, *, filtered: bool) -> None:
+def nearest_statement(schema: str, extension: str, spec: IndexSpec, where: str | None) -> sql.Composed:
+    """Return the search by vector alone, as ids and distances: $1 the vector, $2 how many."""
+    return sql.SQL(_NEAREST).format(**_vector_parts(schema, extension, spec, "$1", where))
+
+
+def _vector_parts(
+    schema: str, extension: str, spec: IndexSpec, vector: LiteralString, where: str | None
+) -> dict[str, sql.Composable]:
+    names = Names(schema, spec.name)
+    return {
+        "chunks": names.chunks,
+        "vectors": names.vectors(spec.generation),
+        "operator": sql.SQL("OPERATOR({}." + OPERATORS[spec.distance] + ")").format(sql.Identifier(extension)),
+        "vector": sql.SQL(vector + "::{}." + spec.vector_type).format(sql.Identifier(extension)),
+        # On a line of its own, so that nothing of ours can become part of it.
+        "condition": sql.SQL("(\n" + where + "\n)") if where else sql.SQL("true"),
+    }
+
+
+async def tune(connection: Connection, ef_search: int, *, filtered: bool) -> None:
     """Set for this transaction how far HNSW looks, and how the condition's names are found."""
-    await connection.execute(sql.SQL("SET LOCAL hnsw.ef_search = {}").format(sql.Literal(max(MIN_EF_SEARCH, depth))))
+    await connection.execute(sql.SQL("SET LOCAL hnsw.ef_search = {}").format(sql.Literal(ef_search)))
     if not filtered:
         return
     # The condition means what it means to its author: with our empty path the operators of an extension's types would
@@ -305,7 +326,7 @@ async def _tune(connection: Connection, depth: int, *, filtered: bool) -> None:
         await connection.execute("SET LOCAL hnsw.iterative_scan = 'relaxed_order'")
 
 
-def _refusal(error: psycopg.Error, spec: IndexSpec, where: str | None) -> CdcsyncError:
+def refusal(error: psycopg.Error, spec: IndexSpec, where: str | None) -> CdcsyncError:
     """Return what a failed search means: with a condition, most often that the condition is wrong."""
     reads_only = error.sqlstate == "25006"
     if where is None or error.sqlstate is None or (passing(error) and not reads_only):

@@ -131,6 +131,31 @@ _SHARED = (
     """,
     "COMMENT ON TABLE {schema}.differences IS 'cdcsync: what a verification found to differ from the source.'",
     """
+    CREATE TABLE IF NOT EXISTS {schema}.evaluations (
+        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
+        generation int NOT NULL,
+        k int NOT NULL,
+        ef_search int NOT NULL,
+        usual boolean NOT NULL,
+        by_hnsw boolean NOT NULL,
+        queries int NOT NULL,
+        recall float8 NOT NULL,
+        mean_ms float8 NOT NULL,
+        p95_ms float8 NOT NULL,
+        exact_mean_ms float8 NOT NULL,
+        exact_p95_ms float8 NOT NULL,
+        evaluated_at timestamptz NOT NULL,
+        PRIMARY KEY (index_name, generation, k, ef_search)
+    )
+    """,
+    "COMMENT ON TABLE {schema}.evaluations IS"
+    " 'cdcsync: the last measurement of how well searches by HNSW find what exact ones find.'",
+    "COMMENT ON COLUMN {schema}.evaluations.recall IS"
+    " 'Mean share, 0 to 1, of the k nearest that a search with this ef_search found.'",
+    "COMMENT ON COLUMN {schema}.evaluations.usual IS 'Whether sessions had this ef_search without asking for another.'",
+    "COMMENT ON COLUMN {schema}.evaluations.by_hnsw IS"
+    " 'Whether the planner used HNSW; false where it read the whole table.'",
+    """
     CREATE TABLE IF NOT EXISTS {schema}.failed_documents (
         index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
         key text[] NOT NULL,

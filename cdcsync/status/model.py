@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from cdcsync.index.evaluations import Recall
 from cdcsync.index.requests import Kind, Phase
 
 VERSION = 1
@@ -53,7 +54,7 @@ class BackfillStatus(msgspec.Struct, frozen=True):
 
 
 class IndexStatus(msgspec.Struct, frozen=True):
-    """One index. `backlog_live` is part of `backlog`, `failed` is not."""
+    """One index. `backlog_live` is part of `backlog`, `failed` is not; `recall` is of this generation's vectors."""
 
     state: IndexState
     reason: str | None
@@ -61,6 +62,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
     view: str
     model: str | None = None
     dimensions: int | None = None
+    generation: int | None = None
     documents: int | None = None
     chunks: int = 0
     vectors: int = 0
@@ -70,6 +72,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
     failed_documents: int = 0
     estimated: bool = False
     backfill: BackfillStatus | None = None
+    recall: Recall | None = None
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ from psycopg import sql
 
 from cdcsync.config import Config
 from cdcsync.errors import SourceUnavailable
+from cdcsync.index import evaluations
 from cdcsync.index.failed_documents import TABLE, Listed, count_failed
 from cdcsync.index.pipelines import Pipelines, PipelineState
 from cdcsync.index.schema import Names
@@ -200,6 +201,7 @@ async def _read_indexes(target: Connection, config: Config, present: set[str], p
     rows = await cursor.fetchall()
     backfills = await _read_backfills(target, schema, list(config.indexes), problems)
     left_out = await count_failed(target, schema) if TABLE in present else {}
+    recalls = await evaluations.latest(target, schema, list(config.indexes)) if evaluations.TABLE in present else {}
     found: dict[str, IndexStatus] = {}
     for name, owner, generation, model, dimensions, state, reason, table, view, _ in rows:
         if name not in config.indexes:
@@ -207,7 +209,11 @@ async def _read_indexes(target: Connection, config: Config, present: set[str], p
             continue
         if owner != slot:
             problems.append(f"index {name} belongs to the pipeline of slot {owner}: give one of the two another name")
-        status = IndexStatus(state, reason, table, view, model, dimensions, backfill=backfills.get(name))
+        status = IndexStatus(
+            *(state, reason, table, view, model, dimensions, generation),
+            backfill=backfills.get(name),
+            recall=recalls.get(name),
+        )
         if state == "paused":
             problems.append(f"index {name} is paused: {reason or 'no reason is stored'}")
         if missing := sorted({f"{name}_chunks", f"{name}_vectors_{generation}", f"{name}_backlog"} - present):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cdcsync.index.evaluations import Recall
 from cdcsync.status.model import BackfillStatus, IndexStatus, Status
 
 UNKNOWN = "–"
@@ -124,14 +127,22 @@ def _backfill(backfill: BackfillStatus) -> str:
     return f"{backfill.kind} {backfill.state}: {done}{rate}{eta}"
 
 
+def _recall(recall: Recall, now: datetime) -> str:
+    age = human_seconds(max(0.0, (now - recall.evaluated_at).total_seconds()))
+    how = f"ef_search {recall.ef_search}" if recall.by_hnsw else "the whole table is read"
+    return f"recall@{recall.k} {recall.recall:.3f} ({how}), measured {age} ago"
+
+
 def _notes(status: Status) -> list[RenderableType]:
-    """Return what needs a sentence: the backfills that are open, and the problems."""
+    """Return what needs a sentence: the backfills that are open, how well searches find, and the problems."""
     grid = Table.grid(padding=(0, 1))
     grid.add_column()
     grid.add_column(overflow="fold")
     for name, index in status.indexes.items():
         if index.backfill is not None:
             grid.add_row("›", Text(f"{name}: {_backfill(index.backfill)}"))
+        if index.recall is not None:
+            grid.add_row("›", Text(f"{name}: {_recall(index.recall, status.read_at)}"))
     for problem in status.problems:
         grid.add_row(Text("!", "bold red"), Text(problem))
     return [grid] if grid.row_count else []

@@ -24,6 +24,7 @@ feedback_every_s = 1
 listen = "127.0.0.1:0"
 backfill_page_rows = 20
 backfill_max_rows_per_s = 20
+evaluate_every_s = 0.5
 [embedders.hosted]
 type = "openai"
 model = "hashing"
@@ -153,6 +154,11 @@ def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
     database.execute("ALTER TABLE notes DROP COLUMN body")
     database.execute("INSERT INTO notes VALUES (5000)")
     until(lambda: page.state("notes") == "paused", lambda: f"a paused index; the page says: {page.text('body')}")
+    assert "16 dimensions, generation 1" in page.card("articles")
+    until(
+        lambda: re.search(r"recall@10\s+1\.000\s+whole table, just now", page.card("articles")),
+        lambda: f"a recall; the page says: {page.card('articles')}",
+    )
     assert "column body" in page.card("notes")
     until(lambda: page.text("#pill") == "not ready", "the head to say so")
     assert page.text("#problems").count("index notes is paused") == 1

@@ -14,6 +14,7 @@ from cdcsync.cluster import Cluster
 from cdcsync.config import Config, HashEmbedder, Index, QualifiedName, Source, Target
 from cdcsync.documents import Documents, Template
 from cdcsync.errors import SetupError, TargetUnavailable
+from cdcsync.handle import WorkerHandle
 from cdcsync.index.pipelines import Pipelines
 from cdcsync.index.requests import Requests
 from cdcsync.index.schema import MAX_ATTEMPTS, IndexSpec, create_index_relations
@@ -192,6 +193,33 @@ async def test_a_pipeline_that_has_not_begun_is_not_caught_up(make: Callable[...
     status = await pipeline.status()
     assert (status.checkpoint, status.lag_bytes, status.lag_seconds, status.caught_up) == (None, None, None, False)
     assert status.problems == [f"no worker runs for slot {status.pipeline}: start `cdcsync run`"]
+
+
+async def test_the_last_recall_is_told_for_as_long_as_its_vectors_are_in_use(pipeline: Pipeline) -> None:
+    handle = WorkerHandle(pipeline.config)
+    one = "cdcsync_recall", {"index": "articles"}
+    assert (await pipeline.status()).indexes["articles"].recall is None
+    await pipeline.target.execute(
+        "INSERT INTO cdcsync.evaluations VALUES ('articles', 1, 10, 40, true, true, 100, 0.97, 1, 2, 3, 4, now()),"
+        " ('articles', 1, 10, 20, false, true, 100, 0.5, 1, 2, 3, 4, now()),"
+        " ('articles', 1, 99, 40, true, true, 100, 0.4, 1, 2, 3, 4, now()),"
+        " ('articles', 2, 10, 40, true, true, 100, 0.99, 1, 2, 3, 4, now())"
+    )
+    status = await pipeline.status()
+    index = status.indexes["articles"]
+    assert index.generation == 1
+    assert index.recall is not None
+    assert (index.recall.recall, index.recall.k, index.recall.ef_search) == (0.97, 10, 40)
+    handle._set_gauges(status)
+    assert handle.metrics.registry.get_sample_value(*one) == 0.97
+
+    # An older version's schema has no such table; neither is anything told of vectors that are out of use.
+    await pipeline.target.execute("DROP TABLE cdcsync.evaluations")
+    status = await pipeline.status()
+    assert status.indexes["articles"].recall is None
+    handle._set_gauges(status)
+    assert handle.metrics.registry.get_sample_value(*one) is None
+    await handle.aclose()
 
 
 async def test_an_index_that_is_new_in_the_configuration_is_absent(make: Callable[..., Any]) -> None:

@@ -23,7 +23,7 @@ from cdcsync.index.search import Hit
 from cdcsync.preflight import Finding
 
 COMMANDS = [
-    *("demo", "check", "run", "status", "search", "replay", "verify", "failures", "teardown"),
+    *("demo", "check", "run", "status", "search", "replay", "verify", "evaluate", "failures", "teardown"),
     *("config show", "config schema"),
 ]
 

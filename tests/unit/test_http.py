@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cdcsync import http as endpoints
 from cdcsync.errors import SetupError, TargetUnavailable
+from cdcsync.index.evaluations import Recall
 from cdcsync.metrics import Metrics
 from cdcsync.status import BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus
 
@@ -283,7 +284,13 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
 
 @pytest.mark.parametrize(
     ("name", "struct"),
-    [("status", Status), ("slot", SlotStatus), ("index", IndexStatus), ("backfill", BackfillStatus)],
+    [
+        ("status", Status),
+        ("slot", SlotStatus),
+        ("index", IndexStatus),
+        ("recall", Recall),
+        ("backfill", BackfillStatus),
+    ],
 )
 def test_the_page_reads_only_fields_that_there_are(name: str, struct: type[msgspec.Struct]) -> None:
     script = PAGE.partition("<script>")[2]

@@ -181,6 +181,8 @@ WORKER = 'job="cdcsync", instance="a:9477"'
         ({f'cdcsync_backlog_chunks{{{WORKER}, index="i", lane="live"}}': "5000x40"}, {"CdcsyncBacklogNotShrinking"}),
         ({f'cdcsync_backlog_chunks{{{WORKER}, index="i", lane="live"}}': "9000-100x40"}, set()),
         ({f'cdcsync_index_state{{{WORKER}, index="i", state="paused"}}': "1x30"}, {"CdcsyncIndexPaused"}),
+        ({f'cdcsync_recall{{{WORKER}, index="i"}}': "0.89x30"}, {"CdcsyncRecallLow"}),
+        ({f'cdcsync_recall{{{WORKER}, index="i"}}': "0.9x30"}, set()),
         (
             {
                 f'cdcsync_embed_errors_total{{{WORKER}, embedder="e", kind="EmbedderUnavailable"}}': "0+1x40",

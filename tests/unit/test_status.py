@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from cdcsync.index.evaluations import Recall
 from cdcsync.status import BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus, render_table
 from cdcsync.status.reading import FRESH
 from cdcsync.status.rendering import human_bytes, human_seconds
@@ -21,7 +22,10 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "status.md"
 NOW = datetime(2026, 5, 4, 12, 0, tzinfo=UTC)
 
 LIVE = IndexStatus(
-    "live", None, "public.articles", "public.articles_index", "model", 384, documents=1_000, chunks=1_234, vectors=1_230
+    *("live", None, "public.articles", "public.articles_index", "model", 384, 1),
+    documents=1_000,
+    chunks=1_234,
+    vectors=1_230,
 )
 STATUS = Status(
     version=1,
@@ -55,7 +59,7 @@ def printed(status: Status, *, colours: bool = False, width: int = 100) -> str:
     return output.getvalue()
 
 
-@pytest.mark.parametrize("struct", [Status, SlotStatus, WorkerStatus, IndexStatus, BackfillStatus])
+@pytest.mark.parametrize("struct", [Status, SlotStatus, WorkerStatus, IndexStatus, Recall, BackfillStatus])
 def test_the_documentation_tells_every_field_and_no_other(struct: type[msgspec.Struct]) -> None:
     section = DOCUMENT.read_text().split(f"\n## {struct.__name__}\n")[1].split("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(struct.__struct_fields__)
@@ -172,6 +176,18 @@ def test_estimates_are_marked() -> None:
 )
 def test_a_backfill_has_a_line_of_its_own(backfill: BackfillStatus, text: str) -> None:
     assert f"› {text}" in printed(with_index(backfill=backfill))
+
+
+@pytest.mark.parametrize(
+    ("by_hnsw", "text"),
+    [
+        (True, "articles: recall@10 0.987 (ef_search 40), measured 1 h 30 min ago"),
+        (False, "articles: recall@10 0.987 (the whole table is read), measured 1 h 30 min ago"),
+    ],
+)
+def test_a_recall_that_was_measured_has_a_line_of_its_own(by_hnsw: bool, text: str) -> None:
+    recall = Recall(0.98734, 10, 40, 100, by_hnsw, NOW - timedelta(minutes=90))
+    assert f"› {text}" in printed(with_index(recall=recall))
 
 
 def test_eighty_columns_are_enough_for_millions() -> None:
