@@ -116,7 +116,6 @@ class Stream:
         self.progress = Progress(Lsn(0))
         self.stopping = False
         self._listening = anyio.CancelScope()
-        self._listening = anyio.CancelScope()
         self._reset(Lsn(0), Lsn(0))
 
     def _reset(self, checkpoint: Lsn, source_end: Lsn) -> None:
@@ -194,7 +193,6 @@ class Stream:
     def stop(self) -> None:
         """Ask for an orderly end: the batch in hand is finished, the last status is sent."""
         self.stopping = True
-        pass
         self._listening.cancel()
         self._wake_receive.set()
         self._wake_apply.set()
@@ -214,7 +212,6 @@ class Stream:
             if frame is None:
                 self._note_dry()
                 with anyio.CancelScope() as self._listening:
-                    with anyio.CancelScope() as self._listening:
                     frame = await slot.receive(self._patience())
                 if frame is None:
                     continue
