@@ -6,8 +6,8 @@
     teardown    the command `teardown`
     replay      the command `replay`
     verify      the command `verify`
-    failures    the command `failures`
     evaluate    the command `evaluate`
+    failures    the command `failures`
     entry       `main`: runs a command and turns what it raises into an exit status
 
 The exit status is 0 when all is well, 1 when a command ran and failed, 2 when configuration, set-up or usage is wrong

@@ -19,12 +19,12 @@ INTERRUPTED = 130
 
 app.command(epilog=replay.EPILOG)(replay.replay)
 app.command(epilog=verify.EPILOG)(verify.verify)
+app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=failures.EPILOG)(failures.failures)
 app.command(epilog=teardown.EPILOG)(teardown.teardown)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
     """Run the command line and exit.
 
     :param arguments: without the program's name; the process's own by default.
