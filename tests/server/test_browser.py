@@ -147,6 +147,12 @@ def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
     assert page.luminance() < 50
     browser.screenshot("status-busy-dark")
     until(lambda: "2 chunks have no vector" in page.text("#problems"), "the failures to be told")
+    database.execute(
+        "INSERT INTO cdcsync.failed_documents (index_name, key, error, commit_lsn)"
+        " VALUES ('articles', '{0}', '', '0/1')"
+    )
+    until(lambda: "1 row is left out" in page.text("#problems"), "the row that is left out to be told")
+    assert re.search(r"documents\s+300\s+1 left out", page.card("articles"))
     until(lambda: page.text("#pill") == "caught up", lambda: f"a stream that caught up: {page.text('body')}")
     assert "reserved" in page.text("section[aria-labelledby=slot-title]")
     assert "16 dimensions, generation 1" in page.card("articles")

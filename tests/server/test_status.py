@@ -442,6 +442,31 @@ async def test_a_role_that_may_not_read_our_tables_is_told_to_be_granted_that(pi
 # -- figures ----------------------------------------------------------------------------------------------------
 
 
+async def test_rows_that_no_document_could_be_made_of_are_counted_and_told(pipeline: Pipeline) -> None:
+    assert (await pipeline.status()).indexes["articles"].failed_documents == 0
+    await pipeline.target.execute(
+        "INSERT INTO cdcsync.failed_documents (index_name, key, error, commit_lsn)"
+        " VALUES ('articles', '{7}', '', '0/1')"
+    )
+    assert problem(await pipeline.status(), "index articles: 1 row is left out: no document could be made")
+    await pipeline.target.execute(
+        "INSERT INTO cdcsync.failed_documents (index_name, key, error, attempts, commit_lsn)"
+        " VALUES ('articles', '{8}', '', 1, '0/1'), ('articles', '{}', '', 50, '0/1')"
+    )
+
+    status = await pipeline.status()
+
+    assert status.indexes["articles"].failed_documents == 2
+    said = problem(status, "2 rows are left out, and more than are listed")
+    assert said.endswith("see `cdcsync failures articles list`")
+
+
+async def test_a_target_of_before_the_list_of_failed_documents_has_none(pipeline: Pipeline) -> None:
+    await pipeline.target.execute("DROP TABLE cdcsync.failed_documents")
+    status = await pipeline.status()
+    assert (status.indexes["articles"].failed_documents, status.indexes["articles"].state) == (0, "live")
+
+
 async def test_small_tables_are_counted(pipeline: Pipeline) -> None:
     await fill(pipeline, 6)
     await pipeline.target.execute(
