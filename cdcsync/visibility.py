@@ -17,6 +17,8 @@ The rules:
    and not remembered when it is delivered only afterwards: a stream that is hours late brings nothing else.
 5. Of no more than `MOST_KEYS` keys the transactions are remembered. Beyond that they become suspects: a page that does
    not see them has to be read again, and waits until it does.
+6. Of no more than `MOST_SUSPECTS` suspects each is known. Beyond that they are taken for all ids from the oldest to the
+   newest of them: a page then waits for transactions of others in between, too, and for none that began before.
 
 Source: PostgreSQL, "System Information Functions" (pg_snapshot); src/backend/access/transam/xact.c
 (RecordTransactionCommit, then ProcArrayEndTransaction).
@@ -34,6 +36,10 @@ from cdcsync.changes import Key
 MOST_KEYS = 100_000
 """Keys remembered for an index, some 20 MB of them: more than are delivered while a page is under way, unless one
 transaction changes as many."""
+
+MOST_SUSPECTS = 100_000
+"""Suspects told apart for an index, some 10 MB of them: more than come in while pages are read, unless a read waits for
+a lock for long."""
 
 XID_SPAN = 1 << 32
 """The stream carries transaction ids modulo this; snapshots carry them whole."""
@@ -72,13 +78,25 @@ class Snapshot(msgspec.Struct, frozen=True):
         whole = self.widen(xid)
         return whole < self.xmin or (whole < self.xmax and whole not in self.running)
 
+    def unseen_between(self, first: int, last: int) -> list[int]:
+        """Return the ids from `first` to `last` (32 or 64 bits) that this snapshot does not see.
+
+        Of those that were not given out yet when it was taken, only the last.
+        """
+        first, last = self.widen(first), self.widen(last)
+        found = [xid for xid in self.running if first <= xid <= last]
+        return found if last < self.xmax else [*found, last]
+
 
 class Deliveries:
     """The memory of what the stream delivered for one index, as far as a later page has to know it."""
 
-    def __init__(self, most_keys: int = MOST_KEYS) -> None:
+    def __init__(self, most_keys: int = MOST_KEYS, most_suspects: int = MOST_SUSPECTS) -> None:
         self._most_keys = most_keys
+        self._most_suspects = most_suspects
         self._suspects: set[int] = set()
+        self._suspect_span: tuple[int, int] | None = None
+        """The oldest and the newest of the suspects that were too many to be told apart."""
         self._keys: dict[Key, int] | None = None
         self._truncated: int | None = None
         self._seen: Snapshot | None = None
@@ -90,17 +108,19 @@ class Deliveries:
 
     @property
     def suspects(self) -> frozenset[int]:
-        """The transactions that a page's snapshot has to see, as 32-bit ids."""
+        """The transactions that a page's snapshot has to see, as 32-bit ids, as far as they are told apart."""
         return frozenset(self._suspects)
 
     @property
     def size(self) -> int:
         """How many keys and transactions are remembered."""
-        return len(self._suspects) + len(self._keys or ()) + (self._truncated is not None)
+        spans = self._suspect_span is not None
+        return len(self._suspects) + spans + len(self._keys or ()) + (self._truncated is not None)
 
     def begin_anew(self) -> None:
         """Forget everything: what follows comes from a slot, or a cluster, that the past says nothing about."""
         self._suspects.clear()
+        self._suspect_span = None
         self._seen = None
         self._truncated = None
         if self._keys is not None:
@@ -109,6 +129,13 @@ class Deliveries:
     def suspect(self, xids: Iterable[int]) -> None:
         """Require every later page to see these transactions (32 or 64 bits)."""
         self._suspects.update(xid % XID_SPAN for xid in xids)
+        if len(self._suspects) > self._most_suspects:
+            every = [*self._suspects, *(self._suspect_span or ())]
+            # Ids wrap; those that matter at a time are less than half of them apart.
+            before = every[0] - XID_SPAN // 2
+            ages = [(xid - before) % XID_SPAN for xid in every]
+            self._suspect_span = (before + min(ages)) % XID_SPAN, (before + max(ages)) % XID_SPAN
+            self._suspects.clear()
 
     def record(self) -> None:
         """Begin to remember keys; a page's snapshot must be taken after this."""
@@ -118,9 +145,9 @@ class Deliveries:
     def stop(self) -> None:
         """End remembering keys; what was recorded and may still be unseen becomes suspect."""
         if self._keys is not None:
-            self._suspects.update(self._keys.values())
+            self.suspect(self._keys.values())
         if self._truncated is not None:
-            self._suspects.add(self._truncated)
+            self.suspect((self._truncated,))
         self._keys = None
         self._truncated = None
 
@@ -129,11 +156,11 @@ class Deliveries:
         if self._seen is not None and self._seen.sees(xid):
             return
         if self._keys is None:
-            self._suspects.add(xid)
+            self.suspect((xid,))
             return
         self._keys[key] = xid
         if len(self._keys) > self._most_keys:
-            self._suspects.update(self._keys.values())
+            self.suspect(self._keys.values())
             self._keys.clear()
 
     def truncated(self, xid: int) -> None:
@@ -141,13 +168,14 @@ class Deliveries:
         if self._seen is not None and self._seen.sees(xid):
             return
         if self._keys is None:
-            self._suspects.add(xid)
+            self.suspect((xid,))
         else:
             self._truncated = xid
 
     def unseen(self, snapshot: Snapshot) -> list[int]:
         """Return the suspects that `snapshot` does not see: with any, the page has to be read again."""
-        return [xid for xid in self._suspects if not snapshot.sees(xid)]
+        unseen = [xid for xid in self._suspects if not snapshot.sees(xid)]
+        return unseen + (snapshot.unseen_between(*self._suspect_span) if self._suspect_span is not None else [])
 
     def hides(self, key: Key, snapshot: Snapshot) -> bool:
         """Say whether the stream has already delivered something newer for `key` than `snapshot` shows."""
@@ -160,6 +188,8 @@ class Deliveries:
         """Forget what `snapshot`, the oldest one a page is still to be applied under, sees already, now and later."""
         self._seen = snapshot
         self._suspects = {xid for xid in self._suspects if not snapshot.sees(xid)}
+        if self._suspect_span is not None and not snapshot.unseen_between(*self._suspect_span):
+            self._suspect_span = None
         if self._keys:
             hidden = {xid for xid in set(self._keys.values()) if not snapshot.sees(xid)}
             self._keys = {key: xid for key, xid in self._keys.items() if xid in hidden} if hidden else {}

@@ -210,3 +210,36 @@ def test_an_id_that_a_snapshot_of_another_past_sees_is_remembered() -> None:
         forget()
         deliveries.touched(A, 10)
         assert deliveries.suspects == {10}
+
+
+@pytest.mark.parametrize("first", [10, XID_SPAN - 5_000, XID_SPAN - 1], ids=["far from the wrap", "over it", "at it"])
+@pytest.mark.parametrize("recording", [True, False])
+def test_transactions_beyond_number_are_remembered_in_bounded_space(first: int, recording: bool) -> None:
+    """As while the read of a page waits for a lock: none of them can be forgotten before."""
+    deliveries = Deliveries(most_keys=10, most_suspects=100)
+    if recording:
+        deliveries.record()
+    last = first + 9_999
+    for xid in range(first, last + 1):
+        deliveries.touched((str(xid),), xid % XID_SPAN)
+        assert deliveries.size <= 112
+
+    # One that began before them all may go on, none of them may.
+    begun_before = frozenset({first - 1})
+    assert deliveries.unseen(Snapshot(first - 1, last + 2, begun_before)) == []
+    for running in (first, first + 5_000):
+        assert deliveries.unseen(Snapshot(running, last + 2, frozenset({running}))) == [running]
+    assert deliveries.unseen(Snapshot(first + 5_000, first + 5_000, frozenset()))
+
+    deliveries.forget_seen(Snapshot(last + 1, last + 1, frozenset()))
+    assert deliveries.size == 0
+
+
+def test_suspects_that_were_too_many_are_forgotten_with_everything_else() -> None:
+    deliveries = Deliveries(most_suspects=1)
+    deliveries.suspect([10, 11, 12])
+    assert deliveries.unseen(Snapshot(12, 12, frozenset())) == [12]
+
+    deliveries.begin_anew()
+
+    assert deliveries.unseen(Snapshot(3, 3, frozenset())) == []
