@@ -55,12 +55,12 @@ def _pausing(index: str) -> Iterator[None]:
     try:
         yield
     except REFUSALS as error:
-        raise SchemaChanged(
-            f"the target refuses a value: {type(error).__name__} ({error.sqlstate})",
-            index=index,
-            where=f"index {index}",
-            hint="compare the types of the table's key and carried columns with those of the chunks table",
-        ) from error
+        what = f"the target refuses a value: {type(error).__name__} ({error.sqlstate})"
+        hint = "compare the types of the table's key and carried columns with those of the chunks table"
+        if isinstance(error, psycopg.errors.ProgramLimitExceeded) and error.diag.constraint_name:
+            what += f", too long for the index {error.diag.constraint_name}"
+            hint = 'docs/operations.md, "What is followed, and what pauses", says how long it may be, and what to do'
+        raise SchemaChanged(what, index=index, where=f"index {index}", hint=hint) from error
 
 
 class ApplySession:

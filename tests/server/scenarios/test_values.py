@@ -158,7 +158,8 @@ def test_a_value_that_the_target_cannot_take_pauses_its_index_and_names_the_row_
 
     reason = scene.paused("long")
 
-    assert "ProgramLimitExceeded" in reason
+    assert "ProgramLimitExceeded (54000), too long for the index long_chunks_" in reason
+    assert "docs/operations.md" in reason
     assert "of the row c4ca4238a0b923820dcc" in reason
     scene.follows("short")
     assert "c4ca4238a0b923820dcc" not in scene.pipeline.log.read_text()
