@@ -122,6 +122,24 @@ def test_the_source_hears_of_the_worker_all_the_time_that_the_target_is_away(
     assert sender(pipeline)[0] == pid
 
 
+def test_a_worker_answers_while_its_target_is_locked(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name)
+    pipeline.start()
+    pipeline.live()
+    with pipeline.target.transaction():
+        pipeline.target.execute("LOCK TABLE cdcsync.articles_chunks IN ACCESS EXCLUSIVE MODE")
+        change(pipeline, "meanwhile")
+        status, body = pipeline.get("/status")
+        assert (status, json.loads(body)["error"]) == (503, "the status could not be read in time")
+        assert [pipeline.get(path)[0] for path in ("/livez", "/readyz", "/metrics")] == [200, 200, 200]
+        assert metric(pipeline, "cdcsync_lag_seconds") > 0
+    until(lambda: pipeline.get("/status")[0] == 200, pipeline.tail)
+    pipeline.in_step()
+
+
 def test_an_index_is_not_caught_up_before_the_source_has_sent_what_it_had(
     make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
 ) -> None:

@@ -208,3 +208,22 @@ def test_a_large_transaction_from_before_a_type_change_pauses_its_index_once(pip
     until(pipeline.in_step_now, pipeline.tail)
     paused = [event for event in pipeline.events()[seen:] if event.get("event") == "index_paused"]
     assert len(paused) <= 1
+
+
+def test_a_pause_amid_a_transaction_that_ends_with_a_full_batch_is_not_left_hanging(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    text = CONFIG.format(dsn=database.dsn, name=database.name)
+    pipeline = make_pipeline(text.replace("[worker]", "[worker]\nbatch_rows = 5"))
+    pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, rating int)")
+    pipeline.source.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    pipeline.start()
+    pipeline.live()
+    pipeline.target.execute("ALTER TABLE cdcsync.articles_chunks ADD CONSTRAINT small CHECK (rating < 100)")
+
+    # The first batch pauses the index, the second one is full with the last row, and the commit comes alone.
+    pipeline.source.execute("INSERT INTO articles SELECT i, 'title', 1000 FROM generate_series(1, 10) i")
+
+    pipeline.event("index_paused")
+    pipeline.source.execute("INSERT INTO notes VALUES (1, 'goes on')")
+    pipeline.in_step("notes")

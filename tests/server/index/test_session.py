@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import psycopg
 import pytest
 from psycopg.pq import TransactionStatus
@@ -23,7 +24,7 @@ from cdcsync.index.session import ApplySession, worker_name
 from cdcsync.index.shared import create_shared
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import Connection
-from tests.fixtures.indexes import SCHEMA, changes, document, make_spec, register, until, vector_text
+from tests.fixtures.indexes import SCHEMA, changes, document, make_spec, register, until, until_blocked, vector_text
 
 if TYPE_CHECKING:
     from tests.fixtures.servers import Database
@@ -153,6 +154,36 @@ async def test_a_successor_ends_the_first_ones_writing_and_nothing_of_it_stays(p
     with pytest.raises(LeaseLost):
         await apply(first, Lsn(40))
     assert await pipeline.checkpoint() == 30
+
+
+async def test_a_writer_that_waits_behind_its_successor_writes_nothing(
+    pipeline: Pipeline, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    first, second = await pipeline.open(), pipeline.session()
+    await first.connection.execute("SELECT pg_advisory_unlock_all()")
+    holding = await connect_target()
+    lost = []
+
+    async def write() -> None:
+        try:
+            await apply(first, Lsn(20), articles=changes(document("2", "b"), inline=["b"]))
+        except LeaseLost:
+            lost.append(True)
+
+    async def taking_over() -> bool:
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'cdcsync apply slot'"
+        return await pipeline.rows(f"{waiting} AND cardinality(pg_blocking_pids(pid)) > 0") == [(1,)]
+
+    async with anyio.create_task_group() as tasks, holding.transaction():
+        await holding.execute("SELECT FROM cdcsync.pipelines FOR UPDATE")
+        tasks.start_soon(second.try_open)
+        await until(taking_over)
+        tasks.start_soon(write)
+        await until_blocked(pipeline.connection, first.connection)
+
+    assert lost == [True]
+    assert await pipeline.rows("SELECT count(*) FROM cdcsync.articles_chunks") == [(0,)]
+    assert ((await second.state()).fence, await pipeline.checkpoint()) == (2, None)
 
 
 # -- apply -----------------------------------------------------------------------------------------------------------
