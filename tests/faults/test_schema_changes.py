@@ -8,38 +8,26 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
+from tests.fixtures.configs import configuration
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults]
 
-CONFIG = """
-[source]
-dsn = "{dsn}"
-slot = "s_{name}"
-feedback_every_s = 1
-[worker]
-listen = "127.0.0.1:0"
-log_level = "debug"
-[embedders.fake]
-type = "hash"
-dimensions = 8
-[indexes.articles]
-table = "articles"
-text = "{{title}}"
-columns = ["rating"]
-embedder = "fake"
-[indexes.notes]
-table = "notes"
-text = "{{body}}"
-embedder = "fake"
-"""
+
+def of_two_tables(database: Database, *, source_lines: str = "", worker_lines: str = "") -> str:
+    return configuration(
+        database.dsn,
+        source_lines=source_lines,
+        worker_lines=f'log_level = "debug"\n{worker_lines}',
+        indexes={"articles": {"columns": ["rating"]}, "notes": {"text": "{body}"}},
+    )
 
 
 @pytest.fixture
 def pipeline(database: Database, make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
     """Two live indexes on two tables."""
-    pipeline = make_pipeline(CONFIG.format(dsn=database.dsn, name=database.name))
+    pipeline = make_pipeline(of_two_tables(database))
     pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, rating int, extra text)")
     pipeline.source.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
     pipeline.source.execute("INSERT INTO articles SELECT i, 'title ' || i, i FROM generate_series(1, 30) i")
@@ -149,8 +137,8 @@ def test_a_standby_that_takes_over_knows_the_table_as_it_is_by_then(pipeline: Pi
 def test_an_initial_load_that_was_cancelled_leaves_no_live_index_of_half_the_rows(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
-    text = CONFIG.format(dsn=database.dsn, name=database.name)
-    pipeline = make_pipeline(text.replace("[worker]", "[worker]\nbackfill_page_rows = 5\nbackfill_max_rows_per_s = 20"))
+    slow = "backfill_page_rows = 5\nbackfill_max_rows_per_s = 20"
+    pipeline = make_pipeline(of_two_tables(database, worker_lines=slow))
     pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, rating int)")
     pipeline.source.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
     pipeline.source.execute("INSERT INTO articles SELECT i, 'title ' || i, i FROM generate_series(1, 200) i")
@@ -163,7 +151,7 @@ def test_an_initial_load_that_was_cancelled_leaves_no_live_index_of_half_the_row
     until(lambda: state(pipeline, "articles")[0] == "paused", pipeline.tail)
     assert "cancelled" in str(state(pipeline, "articles")[1])
     pipeline.stop(pipeline.processes[-1])
-    pipeline.path.write_text(text)
+    pipeline.path.write_text(of_two_tables(database))
     pipeline.start()
 
     until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
@@ -172,8 +160,8 @@ def test_an_initial_load_that_was_cancelled_leaves_no_live_index_of_half_the_row
 def test_a_slot_that_is_dropped_in_the_middle_of_the_initial_load_is_healed_by_a_resync(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
-    text = CONFIG.format(dsn=database.dsn, name=database.name).replace("[worker]", 'on_gap = "resync"\n[worker]')
-    pipeline = make_pipeline(text.replace("[worker]", "[worker]\nbackfill_page_rows = 5\nbackfill_max_rows_per_s = 50"))
+    slow = "backfill_page_rows = 5\nbackfill_max_rows_per_s = 50"
+    pipeline = make_pipeline(of_two_tables(database, source_lines='on_gap = "resync"', worker_lines=slow))
     pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, rating int)")
     pipeline.source.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
     pipeline.source.execute("INSERT INTO articles SELECT i, 'title ' || i, i FROM generate_series(1, 200) i")
@@ -213,8 +201,7 @@ def test_a_large_transaction_from_before_a_type_change_pauses_its_index_once(pip
 def test_a_pause_amid_a_transaction_that_ends_with_a_full_batch_is_not_left_hanging(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
-    text = CONFIG.format(dsn=database.dsn, name=database.name)
-    pipeline = make_pipeline(text.replace("[worker]", "[worker]\nbatch_rows = 5"))
+    pipeline = make_pipeline(of_two_tables(database, worker_lines="batch_rows = 5"))
     pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, rating int)")
     pipeline.source.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
     pipeline.start()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from psycopg import sql
 
+from tests.fixtures.configs import configuration
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline, until
 
@@ -25,26 +26,6 @@ CONNECTIONS = 20
 PATIENCE_S = 200.0
 """For fifty indexes to be live, on a machine that may be busy: seconds of work when it is not."""
 
-CONFIG = """
-[source]
-dsn = "{dsn}"
-slot = "{slot}"
-feedback_every_s = 1
-[worker]
-listen = "127.0.0.1:0"
-[embedders.fake]
-type = "hash"
-dimensions = 16
-"""
-
-INDEX = """
-[indexes.index{number}]
-table = "table{number}"
-text = "{{title}}"
-columns = ["tenant"]
-embedder = "fake"
-"""
-
 
 def make(
     make_pipeline: Callable[[str], Pipeline], database: Database, *, tables: int, indexes: int, rows: int
@@ -58,8 +39,8 @@ def make(
         " IF i % 100 = 0 THEN COMMIT; END IF;"
         " END LOOP; END $$"
     )
-    text = CONFIG.format(dsn=database.dsn, slot=f"s_{database.name}")
-    return make_pipeline(text + "".join(INDEX.format(number=number) for number in range(1, indexes + 1)))
+    followed = {f"index{at}": {"table": f"table{at}", "columns": ["tenant"]} for at in range(1, indexes + 1)}
+    return make_pipeline(configuration(database.dsn, indexes=followed))
 
 
 def memory_bytes(pipeline: Pipeline) -> float:

@@ -12,34 +12,12 @@ from pathlib import Path
 import pytest
 from psycopg import conninfo, sql
 
+from tests.fixtures.configs import FAKE, Section, configuration
 from tests.fixtures.provider import FakeProvider, status
 from tests.fixtures.servers import Database, Server
 from tests.fixtures.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
-
-CONFIG = """
-[source]
-dsn = "{dsn}"
-slot = "{slot}"
-feedback_every_s = 1
-[target]
-dsn = "{dsn}"
-[worker]
-listen = "127.0.0.1:0"
-log_level = "debug"
-log_format = "{format}"
-batch_rows = 5
-backfill_page_rows = 5
-[embedders.fake]
-type = "hash"
-dimensions = 8
-[indexes.articles]
-table = "articles"
-text = "{{title}}: {{body}}"
-columns = ["author"]
-embedder = "fake"
-"""
 
 PLANTED = "xyzzy"
 """In every cell, and in nothing that may be logged."""
@@ -84,10 +62,20 @@ def start(
     database: Database,
     format_: str = "json",
 ) -> Pipeline:
-    dsn = login.dsn(database)
-    pipeline = make_pipeline(CONFIG.format(dsn=dsn, slot=f"s_{database.name}", format=format_))
+    pipeline = make_pipeline(talkative(login.dsn(database), format_))
     pipeline.start()
     return pipeline
+
+
+def talkative(dsn: str, format_: str = "json", embedder: Section = FAKE["fake"]) -> str:
+    """Return a configuration that logs everything there is, of small batches and pages."""
+    return configuration(
+        dsn,
+        target=dsn,
+        worker_lines=f'log_level = "debug"\nlog_format = "{format_}"\nbatch_rows = 5\nbackfill_page_rows = 5',
+        embedders={"fake": embedder},
+        indexes={"articles": {"text": "{title}: {body}", "columns": ["author"]}},
+    )
 
 
 def stored(database: Database) -> str:
@@ -225,9 +213,9 @@ def test_what_a_provider_says_of_a_text_is_stored_and_shown_without_text_and_key
     fill(database)
     provider.rejects = lambda text: text.count(PLANTED) == 9
     provider.misdeeds.append(status(500, {"error": {"message": f"no such key: {PLANTED}-key"}}))
-    text = CONFIG.format(dsn=login.dsn(database), slot=f"s_{database.name}", format="json")
-    hosted = f'type = "openai"\nmodel = "m"\nbase_url = "{provider.url}"\napi_key = "{PLANTED}-key"'
-    pipeline = make_pipeline(text.replace('type = "hash"', hosted).replace("dimensions = 8", "dimensions = 16"))
+    key = f"{PLANTED}-key"
+    hosted = {"type": "openai", "model": "m", "base_url": provider.url, "api_key": key, "dimensions": 16}
+    pipeline = make_pipeline(talkative(login.dsn(database), embedder=hosted))
     pipeline.start()
 
     pipeline.event("text_not_embedded")
@@ -248,7 +236,7 @@ def test_rows_that_no_document_can_be_made_of_are_logged_without_key_and_value_a
     )
     database = make_database()
     fill(database)
-    text = CONFIG.format(dsn=login.dsn(database), slot=f"s_{database.name}", format="json").replace(
+    text = talkative(login.dsn(database)).replace(
         'text = "{title}: {body}"', 'documents = "telling_documents:document"\ndocument_columns = ["body"]'
     )
     pipeline = make_pipeline(text)

@@ -12,52 +12,13 @@ from typing import Any
 
 import pytest
 
+from tests.fixtures.configs import Section, configuration
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-HEAD = """
-[source]
-dsn = "{dsn}"
-slot = "s_{name}"
-feedback_every_s = 1
-[worker]
-listen = "127.0.0.1:0"
-log_level = "debug"
-[embedders.fake]
-type = "hash"
-dimensions = 16
-"""
-
-NOTES = """
-[indexes.notes]
-table = "notes"
-documents = "notes:document"
-document_columns = ["title", "tags", "body", "draft"]
-chunk_text = "{title}: {chunk}"
-embedder = "fake"
-[indexes.notes.chunking]
-chunks = "notes:thoughts"
-max_tokens = 16
-overlap_tokens = 0
-"""
-
-OWN = """
-[indexes.notes]
-table = "notes"
-documents = "own_documents:document"
-document_columns = ["title", "body"]
-chunk_text = "{title}: {chunk}"
-columns = ["draft"]
-embedder = "fake"
-[indexes.notes.chunking]
-max_tokens = 8
-overlap_tokens = 0
-max_chunks = 2
-"""
 
 FUNCTION = """
 def document(row):
@@ -73,8 +34,35 @@ TABLE = (
 )
 
 
-def make(make_pipeline: Callable[[str], Pipeline], database: Database, index: str) -> Pipeline:
-    return make_pipeline(HEAD.format(dsn=database.dsn, name=database.name) + index)
+NOTES: Section = {
+    "text": None,
+    "documents": "notes:document",
+    "document_columns": ["title", "tags", "body", "draft"],
+    "chunk_text": "{title}: {chunk}",
+    "chunking": {"chunks": "notes:thoughts", "max_tokens": 16, "overlap_tokens": 0},
+}
+"""The example's functions."""
+
+OWN: Section = {
+    "text": None,
+    "documents": "own_documents:document",
+    "document_columns": ["title", "body"],
+    "chunk_text": "{title}: {chunk}",
+    "columns": ["draft"],
+    "chunking": {"max_tokens": 8, "overlap_tokens": 0, "max_chunks": 2},
+}
+"""Those of `FUNCTION`."""
+
+
+def make(make_pipeline: Callable[[str], Pipeline], database: Database, index: Section) -> Pipeline:
+    return make_pipeline(
+        configuration(
+            database.dsn,
+            worker_lines='log_level = "debug"',
+            embedders={"fake": {"type": "hash", "dimensions": 16}},
+            indexes={"notes": index},
+        )
+    )
 
 
 def verify(pipeline: Pipeline, directory: Path, *arguments: str) -> tuple[int, dict[str, Any]]:

@@ -14,22 +14,7 @@ from tests.fixtures.servers import Database
 from tests.fixtures.workers import PATIENCE_S, Pipeline
 
 pytestmark = pytest.mark.server
-
-CONFIG = """
-[source]
-dsn = "{dsn}"
-slot = "{slot}"
-feedback_every_s = 1
-[worker]
-listen = "127.0.0.1:0"
-[embedders.fake]
-type = "hash"
-dimensions = 8
-[indexes.articles]
-table = "articles"
-text = "{{title}}"
-embedder = "fake"
-"""
+from tests.fixtures.configs import configuration
 
 Hear = Callable[[str], str]
 
@@ -60,7 +45,7 @@ def hear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hear]:
 def make(make_pipeline: Callable[[str], Pipeline], database: Database, dsn: str) -> Pipeline:
     database.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
     database.execute("INSERT INTO articles VALUES (1, 'one')")
-    return make_pipeline(CONFIG.format(dsn=dsn, slot=f"s_{database.name}"))
+    return make_pipeline(configuration(dsn, slot=f"s_{database.name}"))
 
 
 def test_a_worker_tells_that_it_is_ready_alive_and_stopping(

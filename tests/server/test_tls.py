@@ -20,26 +20,11 @@ from pathlib import Path
 import pytest
 from psycopg import conninfo
 
+from tests.fixtures.configs import configuration
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline
 
 pytestmark = pytest.mark.server
-
-CONFIG = """
-[source]
-dsn = "{dsn}"
-slot = "{slot}"
-feedback_every_s = 1
-[worker]
-listen = "127.0.0.1:0"
-[embedders.fake]
-type = "hash"
-dimensions = 8
-[indexes.articles]
-table = "articles"
-text = "{{title}}"
-embedder = "fake"
-"""
 
 NAME = "db.example.org"
 
@@ -156,8 +141,7 @@ def test_a_worker_reaches_everything_over_verified_connections(
 ) -> None:
     database.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
     database.execute("INSERT INTO articles VALUES (1, 'one'), (2, 'two')")
-    text = CONFIG.format(dsn=dsn(endpoint, database, certificate), slot=f"s_{database.name}")
-    pipeline = make_pipeline(text)
+    pipeline = make_pipeline(configuration(dsn(endpoint, database, certificate)))
     by_the_test = endpoint.accepted
 
     worker = pipeline.start()
@@ -187,7 +171,7 @@ def test_a_server_that_cannot_be_trusted_is_refused(
     reason: str,
 ) -> None:
     path = tmp_path / "cdcsync.toml"
-    path.write_text(CONFIG.format(dsn=dsn(endpoint, database, certificate, **settings), slot="tls"))
+    path.write_text(configuration(dsn(endpoint, database, certificate, **settings)))
 
     done = subprocess.run(
         [sys.executable, "-m", "cdcsync", "check", "--json", "-c", str(path)],

@@ -7,30 +7,12 @@ from collections.abc import Callable
 import pytest
 
 from tests.fixtures.collectors import Collector, Span
+from tests.fixtures.configs import configuration
 from tests.fixtures.provider import FakeProvider
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
-
-CONFIG = """
-[source]
-dsn = "{source}"
-slot = "{slot}"
-[worker]
-listen = "127.0.0.1:0"
-[embedders.hosted]
-type = "openai"
-model = "hashing"
-dimensions = 16
-base_url = "{url}"
-[indexes.articles]
-table = "articles"
-text = "{{body}}"
-columns = ["tenant"]
-embedder = "hosted"
-inline_budget_ms = {inline}
-"""
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
@@ -43,9 +25,10 @@ def make(
     database: Database, make_pipeline: Callable[[str], Pipeline], provider: FakeProvider
 ) -> Callable[..., Pipeline]:
     def made(*, inline: int) -> Pipeline:
-        pipeline = make_pipeline(
-            CONFIG.format(source=database.dsn, slot=database.name, url=provider.url, inline=inline)
-        )
+        hosted = {"type": "openai", "model": "hashing", "dimensions": 16, "base_url": provider.url}
+        articles = {"text": "{body}", "columns": ["tenant"], "inline_budget_ms": inline}
+        text = configuration(database.dsn, embedders={"hosted": hosted}, indexes={"articles": articles})
+        pipeline = make_pipeline(text)
         pipeline.source.execute("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, body text)")
         return pipeline
 
