@@ -6,7 +6,7 @@ import pytest
 
 from tests.fixtures.scenes import Followed, MakeScene, Scene
 
-pytestmark = [pytest.mark.server]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]  # dozens of indexes, on a machine that may be busy
 
 LONG_KEY = "(SELECT string_agg(md5(i::text), '') FROM generate_series(1, 80) i)"
 """2,560 characters that hardly compress: long enough to be stored apart from its row, short enough for a key."""

@@ -10,7 +10,7 @@ from cdcsync.config import parse
 from tests.fixtures.scenes import Followed, MakeScene, Scene
 from tests.fixtures.workers import until
 
-pytestmark = [pytest.mark.server]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]  # dozens of indexes, on a machine that may be busy
 
 TABLE = (
     "CREATE TABLE {t} (id int PRIMARY KEY, title text, rating int, price numeric(6,2), label varchar(8), extra text)"

@@ -11,7 +11,7 @@ import pytest
 from tests.fixtures.scenes import Followed, MakeScene, Scene
 from tests.fixtures.servers import Server
 
-pytestmark = [pytest.mark.server]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]  # dozens of indexes, on a machine that may be busy
 
 ODD = 'Ödd "100 %s" \\ {na.me}'
 """A name with everything that some syntax could take for its own."""

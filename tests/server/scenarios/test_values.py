@@ -6,7 +6,7 @@ import pytest
 
 from tests.fixtures.scenes import Followed, MakeScene, Scene
 
-pytestmark = [pytest.mark.server]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]  # dozens of indexes, on a machine that may be busy
 
 TYPES = [
     "CREATE EXTENSION hstore",
