@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -19,6 +17,8 @@ import numpy.typing as npt
 import pytest
 from psycopg import conninfo, sql
 
+from cdcsync.cli import main
+from cdcsync.config.sections import Hnsw
 from cdcsync.documents import hash_text
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.evaluate import Sparing, evaluate, evaluate_for_ever
@@ -51,12 +51,19 @@ def crowd(count: int = CROWD) -> Vectors:
 
 @asynccontextmanager
 async def indexed(
-    database: Database, vectors: Vectors, *, hnsw: bool = True, state: str = "live", distance: Distance = "cosine"
+    database: Database,
+    vectors: Vectors,
+    *,
+    hnsw: bool = True,
+    state: str = "live",
+    distance: Distance = "cosine",
+    vector_type: str = "vector",
+    m: int = 4,
 ) -> AsyncIterator[tuple[LiveIndex, IndexSpec]]:
     """Make an index that holds these vectors, a document each; the second value is it as it is stored."""
-    spec = make_spec(dimensions=vectors.shape[1], distance=distance, hnsw={"m": 4, "ef_construction": 16})
-    config = msgspec.convert(msgspec.to_builtins(spec.config), type(spec.config))
-    spec = msgspec.structs.replace(spec, config=config)
+    spec = make_spec(
+        dimensions=vectors.shape[1], distance=distance, hnsw=Hnsw(m=m, ef_construction=4 * m), vector_type=vector_type
+    )
     async with live_index(database, spec) as index:
         await Pipelines(SCHEMA, "s").ensure(index.connection, "p")
         await register(index.connection, spec, slot="s", state=state)
@@ -94,7 +101,6 @@ async def test_looking_further_finds_more_and_far_enough_finds_all(database: Dat
     assert 0.1 < near.recall < 0.9 < far.recall <= 1
     assert (found.queries, found.k) == (40, 10)
     assert min(near.mean_ms, far.mean_ms, found.exact_mean_ms) > 0
-    assert near.p95_ms <= found.exact_p95_ms * 1000  # both of them milliseconds
 
 
 async def test_one_side_is_searched_by_hnsw_and_the_other_reads_the_whole_table(database: Database) -> None:
@@ -129,10 +135,11 @@ async def test_searches_look_as_far_as_the_session_does_unless_told_otherwise(da
 
 
 async def test_equals_at_the_same_distance_are_hits_whichever_is_returned(database: Database) -> None:
-    twins = np.repeat(np.eye(4), 60, axis=0)
-    async with indexed(database, twins) as (index, spec):
+    # All are equally far from each other, and HNSW comes upon them in another order than who reads the table.
+    async with indexed(database, np.eye(60), m=32) as (index, spec):
+        await index.connection.execute("SET enable_seqscan = off; SET enable_sort = off")
         found = await evaluate(index.connection, SCHEMA, spec, queries=30, ef_search=[100])
-    assert [one.recall for one in found.measured] == [1.0]
+    assert [(one.recall, one.by_hnsw) for one in found.measured] == [(1.0, True)]
 
 
 async def test_a_vector_does_not_find_itself(database: Database) -> None:
@@ -142,10 +149,14 @@ async def test_a_vector_does_not_find_itself(database: Database) -> None:
     assert found.measured[0].recall < 0.5
 
 
-@pytest.mark.parametrize("distance", ["cosine", "l2", "inner_product"])
-async def test_a_small_index_is_read_whole_and_misses_nothing(database: Database, distance: Distance) -> None:
+@pytest.mark.parametrize(
+    ("distance", "vector_type"), [("cosine", "vector"), ("l2", "vector"), ("inner_product", "halfvec")]
+)
+async def test_a_small_index_is_read_whole_and_misses_nothing(
+    database: Database, distance: Distance, vector_type: str
+) -> None:
     vectors = np.vstack([crowd(30), np.zeros((1, 16))])  # which has no distance from anything, by cosine
-    async with indexed(database, vectors, distance=distance) as (index, spec):
+    async with indexed(database, vectors, distance=distance, vector_type=vector_type) as (index, spec):
         found = await evaluate(index.connection, SCHEMA, spec, k=50)
     (one,) = found.measured
     assert (one.recall, one.by_hnsw) == (1.0, False)
@@ -291,7 +302,7 @@ dsn = "{dsn}"
 slot = "{slot}"
 [worker]
 listen = "127.0.0.1:0"
-evaluate_every_s = 0.1
+evaluate_every_s = 0.5
 [embedders.fake]
 type = "hash"
 dimensions = 16
@@ -312,16 +323,12 @@ embedder = "fake"
 """
 
 
-def command(pipeline: Pipeline, *arguments: str) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "cdcsync", "evaluate", "-c", str(pipeline.path), *arguments],
-        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    return done.returncode, done.stdout, done.stderr
+def command(*arguments: str | Path) -> int:
+    """Run the command in this process and return its exit status."""
+    with pytest.raises(SystemExit) as exited:
+        main(["evaluate", *map(str, arguments)])
+    assert isinstance(exited.value.code, int)
+    return exited.value.code
 
 
 def metrics(pipeline: Pipeline) -> dict[str, float]:
@@ -330,13 +337,13 @@ def metrics(pipeline: Pipeline) -> dict[str, float]:
 
 
 def test_the_worker_measures_by_itself_and_the_command_tells(
-    database: Database, make_pipeline: Callable[[str], Pipeline]
+    database: Database, make_pipeline: Callable[[str], Pipeline], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for table in ("articles", "notes", "nothing"):
         database.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, tenant int, body text)")
     words = "chr(97 + i % 26) || ' ' || chr(97 + i / 26 % 26) || ' word ' || i"
     for table in ("articles", "notes"):
-        database.execute(f"INSERT INTO {table} SELECT i, i % 5, {words} FROM generate_series(1, 150) AS i")
+        database.execute(f"INSERT INTO {table} SELECT i, i % 5, {words} FROM generate_series(1, 30) AS i")
     pipeline = make_pipeline(CONFIG.format(dsn=database.dsn, slot=f"s_{database.name}"[:60]))
     pipeline.start()
     pipeline.live()
@@ -349,7 +356,7 @@ def test_the_worker_measures_by_itself_and_the_command_tells(
     assert 0 <= age_s < 600
     status = json.loads(pipeline.get("/status")[1])["indexes"]
     assert (status["notes"]["generation"], status["notes"]["recall"]["k"]) == (1, 10)
-    assert status["notes"]["recall"]["queries"] == 100
+    assert status["notes"]["recall"]["queries"] == 30
     assert status["nothing"]["recall"] is None
     logged = pipeline.event("evaluated")
     assert (logged["recall"], logged["k"], logged["ef_search"]) == (1.0, 10, 40)
@@ -362,18 +369,21 @@ def test_the_worker_measures_by_itself_and_the_command_tells(
     database.execute("INSERT INTO notes VALUES (1000, 1, 'a text of its own'), (1001, 1, 'and another')")
     until(lambda: metrics(pipeline)["cdcsync_vector_freshness_seconds_count"] == 3, "the freshness of notes")
     # The first one was remembered, and so came along with its text.
-    assert metrics(pipeline)['cdcsync_vectors_total{index="notes",way="backlog"}'] == 1
+    from_backlog = 'cdcsync_vectors_total{index="notes",way="backlog"}'
+    assert metrics(pipeline)[from_backlog] > exposed.get(from_backlog, 0)
     assert 0 < metrics(pipeline)["cdcsync_vector_freshness_seconds_sum"] < 300
 
-    told = command(pipeline, "articles", "--queries", "20", "--ef-search", "10", "--ef-search", "40")
-    assert told[::2] == (0, "")
-    assert "the 10 nearest of 20 stored vectors" in told[1]
-    assert re.search(r"^ *10 +1\.0000 +[\d.]+ +[\d.]+ +whole table$", told[1], re.MULTILINE)
-    assert re.search(r"^ *exact +1\.0000", told[1], re.MULTILINE)
-    assert "not stored" not in told[1]
-    status_code, output, _ = command(pipeline, "articles", "--json", "-k", "3", "--where", "tenant = 2")
-    found = json.loads(output)
-    assert (status_code, found["k"], found["where"], found["measured"][0]["recall"]) == (0, 3, "tenant = 2", 1.0)
+    capsys.readouterr()
+    config = ("-c", pipeline.path)
+    assert command("articles", *config, "--queries", "20", "--ef-search", "10", "--ef-search", "40") == 0
+    told = capsys.readouterr()
+    assert "the 10 nearest of 20 stored vectors" in told.out
+    assert re.search(r"^ *10 +1\.0000 +[\d.]+ +[\d.]+ +whole table$", told.out, re.MULTILINE)
+    assert re.search(r"^ *exact +1\.0000", told.out, re.MULTILINE)
+    assert "not stored" not in told.out
+    assert command("articles", *config, "--json", "-k", "3", "--where", "tenant = 2") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["k"], found["where"], found["measured"][0]["recall"]) == (3, "tenant = 2", 1.0)
     assert "condition" in found["not_stored"]
     assert pipeline.target.execute(
         "SELECT k, ef_search FROM cdcsync.evaluations WHERE index_name = 'articles' ORDER BY 1, 2"
@@ -385,10 +395,10 @@ def test_the_worker_measures_by_itself_and_the_command_tells(
         (("articles", "--ef-search", "5000"), "--ef-search"),
         (("articles", "--where", "nosuch = 1"), "nosuch"),
     ):
-        status_code, output, errors = command(pipeline, *arguments)
-        assert (status_code, output) == (2, "")
-        assert words in errors
-        assert "Traceback" not in errors
+        assert command(*arguments, *config) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert words in told.err
 
 
 async def test_a_failed_measurement_is_told_and_does_not_keep_others_from_theirs(database: Database) -> None:
