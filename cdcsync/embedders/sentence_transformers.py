@@ -22,13 +22,18 @@ from cdcsync import config
 from cdcsync.chunks import Lengths
 from cdcsync.embedders.description import describe
 from cdcsync.embedders.model_files import INSTALL, fetch_weights, locate, quiet
+from cdcsync.embedders.processors import processors
 from cdcsync.embedders.protocol import Distance, Kind, Vectors
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 
+MOST_CALLS = 8
+"""Calls that run at a time on processors, each on threads of its own. Threads that share one call wait for each other
+in busy loops, many times a call: measured with MiniLM, the same texts took two threads that share calls 14 s of
+processor time, and 6 s with a call each. Beyond this number, Python's own lock would be what calls wait for."""
+
 SINGLE_THREAD_TEXTS = 8
-"""Calls of up to so many texts run on one thread: handing out such small work, and waiting for each other in a busy
-loop, takes several threads longer than the work, and starves whatever else runs (measured: 14 ms against 110 ms and
-more)."""
+"""Calls of up to so many texts always run on one thread: handing out such small work takes several threads longer than
+the work (measured: 14 ms against 110 ms and more)."""
 
 PASS_TOKENS = 1_024
 """Tokens of one forward pass on a processor, padding counted: what it computes with then stays in its caches. Measured
@@ -49,9 +54,9 @@ _BACKEND_PACKAGES = {
 class SentenceTransformersEmbedder:
     """Embeds with a local model; `float32[n, dimensions]`, L2-normalised if the model normalises.
 
-    Calls run in threads. On a processor there is one at a time, which uses all of it. On an accelerator there are two,
-    so that texts of one are tokenised while the device computes the other. A thread cannot be stopped, so a cancelled
-    call holds on until its texts are done.
+    Calls run in threads: on processors about as many at a time as there are, on an accelerator two, so that texts of
+    one are tokenised while the device computes the other. A thread cannot be stopped, so a cancelled call holds on
+    until its texts are done.
 
     :param name: the section's name in the configuration.
     :raises EmbedderSetupError: the model is not to be found or not supported.
@@ -64,7 +69,7 @@ class SentenceTransformersEmbedder:
         self._need_backend()
         self._files = locate(settings.model, settings.revision, where=self._where, code=settings.trust_remote_code)
         self._description = describe(self._files, settings, where=self._where)
-        self.concurrency = 2 if _accelerated(settings.device) else 1
+        self.concurrency = _calls(settings)
         self._lengths = Lengths(self._description.tokenizer_json)
         self._turn = anyio.CapacityLimiter(self.concurrency)
         self._pass_tokens: int | None = None
@@ -72,7 +77,7 @@ class SentenceTransformersEmbedder:
         self._opening = anyio.Lock()
         self._model: Any = None
         self._threads: int | None = None
-        """How many threads torch uses on a processor; None on an accelerator."""
+        """How many threads torch uses for a call on processors; None on an accelerator."""
 
     @cached_property
     def identity(self) -> str:
@@ -160,8 +165,10 @@ class SentenceTransformersEmbedder:
             raise self._refused(error) from error
         self._check(model)
         on_cpu = model.device.type == "cpu"
-        self._threads = importlib.import_module("torch").get_num_threads() if on_cpu else None
+        self._threads = max(1, processors() // self.concurrency) if on_cpu else None
         self._pass_tokens = PASS_TOKENS if on_cpu else None
+        # Its first call settles how the tokenizer pads and cuts, which later ones, at the same time, only read.
+        model.encode([""], show_progress_bar=False)
         self._model = model
 
     def _need_backend(self) -> None:
@@ -269,6 +276,14 @@ def _installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ImportError:  # the package that it lies in is missing
         return False
+
+
+def _calls(settings: config.SentenceTransformersEmbedder) -> int:
+    """Return how many calls run at a time."""
+    if _accelerated(settings.device):
+        return 2
+    # Other backends bring threads of their own, which share a call.
+    return min(processors(), MOST_CALLS) if settings.backend == "torch" else 1
 
 
 def _accelerated(device: str) -> bool:
