@@ -12,10 +12,15 @@ import typer
 
 from cdcsync.cli import evaluate, failures, replay, teardown, verify
 from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app
+from cdcsync.cli.streams import ReaderGone, guarded
 from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
 
 INTERRUPTED = 130
 """What shells report of a program that Ctrl-C ended: 128 + SIGINT."""
+
+READER_GONE = 141
+"""What shells report of a program that a closed pipe ended: 128 + SIGPIPE. A status of 1 would say that the command
+failed, as `verify | head` does when the index differs."""
 
 app.command(epilog=replay.EPILOG)(replay.replay)
 app.command(epilog=verify.EPILOG)(verify.verify)
@@ -29,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     :param arguments: without the program's name; the process's own by default.
     """
-    sys.exit(_status(sys.argv[1:] if arguments is None else arguments))
+    with guarded():
+        sys.exit(_status(sys.argv[1:] if arguments is None else arguments))
 
 
 def _status(arguments: Sequence[str]) -> int:
@@ -37,6 +43,7 @@ def _status(arguments: Sequence[str]) -> int:
     try:
         try:
             status = app(list(arguments), prog_name="cdcsync", standalone_mode=False, obj=invocation)
+            sys.stdout.flush()
         except BaseExceptionGroup as group:
             raise leading(group) from group
     except KeyboardInterrupt:
@@ -45,6 +52,8 @@ def _status(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except typer.TyperException as error:
         return _report(error.format_message(), None, _help_of(error), error.exit_code)
+    except ReaderGone:
+        return READER_GONE
     except CdcsyncError as error:
         if invocation.debug:
             traceback.print_exception(error)

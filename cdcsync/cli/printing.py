@@ -6,10 +6,12 @@ are, except that control characters, with which a text could take over the termi
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from cdcsync.cli.streams import OutputLost
 from cdcsync.errors import CdcsyncError
 
 if TYPE_CHECKING:
@@ -66,7 +68,9 @@ def three_lines(message: str, where: str | None, fix: str | None) -> Text:
 
 def print_error(text: Text) -> None:
     """Print to standard error, after what standard output still holds."""
-    sys.stdout.flush()
+    # That output is lost as well is not what went wrong first.
+    with contextlib.suppress(OutputLost):
+        sys.stdout.flush()
     console(errors=True).print(text)
 
 

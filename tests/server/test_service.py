@@ -1,20 +1,24 @@
-"""A worker under a service manager: what it tells a notification socket, and passwords from a service file."""
+"""A worker under a service manager: what it tells a notification socket, passwords from a service file, and a log that
+nobody takes."""
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from psycopg import conninfo
 
+from tests.fixtures.configs import configuration
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import PATIENCE_S, Pipeline
 
 pytestmark = pytest.mark.server
-from tests.fixtures.configs import configuration
 
 Hear = Callable[[str], str]
 
@@ -40,6 +44,20 @@ def hear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hear]:
                 lines.extend(manager.recv(4096).decode().splitlines())
 
         yield wait_for
+
+
+@pytest.fixture(params=["its reader ended", "its disk is full"])
+def log(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A descriptor that takes no line of a log."""
+    if request.param == "its disk is full":
+        if not Path("/dev/full").exists():
+            pytest.skip("this system has no /dev/full")
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    yield descriptor
+    os.close(descriptor)
 
 
 def make(make_pipeline: Callable[[str], Pipeline], database: Database, dsn: str) -> Pipeline:
@@ -120,4 +138,18 @@ def test_a_reload_changes_the_pace_of_a_load_under_way_and_the_manager_hears_of_
     assert set(pipeline.event("restart_needed")["keys"]) == {"source.spool_bytes", "source.feedback_every_s"}
     pipeline.live()
     assert pipeline.event("batch_applied")["level"] == "debug"
+    assert pipeline.stop(worker) == 0
+
+
+def test_a_worker_whose_log_is_not_taken_goes_on_and_ends_in_order(
+    database: Database, make_pipeline: Callable[[str], Pipeline], log: int
+) -> None:
+    pipeline = make(make_pipeline, database, database.dsn)
+    worker = subprocess.Popen([sys.executable, "-m", "cdcsync", "run", "-c", str(pipeline.path)], stderr=log)
+    pipeline.processes.append(worker)
+    pipeline.log.touch()
+
+    pipeline.live()
+    database.execute("UPDATE articles SET title = 'changed'")
+    pipeline.in_step()
     assert pipeline.stop(worker) == 0
