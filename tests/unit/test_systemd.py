@@ -21,8 +21,8 @@ PER_INSTANCE = {
     "cdcsync: keeps": "cdcsync for %i: keeps",
     "/etc/cdcsync/cdcsync.toml": "/etc/cdcsync/%i.toml",
     "-/etc/cdcsync/environment": "-/etc/cdcsync/%i.environment",
-    "CacheDirectory=cdcsync": "CacheDirectory=cdcsync/%i",
-    "HF_HOME=%C/cdcsync/models TMPDIR=%C/cdcsync": "HF_HOME=%C/cdcsync/%i/models TMPDIR=%C/cdcsync/%i",
+    "CacheDirectory=cdcsync": "CacheDirectory=cdcsync-%i",
+    "HF_HOME=%C/cdcsync/models TMPDIR=%C/cdcsync": "HF_HOME=%C/cdcsync-%i/models TMPDIR=%C/cdcsync-%i",
 }
 
 
@@ -47,6 +47,15 @@ def test_the_template_is_the_unit_with_an_instance() -> None:
         expected.append(changed)
     assert directives(TEMPLATE) == expected
     assert expected != directives(UNIT)
+
+
+def test_unit_and_instances_can_be_on_one_machine() -> None:
+    """With DynamicUser a cache directory is a link, below which systemd cannot make another one."""
+    (of_unit,), (of_instance,) = (
+        [line.partition("=")[2] for line in directives(path) if line.startswith("CacheDirectory=")]
+        for path in (UNIT, TEMPLATE)
+    )
+    assert Path(of_unit) not in (Path(of_instance), *Path(of_instance).parents)
 
 
 def test_it_has_the_time_to_stop_and_the_watchdog_is_more_patient_than_the_worker() -> None:
