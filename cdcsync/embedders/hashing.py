@@ -33,8 +33,7 @@ TRIGRAM_WEIGHT = 3 / 8
 """A word of seven letters then counts half for itself and half for its trigrams. Exact in binary, see above."""
 
 WORDS_REMEMBERED = 32_768
-"""Words whose components are kept: nearly all words of running text, in some 10 MB. A call with more of them
-remembers all of its own."""
+"""Words whose components are kept: nearly all words of running text, in some 10 MB. With more, all are forgotten."""
 
 THREAD_TEXTS = 32
 """From this many texts on, work moves to a thread: it then takes long enough for the event loop to notice."""
@@ -46,53 +45,45 @@ _TRIGRAM_SEED = 0x5EED
 """Where the trigrams' checksums start: the trigram `the` is not to share its component with the word `the`."""
 
 
-class _Words:
-    """Words with their components, remembered: nearly all words of a text were in texts before it.
+class _Words(dict[str, int]):
+    """The number of each word that was seen, and its components: nearly all words of a text were in texts before it.
 
-    A word's components lie side by side: from `starts[number]` on, `counts[number]` of them.
+    A word that is asked for and not known is learned. Its components lie side by side: from `starts[number]` on,
+    `counts[number]` of them.
     """
 
     def __init__(self, dimensions: int) -> None:
         self._dimensions = dimensions
         self.clear()
 
-    def __len__(self) -> int:
-        return len(self._numbers)
-
     def clear(self) -> None:
         """Forget all words."""
-        self._numbers: dict[str, int] = {}
+        super().clear()
         self._counts, self._starts, self._places, self._weights = array("q"), array("q"), array("q"), array("d")
+
+    def __missing__(self, word: str) -> int:
+        padded = f"^{word}$"
+        hashes = [zlib.crc32(word.encode())]
+        hashes += [zlib.crc32(padded[at : at + 3].encode(), _TRIGRAM_SEED) for at in range(len(word))]
+        self._starts.append(len(self._places))
+        self._counts.append(len(hashes))
+        self._places.extend([each % self._dimensions for each in hashes])
+        self._weights.append(1.0 if hashes[0] >> 31 else -1.0)
+        self._weights.extend([TRIGRAM_WEIGHT if each >> 31 else -TRIGRAM_WEIGHT for each in hashes[1:]])
+        self[word] = number = len(self)
+        return number
 
     def components(self, words: Sequence[str]) -> tuple[_Integers, _Integers, npt.NDArray[np.float64]]:
         """Return how many components each word has, and the places and weights of all of them, in the words' order."""
-        try:
-            numbers = np.fromiter(map(self._numbers.__getitem__, words), np.int64, len(words))
-        except KeyError:
-            self._learn(words)
-            numbers = np.fromiter(map(self._numbers.__getitem__, words), np.int64, len(words))
+        numbers = np.fromiter(map(self.__getitem__, words), np.int64, len(words))
         counts = np.frombuffer(self._counts, np.int64)[numbers]
-        ends = np.cumsum(counts)
         starts = np.frombuffer(self._starts, np.int64)[numbers]
-        lie = np.repeat(starts - (ends - counts), counts)
+        lie = np.repeat(starts - (np.cumsum(counts) - counts), counts)
         lie += np.arange(len(lie))
-        return counts, np.frombuffer(self._places, np.int64)[lie], np.frombuffer(self._weights)[lie]
-
-    def _learn(self, words: Sequence[str]) -> None:
-        unknown = set(words).difference(self._numbers)
-        if len(self._numbers) + len(unknown) > WORDS_REMEMBERED:
+        found = counts, np.frombuffer(self._places, np.int64)[lie], np.frombuffer(self._weights)[lie]
+        if len(self) > WORDS_REMEMBERED:
             self.clear()
-            unknown = set(words)
-        for word in unknown:
-            padded = f"^{word}$"
-            hashes = [zlib.crc32(word.encode())]
-            hashes += [zlib.crc32(padded[at : at + 3].encode(), _TRIGRAM_SEED) for at in range(len(word))]
-            self._numbers[word] = len(self._numbers)
-            self._starts.append(len(self._places))
-            self._counts.append(len(hashes))
-            self._places.extend([each % self._dimensions for each in hashes])
-            self._weights.append(1.0 if hashes[0] >> 31 else -1.0)
-            self._weights.extend([TRIGRAM_WEIGHT if each >> 31 else -TRIGRAM_WEIGHT for each in hashes[1:]])
+        return found
 
 
 class HashEmbedder:
