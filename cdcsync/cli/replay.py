@@ -15,10 +15,11 @@ from cdcsync.errors import EXIT_FAILED, UsageError
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
+    from cdcsync.estimate import Estimate
     from cdcsync.index.requests import Request, Wish
     from cdcsync.index.schema import IndexSpec
     from cdcsync.postgres import Connection
-    from cdcsync.replay import Estimate, Replay
+    from cdcsync.replay import Replay
 
 EPILOG = """All rows; what has not changed costs no embedding: `cdcsync replay articles`
 
@@ -191,8 +192,8 @@ async def _checked(
 
 async def _estimate(config: Config, index: str, wanted: Replay, keys: list[str] | None, as_json: bool) -> None:
     from cdcsync.cli.printing import print_json
+    from cdcsync.estimate import estimate
     from cdcsync.postgres import connect
-    from cdcsync.replay import estimate
 
     async with AsyncExitStack() as stack:
         target = await stack.enter_async_context(
