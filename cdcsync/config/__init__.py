@@ -1,7 +1,8 @@
 """The configuration file: one TOML document, typed, with a default for everything a careful operator would choose.
 
     names, redaction     what a name and a connection string may be, and what of it may be shown
-    values, sections     the file's shape: `Config` and the sections in it
+    values, shape        what values may be, and what a section is
+    embedders, sections  the file: `Config` and the sections in it
     problems, checking   plain data into sections, reporting all problems in plain words
     environment          ${NAME} in texts
     reading, rendering   `load` and `parse`; `render` and `schema`
@@ -11,27 +12,21 @@ Code outside this package imports from here. A file in it imports only from line
 
 from __future__ import annotations
 
-from cdcsync.config.names import QualifiedName
-from cdcsync.config.reading import load, parse
-from cdcsync.config.redaction import redact_dsn
-from cdcsync.config.rendering import render, schema
-from cdcsync.config.sections import (
-    Chunking,
-    Config,
+from cdcsync.config.embedders import (
     Embedder,
     HashEmbedder,
-    Hnsw,
-    Index,
     OneEmbedder,
     OpenAIEmbedder,
     RayEmbedder,
     RemoteEmbedder,
     SentenceTransformersEmbedder,
-    Source,
-    Target,
     TeiEmbedder,
-    Worker,
 )
+from cdcsync.config.names import QualifiedName
+from cdcsync.config.reading import load, parse
+from cdcsync.config.redaction import redact_dsn
+from cdcsync.config.rendering import render, schema
+from cdcsync.config.sections import Chunking, Config, Hnsw, Index, Source, Target, Worker
 
 __all__ = [
     "Chunking",

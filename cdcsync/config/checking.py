@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 import msgspec.inspect as mi
 
 from cdcsync.config.problems import Problems
-from cdcsync.config.sections import Section, descriptions
+from cdcsync.config.shape import Section, descriptions
 from cdcsync.config.values import RULE
 
 WRONG: Final = object()

@@ -8,10 +8,11 @@ from typing import Any
 
 import msgspec
 
-from cdcsync.config import sections
+from cdcsync.config import embedders, sections
 from cdcsync.config.checking import join
 from cdcsync.config.redaction import REDACTED, is_secret_key, redact_dsn
-from cdcsync.config.sections import Config, descriptions, summary
+from cdcsync.config.sections import Config
+from cdcsync.config.shape import descriptions, summary
 
 
 def render(config: Config) -> str:
@@ -62,8 +63,9 @@ def _toml_text(text: str) -> str:
 def schema() -> dict[str, Any]:
     """Return the JSON schema (2020-12) of a configuration file, with each section and key described."""
     document = msgspec.json.schema(Config)
+    known = {**vars(embedders), **vars(sections)}
     for name, definition in document["$defs"].items():
-        section = getattr(sections, name)
+        section = known[name]
         definition["description"] = summary(section)
         for key, description in descriptions(section).items():
             definition["properties"][key]["description"] = description

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cdcsync.config import Chunking, Config, SentenceTransformersEmbedder
 from cdcsync.config.checking import read_fields
 from cdcsync.config.problems import Problems
-from cdcsync.config.sections import Section, descriptions, summary
+from cdcsync.config.shape import Section, descriptions, summary
 from cdcsync.errors import ConfigError
 from tests.unit.config.files import SECTIONS, articles, problems, read, refusal
 

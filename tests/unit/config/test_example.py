@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from cdcsync.config import HashEmbedder, OpenAIEmbedder, TeiEmbedder, load, parse, schema, sections
-from cdcsync.config.sections import Section
+import cdcsync.config
+from cdcsync.config import HashEmbedder, OpenAIEmbedder, TeiEmbedder, load, parse, schema
+from cdcsync.config.shape import Section
 
 EXAMPLE = Path(__file__).parents[3] / "config" / "cdcsync.example.toml"
 ENVIRON = {"CDCSYNC_SOURCE_DSN": "postgresql://cdcsync@db.example/app"}
@@ -61,7 +62,7 @@ def test_the_commented_out_values_are_the_defaults() -> None:
 
 @pytest.mark.parametrize("section", sorted(schema()["$defs"]))
 def test_every_key_of_every_section_is_in_the_example(section: str) -> None:
-    cls = getattr(sections, section)
+    cls = getattr(cdcsync.config, section)
     tag = {"type"} if cls.__struct_config__.tag else set()
 
     assert written()[cls] == {*cls.__struct_fields__, *tag}
