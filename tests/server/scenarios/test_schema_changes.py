@@ -8,7 +8,7 @@ import pytest
 
 from cdcsync.config import parse
 from tests.fixtures.scenes import Followed, MakeScene, Scene
-from tests.fixtures.workers import until
+from tests.fixtures.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]  # dozens of indexes, on a machine that may be busy
 
@@ -153,6 +153,17 @@ def test_what_no_index_needs_may_change_without_a_pause(make_scene: MakeScene) -
     assert not [event for event in scene.pipeline.events() if event["event"] == "index_paused"]
 
 
+def all_paused(pipeline: Pipeline) -> bool:
+    """Say whether readiness and metrics tell of every pause."""
+    status, body = pipeline.get("/readyz")
+    reasons, metrics = json.loads(body)["reasons"], pipeline.get("/metrics")[1].decode()
+    return status == 503 and all(
+        any(f"index {name} " in reason for reason in reasons)
+        and f'cdcsync_index_state{{index="{name}",state="paused"}} 1.0' in metrics
+        for name in LOSSES
+    )
+
+
 def test_an_index_that_cannot_follow_is_paused_alone_until_a_replay_or_a_start_after_the_mend(
     make_scene: MakeScene,
 ) -> None:
@@ -167,15 +178,12 @@ def test_an_index_that_cannot_follow_is_paused_alone_until_a_replay_or_a_start_a
     for name, case in LOSSES.items():
         assert LOST[case][1].format(t=name) in scene.paused(name)
     scene.follows("beat")
-    status, body = pipeline.get("/readyz")
     told = json.loads(pipeline.get("/status")[1])["indexes"]
-    metrics = pipeline.get("/metrics")[1].decode()
-    assert status == 503
     for name in LOSSES:
-        assert any(f"index {name} " in reason for reason in json.loads(body)["reasons"])
         assert told[name]["state"] == "paused"
         assert told[name]["reason"] == scene.state(name)[1]
-        assert f'cdcsync_index_state{{index="{name}",state="paused"}} 1.0' in metrics
+    # These two tell what was read last.
+    until(lambda: all_paused(pipeline), lambda: pipeline.get("/readyz")[1].decode())
 
     renamed = next(name for name, case in LOSSES.items() if case == "a template column renamed")
     refused = scene.command("replay", renamed)
