@@ -201,9 +201,15 @@ def test_rows_that_fail_are_told_of_read_again_and_given_up(notes: Notes) -> Non
     assert (again["retry"], again["documents"]["rows"], again["documents"]["failed"]) == (7, 7, 7)
     assert {one["attempts"] for one in notes.command("failures", "coded", "list")} == {2}
 
+    # When the list is not whole, the table is read whole.
     (notes.directory / "mended").touch()
+    pipeline.target.execute(
+        "INSERT INTO cdcsync.failed_documents (index_name, key, error, commit_lsn)"
+        " VALUES ('coded', '{}', 'no room', '0/1')"
+    )
     again = notes.command("failures", "coded", "retry")
-    assert (again["documents"]["state"], again["documents"]["failed"]) == ("done", 0)
+    assert (again["documents"]["state"], again["documents"]["rows"]) == ("done", 12)
+    assert again["documents"]["failed"] == 0
     pipeline.in_step()
     assert notes.command("failures", "coded", "list") == []
     assert notes.command("verify", "coded")["equal"]
