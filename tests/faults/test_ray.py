@@ -104,7 +104,7 @@ def backlog(pipeline: Pipeline) -> int:
 async def test_a_call_that_no_actor_survives_is_given_up_and_others_go_on(
     rays: RayCluster, provider: FakeProvider
 ) -> None:
-    fleet = fleet_of(provider, f'address = "{rays.address}"\ntimeout_s = 0.5\ncpus = 0.25')
+    fleet = fleet_of(provider, f'address = "{rays.address}"\ntimeout_s = 2\ncpus = 0.25')
     await fleet.open()
     try:
         provider.always = slow
