@@ -234,7 +234,7 @@ def test_large_rows_are_read_a_few_at_a_time(live: Pipeline) -> None:
 def nine_pages(pipeline: Pipeline, seen: int) -> bool:
     """Say whether so many were applied since so many events, which are logged a moment after they are."""
     applied = [event for event in pipeline.events()[seen:] if event.get("event") == "batch_applied"]
-    return sum(event["transactions"] for event in applied) >= 9
+    return sum(int(event["transactions"]) for event in applied) >= 9
 
 
 def test_the_progress_of_a_resync_goes_on_while_it_looks_for_rows_that_are_gone(live: Pipeline) -> None:

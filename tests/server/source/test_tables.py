@@ -75,7 +75,7 @@ async def test_a_role_needs_to_read_only_what_the_index_and_the_row_filter_ask_f
             ["3", "4", "5", "6"],
             ["7", "8"],
         ]
-        assert sorted(row[0] or "" for row in (await table.by_keys(connection, keys)).rows) == ["3", "4"]
+        assert {row[0] for row in (await table.by_keys(connection, keys)).rows} == {"3", "4"}
         assert (await table.absent(connection, keys))[1] == [("2",)]
         assert await table.count(connection, "n < 5") == 2
         assert await table.fitting(connection, None, 4, 7_000, "n < 9") == 2
