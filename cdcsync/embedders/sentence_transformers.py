@@ -9,19 +9,21 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import anyio
 import anyio.to_thread
+import msgspec
 import numpy as np
 
 from cdcsync import config
 from cdcsync.chunks import Lengths
 from cdcsync.embedders.description import describe
-from cdcsync.embedders.model_files import INSTALL, fetch_weights, locate, quiet
+from cdcsync.embedders.model_files import INSTALL, ModelFiles, fetch_weights, locate, quiet
 from cdcsync.embedders.processors import processors
 from cdcsync.embedders.protocol import Distance, Kind, Vectors
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
@@ -49,6 +51,14 @@ _BACKEND_PACKAGES = {
     "openvino": ("openvino", "optimum.intel"),
 }
 """What each backend needs besides sentence-transformers, which is not installed with the extra `local`."""
+
+_EXPORTS = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
+"""The file that each backend loads where the model's directory, or the backend's folder in it, has one. Elsewhere it
+makes one of the weights, in memory, whenever the model is loaded."""
+
+_PRECISION = "f32"
+"""What OpenVINO is told to compute in. Left alone it takes less where the processor has instructions for that, so that
+one model gives other vectors on other machines: by up to 0.001 a component, measured with MiniLM."""
 
 
 class SentenceTransformersEmbedder:
@@ -82,7 +92,9 @@ class SentenceTransformersEmbedder:
     @cached_property
     def identity(self) -> str:
         """What decides the vectors. Blocks when first asked: weights outside the hub's cache are read to be hashed."""
-        return self._description.identity(self._files)
+        described = self._description
+        loaded = described.weights + exported(self._files, self._settings.backend)
+        return msgspec.structs.replace(described, weights=loaded).identity(self._files)
 
     @property
     def origin(self) -> str:
@@ -138,12 +150,14 @@ class SentenceTransformersEmbedder:
             return
         fetch_weights(self._files, self._description.weights, where=self._where)
         quiet()
+        if self._settings.backend == "openvino":
+            _keep_usage_private()
         try:
             library = importlib.import_module("sentence_transformers")
             importlib.import_module("transformers").utils.logging.disable_progress_bar()
         except ImportError as error:
             raise EmbedderSetupError(
-                f"sentence-transformers cannot be imported: {error}", where=self._where, hint=INSTALL
+                f"sentence-transformers cannot be imported: {_causes(error)}", where=self._where, hint=INSTALL
             ) from error
         settings = self._settings
         device = None if settings.device == "auto" else settings.device
@@ -154,9 +168,12 @@ class SentenceTransformersEmbedder:
                 backend=settings.backend,
                 trust_remote_code=settings.trust_remote_code,
                 local_files_only=True,
+                model_kwargs=self._model_options(),
             )
             if settings.dtype != "auto":
                 model.to(getattr(importlib.import_module("torch"), settings.dtype))
+            # Its first call settles how the tokenizer pads and cuts, which later ones, at the same time, only read.
+            model.encode([""], show_progress_bar=False)
         except MemoryError as error:
             raise self._failed("load", error) from error
         except Exception as error:  # whatever torch, transformers or a module's code may raise
@@ -167,9 +184,22 @@ class SentenceTransformersEmbedder:
         on_cpu = model.device.type == "cpu"
         self._threads = max(1, processors() // self.concurrency) if on_cpu else None
         self._pass_tokens = PASS_TOKENS if on_cpu else None
-        # Its first call settles how the tokenizer pads and cuts, which later ones, at the same time, only read.
-        model.encode([""], show_progress_bar=False)
         self._model = model
+
+    def _model_options(self) -> dict[str, Any]:
+        """Return what a backend is told besides. By themselves they count processors that a container may not use."""
+        match self._settings.backend:
+            case "torch":
+                return {}
+            case "onnx":
+                options = importlib.import_module("onnxruntime").SessionOptions()
+                options.intra_op_num_threads = processors()
+                return {"session_options": options}
+            case "openvino":
+                threads = str(processors())
+                return {"ov_config": {"INFERENCE_PRECISION_HINT": _PRECISION, "INFERENCE_NUM_THREADS": threads}}
+            case unknown:
+                assert_never(unknown)
 
     def _need_backend(self) -> None:
         """Refuse a backend whose packages are not installed, before anything is downloaded for it.
@@ -203,6 +233,14 @@ class SentenceTransformersEmbedder:
 
     def _check(self, model: Any) -> None:
         """Compare the loaded model with its description, by which chunks and tables were made."""
+        device = self._settings.device
+        if device != "auto" and model.device.type != device.partition(":")[0]:
+            # Other backends than torch stay where they can run, without a word.
+            raise EmbedderSetupError(
+                f"the backend {self._settings.backend} runs the model on {model.device.type}, not on {device}",
+                where=f"{self._where}.device",
+                hint=f"leave it out, or leave backend out to have torch use {device}",
+            )
         dimensions = model.get_embedding_dimension()
         if self._settings.dimensions is not None:
             dimensions = min(dimensions, self._settings.dimensions)
@@ -236,7 +274,7 @@ class SentenceTransformersEmbedder:
                     convert_to_numpy=True,
                     show_progress_bar=False,
                 )
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:  # onnxruntime's errors have no class in common but this
             raise self._failed("run", error) from error
         return vectors
 
@@ -270,6 +308,22 @@ def passes(lengths: Sequence[int], most_texts: int, most_tokens: int | None) -> 
         start += max(1, texts)
 
 
+def exported(files: ModelFiles, backend: str) -> tuple[str, ...]:
+    """Return the names of the files that a backend loads in place of a model's weights, none where it exports these.
+
+    Someone saved them in the model's directory. They may be of other weights, quantised for example.
+    """
+    if backend == "torch":
+        return ()
+    name, folder = _EXPORTS[backend], files.directory / files.modules()[0].folder
+    for place in (folder, folder / backend):
+        if (place / name).exists():
+            # A large model's weights lie beside it.
+            found = {*place.glob(f"{name}*"), *place.glob(f"{name.partition('.')[0]}.bin")}
+            return tuple(sorted(path.relative_to(files.directory).as_posix() for path in found))
+    return ()
+
+
 def _installed(package: str) -> bool:
     """Say whether a package is there, without importing more than what it lies in."""
     try:
@@ -278,12 +332,29 @@ def _installed(package: str) -> bool:
         return False
 
 
+def _keep_usage_private() -> None:
+    """Keep OpenVINO from reporting to its makers that it was used, which it does unless a file at home forbids it.
+
+    Its tools do without the package that reports where it cannot be imported.
+    """
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("openvino_telemetry", None)
+
+
+def _causes(error: BaseException) -> str:
+    """Return an error with the first of its causes: transformers says of a broken package that it is not to be had."""
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    return str(error) if first is error else f"{error} ({type(first).__name__}: {first})"
+
+
 def _calls(settings: config.SentenceTransformersEmbedder) -> int:
     """Return how many calls run at a time."""
-    if _accelerated(settings.device):
-        return 2
-    # Other backends bring threads of their own, which share a call.
-    return min(processors(), MOST_CALLS) if settings.backend == "torch" else 1
+    if settings.backend != "torch":
+        # They bring threads of their own, which share a call; OpenVINO refuses a call while another runs.
+        return 1
+    return 2 if _accelerated(settings.device) else min(processors(), MOST_CALLS)
 
 
 def _accelerated(device: str) -> bool:

