@@ -41,8 +41,11 @@ log = structlog.get_logger()
 QUERIES = 100
 """With k = 10, a thousand neighbours: the mean is good to about a hundredth."""
 
-MAX_K, MAX_EF_SEARCH = 1_000, 1_000
+MAX_EF_SEARCH = 1_000
 """pgvector's upper bound of hnsw.ef_search; a search cannot return more than that."""
+
+MAX_K = MAX_EF_SEARCH - 1
+"""The query's own chunk takes a place."""
 
 DRAWN = 4
 """So many ids are drawn for each query wanted: some meet the same vector, or a gap."""
@@ -129,6 +132,12 @@ async def evaluate(
             spent += took
             await anyio.sleep(took * (1 / sparing.share - 1))
     if not any(one.recalls for one in answers.values()):
+        if where is None:
+            raise SetupError(
+                "the index has too few vectors: each is compared with the others",
+                where=f"index {spec.name}",
+                hint="evaluate it when more rows have come",
+            )
         raise UsageError("the condition leaves nothing to find", where=f"--where {where}", hint="check its values")
     return Evaluation(
         index=spec.name,
@@ -348,7 +357,7 @@ async def _evaluate_live(connection: Connection, schema: str, spec: IndexSpec, s
         if row is None:
             return
         vectors = Names(schema, spec.name).vectors(row[0])
-        cursor = await connection.execute(sql.SQL("SELECT EXISTS (SELECT FROM {})").format(vectors))
+        cursor = await connection.execute(sql.SQL("SELECT EXISTS (SELECT FROM {} OFFSET 1)").format(vectors))
         if await cursor.fetchone() != (True,):
             return
         found = await evaluate(

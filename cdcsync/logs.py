@@ -76,6 +76,8 @@ def configure(level: Level = "info", format_: Format = "auto", stream: TextIO | 
     )
     logging.basicConfig(handlers=[handler], level=max(_LEVELS[level], logging.WARNING), force=True)
     logging.captureWarnings(capture=True)
+    # The driver calls it an error that a wait for a server is given up, and what else it says is in our errors too.
+    logging.getLogger("psycopg").setLevel(logging.CRITICAL if level == "error" else logging.NOTSET)
 
 
 def without_quoted(message: str, sqlstate: str | None) -> str:

@@ -42,11 +42,12 @@ SAFETY: LiteralString = (
 """A role's own limits are for its queries: a build, a slot or a large page takes the time that it takes."""
 
 LEAVING: LiteralString = (
-    "DO $$ BEGIN PERFORM set_config('client_connection_check_interval', '1s', false);"
-    " EXCEPTION WHEN invalid_parameter_value THEN NULL; END $$"
+    "SELECT set_config('client_connection_check_interval', '1s', false)"
+    " WHERE current_setting('client_connection_check_interval', true) IS NOT NULL"
 )
 """A session whose client is gone ends within a second even while it waits for a lock: otherwise what a killed worker
-asked for would still be in the queue, and hold up everybody behind it. Not every operating system can tell."""
+asked for would still be in the queue, and hold up everybody behind it. Not every version and operating system can
+tell."""
 
 DURABILITY: dict[Side, LiteralString] = {
     # What we write on the source is a mark or a publication: flushed at commit, waiting for no standby. And
@@ -150,7 +151,9 @@ async def connect(dsn: str, side: Side, *, application_name: str = "cdcsync", au
         await connection.execute(RENDERING)
         await connection.execute(SAFETY)
         await connection.execute(DURABILITY[side])
-        await connection.execute(LEAVING)
+        with contextlib.suppress(psycopg.errors.InvalidParameterValue):
+            async with connection.transaction():
+                await connection.execute(LEAVING)
         if not autocommit:
             await connection.commit()
     return connection

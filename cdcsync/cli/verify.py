@@ -96,8 +96,8 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
             return found.verification, found.verification, 0
         async with attend():
             mended = await flow.repair(target, schema, spec, found)
-            again = await flow.verify(source, target, schema, spec)
-            return found.verification, again.verification, mended
+            again = (await flow.verify(source, target, schema, spec)).verification
+            return found.verification, again, max(0, mended - again.differences.get(flow.FAILED, 0))
 
 
 def _print(found: Verification) -> None:

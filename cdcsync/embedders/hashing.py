@@ -17,6 +17,7 @@ import zlib
 from array import array
 from collections.abc import Sequence
 from itertools import chain
+from threading import Lock
 
 import anyio
 import anyio.to_thread
@@ -49,11 +50,12 @@ class _Words(dict[str, int]):
     """The number of each word that was seen, and its components: nearly all words of a text were in texts before it.
 
     A word that is asked for and not known is learned. Its components lie side by side: from `starts[number]` on,
-    `counts[number]` of them.
+    `counts[number]` of them. Calls of several threads take turns.
     """
 
     def __init__(self, dimensions: int) -> None:
         self._dimensions = dimensions
+        self._turn = Lock()
         self.clear()
 
     def clear(self) -> None:
@@ -75,15 +77,16 @@ class _Words(dict[str, int]):
 
     def components(self, words: Sequence[str]) -> tuple[_Integers, _Integers, npt.NDArray[np.float64]]:
         """Return how many components each word has, and the places and weights of all of them, in the words' order."""
-        numbers = np.fromiter(map(self.__getitem__, words), np.int64, len(words))
-        counts = np.frombuffer(self._counts, np.int64)[numbers]
-        starts = np.frombuffer(self._starts, np.int64)[numbers]
-        lie = np.repeat(starts - (np.cumsum(counts) - counts), counts)
-        lie += np.arange(len(lie))
-        found = counts, np.frombuffer(self._places, np.int64)[lie], np.frombuffer(self._weights)[lie]
-        if len(self) > WORDS_REMEMBERED:
-            self.clear()
-        return found
+        with self._turn:
+            numbers = np.fromiter(map(self.__getitem__, words), np.int64, len(words))
+            counts = np.frombuffer(self._counts, np.int64)[numbers]
+            starts = np.frombuffer(self._starts, np.int64)[numbers]
+            lie = np.repeat(starts - (np.cumsum(counts) - counts), counts)
+            lie += np.arange(len(lie))
+            found = counts, np.frombuffer(self._places, np.int64)[lie], np.frombuffer(self._weights)[lie]
+            if len(self) > WORDS_REMEMBERED:
+                self.clear()
+            return found
 
 
 class HashEmbedder:

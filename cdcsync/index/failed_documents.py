@@ -5,8 +5,8 @@ it out of the index to the one that takes its document in, or takes note that th
 
 1. While an index has none, nothing is asked of the server. Whether it has any is what the table last said; only the
    holder of the pipeline's lock adds some, so the answer can be wrong in one direction alone, which costs a look.
-2. An index lists `MOST` rows. Of those that find no room only their number is kept, under an empty key, until a
-   reading of the whole table has gone by without one.
+2. An index lists `MOST` rows, none with a key of more than `KEY_BYTES`. Of those that find no room only their number is
+   kept, under an empty key, until a reading of the whole table has gone by without one.
 3. A key is the text that the source writes. One that is written differently is another key in the stream too.
 """
 
@@ -31,6 +31,9 @@ MOST = 10_000
 """Rows that an index lists, in a megabyte or two: a template or function that fails for every row of a large table is
 not to make a second copy of its keys."""
 
+KEY_BYTES = 2_000
+"""Longer keys are not listed: as text they would not go into the table's index, whose rows are at most some 2,700."""
+
 ERROR_CHARACTERS = 500
 """Stored errors are cut to this."""
 
@@ -51,6 +54,11 @@ class Listed(msgspec.Struct, frozen=True):
     documents: int = 0
     unlisted: int = 0
 
+    @property
+    def at_least(self) -> int:
+        """How many rows are left out at least: of those that found no room, nobody knows how many there still are."""
+        return self.documents + (self.unlisted > 0)
+
 
 class FailedDocuments:
     """Keeps the list of one index, over the connection that applies."""
@@ -62,6 +70,7 @@ class FailedDocuments:
         """
         self._connection = connection
         self._index = index
+        self._width = width
         self._any = True
         columns = [sql.Identifier(f"k{at}") for at in range(width)]
         self._parts: dict[str, sql.Composable] = {
@@ -92,6 +101,7 @@ class FailedDocuments:
             self._sql(
                 "WITH gone AS (DELETE FROM {table} AS f USING unnest({arrays}) AS s({columns})"
                 " WHERE f.index_name = {index} AND f.key = ARRAY[{columns}])"
+                # Of before the deletion: an answer that holds if all of this is rolled back.
                 " SELECT EXISTS (SELECT FROM {table} WHERE index_name = {index})"
             ),
             [list(column) for column in zip(*keys, strict=True)],
@@ -102,6 +112,7 @@ class FailedDocuments:
 
     async def _add(self, failed: Sequence[FailedDocument]) -> None:
         """List these rows; one that is delivered once more has not failed once more."""
+        short = [one for one in failed if sum(len(part.encode()) for part in one.key) <= KEY_BYTES]
         cursor = await self._connection.execute(
             self._sql(
                 "WITH failed AS (SELECT ARRAY[{columns}] AS key, error, commit_lsn"
@@ -117,9 +128,9 @@ class FailedDocuments:
                 " SELECT (SELECT count(*) FROM again) + (SELECT count(*) FROM put)"
             ),
             [
-                *(list(column) for column in zip(*(one.key for one in failed), strict=True)),
-                [one.error[:ERROR_CHARACTERS] for one in failed],
-                [str(Lsn(one.commit_lsn)) for one in failed],
+                *([one.key[at] for one in short] for at in range(self._width)),
+                [one.error[:ERROR_CHARACTERS] for one in short],
+                [str(Lsn(one.commit_lsn)) for one in short],
             ],
         )
         row = await cursor.fetchone()

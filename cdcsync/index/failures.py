@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Literal, cast
 
 import msgspec
+import psycopg
 from psycopg import sql
 
 from cdcsync.changes import Key
@@ -54,13 +55,15 @@ class Failures:
 
     async def some(self, limit: int) -> list[Failure]:
         """Return up to `limit` failures of each kind: documents, then texts, those that wait for an operator first."""
-        cursor = await self._connection.execute(
+        # A raw cursor: a column's name may hold a % that is no placeholder.
+        cursor = psycopg.AsyncRawCursor(self._connection)
+        await cursor.execute(
             self._sql(
                 "SELECT c.chunk_no, b.error, b.attempts,"
                 " CASE WHEN b.attempts < {most} THEN b.next_attempt_at END, {key}"
                 " FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
                 " WHERE b.generation = {generation} AND b.error IS NOT NULL"
-                " ORDER BY b.attempts >= {most} DESC, b.chunk_id LIMIT %s"
+                " ORDER BY b.attempts >= {most} DESC, b.chunk_id LIMIT $1"
             ),
             [limit],
         )

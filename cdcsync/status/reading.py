@@ -144,6 +144,19 @@ async def _relations(target: Connection, schema: str) -> set[str]:
     return {cast(str, row[0]) for row in await cursor.fetchall()}
 
 
+async def _readable(target: Connection, schema: str, tables: set[str], problems: list[str]) -> set[str]:
+    """Return which of these tables the role may read: one that was granted others by name need not have newer ones."""
+    readable = set()
+    for name in sorted(tables):
+        table = sql.Identifier(schema, name).as_string(target)
+        cursor = await target.execute("SELECT has_table_privilege(%s::regclass, 'SELECT')", [table])
+        if await cursor.fetchone() == (True,):
+            readable.add(name)
+        else:
+            problems.append(f"this role may not read {table}, and what it tells is left out: GRANT SELECT ON {table}")
+    return readable
+
+
 async def _clock(target: Connection, holder: int | None) -> tuple[datetime, datetime | None]:
     """Return the target's time, which its rows are stamped with, and since when the lock's session exists."""
     cursor = await target.execute(
@@ -200,8 +213,9 @@ async def _read_indexes(target: Connection, config: Config, present: set[str], p
     )
     rows = await cursor.fetchall()
     backfills = await _read_backfills(target, schema, list(config.indexes), problems)
-    left_out = await count_failed(target, schema) if TABLE in present else {}
-    recalls = await evaluations.latest(target, schema, list(config.indexes)) if evaluations.TABLE in present else {}
+    readable = await _readable(target, schema, {TABLE, evaluations.TABLE} & present, problems)
+    left_out = await count_failed(target, schema) if TABLE in readable else {}
+    recalls = await evaluations.latest(target, schema, list(config.indexes)) if evaluations.TABLE in readable else {}
     found: dict[str, IndexStatus] = {}
     for name, owner, generation, model, dimensions, state, reason, table, view, _ in rows:
         if name not in config.indexes:
@@ -228,7 +242,7 @@ async def _read_indexes(target: Connection, config: Config, present: set[str], p
         listed = left_out.get(name, Listed())
         problems += _left_out(name, listed)
         found[name] = msgspec.structs.replace(
-            status, **msgspec.structs.asdict(counts), failed_documents=listed.documents
+            status, **msgspec.structs.asdict(counts), failed_documents=listed.at_least
         )
     if new := [name for name in config.indexes if name not in found]:
         problems.append(f"not set up yet: {', '.join(new)}; start the worker again with this configuration")

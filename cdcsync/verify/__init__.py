@@ -24,6 +24,6 @@ A file here imports only from lines above its own.
 
 from __future__ import annotations
 
-from cdcsync.verify.flow import Verification, repair, verify, verify_for_ever
+from cdcsync.verify.flow import FAILED, Verification, repair, verify, verify_for_ever
 
-__all__ = ["Verification", "repair", "verify", "verify_for_ever"]
+__all__ = ["FAILED", "Verification", "repair", "verify", "verify_for_ever"]

@@ -43,6 +43,9 @@ EXAMPLES = 20
 FOLLOW_S = 0.2
 """How often a request is looked at until it has ended."""
 
+FAILED = "failed"
+"""The problem of rows that are missing because no document could be made of them."""
+
 FORCED = frozenset(("vector_dimensions", "vector_not_finite"))
 """Problems that chunking again does not mend: such a vector names the right text."""
 
@@ -142,7 +145,7 @@ async def _explained(
     failed = await failed_among(target, schema, spec.name, missing)
     parted = {
         "missing": [key for key in missing if key not in failed],
-        "failed": [key for key in missing if key in failed],
+        FAILED: [key for key in missing if key in failed],
     }
     return {problem: found for problem, found in (keys | parted).items() if found}
 
@@ -279,10 +282,13 @@ async def _is_live(target: Connection, schema: str, spec: IndexSpec) -> bool:
 
 
 def _report(found: Verification, metrics: Metrics) -> None:
-    metrics.verify_differences.labels(found.index).set(sum(found.differences.values()) + found.vectors_orphaned)
+    # Rows that no document could be made of have a gauge of their own: the index is as right as it can be.
+    failed = found.differences.get(FAILED, 0)
+    differences = sum(found.differences.values()) - failed + found.vectors_orphaned
+    metrics.verify_differences.labels(found.index).set(differences)
     metrics.verify_finished.labels(found.index).set(found.finished_at.timestamp())
     metrics.verify_seconds.labels(found.index).set(found.seconds)
-    say = log.info if found.equal else log.error
+    say = log.error if differences else log.warning if failed else log.info
     say(
         "verified",
         index=found.index,

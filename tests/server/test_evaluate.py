@@ -199,7 +199,7 @@ async def test_a_search_that_takes_too_long_is_given_up_and_so_is_a_sample_that_
 
 
 @pytest.mark.parametrize(
-    ("arguments", "option"), [({"queries": 0}, "--queries"), ({"k": 1001}, "-k"), ({"ef_search": [0]}, "--ef-search")]
+    ("arguments", "option"), [({"queries": 0}, "--queries"), ({"k": 1000}, "-k"), ({"ef_search": [0]}, "--ef-search")]
 )
 async def test_what_cannot_be_measured_is_a_wrong_argument(
     database: Database, arguments: dict[str, Any], option: str
@@ -226,6 +226,12 @@ async def test_an_index_with_nothing_to_compare_is_refused_with_the_reason(
             await evaluate(index.connection, SCHEMA, spec)
     assert "cdcsync status" in str(refused.value.hint)
     assert refused.value.exit_code == 2
+
+
+async def test_a_single_vector_has_nothing_to_be_compared_with(database: Database) -> None:
+    async with indexed(database, crowd(1)) as (index, spec):
+        with pytest.raises(SetupError, match="too few vectors"):
+            await evaluate(index.connection, SCHEMA, spec)
 
 
 # -- what is stored -------------------------------------------------------------------------------------------------

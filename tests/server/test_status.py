@@ -456,9 +456,31 @@ async def test_rows_that_no_document_could_be_made_of_are_counted_and_told(pipel
 
     status = await pipeline.status()
 
-    assert status.indexes["articles"].failed_documents == 2
+    assert status.indexes["articles"].failed_documents == 3  # at least
     said = problem(status, "2 rows are left out, and more than are listed")
     assert said.endswith("see `cdcsync failures articles list`")
+
+
+async def test_what_the_role_may_not_read_is_left_out_and_told(pipeline: Pipeline) -> None:
+    role = f"{pipeline.target.info.dbname}_reader"
+    reader = sql.Identifier(role)
+    await pipeline.target.execute(sql.SQL("CREATE ROLE {}").format(reader))
+    try:
+        await pipeline.target.execute(sql.SQL("GRANT USAGE ON SCHEMA cdcsync TO {}").format(reader))
+        await pipeline.target.execute(sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA cdcsync TO {}").format(reader))
+        await pipeline.target.execute(sql.SQL("REVOKE SELECT ON cdcsync.failed_documents FROM {}").format(reader))
+        await pipeline.target.execute(sql.SQL("SET ROLE {}").format(reader))
+
+        status = await pipeline.status()
+
+        assert status.indexes["articles"].failed_documents == 0
+        assert problem(status, 'this role may not read "cdcsync"."failed_documents"').endswith(
+            'GRANT SELECT ON "cdcsync"."failed_documents"'
+        )
+    finally:
+        await pipeline.target.execute("RESET ROLE")
+        await pipeline.target.execute(sql.SQL("DROP OWNED BY {}").format(reader))
+        await pipeline.target.execute(sql.SQL("DROP ROLE {}").format(reader))
 
 
 async def test_a_target_of_before_the_list_of_failed_documents_has_none(pipeline: Pipeline) -> None:

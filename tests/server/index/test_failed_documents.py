@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import string
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,7 @@ from cdcsync.index.schema import create_index_relations
 from cdcsync.index.session import ApplySession
 from cdcsync.index.shared import create_shared
 from cdcsync.postgres import Connection
-from tests.fixtures.indexes import SCHEMA, changes, document, kept, make_spec, register, until_blocked
+from tests.fixtures.indexes import SCHEMA, changes, document, kept, live_index, make_spec, register, until_blocked
 
 if TYPE_CHECKING:
     from tests.fixtures.servers import Database
@@ -135,6 +137,13 @@ async def test_a_long_reason_is_cut(indexes: Target) -> None:
     await indexes.apply(articles=failing("1", error="e" * 10_000))
     ((error, _, _),) = (await indexes.listed()).values()
     assert error == "e" * module.ERROR_CHARACTERS
+
+
+async def test_a_key_that_is_too_long_for_the_list_is_counted_and_pauses_nothing(indexes: Target) -> None:
+    # A number, which is half as long in an index of numbers; a random one, as text would be compressed otherwise.
+    long = "9" + "".join(random.Random(5).choices(string.digits, k=4_000))
+    await indexes.apply(articles=failing("1", long))
+    assert await indexes.counted() == Listed(1, 1)
 
 
 async def test_indexes_list_their_own_rows_by_any_key(indexes: Target) -> None:
@@ -390,6 +399,15 @@ async def test_a_row_that_is_being_given_up_is_listed_anew_when_it_fails_again(
         tasks.start_soon(lambda: indexes.apply(articles=failing("1", lsn=0x20)))
         await until_blocked(indexes.connection, indexes.session.connection)
     assert await indexes.listed() == {("1",): ("it fails", 1, "0/20")}
+
+
+async def test_texts_that_fail_are_shown_by_a_key_whose_column_has_any_name(database: Database) -> None:
+    spec = make_spec(key={"Key %s": "text"})
+    async with live_index(database, spec) as index:
+        await index.apply(changes(document("100 %", "text")))
+        await index.rows("UPDATE {backlog} SET error = 'refused', attempts = 1 RETURNING 1")
+
+        assert [one.key for one in await Failures(index.connection, SCHEMA, spec).some(10)] == [{"Key %s": "100 %"}]
 
 
 async def test_a_target_of_before_the_list_has_no_failed_documents(indexes: Target) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import anyio
 import numpy as np
@@ -106,6 +107,22 @@ async def test_a_latency_keeps_each_call_waiting() -> None:
         await slow.embed(["text"])
 
     assert scope.cancelled_caught
+
+
+def test_threads_that_learn_words_at_the_same_time_get_their_own_vectors() -> None:
+    texts = [
+        [f"text {thread} of round {number}, word{number * thread}" for number in range(200)] for thread in range(6)
+    ]
+    made = embedder(64)
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            together = list(pool.map(lambda some: [made.vectors([text])[0] for text in some], texts))
+    finally:
+        sys.setswitchinterval(0.005)
+
+    for some, vectors in zip(texts, together, strict=True):
+        assert np.array_equal(embedder(64).vectors(some), vectors)
 
 
 def test_memory_for_words_is_bounded() -> None:
