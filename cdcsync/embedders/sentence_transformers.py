@@ -33,6 +33,9 @@ MOST_CALLS = 8
 in busy loops, many times a call: measured with MiniLM, the same texts took two threads that share calls 14 s of
 processor time, and 6 s with a call each. Beyond this number, Python's own lock would be what calls wait for."""
 
+ON_ACCELERATOR = 2
+"""Calls that run at a time on an accelerator: it computes one while the texts of the other are tokenised."""
+
 SINGLE_THREAD_TEXTS = 8
 """Calls of up to so many texts always run on one thread: handing out such small work takes several threads longer than
 the work (measured: 14 ms against 110 ms and more)."""
@@ -129,6 +132,8 @@ class SentenceTransformersEmbedder:
         """
         async with self._opening:
             await anyio.to_thread.run_sync(self._load, limiter=self._turn)
+            if self._threads is None:  # what is no processor is known only now, where it is not NVIDIA's
+                self._turn.total_tokens = min(ON_ACCELERATOR, self._turn.total_tokens)
 
     def fitting(self, texts: Sequence[str]) -> int:
         """Return the number of texts: the model cuts them into passes itself."""
@@ -354,7 +359,7 @@ def _calls(settings: config.SentenceTransformersEmbedder) -> int:
     if settings.backend != "torch":
         # They bring threads of their own, which share a call; OpenVINO refuses a call while another runs.
         return 1
-    return 2 if _accelerated(settings.device) else min(processors(), MOST_CALLS)
+    return ON_ACCELERATOR if _accelerated(settings.device) else min(processors(), MOST_CALLS)
 
 
 def _accelerated(device: str) -> bool:

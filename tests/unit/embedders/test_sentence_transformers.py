@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import shutil
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -550,6 +552,56 @@ def test_on_processors_calls_run_side_by_side(monkeypatch: pytest.MonkeyPatch, p
     monkeypatch.setenv("OMP_NUM_THREADS", processors)
 
     assert embedder().concurrency == calls
+
+
+@pytest.mark.model
+async def test_a_device_without_memory_for_the_first_call_is_tried_again(
+    transformers_library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_of_memory = importlib.import_module("torch").OutOfMemoryError
+
+    def fail(*_: object, **__: object) -> None:
+        raise out_of_memory("CUDA out of memory")
+
+    made = embedder()
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers_library.SentenceTransformer, "encode", fail)
+        with pytest.raises(EmbedderUnavailable, match="the model does not load: CUDA out of memory"):
+            await made.open()
+
+    await made.open()
+    validate(await made.embed(TEXTS), 3, 384)
+    await made.aclose()
+
+
+async def test_an_accelerator_that_is_known_only_once_the_model_is_loaded_gets_two_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The device is not real: what matters of it is that no threads are counted for it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    running: list[int] = []
+    seen: list[int] = []
+    pair = threading.Barrier(2)
+
+    def encode(self: SentenceTransformersEmbedder, texts: list[str], kind: str) -> Any:
+        running.append(1)
+        pair.wait(timeout=30)
+        seen.append(len(running))
+        pair.wait(timeout=30)
+        running.pop()
+        return np.zeros((len(texts), 384), np.float32)
+
+    monkeypatch.setattr(SentenceTransformersEmbedder, "_load", lambda self: None)
+    monkeypatch.setattr(SentenceTransformersEmbedder, "_encode", encode)
+    made = embedder()
+    assert made.concurrency == 8
+    await made.open()
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(6):
+            tasks.start_soon(made.embed, TEXTS)
+
+    assert max(seen) == 2
 
 
 @pytest.mark.model
