@@ -33,8 +33,8 @@ VERSION = 1
 TRIGRAM_WEIGHT = 3 / 8
 """A word of seven letters then counts half for itself and half for its trigrams. Exact in binary, see above."""
 
-WORDS_REMEMBERED = 32_768
-"""Words whose components are kept: nearly all words of running text, in some 10 MB. With more, all are forgotten."""
+WORDS_REMEMBERED = 131_072
+"""Words whose components are kept: nearly all words of running text, in some 35 MB. With more, all are forgotten."""
 
 THREAD_TEXTS = 32
 """From this many texts on, work moves to a thread: it then takes long enough for the event loop to notice."""
