@@ -8,7 +8,6 @@ its column's text; the key of several columns is a JSON array of their texts, in
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterable
 from typing import cast
@@ -62,11 +61,7 @@ async def open_index(target: Connection, config: Config, name: str, *, even_paus
     :raises UsageError: the configuration has no such index.
     :raises SetupError: the target holds no such index, or it is paused.
     """
-    if name not in config.indexes:
-        close = difflib.get_close_matches(name, config.indexes, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(config.indexes))}"
-        raise UsageError(f"the configuration has no index {name}", where="INDEX", hint=hint)
-    spec = await stored_spec(target, config.target.schema, name, config.indexes[name])
+    spec = await stored_spec(target, config.target.schema, name, config.index_named(name))
     with speaking_of("target", where=f"index {name}"):
         cursor = await target.execute(
             sql.SQL("SELECT state, reason, slot FROM {} WHERE name = %s").format(

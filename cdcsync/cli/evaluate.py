@@ -22,7 +22,7 @@ def evaluate(
     index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
     config: ConfigOption = None,
     queries: Annotated[int, typer.Option(min=1, max=100_000, help="How many stored vectors to search with.")] = 100,
-    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many neighbours to look for.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, max=999, help="How many neighbours to look for.")] = 10,
     ef_search: Annotated[
         list[int] | None,
         typer.Option(
@@ -67,14 +67,14 @@ async def _evaluate(
 ) -> tuple[Evaluation, str | None]:
     """Return what was measured, and why it was not stored, if it was not."""
     from cdcsync import evaluate as flow
-    from cdcsync.cli.queries import check_name, stored_index
     from cdcsync.index import evaluations
+    from cdcsync.index.search import stored_spec
     from cdcsync.postgres import connect, speaking_of
 
-    check_name(config, name)
+    index = config.index_named(name)
     schema = config.target.schema
     async with await connect(config.target.dsn, "target", application_name="cdcsync evaluate") as connection:
-        spec = await stored_index(connection, config, name)
+        spec = await stored_spec(connection, schema, name, index)
         found = await flow.evaluate(connection, schema, spec, queries=queries, k=k, ef_search=ef_search, where=where)
         if where is not None:
             return found, "a condition's recall is not the index's"

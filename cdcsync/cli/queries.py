@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal, cast
 
-from cdcsync.errors import SetupError, SourceUnavailable, Unavailable, UsageError
+from cdcsync.errors import SetupError, SourceUnavailable, Unavailable
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from cdcsync.config import Config
-    from cdcsync.index.schema import IndexSpec
     from cdcsync.index.search import Hit
-    from cdcsync.postgres import Connection, Session
+    from cdcsync.postgres import Session
     from cdcsync.preflight import Finding
     from cdcsync.status import Status
 
@@ -111,38 +109,15 @@ async def search_index(
     :raises UsageError: there is no such index, or the condition cannot be used.
     :raises SetupError: the target does not hold the index, or the embedder cannot be used or is of another model.
     """
-    from cdcsync.index.search import search
+    from cdcsync.index.search import search, stored_spec
     from cdcsync.postgres import connect
 
-    check_name(config, name)
+    index = config.index_named(name)
+    schema = config.target.schema
     async with await connect(config.target.dsn, "target", application_name="cdcsync search") as connection:
-        spec = await stored_index(connection, config, name)
-        embedder = config.indexes[name].embedder
-        vector = None if mode == "text" else await _embed_query(config, embedder, spec.model, text)
-        return await search(
-            connection, config.target.schema, spec, text=text, vector=vector, k=k, mode=mode, where=where
-        )
-
-
-def check_name(config: Config, name: str) -> None:
-    """Refuse an index that the configuration does not have.
-
-    :raises UsageError: it has none of this name.
-    """
-    if name not in config.indexes:
-        raise UsageError(f"the configuration has no index {name}", where="INDEX", hint=_nearest(name, config.indexes))
-
-
-async def stored_index(connection: Connection, config: Config, name: str) -> IndexSpec:
-    """Return an index of the configuration as it is in the target.
-
-    :raises UsageError: there is no such index.
-    :raises SetupError: the target does not hold it.
-    """
-    from cdcsync.index.search import stored_spec
-
-    check_name(config, name)
-    return await stored_spec(connection, config.target.schema, name, config.indexes[name])
+        spec = await stored_spec(connection, schema, name, index)
+        vector = None if mode == "text" else await _embed_query(config, index.embedder, spec.model, text)
+        return await search(connection, schema, spec, text=text, vector=vector, k=k, mode=mode, where=where)
 
 
 async def _embed_query(config: Config, name: str, model: str, text: str) -> npt.NDArray[np.float32]:
@@ -162,8 +137,3 @@ async def _embed_query(config: Config, name: str, model: str, text: str) -> npt.
         return cast("npt.NDArray[np.float32]", vector)
     finally:
         await embedder.aclose()
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}"

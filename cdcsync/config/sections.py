@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -27,6 +28,7 @@ from cdcsync.config.values import (
     SpoolBytes,
     parse_address,
 )
+from cdcsync.errors import UsageError
 
 NO_FRAME = "{chunk}"
 """The `chunk_text` of chunks that stand alone."""
@@ -258,3 +260,14 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     worker: Worker = Worker()
     embedders: Annotated[dict[EmbedderName, Embedder], Meta(min_length=1)]
     indexes: Annotated[dict[IndexName, Index], Meta(min_length=1)]
+
+    def index_named(self, name: str) -> Index:
+        """Return the section of an index that a command was asked for.
+
+        :raises UsageError: there is none of this name.
+        """
+        if name not in self.indexes:
+            close = difflib.get_close_matches(name, self.indexes, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(self.indexes))}"
+            raise UsageError(f"the configuration has no index {name}", where="INDEX", hint=hint)
+        return self.indexes[name]

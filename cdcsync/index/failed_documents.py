@@ -84,8 +84,11 @@ class FailedDocuments:
 
     async def apply(self, changes: ChangeSet) -> None:
         """Bring the list to what a batch leaves, inside the caller's transaction; the caller commits."""
-        if self._any and (changes.truncated or any(_settled(changes))):
-            self._any = await (self._empty() if changes.truncated else self._remove(list(_settled(changes))))
+        if self._any:
+            if changes.truncated:
+                self._any = await self._empty()
+            elif settled := list(_settled(changes)):
+                self._any = await self._remove(settled)
         if changes.failed:
             self._any = True
             await self._add(changes.failed)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import anyio
 import pytest
 
 from cdcsync.embed import Desk, EmbedLoop, Pool
 from cdcsync.metrics import Metrics
 from tests.fixtures.gates import Gated
-from tests.fixtures.indexes import DIMENSIONS, SCHEMA, LiveIndex, changes, document
+from tests.fixtures.indexes import DIMENSIONS, SCHEMA, LiveIndex, changes, document, until
 from tests.fixtures.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
 LONG = "word " * 200
 """A few of these fill a call."""
-
-
-async def stored(index: LiveIndex, count: int) -> None:
-    """Wait until so many vectors are in the index."""
-    while True:
-        if await index.rows("SELECT FROM {vectors} OFFSET %s LIMIT 1", count - 1):
-            return
-        await anyio.sleep(0.01)
 
 
 async def test_vectors_are_stored_while_other_calls_are_under_way(index: LiveIndex, target: Database) -> None:
@@ -39,7 +33,8 @@ async def test_vectors_are_stored_while_other_calls_are_under_way(index: LiveInd
                 await embedder.next_call(ended + 2)  # two at a time
                 embedder.gates[ended].set()
                 # The calls that have begun meanwhile are held.
-                await stored(index, sum(len(call) for call in embedder.calls[: ended + 1]))
+                ready = sum(len(call) for call in embedder.calls[: ended + 1])
+                await until(partial(index.rows, "SELECT FROM {vectors} OFFSET %s LIMIT 1", ready - 1))
             tasks.cancel_scope.cancel()
     await pool.aclose()
     assert max(embedder.texts.values()) == 1
