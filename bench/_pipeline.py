@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from cdcsync.cluster import Cluster
+from cdcsync.demo.cluster import Cluster
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import conninfo, sql
 
-from cdcsync.cluster import Cluster
+from cdcsync.demo.cluster import Cluster
 
 # A script imports from its own directory; a type checker names files by their place in the repository.
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from cdcsync import config
-from cdcsync.corpus import docstrings
+from cdcsync.demo.corpus import docstrings
 from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder
 
 # A script imports from its own directory; a type checker names files by their place in the repository.

@@ -192,7 +192,7 @@ def run(context: typer.Context, config: ConfigOption = None) -> None:
 
     configuration = _load(context, config)
     logs.configure(configuration.worker.log_level, configuration.worker.log_format)
-    from cdcsync import worker
+    from cdcsync.worker import run as worker
 
     # In a terminal that signal says that the terminal is gone, and ends the worker as it ends everything there.
     reread = None if sys.stderr.isatty() else lambda: _load(context, config)

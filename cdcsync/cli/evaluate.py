@@ -10,7 +10,7 @@ from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
-    from cdcsync.index.evaluations import Evaluation
+    from cdcsync.target.evaluations import Evaluation
 
 EPILOG = """How good is the search? `cdcsync evaluate articles`
 
@@ -66,10 +66,10 @@ async def _evaluate(
     config: Config, name: str, queries: int, k: int, ef_search: list[int], where: str | None
 ) -> tuple[Evaluation, str | None]:
     """Return what was measured, and why it was not stored, if it was not."""
-    from cdcsync import evaluate as flow
-    from cdcsync.index import evaluations
-    from cdcsync.index.search import stored_spec
-    from cdcsync.postgres import connect, speaking_of
+    from cdcsync.flows import evaluate as flow
+    from cdcsync.postgres.sessions import connect, speaking_of
+    from cdcsync.target import evaluations
+    from cdcsync.target.search import stored_spec
 
     index = config.index_named(name)
     schema = config.target.schema

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cdcsync.config import Config
-    from cdcsync.index.failed_documents import Listed
-    from cdcsync.index.failures import Failure, Failures
-    from cdcsync.index.requests import Request
-    from cdcsync.index.schema import IndexSpec
-    from cdcsync.postgres import Connection
+    from cdcsync.model.spec import IndexSpec
+    from cdcsync.postgres.sessions import Connection
+    from cdcsync.target.failures.documents import Listed
+    from cdcsync.target.failures.listing import Failure, Failures
+    from cdcsync.target.requests import Request
 
 EPILOG = """What failed, and why: `cdcsync failures articles list`
 
@@ -82,15 +82,15 @@ def failures(
 
 
 async def _open(target: Connection, config: Config, name: str) -> tuple[IndexSpec, Failures]:
-    from cdcsync.index.failures import Failures
-    from cdcsync.index.search import stored_spec
+    from cdcsync.target.failures.listing import Failures
+    from cdcsync.target.search import stored_spec
 
     spec = await stored_spec(target, config.target.schema, name, config.indexes[name])
     return spec, Failures(target, config.target.schema, spec)
 
 
 async def _list(config: Config, name: str, limit: int) -> tuple[list[Failure], Listed]:
-    from cdcsync.postgres import connect, speaking_of
+    from cdcsync.postgres.sessions import connect, speaking_of
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
         _, failed = await _open(target, config, name)
@@ -99,7 +99,7 @@ async def _list(config: Config, name: str, limit: int) -> tuple[list[Failure], L
 
 
 async def _discard(config: Config, name: str) -> int:
-    from cdcsync.postgres import connect, speaking_of
+    from cdcsync.postgres.sessions import connect, speaking_of
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
         _, failed = await _open(target, config, name)
@@ -109,8 +109,8 @@ async def _discard(config: Config, name: str) -> int:
 
 async def _retry(config: Config, name: str, as_json: bool) -> bool:
     """Have everything tried again, and follow what is read again; returns whether that was read."""
-    from cdcsync.postgres import connect, speaking_of
-    from cdcsync.replay import open_index
+    from cdcsync.flows.replay import open_index
+    from cdcsync.postgres.sessions import connect, speaking_of
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
         spec, failed = await _open(target, config, name)
@@ -146,9 +146,9 @@ async def _retry(config: Config, name: str, as_json: bool) -> bool:
 
 async def _read_again(target: Connection, config: Config, spec: IndexSpec, failed: Failures, listed: Listed) -> Request:
     """Have the rows read again, or all rows where not all that failed are listed, and return when that has ended."""
-    from cdcsync.postgres import speaking_of
-    from cdcsync.replay import Replay, ask, follow
-    from cdcsync.standin import attended
+    from cdcsync.flows.replay import Replay, ask, follow
+    from cdcsync.postgres.sessions import speaking_of
+    from cdcsync.worker.substitute import attended
 
     with speaking_of("target", where=f"index {spec.name}"):
         keys = None if listed.unlisted else tuple(await failed.document_keys())

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from cdcsync.index.search import Hit
     from cdcsync.preflight import Finding
     from cdcsync.status import Status
+    from cdcsync.target.search import Hit
 
 SHOWN_LINES = 4
 """Lines of a chunk that are shown: enough to recognise it; --json has all of it."""

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from cdcsync.config import Config
-    from cdcsync.index.search import Hit
-    from cdcsync.postgres import Session
+    from cdcsync.postgres.sessions import Session
     from cdcsync.preflight import Finding
     from cdcsync.status import Status
+    from cdcsync.target.search import Hit
 
 WATCH_EVERY_S = 1.0
 """How often a watched status is read: as often as a person can follow, and a few cheap queries each time."""
@@ -39,7 +39,7 @@ async def examine_all(config: Config) -> list[Finding]:
 
 @asynccontextmanager
 async def _sessions(config: Config) -> AsyncIterator[tuple[Session, Session]]:
-    from cdcsync.postgres import Session
+    from cdcsync.postgres.sessions import Session
 
     async with (
         Session(config.source.dsn, "source", application_name="cdcsync status") as source,
@@ -109,8 +109,8 @@ async def search_index(
     :raises UsageError: there is no such index, or the condition cannot be used.
     :raises SetupError: the target does not hold the index, or the embedder cannot be used or is of another model.
     """
-    from cdcsync.index.search import search, stored_spec
-    from cdcsync.postgres import connect
+    from cdcsync.postgres.sessions import connect
+    from cdcsync.target.search import search, stored_spec
 
     index = config.index_named(name)
     schema = config.target.schema

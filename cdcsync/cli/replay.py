@@ -15,11 +15,11 @@ from cdcsync.errors import EXIT_FAILED, UsageError
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
-    from cdcsync.estimate import Estimate
-    from cdcsync.index.requests import Request, Wish
-    from cdcsync.index.schema import IndexSpec
-    from cdcsync.postgres import Connection
-    from cdcsync.replay import Replay
+    from cdcsync.flows.dry_run import Estimate
+    from cdcsync.flows.replay import Replay
+    from cdcsync.model.spec import IndexSpec
+    from cdcsync.postgres.sessions import Connection
+    from cdcsync.target.requests import Request, Wish
 
 EPILOG = """All rows; what has not changed costs no embedding: `cdcsync replay articles`
 
@@ -88,7 +88,7 @@ def replay(
     import anyio
 
     from cdcsync import logs
-    from cdcsync.replay import Replay
+    from cdcsync.flows.replay import Replay
 
     configuration = context.ensure_object(Invocation).load(config)
     logs.configure("error", configuration.worker.log_format)
@@ -147,8 +147,8 @@ def _keys(given: list[str]) -> list[str]:
 
 async def _change(config: Config, index: str, wish: Wish, as_json: bool) -> None:
     from cdcsync.cli.printing import console, print_json
-    from cdcsync.postgres import connect
-    from cdcsync.replay import change, open_index
+    from cdcsync.flows.replay import change, open_index
+    from cdcsync.postgres.sessions import connect
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync replay") as target:
         await open_index(target, config, index, even_paused=True)
@@ -173,8 +173,8 @@ async def _checked(
     """Return the index and what is wanted of it, once both are known to be right."""
     import msgspec
 
-    from cdcsync.postgres import connect
-    from cdcsync.replay import as_on_source, canonical_keys, check_where, open_index
+    from cdcsync.flows.replay import as_on_source, canonical_keys, check_where, open_index
+    from cdcsync.postgres.sessions import connect
 
     spec = await open_index(target, config, index)
     if keys is not None:
@@ -192,8 +192,8 @@ async def _checked(
 
 async def _estimate(config: Config, index: str, wanted: Replay, keys: list[str] | None, as_json: bool) -> None:
     from cdcsync.cli.printing import print_json
-    from cdcsync.estimate import estimate
-    from cdcsync.postgres import connect
+    from cdcsync.flows.dry_run import estimate
+    from cdcsync.postgres.sessions import connect
 
     async with AsyncExitStack() as stack:
         target = await stack.enter_async_context(
@@ -235,10 +235,10 @@ async def _replay(
     """Ask, and unless detached follow; returns whether the request was served, or left to be."""
     import anyio
 
-    from cdcsync.index.requests import Requests
-    from cdcsync.postgres import connect
-    from cdcsync.replay import ask, backlog_left, follow
-    from cdcsync.standin import attended
+    from cdcsync.flows.replay import ask, backlog_left, follow
+    from cdcsync.postgres.sessions import connect
+    from cdcsync.target.requests import Requests
+    from cdcsync.worker.substitute import attended
 
     schema = config.target.schema
     async with AsyncExitStack() as stack:

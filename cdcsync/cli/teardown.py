@@ -13,7 +13,7 @@ from cdcsync.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cdcsync.teardown import Belongings, Step
+    from cdcsync.flows.teardown import Belongings, Step
 
 EPILOG = """Let the source go, and keep the index as it is: `cdcsync teardown`
 
@@ -37,8 +37,8 @@ def teardown(
     """
     import anyio
 
-    from cdcsync import teardown as flow
     from cdcsync.cli import printing
+    from cdcsync.flows import teardown as flow
 
     configuration = context.ensure_object(Invocation).load(config)
     if purge and not yes:

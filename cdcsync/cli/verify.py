@@ -11,7 +11,7 @@ from cdcsync.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
-    from cdcsync.verify import Verification
+    from cdcsync.flows.audit import Verification
 
 EPILOG = """Is the index what it should be? `cdcsync verify articles`
 
@@ -73,10 +73,10 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
     """Return what was found at first, what was found last, and how many documents were mended in between."""
     from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
-    from cdcsync import verify as flow
-    from cdcsync.postgres import connect
-    from cdcsync.replay import as_on_source, open_index
-    from cdcsync.standin import attended
+    from cdcsync.flows import audit as flow
+    from cdcsync.flows.replay import as_on_source, open_index
+    from cdcsync.postgres.sessions import connect
+    from cdcsync.worker.substitute import attended
 
     schema = config.target.schema
     async with AsyncExitStack() as stack:

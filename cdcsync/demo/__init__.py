@@ -8,7 +8,7 @@
 
 Only the server and the text are made for the occasion: the worker is the one that `cdcsync run` runs. Server, data,
 configuration and log are in one temporary directory, which goes at the end, after Ctrl-C, and after SIGKILL too (see
-`cdcsync.cluster`).
+`cdcsync.demo.cluster`).
 """
 
 from __future__ import annotations

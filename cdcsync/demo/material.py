@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from cdcsync import corpus
-from cdcsync.corpus import Entry
+from cdcsync.demo import corpus
+from cdcsync.demo.corpus import Entry
 from cdcsync.errors import SetupError
 
 MAX_CHARACTERS = 600

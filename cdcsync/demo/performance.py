@@ -15,15 +15,16 @@ import anyio.to_thread
 import msgspec
 from rich.console import Console
 
-from cdcsync import logs, worker
-from cdcsync.cluster import Cluster
+from cdcsync import logs
 from cdcsync.config import Config, load
-from cdcsync.corpus import Entry
+from cdcsync.demo.cluster import Cluster
+from cdcsync.demo.corpus import Entry
 from cdcsync.demo.material import CONFIG, HUB_MODEL, find_model, read_entries
 from cdcsync.demo.stage import Stage
 from cdcsync.errors import leading
-from cdcsync.handle import WorkerHandle
-from cdcsync.postgres import Connection, connect, speaking_of
+from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.worker import run as worker
+from cdcsync.worker.state import WorkerHandle
 
 LOG_LINES = 5
 """Lines of the worker's log that are shown when something goes wrong."""

@@ -15,13 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from cdcsync.config import Config
-from cdcsync.corpus import Entry
+from cdcsync.demo.corpus import Entry
 from cdcsync.demo.material import CHANGES, QUESTIONS, text_of
 from cdcsync.embedders import Embedder, make_embedder
-from cdcsync.handle import WorkerHandle
-from cdcsync.index.schema import IndexSpec
-from cdcsync.index.search import Hit, search, stored_spec
-from cdcsync.postgres import Connection, speaking_of
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.target.search import Hit, search, stored_spec
+from cdcsync.worker.state import WorkerHandle
 
 POLL_S = 0.005
 """How often a change is looked for: what is measured is too long by at most this and a query."""

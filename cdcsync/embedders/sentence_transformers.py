@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from cdcsync import config
-from cdcsync.chunks import Lengths
+from cdcsync.documents.chunks import Lengths
 from cdcsync.embedders.description import describe
 from cdcsync.embedders.model_files import INSTALL, ModelFiles, fetch_weights, locate, quiet
 from cdcsync.embedders.processors import processors

@@ -11,8 +11,8 @@ from cdcsync.config import Config
 from cdcsync.config.names import quote
 from cdcsync.embedders import Embedder
 from cdcsync.errors import CdcsyncError
-from cdcsync.index.schema import IndexSpec
-from cdcsync.postgres import Connection, Side, connect
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection, Side, connect
 from cdcsync.preflight.findings import Finding, Report, noting
 from cdcsync.preflight.indexes import Plan, key_faults, make_plan, make_spec, stored_faults
 from cdcsync.preflight.layout import examine_layout

@@ -15,8 +15,8 @@ import msgspec
 import psycopg
 
 from cdcsync.errors import CdcsyncError, SetupError
-from cdcsync.index.schema import IndexSpec
-from cdcsync.postgres import Side, translate
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Side, translate
 
 Level = Literal["ok", "warning", "error"]
 

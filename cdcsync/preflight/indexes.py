@@ -10,15 +10,15 @@ from collections.abc import Iterator
 
 import msgspec
 
-from cdcsync.changes import Shape
-from cdcsync.chunks import make_chunker
 from cdcsync.config import Index
 from cdcsync.config.names import quote
-from cdcsync.documents import Documents, make_documents
+from cdcsync.documents.chunks import make_chunker
+from cdcsync.documents.templates import Documents, make_documents
 from cdcsync.embedders.protocol import Distance, Embedder
 from cdcsync.errors import ConfigError
-from cdcsync.index.schema import IndexSpec
-from cdcsync.postgres import Connection
+from cdcsync.model.rows import Shape
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.target import Stored, TargetFacts
 from cdcsync.preflight.types import choose_types, sortable

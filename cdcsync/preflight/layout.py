@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from cdcsync.config import Config
 from cdcsync.config.names import quote
-from cdcsync.postgres import Connection
+from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, nearest, noting
 from cdcsync.preflight.target import (
     OURS,

@@ -14,7 +14,7 @@ import msgspec
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.errors import CdcsyncError
-from cdcsync.postgres import Connection
+from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
 from cdcsync.source.catalog import Publication, Server, Slot, read_publication, read_server, read_slot
 from cdcsync.source.slot import MIN_VERSION, SlotConnection

@@ -14,12 +14,12 @@ from psycopg import sql
 
 from cdcsync.config import Index, QualifiedName
 from cdcsync.config.names import quote
-from cdcsync.documents import Documents
-from cdcsync.index.schema import RESERVED
-from cdcsync.postgres import Connection
+from cdcsync.documents.templates import Documents
+from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, nearest, noting
 from cdcsync.source.catalog import Published
 from cdcsync.source.relations import Column, Table, read_table, similar_tables
+from cdcsync.target.ddl.relations import RESERVED
 
 SYSTEM_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
 """What PostgreSQL never publishes."""

@@ -15,7 +15,7 @@ from psycopg import sql
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import quote
-from cdcsync.postgres import Connection
+from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
 from cdcsync.source.catalog import Server, read_server
 from cdcsync.source.slot import MIN_VERSION

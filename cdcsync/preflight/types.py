@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 
 from cdcsync.config.names import quote
-from cdcsync.postgres import Connection
+from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named
 from cdcsync.source.relations import Column
 

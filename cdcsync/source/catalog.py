@@ -17,9 +17,9 @@ from psycopg import sql
 
 from cdcsync.config import QualifiedName
 from cdcsync.lsn import Lsn
-from cdcsync.postgres import Connection
+from cdcsync.model.visibility import XID_SPAN, Snapshot
+from cdcsync.postgres.sessions import Connection
 from cdcsync.source.relations import Column, Table, read_table
-from cdcsync.visibility import XID_SPAN, Snapshot
 
 __all__ = [
     "FAILOVER_VERSION",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from cdcsync.config import QualifiedName
-from cdcsync.postgres import Connection
+from cdcsync.postgres.sessions import Connection
 
 
 class Column(msgspec.Struct, frozen=True):

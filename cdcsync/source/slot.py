@@ -27,11 +27,19 @@ import psycopg
 from psycopg import pq, sql
 
 from cdcsync.errors import CdcsyncError, GapError, ProtocolError, SetupError, SlotInUse, SourceUnavailable
-from cdcsync.interrupts import CANCEL_S
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.frames import Keepalive, XLogData, decode_frame, encode_status_update
 from cdcsync.pgoutput.wire import from_datetime
-from cdcsync.postgres import RENDERING, connect_error, conninfo_for, describe, first_line, translate, without_values
+from cdcsync.postgres.interrupts import CANCEL_S
+from cdcsync.postgres.sessions import (
+    RENDERING,
+    connect_error,
+    conninfo_for,
+    describe,
+    first_line,
+    translate,
+    without_values,
+)
 
 MIN_VERSION = 140000
 """PostgreSQL 14: pgoutput with logical messages and protocol 2; older ones are out of support."""

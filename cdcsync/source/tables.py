@@ -21,12 +21,11 @@ import msgspec
 import psycopg
 from psycopg import pq, sql
 
-from cdcsync.changes import Key, Row, Shape
-from cdcsync.errors import SetupError
-from cdcsync.index.comparisons import Comparison, comparisons, follows
-from cdcsync.postgres import Connection
-from cdcsync.transactions import MARK_PREFIX
-from cdcsync.visibility import Snapshot
+from cdcsync.model.rows import Key, Row, Shape
+from cdcsync.model.transactions import MARK_PREFIX
+from cdcsync.model.visibility import Snapshot
+from cdcsync.postgres.comparisons import Comparison, comparisons, follows
+from cdcsync.postgres.sessions import Connection
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -268,12 +267,3 @@ async def emit_mark(connection: Connection, content: str) -> None:
     The message is transactional: its commit flushes it, so that it does not wait for other writers to do so.
     """
     await connection.execute("SELECT pg_logical_emit_message(true, %s, %s)", [MARK_PREFIX, content])
-
-
-def check_filter(where: str) -> None:
-    """Refuse a filter that could not be one expression.
-
-    :raises SetupError: it holds a statement separator or a comment.
-    """
-    if ";" in where or "--" in where or "/*" in where:
-        raise SetupError("the filter holds more than one expression", where=where, hint="give one SQL condition")

@@ -10,8 +10,8 @@ from typing import cast
 import msgspec
 from psycopg import sql
 
-from cdcsync.index.schema import MAX_ATTEMPTS, Names
-from cdcsync.postgres import Connection
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 
 COUNT_UP_TO = 200_000
 """Rows that are counted one by one, in some tens of milliseconds. Of larger tables the planner's estimate is taken."""

@@ -11,8 +11,8 @@ from typing import Literal
 
 import msgspec
 
-from cdcsync.index.evaluations import Recall
-from cdcsync.index.requests import Kind, Phase
+from cdcsync.target.evaluations import Recall
+from cdcsync.target.requests import Kind, Phase
 
 VERSION = 1
 """Raised when a field goes or changes its meaning. New fields come without."""

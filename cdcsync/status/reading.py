@@ -17,15 +17,15 @@ from psycopg import sql
 
 from cdcsync.config import Config
 from cdcsync.errors import SourceUnavailable
-from cdcsync.index import evaluations
-from cdcsync.index.failed_documents import TABLE, Listed, count_failed
-from cdcsync.index.pipelines import Pipelines, PipelineState
-from cdcsync.index.schema import Names
 from cdcsync.lsn import Lsn
-from cdcsync.postgres import Connection, speaking_of
+from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import Slot, current_lsn, read_slot
 from cdcsync.status.counting import count_index
 from cdcsync.status.model import VERSION, BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus
+from cdcsync.target import evaluations
+from cdcsync.target.ddl.relations import Names
+from cdcsync.target.failures.documents import TABLE, Listed, count_failed
+from cdcsync.target.pipelines import Pipelines, PipelineState
 
 FRESH = timedelta(seconds=15)
 """How long a worker's word holds that nothing was left to apply. An idle worker gives it every 10 s."""

@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cdcsync.index.evaluations import Recall
 from cdcsync.status.model import BackfillStatus, IndexStatus, Status
+from cdcsync.target.evaluations import Recall
 
 UNKNOWN = "–"
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import psycopg
 import pytest
 
-from cdcsync.cluster import Cluster
+from cdcsync.demo.cluster import Cluster
 from tests.fixtures.outages import MakeSimple, configure, stops_at_the_gap_and_heals
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline, until

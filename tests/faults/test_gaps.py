@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from cdcsync.cluster import Cluster
+from cdcsync.demo.cluster import Cluster
 from tests.fixtures.outages import MakeSimple, configure, frozen, indexed, stops_at_the_gap_and_heals
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import PATIENCE_S, Pipeline, until

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from cdcsync.cluster import Cluster
+from cdcsync.demo.cluster import Cluster
 from tests.fixtures.outages import MakeSimple, frozen, make_target, metric
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline, until

@@ -8,7 +8,7 @@ from functools import partial
 import psycopg
 import pytest
 
-from cdcsync.cluster import Cluster
+from cdcsync.demo.cluster import Cluster
 from tests.fixtures.outages import MakeSimple, metric
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline, until

@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from cdcsync.cluster import Cluster
+from cdcsync.demo.cluster import Cluster
 from tests.fixtures.outages import MakeSimple, configure, make_target
 from tests.fixtures.workers import PATIENCE_S, Pipeline, until
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cdcsync.cluster import Cluster
+from cdcsync.demo.cluster import Cluster
 from tests.fixtures.clusters import OTHER_VERSIONS
 from tests.fixtures.outages import MakeSimple, configure, stops_at_the_gap_and_heals
 from tests.fixtures.servers import Database

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
-from cdcsync.changes import Row
-from cdcsync.documents import hash_text
-from cdcsync.index.apply import BACKFILL, LIVE, ChangeSet, Document, Kept
-from cdcsync.index.schema import Names
+from cdcsync.documents.templates import hash_text
+from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, Kept
+from cdcsync.model.rows import Row
+from cdcsync.target.ddl.relations import Names
 from tests.fixtures.indexes import (
     SCHEMA,
     LiveIndex,

@@ -15,8 +15,8 @@ from functools import partial
 import psycopg
 import pytest
 
-from cdcsync.cluster import Cluster
-from cdcsync.index.requests import Requests
+from cdcsync.demo.cluster import Cluster
+from cdcsync.target.requests import Requests
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline, until
 

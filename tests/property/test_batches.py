@@ -12,9 +12,9 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdcsync.batches import IndexChanges
-from cdcsync.changes import Change, Delete, Key, Projection, Row, Shape, Truncation, Upsert, complete
 from cdcsync.config import QualifiedName
+from cdcsync.model.batch import IndexChanges
+from cdcsync.model.rows import Change, Delete, Key, Projection, Row, Shape, Truncation, Upsert, complete
 from cdcsync.pgoutput.messages import UNCHANGED, Column, Relation, Value
 
 SHAPE = Shape(

@@ -4,7 +4,7 @@ The model keeps PostgreSQL's rules and nothing else: a transaction locks the key
 its commit is in the WAL, and may be delivered, before it is visible; ids are given out with the first write; a snapshot
 lists only the running ids below the last finished one; TRUNCATE shows at once, whatever the snapshot.
 
-What the pipeline does is the smallest that keeps the rules of `cdcsync.visibility`. The index begins with stale rows,
+What the pipeline does is the smallest that keeps the rules of `cdcsync.model.visibility`. The index begins with stale rows,
 some of them of keys that the table does not have.
 """
 
@@ -18,11 +18,11 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdcsync.batches import IndexChanges
-from cdcsync.changes import Delete, Key, Row, Shape, Truncation, Upsert, complete
 from cdcsync.config import QualifiedName
+from cdcsync.model.batch import IndexChanges
+from cdcsync.model.rows import Delete, Key, Row, Shape, Truncation, Upsert, complete
+from cdcsync.model.visibility import XID_SPAN, Deliveries, Snapshot
 from cdcsync.pgoutput.messages import UNCHANGED
-from cdcsync.visibility import XID_SPAN, Deliveries, Snapshot
 
 SHAPE = Shape(index="i", table=QualifiedName("public", "t"), key=("id",), carried=("n",), text=("body",))
 KEYS: list[Key] = [("a",), ("b",), ("c",)]

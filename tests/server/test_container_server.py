@@ -8,17 +8,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import psycopg
 import pytest
 
-from cdcsync.cluster import Cluster
+from cdcsync.demo.cluster import Cluster
+from tests import ROOT
 from tests.fixtures.workers import Pipeline
 
 pytestmark = pytest.mark.server
 
-ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 
 MODEL = 'type = "sentence-transformers"\nmodel = "sentence-transformers/all-MiniLM-L6-v2"'

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from psycopg import pq, sql
 
-from cdcsync.documents import Template, hash_text, sql_hash
+from cdcsync.documents.templates import Template, hash_text, sql_hash
 from tests.fixtures.servers import Row, Server, fresh_database
 
 pytestmark = pytest.mark.server

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from tests import ROOT
 from tests.fixtures.configs import Section, configuration
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 
 FUNCTION = """
 def document(row):

@@ -9,21 +9,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import conninfo, sql
 
+from cdcsync.demo.programs import embedded_bin_dir
 from cdcsync.errors import SetupError
-from cdcsync.programs import embedded_bin_dir
+from tests import ROOT
 from tests.fixtures.servers import Database, Server
 from tests.fixtures.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 
-SCRIPT = Path(__file__).parents[2] / "config" / "roles.sql"
+SCRIPT = ROOT / "config" / "roles.sql"
 
 CONFIG = """
 [source]

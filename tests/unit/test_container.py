@@ -25,8 +25,8 @@ import cdcsync
 from cdcsync.cli.commands import CONFIG_VARIABLE
 from cdcsync.config import Config, parse
 from cdcsync.config.sections import Worker
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 DOCKERFILE = DOCKER / "Dockerfile"
 HEALTHCHECK = DOCKER / "healthcheck.py"

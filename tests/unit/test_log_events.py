@@ -10,9 +10,10 @@ from pathlib import Path
 import msgspec
 
 import cdcsync
+from tests import ROOT
 
 PACKAGE = Path(cdcsync.__file__).parent
-PAGE = Path(__file__).parents[2] / "docs" / "logs.md"
+PAGE = ROOT / "docs" / "logs.md"
 
 METHODS = {"debug", "info", "warning", "error", "exception", "critical"}
 

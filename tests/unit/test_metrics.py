@@ -19,8 +19,8 @@ from prometheus_client.metrics import MetricWrapperBase
 
 import cdcsync
 from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = Path(cdcsync.__file__).parent
 ALERTS = ROOT / "config" / "alerts.yml"
 DASHBOARD = ROOT / "config" / "dashboard.json"

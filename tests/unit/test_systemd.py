@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from cdcsync.config.sections import Worker
-from cdcsync.handle import ALIVE_WITHIN_S
+from cdcsync.worker.state import ALIVE_WITHIN_S
+from tests import ROOT
 
-CONFIG = Path(__file__).parents[2] / "config"
+CONFIG = ROOT / "config"
 UNIT, TEMPLATE = CONFIG / "cdcsync.service", CONFIG / "cdcsync@.service"
 
 EXPOSURE = 2.0

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from cdcsync.cluster import Cluster, free_port
+from cdcsync.demo.cluster import Cluster, free_port
 
 pytestmark = pytest.mark.server
 

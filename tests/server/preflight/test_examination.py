@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from psycopg import conninfo
 
-from cdcsync.changes import Shape
-from cdcsync.cluster import free_port
 from cdcsync.config import HashEmbedder as HashSettings
 from cdcsync.config import QualifiedName
+from cdcsync.demo.cluster import free_port
 from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.errors import SetupError
+from cdcsync.model.rows import Shape
 from cdcsync.preflight import refuse
 from tests.fixtures.preflight import ARTICLES, configured, examined, the_error
 from tests.fixtures.servers import Database

@@ -14,7 +14,7 @@ from cdcsync.config import HashEmbedder
 from cdcsync.embedders import Kind, Vectors
 from cdcsync.embedders.hashing import HashEmbedder as Hashing
 from cdcsync.errors import EmbedderUnavailable
-from cdcsync.index.schema import IndexSpec
+from cdcsync.model.spec import IndexSpec
 from cdcsync.preflight import Finding, build_embedders, examine, examine_embedders
 from tests.fixtures.indexes import make_spec
 from tests.fixtures.preflight import ARTICLES, configured, examined, lay_out, the_error, warnings

@@ -9,10 +9,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from cdcsync.cluster import Cluster
-from cdcsync.postgres import connect
-from cdcsync.replay import check_where
-from cdcsync.verify.digests import published
+from cdcsync.demo.cluster import Cluster
+from cdcsync.flows.audit.digests import published
+from cdcsync.flows.replay import check_where
+from cdcsync.postgres.sessions import connect
 from tests.fixtures.preflight import ARTICLES, Role, configured, examined, the_error
 from tests.fixtures.servers import Database
 

@@ -10,8 +10,8 @@ import psycopg
 import pytest
 from psycopg import pq
 
-from cdcsync.cluster import Cluster
-from cdcsync.postgres import connect
+from cdcsync.demo.cluster import Cluster
+from cdcsync.postgres.sessions import connect
 from cdcsync.source.catalog import read_server
 from tests.fixtures.preflight import ARTICLES, Role, configured, examined, the_error, warnings
 from tests.fixtures.servers import Database, Server

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cdcsync.postgres import connect
-from cdcsync.setup import note_memberships, unpublished_tables
+from cdcsync.flows.setup.start import note_memberships, unpublished_tables
+from cdcsync.postgres.sessions import connect
 from tests.fixtures.preflight import ARTICLES, configured, examined, lay_out
 from tests.fixtures.servers import Database
 

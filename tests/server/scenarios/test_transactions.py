@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from cdcsync.cluster import Cluster
+from cdcsync.demo.cluster import Cluster
 from tests.fixtures.scenes import Followed, MakeScene, Scene
 from tests.fixtures.workers import until
 

@@ -8,9 +8,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from cdcsync.changes import Shape
 from cdcsync.config import QualifiedName
-from cdcsync.postgres import connect
+from cdcsync.model.rows import Shape
+from cdcsync.postgres.sessions import connect
 from cdcsync.source.tables import Page, SourceTable
 from tests.fixtures.servers import Database
 

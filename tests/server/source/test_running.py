@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from psycopg import sql
 
-from cdcsync.postgres import connect
+from cdcsync.postgres.sessions import connect
 from cdcsync.source.catalog import blockers, current_snapshot, running_transactions
 from tests.fixtures.servers import Database
 

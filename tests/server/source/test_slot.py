@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from cdcsync.cluster import Cluster
+from cdcsync.demo.cluster import Cluster
 from cdcsync.errors import (
     CdcsyncError,
     GapError,

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
-from cdcsync.changes import Key, Row, Shape
 from cdcsync.config import QualifiedName
 from cdcsync.errors import SetupError
+from cdcsync.model.rows import Key, Row, Shape
+from cdcsync.model.transactions import MARK_PREFIX
+from cdcsync.model.visibility import Snapshot
 from cdcsync.pgoutput.decode import decode
 from cdcsync.pgoutput.frames import XLogData
 from cdcsync.pgoutput.messages import Insert, Message
-from cdcsync.postgres import Connection, connect, speaking_of
+from cdcsync.postgres.conditions import check_filter
+from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.source.slot import SlotConnection
-from cdcsync.source.tables import SourceTable, check_filter, emit_mark
-from cdcsync.transactions import MARK_PREFIX
-from cdcsync.visibility import Snapshot
+from cdcsync.source.tables import SourceTable, emit_mark
 
 if TYPE_CHECKING:
     from tests.fixtures.preflight import Role

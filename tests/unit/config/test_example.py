@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tomllib
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,8 +13,9 @@ import pytest
 import cdcsync.config
 from cdcsync.config import HashEmbedder, OpenAIEmbedder, TeiEmbedder, load, parse, schema
 from cdcsync.config.shape import Section
+from tests import ROOT
 
-EXAMPLE = Path(__file__).parents[3] / "config" / "cdcsync.example.toml"
+EXAMPLE = ROOT / "config" / "cdcsync.example.toml"
 ENVIRON = {"CDCSYNC_SOURCE_DSN": "postgresql://cdcsync@db.example/app"}
 
 

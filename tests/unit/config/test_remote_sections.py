@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from cdcsync.config import OpenAIEmbedder, SentenceTransformersEmbedder, TeiEmbedder, render
+from tests import ROOT
 from tests.unit.config.files import SECTIONS, problems, read
 
-PAGE = Path(__file__).parents[3] / "docs" / "embedders.md"
+PAGE = ROOT / "docs" / "embedders.md"
 REMOTE = '[embedders.hosted]\ntype = "openai"\nmodel = "m"\ndimensions = 8\n'
 KEY = "sk-very-secret-0123456789"
 

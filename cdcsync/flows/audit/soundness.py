@@ -1,0 +1,113 @@
+"""What an index must be in itself, whatever the source says: read under one snapshot of the target, so exact.
+
+Every committed state of the index holds to these: a chunk's hash is that of its text; the chunks of a document are
+numbered without a gap, are as many as each of them says, and agree on what the document is; each chunk has a vector of
+its text, or waits for one; each vector belongs to a chunk, is of the model's dimensions and finite.
+
+Source: pgvector's README (vector_norm, l2_norm, vector_dims).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import msgspec
+import psycopg
+from psycopg import sql
+
+from cdcsync.documents.templates import sql_hash
+from cdcsync.model.rows import Key
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.comparisons import comparisons
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
+from cdcsync.target.keys import texts
+
+Fault = Literal["damaged", "vector_missing", "vector_stale", "vector_dimensions", "vector_not_finite"]
+
+MOST = 100_000
+"""Keys listed for each fault: an index with more is not one to mend key by key; what is listed is held in memory."""
+
+
+class Soundness(msgspec.Struct, frozen=True):
+    """Keys by what is wrong with their chunks or vectors; what waits for its vector; vectors of no chunk."""
+
+    faults: dict[Fault, list[Key]]
+    waiting: int
+    vectors_orphaned: int
+
+
+async def examine_index(connection: Connection, schema: str, spec: IndexSpec) -> Soundness:
+    """Look at every chunk and every vector of an index."""
+    names, extension = Names(schema, spec.name), sql.Identifier(await vector_schema(connection))
+    equal = await comparisons(connection, spec.key_types)
+    parts: dict[str, sql.Composable] = {
+        "chunks": names.chunks,
+        "vectors": names.vectors(spec.generation),
+        "keys": sql.SQL(", ").join(sql.Identifier("c", name) for name in spec.shape.key),
+        "same_key": sql.SQL(" AND ").join(
+            sql.SQL("{} {} {}").format(sql.Identifier("c", name), one.equal, sql.Identifier("p", name))
+            for name, one in zip(spec.shape.key, equal, strict=True)
+        ),
+        "carried": sql.SQL(", ").join(sql.Identifier("c", name) for name in spec.shape.carried),
+        "carried_before": sql.SQL(", ").join(sql.Identifier("p", name) for name in spec.shape.carried),
+        "waits": sql.SQL(
+            "EXISTS (SELECT FROM {} AS b WHERE b.chunk_id = c.chunk_id AND b.generation = {} AND b.attempts < {})"
+        ).format(names.backlog, sql.Literal(spec.generation), sql.Literal(MAX_ATTEMPTS)),
+        "dimensions": sql.SQL("{}.vector_dims(v.embedding)").format(extension),
+        "norm": sql.SQL("{}." + ("l2_norm" if spec.config.vector_type == "halfvec" else "vector_norm")).format(
+            extension
+        ),
+        "right": sql.Literal(spec.dimensions),
+        "limit": sql.Literal(MOST),
+        "hash": sql.SQL(sql_hash("c.content")),
+    }
+    statements: dict[Fault, str] = {
+        "damaged": (
+            "SELECT {keys} FROM {chunks} AS c WHERE c.content_hash <> {hash} OR c.chunk_no > 0 AND NOT EXISTS"
+            " (SELECT FROM {chunks} AS p WHERE {same_key} AND p.chunk_no = c.chunk_no - 1"
+            " AND p.document_hash = c.document_hash AND p.chunk_total IS NOT DISTINCT FROM c.chunk_total"
+            " AND ROW({carried_before})::text = ROW({carried})::text)"
+            " OR c.chunk_no >= c.chunk_total OR c.chunk_no = 0 AND c.chunk_total > 1 AND NOT EXISTS"
+            " (SELECT FROM {chunks} AS p WHERE {same_key} AND p.chunk_no = c.chunk_total - 1)"
+        ),
+        "vector_missing": (
+            "SELECT {keys} FROM {chunks} AS c LEFT JOIN {vectors} AS v USING (chunk_id)"
+            " WHERE v.chunk_id IS NULL AND NOT {waits}"
+        ),
+        "vector_stale": (
+            "SELECT {keys} FROM {chunks} AS c JOIN {vectors} AS v USING (chunk_id)"
+            " WHERE v.content_hash <> c.content_hash AND NOT {waits}"
+        ),
+        "vector_dimensions": (
+            "SELECT {keys} FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id) WHERE {dimensions} <> {right}"
+        ),
+        "vector_not_finite": (
+            "SELECT {keys} FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id)"
+            " WHERE NOT {norm}(v.embedding) < 'Infinity'::float8"
+        ),
+    }
+    faults: dict[Fault, list[Key]] = {}
+    await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+    try:
+        for fault, statement in statements.items():
+            cursor = psycopg.AsyncRawCursor(connection)
+            await cursor.execute(sql.SQL(statement + " LIMIT {limit}").format(**parts))
+            assert cursor.pgresult is not None
+            if found := cast(list[Key], texts(cursor.pgresult)):
+                faults[fault] = list(dict.fromkeys(found))
+        cursor = psycopg.AsyncRawCursor(connection)
+        await cursor.execute(
+            sql.SQL(
+                "SELECT (SELECT count(*) FROM {chunks} AS c WHERE {waits}), (SELECT count(*) FROM {vectors} AS v"
+                " WHERE NOT EXISTS (SELECT FROM {chunks} AS c WHERE c.chunk_id = v.chunk_id))"
+            ).format(**parts)
+        )
+        row = await cursor.fetchone()
+        assert row is not None
+        await connection.execute("COMMIT")
+    except psycopg.Error:
+        if not connection.closed:
+            await connection.rollback()
+        raise
+    return Soundness(faults, cast(int, row[0]), cast(int, row[1]))

@@ -1,0 +1,60 @@
+"""What a verification says of one document: what the source's row comes to, against what the index holds.
+
+The comparison is made at a mark, as every page is applied at one: the row under the page's snapshot, the index once
+everything before the mark is in it. The index may be further by then. A difference therefore counts only if nothing
+that the snapshot does not see has touched the key, and that is asked *after* the index was read: what the index can
+hold has been delivered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cdcsync.documents.chunks.sizes import WHITE_SPACE
+from cdcsync.errors import DocumentError
+from cdcsync.flows.backfill.pages import Page
+from cdcsync.model.rows import Key, Row
+from cdcsync.model.spec import IndexSpec
+from cdcsync.model.visibility import Snapshot
+from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.target.keys import stored_documents
+from cdcsync.target.requests import Problem
+
+
+async def check(
+    target: Connection, schema: str, spec: IndexSpec, page: Page, hides: Callable[[Key, Snapshot], bool]
+) -> tuple[list[tuple[Key, Problem]], list[Key]]:
+    """Compare the documents of a page whose mark is in the target.
+
+    :param hides: whether something was delivered for a key that the snapshot does not see.
+    :returns: what differs, and the keys of which nothing can be said because they have changed since.
+    """
+    with speaking_of("target", where=f"index {spec.name}"):
+        stored = await stored_documents(target, schema, spec, [key for key, _ in page.entries])
+    found: list[tuple[Key, Problem]] = []
+    changed: list[Key] = []
+    for key, row in page.entries:
+        problem = difference(spec, row, stored.get(key))
+        if problem is None:
+            continue
+        if hides(key, page.snapshot):
+            changed.append(key)
+        else:
+            found.append((key, problem))
+    return found, changed
+
+
+def difference(spec: IndexSpec, row: Row | None, stored: tuple[Row, bytes] | None) -> Problem | None:
+    """Say how the index differs for one key; a document of white space alone has no place in it."""
+    try:
+        made = None if row is None else spec.render(row)
+    except DocumentError:  # left out of the index, where it should be
+        return "missing" if stored is None else "stale"
+    if row is None or made is None or not made.text.strip(WHITE_SPACE):
+        return None if stored is None else "orphaned"
+    if stored is None:
+        return "missing"
+    carried, hash_ = stored
+    if hash_ != made.hash:
+        return "stale"
+    return None if carried == spec.shape.carried_of(row) else "carried"

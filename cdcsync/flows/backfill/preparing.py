@@ -1,0 +1,114 @@
+"""What a backfill's rows come to, made before their mark arrives: documents, chunks and, by a quick model, vectors.
+
+A page waits for its mark anyway, and for the page before it. What is done meanwhile need not be done while apply holds
+up live changes. All of it is derived from the row alone, so it holds whenever the row is applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+
+import anyio.to_thread
+import msgspec
+import structlog
+
+from cdcsync.documents.chunks import Chunk, Chunker
+from cdcsync.documents.templates import Rendering
+from cdcsync.errors import CdcsyncError, DocumentError
+from cdcsync.flows.embed import Desk
+from cdcsync.model.changeset import FloatVector
+from cdcsync.model.rows import Key, Row, Shape, Upsert
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.target.keys import texts_with_vector
+
+log = structlog.get_logger()
+
+QUICK_S = 0.25
+"""A page whose texts the model takes longer for is applied without vectors, which follow from the backlog: text is not
+to wait for a model. A page takes about as long to apply."""
+
+PAGE_S = QUICK_S / 2
+"""Pages are made small enough for this, so that one that takes a little longer still comes with its vectors: in the
+backlog they cost several times as much."""
+
+LEAST_ROWS = 500
+"""Smaller pages cost more than they save: of a slower model, vectors come from the backlog."""
+
+
+class Prepared(Upsert, frozen=True, gc=False):
+    """A row of a page with what it comes to.
+
+    :ivar vectors: of the whole page, by hash of the chunk's text; those that are missing follow from the backlog.
+    """
+
+    document: Rendering = Rendering("")
+    chunks: Sequence[Chunk] = ()
+    vectors: Mapping[bytes, FloatVector] = {}
+
+
+class Made(msgspec.Struct, frozen=True):
+    """What the rows of a page come to, in their order; `vectors` by hash of the chunk's text."""
+
+    documents: Sequence[Rendering]
+    chunks: Sequence[Sequence[Chunk]]
+    vectors: Mapping[bytes, FloatVector]
+
+    def place(self, shape: Shape, at: int, key: Key, row: Row, lsn: int) -> Prepared:
+        """Return the row at a place of the page as the change that it is at a place in the stream."""
+        return Prepared(shape, key, row, 0, lsn, None, self.documents[at], self.chunks[at], self.vectors)
+
+
+class Ahead:
+    """Prepares the pages of one index."""
+
+    def __init__(self, spec: IndexSpec, schema: str, chunker: Chunker, desk: Desk) -> None:
+        self._spec = spec
+        self._schema = schema
+        self._chunker = chunker
+        self._desk = desk
+        self._texts_per_row = 1.0
+
+    def page_rows(self, most: int) -> int:
+        """Return how many rows a page should have, so that its vectors can be made while it waits."""
+        rows = int(self._desk.texts_within(PAGE_S) / self._texts_per_row)
+        return min(most, rows) if rows >= LEAST_ROWS else most
+
+    async def make(self, target: Connection, rows: Sequence[Row]) -> Made | None:
+        """Return what these rows come to; None where that can fail for a row, which apply deals with.
+
+        :param target: to see which texts have a vector already.
+        """
+        if self._spec.documents.by_code or self._chunker.fallible:
+            return None
+        documents, cut = await anyio.to_thread.run_sync(self._cut, rows)
+        texts = {chunk.hash: chunk.text for chunks in cut for chunk in chunks}
+        self._texts_per_row = max(1.0, len(texts) / len(rows))
+        return Made(documents, cut, await self._vectors(target, texts))
+
+    def _cut(self, rows: Sequence[Row]) -> tuple[list[Rendering], list[list[Chunk]]]:
+        documents = [self._spec.render(row) for row in rows]
+        return documents, self._chunker.split_all(documents, _cannot_fail)
+
+    async def _vectors(self, target: Connection, texts: dict[bytes, str]) -> Mapping[bytes, FloatVector]:
+        if not texts or len(texts) > self._desk.texts_within(QUICK_S):
+            return {}
+        with speaking_of("target", where=f"index {self._spec.name}"):
+            for known in await texts_with_vector(target, self._schema, self._spec, list(texts)):
+                del texts[known]
+        vectors: dict[bytes, FloatVector] = {}
+        try:
+            while texts:
+                call = dict(islice(texts.items(), self._desk.batch(texts)))
+                vectors |= await self._desk.embed(call)
+                texts = dict(islice(texts.items(), len(call), None))
+        except CdcsyncError as error:
+            # What is left goes to the backlog, where the embed loop meets the same error and deals with it.
+            log.debug("page_not_embedded", index=self._spec.name, texts=len(texts), error=str(error))
+        return vectors
+
+
+def _cannot_fail(place: int, error: DocumentError) -> None:
+    """Such documents are not cut here."""
+    raise error

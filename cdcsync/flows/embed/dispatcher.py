@@ -1,0 +1,299 @@
+"""The desk: one embedder, its queue, what it made recently and what is under way."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from typing import cast
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import structlog
+
+from cdcsync.backoff import backoff_s
+from cdcsync.documents.chunks import Lengths, estimate
+from cdcsync.embedders.protocol import Embedder, validate
+from cdcsync.errors import CdcsyncError, EmbedError, Retry
+from cdcsync.metrics import Metrics
+from cdcsync.model.changeset import FloatVector
+from cdcsync.tracing import Tracing
+
+log = structlog.get_logger()
+
+WINDOW_TEXTS = 512
+"""Texts read at once, to be sorted by length: large enough that batches have little padding, small enough to keep
+in memory."""
+
+LIVE_WAIT_S = 0.5
+"""How long a live change may wait behind texts of the backfill that are under way, where nobody says otherwise."""
+
+CALLS_AHEAD = 2
+"""What is under way when a live change comes, on a model that takes one call at a time: one call that runs and one that
+is next. Together they take no longer than the change may wait."""
+
+FIRST_TOKENS = 1_024
+"""Tokens of a call before anything was measured: what a processor takes a fraction of a second for, and enough to keep
+its vector units busy."""
+
+MOST_CALL_TOKENS = 10**7
+"""No call grows beyond this, however fast an embedder is."""
+
+MOST_GROWTH = 2.0
+"""Calls grow and shrink by this factor at most from one to the next: a single measurement may be an accident."""
+
+MOST_WINDOWS = 16
+"""A window grows with the number of concurrent calls up to this many times its size, so that all have work: clusters
+have dozens. Some 10 MB of texts."""
+
+LONGEST_CALLS = 4
+"""A call may take so many times longer where several run at a time, at most."""
+
+REMEMBERED_VECTORS = 4_096
+"""Vectors kept for texts that come back at once: rows skipped while apply held them, late inline results. 6 MB at
+384 dimensions."""
+
+
+SMALL_CALL_TEXTS = 16
+"""Calls up to this size are timed apart: what a text costs in a large call says little of what it costs alone."""
+
+SKIPPED = 0.9
+"""Each small call that is skipped as too slow lowers its estimate by this, so that a passing slowness is not held
+for ever."""
+
+
+class Desk:
+    """One embedder, used by as many callers at a time as it can serve."""
+
+    def __init__(
+        self, embedder: Embedder, metrics: Metrics, clock: Callable[[], float], live_wait_s: float = LIVE_WAIT_S
+    ) -> None:
+        self.embedder = embedder
+        self.places = embedder.concurrency
+        """How many calls may run at the same time."""
+        self._metrics = metrics
+        self._clock = clock
+        self._free = anyio.Semaphore(self.places)
+        self._under_way: dict[bytes, anyio.Event] = {}
+        self._made: OrderedDict[bytes, FloatVector] = OrderedDict()
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self._lengths = Lengths(embedder.tokenizer_json)
+        self._tokens: OrderedDict[bytes, int] = OrderedDict()
+        """Of texts that were measured; others are estimated."""
+        # Where several calls run at a time, one of them ends soon, and each costs a journey to the provider.
+        self._call_s = live_wait_s / CALLS_AHEAD * min(self.places, LONGEST_CALLS)
+        self.call_tokens = float(FIRST_TOKENS)
+        """How many tokens a call may have, so that it takes no longer than its share of what a live change may wait."""
+        self._seconds_per_text = 0.0
+        self._small_seconds_per_text = 0.0
+        self.ready = anyio.Event()
+        self.problem: CdcsyncError | None = None
+        self.tracing = Tracing()
+        self.far_behind: Callable[[], bool] = lambda: False
+        """Whether the stream is so late that texts applied now are likely to change again at once."""
+
+    async def run(self) -> None:
+        """Load the model, trying again while that may help, then hold the inline calls until cancelled."""
+        attempt = 0
+        while True:
+            try:
+                await self.embedder.open()
+                break
+            except CdcsyncError as error:
+                self.problem = error
+                if error.retry is Retry.AUTOMATIC:
+                    log.warning("embedder_unavailable", embedder=self.embedder.name, error=str(error))
+                else:
+                    # Text, metadata and deletes go on. What someone has to mend may be on the provider's side, so that
+                    # nobody restarts this worker for it.
+                    log.error("embedder_unusable", embedder=self.embedder.name, error=str(error), fix=error.hint)
+                await anyio.sleep(backoff_s(attempt, most=60))
+                attempt += 1
+        self.problem = None
+        log.info("embedder_ready", embedder=self.embedder.name, model=self.embedder.identity)
+        async with anyio.create_task_group() as self._tasks:
+            self.ready.set()
+            await anyio.sleep_forever()
+
+    @property
+    def idle(self) -> bool:
+        """Whether a call could begin now."""
+        return self.ready.is_set() and self._tasks is not None and self._free.value > 0
+
+    def free_within(self, seconds: float) -> bool:
+        """Whether a call could begin now, or after what is under way has likely ended in this time."""
+        loaded = self.ready.is_set() and self._tasks is not None
+        return self.idle or (loaded and self._seconds_per_text * len(self._under_way) <= seconds)
+
+    async def measure(self, texts: Mapping[bytes, str]) -> dict[bytes, int]:
+        """Return each text's number of tokens by its hash; what is in a window is measured once."""
+        counted = await anyio.to_thread.run_sync(self._lengths.of, list(texts.values()))
+        tokens = dict(zip(texts, counted, strict=True))
+        self._tokens.update(tokens)
+        while len(self._tokens) > 2 * WINDOW_TEXTS * MOST_WINDOWS:
+            self._tokens.popitem(last=False)
+        return tokens
+
+    def batch(self, texts: Mapping[bytes, str]) -> int:
+        """Return how many of these texts, from the first on, the next call should have; at least one."""
+        wanted: list[str] = []
+        tokens = 0
+        # Where several calls run at a time, each gets its share of what there is.
+        share = max(SMALL_CALL_TEXTS, -(-len(texts) // self.places))
+        for one, text in islice(texts.items(), min(share, WINDOW_TEXTS)):
+            tokens += self._size(one, text)
+            if wanted and tokens > self.call_tokens:
+                break
+            wanted.append(text)
+        return self.embedder.fitting(wanted)
+
+    def _size(self, one: bytes, text: str) -> int:
+        return self._tokens.get(one) or estimate(text)
+
+    @property
+    def window_texts(self) -> int:
+        """How many texts a window should have."""
+        return WINDOW_TEXTS * min(self.places, MOST_WINDOWS)
+
+    def remembered(self, hashes: Iterable[bytes]) -> dict[bytes, FloatVector]:
+        """Return the vectors that were made recently for these texts."""
+        return {one: self._made[one] for one in hashes if one in self._made}
+
+    async def embed(self, texts: Mapping[bytes, str]) -> dict[bytes, FloatVector]:
+        """Return the vector of each text by its hash, calling the model for those not made recently or under way.
+
+        :raises EmbedderUnavailable: the model or provider fails as a whole.
+        :raises TextRejected: one of the texts cannot be embedded.
+        """
+        made: dict[bytes, FloatVector] = {}
+        waited: set[bytes] = set()
+        while missing := {one: text for one, text in texts.items() if one not in made}:
+            known = self.remembered(missing)
+            made.update(known)
+            self.avoided("remembered", len(known.keys() - waited))
+            self.avoided("under_way", len(known.keys() & waited))
+            others = {one: self._under_way[one] for one in missing if one in self._under_way}
+            waited.update(others)
+            ours = {one: text for one, text in missing.items() if one not in known and one not in others}
+            if ours:
+                made.update(await self._claim(ours))
+            elif others:
+                # Whoever called for these has no call of ours to wait for: a caller's own calls come first.
+                await next(iter(others.values())).wait()
+        return made
+
+    async def embed_within(self, texts: Mapping[bytes, str], budget_s: float) -> dict[bytes, FloatVector]:
+        """Return what can be embedded within the budget; nothing when the desk is busy or would take longer.
+
+        A call that overruns goes on by itself and its result is remembered.
+        """
+        made = self.remembered(texts)
+        missing = {one: text for one, text in texts.items() if one not in made}
+        if (
+            not missing
+            or not self.free_within(budget_s / 2)
+            or not self._in_time(len(missing), budget_s)
+            or self.embedder.fitting(list(missing.values())) < len(missing)
+            or self.far_behind()
+        ):
+            self.avoided("remembered", len(made))
+            return made
+        done = anyio.Event()
+
+        async def call() -> None:
+            try:
+                made.update(await self.embed(missing))
+            except CdcsyncError as error:
+                # The texts stay in the backlog, where the loop meets the same error and deals with it.
+                log.debug("inline_embedding_failed", embedder=self.embedder.name, error=str(error))
+            finally:
+                done.set()
+
+        assert self._tasks is not None
+        self._tasks.start_soon(call)
+        with anyio.move_on_after(budget_s):
+            await done.wait()
+        return dict(made)
+
+    def _in_time(self, texts: int, budget_s: float) -> bool:
+        """Say whether a small call is likely to fit; what did not fit is tried again after some that were skipped."""
+        if self._small_seconds_per_text * texts <= budget_s:
+            return True
+        self._small_seconds_per_text *= SKIPPED
+        return False
+
+    def texts_within(self, seconds: float) -> int:
+        """Return how many texts are likely to take no longer than this; 0 before the first call: nobody knows."""
+        if not self.ready.is_set() or not self._seconds_per_text:
+            return 0
+        return int(seconds / self._seconds_per_text)
+
+    def forget(self) -> None:
+        """Forget the vectors made recently: someone wants them made anew."""
+        self._made.clear()
+
+    def avoided(self, reason: str, texts: int) -> None:
+        """Count texts that need no call; docs/embedders.md tells the reasons."""
+        if texts > 0:
+            self._metrics.embed_avoided.labels(self.embedder.name, reason).inc(texts)
+
+    async def _claim(self, texts: Mapping[bytes, str]) -> dict[bytes, FloatVector]:
+        """Call the model for texts that nobody else is calling for, once there is a place."""
+        done = anyio.Event()
+        self._under_way.update(dict.fromkeys(texts, done))
+        try:
+            async with self._free:
+                return await self._call(texts)
+        finally:
+            for one in texts:
+                del self._under_way[one]
+            done.set()
+
+    async def _call(self, texts: Mapping[bytes, str]) -> dict[bytes, FloatVector]:
+        await self.ready.wait()
+        name = self.embedder.name
+        started = self._clock()
+        try:
+            with self.tracing.call(name, texts.keys()):
+                vectors = await self.embedder.embed(list(texts.values()))
+            validate(vectors, len(texts), self.embedder.dimensions)
+        except EmbedError as error:
+            self._metrics.embed_errors.labels(name, type(error).__name__).inc()
+            # One that hangs before it fails is no quick one, whatever it was before.
+            self._seconds_per_text = max(self._seconds_per_text, (self._clock() - started) / len(texts))
+            raise
+        elapsed = self._clock() - started
+        self._metrics.embed_texts.labels(name).inc(len(texts))
+        self._metrics.embed_seconds.labels(name).observe(elapsed)
+        each = elapsed / len(texts)
+        self._seconds_per_text = _smoothed(self._seconds_per_text, each)
+        if len(texts) <= SMALL_CALL_TEXTS:
+            self._small_seconds_per_text = _smoothed(self._small_seconds_per_text, each)
+        tokens = sum(self._size(one, text) for one, text in texts.items())
+        self._metrics.embed_tokens.labels(name).inc(tokens)
+        self._pace(tokens, elapsed)
+        made = dict(zip(texts, vectors, strict=True))
+        self._made.update(made)
+        while len(self._made) > REMEMBERED_VECTORS:
+            self._made.popitem(last=False)
+        return made
+
+    def _pace(self, tokens: int, elapsed: float) -> None:
+        """Learn from a call how large the next ones may be.
+
+        A call that had fewer tokens than it might have says little, unless it took too long all the same.
+        """
+        if elapsed > self._call_s or tokens >= self.call_tokens / 2:
+            wanted = tokens * self._call_s / max(elapsed, 1e-6)
+            least, most = self.call_tokens / MOST_GROWTH, self.call_tokens * MOST_GROWTH
+            self.call_tokens = max(1.0, min(most, max(least, wanted), float(MOST_CALL_TOKENS)))
+
+
+def _smoothed(before: float, now: float) -> float:
+    return now if not before else 0.8 * before + 0.2 * now
+
+
+def vector_text(vector: FloatVector) -> str:
+    """Return a vector in pgvector's text form, exact to the last bit of a float32."""
+    return "[" + ",".join([str(value) for value in cast(list[float], vector.tolist())]) + "]"

@@ -1,0 +1,193 @@
+"""The loop that empties one index's backlog."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+
+import anyio
+import structlog
+
+from cdcsync.backoff import backoff_s
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TargetUnavailable, TextRejected, leading
+from cdcsync.flows.embed.commits import Commits
+from cdcsync.flows.embed.dispatcher import Desk
+from cdcsync.flows.embed.pool import Pool
+from cdcsync.metrics import Metrics
+from cdcsync.model.changeset import LIVE, FloatVector
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import speaking_of
+from cdcsync.target.backlog import Waiting
+
+log = structlog.get_logger()
+
+HOLD_S = 10.0
+"""How long the loop waits for a stream that is far behind: a restart's worth of changes is applied by then, and a text
+that changed several times is embedded once. A stream that stays behind gets vectors all the same."""
+
+HOLD_POLL_S = 0.05
+
+STORE_TEXTS = 128
+"""Vectors stored in one transaction: apply waits for one that holds a chunk which changed again, some 0.2 s."""
+
+POLL_S = 5.0
+"""How often the backlog is looked at without a word from apply: postponed texts become due by themselves."""
+
+
+class EmbedLoop:
+    """Empties one index's backlog for ever."""
+
+    def __init__(self, pool: Pool, spec: IndexSpec, desk: Desk, metrics: Metrics) -> None:
+        self._pool = pool
+        self._spec = spec
+        self._desk = desk
+        self._metrics = metrics
+        self._wake = anyio.Event()
+        self._live = False
+        self._failure: EmbedderUnavailable | EmbedderSetupError | None = None
+        self._outage = 0
+        self._target_outage = 0
+        self._held = False
+        self.commits = Commits()
+        """When the texts that apply put into the backlog were committed."""
+        self.drained: Callable[[], None] = lambda: None
+        """Called each time nothing is left that is due."""
+        self.problem: str | None = None
+        """Why nothing is being embedded just now, for the status page."""
+
+    def notify(self, *, live: bool) -> None:
+        """Say that the backlog has grown; `live` that some of it should not wait behind a window."""
+        self._live = self._live or live
+        self._wake.set()
+
+    def avoided(self, reason: str, texts: int) -> None:
+        """Count texts of this index that need no call."""
+        self._desk.avoided(reason, texts)
+
+    async def run(self) -> None:
+        """Embed until cancelled, connecting again whenever the target was away."""
+        await self._desk.ready.wait()
+        while True:
+            try:
+                with speaking_of("target", where=f"index {self._spec.name}"):
+                    await self._drain_for_ever()
+            except TargetUnavailable as error:
+                log.warning("target_unavailable", index=self._spec.name, loop="embed", error=str(error))
+                self._metrics.reconnects.labels("target").inc()
+                await anyio.sleep(backoff_s(self._target_outage, first=0.2, most=15))
+                self._target_outage += 1
+
+    async def _drain_for_ever(self) -> None:
+        while True:
+            self._wake = anyio.Event()
+            self._live = False
+            await self._hold_while_far_behind()
+            if await self._window(lane=None) == 0:
+                self.drained()
+                with anyio.move_on_after(POLL_S):
+                    await self._wake.wait()
+
+    async def _hold_while_far_behind(self) -> None:
+        """Let the stream catch up, once for each time that it falls behind."""
+        if self._desk.far_behind() and not self._held:
+            for _ in range(round(HOLD_S / HOLD_POLL_S)):
+                await anyio.sleep(HOLD_POLL_S)
+                if not self._desk.far_behind():
+                    break
+        self._held = self._desk.far_behind()
+
+    async def _window(self, *, lane: int | None) -> int:
+        """Embed one window of due texts and return how many there were."""
+        async with self._pool.backlog(self._spec) as backlog:
+            window = await backlog.window(self._desk.window_texts, lane=lane)
+        self._target_outage = 0
+        # Texts of about the same length together: a batch is padded to its longest.
+        tokens = await self._desk.measure({waiting.hash: waiting.text for waiting in window})
+        window.sort(key=lambda waiting: (waiting.lane, tokens[waiting.hash]))
+        found = len(window)
+        # One batch more than can be embedded at a time is under way, which is stored meanwhile.
+        slots = anyio.Semaphore(self._desk.places + 1)
+        try:
+            async with anyio.create_task_group() as tasks:
+                while window and self._failure is None:
+                    if self._live and lane is None and window[0].lane > 0:
+                        self._live = False
+                        while await self._window(lane=0):
+                            pass
+                    size = self._desk.batch({one.hash: one.text for one in window})
+                    batch, window = window[:size], window[size:]
+                    await slots.acquire()
+                    tasks.start_soon(self._one_batch, batch, slots)
+        except BaseExceptionGroup as group:
+            raise leading(group) from None
+        await self._rest()
+        return found
+
+    async def _one_batch(self, batch: Sequence[Waiting], slots: anyio.Semaphore) -> None:
+        try:
+            # Texts that changed again while they waited in the window are not worth a call.
+            async with self._pool.backlog(self._spec) as backlog:
+                waiting = await backlog.still_waiting([one.hash for one in batch])
+            self._desk.avoided("superseded", len(batch) - len(waiting))
+            if (batch := [one for one in batch if one.hash in waiting]) and self._failure is None:
+                await self._batch(batch)
+        except (EmbedderUnavailable, EmbedderSetupError) as error:
+            # The provider is down or refuses us, not the text: nobody's attempt.
+            self._failure = error
+        finally:
+            slots.release()
+
+    async def _rest(self) -> None:
+        """Wait after an outage was noticed, longer each time."""
+        error, self._failure = self._failure, None
+        if error is None:
+            return
+        self.problem = str(error)
+        asked = error.retry_after_s if isinstance(error, EmbedderUnavailable) else None
+        delay = asked or backoff_s(self._outage, most=60)
+        log.warning(
+            "embedder_unavailable", embedder=self._desk.embedder.name, error=str(error), delay_s=round(delay, 1)
+        )
+        self._outage += 1
+        await anyio.sleep(delay)
+
+    async def _batch(self, batch: Sequence[Waiting]) -> None:
+        """Embed and store texts, down to those that cannot be."""
+        try:
+            made = await self._desk.embed({waiting.hash: waiting.text for waiting in batch})
+        except (EmbedderUnavailable, EmbedderSetupError):
+            raise
+        except EmbedError as error:
+            if len(batch) > 1:
+                middle = len(batch) // 2
+                await self._batch(batch[:middle])
+                await self._batch(batch[middle:])
+                return
+            (poison,) = batch
+            log.warning("text_not_embedded", index=self._spec.name, attempts=poison.attempts + 1, error=str(error))
+            async with self._pool.backlog(self._spec) as backlog:
+                await backlog.postpone(
+                    [poison.hash], str(error), delay_s=backoff_s(poison.attempts), final=isinstance(error, TextRejected)
+                )
+            return
+        self._outage = 0
+        self.problem = None
+        await self._store(made)
+        now = datetime.now(UTC)
+        for one in batch:
+            if one.lane == LIVE:
+                committed = self.commits.of(one.commit_lsn) or one.applied_at
+                self._metrics.vector_freshness.observe(max(0.0, (now - committed).total_seconds()))
+
+    async def _store(self, made: Mapping[bytes, FloatVector]) -> None:
+        """Store vectors, a part at a time, over as many connections as there are."""
+        items = list(made.items())
+        async with anyio.create_task_group() as tasks:
+            for at in range(0, len(items), STORE_TEXTS):
+                tasks.start_soon(self._store_part, dict(items[at : at + STORE_TEXTS]))
+
+    async def _store_part(self, part: Mapping[bytes, FloatVector]) -> None:
+        async with self._pool.backlog(self._spec) as backlog:
+            stored = await backlog.store(part)
+        self._desk.avoided("shared", stored - len(part))
+        self._metrics.vectors.labels(self._spec.name, "backlog").inc(stored)

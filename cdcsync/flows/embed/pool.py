@@ -1,0 +1,81 @@
+"""The connections to the target that the embed loops of a worker share.
+
+A connection serves any index: what it needs for one, a stage for vectors, is made when it first serves that index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+import psycopg
+from psycopg.pq import TransactionStatus
+
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.target.backlog import Backlog
+
+PER_INDEX = 2
+"""Connections for each index: inserting into HNSW costs the server about a millisecond of one processor for each
+vector, which is more than a fast model or provider takes to make it."""
+
+MOST = 8
+"""Connections of a worker, however many indexes it has: a server's default is 100 for everybody, and more than its
+processors gain nothing."""
+
+
+class _Session:
+    """A connection with the backlogs that it has served."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._backlogs: dict[str, Backlog] = {}
+
+    async def backlog(self, schema: str, spec: IndexSpec) -> Backlog:
+        if spec.name not in self._backlogs:
+            backlog = Backlog(self.connection, schema, spec)
+            await backlog.open()
+            self._backlogs[spec.name] = backlog
+        return self._backlogs[spec.name]
+
+
+class Pool:
+    """Lends connections, opened when they are needed, and closes those that broke.
+
+    :param indexes: how many indexes share it.
+    """
+
+    def __init__(self, dsn: str, schema: str, indexes: int) -> None:
+        self._dsn = dsn
+        self._schema = schema
+        self._free = anyio.Semaphore(min(PER_INDEX * indexes, MOST))
+        self._idle: list[_Session] = []
+
+    @asynccontextmanager
+    async def backlog(self, spec: IndexSpec) -> AsyncIterator[Backlog]:
+        """Lend a connection to an index's backlog that nobody else uses meanwhile, as soon as there is one.
+
+        :raises TargetUnavailable, SetupError: as `connect`.
+        """
+        async with self._free:
+            session = self._idle.pop() if self._idle else await self._open()
+            try:
+                yield await session.backlog(self._schema, spec)
+            finally:
+                self._idle.append(session)
+                if session.connection.info.transaction_status != TransactionStatus.IDLE:
+                    # What broke this connection has most likely broken the others.
+                    await self.aclose()
+
+    async def _open(self) -> _Session:
+        return _Session(await connect(self._dsn, "target", application_name="cdcsync embed"))
+
+    async def aclose(self) -> None:
+        """Close the connections that nobody uses; the next use opens another."""
+        idle, self._idle = self._idle, []
+        with anyio.CancelScope(shield=True):
+            for session in idle:
+                with contextlib.suppress(psycopg.Error):
+                    await session.connection.close()

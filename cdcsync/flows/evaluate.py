@@ -1,0 +1,379 @@
+"""Evaluate: how much of what an exact search finds do searches by HNSW find?
+
+    sample of stored vectors ─► each one: by HNSW, for every ef_search ─┐
+                                          exactly, without the index   ─┴─► recall ─► stored, status, metrics
+
+Stored vectors stand for queries: they lie where the index has something to find, and need neither a model nor labelled
+questions. So this measures the index, not the model. A vector's own chunk is left out of both answers, as it would be
+found for nothing. Distances are compared and not ids: what is as near as the last of the k nearest is a hit, whichever
+of the equals an exact search happens to return.
+
+All answers to one query are of one snapshot, and nothing is written but the outcome.
+
+Source: pgvector's README (HNSW query options; monitoring recall); PostgreSQL, "Query Planning", enable_indexscan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from time import perf_counter
+from typing import Any, cast
+
+import anyio
+import msgspec
+import psycopg
+import structlog
+from psycopg import sql
+
+from cdcsync.backoff import backoff_s
+from cdcsync.errors import CdcsyncError, SetupError, Unavailable, UsageError
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.target import evaluations
+from cdcsync.target.ddl.relations import OPERATORS, Names, vector_schema
+from cdcsync.target.evaluations import USUAL_K, Evaluation, Measured
+from cdcsync.target.search import check_where, nearest_statement, refusal, stored_spec, tune
+
+log = structlog.get_logger()
+
+QUERIES = 100
+"""With k = 10, a thousand neighbours: the mean is good to about a hundredth."""
+
+MAX_EF_SEARCH = 1_000
+"""pgvector's upper bound of hnsw.ef_search; a search cannot return more than that."""
+
+MAX_K = MAX_EF_SEARCH - 1
+"""The query's own chunk takes a place."""
+
+DRAWN = 4
+"""So many ids are drawn for each query wanted: some meet the same vector, or a gap."""
+
+
+class Sparing(msgspec.Struct, frozen=True):
+    """What an evaluation may cost the target.
+
+    :ivar statement_s: seconds that one search may take; 0 for any time.
+    :ivar most_s: no search is begun after so many seconds of searching.
+    :ivar share: the share of the time that searches run; the rest is left to others.
+    """
+
+    statement_s: float = 0.0
+    most_s: float = math.inf
+    share: float = 1.0
+
+
+UNBOUNDED = Sparing()
+"""For an operator, who can see how long it takes."""
+
+UNHURRIED = Sparing(statement_s=30.0, most_s=60.0, share=0.2)
+"""For the worker: it has time, and an exact search reads the whole table. Where one takes longer than that, an operator
+evaluates when the target is idle."""
+
+
+class _Answers(msgspec.Struct):
+    """What was found with one ef_search, query after query."""
+
+    recalls: list[float] = []
+    milliseconds: list[float] = []
+    by_hnsw: bool = False
+
+
+async def evaluate(
+    connection: Connection,
+    schema: str,
+    spec: IndexSpec,
+    *,
+    queries: int = QUERIES,
+    k: int = USUAL_K,
+    ef_search: Sequence[int] = (),
+    where: str | None = None,
+    sparing: Sparing = UNBOUNDED,
+) -> Evaluation:
+    """Measure an index's recall and the time that searches take; reads only.
+
+    :param connection: a session on the target, in autocommit.
+    :param spec: the index as it is stored, see `stored_spec`.
+    :param queries: how many stored vectors are searched with; all, where there are no more.
+    :param ef_search: how far HNSW looks, one measurement for each; without any, as far as this session does anyway.
+    :param where: an SQL condition on key and carried columns of what is found, as a search has it.
+    :raises UsageError: `queries`, `k`, `ef_search` or `where` cannot be used.
+    :raises SetupError: there is nothing to evaluate yet, or a search took longer than it may.
+    :raises TargetUnavailable: the target does not answer now.
+    """
+    _check(queries, k, ef_search)
+    check_where(where)
+    names = Names(schema, spec.name)
+    with speaking_of("target", where=f"index {spec.name}"):
+        await _refuse_without_hnsw(connection, schema, spec)
+        extension = await vector_schema(connection)
+        sample = await _sample(connection, names, extension, spec, queries)
+        if not sample:
+            raise SetupError(
+                "the index has no vectors to search with",
+                where=f"index {spec.name}",
+                hint="`cdcsync status` tells what it waits for",
+            )
+        # Known to the server from here on, as the sample had it load the extension.
+        cursor = await connection.execute("SELECT current_setting('hnsw.ef_search')::int")
+        usual = cast(tuple[int], await cursor.fetchone())[0]
+        statement = nearest_statement(schema, extension, spec, where)
+        answers = {one: _Answers() for one in dict.fromkeys(ef_search or (usual,))}
+        exact_ms: list[float] = []
+        spent = 0.0
+        for own, vector in sample:
+            if spent > sparing.most_s:
+                break
+            started = perf_counter()
+            async with _snapshot(connection, spec, where, sparing):
+                await _search_all_ways(connection, statement, (own, vector), k, answers, exact_ms, where)
+            took = perf_counter() - started
+            spent += took
+            await anyio.sleep(took * (1 / sparing.share - 1))
+    if not any(one.recalls for one in answers.values()):
+        if where is None:
+            raise SetupError(
+                "the index has too few vectors: each is compared with the others",
+                where=f"index {spec.name}",
+                hint="evaluate it when more rows have come",
+            )
+        raise UsageError("the condition leaves nothing to find", where=f"--where {where}", hint="check its values")
+    return Evaluation(
+        index=spec.name,
+        generation=spec.generation,
+        k=k,
+        queries=len(exact_ms),
+        exact_mean_ms=_mean(exact_ms),
+        exact_p95_ms=_p95(exact_ms),
+        measured=[
+            Measured(
+                ef_search=far,
+                recall=round(sum(one.recalls) / len(one.recalls), 6),
+                usual=far == usual,
+                by_hnsw=one.by_hnsw,
+                mean_ms=_mean(one.milliseconds),
+                p95_ms=_p95(one.milliseconds),
+            )
+            for far, one in answers.items()
+        ],
+        evaluated_at=datetime.now(UTC),
+    )
+
+
+def _check(queries: int, k: int, ef_search: Sequence[int]) -> None:
+    for value, most, option in (
+        (queries, 100_000, "--queries"),
+        (k, MAX_K, "-k"),
+        *((one, MAX_EF_SEARCH, "--ef-search") for one in ef_search),
+    ):
+        if not 1 <= value <= most:
+            raise UsageError(f"{value} is out of range", where=option, hint=f"give 1 to {most:,}")
+
+
+async def _refuse_without_hnsw(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Refuse an index that is searched without HNSW yet: there is nothing to compare.
+
+    :raises SetupError: it is.
+    """
+    cursor = await connection.execute(
+        sql.SQL(
+            "SELECT i.state, EXISTS (SELECT FROM pg_index AS x JOIN pg_class AS c ON c.oid = x.indexrelid"
+            " JOIN pg_am AS a ON a.oid = c.relam"
+            " WHERE a.amname = 'hnsw' AND x.indisvalid AND x.indrelid = to_regclass(%s)) FROM {} AS i WHERE i.name = %s"
+        ).format(sql.Identifier(schema, "indexes")),
+        [Names(schema, spec.name).vectors(spec.generation).as_string(connection), spec.name],
+    )
+    state, built = await cursor.fetchone() or ("gone", False)
+    if built:
+        return
+    building = state == "building"
+    raise SetupError(
+        "it is still being built: HNSW comes last" if building else f"it has no HNSW index, and is {state}",
+        where=f"index {spec.name}",
+        hint="`cdcsync status` shows how far it is" if building else "`cdcsync status` tells what is wrong",
+    )
+
+
+async def _sample(
+    connection: Connection, names: Names, extension: str, spec: IndexSpec, queries: int
+) -> list[tuple[int, str]]:
+    """Return ids and vectors, chosen at random through the primary key: a few pages are read, however large it is.
+
+    A vector after a gap in the ids is a little more likely. One that is at no distance from anything (all zeros, by
+    cosine) is in no HNSW index, and is not chosen.
+    """
+    cursor = await connection.execute(
+        sql.SQL(
+            "WITH ends AS (SELECT min(chunk_id) AS low, max(chunk_id) AS high FROM {vectors}),"
+            " drawn AS MATERIALIZED (SELECT CASE WHEN high - low < {draws} THEN low + n - 1"
+            " ELSE low + floor(random() * (high - low + 1))::bigint END AS id"
+            " FROM ends, generate_series(1, {draws}) AS n WHERE low + n - 1 <= high),"
+            " met AS MATERIALIZED (SELECT DISTINCT v.chunk_id FROM drawn CROSS JOIN LATERAL"
+            " (SELECT chunk_id FROM {vectors} WHERE chunk_id >= id ORDER BY chunk_id LIMIT 1) AS v)"
+            " SELECT v.chunk_id, v.embedding::text FROM met JOIN {vectors} AS v USING (chunk_id)"
+            " WHERE v.embedding OPERATOR({extension}.{operator}) v.embedding <> 'NaN'::float8"
+            " ORDER BY random() LIMIT {queries}"
+        ).format(
+            vectors=names.vectors(spec.generation),
+            draws=sql.Literal(DRAWN * queries),
+            queries=sql.Literal(queries),
+            extension=sql.Identifier(extension),
+            operator=sql.SQL(OPERATORS[spec.distance]),
+        )
+    )
+    return cast(list[tuple[int, str]], await cursor.fetchall())
+
+
+@asynccontextmanager
+async def _snapshot(
+    connection: Connection, spec: IndexSpec, where: str | None, sparing: Sparing
+) -> AsyncIterator[None]:
+    """Have everything inside see one moment, and read only.
+
+    :raises SetupError: a search took longer than it may.
+    :raises UsageError: the server refuses the condition.
+    """
+    try:
+        async with connection.transaction():
+            await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            if sparing.statement_s:
+                milliseconds = max(1, round(sparing.statement_s * 1000))
+                await connection.execute(sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(milliseconds)))
+                # One process, however large the table is.
+                await connection.execute("SET LOCAL max_parallel_workers_per_gather = 0")
+            yield
+    except psycopg.Error as error:
+        if not sparing.statement_s or not isinstance(error, psycopg.errors.QueryCanceled):
+            raise refusal(error, spec, where) from error
+        raise SetupError(
+            f"a search took longer than {sparing.statement_s:g} s",
+            where=f"index {spec.name}",
+            hint=f"`cdcsync evaluate {spec.name}` takes the time it needs: run it when the target is idle",
+        ) from error
+
+
+async def _search_all_ways(
+    connection: Connection,
+    statement: sql.Composed,
+    query: tuple[int, str],
+    k: int,
+    answers: dict[int, _Answers],
+    exact_ms: list[float],
+    where: str | None,
+) -> None:
+    """Search for what is near one stored vector, with each ef_search and exactly, and add what came of it."""
+    own, vector = query
+    arguments = [vector, k + 1]  # one of them may be the vector itself
+    found = {}
+    for ef_search, one in answers.items():
+        await tune(connection, ef_search, filtered=where is not None)
+        if not exact_ms:
+            one.by_hnsw = await _orders_by_index(connection, statement, arguments)
+        found[ef_search] = await _search(connection, statement, arguments)
+    await connection.execute("SET LOCAL enable_indexscan = off")
+    rows, milliseconds = await _search(connection, statement, arguments)
+    nearest = _distances(rows, own)[:k]
+    if not nearest:
+        return
+    exact_ms.append(milliseconds)
+    for ef_search, (rows, milliseconds) in found.items():
+        hits = sum(distance <= nearest[-1] for distance in _distances(rows, own)[:k])
+        answers[ef_search].recalls.append(hits / len(nearest))
+        answers[ef_search].milliseconds.append(milliseconds)
+
+
+async def _search(
+    connection: Connection, statement: sql.Composed, arguments: list[object]
+) -> tuple[list[tuple[int, float]], float]:
+    """Return what is found, and how many milliseconds that took."""
+    cursor = psycopg.AsyncRawCursor(connection)
+    started = perf_counter()
+    await cursor.execute(statement, arguments, prepare=False)
+    rows = await cursor.fetchall()
+    return cast(list[tuple[int, float]], rows), (perf_counter() - started) * 1000
+
+
+def _distances(rows: Sequence[tuple[int, float]], own: int) -> list[float]:
+    """Return the distances of all but the query itself, and of what has one, the nearest first."""
+    return sorted(distance for id_, distance in rows if id_ != own and not math.isnan(distance))
+
+
+async def _orders_by_index(connection: Connection, statement: sql.Composed, arguments: list[object]) -> bool:
+    """Say whether the planner takes the order from an index, as it does with HNSW, and sorts nothing itself."""
+    cursor = psycopg.AsyncRawCursor(connection)
+    await cursor.execute(sql.SQL("EXPLAIN (FORMAT JSON) ") + statement, arguments, prepare=False)
+    row = await cursor.fetchone()
+    assert row is not None
+    return any("Order By" in node for node in _nodes(row[0][0]["Plan"]))
+
+
+def _nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    return [plan, *(node for child in plan.get("Plans", ()) for node in _nodes(child))]
+
+
+def _mean(milliseconds: Sequence[float]) -> float:
+    return round(sum(milliseconds) / len(milliseconds), 3)
+
+
+def _p95(milliseconds: Sequence[float]) -> float:
+    """Return the least figure that 95 of 100 do not exceed."""
+    return round(sorted(milliseconds)[math.ceil(0.95 * len(milliseconds)) - 1], 3)
+
+
+async def evaluate_for_ever(
+    dsn: str, schema: str, specs: Sequence[IndexSpec], *, every_s: float, sparing: Sparing = UNHURRIED
+) -> None:
+    """Evaluate each live index once in `every_s` seconds, one after the other, and store the outcome; until cancelled.
+
+    The status and the metrics show what is stored.
+    """
+    async with Session(dsn, "target", application_name="cdcsync evaluate") as target:
+        attempt = 0
+        while True:
+            await anyio.sleep(every_s if not attempt else backoff_s(attempt, most=every_s))
+            away = False
+            for spec in specs:
+                try:
+                    await _evaluate_live(await target.connection(), schema, spec, sparing)
+                except CdcsyncError as error:
+                    log.warning("evaluation_failed", index=spec.name, error=str(error), fix=error.hint)
+                    if isinstance(error, Unavailable):
+                        away = True
+                        break
+            attempt = attempt + 1 if away else 0
+
+
+async def _evaluate_live(connection: Connection, schema: str, spec: IndexSpec, sparing: Sparing) -> None:
+    """Evaluate an index that is live and has vectors, as it is stored now."""
+    with speaking_of("target", where=f"index {spec.name}"):
+        cursor = await connection.execute(
+            sql.SQL("SELECT generation FROM {} WHERE name = %s AND state = 'live'").format(
+                sql.Identifier(schema, "indexes")
+            ),
+            [spec.name],
+        )
+        row = await cursor.fetchone()
+        if row is None:
+            return
+        vectors = Names(schema, spec.name).vectors(row[0])
+        cursor = await connection.execute(sql.SQL("SELECT EXISTS (SELECT FROM {} OFFSET 1)").format(vectors))
+        if await cursor.fetchone() != (True,):
+            return
+        found = await evaluate(
+            connection, schema, await stored_spec(connection, schema, spec.name, spec.config), sparing=sparing
+        )
+        not_stored = await evaluations.store(connection, schema, found)
+    (measured,) = found.measured
+    log.info(
+        "evaluated",
+        index=spec.name,
+        recall=measured.recall,
+        k=found.k,
+        ef_search=measured.ef_search,
+        queries=found.queries,
+        by_hnsw=measured.by_hnsw,
+    )
+    if not_stored is not None:
+        log.warning("evaluation_not_stored", index=spec.name, reason=not_stored)

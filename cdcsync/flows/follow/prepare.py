@@ -1,0 +1,215 @@
+"""From a batch to what is to be written: the part of apply that needs no target transaction.
+
+    batch ─► unchanged TOAST re-read ─► documents ─► stored hashes ─► chunks of what changed ─► vectors that are
+    ready in time
+
+Reading the stored hashes outside the apply transaction is safe because the lock's holder is the only writer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import anyio
+import anyio.to_thread
+import msgspec
+import structlog
+
+from cdcsync.documents.chunks import Chunk, Chunker
+from cdcsync.documents.templates import Rendering
+from cdcsync.errors import DocumentError, SchemaChanged, SetupError
+from cdcsync.flows.backfill.preparing import Prepared
+from cdcsync.flows.embed import Desk, vector_text
+from cdcsync.metrics import Metrics
+from cdcsync.model.batch import IndexChanges
+from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, FailedDocument, Kept
+from cdcsync.model.rows import Delete, Key, Row, Upsert, complete
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Session, speaking_of
+from cdcsync.source.tables import SourceTable
+from cdcsync.target.apply import IndexWriter
+
+log = structlog.get_logger()
+
+THREAD_CHARACTERS = 20_000
+"""More text than this is chunked in a thread: below it, the hand-over costs more than the splitting."""
+
+REPORTED_ERRORS = 10
+"""Errors of a batch that are logged: what fails for all rows may say something else of each."""
+
+VISIBILITY_POLL_S = 0.05
+"""How often a re-read is repeated while the source still hides the transaction: mostly it is a matter of
+microseconds."""
+
+
+class _Rendered(msgspec.Struct, frozen=True):
+    """An upsert with its document."""
+
+    change: Upsert
+    lane: int
+    document: Rendering
+
+
+class Preparer:
+    """Prepares the batches of one index."""
+
+    def __init__(
+        self, spec: IndexSpec, chunker: Chunker, desk: Desk, table: SourceTable, source: Session, metrics: Metrics
+    ) -> None:
+        self._spec = spec
+        self._chunker = chunker
+        self._desk = desk
+        self._table = table
+        self._source = source
+        self._metrics = metrics
+
+    async def prepare(self, changes: IndexChanges, writer: IndexWriter) -> ChangeSet:
+        """Return what the changes of this index come to.
+
+        :raises SourceUnavailable, TargetUnavailable: nothing is lost by preparing the same changes again.
+        """
+        deletions = [change for change in changes.live.values() if isinstance(change, Delete)]
+        deleted = [change.key for change in deletions if not change.as_written]
+        absent = [change.key for change in deletions if change.as_written]
+        upserts = [(change, LIVE) for change in changes.live.values() if isinstance(change, Upsert)]
+        upserts += [(change, BACKFILL) for change in changes.filled.values()]
+        upserts = await self._complete(upserts)
+        failed: dict[Key, DocumentError] = {}
+        rendered = await self._render(upserts, failed)
+        stored: dict[Key, bytes] = {}
+        fresh = bool(changes.filled) and not (changes.known or changes.live or changes.truncated)
+        if not (changes.truncated or fresh):
+            with speaking_of("target", where=f"index {self._spec.name}"):
+                stored = await writer.stored_hashes([*deleted, *absent, *(one.change.key for one in rendered)])
+        kept = []
+        changed = []
+        for one in rendered:
+            if stored.get(one.change.key) == one.document.hash and not (changes.rewrite and one.lane == BACKFILL):
+                kept.append(Kept(one.change.key, self._carried(one.change), one.change.lsn))
+            else:
+                changed.append(one)
+        self._metrics.documents_unchanged.labels(self._spec.name).inc(len(kept))
+        split = iter(await self._split([one for one in changed if not isinstance(one.change, Prepared)], failed))
+        self._report(failed)
+        chunks = [one.change.chunks if isinstance(one.change, Prepared) else next(split) for one in changed]
+        documents = [
+            Document(
+                one.change.key,
+                self._carried(one.change),
+                one.document.hash,
+                cut,
+                one.change.lsn,
+                one.lane,
+                one.change.key in stored,
+            )
+            for one, cut in zip(changed, chunks, strict=True)
+        ]
+        self._desk.tracing.follow((one.commit_lsn, chunk.hash) for one in documents for chunk in one.chunks)
+        vectors = await self._vectors_in_time(documents, writer)
+        pages = {id(change.vectors): change.vectors for change, _ in upserts if isinstance(change, Prepared)}
+        made = {one: vector for page in pages.values() for one, vector in page.items()}
+        if not fresh:
+            waiting = {chunk.hash for one in documents for chunk in one.chunks} & made.keys()
+            vectors |= {one: vector_text(made[one]) for one in waiting}
+        return ChangeSet(
+            truncated=changes.truncated,
+            deleted=[] if changes.truncated else deleted,
+            kept=kept,
+            documents=documents,
+            vectors=vectors,
+            fresh=fresh,
+            made=made,
+            absent=[] if changes.truncated else absent,
+            failed=[
+                FailedDocument(one.key, str(failed[one.key]), one.commit_lsn) for one in documents if one.key in failed
+            ],
+        )
+
+    def _carried(self, change: Upsert) -> Row:
+        return self._spec.shape.carried_of(change.row)
+
+    async def _complete(self, upserts: list[tuple[Upsert, int]]) -> list[tuple[Upsert, int]]:
+        """Read again the rows whose unchanged TOAST values nothing in the batch tells.
+
+        A row that is gone by now is left out: the change that took it away is still to come.
+        """
+        partial = [change for change, _ in upserts if not complete(change.row)]
+        if not partial:
+            return upserts
+        rows = await self._reread(partial)
+        self._metrics.rereads.labels(self._spec.name).inc(len(partial))
+        completed = []
+        for change, lane in upserts:
+            if complete(change.row):
+                completed.append((change, lane))
+            elif (row := rows.get(change.key)) is not None:
+                completed.append((Upsert(change.shape, change.key, row, change.xid, change.lsn), lane))
+        return completed
+
+    async def _reread(self, changes: Sequence[Upsert]) -> Mapping[Key, Row]:
+        keys = [change.key for change in changes]
+        while True:
+            try:
+                with speaking_of("source", where=str(self._spec.shape.table)):
+                    page = await self._table.by_keys(await self._source.connection(), keys)
+            except SetupError as error:
+                raise SchemaChanged(
+                    f"rows cannot be read again: {error.message}",
+                    index=self._spec.name,
+                    where=str(self._spec.shape.table),
+                    hint=error.hint,
+                ) from error
+            hidden = {change.xid for change in changes if not page.snapshot.sees(change.xid)}
+            if not hidden:
+                return {self._spec.shape.key_of(row): row for row in page.rows}
+            # Delivered before it is visible: it waits for a synchronous standby.
+            log.debug("reread_waits", index=self._spec.name, transactions=len(hidden))
+            await anyio.sleep(VISIBILITY_POLL_S)
+
+    async def _render(self, upserts: Sequence[tuple[Upsert, int]], failed: dict[Key, DocumentError]) -> list[_Rendered]:
+        """Make documents; that of a row which fails is empty, and noted in `failed`."""
+        render = self._spec.render
+
+        def all_of_them() -> list[_Rendered]:
+            rendered = []
+            for change, lane in upserts:
+                try:
+                    document = change.document if isinstance(change, Prepared) else render(change.row)
+                except DocumentError as error:
+                    failed[change.key] = error
+                    document = Rendering("")
+                rendered.append(_Rendered(change, lane, document))
+            return rendered
+
+        return await anyio.to_thread.run_sync(all_of_them) if self._spec.documents.by_code else all_of_them()
+
+    async def _split(self, rendered: Sequence[_Rendered], failed: dict[Key, DocumentError]) -> list[list[Chunk]]:
+        """Cut documents; one that fails has no chunks, and is noted in `failed`."""
+
+        def fail(place: int, error: DocumentError) -> None:
+            failed[rendered[place].change.key] = error
+
+        documents = [one.document for one in rendered]
+        if sum(len(document.text) for document in documents) < THREAD_CHARACTERS and not self._chunker.by_code:
+            return self._chunker.split_all(documents, fail)
+        return await anyio.to_thread.run_sync(self._chunker.split_all, documents, fail)
+
+    def _report(self, failed: Mapping[Key, DocumentError]) -> None:
+        """Say why rows have no place in the index now; which they are, the target knows from the next commit on."""
+        name = self._spec.name
+        self._metrics.document_failures.labels(name).inc(len(failed))
+        for error, rows in Counter(map(str, failed.values())).most_common(REPORTED_ERRORS):
+            log.warning("document_failed", index=name, error=error, failed=rows, fix=f"cdcsync failures {name} list")
+
+    async def _vectors_in_time(self, documents: Sequence[Document], writer: IndexWriter) -> dict[bytes, str]:
+        """Embed a small live batch here and now, if the desk is free and the budget allows."""
+        texts = {chunk.hash: chunk.text for one in documents if one.lane == LIVE for chunk in one.chunks}
+        budget_s = self._spec.config.inline_budget_ms / 1000
+        if not 0 < len(texts) <= self._spec.config.inline_max_chunks or not self._desk.free_within(budget_s / 2):
+            return {}
+        with speaking_of("target", where=f"index {self._spec.name}"):
+            for known in await writer.known_vectors(list(texts)):
+                del texts[known]
+        made = await self._desk.embed_within(texts, budget_s)
+        return {one: vector_text(vector) for one, vector in made.items()}

@@ -1,0 +1,258 @@
+"""The replay flow: what is asked for is checked, written down as a request, and followed until it has been served.
+
+    arguments ─► checked against both servers ─► request row + NOTIFY ─► whichever worker runs ─► followed
+
+A request needs nothing but the target. The source is asked only where there is a condition to check. A key is given as
+its column's text; the key of several columns is a JSON array of their texts, in their order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import cast
+
+import anyio
+import msgspec
+import psycopg
+from psycopg import sql
+
+from cdcsync.config import Config
+from cdcsync.config.names import quote
+from cdcsync.errors import SetupError, UsageError
+from cdcsync.model.rows import Key
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection, first_line, passing, speaking_of, translate
+from cdcsync.preflight import build_embedders, examine
+from cdcsync.source.catalog import read_publication
+from cdcsync.source.relations import read_table
+from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
+from cdcsync.target.keys import canonical
+from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.requests import Request, Requests, Wish
+from cdcsync.target.search import stored_spec
+
+KEYS_AT_ONCE = 10_000
+"""Keys in one query."""
+
+TRIED_ROWS = 100
+"""Rows that a condition is tried on: enough to see that it neither writes nor fails at once."""
+
+FOLLOW_S = 0.2
+"""How often a request is looked at."""
+
+
+class Replay(msgspec.Struct, frozen=True):
+    """What is to be read again: all rows, those that `where` holds for, or those of `keys`."""
+
+    where: str | None = None
+    keys: tuple[Key, ...] | None = None
+    force_embed: bool = False
+    rewrite: bool = False
+    max_rows_per_s: int | None = None
+
+
+# -- what is there ----------------------------------------------------------------------------------------------
+
+
+async def open_index(target: Connection, config: Config, name: str, *, even_paused: bool = False) -> IndexSpec:
+    """Return an index as the target holds it.
+
+    :param even_paused: for what changes only requests.
+    :raises UsageError: the configuration has no such index.
+    :raises SetupError: the target holds no such index, or it is paused.
+    """
+    spec = await stored_spec(target, config.target.schema, name, config.index_named(name))
+    with speaking_of("target", where=f"index {name}"):
+        cursor = await target.execute(
+            sql.SQL("SELECT state, reason, slot FROM {} WHERE name = %s").format(
+                sql.Identifier(config.target.schema, "indexes")
+            ),
+            [name],
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        raise SetupError(
+            "the index is being dropped", where=f"index {name}", hint="`cdcsync status` shows what is there"
+        )
+    state, reason, slot = row
+    if slot != config.source.slot:
+        raise SetupError(
+            f"the index belongs to the pipeline of slot {slot}", where=f"index {name}", hint="use its configuration"
+        )
+    if state == "paused" and not even_paused and not await _mended(target, config, name):
+        raise SetupError(
+            f"the index is paused: {reason or 'no reason is stored'}",
+            where=f"index {name}",
+            hint="mend what is said there, then start the worker again: it reads the whole table anew",
+        )
+    return spec
+
+
+async def _mended(target: Connection, config: Config, name: str) -> bool:
+    """Say whether a worker that began now would resume a paused index; one that runs has the old configuration."""
+    with speaking_of("target"):
+        holder = await Pipelines(config.target.schema, config.source.slot).holder(target)
+    return holder is None and name not in (await examine(config, build_embedders(config, []))).broken
+
+
+async def as_on_source(source: Connection, publication: str, spec: IndexSpec) -> IndexSpec:
+    """Return the index with what only the source knows: its key's types there, and the publication's row filter.
+
+    :raises SetupError: the table or a column of its key is not there.
+    """
+    name = spec.shape.table
+    with speaking_of("source", where=str(name)):
+        table = await read_table(source, name)
+        published = await read_publication(source, publication)
+    missing = [column for column in spec.shape.columns if table is None or column not in table.columns]
+    if table is None or missing:
+        what = "the table is not there" if table is None else f"columns are missing: {', '.join(missing)}"
+        raise SetupError(what, where=f"source, table {name}", hint="`cdcsync check` says what the index needs")
+    sent = published.tables.get(name) if published is not None else None
+    return msgspec.structs.replace(
+        spec,
+        source_key_types=tuple(table.columns[column].type for column in spec.shape.key),
+        row_filter=sent.row_filter if sent is not None else None,
+    )
+
+
+# -- what is asked for ------------------------------------------------------------------------------------------
+
+
+def parse_key(text: str, spec: IndexSpec) -> Key:
+    """Read a key as it is typed: a single column's text as it is, several as a JSON array.
+
+    :raises UsageError: it has another number of columns, or one of them is NULL.
+    """
+    names = spec.shape.key
+    if len(names) == 1:
+        return (text,)
+    example = json.dumps([f"<{name}>" for name in names])
+    hint = f"the key is ({', '.join(map(quote, names))}): give a JSON array such as '{example}'"
+    try:
+        values = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    except ValueError:
+        raise UsageError(f"{text!r} is no JSON array", where="--key", hint=hint) from None
+    if not isinstance(values, list) or len(values) != len(names):
+        raise UsageError(f"{text} does not have {len(names)} values", where="--key", hint=hint)
+    if not all(isinstance(value, str | bool) for value in values):
+        raise UsageError(f"{text} holds something that is no value of a key", where="--key", hint=hint)
+    return tuple(value if isinstance(value, str) else str(value).lower() for value in values)
+
+
+async def canonical_keys(target: Connection, spec: IndexSpec, given: Iterable[str]) -> tuple[Key, ...]:
+    """Return the keys as the server renders them, each once, in the order given.
+
+    :raises UsageError: one is no value of the key's type, or there are none.
+    """
+    types = ", ".join(f"{quote(name)} {type_}" for name, type_ in zip(spec.shape.key, spec.key_types, strict=True))
+    parsed = [parse_key(text, spec) for text in given]
+    if not parsed:
+        raise UsageError("there is no key", where="--key", hint="give at least one, or leave the option out")
+    found: dict[Key, None] = {}
+    for start in range(0, len(parsed), KEYS_AT_ONCE):
+        try:
+            rendered = await canonical(target, spec, parsed[start : start + KEYS_AT_ONCE])
+        except psycopg.DataError as error:
+            raise UsageError(first_line(error), where="--key", hint=f"the key is ({types})") from None
+        except psycopg.Error as error:
+            raise translate(error, "target", where=f"index {spec.name}") from error
+        found.update(dict.fromkeys(rendered))
+    return tuple(found)
+
+
+async def check_where(source: Connection, spec: IndexSpec, where: str) -> None:
+    """Have the source read the condition, and try it on some rows, in a transaction that cannot write.
+
+    It is tried in brackets and without them: what is right in both places is one expression.
+
+    :raises UsageError: it is none, or does not work.
+    """
+    table = sql.Identifier(spec.shape.table.schema, spec.shape.table.name)
+    try:
+        await source.execute("BEGIN READ ONLY")
+        for before, after in (("(", ") IS TRUE"), ("CASE WHEN ", " THEN true END")):
+            cursor = psycopg.AsyncRawCursor(source)
+            # With a parameter the server takes a single statement only. No column is read that is not asked for: the
+            # role may not be allowed to.
+            tried = sql.SQL("(SELECT {} AS holds FROM {} AS t LIMIT {}) AS tried").format(
+                sql.SQL(before + where + after), table, sql.Literal(TRIED_ROWS)
+            )
+            await cursor.execute(sql.SQL("SELECT count(holds) + $1::int FROM {}").format(tried), [0])
+    except psycopg.Error as error:
+        if passing(error) and error.sqlstate != "25006":
+            raise translate(error, "source", where=str(spec.shape.table)) from error
+        raise UsageError(
+            first_line(error),
+            where=f"--where {where}",
+            hint=error.diag.message_hint or f"give one condition on the columns of {spec.shape.table} that only reads",
+        ) from None
+    finally:
+        if not source.closed:
+            await source.rollback()
+
+
+async def ask(target: Connection, schema: str, spec: IndexSpec, replay: Replay) -> int:
+    """Write the request down and wake the worker, if one runs; returns the request's number.
+
+    :raises SetupError: the index has been dropped meanwhile.
+    """
+    with speaking_of("target", where=f"index {spec.name}"):
+        async with target.transaction():
+            return await Requests(schema).add(
+                target,
+                spec.name,
+                "replay",
+                rewrite=replay.rewrite,
+                filter_=replay.where,
+                force_embed=replay.force_embed,
+                keys=replay.keys,
+                max_rows_per_s=replay.max_rows_per_s,
+            )
+
+
+async def change(target: Connection, schema: str, index: str, wish: Wish) -> list[int]:
+    """Pause, resume or cancel the requests of an index, and return their numbers.
+
+    :raises UsageError: there is none of which that can be said.
+    """
+    with speaking_of("target", where=f"index {index}"):
+        changed = await Requests(schema).wish(target, index, wish)
+    if not changed:
+        raise UsageError(
+            f"there is nothing to {wish}", where=f"index {index}", hint="`cdcsync status` shows what is under way"
+        )
+    return changed
+
+
+async def follow(target: Connection, schema: str, id_: int, show: Callable[[Request], None]) -> Request:
+    """Return the request once it has ended, showing it meanwhile.
+
+    :raises SetupError: it went with its index.
+    """
+    requests = Requests(schema)
+    while True:
+        with speaking_of("target"):
+            request = await requests.one(target, id_)
+        if request is None:
+            raise SetupError(
+                "the index was dropped", where=f"request {id_}", hint="`cdcsync status` shows what is there"
+            )
+        show(request)
+        if request.ended:
+            return request
+        await anyio.sleep(FOLLOW_S)
+
+
+async def backlog_left(target: Connection, schema: str, spec: IndexSpec) -> int:
+    """Return how many chunks wait for a vector."""
+    with speaking_of("target", where=f"index {spec.name}"):
+        cursor = await target.execute(
+            sql.SQL("SELECT count(*) FROM {} WHERE generation = {} AND attempts < {}").format(
+                Names(schema, spec.name).backlog, sql.Literal(spec.generation), sql.Literal(MAX_ATTEMPTS)
+            )
+        )
+        row = await cursor.fetchone()
+    assert row is not None
+    return cast(int, row[0])

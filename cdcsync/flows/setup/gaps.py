@@ -1,0 +1,113 @@
+"""Gaps: places where changes may have been lost between the checkpoint and what the slot can still send.
+
+Looked for at every connection, before one change is applied. Each error says how to go on; docs/operations.md,
+"After a gap", says what that costs.
+
+Source: PostgreSQL, "pg_replication_slots"; "Streaming Replication Protocol" (IDENTIFY_SYSTEM, TIMELINE_HISTORY).
+"""
+
+from __future__ import annotations
+
+from cdcsync.errors import GapError, SourceUnavailable
+from cdcsync.lsn import Lsn
+from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.source.catalog import Slot, read_slot
+from cdcsync.source.slot import ServerIdentity, SlotConnection
+from cdcsync.target.pipelines import PipelineState
+
+_RESYNC = (
+    'set source.on_gap = "resync" to read everything again with a new slot; docs/operations.md, "After a gap",'
+    " says what that costs"
+)
+
+
+async def refuse_standby(slot_connection: SlotConnection, source: Connection) -> None:
+    """Wait for a promotion: what a standby says of slots and WAL is no gap, only earlier.
+
+    :raises SourceUnavailable: one of the two sessions is on a standby.
+    """
+    with speaking_of("source"):
+        cursor = await source.execute("SELECT pg_is_in_recovery()")
+        row = await cursor.fetchone()
+    if row == (True,) or await slot_connection.in_recovery():
+        raise SourceUnavailable(
+            "the server is a standby just now",
+            where="source.dsn",
+            hint="name all hosts, and add target_session_attrs=primary, to go straight to the primary",
+        )
+
+
+async def refuse_moved(source: Connection, name: str, checkpoint: Lsn) -> None:
+    """See that nobody moved the slot between our look at it and the moment from which only we can.
+
+    :raises SourceUnavailable: look again.
+    """
+    with speaking_of("source", where=f"slot {name}"):
+        slot = await read_slot(source, name)
+    if slot is None or (slot.confirmed_flush is not None and slot.confirmed_flush > checkpoint):
+        raise SourceUnavailable("the slot was moved while we connected", where=f"slot {name}")
+
+
+async def refuse_gap(
+    slot_connection: SlotConnection, state: PipelineState, server: ServerIdentity, slot: Slot | None, name: str
+) -> None:
+    """Refuse a server that is not the one we followed, or that is behind us, and a slot that is ahead of us or gone.
+
+    :raises GapError: changes after the checkpoint may be missing.
+    """
+    where = f"slot {name}, checkpoint {state.checkpoint}"
+    assert state.checkpoint is not None
+    if state.system_identifier != server.system_identifier:
+        raise GapError(
+            f"this is another cluster than before (system identifier {server.system_identifier},"
+            f" was {state.system_identifier})",
+            where=where,
+            hint=f"point source.dsn at the old cluster; or {_RESYNC}",
+        )
+    if state.timeline is not None and server.timeline < state.timeline:
+        raise GapError(
+            f"the source is on timeline {server.timeline}, and the index has followed timeline {state.timeline}:"
+            " this server was left behind by a promotion, or restored",
+            where=where,
+            hint=f"point source.dsn at the present primary; or {_RESYNC}",
+        )
+    await _refuse_branch(slot_connection, state, server, name)
+    if server.lsn < state.checkpoint:
+        raise GapError(
+            f"the source's WAL ends at {server.lsn}, before the checkpoint: it was restored from a backup",
+            where=where,
+            hint=_RESYNC,
+        )
+    if slot is None:
+        raise GapError(
+            "the replication slot is gone: changes since the checkpoint cannot be received any more",
+            where=where,
+            hint=_RESYNC,
+        )
+    if slot.wal_status == "lost":
+        raise GapError(
+            "the replication slot has lost WAL that it still needed (max_slot_wal_keep_size)", where=where, hint=_RESYNC
+        )
+    if slot.confirmed_flush is not None and slot.confirmed_flush > state.checkpoint:
+        raise GapError(
+            f"the slot is ahead of the index: it was advanced to {slot.confirmed_flush} by someone else, recreated,"
+            " or the target fell back to an older state",
+            where=where,
+            hint=_RESYNC,
+        )
+
+
+async def _refuse_branch(
+    slot_connection: SlotConnection, state: PipelineState, server: ServerIdentity, name: str
+) -> None:
+    """Refuse a newer timeline that left ours before the checkpoint: what is indexed beyond never happened there."""
+    if state.timeline is None or server.timeline == state.timeline or state.checkpoint is None:
+        return
+    left_at = await slot_connection.end_of_timeline(state.timeline, server.timeline)
+    if left_at is None or left_at < state.checkpoint:
+        raise GapError(
+            f"the source's timeline {server.timeline} branched off at {left_at or 'an unknown place'}, before the"
+            " checkpoint: a standby was promoted that had not received all that is indexed",
+            where=f"slot {name}, checkpoint {state.checkpoint}",
+            hint=_RESYNC,
+        )

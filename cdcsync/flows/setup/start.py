@@ -1,0 +1,383 @@
+"""Set-up: what `run` creates once every check has passed, and where in the stream the pipeline begins or goes on.
+
+Target first, then publication, then slot: a crash anywhere in between is picked up where it was by the next start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import anyio
+import msgspec
+import psycopg
+import structlog
+from psycopg import sql
+
+from cdcsync.config import Config, QualifiedName
+from cdcsync.errors import GapError, SchemaChanged, SlotInUse
+from cdcsync.flows.setup.gaps import refuse_gap, refuse_standby
+from cdcsync.lsn import Lsn
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.source.catalog import (
+    FAILOVER_VERSION,
+    Slot,
+    blockers,
+    create_publication_statement,
+    publish_statement,
+    read_publication,
+    read_slot,
+    running_transactions,
+)
+from cdcsync.source.slot import ServerIdentity, SlotConnection
+from cdcsync.target.ddl.relations import create_index_relations
+from cdcsync.target.ddl.shared import create_shared
+from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.requests import Kind, Requests
+from cdcsync.target.session import ApplySession
+
+log = structlog.get_logger()
+
+WRITERS_REPORT_S = 5.0
+"""How often it is said which open transactions the creation of the slot waits for."""
+
+
+class StartingPoint(msgspec.Struct, frozen=True):
+    """Where a connection begins to stream.
+
+    :ivar anew: whether the pipeline begins there: what was before it says nothing about what follows.
+    :ivar server: the source as it was before the connection streamed.
+    """
+
+    checkpoint: Lsn
+    anew: bool
+    server: ServerIdentity
+
+
+async def set_up_shared(target: Connection, config: Config) -> None:
+    """Create pgvector, our schema and the pipeline's row, as far as they are missing."""
+    with speaking_of("target"):
+        async with target.transaction():
+            # Two workers that start together take turns here.
+            await target.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdcsync set-up', 0))")
+            cursor = await target.execute("SELECT 1 FROM pg_extension WHERE extname = 'vector'")
+            if await cursor.fetchone() is None:
+                await target.execute("CREATE EXTENSION vector SCHEMA public")
+            await create_shared(target, config.target.schema)
+            await Pipelines(config.target.schema, config.source.slot).ensure(target, config.source.publication)
+
+
+async def unpublished_tables(
+    source: Connection, config: Config, specs: Sequence[IndexSpec]
+) -> dict[QualifiedName, str]:
+    """Return the tables whose changes are not sent, or that are not the ones they were when we began, and why."""
+    name = config.source.publication
+    with speaking_of("source", where=f"publication {name}"):
+        publication = await read_publication(source, name)
+        cursor = await source.execute(
+            "SELECT c.oid::int8, n.nspname, c.relname,"
+            " c.relkind <> 'p' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid)"
+            " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY(%s::int8[]::oid[])",
+            [[spec.table_oid for spec in specs]],
+        )
+        found = await cursor.fetchall()
+    called = {oid: QualifiedName(schema, table) for oid, schema, table, _ in found}
+    parents = {oid for oid, _, _, has_children in found if has_children}
+    sent = publication.tables if publication is not None else {}
+    reasons = {}
+    for spec in specs:
+        table = spec.shape.table
+        if spec.table_oid not in called:
+            reasons[table] = "the table was dropped"
+        elif called[spec.table_oid] != table:
+            reasons[table] = f"the table is called {called[spec.table_oid]} now"
+        elif spec.table_oid in parents:
+            reasons[table] = "other tables inherit from the table now"
+        elif publication is None or table not in sent:
+            reasons[table] = f"the publication {name} does not send the table any more"
+        elif missing := {"insert", "update", "delete", "truncate"} - publication.operations:
+            reasons[table] = f"the publication {name} does not send {', '.join(sorted(missing))} any more"
+        elif sent[table].row_filter != spec.row_filter or spec.membership not in (None, sent[table].membership):
+            reasons[table] = f"the publication {name} sends other rows of the table than before"
+    return reasons
+
+
+async def set_up_indexes(
+    target: Connection, config: Config, specs: Sequence[IndexSpec], unpublished: Collection[QualifiedName]
+) -> None:
+    """Create or extend each index's relations, and ask for the backfill that its state calls for.
+
+    The relations, the index's row and the request commit together. An index that may have missed changes, because it
+    was paused, its table made anew or not published for a while, is read again whole and rid of orphans.
+
+    :param unpublished: tables whose changes have not been sent until now.
+    """
+    for spec in specs:
+        with speaking_of("target", where=f"index {spec.name}"):
+            try:
+                async with target.transaction():
+                    await create_index_relations(target, config.target.schema, spec)
+                    await _register(target, config, spec, unpublished)
+            except psycopg.errors.DependentObjectsStillExist as error:
+                raise SchemaChanged(
+                    f"the view {spec.config.view_name} has to change, and other objects depend on it",
+                    index=spec.name,
+                    where=str(spec.config.view_name),
+                    hint=f"drop them, start the worker again, then create them anew: {error.diag.message_detail}",
+                ) from error
+
+
+async def pause_indexes(target: Connection, config: Config, broken: Mapping[str, str]) -> None:
+    """Note why these indexes, which exist, cannot be followed."""
+    with speaking_of("target"):
+        for index, reason in broken.items():
+            await target.execute(
+                sql.SQL("UPDATE {} SET state = 'paused', reason = %s WHERE name = %s").format(
+                    sql.Identifier(config.target.schema, "indexes")
+                ),
+                [reason, index],
+            )
+
+
+async def _register(
+    target: Connection, config: Config, spec: IndexSpec, unpublished: Collection[QualifiedName]
+) -> None:
+    table = sql.Identifier(config.target.schema, "indexes")
+    cursor = await target.execute(
+        sql.SQL("SELECT fingerprint, columns, state, table_oid, sent, membership FROM {} WHERE name = %s").format(
+            table
+        ),
+        [spec.name],
+    )
+    before = await cursor.fetchone()
+    await target.execute(
+        sql.SQL(
+            "INSERT INTO {} AS i (name, slot, source_table, table_oid, view_name, key, columns, fingerprint,"
+            " generation, model, dimensions, vector_type, distance, sent, membership, state)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, 'building')"
+            " ON CONFLICT (name) DO UPDATE SET slot = excluded.slot, view_name = excluded.view_name,"
+            " columns = excluded.columns, fingerprint = excluded.fingerprint, table_oid = excluded.table_oid,"
+            " sent = excluded.sent, membership = coalesce(excluded.membership, i.membership),"
+            " state = CASE i.state WHEN 'paused' THEN 'building' ELSE i.state END, reason = NULL"
+        ).format(table),
+        [
+            spec.name,
+            config.source.slot,
+            str(spec.shape.table),
+            spec.table_oid,
+            str(spec.config.view_name),
+            list(spec.shape.key),
+            list(spec.shape.carried),
+            spec.fingerprint,
+            spec.generation,
+            spec.model,
+            spec.dimensions,
+            spec.config.vector_type,
+            spec.distance,
+            spec.sent,
+            spec.membership,
+        ],
+    )
+    request = _needed_backfill(spec, before, spec.shape.table in unpublished)
+    if request is not None:
+        kind, rewrite = request
+        requests = Requests(config.target.schema)
+        if kind == "resync":
+            await requests.reload(target, spec.name, rewrite=rewrite)
+        else:
+            await requests.add(target, spec.name, kind, rewrite=rewrite, filter_=None)
+        log.info("backfill_requested", index=spec.name, kind=kind, rewrite=rewrite)
+
+
+def _needed_backfill(spec: IndexSpec, before: tuple[Any, ...] | None, unpublished: bool) -> tuple[Kind, bool] | None:
+    """Return the kind of backfill that brings an index to its spec, and whether all is to be chunked again."""
+    if before is None:
+        return "initial", False
+    fingerprint, columns, state, table_oid, sent, membership = before
+    rewrite = fingerprint != spec.fingerprint
+    put_back = None not in (membership, spec.membership) and membership != spec.membership
+    if state == "paused" or unpublished or put_back or table_oid != spec.table_oid:
+        return "resync", rewrite
+    if sent is not None and _sent_otherwise(json.loads(sent), json.loads(spec.sent)):
+        # While nobody looked: what an ALTER TABLE or a new row filter makes of old rows is not in the stream.
+        return "resync", rewrite
+    if rewrite or set(spec.shape.carried) - set(columns):
+        return "replay", rewrite
+    return None
+
+
+def _sent_otherwise(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    types = before["types"]
+    changed = any(types.get(column, type_) != type_ for column, type_ in now["types"].items())
+    return changed or before["row_filter"] != now["row_filter"]
+
+
+async def set_up_publication(source: Connection, config: Config, unpublished: Collection[QualifiedName]) -> None:
+    """Create the publication, or add the tables it lacks.
+
+    It must exist before the slot does: a slot looks its publication up in the catalog of the past.
+    """
+    name = config.source.publication
+    tables = sorted(unpublished)
+    if not tables:
+        return
+    with speaking_of("source", where=f"publication {name}"):
+        publication = await read_publication(source, name)
+        if publication is None:
+            await source.execute(create_publication_statement(name, tables, version=source.info.server_version))
+            log.info("publication_created", publication=name, tables=[str(table) for table in tables])
+        elif missing := [table for table in tables if table not in publication.tables]:
+            await source.execute(publish_statement(name, missing))
+            log.info("publication_extended", publication=name, tables=[str(table) for table in missing])
+
+
+async def note_memberships(
+    source: Connection, target: Connection, config: Config, specs: Sequence[IndexSpec]
+) -> list[IndexSpec]:
+    """Store by which membership the publication has each table now, so that leaving it and coming back is noticed."""
+    with speaking_of("source", where=f"publication {config.source.publication}"):
+        publication = await read_publication(source, config.source.publication)
+    sent = publication.tables if publication is not None else {}
+    noted = []
+    for spec in specs:
+        membership = spec.membership
+        if membership is None and spec.shape.table in sent:
+            membership = sent[spec.shape.table].membership
+        # One that is another since the table was examined stays unknown here: the watch sees that it left meanwhile.
+        with speaking_of("target", where=f"index {spec.name}"):
+            await target.execute(
+                sql.SQL("UPDATE {} SET membership = %s WHERE name = %s AND membership IS DISTINCT FROM %s").format(
+                    sql.Identifier(config.target.schema, "indexes")
+                ),
+                [membership, spec.name, membership],
+            )
+        noted.append(msgspec.structs.replace(spec, membership=membership))
+    return noted
+
+
+async def refuse_early(source: Connection, session: ApplySession, config: Config) -> None:
+    """Look for a gap before anything is created: on a server that is not ours nothing may be.
+
+    :raises GapError: there is one, and the configuration does not say to heal it.
+    """
+    state = await session.state()
+    if state.checkpoint is None or config.source.on_gap == "resync":
+        return
+    async with await SlotConnection.connect(config.source.dsn) as slot_connection:
+        await refuse_standby(slot_connection, source)
+        server = await slot_connection.identify()
+        with speaking_of("source", where=f"slot {config.source.slot}"):
+            slot = await read_slot(source, config.source.slot)
+        await refuse_gap(slot_connection, state, server, slot, config.source.slot)
+
+
+async def starting_point(
+    slot_connection: SlotConnection, source: Connection, session: ApplySession, config: Config, indexes: Sequence[str]
+) -> StartingPoint:
+    """Return where to stream from; creates the slot where there is none.
+
+    After a gap, `source.on_gap = "resync"` makes a new slot and asks for a full backfill of every index.
+
+    :raises GapError: changes between the checkpoint and what the slot can send may be missing.
+    """
+    name = config.source.slot
+    state = await session.state()
+    await refuse_standby(slot_connection, source)
+    server = await slot_connection.identify()
+    with speaking_of("source", where=f"slot {name}"):
+        slot = await read_slot(source, name)
+    if state.checkpoint is None:
+        begin = await _first_position(slot_connection, source, slot, config)
+        await session.begin_at(begin, server.system_identifier, server.timeline)
+        return StartingPoint(begin, True, server)
+    try:
+        await refuse_gap(slot_connection, state, server, slot, name)
+    except GapError as gap:
+        if config.source.on_gap != "resync":
+            raise
+        log.error("gap", slot=name, error=str(gap), action="resync")
+        begin = await _resync(slot_connection, source, session, server, slot, config, indexes)
+        return StartingPoint(begin, True, server)
+    if state.timeline is not None and server.timeline > state.timeline:
+        await session.begin_at(state.checkpoint, server.system_identifier, server.timeline)
+        log.info("timeline_followed", slot=name, timeline=server.timeline)
+    assert slot is not None
+    await _let_standbys_have(slot_connection, slot, config)
+    return StartingPoint(state.checkpoint, False, server)
+
+
+async def _let_standbys_have(slot_connection: SlotConnection, slot: Slot, config: Config) -> None:
+    """Make the slot a failover slot where that is wanted and the server can."""
+    if config.source.failover and not slot.failover and slot_connection.version >= FAILOVER_VERSION:
+        await slot_connection.set_failover(slot.name)
+        log.info("slot_failover", slot=slot.name)
+
+
+async def _first_position(
+    slot_connection: SlotConnection, source: Connection, slot: Slot | None, config: Config
+) -> Lsn:
+    name = config.source.slot
+    if slot is not None and slot.wal_status == "lost":
+        with speaking_of("source", where=f"slot {name}"):
+            await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
+    elif slot is not None and slot.confirmed_flush is None:
+        raise SlotInUse(
+            "the slot is still being created by a session that was left behind",
+            where=f"slot {name}",
+            hint="it goes away with that session",
+        )
+    elif slot is not None:
+        # Nothing is indexed yet, so nothing can be missing: the initial load is still to come.
+        assert slot.confirmed_flush is not None
+        log.info("slot_adopted", slot=name, lsn=str(slot.confirmed_flush))
+        await _let_standbys_have(slot_connection, slot, config)
+        return slot.confirmed_flush
+    return await _create_slot(slot_connection, source, config)
+
+
+async def _create_slot(slot_connection: SlotConnection, source: Connection, config: Config) -> Lsn:
+    """Create the slot, and say who is in the way while that waits for open write transactions."""
+    name = config.source.slot
+    failover = config.source.failover and slot_connection.version >= FAILOVER_VERSION
+    log.info("slot_creating", slot=name)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_report_writers, source, name)
+        begin = await slot_connection.create_slot(name, failover=failover)
+        tasks.cancel_scope.cancel()
+    log.info("slot_created", slot=name, lsn=str(begin))
+    return begin
+
+
+async def _report_writers(source: Connection, name: str) -> None:
+    while True:
+        await anyio.sleep(WRITERS_REPORT_S)
+        with speaking_of("source"), anyio.CancelScope(shield=True):
+            sessions = await blockers(source, await running_transactions(source))
+        log.warning("slot_waits_for_transactions", slot=name, sessions=sessions)
+
+
+async def _resync(
+    slot_connection: SlotConnection,
+    source: Connection,
+    session: ApplySession,
+    server: ServerIdentity,
+    slot: Slot | None,
+    config: Config,
+    indexes: Sequence[str],
+) -> Lsn:
+    """Begin anew with a new slot; the index stays searchable while everything is read again.
+
+    First the old position is forgotten and the resync asked for, in one transaction: interrupted anywhere after
+    that, the next start begins as one without a position does.
+    """
+    name = config.source.slot
+    await session.forget_position(indexes)
+    log.info("resync_requested", slot=name, indexes=list(indexes))
+    if slot is not None:
+        with speaking_of("source", where=f"slot {name}"):
+            await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
+    begin = await _create_slot(slot_connection, source, config)
+    await session.begin_at(begin, server.system_identifier, server.timeline)
+    return begin

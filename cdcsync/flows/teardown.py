@@ -1,0 +1,279 @@
+"""The teardown flow: takes away what a pipeline left on the source, and on request the index itself.
+
+    lock ─► look ─► (purge: rows, view and tables in one transaction) ─► slot ─► publication
+
+1. The pipeline's lock is held throughout: a worker that runs is never pulled the rug from under, and none can start.
+2. Everything that could refuse is asked before anything is dropped.
+3. Each step finds its work done or does it, so an interrupted teardown is finished by the next one.
+
+Source: PostgreSQL, "Replication Management Functions", "DROP PUBLICATION", "Dependency Tracking".
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, LiteralString
+
+import msgspec
+import psycopg
+from psycopg import sql
+
+from cdcsync.config import Config
+from cdcsync.config.names import quote
+from cdcsync.errors import SetupError, SlotInUse
+from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.source.catalog import Publication, Slot, read_publication, read_server, read_slot
+from cdcsync.target.pipelines import Pipelines
+
+OURS = "cdcsync: "
+"""How the comments of what all pipelines of a schema share begin."""
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One thing that a teardown is about, and what became of it. `note` says why it was kept, and what to do."""
+
+    what: str
+    outcome: Literal["dropped", "absent", "kept"]
+    note: str | None = None
+
+
+class Belongings(msgspec.Struct, frozen=True):
+    """What a pipeline has in the target: its indexes by name, and their relations as SQL writes them."""
+
+    indexes: tuple[str, ...] = ()
+    views: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    source_tables: tuple[str, ...] = ()
+    set_up: bool = False
+    """Whether the pipeline's row is there."""
+
+
+async def read_belongings(config: Config) -> Belongings:
+    """Return what a purge would drop.
+
+    :raises TargetUnavailable, SetupError: the target cannot be asked.
+    """
+    async with Session(config.target.dsn, "target", application_name="cdcsync teardown") as session:
+        target = await session.connection()
+        with speaking_of("target"):
+            return await _belongings(target, config)
+
+
+async def tear_down(config: Config, *, purge: bool) -> list[Step]:
+    """Drop slot and publication on the source, and with `purge` what the pipeline has in the target.
+
+    :raises SetupError: a worker runs, the slot is not ours, or something depends on the index; nothing was dropped.
+    :raises SlotInUse: something else reads the slot; nothing was dropped.
+    :raises SourceUnavailable, TargetUnavailable: a server does not answer; the next teardown goes on from there.
+    """
+    async with (
+        Session(config.target.dsn, "target", application_name="cdcsync teardown") as target_session,
+        Session(config.source.dsn, "source", application_name="cdcsync teardown") as source_session,
+    ):
+        target = await target_session.connection()
+        await _lock(target, config)
+        source = await source_session.connection()
+        with speaking_of("target"):
+            belongings = await _belongings(target, config)
+            sharing = await _sharing(target, config)
+        with speaking_of("source"):
+            slot = await read_slot(source, config.source.slot)
+            server = await read_server(source)
+            publication = await read_publication(source, config.source.publication)
+        if slot is not None:
+            _refuse_slot(slot, server.database)
+        steps = [await _purge(target, config, belongings)] if purge else []
+        with speaking_of("source", where=f"slot {config.source.slot}"):
+            if slot is not None:
+                await source.execute("SELECT pg_drop_replication_slot(%s)", [slot.name])
+        steps.append(Step(f"slot {config.source.slot}", "absent" if slot is None else "dropped"))
+        steps.append(await _drop_publication(source, config, publication, belongings, sharing))
+        return steps
+
+
+async def _lock(target: Connection, config: Config) -> None:
+    """Take the pipeline's lock for as long as the session lasts."""
+    pipelines = Pipelines(config.target.schema, config.source.slot)
+    with speaking_of("target"):
+        if await pipelines.try_lock(target):
+            return
+        holder = await pipelines.holder(target)
+    raise SetupError(
+        "a worker runs for this pipeline" + (f" (its session in the target has pid {holder})" if holder else ""),
+        where=f"slot {config.source.slot}",
+        hint="stop it, and every standby, then tear down again",
+    )
+
+
+def _refuse_slot(slot: Slot, database: str) -> None:
+    where = f"slot {slot.name}"
+    if slot.plugin != "pgoutput" or slot.database != database:
+        described = f"of the database {slot.database}" if slot.database else "for physical replication"
+        raise SetupError(
+            f"the slot is not this pipeline's: it is {described}, with the plugin {slot.plugin or 'none'}",
+            where=where,
+            hint="correct source.slot or source.dsn",
+        )
+    if slot.active_pid is not None:
+        raise SlotInUse(
+            f"a process reads the slot that is not this pipeline's worker: source pid {slot.active_pid}",
+            where=where,
+            hint="end it, or wait until the server has noticed that it is gone, then tear down again",
+        )
+
+
+# -- target -----------------------------------------------------------------------------------------------------
+
+
+async def _belongings(target: Connection, config: Config) -> Belongings:
+    schema, slot = config.target.schema, config.source.slot
+    cursor = await target.execute(
+        "SELECT relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE nspname = %s",
+        [schema],
+    )
+    if not {"pipelines", "indexes"} <= {row[0] for row in await cursor.fetchall()}:
+        return Belongings()
+    rows = await _rows(
+        target,
+        sql.SQL("SELECT name, source_table FROM {} WHERE slot = %s ORDER BY name").format(
+            sql.Identifier(schema, "indexes")
+        ),
+        slot,
+    )
+    indexes = tuple(name for name, _ in rows)
+    tables = await _rows(target, _TABLES, [f"cdcsync index {name}: " for name in indexes], schema)
+    views = await _rows(target, _VIEWS, [oid for oid, _ in tables])
+    present = await _rows(
+        target, sql.SQL("SELECT FROM {} WHERE slot = %s").format(sql.Identifier(schema, "pipelines")), slot
+    )
+    return Belongings(
+        indexes=indexes,
+        views=tuple(name for (name,) in views),
+        tables=tuple(name for _, name in tables),
+        source_tables=tuple(table for _, table in rows),
+        set_up=bool(present),
+    )
+
+
+_TABLES: LiteralString = """
+    SELECT c.oid, format('%%I.%%I', n.nspname, c.relname)
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, unnest(%s::text[]) AS marker
+    WHERE n.nspname = %s AND c.relkind = 'r' AND starts_with(obj_description(c.oid, 'pg_class'), marker)
+    ORDER BY 2
+"""
+"""Every table of an index says so in its comment: of all generations, whatever made it."""
+
+_VIEWS: LiteralString = """
+    SELECT DISTINCT format('%%I.%%I', n.nspname, c.relname)
+    FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class c ON c.oid = r.ev_class
+    JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = ANY(%s::oid[]) AND c.relkind = 'v'
+        AND starts_with(obj_description(c.oid, 'pg_class'), 'cdcsync index ')
+    ORDER BY 1
+"""
+"""Our views on those tables, under whatever name the configuration once gave them; not those of users."""
+
+
+async def _sharing(target: Connection, config: Config) -> list[str]:
+    """Return the other pipelines of the schema that use the same publication."""
+    table = sql.Identifier(config.target.schema, "pipelines")
+    (present,) = await _rows(target, "SELECT to_regclass(%s) IS NOT NULL", table.as_string(target))
+    if not present[0]:
+        return []
+    statement = sql.SQL("SELECT slot FROM {} WHERE publication = %s AND slot <> %s ORDER BY slot").format(table)
+    return [slot for (slot,) in await _rows(target, statement, config.source.publication, config.source.slot)]
+
+
+async def _purge(target: Connection, config: Config, belongings: Belongings) -> Step:
+    """Drop views, tables and rows of the pipeline, and with the last pipeline of the schema what they shared."""
+    schema = config.target.schema
+    what = f"indexes {', '.join(belongings.indexes)}" if belongings.indexes else f"pipeline {config.source.slot}"
+    if not belongings.set_up:
+        return Step(f"{what} in the target", "absent")
+    try:
+        with speaking_of("target"):
+            async with target.transaction():
+                await _drop(target, "VIEW", belongings.views)
+                await _drop(target, "TABLE", belongings.tables)
+                for table in ("indexes", "pipelines"):
+                    await target.execute(
+                        sql.SQL("DELETE FROM {} WHERE slot = %s").format(sql.Identifier(schema, table)),
+                        [config.source.slot],
+                    )
+                if not await _rows(target, sql.SQL("SELECT FROM {}").format(sql.Identifier(schema, "pipelines"))):
+                    await _drop_shared(target, schema)
+    except SetupError as error:
+        if isinstance(error.__cause__, psycopg.errors.DependentObjectsStillExist):
+            detail = " ".join((error.__cause__.diag.message_detail or error.message).split())
+            raise SetupError(
+                "something that is not cdcsync's depends on the index",
+                where="target",
+                hint=f"drop that first: {detail}",
+            ) from error
+        raise
+    return Step(f"{what} in the target", "dropped")
+
+
+async def _drop_shared(target: Connection, schema: str) -> None:
+    """Drop the tables and functions that say they are ours, and the schema where it is empty and could be made anew."""
+    tables = await _rows(target, _SHARED_TABLES, schema, OURS)
+    await _drop(target, "TABLE", [name for (name,) in tables])
+    functions = await _rows(target, _SHARED_FUNCTIONS, schema, OURS)
+    await _drop(target, "FUNCTION", [name for (name,) in functions])
+    # One that an administrator made for a role that may not make schemas stays.
+    ((empty,),) = await _rows(target, _SCHEMA_IS_SPARE, schema, schema)
+    if empty:
+        await target.execute(sql.SQL("DROP SCHEMA {}").format(sql.Identifier(schema)))
+
+
+_SHARED_TABLES: LiteralString = """
+    SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = %s AND c.relkind = 'r' AND starts_with(obj_description(c.oid, 'pg_class'), %s)
+"""
+_SHARED_FUNCTIONS: LiteralString = """
+    SELECT p.oid::regprocedure::text FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+    WHERE n.nspname = %s AND starts_with(obj_description(p.oid, 'pg_proc'), %s)
+"""
+_SCHEMA_IS_SPARE: LiteralString = """
+    SELECT has_database_privilege(current_database(), 'CREATE')
+        AND EXISTS (SELECT FROM pg_namespace WHERE nspname = %s AND pg_has_role(nspowner, 'USAGE'))
+        AND NOT EXISTS (
+            SELECT FROM pg_depend WHERE refclassid = 'pg_namespace'::regclass AND deptype = 'n'
+                AND refobjid = (SELECT oid FROM pg_namespace WHERE nspname = %s))
+"""
+
+
+async def _drop(target: Connection, kind: LiteralString, names: list[str] | tuple[str, ...]) -> None:
+    """Drop all at once, so that references among them do not matter. The names come quoted from the server."""
+    if names:
+        listed = sql.SQL(", ").join(sql.SQL(name) for name in names)
+        await target.execute(sql.SQL("DROP " + kind + " {}").format(listed))
+
+
+# -- source -----------------------------------------------------------------------------------------------------
+
+
+async def _drop_publication(
+    source: Connection, config: Config, publication: Publication | None, belongings: Belongings, sharing: list[str]
+) -> Step:
+    name = config.source.publication
+    what = f"publication {name}"
+    if publication is None:
+        return Step(what, "absent")
+    by_hand = f"if nothing needs it, as its owner: DROP PUBLICATION {quote(name)}"
+    ours = {str(index.table_name) for index in config.indexes.values()} | set(belongings.source_tables)
+    if sharing:
+        return Step(what, "kept", f"the pipeline {', '.join(sharing)} uses it too")
+    if publication.all_tables:
+        return Step(what, "kept", f"it sends all tables, so cdcsync did not make it; {by_hand}")
+    if others := sorted(str(table) for table in publication.tables if str(table) not in ours):
+        return Step(what, "kept", f"it also sends {', '.join(others[:3])}, which is not indexed; {by_hand}")
+    if not publication.owned:
+        return Step(what, "kept", f"it belongs to another role; {by_hand}")
+    with speaking_of("source", where=what):
+        await source.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(name)))
+    return Step(what, "dropped")
+
+
+async def _rows(connection: Connection, statement: LiteralString | sql.Composed, *arguments: object) -> list[Any]:
+    cursor = await connection.execute(statement, arguments or None)
+    return await cursor.fetchall()

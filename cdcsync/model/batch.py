@@ -1,0 +1,178 @@
+"""A batch: the changes that one apply takes to the target, at most one per key.
+
+The rules:
+
+1. Within a batch the last change of a key wins; an unchanged TOAST value is taken from the change before it, when the
+   batch has one.
+2. A moved key is a deletion of the old key and an upsert of the new one.
+3. A TRUNCATE is a barrier: what came before it in the batch is moot, what comes after it is applied after it.
+4. The batch's position is the end of its last *complete* transaction. When it closes inside a large transaction, the
+   rows of that transaction are applied and the position stays before it; they are delivered again after a crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from cdcsync.lsn import Lsn
+from cdcsync.model.rows import Change, Delete, Key, Shape, Upsert, complete, fill
+from cdcsync.model.transactions import Committed
+
+ROW_OVERHEAD_BYTES = 200
+"""What a row costs in memory besides its text: two tuples, the change, a dictionary entry, string headers."""
+
+UNCHANGED_BYTES = 64 * 1024
+"""What a value that has to be read again is taken for until then: TOAST holds values from 2 kB to 1 GB."""
+
+RowChange = Upsert | Delete
+
+
+class PageEnd(msgspec.Struct, frozen=True):
+    """A backfill page whose rows are in this batch: its cursor commits together with them.
+
+    :ivar force_embed: keys of `index` whose vectors are to be made again, whatever their text.
+    """
+
+    backfill_id: int
+    phase: str
+    cursor: tuple[str, ...] | None
+    rows: int
+    done: bool
+    index: str = ""
+    force_embed: tuple[Key, ...] = ()
+
+
+class IndexChanges:
+    """The changes of one index in a batch."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.truncated = False
+        self.live: dict[Key, RowChange] = {}
+        """The last change of each key that came through the stream."""
+        self.filled: dict[Key, Upsert] = {}
+        """Rows that a backfill read; a key is never both here and in `live`."""
+        self.rewrite = False
+        """Whether the backfilled rows are to be chunked again even where the document is unchanged."""
+        self.known = False
+        """Whether the index may have documents of the backfilled rows."""
+
+    @property
+    def rows(self) -> int:
+        """How many keys change."""
+        return len(self.live) + len(self.filled)
+
+    def add(self, change: Change) -> None:
+        """Add the next change of the stream."""
+        if isinstance(change, Upsert):
+            before_key = change.key if change.moved_from is None else change.moved_from
+            row = change.row
+            if not complete(row):
+                before = self.live.get(before_key) or self.filled.get(before_key)
+                if isinstance(before, Upsert):
+                    row = fill(row, before.row)
+            if change.moved_from is not None:
+                self._put(Delete(change.shape, change.moved_from, change.xid, change.lsn))
+            if row is not change.row:
+                change = Upsert(change.shape, change.key, row, change.xid, change.lsn)
+            self._put(change)
+        elif isinstance(change, Delete):
+            self._put(change)
+        else:
+            self.truncated = True
+            self.live.clear()
+            self.filled.clear()
+
+    def add_page_row(self, row: Upsert | Delete) -> None:
+        """Add a row that a backfill read, or found missing, and that belongs here, at its page's mark."""
+        if isinstance(row, Delete):
+            if not isinstance(self.live.get(row.key), Delete):
+                self._put(row)
+        else:
+            # What the stream had for the key may have been preceded by more, in batches that are written already.
+            self.known = self.live.pop(row.key, None) is not None or self.known
+            self.filled[row.key] = row
+
+    def _put(self, change: RowChange) -> None:
+        self.filled.pop(change.key, None)
+        self.live[change.key] = change
+
+
+class Batch:
+    """Changes in the making; the stream adds, apply takes the whole."""
+
+    def __init__(self) -> None:
+        self.indexes: dict[str, IndexChanges] = {}
+        self.pages: list[PageEnd] = []
+        self.marks: list[str] = []
+        self.paused: dict[str, str] = {}
+        """Why indexes stop following their tables here; committed with the position, so that it cannot be forgotten."""
+        self.rows = 0
+        self.bytes = 0
+        self.transactions = 0
+        self.end_lsn: Lsn | None = None
+        self.commit_time_us: int | None = None
+        self.oldest_us: int | None = None
+        """When the first transaction that changed something here was committed."""
+        self.origins: dict[int, Any] = {}
+        """Where traced transactions come from, by the LSN that their changes carry."""
+        self.partial = False
+        """Whether the last transaction in it is not complete."""
+
+    def __bool__(self) -> bool:
+        return bool(self.indexes) or bool(self.paused)
+
+    def of(self, shape: Shape) -> IndexChanges:
+        """Return the changes of the shape's index, empty at first."""
+        changes = self.indexes.get(shape.index)
+        if changes is None:
+            changes = self.indexes[shape.index] = IndexChanges(shape)
+        return changes
+
+    def add(self, change: Change) -> None:
+        """Add the next change of the stream."""
+        self.of(change.shape).add(change)
+        self.partial = True
+        self.rows += 1
+        self.bytes += _size(change)
+
+    def add_page(
+        self,
+        shape: Shape,
+        rows: Sequence[Upsert | Delete],
+        end: PageEnd,
+        *,
+        mark: str,
+        rewrite: bool,
+        fresh: bool = False,
+    ) -> None:
+        """Add the rows of a backfill page, already rid of those that the stream overtook.
+
+        :param fresh: the index most likely has none of them.
+        """
+        changes = self.of(shape)
+        changes.rewrite = changes.rewrite or rewrite
+        changes.known = changes.known or not fresh
+        for row in rows:
+            changes.add_page_row(row)
+            self.bytes += _size(row)
+        self.rows += len(rows)
+        self.pages.append(end)
+        self.marks.append(mark)
+
+    def commit(self, transaction: Committed) -> None:
+        """Note that everything of a transaction has been added."""
+        self.transactions += 1
+        self.end_lsn = transaction.end_lsn
+        self.commit_time_us = transaction.commit_time_us
+        self.partial = False
+
+
+def _size(change: Change) -> int:
+    if isinstance(change, Upsert):
+        known = sum([len(value) for value in change.row if isinstance(value, str)])
+        return ROW_OVERHEAD_BYTES + known + (0 if complete(change.row) else UNCHANGED_BYTES)
+    return ROW_OVERHEAD_BYTES

@@ -1,0 +1,77 @@
+"""What one batch changes in one index, and what applying it did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from cdcsync.documents.chunks import Chunk
+from cdcsync.model.rows import Key, Row
+
+FloatVector = npt.NDArray[np.float32]
+"""`float32[dimensions]`, or `float32[n, dimensions]` of several."""
+
+
+LIVE, BACKFILL = 0, 1
+"""Lanes of the backlog: live changes are embedded first."""
+
+
+class Document(msgspec.Struct, frozen=True):
+    """A document whose chunks are to be replaced."""
+
+    key: Key
+    carried: Row
+    hash: bytes
+    chunks: Sequence[Chunk]
+    commit_lsn: int
+    lane: int
+    existed: bool
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """A document that did not change: only its carried columns may have."""
+
+    key: Key
+    carried: Row
+    commit_lsn: int
+
+
+class FailedDocument(msgspec.Struct, frozen=True):
+    """A row that no document could be made of, by the change at `commit_lsn`; the error names no value of the row."""
+
+    key: Key
+    error: str
+    commit_lsn: int
+
+
+class ChangeSet(msgspec.Struct, frozen=True):
+    """All that one batch changes in one index, with at most one entry per key."""
+
+    truncated: bool
+    deleted: list[Key]
+    kept: list[Kept]
+    documents: list[Document]
+    vectors: Mapping[bytes, str]
+    """Vectors computed already, in pgvector's text form, by the hash of their chunk's text."""
+    fresh: bool = False
+    """Whether the index most likely has none of the documents: it is then not asked, and finds out by itself."""
+    made: Mapping[bytes, FloatVector] = msgspec.field(default_factory=dict)
+    """Where `fresh`, vectors computed already."""
+    absent: Sequence[Key] = ()
+    """Keys that the source was found to lack. A row that has since come may be equal to the server and written
+    differently (1.00 for 1.0): only what the index writes just so is deleted."""
+    failed: Sequence[FailedDocument] = ()
+    """Which of `documents` could not be made, and why; they have no chunks."""
+
+
+class Applied(msgspec.Struct, frozen=True):
+    """What an apply did."""
+
+    chunks: int
+    deleted: int
+    reused: int
+    inline: int
+    queued: int

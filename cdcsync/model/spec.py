@@ -1,0 +1,59 @@
+"""What an index is to be: its configuration and the facts of its table and its model, put together."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+import msgspec
+
+from cdcsync.config import Index
+from cdcsync.documents.templates import Documents, Rendering
+from cdcsync.model.rows import Row, Shape
+
+Distance = Literal["cosine", "l2", "inner_product"]
+
+
+class IndexSpec(msgspec.Struct, frozen=True):
+    """One index as it is to be: configuration, table facts and model facts put together."""
+
+    name: str
+    config: Index
+    shape: Shape
+    documents: Documents
+    source_key_types: tuple[str, ...]
+    """The key's types on the source, for comparing there."""
+    key_types: tuple[str, ...]
+    """The key's types in the target."""
+    carried_types: tuple[str, ...]
+    model: str
+    dimensions: int
+    distance: Distance
+    fingerprint: str
+    """Identifies how documents and chunks are made: when it changes, every document is chunked again."""
+    row_filter: str | None = None
+    generation: int = 1
+    table_oid: int = 0
+    """The table's OID on the source: a table that was made anew under the same name has another one."""
+    source_types: tuple[str, ...] = ()
+    """The types on the source of all columns that are used."""
+    membership: int | None = None
+    """The OID of the table's row in pg_publication_rel, where it has one."""
+
+    def render(self, row: Row) -> Rendering:
+        """Return what a complete row comes to.
+
+        :raises DocumentError: a function of the user's fails for it.
+        """
+        return self.documents.render(self.shape.text_of(row))  # type: ignore[arg-type]
+
+    @property
+    def sent(self) -> str:
+        """How the source sends the table, as far as an index must be read again when it changes."""
+        types = dict(zip(self.shape.columns, self.source_types, strict=False))
+        return json.dumps({"types": types, "row_filter": self.row_filter})
+
+    @property
+    def vector_type(self) -> str:
+        """The type of the embedding column."""
+        return f"{self.config.vector_type}({self.dimensions})"

@@ -1,0 +1,232 @@
+"""From protocol messages to the changes of whole transactions.
+
+The rules:
+
+1. Outside a transaction only Begin, Relation, Type, Origin and Message may come; inside, anything but Begin.
+2. A transaction whose commit record begins before the checkpoint is skipped whole: a checkpoint is always the end of
+   a record, so that transaction ended at or before it.
+3. Relation messages belong to the connection. A new connection needs a new assembler.
+4. The stream tells tables apart by OID and the configuration by name. When a name passes from one to another, or a
+   table loses what an index needs, that index is lost: it would miss changes, or mix two tables. The others go on.
+5. Marks are logical messages under our prefix, written inside a transaction of their own: each is delivered after every
+   transaction that committed before it.
+
+Source: PostgreSQL, "Logical Streaming Replication Protocol"; src/backend/replication/pgoutput/pgoutput.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from cdcsync.config import QualifiedName
+from cdcsync.errors import ProtocolError, SchemaChanged
+from cdcsync.lsn import Lsn
+from cdcsync.model.rows import AGAIN, Change, Projection, Shape, Truncation
+from cdcsync.pgoutput.messages import (
+    Begin,
+    Commit,
+    Delete,
+    Insert,
+    Message,
+    Origin,
+    PgoutputMessage,
+    Relation,
+    Truncate,
+    Type,
+    Update,
+)
+
+MARK_PREFIX = "cdcsync"
+"""The prefix of our own logical messages."""
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """One of our own messages: a place in the stream that a backfill waits for."""
+
+    content: str
+    lsn: int
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """The end of a transaction: everything of it has been delivered.
+
+    :param end_lsn: the position to resume from once the transaction is in the target.
+    :param commit_time_us: microseconds since 2000-01-01 UTC.
+    """
+
+    end_lsn: Lsn
+    commit_time_us: int
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """From here on an index cannot follow its table: its changes are left out."""
+
+    index: str
+    error: SchemaChanged
+
+
+Event = Change | Mark | Committed | Lost
+
+NOTHING: tuple[Event, ...] = ()
+
+
+class Assembler:
+    """Follows one connection's messages and tells what they mean for the indexes."""
+
+    def __init__(self, tables: Mapping[tuple[str, str], Sequence[Shape]], checkpoint: Lsn) -> None:
+        """Begin at `checkpoint`; `tables` maps (schema, name) as the stream says it to the shapes of its indexes."""
+        self._tables = tables
+        self._checkpoint = checkpoint
+        self._projections: dict[int, tuple[Projection, ...]] = {}
+        self._oids: dict[tuple[str, str], int] = {}
+        self._types: dict[str, dict[str, tuple[int, int]]] = {}
+        self._lost: set[str] = set()
+        self._xid: int | None = None
+        self._lsn = 0
+        self._skipping = False
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction has begun and not ended."""
+        return self._xid is not None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a transaction has begun of which a `Committed` will tell the end."""
+        return self._xid is not None and not self._skipping
+
+    def feed(self, message: PgoutputMessage) -> Sequence[Event]:
+        """Take the next message and return what follows from it, in order.
+
+        :raises ProtocolError: the message may not come here.
+        """
+        kind = type(message)
+        if kind is Insert or kind is Update or kind is Delete:
+            return self._row(message)  # type: ignore[arg-type]
+        match message:
+            case Begin():
+                self._begin(message)
+            case Commit():
+                return self._commit(message)
+            case Relation():
+                return self._describe(message)
+            case Truncate():
+                xid = self._inside("Truncate")
+                if not self._skipping:
+                    return [
+                        Truncation(projection.shape, xid, self._lsn)
+                        for oid in message.relation_oids
+                        for projection in self._of(oid)
+                    ]
+            case Message():
+                if message.prefix == MARK_PREFIX and not self._skipping:
+                    return (Mark(message.content.decode("utf-8", "replace"), message.lsn),)
+            case Type() | Origin():
+                pass
+            case _:
+                raise ProtocolError(f"unexpected {kind.__name__} message: streaming and two-phase were not requested")
+        return NOTHING
+
+    def _describe(self, relation: Relation) -> Sequence[Event]:
+        """Find each index's columns in a table, or say why an index cannot follow it any more."""
+        name = (relation.namespace, relation.name)
+        lost: list[Event] = []
+        for followed, oid in list(self._oids.items()):
+            if oid == relation.oid and followed != name:
+                lost += self._lose(followed, f"the table is called {QualifiedName(*name)} now")
+        if self._oids.get(name, relation.oid) != relation.oid:
+            lost += self._lose(name, "another table has this name now")
+        shapes = [shape for shape in self._tables.get(name, ()) if shape.index not in self._lost]
+        types = {column.name: (column.type_oid, column.typmod) for column in relation.columns}
+        projections = []
+        for shape in shapes:
+            try:
+                projections.append(Projection(shape, relation))
+                self._check_types(shape, types)
+            except SchemaChanged as error:
+                lost.append(self._lost_event(shape, error))
+        self._oids[name] = relation.oid
+        self._projections[relation.oid] = tuple(one for one in projections if one.shape.index not in self._lost)
+        return lost
+
+    def _check_types(self, shape: Shape, types: Mapping[str, tuple[int, int]]) -> None:
+        """Notice that a column has another type than before: what that made of the old rows is not in the stream.
+
+        Before is at first when the table was looked at, which may be later than what the stream brings now: then the
+        values do not fit the types that the index was given.
+        """
+        mine = {name: types[name] for name in shape.columns}
+        looked_at = dict(zip(shape.columns, shape.types, strict=False))
+        before = self._types.setdefault(shape.index, looked_at or mine)
+        if changed := [name for name, type_ in mine.items() if before[name] != type_]:
+            raise SchemaChanged(
+                f"column {', '.join(changed)} changed its type",
+                index=shape.index,
+                where=str(shape.table),
+                hint=AGAIN,
+                passing=True,
+            )
+
+    def _lose(self, name: tuple[str, str], what: str) -> list[Event]:
+        events = []
+        for shape in self._tables.get(name, ()):
+            if shape.index not in self._lost:
+                hint = f"set indexes.{shape.index}.table to the table that is meant; then {AGAIN}"
+                error = SchemaChanged(what, index=shape.index, where=str(shape.table), hint=hint, passing=True)
+                events.append(self._lost_event(shape, error))
+        return events
+
+    def _lost_event(self, shape: Shape, error: SchemaChanged) -> Event:
+        self._lost.add(shape.index)
+        for oid, projections in self._projections.items():
+            self._projections[oid] = tuple(one for one in projections if one.shape.index != shape.index)
+        return Lost(shape.index, error)
+
+    def _row(self, message: Insert | Update | Delete) -> Sequence[Event]:
+        xid = self._inside(type(message).__name__)
+        projections = self._of(message.relation_oid)
+        if self._skipping or not projections:
+            return NOTHING
+        try:
+            return [self._change(projection, message, xid) for projection in projections]
+        except SchemaChanged as error:
+            # A row without its key: of two indexes on the table, the other one meets the same row.
+            return [*self._lost_by(error, projections), *self._row(message)]
+
+    def _change(self, projection: Projection, message: Insert | Update | Delete, xid: int) -> Event:
+        if isinstance(message, Insert):
+            return projection.inserted(message.new, xid, self._lsn)
+        if isinstance(message, Update):
+            return projection.updated(message.old_kind, message.old, message.new, xid, self._lsn)
+        return projection.deleted(message.old, xid, self._lsn)
+
+    def _lost_by(self, error: SchemaChanged, projections: Sequence[Projection]) -> list[Event]:
+        return [self._lost_event(one.shape, error) for one in projections if one.shape.index == error.index]
+
+    def _begin(self, message: Begin) -> None:
+        if self._xid is not None:
+            raise ProtocolError("a transaction began inside another one")
+        self._xid = message.xid
+        self._lsn = message.final_lsn
+        self._skipping = message.final_lsn < self._checkpoint
+
+    def _commit(self, message: Commit) -> Sequence[Event]:
+        self._inside("Commit")
+        self._xid = None
+        if self._skipping:
+            self._skipping = False
+            return NOTHING
+        return (Committed(message.end_lsn, message.commit_time_us),)
+
+    def _inside(self, name: str) -> int:
+        if self._xid is None:
+            raise ProtocolError(f"a {name} message came outside any transaction")
+        return self._xid
+
+    def _of(self, oid: int) -> tuple[Projection, ...]:
+        try:
+            return self._projections[oid]
+        except KeyError:
+            raise ProtocolError(f"a change of relation {oid} came before its description") from None

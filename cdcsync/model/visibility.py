@@ -1,0 +1,201 @@
+"""Which transactions a snapshot of the source sees, and what the stream delivered besides.
+
+A backfill reads pages of a table while the stream goes on. A page row may be applied at the page's mark
+unless a transaction that the page's snapshot does *not* see has touched that key and was already delivered:
+then the stream's version is newer and the page's is dropped.
+
+The rules:
+
+1. Compare transaction ids, never LSNs. A commit record can be in the WAL, and delivered to us, while new snapshots
+   still exclude the transaction: it leaves the list of running transactions only after waiting for a
+   synchronous standby.
+2. While an index is *recorded*, every key the stream touches is remembered with the last transaction that did so.
+3. A transaction delivered while the index was *not* recorded is a *suspect*: its keys are unknown, so no page may be
+   read by a snapshot that does not see it. So is every transaction that was running when the pipeline began to
+   receive, or when a table joined the publication: what it did before may never be delivered.
+4. What a snapshot sees, every later snapshot sees. Whatever the oldest snapshot that still matters sees is forgotten,
+   and not remembered when it is delivered only afterwards: a stream that is hours late brings nothing else.
+5. Of no more than `MOST_KEYS` keys the transactions are remembered. Beyond that they become suspects: a page that does
+   not see them has to be read again, and waits until it does.
+6. Of no more than `MOST_SUSPECTS` suspects each is known. Beyond that they are taken for all ids from the oldest to the
+   newest of them: a page then waits for transactions of others in between, too, and for none that began before.
+
+Source: PostgreSQL, "System Information Functions" (pg_snapshot); src/backend/access/transam/xact.c
+(RecordTransactionCommit, then ProcArrayEndTransaction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Self
+
+import msgspec
+
+from cdcsync.model.rows import Key
+
+MOST_KEYS = 100_000
+"""Keys remembered for an index, some 20 MB of them: more than are delivered while a page is under way, unless one
+transaction changes as many."""
+
+MOST_SUSPECTS = 100_000
+"""Suspects told apart for an index, some 10 MB of them: more than come in while pages are read, unless a read waits for
+a lock for long."""
+
+XID_SPAN = 1 << 32
+"""The stream carries transaction ids modulo this; snapshots carry them whole."""
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """What `pg_current_snapshot()` says: the 64-bit transaction ids that are finished, and those that are not.
+
+    Everything below `xmin` is finished, everything from `xmax` on is not, and `running` lists what is not in between.
+    So `running` alone does not name all that run: ids from `xmax` on can have been given out already. Whoever needs
+    them all takes an id first (`pg_current_xact_id`, in a transaction of its own), which moves `xmax` past them.
+    """
+
+    xmin: int
+    xmax: int
+    running: frozenset[int]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read PostgreSQL's `xmin:xmax:xip,…` form.
+
+        :raises ValueError: the text has another form.
+        """
+        xmin, xmax, running = text.split(":")
+        return cls(int(xmin), int(xmax), frozenset(int(xid) for xid in running.split(",") if xid))
+
+    def widen(self, xid: int) -> int:
+        """Return the 64-bit id of a 32-bit `xid` from the stream: the one nearest to this snapshot's end."""
+        distance = (xid - self.xmax) % XID_SPAN
+        if distance >= XID_SPAN // 2:
+            distance -= XID_SPAN
+        return self.xmax + distance
+
+    def sees(self, xid: int) -> bool:
+        """Say whether the effects of transaction `xid` (32 or 64 bits), if it committed, are in this snapshot."""
+        whole = self.widen(xid)
+        return whole < self.xmin or (whole < self.xmax and whole not in self.running)
+
+    def unseen_between(self, first: int, last: int) -> list[int]:
+        """Return the ids from `first` to `last` (32 or 64 bits) that this snapshot does not see.
+
+        Of those that were not given out yet when it was taken, only the last.
+        """
+        first, last = self.widen(first), self.widen(last)
+        found = [xid for xid in self.running if first <= xid <= last]
+        return found if last < self.xmax else [*found, last]
+
+
+class Deliveries:
+    """The memory of what the stream delivered for one index, as far as a later page has to know it."""
+
+    def __init__(self, most_keys: int = MOST_KEYS, most_suspects: int = MOST_SUSPECTS) -> None:
+        self._most_keys = most_keys
+        self._most_suspects = most_suspects
+        self._suspects: set[int] = set()
+        self._suspect_span: tuple[int, int] | None = None
+        """The oldest and the newest of the suspects that were too many to be told apart."""
+        self._keys: dict[Key, int] | None = None
+        self._truncated: int | None = None
+        self._seen: Snapshot | None = None
+
+    @property
+    def recording(self) -> bool:
+        """Whether keys are being remembered."""
+        return self._keys is not None
+
+    @property
+    def suspects(self) -> frozenset[int]:
+        """The transactions that a page's snapshot has to see, as 32-bit ids, as far as they are told apart."""
+        return frozenset(self._suspects)
+
+    @property
+    def size(self) -> int:
+        """How many keys and transactions are remembered."""
+        spans = self._suspect_span is not None
+        return len(self._suspects) + spans + len(self._keys or ()) + (self._truncated is not None)
+
+    def begin_anew(self) -> None:
+        """Forget everything: what follows comes from a slot, or a cluster, that the past says nothing about."""
+        self._suspects.clear()
+        self._suspect_span = None
+        self._seen = None
+        self._truncated = None
+        if self._keys is not None:
+            self._keys = {}
+
+    def suspect(self, xids: Iterable[int]) -> None:
+        """Require every later page to see these transactions (32 or 64 bits)."""
+        self._suspects.update(xid % XID_SPAN for xid in xids)
+        if len(self._suspects) > self._most_suspects:
+            every = [*self._suspects, *(self._suspect_span or ())]
+            # Ids wrap; those that matter at a time are less than half of them apart.
+            before = every[0] - XID_SPAN // 2
+            ages = [(xid - before) % XID_SPAN for xid in every]
+            self._suspect_span = (before + min(ages)) % XID_SPAN, (before + max(ages)) % XID_SPAN
+            self._suspects.clear()
+
+    def record(self) -> None:
+        """Begin to remember keys; a page's snapshot must be taken after this."""
+        if self._keys is None:
+            self._keys = {}
+
+    def stop(self) -> None:
+        """End remembering keys; what was recorded and may still be unseen becomes suspect."""
+        if self._keys is not None:
+            self.suspect(self._keys.values())
+        if self._truncated is not None:
+            self.suspect((self._truncated,))
+        self._keys = None
+        self._truncated = None
+
+    def touched(self, key: Key, xid: int) -> None:
+        """Note that the stream delivered a change of `key` made by `xid`."""
+        if self._seen is not None and self._seen.sees(xid):
+            return
+        if self._keys is None:
+            self.suspect((xid,))
+            return
+        self._keys[key] = xid
+        if len(self._keys) > self._most_keys:
+            self.suspect(self._keys.values())
+            self._keys.clear()
+
+    def truncated(self, xid: int) -> None:
+        """Note that the stream delivered a TRUNCATE made by `xid`."""
+        if self._seen is not None and self._seen.sees(xid):
+            return
+        if self._keys is None:
+            self.suspect((xid,))
+        else:
+            self._truncated = xid
+
+    def unseen(self, snapshot: Snapshot) -> list[int]:
+        """Return the suspects that `snapshot` does not see: with any, the page has to be read again."""
+        unseen = [xid for xid in self._suspects if not snapshot.sees(xid)]
+        return unseen + (snapshot.unseen_between(*self._suspect_span) if self._suspect_span is not None else [])
+
+    def hides(self, key: Key, snapshot: Snapshot) -> bool:
+        """Say whether the stream has already delivered something newer for `key` than `snapshot` shows."""
+        if self._truncated is not None and not snapshot.sees(self._truncated):
+            return True
+        xid = None if self._keys is None else self._keys.get(key)
+        return xid is not None and not snapshot.sees(xid)
+
+    def forget_seen(self, snapshot: Snapshot) -> None:
+        """Forget what `snapshot`, the oldest one a page is still to be applied under, sees already, now and later."""
+        self._seen = snapshot
+        self._suspects = {xid for xid in self._suspects if not snapshot.sees(xid)}
+        if self._suspect_span is not None and not snapshot.unseen_between(*self._suspect_span):
+            self._suspect_span = None
+        if self._keys:
+            hidden = {xid for xid in set(self._keys.values()) if not snapshot.sees(xid)}
+            self._keys = {key: xid for key, xid in self._keys.items() if xid in hidden} if hidden else {}
+        if self._truncated is not None and snapshot.sees(self._truncated):
+            self._truncated = None
+
+    def forget_snapshot(self) -> None:
+        """Go by no snapshot any more: one that grows as old as half the ids there are would seem to see new ones."""
+        self._seen = None

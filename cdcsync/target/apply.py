@@ -1,0 +1,349 @@
+"""Apply: what one index takes from a batch, written in the caller's target transaction.
+
+The changed rows are copied as text into a temporary stage, so that values pass through as the source rendered them;
+then a few set-based statements bring chunks, vectors and backlog to the new state. The order matters:
+
+1. chunks that go are deleted, and remembered in `gone`; before the upserts, because two texts can be the same key
+   to the server (1.0 and 1.00 as numeric) and the deletion is always of the older one;
+2. documents that did not change get their carried columns, and their key as it is written now (a separate UPDATE,
+   which can stay HOT);
+3. the others are upserted, and remembered in `put`;
+4. the backlog of both is cleared *before* any vector is touched: the embed loop locks a chunk's backlog row before
+   its vector, and skips what is locked, so the two never wait for each other in a circle;
+5. vectors of equal texts are taken over while those of `gone` still exist: a moved key costs no embedding;
+6. vectors computed already are stored, and what has none goes to the backlog;
+7. vectors of `gone` are deleted.
+
+Every statement can be repeated with the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
+
+import psycopg
+from psycopg import sql
+
+from cdcsync.model.changeset import BACKFILL, Applied, ChangeSet
+from cdcsync.model.rows import Key, Row
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.comparisons import comparisons
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.relations import Names, vector_schema
+from cdcsync.target.loading import CHUNK_COLUMNS, blocks, copy_text, line, load, lsn_text
+
+STAGED_ROWS = 1_000
+"""The temporary tables are emptied by DELETE, and by TRUNCATE once about so many rows went through them. TRUNCATE, and
+`ON COMMIT DELETE ROWS` with it, costs milliseconds of file operations, which at light load is more than all else."""
+
+TRUNCATE_LOCK_TIMEOUT_MS = 500
+"""Readers that take longer are not waited for, as searches queue up behind who waits for an exclusive lock; less than
+PostgreSQL's default `deadlock_timeout`, 1 s."""
+
+
+class IndexWriter:
+    """Writes one index over one connection; `open` prepares the connection's temporary tables."""
+
+    def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
+        self._connection = connection
+        self.spec = self._spec = spec
+        names = Names(schema, spec.name)
+        self._schema = schema
+        self._names = names
+        self._vectors = names.vectors(spec.generation)
+        types = "\0".join((str(len(spec.key_types)), *spec.key_types, *spec.carried_types))
+        self._stage_name = f"stage_{hashlib.sha256(types.encode()).hexdigest()[:16]}"
+        self._stage = sql.Identifier("pg_temp", self._stage_name)
+        self._gone = sql.Identifier("pg_temp", "gone")
+        self._put = sql.Identifier("pg_temp", "put")
+        self._keys = [sql.Identifier(name) for name in spec.shape.key]
+        self._places = [sql.Identifier(f"k{at}") for at in range(len(self._keys))]
+        self._carried = [sql.Identifier(name) for name in spec.shape.carried]
+        self._slots = [sql.Identifier(f"c{at}") for at in range(len(self._carried))]
+        self._composed: dict[str, bytes] = {}
+        """The statements as they are sent, by their templates."""
+        self._staged = 0
+        """Rows that went through the temporary tables since they were last truncated."""
+        self._equal: list[sql.Composable] = []
+        """The key columns' operators."""
+        self._parts: dict[str, sql.Composable] = {}
+        """What stands for the names in braces in the statements."""
+
+    async def open(self) -> None:
+        """Create the stage; once per connection.
+
+        Each apply empties what it uses, so indexes with the same types share a stage.
+        """
+        self._equal = [one.equal for one in await comparisons(self._connection, self._spec.key_types)]
+        self._parts = self._compose(await vector_schema(self._connection))
+        columns = [
+            sql.SQL("{} AS {}").format(column, place)
+            for column, place in zip(self._keys + self._carried, self._places + self._slots, strict=True)
+        ]
+        await self._connection.execute(
+            sql.SQL(
+                "CREATE TEMP TABLE IF NOT EXISTS {} AS SELECT {}, chunk_no, 0 AS chunk_total,"
+                " content, content_hash, document_hash, commit_lsn, 0::smallint AS lane FROM {} WITH NO DATA"
+            ).format(sql.Identifier(self._stage_name), sql.SQL(", ").join(columns), self._names.chunks)
+        )
+        for name in ("gone", "put"):
+            await self._connection.execute(
+                sql.SQL("CREATE TEMP TABLE IF NOT EXISTS {} (chunk_id bigint, content_hash bytea)").format(
+                    sql.Identifier(name)
+                )
+            )
+
+    async def stored_hashes(self, keys: Sequence[Key]) -> dict[Key, bytes]:
+        """Return the document hash of each key that the index holds, read outside the apply transaction.
+
+        Two of `keys` that the server takes for the same key have no hash here: their order decides, not their content.
+        """
+        if not keys:
+            return {}
+        statement = sql.SQL(
+            "SELECT s.place, c.chunk_id, c.document_hash FROM unnest({}) WITH ORDINALITY AS s({}, place)"
+            " JOIN {} AS c ON {} WHERE c.chunk_no = 0"
+        ).format(
+            sql.SQL(", ").join(sql.SQL(f"${at}::text[]") for at in range(1, len(self._keys) + 1)),
+            sql.SQL(", ").join(self._places),
+            self._names.chunks,
+            sql.SQL(" AND ").join(
+                sql.SQL("c.{} {} s.{}::" + type_).format(key, equal, place)
+                for key, equal, place, type_ in zip(
+                    self._keys, self._equal, self._places, self._spec.key_types, strict=True
+                )
+            ),
+        )
+        # A raw cursor: a column's name may hold a % that is no placeholder.
+        cursor = psycopg.AsyncRawCursor(self._connection)
+        await cursor.execute(statement, [list(column) for column in zip(*keys, strict=True)])
+        by_chunk: dict[int, tuple[Key, bytes] | None] = {}
+        for place, chunk_id, document_hash in await cursor.fetchall():
+            by_chunk[chunk_id] = None if chunk_id in by_chunk else (keys[place - 1], document_hash)
+        return dict(entry for entry in by_chunk.values() if entry is not None)
+
+    async def known_vectors(self, hashes: Sequence[bytes]) -> set[bytes]:
+        """Return those hashes that some chunk has a vector of."""
+        cursor = await self._connection.execute(
+            sql.SQL(
+                "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {} v WHERE v.content_hash = h)"
+            ).format(self._vectors),
+            [list(hashes)],
+        )
+        return {cast(bytes, row[0]) for row in await cursor.fetchall()}
+
+    async def apply(self, changes: ChangeSet) -> Applied:
+        """Write the changes inside the caller's transaction; the caller commits."""
+        await self._empty()
+        if changes.fresh and (loaded := await self._load(changes)) is not None:
+            return loaded
+        if changes.truncated:
+            await self._truncate()
+        await self._copy(changes)
+        chunks = sum(len(document.chunks) for document in changes.documents)
+        deleted = 0
+        replaced = any(document.existed for document in changes.documents)
+        if changes.deleted or changes.absent or changes.fresh or replaced:
+            deleted = await self._delete_surplus()
+        if changes.kept:
+            await self._update_kept()
+        reused = inline = queued = 0
+        if changes.documents:
+            await self._upsert()
+        if changes.documents or deleted:
+            await self._run(
+                "DELETE FROM {backlog} AS b USING"
+                " (SELECT chunk_id FROM {gone} UNION ALL SELECT chunk_id FROM {put}) AS t WHERE b.chunk_id = t.chunk_id"
+            )
+        if changes.documents:
+            # At light load every vector came along, and there is nothing to look for.
+            if not all(chunk.hash in changes.vectors for one in changes.documents for chunk in one.chunks):
+                reused = await self._reuse()
+            if changes.vectors:
+                inline = await self._store(changes.vectors)
+            if inline < chunks:
+                queued = await self._queue()
+        if deleted:
+            await self._run("DELETE FROM {vectors} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id")
+        self._staged += len(changes.deleted) + len(changes.absent) + len(changes.kept) + chunks + deleted
+        return Applied(chunks, deleted, reused, inline, queued)
+
+    async def _load(self, changes: ChangeSet) -> Applied | None:
+        """Write documents that the index does not have; None when it has one of them, with nothing written."""
+        reused = queued = 0
+        try:
+            async with self._connection.transaction():
+                left = await load(self._connection, self._schema, self._spec, changes.documents, changes.made)
+                if left:
+                    statement = sql.SQL("COPY {} (chunk_id, content_hash) FROM STDIN").format(self._put)
+                    async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+                        for block in blocks(f"{id_}\t\\\\x{one.hex()}\n" for id_, one in left):
+                            await copy.write(block)
+                    reused = await self._reuse()
+                    queued = await self._run(
+                        "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
+                        " SELECT {generation}, p.chunk_id, p.content_hash, {backfill} FROM {put} AS p"
+                        " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id)"
+                    )
+        except psycopg.errors.UniqueViolation:
+            return None
+        chunks = sum(len(document.chunks) for document in changes.documents)
+        self._staged += len(left)
+        return Applied(chunks, 0, reused, chunks - len(left), queued)
+
+    async def _empty(self) -> None:
+        """Empty the temporary tables of what the apply before left there."""
+        if self._staged > STAGED_ROWS:
+            await self._run("TRUNCATE {stage}, {gone}, {put}")
+            self._staged = 0
+        else:
+            await self._run("WITH s AS (DELETE FROM {stage}), g AS (DELETE FROM {gone}) DELETE FROM {put}")
+
+    async def _truncate(self) -> None:
+        """Empty the index: quickly if nobody is in the way, else row by row.
+
+        The backlog is locked first, as the embed loop does. A reader may hold one of the other two and wait for the
+        next: then this gives up before the server looks for such a circle and fails somebody's search to break it.
+        """
+        try:
+            async with self._connection.transaction():
+                await self._connection.execute(f"SET LOCAL lock_timeout = {TRUNCATE_LOCK_TIMEOUT_MS}")
+                await self._run("TRUNCATE {backlog}, {chunks}, {vectors}")
+                await self._connection.execute("SET LOCAL lock_timeout = 0")
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+            for table in ("backlog", "vectors", "chunks"):
+                await self._run("DELETE FROM {" + table + "}")
+
+    async def _copy(self, changes: ChangeSet) -> None:
+        columns = [*self._places, *self._slots, *map(sql.Identifier, _STAGE_COLUMNS)]
+        statement = sql.SQL("COPY {} ({}) FROM STDIN").format(self._stage, sql.SQL(", ").join(columns))
+        async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+            for block in blocks(self._lines(changes)):
+                await copy.write(block)
+
+    def _lines(self, changes: ChangeSet) -> Iterator[str]:
+        no_carried: Row = (None,) * len(self._carried)
+        for key in changes.deleted:
+            yield line((*key, *no_carried), "0\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
+        for key in changes.absent:
+            yield line((*key, *no_carried), "-1\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
+        for kept in changes.kept:
+            yield line((*kept.key, *kept.carried), f"\\N\t\\N\t\\N\t\\N\t\\N\t{lsn_text(kept.commit_lsn)}\t0\n")
+        for document in changes.documents:
+            row = line((*document.key, *document.carried), "")
+            total = len(document.chunks)
+            tail = f"\\\\x{document.hash.hex()}\t{lsn_text(document.commit_lsn)}\t{document.lane}\n"
+            if not document.chunks:
+                yield f"{row}0\t0\t\\N\t\\N\t{tail}"
+            for chunk in document.chunks:
+                text = copy_text(chunk.text)
+                yield f"{row}{chunk.number}\t{total}\t{text}\t\\\\x{chunk.hash.hex()}\t{tail}"
+
+    async def _delete_surplus(self) -> int:
+        """Delete the chunks of deleted and absent keys, and of documents that have fewer chunks now."""
+        return await self._run(
+            "WITH gone AS (DELETE FROM {chunks} AS c USING {stage} AS s"
+            " WHERE (s.chunk_no = 0 OR s.chunk_no = -1 AND {as_written}) AND {same_key}"
+            " AND c.chunk_no >= s.chunk_total RETURNING c.chunk_id)"
+            " INSERT INTO {gone} (chunk_id) SELECT chunk_id FROM gone"
+        )
+
+    async def _update_kept(self) -> int:
+        return await self._run(
+            "UPDATE {chunks} AS c SET {assignments}, commit_lsn = s.commit_lsn, applied_at = now()"
+            " FROM {stage} AS s WHERE s.chunk_no IS NULL AND {same_key} AND {differs}"
+        )
+
+    async def _upsert(self) -> int:
+        return await self._run(
+            "WITH put AS (INSERT INTO {chunks} ({targets}) SELECT {sources} FROM {stage} WHERE chunk_total > 0"
+            " ON CONFLICT ({keys}, chunk_no) DO UPDATE SET {updates}, applied_at = now()"
+            " RETURNING chunk_id, content_hash)"
+            " INSERT INTO {put} SELECT chunk_id, content_hash FROM put"
+        )
+
+    async def _reuse(self) -> int:
+        """Give each chunk without a current vector that of an equal text, where one is stored."""
+        return await self._run(
+            "INSERT INTO {vectors} AS mine (chunk_id, content_hash, embedding)"
+            " SELECT p.chunk_id, p.content_hash, equal.embedding FROM {put} AS p CROSS JOIN LATERAL"
+            " (SELECT v.embedding FROM {vectors} AS v WHERE v.content_hash = p.content_hash LIMIT 1) AS equal"
+            " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id"
+            " AND v.content_hash = p.content_hash)"
+            " ON CONFLICT (chunk_id) DO UPDATE"
+            " SET content_hash = excluded.content_hash, embedding = excluded.embedding"
+        )
+
+    async def _store(self, vectors: Mapping[bytes, str]) -> int:
+        """Store vectors that came with the batch."""
+        return await self._run(
+            "INSERT INTO {vectors} (chunk_id, content_hash, embedding)"
+            " SELECT p.chunk_id, p.content_hash, i.embedding::{vector_schema}."
+            + self._spec.vector_type
+            + " FROM {put} AS p"
+            " JOIN unnest(%s::bytea[], %s::text[]) AS i(content_hash, embedding) USING (content_hash)"
+            " ON CONFLICT (chunk_id) DO UPDATE"
+            " SET content_hash = excluded.content_hash, embedding = excluded.embedding",
+            [list(vectors), list(vectors.values())],
+        )
+
+    async def _queue(self) -> int:
+        """Put each chunk that still has no current vector into the backlog."""
+        return await self._run(
+            "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
+            " SELECT {generation}, p.chunk_id, p.content_hash, s.lane FROM {put} AS p"
+            " JOIN (SELECT content_hash, min(lane) AS lane FROM {stage} GROUP BY content_hash) AS s"
+            " USING (content_hash)"
+            " WHERE NOT EXISTS (SELECT FROM {vectors} AS v"
+            " WHERE v.chunk_id = p.chunk_id AND v.content_hash = p.content_hash)"
+        )
+
+    async def _run(self, statement: str, arguments: Sequence[object] | None = None) -> int:
+        composed = self._composed.get(statement)
+        if composed is None:
+            composed = sql.SQL(statement).format(**self._parts).as_bytes(self._connection)
+            self._composed[statement] = composed
+        cursor = await self._connection.execute(composed, arguments)
+        return cursor.rowcount
+
+    def _compose(self, vector_schema: str) -> dict[str, sql.Composable]:
+        """Return what stands for the names in braces in the statements."""
+        comma, both = sql.SQL(", "), sql.SQL(" AND ")
+        chunk_columns = [sql.Identifier(name) for name in CHUNK_COLUMNS]
+        targets = [*self._keys, *self._carried, *chunk_columns]
+        # The key of a document that did not change too: 1.0 may be 1.00 now.
+        pairs = list(zip(self._keys + self._carried, self._places + self._slots, strict=True))
+        return {
+            "chunks": self._names.chunks,
+            "backlog": self._names.backlog,
+            "vectors": self._vectors,
+            "stage": self._stage,
+            "gone": self._gone,
+            "put": self._put,
+            "generation": sql.Literal(self._spec.generation),
+            "backfill": sql.Literal(BACKFILL),
+            "vector_schema": sql.Identifier(vector_schema),
+            "keys": comma.join(self._keys),
+            "same_key": both.join(
+                sql.SQL("c.{} {} s.{}").format(key, equal, place)
+                for key, equal, place in zip(self._keys, self._equal, self._places, strict=True)
+            ),
+            "as_written": both.join(
+                sql.SQL('c.{}::text COLLATE "C" = s.{}::text COLLATE "C"').format(key, place)
+                for key, place in zip(self._keys, self._places, strict=True)
+            ),
+            "targets": comma.join(targets),
+            "sources": comma.join([*self._places, *self._slots, *chunk_columns]),
+            "updates": comma.join(sql.SQL("{} = excluded.{}").format(column, column) for column in targets),
+            "assignments": comma.join(sql.SQL("{} = s.{}").format(column, slot) for column, slot in pairs),
+            # Compared as images: some types (json, xml, point) have no equality, and 1.0 must be able to become 1.00.
+            "differs": sql.SQL("ROW({})::record OPERATOR(pg_catalog.*<>) ROW({})::record").format(
+                comma.join(sql.SQL("c.{}").format(column) for column, _ in pairs),
+                comma.join(sql.SQL("s.{}").format(slot) for _, slot in pairs),
+            ),
+        }
+
+
+_STAGE_COLUMNS = ("chunk_no", "chunk_total", "content", "content_hash", "document_hash", "commit_lsn", "lane")

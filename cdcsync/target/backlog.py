@@ -1,0 +1,175 @@
+"""The backlog: the chunks that have no current vector yet. It is the queue of the embed loop and its dead-letter list.
+
+The embed loop writes a vector only where it holds the lock of the chunk's backlog row and that row still names the
+text the vector was made from. Rows that apply is changing at that moment are skipped, never waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import cast
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from pgvector import HalfVector, Vector
+from pgvector.psycopg import register_vector_async
+from psycopg import sql
+
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
+
+WINDOW_BYTES = 16 * 1024 * 1024
+"""Text in one window: thousands of usual chunks, and a bound on memory where chunks are whole documents."""
+
+ERROR_CHARACTERS = 500
+"""Stored errors are cut to this: some providers answer with pages."""
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """A text that needs a vector."""
+
+    hash: bytes
+    text: str
+    lane: int
+    attempts: int
+    commit_lsn: int
+    """Of the transaction that brought it."""
+    applied_at: datetime
+    """When it was written here, by the target's clock."""
+
+
+class BacklogCounts(msgspec.Struct, frozen=True):
+    """How many chunks wait, by lane, and how many have failed for good."""
+
+    live: int
+    backfill: int
+    failed: int
+
+
+class Backlog:
+    """One index's backlog over one connection; `open` prepares the connection's temporary table."""
+
+    def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
+        self._connection = connection
+        self._spec = spec
+        names = Names(schema, spec.name)
+        self._parts: dict[str, sql.Composable] = {
+            "backlog": names.backlog,
+            "chunks": names.chunks,
+            "vectors": names.vectors(spec.generation),
+            "stage": sql.Identifier("pg_temp", f"{spec.name}_made"),
+            "generation": sql.Literal(spec.generation),
+            "attempts": sql.Literal(MAX_ATTEMPTS),
+        }
+        self._vector_type = HalfVector if spec.config.vector_type == "halfvec" else Vector
+
+    async def open(self) -> None:
+        """Create the stage for vectors; once per connection."""
+        schema = await vector_schema(self._connection)
+        # The driver looks the type up by name, and our sessions have no search path.
+        await self._connection.execute("SELECT set_config('search_path', %s, false)", [f'"{schema}"'])
+        await register_vector_async(self._connection)
+        await self._connection.execute("SELECT set_config('search_path', '', false)")
+        await self._connection.execute(
+            sql.SQL(
+                "CREATE TEMP TABLE IF NOT EXISTS {} (content_hash bytea, embedding {}." + self._spec.vector_type + ")"
+                " ON COMMIT DELETE ROWS"
+            ).format(sql.Identifier(f"{self._spec.name}_made"), sql.Identifier(schema))
+        )
+
+    async def window(self, limit: int, *, lane: int | None = None, most_bytes: int = WINDOW_BYTES) -> list[Waiting]:
+        """Return up to `limit` distinct texts that are due, the live lane first.
+
+        They are no more than `most_bytes` together, but for the last of them: at least one is returned.
+        """
+        cursor = await self._connection.execute(
+            self._sql(
+                "SELECT content_hash, content, lane, attempts, (commit_lsn - '0/0')::int8, applied_at FROM ("
+                "SELECT w.*, sum(octet_length(content)::int8) OVER (ORDER BY lane, chunk_id"
+                " ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before FROM ("
+                "SELECT b.content_hash, c.content, b.lane, b.attempts, b.chunk_id, c.commit_lsn, c.applied_at"
+                " FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
+                " WHERE b.generation = {generation} AND b.attempts < {attempts} AND b.next_attempt_at <= now()"
+                " AND (%s::int IS NULL OR b.lane = %s) ORDER BY b.lane, b.chunk_id LIMIT %s) AS w"
+                ") AS w WHERE before IS NULL OR before < %s ORDER BY lane, chunk_id"
+            ),
+            [lane, lane, limit, most_bytes],
+        )
+        distinct: dict[bytes, Waiting] = {}
+        for row in await cursor.fetchall():
+            distinct.setdefault(row[0], Waiting(*row))
+        return list(distinct.values())
+
+    async def still_waiting(self, hashes: Sequence[bytes]) -> set[bytes]:
+        """Return those texts that some chunk still needs a vector of."""
+        cursor = await self._connection.execute(
+            self._sql(
+                "SELECT DISTINCT content_hash FROM {backlog}"
+                " WHERE generation = {generation} AND content_hash = ANY(%s::bytea[])"
+            ),
+            [list(hashes)],
+        )
+        return {cast(bytes, row[0]) for row in await cursor.fetchall()}
+
+    async def store(self, vectors: Mapping[bytes, npt.NDArray[np.float32]]) -> int:
+        """Store vectors for every waiting chunk with one of these texts; returns how many chunks."""
+        if not vectors:
+            return 0
+        async with self._connection.transaction():
+            # A lost vector goes with its lost backlog deletion, so it would be made again: no need to wait for the
+            # disk.
+            await self._connection.execute("SET LOCAL synchronous_commit = off")
+            async with (
+                self._connection.cursor() as cursor,
+                cursor.copy(self._sql("COPY {stage} FROM STDIN (FORMAT binary)")) as copy,
+            ):
+                copy.set_types(["bytea", self._spec.config.vector_type])
+                for text_hash, vector in vectors.items():
+                    await copy.write_row((text_hash, self._vector_type(vector)))
+            done = await self._connection.execute(
+                self._sql(
+                    "WITH due AS (SELECT b.chunk_id, b.content_hash"
+                    " FROM {backlog} AS b JOIN {stage} USING (content_hash)"
+                    " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"
+                    " done AS (DELETE FROM {backlog} AS b USING due"
+                    " WHERE b.generation = {generation} AND b.chunk_id = due.chunk_id)"
+                    " INSERT INTO {vectors} (chunk_id, content_hash, embedding)"
+                    " SELECT due.chunk_id, due.content_hash, s.embedding"
+                    " FROM due JOIN {stage} AS s USING (content_hash)"
+                    " ON CONFLICT (chunk_id) DO UPDATE"
+                    " SET content_hash = excluded.content_hash, embedding = excluded.embedding"
+                )
+            )
+            return done.rowcount
+
+    async def postpone(self, hashes: Sequence[bytes], error: str, *, delay_s: float, final: bool = False) -> None:
+        """Note a failure of these texts: they are due again after `delay_s` seconds, or never when `final`."""
+        await self._connection.execute(
+            self._sql(
+                "WITH due AS (SELECT chunk_id FROM {backlog}"
+                " WHERE generation = {generation} AND content_hash = ANY(%s::bytea[]) FOR UPDATE SKIP LOCKED)"
+                " UPDATE {backlog} AS b SET attempts = CASE WHEN %s THEN {attempts} ELSE b.attempts + 1 END,"
+                " error = %s, next_attempt_at = now() + make_interval(secs => %s)"
+                " FROM due WHERE b.generation = {generation} AND b.chunk_id = due.chunk_id"
+            ),
+            [list(hashes), final, error[:ERROR_CHARACTERS], delay_s],
+        )
+
+    async def counts(self) -> BacklogCounts:
+        """Return how many chunks wait."""
+        cursor = await self._connection.execute(
+            self._sql(
+                "SELECT count(*) FILTER (WHERE attempts < {attempts} AND lane = 0),"
+                " count(*) FILTER (WHERE attempts < {attempts} AND lane > 0),"
+                " count(*) FILTER (WHERE attempts >= {attempts})"
+                " FROM {backlog} WHERE generation = {generation}"
+            )
+        )
+        row = await cursor.fetchone()
+        return BacklogCounts(*cast(tuple[int, int, int], row))
+
+    def _sql(self, statement: str) -> sql.Composed:
+        return sql.SQL(statement).format(**self._parts)

@@ -1,0 +1,126 @@
+"""Indexes that are built once their table is filled: keyword search and HNSW.
+
+To build them at the end is several times faster than to have them grow, and blocks no writer. Searches read the whole
+table meanwhile.
+
+Source: PostgreSQL, "CREATE INDEX" (Building Indexes Concurrently); pgvector's README (Index Build Time).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import anyio
+import psycopg
+import structlog
+from psycopg import sql
+
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.relations import OPCLASSES, Names, vector_schema
+
+log = structlog.get_logger()
+
+POLL_S = 0.5
+"""How often it is looked whether a build of another session is through."""
+
+
+async def build_search(connection: Connection, schema: str, spec: IndexSpec) -> bool:
+    """Build the index for keyword search, where the configuration asks for one; False when there is nothing to do.
+
+    Needs a connection in autocommit.
+    """
+    if spec.config.search is None:
+        return False
+    names = Names(schema, spec.name)
+    return await _build(connection, schema, names.search_name, names.chunks, sql.SQL("gin (search)"), spec)
+
+
+async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec) -> bool:
+    """Build the generation's HNSW index without blocking writers; returns False when it was there already.
+
+    Needs a connection in autocommit.
+    """
+    names = Names(schema, spec.name)
+    opclass = f"{spec.config.vector_type}_{OPCLASSES[spec.distance]}"
+    method = sql.SQL("hnsw (embedding {}) WITH (m = {}, ef_construction = {})").format(
+        sql.Identifier(await vector_schema(connection), opclass),
+        sql.Literal(spec.config.hnsw.m),
+        sql.Literal(spec.config.hnsw.ef_construction),
+    )
+    vectors = names.vectors(spec.generation)
+    return await _build(connection, schema, names.hnsw_name(spec.generation), vectors, method, spec)
+
+
+async def _build(
+    connection: Connection, schema: str, name: str, table: sql.Identifier, method: sql.Composable, spec: IndexSpec
+) -> bool:
+    """Build an index unless it is there. One that an interrupted build left invalid is dropped and built again.
+
+    The server goes on with the build of a worker that was killed: that is waited for, and what it makes is taken.
+    """
+    while True:
+        await _others_through(connection, table)
+        valid = await _validity(connection, schema, name)
+        if valid:
+            return False
+        if valid is not None:
+            await connection.execute(
+                sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(schema, name))
+            )
+        try:
+            await _create(connection, name, table, method, spec)
+            return True
+        except psycopg.errors.DeadlockDetected:
+            # Two builds that were begun at once wait for each other.
+            log.info("index_build_again", table=table.as_string(connection))
+        except psycopg.errors.DuplicateTable:
+            if await _validity(connection, schema, name) is None:
+                raise
+
+
+async def _others_through(connection: Connection, table: sql.Identifier) -> None:
+    """Wait until no session builds an index on a table."""
+    waited = False
+    while True:
+        cursor = await connection.execute(
+            "SELECT pid FROM pg_stat_progress_create_index"
+            " WHERE datname = current_database() AND relid = to_regclass(%s)",
+            [table.as_string(connection)],
+        )
+        row = await cursor.fetchone()
+        if row is None:
+            return
+        if not waited:
+            log.info("index_build_waits", table=table.as_string(connection), pid=row[0])
+            waited = True
+        await anyio.sleep(POLL_S)
+
+
+async def _validity(connection: Connection, schema: str, name: str) -> bool | None:
+    """Say whether an index is valid; None where there is none of that name."""
+    cursor = await connection.execute(
+        "SELECT i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
+        [schema, name],
+    )
+    row = await cursor.fetchone()
+    return None if row is None else cast(bool, row[0])
+
+
+async def _create(
+    connection: Connection, name: str, table: sql.Identifier, method: sql.Composable, spec: IndexSpec
+) -> None:
+    settings = {"maintenance_work_mem": spec.config.hnsw.build_memory}
+    if spec.config.hnsw.build_workers:
+        settings["max_parallel_maintenance_workers"] = str(spec.config.hnsw.build_workers)
+    try:
+        for setting, value in settings.items():
+            await connection.execute("SELECT set_config(%s, %s, false)", [setting, value])
+        await connection.execute(
+            sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} USING {}").format(sql.Identifier(name), table, method)
+        )
+    finally:
+        if not connection.closed:
+            for setting in settings:
+                await connection.execute(sql.SQL("RESET {}").format(sql.Identifier(setting)))

@@ -1,0 +1,392 @@
+"""The tables, the view and the function in the target: what they are, and how they come to be.
+
+Everything is created idempotently and describes itself with COMMENT ON. Chunks and vectors are apart, so that a
+change of metadata never touches the HNSW index, a chunk can be applied before its vector exists, and a new model is
+a new vectors table.
+
+Source: PostgreSQL, "Data Definition"; pgvector's README (operator classes, HNSW).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import psycopg
+from psycopg import sql
+
+from cdcsync.config.names import MAX_NAME_BYTES
+from cdcsync.errors import SetupError
+from cdcsync.model.spec import Distance, IndexSpec
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.views import follow_name
+
+RESERVED = frozenset(
+    (
+        "chunk_id",
+        "chunk_no",
+        "chunk_total",
+        "content",
+        "content_hash",
+        "document_hash",
+        "commit_lsn",
+        "applied_at",
+        "search",
+        "embedding",
+        "stale",
+    )
+)
+"""Our own columns of the chunks table and the view: a key or carried column cannot have these names."""
+
+OPERATORS: dict[Distance, str] = {"cosine": "<=>", "l2": "<->", "inner_product": "<#>"}
+"""pgvector's distance operator for each distance; all order by nearest first."""
+OPCLASSES: dict[Distance, str] = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}
+
+FILLFACTOR = 85
+"""Leaves room on each page for HOT updates of carried columns."""
+
+SEARCHED_CHARACTERS = 100_000
+"""Keyword search reads this much of a chunk: a tsvector holds at most a megabyte, and a longer text would be refused
+with all that is in its batch. No text of this many characters gets there."""
+
+MAX_ATTEMPTS = 8
+"""After so many failures a chunk waits for an operator; with the delays between them that is about ten minutes."""
+
+
+class Names:
+    """The identifiers of one index's relations."""
+
+    def __init__(self, schema: str, index: str) -> None:
+        self.schema = sql.Identifier(schema)
+        self.chunks = sql.Identifier(schema, f"{index}_chunks")
+        self.backlog = sql.Identifier(schema, f"{index}_backlog")
+        self._prefix = (schema, index)
+
+    def vectors(self, generation: int) -> sql.Identifier:
+        """Return the vectors table of a generation."""
+        schema, index = self._prefix
+        return sql.Identifier(schema, f"{index}_vectors_{generation}")
+
+    @property
+    def search_name(self) -> str:
+        """The bare name of the index for keyword search."""
+        return f"{self._prefix[1]}_chunks_search"
+
+    def hnsw_name(self, generation: int) -> str:
+        """Return the bare name of a generation's HNSW index."""
+        return f"{self._prefix[1]}_vectors_{generation}_hnsw"
+
+
+async def create_index_relations(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Create or extend one index's tables and its view. The caller's transaction commits.
+
+    Where all is there and as it should be, no lock is taken that a search could be in the way of.
+
+    :raises SetupError: a relation of the view's name exists and is not ours, or an existing index differs in its key.
+    """
+    names = Names(schema, spec.name)
+    await follow_name(connection, names.chunks, _view_marker(spec), spec.config.view_name)
+    grants = await _view_grants(connection, spec)
+    present = await _columns_present(connection, schema, spec)
+    key = _definitions(spec.shape.key, spec.key_types, " NOT NULL")
+    carried = _definitions(spec.shape.carried, spec.carried_types, "")
+    identifiers = {
+        "chunks": names.chunks,
+        "backlog": names.backlog,
+        "key": sql.SQL(", ").join(map(sql.Identifier, spec.shape.key)),
+        "columns": sql.SQL("").join(sql.SQL(", ") + one for one in key + carried),
+    }
+    await connection.execute(
+        sql.SQL(
+            """
+            CREATE TABLE IF NOT EXISTS {chunks} (
+                chunk_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY{columns},
+                chunk_no int NOT NULL,
+                chunk_total int,
+                content text NOT NULL,
+                content_hash bytea NOT NULL,
+                document_hash bytea NOT NULL,
+                commit_lsn pg_lsn NOT NULL,
+                applied_at timestamptz NOT NULL DEFAULT now(),
+                UNIQUE ({key}, chunk_no)
+            ) WITH (fillfactor = """
+            + str(FILLFACTOR)
+            + ")"
+        ).format(**identifiers)
+    )
+    if present:
+        for column, definition in zip(spec.shape.carried, carried, strict=True):
+            if column not in present:
+                await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN {}").format(names.chunks, definition))
+        await _follow_types(connection, spec, names, present)
+        if "chunk_total" not in present:
+            await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN chunk_total int").format(names.chunks))
+    if "search" not in present:
+        await _create_search(connection, spec, names)
+        if present and spec.config.search is not None:
+            # A new index gets it once its table is read: many times cheaper than to have it grow.
+            await connection.execute(
+                sql.SQL("CREATE INDEX {} ON {} USING gin (search)").format(
+                    sql.Identifier(names.search_name), names.chunks
+                )
+            )
+    for column in spec.config.indexed:
+        await connection.execute(
+            sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} ({})").format(
+                sql.Identifier(_b_tree_name(spec.name, column)), names.chunks, sql.Identifier(column)
+            )
+        )
+    await create_vectors(connection, schema, spec)
+    await connection.execute(
+        sql.SQL(
+            """
+            CREATE TABLE IF NOT EXISTS {backlog} (
+                generation int NOT NULL,
+                chunk_id bigint NOT NULL,
+                content_hash bytea NOT NULL,
+                lane smallint NOT NULL,
+                attempts int NOT NULL DEFAULT 0,
+                next_attempt_at timestamptz NOT NULL DEFAULT now(),
+                error text,
+                PRIMARY KEY (chunk_id, generation)
+            )
+            """
+        ).format(**identifiers)
+    )
+    for suffix, columns in (
+        ("lane", "(generation, lane, chunk_id)"),
+        ("hash", "(generation, content_hash)"),
+        ("failed", f"(generation) WHERE attempts >= {MAX_ATTEMPTS}"),
+    ):
+        await connection.execute(
+            sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} " + columns).format(
+                sql.Identifier(f"{spec.name}_backlog_{suffix}"), names.backlog
+            )
+        )
+    for relation, comment in (
+        (names.chunks, f"cdcsync index {spec.name}: the chunks of {spec.shape.table}, by key and number"),
+        (names.backlog, f"cdcsync index {spec.name}: chunks without a current vector; lane 0 live, 1 backfill"),
+    ):
+        await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(relation, sql.Literal(comment)))
+    await _put_view(connection, schema, spec, grants)
+
+
+def _b_tree_name(index: str, column: str) -> str:
+    """Return a name for a column's b-tree that no other has: PostgreSQL would cut a long one, and take two for one."""
+    name = f"{index}_chunks_by_{column}"
+    if len(name.encode()) > MAX_NAME_BYTES:
+        name = f"{index}_chunks_by_{hashlib.sha256(column.encode()).hexdigest()[:8]}"
+    return name
+
+
+async def _columns_present(connection: Connection, schema: str, spec: IndexSpec) -> dict[str, str]:
+    """Return the columns of the chunks table and their types; none when it is not there yet.
+
+    :raises SetupError: it is there, for another key.
+    """
+    cursor = await connection.execute(
+        "SELECT a.attname, format_type(a.atttypid, a.atttypmod), EXISTS (SELECT FROM pg_constraint k"
+        " WHERE k.conrelid = c.oid AND k.contype = 'u' AND a.attnum = ANY(k.conkey) AND a.attname <> 'chunk_no')"
+        " FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 AND NOT a.attisdropped",
+        [schema, f"{spec.name}_chunks"],
+    )
+    found = await cursor.fetchall()
+    key = {column for column, _, is_key in found if is_key}
+    if found and key != set(spec.shape.key):
+        raise SetupError(
+            f"the index exists with the key ({', '.join(sorted(key))}), and the table has the key"
+            f" ({', '.join(spec.shape.key)})",
+            where=f"index {spec.name}",
+            hint="give the index another name in the configuration, which builds it anew, and drop the old one",
+        )
+    return {column: type_ for column, type_, _ in found}
+
+
+async def _follow_types(connection: Connection, spec: IndexSpec, names: Names, present: Mapping[str, str]) -> None:
+    """Give key and carried columns the types of the spec, where they have others.
+
+    A carried value that cannot become one of the new type is dropped: the backfill that follows brings it again.
+    """
+    wanted = dict(zip(spec.shape.carried, spec.carried_types, strict=True))
+    wanted |= dict(zip(spec.shape.key, spec.key_types, strict=True))
+    changed = {column: type_ for column, type_ in wanted.items() if present.get(column, type_) != type_}
+    if not changed:
+        return
+    view = spec.config.view_name
+    await connection.execute(sql.SQL("DROP VIEW IF EXISTS {}").format(sql.Identifier(view.schema, view.name)))
+    for column, type_ in changed.items():
+        name = sql.Identifier(column)
+        try:
+            async with connection.transaction():
+                await connection.execute(
+                    sql.SQL("ALTER TABLE {} ALTER COLUMN {} TYPE " + type_ + " USING {}::text::" + type_).format(
+                        names.chunks, name, name
+                    )
+                )
+        except psycopg.DataError:
+            if column in spec.shape.key:
+                raise
+            await connection.execute(sql.SQL("ALTER TABLE {} DROP COLUMN {}").format(names.chunks, name))
+            await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN {} " + type_).format(names.chunks, name))
+
+
+async def _create_search(connection: Connection, spec: IndexSpec, names: Names) -> None:
+    if spec.config.search is None:
+        return
+    await connection.execute(
+        sql.SQL(
+            "ALTER TABLE {} ADD COLUMN IF NOT EXISTS search tsvector"
+            " GENERATED ALWAYS AS (to_tsvector({}::pg_catalog.regconfig, left(content, "
+            + str(SEARCHED_CHARACTERS)
+            + "))) STORED"
+        ).format(names.chunks, sql.Literal(spec.config.search))
+    )
+
+
+async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Create the vectors table of the spec's generation, without its HNSW index. The caller's transaction commits.
+
+    :raises SetupError: it exists, for other vectors.
+    """
+    names = Names(schema, spec.name)
+    vectors = names.vectors(spec.generation)
+    extension = await vector_schema(connection)
+    await connection.execute(
+        sql.SQL(
+            """
+            CREATE TABLE IF NOT EXISTS {} (
+                chunk_id bigint PRIMARY KEY, content_hash bytea NOT NULL, embedding {}."""
+            + spec.vector_type
+            + " NOT NULL)"
+        ).format(vectors, sql.Identifier(extension))
+    )
+    await connection.execute(
+        sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} (content_hash)").format(
+            sql.Identifier(f"{spec.name}_vectors_{spec.generation}_hash"), vectors
+        )
+    )
+    cursor = await connection.execute(
+        "SELECT format_type(atttypid, atttypmod) FROM pg_attribute"
+        " WHERE attrelid = to_regclass(%s) AND attname = 'embedding'",
+        [vectors.as_string(connection)],
+    )
+    row = await cursor.fetchone()
+    present = str(row[0]).rpartition(".")[2] if row is not None else None
+    if present != spec.vector_type:
+        raise SetupError(
+            f"the table exists and its vectors are of type {present}, not {spec.vector_type}",
+            where=vectors.as_string(connection),
+            hint="it was left by another index: drop it, or give this index another name in the configuration",
+        )
+    comment = f"cdcsync index {spec.name}: vectors by {spec.model}; content_hash names the text each was made from"
+    await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(vectors, sql.Literal(comment)))
+
+
+async def vector_schema(connection: Connection) -> str:
+    """Return the schema that pgvector is installed in.
+
+    :raises SetupError: it is not installed in this database.
+    """
+    cursor = await connection.execute(
+        "SELECT nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE extname = 'vector'"
+    )
+    row = await cursor.fetchone()
+    if row is None:
+        raise SetupError(
+            "pgvector is not installed in the target database", where="target", hint="CREATE EXTENSION vector"
+        )
+    return cast(str, row[0])
+
+
+async def create_view(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Create or replace the view that users query, on the spec's generation. The caller's transaction commits.
+
+    :raises SetupError: a relation that is not ours has the view's name.
+    """
+    await _put_view(connection, schema, spec, await _view_grants(connection, spec))
+
+
+async def _view_grants(connection: Connection, spec: IndexSpec) -> list[sql.Composed]:
+    """Return the statements that grant again who may use the view; none when there is no view.
+
+    :raises SetupError: a relation that is not ours has the view's name.
+    """
+    view = spec.config.view_name
+    cursor = await connection.execute(
+        "SELECT c.oid, c.relkind::text, obj_description(c.oid, 'pg_class') FROM pg_class c"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
+        [view.schema, view.name],
+    )
+    existing = await cursor.fetchone()
+    if existing is None:
+        return []
+    oid, kind, description = existing
+    if kind != "v" or not str(description or "").startswith(_view_marker(spec)):
+        raise SetupError(
+            "a relation of this name exists and is not the view of this index",
+            where=str(view),
+            hint=f"choose another name with [indexes.{spec.name}] view = …",
+        )
+    cursor = await connection.execute(
+        "SELECT a.privilege_type, r.rolname, a.is_grantable FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a"
+        " LEFT JOIN pg_roles r ON r.oid = a.grantee WHERE c.oid = %s AND a.grantee <> c.relowner",
+        [oid],
+    )
+    return [
+        sql.SQL("GRANT " + privilege + " ON {} TO {}" + (" WITH GRANT OPTION" if grantable else "")).format(
+            sql.Identifier(view.schema, view.name), sql.SQL("PUBLIC") if role is None else sql.Identifier(role)
+        )
+        for privilege, role, grantable in await cursor.fetchall()
+    ]
+
+
+def _view_marker(spec: IndexSpec) -> str:
+    """Return how the comment of an index's own view begins."""
+    return f"cdcsync index {spec.name}: "
+
+
+async def _put_view(connection: Connection, schema: str, spec: IndexSpec, grants: Sequence[sql.Composed]) -> None:
+    names = Names(schema, spec.name)
+    view = spec.config.view_name
+    identifier = sql.Identifier(view.schema, view.name)
+    searchable = () if spec.config.search is None else ("search",)
+    stored = (*spec.shape.key, *spec.shape.carried, "chunk_no", "content", *searchable)
+    cursor = await connection.execute(
+        """
+        SELECT array(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 ORDER BY attnum),
+               EXISTS (SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid AND r.ev_class = c.oid
+                       WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%s))
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s
+        """,
+        [names.vectors(spec.generation).as_string(connection), view.schema, view.name],
+    )
+    if await cursor.fetchone() != ([*stored, "embedding", "stale"], True):
+        statement = sql.SQL(
+            "CREATE OR REPLACE VIEW {} AS SELECT {}, v.embedding, v.content_hash <> c.content_hash AS stale"
+            " FROM {} AS c JOIN {} AS v USING (chunk_id)"
+        ).format(
+            identifier,
+            sql.SQL(", ").join(sql.Identifier("c", name) for name in stored),
+            names.chunks,
+            names.vectors(spec.generation),
+        )
+        try:
+            async with connection.transaction():
+                await connection.execute(statement)
+        except psycopg.errors.InvalidTableDefinition:
+            # To replace a view keeps who may use it, but cannot change the columns it has.
+            await connection.execute(sql.SQL("DROP VIEW {}").format(identifier))
+            await connection.execute(statement)
+        for grant in grants:
+            await connection.execute(grant)
+    comment = f"{_view_marker(spec)}{spec.shape.table} with its vectors; stale says that the vector is of an older text"
+    await connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(identifier, sql.Literal(comment)))
+
+
+def _definitions(names: Sequence[str], types: Sequence[str], constraint: str) -> list[sql.Composable]:
+    return [
+        sql.SQL("{} " + type_ + constraint).format(sql.Identifier(name))
+        for name, type_ in zip(names, types, strict=True)
+    ]

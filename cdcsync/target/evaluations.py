@@ -1,0 +1,105 @@
+"""The stored outcome of evaluations: what recall searches of an index had, by how far they looked.
+
+One row for each index, generation, k and ef_search: the last measurement. It is a note for people and for the status;
+nothing goes by it, so it needs no fence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+import msgspec
+import psycopg
+from psycopg import sql
+
+from cdcsync.postgres.sessions import Connection
+
+TABLE = "evaluations"
+
+USUAL_K = 10
+"""What evaluations ask for unless told otherwise. Status and metrics go by it: one of another k is no comparison."""
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """What searches of one `ef_search` found, and how long they took.
+
+    :ivar recall: the mean share, 0 to 1, of the k nearest that were found.
+    :ivar usual: whether sessions have this ef_search without asking for another.
+    :ivar by_hnsw: whether the planner used HNSW; where it read the whole table, nothing can be missed.
+    :ivar mean_ms: milliseconds of a search, as this client sees it.
+    """
+
+    ef_search: int
+    recall: float
+    usual: bool
+    by_hnsw: bool
+    mean_ms: float
+    p95_ms: float
+
+
+class Evaluation(msgspec.Struct, frozen=True):
+    """One evaluation of an index: `queries` of its vectors, the `k` nearest of each."""
+
+    index: str
+    generation: int
+    k: int
+    queries: int
+    exact_mean_ms: float
+    exact_p95_ms: float
+    measured: list[Measured]
+    evaluated_at: datetime
+
+
+class Recall(msgspec.Struct, frozen=True):
+    """The last recall that was measured for the usual k, with the ef_search that sessions have."""
+
+    recall: float
+    k: int
+    ef_search: int
+    queries: int
+    by_hnsw: bool
+    evaluated_at: datetime
+
+
+async def store(connection: Connection, schema: str, found: Evaluation) -> str | None:
+    """Store an evaluation in place of the last one; returns why that could not be, else None."""
+    statement = sql.SQL(
+        "INSERT INTO {} AS e (index_name, generation, k, ef_search, usual, by_hnsw, queries, recall, mean_ms, p95_ms,"
+        " exact_mean_ms, exact_p95_ms, evaluated_at) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+        " ON CONFLICT (index_name, generation, k, ef_search) DO UPDATE SET usual = excluded.usual,"
+        " by_hnsw = excluded.by_hnsw, queries = excluded.queries, recall = excluded.recall, mean_ms = excluded.mean_ms,"
+        " p95_ms = excluded.p95_ms, exact_mean_ms = excluded.exact_mean_ms, exact_p95_ms = excluded.exact_p95_ms,"
+        " evaluated_at = excluded.evaluated_at"
+    ).format(sql.Identifier(schema, TABLE))
+    try:
+        async with connection.transaction():
+            for one in found.measured:
+                await connection.execute(
+                    statement,
+                    [
+                        *(found.index, found.generation, found.k, one.ef_search, one.usual, one.by_hnsw),
+                        *(found.queries, one.recall, one.mean_ms, one.p95_ms),
+                        *(found.exact_mean_ms, found.exact_p95_ms, found.evaluated_at),
+                    ],
+                )
+    except psycopg.errors.InsufficientPrivilege:
+        return f"this role may not write {schema}.{TABLE}"
+    except psycopg.errors.ReadOnlySqlTransaction:
+        return "this server or session only reads"
+    except psycopg.errors.UndefinedTable:
+        return f"there is no table {schema}.{TABLE} yet: a worker of this version creates it when it starts"
+    return None
+
+
+async def latest(connection: Connection, schema: str, indexes: Sequence[str]) -> dict[str, Recall]:
+    """Return the last recall of the generation in use of each index that has one; the table must be there."""
+    cursor = await connection.execute(
+        sql.SQL(
+            "SELECT DISTINCT ON (e.index_name) e.index_name, e.recall, e.k, e.ef_search, e.queries, e.by_hnsw,"
+            " e.evaluated_at FROM {} AS e JOIN {} AS i ON i.name = e.index_name AND i.generation = e.generation"
+            " WHERE e.usual AND e.k = %s AND e.index_name = ANY(%s) ORDER BY e.index_name, e.evaluated_at DESC"
+        ).format(sql.Identifier(schema, TABLE), sql.Identifier(schema, "indexes")),
+        [USUAL_K, list(indexes)],
+    )
+    return {name: Recall(*row) for name, *row in await cursor.fetchall()}

@@ -1,0 +1,136 @@
+"""What failed in an index and waits: texts that could not be embedded, rows that no document could be made of.
+
+A text is a row of the backlog with an error. Below `MAX_ATTEMPTS` it is tried again by itself; from there on it waits
+for an operator. A document waits for one at once, in the list of `failed_documents`: what made it fail once does so
+again, until the row changes. Nothing here shows a text.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal, cast
+
+import msgspec
+import psycopg
+from psycopg import sql
+
+from cdcsync.model.rows import Key
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
+from cdcsync.target.failures.documents import TABLE, Listed, count_failed, forget_failed, has_list
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """One thing that failed; `next_attempt_at` is none when nobody will try again.
+
+    :ivar chunk_no: which chunk of the row's document could not be embedded; none where there is no document.
+    """
+
+    key: dict[str, str]
+    chunk_no: int | None
+    error: str
+    attempts: int
+    next_attempt_at: datetime | None
+    kind: Literal["text", "document"] = "text"
+
+
+class Failures:
+    """The failures of one index, over a connection to the target."""
+
+    def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
+        self._connection = connection
+        self._schema = schema
+        self._index = spec.name
+        self._key = spec.shape.key
+        names = Names(schema, spec.name)
+        self._parts: dict[str, sql.Composable] = {
+            "backlog": names.backlog,
+            "chunks": names.chunks,
+            "vectors": names.vectors(spec.generation),
+            "generation": sql.Literal(spec.generation),
+            "most": sql.Literal(MAX_ATTEMPTS),
+            "key": sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier("c", name)) for name in self._key),
+            "documents": sql.Identifier(schema, TABLE),
+        }
+
+    async def some(self, limit: int) -> list[Failure]:
+        """Return up to `limit` failures of each kind: documents, then texts, those that wait for an operator first."""
+        # A raw cursor: a column's name may hold a % that is no placeholder.
+        cursor = psycopg.AsyncRawCursor(self._connection)
+        await cursor.execute(
+            self._sql(
+                "SELECT c.chunk_no, b.error, b.attempts,"
+                " CASE WHEN b.attempts < {most} THEN b.next_attempt_at END, {key}"
+                " FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
+                " WHERE b.generation = {generation} AND b.error IS NOT NULL"
+                " ORDER BY b.attempts >= {most} DESC, b.chunk_id LIMIT $1"
+            ),
+            [limit],
+        )
+        texts = [Failure(dict(zip(self._key, row[4:], strict=True)), *row[:4]) for row in await cursor.fetchall()]
+        return [*await self._documents(limit), *texts]
+
+    async def _documents(self, limit: int) -> list[Failure]:
+        if not await has_list(self._connection, self._schema):
+            return []
+        cursor = await self._connection.execute(
+            self._sql(
+                "SELECT key, error, attempts FROM {documents} WHERE index_name = %s AND key <> '{{}}'"
+                " ORDER BY failed_at, key LIMIT %s"
+            ),
+            [self._index, limit],
+        )
+        return [
+            Failure(dict(zip(self._key, key, strict=True)), None, error, attempts, None, "document")
+            for key, error, attempts in await cursor.fetchall()
+        ]
+
+    async def listed(self) -> Listed:
+        """Return how many documents there are."""
+        if not await has_list(self._connection, self._schema):
+            return Listed()
+        return (await count_failed(self._connection, self._schema)).get(self._index, Listed())
+
+    async def document_keys(self) -> list[Key]:
+        """Return the keys of all documents that are listed."""
+        cursor = await self._connection.execute(
+            self._sql("SELECT key FROM {documents} WHERE index_name = %s AND key <> '{{}}' ORDER BY failed_at, key"),
+            [self._index],
+        )
+        return [tuple(cast(list[str], row[0])) for row in await cursor.fetchall()]
+
+    async def retry_texts(self) -> int:
+        """Have all texts tried again now, their attempts forgotten; returns how many there are.
+
+        A running worker notices within some seconds.
+        """
+        done = await self._connection.execute(
+            self._sql(
+                "UPDATE {backlog} SET attempts = 0, error = NULL, next_attempt_at = now()"
+                " WHERE generation = {generation} AND error IS NOT NULL"
+            )
+        )
+        return done.rowcount
+
+    async def discard(self) -> int:
+        """Give up the texts and the documents that wait for an operator; returns how many there are.
+
+        The chunks keep their text and have no vector, not even one of an older text, until the text changes or someone
+        has the row replayed or the index repaired. The rows stay out of the index until then, too, and a verification
+        calls them missing.
+        """
+        done = await self._connection.execute(
+            self._sql(
+                "WITH gone AS (DELETE FROM {backlog} WHERE generation = {generation} AND attempts >= {most}"
+                " RETURNING chunk_id), emptied AS (DELETE FROM {vectors} AS v USING gone"
+                " WHERE v.chunk_id = gone.chunk_id) SELECT chunk_id FROM gone"
+            )
+        )
+        documents = 0
+        if await has_list(self._connection, self._schema):
+            documents = await forget_failed(self._connection, self._schema, self._index)
+        return done.rowcount + documents
+
+    def _sql(self, statement: str) -> sql.Composed:
+        return sql.SQL(statement).format(**self._parts)

@@ -1,0 +1,206 @@
+"""The keys that an index holds, a page at a time, in the target's own order; and what is stored under given keys.
+
+Every statement here goes through a raw cursor: a column's name may hold a % that is no placeholder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import psycopg
+from psycopg import pq, sql
+
+from cdcsync.model.changeset import BACKFILL
+from cdcsync.model.rows import Key, Row
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.comparisons import comparisons, follows
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.relations import Names
+from cdcsync.target.failures.documents import TABLE
+
+DISCARDED = sql.SQL("''::bytea")
+"""The content hash of a vector that is to be made anew: no text has it, so the vector is searched, and not reused."""
+
+
+async def page_of_keys(
+    connection: Connection, schema: str, spec: IndexSpec, after: Key | None, limit: int
+) -> list[Key]:
+    """Return up to `limit` keys above `after`, of documents and of those that could not be made.
+
+    They are as the target renders them. The order is the target's and means nothing to the source: two servers may
+    sort text differently.
+    """
+    columns = [sql.Identifier(name) for name in spec.shape.key]
+    listed = sql.SQL(", ").join(columns)
+    values = [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(spec.key_types, start=1)]
+    above = sql.SQL(" AND {}").format(follows(columns, values, await comparisons(connection, spec.key_types)))
+    cursor = psycopg.AsyncRawCursor(connection)
+    await cursor.execute(
+        sql.SQL(
+            "(SELECT {listed} FROM {chunks} WHERE chunk_no = 0{above} ORDER BY {listed} LIMIT {limit}) UNION ALL"
+            " (SELECT * FROM (SELECT {failed} FROM {table} WHERE index_name = {index} AND key <> '{{}}') AS f"
+            " WHERE true{above} ORDER BY {listed} LIMIT {limit}) ORDER BY {listed} LIMIT {limit}"
+        ).format(
+            listed=listed,
+            chunks=Names(schema, spec.name).chunks,
+            above=sql.SQL("") if after is None else above,
+            limit=sql.Literal(limit),
+            failed=sql.SQL(", ").join(
+                sql.SQL(f"key[{at}]::{type_} AS {{}}").format(column)
+                for at, (column, type_) in enumerate(zip(columns, spec.key_types, strict=True), start=1)
+            ),
+            table=sql.Identifier(schema, TABLE),
+            index=sql.Literal(spec.name),
+        ),
+        list(after or ()),
+    )
+    assert cursor.pgresult is not None
+    return cast(list[Key], texts(cursor.pgresult))
+
+
+async def stored_documents(
+    connection: Connection, schema: str, spec: IndexSpec, keys: Sequence[Key]
+) -> dict[Key, tuple[Row, bytes]]:
+    """Return the carried columns and the document hash that the index holds under each of `keys`, if it does."""
+    columns = [sql.Identifier("c", name) for name in spec.shape.carried]
+    cursor = psycopg.AsyncRawCursor(connection)
+    await cursor.execute(
+        sql.SQL("SELECT {} FROM {} AND c.chunk_no = 0").format(
+            sql.SQL(", ").join([sql.SQL("k.place"), sql.SQL("encode(c.document_hash, 'hex')"), *columns]),
+            await _joined(connection, schema, spec),
+        ),
+        _arrays(spec, keys),
+    )
+    assert cursor.pgresult is not None
+    return {
+        keys[int(cast(str, place)) - 1]: (tuple(carried), bytes.fromhex(cast(str, hash_)))
+        for place, hash_, *carried in texts(cursor.pgresult)
+    }
+
+
+async def written_keys(connection: Connection, schema: str, spec: IndexSpec, keys: Sequence[Key]) -> dict[Key, Key]:
+    """Return how the index writes each of `keys` that it holds: 1.0 for 1."""
+    if not keys:
+        return {}
+    cursor = psycopg.AsyncRawCursor(connection)
+    await cursor.execute(
+        sql.SQL("SELECT k.place, {} FROM {} AND c.chunk_no = 0").format(
+            sql.SQL(", ").join([sql.Identifier("c", name) for name in spec.shape.key]),
+            await _joined(connection, schema, spec),
+        ),
+        _arrays(spec, keys),
+    )
+    assert cursor.pgresult is not None
+    return {keys[int(cast(str, place)) - 1]: cast(Key, tuple(key)) for place, *key in texts(cursor.pgresult)}
+
+
+async def texts_with_vector(
+    connection: Connection, schema: str, spec: IndexSpec, hashes: Sequence[bytes]
+) -> set[bytes]:
+    """Return those hashes of texts that some chunk has a vector of."""
+    cursor = await connection.execute(
+        sql.SQL(
+            "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {} AS v WHERE v.content_hash = h)"
+        ).format(Names(schema, spec.name).vectors(spec.generation)),
+        [list(hashes)],
+    )
+    return {cast(bytes, row[0]) for row in await cursor.fetchall()}
+
+
+async def discard_vectors(connection: Connection, schema: str, spec: IndexSpec, keys: Sequence[Key]) -> int:
+    """Have the vectors of these documents made again; the caller commits. Returns how many chunks that is.
+
+    The present vectors stay searchable, as stale ones, until their successors are stored.
+    """
+    names = Names(schema, spec.name)
+    cursor = psycopg.AsyncRawCursor(connection)
+    # The backlog before the vectors: the embed loop locks in this order too.
+    await cursor.execute(
+        sql.SQL(
+            "WITH touched AS (SELECT c.chunk_id, c.content_hash FROM {joined})"
+            " INSERT INTO {backlog} AS b (generation, chunk_id, content_hash, lane)"
+            " SELECT {generation}, chunk_id, content_hash, {lane} FROM touched ON CONFLICT (chunk_id, generation)"
+            " DO UPDATE SET attempts = 0, error = NULL, next_attempt_at = now(), content_hash = excluded.content_hash"
+        ).format(
+            joined=await _joined(connection, schema, spec),
+            backlog=names.backlog,
+            generation=sql.Literal(spec.generation),
+            lane=sql.Literal(BACKFILL),
+        ),
+        _arrays(spec, keys),
+    )
+    queued = cursor.rowcount
+    await cursor.execute(
+        sql.SQL(
+            "UPDATE {vectors} AS v SET content_hash = {none} FROM {joined}"
+            " AND v.chunk_id = c.chunk_id AND v.content_hash <> {none}"
+        ).format(
+            vectors=names.vectors(spec.generation),
+            none=DISCARDED,
+            joined=await _joined(connection, schema, spec),
+        ),
+        _arrays(spec, keys),
+    )
+    return queued
+
+
+async def delete_vectors_without_chunks(connection: Connection, schema: str, spec: IndexSpec) -> int:
+    """Delete the vectors that belong to no chunk; returns how many. Searches never see them, HNSW does."""
+    names = Names(schema, spec.name)
+    cursor = await connection.execute(
+        sql.SQL("DELETE FROM {} AS v WHERE NOT EXISTS (SELECT FROM {} AS c WHERE c.chunk_id = v.chunk_id)").format(
+            names.vectors(spec.generation), names.chunks
+        )
+    )
+    return cursor.rowcount
+
+
+async def canonical(connection: Connection, spec: IndexSpec, keys: Sequence[Key]) -> list[Key]:
+    """Return the keys as the server renders them: 7 for 007.
+
+    :raises psycopg.DataError: one is no value of its type; the message names it.
+    """
+    columns = [sql.SQL(f"k.k{at}::{type_}") for at, type_ in enumerate(spec.key_types)]
+    cursor = psycopg.AsyncRawCursor(connection)
+    await cursor.execute(
+        sql.SQL("SELECT {} FROM {} ORDER BY k.place").format(sql.SQL(", ").join(columns), _given(spec)),
+        _arrays(spec, keys),
+    )
+    assert cursor.pgresult is not None
+    return cast(list[Key], texts(cursor.pgresult))
+
+
+async def _joined(connection: Connection, schema: str, spec: IndexSpec) -> sql.Composable:
+    """Return SQL of the given keys `k` with the chunks `c` under each; it ends in a WHERE that can go on."""
+    same = [
+        sql.SQL("{} {} k.{}::" + type_).format(sql.Identifier("c", name), comparison.equal, sql.Identifier(f"k{at}"))
+        for at, (name, type_, comparison) in enumerate(
+            zip(spec.shape.key, spec.key_types, await comparisons(connection, spec.key_types), strict=True)
+        )
+    ]
+    return sql.SQL("{} JOIN {} AS c ON true WHERE {}").format(
+        _given(spec), Names(schema, spec.name).chunks, sql.SQL(" AND ").join(same)
+    )
+
+
+def _given(spec: IndexSpec) -> sql.Composable:
+    places = range(len(spec.shape.key))
+    return sql.SQL("unnest({}) WITH ORDINALITY AS k({}, place)").format(
+        sql.SQL(", ").join([sql.SQL(f"${at + 1}::text[]") for at in places]),
+        sql.SQL(", ").join([sql.Identifier(f"k{at}") for at in places]),
+    )
+
+
+def _arrays(spec: IndexSpec, keys: Sequence[Key]) -> list[list[str]]:
+    return [[key[at] for key in keys] for at in range(len(spec.shape.key))]
+
+
+def texts(result: pq.abc.PGresult) -> list[Row]:
+    """Return a result's rows with every value in the text that the server sent."""
+    value, columns = result.get_value, range(result.nfields)
+    rows: list[Row] = []
+    for at in range(result.ntuples):
+        raw = [value(at, column) for column in columns]
+        rows.append(tuple([None if one is None else one.decode() for one in raw]))
+    return rows

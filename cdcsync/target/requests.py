@@ -1,0 +1,301 @@
+"""Backfill requests: rows that any process writes and the worker serves.
+
+Requests of one index are served in the order they came, one at a time. A paused one lets those behind it pass.
+
+Source: PostgreSQL, "NOTIFY".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal, cast
+
+import msgspec
+from psycopg import sql
+
+from cdcsync.model.rows import Key
+from cdcsync.postgres.sessions import Connection
+
+Kind = Literal["initial", "replay", "resync", "verify"]
+Phase = Literal["rows", "orphans"]
+Wish = Literal["pause", "resume", "cancel"]
+Problem = Literal["missing", "stale", "orphaned", "carried", "undecided"]
+"""How a document can differ from its row; undecided is what changed each time that it was looked at."""
+
+_COLUMNS = (
+    "id, index_name, kind, rewrite, filter, state, phase, cursor, rows_done, rows_total, started_at,"
+    " force_embed, keyed, max_rows_per_s, error"
+)
+
+_WISHES: Mapping[Wish, tuple[str, tuple[str, ...]]] = {
+    "pause": ("paused", ("requested", "running")),
+    "resume": ("requested", ("paused",)),
+    "cancel": ("cancelled", ("requested", "running", "paused")),
+}
+"""Each wish's new state, and those it can be had in."""
+
+OPEN = ("requested", "running", "paused")
+
+FOUND_KEPT_S = 3_600
+"""How long the findings of a verification are kept: only the command that asked for it reads them, at once."""
+
+KEPT_S = 7 * 24 * 3_600
+"""How long replays and verifications that have ended are kept, for whoever wants to know what was done."""
+
+
+class Request(msgspec.Struct, frozen=True):
+    """A backfill; `cursor` is the key of the last row applied, or the place of the last key of a keyed one."""
+
+    id: int
+    index: str
+    kind: Kind
+    rewrite: bool
+    filter: str | None
+    state: str
+    phase: Phase
+    cursor: tuple[str, ...] | None
+    rows_done: int
+    rows_total: int | None
+    started_at: datetime | None
+    force_embed: bool = False
+    keyed: bool = False
+    max_rows_per_s: int | None = None
+    error: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes of it."""
+        return self.state not in OPEN
+
+
+class Requests:
+    """The backfills table, with the keys and the findings that belong to it."""
+
+    def __init__(self, schema: str) -> None:
+        self._schema = schema
+        self._table = sql.Identifier(schema, "backfills")
+        self._keys = sql.Identifier(schema, "backfill_keys")
+        self._differences = sql.Identifier(schema, "differences")
+        # A hash: the server refuses channels with names of more than 63 bytes, and a schema's may have as many.
+        self.channel = "cdcsync_" + hashlib.sha256(schema.encode()).hexdigest()[:16]
+
+    async def add(
+        self,
+        connection: Connection,
+        index: str,
+        kind: Kind,
+        *,
+        rewrite: bool,
+        filter_: str | None,
+        force_embed: bool = False,
+        keys: Iterable[Key] | None = None,
+        max_rows_per_s: int | None = None,
+        phase: Phase = "rows",
+    ) -> int:
+        """Ask for a backfill and wake the worker; takes effect when the caller commits.
+
+        :param keys: needs a transaction around it, so that the worker does not see the request without them.
+        :param phase: where it begins: what begins at "orphans" only removes what the source no longer has.
+        """
+        cursor = await connection.execute(
+            sql.SQL(
+                "INSERT INTO {} (index_name, kind, rewrite, filter, force_embed, keyed, max_rows_per_s, phase)"
+                " VALUES (%s, %s, %s, %s, %s, %s, %s, %s) RETURNING id"
+            ).format(self._table),
+            [index, kind, rewrite, filter_, force_embed, keys is not None, max_rows_per_s, phase],
+        )
+        row = await cursor.fetchone()
+        assert row is not None
+        id_ = cast(int, row[0])
+        if keys is not None:
+            count = 0
+            statement = sql.SQL("COPY {} (backfill_id, place, key) FROM STDIN").format(self._keys)
+            async with connection.cursor() as writer, writer.copy(statement) as copy:
+                for count, key in enumerate(keys, start=1):
+                    await copy.write_row((id_, count, list(key)))
+            await connection.execute(
+                sql.SQL("UPDATE {} SET rows_total = %s WHERE id = %s").format(self._table), [count, id_]
+            )
+        await self._wake(connection, index)
+        return id_
+
+    async def reload(self, connection: Connection, index: str, *, rewrite: bool) -> int:
+        """Ask for a resync in place of the loads that are open: it reads all that they would have read.
+
+        Needs a transaction around it. Documents are chunked again where a load that did not get through was to do so.
+        """
+        await connection.execute(
+            sql.SQL(
+                "UPDATE {} SET state = 'cancelled', finished_at = now()"
+                " WHERE index_name = %s AND kind IN ('initial', 'resync') AND filter IS NULL AND state = ANY(%s)"
+            ).format(self._table),
+            [index, list(OPEN)],
+        )
+        # What fails now too is listed again; the source may write a key differently by now.
+        await connection.execute(
+            sql.SQL("DELETE FROM {} WHERE index_name = %s").format(sql.Identifier(self._schema, "failed_documents")),
+            [index],
+        )
+        cursor = await connection.execute(
+            sql.SQL(
+                "SELECT coalesce(bool_or(b.rewrite), false) FROM {} AS b"
+                " WHERE b.index_name = %s AND b.kind IN ('initial', 'resync') AND b.state <> 'done' AND NOT EXISTS"
+                " (SELECT FROM {} AS d WHERE d.index_name = b.index_name AND d.kind IN ('initial', 'resync')"
+                " AND d.state = 'done' AND d.id > b.id)"
+            ).format(self._table, self._table),
+            [index],
+        )
+        row = await cursor.fetchone()
+        assert row is not None
+        return await self.add(connection, index, "resync", rewrite=rewrite or cast(bool, row[0]), filter_=None)
+
+    async def _wake(self, connection: Connection, index: str) -> None:
+        await connection.execute("SELECT pg_notify(%s, %s)", [self.channel, index])
+
+    async def oldest_open(self, connection: Connection, indexes: list[str]) -> Request | None:
+        """Return the request to serve next for these indexes; those of paused indexes wait."""
+        cursor = await connection.execute(
+            sql.SQL(
+                f"SELECT {_COLUMNS} FROM {{}} AS b WHERE state IN ('requested', 'running') AND index_name = ANY(%s)"
+                " AND NOT EXISTS (SELECT FROM {} AS i WHERE i.name = b.index_name AND i.state = 'paused')"
+                " ORDER BY id LIMIT 1"
+            ).format(self._table, sql.Identifier(self._schema, "indexes")),
+            [indexes],
+        )
+        row = await cursor.fetchone()
+        return None if row is None else _request(row)
+
+    async def latest(self, connection: Connection, index: str) -> Request | None:
+        """Return the open request of an index, or the last one that ended."""
+        cursor = await connection.execute(
+            sql.SQL(
+                f"SELECT {_COLUMNS} FROM {{}}"
+                " WHERE index_name = %s ORDER BY state IN ('requested', 'running', 'paused') DESC, id DESC LIMIT 1"
+            ).format(self._table),
+            [index],
+        )
+        row = await cursor.fetchone()
+        return None if row is None else _request(row)
+
+    async def one(self, connection: Connection, id_: int) -> Request | None:
+        """Return a request as it is now; None when it went with its index."""
+        cursor = await connection.execute(
+            sql.SQL(f"SELECT {_COLUMNS} FROM {{}} WHERE id = %s").format(self._table), [id_]
+        )
+        row = await cursor.fetchone()
+        return None if row is None else _request(row)
+
+    async def wish(self, connection: Connection, index: str, wish: Wish, *, id_: int | None = None) -> list[int]:
+        """Pause, resume or cancel the open requests of an index, or only one of them; returns those that it changed."""
+        state, before = _WISHES[wish]
+        cursor = await connection.execute(
+            sql.SQL(
+                "UPDATE {} SET state = %s, finished_at = CASE WHEN %s = 'cancelled' THEN now() END"
+                " WHERE index_name = %s AND state = ANY(%s) AND (%s::bigint IS NULL OR id = %s) RETURNING id"
+            ).format(self._table),
+            [state, state, index, list(before), id_, id_],
+        )
+        changed = sorted(cast(int, row[0]) for row in await cursor.fetchall())
+        await self._wake(connection, index)
+        return changed
+
+    async def start(self, connection: Connection, request: Request, rows_total: int | None) -> None:
+        """Note that a request is being served."""
+        await connection.execute(
+            sql.SQL(
+                "UPDATE {} SET state = 'running', started_at = coalesce(started_at, now()),"
+                " rows_total = coalesce(rows_total, %s) WHERE id = %s AND state IN ('requested', 'running')"
+            ).format(self._table),
+            [rows_total, request.id],
+        )
+
+    async def state(self, connection: Connection, request: Request) -> str | None:
+        """Return a request's state now: someone may have paused or cancelled it."""
+        cursor = await connection.execute(
+            sql.SQL("SELECT state FROM {} WHERE id = %s").format(self._table), [request.id]
+        )
+        row = await cursor.fetchone()
+        return None if row is None else cast(str, row[0])
+
+    async def fail(self, connection: Connection, request: Request, error: str) -> None:
+        """End a request that cannot be served."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET state = 'failed', error = %s, finished_at = now() WHERE id = %s").format(
+                self._table
+            ),
+            [error, request.id],
+        )
+
+    async def prune(self, connection: Connection) -> None:
+        """Remove the keys of requests that have ended, and in time what they found and they themselves.
+
+        The last load of an index stays: it says whether the index is whole.
+        """
+        ended = "b.state IN ('done', 'failed', 'cancelled') AND b.finished_at <"
+        for table, age_s in ((self._keys, 0), (self._differences, FOUND_KEPT_S)):
+            await connection.execute(
+                sql.SQL(
+                    f"DELETE FROM {{}} AS k USING {{}} AS b WHERE b.id = k.backfill_id AND {ended}"
+                    " clock_timestamp() - make_interval(secs => %s)"
+                ).format(table, self._table),
+                [age_s],
+            )
+        await connection.execute(
+            sql.SQL(
+                f"DELETE FROM {{}} AS b WHERE b.kind IN ('replay', 'verify') AND {ended}"
+                " clock_timestamp() - make_interval(secs => %s)"
+            ).format(self._table),
+            [KEPT_S],
+        )
+
+    async def keys(self, connection: Connection, request: Request, after: int, limit: int) -> list[Key]:
+        """Return the keys that follow the `after`-th of a keyed request, in their order."""
+        cursor = await connection.execute(
+            sql.SQL("SELECT key FROM {} WHERE backfill_id = %s AND place > %s ORDER BY place LIMIT %s").format(
+                self._keys
+            ),
+            [request.id, after, limit],
+        )
+        return [tuple(cast(list[str], row[0])) for row in await cursor.fetchall()]
+
+    async def note(
+        self,
+        connection: Connection,
+        request: Request,
+        found: Sequence[tuple[Key, Problem]],
+        *,
+        cursor: Key | None,
+        rows_done: int,
+        done: bool,
+    ) -> None:
+        """Store what a page of a verification found, together with how far it got."""
+        async with connection.transaction():
+            async with connection.cursor() as writer:
+                await writer.executemany(
+                    sql.SQL("INSERT INTO {} VALUES (%s, %s, %s) ON CONFLICT DO NOTHING").format(self._differences),
+                    [(request.id, list(key), problem) for key, problem in found],
+                )
+            await connection.execute(
+                sql.SQL(
+                    "UPDATE {} SET cursor = %s::text[], rows_done = %s,"
+                    " state = CASE WHEN %s AND state = 'running' THEN 'done' ELSE state END,"
+                    " finished_at = CASE WHEN %s AND state = 'running' THEN clock_timestamp() ELSE finished_at END"
+                    " WHERE id = %s"
+                ).format(self._table),
+                [None if cursor is None else list(cursor), rows_done, done, done, request.id],
+            )
+
+    async def found(self, connection: Connection, id_: int) -> list[tuple[Key, Problem]]:
+        """Return what a verification found, by key."""
+        cursor = await connection.execute(
+            sql.SQL("SELECT key, problem FROM {} WHERE backfill_id = %s ORDER BY key").format(self._differences), [id_]
+        )
+        return [(tuple(key), problem) for key, problem in await cursor.fetchall()]
+
+
+def _request(row: tuple[Any, ...]) -> Request:
+    values = list(row)
+    values[7] = None if values[7] is None else tuple(values[7])
+    return Request(*values)

@@ -1,0 +1,311 @@
+"""The apply session: the one connection that writes chunks and checkpoint, under lock and fence.
+
+It holds the pipeline's advisory lock for as long as it lives. What a batch changes, the cursors of the backfill
+pages in it and the checkpoint commit in one transaction, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Self
+
+import anyio
+import psycopg
+from psycopg import sql
+from psycopg.pq import TransactionStatus
+
+from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetUnavailable
+from cdcsync.lsn import Lsn
+from cdcsync.model.batch import PageEnd
+from cdcsync.model.changeset import Applied, ChangeSet, Document, Kept
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
+from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.target.apply import IndexWriter
+from cdcsync.target.failures.documents import FailedDocuments, close_list
+from cdcsync.target.keys import discard_vectors
+from cdcsync.target.pipelines import Pipelines, PipelineState
+from cdcsync.target.requests import Requests
+
+OLD_SESSION_S = 2.0
+"""A server needs a moment to end a session whose client is gone, and to free its lock."""
+
+
+REFUSALS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
+"""What a target says to a value that it cannot take."""
+
+SHOWN_KEY_CHARACTERS = 60
+"""So much of a key's value is shown: enough to find it by."""
+
+
+def worker_name() -> str:
+    """Return what an operator finds this process by."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+@contextlib.contextmanager
+def _pausing(index: str) -> Iterator[None]:
+    """Turn a value that the target cannot take into the reason why this index, and only this one, stops.
+
+    The server's words hold the value, so only the kind of error is passed on.
+    """
+    try:
+        yield
+    except REFUSALS as error:
+        what = f"the target refuses a value: {type(error).__name__} ({error.sqlstate})"
+        hint = "compare the types of the table's key and carried columns with those of the chunks table"
+        if isinstance(error, psycopg.errors.ProgramLimitExceeded) and error.diag.constraint_name:
+            what += f", too long for the index {error.diag.constraint_name}"
+            hint = 'docs/operations.md, "What is followed, and what pauses", says how long it may be, and what to do'
+        raise SchemaChanged(what, index=index, where=f"index {index}", hint=hint) from error
+
+
+class ApplySession:
+    """Writes batches; made by `open`, which needs the lock, and by `reopen` after the connection broke."""
+
+    def __init__(self, dsn: str, schema: str, slot: str) -> None:
+        self._dsn = dsn
+        self._schema = schema
+        self._slot = slot
+        self._pipelines = Pipelines(schema, slot)
+        self._fence: int | None = None
+        self._ending = False
+        self._connection: Connection | None = None
+        self._writers: dict[str, IndexWriter] = {}
+        self._failed: dict[str, FailedDocuments] = {}
+
+    @property
+    def connection(self) -> Connection:
+        """The session's connection, for reading what only the lock's holder may rely on."""
+        if self._connection is None:
+            raise TargetUnavailable("the apply connection is closed", where="target", hint="it is opened again")
+        return self._connection
+
+    def writer(self, index: str) -> IndexWriter:
+        """Return the writer of one index, for its look-ups."""
+        return self._writers[index]
+
+    async def try_open(self) -> bool:
+        """Connect and take the pipeline's lock and a new fence; False when another worker holds the lock.
+
+        :raises TargetUnavailable: the target does not answer now.
+        """
+        connection = await self._connect()
+        with speaking_of("target"):
+            try:
+                if await self._pipelines.try_lock(connection):
+                    self._fence = await self._pipelines.take_over(connection, worker_name())
+                    self._connection = connection
+            finally:
+                if self._connection is None:
+                    await _close(connection)
+        return self._connection is not None
+
+    async def reopen(self, specs: Sequence[IndexSpec]) -> None:
+        """Connect again under the same fence, after the connection broke.
+
+        :raises TargetUnavailable: the target does not answer now, or still holds the old session's lock.
+        :raises LeaseLost: another worker took over meanwhile.
+        """
+        await self.aclose()
+        if self._ending:
+            raise TargetUnavailable("the worker is ending", where=f"slot {self._slot}")
+        connection = await self._connect()
+        with speaking_of("target"):
+            try:
+                locked = await self._pipelines.lock_within(connection, OLD_SESSION_S)
+                state = await self._pipelines.read(connection)
+                if state is None or state.fence != self._fence:
+                    raise LeaseLost(
+                        "another worker took over while the target was away",
+                        where=f"slot {self._slot}",
+                        hint="this worker stops; the other one goes on",
+                    )
+                if not locked:
+                    # Our own old session may linger on the server for a moment.
+                    raise TargetUnavailable("the pipeline's lock is still held", where=f"slot {self._slot}")
+                self._connection = connection
+            finally:
+                if self._connection is None:
+                    await _close(connection)
+        await self.prepare(specs)
+
+    async def prepare(self, specs: Sequence[IndexSpec]) -> None:
+        """Create the connection's stages for these indexes."""
+        with speaking_of("target"):
+            writers = {spec.name: IndexWriter(self.connection, self._schema, spec) for spec in specs}
+            try:
+                for writer in writers.values():
+                    await writer.open()
+            except BaseException:
+                await self.aclose()  # half of them open is worse than none
+                raise
+            self._writers = writers
+            self._failed = {
+                spec.name: FailedDocuments(self.connection, self._schema, spec.name, len(spec.shape.key))
+                for spec in specs
+            }
+
+    async def state(self) -> PipelineState:
+        """Return the stored state of the pipeline."""
+        with speaking_of("target"):
+            state = await self._pipelines.read(self.connection)
+        if state is None:
+            raise SetupError("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
+        return state
+
+    async def begin_at(self, checkpoint: Lsn, system_identifier: str, timeline: int) -> None:
+        """Store where the pipeline starts and which cluster it follows."""
+        assert self._fence is not None
+        with speaking_of("target"):
+            await self._pipelines.begin_at(self.connection, self._fence, checkpoint, system_identifier, timeline)
+
+    async def forget_position(self, resync: Sequence[str]) -> None:
+        """Forget the checkpoint, and in the same transaction ask for a resync of these indexes."""
+        assert self._fence is not None
+        requests = Requests(self._schema)
+        with speaking_of("target"):
+            async with self.connection.transaction():
+                await self._pipelines.forget(self.connection, self._fence)
+                for index in resync:
+                    await requests.reload(self.connection, index, rewrite=False)
+
+    async def apply(
+        self,
+        changes: Mapping[str, ChangeSet],
+        pages: Sequence[PageEnd],
+        checkpoint: Lsn | None,
+        *,
+        paused: Mapping[str, str] | None = None,
+        commit_time: datetime | None,
+        caught_up: bool,
+    ) -> dict[str, Applied]:
+        """Commit a batch: changes, page cursors and checkpoint in one transaction.
+
+        :raises TargetUnavailable: nothing or everything was committed; applying again is safe.
+        :raises LeaseLost: nothing was committed.
+        :raises SchemaChanged: the target refuses a value of one index; nothing was committed.
+        """
+        try:
+            return await self._apply(
+                changes, pages, checkpoint, paused=paused or {}, commit_time=commit_time, caught_up=caught_up
+            )
+        except SchemaChanged as error:
+            with speaking_of("target"):
+                error.row = await self._refused(self._writers[error.index], changes[error.index])
+            raise
+
+    async def _refused(self, writer: IndexWriter, changes: ChangeSet) -> str | None:
+        """Return the key of a row that the target refuses, by trying halves; None where no single one is at fault."""
+        rows: list[Kept | Document] = [*changes.kept, *changes.documents]
+        while len(rows) > 1:
+            half = rows[: len(rows) // 2]
+            rows = rows[len(half) :] if await self._takes(writer, half) else half
+        if not rows or await self._takes(writer, rows):
+            return None
+        return ", ".join(
+            value if len(value) <= SHOWN_KEY_CHARACTERS else f"{value[:SHOWN_KEY_CHARACTERS]}…" for value in rows[0].key
+        )
+
+    async def _takes(self, writer: IndexWriter, rows: Sequence[Kept | Document]) -> bool:
+        kept = [row for row in rows if isinstance(row, Kept)]
+        documents = [row for row in rows if isinstance(row, Document)]
+        try:
+            async with self.connection.transaction(force_rollback=True):
+                await writer.apply(ChangeSet(False, [], kept, documents, {}))
+        except REFUSALS:
+            return False
+        return True
+
+    async def _apply(
+        self,
+        changes: Mapping[str, ChangeSet],
+        pages: Sequence[PageEnd],
+        checkpoint: Lsn | None,
+        *,
+        paused: Mapping[str, str],
+        commit_time: datetime | None,
+        caught_up: bool,
+    ) -> dict[str, Applied]:
+        assert self._fence is not None
+        if self._connection is None or self._connection.info.transaction_status != TransactionStatus.IDLE:
+            raise TargetUnavailable("the apply connection is not usable", where="target", hint="it is opened again")
+        applied = {}
+        with speaking_of("target"):
+            async with self.connection.transaction():
+                for index, change_set in changes.items():
+                    with speaking_of("target", where=f"index {index}"), _pausing(index):
+                        applied[index] = await self._writers[index].apply(change_set)
+                        await self._failed[index].apply(change_set)
+                for index, reason in paused.items():
+                    await self._pause(index, reason)
+                for page in pages:
+                    await self._end_page(page)
+                await self._pipelines.commit(
+                    self.connection, self._fence, checkpoint, commit_time=commit_time, caught_up=caught_up
+                )
+        return applied
+
+    async def _pause(self, index: str, reason: str) -> None:
+        await self.connection.execute(
+            sql.SQL("UPDATE {} SET state = 'paused', reason = %s WHERE name = %s").format(
+                sql.Identifier(self._schema, "indexes")
+            ),
+            [reason, index],
+        )
+
+    async def _end_page(self, page: PageEnd) -> None:
+        if page.force_embed and page.index in self._writers:
+            await discard_vectors(self.connection, self._schema, self._writers[page.index].spec, page.force_embed)
+        await self.connection.execute(
+            sql.SQL(
+                "UPDATE {} SET phase = %s, cursor = %s::text[], rows_done = %s,"
+                " state = CASE WHEN %s AND state <> 'cancelled' THEN 'done' ELSE state END,"
+                " finished_at = CASE WHEN %s THEN clock_timestamp() ELSE finished_at END WHERE id = %s"
+            ).format(sql.Identifier(self._schema, "backfills")),
+            [
+                page.phase,
+                None if page.cursor is None else list(page.cursor),
+                page.rows,
+                page.done,
+                page.done,
+                page.backfill_id,
+            ],
+        )
+        if page.done:
+            await close_list(self.connection, self._schema, page.backfill_id)
+
+    async def interrupt(self) -> None:
+        """Have what runs in this session fail and roll back, until cancelled: for a worker whose time is up.
+
+        From now on the session is not opened again.
+        """
+        self._ending = True
+        while True:
+            if self._connection is not None:
+                await interrupt(self._connection)
+            await anyio.sleep(INTERRUPT_EVERY_S)
+
+    async def _connect(self) -> Connection:
+        return await connect(self._dsn, "target", application_name=f"cdcsync apply {self._slot}")
+
+    async def aclose(self) -> None:
+        """End the session, which frees the lock."""
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            await _close(connection)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+async def _close(connection: Connection) -> None:
+    with anyio.CancelScope(shield=True), contextlib.suppress(psycopg.Error):
+        await connection.close()

@@ -1,0 +1,331 @@
+"""The pipeline: what keeps the indexes of one slot in step, from taking the lock to giving it up.
+
+    lock ─► set-up ─► { stream, embed loop per index, backfills, build, watch, gauges }
+
+Each of these is a task that mends its own connections. What ends them all is an error that waiting does not mend, or a
+table that changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import anyio
+import structlog
+
+from cdcsync.backoff import backoff_s
+from cdcsync.config import Config
+from cdcsync.documents.chunks import make_chunker
+from cdcsync.embedders.protocol import Embedder
+from cdcsync.errors import TargetUnavailable, Unavailable, leading
+from cdcsync.flows.audit import verify_for_ever
+from cdcsync.flows.backfill import Backfills
+from cdcsync.flows.backfill.preparing import Ahead
+from cdcsync.flows.build import build_until_live
+from cdcsync.flows.embed import Desk, EmbedLoop, Pool
+from cdcsync.flows.evaluate import evaluate_for_ever
+from cdcsync.flows.follow.prepare import Preparer
+from cdcsync.flows.follow.stream import Stream
+from cdcsync.flows.setup.gaps import refuse_moved
+from cdcsync.flows.setup.partitions import follow_partitions
+from cdcsync.flows.setup.start import (
+    note_memberships,
+    pause_indexes,
+    refuse_early,
+    set_up_indexes,
+    set_up_publication,
+    set_up_shared,
+    starting_point,
+    unpublished_tables,
+)
+from cdcsync.flows.watch import send_heartbeats, watch
+from cdcsync.model.spec import IndexSpec
+from cdcsync.model.visibility import Deliveries
+from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, cancelled_by, interrupted_by
+from cdcsync.postgres.sessions import Session, connect, speaking_of
+from cdcsync.source.catalog import read_server, running_transactions
+from cdcsync.source.slot import SlotConnection
+from cdcsync.source.spool import Spool
+from cdcsync.source.tables import SourceTable
+from cdcsync.target.session import ApplySession
+from cdcsync.worker.state import WorkerHandle
+
+log = structlog.get_logger()
+
+STANDBY_POLL_S = 1.0
+"""How often a standby tries for the lock: well within the five seconds that a takeover may take."""
+
+FAR_BEHIND_S = 2.0
+"""Embedding waits for a stream that is later than this: more than a batch takes, and more than the clocks of two
+servers that keep time should differ. With clocks that differ more, vectors always follow from the backlog."""
+
+CLOSE_S = 0.25
+"""A stream that was far behind has caught up when it is no later than this: under steady load it is never empty."""
+
+SetUp = Literal["ready", "stopped", "outdated"]
+"""How a set-up ended: the worker may begin, was told to stop, or has to examine everything again."""
+
+
+class Pipeline:
+    """The parts of a pipeline and how they are wired; use `set_up`, then `work`, and `aclose` whatever comes of it."""
+
+    def __init__(
+        self, config: Config, handle: WorkerHandle, specs: list[IndexSpec], embedders: dict[str, Embedder]
+    ) -> None:
+        self.config = config
+        self.handle = handle
+        self.specs = specs
+        metrics = handle.metrics
+        source_dsn, target_dsn, schema = config.source.dsn, config.target.dsn, config.target.schema
+        self.session = ApplySession(target_dsn, schema, config.source.slot)
+        self.reads = Session(source_dsn, "source", application_name="cdcsync re-read")
+        self.streaming = anyio.Event()
+        wait_s = config.worker.live_wait_ms / 1000
+        self.desks = {name: Desk(one, metrics, anyio.current_time, wait_s) for name, one in embedders.items()}
+        self.deliveries = {spec.name: Deliveries() for spec in specs}
+        tables = {spec.name: SourceTable(spec.shape, spec.source_key_types, spec.row_filter) for spec in specs}
+        self.embedding = Pool(target_dsn, schema, len(specs))
+        self.embed_loops = {
+            spec.name: EmbedLoop(self.embedding, spec, self.desks[spec.config.embedder], metrics) for spec in specs
+        }
+        preparers, ahead = {}, {}
+        for spec in specs:
+            embedder = embedders[spec.config.embedder]
+            chunker = make_chunker(
+                spec.config.chunking,
+                embedder.tokenizer_json,
+                embedder.max_input_tokens,
+                where=f"indexes.{spec.name}.chunking",
+            )
+            desk = self.desks[spec.config.embedder]
+            preparers[spec.name] = Preparer(spec, chunker, desk, tables[spec.name], self.reads, metrics)
+            ahead[spec.name] = Ahead(spec, schema, chunker, desk)
+        self.backfills = Backfills(
+            source_dsn=source_dsn,
+            target_dsn=target_dsn,
+            schema=schema,
+            specs={spec.name: spec for spec in specs},
+            tables=tables,
+            ahead=ahead,
+            deliveries=self.deliveries,
+            page_rows=config.worker.backfill_page_rows,
+            metrics=metrics,
+            max_rows_per_s=config.worker.backfill_max_rows_per_s or None,
+            forget_vectors=lambda index: self.desks[config.indexes[index].embedder].forget(),
+        )
+        self.spool = Spool(config.source.spool_directory, config.source.spool_bytes)
+        self.stream = Stream(
+            specs=specs,
+            session=self.session,
+            preparers=preparers,
+            embed_loops=self.embed_loops,
+            deliveries=self.deliveries,
+            take_page=self.backfills.take_page,
+            page_applied=self.backfills.page_applied,
+            spool=self.spool,
+            metrics=metrics,
+            batch_rows=config.worker.batch_rows,
+            batch_bytes=config.worker.batch_bytes,
+            status_every_s=config.source.feedback_every_s,
+        )
+        handle.attach(self.stream, self.desks, self.reconfigure)
+        self._late = True
+        for desk in self.desks.values():
+            desk.far_behind = self.far_behind
+            desk.tracing = handle.tracing
+        self.stream.tracing = handle.tracing
+
+    def far_behind(self) -> bool:
+        """Whether the stream is so late that what it applies now has likely changed again; until it has caught up.
+
+        A worker begins late: nobody knows yet what came while it was away.
+        """
+        if self.stream.caught_up:
+            self._late = False
+        elif self.stream.oldest_unapplied is not None:
+            self._late = self.handle.lag_seconds > (CLOSE_S if self._late else FAR_BEHIND_S)
+        return self._late
+
+    def reconfigure(self, config: Config) -> None:
+        """Go by another configuration, in what may change while the worker works."""
+        self.config = config
+        self.stream.limit(config.worker.batch_rows, config.worker.batch_bytes)
+        self.backfills.limit(config.worker.backfill_page_rows, config.worker.backfill_max_rows_per_s or None)
+
+    async def set_up(self, broken: Mapping[str, str]) -> SetUp:
+        """Take the lock, then create what is missing.
+
+        :param broken: why indexes that exist cannot be followed; they are paused.
+        """
+        config = self.config
+        async with (
+            await connect(config.target.dsn, "target") as target,
+            await connect(config.source.dsn, "source") as source,
+            interrupted_by(self.handle.stopping, target, source),
+        ):
+            await set_up_shared(target, config)
+            while not await self.session.try_open():
+                if not self.handle.standby:
+                    log.info("standby", slot=config.source.slot)
+                self.handle.standby = True
+                with anyio.move_on_after(STANDBY_POLL_S):
+                    await self.handle.stopping.wait()
+                    return "stopped"
+            if self.handle.standby:
+                # What was examined before the wait may be long gone.
+                self.handle.standby = False
+                return "outdated"
+            await refuse_early(source, self.session, config)
+            unpublished = await unpublished_tables(source, config, self.specs)
+            await set_up_indexes(target, config, self.specs, unpublished)
+            await pause_indexes(target, config, broken)
+            await set_up_publication(source, config, unpublished)
+            self.specs = await note_memberships(source, target, config, self.specs)
+            async with Session(config.target.dsn, "target", application_name="cdcsync set-up") as session:
+                await follow_partitions(source, session, config, self.specs)
+            with speaking_of("source"):
+                server = await read_server(source)
+        if server.wal_sender_timeout_s > 0:
+            self.stream.status_every_s = min(config.source.feedback_every_s, server.wal_sender_timeout_s / 3)
+        async with interrupted_by(self.handle.stopping, self.session.connection):
+            await self.session.prepare(self.specs)
+        return "ready"
+
+    async def work(self) -> None:
+        """Keep the indexes in step until told to stop.
+
+        :raises SchemaChanged: an index was paused; begin again without it, or with what it is now.
+        """
+        try:
+            async with anyio.create_task_group() as ending:
+                async with anyio.create_task_group() as tasks:
+                    ending.start_soon(self.end_in_time, tasks.cancel_scope)
+                    for desk in self.desks.values():
+                        tasks.start_soon(desk.run)
+                    for loop in self.embed_loops.values():
+                        tasks.start_soon(loop.run)
+                    tasks.start_soon(self.backfill_once_streaming)
+                    tasks.start_soon(self.verify_on_schedule)
+                    tasks.start_soon(self.evaluate_on_schedule)
+                    tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
+                    tasks.start_soon(self.watch_once_streaming)
+                    tasks.start_soon(send_heartbeats, self.config)
+                    tasks.start_soon(self.handle.gauges_for_ever)
+                    await self.stream_for_ever()
+                    tasks.cancel_scope.cancel()
+                ending.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise leading(group) from None
+
+    async def aclose(self) -> None:
+        """Give up the lock and every connection."""
+        self.handle.connected(False)
+        with anyio.CancelScope(shield=True):
+            await self.session.aclose()
+            await self.reads.aclose()
+            await self.embedding.aclose()
+        self.spool.clear()
+
+    async def watch_once_streaming(self) -> None:
+        """Ask the source what the stream does not tell."""
+        await self.streaming.wait()
+        await watch(self.config, self.specs, self.stream, self.handle.metrics)
+
+    async def stream_for_ever(self) -> None:
+        """Follow the slot over any number of connections until told to stop."""
+        attempt = 0
+        control = Session(self.config.source.dsn, "source", application_name="cdcsync control")
+        followed: int | None = None
+        """The timeline that what is remembered of deliveries belongs to."""
+        while not self.stream.stopping:
+            try:
+                async with control, await SlotConnection.connect(self.config.source.dsn) as slot:
+                    source = await control.connection()
+                    async with cancelled_by(self.handle.stopping):
+                        start = await starting_point(
+                            slot, source, self.session, self.config, [spec.name for spec in self.specs]
+                        )
+                    if self.handle.stopping.is_set():
+                        break
+                    # The marks of pages under way may lie before what this connection will deliver.
+                    self.backfills.interrupt()
+                    checkpoint, timeline = start.checkpoint, start.server.timeline
+                    if start.anew or timeline != followed:
+                        # On a new timeline, ids that were delivered may never have been given out: no snapshot would
+                        # see them. What counts is delivered again.
+                        followed = None
+                        # What these did before the slot or the publication took notice of their tables may never be
+                        # delivered.
+                        with speaking_of("source"):
+                            running = await running_transactions(source)
+                        for deliveries in self.deliveries.values():
+                            deliveries.begin_anew()
+                            deliveries.suspect(running)
+                        followed = timeline
+                    await slot.start(
+                        self.config.source.slot,
+                        [self.config.source.publication],
+                        checkpoint,
+                        streaming=self.config.source.streaming,
+                    )
+                    await refuse_moved(source, self.config.source.slot, checkpoint)
+                    log.info("streaming", slot=self.config.source.slot, checkpoint=str(checkpoint))
+                    self.handle.connected(True)
+                    self.streaming.set()
+                    attempt = 0
+                    await self.stream.follow(slot, checkpoint, start.server.lsn)
+            except Unavailable as error:
+                self.handle.metrics.reconnects.labels("source").inc()
+                delay = backoff_s(attempt, first=0.2, most=15)
+                log.warning("stream_waits", error=str(error), attempt=attempt + 1, delay_s=round(delay, 2))
+                if isinstance(error, TargetUnavailable):
+                    await self._reopen_target()
+                with anyio.move_on_after(delay):
+                    await self.handle.stopping.wait()
+                attempt += 1
+            finally:
+                self.handle.connected(False)
+
+    async def backfill_once_streaming(self) -> None:
+        """Serve backfills: not before the slot exists, which would never deliver a mark written earlier."""
+        await self.streaming.wait()
+        await self.backfills.run()
+
+    async def verify_on_schedule(self) -> None:
+        """Compare each index with its source from time to time, where the configuration asks for it."""
+        config = self.config
+        if not config.worker.verify_every_s:
+            return
+        await self.streaming.wait()
+        await verify_for_ever(
+            config.source.dsn,
+            config.target.dsn,
+            config.target.schema,
+            self.specs,
+            self.handle.metrics,
+            every_s=config.worker.verify_every_s,
+        )
+
+    async def evaluate_on_schedule(self) -> None:
+        """Measure each index's recall from time to time, where the configuration asks for it."""
+        target = self.config.target
+        if every_s := self.config.worker.evaluate_every_s:
+            await evaluate_for_ever(target.dsn, target.schema, self.specs, every_s=every_s)
+
+    async def end_in_time(self, scope: anyio.CancelScope) -> None:
+        """Once told to stop, abandon what is not done by `worker.stop_timeout_s`."""
+        await self.handle.stopping.wait()
+        await anyio.sleep(self.config.worker.stop_timeout_s)
+        log.warning("stop_timeout", seconds=self.config.worker.stop_timeout_s)
+        async with anyio.create_task_group() as tasks:
+            # A transaction that has begun is not cancelled from this side: its statement has to fail.
+            tasks.start_soon(self.session.interrupt)
+            await anyio.sleep(INTERRUPT_EVERY_S)
+            scope.cancel()
+
+    async def _reopen_target(self) -> None:
+        try:
+            await self.session.reopen(self.specs)
+        except TargetUnavailable as error:
+            log.debug("target_still_away", error=str(error))

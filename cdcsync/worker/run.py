@@ -1,0 +1,171 @@
+"""The worker: one process that keeps the indexes of one configuration in step until it is told to stop.
+
+    preflight ─► HTTP, signals ─► { a pipeline, until one of its tables changes; then preflight and another } ─► the end
+
+What ends the worker is an error that waiting does not mend.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+import anyio
+import anyio.abc
+import structlog
+
+from cdcsync.backoff import backoff_s
+from cdcsync.config import Config
+from cdcsync.embedders.protocol import Embedder
+from cdcsync.errors import SchemaChanged, Unavailable, leading
+from cdcsync.flows.follow.stream import describe_pause
+from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
+from cdcsync.target.session import worker_name
+from cdcsync.worker import http
+from cdcsync.worker.pipeline import STANDBY_POLL_S, Pipeline
+from cdcsync.worker.reload import reload_on_signal
+from cdcsync.worker.state import WorkerHandle
+from cdcsync.worker.systemd import ServiceManager, keep_informed
+
+log = structlog.get_logger()
+
+RESUME_AGAIN_S = 600.0
+"""An index that is paused again within this time of being resumed stays paused until the worker starts anew."""
+
+PASSING_PAUSES = 50
+"""So often within that time when the stream moved past the cause: one that is far behind may meet an old type in batch
+after batch, but not for ever."""
+
+
+async def run(
+    config: Config,
+    *,
+    reread: Callable[[], Config] | None = None,
+    started: Callable[[WorkerHandle], None] | None = None,
+    handle_signals: bool = True,
+    listening: bool = True,
+) -> None:
+    """Run the worker until it is told to stop (SIGTERM, SIGINT or `WorkerHandle.stop`).
+
+    :param reread: reads the configuration again, at SIGHUP; without it, that signal is the system's.
+    :param started: called with the handle once HTTP answers and before the first change is applied.
+    :param listening: whether HTTP is served.
+    :raises SetupError: a check before the start failed; nothing was created.
+    :raises GapError: changes may have been lost.
+    :raises LeaseLost: another worker took over.
+    """
+    findings: list[Finding] = []
+    embedders = build_embedders(config, findings)
+    report = await examine(config, embedders)
+    report.findings[:0] = findings
+    refuse(report)
+    for finding in report.findings:
+        if finding.level == "warning":
+            log.warning("preflight", where=finding.where, problem=finding.message, fix=finding.hint)
+    handle = WorkerHandle(config)
+    try:
+        async with anyio.create_task_group() as tasks:
+            if handle_signals:
+                await tasks.start(_stop_on_signal, handle)
+                if manager := ServiceManager.from_environment(os.environ):
+                    tasks.start_soon(keep_informed, manager, handle)
+                if reread is not None:
+                    await tasks.start(reload_on_signal, handle, reread, manager)
+            tasks.start_soon(handle.turn)
+            if listening:
+                await tasks.start(_serve, config, handle)
+            if started is not None:
+                started(handle)
+            await _work_through_schema_changes(config, handle, report, embedders)
+            tasks.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise leading(group) from None
+    finally:
+        with anyio.CancelScope(shield=True):
+            await handle.aclose()
+            for embedder in embedders.values():
+                await embedder.aclose()
+    log.info("stopped", worker=worker_name())
+
+
+async def _work_through_schema_changes(
+    config: Config, handle: WorkerHandle, report: Report, embedders: dict[str, Embedder]
+) -> None:
+    """Work until told to stop; whenever an index is paused, look at its table again and go on with what is there.
+
+    An index whose table still has all it needs (a type changed, the table was made anew) is resumed by reading the
+    table again. The others stay paused, and their changes are skipped, until the configuration or the table is mended.
+    """
+    paused_at: dict[str, list[float]] = {}
+    reasons: dict[str, str] = {}
+    kept_out: set[str] = set()
+    while not handle.stopping.is_set():
+        out = kept_out | set(report.broken)
+        broken = {**report.broken, **{name: why for name, why in reasons.items() if name in out}}
+        specs = [spec for spec in report.specs if spec.name not in broken]
+        pipeline = Pipeline(handle.config, handle, specs, embedders)
+        try:
+            match await pipeline.set_up(broken):
+                case "ready":
+                    await pipeline.work()
+                    return
+                case "stopped":
+                    return
+                case "outdated":
+                    pass
+        except SchemaChanged as first:
+            for error in {first.index: first, **{error.index: error for error in pipeline.stream.pauses}}.values():
+                log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
+                now = anyio.current_time()
+                recent = [at for at in paused_at.get(error.index, ()) if now - at < RESUME_AGAIN_S]
+                if len(recent) >= (PASSING_PAUSES if error.passing else 1):
+                    kept_out.add(error.index)
+                reasons[error.index] = describe_pause(error)
+                paused_at[error.index] = [*recent, now]
+        except Unavailable as error:
+            if not handle.stopping.is_set():
+                log.warning("set_up_waits", error=str(error))
+            with anyio.move_on_after(STANDBY_POLL_S):
+                await handle.stopping.wait()
+        finally:
+            await pipeline.aclose()
+        if handle.stopping.is_set():
+            return
+        report = await _examine_again(config, handle, embedders)
+
+
+async def _examine_again(config: Config, handle: WorkerHandle, embedders: dict[str, Embedder]) -> Report:
+    attempt = 0
+    while True:
+        report = await examine(config, embedders)
+        if not report.errors or handle.stopping.is_set():
+            return report
+        log.warning("examination_waits", problems=[finding.message for finding in report.errors])
+        with anyio.move_on_after(backoff_s(attempt, first=0.5, most=30)):
+            await handle.stopping.wait()
+        attempt += 1
+
+
+async def _stop_on_signal(
+    handle: WorkerHandle, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("stopping", signal=signal.Signals(number).name)
+            handle.stop()
+            return
+
+
+async def _serve(
+    config: Config, handle: WorkerHandle, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+) -> None:
+    host, port = config.worker.listen_address
+
+    def bound(actual: int) -> None:
+        handle.port = actual
+        log.info("listening", host=host, port=actual)
+        task_status.started()
+
+    await http.serve(http.make_app(handle), host, port, started=bound)

@@ -1,0 +1,196 @@
+"""A running worker as others see it: whoever started it, and its HTTP endpoints.
+
+Nothing here does the worker's work; it is asked how that goes, over connections of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+import anyio
+import anyio.to_thread
+import msgspec
+import structlog
+
+from cdcsync import tracing
+from cdcsync.config import Config
+from cdcsync.errors import SourceUnavailable, Unavailable
+from cdcsync.flows.embed import Desk
+from cdcsync.flows.follow.stream import Stream
+from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
+from cdcsync.postgres.sessions import Session, speaking_of
+from cdcsync.status import Status, read_status
+
+log = structlog.get_logger()
+
+GAUGES_S = 2.0
+"""How often the gauges are read from both servers."""
+
+GAUGES_SHARE = 0.05
+"""How much of the time they may be read, which takes the longer the more indexes there are."""
+
+ALIVE_WITHIN_S = 30.0
+"""The loop is alive if it turned within this time; the longest uninterrupted step is a batch being decoded."""
+
+
+class WorkerHandle:
+    """A running worker, as seen by whoever started it, and by its HTTP endpoints."""
+
+    def __init__(self, config: Config) -> None:
+        self.metrics = Metrics()
+        self.tracing = tracing.from_environment(os.environ)
+        self.port: int | None = None
+        self.standby = False
+        """Whether another worker holds the pipeline's lock."""
+        self.stopping = anyio.Event()
+        """Set once the worker is asked to end."""
+        self.config = config
+        """What is in effect: read again on SIGHUP."""
+        self._stream: Stream | None = None
+        self._reconfigure: Callable[[Config], None] = lambda config: None
+        self._desks: Mapping[str, Desk] = {}
+        self._connected = False
+        self._turned = anyio.current_time()
+        self._source = Session(config.source.dsn, "source", application_name="cdcsync status")
+        self._target = Session(config.target.dsn, "target", application_name="cdcsync status")
+        self._reading = anyio.Lock()
+        self._last: Status | None = None
+        # Asked when they are scraped: they have to tell the truth when a server is away and nothing else is read.
+        self.metrics.ready.set_function(lambda: float(not self.not_ready()))
+        self.metrics.standby.set_function(lambda: float(self.standby))
+        self.metrics.lag_seconds.set_function(lambda: self.lag_seconds)
+
+    def attach(self, stream: Stream, desks: Mapping[str, Desk], reconfigure: Callable[[Config], None]) -> None:
+        """Show these parts from now on.
+
+        :param reconfigure: tells them of another configuration.
+        """
+        self._stream = stream
+        self._desks = desks
+        self._reconfigure = reconfigure
+        if self.stopping.is_set():
+            stream.stop()
+
+    def connected(self, up: bool) -> None:
+        """Note whether the stream flows."""
+        self._connected = up
+        self.metrics.connected.labels("source").set(up)
+
+    @property
+    def streaming(self) -> bool:
+        """Whether changes flow."""
+        return self._connected
+
+    def stop(self) -> None:
+        """Ask for an orderly end: the batch in hand is finished, or abandoned whole."""
+        self.stopping.set()
+        if self._stream is not None:
+            self._stream.stop()
+
+    def reconfigure(self, config: Config) -> None:
+        """Go by another configuration, in what may change while the worker works."""
+        self.config = config
+        self._reconfigure(config)
+
+    def alive(self) -> bool:
+        """Whether the event loop turns."""
+        return anyio.current_time() - self._turned < ALIVE_WITHIN_S
+
+    async def turn(self) -> None:
+        """Show that the event loop turns, until cancelled."""
+        while True:
+            self._turned = anyio.current_time()
+            await anyio.sleep(1.0)
+
+    def not_ready(self) -> list[str]:
+        """Return why the worker is not doing its work just now; nothing when it is."""
+        reasons = []
+        if self.standby:
+            reasons.append("standby: another worker holds the pipeline")
+        elif not self._connected:
+            reasons.append("the replication stream is not connected")
+        reasons += [f"embedder {name}: {desk.problem}" for name, desk in self._desks.items() if desk.problem]
+        lag = self.lag_seconds
+        if lag > self.config.worker.ready_max_lag_s:
+            reasons.append(f"lag of {lag:.0f} s is above worker.ready_max_lag_s")
+        if self._last is not None:
+            reasons += [
+                f"index {name} is paused: {index.reason}"
+                for name, index in self._last.indexes.items()
+                if index.state == "paused"
+            ]
+        return reasons
+
+    @property
+    def lag_seconds(self) -> float:
+        """Age of the oldest received commit that is not in the target; 0.0 when there is none."""
+        oldest = self._stream.oldest_unapplied if self._stream is not None else None
+        return 0.0 if oldest is None else max(0.0, (datetime.now(UTC) - oldest).total_seconds())
+
+    async def status(self) -> Status:
+        """Return the status, read from both servers now."""
+        async with self._reading:
+            target = await self._target.connection()
+            try:
+                source = await self._source.connection()
+            except SourceUnavailable:
+                source = None
+            with speaking_of("target"):
+                status = await read_status(self.config, source, target)
+        if self._connected and self._stream is not None:
+            # What this process knows exactly, against what the tables tell anyone to within some seconds.
+            caught_up = self._stream.heard_all and self._stream.oldest_unapplied is None
+            status = msgspec.structs.replace(status, lag_seconds=self.lag_seconds, caught_up=caught_up)
+        self._last = status
+        return status
+
+    async def aclose(self) -> None:
+        """Close the connections that the status is read over, and send the last spans."""
+        await self._source.aclose()
+        await self._target.aclose()
+        await anyio.to_thread.run_sync(self.tracing.close)
+
+    async def gauges_for_ever(self) -> None:
+        """Keep the gauges current."""
+        while True:
+            started = anyio.current_time()
+            try:
+                self._set_gauges(await self.status())
+                self.metrics.connected.labels("target").set(1)
+            except Unavailable as error:
+                self.metrics.connected.labels("target").set(0)
+                log.debug("gauges_wait", error=str(error))
+            await anyio.sleep(max(GAUGES_S, (anyio.current_time() - started) / GAUGES_SHARE))
+
+    def _set_gauges(self, status: Status) -> None:
+        metrics = self.metrics
+        if self._stream is not None:
+            metrics.checkpoint_lsn.set(int(self._stream.progress.checkpoint))
+        if status.lag_bytes is not None:
+            metrics.lag_bytes.set(status.lag_bytes)
+        if status.slot is not None:
+            metrics.slot_retained_bytes.set(status.slot.retained_bytes or 0)
+            safe, gone = status.slot.safe_bytes, status.slot.wal_status == "lost"
+            metrics.slot_safe_bytes.set(0 if gone else float("inf") if safe is None else safe)
+            for wal_status in WAL_STATUSES:
+                metrics.slot_wal_status.labels(wal_status).set(status.slot.wal_status == wal_status)
+        for name, index in status.indexes.items():
+            metrics.backlog.labels(name, "live").set(index.backlog_live)
+            metrics.backlog.labels(name, "backfill").set(index.backlog - index.backlog_live)
+            metrics.failed.labels(name).set(index.failed)
+            metrics.failed_documents.labels(name).set(index.failed_documents)
+            for state in STATES:
+                metrics.index_state.labels(name, state).set(index.state == state)
+            metrics.index_chunks.labels(name).set(index.chunks)
+            metrics.index_vectors.labels(name).set(index.vectors)
+            if index.recall is not None:
+                metrics.recall.labels(name).set(index.recall.recall)
+                metrics.recall_finished.labels(name).set(index.recall.evaluated_at.timestamp())
+            else:  # there is none of another generation
+                metrics.recall.remove(name)
+                metrics.recall_finished.remove(name)
+            backfill = index.backfill
+            metrics.backfill_done.labels(name).set(0 if backfill is None else backfill.rows_done)
+            metrics.backfill_expected.labels(name).set(0 if backfill is None else backfill.rows_total or 0)

@@ -1,0 +1,110 @@
+"""What an index needs to be read before it is live: once, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from cdcsync.config import parse
+from cdcsync.flows.build import _advance
+from cdcsync.flows.setup.partitions import follow_partitions
+from cdcsync.flows.setup.start import pause_indexes, set_up_indexes
+from cdcsync.postgres.sessions import Connection, Session
+from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.requests import Requests
+from tests.fixtures.indexes import SCHEMA, LiveIndex, OpenIndex, register
+
+if TYPE_CHECKING:
+    from tests.fixtures.servers import Database
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+REQUESTS = Requests(SCHEMA)
+
+CONFIG = """
+[source]
+dsn = "postgresql://source"
+[target]
+dsn = "postgresql://target"
+[embedders.fake]
+type = "hash"
+[indexes.articles]
+table = "public.articles"
+view = "public.articles_index"
+text = "{body}"
+embedder = "fake"
+"""
+
+
+@pytest.fixture
+async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> Connection:
+    """A session that sees what is committed."""
+    return await connect_target()
+
+
+@pytest.fixture
+async def building(open_index: OpenIndex, connection: Connection) -> LiveIndex:
+    """An index that is being loaded, of a table with two partitions."""
+    index = await open_index(search=None)
+    await connection.execute("DROP TABLE IF EXISTS public.parted")
+    await connection.execute("CREATE TABLE public.parted (id bigint PRIMARY KEY) PARTITION BY LIST (id)")
+    for key in (1, 2):
+        await connection.execute(f"CREATE TABLE public.part_{key} PARTITION OF public.parted FOR VALUES IN ({key})")
+    cursor = await connection.execute("SELECT 'public.parted'::regclass::oid::int8")
+    row = await cursor.fetchone()
+    assert row is not None
+    index.spec = msgspec.structs.replace(index.spec, table_oid=row[0])
+    await Pipelines(SCHEMA, "s").ensure(connection, "p")
+    await register(connection, index.spec, slot="s", state="building")
+    return index
+
+
+async def state(connection: Connection) -> str:
+    cursor = await connection.execute("SELECT state FROM cdcsync.indexes WHERE name = 'articles'")
+    row = await cursor.fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+@pytest.mark.parametrize(("load", "then"), [("paused", "building"), ("failed", "paused"), ("done", "live")])
+async def test_a_partition_that_goes_does_not_hide_a_load_that_did_not_get_through(
+    building: LiveIndex, connection: Connection, target: Database, load: str, then: str
+) -> None:
+    request = await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
+    config = parse(CONFIG, {}, where="here")
+    async with Session(target.dsn, "target", application_name="partitions") as session:
+        await follow_partitions(connection, session, config, [building.spec])
+        await connection.execute("DROP TABLE public.part_2")
+        await follow_partitions(connection, session, config, [building.spec])
+    await connection.execute("UPDATE cdcsync.backfills SET state = %s WHERE id = %s", [load, request])
+    orphans = await REQUESTS.oldest_open(connection, ["articles"])
+    assert orphans is not None
+    assert (orphans.phase, orphans.filter) == ("orphans", None)
+    await connection.execute("UPDATE cdcsync.backfills SET state = 'done' WHERE id = %s", [orphans.id])
+
+    assert await _advance(connection, SCHEMA, building.spec) == (then != "building")
+
+    assert await state(connection) == then
+
+
+async def test_an_index_that_is_paused_again_and_again_is_read_once(
+    open_index: OpenIndex, connection: Connection
+) -> None:
+    index, config = await open_index(search=None), parse(CONFIG, {}, where="here")
+    await Pipelines(SCHEMA, "cdcsync").ensure(connection, "p")
+    await set_up_indexes(connection, config, [index.spec], [])
+    for _ in range(3):
+        await pause_indexes(connection, config, {"articles": "a type changed"})
+        await set_up_indexes(connection, config, [index.spec], [])
+
+    cursor = await connection.execute("SELECT kind, state FROM cdcsync.backfills ORDER BY id")
+    assert await cursor.fetchall() == [
+        ("initial", "cancelled"),
+        ("resync", "cancelled"),
+        ("resync", "cancelled"),
+        ("resync", "requested"),
+    ]
+    assert await state(connection) == "building"

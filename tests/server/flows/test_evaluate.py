@@ -1,0 +1,419 @@
+"""Evaluate: what recall is, what it is compared with, what it costs, and where its outcome can be seen."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pytest
+from psycopg import conninfo, sql
+
+from cdcsync.cli import main
+from cdcsync.config.sections import Hnsw
+from cdcsync.documents.templates import hash_text
+from cdcsync.errors import SetupError, UsageError
+from cdcsync.flows.evaluate import Sparing, evaluate, evaluate_for_ever
+from cdcsync.model.spec import Distance, IndexSpec
+from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.target import evaluations
+from cdcsync.target.ddl.building import build_hnsw
+from cdcsync.target.ddl.relations import create_vectors
+from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.search import nearest_statement, stored_spec
+from tests.fixtures.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register
+from tests.fixtures.indexes import until as until_true
+from tests.fixtures.workers import until
+
+if TYPE_CHECKING:
+    from tests.fixtures.servers import Database
+    from tests.fixtures.workers import Pipeline
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+Vectors = npt.NDArray[np.float64]
+
+CROWD = 2_500
+"""Rows that the planner does not read one by one for ten of them."""
+
+
+def crowd(count: int = CROWD) -> Vectors:
+    """Return vectors among which HNSW gets lost when it looks at few: scattered, in 16 dimensions."""
+    return np.random.default_rng(5).normal(size=(count, 16)).round(4)
+
+
+@asynccontextmanager
+async def indexed(
+    database: Database,
+    vectors: Vectors,
+    *,
+    hnsw: bool = True,
+    state: str = "live",
+    distance: Distance = "cosine",
+    vector_type: str = "vector",
+    m: int = 4,
+) -> AsyncIterator[tuple[LiveIndex, IndexSpec]]:
+    """Make an index that holds these vectors, a document each; the second value is it as it is stored."""
+    spec = make_spec(
+        dimensions=vectors.shape[1], distance=distance, hnsw=Hnsw(m=m, ef_construction=4 * m), vector_type=vector_type
+    )
+    async with live_index(database, spec) as index:
+        await Pipelines(SCHEMA, "s").ensure(index.connection, "p")
+        await register(index.connection, spec, slot="s", state=state)
+        texts = [f"text {at}" for at in range(len(vectors))]
+        documents = [document(str(at), text, carried=(str(at % 10),)) for at, text in enumerate(texts)]
+        made = {hash_text(text): str(vector.tolist()) for text, vector in zip(texts, vectors, strict=True)}
+        await index.apply(msgspec.structs.replace(changes(*documents), vectors=made))
+        if hnsw:
+            await build_hnsw(index.connection, SCHEMA, spec)
+        await index.connection.execute("ANALYZE")
+        yield index, await stored_spec(index.connection, SCHEMA, spec.name, spec.config)
+
+
+async def counted(connection: Connection) -> tuple[int, int]:
+    """Return how often the HNSW index was scanned, and how often the vectors were read one by one."""
+    await connection.execute("SELECT pg_stat_force_next_flush()")
+    cursor = await connection.execute(
+        "SELECT i.idx_scan, t.seq_scan FROM pg_stat_user_indexes AS i JOIN pg_stat_user_tables AS t USING (relid)"
+        " WHERE i.indexrelname = 'articles_vectors_1_hnsw'"
+    )
+    row = await cursor.fetchone()
+    assert row is not None
+    return int(row[0]), int(row[1])
+
+
+# -- recall ---------------------------------------------------------------------------------------------------------
+
+
+async def test_looking_further_finds_more_and_far_enough_finds_all(database: Database) -> None:
+    async with indexed(database, crowd()) as (index, spec):
+        found = await evaluate(index.connection, SCHEMA, spec, queries=40, ef_search=[12, 1000])
+    near, far = found.measured
+    assert (near.ef_search, far.ef_search) == (12, 1000)
+    assert near.by_hnsw
+    assert 0.1 < near.recall < 0.9 < far.recall <= 1
+    assert (found.queries, found.k) == (40, 10)
+    assert min(near.mean_ms, far.mean_ms, found.exact_mean_ms) > 0
+
+
+async def test_one_side_is_searched_by_hnsw_and_the_other_reads_the_whole_table(database: Database) -> None:
+    async with indexed(database, crowd()) as (index, spec):
+        scans, reads = await counted(index.connection)
+        found = await evaluate(index.connection, SCHEMA, spec, queries=7, ef_search=[20, 40])
+        assert [one.by_hnsw for one in found.measured] == [True, True]
+        assert await counted(index.connection) == (scans + 2 * 7, reads + 7)
+
+        statement = nearest_statement(SCHEMA, "public", spec, None)
+        text = statement.as_string(index.connection).replace("$1", f"'{[0.5] * 16}'").replace("$2", "11")
+        plans = []
+        for setting in ("on", "off"):
+            await index.connection.execute(sql.SQL("SET enable_indexscan = " + setting))
+            cursor = await index.connection.execute(sql.SQL("EXPLAIN " + text))
+            plans.append("\n".join(line for (line,) in await cursor.fetchall()))
+        assert "Index Scan using articles_vectors_1_hnsw" in plans[0]
+        assert "hnsw" not in plans[1]
+
+
+async def test_searches_look_as_far_as_the_session_does_unless_told_otherwise(database: Database) -> None:
+    async with indexed(database, crowd(300)) as (index, spec):
+        (default,) = (await evaluate(index.connection, SCHEMA, spec, queries=2)).measured
+        await index.connection.execute("SET hnsw.ef_search = 77")
+        (own,) = (await evaluate(index.connection, SCHEMA, spec, queries=2)).measured
+        told = (await evaluate(index.connection, SCHEMA, spec, queries=2, ef_search=[40, 77, 40])).measured
+        cursor = await index.connection.execute("SHOW hnsw.ef_search")
+        assert await cursor.fetchone() == ("77",)
+    assert (default.ef_search, default.usual) == (40, True)
+    assert (own.ef_search, own.usual) == (77, True)
+    assert [(one.ef_search, one.usual) for one in told] == [(40, False), (77, True)]
+
+
+async def test_equals_at_the_same_distance_are_hits_whichever_is_returned(database: Database) -> None:
+    # All are equally far from each other, and HNSW comes upon them in another order than who reads the table.
+    async with indexed(database, np.eye(60), m=32) as (index, spec):
+        await index.connection.execute("SET enable_seqscan = off; SET enable_sort = off")
+        found = await evaluate(index.connection, SCHEMA, spec, queries=30, ef_search=[100])
+    assert [(one.recall, one.by_hnsw) for one in found.measured] == [(1.0, True)]
+
+
+async def test_a_vector_does_not_find_itself(database: Database) -> None:
+    async with indexed(database, crowd()) as (index, spec):
+        # To look at one candidate is to find nothing but the query itself, most of the time.
+        found = await evaluate(index.connection, SCHEMA, spec, queries=40, k=1, ef_search=[1])
+    assert found.measured[0].recall < 0.5
+
+
+@pytest.mark.parametrize(
+    ("distance", "vector_type"), [("cosine", "vector"), ("l2", "vector"), ("inner_product", "halfvec")]
+)
+async def test_a_small_index_is_read_whole_and_misses_nothing(
+    database: Database, distance: Distance, vector_type: str
+) -> None:
+    vectors = np.vstack([crowd(30), np.zeros((1, 16))])  # which has no distance from anything, by cosine
+    async with indexed(database, vectors, distance=distance, vector_type=vector_type) as (index, spec):
+        found = await evaluate(index.connection, SCHEMA, spec, k=50)
+    (one,) = found.measured
+    assert (one.recall, one.by_hnsw) == (1.0, False)
+    assert found.queries == (30 if distance == "cosine" else 31)
+
+
+async def test_the_sample_is_as_large_as_asked_for_though_ids_have_gaps(database: Database) -> None:
+    async with indexed(database, crowd(500)) as (index, spec):
+        await index.connection.execute("DELETE FROM cdcsync.articles_vectors_1 WHERE chunk_id % 7 <> 0")
+        found = await evaluate(index.connection, SCHEMA, spec, queries=30)
+        every = await evaluate(index.connection, SCHEMA, spec, queries=400)
+    assert found.queries == 30
+    assert every.queries == 500 // 7
+
+
+async def test_a_condition_is_met_by_all_that_is_compared(database: Database) -> None:
+    async with indexed(database, crowd(400)) as (index, spec):
+        found = await evaluate(index.connection, SCHEMA, spec, queries=20, k=30, where="tenant = 3")
+        assert found.measured[0].recall > 0.9
+        with pytest.raises(UsageError, match="leaves nothing"):
+            await evaluate(index.connection, SCHEMA, spec, queries=2, where="tenant = 99")
+        with pytest.raises(UsageError, match="nosuch") as refused:
+            await evaluate(index.connection, SCHEMA, spec, where="nosuch = 1")
+    assert refused.value.where == "--where nosuch = 1"
+
+
+# -- limits and refusals --------------------------------------------------------------------------------------------
+
+
+async def test_a_search_that_takes_too_long_is_given_up_and_so_is_a_sample_that_does(database: Database) -> None:
+    async with indexed(database, crowd(50)) as (index, spec):
+        slow = "pg_sleep(0.05) IS NOT NULL"
+        with pytest.raises(SetupError, match=r"longer than 0\.01 s") as refused:
+            await evaluate(index.connection, SCHEMA, spec, where=slow, sparing=Sparing(statement_s=0.01))
+        few = await evaluate(index.connection, SCHEMA, spec, sparing=Sparing(most_s=0, share=0.5))
+        cursor = await index.connection.execute("SHOW statement_timeout")
+        assert await cursor.fetchone() == ("0",)
+    assert "cdcsync evaluate articles" in str(refused.value.hint)
+    assert few.queries == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"), [({"queries": 0}, "--queries"), ({"k": 1000}, "-k"), ({"ef_search": [0]}, "--ef-search")]
+)
+async def test_what_cannot_be_measured_is_a_wrong_argument(
+    database: Database, arguments: dict[str, Any], option: str
+) -> None:
+    async with indexed(database, crowd(5)) as (index, spec):
+        with pytest.raises(UsageError) as refused:
+            await evaluate(index.connection, SCHEMA, spec, **arguments)
+    assert refused.value.where == option
+
+
+@pytest.mark.parametrize(
+    ("state", "vectors", "hnsw", "problem"),
+    [
+        ("building", 5, False, "still being built"),
+        ("live", 5, False, "has no HNSW index, and is live"),
+        ("live", 0, True, "no vectors"),
+    ],
+)
+async def test_an_index_with_nothing_to_compare_is_refused_with_the_reason(
+    database: Database, state: str, vectors: int, hnsw: bool, problem: str
+) -> None:
+    async with indexed(database, crowd(vectors), state=state, hnsw=hnsw) as (index, spec):
+        with pytest.raises(SetupError, match=problem) as refused:
+            await evaluate(index.connection, SCHEMA, spec)
+    assert "cdcsync status" in str(refused.value.hint)
+    assert refused.value.exit_code == 2
+
+
+async def test_a_single_vector_has_nothing_to_be_compared_with(database: Database) -> None:
+    async with indexed(database, crowd(1)) as (index, spec):
+        with pytest.raises(SetupError, match="too few vectors"):
+            await evaluate(index.connection, SCHEMA, spec)
+
+
+# -- what is stored -------------------------------------------------------------------------------------------------
+
+
+async def stored(connection: Connection, schema: str = SCHEMA) -> Sequence[tuple[Any, ...]]:
+    cursor = await connection.execute(
+        sql.SQL("SELECT generation, k, ef_search, usual, queries, recall FROM {} ORDER BY 1, 2, 3").format(
+            sql.Identifier(schema, "evaluations")
+        )
+    )
+    return await cursor.fetchall()
+
+
+async def test_the_last_outcome_of_each_kind_is_kept_and_the_usual_one_shown(database: Database) -> None:
+    async with indexed(database, crowd(60)) as (index, spec):
+        connection = index.connection
+        found = await evaluate(connection, SCHEMA, spec, queries=9, ef_search=[20, 40])
+        assert await evaluations.store(connection, SCHEMA, found) is None
+        again = await evaluate(connection, SCHEMA, spec, queries=8)
+        assert await evaluations.store(connection, SCHEMA, again) is None
+        other = await evaluate(connection, SCHEMA, spec, queries=7, k=3)
+        assert await evaluations.store(connection, SCHEMA, other) is None
+        assert await stored(connection) == [
+            (1, 3, 40, True, 7, 1.0),
+            (1, 10, 20, False, 9, 1.0),
+            (1, 10, 40, True, 8, 1.0),
+        ]
+
+        (shown,) = (await evaluations.latest(connection, SCHEMA, ["articles", "notes"])).values()
+        assert (shown.recall, shown.k, shown.ef_search, shown.queries, shown.by_hnsw) == (1.0, 10, 40, 8, False)
+        assert timedelta() <= datetime.now(UTC) - shown.evaluated_at < timedelta(minutes=5)
+
+        # Of another generation's vectors it says nothing.
+        await create_vectors(connection, SCHEMA, msgspec.structs.replace(spec, generation=2))
+        await connection.execute("UPDATE cdcsync.indexes SET generation = 2")
+        assert await evaluations.latest(connection, SCHEMA, ["articles"]) == {}
+        await connection.execute("DELETE FROM cdcsync.indexes")
+        assert await stored(connection) == []
+
+
+async def test_where_nothing_can_be_written_it_is_measured_all_the_same(database: Database) -> None:
+    async with indexed(database, crowd(60)) as (index, spec):
+        reading = conninfo.make_conninfo(database.dsn, options="-c default_transaction_read_only=on")
+        async with await connect(reading, "target") as connection:
+            found = await evaluate(connection, SCHEMA, spec, queries=3)
+            assert await evaluations.store(connection, SCHEMA, found) == "this server or session only reads"
+
+        role = sql.Identifier(f"{database.name}_reader")
+        admin = index.connection
+        await admin.execute(sql.SQL("CREATE ROLE {}").format(role))
+        try:
+            await admin.execute(sql.SQL("GRANT USAGE ON SCHEMA cdcsync TO {}").format(role))
+            await admin.execute(sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA cdcsync TO {}").format(role))
+            async with await connect(database.dsn, "target") as connection:
+                await connection.execute(sql.SQL("SET ROLE {}").format(role))
+                found = await evaluate(connection, SCHEMA, spec, queries=3)
+                note = await evaluations.store(connection, SCHEMA, found)
+            assert note == "this role may not write cdcsync.evaluations"
+        finally:
+            await admin.execute(sql.SQL("DROP OWNED BY {}").format(role))
+            await admin.execute(sql.SQL("DROP ROLE {}").format(role))
+
+        await admin.execute("DROP TABLE cdcsync.evaluations")  # as an older version left it
+        found = await evaluate(admin, SCHEMA, spec, queries=3)
+        assert "a worker of this version creates it" in str(await evaluations.store(admin, SCHEMA, found))
+
+
+# -- the command and the worker -------------------------------------------------------------------------------------
+
+CONFIG = """
+[source]
+dsn = "{dsn}"
+slot = "{slot}"
+[worker]
+listen = "127.0.0.1:0"
+evaluate_every_s = 0.5
+[embedders.fake]
+type = "hash"
+dimensions = 16
+[indexes.articles]
+table = "articles"
+text = "{{body}}"
+columns = ["tenant"]
+embedder = "fake"
+[indexes.notes]
+table = "notes"
+text = "{{body}}"
+embedder = "fake"
+inline_budget_ms = 0
+[indexes.nothing]
+table = "nothing"
+text = "{{body}}"
+embedder = "fake"
+"""
+
+
+def command(*arguments: str | Path) -> int:
+    """Run the command in this process and return its exit status."""
+    with pytest.raises(SystemExit) as exited:
+        main(["evaluate", *map(str, arguments)])
+    assert isinstance(exited.value.code, int)
+    return exited.value.code
+
+
+def metrics(pipeline: Pipeline) -> dict[str, float]:
+    lines = pipeline.get("/metrics")[1].decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def test_the_worker_measures_by_itself_and_the_command_tells(
+    database: Database, make_pipeline: Callable[[str], Pipeline], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for table in ("articles", "notes", "nothing"):
+        database.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, tenant int, body text)")
+    words = "chr(97 + i % 26) || ' ' || chr(97 + i / 26 % 26) || ' word ' || i"
+    for table in ("articles", "notes"):
+        database.execute(f"INSERT INTO {table} SELECT i, i % 5, {words} FROM generate_series(1, 30) AS i")
+    pipeline = make_pipeline(CONFIG.format(dsn=database.dsn, slot=f"s_{database.name}"[:60]))
+    pipeline.start()
+    pipeline.live()
+
+    until(lambda: metrics(pipeline).get('cdcsync_recall{index="notes"}') == 1.0, "a recall in the metrics")
+    exposed = metrics(pipeline)
+    assert exposed['cdcsync_recall{index="articles"}'] == 1.0
+    assert 'cdcsync_recall{index="nothing"}' not in exposed
+    age_s = datetime.now(UTC).timestamp() - exposed['cdcsync_recall_finished_timestamp_seconds{index="notes"}']
+    assert 0 <= age_s < 600
+    status = json.loads(pipeline.get("/status")[1])["indexes"]
+    assert (status["notes"]["generation"], status["notes"]["recall"]["k"]) == (1, 10)
+    assert status["notes"]["recall"]["queries"] == 30
+    assert status["nothing"]["recall"] is None
+    logged = pipeline.event("evaluated")
+    assert (logged["recall"], logged["k"], logged["ef_search"]) == (1.0, 10, 40)
+    assert not [event for event in pipeline.events() if event["event"].startswith("evaluation_")]
+
+    # A change is searchable by its meaning at once, or soon after: both count, what a load brought does not.
+    assert exposed["cdcsync_vector_freshness_seconds_count"] == 0
+    database.execute("INSERT INTO articles VALUES (1000, 1, 'a text of its own')")
+    until(lambda: metrics(pipeline)["cdcsync_vector_freshness_seconds_count"] == 1, "the freshness of an article")
+    database.execute("INSERT INTO notes VALUES (1000, 1, 'a text of its own'), (1001, 1, 'and another')")
+    until(lambda: metrics(pipeline)["cdcsync_vector_freshness_seconds_count"] == 3, "the freshness of notes")
+    # The first one was remembered, and so came along with its text.
+    from_backlog = 'cdcsync_vectors_total{index="notes",way="backlog"}'
+    assert metrics(pipeline)[from_backlog] > exposed.get(from_backlog, 0)
+    assert 0 < metrics(pipeline)["cdcsync_vector_freshness_seconds_sum"] < 300
+
+    capsys.readouterr()
+    config = ("-c", pipeline.path)
+    assert command("articles", *config, "--queries", "20", "--ef-search", "10", "--ef-search", "40") == 0
+    told = capsys.readouterr()
+    assert "the 10 nearest of 20 stored vectors" in told.out
+    assert re.search(r"^ *10 +1\.0000 +[\d.]+ +[\d.]+ +whole table$", told.out, re.MULTILINE)
+    assert re.search(r"^ *exact +1\.0000", told.out, re.MULTILINE)
+    assert "not stored" not in told.out
+    assert command("articles", *config, "--json", "-k", "3", "--where", "tenant = 2") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["k"], found["where"], found["measured"][0]["recall"]) == (3, "tenant = 2", 1.0)
+    assert "condition" in found["not_stored"]
+    assert pipeline.target.execute(
+        "SELECT k, ef_search FROM cdcsync.evaluations WHERE index_name = 'articles' ORDER BY 1, 2"
+    ).fetchall() == [(10, 10), (10, 40)]
+
+    for arguments, words in (
+        (("artikles",), "did you mean articles?"),
+        (("nothing",), "the index has no vectors to search with"),
+        (("articles", "--ef-search", "5000"), "--ef-search"),
+        (("articles", "--where", "nosuch = 1"), "nosuch"),
+    ):
+        assert command(*arguments, *config) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert words in told.err
+
+
+async def test_a_failed_measurement_is_told_and_does_not_keep_others_from_theirs(database: Database) -> None:
+    async with indexed(database, crowd(20)) as (index, spec):
+        lost = msgspec.structs.replace(spec, name="lost")
+        await register(index.connection, lost, slot="s")  # with a row and no tables
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: evaluate_for_ever(database.dsn, SCHEMA, [lost, spec], every_s=0.01))
+            await until_true(lambda: stored(index.connection))
+            tasks.cancel_scope.cancel()
+        assert [row[:3] for row in await stored(index.connection)] == [(1, 10, 40)]

@@ -1,0 +1,609 @@
+"""The target's relations: created once and for all, described, searchable, and nobody else's are touched."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import msgspec
+import psycopg
+import pytest
+import structlog
+from psycopg import sql
+
+from cdcsync.errors import SetupError
+from cdcsync.lsn import Lsn
+from cdcsync.model.spec import Distance, IndexSpec
+from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.target.ddl.building import build_hnsw, build_search
+from cdcsync.target.ddl.relations import (
+    OPERATORS,
+    RESERVED,
+    Names,
+    create_index_relations,
+    create_vectors,
+    create_view,
+    vector_schema,
+)
+from cdcsync.target.ddl.shared import create_shared
+from cdcsync.target.pipelines import Pipelines
+from tests.fixtures.indexes import (
+    SCHEMA,
+    LiveIndex,
+    OpenIndex,
+    changes,
+    document,
+    make_spec,
+    register,
+    until,
+    until_blocked,
+    vector_of,
+    vector_text,
+)
+
+if TYPE_CHECKING:
+    from tests.fixtures.servers import Database
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+
+@pytest.fixture
+async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> Connection:
+    """A session on a target that has nothing of ours."""
+    return await connect_target()
+
+
+async def rows(connection: Connection, statement: str, *arguments: object) -> list[tuple[Any, ...]]:
+    cursor = await connection.execute(statement.encode(), arguments or None)
+    return await cursor.fetchall()
+
+
+async def create(connection: Connection, *specs: IndexSpec, schema: str = SCHEMA) -> None:
+    async with connection.transaction():
+        await create_shared(connection, schema)
+        for spec in specs:
+            await create_index_relations(connection, schema, spec)
+
+
+async def catalog(connection: Connection) -> list[tuple[Any, ...]]:
+    """Return what there is in our schema and of our views, down to columns, indexes and comments."""
+    return await rows(
+        connection,
+        """
+        SELECT c.oid::regclass::text, c.relkind, obj_description(c.oid, 'pg_class'), c.reloptions,
+               array(SELECT format('%s %s %s %s', attname, format_type(atttypid, atttypmod), attnotnull,
+                                   col_description(attrelid, attnum))
+                     FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 ORDER BY attnum),
+               CASE c.relkind WHEN 'v' THEN pg_get_viewdef(c.oid) WHEN 'i' THEN pg_get_indexdef(c.oid) END
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = 'cdcsync' OR c.relkind = 'v' AND n.nspname = 'public'
+        ORDER BY 1
+        """,
+    )
+
+
+# -- creation --------------------------------------------------------------------------------------------------------
+
+
+async def test_everything_can_be_created_again_and_is_as_it_was(connection: Connection) -> None:
+    specs = [
+        make_spec(indexed=("tenant",)),
+        make_spec(name="notes", key={"a": "text", "b": "uuid"}, carried={}, search=None, vector_type="halfvec"),
+    ]
+    await create(connection, *specs)
+    before = await catalog(connection)
+    await create(connection, *specs)
+    assert await catalog(connection) == before
+    assert len(before) > 10
+
+
+async def test_every_table_view_and_function_describes_itself(connection: Connection) -> None:
+    await create(connection, make_spec())
+    described = await rows(
+        connection,
+        """
+        SELECT c.relname, obj_description(c.oid, 'pg_class') LIKE 'cdcsync%%'
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE (n.nspname = 'cdcsync' OR c.relname = 'articles_index') AND c.relkind IN ('r', 'v')
+        UNION ALL
+        SELECT p.proname, obj_description(p.oid, 'pg_proc') LIKE 'cdcsync%%'
+        FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = 'cdcsync'
+        """.replace("%%", "%"),
+    )
+    assert {"pipelines", "indexes", "backfills", "articles_chunks", "articles_backlog", "articles_vectors_1"} <= {
+        name for name, _ in described
+    }
+    assert {"articles_index", "wait_for"} <= {name for name, _ in described}
+    assert [name for name, ours in described if not ours] == []
+
+
+async def test_nothing_is_left_when_creation_is_rolled_back(connection: Connection) -> None:
+    async with connection.transaction(force_rollback=True):
+        await create(connection, make_spec())
+    assert await catalog(connection) == []
+
+
+async def test_two_workers_may_create_at_the_same_time(
+    connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    others = [await connect_target() for _ in range(3)]
+    async with anyio.create_task_group() as tasks:
+        for other in others:
+            tasks.start_soon(create, other, make_spec())
+    assert len(await catalog(connection)) > 10
+
+
+async def test_the_view_has_key_carried_columns_text_vector_and_staleness(connection: Connection) -> None:
+    key = {"region": "character(2)", "id": "bigint"}
+    await create(
+        connection,
+        make_spec(key=key, carried={"price": "numeric(10,2)"}),
+        make_spec(name="notes", search=None, carried={}, vector_type="halfvec"),
+    )
+    columns = {row[0]: row[4] for row in await catalog(connection)}
+    view, without_search = columns["public.articles_index"], columns["public.notes_index"]
+    assert view == [
+        "region character(2) f ",
+        "id bigint f ",
+        "price numeric(10,2) f ",
+        "chunk_no integer f ",
+        "content text f ",
+        "search tsvector f ",
+        "embedding public.vector(3) f ",
+        "stale boolean f ",
+    ]
+    assert without_search == [
+        "id bigint f ",
+        "chunk_no integer f ",
+        "content text f ",
+        "embedding public.halfvec(3) f ",
+        "stale boolean f ",
+    ]
+
+
+async def test_no_column_of_ours_is_free_for_a_key_or_carried_column(connection: Connection) -> None:
+    await create(connection, make_spec(key={"mine": "bigint"}, carried={}))
+    ours = await rows(
+        connection,
+        "SELECT DISTINCT attname FROM pg_attribute WHERE attnum > 0 AND attname <> 'mine' AND attrelid IN"
+        " ('cdcsync.articles_chunks'::regclass, 'public.articles_index'::regclass)",
+    )
+    assert {name for (name,) in ours} == RESERVED
+
+
+async def test_schemas_may_have_any_name(connection: Connection) -> None:
+    schema = "Ünï 'quoted' \"x\" {y}"
+    try:
+        await create(connection, make_spec(), schema=schema)
+        await Pipelines(schema, "slot").ensure(connection, "p")
+        with pytest.raises(psycopg.errors.RaiseException, match="no index"):
+            await connection.execute(sql.SQL("SELECT {}.wait_for('nosuch', '0/1')").format(sql.Identifier(schema)))
+    finally:
+        await connection.execute(sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(schema)))
+
+
+async def test_each_indexed_column_gets_a_b_tree_of_its_own(connection: Connection) -> None:
+    """Also where their names are so long that PostgreSQL would cut the index's."""
+    columns = {"a" * 62 + "1": "integer", "a" * 62 + "2": "text", "ü" * 31: "integer"}
+    await create(connection, make_spec(carried=columns, indexed=tuple(columns)))
+    await create(connection, make_spec(carried=columns, indexed=tuple(columns)))
+    found = await rows(
+        connection,
+        "SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indexrelid"
+        " WHERE i.indrelid = 'cdcsync.articles_chunks'::regclass AND NOT i.indisunique AND i.indnatts = 1"
+        " AND a.attname <> 'search' ORDER BY 1",
+    )
+    assert sorted(name for (name,) in found) == sorted(columns)
+
+
+async def test_a_chunk_of_any_length_can_be_stored_and_its_beginning_is_searched(open_index: OpenIndex) -> None:
+    """The server makes no tsvector of more than a megabyte, and the strategy `none` cuts nothing."""
+    index = await open_index()
+    text = "first " + " ".join(f"word{number:x}" for number in range(300_000)) + " last"
+    await index.apply(changes(document("1", text)))
+    assert await index.rows("SELECT length(content), search @@ 'first', search @@ 'word7f' FROM {chunks}") == [
+        (len(text), True, True)
+    ]
+
+
+async def test_without_pgvector_the_fix_is_named(server_without_pgvector: Connection) -> None:
+    with pytest.raises(SetupError, match="not installed") as missing:
+        await vector_schema(server_without_pgvector)
+    assert missing.value.hint == "CREATE EXTENSION vector"
+
+
+@pytest.fixture
+async def server_without_pgvector(database: Database) -> AsyncIterator[Connection]:
+    database.execute("DROP EXTENSION vector")
+    connection = await connect(database.dsn, "target")
+    yield connection
+    await connection.close()
+
+
+# -- what exists already ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TABLE public.articles_index (id int)",
+        "CREATE VIEW public.articles_index AS SELECT 1 AS id",
+        "CREATE MATERIALIZED VIEW public.articles_index AS SELECT 1 AS id",
+        "CREATE SEQUENCE public.articles_index",
+    ],
+)
+async def test_a_foreign_relation_of_the_views_name_is_refused_and_nothing_is_created(
+    connection: Connection, statement: str
+) -> None:
+    kind = statement.split(" public.")[0].removeprefix("CREATE ")
+    await connection.execute(statement.encode())
+    try:
+        with pytest.raises(SetupError, match="not the view of this index") as refused:
+            await create(connection, make_spec())
+        assert refused.value.where == "public.articles_index"
+        assert refused.value.hint
+        assert [row[0] for row in await catalog(connection) if row[0] != "public.articles_index"] == []
+    finally:
+        await connection.execute(f"DROP {kind} public.articles_index".encode())
+
+
+async def test_the_view_of_another_index_is_refused(connection: Connection) -> None:
+    await create(connection, make_spec())
+    with pytest.raises(SetupError, match="not the view of this index"):
+        await create(connection, make_spec(name="notes", view="public.articles_index"))
+    assert await rows(connection, "SELECT to_regclass('cdcsync.notes_chunks')") == [(None,)]
+
+
+async def test_an_index_that_exists_with_another_key_is_refused(connection: Connection) -> None:
+    await create(connection, make_spec())
+    for key in ({"other": "bigint"}, {"id": "bigint", "tenant": "integer"}, {"tenant": "integer"}):
+        carried = {"tenant": "integer"} if "tenant" not in key else {}
+        with pytest.raises(SetupError, match="exists with the key") as refused:
+            await create(connection, make_spec(key=key, carried=carried))
+        assert refused.value.where == "index articles"
+        assert refused.value.hint
+    assert await rows(connection, "SELECT id, tenant FROM public.articles_index") == []
+
+
+async def test_a_carried_column_that_is_added_extends_table_and_view_and_keeps_the_rows(index: LiveIndex) -> None:
+    await index.apply(changes(document("1", "a"), inline=["a"]))
+    wider = make_spec(carried={"author": "text", "tenant": "integer"}, search=None)
+    await create(index.connection, wider)
+    assert await index.rows("SELECT * FROM public.articles_index") == [(1, None, 1, 0, "a", vector_text("a"), False)]
+
+
+async def test_a_carried_column_that_is_left_out_goes_from_the_view_and_stays_in_the_table(index: LiveIndex) -> None:
+    await index.apply(changes(document("1", "a"), inline=["a"]))
+    await create(index.connection, make_spec(carried={}, search=None))
+    assert await index.rows("SELECT id, content FROM public.articles_index") == [(1, "a")]
+    assert "tenant" not in str(await rows(index.connection, "SELECT pg_get_viewdef('public.articles_index'::regclass)"))
+    assert await index.rows("SELECT tenant FROM {chunks}") == [(1,)]
+
+
+async def test_keyword_search_can_be_turned_on_later(index: LiveIndex) -> None:
+    await index.apply(changes(document("1", "running bears"), inline=["running bears"]))
+    await create(index.connection, make_spec())
+    assert await index.rows(
+        "SELECT search @@ to_tsquery('pg_catalog.english', 'run & bear') FROM public.articles_index"
+    ) == [(True,)]
+
+
+async def test_whoever_may_read_the_view_still_may_when_its_columns_change(index: LiveIndex) -> None:
+    await index.connection.execute("DROP ROLE IF EXISTS cdcsync_test_reader; CREATE ROLE cdcsync_test_reader")
+    try:
+        await index.connection.execute("GRANT SELECT ON public.articles_index TO cdcsync_test_reader")
+        await index.connection.execute("GRANT SELECT (id) ON public.articles_index TO PUBLIC")
+        await create(index.connection, make_spec(carried={"author": "text", "tenant": "integer"}))
+        assert await index.rows(
+            "SELECT has_table_privilege('cdcsync_test_reader', 'public.articles_index', 'SELECT'),"
+            " has_table_privilege('cdcsync_test_reader', 'public.articles_index', 'UPDATE')"
+        ) == [(True, False)]
+    finally:
+        await index.connection.execute("DROP OWNED BY cdcsync_test_reader; DROP ROLE cdcsync_test_reader")
+
+
+async def test_a_view_that_others_are_built_on_is_not_dropped_under_them(index: LiveIndex) -> None:
+    await index.connection.execute("CREATE VIEW cdcsync.mine AS SELECT id FROM public.articles_index")
+    with pytest.raises(psycopg.errors.DependentObjectsStillExist):
+        await create(index.connection, make_spec(carried={"author": "text", "tenant": "integer"}))
+    assert await index.rows("SELECT * FROM cdcsync.mine") == []
+
+
+async def test_the_view_can_be_swapped_to_vectors_of_another_width(index: LiveIndex) -> None:
+    await index.apply(changes(document("1", "a"), inline=["a"]))
+    wider = make_spec(generation=2, dimensions=5, vector_type="halfvec", search=None)
+    async with index.connection.transaction():
+        await create_vectors(index.connection, SCHEMA, wider)
+        await create_view(index.connection, SCHEMA, wider)
+    assert await index.rows("SELECT FROM public.articles_index") == []
+    assert await index.rows(
+        "SELECT format_type(atttypid, atttypmod) FROM pg_attribute"
+        " WHERE attrelid = 'public.articles_index'::regclass AND attname = 'embedding'"
+    ) == [("public.halfvec(5)",)]
+
+    await create_view(index.connection, SCHEMA, index.spec)
+    assert await index.rows("SELECT embedding::text FROM public.articles_index") == [(vector_text("a"),)]
+
+
+async def test_vectors_of_another_width_that_another_index_left_are_refused(index: LiveIndex) -> None:
+    with pytest.raises(SetupError, match=r"vectors are of type vector\(3\), not vector\(5\)") as refused:
+        await create_vectors(index.connection, SCHEMA, make_spec(dimensions=5))
+
+    assert refused.value.where == '"cdcsync"."articles_vectors_1"'
+    assert "drop it" in str(refused.value.hint)
+
+
+async def test_a_worker_that_starts_again_waits_for_no_reader_and_stops_none(
+    index: LiveIndex, connection: Connection
+) -> None:
+    """Nothing is new, so nothing needs a lock that a search in a long transaction could be in the way of."""
+    async with connection.transaction():
+        await connection.execute("SELECT FROM public.articles_index")
+        await index.connection.execute("SET lock_timeout = '500ms'")
+        await create(index.connection, index.spec)
+
+
+# -- the vector index ------------------------------------------------------------------------------------------------
+
+
+async def fill(index: LiveIndex, count: int = 3_000) -> None:
+    texts = [f"text {number}" for number in range(count)]
+    await index.apply(changes(*[document(str(at), text) for at, text in enumerate(texts)], inline=texts))
+
+
+async def plan(connection: Connection, operator: str, type_: str) -> str:
+    found = await rows(
+        connection,
+        f"EXPLAIN SELECT id, content FROM public.articles_index"
+        f" ORDER BY embedding OPERATOR(public.{operator}) '[1,200,3]'::public.{type_} LIMIT 10",
+    )
+    return "\n".join(line for (line,) in found)
+
+
+@pytest.mark.parametrize(
+    ("distance", "vector_type"), [("cosine", "vector"), ("l2", "halfvec"), ("inner_product", "vector")]
+)
+async def test_a_search_through_the_view_scans_the_hnsw_index(
+    open_index: OpenIndex, distance: Distance, vector_type: str
+) -> None:
+    index = await open_index(distance=distance, vector_type=vector_type)
+    await fill(index)
+
+    assert await build_hnsw(index.connection, SCHEMA, index.spec)
+    await index.connection.execute("ANALYZE")
+
+    (definition,) = await rows(index.connection, "SELECT pg_get_indexdef('cdcsync.articles_vectors_1_hnsw'::regclass)")
+    opclass = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}[distance]
+    assert f"USING hnsw (embedding public.{vector_type}_{opclass})" in definition[0]
+    found = await plan(index.connection, OPERATORS[distance], vector_type)
+    assert "Index Scan using articles_vectors_1_hnsw" in found
+    assert "Seq Scan" not in found
+
+
+async def test_the_index_for_keyword_search_is_built_once_and_at_the_end(open_index: OpenIndex) -> None:
+    index = await open_index()
+    await fill(index)
+    named = "SELECT pg_get_indexdef(to_regclass('cdcsync.articles_chunks_search'))"
+    workers = await rows(index.connection, "SHOW max_parallel_maintenance_workers")
+    assert await rows(index.connection, named) == [(None,)]
+
+    hnsw = msgspec.structs.replace(index.spec.config.hnsw, build_workers=1)
+    spec = msgspec.structs.replace(index.spec, config=msgspec.structs.replace(index.spec.config, hnsw=hnsw))
+    assert await build_search(index.connection, SCHEMA, spec)
+    assert not await build_search(index.connection, SCHEMA, spec)
+
+    assert "USING gin (search)" in (await rows(index.connection, named))[0][0]
+    assert await rows(index.connection, "SHOW max_parallel_maintenance_workers") == workers
+    without = msgspec.structs.replace(spec, config=msgspec.structs.replace(spec.config, search=None))
+    assert not await build_search(index.connection, SCHEMA, without)
+
+
+async def test_the_hnsw_index_is_built_once_with_its_parameters(open_index: OpenIndex) -> None:
+    index = await open_index()
+    spec = index.spec
+    hnsw = msgspec.structs.replace(spec.config.hnsw, m=8, ef_construction=32, build_memory="16MB")
+    spec = msgspec.structs.replace(spec, config=msgspec.structs.replace(spec.config, hnsw=hnsw))
+    before = await rows(index.connection, "SHOW maintenance_work_mem")
+
+    assert await build_hnsw(index.connection, SCHEMA, spec)
+    assert not await build_hnsw(index.connection, SCHEMA, spec)
+
+    ((definition,),) = await rows(
+        index.connection, "SELECT pg_get_indexdef('cdcsync.articles_vectors_1_hnsw'::regclass)"
+    )
+    assert "(m='8', ef_construction='32')" in definition
+    assert await rows(index.connection, "SHOW maintenance_work_mem") == before
+
+
+async def test_an_index_that_an_interrupted_build_left_behind_is_replaced(
+    index: LiveIndex, connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    """CREATE INDEX CONCURRENTLY waits for older transactions; cancelled there, it leaves an invalid index."""
+    await fill(index, 10)
+    old, building = await connect_target(), await connect_target()
+    failed = []
+
+    async def build() -> None:
+        try:
+            await build_hnsw(building, SCHEMA, index.spec)
+        except psycopg.errors.QueryCanceled:
+            failed.append(True)
+
+    async def cancelled() -> bool:
+        return bool(failed)
+
+    async with anyio.create_task_group() as tasks, old.transaction():
+        await old.execute("UPDATE cdcsync.articles_vectors_1 SET chunk_id = chunk_id")
+        tasks.start_soon(build)
+        await until_blocked(connection, building)
+        await connection.execute("SELECT pg_cancel_backend(%s)", [building.info.backend_pid])
+        await until(cancelled)
+    valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('cdcsync.articles_vectors_1_hnsw')"
+    assert await rows(connection, valid) == [(False,)]
+
+    assert await build_hnsw(building, SCHEMA, index.spec)
+    assert await rows(connection, valid) == [(True,)]
+    assert await rows(building, "SHOW maintenance_work_mem") == await rows(connection, "SHOW maintenance_work_mem")
+
+
+async def test_a_build_that_a_killed_worker_left_running_is_waited_for_and_taken(
+    index: LiveIndex, connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    await fill(index, 10)
+    old, left_behind, building = await connect_target(), await connect_target(), await connect_target()
+    built: list[bool] = []
+
+    async def build_again() -> None:
+        built.append(await build_hnsw(building, SCHEMA, index.spec))
+
+    async def looked() -> bool:
+        return any(event["event"] == "index_build_waits" for event in events)
+
+    oid = "SELECT to_regclass('cdcsync.articles_vectors_1_hnsw')::oid::int8"
+    with structlog.testing.capture_logs() as events:
+        async with anyio.create_task_group() as tasks, old.transaction():
+            await old.execute("UPDATE cdcsync.articles_vectors_1 SET chunk_id = chunk_id")
+            tasks.start_soon(build_hnsw, left_behind, SCHEMA, index.spec)
+            await until_blocked(connection, left_behind)
+            ((first,),) = await rows(connection, oid)
+            tasks.start_soon(build_again)
+            await until(looked)
+            assert await rows(connection, oid) == [(first,)]
+
+    assert built == [False]
+    assert await rows(connection, oid) == [(first,)]
+    valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('cdcsync.articles_vectors_1_hnsw')"
+    assert await rows(connection, valid) == [(True,)]
+
+
+async def test_two_builds_that_wait_for_the_table_at_once_come_to_one_index(
+    index: LiveIndex, connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    """Each saw no other; the server ends one of them as a deadlock, or it finds the name taken."""
+    await fill(index, 10)
+    old, first, second = await connect_target(), await connect_target(), await connect_target()
+    built: list[bool] = []
+
+    async def build(session: Connection) -> None:
+        built.append(await build_hnsw(session, SCHEMA, index.spec))
+
+    async with anyio.create_task_group() as tasks, old.transaction():
+        await old.execute("LOCK TABLE cdcsync.articles_vectors_1 IN SHARE UPDATE EXCLUSIVE MODE")
+        for session in (first, second):
+            tasks.start_soon(build, session)
+            await until_blocked(connection, session)
+
+    assert sorted(built) == [False, True]
+    valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('cdcsync.articles_vectors_1_hnsw')"
+    assert await rows(connection, valid) == [(True,)]
+
+
+async def test_a_name_that_another_relation_has_is_an_error_and_not_waited_for(index: LiveIndex) -> None:
+    await index.connection.execute("CREATE TABLE cdcsync.articles_vectors_1_hnsw ()")
+    with pytest.raises(psycopg.errors.DuplicateTable):
+        await build_hnsw(index.connection, SCHEMA, index.spec)
+
+
+async def test_writers_go_on_while_the_index_is_built(
+    index: LiveIndex, connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    await fill(index, 10)
+    old, building = await connect_target(), await connect_target()
+    async with anyio.create_task_group() as tasks, old.transaction():
+        await old.execute("UPDATE cdcsync.articles_vectors_1 SET chunk_id = chunk_id")
+        tasks.start_soon(build_hnsw, building, SCHEMA, index.spec)
+        await until_blocked(connection, building)
+        await index.connection.execute("SET lock_timeout = '500ms'")
+        await index.apply(changes(document("100", "new"), inline=["new"]))
+    assert await rows(connection, "SELECT embedding::text FROM public.articles_index WHERE id = 100") == [
+        (vector_text("new"),)
+    ]
+
+
+# -- wait_for --------------------------------------------------------------------------------------------------------
+
+
+async def followed(connection: Connection, checkpoint: Lsn | None) -> tuple[Pipelines, int]:
+    """Set up the index `articles` and its pipeline."""
+    pipelines = Pipelines(SCHEMA, "slot")
+    spec = make_spec(search=None)
+    await create(connection, spec)
+    await pipelines.ensure(connection, "p")
+    await register(connection, spec, slot="slot")
+    fence = await pipelines.take_over(connection, "me")
+    if checkpoint is not None:
+        await pipelines.begin_at(connection, fence, checkpoint, "system", 1)
+    return pipelines, fence
+
+
+async def test_waiting_for_what_is_reached_returns_at_once(connection: Connection) -> None:
+    await followed(connection, Lsn.parse("1/10"))
+    for position in ("1/10", "1/F", "0/FFFFFFFF", "0/0"):
+        assert await rows(connection, "SELECT cdcsync.wait_for('articles', %s)", position) == [(True,)]
+
+
+@pytest.mark.parametrize("checkpoint", [None, Lsn(0x10)])
+async def test_waiting_in_vain_returns_false(connection: Connection, checkpoint: Lsn | None) -> None:
+    await followed(connection, checkpoint)
+    for timeout in (timedelta(), timedelta(milliseconds=20), timedelta(seconds=-1)):
+        found = await rows(connection, "SELECT cdcsync.wait_for('articles', '0/11', %s)", timeout)
+        assert found == [(False,)]
+
+
+async def test_waiting_ends_when_the_checkpoint_gets_there(
+    connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    pipelines, fence = await followed(connection, Lsn(0x10))
+    waiting = await connect_target()
+    answers = []
+
+    async def wait() -> None:
+        async with waiting.transaction():
+            answers.extend(await rows(waiting, "SELECT cdcsync.wait_for('articles', '0/30', '60 s')"))
+
+    async def sleeps() -> bool:
+        return (True,) in await rows(
+            connection,
+            "SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = %s",
+            waiting.info.backend_pid,
+        )
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait)
+        await until(sleeps)
+        await pipelines.commit(connection, fence, Lsn(0x20))
+        await until(sleeps)
+        assert answers == []
+        await pipelines.commit(connection, fence, Lsn(0x30))
+    assert answers == [(True,)]
+
+
+async def test_waiting_for_an_unknown_index_is_an_error_that_says_where_to_look(connection: Connection) -> None:
+    await followed(connection, Lsn(0x10))
+    with pytest.raises(psycopg.errors.RaiseException, match="there is no index 'nosuch'") as refused:
+        await connection.execute("SELECT cdcsync.wait_for('nosuch', '0/1')")
+    assert "indexes" in (refused.value.diag.message_hint or "")
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+async def test_waiting_where_every_query_sees_the_same_moment_is_refused(connection: Connection, level: str) -> None:
+    await followed(connection, Lsn(0x10))
+    await connection.execute(f"SET default_transaction_isolation = '{level}'".encode())
+    with pytest.raises(psycopg.errors.RaiseException, match="READ COMMITTED"):
+        await connection.execute("SELECT cdcsync.wait_for('articles', '0/1')")
+
+
+async def test_waiting_without_a_position_or_a_limit_does_not_wait_for_ever(connection: Connection) -> None:
+    await followed(connection, Lsn(0x10))
+    await connection.execute("SET statement_timeout = '20s'")
+    for arguments in ("'articles', NULL", "'articles', '0/11', NULL", "NULL, '0/11'"):
+        assert await rows(connection, f"SELECT cdcsync.wait_for({arguments})") == [(None,)]
+
+
+def test_names_of_an_index_are_its_own() -> None:
+    names = Names("s", "articles")
+    assert names.hnsw_name(3) == "articles_vectors_3_hnsw"
+    assert names.vectors(3) != names.vectors(2)
+    assert vector_of("a").shape == (3,)

@@ -1,0 +1,200 @@
+"""The pipeline's row: one worker at a time, fenced, and a checkpoint that only moves forward."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+
+import anyio
+import pytest
+
+from cdcsync.errors import LeaseLost
+from cdcsync.lsn import Lsn
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.shared import create_shared
+from cdcsync.target.pipelines import Pipelines, PipelineState
+from tests.fixtures.indexes import SCHEMA, until_blocked
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+COMMITTED = datetime(2024, 2, 29, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> Connection:
+    """A session on a target with our shared tables and the row of the pipeline `slot`."""
+    connection = await connect_target()
+    await create_shared(connection, SCHEMA)
+    await PIPELINES.ensure(connection, "publication")
+    return connection
+
+
+PIPELINES = Pipelines(SCHEMA, "slot")
+
+
+async def state(connection: Connection) -> PipelineState:
+    found = await PIPELINES.read(connection)
+    assert found is not None
+    return found
+
+
+async def test_a_new_pipeline_has_no_checkpoint_and_stands_under_no_fence(connection: Connection) -> None:
+    found = await state(connection)
+    assert (found.checkpoint, found.system_identifier, found.timeline, found.fence, found.worker) == (
+        None,
+        None,
+        None,
+        0,
+        None,
+    )
+    assert (found.commit_time, found.caught_up_at) == (None, None)
+    assert found.updated_at.tzinfo is not None
+
+
+async def test_a_pipeline_that_was_never_set_up_has_no_state(connection: Connection) -> None:
+    assert await Pipelines(SCHEMA, "other").read(connection) is None
+
+
+async def test_setting_up_again_keeps_the_state_and_follows_the_publication(connection: Connection) -> None:
+    fence = await PIPELINES.take_over(connection, "me")
+    await PIPELINES.begin_at(connection, fence, Lsn(5), "sys", 1)
+    before = await state(connection)
+
+    await PIPELINES.ensure(connection, "another")
+
+    assert await state(connection) == before
+    cursor = await connection.execute("SELECT slot, publication FROM cdcsync.pipelines")
+    assert await cursor.fetchall() == [("slot", "another")]
+
+
+# -- the lock --------------------------------------------------------------------------------------------------------
+
+
+async def test_one_session_holds_the_lock_until_it_ends(
+    connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    first, second = await connect_target(), await connect_target()
+    assert await PIPELINES.holder(connection) is None
+
+    assert await PIPELINES.try_lock(first)
+    assert not await PIPELINES.try_lock(second)
+    assert await PIPELINES.holder(connection) == first.info.backend_pid
+    # Other pipelines are not concerned.
+    assert await Pipelines(SCHEMA, "other").try_lock(second)
+    assert await Pipelines("elsewhere", "slot").try_lock(second)
+    assert await PIPELINES.holder(connection) == first.info.backend_pid
+
+    await first.execute("SELECT pg_advisory_unlock_all()")
+    assert await PIPELINES.try_lock(second)
+    assert await PIPELINES.holder(connection) == second.info.backend_pid
+
+
+# -- the fence -------------------------------------------------------------------------------------------------------
+
+
+async def test_each_worker_that_takes_over_raises_the_fence(connection: Connection) -> None:
+    assert await PIPELINES.take_over(connection, "first") == 1
+    assert await PIPELINES.take_over(connection, "second") == 2
+    found = await state(connection)
+    assert (found.fence, found.worker) == (2, "second")
+
+
+async def test_nothing_is_written_under_an_older_fence(connection: Connection) -> None:
+    old = await PIPELINES.take_over(connection, "first")
+    new = await PIPELINES.take_over(connection, "second")
+    await PIPELINES.begin_at(connection, new, Lsn(5), "sys", 1)
+    before = await state(connection)
+
+    with pytest.raises(LeaseLost, match="taken over") as lost:
+        await PIPELINES.commit(connection, old, Lsn(9))
+    with pytest.raises(LeaseLost):
+        await PIPELINES.commit(connection, old, None)
+    with pytest.raises(LeaseLost):
+        await PIPELINES.begin_at(connection, old, Lsn(9), "sys", 1)
+
+    assert lost.value.where == "slot slot"
+    assert lost.value.hint
+    assert await state(connection) == before
+
+
+async def test_a_pipeline_without_a_row_cannot_be_taken_over(connection: Connection) -> None:
+    with pytest.raises(LeaseLost, match="row is gone"):
+        await Pipelines(SCHEMA, "other").take_over(connection, "me")
+
+
+async def test_who_takes_over_waits_for_the_predecessor_that_is_committing(
+    connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    """So that the checkpoint read after taking over is the last one."""
+    watching, second = await connect_target(), await connect_target()
+    fence = await PIPELINES.take_over(connection, "first")
+    fences = []
+
+    async def take_over() -> None:
+        fences.append(await PIPELINES.take_over(second, "second"))
+        fences.append(int((await state(second)).checkpoint or 0))
+
+    async with anyio.create_task_group() as tasks, connection.transaction():
+        await PIPELINES.commit(connection, fence, Lsn(7))
+        tasks.start_soon(take_over)
+        await until_blocked(watching, second)
+
+    assert fences == [2, 7]
+
+
+async def test_who_was_taken_over_while_it_waited_commits_nothing(
+    connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    watching, second = await connect_target(), await connect_target()
+    fence = await PIPELINES.take_over(connection, "first")
+    lost = []
+
+    async def commit() -> None:
+        try:
+            await PIPELINES.commit(connection, fence, Lsn(7))
+        except LeaseLost:
+            lost.append(True)
+
+    async with anyio.create_task_group() as tasks, second.transaction():
+        await PIPELINES.take_over(second, "second")
+        tasks.start_soon(commit)
+        await until_blocked(watching, connection)
+
+    assert lost == [True]
+    assert (await state(watching)).checkpoint is None
+
+
+# -- the checkpoint --------------------------------------------------------------------------------------------------
+
+
+async def test_a_pipeline_begins_where_it_is_told(connection: Connection) -> None:
+    fence = await PIPELINES.take_over(connection, "me")
+    await PIPELINES.begin_at(connection, fence, Lsn.parse("16/B374D848"), "7345", 3)
+    found = await state(connection)
+    assert (found.checkpoint, found.system_identifier, found.timeline) == (Lsn.parse("16/B374D848"), "7345", 3)
+
+
+async def test_the_checkpoint_only_moves_forward(connection: Connection) -> None:
+    fence = await PIPELINES.take_over(connection, "me")
+    seen = []
+    for position in (Lsn(10), Lsn(30), Lsn(20), None, Lsn(0xFFFF_FFFF_FFFF_FFFF)):
+        await PIPELINES.commit(connection, fence, position)
+        seen.append((await state(connection)).checkpoint)
+    assert seen == [10, 30, 30, 30, 0xFFFF_FFFF_FFFF_FFFF]
+
+
+async def test_times_are_noted_and_kept_until_there_are_newer_ones(connection: Connection) -> None:
+    fence = await PIPELINES.take_over(connection, "me")
+    await PIPELINES.commit(connection, fence, Lsn(1), commit_time=COMMITTED)
+    first = await state(connection)
+    await PIPELINES.commit(connection, fence, None, caught_up=True)
+    second = await state(connection)
+    await PIPELINES.commit(connection, fence, Lsn(2), commit_time=COMMITTED + timedelta(seconds=1))
+    third = await state(connection)
+
+    assert (first.commit_time, first.caught_up_at) == (COMMITTED, None)
+    assert second.commit_time == COMMITTED
+    assert second.caught_up_at is not None
+    assert second.caught_up_at > first.updated_at
+    assert (third.commit_time, third.caught_up_at) == (COMMITTED + timedelta(seconds=1), second.caught_up_at)
+    assert first.updated_at < second.updated_at < third.updated_at

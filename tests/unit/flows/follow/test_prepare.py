@@ -1,0 +1,85 @@
+"""Preparing batches, as far as no server is needed: what becomes of rows that no document can be made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from cdcsync.config import Chunking
+from cdcsync.documents.chunks import make_chunker
+from cdcsync.documents.functions import DocumentFunction
+from cdcsync.documents.templates import Documents
+from cdcsync.errors import DocumentError
+from cdcsync.flows.follow.prepare import REPORTED_ERRORS, Preparer
+from cdcsync.metrics import Metrics
+from cdcsync.model.batch import IndexChanges
+from cdcsync.model.changeset import ChangeSet
+from cdcsync.model.rows import Upsert
+from cdcsync.tracing import Tracing
+from tests.fixtures.indexes import make_spec
+
+pytestmark = pytest.mark.anyio
+
+
+class Failing(DocumentFunction):
+    """Makes documents of whatever does not begin with a !, and else fails for that reason."""
+
+    def render(self, values: Sequence[str | None]) -> str:
+        (body,) = cast(Sequence[str], values)
+        if body.startswith("!"):
+            raise DocumentError(body[1:])
+        return body
+
+
+async def prepared(*bodies: str, metrics: Metrics | None = None) -> ChangeSet:
+    """Return what rows with the keys 0, 1, … come to, read by the first load; chunks are of 8 tokens, at most 2."""
+    spec = make_spec(carried={})
+    spec = msgspec.structs.replace(spec, documents=Documents(Failing("m:f", ("body",), "documents")))
+    chunking = Chunking(strategy="characters", max_tokens=8, overlap_tokens=0, max_chunks=2)
+    changes = IndexChanges(spec.shape)
+    for at, body in enumerate(bodies):
+        changes.add_page_row(Upsert(spec.shape, (f"key {at}",), (f"key {at}", body), 0, 0x10 + at))
+    nothing: Any = None
+    desk: Any = SimpleNamespace(tracing=Tracing())
+    chunker = make_chunker(chunking, None, None)
+    return await Preparer(spec, chunker, desk, nothing, nothing, metrics or Metrics()).prepare(changes, nothing)
+
+
+async def test_rows_that_cannot_be_rendered_or_cut_come_without_chunks_and_with_their_reason() -> None:
+    made = await prepared("good", "!no such thing", "too many words " * 9, "")
+
+    assert [(one.key, len(one.chunks)) for one in made.documents] == [
+        (("key 0",), 1),
+        (("key 1",), 0),
+        (("key 2",), 0),
+        (("key 3",), 0),
+    ]
+    first, second = made.failed
+    assert (first.key, first.error, first.commit_lsn) == (("key 1",), "no such thing", 0x11)
+    assert second.key == ("key 2",)
+    assert "max_chunks is 2" in second.error
+
+
+async def test_the_log_says_how_many_rows_failed_for_each_of_the_commonest_reasons_and_which_they_are_nowhere() -> None:
+    metrics = Metrics()
+    reasons = [f"reason {number}" for number in range(REPORTED_ERRORS + 3)]
+    with capture_logs() as events:
+        await prepared(*(f"!{reason}" for reason in reasons), "!usual", "!usual", "good", metrics=metrics)
+
+    assert len(events) == REPORTED_ERRORS
+    assert events[0] == {
+        "event": "document_failed",
+        "log_level": "warning",
+        "index": "articles",
+        "error": "usual",
+        "failed": 2,
+        "fix": "cdcsync failures articles list",
+    }
+    assert "key" not in str(events)
+    counted = metrics.registry.get_sample_value("cdcsync_document_failures_total", {"index": "articles"})
+    assert counted == len(reasons) + 2

@@ -1,0 +1,245 @@
+"""Snapshots and deliveries: what a snapshot sees across the wrap of 32-bit ids, and what the stream's memory hides."""
+
+from __future__ import annotations
+
+import pytest
+
+from cdcsync.model.rows import Key
+from cdcsync.model.visibility import XID_SPAN, Deliveries, Snapshot
+
+A: Key = ("a",)
+B: Key = ("b",)
+
+
+@pytest.mark.parametrize(
+    ("text", "snapshot"),
+    [
+        ("10:10:", Snapshot(10, 10, frozenset())),
+        ("10:12:10", Snapshot(10, 12, frozenset({10}))),
+        ("10:20:10,14,19", Snapshot(10, 20, frozenset({10, 14, 19}))),
+        (
+            "4294967290:4294967300:4294967290,4294967299",
+            Snapshot(2**32 - 6, 2**32 + 4, frozenset({2**32 - 6, 2**32 + 3})),
+        ),
+    ],
+)
+def test_a_snapshot_reads_as_postgresql_prints_it(text: str, snapshot: Snapshot) -> None:
+    assert Snapshot.parse(text) == snapshot
+
+
+@pytest.mark.parametrize("text", ["", "10", "10:12", "10:12:10:11", "a:12:", "10:b:", "10:12:x", "10:12:10;11", ":12:"])
+def test_what_is_no_snapshot_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        Snapshot.parse(text)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+@pytest.mark.parametrize(
+    ("offset", "seen"),
+    [(-(2**31) + 20, True), (-1, True), (0, False), (1, True), (4, False), (9, True), (10, False), (2**31 - 1, False)],
+)
+def test_a_snapshot_sees_what_finished_before_it(epoch: int, offset: int, seen: bool) -> None:
+    xmin = (epoch + 1) * XID_SPAN - 3  # ids wrap between its ends
+    snapshot = Snapshot(xmin, xmin + 10, frozenset({xmin, xmin + 4}))
+    xid = xmin + offset
+
+    assert snapshot.sees(xid) is seen
+    assert snapshot.sees(xid % XID_SPAN) is seen
+    assert snapshot.widen(xid % XID_SPAN) == xid
+
+
+def test_without_recording_every_delivery_is_a_suspect() -> None:
+    deliveries = Deliveries()
+
+    deliveries.touched(A, 10)
+    deliveries.truncated(11)
+
+    assert not deliveries.recording
+    assert deliveries.suspects == {10, 11}
+    assert not deliveries.hides(A, Snapshot(10, 10, frozenset()))
+
+
+def test_a_page_must_see_every_suspect() -> None:
+    deliveries = Deliveries()
+    deliveries.suspect([10, 11 + XID_SPAN, 20 + 3 * XID_SPAN])
+
+    assert deliveries.suspects == {10, 11, 20}
+    assert sorted(deliveries.unseen(Snapshot(10, 12, frozenset({10})))) == [10, 20]
+    assert deliveries.unseen(Snapshot(21, 21, frozenset())) == []
+
+
+def test_recorded_keys_hide_rows_of_snapshots_that_do_not_see_their_last_change() -> None:
+    deliveries = Deliveries()
+    deliveries.record()
+    deliveries.touched(A, 10)
+    deliveries.touched(A, 12)
+
+    assert deliveries.suspects == frozenset()
+    assert deliveries.hides(A, Snapshot(12, 12, frozenset()))
+    assert not deliveries.hides(B, Snapshot(12, 12, frozenset()))
+    assert not deliveries.hides(A, Snapshot(13, 13, frozenset()))
+
+
+def test_a_truncation_hides_every_row_of_snapshots_that_do_not_see_it() -> None:
+    deliveries = Deliveries()
+    deliveries.record()
+    deliveries.truncated(10)
+
+    for key in (A, B):
+        assert deliveries.hides(key, Snapshot(10, 11, frozenset({10})))
+        assert not deliveries.hides(key, Snapshot(11, 11, frozenset()))
+
+
+def test_recording_twice_forgets_nothing() -> None:
+    deliveries = Deliveries()
+    deliveries.record()
+    deliveries.touched(A, 10)
+
+    deliveries.record()
+
+    assert deliveries.recording
+    assert deliveries.hides(A, Snapshot(10, 10, frozenset()))
+
+
+def test_what_was_recorded_becomes_suspect_when_recording_ends() -> None:
+    deliveries = Deliveries()
+    deliveries.record()
+    deliveries.touched(A, 10)
+    deliveries.touched(B, 11)
+    deliveries.truncated(12)
+
+    deliveries.stop()
+
+    assert not deliveries.recording
+    assert deliveries.suspects == {10, 11, 12}
+    deliveries.record()
+    assert not deliveries.hides(A, Snapshot(10, 10, frozenset()))
+
+
+def test_ending_what_never_began_changes_nothing() -> None:
+    deliveries = Deliveries()
+    deliveries.touched(A, 10)
+
+    deliveries.stop()
+
+    assert deliveries.suspects == {10}
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_what_a_snapshot_sees_is_forgotten_and_the_rest_kept(recording: bool) -> None:
+    deliveries = Deliveries()
+    deliveries.suspect([8, 18])
+    if recording:
+        deliveries.record()
+    deliveries.touched(A, 9)
+    deliveries.touched(B, 19)
+    deliveries.truncated(20)
+    newest = Snapshot(10, 18, frozenset({10}))
+
+    deliveries.forget_seen(newest)
+
+    assert deliveries.suspects == ({18} if recording else {18, 19, 20})
+    assert deliveries.hides(B, newest) is recording
+    assert deliveries.size == 3
+    deliveries.forget_seen(Snapshot(21, 21, frozenset()))
+    assert deliveries.size == 0
+    assert not deliveries.hides(A, newest)
+
+
+def test_forgetting_by_a_snapshot_younger_than_a_pending_page_lets_its_old_rows_through() -> None:
+    """Why the caller has to know its pending pages: nothing here could tell."""
+    pending, younger = Snapshot(10, 10, frozenset()), Snapshot(11, 11, frozenset())
+    deliveries = Deliveries()
+    deliveries.record()
+    deliveries.touched(A, 10)
+    assert deliveries.hides(A, pending)
+
+    deliveries.forget_seen(pending)
+    assert deliveries.hides(A, pending)
+    deliveries.forget_seen(younger)
+    assert not deliveries.hides(A, pending)
+
+
+def test_more_keys_than_are_remembered_make_their_transactions_suspect() -> None:
+    deliveries = Deliveries(most_keys=2)
+    deliveries.record()
+    for number, xid in ((1, 10), (2, 10), (3, 11)):
+        deliveries.touched((str(number),), xid)
+
+    assert deliveries.suspects == {10, 11}
+    assert deliveries.size == 2
+    assert deliveries.unseen(Snapshot(10, 10, frozenset())) == [10, 11]
+    deliveries.touched(A, 12)
+    assert deliveries.hides(A, Snapshot(12, 12, frozenset()))
+    deliveries.forget_seen(Snapshot(13, 13, frozenset()))
+    assert deliveries.size == 0
+
+
+def test_one_transaction_of_any_size_is_remembered_in_bounded_space() -> None:
+    deliveries = Deliveries(most_keys=100)
+    deliveries.record()
+    for number in range(10_000):
+        deliveries.touched((str(number),), 10)
+    assert deliveries.size <= 101
+    assert deliveries.unseen(Snapshot(10, 10, frozenset())) == [10]
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_what_every_later_page_sees_is_not_remembered_when_a_late_stream_brings_it(recording: bool) -> None:
+    deliveries = Deliveries(most_keys=100)
+    if recording:
+        deliveries.record()
+    pending = Snapshot(10_000, 10_010, frozenset({10_000}))
+    deliveries.forget_seen(pending)
+
+    for xid in range(10, 10_000):
+        deliveries.touched((str(xid),), xid)
+        deliveries.truncated(xid)
+    assert deliveries.size == 0
+
+    deliveries.touched(A, 10_000)
+    deliveries.touched(B, 10_010)
+    assert deliveries.size == 2
+    assert deliveries.hides(A, pending) is deliveries.hides(B, pending) is recording
+
+
+def test_an_id_that_a_snapshot_of_another_past_sees_is_remembered() -> None:
+    deliveries = Deliveries()
+    for forget in (deliveries.begin_anew, deliveries.forget_snapshot):
+        deliveries.forget_seen(Snapshot(20, 20, frozenset()))
+        forget()
+        deliveries.touched(A, 10)
+        assert deliveries.suspects == {10}
+
+
+@pytest.mark.parametrize("first", [10, XID_SPAN - 5_000, XID_SPAN - 1], ids=["far from the wrap", "over it", "at it"])
+@pytest.mark.parametrize("recording", [True, False])
+def test_transactions_beyond_number_are_remembered_in_bounded_space(first: int, recording: bool) -> None:
+    """As while the read of a page waits for a lock: none of them can be forgotten before."""
+    deliveries = Deliveries(most_keys=10, most_suspects=100)
+    if recording:
+        deliveries.record()
+    last = first + 9_999
+    for xid in range(first, last + 1):
+        deliveries.touched((str(xid),), xid % XID_SPAN)
+        assert deliveries.size <= 112
+
+    # One that began before them all may go on, none of them may.
+    begun_before = frozenset({first - 1})
+    assert deliveries.unseen(Snapshot(first - 1, last + 2, begun_before)) == []
+    for running in (first, first + 5_000):
+        assert deliveries.unseen(Snapshot(running, last + 2, frozenset({running}))) == [running]
+    assert deliveries.unseen(Snapshot(first + 5_000, first + 5_000, frozenset()))
+
+    deliveries.forget_seen(Snapshot(last + 1, last + 1, frozenset()))
+    assert deliveries.size == 0
+
+
+def test_suspects_that_were_too_many_are_forgotten_with_everything_else() -> None:
+    deliveries = Deliveries(most_suspects=1)
+    deliveries.suspect([10, 11, 12])
+    assert deliveries.unseen(Snapshot(12, 12, frozenset())) == [12]
+
+    deliveries.begin_anew()
+
+    assert deliveries.unseen(Snapshot(3, 3, frozenset())) == []

@@ -1,0 +1,206 @@
+"""What a status says, on paper and on a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from cdcsync.flows.follow.stream import IDLE_CHECKPOINT_S
+from cdcsync.status import BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus, render_table
+from cdcsync.status.reading import FRESH
+from cdcsync.status.rendering import human_bytes, human_seconds
+from cdcsync.target.evaluations import Recall
+from tests import ROOT
+
+DOCUMENT = ROOT / "docs" / "status.md"
+NOW = datetime(2026, 5, 4, 12, 0, tzinfo=UTC)
+
+LIVE = IndexStatus(
+    *("live", None, "public.articles", "public.articles_index", "model", 384, 1),
+    documents=1_000,
+    chunks=1_234,
+    vectors=1_230,
+)
+STATUS = Status(
+    version=1,
+    read_at=NOW,
+    pipeline="cdcsync",
+    publication="cdcsync",
+    checkpoint="0/1A2B",
+    lag_bytes=3_500,
+    lag_seconds=0.0,
+    caught_up=True,
+    slot=SlotStatus("cdcsync", True, "reserved", 41 * 1024**2, 3 * 1024**3, "0/1A2B"),
+    worker=WorkerStatus("host:42", True, NOW - timedelta(minutes=3, seconds=5)),
+    indexes={"articles": LIVE},
+    problems=[],
+)
+
+
+def changed(**fields: Any) -> Status:
+    return msgspec.structs.replace(STATUS, **fields)
+
+
+def with_index(**fields: Any) -> Status:
+    return changed(indexes={"articles": msgspec.structs.replace(LIVE, **fields)})
+
+
+def printed(status: Status, *, colours: bool = False, width: int = 100) -> str:
+    output = io.StringIO()
+    system: Any = "standard" if colours else None
+    console = Console(file=output, width=width, color_system=system, force_terminal=colours, no_color=not colours)
+    console.print(render_table(status))
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("struct", [Status, SlotStatus, WorkerStatus, IndexStatus, Recall, BackfillStatus])
+def test_the_documentation_tells_every_field_and_no_other(struct: type[msgspec.Struct]) -> None:
+    section = DOCUMENT.read_text().split(f"\n## {struct.__name__}\n")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(struct.__struct_fields__)
+
+
+def test_the_documentation_tells_every_state() -> None:
+    text = DOCUMENT.read_text()
+    for struct in (IndexStatus, BackfillStatus):
+        for field in msgspec.structs.fields(struct):
+            for value in getattr(field.type, "__args__", ()):
+                assert not isinstance(value, str) or f"`{value}`" in text
+
+
+def test_json_has_every_field_even_without_a_value() -> None:
+    found = msgspec.json.decode(msgspec.json.encode(changed(slot=None, lag_seconds=None)))
+    assert list(found) == list(Status.__struct_fields__)
+    assert found["lag_seconds"] is None
+    assert found["read_at"] == "2026-05-04T12:00:00Z"
+    assert set(found["indexes"]["articles"]) == set(IndexStatus.__struct_fields__)
+    assert msgspec.json.decode(msgspec.json.encode(STATUS), type=Status) == STATUS
+
+
+def test_a_workers_word_holds_until_an_idle_one_gives_the_next() -> None:
+    assert FRESH.total_seconds() > IDLE_CHECKPOINT_S
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 kB"),
+        (10 * 1024, "10 kB"),
+        (1000 * 1024, "1.0 MB"),
+        (5 * 1024**3, "5.0 GB"),
+        (2**60, "1024 PB"),
+    ],
+)
+def test_sizes_are_short(count: int, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.44, "0.4 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (185, "3 min 5 s"),
+        (7_800, "2 h 10 min"),
+        (47 * 3600, "47 h 0 min"),
+        (99 * 3600, "4 d 3 h"),
+    ],
+)
+def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text
+
+
+def test_a_healthy_pipeline_is_told_in_a_few_lines() -> None:
+    text = printed(STATUS)
+    assert "host:42 runs for 3 min 5 s" in text
+    assert "caught up to within 3.4 kB of WAL" in text
+    assert "reserved, retains 41 MB, 3.0 GB until it is lost, being read" in text
+    assert re.search(r"articles +live +1,000 +1,234 +1,230 +0 +0", text)
+    assert "!" not in text
+
+
+def test_what_is_wrong_is_said() -> None:
+    slot = SlotStatus("cdcsync", False, "lost", None, None, None)
+    worker = WorkerStatus("host:42", False, None)
+    text = printed(changed(slot=slot, worker=worker, caught_up=False, lag_seconds=75.0, problems=["do [this] first"]))
+    assert "does not run" in text
+    assert "1 min 15 s, 3.4 kB of WAL" in text
+    assert "lost, retains –, not being read" in text
+    assert "! do [this] first" in text
+
+
+def test_what_is_unknown_is_no_number() -> None:
+    text = printed(changed(checkpoint=None, lag_bytes=None, lag_seconds=None, caught_up=None, slot=None))
+    assert [line.split() for line in text.splitlines() if line.startswith(("lag", "slot", "checkpoint"))] == [
+        ["checkpoint", "–"],
+        ["lag", "–"],
+        ["slot", "–"],
+    ]
+
+
+def test_an_absent_index_has_no_figures() -> None:
+    assert re.search(r"articles +absent( +–){5}", printed(with_index(state="absent", reason="not set up yet")))
+
+
+def test_estimates_are_marked() -> None:
+    text = printed(with_index(estimated=True, documents=None, chunks=2_900_000, vectors=1_200_000, backlog=1_700_000))
+    assert re.search(r"– +~2,900,000 +~1,200,000 +~1,700,000 +0", text)
+
+
+@pytest.mark.parametrize(
+    ("backfill", "text"),
+    [
+        (
+            BackfillStatus(1, "initial", "running", "rows", 250, 1_000, 50.0, 15.0),
+            "articles: initial running: 25% of 1,000 rows, 50 rows/s, 15 s left",
+        ),
+        (
+            BackfillStatus(1, "replay", "running", "rows", 1_200, 1_000, 50.0, 0.0),
+            "articles: replay running: 100% of 1,000 rows, 50 rows/s, 0 s left",
+        ),
+        (BackfillStatus(1, "replay", "requested", "rows", 0, None, None, None), "articles: replay requested: 0 rows"),
+        (
+            BackfillStatus(1, "resync", "running", "orphans", 1_000, 1_000, None, None),
+            "articles: resync running: looking for rows that are gone from the source",
+        ),
+    ],
+)
+def test_a_backfill_has_a_line_of_its_own(backfill: BackfillStatus, text: str) -> None:
+    assert f"› {text}" in printed(with_index(backfill=backfill))
+
+
+@pytest.mark.parametrize(
+    ("by_hnsw", "text"),
+    [
+        (True, "articles: recall@10 0.987 (ef_search 40), measured 1 h 30 min ago"),
+        (False, "articles: recall@10 0.987 (the whole table is read), measured 1 h 30 min ago"),
+    ],
+)
+def test_a_recall_that_was_measured_has_a_line_of_its_own(by_hnsw: bool, text: str) -> None:
+    recall = Recall(0.98734, 10, 40, 100, by_hnsw, NOW - timedelta(minutes=90))
+    assert f"› {text}" in printed(with_index(recall=recall))
+
+
+def test_eighty_columns_are_enough_for_millions() -> None:
+    text = printed(
+        with_index(state="building", estimated=True, documents=None, chunks=2_900_000, backlog=1_700_000), width=80
+    )
+    assert "…" not in text
+
+
+@pytest.mark.parametrize(("state", "code"), [("live", "32"), ("building", "33"), ("paused", "31"), ("absent", "31")])
+def test_colour_says_how_an_index_is(state: str, code: str) -> None:
+    assert f"\x1b[{code}m{state}" in printed(with_index(state=state), colours=True)
+
+
+def test_only_colour_is_lost_without_colours() -> None:
+    assert re.sub(r"\x1b\[[0-9;]*m", "", printed(STATUS, colours=True)) == printed(STATUS)

@@ -1,0 +1,383 @@
+"""The endpoints over real connections, and the server's life inside another program."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.client
+import json
+import logging
+import re
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cdcsync.errors import SetupError, TargetUnavailable
+from cdcsync.metrics import Metrics
+from cdcsync.status import BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus
+from cdcsync.target.evaluations import Recall
+from cdcsync.worker import http as endpoints
+
+pytestmark = pytest.mark.anyio
+
+PATHS = ("/livez", "/readyz", "/metrics", "/status", "/")
+PAGE = (Path(endpoints.__file__).parent / "page.html").read_text()
+
+STATUS = Status(
+    version=1,
+    read_at=datetime(2026, 5, 4, 12, 0, tzinfo=UTC),
+    pipeline="cdcsync",
+    publication="cdcsync",
+    checkpoint="0/1A2B",
+    lag_bytes=0,
+    lag_seconds=0.0,
+    caught_up=True,
+    slot=None,
+    worker=WorkerStatus("host:42", True, None),
+    indexes={"articles": IndexStatus("live", None, "public.articles", "public.articles_index")},
+    problems=[],
+)
+
+
+class View:
+    """A worker as the endpoints see it, with its answers laid open."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        self.turning = True
+        self.reasons: list[str] = []
+        self.failure: Exception | None = None
+        self.readings = 0
+        self.reading = anyio.Event()
+        self.answering = anyio.Event()
+        self.answering.set()
+
+    def alive(self) -> bool:
+        return self.turning
+
+    def not_ready(self) -> list[str]:
+        return self.reasons
+
+    async def status(self) -> Status:
+        self.readings += 1
+        self.reading.set()
+        await self.answering.wait()
+        if self.failure is not None:
+            raise self.failure
+        return STATUS
+
+
+class Answer(msgspec.Struct, frozen=True):
+    code: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Client:
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    async def ask(self, path: str, method: str = "GET", **headers: str) -> Answer:
+        return await anyio.to_thread.run_sync(self._ask, path, method, headers)
+
+    def _ask(self, path: str, method: str, headers: dict[str, str]) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(method, path, headers=headers)
+            answer = connection.getresponse()
+            return Answer(answer.status, answer.headers, answer.read())
+        finally:
+            connection.close()
+
+
+@asynccontextmanager
+async def serving(
+    view: View, host: str = "127.0.0.1", port: int = 0, *, app: ASGIApp | None = None
+) -> AsyncIterator[Client]:
+    """Serve a view for the length of the block."""
+    bound: list[int] = []
+    listening = anyio.Event()
+
+    def started(actual: int) -> None:
+        bound.append(actual)
+        listening.set()
+
+    async def serve() -> None:
+        await endpoints.serve(app or endpoints.make_app(view), host, port, started=started)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(serve)
+        await listening.wait()
+        try:
+            yield Client(bound[0])
+        finally:
+            tasks.cancel_scope.cancel()
+
+
+def unexpected(port: int) -> None:
+    pytest.fail(f"listens on port {port}")
+
+
+@pytest.fixture
+async def view() -> View:
+    return View()
+
+
+@pytest.fixture
+async def client(view: View) -> AsyncIterator[Client]:
+    async with serving(view) as client:
+        yield client
+
+
+# -- endpoints --------------------------------------------------------------------------------------------------
+
+
+async def test_a_stuck_event_loop_is_not_alive(view: View, client: Client) -> None:
+    alive = await client.ask("/livez")
+    view.turning = False
+    stuck = await client.ask("/livez")
+    assert (alive.code, alive.body) == (200, b"ok\n")
+    assert (stuck.code, stuck.body) == (503, b"the event loop is stuck\n")
+
+
+async def test_readiness_tells_its_reasons(view: View, client: Client) -> None:
+    ready = await client.ask("/readyz")
+    view.reasons = ["standby", "embedder e: down"]
+    not_ready = await client.ask("/readyz")
+    assert (ready.code, ready.json()) == (200, {"ready": True, "reasons": []})
+    assert (not_ready.code, not_ready.json()) == (503, {"ready": False, "reasons": ["standby", "embedder e: down"]})
+
+
+async def test_metrics_are_prometheus_text_unless_openmetrics_is_asked_for(view: View, client: Client) -> None:
+    view.metrics.transactions.inc(3)
+    plain = await client.ask("/metrics")
+    fancy = await client.ask("/metrics", Accept="application/openmetrics-text; version=1.0.0")
+    assert plain.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert fancy.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert b"cdcsync_transactions_total 3.0\n" in plain.body
+    assert fancy.body.endswith(b"# EOF\n")
+
+
+async def test_the_status_is_the_views_as_json(client: Client) -> None:
+    answer = await client.ask("/status")
+    assert (answer.code, answer.headers["Content-Type"]) == (200, "application/json")
+    assert msgspec.json.decode(answer.body, type=Status) == STATUS
+
+
+async def test_a_status_that_cannot_be_read_is_told_with_its_remedy(view: View, client: Client) -> None:
+    view.failure = TargetUnavailable("connection refused", where="target", hint="start it")
+    answer = await client.ask("/status")
+    assert answer.code == 503
+    assert answer.json() == {"error": "connection refused", "where": "target", "hint": "start it"}
+
+
+async def test_a_status_that_takes_too_long_is_given_up(
+    view: View, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "STATUS_TIMEOUT_S", 0.01)
+    view.answering = anyio.Event()
+    answer = await client.ask("/status")
+    assert answer.code == 503
+    assert answer.json()["error"] == "the status could not be read in time"
+
+
+async def test_all_who_ask_at_once_share_a_reading(view: View) -> None:
+    view.answering = anyio.Event()
+    app = endpoints.make_app(view)
+    arrived = 0
+    answers: list[Answer] = []
+
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal arrived
+        arrived += 1
+        if arrived == 5:
+            view.answering.set()
+        await app(scope, receive, send)
+
+    async with serving(view, app=counted) as client, anyio.create_task_group() as tasks:
+
+        async def ask() -> None:
+            answers.append(await client.ask("/status"))
+
+        for _ in range(5):
+            tasks.start_soon(ask)
+    assert [answer.code for answer in answers] == [200] * 5
+    assert view.readings == 1
+
+
+async def test_a_failed_reading_is_not_kept(view: View, client: Client) -> None:
+    view.failure = TargetUnavailable("connection refused")
+    assert (await client.ask("/status")).code == 503
+    view.failure = None
+    assert (await client.ask("/status")).code == 200
+
+
+async def test_a_bug_is_logged_and_not_shown(view: View, client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    view.failure = ValueError("secret")
+    answer = await client.ask("/status")
+    assert (answer.code, answer.body) == (500, b"Internal Server Error")
+    assert "ValueError: secret" in caplog.text
+    assert answer.headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+async def test_nothing_can_be_changed(client: Client, path: str, method: str) -> None:
+    answer = await client.ask(path, method)
+    assert answer.code == 405
+    assert {one.strip() for one in answer.headers["Allow"].split(",")} == {"GET", "HEAD"}
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_head_is_get_without_a_body(client: Client, path: str) -> None:
+    head = await client.ask(path, "HEAD")
+    assert (head.code, head.body) == (200, b"")
+    assert head.headers["Content-Type"] == (await client.ask(path)).headers["Content-Type"]
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/nothing", "/status/"])
+async def test_every_answer_has_the_security_headers(client: Client, path: str) -> None:
+    answer = await client.ask(path)
+    assert answer.code == (200 if path in PATHS else 404)
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["X-Frame-Options"] == "DENY"
+    assert answer.headers["Referrer-Policy"] == "no-referrer"
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    assert "Server" not in answer.headers
+
+
+# -- page -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_policy_allows_the_pages_own_blocks_and_nothing_else(client: Client) -> None:
+    answer = await client.ask("/")
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
+    for tag in ("script", "style"):
+        (block,) = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>".encode(), answer.body, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(block).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert policy["connect-src"] == "'self'"
+    assert "unsafe" not in str(policy)
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    # Style attributes and handlers in the markup would be refused by the policy.
+    assert not re.search(r"<[^>]+\s(?:src|style|on\w+)=", PAGE)
+    assert not re.search(r"@import|url\(", PAGE)
+    links = re.findall(r'href="([^"]*)"', PAGE)
+    assert [link for link in links if not link.startswith("data:")] == ["status", "status", "metrics", "readyz"]
+
+
+@pytest.mark.parametrize(
+    ("name", "struct"),
+    [
+        ("status", Status),
+        ("slot", SlotStatus),
+        ("index", IndexStatus),
+        ("recall", Recall),
+        ("backfill", BackfillStatus),
+    ],
+)
+def test_the_page_reads_only_fields_that_there_are(name: str, struct: type[msgspec.Struct]) -> None:
+    script = PAGE.partition("<script>")[2]
+    read = set(re.findall(rf"(?<![\w.\"]){name}\??\.([a-z]\w*)\b(?!\()", script))
+    assert read
+    assert read <= {*struct.__struct_fields__, *({"error", "where", "hint"} if struct is Status else ())}
+
+
+def test_the_page_reads_only_counters_that_there_are() -> None:
+    read = set(re.findall(r'counter\("(\w+)"\)', PAGE))
+    assert read
+    assert read <= {family.name.removeprefix("cdcsync_") for family in Metrics().registry.collect()}
+
+
+# -- server -----------------------------------------------------------------------------------------------------
+
+
+async def test_port_zero_takes_a_free_port_and_tells_it(view: View) -> None:
+    async with serving(view) as one, serving(view) as other:
+        assert 0 not in (one.port, other.port)
+        assert one.port != other.port
+        assert (await other.ask("/livez")).code == 200
+
+
+async def test_localhost_is_served_on_every_address_it_has(view: View) -> None:
+    async with serving(view, "localhost") as client:
+        assert (await client.ask("/livez")).code == 200
+
+
+async def test_a_port_in_use_is_named_with_its_setting(view: View) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SetupError, match="another process listens there") as refused:
+            await endpoints.serve(endpoints.make_app(view), "127.0.0.1", port, started=unexpected)
+    assert refused.value.where == f"worker.listen 127.0.0.1:{port}"
+    assert "worker.listen" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("host", "problem"),
+    [
+        ("192.0.2.1", "this machine has no such address"),  # reserved for documentation
+        ("no..name", "the host name is not known here"),
+    ],
+)
+async def test_an_address_of_others_cannot_be_listened_on(view: View, host: str, problem: str) -> None:
+    with pytest.raises(SetupError, match=problem) as refused:
+        await endpoints.serve(endpoints.make_app(view), host, 9477, started=unexpected)
+    assert refused.value.where == f"worker.listen {host}:9477"
+
+
+async def test_cancelled_it_frees_the_port_even_of_idle_connections(view: View) -> None:
+    async with serving(view) as client:
+        idle = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
+        await anyio.to_thread.run_sync(idle.request, "GET", "/livez")
+        await anyio.to_thread.run_sync(lambda: idle.getresponse().read())
+    with idle.sock as left:
+        assert await anyio.to_thread.run_sync(left.recv, 1) == b""
+    async with serving(view, port=client.port) as again:
+        assert (await again.ask("/livez")).code == 200
+
+
+async def test_stopped_in_the_middle_of_an_answer_it_says_so(view: View, caplog: pytest.LogCaptureFixture) -> None:
+    view.answering = anyio.Event()
+    answers: list[Answer] = []
+
+    async with anyio.create_task_group() as tasks, serving(view) as client:
+
+        async def ask() -> None:
+            answers.append(await client.ask("/status"))
+
+        tasks.start_soon(ask)
+        await view.reading.wait()
+    assert [(answer.code, answer.body) for answer in answers] == [(503, b"the worker is stopping\n")]
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+async def test_signals_stay_the_programs_own(view: View) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    async with serving(view):
+        assert [signal.getsignal(number) for number in numbers] == before
+
+
+async def test_requests_are_not_logged(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        await client.ask("/livez")
+    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
