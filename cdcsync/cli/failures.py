@@ -148,12 +148,12 @@ async def _read_again(target: Connection, config: Config, spec: IndexSpec, faile
     """Have the rows read again, or all rows where not all that failed are listed, and return when that has ended."""
     from cdcsync.flows.replay import Replay, ask, follow
     from cdcsync.postgres.sessions import speaking_of
-    from cdcsync.worker.substitute import attended
+    from cdcsync.worker.substitute import worker_ensured
 
     with speaking_of("target", where=f"index {spec.name}"):
         keys = None if listed.unlisted else tuple(await failed.document_keys())
     id_ = await ask(target, config.target.schema, spec, Replay(keys=keys))
-    async with attended(target, config):
+    async with worker_ensured(target, config):
         return await follow(target, config.target.schema, id_, lambda request: None)
 
 

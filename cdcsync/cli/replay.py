@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cdcsync.flows.replay import Replay
     from cdcsync.model.spec import IndexSpec
     from cdcsync.postgres.sessions import Connection
-    from cdcsync.target.requests import Request, Wish
+    from cdcsync.target.requests import Request, RequestAction
 
 EPILOG = """All rows; what has not changed costs no embedding: `cdcsync replay articles`
 
@@ -92,16 +92,16 @@ def replay(
 
     configuration = context.ensure_object(Invocation).load(config)
     logs.configure("error", configuration.worker.log_format)
-    wishes: list[Wish] = [wish for wish, asked in _wishes(pause, resume, cancel) if asked]
+    actions: list[RequestAction] = [action for action, asked in _actions(pause, resume, cancel) if asked]
     selects = (
         where is not None or bool(key) or force_embed or rewrite or dry_run or detach or max_rows_per_s is not None
     )
-    if len(wishes) > 1 or (wishes and selects):
+    if len(actions) > 1 or (actions and selects):
         raise UsageError(
-            f"--{wishes[0]} stands alone", where="options", hint="ask for a replay, or change those that are open"
+            f"--{actions[0]} stands alone", where="options", hint="ask for a replay, or change those that are open"
         )
-    if wishes:
-        anyio.run(_change, configuration, index, wishes[0], as_json)
+    if actions:
+        anyio.run(_change, configuration, index, actions[0], as_json)
         return
     if where is not None and key:
         raise UsageError(
@@ -117,7 +117,7 @@ def replay(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _wishes(pause: bool, resume: bool, cancel: bool) -> Iterator[tuple[Wish, bool]]:
+def _actions(pause: bool, resume: bool, cancel: bool) -> Iterator[tuple[RequestAction, bool]]:
     yield "pause", pause
     yield "resume", resume
     yield "cancel", cancel
@@ -145,18 +145,18 @@ def _keys(given: list[str]) -> list[str]:
     return keys
 
 
-async def _change(config: Config, index: str, wish: Wish, as_json: bool) -> None:
+async def _change(config: Config, index: str, action: RequestAction, as_json: bool) -> None:
     from cdcsync.cli.printing import console, print_json
     from cdcsync.flows.replay import change, open_index
     from cdcsync.postgres.sessions import connect
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync replay") as target:
         await open_index(target, config, index, even_paused=True)
-        changed = await change(target, config.target.schema, index, wish)
+        changed = await change(target, config.target.schema, index, action)
     if as_json:
-        print_json({"index": index, "wish": wish, "requests": changed})
+        print_json({"index": index, "wish": action, "requests": changed})
     else:
-        past = {"pause": "paused", "resume": "resumed", "cancel": "cancelled"}[wish]
+        past = {"pause": "paused", "resume": "resumed", "cancel": "cancelled"}[action]
         console().print(f"{past}: request {', '.join(map(str, changed))}")
 
 
@@ -238,7 +238,7 @@ async def _replay(
     from cdcsync.flows.replay import ask, backlog_left, follow
     from cdcsync.postgres.sessions import connect
     from cdcsync.target.requests import Requests
-    from cdcsync.worker.substitute import attended
+    from cdcsync.worker.substitute import worker_ensured
 
     schema = config.target.schema
     async with AsyncExitStack() as stack:
@@ -252,7 +252,7 @@ async def _replay(
             return True
         try:
             with _bar(index) as show:
-                async with attended(target, config) as ourselves:
+                async with worker_ensured(target, config) as ourselves:
                     request = await follow(target, schema, id_, show)
                     while ourselves and request.state == "done" and (left := await backlog_left(target, schema, spec)):
                         show(request, left)
@@ -261,7 +261,7 @@ async def _replay(
             with anyio.CancelScope(shield=True):
                 async with await connect(config.target.dsn, "target") as again:
                     if on_interrupt is OnInterrupt.cancel:
-                        await Requests(schema).wish(again, index, "cancel", id_=id_)
+                        await Requests(schema).action(again, index, "cancel", id_=id_)
             left_to = "cancelled" if on_interrupt is OnInterrupt.cancel else "left to the worker: --cancel cancels it"
             print(f"request {id_} is {left_to}", file=sys.stderr)
             raise

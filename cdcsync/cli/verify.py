@@ -76,7 +76,7 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
     from cdcsync.flows import audit as flow
     from cdcsync.flows.replay import as_on_source, open_index
     from cdcsync.postgres.sessions import connect
-    from cdcsync.worker.substitute import attended
+    from cdcsync.worker.substitute import worker_ensured
 
     schema = config.target.schema
     async with AsyncExitStack() as stack:
@@ -88,13 +88,13 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
         )
         spec = await as_on_source(source, config.source.publication, await open_index(target, config, index))
 
-        def attend() -> AbstractAsyncContextManager[bool]:
-            return attended(target, config)
+        def ensure_worker() -> AbstractAsyncContextManager[bool]:
+            return worker_ensured(target, config)
 
-        found = await flow.verify(source, target, schema, spec, attend=attend)
+        found = await flow.verify(source, target, schema, spec, ensure_worker=ensure_worker)
         if found.verification.equal or not repair:
             return found.verification, found.verification, 0
-        async with attend():
+        async with ensure_worker():
             mended = await flow.repair(target, schema, spec, found)
             again = (await flow.verify(source, target, schema, spec)).verification
             return found.verification, again, max(0, mended - again.differences.get(flow.FAILED, 0))

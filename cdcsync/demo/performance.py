@@ -24,7 +24,7 @@ from cdcsync.demo.stage import Stage
 from cdcsync.errors import leading
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.worker import run as worker
-from cdcsync.worker.state import WorkerHandle
+from cdcsync.worker.state import WorkerState
 
 LOG_LINES = 5
 """Lines of the worker's log that are shown when something goes wrong."""
@@ -96,9 +96,9 @@ async def _running(console: Console, model: str, rows: int) -> AsyncIterator[Sta
                 await _fill(connection, entries)
                 console.print(f"table docs holds {len(entries):,} docstrings of Python's standard library")
                 async with anyio.create_task_group() as tasks:
-                    handle = await tasks.start(_work, config)
-                    yield Stage(console, config, config_path, connection, handle, len(entries))
-                    handle.stop()
+                    state = await tasks.start(_work, config)
+                    yield Stage(console, config, config_path, connection, state, len(entries))
+                    state.stop()
     except Exception:
         _show_log(console, cluster.directory / "worker.log")
         raise
@@ -115,7 +115,7 @@ def _show_log(console: Console, log: Path) -> None:
         console.print("The worker's log ends with:", *lines, sep="\n", markup=False, soft_wrap=True)
 
 
-async def _work(config: Config, *, task_status: anyio.abc.TaskStatus[WorkerHandle]) -> None:
+async def _work(config: Config, *, task_status: anyio.abc.TaskStatus[WorkerState]) -> None:
     await worker.run(config, started=task_status.started, handle_signals=False)
 
 

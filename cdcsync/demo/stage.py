@@ -21,7 +21,7 @@ from cdcsync.embedders import Embedder, make_embedder
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.target.search import Hit, search, stored_spec
-from cdcsync.worker.state import WorkerHandle
+from cdcsync.worker.state import WorkerState
 
 POLL_S = 0.005
 """How often a change is looked for: what is measured is too long by at most this and a query."""
@@ -46,14 +46,14 @@ class Stage:
         config: Config,
         config_path: Path,
         connection: Connection,
-        handle: WorkerHandle,
+        state: WorkerState,
         rows: int,
     ) -> None:
         self._console = console
         self._config = config
         self._config_path = config_path
         self._connection = connection
-        self._handle = handle
+        self._handle = state
         self._rows = rows
         self._embedder: Embedder = make_embedder("minilm", config.embedders["minilm"])
         self._spec: IndexSpec | None = None

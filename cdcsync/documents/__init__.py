@@ -1,1 +1,6 @@
-"""documents."""
+"""From a row to a document and its chunks. Pure: no socket, no clock, no event loop.
+
+    functions     functions of the user's that make documents or cut them
+    templates     templates, rendered here and by a server; the hash of a document
+    chunks/       cutting documents into chunks that a model reads whole
+"""

@@ -1,1 +1,14 @@
-"""flows."""
+"""The flows of a pipeline: each reads top to bottom in the order that data moves.
+
+    embed/        from the backlog to vectors
+    backfill/     reading tables while changes stream in
+    follow/       from the slot to the target
+    setup/        what is created before following starts; gaps; partitions
+    watch         what the stream does not tell
+    build         HNSW and keyword indexes after a load
+    audit/        comparing an index with its source
+    replay        requests to read rows again
+    dry_run       what a replay would cost
+    evaluate      search recall
+    teardown      removing what was created
+"""

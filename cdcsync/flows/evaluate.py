@@ -52,7 +52,7 @@ DRAWN = 4
 """So many ids are drawn for each query wanted: some meet the same vector, or a gap."""
 
 
-class Sparing(msgspec.Struct, frozen=True):
+class Budget(msgspec.Struct, frozen=True):
     """What an evaluation may cost the target.
 
     :ivar statement_s: seconds that one search may take; 0 for any time.
@@ -65,10 +65,10 @@ class Sparing(msgspec.Struct, frozen=True):
     share: float = 1.0
 
 
-UNBOUNDED = Sparing()
+UNBOUNDED = Budget()
 """For an operator, who can see how long it takes."""
 
-UNHURRIED = Sparing(statement_s=30.0, most_s=60.0, share=0.2)
+UNHURRIED = Budget(statement_s=30.0, most_s=60.0, share=0.2)
 """For the worker: it has time, and an exact search reads the whole table. Where one takes longer than that, an operator
 evaluates when the target is idle."""
 
@@ -90,7 +90,7 @@ async def evaluate(
     k: int = USUAL_K,
     ef_search: Sequence[int] = (),
     where: str | None = None,
-    sparing: Sparing = UNBOUNDED,
+    budget: Budget = UNBOUNDED,
 ) -> Evaluation:
     """Measure an index's recall and the time that searches take; reads only.
 
@@ -124,14 +124,14 @@ async def evaluate(
         exact_ms: list[float] = []
         spent = 0.0
         for own, vector in sample:
-            if spent > sparing.most_s:
+            if spent > budget.most_s:
                 break
             started = perf_counter()
-            async with _snapshot(connection, spec, where, sparing):
+            async with _snapshot(connection, spec, where, budget):
                 await _search_all_ways(connection, statement, (own, vector), k, answers, exact_ms, where)
             took = perf_counter() - started
             spent += took
-            await anyio.sleep(took * (1 / sparing.share - 1))
+            await anyio.sleep(took * (1 / budget.share - 1))
     if not any(one.recalls for one in answers.values()):
         if where is None:
             raise SetupError(
@@ -227,9 +227,7 @@ async def _sample(
 
 
 @asynccontextmanager
-async def _snapshot(
-    connection: Connection, spec: IndexSpec, where: str | None, sparing: Sparing
-) -> AsyncIterator[None]:
+async def _snapshot(connection: Connection, spec: IndexSpec, where: str | None, budget: Budget) -> AsyncIterator[None]:
     """Have everything inside see one moment, and read only.
 
     :raises SetupError: a search took longer than it may.
@@ -238,17 +236,17 @@ async def _snapshot(
     try:
         async with connection.transaction():
             await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-            if sparing.statement_s:
-                milliseconds = max(1, round(sparing.statement_s * 1000))
+            if budget.statement_s:
+                milliseconds = max(1, round(budget.statement_s * 1000))
                 await connection.execute(sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(milliseconds)))
                 # One process, however large the table is.
                 await connection.execute("SET LOCAL max_parallel_workers_per_gather = 0")
             yield
     except psycopg.Error as error:
-        if not sparing.statement_s or not isinstance(error, psycopg.errors.QueryCanceled):
+        if not budget.statement_s or not isinstance(error, psycopg.errors.QueryCanceled):
             raise refusal(error, spec, where) from error
         raise SetupError(
-            f"a search took longer than {sparing.statement_s:g} s",
+            f"a search took longer than {budget.statement_s:g} s",
             where=f"index {spec.name}",
             hint=f"`cdcsync evaluate {spec.name}` takes the time it needs: run it when the target is idle",
         ) from error
@@ -323,7 +321,7 @@ def _p95(milliseconds: Sequence[float]) -> float:
 
 
 async def evaluate_for_ever(
-    dsn: str, schema: str, specs: Sequence[IndexSpec], *, every_s: float, sparing: Sparing = UNHURRIED
+    dsn: str, schema: str, specs: Sequence[IndexSpec], *, every_s: float, budget: Budget = UNHURRIED
 ) -> None:
     """Evaluate each live index once in `every_s` seconds, one after the other, and store the outcome; until cancelled.
 
@@ -336,7 +334,7 @@ async def evaluate_for_ever(
             away = False
             for spec in specs:
                 try:
-                    await _evaluate_live(await target.connection(), schema, spec, sparing)
+                    await _evaluate_live(await target.connection(), schema, spec, budget)
                 except CdcsyncError as error:
                     log.warning("evaluation_failed", index=spec.name, error=str(error), fix=error.hint)
                     if isinstance(error, Unavailable):
@@ -345,7 +343,7 @@ async def evaluate_for_ever(
             attempt = attempt + 1 if away else 0
 
 
-async def _evaluate_live(connection: Connection, schema: str, spec: IndexSpec, sparing: Sparing) -> None:
+async def _evaluate_live(connection: Connection, schema: str, spec: IndexSpec, budget: Budget) -> None:
     """Evaluate an index that is live and has vectors, as it is stored now."""
     with speaking_of("target", where=f"index {spec.name}"):
         cursor = await connection.execute(
@@ -362,7 +360,7 @@ async def _evaluate_live(connection: Connection, schema: str, spec: IndexSpec, s
         if await cursor.fetchone() != (True,):
             return
         found = await evaluate(
-            connection, schema, await stored_spec(connection, schema, spec.name, spec.config), sparing=sparing
+            connection, schema, await stored_spec(connection, schema, spec.name, spec.config), budget=budget
         )
         not_stored = await evaluations.store(connection, schema, found)
     (measured,) = found.measured

@@ -29,7 +29,7 @@ from cdcsync.source.relations import read_table
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 from cdcsync.target.keys import canonical
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.requests import Request, Requests, Wish
+from cdcsync.target.requests import Request, RequestAction, Requests
 from cdcsync.target.search import stored_spec
 
 KEYS_AT_ONCE = 10_000
@@ -212,16 +212,16 @@ async def ask(target: Connection, schema: str, spec: IndexSpec, replay: Replay) 
             )
 
 
-async def change(target: Connection, schema: str, index: str, wish: Wish) -> list[int]:
+async def change(target: Connection, schema: str, index: str, action: RequestAction) -> list[int]:
     """Pause, resume or cancel the requests of an index, and return their numbers.
 
     :raises UsageError: there is none of which that can be said.
     """
     with speaking_of("target", where=f"index {index}"):
-        changed = await Requests(schema).wish(target, index, wish)
+        changed = await Requests(schema).action(target, index, action)
     if not changed:
         raise UsageError(
-            f"there is nothing to {wish}", where=f"index {index}", hint="`cdcsync status` shows what is under way"
+            f"there is nothing to {action}", where=f"index {index}", hint="`cdcsync status` shows what is under way"
         )
     return changed
 

@@ -1,1 +1,10 @@
-"""model."""
+"""What the worker reasons in: rows, transactions, batches, positions. Pure: no socket, no clock, no event loop.
+
+    rows          the columns an index needs of a row, and the changes of rows
+    transactions  messages of pgoutput into whole transactions
+    batch         the changes that are applied together, the last one of each key
+    progress      received, checkpoint, acknowledged: three positions and the rules between them
+    visibility    which rows of a page are older than what the stream has delivered
+    spec          one index as it is to be
+    changeset     what one batch changes in one index
+"""

@@ -19,7 +19,6 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import Names
 
-
 BLOCK_BYTES = 256 * 1024
 """Rows are joined into blocks of about this size before they go to the driver."""
 

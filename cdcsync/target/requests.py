@@ -20,7 +20,7 @@ from cdcsync.postgres.sessions import Connection
 
 Kind = Literal["initial", "replay", "resync", "verify"]
 Phase = Literal["rows", "orphans"]
-Wish = Literal["pause", "resume", "cancel"]
+RequestAction = Literal["pause", "resume", "cancel"]
 Problem = Literal["missing", "stale", "orphaned", "carried", "undecided"]
 """How a document can differ from its row; undecided is what changed each time that it was looked at."""
 
@@ -29,12 +29,12 @@ _COLUMNS = (
     " force_embed, keyed, max_rows_per_s, error"
 )
 
-_WISHES: Mapping[Wish, tuple[str, tuple[str, ...]]] = {
+_ACTIONS: Mapping[RequestAction, tuple[str, tuple[str, ...]]] = {
     "pause": ("paused", ("requested", "running")),
     "resume": ("requested", ("paused",)),
     "cancel": ("cancelled", ("requested", "running", "paused")),
 }
-"""Each wish's new state, and those it can be had in."""
+"""Each action's new state, and those it can be had in."""
 
 OPEN = ("requested", "running", "paused")
 
@@ -187,9 +187,11 @@ class Requests:
         row = await cursor.fetchone()
         return None if row is None else _request(row)
 
-    async def wish(self, connection: Connection, index: str, wish: Wish, *, id_: int | None = None) -> list[int]:
+    async def action(
+        self, connection: Connection, index: str, action: RequestAction, *, id_: int | None = None
+    ) -> list[int]:
         """Pause, resume or cancel the open requests of an index, or only one of them; returns those that it changed."""
-        state, before = _WISHES[wish]
+        state, before = _ACTIONS[action]
         cursor = await connection.execute(
             sql.SQL(
                 "UPDATE {} SET state = %s, finished_at = CASE WHEN %s = 'cancelled' THEN now() END"

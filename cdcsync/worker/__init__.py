@@ -1,1 +1,10 @@
-"""worker."""
+"""The process: what `cdcsync run` runs.
+
+    state         the worker as others see it
+    systemd       readiness, reload and watchdog messages
+    pipeline      the parts of a pipeline and how they are connected
+    http          health, status, metrics and the status page
+    reload        reading the configuration again
+    run           the worker's life
+    substitute    a worker for the time of one command, if none runs
+"""

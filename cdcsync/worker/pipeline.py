@@ -21,9 +21,9 @@ from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import TargetUnavailable, Unavailable, leading
 from cdcsync.flows.audit import verify_for_ever
 from cdcsync.flows.backfill import Backfills
-from cdcsync.flows.backfill.preparing import Ahead
+from cdcsync.flows.backfill.preparing import PagePreparer
 from cdcsync.flows.build import build_until_live
-from cdcsync.flows.embed import Desk, EmbedLoop, Pool
+from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool
 from cdcsync.flows.evaluate import evaluate_for_ever
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.flows.follow.stream import Stream
@@ -49,7 +49,7 @@ from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
 from cdcsync.source.tables import SourceTable
 from cdcsync.target.session import ApplySession
-from cdcsync.worker.state import WorkerHandle
+from cdcsync.worker.state import WorkerState
 
 log = structlog.get_logger()
 
@@ -71,25 +71,28 @@ class Pipeline:
     """The parts of a pipeline and how they are wired; use `set_up`, then `work`, and `aclose` whatever comes of it."""
 
     def __init__(
-        self, config: Config, handle: WorkerHandle, specs: list[IndexSpec], embedders: dict[str, Embedder]
+        self, config: Config, state: WorkerState, specs: list[IndexSpec], embedders: dict[str, Embedder]
     ) -> None:
         self.config = config
-        self.handle = handle
+        self.state = state
         self.specs = specs
-        metrics = handle.metrics
+        metrics = state.metrics
         source_dsn, target_dsn, schema = config.source.dsn, config.target.dsn, config.target.schema
         self.session = ApplySession(target_dsn, schema, config.source.slot)
         self.reads = Session(source_dsn, "source", application_name="cdcsync re-read")
         self.streaming = anyio.Event()
         wait_s = config.worker.live_wait_ms / 1000
-        self.desks = {name: Desk(one, metrics, anyio.current_time, wait_s) for name, one in embedders.items()}
+        self.dispatchers = {
+            name: Dispatcher(one, metrics, anyio.current_time, wait_s) for name, one in embedders.items()
+        }
         self.deliveries = {spec.name: Deliveries() for spec in specs}
         tables = {spec.name: SourceTable(spec.shape, spec.source_key_types, spec.row_filter) for spec in specs}
         self.embedding = Pool(target_dsn, schema, len(specs))
         self.embed_loops = {
-            spec.name: EmbedLoop(self.embedding, spec, self.desks[spec.config.embedder], metrics) for spec in specs
+            spec.name: EmbedLoop(self.embedding, spec, self.dispatchers[spec.config.embedder], metrics)
+            for spec in specs
         }
-        preparers, ahead = {}, {}
+        preparers, page_preparers = {}, {}
         for spec in specs:
             embedder = embedders[spec.config.embedder]
             chunker = make_chunker(
@@ -98,21 +101,21 @@ class Pipeline:
                 embedder.max_input_tokens,
                 where=f"indexes.{spec.name}.chunking",
             )
-            desk = self.desks[spec.config.embedder]
-            preparers[spec.name] = Preparer(spec, chunker, desk, tables[spec.name], self.reads, metrics)
-            ahead[spec.name] = Ahead(spec, schema, chunker, desk)
+            dispatcher = self.dispatchers[spec.config.embedder]
+            preparers[spec.name] = Preparer(spec, chunker, dispatcher, tables[spec.name], self.reads, metrics)
+            page_preparers[spec.name] = PagePreparer(spec, schema, chunker, dispatcher)
         self.backfills = Backfills(
             source_dsn=source_dsn,
             target_dsn=target_dsn,
             schema=schema,
             specs={spec.name: spec for spec in specs},
             tables=tables,
-            ahead=ahead,
+            page_preparers=page_preparers,
             deliveries=self.deliveries,
             page_rows=config.worker.backfill_page_rows,
             metrics=metrics,
             max_rows_per_s=config.worker.backfill_max_rows_per_s or None,
-            forget_vectors=lambda index: self.desks[config.indexes[index].embedder].forget(),
+            forget_vectors=lambda index: self.dispatchers[config.indexes[index].embedder].forget(),
         )
         self.spool = Spool(config.source.spool_directory, config.source.spool_bytes)
         self.stream = Stream(
@@ -129,12 +132,12 @@ class Pipeline:
             batch_bytes=config.worker.batch_bytes,
             status_every_s=config.source.feedback_every_s,
         )
-        handle.attach(self.stream, self.desks, self.reconfigure)
+        state.attach(self.stream, self.dispatchers, self.reconfigure)
         self._late = True
-        for desk in self.desks.values():
-            desk.far_behind = self.far_behind
-            desk.tracing = handle.tracing
-        self.stream.tracing = handle.tracing
+        for dispatcher in self.dispatchers.values():
+            dispatcher.far_behind = self.far_behind
+            dispatcher.tracing = state.tracing
+        self.stream.tracing = state.tracing
 
     def far_behind(self) -> bool:
         """Whether the stream is so late that what it applies now has likely changed again; until it has caught up.
@@ -144,7 +147,7 @@ class Pipeline:
         if self.stream.caught_up:
             self._late = False
         elif self.stream.oldest_unapplied is not None:
-            self._late = self.handle.lag_seconds > (CLOSE_S if self._late else FAR_BEHIND_S)
+            self._late = self.state.lag_seconds > (CLOSE_S if self._late else FAR_BEHIND_S)
         return self._late
 
     def reconfigure(self, config: Config) -> None:
@@ -162,19 +165,19 @@ class Pipeline:
         async with (
             await connect(config.target.dsn, "target") as target,
             await connect(config.source.dsn, "source") as source,
-            interrupted_by(self.handle.stopping, target, source),
+            interrupted_by(self.state.stopping, target, source),
         ):
             await set_up_shared(target, config)
             while not await self.session.try_open():
-                if not self.handle.standby:
+                if not self.state.standby:
                     log.info("standby", slot=config.source.slot)
-                self.handle.standby = True
+                self.state.standby = True
                 with anyio.move_on_after(STANDBY_POLL_S):
-                    await self.handle.stopping.wait()
+                    await self.state.stopping.wait()
                     return "stopped"
-            if self.handle.standby:
+            if self.state.standby:
                 # What was examined before the wait may be long gone.
-                self.handle.standby = False
+                self.state.standby = False
                 return "outdated"
             await refuse_early(source, self.session, config)
             unpublished = await unpublished_tables(source, config, self.specs)
@@ -188,7 +191,7 @@ class Pipeline:
                 server = await read_server(source)
         if server.wal_sender_timeout_s > 0:
             self.stream.status_every_s = min(config.source.feedback_every_s, server.wal_sender_timeout_s / 3)
-        async with interrupted_by(self.handle.stopping, self.session.connection):
+        async with interrupted_by(self.state.stopping, self.session.connection):
             await self.session.prepare(self.specs)
         return "ready"
 
@@ -201,8 +204,8 @@ class Pipeline:
             async with anyio.create_task_group() as ending:
                 async with anyio.create_task_group() as tasks:
                     ending.start_soon(self.end_in_time, tasks.cancel_scope)
-                    for desk in self.desks.values():
-                        tasks.start_soon(desk.run)
+                    for dispatcher in self.dispatchers.values():
+                        tasks.start_soon(dispatcher.run)
                     for loop in self.embed_loops.values():
                         tasks.start_soon(loop.run)
                     tasks.start_soon(self.backfill_once_streaming)
@@ -211,7 +214,7 @@ class Pipeline:
                     tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
                     tasks.start_soon(self.watch_once_streaming)
                     tasks.start_soon(send_heartbeats, self.config)
-                    tasks.start_soon(self.handle.gauges_for_ever)
+                    tasks.start_soon(self.state.gauges_for_ever)
                     await self.stream_for_ever()
                     tasks.cancel_scope.cancel()
                 ending.cancel_scope.cancel()
@@ -220,7 +223,7 @@ class Pipeline:
 
     async def aclose(self) -> None:
         """Give up the lock and every connection."""
-        self.handle.connected(False)
+        self.state.connected(False)
         with anyio.CancelScope(shield=True):
             await self.session.aclose()
             await self.reads.aclose()
@@ -230,7 +233,7 @@ class Pipeline:
     async def watch_once_streaming(self) -> None:
         """Ask the source what the stream does not tell."""
         await self.streaming.wait()
-        await watch(self.config, self.specs, self.stream, self.handle.metrics)
+        await watch(self.config, self.specs, self.stream, self.state.metrics)
 
     async def stream_for_ever(self) -> None:
         """Follow the slot over any number of connections until told to stop."""
@@ -242,11 +245,11 @@ class Pipeline:
             try:
                 async with control, await SlotConnection.connect(self.config.source.dsn) as slot:
                     source = await control.connection()
-                    async with cancelled_by(self.handle.stopping):
+                    async with cancelled_by(self.state.stopping):
                         start = await starting_point(
                             slot, source, self.session, self.config, [spec.name for spec in self.specs]
                         )
-                    if self.handle.stopping.is_set():
+                    if self.state.stopping.is_set():
                         break
                     # The marks of pages under way may lie before what this connection will deliver.
                     self.backfills.interrupt()
@@ -271,21 +274,21 @@ class Pipeline:
                     )
                     await refuse_moved(source, self.config.source.slot, checkpoint)
                     log.info("streaming", slot=self.config.source.slot, checkpoint=str(checkpoint))
-                    self.handle.connected(True)
+                    self.state.connected(True)
                     self.streaming.set()
                     attempt = 0
                     await self.stream.follow(slot, checkpoint, start.server.lsn)
             except Unavailable as error:
-                self.handle.metrics.reconnects.labels("source").inc()
+                self.state.metrics.reconnects.labels("source").inc()
                 delay = backoff_s(attempt, first=0.2, most=15)
                 log.warning("stream_waits", error=str(error), attempt=attempt + 1, delay_s=round(delay, 2))
                 if isinstance(error, TargetUnavailable):
                     await self._reopen_target()
                 with anyio.move_on_after(delay):
-                    await self.handle.stopping.wait()
+                    await self.state.stopping.wait()
                 attempt += 1
             finally:
-                self.handle.connected(False)
+                self.state.connected(False)
 
     async def backfill_once_streaming(self) -> None:
         """Serve backfills: not before the slot exists, which would never deliver a mark written earlier."""
@@ -303,7 +306,7 @@ class Pipeline:
             config.target.dsn,
             config.target.schema,
             self.specs,
-            self.handle.metrics,
+            self.state.metrics,
             every_s=config.worker.verify_every_s,
         )
 
@@ -315,7 +318,7 @@ class Pipeline:
 
     async def end_in_time(self, scope: anyio.CancelScope) -> None:
         """Once told to stop, abandon what is not done by `worker.stop_timeout_s`."""
-        await self.handle.stopping.wait()
+        await self.state.stopping.wait()
         await anyio.sleep(self.config.worker.stop_timeout_s)
         log.warning("stop_timeout", seconds=self.config.worker.stop_timeout_s)
         async with anyio.create_task_group() as tasks:

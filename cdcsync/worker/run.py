@@ -25,7 +25,7 @@ from cdcsync.target.session import worker_name
 from cdcsync.worker import http
 from cdcsync.worker.pipeline import STANDBY_POLL_S, Pipeline
 from cdcsync.worker.reload import reload_on_signal
-from cdcsync.worker.state import WorkerHandle
+from cdcsync.worker.state import WorkerState
 from cdcsync.worker.systemd import ServiceManager, keep_informed
 
 log = structlog.get_logger()
@@ -42,14 +42,14 @@ async def run(
     config: Config,
     *,
     reread: Callable[[], Config] | None = None,
-    started: Callable[[WorkerHandle], None] | None = None,
+    started: Callable[[WorkerState], None] | None = None,
     handle_signals: bool = True,
     listening: bool = True,
 ) -> None:
-    """Run the worker until it is told to stop (SIGTERM, SIGINT or `WorkerHandle.stop`).
+    """Run the worker until it is told to stop (SIGTERM, SIGINT or `WorkerState.stop`).
 
     :param reread: reads the configuration again, at SIGHUP; without it, that signal is the system's.
-    :param started: called with the handle once HTTP answers and before the first change is applied.
+    :param started: called with the state once HTTP answers and before the first change is applied.
     :param listening: whether HTTP is served.
     :raises SetupError: a check before the start failed; nothing was created.
     :raises GapError: changes may have been lost.
@@ -63,34 +63,34 @@ async def run(
     for finding in report.findings:
         if finding.level == "warning":
             log.warning("preflight", where=finding.where, problem=finding.message, fix=finding.hint)
-    handle = WorkerHandle(config)
+    state = WorkerState(config)
     try:
         async with anyio.create_task_group() as tasks:
             if handle_signals:
-                await tasks.start(_stop_on_signal, handle)
+                await tasks.start(_stop_on_signal, state)
                 if manager := ServiceManager.from_environment(os.environ):
-                    tasks.start_soon(keep_informed, manager, handle)
+                    tasks.start_soon(keep_informed, manager, state)
                 if reread is not None:
-                    await tasks.start(reload_on_signal, handle, reread, manager)
-            tasks.start_soon(handle.turn)
+                    await tasks.start(reload_on_signal, state, reread, manager)
+            tasks.start_soon(state.turn)
             if listening:
-                await tasks.start(_serve, config, handle)
+                await tasks.start(_serve, config, state)
             if started is not None:
-                started(handle)
-            await _work_through_schema_changes(config, handle, report, embedders)
+                started(state)
+            await _work_through_schema_changes(config, state, report, embedders)
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise leading(group) from None
     finally:
         with anyio.CancelScope(shield=True):
-            await handle.aclose()
+            await state.aclose()
             for embedder in embedders.values():
                 await embedder.aclose()
     log.info("stopped", worker=worker_name())
 
 
 async def _work_through_schema_changes(
-    config: Config, handle: WorkerHandle, report: Report, embedders: dict[str, Embedder]
+    config: Config, state: WorkerState, report: Report, embedders: dict[str, Embedder]
 ) -> None:
     """Work until told to stop; whenever an index is paused, look at its table again and go on with what is there.
 
@@ -100,11 +100,11 @@ async def _work_through_schema_changes(
     paused_at: dict[str, list[float]] = {}
     reasons: dict[str, str] = {}
     kept_out: set[str] = set()
-    while not handle.stopping.is_set():
+    while not state.stopping.is_set():
         out = kept_out | set(report.broken)
         broken = {**report.broken, **{name: why for name, why in reasons.items() if name in out}}
         specs = [spec for spec in report.specs if spec.name not in broken]
-        pipeline = Pipeline(handle.config, handle, specs, embedders)
+        pipeline = Pipeline(state.config, state, specs, embedders)
         try:
             match await pipeline.set_up(broken):
                 case "ready":
@@ -124,48 +124,48 @@ async def _work_through_schema_changes(
                 reasons[error.index] = describe_pause(error)
                 paused_at[error.index] = [*recent, now]
         except Unavailable as error:
-            if not handle.stopping.is_set():
+            if not state.stopping.is_set():
                 log.warning("set_up_waits", error=str(error))
             with anyio.move_on_after(STANDBY_POLL_S):
-                await handle.stopping.wait()
+                await state.stopping.wait()
         finally:
             await pipeline.aclose()
-        if handle.stopping.is_set():
+        if state.stopping.is_set():
             return
-        report = await _examine_again(config, handle, embedders)
+        report = await _examine_again(config, state, embedders)
 
 
-async def _examine_again(config: Config, handle: WorkerHandle, embedders: dict[str, Embedder]) -> Report:
+async def _examine_again(config: Config, state: WorkerState, embedders: dict[str, Embedder]) -> Report:
     attempt = 0
     while True:
         report = await examine(config, embedders)
-        if not report.errors or handle.stopping.is_set():
+        if not report.errors or state.stopping.is_set():
             return report
         log.warning("examination_waits", problems=[finding.message for finding in report.errors])
         with anyio.move_on_after(backoff_s(attempt, first=0.5, most=30)):
-            await handle.stopping.wait()
+            await state.stopping.wait()
         attempt += 1
 
 
 async def _stop_on_signal(
-    handle: WorkerHandle, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    state: WorkerState, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
 ) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for number in signals:
             log.info("stopping", signal=signal.Signals(number).name)
-            handle.stop()
+            state.stop()
             return
 
 
 async def _serve(
-    config: Config, handle: WorkerHandle, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    config: Config, state: WorkerState, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
 ) -> None:
     host, port = config.worker.listen_address
 
     def bound(actual: int) -> None:
-        handle.port = actual
+        state.port = actual
         log.info("listening", host=host, port=actual)
         task_status.started()
 
-    await http.serve(http.make_app(handle), host, port, started=bound)
+    await http.serve(http.make_app(state), host, port, started=bound)

@@ -17,7 +17,7 @@ import structlog
 from cdcsync import tracing
 from cdcsync.config import Config
 from cdcsync.errors import SourceUnavailable, Unavailable
-from cdcsync.flows.embed import Desk
+from cdcsync.flows.embed import Dispatcher
 from cdcsync.flows.follow.stream import Stream
 from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
 from cdcsync.postgres.sessions import Session, speaking_of
@@ -35,7 +35,7 @@ ALIVE_WITHIN_S = 30.0
 """The loop is alive if it turned within this time; the longest uninterrupted step is a batch being decoded."""
 
 
-class WorkerHandle:
+class WorkerState:
     """A running worker, as seen by whoever started it, and by its HTTP endpoints."""
 
     def __init__(self, config: Config) -> None:
@@ -50,7 +50,7 @@ class WorkerHandle:
         """What is in effect: read again on SIGHUP."""
         self._stream: Stream | None = None
         self._reconfigure: Callable[[Config], None] = lambda config: None
-        self._desks: Mapping[str, Desk] = {}
+        self._dispatchers: Mapping[str, Dispatcher] = {}
         self._connected = False
         self._turned = anyio.current_time()
         self._source = Session(config.source.dsn, "source", application_name="cdcsync status")
@@ -62,13 +62,15 @@ class WorkerHandle:
         self.metrics.standby.set_function(lambda: float(self.standby))
         self.metrics.lag_seconds.set_function(lambda: self.lag_seconds)
 
-    def attach(self, stream: Stream, desks: Mapping[str, Desk], reconfigure: Callable[[Config], None]) -> None:
+    def attach(
+        self, stream: Stream, dispatchers: Mapping[str, Dispatcher], reconfigure: Callable[[Config], None]
+    ) -> None:
         """Show these parts from now on.
 
         :param reconfigure: tells them of another configuration.
         """
         self._stream = stream
-        self._desks = desks
+        self._dispatchers = dispatchers
         self._reconfigure = reconfigure
         if self.stopping.is_set():
             stream.stop()
@@ -111,7 +113,11 @@ class WorkerHandle:
             reasons.append("standby: another worker holds the pipeline")
         elif not self._connected:
             reasons.append("the replication stream is not connected")
-        reasons += [f"embedder {name}: {desk.problem}" for name, desk in self._desks.items() if desk.problem]
+        reasons += [
+            f"embedder {name}: {dispatcher.problem}"
+            for name, dispatcher in self._dispatchers.items()
+            if dispatcher.problem
+        ]
         lag = self.lag_seconds
         if lag > self.config.worker.ready_max_lag_s:
             reasons.append(f"lag of {lag:.0f} s is above worker.ready_max_lag_s")

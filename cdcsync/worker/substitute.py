@@ -15,11 +15,11 @@ from cdcsync.config import Config
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.worker import run as worker
-from cdcsync.worker.state import WorkerHandle
+from cdcsync.worker.state import WorkerState
 
 
 @asynccontextmanager
-async def attended(target: Connection, config: Config) -> AsyncIterator[bool]:
+async def worker_ensured(target: Connection, config: Config) -> AsyncIterator[bool]:
     """See to it that a worker runs while the block does; yields whether that is ourselves.
 
     What ends the worker, such as a gap, ends the block with that error, in an exception group.
@@ -30,15 +30,15 @@ async def attended(target: Connection, config: Config) -> AsyncIterator[bool]:
     if holder is not None:
         yield False
         return
-    handles: list[WorkerHandle] = []
+    states: list[WorkerState] = []
     async with anyio.create_task_group() as tasks:
 
         async def work() -> None:
-            await worker.run(config, started=handles.append, handle_signals=False, listening=False)
+            await worker.run(config, started=states.append, handle_signals=False, listening=False)
 
         tasks.start_soon(work)
         yield True
-        if handles:
-            handles[0].stop()
+        if states:
+            states[0].stop()
         else:
             tasks.cancel_scope.cancel()

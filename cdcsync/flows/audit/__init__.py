@@ -15,9 +15,9 @@
 Not seen: whether the chunker would cut a document in other places today, as only chunking it again would tell. A
 change of the chunking's configuration or of the chunker is known by its fingerprint, and has all of them cut again.
 
-    digests   the sums, and the rows behind them
-    soundness what the index must be in itself
-    flow      `verify`, `repair`, the schedule
+    digests       the sums, and the rows behind them
+    soundness     what the index must be in itself
+    verification  `verify`, `repair`, the schedule
 
 A file here imports only from lines above its own.
 """

@@ -81,17 +81,17 @@ class Findings(msgspec.Struct, frozen=True):
     keys: dict[str, list[Key]]
 
 
-Attend: TypeAlias = Callable[[], AbstractAsyncContextManager[object]]
+EnsureWorker: TypeAlias = Callable[[], AbstractAsyncContextManager[object]]
 """Sees to it that a worker runs, for as long as it takes."""
 
 
 async def verify(
-    source: Connection, target: Connection, schema: str, spec: IndexSpec, *, attend: Attend = nullcontext
+    source: Connection, target: Connection, schema: str, spec: IndexSpec, *, ensure_worker: EnsureWorker = nullcontext
 ) -> Findings:
     """Compare an index with its source. Where something may differ, a worker has to run to say whether it does.
 
     :param spec: with the source's key types and the publication's row filter.
-    :param attend: entered while a worker has to run.
+    :param ensure_worker: entered while a worker has to run.
     :raises SetupError: the comparison could not be made.
     """
     started = anyio.current_time()
@@ -114,7 +114,7 @@ async def verify(
     for group in _groups(sums["source"].differing(sums["index"])):
         suspects = await _suspects(in_source, in_index, buckets, group)
         candidates += len(suspects)
-        for key, problem in await _compared(target, schema, spec, suspects, attend):
+        for key, problem in await _compared(target, schema, spec, suspects, ensure_worker):
             keys.setdefault(problem, []).append(key)
     with speaking_of("target", where=f"index {spec.name}"):
         keys = await _explained(target, schema, spec, keys)
@@ -182,7 +182,7 @@ async def _suspects(in_source: SourceDigests, in_index: IndexDigests, buckets: i
 
 
 async def _compared(
-    target: Connection, schema: str, spec: IndexSpec, suspects: Sequence[Key], attend: Attend
+    target: Connection, schema: str, spec: IndexSpec, suspects: Sequence[Key], ensure_worker: EnsureWorker
 ) -> list[tuple[Key, str]]:
     """Have the engine compare these documents and return what differs."""
     if not suspects:
@@ -192,12 +192,12 @@ async def _compared(
         async with target.transaction():
             id_ = await requests.add(target, spec.name, "verify", rewrite=False, filter_=None, keys=suspects)
     try:
-        async with attend():
+        async with ensure_worker():
             await _done(target, requests, id_, spec)
     except BaseException:
         with anyio.CancelScope(shield=True, deadline=anyio.current_time() + 5):
             if not target.closed and not target.broken:
-                await requests.wish(target, spec.name, "cancel", id_=id_)
+                await requests.action(target, spec.name, "cancel", id_=id_)
         raise
     with speaking_of("target"):
         return [(key, problem) for key, problem in await requests.found(target, id_)]

@@ -11,9 +11,10 @@ with the rows, so a crash repeats at most the pages in flight.
 One engine serves every kind of request, one at a time: the initial load, a replay of all rows, of some or of given
 keys, a resync, and the part of a verification that compares single documents.
 
-    pages     the readers of pages: rows in key order, given keys, keys of the index
-    checking  what a verification says of a document
-    engine    `Backfills`: requests, marks, pace
+    preparing  documents, chunks and vectors of a page, made before its mark arrives
+    pages      the readers of pages: rows in key order, given keys, keys of the index
+    checking   what a verification says of a document
+    engine     `Backfills`: requests, marks, pace
 
 A file here imports only from lines above its own.
 """

@@ -15,7 +15,7 @@ from cdcsync.backoff import backoff_s
 from cdcsync.errors import CdcsyncError, Retry, SourceUnavailable, Unavailable
 from cdcsync.flows.backfill.checking import check
 from cdcsync.flows.backfill.pages import PAGE_BYTES, Page, PageReader, Pages
-from cdcsync.flows.backfill.preparing import Ahead, Made
+from cdcsync.flows.backfill.preparing import Made, PagePreparer
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch, PageEnd
 from cdcsync.model.rows import Delete, Key, Upsert
@@ -132,7 +132,7 @@ class Backfills:
         schema: str,
         specs: Mapping[str, IndexSpec],
         tables: Mapping[str, SourceTable],
-        ahead: Mapping[str, Ahead],
+        page_preparers: Mapping[str, PagePreparer],
         deliveries: Mapping[str, Deliveries],
         page_rows: int,
         metrics: Metrics,
@@ -150,7 +150,7 @@ class Backfills:
         self._requests = Requests(schema)
         self._specs = specs
         self._tables = tables
-        self._ahead = ahead
+        self._page_preparers = page_preparers
         self._deliveries = deliveries
         self._page_rows = page_rows
         self._metrics = metrics
@@ -337,7 +337,7 @@ class Backfills:
         while not last:
             most = min(self._page_rows, pace.rows_per_s or self._page_rows)
             if _made_ahead(request):
-                most = self._ahead[request.index].page_rows(most)
+                most = self._page_preparers[request.index].page_rows(most)
             page = await read(cursor, min(limit, most))
             cursor, last = page.cursor, page.last
             done += len(page.entries)
@@ -364,7 +364,7 @@ class Backfills:
         rows = [row for _, row in page.entries if row is not None]
         if not _made_ahead(request) or len(rows) < len(page.entries) or not rows:
             return None
-        return await self._ahead[request.index].make(target, rows)
+        return await self._page_preparers[request.index].make(target, rows)
 
     async def _checks(self, target: Connection, request: Request, read: PageReader) -> bool:
         """Compare every page of a verification at its mark, one at a time; False when someone paused or cancelled."""

@@ -16,7 +16,7 @@ import structlog
 from cdcsync.documents.chunks import Chunk, Chunker
 from cdcsync.documents.templates import Rendering
 from cdcsync.errors import CdcsyncError, DocumentError
-from cdcsync.flows.embed import Desk
+from cdcsync.flows.embed import Dispatcher
 from cdcsync.model.changeset import FloatVector
 from cdcsync.model.rows import Key, Row, Shape, Upsert
 from cdcsync.model.spec import IndexSpec
@@ -60,19 +60,19 @@ class Made(msgspec.Struct, frozen=True):
         return Prepared(shape, key, row, 0, lsn, None, self.documents[at], self.chunks[at], self.vectors)
 
 
-class Ahead:
+class PagePreparer:
     """Prepares the pages of one index."""
 
-    def __init__(self, spec: IndexSpec, schema: str, chunker: Chunker, desk: Desk) -> None:
+    def __init__(self, spec: IndexSpec, schema: str, chunker: Chunker, dispatcher: Dispatcher) -> None:
         self._spec = spec
         self._schema = schema
         self._chunker = chunker
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._texts_per_row = 1.0
 
     def page_rows(self, most: int) -> int:
         """Return how many rows a page should have, so that its vectors can be made while it waits."""
-        rows = int(self._desk.texts_within(PAGE_S) / self._texts_per_row)
+        rows = int(self._dispatcher.texts_within(PAGE_S) / self._texts_per_row)
         return min(most, rows) if rows >= LEAST_ROWS else most
 
     async def make(self, target: Connection, rows: Sequence[Row]) -> Made | None:
@@ -92,7 +92,7 @@ class Ahead:
         return documents, self._chunker.split_all(documents, _cannot_fail)
 
     async def _vectors(self, target: Connection, texts: dict[bytes, str]) -> Mapping[bytes, FloatVector]:
-        if not texts or len(texts) > self._desk.texts_within(QUICK_S):
+        if not texts or len(texts) > self._dispatcher.texts_within(QUICK_S):
             return {}
         with speaking_of("target", where=f"index {self._spec.name}"):
             for known in await texts_with_vector(target, self._schema, self._spec, list(texts)):
@@ -100,8 +100,8 @@ class Ahead:
         vectors: dict[bytes, FloatVector] = {}
         try:
             while texts:
-                call = dict(islice(texts.items(), self._desk.batch(texts)))
-                vectors |= await self._desk.embed(call)
+                call = dict(islice(texts.items(), self._dispatcher.batch(texts)))
+                vectors |= await self._dispatcher.embed(call)
                 texts = dict(islice(texts.items(), len(call), None))
         except CdcsyncError as error:
             # What is left goes to the backlog, where the embed loop meets the same error and deals with it.

@@ -2,27 +2,25 @@
 
     backlog ─► window (live lane first) ─► sorted by length, cut into batches ─► model ─► vectors
 
-A *desk* is one embedder with its queue: a local model takes one call at a time, a provider as many as it has
+A *dispatcher* is one embedder with its queue: a local model takes one call at a time, a provider as many as it has
 connections. The embed loops of all indexes that use it take turns, and apply may use it inline when it has a place
 free. A text that is under way is not asked for again, whoever wants it. What an inline call does not finish within its
-budget is not lost: the desk keeps the result, and the loop stores it when it finds the text in the backlog.
+budget is not lost: the dispatcher keeps the result, and the loop stores it when it finds the text in the backlog.
 
 While the stream is far behind, embedding waits for a moment: what a text is now, it will not stay.
 
-    waits     how long to wait after a failure
-    desk      one embedder and its queue
-    pool      the connections that all loops share
-    commits   when the source committed what waits
-    loop      one index's backlog
+    dispatcher  one embedder and its queue
+    pool        the connections that all loops share
+    commits     when the source committed what waits
+    loop        one index's backlog
 
 A file here imports only from lines above its own.
 """
 
 from __future__ import annotations
 
-from cdcsync.backoff import backoff_s
-from cdcsync.flows.embed.dispatcher import Desk, vector_text
+from cdcsync.flows.embed.dispatcher import Dispatcher, vector_text
 from cdcsync.flows.embed.loop import EmbedLoop
 from cdcsync.flows.embed.pool import Pool
 
-__all__ = ["Desk", "EmbedLoop", "Pool", "backoff_s", "vector_text"]
+__all__ = ["Dispatcher", "EmbedLoop", "Pool", "vector_text"]

@@ -1,4 +1,4 @@
-"""The desk: one embedder, its queue, what it made recently and what is under way."""
+"""The dispatcher: one embedder, its queue, what it made recently and what is under way."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ SKIPPED = 0.9
 for ever."""
 
 
-class Desk:
+class Dispatcher:
     """One embedder, used by as many callers at a time as it can serve."""
 
     def __init__(
@@ -184,7 +184,7 @@ class Desk:
         return made
 
     async def embed_within(self, texts: Mapping[bytes, str], budget_s: float) -> dict[bytes, FloatVector]:
-        """Return what can be embedded within the budget; nothing when the desk is busy or would take longer.
+        """Return what can be embedded within the budget; nothing when the dispatcher is busy or would take longer.
 
         A call that overruns goes on by itself and its result is remembered.
         """

@@ -11,7 +11,7 @@ import structlog
 from cdcsync.backoff import backoff_s
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TargetUnavailable, TextRejected, leading
 from cdcsync.flows.embed.commits import Commits
-from cdcsync.flows.embed.dispatcher import Desk
+from cdcsync.flows.embed.dispatcher import Dispatcher
 from cdcsync.flows.embed.pool import Pool
 from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import LIVE, FloatVector
@@ -37,10 +37,10 @@ POLL_S = 5.0
 class EmbedLoop:
     """Empties one index's backlog for ever."""
 
-    def __init__(self, pool: Pool, spec: IndexSpec, desk: Desk, metrics: Metrics) -> None:
+    def __init__(self, pool: Pool, spec: IndexSpec, dispatcher: Dispatcher, metrics: Metrics) -> None:
         self._pool = pool
         self._spec = spec
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._metrics = metrics
         self._wake = anyio.Event()
         self._live = False
@@ -62,11 +62,11 @@ class EmbedLoop:
 
     def avoided(self, reason: str, texts: int) -> None:
         """Count texts of this index that need no call."""
-        self._desk.avoided(reason, texts)
+        self._dispatcher.avoided(reason, texts)
 
     async def run(self) -> None:
         """Embed until cancelled, connecting again whenever the target was away."""
-        await self._desk.ready.wait()
+        await self._dispatcher.ready.wait()
         while True:
             try:
                 with speaking_of("target", where=f"index {self._spec.name}"):
@@ -89,24 +89,24 @@ class EmbedLoop:
 
     async def _hold_while_far_behind(self) -> None:
         """Let the stream catch up, once for each time that it falls behind."""
-        if self._desk.far_behind() and not self._held:
+        if self._dispatcher.far_behind() and not self._held:
             for _ in range(round(HOLD_S / HOLD_POLL_S)):
                 await anyio.sleep(HOLD_POLL_S)
-                if not self._desk.far_behind():
+                if not self._dispatcher.far_behind():
                     break
-        self._held = self._desk.far_behind()
+        self._held = self._dispatcher.far_behind()
 
     async def _window(self, *, lane: int | None) -> int:
         """Embed one window of due texts and return how many there were."""
         async with self._pool.backlog(self._spec) as backlog:
-            window = await backlog.window(self._desk.window_texts, lane=lane)
+            window = await backlog.window(self._dispatcher.window_texts, lane=lane)
         self._target_outage = 0
         # Texts of about the same length together: a batch is padded to its longest.
-        tokens = await self._desk.measure({waiting.hash: waiting.text for waiting in window})
+        tokens = await self._dispatcher.measure({waiting.hash: waiting.text for waiting in window})
         window.sort(key=lambda waiting: (waiting.lane, tokens[waiting.hash]))
         found = len(window)
         # One batch more than can be embedded at a time is under way, which is stored meanwhile.
-        slots = anyio.Semaphore(self._desk.places + 1)
+        slots = anyio.Semaphore(self._dispatcher.places + 1)
         try:
             async with anyio.create_task_group() as tasks:
                 while window and self._failure is None:
@@ -114,7 +114,7 @@ class EmbedLoop:
                         self._live = False
                         while await self._window(lane=0):
                             pass
-                    size = self._desk.batch({one.hash: one.text for one in window})
+                    size = self._dispatcher.batch({one.hash: one.text for one in window})
                     batch, window = window[:size], window[size:]
                     await slots.acquire()
                     tasks.start_soon(self._one_batch, batch, slots)
@@ -128,7 +128,7 @@ class EmbedLoop:
             # Texts that changed again while they waited in the window are not worth a call.
             async with self._pool.backlog(self._spec) as backlog:
                 waiting = await backlog.still_waiting([one.hash for one in batch])
-            self._desk.avoided("superseded", len(batch) - len(waiting))
+            self._dispatcher.avoided("superseded", len(batch) - len(waiting))
             if (batch := [one for one in batch if one.hash in waiting]) and self._failure is None:
                 await self._batch(batch)
         except (EmbedderUnavailable, EmbedderSetupError) as error:
@@ -146,7 +146,7 @@ class EmbedLoop:
         asked = error.retry_after_s if isinstance(error, EmbedderUnavailable) else None
         delay = asked or backoff_s(self._outage, most=60)
         log.warning(
-            "embedder_unavailable", embedder=self._desk.embedder.name, error=str(error), delay_s=round(delay, 1)
+            "embedder_unavailable", embedder=self._dispatcher.embedder.name, error=str(error), delay_s=round(delay, 1)
         )
         self._outage += 1
         await anyio.sleep(delay)
@@ -154,7 +154,7 @@ class EmbedLoop:
     async def _batch(self, batch: Sequence[Waiting]) -> None:
         """Embed and store texts, down to those that cannot be."""
         try:
-            made = await self._desk.embed({waiting.hash: waiting.text for waiting in batch})
+            made = await self._dispatcher.embed({waiting.hash: waiting.text for waiting in batch})
         except (EmbedderUnavailable, EmbedderSetupError):
             raise
         except EmbedError as error:
@@ -189,5 +189,5 @@ class EmbedLoop:
     async def _store_part(self, part: Mapping[bytes, FloatVector]) -> None:
         async with self._pool.backlog(self._spec) as backlog:
             stored = await backlog.store(part)
-        self._desk.avoided("shared", stored - len(part))
+        self._dispatcher.avoided("shared", stored - len(part))
         self._metrics.vectors.labels(self._spec.name, "backlog").inc(stored)

@@ -1,1 +1,5 @@
-"""flows/follow."""
+"""The stream flow: from the slot to the target, exactly once.
+
+    prepare       changes into documents, chunks and the vectors that are at hand
+    stream        receive, batch, apply, acknowledge
+"""

@@ -20,7 +20,7 @@ from cdcsync.documents.chunks import Chunk, Chunker
 from cdcsync.documents.templates import Rendering
 from cdcsync.errors import DocumentError, SchemaChanged, SetupError
 from cdcsync.flows.backfill.preparing import Prepared
-from cdcsync.flows.embed import Desk, vector_text
+from cdcsync.flows.embed import Dispatcher, vector_text
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, FailedDocument, Kept
@@ -55,11 +55,17 @@ class Preparer:
     """Prepares the batches of one index."""
 
     def __init__(
-        self, spec: IndexSpec, chunker: Chunker, desk: Desk, table: SourceTable, source: Session, metrics: Metrics
+        self,
+        spec: IndexSpec,
+        chunker: Chunker,
+        dispatcher: Dispatcher,
+        table: SourceTable,
+        source: Session,
+        metrics: Metrics,
     ) -> None:
         self._spec = spec
         self._chunker = chunker
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._table = table
         self._source = source
         self._metrics = metrics
@@ -105,7 +111,7 @@ class Preparer:
             )
             for one, cut in zip(changed, chunks, strict=True)
         ]
-        self._desk.tracing.follow((one.commit_lsn, chunk.hash) for one in documents for chunk in one.chunks)
+        self._dispatcher.tracing.follow((one.commit_lsn, chunk.hash) for one in documents for chunk in one.chunks)
         vectors = await self._vectors_in_time(documents, writer)
         pages = {id(change.vectors): change.vectors for change, _ in upserts if isinstance(change, Prepared)}
         made = {one: vector for page in pages.values() for one, vector in page.items()}
@@ -203,13 +209,13 @@ class Preparer:
             log.warning("document_failed", index=name, error=error, failed=rows, fix=f"cdcsync failures {name} list")
 
     async def _vectors_in_time(self, documents: Sequence[Document], writer: IndexWriter) -> dict[bytes, str]:
-        """Embed a small live batch here and now, if the desk is free and the budget allows."""
+        """Embed a small live batch here and now, if the dispatcher is free and the budget allows."""
         texts = {chunk.hash: chunk.text for one in documents if one.lane == LIVE for chunk in one.chunks}
         budget_s = self._spec.config.inline_budget_ms / 1000
-        if not 0 < len(texts) <= self._spec.config.inline_max_chunks or not self._desk.free_within(budget_s / 2):
+        if not 0 < len(texts) <= self._spec.config.inline_max_chunks or not self._dispatcher.free_within(budget_s / 2):
             return {}
         with speaking_of("target", where=f"index {self._spec.name}"):
             for known in await writer.known_vectors(list(texts)):
                 del texts[known]
-        made = await self._desk.embed_within(texts, budget_s)
+        made = await self._dispatcher.embed_within(texts, budget_s)
         return {one: vector_text(vector) for one, vector in made.items()}

@@ -124,7 +124,7 @@ class Stream:
         self._batch = Batch()
         self._assembler = Assembler(self._tables, checkpoint)
         self._dry = False
-        self._in_hand: Batch | None = None
+        self._applying: Batch | None = None
         self._committed_at_us = 0
         self._passed = checkpoint
         self._heard = checkpoint
@@ -142,7 +142,7 @@ class Stream:
     @property
     def caught_up(self) -> bool:
         """Whether everything that the source has sent is in the target."""
-        return self._drained and self._in_hand is None and not self._batch and not self._assembler.in_transaction
+        return self._drained and self._applying is None and not self._batch and not self._assembler.in_transaction
 
     @property
     def heard_all(self) -> bool:
@@ -156,7 +156,7 @@ class Stream:
     @property
     def oldest_unapplied(self) -> datetime | None:
         """When the oldest transaction that is received and not in the target was committed."""
-        for batch in (self._in_hand, self._batch):
+        for batch in (self._applying, self._batch):
             if batch is not None and batch.oldest_us is not None:
                 return to_datetime(batch.oldest_us)
         return None
@@ -228,7 +228,7 @@ class Stream:
             if handled % TURN_MESSAGES == 0:
                 await anyio.lowlevel.checkpoint()
         # Whoever stops waits for the batch that is being applied, and tells the source how far it got.
-        while self._in_hand is not None:
+        while self._applying is not None:
             await self._pause_receiving(self._patience())
             await self._report_when_due()
         await slot.send_status(self.progress.received, self.progress.acknowledge())
@@ -332,14 +332,14 @@ class Stream:
 
     async def _pause_receiving(self, timeout_s: float) -> None:
         self._wake_receive = anyio.Event()
-        if self._in_hand is not None or self._full:
+        if self._applying is not None or self._full:
             with anyio.move_on_after(timeout_s):
                 await self._wake_receive.wait()
 
     def _patience(self) -> float:
         """Return how long receive may wait before a status is due, in seconds."""
         left = self._status_due - anyio.current_time()
-        if self.progress.checkpoint > self.progress.acknowledged or self._in_hand is not None:
+        if self.progress.checkpoint > self.progress.acknowledged or self._applying is not None:
             left = min(left, PROMPT_STATUS_S)
         return max(0.0, left)
 
@@ -357,12 +357,12 @@ class Stream:
         while True:
             if self._ready:
                 batch, self._batch = self._batch, Batch()
-                self._in_hand = batch
+                self._applying = batch
                 self._wake_receive.set()
                 try:
                     await self._apply(batch)
                 finally:
-                    self._in_hand = None
+                    self._applying = None
                     self._wake_receive.set()
                 continue
             if self._idle_checkpoint_due:

@@ -1,1 +1,6 @@
-"""flows/setup."""
+"""What happens before following starts.
+
+    gaps          a slot or server that is not where we left it
+    partitions    partitions that came or went
+    start         publication, slot, tables and the starting point
+"""

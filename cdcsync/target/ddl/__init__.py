@@ -1,1 +1,7 @@
-"""target/ddl."""
+"""The relations in the target: how they are created, upgraded and built.
+
+    views         the search view, and following it when it is renamed
+    relations     one index's tables
+    shared        the tables that all indexes share
+    building      HNSW and keyword indexes
+"""

@@ -1,1 +1,5 @@
-"""target/failures."""
+"""Rows and texts that failed.
+
+    documents     rows that no document could be made of
+    listing       both, as `cdcsync failures` shows them
+"""

@@ -21,7 +21,7 @@ from cdcsync.cli import main
 from cdcsync.config.sections import Hnsw
 from cdcsync.documents.templates import hash_text
 from cdcsync.errors import SetupError, UsageError
-from cdcsync.flows.evaluate import Sparing, evaluate, evaluate_for_ever
+from cdcsync.flows.evaluate import Budget, evaluate, evaluate_for_ever
 from cdcsync.model.spec import Distance, IndexSpec
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target import evaluations
@@ -191,8 +191,8 @@ async def test_a_search_that_takes_too_long_is_given_up_and_so_is_a_sample_that_
     async with indexed(database, crowd(50)) as (index, spec):
         slow = "pg_sleep(0.05) IS NOT NULL"
         with pytest.raises(SetupError, match=r"longer than 0\.01 s") as refused:
-            await evaluate(index.connection, SCHEMA, spec, where=slow, sparing=Sparing(statement_s=0.01))
-        few = await evaluate(index.connection, SCHEMA, spec, sparing=Sparing(most_s=0, share=0.5))
+            await evaluate(index.connection, SCHEMA, spec, where=slow, budget=Budget(statement_s=0.01))
+        few = await evaluate(index.connection, SCHEMA, spec, budget=Budget(most_s=0, share=0.5))
         cursor = await index.connection.execute("SHOW statement_timeout")
         assert await cursor.fetchone() == ("0",)
     assert "cdcsync evaluate articles" in str(refused.value.hint)

@@ -23,7 +23,7 @@ from cdcsync.target.ddl.relations import MAX_ATTEMPTS, create_index_relations
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.requests import Requests
-from cdcsync.worker.state import WorkerHandle
+from cdcsync.worker.state import WorkerState
 
 if TYPE_CHECKING:
     from tests.fixtures.servers import Database
@@ -197,7 +197,7 @@ async def test_a_pipeline_that_has_not_begun_is_not_caught_up(make: Callable[...
 
 
 async def test_the_last_recall_is_told_for_as_long_as_its_vectors_are_in_use(pipeline: Pipeline) -> None:
-    handle = WorkerHandle(pipeline.config)
+    handle = WorkerState(pipeline.config)
     one = "cdcsync_recall", {"index": "articles"}
     assert (await pipeline.status()).indexes["articles"].recall is None
     await pipeline.target.execute(

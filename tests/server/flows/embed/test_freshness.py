@@ -9,7 +9,7 @@ import pytest
 
 from cdcsync import config
 from cdcsync.embedders.hashing import HashEmbedder
-from cdcsync.flows.embed import Desk, EmbedLoop, Pool
+from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool
 from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import BACKFILL
 from tests.fixtures.indexes import DIMENSIONS, SCHEMA, LiveIndex, changes, document
@@ -28,15 +28,15 @@ class Embedding:
         self.pool = Pool(dsn, SCHEMA, 1)
         self.metrics = Metrics()
         embedder = HashEmbedder("words", config.HashEmbedder(dimensions=DIMENSIONS))
-        self.desk = Desk(embedder, self.metrics, anyio.current_time)
-        self.loop = EmbedLoop(self.pool, index.spec, self.desk, self.metrics)
+        self.dispatcher = Dispatcher(embedder, self.metrics, anyio.current_time)
+        self.loop = EmbedLoop(self.pool, index.spec, self.dispatcher, self.metrics)
 
     async def drain(self) -> tuple[float, float]:
         """Return how many vectors were measured so far, and how many seconds they took together."""
         async with anyio.create_task_group() as tasks:
             self.loop.drained = tasks.cancel_scope.cancel
-            tasks.start_soon(self.desk.run)
-            await self.desk.ready.wait()
+            tasks.start_soon(self.dispatcher.run)
+            await self.dispatcher.ready.wait()
             tasks.start_soon(self.loop.run)
         await self.pool.aclose()
         assert await self.index.waiting() == []

@@ -7,7 +7,7 @@ from functools import partial
 import anyio
 import pytest
 
-from cdcsync.flows.embed import Desk, EmbedLoop, Pool
+from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool
 from cdcsync.metrics import Metrics
 from tests.fixtures.gates import Gated
 from tests.fixtures.indexes import DIMENSIONS, SCHEMA, LiveIndex, changes, document, until
@@ -22,12 +22,12 @@ LONG = "word " * 200
 async def test_vectors_are_stored_while_other_calls_are_under_way(index: LiveIndex, target: Database) -> None:
     await index.apply(changes(*(document(str(number), f"{number} {LONG}") for number in range(40))))
     embedder = Gated(concurrency=2, dimensions=DIMENSIONS)
-    desk = Desk(embedder, Metrics(), anyio.current_time)
+    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
     pool = Pool(target.dsn, SCHEMA, 1)
-    loop = EmbedLoop(pool, index.spec, desk, Metrics())
+    loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
     with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(desk.run)
+            tasks.start_soon(dispatcher.run)
             tasks.start_soon(loop.run)
             for ended in range(3):
                 await embedder.next_call(ended + 2)  # two at a time

