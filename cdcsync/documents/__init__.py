@@ -3,4 +3,6 @@
     functions     functions of the user's that make documents or cut them
     templates     templates, rendered here and by a server; the hash of a document
     chunks/       cutting documents into chunks that a model reads whole
+
+A file imports only from lines above its own.
 """

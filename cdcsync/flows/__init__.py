@@ -11,4 +11,6 @@
     dry_run       what a replay would cost
     evaluate      search recall
     teardown      removing what was created
+
+A file imports only from lines above its own.
 """

@@ -7,4 +7,6 @@
     visibility    which rows of a page are older than what the stream has delivered
     spec          one index as it is to be
     changeset     what one batch changes in one index
+
+A file imports only from lines above its own.
 """

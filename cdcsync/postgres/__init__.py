@@ -4,4 +4,6 @@
     interrupts    statements that end when the worker is told to stop
     comparisons   the operators that compare keys as the server does
     conditions    conditions that a user writes in SQL
+
+A file imports only from lines above its own.
 """

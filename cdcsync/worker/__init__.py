@@ -7,4 +7,6 @@
     reload        reading the configuration again
     run           the worker's life
     substitute    a worker for the time of one command, if none runs
+
+A file imports only from lines above its own.
 """

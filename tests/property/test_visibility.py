@@ -4,8 +4,8 @@ The model keeps PostgreSQL's rules and nothing else: a transaction locks the key
 its commit is in the WAL, and may be delivered, before it is visible; ids are given out with the first write; a snapshot
 lists only the running ids below the last finished one; TRUNCATE shows at once, whatever the snapshot.
 
-The pipeline does the least that keeps the rules of `cdcsync.model.visibility`. The index begins with stale rows, some of
-them of keys that the table does not have.
+The pipeline does the least that keeps the rules of `cdcsync.model.visibility`. The index begins with stale rows, some
+of them of keys that the table does not have.
 """
 
 from __future__ import annotations

@@ -2,4 +2,6 @@
 
     prepare       changes into documents, chunks and the vectors that are at hand
     stream        receive, batch, apply, acknowledge
+
+A file imports only from lines above its own.
 """

@@ -3,4 +3,6 @@
     gaps          a slot or server that is not where we left it
     partitions    partitions that came or went
     start         publication, slot, tables and the starting point
+
+A file imports only from lines above its own.
 """

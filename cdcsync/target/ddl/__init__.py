@@ -4,4 +4,6 @@
     relations     one index's tables
     shared        the tables that all indexes share
     building      HNSW and keyword indexes
+
+A file imports only from lines above its own.
 """
