@@ -13,7 +13,7 @@ STAMP := .venv/.cdcsync-setup
 BENCHES = $(filter-out bench/report.py bench/_%,$(sort $(wildcard bench/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint audit type bench clean
+.PHONY: help setup demo test prove lint audit type bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ demo: setup ## watch an index follow its table, on a PostgreSQL server made for 
 
 test: setup ## run all tests
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
+
+prove: setup ## run the long proofs, which `make test` leaves out
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m proof $(ARGS)
 
 lint: setup ## check style, format, security and which module may import which
 	$(BIN)/ruff check .
