@@ -13,12 +13,12 @@ The rules:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, assert_never
 
 import msgspec
 
 from cdcsync.lsn import Lsn
-from cdcsync.model.rows import Change, Delete, Key, Shape, Upsert, complete, fill
+from cdcsync.model.rows import Change, Delete, Key, Shape, Truncation, Upsert, complete, fill
 from cdcsync.model.transactions import Committed
 
 ROW_OVERHEAD_BYTES = 200
@@ -57,44 +57,60 @@ class IndexChanges:
         """Rows that a backfill read; a key is never both here and in `live`."""
         self.rewrite = False
         """Whether the backfilled rows are to be chunked again even where the document is unchanged."""
-        self.known = False
-        """Whether the index may have documents of the backfilled rows."""
+        self._new = True
+        """Whether the index most likely has no document of the backfilled rows."""
 
     @property
     def rows(self) -> int:
         """How many keys change."""
         return len(self.live) + len(self.filled)
 
+    @property
+    def new(self) -> bool:
+        """Whether all of this is rows that the index most likely does not have, so that they can be copied in."""
+        return self._new and bool(self.filled) and not self.live and not self.truncated
+
     def add(self, change: Change) -> None:
         """Add the next change of the stream."""
-        if isinstance(change, Upsert):
-            before_key = change.key if change.moved_from is None else change.moved_from
-            row = change.row
-            if not complete(row):
-                before = self.live.get(before_key) or self.filled.get(before_key)
-                if isinstance(before, Upsert):
-                    row = fill(row, before.row)
-            if change.moved_from is not None:
-                self._put(Delete(change.shape, change.moved_from, change.xid, change.lsn))
-            if row is not change.row:
-                change = Upsert(change.shape, change.key, row, change.xid, change.lsn)
-            self._put(change)
-        elif isinstance(change, Delete):
-            self._put(change)
-        else:
-            self.truncated = True
-            self.live.clear()
-            self.filled.clear()
+        match change:
+            case Upsert():
+                self._add_upsert(change)
+            case Delete():
+                self._put(change)
+            case Truncation():
+                self.truncated = True
+                self.live.clear()
+                self.filled.clear()
+            case _:
+                assert_never(change)
 
-    def add_page_row(self, row: Upsert | Delete) -> None:
-        """Add a row that a backfill read, or found missing, and that belongs here, at its page's mark."""
-        if isinstance(row, Delete):
-            if not isinstance(self.live.get(row.key), Delete):
-                self._put(row)
-        else:
-            # What the stream had for the key may have been preceded by more, in batches that are written already.
-            self.known = self.live.pop(row.key, None) is not None or self.known
-            self.filled[row.key] = row
+    def _add_upsert(self, change: Upsert) -> None:
+        before_key = change.key if change.moved_from is None else change.moved_from
+        row = change.row
+        if not complete(row):
+            before = self.live.get(before_key) or self.filled.get(before_key)
+            if isinstance(before, Upsert):
+                row = fill(row, before.row)
+        if change.moved_from is not None:
+            self._put(Delete(change.shape, change.moved_from, change.xid, change.lsn))
+        if row is not change.row:
+            change = Upsert(change.shape, change.key, row, change.xid, change.lsn)
+        self._put(change)
+
+    def add_page(self, rows: Sequence[RowChange], *, new: bool) -> None:
+        """Add the rows of a page at its mark: those that a backfill read, and those that it found missing."""
+        self._new = self._new and new
+        for row in rows:
+            match row:
+                case Delete():
+                    if not isinstance(self.live.get(row.key), Delete):
+                        self._put(row)
+                case Upsert():
+                    # Earlier changes of the key may be in batches that are written already.
+                    self._new = self.live.pop(row.key, None) is None and self._new
+                    self.filled[row.key] = row
+                case _:
+                    assert_never(row)
 
     def _put(self, change: RowChange) -> None:
         self.filled.pop(change.key, None)
@@ -142,23 +158,21 @@ class Batch:
     def add_page(
         self,
         shape: Shape,
-        rows: Sequence[Upsert | Delete],
+        rows: Sequence[RowChange],
         end: PageEnd,
         *,
         mark: str,
         rewrite: bool,
-        fresh: bool = False,
+        new: bool = False,
     ) -> None:
         """Add the rows of a backfill page, already rid of those that the stream overtook.
 
-        :param fresh: the index most likely has none of them.
+        :param new: the index most likely has none of them.
         """
         changes = self.of(shape)
         changes.rewrite = changes.rewrite or rewrite
-        changes.known = changes.known or not fresh
-        for row in rows:
-            changes.add_page_row(row)
-            self.bytes += _size(row)
+        changes.add_page(rows, new=new)
+        self.bytes += sum(map(_size, rows))
         self.rows += len(rows)
         self.pages.append(end)
         self.marks.append(mark)

@@ -54,12 +54,11 @@ class ChangeSet(msgspec.Struct, frozen=True):
     deleted: list[Key]
     kept: list[Kept]
     documents: list[Document]
-    vectors: Mapping[bytes, str]
-    """Vectors computed already, in pgvector's text form, by the hash of their chunk's text."""
-    fresh: bool = False
-    """Whether the index most likely has none of the documents: it is then not asked, and finds out by itself."""
-    made: Mapping[bytes, FloatVector] = msgspec.field(default_factory=dict)
-    """Where `fresh`, vectors computed already."""
+    vectors: Mapping[bytes, FloatVector]
+    """Vectors computed already, by the hash of their chunk's text."""
+    new: bool = False
+    """Whether the index most likely has none of the documents: apply copies them in without looking, and starts over
+    with the usual statements if the server finds one of them there."""
     absent: Sequence[Key] = ()
     """Keys that the source was found to lack. A row that has since come may be equal to the server and written
     differently (1.00 for 1.0): only what the index writes just so is deleted."""

@@ -1,7 +1,8 @@
 """Apply: what one index takes from a batch, written in the caller's target transaction.
 
-The changed rows are copied as text into a temporary stage, so that values pass through as the source rendered them;
-then a few set-based statements bring chunks, vectors and backlog to the new state. The order matters:
+The changed rows are copied as text into a temporary stage, so that values pass through as the source rendered them; the
+stage's column `op` says what to do with each. A few set-based statements then bring chunks, vectors and backlog to the
+new state. The order matters:
 
 1. chunks that go are deleted, and remembered in `gone`; before the upserts, because two texts can be the same key
    to the server (1.0 and 1.00 as numeric) and the deletion is always of the older one;
@@ -21,18 +22,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from enum import IntEnum
 from typing import cast
 
 import psycopg
 from psycopg import sql
 
-from cdcsync.model.changeset import BACKFILL, Applied, ChangeSet
+from cdcsync.model.changeset import BACKFILL, Applied, ChangeSet, FloatVector
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import Names, vector_schema
-from cdcsync.target.loading import CHUNK_COLUMNS, blocks, copy_text, line, load, lsn_text
+from cdcsync.target.loading import CHUNK_COLUMNS, blocks, copy_text, line, load, lsn_text, vector_text
 
 STAGED_ROWS = 1_000
 """The temporary tables are emptied by DELETE, and by TRUNCATE once about so many rows went through them. TRUNCATE, and
@@ -41,6 +43,18 @@ STAGED_ROWS = 1_000
 TRUNCATE_LOCK_TIMEOUT_MS = 500
 """Readers that take longer are not waited for, as searches queue up behind who waits for an exclusive lock; less than
 PostgreSQL's default `deadlock_timeout`, 1 s."""
+
+
+class Op(IntEnum):
+    """What apply does with a row of the stage."""
+
+    KEEP = 0
+    """Bring the carried columns up to date: the document has not changed."""
+    PUT = 1
+    """Write a chunk, and delete the chunks beyond the document's last."""
+    DELETE = 2
+    DELETE_AS_WRITTEN = 3
+    """Delete only what the index writes in just this way: see `ChangeSet.absent`."""
 
 
 class IndexWriter:
@@ -85,7 +99,8 @@ class IndexWriter:
         await self._connection.execute(
             sql.SQL(
                 "CREATE TEMP TABLE IF NOT EXISTS {} AS SELECT {}, chunk_no, 0 AS chunk_total,"
-                " content, content_hash, document_hash, commit_lsn, 0::smallint AS lane FROM {} WITH NO DATA"
+                " content, content_hash, document_hash, commit_lsn, 0::smallint AS lane, 0::smallint AS op"
+                " FROM {} WITH NO DATA"
             ).format(sql.Identifier(self._stage_name), sql.SQL(", ").join(columns), self._names.chunks)
         )
         for name in ("gone", "put"):
@@ -137,7 +152,7 @@ class IndexWriter:
     async def apply(self, changes: ChangeSet) -> Applied:
         """Write the changes inside the caller's transaction; the caller commits."""
         await self._empty()
-        if changes.fresh and (loaded := await self._load(changes)) is not None:
+        if changes.new and (loaded := await self._load(changes)) is not None:
             return loaded
         if changes.truncated:
             await self._truncate()
@@ -145,7 +160,7 @@ class IndexWriter:
         chunks = sum(len(document.chunks) for document in changes.documents)
         deleted = 0
         replaced = any(document.existed for document in changes.documents)
-        if changes.deleted or changes.absent or changes.fresh or replaced:
+        if changes.deleted or changes.absent or changes.new or replaced:
             deleted = await self._delete_surplus()
         if changes.kept:
             await self._update_kept()
@@ -175,7 +190,7 @@ class IndexWriter:
         reused = queued = 0
         try:
             async with self._connection.transaction():
-                left = await load(self._connection, self._schema, self._spec, changes.documents, changes.made)
+                left = await load(self._connection, self._schema, self._spec, changes.documents, changes.vectors)
                 if left:
                     statement = sql.SQL("COPY {} (chunk_id, content_hash) FROM STDIN").format(self._put)
                     async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
@@ -225,18 +240,18 @@ class IndexWriter:
 
     def _lines(self, changes: ChangeSet) -> Iterator[str]:
         no_carried: Row = (None,) * len(self._carried)
-        for key in changes.deleted:
-            yield line((*key, *no_carried), "0\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
-        for key in changes.absent:
-            yield line((*key, *no_carried), "-1\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
+        gone = [(key, Op.DELETE) for key in changes.deleted]
+        gone += [(key, Op.DELETE_AS_WRITTEN) for key in changes.absent]
+        gone += [(document.key, Op.DELETE) for document in changes.documents if not document.chunks]
+        for key, op in gone:
+            yield line((*key, *no_carried), f"{op}\t0\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
         for kept in changes.kept:
-            yield line((*kept.key, *kept.carried), f"\\N\t\\N\t\\N\t\\N\t\\N\t{lsn_text(kept.commit_lsn)}\t0\n")
+            rest = f"{Op.KEEP}\t0\t0\t\\N\t\\N\t\\N\t{lsn_text(kept.commit_lsn)}\t0\n"
+            yield line((*kept.key, *kept.carried), rest)
         for document in changes.documents:
-            row = line((*document.key, *document.carried), "")
+            row = line((*document.key, *document.carried), f"{Op.PUT}\t")
             total = len(document.chunks)
             tail = f"\\\\x{document.hash.hex()}\t{lsn_text(document.commit_lsn)}\t{document.lane}\n"
-            if not document.chunks:
-                yield f"{row}0\t0\t\\N\t\\N\t{tail}"
             for chunk in document.chunks:
                 text = copy_text(chunk.text)
                 yield f"{row}{chunk.number}\t{total}\t{text}\t\\\\x{chunk.hash.hex()}\t{tail}"
@@ -245,7 +260,8 @@ class IndexWriter:
         """Delete the chunks of deleted and absent keys, and of documents that have fewer chunks now."""
         return await self._run(
             "WITH gone AS (DELETE FROM {chunks} AS c USING {stage} AS s"
-            " WHERE (s.chunk_no = 0 OR s.chunk_no = -1 AND {as_written}) AND {same_key}"
+            " WHERE {same_key} AND (s.op = {delete} OR s.op = {delete_as_written} AND {as_written}"
+            " OR s.op = {put_op} AND s.chunk_no = 0)"
             " AND c.chunk_no >= s.chunk_total RETURNING c.chunk_id)"
             " INSERT INTO {gone} (chunk_id) SELECT chunk_id FROM gone"
         )
@@ -253,12 +269,12 @@ class IndexWriter:
     async def _update_kept(self) -> int:
         return await self._run(
             "UPDATE {chunks} AS c SET {assignments}, commit_lsn = s.commit_lsn, applied_at = now()"
-            " FROM {stage} AS s WHERE s.chunk_no IS NULL AND {same_key} AND {differs}"
+            " FROM {stage} AS s WHERE s.op = {keep} AND {same_key} AND {differs}"
         )
 
     async def _upsert(self) -> int:
         return await self._run(
-            "WITH put AS (INSERT INTO {chunks} ({targets}) SELECT {sources} FROM {stage} WHERE chunk_total > 0"
+            "WITH put AS (INSERT INTO {chunks} ({targets}) SELECT {sources} FROM {stage} WHERE op = {put_op}"
             " ON CONFLICT ({keys}, chunk_no) DO UPDATE SET {updates}, applied_at = now()"
             " RETURNING chunk_id, content_hash)"
             " INSERT INTO {put} SELECT chunk_id, content_hash FROM put"
@@ -276,7 +292,7 @@ class IndexWriter:
             " SET content_hash = excluded.content_hash, embedding = excluded.embedding"
         )
 
-    async def _store(self, vectors: Mapping[bytes, str]) -> int:
+    async def _store(self, vectors: Mapping[bytes, FloatVector]) -> int:
         """Store vectors that came with the batch."""
         return await self._run(
             "INSERT INTO {vectors} (chunk_id, content_hash, embedding)"
@@ -286,7 +302,7 @@ class IndexWriter:
             " JOIN unnest(%s::bytea[], %s::text[]) AS i(content_hash, embedding) USING (content_hash)"
             " ON CONFLICT (chunk_id) DO UPDATE"
             " SET content_hash = excluded.content_hash, embedding = excluded.embedding",
-            [list(vectors), list(vectors.values())],
+            [list(vectors), list(map(vector_text, vectors.values()))],
         )
 
     async def _queue(self) -> int:
@@ -294,7 +310,7 @@ class IndexWriter:
         return await self._run(
             "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
             " SELECT {generation}, p.chunk_id, p.content_hash, s.lane FROM {put} AS p"
-            " JOIN (SELECT content_hash, min(lane) AS lane FROM {stage} GROUP BY content_hash) AS s"
+            " JOIN (SELECT content_hash, min(lane) AS lane FROM {stage} WHERE op = {put_op} GROUP BY content_hash) AS s"
             " USING (content_hash)"
             " WHERE NOT EXISTS (SELECT FROM {vectors} AS v"
             " WHERE v.chunk_id = p.chunk_id AND v.content_hash = p.content_hash)"
@@ -324,6 +340,10 @@ class IndexWriter:
             "put": self._put,
             "generation": sql.Literal(self._spec.generation),
             "backfill": sql.Literal(BACKFILL),
+            "keep": sql.Literal(int(Op.KEEP)),
+            "put_op": sql.Literal(int(Op.PUT)),
+            "delete": sql.Literal(int(Op.DELETE)),
+            "delete_as_written": sql.Literal(int(Op.DELETE_AS_WRITTEN)),
             "vector_schema": sql.Identifier(vector_schema),
             "keys": comma.join(self._keys),
             "same_key": both.join(
@@ -346,4 +366,4 @@ class IndexWriter:
         }
 
 
-_STAGE_COLUMNS = ("chunk_no", "chunk_total", "content", "content_hash", "document_hash", "commit_lsn", "lane")
+_STAGE_COLUMNS = ("op", "chunk_no", "chunk_total", "content", "content_hash", "document_hash", "commit_lsn", "lane")

@@ -31,9 +31,9 @@ async def load(
     schema: str,
     spec: IndexSpec,
     documents: Sequence[Document],
-    made: Mapping[bytes, FloatVector],
+    vectors: Mapping[bytes, FloatVector],
 ) -> list[tuple[int, bytes]]:
-    """Write chunks and those vectors that are made; the caller commits.
+    """Write chunks and those of their vectors that are here; the caller commits.
 
     :returns: number and hash of each chunk that has no vector yet.
     :raises psycopg.errors.UniqueViolation: the index has one of the documents.
@@ -59,7 +59,7 @@ async def load(
     async with connection.cursor() as writer, writer.copy(statement) as copy:
         for block in blocks(_chunk_lines(documents, iter(ids))):
             await copy.write(block)
-    with_vector = [place for place, one in enumerate(hashes) if one in made]
+    with_vector = [place for place, one in enumerate(hashes) if one in vectors]
     if with_vector:
         statement = sql.SQL("COPY {} (chunk_id, content_hash, embedding) FROM STDIN (FORMAT binary)").format(
             names.vectors(spec.generation)
@@ -74,12 +74,12 @@ async def load(
                     vector_rows(
                         [ids[place] for place in places],
                         block_hashes,
-                        np.stack([made[one] for one in block_hashes]),
+                        np.stack([vectors[one] for one in block_hashes]),
                         halves=spec.config.vector_type == "halfvec",
                     )
                 )
             await copy.write(_TRAILER)
-    return [(id_, one) for id_, one in zip(ids, hashes, strict=True) if one not in made]
+    return [(id_, one) for id_, one in zip(ids, hashes, strict=True) if one not in vectors]
 
 
 def vector_rows(ids: Sequence[int], hashes: Sequence[bytes], vectors: FloatVector, *, halves: bool) -> bytes:
@@ -110,6 +110,11 @@ def vector_rows(ids: Sequence[int], hashes: Sequence[bytes], vectors: FloatVecto
     rows["hash"] = np.frombuffer(b"".join(hashes), dtype=rows.dtype["hash"])
     rows["embedding"] = vectors
     return rows.tobytes()
+
+
+def vector_text(vector: FloatVector) -> str:
+    """Return a vector in pgvector's text form, exact to the last bit of a float32."""
+    return "[" + ",".join([str(value) for value in cast(list[float], vector.tolist())]) + "]"
 
 
 def _chunk_lines(documents: Iterable[Document], ids: Iterator[int]) -> Iterator[str]:

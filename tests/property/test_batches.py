@@ -141,8 +141,7 @@ def one_by_one(known: dict[Key, Row], change: Change | list[Upsert]) -> None:
 
 def add(batch: IndexChanges, change: Change | list[Upsert]) -> None:
     if isinstance(change, list):
-        for row in change:
-            batch.add_page_row(row)
+        batch.add_page(change, new=True)
     else:
         batch.add(change)
 

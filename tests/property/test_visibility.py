@@ -274,7 +274,8 @@ class Pipeline:
         for key, values in page.rows.items():
             if not self.deliveries.hides(key, page.snapshot):
                 gone = Delete(SHAPE, key, 0, 0)
-                self.batch.add_page_row(gone if values is None else Upsert(SHAPE, key, (*key, *values), 0, 0))
+                row = gone if values is None else Upsert(SHAPE, key, (*key, *values), 0, 0)
+                self.batch.add_page([row], new=True)
         self.batch_pages.append(page)
 
     def _applied(self) -> bool:

@@ -113,10 +113,10 @@ class _Pace:
 
 def _made_ahead(request: Request) -> bool:
     """Say whether what the rows come to is most likely not in the index yet."""
-    return _fresh(request) or request.rewrite
+    return _new(request) or request.rewrite
 
 
-def _fresh(request: Request) -> bool:
+def _new(request: Request) -> bool:
     """Say whether the index most likely has none of the rows to be read."""
     return request.kind == "initial" and not request.rewrite
 
@@ -203,7 +203,7 @@ class Backfills:
                 rows.append(Upsert(shape, key, row, 0, mark.lsn))
         self._metrics.backfill_overtaken.labels(shape.index).inc(len(pending.page.entries) - len(rows))
         batch.add_page(
-            shape, rows, pending.end, mark=mark.content, rewrite=pending.request.rewrite, fresh=_fresh(pending.request)
+            shape, rows, pending.end, mark=mark.content, rewrite=pending.request.rewrite, new=_new(pending.request)
         )
 
     def page_applied(self, batch: Batch) -> None:

@@ -19,8 +19,8 @@ A file here imports only from lines above its own.
 
 from __future__ import annotations
 
-from cdcsync.flows.embed.dispatcher import Dispatcher, vector_text
+from cdcsync.flows.embed.dispatcher import Dispatcher
 from cdcsync.flows.embed.loop import EmbedLoop
 from cdcsync.flows.embed.pool import Pool
 
-__all__ = ["Dispatcher", "EmbedLoop", "Pool", "vector_text"]
+__all__ = ["Dispatcher", "EmbedLoop", "Pool"]

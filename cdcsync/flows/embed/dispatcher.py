@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import cast
 
 import anyio
 import anyio.abc
@@ -292,8 +291,3 @@ class Dispatcher:
 
 def _smoothed(before: float, now: float) -> float:
     return now if not before else 0.8 * before + 0.2 * now
-
-
-def vector_text(vector: FloatVector) -> str:
-    """Return a vector in pgvector's text form, exact to the last bit of a float32."""
-    return "[" + ",".join([str(value) for value in cast(list[float], vector.tolist())]) + "]"

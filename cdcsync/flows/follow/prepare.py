@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import assert_never
 
 import anyio
 import anyio.to_thread
@@ -20,10 +21,10 @@ from cdcsync.documents.chunks import Chunk, Chunker
 from cdcsync.documents.templates import Rendering
 from cdcsync.errors import DocumentError, SchemaChanged, SetupError
 from cdcsync.flows.backfill.preparing import Prepared
-from cdcsync.flows.embed import Dispatcher, vector_text
+from cdcsync.flows.embed import Dispatcher
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges
-from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, FailedDocument, Kept
+from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, FailedDocument, FloatVector, Kept
 from cdcsync.model.rows import Delete, Key, Row, Upsert, complete
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Session, speaking_of
@@ -75,17 +76,22 @@ class Preparer:
 
         :raises SourceUnavailable, TargetUnavailable: nothing is lost by preparing the same changes again.
         """
-        deletions = [change for change in changes.live.values() if isinstance(change, Delete)]
-        deleted = [change.key for change in deletions if not change.as_written]
-        absent = [change.key for change in deletions if change.as_written]
-        upserts = [(change, LIVE) for change in changes.live.values() if isinstance(change, Upsert)]
+        deleted, absent = list[Key](), list[Key]()
+        upserts = list[tuple[Upsert, int]]()
+        for change in changes.live.values():
+            match change:
+                case Upsert():
+                    upserts.append((change, LIVE))
+                case Delete():
+                    (absent if change.as_written else deleted).append(change.key)
+                case _:
+                    assert_never(change)
         upserts += [(change, BACKFILL) for change in changes.filled.values()]
         upserts = await self._complete(upserts)
         failed: dict[Key, DocumentError] = {}
         rendered = await self._render(upserts, failed)
         stored: dict[Key, bytes] = {}
-        fresh = bool(changes.filled) and not (changes.known or changes.live or changes.truncated)
-        if not (changes.truncated or fresh):
+        if not (changes.truncated or changes.new):
             with speaking_of("target", where=f"index {self._spec.name}"):
                 stored = await writer.stored_hashes([*deleted, *absent, *(one.change.key for one in rendered)])
         kept = []
@@ -115,17 +121,14 @@ class Preparer:
         vectors = await self._vectors_in_time(documents, writer)
         pages = {id(change.vectors): change.vectors for change, _ in upserts if isinstance(change, Prepared)}
         made = {one: vector for page in pages.values() for one, vector in page.items()}
-        if not fresh:
-            waiting = {chunk.hash for one in documents for chunk in one.chunks} & made.keys()
-            vectors |= {one: vector_text(made[one]) for one in waiting}
+        vectors |= {chunk.hash: made[chunk.hash] for one in documents for chunk in one.chunks if chunk.hash in made}
         return ChangeSet(
             truncated=changes.truncated,
             deleted=[] if changes.truncated else deleted,
             kept=kept,
             documents=documents,
             vectors=vectors,
-            fresh=fresh,
-            made=made,
+            new=changes.new,
             absent=[] if changes.truncated else absent,
             failed=[
                 FailedDocument(one.key, str(failed[one.key]), one.commit_lsn) for one in documents if one.key in failed
@@ -208,7 +211,7 @@ class Preparer:
         for error, rows in Counter(map(str, failed.values())).most_common(REPORTED_ERRORS):
             log.warning("document_failed", index=name, error=error, failed=rows, fix=f"cdcsync failures {name} list")
 
-    async def _vectors_in_time(self, documents: Sequence[Document], writer: IndexWriter) -> dict[bytes, str]:
+    async def _vectors_in_time(self, documents: Sequence[Document], writer: IndexWriter) -> dict[bytes, FloatVector]:
         """Embed a small live batch here and now, if the dispatcher is free and the budget allows."""
         texts = {chunk.hash: chunk.text for one in documents if one.lane == LIVE for chunk in one.chunks}
         budget_s = self._spec.config.inline_budget_ms / 1000
@@ -217,5 +220,4 @@ class Preparer:
         with speaking_of("target", where=f"index {self._spec.name}"):
             for known in await writer.known_vectors(list(texts)):
                 del texts[known]
-        made = await self._dispatcher.embed_within(texts, budget_s)
-        return {one: vector_text(vector) for one, vector in made.items()}
+        return await self._dispatcher.embed_within(texts, budget_s)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import anyio
+import numpy as np
 import psycopg
 import pytest
 
@@ -579,7 +581,8 @@ async def test_vectors_are_stored_to_the_last_bit_of_their_type(open_index: Open
     index = await open_index(vector_type=vector_type)
     batch = changes(document("1", "a"))
     numbers = "[0.1,-3.4028235e+38,1e-45]" if vector_type == "vector" else "[0.099975586,-65504,5.9604645e-08]"
-    await index.apply(ChangeSet(False, [], [], batch.documents, {hash_text("a"): numbers}))
+    vector = np.array(json.loads(numbers), dtype=np.float32)
+    await index.apply(ChangeSet(False, [], [], batch.documents, {hash_text("a"): vector}))
     assert await index.embedded() == {"a": [numbers]}
 
 

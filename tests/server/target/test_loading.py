@@ -14,16 +14,16 @@ from tests.fixtures.indexes import LiveIndex, Waits, changes, document, vector_o
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
 
-def fresh(made: ChangeSet, *texts: str) -> ChangeSet:
+def new(made: ChangeSet, *texts: str) -> ChangeSet:
     """Return changes of documents that the index most likely does not have, some texts with their vectors."""
-    return msgspec.structs.replace(made, fresh=True, made={hash_text(text): vector_of(text) for text in texts})
+    return msgspec.structs.replace(made, new=True, vectors={hash_text(text): vector_of(text) for text in texts})
 
 
 async def test_what_is_loaded_is_what_would_have_been_applied(index: LiveIndex) -> None:
     awkward = document("7", "a\tb\\c\nd\r", "two", carried=("3",), lsn=0x1_0000_00FF, lane=BACKFILL)
     loaded = changes(awkward, document("8", "one", carried=(None,), lane=BACKFILL))
 
-    applied = await index.apply(fresh(loaded, "a\tb\\c\nd\r", "one"))
+    applied = await index.apply(new(loaded, "a\tb\\c\nd\r", "one"))
 
     assert (applied.chunks, applied.inline, applied.reused, applied.queued) == (3, 2, 0, 1)
     columns = "SELECT id, tenant, chunk_no, chunk_total, content, content_hash, document_hash, commit_lsn::text"
@@ -44,7 +44,7 @@ async def test_what_is_loaded_is_what_would_have_been_applied(index: LiveIndex) 
 async def test_a_vector_of_an_equal_text_is_taken_over_and_not_made_again(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "same"), inline=["same"]))
 
-    applied = await index.apply(fresh(changes(document("2", "same", "other", lane=BACKFILL))))
+    applied = await index.apply(new(changes(document("2", "same", "other", lane=BACKFILL))))
 
     assert (applied.reused, applied.queued) == (1, 1)
     assert await index.waiting() == [Waits("other", BACKFILL, 0)]
@@ -54,9 +54,7 @@ async def test_a_vector_of_an_equal_text_is_taken_over_and_not_made_again(index:
 async def test_a_document_that_is_there_after_all_is_replaced_as_a_whole(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "a", "b", "c"), inline=["a", "b", "c"]))
 
-    applied = await index.apply(
-        fresh(changes(document("1", "a", lane=BACKFILL), document("2", "d", lane=BACKFILL)), "d")
-    )
+    applied = await index.apply(new(changes(document("1", "a", lane=BACKFILL), document("2", "d", lane=BACKFILL)), "d"))
 
     assert applied.deleted == 2
     assert await index.texts() == {("1",): ["a"], ("2",): ["d"]}

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
+import numpy as np
 import pytest
 
 from cdcsync.config import Index, QualifiedName
@@ -84,7 +85,7 @@ async def indexed(
             Document((str(doc.id),), (str(doc.tenant),), hash_, [Chunk(0, doc.text, hash_)], 1, 0, False)
             for doc, hash_ in zip(docs, hashes, strict=True)
         ]
-        vectors = {hash_text(doc.text): str(list(doc.vector)) for doc in docs if doc.vector is not None}
+        vectors = {hash_text(doc.text): np.array(doc.vector, np.float32) for doc in docs if doc.vector is not None}
         async with writing.transaction():
             await writer.apply(ChangeSet(False, [], [], documents, vectors))
         if hnsw:

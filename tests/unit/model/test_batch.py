@@ -42,8 +42,7 @@ def taken(steps: Sequence[Step]) -> IndexChanges:
     changes = IndexChanges(SHAPE)
     for step in steps:
         if isinstance(step, tuple):
-            for row in step:
-                changes.add_page_row(row)
+            changes.add_page(step, new=True)
         else:
             changes.add(step)
     return changes
@@ -282,11 +281,13 @@ def test_one_page_that_rewrites_makes_the_batch_rewrite_that_index(rewrites: tup
 
 
 def test_a_page_that_overtakes_a_change_may_be_of_a_document_that_the_index_has() -> None:
-    fresh, overtaking = IndexChanges(SHAPE), IndexChanges(SHAPE)
+    alone, overtaking, second, known = (IndexChanges(SHAPE) for _ in range(4))
     overtaking.add(put("a", "1", "old"))
+    second.add_page([put("b", "1", "new")], new=False)
 
-    fresh.add_page_row(put("a", "1", "new"))
-    overtaking.add_page_row(put("a", "1", "new"))
+    for changes in (alone, overtaking, second):
+        changes.add_page([put("a", "1", "new")], new=True)
+    known.add_page([put("a", "1", "new")], new=False)
 
-    assert (fresh.known, overtaking.known) == (False, True)
+    assert [changes.new for changes in (alone, overtaking, second, known)] == [True, False, False, False]
     assert not overtaking.live

@@ -42,8 +42,8 @@ async def prepared(*bodies: str, metrics: Metrics | None = None) -> ChangeSet:
     spec = msgspec.structs.replace(spec, documents=Documents(Failing("m:f", ("body",), "documents")))
     chunking = Chunking(strategy="characters", max_tokens=8, overlap_tokens=0, max_chunks=2)
     changes = IndexChanges(spec.shape)
-    for at, body in enumerate(bodies):
-        changes.add_page_row(Upsert(spec.shape, (f"key {at}",), (f"key {at}", body), 0, 0x10 + at))
+    rows = [Upsert(spec.shape, (f"key {at}",), (f"key {at}", body), 0, 0x10 + at) for at, body in enumerate(bodies)]
+    changes.add_page(rows, new=True)
     nothing: Any = None
     dispatcher: Any = SimpleNamespace(tracing=Tracing())
     chunker = make_chunker(chunking, None, None)
