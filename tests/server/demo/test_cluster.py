@@ -202,7 +202,7 @@ def test_a_port_of_the_callers_choice_is_not_replaced() -> None:
 
 OWNER = """
 import sys
-from cdcsync.cluster import Cluster
+from cdcsync.demo.cluster import Cluster
 cluster = Cluster()
 cluster.create()
 cluster.start()
