@@ -19,7 +19,8 @@ def floors_of_the_page() -> list[set[str]]:
 
 
 def test_the_floors_are_those_that_import_linter_holds() -> None:
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
     layers = next(one["layers"] for one in contracts if one["id"] == "floors")
     held = [set(re.findall(r"\w+", layer)) - INTERNAL for layer in layers]
     assert floors_of_the_page() == [floor for floor in held if floor]
