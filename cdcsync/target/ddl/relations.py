@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import psycopg
 from psycopg import sql
 
 from cdcsync.config.names import MAX_NAME_BYTES
 from cdcsync.errors import SetupError
-from cdcsync.model.spec import Distance, IndexSpec
+from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.names import OPCLASSES as OPCLASSES
+from cdcsync.target.ddl.names import OPERATORS as OPERATORS
+from cdcsync.target.ddl.names import Names as Names
+from cdcsync.target.ddl.names import vector_schema as vector_schema
 from cdcsync.target.ddl.views import follow_name
 
 RESERVED = frozenset(
@@ -39,10 +42,6 @@ RESERVED = frozenset(
 )
 """Our own columns of the chunks table and the view: a key or carried column cannot have these names."""
 
-OPERATORS: dict[Distance, str] = {"cosine": "<=>", "l2": "<->", "inner_product": "<#>"}
-"""pgvector's distance operator for each distance; all order by nearest first."""
-OPCLASSES: dict[Distance, str] = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}
-
 FILLFACTOR = 85
 """Leaves room on each page for HOT updates of carried columns."""
 
@@ -52,30 +51,6 @@ with all that is in its batch. No text of this many characters gets there."""
 
 MAX_ATTEMPTS = 8
 """After so many failures a chunk waits for an operator; with the delays between them that is about ten minutes."""
-
-
-class Names:
-    """The identifiers of one index's relations."""
-
-    def __init__(self, schema: str, index: str) -> None:
-        self.schema = sql.Identifier(schema)
-        self.chunks = sql.Identifier(schema, f"{index}_chunks")
-        self.backlog = sql.Identifier(schema, f"{index}_backlog")
-        self._prefix = (schema, index)
-
-    def vectors(self, generation: int) -> sql.Identifier:
-        """Return the vectors table of a generation."""
-        schema, index = self._prefix
-        return sql.Identifier(schema, f"{index}_vectors_{generation}")
-
-    @property
-    def search_name(self) -> str:
-        """The bare name of the index for keyword search."""
-        return f"{self._prefix[1]}_chunks_search"
-
-    def hnsw_name(self, generation: int) -> str:
-        """Return the bare name of a generation's HNSW index."""
-        return f"{self._prefix[1]}_vectors_{generation}_hnsw"
 
 
 async def create_index_relations(connection: Connection, schema: str, spec: IndexSpec) -> None:
@@ -282,22 +257,6 @@ async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -
         )
     comment = f"cdcsync index {spec.name}: vectors by {spec.model}; content_hash names the text each was made from"
     await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(vectors, sql.Literal(comment)))
-
-
-async def vector_schema(connection: Connection) -> str:
-    """Return the schema that pgvector is installed in.
-
-    :raises SetupError: it is not installed in this database.
-    """
-    cursor = await connection.execute(
-        "SELECT nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE extname = 'vector'"
-    )
-    row = await cursor.fetchone()
-    if row is None:
-        raise SetupError(
-            "pgvector is not installed in the target database", where="target", hint="CREATE EXTENSION vector"
-        )
-    return cast(str, row[0])
 
 
 async def create_view(connection: Connection, schema: str, spec: IndexSpec) -> None:

@@ -1,0 +1,58 @@
+"""The names of an index's relations in the target, and the names that pgvector gives to what they need.
+
+Source: pgvector's README (operators, operator classes).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from psycopg import sql
+
+from cdcsync.errors import SetupError
+from cdcsync.model.spec import Distance
+from cdcsync.postgres.sessions import Connection
+
+OPERATORS: dict[Distance, str] = {"cosine": "<=>", "l2": "<->", "inner_product": "<#>"}
+"""pgvector's distance operator for each distance; all order by nearest first."""
+OPCLASSES: dict[Distance, str] = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}
+
+
+class Names:
+    """The identifiers of one index's relations."""
+
+    def __init__(self, schema: str, index: str) -> None:
+        self.schema = sql.Identifier(schema)
+        self.chunks = sql.Identifier(schema, f"{index}_chunks")
+        self.backlog = sql.Identifier(schema, f"{index}_backlog")
+        self._prefix = (schema, index)
+
+    def vectors(self, generation: int) -> sql.Identifier:
+        """Return the vectors table of a generation."""
+        schema, index = self._prefix
+        return sql.Identifier(schema, f"{index}_vectors_{generation}")
+
+    @property
+    def search_name(self) -> str:
+        """The bare name of the index for keyword search."""
+        return f"{self._prefix[1]}_chunks_search"
+
+    def hnsw_name(self, generation: int) -> str:
+        """Return the bare name of a generation's HNSW index."""
+        return f"{self._prefix[1]}_vectors_{generation}_hnsw"
+
+
+async def vector_schema(connection: Connection) -> str:
+    """Return the schema that pgvector is installed in.
+
+    :raises SetupError: it is not installed in this database.
+    """
+    cursor = await connection.execute(
+        "SELECT nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE extname = 'vector'"
+    )
+    row = await cursor.fetchone()
+    if row is None:
+        raise SetupError(
+            "pgvector is not installed in the target database", where="target", hint="CREATE EXTENSION vector"
+        )
+    return cast(str, row[0])
