@@ -10,6 +10,7 @@ import structlog
 from psycopg import sql
 
 from cdcsync.backoff import backoff_s
+from cdcsync.crashpoints import crash_point
 from cdcsync.errors import TargetUnavailable
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
@@ -79,6 +80,7 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
             ),
             [reason, spec.name],
         )
+        crash_point("ended load noted")
         log.error("load_ended", index=spec.name, state=load)
         return True
     if load != "done" or cast(bool, row[2]):
@@ -94,5 +96,6 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
         ),
         [spec.name],
     )
+    crash_point("index declared live")
     log.info("index_live", index=spec.name)
     return True

@@ -16,6 +16,7 @@ import anyio
 import structlog
 
 from cdcsync.config import Config
+from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SchemaChanged, Unavailable
 from cdcsync.flows.follow.stream import Stream
 from cdcsync.flows.setup.partitions import follow_partitions
@@ -123,6 +124,7 @@ async def send_heartbeats(config: Config) -> None:
                     await (await session.connection()).execute(
                         "SELECT pg_logical_emit_message(false, %s, '')", [HEARTBEAT_PREFIX]
                     )
+                    crash_point("heartbeat written")
             except Unavailable as error:
                 log.debug("heartbeat_waits", error=str(error))
             await anyio.sleep(config.source.heartbeat_every_s)

@@ -17,6 +17,7 @@ from pgvector import HalfVector, Vector
 from pgvector.psycopg import register_vector_async
 from psycopg import sql
 
+from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
@@ -143,7 +144,9 @@ class Backlog:
                     " SET content_hash = excluded.content_hash, embedding = excluded.embedding"
                 )
             )
-            return done.rowcount
+            crash_point("vectors written")
+        crash_point("vectors committed")
+        return done.rowcount
 
     async def postpone(self, hashes: Sequence[bytes], error: str, *, delay_s: float, final: bool = False) -> None:
         """Note a failure of these texts: they are due again after `delay_s` seconds, or never when `final`."""
@@ -157,6 +160,7 @@ class Backlog:
             ),
             [list(hashes), final, error[:ERROR_CHARACTERS], delay_s],
         )
+        crash_point("failure of a text noted")
 
     async def counts(self) -> BacklogCounts:
         """Return how many chunks wait."""

@@ -13,6 +13,7 @@ import msgspec
 import psycopg
 from psycopg import sql
 
+from cdcsync.crashpoints import crash_point
 from cdcsync.postgres.sessions import Connection
 
 TABLE = "evaluations"
@@ -83,6 +84,8 @@ async def store(connection: Connection, schema: str, found: Evaluation) -> str |
                         *(found.exact_mean_ms, found.exact_p95_ms, found.evaluated_at),
                     ],
                 )
+            crash_point("evaluation written")
+        crash_point("evaluation committed")
     except psycopg.errors.InsufficientPrivilege:
         return f"this role may not write {schema}.{TABLE}"
     except psycopg.errors.ReadOnlySqlTransaction:

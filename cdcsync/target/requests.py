@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import msgspec
 from psycopg import sql
 
+from cdcsync.crashpoints import crash_point
 from cdcsync.model.rows import Key
 from cdcsync.postgres.sessions import Connection
 
@@ -212,6 +213,7 @@ class Requests:
             ).format(self._table),
             [rows_total, request.id],
         )
+        crash_point("request started")
 
     async def state(self, connection: Connection, request: Request) -> str | None:
         """Return a request's state now: someone may have paused or cancelled it."""
@@ -229,6 +231,7 @@ class Requests:
             ),
             [error, request.id],
         )
+        crash_point("request failed")
 
     async def prune(self, connection: Connection) -> None:
         """Remove the keys of requests that have ended, and in time what they found and they themselves.
@@ -244,6 +247,7 @@ class Requests:
                 ).format(table, self._table),
                 [age_s],
             )
+            crash_point("keys of ended requests removed")
         await connection.execute(
             sql.SQL(
                 f"DELETE FROM {{}} AS b WHERE b.kind IN ('replay', 'verify') AND {ended}"
@@ -251,6 +255,7 @@ class Requests:
             ).format(self._table),
             [KEPT_S],
         )
+        crash_point("ended requests removed")
 
     async def keys(self, connection: Connection, request: Request, after: int, limit: int) -> list[Key]:
         """Return the keys that follow the `after`-th of a keyed request, in their order."""
@@ -288,6 +293,8 @@ class Requests:
                 ).format(self._table),
                 [None if cursor is None else list(cursor), rows_done, done, done, request.id],
             )
+            crash_point("verified page written")
+        crash_point("verified page committed")
 
     async def found(self, connection: Connection, id_: int) -> list[tuple[Key, Problem]]:
         """Return what a verification found, by key."""

@@ -18,6 +18,7 @@ import psycopg
 from psycopg import sql
 from psycopg.pq import TransactionStatus
 
+from cdcsync.crashpoints import crash_point
 from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
@@ -99,6 +100,7 @@ class ApplySession:
             try:
                 if await self._pipelines.try_lock(connection):
                     self._fence = await self._pipelines.take_over(connection, worker_name())
+                    crash_point("fence raised")
                     self._connection = connection
             finally:
                 if self._connection is None:
@@ -163,6 +165,7 @@ class ApplySession:
         assert self._fence is not None
         with speaking_of("target"):
             await self._pipelines.begin_at(self.connection, self._fence, checkpoint, system_identifier, timeline)
+            crash_point("beginning stored")
 
     async def forget_position(self, resync: Sequence[str]) -> None:
         """Forget the checkpoint, and in the same transaction ask for a resync of these indexes."""
@@ -173,6 +176,8 @@ class ApplySession:
                 await self._pipelines.forget(self.connection, self._fence)
                 for index in resync:
                     await requests.reload(self.connection, index, rewrite=False)
+                crash_point("position forgotten")
+            crash_point("forgotten position committed")
 
     async def apply(
         self,
@@ -248,6 +253,8 @@ class ApplySession:
                 await self._pipelines.commit(
                     self.connection, self._fence, checkpoint, commit_time=commit_time, caught_up=caught_up
                 )
+                crash_point("batch written")
+            crash_point("batch committed")
         return applied
 
     async def _pause(self, index: str, reason: str) -> None:

@@ -14,6 +14,7 @@ import structlog
 from psycopg import sql
 
 from cdcsync.backoff import backoff_s
+from cdcsync.crashpoints import crash_point
 from cdcsync.errors import CdcsyncError, SetupError
 from cdcsync.flows.audit.digests import IndexDigests, SourceDigests, Sums
 from cdcsync.flows.audit.soundness import examine_index
@@ -191,6 +192,8 @@ async def _compared(
     with speaking_of("target"):
         async with target.transaction():
             id_ = await requests.add(target, spec.name, "verify", rewrite=False, filter_=None, keys=suspects)
+            crash_point("comparison asked for")
+        crash_point("request for a comparison committed")
     try:
         async with ensure_worker():
             await _done(target, requests, id_, spec)
@@ -242,6 +245,8 @@ async def repair(target: Connection, schema: str, spec: IndexSpec, findings: Fin
                         target, spec.name, "replay", rewrite=False, filter_=None, keys=forced, force_embed=True
                     )
                 )
+            crash_point("repair asked for")
+        crash_point("request for a repair committed")
     for id_ in asked:
         await _done(target, requests, id_, spec)
     return len(chunked)

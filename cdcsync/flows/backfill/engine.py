@@ -12,6 +12,7 @@ import structlog
 from psycopg import sql
 
 from cdcsync.backoff import backoff_s
+from cdcsync.crashpoints import crash_point
 from cdcsync.errors import CdcsyncError, Retry, SourceUnavailable, Unavailable
 from cdcsync.flows.backfill.checking import check
 from cdcsync.flows.backfill.pages import PAGE_BYTES, Page, PageReader, Pages
@@ -426,6 +427,7 @@ class Backfills:
         self._pending[mark] = pending
         with speaking_of("source"):
             await emit_mark(await self._source.connection(), mark)
+            crash_point("mark written")
         return pending
 
     async def _prune(self) -> None:

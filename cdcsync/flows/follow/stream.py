@@ -28,6 +28,7 @@ import anyio.lowlevel
 import structlog
 
 from cdcsync.backoff import backoff_s
+from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SchemaChanged, SourceUnavailable, TargetUnavailable, leading
 from cdcsync.flows.embed import EmbedLoop
 from cdcsync.flows.follow.prepare import Preparer
@@ -232,6 +233,7 @@ class Stream:
             await self._pause_receiving(self._patience())
             await self._report_when_due()
         await slot.send_status(self.progress.received, self.progress.acknowledge())
+        crash_point("last status sent")
 
     async def _take(self, payload: bytes) -> None:
         """Handle one message: keep it for later if its transaction is still open, else hand it on."""
@@ -350,6 +352,7 @@ class Stream:
         if now >= self._status_due or prompt:
             self._status_due = now + self.status_every_s
             await self._slot.send_status(self.progress.received, self.progress.acknowledge())
+            crash_point("status sent")
 
     # -- apply --------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from cdcsync.config import Config
+from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.target.requests import Requests
@@ -92,6 +93,8 @@ async def _follow(target: Connection, schema: str, index: str, leaves: Mapping[i
         await target.execute(
             sql.SQL("UPDATE {} SET partitions = %s WHERE name = %s").format(table), [Jsonb(known), index]
         )
+        crash_point("partitions written")
+    crash_point("partitions committed")
 
 
 async def _request(

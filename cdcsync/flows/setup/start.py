@@ -16,6 +16,7 @@ import structlog
 from psycopg import sql
 
 from cdcsync.config import Config, QualifiedName
+from cdcsync.crashpoints import crash_point
 from cdcsync.errors import GapError, SchemaChanged, SlotInUse
 from cdcsync.flows.setup.gaps import refuse_gap, refuse_standby
 from cdcsync.lsn import Lsn
@@ -67,6 +68,8 @@ async def set_up_shared(target: Connection, config: Config) -> None:
                 await target.execute("CREATE EXTENSION vector SCHEMA public")
             await create_shared(target, config.target.schema)
             await Pipelines(config.target.schema, config.source.slot).ensure(target, config.source.publication)
+            crash_point("shared tables written")
+        crash_point("shared tables committed")
 
 
 async def unpublished_tables(
@@ -120,6 +123,8 @@ async def set_up_indexes(
                 async with target.transaction():
                     await create_index_relations(target, config.target.schema, spec)
                     await _register(target, config, spec, unpublished)
+                    crash_point("index relations written")
+                crash_point("index relations committed")
             except psycopg.errors.DependentObjectsStillExist as error:
                 raise SchemaChanged(
                     f"the view {spec.config.view_name} has to change, and other objects depend on it",
@@ -139,6 +144,7 @@ async def pause_indexes(target: Connection, config: Config, broken: Mapping[str,
                 ),
                 [reason, index],
             )
+            crash_point("broken index paused")
 
 
 async def _register(
@@ -227,9 +233,11 @@ async def set_up_publication(source: Connection, config: Config, unpublished: Co
         publication = await read_publication(source, name)
         if publication is None:
             await source.execute(create_publication_statement(name, tables, version=source.info.server_version))
+            crash_point("publication created")
             log.info("publication_created", publication=name, tables=[str(table) for table in tables])
         elif missing := [table for table in tables if table not in publication.tables]:
             await source.execute(publish_statement(name, missing))
+            crash_point("publication extended")
             log.info("publication_extended", publication=name, tables=[str(table) for table in missing])
 
 
@@ -253,6 +261,7 @@ async def note_memberships(
                 ),
                 [membership, spec.name, membership],
             )
+            crash_point("membership noted")
         noted.append(msgspec.structs.replace(spec, membership=membership))
     return noted
 
@@ -312,6 +321,7 @@ async def _let_standbys_have(slot_connection: SlotConnection, slot: Slot, config
     """Make the slot a failover slot where that is wanted and the server can."""
     if config.source.failover and not slot.failover and slot_connection.version >= FAILOVER_VERSION:
         await slot_connection.set_failover(slot.name)
+        crash_point("slot made a failover slot")
         log.info("slot_failover", slot=slot.name)
 
 
@@ -322,6 +332,7 @@ async def _first_position(
     if slot is not None and slot.wal_status == "lost":
         with speaking_of("source", where=f"slot {name}"):
             await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
+            crash_point("lost slot dropped")
     elif slot is not None and slot.confirmed_flush is None:
         raise SlotInUse(
             "the slot is still being created by a session that was left behind",
@@ -345,6 +356,7 @@ async def _create_slot(slot_connection: SlotConnection, source: Connection, conf
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_report_writers, source, name)
         begin = await slot_connection.create_slot(name, failover=failover)
+        crash_point("slot created")
         tasks.cancel_scope.cancel()
     log.info("slot_created", slot=name, lsn=str(begin))
     return begin
@@ -378,6 +390,7 @@ async def _resync(
     if slot is not None:
         with speaking_of("source", where=f"slot {name}"):
             await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
+            crash_point("old slot dropped")
     begin = await _create_slot(slot_connection, source, config)
     await session.begin_at(begin, server.system_identifier, server.timeline)
     return begin

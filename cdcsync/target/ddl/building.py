@@ -15,6 +15,7 @@ import psycopg
 import structlog
 from psycopg import sql
 
+from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import OPCLASSES, Names, vector_schema
@@ -68,6 +69,7 @@ async def _build(
             await connection.execute(
                 sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(schema, name))
             )
+            crash_point("invalid search index dropped")
         try:
             await _create(connection, name, table, method, spec)
             return True
@@ -120,6 +122,7 @@ async def _create(
         await connection.execute(
             sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} USING {}").format(sql.Identifier(name), table, method)
         )
+        crash_point("search index built")
     finally:
         if not connection.closed:
             for setting in settings:

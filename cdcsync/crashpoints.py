@@ -1,0 +1,39 @@
+"""Named points at which a process can be told to die, so that tests can see what a crash there leaves behind.
+
+Every place that commits or acknowledges has one directly after it, and a transaction has one before its end as well.
+Nothing happens unless the environment variable `CDCSYNC_CRASH_AT` names a point: "batch committed" dies there the
+first time, "batch committed#3" the third time. The process gets SIGKILL: no handler runs and no buffer is flushed,
+as when the kernel runs out of memory.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+VARIABLE = "CDCSYNC_CRASH_AT"
+"""The environment variable that arms a point. It is read once, when this module is imported."""
+
+
+def _pass(point: str) -> None:
+    """Do nothing: no point is armed."""
+
+
+def _armed(order: str) -> Callable[[str], None]:
+    """Return a function that kills this process when it is called for the ordered point, the n-th time."""
+    wanted, _, times = order.partition("#")
+    left = int(times or 1)
+
+    def reach(point: str) -> None:
+        nonlocal left
+        if point == wanted:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return reach
+
+
+crash_point: Callable[[str], None] = _armed(os.environ[VARIABLE]) if VARIABLE in os.environ else _pass
+"""Call it with the name of the point, in plain words: what has just been done."""

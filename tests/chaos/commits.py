@@ -1,0 +1,246 @@
+"""Where the worker commits or acknowledges, found by walking the syntax trees of its files.
+
+A *commit site* is one of:
+
+- `async with ….transaction():`, unless it always rolls back. It needs a crash point as the last statement of its body
+  and another as the next statement after it.
+- `await` of a statement that writes by itself, outside of a transaction. It needs a crash point as the next statement.
+- `await` of a function that leaves the commit to its caller, outside of a transaction. The same.
+- `await` of what tells the source something for good: a status, a slot, a mark. The same.
+
+A function leaves the commit to its caller if its docstring says "The caller commits" or "the caller's transaction".
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import msgspec
+
+PACKAGE = Path(__file__).parents[2] / "cdcsync"
+
+FOLDERS = ("source", "target", "flows", "worker", "postgres")
+"""What a worker runs, but for the files below."""
+
+COMMANDS = ("flows/teardown.py", "flows/replay.py", "flows/dry_run.py", "target/failures/listing.py")
+"""Files of commands that an operator runs, which ask for something in one transaction and end."""
+
+INSIDE = (
+    "target/apply.py",
+    "target/keys.py",
+    "target/failures/documents.py",
+    "target/ddl/relations.py",
+    "target/ddl/shared.py",
+    "target/ddl/views.py",
+)
+"""Files whose functions all run in their caller's transaction; a transaction of their own in it is a savepoint."""
+
+EXEMPT = {
+    ("flows/evaluate.py", "_snapshot"): "reads only",
+    ("target/search.py", "search"): "reads only",
+    ("target/pipelines.py", "lock_within"): "the transaction bounds the wait for a lock",
+    ("target/pipelines.py", "take_over"): "its caller has the point",
+    ("target/pipelines.py", "begin_at"): "its caller has the point",
+    ("target/requests.py", "action"): "asked for by commands",
+    ("source/tables.py", "emit_mark"): "its caller has the point",
+    ("postgres/sessions.py", "connect"): "settings of the session",
+    ("target/session.py", "_takes"): "always rolled back",
+}
+"""Functions that commit nothing which outlives the session, or whose callers have the point."""
+
+FINAL = (".send_status", ".create_slot", ".set_failover", "emit_mark", "_pipelines.take_over", "_pipelines.begin_at")
+"""Calls that tell the source something for good, or that commit in a file below which leaves the point to them."""
+
+WRITES = re.compile(
+    r"\s*(INSERT|UPDATE|DELETE|TRUNCATE|CREATE|ALTER|DROP|COMMENT|WITH .*(INSERT|UPDATE|DELETE) "
+    r"|SELECT pg_(drop_replication_slot|replication_slot_advance|logical_emit_message))",
+    re.DOTALL,
+)
+CALLERS = re.compile(r"caller\s+commits|caller's\s+transaction|needs a transaction around it", re.IGNORECASE)
+
+
+class Site(msgspec.Struct, frozen=True, order=True):
+    """A place that commits or acknowledges, and what it lacks."""
+
+    file: str
+    line: int
+    function: str
+    what: str
+    lacks: str
+
+
+def points(package: Path = PACKAGE) -> list[str]:
+    """Return the names of all crash points, in the order of files and lines; a name that is used twice comes twice."""
+    return [
+        str(call.args[0].value)
+        for path in sorted(package.rglob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text()))
+        if _is_point(call) and isinstance(call, ast.Call) and isinstance(call.args[0], ast.Constant)
+    ]
+
+
+def sources(package: Path = PACKAGE) -> dict[str, str]:
+    """Return the text of each file that a worker runs, by its path in the package."""
+    paths = [path for folder in FOLDERS for path in sorted((package / folder).rglob("*.py"))]
+    texts = {str(path.relative_to(package)): path.read_text() for path in paths}
+    return {name: text for name, text in texts.items() if name not in COMMANDS + INSIDE}
+
+
+def lacking(files: Mapping[str, str], *, only: str | None = None) -> list[Site]:
+    """Return the commit sites that lack a crash point, of one file if it is named."""
+    callers = {name for text in files.values() for name in _callers(text)}
+    names = files if only is None else [only]
+    return sorted(site for name in names for site in _sites(name, _parsed(files[name]), callers))
+
+
+@cache
+def _callers(text: str) -> frozenset[str]:
+    """Return the functions of a file that leave the commit to their callers."""
+    functions = [node for node in ast.walk(_parsed(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return frozenset(one.name for one in functions if _by_caller(one))
+
+
+@cache
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+def _sites(file: str, tree: ast.Module, callers: set[str]) -> Iterator[Site]:
+    inside = _inside(tree)
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.AsyncFunctionDef) or function.name in inside or _by_caller(function):
+            continue
+        if (file, function.name) not in EXEMPT:
+            order = list(_statements(function.body))
+            yield from _of_block(file, function.name, function.body, order, callers - inside)
+
+
+def _inside(tree: ast.Module) -> set[str]:
+    """Return the private functions of a file that are called only inside a transaction."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.AsyncFunctionDef)]
+    inside = {one.name for one in functions if one.name.startswith("_") and not one.name.startswith("__")}
+    while True:
+        outside = {
+            name for one in functions if one.name not in inside and not _by_caller(one) for name in _free(one.body)
+        }
+        if not inside & outside:
+            return inside
+        inside -= outside
+
+
+def _free(body: list[ast.stmt]) -> Iterator[str]:
+    """Yield the names of what is called outside of a transaction."""
+    for statement in body:
+        if _is_transaction(statement):
+            continue
+        for block in _blocks(statement):
+            yield from _free(block)
+        yield from (_called(node) for node in _header(statement) if isinstance(node, ast.Call))
+
+
+def _header(statement: ast.stmt) -> Iterator[ast.AST]:
+    """Yield what a statement holds besides the statements in it."""
+    for child in ast.iter_child_nodes(statement):
+        if not isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            yield from ast.walk(child)
+
+
+def _of_block(
+    file: str, function: str, body: list[ast.stmt], order: list[ast.stmt], callers: set[str]
+) -> Iterator[Site]:
+    """Yield what lacks a point among these statements; inside a transaction nothing commits by itself."""
+    for statement in body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        if _is_transaction(statement):
+            assert isinstance(statement, ast.AsyncWith)
+            inner = list(_statements(statement.body))
+            if not _is_point(inner[-1]):
+                yield Site(file, inner[-1].lineno, function, "transaction", "a point before its end")
+            if not _is_point(_next(order, inner[-1])):
+                yield Site(file, statement.lineno, function, "transaction", "a point after it")
+            continue
+        for block in _blocks(statement):
+            yield from _of_block(file, function, block, order, callers)
+        for what in _commits(statement, callers):
+            if not _is_point(_next(order, statement)):
+                yield Site(file, statement.lineno, function, what, "a point after it")
+
+
+def _commits(statement: ast.stmt, callers: set[str]) -> Iterator[str]:
+    for node in _header(statement):
+        if isinstance(node, ast.Await) and isinstance(node.value, ast.Call):
+            name = _called(node.value)
+            if name in callers or ast.unparse(node.value.func).endswith(FINAL):
+                yield name
+            elif name in ("execute", "_run") and _writes(node.value):
+                yield "a statement that writes"
+
+
+def _writes(call: ast.Call) -> bool:
+    """Say whether a statement is written in the call that changes something which outlives the session."""
+    texts = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    made = any(isinstance(node, ast.Call) and _called(node).endswith("_statement") for node in ast.walk(call))
+    return made or any(WRITES.match(text) and "TEMP TABLE" not in text for text in texts)
+
+
+def _called(call: ast.Call) -> str:
+    match call.func:
+        case ast.Attribute(attr=name) | ast.Name(id=name):
+            return name
+    return ""
+
+
+def _is_transaction(statement: ast.stmt) -> bool:
+    if not isinstance(statement, ast.AsyncWith):
+        return False
+    for item in statement.items:
+        call = item.context_expr
+        if isinstance(call, ast.Call) and _called(call) == "transaction":
+            return not any(keyword.arg == "force_rollback" for keyword in call.keywords)
+    return False
+
+
+def _is_point(node: ast.AST | None) -> bool:
+    if isinstance(node, ast.Expr):
+        node = node.value
+    return isinstance(node, ast.Call) and _called(node) == "crash_point"
+
+
+def _by_caller(function: ast.AST) -> bool:
+    assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+    return bool(CALLERS.search(ast.get_docstring(function) or ""))
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield the simple statements of a block in the order in which they are written."""
+    for statement in body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        blocks = _blocks(statement)
+        if not any(blocks):
+            yield statement
+        for block in blocks:
+            yield from _statements(block)
+
+
+def _blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
+    """Return the blocks of a compound statement in the order in which they are written."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return []
+    blocks = [getattr(statement, "body", [])]
+    blocks += [handler.body for handler in getattr(statement, "handlers", [])]
+    blocks += [getattr(statement, name, []) for name in ("orelse", "finalbody")]
+    return blocks + [case.body for case in getattr(statement, "cases", [])]
+
+
+def _next(order: list[ast.stmt], statement: ast.stmt) -> ast.stmt | None:
+    """Return the simple statement that follows another, or with which a compound one begins."""
+    if statement not in order:
+        return next(_statements([statement]), None)
+    place = order.index(statement) + 1
+    return order[place] if place < len(order) else None
