@@ -1,3 +1,51 @@
-"""cdcsync keeps a vector index in step with PostgreSQL tables."""
+"""cdcsync keeps a vector index equal to PostgreSQL tables, and searches it.
+
+`__all__` is the public API, described in docs/api.md; everything else in the package may change between versions. A
+name is imported when it is first used: importing `cdcsync` loads neither a database driver nor a model.
+`__init__.pyi` gives type checkers the same names.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "Config": "cdcsync.config",
+    "load_config": "cdcsync.config",
+    "run_worker": "cdcsync.worker.run",
+    "Embedder": "cdcsync.embedders",
+    "CdcsyncError": "cdcsync.errors",
+    "ConfigError": "cdcsync.errors",
+    "UsageError": "cdcsync.errors",
+    "SetupError": "cdcsync.errors",
+    "EmbedderSetupError": "cdcsync.errors",
+    "Unavailable": "cdcsync.errors",
+    "SourceUnavailable": "cdcsync.errors",
+    "TargetUnavailable": "cdcsync.errors",
+    "EmbedError": "cdcsync.errors",
+    "EmbedderUnavailable": "cdcsync.errors",
+    "TextRejected": "cdcsync.errors",
+    "GapError": "cdcsync.errors",
+    "LeaseLost": "cdcsync.errors",
+}
+"""The module of each public name."""
+
+_RENAMED = {"load_config": "load", "run_worker": "run"}
+"""What a public name is called in its module, if it has another name there."""
+
+__all__ = ["__version__", *_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(_PLACES[name]), _RENAMED.get(name, name))
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

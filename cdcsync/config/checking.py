@@ -41,18 +41,19 @@ def join(key_path: str, key: str) -> str:
 
 
 def read_fields(kind: mi.StructType, value: dict[str, Any], key_path: str, problems: Problems) -> dict[str, Any]:
-    """Return by key the section's values that are there and right; note what is wrong with the others."""
-    known = {field.name: field for field in kind.fields}
+    """Return by field the section's values that are there and right; note what is wrong with the others."""
+    # A key that is a keyword of Python (`class`) belongs to a field of another name.
+    known = {field.encode_name: field for field in kind.fields}
     values = {}
     for key, item in value.items():
         if key in known:
-            values[key] = _read(known[key].type, item, join(key_path, key), problems)
+            values[known[key].name] = _read(known[key].type, item, join(key_path, key), problems)
         elif key != kind.tag_field:
             problems.add(join(key_path, key), f"unknown key; {suggestion(key, known)}")
     for key, field in known.items():
         if field.required and key not in value:
             message = _NEEDS_ONE.format(key) if isinstance(field.type, mi.DictType) else "is required"
-            problems.add(join(key_path, key), message, f"it is {descriptions(kind.cls)[key].rstrip('.')}")
+            problems.add(join(key_path, key), message, f"it is {descriptions(kind.cls)[field.name].rstrip('.')}")
     return {key: item for key, item in values.items() if item is not WRONG}
 
 
@@ -102,7 +103,7 @@ def _wrong(problems: Problems, key_path: str, message: str) -> Any:
 
 def _read_section(kind: mi.StructType, value: dict[str, Any], key_path: str, problems: Problems) -> Any:
     values = read_fields(kind, value, key_path, problems)
-    expected = {field.name for field in kind.fields if field.required or field.name in value}
+    expected = {field.name for field in kind.fields if field.required or field.encode_name in value}
     if values.keys() != expected:
         return WRONG
     section = cast("Section", kind.cls(**values))
@@ -113,7 +114,7 @@ def _read_section(kind: mi.StructType, value: dict[str, Any], key_path: str, pro
 
 def _read_named(kind: mi.DictType, value: dict[str, Any], key_path: str, problems: Problems) -> dict[str, Any]:
     """Return the entries that are right: problems of one do not hide what can be said of the others."""
-    if not value:
+    if not value and kind.min_length:
         problems.add(key_path, _NEEDS_ONE.format(key_path))
     entries = {}
     for key, item in value.items():
@@ -125,12 +126,17 @@ def _read_named(kind: mi.DictType, value: dict[str, Any], key_path: str, problem
 
 
 def _read_union(types: tuple[mi.Type, ...], value: Any, key_path: str, problems: Problems) -> Any:
-    """Read an optional value, or one of several kinds of section that are told apart by a tag."""
+    """Read an optional value, a plain one of any kind, or one of several kinds of section, told apart by a tag."""
     kinds = [kind for kind in types if not isinstance(kind, mi.NoneType)]
     if len(kinds) < len(types) and value == "":
         return None
     if len(kinds) == 1:
         return _read(kinds[0], value, key_path, problems)
+    if not any(isinstance(kind, mi.StructType) for kind in kinds):
+        plain = isinstance(value, (str, int, float))
+        return (
+            value if plain else _wrong(problems, key_path, f"expected a text, number or boolean, got {_found(value)}")
+        )
     if not isinstance(value, dict):
         return _wrong(problems, key_path, f"expected a section, got {_found(value)}")
     tagged = {str(kind.tag): kind for kind in kinds if isinstance(kind, mi.StructType)}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta
 
 from cdcsync.config.shape import Section
-from cdcsync.config.values import ApiKey, ClusterAddress, Milliseconds, Seconds, Share, Text, Url
+from cdcsync.config.values import ApiKey, ClassPath, ClusterAddress, Milliseconds, Option, Seconds, Share, Text, Url
 
 MAX_DIMENSIONS = 16_000
 """pgvector's limit for a column of type vector."""
@@ -151,7 +152,18 @@ class TeiEmbedder(RemoteEmbedder, frozen=True, forbid_unknown_fields=True, kw_on
     truncate: bool = False
 
 
-OneEmbedder = HashEmbedder | SentenceTransformersEmbedder | OpenAIEmbedder | TeiEmbedder
+class PythonEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="python"):
+    """A class of your own, run in the worker's process with all that the worker may do: docs/embedders.md.
+
+    :param class_: the class, as "package.module:Name"; Python must be able to import it where cdcsync runs.
+    :param options: keyword arguments for the class: texts, numbers, true or false.
+    """
+
+    class_: ClassPath = msgspec.field(name="class")
+    options: dict[str, Option] = msgspec.field(default_factory=dict)
+
+
+OneEmbedder = HashEmbedder | SentenceTransformersEmbedder | OpenAIEmbedder | TeiEmbedder | PythonEmbedder
 """What one process runs."""
 
 

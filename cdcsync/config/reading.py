@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,14 +19,15 @@ from cdcsync.config.sections import Config, Index
 from cdcsync.errors import ConfigError
 
 
-def load(path: Path, environ: Mapping[str, str]) -> Config:
+def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Config:
     """Read the configuration file; see `parse`.
 
+    :param environ: the environment variables; left out, those of this process.
     :raises ConfigError: there is no such file, it cannot be read, is not UTF-8, or `parse` refuses it.
     """
     where = str(path)
     try:
-        content = path.read_bytes()
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise ConfigError(
             "there is no such file",
@@ -46,7 +48,7 @@ def load(path: Path, environ: Mapping[str, str]) -> Config:
         raise ConfigError(
             f"is not UTF-8 (byte {error.start}, line {line})", where=where, hint="save the file as UTF-8"
         ) from error
-    return parse(text, environ, where=where)
+    return parse(text, os.environ if environ is None else environ, where=where)
 
 
 def parse(text: str, environ: Mapping[str, str], *, where: str) -> Config:

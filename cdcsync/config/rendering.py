@@ -67,7 +67,8 @@ def schema() -> dict[str, Any]:
     for name, definition in document["$defs"].items():
         section = known[name]
         definition["description"] = summary(section)
-        for key, description in descriptions(section).items():
-            definition["properties"][key]["description"] = description
+        names = {field.name: field.encode_name for field in msgspec.structs.fields(section)}
+        for field, description in descriptions(section).items():
+            definition["properties"][names[field]]["description"] = description
     plain: dict[str, Any] = json.loads(msgspec.json.encode(document))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "cdcsync configuration", **plain}

@@ -145,9 +145,19 @@ IndexName = Annotated[
     # Table names begin with it (NAME_vectors_12), and PostgreSQL cuts those at 63 bytes.
     _matching("^[a-z_][a-z0-9_]{0,39}$", "at most 40 lower-case letters, digits or underscores, no digit first"),
 ]
-FunctionPath = Annotated[
-    str, _matching(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$", 'a function as "package.module:function"')
-]
+_OBJECT = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
+FunctionPath = Annotated[str, _matching(_OBJECT, 'a function as "package.module:function"')]
+ClassPath = Annotated[str, _matching(_OBJECT, 'a class as "package.module:Name"')]
+
+
+def _option_fault(value: str | float | bool) -> str | None:
+    plain = isinstance(value, (str, bool)) or abs(value) <= MAX_OPTION
+    return None if plain else "expected a number between -10^15 and 10^15"
+
+
+MAX_OPTION = 10**15
+Option = Annotated[str | int | float | bool, _checked_by(_option_fault)]
+"""A keyword argument for a class of the user's."""
 EmbedderName = Annotated[
     str,
     # Metrics carry it as a label and messages as part of a key path: short, and no dots.

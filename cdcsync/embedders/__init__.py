@@ -9,6 +9,7 @@
     provider                requests over HTTP
     remote                  what embedders over HTTP share
     openai, tei             providers
+    python                  a class of the user's own
     ray, ray_pool           any of these on a Ray cluster: the worker's end, and the process that is connected
 
 Making an embedder is cheap and never imports torch; `open` loads what is heavy.
@@ -22,6 +23,7 @@ from cdcsync import config
 from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.embedders.openai import OpenAIEmbedder
 from cdcsync.embedders.protocol import Distance, Embedder, Kind, Vectors, validate
+from cdcsync.embedders.python import PythonEmbedder
 from cdcsync.embedders.ray import RayEmbedder
 from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder
 from cdcsync.embedders.tei import TeiEmbedder
@@ -47,6 +49,8 @@ def make_embedder(name: str, settings: config.Embedder) -> Embedder:
             return OpenAIEmbedder(name, settings)
         case config.TeiEmbedder():
             return TeiEmbedder(name, settings)
+        case config.PythonEmbedder():
+            return PythonEmbedder(name, settings)
         case config.RayEmbedder():
             return RayEmbedder(name, settings, make_embedder(name, settings.embedder))
         case unreachable:

@@ -143,11 +143,11 @@ def test_an_unknown_key_deep_in_the_file_is_named_with_its_full_path() -> None:
     [
         (
             "[embedders.x]\ntype = 'hsh'",
-            'embedders.x.type: unknown type "hsh"; known types: hash, sentence-transformers, openai, tei, ray',
+            'embedders.x.type: unknown type "hsh"; known types: hash, sentence-transformers, openai, tei, python, ray',
         ),
         (
             "[embedders.x]\nmodel = 'm'",
-            "embedders.x.type: is required; known types: hash, sentence-transformers, openai, tei, ray",
+            "embedders.x.type: is required; known types: hash, sentence-transformers, openai, tei, python, ray",
         ),
         ("[embedders.x]\ntype = 1", "embedders.x.type: expected text, got 1"),
         ("[embedders]\nx = 'hash'", "embedders.x: expected a section, got text"),
@@ -313,7 +313,8 @@ def test_the_file_has_no_constraint_that_reading_would_not_check() -> None:
             case mi.StrType() | mi.VarTupleType():
                 assert (kind.min_length, kind.max_length) == (None, None)
             case mi.DictType():
-                assert (kind.min_length, kind.max_length) == (1, None)
+                assert kind.min_length in (None, 1)
+                assert kind.max_length is None
             case _:
                 pass
         assert getattr(kind, "pattern", None) is None

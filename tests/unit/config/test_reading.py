@@ -156,7 +156,7 @@ def test_an_index_needs_an_embedder_that_is_declared() -> None:
 
 def test_a_faulty_embedder_is_a_declared_one_all_the_same() -> None:
     assert problems(SECTIONS.replace('"hash"', '"hush"')) == [
-        'embedders.test.type: unknown type "hush"; known types: hash, sentence-transformers, openai, tei, ray'
+        'embedders.test.type: unknown type "hush"; known types: hash, sentence-transformers, openai, tei, python, ray'
     ]
 
 

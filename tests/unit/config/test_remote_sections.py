@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from cdcsync.config import OpenAIEmbedder, SentenceTransformersEmbedder, TeiEmbedder, render
+from cdcsync.config import OpenAIEmbedder, PythonEmbedder, SentenceTransformersEmbedder, TeiEmbedder, render
 from tests import ROOT
 from tests.unit.config.files import SECTIONS, problems, read
 
@@ -22,7 +22,7 @@ def test_the_examples_of_the_documentation_are_right() -> None:
         name, *_ = re.findall(r"\[embedders\.(\w+)\]", example)
         config = read(example + SECTIONS, OPENAI_API_KEY=KEY)
         kinds.add(type(config.embedders[name]))
-    assert kinds == {OpenAIEmbedder, TeiEmbedder, SentenceTransformersEmbedder}
+    assert kinds == {OpenAIEmbedder, TeiEmbedder, SentenceTransformersEmbedder, PythonEmbedder}
 
 
 def test_a_key_is_never_shown_and_the_path_of_one_is() -> None:

@@ -1,0 +1,56 @@
+"""An embedder of one's own: the mean of word vectors that are read from a file.
+
+The file has a word and its numbers on each line, as GloVe and fastText publish them:
+
+    [embedders.words]
+    type = "python"
+    class = "word_vectors:WordVectors"
+    options = { path = "/srv/models/glove.6B.100d.txt" }
+
+Python finds the module where it is installed, or in a directory that PYTHONPATH names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cdcsync import TextRejected
+
+
+class WordVectors:
+    """Embeds a text as the mean of the vectors of its words."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        with self._path.open("rb") as file:
+            self.dimensions = len(file.readline().split()) - 1
+            file.seek(0)
+            self.identity = f"word-vectors:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        self._vectors: dict[str, npt.NDArray[np.float32]] = {}
+
+    def open(self) -> None:
+        """Read the file: the worker calls this once, before the first text."""
+        for line in self._path.read_text().splitlines():
+            word, *numbers = line.split()
+            self._vectors[word] = np.array(numbers, np.float32)
+
+    def embed(self, texts: Sequence[str], *, kind: str) -> list[npt.NDArray[np.float32]]:
+        """Return the mean vector of each text's known words."""
+        return [self._mean(re.findall(r"\w+", text.lower())) for text in texts]
+
+    def _mean(self, words: list[str]) -> npt.NDArray[np.float32]:
+        known = [self._vectors[word] for word in words if word in self._vectors]
+        if not known:
+            raise TextRejected("none of its words is in the file")
+        mean: npt.NDArray[np.float32] = np.mean(known, axis=0)
+        return mean
+
+    def aclose(self) -> None:
+        """Let go of the vectors."""
+        self._vectors.clear()
