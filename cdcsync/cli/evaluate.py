@@ -66,7 +66,7 @@ async def _evaluate(
     config: Config, name: str, queries: int, k: int, ef_search: list[int], where: str | None
 ) -> tuple[Evaluation, str | None]:
     """Return what was measured, and why it was not stored, if it was not."""
-    from cdcsync.flows import evaluate as flow
+    from cdcsync.flows.evaluate import recall
     from cdcsync.postgres.sessions import connect, speaking_of
     from cdcsync.target import evaluations
     from cdcsync.target.search import stored_spec
@@ -75,7 +75,7 @@ async def _evaluate(
     schema = config.target.schema
     async with await connect(config.target.dsn, "target", application_name="cdcsync evaluate") as connection:
         spec = await stored_spec(connection, schema, name, index)
-        found = await flow.evaluate(connection, schema, spec, queries=queries, k=k, ef_search=ef_search, where=where)
+        found = await recall.evaluate(connection, schema, spec, queries=queries, k=k, ef_search=ef_search, where=where)
         if where is not None:
             return found, "a condition's recall is not the index's"
         with speaking_of("target", where=f"index {name}"):

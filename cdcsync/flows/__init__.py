@@ -9,7 +9,7 @@
     audit/        comparing an index with its source
     replay        requests to read rows again
     dry_run       what a replay would cost
-    evaluate      search recall
+    evaluate/     search recall, and how well judged questions are answered
     teardown      removing what was created
 
 A file imports only from lines above its own.

@@ -24,7 +24,7 @@ from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
 from cdcsync.flows.build import build_until_live
 from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool
-from cdcsync.flows.evaluate import evaluate_for_ever
+from cdcsync.flows.evaluate.recall import evaluate_for_ever
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.flows.follow.stream import Stream
 from cdcsync.flows.setup.gaps import refuse_moved

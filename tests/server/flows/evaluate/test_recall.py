@@ -21,7 +21,7 @@ from cdcsync.cli import main
 from cdcsync.config.sections import Hnsw
 from cdcsync.documents.templates import hash_text
 from cdcsync.errors import SetupError, UsageError
-from cdcsync.flows.evaluate import Budget, evaluate, evaluate_for_ever
+from cdcsync.flows.evaluate.recall import Budget, evaluate, evaluate_for_ever
 from cdcsync.model.spec import Distance, IndexSpec
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target import evaluations

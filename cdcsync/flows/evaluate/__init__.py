@@ -1,0 +1,8 @@
+"""How good the searches of an index are.
+
+recall       how much of what an exact search finds do searches by HNSW find?
+collection   questions with judged answers, from a directory
+judged       how well each mode of search answers them
+gates        does a measurement reach what was asked of it?
+drawing      measurements as an SVG
+"""

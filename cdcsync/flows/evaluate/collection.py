@@ -1,0 +1,124 @@
+"""Judged collections: questions, and which documents answer them, from a directory.
+
+Two layouts are read. BEIR's:
+
+    queries.jsonl     {"_id": "1", "text": "…"} a line
+    qrels/test.tsv    query-id, corpus-id and score, tab-separated, under a heading (qrels/*.tsv if there is only one)
+
+and that of TREC's tools:
+
+    queries.tsv       a query's id, a tab, its text       (or topics.tsv)
+    qrels.txt         query, 0, document, grade           (or any one file *.qrels)
+
+A document's id is its key in the index; the values of a key of several columns are joined by commas. Documents
+themselves are not read: the index has them.
+
+Source: the file formats of BEIR (Thakur et al., 2021) and trec_eval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+
+from cdcsync.errors import UsageError
+
+HINT = "give a directory with queries.jsonl and qrels/test.tsv (BEIR), or queries.tsv and qrels.txt (TREC)"
+
+
+class Collection(msgspec.Struct, frozen=True):
+    """Questions with judged answers.
+
+    :ivar name: the directory's name, by which runs over the same collection are recognised.
+    :ivar queries: texts by id; only those that at least one document answers.
+    :ivar grades: for each query the judged documents' grades; 0 is "does not answer it".
+    """
+
+    name: str
+    queries: Mapping[str, str]
+    grades: Mapping[str, Mapping[str, int]]
+
+
+def read_collection(directory: Path) -> Collection:
+    """Read a collection.
+
+    :raises UsageError: the directory holds none, or a file is not in its format.
+    """
+    if not directory.is_dir():
+        raise UsageError("there is no such directory", where=f"--judged {directory}", hint=HINT)
+    queries = _only(directory, "queries.jsonl", "queries.tsv", "topics.tsv")
+    judgements = _only(directory, "qrels/test.tsv", "qrels/*.tsv", "qrels.txt", "*.qrels")
+    grades: dict[str, dict[str, int]] = {}
+    for query, document, grade in _judgements(judgements):
+        grades.setdefault(query, {})[document] = grade
+    answered = {query for query, judged in grades.items() if any(grade > 0 for grade in judged.values())}
+    texts = {query: text for query, text in _queries(queries) if query in answered}
+    if not texts:
+        raise UsageError(
+            "no query has an answer in the judgements", where=str(queries), hint="check that the ids agree"
+        )
+    return Collection(directory.resolve().name, texts, {query: grades[query] for query in texts})
+
+
+def _only(directory: Path, *patterns: str) -> Path:
+    """Return the one file that the first pattern with a match names."""
+    for pattern in patterns:
+        found = sorted(directory.glob(pattern))
+        if len(found) > 1:
+            names = ", ".join(str(path.relative_to(directory)) for path in found)
+            raise UsageError(
+                f"there are several files: {names}", where=f"--judged {directory}", hint="keep one of them"
+            )
+        if found:
+            return found[0]
+    raise UsageError(f"there is no {' or '.join(patterns)}", where=f"--judged {directory}", hint=HINT)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot be read: {error}", where=str(path), hint="save it as UTF-8") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line.rstrip("\r")
+
+
+def _queries(path: Path) -> Iterator[tuple[str, str]]:
+    for number, line in _lines(path):
+        if path.suffix == ".jsonl":
+            try:
+                query = msgspec.json.decode(line, type=_Query, strict=False)
+            except msgspec.DecodeError as error:
+                raise _malformed(path, number, str(error)) from None
+            yield query.id, query.text
+        else:
+            id_, separator, text = line.partition("\t")
+            if not separator:
+                raise _malformed(path, number, "expected an id, a tab and a text")
+            yield id_.strip(), text.strip()
+
+
+class _Query(msgspec.Struct, frozen=True):
+    id: str = msgspec.field(name="_id")
+    text: str
+
+
+def _judgements(path: Path) -> Iterator[tuple[str, str, int]]:
+    beir = path.suffix == ".tsv"
+    for number, line in _lines(path):
+        fields = line.split("\t") if beir else line.split()
+        if beir and number == 1 and not fields[-1].strip().lstrip("-").isdigit():
+            continue  # the heading
+        if beir and len(fields) == 3:
+            fields.insert(1, "0")
+        if len(fields) != 4 or not fields[3].strip().lstrip("-").isdigit():
+            expected = "query, document and grade" if beir else "query, 0, document and grade"
+            raise _malformed(path, number, f"expected {expected}")
+        yield fields[0].strip(), fields[2].strip(), int(fields[3])
+
+
+def _malformed(path: Path, number: int, problem: str) -> UsageError:
+    return UsageError(problem, where=f"{path}, line {number}", hint=HINT)

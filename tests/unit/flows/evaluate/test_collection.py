@@ -1,0 +1,64 @@
+"""Judged collections: both layouts, and what a directory that holds none is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cdcsync.errors import UsageError
+from cdcsync.flows.evaluate.collection import read_collection
+
+BEIR = {
+    "queries.jsonl": """{"_id": "q1", "text": "one", "metadata": {}}
+{"_id": "q2", "text": "two"}
+{"_id": "q3", "text": "x"}
+""",
+    "qrels/test.tsv": "query-id\tcorpus-id\tscore\nq1\ta b\t1\nq1\tc\t0\nq2\td\t2\nq3\tc\t0\n",
+}
+TREC = {"queries.tsv": "q1\tone\nq2\ttwo\r\nq3\tx\n", "qrels.txt": "q1 0 ab 1\nq1 0 c 0\nq2 Q0 d 2\nq3 0 c -1\n"}
+
+
+def write(directory: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(text)
+    return directory
+
+
+def test_beir_and_trec_layouts_are_read_without_queries_that_nothing_answers(tmp_path: Path) -> None:
+    (tmp_path / "beir").mkdir()
+    beir = read_collection(write(tmp_path / "beir", BEIR))
+    assert (beir.name, beir.queries) == ("beir", {"q1": "one", "q2": "two"})
+    assert beir.grades == {"q1": {"a b": 1, "c": 0}, "q2": {"d": 2}}
+    (tmp_path / "trec").mkdir()
+    trec = read_collection(write(tmp_path / "trec", TREC))
+    assert (trec.queries, trec.grades) == (beir.queries, {"q1": {"ab": 1, "c": 0}, "q2": {"d": 2}})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"queries.jsonl": None}, "there is no queries.jsonl or queries.tsv or topics.tsv"),
+        ({"qrels/test.tsv": None}, "there is no qrels/test.tsv"),
+        ({"qrels/test.tsv": None, "qrels/a.tsv": "x", "qrels/b.tsv": "x"}, "several files: qrels/a.tsv, qrels/b.tsv"),
+        ({"queries.jsonl": '{"_id": "q1"}\n'}, "line 1: .*missing required field `text`"),
+        ({"queries.jsonl": "\n{nonsense\n"}, "line 2: "),
+        ({"queries.jsonl": '{"_id": "other", "text": "t"}\n'}, "no query has an answer"),
+        ({"qrels/test.tsv": "q1\ta\t1\nq2\tb\n"}, "line 2: expected query, document and grade"),
+        ({"qrels/test.tsv": None, "qrels.txt": "q1 0 a\n"}, "line 1: expected query, 0, document and grade"),
+        ({"queries.jsonl": None, "queries.tsv": "no tab\n"}, "line 1: expected an id, a tab and a text"),
+    ],
+)
+def test_a_faulty_collection_is_refused_with_file_and_line(
+    tmp_path: Path, change: dict[str, str | None], problem: str
+) -> None:
+    files = {name: text for name, text in {**BEIR, **change}.items() if text is not None}
+    with pytest.raises(UsageError, match=problem) as refused:
+        read_collection(write(tmp_path, files))
+    assert refused.value.hint
+
+
+def test_a_directory_that_is_not_there_is_a_wrong_argument(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no such directory"):
+        read_collection(tmp_path / "missing")
