@@ -13,6 +13,7 @@
     ├── Unavailable            a server cannot be reached just now                      automatic
     │   ├── SourceUnavailable
     │   ├── TargetUnavailable
+    │   │   └── TargetRewound  the target went back to an earlier state             automatic
     │   └── SlotInUse          another connection is reading the slot                   automatic
     ├── DocumentError          a row cannot be made a document, or a document chunks    operator
     └── EmbedError             texts could not be embedded
@@ -146,6 +147,10 @@ class SourceUnavailable(Unavailable):
 
 class TargetUnavailable(Unavailable):
     """The target server cannot be reached just now."""
+
+
+class TargetRewound(TargetUnavailable):
+    """The target is not as this worker last committed it: the worker begins anew, and looks for a gap."""
 
 
 class SlotInUse(Unavailable):

@@ -137,6 +137,8 @@ class Batch:
         """Where traced transactions come from, by the LSN that their changes carry."""
         self.partial = False
         """Whether the last transaction in it is not complete."""
+        self.ahead: Lsn | None = None
+        """When it is taken inside a transaction: the position just after the beginning of that one's commit record."""
 
     def __bool__(self) -> bool:
         return bool(self.indexes) or bool(self.paused)

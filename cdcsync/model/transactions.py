@@ -97,6 +97,14 @@ class Assembler:
         """Whether a transaction has begun of which a `Committed` will tell the end."""
         return self._xid is not None and not self._skipping
 
+    @property
+    def ahead(self) -> Lsn | None:
+        """The position just after the beginning of the unfinished transaction's commit record, None outside of one.
+
+        A server that branched off there or later has the whole record, as branches begin between records.
+        """
+        return Lsn(self._lsn + 1) if self.unfinished else None
+
     def feed(self, message: PgoutputMessage) -> Sequence[Event]:
         """Take the next message and return what follows from it, in order.
 

@@ -1,24 +1,32 @@
-"""The pipeline's row in the target: lease, fence, checkpoint, and what it says of the source.
+"""The pipeline's row in the target: lease, fence, checkpoint, and which source cluster it belongs to.
 
 The rules:
 
-1. One worker per slot writes. It holds a session advisory lock, and has raised `fence`; each transaction that it
-   commits moves the row *where fence is still its own*. A worker that lost its session cannot write behind its
+1. One worker per slot writes. It holds a session advisory lock and has raised `fence`. Each transaction that it
+   commits updates the row *where fence is still its own*, so a worker that lost its session cannot write behind its
    successor.
 2. The checkpoint only moves forward, and only in the transaction that applied what it stands for.
-3. After any doubt (a lost connection, a new worker) the checkpoint is read from here again.
+3. The checkpoint is a chain. Each commit counts one up in `commits`, and moves the checkpoint only from the values that
+   this worker last saw committed. Any other values mean that the target went back to an earlier state (a standby that
+   lagged was promoted, a backup was restored), or that somebody edited the row: nothing is written, and the worker
+   begins anew, which looks for a gap.
+4. A commit whose answer was lost may or may not have happened: afterwards both its old and its new values continue the
+   chain.
+5. `ahead` is how far beyond the checkpoint the index may already hold something of the source: rows of a transaction
+   that is applied in part, or of a page of a backfill. A source that branched off before that never had them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
-from typing import cast
+from typing import LiteralString, cast
 
 import msgspec
 import psycopg
 from psycopg import sql
 
-from cdcsync.errors import LeaseLost
+from cdcsync.errors import LeaseLost, TargetRewound
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.sessions import Connection
 
@@ -27,6 +35,8 @@ class PipelineState(msgspec.Struct, frozen=True):
     """The stored state of a pipeline."""
 
     checkpoint: Lsn | None
+    ahead: Lsn | None
+    commits: int
     system_identifier: str | None
     timeline: int | None
     fence: int
@@ -34,6 +44,19 @@ class PipelineState(msgspec.Struct, frozen=True):
     commit_time: datetime | None
     caught_up_at: datetime | None
     updated_at: datetime
+
+    @property
+    def reach(self) -> Lsn | None:
+        """The furthest position of the source of which the index may hold something; None without a checkpoint."""
+        return self.checkpoint if self.checkpoint is None else max(self.checkpoint, self.ahead or self.checkpoint)
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """A worker's right to write, and the last values of the row that it saw committed."""
+
+    fence: int
+    checkpoint: Lsn | None
+    commits: int
 
 
 class Pipelines:
@@ -58,16 +81,16 @@ class Pipelines:
         """Return the stored state, None when the pipeline was never set up here."""
         cursor = await connection.execute(
             sql.SQL(
-                "SELECT checkpoint::text, system_identifier, timeline, fence, worker, commit_time, caught_up_at,"
-                " updated_at FROM {} WHERE slot = %s"
+                "SELECT checkpoint::text, ahead::text, commits, system_identifier, timeline, fence, worker,"
+                " commit_time, caught_up_at, updated_at FROM {} WHERE slot = %s"
             ).format(self._table),
             [self._slot],
         )
         row = await cursor.fetchone()
         if row is None:
             return None
-        checkpoint, *rest = row
-        return PipelineState(Lsn.parse(cast(str, checkpoint)) if checkpoint else None, *rest)
+        checkpoint, ahead, commits, *rest = row
+        return PipelineState(_lsn(checkpoint), _lsn(ahead), commits, *rest)
 
     async def try_lock(self, connection: Connection) -> bool:
         """Take the pipeline's lock for this session, if no other session holds it."""
@@ -99,74 +122,122 @@ class Pipelines:
         row = await cursor.fetchone()
         return None if row is None else cast(int, row[0])
 
-    async def take_over(self, connection: Connection, worker: str) -> int:
-        """Raise the fence and return it; waits for a transaction of the predecessor that is still committing."""
+    async def take_over(self, connection: Connection, worker: str) -> Lease:
+        """Raise the fence; waits for a transaction of the predecessor that is still committing."""
         cursor = await connection.execute(
-            sql.SQL("UPDATE {} SET fence = fence + 1, worker = %s WHERE slot = %s RETURNING fence").format(self._table),
+            sql.SQL(
+                "UPDATE {} SET fence = fence + 1, worker = %s WHERE slot = %s"
+                " RETURNING fence, checkpoint::text, commits"
+            ).format(self._table),
             [worker, self._slot],
         )
         row = await cursor.fetchone()
         if row is None:
             raise LeaseLost("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
-        return cast(int, row[0])
+        fence, checkpoint, commits = row
+        return Lease(fence, _lsn(checkpoint), commits)
+
+    def continued(self, lease: Lease, state: PipelineState | None, proposed: Lease | None = None) -> Lease:
+        """Return the lease for a row that was read again, once nobody else can be writing it.
+
+        :param proposed: what a commit whose answer was lost would have made of this lease.
+        :raises LeaseLost: another worker took over.
+        :raises TargetRewound: these are not the values that were last committed.
+        """
+        self.refuse_successor(lease, state)
+        assert state is not None
+        found = Lease(state.fence, state.checkpoint, state.commits)
+        if found not in (lease, proposed):
+            raise TargetRewound(
+                f"the target is at checkpoint {found.checkpoint} (commit {found.commits}), and this worker has"
+                f" committed {lease.checkpoint} (commit {lease.commits}): a standby was promoted before it had"
+                " everything, a backup was restored, or the row was edited",
+                where=f"slot {self._slot}",
+                hint="the worker begins anew from the target's position, unless what follows it is lost",
+            )
+        return found
+
+    def refuse_successor(self, lease: Lease, state: PipelineState | None) -> None:
+        """Refuse to continue once another worker has raised the fence.
+
+        :raises LeaseLost: it has, or the row is gone.
+        """
+        if state is None or state.fence > lease.fence:
+            raise LeaseLost(
+                "another worker has taken over this pipeline",
+                where=f"slot {self._slot}",
+                hint="this worker stops; the other one continues",
+            )
 
     async def begin_at(
-        self, connection: Connection, fence: int, checkpoint: Lsn, system_identifier: str, timeline: int
-    ) -> None:
+        self, connection: Connection, lease: Lease, checkpoint: Lsn, system_identifier: str, timeline: int
+    ) -> Lease:
         """Store where the pipeline starts and which cluster it follows.
 
-        :raises LeaseLost: another worker has taken over.
+        :raises LeaseLost, TargetRewound: as `commit`.
         """
-        cursor = await connection.execute(
-            sql.SQL(
-                "UPDATE {} SET checkpoint = %s, system_identifier = %s, timeline = %s, updated_at = now()"
-                " WHERE slot = %s AND fence = %s"
-            ).format(self._table),
-            [str(checkpoint), system_identifier, timeline, self._slot, fence],
+        return await self._move(
+            connection,
+            lease,
+            "checkpoint = %s, system_identifier = %s, timeline = %s, updated_at = now()",
+            [str(checkpoint), system_identifier, timeline],
         )
-        self._held(cursor.rowcount)
 
-    async def forget(self, connection: Connection, fence: int) -> None:
-        """Forget the checkpoint inside the caller's transaction: what follows is as for a pipeline that never began.
+    async def forget(self, connection: Connection, lease: Lease) -> Lease:
+        """Forget the checkpoint inside the caller's transaction: the pipeline begins as one that never ran.
 
-        :raises LeaseLost: another worker has taken over.
+        :raises LeaseLost, TargetRewound: as `commit`.
         """
-        cursor = await connection.execute(
-            sql.SQL("UPDATE {} SET checkpoint = NULL, updated_at = now() WHERE slot = %s AND fence = %s").format(
-                self._table
-            ),
-            [self._slot, fence],
-        )
-        self._held(cursor.rowcount)
+        return await self._move(connection, lease, "checkpoint = NULL, ahead = NULL, updated_at = now()", [])
 
     async def commit(
         self,
         connection: Connection,
-        fence: int,
+        lease: Lease,
         checkpoint: Lsn | None,
         *,
+        ahead: Lsn | None = None,
         commit_time: datetime | None = None,
         caught_up: bool = False,
-    ) -> None:
-        """Move the checkpoint, or with None just prove the fence, inside the caller's transaction.
+    ) -> Lease:
+        """Move the checkpoint, or with None just continue the chain, inside the caller's transaction.
 
+        :param ahead: the position just after the commit record of a transaction that is applied in part.
+        :returns: the lease that holds once the caller's transaction has committed.
         :raises LeaseLost: another worker has taken over; the caller must roll back.
+        :raises TargetRewound: the row is not as it was last committed; the caller must roll back.
         """
+        return await self._move(
+            connection,
+            lease,
+            "checkpoint = greatest(checkpoint, %s::pg_lsn), ahead = greatest(ahead, %s::pg_lsn),"
+            " commit_time = coalesce(%s, commit_time),"
+            " caught_up_at = CASE WHEN %s THEN clock_timestamp() ELSE caught_up_at END,"
+            " updated_at = clock_timestamp()",
+            [_text(checkpoint), _text(ahead), commit_time, caught_up],
+        )
+
+    async def _move(
+        self, connection: Connection, lease: Lease, assignments: LiteralString, values: Sequence[object]
+    ) -> Lease:
+        """Update the row if it is as it was last seen: the only statement by which a worker changes it."""
         cursor = await connection.execute(
             sql.SQL(
-                "UPDATE {} SET checkpoint = greatest(checkpoint, %s::pg_lsn),"
-                " commit_time = coalesce(%s, commit_time),"
-                " caught_up_at = CASE WHEN %s THEN clock_timestamp() ELSE caught_up_at END,"
-                " updated_at = clock_timestamp() WHERE slot = %s AND fence = %s"
+                "UPDATE {} SET " + assignments + ", commits = commits + 1 WHERE slot = %s AND fence = %s"
+                " AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING checkpoint::text, commits"
             ).format(self._table),
-            [None if checkpoint is None else str(checkpoint), commit_time, caught_up, self._slot, fence],
+            [*values, self._slot, lease.fence, lease.commits, _text(lease.checkpoint)],
         )
-        self._held(cursor.rowcount)
+        row = await cursor.fetchone()
+        if row is None:
+            self.continued(lease, await self.read(connection))
+            raise TargetRewound("the pipeline's row changed while it was read", where=f"slot {self._slot}")
+        return Lease(lease.fence, _lsn(row[0]), row[1])
 
-    def _held(self, rows: int) -> None:
-        if rows != 1:
-            raise LeaseLost(
-                "another worker has taken over this pipeline",
-                where=f"slot {self._slot}",
-                hint="this worker stops; the other one goes on",
-            )
+
+def _lsn(text: str | None) -> Lsn | None:
+    return None if text is None else Lsn.parse(text)
+
+
+def _text(lsn: Lsn | None) -> str | None:
+    return None if lsn is None else str(lsn)

@@ -168,6 +168,18 @@ class Requests:
         row = await cursor.fetchone()
         return None if row is None else _request(row)
 
+    async def begun(self, connection: Connection, indexes: Sequence[str]) -> list[str]:
+        """Return those of the indexes that exist and hold rows, or did: no load of them is still to begin."""
+        cursor = await connection.execute(
+            sql.SQL(
+                "SELECT i.name FROM {} AS i WHERE i.name = ANY(%s) AND NOT EXISTS (SELECT FROM {} AS b"
+                " WHERE b.index_name = i.name AND b.kind IN ('initial', 'resync') AND b.filter IS NULL"
+                " AND b.state = ANY(%s) AND b.phase = 'rows' AND b.cursor IS NULL) ORDER BY i.name"
+            ).format(sql.Identifier(self._schema, "indexes"), self._table),
+            [list(indexes), list(OPEN)],
+        )
+        return [cast(str, row[0]) for row in await cursor.fetchall()]
+
     async def latest(self, connection: Connection, index: str) -> Request | None:
         """Return the open request of an index, or the last one that ended."""
         cursor = await connection.execute(

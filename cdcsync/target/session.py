@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Self
 
@@ -19,7 +19,7 @@ from psycopg import sql
 from psycopg.pq import TransactionStatus
 
 from cdcsync.crashpoints import crash_point
-from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetUnavailable
+from cdcsync.errors import SchemaChanged, SetupError, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.changeset import Applied, ChangeSet, Document, Kept
@@ -29,7 +29,7 @@ from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.target.apply import IndexWriter
 from cdcsync.target.failures.documents import FailedDocuments, close_list
 from cdcsync.target.keys import discard_vectors
-from cdcsync.target.pipelines import Pipelines, PipelineState
+from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
 from cdcsync.target.requests import Requests
 
 OLD_SESSION_S = 2.0
@@ -73,7 +73,9 @@ class ApplySession:
         self._schema = schema
         self._slot = slot
         self._pipelines = Pipelines(schema, slot)
-        self._fence: int | None = None
+        self._lease: Lease | None = None
+        self._proposed: Lease | None = None
+        """What the lease becomes by a commit whose answer has not come (yet)."""
         self._ending = False
         self._connection: Connection | None = None
         self._writers: dict[str, IndexWriter] = {}
@@ -99,7 +101,7 @@ class ApplySession:
         with speaking_of("target"):
             try:
                 if await self._pipelines.try_lock(connection):
-                    self._fence = await self._pipelines.take_over(connection, worker_name())
+                    self._lease = await self._pipelines.take_over(connection, worker_name())
                     crash_point("fence raised")
                     self._connection = connection
             finally:
@@ -112,6 +114,7 @@ class ApplySession:
 
         :raises TargetUnavailable: the target does not answer now, or still holds the old session's lock.
         :raises LeaseLost: another worker took over meanwhile.
+        :raises TargetRewound: the target is not as this worker last committed it.
         """
         await self.aclose()
         if self._ending:
@@ -121,14 +124,11 @@ class ApplySession:
             try:
                 locked = await self._pipelines.lock_within(connection, OLD_SESSION_S)
                 state = await self._pipelines.read(connection)
-                if state is None or state.fence != self._fence:
-                    raise LeaseLost(
-                        "another worker took over while the target was away",
-                        where=f"slot {self._slot}",
-                        hint="this worker stops; the other one goes on",
-                    )
-                if not locked:
-                    # Our own old session may linger on the server for a moment.
+                if locked:
+                    self._continue(state)
+                else:
+                    # Our own old session may linger on the server for a moment, and may still be committing.
+                    self._pipelines.refuse_successor(self._held, state)
                     raise TargetUnavailable("the pipeline's lock is still held", where=f"slot {self._slot}")
                 self._connection = connection
             finally:
@@ -158,26 +158,55 @@ class ApplySession:
             state = await self._pipelines.read(self.connection)
         if state is None:
             raise SetupError("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
+        self._continue(state)
         return state
+
+    def _continue(self, state: PipelineState | None) -> None:
+        """See that the row is as this worker last committed it.
+
+        :raises LeaseLost: another worker took over.
+        :raises TargetRewound: the target went back.
+        """
+        self._lease, self._proposed = self._pipelines.continued(self._held, state, self._proposed), None
 
     async def begin_at(self, checkpoint: Lsn, system_identifier: str, timeline: int) -> None:
         """Store where the pipeline starts and which cluster it follows."""
-        assert self._fence is not None
         with speaking_of("target"):
-            await self._pipelines.begin_at(self.connection, self._fence, checkpoint, system_identifier, timeline)
+            async with self._chain():
+                self._proposed = await self._pipelines.begin_at(
+                    self.connection, self._held, checkpoint, system_identifier, timeline
+                )
             crash_point("beginning stored")
 
     async def forget_position(self, resync: Sequence[str]) -> None:
         """Forget the checkpoint, and in the same transaction ask for a resync of these indexes."""
-        assert self._fence is not None
         requests = Requests(self._schema)
         with speaking_of("target"):
-            async with self.connection.transaction():
-                await self._pipelines.forget(self.connection, self._fence)
+            async with self._chain():
+                self._proposed = await self._pipelines.forget(self.connection, self._held)
                 for index in resync:
                     await requests.reload(self.connection, index, rewrite=False)
                 crash_point("position forgotten")
             crash_point("forgotten position committed")
+
+    @property
+    def _held(self) -> Lease:
+        assert self._lease is not None
+        return self._lease
+
+    @contextlib.asynccontextmanager
+    async def _chain(self) -> AsyncIterator[None]:
+        """Run a transaction that moves the pipeline's row: `_proposed` becomes the lease once it has committed."""
+        connection = self.connection
+        try:
+            async with connection.transaction():
+                yield
+        except BaseException:
+            if not connection.closed:
+                self._proposed = None  # it was rolled back
+            raise
+        assert self._proposed is not None
+        self._lease, self._proposed = self._proposed, None
 
     async def apply(
         self,
@@ -185,19 +214,21 @@ class ApplySession:
         pages: Sequence[PageEnd],
         checkpoint: Lsn | None,
         *,
+        ahead: Lsn | None = None,
         paused: Mapping[str, str] | None = None,
         commit_time: datetime | None,
         caught_up: bool,
     ) -> dict[str, Applied]:
         """Commit a batch: changes, page cursors and checkpoint in one transaction.
 
+        :param ahead: the position just after the commit record of a transaction that the batch has a part of.
         :raises TargetUnavailable: nothing or everything was committed; applying again is safe.
         :raises LeaseLost: nothing was committed.
         :raises SchemaChanged: the target refuses a value of one index; nothing was committed.
         """
         try:
             return await self._apply(
-                changes, pages, checkpoint, paused=paused or {}, commit_time=commit_time, caught_up=caught_up
+                changes, pages, checkpoint, ahead, paused=paused or {}, commit_time=commit_time, caught_up=caught_up
             )
         except SchemaChanged as error:
             with speaking_of("target"):
@@ -231,17 +262,17 @@ class ApplySession:
         changes: Mapping[str, ChangeSet],
         pages: Sequence[PageEnd],
         checkpoint: Lsn | None,
+        ahead: Lsn | None,
         *,
         paused: Mapping[str, str],
         commit_time: datetime | None,
         caught_up: bool,
     ) -> dict[str, Applied]:
-        assert self._fence is not None
         if self._connection is None or self._connection.info.transaction_status != TransactionStatus.IDLE:
             raise TargetUnavailable("the apply connection is not usable", where="target", hint="it is opened again")
         applied = {}
         with speaking_of("target"):
-            async with self.connection.transaction():
+            async with self._chain():
                 for index, change_set in changes.items():
                     with speaking_of("target", where=f"index {index}"), _pausing(index):
                         applied[index] = await self._writers[index].apply(change_set)
@@ -250,8 +281,8 @@ class ApplySession:
                     await self._pause(index, reason)
                 for page in pages:
                     await self._end_page(page)
-                await self._pipelines.commit(
-                    self.connection, self._fence, checkpoint, commit_time=commit_time, caught_up=caught_up
+                self._proposed = await self._pipelines.commit(
+                    self.connection, self._held, checkpoint, ahead=ahead, commit_time=commit_time, caught_up=caught_up
                 )
                 crash_point("batch written")
             crash_point("batch committed")

@@ -18,7 +18,7 @@ from cdcsync.backoff import backoff_s
 from cdcsync.config import Config
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import TargetUnavailable, Unavailable, leading
+from cdcsync.errors import TargetRewound, TargetUnavailable, Unavailable, leading
 from cdcsync.flows.audit import verify_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
@@ -199,6 +199,7 @@ class Pipeline:
         """Keep the indexes in step until told to stop.
 
         :raises SchemaChanged: an index was paused; begin again without it, or with what it is now.
+        :raises TargetRewound: the target went back to an earlier state; begin again with what it is now.
         """
         try:
             async with anyio.create_task_group() as ending:
@@ -278,6 +279,8 @@ class Pipeline:
                     self.streaming.set()
                     attempt = 0
                     await self.stream.follow(slot, checkpoint, start.server.lsn)
+            except TargetRewound:
+                raise
             except Unavailable as error:
                 self.state.metrics.reconnects.labels("source").inc()
                 delay = backoff_s(attempt, first=0.2, most=15)
@@ -330,5 +333,7 @@ class Pipeline:
     async def _reopen_target(self) -> None:
         try:
             await self.session.reopen(self.specs)
+        except TargetRewound:
+            raise
         except TargetUnavailable as error:
             log.debug("target_still_away", error=str(error))

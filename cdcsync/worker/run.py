@@ -18,7 +18,7 @@ import structlog
 from cdcsync.backoff import backoff_s
 from cdcsync.config import Config
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import SchemaChanged, Unavailable, leading
+from cdcsync.errors import SchemaChanged, TargetRewound, Unavailable, leading
 from cdcsync.flows.follow.stream import describe_pause
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
 from cdcsync.target.session import worker_name
@@ -123,6 +123,8 @@ async def _work_through_schema_changes(
                     kept_out.add(error.index)
                 reasons[error.index] = describe_pause(error)
                 paused_at[error.index] = [*recent, now]
+        except TargetRewound as error:
+            log.error("target_rewound", error=str(error), fix=error.hint)
         except Unavailable as error:
             if not state.stopping.is_set():
                 log.warning("set_up_waits", error=str(error))

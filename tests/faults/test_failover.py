@@ -12,7 +12,7 @@ import pytest
 from cdcsync.demo.cluster import Cluster
 from tests.fixtures.outages import MakeSimple, configure, stops_at_the_gap_and_heals
 from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.fixtures.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults, pytest.mark.failover]
 
@@ -227,6 +227,41 @@ def test_a_backfill_does_not_wait_for_transactions_that_a_failover_lost(
     assert worker.poll() is None
     pipeline.connect_source()
     pipeline.in_step()
+
+
+def test_a_failover_that_loses_a_transaction_that_was_applied_in_part_is_a_gap(
+    make_pair: MakePair, database: Database, make_simple: MakeSimple
+) -> None:
+    # The checkpoint is still before the transaction, so it alone would not tell.
+    primary, standby = make_pair({}, {})
+    pipeline = make_simple(both(primary, standby), database.dsn, rows=60, worker_lines="batch_rows = 10")
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    until_the_standby_has_the_slot(pipeline, standby)
+    with pipeline.target.transaction():
+        pipeline.target.execute("SELECT FROM cdcsync.articles_chunks WHERE id = 55 FOR UPDATE")
+        cut_off(standby, after=pipeline.position())
+        pipeline.source.execute("UPDATE articles SET title = 'never happened'")
+        with psycopg.connect(database.dsn, autocommit=True) as admin:
+            until(
+                lambda: admin.execute(f"SELECT count(*) {BLOCKED}").fetchone() != (0,), "the part with the locked row"
+            )
+            primary.kill()
+            until(
+                lambda: admin.execute(f"SELECT count(pg_terminate_backend(pid)) {BLOCKED}").fetchone() != (0,),
+                pipeline.tail,
+            )
+        pipeline.event("stream_waits")
+    (parts,) = pipeline.target.execute(
+        "SELECT count(*) FROM cdcsync.articles_chunks WHERE content = 'never happened'"
+    ).fetchone() or (0,)
+    assert 0 < parts < 60
+    standby.promote()
+    pipeline.connect_source()
+    assert worker.wait(timeout=PATIENCE_S) == 1, pipeline.tail()
+
+    stops_at_the_gap_and_heals(pipeline, "of which parts are indexed")
 
 
 BLOCKED = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster
+from tests.fixtures.clusters import copy_of, put_back
 from tests.fixtures.outages import MakeSimple, configure, frozen, indexed, stops_at_the_gap_and_heals
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import PATIENCE_S, Pipeline, until
@@ -137,16 +136,6 @@ def test_a_slot_that_loses_its_wal_under_a_worker_is_a_gap(
     assert worker.wait(timeout=PATIENCE_S) == 1
     assert "has lost WAL" in pipeline.tail()
     assert indexed(pipeline) == before
-
-
-def copy_of(cluster: Cluster, place: Path) -> None:
-    """Copy a cluster's data while it is down, with owners and modes."""
-    subprocess.run(["cp", "-a", str(cluster.data), str(place)], check=True)
-
-
-def put_back(cluster: Cluster, place: Path) -> None:
-    shutil.rmtree(cluster.data)
-    subprocess.run(["cp", "-a", str(place), str(cluster.data)], check=True)
 
 
 @pytest.mark.parametrize("recovered", [False, True], ids=["files put back", "recovered to a new timeline"])

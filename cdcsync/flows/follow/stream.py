@@ -19,7 +19,6 @@ The rules:
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
@@ -29,7 +28,7 @@ import structlog
 
 from cdcsync.backoff import backoff_s
 from cdcsync.crashpoints import crash_point
-from cdcsync.errors import SchemaChanged, SourceUnavailable, TargetUnavailable, leading
+from cdcsync.errors import SchemaChanged, SourceUnavailable, TargetRewound, TargetUnavailable, leading
 from cdcsync.flows.embed import EmbedLoop
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.lsn import Lsn
@@ -360,6 +359,7 @@ class Stream:
         while True:
             if self._ready:
                 batch, self._batch = self._batch, Batch()
+                batch.ahead = self._assembler.ahead
                 self._applying = batch
                 self._wake_receive.set()
                 try:
@@ -419,6 +419,8 @@ class Stream:
                 batch.indexes.pop(error.index, None)
                 batch.paused[error.index] = describe_pause(error)
                 self.pauses.append(error)
+            except TargetRewound:
+                raise  # what is in hand does not follow what the target has now
             except (TargetUnavailable, SourceUnavailable) as error:
                 await self._recover(error, attempt)
                 attempt += 1
@@ -432,6 +434,7 @@ class Stream:
                     changes,
                     batch.pages,
                     batch.end_lsn,
+                    ahead=batch.ahead,
                     paused=batch.paused,
                     commit_time=to_datetime(batch.commit_time_us) if batch.commit_time_us is not None else None,
                     caught_up=self._drained and not self._batch,
@@ -446,8 +449,12 @@ class Stream:
         await anyio.sleep(delay)
         if side == "target":
             self._metrics.reconnects.labels(side).inc()
-            with contextlib.suppress(TargetUnavailable):  # the next attempt fails the same way, and waits longer
+            try:
                 await self._session.reopen(self._specs)
+            except TargetRewound:
+                raise
+            except TargetUnavailable:
+                pass  # the next attempt fails the same way, and waits longer
 
     @property
     def _idle_checkpoint_due(self) -> bool:
@@ -467,6 +474,8 @@ class Stream:
         try:
             with anyio.CancelScope(shield=True):
                 await self._session.apply({}, (), passed, commit_time=None, caught_up=self._drained)
+        except TargetRewound:
+            raise
         except TargetUnavailable as error:
             await self._recover(error, 0)
         else:

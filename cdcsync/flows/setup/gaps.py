@@ -8,12 +8,16 @@ Source: PostgreSQL, "pg_replication_slots"; "Streaming Replication Protocol" (ID
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cdcsync.errors import GapError, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import Slot, read_slot
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.pipelines import PipelineState
+from cdcsync.target.requests import Requests
+from cdcsync.target.session import ApplySession
 
 _RESYNC = (
     'set source.on_gap = "resync" to read everything again with a new slot; docs/operations.md, "After a gap",'
@@ -46,6 +50,22 @@ async def refuse_moved(source: Connection, name: str, checkpoint: Lsn) -> None:
         slot = await read_slot(source, name)
     if slot is None or (slot.confirmed_flush is not None and slot.confirmed_flush > checkpoint):
         raise SourceUnavailable("the slot was moved while we connected", where=f"slot {name}")
+
+
+async def refuse_forgotten(session: ApplySession, schema: str, name: str, indexes: Sequence[str]) -> None:
+    """Refuse indexes that hold rows beside a pipeline without a checkpoint: nobody knows what they have missed.
+
+    :raises GapError: there are some.
+    """
+    with speaking_of("target"):
+        begun = await Requests(schema).begun(session.connection, indexes)
+    if begun:
+        raise GapError(
+            f"the pipeline has no checkpoint, and the index {', '.join(begun)} was loaded before: the checkpoint was"
+            " removed, so what changed since is unknown",
+            where=f"slot {name}",
+            hint=_RESYNC,
+        )
 
 
 async def refuse_gap(
@@ -101,13 +121,14 @@ async def _refuse_branch(
     slot_connection: SlotConnection, state: PipelineState, server: ServerIdentity, name: str
 ) -> None:
     """Refuse a newer timeline that left ours before the checkpoint: what is indexed beyond never happened there."""
-    if state.timeline is None or server.timeline == state.timeline or state.checkpoint is None:
+    if state.timeline is None or server.timeline == state.timeline or state.reach is None:
         return
     left_at = await slot_connection.end_of_timeline(state.timeline, server.timeline)
-    if left_at is None or left_at < state.checkpoint:
+    if left_at is None or left_at < state.reach:
+        before = "the checkpoint" if state.reach == state.checkpoint else f"{state.reach}, of which parts are indexed"
         raise GapError(
-            f"the source's timeline {server.timeline} branched off at {left_at or 'an unknown place'}, before the"
-            " checkpoint: a standby was promoted that had not received all that is indexed",
+            f"the source's timeline {server.timeline} branched off at {left_at or 'an unknown place'}, before {before}:"
+            " a standby was promoted that had not received all that is indexed",
             where=f"slot {name}, checkpoint {state.checkpoint}",
             hint=_RESYNC,
         )

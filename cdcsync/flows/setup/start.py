@@ -18,7 +18,7 @@ from psycopg import sql
 from cdcsync.config import Config, QualifiedName
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import GapError, SchemaChanged, SlotInUse
-from cdcsync.flows.setup.gaps import refuse_gap, refuse_standby
+from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby
 from cdcsync.lsn import Lsn
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
@@ -272,7 +272,10 @@ async def refuse_early(source: Connection, session: ApplySession, config: Config
     :raises GapError: there is one, and the configuration does not say to heal it.
     """
     state = await session.state()
-    if state.checkpoint is None or config.source.on_gap == "resync":
+    if config.source.on_gap == "resync":
+        return
+    if state.checkpoint is None:
+        await refuse_forgotten(session, config.target.schema, config.source.slot, list(config.indexes))
         return
     async with await SlotConnection.connect(config.source.dsn) as slot_connection:
         await refuse_standby(slot_connection, source)
@@ -297,17 +300,20 @@ async def starting_point(
     server = await slot_connection.identify()
     with speaking_of("source", where=f"slot {name}"):
         slot = await read_slot(source, name)
-    if state.checkpoint is None:
-        begin = await _first_position(slot_connection, source, slot, config)
-        await session.begin_at(begin, server.system_identifier, server.timeline)
-        return StartingPoint(begin, True, server)
     try:
-        await refuse_gap(slot_connection, state, server, slot, name)
+        if state.checkpoint is None:
+            await refuse_forgotten(session, config.target.schema, name, indexes)
+        else:
+            await refuse_gap(slot_connection, state, server, slot, name)
     except GapError as gap:
         if config.source.on_gap != "resync":
             raise
         log.error("gap", slot=name, error=str(gap), action="resync")
         begin = await _resync(slot_connection, source, session, server, slot, config, indexes)
+        return StartingPoint(begin, True, server)
+    if state.checkpoint is None:
+        begin = await _first_position(slot_connection, source, slot, config)
+        await session.begin_at(begin, server.system_identifier, server.timeline)
         return StartingPoint(begin, True, server)
     if state.timeline is not None and server.timeline > state.timeline:
         await session.begin_at(state.checkpoint, server.system_identifier, server.timeline)

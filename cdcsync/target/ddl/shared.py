@@ -39,6 +39,12 @@ _SHARED = (
         updated_at timestamptz NOT NULL DEFAULT now()
     )
     """,
+    "ALTER TABLE {schema}.pipelines ADD COLUMN IF NOT EXISTS ahead pg_lsn",
+    "ALTER TABLE {schema}.pipelines ADD COLUMN IF NOT EXISTS commits bigint NOT NULL DEFAULT 0",
+    "COMMENT ON COLUMN {schema}.pipelines.ahead IS"
+    " 'How far beyond the checkpoint the index may hold parts of what the source committed.'",
+    "COMMENT ON COLUMN {schema}.pipelines.commits IS"
+    " 'Counts the commits of workers; one that finds another number than its own last one writes nothing.'",
     "COMMENT ON TABLE {schema}.pipelines IS"
     " 'cdcsync: one row per replication slot. checkpoint commits together with the chunks.'",
     "COMMENT ON COLUMN {schema}.pipelines.checkpoint IS"

@@ -74,8 +74,8 @@ class Pipeline:
         return row[0]
 
     async def checkpoint(self, lsn: Lsn, *, caught_up: bool = True) -> None:
-        await self.target.execute("UPDATE cdcsync.pipelines SET fence = 1, worker = 'host:42'")
-        await self.pipelines.commit(self.target, 1, lsn, caught_up=caught_up)
+        lease = await self.pipelines.take_over(self.target, "host:42")
+        await self.pipelines.commit(self.target, lease, lsn, caught_up=caught_up)
 
     async def reach_the_end(self) -> None:
         """Put the checkpoint where the WAL ends once this is written, or after it: nobody else is quiet for us."""

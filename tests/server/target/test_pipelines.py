@@ -1,4 +1,4 @@
-"""The pipeline's row: one worker at a time, fenced, and a checkpoint that only moves forward."""
+"""The pipeline's row: one worker at a time, fenced, and a checkpoint that is a chain and only moves forward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import anyio
 import pytest
 
-from cdcsync.errors import LeaseLost
+from cdcsync.errors import LeaseLost, TargetRewound
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.shared import create_shared
@@ -56,8 +56,8 @@ async def test_a_pipeline_that_was_never_set_up_has_no_state(connection: Connect
 
 
 async def test_setting_up_again_keeps_the_state_and_follows_the_publication(connection: Connection) -> None:
-    fence = await PIPELINES.take_over(connection, "me")
-    await PIPELINES.begin_at(connection, fence, Lsn(5), "sys", 1)
+    lease = await PIPELINES.take_over(connection, "me")
+    await PIPELINES.begin_at(connection, lease, Lsn(5), "sys", 1)
     before = await state(connection)
 
     await PIPELINES.ensure(connection, "another")
@@ -93,10 +93,57 @@ async def test_one_session_holds_the_lock_until_it_ends(
 
 
 async def test_each_worker_that_takes_over_raises_the_fence(connection: Connection) -> None:
-    assert await PIPELINES.take_over(connection, "first") == 1
-    assert await PIPELINES.take_over(connection, "second") == 2
+    assert (await PIPELINES.take_over(connection, "first")).fence == 1
+    assert (await PIPELINES.take_over(connection, "second")).fence == 2
     found = await state(connection)
     assert (found.fence, found.worker) == (2, "second")
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "checkpoint = '0/5'",
+        "checkpoint = NULL",
+        "checkpoint = '0/63'",
+        "commits = commits - 1",
+        "commits = commits + 1",
+        "fence = fence - 1",
+    ],
+)
+async def test_the_checkpoint_moves_only_from_what_was_last_committed(connection: Connection, back: str) -> None:
+    """As after a standby that lagged was promoted, a backup restored, or the row edited."""
+    lease = await PIPELINES.take_over(connection, "me")
+    lease = await PIPELINES.begin_at(connection, lease, Lsn(5), "sys", 1)
+    lease = await PIPELINES.commit(connection, lease, Lsn(9))
+    await connection.execute(f"UPDATE cdcsync.pipelines SET {back}".encode())
+    before = await state(connection)
+
+    for position in (Lsn(12), None):
+        with pytest.raises(TargetRewound, match="has committed 0/9") as refused:
+            await PIPELINES.commit(connection, lease, position)
+        assert refused.value.where == "slot slot"
+        assert refused.value.hint
+    with pytest.raises(TargetRewound):
+        await PIPELINES.forget(connection, lease)
+    with pytest.raises(TargetRewound):
+        await PIPELINES.begin_at(connection, lease, Lsn(12), "sys", 1)
+    assert await state(connection) == before
+
+
+async def test_how_far_ahead_of_the_checkpoint_the_index_is_stays_until_the_position_is_forgotten(
+    connection: Connection,
+) -> None:
+    lease = await PIPELINES.take_over(connection, "me")
+    lease = await PIPELINES.begin_at(connection, lease, Lsn(5), "sys", 1)
+    seen = []
+    for position, ahead in ((None, Lsn(40)), (Lsn(20), None), (None, Lsn(30)), (Lsn(50), None)):
+        lease = await PIPELINES.commit(connection, lease, position, ahead=ahead)
+        found = await state(connection)
+        seen.append((found.checkpoint, found.ahead, found.reach))
+    assert seen == [(5, 40, 40), (20, 40, 40), (20, 40, 40), (50, 40, 50)]
+    await PIPELINES.forget(connection, lease)
+    found = await state(connection)
+    assert (found.checkpoint, found.ahead, found.reach) == (None, None, None)
 
 
 async def test_nothing_is_written_under_an_older_fence(connection: Connection) -> None:
@@ -127,15 +174,15 @@ async def test_who_takes_over_waits_for_the_predecessor_that_is_committing(
 ) -> None:
     """So that the checkpoint read after taking over is the last one."""
     watching, second = await connect_target(), await connect_target()
-    fence = await PIPELINES.take_over(connection, "first")
+    lease = await PIPELINES.take_over(connection, "first")
     fences = []
 
     async def take_over() -> None:
-        fences.append(await PIPELINES.take_over(second, "second"))
+        fences.append((await PIPELINES.take_over(second, "second")).fence)
         fences.append(int((await state(second)).checkpoint or 0))
 
     async with anyio.create_task_group() as tasks, connection.transaction():
-        await PIPELINES.commit(connection, fence, Lsn(7))
+        await PIPELINES.commit(connection, lease, Lsn(7))
         tasks.start_soon(take_over)
         await until_blocked(watching, second)
 
@@ -146,12 +193,12 @@ async def test_who_was_taken_over_while_it_waited_commits_nothing(
     connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
 ) -> None:
     watching, second = await connect_target(), await connect_target()
-    fence = await PIPELINES.take_over(connection, "first")
+    lease = await PIPELINES.take_over(connection, "first")
     lost = []
 
     async def commit() -> None:
         try:
-            await PIPELINES.commit(connection, fence, Lsn(7))
+            await PIPELINES.commit(connection, lease, Lsn(7))
         except LeaseLost:
             lost.append(True)
 
@@ -168,28 +215,28 @@ async def test_who_was_taken_over_while_it_waited_commits_nothing(
 
 
 async def test_a_pipeline_begins_where_it_is_told(connection: Connection) -> None:
-    fence = await PIPELINES.take_over(connection, "me")
-    await PIPELINES.begin_at(connection, fence, Lsn.parse("16/B374D848"), "7345", 3)
+    lease = await PIPELINES.take_over(connection, "me")
+    await PIPELINES.begin_at(connection, lease, Lsn.parse("16/B374D848"), "7345", 3)
     found = await state(connection)
     assert (found.checkpoint, found.system_identifier, found.timeline) == (Lsn.parse("16/B374D848"), "7345", 3)
 
 
 async def test_the_checkpoint_only_moves_forward(connection: Connection) -> None:
-    fence = await PIPELINES.take_over(connection, "me")
+    lease = await PIPELINES.take_over(connection, "me")
     seen = []
     for position in (Lsn(10), Lsn(30), Lsn(20), None, Lsn(0xFFFF_FFFF_FFFF_FFFF)):
-        await PIPELINES.commit(connection, fence, position)
+        lease = await PIPELINES.commit(connection, lease, position)
         seen.append((await state(connection)).checkpoint)
     assert seen == [10, 30, 30, 30, 0xFFFF_FFFF_FFFF_FFFF]
 
 
 async def test_times_are_noted_and_kept_until_there_are_newer_ones(connection: Connection) -> None:
-    fence = await PIPELINES.take_over(connection, "me")
-    await PIPELINES.commit(connection, fence, Lsn(1), commit_time=COMMITTED)
+    lease = await PIPELINES.take_over(connection, "me")
+    lease = await PIPELINES.commit(connection, lease, Lsn(1), commit_time=COMMITTED)
     first = await state(connection)
-    await PIPELINES.commit(connection, fence, None, caught_up=True)
+    lease = await PIPELINES.commit(connection, lease, None, caught_up=True)
     second = await state(connection)
-    await PIPELINES.commit(connection, fence, Lsn(2), commit_time=COMMITTED + timedelta(seconds=1))
+    await PIPELINES.commit(connection, lease, Lsn(2), commit_time=COMMITTED + timedelta(seconds=1))
     third = await state(connection)
 
     assert (first.commit_time, first.caught_up_at) == (COMMITTED, None)

@@ -14,7 +14,7 @@ import pytest
 from psycopg.pq import TransactionStatus
 
 import cdcsync.target.session as session_module
-from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetUnavailable
+from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetRewound, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.changeset import Applied, ChangeSet
@@ -185,6 +185,54 @@ async def test_a_writer_that_waits_behind_its_successor_writes_nothing(
     assert lost == [True]
     assert await pipeline.rows("SELECT count(*) FROM cdcsync.articles_chunks") == [(0,)]
     assert ((await second.state()).fence, await pipeline.checkpoint()) == (2, None)
+
+
+# -- the chain ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("back", ["checkpoint = '0/A'", "commits = commits - 1", "fence = 0"])
+async def test_a_session_writes_nothing_into_a_target_that_went_back(pipeline: Pipeline, back: str) -> None:
+    session = await pipeline.open()
+    for position in (Lsn(10), Lsn(20)):
+        await apply(session, position)
+    await pipeline.rows(f"UPDATE cdcsync.pipelines SET {back} RETURNING 1")
+
+    with pytest.raises(TargetRewound):
+        await apply(session, Lsn(30), articles=changes(document("1", "a")))
+    assert await pipeline.rows("SELECT FROM cdcsync.articles_chunks") == []
+    await pipeline.broken(session)
+    with pytest.raises(TargetRewound):
+        await session.reopen(SPECS)
+    # Another session begins from what there is.
+    await until(pipeline.session().try_open)
+
+
+@pytest.mark.parametrize("happened", [True, False])
+async def test_a_commit_whose_answer_was_lost_continues_the_chain_whether_it_happened_or_not(
+    pipeline: Pipeline, happened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await pipeline.open()
+    await apply(session, Lsn(10))
+    commit = Pipelines.commit
+
+    async def end_the_session(self: Pipelines, *arguments: Any, **options: Any) -> Any:
+        lease = await commit(self, *arguments, **options)
+        if happened:
+            await session.connection.execute("COMMIT")
+        await pipeline.terminate(session)
+        return lease
+
+    monkeypatch.setattr(Pipelines, "commit", end_the_session)
+    with pytest.raises(TargetUnavailable):
+        await apply(session, Lsn(20), articles=changes(document("1", "a")))
+    monkeypatch.undo()
+    assert await pipeline.checkpoint() == (20 if happened else 10)
+
+    await session.reopen(SPECS)
+    for position in (Lsn(20), Lsn(30)):
+        await apply(session, position, articles=changes(document("1", "a", existed=True)))
+    assert await pipeline.checkpoint() == 30
+    assert await pipeline.rows("SELECT content FROM cdcsync.articles_chunks") == [("a",)]
 
 
 # -- apply -----------------------------------------------------------------------------------------------------------
@@ -372,12 +420,12 @@ async def test_a_session_is_not_opened_again_behind_a_successor(
     first = await pipeline.open()
     await pipeline.broken(first)
     second = await pipeline.open()
-    with pytest.raises(LeaseLost, match="took over"):
+    with pytest.raises(LeaseLost, match="taken over"):
         await first.reopen(SPECS)
 
     # Nor when the successor has come and gone.
     await second.aclose()
-    with pytest.raises(LeaseLost, match="took over"):
+    with pytest.raises(LeaseLost, match="taken over"):
         await first.reopen(SPECS)
     # What was refused holds no lock.
     third = pipeline.session()

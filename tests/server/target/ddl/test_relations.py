@@ -28,7 +28,7 @@ from cdcsync.target.ddl.relations import (
     vector_schema,
 )
 from cdcsync.target.ddl.shared import create_shared
-from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.pipelines import Lease, Pipelines
 from tests.fixtures.indexes import (
     SCHEMA,
     LiveIndex,
@@ -525,17 +525,17 @@ async def test_writers_go_on_while_the_index_is_built(
 # -- wait_for --------------------------------------------------------------------------------------------------------
 
 
-async def followed(connection: Connection, checkpoint: Lsn | None) -> tuple[Pipelines, int]:
+async def followed(connection: Connection, checkpoint: Lsn | None) -> tuple[Pipelines, Lease]:
     """Set up the index `articles` and its pipeline."""
     pipelines = Pipelines(SCHEMA, "slot")
     spec = make_spec(search=None)
     await create(connection, spec)
     await pipelines.ensure(connection, "p")
     await register(connection, spec, slot="slot")
-    fence = await pipelines.take_over(connection, "me")
+    lease = await pipelines.take_over(connection, "me")
     if checkpoint is not None:
-        await pipelines.begin_at(connection, fence, checkpoint, "system", 1)
-    return pipelines, fence
+        lease = await pipelines.begin_at(connection, lease, checkpoint, "system", 1)
+    return pipelines, lease
 
 
 async def test_waiting_for_what_is_reached_returns_at_once(connection: Connection) -> None:
@@ -555,7 +555,7 @@ async def test_waiting_in_vain_returns_false(connection: Connection, checkpoint:
 async def test_waiting_ends_when_the_checkpoint_gets_there(
     connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
 ) -> None:
-    pipelines, fence = await followed(connection, Lsn(0x10))
+    pipelines, lease = await followed(connection, Lsn(0x10))
     waiting = await connect_target()
     answers = []
 
@@ -573,10 +573,10 @@ async def test_waiting_ends_when_the_checkpoint_gets_there(
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait)
         await until(sleeps)
-        await pipelines.commit(connection, fence, Lsn(0x20))
+        lease = await pipelines.commit(connection, lease, Lsn(0x20))
         await until(sleeps)
         assert answers == []
-        await pipelines.commit(connection, fence, Lsn(0x30))
+        await pipelines.commit(connection, lease, Lsn(0x30))
     assert answers == [(True,)]
 
 

@@ -1,0 +1,147 @@
+"""A target that goes back to an earlier state under a living worker: noticed before one more change is written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import conninfo
+
+from cdcsync.demo.cluster import Cluster
+from tests.fixtures.clusters import copy_of, put_back
+from tests.fixtures.outages import MakeSimple, all_read, make_target, stops_at_the_gap_and_heals
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import PATIENCE_S, Pipeline, until
+
+pytestmark = [pytest.mark.server, pytest.mark.faults]
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def acknowledged(pipeline: Pipeline) -> None:
+    """Wait until the source has heard that everything committed so far is in the target."""
+    lsn = pipeline.position()
+    pipeline.source.execute("SELECT pg_logical_emit_message(true, 'x', '')")
+    until(
+        lambda: (
+            pipeline.source.execute(
+                "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s",
+                [lsn, pipeline.config.source.slot],
+            ).fetchone()
+            == (True,)
+        ),
+        pipeline.tail,
+    )
+
+
+def change(pipeline: Pipeline, word: str) -> None:
+    pipeline.source.execute("UPDATE articles SET title = title || %s WHERE id %% 2 = 0", [word])
+    pipeline.source.execute("DELETE FROM articles WHERE id = (SELECT min(id) FROM articles)")
+
+
+@pytest.mark.parametrize("on_gap", ["stop", "resync"])
+@pytest.mark.parametrize("how", ["a standby that lagged is promoted", "a backup is restored"])
+def test_a_target_that_lost_confirmed_changes_under_a_worker_is_a_gap(
+    make_database: Callable[[], Database],
+    make_cluster: Callable[..., Cluster],
+    make_simple: MakeSimple,
+    tmp_path: Path,
+    stack: contextlib.ExitStack,
+    how: str,
+    on_gap: str,
+) -> None:
+    source, first = make_database(), make_cluster()
+    dsn, standby = make_target(first), None
+    if "standby" in how:
+        standby = stack.enter_context(first.standby(slot="near"))
+        dsn = conninfo.make_conninfo(
+            dsn, host="127.0.0.1,127.0.0.1", port=f"{first.port},{standby.port}", target_session_attrs="read-write"
+        )
+    pipeline = make_simple(source.dsn, dsn, slot=source.name, source_lines=f'on_gap = "{on_gap}"')
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    if standby is not None:
+        cut_off(standby, pipeline)
+    else:
+        pipeline.target.execute("CHECKPOINT")
+        first.stop("immediate")
+        copy_of(first, tmp_path / "backup")
+        first.start()
+        pipeline.connect_target()
+    change(pipeline, " then lost")
+    pipeline.in_step()
+    acknowledged(pipeline)
+    first.kill()
+    if standby is not None:
+        standby.promote()
+    else:
+        put_back(first, tmp_path / "backup")
+        first.start()
+    pipeline.connect_target()
+    change(pipeline, " after")
+
+    pipeline.event("target_rewound")
+    if on_gap == "stop":
+        assert worker.wait(timeout=PATIENCE_S) == 1, pipeline.tail()
+        stops_at_the_gap_and_heals(pipeline, "the target fell back to an older state")
+    else:
+        pipeline.event("resync_requested")
+        until(lambda: all_read(pipeline) and pipeline.in_step_now(), pipeline.tail)
+        assert worker.poll() is None
+
+
+def cut_off(standby: Cluster, pipeline: Pipeline) -> None:
+    """Let the standby have what its primary has now, and nothing more."""
+    (lsn,) = pipeline.target.execute("SELECT pg_current_wal_insert_lsn()").fetchone() or ("",)
+    with psycopg.connect(standby.dsn(), autocommit=True) as connection:
+        until(
+            lambda: connection.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", [lsn]).fetchone() == (True,),
+            "the standby to have what is indexed",
+        )
+        connection.execute("ALTER SYSTEM SET primary_conninfo = ''")
+        connection.execute("SELECT pg_reload_conf()")
+        until(
+            lambda: connection.execute("SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)").fetchone() == (True,),
+            "the standby to be cut off",
+        )
+
+
+@pytest.mark.parametrize("edit", ["commits = commits - 1", "checkpoint = NULL"])
+def test_an_edited_row_of_the_pipeline_is_noticed_and_what_may_be_missing_is_read(
+    make_database: Callable[[], Database], make_simple: MakeSimple, edit: str
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, source_lines='on_gap = "resync"')
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    pipeline.target.execute(f"UPDATE cdcsync.pipelines SET {edit}".encode())
+    change(pipeline, " after")
+    pipeline.event("target_rewound")
+    until(lambda: pipeline.times("streaming") == 2 and all_read(pipeline) and pipeline.in_step_now(), pipeline.tail)
+    # With the checkpoint still there, nothing is lost, and nothing is read again.
+    assert pipeline.times("resync_requested") == (1 if "NULL" in edit else 0)
+    assert worker.poll() is None
+
+
+def test_an_empty_checkpoint_beside_a_loaded_index_is_a_gap(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name)
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    assert pipeline.stop(worker) == 0
+    change(pipeline, " while nobody knew")
+    pipeline.target.execute("UPDATE cdcsync.pipelines SET checkpoint = NULL")
+
+    stops_at_the_gap_and_heals(pipeline, "the pipeline has no checkpoint")
