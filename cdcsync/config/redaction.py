@@ -21,6 +21,7 @@ _SECRET_PARAMETER = re.compile(r"password|secret|token|scram_\w+_key")
 """libpq's own secrets. `sslkey` and `passfile` are paths, and worth seeing when one is wrong."""
 
 _SCHEME = re.compile(r"postgres(?:ql)?://")
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00")
 _HOST = r"(?:\[[^][@/?]*\]|[^][:@/?#&=,\s]*)(?::[0-9]*)?"
 _HOSTS = re.compile(rf"{_HOST}(?:,{_HOST})*")
 _KEYWORD = re.compile(r"[a-z0-9_]+")
@@ -47,7 +48,8 @@ def dsn_fault(dsn: str) -> str | None:
         return None
     return (
         "expected a connection string, either postgresql://user@host/database or key=value pairs; "
-        "in a URI, special characters of a password are percent-encoded, in a pair it stands in single quotes"
+        "in a URI, special characters of a password are percent-encoded (% itself is %25), "
+        "in a pair it stands in single quotes"
     )
 
 
@@ -67,14 +69,16 @@ def _redacted(dsn: str) -> str | None:
 def _redacted_uri(rest: str) -> str | None:
     """Redact what follows the scheme.
 
-    libpq ends the credentials at the first `@`. A password with an unescaped `@` or `/` in it goes on, so
-    here they end at the last one before the query: rather a hidden host than half a password.
+    The credentials end at the last `@` before the query: rather a hidden host than half a password.
     """
+    if _BAD_ESCAPE.search(rest):
+        return None
     first_at, first_slash = rest.find("@"), rest.find("/")
     has_credentials = first_at >= 0 and (first_slash < 0 or first_at < first_slash)
     before_query, question, query = _cut(rest, "?", start=first_at if has_credentials else 0)
     credentials, at, hosts_and_path = before_query.rpartition("@")
-    if not _HOSTS.fullmatch(hosts_and_path.partition("/")[0]):
+    # libpq ends the credentials at the first `@`: what follows would be a host, and shown in its error message.
+    if "@" in credentials or not _HOSTS.fullmatch(hosts_and_path.partition("/")[0]):
         return None
     user, colon, password = credentials.partition(":")
     shown = [_redacted_parameter(parameter) for parameter in query.split("&")] if query else []

@@ -19,6 +19,7 @@ from psycopg import conninfo
 from psycopg.pq import TransactionStatus
 
 from cdcsync.config import redact_dsn
+from cdcsync.config.redaction import dsn_fault
 from cdcsync.errors import CdcsyncError, SetupError, SourceUnavailable, TargetUnavailable
 from cdcsync.logs import without_quoted
 
@@ -48,6 +49,13 @@ LEAVING: LiteralString = (
 """A session whose client is gone ends within a second even while it waits for a lock: otherwise what a killed worker
 asked for would still be in the queue, and hold up everybody behind it. Not every version and operating system can
 tell."""
+
+TABLES_ONLY: LiteralString = (
+    "SELECT set_config('restrict_nonsystem_relation_kind', 'view, foreign-table', false)"
+    " WHERE current_setting('restrict_nonsystem_relation_kind', true) IS NOT NULL"
+)
+"""The source's tables are read by name. If their owner replaces one by a view, the view's functions would run with our
+role's privileges; the server then refuses the statement instead. Supported since the minor releases of August 2024."""
 
 DURABILITY: dict[Side, LiteralString] = {
     # What we write on the source is a mark or a publication: flushed at commit, waiting for no standby. And
@@ -151,6 +159,8 @@ async def connect(dsn: str, side: Side, *, application_name: str = "cdcsync", au
         await connection.execute(RENDERING)
         await connection.execute(SAFETY)
         await connection.execute(DURABILITY[side])
+        if side == "source":
+            await connection.execute(TABLES_ONLY)
         with contextlib.suppress(psycopg.errors.InvalidParameterValue):
             async with connection.transaction():
                 await connection.execute(LEAVING)
@@ -164,11 +174,14 @@ def conninfo_for(dsn: str, **settings: str | int) -> str:
 
     :raises SetupError: it is not a DSN.
     """
+    if fault := dsn_fault(dsn):
+        raise SetupError(fault, where=describe(dsn), hint="correct the DSN")
     try:
         own = conninfo.conninfo_to_dict(dsn)
     except psycopg.ProgrammingError as error:
+        # libpq's own words would repeat the part that it stumbled over, which may be the password.
         raise SetupError(
-            f"not a connection string: {first_line(error)}",
+            "not a connection string",
             where=describe(dsn),
             hint="write postgresql://user@host/database, or key=value pairs",
         ) from error

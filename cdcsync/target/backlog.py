@@ -14,8 +14,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from pgvector import HalfVector, Vector
-from pgvector.psycopg import register_vector_async
+from pgvector.psycopg.halfvec import register_halfvec_info
+from pgvector.psycopg.vector import register_vector_info
 from psycopg import sql
+from psycopg.types import TypeInfo
 
 from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
@@ -70,10 +72,10 @@ class Backlog:
     async def open(self) -> None:
         """Create the stage for vectors; once per connection."""
         schema = await vector_schema(self._connection)
-        # The driver looks the type up by name, and our sessions have no search path.
-        await self._connection.execute("SELECT set_config('search_path', %s, false)", [f'"{schema}"'])
-        await register_vector_async(self._connection)
-        await self._connection.execute("SELECT set_config('search_path', '', false)")
+        # By their qualified names: a search path, even for a moment, would let operators of others run as our role.
+        for name, register in (("vector", register_vector_info), ("halfvec", register_halfvec_info)):
+            if info := await TypeInfo.fetch(self._connection, sql.Identifier(schema, name)):
+                register(self._connection, info)
         await self._connection.execute(
             sql.SQL(
                 "CREATE TEMP TABLE IF NOT EXISTS {} (content_hash bytea, embedding {}." + self._spec.vector_type + ")"

@@ -182,7 +182,7 @@ _SHARED = (
     "WHERE state IN ('requested', 'running', 'paused')",
     """
     CREATE OR REPLACE FUNCTION {schema}.wait_for(index_name text, lsn pg_lsn, timeout interval DEFAULT '10 s')
-    RETURNS boolean LANGUAGE plpgsql VOLATILE STRICT AS $body$
+    RETURNS boolean LANGUAGE plpgsql VOLATILE STRICT SET search_path = pg_catalog, pg_temp AS $body$
     DECLARE
         deadline timestamptz := clock_timestamp() + timeout;
         pause float8 := 0.002;

@@ -1,0 +1,169 @@
+"""Owners of tables, types, operators and views on our servers cannot have their code run as our roles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from cdcsync.errors import CdcsyncError
+from cdcsync.postgres.sessions import connect
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import Pipeline, until
+from tests.server.test_roles import Roles, answered, config, grant, roles
+
+__all__ = ["roles"]
+
+pytestmark = pytest.mark.server
+
+TABLES = """
+CREATE SCHEMA shop;
+CREATE DOMAIN public.code AS text;
+CREATE TABLE shop.articles (id public.code PRIMARY KEY, tenant int, title text);
+INSERT INTO shop.articles SELECT 'k' || i, i % 3, 'title ' || i FROM generate_series(1, 60) AS i;
+"""
+
+OPERATORS = """
+CREATE SEQUENCE public.calls;
+GRANT USAGE ON SEQUENCE public.calls TO PUBLIC;
+SET search_path = '';
+DO $do$
+DECLARE
+    types text[] := ARRAY['int2', 'int4', 'int8', 'oid', 'regtype', 'regclass', 'name', 'text', 'varchar', 'bpchar',
+        '"char"', 'bytea', 'pg_lsn', 'timestamptz', 'timestamp', 'interval', 'float4', 'float8', 'numeric', 'bool',
+        'jsonb', 'xid', 'xid8', 'text[]', 'name[]', 'oid[]', 'int2[]', 'int4[]', 'public.code', 'tsvector', 'tsquery'];
+    symbols text[] := ARRAY['=', '<>', '<', '<=', '>', '>=', '+', '-', '*', '/', '%', '||', '->', '->>', '@@', '@>',
+        '~', '~~', '&&'];
+    l text; r text; symbol text;
+BEGIN
+    FOREACH l IN ARRAY types LOOP FOREACH r IN ARRAY types LOOP
+        EXECUTE format('CREATE FUNCTION public.hostile(%s, %s) RETURNS bool LANGUAGE plpgsql AS '
+            '$f$ BEGIN PERFORM nextval(''public.calls''); RETURN true; END $f$', l, r);
+        FOREACH symbol IN ARRAY symbols LOOP
+            IF NOT EXISTS (SELECT FROM pg_operator WHERE oprname = symbol AND oprleft = l::regtype
+                           AND oprright = r::regtype AND oprnamespace = 'pg_catalog'::regnamespace) THEN
+                EXECUTE format('CREATE OPERATOR public.%s (FUNCTION = public.hostile, LEFTARG = %s, RIGHTARG = %s)',
+                    symbol, l, r);
+            END IF;
+        END LOOP;
+    END LOOP; END LOOP;
+    FOREACH symbol IN ARRAY ARRAY['lower', 'upper', 'length', 'octet_length', 'md5', 'sha256', 'sum', 'min', 'max',
+        'hashtext', 'quote_ident', 'to_regclass', 'to_regtype', 'unnest', 'abs', 'ceil', 'round', 'sqrt', 'ln'] LOOP
+        FOREACH l IN ARRAY types LOOP
+            CONTINUE WHEN to_regprocedure(format('pg_catalog.%I(%s)', symbol, l)) IS NOT NULL;
+            EXECUTE format('CREATE FUNCTION public.%s(%s) RETURNS text LANGUAGE plpgsql AS '
+                '$f$ BEGIN PERFORM nextval(''public.calls''); RETURN NULL; END $f$', symbol, l);
+        END LOOP;
+    END LOOP;
+END $do$
+"""
+"""Operators and functions that fit values better than the server's own do, each of which counts its calls. A statement
+that finds them by a search path, rather than by a qualified name, runs them with the privileges of its session."""
+
+
+def calls(database: Database) -> int:
+    called, last = database.execute("SELECT is_called, last_value FROM public.calls")[0]
+    return int(last) if called else 0
+
+
+def test_operators_and_functions_of_others_are_never_called(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    source, target = make_database(), make_database()
+    source.execute(TABLES)
+    target.execute("CREATE DOMAIN public.code AS text")
+    for database in (source, target):
+        database.execute(OPERATORS)
+    replicator, writer = roles.name("source"), roles.name("target")
+    grant(source, source_role=replicator, tables="shop.articles")
+    grant(target, target_role=writer, view_schema="search")
+    pipeline = make_pipeline(
+        config(
+            roles.dsn(source, replicator), roles.dsn(target, writer), f"s_{source.name}", view="search.articles"
+        ).replace("[worker]", "[worker]\nevaluate_every_s = 60")
+    )
+    worker = pipeline.start()
+    pipeline.live()
+    source.execute("UPDATE shop.articles SET title = title || ' changed' WHERE tenant = 1")
+    source.execute("DELETE FROM shop.articles WHERE tenant = 2")
+    pipeline.in_step()
+    for command in (
+        ["check"],
+        ["status"],
+        ["search", "articles", "title changed"],
+        ["verify", "articles"],
+        ["replay", "articles", "--where", "tenant = 1"],
+        ["evaluate", "articles"],
+        ["failures", "articles", "list"],
+    ):
+        answered(pipeline, *command, "--json")
+    assert pipeline.stop(worker) == 0
+    answered(pipeline, "teardown", "--purge", "--yes", "--json")
+
+    assert (calls(source), calls(target)) == (0, 0)
+
+
+def test_the_count_of_calls_can_be_other_than_zero(database: Database) -> None:
+    database.execute("CREATE DOMAIN public.code AS text")
+    database.execute(OPERATORS)
+    database.execute("SELECT 1::float8 / 2::int8")
+    assert calls(database) == 1
+
+
+SWAP = """
+BEGIN;
+ALTER TABLE shop.articles RENAME TO articles_before;
+CREATE FUNCTION shop.spy() RETURNS text LANGUAGE plpgsql VOLATILE AS
+    $f$ BEGIN PERFORM nextval('public.calls'); RETURN current_user; END $f$;
+CREATE VIEW shop.articles AS SELECT id, tenant, title || shop.spy() AS title FROM shop.articles_before;
+GRANT SELECT ON shop.articles TO PUBLIC;
+COMMIT
+"""
+
+
+def test_a_table_that_becomes_a_view_does_not_run_its_functions_as_the_source_role(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    """Its owner may do that at any moment; the other index goes on, and the one with the view says what is wrong."""
+    source, target = make_database(), make_database()
+    source.execute(TABLES)
+    target.execute("CREATE DOMAIN public.code AS text")
+    source.execute("CREATE TABLE shop.notes (id int PRIMARY KEY, tenant int, title text)")
+    source.execute("CREATE SEQUENCE public.calls; GRANT USAGE ON SEQUENCE public.calls TO PUBLIC")
+    replicator, writer = roles.name("source"), roles.name("target")
+    grant(source, source_role=replicator, tables="shop.articles, shop.notes")
+    grant(target, target_role=writer, view_schema="search")
+    text = config(roles.dsn(source, replicator), roles.dsn(target, writer), f"s_{source.name}", view="search.articles")
+    notes = text[text.index("[indexes.articles]") :].replace("articles", "notes")
+    pipeline = make_pipeline(text + notes)
+    pipeline.start()
+    pipeline.live()
+    source.execute(SWAP)
+    until(
+        lambda: target.execute("SELECT 1 FROM cdcsync.indexes WHERE name = 'articles' AND state = 'paused'"),
+        pipeline.tail,
+    )
+    source.execute("INSERT INTO shop.notes VALUES (1, 1, 'still followed')")
+    until(lambda: target.execute("SELECT 1 FROM search.notes WHERE content = 'still followed'"), pipeline.tail)
+    assert calls(source) == 0
+
+
+async def test_a_source_session_reads_no_view(database: Database) -> None:
+    database.execute("CREATE VIEW plain AS SELECT 1 AS one")
+    async with await connect(database.dsn, "source") as source:
+        with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="restricted"):
+            await source.execute(sql.SQL("SELECT * FROM public.plain"))
+        await source.execute("SELECT * FROM pg_catalog.pg_tables LIMIT 1")
+
+
+@pytest.mark.parametrize("form", ["postgresql://role:{}@127.0.0.1:1/db", "host=127.0.0.1 port=1 password={}"])
+async def test_no_message_holds_any_part_of_a_password_whatever_is_in_it(form: str) -> None:
+    for code in range(33, 127):
+        password = f"xyzzy{chr(code)}plugh"
+        with pytest.raises(CdcsyncError) as raised:
+            await connect(form.format(password), "source")
+        said = str(raised.value)
+        assert "plugh" not in said, chr(code)
+        assert "xyzzy" not in said, chr(code)
