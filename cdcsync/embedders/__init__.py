@@ -5,7 +5,9 @@
     model_files             where a local model's files are
     description             what they say about it
     sentence_transformers   local models
-    pacing                  budgets, rate limits and the breaker of a provider
+    foreign                 what a provider sends: bytes that are decoded, words that are repeated
+    sizes                   how large a call may be, learnt from calls that failed
+    pacing                  budgets and rate limits of a provider
     provider                requests over HTTP
     remote                  what embedders over HTTP share
     openai, tei             providers

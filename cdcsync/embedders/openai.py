@@ -6,15 +6,16 @@ Source: OpenAI, API reference, "Create embeddings".
 from __future__ import annotations
 
 import base64
-import binascii
 
 import msgspec
 import numpy as np
 
 from cdcsync import config
+from cdcsync.embedders.foreign import MALFORMED, decoded
 from cdcsync.embedders.protocol import Vectors
-from cdcsync.embedders.provider import Provider, Spoilt
+from cdcsync.embedders.provider import Provider
 from cdcsync.embedders.remote import RemoteEmbedder
+from cdcsync.errors import EmbedError
 
 LEARNING = 0.2
 """How fast the estimate of tokens follows what the provider counts."""
@@ -69,18 +70,19 @@ class OpenAIEmbedder(RemoteEmbedder):
         return msgspec.json.encode(request)
 
     def _read(self, answer: bytes, tokens: float, size: int) -> list[Vectors]:
+        expected = "what /v1/embeddings gives"
+        read = decoded(answer, _DECODER, expected)
         try:
-            read = _DECODER.decode(answer)
-            rows = [_vector(item.embedding) for item in read.data]
-        except (msgspec.DecodeError, binascii.Error, ValueError):
-            # The error's own words could quote the answer.
-            raise Spoilt("the provider's answer is not what /v1/embeddings gives") from None
+            with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, which `unusable` finds
+                rows = [_vector(item.embedding) for item in read.data]
+        except MALFORMED:
+            raise EmbedError(f"the provider's answer is not {expected}") from None
         if read.usage is not None and read.usage.total_tokens > 0:
             self._provider.correct(read.usage.total_tokens - tokens)
             self._tokens_per_byte += LEARNING * (read.usage.total_tokens / max(1, size) - self._tokens_per_byte)
         places = [item.index if item.index is not None else at for at, item in enumerate(read.data)]
         if sorted(places) != list(range(len(rows))):
-            raise Spoilt("the provider's answer numbers its vectors in another way than the texts")
+            raise EmbedError("the provider's answer numbers its vectors in another way than the texts")
         return [row for _, row in sorted(zip(places, rows, strict=True), key=lambda pair: pair[0])]
 
 

@@ -1,13 +1,10 @@
-"""When a provider may be asked: budgets, what it told us to wait, and a breaker for when it is down.
+"""When a provider may be asked: budgets, and what it told us to wait.
 
 Pure logic: the time is an argument, in seconds of any clock that does not go back. `Pace` is what callers use:
 
     wait = pace.wait_s(now, tokens)   0.0: ask now; else wait that long and ask `wait_s` again
     pace.take(now, tokens)            right before asking, without anything happening in between
     pace.heard(now, headers)          after each answer
-
-A `Breaker` is closed while the provider answers. Failures in a row open it: nobody asks for a while, then one caller
-may try; its success closes the breaker, its failure opens it for longer.
 """
 
 from __future__ import annotations
@@ -23,15 +20,9 @@ MINUTE_S = 60.0
 BURST_SHARE = 1 / 6
 """The share of a minute's budget that may be used at once: light load never waits, and the rest comes evenly."""
 
-BREAKER_FAILURES = 5
-"""Failures in a row that open the breaker: more than one request's own attempts, so that one bad moment does not."""
-
-BREAKER_FIRST_S = 1.0
-BREAKER_MOST_S = 60.0
-"""A provider that came back is noticed within a minute."""
-
 MOST_ASKED_S = 3600.0
-"""Longer waits are not believed: a wrong clock or header must not stop embedding for a day."""
+"""Longer waits are not believed: a wrong clock or header must not stop embedding for a day. Every wait that a provider
+asks for is capped where it enters."""
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
 
@@ -62,52 +53,6 @@ class Budget:
     def _refill(self, now: float) -> None:
         self._left = min(self._burst, self._left + (now - self._at) * self._per_second)
         self._at = now
-
-
-class Breaker:
-    """Keeps callers from a provider that is down."""
-
-    def __init__(self) -> None:
-        self._failures = 0
-        self._opened = 0
-        self._until = -math.inf
-        self._trying = False
-
-    @property
-    def closed(self) -> bool:
-        """Whether anyone may ask."""
-        return not self._opened
-
-    def wait_s(self, now: float) -> float:
-        """Return how long nobody may ask; 0.0 means that the caller may."""
-        if self.closed:
-            return 0.0
-        if self._trying:
-            return max(BREAKER_FIRST_S, self._until - now)
-        return max(0.0, self._until - now)
-
-    def admit(self) -> None:
-        """Note that the caller asks now; `ended` must follow, after whatever else is to be noted."""
-        self._trying = not self.closed
-
-    def succeeded(self) -> None:
-        """The provider answered."""
-        self._failures = self._opened = 0
-
-    def failed(self, now: float, chance: float) -> None:
-        """The provider failed.
-
-        :param chance: a random number from 0 to 1, by which waits differ between workers.
-        """
-        self._failures += 1
-        if self._failures >= BREAKER_FAILURES and now >= self._until:
-            bound = min(BREAKER_MOST_S, BREAKER_FIRST_S * 2.0 ** min(self._opened, 30))
-            self._opened += 1
-            self._until = now + bound * (0.5 + chance / 2)
-
-    def ended(self) -> None:
-        """The caller is done; if it neither succeeded nor failed, another one may try."""
-        self._trying = False
 
 
 class Pace:
@@ -163,21 +108,23 @@ class Pace:
 
 
 def retry_after_s(headers: Mapping[str, str], today: datetime) -> float | None:
-    """Return how long an answer asks us to wait, in seconds; `None` when it does not say.
+    """Return how long an answer asks us to wait, in seconds and at most `MOST_ASKED_S`; `None` when it does not say.
 
     Source: RFC 9110, section 10.2.3; `retry-after-ms` is an addition of some providers.
     """
-    milliseconds = number(headers.get("retry-after-ms"))
-    if milliseconds is not None:
-        return milliseconds / 1000
+    if (milliseconds := number(headers.get("retry-after-ms"))) is not None:
+        return min(milliseconds / 1000, MOST_ASKED_S)
     text = headers.get("retry-after")
-    if text is None or (seconds := number(text)) is not None:
-        return None if text is None else seconds
+    if text is None:
+        return None
+    if (seconds := number(text)) is not None:
+        return min(seconds, MOST_ASKED_S)
     try:
         date = parsedate_to_datetime(text)
-    except ValueError:
+        wait = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - today).total_seconds()
+    except (ValueError, OverflowError, TypeError):  # no date, or one that no calendar has
         return None
-    return max(0.0, ((date if date.tzinfo else date.replace(tzinfo=UTC)) - today).total_seconds())
+    return min(max(0.0, wait), MOST_ASKED_S)
 
 
 def duration_s(text: str | None) -> float | None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdcsync.errors import EmbedError, TextRejected
+from cdcsync.model.vectors import unusable_rows
 
 Vectors = npt.NDArray[np.float32]
 """`float32[n, dimensions]`, one row a text."""
@@ -80,14 +81,26 @@ class Embedder(Protocol):
         """Give back memory and connections. The embedder can be opened again."""
 
 
-def validate(vectors: Vectors, n: int, dimensions: int) -> None:
-    """Check that an embedder gave one usable vector a text.
+WORD = "word"
+"""A text that no embedder can object to. An embedder that fails at it fails as a whole."""
 
-    A vector of zeros has no direction: pgvector leaves it out of cosine indexes, and nobody would ever find its text.
+
+def validate(vectors: Vectors, n: int, dimensions: int) -> None:
+    """Check that an embedder gave one usable vector for each text.
 
     :param n: the number of texts.
     :raises EmbedError: the shape or element type is not `float32[n, dimensions]`.
-    :raises TextRejected: some vectors are all zeros, infinite or not numbers; their texts would never be found.
+    :raises TextRejected: some vectors could not be found by any search.
+    """
+    check_shape(vectors, n, dimensions)
+    for at, fault in unusable_rows(vectors).items():
+        raise TextRejected(f"the vector of text {at + 1} of {n} {fault}", hint=UNUSABLE_HINT)
+
+
+def check_shape(vectors: Vectors, n: int, dimensions: int) -> None:
+    """Check that an embedder gave `float32[n, dimensions]`.
+
+    :raises EmbedError: it gave something else.
     """
     if vectors.shape != (n, dimensions):
         raise EmbedError(
@@ -96,12 +109,6 @@ def validate(vectors: Vectors, n: int, dimensions: int) -> None:
         )
     if vectors.dtype != np.float32:
         raise EmbedError(f"the embedder gave vectors of {vectors.dtype}, not float32")
-    for fault, rows in (
-        ("infinite or no numbers", ~np.isfinite(vectors).all(axis=1)),
-        ("all zeros", ~vectors.any(axis=1)),
-    ):
-        if rows.any():
-            raise TextRejected(
-                f"the vectors of {np.count_nonzero(rows)} of {n} texts, the first at {rows.argmax()}, are {fault}",
-                hint="look at the text; if it is an ordinary one, the model does not work on this device",
-            )
+
+
+UNUSABLE_HINT = "look at the text; if it is an ordinary one, the model does not work on this device"

@@ -1,12 +1,12 @@
-"""A provider behind HTTP: one request, with all that may go wrong put into four words.
+"""A provider behind HTTP: one request, with all that may go wrong put into our errors.
 
-    Refused         the provider says no to this request: too long, not allowed, or malformed
-    Spoilt          it tried and gave nothing usable: 500, a cut connection, a time-out, HTML instead of JSON
-    EmbedderUnavailable, EmbedderSetupError    it is away or overloaded; our key or its address is wrong
+    EmbedderUnavailable    it is away, overloaded, or tells us to wait for longer than a request does
+    EmbedderSetupError     it says that the key or the address is wrong
+    TextRejected           it says no to this request: too long, not allowed, or malformed
+    EmbedError             it tried and gave nothing usable: 500, a cut connection, no answer in time
 
-Whether a refused or spoilt request is the text's fault, the caller finds out by asking for something else. Spoilt
-requests are tried `TRIES` times; being told to wait costs no try. Messages never hold the key, nor a text: providers
-like to quote what they refuse.
+These are what the provider says. Whether the texts or the provider are at fault is decided above, by asking for
+something else. Messages never hold the key, nor a text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import anyio
 import httpx2
@@ -23,13 +23,14 @@ import msgspec
 import structlog
 
 from cdcsync import __version__, config
-from cdcsync.embedders.pacing import Breaker, Pace, retry_after_s
-from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
+from cdcsync.embedders.foreign import reason, repeatable
+from cdcsync.embedders.pacing import Pace, retry_after_s
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
 
 log = structlog.get_logger()
 
-TRIES = 3
-"""Attempts at a request whose answers are spoilt: a restarting server or a connection that went stale mends itself."""
+QUERY_TRIES = 3
+"""Attempts at a request that a person waits for. Documents have one: what is above knows better what to ask next."""
 
 FIRST_RETRY_S = 0.5
 
@@ -43,12 +44,6 @@ ask for less at a time: after a minute's worth was taken at once, 72 s."""
 KEEP_IDLE_S = 30.0
 """Idle connections are closed before common servers and load balancers do so (60 s), in the middle of a request."""
 
-REASON_CHARACTERS = 300
-QUOTE_CHARACTERS = 12
-"""A message that has this many characters in a row in common with a text may quote it, and is not repeated."""
-SHORT_TEXT = 3
-"""Texts of so few characters are in every message, and tell nothing."""
-
 
 class Answer(msgspec.Struct, frozen=True):
     """What came back, whatever its status."""
@@ -58,16 +53,15 @@ class Answer(msgspec.Struct, frozen=True):
     body: bytes
 
 
-class Refused(Exception):
-    """The provider says no to this request."""
+class Waited(msgspec.Struct):
+    """How often, and how long in all, a request was told to wait."""
 
-
-class Spoilt(Exception):
-    """The provider gave nothing usable, time and again."""
+    times: int = 0
+    seconds: float = 0.0
 
 
 class Provider:
-    """One provider: its address, key, connections, pace and breaker.
+    """One provider: its address, key, connections and pace.
 
     :param where: the section that describes it, for messages.
     :param clock: the time in seconds.
@@ -89,7 +83,6 @@ class Provider:
         self._url = settings.base_url.rstrip("/")
         self._client: httpx2.AsyncClient | None = None
         self._pace: Pace | None = None
-        self.breaker = Breaker()
 
     @property
     def is_open(self) -> bool:
@@ -126,9 +119,11 @@ class Provider:
         texts: Sequence[str] = (),
         tokens: float = 0.0,
         at_most: int,
-        tries: int = TRIES,
+        tries: int = 1,
     ) -> bytes:
         """Return the answer to a request: GET without a body, POST with one.
+
+        Being told to wait for a short time costs no try.
 
         :param path: what comes after the base URL.
         :param texts: what messages must not repeat.
@@ -136,33 +131,28 @@ class Provider:
         :param at_most: how many bytes an answer can have.
         :raises EmbedderUnavailable: the provider is away, overloaded, or asks for more patience than there is.
         :raises EmbedderSetupError: the key, the address or the model's name is wrong.
-        :raises Refused: the provider says no to this request.
-        :raises Spoilt: it failed `tries` times.
+        :raises TextRejected: the provider says no to this request.
+        :raises EmbedError: it failed `tries` times.
         """
         failures = 0
-        waits: list[float] = []
+        waited = Waited()
         while True:
             await self._admission(tokens)
-            self.breaker.admit()
-            try:
-                problem = await self._attempt(path, body, at_most)
-                if isinstance(problem, Answer):
-                    answer = problem
-                    if answer.status == httpx2.codes.OK:
-                        self.breaker.succeeded()
-                        return answer.body
-                    problem = f"{answer.status} {_reason(answer.body, [*texts, self._key()])}".strip()
-                    if answer.status in (429, 503):
-                        self._wait(answer, problem, waits)
-                        continue
-                    self._raise_if_final(answer.status, problem)
-                self.breaker.failed(self._clock(), random.random())  # noqa: S311 - spreads load, guards nothing
-            finally:
-                self.breaker.ended()
+            problem = await self._attempt(path, body, at_most)
+            if isinstance(problem, Answer):
+                answer = problem
+                if answer.status == httpx2.codes.OK:
+                    return answer.body
+                problem = f"{answer.status} {reason(answer.body, [*texts, *self._secrets()])}".strip()
+                if answer.status in (429, 503):
+                    self._wait(answer, problem, waited)
+                    continue
+                self._raise_if_final(answer.status, problem)
+                problem = f"the provider answers {problem}"
             failures += 1
             log.debug("provider_failed", where=self.where, failures=failures, error=problem)
             if failures >= tries:
-                raise Spoilt(f"the provider fails: {problem}")
+                raise EmbedError(problem, where=self.where)
             await anyio.sleep(spread(FIRST_RETRY_S * 2 ** (failures - 1)))
 
     async def _admission(self, tokens: float) -> None:
@@ -170,11 +160,6 @@ class Provider:
         assert self._pace is not None
         while True:
             now = self._clock()
-            away = self.breaker.wait_s(now)
-            if away > 0:
-                raise EmbedderUnavailable(
-                    "the provider failed several times in a row", where=self.where, retry_after_s=away
-                )
             wait = self._pace.wait_s(now, tokens)
             if wait <= 0:
                 self._pace.take(now, tokens)
@@ -192,13 +177,15 @@ class Provider:
             with anyio.fail_after(self._settings.timeout_s):
                 answer = await self._send(path, body, at_most)
         except httpx2.ConnectError as error:
-            self._failed_to_connect(str(error))
+            self._failed_to_connect(repeatable(str(error)))
         except httpx2.ConnectTimeout:
             self._failed_to_connect("the connection timed out")
         except (TimeoutError, httpx2.TimeoutException):
             return f"no answer within {self._settings.timeout_s:g} s"
-        except httpx2.HTTPError as error:
-            return f"the connection broke: {str(error) or type(error).__name__}"
+        except EmbedderSetupError:  # the key cannot be read
+            raise
+        except Exception as error:  # whatever the HTTP library makes of bytes that are not HTTP
+            return f"the connection broke: {repeatable(str(error)) or type(error).__name__}"
         if answer is None:
             return f"the answer is larger than {at_most} bytes"
         self._pace.heard(self._clock(), answer.headers)
@@ -219,56 +206,51 @@ class Provider:
             return Answer(response.status_code, response.headers, bytes(received))
 
     def _failed_to_connect(self, problem: str) -> NoReturn:
-        now = self._clock()
-        self.breaker.failed(now, random.random())  # noqa: S311 - spreads load, guards nothing
         raise EmbedderUnavailable(
             f"the provider cannot be reached: {problem}",
             where=self.where,
             hint=f"see that {self._url} is up and can be reached from here",
         )
 
-    def _wait(self, answer: Answer, reason: str, waits: list[float]) -> None:
-        """Hold everybody back for as long as the provider asks, or ever longer when it does not say.
-
-        :param waits: how long this request was told to wait before, in seconds; the new wait is added.
-        """
+    def _wait(self, answer: Answer, problem: str, waited: Waited) -> None:
+        """Hold everybody back for as long as the provider asks, or ever longer when it does not say."""
         assert self._pace is not None
-        if answer.status == 429:
-            # Busy, but there.
-            self.breaker.succeeded()
         asked = retry_after_s(answer.headers, datetime.now(UTC))
-        wait = asked if asked is not None else spread(min(30.0, 2.0 ** len(waits)))
-        waits.append(wait)
+        wait = asked if asked is not None else spread(min(30.0, 2.0**waited.times))
+        waited.times += 1
+        waited.seconds += wait
         self._pace.hold(self._clock(), wait)
-        log.debug("provider_asks_to_wait", where=self.where, seconds=round(wait, 2), reason=reason)
-        if "insufficient_quota" in reason or sum(waits) > PATIENCE_S:
+        log.debug("provider_asks_to_wait", where=self.where, seconds=round(wait, 2), reason=problem)
+        if "insufficient_quota" in problem or waited.seconds > PATIENCE_S:
             raise EmbedderUnavailable(
-                f"the provider answers {reason}",
+                f"the provider answers {problem}",
                 where=self.where,
                 hint="see that the account has credit and its limits fit the load",
                 retry_after_s=wait,
             )
 
-    def _raise_if_final(self, status: int, reason: str) -> None:
+    def _raise_if_final(self, status: int, problem: str) -> None:
         """Raise what another attempt would meet again."""
+        message = f"the provider answers {problem}"
         if status in (400, 413, 422):
-            self.breaker.succeeded()
-            raise Refused(f"the provider answers {reason}")
+            raise TextRejected(
+                message,
+                where=self.where,
+                hint="if it refuses every text, see that the model and the options are ones that it knows",
+            )
         if status in (401, 403):
-            self.breaker.succeeded()
-            raise EmbedderSetupError(
-                f"the provider answers {reason}", where=self.where, hint="see that the key is right and may do this"
-            )
+            raise EmbedderSetupError(message, where=self.where, hint="see that the key is right and may do this")
         if 300 <= status < 400 or status in (404, 405):
-            self.breaker.succeeded()
-            raise EmbedderSetupError(
-                f"the provider answers {reason}", where=self.where, hint="see that base_url and model are right"
-            )
+            raise EmbedderSetupError(message, where=self.where, hint="see that base_url and model are right")
 
     def correct(self, tokens: float) -> None:
         """Note that a request had so many tokens more than was estimated, or fewer when negative."""
         if self._pace is not None:
             self._pace.correct(self._clock(), tokens)
+
+    def _secrets(self) -> list[str]:
+        """Return what no message may repeat."""
+        return [self._key()]
 
     def _key(self) -> str:
         path = self._settings.api_key_file
@@ -293,32 +275,3 @@ class Provider:
 def spread(bound_s: float) -> float:
     """Return a random wait in the upper half of the bound, so that callers spread out."""
     return bound_s * (0.5 + random.random() / 2)  # noqa: S311 - spreads load, guards nothing
-
-
-def _reason(body: bytes, secrets: Sequence[str]) -> str:
-    """Return what an error's body says, without what must not be repeated; nothing when it is no JSON."""
-    try:
-        reason = _message(msgspec.json.decode(body))
-    except msgspec.DecodeError:
-        return ""
-    reason = " ".join(reason.split())[:REASON_CHARACTERS]
-    pieces = [reason[at : at + QUOTE_CHARACTERS] for at in range(len(reason) - QUOTE_CHARACTERS + 1)]
-    quoted = any(
-        secret in reason or any(piece in secret for piece in pieces) for secret in secrets if len(secret) > SHORT_TEXT
-    )
-    return "(its message repeats what was sent, and is not shown)" if quoted else reason
-
-
-def _message(answer: Any) -> str:
-    """Return the message in the forms that providers give it: OpenAI, text-embeddings-inference, FastAPI."""
-    match answer:
-        case str():
-            return answer
-        case {"error": {"message": str(message), "code": str(code)}}:
-            return f"{code}: {message}"
-        case {"error": {"message": str(message)}} | {"error": str(message)} | {"message": str(message)}:
-            return message
-        case {"detail": str(message)} | {"detail": [{"msg": str(message)}, *_]}:
-            return message
-        case _:
-            return ""

@@ -1,8 +1,4 @@
-"""What embedders over HTTP share: requests that fit, and whose fault it is when one fails.
-
-A provider that refuses a request, or fails at it time and again, may mean a text in it or be broken as a whole. A
-request for a word that nobody can object to tells the two apart: only if that one works, the texts are at fault.
-"""
+"""What embedders over HTTP share: requests that fit, and answers that are read with suspicion."""
 
 from __future__ import annotations
 
@@ -13,10 +9,8 @@ import numpy as np
 
 from cdcsync import config
 from cdcsync.embedders.protocol import Distance, Kind, Vectors
-from cdcsync.embedders.provider import Provider, Refused, Spoilt
-from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
-
-PROBE = "word"
+from cdcsync.embedders.provider import QUERY_TRIES, Provider
+from cdcsync.errors import EmbedderUnavailable, EmbedError
 
 TOKENS_PER_BYTE = 0.3
 """English has about 0.25, most other languages in UTF-8 about as many. Providers that say what a request had correct
@@ -58,7 +52,6 @@ class RemoteEmbedder:
         self._batch_texts = settings.batch_texts
         self._batch_tokens = settings.batch_tokens
         self._tokens_per_byte = TOKENS_PER_BYTE
-        self._worked = False
 
     def _options(self) -> list[str]:
         """Return what else decides the vectors, for the identity."""
@@ -88,9 +81,9 @@ class RemoteEmbedder:
         """Return the texts' vectors, in their order; in one request where they fit in one.
 
         :raises EmbedderUnavailable: the provider is away or overloaded, or the embedder is not open.
-        :raises TextRejected: the provider refuses one of the texts.
-        :raises EmbedError: it fails at one of the texts.
-        :raises EmbedderSetupError: key, address, model or dimensions are not right.
+        :raises TextRejected: the provider says no to these texts.
+        :raises EmbedError: it fails at them.
+        :raises EmbedderSetupError: it says that the key, the address or the model is not right.
         """
         if not self._provider.is_open:
             raise EmbedderUnavailable("the embedder is not open", where=self._where)
@@ -98,59 +91,31 @@ class RemoteEmbedder:
         parts = []
         while sent:
             count = self.fitting(sent)
-            parts.append(await self._embed_fitting(sent[:count]))
+            parts.append(await self._request(sent[:count], kind))
             sent = sent[count:]
         return np.concatenate(parts) if parts else np.empty((0, self.dimensions), np.float32)
 
-    async def _embed_fitting(self, texts: list[str]) -> Vectors:
-        try:
-            return await self._request(texts)
-        except Refused as refusal:
-            # What worked before works: it is these texts that are refused.
-            if not self._worked:
-                await self._check_that_it_works(refusal)
-            raise TextRejected(str(refusal), where=self._where) from None
-        except Spoilt as failure:
-            await self._check_that_it_works(failure)
-            raise EmbedError(str(failure), where=self._where) from None
-
-    async def _check_that_it_works(self, failure: Refused | Spoilt) -> None:
-        """Raise what the failure means for all texts, unless the provider does its work otherwise."""
-        try:
-            await self._request([PROBE], tries=1)
-        except Refused as refusal:
-            raise EmbedderSetupError(
-                str(refusal), where=self._where, hint="see that model and options are ones that the provider knows"
-            ) from None
-        except Spoilt:
-            raise EmbedderUnavailable(str(failure), where=self._where) from None
-
-    async def _request(self, texts: list[str], *, tries: int | None = None) -> Vectors:
-        """Send one request and read its answer.
-
-        :raises Refused, Spoilt: see the provider; an answer of another shape is spoilt too.
-        """
+    async def _request(self, texts: list[str], kind: Kind) -> Vectors:
+        """Send one request and read its answer."""
         tokens = self._tokens(texts)
-        more = {} if tries is None else {"tries": tries}
         answer = await self._provider.ask(
             self.path,
             self._body(texts),
             texts=texts,
             tokens=tokens,
             at_most=len(texts) * self.dimensions * BYTES_PER_NUMBER + OTHER_BYTES,
-            **more,
+            tries=QUERY_TRIES if kind == "query" else 1,
         )
         rows = self._read(answer, tokens, sum(len(text.encode()) for text in texts))
         if len(rows) != len(texts):
-            raise Spoilt(f"the provider gives {len(rows)} vectors for {len(texts)} texts")
+            raise EmbedError(f"the provider gives {len(rows)} vectors for {len(texts)} texts", where=self._where)
         lengths = {len(row) for row in rows} - {self.dimensions}
         if lengths:
-            raise EmbedderSetupError(
+            raise EmbedError(
                 f"the provider gives vectors of {min(lengths)} dimensions, {self.dimensions} are configured",
                 where=f"{self._where}.dimensions",
                 hint="see that the model is the right one, and set dimensions to the length of its vectors",
             )
-        self._worked = True
         return np.stack(rows).astype(np.float32, copy=False)
 
     def _tokens(self, texts: Sequence[str]) -> float:
@@ -164,6 +129,6 @@ class RemoteEmbedder:
 
         :param tokens: how many were estimated.
         :param size: bytes of the texts.
-        :raises Spoilt: the answer has another shape.
+        :raises EmbedError: the answer has another shape.
         """
         raise NotImplementedError

@@ -15,10 +15,11 @@ import msgspec
 import numpy as np
 
 from cdcsync import config
+from cdcsync.embedders.foreign import decoded
 from cdcsync.embedders.protocol import Kind, Vectors
-from cdcsync.embedders.provider import Provider, Refused, Spoilt
+from cdcsync.embedders.provider import Provider
 from cdcsync.embedders.remote import OTHER_BYTES, RemoteEmbedder
-from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
 
 _VECTORS = msgspec.json.Decoder(list[list[float]])
 
@@ -29,6 +30,9 @@ class _Info(msgspec.Struct):
     model_type: Any = None
     max_input_length: int | None = None
     max_client_batch_size: int | None = None
+
+
+_INFO = msgspec.json.Decoder(_Info)
 
 
 class TeiEmbedder(RemoteEmbedder):
@@ -58,16 +62,7 @@ class TeiEmbedder(RemoteEmbedder):
         await super().open()
         if self._known:
             return
-        try:
-            info = msgspec.json.decode(await self._provider.ask("/info", at_most=OTHER_BYTES), type=_Info)
-        except (Refused, msgspec.DecodeError):
-            raise EmbedderSetupError(
-                "the server's /info is not that of text-embeddings-inference",
-                where=self._where,
-                hint="see that base_url is right; a server with /v1/embeddings is of type openai",
-            ) from None
-        except Spoilt as failure:
-            raise EmbedderUnavailable(str(failure), where=self._where) from None
+        info = await self._ask_info()
         self._check(info)
         if info.max_client_batch_size:
             self._batch_texts = min(self._batch_texts, info.max_client_batch_size)
@@ -85,6 +80,24 @@ class TeiEmbedder(RemoteEmbedder):
         except EmbedderUnavailable:
             self._known = False
             raise
+
+    async def _ask_info(self) -> _Info:
+        try:
+            answer = await self._provider.ask("/info", at_most=OTHER_BYTES)
+        except TextRejected:
+            answer = b""
+        except EmbedderUnavailable:
+            raise
+        except EmbedError as error:
+            raise EmbedderUnavailable(error.message, where=self._where) from None
+        try:
+            return decoded(answer, _INFO, "that of /info")
+        except EmbedError:
+            raise EmbedderSetupError(
+                "the server's /info is not that of text-embeddings-inference",
+                where=self._where,
+                hint="see that base_url is right; a server with /v1/embeddings is of type openai",
+            ) from None
 
     def _check(self, info: _Info) -> None:
         settings = self._settings
@@ -118,8 +131,5 @@ class TeiEmbedder(RemoteEmbedder):
         )
 
     def _read(self, answer: bytes, tokens: float, size: int) -> list[Vectors]:
-        try:
-            return [np.array(row, np.float32) for row in _VECTORS.decode(answer)]
-        except msgspec.DecodeError:
-            # The error's own words could quote the answer.
-            raise Spoilt("the server's answer is not what /embed gives") from None
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, which `unusable` finds
+            return [np.array(row, np.float32) for row in decoded(answer, _VECTORS, "what /embed gives")]

@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from cdcsync.documents.chunks import Chunk
 from cdcsync.model.rows import Key, Row
-
-FloatVector = npt.NDArray[np.float32]
-"""`float32[dimensions]`, or `float32[n, dimensions]` of several."""
-
+from cdcsync.model.vectors import FloatVector
 
 LIVE, BACKFILL = 0, 1
 """Lanes of the backlog: live changes are embedded first."""

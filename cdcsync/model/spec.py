@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from collections.abc import Mapping
 
 import msgspec
 
 from cdcsync.config import Index
 from cdcsync.documents.templates import Documents, Rendering
 from cdcsync.model.rows import Row, Shape
-
-Distance = Literal["cosine", "l2", "inner_product"]
+from cdcsync.model.vectors import Distance as Distance
+from cdcsync.model.vectors import FloatVector, unusable
 
 
 class IndexSpec(msgspec.Struct, frozen=True):
@@ -57,3 +57,13 @@ class IndexSpec(msgspec.Struct, frozen=True):
     def vector_type(self) -> str:
         """The type of the embedding column."""
         return f"{self.config.vector_type}({self.dimensions})"
+
+    def unusable(self, vectors: Mapping[bytes, FloatVector]) -> dict[bytes, str]:
+        """Return which of these vectors no search of this index would find once they are stored, and why."""
+        stored, distance = self.config.vector_type, self.distance
+        return {one: fault for one, vector in vectors.items() if (fault := unusable(vector, stored, distance))}
+
+    def usable(self, vectors: Mapping[bytes, FloatVector]) -> dict[bytes, FloatVector]:
+        """Return the vectors without those that are unusable."""
+        out = self.unusable(vectors)
+        return {one: vector for one, vector in vectors.items() if one not in out}

@@ -28,9 +28,10 @@ from typing import cast
 import psycopg
 from psycopg import sql
 
-from cdcsync.model.changeset import BACKFILL, Applied, ChangeSet, FloatVector
+from cdcsync.model.changeset import BACKFILL, Applied, ChangeSet
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.spec import IndexSpec
+from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import Names, vector_schema

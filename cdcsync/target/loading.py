@@ -13,9 +13,10 @@ from typing import cast
 import numpy as np
 from psycopg import sql
 
-from cdcsync.model.changeset import Document, FloatVector
+from cdcsync.model.changeset import Document
 from cdcsync.model.rows import Row
 from cdcsync.model.spec import IndexSpec
+from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import Names
 

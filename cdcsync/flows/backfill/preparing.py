@@ -17,9 +17,9 @@ from cdcsync.documents.chunks import Chunk, Chunker
 from cdcsync.documents.templates import Rendering
 from cdcsync.errors import CdcsyncError, DocumentError
 from cdcsync.flows.embed import Dispatcher
-from cdcsync.model.changeset import FloatVector
 from cdcsync.model.rows import Key, Row, Shape, Upsert
 from cdcsync.model.spec import IndexSpec
+from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.target.keys import texts_with_vector
 
@@ -101,7 +101,7 @@ class PagePreparer:
         try:
             while texts:
                 call = dict(islice(texts.items(), self._dispatcher.batch(texts)))
-                vectors |= await self._dispatcher.embed(call)
+                vectors |= self._spec.usable((await self._dispatcher.embed(call)).vectors)
                 texts = dict(islice(texts.items(), len(call), None))
         except CdcsyncError as error:
             # What is left goes to the backlog, where the embed loop meets the same error and deals with it.

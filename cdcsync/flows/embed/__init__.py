@@ -9,6 +9,8 @@ budget is not lost: the dispatcher keeps the result, and the loop stores it when
 
 While the stream is far behind, embedding waits for a moment: what a text is now, it will not stay.
 
+    health      whether an embedder works as a whole, and until when it is left alone
+    calls       one embedder's calls, and whose fault it is when one fails
     dispatcher  one embedder and its queue
     pool        the connections that all loops share
     commits     when the source committed what waits

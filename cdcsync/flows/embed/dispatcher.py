@@ -11,12 +11,14 @@ import anyio.abc
 import anyio.to_thread
 import structlog
 
-from cdcsync.backoff import backoff_s
 from cdcsync.documents.chunks import Lengths, estimate
-from cdcsync.embedders.protocol import Embedder, validate
-from cdcsync.errors import CdcsyncError, EmbedError, Retry
+from cdcsync.embedders.protocol import Embedder
+from cdcsync.embedders.sizes import Learnt
+from cdcsync.errors import CdcsyncError
+from cdcsync.flows.embed.calls import Calls, Made, Texts
+from cdcsync.flows.embed.health import Health, Problem, known
 from cdcsync.metrics import Metrics
-from cdcsync.model.changeset import FloatVector
+from cdcsync.model.vectors import FloatVector
 from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
@@ -72,8 +74,7 @@ class Dispatcher:
         self.places = embedder.concurrency
         """How many calls may run at the same time."""
         self._metrics = metrics
-        self._clock = clock
-        self._free = anyio.Semaphore(self.places)
+        self._calls = Calls(embedder, metrics, clock, self._note_success, self._note_failure)
         self._under_way: dict[bytes, anyio.Event] = {}
         self._made: OrderedDict[bytes, FloatVector] = OrderedDict()
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -87,42 +88,63 @@ class Dispatcher:
         self._seconds_per_text = 0.0
         self._small_seconds_per_text = 0.0
         self.ready = anyio.Event()
-        self.problem: CdcsyncError | None = None
-        self.tracing = Tracing()
         self.far_behind: Callable[[], bool] = lambda: False
         """Whether the stream is so late that texts applied now are likely to change again at once."""
 
     async def run(self) -> None:
         """Load the model, trying again while that may help, then hold the inline calls until cancelled."""
-        attempt = 0
         while True:
             try:
                 await self.embedder.open()
                 break
-            except CdcsyncError as error:
-                self.problem = error
-                if error.retry is Retry.AUTOMATIC:
-                    log.warning("embedder_unavailable", embedder=self.embedder.name, error=str(error))
-                else:
-                    # Text, metadata and deletes go on. What someone has to mend may be on the provider's side, so that
-                    # nobody restarts this worker for it.
-                    log.error("embedder_unusable", embedder=self.embedder.name, error=str(error), fix=error.hint)
-                await anyio.sleep(backoff_s(attempt, most=60))
-                attempt += 1
-        self.problem = None
+            except Exception as error:
+                # Text, metadata and deletes go on. What someone has to fix may be on the provider's side, so that
+                # nobody restarts this worker for it.
+                self.health.fails(known(error, [], self.embedder.name))
+                await self.health.pause()
+        self.health.recovered()
         log.info("embedder_ready", embedder=self.embedder.name, model=self.embedder.identity)
         async with anyio.create_task_group() as self._tasks:
+            self._tasks.start_soon(self.health.recover)
             self.ready.set()
             await anyio.sleep_forever()
 
     @property
+    def health(self) -> Health:
+        """Whether the embedder works."""
+        return self._calls.health
+
+    @property
+    def tracing(self) -> Tracing:
+        """Where calls are traced."""
+        return self._calls.tracing
+
+    @tracing.setter
+    def tracing(self, tracing: Tracing) -> None:
+        self._calls.tracing = tracing
+
+    @property
+    def problem(self) -> Problem | None:
+        """Why the embedder makes no vectors now."""
+        return self.health.problem
+
+    @property
+    def learnt(self) -> Learnt:
+        """What calls have taught about their size, to be kept over restarts."""
+        return self._calls.sizes.learnt
+
+    def recall(self, learnt: Learnt) -> None:
+        """Begin with the sizes that worked before a restart."""
+        self._calls.recall(learnt)
+
+    @property
     def idle(self) -> bool:
         """Whether a call could begin now."""
-        return self.ready.is_set() and self._tasks is not None and self._free.value > 0
+        return self.ready.is_set() and self._tasks is not None and self._calls.free
 
     def free_within(self, seconds: float) -> bool:
         """Whether a call could begin now, or after what is under way has likely ended in this time."""
-        loaded = self.ready.is_set() and self._tasks is not None
+        loaded = self.ready.is_set() and self._tasks is not None and self.problem is None
         return self.idle or (loaded and self._seconds_per_text * len(self._under_way) <= seconds)
 
     async def measure(self, texts: Mapping[bytes, str]) -> dict[bytes, int]:
@@ -145,6 +167,17 @@ class Dispatcher:
             if wanted and tokens > self.call_tokens:
                 break
             wanted.append(text)
+        return self._fitting(wanted)
+
+    def _fitting(self, texts: Iterable[str]) -> int:
+        """Return how many of these texts, from the first on, one call can have, as far as is known; at least one."""
+        sizes, size = self._calls.sizes, 0
+        wanted: list[str] = []
+        for text in islice(texts, sizes.texts):
+            size += len(text.encode())
+            if wanted and size > sizes.bytes:
+                break
+            wanted.append(text)
         return self.embedder.fitting(wanted)
 
     def _size(self, one: bytes, text: str) -> int:
@@ -159,24 +192,24 @@ class Dispatcher:
         """Return the vectors that were made recently for these texts."""
         return {one: self._made[one] for one in hashes if one in self._made}
 
-    async def embed(self, texts: Mapping[bytes, str]) -> dict[bytes, FloatVector]:
-        """Return the vector of each text by its hash, calling the model for those not made recently or under way.
+    async def embed(self, texts: Mapping[bytes, str]) -> Made:
+        """Return what becomes of each text by its hash, calling the model for those not made recently or under way.
 
-        :raises EmbedderUnavailable: the model or provider fails as a whole.
-        :raises TextRejected: one of the texts cannot be embedded.
+        :raises EmbedderUnavailable: the model or provider fails as a whole; what was made before that is remembered.
         """
-        made: dict[bytes, FloatVector] = {}
+        await self.ready.wait()
+        made = Made({}, {})
         waited: set[bytes] = set()
-        while missing := {one: text for one, text in texts.items() if one not in made}:
-            known = self.remembered(missing)
-            made.update(known)
-            self.avoided("remembered", len(known.keys() - waited))
-            self.avoided("under_way", len(known.keys() & waited))
+        while missing := {one: text for one, text in texts.items() if one not in made.vectors | made.failed}:
+            recent = self.remembered(missing)
+            made.vectors.update(recent)
+            self.avoided("remembered", len(recent.keys() - waited))
+            self.avoided("under_way", len(recent.keys() & waited))
             others = {one: self._under_way[one] for one in missing if one in self._under_way}
             waited.update(others)
-            ours = {one: text for one, text in missing.items() if one not in known and one not in others}
+            ours = {one: text for one, text in missing.items() if one not in recent and one not in others}
             if ours:
-                made.update(await self._claim(ours))
+                await self._claim(ours, made)
             elif others:
                 # Whoever called for these has no call of ours to wait for: a caller's own calls come first.
                 await next(iter(others.values())).wait()
@@ -193,7 +226,7 @@ class Dispatcher:
             not missing
             or not self.free_within(budget_s / 2)
             or not self._in_time(len(missing), budget_s)
-            or self.embedder.fitting(list(missing.values())) < len(missing)
+            or self._fitting(missing.values()) < len(missing)
             or self.far_behind()
         ):
             self.avoided("remembered", len(made))
@@ -202,7 +235,7 @@ class Dispatcher:
 
         async def call() -> None:
             try:
-                made.update(await self.embed(missing))
+                made.update((await self.embed(missing)).vectors)
             except CdcsyncError as error:
                 # The texts stay in the backlog, where the loop meets the same error and deals with it.
                 log.debug("inline_embedding_failed", embedder=self.embedder.name, error=str(error))
@@ -237,32 +270,26 @@ class Dispatcher:
         if texts > 0:
             self._metrics.embed_avoided.labels(self.embedder.name, reason).inc(texts)
 
-    async def _claim(self, texts: Mapping[bytes, str]) -> dict[bytes, FloatVector]:
-        """Call the model for texts that nobody else is calling for, once there is a place."""
+    async def _claim(self, texts: Texts, made: Made) -> None:
+        """Embed texts that nobody else is calling for."""
         done = anyio.Event()
         self._under_way.update(dict.fromkeys(texts, done))
         try:
-            async with self._free:
-                return await self._call(texts)
+            while texts:
+                size = self._fitting(texts.values())
+                await self._calls.make(dict(islice(texts.items(), size)), made)
+                texts = dict(islice(texts.items(), size, None))
         finally:
-            for one in texts:
+            for one in [one for one, event in self._under_way.items() if event is done]:
                 del self._under_way[one]
             done.set()
 
-    async def _call(self, texts: Mapping[bytes, str]) -> dict[bytes, FloatVector]:
-        await self.ready.wait()
+    def _note_failure(self, texts: int, elapsed: float) -> None:
+        # One that hangs before it fails is no quick one, whatever it was before.
+        self._seconds_per_text = max(self._seconds_per_text, elapsed / texts)
+
+    def _note_success(self, texts: Texts, vectors: dict[bytes, FloatVector], elapsed: float) -> None:
         name = self.embedder.name
-        started = self._clock()
-        try:
-            with self.tracing.call(name, texts.keys()):
-                vectors = await self.embedder.embed(list(texts.values()))
-            validate(vectors, len(texts), self.embedder.dimensions)
-        except EmbedError as error:
-            self._metrics.embed_errors.labels(name, type(error).__name__).inc()
-            # One that hangs before it fails is no quick one, whatever it was before.
-            self._seconds_per_text = max(self._seconds_per_text, (self._clock() - started) / len(texts))
-            raise
-        elapsed = self._clock() - started
         self._metrics.embed_texts.labels(name).inc(len(texts))
         self._metrics.embed_seconds.labels(name).observe(elapsed)
         each = elapsed / len(texts)
@@ -272,11 +299,9 @@ class Dispatcher:
         tokens = sum(self._size(one, text) for one, text in texts.items())
         self._metrics.embed_tokens.labels(name).inc(tokens)
         self._pace(tokens, elapsed)
-        made = dict(zip(texts, vectors, strict=True))
-        self._made.update(made)
+        self._made.update(vectors)
         while len(self._made) > REMEMBERED_VECTORS:
             self._made.popitem(last=False)
-        return made
 
     def _pace(self, tokens: int, elapsed: float) -> None:
         """Learn from a call how large the next ones may be.

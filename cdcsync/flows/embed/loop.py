@@ -6,17 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 import anyio
+import psycopg
 import structlog
 
 from cdcsync.backoff import backoff_s
-from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TargetUnavailable, TextRejected, leading
+from cdcsync.embedders.protocol import UNUSABLE_HINT
+from cdcsync.errors import EmbedderUnavailable, EmbedError, TargetUnavailable, TextRejected, leading
 from cdcsync.flows.embed.commits import Commits
 from cdcsync.flows.embed.dispatcher import Dispatcher
 from cdcsync.flows.embed.pool import Pool
 from cdcsync.metrics import Metrics
-from cdcsync.model.changeset import LIVE, FloatVector
+from cdcsync.model.changeset import LIVE
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import speaking_of
+from cdcsync.model.vectors import FloatVector
+from cdcsync.postgres.sessions import speaking_of, without_values
 from cdcsync.target.backlog import Waiting
 
 log = structlog.get_logger()
@@ -44,16 +47,13 @@ class EmbedLoop:
         self._metrics = metrics
         self._wake = anyio.Event()
         self._live = False
-        self._failure: EmbedderUnavailable | EmbedderSetupError | None = None
-        self._outage = 0
+        self._broken = False
         self._target_outage = 0
         self._held = False
         self.commits = Commits()
         """When the texts that apply put into the backlog were committed."""
         self.drained: Callable[[], None] = lambda: None
         """Called each time nothing is left that is due."""
-        self.problem: str | None = None
-        """Why nothing is being embedded just now, for the status page."""
 
     def notify(self, *, live: bool) -> None:
         """Say that the backlog has grown; `live` that some of it should not wait behind a window."""
@@ -82,6 +82,7 @@ class EmbedLoop:
             self._wake = anyio.Event()
             self._live = False
             await self._hold_while_far_behind()
+            await self._dispatcher.health.works()
             if await self._window(lane=None) == 0:
                 self.drained()
                 with anyio.move_on_after(POLL_S):
@@ -109,7 +110,7 @@ class EmbedLoop:
         slots = anyio.Semaphore(self._dispatcher.places + 1)
         try:
             async with anyio.create_task_group() as tasks:
-                while window and self._failure is None:
+                while window and not self._broken:
                     if self._live and lane is None and window[0].lane > 0:
                         self._live = False
                         while await self._window(lane=0):
@@ -120,7 +121,7 @@ class EmbedLoop:
                     tasks.start_soon(self._one_batch, batch, slots)
         except BaseExceptionGroup as group:
             raise leading(group) from None
-        await self._rest()
+        self._broken = False
         return found
 
     async def _one_batch(self, batch: Sequence[Waiting], slots: anyio.Semaphore) -> None:
@@ -129,55 +130,37 @@ class EmbedLoop:
             async with self._pool.backlog(self._spec) as backlog:
                 waiting = await backlog.still_waiting([one.hash for one in batch])
             self._dispatcher.avoided("superseded", len(batch) - len(waiting))
-            if (batch := [one for one in batch if one.hash in waiting]) and self._failure is None:
+            if (batch := [one for one in batch if one.hash in waiting]) and not self._broken:
                 await self._batch(batch)
-        except (EmbedderUnavailable, EmbedderSetupError) as error:
-            # The provider is down or refuses us, not the text: nobody's attempt.
-            self._failure = error
+        except EmbedderUnavailable:
+            # The embedder fails as a whole: no text's attempt. Whatever waits is read again once it works.
+            self._broken = True
         finally:
             slots.release()
 
-    async def _rest(self) -> None:
-        """Wait after an outage was noticed, longer each time."""
-        error, self._failure = self._failure, None
-        if error is None:
-            return
-        self.problem = str(error)
-        asked = error.retry_after_s if isinstance(error, EmbedderUnavailable) else None
-        delay = asked or backoff_s(self._outage, most=60)
-        log.warning(
-            "embedder_unavailable", embedder=self._dispatcher.embedder.name, error=str(error), delay_s=round(delay, 1)
-        )
-        self._outage += 1
-        await anyio.sleep(delay)
-
     async def _batch(self, batch: Sequence[Waiting]) -> None:
-        """Embed and store texts, down to those that cannot be."""
-        try:
-            made = await self._dispatcher.embed({waiting.hash: waiting.text for waiting in batch})
-        except (EmbedderUnavailable, EmbedderSetupError):
-            raise
-        except EmbedError as error:
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                await self._batch(batch[:middle])
-                await self._batch(batch[middle:])
-                return
-            (poison,) = batch
-            log.warning("text_not_embedded", index=self._spec.name, attempts=poison.attempts + 1, error=str(error))
-            async with self._pool.backlog(self._spec) as backlog:
-                await backlog.postpone(
-                    [poison.hash], str(error), delay_s=backoff_s(poison.attempts), final=isinstance(error, TextRejected)
-                )
-            return
-        self._outage = 0
-        self.problem = None
-        await self._store(made)
+        """Embed and store texts; notes those that cannot be embedded."""
+        made = await self._dispatcher.embed({one.hash: one.text for one in batch})
+        unusable = self._spec.unusable(made.vectors)
+        for one in batch:
+            if (error := made.failed.get(one.hash)) is not None:
+                await self._postpone(one.hash, error, one.attempts)
+            elif (fault := unusable.get(one.hash)) is not None:
+                await self._postpone(one.hash, TextRejected(f"the text's vector {fault}", hint=UNUSABLE_HINT))
+        vectors = {one: vector for one, vector in made.vectors.items() if one not in unusable}
+        await self._store(vectors)
         now = datetime.now(UTC)
         for one in batch:
-            if one.lane == LIVE:
+            if one.lane == LIVE and one.hash in vectors:
                 committed = self.commits.of(one.commit_lsn) or one.applied_at
                 self._metrics.vector_freshness.observe(max(0.0, (now - committed).total_seconds()))
+
+    async def _postpone(self, one: bytes, error: EmbedError, attempts: int = 0) -> None:
+        """Note that a text cannot be embedded: for good if it was refused, else for a while."""
+        log.warning("text_not_embedded", index=self._spec.name, attempts=attempts + 1, error=str(error))
+        async with self._pool.backlog(self._spec) as backlog:
+            final = isinstance(error, TextRejected)
+            await backlog.postpone([one], str(error), delay_s=backoff_s(attempts), final=final)
 
     async def _store(self, made: Mapping[bytes, FloatVector]) -> None:
         """Store vectors, a part at a time, over as many connections as there are."""
@@ -187,7 +170,16 @@ class EmbedLoop:
                 tasks.start_soon(self._store_part, dict(items[at : at + STORE_TEXTS]))
 
     async def _store_part(self, part: Mapping[bytes, FloatVector]) -> None:
-        async with self._pool.backlog(self._spec) as backlog:
-            stored = await backlog.store(part)
+        try:
+            async with self._pool.backlog(self._spec) as backlog:
+                stored = await backlog.store(part)
+        except psycopg.DataError as error:
+            # PostgreSQL has the last word on what it stores: the texts are at fault whose vectors it does not take.
+            if len(part) > 1:
+                for one, vector in part.items():
+                    await self._store_part({one: vector})
+                return
+            await self._postpone(next(iter(part)), TextRejected(f"the target: {without_values(error)}"))
+            return
         self._dispatcher.avoided("shared", stored - len(part))
         self._metrics.vectors.labels(self._spec.name, "backlog").inc(stored)

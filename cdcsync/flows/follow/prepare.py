@@ -24,9 +24,10 @@ from cdcsync.flows.backfill.preparing import Prepared
 from cdcsync.flows.embed import Dispatcher
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges
-from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, FailedDocument, FloatVector, Kept
+from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, FailedDocument, Kept
 from cdcsync.model.rows import Delete, Key, Row, Upsert, complete
 from cdcsync.model.spec import IndexSpec
+from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.sessions import Session, speaking_of
 from cdcsync.source.tables import SourceTable
 from cdcsync.target.apply import IndexWriter
@@ -220,4 +221,4 @@ class Preparer:
         with speaking_of("target", where=f"index {self._spec.name}"):
             for known in await writer.known_vectors(list(texts)):
                 del texts[known]
-        return await self._dispatcher.embed_within(texts, budget_s)
+        return self._spec.usable(await self._dispatcher.embed_within(texts, budget_s))

@@ -1,4 +1,4 @@
-"""Pacing: budgets, the breaker, and what headers ask for; the clock is a number."""
+"""Pacing: budgets, and what headers ask for; the clock is a number."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdcsync.embedders.pacing import (
-    BREAKER_FAILURES,
-    BREAKER_MOST_S,
     MOST_ASKED_S,
-    Breaker,
     Budget,
     Pace,
     duration_s,
@@ -53,62 +50,6 @@ def test_one_request_a_minute_is_possible() -> None:
     budget = Budget(1, 0.0)
     budget.take(0.0, 1)
     assert budget.wait_s(0.0, 1) == pytest.approx(72)
-
-
-def test_the_breaker_opens_after_failures_in_a_row_only() -> None:
-    breaker = Breaker()
-    for _ in range(3):
-        for _ in range(BREAKER_FAILURES - 1):
-            breaker.admit()
-            breaker.failed(0.0, 1.0)
-            breaker.ended()
-        breaker.succeeded()
-    assert breaker.closed
-    assert breaker.wait_s(0.0) == 0.0
-
-
-def open_breaker() -> Breaker:
-    breaker = Breaker()
-    for _ in range(BREAKER_FAILURES):
-        breaker.failed(0.0, 1.0)
-    return breaker
-
-
-def test_one_caller_tries_an_open_breaker_when_its_time_is_over() -> None:
-    breaker = open_breaker()
-    assert breaker.wait_s(0.4) == pytest.approx(0.6)
-    assert breaker.wait_s(1.0) == 0.0
-
-    breaker.admit()
-    assert breaker.wait_s(1.0) > 0
-    breaker.ended()
-    assert breaker.wait_s(1.0) == 0.0
-
-    breaker.admit()
-    breaker.succeeded()
-    breaker.ended()
-    assert breaker.closed
-
-
-def test_each_failed_trial_opens_the_breaker_for_longer_up_to_a_minute() -> None:
-    breaker = open_breaker()
-    now, waits = 1.0, []
-    for _ in range(9):
-        assert breaker.wait_s(now) == 0.0
-        breaker.admit()
-        breaker.failed(now, 1.0)
-        breaker.ended()
-        waits.append(breaker.wait_s(now))
-        now += waits[-1]
-    assert waits[:3] == [2.0, 4.0, 8.0]
-    assert waits[-1] == BREAKER_MOST_S
-
-
-def test_failures_of_requests_that_were_under_way_do_not_count_as_trials() -> None:
-    breaker = open_breaker()
-    for _ in range(20):
-        breaker.failed(0.5, 1.0)
-    assert breaker.wait_s(0.5) == pytest.approx(0.5)
 
 
 def test_a_pace_waits_for_the_slowest_of_its_limits() -> None:

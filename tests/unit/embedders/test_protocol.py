@@ -37,7 +37,7 @@ def test_vectors_that_are_not_finite_reject_their_texts(value: float) -> None:
     faulty = vectors()
     faulty[1, 3] = value
 
-    with pytest.raises(TextRejected, match="1 of 3 texts, the first at 1, are infinite or no numbers"):
+    with pytest.raises(TextRejected, match="the vector of text 2 of 3 has components that are infinite or not numbers"):
         validate(faulty, 3, 4)
 
 
@@ -45,7 +45,7 @@ def test_vectors_of_zeros_reject_their_texts() -> None:
     faulty = vectors()
     faulty[1:] = 0
 
-    with pytest.raises(TextRejected, match="2 of 3 texts, the first at 1, are all zeros"):
+    with pytest.raises(TextRejected, match="the vector of text 2 of 3 is all zeros"):
         validate(faulty, 3, 4)
 
 

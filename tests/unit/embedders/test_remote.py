@@ -23,7 +23,6 @@ from tests.fixtures.provider import (
     cut_in_the_middle,
     endless,
     html,
-    not_a_number,
     slow,
     status,
     wrong_count,
@@ -169,12 +168,14 @@ async def test_an_embedder_that_is_not_open_says_so() -> None:
     ],
     ids=["500", "502", "503", "429", "cut", "cut in the middle"],
 )
-async def test_a_mishap_is_tried_again(make: Any, provider: FakeProvider, misdeed: Misdeed) -> None:
+async def test_a_query_is_tried_again_as_a_person_waits_for_it(
+    make: Any, provider: FakeProvider, misdeed: Misdeed
+) -> None:
     embedder = await make()
     await embedder.embed(["a"])
     provider.misdeeds.append(misdeed)
 
-    vectors = await embedder.embed(TEXTS)
+    vectors = await embedder.embed(TEXTS, kind="query")
 
     np.testing.assert_allclose(vectors, expected(TEXTS), rtol=1e-6)
     assert len(provider.requests) == 3
@@ -221,7 +222,7 @@ async def test_our_own_budget_is_kept(make: Any, provider: FakeProvider) -> None
     assert len(provider.requests) == 1
 
 
-# -- whose fault it is ------------------------------------------------------------------------------------------------
+# -- what the provider says --------------------------------------------------------------------------------------------
 
 
 async def test_a_provider_that_is_away_is_an_outage(make: Any, provider: FakeProvider) -> None:
@@ -234,71 +235,31 @@ async def test_a_provider_that_is_away_is_an_outage(make: Any, provider: FakePro
     np.testing.assert_allclose(await embedder.embed(TEXTS), expected(TEXTS), rtol=1e-6)
 
 
-@pytest.mark.parametrize("misdeed", [status(500), cut, html, endless], ids=["500", "cut", "html", "endless"])
-async def test_a_provider_that_fails_at_everything_is_an_outage(
-    make: Any, provider: FakeProvider, misdeed: Misdeed
-) -> None:
-    embedder = await make()
-    provider.always = misdeed
-
-    with pytest.raises(EmbedderUnavailable) as outage:
-        await embedder.embed(TEXTS)
-    assert outage.value.where == "embedders.fake"
-
-
 @pytest.mark.parametrize(
     "misdeed",
-    [status(500), cut, html, wrong_count, not_a_number],
-    ids=["500", "cut", "html", "wrong count", "NaN"],
+    [status(500), cut, html, endless, wrong_count, wrong_dimension, slow],
+    ids=["500", "cut", "html", "endless", "wrong count", "wrong dimension", "silence"],
 )
-async def test_a_request_that_fails_where_another_works_is_the_texts_fault(
+async def test_a_request_that_gives_nothing_usable_is_one_request_and_an_error(
     make: Any, provider: FakeProvider, misdeed: Misdeed
 ) -> None:
-    embedder = await make()
-    provider.misdeeds.extend([misdeed] * provider_module.TRIES)
-    if misdeed in (html, wrong_count, not_a_number):
-        # The answer came: asking again would give the same.
-        provider.misdeeds.clear()
-        provider.misdeeds.append(misdeed)
+    embedder = await make(timeout_s=1.0)
+    provider.misdeeds.append(misdeed)
 
     with pytest.raises(EmbedError) as failure:
         await embedder.embed(TEXTS)
 
     assert type(failure.value) is EmbedError
     assert not any(text in str(failure.value) for text in TEXTS)
-
-
-async def test_no_answer_in_time_is_an_error_and_the_text_can_be_at_fault(make: Any, provider: FakeProvider) -> None:
-    embedder = await make(timeout_s=1.0)
-    provider.misdeeds.extend([slow] * provider_module.TRIES)
-
-    with pytest.raises(EmbedError, match=r"no answer within 1 s") as failure:
-        await embedder.embed(TEXTS)
-    assert type(failure.value) is EmbedError
+    assert len(provider.requests) == 1
 
 
 @pytest.mark.parametrize("number", [400, 413, 422])
-async def test_a_refusal_is_the_texts_fault_once_others_were_taken(
-    make: Any, provider: FakeProvider, number: int
-) -> None:
+async def test_a_refusal_says_which_status_and_why(make: Any, provider: FakeProvider, number: int) -> None:
     embedder = await make()
     provider.misdeeds.append(status(number, {"error": {"message": "too many tokens", "code": "too_long"}}))
 
     with pytest.raises(TextRejected, match=f"{number} too_long: too many tokens"):
-        await embedder.embed(TEXTS)
-    assert [body["input"] for _, _, body in provider.requests] == [TEXTS, ["word"]]
-
-    provider.misdeeds.append(status(number))
-    with pytest.raises(TextRejected):
-        await embedder.embed(TEXTS)
-    assert len(provider.requests) == 3
-
-
-async def test_a_provider_that_refuses_everything_is_set_up_wrongly(make: Any, provider: FakeProvider) -> None:
-    embedder = await make()
-    provider.always = status(400, {"detail": "unknown key encoding_format"})
-
-    with pytest.raises(EmbedderSetupError, match="unknown key encoding_format"):
         await embedder.embed(TEXTS)
 
 
@@ -314,12 +275,52 @@ async def test_a_wrong_key_or_address_is_the_operators(make: Any, provider: Fake
     assert len(provider.requests) == 1
 
 
-async def test_a_wrong_dimension_is_the_operators(make: Any, provider: FakeProvider) -> None:
-    embedder = await make()
-    provider.always = wrong_dimension
+HOSTILE = {
+    "latin-1": b'{"error": {"message": "caf\xe9"}}',
+    "nested": b'{"error": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
+    "nul": b'{"error": {"message": "a\\u0000b\\u001b[31mred"}}',
+    "surrogate": b'{"error": {"message": "\\ud800 alone"}}',
+    "not json": bytes(range(256)),
+    "empty": b"",
+    "numbers": b'{"data": [{"embedding": [1e400, 1e300, -1e300]}]}',
+    "base64": b'{"data": [{"embedding": "AAA"}, {"embedding": "\xc3\xa4"}]}',
+}
 
-    with pytest.raises(EmbedderSetupError, match="17 dimensions, 16 are configured"):
+
+@pytest.mark.parametrize("number", [200, 400, 401, 500, 418])
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+async def test_whatever_bytes_come_back_are_an_error_of_ours_in_one_printable_line(
+    make: Any, provider: FakeProvider, number: int, body: bytes
+) -> None:
+    embedder = await make()
+    provider.misdeeds.append(status(number, body))
+
+    with pytest.raises((EmbedError, EmbedderSetupError)) as failure:
+        await embedder.embed(["a"])
+    assert str(failure.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "Fri, 31 Dec 2099 23:59:59 GMT",
+        "9" * 400,
+        "1e300",
+        "Fri, 31 Dec 99999999999999999999 23:59:59 GMT",
+        "-1",
+        "soon",
+    ],
+)
+async def test_no_wait_that_a_provider_asks_for_is_longer_than_an_hour(
+    make: Any, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.setattr(provider_module, "PATIENCE_S", 0.0)
+    embedder = await make()
+    provider.misdeeds.append(status(429, retry_after=asked))
+
+    with pytest.raises(EmbedderUnavailable) as told:
         await embedder.embed(TEXTS)
+    assert 0 < (told.value.retry_after_s or 0) <= 3600
 
 
 @pytest.mark.parametrize(
@@ -338,22 +339,6 @@ async def test_messages_do_not_quote_the_text(make: Any, provider: FakeProvider,
     with pytest.raises(TextRejected) as refusal:
         await embedder.embed(["the first text", "so: a text that is much longer than the message, and goes on", "tiny"])
     assert "not shown" in str(refusal.value)
-
-
-async def test_a_provider_that_keeps_failing_is_left_alone_for_a_while(make: Any, provider: FakeProvider) -> None:
-    embedder = await make()
-    provider.always = status(500)
-    with pytest.raises(EmbedderUnavailable):
-        await embedder.embed(TEXTS)
-    with pytest.raises(EmbedderUnavailable):
-        await embedder.embed(TEXTS)
-    asked = len(provider.requests)
-
-    with pytest.raises(EmbedderUnavailable, match="several times in a row") as left_alone:
-        await embedder.embed(TEXTS)
-
-    assert len(provider.requests) == asked
-    assert 0 < (left_alone.value.retry_after_s or 0) <= 2
 
 
 async def test_a_cancelled_request_leaves_the_embedder_usable(make: Any, provider: FakeProvider) -> None:

@@ -14,7 +14,7 @@ import pytest
 from cdcsync import config
 from cdcsync.documents.chunks import estimate
 from cdcsync.embedders.hashing import HashEmbedder
-from cdcsync.embedders.protocol import Kind, Vectors
+from cdcsync.embedders.protocol import WORD, Kind, Vectors
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.flows.embed import Dispatcher
 from cdcsync.flows.embed.dispatcher import WINDOW_TEXTS
@@ -47,7 +47,7 @@ async def test_a_text_that_was_made_recently_is_not_made_again() -> None:
         first = await dispatcher.embed(named("a", "b"))
         again = await dispatcher.embed(named("b", "c"))
 
-        np.testing.assert_array_equal(first[b"b"], again[b"b"])
+        np.testing.assert_array_equal(first.vectors[b"b"], again.vectors[b"b"])
         assert avoided(dispatcher, "remembered") == 1
         dispatcher.forget()
         assert not dispatcher.remembered([b"a", b"b", b"c"])
@@ -69,7 +69,7 @@ async def test_a_text_under_way_is_not_asked_for_again_by_others() -> None:
         found = []
 
         async def ask(*texts: str) -> None:
-            found.append(await dispatcher.embed(named(*texts)))
+            found.append((await dispatcher.embed(named(*texts))).vectors)
 
         tasks.start_soon(ask, "a", "b")
         await embedder.next_call(1)
@@ -124,7 +124,7 @@ async def test_a_small_call_waits_for_a_short_one_and_not_for_a_long_one() -> No
         assert list(made[0]) == [b"live"]
 
 
-async def test_who_waited_for_a_call_that_failed_calls_for_itself() -> None:
+async def test_whoever_waited_for_a_call_of_an_embedder_that_is_broken_hears_of_it() -> None:
     embedder = Gated(concurrency=2)
     async with opened(embedder) as dispatcher, anyio.create_task_group() as tasks:
         problems = []
@@ -142,12 +142,13 @@ async def test_who_waited_for_a_call_that_failed_calls_for_itself() -> None:
         embedder.failing = True
         embedder.gates[0].set()
         await embedder.next_call(2)
-        embedder.failing = False
+        assert embedder.calls[1] == [WORD]
         embedder.gates[1].set()
         await anyio.wait_all_tasks_blocked()
 
-        assert len(problems) == 1
-        assert dispatcher.remembered([b"a"])
+        assert len(problems) == 2
+        assert len(embedder.calls) == 2
+        assert dispatcher.problem is not None
 
 
 async def test_a_call_that_overran_its_budget_is_remembered_when_it_ends() -> None:

@@ -1,0 +1,90 @@
+"""Everything that comes in from a provider passes through here: bytes that are decoded, and text that is repeated.
+
+A provider may send any bytes and any words. `decoded` turns bytes into a value or fails with an `EmbedError`;
+`repeatable` turns words into one line that may go to a log or a table: no control characters (PostgreSQL stores no NUL,
+and a terminal obeys escape sequences), a bounded length, and nothing of what was sent, which providers like to quote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from cdcsync.errors import EmbedError
+
+REASON_CHARACTERS = 300
+QUOTE_CHARACTERS = 12
+"""A message that has this many characters in a row in common with a text may quote it, and is not repeated."""
+SHORT_TEXT = 3
+"""Texts of so few characters are in every message, and tell nothing."""
+
+HIDDEN = "(its message repeats what was sent, and is not shown)"
+
+MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, TypeError)
+"""What reading foreign data may raise; ValueError covers UnicodeDecodeError and binascii.Error."""
+
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Decoder(Protocol[T_co]):
+    """Reads bytes, as msgspec's decoders do."""
+
+    def decode(self, body: bytes, /) -> T_co:
+        """Return the value that the bytes stand for."""
+        ...
+
+
+def decoded(body: bytes, decoder: Decoder[T_co], expected: str) -> T_co:
+    """Return the value of an answer's bytes.
+
+    :param expected: what the answer should be, for the message.
+    :raises EmbedError: it is something else. The decoder's own words could quote the answer, so they are not repeated.
+    """
+    try:
+        return decoder.decode(body)
+    except MALFORMED:
+        raise EmbedError(f"the provider's answer is not {expected}") from None
+
+
+def reason(body: bytes, sent: Sequence[str]) -> str:
+    """Return what the body of an error says, fit to be repeated; nothing when it is not JSON or has no message.
+
+    :param sent: texts and keys that the message must not contain.
+    """
+    try:
+        message = _message(msgspec.json.decode(body))
+    except MALFORMED:
+        return ""
+    return repeatable(message, sent)
+
+
+def repeatable(words: str, sent: Sequence[str] = ()) -> str:
+    """Return foreign words as one line that may be logged and stored.
+
+    :param sent: texts and keys; words that contain a part of one are replaced as a whole.
+    """
+    printable = "".join(character if character.isprintable() else " " for character in words[: 20 * REASON_CHARACTERS])
+    line = " ".join(printable.split())[:REASON_CHARACTERS]
+    pieces = {line[at : at + QUOTE_CHARACTERS] for at in range(len(line) - QUOTE_CHARACTERS + 1)}
+    for text in sent:
+        if len(text) > SHORT_TEXT and (text in line or any(piece in text for piece in pieces)):
+            return HIDDEN
+    return line
+
+
+def _message(answer: Any) -> str:
+    """Return the message in the forms that providers give it: OpenAI, text-embeddings-inference, FastAPI."""
+    match answer:
+        case str():
+            return answer
+        case {"error": {"message": str(message), "code": str(code)}}:
+            return f"{code}: {message}"
+        case {"error": {"message": str(message)}} | {"error": str(message)} | {"message": str(message)}:
+            return message
+        case {"detail": str(message)} | {"detail": [{"msg": str(message)}, *_]}:
+            return message
+        case _:
+            return ""

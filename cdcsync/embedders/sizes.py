@@ -1,0 +1,118 @@
+"""How large a call may be, and how many may run at a time: learnt from calls that failed for no text's fault.
+
+Additive increase, multiplicative decrease, as TCP does: a size that fails is halved; each call that succeeds at the
+limit raises it by a thirty-second of the size that failed, so that some sixteen calls succeed before the next one is
+likely to fail. Texts and bytes are limited apart, since providers limit either. Past the size that failed, growth is
+faster: what was in the way is gone.
+
+Pure: no clock. A call of one text cannot be made smaller; if it fails beside others, fewer calls run at a time.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+STEPS = 32
+"""Successes that take a limit from nothing to the size that failed."""
+
+FASTER = 1.25
+"""The growth of each success past the size that failed."""
+
+
+class Learnt(msgspec.Struct, frozen=True):
+    """What is kept over restarts; None is no limit but the configuration's."""
+
+    texts: float | None = None
+    bytes: float | None = None
+    calls: float | None = None
+
+
+class Limit:
+    """One limit that gives way and recovers.
+
+    :param most: the configuration's limit, where it never is in the way.
+    """
+
+    def __init__(self, most: float, learnt: float | None = None) -> None:
+        self.most = most
+        self.now = most if learnt is None else max(1.0, min(most, learnt))
+        self._failed = most if learnt is None else min(most, 2 * self.now)
+
+    def fails(self, size: float) -> None:
+        """Note that so much was too much."""
+        if size / 2 < self.now:
+            self._failed = max(1.0, size)
+            self.now = max(1.0, size / 2)
+
+    def works(self, size: float) -> None:
+        """Note that so much was fine; a size well below the limit says nothing of the limit."""
+        if self.now < self.most and size >= self.now / 2:
+            grown = self.now * FASTER if self.now >= self._failed else self.now + self._failed / STEPS
+            self.now = min(self.most, grown)
+
+    @property
+    def learnt(self) -> float | None:
+        """The limit where it differs from the configuration's."""
+        return None if self.now >= self.most else round(self.now, 3)
+
+
+class CallSizes:
+    """The limits of one embedder.
+
+    :param calls: how many calls may run at a time by the configuration.
+    """
+
+    MOST_TEXTS = 10_000.0
+    MOST_BYTES = 10.0**9
+
+    def __init__(self, calls: int, learnt: Learnt | None = None) -> None:
+        known = learnt or Learnt()
+        self._texts = Limit(self.MOST_TEXTS, known.texts)
+        self._bytes = Limit(self.MOST_BYTES, known.bytes)
+        self._calls = Limit(float(calls), known.calls)
+
+    @property
+    def texts(self) -> int:
+        """The most texts in one call."""
+        return int(self._texts.now)
+
+    @property
+    def bytes(self) -> int:
+        """The most bytes of text in one call of several texts."""
+        return int(self._bytes.now)
+
+    @property
+    def calls(self) -> int:
+        """The most calls at a time."""
+        return int(self._calls.now)
+
+    @property
+    def learnt(self) -> Learnt:
+        """What is worth remembering."""
+        return Learnt(self._texts.learnt, self._bytes.learnt, self._calls.learnt)
+
+    def restore(self, before: Learnt) -> None:
+        """Go back to earlier limits: a text turned out to be at fault, not the size."""
+        self._texts = Limit(self._texts.most, _larger(before.texts, self._texts.learnt))
+        self._bytes = Limit(self._bytes.most, _larger(before.bytes, self._bytes.learnt))
+
+    def fails(self, texts: int, size: int, beside: int) -> None:
+        """Note that a call failed, at no text's fault as far as is known.
+
+        :param beside: how many calls were running, this one included.
+        """
+        if texts > 1:
+            self._texts.fails(texts)
+            self._bytes.fails(size)
+        elif beside > 1:
+            self._calls.fails(beside)
+
+    def works(self, texts: int, size: int, beside: int) -> None:
+        """Note that a call succeeded."""
+        self._texts.works(texts)
+        self._bytes.works(size)
+        self._calls.works(beside)
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else max(one, other)

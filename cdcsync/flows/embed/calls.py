@@ -1,0 +1,190 @@
+"""Calls of one embedder, and whose fault it is when one fails.
+
+    a call fails ─► the harmless word fails too    ─► the embedder's: nobody calls until the word works (`Health`)
+                 └► the word works, several texts  ─► the call is halved, and the size that failed is remembered
+                                    one text       ─► once more, alone, between two words: the text's if it fails again
+
+The unit is the call, whatever happened within it. What the embedder says of itself (a status, an exception) is shown to
+operators; it decides nothing but the time of the next attempt, and whether a text is worth another one later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import anyio
+import msgspec
+
+from cdcsync.embedders.protocol import UNUSABLE_HINT, Embedder, check_shape
+from cdcsync.embedders.sizes import CallSizes, Learnt
+from cdcsync.errors import CdcsyncError, EmbedderUnavailable, EmbedError, TextRejected
+from cdcsync.flows.embed.health import Health, known
+from cdcsync.metrics import Metrics
+from cdcsync.model.vectors import FloatVector, unusable_rows
+from cdcsync.tracing import Tracing
+
+CALL_S = 900.0
+"""The end of a call that nothing else ends. Providers have a time limit of their own, far below it."""
+
+Texts = dict[bytes, str]
+"""Texts by their hash."""
+
+
+class Made(msgspec.Struct, frozen=True):
+    """What became of texts, by their hash: a vector, or why this text, and no other, cannot have one now."""
+
+    vectors: dict[bytes, FloatVector]
+    failed: dict[bytes, EmbedError]
+
+
+class Calls:
+    """Makes the calls of one embedder, as many at a time as it takes.
+
+    :param succeeded: told of each call that succeeded: its texts, their vectors and how many seconds it took.
+    :param failed: told of each call that failed: how many texts it had and how many seconds it took.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        succeeded: Callable[[Texts, dict[bytes, FloatVector], float], None],
+        failed: Callable[[int, float], None],
+    ) -> None:
+        self.health = Health(embedder, clock)
+        self.sizes = CallSizes(embedder.concurrency)
+        self.tracing = Tracing()
+        self._embedder = embedder
+        self._metrics = metrics
+        self._clock = clock
+        self._succeeded = succeeded
+        self._failed = failed
+        self._free = anyio.CapacityLimiter(embedder.concurrency)
+        self._alone = anyio.Lock()
+
+    @property
+    def free(self) -> bool:
+        """Whether a call could begin now."""
+        return self.health.problem is None and self._free.available_tokens > 0
+
+    def recall(self, learnt: Learnt) -> None:
+        """Begin with the sizes that worked before a restart."""
+        self.sizes = CallSizes(self._embedder.concurrency, learnt)
+        self._adjust()
+
+    async def make(self, texts: Texts, made: Made) -> bool:
+        """Embed texts in one call, or in smaller ones if that fails; returns whether a text is at fault.
+
+        :raises EmbedderUnavailable: the embedder fails as a whole; what was made before that is in `made`.
+        """
+        before = self.sizes.learnt
+        outcome = await self._call(texts, made)
+        if outcome is None:
+            return False
+        failure, rest, failed_at = outcome
+        if len(rest) == len(texts):
+            self.sizes.fails(len(texts), _bytes(texts), self._free.borrowed_tokens + 1)
+            self._adjust()
+        try:
+            await self.health.confirm(failure, failed_at)
+        except EmbedderUnavailable:
+            if isinstance(failure, EmbedderUnavailable):  # it is away, or told us so: no matter of size
+                self._restore(before)
+            raise
+        at_fault = False
+        if len(rest) < len(texts):
+            # The others have their vectors: no size is in the way.
+            for one, text in rest.items():
+                at_fault |= await self._judge(one, text, made)
+        elif len(rest) == 1:
+            ((one, text),) = rest.items()
+            at_fault = await self._judge(one, text, made)
+        else:
+            items = list(rest.items())
+            middle = len(items) // 2
+            for part in (items[:middle], items[middle:]):
+                at_fault |= await self.make(dict(part), made)
+        if at_fault:
+            self._restore(before)
+        return at_fault
+
+    async def _judge(self, one: bytes, text: str, made: Made) -> bool:
+        """Call for a text that failed once more, alone; returns whether it is at fault.
+
+        Alone, because an embedder that is too busy fails at texts that it would take otherwise.
+
+        :raises EmbedderUnavailable: the embedder fails as a whole.
+        """
+        async with self._alone:
+            self._adjust()
+            try:
+                outcome = await self._call({one: text}, made)
+                if outcome is None:
+                    return False
+                failure, _, failed_at = outcome
+                await self.health.confirm(failure, failed_at)
+                made.failed[one] = failure
+                return True
+            finally:
+                self._adjust(alone=False)
+
+    async def _call(self, texts: Texts, made: Made) -> tuple[EmbedError, Texts, float] | None:
+        """Call the embedder once there is a place; adds the vectors that can be used to `made`.
+
+        Returns None if there is one for each text, else the error, the texts without one, and when that was.
+
+        :raises EmbedderUnavailable: the embedder is left alone for now.
+        """
+        name = self._embedder.name
+        async with self._free:
+            self.health.usable()
+            started = self._clock()
+            call = self.health.begins()
+            try:
+                with self.tracing.call(name, texts.keys()), anyio.fail_after(CALL_S):
+                    vectors = await self._embedder.embed(list(texts.values()))
+                check_shape(vectors, len(texts), self._embedder.dimensions)
+            except TimeoutError:
+                error = EmbedError(f"no answer within {CALL_S:g} s", where=f"embedders.{name}")
+                return self._note_failure(error, texts, started)
+            except Exception as error:
+                return self._note_failure(known(error, list(texts.values()), name), texts, started)
+            finally:
+                self.health.ends(call)
+        faults = unusable_rows(vectors)
+        usable = {one: vector for at, (one, vector) in enumerate(zip(texts, vectors, strict=True)) if at not in faults}
+        made.vectors.update(usable)
+        if usable:
+            self.sizes.works(len(texts), _bytes(texts), self._free.borrowed_tokens + 1)
+            self._adjust()
+            self._succeeded({one: texts[one] for one in usable}, usable, self._clock() - started)
+        if not faults:
+            return None
+        fault = TextRejected(
+            f"the text's vector {next(iter(faults.values()))}", where=f"embedders.{name}", hint=UNUSABLE_HINT
+        )
+        return self._note_failure(fault, {one: text for one, text in texts.items() if one not in usable}, started)
+
+    def _note_failure(self, error: Exception, texts: Texts, started: float) -> tuple[EmbedError, Texts, float]:
+        now = self._clock()
+        self._metrics.embed_errors.labels(self._embedder.name, type(error).__name__).inc()
+        self._failed(len(texts), now - started)
+        if not isinstance(error, EmbedError):
+            # The key, the address or the model: the word tells whether that is so for every text.
+            assert isinstance(error, CdcsyncError)
+            error = EmbedError(error.message, where=error.where, hint=error.hint)
+        return error, texts, now
+
+    def _restore(self, before: Learnt) -> None:
+        self.sizes.restore(before)
+        self._adjust()
+
+    def _adjust(self, *, alone: bool | None = None) -> None:
+        """Let as many calls run at a time as there should be."""
+        alone = self._alone.locked() if alone is None else alone
+        self._free.total_tokens = 1 if alone else self.sizes.calls
+
+
+def _bytes(texts: Mapping[bytes, str]) -> int:
+    return sum(len(text.encode()) for text in texts.values())

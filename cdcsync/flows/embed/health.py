@@ -1,0 +1,225 @@
+"""Whether an embedder works as a whole, and until when it is left alone.
+
+Fresh evidence decides whose fault a failed call is: a harmless word is embedded after the failure. If that works, the
+call is at fault: its size, or a text in it. If it does not, the embedder is, whatever it said. So a success of an hour
+ago excuses nobody, and a provider that refuses everything costs no text its attempts.
+
+    working ──a call fails──► word ──works──► working (the caller makes the call smaller)
+                                └──fails──► broken: nobody calls; the word is tried again, each time after a longer
+                                            pause, or when the provider said; once it works ──► working
+
+Every wait has an end, and the end is known: it is in `problem`, which readiness, status, metrics and alerts read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import anyio
+import msgspec
+import structlog
+
+from cdcsync.backoff import backoff_s
+from cdcsync.embedders.foreign import repeatable
+from cdcsync.embedders.protocol import WORD, Embedder, validate
+from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
+
+log = structlog.get_logger()
+
+WORD_S = 60.0
+"""How long the word may take: longer than a model that is loaded on demand needs, and the end of any silence."""
+
+SILENCE = f"no answer within {WORD_S:g} s"
+
+MOST_PAUSE_S = 60.0
+"""An embedder that works again is noticed within a minute, unless it told us to wait for longer."""
+
+MOST_ASKED_S = 3_600.0
+"""The longest wait that an embedder can ask for."""
+
+PATIENCE_S = 90.0
+"""Being told to wait for less is pacing and nobody's problem; for longer, the embedder is not working."""
+
+SLOW_S = 300.0
+"""A call that has been running for this long is a problem in itself. Nothing in a call is supposed to take minutes."""
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Why an embedder makes no vectors now.
+
+    :ivar until: when it is tried again; None where a call is under way that has not ended.
+    """
+
+    message: str
+    hint: str | None
+    since: datetime
+    until: datetime | None
+
+    def __str__(self) -> str:
+        again = "" if self.until is None else f" (tried again at {self.until:%Y-%m-%d %H:%M:%S} UTC)"
+        return f"{self.message}{again}"
+
+
+class Health:
+    """One embedder's: use `usable` before a call, `confirm` after one failed, and run `recover` beside them.
+
+    :param clock: the time in seconds.
+    """
+
+    def __init__(self, embedder: Embedder, clock: Callable[[], float]) -> None:
+        self._embedder = embedder
+        self._clock = clock
+        self._turn = anyio.Lock()
+        self._error: CdcsyncError | None = None
+        self._since = datetime.now(UTC)
+        self._until = 0.0
+        """When the embedder may be asked again, by the clock."""
+        self._pauses = 0
+        self._word_asked = float("-inf")
+        """When the word was asked for that worked last."""
+        self._broken = anyio.Event()
+        self._works = anyio.Event()
+        self._works.set()
+        self._running: dict[object, float] = {}
+        self.changed: Callable[[], None] = lambda: None
+        """Called whenever `problem` may have changed."""
+
+    @property
+    def problem(self) -> Problem | None:
+        """Why there are no vectors now; None while the embedder works."""
+        if self._error is not None:
+            wait = timedelta(seconds=max(0.0, self._until - self._clock()))
+            return Problem(str(self._error), self._error.hint, self._since, datetime.now(UTC) + wait)
+        waited = self._clock() - min(self._running.values(), default=self._clock())
+        if waited > SLOW_S:
+            since = datetime.now(UTC) - timedelta(seconds=waited)
+            return Problem(f"a call has been running for {waited:.0f} s", "see what the embedder is doing", since, None)
+        return None
+
+    async def works(self) -> None:
+        """Wait until the embedder may be asked."""
+        while self._error is not None:
+            await self._works.wait()
+
+    def usable(self) -> None:
+        """Check that calls may be made.
+
+        :raises EmbedderUnavailable: the embedder is broken, and it is known until when it is left alone.
+        """
+        if self._error is not None:
+            raise self._unavailable(self._error)
+
+    def begins(self) -> object:
+        """Note that a call begins; returns what `ends` wants."""
+        call = object()
+        self._running[call] = self._clock()
+        return call
+
+    def ends(self, call: object) -> None:
+        """Note that a call has ended."""
+        del self._running[call]
+
+    async def confirm(self, error: CdcsyncError, failed: float) -> None:
+        """Find out whose fault a failed call is; returns if it is not the embedder's.
+
+        If the embedder told us to wait, that wait comes first.
+
+        :param failed: when the call ended, by the clock.
+        :raises EmbedderUnavailable: the embedder fails at a harmless word too.
+        """
+        async with self._turn:
+            self.usable()
+            if self._word_asked >= failed:
+                return  # another caller has asked since
+            wait = asked_s(error)
+            if wait > PATIENCE_S:
+                self._break(error, wait)
+                self.usable()
+            await anyio.sleep(wait)
+            if (failure := await self._word()) is not None:
+                # Silence says less than what the embedder said before.
+                silent = failure.message == SILENCE and isinstance(error, EmbedderUnavailable)
+                self._break(error if silent else failure, asked_s(failure))
+                self.usable()
+
+    def fails(self, error: CdcsyncError) -> None:
+        """Note that the embedder cannot be opened."""
+        self._break(error, asked_s(error))
+
+    async def recover(self) -> None:
+        """Try a broken embedder again and again, until cancelled."""
+        while True:
+            await self._broken.wait()
+            await self.pause()
+            async with self._turn:
+                failure = await self._word()
+                if failure is None:
+                    self.recovered()
+                    log.info("embedder_recovered", embedder=self._embedder.name)
+                else:
+                    self._break(failure, asked_s(failure))
+
+    async def pause(self) -> None:
+        """Wait until the embedder may be tried."""
+        await anyio.sleep(max(0.0, self._until - self._clock()))
+
+    def recovered(self) -> None:
+        """Note that the embedder works."""
+        self._error = None
+        self._pauses = 0
+        self._broken = anyio.Event()
+        self._works.set()
+        self.changed()
+
+    def _break(self, error: CdcsyncError, asked: float) -> None:
+        """Note that the embedder fails as a whole, and until when it is left alone."""
+        if self._error is None:
+            self._since = datetime.now(UTC)
+            self._works = anyio.Event()
+        pause = asked or backoff_s(self._pauses, most=MOST_PAUSE_S)
+        self._pauses += 1
+        self._until = self._clock() + pause
+        self._error = error
+        self._broken.set()
+        name, reason, delay = self._embedder.name, str(error), round(pause, 1)
+        if isinstance(error, EmbedderSetupError | TextRejected):  # one that refuses the word is set up wrongly
+            log.error("embedder_unusable", embedder=name, error=reason, fix=error.hint, delay_s=delay)
+        else:
+            log.warning("embedder_unavailable", embedder=name, error=reason, fix=error.hint, delay_s=delay)
+        self.changed()
+
+    async def _word(self) -> CdcsyncError | None:
+        """Embed the harmless word; returns why that failed."""
+        asked = self._clock()
+        try:
+            with anyio.fail_after(WORD_S):
+                validate(await self._embedder.embed([WORD]), 1, self._embedder.dimensions)
+        except TimeoutError:
+            return EmbedderUnavailable(SILENCE, where=f"embedders.{self._embedder.name}")
+        except Exception as error:
+            return known(error, [], self._embedder.name)
+        self._word_asked = asked
+        return None
+
+    def _unavailable(self, error: CdcsyncError) -> EmbedderUnavailable:
+        left = max(0.0, self._until - self._clock())
+        return EmbedderUnavailable(error.message, where=error.where, hint=error.hint, retry_after_s=left)
+
+
+def asked_s(error: CdcsyncError) -> float:
+    """Return how long an embedder asks us to wait, in seconds; 0.0 if it does not."""
+    asked = error.retry_after_s if isinstance(error, EmbedderUnavailable) else None
+    return min(max(0.0, asked or 0.0), MOST_ASKED_S)
+
+
+def known(error: Exception, texts: list[str], name: str) -> CdcsyncError:
+    """Return an embedder's error as one of ours, with a message that may be logged and stored.
+
+    An embedder runs foreign code, or speaks for it: it may raise anything, and quote what it was given.
+    """
+    if not isinstance(error, CdcsyncError):
+        words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return EmbedError(f"the embedder fails: {repeatable(words, texts)}", where=f"embedders.{name}")
+    error.message = repeatable(error.message)
+    return error
