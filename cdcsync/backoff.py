@@ -1,8 +1,16 @@
-"""How long to wait after a failure."""
+"""How long to wait after a failure, and the loop that does the same thing again afterwards."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import anyio
+import msgspec
+
+from cdcsync.errors import CdcsyncError, Unavailable
 
 FIRST_DELAY_S = 1.0
 MAX_DELAY_S = 300.0
@@ -15,3 +23,78 @@ def backoff_s(attempt: int, *, first: float = FIRST_DELAY_S, most: float = MAX_D
     """
     bound = min(most, first * 2.0 ** min(attempt, 30))
     return bound * (0.5 + random.random() / 2)  # noqa: S311 - spreads load, guards nothing
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """An attempt that failed, the `attempt`-th in a row, and how long the next one waits."""
+
+    error: CdcsyncError
+    attempt: int
+    delay_s: float
+
+
+class Backoff:
+    """Waits after each failure, and longer after each in a row.
+
+    Around what is to be done, in a loop, it swallows the errors that waiting mends, and waits:
+
+        while True:
+            async with backoff:
+                async with await connect(…) as connection:
+                    backoff.succeeded()
+                    await work(connection)
+
+    A block that ends without an error has succeeded too.
+    """
+
+    def __init__(
+        self,
+        failed: Callable[[Failure], None] = lambda failure: None,
+        *,
+        first: float = 0.2,
+        most: float = 15.0,
+        errors: type[CdcsyncError] = Unavailable,
+        until: anyio.Event | None = None,
+    ) -> None:
+        """Wait between `first` and `most` seconds.
+
+        :param failed: called before each wait, to say so.
+        :param errors: those that waiting mends; any other leaves the block.
+        :param until: a wait ends early once this is set.
+        """
+        self._failed = failed
+        self._first = first
+        self._most = most
+        self._errors = errors
+        self._until = until
+        self.failures = 0
+        """Failures in a row."""
+
+    def succeeded(self) -> None:
+        """Begin again with the shortest wait."""
+        self.failures = 0
+
+    async def wait(self, error: CdcsyncError | None = None, *, asked_s: float | None = None) -> None:
+        """Wait after a failure.
+
+        :param asked_s: how long the other side asked us to wait, if it did.
+        """
+        delay_s = asked_s or backoff_s(self.failures, first=self._first, most=self._most)
+        self.failures += 1
+        if error is not None:
+            self._failed(Failure(error, self.failures, round(delay_s, 2)))
+        with anyio.move_on_after(delay_s):
+            await (self._until.wait() if self._until is not None else anyio.sleep_forever())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is None:
+            self.succeeded()
+        if not isinstance(error, self._errors):
+            return False
+        await self.wait(error)
+        return True

@@ -13,8 +13,8 @@
     ├── Unavailable            a server cannot be reached just now                      automatic
     │   ├── SourceUnavailable
     │   ├── TargetUnavailable
-    │   │   └── TargetRewound  the target went back to an earlier state             automatic
     │   └── SlotInUse          another connection is reading the slot                   automatic
+    ├── TargetRewound          the target went back to an earlier state                automatic
     ├── DocumentError          a row cannot be made a document, or a document chunks    operator
     └── EmbedError             texts could not be embedded
         ├── EmbedderUnavailable  the provider or model is failing as a whole            automatic
@@ -149,12 +149,14 @@ class TargetUnavailable(Unavailable):
     """The target server cannot be reached just now."""
 
 
-class TargetRewound(TargetUnavailable):
-    """The target is not as this worker last committed it: the worker begins anew, and looks for a gap."""
-
-
 class SlotInUse(Unavailable):
     """Another connection is reading the replication slot."""
+
+
+class TargetRewound(CdcsyncError):
+    """The target is not as this worker last committed it: the worker begins anew, and looks for a gap."""
+
+    retry = Retry.AUTOMATIC
 
 
 class DocumentError(CdcsyncError):

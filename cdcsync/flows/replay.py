@@ -22,6 +22,7 @@ from cdcsync.config.names import quote
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection, first_line, passing, speaking_of, translate
 from cdcsync.preflight import build_embedders, examine
 from cdcsync.source.catalog import read_publication
@@ -29,6 +30,7 @@ from cdcsync.source.relations import read_table
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 from cdcsync.target.keys import canonical
 from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Request, RequestAction, Requests
 from cdcsync.target.search import stored_spec
 
@@ -64,27 +66,22 @@ async def open_index(target: Connection, config: Config, name: str, *, even_paus
     """
     spec = await stored_spec(target, config.target.schema, name, config.index_named(name))
     with speaking_of("target", where=f"index {name}"):
-        cursor = await target.execute(
-            sql.SQL("SELECT state, reason, slot FROM {} WHERE name = %s").format(
-                sql.Identifier(config.target.schema, "indexes")
-            ),
-            [name],
-        )
-        row = await cursor.fetchone()
-    if row is None:
+        entry = await Registry(config.target.schema).find(target, name)
+    if entry is None:
         raise SetupError(
             "the index is being dropped", where=f"index {name}", hint="`cdcsync status` shows what is there"
         )
-    state, reason, slot = row
-    if slot != config.source.slot:
+    if entry.slot != config.source.slot:
         raise SetupError(
-            f"the index belongs to the pipeline of slot {slot}", where=f"index {name}", hint="use its configuration"
-        )
-    if state == "paused" and not even_paused and not await _mended(target, config, name):
-        raise SetupError(
-            f"the index is paused: {reason or 'no reason is stored'}",
+            f"the index belongs to the pipeline of slot {entry.slot}",
             where=f"index {name}",
-            hint="mend what is said there, then start the worker again: it reads the whole table anew",
+            hint="use its configuration",
+        )
+    if entry.pause is not None and not even_paused and not await _mended(target, config, name):
+        raise SetupError(
+            f"the index is paused: {entry.pause}",
+            where=f"index {name}",
+            hint="fix what is said there, then start the worker again: it reads the whole table anew",
         )
     return spec
 
@@ -248,11 +245,10 @@ async def follow(target: Connection, schema: str, id_: int, show: Callable[[Requ
 async def backlog_left(target: Connection, schema: str, spec: IndexSpec) -> int:
     """Return how many chunks wait for a vector."""
     with speaking_of("target", where=f"index {spec.name}"):
-        cursor = await target.execute(
+        row = await fetch_one(
+            target,
             sql.SQL("SELECT count(*) FROM {} WHERE generation = {} AND attempts < {}").format(
                 Names(schema, spec.name).backlog, sql.Literal(spec.generation), sql.Literal(MAX_ATTEMPTS)
-            )
+            ),
         )
-        row = await cursor.fetchone()
-    assert row is not None
     return cast(int, row[0])

@@ -23,6 +23,7 @@ from cdcsync.errors import SetupError, SlotInUse
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.catalog import Publication, Slot, read_publication, read_server, read_slot
 from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.registry import Registry
 
 OURS = "cdcsync: "
 """How the comments of what all pipelines of a schema share begin."""
@@ -130,16 +131,10 @@ async def _belongings(target: Connection, config: Config) -> Belongings:
         "SELECT relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE nspname = %s",
         [schema],
     )
-    if not {"pipelines", "indexes"} <= {row[0] for row in await cursor.fetchall()}:
+    if "pipelines" not in {row[0] for row in await cursor.fetchall()}:
         return Belongings()
-    rows = await _rows(
-        target,
-        sql.SQL("SELECT name, source_table FROM {} WHERE slot = %s ORDER BY name").format(
-            sql.Identifier(schema, "indexes")
-        ),
-        slot,
-    )
-    indexes = tuple(name for name, _ in rows)
+    entries = [entry for entry in (await Registry(schema).all(target)).values() if entry.slot == slot]
+    indexes = tuple(entry.name for entry in entries)
     tables = await _rows(target, _TABLES, [f"cdcsync index {name}: " for name in indexes], schema)
     views = await _rows(target, _VIEWS, [oid for oid, _ in tables])
     present = await _rows(
@@ -149,7 +144,7 @@ async def _belongings(target: Connection, config: Config) -> Belongings:
         indexes=indexes,
         views=tuple(name for (name,) in views),
         tables=tuple(name for _, name in tables),
-        source_tables=tuple(table for _, table in rows),
+        source_tables=tuple(entry.source_table for entry in entries),
         set_up=bool(present),
     )
 
@@ -194,11 +189,11 @@ async def _purge(target: Connection, config: Config, belongings: Belongings) -> 
             async with target.transaction():
                 await _drop(target, "VIEW", belongings.views)
                 await _drop(target, "TABLE", belongings.tables)
-                for table in ("indexes", "pipelines"):
-                    await target.execute(
-                        sql.SQL("DELETE FROM {} WHERE slot = %s").format(sql.Identifier(schema, table)),
-                        [config.source.slot],
-                    )
+                await Registry(schema).forget(target, config.source.slot)
+                await target.execute(
+                    sql.SQL("DELETE FROM {} WHERE slot = %s").format(sql.Identifier(schema, "pipelines")),
+                    [config.source.slot],
+                )
                 if not await _rows(target, sql.SQL("SELECT FROM {}").format(sql.Identifier(schema, "pipelines"))):
                     await _drop_shared(target, schema)
     except SetupError as error:

@@ -18,6 +18,7 @@ from typing import Any, assert_never
 import msgspec
 
 from cdcsync.lsn import Lsn
+from cdcsync.model.pauses import Pause
 from cdcsync.model.rows import Change, Delete, Key, Shape, Truncation, Upsert, complete, fill
 from cdcsync.model.transactions import Committed
 
@@ -124,7 +125,7 @@ class Batch:
         self.indexes: dict[str, IndexChanges] = {}
         self.pages: list[PageEnd] = []
         self.marks: list[str] = []
-        self.paused: dict[str, str] = {}
+        self.paused: dict[str, Pause] = {}
         """Why indexes stop following their tables here; committed with the position, so that it cannot be forgotten."""
         self.rows = 0
         self.bytes = 0

@@ -11,6 +11,7 @@ from cdcsync.config import Config
 from cdcsync.config.names import quote
 from cdcsync.embedders import Embedder
 from cdcsync.errors import CdcsyncError
+from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, Side, connect
 from cdcsync.preflight.findings import Finding, Report, noting
@@ -20,7 +21,8 @@ from cdcsync.preflight.machine import machine_findings
 from cdcsync.preflight.sending import creation_faults, sending_findings
 from cdcsync.preflight.source import SourceFacts, examine_source
 from cdcsync.preflight.tables import examine_row_filter, examine_table, needed_columns, table_faults
-from cdcsync.preflight.target import Stored, TargetFacts, examine_target
+from cdcsync.preflight.target import TargetFacts, examine_target
+from cdcsync.target.registry import Entry
 
 
 async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
@@ -32,7 +34,7 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
     """
     findings: list[Finding] = list(machine_findings(config))
     specs: list[IndexSpec] = []
-    broken: dict[str, str] = {}
+    broken: dict[str, Pause] = {}
     plans = [make_plan(name, index, embedders.get(index.embedder), findings) for name, index in config.indexes.items()]
     async with AsyncExitStack() as stack:
         source = await _connect(stack, config.source.dsn, "source", findings)
@@ -96,7 +98,7 @@ def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list
     ]
 
 
-def _pause_broken(plans: Sequence[Plan], facts: TargetFacts, findings: list[Finding]) -> dict[str, str]:
+def _pause_broken(plans: Sequence[Plan], facts: TargetFacts, findings: list[Finding]) -> dict[str, Pause]:
     """Return the indexes that exist and cannot follow their tables any more; their errors become warnings.
 
     Where the configuration asks for something else than before, the configuration is wrong: that stays an error.
@@ -106,7 +108,7 @@ def _pause_broken(plans: Sequence[Plan], facts: TargetFacts, findings: list[Find
         errors = [finding for finding in plan.findings if finding.level == "error"]
         if errors and _as_before(plan, facts.stored.get(plan.name)):
             first = errors[0]
-            broken[plan.name] = f"{first.message}; {first.hint}" if first.hint else first.message
+            broken[plan.name] = Pause(first.message, first.hint)
             for error in errors:
                 findings[findings.index(error)] = Finding.warning(
                     error.where, f"{error.message}; the index {plan.name} is paused, the others go on", error.hint
@@ -114,7 +116,7 @@ def _pause_broken(plans: Sequence[Plan], facts: TargetFacts, findings: list[Find
     return broken
 
 
-def _as_before(plan: Plan, stored: Stored | None) -> bool:
+def _as_before(plan: Plan, stored: Entry | None) -> bool:
     if stored is None:
         return False
     wanted = (str(plan.index.table_name), plan.fingerprint, plan.index.columns)

@@ -15,6 +15,7 @@ import msgspec
 import psycopg
 
 from cdcsync.errors import CdcsyncError, SetupError
+from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Side, translate
 
@@ -69,7 +70,7 @@ class Report(msgspec.Struct):
 
     findings: list[Finding]
     specs: list[IndexSpec]
-    broken: dict[str, str] = {}
+    broken: dict[str, Pause] = {}
 
     @property
     def errors(self) -> list[Finding]:

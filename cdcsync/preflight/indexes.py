@@ -20,9 +20,10 @@ from cdcsync.model.rows import Shape
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding
-from cdcsync.preflight.target import Stored, TargetFacts
+from cdcsync.preflight.target import TargetFacts
 from cdcsync.preflight.types import choose_types, sortable
 from cdcsync.source.relations import Table
+from cdcsync.target.registry import Entry
 
 MAX_HNSW_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000}
 """The most dimensions of an HNSW index, by the column's type: pgvector keeps an element on one page."""
@@ -89,7 +90,7 @@ def model_faults(name: str, index: Index, embedder: Embedder) -> Iterator[Findin
         )
 
 
-def stored_faults(name: str, index: Index, stored: Stored, slot: str, embedder: Embedder | None) -> Iterator[Finding]:
+def stored_faults(name: str, index: Index, stored: Entry, slot: str, embedder: Embedder | None) -> Iterator[Finding]:
     """Say where the configuration is of another index than the one that exists under this name."""
     where = f"indexes.{name}"
     another = f"configure this one as [indexes.OTHER], with a view of its own, and leave {where} as it was"
@@ -128,7 +129,7 @@ def stored_faults(name: str, index: Index, stored: Stored, slot: str, embedder: 
         )
 
 
-def key_faults(name: str, stored: Stored, table: Table) -> Iterator[Finding]:
+def key_faults(name: str, stored: Entry, table: Table) -> Iterator[Finding]:
     """Say whether the table's key is the one that the existing index has."""
     if table.key and stored.key != table.key and stored.source_table == str(table.name):
         now, then = (", ".join(map(quote, key)) for key in (table.key, stored.key))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from cdcsync.config import Config
 from cdcsync.config.names import quote
+from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, nearest, noting
 from cdcsync.preflight.target import (
@@ -80,12 +81,12 @@ async def _search_faults(connection: Connection, config: Config, name: str, *, b
     if not built:
         return []
     table = f"{quote(config.target.schema)}.{name}_chunks"
-    cursor = await connection.execute(
+    expression = await fetch_row(
+        connection,
         "SELECT pg_get_expr(d.adbin, d.adrelid) FROM pg_attrdef d JOIN pg_attribute a"
         " ON a.attrelid = d.adrelid AND a.attnum = d.adnum WHERE d.adrelid = to_regclass(%s) AND a.attname = 'search'",
         [table],
     )
-    expression = await cursor.fetchone()
     if expression is None or f"'{chosen}'::regconfig" in expression[0]:
         return []
     return [

@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterator, Sequence
 
 import msgspec
-from psycopg import sql
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import quote
+from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
 from cdcsync.source.catalog import Server, read_server
 from cdcsync.source.slot import MIN_VERSION
+from cdcsync.target.registry import Entry, Registry
 
 PGVECTOR_MINIMUM = (0, 7, 0)
 """The first with halfvec."""
@@ -69,27 +70,11 @@ class Relation(msgspec.Struct, frozen=True):
         return (self.comment or "").startswith(marker)
 
 
-class Stored(msgspec.Struct, frozen=True):
-    """An index's row in our table `indexes`."""
-
-    name: str
-    slot: str
-    source_table: str
-    key: tuple[str, ...]
-    generation: int
-    model: str
-    dimensions: int
-    vector_type: str
-    distance: str
-    fingerprint: str
-    columns: tuple[str, ...]
-
-
 class TargetFacts(msgspec.Struct, frozen=True):
     """What the checks of the indexes need to know of the target."""
 
     server: Server
-    stored: dict[str, Stored]
+    stored: dict[str, Entry]
 
 
 async def examine_target(connection: Connection, config: Config, findings: list[Finding]) -> TargetFacts | None:
@@ -110,14 +95,15 @@ async def examine_target(connection: Connection, config: Config, findings: list[
         relations = await read_relations(connection, schema, SHARED)
         faults = list(relation_faults("target.schema", relations, server))
         findings += faults
-        if not faults and any(relation.name.name == "indexes" for relation in relations):
-            facts = TargetFacts(server, await read_stored(connection, schema))
+        if not faults:
+            facts = TargetFacts(server, await Registry(schema).all(connection))
     return facts
 
 
 async def read_pgvector(connection: Connection) -> Pgvector:
     """Return what there is of pgvector."""
-    cursor = await connection.execute(
+    row = await fetch_one(
+        connection,
         """
         SELECT i.extversion, i.nspname, coalesce(has_schema_privilege(i.extnamespace, 'USAGE'), false),
                a.default_version,
@@ -129,21 +115,19 @@ async def read_pgvector(connection: Connection) -> Pgvector:
                    FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE extname = 'vector') i ON true
         LEFT JOIN pg_available_extensions a ON a.name = 'vector'
         LEFT JOIN pg_available_extension_versions v ON v.name = a.name AND v.version = a.default_version
-        """
+        """,
     )
-    row = await cursor.fetchone()
-    assert row is not None
     return Pgvector(*row)
 
 
 async def read_access(connection: Connection, schema: str) -> Access:
     """Return what the role may do in a schema."""
-    cursor = await connection.execute(
+    row = await fetch_row(
+        connection,
         "SELECT has_schema_privilege(oid, 'USAGE') AND has_schema_privilege(oid, 'CREATE')"
         " FROM pg_namespace WHERE nspname = %s",
         [schema],
     )
-    row = await cursor.fetchone()
     return Access(schema, row is not None, row is not None and bool(row[0]))
 
 
@@ -159,17 +143,6 @@ async def read_relations(connection: Connection, schema: str, names: Sequence[st
         [schema, list(names)],
     )
     return [Relation(QualifiedName(schema_, name), *rest) for schema_, name, *rest in await cursor.fetchall()]
-
-
-async def read_stored(connection: Connection, schema: str) -> dict[str, Stored]:
-    """Return the indexes that exist, by name."""
-    fields = Stored.__struct_fields__
-    cursor = await connection.execute(
-        sql.SQL("SELECT {} FROM {}").format(
-            sql.SQL(", ").join(map(sql.Identifier, fields)), sql.Identifier(schema, "indexes")
-        )
-    )
-    return {row[0]: msgspec.convert(dict(zip(fields, row, strict=True)), Stored) for row in await cursor.fetchall()}
 
 
 def server_faults(server: Server) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ Replication" (Publication, Generated Column Replication).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, LiteralString, cast
+from typing import LiteralString, cast
 
 import msgspec
 from psycopg import sql
@@ -18,6 +18,7 @@ from psycopg import sql
 from cdcsync.config import QualifiedName
 from cdcsync.lsn import Lsn
 from cdcsync.model.visibility import XID_SPAN, Snapshot
+from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.relations import Column, Table, read_table
 
@@ -124,7 +125,7 @@ class Publication(msgspec.Struct, frozen=True):
 
 async def read_server(connection: Connection) -> Server:
     """Return what the server says of itself."""
-    row = await _one(
+    row = await fetch_one(
         connection,
         """
         SELECT current_setting('server_version_num')::int, current_database(), current_user, pg_is_in_recovery(),
@@ -138,15 +139,14 @@ async def read_server(connection: Connection) -> Server:
                current_setting('server_encoding'), pg_postmaster_start_time()::text,
                has_database_privilege(current_database(), 'TEMPORARY'), current_setting('transaction_read_only')::bool
         """,
-        list(REPLICATION_ROLES),
+        [list(REPLICATION_ROLES)],
     )
-    assert row is not None
     return Server(*row)
 
 
 async def read_slot(connection: Connection, name: str) -> Slot | None:
     """Return the slot, or None when there is none of that name."""
-    row = await _one(
+    row = await fetch_row(
         connection,
         sql.SQL(
             """
@@ -157,7 +157,7 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
             FROM pg_replication_slots WHERE slot_name = %s
             """
         ).format(sql.SQL("failover" if connection.info.server_version >= FAILOVER_VERSION else "false")),
-        name,
+        [name],
     )
     if row is None:
         return None
@@ -177,19 +177,15 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
 
 async def current_lsn(connection: Connection) -> Lsn:
     """Return the end of the WAL that is written."""
-    row = await _one(
-        connection,
-        "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END::text",
+    statement: LiteralString = (
+        "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END::text"
     )
-    assert row is not None
-    return Lsn.parse(cast(str, row[0]))
+    return Lsn.parse(cast(str, await fetch_value(connection, statement)))
 
 
 async def current_snapshot(connection: Connection) -> Snapshot:
     """Return which transactions a statement begun now sees."""
-    row = await _one(connection, "SELECT pg_current_snapshot()::text")
-    assert row is not None
-    return Snapshot.parse(cast(str, row[0]))
+    return Snapshot.parse(cast(str, await fetch_value(connection, "SELECT pg_current_snapshot()::text")))
 
 
 async def running_transactions(connection: Connection) -> frozenset[int]:
@@ -222,7 +218,7 @@ async def blockers(connection: Connection, xids: Iterable[int]) -> list[str]:
 async def read_publication(connection: Connection, name: str) -> Publication | None:
     """Return the publication, or None when there is none of that name."""
     version = connection.info.server_version
-    row = await _one(
+    row = await fetch_row(
         connection,
         sql.SQL(
             """
@@ -231,7 +227,7 @@ async def read_publication(connection: Connection, name: str) -> Publication | N
             FROM pg_publication WHERE pubname = %s
             """
         ).format(sql.SQL("pubgencols = 's'" if version >= GENERATED_COLUMNS_VERSION else "false")),
-        name,
+        [name],
     )
     if row is None:
         return None
@@ -294,10 +290,3 @@ def publish_statement(name: str, tables: Sequence[QualifiedName]) -> sql.Compose
 
 def _names(tables: Sequence[QualifiedName]) -> sql.Composed:
     return sql.SQL(", ").join(sql.Identifier(table.schema, table.name) for table in tables)
-
-
-async def _one(
-    connection: Connection, statement: LiteralString | sql.Composed, *arguments: object
-) -> tuple[Any, ...] | None:
-    cursor = await connection.execute(statement, arguments or None)
-    return await cursor.fetchone()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from cdcsync.config import QualifiedName
+from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 
 
@@ -95,7 +96,8 @@ async def similar_tables(connection: Connection, name: QualifiedName) -> list[Qu
 
 async def read_table(connection: Connection, name: QualifiedName) -> Table | None:
     """Return the table, or None when there is no table (or partitioned table, or foreign table, …) of that name."""
-    cursor = await connection.execute(
+    row = await fetch_row(
+        connection,
         """
         SELECT c.oid::int8, c.relkind::text, c.relpersistence::text, c.relreplident::text,
                has_table_privilege(c.oid, 'SELECT'), pg_has_role(c.relowner, 'USAGE'),
@@ -108,7 +110,6 @@ async def read_table(connection: Connection, name: QualifiedName) -> Table | Non
         """,
         [name.schema, name.name],
     )
-    row = await cursor.fetchone()
     if row is None:
         return None
     oid, kind, persistence, mode, readable, owned, row_security, estimate, reachable, children = row

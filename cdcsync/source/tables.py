@@ -19,12 +19,13 @@ from typing import cast
 import anyio
 import msgspec
 import psycopg
-from psycopg import pq, sql
+from psycopg import sql
 
 from cdcsync.model.rows import Key, Row, Shape
 from cdcsync.model.transactions import MARK_PREFIX
 from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.comparisons import Comparison, comparisons, follows
+from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_texts
 from cdcsync.postgres.sessions import Connection
 
 
@@ -104,12 +105,8 @@ class SourceTable:
             rows=sql.SQL(" AND ").join([self._rows, *await self._after(connection, after, where)]),
             limit=sql.Literal(limit),
         )
-        cursor = psycopg.AsyncRawCursor(connection)
-        await cursor.execute(statement, list(after or ()), prepare=False)
-        found = await cursor.fetchone()
-        assert found is not None
-        rows, fitting = found
-        return limit if rows == fitting else max(1, cast(int, fitting))
+        ((rows, fitting),) = await fetch_texts(connection, statement, after or (), prepare=False)
+        return limit if rows == fitting else max(1, int(cast(str, fitting)))
 
     async def fitting_keys(self, connection: Connection, keys: Sequence[Key], most_bytes: int) -> int:
         """Return how many of these keys, from the first on, have rows of at most so many bytes together; at least 1."""
@@ -130,13 +127,12 @@ class SourceTable:
 
     async def _has_large_values(self, connection: Connection) -> bool:
         """Say whether any value is stored out of line: if none is, no row is larger than a page of the server's."""
-        cursor = await connection.execute(
+        row = await fetch_one(
+            connection,
             "SELECT EXISTS (SELECT FROM pg_class WHERE reltoastrelid <> 0 AND pg_relation_size(reltoastrelid) > 0"
             " AND (oid = %(table)s::regclass OR oid IN (SELECT relid FROM pg_partition_tree(%(table)s::regclass))))",
             {"table": str(self.shape.table)},
         )
-        row = await cursor.fetchone()
-        assert row is not None
         return bool(row[0])
 
     async def _size(self, connection: Connection) -> sql.Composable:
@@ -192,18 +188,11 @@ class SourceTable:
         """
         await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         try:
-            cursor = await connection.execute("SELECT pg_current_snapshot()::text")
-            first = await cursor.fetchone()
-            assert first is not None
-            # A raw cursor: a per cent sign, in a column's name or someone's condition, is no placeholder.
-            reading = psycopg.AsyncRawCursor(connection)
+            first = await fetch_one(connection, "SELECT pg_current_snapshot()::text")
             # Never prepared: a plan that is kept fails once a column has another type.
-            await reading.execute(statement, arguments, prepare=False)
-            result = reading.pgresult
-            assert result is not None
-            page = Page(Snapshot.parse(cast(str, first[0])), _texts(result))
-            cursor = await connection.execute(_REWRITTEN, {"table": str(self.shape.table)})
-            rewritten = await cursor.fetchone()
+            rows = await fetch_texts(connection, statement, arguments, prepare=False)
+            page = Page(Snapshot.parse(cast(str, first[0])), rows)
+            rewritten = await fetch_row(connection, _REWRITTEN, {"table": str(self.shape.table)})
         except BaseException:
             if not connection.closed:
                 with anyio.CancelScope(shield=True):
@@ -217,22 +206,19 @@ class SourceTable:
 
     async def estimate(self, connection: Connection) -> int:
         """Return the planner's idea of how many rows the table has."""
-        cursor = await connection.execute(
+        row = await fetch_one(
+            connection,
             # A partition tree is empty for a table that has no part in partitioning, and a root repeats its leaves.
             "SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::int8 FROM pg_class c WHERE c.relkind <> 'p'"
             " AND (c.oid = %(table)s::regclass OR c.oid IN (SELECT relid FROM pg_partition_tree(%(table)s::regclass)))",
             {"table": str(self.shape.table)},
         )
-        row = await cursor.fetchone()
-        assert row is not None
         return cast(int, row[0])
 
     async def count(self, connection: Connection, where: str | None = None) -> int:
         """Return how many rows there are to read."""
         statement = self._count if not where else sql.SQL(" AND ").join([self._count, _condition(where)])
-        cursor = await connection.execute(statement)
-        row = await cursor.fetchone()
-        assert row is not None
+        row = await fetch_one(connection, statement)
         return cast(int, row[0])
 
 
@@ -243,17 +229,6 @@ _REWRITTEN = """
         WHERE c.relfilenode IS DISTINCT FROM coalesce(pg_relation_filenode(now.oid), 0))
 """
 """Compares the files of a table and its partitions: as they are, which functions tell, with what the snapshot sees."""
-
-
-def _texts(result: pq.abc.PGresult) -> list[Row]:
-    """Return a result's rows in the text that the server sent."""
-    value = result.get_value
-    columns = range(result.nfields)
-    rows: list[Row] = []
-    for at in range(result.ntuples):
-        raw = [value(at, column) for column in columns]
-        rows.append(tuple([None if one is None else one.decode() for one in raw]))
-    return rows
 
 
 def _condition(text: str) -> sql.Composable:

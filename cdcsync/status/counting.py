@@ -10,6 +10,7 @@ from typing import cast
 import msgspec
 from psycopg import sql
 
+from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 
@@ -137,13 +138,10 @@ async def _rows(target: Connection, table: sql.Identifier) -> tuple[int, bool]:
 
 async def _planned(target: Connection, table: sql.Identifier) -> int:
     """Return how many rows the planner expects: its statistics, scaled by the table's present size."""
-    cursor = await target.execute(sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {}").format(table), prepare=False)
-    row = await cursor.fetchone()
-    assert row is not None
+    row = await fetch_one(target, sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {}").format(table), prepare=False)
     return int(row[0][0]["Plan"]["Plan Rows"])
 
 
 async def _numbers(target: Connection, query: sql.Composed) -> tuple[int, ...]:
     # Planned each time: a plan made while a table was empty would be kept for ever.
-    cursor = await target.execute(query, prepare=False)
-    return cast(tuple[int, ...], await cursor.fetchone())
+    return cast(tuple[int, ...], await fetch_one(target, query, prepare=False))

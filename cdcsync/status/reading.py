@@ -21,11 +21,13 @@ from cdcsync.lsn import Lsn
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import Slot, current_lsn, read_slot
 from cdcsync.status.counting import count_index
-from cdcsync.status.model import VERSION, BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus
+from cdcsync.status.model import VERSION, BackfillState, BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.relations import Names
 from cdcsync.target.failures.documents import TABLE, Listed, count_failed
 from cdcsync.target.pipelines import Pipelines, PipelineState
+from cdcsync.target.registry import Registry
+from cdcsync.target.requests import Requests
 
 FRESH = timedelta(seconds=15)
 """How long a worker's word holds that nothing was left to apply. An idle worker gives it every 10 s."""
@@ -64,7 +66,7 @@ async def read_status(config: Config, source: Connection | None, target: Connect
             problems += _worker_problems(config, slot if end is not None else None, worker)
             if end is not None:
                 problems += _slot_problems(name, slot, state)
-            stored = await _read_indexes(target, config, present, problems)
+            stored = await _read_indexes(target, config, present, now, problems)
     lag = _lag(end, state, worker, stored.oldest, now)
     return Status(
         version=VERSION,
@@ -202,34 +204,36 @@ class _Indexes(msgspec.Struct, frozen=True):
     oldest: datetime | None = None
 
 
-async def _read_indexes(target: Connection, config: Config, present: set[str], problems: list[str]) -> _Indexes:
+async def _read_indexes(
+    target: Connection, config: Config, present: set[str], now: datetime, problems: list[str]
+) -> _Indexes:
     schema, slot = config.target.schema, config.source.slot
-    cursor = await target.execute(
-        sql.SQL(
-            "SELECT name, slot, generation, model, dimensions, state, reason, source_table, view_name, created_at"
-            " FROM {} WHERE slot = %s OR name = ANY(%s) ORDER BY name"
-        ).format(sql.Identifier(schema, "indexes")),
-        [slot, list(config.indexes)],
-    )
-    rows = await cursor.fetchall()
-    backfills = await _read_backfills(target, schema, list(config.indexes), problems)
+    stored = (await Registry(schema).all(target)).values()
+    entries = [entry for entry in stored if entry.slot == slot or entry.name in config.indexes]
+    backfills = await _read_backfills(target, schema, list(config.indexes), now, problems)
     readable = await _readable(target, schema, {TABLE, evaluations.TABLE} & present, problems)
     left_out = await count_failed(target, schema) if TABLE in readable else {}
-    recalls = await evaluations.latest(target, schema, list(config.indexes)) if evaluations.TABLE in readable else {}
+    recalls = {}
+    if evaluations.TABLE in readable:
+        recalls = await evaluations.latest(target, schema, {entry.name: entry.generation for entry in entries})
     found: dict[str, IndexStatus] = {}
-    for name, owner, generation, model, dimensions, state, reason, table, view, _ in rows:
+    for entry in entries:
+        name, generation = entry.name, entry.generation
         if name not in config.indexes:
             problems.append(f"index {name} is not in the configuration: nothing keeps it in step any more")
             continue
-        if owner != slot:
-            problems.append(f"index {name} belongs to the pipeline of slot {owner}: give one of the two another name")
+        if entry.slot != slot:
+            problems.append(
+                f"index {name} belongs to the pipeline of slot {entry.slot}: give one of the two another name"
+            )
         status = IndexStatus(
-            *(state, reason, table, view, model, dimensions, generation),
+            *(entry.state, entry.reason, entry.source_table, entry.view_name),
+            *(entry.model, entry.dimensions, generation),
             backfill=backfills.get(name),
             recall=recalls.get(name),
         )
-        if state == "paused":
-            problems.append(f"index {name} is paused: {reason or 'no reason is stored'}")
+        if entry.pause is not None:
+            problems.append(f"index {name} is paused: {entry.pause}")
         if missing := sorted({f"{name}_chunks", f"{name}_vectors_{generation}", f"{name}_backlog"} - present):
             lost = f"tables are missing: {', '.join(missing)}"
             problems.append(f"index {name}: {lost}; `cdcsync run` creates them, `cdcsync replay {name}` fills them")
@@ -246,7 +250,7 @@ async def _read_indexes(target: Connection, config: Config, present: set[str], p
         )
     if new := [name for name in config.indexes if name not in found]:
         problems.append(f"not set up yet: {', '.join(new)}; start the worker again with this configuration")
-    return _Indexes(found, min((row[-1] for row in rows), default=None))
+    return _Indexes(found, min((entry.created_at for entry in entries), default=None))
 
 
 def _left_out(name: str, listed: Listed) -> Iterator[str]:
@@ -262,27 +266,25 @@ def _absent(config: Config, name: str) -> IndexStatus:
 
 
 async def _read_backfills(
-    target: Connection, schema: str, indexes: list[str], problems: list[str]
+    target: Connection, schema: str, indexes: list[str], now: datetime, problems: list[str]
 ) -> dict[str, BackfillStatus]:
     """Return each index's backfill that runs, or else the next one."""
-    cursor = await target.execute(
-        sql.SQL(
-            "SELECT DISTINCT ON (index_name) index_name, id, kind, state, phase, rows_done, rows_total,"
-            " extract(epoch FROM clock_timestamp() - started_at)::float8, error FROM {} WHERE index_name = ANY(%s)"
-            " ORDER BY index_name, array_position(ARRAY['running', 'requested', 'paused'], state),"
-            " CASE WHEN state IN ('running', 'requested', 'paused') THEN id ELSE -id END"
-        ).format(sql.Identifier(schema, "backfills")),
-        [indexes],
-    )
     found = {}
-    for index, id_, kind, state, phase, done, total, elapsed_s, error in await cursor.fetchall():
-        if state in ("running", "requested", "paused"):
-            reading = state == "running" and phase == "rows"
-            rate = done / elapsed_s if reading and done and elapsed_s else None
-            eta_s = max(0, total - done) / rate if rate is not None and total is not None else None
-            found[index] = BackfillStatus(id_, kind, state, phase, done, total, _rounded(rate), _rounded(eta_s))
-        elif state == "failed":
-            problems.append(f"index {index}: its last {kind} failed ({error}); `cdcsync replay {index}` starts another")
+    for one in await Requests(schema).present(target, indexes):
+        if not one.ended:
+            rate = None
+            if one.state == "running" and one.phase == "rows" and one.rows_done and one.started_at is not None:
+                rate = one.rows_done / max(1e-6, (now - one.started_at).total_seconds())
+            eta_s = max(0, one.rows_total - one.rows_done) / rate if rate and one.rows_total is not None else None
+            found[one.index] = BackfillStatus(
+                *(one.id, one.kind, cast(BackfillState, one.state), one.phase, one.rows_done, one.rows_total),
+                *(_rounded(rate), _rounded(eta_s)),
+            )
+        elif one.state == "failed":
+            problems.append(
+                f"index {one.index}: its last {one.kind} failed ({one.error});"
+                f" `cdcsync replay {one.index}` starts another"
+            )
     return found
 
 

@@ -21,6 +21,7 @@ from psycopg.types import TypeInfo
 
 from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
 
@@ -166,15 +167,15 @@ class Backlog:
 
     async def counts(self) -> BacklogCounts:
         """Return how many chunks wait."""
-        cursor = await self._connection.execute(
+        row = await fetch_row(
+            self._connection,
             self._sql(
                 "SELECT count(*) FILTER (WHERE attempts < {attempts} AND lane = 0),"
                 " count(*) FILTER (WHERE attempts < {attempts} AND lane > 0),"
                 " count(*) FILTER (WHERE attempts >= {attempts})"
                 " FROM {backlog} WHERE generation = {generation}"
-            )
+            ),
         )
-        row = await cursor.fetchone()
         return BacklogCounts(*cast(tuple[int, int, int], row))
 
     def _sql(self, statement: str) -> sql.Composed:

@@ -6,7 +6,7 @@ nothing goes by it, so it needs no fence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import datetime
 
 import msgspec
@@ -95,14 +95,15 @@ async def store(connection: Connection, schema: str, found: Evaluation) -> str |
     return None
 
 
-async def latest(connection: Connection, schema: str, indexes: Sequence[str]) -> dict[str, Recall]:
-    """Return the last recall of the generation in use of each index that has one; the table must be there."""
+async def latest(connection: Connection, schema: str, generations: Mapping[str, int]) -> dict[str, Recall]:
+    """Return the last recall of each index that has one of the generation given for it; the table must be there."""
     cursor = await connection.execute(
         sql.SQL(
             "SELECT DISTINCT ON (e.index_name) e.index_name, e.recall, e.k, e.ef_search, e.queries, e.by_hnsw,"
-            " e.evaluated_at FROM {} AS e JOIN {} AS i ON i.name = e.index_name AND i.generation = e.generation"
-            " WHERE e.usual AND e.k = %s AND e.index_name = ANY(%s) ORDER BY e.index_name, e.evaluated_at DESC"
-        ).format(sql.Identifier(schema, TABLE), sql.Identifier(schema, "indexes")),
-        [USUAL_K, list(indexes)],
+            " e.evaluated_at FROM {} AS e JOIN unnest(%s::text[], %s::int[]) AS i (name, generation)"
+            " ON i.name = e.index_name AND i.generation = e.generation"
+            " WHERE e.usual AND e.k = %s ORDER BY e.index_name, e.evaluated_at DESC"
+        ).format(sql.Identifier(schema, TABLE)),
+        [list(generations), list(generations.values()), USUAL_K],
     )
     return {name: Recall(*row) for name, *row in await cursor.fetchall()}

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import cast
 
 import psycopg
-from psycopg import pq, sql
+from psycopg import sql
 
 from cdcsync.model.changeset import BACKFILL
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons, follows
+from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import Names
 from cdcsync.target.failures.documents import TABLE
@@ -35,8 +36,8 @@ async def page_of_keys(
     listed = sql.SQL(", ").join(columns)
     values = [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(spec.key_types, start=1)]
     above = sql.SQL(" AND {}").format(follows(columns, values, await comparisons(connection, spec.key_types)))
-    cursor = psycopg.AsyncRawCursor(connection)
-    await cursor.execute(
+    rows = await fetch_texts(
+        connection,
         sql.SQL(
             "(SELECT {listed} FROM {chunks} WHERE chunk_no = 0{above} ORDER BY {listed} LIMIT {limit}) UNION ALL"
             " (SELECT * FROM (SELECT {failed} FROM {table} WHERE index_name = {index} AND key <> '{{}}') AS f"
@@ -55,8 +56,7 @@ async def page_of_keys(
         ),
         list(after or ()),
     )
-    assert cursor.pgresult is not None
-    return cast(list[Key], texts(cursor.pgresult))
+    return cast(list[Key], rows)
 
 
 async def stored_documents(
@@ -64,18 +64,17 @@ async def stored_documents(
 ) -> dict[Key, tuple[Row, bytes]]:
     """Return the carried columns and the document hash that the index holds under each of `keys`, if it does."""
     columns = [sql.Identifier("c", name) for name in spec.shape.carried]
-    cursor = psycopg.AsyncRawCursor(connection)
-    await cursor.execute(
+    rows = await fetch_texts(
+        connection,
         sql.SQL("SELECT {} FROM {} AND c.chunk_no = 0").format(
             sql.SQL(", ").join([sql.SQL("k.place"), sql.SQL("encode(c.document_hash, 'hex')"), *columns]),
             await _joined(connection, schema, spec),
         ),
         _arrays(spec, keys),
     )
-    assert cursor.pgresult is not None
     return {
         keys[int(cast(str, place)) - 1]: (tuple(carried), bytes.fromhex(cast(str, hash_)))
-        for place, hash_, *carried in texts(cursor.pgresult)
+        for place, hash_, *carried in rows
     }
 
 
@@ -83,16 +82,15 @@ async def written_keys(connection: Connection, schema: str, spec: IndexSpec, key
     """Return how the index writes each of `keys` that it holds: 1.0 for 1."""
     if not keys:
         return {}
-    cursor = psycopg.AsyncRawCursor(connection)
-    await cursor.execute(
+    rows = await fetch_texts(
+        connection,
         sql.SQL("SELECT k.place, {} FROM {} AND c.chunk_no = 0").format(
             sql.SQL(", ").join([sql.Identifier("c", name) for name in spec.shape.key]),
             await _joined(connection, schema, spec),
         ),
         _arrays(spec, keys),
     )
-    assert cursor.pgresult is not None
-    return {keys[int(cast(str, place)) - 1]: cast(Key, tuple(key)) for place, *key in texts(cursor.pgresult)}
+    return {keys[int(cast(str, place)) - 1]: cast(Key, tuple(key)) for place, *key in rows}
 
 
 async def texts_with_vector(
@@ -162,13 +160,12 @@ async def canonical(connection: Connection, spec: IndexSpec, keys: Sequence[Key]
     :raises psycopg.DataError: one is no value of its type; the message names it.
     """
     columns = [sql.SQL(f"k.k{at}::{type_}") for at, type_ in enumerate(spec.key_types)]
-    cursor = psycopg.AsyncRawCursor(connection)
-    await cursor.execute(
+    rows = await fetch_texts(
+        connection,
         sql.SQL("SELECT {} FROM {} ORDER BY k.place").format(sql.SQL(", ").join(columns), _given(spec)),
         _arrays(spec, keys),
     )
-    assert cursor.pgresult is not None
-    return cast(list[Key], texts(cursor.pgresult))
+    return cast(list[Key], rows)
 
 
 async def _joined(connection: Connection, schema: str, spec: IndexSpec) -> sql.Composable:
@@ -194,13 +191,3 @@ def _given(spec: IndexSpec) -> sql.Composable:
 
 def _arrays(spec: IndexSpec, keys: Sequence[Key]) -> list[list[str]]:
     return [[key[at] for key in keys] for at in range(len(spec.shape.key))]
-
-
-def texts(result: pq.abc.PGresult) -> list[Row]:
-    """Return a result's rows with every value in the text that the server sent."""
-    value, columns = result.get_value, range(result.nfields)
-    rows: list[Row] = []
-    for at in range(result.ntuples):
-        raw = [value(at, column) for column in columns]
-        rows.append(tuple([None if one is None else one.decode() for one in raw]))
-    return rows

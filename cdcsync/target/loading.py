@@ -17,6 +17,7 @@ from cdcsync.model.changeset import Document
 from cdcsync.model.rows import Row
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
+from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import Names
 
@@ -44,14 +45,13 @@ async def load(
     if not hashes:
         return []
     # Only the holder of the pipeline's lock inserts, but nothing here depends on the numbers having no gaps.
-    cursor = await connection.execute(
+    row = await fetch_one(
+        connection,
         sql.SQL("SELECT array_agg(nextval(pg_get_serial_sequence({}, 'chunk_id'))) FROM generate_series(1, %s)").format(
             sql.Literal(names.chunks.as_string(connection))
         ),
         [len(hashes)],
     )
-    row = await cursor.fetchone()
-    assert row is not None
     ids = cast(list[int], row[0])
     columns = ("chunk_id", *spec.shape.key, *spec.shape.carried, *CHUNK_COLUMNS)
     statement = sql.SQL("COPY {} ({}) FROM STDIN").format(

@@ -28,6 +28,7 @@ from psycopg import sql
 
 from cdcsync.errors import LeaseLost, TargetRewound
 from cdcsync.lsn import Lsn
+from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
 
 
@@ -79,14 +80,14 @@ class Pipelines:
 
     async def read(self, connection: Connection) -> PipelineState | None:
         """Return the stored state, None when the pipeline was never set up here."""
-        cursor = await connection.execute(
+        row = await fetch_row(
+            connection,
             sql.SQL(
                 "SELECT checkpoint::text, ahead::text, commits, system_identifier, timeline, fence, worker,"
                 " commit_time, caught_up_at, updated_at FROM {} WHERE slot = %s"
             ).format(self._table),
             [self._slot],
         )
-        row = await cursor.fetchone()
         if row is None:
             return None
         checkpoint, ahead, commits, *rest = row
@@ -94,9 +95,7 @@ class Pipelines:
 
     async def try_lock(self, connection: Connection) -> bool:
         """Take the pipeline's lock for this session, if no other session holds it."""
-        cursor = await connection.execute("SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", [self._lock])
-        row = await cursor.fetchone()
-        assert row is not None
+        row = await fetch_one(connection, "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", [self._lock])
         return bool(row[0])
 
     async def lock_within(self, connection: Connection, seconds: float) -> bool:
@@ -111,7 +110,8 @@ class Pipelines:
 
     async def holder(self, connection: Connection) -> int | None:
         """Return the backend process that holds the pipeline's lock, None when no worker does."""
-        cursor = await connection.execute(
+        row = await fetch_row(
+            connection,
             # A bigint key is shown as two halves; objsubid 1 tells it from a key made of two integers.
             "SELECT l.pid FROM pg_locks AS l, hashtextextended(%s, 0) AS key"
             " WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1"
@@ -119,19 +119,18 @@ class Pipelines:
             " AND l.classid::int8 = (key >> 32) & 4294967295 AND l.objid::int8 = key & 4294967295",
             [self._lock],
         )
-        row = await cursor.fetchone()
         return None if row is None else cast(int, row[0])
 
     async def take_over(self, connection: Connection, worker: str) -> Lease:
         """Raise the fence; waits for a transaction of the predecessor that is still committing."""
-        cursor = await connection.execute(
+        row = await fetch_row(
+            connection,
             sql.SQL(
                 "UPDATE {} SET fence = fence + 1, worker = %s WHERE slot = %s"
                 " RETURNING fence, checkpoint::text, commits"
             ).format(self._table),
             [worker, self._slot],
         )
-        row = await cursor.fetchone()
         if row is None:
             raise LeaseLost("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
         fence, checkpoint, commits = row

@@ -10,20 +10,77 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal, LiteralString, cast
 
 import msgspec
 from psycopg import sql
 
 from cdcsync.crashpoints import crash_point
+from cdcsync.model.batch import PageEnd
 from cdcsync.model.rows import Key
+from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.registry import Registry
 
 Kind = Literal["initial", "replay", "resync", "verify"]
 Phase = Literal["rows", "orphans"]
 RequestAction = Literal["pause", "resume", "cancel"]
 Problem = Literal["missing", "stale", "orphaned", "carried", "undecided"]
 """How a document can differ from its row; undecided is what changed each time that it was looked at."""
+
+DDL: tuple[LiteralString, ...] = (
+    """
+    CREATE TABLE IF NOT EXISTS {schema}.backfills (
+        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
+        kind text NOT NULL CHECK (kind IN ('initial', 'replay', 'resync', 'verify')),
+        rewrite boolean NOT NULL DEFAULT false,
+        force_embed boolean NOT NULL DEFAULT false,
+        filter text,
+        keyed boolean NOT NULL DEFAULT false,
+        max_rows_per_s int CHECK (max_rows_per_s > 0),
+        state text NOT NULL DEFAULT 'requested'
+            CHECK (state IN ('requested', 'running', 'paused', 'done', 'failed', 'cancelled')),
+        phase text NOT NULL DEFAULT 'rows' CHECK (phase IN ('rows', 'orphans')),
+        cursor text[],
+        rows_done bigint NOT NULL DEFAULT 0,
+        rows_total bigint,
+        error text,
+        requested_at timestamptz NOT NULL DEFAULT now(),
+        started_at timestamptz,
+        finished_at timestamptz
+    )
+    """,
+    "COMMENT ON TABLE {schema}.backfills IS 'cdcsync: requests to read source tables, and how far each is.'",
+    "COMMENT ON COLUMN {schema}.backfills.phase IS"
+    " 'rows: reading the source; orphans: asking it which index keys it still has.'",
+    "COMMENT ON COLUMN {schema}.backfills.cursor IS"
+    " 'The key of the last row that was applied; commits together with the rows.'",
+    "COMMENT ON COLUMN {schema}.backfills.keyed IS"
+    " 'Only the keys in backfill_keys are read; cursor is then the place of the last one that was.'",
+    """
+    CREATE TABLE IF NOT EXISTS {schema}.backfill_keys (
+        backfill_id bigint NOT NULL REFERENCES {schema}.backfills ON DELETE CASCADE,
+        place bigint NOT NULL,
+        key text[] NOT NULL,
+        PRIMARY KEY (backfill_id, place)
+    )
+    """,
+    "COMMENT ON TABLE {schema}.backfill_keys IS"
+    " 'cdcsync: the keys that a request is about, where it is not about all; removed when the request has ended.'",
+    """
+    CREATE TABLE IF NOT EXISTS {schema}.differences (
+        backfill_id bigint NOT NULL REFERENCES {schema}.backfills ON DELETE CASCADE,
+        key text[] NOT NULL,
+        problem text NOT NULL CHECK (problem IN ('missing', 'stale', 'orphaned', 'carried', 'undecided')),
+        PRIMARY KEY (backfill_id, key)
+    )
+    """,
+    "COMMENT ON TABLE {schema}.differences IS 'cdcsync: what a verification found to differ from the source.'",
+    "CREATE INDEX IF NOT EXISTS backfills_open ON {schema}.backfills (index_name, id) "
+    "WHERE state IN ('requested', 'running', 'paused')",
+)
+"""Needs the table `indexes`."""
 
 _COLUMNS = (
     "id, index_name, kind, rewrite, filter, state, phase, cursor, rows_done, rows_total, started_at,"
@@ -66,6 +123,12 @@ class Request(msgspec.Struct, frozen=True):
     error: str | None = None
 
     @property
+    def read_all(self) -> bool:
+        """Whether it is done and has read the whole table."""
+        whole = not self.keyed and self.filter is None and (self.phase == "rows" or self.kind == "resync")
+        return self.state == "done" and whole
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more comes of it."""
         return self.state not in OPEN
@@ -76,6 +139,7 @@ class Requests:
 
     def __init__(self, schema: str) -> None:
         self._schema = schema
+        self._registry = Registry(schema)
         self._table = sql.Identifier(schema, "backfills")
         self._keys = sql.Identifier(schema, "backfill_keys")
         self._differences = sql.Identifier(schema, "differences")
@@ -100,15 +164,14 @@ class Requests:
         :param keys: needs a transaction around it, so that the worker does not see the request without them.
         :param phase: where it begins: what begins at "orphans" only removes what the source no longer has.
         """
-        cursor = await connection.execute(
+        row = await fetch_one(
+            connection,
             sql.SQL(
                 "INSERT INTO {} (index_name, kind, rewrite, filter, force_embed, keyed, max_rows_per_s, phase)"
                 " VALUES (%s, %s, %s, %s, %s, %s, %s, %s) RETURNING id"
             ).format(self._table),
             [index, kind, rewrite, filter_, force_embed, keys is not None, max_rows_per_s, phase],
         )
-        row = await cursor.fetchone()
-        assert row is not None
         id_ = cast(int, row[0])
         if keys is not None:
             count = 0
@@ -139,7 +202,8 @@ class Requests:
             sql.SQL("DELETE FROM {} WHERE index_name = %s").format(sql.Identifier(self._schema, "failed_documents")),
             [index],
         )
-        cursor = await connection.execute(
+        row = await fetch_one(
+            connection,
             sql.SQL(
                 "SELECT coalesce(bool_or(b.rewrite), false) FROM {} AS b"
                 " WHERE b.index_name = %s AND b.kind IN ('initial', 'resync') AND b.state <> 'done' AND NOT EXISTS"
@@ -148,8 +212,6 @@ class Requests:
             ).format(self._table, self._table),
             [index],
         )
-        row = await cursor.fetchone()
-        assert row is not None
         return await self.add(connection, index, "resync", rewrite=rewrite or cast(bool, row[0]), filter_=None)
 
     async def _wake(self, connection: Connection, index: str) -> None:
@@ -157,47 +219,69 @@ class Requests:
 
     async def oldest_open(self, connection: Connection, indexes: list[str]) -> Request | None:
         """Return the request to serve next for these indexes; those of paused indexes wait."""
-        cursor = await connection.execute(
+        row = await fetch_row(
+            connection,
             sql.SQL(
-                f"SELECT {_COLUMNS} FROM {{}} AS b WHERE state IN ('requested', 'running') AND index_name = ANY(%s)"
-                " AND NOT EXISTS (SELECT FROM {} AS i WHERE i.name = b.index_name AND i.state = 'paused')"
-                " ORDER BY id LIMIT 1"
-            ).format(self._table, sql.Identifier(self._schema, "indexes")),
+                f"SELECT {_COLUMNS} FROM {{}} WHERE state IN ('requested', 'running') AND index_name = ANY(%s)"
+                " AND index_name NOT IN {} ORDER BY id LIMIT 1"
+            ).format(self._table, self._registry.paused),
             [indexes],
         )
-        row = await cursor.fetchone()
         return None if row is None else _request(row)
 
     async def begun(self, connection: Connection, indexes: Sequence[str]) -> list[str]:
         """Return those of the indexes that exist and hold rows, or did: no load of them is still to begin."""
         cursor = await connection.execute(
             sql.SQL(
-                "SELECT i.name FROM {} AS i WHERE i.name = ANY(%s) AND NOT EXISTS (SELECT FROM {} AS b"
-                " WHERE b.index_name = i.name AND b.kind IN ('initial', 'resync') AND b.filter IS NULL"
-                " AND b.state = ANY(%s) AND b.phase = 'rows' AND b.cursor IS NULL) ORDER BY i.name"
-            ).format(sql.Identifier(self._schema, "indexes"), self._table),
+                "SELECT i.name FROM unnest(%s::text[]) AS i (name) WHERE i.name IN {} AND NOT EXISTS"
+                " (SELECT FROM {} AS b WHERE b.index_name = i.name AND b.kind IN ('initial', 'resync')"
+                " AND b.filter IS NULL AND b.state = ANY(%s) AND b.phase = 'rows' AND b.cursor IS NULL) ORDER BY i.name"
+            ).format(self._registry.names, self._table),
             [list(indexes), list(OPEN)],
         )
         return [cast(str, row[0]) for row in await cursor.fetchall()]
 
     async def latest(self, connection: Connection, index: str) -> Request | None:
         """Return the open request of an index, or the last one that ended."""
-        cursor = await connection.execute(
+        row = await fetch_row(
+            connection,
             sql.SQL(
                 f"SELECT {_COLUMNS} FROM {{}}"
                 " WHERE index_name = %s ORDER BY state IN ('requested', 'running', 'paused') DESC, id DESC LIMIT 1"
             ).format(self._table),
             [index],
         )
-        row = await cursor.fetchone()
         return None if row is None else _request(row)
+
+    async def last_load(self, connection: Connection, index: str) -> Request | None:
+        """Return the request that last read, or is to read, the whole of an index's table."""
+        row = await fetch_row(
+            connection,
+            sql.SQL(
+                f"SELECT {_COLUMNS} FROM {{}} WHERE index_name = %s AND kind IN ('initial', 'resync')"
+                " ORDER BY id DESC LIMIT 1"
+            ).format(self._table),
+            [index],
+        )
+        return None if row is None else _request(row)
+
+    async def present(self, connection: Connection, indexes: Sequence[str]) -> list[Request]:
+        """Return for each index the request that is served, or else the next one, or else the one that ended last."""
+        cursor = await connection.execute(
+            sql.SQL(
+                f"SELECT DISTINCT ON (index_name) {_COLUMNS} FROM {{}} WHERE index_name = ANY(%s)"
+                " ORDER BY index_name, array_position(ARRAY['running', 'requested', 'paused'], state),"
+                " CASE WHEN state IN ('running', 'requested', 'paused') THEN id ELSE -id END"
+            ).format(self._table),
+            [list(indexes)],
+        )
+        return [_request(row) for row in await cursor.fetchall()]
 
     async def one(self, connection: Connection, id_: int) -> Request | None:
         """Return a request as it is now; None when it went with its index."""
-        cursor = await connection.execute(
-            sql.SQL(f"SELECT {_COLUMNS} FROM {{}} WHERE id = %s").format(self._table), [id_]
+        row = await fetch_row(
+            connection, sql.SQL(f"SELECT {_COLUMNS} FROM {{}} WHERE id = %s").format(self._table), [id_]
         )
-        row = await cursor.fetchone()
         return None if row is None else _request(row)
 
     async def action(
@@ -229,10 +313,9 @@ class Requests:
 
     async def state(self, connection: Connection, request: Request) -> str | None:
         """Return a request's state now: someone may have paused or cancelled it."""
-        cursor = await connection.execute(
-            sql.SQL("SELECT state FROM {} WHERE id = %s").format(self._table), [request.id]
+        row = await fetch_row(
+            connection, sql.SQL("SELECT state FROM {} WHERE id = %s").format(self._table), [request.id]
         )
-        row = await cursor.fetchone()
         return None if row is None else cast(str, row[0])
 
     async def fail(self, connection: Connection, request: Request, error: str) -> None:
@@ -307,6 +390,27 @@ class Requests:
             )
             crash_point("verified page written")
         crash_point("verified page committed")
+
+    async def end_page(self, connection: Connection, page: PageEnd) -> Request | None:
+        """Note how far a page that is being applied brings its request, and return what the request is then."""
+        row = await fetch_row(
+            connection,
+            sql.SQL(
+                "UPDATE {} SET phase = %s, cursor = %s::text[], rows_done = %s,"
+                " state = CASE WHEN %s AND state <> 'cancelled' THEN 'done' ELSE state END,"
+                " finished_at = CASE WHEN %s THEN clock_timestamp() ELSE finished_at END"
+                f" WHERE id = %s RETURNING {_COLUMNS}"
+            ).format(self._table),
+            [
+                page.phase,
+                None if page.cursor is None else list(page.cursor),
+                page.rows,
+                page.done,
+                page.done,
+                page.backfill_id,
+            ],
+        )
+        return None if row is None else _request(row)
 
     async def found(self, connection: Connection, id_: int) -> list[tuple[Key, Problem]]:
         """Return what a verification found, by key."""

@@ -25,10 +25,12 @@ from cdcsync.config import Index
 from cdcsync.documents.templates import make_documents
 from cdcsync.errors import CdcsyncError, SetupError, UsageError
 from cdcsync.model.rows import Shape
-from cdcsync.model.spec import IndexSpec
+from cdcsync.model.spec import Distance, IndexSpec
 from cdcsync.postgres.conditions import check_filter
+from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection, first_line, passing, speaking_of, translate
 from cdcsync.target.ddl.relations import OPERATORS, Names, vector_schema
+from cdcsync.target.registry import Registry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,28 +134,13 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
     :raises SetupError: the target holds no such index yet.
     """
     with speaking_of("target", where=f"index {name}"):
-        cursor = await connection.execute(
-            "SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-            " WHERE n.nspname = %s AND c.relname = 'indexes'",
-            [schema],
-        )
-        row = None
-        if await cursor.fetchone() is not None:
-            cursor = await connection.execute(
-                sql.SQL(
-                    "SELECT key, columns, fingerprint, generation, model, dimensions, vector_type, distance FROM {}"
-                    " WHERE name = %s"
-                ).format(sql.Identifier(schema, "indexes")),
-                [name],
-            )
-            row = await cursor.fetchone()
-        if row is None:
+        entry = await Registry(schema).find(connection, name)
+        if entry is None:
             raise SetupError(
                 "the target holds no such index",
                 where=f"index {name}, schema {schema}",
                 hint="`cdcsync run` creates and fills it; check target.dsn and target.schema",
             )
-        key, carried, fingerprint, generation, model, dimensions, vector_type, distance = row
         cursor = await connection.execute(
             "SELECT attname::text, format_type(atttypid, atttypmod) FROM pg_attribute"
             " WHERE attrelid = (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
@@ -165,17 +152,17 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
     searchable = config.search if "search" in types else None
     return IndexSpec(
         name=name,
-        config=msgspec.structs.replace(config, vector_type=vector_type, columns=tuple(carried), search=searchable),
-        shape=Shape(name, config.table_name, tuple(key), tuple(carried), documents.columns),
+        config=msgspec.structs.replace(config, vector_type=entry.vector_type, columns=entry.columns, search=searchable),
+        shape=Shape(name, config.table_name, entry.key, entry.columns, documents.columns),
         documents=documents,
-        source_key_types=_types_of(types, key),
-        key_types=_types_of(types, key),
-        carried_types=_types_of(types, carried),
-        model=model,
-        dimensions=dimensions,
-        distance=distance,
-        fingerprint=fingerprint,
-        generation=generation,
+        source_key_types=_types_of(types, entry.key),
+        key_types=_types_of(types, entry.key),
+        carried_types=_types_of(types, entry.columns),
+        model=entry.model,
+        dimensions=entry.dimensions,
+        distance=cast(Distance, entry.distance),
+        fingerprint=entry.fingerprint,
+        generation=entry.generation,
     )
 
 
@@ -319,8 +306,7 @@ async def tune(connection: Connection, ef_search: int, *, filtered: bool) -> Non
     # The condition means what it means to its author: with our empty path the operators of an extension's types would
     # not be found or, worse, others would. All our own names are qualified.
     await connection.execute("SET LOCAL search_path TO DEFAULT")
-    cursor = await connection.execute("SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'vector'")
-    row = await cursor.fetchone()
+    row = await fetch_row(connection, "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'vector'")
     version = tuple(int(part) for part in cast(str, row[0] if row else "0").split(".")[:2] if part.isdigit())
     if version >= (0, 8):
         # Go on scanning until enough rows pass the condition; before 0.8 a selective one simply has fewer hits.

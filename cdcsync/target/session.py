@@ -15,7 +15,6 @@ from typing import Self
 
 import anyio
 import psycopg
-from psycopg import sql
 from psycopg.pq import TransactionStatus
 
 from cdcsync.crashpoints import crash_point
@@ -23,6 +22,7 @@ from cdcsync.errors import SchemaChanged, SetupError, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.changeset import Applied, ChangeSet, Document, Kept
+from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
@@ -30,6 +30,7 @@ from cdcsync.target.apply import IndexWriter
 from cdcsync.target.failures.documents import FailedDocuments, close_list
 from cdcsync.target.keys import discard_vectors
 from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
+from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
 
 OLD_SESSION_S = 2.0
@@ -73,6 +74,8 @@ class ApplySession:
         self._schema = schema
         self._slot = slot
         self._pipelines = Pipelines(schema, slot)
+        self._registry = Registry(schema)
+        self._requests = Requests(schema)
         self._lease: Lease | None = None
         self._proposed: Lease | None = None
         """What the lease becomes by a commit whose answer has not come (yet)."""
@@ -136,6 +139,18 @@ class ApplySession:
                     await _close(connection)
         await self.prepare(specs)
 
+    async def ensure(self, specs: Sequence[IndexSpec]) -> None:
+        """Open the connection again if it is not usable; otherwise do nothing.
+
+        :raises TargetUnavailable, LeaseLost: as `reopen`.
+        """
+        if not self._usable:
+            await self.reopen(specs)
+
+    @property
+    def _usable(self) -> bool:
+        return self._connection is not None and self._connection.info.transaction_status == TransactionStatus.IDLE
+
     async def prepare(self, specs: Sequence[IndexSpec]) -> None:
         """Create the connection's stages for these indexes."""
         with speaking_of("target"):
@@ -180,12 +195,11 @@ class ApplySession:
 
     async def forget_position(self, resync: Sequence[str]) -> None:
         """Forget the checkpoint, and in the same transaction ask for a resync of these indexes."""
-        requests = Requests(self._schema)
         with speaking_of("target"):
             async with self._chain():
                 self._proposed = await self._pipelines.forget(self.connection, self._held)
                 for index in resync:
-                    await requests.reload(self.connection, index, rewrite=False)
+                    await self._requests.reload(self.connection, index, rewrite=False)
                 crash_point("position forgotten")
             crash_point("forgotten position committed")
 
@@ -215,7 +229,7 @@ class ApplySession:
         checkpoint: Lsn | None,
         *,
         ahead: Lsn | None = None,
-        paused: Mapping[str, str] | None = None,
+        paused: Mapping[str, Pause] | None = None,
         commit_time: datetime | None,
         caught_up: bool,
     ) -> dict[str, Applied]:
@@ -264,11 +278,11 @@ class ApplySession:
         checkpoint: Lsn | None,
         ahead: Lsn | None,
         *,
-        paused: Mapping[str, str],
+        paused: Mapping[str, Pause],
         commit_time: datetime | None,
         caught_up: bool,
     ) -> dict[str, Applied]:
-        if self._connection is None or self._connection.info.transaction_status != TransactionStatus.IDLE:
+        if not self._usable:
             raise TargetUnavailable("the apply connection is not usable", where="target", hint="it is opened again")
         applied = {}
         with speaking_of("target"):
@@ -277,8 +291,8 @@ class ApplySession:
                     with speaking_of("target", where=f"index {index}"), _pausing(index):
                         applied[index] = await self._writers[index].apply(change_set)
                         await self._failed[index].apply(change_set)
-                for index, reason in paused.items():
-                    await self._pause(index, reason)
+                for index, pause in paused.items():
+                    await self._registry.pause(self.connection, index, pause)
                 for page in pages:
                     await self._end_page(page)
                 self._proposed = await self._pipelines.commit(
@@ -288,34 +302,12 @@ class ApplySession:
             crash_point("batch committed")
         return applied
 
-    async def _pause(self, index: str, reason: str) -> None:
-        await self.connection.execute(
-            sql.SQL("UPDATE {} SET state = 'paused', reason = %s WHERE name = %s").format(
-                sql.Identifier(self._schema, "indexes")
-            ),
-            [reason, index],
-        )
-
     async def _end_page(self, page: PageEnd) -> None:
         if page.force_embed and page.index in self._writers:
             await discard_vectors(self.connection, self._schema, self._writers[page.index].spec, page.force_embed)
-        await self.connection.execute(
-            sql.SQL(
-                "UPDATE {} SET phase = %s, cursor = %s::text[], rows_done = %s,"
-                " state = CASE WHEN %s AND state <> 'cancelled' THEN 'done' ELSE state END,"
-                " finished_at = CASE WHEN %s THEN clock_timestamp() ELSE finished_at END WHERE id = %s"
-            ).format(sql.Identifier(self._schema, "backfills")),
-            [
-                page.phase,
-                None if page.cursor is None else list(page.cursor),
-                page.rows,
-                page.done,
-                page.done,
-                page.backfill_id,
-            ],
-        )
-        if page.done:
-            await close_list(self.connection, self._schema, page.backfill_id)
+        request = await self._requests.end_page(self.connection, page)
+        if request is not None and page.done and request.read_all:
+            await close_list(self.connection, self._schema, request.index, request.started_at)
 
     async def interrupt(self) -> None:
         """Have what runs in this session fail and roll back, until cancelled: for a worker whose time is up.

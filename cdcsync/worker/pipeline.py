@@ -8,17 +8,18 @@ table that changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import AsyncIterator, Mapping
 from typing import Literal
 
 import anyio
 import structlog
 
-from cdcsync.backoff import backoff_s
+from cdcsync.backoff import Backoff, Failure
 from cdcsync.config import Config
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import TargetRewound, TargetUnavailable, Unavailable, leading
+from cdcsync.errors import leading
 from cdcsync.flows.audit import verify_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
@@ -40,6 +41,7 @@ from cdcsync.flows.setup.start import (
     unpublished_tables,
 )
 from cdcsync.flows.watch import send_heartbeats, watch
+from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, cancelled_by, interrupted_by
@@ -156,7 +158,7 @@ class Pipeline:
         self.stream.limit(config.worker.batch_rows, config.worker.batch_bytes)
         self.backfills.limit(config.worker.backfill_page_rows, config.worker.backfill_max_rows_per_s or None)
 
-    async def set_up(self, broken: Mapping[str, str]) -> SetUp:
+    async def set_up(self, broken: Mapping[str, Pause]) -> SetUp:
         """Take the lock, then create what is missing.
 
         :param broken: why indexes that exist cannot be followed; they are paused.
@@ -238,20 +240,21 @@ class Pipeline:
 
     async def stream_for_ever(self) -> None:
         """Follow the slot over any number of connections until told to stop."""
-        attempt = 0
+        backoff = Backoff(self._stream_waits, until=self.state.stopping)
         control = Session(self.config.source.dsn, "source", application_name="cdcsync control")
         followed: int | None = None
         """The timeline that what is remembered of deliveries belongs to."""
         while not self.stream.stopping:
-            try:
-                async with control, await SlotConnection.connect(self.config.source.dsn) as slot:
+            async with backoff, control, self._disconnected_at_its_end():
+                await self.session.ensure(self.specs)
+                async with await SlotConnection.connect(self.config.source.dsn) as slot:
                     source = await control.connection()
                     async with cancelled_by(self.state.stopping):
                         start = await starting_point(
                             slot, source, self.session, self.config, [spec.name for spec in self.specs]
                         )
                     if self.state.stopping.is_set():
-                        break
+                        return
                     # The marks of pages under way may lie before what this connection will deliver.
                     self.backfills.interrupt()
                     checkpoint, timeline = start.checkpoint, start.server.timeline
@@ -277,21 +280,19 @@ class Pipeline:
                     log.info("streaming", slot=self.config.source.slot, checkpoint=str(checkpoint))
                     self.state.connected(True)
                     self.streaming.set()
-                    attempt = 0
+                    backoff.succeeded()
                     await self.stream.follow(slot, checkpoint, start.server.lsn)
-            except TargetRewound:
-                raise
-            except Unavailable as error:
-                self.state.metrics.reconnects.labels("source").inc()
-                delay = backoff_s(attempt, first=0.2, most=15)
-                log.warning("stream_waits", error=str(error), attempt=attempt + 1, delay_s=round(delay, 2))
-                if isinstance(error, TargetUnavailable):
-                    await self._reopen_target()
-                with anyio.move_on_after(delay):
-                    await self.state.stopping.wait()
-                attempt += 1
-            finally:
-                self.state.connected(False)
+
+    def _stream_waits(self, failure: Failure) -> None:
+        self.state.metrics.reconnects.labels("source").inc()
+        log.warning("stream_waits", error=str(failure.error), attempt=failure.attempt, delay_s=failure.delay_s)
+
+    @contextlib.asynccontextmanager
+    async def _disconnected_at_its_end(self) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            self.state.connected(False)
 
     async def backfill_once_streaming(self) -> None:
         """Serve backfills: not before the slot exists, which would never deliver a mark written earlier."""
@@ -329,11 +330,3 @@ class Pipeline:
             tasks.start_soon(self.session.interrupt)
             await anyio.sleep(INTERRUPT_EVERY_S)
             scope.cancel()
-
-    async def _reopen_target(self) -> None:
-        try:
-            await self.session.reopen(self.specs)
-        except TargetRewound:
-            raise
-        except TargetUnavailable as error:
-            log.debug("target_still_away", error=str(error))

@@ -15,11 +15,11 @@ import anyio
 import anyio.abc
 import structlog
 
-from cdcsync.backoff import backoff_s
+from cdcsync.backoff import Backoff
 from cdcsync.config import Config
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import SchemaChanged, TargetRewound, Unavailable, leading
-from cdcsync.flows.follow.stream import describe_pause
+from cdcsync.model.pauses import Pauses
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
 from cdcsync.target.session import worker_name
 from cdcsync.worker import http
@@ -29,13 +29,6 @@ from cdcsync.worker.state import WorkerState
 from cdcsync.worker.systemd import ServiceManager, keep_informed
 
 log = structlog.get_logger()
-
-RESUME_AGAIN_S = 600.0
-"""An index that is paused again within this time of being resumed stays paused until the worker starts anew."""
-
-PASSING_PAUSES = 50
-"""So often within that time when the stream moved past the cause: one that is far behind may meet an old type in batch
-after batch, but not for ever."""
 
 
 async def run(
@@ -97,12 +90,9 @@ async def _work_through_schema_changes(
     An index whose table still has all it needs (a type changed, the table was made anew) is resumed by reading the
     table again. The others stay paused, and their changes are skipped, until the configuration or the table is mended.
     """
-    paused_at: dict[str, list[float]] = {}
-    reasons: dict[str, str] = {}
-    kept_out: set[str] = set()
+    pauses = Pauses()
     while not state.stopping.is_set():
-        out = kept_out | set(report.broken)
-        broken = {**report.broken, **{name: why for name, why in reasons.items() if name in out}}
+        broken = pauses.standing(report.broken)
         specs = [spec for spec in report.specs if spec.name not in broken]
         pipeline = Pipeline(state.config, state, specs, embedders)
         try:
@@ -117,12 +107,7 @@ async def _work_through_schema_changes(
         except SchemaChanged as first:
             for error in {first.index: first, **{error.index: error for error in pipeline.stream.pauses}}.values():
                 log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
-                now = anyio.current_time()
-                recent = [at for at in paused_at.get(error.index, ()) if now - at < RESUME_AGAIN_S]
-                if len(recent) >= (PASSING_PAUSES if error.passing else 1):
-                    kept_out.add(error.index)
-                reasons[error.index] = describe_pause(error)
-                paused_at[error.index] = [*recent, now]
+                pauses.note(error, anyio.current_time())
         except TargetRewound as error:
             log.error("target_rewound", error=str(error), fix=error.hint)
         except Unavailable as error:
@@ -138,15 +123,13 @@ async def _work_through_schema_changes(
 
 
 async def _examine_again(config: Config, state: WorkerState, embedders: dict[str, Embedder]) -> Report:
-    attempt = 0
+    backoff = Backoff(first=0.5, most=30, until=state.stopping)
     while True:
         report = await examine(config, embedders)
         if not report.errors or state.stopping.is_set():
             return report
         log.warning("examination_waits", problems=[finding.message for finding in report.errors])
-        with anyio.move_on_after(backoff_s(attempt, first=0.5, most=30)):
-            await state.stopping.wait()
-        attempt += 1
+        await backoff.wait()
 
 
 async def _stop_on_signal(

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import anyio.to_thread
 import msgspec
-import psycopg
 from psycopg import sql
 
 from cdcsync.config.names import quote
@@ -24,9 +23,9 @@ from cdcsync.errors import DocumentError
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons, follows
+from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import Names
-from cdcsync.target.keys import texts
 
 PAGE_ROWS = 50_000
 """Rows of the source in one query: a fraction of a second, so that its snapshot keeps no row versions alive."""
@@ -94,8 +93,8 @@ class SourceDigests:
         ordered = sql.SQL(", ").join(keys)
         after: Key | None = None
         while True:
-            cursor = psycopg.AsyncRawCursor(self._connection)
-            await cursor.execute(
+            page = await fetch_texts(
+                self._connection,
                 sql.SQL(
                     "SELECT ROW({ordered})::text, ROW({carried})::text, {columns}"
                     " FROM {published} AS t {above} ORDER BY {ordered} LIMIT {limit}"
@@ -109,8 +108,6 @@ class SourceDigests:
                 ),
                 list(after or ()),
             )
-            assert cursor.pgresult is not None
-            page = texts(cursor.pgresult)
             for bucket, key, digest in await anyio.to_thread.run_sync(_digests, spec, page, buckets):
                 yield bucket, key, digest
             if len(page) < MADE_HERE_ROWS:
@@ -178,11 +175,8 @@ class SourceDigests:
                 wanted=_among(wanted, "p.bucket"),
                 grouped=grouped,
             )
-            cursor = psycopg.AsyncRawCursor(self._connection)
-            await cursor.execute(statement, list(after or ()))
-            assert cursor.pgresult is not None
             end: Sequence[Any] | None = None
-            for row in texts(cursor.pgresult):
+            for row in await fetch_texts(self._connection, statement, after or ()):
                 if row[0] is None:
                     end = row
                 else:
@@ -230,30 +224,28 @@ class IndexDigests:
     async def sums(self, buckets: int) -> Sums:
         """Return the sums of all documents."""
         sums = Sums({})
-        cursor = await self._select(
+        found = await self._select(
             buckets, sql.SQL("count(*), sum(d.digest)"), sql.SQL("GROUP BY d.bucket"), sql.SQL("")
         )
-        assert cursor.pgresult is not None
-        for bucket, rows, total in cast(list[tuple[str, str, str]], texts(cursor.pgresult)):
+        for bucket, rows, total in cast(list[tuple[str, str, str]], found):
             sums.add(int(bucket), int(rows), int(total))
         return sums
 
     async def rows(self, buckets: int, wanted: Sequence[int]) -> AsyncIterator[tuple[Key, int]]:
         """Yield key and digest of each document in the wanted buckets."""
         keys = sql.SQL(", ").join(sql.Identifier("d", f"k{at}") for at in range(len(self._spec.shape.key)))
-        cursor = await self._select(
+        found = await self._select(
             buckets, sql.SQL("d.digest, {}").format(keys), sql.SQL(""), _among(wanted, "d.bucket")
         )
-        assert cursor.pgresult is not None
-        for _, digest, *key in cast(list[list[str]], texts(cursor.pgresult)):
+        for _, digest, *key in cast(list[list[str]], found):
             yield tuple(key), int(digest)
 
     async def _select(
         self, buckets: int, figures: sql.Composable, grouped: sql.Composable, wanted: sql.Composable
-    ) -> psycopg.AsyncRawCursor[Any]:
+    ) -> list[Row]:
         keys = [sql.Identifier("c", name) for name in self._spec.shape.key]
-        cursor = psycopg.AsyncRawCursor(self._connection)
-        await cursor.execute(
+        return await fetch_texts(
+            self._connection,
             sql.SQL(
                 """
                 SELECT d.bucket, {figures} FROM (
@@ -275,9 +267,8 @@ class IndexDigests:
                 chunks=self._chunks,
                 wanted=wanted,
                 grouped=grouped,
-            )
+            ),
         )
-        return cursor
 
 
 def published(spec: IndexSpec) -> sql.Composable:

@@ -19,9 +19,9 @@ from cdcsync.documents.templates import sql_hash
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
+from cdcsync.postgres.queries import fetch_one, fetch_texts
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
-from cdcsync.target.keys import texts
 
 Fault = Literal["damaged", "vector_missing", "vector_stale", "vector_dimensions", "vector_not_finite"]
 
@@ -91,20 +91,16 @@ async def examine_index(connection: Connection, schema: str, spec: IndexSpec) ->
     await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
     try:
         for fault, statement in statements.items():
-            cursor = psycopg.AsyncRawCursor(connection)
-            await cursor.execute(sql.SQL(statement + " LIMIT {limit}").format(**parts))
-            assert cursor.pgresult is not None
-            if found := cast(list[Key], texts(cursor.pgresult)):
-                faults[fault] = list(dict.fromkeys(found))
-        cursor = psycopg.AsyncRawCursor(connection)
-        await cursor.execute(
+            found = await fetch_texts(connection, sql.SQL(statement + " LIMIT {limit}").format(**parts))
+            if found:
+                faults[fault] = list(dict.fromkeys(cast(list[Key], found)))
+        row = await fetch_one(
+            connection,
             sql.SQL(
                 "SELECT (SELECT count(*) FROM {chunks} AS c WHERE {waits}), (SELECT count(*) FROM {vectors} AS v"
                 " WHERE NOT EXISTS (SELECT FROM {chunks} AS c WHERE c.chunk_id = v.chunk_id))"
-            ).format(**parts)
+            ).format(**parts),
         )
-        row = await cursor.fetchone()
-        assert row is not None
         await connection.execute("COMMIT")
     except psycopg.Error:
         if not connection.closed:

@@ -11,7 +11,6 @@ from typing import TypeAlias
 import anyio
 import msgspec
 import structlog
-from psycopg import sql
 
 from cdcsync.backoff import backoff_s
 from cdcsync.crashpoints import crash_point
@@ -25,6 +24,7 @@ from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.tables import SourceTable
 from cdcsync.target.failures.documents import failed_among
 from cdcsync.target.keys import delete_vectors_without_chunks
+from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Request, Requests
 
 log = structlog.get_logger()
@@ -279,11 +279,8 @@ async def verify_for_ever(
 async def _is_live(target: Connection, schema: str, spec: IndexSpec) -> bool:
     """Say whether an index is loaded and followed; before that, all differences are known ones."""
     with speaking_of("target"):
-        cursor = await target.execute(
-            sql.SQL("SELECT 1 FROM {} WHERE name = %s AND state = 'live'").format(sql.Identifier(schema, "indexes")),
-            [spec.name],
-        )
-        return await cursor.fetchone() is not None
+        entry = await Registry(schema).find(target, spec.name)
+        return entry is not None and entry.state == "live"
 
 
 def _report(found: Verification, metrics: Metrics) -> None:

@@ -11,9 +11,9 @@ import msgspec
 import structlog
 from psycopg import sql
 
-from cdcsync.backoff import backoff_s
+from cdcsync.backoff import Backoff, backoff_s
 from cdcsync.crashpoints import crash_point
-from cdcsync.errors import CdcsyncError, Retry, SourceUnavailable, Unavailable
+from cdcsync.errors import CdcsyncError, Retry, SourceUnavailable
 from cdcsync.flows.backfill.checking import check
 from cdcsync.flows.backfill.pages import PAGE_BYTES, Page, PageReader, Pages
 from cdcsync.flows.backfill.preparing import Made, PagePreparer
@@ -248,22 +248,17 @@ class Backfills:
 
     async def run(self) -> None:
         """Serve requests until cancelled, connecting again whenever a server was away."""
-        attempt = 0
+        backoff = Backoff(lambda failure: log.warning("backfill_waits", error=str(failure.error)))
         while True:
-            try:
-                async with AsyncExitStack() as stack:
-                    stack.push_async_callback(self._source.aclose)
-                    target = await connect(self._target_dsn, "target", application_name="cdcsync backfill")
-                    stack.push_async_callback(target.close)
-                    with speaking_of("target"):
-                        await target.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._requests.channel)))
-                    attempt = 0
-                    while True:
-                        await self._serve_next(target)
-            except Unavailable as error:
-                log.warning("backfill_waits", error=str(error))
-                await anyio.sleep(backoff_s(attempt, first=0.2, most=15))
-                attempt += 1
+            async with backoff, AsyncExitStack() as stack:
+                stack.push_async_callback(self._source.aclose)
+                target = await connect(self._target_dsn, "target", application_name="cdcsync backfill")
+                stack.push_async_callback(target.close)
+                with speaking_of("target"):
+                    await target.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._requests.channel)))
+                backoff.succeeded()
+                while True:
+                    await self._serve_next(target)
 
     async def _serve_next(self, target: Connection) -> None:
         with speaking_of("target"):

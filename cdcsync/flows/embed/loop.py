@@ -9,9 +9,9 @@ import anyio
 import psycopg
 import structlog
 
-from cdcsync.backoff import backoff_s
+from cdcsync.backoff import Backoff, Failure, backoff_s
 from cdcsync.embedders.protocol import UNUSABLE_HINT
-from cdcsync.errors import EmbedderUnavailable, EmbedError, TargetUnavailable, TextRejected, leading
+from cdcsync.errors import EmbedderUnavailable, EmbedError, TextRejected, leading
 from cdcsync.flows.embed.commits import Commits
 from cdcsync.flows.embed.dispatcher import Dispatcher
 from cdcsync.flows.embed.pool import Pool
@@ -48,7 +48,7 @@ class EmbedLoop:
         self._wake = anyio.Event()
         self._live = False
         self._broken = False
-        self._target_outage = 0
+        self._target_outage = Backoff(self._target_away)
         self._held = False
         self.commits = Commits()
         """When the texts that apply put into the backlog were committed."""
@@ -68,14 +68,13 @@ class EmbedLoop:
         """Embed until cancelled, connecting again whenever the target was away."""
         await self._dispatcher.ready.wait()
         while True:
-            try:
+            async with self._target_outage:
                 with speaking_of("target", where=f"index {self._spec.name}"):
                     await self._drain_for_ever()
-            except TargetUnavailable as error:
-                log.warning("target_unavailable", index=self._spec.name, loop="embed", error=str(error))
-                self._metrics.reconnects.labels("target").inc()
-                await anyio.sleep(backoff_s(self._target_outage, first=0.2, most=15))
-                self._target_outage += 1
+
+    def _target_away(self, failure: Failure) -> None:
+        log.warning("target_unavailable", index=self._spec.name, loop="embed", error=str(failure.error))
+        self._metrics.reconnects.labels("target").inc()
 
     async def _drain_for_ever(self) -> None:
         while True:
@@ -101,7 +100,7 @@ class EmbedLoop:
         """Embed one window of due texts and return how many there were."""
         async with self._pool.backlog(self._spec) as backlog:
             window = await backlog.window(self._dispatcher.window_texts, lane=lane)
-        self._target_outage = 0
+        self._target_outage.succeeded()
         # Texts of about the same length together: a batch is padded to its longest.
         tokens = await self._dispatcher.measure({waiting.hash: waiting.text for waiting in window})
         window.sort(key=lambda waiting: (waiting.lane, tokens[waiting.hash]))

@@ -15,6 +15,7 @@ Source: pgvector's README (HNSW query options; monitoring recall); PostgreSQL, "
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -28,13 +29,15 @@ import psycopg
 import structlog
 from psycopg import sql
 
-from cdcsync.backoff import backoff_s
+from cdcsync.backoff import Backoff
 from cdcsync.errors import CdcsyncError, SetupError, Unavailable, UsageError
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_texts, fetch_value
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.relations import OPERATORS, Names, vector_schema
 from cdcsync.target.evaluations import USUAL_K, Evaluation, Measured
+from cdcsync.target.registry import Registry
 from cdcsync.target.search import check_where, nearest_statement, refusal, stored_spec, tune
 
 log = structlog.get_logger()
@@ -177,15 +180,15 @@ async def _refuse_without_hnsw(connection: Connection, schema: str, spec: IndexS
 
     :raises SetupError: it is.
     """
-    cursor = await connection.execute(
-        sql.SQL(
-            "SELECT i.state, EXISTS (SELECT FROM pg_index AS x JOIN pg_class AS c ON c.oid = x.indexrelid"
-            " JOIN pg_am AS a ON a.oid = c.relam"
-            " WHERE a.amname = 'hnsw' AND x.indisvalid AND x.indrelid = to_regclass(%s)) FROM {} AS i WHERE i.name = %s"
-        ).format(sql.Identifier(schema, "indexes")),
-        [Names(schema, spec.name).vectors(spec.generation).as_string(connection), spec.name],
+    entry = await Registry(schema).find(connection, spec.name)
+    state = entry.state if entry is not None else "gone"
+    built = await fetch_value(
+        connection,
+        "SELECT EXISTS (SELECT FROM pg_index AS x JOIN pg_class AS c ON c.oid = x.indexrelid"
+        " JOIN pg_am AS a ON a.oid = c.relam"
+        " WHERE a.amname = 'hnsw' AND x.indisvalid AND x.indrelid = to_regclass(%s))",
+        [Names(schema, spec.name).vectors(spec.generation).as_string(connection)],
     )
-    state, built = await cursor.fetchone() or ("gone", False)
     if built:
         return
     building = state == "building"
@@ -300,11 +303,8 @@ def _distances(rows: Sequence[tuple[int, float]], own: int) -> list[float]:
 
 async def _orders_by_index(connection: Connection, statement: sql.Composed, arguments: list[object]) -> bool:
     """Say whether the planner takes the order from an index, as it does with HNSW, and sorts nothing itself."""
-    cursor = psycopg.AsyncRawCursor(connection)
-    await cursor.execute(sql.SQL("EXPLAIN (FORMAT JSON) ") + statement, arguments, prepare=False)
-    row = await cursor.fetchone()
-    assert row is not None
-    return any("Order By" in node for node in _nodes(row[0][0]["Plan"]))
+    ((plan,),) = await fetch_texts(connection, sql.SQL("EXPLAIN (FORMAT JSON) ") + statement, arguments, prepare=False)
+    return any("Order By" in node for node in _nodes(json.loads(cast(str, plan))[0]["Plan"]))
 
 
 def _nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -328,36 +328,29 @@ async def evaluate_for_ever(
     The status and the metrics show what is stored.
     """
     async with Session(dsn, "target", application_name="cdcsync evaluate") as target:
-        attempt = 0
+        backoff = Backoff(first=1.0, most=every_s)
+        await anyio.sleep(every_s)
         while True:
-            await anyio.sleep(every_s if not attempt else backoff_s(attempt, most=every_s))
-            away = False
-            for spec in specs:
-                try:
-                    await _evaluate_live(await target.connection(), schema, spec, budget)
-                except CdcsyncError as error:
-                    log.warning("evaluation_failed", index=spec.name, error=str(error), fix=error.hint)
-                    if isinstance(error, Unavailable):
-                        away = True
-                        break
-            attempt = attempt + 1 if away else 0
+            async with backoff:
+                for spec in specs:
+                    try:
+                        await _evaluate_live(await target.connection(), schema, spec, budget)
+                    except CdcsyncError as error:
+                        log.warning("evaluation_failed", index=spec.name, error=str(error), fix=error.hint)
+                        if isinstance(error, Unavailable):
+                            raise
+                backoff.succeeded()
+                await anyio.sleep(every_s)
 
 
 async def _evaluate_live(connection: Connection, schema: str, spec: IndexSpec, budget: Budget) -> None:
     """Evaluate an index that is live and has vectors, as it is stored now."""
     with speaking_of("target", where=f"index {spec.name}"):
-        cursor = await connection.execute(
-            sql.SQL("SELECT generation FROM {} WHERE name = %s AND state = 'live'").format(
-                sql.Identifier(schema, "indexes")
-            ),
-            [spec.name],
-        )
-        row = await cursor.fetchone()
-        if row is None:
+        entry = await Registry(schema).find(connection, spec.name)
+        if entry is None or entry.state != "live":
             return
-        vectors = Names(schema, spec.name).vectors(row[0])
-        cursor = await connection.execute(sql.SQL("SELECT EXISTS (SELECT FROM {} OFFSET 1)").format(vectors))
-        if await cursor.fetchone() != (True,):
+        vectors = Names(schema, spec.name).vectors(entry.generation)
+        if not await fetch_value(connection, sql.SQL("SELECT EXISTS (SELECT FROM {} OFFSET 1)").format(vectors)):
             return
         found = await evaluate(
             connection, schema, await stored_spec(connection, schema, spec.name, spec.config), budget=budget

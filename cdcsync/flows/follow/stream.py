@@ -26,15 +26,16 @@ import anyio
 import anyio.lowlevel
 import structlog
 
-from cdcsync.backoff import backoff_s
+from cdcsync.backoff import Backoff, Failure
 from cdcsync.crashpoints import crash_point
-from cdcsync.errors import SchemaChanged, SourceUnavailable, TargetRewound, TargetUnavailable, leading
+from cdcsync.errors import SchemaChanged, SourceUnavailable, TargetUnavailable, leading
 from cdcsync.flows.embed import EmbedLoop
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch
 from cdcsync.model.changeset import LIVE, Applied, ChangeSet
+from cdcsync.model.pauses import Pause
 from cdcsync.model.progress import Progress
 from cdcsync.model.rows import Shape, Truncation, Upsert
 from cdcsync.model.spec import IndexSpec
@@ -73,12 +74,6 @@ TURN_MESSAGES = 500
 """Messages handled before other tasks get a turn: a few milliseconds."""
 
 
-def describe_pause(error: SchemaChanged) -> str:
-    """Return the reason that an operator reads in the index's row."""
-    what = f"{error.message}, of the row {error.row}" if error.row else error.message
-    return f"{what}; {error.hint}" if error.hint else what
-
-
 class Stream:
     """Follows the slot for the life of the worker, over any number of connections."""
 
@@ -102,6 +97,7 @@ class Stream:
         self._session = session
         self._preparers = preparers
         self._embed_loops = embed_loops
+        self._backoff = Backoff(self._apply_waits, first=0.1, most=10)
         self._deliveries = deliveries
         self._take_page = take_page
         self._page_applied = page_applied
@@ -181,7 +177,7 @@ class Stream:
 
         A transaction under way is taken to its end first: begun again before it, the same would be found again.
         """
-        self._batch.paused[error.index] = describe_pause(error)
+        self._batch.paused[error.index] = Pause.of(error)
         self._batch.partial = self._batch.partial or self._assembler.unfinished
         self.pauses.append(error)
         self._wake_apply.set()
@@ -405,25 +401,25 @@ class Stream:
 
     async def _until_committed(self, batch: Batch) -> tuple[dict[str, ChangeSet], dict[str, Applied]]:
         """Prepare and commit, trying again for as long as a server is away."""
-        attempt = 0
         while True:
             try:
+                await self._session.ensure(self._specs)
                 changes = {}
                 for index, of_index in batch.indexes.items():
                     with self.tracing.span("cdcsync.prepare", index=index):
                         changes[index] = await self._preparers[index].prepare(of_index, self._session.writer(index))
                 with self.tracing.span("cdcsync.commit"):
-                    return changes, await self._commit(changes, batch)
+                    applied = await self._commit(changes, batch)
             except SchemaChanged as error:
                 # What is left out of this batch is read again when the index is resumed.
                 batch.indexes.pop(error.index, None)
-                batch.paused[error.index] = describe_pause(error)
+                batch.paused[error.index] = Pause.of(error)
                 self.pauses.append(error)
-            except TargetRewound:
-                raise  # what is in hand does not follow what the target has now
             except (TargetUnavailable, SourceUnavailable) as error:
-                await self._recover(error, attempt)
-                attempt += 1
+                await self._backoff.wait(error)
+            else:
+                self._backoff.succeeded()
+                return changes, applied
 
     async def _commit(self, changes: Mapping[str, ChangeSet], batch: Batch) -> dict[str, Applied]:
         # Cancelled in the middle, the driver could leave the transaction open: one that has begun is finished.
@@ -442,19 +438,13 @@ class Stream:
             )
         return applied
 
-    async def _recover(self, error: TargetUnavailable | SourceUnavailable, attempt: int) -> None:
-        delay = backoff_s(attempt, first=0.1, most=10)
-        side = "target" if isinstance(error, TargetUnavailable) else "source"
-        log.warning("apply_waits", side=side, error=str(error), attempt=attempt + 1, delay_s=round(delay, 2))
-        await anyio.sleep(delay)
+    def _apply_waits(self, failure: Failure) -> None:
+        side = "target" if isinstance(failure.error, TargetUnavailable) else "source"
         if side == "target":
             self._metrics.reconnects.labels(side).inc()
-            try:
-                await self._session.reopen(self._specs)
-            except TargetRewound:
-                raise
-            except TargetUnavailable:
-                pass  # the next attempt fails the same way, and waits longer
+        log.warning(
+            "apply_waits", side=side, error=str(failure.error), attempt=failure.attempt, delay_s=failure.delay_s
+        )
 
     @property
     def _idle_checkpoint_due(self) -> bool:
@@ -472,13 +462,13 @@ class Stream:
         self._last_idle_checkpoint = anyio.current_time()
         self._idle_pause_s = min(IDLE_CHECKPOINT_S, max(PROMPT_CHECKPOINT_S, 2 * self._idle_pause_s))
         try:
+            await self._session.ensure(self._specs)
             with anyio.CancelScope(shield=True):
                 await self._session.apply({}, (), passed, commit_time=None, caught_up=self._drained)
-        except TargetRewound:
-            raise
         except TargetUnavailable as error:
-            await self._recover(error, 0)
+            await self._backoff.wait(error)
         else:
+            self._backoff.succeeded()
             self.progress.commit(passed)
 
     def _account(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from cdcsync.errors import GapError, SourceUnavailable
 from cdcsync.lsn import Lsn
+from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import Slot, read_slot
 from cdcsync.source.slot import ServerIdentity, SlotConnection
@@ -31,8 +32,7 @@ async def refuse_standby(slot_connection: SlotConnection, source: Connection) ->
     :raises SourceUnavailable: one of the two sessions is on a standby.
     """
     with speaking_of("source"):
-        cursor = await source.execute("SELECT pg_is_in_recovery()")
-        row = await cursor.fetchone()
+        row = await fetch_row(source, "SELECT pg_is_in_recovery()")
     if row == (True,) or await slot_connection.in_recovery():
         raise SourceUnavailable(
             "the server is a standby just now",

@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 import structlog
-from psycopg import sql
-from psycopg.types.json import Jsonb
 
 from cdcsync.config import Config
 from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.target.registry import Partitions, Registry
 from cdcsync.target.requests import Requests
 
 log = structlog.get_logger()
@@ -79,20 +78,15 @@ async def read_leaves(source: Connection, tables: Sequence[int]) -> dict[int, di
 
 
 async def _follow(target: Connection, schema: str, index: str, leaves: Mapping[int, Leaf]) -> None:
-    table = sql.Identifier(schema, "indexes")
-    known = {str(oid): [leaf.file, leaf.attached] for oid, leaf in leaves.items()}
+    registry = Registry(schema)
+    known: Partitions = {str(oid): (leaf.file, leaf.attached) for oid, leaf in leaves.items()}
     async with target.transaction():
-        cursor = await target.execute(
-            sql.SQL("SELECT partitions FROM {} WHERE name = %s FOR UPDATE").format(table), [index]
-        )
-        row = await cursor.fetchone()
-        if row is None or row[0] == known:
+        entry = await registry.find(target, index, lock=True)
+        if entry is None or entry.partitions == known:
             return
-        if row[0] is not None:
-            await _request(target, Requests(schema), index, row[0], leaves)
-        await target.execute(
-            sql.SQL("UPDATE {} SET partitions = %s WHERE name = %s").format(table), [Jsonb(known), index]
-        )
+        if entry.partitions is not None:
+            await _request(target, Requests(schema), index, entry.partitions, leaves)
+        await registry.note_partitions(target, index, known)
         crash_point("partitions written")
     crash_point("partitions committed")
 
@@ -101,10 +95,10 @@ async def _request(
     target: Connection,
     requests: Requests,
     index: str,
-    before: Mapping[str, Sequence[object]],
+    before: Partitions,
     leaves: Mapping[int, Leaf],
 ) -> None:
-    come = [leaf for oid, leaf in leaves.items() if (before.get(str(oid)) or [0, ""])[1] != leaf.attached]
+    come = [leaf for oid, leaf in leaves.items() if (before.get(str(oid)) or (0, ""))[1] != leaf.attached]
     left = [oid for oid, (file, attached) in before.items() if _other(leaves.get(int(oid)), file, attached)]
     if come:
         bounds = [f"({leaf.bounds})" for leaf in come if leaf.bounds is not None]

@@ -13,13 +13,13 @@ import anyio
 import msgspec
 import psycopg
 import structlog
-from psycopg import sql
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import GapError, SchemaChanged, SlotInUse
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby
 from cdcsync.lsn import Lsn
+from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import (
@@ -36,6 +36,7 @@ from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.requests import Kind, Requests
 from cdcsync.target.session import ApplySession
 
@@ -134,58 +135,20 @@ async def set_up_indexes(
                 ) from error
 
 
-async def pause_indexes(target: Connection, config: Config, broken: Mapping[str, str]) -> None:
+async def pause_indexes(target: Connection, config: Config, broken: Mapping[str, Pause]) -> None:
     """Note why these indexes, which exist, cannot be followed."""
     with speaking_of("target"):
-        for index, reason in broken.items():
-            await target.execute(
-                sql.SQL("UPDATE {} SET state = 'paused', reason = %s WHERE name = %s").format(
-                    sql.Identifier(config.target.schema, "indexes")
-                ),
-                [reason, index],
-            )
+        for index, pause in broken.items():
+            await Registry(config.target.schema).pause(target, index, pause)
             crash_point("broken index paused")
 
 
 async def _register(
     target: Connection, config: Config, spec: IndexSpec, unpublished: Collection[QualifiedName]
 ) -> None:
-    table = sql.Identifier(config.target.schema, "indexes")
-    cursor = await target.execute(
-        sql.SQL("SELECT fingerprint, columns, state, table_oid, sent, membership FROM {} WHERE name = %s").format(
-            table
-        ),
-        [spec.name],
-    )
-    before = await cursor.fetchone()
-    await target.execute(
-        sql.SQL(
-            "INSERT INTO {} AS i (name, slot, source_table, table_oid, view_name, key, columns, fingerprint,"
-            " generation, model, dimensions, vector_type, distance, sent, membership, state)"
-            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, 'building')"
-            " ON CONFLICT (name) DO UPDATE SET slot = excluded.slot, view_name = excluded.view_name,"
-            " columns = excluded.columns, fingerprint = excluded.fingerprint, table_oid = excluded.table_oid,"
-            " sent = excluded.sent, membership = coalesce(excluded.membership, i.membership),"
-            " state = CASE i.state WHEN 'paused' THEN 'building' ELSE i.state END, reason = NULL"
-        ).format(table),
-        [
-            spec.name,
-            config.source.slot,
-            str(spec.shape.table),
-            spec.table_oid,
-            str(spec.config.view_name),
-            list(spec.shape.key),
-            list(spec.shape.carried),
-            spec.fingerprint,
-            spec.generation,
-            spec.model,
-            spec.dimensions,
-            spec.config.vector_type,
-            spec.distance,
-            spec.sent,
-            spec.membership,
-        ],
-    )
+    registry = Registry(config.target.schema)
+    before = await registry.find(target, spec.name)
+    await registry.register(target, config.source.slot, spec)
     request = _needed_backfill(spec, before, spec.shape.table in unpublished)
     if request is not None:
         kind, rewrite = request
@@ -197,19 +160,18 @@ async def _register(
         log.info("backfill_requested", index=spec.name, kind=kind, rewrite=rewrite)
 
 
-def _needed_backfill(spec: IndexSpec, before: tuple[Any, ...] | None, unpublished: bool) -> tuple[Kind, bool] | None:
+def _needed_backfill(spec: IndexSpec, before: Entry | None, unpublished: bool) -> tuple[Kind, bool] | None:
     """Return the kind of backfill that brings an index to its spec, and whether all is to be chunked again."""
     if before is None:
         return "initial", False
-    fingerprint, columns, state, table_oid, sent, membership = before
-    rewrite = fingerprint != spec.fingerprint
-    put_back = None not in (membership, spec.membership) and membership != spec.membership
-    if state == "paused" or unpublished or put_back or table_oid != spec.table_oid:
+    rewrite = before.fingerprint != spec.fingerprint
+    put_back = None not in (before.membership, spec.membership) and before.membership != spec.membership
+    if before.state == "paused" or unpublished or put_back or before.table_oid != spec.table_oid:
         return "resync", rewrite
-    if sent is not None and _sent_otherwise(json.loads(sent), json.loads(spec.sent)):
+    if before.sent is not None and _sent_otherwise(json.loads(before.sent), json.loads(spec.sent)):
         # While nobody looked: what an ALTER TABLE or a new row filter makes of old rows is not in the stream.
         return "resync", rewrite
-    if rewrite or set(spec.shape.carried) - set(columns):
+    if rewrite or set(spec.shape.carried) - set(before.columns):
         return "replay", rewrite
     return None
 
@@ -255,12 +217,7 @@ async def note_memberships(
             membership = sent[spec.shape.table].membership
         # One that is another since the table was examined stays unknown here: the watch sees that it left meanwhile.
         with speaking_of("target", where=f"index {spec.name}"):
-            await target.execute(
-                sql.SQL("UPDATE {} SET membership = %s WHERE name = %s AND membership IS DISTINCT FROM %s").format(
-                    sql.Identifier(config.target.schema, "indexes")
-                ),
-                [membership, spec.name, membership],
-            )
+            await Registry(config.target.schema).note_membership(target, spec.name, membership)
             crash_point("membership noted")
         noted.append(msgspec.structs.replace(spec, membership=membership))
     return noted

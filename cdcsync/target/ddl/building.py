@@ -17,6 +17,7 @@ from psycopg import sql
 
 from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import OPCLASSES, Names, vector_schema
 
@@ -85,12 +86,12 @@ async def _others_through(connection: Connection, table: sql.Identifier) -> None
     """Wait until no session builds an index on a table."""
     waited = False
     while True:
-        cursor = await connection.execute(
+        row = await fetch_row(
+            connection,
             "SELECT pid FROM pg_stat_progress_create_index"
             " WHERE datname = current_database() AND relid = to_regclass(%s)",
             [table.as_string(connection)],
         )
-        row = await cursor.fetchone()
         if row is None:
             return
         if not waited:
@@ -101,12 +102,12 @@ async def _others_through(connection: Connection, table: sql.Identifier) -> None
 
 async def _validity(connection: Connection, schema: str, name: str) -> bool | None:
     """Say whether an index is valid; None where there is none of that name."""
-    cursor = await connection.execute(
+    row = await fetch_row(
+        connection,
         "SELECT i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
         " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
         [schema, name],
     )
-    row = await cursor.fetchone()
     return None if row is None else cast(bool, row[0])
 
 

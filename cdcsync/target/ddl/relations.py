@@ -18,6 +18,7 @@ from psycopg import sql
 from cdcsync.config.names import MAX_NAME_BYTES
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import OPCLASSES as OPCLASSES
 from cdcsync.target.ddl.names import OPERATORS as OPERATORS
@@ -242,12 +243,12 @@ async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -
             sql.Identifier(f"{spec.name}_vectors_{spec.generation}_hash"), vectors
         )
     )
-    cursor = await connection.execute(
+    row = await fetch_row(
+        connection,
         "SELECT format_type(atttypid, atttypmod) FROM pg_attribute"
         " WHERE attrelid = to_regclass(%s) AND attname = 'embedding'",
         [vectors.as_string(connection)],
     )
-    row = await cursor.fetchone()
     present = str(row[0]).rpartition(".")[2] if row is not None else None
     if present != spec.vector_type:
         raise SetupError(
@@ -273,12 +274,12 @@ async def _view_grants(connection: Connection, spec: IndexSpec) -> list[sql.Comp
     :raises SetupError: a relation that is not ours has the view's name.
     """
     view = spec.config.view_name
-    cursor = await connection.execute(
+    existing = await fetch_row(
+        connection,
         "SELECT c.oid, c.relkind::text, obj_description(c.oid, 'pg_class') FROM pg_class c"
         " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
         [view.schema, view.name],
     )
-    existing = await cursor.fetchone()
     if existing is None:
         return []
     oid, kind, description = existing

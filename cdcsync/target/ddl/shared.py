@@ -1,16 +1,20 @@
 """The tables in the target that all pipelines and indexes share, and the function that waits for a position.
 
 Everything is created idempotently and describes itself with COMMENT ON. A column that a later version adds has a
-statement of its own after its table's, so that an older table gets it too.
+statement of its own after its table's, so that an older table gets it too. The tables of `registry` and `requests` are
+defined there, beside the statements that use them.
 
 Source: PostgreSQL, "Data Definition", "PL/pgSQL".
 """
 
 from __future__ import annotations
 
+from typing import LiteralString
+
 from psycopg import sql
 
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target import registry, requests
 
 
 async def create_shared(connection: Connection, schema: str) -> None:
@@ -24,7 +28,7 @@ async def create_shared(connection: Connection, schema: str) -> None:
         await connection.execute(sql.SQL(statement).format(**names))
 
 
-_SHARED = (
+_SHARED: tuple[LiteralString, ...] = (
     """
     CREATE TABLE IF NOT EXISTS {schema}.pipelines (
         slot text PRIMARY KEY,
@@ -54,88 +58,8 @@ _SHARED = (
     "COMMENT ON COLUMN {schema}.pipelines.commit_time IS"
     " 'When the source committed the last transaction that was applied.'",
     "COMMENT ON COLUMN {schema}.pipelines.caught_up_at IS 'When the worker last had nothing left to apply.'",
-    """
-    CREATE TABLE IF NOT EXISTS {schema}.indexes (
-        name text PRIMARY KEY,
-        slot text NOT NULL REFERENCES {schema}.pipelines,
-        source_table text NOT NULL,
-        view_name text NOT NULL,
-        key text[] NOT NULL,
-        columns text[] NOT NULL,
-        fingerprint text NOT NULL,
-        generation int NOT NULL,
-        model text NOT NULL,
-        dimensions int NOT NULL,
-        vector_type text NOT NULL,
-        distance text NOT NULL,
-        state text NOT NULL CHECK (state IN ('building', 'live', 'paused')),
-        reason text,
-        created_at timestamptz NOT NULL DEFAULT now(),
-        live_at timestamptz,
-        table_oid bigint,
-        sent text,
-        membership bigint
-    )
-    """,
-    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS partitions jsonb",
-    "COMMENT ON COLUMN {schema}.indexes.partitions IS"
-    " 'Of a partitioned table, the partitions by OID: which file holds each, and which transactions attached it.'",
-    "COMMENT ON TABLE {schema}.indexes IS 'cdcsync: one row per index, with what its chunks and vectors were made by.'",
-    "COMMENT ON COLUMN {schema}.indexes.table_oid IS"
-    " 'The table''s OID on the source: another one under the same name is another table.'",
-    "COMMENT ON COLUMN {schema}.indexes.sent IS"
-    " 'How the source sends the table: types of the columns that are used, row filter, operations.'",
-    "COMMENT ON COLUMN {schema}.indexes.membership IS"
-    " 'OID of the table''s row in pg_publication_rel: a table that was taken out and put back has another one.'",
-    "COMMENT ON COLUMN {schema}.indexes.generation IS 'The vectors table in use: NAME_vectors_GENERATION.'",
-    """
-    CREATE TABLE IF NOT EXISTS {schema}.backfills (
-        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
-        kind text NOT NULL CHECK (kind IN ('initial', 'replay', 'resync', 'verify')),
-        rewrite boolean NOT NULL DEFAULT false,
-        force_embed boolean NOT NULL DEFAULT false,
-        filter text,
-        keyed boolean NOT NULL DEFAULT false,
-        max_rows_per_s int CHECK (max_rows_per_s > 0),
-        state text NOT NULL DEFAULT 'requested'
-            CHECK (state IN ('requested', 'running', 'paused', 'done', 'failed', 'cancelled')),
-        phase text NOT NULL DEFAULT 'rows' CHECK (phase IN ('rows', 'orphans')),
-        cursor text[],
-        rows_done bigint NOT NULL DEFAULT 0,
-        rows_total bigint,
-        error text,
-        requested_at timestamptz NOT NULL DEFAULT now(),
-        started_at timestamptz,
-        finished_at timestamptz
-    )
-    """,
-    "COMMENT ON TABLE {schema}.backfills IS 'cdcsync: requests to read source tables, and how far each is.'",
-    "COMMENT ON COLUMN {schema}.backfills.phase IS"
-    " 'rows: reading the source; orphans: asking it which index keys it still has.'",
-    "COMMENT ON COLUMN {schema}.backfills.cursor IS"
-    " 'The key of the last row that was applied; commits together with the rows.'",
-    "COMMENT ON COLUMN {schema}.backfills.keyed IS"
-    " 'Only the keys in backfill_keys are read; cursor is then the place of the last one that was.'",
-    """
-    CREATE TABLE IF NOT EXISTS {schema}.backfill_keys (
-        backfill_id bigint NOT NULL REFERENCES {schema}.backfills ON DELETE CASCADE,
-        place bigint NOT NULL,
-        key text[] NOT NULL,
-        PRIMARY KEY (backfill_id, place)
-    )
-    """,
-    "COMMENT ON TABLE {schema}.backfill_keys IS"
-    " 'cdcsync: the keys that a request is about, where it is not about all; removed when the request has ended.'",
-    """
-    CREATE TABLE IF NOT EXISTS {schema}.differences (
-        backfill_id bigint NOT NULL REFERENCES {schema}.backfills ON DELETE CASCADE,
-        key text[] NOT NULL,
-        problem text NOT NULL CHECK (problem IN ('missing', 'stale', 'orphaned', 'carried', 'undecided')),
-        PRIMARY KEY (backfill_id, key)
-    )
-    """,
-    "COMMENT ON TABLE {schema}.differences IS 'cdcsync: what a verification found to differ from the source.'",
+    *registry.DDL,
+    *requests.DDL,
     """
     CREATE TABLE IF NOT EXISTS {schema}.evaluations (
         index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
@@ -178,8 +102,6 @@ _SHARED = (
     "COMMENT ON COLUMN {schema}.failed_documents.error IS 'What failed and where; it holds no value of the row.'",
     "COMMENT ON COLUMN {schema}.failed_documents.attempts IS 'How many changes or readings of the row failed.'",
     "COMMENT ON COLUMN {schema}.failed_documents.commit_lsn IS 'Where in the stream it failed last.'",
-    "CREATE INDEX IF NOT EXISTS backfills_open ON {schema}.backfills (index_name, id) "
-    "WHERE state IN ('requested', 'running', 'paused')",
     """
     CREATE OR REPLACE FUNCTION {schema}.wait_for(index_name text, lsn pg_lsn, timeout interval DEFAULT '10 s')
     RETURNS boolean LANGUAGE plpgsql VOLATILE STRICT SET search_path = pg_catalog, pg_temp AS $body$

@@ -13,6 +13,7 @@ it out of the index to the one that takes its document in, or takes note that th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import cast
 
 import msgspec
@@ -21,6 +22,7 @@ from psycopg import sql
 from cdcsync.lsn import Lsn
 from cdcsync.model.changeset import ChangeSet, FailedDocument
 from cdcsync.model.rows import Key
+from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
 
 TABLE = "failed_documents"
@@ -90,7 +92,8 @@ class FailedDocuments:
 
     async def _remove(self, keys: Sequence[Key]) -> bool:
         """Remove these keys, and say whether there were any at all."""
-        cursor = await self._connection.execute(
+        row = await fetch_one(
+            self._connection,
             self._sql(
                 "WITH gone AS (DELETE FROM {table} AS f USING unnest({arrays}) AS s({columns})"
                 " WHERE f.index_name = {index} AND f.key = ARRAY[{columns}])"
@@ -99,14 +102,13 @@ class FailedDocuments:
             ),
             [list(column) for column in zip(*keys, strict=True)],
         )
-        row = await cursor.fetchone()
-        assert row is not None
         return cast(bool, row[0])
 
     async def _add(self, failed: Sequence[FailedDocument]) -> None:
         """List these rows; one that is delivered once more has not failed once more."""
         short = [one for one in failed if sum(len(part.encode()) for part in one.key) <= KEY_BYTES]
-        cursor = await self._connection.execute(
+        row = await fetch_one(
+            self._connection,
             self._sql(
                 "WITH failed AS (SELECT ARRAY[{columns}] AS key, error, commit_lsn"
                 " FROM unnest({arrays}, %s::text[], %s::pg_lsn[]) AS s({columns}, error, commit_lsn)),"
@@ -126,8 +128,6 @@ class FailedDocuments:
                 [str(Lsn(one.commit_lsn)) for one in short],
             ],
         )
-        row = await cursor.fetchone()
-        assert row is not None
         if unlisted := len(failed) - cast(int, row[0]):
             await self._connection.execute(
                 self._sql(
@@ -152,18 +152,16 @@ def _settled(changes: ChangeSet) -> Iterator[Key]:
     yield from (document.key for document in changes.documents if document.key not in failed)
 
 
-async def close_list(connection: Connection, schema: str, backfill_id: int) -> None:
-    """Note that a request is done: where it read the whole table and all failures found room, the list is whole again.
+async def close_list(connection: Connection, schema: str, index: str, began: datetime | None) -> None:
+    """Note that a request has read the whole table: if every failure since `began` found room, the list is whole again.
 
     The caller commits.
     """
     await connection.execute(
-        sql.SQL(
-            "DELETE FROM {} AS f USING {} AS b WHERE b.id = %s AND b.state = 'done' AND NOT b.keyed"
-            " AND b.filter IS NULL AND (b.phase = 'rows' OR b.kind = 'resync')"
-            " AND f.index_name = b.index_name AND f.key = '{{}}' AND f.failed_at < b.started_at"
-        ).format(sql.Identifier(schema, TABLE), sql.Identifier(schema, "backfills")),
-        [backfill_id],
+        sql.SQL("DELETE FROM {} WHERE index_name = %s AND key = '{{}}' AND failed_at < %s").format(
+            sql.Identifier(schema, TABLE)
+        ),
+        [index, began],
     )
 
 
@@ -173,7 +171,8 @@ async def forget_failed(connection: Connection, schema: str, index: str) -> int:
     What a worker is just writing stays, rather than that the two wait for each other.
     """
     table = sql.Identifier(schema, TABLE)
-    cursor = await connection.execute(
+    row = await fetch_one(
+        connection,
         sql.SQL(
             "WITH gone AS (DELETE FROM {} WHERE index_name = %s AND key IN"
             " (SELECT key FROM {} WHERE index_name = %s FOR UPDATE SKIP LOCKED) RETURNING key)"
@@ -181,8 +180,6 @@ async def forget_failed(connection: Connection, schema: str, index: str) -> int:
         ).format(table, table),
         [index, index],
     )
-    row = await cursor.fetchone()
-    assert row is not None
     return cast(int, row[0])
 
 

@@ -12,6 +12,7 @@ from cdcsync.config import parse
 from cdcsync.flows.build import _advance
 from cdcsync.flows.setup.partitions import follow_partitions
 from cdcsync.flows.setup.start import pause_indexes, set_up_indexes
+from cdcsync.model.pauses import Pause
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.requests import Requests
@@ -97,7 +98,7 @@ async def test_an_index_that_is_paused_again_and_again_is_read_once(
     await Pipelines(SCHEMA, "cdcsync").ensure(connection, "p")
     await set_up_indexes(connection, config, [index.spec], [])
     for _ in range(3):
-        await pause_indexes(connection, config, {"articles": "a type changed"})
+        await pause_indexes(connection, config, {"articles": Pause("a type changed")})
         await set_up_indexes(connection, config, [index.spec], [])
 
     cursor = await connection.execute("SELECT kind, state FROM cdcsync.backfills ORDER BY id")

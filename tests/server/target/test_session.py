@@ -18,6 +18,7 @@ from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetRewound, 
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.changeset import Applied, ChangeSet
+from cdcsync.model.pauses import Pause
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.apply import IndexWriter
 from cdcsync.target.ddl.relations import create_index_relations
@@ -312,12 +313,12 @@ async def test_an_index_that_pauses_does_so_with_the_batch_that_goes_on_without_
         {"notes": changes(document("x", "b", carried=()))},
         [],
         Lsn(10),
-        paused={"articles": "its key is gone"},
+        paused={"articles": Pause("its key is gone", "put it back")},
         commit_time=None,
         caught_up=False,
     )
     assert await pipeline.rows("SELECT name, state, reason FROM cdcsync.indexes ORDER BY name") == [
-        ("articles", "paused", "its key is gone"),
+        ("articles", "paused", "its key is gone; put it back"),
         ("notes", "live", None),
     ]
     assert await pipeline.rows("SELECT content FROM cdcsync.notes_chunks") == [("b",)]

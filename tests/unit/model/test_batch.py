@@ -9,6 +9,7 @@ import pytest
 from cdcsync.config import QualifiedName
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import ROW_OVERHEAD_BYTES, UNCHANGED_BYTES, Batch, IndexChanges, PageEnd, RowChange
+from cdcsync.model.pauses import Pause
 from cdcsync.model.rows import Change, Delete, Key, Row, Shape, Truncation, Upsert
 from cdcsync.model.transactions import Committed
 from cdcsync.pgoutput.messages import UNCHANGED, Value
@@ -209,7 +210,7 @@ def test_an_empty_batch_has_nothing_to_apply() -> None:
 def test_a_batch_that_pauses_an_index_is_to_be_applied_even_without_changes() -> None:
     batch = Batch()
 
-    batch.paused["articles"] = "column author is gone"
+    batch.paused["articles"] = Pause("column author is gone")
 
     assert batch
 

@@ -262,14 +262,14 @@ async def test_the_last_outcome_of_each_kind_is_kept_and_the_usual_one_shown(dat
             (1, 10, 40, True, 8, 1.0),
         ]
 
-        (shown,) = (await evaluations.latest(connection, SCHEMA, ["articles", "notes"])).values()
+        (shown,) = (await evaluations.latest(connection, SCHEMA, {"articles": 1, "notes": 1})).values()
         assert (shown.recall, shown.k, shown.ef_search, shown.queries, shown.by_hnsw) == (1.0, 10, 40, 8, False)
         assert timedelta() <= datetime.now(UTC) - shown.evaluated_at < timedelta(minutes=5)
 
         # Of another generation's vectors it says nothing.
         await create_vectors(connection, SCHEMA, msgspec.structs.replace(spec, generation=2))
         await connection.execute("UPDATE cdcsync.indexes SET generation = 2")
-        assert await evaluations.latest(connection, SCHEMA, ["articles"]) == {}
+        assert await evaluations.latest(connection, SCHEMA, {"articles": 2}) == {}
         await connection.execute("DELETE FROM cdcsync.indexes")
         assert await stored(connection) == []
 

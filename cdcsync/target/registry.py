@@ -1,0 +1,232 @@
+"""The registry: the table `indexes`, one row per index, with what its chunks and vectors were made by.
+
+Every statement on the table is here. A row is read as JSON, so that a command and a worker of different versions
+understand each other: a field that the table does not have yet takes its default, and a column that this version does
+not know is left out. To add a fact about an index, add a column to `DDL` and a field with a default to `Entry`.
+
+An index is *building* until its first load has drained, *live* from then on, and *paused* while it cannot be followed.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal, LiteralString
+
+import msgspec
+from psycopg import sql
+from psycopg.types.json import Jsonb
+
+from cdcsync.model.pauses import Pause
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.sessions import Connection
+
+TABLE = "indexes"
+
+State = Literal["building", "live", "paused"]
+
+Partitions = dict[str, tuple[int, str | None]]
+"""Of a partitioned table, the partitions that hold rows, by OID: the file of each, and what attached it."""
+
+DDL: tuple[LiteralString, ...] = (
+    """
+    CREATE TABLE IF NOT EXISTS {schema}.indexes (
+        name text PRIMARY KEY,
+        slot text NOT NULL REFERENCES {schema}.pipelines,
+        source_table text NOT NULL,
+        view_name text NOT NULL,
+        key text[] NOT NULL,
+        columns text[] NOT NULL,
+        fingerprint text NOT NULL,
+        generation int NOT NULL,
+        model text NOT NULL,
+        dimensions int NOT NULL,
+        vector_type text NOT NULL,
+        distance text NOT NULL,
+        state text NOT NULL CHECK (state IN ('building', 'live', 'paused')),
+        reason text,
+        created_at timestamptz NOT NULL DEFAULT now(),
+        live_at timestamptz,
+        table_oid bigint,
+        sent text,
+        membership bigint
+    )
+    """,
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS partitions jsonb,"
+    " ADD COLUMN IF NOT EXISTS remedy text, ADD COLUMN IF NOT EXISTS paused_at timestamptz",
+    "COMMENT ON TABLE {schema}.indexes IS 'cdcsync: one row per index, with what its chunks and vectors were made by.'",
+    "COMMENT ON COLUMN {schema}.indexes.reason IS 'Why the index is paused, with the remedy.'",
+    "COMMENT ON COLUMN {schema}.indexes.remedy IS 'What to do so that a paused index can be followed again.'",
+    "COMMENT ON COLUMN {schema}.indexes.paused_at IS 'Since when the index is paused.'",
+    "COMMENT ON COLUMN {schema}.indexes.partitions IS"
+    " 'Of a partitioned table, the partitions by OID: which file holds each, and which transactions attached it.'",
+    "COMMENT ON COLUMN {schema}.indexes.table_oid IS"
+    " 'The table''s OID on the source: another one under the same name is another table.'",
+    "COMMENT ON COLUMN {schema}.indexes.sent IS"
+    " 'How the source sends the table: types of the columns that are used, row filter, operations.'",
+    "COMMENT ON COLUMN {schema}.indexes.membership IS"
+    " 'OID of the table''s row in pg_publication_rel: a table that was taken out and put back has another one.'",
+    "COMMENT ON COLUMN {schema}.indexes.generation IS 'The vectors table in use: NAME_vectors_GENERATION.'",
+)
+"""Needs the table `pipelines`."""
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """An index as it is registered; the fields are the columns of its row."""
+
+    name: str
+    slot: str
+    source_table: str
+    view_name: str
+    key: tuple[str, ...]
+    columns: tuple[str, ...]
+    fingerprint: str
+    generation: int
+    model: str
+    dimensions: int
+    vector_type: str
+    distance: str
+    state: State
+    created_at: datetime
+    reason: str | None = None
+    remedy: str | None = None
+    paused_at: datetime | None = None
+    live_at: datetime | None = None
+    table_oid: int | None = None
+    sent: str | None = None
+    membership: int | None = None
+    partitions: Partitions | None = None
+
+    @property
+    def pause(self) -> Pause | None:
+        """Why the index is paused, if it is."""
+        if self.state != "paused":
+            return None
+        reason = self.reason or "no reason is stored"
+        if self.remedy:
+            reason = reason.removesuffix(f"; {self.remedy}")
+        return Pause(reason, self.remedy, self.paused_at)
+
+
+class Registry:
+    """The table `indexes` of a schema. The caller's transaction commits, where there is one."""
+
+    def __init__(self, schema: str) -> None:
+        self._schema = schema
+        self._table = sql.Identifier(schema, TABLE)
+
+    async def find(self, connection: Connection, index: str, *, lock: bool = False) -> Entry | None:
+        """Return an index's entry; None if there is none, or not even the table.
+
+        :param lock: keep others from changing it until the caller's transaction ends.
+        """
+        if not await self._present(connection):
+            return None
+        statement = sql.SQL("SELECT to_jsonb(i) FROM {} AS i WHERE name = %s" + (" FOR UPDATE" if lock else ""))
+        row = await fetch_row(connection, statement.format(self._table), [index])
+        return None if row is None else msgspec.convert(row[0], Entry)
+
+    async def all(self, connection: Connection) -> dict[str, Entry]:
+        """Return every entry by name, those of other pipelines included, in the order of their names."""
+        if not await self._present(connection):
+            return {}
+        cursor = await connection.execute(sql.SQL("SELECT to_jsonb(i) FROM {} AS i ORDER BY name").format(self._table))
+        entries = [msgspec.convert(row[0], Entry) for row in await cursor.fetchall()]
+        return {entry.name: entry for entry in entries}
+
+    async def _present(self, connection: Connection) -> bool:
+        return (
+            await fetch_row(
+                connection,
+                "SELECT FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace"
+                " WHERE n.nspname = %s AND c.relname = %s",
+                [self._schema, TABLE],
+            )
+            is not None
+        )
+
+    async def register(self, connection: Connection, slot: str, spec: IndexSpec) -> None:
+        """Write what an index is to be made by; a paused index is resumed, and is building from now on.
+
+        What its stored chunks and vectors depend on stays as it is: another key, model or distance is another index.
+        """
+        facts: dict[str, object] = {
+            "slot": slot,
+            "source_table": str(spec.shape.table),
+            "table_oid": spec.table_oid,
+            "view_name": str(spec.config.view_name),
+            "key": list(spec.shape.key),
+            "columns": list(spec.shape.carried),
+            "fingerprint": spec.fingerprint,
+            "generation": spec.generation,
+            "model": spec.model,
+            "dimensions": spec.dimensions,
+            "vector_type": spec.config.vector_type,
+            "distance": spec.distance,
+            "sent": spec.sent,
+            "membership": spec.membership,
+        }
+        followed = ("slot", "view_name", "columns", "fingerprint", "table_oid", "sent", "membership")
+        await connection.execute(
+            sql.SQL(
+                "INSERT INTO {} AS i (name, state, {}) VALUES (%s, 'building', {}) ON CONFLICT (name) DO UPDATE SET {},"
+                " state = CASE i.state WHEN 'paused' THEN 'building' ELSE i.state END,"
+                " reason = NULL, remedy = NULL, paused_at = NULL"
+            ).format(
+                self._table,
+                sql.SQL(", ").join(map(sql.Identifier, facts)),
+                sql.SQL(", ").join([sql.Placeholder()] * len(facts)),
+                sql.SQL(", ").join(
+                    sql.SQL("{0} = coalesce(excluded.{0}, i.{0})").format(sql.Identifier(column)) for column in followed
+                ),
+            ),
+            [spec.name, *facts.values()],
+        )
+
+    async def pause(self, connection: Connection, index: str, pause: Pause) -> None:
+        """Store that an index does not follow its table from here on, and why. `register` resumes it."""
+        await connection.execute(
+            sql.SQL(
+                "UPDATE {} SET paused_at = CASE state WHEN 'paused' THEN coalesce(paused_at, now()) ELSE now() END,"
+                " state = 'paused', reason = %s, remedy = %s WHERE name = %s"
+            ).format(self._table),
+            [str(pause), pause.remedy, index],
+        )
+
+    async def declare_live(self, connection: Connection, index: str) -> None:
+        """Note that a building index is loaded, and has all that searches need."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET state = 'live', live_at = now() WHERE name = %s AND state = 'building'").format(
+                self._table
+            ),
+            [index],
+        )
+
+    async def note_membership(self, connection: Connection, index: str, membership: int | None) -> None:
+        """Note by which row of pg_publication_rel the index's table is published."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET membership = %s WHERE name = %s AND membership IS DISTINCT FROM %s").format(
+                self._table
+            ),
+            [membership, index, membership],
+        )
+
+    async def note_partitions(self, connection: Connection, index: str, partitions: Partitions) -> None:
+        """Note which partitions the index's table has."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET partitions = %s WHERE name = %s").format(self._table), [Jsonb(partitions), index]
+        )
+
+    async def forget(self, connection: Connection, slot: str) -> None:
+        """Remove the entries of a pipeline, and with them all that refers to them."""
+        await connection.execute(sql.SQL("DELETE FROM {} WHERE slot = %s").format(self._table), [slot])
+
+    @property
+    def paused(self) -> sql.Composed:
+        """A subquery of the names of the indexes that are paused."""
+        return sql.SQL("(SELECT name FROM {} WHERE state = 'paused')").format(self._table)
+
+    @property
+    def names(self) -> sql.Composed:
+        """A subquery of the names of all indexes."""
+        return sql.SQL("(SELECT name FROM {})").format(self._table)

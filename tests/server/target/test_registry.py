@@ -1,0 +1,119 @@
+"""The registry of indexes: what is kept of each, how one is paused and resumed, and rows of other versions."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import msgspec
+import pytest
+
+from cdcsync.model.pauses import Pause
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.shared import create_shared
+from cdcsync.target.registry import Registry
+from tests.fixtures.indexes import SCHEMA, make_spec
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+REGISTRY = Registry(SCHEMA)
+SPEC = make_spec()
+
+
+@pytest.fixture
+async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> Connection:
+    """A session on a target whose shared tables exist, with a pipeline and no index."""
+    connection = await connect_target()
+    await create_shared(connection, SCHEMA)
+    await connection.execute("INSERT INTO cdcsync.pipelines (slot, publication) VALUES ('s', 'p')")
+    return connection
+
+
+async def test_before_the_first_set_up_there_is_no_index(connect_target: Callable[[], Awaitable[Connection]]) -> None:
+    connection = await connect_target()
+    assert await REGISTRY.find(connection, "articles") is None
+    assert await REGISTRY.all(connection) == {}
+
+
+async def test_a_registered_index_is_building_and_has_what_it_is_made_by(connection: Connection) -> None:
+    await REGISTRY.register(connection, "s", SPEC)
+    entry = await REGISTRY.find(connection, "articles")
+    assert entry is not None
+    assert (entry.slot, entry.state, entry.pause) == ("s", "building", None)
+    assert (entry.key, entry.columns, entry.fingerprint) == (SPEC.shape.key, SPEC.shape.carried, SPEC.fingerprint)
+    assert (entry.model, entry.dimensions, entry.generation) == (SPEC.model, SPEC.dimensions, SPEC.generation)
+    assert await REGISTRY.all(connection) == {"articles": entry}
+
+
+async def test_what_stored_vectors_depend_on_is_not_registered_anew(connection: Connection) -> None:
+    await REGISTRY.register(connection, "s", SPEC)
+    other = msgspec.structs.replace(SPEC, model="another", dimensions=7, fingerprint="g", membership=5)
+    await REGISTRY.register(connection, "s", other)
+    entry = await REGISTRY.find(connection, "articles")
+    assert entry is not None
+    assert (entry.model, entry.dimensions) == (SPEC.model, SPEC.dimensions)
+    assert (entry.fingerprint, entry.membership) == ("g", 5)
+
+    await REGISTRY.register(connection, "s", msgspec.structs.replace(other, membership=None))
+    assert (await REGISTRY.all(connection))["articles"].membership == 5
+
+
+async def test_a_pause_is_stored_with_reason_remedy_and_when_it_began(connection: Connection) -> None:
+    await REGISTRY.register(connection, "s", SPEC)
+    await REGISTRY.register(connection, "s", make_spec(name="notes"))
+    await REGISTRY.pause(connection, "articles", Pause("the key is gone", "add it again"))
+    first = (await REGISTRY.all(connection))["articles"]
+    assert (first.state, first.reason) == ("paused", "the key is gone; add it again")
+    assert first.pause == Pause("the key is gone", "add it again", first.paused_at)
+    assert first.paused_at is not None
+
+    await REGISTRY.pause(connection, "articles", Pause("its type changed"))
+    again = (await REGISTRY.all(connection))["articles"]
+    assert again.pause == Pause("its type changed", None, first.paused_at)
+    assert (await REGISTRY.all(connection))["notes"].state == "building"
+
+
+async def test_registering_resumes_a_paused_index_and_leaves_a_live_one_live(connection: Connection) -> None:
+    await REGISTRY.register(connection, "s", SPEC)
+    await REGISTRY.declare_live(connection, "articles")
+    await REGISTRY.register(connection, "s", SPEC)
+    assert (await REGISTRY.all(connection))["articles"].state == "live"
+
+    await REGISTRY.pause(connection, "articles", Pause("the key is gone", "add it again"))
+    await REGISTRY.declare_live(connection, "articles")
+    assert (await REGISTRY.all(connection))["articles"].state == "paused"
+    await REGISTRY.register(connection, "s", SPEC)
+    entry = (await REGISTRY.all(connection))["articles"]
+    assert (entry.state, entry.reason, entry.remedy, entry.paused_at) == ("building", None, None, None)
+
+
+async def test_partitions_come_back_as_they_were_noted(connection: Connection) -> None:
+    await REGISTRY.register(connection, "s", SPEC)
+    await REGISTRY.note_partitions(connection, "articles", {"17": (4, "730 731"), "18": (0, None)})
+    async with connection.transaction():
+        entry = await REGISTRY.find(connection, "articles", lock=True)
+    assert entry is not None
+    assert entry.partitions == {"17": (4, "730 731"), "18": (0, None)}
+
+
+async def test_a_row_that_an_older_or_a_newer_version_wrote_is_read(connection: Connection) -> None:
+    await REGISTRY.register(connection, "s", SPEC)
+    await connection.execute(
+        "ALTER TABLE cdcsync.indexes DROP COLUMN remedy, DROP COLUMN paused_at, DROP COLUMN partitions,"
+        " ADD COLUMN of_the_future int DEFAULT 3"
+    )
+    await connection.execute("UPDATE cdcsync.indexes SET state = 'paused', reason = 'the key is gone; add it again'")
+    entry = await REGISTRY.find(connection, "articles")
+    assert entry is not None
+    assert entry.pause == Pause("the key is gone; add it again")
+
+    await create_shared(connection, SCHEMA)
+    await REGISTRY.pause(connection, "articles", Pause("the key is gone", "add it again"))
+    assert ((await REGISTRY.all(connection))["articles"].pause or Pause("")).remedy == "add it again"
+
+
+async def test_the_entries_of_one_pipeline_are_forgotten_together(connection: Connection) -> None:
+    await connection.execute("INSERT INTO cdcsync.pipelines (slot, publication) VALUES ('t', 'p')")
+    await REGISTRY.register(connection, "s", SPEC)
+    await REGISTRY.register(connection, "t", make_spec(name="notes"))
+    await REGISTRY.forget(connection, "s")
+    assert set(await REGISTRY.all(connection)) == {"notes"}

@@ -1,0 +1,66 @@
+"""Waiting after a failure: how long, for which errors, and until when."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from cdcsync.backoff import Backoff, Failure, backoff_s
+from cdcsync.errors import GapError, SourceUnavailable, TargetUnavailable
+
+pytestmark = pytest.mark.anyio
+
+AWAY = SourceUnavailable("no answer", where="source")
+
+
+@pytest.mark.parametrize(("attempt", "bound"), [(0, 1.0), (1, 2.0), (3, 8.0), (5, 10.0), (10_000, 10.0)])
+def test_the_wait_doubles_up_to_its_bound_and_is_spread_over_the_upper_half(attempt: int, bound: float) -> None:
+    for _ in range(50):
+        assert bound / 2 <= backoff_s(attempt, first=1.0, most=10.0) <= bound
+
+
+async def test_an_error_that_waiting_mends_is_told_waited_for_and_swallowed() -> None:
+    told: list[Failure] = []
+    backoff = Backoff(told.append, first=0.0)
+    for _ in range(2):
+        async with backoff:
+            raise AWAY
+    assert told == [Failure(AWAY, 1, 0.0), Failure(AWAY, 2, 0.0)]
+
+
+async def test_any_other_error_leaves_the_block_at_once() -> None:
+    with pytest.raises(GapError):
+        async with Backoff(first=60.0):
+            raise GapError("the slot is gone")
+    with pytest.raises(SourceUnavailable):
+        async with Backoff(first=60.0, errors=TargetUnavailable):
+            raise AWAY
+
+
+async def test_success_begins_again_with_the_shortest_wait_whether_noted_or_at_the_end_of_the_block() -> None:
+    backoff = Backoff(first=0.0)
+    for note in (True, False):
+        async with backoff:
+            raise AWAY
+        assert backoff.failures > 0
+        async with backoff:
+            if note:
+                backoff.succeeded()
+                raise AWAY
+        assert backoff.failures == (1 if note else 0)
+
+
+async def test_a_wait_ends_early_once_it_is_told_to() -> None:
+    stopping = anyio.Event()
+    backoff = Backoff(first=3_600.0, most=3_600.0, until=stopping)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(backoff.wait)
+        await anyio.wait_all_tasks_blocked()
+        assert backoff.failures == 1
+        stopping.set()
+
+
+async def test_a_wait_that_the_other_side_asked_for_is_kept() -> None:
+    told: list[Failure] = []
+    await Backoff(told.append, first=60.0).wait(AWAY, asked_s=0.01)
+    assert told == [Failure(AWAY, 1, 0.01)]
