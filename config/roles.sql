@@ -41,6 +41,8 @@
 \endif
 
 BEGIN;
+-- An administrator runs this: no operator or function that someone left in the schema public is to run with it.
+SET LOCAL search_path = '';
 
 \if :{?source_role}
 \echo 'source: the role' :source_role

@@ -40,7 +40,7 @@ DECLARE
 BEGIN
     FOREACH l IN ARRAY types LOOP FOREACH r IN ARRAY types LOOP
         EXECUTE format('CREATE FUNCTION public.hostile(%s, %s) RETURNS bool LANGUAGE plpgsql AS '
-            '$f$ BEGIN PERFORM nextval(''public.calls''); RETURN true; END $f$', l, r);
+            '$f$ BEGIN PERFORM pg_catalog.nextval(''public.calls''); RETURN true; END $f$', l, r);
         FOREACH symbol IN ARRAY symbols LOOP
             IF NOT EXISTS (SELECT FROM pg_operator WHERE oprname = symbol AND oprleft = l::regtype
                            AND oprright = r::regtype AND oprnamespace = 'pg_catalog'::regnamespace) THEN
@@ -54,7 +54,7 @@ BEGIN
         FOREACH l IN ARRAY types LOOP
             CONTINUE WHEN to_regprocedure(format('pg_catalog.%I(%s)', symbol, l)) IS NOT NULL;
             EXECUTE format('CREATE FUNCTION public.%s(%s) RETURNS text LANGUAGE plpgsql AS '
-                '$f$ BEGIN PERFORM nextval(''public.calls''); RETURN NULL; END $f$', symbol, l);
+                '$f$ BEGIN PERFORM pg_catalog.nextval(''public.calls''); RETURN NULL; END $f$', symbol, l);
         END LOOP;
     END LOOP;
 END $do$
@@ -116,7 +116,7 @@ SWAP = """
 BEGIN;
 ALTER TABLE shop.articles RENAME TO articles_before;
 CREATE FUNCTION shop.spy() RETURNS text LANGUAGE plpgsql VOLATILE AS
-    $f$ BEGIN PERFORM nextval('public.calls'); RETURN current_user; END $f$;
+    $f$ BEGIN PERFORM pg_catalog.nextval('public.calls'); RETURN current_user; END $f$;
 CREATE VIEW shop.articles AS SELECT id, tenant, title || shop.spy() AS title FROM shop.articles_before;
 GRANT SELECT ON shop.articles TO PUBLIC;
 COMMIT
