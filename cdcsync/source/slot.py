@@ -32,6 +32,7 @@ from cdcsync.pgoutput.frames import Keepalive, XLogData, decode_frame, encode_st
 from cdcsync.pgoutput.wire import from_datetime
 from cdcsync.postgres.interrupts import CANCEL_S
 from cdcsync.postgres.sessions import (
+    LEAVING,
     RENDERING,
     connect_error,
     conninfo_for,
@@ -121,23 +122,36 @@ class SlotConnection:
     async def create_slot(self, name: str, *, failover: bool = False) -> Lsn:
         """Create a permanent pgoutput slot and return the position from which it sends.
 
-        Waits for every write transaction that is open now to end. Cancelled meanwhile, it leaves no slot behind.
+        Waits for every write transaction that is open now to end. Cancelled or killed meanwhile, this process leaves no
+        slot behind.
 
         :param failover: let standbys have it too (PostgreSQL 17 and later).
         """
         options = ", ".join(["SNAPSHOT 'nothing'", *(["FAILOVER"] if failover else [])])
         form = f"({options})" if self.version >= 150000 else "NOEXPORT_SNAPSHOT"
         statement = sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput " + form).format(sql.Identifier(name))
+        await self._notice_our_end()
         try:
             rows = await self._command(statement.as_string(self._connection))
         except anyio.get_cancelled_exc_class():
-            # A walsender that waits for a transaction does not notice that its client is gone.
+            # A walsender that waits for a transaction does not read what its client sends.
             with anyio.move_on_after(CANCEL_S, shield=True), contextlib.suppress(psycopg.Error, CdcsyncError):
                 await self._connection.cancel_safe(timeout=CANCEL_S)
                 while await self._result() is not None:
                     pass
             raise
         return Lsn.parse(rows[0][1])
+
+    async def _notice_our_end(self) -> None:
+        """Have the walsender look for us while the next command runs.
+
+        Otherwise it would wait for the transactions on behalf of a process that was killed, and hold the slot against
+        its successor. The server's timer begins with an ordinary statement; commands of replication only keep it
+        going.
+        """
+        with contextlib.suppress(CdcsyncError):  # not every version and operating system can tell
+            await self._command(LEAVING)
+        await self._command("SELECT 1")
 
     async def set_failover(self, name: str) -> None:
         """Let standbys have a slot that exists (PostgreSQL 17 and later).

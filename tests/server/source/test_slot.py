@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +186,39 @@ async def test_creating_a_slot_waits_for_transactions_that_write(database: Datab
 
 
 # -- the stream ------------------------------------------------------------------------------------------------------
+
+
+CREATING = """
+import sys
+import anyio
+from cdcsync.source.slot import SlotConnection
+
+async def create() -> None:
+    async with await SlotConnection.connect(sys.argv[1]) as slot:
+        await slot.create_slot(sys.argv[2])
+
+anyio.run(create)
+"""
+
+
+async def test_a_process_killed_while_its_slot_waits_for_a_transaction_leaves_no_slot_behind(
+    database: Database,
+) -> None:
+    with database.connect() as writer, writer.transaction():
+        writer.execute("CREATE TABLE t (id int)")
+        process = await anyio.open_process([sys.executable, "-c", CREATING, database.dsn, database.name])
+
+        async def waits() -> bool:
+            return slots(database, "active") == [(True,)]
+
+        async def gone() -> bool:
+            return slots(database, "active") == []
+
+        await until(waits)
+        process.kill()
+        await process.wait()
+
+        await until(gone)
 
 
 async def test_what_is_committed_after_the_start_arrives_in_order(database: Database, connect_slot: Connect) -> None:
@@ -532,7 +566,7 @@ async def test_a_server_that_shuts_down_is_unavailable(make_cluster: Callable[..
     with psycopg.connect(cluster.dsn(), autocommit=True) as admin:
         admin.execute("CREATE TABLE t (id int PRIMARY KEY); CREATE PUBLICATION p FOR TABLE t")
     async with await SlotConnection.connect(cluster.dsn()) as slot:
-        await slot.start("s", ["p"], await slot.create_slot("s"), streaming=False)
+        await slot.start("s", ["p"], await slot.create_slot(sys.argv[2]), streaming=False)
 
         async def follow() -> None:
             with pytest.raises(SourceUnavailable):

@@ -1,0 +1,466 @@
+"""What goes wrong: each fault is a function that does it once, beside a writer, and says when it has taken effect.
+
+A fault that finds no victim (a worker that is not there, a connection that is not open) does not count as fired.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+
+import psycopg
+
+from tests.chaos.history import Broken, History
+from tests.chaos.servers import Side, until
+from tests.fixtures import provider as misdeeds
+
+Fault = Callable[[History], None]
+
+FAULTS: dict[str, Fault] = {}
+"""All faults by name."""
+
+
+def fault(name: str) -> Callable[[Fault], Fault]:
+    """Register a fault under its name."""
+
+    def register(function: Fault) -> Fault:
+        FAULTS[name] = function
+        return function
+
+    return register
+
+
+def rest(history: History, least_s: float = 0.05, most_s: float = 0.6) -> None:
+    """Let writer and worker go on for a while."""
+    time.sleep(history.chance.uniform(least_s, most_s))
+
+
+# -- the worker ---------------------------------------------------------------------------------------------------
+
+
+@fault("kill -9")
+def kill(history: History) -> None:
+    """Kill the worker at any moment, mostly once it streams."""
+    worker = history.ensure_worker()
+    if history.chance.random() < 0.8:
+        worker.until_said("streaming")
+    rest(history, 0, 0.8)
+    if history.kill():
+        history.fire("kill -9")
+
+
+@fault("stop and start")
+def stop(history: History) -> None:
+    """Ask the worker to stop."""
+    worker = history.ensure_worker()
+    rest(history)
+    if worker.alive:
+        status = worker.stop()
+        if status:
+            raise Broken(f"the worker ended with {status} when it was asked to stop:\n{worker.tail()}")
+        worker.killed = True
+        history.fire("stop and start")
+
+
+@fault("frozen worker overtaken")
+def overtake(history: History) -> None:
+    """Freeze the worker, end its sessions, let another one take over, and wake it behind its successor."""
+    frozen = history.ensure_worker()
+    history.streaming()
+    rest(history)
+    frozen.freeze()
+    history.losses.append(time.monotonic())
+    for side in (history.source, history.target):
+        side.proxy.cut()
+    successor = history.start()
+    successor.until_said("streaming")
+    rest(history, 0.1, 0.8)
+    frozen.thaw()
+    try:
+        frozen.process.wait(40)
+    except subprocess.TimeoutExpired:
+        if not frozen.said("standby"):
+            raise Broken("a worker that was overtaken neither ended nor stood by") from None
+    frozen.kill()
+    frozen.killed = True
+    if successor.alive:
+        history.fire("frozen worker overtaken")
+
+
+# -- the wire -----------------------------------------------------------------------------------------------------
+
+
+def _wire(name: str, side_of: Callable[[History], Side]) -> None:
+    @fault(f"{name} connections cut")
+    def cut(history: History) -> None:
+        """Reset every connection, several times."""
+        history.ensure_worker()
+        history.streaming()
+        for _ in range(history.chance.randint(1, 3)):
+            rest(history, 0, 0.4)
+            if side_of(history).proxy.cut():
+                history.fire(f"{name} connections cut")
+
+    @fault(f"{name} unreachable")
+    def refuse(history: History) -> None:
+        """Cut and refuse connections for a while."""
+        history.ensure_worker()
+        history.streaming()
+        rest(history)
+        if side_of(history).proxy.refuse():
+            history.fire(f"{name} unreachable")
+        rest(history, 0.3, 1.5)
+        side_of(history).proxy.heal()
+
+    @fault(f"{name} half-open")
+    def half_open(history: History) -> None:
+        """Forward nothing on open connections, without a word to either end; new connections work."""
+        history.ensure_worker()
+        history.streaming()
+        rest(history)
+        proxy = side_of(history).proxy
+        if not proxy.freeze():
+            return
+        history.losses.append(time.monotonic())
+        try:
+            until(lambda: proxy.withheld > 0, "bytes to be withheld", 10)
+        except TimeoutError:
+            return
+        history.fire(f"{name} half-open")
+        if not HALF_OPEN_IS_NOTICED:
+            rest(history, 0.5, 2)
+            proxy.cut()
+
+    @fault(f"{name} sessions ended")
+    def terminate(history: History) -> None:
+        """Have the server end every session of the worker."""
+        history.ensure_worker()
+        history.streaming()
+        rest(history)
+        ended = history.execute(
+            side_of(history),
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name LIKE 'cdcsync%%'",
+        )
+        if ended[0][0]:
+            history.fire(f"{name} sessions ended")
+
+
+HALF_OPEN_IS_NOTICED = False
+"""Whether the worker gives up a connection on which nothing comes any more."""
+
+_wire("source", lambda history: history.source)
+_wire("target", lambda history: history.target)
+
+
+# -- the servers --------------------------------------------------------------------------------------------------
+
+
+def _server(name: str, side_of: Callable[[History], Side]) -> None:
+    @fault(f"{name} crashes")
+    def crash(history: History) -> None:
+        """Crash the server and start it again."""
+        history.ensure_worker()
+        history.streaming()
+        rest(history)
+        connected = bool(side_of(history).proxy.links)
+        side_of(history).crash()
+        if connected:
+            history.fire(f"{name} crashes")
+
+    @fault(f"{name} restarts")
+    def restart(history: History) -> None:
+        """Restart the server in order."""
+        history.ensure_worker()
+        history.streaming()
+        rest(history)
+        connected = bool(side_of(history).proxy.links)
+        side_of(history).restart()
+        if connected:
+            history.fire(f"{name} restarts")
+
+
+_server("source", lambda history: history.source)
+_server("target", lambda history: history.target)
+
+
+@fault("source fails over")
+def source_fails_over(history: History) -> None:
+    """Promote a standby of the source that has the slot and everything that the worker has."""
+    _with_a_standby_that_has_the_slot(history, waits=True)
+    rest(history, 0.3, 1)
+    history.source.promote()
+    if history.one_server:
+        history.target = history.source
+    history.fire("source fails over")
+    history.streaming()
+
+
+@fault("source fails over with loss")
+def source_fails_over_with_loss(history: History) -> None:
+    """Promote a standby that lacks what the worker has applied: a gap, which reading everything again heals."""
+    if history.one_server:
+        return
+    _with_a_standby_that_has_the_slot(history, waits=False)
+    history.gap_expected = True
+    history.settings["on_gap"] = "resync"
+    history.write_config()
+    history.worker.stop()
+    history.worker.killed = True
+    history.start().until_said("streaming")
+    _cut_off(history.source)
+    rest(history, 0.3, 1)
+    history.source.promote()
+    history.fire("source fails over with loss")
+
+
+def _with_a_standby_that_has_the_slot(history: History, *, waits: bool) -> None:
+    history.ensure_worker()
+    history.streaming()
+    side = history.source
+    standby = side.add_standby()
+    if waits:
+        side.configure(synchronized_standby_slots=side.near)
+    with psycopg.connect(standby.dsn(), autocommit=True) as session, side.connect() as primary:
+
+        def synced() -> object:
+            history.writer.finish()
+            primary.execute("SELECT pg_log_standby_snapshot()")
+            try:
+                session.execute("SELECT pg_sync_replication_slots()")
+            except psycopg.errors.ObjectNotInPrerequisiteState:
+                return None
+            return session.execute(
+                "SELECT 1 FROM pg_replication_slots WHERE slot_name = %s AND synced AND NOT temporary", [history.name]
+            ).fetchone()
+
+        until(synced, "the standby to have the slot")
+
+
+def _cut_off(side: Side) -> None:
+    """Let the standby get nothing more."""
+    assert side.standby is not None
+    with psycopg.connect(side.standby.dsn(), autocommit=True) as session:
+        session.execute("ALTER SYSTEM SET primary_conninfo = ''")
+        session.execute("SELECT pg_reload_conf()")
+        until(
+            lambda: session.execute("SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)").fetchone() == (True,),
+            "the standby to be cut off",
+        )
+
+
+@fault("target fails over")
+def target_fails_over(history: History) -> None:
+    """Promote a standby of the target that has every commit, as synchronous replication promises."""
+    if history.one_server:
+        return
+    history.ensure_worker()
+    history.streaming()
+    side = history.target
+    standby = side.add_standby()
+    side.configure(synchronous_standby_names="*")
+    with psycopg.connect(side.primary.dsn(), autocommit=True) as session:
+        until(
+            lambda: (
+                session.execute("SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'").fetchone() == (1,)
+            ),
+            "the standby to be synchronous",
+        )
+    assert standby is side.standby
+    rest(history, 0.3, 1)
+    side.promote()
+    history.fire("target fails over")
+    history.streaming()
+
+
+@fault("target fails over with loss")
+def target_fails_over_with_loss(history: History) -> None:
+    """Promote a standby of the target that lacks what was confirmed: the worker must not build on what is gone."""
+    if history.one_server or not LOST_CHECKPOINT_IS_A_GAP:
+        return
+    history.ensure_worker()
+    history.streaming()
+    side = history.target
+    side.add_standby()
+    history.gap_expected = True
+    history.settings["on_gap"] = "resync"
+    history.write_config()
+    history.worker.stop()
+    history.worker.killed = True
+    history.start().until_said("streaming")
+    _cut_off(side)
+    rest(history, 0.5, 1.5)
+    side.promote()
+    history.fire("target fails over with loss")
+    rest(history)
+
+
+LOST_CHECKPOINT_IS_A_GAP = True
+"""Whether a target that went back while the worker runs is noticed."""
+
+
+# -- disk and provider --------------------------------------------------------------------------------------------
+
+
+@fault("disk full under the spool")
+def disk_full(history: History) -> None:
+    """Have writes to the spool fail while a large transaction is streamed."""
+    if not FULL_DISK_IS_SURVIVED:
+        return
+    worker = history.ensure_worker()
+    history.streaming()
+    if not worker.alive:
+        return
+    worker.limit_files(40_000)
+    history.writer.allow(200)
+    try:
+        until(lambda: "cannot be kept on disk" in worker.log.read_text() or not worker.alive, "the spool to fail", 15)
+    except TimeoutError:
+        return
+    finally:
+        if worker.alive:
+            worker.limit_files(None)
+    history.fire("disk full under the spool")
+
+
+FULL_DISK_IS_SURVIVED = False
+"""Whether a worker whose spool cannot be written goes on without it."""
+
+
+def _provider(name: str, *misdeed: misdeeds.Misdeed) -> None:
+    @fault(f"provider: {name}")
+    def misbehave(history: History) -> None:
+        """Have the next requests go wrong."""
+        history.ensure_worker()
+        history.streaming()
+        history.provider.misdeeds.extend(misdeed * history.chance.randint(1, 3))
+        wanted = len(history.provider.misdeeds)
+        history.writer.allow()
+        try:
+            until(lambda: len(history.provider.misdeeds) < wanted, "the provider to be asked", 10)
+        except TimeoutError:
+            return
+        history.fire(f"provider: {name}")
+        rest(history)
+
+
+_provider("error 500", misdeeds.status(500, b"oh"))
+_provider("429", misdeeds.status(429, b"slow down", retry_after="1"))
+_provider("hangs up", misdeeds.cut)
+_provider("hangs up in the middle", misdeeds.cut_in_the_middle)
+_provider("a page of HTML", misdeeds.html)
+_provider("too few vectors", misdeeds.wrong_count)
+_provider("vectors too long", misdeeds.wrong_dimension)
+_provider("not a number", misdeeds.not_a_number)
+_provider("bytes that are no text", misdeeds.status(500, b"\xff\xfe\x00\x80", retry_after="1e30"))
+
+
+@fault("provider: away")
+def provider_away(history: History) -> None:
+    """Take the provider away for a while."""
+    history.ensure_worker()
+    history.streaming()
+    rest(history)
+    history.provider.stop()
+    rest(history, 0.3, 1.5)
+    history.provider.start()
+    history.fire("provider: away")
+
+
+# -- the tables ---------------------------------------------------------------------------------------------------
+
+
+def _ddl(history: History, *statements: str) -> bool:
+    """Run statements in one transaction, waiting for the writer's locks at most a moment; returns whether it worked."""
+    for _ in range(20):
+        try:
+            with history.source.connect(history.name) as session, session.transaction():
+                session.execute("SET LOCAL lock_timeout = '500ms'")
+                for statement in statements:
+                    session.execute(statement)
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+            history.writer_finishes()
+            continue
+        return True
+    return False
+
+
+@fault("column added")
+def column_added(history: History) -> None:
+    """Add a column that no index needs."""
+    history.ensure_worker()
+    if _ddl(history, f"ALTER TABLE articles ADD COLUMN extra_{history.chance.randint(0, 10**9)} int DEFAULT 7"):
+        history.fire("column added", loses=False)
+    rest(history)
+
+
+@fault("type of a carried column changed")
+def type_changed(history: History) -> None:
+    """Change the type of a column that indexes carry, which makes them read the table again."""
+    history.ensure_worker()
+    history.streaming()
+    if _ddl(history, "ALTER TABLE articles ALTER tenant TYPE bigint"):
+        history.pause_expected = True
+        history.fire("type of a carried column changed")
+    rest(history)
+
+
+@fault("partition detached and attached")
+def partition(history: History) -> None:
+    """Take a partition out, change it, and put it back."""
+    history.ensure_worker()
+    history.streaming()
+    if not _ddl(history, "ALTER TABLE events DETACH PARTITION events_2"):
+        return
+    rest(history)
+    history.execute(history.source, "UPDATE events_2 SET payload = payload || ' apart' WHERE id % 2 = 0")
+    history.execute(history.source, "DELETE FROM events_2 WHERE id % 5 = 0")
+    if history.chance.random() < 0.5:
+        rest(history, 5, 6)
+    if _ddl(history, "ALTER TABLE events ATTACH PARTITION events_2 FOR VALUES FROM (10) TO (20)"):
+        history.fire("partition detached and attached")
+        history.settles_late = True
+
+
+@fault("publication edited")
+def publication(history: History) -> None:
+    """Take a table out of the publication, change it, and put it back before anyone looks."""
+    if not PUBLICATION_EDITS_ARE_NOTICED:
+        return
+    history.ensure_worker()
+    history.streaming()
+    edited = history.chance.choice(
+        (
+            ("ALTER PUBLICATION cdcsync DROP TABLE notes", "ALTER PUBLICATION cdcsync ADD TABLE notes"),
+            (
+                "ALTER PUBLICATION cdcsync SET (publish = 'insert')",
+                "ALTER PUBLICATION cdcsync SET (publish = 'insert, update, delete, truncate')",
+            ),
+        )
+    )
+    history.execute(history.source, edited[0])
+    rest(history, 0.3, 1)
+    history.execute(history.source, edited[1])
+    history.fire("publication edited")
+    history.settles_late = True
+    history.pause_expected = True
+
+
+PUBLICATION_EDITS_ARE_NOTICED = False
+"""Whether an edit that is undone before the next look is found."""
+
+
+@fault("verify --repair in between")
+def verify(history: History) -> None:
+    """Damage the index by hand and repair it while everything goes on."""
+    history.ensure_worker()
+    history.streaming()
+    damaged = history.execute(
+        history.target,
+        "WITH gone AS (DELETE FROM cdcsync.titles_chunks WHERE id % 7 = 3 RETURNING chunk_id)"
+        " SELECT count(*) FROM gone",
+    )
+    history.command("verify", "titles", "--repair")
+    if damaged[0][0]:
+        history.fire("verify --repair in between")

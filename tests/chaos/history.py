@@ -1,0 +1,361 @@
+"""One history: two databases, a writer, a worker, and what goes wrong in between; then the oracle."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from cdcsync.crashpoints import VARIABLE
+from tests.chaos.oracle import differences
+from tests.chaos.provider import Provider
+from tests.chaos.servers import Side, until
+from tests.chaos.tables import INDEXES, TABLES, Writer
+from tests.chaos.worker import Worker
+
+CONFIG = """
+[source]
+dsn = "{source}"
+slot = "{slot}"
+feedback_every_s = 0.5
+heartbeat_every_s = {heartbeat}
+on_gap = "{on_gap}"
+failover = {failover}
+[target]
+dsn = "{target}"
+[worker]
+listen = "127.0.0.1:0"
+batch_rows = {batch_rows}
+backfill_page_rows = {page_rows}
+evaluate_every_s = {evaluate}
+stop_timeout_s = 10
+[embedders.far]
+type = "openai"
+model = "chaos"
+dimensions = 8
+base_url = "{provider}"
+distance = "l2"
+timeout_s = 4
+concurrency = 2
+batch_texts = 32
+"""
+
+LOSS_S = 20.0
+"""How long after a call its vectors may still be on their way into the target."""
+
+SETTLE_S = 120.0
+"""How long the worker may take to find what it finds only by looking at the catalog every few seconds."""
+
+CONVERGE_S = 180.0
+"""How long the index may take without any progress, once everything works again, on a busy machine."""
+
+
+class Broken(AssertionError):
+    """A property did not hold."""
+
+
+class History:
+    """The state of one history, with what its faults need."""
+
+    def __init__(self, seed: int, source: Side, target: Side, directory: Path, *, one_server: bool = False) -> None:
+        self.seed = seed
+        self.chance = random.Random(f"history {seed}")
+        self.source, self.target = source, target if not one_server else source
+        self.one_server = one_server
+        self.directory = directory
+        self.name = f"chaos_{seed}"
+        self.provider = Provider()
+        self.indexes = list(INDEXES)
+        self.settings: dict[str, Any] = {
+            "batch_rows": self.chance.choice((7, 40, 5000)),
+            "page_rows": self.chance.choice((9, 50, 2000)),
+            "on_gap": "stop",
+            "failover": "true",
+            "heartbeat": 0,
+            "evaluate": 0,
+        }
+        self.workers: list[Worker] = []
+        self.fired: Counter[str] = Counter()
+        self.hit: set[str] = set()
+        self.losses: list[float] = []
+        """When something happened that may lose a call's vectors."""
+        self.gap_expected = False
+        """Whether this history made a gap, which the worker heals by reading everything again."""
+        self.pause_expected = False
+        """Whether this history changed tables so that indexes pause."""
+        self.settles_late = False
+        """Whether something was done that the worker finds out by looking, some seconds later."""
+        self.notes: list[str] = []
+        self._began = time.monotonic()
+        self._watched: str | None = None
+        self.writer = Writer(seed, lambda: self.source.connect(self.name))
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Set up databases and tables, and take everything down afterwards."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir(parents=True)
+        self.provider.start()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.provider.stop)
+            stack.enter_context(self.source.database(self.name))
+            if not self.one_server:
+                stack.enter_context(self.target.database(self.name))
+            stack.callback(self._heal_servers)
+            stack.callback(self._end_workers)
+            with self.source.connect(self.name) as session:
+                session.execute(TABLES)
+            self.write_config()
+            watching = threading.Event()
+            watcher = threading.Thread(target=self._watch, args=[watching], daemon=True)
+            watcher.start()
+            try:
+                yield
+            finally:
+                watching.set()
+                watcher.join()
+                with contextlib.suppress(psycopg.Error):
+                    self.writer.stop()
+
+    def note(self, what: str) -> None:
+        """Remember what was done, for the report of a failure."""
+        self.notes.append(f"{time.monotonic() - self._began:6.2f} {what}")
+
+    def fire(self, fault: str, *, loses: bool = True) -> None:
+        """Count a fault that has taken effect.
+
+        :param loses: whether it may lose the vectors of a call under way.
+        """
+        self.fired[fault] += 1
+        self.note(f"fired: {fault}")
+        if loses:
+            self.losses.append(time.monotonic())
+
+    def writer_finishes(self) -> None:
+        """End the prepared transactions, whose locks would be in the way for ever."""
+        self.writer.finish()
+
+    def write_config(self) -> None:
+        """Write the configuration as it is to be from now on."""
+        text = CONFIG.format(
+            source=self.source.dsn(self.name),
+            target=self.target.dsn(self.name),
+            slot=self.name,
+            provider=self.provider.url,
+            **self.settings,
+        )
+        (self.directory / "cdcsync.toml").write_text(text + "".join(INDEXES[name] for name in self.indexes))
+
+    def start(self, crash_at: str | None = None) -> Worker:
+        """Start a worker."""
+        self.note(f"worker {len(self.workers) + 1} starts" + (f", to die at {crash_at}" if crash_at else ""))
+        log = self.directory / f"worker{len(self.workers) + 1}.log"
+        worker = Worker(self.directory / "cdcsync.toml", log, crash_at=crash_at)
+        self.workers.append(worker)
+        return worker
+
+    @property
+    def worker(self) -> Worker:
+        """The newest worker."""
+        return self.workers[-1]
+
+    def kill(self) -> bool:
+        """Kill the newest worker; returns whether it was alive."""
+        alive = self.worker.kill()
+        self.losses.append(time.monotonic())
+        return alive
+
+    def streaming(self) -> None:
+        """Wait until the newest worker streams, or has ended."""
+        self.worker.until_said("streaming", patience_s=CONVERGE_S)
+
+    def ensure_worker(self) -> Worker:
+        """Start a worker if none runs; one that ended by itself without a reason is a failure."""
+        if self.workers and self.worker.alive:
+            return self.worker
+        if self.workers:
+            self.settle_crash()
+        return self.start()
+
+    def settle_crash(self) -> None:
+        """See that a worker that ended was killed, by us or at its crash point."""
+        worker = self.worker
+        if worker.alive or worker.killed:
+            return
+        if worker.crashed:
+            worker.killed = True
+            assert worker.crash_at is not None
+            self.hit.add(worker.crash_at.partition("#")[0])
+            self.fire("crash at a named point")
+            self.note(f"died at {worker.crash_at}")
+            return
+        if worker.process.returncode != 0:
+            raise Broken(f"a worker ended by itself with {worker.process.returncode}:\n{worker.tail()}")
+
+    def command(self, *arguments: str, crash_at: str | None = None, patience_s: float = 300.0) -> int:
+        """Run a command of cdcsync to its end and return its exit status."""
+        self.note(f"cdcsync {' '.join(arguments)}" + (f", to die at {crash_at}" if crash_at else ""))
+        environment = {**os.environ, "NO_COLOR": "1"} | ({VARIABLE: crash_at} if crash_at else {})
+        with (self.directory / "commands.log").open("ab") as log:
+            done = subprocess.run(
+                [sys.executable, "-m", "cdcsync", *arguments, "-c", str(self.directory / "cdcsync.toml")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                timeout=patience_s,
+                check=False,
+            )
+        if crash_at and done.returncode == -signal.SIGKILL:
+            self.hit.add(crash_at.partition("#")[0])
+            self.fire("crash at a named point")
+        return done.returncode
+
+    def execute(self, side: Side, statement: str, *arguments: object) -> list[tuple[Any, ...]]:
+        """Run a statement in this history's database."""
+        with side.connect(self.name) as session:
+            cursor = session.execute(statement, arguments or None)
+            return cursor.fetchall() if cursor.description is not None else []
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def converge(self) -> None:
+        """Heal everything, wait until the worker says that it is through, and compare.
+
+        :raises Broken: a property did not hold.
+        """
+        self.writer.stop()
+        self._heal()
+        self.writer.finish()
+        worker = self.ensure_worker()
+        (lsn,) = self.execute(self.source, "SELECT pg_current_wal_insert_lsn()::text")[0]
+        self.note(f"everything works again; the source is at {lsn}")
+        with self.source.connect(self.name) as source, self.target.connect(self.name) as target:
+            try:
+                self._wait_for_progress(target, worker, lsn)
+            except TimeoutError as error:
+                raise Broken(f"{error}\n{worker.tail()}") from None
+            found = differences(source, target, self.indexes)
+            if found and self.settles_late:
+                until(lambda: not differences(source, target, self.indexes), "the worker to look", SETTLE_S)
+                found = differences(source, target, self.indexes)
+            if found:
+                raise Broken("; ".join(found) + f"\n{worker.tail()}")
+            row = source.execute(
+                "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s", [self.name]
+            ).fetchone()
+            (checkpoint,) = target.execute("SELECT checkpoint FROM cdcsync.pipelines").fetchone() or (None,)
+            (kept,) = target.execute("SELECT %s::pg_lsn <= %s::pg_lsn", [row and row[0], checkpoint]).fetchone() or (0,)
+            if not kept:
+                raise Broken(f"the slot was told {row}, beyond the checkpoint {checkpoint}")
+        if self._watched:
+            raise Broken(self._watched)
+        if not self.gap_expected and (gaps := [one for one in self._events() if one.get("event") == "gap"]):
+            raise Broken(f"a gap was found where none was: {gaps[0]}")
+        if repeated := self.provider.repeated(self.losses, within_s=LOSS_S):
+            raise Broken(f"{len(repeated)} texts were embedded twice for no reason, such as {repeated[0][:60]!r}")
+        tracebacks = [worker.log.name for worker in self.workers if "Traceback" in worker.log.read_text()]
+        if tracebacks:
+            raise Broken(f"a traceback in {tracebacks}")
+        if status := worker.stop():
+            raise Broken(f"the worker ended with {status} when it was asked to stop:\n{worker.tail()}")
+
+    def _wait_for_progress(self, target: psycopg.Connection[Any], worker: Worker, lsn: str) -> None:
+        reached: object = None
+        deadline = time.monotonic() + CONVERGE_S
+        while True:
+            if not worker.alive:
+                self.settle_crash()
+                worker = self.start()
+            now = self._state(target, lsn)
+            if now is True:
+                return
+            if now != reached:
+                reached, deadline = now, time.monotonic() + CONVERGE_S
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the index does not get on: {now}")
+            time.sleep(0.05)
+
+    def _state(self, target: psycopg.Connection[Any], lsn: str) -> object:
+        """Return True once the worker claims to be through, else how far it is."""
+        try:
+            rows = target.execute(
+                "SELECT i.name, i.state, i.reason, p.checkpoint::text, p.checkpoint >= %s::pg_lsn,"
+                " (SELECT count(*) FROM cdcsync.backfills AS b WHERE b.index_name = i.name"
+                " AND b.state IN ('requested', 'running'))"
+                " FROM cdcsync.indexes AS i CROSS JOIN cdcsync.pipelines AS p ORDER BY 1",
+                [lsn],
+            ).fetchall()
+            waiting = [
+                (target.execute(f"SELECT count(*) FROM cdcsync.{name}_backlog").fetchone() or (0,))[0]
+                for name in self.indexes
+            ]
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
+            return str(error)
+        through = [row[1] == "live" and row[4] and row[5] == 0 for row in rows]
+        if len(rows) == len(self.indexes) and all(through) and not any(waiting):
+            return True
+        return rows, waiting
+
+    def _watch(self, ended: threading.Event) -> None:
+        """See all the time that nothing is acknowledged before it is in the target."""
+        while not ended.wait(0.1):
+            if self.gap_expected:
+                continue
+            try:
+                told = self.execute(
+                    self.source,
+                    "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s",
+                    self.name,
+                )
+                if not told or told[0][0] is None:
+                    continue
+                row = self.execute(
+                    self.target,
+                    "SELECT checkpoint::text, checkpoint >= %s::pg_lsn FROM cdcsync.pipelines",
+                    told[0][0],
+                )
+            except (psycopg.Error, OSError):
+                continue
+            if row and row[0][1] is False and not self.gap_expected:
+                self._watched = f"the slot was told {told[0][0]} while the checkpoint was {row[0][0]}"
+
+    def _events(self) -> list[dict[str, Any]]:
+        return [event for worker in self.workers for event in worker.events()]
+
+    def _heal(self) -> None:
+        self.provider.misdeeds.clear()
+        self.provider.always = None
+        self.provider.rejects = lambda text: False
+        self.provider.released.set()
+        self._heal_servers()
+        if self.workers and self.worker.alive:
+            self.worker.thaw()
+            self.worker.limit_files(None)
+
+    def _heal_servers(self) -> None:
+        for side in (self.source, self.target):
+            side.proxy.heal()
+            if not side.primary.running:
+                side.primary.start()
+            side.drop_standby()
+
+    def _end_workers(self) -> None:
+        for worker in self.workers:
+            if worker.alive:
+                worker.thaw()
+                worker.kill()

@@ -1,0 +1,92 @@
+"""The oracle: says by plain SQL on either side whether every index equals its source. It imports nothing of cdcsync."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from tests.chaos.provider import VECTOR_SQL
+from tests.chaos.tables import DOCUMENTS
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+SQUEEZED = "regexp_replace({text}, '\\s+', '', 'g')"
+"""A text without white space: what cutting it into chunks may drop."""
+
+
+def differences(source: Connection, target: Connection, indexes: Iterable[str]) -> list[str]:
+    """Return what is wrong with the indexes, in words; nothing if all is well."""
+    return [problem for name in indexes for problem in _of_index(source, target, name)]
+
+
+def _of_index(source: Connection, target: Connection, name: str) -> list[str]:
+    columns, rows = DOCUMENTS[name]
+    squeezed = SQUEEZED.format(text="document")
+    names = ", ".join(columns)
+    wanted = source.execute(
+        f"SELECT {names}, {squeezed} FROM ({rows}) AS d ({names}, document) WHERE {squeezed} <> ''"
+    ).fetchall()
+    chunks = sql.Identifier("cdcsync", f"{name}_chunks")
+    key = columns[:1] if name in ("articles", "titles") else columns
+    joined = SQUEEZED.format(text="string_agg(content, '' ORDER BY chunk_no)")
+    there = target.execute(
+        sql.SQL(
+            f"SELECT {names}, {joined}, count(*) = max(chunk_no) + 1 AND min(chunk_no) = 0 FROM {{}} GROUP BY {names}"
+        ).format(chunks)
+    ).fetchall()
+    found = []
+    expected = {tuple(map(str, row[:-1])): row[-1] for row in wanted}
+    actual = {tuple(map(str, row[:-2])): row[-2] for row in there}
+    if len(actual) != len(there):
+        found.append(f"{name}: a document is there twice")
+    if broken := [row[:-2] for row in there if not row[-1]]:
+        found.append(f"{name}: {len(broken)} documents lack chunks, for instance {broken[0]}")
+    for what, keys in (
+        ("missing", expected.keys() - actual.keys()),
+        ("not in the source", actual.keys() - expected.keys()),
+        ("of another text", {one for one in expected.keys() & actual.keys() if expected[one] != actual[one]}),
+    ):
+        if keys:
+            found.append(f"{name}: {len(keys)} of {len(expected)} documents {what}, for instance {sorted(keys)[:4]}")
+    return found + _vectors(target, name, sql.SQL(", ").join(map(sql.Identifier, key)))
+
+
+def _vectors(target: Connection, name: str, key: sql.Composable) -> list[str]:
+    """Compare what is stored beside the chunks."""
+    row = target.execute("SELECT generation, state, reason FROM cdcsync.indexes WHERE name = %s", [name]).fetchone()
+    if row is None:
+        return [f"{name}: there is no such index"]
+    generation, state, reason = row
+    parts = {
+        "chunks": sql.Identifier("cdcsync", f"{name}_chunks"),
+        "vectors": sql.Identifier("cdcsync", f"{name}_vectors_{generation}"),
+        "backlog": sql.Identifier("cdcsync", f"{name}_backlog"),
+        "view": sql.Identifier("public", f"{name}_index"),
+        "key": key,
+    }
+    made = VECTOR_SQL.format(text="c.content")
+    checks = {
+        "chunks twice": "SELECT count(*) - count(DISTINCT ({key}, chunk_no)) FROM {chunks}",
+        "chunks without a vector": "SELECT count(*) FROM {chunks} AS c WHERE NOT EXISTS"
+        " (SELECT FROM {vectors} AS v WHERE v.chunk_id = c.chunk_id)",
+        "vectors of another text": "SELECT count(*) FROM {chunks} AS c JOIN {vectors} AS v USING (chunk_id)"
+        f" WHERE v.embedding::real[] <> {made}",
+        "vectors that name another text": "SELECT count(*) FROM {chunks} AS c JOIN {vectors} AS v USING (chunk_id)"
+        " WHERE v.content_hash <> c.content_hash",
+        "vectors twice": "SELECT count(*) - count(DISTINCT chunk_id) FROM {vectors}",
+        "vectors without a chunk": "SELECT count(*) FROM {vectors} AS v WHERE NOT EXISTS"
+        " (SELECT FROM {chunks} AS c WHERE c.chunk_id = v.chunk_id)",
+        "texts still waiting": "SELECT count(*) FROM {backlog}",
+        "chunks not in the view": "SELECT (SELECT count(*) FROM {chunks}) - (SELECT count(*) FROM {view})",
+        "stale rows in the view": "SELECT count(*) FROM {view} WHERE stale",
+        "failed documents": "SELECT count(*) FROM cdcsync.failed_documents WHERE index_name = {name}",
+    }
+    found = [] if state == "live" else [f"{name}: is {state}: {reason}"]
+    for what, statement in checks.items():
+        (count,) = target.execute(sql.SQL(statement).format(**parts, name=sql.Literal(name))).fetchone() or (None,)
+        if count != 0:
+            found.append(f"{name}: {count} {what}")
+    return found

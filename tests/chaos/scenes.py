@@ -1,0 +1,268 @@
+"""How to come to each crash point: a first load and the stream after it meet most; some need a scene of their own.
+
+A scene arms a worker, does what leads to the point, and leaves the worker dead or alive to what comes next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+from tests.chaos.history import History
+from tests.chaos.servers import until
+from tests.fixtures import provider as misdeeds
+
+Scene = Callable[[History, str], None]
+
+HIT_S = 60.0
+"""How long a scene waits for its point."""
+
+
+def reached(history: History, patience_s: float = HIT_S) -> bool:
+    """Wait until the newest worker has died at its point; one that has not is left alive."""
+    worker = history.worker
+    deadline = time.monotonic() + patience_s
+    while worker.alive and time.monotonic() < deadline:
+        time.sleep(0.02)
+    crashed = worker.crashed
+    history.settle_crash()
+    return crashed
+
+
+def at_work(history: History, point: str) -> None:
+    """Load and stream until the point is reached for the first, second or third time."""
+    often = point.startswith(
+        ("batch", "vectors", "status", "mark", "index relations", "search index", "request started")
+    )
+    history.start(f"{point}#{history.chance.choice((1, 2, 3)) if often else 1}")
+    reached(history)
+
+
+def at_the_end(history: History, point: str) -> None:
+    """Ask an armed worker to stop."""
+    history.start(point).until_said("streaming")
+    if history.worker.alive:
+        history.worker.process.terminate()
+    reached(history)
+
+
+def _live(history: History) -> None:
+    """Bring every index up, and leave no worker running."""
+    history.start()
+    until(
+        lambda: (
+            history.worker.said("streaming")
+            and history.execute(history.target, "SELECT count(*) FROM cdcsync.indexes WHERE state = 'live'")[0][0]
+            == len(history.indexes)
+        ),
+        "live indexes",
+        300,
+    )
+    history.worker.stop()
+    history.worker.killed = True
+
+
+def table_added(history: History, point: str) -> None:
+    """Add an index of a table that is not published yet."""
+    history.indexes.remove("notes")
+    history.write_config()
+    _live(history)
+    history.indexes.append("notes")
+    history.write_config()
+    history.start(point)
+    reached(history)
+
+
+def broken_table(history: History, point: str) -> None:
+    """Start with a table that has lost a column that an index needs; it comes back later."""
+    _live(history)
+    history.writer.stop()
+    history.writer.finish()
+    history.execute(history.source, "ALTER TABLE articles RENAME tenant TO tenancy")
+    history.start(point)
+    reached(history)
+    history.execute(history.source, "ALTER TABLE articles RENAME tenancy TO tenant")
+    history.writer.start()
+    history.pause_expected = True
+
+
+def load_cancelled(history: History, point: str) -> None:
+    """Cancel a first load."""
+    history.settings["page_rows"] = 1
+    history.write_config()
+    history.start(point).until_said("backfill_started")
+    history.execute(
+        history.target,
+        "UPDATE cdcsync.backfills SET state = 'cancelled', finished_at = now() WHERE index_name = 'notes'",
+    )
+    reached(history)
+    history.settings["page_rows"] = 50
+    history.write_config()
+    history.kill()
+    history.pause_expected = True
+
+
+def bad_request(history: History, point: str) -> None:
+    """Ask for what cannot be served."""
+    _live(history)
+    history.start(point).until_said("streaming")
+    history.execute(
+        history.target,
+        "INSERT INTO cdcsync.backfills (index_name, kind, filter) VALUES ('notes', 'replay', 'no_such_column = 1')",
+    )
+    reached(history)
+    history.execute(history.target, "DELETE FROM cdcsync.backfills WHERE filter = 'no_such_column = 1'")
+
+
+def text_refused(history: History, point: str) -> None:
+    """Have the provider answer for one text with too few vectors, again and again."""
+    history.start(point).until_said("streaming")
+    history.provider.always = misdeeds.wrong_count
+    reached(history)
+    history.provider.always = None
+
+
+def heartbeats(history: History, point: str) -> None:
+    """Write heartbeats."""
+    history.settings["heartbeat"] = 0.2
+    history.write_config()
+    history.start(f"{point}#{history.chance.randint(1, 4)}")
+    reached(history)
+
+
+def evaluation(history: History, point: str) -> None:
+    """Measure recall every second."""
+    history.settings["evaluate"] = 1
+    history.write_config()
+    history.start(point)
+    reached(history, 60)
+
+
+def gap(history: History, point: str) -> None:
+    """Move the slot behind the worker's back."""
+    history.settings["on_gap"] = "resync"
+    history.gap_expected = True
+    history.write_config()
+    _live(history)
+    until(
+        lambda: (
+            not history.execute(
+                history.source, "SELECT 1 FROM pg_replication_slots WHERE slot_name = %s AND active", history.name
+            )
+        ),
+        "the slot to be free",
+    )
+    history.execute(history.source, "SELECT pg_logical_emit_message(true, 'x', 'y')")
+    history.execute(history.source, "SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", history.name)
+    history.start(point)
+    reached(history)
+
+
+def lost_slot(history: History, point: str) -> None:
+    """Lose the slot's WAL before anything was indexed."""
+    history.start("slot created")
+    reached(history)
+    history.source.configure(max_slot_wal_keep_size="1MB")
+    try:
+        for _ in range(40):
+            (status,) = history.execute(
+                history.source, "SELECT wal_status FROM pg_replication_slots WHERE slot_name = %s", history.name
+            )[0]
+            if status == "lost":
+                break
+            history.execute(history.source, "SELECT pg_logical_emit_message(true, 'x', 'y')")
+            history.execute(history.source, "SELECT pg_switch_wal()")
+            history.execute(history.source, "CHECKPOINT")
+    finally:
+        history.source.configure(max_slot_wal_keep_size="-1")
+    history.start(point)
+    reached(history)
+
+
+def failover_slot(history: History, point: str) -> None:
+    """Ask for a failover slot where there is an ordinary one."""
+    history.settings["failover"] = "false"
+    history.write_config()
+    _live(history)
+    history.settings["failover"] = "true"
+    history.write_config()
+    history.start(point)
+    reached(history)
+
+
+def invalid_index(history: History, point: str) -> None:
+    """Leave an index for searches invalid, as a build that was broken off does."""
+    history.start("search index built#2")
+    reached(history, 60)
+    history.execute(
+        history.target,
+        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = (SELECT max(indexrelid) FROM pg_index AS i"
+        " JOIN pg_class AS c ON c.oid = i.indrelid WHERE c.relnamespace = 'cdcsync'::regnamespace AND"
+        " c.relname ~ '(vectors|chunks)')",
+    )
+    history.start(point)
+    reached(history)
+
+
+def repair(history: History, point: str) -> None:
+    """Damage an index and repair it by a command that dies."""
+    _damaged(history)
+    history.command("verify", "titles", "--repair", crash_at=point)
+
+
+def verification(history: History, point: str) -> None:
+    """Have an armed worker serve a comparison."""
+    _damaged(history, point)
+    history.command("verify", "titles")
+    reached(history)
+
+
+def _damaged(history: History, point: str | None = None) -> None:
+    _live(history)
+    history.execute(history.target, "DELETE FROM cdcsync.titles_chunks WHERE id % 3 = 1")
+    history.start(point).until_said("streaming")
+    if point is None:
+        return
+
+
+def partitions(history: History, point: str) -> None:
+    """Empty a partition by itself."""
+    _live(history)
+    history.start(point)
+    if not reached(history, 3):
+        history.writer.finish()
+        history.execute(history.source, "TRUNCATE events_2")
+        history.settles_late = True
+        reached(history)
+
+
+SCENES: dict[str, Scene] = defaultdict(
+    lambda: at_work,
+    {
+        "last status sent": at_the_end,
+        "publication extended": table_added,
+        "broken index paused": broken_table,
+        "ended load noted": load_cancelled,
+        "request failed": bad_request,
+        "failure of a text noted": text_refused,
+        "heartbeat written": heartbeats,
+        "evaluation written": evaluation,
+        "evaluation committed": evaluation,
+        "position forgotten": gap,
+        "forgotten position committed": gap,
+        "old slot dropped": gap,
+        "lost slot dropped": lost_slot,
+        "slot made a failover slot": failover_slot,
+        "invalid search index dropped": invalid_index,
+        "comparison asked for": repair,
+        "request for a comparison committed": repair,
+        "repair asked for": repair,
+        "request for a repair committed": repair,
+        "verified page written": verification,
+        "verified page committed": verification,
+        "partitions written": partitions,
+        "partitions committed": partitions,
+    },
+)
+"""The scene of each crash point."""

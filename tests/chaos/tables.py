@@ -1,0 +1,268 @@
+"""The source's tables, the indexes over them, and a writer that changes them in every way, from a seed."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+TABLES = """
+CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, title text NOT NULL, body text);
+ALTER TABLE articles ALTER body SET STORAGE EXTERNAL;
+CREATE TABLE notes (lang text, no int, body text, PRIMARY KEY (lang, no));
+ALTER TABLE notes REPLICA IDENTITY FULL;
+CREATE TABLE events (id bigint, day int, payload text NOT NULL, PRIMARY KEY (id, day)) PARTITION BY RANGE (day);
+CREATE TABLE events_1 PARTITION OF events FOR VALUES FROM (0) TO (10);
+CREATE TABLE events_2 PARTITION OF events FOR VALUES FROM (10) TO (20);
+CREATE TABLE other (id bigint PRIMARY KEY, what text);
+INSERT INTO articles SELECT i, i % 5, 'title ' || i, CASE WHEN i % 4 > 0 THEN
+    (SELECT string_agg('first' || i || 'x' || j, ' ') FROM generate_series(1, i % 60) AS j) END
+FROM generate_series(1, 80) AS i;
+INSERT INTO notes SELECT (ARRAY['de', 'en', 'fr'])[1 + i % 3], i, 'note ' || i FROM generate_series(1, 60) AS i;
+INSERT INTO events SELECT i, i % 20, 'event ' || i FROM generate_series(1, 60) AS i;
+"""
+
+INDEXES = {
+    "articles": """
+[indexes.articles]
+table = "articles"
+text = "{title}\\n\\n{body}"
+columns = ["tenant"]
+embedder = "far"
+inline_budget_ms = 20
+[indexes.articles.chunking]
+max_tokens = 40
+overlap_tokens = 0
+""",
+    "titles": """
+[indexes.titles]
+table = "articles"
+text = "titled: {title}"
+columns = ["tenant"]
+embedder = "far"
+[indexes.titles.chunking]
+strategy = "none"
+""",
+    "notes": """
+[indexes.notes]
+table = "notes"
+text = "{body}"
+embedder = "far"
+[indexes.notes.chunking]
+strategy = "none"
+""",
+    "events": """
+[indexes.events]
+table = "events"
+text = "on day {day}: {payload}"
+embedder = "far"
+[indexes.events.chunking]
+strategy = "none"
+""",
+}
+
+DOCUMENTS = {
+    "articles": (("id", "tenant"), "SELECT id, tenant, concat(title, E'\\n\\n', body) FROM articles"),
+    "titles": (("id", "tenant"), "SELECT id, tenant, concat('titled: ', title) FROM articles"),
+    "notes": (("lang", "no"), "SELECT lang, no, body FROM notes"),
+    "events": (("id", "day"), "SELECT id, day, concat('on day ', day, ': ', payload) FROM events"),
+}
+"""Of each index the columns that tell its documents apart (with what is carried), and what they are, in plain SQL."""
+
+PACE_S = 0.01
+"""Between two transactions: what a busy application does, and few enough for a history to end soon."""
+
+ALLOWED = 60
+"""Transactions for each thing that goes wrong."""
+
+LOCKED_MS = 150
+"""A change that meets a row held by an open transaction of the writer gives up after this."""
+
+
+class Writer:
+    """Changes the tables until told to stop; survives whatever becomes of the server.
+
+    :param connect: opens a session on the source's primary of the moment.
+    """
+
+    def __init__(self, seed: int, connect: Callable[[], Connection]) -> None:
+        self.chance = random.Random(seed)
+        self.committed = 0
+        self.kinds: dict[str, int] = {}
+        self._connect = connect
+        self._session: Connection | None = None
+        self._number = 0
+        self._left = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.failure: BaseException | None = None
+
+    def allow(self, transactions: int = ALLOWED) -> None:
+        """Let so many transactions more be written: a history ends on a slow machine too."""
+        self._left += transactions
+
+    def start(self) -> None:
+        """Write what is allowed in a thread, until `stop`."""
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the transaction at hand and stop."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        if self.failure is not None:
+            raise self.failure
+
+    def finish(self) -> None:
+        """End every prepared transaction, one way or the other."""
+        with self._connect() as session:
+            for (gid,) in session.execute(
+                "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY gid"
+            ).fetchall():
+                session.execute(f"{self.chance.choice(('COMMIT', 'ROLLBACK'))} PREPARED '{gid}'")
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                if self._left <= 0:
+                    time.sleep(PACE_S)
+                    continue
+                try:
+                    self.write_one()
+                    self._left -= 1
+                except (psycopg.OperationalError, psycopg.InterfaceError):
+                    # Away, or a row is locked; whether a commit got through, the tables say.
+                    if self._session is not None and (self._session.closed or self._session.broken):
+                        self._session = None
+                        time.sleep(0.1)
+                    elif self._session is not None:
+                        with contextlib.suppress(psycopg.Error):
+                            self._session.rollback()
+                    else:
+                        time.sleep(0.1)
+                except (psycopg.errors.UniqueViolation, psycopg.errors.UndefinedTable, psycopg.errors.CheckViolation):
+                    assert self._session is not None
+                    self._session.rollback()
+                time.sleep(PACE_S)
+        except BaseException as error:
+            self.failure = error
+
+    def write_one(self) -> None:
+        """Make one transaction of a random kind."""
+        if self._session is None:
+            self._session = self._connect()
+            self._session.execute(f"SET lock_timeout = {LOCKED_MS}")
+        session, chance = self._session, self.chance
+        kind = chance.choices(
+            ["small", "streamed", "prepared", "resolved", "truncated", "other"], [80, 3, 2, 10, 0.5, 4]
+        )[0]
+        match kind:
+            case "small":
+                with session.transaction():
+                    for _ in range(chance.randint(1, 5)):
+                        self._change(session)
+            case "streamed":
+                self._streamed(session)
+            case "prepared":
+                self._number += 1
+                session.execute("BEGIN")
+                self._change(session)
+                session.execute(f"PREPARE TRANSACTION 'p{self._number}_{chance.randint(0, 10**9)}'")
+            case "resolved":
+                row = session.execute(
+                    "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY gid LIMIT 1"
+                ).fetchone()
+                if row is None:
+                    return
+                session.execute(f"{chance.choice(('COMMIT', 'COMMIT', 'ROLLBACK'))} PREPARED '{row[0]}'")
+            case "truncated":
+                session.execute(chance.choice(("TRUNCATE articles", "TRUNCATE notes", "TRUNCATE events")))
+            case "other":
+                session.execute(
+                    "INSERT INTO other VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET what = excluded.what",
+                    [chance.randint(1, 9), "x" * chance.randint(1, 200)],
+                )
+        self.committed += 1
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+
+    def text(self, words: int) -> str:
+        """Return a text that was never written before."""
+        self._number += 1
+        tag = f"n{self._number}r{self.chance.randint(0, 10**6)}"
+        return " ".join([tag, *(f"{tag}w{word}" for word in range(words))])
+
+    def _change(self, session: Connection) -> None:
+        chance = self.chance
+        key, lang, day = chance.randint(1, 200), chance.choice(("de", "en", "fr")), chance.randint(0, 19)
+        match chance.randint(0, 15):
+            case 0 | 1 | 2:
+                session.execute(
+                    "INSERT INTO articles (id, tenant, title, body) VALUES (%s, %s, %s, %s)"
+                    " ON CONFLICT (id) DO UPDATE SET title = excluded.title, body = excluded.body",
+                    [key, chance.randint(0, 4), self.text(2), self.text(chance.choice((0, 5, 40, 300)))],
+                )
+            case 3 | 4:
+                session.execute("UPDATE articles SET tenant = tenant + 1 WHERE id = %s", [key])
+            case 5 | 6:
+                session.execute("UPDATE articles SET title = %s WHERE id = %s", [self.text(1), key])
+            case 7:
+                session.execute("DELETE FROM articles WHERE id = %s", [key])
+            case 8:
+                session.execute(
+                    "UPDATE articles SET id = id + 1000 WHERE id = %s"
+                    " AND NOT EXISTS (SELECT FROM articles WHERE id = %s)",
+                    [key, key + 1000],
+                )
+            case 9 | 10:
+                session.execute(
+                    "INSERT INTO notes VALUES (%s, %s, %s) ON CONFLICT (lang, no) DO UPDATE SET body = excluded.body",
+                    [lang, key % 70, self.text(3) if key % 9 else None],
+                )
+            case 11:
+                session.execute("UPDATE notes SET no = no + 1000 WHERE lang = %s AND no = %s", [lang, key % 70])
+            case 12:
+                session.execute("DELETE FROM notes WHERE lang = %s AND no = %s", [lang, key % 70])
+            case 13:
+                session.execute(
+                    "INSERT INTO events VALUES (%s, %s, %s)"
+                    " ON CONFLICT (id, day) DO UPDATE SET payload = excluded.payload",
+                    [key, day, self.text(1)],
+                )
+            case 14:
+                session.execute("UPDATE events SET day = (day + 10) %% 20 WHERE id = %s AND day = %s", [key, day])
+            case 15:
+                session.execute("DELETE FROM events WHERE id = %s AND day = %s", [key, day])
+
+    def _streamed(self, session: Connection) -> None:
+        """Write more than the server keeps in memory, with parts that are taken back."""
+        chance = self.chance
+        with session.transaction():
+            for part in range(chance.randint(2, 4)):
+                session.execute("SAVEPOINT part")
+                low = 2000 + 100 * part
+                session.execute(
+                    "INSERT INTO articles (id, tenant, title, body)"
+                    " SELECT i, %s, %s || i,"
+                    " (SELECT string_agg(%s || i || 'x' || j, ' ') FROM generate_series(1, 40) AS j)"
+                    " FROM generate_series(%s::int, %s::int) AS i"
+                    " ON CONFLICT (id) DO UPDATE SET title = excluded.title, tenant = excluded.tenant",
+                    [chance.randint(0, 9), self.text(0), self.text(0), low, low + chance.randint(5, 90)],
+                )
+                if chance.random() < 0.3:
+                    session.execute("DELETE FROM articles WHERE id BETWEEN %s AND %s", [low, low + 10])
+                if chance.random() < 0.4:
+                    session.execute("ROLLBACK TO part")
+            if chance.random() < 0.2:
+                raise psycopg.Rollback

@@ -1,0 +1,97 @@
+"""The worker's processes: started, killed, frozen, and told from one another by what they logged."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from cdcsync.crashpoints import VARIABLE
+from tests.chaos.servers import until
+
+
+class Worker:
+    """One process of `cdcsync run`."""
+
+    def __init__(self, config: Path, log: Path, *, crash_at: str | None = None) -> None:
+        self.log = log
+        self.crash_at = crash_at
+        environment = {**os.environ, "NO_COLOR": "1"}
+        environment.pop(VARIABLE, None)
+        if crash_at is not None:
+            environment[VARIABLE] = crash_at
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cdcsync", "run", "-c", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=environment,
+            )
+        self.killed = False
+        """Whether the harness ended it."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self.process.poll() is None
+
+    @property
+    def crashed(self) -> bool:
+        """Whether it died at its crash point."""
+        return self.crash_at is not None and not self.killed and self.process.poll() == -signal.SIGKILL
+
+    def kill(self) -> bool:
+        """Kill the process; returns whether it still ran."""
+        alive = self.alive
+        self.killed = self.killed or alive
+        self.process.kill()
+        self.process.wait()
+        return alive
+
+    def stop(self, patience_s: float = 40.0) -> int:
+        """Ask the process to end, and return its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise TimeoutError(f"the worker did not stop within {patience_s:.0f} s of SIGTERM") from None
+
+    def freeze(self) -> None:
+        """Stop the process where it is."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen process go on."""
+        self.process.send_signal(signal.SIGCONT)
+
+    def limit_files(self, size: int | None) -> None:
+        """Have every write fail that would make a file larger than `size`, as on a full disk; None for no limit."""
+        resource.prlimit(
+            self.process.pid,
+            resource.RLIMIT_FSIZE,
+            (resource.RLIM_INFINITY if size is None else size, resource.RLIM_INFINITY),
+        )
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return what the process logged."""
+        text = self.log.read_text(errors="replace")
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.startswith("{")]
+
+    def said(self, *names: str) -> bool:
+        """Say whether the process has logged one of these events."""
+        return any(event.get("event") in names for event in self.events())
+
+    def until_said(self, *names: str, patience_s: float = 60.0) -> None:
+        """Wait until the process has logged one of these events, or has ended."""
+        until(lambda: self.said(*names) or not self.alive, f"the event {' or '.join(names)}", patience_s)
+
+    def tail(self, lines: int = 8) -> str:
+        """Return the end of what the process logged."""
+        return "\n".join(line[:400] for line in self.log.read_text(errors="replace").splitlines()[-lines:])
