@@ -191,6 +191,7 @@ class ApplySession:
                 self._proposed = await self._pipelines.begin_at(
                     self.connection, self._held, checkpoint, system_identifier, timeline
                 )
+                crash_point("beginning written")
             crash_point("beginning stored")
 
     async def forget_position(self, resync: Sequence[str]) -> None:

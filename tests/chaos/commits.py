@@ -39,12 +39,23 @@ INSIDE = (
 )
 """Files whose functions all run in their caller's transaction; a transaction of their own in it is a savepoint."""
 
+OWNERS = {
+    "target/registry.py": re.compile(r"registry(\(.*\))?\.(\w+)$", re.IGNORECASE),
+    "target/pipelines.py": re.compile(r"pipelines(\(.*\))?\.(\w+)$", re.IGNORECASE),
+}
+"""Files that hold every statement on a table and leave each commit to the caller, with how a caller names them."""
+
+TRANSACTIONS = ("transaction", "_chain")
+"""What makes a transaction of a block."""
+
+SENDING = ("execute", "fetch_row", "_run")
+"""Calls that send a statement."""
+
 EXEMPT = {
-    ("flows/evaluate.py", "_snapshot"): "reads only",
+    ("flows/evaluate/recall.py", "_snapshot"): "reads only",
+    ("target/session.py", "_chain"): "its callers have the points",
     ("target/search.py", "search"): "reads only",
-    ("target/pipelines.py", "lock_within"): "the transaction bounds the wait for a lock",
-    ("target/pipelines.py", "take_over"): "its caller has the point",
-    ("target/pipelines.py", "begin_at"): "its caller has the point",
+    ("target/requests.py", "end_page"): "runs in the transaction of its batch",
     ("target/requests.py", "action"): "asked for by commands",
     ("source/tables.py", "emit_mark"): "its caller has the point",
     ("postgres/sessions.py", "connect"): "settings of the session",
@@ -52,8 +63,8 @@ EXEMPT = {
 }
 """Functions that commit nothing which outlives the session, or whose callers have the point."""
 
-FINAL = (".send_status", ".create_slot", ".set_failover", "emit_mark", "_pipelines.take_over", "_pipelines.begin_at")
-"""Calls that tell the source something for good, or that commit in a file below which leaves the point to them."""
+FINAL = (".send_status", ".create_slot", ".set_failover", "emit_mark")
+"""Calls that tell the source something for good."""
 
 WRITES = re.compile(
     r"\s*(INSERT|UPDATE|DELETE|TRUNCATE|CREATE|ALTER|DROP|COMMENT|WITH .*(INSERT|UPDATE|DELETE) "
@@ -71,6 +82,24 @@ class Site(msgspec.Struct, frozen=True, order=True):
     function: str
     what: str
     lacks: str
+
+
+class Leaving(msgspec.Struct, frozen=True):
+    """The functions that leave the commit to their callers: by their own word, and of the files that own a table."""
+
+    functions: set[str]
+    owned: set[tuple[re.Pattern[str], str]]
+
+    def without(self, names: set[str]) -> Leaving:
+        """Return the same without functions of these names."""
+        return Leaving(self.functions - names, self.owned)
+
+    def has(self, call: ast.Call) -> bool:
+        """Say whether a call is one of such a function."""
+        if _called(call) in self.functions:
+            return True
+        named = ast.unparse(call.func)
+        return any(match[2] == name for pattern, name in self.owned if (match := pattern.search(named)))
 
 
 def points(package: Path = PACKAGE) -> list[str]:
@@ -92,9 +121,27 @@ def sources(package: Path = PACKAGE) -> dict[str, str]:
 
 def lacking(files: Mapping[str, str], *, only: str | None = None) -> list[Site]:
     """Return the commit sites that lack a crash point, of one file if it is named."""
-    callers = {name for text in files.values() for name in _callers(text)}
-    names = files if only is None else [only]
-    return sorted(site for name in names for site in _sites(name, _parsed(files[name]), callers))
+    callers = {name for file, text in files.items() if file not in OWNERS for name in _callers(text)}
+    owned = {(pattern, name) for file, pattern in OWNERS.items() for name in _writing(files[file])}
+    names = [name for name in files if name not in OWNERS and only in (None, name)]
+    return sorted(site for name in names for site in _sites(name, _parsed(files[name]), Leaving(callers, owned)))
+
+
+@cache
+def _writing(text: str) -> frozenset[str]:
+    """Return the methods of a file that write, by themselves or by another one of them."""
+    functions = [node for node in ast.walk(_parsed(text)) if isinstance(node, ast.AsyncFunctionDef)]
+    writing: set[str] = set()
+    while True:
+        more = {
+            one.name
+            for one in functions
+            for node in ast.walk(one)
+            if isinstance(node, ast.Call) and (_called(node) in writing or _writes(node))
+        }
+        if more <= writing:
+            return frozenset(writing)
+        writing |= more
 
 
 @cache
@@ -109,14 +156,14 @@ def _parsed(text: str) -> ast.Module:
     return ast.parse(text)
 
 
-def _sites(file: str, tree: ast.Module, callers: set[str]) -> Iterator[Site]:
+def _sites(file: str, tree: ast.Module, callers: Leaving) -> Iterator[Site]:
     inside = _inside(tree)
     for function in ast.walk(tree):
         if not isinstance(function, ast.AsyncFunctionDef) or function.name in inside or _by_caller(function):
             continue
         if (file, function.name) not in EXEMPT:
             order = list(_statements(function.body))
-            yield from _of_block(file, function.name, function.body, order, callers - inside)
+            yield from _of_block(file, function.name, function.body, order, callers.without(inside))
 
 
 def _inside(tree: ast.Module) -> set[str]:
@@ -150,7 +197,7 @@ def _header(statement: ast.stmt) -> Iterator[ast.AST]:
 
 
 def _of_block(
-    file: str, function: str, body: list[ast.stmt], order: list[ast.stmt], callers: set[str]
+    file: str, function: str, body: list[ast.stmt], order: list[ast.stmt], callers: Leaving
 ) -> Iterator[Site]:
     """Yield what lacks a point among these statements; inside a transaction nothing commits by itself."""
     for statement in body:
@@ -171,18 +218,20 @@ def _of_block(
                 yield Site(file, statement.lineno, function, what, "a point after it")
 
 
-def _commits(statement: ast.stmt, callers: set[str]) -> Iterator[str]:
+def _commits(statement: ast.stmt, callers: Leaving) -> Iterator[str]:
     for node in _header(statement):
         if isinstance(node, ast.Await) and isinstance(node.value, ast.Call):
             name = _called(node.value)
-            if name in callers or ast.unparse(node.value.func).endswith(FINAL):
+            if callers.has(node.value) or ast.unparse(node.value.func).endswith(FINAL):
                 yield name
-            elif name in ("execute", "_run") and _writes(node.value):
+            elif _writes(node.value):
                 yield "a statement that writes"
 
 
 def _writes(call: ast.Call) -> bool:
     """Say whether a statement is written in the call that changes something which outlives the session."""
+    if _called(call) not in SENDING:
+        return False
     texts = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     made = any(isinstance(node, ast.Call) and _called(node).endswith("_statement") for node in ast.walk(call))
     return made or any(WRITES.match(text) and "TEMP TABLE" not in text for text in texts)
@@ -200,7 +249,7 @@ def _is_transaction(statement: ast.stmt) -> bool:
         return False
     for item in statement.items:
         call = item.context_expr
-        if isinstance(call, ast.Call) and _called(call) == "transaction":
+        if isinstance(call, ast.Call) and _called(call) in TRANSACTIONS:
             return not any(keyword.arg == "force_rollback" for keyword in call.keywords)
     return False
 

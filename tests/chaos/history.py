@@ -249,10 +249,11 @@ class History:
                 self._wait_for_progress(target, worker, lsn)
             except TimeoutError as error:
                 raise Broken(f"{error}\n{worker.tail()}") from None
-            found = differences(source, target, self.indexes)
+            found = self._compare(source, target)
             if found and self.settles_late:
-                until(lambda: not differences(source, target, self.indexes), "the worker to look", SETTLE_S)
-                found = differences(source, target, self.indexes)
+                with contextlib.suppress(TimeoutError):
+                    until(lambda: not self._compare(source, target), "the worker to look", SETTLE_S)
+                found = self._compare(source, target)
             if found:
                 raise Broken("; ".join(found) + f"\n{worker.tail()}")
             row = source.execute(
@@ -273,6 +274,14 @@ class History:
             raise Broken(f"a traceback in {tracebacks}")
         if status := worker.stop():
             raise Broken(f"the worker ended with {status} when it was asked to stop:\n{worker.tail()}")
+
+    def _compare(self, source: psycopg.Connection[Any], target: psycopg.Connection[Any]) -> list[str]:
+        """Ask the oracle, again if a statement of the worker's was in its way."""
+        for _ in range(5):
+            with contextlib.suppress(psycopg.errors.DeadlockDetected, psycopg.errors.UndefinedTable):
+                return differences(source, target, self.indexes)
+            time.sleep(0.5)
+        return differences(source, target, self.indexes)
 
     def _wait_for_progress(self, target: psycopg.Connection[Any], worker: Worker, lsn: str) -> None:
         reached: object = None
