@@ -70,7 +70,7 @@ async def indexed(
         await register(index.connection, spec, slot="s", state=state)
         texts = [f"text {at}" for at in range(len(vectors))]
         documents = [document(str(at), text, carried=(str(at % 10),)) for at, text in enumerate(texts)]
-        made = {hash_text(text): str(vector.tolist()) for text, vector in zip(texts, vectors, strict=True)}
+        made = {hash_text(text): vector.astype(np.float32) for text, vector in zip(texts, vectors, strict=True)}
         await index.apply(msgspec.structs.replace(changes(*documents), vectors=made))
         if hnsw:
             await build_hnsw(index.connection, SCHEMA, spec)
