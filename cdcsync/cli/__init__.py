@@ -7,6 +7,7 @@
     teardown    the command `teardown`
     replay      the command `replay`
     verify      the command `verify`
+    figures     what `evaluate` measured, as tables
     evaluate    the command `evaluate`
     failures    the command `failures`
     entry       `main`: runs a command and turns what it raises into an exit status

@@ -1,20 +1,32 @@
-"""`cdcsync evaluate`: measures how well an index's searches find what exact ones would."""
+"""`cdcsync evaluate`: measures what an index's searches find, against exact searches and against judged answers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
+from cdcsync.errors import EXIT_FAILED, UsageError
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
+    from cdcsync.flows.evaluate.gates import Verdict
+    from cdcsync.model.spec import IndexSpec
+    from cdcsync.postgres.sessions import Connection
     from cdcsync.target.evaluations import Evaluation
+    from cdcsync.target.judged_runs import Run
 
-EPILOG = """How good is the search? `cdcsync evaluate articles`
+EPILOG = """How much of what is nearest is found? `cdcsync evaluate articles`
 
-    What does it cost to look further? `cdcsync evaluate articles --ef-search 40 --ef-search 100 --ef-search 400`"""
+    What does it cost to look further? `cdcsync evaluate articles --ef-search 40 --ef-search 100 --ef-search 400`
+
+    How well are questions answered? `cdcsync evaluate articles --judged questions/`
+
+    In a pipeline: `cdcsync evaluate articles --judged questions/ --min "nDCG@10=0.40" --against LAST`"""
 
 
 def evaluate(
@@ -39,68 +51,201 @@ def evaluate(
             metavar="SQL", help="Find only what meets this condition on key and carried columns.", show_default=False
         ),
     ] = None,
+    judged: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Answer the questions of a judged collection (BEIR or TREC layout) in every mode of search.",
+            show_default=False,
+        ),
+    ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A measure of ir-measures; may be given several times, the first decides. [nDCG@10, R@100, RR@10]",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM:TO:STEP", help="Also try hybrid search with these weights of the words.", show_default=False
+        ),
+    ] = None,
+    least: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--min",
+            metavar="[MODE] MEASURE=VALUE",
+            help="Fail if the index's own search, or that mode, reaches less; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAST|RUN", help="Fail if a mode is surely worse than in that earlier run.", show_default=False
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.svg", help="Draw what was measured into this file.", show_default=False),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how much of what an exact search finds is found by searches, and how long both take.
+    """Measure how good an index's searches are.
 
-    Takes stored vectors at random as queries, leaves out the chunk that each is of, and compares distances. The exact
-    searches read the whole table. The outcome is stored for the status, where the role may write; not with --where.
+    Without --judged, how much of what an exact search finds is found by HNSW, and how long both take: stored vectors
+    are taken at random as queries, the chunk that each is of is left out, and distances are compared. The exact
+    searches read the whole table.
+
+    With --judged, how well searches by words, by vectors and by both answer questions whose answers are known, with
+    intervals of 95 % confidence. Both are measured with --judged and --ef-search.
+
+    The outcome is stored for the status, where the role may write; not with --where. The exit status is 1 if --min or
+    --against is not met.
     """
     import anyio
 
-    from cdcsync.cli import printing
-
     configuration = context.ensure_object(Invocation).load(config)
-    found, note = anyio.run(_evaluate, configuration, index, queries, k, ef_search or [], where)
+    if judged is None and (measure or weights or least or against):
+        raise UsageError(
+            "--measure, --weights, --min and --against are about judged questions",
+            where="evaluate",
+            hint="name the questions with --judged DIR",
+        )
+    if judged is not None and where is not None:
+        raise UsageError("judged answers come from all rows", where="--where", hint="leave it out with --judged")
+    if plot is not None and plot.suffix.lower() != ".svg":
+        raise UsageError("only SVG can be drawn", where=f"--plot {plot}", hint="name a file that ends in .svg")
+    recall = None
+    if judged is None or ef_search:
+        recall = anyio.run(_measure_recall, configuration, index, queries, k, ef_search or [], where)
+    answers = None
+    if judged is not None:
+        asked = _Judging(judged, measure or [], weights, least or [], against)
+        answers = anyio.run(_measure_answers, configuration, index, asked)
+    if plot is not None:
+        _draw(plot, recall, answers)
     if as_json:
-        import msgspec
-
-        printing.print_json({**msgspec.to_builtins(found, enc_hook=str), "where": where, "not_stored": note})
+        _print_json(recall, answers, where)
     else:
-        _print(found, where)
-        if note is not None:
-            printing.console().print(f"not stored: {note}", markup=False)
+        from cdcsync.cli.figures import print_answers, print_recall
+
+        if recall is not None:
+            print_recall(recall.found, where, recall.not_stored)
+        if answers is not None:
+            print_answers(answers.run, answers.number, answers.not_stored, answers.verdicts)
+    if answers is not None and not all(verdict.passed for verdict in answers.verdicts):
+        raise typer.Exit(EXIT_FAILED)
 
 
-async def _evaluate(
+class _Recall(NamedTuple):
+    found: Evaluation
+    not_stored: str | None
+
+
+class _Judging(NamedTuple):
+    """What was asked for about judged questions, as it was written."""
+
+    directory: Path
+    measures: list[str]
+    weights: str | None
+    least: list[str]
+    against: str | None
+
+
+class _Answers(NamedTuple):
+    run: Run
+    number: int | None
+    not_stored: str | None
+    verdicts: list[Verdict]
+
+
+async def _measure_recall(
     config: Config, name: str, queries: int, k: int, ef_search: list[int], where: str | None
-) -> tuple[Evaluation, str | None]:
-    """Return what was measured, and why it was not stored, if it was not."""
+) -> _Recall:
     from cdcsync.flows.evaluate import recall
-    from cdcsync.postgres.sessions import connect, speaking_of
+    from cdcsync.postgres.sessions import speaking_of
     from cdcsync.target import evaluations
+
+    async with _opened(config, name) as (connection, spec):
+        schema = config.target.schema
+        found = await recall.evaluate(connection, schema, spec, queries=queries, k=k, ef_search=ef_search, where=where)
+        if where is not None:
+            return _Recall(found, "a condition's recall is not the index's")
+        with speaking_of("target", where=f"index {name}"):
+            return _Recall(found, await evaluations.store(connection, schema, found))
+
+
+async def _measure_answers(config: Config, name: str, asked: _Judging) -> _Answers:
+    from cdcsync.flows.evaluate import gates, judged
+    from cdcsync.flows.evaluate.collection import read_collection
+    from cdcsync.postgres.sessions import speaking_of
+    from cdcsync.target import judged_runs
+
+    # What is wrong with the arguments is said before a model is loaded.
+    collection = read_collection(asked.directory)
+    floors = [gates.parse_floor(text) for text in asked.least]
+    weights = gates.parse_weights(asked.weights) if asked.weights else []
+    measures = list(dict.fromkeys([*(asked.measures or judged.MEASURES), *(floor.measure for floor in floors)]))
+    judged.parse_measures(measures)
+    number = gates.parse_run(asked.against)
+    schema = config.target.schema
+    async with _opened(config, name) as (connection, spec):
+        earlier = None
+        if asked.against is not None:
+            with speaking_of("target", where=f"index {name}"):
+                earlier = await judged_runs.read(connection, schema, name, collection.name, number)
+        if asked.against is not None and earlier is None and number is not None:
+            raise UsageError(
+                f"there is no run {number} of {name} by {collection.name}",
+                where="--against",
+                hint=f"the runs are in the table {schema}.judged_runs; LAST is the last of them",
+            )
+        run = await judged.evaluate_index(connection, config, spec, collection, measures=measures, weights=weights)
+        verdicts = gates.judge(run, floors, earlier)
+        if asked.against is not None and earlier is None:
+            verdicts.append(gates.Verdict(True, "there is no earlier run to compare with: this is the first"))
+        with speaking_of("target", where=f"index {name}"):
+            return _Answers(run, *await judged_runs.store(connection, schema, run), verdicts)
+
+
+@asynccontextmanager
+async def _opened(config: Config, name: str) -> AsyncIterator[tuple[Connection, IndexSpec]]:
+    from cdcsync.postgres.sessions import connect
     from cdcsync.target.search import stored_spec
 
     index = config.index_named(name)
-    schema = config.target.schema
     async with await connect(config.target.dsn, "target", application_name="cdcsync evaluate") as connection:
-        spec = await stored_spec(connection, schema, name, index)
-        found = await recall.evaluate(connection, schema, spec, queries=queries, k=k, ef_search=ef_search, where=where)
-        if where is not None:
-            return found, "a condition's recall is not the index's"
-        with speaking_of("target", where=f"index {name}"):
-            return found, await evaluations.store(connection, schema, found)
+        yield connection, await stored_spec(connection, config.target.schema, name, index)
 
 
-def _print(found: Evaluation, where: str | None) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+def _draw(plot: Path, recall: _Recall | None, answers: _Answers | None) -> None:
+    from cdcsync.flows.evaluate.drawing import draw
 
-    from cdcsync.cli.printing import console, plain
+    try:
+        plot.write_text(draw(recall and recall.found, answers and answers.run))
+    except OSError as error:
+        raise UsageError(
+            f"cannot be written: {error.strerror}", where=f"--plot {plot}", hint="name a file in an existing directory"
+        ) from None
 
-    out = console(wrap=True)
-    condition = "" if where is None else f" where {plain(where)}"
-    searches = "1 stored vector" if found.queries == 1 else f"{found.queries:,} stored vectors"
-    out.print(Text(f"{found.index}, generation {found.generation}: the {found.k} nearest{condition} of {searches}"))
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for heading in ("ef_search", f"recall@{found.k}", "mean ms", "p95 ms"):
-        table.add_column(heading, justify="right")
-    table.add_column("by")
-    for one in found.measured:
-        by = "HNSW" if one.by_hnsw else "whole table"
-        table.add_row(str(one.ef_search), f"{one.recall:.4f}", f"{one.mean_ms:.2f}", f"{one.p95_ms:.2f}", by)
-    table.add_row("exact", "1.0000", f"{found.exact_mean_ms:.2f}", f"{found.exact_p95_ms:.2f}", "whole table")
-    out.print(table)
-    if not all(one.by_hnsw for one in found.measured):
-        out.print("where it says so, the planner found it cheaper to read the whole table: nothing is missed then")
+
+def _print_json(recall: _Recall | None, answers: _Answers | None, where: str | None) -> None:
+    import msgspec
+
+    from cdcsync.cli.printing import print_json
+
+    shown: dict[str, Any] = {}
+    if recall is not None:
+        shown |= {**msgspec.to_builtins(recall.found), "where": where, "not_stored": recall.not_stored}
+    if answers is not None:
+        shown["judged"] = {
+            "run": answers.number,
+            **msgspec.to_builtins(answers.run),
+            "not_stored": answers.not_stored,
+            "gates": [verdict._asdict() for verdict in answers.verdicts],
+        }
+    print_json(shown)

@@ -24,13 +24,13 @@ from typing import assert_never
 from cdcsync import config
 from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.embedders.openai import OpenAIEmbedder
-from cdcsync.embedders.protocol import Distance, Embedder, Kind, Vectors, validate
+from cdcsync.embedders.protocol import Distance, Embedder, Kind, Vectors, require_model, validate
 from cdcsync.embedders.python import PythonEmbedder
 from cdcsync.embedders.ray import RayEmbedder
 from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder
 from cdcsync.embedders.tei import TeiEmbedder
 
-__all__ = ["Distance", "Embedder", "Kind", "Vectors", "make_embedder", "validate"]
+__all__ = ["Distance", "Embedder", "Kind", "Vectors", "make_embedder", "require_model", "validate"]
 
 
 def make_embedder(name: str, settings: config.Embedder) -> Embedder:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cdcsync.errors import EmbedError, TextRejected
+from cdcsync.errors import EmbedderSetupError, EmbedError, TextRejected
 from cdcsync.model.vectors import unusable_rows
 
 Vectors = npt.NDArray[np.float32]
@@ -83,6 +83,20 @@ class Embedder(Protocol):
 
 WORD = "word"
 """A text that no embedder can object to. An embedder that fails at it fails as a whole."""
+
+
+def require_model(embedder: Embedder, identity: str) -> None:
+    """Check that an embedder makes vectors that can be compared with an index's.
+
+    :param identity: that of the embedder that made the index's vectors.
+    :raises EmbedderSetupError: it is another one.
+    """
+    if embedder.identity != identity:
+        raise EmbedderSetupError(
+            f"the index's vectors were made by {identity}, this embedder is {embedder.identity}",
+            where=f"embedders.{embedder.name}",
+            hint="search with the configuration that the worker runs with, or by words alone",
+        )
 
 
 def validate(vectors: Vectors, n: int, dimensions: int) -> None:

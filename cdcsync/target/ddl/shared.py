@@ -86,6 +86,20 @@ _SHARED: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.evaluations.by_hnsw IS"
     " 'Whether the planner used HNSW; false where it read the whole table.'",
     """
+    CREATE TABLE IF NOT EXISTS {schema}.judged_runs (
+        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
+        generation int NOT NULL,
+        collection text NOT NULL,
+        evaluated_at timestamptz NOT NULL,
+        run jsonb NOT NULL
+    )
+    """,
+    "COMMENT ON TABLE {schema}.judged_runs IS"
+    " 'cdcsync: how well searches answered the questions of judged collections, run after run.'",
+    "COMMENT ON COLUMN {schema}.judged_runs.run IS"
+    " 'Figures of each mode of search with their intervals, and the scores of each question.'",
+    """
     CREATE TABLE IF NOT EXISTS {schema}.failed_documents (
         index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
         key text[] NOT NULL,

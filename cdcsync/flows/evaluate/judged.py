@@ -1,0 +1,293 @@
+"""Judged: how well each mode of search answers questions whose answers are known.
+
+    questions ─► words ─┐
+                 vectors ─┼─► documents, best first ─► ir-measures ─► figures with intervals ─► stored, gated, drawn
+                 hybrid ─┤
+                 reranked ┘
+
+The searches are those that applications make: the same statement, one chunk for each document. A document's id is its
+key. Figures are means over the questions, compared question by question (`intervals`).
+
+Source: ir-measures, "Measures"; Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques" (2002).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from cdcsync.config import Config
+from cdcsync.embedders import Embedder, make_embedder, require_model
+from cdcsync.errors import SetupError, UsageError
+from cdcsync.flows.evaluate.collection import Collection
+from cdcsync.flows.evaluate.intervals import difference, figure
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.target.judged_runs import MODES, Figure, JudgedMode, ModeRun, Run, Weighed
+from cdcsync.target.search import FUSION, MAX_HITS, Mode, search
+
+if TYPE_CHECKING:
+    import ir_measures
+    import numpy as np
+    import numpy.typing as npt
+
+DEPTH = 100
+"""Documents that each search returns: as deep as the deepest usual measure looks (R@100)."""
+
+CHUNKS = 4
+"""Chunks asked for in the place of each document, as several may be of one."""
+
+MEASURES = ("nDCG@10", "R@100", "RR@10")
+"""What is measured unless told otherwise; the first one decides."""
+
+INSTALL = "pip install 'cdcsync[evaluate]'"
+
+Find = Callable[[str], Awaitable[Sequence[str]]]
+"""Returns the ids of the documents that a search finds for a question, best first; the question is named by its id."""
+
+
+def parse_measures(names: Sequence[str]) -> list[ir_measures.Measure]:
+    """Return the measures of these names, each once.
+
+    :raises SetupError: ir-measures is not installed.
+    :raises UsageError: there is no such measure, or it cannot be taken from ranks and grades.
+    """
+    try:
+        import ir_measures
+    except ImportError as error:
+        raise SetupError("ir-measures is not installed", where="--judged", hint=INSTALL) from error
+    found = {}
+    for name in names:
+        try:
+            measure = ir_measures.parse_measure(name)
+            ir_measures.evaluator([measure], [ir_measures.Qrel("q", "d", 1)])
+        except (NameError, ValueError, RuntimeError, AssertionError):
+            raise UsageError(
+                f"{name} is not a measure that can be taken",
+                where="--measure",
+                hint="give one of ir-measures, such as nDCG@10, R@100, RR@10, P@5, AP or Success@1",
+            ) from None
+        found[str(measure)] = measure
+    return list(found.values())
+
+
+async def evaluate_index(
+    connection: Connection,
+    config: Config,
+    spec: IndexSpec,
+    collection: Collection,
+    *,
+    measures: Sequence[str] = MEASURES,
+    weights: Sequence[float] = (),
+) -> Run:
+    """Answer all questions in each mode that an index has, by its own model, and measure.
+
+    :param connection: a session on the target, in autocommit.
+    :param spec: the index as it is stored, see `stored_spec`.
+    :param weights: also fuse the answers by words and by vectors with these weights of the words.
+    :raises UsageError: nothing that is found is judged, or a measure or weight cannot be taken.
+    :raises SetupError: the index's vectors are of another model than the configuration's.
+    :raises EmbedderUnavailable: the model is away.
+    """
+    embedder = make_embedder(spec.config.embedder, config.embedders[spec.config.embedder])
+    require_model(embedder, spec.model)
+    try:
+        await embedder.open()
+        vectors = await embed_questions(embedder, collection)
+    finally:
+        await embedder.aclose()
+    searches = Searches(connection, config.target.schema, spec, collection, vectors)
+    settings = {
+        "model": spec.model,
+        "dimensions": spec.dimensions,
+        "vector_type": spec.config.vector_type,
+        "search": spec.config.search,
+        "text": spec.config.text or spec.config.documents,
+        "chunk_text": spec.config.chunk_text,
+        "chunking": msgspec.to_builtins(spec.config.chunking),
+    }
+    with speaking_of("target", where=f"index {spec.name}"):
+        return await evaluate_judged(
+            spec.name,
+            spec.generation,
+            collection,
+            searches.modes(),
+            measures=measures,
+            weights=weights,
+            settings=settings,
+        )
+
+
+async def evaluate_judged(
+    index: str,
+    generation: int,
+    collection: Collection,
+    finders: Mapping[JudgedMode, Find],
+    *,
+    measures: Sequence[str] = MEASURES,
+    weights: Sequence[float] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Run:
+    """Answer all questions in each mode, and measure.
+
+    :param finders: the modes that the index has.
+    :param weights: also fuse the answers by words and by vectors with these weights of the words.
+    :raises UsageError: none of a collection's answers is ever found, or a measure cannot be taken.
+    """
+    parsed = parse_measures(measures)
+    scores: dict[JudgedMode, dict[str, dict[str, float]]] = {}
+    taken: dict[JudgedMode, list[float]] = {}
+    answers: dict[JudgedMode, dict[str, Sequence[str]]] = {}
+    for mode in [mode for mode in MODES if mode in finders]:
+        answers[mode], taken[mode] = await _answer(collection, finders[mode])
+        scores[mode] = _measure(parsed, collection, answers[mode])
+    known = {id_ for found in answers.values() for ids in found.values() for id_ in ids}
+    judged = {id_ for grades in collection.grades.values() for id_ in grades}
+    if known.isdisjoint(judged):
+        raise UsageError(
+            f"nothing that searches found is judged in {collection.name}",
+            where=f"index {index}",
+            hint=f"judgements name documents by the key of the index; it has keys such as {_some(known)}, and the"
+            f" judgements name {_some(judged)}",
+        )
+    if weights and not answers.keys() >= {"text", "vector"}:
+        raise UsageError(
+            "there are no two searches to weigh", where="--weights", hint=f"index {index} has only {', '.join(answers)}"
+        )
+    fused = [Weighed(one, _figures(_measure(parsed, collection, _fused(answers, one)))) for one in weights]
+    return Run(
+        index,
+        generation,
+        collection.name,
+        len(collection.queries),
+        [str(measure) for measure in parsed],
+        dict(settings or {}),
+        {mode: _mode_run(mode, scores, taken[mode]) for mode in scores},
+        fused,
+        datetime.now(UTC),
+    )
+
+
+class Searches:
+    """The searches of an index for the questions of a collection, as its own statement answers them.
+
+    :param vectors: each question's vector by its id.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        schema: str,
+        spec: IndexSpec,
+        collection: Collection,
+        vectors: Mapping[str, npt.NDArray[np.float32]],
+    ) -> None:
+        self._connection = connection
+        self._schema = schema
+        self._spec = spec
+        self._collection = collection
+        self._vectors = vectors
+
+    def modes(self) -> dict[JudgedMode, Find]:
+        """Return the modes that the index has."""
+        if self._spec.config.search is None:
+            return {"vector": self.find("vector")}
+        return {"text": self.find("text"), "vector": self.find("vector"), "hybrid": self.find("hybrid")}
+
+    def find(self, mode: Mode) -> Find:
+        """Return a search in this mode."""
+
+        async def found(query: str) -> list[str]:
+            hits = await search(
+                self._connection,
+                self._schema,
+                self._spec,
+                text=self._collection.queries[query],
+                vector=self._vectors[query],
+                k=min(MAX_HITS, CHUNKS * DEPTH),
+                mode=mode,
+            )
+            return list(dict.fromkeys(document_id(hit.key) for hit in hits))[:DEPTH]
+
+        return found
+
+
+async def embed_questions(embedder: Embedder, collection: Collection) -> dict[str, npt.NDArray[np.float32]]:
+    """Return each question's vector by its id; the embedder is open."""
+    vectors: dict[str, npt.NDArray[np.float32]] = {}
+    waiting = list(collection.queries.items())
+    while waiting:
+        count = embedder.fitting([text for _, text in waiting])
+        batch, waiting = waiting[:count], waiting[count:]
+        made = await embedder.embed([text for _, text in batch], kind="query")
+        vectors.update(zip([query for query, _ in batch], made, strict=True))
+    return vectors
+
+
+def document_id(key: Mapping[str, object]) -> str:
+    """Return how a collection names a document: its key, several columns joined by commas."""
+    return ",".join(str(value) for value in key.values())
+
+
+def _some(ids: set[str]) -> str:
+    return ", ".join(sorted(ids)[:3]) or "none"
+
+
+async def _answer(collection: Collection, find: Find) -> tuple[dict[str, Sequence[str]], list[float]]:
+    found, milliseconds = {}, []
+    for query in collection.queries:
+        started = perf_counter()
+        found[query] = await find(query)
+        milliseconds.append((perf_counter() - started) * 1000)
+    return found, milliseconds
+
+
+def _fused(answers: Mapping[JudgedMode, Mapping[str, Sequence[str]]], weight: float) -> dict[str, Sequence[str]]:
+    """Return what hybrid search finds with this weight of the words, by the ranks of both of its legs."""
+    fused: dict[str, Sequence[str]] = {}
+    for query in answers["text"]:
+        scores: dict[str, float] = {}
+        for leg, share in ((answers["vector"], 1 - weight), (answers["text"], weight)):
+            for place, id_ in enumerate(leg[query] if share else (), 1):
+                scores[id_] = scores.get(id_, 0.0) + share / (FUSION + place)
+        fused[query] = sorted(scores, key=lambda id_: -scores[id_])[:DEPTH]
+    return fused
+
+
+def _measure(
+    measures: Sequence[ir_measures.Measure], collection: Collection, found: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """Return by measure each question's score; 0 where nothing was found."""
+    import ir_measures
+
+    judged = {query: dict(grades) for query, grades in collection.grades.items()}
+    ranked = {query: {id_: float(-place) for place, id_ in enumerate(ids)} for query, ids in found.items()}
+    scores = {str(measure): dict.fromkeys(collection.queries, 0.0) for measure in measures}
+    for metric in ir_measures.iter_calc(measures, judged, ranked):
+        scores[str(metric.measure)][metric.query_id] = round(metric.value, 6)
+    return scores
+
+
+def _figures(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Figure]:
+    return {measure: figure(list(of.values())) for measure, of in scores.items()}
+
+
+def _mode_run(
+    mode: JudgedMode, scores: Mapping[JudgedMode, dict[str, dict[str, float]]], milliseconds: Sequence[float]
+) -> ModeRun:
+    own, vector = scores[mode], scores.get("vector")
+    ordered = sorted(milliseconds)
+    return ModeRun(
+        _figures(own),
+        None
+        if vector is None or mode == "vector"
+        else {name: difference(list(of.values()), list(vector[name].values())) for name, of in own.items()},
+        round(sum(ordered) / len(ordered), 3),
+        round(ordered[math.ceil(0.95 * len(ordered)) - 1], 3),
+        own,
+    )
