@@ -31,11 +31,9 @@ GRANT USAGE ON SEQUENCE public.calls TO PUBLIC;
 SET search_path = '';
 DO $do$
 DECLARE
-    types text[] := ARRAY['int2', 'int4', 'int8', 'oid', 'regtype', 'regclass', 'name', 'text', 'varchar', 'bpchar',
-        '"char"', 'bytea', 'pg_lsn', 'timestamptz', 'timestamp', 'interval', 'float4', 'float8', 'numeric', 'bool',
-        'jsonb', 'xid', 'xid8', 'text[]', 'name[]', 'oid[]', 'int2[]', 'int4[]', 'public.code', 'tsvector', 'tsquery'];
-    symbols text[] := ARRAY['=', '<>', '<', '<=', '>', '>=', '+', '-', '*', '/', '%', '||', '->', '->>', '@@', '@>',
-        '~', '~~', '&&'];
+    types text[] := ARRAY['int2', 'int4', 'int8', 'oid', 'regtype', 'regclass', 'name', 'text', 'varchar', '"char"',
+        'bytea', 'pg_lsn', 'timestamptz', 'interval', 'float8', 'numeric', 'xid', 'text[]', 'public.code'];
+    symbols text[] := ARRAY['=', '<>', '<', '>=', '+', '-', '*', '/', '||', '@@'];
     l text; r text; symbol text;
 BEGIN
     FOREACH l IN ARRAY types LOOP FOREACH r IN ARRAY types LOOP
