@@ -1,7 +1,8 @@
 """The worker's HTTP endpoints: probes, metrics, the status and its page. They read; nothing here changes anything.
 
     /livez     200 while the event loop turns, else 503: restart the process
-    /readyz    200 while the worker does its work, else 503, with the reasons as JSON
+    /readyz    200 while the worker does its work, else 503, with the reasons as JSON; `?standby=ok` counts a standby
+               as ready, which lets an orchestrator replace workers one by one
     /metrics   for Prometheus, in the text format or OpenMetrics, as the client asks
     /status    the status as JSON (docs/status.md); 503 with the error when the target does not answer
     /          a page that shows /status and /metrics, every second
@@ -83,6 +84,7 @@ class WorkerView(Protocol):
     """What the endpoints need of a worker."""
 
     metrics: Metrics
+    standby: bool
 
     def alive(self) -> bool:
         """Say whether the event loop turns."""
@@ -136,8 +138,10 @@ def make_app(view: WorkerView) -> Starlette:
         alive = view.alive()
         return PlainTextResponse("ok\n" if alive else "the event loop is stuck\n", 200 if alive else 503)
 
-    async def readyz(_: Request) -> Response:
+    async def readyz(request: Request) -> Response:
         reasons = view.not_ready()
+        if view.standby and request.query_params.get("standby") == "ok":
+            return _json({"ready": True, "reasons": reasons}, 200)
         return _json({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
     async def metrics(request: Request) -> Response:

@@ -53,6 +53,7 @@ class View:
 
     def __init__(self) -> None:
         self.metrics = Metrics()
+        self.standby = False
         self.turning = True
         self.reasons: list[str] = []
         self.failure: Exception | None = None
@@ -158,6 +159,17 @@ async def test_readiness_tells_its_reasons(view: View, client: Client) -> None:
     not_ready = await client.ask("/readyz")
     assert (ready.code, ready.json()) == (200, {"ready": True, "reasons": []})
     assert (not_ready.code, not_ready.json()) == (503, {"ready": False, "reasons": ["standby", "embedder e: down"]})
+
+
+async def test_a_standby_is_ready_for_those_who_ask_so(view: View, client: Client) -> None:
+    view.standby = True
+    view.reasons = ["standby: another worker holds the pipeline"]
+    strict, lenient = await client.ask("/readyz"), await client.ask("/readyz?standby=ok")
+    assert (strict.code, strict.json()["ready"]) == (503, False)
+    assert (lenient.code, lenient.json()) == (200, {"ready": True, "reasons": view.reasons})
+    view.standby = False
+    view.reasons = ["the replication stream is not connected"]
+    assert (await client.ask("/readyz?standby=ok")).code == 503
 
 
 async def test_metrics_are_prometheus_text_unless_openmetrics_is_asked_for(view: View, client: Client) -> None:
