@@ -12,6 +12,7 @@
     │   └── MalformedMessage   bytes that are no message, with tag and offset           never
     ├── Unavailable            a server cannot be reached just now                      automatic
     │   ├── SourceUnavailable
+    │   │   └── DecodingFailed the source fails at a change; a gap if it does so again  automatic
     │   ├── TargetUnavailable
     │   └── SlotInUse          another connection is reading the slot                   automatic
     ├── TargetRewound          the target went back to an earlier state                automatic
@@ -143,6 +144,10 @@ class Unavailable(CdcsyncError):
 
 class SourceUnavailable(Unavailable):
     """The source server cannot be reached just now."""
+
+
+class DecodingFailed(SourceUnavailable):
+    """The source failed while it decoded what follows our position: if it fails there again, nobody gets past it."""
 
 
 class TargetUnavailable(Unavailable):

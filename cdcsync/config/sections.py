@@ -101,6 +101,9 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         for none.
     :param stop_timeout_s: seconds that a stopping worker may take to finish the batch in hand.
     :param ready_max_lag_s: /readyz says no while the index is more than this many seconds behind the source.
+    :param ready_max_lag_bytes: /readyz says no while the source has more than this many bytes of WAL that it has not
+        sent yet.
+    :param start_timeout_s: how long a start waits for a server that is away or starting up, before it fails.
     """
 
     listen: Address = "127.0.0.1:9477"
@@ -115,6 +118,8 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     evaluate_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
     stop_timeout_s: Seconds = 20.0
     ready_max_lag_s: Seconds = 60.0
+    ready_max_lag_bytes: Annotated[int, Meta(ge=1, le=2**63 - 1)] = 1024**3
+    start_timeout_s: Annotated[float, Meta(ge=0, le=10**9)] = 60.0
 
     @property
     def listen_address(self) -> tuple[str, int]:

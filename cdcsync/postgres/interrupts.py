@@ -40,12 +40,12 @@ async def interrupt(connection: psycopg.AsyncConnection[Any]) -> None:
         requests += 1
         if requests >= HANG_UP_AFTER:
             with contextlib.suppress(psycopg.Error, OSError):
-                _hang_up(connection.pgconn.socket)
+                hang_up(connection.pgconn.socket)
             return
         await anyio.sleep(INTERRUPT_EVERY_S)
 
 
-def _hang_up(descriptor: int) -> None:
+def hang_up(descriptor: int) -> None:
     """Shut a connection's socket down: whoever waits for it is woken, and finds it closed."""
     with socket.socket(fileno=os.dup(descriptor)) as duplicate:
         duplicate.shutdown(socket.SHUT_RDWR)

@@ -22,6 +22,7 @@ from cdcsync.config import redact_dsn
 from cdcsync.config.redaction import dsn_fault
 from cdcsync.errors import CdcsyncError, SetupError, SourceUnavailable, TargetUnavailable
 from cdcsync.logs import without_quoted
+from cdcsync.postgres.liveness import TCP_USER_TIMEOUT_MS, WatchedConnection
 
 Side = Literal["source", "target"]
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
@@ -37,10 +38,15 @@ come out qualified. In another `lc_monetary` an amount of money would be another
 bytes as the server reads them only where strings are standard."""
 
 SAFETY: LiteralString = (
-    "SET statement_timeout = 0; SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0;"
-    " SET default_transaction_isolation = 'read committed'"
+    "SELECT set_config(name, setting, false) FROM (VALUES ('statement_timeout', '0'), ('lock_timeout', '0'),"
+    " ('transaction_timeout', '0'), ('idle_in_transaction_session_timeout', '0'), ('idle_session_timeout', '0'),"
+    " ('tcp_keepalives_idle', '30'), ('tcp_keepalives_interval', '10'), ('tcp_keepalives_count', '3'),"
+    " ('tcp_user_timeout', '60000'), ('default_transaction_isolation', 'read committed')) AS ours (name, setting)"
+    " WHERE current_setting(name, true) IS NOT NULL"
 )
-"""A role's own limits are for its queries: a build, a slot or a large page takes the time that it takes."""
+"""A role's own limits are for its queries: a build, a slot or a large page takes the time that it takes. And a server
+whose client is gone without a word ends the session within a minute, rather than keep its locks for two hours. Not
+every version has all of these."""
 
 LEAVING: LiteralString = (
     "SELECT set_config('client_connection_check_interval', '1s', false)"
@@ -69,7 +75,12 @@ DURABILITY: dict[Side, LiteralString] = {
 CONNECT_TIMEOUT_S = 10
 """Long enough for a server that is starting, short enough that an operator waits for the message."""
 
-_DEAD_PEER = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+_DEAD_PEER = {
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": TCP_USER_TIMEOUT_MS,
+}
 """A peer that vanished without a word is noticed within a minute, not after the kernel's two hours."""
 
 _HINTS: dict[str, tuple[str, str]] = {
@@ -78,6 +89,9 @@ _HINTS: dict[str, tuple[str, str]] = {
     "3D000": ("the database does not exist", "create it, or correct the database name in the DSN"),
     "42501": ("the role lacks a privilege", "grant it; config/roles.sql lists what each role needs"),
 }
+
+
+_PASSING = ("55P03", "25006", "57014", "25P03", "25P04")
 
 
 def describe(dsn: str) -> str:
@@ -94,13 +108,14 @@ def unavailable(side: Side, message: str, *, where: str | None = None) -> Cdcsyn
 def passing(error: psycopg.Error) -> bool:
     """Say whether an error goes away by itself: the server or the network, not what we asked for.
 
-    Classes 08 (connection), 53 (resources), 57P (shutdown), 40 (serialisation, deadlock), 55P03 (lock timeout), and
-    errors without a code raised by libpq when the connection broke.
+    Classes 08 (connection), 53 (resources), 57P (shutdown), 40 (serialisation, deadlock), 55P03 (lock timeout), 25P03
+    and 25P04 (time limits that somebody set for us after all), and errors without a code raised by libpq when the
+    connection broke.
     """
     code = error.sqlstate
     if code is None:
         return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-    return code[:2] in ("08", "53", "40") or code.startswith("57P") or code in ("55P03", "25006", "57014")
+    return code[:2] in ("08", "53", "40") or code.startswith("57P") or code in _PASSING
 
 
 def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> CdcsyncError:
@@ -146,12 +161,12 @@ async def connect(dsn: str, side: Side, *, application_name: str = "cdcsync", au
     :raises SourceUnavailable, TargetUnavailable: the server does not answer now.
     """
     where = f"{side} ({describe(dsn)})"
+    settings = conninfo_for(dsn, application_name=application_name)
     try:
-        connection: Connection = await psycopg.AsyncConnection.connect(
-            conninfo_for(dsn, application_name=application_name), autocommit=autocommit
-        )
+        connection = await WatchedConnection.connect(settings, autocommit=autocommit)
     except psycopg.Error as error:
         raise connect_error(error, side, where) from error
+    connection.watch(settings)
     # Planned anew each time: a plan made while a table was empty would scan it for ever, and one that is kept over an
     # ALTER TABLE is an error.
     connection.prepare_threshold = None

@@ -14,7 +14,7 @@ from typing import Literal, Self
 import msgspec
 import psycopg
 
-from cdcsync.errors import CdcsyncError, SetupError
+from cdcsync.errors import CdcsyncError, Retry, SetupError
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Side, translate
@@ -32,12 +32,14 @@ class Finding(msgspec.Struct, frozen=True):
     :ivar where: the configuration's key, the table, the slot or the server concerned.
     :ivar message: one sentence without a final full stop.
     :ivar hint: the fix as an instruction, with the exact SQL where there is one.
+    :ivar passes: whether an error may go away by itself, as that of a server that is starting up does.
     """
 
     level: Level
     where: str
     message: str
     hint: str | None = None
+    passes: bool = False
 
     @classmethod
     def ok(cls, where: str, message: str) -> Self:
@@ -57,7 +59,7 @@ class Finding(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, error: CdcsyncError, where: str) -> Self:
         """Return an error of our tree as a finding; its own place is the better known one."""
-        return cls("error", error.where or where, error.message, error.hint)
+        return cls("error", error.where or where, error.message, error.hint, error.retry is Retry.AUTOMATIC)
 
 
 class Report(msgspec.Struct):
@@ -76,6 +78,11 @@ class Report(msgspec.Struct):
     def errors(self) -> list[Finding]:
         """The findings that stop the pipeline."""
         return [finding for finding in self.findings if finding.level == "error"]
+
+    @property
+    def passes(self) -> bool:
+        """Whether nothing but servers that are away keeps the pipeline from starting."""
+        return bool(self.errors) and all(finding.passes for finding in self.errors)
 
 
 def refuse(report: Report) -> None:

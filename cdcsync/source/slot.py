@@ -5,7 +5,8 @@ The rules:
 1. One task owns the connection and does both directions on it: what it may do is read what has come, wait, and send.
 2. Only what is committed in the target is ever reported as flushed: the source then throws that WAL away.
 3. A status goes out at least every third of the server's `wal_sender_timeout`, whatever else is busy. The timer is the
-   caller's; `receive` takes the time that is left until then.
+   caller's; `receive` takes the time that is left until then. A status may ask for a reply: an idle server says nothing
+   by itself for half of that time, and so a dead one would not be told from it.
 4. Relation messages belong to the connection: after a reconnect nothing of the old one is remembered.
 
 psycopg has no replication interface, and cancelling its own wait would send a cancel request to the walsender. So
@@ -17,7 +18,7 @@ Source: PostgreSQL, "Streaming Replication Protocol"; "libpq - C Library", Funct
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
 
@@ -26,7 +27,15 @@ import msgspec
 import psycopg
 from psycopg import pq, sql
 
-from cdcsync.errors import CdcsyncError, GapError, ProtocolError, SetupError, SlotInUse, SourceUnavailable
+from cdcsync.errors import (
+    CdcsyncError,
+    DecodingFailed,
+    GapError,
+    ProtocolError,
+    SetupError,
+    SlotInUse,
+    SourceUnavailable,
+)
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.frames import Keepalive, XLogData, decode_frame, encode_status_update
 from cdcsync.pgoutput.wire import from_datetime
@@ -34,13 +43,18 @@ from cdcsync.postgres.interrupts import CANCEL_S
 from cdcsync.postgres.sessions import (
     LEAVING,
     RENDERING,
+    SAFETY,
     connect_error,
     conninfo_for,
     describe,
     first_line,
+    passing,
     translate,
     without_values,
 )
+
+COMMAND_S = 60.0
+"""A command that a server answers at once has been lost if it is not answered within this time."""
 
 MIN_VERSION = 140000
 """PostgreSQL 14: pgoutput with logical messages and protocol 2; older ones are out of support."""
@@ -89,6 +103,7 @@ class SlotConnection:
         slot = cls(connection, where)
         try:
             await slot._command(RENDERING)
+            await slot._command(SAFETY)
         except BaseException:
             await slot.aclose()
             raise
@@ -132,7 +147,7 @@ class SlotConnection:
         statement = sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput " + form).format(sql.Identifier(name))
         await self._notice_our_end()
         try:
-            rows = await self._command(statement.as_string(self._connection))
+            rows = await self._command(statement.as_string(self._connection), within_s=None)
         except anyio.get_cancelled_exc_class():
             # A walsender that waits for a transaction does not read what its client sends.
             with anyio.move_on_after(CANCEL_S, shield=True), contextlib.suppress(psycopg.Error, CdcsyncError):
@@ -183,8 +198,9 @@ class SlotConnection:
         statement = sql.SQL("START_REPLICATION SLOT {} LOGICAL " + str(lsn) + " ({})").format(
             sql.Identifier(slot), body
         )
-        await self._send(statement.as_string(self._connection))
-        result = await self._result()
+        with self._answered(COMMAND_S):
+            await self._send(statement.as_string(self._connection))
+            result = await self._result()
         if result is None or result.status != pq.ExecStatus.COPY_BOTH:
             failure = self._failure(result, slot=slot)
             # All of the refusal is read, so that the session can try again.
@@ -216,10 +232,17 @@ class SlotConnection:
             frame = self._poll()
         return frame
 
-    async def send_status(self, received: Lsn, durable: Lsn) -> None:
-        """Report what was received, and what is committed in the target: all before `durable` may be recycled."""
+    async def send_status(self, received: Lsn, durable: Lsn, *, ask: bool = False) -> None:
+        """Report what was received, and what is committed in the target: all before `durable` may be recycled.
+
+        :param ask: whether the server should answer with a keepalive at once.
+        """
         message = encode_status_update(
-            received=received, flushed=durable, applied=durable, at_us=from_datetime(datetime.now(UTC))
+            received=received,
+            flushed=durable,
+            applied=durable,
+            at_us=from_datetime(datetime.now(UTC)),
+            reply_requested=ask,
         )
         try:
             self._pgconn.put_copy_data(message)
@@ -246,7 +269,7 @@ class SlotConnection:
             return decode_frame(bytes(data))
         if size == 0:
             return None
-        raise self._failure(self._pgconn.get_result())
+        raise self._failure(self._pgconn.get_result(), decoding=True)
 
     def _consume(self) -> None:
         try:
@@ -281,8 +304,26 @@ class SlotConnection:
         except psycopg.Error as error:
             raise self._lost(error) from error
 
-    async def _command(self, statement: str) -> list[tuple[Any, ...]]:
-        """Run a command of the replication grammar and return its rows as text."""
+    @contextlib.contextmanager
+    def _answered(self, within_s: float | None) -> Iterator[None]:
+        """Take a server that does not answer in time for one that is gone."""
+        try:
+            with anyio.fail_after(within_s):
+                yield
+        except TimeoutError:
+            raise SourceUnavailable(
+                f"the replication connection has not answered for {within_s:.0f} s", where=self._where
+            ) from None
+
+    async def _command(self, statement: str, *, within_s: float | None = COMMAND_S) -> list[tuple[Any, ...]]:
+        """Run a command of the replication grammar and return its rows as text.
+
+        :raises SourceUnavailable: it was not answered in time.
+        """
+        with self._answered(within_s):
+            return await self._answer(statement)
+
+    async def _answer(self, statement: str) -> list[tuple[Any, ...]]:
         await self._send(statement)
         rows: list[tuple[Any, ...]] = []
         while (result := await self._result()) is not None:
@@ -296,8 +337,11 @@ class SlotConnection:
                 rows.append(tuple(None if value is None else value.decode() for value in values))
         return rows
 
-    def _failure(self, result: pq.abc.PGresult | None, *, slot: str | None = None) -> Exception:
-        """Return what an error result of the server, or a COPY that ended, means."""
+    def _failure(self, result: pq.abc.PGresult | None, *, slot: str | None = None, decoding: bool = False) -> Exception:
+        """Return what an error result of the server, or a COPY that ended, means.
+
+        :param decoding: whether changes were being sent, so that the error may be about one of them.
+        """
         if result is None or result.status in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.COPY_IN):
             return SourceUnavailable("the server ended the replication stream", where=self._where)
         error = psycopg.errors.error_from_result(result)
@@ -319,15 +363,10 @@ class SlotConnection:
             return GapError(message, where=where, hint="the slot has lost WAL it needs: resync, see docs/operations.md")
         if code == "42501":
             return SetupError(message, where=where, hint="ALTER ROLE … REPLICATION for the role in the DSN")
-        if "invalid memory alloc request size" in message or code == "54000":
-            return SetupError(
-                f"the source cannot send a change: a row is larger than 1 GB as text ({message})",
-                where=where,
-                hint="make the row smaller, drop the slot, and read the tables again: docs/operations.md,"
-                ' "What is followed, and what pauses"',
-            )
         if code and code.startswith("08P"):
             return ProtocolError(message, where=where)
+        if decoding and not passing(error):
+            return DecodingFailed(message, where=where, hint=_undecodable(code, message))
         return translate(error, "source", where=where)
 
     def _lost(self, error: psycopg.Error) -> SourceUnavailable:
@@ -336,6 +375,20 @@ class SlotConnection:
             where=self._where,
             hint="check that the source server runs and is reachable",
         )
+
+
+def _undecodable(code: str | None, message: str) -> str:
+    """Return why a server may fail at a change each time, and what can be done besides reading everything again."""
+    if "invalid memory alloc request size" in message or code == "54000":
+        return "a row is larger than 1 GB as text, which PostgreSQL cannot send: make the row smaller"
+    if code == "42704":
+        return (
+            "the publication was dropped and created again: before PostgreSQL 18 the server cannot send what was"
+            " written in between"
+        )
+    if code in ("22021", "22P05"):
+        return "a row holds bytes that are not text in UTF-8: correct the row, and the database's encoding"
+    return "the source's log says more"
 
 
 async def _then_cancel(wait: Any, socket: int, scope: anyio.CancelScope) -> None:

@@ -31,6 +31,9 @@ from cdcsync.lsn import Lsn
 from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
 
+END_SESSION_MS = 5_000
+"""How long to wait for a session that was told to end."""
+
 
 class PipelineState(msgspec.Struct, frozen=True):
     """The stored state of a pipeline."""
@@ -120,6 +123,14 @@ class Pipelines:
             [self._lock],
         )
         return None if row is None else cast(int, row[0])
+
+    async def end_session(self, connection: Connection, pid: int, application_name: str) -> None:
+        """End a session of our own that the server has not noticed to be gone, and wait until its locks are free."""
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid, %s) FROM pg_stat_activity WHERE pid = %s AND application_name = %s"
+            " AND usename = current_user",
+            [END_SESSION_MS, pid, application_name],
+        )
 
     async def take_over(self, connection: Connection, worker: str) -> Lease:
         """Raise the fence; waits for a transaction of the predecessor that is still committing."""

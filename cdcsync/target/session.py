@@ -15,6 +15,7 @@ from typing import Self
 
 import anyio
 import psycopg
+import structlog
 from psycopg.pq import TransactionStatus
 
 from cdcsync.crashpoints import crash_point
@@ -32,6 +33,8 @@ from cdcsync.target.keys import discard_vectors
 from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
+
+log = structlog.get_logger()
 
 OLD_SESSION_S = 2.0
 """A server needs a moment to end a session whose client is gone, and to free its lock."""
@@ -81,6 +84,8 @@ class ApplySession:
         """What the lease becomes by a commit whose answer has not come (yet)."""
         self._ending = False
         self._connection: Connection | None = None
+        self._pid: int | None = None
+        """The server process of the last connection."""
         self._writers: dict[str, IndexWriter] = {}
         self._failed: dict[str, FailedDocuments] = {}
 
@@ -106,7 +111,7 @@ class ApplySession:
                 if await self._pipelines.try_lock(connection):
                     self._lease = await self._pipelines.take_over(connection, worker_name())
                     crash_point("fence raised")
-                    self._connection = connection
+                    self._connection, self._pid = connection, connection.info.backend_pid
             finally:
                 if self._connection is None:
                     await _close(connection)
@@ -126,14 +131,25 @@ class ApplySession:
         with speaking_of("target"):
             try:
                 locked = await self._pipelines.lock_within(connection, OLD_SESSION_S)
+                holder = None if locked else await self._pipelines.holder(connection)
                 state = await self._pipelines.read(connection)
+                if not locked:
+                    self._pipelines.refuse_successor(self._held, state)
+                    if holder is not None and holder == self._pid:
+                        # A server that was cut off from us keeps our own old session until TCP gives it up.
+                        log.warning("old_session_ended", slot=self._slot, pid=holder)
+                        await self._pipelines.end_session(connection, holder, self._application_name)
+                        locked = await self._pipelines.try_lock(connection)
+                        state = await self._pipelines.read(connection)
                 if locked:
                     self._continue(state)
                 else:
-                    # Our own old session may linger on the server for a moment, and may still be committing.
-                    self._pipelines.refuse_successor(self._held, state)
-                    raise TargetUnavailable("the pipeline's lock is still held", where=f"slot {self._slot}")
-                self._connection = connection
+                    raise TargetUnavailable(
+                        f"the pipeline's lock is still held by the session with pid {holder}",
+                        where=f"slot {self._slot}",
+                        hint="it ends by itself within a minute if its client is gone",
+                    )
+                self._connection, self._pid = connection, connection.info.backend_pid
             finally:
                 if self._connection is None:
                     await _close(connection)
@@ -321,8 +337,12 @@ class ApplySession:
                 await interrupt(self._connection)
             await anyio.sleep(INTERRUPT_EVERY_S)
 
+    @property
+    def _application_name(self) -> str:
+        return f"cdcsync apply {self._slot}"
+
     async def _connect(self) -> Connection:
-        return await connect(self._dsn, "target", application_name=f"cdcsync apply {self._slot}")
+        return await connect(self._dsn, "target", application_name=self._application_name)
 
     async def aclose(self) -> None:
         """End the session, which frees the lock."""

@@ -19,7 +19,7 @@ from cdcsync.backoff import Backoff, Failure
 from cdcsync.config import Config
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import leading
+from cdcsync.errors import DecodingFailed, leading
 from cdcsync.flows.audit import verify_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
@@ -41,6 +41,7 @@ from cdcsync.flows.setup.start import (
     unpublished_tables,
 )
 from cdcsync.flows.watch import send_heartbeats, watch
+from cdcsync.lsn import Lsn
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
@@ -50,6 +51,7 @@ from cdcsync.source.catalog import read_server, running_transactions
 from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
 from cdcsync.source.tables import SourceTable
+from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.session import ApplySession
 from cdcsync.worker.state import WorkerState
 
@@ -135,6 +137,10 @@ class Pipeline:
             status_every_s=config.source.feedback_every_s,
         )
         state.attach(self.stream, self.dispatchers, self.reconfigure)
+        self._failed_at: tuple[str, Lsn] | None = None
+        """What the source said when it last failed to decode a change, and where the checkpoint was."""
+        self._stuck: DecodingFailed | None = None
+        """Why the source cannot decode what follows the checkpoint, once it has failed there twice."""
         self._late = True
         for dispatcher in self.dispatchers.values():
             dispatcher.far_behind = self.far_behind
@@ -172,7 +178,9 @@ class Pipeline:
             await set_up_shared(target, config)
             while not await self.session.try_open():
                 if not self.state.standby:
-                    log.info("standby", slot=config.source.slot)
+                    with speaking_of("target"):
+                        holder = await Pipelines(config.target.schema, config.source.slot).holder(target)
+                    log.info("standby", slot=config.source.slot, holder_pid=holder)
                 self.state.standby = True
                 with anyio.move_on_after(STANDBY_POLL_S):
                     await self.state.stopping.wait()
@@ -193,6 +201,7 @@ class Pipeline:
                 server = await read_server(source)
         if server.wal_sender_timeout_s > 0:
             self.stream.status_every_s = min(config.source.feedback_every_s, server.wal_sender_timeout_s / 3)
+            self.stream.silence_s = server.wal_sender_timeout_s
         async with interrupted_by(self.state.stopping, self.session.connection):
             await self.session.prepare(self.specs)
         return "ready"
@@ -251,8 +260,14 @@ class Pipeline:
                     source = await control.connection()
                     async with cancelled_by(self.state.stopping):
                         start = await starting_point(
-                            slot, source, self.session, self.config, [spec.name for spec in self.specs]
+                            slot,
+                            source,
+                            self.session,
+                            self.config,
+                            [spec.name for spec in self.specs],
+                            stuck=self._stuck,
                         )
+                        self._stuck = None
                     if self.state.stopping.is_set():
                         return
                     # The marks of pages under way may lie before what this connection will deliver.
@@ -286,6 +301,9 @@ class Pipeline:
     def _stream_waits(self, failure: Failure) -> None:
         self.state.metrics.reconnects.labels("source").inc()
         log.warning("stream_waits", error=str(failure.error), attempt=failure.attempt, delay_s=failure.delay_s)
+        if isinstance(failure.error, DecodingFailed):
+            here = (failure.error.message, self.stream.progress.checkpoint)
+            self._failed_at, self._stuck = here, failure.error if here == self._failed_at else None
 
     @contextlib.asynccontextmanager
     async def _disconnected_at_its_end(self) -> AsyncIterator[None]:

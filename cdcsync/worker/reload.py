@@ -37,6 +37,7 @@ LIVE = (
     "backfill_max_rows_per_s",
     "stop_timeout_s",
     "ready_max_lag_s",
+    "ready_max_lag_bytes",
 )
 """Keys of [worker] that change without a restart: the log, and how much is done at a time, or waited for. What servers,
 tables and models are concerned with is examined before a start, and so needs one."""

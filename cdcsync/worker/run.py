@@ -52,10 +52,8 @@ async def run(
     embedders = build_embedders(config, findings)
     report = await examine(config, embedders)
     report.findings[:0] = findings
-    refuse(report)
-    for finding in report.findings:
-        if finding.level == "warning":
-            log.warning("preflight", where=finding.where, problem=finding.message, fix=finding.hint)
+    if not report.passes:
+        refuse(report)
     state = WorkerState(config)
     try:
         async with anyio.create_task_group() as tasks:
@@ -70,6 +68,16 @@ async def run(
                 await tasks.start(_serve, config, state)
             if started is not None:
                 started(state)
+            if report.passes:
+                report = await _wait_for_servers(config, state, report, embedders)
+                report.findings[:0] = findings
+                if state.stopping.is_set():
+                    tasks.cancel_scope.cancel()
+                    return
+                refuse(report)
+            for finding in report.findings:
+                if finding.level == "warning":
+                    log.warning("preflight", where=finding.where, problem=finding.message, fix=finding.hint)
             await _work_through_schema_changes(config, state, report, embedders)
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
@@ -80,6 +88,22 @@ async def run(
             for embedder in embedders.values():
                 await embedder.aclose()
     log.info("stopped", worker=worker_name())
+
+
+async def _wait_for_servers(
+    config: Config, state: WorkerState, report: Report, embedders: dict[str, Embedder]
+) -> Report:
+    """Examine again for as long as servers are away, for up to `worker.start_timeout_s`; returns the last report."""
+    backoff = Backoff(first=0.5, most=5, until=state.stopping)
+    with anyio.move_on_after(config.worker.start_timeout_s):
+        while report.passes and not state.stopping.is_set():
+            away = "; ".join(f"{finding.where}: {finding.message}" for finding in report.errors)
+            state.waiting_for = away
+            log.warning("start_waits", error=away, most_s=config.worker.start_timeout_s)
+            await backoff.wait()
+            report = await examine(config, embedders)
+    state.waiting_for = None
+    return report
 
 
 async def _work_through_schema_changes(

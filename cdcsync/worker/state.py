@@ -5,6 +5,7 @@ Nothing here does the worker's work; it is asked how that goes, over connections
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from cdcsync.config import Config
 from cdcsync.errors import SourceUnavailable, Unavailable
 from cdcsync.flows.embed import Dispatcher
 from cdcsync.flows.follow.stream import Stream
+from cdcsync.lsn import Lsn
 from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
 from cdcsync.postgres.sessions import Session, speaking_of
 from cdcsync.status import Status, read_status
@@ -44,6 +46,8 @@ class WorkerState:
         self.port: int | None = None
         self.standby = False
         """Whether another worker holds the pipeline's lock."""
+        self.waiting_for: str | None = None
+        """The servers that a start waits for, and why."""
         self.stopping = anyio.Event()
         """Set once the worker is asked to end."""
         self.config = config
@@ -109,10 +113,14 @@ class WorkerState:
     def not_ready(self) -> list[str]:
         """Return why the worker is not doing its work just now; nothing when it is."""
         reasons = []
-        if self.standby:
+        if self.waiting_for is not None:
+            reasons.append(f"the start waits: {self.waiting_for}")
+        elif self.standby:
             reasons.append("standby: another worker holds the pipeline")
         elif not self._connected:
             reasons.append("the replication stream is not connected")
+        elif self._stream is not None and not self._stream.heard_lately:
+            reasons.append("nothing has been heard from the source lately, so the lag is unknown")
         reasons += [
             f"embedder {name}: {dispatcher.problem}"
             for name, dispatcher in self._dispatchers.items()
@@ -121,6 +129,11 @@ class WorkerState:
         lag = self.lag_seconds
         if lag > self.config.worker.ready_max_lag_s:
             reasons.append(f"lag of {lag:.0f} s is above worker.ready_max_lag_s")
+        if self._unheard_bytes > self.config.worker.ready_max_lag_bytes:
+            reasons.append(
+                f"the source has written {self._unheard_bytes:,} bytes of WAL that it has not sent yet, more than"
+                " worker.ready_max_lag_bytes"
+            )
         if self._last is not None:
             reasons += [
                 f"index {name} is paused: {index.reason}"
@@ -131,9 +144,28 @@ class WorkerState:
 
     @property
     def lag_seconds(self) -> float:
-        """Age of the oldest received commit that is not in the target; 0.0 when there is none."""
+        """Age of the oldest received commit that is not in the target; 0.0 when there is none, NaN when unknown.
+
+        It is unknown while the source is not heard: what it has is then not known.
+        """
         oldest = self._stream.oldest_unapplied if self._stream is not None else None
-        return 0.0 if oldest is None else max(0.0, (datetime.now(UTC) - oldest).total_seconds())
+        if oldest is not None:
+            return max(0.0, (datetime.now(UTC) - oldest).total_seconds())
+        return 0.0 if self._hearing else math.nan
+
+    @property
+    def _hearing(self) -> bool:
+        return self._connected and self._stream is not None and self._stream.heard_lately
+
+    @property
+    def _unheard_bytes(self) -> int:
+        """How much WAL the source had at the last look that it had not sent by then; 0 when that is not known."""
+        last = self._last
+        if not self._hearing or self._stream is None or last is None or None in (last.checkpoint, last.lag_bytes):
+            return 0
+        assert last.checkpoint is not None
+        assert last.lag_bytes is not None
+        return max(0, Lsn.parse(last.checkpoint) + last.lag_bytes - self._stream.received)
 
     async def status(self) -> Status:
         """Return the status, read from both servers now."""
@@ -147,8 +179,9 @@ class WorkerState:
                 status = await read_status(self.config, source, target)
         if self._connected and self._stream is not None:
             # What this process knows exactly, against what the tables tell anyone to within some seconds.
-            caught_up = self._stream.heard_all and self._stream.oldest_unapplied is None
-            status = msgspec.structs.replace(status, lag_seconds=self.lag_seconds, caught_up=caught_up)
+            lag = None if math.isnan(self.lag_seconds) else self.lag_seconds
+            caught_up = self._stream.heard_all and lag == 0.0 if self._stream.heard_lately else None
+            status = msgspec.structs.replace(status, lag_seconds=lag, caught_up=caught_up)
         self._last = status
         return status
 

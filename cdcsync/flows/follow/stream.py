@@ -15,6 +15,8 @@ The rules:
    rarely from there, down to every `IDLE_CHECKPOINT_S`: each such write is itself WAL where source and target are one
    server.
 4. When the connection ends, the open batch is thrown away: everything after the checkpoint is delivered again.
+5. Silence is not health. While nothing comes, each status asks for a reply; a source that has not sent a frame within
+   `silence_s` is away, and within half of that, nobody knows how far behind the index is.
 """
 
 from __future__ import annotations
@@ -70,6 +72,9 @@ PROMPT_CHECKPOINT_S = 0.25
 PROMPT_STATUS_S = 1.0
 """A moved checkpoint is reported within this time, so that the source can recycle WAL."""
 
+SILENCE_S = 60.0
+"""How long a source may be silent, where its `wal_sender_timeout` does not say."""
+
 TURN_MESSAGES = 500
 """Messages handled before other tasks get a turn: a few milliseconds."""
 
@@ -105,6 +110,7 @@ class Stream:
         self._metrics = metrics
         self.limit(batch_rows, batch_bytes)
         self.status_every_s = status_every_s
+        self.silence_s = SILENCE_S
         self._tables: dict[tuple[str, str], list[Shape]] = {}
         for spec in specs:
             table = spec.shape.table
@@ -116,6 +122,7 @@ class Stream:
         self._reset(Lsn(0), Lsn(0))
 
     def _reset(self, checkpoint: Lsn, source_end: Lsn) -> None:
+        self._heard_at = float("-inf")
         self.progress = Progress(checkpoint)
         self._batch = Batch()
         self._assembler = Assembler(self._tables, checkpoint)
@@ -144,6 +151,16 @@ class Stream:
     def heard_all(self) -> bool:
         """Whether the source has sent what it had when it was connected: before that, silence says nothing."""
         return self._heard >= self._source_end
+
+    @property
+    def heard_lately(self) -> bool:
+        """Whether the source has shown lately that it is there: otherwise nobody knows what it has that we lack."""
+        return self._silent_s < self.silence_s / 2
+
+    @property
+    def received(self) -> Lsn:
+        """The furthest position that the source has told us of."""
+        return self._heard
 
     @property
     def _drained(self) -> bool:
@@ -198,7 +215,7 @@ class Stream:
 
     async def _receive_until_stopped(self, slot: SlotConnection) -> None:
         self._slot = slot
-        self._status_due = anyio.current_time()
+        self._status_due = self._heard_at = anyio.current_time()
         handled = 0
         while not self.stopping:
             await self._report_when_due()
@@ -210,9 +227,19 @@ class Stream:
                 self._note_dry()
                 with anyio.CancelScope() as self._listening:
                     frame = await slot.receive(self._patience())
+                if frame is None and self._silent_s > self.silence_s:
+                    frame = slot.poll()  # what came while this process had no turn is no silence
+                    if frame is None:
+                        raise SourceUnavailable(
+                            f"nothing has come from the source for {self._silent_s:.0f} s,"
+                            " although it was asked to reply",
+                            where="replication connection",
+                            hint="check the network between here and the source, and any proxy in it",
+                        )
                 if frame is None:
                     continue
             self._dry = False
+            self._heard_at = anyio.current_time()
             self._heard = max(self._heard, frame.wal_end)
             if isinstance(frame, Keepalive):
                 self._keepalive(frame)
@@ -229,6 +256,10 @@ class Stream:
             await self._report_when_due()
         await slot.send_status(self.progress.received, self.progress.acknowledge())
         crash_point("last status sent")
+
+    @property
+    def _silent_s(self) -> float:
+        return anyio.current_time() - self._heard_at
 
     async def _take(self, payload: bytes) -> None:
         """Handle one message: keep it for later if its transaction is still open, else hand it on."""
@@ -326,6 +357,7 @@ class Stream:
     async def _wait_for_room(self) -> None:
         self._wake_apply.set()
         await self._pause_receiving(self._patience())
+        self._heard_at = anyio.current_time()  # who does not listen hears nothing
 
     async def _pause_receiving(self, timeout_s: float) -> None:
         self._wake_receive = anyio.Event()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cdcsync.errors import GapError, SourceUnavailable
+from cdcsync.errors import DecodingFailed, GapError, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection, speaking_of
@@ -39,6 +39,18 @@ async def refuse_standby(slot_connection: SlotConnection, source: Connection) ->
             where="source.dsn",
             hint="name all hosts, and add target_session_attrs=primary, to go straight to the primary",
         )
+
+
+def refuse_undecodable(stuck: DecodingFailed, checkpoint: Lsn | None, name: str) -> None:
+    """Refuse a position at which the source has failed twice.
+
+    :raises GapError: always.
+    """
+    raise GapError(
+        f"the source fails each time that it decodes what follows the checkpoint: {stuck.message}",
+        where=f"slot {name}, checkpoint {checkpoint}",
+        hint=f"{stuck.hint}; then {_RESYNC}",
+    )
 
 
 async def refuse_moved(source: Connection, name: str, checkpoint: Lsn) -> None:

@@ -16,8 +16,8 @@ import structlog
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.crashpoints import crash_point
-from cdcsync.errors import GapError, SchemaChanged, SlotInUse
-from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby
+from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SlotInUse
+from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
 from cdcsync.lsn import Lsn
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
@@ -243,11 +243,19 @@ async def refuse_early(source: Connection, session: ApplySession, config: Config
 
 
 async def starting_point(
-    slot_connection: SlotConnection, source: Connection, session: ApplySession, config: Config, indexes: Sequence[str]
+    slot_connection: SlotConnection,
+    source: Connection,
+    session: ApplySession,
+    config: Config,
+    indexes: Sequence[str],
+    *,
+    stuck: DecodingFailed | None = None,
 ) -> StartingPoint:
     """Return where to stream from; creates the slot where there is none.
 
     After a gap, `source.on_gap = "resync"` makes a new slot and asks for a full backfill of every index.
+
+    :param stuck: why the source cannot decode what follows the checkpoint, if it has failed there again and again.
 
     :raises GapError: changes between the checkpoint and what the slot can send may be missing.
     """
@@ -262,6 +270,8 @@ async def starting_point(
             await refuse_forgotten(session, config.target.schema, name, indexes)
         else:
             await refuse_gap(slot_connection, state, server, slot, name)
+        if stuck is not None:
+            refuse_undecodable(stuck, state.checkpoint, name)
     except GapError as gap:
         if config.source.on_gap != "resync":
             raise

@@ -6,6 +6,7 @@ import pytest
 from psycopg import conninfo, sql
 
 from cdcsync.postgres.sessions import connect
+from cdcsync.source.slot import SlotConnection
 from tests.fixtures.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -26,3 +27,25 @@ async def test_a_role_that_may_use_no_language_has_sessions_that_end_with_their_
         await connection.close()
     finally:
         database.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+
+
+LIMITS = (
+    "statement_timeout",
+    "lock_timeout",
+    "transaction_timeout",
+    "idle_in_transaction_session_timeout",
+    "idle_session_timeout",
+)
+
+
+async def test_a_roles_own_time_limits_do_not_hold_for_our_sessions(database: Database) -> None:
+    known = {name for (name,) in database.execute("SELECT name FROM pg_settings WHERE name = ANY(%s)", [list(LIMITS)])}
+    dsn = conninfo.make_conninfo(database.dsn, options=" ".join(f"-c {name}=20000" for name in sorted(known)))
+    connection = await connect(dsn, "target")
+    slot = await SlotConnection.connect(dsn)
+    for name in known:
+        cursor = await connection.execute(f"SHOW {name}".encode())
+        assert await cursor.fetchone() == ("0",)
+        assert await slot._command(f"SHOW {name}") == [("0",)]
+    await slot.aclose()
+    await connection.close()
