@@ -99,6 +99,11 @@ class Metrics:
         self.embed_errors = self._counter(
             "embed_errors_total", "Calls of the embedder that failed.", ("embedder", "kind")
         )
+        self.embedder_problem = self._gauge(
+            "embedder_problem",
+            "1 while the embedder makes no vectors; the status says why and until when.",
+            ("embedder",),
+        )
         self.index_state = self._gauge("index_state", "1 for the state the index is in.", (*index, "state"))
         self.index_chunks = self._gauge("index_chunks", "Chunks in the index; an estimate for large ones.", index)
         self.index_vectors = self._gauge("index_vectors", "Vectors in the index; an estimate for large ones.", index)

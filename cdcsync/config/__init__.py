@@ -22,6 +22,7 @@ from cdcsync.config.embedders import (
     RemoteEmbedder,
     SentenceTransformersEmbedder,
     TeiEmbedder,
+    tokens_per_day,
 )
 from cdcsync.config.names import QualifiedName
 from cdcsync.config.reading import load, parse
@@ -52,4 +53,5 @@ __all__ = [
     "redact_dsn",
     "render",
     "schema",
+    "tokens_per_day",
 ]

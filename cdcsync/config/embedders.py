@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
 from cdcsync.config.shape import Section
-from cdcsync.config.values import ApiKey, ClassPath, ClusterAddress, Milliseconds, Option, Seconds, Share, Text, Url
+from cdcsync.config.values import (
+    ApiKey,
+    ClassPath,
+    ClusterAddress,
+    Header,
+    HeaderName,
+    Milliseconds,
+    Option,
+    Seconds,
+    Share,
+    Text,
+    Url,
+)
 
 MAX_DIMENSIONS = 16_000
 """pgvector's limit for a column of type vector."""
@@ -65,6 +77,7 @@ class SentenceTransformersEmbedder(
             yield "dtype", f'must be "auto" with backend = "{self.backend}", got "{self.dtype}"'
 
 
+PerDay = Annotated[int, Meta(ge=1, le=10**15)]
 PerMinute = Annotated[int, Meta(ge=1, le=10**12)]
 InputTokens = Annotated[int, Meta(ge=8, le=1_000_000)]
 
@@ -84,12 +97,25 @@ class RemoteEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=T
     batch_texts: Annotated[int, Meta(ge=1, le=10_000)] = 128
     batch_tokens: Annotated[int, Meta(ge=1, le=100_000_000)] = 100_000
     timeout_s: Seconds = 60.0
+    tokens_per_day: PerDay | None = None
     price_per_million_tokens: Annotated[float, Meta(ge=0, le=10**9)] | None = None
+    headers: dict[HeaderName, Header] = msgspec.field(default_factory=dict)
+    query: dict[Text, Text] = msgspec.field(default_factory=dict)
+    document_body: dict[Text, Option] = msgspec.field(default_factory=dict)
+    query_body: dict[Text, Option] = msgspec.field(default_factory=dict)
+
+    own_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys of a request's body that have a setting of their own."""
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """Two keys would leave open which one is meant."""
+        """What is said twice would leave open which is meant."""
         if self.api_key and self.api_key_file:
             yield "api_key_file", "cannot be used together with api_key"
+        if (self.api_key or self.api_key_file) and "authorization" in {name.lower() for name in self.headers}:
+            yield "headers", "cannot hold authorization together with a key"
+        for name, body in (("document_body", self.document_body), ("query_body", self.query_body)):
+            if twice := sorted(self.own_keys & body.keys()):
+                yield name, f"cannot hold {', '.join(twice)}, which cdcsync sets itself"
 
 
 class OpenAIEmbedder(
@@ -109,13 +135,20 @@ class OpenAIEmbedder(
     :param batch_texts: the most texts in one request.
     :param batch_tokens: the most tokens in one request, by estimate.
     :param timeout_s: seconds that one request may take.
+    :param tokens_per_day: the most tokens in a day (UTC), by estimate; loads stop at four fifths. Empty is no limit.
     :param price_per_million_tokens: what the provider asks, in any currency, for `replay --dry-run`; empty is unknown.
+    :param headers: more headers for each request, such as a gateway asks for. They are treated as secrets.
+    :param query: parameters after the address, such as api-version.
+    :param document_body: more keys of the request for documents, such as input_type. Part of the model's identity.
+    :param query_body: the same for queries.
     :param base_url: what comes before `/embeddings`.
     :param request_dimensions: ask the provider for vectors of `dimensions`, which only models trained for it can cut.
     :param encoding: how vectors travel; "base64" is a third as long, "float" is known to every server.
     :param requests_per_minute: the most requests in any minute; empty leaves it to the provider's answers.
     :param tokens_per_minute: the most tokens in any minute; empty leaves it to the provider's answers.
     """
+
+    own_keys: ClassVar[frozenset[str]] = frozenset({"model", "input", "dimensions", "encoding_format"})
 
     base_url: Url = "https://api.openai.com/v1"
     request_dimensions: bool = False
@@ -139,12 +172,19 @@ class TeiEmbedder(RemoteEmbedder, frozen=True, forbid_unknown_fields=True, kw_on
     :param batch_texts: the most texts in one request; the server's own limit goes before it.
     :param batch_tokens: the most tokens in one request, by estimate.
     :param timeout_s: seconds that one request may take.
+    :param tokens_per_day: the most tokens in a day (UTC), by estimate; loads stop at four fifths. Empty is no limit.
     :param price_per_million_tokens: what the provider asks, in any currency, for `replay --dry-run`; empty is unknown.
+    :param headers: more headers for each request, such as a gateway asks for. They are treated as secrets.
+    :param query: parameters after the address, such as api-version.
+    :param document_body: more keys of the request for documents, such as input_type. Part of the model's identity.
+    :param query_body: the same for queries.
     :param base_url: where the server is, without `/embed`.
     :param revision: the model's commit, as `/info` says it; empty takes any.
     :param normalize: have vectors of length one, as cosine distance and inner product want them.
     :param truncate: leave out what the model does not read of a text; false lists such a text as failed.
     """
+
+    own_keys: ClassVar[frozenset[str]] = frozenset({"inputs", "normalize", "truncate"})
 
     base_url: Url
     revision: Text | None = None
@@ -200,3 +240,10 @@ class RayEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 Embedder = OneEmbedder | RayEmbedder
+
+
+def tokens_per_day(settings: Embedder) -> int | None:
+    """Return the most tokens that an embedder may have in a day; None is no limit."""
+    if isinstance(settings, RayEmbedder):
+        return tokens_per_day(settings.embedder)
+    return settings.tokens_per_day if isinstance(settings, RemoteEmbedder) else None

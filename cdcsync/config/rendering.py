@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,11 +28,16 @@ def _section_lines(key_path: str, section: Mapping[str, Any]) -> Iterator[str]:
     values = {key: value for key, value in section.items() if not isinstance(value, dict)}
     if values:
         yield f"\n[{key_path}]"
+    hidden = key_path.endswith(".headers")
     for key, value in values.items():
-        yield f"{key} = {_toml(key, value)}"
+        yield f"{_key(key)} = {_toml('secret' if hidden else key, value)}"
     for key, value in section.items():
         if key not in values:
             yield from _section_lines(join(key_path, key), value)
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else _toml_text(key)
 
 
 def _toml(key: str, value: Any) -> str:

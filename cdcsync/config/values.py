@@ -130,7 +130,23 @@ def _memory_fault(text: str) -> str | None:
     return f'expected a memory size from "1MB" to "2047GB" in kB, MB, GB or TB, got {text!r}'
 
 
+def _header_name_fault(text: str) -> str | None:
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", text):
+        return "expected the name of an HTTP header"
+    if text.lower() in ("host", "content-type", "content-length", "transfer-encoding", "connection", "accept-encoding"):
+        return f"{text} is set by the request itself"
+    return None
+
+
+def _header_fault(text: str) -> str | None:
+    if re.fullmatch(r"[!-~](?:[ -~]*[!-~])?", text):
+        return None
+    return "expected the value of an HTTP header: ASCII without control characters, and without spaces at its ends"
+
+
 Text = Annotated[str, _checked_by(_blank_fault)]
+HeaderName = Annotated[str, _checked_by(_header_name_fault)]
+Header = Annotated[str, _checked_by(_header_fault)]
 Dsn = Annotated[str, _checked_by(dsn_fault)]
 Url = Annotated[str, _checked_by(_url_fault)]
 ApiKey = Annotated[str, _checked_by(_key_fault)]

@@ -6,6 +6,7 @@ Source: OpenAI, API reference, "Create embeddings".
 from __future__ import annotations
 
 import base64
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -61,13 +62,13 @@ class OpenAIEmbedder(RemoteEmbedder):
     def _options(self) -> list[str]:
         return ["cut"] if self._settings.request_dimensions else []
 
-    def _body(self, texts: list[str]) -> bytes:
+    def _body(self, texts: list[str]) -> dict[str, Any]:
         request: dict[str, object] = {"model": self._settings.model, "input": texts}
         if self._settings.request_dimensions:
             request["dimensions"] = self.dimensions
         if self._settings.encoding != "float":  # which is the default, and some servers know no such key
             request["encoding_format"] = self._settings.encoding
-        return msgspec.json.encode(request)
+        return request
 
     def _read(self, answer: bytes, tokens: float, size: int) -> list[Vectors]:
         expected = "what /v1/embeddings gives"

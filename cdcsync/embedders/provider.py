@@ -23,6 +23,7 @@ import msgspec
 import structlog
 
 from cdcsync import __version__, config
+from cdcsync.config.redaction import is_secret_key
 from cdcsync.embedders.foreign import reason, repeatable
 from cdcsync.embedders.pacing import Pace, retry_after_s
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
@@ -198,7 +199,11 @@ class Provider:
             headers["authorization"] = f"Bearer {key}"
         method = "GET" if body is None else "POST"
         received = bytearray()
-        async with self._client.stream(method, self._url + path, content=body, headers=headers) as response:
+        headers |= self._settings.headers
+        query = self._settings.query or None
+        async with self._client.stream(
+            method, self._url + path, content=body, headers=headers, params=query
+        ) as response:
             async for part in response.aiter_bytes():
                 received += part
                 if len(received) > at_most:
@@ -250,7 +255,8 @@ class Provider:
 
     def _secrets(self) -> list[str]:
         """Return what no message may repeat."""
-        return [self._key()]
+        query = [value for name, value in self._settings.query.items() if is_secret_key(name)]
+        return [self._key(), *self._settings.headers.values(), *query]
 
     def _key(self) -> str:
         path = self._settings.api_key_file

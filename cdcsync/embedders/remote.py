@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from cdcsync import config
@@ -42,7 +44,13 @@ class RemoteEmbedder:
         self.identity = ":".join([kind, settings.model, str(settings.dimensions), *self._options()])
         prefixes = {"document": settings.document_prefix, "query": settings.query_prefix}
         if any(prefixes.values()):
-            self.identity += f":prefixes {hashlib.sha256(repr(sorted(prefixes.items())).encode()).hexdigest()[:12]}"
+            self.identity += f":prefixes {_digest(prefixes)}"
+        self._bodies: Mapping[Kind, Mapping[str, Any]] = {
+            "document": settings.document_body,
+            "query": settings.query_body,
+        }
+        if any(self._bodies.values()):
+            self.identity += f":body {_digest(self._bodies)}"
         self._prefixes: Mapping[Kind, str] = {
             "document": settings.document_prefix,
             "query": settings.query_prefix,
@@ -100,7 +108,7 @@ class RemoteEmbedder:
         tokens = self._tokens(texts)
         answer = await self._provider.ask(
             self.path,
-            self._body(texts),
+            msgspec.json.encode({**self._body(texts), **self._bodies[kind]}),
             texts=texts,
             tokens=tokens,
             at_most=len(texts) * self.dimensions * BYTES_PER_NUMBER + OTHER_BYTES,
@@ -121,7 +129,8 @@ class RemoteEmbedder:
     def _tokens(self, texts: Sequence[str]) -> float:
         return sum(len(text.encode()) for text in texts) * self._tokens_per_byte + len(texts)
 
-    def _body(self, texts: list[str]) -> bytes:
+    def _body(self, texts: list[str]) -> dict[str, Any]:
+        """Return what the body of a request holds."""
         raise NotImplementedError
 
     def _read(self, answer: bytes, tokens: float, size: int) -> list[Vectors]:
@@ -132,3 +141,10 @@ class RemoteEmbedder:
         :raises EmbedError: the answer has another shape.
         """
         raise NotImplementedError
+
+
+def _digest(settings: Mapping[Any, Any]) -> str:
+    plain = sorted(
+        (key, sorted(value.items()) if isinstance(value, Mapping) else value) for key, value in settings.items()
+    )
+    return hashlib.sha256(repr(plain).encode()).hexdigest()[:12]

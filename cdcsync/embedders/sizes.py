@@ -10,21 +10,13 @@ Pure: no clock. A call of one text cannot be made smaller; if it fails beside ot
 
 from __future__ import annotations
 
-import msgspec
+from cdcsync.model.embedding import Learnt
 
 STEPS = 32
 """Successes that take a limit from nothing to the size that failed."""
 
 FASTER = 1.25
 """The growth of each success past the size that failed."""
-
-
-class Learnt(msgspec.Struct, frozen=True):
-    """What is kept over restarts; None is no limit but the configuration's."""
-
-    texts: float | None = None
-    bytes: float | None = None
-    calls: float | None = None
 
 
 class Limit:

@@ -125,10 +125,8 @@ class TeiEmbedder(RemoteEmbedder):
                 hint="lower it: what the model does not read of a chunk is refused or left out",
             )
 
-    def _body(self, texts: list[str]) -> bytes:
-        return msgspec.json.encode(
-            {"inputs": texts, "normalize": self._settings.normalize, "truncate": self._settings.truncate}
-        )
+    def _body(self, texts: list[str]) -> dict[str, Any]:
+        return {"inputs": texts, "normalize": self._settings.normalize, "truncate": self._settings.truncate}
 
     def _read(self, answer: bytes, tokens: float, size: int) -> list[Vectors]:
         with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, which `unusable` finds

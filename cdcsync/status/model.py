@@ -53,6 +53,21 @@ class BackfillStatus(msgspec.Struct, frozen=True):
     eta_s: float | None
 
 
+class EmbedderStatus(msgspec.Struct, frozen=True):
+    """An embedder as the running worker noted it; nothing is known of one that no worker uses.
+
+    `problem` is why it makes no vectors now, `tried_again_at` when it is asked next. `loads_wait_until` is set while
+    `tokens_per_day` holds up texts of loads.
+    """
+
+    problem: str | None = None
+    hint: str | None = None
+    since: datetime | None = None
+    tried_again_at: datetime | None = None
+    tokens_today: int = 0
+    loads_wait_until: datetime | None = None
+
+
 class IndexStatus(msgspec.Struct, frozen=True):
     """One index. `backlog_live` is part of `backlog`, `failed` is not; `recall` is of this generation's vectors."""
 
@@ -93,3 +108,4 @@ class Status(msgspec.Struct, frozen=True):
     worker: WorkerStatus
     indexes: dict[str, IndexStatus]
     problems: list[str]
+    embedders: dict[str, EmbedderStatus] = {}

@@ -9,7 +9,7 @@ Source: PostgreSQL, "pg_replication_slots"; "pg_locks".
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import cast
 
 import msgspec
@@ -18,11 +18,21 @@ from psycopg import sql
 from cdcsync.config import Config
 from cdcsync.errors import SourceUnavailable
 from cdcsync.lsn import Lsn
+from cdcsync.model.embedding import EmbedderState
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import Slot, current_lsn, read_slot
 from cdcsync.status.counting import count_index
-from cdcsync.status.model import VERSION, BackfillState, BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus
-from cdcsync.target import evaluations
+from cdcsync.status.model import (
+    VERSION,
+    BackfillState,
+    BackfillStatus,
+    EmbedderStatus,
+    IndexStatus,
+    SlotStatus,
+    Status,
+    WorkerStatus,
+)
+from cdcsync.target import embedders, evaluations
 from cdcsync.target.ddl.relations import Names
 from cdcsync.target.failures.documents import TABLE, Listed, count_failed
 from cdcsync.target.pipelines import Pipelines, PipelineState
@@ -67,6 +77,7 @@ async def read_status(config: Config, source: Connection | None, target: Connect
             if end is not None:
                 problems += _slot_problems(name, slot, state)
             stored = await _read_indexes(target, config, present, now, problems)
+        known = await _read_embedders(target, config, present, worker, now, problems)
     lag = _lag(end, state, worker, stored.oldest, now)
     return Status(
         version=VERSION,
@@ -79,6 +90,7 @@ async def read_status(config: Config, source: Connection | None, target: Connect
         caught_up=lag.caught_up,
         slot=None if slot is None else _slot_status(slot),
         worker=worker,
+        embedders=known,
         indexes={index: stored.found.get(index) or _absent(config, index) for index in config.indexes},
         problems=problems,
     )
@@ -251,6 +263,43 @@ async def _read_indexes(
     if new := [name for name in config.indexes if name not in found]:
         problems.append(f"not set up yet: {', '.join(new)}; start the worker again with this configuration")
     return _Indexes(found, min((entry.created_at for entry in entries), default=None))
+
+
+async def _read_embedders(
+    target: Connection,
+    config: Config,
+    present: set[str],
+    worker: WorkerStatus,
+    now: datetime,
+    problems: list[str],
+) -> dict[str, EmbedderStatus]:
+    """Return the state of each embedder, by the word of the worker that runs."""
+    readable = await _readable(target, config.target.schema, {embedders.TABLE} & present, problems)
+    noted = {}
+    if readable and worker.running:
+        noted = await embedders.read_embedders(target, config.target.schema, config.source.slot)
+    found = {}
+    for name in config.embedders:
+        state = noted.get(name, EmbedderState())
+        trouble, loads = state.problem, state.loads_wait_until
+        if trouble is not None:
+            problems.append(f"embedder {name}: {trouble}")
+        elif loads is not None and loads > now:
+            until = f"{loads:%Y-%m-%d %H:%M} UTC"
+            problems.append(f"embedder {name}: texts of loads wait until {until}, as tokens_per_day is nearly used up")
+        status = EmbedderStatus(
+            tokens_today=state.tokens if state.day == now.astimezone(UTC).date() else 0, loads_wait_until=loads
+        )
+        if trouble is not None:
+            status = msgspec.structs.replace(
+                status,
+                problem=trouble.message,
+                hint=trouble.hint,
+                since=trouble.since,
+                tried_again_at=trouble.until,
+            )
+        found[name] = status
+    return found
 
 
 def _left_out(name: str, listed: Listed) -> Iterator[str]:

@@ -16,7 +16,7 @@ import anyio
 import structlog
 
 from cdcsync.backoff import Backoff, Failure
-from cdcsync.config import Config
+from cdcsync.config import Config, tokens_per_day
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import DecodingFailed, leading
@@ -24,7 +24,7 @@ from cdcsync.flows.audit import verify_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
 from cdcsync.flows.build import build_until_live
-from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool
+from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool, note_for_ever, recall
 from cdcsync.flows.evaluate.recall import evaluate_for_ever
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.flows.follow.stream import Stream
@@ -87,10 +87,12 @@ class Pipeline:
         self.streaming = anyio.Event()
         wait_s = config.worker.live_wait_ms / 1000
         self.dispatchers = {
-            name: Dispatcher(one, metrics, anyio.current_time, wait_s) for name, one in embedders.items()
+            name: Dispatcher(one, metrics, anyio.current_time, wait_s, tokens_per_day(config.embedders[name]))
+            for name, one in embedders.items()
         }
         self.deliveries = {spec.name: Deliveries() for spec in specs}
         tables = {spec.name: SourceTable(spec.shape, spec.source_key_types, spec.row_filter) for spec in specs}
+        self._pipeline = schema, config.source.slot
         self.embedding = Pool(target_dsn, schema, len(specs))
         self.embed_loops = {
             spec.name: EmbedLoop(self.embedding, spec, self.dispatchers[spec.config.embedder], metrics)
@@ -191,6 +193,7 @@ class Pipeline:
                 return "outdated"
             await refuse_early(source, self.session, config)
             unpublished = await unpublished_tables(source, config, self.specs)
+            await recall(target, *self._pipeline, self.dispatchers)
             await set_up_indexes(target, config, self.specs, unpublished)
             await pause_indexes(target, config, broken)
             await set_up_publication(source, config, unpublished)
@@ -220,6 +223,7 @@ class Pipeline:
                         tasks.start_soon(dispatcher.run)
                     for loop in self.embed_loops.values():
                         tasks.start_soon(loop.run)
+                    tasks.start_soon(note_for_ever, self.embedding, *self._pipeline, self.dispatchers)
                     tasks.start_soon(self.backfill_once_streaming)
                     tasks.start_soon(self.verify_on_schedule)
                     tasks.start_soon(self.evaluate_on_schedule)

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -75,6 +76,8 @@ class WorkerState:
         """
         self._stream = stream
         self._dispatchers = dispatchers
+        for name, dispatcher in dispatchers.items():
+            self.metrics.embedder_problem.labels(name).set_function(partial(_troubled, dispatcher))
         self._reconfigure = reconfigure
         if self.stopping.is_set():
             stream.stop()
@@ -233,3 +236,7 @@ class WorkerState:
             backfill = index.backfill
             metrics.backfill_done.labels(name).set(0 if backfill is None else backfill.rows_done)
             metrics.backfill_expected.labels(name).set(0 if backfill is None else backfill.rows_total or 0)
+
+
+def _troubled(dispatcher: Dispatcher) -> float:
+    return float(dispatcher.problem is not None)

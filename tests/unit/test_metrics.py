@@ -183,20 +183,8 @@ WORKER = 'job="cdcsync", instance="a:9477"'
         ({f'cdcsync_index_state{{{WORKER}, index="i", state="paused"}}': "1x30"}, {"CdcsyncIndexPaused"}),
         ({f'cdcsync_recall{{{WORKER}, index="i"}}': "0.89x30"}, {"CdcsyncRecallLow"}),
         ({f'cdcsync_recall{{{WORKER}, index="i"}}': "0.9x30"}, set()),
-        (
-            {
-                f'cdcsync_embed_errors_total{{{WORKER}, embedder="e", kind="EmbedderUnavailable"}}': "0+1x40",
-                f'cdcsync_embed_texts_total{{{WORKER}, embedder="e"}}': "7x40",
-            },
-            {"CdcsyncEmbedderFails"},
-        ),
-        (
-            {
-                f'cdcsync_embed_errors_total{{{WORKER}, embedder="e", kind="TextRejected"}}': "0+1x40",
-                f'cdcsync_embed_texts_total{{{WORKER}, embedder="e"}}': "0+9x40",
-            },
-            set(),
-        ),
+        ({f'cdcsync_embedder_problem{{{WORKER}, embedder="e"}}': "1x30"}, {"CdcsyncEmbedderFails"}),
+        ({f'cdcsync_embedder_problem{{{WORKER}, embedder="e"}}': "0x30"}, set()),
     ],
 )
 def test_an_alert_fires_when_it_should(

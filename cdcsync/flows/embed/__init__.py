@@ -15,6 +15,7 @@ While the stream is far behind, embedding waits for a moment: what a text is now
     pool        the connections that all loops share
     commits     when the source committed what waits
     loop        one index's backlog
+    notes       what is known of embedders, kept in the target
 
 A file here imports only from lines above its own.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from cdcsync.flows.embed.dispatcher import Dispatcher
 from cdcsync.flows.embed.loop import EmbedLoop
+from cdcsync.flows.embed.notes import note_for_ever, recall
 from cdcsync.flows.embed.pool import Pool
 
-__all__ = ["Dispatcher", "EmbedLoop", "Pool"]
+__all__ = ["Dispatcher", "EmbedLoop", "Pool", "note_for_ever", "recall"]

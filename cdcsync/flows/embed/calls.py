@@ -16,10 +16,11 @@ import anyio
 import msgspec
 
 from cdcsync.embedders.protocol import UNUSABLE_HINT, Embedder, check_shape
-from cdcsync.embedders.sizes import CallSizes, Learnt
+from cdcsync.embedders.sizes import CallSizes
 from cdcsync.errors import CdcsyncError, EmbedderUnavailable, EmbedError, TextRejected
 from cdcsync.flows.embed.health import Health, known
 from cdcsync.metrics import Metrics
+from cdcsync.model.embedding import Learnt
 from cdcsync.model.vectors import FloatVector, unusable_rows
 from cdcsync.tracing import Tracing
 
@@ -66,7 +67,7 @@ class Calls:
     @property
     def free(self) -> bool:
         """Whether a call could begin now."""
-        return self.health.problem is None and self._free.available_tokens > 0
+        return self._free.available_tokens > 0
 
     def recall(self, learnt: Learnt) -> None:
         """Begin with the sizes that worked before a restart."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 
 import anyio
@@ -13,11 +14,11 @@ import structlog
 
 from cdcsync.documents.chunks import Lengths, estimate
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.embedders.sizes import Learnt
 from cdcsync.errors import CdcsyncError
 from cdcsync.flows.embed.calls import Calls, Made, Texts
-from cdcsync.flows.embed.health import Health, Problem, known
+from cdcsync.flows.embed.health import Health, known
 from cdcsync.metrics import Metrics
+from cdcsync.model.embedding import DailyTokens, EmbedderState, Problem
 from cdcsync.model.vectors import FloatVector
 from cdcsync.tracing import Tracing
 
@@ -65,15 +66,25 @@ for ever."""
 
 
 class Dispatcher:
-    """One embedder, used by as many callers at a time as it can serve."""
+    """One embedder, used by as many callers at a time as it can serve.
+
+    :param live_wait_s: how long a live change may wait behind texts of a load.
+    :param tokens_per_day: see the configuration; None is no limit.
+    """
 
     def __init__(
-        self, embedder: Embedder, metrics: Metrics, clock: Callable[[], float], live_wait_s: float = LIVE_WAIT_S
+        self,
+        embedder: Embedder,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        live_wait_s: float = LIVE_WAIT_S,
+        tokens_per_day: int | None = None,
     ) -> None:
         self.embedder = embedder
         self.places = embedder.concurrency
         """How many calls may run at the same time."""
         self._metrics = metrics
+        self._day = DailyTokens(tokens_per_day)
         self._calls = Calls(embedder, metrics, clock, self._note_success, self._note_failure)
         self._under_way: dict[bytes, anyio.Event] = {}
         self._made: OrderedDict[bytes, FloatVector] = OrderedDict()
@@ -126,21 +137,35 @@ class Dispatcher:
     @property
     def problem(self) -> Problem | None:
         """Why the embedder makes no vectors now."""
-        return self.health.problem
+        if (trouble := self.health.problem) is not None:
+            return trouble
+        if (until := self.waits_until(load=False)) is not None:
+            hint = "raise tokens_per_day, or wait"
+            return Problem(
+                f"all {self._day.per_day} tokens of the day are used", hint, until - timedelta(days=1), until
+            )
+        return None
 
     @property
-    def learnt(self) -> Learnt:
-        """What calls have taught about their size, to be kept over restarts."""
-        return self._calls.sizes.learnt
+    def state(self) -> EmbedderState:
+        """What is known of the embedder, to be noted in the target."""
+        return EmbedderState(
+            self._calls.sizes.learnt, self._day.day, self._day.used, self.problem, self.waits_until(load=True)
+        )
 
-    def recall(self, learnt: Learnt) -> None:
-        """Begin with the sizes that worked before a restart."""
-        self._calls.recall(learnt)
+    def recall(self, state: EmbedderState) -> None:
+        """Go on from what was known before a restart."""
+        self._calls.recall(state.learnt)
+        self._day.recall(state.day, state.tokens)
+
+    def waits_until(self, *, load: bool) -> datetime | None:
+        """Return until when texts of loads, or of live changes, wait for `tokens_per_day`; None while they do not."""
+        return self._day.waits_until(datetime.now(UTC), load=load)
 
     @property
     def idle(self) -> bool:
         """Whether a call could begin now."""
-        return self.ready.is_set() and self._tasks is not None and self._calls.free
+        return self.ready.is_set() and self._tasks is not None and self.problem is None and self._calls.free
 
     def free_within(self, seconds: float) -> bool:
         """Whether a call could begin now, or after what is under way has likely ended in this time."""
@@ -257,7 +282,7 @@ class Dispatcher:
 
     def texts_within(self, seconds: float) -> int:
         """Return how many texts are likely to take no longer than this; 0 before the first call: nobody knows."""
-        if not self.ready.is_set() or not self._seconds_per_text:
+        if not self.ready.is_set() or not self._seconds_per_text or self.waits_until(load=True) is not None:
             return 0
         return int(seconds / self._seconds_per_text)
 
@@ -298,6 +323,7 @@ class Dispatcher:
             self._small_seconds_per_text = _smoothed(self._small_seconds_per_text, each)
         tokens = sum(self._size(one, text) for one, text in texts.items())
         self._metrics.embed_tokens.labels(name).inc(tokens)
+        self._day.use(datetime.now(UTC), tokens)
         self._pace(tokens, elapsed)
         self._made.update(vectors)
         while len(self._made) > REMEMBERED_VECTORS:

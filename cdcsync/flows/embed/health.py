@@ -17,13 +17,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import anyio
-import msgspec
 import structlog
 
 from cdcsync.backoff import backoff_s
 from cdcsync.embedders.foreign import repeatable
 from cdcsync.embedders.protocol import WORD, Embedder, validate
 from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
+from cdcsync.model.embedding import Problem
 
 log = structlog.get_logger()
 
@@ -45,22 +45,6 @@ SLOW_S = 300.0
 """A call that has been running for this long is a problem in itself. Nothing in a call is supposed to take minutes."""
 
 
-class Problem(msgspec.Struct, frozen=True):
-    """Why an embedder makes no vectors now.
-
-    :ivar until: when it is tried again; None where a call is under way that has not ended.
-    """
-
-    message: str
-    hint: str | None
-    since: datetime
-    until: datetime | None
-
-    def __str__(self) -> str:
-        again = "" if self.until is None else f" (tried again at {self.until:%Y-%m-%d %H:%M:%S} UTC)"
-        return f"{self.message}{again}"
-
-
 class Health:
     """One embedder's: use `usable` before a call, `confirm` after one failed, and run `recover` beside them.
 
@@ -75,6 +59,8 @@ class Health:
         self._since = datetime.now(UTC)
         self._until = 0.0
         """When the embedder may be asked again, by the clock."""
+        self._tried_again = self._since
+        """The same as a time of day."""
         self._pauses = 0
         self._word_asked = float("-inf")
         """When the word was asked for that worked last."""
@@ -89,8 +75,7 @@ class Health:
     def problem(self) -> Problem | None:
         """Why there are no vectors now; None while the embedder works."""
         if self._error is not None:
-            wait = timedelta(seconds=max(0.0, self._until - self._clock()))
-            return Problem(str(self._error), self._error.hint, self._since, datetime.now(UTC) + wait)
+            return Problem(self._error.message, self._error.hint, self._since, self._tried_again)
         waited = self._clock() - min(self._running.values(), default=self._clock())
         if waited > SLOW_S:
             since = datetime.now(UTC) - timedelta(seconds=waited)
@@ -180,6 +165,7 @@ class Health:
         pause = asked or backoff_s(self._pauses, most=MOST_PAUSE_S)
         self._pauses += 1
         self._until = self._clock() + pause
+        self._tried_again = datetime.now(UTC) + timedelta(seconds=pause)
         self._error = error
         self._broken.set()
         name, reason, delay = self._embedder.name, str(error), round(pause, 1)

@@ -82,7 +82,12 @@ class EmbedLoop:
             self._live = False
             await self._hold_while_far_behind()
             await self._dispatcher.health.works()
-            if await self._window(lane=None) == 0:
+            if self._dispatcher.waits_until(load=False) is not None:
+                await anyio.sleep(POLL_S)  # and look again: the day may end, or the limit be raised
+                continue
+            # Loads stop first when the tokens of a day run out.
+            lane = None if self._dispatcher.waits_until(load=True) is None else LIVE
+            if await self._window(lane=lane) == 0:
                 self.drained()
                 with anyio.move_on_after(POLL_S):
                     await self._wake.wait()
@@ -109,7 +114,7 @@ class EmbedLoop:
         slots = anyio.Semaphore(self._dispatcher.places + 1)
         try:
             async with anyio.create_task_group() as tasks:
-                while window and not self._broken:
+                while window and not self._broken and self._dispatcher.waits_until(load=window[0].lane > LIVE) is None:
                     if self._live and lane is None and window[0].lane > 0:
                         self._live = False
                         while await self._window(lane=0):

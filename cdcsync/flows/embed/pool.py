@@ -59,10 +59,24 @@ class Pool:
 
         :raises TargetUnavailable, SetupError: as `connect`.
         """
+        async with self._lent() as session:
+            yield await session.backlog(self._schema, spec)
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """Lend a connection for something else.
+
+        :raises TargetUnavailable, SetupError: as `connect`.
+        """
+        async with self._lent() as session:
+            yield session.connection
+
+    @asynccontextmanager
+    async def _lent(self) -> AsyncIterator[_Session]:
         async with self._free:
             session = self._idle.pop() if self._idle else await self._open()
             try:
-                yield await session.backlog(self._schema, spec)
+                yield session
             finally:
                 self._idle.append(session)
                 if session.connection.info.transaction_status != TransactionStatus.IDLE:

@@ -117,6 +117,29 @@ _SHARED: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.failed_documents.attempts IS 'How many changes or readings of the row failed.'",
     "COMMENT ON COLUMN {schema}.failed_documents.commit_lsn IS 'Where in the stream it failed last.'",
     """
+    CREATE TABLE IF NOT EXISTS {schema}.embedders (
+        slot text NOT NULL,
+        name text NOT NULL,
+        call_texts float8,
+        call_bytes float8,
+        calls float8,
+        day date,
+        tokens bigint NOT NULL DEFAULT 0,
+        problem text,
+        hint text,
+        since timestamptz,
+        tried_again_at timestamptz,
+        loads_wait_until timestamptz,
+        updated_at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (slot, name)
+    )
+    """,
+    "COMMENT ON TABLE {schema}.embedders IS"
+    " 'cdcsync: what a worker knows of each embedder: sizes of calls that work, tokens of the day, and its trouble.'",
+    "COMMENT ON COLUMN {schema}.embedders.call_texts IS"
+    " 'The most texts of a call, learnt from calls that failed; NULL where nothing is in the way.'",
+    "COMMENT ON COLUMN {schema}.embedders.problem IS 'Why it makes no vectors now; NULL while it does.'",
+    """
     CREATE OR REPLACE FUNCTION {schema}.wait_for(index_name text, lsn pg_lsn, timeout interval DEFAULT '10 s')
     RETURNS boolean LANGUAGE plpgsql VOLATILE STRICT SET search_path = pg_catalog, pg_temp AS $body$
     DECLARE

@@ -20,7 +20,7 @@ def test_the_examples_of_the_documentation_are_right() -> None:
     kinds: set[type] = set()
     for example in examples:
         name, *_ = re.findall(r"\[embedders\.(\w+)\]", example)
-        config = read(example + SECTIONS, OPENAI_API_KEY=KEY)
+        config = read(example + SECTIONS, OPENAI_API_KEY=KEY, AZURE_OPENAI_API_KEY=KEY)
         kinds.add(type(config.embedders[name]))
     assert kinds == {OpenAIEmbedder, TeiEmbedder, SentenceTransformersEmbedder, PythonEmbedder}
 

@@ -1,0 +1,48 @@
+"""Keeps the table `embedders` current: what dispatchers have learnt, and what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import anyio
+import structlog
+
+from cdcsync.errors import Unavailable
+from cdcsync.flows.embed.dispatcher import Dispatcher
+from cdcsync.flows.embed.pool import Pool
+from cdcsync.model.embedding import EmbedderState
+from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.target.embedders import note_embedders, read_embedders
+
+log = structlog.get_logger()
+
+NOTE_S = 10.0
+"""How often sizes and tokens are noted where they changed. Trouble is noted at once."""
+
+
+async def recall(connection: Connection, schema: str, slot: str, dispatchers: Mapping[str, Dispatcher]) -> None:
+    """Have dispatchers go on from what was noted before a restart."""
+    for name, state in (await read_embedders(connection, schema, slot)).items():
+        if name in dispatchers:
+            dispatchers[name].recall(state)
+
+
+async def note_for_ever(pool: Pool, schema: str, slot: str, dispatchers: Mapping[str, Dispatcher]) -> None:
+    """Note what changes, until cancelled."""
+    noted: dict[str, EmbedderState] = {}
+    while True:
+        changed = anyio.Event()
+        for dispatcher in dispatchers.values():
+            dispatcher.health.changed = changed.set
+        states = {name: dispatcher.state for name, dispatcher in dispatchers.items()}
+        news = {name: state for name, state in states.items() if noted.get(name) != state}
+        if news:
+            try:
+                with speaking_of("target"):
+                    async with pool.connection() as connection:
+                        await note_embedders(connection, schema, slot, news)
+                noted |= news
+            except Unavailable as error:
+                log.debug("embedders_not_noted", error=str(error))
+        with anyio.move_on_after(NOTE_S):
+            await changed.wait()

@@ -1,0 +1,54 @@
+"""The table `embedders`: what a worker knows of each embedder, for itself after a restart and for `cdcsync status`.
+
+A note, like the evaluations: nothing that the index holds goes by it, so it needs no fence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from psycopg import sql
+
+from cdcsync.model.embedding import EmbedderState, Learnt, Problem
+from cdcsync.postgres.sessions import Connection
+
+TABLE = "embedders"
+
+
+async def read_embedders(connection: Connection, schema: str, slot: str) -> dict[str, EmbedderState]:
+    """Return what is noted of a pipeline's embedders, by name."""
+    cursor = await connection.execute(
+        sql.SQL(
+            "SELECT name, call_texts, call_bytes, calls, day, tokens, problem, hint, since, tried_again_at,"
+            " loads_wait_until FROM {} WHERE slot = %s"
+        ).format(sql.Identifier(schema, TABLE)),
+        [slot],
+    )
+    found = {}
+    for name, texts, size, calls, day, tokens, problem, hint, since, until, loads in await cursor.fetchall():
+        trouble = None if problem is None else Problem(problem, hint, since, until)
+        found[name] = EmbedderState(Learnt(texts, size, calls), day, tokens, trouble, loads)
+    return found
+
+
+async def note_embedders(connection: Connection, schema: str, slot: str, states: Mapping[str, EmbedderState]) -> None:
+    """Note what is known of embedders."""
+    statement = sql.SQL(
+        "INSERT INTO {} AS mine (slot, name, call_texts, call_bytes, calls, day, tokens, problem, hint, since,"
+        " tried_again_at, loads_wait_until, updated_at)"
+        " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, now())"
+        " ON CONFLICT (slot, name) DO UPDATE SET (call_texts, call_bytes, calls, day, tokens, problem, hint, since,"
+        " tried_again_at, loads_wait_until, updated_at) = (excluded.call_texts, excluded.call_bytes, excluded.calls,"
+        " excluded.day, excluded.tokens, excluded.problem, excluded.hint, excluded.since, excluded.tried_again_at,"
+        " excluded.loads_wait_until, excluded.updated_at)"
+    ).format(sql.Identifier(schema, TABLE))
+    for name, state in states.items():
+        learnt, problem = state.learnt, state.problem
+        trouble = [None] * 4 if problem is None else [problem.message, problem.hint, problem.since, problem.until]
+        await connection.execute(
+            statement,
+            [
+                *(slot, name, learnt.texts, learnt.bytes, learnt.calls, state.day, state.tokens),
+                *(*trouble, state.loads_wait_until),
+            ],
+        )
