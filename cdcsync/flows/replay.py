@@ -25,8 +25,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection, first_line, passing, speaking_of, translate
 from cdcsync.preflight import build_embedders, examine
-from cdcsync.source.catalog import read_publication
-from cdcsync.source.relations import read_table
+from cdcsync.source.catalog import read_catalog
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 from cdcsync.target.keys import canonical
 from cdcsync.target.pipelines import Pipelines
@@ -100,8 +99,8 @@ async def as_on_source(source: Connection, publication: str, spec: IndexSpec) ->
     """
     name = spec.shape.table
     with speaking_of("source", where=str(name)):
-        table = await read_table(source, name)
-        published = await read_publication(source, publication)
+        catalog = await read_catalog(source, publication, [name])
+    table, published = catalog.tables.get(name), catalog.publication
     missing = [column for column in spec.shape.columns if table is None or column not in table.columns]
     if table is None or missing:
         what = "the table is not there" if table is None else f"columns are missing: {', '.join(missing)}"

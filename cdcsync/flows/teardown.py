@@ -21,7 +21,8 @@ from cdcsync.config import Config
 from cdcsync.config.names import quote
 from cdcsync.errors import SetupError, SlotInUse
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
-from cdcsync.source.catalog import Publication, Slot, read_publication, read_server, read_slot
+from cdcsync.source.catalog import Slot, read_server, read_slot
+from cdcsync.source.publications import Publication, published_names, read_publication
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 
@@ -260,7 +261,9 @@ async def _drop_publication(
         return Step(what, "kept", f"the pipeline {', '.join(sharing)} uses it too")
     if publication.all_tables:
         return Step(what, "kept", f"it sends all tables, so cdcsync did not make it; {by_hand}")
-    if others := sorted(str(table) for table in publication.tables if str(table) not in ours):
+    with speaking_of("source", where=what):
+        others = sorted(str(table) for table in await published_names(source, name) if str(table) not in ours)
+    if others:
         return Step(what, "kept", f"it also sends {', '.join(others[:3])}, which is not indexed; {by_hand}")
     if not publication.owned:
         return Step(what, "kept", f"it belongs to another role; {by_hand}")

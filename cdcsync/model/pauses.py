@@ -62,6 +62,6 @@ class Pauses:
     def standing(self, broken: Mapping[str, Pause]) -> dict[str, Pause]:
         """Return which indexes cannot be followed now, and why.
 
-        :param broken: those of which an examination of their tables has just found it.
+        :param broken: those of which an examination has just found it, and so knows better than what was found first.
         """
-        return {name: self._last.get(name) or broken[name] for name in self._kept | set(broken)}
+        return {name: self._last[name] for name in self._kept} | dict(broken)

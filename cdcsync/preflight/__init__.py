@@ -1,15 +1,17 @@
 """Preflight: proves that a configuration can work before anything is created or changed.
 
-    findings     `Finding`, `Report`, `refuse`; how a failed check becomes a finding
+    findings     `Finding`; how a failed check becomes one
     source       the source's server, role, slot and publication
     tables       each index's table, its columns and its key
-    sending      what the publication sends of them
+    sending      what the publication sends of them, and which of the application's writes it makes fail
     target       the target's server, pgvector and our schema
     types        the columns' types in the target
     indexes      each index: its model, what is stored of it, and its `IndexSpec`
+    following    whether each index can follow its table; the watch asks it too
     layout       where it is to lie: its tables, its view, its keyword search
     embedders    the models
     machine      this machine's disk and network
+    report       `Report`, `refuse`
     examination  `examine`, all of it in order
 
 Every check only reads. Each goes on where another failed, so that one run tells everything there is to mend.
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 from cdcsync.preflight.embedders import build_embedders, examine_embedders
 from cdcsync.preflight.examination import examine
-from cdcsync.preflight.findings import Finding, Report, refuse
+from cdcsync.preflight.findings import Finding
+from cdcsync.preflight.report import Report, refuse
 
 __all__ = ["Finding", "Report", "build_embedders", "examine", "examine_embedders", "refuse"]

@@ -14,13 +14,15 @@ from cdcsync.errors import CdcsyncError
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, Side, connect
-from cdcsync.preflight.findings import Finding, Report, noting
-from cdcsync.preflight.indexes import Plan, key_faults, make_plan, make_spec, stored_faults
+from cdcsync.preflight.findings import Finding, noting
+from cdcsync.preflight.following import following_findings
+from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults
 from cdcsync.preflight.layout import examine_layout
 from cdcsync.preflight.machine import machine_findings
-from cdcsync.preflight.sending import creation_faults, sending_findings
+from cdcsync.preflight.report import Report
+from cdcsync.preflight.sending import creation_faults
 from cdcsync.preflight.source import SourceFacts, examine_source
-from cdcsync.preflight.tables import examine_row_filter, examine_table, needed_columns, table_faults
+from cdcsync.preflight.tables import examine_row_filter, kind_faults, no_such_table
 from cdcsync.preflight.target import TargetFacts, examine_target
 from cdcsync.target.registry import Entry
 
@@ -34,27 +36,31 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
     """
     findings: list[Finding] = list(machine_findings(config))
     specs: list[IndexSpec] = []
-    broken: dict[str, Pause] = {}
     plans = [make_plan(name, index, embedders.get(index.embedder), findings) for name, index in config.indexes.items()]
     async with AsyncExitStack() as stack:
         source = await _connect(stack, config.source.dsn, "source", findings)
         target = await _connect(stack, config.target.dsn, "target", findings)
         source_facts = target_facts = None
-        if source is not None and (source_facts := await examine_source(source, config, findings)) is not None:
-            await _examine_tables(source, plans, source_facts, findings)
-        if target is not None and (target_facts := await examine_target(target, config, findings)) is not None:
+        if target is not None:
+            target_facts = await examine_target(target, config, findings)
+        stored = target_facts.stored if target_facts is not None else {}
+        if source is not None:
+            known = [one.table_oid for one in stored.values() if one.table_oid is not None]
+            source_facts = await examine_source(source, config, findings, known=known)
+            if source_facts is not None:
+                await _examine_tables(source, plans, source_facts, stored)
+        if target is not None and target_facts is not None:
             if source_facts is not None:
                 findings += own_tables(config, source_facts, target_facts)
-            broken = _pause_broken(plans, target_facts, findings)
-            specs = await _examine_indexes(
-                target,
-                config,
-                [plan for plan in plans if plan.name not in broken],
-                source_facts,
-                target_facts,
-                findings,
-            )
-    return Report(findings, specs, broken)
+            specs = await _examine_indexes(target, config, plans, source_facts, target_facts, findings)
+        broken = _pause_broken(plans, stored)
+        if source_facts is not None and source_facts.catalog.publication is None:
+            found = {plan.table.name: plan.table for plan in plans if plan.table is not None}
+            findings += creation_faults(found.values(), source_facts)
+    for plan in plans:
+        findings += [finding for finding in plan.findings if finding not in findings]
+    specs = [spec for spec in specs if spec.name not in broken]
+    return Report(findings, specs, broken, plans, source_facts.catalog if source_facts is not None else None)
 
 
 async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[Finding]) -> Connection | None:
@@ -66,22 +72,24 @@ async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[F
 
 
 async def _examine_tables(
-    source: Connection, plans: Sequence[Plan], facts: SourceFacts, findings: list[Finding]
+    source: Connection, plans: Sequence[Plan], facts: SourceFacts, stored: Mapping[str, Entry]
 ) -> None:
     for plan in plans:
-        plan.table = await examine_table(source, plan.name, plan.index, plan.findings)
-        if plan.table is not None:
-            needed = needed_columns(plan.index, plan.documents, plan.table)
-            plan.findings += table_faults(plan.name, plan.index, plan.documents, plan.table, facts.server.role)
-            plan.findings += sending_findings(plan.table, needed, facts)
-            sent = facts.publication.tables.get(plan.table.name) if facts.publication is not None else None
+        name = plan.index.table_name
+        plan.findings += following_findings(plan, facts.catalog, facts.wanted, stored.get(plan.name))
+        table = facts.catalog.tables.get(name)
+        with noting(plan.findings, "source", str(name)):
+            if table is None:
+                if not plan.findings:
+                    plan.findings.append(await no_such_table(source, f"indexes.{plan.name}.table", name))
+                continue
+            if kind_faults(f"indexes.{plan.name}.table", table):
+                continue
+            plan.table = table
+            publication = facts.catalog.publication
+            sent = publication.tables.get(name) if publication is not None else None
             if sent is not None:
-                with noting(plan.findings, "source", str(plan.table.name)):
-                    plan.findings += await examine_row_filter(source, plan.table, sent, facts.server.role)
-        findings += plan.findings
-    if facts.publication is None:
-        found = {plan.table.name: plan.table for plan in plans if plan.table is not None}
-        findings += creation_faults(found.values(), facts)
+                plan.findings += await examine_row_filter(source, table, sent, facts.catalog.role)
 
 
 def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list[Finding]:
@@ -98,19 +106,20 @@ def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list
     ]
 
 
-def _pause_broken(plans: Sequence[Plan], facts: TargetFacts, findings: list[Finding]) -> dict[str, Pause]:
-    """Return the indexes that exist and cannot follow their tables any more; their errors become warnings.
+def _pause_broken(plans: Sequence[Plan], stored: Mapping[str, Entry]) -> dict[str, Pause]:
+    """Return the indexes that exist and cannot be kept up any more; their errors become warnings.
 
-    Where the configuration asks for something else than before, the configuration is wrong: that stays an error.
+    If the configuration asks for something else than before, the configuration is wrong: that stays an error. So does
+    an outage, which is not a fault of any index.
     """
     broken = {}
     for plan in plans:
         errors = [finding for finding in plan.findings if finding.level == "error"]
-        if errors and _as_before(plan, facts.stored.get(plan.name)):
-            first = errors[0]
-            broken[plan.name] = Pause(first.message, first.hint)
+        outage = any(error.passing for error in errors)
+        if errors and not outage and _as_before(plan, stored.get(plan.name)):
+            broken[plan.name] = Pause(errors[0].message, errors[0].hint)
             for error in errors:
-                findings[findings.index(error)] = Finding.warning(
+                plan.findings[plan.findings.index(error)] = Finding.warning(
                     error.where, f"{error.message}; the index {plan.name} is paused, the others go on", error.hint
                 )
     return broken
@@ -131,23 +140,23 @@ async def _examine_indexes(
     facts: TargetFacts,
     findings: list[Finding],
 ) -> list[IndexSpec]:
-    publication = source_facts.publication if source_facts is not None else None
+    publication = source_facts.catalog.publication if source_facts is not None else None
     specs = []
     for plan in plans:
-        errors = sum(finding.level == "error" for finding in findings)
         stored = facts.stored.get(plan.name)
         if stored is not None:
+            # Of another index than the one that exists: that is for whoever wrote the configuration.
             findings += stored_faults(plan.name, plan.index, stored, config.source.slot, plan.embedder)
-            if plan.table is not None:
-                findings += key_faults(plan.name, stored, plan.table)
-        await examine_layout(target, config, plan.name, facts, findings)
+        await examine_layout(target, config, plan.name, facts, plan.findings)
         published = publication.tables.get(plan.index.table_name) if publication is not None else None
         row_filter = published.row_filter if published is not None else None
-        with noting(findings, "target", f"indexes.{plan.name}"):
-            spec = await make_spec(target, config.target.schema, plan, facts, row_filter, findings)
-            if spec is not None and errors == sum(finding.level == "error" for finding in findings):
-                findings.append(_summary(plan, spec))
-                specs.append(msgspec.structs.replace(spec, membership=published.membership if published else None))
+        with noting(plan.findings, "target", f"indexes.{plan.name}"):
+            spec = await make_spec(target, config.target.schema, plan, facts, row_filter, plan.findings)
+            if spec is not None and not any(finding.level == "error" for finding in plan.findings):
+                plan.findings.append(_summary(plan, spec))
+                rows = publication.brought_by.get(plan.index.table_name, ()) if publication is not None else ()
+                member = next((int(row.split()[1]) for row in rows if row.startswith("row ")), None)
+                specs.append(msgspec.structs.replace(spec, membership=member))
     return specs
 
 

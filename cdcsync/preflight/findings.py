@@ -1,7 +1,7 @@
-"""What the checks find, and what becomes of it.
+"""What the checks find.
 
 A check never raises for a fault that it looks for: it adds a `Finding` and the next check goes on, so that one run says
-everything there is to mend.
+everything there is to fix.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from typing import Literal, Self
 import msgspec
 import psycopg
 
-from cdcsync.errors import CdcsyncError, Retry, SetupError
-from cdcsync.model.pauses import Pause
-from cdcsync.model.spec import IndexSpec
+from cdcsync.errors import CdcsyncError, Retry
 from cdcsync.postgres.sessions import Side, translate
 
 Level = Literal["ok", "warning", "error"]
@@ -60,47 +58,6 @@ class Finding(msgspec.Struct, frozen=True):
     def of(cls, error: CdcsyncError, where: str) -> Self:
         """Return an error of our tree as a finding; its own place is the better known one."""
         return cls("error", error.where or where, error.message, error.hint, error.retry is Retry.AUTOMATIC)
-
-
-class Report(msgspec.Struct):
-    """All findings, in the order of the checks, and the indexes as they are to be.
-
-    :ivar broken: indexes that exist and whose tables are not fit for them any more, with the reason; they are paused,
-        and keep no other index from going on.
-    :ivar specs: complete, in the configuration's order, if there is no error; else those that could be made.
-    """
-
-    findings: list[Finding]
-    specs: list[IndexSpec]
-    broken: dict[str, Pause] = {}
-
-    @property
-    def errors(self) -> list[Finding]:
-        """The findings that stop the pipeline."""
-        return [finding for finding in self.findings if finding.level == "error"]
-
-    @property
-    def passes(self) -> bool:
-        """Whether nothing but servers that are away keeps the pipeline from starting."""
-        return bool(self.errors) and all(finding.passes for finding in self.errors)
-
-
-def refuse(report: Report) -> None:
-    """Return when no finding is an error.
-
-    :raises SetupError: there are errors; a single one is the message, several are its blocks.
-    """
-    match report.errors:
-        case []:
-            return
-        case [only]:
-            raise SetupError(only.message, where=only.where, hint=only.hint)
-        case errors:
-            blocks = [f"{len(errors)} problems keep this configuration from working"]
-            for finding in errors:
-                fix = f"\n    fix: {finding.hint}" if finding.hint else ""
-                blocks.append(f"  {finding.where}: {finding.message}{fix}")
-            raise SetupError("\n\n".join(blocks), hint="mend them all, then see that `cdcsync check` is content")
 
 
 @contextmanager

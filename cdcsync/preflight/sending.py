@@ -1,19 +1,30 @@
 """What a publication sends of an index's table: the table at all, under its own name, and every column that is needed.
 
+And what a publication would do to the table: `failing_writes` says which UPDATE and DELETE the server would refuse.
+
 These functions know no server.
 
 Source: PostgreSQL, "Logical Replication" (Publication, Row Filters, Column Lists, Generated Column Replication);
-"CREATE PUBLICATION".
+"CREATE PUBLICATION"; src/backend/commands/publicationcmds.c (pub_contains_invalid_column);
+src/backend/executor/execReplication.c (CheckCmdReplicaIdentity).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from cdcsync.config import QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.preflight.findings import Finding, named
 from cdcsync.preflight.source import SourceFacts
-from cdcsync.source.catalog import GENERATED_COLUMNS_VERSION, Publication, create_publication_statement
+from cdcsync.source.catalog import Catalog
+from cdcsync.source.publications import (
+    FILTERS_VERSION,
+    GENERATED_COLUMNS_VERSION,
+    Publication,
+    Published,
+    create_publication_statement,
+)
 from cdcsync.source.relations import Column, Table
 
 
@@ -26,23 +37,27 @@ def creation_faults(tables: Iterable[Table], source: SourceFacts) -> Iterator[Fi
     if foreign:
         reasons.append(f"does not own {named(foreign)}")
     if reasons:
-        statement = create_publication_statement(
-            source.publication_name, sorted(source.tables), version=source.server.version
-        )
+        name = source.catalog.publication_name
+        statement = create_publication_statement(name, sorted(source.wanted), version=source.server.version)
         yield Finding.error(
-            f"publication {source.publication_name}",
+            f"publication {name}",
             f"does not exist, and the role {quote(source.server.role)} {' and '.join(reasons)}",
             f"as an owner of the tables: {statement.as_string(None)}",
         )
 
 
-def sending_findings(table: Table, needed: Sequence[Column], source: SourceFacts) -> Iterator[Finding]:
-    """Say which changes of the table would not arrive, or not under its name, or not with every column."""
-    publication = source.publication
-    where = f"publication {source.publication_name}"
+def sending_findings(
+    table: Table, needed: Sequence[Column], catalog: Catalog, wanted: Collection[QualifiedName]
+) -> Iterator[Finding]:
+    """Say which changes of the table would not arrive, or not under its name, or not with every column.
+
+    :param wanted: the tables of all indexes, which `run` publishes.
+    """
+    publication = catalog.publication
+    where = f"publication {catalog.publication_name}"
     via_root = publication is None or publication.via_root
-    published = source.tables if publication is None else {*publication.tables, *source.tables}
-    yield from unsendable_columns(table, needed, source.server.version)
+    published = wanted if publication is None else {*publication.tables, *wanted}
+    yield from unsendable_columns(table, needed, catalog.version)
     if above := [ancestor for ancestor in table.ancestors if via_root and ancestor in published]:
         yield Finding.error(
             where,
@@ -53,10 +68,11 @@ def sending_findings(table: Table, needed: Sequence[Column], source: SourceFacts
         yield Finding.error(
             where,
             f"sends the changes of the partitioned table {table.name} under the names of its partitions",
-            f"ALTER PUBLICATION {quote(source.publication_name)} SET (publish_via_partition_root = true)",
+            f"ALTER PUBLICATION {quote(catalog.publication_name)} SET (publish_via_partition_root = true)",
         )
     elif publication is not None:
-        yield from published_findings(table, needed, publication, source.server.version)
+        yield from published_findings(table, needed, publication, catalog.version)
+    yield from write_findings(table, catalog)
 
 
 def unsendable_columns(table: Table, needed: Sequence[Column], version: int) -> Iterator[Finding]:
@@ -80,26 +96,24 @@ def unsendable_columns(table: Table, needed: Sequence[Column], version: int) -> 
 def published_findings(
     table: Table, needed: Sequence[Column], publication: Publication, version: int
 ) -> Iterator[Finding]:
-    """Say what an existing publication does not send of the table, and `run` cannot mend."""
+    """Say what an existing publication does not send of the table, and `run` cannot change."""
     where = f"publication {publication.name}"
     alter = f"ALTER PUBLICATION {quote(publication.name)}"
     sent = publication.tables.get(table.name)
-    if sent is None and (publication.all_tables or not (publication.owned and table.owned)):
+    if sent is None and not addable(table, publication):
         yield Finding.error(
             where,
             f"does not send {table.name}, and the role is not an owner of both, who could add it",
             f"{alter} ADD TABLE {table.name}",
         )
-    if version >= GENERATED_COLUMNS_VERSION and not publication.generated and (sent is None or not sent.listed):
-        problem = None
-        if stored := _generated(needed, "s"):
-            problem = f"does not send the generated columns of {table.name}: {named(stored)}"
-        elif sent is None and table.identity_mode == "f" and _generated(table.columns.values(), "s"):
-            problem = (
-                f"sends no generated columns: once it has {table.name}, whose identity holds one, its UPDATEs fail"
-            )
-        if problem is not None:
-            yield Finding.error(where, problem, f"{alter} SET (publish_generated_columns = stored)")
+    stored = _generated(needed, "s")
+    unlisted = sent is None or not sent.listed
+    if version >= GENERATED_COLUMNS_VERSION and not publication.generated and unlisted and stored:
+        yield Finding.error(
+            where,
+            f"does not send the generated columns of {table.name}: {named(stored)}",
+            f"{alter} SET (publish_generated_columns = stored)",
+        )
     if sent is None:
         return
     sendable = ("", "s") if version >= GENERATED_COLUMNS_VERSION else ("",)
@@ -114,6 +128,67 @@ def published_findings(
         )
     if sent.row_filter:
         yield Finding.ok(where, f"sends only the rows of {table.name} where {sent.row_filter}")
+
+
+def addable(table: Table, publication: Publication) -> bool:
+    """Say whether `run` can add a table to a publication that does not send it."""
+    return not publication.all_tables and publication.owned and table.owned
+
+
+def write_findings(table: Table, catalog: Catalog) -> Iterator[Finding]:
+    """Say which writes of the application the publication makes, or would make, fail.
+
+    Where the table is published already nothing that we do makes that worse, so it is a warning.
+    """
+    publication = catalog.publication
+    sent = publication.tables.get(table.name) if publication is not None else None
+    for problem, fix in failing_writes(table, publication, sent, catalog.version):
+        if sent is not None:
+            message = f"UPDATE and DELETE of {table.name} fail: {problem}"
+            yield Finding.warning(f"publication {catalog.publication_name}", message, fix)
+        else:
+            message = f"once it sends {table.name}, its UPDATEs fail, and its DELETEs: {problem}"
+            yield Finding.error(f"publication {catalog.publication_name}", message, fix)
+
+
+def failing_writes(
+    table: Table, publication: Publication | None, sent: Published | None, version: int
+) -> Iterator[tuple[str, str]]:
+    """Say what makes every UPDATE and DELETE of a table fail under a publication, each with its remedy.
+
+    :param publication: None for the one that `run` creates.
+    :param sent: how it sends the table; None if it is yet to be added, with all its columns and rows.
+    """
+    if publication is not None and not publication.operations & {"update", "delete"}:
+        return
+    name = publication.name if publication is not None else None
+    alter = "" if name is None else f"ALTER PUBLICATION {quote(name)}"
+    own = [(table.name, table.identity_mode, table.identity)]
+    leaves = [(leaf.name, leaf.identity_mode, leaf.identity) for leaf in table.leaves if leaf.kind == "r"]
+    for one, mode, identity in leaves if table.kind == "p" else own:
+        default = f"ALTER TABLE {one} REPLICA IDENTITY DEFAULT"
+        if not identity and mode != "f":
+            # A table that is yet to be added is refused for that anyway: nothing would tell its rows apart.
+            if sent is not None:
+                yield f"{one} has no replica identity", f"{default}, with a primary key"
+            continue
+        if version >= GENERATED_COLUMNS_VERSION:
+            columns = [table.columns[column] for column in identity if column in table.columns]
+            if virtual := _generated(columns, "v"):
+                yield f"the replica identity of {one} holds virtual generated columns, {named(virtual)}", default
+            stored = _generated(columns, "s")
+            if stored and publication is not None and not publication.generated and (sent is None or not sent.listed):
+                fix = f"{alter} SET (publish_generated_columns = stored), or {default}"
+                yield f"the replica identity of {one} holds generated columns that are not sent, {named(stored)}", fix
+        if version < FILTERS_VERSION or sent is None:
+            continue
+        if sent.listed and (mode == "f" or not set(identity) <= set(sent.columns)):
+            fix = f"{alter} SET TABLE … without a column list for {table.name}, or {default}"
+            yield f"the column list for {table.name} does not cover the replica identity of {one}", fix
+        if mode != "f" and (outside := [column for column in sent.filter_columns if column not in identity]):
+            fix = f"ALTER TABLE {one} REPLICA IDENTITY FULL, or a row filter by columns of the replica identity"
+            names = named(map(quote, outside))
+            yield f"the row filter for {table.name} reads columns outside the replica identity of {one}, {names}", fix
 
 
 def _generated(columns: Iterable[Column], how: str) -> list[str]:

@@ -7,7 +7,7 @@ Source: PostgreSQL, "Logical Replication" (Configuration Settings, Security), "L
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import msgspec
 
@@ -16,7 +16,8 @@ from cdcsync.config.names import quote
 from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
-from cdcsync.source.catalog import Publication, Server, Slot, read_publication, read_server, read_slot
+from cdcsync.source.catalog import Catalog, Server, Slot, read_catalog, read_server, read_slot
+from cdcsync.source.publications import Publication
 from cdcsync.source.slot import MIN_VERSION, SlotConnection
 
 STANDBY_VERSION = 160000
@@ -28,22 +29,27 @@ OPERATIONS = ("insert", "update", "delete", "truncate")
 class SourceFacts(msgspec.Struct, frozen=True):
     """What the checks of the tables need to know of the source.
 
-    :ivar publication: None where `run` creates it.
-    :ivar tables: the tables of all indexes.
+    :ivar wanted: the tables of all indexes.
     """
 
     server: Server
-    publication: Publication | None
-    publication_name: str
-    tables: frozenset[QualifiedName]
+    catalog: Catalog
+    wanted: frozenset[QualifiedName]
 
 
-async def examine_source(connection: Connection, config: Config, findings: list[Finding]) -> SourceFacts | None:
-    """Check everything on the source but its tables; returns None when the server could not be read."""
+async def examine_source(
+    connection: Connection, config: Config, findings: list[Finding], *, known: Collection[int] = ()
+) -> SourceFacts | None:
+    """Check everything on the source but its tables; returns None when the server could not be read.
+
+    :param known: the OIDs of tables that are followed already.
+    """
     with noting(findings, "source", "source"):
         server = await read_server(connection)
         slot = await read_slot(connection, config.source.slot)
-        publication = await read_publication(connection, config.source.publication)
+        wanted = frozenset(index.table_name for index in config.indexes.values())
+        catalog = await read_catalog(connection, config.source.publication, wanted, known)
+        publication = catalog.publication
         findings += or_ok(
             server_faults(server, slot),
             "source",
@@ -60,8 +66,7 @@ async def examine_source(connection: Connection, config: Config, findings: list[
             findings += or_ok(publication_faults(publication), where, "exists, and sends every kind of change")
         elif slot is not None:
             findings += orphan_faults(slot, config.source.publication)
-        tables = frozenset(index.table_name for index in config.indexes.values())
-        return SourceFacts(server, publication, config.source.publication, tables)
+        return SourceFacts(server, catalog, wanted)
     return None
 
 

@@ -1,6 +1,6 @@
 """An index's source table: whether it has what the index asks for, can be read, and names the row of each change.
 
-`examine_table` reads the facts; the functions below it know no server.
+The functions here know no server, but for two that look further into what the catalog does not tell.
 
 Source: PostgreSQL, "Logical Replication" (Publication, Restrictions), "Row Security Policies", "Table Partitioning".
 """
@@ -16,9 +16,9 @@ from cdcsync.config import Index, QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.documents.templates import Documents
 from cdcsync.postgres.sessions import Connection
-from cdcsync.preflight.findings import Finding, named, nearest, noting
-from cdcsync.source.catalog import Published
-from cdcsync.source.relations import Column, Table, read_table, similar_tables
+from cdcsync.preflight.findings import Finding, named, nearest
+from cdcsync.source.publications import Published
+from cdcsync.source.relations import Column, Table, similar_tables
 from cdcsync.target.ddl.relations import RESERVED
 
 SYSTEM_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
@@ -31,20 +31,14 @@ _WRONG_KINDS = {
 }
 
 
-async def examine_table(connection: Connection, name: str, index: Index, findings: list[Finding]) -> Table | None:
-    """Return the index's table; None, with the reason noted, when there is none that could be followed."""
-    table = index.table_name
-    where = f"indexes.{name}.table"
-    with noting(findings, "source", where):
-        found = await read_table(connection, table)
-        if found is None:
-            findings.append(_no_such_table(where, table, await similar_tables(connection, table)))
-            return None
-        if faults := kind_faults(where, found):
-            findings += faults
-            return None
-        return found
-    return None
+async def no_such_table(connection: Connection, where: str, table: QualifiedName) -> Finding:
+    """Say that there is no such table, and which one was meant."""
+    similar = await similar_tables(connection, table)
+    by_name = {other.name: other for other in similar if other.schema == table.schema}
+    elsewhere = next((other for other in similar if other.name == table.name), None)
+    best = elsewhere or by_name.get(nearest(table.name, by_name) or "")
+    hint = f"did you mean {best}?" if best else "create it, or correct the name; cdcsync does not create source tables"
+    return Finding.error(where, f"there is no table {table} in the source database", hint)
 
 
 async def examine_row_filter(connection: Connection, table: Table, sent: Published, role: str) -> list[Finding]:
@@ -68,14 +62,6 @@ async def examine_row_filter(connection: Connection, table: Table, sent: Publish
             )
         ]
     return []
-
-
-def _no_such_table(where: str, table: QualifiedName, similar: Sequence[QualifiedName]) -> Finding:
-    by_name = {other.name: other for other in similar if other.schema == table.schema}
-    elsewhere = next((other for other in similar if other.name == table.name), None)
-    best = elsewhere or by_name.get(nearest(table.name, by_name) or "")
-    hint = f"did you mean {best}?" if best else "create it, or correct the name; cdcsync does not create source tables"
-    return Finding.error(where, f"there is no table {table} in the source database", hint)
 
 
 def kind_faults(where: str, table: Table) -> list[Finding]:

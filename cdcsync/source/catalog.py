@@ -1,15 +1,11 @@
-"""What the source says of itself: server, slot, publication. Its tables are in `relations`.
+"""The source's server, slot and transactions, and one reading of all that is followed: `read_catalog`.
 
-Only read here. The statements that create or extend a publication are returned: `run` executes them once every check
-has passed.
-
-Source: PostgreSQL, "System Catalogs", "System Views" (pg_replication_slots, pg_publication_tables); "Logical
-Replication" (Publication, Generated Column Replication).
+Source: PostgreSQL, "System Catalogs", "System Views" (pg_replication_slots).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import LiteralString, cast
 
 import msgspec
@@ -20,28 +16,8 @@ from cdcsync.lsn import Lsn
 from cdcsync.model.visibility import XID_SPAN, Snapshot
 from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection
-from cdcsync.source.relations import Column, Table, read_table
-
-__all__ = [
-    "FAILOVER_VERSION",
-    "Column",
-    "Publication",
-    "Published",
-    "Server",
-    "Slot",
-    "Table",
-    "blockers",
-    "create_publication_statement",
-    "current_lsn",
-    "current_snapshot",
-    "publish_statement",
-    "read_publication",
-    "read_server",
-    "read_slot",
-    "read_table",
-    "running_transactions",
-]
-
+from cdcsync.source.publications import Publication, read_publication
+from cdcsync.source.relations import Table, read_tables
 
 FAILOVER_VERSION = 170000
 """PostgreSQL 17: standbys can have a logical slot too."""
@@ -94,33 +70,43 @@ class Slot(msgspec.Struct, frozen=True):
     failover: bool = False
 
 
-class Published(msgspec.Struct, frozen=True):
-    """How a publication sends one table: which columns, and all rows when `row_filter` is None.
+class Catalog(msgspec.Struct, frozen=True):
+    """What is followed, as of one moment: the publication, and the configured tables.
 
-    `listed` says that the publication names these columns; otherwise they follow the table.
+    :ivar role: the session's role, whose privileges `tables` tell.
+    :ivar publication: None if there is none of that name.
+    :ivar tables: those of the configured tables that exist.
+    :ivar called: the present names of the tables whose OIDs were asked for, as far as they exist.
     """
 
-    table: QualifiedName
-    columns: tuple[str, ...]
-    row_filter: str | None
-    listed: bool = False
-    membership: int | None = None
-    """The OID of the table's own row in pg_publication_rel; None where the publication is of all tables or a schema."""
+    version: int
+    role: str
+    publication_name: str
+    publication: Publication | None
+    tables: dict[QualifiedName, Table]
+    called: dict[int, QualifiedName] = {}
 
 
-class Publication(msgspec.Struct, frozen=True):
-    """A publication; `tables` are those it sends, under the names that the stream uses.
+async def read_catalog(
+    connection: Connection, publication: str, names: Collection[QualifiedName], oids: Collection[int] = ()
+) -> Catalog:
+    """Return what the catalog says of the publication and these tables, and of no others, under one snapshot.
 
-    `generated` says whether it sends stored generated columns of tables without a column list.
+    :param oids: tables whose present names are wanted.
     """
-
-    name: str
-    all_tables: bool
-    owned: bool
-    operations: frozenset[str]
-    via_root: bool
-    tables: dict[QualifiedName, Published]
-    generated: bool = False
+    async with connection.transaction():
+        await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        tables = await read_tables(connection, names)
+        cursor = await connection.execute(
+            "SELECT c.oid::int8, n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " WHERE c.oid = ANY(%s::int8[]::oid[])",
+            [list(oids)],
+        )
+        called = {oid: QualifiedName(schema, name) for oid, schema, name in await cursor.fetchall()}
+        followed = {name: table.ancestors for name, table in tables.items()}
+        found = await read_publication(connection, publication, followed)
+        role = await fetch_value(connection, "SELECT current_user::text")
+    return Catalog(connection.info.server_version, role, publication, found, tables, called)
 
 
 async def read_server(connection: Connection) -> Server:
@@ -213,80 +199,3 @@ async def blockers(connection: Connection, xids: Iterable[int]) -> list[str]:
         [(recent := [xid % XID_SPAN for xid in xids]), recent],
     )
     return [cast(str, row[0]) for row in await cursor.fetchall()]
-
-
-async def read_publication(connection: Connection, name: str) -> Publication | None:
-    """Return the publication, or None when there is none of that name."""
-    version = connection.info.server_version
-    row = await fetch_row(
-        connection,
-        sql.SQL(
-            """
-            SELECT puballtables, pg_has_role(pubowner, 'USAGE'), pubinsert, pubupdate, pubdelete, pubtruncate,
-                   pubviaroot, {}
-            FROM pg_publication WHERE pubname = %s
-            """
-        ).format(sql.SQL("pubgencols = 's'" if version >= GENERATED_COLUMNS_VERSION else "false")),
-        [name],
-    )
-    if row is None:
-        return None
-    all_tables, owned, *operations, via_root, generated = row
-    cursor = await connection.execute(
-        sql.SQL(
-            """
-            SELECT p.schemaname, p.tablename, (
-                SELECT r.oid::int8 FROM pg_publication b JOIN pg_publication_rel r ON r.prpubid = b.oid
-                WHERE b.pubname = p.pubname AND r.prrelid = c.oid), {}
-            FROM pg_publication_tables p JOIN pg_namespace n ON n.nspname = p.schemaname
-            JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename WHERE p.pubname = %s
-            """
-        ).format(sql.SQL(_PUBLISHED if version >= 150000 else _PUBLISHED_BEFORE_15)),
-        [name],
-    )
-    tables = {}
-    for schema, table, membership, columns, row_filter, listed in await cursor.fetchall():
-        qualified = QualifiedName(schema, table)
-        tables[qualified] = Published(qualified, tuple(columns), row_filter, listed, membership)
-    names = ("insert", "update", "delete", "truncate")
-    return Publication(
-        name=name,
-        all_tables=all_tables,
-        owned=owned,
-        operations=frozenset(operation for operation, on in zip(names, operations, strict=True) if on),
-        via_root=via_root,
-        tables=tables,
-        generated=generated,
-    )
-
-
-_PUBLISHED = """p.attnames::text[], p.rowfilter, EXISTS (
-    SELECT FROM pg_publication b JOIN pg_publication_rel r ON r.prpubid = b.oid
-    WHERE b.pubname = p.pubname AND r.prrelid = c.oid AND r.prattrs IS NOT NULL)"""
-_PUBLISHED_BEFORE_15 = """ARRAY(
-    SELECT attname::text FROM pg_attribute
-    WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum), NULL, false"""
-
-GENERATED_COLUMNS_VERSION = 180000
-"""PostgreSQL 18: a publication can send stored generated columns; earlier ones never do."""
-
-
-def create_publication_statement(name: str, tables: Sequence[QualifiedName], *, version: int = 0) -> sql.Composed:
-    """Return the statement that creates a publication of `tables`.
-
-    :param version: the server's. Where it can, the publication sends stored generated columns: templates may use them,
-        and without them UPDATE and DELETE would fail on a table that has some and REPLICA IDENTITY FULL.
-    """
-    generated = ", publish_generated_columns = stored" if version >= GENERATED_COLUMNS_VERSION else ""
-    return sql.SQL(
-        "CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true" + generated + ")"
-    ).format(sql.Identifier(name), _names(tables))
-
-
-def publish_statement(name: str, tables: Sequence[QualifiedName]) -> sql.Composed:
-    """Return the statement that adds `tables` to a publication."""
-    return sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(sql.Identifier(name), _names(tables))
-
-
-def _names(tables: Sequence[QualifiedName]) -> sql.Composed:
-    return sql.SQL(", ").join(sql.Identifier(table.schema, table.name) for table in tables)

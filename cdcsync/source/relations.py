@@ -1,15 +1,35 @@
-"""The source's tables as its catalog describes them: columns, keys, replica identity, partitions.
+"""The source's tables as its catalog describes them: columns, types, keys, replica identity, partitions.
 
-Source: PostgreSQL, "System Catalogs" (pg_class, pg_attribute, pg_index); "ALTER TABLE" (REPLICA IDENTITY).
+Only the tables that are asked for are read, with what they descend from and what they are divided into. Nothing is
+assumed of any other table in the database.
+
+Source: PostgreSQL, "System Catalogs" (pg_class, pg_attribute, pg_attrdef, pg_type, pg_enum, pg_range, pg_index);
+"ALTER TABLE" (REPLICA IDENTITY).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import msgspec
 
 from cdcsync.config import QualifiedName
-from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
+
+
+class Type(msgspec.Struct, frozen=True):
+    """What determines the text of a user-defined type's values, besides the values themselves.
+
+    :ivar name: as format_type prints it.
+    :ivar kind: pg_type.typtype: "e" enum, "c" composite, "d" domain, "r" range, "m" multirange, "b" array.
+    :ivar labels: an enum's, by the OID of each: a renamed label keeps its OID.
+    :ivar parts: attribute number, type and modifier of each attribute; of one thing for the other kinds.
+    """
+
+    name: str
+    kind: str
+    labels: dict[str, str] = {}
+    parts: tuple[tuple[int, int, int], ...] = ()
 
 
 class Column(msgspec.Struct, frozen=True):
@@ -20,6 +40,8 @@ class Column(msgspec.Struct, frozen=True):
     :ivar base_type: what a domain is made of; None for other types.
     :ivar labels: an enum's.
     :ivar wire_type: OID and modifier, as the stream tells them.
+    :ivar number: pg_attribute.attnum; a column that was dropped and added under its name has another one.
+    :ivar expression: the OID of a generated column's expression, which a new expression changes; else None.
     """
 
     name: str
@@ -30,16 +52,27 @@ class Column(msgspec.Struct, frozen=True):
     base_type: str | None = None
     labels: tuple[str, ...] = ()
     wire_type: tuple[int, int] = (0, -1)
+    number: int = 0
+    expression: int | None = None
 
 
 class Partition(msgspec.Struct, frozen=True):
-    """A leaf of a partitioned table: kind, persistence and replica identity are its own, not the root's."""
+    """A leaf of a partitioned table: kind, persistence and replica identity are its own, not the root's.
+
+    :ivar file: its relfilenode, which TRUNCATE changes, and so does everything that rewrites it.
+    :ivar attached: the transactions that attached it and its ancestors.
+    :ivar bounds: the condition that its rows fulfil; None if it takes all.
+    """
 
     name: QualifiedName
     kind: str
     persistence: str
     identity_mode: str
     identity: tuple[str, ...]
+    oid: int = 0
+    file: int = 0
+    attached: str = ""
+    bounds: str | None = None
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -52,9 +85,11 @@ class Table(msgspec.Struct, frozen=True):
     :ivar readable: whether the role may select all columns.
     :ivar row_security: whether policies would hide rows from the role.
     :ivar reachable: whether the role may use the table's schema.
-    :ivar ancestors: the partitioned tables that this one is a partition of.
+    :ivar ancestors: the partitioned tables that this one is a partition of, the nearest first.
     :ivar children: whether other tables inherit from this one, which is not partitioned.
     :ivar leaves: a partitioned table's partitions that hold rows.
+    :ivar file: its relfilenode; 0 if it is partitioned.
+    :ivar types: the user-defined types that its columns are made of, by OID.
     """
 
     oid: int
@@ -73,6 +108,8 @@ class Table(msgspec.Struct, frozen=True):
     ancestors: tuple[QualifiedName, ...] = ()
     children: bool = False
     leaves: tuple[Partition, ...] = ()
+    file: int = 0
+    types: dict[int, Type] = {}
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -94,51 +131,99 @@ async def similar_tables(connection: Connection, name: QualifiedName) -> list[Qu
     return [QualifiedName(schema, table) for schema, table in await cursor.fetchall()]
 
 
+_INDEX_COLUMNS = """
+    SELECT array_agg(a.attname::text ORDER BY k.place)
+    FROM pg_index i, unnest(i.indkey::int2[]) WITH ORDINALITY AS k(attnum, place)
+    JOIN pg_attribute a ON a.attnum = k.attnum
+    WHERE i.indrelid = c.oid AND a.attrelid = c.oid AND k.place <= i.indnkeyatts AND
+"""
+# A deferrable primary key identifies nothing: while a change is made it need not be unique. Under one, two rows may
+# have one key until the transaction ends, and no order of changes by key is right.
+_PRIMARY_KEY = f"({_INDEX_COLUMNS} i.indisprimary AND i.indimmediate)"
+_IDENTITY = (
+    "CASE c.relreplident WHEN 'f' THEN"
+    " (SELECT array_agg(attname::text ORDER BY attnum) FROM pg_attribute"
+    " WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped)"
+    f" WHEN 'd' THEN {_PRIMARY_KEY}"
+    f" WHEN 'i' THEN ({_INDEX_COLUMNS} i.indisreplident) END"
+)
+"""SQL for the replica identity's columns of `pg_class c`; NULL when it has none."""
+
+
 async def read_table(connection: Connection, name: QualifiedName) -> Table | None:
     """Return the table, or None when there is no table (or partitioned table, or foreign table, …) of that name."""
-    row = await fetch_row(
-        connection,
-        """
-        SELECT c.oid::int8, c.relkind::text, c.relpersistence::text, c.relreplident::text,
+    return (await read_tables(connection, [name])).get(name)
+
+
+async def read_tables(connection: Connection, names: Collection[QualifiedName]) -> dict[QualifiedName, Table]:
+    """Return those of the tables that exist, in a fixed number of statements."""
+    cursor = await connection.execute(
+        f"""
+        SELECT n.nspname, c.relname, c.oid::int8, c.relkind::text, c.relpersistence::text, c.relreplident::text,
                has_table_privilege(c.oid, 'SELECT'), pg_has_role(c.relowner, 'USAGE'),
                c.relrowsecurity AND NOT (SELECT rolbypassrls OR rolsuper FROM pg_roles WHERE rolname = current_user)
                    AND (c.relforcerowsecurity OR NOT pg_has_role(c.relowner, 'USAGE')),
                greatest(c.reltuples, 0)::int8, has_schema_privilege(n.oid, 'USAGE'),
-               c.relkind <> 'p' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid)
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+               c.relkind <> 'p' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid),
+               c.relfilenode::int8, {_PRIMARY_KEY}, {_IDENTITY}
+        FROM unnest(%s::text[], %s::text[]) AS wanted (schema, name)
+        JOIN pg_namespace n ON n.nspname = wanted.schema
+        JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
+        WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f')
         """,
-        [name.schema, name.name],
+        [[name.schema for name in names], [name.name for name in names]],
     )
-    if row is None:
-        return None
-    oid, kind, persistence, mode, readable, owned, row_security, estimate, reachable, children = row
-    primary_key, identity = await _keys(connection, oid)
-    return Table(
-        oid=oid,
-        name=name,
-        kind=kind,
-        persistence=persistence,
-        columns=await _columns(connection, oid),
-        primary_key=primary_key,
-        identity_mode=mode,
-        identity=identity,
-        readable=readable,
-        owned=owned,
-        row_security=row_security,
-        estimated_rows=estimate,
-        reachable=reachable,
-        ancestors=await _ancestors(connection, oid),
-        children=children,
-        leaves=await _leaves(connection, oid) if kind == "p" else (),
-    )
+    found = await cursor.fetchall()
+    oids = [row[2] for row in found]
+    columns = await _columns(connection, oids)
+    ancestors = await _ancestors(connection, oids)
+    leaves = await _leaves(connection, [row[2] for row in found if row[3] == "p"])
+    types = await _types(connection, {one.wire_type[0] for of in columns.values() for one in of.values()})
+    tables = {}
+    for schema, name, oid, kind, persistence, mode, *facts in found:
+        readable, owned, row_security, estimate, reachable, children, file, primary_key, identity = facts
+        qualified = QualifiedName(schema, name)
+        mine = columns.get(oid, {})
+        tables[qualified] = Table(
+            oid=oid,
+            name=qualified,
+            kind=kind,
+            persistence=persistence,
+            columns=mine,
+            primary_key=tuple(primary_key or ()),
+            identity_mode=mode,
+            identity=tuple(identity or ()),
+            readable=bool(readable),
+            owned=bool(owned),
+            row_security=row_security,
+            estimated_rows=estimate,
+            reachable=bool(reachable),
+            ancestors=ancestors.get(oid, ()),
+            children=children,
+            leaves=leaves.get(oid, ()),
+            file=file,
+            types=reachable_types(types, [one.wire_type[0] for one in mine.values()]),
+        )
+    return tables
 
 
-async def _columns(connection: Connection, oid: int) -> dict[str, Column]:
+def reachable_types(types: Mapping[int, Type], roots: Collection[int]) -> dict[int, Type]:
+    """Return the user-defined types that values of these types are made of, with these types themselves."""
+    found: dict[int, Type] = {}
+    left = list(roots)
+    while left:
+        oid = left.pop()
+        if oid in types and oid not in found:
+            found[oid] = types[oid]
+            left += [part for _, part, _ in types[oid].parts]
+    return found
+
+
+async def _columns(connection: Connection, oids: Collection[int]) -> dict[int, dict[str, Column]]:
     cursor = await connection.execute(
         """
-        SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated::text,
-               has_column_privilege(a.attrelid, a.attnum, 'SELECT'),
+        SELECT a.attrelid::int8, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated::text,
+               coalesce(has_column_privilege(a.attrelid, a.attnum, 'SELECT'), false),
                (WITH RECURSIVE domains(type, modifier) AS (
                     SELECT typbasetype, typtypmod FROM pg_type WHERE oid = a.atttypid AND typtype = 'd'
                     UNION ALL
@@ -148,71 +233,128 @@ async def _columns(connection: Connection, oid: int) -> dict[str, Column]:
                 SELECT format_type(d.type, d.modifier) FROM domains d JOIN pg_type t ON t.oid = d.type
                 WHERE t.typtype <> 'd'),
                ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = a.atttypid ORDER BY enumsortorder),
-               a.atttypid::int8, a.atttypmod
-        FROM pg_attribute a WHERE a.attrelid = %s::int8::oid AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
+               a.atttypid::int8, a.atttypmod, a.attnum::int4,
+               CASE WHEN a.attgenerated <> '' THEN
+                   (SELECT d.oid::int8 FROM pg_attrdef d WHERE d.adrelid = a.attrelid AND d.adnum = a.attnum) END
+        FROM pg_attribute a
+        WHERE a.attrelid = ANY(%s::int8[]::oid[]) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum
         """,
-        [oid],
+        [list(oids)],
+    )
+    columns: dict[int, dict[str, Column]] = {}
+    for (
+        oid,
+        name,
+        type_,
+        not_null,
+        generated,
+        readable,
+        base,
+        labels,
+        of_type,
+        modifier,
+        number,
+        expression,
+    ) in await cursor.fetchall():
+        columns.setdefault(oid, {})[name] = Column(
+            name,
+            type_,
+            not_null,
+            generated,
+            readable,
+            base,
+            tuple(labels),
+            (of_type, modifier),
+            number,
+            expression,
+        )
+    return columns
+
+
+async def _types(connection: Connection, oids: Collection[int]) -> dict[int, Type]:
+    """Return what these types, and the types that they are made of, are; built-in scalar types are left out."""
+    cursor = await connection.execute(
+        """
+        WITH RECURSIVE used (oid) AS (
+            SELECT unnest(%s::int8[]::oid[])
+            UNION
+            SELECT part.oid FROM used JOIN pg_type t ON t.oid = used.oid CROSS JOIN LATERAL (
+                SELECT t.typelem WHERE t.typelem <> 0
+                UNION ALL SELECT t.typbasetype WHERE t.typtype = 'd'
+                UNION ALL SELECT a.atttypid FROM pg_attribute a
+                          WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+                UNION ALL SELECT r.rngsubtype FROM pg_range r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
+            ) AS part (oid)
+        )
+        SELECT t.oid::int8, format_type(t.oid, NULL), t.typtype::text,
+               ARRAY(SELECT ARRAY[e.oid::text, e.enumlabel::text] FROM pg_enum e WHERE e.enumtypid = t.oid ORDER BY 1),
+               CASE t.typtype
+                   WHEN 'c' THEN ARRAY(
+                       SELECT ARRAY[a.attnum::int8, a.atttypid::int8, a.atttypmod::int8] FROM pg_attribute a
+                       WHERE a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum)
+                   WHEN 'd' THEN ARRAY[ARRAY[0::int8, t.typbasetype::int8, t.typtypmod::int8]]
+                   WHEN 'e' THEN '{}'
+                   WHEN 'b' THEN ARRAY[ARRAY[0::int8, t.typelem::int8, -1::int8]]
+                   ELSE ARRAY(SELECT ARRAY[0::int8, r.rngsubtype::int8, -1::int8] FROM pg_range r
+                              WHERE t.oid IN (r.rngtypid, r.rngmultitypid))
+               END
+        FROM used JOIN pg_type t USING (oid)
+        WHERE t.typtype <> 'b' AND t.oid >= 16384 OR t.typtype = 'b' AND t.typelem >= 16384 AND t.typlen = -1
+        """,
+        [list(oids)],
     )
     return {
-        name: Column(name, type_, not_null, generated, readable, base_type, tuple(labels), (oid_of_type, modifier))
-        for name, type_, not_null, generated, readable, base_type, labels, oid_of_type, modifier in (
-            await cursor.fetchall()
-        )
+        oid: Type(name, kind, {label_oid: label for label_oid, label in labels}, tuple(tuple(part) for part in parts))
+        for oid, name, kind, labels, parts in await cursor.fetchall()
     }
 
 
-_INDEX_COLUMNS = """
-    SELECT array_agg(a.attname::text ORDER BY k.place)
-    FROM pg_index i, unnest(i.indkey::int2[]) WITH ORDINALITY AS k(attnum, place)
-    JOIN pg_attribute a ON a.attnum = k.attnum
-    WHERE i.indrelid = c.oid AND a.attrelid = c.oid AND k.place <= i.indnkeyatts AND
-"""
-# A deferrable primary key identifies nothing: while a change is made it need not be unique.
-_IDENTITY = (
-    "CASE c.relreplident WHEN 'f' THEN"
-    " (SELECT array_agg(attname::text ORDER BY attnum) FROM pg_attribute"
-    " WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped)"
-    f" WHEN 'd' THEN ({_INDEX_COLUMNS} i.indisprimary AND i.indimmediate)"
-    f" WHEN 'i' THEN ({_INDEX_COLUMNS} i.indisreplident) END"
-)
-"""SQL for the replica identity's columns of `pg_class c`; NULL when it has none."""
-
-
-async def _keys(connection: Connection, oid: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the columns of the primary key, unless it is deferrable, and those of the replica identity.
-
-    Under a deferrable key two rows may have one key until the transaction ends: no order of changes by key is right.
-    """
-    cursor = await connection.execute(
-        f"SELECT ({_INDEX_COLUMNS} i.indisprimary AND i.indimmediate), {_IDENTITY}"
-        " FROM pg_class c WHERE c.oid = %s::int8::oid",
-        [oid],
-    )
-    primary_key, identity = await cursor.fetchone() or (None, None)
-    return tuple(primary_key or ()), tuple(identity or ())
-
-
-async def _ancestors(connection: Connection, oid: int) -> tuple[QualifiedName, ...]:
+async def _ancestors(connection: Connection, oids: Collection[int]) -> dict[int, tuple[QualifiedName, ...]]:
     cursor = await connection.execute(
         """
-        SELECT n.nspname, c.relname FROM pg_partition_ancestors(%s::int8::oid) AS a(relid)
-        JOIN pg_class c ON c.oid = a.relid JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid <> %s::int8::oid
+        SELECT wanted.oid::int8, n.nspname, c.relname
+        FROM unnest(%s::int8[]::oid[]) AS wanted (oid),
+             pg_partition_ancestors(wanted.oid) WITH ORDINALITY AS a (relid, place)
+        JOIN pg_class c ON c.oid = a.relid JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.oid <> wanted.oid ORDER BY a.place
         """,
-        [oid, oid],
+        [list(oids)],
     )
-    return tuple(QualifiedName(schema, name) for schema, name in await cursor.fetchall())
+    ancestors: dict[int, tuple[QualifiedName, ...]] = {}
+    for oid, schema, name in await cursor.fetchall():
+        ancestors[oid] = (*ancestors.get(oid, ()), QualifiedName(schema, name))
+    return ancestors
 
 
-async def _leaves(connection: Connection, oid: int) -> tuple[Partition, ...]:
+async def _leaves(connection: Connection, roots: Collection[int]) -> dict[int, tuple[Partition, ...]]:
+    if not roots:
+        return {}
     cursor = await connection.execute(
         f"""
-        SELECT n.nspname, c.relname, c.relkind::text, c.relpersistence::text, c.relreplident::text, {_IDENTITY}
-        FROM pg_partition_tree(%s::int8::oid) p JOIN pg_class c ON c.oid = p.relid
-        JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind <> 'p' ORDER BY 1, 2
+        SELECT root.oid::int8, n.nspname, c.relname, c.relkind::text, c.relpersistence::text, c.relreplident::text,
+               {_IDENTITY}, c.oid::int8, c.relfilenode::int8,
+               (SELECT string_agg(i.xmin::text, ' ' ORDER BY a.place)
+                FROM pg_partition_ancestors(c.oid) WITH ORDINALITY AS a (relid, place)
+                JOIN pg_inherits AS i ON i.inhrelid = a.relid),
+               pg_get_partition_constraintdef(c.oid)
+        FROM unnest(%s::int8[]::oid[]) AS root (oid), pg_partition_tree(root.oid) AS p
+        JOIN pg_class c ON c.oid = p.relid JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind <> 'p' ORDER BY 2, 3
         """,
-        [oid],
+        [list(roots)],
     )
-    return tuple(
-        Partition(QualifiedName(schema, name), kind, persistence, mode, tuple(identity or ()))
-        for schema, name, kind, persistence, mode, identity in await cursor.fetchall()
-    )
+    leaves: dict[int, list[Partition]] = {}
+    for root, schema, name, kind, persistence, mode, identity, oid, file, attached, bounds in await cursor.fetchall():
+        leaf = Partition(
+            QualifiedName(schema, name),
+            kind,
+            persistence,
+            mode,
+            tuple(identity or ()),
+            oid,
+            file,
+            attached or "",
+            bounds,
+        )
+        leaves.setdefault(root, []).append(leaf)
+    return {root: tuple(found) for root, found in leaves.items()}

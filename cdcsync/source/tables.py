@@ -13,8 +13,9 @@ Source: PostgreSQL, "Transaction Isolation"; "System Administration Functions" (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import anyio
 import msgspec
@@ -27,6 +28,14 @@ from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.comparisons import Comparison, comparisons, follows
 from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_texts
 from cdcsync.postgres.sessions import Connection
+
+T = TypeVar("T")
+
+SOFT_ERRORS_VERSION = 160000
+"""PostgreSQL 16: pg_input_is_valid."""
+
+_NO_VALUE = (psycopg.DataError, psycopg.IntegrityError)
+"""What a server says to a text that is no value of a type, or of a domain."""
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -63,7 +72,9 @@ class SourceTable:
             sql.SQL(", ").join(places),
         )
         self._by_keys = sql.SQL("SELECT {} FROM {} AS t JOIN {} ON ").format(columns, published, wanted)
-        self._places = sql.SQL("SELECT wanted.place FROM {} AS t JOIN {} ON ").format(published, wanted)
+        self._spellings = sql.SQL("SELECT wanted.place, {} FROM {} AS t JOIN {} ON ").format(
+            sql.SQL(", ").join(keys), published, wanted
+        )
         self._count = sql.SQL("SELECT count(*) FROM {}").format(self._rows)
         self._published = published
         self._wanted_from = wanted
@@ -114,13 +125,17 @@ class SourceTable:
             return len(keys)
         statement = sql.SQL("SELECT wanted.place, {} FROM {} AS t JOIN {} ON ").format(
             await self._size(connection), self._published, self._wanted_from
-        )
-        cursor = psycopg.AsyncRawCursor(connection)
-        await cursor.execute(statement + await self._same(connection), self._arrays(keys), prepare=False)
-        sizes: dict[int, int] = dict(await cursor.fetchall())
+        ) + await self._same(connection)
+
+        async def read(possible: Sequence[Key]) -> dict[Key, int]:
+            cursor = psycopg.AsyncRawCursor(connection)
+            await cursor.execute(statement, self._arrays(possible), prepare=False)
+            return {possible[place - 1]: size for place, size in await cursor.fetchall()}
+
+        sizes = await self._of_possible(connection, keys, read)
         total = 0
-        for place in range(1, len(keys) + 1):
-            total += sizes.get(place, 0)
+        for place, key in enumerate(keys, start=1):
+            total += sizes.get(key, 0)
             if total > most_bytes:
                 return max(1, place - 1)
         return len(keys)
@@ -152,13 +167,70 @@ class SourceTable:
 
     async def by_keys(self, connection: Connection, keys: Sequence[Key]) -> Page:
         """Return the rows that exist now with these keys, in no order."""
-        return await self._read(connection, self._by_keys + await self._same(connection), self._arrays(keys))
+        statement = self._by_keys + await self._same(connection)
+
+        async def read(possible: Sequence[Key]) -> Page:
+            return await self._read(connection, statement, self._arrays(possible))
+
+        return await self._of_possible(connection, keys, read)
 
     async def absent(self, connection: Connection, keys: Sequence[Key]) -> tuple[Snapshot, list[Key]]:
-        """Return those of `keys` that no row has now; the source's own equality decides, not the text."""
-        page = await self._read(connection, self._places + await self._same(connection), self._arrays(keys))
-        found = {int(cast(str, place)) for (place,) in page.rows}
-        return page.snapshot, [key for place, key in enumerate(keys, start=1) if place not in found]
+        """Return those of `keys` that the source does not write just so for any row now.
+
+        A key that equals a row's by the source's own equality and is written differently (by citext, abc for ABC) is
+        absent, too: the index has, or gets, that row under the key as it is written.
+        """
+        statement = self._spellings + await self._same(connection)
+
+        async def read(possible: Sequence[Key]) -> tuple[Snapshot, set[Key]]:
+            page = await self._read(connection, statement, self._arrays(possible))
+            return page.snapshot, {cast(Key, key) for _, *spelt in page.rows if (key := tuple(spelt)) in wanted}
+
+        wanted = set(keys)
+        snapshot, found = await self._of_possible(connection, keys, read)
+        return snapshot, [key for key in keys if key not in found]
+
+    async def _of_possible(
+        self, connection: Connection, keys: Sequence[Key], read: Callable[[Sequence[Key]], Awaitable[T]]
+    ) -> T:
+        """Read by keys; those that are no values of the key's types, and so no row's, are left out if there are any."""
+        try:
+            return await read(keys)
+        except _NO_VALUE:
+            return await read(await self._possible(connection, keys))
+
+    async def _possible(self, connection: Connection, keys: Sequence[Key]) -> list[Key]:
+        """Return those keys that are values of the key's types."""
+        if connection.info.server_version >= SOFT_ERRORS_VERSION:
+            valid = sql.SQL(" AND ").join(
+                sql.SQL("pg_catalog.pg_input_is_valid({}, {})").format(sql.Identifier("wanted", f"k{at}"), type_)
+                for at, type_ in enumerate(map(sql.Literal, self._key_types))
+            )
+            # Not every type's input function can say so without an error.
+            with contextlib.suppress(*_NO_VALUE):
+                said = await self._of_wanted(connection, valid, keys)
+                keys = [keys[place - 1] for place, valid in said if valid]
+        possible: list[Key] = []
+        halves = [list(keys)]
+        while halves:
+            half = halves.pop()
+            try:
+                await self._of_wanted(connection, sql.SQL(", ").join(self._wanted), half)
+            except _NO_VALUE:
+                if len(half) > 1:
+                    halves += [half[len(half) // 2 :], half[: len(half) // 2]]
+            else:
+                possible += half
+        return possible
+
+    async def _of_wanted(
+        self, connection: Connection, selected: sql.Composable, keys: Sequence[Key]
+    ) -> list[tuple[Any, ...]]:
+        """Return the place of each key with what is selected of it; no table is read."""
+        cursor = psycopg.AsyncRawCursor(connection)
+        statement = sql.SQL("SELECT place, {} FROM {}").format(selected, self._wanted_from)
+        await cursor.execute(statement, self._arrays(keys), prepare=False)
+        return await cursor.fetchall()
 
     async def _compared(self, connection: Connection) -> list[Comparison]:
         """Return the key's operators, which are looked up once."""

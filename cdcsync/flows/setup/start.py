@@ -24,14 +24,14 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import (
     FAILOVER_VERSION,
+    Catalog,
     Slot,
     blockers,
-    create_publication_statement,
-    publish_statement,
-    read_publication,
+    read_catalog,
     read_slot,
     running_transactions,
 )
+from cdcsync.source.publications import create_publication_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.shared import create_shared
@@ -79,7 +79,8 @@ async def unpublished_tables(
     """Return the tables whose changes are not sent, or that are not the ones they were when we began, and why."""
     name = config.source.publication
     with speaking_of("source", where=f"publication {name}"):
-        publication = await read_publication(source, name)
+        catalog = await read_catalog(source, name, [spec.shape.table for spec in specs])
+        publication = catalog.publication
         cursor = await source.execute(
             "SELECT c.oid::int8, n.nspname, c.relname,"
             " c.relkind <> 'p' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid)"
@@ -103,9 +104,15 @@ async def unpublished_tables(
             reasons[table] = f"the publication {name} does not send the table any more"
         elif missing := {"insert", "update", "delete", "truncate"} - publication.operations:
             reasons[table] = f"the publication {name} does not send {', '.join(sorted(missing))} any more"
-        elif sent[table].row_filter != spec.row_filter or spec.membership not in (None, sent[table].membership):
+        elif sent[table].row_filter != spec.row_filter or spec.membership not in (None, membership(catalog, table)):
             reasons[table] = f"the publication {name} sends other rows of the table than before"
     return reasons
+
+
+def membership(catalog: Catalog, table: QualifiedName) -> int | None:
+    """Return the OID of the row of pg_publication_rel that has a table sent, if one does."""
+    rows = catalog.publication.brought_by.get(table, ()) if catalog.publication is not None else ()
+    return next((int(row.split()[1]) for row in rows if row.startswith("row ")), None)
 
 
 async def set_up_indexes(
@@ -192,7 +199,7 @@ async def set_up_publication(source: Connection, config: Config, unpublished: Co
     if not tables:
         return
     with speaking_of("source", where=f"publication {name}"):
-        publication = await read_publication(source, name)
+        publication = (await read_catalog(source, name, tables)).publication
         if publication is None:
             await source.execute(create_publication_statement(name, tables, version=source.info.server_version))
             crash_point("publication created")
@@ -208,18 +215,15 @@ async def note_memberships(
 ) -> list[IndexSpec]:
     """Store by which membership the publication has each table now, so that leaving it and coming back is noticed."""
     with speaking_of("source", where=f"publication {config.source.publication}"):
-        publication = await read_publication(source, config.source.publication)
-    sent = publication.tables if publication is not None else {}
+        catalog = await read_catalog(source, config.source.publication, [spec.shape.table for spec in specs])
     noted = []
     for spec in specs:
-        membership = spec.membership
-        if membership is None and spec.shape.table in sent:
-            membership = sent[spec.shape.table].membership
+        known = spec.membership if spec.membership is not None else membership(catalog, spec.shape.table)
         # One that is another since the table was examined stays unknown here: the watch sees that it left meanwhile.
         with speaking_of("target", where=f"index {spec.name}"):
-            await Registry(config.target.schema).note_membership(target, spec.name, membership)
+            await Registry(config.target.schema).note_membership(target, spec.name, known)
             crash_point("membership noted")
-        noted.append(msgspec.structs.replace(spec, membership=membership))
+        noted.append(msgspec.structs.replace(spec, membership=known))
     return noted
 
 

@@ -212,12 +212,12 @@ async def test_every_page_is_found_through_the_index(database: Database, source:
 
     page = await table.page(source, ("k400", "5", "4005"), 10)
     found = await table.by_keys(source, [("K7", "3", "73")])
-    _, absent = await table.absent(source, [("K7", "3", "73"), ("k7", "3", "74")])
+    _, absent = await table.absent(source, [("K7", "3", "73"), ("k7", "3", "73"), ("k7", "3", "74")])
 
     await source.execute("SELECT pg_stat_force_next_flush()")
     assert page.rows[:5] == [("k400", str(n), f"400{n}") for n in range(6, 10)] + [("k401", "0", "4010")]
     assert found.rows == [("k7", "3", "73")]
-    assert absent == [("k7", "3", "74")]
+    assert absent == [("K7", "3", "73"), ("k7", "3", "74")]
     assert await rows(source, "SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 't'") == before
 
 
@@ -245,13 +245,63 @@ async def test_keys_may_have_any_names(database: Database, source: Connection) -
     assert (await table.absent(source, [("1", "y"), ("3", "y")]))[1] == [("3", "y")]
 
 
-async def test_absence_is_by_the_servers_own_equality(database: Database, source: Connection) -> None:
-    database.execute("CREATE TABLE t (id numeric PRIMARY KEY)")
-    database.execute("INSERT INTO t VALUES (1.0), (2)")
-    snapshot, absent = await source_table({"id": "numeric"}).absent(source, [("1.000",), ("3",), ("2.0",), ("4",)])
-    assert absent == [("3",), ("4",)]
+SPELLINGS = {
+    "public.citext": (["ABC", "x"], ["abc", "ABC", "X"]),
+    "numeric": (["1.0", "2"], ["1.000", "1.0", "2.0", "3"]),
+    "double precision": (["0", "5"], ["-0", "0", "5"]),
+    "character(4)": (["a", "b"], ["a   ", "a", "c   "]),
+    "text": (["a"], ["a", "A"]),
+}
+"""By type, what the source has and what the index has: equal to the source's type, and not written alike."""
+
+
+@pytest.mark.parametrize("type_", SPELLINGS)
+async def test_a_key_that_the_source_writes_otherwise_is_absent_as_it_is_written(
+    database: Database, source: Connection, type_: str
+) -> None:
+    here, asked = SPELLINGS[type_]
+    database.execute("CREATE EXTENSION IF NOT EXISTS citext SCHEMA public")
+    database.execute(f"CREATE TABLE t (id {type_} PRIMARY KEY)")
+    database.execute(f"INSERT INTO t SELECT unnest(%s::text[])::{type_}", [here])
+    page = await source_table({"id": type_}).page(source, None, 10)
+    written = {str(row[0]) for row in page.rows}
+
+    snapshot, absent = await source_table({"id": type_}).absent(source, [(key,) for key in asked])
+
+    assert absent == [(key,) for key in asked if key not in written]
     assert isinstance(snapshot, Snapshot)
-    assert (await source_table({"id": "numeric"}).absent(source, []))[1] == []
+    assert (await source_table({"id": type_}).absent(source, []))[1] == []
+
+
+IMPOSSIBLE = {
+    "integer": (["1", "2"], ["1", "one", "2", "99999999999", "3"], ["1", "2"]),
+    "uuid": (["00000000-0000-0000-0000-000000000001"], ["7", "00000000-0000-0000-0000-000000000001"], None),
+    "public.mood": (["ok"], ["ok", "sad"], ["ok"]),
+    "public.low": (["3"], ["3", "30", "x"], ["3"]),
+    "date": (["2026-01-02"], ["2026-01-02", "17", ""], ["2026-01-02"]),
+}
+"""By type, what the source has, what the index has from when the key was of another type, and what of that is there."""
+
+
+@pytest.mark.parametrize("soft", [True, False], ids=["told by the server", "found by halves"])
+@pytest.mark.parametrize("type_", IMPOSSIBLE)
+async def test_a_key_that_is_no_value_of_the_sources_type_is_absent(
+    database: Database, source: Connection, monkeypatch: pytest.MonkeyPatch, type_: str, soft: bool
+) -> None:
+    if not soft:
+        monkeypatch.setattr("cdcsync.source.tables.SOFT_ERRORS_VERSION", 10**9)
+    here, asked, present = IMPOSSIBLE[type_]
+    database.execute("CREATE TYPE mood AS ENUM ('ok'); CREATE DOMAIN low AS int CHECK (VALUE < 10)")
+    database.execute(f"CREATE TABLE t (id {type_} PRIMARY KEY, body text)")
+    database.execute("ALTER TABLE t ALTER body SET STORAGE EXTERNAL")
+    database.execute(f"INSERT INTO t SELECT id::{type_}, repeat('x', 5000) FROM unnest(%s::text[]) AS id", [here])
+    table = source_table({"id": type_}, ["body"])
+    keys: list[Key] = [(key,) for key in asked]
+
+    assert (await table.absent(source, keys))[1] == [(key,) for key in asked if key not in (present or here)]
+    assert sorted(str(row[0]) for row in (await table.by_keys(source, keys)).rows) == here[: len(present or here)]
+    assert await table.fitting_keys(source, keys, 100_000) == len(keys)
+    assert (await table.absent(source, [("no value",)]))[1] == [("no value",)]
 
 
 # -- which rows ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,68 @@
+"""Whether an index can follow its table, as one reading of the catalog tells it.
+
+`check` asks it before a start, and the watch asks it while the worker runs: a table that the one refuses, the other
+refuses too. What both are told is pure: they read the catalog once, for all indexes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from cdcsync.config import QualifiedName
+from cdcsync.config.names import quote
+from cdcsync.preflight.findings import Finding
+from cdcsync.preflight.indexes import Plan, key_faults
+from cdcsync.preflight.sending import sending_findings
+from cdcsync.preflight.tables import kind_faults, needed_columns, table_faults
+from cdcsync.source.catalog import Catalog
+from cdcsync.target.registry import Entry
+
+
+def following_findings(
+    plan: Plan, catalog: Catalog, wanted: Collection[QualifiedName], stored: Entry | None
+) -> list[Finding]:
+    """Return everything that is to be said of an index's table and its sending; nothing of a table that is missing.
+
+    :param wanted: the tables of all indexes.
+    :param stored: the index as it exists, if it does.
+    """
+    table = catalog.tables.get(plan.index.table_name)
+    where = f"indexes.{plan.name}.table"
+    if table is None:
+        return missing_findings(plan, catalog, stored)
+    if faults := kind_faults(where, table):
+        return faults
+    needed = needed_columns(plan.index, plan.documents, table)
+    return [
+        *table_faults(plan.name, plan.index, plan.documents, table, catalog.role),
+        *sending_findings(table, needed, catalog, wanted),
+        *(key_faults(plan.name, stored, table) if stored is not None else ()),
+    ]
+
+
+def missing_findings(plan: Plan, catalog: Catalog, stored: Entry | None) -> list[Finding]:
+    """Say what became of the table of an index that exists."""
+    name = plan.index.table_name
+    if stored is None or stored.table_oid is None or stored.source_table != str(name):
+        return []
+    where = f"indexes.{plan.name}.table"
+    called = catalog.called.get(stored.table_oid)
+    if called is None:
+        return [
+            Finding.error(
+                where,
+                f"the table {name} was dropped",
+                f"create it again, or take [indexes.{plan.name}] out of the configuration",
+            )
+        ]
+    if called.schema == name.schema:
+        back = f"ALTER TABLE {called} RENAME TO {quote(name.name)}"
+    else:
+        back = f"ALTER TABLE {called} SET SCHEMA {quote(name.schema)}"
+    return [
+        Finding.error(
+            where,
+            f"the table {name} is called {called} now",
+            f"{back}, or configure a new index, as [indexes.OTHER], on {called}",
+        )
+    ]

@@ -1,0 +1,155 @@
+"""Fingerprints: what an index's values are made of, and what has its table sent, as the catalog tells both.
+
+The stream tells of rows that change, not of what changes rows without an event: ALTER TABLE … USING, a column that was
+dropped and added again, a renamed enum label, an edit of the publication that was undone a moment later. So both
+fingerprints are stored with each index and compared with the catalog as it is now. A difference asks for as much as it
+may have changed:
+
+    reread      values may be others, or of other types: the table is read again
+    compare     rows may have changed without being sent, or were rewritten: source and index are compared by digests
+    arrived     partitions brought rows that were never sent: the rows within their bounds are read
+    left        partitions went, with their rows: the source is asked which of the index's keys it still has
+
+Nothing here reads a server: see `catalog.read_catalog`.
+
+Source: PostgreSQL, "System Catalogs"; "ALTER TABLE", "ALTER TYPE", "ALTER PUBLICATION".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from cdcsync.source.catalog import Catalog
+from cdcsync.source.publications import Publication
+from cdcsync.source.relations import Partition, Table, Type, reachable_types
+
+
+class TableValues(msgspec.Struct, frozen=True):
+    """What the values of one table are made of.
+
+    :ivar columns: of each column that the index reads: attribute number, type, modifier, and the OID of the expression
+        that generates it.
+    :ivar file: the table's relfilenode.
+    :ivar leaves: a partitioned table's leaves by OID: the relfilenode, and the transactions that attached it.
+    """
+
+    oid: int
+    columns: dict[str, tuple[int, int, int, int | None]]
+    file: int
+    leaves: dict[str, tuple[int, str]]
+
+
+class MadeOf(msgspec.Struct, frozen=True):
+    """What an index's values are made of: each table by name, and the user-defined types of its columns by OID."""
+
+    tables: dict[str, TableValues]
+    types: dict[str, Type]
+
+
+class SentBy(msgspec.Struct, frozen=True):
+    """What has an index's tables sent: the publication as of its last edit, and what brings each table in."""
+
+    publication: str
+    tables: dict[str, tuple[str, ...]]
+
+
+class Fingerprint(msgspec.Struct, frozen=True):
+    """Both fingerprints of one index, as its row in our table `indexes` holds them."""
+
+    made_of: MadeOf
+    sent_by: SentBy
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """What the difference between two fingerprints asks for.
+
+    :ivar reread: why the table has to be read again, if it has to.
+    :ivar compare: why source and index have to be compared, if they have to.
+    :ivar arrived: the partitions whose rows have to be read.
+    :ivar left: whether partitions went.
+    """
+
+    reread: str | None = None
+    compare: str | None = None
+    arrived: tuple[Partition, ...] = ()
+    left: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.reread or self.compare or self.arrived or self.left)
+
+
+def made_of(table: Table, columns: Iterable[str]) -> MadeOf:
+    """Return what the values of these columns of a table are made of."""
+    used = {name: table.columns[name] for name in dict.fromkeys(columns) if name in table.columns}
+    types = reachable_types(table.types, [column.wire_type[0] for column in used.values()])
+    values = TableValues(
+        table.oid,
+        {name: (column.number, *column.wire_type, column.expression) for name, column in used.items()},
+        table.file,
+        {str(leaf.oid): (leaf.file, leaf.attached) for leaf in table.leaves},
+    )
+    return MadeOf({str(table.name): values}, {str(oid): type_ for oid, type_ in types.items()})
+
+
+def sent_by(publication: Publication | None, table: Table) -> SentBy:
+    """Return what has a table sent."""
+    if publication is None:
+        return SentBy("", {})
+    brought_by = publication.brought_by.get(table.name, ())
+    return SentBy(f"{publication.oid} {publication.edited}", {str(table.name): brought_by})
+
+
+def fingerprint_of(catalog: Catalog, table: Table, columns: Iterable[str]) -> Fingerprint:
+    """Return both fingerprints of an index that reads these columns of a table."""
+    return Fingerprint(made_of(table, columns), sent_by(catalog.publication, table))
+
+
+def difference(before: Fingerprint | None, now: Fingerprint, table: Table) -> Difference:
+    """Return what has to be done for an index whose fingerprint was `before`.
+
+    :param before: None if an earlier version stored none: anything may have happened.
+    :param table: the table that `now` is of.
+    """
+    if before is None:
+        return Difference(compare="nothing is known of what its values were made of")
+    name = str(table.name)
+    was, is_ = before.made_of.tables.get(name), now.made_of.tables[name]
+    reread = _reread(was, is_) or _retyped(before.made_of.types, now.made_of.types)
+    if reread is not None or was is None:
+        return Difference(reread=reread or f"{name} was not read before")
+    compare = None
+    rewritten = [leaf for leaf, (file, _) in is_.leaves.items() if leaf in was.leaves and was.leaves[leaf][0] != file]
+    if was.file != is_.file or rewritten:
+        compare = f"{name} was rewritten"
+    elif before.sent_by.publication != now.sent_by.publication:
+        compare = "the publication was edited"
+    elif before.sent_by.tables.get(name) != now.sent_by.tables.get(name):
+        compare = f"what the publication sends of {name} was edited"
+    arrived = tuple(
+        leaf for leaf in table.leaves if was.leaves.get(str(leaf.oid), (0, ""))[1] != is_.leaves[str(leaf.oid)][1]
+    )
+    left = any(is_.leaves.get(leaf, (0, ""))[1] != attached for leaf, (_, attached) in was.leaves.items())
+    return Difference(None, compare, arrived, left)
+
+
+def _reread(was: TableValues | None, is_: TableValues) -> str | None:
+    if was is None:
+        return None
+    if was.oid != is_.oid:
+        return "another table has its name"
+    # A column that the index did not read before comes with another configuration, which asks for what it needs.
+    changed = [name for name, column in is_.columns.items() if name in was.columns and was.columns[name] != column]
+    return f"column {', '.join(changed)} was changed" if changed else None
+
+
+def _retyped(before: dict[str, Type], now: dict[str, Type]) -> str | None:
+    changed = [type_.name for oid, type_ in now.items() if oid in before and not _same_values(before[oid], type_)]
+    return f"type {', '.join(changed)} was changed" if changed else None
+
+
+def _same_values(before: Type, now: Type) -> bool:
+    """Say whether stored values of a type still have the text that they had: labels may have been added."""
+    labels = {label: now.labels.get(label) for label in before.labels}
+    return (before.name, before.kind, before.parts, before.labels) == (now.name, now.kind, now.parts, labels)

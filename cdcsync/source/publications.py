@@ -1,0 +1,252 @@
+"""Publications: what one sends of the tables that are asked for, and the statements that create or extend it.
+
+Of a publication's other tables nothing is read: there may be thousands, and of any kind.
+
+Source: PostgreSQL, "System Catalogs" (pg_publication, pg_publication_rel, pg_publication_namespace); "Logical
+Replication" (Publication, Row Filters, Column Lists, Generated Column Replication);
+src/backend/catalog/pg_publication.c (GetTopMostAncestorInPublication, pg_get_publication_tables).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import LiteralString
+
+import msgspec
+from psycopg import sql
+
+from cdcsync.config import QualifiedName
+from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.sessions import Connection
+
+GENERATED_COLUMNS_VERSION = 180000
+"""PostgreSQL 18: a publication can send stored generated columns; earlier ones never do."""
+
+FILTERS_VERSION = 150000
+"""PostgreSQL 15: row filters, column lists, and publications of all tables in a schema."""
+
+
+class Published(msgspec.Struct, frozen=True):
+    """How a publication sends one table: which columns, and all rows if `row_filter` is None.
+
+    :ivar listed: whether the publication names these columns; otherwise they follow the table.
+    :ivar filter_columns: the columns that the row filter reads.
+    """
+
+    table: QualifiedName
+    columns: tuple[str, ...]
+    row_filter: str | None
+    listed: bool = False
+    filter_columns: tuple[str, ...] = ()
+
+
+class Publication(msgspec.Struct, frozen=True):
+    """A publication; `tables` are those it sends of the ones that were asked for, under the names the stream uses.
+
+    :ivar generated: whether it sends stored generated columns of tables without a column list.
+    :ivar oid: its OID, and `edited` the transaction that edited it last.
+    :ivar brought_by: what brings each table in, in the form that its last edit gave it: rows of pg_publication_rel
+        and pg_publication_namespace of the table and its ancestors and, where the publication is of all tables or of a
+        schema, their rows in pg_class, which say whether they belong to that.
+    """
+
+    name: str
+    all_tables: bool
+    owned: bool
+    operations: frozenset[str]
+    via_root: bool
+    tables: dict[QualifiedName, Published]
+    generated: bool = False
+    oid: int = 0
+    edited: str = ""
+    brought_by: dict[QualifiedName, tuple[str, ...]] = {}
+
+
+class _Relation(msgspec.Struct, frozen=True):
+    """A table, or an ancestor of one, as far as the publication is concerned."""
+
+    publishable: bool
+    version: str
+    row: str | None
+    schema_row: str | None
+    columns: tuple[str, ...]
+    row_filter: str | None
+    listed: bool
+    filter_columns: tuple[str, ...]
+
+
+async def read_publication(
+    connection: Connection, name: str, tables: Mapping[QualifiedName, Sequence[QualifiedName]] | None = None
+) -> Publication | None:
+    """Return the publication, or None when there is none of that name.
+
+    :param tables: the tables to look for, each with its ancestors, the nearest first.
+    """
+    tables = tables or {}
+    generated_columns = connection.info.server_version >= GENERATED_COLUMNS_VERSION
+    row = await fetch_row(
+        connection,
+        sql.SQL(
+            """
+            SELECT puballtables, pg_has_role(pubowner, 'USAGE'), pubinsert, pubupdate, pubdelete, pubtruncate,
+                   pubviaroot, oid::int8, xmin::text, {}
+            FROM pg_publication WHERE pubname = %s
+            """
+        ).format(sql.SQL("pubgencols = 's'" if generated_columns else "false")),
+        [name],
+    )
+    if row is None:
+        return None
+    all_tables, owned, *operations, via_root, oid, edited, generated = row
+    relations = await _relations(connection, oid, generated, {*tables, *(one for of in tables.values() for one in of)})
+    sent, brought_by = {}, {}
+    for table, ancestors in tables.items():
+        line = [one for one in (table, *ancestors) if one in relations]
+        for place, one in enumerate(line):
+            if (published := _published(line[place:], relations, all_tables=all_tables, via_root=via_root)) is not None:
+                sent[one] = published
+        brought_by[table] = _brought_by([relations[one] for one in line], all_tables=all_tables)
+    names = ("insert", "update", "delete", "truncate")
+    return Publication(
+        name=name,
+        all_tables=all_tables,
+        owned=owned,
+        operations=frozenset(operation for operation, on in zip(names, operations, strict=True) if on),
+        via_root=via_root,
+        tables=sent,
+        generated=generated,
+        oid=oid,
+        edited=edited,
+        brought_by=brought_by,
+    )
+
+
+def _published(
+    line: Sequence[QualifiedName], relations: Mapping[QualifiedName, _Relation], *, all_tables: bool, via_root: bool
+) -> Published | None:
+    """Return how the first of `line` is sent under its own name, if it is; the others are its ancestors."""
+
+    def direct(name: QualifiedName) -> bool:
+        relation = relations[name]
+        of_many = all_tables or relation.schema_row is not None
+        return relation.row is not None or (of_many and relation.publishable)
+
+    table, *ancestors = line
+    above = any(direct(ancestor) for ancestor in ancestors)
+    if (via_root and above) or not (direct(table) or above):
+        return None
+    mine = relations[table]
+    if all_tables or mine.schema_row is not None:
+        return Published(table, mine.columns, None)
+    return Published(table, mine.columns, mine.row_filter, mine.listed, mine.filter_columns)
+
+
+def _brought_by(line: Sequence[_Relation], *, all_tables: bool) -> tuple[str, ...]:
+    of_many = all_tables or any(one.schema_row is not None for one in line)
+    return tuple(
+        version
+        for one in line
+        for version in (one.row, one.schema_row, one.version if of_many else None)
+        if version is not None
+    )
+
+
+async def _relations(
+    connection: Connection, publication: int, generated: bool, names: Collection[QualifiedName]
+) -> dict[QualifiedName, _Relation]:
+    version = connection.info.server_version
+    cursor = await connection.execute(
+        sql.SQL(_RELATIONS if version >= FILTERS_VERSION else _RELATIONS_BEFORE_15),
+        {
+            "publication": publication,
+            "generated": generated,
+            "schemas": [name.schema for name in names],
+            "names": [name.name for name in names],
+        },
+    )
+    return {QualifiedName(schema, name): _relation(*facts) for schema, name, *facts in await cursor.fetchall()}
+
+
+def _relation(
+    publishable: bool,
+    version: str,
+    row: str | None,
+    schema_row: str | None,
+    columns: Sequence[str],
+    row_filter: str | None,
+    listed: bool | None,
+    filter_columns: Sequence[str],
+) -> _Relation:
+    return _Relation(
+        publishable, version, row, schema_row, tuple(columns), row_filter, bool(listed), tuple(filter_columns)
+    )
+
+
+_SELECTED: LiteralString = """
+    SELECT n.nspname, c.relname, c.relkind IN ('r', 'p') AND c.relpersistence = 'p',
+           'table ' || c.oid || ' ' || c.xmin, 'row ' || r.oid || ' ' || r.xmin
+"""
+_JOINED: LiteralString = """
+    FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted (schema, name)
+    JOIN pg_namespace n ON n.nspname = wanted.schema
+    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
+    LEFT JOIN pg_publication_rel r ON r.prrelid = c.oid AND r.prpubid = %(publication)s::int8::oid
+"""
+_RELATIONS: LiteralString = (
+    _SELECTED
+    + """
+    , 'schema ' || s.oid || ' ' || s.xmin,
+    ARRAY(SELECT attname::text FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+          AND CASE WHEN r.prattrs IS NOT NULL THEN a.attnum = ANY(r.prattrs::int2[])
+              ELSE a.attgenerated = '' OR a.attgenerated = 's' AND %(generated)s END
+          ORDER BY a.attnum),
+    pg_get_expr(r.prqual, r.prrelid), r.prattrs IS NOT NULL,
+    ARRAY(SELECT DISTINCT a.attname::text
+          FROM regexp_matches(r.prqual::text, ':varattno (\\d+)', 'g') AS used (number)
+          JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = used.number[1]::int2 ORDER BY 1)
+"""
+    + _JOINED
+    + """
+    LEFT JOIN pg_publication_namespace s ON s.pnnspid = n.oid AND s.pnpubid = %(publication)s::int8::oid
+"""
+)
+# The columns that a row filter reads: no function tells them, and pg_depend does not tell them from a column list.
+_RELATIONS_BEFORE_15: LiteralString = (
+    _SELECTED
+    + """
+    , NULL,
+    ARRAY(SELECT attname::text FROM pg_attribute
+          WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum),
+    NULL, false, '{}'::text[]
+"""
+    + _JOINED
+)
+
+
+async def published_names(connection: Connection, name: str) -> list[QualifiedName]:
+    """Return the names of all tables that a publication sends."""
+    cursor = await connection.execute(
+        "SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = %s", [name]
+    )
+    return [QualifiedName(schema, table) for schema, table in await cursor.fetchall()]
+
+
+def create_publication_statement(name: str, tables: Sequence[QualifiedName], *, version: int = 0) -> sql.Composed:
+    """Return the statement that creates a publication of `tables`.
+
+    :param version: the server's. If it can, the publication sends stored generated columns: templates may use them,
+        and without them UPDATE and DELETE would fail on a table that has some and REPLICA IDENTITY FULL.
+    """
+    generated = ", publish_generated_columns = stored" if version >= GENERATED_COLUMNS_VERSION else ""
+    return sql.SQL(
+        "CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true" + generated + ")"
+    ).format(sql.Identifier(name), _names(tables))
+
+
+def publish_statement(name: str, tables: Sequence[QualifiedName]) -> sql.Composed:
+    """Return the statement that adds `tables` to a publication."""
+    return sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(sql.Identifier(name), _names(tables))
+
+
+def _names(tables: Sequence[QualifiedName]) -> sql.Composed:
+    return sql.SQL(", ").join(sql.Identifier(table.schema, table.name) for table in tables)

@@ -1,0 +1,311 @@
+"""Which edits of a table, its types or its publication show in an index's fingerprint, and what each asks for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import msgspec
+import psycopg
+import pytest
+
+from cdcsync.config import QualifiedName
+from cdcsync.demo.cluster import Cluster
+from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.source.catalog import Catalog, read_catalog
+from cdcsync.source.fingerprints import Difference, Fingerprint, difference, fingerprint_of
+from tests.fixtures.clusters import OTHER_VERSIONS
+from tests.fixtures.servers import Server, fresh_database
+
+pytestmark = pytest.mark.server
+
+T = QualifiedName("public", "t")
+P = QualifiedName("public", "p")
+COLUMNS = ("id", "title", "mood", "spot", "more", "days", "twice", "moods")
+PARTITIONED = ("id", "at", "title")
+
+LAYOUT = """
+    DROP SCHEMA IF EXISTS public CASCADE; DROP SCHEMA IF EXISTS other CASCADE; DROP PUBLICATION IF EXISTS p;
+    CREATE SCHEMA public; CREATE SCHEMA other; CREATE SCHEMA IF NOT EXISTS attic;
+    CREATE TYPE public.mood AS ENUM ('sad', 'ok', 'happy');
+    CREATE TYPE public.inner_point AS (x int, y int);
+    CREATE TYPE public.point3 AS (at public.inner_point, z int);
+    CREATE DOMAIN public.short AS varchar(10);
+    CREATE TYPE public.days AS RANGE (subtype = date);
+    CREATE TABLE public.t (id int PRIMARY KEY, title text, mood public.mood, spot public.point3, more public.short,
+        days public.days, moods public.mood[], extra text, twice int GENERATED ALWAYS AS (id * 2) STORED);
+    CREATE TABLE public.nothing ();
+    CREATE TABLE public.p (id int, at date, title text, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+    CREATE TABLE public.p1 PARTITION OF public.p FOR VALUES FROM ('2025-01-01') TO ('2026-01-01');
+    CREATE TABLE public.p2 PARTITION OF public.p FOR VALUES FROM ('2026-01-01') TO ('2027-01-01');
+    CREATE TABLE public.apart (id int NOT NULL, at date NOT NULL, title text);
+    INSERT INTO public.t (id, title, mood) VALUES (1, 'a', 'sad');
+    INSERT INTO public.p VALUES (1, '2025-05-05', 'a');
+"""
+PUBLICATIONS = {
+    "table": "CREATE PUBLICATION p FOR TABLE public.t, public.p WITH (publish_via_partition_root = true)",
+    "all": "CREATE PUBLICATION p FOR ALL TABLES WITH (publish_via_partition_root = true)",
+    "schema": "CREATE PUBLICATION p FOR TABLES IN SCHEMA public WITH (publish_via_partition_root = true)",
+}
+
+NOTHING = {
+    "a row changes": "UPDATE public.t SET title = 'b'; UPDATE public.p SET title = 'b'",
+    "statistics are gathered": "ANALYZE",
+    "an index is made": "CREATE INDEX ON public.t (title)",
+    "another column is retyped in place": "ALTER TABLE public.t ALTER extra TYPE varchar",
+    "another column comes": "ALTER TABLE public.t ADD COLUMN newer int",
+    "a label is added": "ALTER TYPE public.mood ADD VALUE 'better' BEFORE 'sad'",
+    "another table is made": "CREATE TABLE public.new (id int); DROP TABLE public.new",
+    "another table is published": "ALTER PUBLICATION p ADD TABLE public.apart",
+    "a column without values gets a default": "ALTER TABLE public.t ALTER title SET DEFAULT 'x'",
+}
+REREAD = {
+    "values change by USING and another type": "ALTER TABLE public.t ALTER title TYPE varchar(20) USING upper(title)",
+    "a column is dropped and added": "ALTER TABLE public.t DROP title; ALTER TABLE public.t ADD title text",
+    "two columns change places": """ALTER TABLE public.t ADD b2 text; ALTER TABLE public.t RENAME title TO old;
+        ALTER TABLE public.t RENAME b2 TO title""",
+    "the key is dropped and added": "ALTER TABLE public.t DROP id CASCADE;"
+    " ALTER TABLE public.t ADD id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY",
+    "a modifier changes without a rewrite": "ALTER TABLE public.t ALTER more TYPE varchar(30)",
+    "a label is renamed": "ALTER TYPE public.mood RENAME VALUE 'sad' TO 'down'",
+    "a composite type gets an attribute": "ALTER TYPE public.point3 ADD ATTRIBUTE w int",
+    "a composite type inside another one gets an attribute": "ALTER TYPE public.inner_point ADD ATTRIBUTE z int",
+    "a type is renamed": "ALTER TYPE public.mood RENAME TO temper",
+    "a generated column has another expression": """ALTER TABLE public.t DROP twice;
+        ALTER TABLE public.t ADD twice int GENERATED ALWAYS AS (id * 3) STORED""",
+    "the table is made anew": "DROP TABLE public.t; CREATE TABLE public.t (id int PRIMARY KEY, title text)",
+    "the table changes places with another one": """ALTER TABLE public.t RENAME TO away;
+        CREATE TABLE public.t (LIKE public.away INCLUDING ALL)""",
+}
+COMPARED = {
+    "values change by USING": "ALTER TABLE public.t ALTER title TYPE text USING upper(title)",
+    "the table is rewritten": "VACUUM FULL public.t",
+    "the table is truncated": "TRUNCATE public.t",
+    "an edit of the publication changes nothing": "ALTER PUBLICATION p SET"
+    " (publish = 'insert, update, delete, truncate')",
+    "updates were not sent for a while": """ALTER PUBLICATION p SET (publish = 'insert');
+        ALTER PUBLICATION p SET (publish = 'insert, update, delete, truncate')""",
+    "the publication's owner changes": "ALTER PUBLICATION p OWNER TO CURRENT_USER; ALTER PUBLICATION p RENAME TO q;"
+    " ALTER PUBLICATION q RENAME TO p",
+    "updates were not sent for a while, in one transaction": """BEGIN; ALTER PUBLICATION p SET (publish = 'insert');
+        ALTER PUBLICATION p SET (publish = 'insert, update, delete, truncate'); COMMIT""",
+}
+OUT_AND_BACK = {
+    ("table", "dropped and added"): "ALTER PUBLICATION p DROP TABLE {t}; ALTER PUBLICATION p ADD TABLE {t}",
+    ("table", "set anew"): "ALTER PUBLICATION p SET TABLE {rest}; ALTER PUBLICATION p SET TABLE {t}, {rest}",
+    ("table", "made anew"): "DROP PUBLICATION p; {make}",
+    ("table", "with a filter for a while"): "ALTER PUBLICATION p SET TABLE {t} WHERE (id > 5), {rest};"
+    " ALTER PUBLICATION p SET TABLE {t}, {rest}",
+    ("table", "with a column list for a while"): "ALTER PUBLICATION p SET TABLE {t} (id), {rest};"
+    " ALTER PUBLICATION p SET TABLE {t}, {rest}",
+    ("all", "made anew"): "DROP PUBLICATION p; {make}",
+    ("all", "moved and moved back"): "ALTER TABLE {t} SET SCHEMA attic; ALTER TABLE attic.{bare} SET SCHEMA public",
+    ("schema", "schema dropped and added"): "ALTER PUBLICATION p SET TABLES IN SCHEMA other;"
+    " ALTER PUBLICATION p SET TABLES IN SCHEMA public",
+    ("schema", "moved and moved back"): "ALTER TABLE {t} SET SCHEMA attic; ALTER TABLE attic.{bare} SET SCHEMA public",
+    ("schema", "made anew"): "DROP PUBLICATION p; {make}",
+}
+
+
+@pytest.fixture(scope="module", params=[18, 15])
+def dsn(request: pytest.FixtureRequest, server: Server) -> Iterator[str]:
+    """A database of the tests' own server, and one of PostgreSQL 15."""
+    if request.param == 18:
+        with fresh_database(server) as database:
+            yield database.dsn
+        return
+    if not OTHER_VERSIONS[15].exists():
+        pytest.skip("PostgreSQL 15 is not installed")
+    with Cluster(bin_dir=OTHER_VERSIONS[15]) as cluster:
+        yield cluster.dsn()
+
+
+@pytest.fixture
+async def source(dsn: str) -> AsyncIterator[Connection]:
+    async with await connect(dsn, "source") as connection:
+        yield connection
+
+
+async def lay_out(source: Connection, publication: str = "table") -> None:
+    await source.execute(LAYOUT)
+    await source.execute(PUBLICATIONS[publication])
+
+
+async def taken(source: Connection, name: QualifiedName = T) -> tuple[Fingerprint, Catalog]:
+    """Return the fingerprint as it comes back from our table, and what it is of."""
+    catalog = await read_catalog(source, "p", [T, P])
+    table = catalog.tables[name]
+    fingerprint = fingerprint_of(catalog, table, COLUMNS if name == T else PARTITIONED)
+    return msgspec.json.decode(msgspec.json.encode(fingerprint), type=Fingerprint), catalog
+
+
+async def done(source: Connection, edit: str, name: QualifiedName = T, publication: str = "table") -> Difference:
+    """Make an edit and return the difference that it makes."""
+    await lay_out(source, publication)
+    before, _ = await taken(source, name)
+    for statement in edit.split(";"):
+        await source.execute(statement)
+    now, catalog = await taken(source, name)
+    return difference(before, now, catalog.tables[name])
+
+
+@pytest.mark.parametrize("edit", NOTHING.values(), ids=NOTHING)
+async def test_what_leaves_the_values_of_the_index_alone_is_no_difference(source: Connection, edit: str) -> None:
+    assert await done(source, edit) == Difference()
+
+
+@pytest.mark.parametrize("edit", REREAD.values(), ids=REREAD)
+async def test_what_may_change_values_without_a_row_event_has_the_table_read_again(
+    source: Connection, edit: str
+) -> None:
+    assert (await done(source, edit)).reread
+
+
+@pytest.mark.parametrize("edit", COMPARED.values(), ids=COMPARED)
+async def test_what_may_have_kept_rows_from_being_sent_has_source_and_index_compared(
+    source: Connection, edit: str
+) -> None:
+    found = await done(source, edit)
+    assert found.compare
+    assert not found.reread
+
+
+@pytest.mark.parametrize(("publication", "edit"), OUT_AND_BACK, ids=map(": ".join, OUT_AND_BACK))
+async def test_a_table_that_was_not_sent_for_a_while_is_noticed_by_any_kind_of_publication(
+    source: Connection, publication: str, edit: str
+) -> None:
+    for name, rest in ((T, P), (P, T)):
+        statements = OUT_AND_BACK[publication, edit].format(
+            t=name, rest=rest, bare=name.name, make=PUBLICATIONS[publication]
+        )
+        assert (await done(source, statements, name, publication)).compare, name
+
+
+async def test_a_table_that_was_unlogged_for_a_while_was_not_sent(source: Connection) -> None:
+    edit = "ALTER TABLE public.t SET UNLOGGED; ALTER TABLE public.t SET LOGGED"
+
+    assert (await done(source, edit, publication="all")).compare
+
+
+@pytest.mark.parametrize(
+    ("edit", "arrived", "left", "compared"),
+    [
+        ("CREATE TABLE public.p3 PARTITION OF public.p DEFAULT", ["p3"], False, False),
+        (
+            "ALTER TABLE public.p ATTACH PARTITION public.apart FOR VALUES FROM ('2030-01-01') TO ('2031-01-01')",
+            ["apart"],
+            False,
+            False,
+        ),
+        ("ALTER TABLE public.p DETACH PARTITION public.p1", [], True, False),
+        ("DROP TABLE public.p1", [], True, False),
+        (
+            "ALTER TABLE public.p DETACH PARTITION public.p1; ALTER TABLE public.p ATTACH PARTITION public.p1"
+            " FOR VALUES FROM ('2025-01-01') TO ('2026-01-01')",
+            ["p1"],
+            True,
+            False,
+        ),
+        ("TRUNCATE public.p1", [], False, True),
+        ("ALTER TABLE public.p ALTER title TYPE text USING upper(title)", [], False, True),
+        ("UPDATE public.p SET title = 'x'", [], False, False),
+    ],
+)
+async def test_partitions_that_come_go_and_are_rewritten_ask_for_as_much_as_they_changed(
+    source: Connection, edit: str, arrived: list[str], left: bool, compared: bool
+) -> None:
+    found = await done(source, edit, P)
+
+    assert ([one.name.name for one in found.arrived], found.left, bool(found.compare)) == (arrived, left, compared)
+    assert found.reread is None
+
+
+async def test_an_index_that_an_earlier_version_made_is_compared_once(source: Connection) -> None:
+    await lay_out(source)
+    now, catalog = await taken(source)
+
+    assert difference(None, now, catalog.tables[T]).compare
+    assert not difference(now, now, catalog.tables[T])
+
+
+async def test_nothing_is_read_of_other_tables_whatever_they_are(source: Connection) -> None:
+    await lay_out(source, "all")
+    await source.execute(
+        "CREATE SCHEMA odd; CREATE TABLE odd.t (); CREATE TABLE odd.child () INHERITS (public.nothing)"
+    )
+    await source.execute('CREATE TABLE odd."a.b""c" (id int PRIMARY KEY, "%s" text)')
+    try:
+        catalog = await read_catalog(source, "p", [T, QualifiedName("public", "absent")])
+    finally:
+        await source.execute("DROP SCHEMA odd CASCADE")
+
+    assert set(catalog.tables) == {T}
+    assert catalog.publication is not None
+    assert set(catalog.publication.tables) == {T}
+
+
+async def test_a_table_without_columns_is_read_like_any_other(source: Connection) -> None:
+    await lay_out(source, "all")
+    nothing = QualifiedName("public", "nothing")
+
+    catalog = await read_catalog(source, "p", [nothing])
+
+    assert catalog.tables[nothing].columns == {}
+    assert catalog.publication is not None
+    assert catalog.publication.tables[nothing].columns == ()
+
+
+@pytest.mark.parametrize("publication", PUBLICATIONS)
+async def test_what_is_said_of_a_publication_is_what_the_server_says_of_it(
+    source: Connection, publication: str
+) -> None:
+    await lay_out(source, publication)
+    if publication == "table":
+        await source.execute("ALTER PUBLICATION p SET TABLE public.t (title, id) WHERE (id > 3), public.p")
+    for via_root in ("true", "false"):
+        await source.execute(f"ALTER PUBLICATION p SET (publish_via_partition_root = {via_root})")
+        leaf = QualifiedName("public", "p1")
+        catalog = await read_catalog(source, "p", [T, P, leaf])
+        cursor = await source.execute(
+            "SELECT schemaname, tablename, attnames::text[], rowfilter FROM pg_publication_tables"
+            " WHERE schemaname = 'public' AND tablename IN ('t', 'p', 'p1')"
+        )
+        # PostgreSQL 15 lists generated columns, which it does not send.
+        unsent = {"twice"} if catalog.version < 180000 else set()
+        expected = {
+            QualifiedName(schema, name): (sorted({*columns} - unsent), filter_)
+            for schema, name, columns, filter_ in await cursor.fetchall()
+        }
+        assert catalog.publication is not None
+        sent = catalog.publication.tables.items()
+        found = {name: (sorted(one.columns), one.row_filter) for name, one in sent if name in expected}
+        partitioned_by_leaves = {name for name, _ in sent} - expected.keys()
+
+        assert found == expected
+        # A root that is sent under the names of its leaves is still one that the publication sends.
+        assert partitioned_by_leaves <= ({P} if via_root == "false" else set())
+
+
+async def test_the_columns_of_a_row_filter_are_told_from_those_of_a_column_list(source: Connection) -> None:
+    await lay_out(source)
+    await source.execute(
+        "ALTER PUBLICATION p SET TABLE public.t (id, title, extra) WHERE (id > 3 AND extra <> ':varattno 2')"
+    )
+    catalog = await read_catalog(source, "p", [T])
+
+    assert catalog.publication is not None
+    assert catalog.publication.tables[T].filter_columns == ("extra", "id")
+
+
+async def test_a_table_is_found_by_its_oid_under_the_name_that_it_has_now(source: Connection) -> None:
+    await lay_out(source)
+    _, catalog = await taken(source)
+    oid = catalog.tables[T].oid
+    await source.execute("ALTER TABLE public.t SET SCHEMA attic")
+    try:
+        moved = await read_catalog(source, "p", [T], [oid])
+    finally:
+        with psycopg.connect(source.info.dsn, autocommit=True) as admin:
+            admin.execute("DROP TABLE attic.t")
+
+    assert moved.tables == {}
+    assert moved.called == {oid: QualifiedName("attic", "t")}
