@@ -41,14 +41,16 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
         source = await _connect(stack, config.source.dsn, "source", findings)
         target = await _connect(stack, config.target.dsn, "target", findings)
         source_facts = target_facts = None
+        on_target: list[Finding] = []
         if target is not None:
-            target_facts = await examine_target(target, config, findings)
+            target_facts = await examine_target(target, config, on_target)
         stored = target_facts.stored if target_facts is not None else {}
         if source is not None:
             known = [one.table_oid for one in stored.values() if one.table_oid is not None]
             source_facts = await examine_source(source, config, findings, known=known)
             if source_facts is not None:
                 await _examine_tables(source, plans, source_facts, stored)
+        findings += on_target
         if target is not None and target_facts is not None:
             if source_facts is not None:
                 findings += own_tables(config, source_facts, target_facts)

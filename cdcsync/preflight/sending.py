@@ -178,7 +178,7 @@ def failing_writes(
                 yield f"the replica identity of {one} holds virtual generated columns, {named(virtual)}", default
             stored = _generated(columns, "s")
             if stored and publication is not None and not publication.generated and (sent is None or not sent.listed):
-                fix = f"{alter} SET (publish_generated_columns = stored), or {default}"
+                fix = f"{alter} SET (publish_generated_columns = stored)"
                 yield f"the replica identity of {one} holds generated columns that are not sent, {named(stored)}", fix
         if version < FILTERS_VERSION or sent is None:
             continue

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg import sql
 
+from cdcsync.config import QualifiedName
 from cdcsync.demo.cluster import Cluster
 from cdcsync.flows.audit.digests import published
 from cdcsync.flows.replay import check_where
 from cdcsync.postgres.sessions import connect
+from cdcsync.preflight.sending import failing_writes
+from cdcsync.source.catalog import read_catalog
 from tests.fixtures.preflight import ARTICLES, Role, configured, examined, the_error
-from tests.fixtures.servers import Database
+from tests.fixtures.servers import Database, Server, fresh_database
 
 pytestmark = pytest.mark.server
 
@@ -26,6 +30,8 @@ GENERATED = "CREATE TABLE t (id int PRIMARY KEY, body text, upper text GENERATED
 POSTGRESQL_15 = Path("/usr/lib/postgresql/15/bin")
 
 T = 'table = "t"\ntext = "{body}"'
+T_NAME = QualifiedName("public", "t")
+PARTS = "PARTITION BY RANGE (id)"
 
 
 async def test_a_publication_that_the_role_may_not_create_is_told_as_a_statement_for_the_owner(
@@ -199,3 +205,129 @@ async def test_an_older_source_sends_no_generated_column(
         assert error.message == "before PostgreSQL 18 no generated column is sent: upper"
         connection.execute("CREATE PUBLICATION cdcsync FOR TABLE t (id)")
         assert "lacks body" in the_error(await examined(sound)).message
+
+
+IDENTITIES = {
+    "a virtual generated column in a full identity": (
+        180000,
+        "ALTER TABLE t ADD double int GENERATED ALWAYS AS (n * 2) VIRTUAL; ALTER TABLE t REPLICA IDENTITY FULL",
+        "FOR TABLE t",
+        "holds virtual generated columns, double",
+    ),
+    "a stored generated column in a full identity": (
+        180000,
+        "ALTER TABLE t ADD double int GENERATED ALWAYS AS (n * 2) STORED; ALTER TABLE t REPLICA IDENTITY FULL",
+        "FOR TABLE t",
+        "holds generated columns that are not sent, double",
+    ),
+    "a column list and a full identity": (
+        150000,
+        "ALTER TABLE t REPLICA IDENTITY FULL",
+        "FOR TABLE t (id, body, n)",
+        "the column list for public.t does not cover the replica identity of public.t",
+    ),
+    "a column list without the whole identity": (
+        150000,
+        "CREATE UNIQUE INDEX u ON t (id, n); ALTER TABLE t REPLICA IDENTITY USING INDEX u",
+        "FOR TABLE t (id, body)",
+        "the column list for public.t does not cover the replica identity of public.t",
+    ),
+    "a row filter by other columns": (
+        150000,
+        "",
+        "FOR TABLE t WHERE (n > 1)",
+        "reads columns outside the replica identity of public.t, n",
+    ),
+    "no identity": (140000, "ALTER TABLE t REPLICA IDENTITY NOTHING", "FOR TABLE t", "has no replica identity"),
+    "nothing of that": (140000, "", "FOR TABLE t", None),
+    "a filter by the key": (150000, "", "FOR TABLE t WHERE (id > 1)", None),
+    "a column list with the key": (150000, "", "FOR TABLE t (id, body)", None),
+    "a filter by other columns, of inserts": (150000, "", "FOR TABLE t WHERE (n > 1)@publish = 'insert'", None),
+    "a full identity": (140000, "ALTER TABLE t REPLICA IDENTITY FULL", "FOR TABLE t", None),
+    "a virtual column outside the identity": (
+        180000,
+        "ALTER TABLE t ADD double int GENERATED ALWAYS AS (n * 2) VIRTUAL",
+        "FOR TABLE t",
+        None,
+    ),
+}
+"""By name: since which version, what is done to the table, the publication, and why writes fail, if they do."""
+
+
+@pytest.fixture(scope="module", params=[18, 15])
+def old_and_new(request: pytest.FixtureRequest, server: Server) -> Iterator[str]:
+    """A database of the tests' own server, and one of PostgreSQL 15."""
+    if request.param == 18:
+        with fresh_database(server) as database:
+            yield database.dsn
+        return
+    if not POSTGRESQL_15.exists():
+        pytest.skip("PostgreSQL 15 is not installed")
+    with Cluster(bin_dir=POSTGRESQL_15) as cluster:
+        yield cluster.dsn()
+
+
+@pytest.mark.parametrize("partitioned", [False, True], ids=["plain", "partitioned"])
+@pytest.mark.parametrize("case", IDENTITIES)
+async def test_what_is_said_of_failing_writes_is_what_the_server_does(
+    old_and_new: str, case: str, partitioned: bool
+) -> None:
+    version, alter, published, reason = IDENTITIES[case]
+    with psycopg.connect(old_and_new, autocommit=True) as connection:
+        if connection.info.server_version < version:
+            pytest.skip(f"needs PostgreSQL {version // 10000}")
+        connection.execute("DROP TABLE IF EXISTS t; DROP PUBLICATION IF EXISTS cdcsync")
+        connection.execute(
+            f"CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL, body text) {PARTS if partitioned else ''}"
+        )
+        if partitioned:
+            connection.execute("CREATE TABLE low PARTITION OF t FOR VALUES FROM (0) TO (9)")
+            # The identity that counts is that of the partition that is written to.
+            alter += ";" + re.sub(r"\bt\b", "low", alter) if "IDENTITY" in alter and "INDEX" not in alter else ""
+            if "INDEX" in alter:
+                alter += "; ALTER TABLE low REPLICA IDENTITY USING INDEX low_id_n_idx"
+            alter = re.sub(r"ALTER TABLE low ADD [^;]*;", "", alter)
+        for statement in filter(str.strip, alter.split(";")):
+            connection.execute(statement)
+        what, _, options = published.partition("@")
+        connection.execute(
+            f"CREATE PUBLICATION cdcsync {what} WITH (publish_via_partition_root = true{options and f', {options}'})"
+        )
+        connection.execute("INSERT INTO t VALUES (1, 1, 'a')")
+        fails = False
+        try:
+            connection.execute("UPDATE t SET body = 'b'")
+        except psycopg.Error:
+            fails = True
+
+    async with await connect(old_and_new, "source") as source:
+        catalog = await read_catalog(source, "cdcsync", [T_NAME])
+    assert catalog.publication is not None
+    table, sent = catalog.tables[T_NAME], catalog.publication.tables[T_NAME]
+    said = [why for why, _ in failing_writes(table, catalog.publication, sent, catalog.version)]
+
+    assert bool(said) == fails == (reason is not None)
+    if reason is not None:
+        where = "public.low" if partitioned else "public.t"
+        assert any(reason.replace("identity of public.t", f"identity of {where}") in one for one in said), said
+
+
+async def test_a_table_whose_writes_would_fail_is_refused_before_it_is_published_and_warned_of_afterwards(
+    database: Database,
+) -> None:
+    with database.connect() as connection:
+        if connection.info.server_version < 180000:
+            pytest.skip("needs PostgreSQL 18")
+        connection.execute("CREATE TABLE t (id int PRIMARY KEY, body text, n int GENERATED ALWAYS AS (id * 2) VIRTUAL)")
+        connection.execute("ALTER TABLE t REPLICA IDENTITY FULL")
+        config = configured(database.dsn, t=T)
+        refused = the_error(await examined(config))
+        assert "once it sends public.t, its UPDATEs fail" in refused.message
+        connection.execute("CREATE PUBLICATION cdcsync FOR TABLE t")
+        report = await examined(config)
+        assert report.errors == []
+        assert [one.hint for one in report.findings if "UPDATE and DELETE of public.t fail" in one.message] == [
+            "ALTER TABLE public.t REPLICA IDENTITY DEFAULT"
+        ]
+        connection.execute(str(refused.hint))
+        assert not [one for one in (await examined(config)).findings if one.level != "ok"]
