@@ -117,7 +117,7 @@ def _pause_broken(plans: Sequence[Plan], stored: Mapping[str, Entry]) -> dict[st
     broken = {}
     for plan in plans:
         errors = [finding for finding in plan.findings if finding.level == "error"]
-        outage = any(error.passing for error in errors)
+        outage = any(error.passes for error in errors)
         if errors and not outage and _as_before(plan, stored.get(plan.name)):
             broken[plan.name] = Pause(errors[0].message, errors[0].hint)
             for error in errors:

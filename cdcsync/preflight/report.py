@@ -33,6 +33,11 @@ class Report(msgspec.Struct):
         """The findings that stop the pipeline."""
         return [finding for finding in self.findings if finding.level == "error"]
 
+    @property
+    def passes(self) -> bool:
+        """Whether nothing but servers that are away keeps the pipeline from starting."""
+        return bool(self.errors) and all(finding.passes for finding in self.errors)
+
 
 def refuse(report: Report) -> None:
     """Return when no finding is an error.
