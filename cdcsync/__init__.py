@@ -13,6 +13,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PLACES = {
+    "Index": "cdcsync.index",
+    "Hits": "cdcsync.index",
+    "Hit": "cdcsync.target.search",
     "Config": "cdcsync.config",
     "load_config": "cdcsync.config",
     "run_worker": "cdcsync.worker.run",

@@ -16,6 +16,8 @@ from cdcsync.errors import (
     Unavailable,
     UsageError,
 )
+from cdcsync.index import Hits, Index
+from cdcsync.target.search import Hit
 from cdcsync.worker.run import run as run_worker
 
 __version__: str
@@ -29,6 +31,9 @@ __all__ = [
     "EmbedderSetupError",
     "EmbedderUnavailable",
     "GapError",
+    "Hit",
+    "Hits",
+    "Index",
     "LeaseLost",
     "SetupError",
     "SourceUnavailable",

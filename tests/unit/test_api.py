@@ -28,6 +28,13 @@ def test_the_page_describes_every_public_name_and_no_other() -> None:
     assert documented() == set(cdcsync.__all__)
 
 
+def test_the_page_describes_every_method_of_an_index_and_every_field_of_a_hit() -> None:
+    methods = {f"Index.{name}" for name in vars(cdcsync.Index) if not name.startswith("_")} | {"Index.name"}
+    assert {heading.partition("(")[0] for heading in HEADINGS if heading.startswith("Index.")} == methods
+    table = PAGE.partition("### `Hit`\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| (\w+) \|", table, re.MULTILINE)[1:] == list(cdcsync.Hit.__struct_fields__)
+
+
 @pytest.mark.parametrize("heading", [heading for heading in HEADINGS if "(" in heading])
 def test_signatures_on_the_page_are_those_of_the_code(heading: str) -> None:
     path, _, parameters = heading.rstrip(")").partition("(")

@@ -1,0 +1,254 @@
+"""`cdcsync.Index`: an index, as an application searches it.
+
+    async with Index.open(load_config("cdcsync.toml"), "tickets") as tickets:
+        hits = await tickets.search("forgot my login", k=10)
+
+It needs no worker in the same process. It keeps a few connections to the target and the model open for all tasks of an
+event loop; `cdcsync.sync.Index` is the same for threads.
+
+The rules:
+
+1. A search needs the target and nothing else. A model, or a reranker, that is away is said in `Hits.warning`, and the
+   search does without.
+2. A connection that broke while nobody used it is replaced without anybody noticing: searches only read, so one is
+   simply made again.
+3. What the index is made of (model, dimensions, generation) is read from the target, and read again after `STORED_S`,
+   so that an application follows a migration to another model without a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from typing import Self, TypeVar
+
+import anyio
+from psycopg import sql
+
+from cdcsync.config import Config
+from cdcsync.embedders import Vectors, make_embedder, require_model
+from cdcsync.embedders.queries import QueryEmbedder
+from cdcsync.errors import EmbedderSetupError, EmbedError, TargetUnavailable, UsageError
+from cdcsync.lsn import Lsn
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.pool import Pool
+from cdcsync.postgres.queries import fetch_value
+from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.target.search import MAX_HITS, Hit, Mode, search, stored_spec
+
+T = TypeVar("T")
+
+CONNECTIONS = 4
+"""Searches of one process at the same time: a search takes milliseconds, so more connections than this mostly wait."""
+
+MODEL_TIMEOUT_S = 5.0
+"""How long a query waits for its vector: a provider takes half a second, and nobody waits much longer for a search."""
+
+STORED_S = 30.0
+"""How long what is known of an index is taken for true."""
+
+
+class Hits(list[Hit]):
+    """What a search found, the best first.
+
+    :ivar warning: what the search had to do without (the model, the reranker), for people; None if nothing.
+    """
+
+    def __init__(self, hits: Sequence[Hit] = (), warning: str | None = None) -> None:
+        super().__init__(hits)
+        self.warning = warning
+
+
+class _Shared:
+    """What the indexes of one application share: connections and models."""
+
+    def __init__(self, config: Config, connections: int, model_timeout_s: float) -> None:
+        self.config = config
+        self.pool = Pool(config.target.dsn, "target", size=connections, application_name="cdcsync index")
+        self._model_timeout_s = model_timeout_s
+        self._models: dict[str, QueryEmbedder] = {}
+
+    def model(self, name: str) -> QueryEmbedder:
+        """Return the model of an [embedders] section.
+
+        :raises EmbedderSetupError: it cannot be used as configured.
+        """
+        if name not in self._models:
+            embedder = make_embedder(name, self.config.embedders[name])
+            self._models[name] = QueryEmbedder(embedder, timeout_s=self._model_timeout_s)
+        return self._models[name]
+
+    async def aclose(self) -> None:
+        with anyio.CancelScope(shield=True):
+            async with AsyncExitStack() as stack:
+                stack.push_async_callback(self.pool.aclose)
+                for model in self._models.values():
+                    stack.push_async_callback(model.aclose)
+
+
+class Index:
+    """An index, searched by any number of tasks of one event loop. Use it in an `async with` block."""
+
+    def __init__(self, shared: _Shared, name: str, *, owner: bool) -> None:
+        self.name = name
+        self._config = shared.config.index_named(name)
+        self._shared = shared
+        self._owner = owner
+        self._stored: IndexSpec | None = None
+        self._stored_until = 0.0
+
+    @classmethod
+    def open(
+        cls,
+        config: Config,
+        name: str,
+        *,
+        connections: int = CONNECTIONS,
+        model_timeout_s: float = MODEL_TIMEOUT_S,
+    ) -> Self:
+        """Return the index of this name; entering it looks it up in the target and loads its model.
+
+        :param connections: the most searches at the same time.
+        :param model_timeout_s: how long a query may wait for its vector before it is searched for by words.
+        :raises UsageError: the configuration has no such index.
+        """
+        return cls(_Shared(config, connections, model_timeout_s), name, owner=True)
+
+    def beside(self, name: str) -> Self:
+        """Return another index of the same configuration, which shares connections and models, and ends with this one.
+
+        :raises UsageError: the configuration has no such index.
+        """
+        return type(self)(self._shared, name, owner=False)
+
+    async def __aenter__(self) -> Self:
+        """Look the index up and load its model.
+
+        :raises SetupError: the target does not hold it, or its model cannot be used as configured.
+        :raises TargetUnavailable: the target does not answer now.
+        """
+        try:
+            await self._with_connection(self._spec)
+            try:
+                await self._shared.model(self._config.embedder).open()
+            except EmbedderSetupError:
+                raise
+            except EmbedError:
+                pass  # searches go by words, and say so
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._owner:
+            await self._shared.aclose()
+
+    async def search(
+        self,
+        text: str,
+        *,
+        k: int = 10,
+        mode: Mode = "hybrid",
+        per_document: bool = True,
+        skip: int = 0,
+    ) -> Hits:
+        """Return the `k` best hits for a text, the best first.
+
+        :param mode: by nearness of meaning (`vector`), by words (`text`), or by both, fused by rank (`hybrid`).
+        :param per_document: return each document once, by its best chunk.
+        :param skip: leave out so many of the first hits: the next page.
+        :raises UsageError: an argument cannot be used.
+        :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
+        :raises TargetUnavailable: the target does not answer now.
+        """
+        vector, warning = None, None
+        if mode != "text":
+            try:
+                vector = await (await self._model()).embed_one(text)
+            except EmbedderSetupError:
+                raise
+            except EmbedError as error:
+                if mode == "vector" or self._config.search is None:
+                    raise
+                warning = f"searched by words alone: {error}"
+
+        async def ask(connection: Connection) -> list[Hit]:
+            return await search(
+                connection,
+                self._shared.config.target.schema,
+                await self._spec(connection),
+                text=text,
+                vector=vector,
+                k=min(MAX_HITS, 4 * (skip + k)) if per_document else skip + k,
+                mode="text" if warning else mode,
+            )
+
+        found = await self._with_connection(ask)
+        if per_document:
+            best: dict[tuple[object, ...], Hit] = {}
+            for hit in found:
+                best.setdefault(tuple(hit.key.values()), hit)
+            found = list(best.values())
+        return Hits(found[skip : skip + k], warning)
+
+    async def embed(self, texts: Sequence[str]) -> Vectors:
+        """Return the vectors of queries, `float32[n, dimensions]`, by the model that the index's vectors are of.
+
+        :raises EmbedderUnavailable: the model is away.
+        :raises TextRejected: the model refuses one of these texts.
+        """
+        return await (await self._model()).embed(texts)
+
+    async def wait_for(self, lsn: str | None = None, *, timeout_s: float = 10.0) -> bool:
+        """Wait until the index holds everything that the source had committed up to an LSN; False at the timeout.
+
+        Take the LSN after the commit, `SELECT pg_current_wal_lsn()` on the source, and hand it to whoever searches.
+
+        :param lsn: None takes the source's position now.
+        :raises SetupError: the target does not hold the index.
+        :raises SourceUnavailable: `lsn` is None and the source does not answer.
+        """
+        try:
+            position = Lsn.parse(lsn or await self.lsn())
+        except ValueError:
+            raise UsageError(f"{lsn!r} is not an LSN", where="wait_for", hint="give it as pg_lsn prints it") from None
+
+        async def ask(connection: Connection) -> bool:
+            function = sql.Identifier(self._shared.config.target.schema, "wait_for")
+            statement = sql.SQL("SELECT {}(%s, %s::pg_lsn, %s * interval '1 s')").format(function)
+            return bool(await fetch_value(connection, statement, [self.name, str(position), timeout_s]))
+
+        return await self._with_connection(ask)
+
+    async def lsn(self) -> str:
+        """Return the source's position now: everything that was committed before is below it.
+
+        :raises SourceUnavailable, SetupError: the source cannot be asked.
+        """
+        async with await connect(self._shared.config.source.dsn, "source", application_name="cdcsync index") as source:
+            with speaking_of("source"):
+                return str(await fetch_value(source, "SELECT pg_current_wal_lsn()::text"))
+
+    async def _model(self) -> QueryEmbedder:
+        model = self._shared.model(self._config.embedder)
+        require_model(model.embedder, (await self._with_connection(self._spec)).model)
+        return model
+
+    async def _spec(self, connection: Connection) -> IndexSpec:
+        if self._stored is None or anyio.current_time() > self._stored_until:
+            self._stored = await stored_spec(connection, self._shared.config.target.schema, self.name, self._config)
+            self._stored_until = anyio.current_time() + STORED_S
+        return self._stored
+
+    async def _with_connection(self, ask: Callable[[Connection], Awaitable[T]]) -> T:
+        """Ask the target; ask once more if the connection broke."""
+        for last in (False, True):
+            async with self._shared.pool.connection() as connection:
+                try:
+                    with speaking_of("target", where=f"index {self.name}"):
+                        return await ask(connection)
+                except TargetUnavailable:
+                    if last or not connection.closed:
+                        raise
+        raise AssertionError

@@ -1,0 +1,49 @@
+"""A few sessions shared by the tasks of an application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+
+from cdcsync.errors import UsageError
+from cdcsync.postgres.sessions import Connection, Session, Side
+
+
+class Pool:
+    """Up to `size` sessions, opened when they are needed and kept. For any number of tasks of one event loop.
+
+    A session that broke is opened again by whoever takes it next; the session that was used last is taken first, so
+    that no more stay busy than are needed.
+    """
+
+    def __init__(self, dsn: str, side: Side, *, size: int, application_name: str) -> None:
+        self._room = anyio.CapacityLimiter(size)
+        self._idle = [Session(dsn, side, application_name=application_name) for _ in range(size)]
+        self._closed = False
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """Lend a connection in autocommit; waits while all are lent.
+
+        :raises SourceUnavailable, TargetUnavailable, SetupError: a new one cannot be opened.
+        :raises UsageError: the pool is closed.
+        """
+        async with self._room:
+            if self._closed:
+                raise UsageError("it is closed", where="cdcsync.Index", hint="use it inside of its `with` block")
+            session = self._idle.pop()
+            try:
+                yield await session.connection()
+            finally:
+                if self._closed:
+                    with anyio.CancelScope(shield=True):
+                        await session.aclose()
+                self._idle.append(session)
+
+    async def aclose(self) -> None:
+        """Close the idle connections now, and the others when they come back."""
+        self._closed = True
+        for session in self._idle:
+            await session.aclose()

@@ -1,0 +1,295 @@
+"""`cdcsync.Index` and its twin for threads: searches, a model that is away, connections that break, clean ends."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, ClassVar
+
+import anyio
+import msgspec
+import numpy as np
+import pytest
+from psycopg import sql
+
+import cdcsync
+import cdcsync.sync
+from cdcsync.config import Config, HashEmbedder, PythonEmbedder, Source, Target
+from cdcsync.documents.templates import hash_text
+from cdcsync.embedders import queries
+from cdcsync.embedders.hashing import HashEmbedder as Hashing
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, SetupError, TargetUnavailable, UsageError
+from cdcsync.target.pipelines import Pipelines
+from tests.fixtures.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register, until
+
+if TYPE_CHECKING:
+    from tests.fixtures.servers import Database
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+TEXTS = {
+    "1": ("the cat sleeps on the warm sofa", "a cat dreams"),
+    "2": ("the dog guards the house",),
+    "3": ("the night train to the coast",),
+}
+HASHING = Hashing("hash", HashEmbedder(dimensions=32))
+
+
+class Model:
+    """Embeds by hashing, unless it is told to be away or to be slow."""
+
+    identity = "model:1"
+    dimensions = 32
+    away: ClassVar[bool] = False
+    slow: ClassVar[bool] = False
+    opened: ClassVar[int] = 0
+    asked: ClassVar[list[str]] = []
+
+    async def open(self) -> None:
+        if Model.away:
+            raise EmbedderUnavailable("nobody is at home")
+        Model.opened += 1
+
+    async def aclose(self) -> None:
+        Model.opened -= 1
+
+    async def embed(self, texts: Sequence[str], *, kind: str) -> object:
+        assert kind == "query"
+        if Model.away:
+            raise EmbedderUnavailable("nobody is at home")
+        if Model.slow:
+            await anyio.sleep_forever()
+        Model.asked.extend(texts)
+        return HASHING.vectors(texts)
+
+
+@pytest.fixture(autouse=True)
+def _model(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"away": False, "slow": False, "opened": 0, "asked": []}.items():
+        monkeypatch.setattr(Model, name, value)
+
+
+@asynccontextmanager
+async def indexed(database: Database, **settings: object) -> AsyncIterator[tuple[LiveIndex, Config]]:
+    """Make an index of the texts, a document each, as a worker leaves it."""
+    spec = make_spec(dimensions=32, **settings)  # type: ignore[arg-type]
+    spec = msgspec.structs.replace(spec, model="python:model:1")
+    async with live_index(database, spec) as index:
+        await Pipelines(SCHEMA, "s").ensure(index.connection, "p")
+        await register(index.connection, spec, slot="s")
+        texts = [text for chunks in TEXTS.values() for text in chunks]
+        vectors = {hash_text(text): vector for text, vector in zip(texts, HASHING.vectors(texts), strict=True)}
+        documents = [document(key, *chunks, carried=(key,)) for key, chunks in TEXTS.items()]
+        await index.apply(msgspec.structs.replace(changes(*documents), vectors=vectors))
+        config = Config(
+            source=Source(dsn=database.dsn),
+            target=Target(dsn=database.dsn),
+            embedders={"model": PythonEmbedder(class_=f"{__name__}:Model")},
+            indexes={"articles": msgspec.structs.replace(spec.config, embedder="model")},
+        )
+        yield index, config
+
+
+def keys(hits: Sequence[cdcsync.Hit]) -> list[object]:
+    return [hit.key["id"] for hit in hits]
+
+
+async def test_hits_are_typed_documents_the_best_first(database: Database) -> None:
+    async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
+        hits = await articles.search("cat dreams", k=2)
+        assert hits.warning is None
+        assert keys(hits) == [1, *keys(hits[1:])]
+        assert len(hits) == 2  # documents, though two chunks of one are the nearest
+        first = hits[0]
+        assert (first.key, first.carried, first.content, first.stale) == (
+            {"id": 1},
+            {"tenant": 1},
+            "a cat dreams",
+            False,
+        )
+        assert first.distance is not None
+        assert first.distance < 0.2
+        chunks = await articles.search("cat", mode="vector", k=2, per_document=False)
+        assert keys(chunks) == [1, 1]
+        assert keys(await articles.search("dog house", mode="text")) == [2]
+
+
+async def test_pages_continue_each_other_and_embed_a_query_once(database: Database) -> None:
+    async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
+        whole = await articles.search("the night", k=3)
+        pages = [await articles.search("the night", k=1, skip=skip) for skip in range(3)]
+        assert [keys(page)[0] for page in pages] == keys(whole)
+        assert Model.asked == ["the night"]
+        vectors = await articles.embed(["one", "two"])
+        assert np.array_equal(vectors, HASHING.vectors(["one", "two"]))
+
+
+async def test_while_the_model_is_away_words_are_searched_and_the_result_says_so(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "AWAY_S", 0.0)
+    async with indexed(database) as (_, config):
+        Model.away = True
+        async with cdcsync.Index.open(config, "articles") as articles:
+            hits = await articles.search("dog house")
+            assert keys(hits) == [2]
+            assert hits.warning == "searched by words alone: nobody is at home"
+            with pytest.raises(EmbedderUnavailable, match="nobody"):
+                await articles.search("dog house", mode="vector")
+            assert (await articles.search("dog house", mode="text")).warning is None
+            Model.away = False
+            assert (await articles.search("dog house")).warning is None
+        assert Model.opened == 0
+
+
+async def test_a_model_that_does_not_answer_in_time_is_left_alone_for_a_while(database: Database) -> None:
+    async with (
+        indexed(database) as (_, config),
+        cdcsync.Index.open(config, "articles", model_timeout_s=0.05) as articles,
+    ):
+        Model.slow = True
+        hits = await articles.search("dog house")
+        assert keys(hits) == [2]
+        assert "did not answer within 0.05 s" in str(hits.warning)
+        Model.slow = False
+        assert (await articles.search("dog house")).warning == hits.warning
+        assert Model.asked == []
+
+
+async def test_an_index_without_keyword_search_needs_its_model(database: Database) -> None:
+    async with indexed(database, search=None) as (_, config), cdcsync.Index.open(config, "articles") as articles:
+        assert keys(await articles.search("dog", k=1)) == [2]
+        Model.away = True
+        with pytest.raises(EmbedderUnavailable):
+            await articles.search("cat")
+
+
+async def test_another_model_than_the_index_was_made_with_is_refused(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with indexed(database) as (_, config):
+        monkeypatch.setattr(Model, "identity", "model:2")
+        async with cdcsync.Index.open(config, "articles") as articles:
+            with pytest.raises(
+                EmbedderSetupError, match="were made by python:model:1, this embedder is python:model:2"
+            ):
+                await articles.search("cat")
+            assert keys(await articles.search("dog", mode="text")) == [2]
+
+
+async def test_what_is_not_there_is_told_when_it_is_opened(database: Database) -> None:
+    async with indexed(database) as (index, config):
+        with pytest.raises(UsageError, match="no index artikles"):
+            cdcsync.Index.open(config, "artikles")
+        await index.connection.execute("DELETE FROM cdcsync.indexes")
+        with pytest.raises(SetupError, match="the target holds no such index"):
+            async with cdcsync.Index.open(config, "articles"):
+                pass
+    assert Model.opened == 0
+    away = msgspec.structs.replace(config, target=Target(dsn="postgresql://127.0.0.1:1/nowhere"))
+    with pytest.raises(TargetUnavailable):
+        async with cdcsync.Index.open(away, "articles"):
+            pass
+
+
+async def test_a_connection_that_broke_is_replaced_unnoticed(database: Database) -> None:
+    async with indexed(database) as (index, config), cdcsync.Index.open(config, "articles", connections=1) as articles:
+        assert keys(await articles.search("dog house", mode="text")) == [2]
+        cursor = await index.connection.execute(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = 'cdcsync index'"
+            " AND datname = current_database()"
+        )
+        assert await cursor.fetchone() == (1,)
+        assert keys(await articles.search("dog house", mode="text")) == [2]
+
+
+async def test_searches_at_the_same_time_share_few_connections_and_all_close(database: Database) -> None:
+    async with indexed(database) as (index, config):
+
+        async def open_connections() -> int:
+            cursor = await index.connection.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'cdcsync index'"
+                " AND datname = current_database()"
+            )
+            row = await cursor.fetchone()
+            assert row is not None
+            return int(row[0])
+
+        async with cdcsync.Index.open(config, "articles", connections=2) as articles:
+            found: list[list[object]] = []
+
+            async def ask() -> None:
+                found.append(keys(await articles.search("dog house", k=1)))
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(12):
+                    tasks.start_soon(ask)
+            assert found == [[2]] * 12
+            assert 1 <= await open_connections() <= 2
+
+        async def all_closed() -> bool:
+            return await open_connections() == 0
+
+        await until(all_closed)
+        with pytest.raises(UsageError, match="closed"):
+            await articles.search("dog", mode="text")
+
+
+async def test_an_index_beside_another_shares_its_model_and_ends_with_it(database: Database) -> None:
+    async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
+        async with articles.beside("articles") as other:
+            assert keys(await other.search("dog house", k=1)) == keys(await articles.search("dog house", k=1)) == [2]
+            assert Model.asked == ["dog house"]
+            assert Model.opened == 1
+        assert keys(await articles.search("dog house", k=1)) == [2]
+
+
+async def test_wait_for_is_true_once_the_checkpoint_is_there_and_false_at_the_timeout(database: Database) -> None:
+    async with indexed(database) as (index, config), cdcsync.Index.open(config, "articles") as articles:
+        position = await articles.lsn()
+        await index.connection.execute("UPDATE cdcsync.pipelines SET checkpoint = '0/1'")
+        assert await articles.wait_for(position, timeout_s=0.01) is False
+        await index.connection.execute(
+            sql.SQL("UPDATE cdcsync.pipelines SET checkpoint = {}").format(sql.Literal("FFFFFFFF/0"))
+        )
+        assert await articles.wait_for(position) is True
+        assert await articles.wait_for() is True
+        with pytest.raises(UsageError, match="'nonsense' is not an LSN"):
+            await articles.wait_for("nonsense")
+
+
+# -- for threads ----------------------------------------------------------------------------------------------------
+
+
+def test_the_twin_has_the_same_methods_with_the_same_parameters() -> None:
+    def public(kind: type) -> dict[str, list[str]]:
+        found = {name: inspect.signature(value) for name, value in vars(kind).items() if callable(value)}
+        return {name: list(signature.parameters) for name, signature in found.items() if not name.startswith("_")}
+
+    assert public(cdcsync.sync.Index) == public(cdcsync.Index)
+    assert cdcsync.sync.Index.search.__doc__ == cdcsync.Index.search.__doc__
+
+
+async def test_threads_search_at_the_same_time_and_a_closed_index_says_so(database: Database) -> None:
+    async with indexed(database) as (_, config):
+
+        def use() -> None:
+            with cdcsync.sync.Index.open(config, "articles") as articles, articles.beside("articles") as other:
+                with ThreadPoolExecutor(8) as threads:
+                    found = list(threads.map(lambda _: keys(articles.search("dog house", k=1)), range(24)))
+                assert found == [[2]] * 24
+                assert keys(other.search("dog house", mode="text")) == [2]
+                assert articles.wait_for("0/0") is True or articles.wait_for("0/0", timeout_s=0) is False
+                assert articles.embed(["one"]).shape == (1, 32)
+            for index in (articles, other):
+                with pytest.raises(UsageError, match="closed"):
+                    index.search("dog")
+            assert not [thread for thread in threading.enumerate() if "cdcsync" in thread.name]
+            with pytest.raises(UsageError, match="no index nowhere"):
+                cdcsync.sync.Index.open(config, "nowhere")
+
+        await anyio.to_thread.run_sync(use)
+    assert Model.opened == 0
