@@ -5,6 +5,7 @@
     │   └── UsageError         the command line is wrong                                operator
     ├── SetupError             a server, table, slot or privilege is not as needed      operator
     │   └── EmbedderSetupError the model or provider cannot be used as configured       operator
+    ├── RunError               what a running worker needs is no longer there           operator
     ├── GapError               changes were lost, or cannot be shown not to be          operator
     ├── SchemaChanged          a table no longer has what an index needs                operator
     ├── LeaseLost              another worker holds this pipeline now                   never
@@ -22,7 +23,8 @@
         └── TextRejected         these texts, and only these, cannot be embedded        never
 
 Each error says *what* went wrong (`message`), *where* (`where`: a key, a table, a slot) and *the fix*
-(`hint`). `retry` says whether waiting helps. An operator sees those three lines and no traceback.
+(`hint`). `retry` says whether waiting helps. An operator sees those three lines and no traceback. What a server said is
+also known by its code (`sqlstate`). A mistake of ours is none of these classes: it keeps its traceback.
 """
 
 from __future__ import annotations
@@ -53,16 +55,20 @@ class CdcsyncError(Exception):
     :param message: what went wrong, in one sentence without a final full stop.
     :param where: the key, table, slot, server or file concerned.
     :param hint: the fix, as an instruction.
+    :param sqlstate: PostgreSQL's code of the error that a server reported, if one did.
     """
 
     retry: ClassVar[Retry] = Retry.OPERATOR
     exit_code: ClassVar[int] = EXIT_FAILED
 
-    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, where: str | None = None, hint: str | None = None, sqlstate: str | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.where = where
         self.hint = hint
+        self.sqlstate = sqlstate
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}" if self.where else self.message
@@ -86,6 +92,18 @@ class SetupError(CdcsyncError):
 
 class EmbedderSetupError(SetupError):
     """The configured model or provider cannot be used: missing package, missing model, wrong dimension."""
+
+
+class RunError(CdcsyncError):
+    """A running worker cannot continue until someone acts; what is committed stays, and the next start continues there.
+
+    Examples are a full disk, a privilege that was revoked, and a row that the source cannot send.
+    """
+
+    @classmethod
+    def of(cls, error: SetupError) -> RunError:
+        """Return what a set-up error means once the worker has begun to change things."""
+        return cls(error.message, where=error.where, hint=error.hint, sqlstate=error.sqlstate)
 
 
 class GapError(CdcsyncError):

@@ -10,7 +10,7 @@ Source: PostgreSQL, "pg_replication_slots", "Replication" (max_slot_wal_keep_siz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import anyio
 import structlog
@@ -18,7 +18,6 @@ import structlog
 from cdcsync.config import Config
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SchemaChanged, Unavailable
-from cdcsync.flows.follow.stream import Stream
 from cdcsync.flows.setup.partitions import follow_partitions
 from cdcsync.flows.setup.start import unpublished_tables
 from cdcsync.metrics import Metrics
@@ -71,8 +70,13 @@ def retained_share(slot: Slot) -> float:
     return slot.retained_bytes / limit if limit > 0 else 1.0
 
 
-async def watch(config: Config, specs: Sequence[IndexSpec], stream: Stream, metrics: Metrics) -> None:
-    """Watch tables and slot until cancelled; an index whose table cannot be followed any more is paused."""
+async def watch(
+    config: Config, specs: Sequence[IndexSpec], pause: Callable[[SchemaChanged], None], metrics: Metrics
+) -> None:
+    """Watch tables and slot until cancelled.
+
+    :param pause: called with the reason when an index's table cannot be followed any more.
+    """
     retention = Retention()
     async with (
         Session(config.source.dsn, "source", application_name="cdcsync watch") as session,
@@ -92,7 +96,7 @@ async def watch(config: Config, specs: Sequence[IndexSpec], stream: Stream, metr
             for spec in specs:
                 table = spec.shape.table
                 if table in unpublished:
-                    stream.pause(SchemaChanged(unpublished[table], index=spec.name, where=str(table), hint=AGAIN))
+                    pause(SchemaChanged(unpublished[table], index=spec.name, where=str(table), hint=AGAIN))
             if slot is not None:
                 share = retained_share(slot)
                 metrics.slot_retained_share.set(share)

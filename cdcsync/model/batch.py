@@ -17,8 +17,8 @@ from typing import Any, assert_never
 
 import msgspec
 
+from cdcsync.errors import SchemaChanged
 from cdcsync.lsn import Lsn
-from cdcsync.model.pauses import Pause
 from cdcsync.model.rows import Change, Delete, Key, Shape, Truncation, Upsert, complete, fill
 from cdcsync.model.transactions import Committed
 
@@ -44,6 +44,22 @@ class PageEnd(msgspec.Struct, frozen=True):
     done: bool
     index: str = ""
     force_embed: tuple[Key, ...] = ()
+
+
+class PageRows(msgspec.Struct, frozen=True):
+    """What belongs at a backfill's mark: the rows of its page that nothing newer overtook.
+
+    :ivar end: None for a page of which nothing is applied, whose mark only has to be waited for.
+    :ivar rewrite: whether the rows are to be chunked again even where the document is unchanged.
+    :ivar new: whether the index most likely has none of them.
+    """
+
+    shape: Shape
+    rows: Sequence[RowChange]
+    end: PageEnd | None
+    mark: str
+    rewrite: bool = False
+    new: bool = False
 
 
 class IndexChanges:
@@ -125,7 +141,7 @@ class Batch:
         self.indexes: dict[str, IndexChanges] = {}
         self.pages: list[PageEnd] = []
         self.marks: list[str] = []
-        self.paused: dict[str, Pause] = {}
+        self.paused: dict[str, SchemaChanged] = {}
         """Why indexes stop following their tables here; committed with the position, so that it cannot be forgotten."""
         self.rows = 0
         self.bytes = 0
@@ -158,27 +174,17 @@ class Batch:
         self.rows += 1
         self.bytes += _size(change)
 
-    def add_page(
-        self,
-        shape: Shape,
-        rows: Sequence[RowChange],
-        end: PageEnd,
-        *,
-        mark: str,
-        rewrite: bool,
-        new: bool = False,
-    ) -> None:
-        """Add the rows of a backfill page, already rid of those that the stream overtook.
-
-        :param new: the index most likely has none of them.
-        """
-        changes = self.of(shape)
-        changes.rewrite = changes.rewrite or rewrite
-        changes.add_page(rows, new=new)
-        self.bytes += sum(map(_size, rows))
-        self.rows += len(rows)
-        self.pages.append(end)
-        self.marks.append(mark)
+    def add_page(self, page: PageRows) -> None:
+        """Add the rows of a backfill page at its mark."""
+        changes = self.of(page.shape)
+        self.marks.append(page.mark)
+        if page.end is None:
+            return
+        changes.rewrite = changes.rewrite or page.rewrite
+        changes.add_page(page.rows, new=page.new)
+        self.bytes += sum(map(_size, page.rows))
+        self.rows += len(page.rows)
+        self.pages.append(page.end)
 
     def commit(self, transaction: Committed) -> None:
         """Note that everything of a transaction has been added."""

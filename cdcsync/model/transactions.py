@@ -49,6 +49,25 @@ class Mark(msgspec.Struct, frozen=True):
     lsn: int
 
 
+class Began(msgspec.Struct, frozen=True):
+    """The beginning of a transaction; what follows up to its `Committed` is of it.
+
+    :param commit_lsn: where its commit record begins.
+    :param commit_time_us: microseconds since 2000-01-01 UTC.
+    """
+
+    commit_lsn: Lsn
+    commit_time_us: int
+
+    @property
+    def ahead(self) -> Lsn:
+        """The position just after the beginning of the commit record.
+
+        A server that branched off there or later has the whole record, as branches begin between records.
+        """
+        return Lsn(self.commit_lsn + 1)
+
+
 class Committed(msgspec.Struct, frozen=True):
     """The end of a transaction: everything of it has been delivered.
 
@@ -67,7 +86,7 @@ class Lost(msgspec.Struct, frozen=True):
     error: SchemaChanged
 
 
-Event = Change | Mark | Committed | Lost
+Event = Began | Change | Mark | Committed | Lost
 
 NOTHING: tuple[Event, ...] = ()
 
@@ -92,19 +111,6 @@ class Assembler:
         """Whether a transaction has begun and not ended."""
         return self._xid is not None
 
-    @property
-    def unfinished(self) -> bool:
-        """Whether a transaction has begun of which a `Committed` will tell the end."""
-        return self._xid is not None and not self._skipping
-
-    @property
-    def ahead(self) -> Lsn | None:
-        """The position just after the beginning of the unfinished transaction's commit record, None outside of one.
-
-        A server that branched off there or later has the whole record, as branches begin between records.
-        """
-        return Lsn(self._lsn + 1) if self.unfinished else None
-
     def feed(self, message: PgoutputMessage) -> Sequence[Event]:
         """Take the next message and return what follows from it, in order.
 
@@ -115,7 +121,7 @@ class Assembler:
             return self._row(message)  # type: ignore[arg-type]
         match message:
             case Begin():
-                self._begin(message)
+                return self._begin(message)
             case Commit():
                 return self._commit(message)
             case Relation():
@@ -213,12 +219,13 @@ class Assembler:
     def _lost_by(self, error: SchemaChanged, projections: Sequence[Projection]) -> list[Event]:
         return [self._lost_event(one.shape, error) for one in projections if one.shape.index == error.index]
 
-    def _begin(self, message: Begin) -> None:
+    def _begin(self, message: Begin) -> Sequence[Event]:
         if self._xid is not None:
             raise ProtocolError("a transaction began inside another one")
         self._xid = message.xid
         self._lsn = message.final_lsn
         self._skipping = message.final_lsn < self._checkpoint
+        return NOTHING if self._skipping else (Began(message.final_lsn, message.commit_time_us),)
 
     def _commit(self, message: Commit) -> Sequence[Event]:
         self._inside("Commit")

@@ -99,10 +99,13 @@ def describe(dsn: str) -> str:
     return redact_dsn(dsn) if dsn else "libpq's environment (PGHOST, PGSERVICE, …)"
 
 
-def unavailable(side: Side, message: str, *, where: str | None = None) -> CdcsyncError:
+def unavailable(
+    side: Side, message: str, *, where: str | None = None, sqlstate: str | None = None
+) -> SourceUnavailable | TargetUnavailable:
     """Return the error of a server that cannot be reached just now."""
     kind = SourceUnavailable if side == "source" else TargetUnavailable
-    return kind(message, where=where or side, hint=f"check that the {side} server runs and is reachable")
+    hint = f"check that the {side} server runs and is reachable"
+    return kind(message, where=where or side, hint=hint, sqlstate=sqlstate)
 
 
 def passing(error: psycopg.Error) -> bool:
@@ -122,9 +125,21 @@ def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> 
     """Return the error of our tree that says what a driver's error means for the pipeline."""
     message = without_values(error)
     if passing(error):
-        return unavailable(side, message, where=where)
+        return unavailable(side, message, where=where, sqlstate=error.sqlstate)
     _, hint = _HINTS.get(error.sqlstate or "", (message, None))
-    return SetupError(message, where=where or side, hint=hint or error.diag.message_hint)
+    return SetupError(message, where=where or side, hint=hint or error.diag.message_hint, sqlstate=error.sqlstate)
+
+
+def ours(error: psycopg.Error) -> bool:
+    """Say whether an error is a mistake of this program, which no operator can fix: a misuse of the driver or session.
+
+    The driver reports its misuse without a code. Classes 25 (transaction state), 26, 34 (names of statements and
+    cursors), and parameters without a meaning (42P02) or type (42P18) come from the server.
+    """
+    code = error.sqlstate
+    if code is None:
+        return isinstance(error, psycopg.ProgrammingError | psycopg.NotSupportedError)
+    return code[:2] in ("26", "34") or code in ("25P01", "25P02", "25001", "42P02", "42P18")
 
 
 @contextmanager
@@ -133,10 +148,13 @@ def speaking_of(side: Side, *, where: str | None = None) -> Iterator[None]:
 
     :raises SourceUnavailable, TargetUnavailable: waiting may help.
     :raises SetupError: it will not.
+    :raises psycopg.Error: it is a mistake of ours.
     """
     try:
         yield
     except psycopg.Error as error:
+        if ours(error):
+            raise
         raise translate(error, side, where=where) from error
 
 

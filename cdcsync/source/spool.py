@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from tempfile import TemporaryFile
 from typing import BinaryIO, cast
 
-from cdcsync.errors import ProtocolError, SetupError
+from cdcsync.errors import ProtocolError, RunError
 
 _LENGTH = struct.Struct("!I")
 
@@ -99,7 +99,7 @@ class Spool:
     def begin(self) -> None:
         """Throw everything away, for a new connection, and see that files can be made.
 
-        :raises SetupError: they cannot: better now than in the middle of a transaction.
+        :raises RunError: they cannot: better now than in the middle of a transaction.
         """
         self.clear()
         self._make_file().close()
@@ -114,7 +114,7 @@ class Spool:
         """Begin to receive a block of transaction `xid`.
 
         :raises ProtocolError: the block before has not ended.
-        :raises SetupError: a file for it cannot be made.
+        :raises RunError: a file for it cannot be made.
         """
         if self._current is not None:
             raise ProtocolError("a stream block began inside another one")
@@ -126,13 +126,13 @@ class Spool:
     def append(self, xid: int, payload: bytes) -> None:
         """Keep a message of the present block; `xid` is the (sub)transaction that it belongs to.
 
-        :raises SetupError: the spool would grow beyond its limit, or cannot be written.
+        :raises RunError: the spool would grow beyond its limit, or cannot be written.
         """
         transaction = self._current
         assert transaction is not None
         size = _LENGTH.size + len(payload)
         if self.bytes + size > self._limit:
-            raise SetupError(
+            raise RunError(
                 f"open transactions need more than {self._limit:,} bytes of spool",
                 where=self._directory,
                 hint="raise source.spool_bytes, or set source.streaming = false to let the server spill instead",
@@ -158,7 +158,7 @@ class Spool:
     def abort(self, xid: int, subxid: int) -> None:
         """Forget a subtransaction, or with `subxid` equal to `xid` the whole transaction.
 
-        :raises SetupError: the spool cannot be written.
+        :raises RunError: the spool cannot be written.
         """
         transaction = self._open.get(xid)
         if transaction is None:
@@ -180,7 +180,7 @@ class Spool:
     def replay(self, xid: int) -> Iterator[bytes]:
         """Yield the messages of a transaction in their order; the caller drops it afterwards.
 
-        :raises SetupError: what is still in memory of the file cannot be written.
+        :raises RunError: what is still in memory of the file cannot be written.
         """
         transaction = self._open.get(xid)
         if transaction is None:
@@ -208,8 +208,8 @@ class Spool:
         except OSError as error:
             raise self._unusable(error) from error
 
-    def _unusable(self, error: OSError) -> SetupError:
-        return SetupError(
+    def _unusable(self, error: OSError) -> RunError:
+        return RunError(
             f"open transactions cannot be kept on disk: {error.strerror or error}",
             where=self._directory,
             hint="free disk space there, or set source.spool_directory to where the worker may write",

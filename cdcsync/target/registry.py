@@ -52,8 +52,9 @@ DDL: tuple[LiteralString, ...] = (
         membership bigint
     )
     """,
-    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS partitions jsonb,"
-    " ADD COLUMN IF NOT EXISTS remedy text, ADD COLUMN IF NOT EXISTS paused_at timestamptz",
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS partitions jsonb",
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS remedy text",
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS paused_at timestamptz",
     "COMMENT ON TABLE {schema}.indexes IS 'cdcsync: one row per index, with what its chunks and vectors were made by.'",
     "COMMENT ON COLUMN {schema}.indexes.reason IS 'Why the index is paused, with the remedy.'",
     "COMMENT ON COLUMN {schema}.indexes.remedy IS 'What to do so that a paused index can be followed again.'",

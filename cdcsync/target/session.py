@@ -19,7 +19,7 @@ import structlog
 from psycopg.pq import TransactionStatus
 
 from cdcsync.crashpoints import crash_point
-from cdcsync.errors import SchemaChanged, SetupError, TargetUnavailable
+from cdcsync.errors import RunError, SchemaChanged, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.changeset import Applied, ChangeSet, Document, Kept
@@ -188,7 +188,7 @@ class ApplySession:
         with speaking_of("target"):
             state = await self._pipelines.read(self.connection)
         if state is None:
-            raise SetupError("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
+            raise RunError("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
         self._continue(state)
         return state
 

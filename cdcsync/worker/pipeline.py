@@ -9,6 +9,7 @@ table that changed.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Literal
 
@@ -19,13 +20,16 @@ from cdcsync.backoff import Backoff, Failure
 from cdcsync.config import Config, tokens_per_day
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import DecodingFailed, leading
+from cdcsync.errors import DecodingFailed, RunError, SchemaChanged, SetupError, leading
 from cdcsync.flows.audit import verify_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
 from cdcsync.flows.build import build_until_live
 from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool, note_for_ever, recall
 from cdcsync.flows.evaluate.recall import evaluate_for_ever
+from cdcsync.flows.follow.accounts import Accounts
+from cdcsync.flows.follow.apply import Applier
+from cdcsync.flows.follow.open_batch import Limits
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.flows.follow.stream import Stream
 from cdcsync.flows.setup.gaps import refuse_moved
@@ -42,6 +46,7 @@ from cdcsync.flows.setup.start import (
 )
 from cdcsync.flows.watch import send_heartbeats, watch
 from cdcsync.lsn import Lsn
+from cdcsync.model.lag import SILENCE_S, Lag
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
@@ -59,13 +64,6 @@ log = structlog.get_logger()
 
 STANDBY_POLL_S = 1.0
 """How often a standby tries for the lock: well within the five seconds that a takeover may take."""
-
-FAR_BEHIND_S = 2.0
-"""Embedding waits for a stream that is later than this: more than a batch takes, and more than the clocks of two
-servers that keep time should differ. With clocks that differ more, vectors always follow from the backlog."""
-
-CLOSE_S = 0.25
-"""A stream that was far behind has caught up when it is no later than this: under steady load it is never empty."""
 
 SetUp = Literal["ready", "stopped", "outdated"]
 """How a set-up ended: the worker may begin, was told to stop, or has to examine everything again."""
@@ -85,9 +83,19 @@ class Pipeline:
         self.session = ApplySession(target_dsn, schema, config.source.slot)
         self.reads = Session(source_dsn, "source", application_name="cdcsync re-read")
         self.streaming = anyio.Event()
+        self.lag = Lag(time.time, anyio.current_time)
+        self.limits = Limits(config.worker.batch_rows, config.worker.batch_bytes)
         wait_s = config.worker.live_wait_ms / 1000
         self.dispatchers = {
-            name: Dispatcher(one, metrics, anyio.current_time, wait_s, tokens_per_day(config.embedders[name]))
+            name: Dispatcher(
+                one,
+                metrics,
+                anyio.current_time,
+                wait_s,
+                tokens_per_day(config.embedders[name]),
+                lag=self.lag,
+                tracing=state.tracing,
+            )
             for name, one in embedders.items()
         }
         self.deliveries = {spec.name: Deliveries() for spec in specs}
@@ -126,44 +134,30 @@ class Pipeline:
         self.spool = Spool(config.source.spool_directory, config.source.spool_bytes)
         self.stream = Stream(
             specs=specs,
-            session=self.session,
-            preparers=preparers,
-            embed_loops=self.embed_loops,
+            applier=Applier(self.session, specs, preparers, metrics, state.tracing),
+            accounts=Accounts(metrics, self.embed_loops),
             deliveries=self.deliveries,
-            take_page=self.backfills.take_page,
-            page_applied=self.backfills.page_applied,
+            page_at=self.backfills.page_at,
+            applied=self.backfills.note_applied,
             spool=self.spool,
             metrics=metrics,
-            batch_rows=config.worker.batch_rows,
-            batch_bytes=config.worker.batch_bytes,
-            status_every_s=config.source.feedback_every_s,
+            tracing=state.tracing,
+            lag=self.lag,
+            limits=self.limits,
+            stopping=state.stopping,
         )
-        state.attach(self.stream, self.dispatchers, self.reconfigure)
+        self.status_every_s = config.source.feedback_every_s
+        self.silence_s = SILENCE_S
         self._failed_at: tuple[str, Lsn] | None = None
         """What the source said when it last failed to decode a change, and where the checkpoint was."""
         self._stuck: DecodingFailed | None = None
         """Why the source cannot decode what follows the checkpoint, once it has failed there twice."""
-        self._late = True
-        for dispatcher in self.dispatchers.values():
-            dispatcher.far_behind = self.far_behind
-            dispatcher.tracing = state.tracing
-        self.stream.tracing = state.tracing
-
-    def far_behind(self) -> bool:
-        """Whether the stream is so late that what it applies now has likely changed again; until it has caught up.
-
-        A worker begins late: nobody knows yet what came while it was away.
-        """
-        if self.stream.caught_up:
-            self._late = False
-        elif self.stream.oldest_unapplied is not None:
-            self._late = self.state.lag_seconds > (CLOSE_S if self._late else FAR_BEHIND_S)
-        return self._late
+        state.attach(self.lag, lambda: self.stream.checkpoint, self.dispatchers, self.reconfigure)
 
     def reconfigure(self, config: Config) -> None:
         """Go by another configuration, in what may change while the worker works."""
         self.config = config
-        self.stream.limit(config.worker.batch_rows, config.worker.batch_bytes)
+        self.limits.rows, self.limits.bytes = config.worker.batch_rows, config.worker.batch_bytes
         self.backfills.limit(config.worker.backfill_page_rows, config.worker.backfill_max_rows_per_s or None)
 
     async def set_up(self, broken: Mapping[str, Pause]) -> SetUp:
@@ -203,18 +197,20 @@ class Pipeline:
             with speaking_of("source"):
                 server = await read_server(source)
         if server.wal_sender_timeout_s > 0:
-            self.stream.status_every_s = min(config.source.feedback_every_s, server.wal_sender_timeout_s / 3)
-            self.stream.silence_s = server.wal_sender_timeout_s
+            self.status_every_s = min(config.source.feedback_every_s, server.wal_sender_timeout_s / 3)
+            self.silence_s = server.wal_sender_timeout_s
         async with interrupted_by(self.state.stopping, self.session.connection):
             await self.session.prepare(self.specs)
         return "ready"
 
-    async def work(self) -> None:
-        """Keep the indexes in step until told to stop.
+    async def work(self) -> list[SchemaChanged]:
+        """Keep the indexes in step until told to stop, or until some are paused.
 
-        :raises SchemaChanged: an index was paused; begin again without it, or with what it is now.
+        :returns: why those are: begin again without them, or with what their tables are now.
         :raises TargetRewound: the target went back to an earlier state; begin again with what it is now.
+        :raises RunError: the worker cannot continue until someone acts.
         """
+        paused: list[SchemaChanged] = []
         try:
             async with anyio.create_task_group() as ending:
                 async with anyio.create_task_group() as tasks:
@@ -231,11 +227,15 @@ class Pipeline:
                     tasks.start_soon(self.watch_once_streaming)
                     tasks.start_soon(send_heartbeats, self.config)
                     tasks.start_soon(self.state.gauges_for_ever)
-                    await self.stream_for_ever()
+                    paused = await self.stream_for_ever()
                     tasks.cancel_scope.cancel()
                 ending.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            raise leading(group) from None
+            error = leading(group)
+            if isinstance(error, SetupError):
+                raise RunError.of(error) from error
+            raise error from None
+        return paused
 
     async def aclose(self) -> None:
         """Give up the lock and every connection."""
@@ -249,15 +249,18 @@ class Pipeline:
     async def watch_once_streaming(self) -> None:
         """Ask the source what the stream does not tell."""
         await self.streaming.wait()
-        await watch(self.config, self.specs, self.stream, self.state.metrics)
+        await watch(self.config, self.specs, self.stream.pause, self.state.metrics)
 
-    async def stream_for_ever(self) -> None:
-        """Follow the slot over any number of connections until told to stop."""
+    async def stream_for_ever(self) -> list[SchemaChanged]:
+        """Follow the slot over any number of connections until told to stop, or until indexes are paused.
+
+        :returns: why they are.
+        """
         backoff = Backoff(self._stream_waits, until=self.state.stopping)
         control = Session(self.config.source.dsn, "source", application_name="cdcsync control")
         followed: int | None = None
         """The timeline that what is remembered of deliveries belongs to."""
-        while not self.stream.stopping:
+        while not self.state.stopping.is_set():
             async with backoff, control, self._disconnected_at_its_end():
                 await self.session.ensure(self.specs)
                 async with await SlotConnection.connect(self.config.source.dsn) as slot:
@@ -273,7 +276,7 @@ class Pipeline:
                         )
                         self._stuck = None
                     if self.state.stopping.is_set():
-                        return
+                        return []
                     # The marks of pages under way may lie before what this connection will deliver.
                     self.backfills.interrupt()
                     checkpoint, timeline = start.checkpoint, start.server.timeline
@@ -300,13 +303,20 @@ class Pipeline:
                     self.state.connected(True)
                     self.streaming.set()
                     backoff.succeeded()
-                    await self.stream.follow(slot, checkpoint, start.server.lsn)
+                    return await self.stream.follow(
+                        slot,
+                        checkpoint,
+                        start.server.lsn,
+                        status_every_s=self.status_every_s,
+                        silence_s=self.silence_s,
+                    )
+        return []
 
     def _stream_waits(self, failure: Failure) -> None:
         self.state.metrics.reconnects.labels("source").inc()
         log.warning("stream_waits", error=str(failure.error), attempt=failure.attempt, delay_s=failure.delay_s)
         if isinstance(failure.error, DecodingFailed):
-            here = (failure.error.message, self.stream.progress.checkpoint)
+            here = (failure.error.message, self.stream.checkpoint)
             self._failed_at, self._stuck = here, failure.error if here == self._failed_at else None
 
     @contextlib.asynccontextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from typing import assert_never
 
 import anyio
 import anyio.abc
@@ -45,6 +46,7 @@ async def run(
     :param started: called with the state once HTTP answers and before the first change is applied.
     :param listening: whether HTTP is served.
     :raises SetupError: a check before the start failed; nothing was created.
+    :raises RunError: the worker cannot continue until someone acts; what is committed stays.
     :raises GapError: changes may have been lost.
     :raises LeaseLost: another worker took over.
     """
@@ -119,19 +121,18 @@ async def _work_through_schema_changes(
         broken = pauses.standing(report.broken)
         specs = [spec for spec in report.specs if spec.name not in broken]
         pipeline = Pipeline(state.config, state, specs, embedders)
+        paused: list[SchemaChanged] = []
         try:
-            match await pipeline.set_up(broken):
+            ending = await pipeline.set_up(broken)
+            match ending:
                 case "ready":
-                    await pipeline.work()
-                    return
-                case "stopped":
-                    return
-                case "outdated":
+                    paused = await pipeline.work()
+                case "stopped" | "outdated":
                     pass
-        except SchemaChanged as first:
-            for error in {first.index: first, **{error.index: error for error in pipeline.stream.pauses}}.values():
-                log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
-                pauses.note(error, anyio.current_time())
+                case _:
+                    assert_never(ending)
+        except SchemaChanged as error:
+            paused = [error]
         except TargetRewound as error:
             log.error("target_rewound", error=str(error), fix=error.hint)
         except Unavailable as error:
@@ -141,6 +142,9 @@ async def _work_through_schema_changes(
                 await state.stopping.wait()
         finally:
             await pipeline.aclose()
+        for why in paused:
+            log.error("index_paused", index=why.index, error=str(why), fix=why.hint)
+            pauses.note(why, anyio.current_time())
         if state.stopping.is_set():
             return
         report = await _examine_again(config, state, embedders)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from functools import partial
 
 import anyio
@@ -20,9 +19,9 @@ from cdcsync import tracing
 from cdcsync.config import Config
 from cdcsync.errors import SourceUnavailable, Unavailable
 from cdcsync.flows.embed import Dispatcher
-from cdcsync.flows.follow.stream import Stream
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
+from cdcsync.model.lag import Lag
 from cdcsync.postgres.sessions import Session, speaking_of
 from cdcsync.status import Status, read_status
 
@@ -53,7 +52,8 @@ class WorkerState:
         """Set once the worker is asked to end."""
         self.config = config
         """What is in effect: read again on SIGHUP."""
-        self._stream: Stream | None = None
+        self._lag: Lag | None = None
+        self._checkpoint: Callable[[], Lsn] = lambda: Lsn(0)
         self._reconfigure: Callable[[Config], None] = lambda config: None
         self._dispatchers: Mapping[str, Dispatcher] = {}
         self._connected = False
@@ -68,19 +68,22 @@ class WorkerState:
         self.metrics.lag_seconds.set_function(lambda: self.lag_seconds)
 
     def attach(
-        self, stream: Stream, dispatchers: Mapping[str, Dispatcher], reconfigure: Callable[[Config], None]
+        self,
+        lag: Lag,
+        checkpoint: Callable[[], Lsn],
+        dispatchers: Mapping[str, Dispatcher],
+        reconfigure: Callable[[Config], None],
     ) -> None:
-        """Show these parts from now on.
+        """Show these parts of a pipeline from now on.
 
         :param reconfigure: tells them of another configuration.
         """
-        self._stream = stream
+        self._lag = lag
+        self._checkpoint = checkpoint
         self._dispatchers = dispatchers
         for name, dispatcher in dispatchers.items():
             self.metrics.embedder_problem.labels(name).set_function(partial(_troubled, dispatcher))
         self._reconfigure = reconfigure
-        if self.stopping.is_set():
-            stream.stop()
 
     def connected(self, up: bool) -> None:
         """Note whether the stream flows."""
@@ -95,8 +98,6 @@ class WorkerState:
     def stop(self) -> None:
         """Ask for an orderly end: the batch in hand is finished, or abandoned whole."""
         self.stopping.set()
-        if self._stream is not None:
-            self._stream.stop()
 
     def reconfigure(self, config: Config) -> None:
         """Go by another configuration, in what may change while the worker works."""
@@ -122,7 +123,7 @@ class WorkerState:
             reasons.append("standby: another worker holds the pipeline")
         elif not self._connected:
             reasons.append("the replication stream is not connected")
-        elif self._stream is not None and not self._stream.heard_lately:
+        elif self._lag is not None and not self._lag.heard_lately:
             reasons.append("nothing has been heard from the source lately, so the lag is unknown")
         reasons += [
             f"embedder {name}: {dispatcher.problem}"
@@ -147,28 +148,18 @@ class WorkerState:
 
     @property
     def lag_seconds(self) -> float:
-        """Age of the oldest received commit that is not in the target; 0.0 when there is none, NaN when unknown.
-
-        It is unknown while the source is not heard: what it has is then not known.
-        """
-        oldest = self._stream.oldest_unapplied if self._stream is not None else None
-        if oldest is not None:
-            return max(0.0, (datetime.now(UTC) - oldest).total_seconds())
-        return 0.0 if self._hearing else math.nan
-
-    @property
-    def _hearing(self) -> bool:
-        return self._connected and self._stream is not None and self._stream.heard_lately
+        """The age of the oldest received commit that is not in the target; NaN while that is unknown."""
+        return math.nan if self._lag is None else self._lag.seconds
 
     @property
     def _unheard_bytes(self) -> int:
         """How much WAL the source had at the last look that it had not sent by then; 0 when that is not known."""
-        last = self._last
-        if not self._hearing or self._stream is None or last is None or None in (last.checkpoint, last.lag_bytes):
+        if self._lag is None or not self._lag.heard_lately or self._last is None:
             return 0
-        assert last.checkpoint is not None
-        assert last.lag_bytes is not None
-        return max(0, Lsn.parse(last.checkpoint) + last.lag_bytes - self._stream.received)
+        checkpoint, behind = self._last.checkpoint, self._last.lag_bytes
+        if checkpoint is None or behind is None:
+            return 0
+        return max(0, Lsn.parse(checkpoint) + behind - self._lag.heard)
 
     async def status(self) -> Status:
         """Return the status, read from both servers now."""
@@ -180,11 +171,11 @@ class WorkerState:
                 source = None
             with speaking_of("target"):
                 status = await read_status(self.config, source, target)
-        if self._connected and self._stream is not None:
+        if self._connected and self._lag is not None:
             # What this process knows exactly, against what the tables tell anyone to within some seconds.
-            lag = None if math.isnan(self.lag_seconds) else self.lag_seconds
-            caught_up = self._stream.heard_all and lag == 0.0 if self._stream.heard_lately else None
-            status = msgspec.structs.replace(status, lag_seconds=lag, caught_up=caught_up)
+            seconds = None if math.isnan(self._lag.seconds) else self._lag.seconds
+            caught_up = self._lag.caught_up if self._lag.heard_lately else None
+            status = msgspec.structs.replace(status, lag_seconds=seconds, caught_up=caught_up)
         self._last = status
         return status
 
@@ -208,8 +199,7 @@ class WorkerState:
 
     def _set_gauges(self, status: Status) -> None:
         metrics = self.metrics
-        if self._stream is not None:
-            metrics.checkpoint_lsn.set(int(self._stream.progress.checkpoint))
+        metrics.checkpoint_lsn.set(int(self._checkpoint()))
         if status.lag_bytes is not None:
             metrics.lag_bytes.set(status.lag_bytes)
         if status.slot is not None:

@@ -18,7 +18,7 @@ from cdcsync.flows.backfill.checking import check
 from cdcsync.flows.backfill.pages import PAGE_BYTES, Page, PageReader, Pages
 from cdcsync.flows.backfill.preparing import Made, PagePreparer
 from cdcsync.metrics import Metrics
-from cdcsync.model.batch import Batch, PageEnd
+from cdcsync.model.batch import Batch, PageEnd, PageRows
 from cdcsync.model.rows import Delete, Key, Upsert
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import Mark
@@ -178,20 +178,21 @@ class Backfills:
 
     # -- called by the stream -----------------------------------------------------------------------------------
 
-    def take_page(self, mark: Mark, batch: Batch) -> None:
-        """Put the page of this mark into the batch, without the rows that the stream overtook."""
+    def page_at(self, mark: Mark) -> PageRows | None:
+        """Return what belongs at this mark: its page, without the rows that the stream overtook.
+
+        None for the mark of an earlier process, or of a page that is given up or in the target already.
+        """
         pending = self._pending.get(mark.content)
         if pending is None:
-            return  # a mark of an earlier process, or of a page that is in the target already
+            return None
         shape, deliveries = pending.spec.shape, self._deliveries[pending.spec.name]
         if deliveries.unseen(pending.page.snapshot):
             # More was delivered under this page than is remembered by key: nobody knows which rows it overtook.
             self._lose(pending.request)
-            return
+            return None
         if pending.end is None:
-            batch.of(shape)
-            batch.marks.append(mark.content)
-            return
+            return PageRows(shape, (), None, mark.content)
         rows: list[Upsert | Delete] = []
         for place, (key, row) in enumerate(pending.page.entries):
             if deliveries.hides(key, pending.page.snapshot):
@@ -203,11 +204,11 @@ class Backfills:
             else:
                 rows.append(Upsert(shape, key, row, 0, mark.lsn))
         self._metrics.backfill_overtaken.labels(shape.index).inc(len(pending.page.entries) - len(rows))
-        batch.add_page(
-            shape, rows, pending.end, mark=mark.content, rewrite=pending.request.rewrite, new=_new(pending.request)
+        return PageRows(
+            shape, rows, pending.end, mark.content, rewrite=pending.request.rewrite, new=_new(pending.request)
         )
 
-    def page_applied(self, batch: Batch) -> None:
+    def note_applied(self, batch: Batch) -> None:
         """Note what is in the target: the pages of this batch, and whether changes come in."""
         if batch.oldest_us is not None:
             self._live_at = anyio.current_time()

@@ -52,10 +52,11 @@ class Calls:
         clock: Callable[[], float],
         succeeded: Callable[[Texts, dict[bytes, FloatVector], float], None],
         failed: Callable[[int, float], None],
+        tracing: Tracing | None = None,
     ) -> None:
         self.health = Health(embedder, clock)
         self.sizes = CallSizes(embedder.concurrency)
-        self.tracing = Tracing()
+        self.tracing = tracing or Tracing()
         self._embedder = embedder
         self._metrics = metrics
         self._clock = clock

@@ -19,6 +19,7 @@ from cdcsync.flows.embed.calls import Calls, Made, Texts
 from cdcsync.flows.embed.health import Health, known
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import DailyTokens, EmbedderState, Problem
+from cdcsync.model.lag import Lag
 from cdcsync.model.vectors import FloatVector
 from cdcsync.tracing import Tracing
 
@@ -79,13 +80,16 @@ class Dispatcher:
         clock: Callable[[], float],
         live_wait_s: float = LIVE_WAIT_S,
         tokens_per_day: int | None = None,
+        *,
+        lag: Lag | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.embedder = embedder
         self.places = embedder.concurrency
         """How many calls may run at the same time."""
         self._metrics = metrics
         self._day = DailyTokens(tokens_per_day)
-        self._calls = Calls(embedder, metrics, clock, self._note_success, self._note_failure)
+        self._calls = Calls(embedder, metrics, clock, self._note_success, self._note_failure, tracing)
         self._under_way: dict[bytes, anyio.Event] = {}
         self._made: OrderedDict[bytes, FloatVector] = OrderedDict()
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -99,8 +103,7 @@ class Dispatcher:
         self._seconds_per_text = 0.0
         self._small_seconds_per_text = 0.0
         self.ready = anyio.Event()
-        self.far_behind: Callable[[], bool] = lambda: False
-        """Whether the stream is so late that texts applied now are likely to change again at once."""
+        self._lag = lag
 
     async def run(self) -> None:
         """Load the model, trying again while that may help, then hold the inline calls until cancelled."""
@@ -130,9 +133,10 @@ class Dispatcher:
         """Where calls are traced."""
         return self._calls.tracing
 
-    @tracing.setter
-    def tracing(self, tracing: Tracing) -> None:
-        self._calls.tracing = tracing
+    @property
+    def far_behind(self) -> bool:
+        """Whether the stream is so late that texts applied now are likely to change again at once."""
+        return self._lag is not None and self._lag.far_behind
 
     @property
     def problem(self) -> Problem | None:
@@ -252,7 +256,7 @@ class Dispatcher:
             or not self.free_within(budget_s / 2)
             or not self._in_time(len(missing), budget_s)
             or self._fitting(missing.values()) < len(missing)
-            or self.far_behind()
+            or self.far_behind
         ):
             self.avoided("remembered", len(made))
             return made

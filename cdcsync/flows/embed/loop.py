@@ -94,12 +94,12 @@ class EmbedLoop:
 
     async def _hold_while_far_behind(self) -> None:
         """Let the stream catch up, once for each time that it falls behind."""
-        if self._dispatcher.far_behind() and not self._held:
+        if self._dispatcher.far_behind and not self._held:
             for _ in range(round(HOLD_S / HOLD_POLL_S)):
                 await anyio.sleep(HOLD_POLL_S)
-                if not self._dispatcher.far_behind():
+                if not self._dispatcher.far_behind:
                     break
-        self._held = self._dispatcher.far_behind()
+        self._held = self._dispatcher.far_behind
 
     async def _window(self, *, lane: int | None) -> int:
         """Embed one window of due texts and return how many there were."""

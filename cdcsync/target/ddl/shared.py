@@ -9,6 +9,7 @@ Source: PostgreSQL, "Data Definition", "PL/pgSQL".
 
 from __future__ import annotations
 
+import re
 from typing import LiteralString
 
 from psycopg import sql
@@ -24,8 +25,22 @@ async def create_shared(connection: Connection, schema: str) -> None:
     cursor = await connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", [schema])
     if await cursor.fetchone() is None:
         await connection.execute(sql.SQL("CREATE SCHEMA {schema}").format(**names))
+    cursor = await connection.execute(
+        "SELECT c.relname, a.attname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace"
+        " JOIN pg_attribute AS a ON a.attrelid = c.oid WHERE n.nspname = %s AND c.relkind = 'r' AND NOT a.attisdropped",
+        [schema],
+    )
+    columns = set(await cursor.fetchall())
     for statement in _SHARED:
-        await connection.execute(sql.SQL(statement).format(**names))
+        # Adding a column locks out every reader, even if there is nothing to add; a reader of two of these tables and a
+        # start that alters both would wait for each other.
+        adds = _ADDS_COLUMN.match(statement)
+        if adds is None or adds.groups() not in columns:
+            await connection.execute(sql.SQL(statement).format(**names))
+
+
+_ADDS_COLUMN = re.compile(r"ALTER TABLE \{schema\}\.(\w+) ADD COLUMN IF NOT EXISTS (\w+)")
+"""A statement that a later version added after its table's."""
 
 
 _SHARED: tuple[LiteralString, ...] = (

@@ -111,6 +111,16 @@ async def test_a_row_that_an_older_or_a_newer_version_wrote_is_read(connection: 
     assert ((await REGISTRY.all(connection))["articles"].pause or Pause("")).remedy == "add it again"
 
 
+async def test_a_start_that_finds_everything_there_waits_for_no_reader(
+    connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    reader = await connect_target()
+    await connection.execute("SET lock_timeout = '3s'")
+    async with reader.transaction():
+        await reader.execute("SELECT FROM cdcsync.indexes JOIN cdcsync.pipelines USING (slot)")
+        await create_shared(connection, SCHEMA)
+
+
 async def test_the_entries_of_one_pipeline_are_forgotten_together(connection: Connection) -> None:
     await connection.execute("INSERT INTO cdcsync.pipelines (slot, publication) VALUES ('t', 'p')")
     await REGISTRY.register(connection, "s", SPEC)

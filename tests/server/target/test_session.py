@@ -14,7 +14,7 @@ import pytest
 from psycopg.pq import TransactionStatus
 
 import cdcsync.target.session as session_module
-from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetRewound, TargetUnavailable
+from cdcsync.errors import LeaseLost, RunError, SchemaChanged, SetupError, TargetRewound, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.changeset import Applied, ChangeSet
@@ -456,7 +456,7 @@ async def test_a_lock_that_the_server_has_not_freed_yet_is_waited_for(
 async def test_a_pipeline_whose_row_is_gone_says_so(pipeline: Pipeline) -> None:
     session = await pipeline.open()
     await pipeline.connection.execute("DELETE FROM cdcsync.indexes; DELETE FROM cdcsync.pipelines")
-    with pytest.raises(SetupError, match="row is gone"):
+    with pytest.raises(RunError, match="row is gone"):
         await session.state()
     with pytest.raises(LeaseLost):
         await apply(session, Lsn(10))

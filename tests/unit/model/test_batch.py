@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 
 from cdcsync.config import QualifiedName
+from cdcsync.errors import SchemaChanged
 from cdcsync.lsn import Lsn
-from cdcsync.model.batch import ROW_OVERHEAD_BYTES, UNCHANGED_BYTES, Batch, IndexChanges, PageEnd, RowChange
-from cdcsync.model.pauses import Pause
+from cdcsync.model.batch import ROW_OVERHEAD_BYTES, UNCHANGED_BYTES, Batch, IndexChanges, PageEnd, PageRows, RowChange
 from cdcsync.model.rows import Change, Delete, Key, Row, Shape, Truncation, Upsert
 from cdcsync.model.transactions import Committed
 from cdcsync.pgoutput.messages import UNCHANGED, Value
@@ -210,7 +210,7 @@ def test_an_empty_batch_has_nothing_to_apply() -> None:
 def test_a_batch_that_pauses_an_index_is_to_be_applied_even_without_changes() -> None:
     batch = Batch()
 
-    batch.paused["articles"] = Pause("column author is gone")
+    batch.paused["articles"] = SchemaChanged("column author is gone", index="articles")
 
     assert batch
 
@@ -236,7 +236,7 @@ def test_a_batch_is_as_large_as_what_was_added_to_it() -> None:
     for change in (put("a", "12", None), put("a", UNCHANGED, "12345"), gone("a"), TRUNCATION):
         batch.add(change)
         sizes.append((batch.rows, batch.bytes - batch.rows * ROW_OVERHEAD_BYTES))
-    batch.add_page(SHAPE, [put("b", "1", "123"), gone("c")], END, mark="m", rewrite=False)
+    batch.add_page(PageRows(SHAPE, [put("b", "1", "123"), gone("c")], END, mark="m", rewrite=False))
     sizes.append((batch.rows, batch.bytes - batch.rows * ROW_OVERHEAD_BYTES))
 
     unknown = UNCHANGED_BYTES
@@ -259,8 +259,8 @@ def test_a_page_brings_its_cursor_and_its_mark_even_when_all_its_rows_were_overt
     batch = Batch()
     last = PageEnd(backfill_id=1, phase="rows", cursor=None, rows=2, done=True)
 
-    batch.add_page(SHAPE, [put("a", "1", "x")], END, mark="first", rewrite=False)
-    batch.add_page(SHAPE, [], last, mark="second", rewrite=False)
+    batch.add_page(PageRows(SHAPE, [put("a", "1", "x")], END, mark="first", rewrite=False))
+    batch.add_page(PageRows(SHAPE, [], last, mark="second", rewrite=False))
 
     assert batch
     assert not batch.partial
@@ -275,7 +275,7 @@ def test_one_page_that_rewrites_makes_the_batch_rewrite_that_index(rewrites: tup
     batch.add(Delete(OTHER, ("a",), 1, 10))
 
     for mark, rewrite in zip(("first", "second"), rewrites, strict=True):
-        batch.add_page(SHAPE, [put("a", "1", "x")], END, mark=mark, rewrite=rewrite)
+        batch.add_page(PageRows(SHAPE, [put("a", "1", "x")], END, mark=mark, rewrite=rewrite))
 
     assert batch.of(SHAPE).rewrite is any(rewrites)
     assert not batch.of(OTHER).rewrite

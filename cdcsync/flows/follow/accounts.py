@@ -1,0 +1,67 @@
+"""What a batch that is in the target means for metrics and for the embedders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+import structlog
+
+from cdcsync.flows.embed import EmbedLoop
+from cdcsync.flows.follow.apply import Outcome
+from cdcsync.lsn import Lsn
+from cdcsync.metrics import Metrics
+from cdcsync.model.batch import Batch
+from cdcsync.model.changeset import LIVE
+from cdcsync.model.rows import Upsert
+from cdcsync.pgoutput.wire import to_datetime
+
+log = structlog.get_logger()
+
+
+class Accounts:
+    """Counts what was applied, and tells each index's embed loop what waits for it."""
+
+    def __init__(self, metrics: Metrics, embed_loops: Mapping[str, EmbedLoop]) -> None:
+        self._metrics = metrics
+        self._embed_loops = embed_loops
+
+    def note(self, batch: Batch, outcome: Outcome, *, before: Lsn, checkpoint: Lsn) -> None:
+        """Note a batch that moved the checkpoint from `before` to `checkpoint`."""
+        metrics = self._metrics
+        metrics.transactions.inc(batch.transactions)
+        metrics.batch_rows.observe(batch.rows)
+        metrics.apply_seconds.observe(outcome.seconds)
+        if batch.commit_time_us is not None and batch.end_lsn is not None:
+            self._note_freshness(outcome, before, batch.end_lsn, to_datetime(batch.commit_time_us))
+        for index, of_index in batch.indexes.items():
+            upserts = sum(1 for change in of_index.live.values() if isinstance(change, Upsert))
+            metrics.changes.labels(index, "upsert").inc(upserts)
+            metrics.changes.labels(index, "delete").inc(len(of_index.live) - upserts)
+            metrics.changes.labels(index, "truncate").inc(of_index.truncated)
+        for index, result in outcome.applied.items():
+            metrics.chunks.labels(index).inc(result.chunks)
+            metrics.chunks_deleted.labels(index).inc(result.deleted)
+            metrics.vectors.labels(index, "reused").inc(result.reused)
+            metrics.vectors.labels(index, "inline").inc(result.inline)
+            current = result.chunks - result.reused - result.inline - result.queued
+            self._embed_loops[index].avoided("current", current)
+            if result.queued:
+                live = any(one.lane == LIVE for one in outcome.changes[index].documents)
+                self._embed_loops[index].notify(live=live)
+        log.debug(
+            "batch_applied",
+            rows=batch.rows,
+            transactions=batch.transactions,
+            checkpoint=str(checkpoint),
+            milliseconds=round(outcome.seconds * 1000, 1),
+        )
+
+    def _note_freshness(self, outcome: Outcome, before: Lsn, end: Lsn, committed: datetime) -> None:
+        age_s = max(0.0, (datetime.now(UTC) - committed).total_seconds())
+        self._metrics.text_freshness.observe(age_s)
+        for index, result in outcome.applied.items():
+            self._embed_loops[index].commits.note(before, end, committed)
+            if all(one.lane == LIVE for one in outcome.changes[index].documents):
+                for _ in range(result.inline + result.reused):
+                    self._metrics.vector_freshness.observe(age_s)

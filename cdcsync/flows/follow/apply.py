@@ -1,0 +1,131 @@
+"""The applier: it brings a batch to the target, whatever is away meanwhile, and returns what it did.
+
+It owns the session that holds the pipeline's lock, so it is the only writer of chunks and checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import anyio
+import msgspec
+import structlog
+
+from cdcsync.backoff import Backoff, Failure
+from cdcsync.errors import SchemaChanged, TargetUnavailable, Unavailable
+from cdcsync.flows.follow.prepare import Preparer
+from cdcsync.lsn import Lsn
+from cdcsync.metrics import Metrics
+from cdcsync.model.batch import Batch
+from cdcsync.model.changeset import Applied, ChangeSet
+from cdcsync.model.pauses import Pause
+from cdcsync.model.spec import IndexSpec
+from cdcsync.pgoutput.wire import to_datetime
+from cdcsync.target.session import ApplySession
+from cdcsync.tracing import Tracing
+
+log = structlog.get_logger()
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What applying a batch did: `changes` and `applied` by index, without those that the batch pauses."""
+
+    changes: Mapping[str, ChangeSet]
+    applied: Mapping[str, Applied]
+    seconds: float
+
+
+class Applier:
+    """Commits batches and positions."""
+
+    def __init__(
+        self,
+        session: ApplySession,
+        specs: Sequence[IndexSpec],
+        preparers: Mapping[str, Preparer],
+        metrics: Metrics,
+        tracing: Tracing,
+        *,
+        first_wait_s: float = 0.1,
+    ) -> None:
+        """Write over `session`, with the preparer of each index.
+
+        :param first_wait_s: how long to wait at first for a server that is away.
+        """
+        self._session = session
+        self._specs = specs
+        self._preparers = preparers
+        self._metrics = metrics
+        self._tracing = tracing
+        self._backoff = Backoff(self._waits, first=first_wait_s, most=10)
+
+    async def apply(self, batch: Batch, *, caught_up: Callable[[], bool]) -> Outcome:
+        """Commit a batch, trying again for as long as a server is away.
+
+        An index that cannot take its changes is paused with the batch: `batch.paused` has it then, and the others'
+        changes are committed.
+
+        :param caught_up: asked just before the commit, whether nothing is left to be applied after this batch.
+        :raises LeaseLost, TargetRewound: this worker must not, or cannot, write what it has in hand.
+        """
+        started = anyio.current_time()
+        with self._tracing.batch(batch.origins, rows=batch.rows, transactions=batch.transactions):
+            while True:
+                try:
+                    await self._session.ensure(self._specs)
+                    changes = await self._prepare(batch)
+                    with self._tracing.span("cdcsync.commit"):
+                        applied = await self._commit(changes, batch, caught_up())
+                except SchemaChanged as error:
+                    # What is left out of this batch is read again when the index is resumed.
+                    batch.indexes.pop(error.index, None)
+                    batch.paused[error.index] = error
+                except Unavailable as error:
+                    await self._backoff.wait(error)
+                else:
+                    self._backoff.succeeded()
+                    return Outcome(changes, applied, anyio.current_time() - started)
+
+    async def note_position(self, position: Lsn, *, caught_up: bool) -> bool:
+        """Commit a position up to which there is nothing to apply; False if the target is away."""
+        try:
+            await self._session.ensure(self._specs)
+            with anyio.CancelScope(shield=True):
+                await self._session.apply({}, (), position, commit_time=None, caught_up=caught_up)
+        except TargetUnavailable as error:
+            await self._backoff.wait(error)
+            return False
+        self._backoff.succeeded()
+        return True
+
+    async def _prepare(self, batch: Batch) -> dict[str, ChangeSet]:
+        changes = {}
+        for index, of_index in batch.indexes.items():
+            with self._tracing.span("cdcsync.prepare", index=index):
+                changes[index] = await self._preparers[index].prepare(of_index, self._session.writer(index))
+        return changes
+
+    async def _commit(self, changes: Mapping[str, ChangeSet], batch: Batch, caught_up: bool) -> Mapping[str, Applied]:
+        # Cancelled in the middle, the driver could leave the transaction open: one that has begun is finished.
+        applied: dict[str, Applied] = {}
+        with anyio.CancelScope(shield=True):
+            applied.update(
+                await self._session.apply(
+                    changes,
+                    batch.pages,
+                    batch.end_lsn,
+                    ahead=batch.ahead,
+                    paused={index: Pause.of(error) for index, error in batch.paused.items()},
+                    commit_time=to_datetime(batch.commit_time_us) if batch.commit_time_us is not None else None,
+                    caught_up=caught_up,
+                )
+            )
+        return applied
+
+    def _waits(self, failure: Failure) -> None:
+        side = "target" if isinstance(failure.error, TargetUnavailable) else "source"
+        if side == "target":
+            self._metrics.reconnects.labels(side).inc()
+        log.warning(
+            "apply_waits", side=side, error=str(failure.error), attempt=failure.attempt, delay_s=failure.delay_s
+        )

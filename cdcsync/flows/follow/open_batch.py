@@ -1,0 +1,231 @@
+"""The open batch: what lies between the receiver, which fills it, and the applier, which takes it whole.
+
+The rules:
+
+1. The applier gets a batch when it is free and the stream is dry, or when the batch is full: so light load has no added
+   wait, and heavy load makes its own large batches.
+2. What needs no apply (transactions of other tables, keepalives) moves the checkpoint only while nothing is in
+   flight. It is then written at once after real work, so that readers who wait for an LSN continue, and less and less
+   often from there, down to every `IDLE_CHECKPOINT_S`: each such write is itself WAL if source and target are one
+   server.
+3. Once a pause is stored, the transaction under way is taken to its end, and nothing after it.
+4. An open batch belongs to one connection and goes with it: everything after the checkpoint is delivered again.
+"""
+
+from __future__ import annotations
+
+import anyio
+import msgspec
+
+from cdcsync.errors import SchemaChanged
+from cdcsync.lsn import Lsn
+from cdcsync.model.batch import Batch, PageRows
+from cdcsync.model.lag import Lag
+from cdcsync.model.progress import Progress
+from cdcsync.model.rows import Change
+from cdcsync.model.transactions import Began, Committed
+from cdcsync.pgoutput.wire import to_datetime
+from cdcsync.tracing import Tracing
+
+IDLE_CHECKPOINT_S = 10.0
+"""How often an idle pipeline writes its position: one small row, against WAL kept for nothing."""
+
+PROMPT_CHECKPOINT_S = 0.25
+"""How soon after real work the position is written again; the pause doubles from there."""
+
+
+class Limits(msgspec.Struct):
+    """How large a batch may grow: it is full at so many rows, or so many bytes."""
+
+    rows: int
+    bytes: int
+
+
+class IdlePace:
+    """How often the position is written while there is nothing to apply."""
+
+    def __init__(self) -> None:
+        self._pause_s = 0.0
+        self._written_at = 0.0
+
+    def hasten(self) -> None:
+        """Write the position at the next opportunity."""
+        self._pause_s = 0.0
+
+    def written(self) -> None:
+        """Note that the position is being written; the next time is later."""
+        self._written_at = anyio.current_time()
+        self._pause_s = min(IDLE_CHECKPOINT_S, max(PROMPT_CHECKPOINT_S, 2 * self._pause_s))
+
+    def due(self, *, dry: bool) -> bool:
+        """Whether to write it now."""
+        rested_s = anyio.current_time() - self._written_at
+        return rested_s >= IDLE_CHECKPOINT_S or (dry and rested_s >= self._pause_s)
+
+    @property
+    def left_s(self) -> float:
+        """How long to wait before asking again."""
+        return max(PROMPT_CHECKPOINT_S, self._pause_s + self._written_at - anyio.current_time())
+
+
+class OpenBatch:
+    """Changes on their way from one connection to the target."""
+
+    def __init__(self, progress: Progress, limits: Limits, lag: Lag, tracing: Tracing, stopping: anyio.Event) -> None:
+        self._progress = progress
+        self._limits = limits
+        self._lag = lag
+        self._tracing = tracing
+        self._stopping = stopping
+        self._filling = Batch()
+        self._taken: Batch | None = None
+        self._transaction: Began | None = None
+        self._passed = progress.checkpoint
+        self._dry = False
+        self._heard_all = False
+        self._pausing = False
+        self._pace = IdlePace()
+        self._for_applier = anyio.Event()
+        self._for_receiver = anyio.Event()
+        self._note_lag()
+
+    # -- filling ------------------------------------------------------------------------------------------------
+
+    def begin(self, transaction: Began) -> None:
+        """Note that a transaction begins."""
+        self._transaction = transaction
+        self._tracing.begin(transaction.commit_lsn)
+
+    def add(self, change: Change) -> None:
+        """Add a change of the transaction."""
+        batch = self._filling
+        batch.add(change)
+        if batch.oldest_us is None and self._transaction is not None:
+            batch.oldest_us = self._transaction.commit_time_us
+            self._note_lag()
+
+    def add_page(self, page: PageRows) -> None:
+        """Add the rows that belong at a mark."""
+        self._filling.add_page(page)
+
+    def commit(self, transaction: Committed) -> None:
+        """Note that the transaction is whole."""
+        self._transaction = None
+        if self._filling or self._filling.pages or self._pausing:
+            self._filling.commit(transaction)
+            self._tracing.end(self._filling.origins)
+        else:
+            self._note_passed(transaction.end_lsn)
+
+    def pass_by(self, lsn: Lsn, *, promptly: bool) -> None:
+        """Note that there is nothing to apply up to a position outside any transaction.
+
+        :param promptly: whether the source waits to hear that the position is flushed here.
+        """
+        if not self._filling:
+            self._note_passed(lsn)
+        if promptly:
+            self._pace.hasten()
+
+    def pause(self, error: SchemaChanged) -> None:
+        """Pause an index with the next commit.
+
+        A transaction under way is taken to its end first: begun again before it, the same would be found again.
+        """
+        self._filling.paused[error.index] = error
+        self._filling.partial = self._filling.partial or self._transaction is not None
+        self._for_applier.set()
+
+    def note_dry(self, *, heard_all: bool) -> None:
+        """Note that nothing more has arrived.
+
+        :param heard_all: whether the source has sent what it had when it was connected: before that, silence says
+            nothing.
+        """
+        self._dry = True
+        self._heard_all = heard_all
+        self._note_lag()
+        if self._ready or self._passed > self._progress.checkpoint:
+            self._for_applier.set()
+
+    def note_more(self) -> None:
+        """Note that something has arrived."""
+        self._dry = False
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for more."""
+        return self._filling.rows >= self._limits.rows or self._filling.bytes >= self._limits.bytes
+
+    @property
+    def applying(self) -> bool:
+        """Whether the applier has a batch in hand."""
+        return self._taken is not None
+
+    async def wait_for_applier(self, timeout_s: float) -> None:
+        """Return once the applier has taken or finished a batch, or after `timeout_s` seconds."""
+        if self.full:
+            self._for_applier.set()
+        self._for_receiver = anyio.Event()
+        if self.applying or self.full:
+            with anyio.move_on_after(timeout_s):
+                await self._for_receiver.wait()
+
+    # -- applying -----------------------------------------------------------------------------------------------
+
+    async def next(self) -> Batch | Lsn:
+        """Return what is to be committed next, once there is something: a batch, or just a position.
+
+        The caller calls `done` with a batch that is in the target.
+        """
+        while True:
+            if self._ready:
+                batch = self._taken = self._filling
+                self._filling = Batch()
+                if self._transaction is not None:
+                    batch.ahead = self._transaction.ahead
+                self._for_receiver.set()
+                return batch
+            if self._position_due:
+                self._pace.written()
+                return self._passed
+            self._for_applier = anyio.Event()
+            with anyio.move_on_after(self._pace.left_s):
+                await self._for_applier.wait()
+
+    def done(self, batch: Batch) -> None:
+        """Note that the batch which was taken is in the target."""
+        self._taken = None
+        self._pausing = self._pausing or bool(batch.paused)
+        self._pace.hasten()
+        self._note_lag()
+        self._for_receiver.set()
+
+    @property
+    def nothing_left(self) -> bool:
+        """Whether the source has sent everything, and no more than the batch in hand is to be applied."""
+        return self._dry and self._heard_all and not self._filling
+
+    @property
+    def _ready(self) -> bool:
+        if self._stopping.is_set():
+            return False
+        if self.full:
+            return True
+        # The end of a transaction in the middle of which an index was paused is stored even if nothing came after it.
+        ends = self._pausing and self._filling.end_lsn is not None
+        return self._dry and not self._filling.partial and (bool(self._filling) or ends)
+
+    @property
+    def _position_due(self) -> bool:
+        waits = self._passed > self._progress.checkpoint and not self._filling and self._transaction is None
+        return waits and self._pace.due(dry=self._dry)
+
+    def _note_passed(self, lsn: Lsn) -> None:
+        self._passed = max(self._passed, lsn)
+        self._progress.receive(lsn)
+
+    def _note_lag(self) -> None:
+        oldest_us = next((one.oldest_us for one in (self._taken, self._filling) if one and one.oldest_us), None)
+        oldest_s = None if oldest_us is None else to_datetime(oldest_us).timestamp()
+        self._lag.note(oldest_s, caught_up=self._heard_all and oldest_s is None)

@@ -1,0 +1,228 @@
+"""The receiver: it owns the slot's connection, and yields what the stream says.
+
+    frames ─► spool (transactions that are still open) ─► messages ─► events
+
+The rules:
+
+1. A status is sent on time whatever the applier, the target or the embedder do: while there is no room, the receiver
+   waits for room and for the next status, and reads nothing. A status reports as flushed only what is committed.
+2. Silence is not health. While nothing comes, each status asks for a reply; a source that has not sent a frame for too
+   long is away.
+3. Events come in the order of the stream; a transaction that was streamed while it was open comes whole, at its
+   commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import assert_never
+
+import anyio
+import anyio.lowlevel
+import msgspec
+
+from cdcsync.crashpoints import crash_point
+from cdcsync.errors import SourceUnavailable
+from cdcsync.flows.follow.open_batch import OpenBatch
+from cdcsync.lsn import Lsn
+from cdcsync.metrics import Metrics
+from cdcsync.model.lag import Lag
+from cdcsync.model.progress import Progress
+from cdcsync.model.transactions import Assembler, Event
+from cdcsync.pgoutput.decode import decode
+from cdcsync.pgoutput.frames import Keepalive, XLogData
+from cdcsync.pgoutput.messages import (
+    Begin,
+    Commit,
+    Message,
+    PgoutputMessage,
+    StreamAbort,
+    StreamCommit,
+    StreamStart,
+    StreamStop,
+)
+from cdcsync.source.slot import SlotConnection
+from cdcsync.source.spool import Spool
+from cdcsync.tracing import PREFIX, Tracing
+
+PROMPT_STATUS_S = 1.0
+"""A moved checkpoint is reported within this time, so that the source can recycle WAL."""
+
+TURN_MESSAGES = 500
+"""Messages handled before other tasks get a turn: a few milliseconds."""
+
+
+class Passed(msgspec.Struct, frozen=True):
+    """Up to here there is nothing to apply.
+
+    :ivar promptly: whether the source waits to hear that this is flushed.
+    """
+
+    lsn: Lsn
+    promptly: bool
+
+
+class Dry(msgspec.Struct, frozen=True):
+    """Nothing more has arrived.
+
+    :ivar heard_all: whether the source has sent what it had when it was connected.
+    """
+
+    heard_all: bool
+
+
+Heard = Event | Passed | Dry
+
+NOTHING: tuple[Heard, ...] = ()
+
+
+class Receiver:
+    """Reads one connection that has begun to stream."""
+
+    def __init__(
+        self,
+        slot: SlotConnection,
+        source_end: Lsn,
+        *,
+        assembler: Assembler,
+        spool: Spool,
+        open_batch: OpenBatch,
+        progress: Progress,
+        lag: Lag,
+        metrics: Metrics,
+        tracing: Tracing,
+        status_every_s: float,
+    ) -> None:
+        """Take over a connection.
+
+        :param source_end: where the source's WAL ended when it was connected.
+        :raises RunError: the spool has no place for its files.
+        """
+        self._slot = slot
+        self._source_end = source_end
+        self._assembler = assembler
+        self._spool = spool
+        self._open_batch = open_batch
+        self._progress = progress
+        self._lag = lag
+        self._metrics = metrics
+        self._tracing = tracing
+        self._status_every_s = status_every_s
+        self._status_due = anyio.current_time()
+        self._quiet = False
+        self._handled = 0
+        self._spool.begin()
+
+    async def events(self) -> AsyncGenerator[Sequence[Heard]]:
+        """Yield the events of the stream, of one message at a time, as soon as the open batch has room for them.
+
+        :raises SourceUnavailable: the connection ended, or the source has fallen silent.
+        """
+        while True:
+            frame = self._slot.poll()
+            if frame is None:
+                await self._report_when_due()
+                yield (Dry(self._lag.heard >= self._source_end),)
+                frame = await self._slot.receive(self._patience())
+                if frame is None:
+                    self._quiet = True
+                    if not self._lag.silent:
+                        continue
+                    frame = self._slot.poll()  # what came while this process had no turn is not silence
+                    if frame is None:
+                        raise SourceUnavailable(
+                            f"nothing has come from the source for {self._lag.silent_s:.0f} s,"
+                            " although it was asked to reply",
+                            where="replication connection",
+                            hint="check the network between here and the source, and any proxy in it",
+                        )
+            self._quiet = False
+            self._open_batch.note_more()
+            self._lag.hear(frame.wal_end)
+            match frame:
+                case Keepalive():
+                    yield self._keepalive(frame)
+                case XLogData():
+                    self._metrics.received_bytes.inc(len(frame.payload))
+                    self._progress.receive(frame.wal_start)
+                    for events in self._take(frame.payload):
+                        if events:
+                            while self._open_batch.full:
+                                await self._open_batch.wait_for_applier(self._patience())
+                                self._lag.listen()
+                                await self._report_when_due()
+                            yield events
+                        self._handled += 1
+                        if self._handled % TURN_MESSAGES == 0:
+                            await self._report_when_due()
+                            await anyio.lowlevel.checkpoint()
+                case _:
+                    assert_never(frame)
+
+    async def finish(self) -> None:
+        """Wait for the batch that is being applied, and tell the source how far it got: the last status."""
+        while self._open_batch.applying:
+            await self._open_batch.wait_for_applier(self._patience())
+            await self._report_when_due()
+        await self._slot.send_status(self._progress.received, self._progress.acknowledge())
+        crash_point("last status sent")
+
+    def _take(self, payload: bytes) -> Iterator[Sequence[Heard]]:
+        """Yield what each message of a payload means: nothing yet if its transaction is still open."""
+        if self._spool.receiving and payload[:1] != b"E":
+            self._spool.append(int.from_bytes(payload[1:5], "big"), payload)
+            yield NOTHING
+            return
+        message = decode(payload)
+        match message:
+            case StreamStart():
+                self._spool.enter(message.xid)
+            case StreamStop():
+                self._spool.leave()
+            case StreamAbort():
+                self._spool.abort(message.xid, message.subxid)
+            case StreamCommit():
+                yield from map(self._feed, self._replay(message))
+                self._spool.drop(message.xid)
+                return
+            case _:
+                yield self._feed(message)
+                return
+        yield NOTHING
+
+    def _replay(self, commit: StreamCommit) -> Iterator[PgoutputMessage]:
+        """Yield a spooled transaction as if it had been sent whole at its commit."""
+        yield Begin(final_lsn=commit.commit_lsn, commit_time_us=commit.commit_time_us, xid=commit.xid)
+        for payload in self._spool.replay(commit.xid):
+            yield decode(payload, streamed=True)
+        yield Commit(
+            flags=0, commit_lsn=commit.commit_lsn, end_lsn=commit.end_lsn, commit_time_us=commit.commit_time_us
+        )
+
+    def _feed(self, message: PgoutputMessage) -> Sequence[Heard]:
+        if type(message) is Message and message.transactional and message.prefix == PREFIX:
+            self._tracing.note(message.content)
+        return self._assembler.feed(message)
+
+    def _keepalive(self, keepalive: Keepalive) -> Sequence[Heard]:
+        if keepalive.reply_requested:
+            self._status_due = anyio.current_time()
+        # A server that shuts down asks for a reply, and waits until what it sent is flushed here.
+        passed = Passed(keepalive.wal_end, promptly=keepalive.reply_requested)
+        return NOTHING if self._assembler.in_transaction else (passed,)
+
+    def _patience(self) -> float:
+        """Return how long to wait before a status is due, in seconds."""
+        left_s = self._status_due - anyio.current_time()
+        if self._progress.checkpoint > self._progress.acknowledged or self._open_batch.applying:
+            left_s = min(left_s, PROMPT_STATUS_S)
+        return max(0.0, left_s)
+
+    async def _report_when_due(self) -> None:
+        now = anyio.current_time()
+        moved = self._progress.checkpoint > self._progress.acknowledged
+        prompt = moved and self._status_due - self._status_every_s + PROMPT_STATUS_S <= now
+        if now >= self._status_due or prompt:
+            self._status_due = now + self._status_every_s
+            await self._slot.send_status(self._progress.received, self._progress.acknowledge(), ask=self._quiet)
+            crash_point("status sent")

@@ -1,0 +1,128 @@
+"""The applier: what it does with a server that is away, and with an index that cannot take its changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import pytest
+
+from cdcsync.config import QualifiedName
+from cdcsync.errors import CdcsyncError, LeaseLost, SchemaChanged, SourceUnavailable, TargetRewound, TargetUnavailable
+from cdcsync.flows.follow.apply import Applier
+from cdcsync.lsn import Lsn
+from cdcsync.metrics import Metrics
+from cdcsync.model.batch import Batch, IndexChanges
+from cdcsync.model.changeset import Applied, ChangeSet
+from cdcsync.model.pauses import Pause
+from cdcsync.model.rows import Shape, Upsert
+from cdcsync.model.transactions import Committed
+from cdcsync.tracing import Tracing
+
+pytestmark = pytest.mark.anyio
+
+TABLE = QualifiedName("public", "articles")
+SHAPES = [Shape(index=name, table=TABLE, key=("id",), carried=(), text=("body",)) for name in ("articles", "notes")]
+DONE = Applied(chunks=1, deleted=0, reused=0, inline=0, queued=1)
+
+
+class Target:
+    """A session that commits, or raises what it is given to raise first; and the preparers of its indexes."""
+
+    def __init__(self, *failures: CdcsyncError) -> None:
+        self.failures = list(failures)
+        self.refused: dict[str, CdcsyncError] = {}
+        self.prepared: list[str] = []
+        self.opened = 0
+        self.commits: list[tuple[set[str], Lsn | None, Mapping[str, Pause], bool]] = []
+
+    async def ensure(self, specs: Sequence[Any]) -> None:
+        self.opened += 1
+
+    def writer(self, index: str) -> str:
+        return index
+
+    async def prepare(self, changes: IndexChanges, writer: Any) -> ChangeSet:
+        index = changes.shape.index
+        self.prepared.append(index)
+        if index in self.refused:
+            raise self.refused[index]
+        return cast(ChangeSet, index)
+
+    async def apply(
+        self,
+        changes: Mapping[str, ChangeSet],
+        pages: Sequence[Any],
+        checkpoint: Lsn | None,
+        *,
+        paused: Mapping[str, Pause] | None = None,
+        caught_up: bool,
+        **_: Any,
+    ) -> dict[str, Applied]:
+        if self.failures:
+            raise self.failures.pop(0)
+        self.commits.append((set(changes), checkpoint, paused or {}, caught_up))
+        return dict.fromkeys(changes, DONE)
+
+
+def applier(target: Target, metrics: Metrics | None = None) -> Applier:
+    preparers = cast(Any, {shape.index: target for shape in SHAPES})
+    return Applier(cast(Any, target), [], preparers, metrics or Metrics(), Tracing(), first_wait_s=0.0)
+
+
+def a_batch() -> Batch:
+    batch = Batch()
+    for shape in SHAPES:
+        batch.add(Upsert(shape, ("a",), ("a", "text"), 1, 10))
+    batch.commit(Committed(Lsn(20), 5))
+    return batch
+
+
+async def test_a_batch_is_committed_with_its_position_and_what_it_did_is_returned() -> None:
+    target = Target()
+    outcome = await applier(target).apply(a_batch(), caught_up=lambda: True)
+    assert target.commits == [({"articles", "notes"}, Lsn(20), {}, True)]
+    assert outcome.applied == {"articles": DONE, "notes": DONE}
+    assert set(outcome.changes) == {"articles", "notes"}
+
+
+async def test_the_same_batch_is_prepared_and_committed_again_for_as_long_as_a_server_is_away() -> None:
+    target = Target(TargetUnavailable("away"), TargetUnavailable("away"), SourceUnavailable("away"))
+    metrics = Metrics()
+    await applier(target, metrics).apply(a_batch(), caught_up=lambda: False)
+    assert target.commits == [({"articles", "notes"}, Lsn(20), {}, False)]
+    assert (target.opened, len(target.prepared)) == (4, 8)
+    assert metrics.reconnects.labels("target")._value.get() == 2
+
+
+async def test_an_index_that_cannot_take_its_changes_is_paused_with_the_batch_and_the_others_get_theirs() -> None:
+    target = Target()
+    target.refused["articles"] = error = SchemaChanged("its key is gone", index="articles", hint="put it back")
+    batch = a_batch()
+    outcome = await applier(target).apply(batch, caught_up=lambda: True)
+    assert target.commits == [({"notes"}, Lsn(20), {"articles": Pause("its key is gone", "put it back")}, True)]
+    assert batch.paused == {"articles": error}
+    assert set(outcome.applied) == {"notes"}
+
+
+async def test_a_value_that_the_target_refuses_pauses_its_index_too() -> None:
+    target = Target(SchemaChanged("the target refuses a value", index="notes"))
+    batch = a_batch()
+    await applier(target).apply(batch, caught_up=lambda: True)
+    assert [(indexes, set(paused)) for indexes, _, paused, _ in target.commits] == [({"articles"}, {"notes"})]
+
+
+@pytest.mark.parametrize("error", [LeaseLost("another worker"), TargetRewound("an older state")])
+async def test_a_worker_that_must_not_write_what_it_has_in_hand_does_not_try_again(error: CdcsyncError) -> None:
+    target = Target(error)
+    with pytest.raises(type(error)):
+        await applier(target).apply(a_batch(), caught_up=lambda: True)
+    assert not target.commits
+
+
+async def test_a_position_is_committed_alone_or_not_at_all_while_the_target_is_away() -> None:
+    target = Target(TargetUnavailable("away"))
+    made = applier(target)
+    assert not await made.note_position(Lsn(30), caught_up=True)
+    assert await made.note_position(Lsn(30), caught_up=True)
+    assert target.commits == [(set(), Lsn(30), {}, True)]
