@@ -129,6 +129,11 @@ class Request(msgspec.Struct, frozen=True):
         return self.state == "done" and whole
 
     @property
+    def new(self) -> bool:
+        """Whether the index most likely has none of the rows to be read."""
+        return self.kind == "initial" and not self.rewrite
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more comes of it."""
         return self.state not in OPEN

@@ -137,8 +137,8 @@ class Pipeline:
             applier=Applier(self.session, specs, preparers, metrics, state.tracing),
             accounts=Accounts(metrics, self.embed_loops),
             deliveries=self.deliveries,
-            page_at=self.backfills.page_at,
-            applied=self.backfills.note_applied,
+            page_at=self.backfills.marks.page_at,
+            applied=self.backfills.marks.note_applied,
             spool=self.spool,
             metrics=metrics,
             tracing=state.tracing,
@@ -278,7 +278,7 @@ class Pipeline:
                     if self.state.stopping.is_set():
                         return []
                     # The marks of pages under way may lie before what this connection will deliver.
-                    self.backfills.interrupt()
+                    self.backfills.marks.interrupt()
                     checkpoint, timeline = start.checkpoint, start.server.timeline
                     if start.anew or timeline != followed:
                         # On a new timeline, ids that were delivered may never have been given out: no snapshot would

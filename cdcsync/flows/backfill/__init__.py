@@ -14,7 +14,9 @@ keys, a resync, and the part of a verification that compares single documents.
     preparing  documents, chunks and vectors of a page, made before its mark arrives
     pages      the readers of pages: rows in key order, given keys, keys of the index
     checking   what a verification says of a document
-    engine     `Backfills`: requests, marks, pace
+    pace       how large a page may be, and how soon the next one may follow
+    marks      pages on their way to the target, between the engine and the stream
+    engine     `Backfills`: requests, one after the other
 
 A file here imports only from lines above its own.
 """

@@ -8,7 +8,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from cdcsync.flows.backfill.engine import BESIDE_LIVE_BYTES, BESIDE_LIVE_ROWS, next_limit
+from cdcsync.flows.backfill.pace import BESIDE_LIVE_BYTES, BESIDE_LIVE_ROWS, next_limit
 from cdcsync.flows.backfill.pages import PAGE_BYTES, Page, Pages
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.visibility import Deliveries, Snapshot
