@@ -1,0 +1,121 @@
+"""The examples that search, each run as an application would, and the fixture that applications test with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import httpx2
+import pytest
+
+from cdcsync.config import Config, HashEmbedder, parse
+from cdcsync.errors import SetupError
+from cdcsync.testing import Work, cdcsync_worker
+from tests import ROOT
+from tests.fixtures.configs import configuration
+from tests.fixtures.servers import Database
+
+__all__ = ["cdcsync_worker"]
+
+pytestmark = pytest.mark.server
+
+TICKETS = {
+    1: "I forgot my login and cannot get in",
+    2: "The invoice of May has the wrong address",
+    3: "The printer prints only in blue",
+}
+COMMENTS = {10: "Asked for the login by mail", 11: "A new toner for the printer has been ordered"}
+
+
+def read(text: str) -> Config:
+    return parse(text, {}, where="test")
+
+
+def helpdesk(database: Database) -> Config:
+    """Make tables of tickets and comments; returns the configuration of their indexes."""
+    for name, rows in (("tickets", TICKETS), ("comments", COMMENTS)):
+        database.execute(f"CREATE TABLE {name} (id int PRIMARY KEY, title text)")
+        for id_, title in rows.items():
+            database.execute(f"INSERT INTO {name} VALUES ({id_}, '{title}')")
+    return read(configuration(database.dsn, indexes={"tickets": {}, "comments": {}}))
+
+
+def test_retrievers_and_two_indexes_find_what_the_worker_follows(
+    database: Database, cdcsync_worker: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import langchain_retriever  # type: ignore[import-not-found]
+    import llamaindex_retriever  # type: ignore[import-not-found]
+    import two_indexes  # type: ignore[import-not-found]
+
+    with cdcsync_worker(helpdesk(database)) as worker:
+        tickets = worker.index("tickets")
+        langchain = langchain_retriever.CdcsyncRetriever(index=tickets, k=2)
+        first, *others = langchain.invoke("forgot my login")
+        assert (first.page_content, first.metadata["id"], len(others)) == (TICKETS[1], 1, 1)
+        assert anyio.run(langchain.ainvoke, "forgot my login")[0] == first
+
+        llamaindex = llamaindex_retriever.CdcsyncRetriever(tickets, k=1)
+        (node,) = llamaindex.retrieve("printer in blue")
+        assert (node.text, node.metadata, node.node.id_) == (TICKETS[3], {"id": 3}, "3/0")
+        assert anyio.run(llamaindex.aretrieve, "printer in blue")[0].node.id_ == "3/0"
+
+        found = anyio.run(lambda: two_indexes.search_everything(worker.config, "login", k=3))
+        assert {(index, hit.key["id"]) for index, hit in found[:2]} == {("tickets", 1), ("comments", 10)}
+        assert len(found) == 3
+
+        database.execute("UPDATE tickets SET title = 'The password does not work' WHERE id = 1")
+        worker.catch_up()
+        assert langchain.invoke("password")[0].page_content == "The password does not work"
+
+
+def test_users_of_the_web_application_find_what_they_have_just_written(
+    database: Database, cdcsync_worker: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import read_your_writes  # type: ignore[import-not-found]
+
+    database.execute("CREATE TABLE notes (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, title text)")
+    config = read(configuration(database.dsn, indexes={"notes": {}}))
+
+    async def use(worker_config: Config) -> list[dict[str, Any]]:
+        app = read_your_writes.make_app(worker_config)
+        transport = httpx2.ASGITransport(app=app)
+        answers = []
+        async with (
+            app.router.lifespan_context(app),
+            httpx2.AsyncClient(transport=transport, base_url="http://notes") as client,
+        ):
+            for title in ("buy oranges", "call the plumber", "water the roses"):
+                written = await client.post("/notes", params={"title": title})
+                assert (written.status_code, "written=" in written.headers["set-cookie"]) == (201, True)
+                answers.append((await client.get("/search", params={"q": title})).json())
+        return answers
+
+    with cdcsync_worker(config) as worker:
+        answers = anyio.run(use, worker.config)
+    assert [answer["notes"][0] for answer in answers] == ["buy oranges", "call the plumber", "water the roses"]
+    assert [answer["current"] for answer in answers] == [True, True, True]
+
+
+def test_the_worker_of_a_test_takes_no_model_and_leaves_nothing_behind(
+    database: Database, cdcsync_worker: Work
+) -> None:
+    database.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
+    model = {"type": "sentence-transformers", "model": "no/such-model"}
+    config = read(configuration(database.dsn, embedders={"minilm": model}))
+    with cdcsync_worker(config) as worker:
+        assert isinstance(worker.config.embedders["minilm"], HashEmbedder)
+    with pytest.raises(ZeroDivisionError), cdcsync_worker(config):
+        raise ZeroDivisionError  # what a test raises comes out
+    left = database.execute(
+        "SELECT (SELECT count(*) FROM pg_replication_slots WHERE database = current_database()),"
+        " (SELECT count(*) FROM pg_publication), to_regnamespace('cdcsync') IS NULL"
+    )
+    assert left == [(0, 0, True)]
+
+
+def test_a_table_that_is_not_there_is_told_as_run_tells_it(database: Database, cdcsync_worker: Work) -> None:
+    config = read(configuration(database.dsn))
+    with pytest.raises(SetupError, match="articles"), cdcsync_worker(config):
+        pass
