@@ -1,0 +1,217 @@
+"""The stream: what becomes of each event, until it is told to stop or an index is paused."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import anyio
+import pytest
+
+from cdcsync.errors import SchemaChanged, SourceUnavailable
+from cdcsync.flows.follow.accounts import Accounts
+from cdcsync.flows.follow.apply import Applier
+from cdcsync.flows.follow.open_batch import Limits
+from cdcsync.flows.follow.stream import Stream
+from cdcsync.lsn import Lsn
+from cdcsync.metrics import Metrics
+from cdcsync.model.batch import Batch, PageEnd, PageRows
+from cdcsync.model.lag import Lag
+from cdcsync.model.rows import Upsert
+from cdcsync.model.transactions import MARK_PREFIX, Mark
+from cdcsync.model.visibility import Deliveries, Snapshot
+from cdcsync.pgoutput import messages as pg
+from cdcsync.pgoutput.frames import Keepalive, XLogData
+from cdcsync.source.spool import Spool
+from cdcsync.tracing import Tracing
+from tests.fixtures.indexes import make_spec
+from tests.unit.flows.follow.test_receive import FakeSlot, begin, commit, data, insert, relation
+
+pytestmark = pytest.mark.anyio
+
+SPEC = make_spec(carried={})
+CHECKPOINT, SOURCE_END = Lsn(10), Lsn(20)
+BEFORE = Snapshot(1, 2, frozenset())
+
+
+class FakeTarget:
+    """A session that takes whatever comes, with the preparer of its one index; it can be made to wait."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.checkpoints: list[Lsn | None] = []
+        self.paused: list[str] = []
+        self.pages: list[PageEnd] = []
+        self.caught_up: list[bool] = []
+        self.released = anyio.Event()
+        self.released.set()
+
+    async def ensure(self, specs: Any) -> None:
+        await anyio.lowlevel.checkpoint()
+
+    def writer(self, index: str) -> None: ...
+
+    async def prepare(self, changes: Any, writer: Any) -> Any:
+        return changes
+
+    async def apply(self, changes: Any, pages: Any, checkpoint: Lsn | None, **rest: Any) -> dict[str, Any]:
+        await self.released.wait()
+        for of_index in changes.values():
+            self.keys += [key[0] for key in (*of_index.live, *of_index.filled)]
+        self.pages += pages
+        self.checkpoints.append(checkpoint)
+        self.paused += rest.get("paused") or {}
+        self.caught_up.append(rest["caught_up"])
+        return {}
+
+
+class Followed:
+    """A stream over a fake connection into a fake target."""
+
+    def __init__(self, directory: Path, *frames: XLogData | Keepalive) -> None:
+        self.slot = FakeSlot(*frames)
+        self.target = FakeTarget()
+        self.stopping = anyio.Event()
+        self.deliveries = Deliveries()
+        self.deliveries.record()
+        self.pages: dict[str, PageRows] = {}
+        self.applied: list[Batch] = []
+        self.lag = Lag(lambda: 0.0, anyio.current_time)
+        metrics, tracing = Metrics(), Tracing()
+        loops: Any = {"articles": SimpleNamespace()}
+        self.stream = Stream(
+            specs=[SPEC],
+            applier=Applier(cast(Any, self.target), [SPEC], {"articles": cast(Any, self.target)}, metrics, tracing),
+            accounts=Accounts(metrics, loops),
+            deliveries={"articles": self.deliveries},
+            page_at=lambda mark: self.pages.get(mark.content),
+            applied=self.applied.append,
+            spool=Spool(str(directory), 10**6),
+            metrics=metrics,
+            tracing=tracing,
+            lag=self.lag,
+            limits=Limits(100, 10**6),
+            stopping=self.stopping,
+        )
+
+    async def follow(self) -> list[SchemaChanged]:
+        return await self.stream.follow(
+            cast(Any, self.slot), CHECKPOINT, SOURCE_END, status_every_s=3_600.0, silence_s=3_600.0
+        )
+
+    @asynccontextmanager
+    async def following(self) -> AsyncIterator[Callable[[Callable[[], object]], Any]]:
+        """Follow for the time of a block, which waits for what it expects; then stop in order."""
+
+        async def until(expected: Callable[[], object]) -> None:
+            with anyio.fail_after(20):
+                while not expected():
+                    await anyio.lowlevel.checkpoint()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.follow)
+            yield until
+            self.stopping.set()
+
+
+def transaction(at: int, *messages: pg.PgoutputMessage) -> list[XLogData]:
+    return [data(begin(at), at), data(relation()), *map(data, messages), data(commit(at), at + 1)]
+
+
+def mark(content: str) -> pg.Message:
+    return pg.Message(None, True, Lsn(5), MARK_PREFIX, content.encode())
+
+
+async def test_a_transaction_reaches_the_target_is_acknowledged_and_remembered_for_pages(tmp_path: Path) -> None:
+    followed = Followed(tmp_path, *transaction(30, insert("a"), insert("b")))
+    async with followed.following() as until:
+        await until(lambda: followed.target.keys)
+        await until(lambda: followed.lag.caught_up)
+    assert followed.target.keys == ["a", "b"]
+    assert (followed.target.checkpoints[0], followed.target.caught_up[0]) == (Lsn(31), True)
+    assert followed.stream.checkpoint == Lsn(31)
+    assert followed.slot.statuses[-1] == (Lsn(31), Lsn(31))
+    assert followed.deliveries.hides(("a",), BEFORE)
+    assert [batch.transactions for batch in followed.applied] == [1]
+
+
+async def test_the_end_of_a_transaction_of_other_tables_is_committed_alone(tmp_path: Path) -> None:
+    followed = Followed(tmp_path, *transaction(30))
+    async with followed.following() as until:
+        await until(lambda: followed.stream.checkpoint == 31)
+    assert (followed.target.keys, followed.applied) == ([], [])
+
+
+async def test_the_rows_of_a_page_are_committed_at_their_mark(tmp_path: Path) -> None:
+    followed = Followed(tmp_path, *transaction(30, mark("unknown"), mark("page 1")))
+    end = PageEnd(backfill_id=1, phase="rows", cursor=("a",), rows=1, done=False)
+    row = Upsert(SPEC.shape, ("a",), ("a", "text"), 0, 5)
+    followed.pages["page 1"] = PageRows(SPEC.shape, [row], end, "page 1", new=True)
+    async with followed.following() as until:
+        await until(lambda: followed.target.pages)
+    assert (followed.target.keys, followed.target.pages) == (["a"], [end])
+    assert followed.applied[0].marks == ["page 1"]
+    assert Mark("page 1", Lsn(5)).content in followed.pages
+
+
+async def test_an_index_that_cannot_follow_its_table_ends_the_following_once_its_pause_is_stored(
+    tmp_path: Path,
+) -> None:
+    without_body = pg.Relation(None, 1, "public", "articles", "d", (pg.Column(True, "id", 25, -1),))
+    later = transaction(50, insert("never"))
+    followed = Followed(tmp_path, *transaction(30, without_body), *transaction(40), *later)
+    with anyio.fail_after(20):
+        (why,) = await followed.follow()
+    assert why.index == "articles"
+    assert followed.target.paused == ["articles"]
+    assert followed.target.keys == []
+
+
+async def test_a_pause_from_outside_ends_the_following_too(tmp_path: Path) -> None:
+    followed = Followed(tmp_path, *transaction(30, insert("a")))
+    gone = SchemaChanged("the table was dropped", index="articles")
+    found: list[SchemaChanged] = []
+
+    async def follow() -> None:
+        found.extend(await followed.follow())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(follow)
+        while not followed.target.keys:
+            await anyio.lowlevel.checkpoint()
+        followed.stream.pause(gone)
+    assert found == [gone]
+    assert followed.target.paused == ["articles"]
+
+
+async def test_a_worker_that_is_to_stop_finishes_the_batch_in_hand_and_reports_it(tmp_path: Path) -> None:
+    followed = Followed(tmp_path, *transaction(30, insert("a")))
+    followed.target.released = anyio.Event()
+    async with followed.following() as until:
+        await until(lambda: not followed.slot.frames)
+        await anyio.wait_all_tasks_blocked()
+        followed.stopping.set()
+        await anyio.wait_all_tasks_blocked()
+        assert followed.target.checkpoints == []
+        followed.target.released.set()
+    assert followed.slot.statuses[-1] == (Lsn(31), Lsn(31))
+
+
+async def test_a_connection_that_breaks_ends_the_following_and_the_next_one_begins_with_an_empty_batch(
+    tmp_path: Path,
+) -> None:
+    half = transaction(30, insert("a"))[:-1]
+    followed = Followed(tmp_path, *half)
+    followed.slot.ended = True
+    with pytest.raises(SourceUnavailable):
+        await followed.follow()
+    assert not followed.lag.heard_lately
+
+    followed.slot.ended = False
+    followed.slot.frames.extend(transaction(40, insert("b")))
+    async with followed.following() as until:
+        await until(lambda: followed.target.keys)
+    assert followed.target.keys == ["b"]
