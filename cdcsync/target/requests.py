@@ -384,15 +384,8 @@ class Requests:
                     sql.SQL("INSERT INTO {} VALUES (%s, %s, %s) ON CONFLICT DO NOTHING").format(self._differences),
                     [(request.id, list(key), problem) for key, problem in found],
                 )
-            await connection.execute(
-                sql.SQL(
-                    "UPDATE {} SET cursor = %s::text[], rows_done = %s,"
-                    " state = CASE WHEN %s AND state = 'running' THEN 'done' ELSE state END,"
-                    " finished_at = CASE WHEN %s AND state = 'running' THEN clock_timestamp() ELSE finished_at END"
-                    " WHERE id = %s"
-                ).format(self._table),
-                [None if cursor is None else list(cursor), rows_done, done, done, request.id],
-            )
+            key = None if cursor is None else tuple(cursor)
+            await self.end_page(connection, PageEnd(request.id, request.phase, key, rows_done, done))
             crash_point("verified page written")
         crash_point("verified page committed")
 
@@ -403,7 +396,7 @@ class Requests:
             sql.SQL(
                 "UPDATE {} SET phase = %s, cursor = %s::text[], rows_done = %s,"
                 " state = CASE WHEN %s AND state <> 'cancelled' THEN 'done' ELSE state END,"
-                " finished_at = CASE WHEN %s THEN clock_timestamp() ELSE finished_at END"
+                " finished_at = CASE WHEN %s AND state <> 'cancelled' THEN clock_timestamp() ELSE finished_at END"
                 f" WHERE id = %s RETURNING {_COLUMNS}"
             ).format(self._table),
             [

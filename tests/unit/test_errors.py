@@ -16,6 +16,7 @@ from cdcsync.errors import (
     EmbedderUnavailable,
     MalformedMessage,
     Retry,
+    RunError,
     SetupError,
     SourceUnavailable,
     leading,
@@ -117,3 +118,10 @@ def test_of_equals_the_first_leads_a_group() -> None:
     first, second = SetupError("one"), SetupError("two")
 
     assert leading(ExceptionGroup("tasks", [WAITING, first, second])) is first
+
+
+def test_what_a_set_up_lacks_while_the_worker_runs_is_said_in_the_same_words_with_another_exit_status() -> None:
+    lacking = SetupError("permission denied", where="target", hint="grant it", sqlstate="42501")
+    error = RunError.of(lacking)
+    assert (str(error), error.hint, error.sqlstate) == (str(lacking), lacking.hint, "42501")
+    assert (lacking.exit_code, error.exit_code) == (EXIT_WRONG, EXIT_FAILED)

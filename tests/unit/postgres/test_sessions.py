@@ -1,0 +1,54 @@
+"""What an error of the driver means: waiting mends it, an operator does, or it is a mistake of ours."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from psycopg import errors
+
+from cdcsync.errors import CdcsyncError, SetupError, SourceUnavailable, TargetUnavailable
+from cdcsync.postgres.sessions import speaking_of, translate
+
+
+def raised(error: psycopg.Error) -> BaseException:
+    """Return what leaves a block that speaks of the target."""
+    with pytest.raises((psycopg.Error, CdcsyncError)) as caught, speaking_of("target", where="here"):
+        raise error
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "means", "sqlstate"),
+    [
+        (errors.AdminShutdown("the server ends"), TargetUnavailable, "57P01"),
+        (errors.DeadlockDetected("deadlock"), TargetUnavailable, "40P01"),
+        (psycopg.OperationalError("the connection is closed"), TargetUnavailable, None),
+        (errors.InsufficientPrivilege("permission denied"), SetupError, "42501"),
+        (errors.UndefinedTable("there is no such table"), SetupError, "42P01"),
+        (psycopg.DataError("text cannot contain NUL bytes"), SetupError, None),
+    ],
+)
+def test_an_error_of_a_server_says_whether_waiting_helps_and_keeps_its_code(
+    error: psycopg.Error, means: type[CdcsyncError], sqlstate: str | None
+) -> None:
+    found = raised(error)
+    assert type(found) is means
+    assert isinstance(found, CdcsyncError)
+    assert (found.where, found.sqlstate, found.__cause__) == ("here", sqlstate, error)
+
+
+def test_the_side_is_that_of_the_server() -> None:
+    assert type(translate(errors.AdminShutdown("the server ends"), "source")) is SourceUnavailable
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        psycopg.ProgrammingError("the query has 2 placeholders but 1 parameters were passed"),
+        psycopg.NotSupportedError("pipeline mode"),
+        errors.InFailedSqlTransaction("current transaction is aborted"),
+        errors.InvalidSqlStatementName("there is no such prepared statement"),
+    ],
+)
+def test_misuse_of_the_driver_or_the_session_is_not_told_as_the_operators_mistake(error: psycopg.Error) -> None:
+    assert raised(error) is error
