@@ -13,10 +13,10 @@ STAMP := .venv/.cdcsync-setup
 BENCHES = $(filter-out bench/report.py bench/_%,$(sort $(wildcard bench/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test prove lint audit type bench clean
+.PHONY: help setup demo test prove image-test sbom lint audit type bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything the other targets need; does nothing when it is current
 
@@ -38,6 +38,15 @@ test: setup ## run all tests
 
 prove: setup ## run the long proofs, which `make test` leaves out
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m proof $(ARGS)
+
+image-test: setup ## build the container images and run them; needs docker or podman, says so where there is none
+	$(BIN)/python -m pytest -q -rs -m image tests/images $(ARGS)
+
+sbom: setup ## write build/sbom.json, a CycloneDX bill of the packages that an install brings
+	@mkdir -p build
+	@test -x build/sbom/bin/python || { $(PYTHON) -m venv build/sbom && build/sbom/bin/python -m pip install --quiet \
+		--disable-pip-version-check $(PIP_ARGS) -c constraints.txt .; }
+	$(BIN)/cyclonedx-py environment --output-reproducible --of JSON -o build/sbom.json build/sbom/bin/python $(ARGS)
 
 lint: setup ## check style, format, security and which module may import which
 	$(BIN)/ruff check .
