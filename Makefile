@@ -13,7 +13,7 @@ STAMP := .venv/.cdcsync-setup
 BENCHES = $(filter-out bench/report.py bench/_%,$(sort $(wildcard bench/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test prove image-test sbom lint audit type bench clean
+.PHONY: help setup demo test prove image-test lock sbom lint audit type bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,10 +42,14 @@ prove: setup ## run the long proofs, which `make test` leaves out
 image-test: setup ## build the container images and run them; needs docker or podman, says so where there is none
 	$(BIN)/python -m pytest -q -rs -m image tests/images $(ARGS)
 
+lock: setup ## write docker/requirements.txt: what the image installs, each package with its hashes
+	$(BIN)/uv pip compile pyproject.toml --quiet --generate-hashes --no-header --no-annotate -c constraints.txt \
+		--python-version 3.13 -o docker/requirements.txt $(ARGS)
+
 sbom: setup ## write build/sbom.json, a CycloneDX bill of the packages that an install brings
 	@mkdir -p build
-	@test -x build/sbom/bin/python || { $(PYTHON) -m venv build/sbom && build/sbom/bin/python -m pip install --quiet \
-		--disable-pip-version-check $(PIP_ARGS) -c constraints.txt .; }
+	@test -x build/sbom/bin/python || $(PYTHON) -m venv build/sbom
+	build/sbom/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt .
 	$(BIN)/cyclonedx-py environment --output-reproducible --of JSON -o build/sbom.json build/sbom/bin/python $(ARGS)
 
 lint: setup ## check style, format, security and which module may import which

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import cdcsync
 from cdcsync.cli.commands import CONFIG_VARIABLE
@@ -51,6 +53,18 @@ def instructions(name: str) -> list[str]:
     """Return the arguments of every instruction of that name, with continued lines joined."""
     text = re.sub(r"\\\n\s*", "", DOCKERFILE.read_text())
     return re.findall(rf"^{name} (.*)$", text, re.MULTILINE)
+
+
+def test_the_image_installs_what_the_tests_ran_with_by_its_hash() -> None:
+    text = (DOCKER / "requirements.txt").read_text()
+    locked = re.findall(r"^([\w.-]+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.MULTILINE)
+    assert len(locked) == len(re.findall(r"^\S+==", text, re.MULTILINE)) > 10
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    tested = {canonicalize_name(name): version for name, version in pins.items()}
+    assert {name: version for name, version, _ in locked} == {name: tested[name] for name, _, _ in locked}
+    core = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    wanted = {canonicalize_name(Requirement(line).name) for line in core}
+    assert wanted <= {name for name, _, _ in locked}, "run make lock"
 
 
 # -- compose.yaml -----------------------------------------------------------------------------------------------
