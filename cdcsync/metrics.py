@@ -125,6 +125,14 @@ class Metrics:
             "verify_finished_timestamp_seconds", "When the last scheduled verification was done.", index
         )
         self.verify_seconds = self._gauge("verify_seconds", "Time that the last scheduled verification took.", index)
+        self.audit_differences = self._counter(
+            "audit_differences_total",
+            "Documents and vectors that the audit found to differ, and had read again.",
+            (*index, "problem"),
+        )
+        self.proven_equal = self._gauge(
+            "proven_equal_timestamp_seconds", "When the index was last proven equal to its source.", index
+        )
         self.recall = self._gauge(
             "recall", "Share of the ten nearest vectors that searches find, as last measured.", index
         )

@@ -23,6 +23,7 @@ MEANINGS = {
     "stale": "the index has another text",
     "orphaned": "the index has the document, the source has no row",
     "carried": "a carried column differs",
+    "repeated": "the source has several rows with this key",
     "damaged": "chunks contradict their hash or each other",
     "vector_missing": "a chunk has no vector and waits for none",
     "vector_stale": "a vector is of another text, and no other is waited for",

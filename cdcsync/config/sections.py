@@ -96,7 +96,10 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param backfill_max_rows_per_s: the most rows a second that backfills read from the source; 0 leaves it to apply.
     :param live_wait_ms: milliseconds that a live change may wait for its vector behind older texts that are under way;
         calls of the model are made so large.
-    :param verify_every_s: seconds between two comparisons of every index with its source, shown as metrics; 0 for none.
+    :param audit_max_rows_per_s: the most rows a second that the audit compares with the source while nothing else is to
+        do; beside changes it goes far slower. 0 for no audit.
+    :param verify_every_s: seconds between two audits of every index, which then go at full speed; 0 leaves it to the
+        audit, which rests a few minutes.
     :param evaluate_every_s: seconds between two measurements of every index's recall, shown in status and metrics; 0
         for none.
     :param stop_timeout_s: seconds that a stopping worker may take to finish the batch in hand.
@@ -114,6 +117,7 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     backfill_page_rows: Rows = 2_000
     backfill_max_rows_per_s: Annotated[int, Meta(ge=0, le=10**9)] = 0
     live_wait_ms: Annotated[float, Meta(ge=10, le=600_000)] = 500.0
+    audit_max_rows_per_s: Annotated[int, Meta(ge=0, le=10**9)] = 1_000
     verify_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
     evaluate_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
     stop_timeout_s: Seconds = 20.0

@@ -69,7 +69,11 @@ class EmbedderStatus(msgspec.Struct, frozen=True):
 
 
 class IndexStatus(msgspec.Struct, frozen=True):
-    """One index. `backlog_live` is part of `backlog`, `failed` is not; `recall` is of this generation's vectors."""
+    """One index. `backlog_live` is part of `backlog`, `failed` is not; `recall` is of this generation's vectors.
+
+    `proven_equal_at` is when the last audit of the whole index ended that found nothing to differ, `differed_at` when
+    one last found something, which was read again.
+    """
 
     state: IndexState
     reason: str | None
@@ -88,6 +92,8 @@ class IndexStatus(msgspec.Struct, frozen=True):
     estimated: bool = False
     backfill: BackfillStatus | None = None
     recall: Recall | None = None
+    proven_equal_at: datetime | None = None
+    differed_at: datetime | None = None
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -33,6 +33,8 @@ from cdcsync.status.model import (
     WorkerStatus,
 )
 from cdcsync.target import embedders, evaluations
+from cdcsync.target.audits import TABLE as AUDITS
+from cdcsync.target.audits import Audits
 from cdcsync.target.ddl.relations import Names
 from cdcsync.target.failures.documents import TABLE, Listed, count_failed
 from cdcsync.target.pipelines import Pipelines, PipelineState
@@ -223,11 +225,12 @@ async def _read_indexes(
     stored = (await Registry(schema).all(target)).values()
     entries = [entry for entry in stored if entry.slot == slot or entry.name in config.indexes]
     backfills = await _read_backfills(target, schema, list(config.indexes), now, problems)
-    readable = await _readable(target, schema, {TABLE, evaluations.TABLE} & present, problems)
+    readable = await _readable(target, schema, {TABLE, evaluations.TABLE, AUDITS} & present, problems)
     left_out = await count_failed(target, schema) if TABLE in readable else {}
     recalls = {}
     if evaluations.TABLE in readable:
         recalls = await evaluations.latest(target, schema, {entry.name: entry.generation for entry in entries})
+    audited = await Audits(schema).all(target) if AUDITS in readable else {}
     found: dict[str, IndexStatus] = {}
     for entry in entries:
         name, generation = entry.name, entry.generation
@@ -244,6 +247,13 @@ async def _read_indexes(
             backfill=backfills.get(name),
             recall=recalls.get(name),
         )
+        if (audit := audited.get(name)) is not None:
+            status = msgspec.structs.replace(status, proven_equal_at=audit.proven_at, differed_at=audit.found_at)
+            if audit.found_at is not None and (audit.proven_at is None or audit.proven_at < audit.found_at):
+                problems.append(
+                    f"index {name}: the audit found documents that differed from the source, and had them read again;"
+                    " the log says of which kind (audit_found). It has not proven the index equal since"
+                )
         if entry.pause is not None:
             problems.append(f"index {name} is paused: {entry.pause}")
         if missing := sorted({f"{name}_chunks", f"{name}_vectors_{generation}", f"{name}_backlog"} - present):

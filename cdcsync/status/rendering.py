@@ -141,6 +141,9 @@ def _notes(status: Status) -> list[RenderableType]:
     for name, index in status.indexes.items():
         if index.backfill is not None:
             grid.add_row("›", Text(f"{name}: {_backfill(index.backfill)}"))
+        if index.proven_equal_at is not None:
+            age = human_seconds(max(0.0, (status.read_at - index.proven_equal_at).total_seconds()))
+            grid.add_row("›", Text(f"{name}: proven equal to the source {age} ago"))
         if index.recall is not None:
             grid.add_row("›", Text(f"{name}: {_recall(index.recall, status.read_at)}"))
     for problem in status.problems:

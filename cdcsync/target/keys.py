@@ -78,6 +78,31 @@ async def stored_documents(
     }
 
 
+async def stored_digests(
+    connection: Connection, schema: str, spec: IndexSpec, keys: Sequence[Key], digest: sql.Composable
+) -> dict[Key, int]:
+    """Return a digest of each document that the index holds under one of `keys`.
+
+    :param digest: SQL of it, over `c."key text"`, `c."carried text"` and `c.document_hash`.
+    """
+    if not keys:
+        return {}
+    rows = await fetch_texts(
+        connection,
+        sql.SQL(
+            'SELECT c."key place", {digest} FROM (SELECT k.place AS "key place", ROW({keys})::text AS "key text",'
+            ' ROW({carried})::text AS "carried text", c.document_hash FROM {joined} AND c.chunk_no = 0) AS c'
+        ).format(
+            digest=digest,
+            keys=sql.SQL(", ").join(sql.Identifier("c", name) for name in spec.shape.key),
+            carried=sql.SQL(", ").join(sql.Identifier("c", name) for name in spec.shape.carried),
+            joined=await _joined(connection, schema, spec),
+        ),
+        _arrays(spec, keys),
+    )
+    return {keys[int(cast(str, place)) - 1]: int(cast(str, one)) for place, one in rows}
+
+
 async def written_keys(connection: Connection, schema: str, spec: IndexSpec, keys: Sequence[Key]) -> dict[Key, Key]:
     """Return how the index writes each of `keys` that it holds: 1.0 for 1."""
     if not keys:

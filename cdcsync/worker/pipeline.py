@@ -21,7 +21,7 @@ from cdcsync.config import Config, tokens_per_day
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import DecodingFailed, RunError, SchemaChanged, SetupError, leading
-from cdcsync.flows.audit import verify_for_ever
+from cdcsync.flows.audit import RollingAudit
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
 from cdcsync.flows.build import build_until_live
@@ -221,7 +221,7 @@ class Pipeline:
                         tasks.start_soon(loop.run)
                     tasks.start_soon(note_for_ever, self.embedding, *self._pipeline, self.dispatchers)
                     tasks.start_soon(self.backfill_once_streaming)
-                    tasks.start_soon(self.verify_on_schedule)
+                    tasks.start_soon(self.audit_once_streaming)
                     tasks.start_soon(self.evaluate_on_schedule)
                     tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
                     tasks.start_soon(self.watch_once_streaming)
@@ -331,20 +331,23 @@ class Pipeline:
         await self.streaming.wait()
         await self.backfills.run()
 
-    async def verify_on_schedule(self) -> None:
-        """Compare each index with its source from time to time, where the configuration asks for it."""
-        config = self.config
-        if not config.worker.verify_every_s:
+    async def audit_once_streaming(self) -> None:
+        """Compare the indexes with their source for ever, unless the configuration forbids it."""
+        worker = self.config.worker
+        if not (worker.audit_max_rows_per_s or worker.verify_every_s):
             return
         await self.streaming.wait()
-        await verify_for_ever(
-            config.source.dsn,
-            config.target.dsn,
-            config.target.schema,
+        audit = RollingAudit(
+            self.config.source.dsn,
+            self.config.target.dsn,
+            self.config.target.schema,
             self.specs,
             self.state.metrics,
-            every_s=config.worker.verify_every_s,
+            most_rows_per_s=worker.audit_max_rows_per_s,
+            every_s=worker.verify_every_s,
+            busy=lambda: self.backfills.marks.beside_live or not self.lag.caught_up,
         )
+        await audit.run()
 
     async def evaluate_on_schedule(self) -> None:
         """Measure each index's recall from time to time, where the configuration asks for it."""

@@ -217,6 +217,8 @@ class WorkerState:
                 metrics.index_state.labels(name, state).set(index.state == state)
             metrics.index_chunks.labels(name).set(index.chunks)
             metrics.index_vectors.labels(name).set(index.vectors)
+            if index.proven_equal_at is not None:
+                metrics.proven_equal.labels(name).set(index.proven_equal_at.timestamp())
             if index.recall is not None:
                 metrics.recall.labels(name).set(index.recall.recall)
                 metrics.recall_finished.labels(name).set(index.recall.evaluated_at.timestamp())

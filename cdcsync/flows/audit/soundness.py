@@ -1,4 +1,4 @@
-"""What an index must be in itself, whatever the source says: read under one snapshot of the target, so exact.
+"""What an index must be in itself, whatever the source says: each part is read under one snapshot of the target.
 
 Every committed state of the index holds to these: a chunk's hash is that of its text; the chunks of a document are
 numbered without a gap, are as many as each of them says, and agree on what the document is; each chunk has a vector of
@@ -30,15 +30,20 @@ MOST = 100_000
 
 
 class Soundness(msgspec.Struct, frozen=True):
-    """Keys by what is wrong with their chunks or vectors; what waits for its vector; vectors of no chunk."""
+    """Keys by what is wrong with their chunks or vectors; what waits for its vector; vectors of no chunk.
+
+    :ivar last: the number of the last chunk that was looked at, None when there are no more.
+    """
 
     faults: dict[Fault, list[Key]]
     waiting: int
     vectors_orphaned: int
+    last: int | None = None
+    chunks: int = 0
 
 
-async def examine_index(connection: Connection, schema: str, spec: IndexSpec) -> Soundness:
-    """Look at every chunk and every vector of an index."""
+async def examine_chunks(connection: Connection, schema: str, spec: IndexSpec, after: int, limit: int) -> Soundness:
+    """Look at up to `limit` chunks with numbers above `after`, and at their vectors."""
     names, extension = Names(schema, spec.name), sql.Identifier(await vector_schema(connection))
     equal = await comparisons(connection, spec.key_types)
     parts: dict[str, sql.Composable] = {
@@ -60,36 +65,52 @@ async def examine_index(connection: Connection, schema: str, spec: IndexSpec) ->
         ),
         "right": sql.Literal(spec.dimensions),
         "limit": sql.Literal(MOST),
+        "after": sql.Literal(after),
         "hash": sql.SQL(sql_hash("c.content")),
     }
     statements: dict[Fault, str] = {
         "damaged": (
-            "SELECT {keys} FROM {chunks} AS c WHERE c.content_hash <> {hash} OR c.chunk_no > 0 AND NOT EXISTS"
+            "SELECT {keys} FROM {chunks} AS c WHERE {between} AND (c.content_hash <> {hash}"
+            " OR c.chunk_no > 0 AND NOT EXISTS"
             " (SELECT FROM {chunks} AS p WHERE {same_key} AND p.chunk_no = c.chunk_no - 1"
             " AND p.document_hash = c.document_hash AND p.chunk_total IS NOT DISTINCT FROM c.chunk_total"
             " AND ROW({carried_before})::text = ROW({carried})::text)"
             " OR c.chunk_no >= c.chunk_total OR c.chunk_no = 0 AND c.chunk_total > 1 AND NOT EXISTS"
-            " (SELECT FROM {chunks} AS p WHERE {same_key} AND p.chunk_no = c.chunk_total - 1)"
+            " (SELECT FROM {chunks} AS p WHERE {same_key} AND p.chunk_no = c.chunk_total - 1))"
         ),
         "vector_missing": (
             "SELECT {keys} FROM {chunks} AS c LEFT JOIN {vectors} AS v USING (chunk_id)"
-            " WHERE v.chunk_id IS NULL AND NOT {waits}"
+            " WHERE v.chunk_id IS NULL AND {between} AND NOT {waits}"
         ),
         "vector_stale": (
             "SELECT {keys} FROM {chunks} AS c JOIN {vectors} AS v USING (chunk_id)"
-            " WHERE v.content_hash <> c.content_hash AND NOT {waits}"
+            " WHERE v.content_hash <> c.content_hash AND {between} AND NOT {waits}"
         ),
         "vector_dimensions": (
-            "SELECT {keys} FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id) WHERE {dimensions} <> {right}"
+            "SELECT {keys} FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id)"
+            " WHERE {between} AND {dimensions} <> {right}"
         ),
         "vector_not_finite": (
             "SELECT {keys} FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id)"
-            " WHERE NOT {norm}(v.embedding) < 'Infinity'::float8"
+            " WHERE {between} AND NOT {norm}(v.embedding) < 'Infinity'::float8"
         ),
     }
     faults: dict[Fault, list[Key]] = {}
     await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
     try:
+        count, last = await fetch_one(
+            connection,
+            sql.SQL(
+                "SELECT count(*), max(n.chunk_id) FROM (SELECT c.chunk_id FROM {chunks} AS c WHERE c.chunk_id > {after}"
+                " ORDER BY c.chunk_id LIMIT {page}) AS n"
+            ).format(**parts, page=sql.Literal(limit)),
+        )
+        last = last if count == limit else None
+        # With no chunks left, everything above counts: vectors of chunks that are gone, too.
+        between = "{0}.chunk_id > {after}" + ("" if last is None else " AND {0}.chunk_id <= {last}")
+        parts["last"] = sql.Literal(last)
+        parts["between"] = sql.SQL(between.replace("{0}", "c")).format(**parts)
+        parts["vectors_between"] = sql.SQL(between.replace("{0}", "v")).format(**parts)
         for fault, statement in statements.items():
             found = await fetch_texts(connection, sql.SQL(statement + " LIMIT {limit}").format(**parts))
             if found:
@@ -97,8 +118,9 @@ async def examine_index(connection: Connection, schema: str, spec: IndexSpec) ->
         row = await fetch_one(
             connection,
             sql.SQL(
-                "SELECT (SELECT count(*) FROM {chunks} AS c WHERE {waits}), (SELECT count(*) FROM {vectors} AS v"
-                " WHERE NOT EXISTS (SELECT FROM {chunks} AS c WHERE c.chunk_id = v.chunk_id))"
+                "SELECT (SELECT count(*) FROM {chunks} AS c WHERE {between} AND {waits}),"
+                " (SELECT count(*) FROM {vectors} AS v WHERE {vectors_between}"
+                " AND NOT EXISTS (SELECT FROM {chunks} AS c WHERE c.chunk_id = v.chunk_id))"
             ).format(**parts),
         )
         await connection.execute("COMMIT")
@@ -106,4 +128,4 @@ async def examine_index(connection: Connection, schema: str, spec: IndexSpec) ->
         if not connection.closed:
             await connection.rollback()
         raise
-    return Soundness(faults, cast(int, row[0]), cast(int, row[1]))
+    return Soundness(faults, cast(int, row[0]), cast(int, row[1]), last, cast(int, count))

@@ -15,7 +15,7 @@ from typing import LiteralString
 from psycopg import sql
 
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target import registry, requests
+from cdcsync.target import audits, registry, requests
 
 
 async def create_shared(connection: Connection, schema: str) -> None:
@@ -75,6 +75,7 @@ _SHARED: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.pipelines.caught_up_at IS 'When the worker last had nothing left to apply.'",
     *registry.DDL,
     *requests.DDL,
+    *audits.DDL,
     """
     CREATE TABLE IF NOT EXISTS {schema}.evaluations (
         index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,

@@ -6,7 +6,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from cdcsync.flows.audit.verification import FAILED, Verification, _report
+from cdcsync.flows.audit.comparison import FAILED
+from cdcsync.flows.audit.rolling import report
+from cdcsync.flows.audit.verification import Verification
 from cdcsync.metrics import Metrics
 
 
@@ -31,6 +33,6 @@ def test_rows_that_no_document_could_be_made_of_are_no_difference_to_be_called_f
         finished_at=datetime.now(UTC),
     )
 
-    _report(found, metrics)
+    report(found, metrics)
 
     assert metrics.registry.get_sample_value("cdcsync_verify_differences", {"index": "articles"}) == expected

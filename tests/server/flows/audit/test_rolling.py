@@ -1,0 +1,90 @@
+"""The rolling audit: finds and mends what differs by itself, goes on where it was killed, and says what is proven."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+
+import pytest
+
+from tests.fixtures.outages import MakeSimple
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import Pipeline, until
+
+pytestmark = pytest.mark.server
+
+CHUNKS = "cdcsync.articles_chunks"
+OF = f"chunk_id IN (SELECT chunk_id FROM {CHUNKS} WHERE id"
+
+DAMAGE = {
+    "missing": f"DELETE FROM {CHUNKS} WHERE id IN (5, 6)",
+    "stale": f"UPDATE {CHUNKS} SET document_hash = '\\x00' WHERE id = 7",
+    "orphaned": f"INSERT INTO {CHUNKS} (id, tenant, chunk_no, chunk_total, content, content_hash, document_hash,"
+    f" commit_lsn) SELECT 1000, tenant, chunk_no, chunk_total, content, content_hash, document_hash, commit_lsn"
+    f" FROM {CHUNKS} WHERE id = 8",
+    "carried": f"UPDATE {CHUNKS} SET tenant = tenant + 1 WHERE id = 9",
+    "damaged": f"UPDATE {CHUNKS} SET content = 'tampered' WHERE id = 10",
+    "vector_missing": f"DELETE FROM cdcsync.articles_vectors_1 WHERE {OF} = 11)",
+    "vectors_orphaned": f"DELETE FROM {CHUNKS} WHERE id = 12",
+}
+
+
+def proven(pipeline: Pipeline) -> datetime | None:
+    code, body = pipeline.get("/status")
+    at = json.loads(body)["indexes"]["articles"]["proven_equal_at"] if code == 200 else None
+    return None if at is None else datetime.fromisoformat(at)
+
+
+def test_what_differs_is_found_counted_by_kind_and_read_again_and_the_index_is_proven_equal(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(
+        source.dsn, make_database().dsn, slot=source.name, rows=60, worker_lines="verify_every_s = 0.5"
+    )
+    pipeline.start()
+    pipeline.live()
+    first = until(lambda: proven(pipeline), pipeline.tail)
+    assert first is not None
+    for statement in DAMAGE.values():
+        pipeline.target.execute(statement.encode())
+
+    until(pipeline.in_step_now, pipeline.tail)
+
+    def counted() -> set[str]:
+        _, body = pipeline.get("/metrics")
+        prefix = 'cdcsync_audit_differences_total{index="articles",problem="'
+        lines = body.decode().splitlines()
+        return {line.removeprefix(prefix).split('"')[0] for line in lines if line.startswith(prefix)}
+
+    until(lambda: counted() >= DAMAGE.keys(), lambda: f"{counted()} {pipeline.tail()}")
+    assert pipeline.event("audit_found")["level"] == "error"
+    until(lambda: (proven(pipeline) or first) > first, pipeline.tail)
+    _, body = pipeline.get("/status")
+    status = json.loads(body)
+    until(lambda: not json.loads(pipeline.get("/status")[1])["problems"], pipeline.tail)
+    assert status["indexes"]["articles"]["differed_at"] is not None
+
+
+def test_an_audit_that_is_killed_goes_on_where_it_was(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, rows=3_000)
+    worker = pipeline.start()
+    pipeline.live()
+    assert pipeline.stop(worker) == 0
+    # As a worker leaves it that was killed in the midst: the first half has been compared.
+    pipeline.target.execute(
+        "INSERT INTO cdcsync.audits (index_name, phase, cursor, documents) VALUES ('articles', 'rows', '{1500}', 1500)"
+    )
+    pipeline.target.execute(f"UPDATE {CHUNKS} SET tenant = 99 WHERE id IN (1, 2999)".encode())
+    text = pipeline.path.read_text()
+    pipeline.path.write_text(text.replace("[worker]", "[worker]\nverify_every_s = 0.5"))
+    pipeline.start()
+    until(lambda: pipeline.times("verified") > 0, pipeline.tail)
+    verified = pipeline.event("verified")
+    assert (verified["documents"], verified["differences"]) == (3_000, {"carried": 1})
+    # The first half is compared again by the next one.
+    until(pipeline.in_step_now, pipeline.tail)
