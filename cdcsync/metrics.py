@@ -107,6 +107,13 @@ class Metrics:
         self.index_state = self._gauge("index_state", "1 for the state the index is in.", (*index, "state"))
         self.index_chunks = self._gauge("index_chunks", "Chunks in the index; an estimate for large ones.", index)
         self.index_vectors = self._gauge("index_vectors", "Vectors in the index; an estimate for large ones.", index)
+        self.fresh = self._gauge(
+            "fresh_vectors", "Vectors that searches compare one by one: not in the HNSW index yet.", index
+        )
+        self.fresh_scan = self._gauge(
+            "fresh_scan_seconds", "What comparing them adds to a search, as the server was last asked.", index
+        )
+        self.settled = self._counter("vectors_settled_total", "Vectors moved into the HNSW index.", index)
         self.backfill_rows = self._counter("backfill_rows_total", "Rows read by backfills.", index)
         self.backfill_overtaken = self._counter(
             "backfill_overtaken_rows_total", "Rows of a backfill dropped because the stream had newer ones.", index

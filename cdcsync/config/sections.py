@@ -102,6 +102,11 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         audit, which rests a few minutes.
     :param evaluate_every_s: seconds between two measurements of every index's recall, shown in status and metrics; 0
         for none.
+    :param settle_connections: connections over which vectors move into the HNSW index; 0 pauses that, while searches
+        compare every vector that is not in it.
+    :param settle_share: the share of its time that each of them works, while searches are within
+        `fresh_scan_budget_ms`.
+    :param settle_after_s: seconds that a vector must not have changed before it moves, likewise.
     :param stop_timeout_s: seconds that a stopping worker may take to finish the batch in hand.
     :param ready_max_lag_s: /readyz says no while the index is more than this many seconds behind the source.
     :param ready_max_lag_bytes: /readyz says no while the source has more than this many bytes of WAL that it has not
@@ -120,6 +125,9 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     audit_max_rows_per_s: Annotated[int, Meta(ge=0, le=10**9)] = 1_000
     verify_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
     evaluate_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
+    settle_connections: Annotated[int, Meta(ge=0, le=16)] = 2
+    settle_share: Annotated[float, Meta(gt=0, le=1)] = 0.25
+    settle_after_s: Annotated[float, Meta(ge=0, le=10**9)] = 30.0
     stop_timeout_s: Seconds = 20.0
     ready_max_lag_s: Seconds = 60.0
     ready_max_lag_bytes: Annotated[int, Meta(ge=1, le=2**63 - 1)] = 1024**3
@@ -203,6 +211,8 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param inline_budget_ms: milliseconds that a small batch may wait for its vectors, so that both commit together;
         0 always lets vectors follow.
     :param inline_max_chunks: only batches of at most this many chunks wait for their vectors.
+    :param fresh_scan_budget_ms: milliseconds that vectors which are not in the HNSW index yet may add to a search;
+        beyond that, moving them there takes precedence over everything else.
     :param chunking: how a document is cut.
     :param hnsw: build parameters of the vector index.
     """
@@ -221,6 +231,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     vector_type: Literal["vector", "halfvec"] = "vector"
     inline_budget_ms: Milliseconds = 50.0
     inline_max_chunks: Annotated[int, Meta(ge=0, le=10_000)] = 16
+    fresh_scan_budget_ms: Annotated[float, Meta(ge=0.1, le=60_000)] = 25.0
     chunking: Chunking = Chunking()
     hnsw: Hnsw = Hnsw()
 

@@ -5,6 +5,7 @@
     follow/       from the slot to the target
     setup/        what is created before following starts; gaps; partitions
     watch         what the stream does not tell
+    settle        vectors that have rested move into HNSW
     build         HNSW and keyword indexes after a load
     audit/        comparing an index with its source
     replay        requests to read rows again

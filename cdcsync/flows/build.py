@@ -19,11 +19,16 @@ from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
+from cdcsync.target.settling import Settling
 
 log = structlog.get_logger()
 
 POLL_S = 0.5
 """How often a building index is looked at: one small query."""
+
+
+MOVED_AT_ONCE = 2_000
+"""Vectors moved in one transaction before HNSW is built: some tens of milliseconds."""
 
 
 async def build_until_live(dsn: str, schema: str, specs: Sequence[IndexSpec]) -> None:
@@ -44,6 +49,15 @@ async def build_until_live(dsn: str, schema: str, specs: Sequence[IndexSpec]) ->
                 await anyio.sleep(POLL_S)
 
 
+async def _settle_all(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Move every vector to where HNSW is about to be built: while it is not there, that is quick."""
+    settling = Settling(connection, schema, spec)
+    while chunks := await settling.rested(MOVED_AT_ONCE, rest_s=0):
+        await settling.settle(chunks)
+        if len(chunks) < MOVED_AT_ONCE:
+            return
+
+
 async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool:
     """Build one index if its load has drained; returns whether nothing is left to do for it."""
     names, registry = Names(schema, spec.name), Registry(schema)
@@ -61,6 +75,7 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
     if load is None or load.state != "done" or await _loading(connection, names, spec):
         return False
     await build_search(connection, schema, spec)
+    await _settle_all(connection, schema, spec)
     log.info("hnsw_building", index=spec.name)
     await build_hnsw(connection, schema, spec)
     await connection.execute(sql.SQL("ANALYZE {}").format(names.chunks))

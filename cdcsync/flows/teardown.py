@@ -153,7 +153,8 @@ async def _belongings(target: Connection, config: Config) -> Belongings:
 _TABLES: LiteralString = """
     SELECT c.oid, format('%%I.%%I', n.nspname, c.relname)
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, unnest(%s::text[]) AS marker
-    WHERE n.nspname = %s AND c.relkind = 'r' AND starts_with(obj_description(c.oid, 'pg_class'), marker)
+    WHERE n.nspname = %s AND c.relkind IN ('r', 'p') AND NOT c.relispartition
+        AND starts_with(obj_description(c.oid, 'pg_class'), marker)
     ORDER BY 2
 """
 """Every table of an index says so in its comment: of all generations, whatever made it."""

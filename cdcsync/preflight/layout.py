@@ -29,7 +29,8 @@ async def examine_layout(
     where = f"indexes.{name}"
     schema, view = config.target.schema, index.view_name
     stored = target.stored.get(name)
-    own = [f"{name}_chunks", f"{name}_backlog", f"{name}_vectors_{stored.generation if stored else 1}"]
+    vectors = f"{name}_vectors_{stored.generation if stored else 1}"
+    own = [f"{name}_chunks", f"{name}_backlog", vectors, f"{vectors}_fresh", f"{vectors}_settled"]
     with noting(findings, "target", where):
         relations = await read_relations(connection, schema, own)
         findings += relation_faults("target.schema", relations, target.server)
@@ -45,7 +46,8 @@ async def _view_faults(connection: Connection, config: Config, name: str, target
     view = config.indexes[name].view_name
     where = f"indexes.{name}.view"
     another = f"name another view with {where}"
-    ours = {*SHARED, *(f"{index}_{part}" for index in config.indexes for part in ("chunks", "backlog", "vectors_1"))}
+    parts = ("chunks", "backlog", "vectors_1", "vectors_1_fresh", "vectors_1_settled")
+    ours = {*SHARED, *(f"{index}_{part}" for index in config.indexes for part in parts)}
     if view.schema == config.target.schema and view.name in ours:
         return [Finding.error(where, f"{view} is the name of a table of cdcsync's own", another)]
     existing = await read_relations(connection, view.schema, [view.name])

@@ -22,11 +22,15 @@ ROW_BYTES = 28
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """An index's figures; `estimated` when not all are exact. `documents` is None when chunks are estimated."""
+    """An index's figures; `estimated` when not all are exact. `documents` is None when chunks are estimated.
+
+    :ivar fresh: those of `vectors` that are in the fresh tier.
+    """
 
     documents: int | None
     chunks: int
     vectors: int
+    fresh: int
     backlog: int
     backlog_live: int
     failed: int
@@ -35,19 +39,22 @@ class Counts(msgspec.Struct, frozen=True):
 
 async def count_index(target: Connection, names: Names, generation: int) -> Counts:
     """Count an index's chunks, the vectors of a generation and the chunks that wait for one."""
-    if await _small(target, names.chunks, names.vectors(generation), names.backlog):
+    settled = names.settled(generation)
+    if await _small(target, names.chunks, settled, names.backlog):
         return await _count_small(target, names, generation)
     documents: int | None = None
     chunks, exact_chunks = await _rows(target, names.chunks)
     if exact_chunks:
         query = sql.SQL("SELECT count(*), count(*) FILTER (WHERE chunk_no = 0) FROM {}").format(names.chunks)
         chunks, documents = await _numbers(target, query)
-    vectors, exact_vectors = await _rows(target, names.vectors(generation))
+    # Fresh is bounded, and counting it is what a search does at least.
+    (fresh,) = await _numbers(target, sql.SQL("SELECT count(*) FROM {}").format(names.fresh(generation)))
+    vectors, exact_vectors = await _rows(target, settled)
     if exact_vectors:
-        (vectors,) = await _numbers(target, sql.SQL("SELECT count(*) FROM {}").format(names.vectors(generation)))
+        (vectors,) = await _numbers(target, sql.SQL("SELECT count(*) FROM {}").format(settled))
     backlog, backlog_live, failed, exact_backlog = await _count_backlog(target, names, generation)
     exact = exact_chunks and exact_vectors and exact_backlog
-    return Counts(documents, chunks, vectors, backlog, backlog_live, failed, not exact)
+    return Counts(documents, chunks, vectors + fresh, fresh, backlog, backlog_live, failed, not exact)
 
 
 async def _small(target: Connection, *tables: sql.Identifier) -> bool:
@@ -66,24 +73,24 @@ async def _small(target: Connection, *tables: sql.Identifier) -> bool:
 
 async def _count_small(target: Connection, names: Names, generation: int) -> Counts:
     """Count a small index in one statement: a worker may have many of them."""
-    chunks, documents, vectors, waiting, live, failed = await _numbers(
+    chunks, documents, settled, fresh, waiting, live, failed = await _numbers(
         target,
         sql.SQL(
-            "SELECT c.*, v.*, b.* FROM"
+            "SELECT c.*, v.*, f.*, b.* FROM"
             " (SELECT count(*), count(*) FILTER (WHERE chunk_no = 0) FROM {chunks}) AS c,"
-            " (SELECT count(*) FROM {vectors}) AS v,"
+            " (SELECT count(*) FROM {settled}) AS v, (SELECT count(*) FROM {fresh}) AS f,"
             " (SELECT count(*) FILTER (WHERE attempts < {most}),"
             " count(*) FILTER (WHERE attempts < {most} AND lane = 0), count(*) FILTER (WHERE attempts >= {most})"
             " FROM {backlog} WHERE generation = {generation}) AS b"
         ).format(
             chunks=names.chunks,
-            vectors=names.vectors(generation),
+            **names.tiers(generation),
             backlog=names.backlog,
             generation=sql.Literal(generation),
             most=sql.Literal(MAX_ATTEMPTS),
         ),
     )
-    return Counts(documents, chunks, vectors, waiting, live, failed, estimated=False)
+    return Counts(documents, chunks, settled + fresh, fresh, waiting, live, failed, estimated=False)
 
 
 async def _count_backlog(target: Connection, names: Names, generation: int) -> tuple[int, int, int, bool]:

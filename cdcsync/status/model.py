@@ -73,6 +73,9 @@ class IndexStatus(msgspec.Struct, frozen=True):
 
     `proven_equal_at` is when the last audit of the whole index ended that found nothing to differ, `differed_at` when
     one last found something, which was read again.
+
+    `fresh` is part of `vectors`: those that searches compare one by one, because they are not in the HNSW index yet.
+    That adds `fresh_scan_ms` to a search, and `settle_rate` of them leave in a second, as the worker last saw.
     """
 
     state: IndexState
@@ -94,6 +97,9 @@ class IndexStatus(msgspec.Struct, frozen=True):
     recall: Recall | None = None
     proven_equal_at: datetime | None = None
     differed_at: datetime | None = None
+    fresh: int = 0
+    fresh_scan_ms: float | None = None
+    settle_rate: float | None = None
 
 
 class Status(msgspec.Struct, frozen=True):

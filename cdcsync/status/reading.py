@@ -32,7 +32,7 @@ from cdcsync.status.model import (
     Status,
     WorkerStatus,
 )
-from cdcsync.target import embedders, evaluations
+from cdcsync.target import embedders, evaluations, settling
 from cdcsync.target.audits import TABLE as AUDITS
 from cdcsync.target.audits import Audits
 from cdcsync.target.ddl.relations import Names
@@ -225,7 +225,8 @@ async def _read_indexes(
     stored = (await Registry(schema).all(target)).values()
     entries = [entry for entry in stored if entry.slot == slot or entry.name in config.indexes]
     backfills = await _read_backfills(target, schema, list(config.indexes), now, problems)
-    readable = await _readable(target, schema, {TABLE, evaluations.TABLE, AUDITS} & present, problems)
+    readable = await _readable(target, schema, {TABLE, evaluations.TABLE, settling.TABLE, AUDITS} & present, problems)
+    tiers = await settling.noted(target, schema) if settling.TABLE in readable else {}
     left_out = await count_failed(target, schema) if TABLE in readable else {}
     recalls = {}
     if evaluations.TABLE in readable:
@@ -256,7 +257,9 @@ async def _read_indexes(
                 )
         if entry.pause is not None:
             problems.append(f"index {name} is paused: {entry.pause}")
-        if missing := sorted({f"{name}_chunks", f"{name}_vectors_{generation}", f"{name}_backlog"} - present):
+        vectors = f"{name}_vectors_{generation}"
+        wanted = {f"{name}_chunks", vectors, f"{vectors}_fresh", f"{vectors}_settled", f"{name}_backlog"}
+        if missing := sorted(wanted - present):
             lost = f"tables are missing: {', '.join(missing)}"
             problems.append(f"index {name}: {lost}; `cdcsync run` creates them, `cdcsync replay {name}` fills them")
             found[name] = msgspec.structs.replace(status, state="absent", reason=lost)
@@ -266,9 +269,14 @@ async def _read_indexes(
             failed = "1 chunk has" if counts.failed == 1 else f"{counts.failed} chunks have"
             problems.append(f"index {name}: {failed} no vector, see `cdcsync failures {name} list`")
         listed = left_out.get(name, Listed())
+        seen = tiers.get(name, settling.Noted(0.0, 0.0)) if counts.fresh else None
         problems += _left_out(name, listed)
         found[name] = msgspec.structs.replace(
-            status, **msgspec.structs.asdict(counts), failed_documents=listed.at_least
+            status,
+            **msgspec.structs.asdict(counts),
+            failed_documents=listed.at_least,
+            fresh_scan_ms=None if seen is None else _rounded(seen.scan_ms),
+            settle_rate=None if seen is None else _rounded(seen.per_s),
         )
     if new := [name for name in config.indexes if name not in found]:
         problems.append(f"not set up yet: {', '.join(new)}; start the worker again with this configuration")

@@ -115,6 +115,12 @@ def _figures(index: IndexStatus) -> list[str | Text]:
     ]
 
 
+def _fresh(index: IndexStatus) -> str:
+    """Say what vectors outside of the HNSW index cost, and how fast they move into it."""
+    moving = f"; {index.settle_rate:,.0f} a second move into the HNSW index" if index.settle_rate else ""
+    return f"{index.fresh:,} fresh vectors add {index.fresh_scan_ms:g} ms to a search{moving}"
+
+
 def _backfill(backfill: BackfillStatus) -> str:
     if backfill.phase == "orphans":
         return f"{backfill.kind} {backfill.state}: looking for rows that are gone from the source"
@@ -144,6 +150,8 @@ def _notes(status: Status) -> list[RenderableType]:
         if index.proven_equal_at is not None:
             age = human_seconds(max(0.0, (status.read_at - index.proven_equal_at).total_seconds()))
             grid.add_row("›", Text(f"{name}: proven equal to the source {age} ago"))
+        if index.fresh_scan_ms is not None:
+            grid.add_row("›", Text(f"{name}: {_fresh(index)}"))
         if index.recall is not None:
             grid.add_row("›", Text(f"{name}: {_recall(index.recall, status.read_at)}"))
     for problem in status.problems:

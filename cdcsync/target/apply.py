@@ -10,9 +10,11 @@ new state. The order matters:
    which can stay HOT);
 3. the others are upserted, and remembered in `put`;
 4. the backlog of both is cleared *before* any vector is touched: the embed loop locks a chunk's backlog row before
-   its vector, and skips what is locked, so the two never wait for each other in a circle;
+   its vector, and skips what is locked, so the two never wait for each other in a circle; from here on the rules of
+   `ddl/tiers` hold;
 5. vectors of equal texts are taken over while those of `gone` still exist: a moved key costs no embedding;
-6. vectors computed already are stored, and what has none goes to the backlog;
+6. vectors computed already are stored, and what has none goes to the backlog; what has a fresh vector now loses its
+   settled one;
 7. vectors of `gone` are deleted.
 
 Every statement can be repeated with the same result.
@@ -23,7 +25,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
-from typing import cast
+from typing import LiteralString, cast
 
 import psycopg
 from psycopg import sql
@@ -44,6 +46,14 @@ STAGED_ROWS = 1_000
 TRUNCATE_LOCK_TIMEOUT_MS = 500
 """Readers that take longer are not waited for, as searches queue up behind who waits for an exclusive lock; less than
 PostgreSQL's default `deadlock_timeout`, 1 s."""
+
+
+REPLACED: LiteralString = (
+    "content_hash = excluded.content_hash, embedding = excluded.embedding, stored_at = excluded.stored_at"
+)
+SUPERSEDE: LiteralString = (
+    "DELETE FROM {settled} AS v USING {put} AS p JOIN {fresh} AS f USING (chunk_id) WHERE v.chunk_id = p.chunk_id"
+)
 
 
 class Op(IntEnum):
@@ -170,7 +180,7 @@ class IndexWriter:
             await self._upsert()
         if changes.documents or deleted:
             await self._run(
-                "DELETE FROM {backlog} AS b USING"
+                "LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE; DELETE FROM {backlog} AS b USING"
                 " (SELECT chunk_id FROM {gone} UNION ALL SELECT chunk_id FROM {put}) AS t WHERE b.chunk_id = t.chunk_id"
             )
         if changes.documents:
@@ -179,10 +189,13 @@ class IndexWriter:
                 reused = await self._reuse()
             if changes.vectors:
                 inline = await self._store(changes.vectors)
+            if reused or inline:
+                await self._run(SUPERSEDE)
             if inline < chunks:
                 queued = await self._queue()
         if deleted:
-            await self._run("DELETE FROM {vectors} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id")
+            for tier in ("fresh", "settled"):
+                await self._run("DELETE FROM {" + tier + "} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id")
         self._staged += len(changes.deleted) + len(changes.absent) + len(changes.kept) + chunks + deleted
         return Applied(chunks, deleted, reused, inline, queued)
 
@@ -191,6 +204,7 @@ class IndexWriter:
         reused = queued = 0
         try:
             async with self._connection.transaction():
+                await self._run("LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE")
                 left = await load(self._connection, self._schema, self._spec, changes.documents, changes.vectors)
                 if left:
                     statement = sql.SQL("COPY {} (chunk_id, content_hash) FROM STDIN").format(self._put)
@@ -226,10 +240,10 @@ class IndexWriter:
         try:
             async with self._connection.transaction():
                 await self._connection.execute(f"SET LOCAL lock_timeout = {TRUNCATE_LOCK_TIMEOUT_MS}")
-                await self._run("TRUNCATE {backlog}, {chunks}, {vectors}")
+                await self._run("TRUNCATE {backlog}, {chunks}, {fresh}, {settled}")
                 await self._connection.execute("SET LOCAL lock_timeout = 0")
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
-            for table in ("backlog", "vectors", "chunks"):
+            for table in ("backlog", "fresh", "settled", "chunks"):
                 await self._run("DELETE FROM {" + table + "}")
 
     async def _copy(self, changes: ChangeSet) -> None:
@@ -284,25 +298,23 @@ class IndexWriter:
     async def _reuse(self) -> int:
         """Give each chunk without a current vector that of an equal text, where one is stored."""
         return await self._run(
-            "INSERT INTO {vectors} AS mine (chunk_id, content_hash, embedding)"
+            "INSERT INTO {fresh} AS mine (chunk_id, content_hash, embedding)"
             " SELECT p.chunk_id, p.content_hash, equal.embedding FROM {put} AS p CROSS JOIN LATERAL"
             " (SELECT v.embedding FROM {vectors} AS v WHERE v.content_hash = p.content_hash LIMIT 1) AS equal"
             " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id"
             " AND v.content_hash = p.content_hash)"
-            " ON CONFLICT (chunk_id) DO UPDATE"
-            " SET content_hash = excluded.content_hash, embedding = excluded.embedding"
+            " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED
         )
 
     async def _store(self, vectors: Mapping[bytes, FloatVector]) -> int:
         """Store vectors that came with the batch."""
         return await self._run(
-            "INSERT INTO {vectors} (chunk_id, content_hash, embedding)"
+            "INSERT INTO {fresh} (chunk_id, content_hash, embedding)"
             " SELECT p.chunk_id, p.content_hash, i.embedding::{vector_schema}."
             + self._spec.vector_type
             + " FROM {put} AS p"
             " JOIN unnest(%s::bytea[], %s::text[]) AS i(content_hash, embedding) USING (content_hash)"
-            " ON CONFLICT (chunk_id) DO UPDATE"
-            " SET content_hash = excluded.content_hash, embedding = excluded.embedding",
+            " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED,
             [list(vectors), list(map(vector_text, vectors.values()))],
         )
 
@@ -336,6 +348,7 @@ class IndexWriter:
             "chunks": self._names.chunks,
             "backlog": self._names.backlog,
             "vectors": self._vectors,
+            **self._names.tiers(self._spec.generation),
             "stage": self._stage,
             "gone": self._gone,
             "put": self._put,

@@ -63,7 +63,7 @@ class Backlog:
         self._parts: dict[str, sql.Composable] = {
             "backlog": names.backlog,
             "chunks": names.chunks,
-            "vectors": names.vectors(spec.generation),
+            **names.tiers(spec.generation),
             "stage": sql.Identifier("pg_temp", f"{spec.name}_made"),
             "generation": sql.Literal(spec.generation),
             "attempts": sql.Literal(MAX_ATTEMPTS),
@@ -133,6 +133,8 @@ class Backlog:
                 copy.set_types(["bytea", self._spec.config.vector_type])
                 for text_hash, vector in vectors.items():
                     await copy.write_row((text_hash, self._vector_type(vector)))
+            # The backlog first, as apply does; then the rules of `ddl/tiers`.
+            await self._connection.execute(self._sql("LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE"))
             done = await self._connection.execute(
                 self._sql(
                     "WITH due AS (SELECT b.chunk_id, b.content_hash"
@@ -140,13 +142,16 @@ class Backlog:
                     " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"
                     " done AS (DELETE FROM {backlog} AS b USING due"
                     " WHERE b.generation = {generation} AND b.chunk_id = due.chunk_id)"
-                    " INSERT INTO {vectors} (chunk_id, content_hash, embedding)"
+                    " INSERT INTO {fresh} (chunk_id, content_hash, embedding)"
                     " SELECT due.chunk_id, due.content_hash, s.embedding"
                     " FROM due JOIN {stage} AS s USING (content_hash)"
                     " ON CONFLICT (chunk_id) DO UPDATE"
-                    " SET content_hash = excluded.content_hash, embedding = excluded.embedding"
+                    " SET content_hash = excluded.content_hash, embedding = excluded.embedding,"
+                    " stored_at = excluded.stored_at RETURNING chunk_id"
                 )
             )
+            if chunks := [row[0] for row in await done.fetchall()]:
+                await self._connection.execute(self._sql("DELETE FROM {settled} WHERE chunk_id = ANY(%s)"), [chunks])
             crash_point("vectors written")
         crash_point("vectors committed")
         return done.rowcount

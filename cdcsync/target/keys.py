@@ -154,29 +154,31 @@ async def discard_vectors(connection: Connection, schema: str, spec: IndexSpec, 
         _arrays(spec, keys),
     )
     queued = cursor.rowcount
-    await cursor.execute(
-        sql.SQL(
-            "UPDATE {vectors} AS v SET content_hash = {none} FROM {joined}"
-            " AND v.chunk_id = c.chunk_id AND v.content_hash <> {none}"
-        ).format(
-            vectors=names.vectors(spec.generation),
-            none=DISCARDED,
-            joined=await _joined(connection, schema, spec),
-        ),
-        _arrays(spec, keys),
-    )
+    fresh, settled = names.tiers(spec.generation).values()
+    await cursor.execute(sql.SQL("LOCK TABLE {}, {} IN ROW EXCLUSIVE MODE").format(fresh, settled))
+    for tier in (fresh, settled):
+        await cursor.execute(
+            sql.SQL(
+                "UPDATE {tier} AS v SET content_hash = {none} FROM {joined}"
+                " AND v.chunk_id = c.chunk_id AND v.content_hash <> {none}"
+            ).format(tier=tier, none=DISCARDED, joined=await _joined(connection, schema, spec)),
+            _arrays(spec, keys),
+        )
     return queued
 
 
 async def delete_vectors_without_chunks(connection: Connection, schema: str, spec: IndexSpec) -> int:
     """Delete the vectors that belong to no chunk; returns how many. Searches never see them, HNSW does."""
     names = Names(schema, spec.name)
-    cursor = await connection.execute(
-        sql.SQL("DELETE FROM {} AS v WHERE NOT EXISTS (SELECT FROM {} AS c WHERE c.chunk_id = v.chunk_id)").format(
-            names.vectors(spec.generation), names.chunks
+    deleted = 0
+    for tier in names.tiers(spec.generation).values():
+        cursor = await connection.execute(
+            sql.SQL("DELETE FROM {} AS v WHERE NOT EXISTS (SELECT FROM {} AS c WHERE c.chunk_id = v.chunk_id)").format(
+                tier, names.chunks
+            )
         )
-    )
-    return cursor.rowcount
+        deleted += cursor.rowcount
+    return deleted
 
 
 async def canonical(connection: Connection, spec: IndexSpec, keys: Sequence[Key]) -> list[Key]:

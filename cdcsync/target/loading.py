@@ -1,6 +1,7 @@
 """Loading: documents that an index does not have are copied straight into its tables.
 
-No stage, no look-ups, no backlog for what comes with its vector: two COPYs. It is what a first load consists of.
+No stage, no look-ups, no backlog for what comes with its vector: two COPYs. It is what a first load consists of, so the
+vectors go to the settled tier, whose HNSW index is built when the load ends.
 
 Source: PostgreSQL, "COPY", File Formats, Text Format and Binary Format; pgvector's vector_recv and halfvec_recv.
 """
@@ -63,7 +64,7 @@ async def load(
     with_vector = [place for place, one in enumerate(hashes) if one in vectors]
     if with_vector:
         statement = sql.SQL("COPY {} (chunk_id, content_hash, embedding) FROM STDIN (FORMAT binary)").format(
-            names.vectors(spec.generation)
+            names.settled(spec.generation)
         )
         block_rows = max(1, BLOCK_BYTES // (4 * spec.dimensions))
         async with connection.cursor() as writer, writer.copy(statement) as copy:

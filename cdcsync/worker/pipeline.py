@@ -32,6 +32,7 @@ from cdcsync.flows.follow.apply import Applier
 from cdcsync.flows.follow.open_batch import Limits
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.flows.follow.stream import Stream
+from cdcsync.flows.settle import Settle
 from cdcsync.flows.setup.gaps import refuse_moved
 from cdcsync.flows.setup.partitions import follow_partitions
 from cdcsync.flows.setup.start import (
@@ -131,6 +132,7 @@ class Pipeline:
             max_rows_per_s=config.worker.backfill_max_rows_per_s or None,
             forget_vectors=lambda index: self.dispatchers[config.indexes[index].embedder].forget(),
         )
+        self.settle = Settle(target_dsn, schema, specs, lambda: self.config.worker, metrics, self.lag)
         self.spool = Spool(config.source.spool_directory, config.source.spool_bytes)
         self.stream = Stream(
             specs=specs,
@@ -223,6 +225,7 @@ class Pipeline:
                     tasks.start_soon(self.backfill_once_streaming)
                     tasks.start_soon(self.audit_once_streaming)
                     tasks.start_soon(self.evaluate_on_schedule)
+                    tasks.start_soon(self.settle.run)
                     tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
                     tasks.start_soon(self.watch_once_streaming)
                     tasks.start_soon(send_heartbeats, self.config)

@@ -34,6 +34,7 @@ INSIDE = (
     "target/keys.py",
     "target/failures/documents.py",
     "target/ddl/relations.py",
+    "target/ddl/tiers.py",
     "target/ddl/shared.py",
     "target/ddl/views.py",
 )

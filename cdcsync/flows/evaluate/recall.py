@@ -187,7 +187,7 @@ async def _refuse_without_hnsw(connection: Connection, schema: str, spec: IndexS
         "SELECT EXISTS (SELECT FROM pg_index AS x JOIN pg_class AS c ON c.oid = x.indexrelid"
         " JOIN pg_am AS a ON a.oid = c.relam"
         " WHERE a.amname = 'hnsw' AND x.indisvalid AND x.indrelid = to_regclass(%s))",
-        [Names(schema, spec.name).vectors(spec.generation).as_string(connection)],
+        [Names(schema, spec.name).settled(spec.generation).as_string(connection)],
     )
     if built:
         return

@@ -35,6 +35,7 @@ from cdcsync.source.publications import create_publication_statement, publish_st
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.shared import create_shared
+from cdcsync.target.ddl.upgrading import upgrade_vectors
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.requests import Kind, Requests
@@ -128,6 +129,7 @@ async def set_up_indexes(
     for spec in specs:
         with speaking_of("target", where=f"index {spec.name}"):
             try:
+                await upgrade_vectors(target, config.target.schema, spec)
                 async with target.transaction():
                     await create_index_relations(target, config.target.schema, spec)
                     await _register(target, config, spec, unpublished)

@@ -1,8 +1,12 @@
 """The relations in the target: how they are created, upgraded and built.
 
     names         the names of an index's relations
+    grants        who may use a relation, when another takes its place
+    locking       exclusive locks that no search waits for
     views         the search view, and following it when it is renamed
-    relations     one index's tables
+    tiers         one index's vectors, and the rules for writing them
+    relations     one index's other tables
+    upgrading     the vectors table of earlier versions becomes two tiers
     shared        the tables that all indexes share
     building      HNSW and keyword indexes
 

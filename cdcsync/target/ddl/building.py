@@ -50,8 +50,8 @@ async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec) -> bo
         sql.Literal(spec.config.hnsw.m),
         sql.Literal(spec.config.hnsw.ef_construction),
     )
-    vectors = names.vectors(spec.generation)
-    return await _build(connection, schema, names.hnsw_name(spec.generation), vectors, method, spec)
+    settled = names.settled(spec.generation)
+    return await _build(connection, schema, names.hnsw_name(spec.generation), settled, method, spec)
 
 
 async def _build(

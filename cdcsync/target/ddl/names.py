@@ -18,6 +18,10 @@ OPERATORS: dict[Distance, str] = {"cosine": "<=>", "l2": "<->", "inner_product":
 OPCLASSES: dict[Distance, str] = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}
 
 
+FRESH, SETTLED = "fresh", "settled"
+"""The tiers of a vectors table, in the order in which their tables are locked."""
+
+
 class Names:
     """The identifiers of one index's relations."""
 
@@ -28,9 +32,36 @@ class Names:
         self._prefix = (schema, index)
 
     def vectors(self, generation: int) -> sql.Identifier:
-        """Return the vectors table of a generation."""
+        """Return the vectors table of a generation: both tiers."""
+        return self._of_vectors(generation, "")
+
+    def fresh(self, generation: int) -> sql.Identifier:
+        """Return the tier of vectors that are new or changed lately, which has no HNSW index."""
+        return self._of_vectors(generation, "_fresh")
+
+    def settled(self, generation: int) -> sql.Identifier:
+        """Return the tier of vectors that have rested, which has the HNSW index."""
+        return self._of_vectors(generation, "_settled")
+
+    def settled_name(self, generation: int) -> str:
+        """Return the bare name of the settled tier."""
+        return f"{self._prefix[1]}_vectors_{generation}_settled"
+
+    def tiers(self, generation: int) -> dict[str, sql.Identifier]:
+        """Return the tables of both tiers, in the order in which they are locked."""
+        return {FRESH: self.fresh(generation), SETTLED: self.settled(generation)}
+
+    def key_name(self, generation: int, tier: str) -> str:
+        """Return the bare name of a tier's primary key; the settled one's is of the time before there were tiers."""
+        return f"{self._prefix[1]}_vectors_{generation}{'' if tier == SETTLED else f'_{tier}'}_pkey"
+
+    def hash_name(self, generation: int, tier: str) -> str:
+        """Return the bare name of a tier's index of hashes, likewise."""
+        return f"{self._prefix[1]}_vectors_{generation}{'' if tier == SETTLED else f'_{tier}'}_hash"
+
+    def _of_vectors(self, generation: int, suffix: str) -> sql.Identifier:
         schema, index = self._prefix
-        return sql.Identifier(schema, f"{index}_vectors_{generation}")
+        return sql.Identifier(schema, f"{index}_vectors_{generation}{suffix}")
 
     @property
     def search_name(self) -> str:

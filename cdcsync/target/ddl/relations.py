@@ -20,10 +20,12 @@ from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.grants import grants_of
 from cdcsync.target.ddl.names import OPCLASSES as OPCLASSES
 from cdcsync.target.ddl.names import OPERATORS as OPERATORS
 from cdcsync.target.ddl.names import Names as Names
 from cdcsync.target.ddl.names import vector_schema as vector_schema
+from cdcsync.target.ddl.tiers import create_vectors as create_vectors
 from cdcsync.target.ddl.views import follow_name
 
 RESERVED = frozenset(
@@ -221,45 +223,6 @@ async def _create_search(connection: Connection, spec: IndexSpec, names: Names) 
     )
 
 
-async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -> None:
-    """Create the vectors table of the spec's generation, without its HNSW index. The caller's transaction commits.
-
-    :raises SetupError: it exists, for other vectors.
-    """
-    names = Names(schema, spec.name)
-    vectors = names.vectors(spec.generation)
-    extension = await vector_schema(connection)
-    await connection.execute(
-        sql.SQL(
-            """
-            CREATE TABLE IF NOT EXISTS {} (
-                chunk_id bigint PRIMARY KEY, content_hash bytea NOT NULL, embedding {}."""
-            + spec.vector_type
-            + " NOT NULL)"
-        ).format(vectors, sql.Identifier(extension))
-    )
-    await connection.execute(
-        sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} (content_hash)").format(
-            sql.Identifier(f"{spec.name}_vectors_{spec.generation}_hash"), vectors
-        )
-    )
-    row = await fetch_row(
-        connection,
-        "SELECT format_type(atttypid, atttypmod) FROM pg_attribute"
-        " WHERE attrelid = to_regclass(%s) AND attname = 'embedding'",
-        [vectors.as_string(connection)],
-    )
-    present = str(row[0]).rpartition(".")[2] if row is not None else None
-    if present != spec.vector_type:
-        raise SetupError(
-            f"the table exists and its vectors are of type {present}, not {spec.vector_type}",
-            where=vectors.as_string(connection),
-            hint="it was left by another index: drop it, or give this index another name in the configuration",
-        )
-    comment = f"cdcsync index {spec.name}: vectors by {spec.model}; content_hash names the text each was made from"
-    await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(vectors, sql.Literal(comment)))
-
-
 async def create_view(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Create or replace the view that users query, on the spec's generation. The caller's transaction commits.
 
@@ -289,17 +252,7 @@ async def _view_grants(connection: Connection, spec: IndexSpec) -> list[sql.Comp
             where=str(view),
             hint=f"choose another name with [indexes.{spec.name}] view = …",
         )
-    cursor = await connection.execute(
-        "SELECT a.privilege_type, r.rolname, a.is_grantable FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a"
-        " LEFT JOIN pg_roles r ON r.oid = a.grantee WHERE c.oid = %s AND a.grantee <> c.relowner",
-        [oid],
-    )
-    return [
-        sql.SQL("GRANT " + privilege + " ON {} TO {}" + (" WITH GRANT OPTION" if grantable else "")).format(
-            sql.Identifier(view.schema, view.name), sql.SQL("PUBLIC") if role is None else sql.Identifier(role)
-        )
-        for privilege, role, grantable in await cursor.fetchall()
-    ]
+    return await grants_of(connection, oid, sql.Identifier(view.schema, view.name))
 
 
 def _view_marker(spec: IndexSpec) -> str:

@@ -156,6 +156,18 @@ _SHARED: tuple[LiteralString, ...] = (
     " 'The most texts of a call, learnt from calls that failed; NULL where nothing is in the way.'",
     "COMMENT ON COLUMN {schema}.embedders.problem IS 'Why it makes no vectors now; NULL while it does.'",
     """
+    CREATE TABLE IF NOT EXISTS {schema}.tiers (
+        index_name text PRIMARY KEY REFERENCES {schema}.indexes ON DELETE CASCADE,
+        generation int NOT NULL,
+        scan_ms float8 NOT NULL,
+        settled_per_s float8 NOT NULL,
+        measured_at timestamptz NOT NULL
+    )
+    """,
+    "COMMENT ON TABLE {schema}.tiers IS 'cdcsync: what the fresh vectors of each index cost a search, as last seen.'",
+    "COMMENT ON COLUMN {schema}.tiers.scan_ms IS 'Milliseconds of the server that comparing them takes.'",
+    "COMMENT ON COLUMN {schema}.tiers.settled_per_s IS 'Vectors that moved into the HNSW index in a second.'",
+    """
     CREATE OR REPLACE FUNCTION {schema}.wait_for(index_name text, lsn pg_lsn, timeout interval DEFAULT '10 s')
     RETURNS boolean LANGUAGE plpgsql VOLATILE STRICT SET search_path = pg_catalog, pg_temp AS $body$
     DECLARE

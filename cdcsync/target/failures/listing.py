@@ -47,7 +47,7 @@ class Failures:
         self._parts: dict[str, sql.Composable] = {
             "backlog": names.backlog,
             "chunks": names.chunks,
-            "vectors": names.vectors(spec.generation),
+            **names.tiers(spec.generation),
             "generation": sql.Literal(spec.generation),
             "most": sql.Literal(MAX_ATTEMPTS),
             "key": sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier("c", name)) for name in self._key),
@@ -120,17 +120,22 @@ class Failures:
         has the row replayed or the index repaired. The rows stay out of the index until then, too, and a verification
         calls them missing.
         """
-        done = await self._connection.execute(
-            self._sql(
-                "WITH gone AS (DELETE FROM {backlog} WHERE generation = {generation} AND attempts >= {most}"
-                " RETURNING chunk_id), emptied AS (DELETE FROM {vectors} AS v USING gone"
-                " WHERE v.chunk_id = gone.chunk_id) SELECT chunk_id FROM gone"
+        async with self._connection.transaction():
+            done = await self._connection.execute(
+                self._sql(
+                    "DELETE FROM {backlog} WHERE generation = {generation} AND attempts >= {most} RETURNING chunk_id"
+                )
             )
-        )
+            chunks = [row[0] for row in await done.fetchall()]
+            await self._connection.execute(self._sql("LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE"))
+            for tier in ("fresh", "settled"):
+                await self._connection.execute(
+                    self._sql("DELETE FROM {" + tier + "} WHERE chunk_id = ANY(%s)"), [chunks]
+                )
         documents = 0
         if await has_list(self._connection, self._schema):
             documents = await forget_failed(self._connection, self._schema, self._index)
-        return done.rowcount + documents
+        return len(chunks) + documents
 
     def _sql(self, statement: str) -> sql.Composed:
         return sql.SQL(statement).format(**self._parts)

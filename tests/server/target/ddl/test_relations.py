@@ -15,11 +15,10 @@ from psycopg import sql
 
 from cdcsync.errors import SetupError
 from cdcsync.lsn import Lsn
-from cdcsync.model.spec import Distance, IndexSpec
+from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import (
-    OPERATORS,
     RESERVED,
     Names,
     create_index_relations,
@@ -106,7 +105,7 @@ async def test_every_table_view_and_function_describes_itself(connection: Connec
         """
         SELECT c.relname, obj_description(c.oid, 'pg_class') LIKE 'cdcsync%%'
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE (n.nspname = 'cdcsync' OR c.relname = 'articles_index') AND c.relkind IN ('r', 'v')
+        WHERE (n.nspname = 'cdcsync' OR c.relname = 'articles_index') AND c.relkind IN ('r', 'p', 'v')
         UNION ALL
         SELECT p.proname, obj_description(p.oid, 'pg_proc') LIKE 'cdcsync%%'
         FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = 'cdcsync'
@@ -351,35 +350,6 @@ async def test_a_worker_that_starts_again_waits_for_no_reader_and_stops_none(
 async def fill(index: LiveIndex, count: int = 3_000) -> None:
     texts = [f"text {number}" for number in range(count)]
     await index.apply(changes(*[document(str(at), text) for at, text in enumerate(texts)], inline=texts))
-
-
-async def plan(connection: Connection, operator: str, type_: str) -> str:
-    found = await rows(
-        connection,
-        f"EXPLAIN SELECT id, content FROM public.articles_index"
-        f" ORDER BY embedding OPERATOR(public.{operator}) '[1,200,3]'::public.{type_} LIMIT 10",
-    )
-    return "\n".join(line for (line,) in found)
-
-
-@pytest.mark.parametrize(
-    ("distance", "vector_type"), [("cosine", "vector"), ("l2", "halfvec"), ("inner_product", "vector")]
-)
-async def test_a_search_through_the_view_scans_the_hnsw_index(
-    open_index: OpenIndex, distance: Distance, vector_type: str
-) -> None:
-    index = await open_index(distance=distance, vector_type=vector_type)
-    await fill(index)
-
-    assert await build_hnsw(index.connection, SCHEMA, index.spec)
-    await index.connection.execute("ANALYZE")
-
-    (definition,) = await rows(index.connection, "SELECT pg_get_indexdef('cdcsync.articles_vectors_1_hnsw'::regclass)")
-    opclass = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}[distance]
-    assert f"USING hnsw (embedding public.{vector_type}_{opclass})" in definition[0]
-    found = await plan(index.connection, OPERATORS[distance], vector_type)
-    assert "Index Scan using articles_vectors_1_hnsw" in found
-    assert "Seq Scan" not in found
 
 
 async def test_the_index_for_keyword_search_is_built_once_and_at_the_end(open_index: OpenIndex) -> None:

@@ -1,0 +1,171 @@
+"""The settle flow: vectors that have rested move into the HNSW index, at the pace that the target can spare.
+
+    look at both tiers ─► what has rested, the oldest first ─► moves, over a few connections ─► look again
+
+Fresh vectors cost every search a comparison each, and settling costs the target some milliseconds of a processor for
+each. So settling takes its time while the comparisons stay within the index's `fresh_scan_budget_ms`: it waits until a
+vector has not changed for a while, leaves pauses, and stands back while the stream is late. Beyond the budget it takes
+precedence: no pauses, no rest, all its connections.
+
+Each move is a transaction, and nothing is remembered between two of them: the flow can be stopped at any moment and
+begun again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import anyio
+import structlog
+
+from cdcsync.backoff import Backoff
+from cdcsync.config.sections import Worker
+from cdcsync.errors import CdcsyncError, TargetUnavailable, leading
+from cdcsync.metrics import Metrics
+from cdcsync.model.lag import CLOSE_S, Lag
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Session, speaking_of
+from cdcsync.target.settling import Settling, Tiers
+
+log = structlog.get_logger()
+
+LOOK_S = 1.0
+"""How often the tiers are looked at while nothing moves: a count of few rows, and one comparison of them."""
+
+NOTE_S = 5.0
+"""How often what was seen is written down for `cdcsync status`."""
+
+ROUND = 512
+"""Vectors that are chosen at once: a second's work, after which the tiers are looked at again."""
+
+MOVE = 32
+"""Vectors in one transaction: 0.1 s of HNSW, which is what a TRUNCATE may have to wait for."""
+
+
+class _Seen:
+    """What was seen of one index lately."""
+
+    def __init__(self) -> None:
+        self.scans: deque[float] = deque(maxlen=3)
+        self.per_s = 0.0
+        self.noted_at = -NOTE_S
+        self.noted = False
+
+    def scan_ms(self, tiers: Tiers) -> float:
+        """Return what fresh adds to a search: the least of the last looks, as each shares the processor with others."""
+        self.scans.append(tiers.scan_ms)
+        return min(self.scans) if tiers.fresh else 0.0
+
+
+class Settle:
+    """Settles the vectors of all indexes of a pipeline, one index after the other."""
+
+    def __init__(
+        self,
+        dsn: str,
+        schema: str,
+        specs: Sequence[IndexSpec],
+        settings: Callable[[], Worker],
+        metrics: Metrics,
+        lag: Lag,
+    ) -> None:
+        """Make the flow.
+
+        :param settings: the worker's section of the configuration as it is now.
+        :param lag: of the stream, which should have the target to itself while it is late.
+        """
+        self._schema = schema
+        self._specs = specs
+        self._settings = settings
+        self._metrics = metrics
+        self._lag = lag
+        self._dsn = dsn
+        self._sessions: list[Session] = []
+        self._seen = {spec.name: _Seen() for spec in specs}
+
+    async def run(self) -> None:
+        """Settle until cancelled, connecting again whenever the target was away."""
+        backoff = Backoff(lambda failure: log.warning("settling_waits", error=str(failure.error)))
+        try:
+            while True:
+                async with backoff:
+                    if not any([await self._turn(spec) for spec in self._specs]):
+                        await anyio.sleep(LOOK_S)
+        finally:
+            with anyio.CancelScope(shield=True):
+                for session in self._sessions:
+                    await session.aclose()
+
+    async def _turn(self, spec: IndexSpec) -> bool:
+        """Move some vectors of an index if there is reason to; returns whether it did."""
+        try:
+            with speaking_of("target", where=f"index {spec.name}"):
+                return await self._settle(spec)
+        except TargetUnavailable:
+            raise
+        except CdcsyncError as error:
+            # Of this index alone: its tables are looked after by others.
+            log.warning("settling_failed", index=spec.name, error=str(error))
+            return False
+
+    async def _settle(self, spec: IndexSpec) -> bool:
+        settings, seen = self._settings(), self._seen[spec.name]
+        settling = await self._on(0, spec)
+        tiers = await settling.look()
+        scan_ms = seen.scan_ms(tiers)
+        await self._note(settling, spec, tiers, scan_ms)
+        pressing = scan_ms > spec.config.fresh_scan_budget_ms
+        if not tiers.built or not tiers.fresh or not settings.settle_connections or (self._late() and not pressing):
+            seen.per_s = 0.0
+            return False
+        chunks = await settling.rested(ROUND, rest_s=0 if pressing else settings.settle_after_s)
+        if not chunks:
+            seen.per_s = 0.0
+            return False
+        await self._move(spec, chunks, settings, pressing=pressing)
+        return True
+
+    def _late(self) -> bool:
+        """Say whether the stream is later than it is under steady load."""
+        return self._lag.far_behind or self._lag.seconds > CLOSE_S
+
+    async def _move(self, spec: IndexSpec, chunks: Sequence[int], settings: Worker, *, pressing: bool) -> None:
+        """Move these vectors over as many connections as there may be, until done or the stream needs the target."""
+        left = deque(chunks[at : at + MOVE] for at in range(0, len(chunks), MOVE))
+        moved = 0
+        began = anyio.current_time()
+
+        async def work(number: int) -> None:
+            nonlocal moved
+            settling = await self._on(number, spec)
+            while left and (pressing or not self._late()):
+                started = anyio.current_time()
+                moved += await settling.settle(left.popleft())
+                if not pressing:
+                    await anyio.sleep((anyio.current_time() - started) * (1 / settings.settle_share - 1))
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                for number in range(min(settings.settle_connections, len(left))):
+                    tasks.start_soon(work, number)
+        except BaseExceptionGroup as group:
+            raise leading(group) from None
+        self._metrics.settled.labels(spec.name).inc(moved)
+        self._seen[spec.name].per_s = moved / max(anyio.current_time() - began, 1e-6)
+
+    async def _note(self, settling: Settling, spec: IndexSpec, tiers: Tiers, scan_ms: float) -> None:
+        """Show what was seen: in the metrics at once, and in the target from time to time."""
+        seen = self._seen[spec.name]
+        self._metrics.fresh.labels(spec.name).set(tiers.fresh)
+        self._metrics.fresh_scan.labels(spec.name).set(scan_ms / 1000)
+        now = anyio.current_time()
+        if (tiers.fresh or seen.noted) and now - seen.noted_at >= NOTE_S:
+            await settling.note(scan_ms, seen.per_s)
+            seen.noted, seen.noted_at = bool(tiers.fresh), now
+
+    async def _on(self, number: int, spec: IndexSpec) -> Settling:
+        """Return what settles an index over one of our connections."""
+        while len(self._sessions) <= number:
+            self._sessions.append(Session(self._dsn, "target", application_name="cdcsync settle"))
+        return Settling(await self._sessions[number].connection(), self._schema, spec)

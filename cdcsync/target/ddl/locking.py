@@ -1,0 +1,41 @@
+"""Locks that exclude searches, taken so that no search waits for long and none ever fails.
+
+Whoever waits for an exclusive lock has every later search wait behind it. So such a lock is waited for only briefly,
+then everything is given up, and tried again a little later.
+
+Source: PostgreSQL, "Explicit Locking"; "Client Connection Defaults" (lock_timeout).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import anyio
+import psycopg
+import structlog
+
+from cdcsync.backoff import backoff_s
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+BRIEFLY = "SET LOCAL lock_timeout = '400ms'"
+"""Less than PostgreSQL's default `deadlock_timeout`, 1 s: rather than that the server breaks a circle by failing
+somebody's statement, we give up."""
+
+
+async def until_locked(change: Callable[[], Awaitable[T]], *, table: str) -> T:
+    """Do a change that begins with `BRIEFLY`, in a transaction of its own, again and again until nobody is in its way.
+
+    :param table: what is locked, for the log.
+    """
+    attempt = 0
+    while True:
+        try:
+            return await change()
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+            log.info("lock_waits", table=table, attempt=attempt + 1)
+            await anyio.sleep(backoff_s(attempt, first=0.1, most=5))
+            attempt += 1

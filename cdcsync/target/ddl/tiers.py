@@ -1,0 +1,121 @@
+"""The vectors of an index in two tiers: *fresh*, a plain heap, and *settled*, which has the HNSW index.
+
+An insert into HNSW costs a hundred times as much as an insert into a heap. So a vector that is new or changed goes to
+fresh, where every search finds it by comparing it, and moves to settled once it has rested (`flows/settle`). Both are
+partitions of the table `NAME_vectors_N`, which is what everybody reads.
+
+The rules for writers, which keep each chunk's vector in one tier without ever waiting for each other in a circle:
+
+1. A vector is written to fresh first; the one in settled is deleted afterwards, by a statement of its own, so that it
+   sees what a move that has just committed put there.
+2. A vector is deleted from fresh first, then from settled, for the same reason.
+3. A transaction that writes locks both tables in that order (`LOCK TABLE … IN ROW EXCLUSIVE MODE`) before it reads or
+   writes either: those who replace a table lock in that order too.
+4. A move copies to settled first, which takes long, and holds the rows of fresh only while it deletes them; what has
+   changed or is locked by then stays, and its copy is deleted again.
+
+Source: PostgreSQL, "Table Partitioning", "Explicit Locking" and "Transaction Isolation" (Read Committed).
+"""
+
+from __future__ import annotations
+
+from typing import LiteralString
+
+from psycopg import sql
+
+from cdcsync.errors import SetupError
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.names import FRESH, SETTLED, Names, vector_schema
+
+COLUMNS: LiteralString = """
+    chunk_id bigint NOT NULL,
+    content_hash bytea NOT NULL,
+    embedding {vector} NOT NULL,
+    tier text NOT NULL DEFAULT {tier},
+    stored_at timestamptz NOT NULL DEFAULT now()
+"""
+"""`stored_at` says when the vector was made, not when it was moved: with the chunk and the hash it identifies it."""
+
+OPTIONS: dict[str, LiteralString] = {
+    # Never out of line where a page has room: an exact comparison of the whole tier should not fetch each vector.
+    # Small and rewritten all the time: to vacuum it costs milliseconds, and what is dead is read by every search.
+    FRESH: "toast_tuple_target = 8160, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000,"
+    " autovacuum_vacuum_cost_delay = 0",
+    # Dead entries of HNSW take places of what a search looks at.
+    SETTLED: "autovacuum_vacuum_scale_factor = 0.05",
+}
+
+
+async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Create the vectors table of the spec's generation, without its HNSW index. The caller's transaction commits.
+
+    :raises SetupError: it exists, for other vectors.
+    """
+    names = Names(schema, spec.name)
+    vectors = names.vectors(spec.generation)
+    await connection.execute(
+        sql.SQL("CREATE TABLE IF NOT EXISTS {} (" + COLUMNS + ") PARTITION BY LIST (tier)").format(
+            vectors, vector=await vector_type(connection, spec), tier=sql.Literal(FRESH)
+        )
+    )
+    present = await stored_type(connection, vectors)
+    if present != spec.vector_type:
+        raise SetupError(
+            f"the table exists and its vectors are of type {present}, not {spec.vector_type}",
+            where=vectors.as_string(connection),
+            hint="it was left by another index: drop it, or give this index another name in the configuration",
+        )
+    for tier, table in names.tiers(spec.generation).items():
+        await connection.execute(
+            sql.SQL(
+                "CREATE TABLE IF NOT EXISTS {} PARTITION OF {}"
+                " (CONSTRAINT {} PRIMARY KEY (chunk_id), tier DEFAULT {tier})"
+                " FOR VALUES IN ({tier}) WITH (" + OPTIONS[tier] + ")"
+            ).format(
+                table,
+                vectors,
+                sql.Identifier(names.key_name(spec.generation, tier)),
+                tier=sql.Literal(tier),
+            )
+        )
+        await connection.execute(
+            sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} (content_hash)").format(
+                sql.Identifier(names.hash_name(spec.generation, tier)), table
+            )
+        )
+    await describe_vectors(connection, schema, spec)
+
+
+async def describe_vectors(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Say in comments what the tables are. The caller's transaction commits."""
+    names = Names(schema, spec.name)
+    tiers = names.tiers(spec.generation)
+    for table, comment in (
+        (
+            names.vectors(spec.generation),
+            f"vectors by {spec.model}, in two tiers; content_hash names the text each was made from",
+        ),
+        (tiers[FRESH], "vectors that are new or changed lately; searches compare each of them"),
+        (tiers[SETTLED], "vectors that have rested, with the HNSW index"),
+    ):
+        await connection.execute(
+            sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(f"cdcsync index {spec.name}: {comment}"))
+        )
+
+
+async def vector_type(connection: Connection, spec: IndexSpec) -> sql.Composed:
+    """Return the type of the spec's vectors, with the schema that it is in."""
+    return sql.SQL("{}." + spec.vector_type).format(sql.Identifier(await vector_schema(connection)))
+
+
+async def stored_type(connection: Connection, vectors: sql.Identifier) -> str | None:
+    """Return the type of a table's vectors, without its schema; None where there is no such table."""
+    row = await fetch_row(
+        connection,
+        "SELECT format_type(atttypid, atttypmod) FROM pg_attribute"
+        " WHERE attrelid = to_regclass(%s) AND attname = 'embedding'",
+        [vectors.as_string(connection)],
+    )
+    return None if row is None else str(row[0]).rpartition(".")[2]
