@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -25,6 +26,17 @@ MOST_ASKED_S = 3600.0
 asks for is capped where it enters."""
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
+
+
+class Waited:
+    """How long a call has waited for its turn, in seconds; that time says nothing of how long its texts take."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+
+WAITED: ContextVar[Waited | None] = ContextVar("WAITED", default=None)
+"""Where the call that is being made notes its waits, if someone asks."""
 
 
 class Budget:

@@ -25,7 +25,7 @@ import structlog
 from cdcsync import __version__, config
 from cdcsync.config.redaction import is_secret_key
 from cdcsync.embedders.foreign import reason, repeatable
-from cdcsync.embedders.pacing import Pace, retry_after_s
+from cdcsync.embedders.pacing import WAITED, Pace, retry_after_s
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
 
 log = structlog.get_logger()
@@ -54,7 +54,7 @@ class Answer(msgspec.Struct, frozen=True):
     body: bytes
 
 
-class Waited(msgspec.Struct):
+class Told(msgspec.Struct):
     """How often, and how long in all, a request was told to wait."""
 
     times: int = 0
@@ -136,7 +136,7 @@ class Provider:
         :raises EmbedError: it failed `tries` times.
         """
         failures = 0
-        waited = Waited()
+        told = Told()
         while True:
             await self._admission(tokens)
             problem = await self._attempt(path, body, at_most)
@@ -146,7 +146,7 @@ class Provider:
                     return answer.body
                 problem = f"{answer.status} {reason(answer.body, [*texts, *self._secrets()])}".strip()
                 if answer.status in (429, 503):
-                    self._wait(answer, problem, waited)
+                    self._wait(answer, problem, told)
                     continue
                 self._raise_if_final(answer.status, problem)
                 problem = f"the provider answers {problem}"
@@ -170,6 +170,8 @@ class Provider:
                     "the provider's or our own rate limit is reached", where=self.where, retry_after_s=wait
                 )
             await anyio.sleep(wait)
+            if (waited := WAITED.get()) is not None:
+                waited.seconds += self._clock() - now
 
     async def _attempt(self, path: str, body: bytes | None, at_most: int) -> Answer | str:
         """Send the request once; returns the answer, or what went wrong on the way."""
@@ -217,16 +219,16 @@ class Provider:
             hint=f"see that {self._url} is up and can be reached from here",
         )
 
-    def _wait(self, answer: Answer, problem: str, waited: Waited) -> None:
+    def _wait(self, answer: Answer, problem: str, told: Told) -> None:
         """Hold everybody back for as long as the provider asks, or ever longer when it does not say."""
         assert self._pace is not None
         asked = retry_after_s(answer.headers, datetime.now(UTC))
-        wait = asked if asked is not None else spread(min(30.0, 2.0**waited.times))
-        waited.times += 1
-        waited.seconds += wait
+        wait = asked if asked is not None else spread(min(30.0, 2.0**told.times))
+        told.times += 1
+        told.seconds += wait
         self._pace.hold(self._clock(), wait)
         log.debug("provider_asks_to_wait", where=self.where, seconds=round(wait, 2), reason=problem)
-        if "insufficient_quota" in problem or waited.seconds > PATIENCE_S:
+        if "insufficient_quota" in problem or told.seconds > PATIENCE_S:
             raise EmbedderUnavailable(
                 f"the provider answers {problem}",
                 where=self.where,

@@ -1,11 +1,14 @@
 """How large a call may be, and how many may run at a time: learnt from calls that failed for no text's fault.
 
-Additive increase, multiplicative decrease, as TCP does: a size that fails is halved; each call that succeeds at the
+Additive increase, multiplicative decrease, as TCP does: a size that fails is halved; each call that succeeds near the
 limit raises it by a thirty-second of the size that failed, so that some sixteen calls succeed before the next one is
-likely to fail. Texts and bytes are limited apart, since providers limit either. Past the size that failed, growth is
-faster: what was in the way is gone.
+likely to fail. Past the size that failed, growth is faster: what was in the way is gone.
 
-Pure: no clock. A call of one text cannot be made smaller; if it fails beside others, fewer calls run at a time.
+Providers limit texts, bytes or calls at a time, and do not say which. What has worked lately is not suspected: a call
+of three texts that fails, after one of five that did not, had too many bytes. If nothing is to be suspected, the
+failure is taken for an accident, and the next one is not.
+
+Pure: no clock.
 """
 
 from __future__ import annotations
@@ -29,6 +32,16 @@ class Limit:
         self.most = most
         self.now = most if learnt is None else max(1.0, min(most, learnt))
         self._failed = most if learnt is None else min(most, 2 * self.now)
+        self._good = 0.0
+        """The largest size that worked lately."""
+
+    def suspected(self, size: float) -> bool:
+        """Say whether so much may be too much, by what has worked."""
+        return size > max(1.0, self._good)
+
+    def doubt(self) -> None:
+        """Trust what has worked less."""
+        self._good /= 2
 
     def fails(self, size: float) -> None:
         """Note that so much was too much."""
@@ -38,9 +51,14 @@ class Limit:
 
     def works(self, size: float) -> None:
         """Note that so much was fine; a size well below the limit says nothing of the limit."""
+        self._good = max(self._good, size)
         if self.now < self.most and size >= self.now / 2:
             grown = self.now * FASTER if self.now >= self._failed else self.now + self._failed / STEPS
             self.now = min(self.most, grown)
+
+    def restore(self, before: float | None) -> None:
+        """Go back to an earlier limit, if it was higher."""
+        self.now = max(self.now, self.most if before is None else before)
 
     @property
     def learnt(self) -> float | None:
@@ -85,26 +103,28 @@ class CallSizes:
 
     def restore(self, before: Learnt) -> None:
         """Go back to earlier limits: a text turned out to be at fault, not the size."""
-        self._texts = Limit(self._texts.most, _larger(before.texts, self._texts.learnt))
-        self._bytes = Limit(self._bytes.most, _larger(before.bytes, self._bytes.learnt))
+        self._texts.restore(before.texts)
+        self._bytes.restore(before.bytes)
+        self._calls.restore(before.calls)
 
     def fails(self, texts: int, size: int, beside: int) -> None:
         """Note that a call failed, at no text's fault as far as is known.
 
         :param beside: how many calls were running, this one included.
         """
+        measured = [(self._calls, beside)]
         if texts > 1:
-            self._texts.fails(texts)
-            self._bytes.fails(size)
-        elif beside > 1:
-            self._calls.fails(beside)
+            measured += [(self._texts, texts), (self._bytes, size)]
+        suspects = [(limit, value) for limit, value in measured if limit.suspected(value)]
+        for limit, value in suspects:
+            limit.fails(value)
+        if not suspects:
+            for limit, _ in measured:
+                limit.doubt()
 
     def works(self, texts: int, size: int, beside: int) -> None:
         """Note that a call succeeded."""
         self._texts.works(texts)
-        self._bytes.works(size)
+        if texts > 1:
+            self._bytes.works(size)
         self._calls.works(beside)
-
-
-def _larger(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else max(one, other)

@@ -10,14 +10,16 @@ operators; it decides nothing but the time of the next attempt, and whether a te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 
 import anyio
 import msgspec
 
+from cdcsync.embedders.pacing import WAITED, Waited
 from cdcsync.embedders.protocol import UNUSABLE_HINT, Embedder, check_shape
 from cdcsync.embedders.sizes import CallSizes
-from cdcsync.errors import CdcsyncError, EmbedderUnavailable, EmbedError, TextRejected
+from cdcsync.errors import CdcsyncError, EmbedError, TextRejected
 from cdcsync.flows.embed.health import Health, known
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import Learnt
@@ -54,7 +56,8 @@ class Calls:
         failed: Callable[[int, float], None],
         tracing: Tracing | None = None,
     ) -> None:
-        self.health = Health(embedder, clock)
+        self._free = anyio.CapacityLimiter(embedder.concurrency)
+        self.health = Health(embedder, clock, self._free)
         self.sizes = CallSizes(embedder.concurrency)
         self.tracing = tracing or Tracing()
         self._embedder = embedder
@@ -62,8 +65,9 @@ class Calls:
         self._clock = clock
         self._succeeded = succeeded
         self._failed = failed
-        self._free = anyio.CapacityLimiter(embedder.concurrency)
         self._alone = anyio.Lock()
+        self._failures = 0
+        """How many calls have failed."""
 
     @property
     def free(self) -> bool:
@@ -76,24 +80,37 @@ class Calls:
         self._adjust()
 
     async def make(self, texts: Texts, made: Made) -> bool:
-        """Embed texts in one call, or in smaller ones if that fails; returns whether a text is at fault.
+        """Embed texts in as few calls as is known to work, and in smaller ones if those fail.
+
+        Returns whether a text is at fault.
 
         :raises EmbedderUnavailable: the embedder fails as a whole; what was made before that is in `made`.
         """
+        at_fault = False
+        while texts:
+            count = self.fitting(texts.values())
+            at_fault |= await self._make(dict(islice(texts.items(), count)), made)
+            texts = dict(islice(texts.items(), count, None))
+        return at_fault
+
+    def fitting(self, texts: Iterable[str]) -> int:
+        """Return how many of these texts, from the first on, one call can have, as far as is known; at least one."""
+        size = 0
+        wanted: list[str] = []
+        for text in islice(texts, self.sizes.texts):
+            size += len(text.encode())
+            if wanted and size > self.sizes.bytes:
+                break
+            wanted.append(text)
+        return self._embedder.fitting(wanted)
+
+    async def _make(self, texts: Texts, made: Made) -> bool:
         before = self.sizes.learnt
         outcome = await self._call(texts, made)
         if outcome is None:
             return False
         failure, rest, failed_at = outcome
-        if len(rest) == len(texts):
-            self.sizes.fails(len(texts), _bytes(texts), self._free.borrowed_tokens + 1)
-            self._adjust()
-        try:
-            await self.health.confirm(failure, failed_at)
-        except EmbedderUnavailable:
-            if isinstance(failure, EmbedderUnavailable):  # it is away, or told us so: no matter of size
-                self._restore(before)
-            raise
+        await self.health.confirm(failure, failed_at)
         at_fault = False
         if len(rest) < len(texts):
             # The others have their vectors: no size is in the way.
@@ -108,7 +125,8 @@ class Calls:
             for part in (items[:middle], items[middle:]):
                 at_fault |= await self.make(dict(part), made)
         if at_fault:
-            self._restore(before)
+            self.sizes.restore(before)
+            self._adjust()
         return at_fault
 
     async def _judge(self, one: bytes, text: str, made: Made) -> bool:
@@ -142,25 +160,33 @@ class Calls:
         async with self._free:
             self.health.usable()
             started = self._clock()
+            beside, failures = self._free.borrowed_tokens, self._failures
             call = self.health.begins()
+            waited = Waited()
+            WAITED.set(waited)
             try:
                 with self.tracing.call(name, texts.keys()), anyio.fail_after(CALL_S):
                     vectors = await self._embedder.embed(list(texts.values()))
                 check_shape(vectors, len(texts), self._embedder.dimensions)
-            except TimeoutError:
-                error = EmbedError(f"no answer within {CALL_S:g} s", where=f"embedders.{name}")
-                return self._note_failure(error, texts, started)
             except Exception as error:
+                self._failures += 1
+                # What was too much for it may have begun before this call or after it.
+                self.sizes.fails(len(texts), _bytes(texts), max(beside, self._free.borrowed_tokens))
+                self._adjust()
+                if isinstance(error, TimeoutError):
+                    error = EmbedError(f"no answer within {CALL_S:g} s", where=f"embedders.{name}")
                 return self._note_failure(known(error, list(texts.values()), name), texts, started)
             finally:
                 self.health.ends(call)
+                beside = max(beside, self._free.borrowed_tokens)
         faults = unusable_rows(vectors)
         usable = {one: vector for at, (one, vector) in enumerate(zip(texts, vectors, strict=True)) if at not in faults}
         made.vectors.update(usable)
         if usable:
-            self.sizes.works(len(texts), _bytes(texts), self._free.borrowed_tokens + 1)
+            # A call that succeeds because others failed does not show that so many can run at a time.
+            self.sizes.works(len(texts), _bytes(texts), beside if failures == self._failures else 1)
             self._adjust()
-            self._succeeded({one: texts[one] for one in usable}, usable, self._clock() - started)
+            self._succeeded({one: texts[one] for one in usable}, usable, self._clock() - started - waited.seconds)
         if not faults:
             return None
         fault = TextRejected(
@@ -177,10 +203,6 @@ class Calls:
             assert isinstance(error, CdcsyncError)
             error = EmbedError(error.message, where=error.where, hint=error.hint)
         return error, texts, now
-
-    def _restore(self, before: Learnt) -> None:
-        self.sizes.restore(before)
-        self._adjust()
 
     def _adjust(self, *, alone: bool | None = None) -> None:
         """Let as many calls run at a time as there should be."""

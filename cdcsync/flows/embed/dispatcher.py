@@ -196,18 +196,7 @@ class Dispatcher:
             if wanted and tokens > self.call_tokens:
                 break
             wanted.append(text)
-        return self._fitting(wanted)
-
-    def _fitting(self, texts: Iterable[str]) -> int:
-        """Return how many of these texts, from the first on, one call can have, as far as is known; at least one."""
-        sizes, size = self._calls.sizes, 0
-        wanted: list[str] = []
-        for text in islice(texts, sizes.texts):
-            size += len(text.encode())
-            if wanted and size > sizes.bytes:
-                break
-            wanted.append(text)
-        return self.embedder.fitting(wanted)
+        return self._calls.fitting(wanted)
 
     def _size(self, one: bytes, text: str) -> int:
         return self._tokens.get(one) or estimate(text)
@@ -255,7 +244,7 @@ class Dispatcher:
             not missing
             or not self.free_within(budget_s / 2)
             or not self._in_time(len(missing), budget_s)
-            or self._fitting(missing.values()) < len(missing)
+            or self._calls.fitting(missing.values()) < len(missing)
             or self.far_behind
         ):
             self.avoided("remembered", len(made))
@@ -304,10 +293,7 @@ class Dispatcher:
         done = anyio.Event()
         self._under_way.update(dict.fromkeys(texts, done))
         try:
-            while texts:
-                size = self._fitting(texts.values())
-                await self._calls.make(dict(islice(texts.items(), size)), made)
-                texts = dict(islice(texts.items(), size, None))
+            await self._calls.make(texts, made)
         finally:
             for one in [one for one, event in self._under_way.items() if event is done]:
                 del self._under_way[one]

@@ -49,10 +49,12 @@ class Health:
     """One embedder's: use `usable` before a call, `confirm` after one failed, and run `recover` beside them.
 
     :param clock: the time in seconds.
+    :param free: limits how many calls run at a time; the word is one of them.
     """
 
-    def __init__(self, embedder: Embedder, clock: Callable[[], float]) -> None:
+    def __init__(self, embedder: Embedder, clock: Callable[[], float], free: anyio.CapacityLimiter) -> None:
         self._embedder = embedder
+        self._free = free
         self._clock = clock
         self._turn = anyio.Lock()
         self._error: CdcsyncError | None = None
@@ -117,16 +119,23 @@ class Health:
             self.usable()
             if self._word_asked >= failed:
                 return  # another caller has asked since
-            wait = asked_s(error)
-            if wait > PATIENCE_S:
-                self._break(error, wait)
-                self.usable()
-            await anyio.sleep(wait)
-            if (failure := await self._word()) is not None:
-                # Silence says less than what the embedder said before.
-                silent = failure.message == SILENCE and isinstance(error, EmbedderUnavailable)
-                self._break(error if silent else failure, asked_s(failure))
-                self.usable()
+            told: CdcsyncError | None = error
+            waited = 0.0
+            while told is not None and (wait := asked_s(told)):
+                waited += wait
+                if waited > PATIENCE_S:
+                    self._break(told, wait)
+                    self.usable()
+                await anyio.sleep(wait)
+                told = await self._word()
+            if told is error:
+                told = await self._word()
+            if told is None:
+                return
+            # Silence says less than what the embedder said before.
+            silent = told.message == SILENCE and isinstance(error, EmbedderUnavailable)
+            self._break(error if silent else told, asked_s(told))
+            self.usable()
 
     def fails(self, error: CdcsyncError) -> None:
         """Note that the embedder cannot be opened."""
@@ -177,10 +186,11 @@ class Health:
 
     async def _word(self) -> CdcsyncError | None:
         """Embed the harmless word; returns why that failed."""
-        asked = self._clock()
         try:
-            with anyio.fail_after(WORD_S):
-                validate(await self._embedder.embed([WORD]), 1, self._embedder.dimensions)
+            async with self._free:
+                asked = self._clock()
+                with anyio.fail_after(WORD_S):
+                    validate(await self._embedder.embed([WORD]), 1, self._embedder.dimensions)
         except TimeoutError:
             return EmbedderUnavailable(SILENCE, where=f"embedders.{self._embedder.name}")
         except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import takewhile
 
 import anyio
 import psycopg
@@ -108,7 +109,8 @@ class EmbedLoop:
         self._target_outage.succeeded()
         # Texts of about the same length together: a batch is padded to its longest.
         tokens = await self._dispatcher.measure({waiting.hash: waiting.text for waiting in window})
-        window.sort(key=lambda waiting: (waiting.lane, tokens[waiting.hash]))
+        # One that failed before is a call of its own, so that the others need not be halved to find it again.
+        window.sort(key=lambda waiting: (waiting.lane, waiting.attempts > 0, tokens[waiting.hash]))
         found = len(window)
         # One batch more than can be embedded at a time is under way, which is stored meanwhile.
         slots = anyio.Semaphore(self._dispatcher.places + 1)
@@ -119,7 +121,8 @@ class EmbedLoop:
                         self._live = False
                         while await self._window(lane=0):
                             pass
-                    size = self._dispatcher.batch({one.hash: one.text for one in window})
+                    fresh = takewhile(lambda one: not one.attempts, window)
+                    size = self._dispatcher.batch({one.hash: one.text for one in fresh} or {window[0].hash: ""})
                     batch, window = window[:size], window[size:]
                     await slots.acquire()
                     tasks.start_soon(self._one_batch, batch, slots)
