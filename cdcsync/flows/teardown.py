@@ -25,6 +25,7 @@ from cdcsync.source.catalog import Slot, read_server, read_slot
 from cdcsync.source.publications import Publication, published_names, read_publication
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
+from cdcsync.target.search import drop_search
 
 OURS = "cdcsync: "
 """How the comments of what all pipelines of a schema share begin."""
@@ -181,7 +182,7 @@ async def _sharing(target: Connection, config: Config) -> list[str]:
 
 
 async def _purge(target: Connection, config: Config, belongings: Belongings) -> Step:
-    """Drop views, tables and rows of the pipeline, and with the last pipeline of the schema what they shared."""
+    """Drop all that is the pipeline's, and with the last pipeline of the schema what they shared."""
     schema = config.target.schema
     what = f"indexes {', '.join(belongings.indexes)}" if belongings.indexes else f"pipeline {config.source.slot}"
     if not belongings.set_up:
@@ -189,6 +190,8 @@ async def _purge(target: Connection, config: Config, belongings: Belongings) -> 
     try:
         with speaking_of("target"):
             async with target.transaction():
+                for index in belongings.indexes:
+                    await drop_search(target, schema, index)
                 await _drop(target, "VIEW", belongings.views)
                 await _drop(target, "TABLE", belongings.tables)
                 await Registry(schema).forget(target, config.source.slot)

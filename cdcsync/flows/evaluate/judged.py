@@ -5,7 +5,7 @@
                  hybrid ─┤
                  reranked ┘
 
-The searches are those that applications make: the same statement, one chunk for each document. A document's id is its
+The searches are those that applications make: the same function, each document once. A document's id is its
 key. Figures are means over the questions, compared question by question (`intervals`).
 
 Source: ir-measures, "Measures"; Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques" (2002).
@@ -29,7 +29,7 @@ from cdcsync.flows.evaluate.intervals import difference, figure
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.target.judged_runs import MODES, Figure, JudgedMode, ModeRun, Run, Weighed
-from cdcsync.target.search import FUSION, MAX_HITS, Mode, search
+from cdcsync.target.search import FUSION, Mode, search
 
 if TYPE_CHECKING:
     import ir_measures
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
 DEPTH = 100
 """Documents that each search returns: as deep as the deepest usual measure looks (R@100)."""
-
-CHUNKS = 4
-"""Chunks asked for in the place of each document, as several may be of one."""
 
 MEASURES = ("nDCG@10", "R@100", "RR@10")
 """What is measured unless told otherwise; the first one decides."""
@@ -209,10 +206,10 @@ class Searches:
                 self._spec,
                 text=self._collection.queries[query],
                 vector=self._vectors[query],
-                k=min(MAX_HITS, CHUNKS * DEPTH),
+                k=DEPTH,
                 mode=mode,
             )
-            return list(dict.fromkeys(document_id(hit.key) for hit in hits))[:DEPTH]
+            return [document_id(hit.key) for hit in hits]
 
         return found
 

@@ -25,6 +25,7 @@ from cdcsync.target.ddl.names import OPCLASSES as OPCLASSES
 from cdcsync.target.ddl.names import OPERATORS as OPERATORS
 from cdcsync.target.ddl.names import Names as Names
 from cdcsync.target.ddl.names import vector_schema as vector_schema
+from cdcsync.target.ddl.searching import create_words, put_search
 from cdcsync.target.ddl.tiers import create_vectors as create_vectors
 from cdcsync.target.ddl.views import follow_name
 
@@ -148,6 +149,9 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
     ):
         await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(relation, sql.Literal(comment)))
     await _put_view(connection, schema, spec, grants)
+    if spec.config.search is not None:
+        await create_words(connection, schema, spec)
+    await put_search(connection, schema, spec)
 
 
 def _b_tree_name(index: str, column: str) -> str:

@@ -161,7 +161,7 @@ async def test_what_both_legs_find_comes_before_what_one_finds(database: Databas
         Doc(1, "nothing in common", EAST),
         Doc(2, "zebra crossing", (0.9, 0.1, 0.0)),
         Doc(3, "zebra zebra zebra", (-1.0, 0.0, 0.0)),
-        *(Doc(4 + at, f"far away {at}", (-0.5, -0.5, at / 100)) for at in range(100)),
+        *(Doc(4 + at, f"far away {at}", (-0.5, -0.5, at / 100)) for at in range(300)),
     ]
     async with indexed(database, docs) as (connection, spec):
         by_vector = await search(connection, SCHEMA, spec, text="zebra", vector=EAST, mode="vector", k=1)
@@ -213,7 +213,7 @@ async def test_a_condition_finds_the_operators_of_extensions(database: Database)
     spec = msgspec.structs.replace(make_spec(tenant_type="public.citext"))
     async with indexed(database, [Doc(1, "a", EAST)], spec) as (connection, spec):
         await connection.execute("UPDATE cdcsync.articles_chunks SET \"tenant %\" = 'ACME'")
-        hits = await search(connection, SCHEMA, spec, text="", vector=EAST, where="\"tenant %\" = 'acme'")
+        hits = await search(connection, SCHEMA, spec, text=None, vector=EAST, where="\"tenant %\" = 'acme'")
         path = await (await connection.execute("SHOW search_path")).fetchone()
     assert ids(hits) == [1]
     assert path == ('""',)

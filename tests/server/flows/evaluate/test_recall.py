@@ -145,9 +145,9 @@ async def test_equals_at_the_same_distance_are_hits_whichever_is_returned(databa
 
 async def test_a_vector_does_not_find_itself(database: Database) -> None:
     async with indexed(database, crowd()) as (index, spec):
-        # To look at one candidate is to find nothing but the query itself, most of the time.
+        # A vector that found itself would never miss.
         found = await evaluate(index.connection, SCHEMA, spec, queries=40, k=1, ef_search=[1])
-    assert found.measured[0].recall < 0.5
+    assert found.measured[0].recall < 0.9
 
 
 @pytest.mark.parametrize(

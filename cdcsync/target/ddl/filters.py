@@ -1,0 +1,82 @@
+"""What a filter can say of each column: the operators that its type has, qualified, and the type of its values.
+
+A filter is data: `{"tenant": 3, "status": ["open", "new"], "created_at": {"gte": "2026-01-01"}}`. The search function
+makes conditions of it; every value becomes a literal of the column's type.
+
+Source: PostgreSQL, "B-Tree Indexes" (B-Tree Strategies), "Operator Classes and Operator Families".
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import msgspec
+
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection
+
+STRATEGIES = {"lt": (1, "<"), "lte": (2, "<="), "eq": (3, "="), "gte": (4, ">="), "gt": (5, ">")}
+"""The operators that a type is sorted by: B-tree's number of each, and its name in pg_catalog."""
+
+
+class Column(msgspec.Struct, frozen=True):
+    """A column that a filter can name.
+
+    :ivar type: its type as SQL, without a length: a value is compared whole, and not cut to fit.
+    :ivar shown: its type as people write it.
+    :ivar operators: SQL for each operator of a filter.
+    """
+
+    type: str
+    shown: str
+    operators: dict[str, str]
+
+
+async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Column]:
+    """Return what a filter can say of each key and carried column."""
+    columns = dict(zip(spec.shape.key + spec.shape.carried, spec.key_types + spec.carried_types, strict=True))
+    cursor = await connection.execute(
+        """
+        WITH RECURSIVE made_of (place, oid) AS (
+            SELECT place, to_regtype(name)::oid FROM unnest(%s::text[]) WITH ORDINALITY AS wanted (name, place)
+            UNION ALL
+            SELECT m.place, t.typbasetype FROM made_of m JOIN pg_type t USING (oid) WHERE t.typtype = 'd'
+        ), base AS (
+            SELECT m.place, t.oid, format('%%I.%%I', n.nspname, t.typname) AS type, t.typtype, t.typelem,
+                (SELECT array_agg(c.oid) FROM pg_opclass c JOIN pg_am a ON a.oid = c.opcmethod AND a.amname = 'btree'
+                 WHERE c.opcdefault AND c.opcintype = t.oid) AS own,
+                EXISTS (SELECT FROM pg_cast k JOIN pg_opclass c ON c.opcintype = k.casttarget AND c.opcdefault
+                        JOIN pg_am a ON a.oid = c.opcmethod AND a.amname = 'btree'
+                        WHERE k.castsource = t.oid AND k.castmethod = 'b' AND k.castcontext = 'i') AS as_another
+            FROM made_of m JOIN pg_type t USING (oid) JOIN pg_namespace n ON n.oid = t.typnamespace
+            WHERE t.typtype <> 'd'
+        )
+        SELECT b.place, b.type,
+            b.own IS NOT NULL OR b.as_another OR b.typtype IN ('e', 'r', 'm', 'c') OR b.typelem <> 0,
+            (SELECT jsonb_object_agg(x.amopstrategy, format('OPERATOR(%%I.%%s)', n.nspname, o.oprname))
+             FROM pg_opclass c JOIN pg_amop x ON x.amopfamily = c.opcfamily
+                 AND x.amoplefttype = b.oid AND x.amoprighttype = b.oid
+             JOIN pg_operator o ON o.oid = x.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace
+             WHERE c.oid = ANY(b.own)),
+            (SELECT format('OPERATOR(%%I.%%s)', n.nspname, o.oprname)
+             FROM pg_opclass c JOIN pg_amop x ON x.amopfamily = c.opcfamily AND x.amopstrategy = 3
+                 AND x.amoplefttype = b.oid AND x.amoprighttype = b.oid
+             JOIN pg_operator e ON e.oid = x.amopopr JOIN pg_operator o ON o.oid = e.oprnegate
+             JOIN pg_namespace n ON n.oid = o.oprnamespace
+             WHERE c.oid = ANY(b.own) LIMIT 1)
+        FROM base b
+        """,
+        [list(columns.values())],
+    )
+    found: dict[str, Column] = {}
+    names = list(columns)
+    for place, type_, comparable, own, differs in await cursor.fetchall():
+        operators = {"like": "", "null": ""}
+        if comparable:
+            for name, (strategy, sign) in STRATEGIES.items():
+                operators[name] = (own or {}).get(str(strategy), f"OPERATOR(pg_catalog.{sign})")
+            operators["ne"] = differs or "OPERATOR(pg_catalog.<>)"
+            operators["in"] = operators["eq"]
+        column = names[place - 1]
+        found[column] = Column(cast(str, type_), columns[column], operators)
+    return found

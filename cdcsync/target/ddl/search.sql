@@ -1,0 +1,341 @@
+{create} FUNCTION {function}(
+    query text,
+    embedding {extension}.vector DEFAULT NULL,
+    k int DEFAULT 10,
+    filter jsonb DEFAULT '{{}}',
+    mode text DEFAULT 'hybrid',
+    per_document boolean DEFAULT true,
+    skip int DEFAULT 0,
+    vector_weight float8 DEFAULT 1,
+    text_weight float8 DEFAULT 1,
+    headline text DEFAULT {headline_options},
+    language text DEFAULT NULL
+) RETURNS SETOF {hit} LANGUAGE plpgsql {volatility} SECURITY INVOKER {settings} AS $cdcsync_search$
+-- Searches the index {index_comment}. One snapshot, and read only: every statement in here sees the caller's.
+--
+--     vector leg   the nearest vectors, by HNSW; exactly where that finds too few          ids, distances
+--     keyword leg  chunks with the rarest words of the query, within a budget of rows,
+--                  ordered by idf * ts_rank, and the best of them by BM25                   ids, scores
+--     fusion       the sum of weight / ({fusion} + place) over both legs
+--
+-- Operators in statements that hold a condition are qualified: a condition may need the caller's search_path.
+#variable_conflict use_variable
+DECLARE
+    wanted CONSTANT int := skip + k;
+    facts CONSTANT jsonb := {columns};
+    asked CONSTANT text := left(query, {query_characters});
+    by_vector boolean := embedding IS NOT NULL AND mode <> 'text';
+    by_words boolean := {searchable} AND query IS NOT NULL AND mode <> 'vector';
+    conditions text := {condition};
+    filtered boolean := {filtered};
+    configurations regconfig[] := {configurations};
+    column_name text;
+    wish jsonb;
+    operator_name text;
+    value jsonb;
+    literal text;
+    literals text[];
+    sign text;
+    part text;
+    negated text;
+    syntax boolean;
+    required tsquery;
+    excluded tsquery;
+    bare text;
+    total float8;
+    mean_length float8;
+    words text[];
+    seen float8[];
+    weights float8[];
+    word_queries tsquery[];
+    any_word tsquery;
+    ranking text;
+    depth int;
+    effort int;
+    statement text;
+    vector_ids bigint[];
+    budget int;
+    visited float8;
+    at int;
+    batch tsquery;
+    tried tsquery;
+    others tsquery;
+    one tsquery;
+    attempts tsquery[];
+    more_ids bigint[];
+    more_ranks float8[];
+    candidates bigint[];
+    candidate_ranks float8[];
+    text_ids bigint[];
+    text_scores float8[];
+    hit_ids bigint[];
+    hit_scores float8[];
+    hit_vector_ranks bigint[];
+    hit_text_ranks bigint[];
+    hit_text_scores float8[];
+    line text;
+BEGIN
+    -- The arguments.
+    IF mode IS NULL OR mode NOT IN ('hybrid', 'vector', 'text') THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = format('there is no mode %L', mode),
+            HINT = 'The modes are hybrid, vector and text.';
+    END IF;
+    IF wanted IS NULL OR k < 1 OR skip < 0 OR wanted > {max_hits} THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('cannot return %s hits after skipping %s', k, skip),
+            HINT = 'k is at least 1, and skip + k at most {max_hits}.';
+    END IF;
+    IF vector_weight IS NULL OR text_weight IS NULL OR NOT vector_weight BETWEEN 0 AND 1e6
+            OR NOT text_weight BETWEEN 0 AND 1e6 OR vector_weight + text_weight = 0 THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'a weight cannot be used',
+            HINT = 'Weights are 0 or more, and one of them is more.';
+    END IF;
+    IF mode = 'text' AND NOT {searchable} THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'this index has no keyword search',
+            HINT = 'Search by vector, or give the index a search = "english" in the configuration.';
+    END IF;
+    IF mode = 'vector' AND embedding IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'a search by vector needs an embedding',
+            HINT = 'Embed the query with the model of the index first.';
+    END IF;
+    IF embedding IS NOT NULL AND {extension}.vector_dims(embedding) <> {dimensions} THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = format(
+                'the embedding has %s dimensions, the index has {dimensions}', {extension}.vector_dims(embedding)),
+            HINT = {embed_hint};
+    END IF;
+    IF query !~ '\S' AND mode <> 'vector' THEN
+        RETURN; -- blank: somebody has typed nothing yet
+    END IF;
+
+    -- The filter: values become literals of the columns' types, so that the planner can estimate them.
+    FOR column_name, wish IN SELECT * FROM jsonb_each(coalesce(filter, '{{}}')) LOOP
+        IF NOT facts ? column_name THEN
+            RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+                MESSAGE = format('the filter names a column that the index does not have: %I', column_name),
+                HINT = 'The columns are ' || (SELECT string_agg(quote_ident(f), ', ' ORDER BY f)
+                                              FROM jsonb_object_keys(facts) AS f) || '.';
+        END IF;
+        wish := CASE jsonb_typeof(wish) WHEN 'object' THEN wish
+                    WHEN 'array' THEN jsonb_build_object('in', wish)
+                    WHEN 'null' THEN '{{"null": true}}' ELSE jsonb_build_object('eq', wish) END;
+        FOR operator_name, value IN SELECT * FROM jsonb_each(wish) LOOP
+            filtered := true;
+            IF NOT facts -> column_name -> 'operators' ? operator_name THEN
+                RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+                    MESSAGE = format('the filter on %I has no operator %L', column_name, operator_name),
+                    HINT = 'The operators are ' || (
+                        SELECT string_agg(o, ', ' ORDER BY array_position('{operators}', o))
+                        FROM jsonb_object_keys(facts -> column_name -> 'operators') AS o) || '.';
+            END IF;
+            IF jsonb_typeof(value) <> (CASE operator_name WHEN 'null' THEN 'boolean' WHEN 'in' THEN 'array'
+                                       WHEN 'like' THEN 'string' ELSE jsonb_typeof(value) END)
+                OR jsonb_typeof(value) IN ('object', 'null') OR jsonb_typeof(value) = 'array' AND operator_name <> 'in'
+                OR operator_name = 'in' AND jsonb_path_exists(
+                    value, '$[*] ? (@.type() == "null" || @.type() == "object" || @.type() == "array")', '{{}}', true)
+            THEN
+                RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+                    MESSAGE = format('the filter on %I: %s cannot take %s', column_name, operator_name, value),
+                    HINT = 'null takes true or false, in takes a list of values, like takes a string,'
+                           ' and the others take one value.';
+            END IF;
+            literals := '{{}}';
+            FOR literal IN SELECT v #>> '{{}}' FROM jsonb_array_elements(
+                CASE jsonb_typeof(value) WHEN 'array' THEN value ELSE jsonb_build_array(value) END) AS v
+            LOOP
+                IF operator_name NOT IN ('null', 'like') THEN
+                    BEGIN
+                        literal := format('%L::%s', literal, facts -> column_name ->> 'type');
+                        EXECUTE 'SELECT ' || literal;
+                    EXCEPTION WHEN data_exception THEN
+                        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+                            MESSAGE = format('the filter on %I: %s', column_name, SQLERRM),
+                            HINT = format('The column is of the type %s.', facts -> column_name ->> 'shown');
+                    END;
+                END IF;
+                literals := array_append(literals, literal);
+            END LOOP;
+            conditions := conditions || CASE operator_name
+                WHEN 'null' THEN format(' AND c.%I IS %sNULL', column_name, CASE value WHEN 'true' THEN '' ELSE 'NOT ' END)
+                WHEN 'like' THEN format(' AND c.%I::pg_catalog.text OPERATOR(pg_catalog.~~) %L', column_name, literals[1])
+                WHEN 'in' THEN CASE WHEN literals = '{{}}' THEN ' AND false' ELSE format(' AND c.%I %s ANY (ARRAY[%s])',
+                    column_name, facts -> column_name -> 'operators' ->> 'in', array_to_string(literals, ', ')) END
+                ELSE format(' AND c.%I %s %s',
+                    column_name, facts -> column_name -> 'operators' ->> operator_name, literals[1])
+            END;
+        END LOOP;
+    END LOOP;
+
+    -- The words: quoted phrases and -words are conditions, the other words are alternatives.
+    IF {searchable} AND query IS NOT NULL AND (by_words OR asked ~ '(^|\s)-') THEN
+        {choose_configurations}
+        syntax := cardinality(regexp_split_to_array(asked, '\s+')) <= {syntax_words};
+        FOR sign, part, negated IN SELECT m[1], m[2], m[3]
+            FROM regexp_matches(asked, '((?:^|\s)-)?"([^"]*)"|(?:^|\s)-(?=[[:alnum:]])([^\s"]+)', 'g') AS m WHERE syntax
+        LOOP
+            one := (SELECT string_agg('(' || q::text || ')', ' | ')::tsquery FROM {phrases} AS q WHERE numnode(q) > 0);
+            CONTINUE WHEN one IS NULL; -- stop words alone
+            IF sign IS NULL AND negated IS NULL THEN
+                required := coalesce(required && one, one);
+            ELSE
+                excluded := coalesce(excluded || one, one);
+            END IF;
+        END LOOP;
+        bare := asked;
+        IF syntax THEN
+            bare := regexp_replace(bare, '(?:^|\s)-"[^"]*"', ' ', 'g');
+            bare := regexp_replace(bare, '(?:^|\s)-(?=[[:alnum:]])[^\s"]+', ' ', 'g');
+            bare := regexp_replace(bare, '(?:^|\s)or(?=\s|$)', ' ', 'gi');
+        END IF;
+        SELECT s.chunks, s.occurrences / greatest(s.chunks, 1)::float8 INTO total, mean_length
+        FROM {words} AS s WHERE s.lexeme = '';
+        total := coalesce(total, {assumed_chunks});
+        mean_length := coalesce(nullif(mean_length, 0), {assumed_length});
+        -- A word that the query repeats weighs more, up to {k3} + 1 times as much.
+        SELECT array_agg(w.lexeme ORDER BY w.seen, w.lexeme), array_agg(w.seen ORDER BY w.seen, w.lexeme),
+               array_agg(w.weight ORDER BY w.seen, w.lexeme),
+               array_agg(('''' || replace(replace(w.lexeme, '\', '\\'), '''', '''''') || '''')::tsquery
+                         ORDER BY w.seen, w.lexeme)
+        INTO words, seen, weights, word_queries
+        FROM (
+            SELECT l.lexeme, l.seen, ln(1 + (greatest(total, l.seen) - l.seen + 0.5) / (l.seen + 0.5))
+                                     * l.times * ({k3} + 1) / (l.times + {k3}) AS weight
+            FROM (SELECT u.lexeme, sum(coalesce(cardinality(u.positions), 1))::float8 AS times,
+                         coalesce(min(s.chunks), 1)::float8 AS seen
+                  FROM {lexemes} AS u LEFT JOIN {words} AS s USING (lexeme) GROUP BY u.lexeme) AS l
+            ORDER BY weight DESC, l.lexeme LIMIT {max_words}
+        ) AS w;
+    END IF;
+    by_words := by_words AND words IS NOT NULL;
+    IF excluded IS NOT NULL THEN
+        conditions := conditions || format(' AND NOT c.search OPERATOR(pg_catalog.@@) %L::pg_catalog.tsquery', excluded);
+        filtered := true;
+    END IF;
+    IF NOT by_words AND NOT by_vector THEN
+        RETURN; -- stop words or exclusions alone
+    END IF;
+    IF by_words THEN
+        SELECT string_agg(q::text, ' | ')::tsquery INTO any_word FROM unnest(word_queries) AS q;
+        ranking := (
+            SELECT string_agg(format('(%s::pg_catalog.float8 OPERATOR(pg_catalog.*)'
+                ' pg_catalog.ts_rank(c.search, %L::pg_catalog.tsquery, 1))', weights[n], word_queries[n]),
+                ' OPERATOR(pg_catalog.+) ')
+            FROM (SELECT n FROM generate_subscripts(words, 1) AS n ORDER BY weights[n] DESC LIMIT {ranked_words}) AS h);
+    END IF;
+
+    -- Pages of up to {page_hits} hits look equally deep, so that one continues the other.
+    depth := CASE WHEN wanted <= {page_hits} THEN {page_depth} ELSE {max_hits} END;
+    LOOP
+        IF by_vector THEN
+            FOR effort IN 1 .. 3 LOOP
+                CONTINUE WHEN effort = 2 AND filtered; -- among few rows an exact search costs less than a wider one
+                PERFORM set_config('hnsw.ef_search',
+                                   (CASE effort WHEN 1 THEN least({usual_ef}, {max_hits}) ELSE {max_hits} END)::text, true);
+                statement := replace(CASE WHEN effort = 3 THEN {exact_leg} ELSE {nearest_leg} END, '<from>',
+                    CASE WHEN filtered THEN {filtered_vectors} || conditions ELSE {all_vectors} END);
+                {enter_condition}
+                {explain_vector}
+                EXECUTE statement INTO vector_ids USING embedding, depth;
+                {leave_condition}
+                EXIT WHEN cardinality(vector_ids) >= wanted;
+            END LOOP;
+        END IF;
+        IF by_words THEN
+            statement := format({words_leg}, ranking,
+                CASE WHEN required IS NULL THEN conditions ELSE conditions
+                    || format(' AND c.search OPERATOR(pg_catalog.@@) %L::pg_catalog.tsquery', required) END);
+            budget := greatest({budget}, depth);
+            candidates := '{{}}';
+            candidate_ranks := '{{}}';
+            visited := 0;
+            tried := NULL;
+            at := 0;
+            WHILE at < cardinality(words) AND cardinality(candidates) < depth AND visited < {visits} LOOP
+                -- As many of the rarest words as the budget allows for, after that one at a time.
+                batch := NULL;
+                WHILE at < cardinality(words)
+                    AND (batch IS NULL OR least(visited + seen[at + 1], total) <= budget) LOOP
+                    at := at + 1;
+                    visited := visited + seen[at];
+                    batch := coalesce(batch || word_queries[at], word_queries[at]);
+                END LOOP;
+                one := coalesce(batch && !! tried, batch);
+                tried := coalesce(tried || batch, batch);
+                attempts := ARRAY[one];
+                IF least(visited, total) > budget AND at < cardinality(words) THEN
+                    -- A frequent word: chunks that hold another one too come first.
+                    others := (SELECT string_agg(q::text, ' | ')::tsquery
+                               FROM unnest(word_queries[at + 1:]) AS q);
+                    attempts := ARRAY[one && others, one && !! others];
+                END IF;
+                FOREACH one IN ARRAY attempts LOOP
+                    CONTINUE WHEN cardinality(candidates) >= budget;
+                    {enter_condition}
+                    {explain_words}
+                    EXECUTE statement INTO more_ids, more_ranks USING one, budget - cardinality(candidates);
+                    {leave_condition}
+                    candidates := candidates || more_ids;
+                    candidate_ranks := candidate_ranks || more_ranks;
+                END LOOP;
+            END LOOP;
+            SELECT array_agg(b.id) INTO candidates FROM (
+                SELECT f.id FROM unnest(candidates, candidate_ranks) AS f(id, rank)
+                ORDER BY f.rank DESC, f.id LIMIT depth) AS b;
+            SELECT array_agg(b.chunk_id ORDER BY b.score DESC, b.chunk_id),
+                   array_agg(b.score ORDER BY b.score DESC, b.chunk_id)
+            INTO text_ids, text_scores
+            FROM (
+                SELECT c.chunk_id, (
+                    SELECT sum(weights[t.place] * t.times * ({k1} + 1)
+                               / (t.times + {k1} * (1 - {b} + {b} * l.length / mean_length)))
+                    FROM unnest(l.times, l.places) AS t(times, place)) AS score
+                FROM unnest(candidates) AS f(id) JOIN {chunks} AS c ON c.chunk_id = f.id
+                CROSS JOIN LATERAL (
+                    SELECT sum(u.times)::float8 AS length,
+                           array_agg(u.times) FILTER (WHERE u.place IS NOT NULL) AS times,
+                           array_agg(u.place) FILTER (WHERE u.place IS NOT NULL) AS places
+                    FROM (SELECT coalesce(cardinality(t.positions), 1) AS times,
+                                 array_position(words, t.lexeme) AS place FROM unnest(c.search) AS t) AS u
+                ) AS l
+            ) AS b;
+        END IF;
+
+        -- Fusion, of documents or of chunks. A document is shown by the chunk that its places are best for.
+        SELECT array_agg(h.chunk_id ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id),
+               array_agg(h.score ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id),
+               array_agg(h.vector_rank ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id),
+               array_agg(h.text_rank ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id),
+               array_agg(h.text_score ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id)
+        INTO hit_ids, hit_scores, hit_vector_ranks, hit_text_ranks, hit_text_scores
+        FROM (
+            SELECT r.*, coalesce(vector_weight / ({fusion} + r.vector_rank), 0)
+                        + coalesce(text_weight / ({fusion} + r.text_rank), 0) AS score
+            FROM (
+                SELECT d.chunk_id, d.text_score,
+                       CASE WHEN d.by_vector IS NOT NULL THEN row_number() OVER (ORDER BY d.by_vector) END AS vector_rank,
+                       CASE WHEN d.by_text IS NOT NULL THEN row_number() OVER (ORDER BY d.by_text) END AS text_rank
+                FROM (
+                    SELECT min(g.by_vector) AS by_vector, min(g.by_text) AS by_text, max(g.text_score) AS text_score,
+                           (array_agg(g.chunk_id ORDER BY coalesce(vector_weight / ({fusion} + g.by_vector), 0)
+                               + coalesce(text_weight / ({fusion} + g.by_text), 0) DESC, g.chunk_id))[1] AS chunk_id
+                    FROM (
+                        SELECT c.chunk_id, f.by_vector, f.by_text, f.text_score,
+                               CASE WHEN per_document THEN dense_rank() OVER (ORDER BY {key}) ELSE c.chunk_id END AS document
+                        FROM (
+                            SELECT coalesce(v.id, t.id) AS id, v.place AS by_vector, t.place AS by_text, t.score AS text_score
+                            FROM unnest(vector_ids) WITH ORDINALITY AS v(id, place)
+                            FULL JOIN unnest(text_ids, text_scores) WITH ORDINALITY AS t(id, score, place) USING (id)
+                        ) AS f JOIN {chunks} AS c ON c.chunk_id = f.id
+                    ) AS g GROUP BY g.document
+                ) AS d
+            ) AS r
+        ) AS h;
+        EXIT WHEN cardinality(hit_ids) >= wanted OR depth >= {deepest}
+            OR coalesce(cardinality(vector_ids), 0) < depth AND coalesce(cardinality(text_ids), 0) < depth;
+        depth := depth * 4; -- most of what was found are chunks of the same few documents
+    END LOOP;
+
+    RETURN QUERY EXECUTE {result}
+    USING hit_ids[skip + 1:wanted], hit_scores[skip + 1:wanted], hit_vector_ranks[skip + 1:wanted],
+          hit_text_ranks[skip + 1:wanted], hit_text_scores[skip + 1:wanted], embedding, any_word, headline;
+END
+$cdcsync_search$

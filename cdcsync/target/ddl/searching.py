@@ -1,0 +1,453 @@
+"""The SQL function that searches one index: what it is made of, and how it is created, upgraded and dropped.
+
+`SCHEMA.INDEX_search` is the one owner of how an index is searched: applications call it, and so does `search` of this
+package. Its body is `search.sql`; what differs between indexes is filled in here. It returns rows of the composite
+type `SCHEMA.INDEX_hit`, to which a column can be added while other objects use the function.
+
+Source: PostgreSQL, "CREATE FUNCTION", "CREATE TYPE", "ALTER TYPE", "PL/pgSQL" (Executing Dynamic Commands).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from typing import LiteralString
+
+import msgspec
+import psycopg
+import structlog
+from psycopg import sql
+
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.filters import read_columns
+from cdcsync.target.ddl.names import OPERATORS, Names, vector_schema
+
+log = structlog.get_logger()
+
+FUSION = 60
+"""Added to each place before its reciprocal is taken. The paper's value: results were near their best there, and
+changed little around it. Smaller lets the first hit of one leg outweigh agreement of both, larger makes all places
+alike."""
+
+MAX_HITS = 1_000
+"""The last place that a search can be asked for: pgvector's upper bound of hnsw.ef_search."""
+
+PAGE_HITS = 70
+PAGE_DEPTH = 200
+"""Each leg returns this many chunks for any page of the first `PAGE_HITS` hits, which is FUSION + 2 * PAGE_HITS. What
+both legs place below that scores less than 2 / (2 * FUSION + 2 * PAGE_HITS), which so many chunks of either leg alone
+reach already. As the number does not depend on the page, one page continues the other."""
+
+EF_SEARCH = 100
+"""How many candidates HNSW looks at, where pgvector's default is 40: who searches the view can tune that, this function
+should not miss a near neighbour to save a fraction of a millisecond."""
+
+DEEPEST = 16_000
+"""Looking for documents ends here, even if all that was found are chunks of fewer documents than were asked for."""
+
+BUDGET = 2_000
+"""Candidates of the keyword leg. Ranking one takes some microseconds for each word of the query."""
+
+VISITS = 20_000
+"""Rows that the keyword leg may look at to find its candidates, where a filter leaves few of them."""
+
+MAX_WORDS = 64
+"""The keyword leg goes by so many different words of a query, the rarest ones: text that somebody pasted has its rare
+words among them."""
+
+RANKED_WORDS = 16
+"""The candidates are ordered by the rarest words alone before the best are scored by all: the others weigh little."""
+
+SYNTAX_WORDS = 32
+"""In a query of more words than this, quotes and dashes are punctuation: it is text that somebody pasted, and a phrase
+in it need not be in what is sought."""
+
+QUERY_CHARACTERS = 100_000
+"""The keyword leg reads this much of a query: about 15,000 words."""
+
+K1, B, K3 = 1.2, 0.75, 8
+"""BM25's usual constants. K3 is for words that the query repeats, which says what a long one is about."""
+
+ASSUMED_CHUNKS, ASSUMED_LENGTH = 1_000, 100
+"""What the keyword leg goes by before the worker has counted words for the first time."""
+
+HEADLINE_CHARACTERS = 20_000
+"""Headlines are made of this much of a chunk."""
+
+HEADLINE = "MaxFragments=2, MaxWords=25, MinWords=10"
+"""Options of ts_headline, unless the caller gives others."""
+
+WORK_MEMORY = "32MB"
+"""Enough to sort the distances of some ten thousand rows in memory."""
+
+FUNCTION = resources.files(__package__).joinpath("search.sql").read_text(encoding="utf-8")
+
+OWN = ("chunk_no", "content", "score", "distance", "vector_rank", "text_rank", "text_score", "headline", "stale")
+"""The attributes of a hit after key and carried columns."""
+
+_OWN_TYPES = ("integer", "text", "float8", "float8", "integer", "integer", "float8", "text", "boolean")
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """A function for one session, in `pg_temp`: the installed one with something more.
+
+    :ivar where: the caller's own SQL condition on key and carried columns.
+    :ivar path: the search_path that names in `where` are looked up in.
+    :ivar explain: whether the plans of both legs are raised as INFO messages.
+    """
+
+    where: str | None = None
+    path: str = "pg_catalog, pg_temp"
+    explain: bool = False
+
+
+def function_name(schema: str, index: str) -> sql.Identifier:
+    """Return the name of an index's search function."""
+    return sql.Identifier(schema, f"{index}_search")
+
+
+def hit_name(schema: str, index: str) -> sql.Identifier:
+    """Return the name of the type of an index's hits."""
+    return sql.Identifier(schema, f"{index}_hit")
+
+
+def words_name(schema: str, index: str) -> sql.Identifier:
+    """Return the name of the table of an index's words."""
+    return sql.Identifier(schema, f"{index}_words")
+
+
+def attribute_of(column: str) -> str:
+    """Return what a hit calls a key or carried column: its name, unless a hit has an attribute of that name itself."""
+    return f"carried_{column}" if column in OWN else column
+
+
+async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Create an index's search function, or bring it up to date. The caller's transaction commits.
+
+    Objects of users that depend on the function keep it as it was, and a warning is logged.
+    """
+    try:
+        async with connection.transaction():
+            await _put(connection, schema, spec)
+    except psycopg.errors.DependentObjectsStillExist as error:
+        detail = " ".join((error.diag.message_detail or "").split())
+        log.warning(
+            "search_function_kept",
+            index=spec.name,
+            fix=f"drop what depends on it and start the worker again: {detail}",
+        )
+
+
+async def _put(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    function, hit = function_name(schema, spec.name), hit_name(schema, spec.name)
+    grants: list[sql.Composed] = []
+    present = await _attributes(connection, schema, spec)
+    wanted = _wanted_attributes(spec)
+    if present and any(wanted.get(name) != type_ for name, type_ in present.items()):
+        grants = await _grants(connection, schema, spec)
+        await drop_search(connection, schema, spec.name)
+        present = {}
+    definitions = {name: sql.SQL("{} " + type_).format(sql.Identifier(name)) for name, type_ in wanted.items()}
+    if not present:
+        await connection.execute(
+            sql.SQL("CREATE TYPE {} AS ({})").format(hit, sql.SQL(", ").join(definitions.values()))
+        )
+        comment = f"cdcsync index {spec.name}: a hit of {spec.name}_search"
+        await connection.execute(sql.SQL("COMMENT ON TYPE {} IS {}").format(hit, sql.Literal(comment)))
+        order = list(wanted)
+    else:
+        added = [name for name in wanted if name not in present]
+        for name in added:
+            await connection.execute(sql.SQL("ALTER TYPE {} ADD ATTRIBUTE {}").format(hit, definitions[name]))
+        order = [*present, *added]
+    statement = await compose(connection, schema, spec, order)
+    digest = hashlib.sha256(statement.as_bytes(connection)).hexdigest()[:16]
+    comment = f"cdcsync index {spec.name}: searches by words and by vector; docs/search.md describes it ({digest})"
+    cursor = await connection.execute(
+        "SELECT obj_description(p.oid, 'pg_proc') FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace"
+        " WHERE n.nspname = %s AND p.proname = %s",
+        [schema, f"{spec.name}_search"],
+    )
+    if (comment,) in await cursor.fetchall():
+        return
+    await connection.execute(statement)
+    await connection.execute(sql.SQL("COMMENT ON FUNCTION {} IS {}").format(function, sql.Literal(comment)))
+    for grant in grants:
+        await connection.execute(grant)
+
+
+async def create_words(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Create the table of an index's words. The caller's transaction commits."""
+    table = words_name(schema, spec.name)
+    await connection.execute(
+        sql.SQL(
+            'CREATE TABLE IF NOT EXISTS {} (lexeme text COLLATE "C" PRIMARY KEY, chunks bigint NOT NULL,'
+            " occurrences bigint NOT NULL)"
+        ).format(table)
+    )
+    comment = (
+        f"cdcsync index {spec.name}: in how many chunks each word is, which is what searches weight words by."
+        " The row of the empty word counts all chunks and all words"
+    )
+    await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(comment)))
+
+
+async def drop_search(connection: Connection, schema: str, index: str) -> None:
+    """Drop an index's search function and its type. The caller's transaction commits."""
+    await connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}").format(function_name(schema, index)))
+    await connection.execute(sql.SQL("DROP TYPE IF EXISTS {}").format(hit_name(schema, index)))
+
+
+async def _grants(connection: Connection, schema: str, spec: IndexSpec) -> list[sql.Composed]:
+    """Return the statements that let those use the function again who may use it now."""
+    cursor = await connection.execute(
+        "SELECT r.rolname FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace"
+        " CROSS JOIN aclexplode(p.proacl) AS a JOIN pg_roles r ON r.oid = a.grantee"
+        " WHERE n.nspname = %s AND p.proname = %s AND a.grantee <> p.proowner",
+        [schema, f"{spec.name}_search"],
+    )
+    return [
+        sql.SQL("GRANT EXECUTE ON FUNCTION {} TO {}").format(function_name(schema, spec.name), sql.Identifier(role))
+        for (role,) in await cursor.fetchall()
+    ]
+
+
+async def _attributes(connection: Connection, schema: str, spec: IndexSpec) -> dict[str, str]:
+    """Return the attributes of an index's hits and their types, in order; none while there is no such type."""
+    cursor = await connection.execute(
+        "SELECT a.attname, format_type(a.atttypid, a.atttypmod)"
+        " FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = %s AND c.relname = %s AND c.relkind = 'c' AND a.attnum > 0"
+        " AND NOT a.attisdropped ORDER BY a.attnum",
+        [schema, f"{spec.name}_hit"],
+    )
+    return dict(await cursor.fetchall())
+
+
+def _wanted_attributes(spec: IndexSpec) -> dict[str, str]:
+    columns = zip(spec.shape.key + spec.shape.carried, spec.key_types + spec.carried_types, strict=True)
+    wanted = {attribute_of(column): type_ for column, type_ in columns}
+    return wanted | {name: _CATALOG_TYPES.get(type_, type_) for name, type_ in zip(OWN, _OWN_TYPES, strict=True)}
+
+
+_CATALOG_TYPES = {"float8": "double precision"}
+
+
+async def compose(
+    connection: Connection, schema: str, spec: IndexSpec, order: Sequence[str] = (), variant: Variant | None = None
+) -> sql.Composed:
+    """Return the statement that creates an index's search function.
+
+    :param order: the attributes of the index's hits, in their order in the type.
+    :param variant: for a function in `pg_temp`, what it has more than the installed one.
+    """
+    extension = await vector_schema(connection)
+    # A role that is not a superuser may set parameters of pgvector only after its library is loaded.
+    await connection.execute(sql.SQL("SELECT '[0]'::{}.vector").format(sql.Identifier(extension)))
+    names = Names(schema, spec.name)
+    columns = await read_columns(connection, spec)
+    order = order or list(await _attributes(connection, schema, spec))
+    own = variant or Variant()
+    iterative = await pgvector_version(connection) >= ITERATIVE
+    vectors = names.vectors(spec.generation)
+    distance = sql.SQL("v.embedding OPERATOR({}." + OPERATORS[spec.distance] + ") {}::{}." + spec.vector_type)
+    distance_of = {
+        number: distance.format(sql.Identifier(extension), sql.SQL(number), sql.Identifier(extension))
+        for number in ("$1", "$6")
+    }
+    leg = (
+        "SELECT pg_catalog.array_agg(n.chunk_id ORDER BY n.distance, n.chunk_id)"
+        " FROM (SELECT v.chunk_id, {distance} AS distance FROM <from> ORDER BY {order} LIMIT $2) AS n"
+    )
+    exact = sql.SQL("({}) OPERATOR(pg_catalog.+) 0::pg_catalog.float8").format(distance_of["$1"])
+    words = words_name(schema, spec.name)
+    text_of_chunk = sql.SQL("pg_catalog.left(c.content, " + str(HEADLINE_CHARACTERS) + ")")
+    searched = _searched(spec)
+    parts: dict[str, sql.Composable] = {
+        "create": sql.SQL("CREATE OR REPLACE"),
+        "function": function_name(schema, spec.name) if variant is None else sql.Identifier("pg_temp", "search"),
+        "hit": hit_name(schema, spec.name),
+        "extension": sql.Identifier(extension),
+        "volatility": sql.SQL("VOLATILE" if own.explain else "STABLE"),
+        "settings": sql.SQL(" ").join(
+            sql.SQL("SET {} = {}").format(sql.SQL(name), sql.Literal(value))
+            for name, value in _settings(iterative).items()
+        ),
+        "index_comment": sql.SQL(spec.name),
+        "chunks": names.chunks,
+        "words": words,
+        "key": sql.SQL(", ").join(sql.Identifier("c", name) for name in spec.shape.key),
+        "columns": _literal(msgspec.json.encode(columns).decode()),
+        "searchable": sql.SQL("true" if spec.config.search is not None else "false"),
+        "dimensions": sql.Literal(spec.dimensions),
+        # An iterative scan continues past these candidates; an older pgvector returns no more than they are.
+        "usual_ef": sql.SQL(f"greatest({EF_SEARCH}, {'wanted' if iterative else 'depth'})"),
+        "embed_hint": sql.Literal(f"Embed the query with the model of the index, {spec.model}."),
+        "headline_options": sql.Literal(HEADLINE),
+        "operators": sql.SQL("{eq,ne,in,lt,lte,gt,gte,like,null}"),
+        # On a line of its own, so that nothing of ours can become part of it.
+        "condition": sql.Literal("true" if own.where is None else f"(\n{own.where}\n)"),
+        "filtered": sql.SQL("false" if own.where is None else "true"),
+        "choose_configurations": searched.choose,
+        "configurations": searched.configurations,
+        "lexemes": searched.lexemes,
+        "phrases": searched.phrases,
+        "nearest_leg": _text(sql.SQL(leg).format(distance=distance_of["$1"], order=distance_of["$1"]), connection),
+        "exact_leg": _text(sql.SQL(leg).format(distance=distance_of["$1"], order=exact), connection),
+        "all_vectors": _text(sql.SQL("{} AS v").format(vectors), connection),
+        "filtered_vectors": _text(
+            sql.SQL("{} AS v JOIN {} AS c USING (chunk_id) WHERE ").format(vectors, names.chunks), connection
+        ),
+        "words_leg": _text(
+            sql.SQL(
+                "SELECT coalesce(pg_catalog.array_agg(m.chunk_id), '{{}}'),"
+                " coalesce(pg_catalog.array_agg(m.rank), '{{}}')"
+                " FROM (SELECT c.chunk_id, %s AS rank FROM {} AS c"
+                " WHERE c.search OPERATOR(pg_catalog.@@) $1 AND %s LIMIT $2) AS m"
+            ).format(names.chunks),
+            connection,
+        ),
+        "result": _text(
+            sql.SQL(
+                "SELECT {} FROM unnest($1, $2, $3, $4, $5) WITH ORDINALITY"
+                " AS h(chunk_id, score, vector_rank, text_rank, text_score, place)"
+                " JOIN {} AS c ON c.chunk_id = h.chunk_id LEFT JOIN {} AS v ON v.chunk_id = c.chunk_id ORDER BY h.place"
+            ).format(
+                sql.SQL(", ").join(_results(spec, searched, distance_of["$6"], text_of_chunk)[name] for name in order),
+                names.chunks,
+                vectors,
+            ),
+            connection,
+        ),
+        "enter_condition": _path_change(own, own.path),
+        "leave_condition": _path_change(own, "pg_catalog, pg_temp"),
+        "explain_vector": _explaining(own, "vector leg", "embedding, depth"),
+        "explain_words": _explaining(own, "keyword leg", "one, budget - cardinality(candidates)"),
+    }
+    numbers = {
+        "fusion": FUSION,
+        "max_hits": MAX_HITS,
+        "page_hits": PAGE_HITS,
+        "page_depth": PAGE_DEPTH,
+        "deepest": DEEPEST,
+        "budget": BUDGET,
+        "visits": VISITS,
+        "max_words": MAX_WORDS,
+        "ranked_words": RANKED_WORDS,
+        "syntax_words": SYNTAX_WORDS,
+        "query_characters": QUERY_CHARACTERS,
+        "k1": K1,
+        "b": B,
+        "k3": K3,
+        "assumed_chunks": ASSUMED_CHUNKS,
+        "assumed_length": ASSUMED_LENGTH,
+    }
+    parts |= {name: sql.SQL(str(number)) for name, number in numbers.items()}
+    return sql.SQL(FUNCTION).format(**parts)
+
+
+class _Searched(msgspec.Struct, frozen=True):
+    """How words are made of a text, as expressions of the function's body.
+
+    :ivar choose: a statement that sets `configurations`, where they depend on the query.
+    :ivar lexemes: a table of the lexemes of `bare`.
+    :ivar phrases: a table of queries for the words of `part` or `negated`, in their order.
+    :ivar of_chunk: the configuration of a chunk `c`, for its headline.
+    """
+
+    choose: sql.Composable
+    configurations: sql.Composable
+    lexemes: sql.Composable
+    phrases: sql.Composable
+    of_chunk: sql.Composable
+
+
+def _searched(spec: IndexSpec) -> _Searched:
+    configuration = sql.SQL("{}::pg_catalog.regconfig").format(sql.Literal(spec.config.search or "pg_catalog.simple"))
+    return _Searched(
+        sql.SQL(""),
+        sql.SQL("ARRAY[{}]").format(configuration),
+        sql.SQL("unnest(to_tsvector(configurations[1], bare))"),
+        sql.SQL("phraseto_tsquery(configurations[1], coalesce(part, negated))"),
+        configuration,
+    )
+
+
+def _results(
+    spec: IndexSpec, searched: _Searched, distance: sql.Composable, text: sql.Composable
+) -> dict[str, sql.Composable]:
+    """Return the expression of each attribute of a hit."""
+    results: dict[str, sql.Composable] = {
+        attribute_of(column): sql.Identifier("c", column) for column in spec.shape.key + spec.shape.carried
+    }
+    return results | {
+        "chunk_no": sql.SQL("c.chunk_no"),
+        "content": sql.SQL("c.content"),
+        "score": sql.SQL("h.score"),
+        "distance": distance,
+        "vector_rank": sql.SQL("h.vector_rank::pg_catalog.int4"),
+        "text_rank": sql.SQL("h.text_rank::pg_catalog.int4"),
+        "text_score": sql.SQL("h.text_score"),
+        "headline": sql.SQL(
+            "CASE WHEN $8 IS NOT NULL THEN pg_catalog.ts_headline({}, {}, coalesce($7, ''::pg_catalog.tsquery), $8) END"
+        ).format(searched.of_chunk, text),
+        "stale": sql.SQL("v.content_hash IS DISTINCT FROM c.content_hash"),
+    }
+
+
+def _settings(iterative: bool) -> dict[str, str]:
+    """Return what holds while the function runs."""
+    settings = {
+        "search_path": "pg_catalog, pg_temp",
+        "hnsw.ef_search": str(EF_SEARCH),
+        "work_mem": WORK_MEMORY,
+        "jit": "off",
+        "plan_cache_mode": "force_custom_plan",
+        "standard_conforming_strings": "on",
+        # That a query consists of stop words is no news to anybody.
+        "client_min_messages": "warning",
+    }
+    if iterative:
+        # Scan on until enough rows are found: past the entries of rows that were updated or deleted since, and past
+        # rows that a filter leaves out.
+        settings["hnsw.iterative_scan"] = "relaxed_order"
+    return settings
+
+
+ITERATIVE = (0, 8)
+"""The first version of pgvector that scans iteratively."""
+
+
+async def pgvector_version(connection: Connection) -> tuple[int, ...]:
+    """Return the version of pgvector in this database, major and minor."""
+    cursor = await connection.execute("SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'vector'")
+    row = await cursor.fetchone()
+    return tuple(int(part) for part in str(row[0] if row else "0").split(".")[:2] if part.isdigit())
+
+
+def _path_change(variant: Variant, path: str) -> sql.Composable:
+    """Return the statement that sets the path for a condition of the caller's own; nothing where there is none."""
+    if variant.where is None:
+        return sql.SQL("")
+    return sql.SQL("PERFORM pg_catalog.set_config('search_path', {}, true);").format(sql.Literal(path))
+
+
+def _explaining(variant: Variant, leg: str, arguments: LiteralString) -> sql.Composable:
+    if not variant.explain:
+        return sql.SQL("")
+    return sql.SQL(
+        "FOR line IN EXECUTE 'EXPLAIN (ANALYZE, COSTS OFF) ' || statement USING "
+        + arguments
+        + " LOOP RAISE INFO USING MESSAGE = line, HINT = {}; END LOOP;"
+    ).format(sql.Literal(leg))
+
+
+def _text(statement: sql.Composed, connection: Connection) -> sql.Composable:
+    """Return a statement as a literal: the function executes it."""
+    return _literal(statement.as_string(connection))
+
+
+def _literal(text: str) -> sql.Literal:
+    return sql.Literal(text)

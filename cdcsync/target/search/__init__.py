@@ -1,0 +1,38 @@
+"""Search: the chunks or documents nearest to a query, by vector, by words, or by both.
+
+    conditions    conditions in SQL that a caller writes
+    words         how often words occur, which the keyword leg weights them by
+    nearest       the search by vector alone, to measure recall with
+    stored        an index as the target has it
+    query         search: calls the function
+
+Code outside this package imports from here. A file in it imports only from lines above its own.
+"""
+
+from __future__ import annotations
+
+from cdcsync.target.ddl.searching import FUSION, MAX_HITS, drop_search, put_search
+from cdcsync.target.search.conditions import check_where
+from cdcsync.target.search.nearest import nearest_statement, tune
+from cdcsync.target.search.query import Filter, Hit, Mode, Plan, check_condition, refusal, search
+from cdcsync.target.search.stored import stored_spec
+from cdcsync.target.search.words import count_words
+
+__all__ = [
+    "FUSION",
+    "MAX_HITS",
+    "Filter",
+    "Hit",
+    "Mode",
+    "Plan",
+    "check_condition",
+    "check_where",
+    "count_words",
+    "drop_search",
+    "nearest_statement",
+    "put_search",
+    "refusal",
+    "search",
+    "stored_spec",
+    "tune",
+]

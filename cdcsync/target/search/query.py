@@ -1,0 +1,312 @@
+"""Search an index: calls its SQL function, with the caller's condition where there is one.
+
+It is one call in a transaction that can only read, so a hit is never half of an old state and half of a new one.
+
+Source: Cormack, Clarke and Büttcher, "Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning
+Methods" (2009); Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond" (2009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import psycopg
+from psycopg import sql
+from psycopg.types.datetime import DateLoader, TimestampLoader, TimestamptzLoader
+
+from cdcsync.errors import CdcsyncError, SetupError, UsageError
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection, first_line, passing, speaking_of, translate
+from cdcsync.target.ddl.names import Names, vector_schema
+from cdcsync.target.ddl.searching import (
+    MAX_HITS,
+    OWN,
+    Variant,
+    attribute_of,
+    compose,
+    function_name,
+)
+from cdcsync.target.search.conditions import check_where
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Mode = Literal["hybrid", "vector", "text"]
+
+Filter = Mapping[str, Any]
+"""By column: a value, a list of values, None, or values by operator (eq, ne, in, lt, lte, gt, gte, like, null)."""
+
+TIMEOUT_S = 30.0
+"""A search takes milliseconds; one that takes this long is not waited for any more."""
+
+
+class Hit(msgspec.Struct, frozen=True):
+    """A chunk that was found, or the best chunk of a document; the first hit is the best."""
+
+    key: dict[str, Any]
+    """The source row's key, by column."""
+    carried: dict[str, Any]
+    """The carried columns."""
+    chunk_no: int
+    """The chunk's place in its document, from 0."""
+    content: str
+    score: float
+    """The sum of weight / (60 + place) over the legs that found it: higher is better, within one search."""
+    distance: float | None
+    """From the query's vector by the index's distance, lower is nearer; None without a query vector or a stored one."""
+    text_rank: int | None
+    """Its place among what the keyword leg found, from 1; None if that leg did not find it or was not asked."""
+    stale: bool
+    """Whether the stored vector is of an older text, or there is none yet."""
+    vector_rank: int | None = None
+    """Its place among what the vector leg found, from 1; None if that leg did not find it or was not asked."""
+    text_score: float | None = None
+    """How well the words match, by BM25: higher is better, within one search."""
+    headline: str | None = None
+    """The parts of the text in which words were found, by ts_headline; None unless asked for."""
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """How the server executed one statement of a search."""
+
+    leg: str
+    lines: tuple[str, ...]
+
+
+async def search(
+    connection: Connection,
+    schema: str,
+    spec: IndexSpec,
+    *,
+    text: str | None,
+    vector: Sequence[float] | npt.NDArray[np.float32] | None,
+    k: int = 10,
+    mode: Mode = "hybrid",
+    filter: Filter | None = None,
+    per_document: bool = True,
+    skip: int = 0,
+    weights: tuple[float, float] = (1.0, 1.0),
+    headline: str | None = None,
+    language: str | None = None,
+    where: str | None = None,
+    timeout_s: float | None = TIMEOUT_S,
+    plans: list[Plan] | None = None,
+) -> list[Hit]:
+    """Return the best hits for a query, the best first.
+
+    A hybrid search uses the legs it can: without a vector the keywords alone, on an index without keyword search the
+    vector alone.
+
+    :param connection: a session on the target, in autocommit.
+    :param schema: the schema of cdcsync's own tables.
+    :param text: the query in words, which are alternatives; "quoted phrases" must occur in what the keyword leg finds,
+        and nothing that is found holds a -word. None for a search by vector alone.
+    :param vector: `float32[dimensions]`, the query as the index's model embeds it.
+    :param filter: values for key and carried columns.
+    :param per_document: return each document once, by its best chunk.
+    :param skip: leave out so many of the first hits.
+    :param weights: of the vector leg and of the keyword leg.
+    :param headline: options of ts_headline for `Hit.headline`; None for no headlines.
+    :param language: of the query, for an index with a language per row.
+    :param where: an SQL condition on key and carried columns: the caller's own SQL, with the session's privileges.
+    :param timeout_s: how long the server may take; None for any time.
+    :param plans: gets how the server executed each leg.
+    :raises UsageError: `k`, `mode`, `filter`, `where` or another argument cannot be used.
+    :raises SetupError: the index is not in this database, or the vector is not of its dimension.
+    :raises TargetUnavailable: the target does not answer now, or took longer than `timeout_s`.
+    """
+    _check(spec, vector, k, mode, skip)
+    check_where(where)
+    attributes = [attribute_of(name) for name in spec.shape.key + spec.shape.carried]
+    with speaking_of("target", where=f"index {spec.name}"):
+        function = function_name(schema, spec.name)
+        if where is not None or plans is not None:
+            function = await _session_function(connection, schema, spec, where, explain=plans is not None)
+        statement = sql.SQL(
+            "SELECT {} FROM {}($1, $2::pg_catalog.text::{}.vector, $3, $4, $5, $6, $7, $8, $9, $10, $11)"
+        ).format(
+            sql.SQL(", ").join(map(sql.Identifier, [*attributes, *OWN])),
+            function,
+            sql.Identifier(await vector_schema(connection)),
+        )
+        arguments: list[object] = [
+            text,
+            None if vector is None else "[" + ",".join([repr(float(value)) for value in vector]) + "]",
+            k,
+            msgspec.json.encode(filter or {}, enc_hook=str).decode(),
+            mode,
+            per_document,
+            skip,
+            *map(float, weights),
+            headline,
+            language,
+        ]
+        # Placeholders of the server's kind: a percent sign in a column's name is no placeholder.
+        cursor = psycopg.AsyncRawCursor(connection)
+        _keep_infinity(cursor)
+        with _noting_plans(connection, plans):
+            async with connection.transaction():
+                await connection.execute("SET TRANSACTION READ ONLY")
+                if timeout_s is not None:
+                    await connection.execute(
+                        sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(max(1, round(timeout_s * 1000))))
+                    )
+                try:
+                    await cursor.execute(statement, arguments, prepare=False)
+                    rows = await cursor.fetchall()
+                except psycopg.Error as error:
+                    raise refusal(error, spec, where) from error
+    return [_hit(spec, row) for row in rows]
+
+
+async def check_condition(connection: Connection, schema: str, spec: IndexSpec, where: str | None) -> None:
+    """Have the server look at a condition, before anything costly is done for the search.
+
+    :raises UsageError: it is not a condition on the index's columns.
+    """
+    check_where(where)
+    if where is None:
+        return
+    statement = sql.SQL("EXPLAIN SELECT FROM {} AS c WHERE (\n" + where + "\n)").format(Names(schema, spec.name).chunks)
+    with speaking_of("target", where=f"index {spec.name}"):
+        try:
+            async with connection.transaction():
+                await connection.execute("SET TRANSACTION READ ONLY")
+                await connection.execute("SET LOCAL statement_timeout = '5s'")
+                await connection.execute("SET LOCAL search_path TO DEFAULT")
+                await psycopg.AsyncRawCursor(connection).execute(statement, prepare=False)
+        except psycopg.Error as error:
+            raise refusal(error, spec, where) from error
+
+
+def _check(
+    spec: IndexSpec, vector: Sequence[float] | npt.NDArray[np.float32] | None, k: int, mode: Mode, skip: int
+) -> None:
+    """Refuse what the index cannot do, in the words of those who configure it.
+
+    :raises UsageError, SetupError: it cannot.
+    """
+    where = f"index {spec.name}"
+    if not (k >= 1 and skip >= 0 and skip + k <= MAX_HITS):
+        after = f" after skipping {skip}" if skip else ""
+        raise UsageError(f"cannot return {k} hits{after}", where="-k", hint=f"ask for hits within the first {MAX_HITS}")
+    if vector is not None and len(vector) != spec.dimensions:
+        raise SetupError(
+            f"the query's vector has {len(vector)} dimensions, the index has {spec.dimensions}",
+            where=where,
+            hint=f"embed the query with {spec.model}",
+        )
+    searchable = spec.config.search is not None
+    if mode == "text" and not searchable:
+        raise UsageError(
+            "this index has no keyword search",
+            where=where,
+            hint=f'search by vector, or give [indexes.{spec.name}] a search = "english" and run the worker',
+        )
+    if mode == "vector" and vector is None:
+        raise UsageError("a search by vector needs the query's vector", where=where, hint="embed the query first")
+    if vector is None and not searchable:
+        raise UsageError(
+            "there is neither a vector nor keyword search to search by", where=where, hint="embed the query first"
+        )
+
+
+async def _session_function(
+    connection: Connection, schema: str, spec: IndexSpec, where: str | None, *, explain: bool
+) -> sql.Identifier:
+    """Create the index's search function in this session's own schema, with what it has more; returns its name."""
+    async with connection.transaction():
+        await connection.execute("SET LOCAL search_path TO DEFAULT")
+        cursor = await connection.execute("SELECT pg_catalog.current_setting('search_path')")
+        row = await cursor.fetchone()
+    path = str(row[0]) if row is not None else ""
+    await connection.execute(
+        await compose(connection, schema, spec, variant=Variant(where=where, path=path, explain=explain))
+    )
+    return sql.Identifier("pg_temp", "search")
+
+
+@contextmanager
+def _noting_plans(connection: Connection, plans: list[Plan] | None) -> Iterator[None]:
+    """Put the plans that the search function raises into `plans`, in their order."""
+    lines: list[tuple[str, str]] = []
+
+    def note(diagnostic: psycopg.errors.Diagnostic) -> None:
+        if diagnostic.severity_nonlocalized == "INFO":
+            lines.append((diagnostic.message_hint or "", diagnostic.message_primary or ""))
+
+    if plans is None:
+        yield
+        return
+    connection.add_notice_handler(note)
+    try:
+        yield
+    finally:
+        connection.remove_notice_handler(note)
+        found: list[Plan] = []
+        for leg, line in lines:
+            if found and found[-1].leg == leg and not line.startswith("Aggregate"):
+                found[-1] = Plan(leg, (*found[-1].lines, line))
+            else:
+                found.append(Plan(leg, (line,)))
+        plans.extend(found)
+
+
+def refusal(error: psycopg.Error, spec: IndexSpec, where: str | None) -> CdcsyncError:
+    """Return what a failed search means: most often that an argument is wrong, or the condition."""
+    if error.sqlstate == "22023":  # raised by the search function, which names argument and remedy
+        return UsageError(first_line(error), where=f"index {spec.name}", hint=error.diag.message_hint)
+    if error.sqlstate == "42883" and where is None:
+        return SetupError(
+            "the target has no search function for this index, or that of an earlier version",
+            where=f"index {spec.name}",
+            hint="`cdcsync run` of this version creates it when it starts",
+        )
+    reads_only = error.sqlstate == "25006"
+    if where is None or error.sqlstate is None or (passing(error) and not reads_only):
+        return translate(error, "target", where=f"index {spec.name}")
+    columns = ", ".join([*spec.shape.key, *spec.shape.carried])
+    hint = f"a condition may only read; the index has the columns {columns}"
+    return UsageError(first_line(error), where=f"--where {where}", hint=error.diag.message_hint or hint)
+
+
+class _Date(DateLoader):
+    def load(self, data: Any) -> Any:
+        return _or_text(super().load, data)
+
+
+class _Timestamp(TimestampLoader):
+    def load(self, data: Any) -> Any:
+        return _or_text(super().load, data)
+
+
+class _Timestamptz(TimestamptzLoader):
+    def load(self, data: Any) -> Any:
+        return _or_text(super().load, data)
+
+
+def _or_text(load: Any, data: Any) -> Any:
+    try:
+        return load(data)
+    except psycopg.DataError:
+        return bytes(data).decode()
+
+
+def _keep_infinity(cursor: psycopg.AsyncRawCursor[Any]) -> None:
+    """Have dates that Python cannot hold (`infinity`, the year 20000) come as the server's text, instead of failing."""
+    for type_, loader in (("date", _Date), ("timestamp", _Timestamp), ("timestamptz", _Timestamptz)):
+        cursor.adapters.register_loader(type_, loader)
+
+
+def _hit(spec: IndexSpec, row: Sequence[Any]) -> Hit:
+    key, carried = spec.shape.key, spec.shape.carried
+    values = len(key) + len(carried)
+    return Hit(
+        dict(zip(key, row[: len(key)], strict=True)),
+        dict(zip(carried, row[len(key) : values], strict=True)),
+        **dict(zip(OWN, row[values:], strict=True)),
+    )

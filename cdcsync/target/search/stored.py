@@ -1,0 +1,60 @@
+"""An index as the target has it, whatever the configuration would make of it; needs no source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import msgspec
+
+from cdcsync.config import Index
+from cdcsync.documents.templates import make_documents
+from cdcsync.errors import SetupError
+from cdcsync.model.rows import Shape
+from cdcsync.model.spec import Distance, IndexSpec
+from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.target.registry import Registry
+
+
+async def stored_spec(connection: Connection, schema: str, name: str, config: Index) -> IndexSpec:
+    """Return an index as it is in the target now, whatever the configuration would make of it; needs no source.
+
+    The types of keys are the target's; the source's are taken to be the same, as nothing here asks it.
+
+    :raises SetupError: the target holds no such index yet.
+    """
+    with speaking_of("target", where=f"index {name}"):
+        entry = await Registry(schema).find(connection, name)
+        if entry is None:
+            raise SetupError(
+                "the target holds no such index",
+                where=f"index {name}, schema {schema}",
+                hint="`cdcsync run` creates and fills it; check target.dsn and target.schema",
+            )
+        cursor = await connection.execute(
+            "SELECT attname::text, format_type(atttypid, atttypmod) FROM pg_attribute"
+            " WHERE attrelid = (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " WHERE n.nspname = %s AND c.relname = %s) AND attnum > 0 AND NOT attisdropped",
+            [schema, f"{name}_chunks"],
+        )
+        types = cast(dict[str, str], dict(await cursor.fetchall()))
+    documents = make_documents(config, where=f"indexes.{name}")
+    searchable = config.search if "search" in types else None
+    return IndexSpec(
+        name=name,
+        config=msgspec.structs.replace(config, vector_type=entry.vector_type, columns=entry.columns, search=searchable),
+        shape=Shape(name, config.table_name, entry.key, entry.columns, documents.columns),
+        documents=documents,
+        source_key_types=_types_of(types, entry.key),
+        key_types=_types_of(types, entry.key),
+        carried_types=_types_of(types, entry.columns),
+        model=entry.model,
+        dimensions=entry.dimensions,
+        distance=cast(Distance, entry.distance),
+        fingerprint=entry.fingerprint,
+        generation=entry.generation,
+    )
+
+
+def _types_of(types: dict[str, str], names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(types[name] for name in names)
