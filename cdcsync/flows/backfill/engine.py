@@ -79,7 +79,6 @@ class Backfills:
         self._page_preparers = page_preparers
         self._deliveries = deliveries
         self._page_rows = page_rows
-        self._metrics = metrics
         self._max_rows_per_s = max_rows_per_s
         self._forget_vectors = forget_vectors
         self.marks = Marks(deliveries, metrics)
@@ -92,11 +91,6 @@ class Backfills:
         """Read at most so much at a time, and in a second, from the next page on."""
         self._page_rows = page_rows
         self._max_rows_per_s = max_rows_per_s
-
-    @property
-    def waiting_for(self) -> list[str]:
-        """The source sessions that the present page waits for."""
-        return [session for pages in self._pages.values() for session in pages.waiting_for]
 
     async def run(self) -> None:
         """Serve requests until cancelled, connecting again whenever a server was away."""

@@ -71,8 +71,6 @@ class Pages:
         self._table = table
         self._deliveries = deliveries
         self._forget = forget
-        self.waiting_for: list[str] = []
-        """The source sessions that the present page waits for."""
 
     def rows(self, filter_: str | None) -> PageReader:
         """Return the reader of the source's rows in the order of their keys."""
@@ -146,23 +144,20 @@ class Pages:
         deliveries = self._deliveries
         reported = anyio.current_time()
         attempt = 0
-        try:
-            while True:
-                with speaking_of("source", where=str(self._spec.shape.table)):
-                    connection = await self._source.connection()
-                    snapshot = await current_snapshot(connection)
+        while True:
+            with speaking_of("source", where=str(self._spec.shape.table)):
+                connection = await self._source.connection()
+                snapshot = await current_snapshot(connection)
+                unseen = deliveries.unseen(snapshot)
+                self._forget(snapshot)
+                if not unseen:
+                    snapshot, found = await read(connection)
                     unseen = deliveries.unseen(snapshot)
-                    self._forget(snapshot)
                     if not unseen:
-                        snapshot, found = await read(connection)
-                        unseen = deliveries.unseen(snapshot)
-                        if not unseen:
-                            return snapshot, found
-                    self.waiting_for = await blockers(connection, unseen)
+                        return snapshot, found
                 if anyio.current_time() - reported > BLOCKED_REPORT_S:
                     reported = anyio.current_time()
-                    log.warning("backfill_waits_for_transactions", index=self._spec.name, sessions=self.waiting_for)
-                await anyio.sleep(backoff_s(attempt, first=0.02, most=1))
-                attempt += 1
-        finally:
-            self.waiting_for = []
+                    sessions = await blockers(connection, unseen)
+                    log.warning("backfill_waits_for_transactions", index=self._spec.name, sessions=sessions)
+            await anyio.sleep(backoff_s(attempt, first=0.02, most=1))
+            attempt += 1
