@@ -143,10 +143,13 @@ GRANT USAGE, CREATE ON SCHEMA :"view_schema" TO :"target_role";
 
 \if :{?reader_role}
     -- What the worker will create is readable at once. A view reads with its owner's privileges, so readers of the view
-    -- need nothing below it; but keyword search reads the chunks, and wait_for reads indexes and pipelines.
+    -- need nothing below it; but the search functions read chunks, vectors and words with the caller's privileges, and
+    -- wait_for reads indexes and pipelines.
     GRANT USAGE ON SCHEMA :"schema", :"view_schema" TO :"reader_role";
     GRANT SELECT ON ALL TABLES IN SCHEMA :"schema" TO :"reader_role";
     ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" GRANT SELECT ON TABLES TO :"reader_role";
+    GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA :"schema" TO :"reader_role";
+    ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" GRANT EXECUTE ON FUNCTIONS TO :"reader_role";
     ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"view_schema" GRANT SELECT ON TABLES TO :"reader_role";
     SELECT format('GRANT SELECT ON %I.%I TO %I', n.nspname, c.relname, :'reader_role')
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace

@@ -7,6 +7,7 @@
     watch         what the stream does not tell
     settle        vectors that have rested move into HNSW
     build         HNSW and keyword indexes after a load
+    words         how often words occur, for keyword search
     audit/        comparing an index with its source
     replay        requests to read rows again
     dry_run       what a replay would cost

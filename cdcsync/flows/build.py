@@ -19,6 +19,7 @@ from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
+from cdcsync.target.search import count_words
 from cdcsync.target.settling import Settling
 
 log = structlog.get_logger()
@@ -80,6 +81,8 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
     await build_hnsw(connection, schema, spec)
     await connection.execute(sql.SQL("ANALYZE {}").format(names.chunks))
     await connection.execute(sql.SQL("ANALYZE {}").format(names.vectors(spec.generation)))
+    if spec.config.search is not None:
+        await count_words(connection, schema, spec)
     await registry.declare_live(connection, spec.name)
     crash_point("index declared live")
     log.info("index_live", index=spec.name)

@@ -165,7 +165,7 @@ _VIEWS: LiteralString = """
     FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class c ON c.oid = r.ev_class
     JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = ANY(%s::oid[]) AND c.relkind = 'v'
-        AND starts_with(obj_description(c.oid, 'pg_class'), 'cdcsync index ')
+        AND obj_description(c.oid, 'pg_class') ~ '^cdcsync (index|chunks of index) '
     ORDER BY 1
 """
 """Our views on those tables, under whatever name the configuration once gave them; not those of users."""

@@ -46,6 +46,7 @@ from cdcsync.flows.setup.start import (
     unpublished_tables,
 )
 from cdcsync.flows.watch import send_heartbeats, watch
+from cdcsync.flows.words import count_words_for_ever
 from cdcsync.lsn import Lsn
 from cdcsync.model.lag import SILENCE_S, Lag
 from cdcsync.model.pauses import Pause
@@ -225,6 +226,9 @@ class Pipeline:
                     tasks.start_soon(self.backfill_once_streaming)
                     tasks.start_soon(self.audit_once_streaming)
                     tasks.start_soon(self.evaluate_on_schedule)
+                    tasks.start_soon(
+                        count_words_for_ever, self.config.target.dsn, self.config.target.schema, self.specs
+                    )
                     tasks.start_soon(self.settle.run)
                     tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
                     tasks.start_soon(self.watch_once_streaming)
@@ -357,6 +361,10 @@ class Pipeline:
         target = self.config.target
         if every_s := self.config.worker.evaluate_every_s:
             await evaluate_for_ever(target.dsn, target.schema, self.specs, every_s=every_s)
+
+    async def count_words_on_schedule(self) -> None:
+        """Keep the counts current that keyword search weights words by."""
+        await count_words_for_ever(self.config.target.dsn, self.config.target.schema, self.specs)
 
     async def end_in_time(self, scope: anyio.CancelScope) -> None:
         """Once told to stop, abandon what is not done by `worker.stop_timeout_s`."""

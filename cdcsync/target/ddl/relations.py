@@ -20,6 +20,13 @@ from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.chunks_view import (
+    chunks_marker,
+    chunks_view_grants,
+    chunks_view_name,
+    drop_chunks_view,
+    put_chunks_view,
+)
 from cdcsync.target.ddl.grants import grants_of
 from cdcsync.target.ddl.names import OPCLASSES as OPCLASSES
 from cdcsync.target.ddl.names import OPERATORS as OPERATORS
@@ -67,6 +74,8 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
     names = Names(schema, spec.name)
     await follow_name(connection, names.chunks, _view_marker(spec), spec.config.view_name)
     grants = await _view_grants(connection, spec)
+    await follow_name(connection, names.chunks, chunks_marker(spec), chunks_view_name(spec.config.view_name))
+    chunks_grants = await chunks_view_grants(connection, spec)
     present = await _columns_present(connection, schema, spec)
     key = _definitions(spec.shape.key, spec.key_types, " NOT NULL")
     carried = _definitions(spec.shape.carried, spec.carried_types, "")
@@ -149,6 +158,7 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
     ):
         await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(relation, sql.Literal(comment)))
     await _put_view(connection, schema, spec, grants)
+    await put_chunks_view(connection, schema, spec, chunks_grants)
     if spec.config.search is not None:
         await create_words(connection, schema, spec)
     await put_search(connection, schema, spec)
@@ -198,6 +208,8 @@ async def _follow_types(connection: Connection, spec: IndexSpec, names: Names, p
         return
     view = spec.config.view_name
     await connection.execute(sql.SQL("DROP VIEW IF EXISTS {}").format(sql.Identifier(view.schema, view.name)))
+    if await chunks_view_grants(connection, spec) is not None:
+        await drop_chunks_view(connection, spec)
     for column, type_ in changed.items():
         name = sql.Identifier(column)
         try:

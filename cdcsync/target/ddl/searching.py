@@ -10,7 +10,7 @@ Source: PostgreSQL, "CREATE FUNCTION", "CREATE TYPE", "ALTER TYPE", "PL/pgSQL" (
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib import resources
 from typing import LiteralString
 
@@ -126,29 +126,25 @@ def attribute_of(column: str) -> str:
 async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Create an index's search function, or bring it up to date. The caller's transaction commits.
 
-    Objects of users that depend on the function keep it as it was, and a warning is logged.
+    Where objects of users depend on the function, its hits keep the columns that they had, and a warning is logged.
     """
-    try:
-        async with connection.transaction():
-            await _put(connection, schema, spec)
-    except psycopg.errors.DependentObjectsStillExist as error:
-        detail = " ".join((error.diag.message_detail or "").split())
-        log.warning(
-            "search_function_kept",
-            index=spec.name,
-            fix=f"drop what depends on it and start the worker again: {detail}",
-        )
-
-
-async def _put(connection: Connection, schema: str, spec: IndexSpec) -> None:
     function, hit = function_name(schema, spec.name), hit_name(schema, spec.name)
     grants: list[sql.Composed] = []
     present = await _attributes(connection, schema, spec)
     wanted = _wanted_attributes(spec)
     if present and any(wanted.get(name) != type_ for name, type_ in present.items()):
         grants = await _grants(connection, schema, spec)
-        await drop_search(connection, schema, spec.name)
-        present = {}
+        try:
+            async with connection.transaction():
+                await drop_search(connection, schema, spec.name)
+            present = {}
+        except psycopg.errors.DependentObjectsStillExist as error:
+            detail = " ".join((error.diag.message_detail or "").split())
+            log.warning(
+                "search_function_kept",
+                index=spec.name,
+                fix=f"drop what depends on it and start the worker again: {detail}",
+            )
     definitions = {name: sql.SQL("{} " + type_).format(sql.Identifier(name)) for name, type_ in wanted.items()}
     if not present:
         await connection.execute(
@@ -156,13 +152,13 @@ async def _put(connection: Connection, schema: str, spec: IndexSpec) -> None:
         )
         comment = f"cdcsync index {spec.name}: a hit of {spec.name}_search"
         await connection.execute(sql.SQL("COMMENT ON TYPE {} IS {}").format(hit, sql.Literal(comment)))
-        order = list(wanted)
+        present = wanted
     else:
         added = [name for name in wanted if name not in present]
         for name in added:
             await connection.execute(sql.SQL("ALTER TYPE {} ADD ATTRIBUTE {}").format(hit, definitions[name]))
-        order = [*present, *added]
-    statement = await compose(connection, schema, spec, order)
+        present |= {name: wanted[name] for name in added}
+    statement = await compose(connection, schema, spec, present)
     digest = hashlib.sha256(statement.as_bytes(connection)).hexdigest()[:16]
     comment = f"cdcsync index {spec.name}: searches by words and by vector; docs/search.md describes it ({digest})"
     cursor = await connection.execute(
@@ -236,11 +232,15 @@ _CATALOG_TYPES = {"float8": "double precision"}
 
 
 async def compose(
-    connection: Connection, schema: str, spec: IndexSpec, order: Sequence[str] = (), variant: Variant | None = None
+    connection: Connection,
+    schema: str,
+    spec: IndexSpec,
+    attributes: Mapping[str, str] | None = None,
+    variant: Variant | None = None,
 ) -> sql.Composed:
     """Return the statement that creates an index's search function.
 
-    :param order: the attributes of the index's hits, in their order in the type.
+    :param attributes: the attributes of the index's hits and their types, in their order.
     :param variant: for a function in `pg_temp`, what it has more than the installed one.
     """
     extension = await vector_schema(connection)
@@ -248,7 +248,7 @@ async def compose(
     await connection.execute(sql.SQL("SELECT '[0]'::{}.vector").format(sql.Identifier(extension)))
     names = Names(schema, spec.name)
     columns = await read_columns(connection, spec)
-    order = order or list(await _attributes(connection, schema, spec))
+    attributes = attributes or await _attributes(connection, schema, spec)
     own = variant or Variant()
     iterative = await pgvector_version(connection) >= ITERATIVE
     vectors = names.vectors(spec.generation)
@@ -315,7 +315,7 @@ async def compose(
                 " AS h(chunk_id, score, vector_rank, text_rank, text_score, place)"
                 " JOIN {} AS c ON c.chunk_id = h.chunk_id LEFT JOIN {} AS v ON v.chunk_id = c.chunk_id ORDER BY h.place"
             ).format(
-                sql.SQL(", ").join(_results(spec, searched, distance_of["$6"], text_of_chunk)[name] for name in order),
+                _results(spec, searched, distance_of["$6"], text_of_chunk, attributes),
                 names.chunks,
                 vectors,
             ),
@@ -376,25 +376,32 @@ def _searched(spec: IndexSpec) -> _Searched:
 
 
 def _results(
-    spec: IndexSpec, searched: _Searched, distance: sql.Composable, text: sql.Composable
-) -> dict[str, sql.Composable]:
-    """Return the expression of each attribute of a hit."""
+    spec: IndexSpec,
+    searched: _Searched,
+    distance: sql.Composable,
+    text: sql.Composable,
+    attributes: Mapping[str, str],
+) -> sql.Composable:
+    """Return the expressions of a hit's attributes; one that the index no longer has is NULL."""
     results: dict[str, sql.Composable] = {
         attribute_of(column): sql.Identifier("c", column) for column in spec.shape.key + spec.shape.carried
     }
-    return results | {
+    results |= {
         "chunk_no": sql.SQL("c.chunk_no"),
         "content": sql.SQL("c.content"),
         "score": sql.SQL("h.score"),
         "distance": distance,
-        "vector_rank": sql.SQL("h.vector_rank::pg_catalog.int4"),
-        "text_rank": sql.SQL("h.text_rank::pg_catalog.int4"),
+        "vector_rank": sql.SQL("h.vector_rank"),
+        "text_rank": sql.SQL("h.text_rank"),
         "text_score": sql.SQL("h.text_score"),
         "headline": sql.SQL(
             "CASE WHEN $8 IS NOT NULL THEN pg_catalog.ts_headline({}, {}, coalesce($7, ''::pg_catalog.tsquery), $8) END"
         ).format(searched.of_chunk, text),
         "stale": sql.SQL("v.content_hash IS DISTINCT FROM c.content_hash"),
     }
+    return sql.SQL(", ").join(
+        sql.SQL("({})::" + type_).format(results.get(name, sql.SQL("NULL"))) for name, type_ in attributes.items()
+    )
 
 
 def _settings(iterative: bool) -> dict[str, str]:

@@ -1,0 +1,79 @@
+"""The words flow: counts the words of each index again when enough of its chunks have changed.
+
+Searches weight words by how rare they are. A count that is some tenths off changes no order, so an index is counted
+again only after a tenth of it changed, and counting takes a bounded share of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import anyio
+import structlog
+from psycopg import sql
+
+from cdcsync.backoff import backoff_s
+from cdcsync.errors import CdcsyncError, Unavailable
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.target.ddl.names import Names
+from cdcsync.target.ddl.searching import words_name
+from cdcsync.target.search import count_words
+
+log = structlog.get_logger()
+
+LOOK_EVERY_S = 60.0
+"""How often it is asked how much has changed: a row of the server's statistics for each index."""
+
+CHANGED_SHARE = 0.1
+"""An index is counted again when so many of its chunks were written since the last time."""
+
+SHARE = 0.01
+"""How much of the time words may be counted: what took a second is not done again for a hundred."""
+
+
+async def count_words_for_ever(dsn: str, schema: str, specs: Sequence[IndexSpec]) -> None:
+    """Keep the counts of words of these indexes current, until cancelled."""
+    counted_at: dict[str, int] = {}
+    searchable = [spec for spec in specs if spec.config.search is not None]
+    attempt = 0
+    async with Session(dsn, "target", application_name="cdcsync words") as target:
+        while searchable:
+            started = anyio.current_time()
+            try:
+                for spec in searchable:
+                    connection = await target.connection()
+                    with speaking_of("target", where=f"index {spec.name}"):
+                        await _count_if_changed(connection, schema, spec, counted_at)
+                attempt = 0
+            except CdcsyncError as error:
+                log.warning("words_not_counted", error=str(error), fix=error.hint)
+                attempt += 1
+                if not isinstance(error, Unavailable):
+                    attempt += 4  # nothing that passes by itself
+            took = anyio.current_time() - started
+            await anyio.sleep(max(LOOK_EVERY_S, took / SHARE, backoff_s(attempt, most=3600) if attempt else 0))
+
+
+async def _count_if_changed(connection: Connection, schema: str, spec: IndexSpec, counted_at: dict[str, int]) -> None:
+    """Count an index's words if it has never been, or if enough was written since."""
+    row = await fetch_row(
+        connection,
+        sql.SQL(
+            "SELECT s.n_tup_ins + s.n_tup_upd + s.n_tup_del, s.n_live_tup,"
+            " (SELECT w.chunks FROM {} AS w WHERE w.lexeme = '')"
+            " FROM pg_stat_user_tables AS s WHERE s.relid = to_regclass(%s)"
+        ).format(words_name(schema, spec.name)),
+        [Names(schema, spec.name).chunks.as_string(connection)],
+    )
+    if row is None:
+        return
+    written, live, counted = row
+    before = counted_at.get(spec.name)
+    if before is None and counted is not None and abs(live - counted) <= CHANGED_SHARE * live:
+        counted_at[spec.name] = written  # by the worker before this one
+    elif before is None or written - before > CHANGED_SHARE * live:
+        looked_at = await count_words(connection, schema, spec)
+        counted_at[spec.name] = written
+        log.info("words_counted", index=spec.name, chunks=looked_at)

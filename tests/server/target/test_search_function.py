@@ -1,0 +1,372 @@
+"""The search function of an index: its words, its filters, its pages, and what applications may do with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import msgspec
+import psycopg
+import pytest
+from psycopg import sql
+
+from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.target.ddl.building import build_hnsw, build_search
+from cdcsync.target.ddl.relations import create_index_relations
+from cdcsync.target.ddl.searching import BUDGET
+from cdcsync.target.search import Plan, count_words, search
+from tests.fixtures.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec
+from tests.fixtures.servers import Database
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+CARRIED = {
+    "tenant": "integer",
+    "state": "text",
+    "made": "timestamp with time zone",
+    "score": "numeric(6,2)",
+    "code": "character(4)",
+    "open": "boolean",
+    "extra": "json",
+}
+
+Wanted = dict[str, Any]
+
+
+async def find(connection: Connection, query: str | None, **arguments: Any) -> list[str]:
+    """Return the ids that the function finds, best first."""
+    if "filter" in arguments:
+        arguments["filter"] = json.dumps(arguments["filter"])
+    names = "".join(f", {name} => %({name})s" for name in arguments)
+    cursor = await connection.execute(
+        f"SELECT id FROM cdcsync.articles_search(%(query)s{names})".encode(), {"query": query, **arguments}
+    )
+    return [str(row[0]) for row in await cursor.fetchall()]
+
+
+async def filled(
+    index: LiveIndex, texts: Sequence[str | Sequence[str]], carried: Sequence[tuple[Any, ...]] = ()
+) -> None:
+    """Put documents into an index, by ids from 1, and count their words; a list is a document of several chunks."""
+    await index.apply(
+        changes(
+            *(
+                document(
+                    str(id_),
+                    *((text,) if isinstance(text, str) else text),
+                    carried=tuple(carried[id_ - 1]) if carried else ("1",),
+                )
+                for id_, text in enumerate(texts, 1)
+            )
+        )
+    )
+    await count_words(index.connection, SCHEMA, index.spec)
+
+
+@pytest.fixture
+async def articles(target: Database) -> AsyncIterator[LiveIndex]:
+    async with live_index(target, make_spec()) as index:
+        yield index
+
+
+# -- words ----------------------------------------------------------------------------------------------------------
+
+SHELF = (
+    "the printer says E-716 and stops",
+    "how to reset a forgotten password of the printer",
+    "the printer prints, the printer hums, what does a printer mean?",
+    "resetting the password policy",
+    "forgotten things and a policy for the password reset",
+)
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("what does E-716 mean?", ["1", "3"]),  # words are alternatives, the rare one first
+        ("password", ["4", "2", "5"]),
+        ('"password policy"', ["4"]),  # a phrase is a condition
+        ('"policy password"', []),
+        ('printer "reset a forgotten"', ["2"]),
+        ("password -policy", ["2"]),  # so is a word after a dash
+        ('password -"password policy"', ["2", "5"]),
+        ("-policy", []),  # which finds nothing by itself
+        ("the of and", []),  # nor do stop words
+        ("", []),
+        (" \n", []),
+        ("hums OR policy", ["3", "4", "5"]),
+        ("it's a printer's", ["3", "2", "1"]),
+        ("\\ ' : & | ! ( ) <-> printer:*", ["3", "2", "1"]),
+    ],
+)
+async def test_words_are_alternatives_and_phrases_and_dashes_are_conditions(
+    articles: LiveIndex, query: str, found: list[str]
+) -> None:
+    await filled(articles, SHELF)
+    assert await find(articles.connection, query, mode="text") == found
+
+
+async def test_an_excluded_word_is_in_nothing_that_is_found_by_vector_either(articles: LiveIndex) -> None:
+    await filled(articles, SHELF)
+    await articles.embed()
+    found = await find(articles.connection, "printer -password", embedding="[1,1,1]")
+    assert sorted(found) == ["1", "3"]
+    assert len(await find(articles.connection, "-password", embedding="[1,1,1]")) == 2
+
+
+async def test_a_long_text_is_no_query_and_quotes_in_it_are_punctuation(articles: LiveIndex) -> None:
+    await filled(articles, SHELF)
+    pasted = 'He said "no such phrase" and then -policy ' + " ".join(f"word{n}" for n in range(5_000)) + " hums"
+    assert await find(articles.connection, pasted, mode="text") == ["3"]
+
+
+async def test_a_word_that_is_in_every_chunk_still_finds_them(articles: LiveIndex) -> None:
+    await filled(articles, [f"common text {n}" for n in range(BUDGET + 500)])
+    assert len(await find(articles.connection, "common", mode="text", k=50)) == 50
+    assert await find(articles.connection, "common 1234", mode="text", k=1) == ["1235"]
+
+
+async def test_words_are_found_before_they_were_ever_counted(articles: LiveIndex) -> None:
+    await articles.apply(changes(*(document(str(n), text) for n, text in enumerate(SHELF, 1))))
+    assert await find(articles.connection, "hums", mode="text") == ["3"]
+
+
+# -- filters --------------------------------------------------------------------------------------------------------
+
+ROWS = (
+    ("3", "open", "2026-01-05 10:00:00+00", "1.50", "ab  ", "t", '{"a": 1}'),
+    ("3", "new", "2026-02-05 10:00:00+00", "10.00", "b   ", "f", None),
+    ("4", "closed'; --", "2026-03-05 10:00:00+00", "1.51", "abcd", None, None),
+    ("5", None, None, None, None, "t", None),
+)
+
+
+@pytest.fixture
+async def rows(target: Database) -> AsyncIterator[LiveIndex]:
+    async with live_index(target, make_spec(carried=CARRIED)) as index:
+        await filled(index, ["a page"] * len(ROWS), ROWS)
+        await index.embed()
+        yield index
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ({}, "1234"),
+        ({"tenant": 3}, "12"),
+        ({"tenant": "3"}, "12"),
+        ({"tenant": 3, "state": ["open", "closed'; --"]}, "1"),
+        ({"state": "closed'; --"}, "3"),
+        ({"state": []}, ""),
+        ({"tenant": {"in": [4, 5]}}, "34"),
+        ({"tenant": {"ne": 3}}, "34"),
+        ({"state": {"ne": "new"}}, "13"),
+        ({"made": {"gte": "2026-02-05 11:00+01", "lt": "2026-03-05 10:00Z"}}, "2"),
+        ({"score": {"gt": 1.5, "lte": 10}}, "23"),
+        ({"score": 1.505}, ""),  # and not what the column's scale would make of it
+        ({"code": "ab"}, "1"),
+        ({"code": "abcde"}, ""),
+        ({"open": True}, "14"),
+        ({"open": {"null": True}}, "3"),
+        ({"extra": {"null": False}}, "1"),
+        ({"state": None}, "4"),
+        ({"state": {"like": "%e%"}}, "123"),
+        ({"id": {"gte": 2, "ne": 3}}, "24"),
+    ],
+)
+async def test_a_filter_holds_in_both_legs(rows: LiveIndex, wanted: Wanted, found: str) -> None:
+    for mode in ("text", "vector", "hybrid"):
+        hits = await find(rows.connection, "page", embedding="[1,2,3]", mode=mode, filter=wanted)
+        assert sorted(hits) == list(found), mode
+
+
+@pytest.mark.parametrize(
+    ("wanted", "problem", "hint"),
+    [
+        ({"tenat": 3}, "does not have: tenat", "code, extra, id, made, open, score, state, tenant"),
+        ({"tenant": {"above": 3}}, "tenant has no operator 'above'", "eq, ne, in, lt, lte, gt, gte, like, null"),
+        ({"extra": "x"}, "extra has no operator 'eq'", "like, null"),
+        ({"tenant": "x"}, "filter on tenant: invalid input syntax", "integer"),
+        ({"tenant": {"eq": [3]}}, "tenant: eq cannot take", "one value"),
+        ({"tenant": {"in": 3}}, "tenant: in cannot take", "list"),
+        ({"tenant": [None]}, "tenant: in cannot take", "list"),
+        ({"tenant": {"null": 1}}, "tenant: null cannot take", "true or false"),
+        ({"tenant": {"gt": None}}, "tenant: gt cannot take", "one value"),
+    ],
+)
+async def test_a_wrong_filter_names_the_column_and_what_it_allows(
+    rows: LiveIndex, wanted: Wanted, problem: str, hint: str
+) -> None:
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=problem) as refused:
+        await find(rows.connection, "page", filter=wanted)
+    assert hint in (refused.value.diag.message_hint or "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"mode": "both"}, {"k": 0}, {"skip": -1}, {"k": 900, "skip": 200}, {"vector_weight": -1.0}, {"mode": "vector"}],
+)
+async def test_an_argument_that_cannot_be_used_is_refused(articles: LiveIndex, arguments: dict[str, Any]) -> None:
+    with pytest.raises(psycopg.errors.InvalidParameterValue) as refused:
+        await find(articles.connection, "page", **arguments)
+    assert refused.value.diag.message_hint
+
+
+# -- hits -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_hit_has_its_columns_places_score_and_headline(rows: LiveIndex) -> None:
+    cursor = await rows.connection.execute(
+        "SELECT * FROM cdcsync.articles_search('page', '[1,2,3]', 1, text_weight => 2) AS hit"
+    )
+    assert cursor.description is not None
+    names = [column.name for column in cursor.description]
+    carried = ["tenant", "state", "made", "carried_score", "code", "open", "extra"]
+    own = ["chunk_no", "content", "score", "distance", "vector_rank", "text_rank", "text_score", "headline", "stale"]
+    assert names == ["id", *carried, *own]
+    hit = dict(zip(names, await cursor.fetchone() or (), strict=True))
+    assert (hit["vector_rank"], hit["text_rank"], hit["stale"]) == (1, 1, False)
+    assert hit["score"] == pytest.approx(3 / 61)
+    assert "<b>page</b>" in hit["headline"]
+
+
+async def test_each_document_is_found_once_unless_chunks_are_asked_for(articles: LiveIndex) -> None:
+    await filled(articles, [["the first part", "a zebra", "a zebra and a zebra"], "another zebra at the zoo"])
+    await articles.embed()
+    for mode in ("text", "vector", "hybrid"):
+        assert sorted(await find(articles.connection, "zebra", embedding="[1,1,1]", mode=mode)) == ["1", "2"]
+    chunks = await find(articles.connection, "zebra", mode="text", per_document=False)
+    assert sorted(chunks) == ["1", "1", "2"]
+
+
+async def test_documents_are_found_past_the_many_chunks_of_one(articles: LiveIndex) -> None:
+    await filled(articles, [[f"zebra zebra {n}" for n in range(1_500)], "one zebra among many other words of a page"])
+    assert await find(articles.connection, "zebra", mode="text", k=2) == ["1", "2"]
+
+
+@pytest.mark.parametrize("mode", ["text", "vector", "hybrid"])
+async def test_pages_continue_each_other_though_all_hits_are_equal(articles: LiveIndex, mode: str) -> None:
+    await filled(articles, ["the same page"] * 45)
+    await articles.embed()
+    pages = [await find(articles.connection, "page", embedding="[1,1,1]", mode=mode, skip=n) for n in range(0, 50, 10)]
+    assert [len(page) for page in pages] == [10, 10, 10, 10, 5]
+    assert len({id_ for page in pages for id_ in page}) == 45
+
+
+# -- servers, roles and upgrades ------------------------------------------------------------------------------------
+
+
+async def test_a_reader_searches_in_a_session_that_never_used_pgvector(articles: LiveIndex, target: Database) -> None:
+    await filled(articles, SHELF)
+    await articles.embed()
+    role = f"reader_{target.name}"
+    target.execute(sql.SQL("CREATE ROLE {}").format(sql.Identifier(role)))
+    try:
+        for grant in ("USAGE ON SCHEMA cdcsync", "SELECT ON ALL TABLES IN SCHEMA cdcsync"):
+            target.execute(sql.SQL("GRANT " + grant + " TO {}").format(sql.Identifier(role)))
+        with target.connect() as reader:
+            reader.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(role)))
+            found = reader.execute("SELECT id FROM cdcsync.articles_search('E-716', '[1,1,1]', 1)").fetchall()
+            assert found == [(1,)]
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                reader.execute("DELETE FROM cdcsync.articles_chunks")
+    finally:
+        target.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
+        target.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+
+
+async def test_the_function_leaves_the_sessions_settings_alone(articles: LiveIndex) -> None:
+    await filled(articles, SHELF)
+    names = ("hnsw.ef_search", "hnsw.iterative_scan", "search_path", "work_mem", "client_min_messages")
+    await articles.connection.execute("SELECT '[1]'::public.vector")
+    before = [await (await articles.connection.execute(f"SHOW {name}".encode())).fetchone() for name in names]
+    await find(articles.connection, "printer", embedding="[1,1,1]")
+    assert before == [await (await articles.connection.execute(f"SHOW {name}".encode())).fetchone() for name in names]
+
+
+async def test_a_column_that_is_added_comes_to_the_function_and_views_on_it_stay(target: Database) -> None:
+    spec = make_spec()
+    async with live_index(target, spec) as index:
+        await filled(index, SHELF)
+        await index.connection.execute(
+            "CREATE VIEW cdcsync.own AS SELECT id, tenant FROM cdcsync.articles_search('hums')"
+        )
+        more = make_spec(carried={"tenant": "integer", "place": "text"})
+        async with index.connection.transaction():
+            await create_index_relations(index.connection, SCHEMA, more)
+        cursor = await index.connection.execute("SELECT id, place FROM cdcsync.articles_search('hums')")
+        assert await cursor.fetchall() == [(3, None)]
+        cursor = await index.connection.execute("SELECT * FROM cdcsync.own")
+        assert await cursor.fetchall() == [(3, 1)]
+        # Another type cannot be had while the view is there: hits keep the type that they had, and can be searched.
+        other = make_spec(carried={"tenant": "bigint", "place": "text"})
+        async with index.connection.transaction():
+            await create_index_relations(index.connection, SCHEMA, other)
+        cursor = await index.connection.execute("SELECT * FROM cdcsync.own")
+        assert await cursor.fetchall() == [(3, 1)]
+
+
+async def test_chunks_without_a_vector_are_in_the_view_of_chunks(articles: LiveIndex) -> None:
+    await filled(articles, SHELF)
+    cursor = await articles.connection.execute(
+        "SELECT id FROM public.articles_index_chunks WHERE search @@ to_tsquery('english', 'hums')"
+    )
+    assert await cursor.fetchall() == [(3,)]
+    cursor = await articles.connection.execute("SELECT count(*) FROM public.articles_index")
+    assert await cursor.fetchone() == (0,)
+
+
+async def test_hnsw_gin_and_the_filter_are_used_in_both_legs(target: Database) -> None:
+    spec = make_spec(indexed=("tenant",))
+    async with live_index(target, spec) as index:
+        texts = [f"word{n} page{n % 100} of everything" for n in range(4_000)]
+        await filled(index, texts, [(str(n % 50),) for n in range(4_000)])
+        while await index.embed(1_000):
+            pass
+        await build_search(index.connection, SCHEMA, spec)
+        await build_hnsw(index.connection, SCHEMA, spec)
+        await index.connection.execute("ANALYZE")
+
+        async def plans(**arguments: Any) -> dict[str, str]:
+            found: list[Plan] = []
+            await search(
+                index.connection, SCHEMA, spec, text="word77 page7", vector=(9.0, 5.0, 7.0), plans=found, **arguments
+            )
+            return {plan.leg: "\n".join(plan.lines) for plan in found}
+
+        free = await plans()
+        assert "articles_chunks_search" in free["keyword leg"]
+        filtered = await plans(filter={"tenant": 7})
+        assert "tenant = 7" in filtered["keyword leg"]
+        assert "tenant = 7" in filtered["vector leg"]
+        named = await plans(where="tenant = 7")
+        assert "tenant = 7" in named["keyword leg"]
+        assert "tenant = 7" in named["vector leg"]
+
+
+async def test_a_row_that_changed_a_thousand_times_hides_nothing_from_any_search(target: Database) -> None:
+    async with live_index(target, make_spec()) as index:
+        texts = [f"text {n} of many" for n in range(2_000)]
+        await filled(index, texts)
+        while await index.embed(1_000):
+            pass
+        await build_hnsw(index.connection, SCHEMA, index.spec)
+        connection = await connect(target.dsn, "target")
+        try:
+            for _ in range(300):
+                await connection.execute(
+                    "UPDATE cdcsync.articles_vectors_1 SET embedding = embedding WHERE chunk_id = 7"
+                )
+            cursor = await connection.execute(
+                "SELECT embedding::text FROM cdcsync.articles_vectors_1 WHERE chunk_id = 7"
+            )
+            row = await cursor.fetchone()
+            assert row is not None
+            vector = msgspec.json.decode(row[0], type=list[float])
+            for mode in ("vector", "hybrid"):
+                hits = await search(connection, SCHEMA, index.spec, text="text", vector=vector, mode=mode, k=10)
+                assert len(hits) == 10
+                assert hits[0].distance == pytest.approx(0, abs=1e-6)
+        finally:
+            await connection.close()
