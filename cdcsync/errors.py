@@ -13,7 +13,8 @@
     │   └── MalformedMessage   bytes that are no message, with tag and offset           never
     ├── Unavailable            a server cannot be reached just now                      automatic
     │   ├── SourceUnavailable
-    │   │   └── DecodingFailed the source fails at a change; a gap if it does so again  automatic
+    │   │   ├── DecodingFailed the source fails at a change; a gap if it does so again  automatic
+    │   │   └── SpoolUnusable  no room for open transactions; read without streaming    automatic
     │   ├── TargetUnavailable
     │   └── SlotInUse          another connection is reading the slot                   automatic
     ├── TargetRewound          the target went back to an earlier state                automatic
@@ -166,6 +167,10 @@ class SourceUnavailable(Unavailable):
 
 class DecodingFailed(SourceUnavailable):
     """The source failed while it decoded what follows our position: if it fails there again, nobody gets past it."""
+
+
+class SpoolUnusable(SourceUnavailable):
+    """Open transactions cannot be kept on this machine: the source is asked to keep them itself."""
 
 
 class TargetUnavailable(Unavailable):

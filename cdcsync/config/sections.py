@@ -45,7 +45,7 @@ class Source(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         and later), so that it need not spill them to its disk.
     :param spool_directory: where large open transactions are kept until they commit; empty means the system's
         directory for temporary files.
-    :param spool_bytes: the most bytes of open transactions to keep there; beyond it the worker stops with an error.
+    :param spool_bytes: the most bytes of open transactions to keep there; beyond it the source keeps them.
     :param feedback_every_s: at most this many seconds pass between two reports of the checkpoint to the server.
     :param heartbeat_every_s: write a message of a few bytes to the source's WAL this often, in seconds, so that the
         checkpoint moves on an idle server too; 0 for none.

@@ -68,6 +68,8 @@ class Slot(msgspec.Struct, frozen=True):
     retained_bytes: int | None
     safe_bytes: int | None
     failover: bool = False
+    lost_because: str | None = None
+    """Why it has lost its WAL, as the server says from version 17 on."""
 
 
 class Catalog(msgspec.Struct, frozen=True):
@@ -130,6 +132,21 @@ async def read_server(connection: Connection) -> Server:
     return Server(*row)
 
 
+_REASONS = {
+    "wal_removed": "it held more than max_slot_wal_keep_size",
+    "idle_timeout": "nobody read it for longer than idle_replication_slot_timeout",
+    "wal_level_insufficient": "wal_level was lowered on the primary",
+    "rows_removed": "rows were removed that it needed",
+}
+
+
+def why_lost(slot: Slot) -> str:
+    """Return why a slot has lost its WAL, in words."""
+    if slot.lost_because is None:
+        return "max_slot_wal_keep_size"
+    return _REASONS.get(slot.lost_because, slot.lost_because)
+
+
 async def read_slot(connection: Connection, name: str) -> Slot | None:
     """Return the slot, or None when there is none of that name."""
     row = await fetch_row(
@@ -139,10 +156,14 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
             SELECT slot_name, plugin, database, active_pid, confirmed_flush_lsn::text, restart_lsn::text, wal_status,
                    pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
                                         ELSE pg_current_wal_lsn() END, restart_lsn)::int8,
-                   safe_wal_size, {}
+                   safe_wal_size, {}, {}
             FROM pg_replication_slots WHERE slot_name = %s
             """
-        ).format(sql.SQL("failover" if connection.info.server_version >= FAILOVER_VERSION else "false")),
+        ).format(
+            *(sql.SQL("failover"), sql.SQL("invalidation_reason"))
+            if connection.info.server_version >= FAILOVER_VERSION
+            else (sql.SQL("false"), sql.SQL("NULL"))
+        ),
         [name],
     )
     if row is None:
@@ -158,6 +179,7 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
         retained_bytes=row[7],
         safe_bytes=row[8],
         failover=row[9],
+        lost_because=row[10],
     )
 
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from tempfile import TemporaryFile
 from typing import BinaryIO, cast
 
-from cdcsync.errors import ProtocolError, RunError
+from cdcsync.errors import ProtocolError, SpoolUnusable
 
 _LENGTH = struct.Struct("!I")
 
@@ -85,6 +85,8 @@ class Spool:
         self._open: dict[int, _Transaction] = {}
         self._current: _Transaction | None = None
         self.bytes = 0
+        self.usable = True
+        """Whether it has worked so far: once it has not, the source should not stream open transactions."""
 
     @property
     def receiving(self) -> bool:
@@ -99,10 +101,11 @@ class Spool:
     def begin(self) -> None:
         """Throw everything away, for a new connection, and see that files can be made.
 
-        :raises RunError: they cannot: better now than in the middle of a transaction.
+        :raises SpoolUnusable: they cannot: better now than in the middle of a transaction.
         """
         self.clear()
-        self._make_file().close()
+        if self.usable:
+            self._make_file().close()
 
     def clear(self) -> None:
         """Throw everything away."""
@@ -114,7 +117,7 @@ class Spool:
         """Begin to receive a block of transaction `xid`.
 
         :raises ProtocolError: the block before has not ended.
-        :raises RunError: a file for it cannot be made.
+        :raises SpoolUnusable: a file for it cannot be made.
         """
         if self._current is not None:
             raise ProtocolError("a stream block began inside another one")
@@ -126,16 +129,17 @@ class Spool:
     def append(self, xid: int, payload: bytes) -> None:
         """Keep a message of the present block; `xid` is the (sub)transaction that it belongs to.
 
-        :raises RunError: the spool would grow beyond its limit, or cannot be written.
+        :raises SpoolUnusable: the spool would grow beyond its limit, or cannot be written.
         """
         transaction = self._current
         assert transaction is not None
         size = _LENGTH.size + len(payload)
         if self.bytes + size > self._limit:
-            raise RunError(
+            self.usable = False
+            raise SpoolUnusable(
                 f"open transactions need more than {self._limit:,} bytes of spool",
                 where=self._directory,
-                hint="raise source.spool_bytes, or set source.streaming = false to let the server spill instead",
+                hint="the source keeps them until the next start; to spool them here, raise source.spool_bytes",
             )
         transaction.note(xid)
         try:
@@ -158,7 +162,7 @@ class Spool:
     def abort(self, xid: int, subxid: int) -> None:
         """Forget a subtransaction, or with `subxid` equal to `xid` the whole transaction.
 
-        :raises RunError: the spool cannot be written.
+        :raises SpoolUnusable: the spool cannot be written.
         """
         transaction = self._open.get(xid)
         if transaction is None:
@@ -180,7 +184,7 @@ class Spool:
     def replay(self, xid: int) -> Iterator[bytes]:
         """Yield the messages of a transaction in their order; the caller drops it afterwards.
 
-        :raises RunError: what is still in memory of the file cannot be written.
+        :raises SpoolUnusable: what is still in memory of the file cannot be written.
         """
         transaction = self._open.get(xid)
         if transaction is None:
@@ -208,9 +212,11 @@ class Spool:
         except OSError as error:
             raise self._unusable(error) from error
 
-    def _unusable(self, error: OSError) -> RunError:
-        return RunError(
+    def _unusable(self, error: OSError) -> SpoolUnusable:
+        self.usable = False
+        return SpoolUnusable(
             f"open transactions cannot be kept on disk: {error.strerror or error}",
             where=self._directory,
-            hint="free disk space there, or set source.spool_directory to where the worker may write",
+            hint="the source keeps them until the next start; free disk space or descriptors,"
+            " or set source.spool_directory to where the worker may write",
         )

@@ -20,7 +20,7 @@ from cdcsync.errors import SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.embedding import EmbedderState
 from cdcsync.postgres.sessions import Connection, speaking_of
-from cdcsync.source.catalog import Slot, current_lsn, read_slot
+from cdcsync.source.catalog import Slot, current_lsn, read_slot, why_lost
 from cdcsync.status.counting import count_index
 from cdcsync.status.model import (
     VERSION,
@@ -140,7 +140,7 @@ def _slot_problems(name: str, slot: Slot | None, state: PipelineState) -> Iterat
             yield f"slot {name} is gone, and with it the changes since {state.checkpoint}: {_GAP_REMEDY}"
         return
     if slot.wal_status == "lost":
-        yield f"slot {name} has lost WAL that the index needs (max_slot_wal_keep_size): {_GAP_REMEDY}"
+        yield f"slot {name} has lost WAL that the index needs ({why_lost(slot)}): {_GAP_REMEDY}"
     elif slot.wal_status == "unreserved":
         yield (
             f"slot {name} holds more WAL than max_slot_wal_keep_size and is lost at the source's next checkpoint:"

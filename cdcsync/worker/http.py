@@ -16,6 +16,7 @@ Source: Kubernetes API health endpoints; Prometheus, "Exposition formats"; Conte
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import errno
@@ -38,6 +39,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cdcsync.errors import CdcsyncError, SetupError
 from cdcsync.metrics import Metrics
@@ -52,6 +54,17 @@ to keep to that."""
 
 STOP_TIMEOUT_S = 1
 """How long answers that are being given may take when the worker stops; it has a batch to finish meanwhile."""
+
+METRICS_GOOD_S = 0.2
+"""How long an exposition is given to all who ask: writing it takes milliseconds that the stream would wait for."""
+
+MOST_CONNECTIONS = 64
+"""Connections at a time: far more than a scraper, two probes and a few browsers, and far from the limit of
+descriptors."""
+
+REQUEST_S = 10.0
+"""How long a connection may take for a request, from its first byte to the last of the answer, and for its first
+request; /status takes half of it at most."""
 
 BACKLOG = 128
 """Connections that may wait to be accepted: far more than a scraper, two probes and a few browsers open."""
@@ -144,9 +157,16 @@ def make_app(view: WorkerView) -> Starlette:
             return _json({"ready": True, "reasons": reasons}, 200)
         return _json({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
+    exposed: dict[str, tuple[float, bytes]] = {}
+
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(view.metrics.registry), headers={"Content-Type": content_type})
+        now = anyio.current_time()
+        made_at, body = exposed.get(content_type, (float("-inf"), b""))
+        if now - made_at >= METRICS_GOOD_S:
+            body = encode(view.metrics.registry)
+            exposed[content_type] = now, body
+        return Response(body, headers={"Content-Type": content_type})
 
     async def status(_: Request) -> Response:
         try:
@@ -223,7 +243,7 @@ async def serve(app: ASGIApp, host: str, port: int, *, started: Callable[[int], 
     sockets = await _listen(host, port)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=_Bounded,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -243,6 +263,44 @@ async def serve(app: ASGIApp, host: str, port: int, *, started: Callable[[int], 
                 await server.shutdown(sockets=sockets)
         for one in sockets:
             one.close()
+
+
+class _Bounded(H11Protocol):
+    """A connection that ends when it is one too many, or takes too long: someone may hold it open for nothing."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, if there is room."""
+        super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.abort()
+        else:
+            self._begin()
+
+    def data_received(self, data: bytes) -> None:
+        """Take a part of a request."""
+        if self._deadline is None:
+            self._begin()
+        super().data_received(data)
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request; how long, the server knows."""
+        self._end()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._end()
+        super().connection_lost(exc)
+
+    def _begin(self) -> None:
+        self._deadline = self.loop.call_later(REQUEST_S, self.transport.abort)
+
+    def _end(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 class _Server(uvicorn.Server):

@@ -20,7 +20,7 @@ from cdcsync.backoff import Backoff, Failure
 from cdcsync.config import Config, tokens_per_day
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import DecodingFailed, RunError, SchemaChanged, SetupError, leading
+from cdcsync.errors import DecodingFailed, RunError, SchemaChanged, SetupError, SpoolUnusable, leading
 from cdcsync.flows.audit import RollingAudit
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
@@ -303,7 +303,7 @@ class Pipeline:
                         self.config.source.slot,
                         [self.config.source.publication],
                         checkpoint,
-                        streaming=self.config.source.streaming,
+                        streaming=self.config.source.streaming and self.spool.usable,
                     )
                     await refuse_moved(source, self.config.source.slot, checkpoint)
                     log.info("streaming", slot=self.config.source.slot, checkpoint=str(checkpoint))
@@ -322,6 +322,8 @@ class Pipeline:
     def _stream_waits(self, failure: Failure) -> None:
         self.state.metrics.reconnects.labels("source").inc()
         log.warning("stream_waits", error=str(failure.error), attempt=failure.attempt, delay_s=failure.delay_s)
+        if isinstance(failure.error, SpoolUnusable):
+            log.warning("spool_unusable", error=str(failure.error), fix=failure.error.hint)
         if isinstance(failure.error, DecodingFailed):
             here = (failure.error.message, self.stream.checkpoint)
             self._failed_at, self._stuck = here, failure.error if here == self._failed_at else None

@@ -24,6 +24,7 @@ from cdcsync.model.pauses import Pauses
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
 from cdcsync.target.session import worker_name
 from cdcsync.worker import http
+from cdcsync.worker.descriptors import raise_descriptor_limit
 from cdcsync.worker.pipeline import STANDBY_POLL_S, Pipeline
 from cdcsync.worker.reload import reload_on_signal
 from cdcsync.worker.state import WorkerState
@@ -50,6 +51,7 @@ async def run(
     :raises GapError: changes may have been lost.
     :raises LeaseLost: another worker took over.
     """
+    raise_descriptor_limit()
     findings: list[Finding] = []
     embedders = build_embedders(config, findings)
     report = await examine(config, embedders)

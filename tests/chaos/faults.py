@@ -324,7 +324,7 @@ def disk_full(history: History) -> None:
     history.fire("disk full under the spool")
 
 
-FULL_DISK_IS_SURVIVED = False
+FULL_DISK_IS_SURVIVED = True
 """Whether a worker whose spool cannot be written goes on without it."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,8 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
-from tests.fixtures.outages import MakeSimple, configure, make_target
-from tests.fixtures.workers import PATIENCE_S, Pipeline, until
+from tests.fixtures.outages import MakeSimple, make_target
+from tests.fixtures.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.streaming, pytest.mark.faults]
 
@@ -215,7 +216,7 @@ def test_what_was_spooled_goes_with_the_connection_and_with_the_worker(pipeline:
     until(lambda: spool_files(worker.pid) == 0, "the file to be closed")
 
 
-def test_a_transaction_too_large_for_the_spool_names_the_settings_and_goes_through_without_streaming(
+def test_a_transaction_too_large_for_the_spool_is_kept_by_the_source_and_the_worker_says_so(
     make_cluster: Callable[..., Cluster], make_simple: MakeSimple
 ) -> None:
     cluster = make_cluster(settings=SMALLEST_WORK_MEM)
@@ -224,16 +225,27 @@ def test_a_transaction_too_large_for_the_spool_names_the_settings_and_goes_throu
     pipeline.live()
     pipeline.source.execute(insert(1_001, 5_000, words=80))
 
-    assert worker.wait(timeout=PATIENCE_S) == 1
-    said = " ".join(pipeline.tail().split())
-    assert "open transactions need more than 1,048,576 bytes of spool" in said
-    assert "source.spool_bytes" in said
-    assert "source.streaming = false" in said
-    found = pipeline.target.execute("SELECT count(*) FROM cdcsync.articles_chunks WHERE id > 1000").fetchone()
-    assert found == (0,)
-
-    configure(pipeline, streaming=False)
-    pipeline.start()
+    said = pipeline.event("spool_unusable")
+    assert "open transactions need more than 1,048,576 bytes of spool" in said["error"]
+    assert "source.spool_bytes" in said["fix"]
     pipeline.in_step()
     row = pipeline.source.execute("SELECT spill_txns > 0 FROM pg_stat_replication_slots").fetchone()
     assert row == (True,)
+    assert worker.poll() is None
+
+
+def test_a_worker_without_descriptors_for_its_spool_goes_on_without_one(pipeline: Pipeline) -> None:
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("open files are read from /proc")
+    worker = pipeline.start()
+    pipeline.live()
+    with pipeline.source.transaction():
+        # What it has open it keeps, and gets no more.
+        limits = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        pipeline.source.execute(insert(1_001, 3_000))
+        until(lambda: "Too many open files" in pipeline.tail(), pipeline.tail)
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, limits)
+    pipeline.in_step()
+    assert "open transactions cannot be kept on disk" in pipeline.event("spool_unusable")["error"]
+    assert worker.poll() is None

@@ -96,7 +96,7 @@ class Receiver:
         """Take over a connection.
 
         :param source_end: where the source's WAL ended when it was connected.
-        :raises RunError: the spool has no place for its files.
+        :raises SpoolUnusable: the spool has no place for its files.
         """
         self._slot = slot
         self._source_end = source_end

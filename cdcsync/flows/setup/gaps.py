@@ -14,7 +14,7 @@ from cdcsync.errors import DecodingFailed, GapError, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection, speaking_of
-from cdcsync.source.catalog import Slot, read_slot
+from cdcsync.source.catalog import Slot, read_slot, why_lost
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.pipelines import PipelineState
 from cdcsync.target.requests import Requests
@@ -118,7 +118,7 @@ async def refuse_gap(
         )
     if slot.wal_status == "lost":
         raise GapError(
-            "the replication slot has lost WAL that it still needed (max_slot_wal_keep_size)", where=where, hint=_RESYNC
+            f"the replication slot has lost WAL that it still needed ({why_lost(slot)})", where=where, hint=_RESYNC
         )
     if slot.confirmed_flush is not None and slot.confirmed_flush > state.checkpoint:
         raise GapError(

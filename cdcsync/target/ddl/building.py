@@ -8,6 +8,7 @@ Source: PostgreSQL, "CREATE INDEX" (Building Indexes Concurrently); pgvector's R
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import anyio
@@ -18,10 +19,17 @@ from psycopg import sql
 from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
-from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.sessions import Connection, first_line
 from cdcsync.target.ddl.relations import OPCLASSES, Names, vector_schema
 
 log = structlog.get_logger()
+
+FRUGAL: tuple[Mapping[str, str], ...] = (
+    {},
+    {"max_parallel_maintenance_workers": "0"},
+    {"max_parallel_maintenance_workers": "0", "maintenance_work_mem": "64MB"},
+)
+"""What a build is tried with while the server lacks memory for it: as configured, by one process, and with little."""
 
 POLL_S = 0.5
 """How often it is looked whether a build of another session is through."""
@@ -61,6 +69,7 @@ async def _build(
 
     The server goes on with the build of a worker that was killed: that is waited for, and what it makes is taken.
     """
+    frugal = 0
     while True:
         await _others_through(connection, table)
         valid = await _validity(connection, schema, name)
@@ -72,8 +81,14 @@ async def _build(
             )
             crash_point("invalid search index dropped")
         try:
-            await _create(connection, name, table, method, spec)
+            await _create(connection, name, table, method, spec, FRUGAL[frugal])
             return True
+        except (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory) as error:
+            # Parallel workers share the graph in shared memory, of which a container has 64 MB unless told otherwise.
+            frugal += 1
+            if frugal == len(FRUGAL):
+                raise
+            log.warning("index_build_frugal", index=spec.name, error=first_line(error), settings=FRUGAL[frugal])
         except psycopg.errors.DeadlockDetected:
             # Two builds that were begun at once wait for each other.
             log.info("index_build_again", table=table.as_string(connection))
@@ -112,11 +127,17 @@ async def _validity(connection: Connection, schema: str, name: str) -> bool | No
 
 
 async def _create(
-    connection: Connection, name: str, table: sql.Identifier, method: sql.Composable, spec: IndexSpec
+    connection: Connection,
+    name: str,
+    table: sql.Identifier,
+    method: sql.Composable,
+    spec: IndexSpec,
+    frugal: Mapping[str, str],
 ) -> None:
     settings = {"maintenance_work_mem": spec.config.hnsw.build_memory}
     if spec.config.hnsw.build_workers:
         settings["max_parallel_maintenance_workers"] = str(spec.config.hnsw.build_workers)
+    settings |= frugal
     try:
         for setting, value in settings.items():
             await connection.execute("SELECT set_config(%s, %s, false)", [setting, value])

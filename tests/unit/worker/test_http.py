@@ -11,7 +11,7 @@ import re
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -393,3 +393,45 @@ async def test_requests_are_not_logged(client: Client, caplog: pytest.LogCapture
     with caplog.at_level(logging.DEBUG):
         await client.ask("/livez")
     assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
+
+
+# -- limits -----------------------------------------------------------------------------------------------------
+
+
+async def closed_by_the_server(stream: anyio.abc.SocketStream) -> None:
+    with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)), anyio.fail_after(30):
+        await stream.receive()
+
+
+async def test_connections_beyond_the_limit_are_refused_and_the_others_are_served(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "MOST_CONNECTIONS", 3)
+    async with AsyncExitStack() as stack:
+        idle = [await stack.enter_async_context(await anyio.connect_tcp("127.0.0.1", client.port)) for _ in range(3)]
+        async with await anyio.connect_tcp("127.0.0.1", client.port) as one_too_many:
+            await closed_by_the_server(one_too_many)
+        await idle[0].send(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert (await idle[0].receive()).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_connection_that_sends_no_request_in_time_is_closed(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "REQUEST_S", 0.05)
+    for begun in (b"", b"GET /livez HTTP/1.1\r\n"):
+        async with await anyio.connect_tcp("127.0.0.1", client.port) as stream:
+            if begun:
+                await stream.send(begun)
+            await closed_by_the_server(stream)
+
+
+async def test_scrapers_that_come_together_are_given_one_exposition(
+    view: View, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "METRICS_GOOD_S", 3_600.0)
+    before = await client.ask("/metrics")
+    view.metrics.transactions.inc()
+    assert (await client.ask("/metrics")).body == before.body
+    openmetrics = await client.ask("/metrics", accept="application/openmetrics-text; version=1.0.0")
+    assert b"cdcsync_transactions_total 1.0" in openmetrics.body

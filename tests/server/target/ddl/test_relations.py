@@ -387,6 +387,24 @@ async def test_the_hnsw_index_is_built_once_with_its_parameters(open_index: Open
     assert await rows(index.connection, "SHOW maintenance_work_mem") == before
 
 
+async def test_a_build_that_finds_too_little_shared_memory_is_done_by_one_process(
+    index: LiveIndex, connection: Connection
+) -> None:
+    """Parallel workers share a graph of the size of maintenance_work_mem: no machine has so much."""
+    await fill(index, 10)
+    await connection.execute("SET min_parallel_table_scan_size = 0")
+    hnsw = msgspec.structs.replace(index.spec.config.hnsw, build_memory="2000GB", build_workers=2)
+    spec = msgspec.structs.replace(index.spec, config=msgspec.structs.replace(index.spec.config, hnsw=hnsw))
+
+    with structlog.testing.capture_logs() as events:
+        assert await build_hnsw(connection, SCHEMA, spec)
+
+    (frugal,) = [event for event in events if event["event"] == "index_build_frugal"]
+    assert "shared memory" in frugal["error"]
+    valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('cdcsync.articles_vectors_1_hnsw')"
+    assert await rows(connection, valid) == [(True,)]
+
+
 async def test_an_index_that_an_interrupted_build_left_behind_is_replaced(
     index: LiveIndex, connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
 ) -> None:
