@@ -23,11 +23,13 @@ from contextlib import AsyncExitStack
 from typing import Self, TypeVar
 
 import anyio
+import msgspec
 from psycopg import sql
 
 from cdcsync.config import Config
 from cdcsync.embedders import Vectors, make_embedder, require_model
-from cdcsync.embedders.queries import QueryEmbedder
+from cdcsync.embedders.queries import QueryEmbedder, QueryReranker
+from cdcsync.embedders.reranking import make_reranker
 from cdcsync.errors import EmbedderSetupError, EmbedError, TargetUnavailable, UsageError
 from cdcsync.lsn import Lsn
 from cdcsync.model.spec import IndexSpec
@@ -67,6 +69,7 @@ class _Shared:
         self.pool = Pool(config.target.dsn, "target", size=connections, application_name="cdcsync index")
         self._model_timeout_s = model_timeout_s
         self._models: dict[str, QueryEmbedder] = {}
+        self._rerankers: dict[str, QueryReranker] = {}
 
     def model(self, name: str) -> QueryEmbedder:
         """Return the model of an [embedders] section.
@@ -78,11 +81,18 @@ class _Shared:
             self._models[name] = QueryEmbedder(embedder, timeout_s=self._model_timeout_s)
         return self._models[name]
 
+    def reranker(self, name: str) -> QueryReranker:
+        """Return the reranker of a [rerankers] section."""
+        if name not in self._rerankers:
+            reranker = make_reranker(name, self.config.rerankers[name])
+            self._rerankers[name] = QueryReranker(reranker, name, timeout_s=self._model_timeout_s)
+        return self._rerankers[name]
+
     async def aclose(self) -> None:
         with anyio.CancelScope(shield=True):
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(self.pool.aclose)
-                for model in self._models.values():
+                for model in [*self._models.values(), *self._rerankers.values()]:
                     stack.push_async_callback(model.aclose)
 
 
@@ -152,16 +162,24 @@ class Index:
         mode: Mode = "hybrid",
         per_document: bool = True,
         skip: int = 0,
+        rerank: bool = True,
     ) -> Hits:
         """Return the `k` best hits for a text, the best first.
 
         :param mode: by nearness of meaning (`vector`), by words (`text`), or by both, fused by rank (`hybrid`).
         :param per_document: return each document once, by its best chunk.
         :param skip: leave out so many of the first hits: the next page.
+        :param rerank: have the index's reranker, if it has one, order the best hits anew.
         :raises UsageError: an argument cannot be used.
         :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
         :raises TargetUnavailable: the target does not answer now.
         """
+        if rerank and self._config.reranker is not None:
+            most = max(skip + k, self._shared.reranker(self._config.reranker).candidates)
+            ranked = await self.rerank(
+                text, await self.search(text, k=most, mode=mode, per_document=per_document, rerank=False)
+            )
+            return Hits(ranked[skip : skip + k], ranked.warning)
         vector, warning = None, None
         if mode != "text":
             try:
@@ -191,6 +209,33 @@ class Index:
                 best.setdefault(tuple(hit.key.values()), hit)
             found = list(best.values())
         return Hits(found[skip : skip + k], warning)
+
+    async def rerank(self, text: str, hits: Sequence[Hit]) -> Hits:
+        """Return hits ordered by the index's reranker, with its scores; those beyond its `candidates` stay behind.
+
+        As they were, with a warning, if the reranker is away.
+
+        :raises UsageError: the index has no reranker.
+        :raises EmbedderSetupError: the reranker cannot be used as configured.
+        """
+        warning = hits.warning if isinstance(hits, Hits) else None
+        if self._config.reranker is None:
+            raise UsageError(
+                "the index has no reranker", where=f"index {self.name}", hint="name a [rerankers.NAME] section in it"
+            )
+        reranker = self._shared.reranker(self._config.reranker)
+        best, others = hits[: reranker.candidates], hits[reranker.candidates :]
+        if not best:
+            return Hits(hits, warning)
+        try:
+            scores = await reranker.score(text, [hit.content for hit in best])
+        except EmbedderSetupError:
+            raise
+        except EmbedError as error:
+            missing = f"not reranked: {error}"
+            return Hits(hits, f"{warning}; {missing}" if warning else missing)
+        scored = [msgspec.structs.replace(hit, score=float(score)) for hit, score in zip(best, scores, strict=True)]
+        return Hits([*sorted(scored, key=lambda hit: -hit.score), *others], warning)
 
     async def embed(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of queries, `float32[n, dimensions]`, by the model that the index's vectors are of.

@@ -91,6 +91,7 @@ class Index:
             self._stop()
 
     search = _blocking(asynchronous.Index.search)
+    rerank = _blocking(asynchronous.Index.rerank)
     embed = _blocking(asynchronous.Index.embed)
     wait_for = _blocking(asynchronous.Index.wait_for)
     lsn = _blocking(asynchronous.Index.lsn)

@@ -2,7 +2,7 @@
 
     names, redaction     what a name and a connection string may be, and what of it may be shown
     values, shape        what values may be, and what a section is
-    embedders, sections  the file: `Config` and the sections in it
+    embedders, rerankers, sections  the file: `Config` and the sections in it
     problems, checking   plain data into sections, reporting all problems in plain words
     environment          ${NAME} in texts
     reading, rendering   `load` and `parse`; `render` and `schema`
@@ -28,6 +28,7 @@ from cdcsync.config.names import QualifiedName
 from cdcsync.config.reading import load, parse
 from cdcsync.config.redaction import redact_dsn
 from cdcsync.config.rendering import render, schema
+from cdcsync.config.rerankers import Reranker, SentenceTransformersReranker, TeiReranker
 from cdcsync.config.sections import Chunking, Config, Hnsw, Index, Source, Target, Worker
 
 __all__ = [
@@ -43,10 +44,13 @@ __all__ = [
     "QualifiedName",
     "RayEmbedder",
     "RemoteEmbedder",
+    "Reranker",
     "SentenceTransformersEmbedder",
+    "SentenceTransformersReranker",
     "Source",
     "Target",
     "TeiEmbedder",
+    "TeiReranker",
     "Worker",
     "load",
     "parse",

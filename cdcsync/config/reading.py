@@ -73,7 +73,7 @@ def parse(text: str, environ: Mapping[str, str], *, where: str) -> Config:
         raise ConfigError("is nested too deeply", where=where, hint="look for brackets that were left open") from None
     values = read_fields(cast("mi.StructType", mi.type_info(Config)), data, "", problems)
     indexes = {name: _with_view(name, index) for name, index in values.get("indexes", {}).items()}
-    _check_indexes(indexes, data.get("embedders"), problems)
+    _check_indexes(indexes, data.get("embedders"), data.get("rerankers"), problems)
     problems.check(where)
     config = Config(**{**values, "indexes": indexes})
     if "dsn" in data.get("target", {}):
@@ -86,7 +86,7 @@ def _with_view(name: str, index: Index) -> Index:
     return index if index.view else msgspec.structs.replace(index, view=f"public.{name}_index")
 
 
-def _check_indexes(indexes: Mapping[str, Index], embedders: object, problems: Problems) -> None:
+def _check_indexes(indexes: Mapping[str, Index], embedders: object, rerankers: object, problems: Problems) -> None:
     """Note indexes whose embedder is not declared, and views that two of them claim.
 
     :param embedders: the [embedders] section as the file has it: a faulty embedder is a declared one all the same.
@@ -97,6 +97,12 @@ def _check_indexes(indexes: Mapping[str, Index], embedders: object, problems: Pr
             problems.add(
                 f"indexes.{name}.embedder",
                 f"there is no [embedders.{index.embedder}] section; {suggestion(index.embedder, embedders)}",
+            )
+        declared = rerankers if isinstance(rerankers, dict) else {}
+        if index.reranker and index.reranker not in declared:
+            problems.add(
+                f"indexes.{name}.reranker",
+                f"there is no [rerankers.{index.reranker}] section; {suggestion(index.reranker, declared)}",
             )
         owner = owners.setdefault(index.view_name, name)
         if owner != name:

@@ -6,10 +6,12 @@ import difflib
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta
 
 from cdcsync.config.embedders import Embedder
 from cdcsync.config.names import QualifiedName
+from cdcsync.config.rerankers import Reranker
 from cdcsync.config.shape import Section
 from cdcsync.config.values import (
     Address,
@@ -202,6 +204,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param document_columns: the columns that this function gets, spelled as the server stores them.
     :param chunk_text: what is stored, embedded and searched for each chunk: a template in which {chunk} is the chunk.
     :param embedder: the name of the [embedders.NAME] section that makes the vectors.
+    :param reranker: the name of a [rerankers.NAME] section that orders what searches find; empty for none.
     :param view: the view that users query, as in SQL; left out, `public.NAME_index`.
     :param columns: columns carried into the index as they are, spelled as the server stores them.
     :param indexed: columns of the index that get a b-tree each, for searches that filter on them selectively.
@@ -223,6 +226,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     document_columns: tuple[Name, ...] = ()
     chunk_text: str = NO_FRAME
     embedder: str
+    reranker: str | None = None
     view: Relation = ""
     columns: tuple[Name, ...] = ()
     indexed: tuple[Name, ...] = ()
@@ -272,6 +276,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param target: where the index lives; left out, it is the source's database.
     :param worker: how the process runs.
     :param embedders: what makes vectors, by name.
+    :param rerankers: what orders the best hits of searches, by name.
     :param indexes: what is kept in step, by name; the names of an index's tables begin with it.
     """
 
@@ -279,6 +284,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     target: Target = Target()
     worker: Worker = Worker()
     embedders: Annotated[dict[EmbedderName, Embedder], Meta(min_length=1)]
+    rerankers: dict[EmbedderName, Reranker] = msgspec.field(default_factory=dict)
     indexes: Annotated[dict[IndexName, Index], Meta(min_length=1)]
 
     def index_named(self, name: str) -> Index:

@@ -13,6 +13,8 @@
     openai, tei             providers
     python                  a class of the user's own
     ray, ray_pool           any of these on a Ray cluster: the worker's end, and the process that is connected
+    reranking               rerankers, local and by text-embeddings-inference
+    queries                 models as searches use them: soon, or not at all
 
 Making an embedder is cheap and never imports torch; `open` loads what is heavy.
 """

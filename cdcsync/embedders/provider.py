@@ -71,7 +71,7 @@ class Provider:
     def __init__(
         self,
         where: str,
-        settings: config.OpenAIEmbedder | config.TeiEmbedder,
+        settings: config.OpenAIEmbedder | config.TeiEmbedder | config.TeiReranker,
         *,
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,

@@ -1,18 +1,22 @@
-"""Embedding what users search for: one text at a time, beside others, and soon or not at all.
+"""Models as searches use them: for one text at a time, beside others, and soon or not at all.
 
-A search can do without a vector, and nobody wants to wait for one. So a model that does not answer in time, or failed a
-moment ago, is *away*: searches go by words until it is back.
+A search can do without a vector and without a reranker, and nobody wants to wait for one. So a model that does not
+answer in time, or failed a moment ago, is *away*: searches do without it until it is back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 import anyio
 
 from cdcsync.embedders.protocol import Embedder, Vectors, validate
+from cdcsync.embedders.reranking import Reranker, Scores
 from cdcsync.errors import EmbedderUnavailable
+
+T = TypeVar("T")
 
 REMEMBERED = 256
 """Queries whose vectors are kept: those of the next page, or of a second index, cost no call."""
@@ -21,21 +25,29 @@ AWAY_S = 5.0
 """How long a model that failed is left alone: long enough to spare a provider in trouble, short for a person."""
 
 
-class QueryEmbedder:
-    """An embedder for queries, opened when the first one comes and kept open.
+class _Model(Protocol):
+    async def open(self) -> None: ...
 
+    async def aclose(self) -> None: ...
+
+
+class OnCall:
+    """A model that is opened when it is first needed and kept open.
+
+    :param where: the section that describes it, for messages.
     :param timeout_s: how long a call may take. Loading the model at first is not counted.
+    :param concurrency: how many calls may run at the same time.
     """
 
-    def __init__(self, embedder: Embedder, *, timeout_s: float) -> None:
-        self.embedder = embedder
+    def __init__(self, model: _Model, where: str, *, timeout_s: float, concurrency: int) -> None:
+        self._model = model
+        self._where = where
         self._timeout_s = timeout_s
-        self._room = anyio.CapacityLimiter(embedder.concurrency)
+        self._room = anyio.CapacityLimiter(concurrency)
         self._opening = anyio.Lock()
         self._opened = False
         self._away_until = -1.0
         self._why: EmbedderUnavailable | None = None
-        self._remembered: dict[str, Vectors] = {}
 
     async def open(self) -> None:
         """Load or connect to the model. Calling it again does nothing.
@@ -46,41 +58,25 @@ class QueryEmbedder:
         async with self._opening:
             if not self._opened:
                 with self._noticing_absence():
-                    await self.embedder.open()
+                    await self._model.open()
                 self._opened = True
 
-    async def embed(self, texts: Sequence[str]) -> Vectors:
-        """Return the queries' vectors, `float32[n, dimensions]`.
+    async def aclose(self) -> None:
+        """Let go of the model."""
+        self._opened = False
+        await self._model.aclose()
 
-        :raises EmbedderUnavailable: the model is away.
-        :raises TextRejected: one of these texts cannot be embedded.
-        :raises EmbedderSetupError: the model or provider cannot be used as configured.
+    async def _in_time(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Make a call of the open model.
+
+        :raises EmbedderUnavailable: the model is away, or does not answer in time.
         """
         await self.open()
         with self._noticing_absence():
             with anyio.move_on_after(self._timeout_s):
                 async with self._room:
-                    vectors = await self.embedder.embed(texts, kind="query")
-                    validate(vectors, len(texts), self.embedder.dimensions)
-                    return vectors
-            raise EmbedderUnavailable(
-                f"the model did not answer within {self._timeout_s:g} s", where=f"embedders.{self.embedder.name}"
-            )
-
-    async def embed_one(self, text: str) -> Vectors:
-        """Return a query's vector, `float32[dimensions]`; see `embed`. The last ones are remembered."""
-        vector = self._remembered.pop(text, None)
-        if vector is None:
-            vector = (await self.embed([text]))[0]
-        self._remembered[text] = vector  # the newest is last
-        if len(self._remembered) > REMEMBERED:
-            del self._remembered[next(iter(self._remembered))]
-        return vector
-
-    async def aclose(self) -> None:
-        """Let go of the model."""
-        self._opened = False
-        await self.embedder.aclose()
+                    return await call()
+            raise EmbedderUnavailable(f"the model did not answer within {self._timeout_s:g} s", where=self._where)
 
     @contextmanager
     def _noticing_absence(self) -> Iterator[None]:
@@ -93,3 +89,52 @@ class QueryEmbedder:
             self._why, self._away_until = error, anyio.current_time() + AWAY_S
             raise
         self._why = None
+
+
+class QueryEmbedder(OnCall):
+    """An embedder for queries."""
+
+    def __init__(self, embedder: Embedder, *, timeout_s: float) -> None:
+        where = f"embedders.{embedder.name}"
+        super().__init__(embedder, where, timeout_s=timeout_s, concurrency=embedder.concurrency)
+        self.embedder = embedder
+        self._remembered: dict[str, Vectors] = {}
+
+    async def embed(self, texts: Sequence[str]) -> Vectors:
+        """Return the queries' vectors, `float32[n, dimensions]`.
+
+        :raises EmbedderUnavailable: the model is away.
+        :raises TextRejected: one of these texts cannot be embedded.
+        :raises EmbedderSetupError: the model or provider cannot be used as configured.
+        """
+        vectors = await self._in_time(lambda: self.embedder.embed(texts, kind="query"))
+        validate(vectors, len(texts), self.embedder.dimensions)
+        return vectors
+
+    async def embed_one(self, text: str) -> Vectors:
+        """Return a query's vector, `float32[dimensions]`; see `embed`. The last ones are remembered."""
+        vector = self._remembered.pop(text, None)
+        if vector is None:
+            vector = (await self.embed([text]))[0]
+        self._remembered[text] = vector  # the newest is last
+        if len(self._remembered) > REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
+        return vector
+
+
+class QueryReranker(OnCall):
+    """A reranker for what searches found."""
+
+    def __init__(self, reranker: Reranker, name: str, *, timeout_s: float) -> None:
+        super().__init__(reranker, f"rerankers.{name}", timeout_s=timeout_s, concurrency=4)
+        self.candidates = reranker.candidates
+        self._reranker = reranker
+
+    async def score(self, query: str, texts: Sequence[str]) -> Scores:
+        """Return how well each text answers the query.
+
+        :raises EmbedderUnavailable: the model is away.
+        :raises EmbedderSetupError: it cannot be used as configured.
+        :raises EmbedError: it gave something else than a number for each text.
+        """
+        return await self._in_time(lambda: self._reranker.score(query, texts))

@@ -17,7 +17,7 @@ from psycopg import sql
 
 import cdcsync
 import cdcsync.sync
-from cdcsync.config import Config, HashEmbedder, PythonEmbedder, Source, Target
+from cdcsync.config import Config, HashEmbedder, PythonEmbedder, Source, Target, TeiReranker
 from cdcsync.documents.templates import hash_text
 from cdcsync.embedders import queries
 from cdcsync.embedders.hashing import HashEmbedder as Hashing
@@ -26,6 +26,7 @@ from cdcsync.target.pipelines import Pipelines
 from tests.fixtures.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register, until
 
 if TYPE_CHECKING:
+    from tests.fixtures.provider import FakeProvider
     from tests.fixtures.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -245,6 +246,35 @@ async def test_an_index_beside_another_shares_its_model_and_ends_with_it(databas
             assert Model.asked == ["dog house"]
             assert Model.opened == 1
         assert keys(await articles.search("dog house", k=1)) == [2]
+
+
+async def test_a_reranker_orders_the_best_hits_and_is_done_without_while_it_is_away(
+    database: Database, provider: FakeProvider
+) -> None:
+    async with indexed(database) as (_, config):
+        with_reranker = msgspec.structs.replace(
+            config,
+            rerankers={"fine": TeiReranker(base_url=provider.tei_url)},
+            indexes={"articles": msgspec.structs.replace(config.indexes["articles"], reranker="fine")},
+        )
+        async with cdcsync.Index.open(with_reranker, "articles") as articles:
+            # The reranker counts the words that query and text have in common, whatever their place by vector.
+            hits = await articles.search("to the cat coast", k=2)
+            assert [(hit.key["id"], hit.score) for hit in hits] == [(3, 3.0), (1, 2.0)]
+            assert keys(await articles.search("to the cat coast", k=1, skip=1)) == [1]
+            plain = await articles.search("to the cat coast", k=3, rerank=False)
+            assert keys(await articles.rerank("dog", plain)) == [2, *[key for key in keys(plain) if key != 2]]
+            asked = len(provider.requests)
+            assert await articles.search("unheard", mode="text") == []
+            assert len(provider.requests) == asked
+
+            provider.stop()
+            away = await articles.search("to the cat coast", k=3)
+            assert keys(away) == keys(plain)
+            assert str(away.warning).startswith("not reranked: rerankers.fine: ")
+        async with cdcsync.Index.open(config, "articles") as articles:
+            with pytest.raises(UsageError, match="has no reranker"):
+                await articles.rerank("cat", plain)
 
 
 async def test_wait_for_is_true_once_the_checkpoint_is_there_and_false_at_the_timeout(database: Database) -> None:

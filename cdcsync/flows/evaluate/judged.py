@@ -15,26 +15,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from cdcsync.config import Config
 from cdcsync.embedders import Embedder, make_embedder, require_model
+from cdcsync.embedders.reranking import Reranker, make_reranker
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.flows.evaluate.collection import Collection
 from cdcsync.flows.evaluate.intervals import difference, figure
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.target.judged_runs import MODES, Figure, JudgedMode, ModeRun, Run, Weighed
-from cdcsync.target.search import FUSION, Mode, search
+from cdcsync.target.search import FUSION, Hit, Mode, search
 
 if TYPE_CHECKING:
     import ir_measures
-    import numpy as np
-    import numpy.typing as npt
 
 DEPTH = 100
 """Documents that each search returns: as deep as the deepest usual measure looks (R@100)."""
@@ -93,31 +95,39 @@ async def evaluate_index(
     """
     embedder = make_embedder(spec.config.embedder, config.embedders[spec.config.embedder])
     require_model(embedder, spec.model)
-    try:
+    name = spec.config.reranker
+    reranker = None if name is None else make_reranker(name, config.rerankers[name])
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(embedder.aclose)
         await embedder.open()
+        if reranker is not None:
+            stack.push_async_callback(reranker.aclose)
+            await reranker.open()
         vectors = await embed_questions(embedder, collection)
-    finally:
-        await embedder.aclose()
-    searches = Searches(connection, config.target.schema, spec, collection, vectors)
-    settings = {
+        searches = Searches(connection, config.target.schema, spec, collection, vectors, reranker)
+        with speaking_of("target", where=f"index {spec.name}"):
+            return await evaluate_judged(
+                spec.name,
+                spec.generation,
+                collection,
+                searches.modes(),
+                measures=measures,
+                weights=weights,
+                settings=_settings(spec),
+            )
+
+
+def _settings(spec: IndexSpec) -> dict[str, Any]:
+    return {
         "model": spec.model,
         "dimensions": spec.dimensions,
         "vector_type": spec.config.vector_type,
         "search": spec.config.search,
         "text": spec.config.text or spec.config.documents,
         "chunk_text": spec.config.chunk_text,
+        "reranker": spec.config.reranker,
         "chunking": msgspec.to_builtins(spec.config.chunking),
     }
-    with speaking_of("target", where=f"index {spec.name}"):
-        return await evaluate_judged(
-            spec.name,
-            spec.generation,
-            collection,
-            searches.modes(),
-            measures=measures,
-            weights=weights,
-            settings=settings,
-        )
 
 
 async def evaluate_judged(
@@ -174,6 +184,7 @@ class Searches:
     """The searches of an index for the questions of a collection, as its own statement answers them.
 
     :param vectors: each question's vector by its id.
+    :param reranker: open, if the index has one.
     """
 
     def __init__(
@@ -183,35 +194,52 @@ class Searches:
         spec: IndexSpec,
         collection: Collection,
         vectors: Mapping[str, npt.NDArray[np.float32]],
+        reranker: Reranker | None,
     ) -> None:
         self._connection = connection
         self._schema = schema
         self._spec = spec
         self._collection = collection
         self._vectors = vectors
+        self._reranker = reranker
 
     def modes(self) -> dict[JudgedMode, Find]:
         """Return the modes that the index has."""
-        if self._spec.config.search is None:
-            return {"vector": self.find("vector")}
-        return {"text": self.find("text"), "vector": self.find("vector"), "hybrid": self.find("hybrid")}
+        modes: dict[JudgedMode, Find] = {}
+        if self._spec.config.search is not None:
+            modes["text"] = self._find("text")
+        modes["vector"] = self._find("vector")
+        if len(modes) == 2:
+            modes["hybrid"] = self._find("hybrid")
+        if self._reranker is not None:
+            modes["reranked"] = self._reranked
+        return modes
 
-    def find(self, mode: Mode) -> Find:
-        """Return a search in this mode."""
-
+    def _find(self, mode: Mode) -> Find:
         async def found(query: str) -> list[str]:
-            hits = await search(
-                self._connection,
-                self._schema,
-                self._spec,
-                text=self._collection.queries[query],
-                vector=self._vectors[query],
-                k=DEPTH,
-                mode=mode,
-            )
-            return [document_id(hit.key) for hit in hits]
+            return [document_id(hit.key) for hit in await self._hits(query, mode)]
 
         return found
+
+    async def _reranked(self, query: str) -> list[str]:
+        assert self._reranker is not None
+        hits = await self._hits(query, "hybrid")
+        best, others = hits[: self._reranker.candidates], hits[self._reranker.candidates :]
+        if best:
+            scores = await self._reranker.score(self._collection.queries[query], [hit.content for hit in best])
+            best = [best[at] for at in np.argsort(-scores, kind="stable")]
+        return [document_id(hit.key) for hit in [*best, *others]]
+
+    async def _hits(self, query: str, mode: Mode) -> list[Hit]:
+        return await search(
+            self._connection,
+            self._schema,
+            self._spec,
+            text=self._collection.queries[query],
+            vector=self._vectors[query],
+            k=DEPTH,
+            mode=mode,
+        )
 
 
 async def embed_questions(embedder: Embedder, collection: Collection) -> dict[str, npt.NDArray[np.float32]]:

@@ -19,9 +19,8 @@ def test_the_examples_of_the_documentation_are_right() -> None:
     examples = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
     kinds: set[type] = set()
     for example in examples:
-        name, *_ = re.findall(r"\[embedders\.(\w+)\]", example)
         config = read(example + SECTIONS, OPENAI_API_KEY=KEY, AZURE_OPENAI_API_KEY=KEY)
-        kinds.add(type(config.embedders[name]))
+        kinds.update(type(config.embedders[name]) for name in re.findall(r"\[embedders\.(\w+)\]", example))
     assert kinds == {OpenAIEmbedder, TeiEmbedder, SentenceTransformersEmbedder, PythonEmbedder}
 
 

@@ -16,6 +16,7 @@ from cdcsync.cli import main
 from cdcsync.postgres.sessions import connect
 from cdcsync.target import judged_runs
 from tests.fixtures.configs import configuration
+from tests.fixtures.provider import FakeProvider
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline
 
@@ -157,3 +158,18 @@ def test_a_wrong_argument_is_told_before_anything_is_measured(
         told = capsys.readouterr()
         assert problem in told.err
         assert told.out == ""
+
+
+def test_a_reranker_is_measured_as_a_mode_of_its_own(
+    followed: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], provider: FakeProvider
+) -> None:
+    reranker = f'[rerankers.fine]\ntype = "tei"\nbase_url = "{provider.tei_url}"\ncandidates = 3\n'
+    text = followed.path.read_text().replace("[indexes.pages]", f'{reranker}[indexes.pages]\nreranker = "fine"')
+    followed.path.write_text(text)
+    collection = write_collection(tmp_path / "animals")
+    assert evaluate(followed, "pages", "--judged", collection, "--json", "--min", "R@100=0.1") == 0
+    judged = json.loads(capsys.readouterr().out)["judged"]
+    assert list(judged["modes"]) == ["text", "vector", "hybrid", "reranked"]
+    assert judged["settings"]["reranker"] == "fine"
+    assert judged["gates"][0]["text"].startswith("reranked R@100 is ")
+    assert [len(body["texts"]) for _, _, body in provider.requests] == [3, 3, 3]
