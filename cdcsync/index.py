@@ -1,7 +1,7 @@
 """`cdcsync.Index`: an index, as an application searches it.
 
     async with Index.open(load_config("cdcsync.toml"), "tickets") as tickets:
-        hits = await tickets.search("forgot my login", k=10)
+        hits = await tickets.search("forgot my login", k=10, filter={"tenant": 3})
 
 It needs no worker in the same process. It keeps a few connections to the target and the model open for all tasks of an
 event loop; `cdcsync.sync.Index` is the same for threads.
@@ -36,7 +36,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.pool import Pool
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
-from cdcsync.target.search import MAX_HITS, Hit, Mode, search, stored_spec
+from cdcsync.target.search import Filter, Hit, Mode, search, stored_spec
 
 T = TypeVar("T")
 
@@ -160,25 +160,38 @@ class Index:
         *,
         k: int = 10,
         mode: Mode = "hybrid",
+        filter: Filter | None = None,
         per_document: bool = True,
         skip: int = 0,
+        weights: tuple[float, float] = (1.0, 1.0),
+        language: str | None = None,
         rerank: bool = True,
     ) -> Hits:
         """Return the `k` best hits for a text, the best first.
 
         :param mode: by nearness of meaning (`vector`), by words (`text`), or by both, fused by rank (`hybrid`).
+        :param filter: values for key and carried columns: `{"tenant": 3, "status": ["open", "new"], "at": {"gte": t}}`.
         :param per_document: return each document once, by its best chunk.
         :param skip: leave out so many of the first hits: the next page.
+        :param weights: of vectors and of words, in `hybrid`.
+        :param language: of the text, for an index with a language per row.
         :param rerank: have the index's reranker, if it has one, order the best hits anew.
         :raises UsageError: an argument cannot be used.
         :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
         :raises TargetUnavailable: the target does not answer now.
         """
         if rerank and self._config.reranker is not None:
-            most = max(skip + k, self._shared.reranker(self._config.reranker).candidates)
-            ranked = await self.rerank(
-                text, await self.search(text, k=most, mode=mode, per_document=per_document, rerank=False)
+            found = await self.search(
+                text,
+                k=max(skip + k, self._shared.reranker(self._config.reranker).candidates),
+                mode=mode,
+                filter=filter,
+                per_document=per_document,
+                weights=weights,
+                language=language,
+                rerank=False,
             )
+            ranked = await self.rerank(text, found)
             return Hits(ranked[skip : skip + k], ranked.warning)
         vector, warning = None, None
         if mode != "text":
@@ -198,17 +211,16 @@ class Index:
                 await self._spec(connection),
                 text=text,
                 vector=vector,
-                k=min(MAX_HITS, 4 * (skip + k)) if per_document else skip + k,
+                k=k,
                 mode="text" if warning else mode,
+                filter=filter,
+                per_document=per_document,
+                skip=skip,
+                weights=weights,
+                language=language,
             )
 
-        found = await self._with_connection(ask)
-        if per_document:
-            best: dict[tuple[object, ...], Hit] = {}
-            for hit in found:
-                best.setdefault(tuple(hit.key.values()), hit)
-            found = list(best.values())
-        return Hits(found[skip : skip + k], warning)
+        return Hits(await self._with_connection(ask), warning)
 
     async def rerank(self, text: str, hits: Sequence[Hit]) -> Hits:
         """Return hits ordered by the index's reranker, with its scores; those beyond its `candidates` stay behind.

@@ -118,6 +118,15 @@ async def test_hits_are_typed_documents_the_best_first(database: Database) -> No
         assert keys(await articles.search("dog house", mode="text")) == [2]
 
 
+async def test_filters_are_values_and_a_wrong_one_names_the_column(database: Database) -> None:
+    async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
+        assert keys(await articles.search("dog house", filter={"tenant": 3})) == [3]
+        assert set(keys(await articles.search("dog house", filter={"tenant": {"lt": 3}}))) == {1, 2}
+        assert keys(await articles.search("cat night", weights=(0.0, 1.0), filter={"id": [1, 3], "tenant": 3})) == [3]
+        with pytest.raises(UsageError, match="colour"):
+            await articles.search("dog", filter={"colour": "red"})
+
+
 async def test_pages_continue_each_other_and_embed_a_query_once(database: Database) -> None:
     async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
         whole = await articles.search("the night", k=3)
@@ -260,12 +269,12 @@ async def test_a_reranker_orders_the_best_hits_and_is_done_without_while_it_is_a
         async with cdcsync.Index.open(with_reranker, "articles") as articles:
             # The reranker counts the words that query and text have in common, whatever their place by vector.
             hits = await articles.search("to the cat coast", k=2)
-            assert [(hit.key["id"], hit.score) for hit in hits] == [(3, 3.0), (1, 2.0)]
+            assert [(hit.key["id"], hit.score) for hit in hits] == [(3, 3.0), (1, 1.0)]
             assert keys(await articles.search("to the cat coast", k=1, skip=1)) == [1]
             plain = await articles.search("to the cat coast", k=3, rerank=False)
             assert keys(await articles.rerank("dog", plain)) == [2, *[key for key in keys(plain) if key != 2]]
             asked = len(provider.requests)
-            assert await articles.search("unheard", mode="text") == []
+            assert await articles.search("-unheard", mode="text") == []
             assert len(provider.requests) == asked
 
             provider.stop()
