@@ -14,7 +14,7 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from typing import assert_never
 
 import anyio
@@ -74,6 +74,7 @@ class Dry(msgspec.Struct, frozen=True):
 Heard = Event | Passed | Dry
 
 NOTHING: tuple[Heard, ...] = ()
+NOTHING_YET: tuple[tuple[Heard, ...]] = (NOTHING,)
 
 
 class Receiver:
@@ -167,12 +168,11 @@ class Receiver:
         await self._slot.send_status(self._progress.received, self._progress.acknowledge())
         crash_point("last status sent")
 
-    def _take(self, payload: bytes) -> Iterator[Sequence[Heard]]:
-        """Yield what each message of a payload means: nothing yet if its transaction is still open."""
+    def _take(self, payload: bytes) -> Iterable[Sequence[Heard]]:
+        """Return what each message of a payload means: nothing yet if its transaction is still open."""
         if self._spool.receiving and payload[:1] != b"E":
             self._spool.append(int.from_bytes(payload[1:5], "big"), payload)
-            yield NOTHING
-            return
+            return NOTHING_YET
         message = decode(payload)
         match message:
             case StreamStart():
@@ -182,13 +182,14 @@ class Receiver:
             case StreamAbort():
                 self._spool.abort(message.xid, message.subxid)
             case StreamCommit():
-                yield from map(self._feed, self._replay(message))
-                self._spool.drop(message.xid)
-                return
+                return self._take_spooled(message)
             case _:
-                yield self._feed(message)
-                return
-        yield NOTHING
+                return (self._feed(message),)
+        return NOTHING_YET
+
+    def _take_spooled(self, commit: StreamCommit) -> Iterator[Sequence[Heard]]:
+        yield from map(self._feed, self._replay(commit))
+        self._spool.drop(commit.xid)
 
     def _replay(self, commit: StreamCommit) -> Iterator[PgoutputMessage]:
         """Yield a spooled transaction as if it had been sent whole at its commit."""

@@ -25,7 +25,7 @@ from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch, PageRows
 from cdcsync.model.lag import Lag
 from cdcsync.model.progress import Progress
-from cdcsync.model.rows import Change, Delete, Shape, Truncation, Upsert
+from cdcsync.model.rows import Delete, Shape, Truncation, Upsert
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import Assembler, Began, Committed, Lost, Mark
 from cdcsync.model.visibility import Deliveries
@@ -135,10 +135,22 @@ class Stream:
         return paused
 
     def _hand_on(self, heard: Heard) -> None:
-        """Put what was heard into the open batch."""
+        """Put what was heard into the open batch.
+
+        Changes are remembered as well, for pages that are read under an older snapshot.
+        """
         match heard:
-            case Upsert() | Delete() | Truncation():
-                self._note_delivery(heard)
+            case Upsert():
+                deliveries = self._deliveries[heard.shape.index]
+                deliveries.touched(heard.key, heard.xid)
+                if heard.moved_from is not None:
+                    deliveries.touched(heard.moved_from, heard.xid)
+                self._open.add(heard)
+            case Delete():
+                self._deliveries[heard.shape.index].touched(heard.key, heard.xid)
+                self._open.add(heard)
+            case Truncation():
+                self._deliveries[heard.shape.index].truncated(heard.xid)
                 self._open.add(heard)
             case Dry():
                 self._open.note_dry(heard_all=heard.heard_all)
@@ -155,21 +167,6 @@ class Stream:
                 self._open.pause(heard.error)
             case _:
                 assert_never(heard)
-
-    def _note_delivery(self, change: Change) -> None:
-        """Remember what was delivered, for pages that are read under an older snapshot."""
-        deliveries = self._deliveries[change.shape.index]
-        match change:
-            case Upsert():
-                deliveries.touched(change.key, change.xid)
-                if change.moved_from is not None:
-                    deliveries.touched(change.moved_from, change.xid)
-            case Delete():
-                deliveries.touched(change.key, change.xid)
-            case Truncation():
-                deliveries.truncated(change.xid)
-            case _:
-                assert_never(change)
 
     async def _apply_until_paused(self) -> list[SchemaChanged]:
         """Commit what comes until a pause and the end of its transaction are stored; returns why there was one."""
