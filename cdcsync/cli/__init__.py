@@ -4,7 +4,7 @@
     printing    findings, hits, statuses and errors, for people and as JSON
     queries     what the commands ask of both servers and of a model
     commands    the commands, their options and their help
-    teardown    the command `teardown`
+    teardown    the commands `teardown` and `drop`
     replay      the command `replay`
     verify      the command `verify`
     figures     what `evaluate` measured, as tables

@@ -27,6 +27,7 @@ app.command(epilog=verify.EPILOG)(verify.verify)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=failures.EPILOG)(failures.failures)
 app.command(epilog=teardown.EPILOG)(teardown.teardown)
+app.command(epilog=teardown.DROP_EPILOG)(teardown.drop)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

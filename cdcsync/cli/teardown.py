@@ -1,4 +1,4 @@
-"""`cdcsync teardown`: asks, tears down, and says what became of each thing."""
+"""`cdcsync teardown` and `cdcsync drop`: ask, take away, and say what became of each thing."""
 
 from __future__ import annotations
 
@@ -52,6 +52,36 @@ def teardown(
         _print(steps)
 
 
+DROP_EPILOG = """Remove an index that left the configuration: `cdcsync drop articles`"""
+
+
+def drop(
+    context: typer.Context,
+    index: Annotated[str, typer.Argument(help="The index, as the target knows it.")],
+    config: ConfigOption = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Say yes beforehand.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Drop one index: its view and its tables in the target. The others, the slot and the source's table stay.
+
+    Remove the index from the configuration and start the worker again first: it lets go of the index, which stays
+    searchable as it was until it is dropped.
+    """
+    import anyio
+
+    from cdcsync.cli import printing
+    from cdcsync.flows import teardown as flow
+
+    configuration = context.ensure_object(Invocation).load(config)
+    if not yes:
+        _confirm(f"drops the index {index} from the target, for good.", needs="drop")
+    steps = anyio.run(lambda: flow.drop_index(configuration, index))
+    if as_json:
+        printing.print_json(steps)
+    else:
+        _print(steps)
+
+
 def _ask(belongings: Belongings) -> None:
     """Return only if the answer is yes.
 
@@ -64,11 +94,25 @@ def _ask(belongings: Belongings) -> None:
     for kind, names in (("view", belongings.views), ("table", belongings.tables)):
         for name in names:
             out.print(f"  {kind} {plain(name)}", markup=False)
+    _confirm(None, needs="--purge")
+
+
+def _confirm(what: str | None, *, needs: str) -> None:
+    """Return only if the answer is yes.
+
+    :param needs: the command or option that asks.
+    :raises UsageError: there is nobody to ask.
+    """
+    from cdcsync.cli.printing import console, plain
+
+    out = console(errors=True)
+    if what is not None:
+        out.print(f"{needs} {plain(what)}", markup=False)
     out.print("Go on? [y/N] ", end="", markup=False)
     answer = sys.stdin.readline()
     if not answer:
         out.print()
-        raise UsageError("--purge needs a yes, and there is nobody to ask", where="--purge", hint="add --yes")
+        raise UsageError(f"{needs} needs a yes, and there is nobody to ask", where=needs, hint="add --yes")
     if answer.strip().lower() not in ("y", "yes"):
         out.print("nothing was changed")
         raise typer.Exit(1)

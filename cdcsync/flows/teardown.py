@@ -1,4 +1,4 @@
-"""The teardown flow: takes away what a pipeline left on the source, and on request the index itself.
+"""The teardown flow: takes away what a pipeline left on the source, and on request the index itself; or one index.
 
     lock ─► look ─► (purge: rows, view and tables in one transaction) ─► slot ─► publication
 
@@ -11,6 +11,8 @@ Source: PostgreSQL, "Replication Management Functions", "DROP PUBLICATION", "Dep
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal, LiteralString
 
 import msgspec
@@ -24,7 +26,7 @@ from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.catalog import Slot, read_server, read_slot
 from cdcsync.source.publications import Publication, published_names, read_publication
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.registry import Registry
+from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.search import drop_search
 
 OURS = "cdcsync: "
@@ -91,6 +93,69 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
         steps.append(Step(f"slot {config.source.slot}", "absent" if slot is None else "dropped"))
         steps.append(await _drop_publication(source, config, publication, belongings, sharing))
         return steps
+
+
+async def drop_index(config: Config, index: str) -> list[Step]:
+    """Drop one index: its view, its tables and its entry in the target, and its table's place in our publication.
+
+    Slot and pipeline stay. A worker that still follows the index must have let go of it first.
+
+    :raises SetupError: there is no such index, a worker follows it, or something depends on it; nothing was dropped.
+    :raises SourceUnavailable, TargetUnavailable: a server does not answer; dropping again continues from there.
+    """
+    schema = config.target.schema
+    async with (
+        Session(config.target.dsn, "target", application_name="cdcsync drop") as target_session,
+        Session(config.source.dsn, "source", application_name="cdcsync drop") as source_session,
+    ):
+        target, source = await target_session.connection(), await source_session.connection()
+        with speaking_of("target"):
+            entries = await Registry(schema).all(target)
+            entry = entries.get(index)
+            if entry is None or entry.slot != config.source.slot:
+                owner = "" if entry is None else f" of this pipeline: it belongs to slot {entry.slot}"
+                known = ", ".join(name for name, one in entries.items() if one.slot == config.source.slot) or "none"
+                raise SetupError(
+                    f"there is no index {index}{owner}", where=f"schema {schema}", hint=f"those there are: {known}"
+                )
+            await _let_go(target, config, entry)
+            tables = await _rows(target, _TABLES, [f"cdcsync index {index}: "], schema)
+            views = await _rows(target, _VIEWS, [oid for oid, _ in tables])
+            others = {one.source_table for name, one in entries.items() if name != index}
+        with _own_dependents(), speaking_of("target"):
+            async with target.transaction():
+                await drop_search(target, schema, index)
+                await _drop(target, "VIEW", [name for (name,) in views])
+                await _drop(target, "TABLE", [name for _, name in tables])
+                await Registry(schema).remove(target, index)
+        steps = [Step(f"index {index} in the target", "dropped")]
+        if index in config.indexes:
+            steps.append(
+                Step(
+                    f"[indexes.{index}] in the configuration",
+                    "kept",
+                    "remove it, or the next `cdcsync run` builds the index anew",
+                )
+            )
+        others |= {str(one.table_name) for name, one in config.indexes.items() if name != index}
+        steps.append(await _unpublish(source, config, entry.source_table, others))
+        return steps
+
+
+async def _let_go(target: Connection, config: Config, entry: Entry) -> None:
+    """See that no worker follows an index, and that none begins to.
+
+    :raises SetupError: one does.
+    """
+    pipelines = Pipelines(config.target.schema, config.source.slot)
+    if entry.unfollowed_at is not None or await pipelines.try_lock(target):
+        return
+    holder = await pipelines.holder(target)
+    raise SetupError(
+        f"a worker follows the index (its session in the target has pid {holder})",
+        where=f"index {entry.name}",
+        hint=f"remove [indexes.{entry.name}] from its configuration and start it again; then drop the index",
+    )
 
 
 async def _lock(target: Connection, config: Config) -> None:
@@ -181,35 +246,39 @@ async def _sharing(target: Connection, config: Config) -> list[str]:
     return [slot for (slot,) in await _rows(target, statement, config.source.publication, config.source.slot)]
 
 
+@contextlib.contextmanager
+def _own_dependents() -> Iterator[None]:
+    """Say what else has to go first, when something that is not ours depends on what is dropped."""
+    try:
+        yield
+    except SetupError as error:
+        if not isinstance(error.__cause__, psycopg.errors.DependentObjectsStillExist):
+            raise
+        detail = " ".join((error.__cause__.diag.message_detail or error.message).split())
+        raise SetupError(
+            "something that is not cdcsync's depends on the index", where="target", hint=f"drop that first: {detail}"
+        ) from error
+
+
 async def _purge(target: Connection, config: Config, belongings: Belongings) -> Step:
     """Drop all that is the pipeline's, and with the last pipeline of the schema what they shared."""
     schema = config.target.schema
     what = f"indexes {', '.join(belongings.indexes)}" if belongings.indexes else f"pipeline {config.source.slot}"
     if not belongings.set_up:
         return Step(f"{what} in the target", "absent")
-    try:
-        with speaking_of("target"):
-            async with target.transaction():
-                for index in belongings.indexes:
-                    await drop_search(target, schema, index)
-                await _drop(target, "VIEW", belongings.views)
-                await _drop(target, "TABLE", belongings.tables)
-                await Registry(schema).forget(target, config.source.slot)
-                await target.execute(
-                    sql.SQL("DELETE FROM {} WHERE slot = %s").format(sql.Identifier(schema, "pipelines")),
-                    [config.source.slot],
-                )
-                if not await _rows(target, sql.SQL("SELECT FROM {}").format(sql.Identifier(schema, "pipelines"))):
-                    await _drop_shared(target, schema)
-    except SetupError as error:
-        if isinstance(error.__cause__, psycopg.errors.DependentObjectsStillExist):
-            detail = " ".join((error.__cause__.diag.message_detail or error.message).split())
-            raise SetupError(
-                "something that is not cdcsync's depends on the index",
-                where="target",
-                hint=f"drop that first: {detail}",
-            ) from error
-        raise
+    with _own_dependents(), speaking_of("target"):
+        async with target.transaction():
+            for index in belongings.indexes:
+                await drop_search(target, schema, index)
+            await _drop(target, "VIEW", belongings.views)
+            await _drop(target, "TABLE", belongings.tables)
+            await Registry(schema).forget(target, config.source.slot)
+            await target.execute(
+                sql.SQL("DELETE FROM {} WHERE slot = %s").format(sql.Identifier(schema, "pipelines")),
+                [config.source.slot],
+            )
+            if not await _rows(target, sql.SQL("SELECT FROM {}").format(sql.Identifier(schema, "pipelines"))):
+                await _drop_shared(target, schema)
     return Step(f"{what} in the target", "dropped")
 
 
@@ -273,6 +342,31 @@ async def _drop_publication(
         return Step(what, "kept", f"it belongs to another role; {by_hand}")
     with speaking_of("source", where=what):
         await source.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(name)))
+    return Step(what, "dropped")
+
+
+async def _unpublish(source: Connection, config: Config, table: str, others: set[str]) -> Step:
+    """Take a table out of the publication, unless something else needs it there."""
+    name = config.source.publication
+    what = f"{table} in the publication {name}"
+    with speaking_of("source", where=what):
+        publication = await read_publication(source, name)
+        listed = {} if publication is None else {str(one): one for one in await published_names(source, name)}
+        if publication is None or table not in listed:
+            return Step(what, "absent")
+        if table in others:
+            return Step(what, "kept", "another index is of the same table")
+        statement = sql.SQL("ALTER PUBLICATION {} DROP TABLE {}").format(
+            sql.Identifier(name), sql.Identifier(listed[table].schema, listed[table].name)
+        )
+        foreign = publication.all_tables or not publication.owned or listed.keys() - others - {table}
+        if foreign or len(listed) == 1:
+            why = "others use the publication too" if foreign else "it is the last one there"
+            return Step(what, "kept", f"{why}; if nothing needs it, as its owner: {statement.as_string(source)}")
+        try:
+            await source.execute(statement)
+        except psycopg.errors.UndefinedObject:  # it is sent with its schema
+            return Step(what, "kept", "it is sent with its schema")
     return Step(what, "dropped")
 
 

@@ -236,7 +236,11 @@ async def _read_indexes(
     for entry in entries:
         name, generation = entry.name, entry.generation
         if name not in config.indexes:
-            problems.append(f"index {name} is not in the configuration: nothing keeps it in step any more")
+            since = "" if entry.unfollowed_at is None else f" since {entry.unfollowed_at:%Y-%m-%d %H:%M} UTC"
+            problems.append(
+                f"index {name} is not in the configuration, so nothing keeps it in step{since}: put it back, or remove"
+                f" it with `cdcsync drop {name}`"
+            )
             continue
         if entry.slot != slot:
             problems.append(

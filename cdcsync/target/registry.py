@@ -9,6 +9,7 @@ An index is *building* until its first load has drained, *live* from then on, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal, LiteralString
 
@@ -55,10 +56,13 @@ DDL: tuple[LiteralString, ...] = (
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS partitions jsonb",
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS remedy text",
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS paused_at timestamptz",
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS unfollowed_at timestamptz",
     "COMMENT ON TABLE {schema}.indexes IS 'cdcsync: one row per index, with what its chunks and vectors were made by.'",
     "COMMENT ON COLUMN {schema}.indexes.reason IS 'Why the index is paused, with the remedy.'",
     "COMMENT ON COLUMN {schema}.indexes.remedy IS 'What to do so that a paused index can be followed again.'",
     "COMMENT ON COLUMN {schema}.indexes.paused_at IS 'Since when the index is paused.'",
+    "COMMENT ON COLUMN {schema}.indexes.unfollowed_at IS"
+    " 'Since when the index is in no configuration, so that nothing keeps it in step.'",
     "COMMENT ON COLUMN {schema}.indexes.partitions IS"
     " 'Of a partitioned table, the partitions by OID: which file holds each, and which transactions attached it.'",
     "COMMENT ON COLUMN {schema}.indexes.table_oid IS"
@@ -92,6 +96,7 @@ class Entry(msgspec.Struct, frozen=True):
     reason: str | None = None
     remedy: str | None = None
     paused_at: datetime | None = None
+    unfollowed_at: datetime | None = None
     live_at: datetime | None = None
     table_oid: int | None = None
     sent: str | None = None
@@ -172,7 +177,7 @@ class Registry:
             sql.SQL(
                 "INSERT INTO {} AS i (name, state, {}) VALUES (%s, 'building', {}) ON CONFLICT (name) DO UPDATE SET {},"
                 " state = CASE i.state WHEN 'paused' THEN 'building' ELSE i.state END,"
-                " reason = NULL, remedy = NULL, paused_at = NULL"
+                " reason = NULL, remedy = NULL, paused_at = NULL, unfollowed_at = NULL"
             ).format(
                 self._table,
                 sql.SQL(", ").join(map(sql.Identifier, facts)),
@@ -217,6 +222,29 @@ class Registry:
         await connection.execute(
             sql.SQL("UPDATE {} SET partitions = %s WHERE name = %s").format(self._table), [Jsonb(partitions), index]
         )
+
+    async def note_followed(self, connection: Connection, slot: str, names: Sequence[str]) -> list[str]:
+        """Note that only these indexes of a pipeline are followed from now on; returns those that no longer are."""
+        await connection.execute(
+            # One that comes back paused is read again when it is resumed.
+            sql.SQL(
+                "UPDATE {} SET unfollowed_at = NULL WHERE slot = %s AND name = ANY(%s) AND state = 'paused'"
+                " AND unfollowed_at IS NOT NULL"
+            ).format(self._table),
+            [slot, list(names)],
+        )
+        cursor = await connection.execute(
+            sql.SQL(
+                "UPDATE {} SET unfollowed_at = now() WHERE slot = %s AND name <> ALL(%s) AND unfollowed_at IS NULL"
+                " RETURNING name"
+            ).format(self._table),
+            [slot, list(names)],
+        )
+        return sorted(row[0] for row in await cursor.fetchall())
+
+    async def remove(self, connection: Connection, index: str) -> None:
+        """Remove an index's entry, and with it all that refers to it."""
+        await connection.execute(sql.SQL("DELETE FROM {} WHERE name = %s").format(self._table), [index])
 
     async def forget(self, connection: Connection, slot: str) -> None:
         """Remove the entries of a pipeline, and with them all that refers to them."""

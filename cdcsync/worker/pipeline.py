@@ -36,6 +36,7 @@ from cdcsync.flows.settle import Settle
 from cdcsync.flows.setup.gaps import refuse_moved
 from cdcsync.flows.setup.partitions import follow_partitions
 from cdcsync.flows.setup.start import (
+    let_go,
     note_memberships,
     pause_indexes,
     refuse_early,
@@ -193,6 +194,7 @@ class Pipeline:
             await recall(target, *self._pipeline, self.dispatchers)
             await set_up_indexes(target, config, self.specs, unpublished)
             await pause_indexes(target, config, broken)
+            await let_go(target, config)
             await set_up_publication(source, config, unpublished)
             self.specs = await note_memberships(source, target, config, self.specs)
             async with Session(config.target.dsn, "target", application_name="cdcsync set-up") as session:

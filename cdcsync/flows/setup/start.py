@@ -144,6 +144,15 @@ async def set_up_indexes(
                 ) from error
 
 
+async def let_go(target: Connection, config: Config) -> None:
+    """Note which indexes of this pipeline the configuration no longer has: nothing keeps them in step from now on."""
+    with speaking_of("target"):
+        for index in await Registry(config.target.schema).note_followed(
+            target, config.source.slot, list(config.indexes)
+        ):
+            log.warning("index_unfollowed", index=index, fix=f"put it back, or remove it: cdcsync drop {index}")
+
+
 async def pause_indexes(target: Connection, config: Config, broken: Mapping[str, Pause]) -> None:
     """Note why these indexes, which exist, cannot be followed."""
     with speaking_of("target"):
@@ -175,7 +184,8 @@ def _needed_backfill(spec: IndexSpec, before: Entry | None, unpublished: bool) -
         return "initial", False
     rewrite = before.fingerprint != spec.fingerprint
     put_back = None not in (before.membership, spec.membership) and before.membership != spec.membership
-    if before.state == "paused" or unpublished or put_back or before.table_oid != spec.table_oid:
+    unfollowed = before.unfollowed_at is not None
+    if before.state == "paused" or unfollowed or unpublished or put_back or before.table_oid != spec.table_oid:
         return "resync", rewrite
     if before.sent is not None and _sent_otherwise(json.loads(before.sent), json.loads(spec.sent)):
         # While nobody looked: what an ALTER TABLE or a new row filter makes of old rows is not in the stream.

@@ -15,6 +15,9 @@ from cdcsync.postgres.sessions import Connection
 
 OPERATORS: dict[Distance, str] = {"cosine": "<=>", "l2": "<->", "inner_product": "<#>"}
 """pgvector's distance operator for each distance; all order by nearest first."""
+MAX_ATTEMPTS = 8
+"""After so many failures a chunk waits for an operator; with the delays between them that is about ten minutes."""
+
 OPCLASSES: dict[Distance, str] = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}
 
 

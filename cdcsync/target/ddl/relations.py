@@ -28,13 +28,14 @@ from cdcsync.target.ddl.chunks_view import (
     put_chunks_view,
 )
 from cdcsync.target.ddl.grants import grants_of
+from cdcsync.target.ddl.names import MAX_ATTEMPTS as MAX_ATTEMPTS
 from cdcsync.target.ddl.names import OPCLASSES as OPCLASSES
 from cdcsync.target.ddl.names import OPERATORS as OPERATORS
 from cdcsync.target.ddl.names import Names as Names
 from cdcsync.target.ddl.names import vector_schema as vector_schema
 from cdcsync.target.ddl.searching import create_words, put_search
 from cdcsync.target.ddl.tiers import create_vectors as create_vectors
-from cdcsync.target.ddl.views import follow_name
+from cdcsync.target.ddl.views import follow_name, read_view
 
 RESERVED = frozenset(
     (
@@ -59,9 +60,6 @@ FILLFACTOR = 85
 SEARCHED_CHARACTERS = 100_000
 """Keyword search reads this much of a chunk: a tsvector holds at most a megabyte, and a longer text would be refused
 with all that is in its batch. No text of this many characters gets there."""
-
-MAX_ATTEMPTS = 8
-"""After so many failures a chunk waits for an operator; with the delays between them that is about ten minutes."""
 
 
 async def create_index_relations(connection: Connection, schema: str, spec: IndexSpec) -> None:
@@ -277,29 +275,32 @@ def _view_marker(spec: IndexSpec) -> str:
 
 
 async def _put_view(connection: Connection, schema: str, spec: IndexSpec, grants: Sequence[sql.Composed]) -> None:
+    """Create the view, or give it the columns of the spec.
+
+    A view that other objects are built on cannot be dropped under them. It keeps its columns in their order: new ones
+    are appended, and one that the index no longer carries is NULL from then on.
+    """
     names = Names(schema, spec.name)
     view = spec.config.view_name
     identifier = sql.Identifier(view.schema, view.name)
     searchable = () if spec.config.search is None else ("search",)
     stored = (*spec.shape.key, *spec.shape.carried, "chunk_no", "content", *searchable)
-    cursor = await connection.execute(
-        """
-        SELECT array(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 ORDER BY attnum),
-               EXISTS (SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid AND r.ev_class = c.oid
-                       WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%s))
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s
-        """,
-        [names.vectors(spec.generation).as_string(connection), view.schema, view.name],
-    )
-    if await cursor.fetchone() != ([*stored, "embedding", "stale"], True):
-        statement = sql.SQL(
-            "CREATE OR REPLACE VIEW {} AS SELECT {}, v.embedding, v.content_hash <> c.content_hash AS stale"
-            " FROM {} AS c JOIN {} AS v USING (chunk_id)"
-        ).format(
-            identifier,
-            sql.SQL(", ").join(sql.Identifier("c", name) for name in stored),
-            names.chunks,
-            names.vectors(spec.generation),
+    columns: dict[str, sql.Composable] = {name: sql.Identifier("c", name) for name in stored}
+    columns["embedding"] = sql.SQL("v.embedding")
+    columns["stale"] = sql.SQL("v.content_hash <> c.content_hash AS stale")
+    vectors = names.vectors(spec.generation)
+    present = await read_view(connection, view, names.chunks, vectors)
+    if present is None or not present.shows(list(columns), stored):
+        listed = columns
+        if present is not None and present.built_on:
+            left_out = {
+                name: sql.SQL("NULL::" + type_ + " AS {}").format(sql.Identifier(name))
+                for name, type_ in present.columns.items()
+                if name not in columns
+            }
+            listed = {name: (columns | left_out)[name] for name in [*present.columns, *columns]}
+        statement = sql.SQL("CREATE OR REPLACE VIEW {} AS SELECT {} FROM {} AS c JOIN {} AS v USING (chunk_id)").format(
+            identifier, sql.SQL(", ").join(listed.values()), names.chunks, vectors
         )
         try:
             async with connection.transaction():

@@ -16,11 +16,18 @@ from psycopg import sql
 
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target import audits, registry, requests
+from cdcsync.target.ddl.names import MAX_ATTEMPTS
 
 
 async def create_shared(connection: Connection, schema: str) -> None:
     """Create the schema and the tables that all pipelines and indexes share. The caller's transaction commits."""
-    names = {"schema": sql.Identifier(schema), "literal": sql.Literal(schema)}
+    names: dict[str, sql.Composable] = {"schema": sql.Identifier(schema), "literal": sql.Literal(schema)}
+    wait_for = sql.SQL(WAIT_FOR).format(
+        **names,
+        indexes=sql.Literal(sql.Identifier(schema, registry.TABLE).as_string(connection)),
+        attempts=sql.SQL(str(MAX_ATTEMPTS)),
+    )
+    names["definition"] = sql.Literal(wait_for.as_string(connection))
     await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdcsync schema ' || %s, 0))", [schema])
     cursor = await connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", [schema])
     if await cursor.fetchone() is None:
@@ -41,6 +48,100 @@ async def create_shared(connection: Connection, schema: str) -> None:
 
 _ADDS_COLUMN = re.compile(r"ALTER TABLE \{schema\}\.(\w+) ADD COLUMN IF NOT EXISTS (\w+)")
 """A statement that a later version added after its table's."""
+
+
+WAIT_FOR: LiteralString = """
+    CREATE OR REPLACE FUNCTION {schema}.wait_for(
+        index_name text, lsn pg_lsn, timeout interval DEFAULT '10 s', vectors boolean DEFAULT false)
+    RETURNS boolean LANGUAGE plpgsql VOLATILE STRICT SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp SET row_security = off AS $body$
+    DECLARE
+        deadline timestamptz := clock_timestamp() + timeout;
+        pause float8 := 0.002;
+        entry {schema}.indexes;
+        reached boolean;
+    BEGIN
+        IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
+            RAISE EXCEPTION 'wait_for needs READ COMMITTED: in this transaction every query sees the same moment';
+        END IF;
+        LOOP
+            SELECT i.* INTO entry FROM {schema}.indexes i WHERE i.name = wait_for.index_name;
+            IF NOT FOUND THEN
+                RAISE EXCEPTION 'there is no index %', quote_literal(index_name) USING
+                    HINT = 'See the table indexes in the schema ' || {literal} || '.';
+            END IF;
+            IF entry.unfollowed_at IS NOT NULL THEN
+                RAISE EXCEPTION 'the index % is no longer followed', quote_literal(index_name) USING
+                    DETAIL = 'It left the configuration at ' || entry.unfollowed_at || ', and is as it was then.',
+                    HINT = 'Put it back into the configuration, or remove it with cdcsync drop.';
+            END IF;
+            IF entry.state = 'paused' THEN
+                -- The reason may name a row, so it is for those who may read it in the table.
+                RAISE EXCEPTION 'the index % is paused', quote_literal(index_name) USING
+                    DETAIL = CASE WHEN has_table_privilege(session_user, {indexes}, 'SELECT')
+                        THEN coalesce(entry.reason, '') ELSE '' END,
+                    HINT = 'cdcsync status says why, and what to do.';
+            END IF;
+            SELECT p.checkpoint >= wait_for.lsn AND NOT EXISTS (
+                SELECT FROM {schema}.backfills b WHERE b.index_name = entry.name AND b.kind IN ('initial', 'resync')
+                    AND b.filter IS NULL AND b.state IN ('requested', 'running', 'paused'))
+            INTO reached FROM {schema}.pipelines p WHERE p.slot = entry.slot;
+            IF reached AND vectors THEN
+                EXECUTE format(
+                    'SELECT NOT EXISTS (SELECT FROM %1$I.%2$I b JOIN %1$I.%3$I c USING (chunk_id)'
+                    ' WHERE b.generation = $1 AND b.attempts < {attempts} AND c.commit_lsn < $2)',
+                    {literal}, entry.name || '_backlog', entry.name || '_chunks')
+                INTO reached USING entry.generation, wait_for.lsn;
+            END IF;
+            IF reached THEN
+                RETURN true;
+            END IF;
+            IF clock_timestamp() >= deadline THEN
+                RETURN false;
+            END IF;
+            PERFORM pg_sleep(pause);
+            pause := least(pause * 1.5, 0.05);
+        END LOOP;
+    END
+    $body$
+"""
+"""Waits for a position. It runs as its owner, the worker's role, so that it tells every role the truth: neither missing
+privileges on our tables nor row-level security on them make it say that there is no index. A paused index, and one that
+is no longer followed, are errors, because waiting does not help; one that is loading is not there yet."""
+
+
+_WAIT_FOR: tuple[LiteralString, ...] = (
+    # An older version had no parameter `vectors`. Whoever was allowed to call that one may call its successor.
+    """
+    DO $outer$
+    DECLARE
+        older regprocedure := to_regprocedure(format('%I.wait_for(text, pg_lsn, interval)', {literal}));
+        allowed text[];
+        public_too boolean;
+    BEGIN
+        IF older IS NOT NULL THEN
+            SELECT array_agg(DISTINCT a.grantee::regrole::text) FILTER (WHERE a.grantee <> 0),
+                   bool_or(a.grantee = 0)
+            INTO allowed, public_too
+            FROM pg_proc AS p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a
+            WHERE p.oid = older AND a.privilege_type = 'EXECUTE';
+            EXECUTE format('DROP FUNCTION %s', older);
+        END IF;
+        EXECUTE {definition};
+        IF older IS NOT NULL AND NOT public_too THEN
+            EXECUTE format(
+                'REVOKE ALL ON FUNCTION %I.wait_for(text, pg_lsn, interval, boolean) FROM PUBLIC', {literal});
+            IF allowed IS NOT NULL THEN
+                EXECUTE format('GRANT EXECUTE ON FUNCTION %I.wait_for(text, pg_lsn, interval, boolean) TO %s',
+                    {literal}, array_to_string(allowed, ', '));
+            END IF;
+        END IF;
+    END
+    $outer$
+    """,
+    "COMMENT ON FUNCTION {schema}.wait_for(text, pg_lsn, interval, boolean) IS 'cdcsync: returns true once the index"
+    " holds everything up to lsn (and, with vectors, its vectors), false when that took longer than timeout.'",
+)
 
 
 _SHARED: tuple[LiteralString, ...] = (
@@ -167,36 +268,5 @@ _SHARED: tuple[LiteralString, ...] = (
     "COMMENT ON TABLE {schema}.tiers IS 'cdcsync: what the fresh vectors of each index cost a search, as last seen.'",
     "COMMENT ON COLUMN {schema}.tiers.scan_ms IS 'Milliseconds of the server that comparing them takes.'",
     "COMMENT ON COLUMN {schema}.tiers.settled_per_s IS 'Vectors that moved into the HNSW index in a second.'",
-    """
-    CREATE OR REPLACE FUNCTION {schema}.wait_for(index_name text, lsn pg_lsn, timeout interval DEFAULT '10 s')
-    RETURNS boolean LANGUAGE plpgsql VOLATILE STRICT SET search_path = pg_catalog, pg_temp AS $body$
-    DECLARE
-        deadline timestamptz := clock_timestamp() + timeout;
-        pause float8 := 0.002;
-        reached boolean;
-    BEGIN
-        IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
-            RAISE EXCEPTION 'wait_for needs READ COMMITTED: in this transaction every query sees the same moment';
-        END IF;
-        LOOP
-            SELECT p.checkpoint >= wait_for.lsn INTO reached
-            FROM {schema}.indexes i JOIN {schema}.pipelines p USING (slot) WHERE i.name = wait_for.index_name;
-            IF NOT FOUND THEN
-                RAISE EXCEPTION 'there is no index %', quote_literal(index_name) USING
-                    HINT = 'See the table indexes in the schema ' || {literal} || '.';
-            END IF;
-            IF reached THEN
-                RETURN true;
-            END IF;
-            IF clock_timestamp() >= deadline THEN
-                RETURN false;
-            END IF;
-            PERFORM pg_sleep(pause);
-            pause := least(pause * 1.5, 0.05);
-        END LOOP;
-    END
-    $body$
-    """,
-    "COMMENT ON FUNCTION {schema}.wait_for(text, pg_lsn, interval) IS "
-    "'cdcsync: returns true once the index holds everything up to lsn, false when that took longer than timeout.'",
+    *_WAIT_FOR,
 )

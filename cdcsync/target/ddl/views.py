@@ -1,14 +1,75 @@
-"""What became of an index's view when the configuration calls it by another name.
+"""An index's view as it is, and what becomes of it when the configuration calls it by another name.
 
 Source: PostgreSQL, "ALTER VIEW"; "System Catalogs" (pg_depend, pg_rewrite).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import msgspec
 from psycopg import sql
 
 from cdcsync.config import QualifiedName
+from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
+
+
+class View(msgspec.Struct, frozen=True):
+    """An index's view.
+
+    :ivar columns: its columns in their order, with their types as SQL writes them.
+    :ivar stored: those of the chunks table's columns that it reads.
+    :ivar reads_vectors: whether it reads the vectors that it should.
+    :ivar built_on: whether other objects depend on it.
+    """
+
+    columns: dict[str, str]
+    stored: frozenset[str]
+    reads_vectors: bool
+    built_on: bool
+
+    def shows(self, columns: Sequence[str], stored: Sequence[str]) -> bool:
+        """Say whether it shows these columns, as far as what is built on it allows.
+
+        :param stored: those of them that are of the chunks table.
+        """
+        if not self.reads_vectors:
+            return False
+        if not self.built_on:
+            return list(self.columns) == list(columns)
+        left_out = self.columns.keys() - set(columns)
+        return self.columns.keys() >= set(columns) and self.stored >= set(stored) and not left_out & self.stored
+
+
+async def read_view(
+    connection: Connection, view: QualifiedName, chunks: sql.Identifier, vectors: sql.Identifier
+) -> View | None:
+    """Return a view; None if there is none."""
+    row = await fetch_row(
+        connection,
+        """
+        SELECT array(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 ORDER BY attnum),
+               array(SELECT format_type(atttypid, atttypmod) FROM pg_attribute
+                     WHERE attrelid = c.oid AND attnum > 0 ORDER BY attnum),
+               array(SELECT DISTINCT a.attname::text FROM pg_depend d
+                     JOIN pg_rewrite r ON r.oid = d.objid AND r.ev_class = c.oid
+                     JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+                     WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%s)),
+               EXISTS (SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid AND r.ev_class = c.oid
+                       WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%s)),
+               EXISTS (SELECT FROM pg_depend d LEFT JOIN pg_rewrite r
+                           ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+                       WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = c.oid AND d.deptype = 'n'
+                           AND r.ev_class IS DISTINCT FROM c.oid)
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s
+        """,
+        [chunks.as_string(connection), vectors.as_string(connection), view.schema, view.name],
+    )
+    if row is None:
+        return None
+    names, types, stored, reads_vectors, built_on = row
+    return View(dict(zip(names, types, strict=True)), frozenset(stored), reads_vectors, built_on)
 
 
 async def follow_name(connection: Connection, chunks: sql.Identifier, marker: str, view: QualifiedName) -> None:

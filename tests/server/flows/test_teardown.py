@@ -7,10 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import psycopg
 import pytest
 
 from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline
+from tests.fixtures.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 
@@ -264,3 +265,81 @@ def test_a_slot_that_is_not_the_pipelines_is_refused(
     assert done.returncode == 2
     assert "test_decoding" in done.stderr
     assert slots(database) == [slot]
+
+
+# -- one index -------------------------------------------------------------------------------------------------------
+
+
+def drop(pipeline: Pipeline, index: str, *arguments: str, answer: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cdcsync", "drop", index, "-c", str(pipeline.path), *arguments],
+        input=answer,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_an_index_that_left_the_configuration_is_unfollowed_says_so_and_can_be_dropped(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    source, target = make_database(), make_database()
+    fill(source)
+    source.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text)")
+    pipeline = make(make_pipeline, source, target)
+    both = pipeline.path.read_text()
+    more = '[indexes.notes]\ntable = "notes"\ntext = "{title}"\nembedder = "fake"\n'
+    pipeline.path.write_text(both + more)
+    worker = pipeline.start()
+    until(
+        lambda: (1,) in target.execute("SELECT 1 FROM pg_class WHERE relname = 'notes_chunks'"), "the index to be there"
+    )
+    until(lambda: target.execute("SELECT count(*) FROM cdcsync.indexes WHERE state = 'live'") == [(2,)], pipeline.tail)
+    refused = drop(pipeline, "notes", "--yes")
+    assert (refused.returncode, "a worker follows the index" in refused.stderr) == (2, True), refused.stderr
+    assert pipeline.stop(worker) == 0
+
+    pipeline.path.write_text(both)
+    pipeline.start()
+    assert pipeline.event("index_unfollowed")["index"] == "notes"
+    status = json.loads(pipeline.get("/status")[1])
+    assert [problem for problem in status["problems"] if "cdcsync drop notes" in problem]
+    with pytest.raises(psycopg.errors.RaiseException, match="no longer followed"):
+        target.execute("SELECT cdcsync.wait_for('notes', '0/1')")
+
+    asked = drop(pipeline, "notes", answer="n\n")
+    assert (asked.returncode, "for good" in asked.stderr) == (1, True)
+    done = drop(pipeline, "notes", "--yes", "--json")
+    assert outcomes(done) == {
+        "index notes in the target": "dropped",
+        "public.notes in the publication cdcsync": "dropped",
+    }
+    assert not [one for one in relations(target) if "notes" in one]
+    assert "there is no index notes" in drop(pipeline, "notes", "--yes").stderr
+    # The other index goes on.
+    source.execute("UPDATE articles SET title = 'after'")
+    pipeline.in_step("articles")
+
+
+def test_an_index_that_comes_back_into_the_configuration_is_read_again(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    source, target = make_database(), make_database()
+    fill(source)
+    pipeline = make(make_pipeline, source, target)
+    text = pipeline.path.read_text()
+    run_and_stop(pipeline)
+    pipeline.path.write_text(
+        text.replace("[indexes.articles]", "[indexes.others]").replace(
+            '"articles"', '"articles"\nview = "others_index"'
+        )
+    )
+    worker = pipeline.start()
+    pipeline.event("index_unfollowed")
+    source.execute("UPDATE articles SET title = title || ' meanwhile'")
+    source.execute("DELETE FROM articles WHERE id = 3")
+    assert pipeline.stop(worker) == 0
+
+    pipeline.path.write_text(text)
+    pipeline.start()
+    until(lambda: pipeline.in_step_now(), pipeline.tail)

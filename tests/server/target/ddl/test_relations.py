@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -303,11 +304,36 @@ async def test_whoever_may_read_the_view_still_may_when_its_columns_change(index
         await index.connection.execute("DROP OWNED BY cdcsync_test_reader; DROP ROLE cdcsync_test_reader")
 
 
-async def test_a_view_that_others_are_built_on_is_not_dropped_under_them(index: LiveIndex) -> None:
-    await index.connection.execute("CREATE VIEW cdcsync.mine AS SELECT id FROM public.articles_index")
+async def test_a_view_that_others_are_built_on_follows_by_columns_at_its_end_and_nulls(index: LiveIndex) -> None:
+    await index.apply(changes(document("1", "a"), inline=["a"]))
+    await index.connection.execute("CREATE VIEW cdcsync.mine AS SELECT id, tenant FROM public.articles_index")
+    columns = (
+        "SELECT array(SELECT attname::text FROM pg_attribute WHERE attrelid = 'public.articles_index'::regclass"
+        " AND attnum > 0 ORDER BY attnum)"
+    )
+    before = (await index.rows(columns))[0][0]
+
+    wider = make_spec(carried={"author": "text", "tenant": "integer"}, search=None)
+    for _ in range(2):
+        await create(index.connection, wider)
+        assert (await index.rows(columns))[0][0] == [*before, "author"]
+    assert await index.rows("SELECT * FROM cdcsync.mine") == [(1, 1)]
+    # A column that the index no longer carries is not kept up, and must not look as if it were.
+    for _ in range(2):
+        await create(index.connection, make_spec(carried={"author": "text"}, search=None))
+        assert await index.rows("SELECT * FROM cdcsync.mine") == [(1, None)]
+    await create(index.connection, wider)
+    assert await index.rows("SELECT * FROM cdcsync.mine") == [(1, 1)]
+    # Once nothing is built on it, it is as a new one would be.
+    await index.connection.execute("DROP VIEW cdcsync.mine")
+    await create(index.connection, wider)
+    assert (await index.rows(columns))[0][0] == ["id", "author", *before[1:]]
+
+
+async def test_a_column_whose_type_changes_is_not_taken_from_those_who_build_on_it(index: LiveIndex) -> None:
+    await index.connection.execute("CREATE VIEW cdcsync.mine AS SELECT tenant FROM public.articles_index")
     with pytest.raises(psycopg.errors.DependentObjectsStillExist):
-        await create(index.connection, make_spec(carried={"author": "text", "tenant": "integer"}))
-    assert await index.rows("SELECT * FROM cdcsync.mine") == []
+        await create(index.connection, make_spec(carried={"tenant": "bigint"}, search=None))
 
 
 async def test_the_view_can_be_swapped_to_vectors_of_another_width(index: LiveIndex) -> None:
@@ -573,6 +599,105 @@ async def test_waiting_for_an_unknown_index_is_an_error_that_says_where_to_look(
     with pytest.raises(psycopg.errors.RaiseException, match="there is no index 'nosuch'") as refused:
         await connection.execute("SELECT cdcsync.wait_for('nosuch', '0/1')")
     assert "indexes" in (refused.value.diag.message_hint or "")
+
+
+async def test_waiting_for_a_paused_or_an_unfollowed_index_is_an_error_with_the_reason(connection: Connection) -> None:
+    await followed(connection, Lsn(0x10))
+    await connection.execute("UPDATE cdcsync.indexes SET state = 'paused', reason = 'its key is gone'")
+    with pytest.raises(psycopg.errors.RaiseException, match="the index 'articles' is paused") as refused:
+        await connection.execute("SELECT cdcsync.wait_for('articles', '0/1')")
+    assert refused.value.diag.message_detail == "its key is gone"
+    await connection.execute("UPDATE cdcsync.indexes SET state = 'live', unfollowed_at = now()")
+    with pytest.raises(psycopg.errors.RaiseException, match="'articles' is no longer followed") as refused:
+        await connection.execute("SELECT cdcsync.wait_for('articles', '0/1')")
+    assert "drop" in (refused.value.diag.message_hint or "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "there"),
+    [
+        ("initial", "requested", False),
+        ("initial", "running", False),
+        ("resync", "paused", False),
+        ("initial", "done", True),
+        ("replay", "running", True),
+    ],
+)
+async def test_an_index_that_is_loading_is_not_there_yet(
+    connection: Connection, kind: str, state: str, there: bool
+) -> None:
+    await followed(connection, Lsn(0x10))
+    await connection.execute(
+        "INSERT INTO cdcsync.backfills (index_name, kind, state) VALUES ('articles', %s, %s)", [kind, state]
+    )
+    assert await rows(connection, "SELECT cdcsync.wait_for('articles', '0/1', '10 ms')") == [(there,)]
+
+
+async def test_vectors_are_waited_for_on_request_up_to_the_same_position(connection: Connection) -> None:
+    await followed(connection, Lsn(0x100))
+    wait = "SELECT cdcsync.wait_for('articles', '0/50', timeout => '10 ms', vectors => true)"
+    assert await rows(connection, wait) == [(True,)]
+    for lsn, attempts in (("0/60", 0), ("0/40", 8), ("0/40", 0)):
+        assert await rows(connection, wait) == [(True,)]
+        (chunk,) = (
+            await rows(
+                connection,
+                "INSERT INTO cdcsync.articles_chunks (id, tenant, chunk_no, chunk_total, content, content_hash,"
+                " document_hash, commit_lsn) SELECT count(*), 1, 0, 1, 'x', '\\x00', '\\x00', %s"
+                " FROM cdcsync.articles_chunks RETURNING chunk_id",
+                lsn,
+            )
+        )[0]
+        await connection.execute(
+            "INSERT INTO cdcsync.articles_backlog (generation, chunk_id, content_hash, lane, attempts)"
+            " VALUES (1, %s, '\\x00', 0, %s)",
+            [chunk, attempts],
+        )
+    assert await rows(connection, wait) == [(False,)]
+    assert await rows(connection, "SELECT cdcsync.wait_for('articles', '0/50')") == [(True,)]
+
+
+async def test_other_roles_and_row_level_security_get_a_true_answer(
+    connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    await followed(connection, Lsn(0x10))
+    for table in ("indexes", "pipelines", "backfills"):
+        await connection.execute(f"ALTER TABLE cdcsync.{table} ENABLE ROW LEVEL SECURITY".encode())
+    other = await connect_target()
+    role = f"cdcsync_test_{secrets.token_hex(4)}"
+    await connection.execute(f"CREATE ROLE {role}; GRANT USAGE ON SCHEMA cdcsync TO {role}".encode())
+    try:
+        await other.execute(f"SET ROLE {role}".encode())
+        assert await rows(other, "SELECT cdcsync.wait_for('articles', '0/1')") == [(True,)]
+        assert await rows(other, "SELECT cdcsync.wait_for('articles', '0/11', '0')") == [(False,)]
+    finally:
+        await other.close()
+        await connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
+
+
+async def test_a_function_of_an_older_version_is_replaced_and_keeps_who_may_call_it(connection: Connection) -> None:
+    await followed(connection, Lsn(0x10))
+    role = f"cdcsync_test_{secrets.token_hex(4)}"
+    await connection.execute(f"CREATE ROLE {role}".encode())
+    try:
+        await connection.execute("DROP FUNCTION cdcsync.wait_for(text, pg_lsn, interval, boolean)")
+        await connection.execute(
+            "CREATE FUNCTION cdcsync.wait_for(a text, b pg_lsn, c interval DEFAULT '1 s') RETURNS boolean"
+            " LANGUAGE sql AS 'SELECT true'"
+        )
+        await connection.execute("REVOKE ALL ON FUNCTION cdcsync.wait_for FROM PUBLIC")
+        await connection.execute(f"GRANT EXECUTE ON FUNCTION cdcsync.wait_for TO {role}".encode())
+        for _ in range(2):
+            await create_shared(connection, SCHEMA)
+            assert await rows(connection, "SELECT cdcsync.wait_for('articles', '0/1')") == [(True,)]
+            assert await rows(
+                connection,
+                "SELECT array_agg(a.grantee::regrole::text ORDER BY 1) @> %s, bool_or(a.grantee = 0)"
+                " FROM pg_proc p, aclexplode(p.proacl) a WHERE p.proname = 'wait_for'",
+                [role],
+            ) == [(True, False)]
+    finally:
+        await connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
