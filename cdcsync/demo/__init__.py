@@ -3,6 +3,7 @@
     server ─► a table of docstrings ─► the worker, in this process ─► first load ─► searches ─► live changes, measured
 
     material       what it is about: the rows, the model, the configuration, the questions and the changes
+    judged         questions with known answers: first lines of docstrings
     stage          the acts: follow the load, search, change rows and watch searches follow
     performance    `run`: sets the stage, goes through the acts, and clears everything away
 

@@ -53,6 +53,7 @@ async def run(*, rows: int, stay: bool) -> None:
                 await stage.ask_all()
                 await stage.change_all()
                 await stage.insert_singly()
+                await stage.judge()
                 console.print(f"\nThat took {time.monotonic() - started:.0f} s in all.")
                 finished = True
                 if stay:

@@ -16,8 +16,10 @@ from rich.text import Text
 
 from cdcsync.config import Config
 from cdcsync.demo.corpus import Entry
-from cdcsync.demo.material import CHANGES, QUESTIONS, text_of
+from cdcsync.demo.judged import summaries
+from cdcsync.demo.material import CHANGES, QUESTIONS, read_entries, text_of
 from cdcsync.embedders import Embedder, make_embedder
+from cdcsync.flows.evaluate.judged import Searches, embed_questions, evaluate_judged
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.target.search import Hit, search, stored_spec
@@ -129,6 +131,25 @@ class Stage:
             f"  by words    {_milliseconds(statistics.median(texts))} (slowest {_milliseconds(max(texts))})\n"
             f"  by meaning  {_milliseconds(statistics.median(vectors))} (slowest {_milliseconds(max(vectors))})"
         )
+
+    async def judge(self) -> None:
+        """Answer questions with known answers in every mode, and show how well."""
+        assert self._spec is not None
+        collection = summaries(read_entries(self._rows))
+        schema = self._config.target.schema
+        with self._console.status("answering questions with known answers …"):
+            vectors = await embed_questions(self._embedder, collection)
+            searches = Searches(self._connection, schema, self._spec, collection, vectors, None)
+            run = await evaluate_judged("docs", self._spec.generation, collection, searches.modes())
+        self._console.print(
+            f"\nJudged: {run.queries} first lines of docstrings, each to find its entry (cdcsync evaluate --judged)"
+        )
+        for mode, one in run.modes.items():
+            figure = one.figures["nDCG@10"]
+            self._console.print(
+                f"  {mode:<8} nDCG@10 {figure.mean:.3f} (95 %: {figure.low:.3f} to {figure.high:.3f})"
+                f"  {one.mean_ms:.1f} ms a search"
+            )
 
     def say_how_to_look_around(self) -> None:
         """Print where everything is."""

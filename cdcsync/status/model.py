@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from cdcsync.target.evaluations import Recall
+from cdcsync.target.judged_runs import Outcome
 from cdcsync.target.requests import Kind, Phase
 
 VERSION = 1
@@ -76,6 +77,8 @@ class IndexStatus(msgspec.Struct, frozen=True):
 
     `fresh` is part of `vectors`: those that searches compare one by one, because they are not in the HNSW index yet.
     That adds `fresh_scan_ms` to a search, and `settle_rate` of them leave in a second, as the worker last saw.
+
+    `judged` are the last runs of `evaluate --judged`, the oldest first.
     """
 
     state: IndexState
@@ -100,6 +103,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
     fresh: int = 0
     fresh_scan_ms: float | None = None
     settle_rate: float | None = None
+    judged: list[Outcome] = []
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -32,7 +32,7 @@ from cdcsync.status.model import (
     Status,
     WorkerStatus,
 )
-from cdcsync.target import embedders, evaluations, settling
+from cdcsync.target import embedders, evaluations, judged_runs, settling
 from cdcsync.target.audits import TABLE as AUDITS
 from cdcsync.target.audits import Audits
 from cdcsync.target.ddl.relations import Names
@@ -225,12 +225,16 @@ async def _read_indexes(
     stored = (await Registry(schema).all(target)).values()
     entries = [entry for entry in stored if entry.slot == slot or entry.name in config.indexes]
     backfills = await _read_backfills(target, schema, list(config.indexes), now, problems)
-    readable = await _readable(target, schema, {TABLE, evaluations.TABLE, settling.TABLE, AUDITS} & present, problems)
+    notes = {TABLE, evaluations.TABLE, judged_runs.TABLE, settling.TABLE, AUDITS}
+    readable = await _readable(target, schema, notes & present, problems)
     tiers = await settling.noted(target, schema) if settling.TABLE in readable else {}
     left_out = await count_failed(target, schema) if TABLE in readable else {}
     recalls = {}
     if evaluations.TABLE in readable:
         recalls = await evaluations.latest(target, schema, {entry.name: entry.generation for entry in entries})
+    judged: dict[str, list[judged_runs.Outcome]] = {}
+    if judged_runs.TABLE in readable:
+        judged = await judged_runs.outcomes(target, schema, list(config.indexes))
     audited = await Audits(schema).all(target) if AUDITS in readable else {}
     found: dict[str, IndexStatus] = {}
     for entry in entries:
@@ -251,6 +255,7 @@ async def _read_indexes(
             *(entry.model, entry.dimensions, generation),
             backfill=backfills.get(name),
             recall=recalls.get(name),
+            judged=judged.get(name, []),
         )
         if (audit := audited.get(name)) is not None:
             status = msgspec.structs.replace(status, proven_equal_at=audit.proven_at, differed_at=audit.found_at)

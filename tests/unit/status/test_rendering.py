@@ -16,6 +16,7 @@ from cdcsync.status import BackfillStatus, IndexStatus, SlotStatus, Status, Work
 from cdcsync.status.reading import FRESH
 from cdcsync.status.rendering import human_bytes, human_seconds
 from cdcsync.target.evaluations import Recall
+from cdcsync.target.judged_runs import Outcome
 from tests import ROOT
 
 DOCUMENT = ROOT / "docs" / "status.md"
@@ -59,7 +60,7 @@ def printed(status: Status, *, colours: bool = False, width: int = 100) -> str:
     return output.getvalue()
 
 
-@pytest.mark.parametrize("struct", [Status, SlotStatus, WorkerStatus, IndexStatus, Recall, BackfillStatus])
+@pytest.mark.parametrize("struct", [Status, SlotStatus, WorkerStatus, IndexStatus, Recall, Outcome, BackfillStatus])
 def test_the_documentation_tells_every_field_and_no_other(struct: type[msgspec.Struct]) -> None:
     section = DOCUMENT.read_text().split(f"\n## {struct.__name__}\n")[1].split("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(struct.__struct_fields__)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +65,17 @@ def followed(make_pipeline: Callable[[str], Pipeline], database: Database) -> Pi
     return pipeline
 
 
+def indexes_of_the_status(pipeline: Pipeline) -> dict[str, Any]:
+    """Return the indexes of `cdcsync status --json`."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "cdcsync", "status", "--json", "-c", str(pipeline.path)],
+        capture_output=True,
+        check=False,
+    )
+    found: dict[str, Any] = json.loads(shown.stdout)["indexes"]
+    return found
+
+
 def evaluate(pipeline: Pipeline, *arguments: object) -> int:
     """Run the command."""
     try:
@@ -120,6 +133,9 @@ def test_modes_are_measured_stored_compared_gated_and_drawn(
     async def outcomes() -> dict[str, list[judged_runs.Outcome]]:
         async with await connect(database.dsn, "target") as connection:
             return await judged_runs.outcomes(connection, "cdcsync", ["pages", "plain"], most=2)
+
+    # The status shows the last runs, and so does the page.
+    assert indexes_of_the_status(followed)["pages"]["judged"][-1]["id"] == 4
 
     shown = anyio.run(outcomes)
     assert [(one.id, one.measure) for one in shown["pages"]] == [(2, "RR@10"), (4, "nDCG@10")]
