@@ -92,7 +92,7 @@ async def _running(console: Console, model: str, rows: int) -> AsyncIterator[Sta
         config = load(config_path, os.environ)
         with (cluster.directory / "worker.log").open("w") as log:
             logs.configure(config.worker.log_level, "json", log)
-            async with await connect(cluster.dsn(), "source", application_name="cdcsync demo") as connection:
+            async with await connect(cluster.dsn(), "target", application_name="cdcsync demo") as connection:
                 entries = await anyio.to_thread.run_sync(read_entries, rows)
                 await _fill(connection, entries)
                 console.print(f"table docs holds {len(entries):,} docstrings of Python's standard library")
