@@ -29,6 +29,7 @@ MEANINGS = {
     "vector_stale": "a vector is of another text, and no other is waited for",
     "vector_dimensions": "a vector has another number of dimensions",
     "vector_not_finite": "a vector holds NaN or infinity",
+    "vector_twice": "a chunk has a vector in both tiers",
 }
 
 

@@ -13,6 +13,7 @@ begun again.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -26,6 +27,7 @@ from cdcsync.metrics import Metrics
 from cdcsync.model.lag import CLOSE_S, Lag
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Session, speaking_of
+from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
 from cdcsync.target.settling import Settling, Tiers
 
 log = structlog.get_logger()
@@ -43,6 +45,17 @@ MOVE = 32
 """Vectors in one transaction: 0.1 s of HNSW, which is what a TRUNCATE may have to wait for."""
 
 
+REBUILD_SHARE = 0.3
+"""Beyond this share of the settled vectors it takes less to build all of them anew than to insert the fresh ones: a row
+costs some 0.4 ms when HNSW is built, and some 2 ms of two connections when it grows."""
+
+REBUILD_ROWS = 5_000
+"""Fewer are inserted within seconds."""
+
+REBUILD_AGAIN_S = 300.0
+"""How soon a rebuild is tried again after it failed."""
+
+
 class _Seen:
     """What was seen of one index lately."""
 
@@ -51,6 +64,13 @@ class _Seen:
         self.per_s = 0.0
         self.noted_at = -NOTE_S
         self.noted = False
+        self.not_before = -math.inf
+        """No rebuild before this time: the last one failed."""
+
+    @property
+    def may_rebuild(self) -> bool:
+        """Whether another rebuild may be tried."""
+        return anyio.current_time() >= self.not_before
 
     def scan_ms(self, tiers: Tiers) -> float:
         """Return what fresh adds to a search: the least of the last looks, as each shares the processor with others."""
@@ -83,15 +103,17 @@ class Settle:
         self._dsn = dsn
         self._sessions: list[Session] = []
         self._seen = {spec.name: _Seen() for spec in specs}
+        self._rebuilding: set[str] = set()
 
     async def run(self) -> None:
         """Settle until cancelled, connecting again whenever the target was away."""
         backoff = Backoff(lambda failure: log.warning("settling_waits", error=str(failure.error)))
         try:
-            while True:
-                async with backoff:
-                    if not any([await self._turn(spec) for spec in self._specs]):
-                        await anyio.sleep(LOOK_S)
+            async with anyio.create_task_group() as self._tasks:
+                while True:
+                    async with backoff:
+                        if not any([await self._turn(spec) for spec in self._specs]):
+                            await anyio.sleep(LOOK_S)
         finally:
             with anyio.CancelScope(shield=True):
                 for session in self._sessions:
@@ -119,12 +141,34 @@ class Settle:
         if not tiers.built or not tiers.fresh or not settings.settle_connections or (self._late() and not pressing):
             seen.per_s = 0.0
             return False
+        if spec.name in self._rebuilding:
+            return False
+        if pressing and tiers.fresh > max(REBUILD_ROWS, REBUILD_SHARE * tiers.settled) and seen.may_rebuild:
+            self._rebuilding.add(spec.name)
+            self._tasks.start_soon(self._rebuild, spec)
+            return False
         chunks = await settling.rested(ROUND, rest_s=0 if pressing else settings.settle_after_s)
         if not chunks:
             seen.per_s = 0.0
             return False
         await self._move(spec, chunks, settings, pressing=pressing)
         return True
+
+    async def _rebuild(self, spec: IndexSpec) -> None:
+        """Build the settled tier anew with what is fresh in it; if that fails, vectors move one by one."""
+        log.info("hnsw_rebuilding", index=spec.name)
+        try:
+            async with Session(self._dsn, "target", application_name="cdcsync rebuild") as session:
+                with speaking_of("target", where=f"index {spec.name}"):
+                    moved = await Rebuild(await session.connection(), self._schema, spec).run()
+        except (CdcsyncError, Emptied) as error:
+            self._seen[spec.name].not_before = anyio.current_time() + REBUILD_AGAIN_S
+            log.warning("hnsw_rebuild_failed", index=spec.name, error=str(error))
+        else:
+            self._metrics.settled.labels(spec.name).inc(moved)
+            log.info("hnsw_rebuilt", index=spec.name, vectors=moved)
+        finally:
+            self._rebuilding.discard(spec.name)
 
     def _late(self) -> bool:
         """Say whether the stream is later than it is under steady load."""
@@ -141,7 +185,8 @@ class Settle:
             settling = await self._on(number, spec)
             while left and (pressing or not self._late()):
                 started = anyio.current_time()
-                moved += await settling.settle(left.popleft())
+                count = await settling.settle(left.popleft())
+                moved += count  # not in one statement: the other connections add to it during the wait
                 if not pressing:
                     await anyio.sleep((anyio.current_time() - started) * (1 / settings.settle_share - 1))
 

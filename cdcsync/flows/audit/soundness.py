@@ -23,7 +23,7 @@ from cdcsync.postgres.queries import fetch_one, fetch_texts
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
 
-Fault = Literal["damaged", "vector_missing", "vector_stale", "vector_dimensions", "vector_not_finite"]
+Fault = Literal["damaged", "vector_missing", "vector_stale", "vector_dimensions", "vector_not_finite", "vector_twice"]
 
 MOST = 100_000
 """Keys listed for each fault: an index with more is not one to mend key by key; what is listed is held in memory."""
@@ -49,6 +49,7 @@ async def examine_chunks(connection: Connection, schema: str, spec: IndexSpec, a
     parts: dict[str, sql.Composable] = {
         "chunks": names.chunks,
         "vectors": names.vectors(spec.generation),
+        **names.tiers(spec.generation),
         "keys": sql.SQL(", ").join(sql.Identifier("c", name) for name in spec.shape.key),
         "same_key": sql.SQL(" AND ").join(
             sql.SQL("{} {} {}").format(sql.Identifier("c", name), one.equal, sql.Identifier("p", name))
@@ -93,6 +94,10 @@ async def examine_chunks(connection: Connection, schema: str, spec: IndexSpec, a
         "vector_not_finite": (
             "SELECT {keys} FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id)"
             " WHERE {between} AND NOT {norm}(v.embedding) < 'Infinity'::float8"
+        ),
+        "vector_twice": (
+            "SELECT {keys} FROM {fresh} AS v JOIN {settled} USING (chunk_id) JOIN {chunks} AS c USING (chunk_id)"
+            " WHERE {between}"
         ),
     }
     faults: dict[Fault, list[Key]] = {}

@@ -8,7 +8,9 @@ Source: PostgreSQL, "CREATE INDEX" (Building Indexes Concurrently); pgvector's R
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import cast
 
 import anyio
@@ -52,14 +54,38 @@ async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec) -> bo
     Needs a connection in autocommit.
     """
     names = Names(schema, spec.name)
+    method = await hnsw_method(connection, spec)
+    settled = names.settled(spec.generation)
+    return await _build(connection, schema, names.hnsw_name(spec.generation), settled, method, spec)
+
+
+async def hnsw_method(connection: Connection, spec: IndexSpec) -> sql.Composed:
+    """Return what an HNSW index of the spec's vectors is made of, as CREATE INDEX has it after USING."""
     opclass = f"{spec.config.vector_type}_{OPCLASSES[spec.distance]}"
-    method = sql.SQL("hnsw (embedding {}) WITH (m = {}, ef_construction = {})").format(
+    return sql.SQL("hnsw (embedding {}) WITH (m = {}, ef_construction = {})").format(
         sql.Identifier(await vector_schema(connection), opclass),
         sql.Literal(spec.config.hnsw.m),
         sql.Literal(spec.config.hnsw.ef_construction),
     )
-    settled = names.settled(spec.generation)
-    return await _build(connection, schema, names.hnsw_name(spec.generation), settled, method, spec)
+
+
+@asynccontextmanager
+async def build_settings(
+    connection: Connection, spec: IndexSpec, frugal: Mapping[str, str] = MappingProxyType({})
+) -> AsyncIterator[None]:
+    """Give a session the memory and the workers that the spec has for building an index, but for what `frugal` says."""
+    settings = {"maintenance_work_mem": spec.config.hnsw.build_memory}
+    if spec.config.hnsw.build_workers:
+        settings["max_parallel_maintenance_workers"] = str(spec.config.hnsw.build_workers)
+    settings |= frugal
+    try:
+        for setting, value in settings.items():
+            await connection.execute("SELECT set_config(%s, %s, false)", [setting, value])
+        yield
+    finally:
+        if not connection.closed:
+            for setting in settings:
+                await connection.execute(sql.SQL("RESET {}").format(sql.Identifier(setting)))
 
 
 async def _build(
@@ -134,18 +160,8 @@ async def _create(
     spec: IndexSpec,
     frugal: Mapping[str, str],
 ) -> None:
-    settings = {"maintenance_work_mem": spec.config.hnsw.build_memory}
-    if spec.config.hnsw.build_workers:
-        settings["max_parallel_maintenance_workers"] = str(spec.config.hnsw.build_workers)
-    settings |= frugal
-    try:
-        for setting, value in settings.items():
-            await connection.execute("SELECT set_config(%s, %s, false)", [setting, value])
+    async with build_settings(connection, spec, frugal):
         await connection.execute(
             sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} USING {}").format(sql.Identifier(name), table, method)
         )
         crash_point("search index built")
-    finally:
-        if not connection.closed:
-            for setting in settings:
-                await connection.execute(sql.SQL("RESET {}").format(sql.Identifier(setting)))

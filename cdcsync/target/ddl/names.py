@@ -50,6 +50,10 @@ class Names:
         """Return the bare name of the settled tier."""
         return f"{self._prefix[1]}_vectors_{generation}_settled"
 
+    def rebuild_name(self, generation: int) -> str:
+        """Return the bare name of a settled tier in the making."""
+        return f"{self._prefix[1]}_vectors_{generation}_new"
+
     def tiers(self, generation: int) -> dict[str, sql.Identifier]:
         """Return the tables of both tiers, in the order in which they are locked."""
         return {FRESH: self.fresh(generation), SETTLED: self.settled(generation)}

@@ -103,6 +103,9 @@ DAMAGE = {
     " (SELECT chunk_id FROM cdcsync.articles_chunks WHERE id = 13)",
     "vector_stale": "UPDATE cdcsync.articles_vectors_1 SET content_hash = '\\x00' WHERE chunk_id IN"
     " (SELECT chunk_id FROM cdcsync.articles_chunks WHERE id = 14)",
+    "vector_twice": "INSERT INTO cdcsync.articles_vectors_1_fresh (chunk_id, content_hash, embedding)"
+    " SELECT chunk_id, content_hash, embedding FROM cdcsync.articles_vectors_1_settled WHERE chunk_id ="
+    " (SELECT min(chunk_id) FROM cdcsync.articles_chunks WHERE id = 15)",
 }
 
 
@@ -129,6 +132,7 @@ def test_every_kind_of_difference_is_found_and_mended_and_nothing_else_is_touche
         "damaged": 1,
         "vector_missing": 1,
         "vector_stale": 1,
+        "vector_twice": 1,
     }
     assert found["vectors_orphaned"] > 0
     assert sorted(int(key[1]) for key in found["examples"]["missing"]) == [5, 6, 10]
@@ -136,7 +140,7 @@ def test_every_kind_of_difference_is_found_and_mended_and_nothing_else_is_touche
 
     repaired = verify(live, "--repair")
     assert repaired["differences"] == found["differences"]
-    assert repaired["repaired"] == 11
+    assert repaired["repaired"] == 12
     assert repaired["after_repair"]["equal"] is True
     live.in_step()
     assert live.target.execute(untouched).fetchall() == before

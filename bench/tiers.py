@@ -1,0 +1,289 @@
+"""What do two tiers of vectors gain over one, and what do they cost?
+
+The same work is done twice on one machine: with the tiers as they are, and with one table that has the HNSW index and
+takes every change, as before there were tiers. That table is made of the fresh tier: it gets all vectors and an HNSW
+index, and nothing settles. Searches of one tier are searches of the settled table alone: a plain table with HNSW.
+
+- catch-up: 20,000 rows are indexed and change while the worker is stopped. The clock runs from the moment at which it
+  streams until every vector is there. The provider takes 20 ms a request.
+- steady: 1,000 text changes a second. The p99 are upper bounds of the histograms' buckets.
+- hot: one row of 5,000 changes 1,000 times, without VACUUM; how much of what is nearest to it do searches find?
+- search: the median of searches with nothing fresh and with 5,000 fresh vectors: through the view, whose join has the
+  server sort all that is fresh, and by the vector leg of the search function, which keeps the ten nearest.
+
+Arguments choose parts: `python bench/tiers.py catch_up hot`. Without any, all are done.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+# A script imports from its own directory; a type checker names files by their place in the repository.
+if TYPE_CHECKING:
+    from bench._pipeline import Pipeline, pipeline
+    from bench.report import report
+else:
+    from _pipeline import Pipeline, pipeline
+    from report import report
+
+CATCH_UP_ROWS = 20_000
+STEADY_ROWS = 20_000
+STEADY_PER_S = 1_000
+STEADY_S = int(os.environ.get("STEADY_S", "60"))
+STEADY_ONE_TIER_S = 20
+"""One tier cannot keep up: that shows soon."""
+HOT_ROWS, HOT_CHANGES, HOT_QUERIES = 5_000, 1_000, 20
+SEARCH_ROWS = int(os.environ.get("SEARCH_ROWS", "100000"))
+FRESH_ROWS, SEARCHES, DIMENSIONS = 5_000, 200, 384
+
+PROVIDER = 'type = "hash"\ndimensions = 384\nlatency_ms = 20'
+QUICK = 'type = "hash"\ndimensions = 384'
+BODY = "'article ' || i || ' of round 0 tells of word' || i % 500 || ' and word' || i % 37 || ' and word' || i % 11"
+
+ONE_TIER = """
+DROP INDEX cdcsync.articles_vectors_1_hnsw;
+INSERT INTO cdcsync.articles_vectors_1_fresh (chunk_id, content_hash, embedding)
+    SELECT chunk_id, content_hash, embedding FROM cdcsync.articles_vectors_1_settled;
+TRUNCATE cdcsync.articles_vectors_1_settled;
+CREATE INDEX one_tier_hnsw ON cdcsync.articles_vectors_1_fresh USING hnsw (embedding vector_cosine_ops);
+ANALYZE cdcsync.articles_vectors_1_fresh;
+"""
+
+
+def indexed(made: Pipeline, rows: int, *, tiers: bool, settings: str = "") -> None:
+    """Index a table of so many rows, in one tier or in two, and leave the worker stopped."""
+    made.connection.execute(
+        f"INSERT INTO articles SELECT i, i % 50, {BODY} FROM generate_series(1, {rows}) AS i".encode()
+    )
+    made.start()
+    made.live()
+    made.text_in_step()
+    made.vectors_in_step()
+    made.stop()
+    if not tiers:
+        made.connection.execute(ONE_TIER.encode())
+        settings += "\nsettle_connections = 0"
+    made._config.write_text(made._config.read_text().replace("[worker]", f"[worker]\n{settings}"))
+
+
+def catch_up(*, tiers: bool) -> dict[str, float]:
+    """Return how long vectors and settling take after every row has changed."""
+    with pipeline(PROVIDER) as made:
+        indexed(made, CATCH_UP_ROWS, tiers=tiers)
+        for first in range(1, CATCH_UP_ROWS, 10):
+            made.connection.execute(
+                "UPDATE articles SET body = body || ' again' WHERE id BETWEEN %s AND %s", [first, first + 9]
+            )
+        made.start()
+        made.event("streaming")
+        began = time.perf_counter()
+        made.text_in_step()
+        text_s = time.perf_counter() - began
+        made.vectors_in_step()
+        vectors_s = time.perf_counter() - began
+        stale = made.value("SELECT count(*) FROM articles_index WHERE stale OR content NOT LIKE '%again'")
+        if stale:
+            raise SystemExit(f"{stale} rows are not in step")
+        made.stop()
+    return {"text_s": text_s, "vectors_s": vectors_s}
+
+
+def bound(before: dict[str, float], after: dict[str, float], name: str, share: float) -> float:
+    """Return the upper bound of the bucket in which a histogram's share of the observations ends."""
+    prefix = f'cdcsync_{name}_bucket{{le="'
+    buckets = sorted(
+        (float(key[len(prefix) : -2]), after[key] - before.get(key, 0.0)) for key in after if key.startswith(prefix)
+    )
+    total = buckets[-1][1]
+    return next(le for le, count in buckets if count >= share * total)
+
+
+def steady(*, tiers: bool) -> dict[str, float]:
+    """Return freshness and backlog under a steady load."""
+    seconds = STEADY_S if tiers else STEADY_ONE_TIER_S
+    with pipeline(QUICK) as made:
+        indexed(made, STEADY_ROWS, tiers=tiers)
+        made.start()
+        made.event("streaming")
+        made.text_in_step()
+        before = made.metrics()
+        began, number, backlogs, late = time.perf_counter(), 0, [], 0.0
+        with psycopg.connect(made.dsn, autocommit=True) as writer:
+            while (now := time.perf_counter() - began) < seconds:
+                due = number * 10 / STEADY_PER_S
+                if now < due:
+                    time.sleep(due - now)
+                late = max(late, now - due)
+                first = (number * 10) % STEADY_ROWS
+                writer.execute(
+                    "UPDATE articles SET body = 'change ' || %s || ' of article ' || id WHERE id > %s AND id <= %s",
+                    [number, first, first + 10],
+                )
+                number += 1
+                if number % 100 == 0:
+                    backlogs.append(float(made.value("SELECT count(*) FROM cdcsync.articles_backlog")))
+        after = made.metrics()
+        fresh = float(made.value("SELECT count(*) FROM cdcsync.articles_vectors_1_fresh"))
+        made.stop()
+    settled = 'cdcsync_vectors_settled_total{index="articles"}'
+    half = len(backlogs) // 2
+    return {
+        "text_p99_s": bound(before, after, "text_freshness_seconds", 0.99),
+        "vectors_p99_s": bound(before, after, "vector_freshness_seconds", 0.99),
+        "backlog_first_half": statistics.mean(backlogs[:half]),
+        "backlog_second_half": statistics.mean(backlogs[half:]),
+        "changes_per_s": number * 10 / seconds,
+        "fresh_at_end": fresh,
+        "settled_per_s": (after.get(settled, 0.0) - before.get(settled, 0.0)) / seconds,
+    }
+
+
+def hot(*, tiers: bool) -> float:
+    """Return the recall of searches near a row that changed many times."""
+    with pipeline(QUICK) as made:
+        indexed(made, HOT_ROWS, tiers=tiers)
+        for tier in ("fresh", "settled"):
+            made.connection.execute(
+                f"ALTER TABLE cdcsync.articles_vectors_1_{tier} SET (autovacuum_enabled = off)".encode()
+            )
+        made.start()
+        made.event("streaming")
+        for number in range(HOT_CHANGES):
+            made.connection.execute(
+                "UPDATE articles SET body = 'article 7 of round ' || %s || ' tells of word7 and word7 and word7'"
+                " WHERE id = 7",
+                [number],
+            )
+            if number % 10 == 0:
+                made.text_in_step()
+        made.text_in_step()
+        made.vectors_in_step()
+        made.stop()
+        made.connection.execute("ANALYZE")
+        near = [7, *range(507, HOT_ROWS, max(1, HOT_ROWS // HOT_QUERIES // 500 * 500 or 500))][:HOT_QUERIES]
+        return statistics.mean(recall(made, key) for key in near)
+
+
+def recall(made: Pipeline, key: int) -> float:
+    """Return how much of the ten nearest to a row a search through the view finds, by distance."""
+    vector = made.value("SELECT embedding::text FROM articles_index WHERE id = %s LIMIT 1", key)
+    statement = "SELECT embedding <=> %s::vector FROM articles_index ORDER BY embedding <=> %s::vector LIMIT 10"
+    with made.connection.transaction():
+        found = [row[0] for row in made.connection.execute(statement, [vector, vector]).fetchall()]
+        made.connection.execute("SET LOCAL enable_indexscan = off")
+        exact = [row[0] for row in made.connection.execute(statement, [vector, vector]).fetchall()]
+    near = sum(one <= exact[-1] + 1e-9 for one in found)
+    return float(near / len(exact))
+
+
+VECTOR = (
+    f"(SELECT array_agg(random() - 0.5 + (g + i) * 0)::vector({DIMENSIONS}) FROM generate_series(1, {DIMENSIONS}) AS g)"
+)
+
+
+def search() -> dict[str, float]:
+    """Return the medians of searches: of the settled table alone, and of both tiers with and without fresh vectors."""
+    with pipeline(QUICK) as made:
+        indexed(made, 10, tiers=True)
+        run = made.connection.execute
+        run("DROP INDEX cdcsync.articles_vectors_1_hnsw; TRUNCATE cdcsync.articles_chunks, cdcsync.articles_vectors_1")
+
+        def fill(tier: str, first: int, count: int) -> None:
+            run(
+                f"WITH c AS (INSERT INTO cdcsync.articles_chunks"
+                f" (id, tenant, chunk_no, chunk_total, content, content_hash, document_hash, commit_lsn)"
+                f" SELECT i, i % 50, 0, 1, 'text', int8send(i), int8send(i), '0/1'"
+                f" FROM generate_series({first}, {first + count - 1}) AS i RETURNING chunk_id, id)"
+                f" INSERT INTO cdcsync.articles_vectors_1_{tier} (chunk_id, content_hash, embedding)"
+                f" SELECT chunk_id, int8send(id), {VECTOR.replace('g + i', 'g + c.id')} FROM c".encode()
+            )
+
+        fill("settled", 1, SEARCH_ROWS)
+        run("SET maintenance_work_mem = '1GB'")
+        run(
+            "CREATE INDEX articles_vectors_1_hnsw ON cdcsync.articles_vectors_1_settled"
+            " USING hnsw (embedding vector_cosine_ops)"
+        )
+        run("VACUUM ANALYZE")
+        one = (
+            "SELECT c.id FROM cdcsync.articles_chunks AS c"
+            " JOIN cdcsync.articles_vectors_1_settled AS v USING (chunk_id)"
+            " ORDER BY v.embedding <=> %s::vector LIMIT 10"
+        )
+        both = "SELECT id FROM articles_index ORDER BY embedding <=> %s::vector LIMIT 10"
+        vectors = [row[0] for row in run(f"SELECT {VECTOR}::text FROM generate_series(1, {SEARCHES}) AS i".encode())]
+        leg = "SELECT chunk_id FROM cdcsync.articles_vectors_1 ORDER BY embedding <=> %s::vector LIMIT 10"
+        one_ms, none_ms, leg_none_ms = medians(made, vectors, one, both, leg)
+        fill("fresh", SEARCH_ROWS + 1, FRESH_ROWS)
+        run("VACUUM ANALYZE")
+        one_again_ms, fresh_ms, leg_fresh_ms = medians(made, vectors, one, both, leg)
+    return {
+        "one_ms": one_ms,
+        "none_ms": none_ms,
+        "leg_none_ms": leg_none_ms,
+        "one_again_ms": one_again_ms,
+        "fresh_ms": fresh_ms,
+        "leg_fresh_ms": leg_fresh_ms,
+    }
+
+
+def medians(made: Pipeline, vectors: list[str], *statements: str) -> list[float]:
+    """Return the median milliseconds of each statement; they take turns."""
+    taken: dict[str, list[float]] = {statement: [] for statement in statements}
+    for vector in vectors:
+        for statement in statements:
+            began = time.perf_counter()
+            made.connection.execute(statement.encode(), [vector]).fetchall()
+            taken[statement].append((time.perf_counter() - began) * 1000)
+    return [statistics.median(one[len(one) // 10 :]) for one in taken.values()]
+
+
+def main() -> None:
+    """Measure and report."""
+    parts = set(sys.argv[1:]) or {"catch_up", "steady", "hot", "search"}
+    figures: dict[str, float] = {"load_at_start": os.getloadavg()[0]}
+    ratios: dict[str, tuple[float, float]] = {}
+
+    def add(part: str, found: dict[str, Any]) -> None:
+        figures.update({f"{part}_{name}": value for name, value in found.items()})
+
+    if "catch_up" in parts:
+        two, one = catch_up(tiers=True), catch_up(tiers=False)
+        add("catch_up", two)
+        add("catch_up_one_tier", one)
+        ratios["catch_up_over_one_tier"] = (one["vectors_s"] / two["vectors_s"], 4.0)
+    if "steady" in parts:
+        two, one = steady(tiers=True), steady(tiers=False)
+        add("steady", two)
+        add("steady_one_tier", one)
+        ratios["steady_goal_over_text_p99"] = (0.1 / two["text_p99_s"], 1.0)
+        ratios["steady_goal_over_vectors_p99"] = (0.25 / two["vectors_p99_s"], 1.0)
+        growth = (two["backlog_second_half"] + 10) / (two["backlog_first_half"] + 10)
+        ratios["steady_backlog_flat"] = (1.5 / growth, 1.0)
+    if "hot" in parts:
+        found = {"recall": hot(tiers=True), "one_tier_recall": hot(tiers=False)}
+        add("hot", found)
+        ratios["hot_recall"] = (found["recall"], 0.99)
+    if "search" in parts:
+        found = search()
+        add("search", found)
+        ratios["search_one_tier_over_none_fresh"] = (found["one_ms"] / found["none_ms"], 0.95)
+        ratios["search_view_none_over_5000_fresh"] = (found["none_ms"] / found["fresh_ms"], 1 / 1.5)
+        ratios["search_leg_none_over_5000_fresh"] = (found["leg_none_ms"] / found["leg_fresh_ms"], 1 / 1.5)
+    figures["load_at_end"] = os.getloadavg()[0]
+    report(
+        "tiers",
+        figures,
+        {name: ratio for name, (ratio, _) in ratios.items()},
+        {n: goal for n, (_, goal) in ratios.items()},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The settled tier built anew, beside the one that is searched, with what is fresh in it; then the two are exchanged.
+
+HNSW is built many times faster than it grows, so this is how a large part of an index that has changed at once gets
+into it. It leaves nothing dead behind, either.
+
+    record changes ─► copy both tiers ─► build the indexes ─► take out what changed meanwhile ─► exchange
+
+While it goes on, a trigger on each tier notes the chunks whose vectors are changed, moved or deleted: what it notes is
+taken out of the copy, so whatever remains is what it was when it was copied. Writers wait for the exchange, which
+deletes from fresh what is settled now; searches wait for its last milliseconds. A rebuild that was interrupted is
+dropped by the next one.
+
+Source: PostgreSQL, "ALTER TABLE" (DETACH and ATTACH PARTITION), "Explicit Locking"; pgvector's README (Index Build
+Time).
+"""
+
+from __future__ import annotations
+
+from typing import Any, LiteralString, cast
+
+import psycopg
+from psycopg import sql
+
+from cdcsync.crashpoints import crash_point
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_one, fetch_value
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.building import build_settings, hnsw_method
+from cdcsync.target.ddl.grants import grants_of
+from cdcsync.target.ddl.locking import BRIEFLY, until_locked
+from cdcsync.target.ddl.names import SETTLED, Names
+from cdcsync.target.ddl.tiers import COLUMNS, OPTIONS, describe_vectors, vector_type
+
+FEW = 500
+"""Changes that may be left for the exchange: a few milliseconds."""
+
+ROUNDS = 20
+"""Passes over what changed meanwhile, at most: under steady load there is always some."""
+
+
+class Emptied(Exception):
+    """A tier was emptied while it was copied: the copy is worth nothing."""
+
+
+class Rebuild:
+    """One rebuild of an index's settled tier, over a connection in autocommit that nobody else uses meanwhile."""
+
+    def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
+        names = Names(schema, spec.name)
+        self._connection = connection
+        self._schema = schema
+        self._spec = spec
+        self._names = names
+        bare = names.rebuild_name(spec.generation)
+        self._parts: dict[str, sql.Composable] = {
+            **names.tiers(spec.generation),
+            "vectors": names.vectors(spec.generation),
+            "settled_bare": sql.Identifier(names.settled_name(spec.generation)),
+            "copy": sql.Identifier(schema, bare),
+            "changed": sql.Identifier(schema, f"{bare}_changed"),
+            "note": sql.Identifier(schema, f"{bare}_note"),
+            "trigger": sql.Identifier("cdcsync_rebuild"),
+            "key": sql.Identifier(f"{bare}_pkey"),
+            "hash": sql.Identifier(f"{bare}_hash"),
+            "hnsw": sql.Identifier(f"{bare}_hnsw"),
+            "tier": sql.Literal(SETTLED),
+            "backlog": names.backlog,
+            "generation": sql.Literal(spec.generation),
+            "marker": sql.Literal(f"cdcsync index {spec.name}: a rebuild of its settled vectors"),
+        }
+        self._files: tuple[object, ...] = ()
+        """The files of both tiers: another one means that the tier was emptied."""
+
+    async def run(self) -> int:
+        """Rebuild and exchange; returns how many fresh vectors became settled.
+
+        :raises psycopg.Error: nothing has changed; what is left behind is dropped by the next rebuild.
+        :raises Emptied: likewise.
+        """
+        table = self._parts["settled"].as_string(self._connection)
+        await until_locked(self.abandon, table=table)
+        await until_locked(self._record, table=table)
+        await self._fill()
+        await self._build()
+        for _ in range(ROUNDS):
+            if await self._follow() < FEW:
+                break
+        return await until_locked(self._switch, table=table)
+
+    async def abandon(self) -> None:
+        """Drop what an earlier rebuild left behind, if it did."""
+        present = await fetch_value(
+            self._connection,
+            "SELECT to_regclass(%s) IS NOT NULL",
+            [self._parts["changed"].as_string(self._connection)],
+        )
+        if not present:
+            return
+        async with self._connection.transaction():
+            await self._run(
+                BRIEFLY + "; LOCK TABLE {fresh}, {settled} IN SHARE ROW EXCLUSIVE MODE;"
+                " DROP TRIGGER IF EXISTS {trigger} ON {fresh}; DROP TRIGGER IF EXISTS {trigger} ON {settled};"
+                " DROP FUNCTION IF EXISTS {note}(); DROP TABLE IF EXISTS {copy}; DROP TABLE {changed};"
+                " ALTER TABLE {settled} RESET (autovacuum_enabled)"
+            )
+            crash_point("rebuild dropped")
+        crash_point("rebuild gone")
+
+    async def _record(self) -> None:
+        """Create the copy, and have both tiers note what changes from now on."""
+        async with self._connection.transaction():
+            # What writers have under way is committed before the lock is had: it will be copied.
+            await self._run(BRIEFLY + "; LOCK TABLE {fresh}, {settled} IN SHARE ROW EXCLUSIVE MODE")
+            await self._run(
+                "CREATE TABLE {copy} (" + COLUMNS + ", CONSTRAINT cdcsync_tier CHECK (tier = {tier}))"
+                " WITH (" + OPTIONS[SETTLED] + ")",
+                vector=await vector_type(self._connection, self._spec),
+            )
+            await self._run(
+                "CREATE TABLE {changed} (chunk_id bigint NOT NULL);"
+                # A vacuum of what is about to be dropped would only be in the way.
+                " ALTER TABLE {settled} SET (autovacuum_enabled = off);"
+                " COMMENT ON TABLE {copy} IS {marker}; COMMENT ON TABLE {changed} IS {marker};"
+                " CREATE FUNCTION {note}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = ''"
+                " AS $body$ BEGIN INSERT INTO {changed} VALUES (coalesce(OLD.chunk_id, NEW.chunk_id)); RETURN NULL;"
+                " END $body$; COMMENT ON FUNCTION {note}() IS {marker};"
+                " CREATE TRIGGER {trigger} AFTER UPDATE OR DELETE ON {fresh} FOR EACH ROW EXECUTE FUNCTION {note}();"
+                " CREATE TRIGGER {trigger} AFTER INSERT OR UPDATE OR DELETE ON {settled}"
+                " FOR EACH ROW EXECUTE FUNCTION {note}()"
+            )
+            self._files = await self._tier_files()
+            crash_point("rebuild written")
+        crash_point("rebuild begun")
+
+    async def _fill(self) -> None:
+        """Copy both tiers as they are now, but for what is about to be replaced."""
+        await self._run(
+            "INSERT INTO {copy} (chunk_id, content_hash, embedding, stored_at)"
+            " SELECT chunk_id, content_hash, embedding, stored_at FROM {settled} UNION ALL"
+            " SELECT chunk_id, content_hash, embedding, stored_at FROM {fresh} AS f WHERE NOT EXISTS"
+            " (SELECT FROM {backlog} AS b WHERE b.chunk_id = f.chunk_id AND b.generation = {generation})"
+        )
+        crash_point("tiers copied")
+
+    async def _build(self) -> None:
+        await self._run("ALTER TABLE {copy} ADD CONSTRAINT {key} PRIMARY KEY (chunk_id)")
+        crash_point("copy has its key")
+        await self._run("CREATE INDEX {hash} ON {copy} (content_hash)")
+        crash_point("copy has its hashes")
+        async with build_settings(self._connection, self._spec):
+            await self._run(
+                "CREATE INDEX {hnsw} ON {copy} USING {method}", method=await hnsw_method(self._connection, self._spec)
+            )
+        crash_point("copy has its graph")
+        await self._run("ANALYZE {copy}")
+
+    async def _follow(self) -> int:
+        """Take out of the copy what changed, and put in what came to settled; returns how many changes there were."""
+        async with self._connection.transaction():
+            changes = await self._take_out()
+            crash_point("changes taken out")
+        crash_point("copy follows")
+        return changes
+
+    async def _take_out(self) -> int:
+        chunks = [row[0] for row in await (await self._run("DELETE FROM {changed} RETURNING chunk_id")).fetchall()]
+        if chunks:
+            await self._run("DELETE FROM {copy} WHERE chunk_id = ANY(%s)", arguments=[chunks])
+            await self._run(
+                "INSERT INTO {copy} (chunk_id, content_hash, embedding, stored_at)"
+                " SELECT chunk_id, content_hash, embedding, stored_at FROM {settled} WHERE chunk_id = ANY(%s)",
+                arguments=[chunks],
+            )
+        return len(chunks)
+
+    async def _switch(self) -> int:
+        """Put the copy in the place of the settled tier; returns how many vectors left fresh."""
+        connection, spec, names = self._connection, self._spec, self._names
+        async with connection.transaction():
+            await self._run(BRIEFLY + "; LOCK TABLE {fresh}, {settled} IN SHARE ROW EXCLUSIVE MODE")
+            if await self._tier_files() != self._files:
+                raise Emptied
+            await self._take_out()
+            moved = await self._run("DELETE FROM {fresh} AS f USING {copy} AS c WHERE c.chunk_id = f.chunk_id")
+            grants = await grants_of(
+                connection,
+                cast(int, await fetch_value(connection, self._sql("SELECT {name}::regclass::oid::int8"))),
+                names.settled(spec.generation),
+            )
+            # From here on searches wait. They lock the parent first, so it comes first here.
+            await self._run("LOCK TABLE {vectors} IN ACCESS EXCLUSIVE MODE")
+            await self._run(
+                "DROP TRIGGER {trigger} ON {fresh};"
+                " ALTER TABLE {vectors} DETACH PARTITION {settled}; DROP TABLE {settled}; DROP FUNCTION {note}();"
+                " DROP TABLE {changed}; ALTER TABLE {copy} RENAME TO {settled_bare};"
+                " ALTER TABLE {vectors} ATTACH PARTITION {settled} FOR VALUES IN ({tier});"
+                " ALTER TABLE {settled} DROP CONSTRAINT cdcsync_tier"
+            )
+            for old, new in (
+                ("key", names.key_name(spec.generation, SETTLED)),
+                ("hash", names.hash_name(spec.generation, SETTLED)),
+                ("hnsw", names.hnsw_name(spec.generation)),
+            ):
+                await self._run(
+                    "ALTER INDEX {schema}.{" + old + "} RENAME TO {new}",
+                    schema=names.schema,
+                    new=sql.Identifier(new),
+                )
+            for grant in grants:
+                await connection.execute(grant)
+            await describe_vectors(connection, self._schema, spec)
+            crash_point("tiers exchanged")
+        crash_point("exchange committed")
+        return moved.rowcount
+
+    async def _tier_files(self) -> tuple[object, ...]:
+        return await fetch_one(
+            self._connection,
+            "SELECT pg_relation_filenode(%s::regclass), pg_relation_filenode(%s::regclass)",
+            [self._parts[tier].as_string(self._connection) for tier in ("fresh", "settled")],
+        )
+
+    async def _run(
+        self, statement: LiteralString, *, arguments: list[object] | None = None, **parts: sql.Composable
+    ) -> psycopg.AsyncCursor[tuple[Any, ...]]:
+        return await self._connection.execute(self._sql(statement, **parts), arguments)
+
+    def _sql(self, statement: LiteralString, **parts: sql.Composable) -> sql.Composed:
+        name = sql.Literal(self._parts["settled"].as_string(self._connection))
+        return sql.SQL(statement).format(**self._parts, name=name, **parts)

@@ -1,0 +1,62 @@
+"""A worker that is killed while it moves vectors between the tiers."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from cdcsync.crashpoints import VARIABLE
+from tests.fixtures.servers import Database
+from tests.fixtures.workers import PATIENCE_S, Pipeline, until
+
+pytestmark = pytest.mark.server
+
+CONFIG = """
+[source]
+dsn = "{dsn}"
+slot = "s_{name}"
+[worker]
+listen = "127.0.0.1:0"
+settle_after_s = 0
+settle_share = 1
+[embedders.fake]
+type = "hash"
+dimensions = 16
+[indexes.articles]
+table = "articles"
+text = "{{body}}"
+embedder = "fake"
+fresh_scan_budget_ms = {budget}
+"""
+
+
+@pytest.mark.parametrize(("point", "budget"), [("vectors moved", 25), ("move committed", 25), ("vectors moved#2", 0.1)])
+def test_each_vector_is_in_one_tier_after_a_kill_and_settles_in_the_end(
+    make_pipeline: Callable[[str], Pipeline], database: Database, point: str, budget: float
+) -> None:
+    pipeline = make_pipeline(CONFIG.format(dsn=database.dsn, name=database.name[:50], budget=budget))
+    pipeline.source.execute("CREATE TABLE articles (id bigint PRIMARY KEY, body text NOT NULL)")
+    pipeline.source.execute("INSERT INTO articles SELECT i, 'text ' || i FROM generate_series(1, 200) AS i")
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.stop(worker)
+
+    worker = pipeline.start(**{VARIABLE: point})
+    pipeline.source.execute("UPDATE articles SET body = body || ', changed' WHERE id % 2 = 0")
+    assert worker.wait(timeout=PATIENCE_S) == -signal.SIGKILL
+
+    twice = "SELECT count(*) FROM (SELECT FROM cdcsync.articles_vectors_1 GROUP BY chunk_id HAVING count(*) > 1) AS t"
+    assert pipeline.target.execute(twice).fetchone() == (0,)
+    assert pipeline.target.execute("SELECT count(*) FROM cdcsync.articles_vectors_1").fetchone() == (200,)
+
+    worker = pipeline.start()
+    pipeline.in_step()
+    until(
+        lambda: pipeline.target.execute("SELECT count(*) FROM cdcsync.articles_vectors_1_fresh").fetchone() == (0,),
+        "empty fresh tier",
+    )
+    pipeline.compare()
+    assert pipeline.target.execute(twice).fetchone() == (0,)
+    pipeline.stop(worker)

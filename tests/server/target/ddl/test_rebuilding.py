@@ -1,0 +1,191 @@
+"""The settled tier is built anew beside the one that is searched: nothing is lost, doubled or hidden meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import anyio
+import pytest
+
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.building import build_hnsw
+from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
+from cdcsync.target.keys import discard_vectors
+from cdcsync.target.settling import Settling
+from tests.fixtures.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+ConnectTarget = Callable[[], Awaitable[Connection]]
+
+TIERS = "SELECT c.content, v.tier FROM {vectors} v JOIN {chunks} c USING (chunk_id) ORDER BY c.id"
+SEARCH = (
+    b"SELECT id FROM public.articles_index ORDER BY embedding OPERATOR(public.<=>) '[1,200,3]'::public.vector LIMIT 4"
+)
+
+
+class Interrupted(Rebuild):
+    """A rebuild with something happening between its copy and its indexes."""
+
+    meanwhile: Callable[[], Awaitable[Any]] | None = None
+
+    async def _build(self) -> None:
+        if self.meanwhile is not None:
+            await self.meanwhile()
+        await super()._build()
+
+
+@pytest.fixture
+async def both(open_index: OpenIndex) -> LiveIndex:
+    """An index whose documents 1 to 4 are settled, and 5 to 8 are fresh."""
+    index = await open_index(search=None)
+    first, second = "1234", "5678"
+    await index.apply(
+        changes(*[document(key, f"text {key}") for key in first], inline=[f"text {key}" for key in first])
+    )
+    settling = Settling(index.connection, SCHEMA, index.spec)
+    await settling.settle(await settling.rested(10, rest_s=0))
+    await build_hnsw(index.connection, SCHEMA, index.spec)
+    await index.apply(
+        changes(*[document(key, f"text {key}") for key in second], inline=[f"text {key}" for key in second])
+    )
+    return index
+
+
+async def relations(index: LiveIndex) -> list[tuple[Any, ...]]:
+    return await index.rows(
+        "SELECT c.oid::regclass::text, c.reloptions, obj_description(c.oid, 'pg_class'),"
+        " pg_get_expr(c.relpartbound, c.oid), CASE c.relkind WHEN 'i' THEN pg_get_indexdef(c.oid) END"
+        " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = 'cdcsync' AND c.relname LIKE 'articles%' ORDER BY 1"
+    )
+
+
+async def test_everything_is_settled_afterwards_in_tables_that_are_as_before(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    await both.connection.execute("GRANT SELECT ON cdcsync.articles_vectors_1_settled TO PUBLIC")
+    before, made = await relations(both), await both.embedded()
+
+    assert await Rebuild(await connect_target(), SCHEMA, both.spec).run() == 4
+
+    assert await both.rows(TIERS) == [(f"text {key}", "settled") for key in range(1, 9)]
+    assert await both.embedded() == made
+    assert await relations(both) == before
+    assert await both.rows(
+        "SELECT has_table_privilege('pg_monitor', 'cdcsync.articles_vectors_1_settled', 'SELECT'), count(*)"
+        " FROM pg_trigger WHERE tgname = 'cdcsync_rebuild'"
+    ) == [(True, 0)]
+    assert await both.rows("SELECT FROM pg_proc p WHERE proname LIKE 'articles_vectors%'") == []
+    assert await both.faults() == []
+
+
+async def make_again(index: LiveIndex) -> None:
+    async with index.connection.transaction():
+        await discard_vectors(index.connection, SCHEMA, index.spec, [("1",), ("5",)])
+
+
+CHANGES: dict[str, tuple[Callable[[LiveIndex], Coroutine[Any, Any, Any]], dict[str, tuple[str, str] | None]]] = {
+    "a settled vector is replaced": (
+        lambda index: index.apply(changes(document("1", "new", existed=True), inline=["new"])),
+        {"1": ("new", "fresh")},
+    ),
+    "a fresh vector is replaced": (
+        lambda index: index.apply(changes(document("5", "new", existed=True), inline=["new"])),
+        {"5": ("new", "fresh")},
+    ),
+    "both are deleted": (lambda index: index.apply(changes(deleted=["1", "5"])), {"1": None, "5": None}),
+    "one comes": (
+        lambda index: index.apply(changes(document("9", "new"), inline=["new"])),
+        {"9": ("new", "fresh")},
+    ),
+    "vectors are to be made again": (
+        make_again,
+        {"5": ("text 5", "fresh")},
+    ),
+    "a move of a worker that was killed comes through": (
+        lambda index: Settling(index.connection, SCHEMA, index.spec).settle(list(range(1, 9))),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+async def test_what_changes_meanwhile_is_what_it_became(
+    both: LiveIndex, connect_target: ConnectTarget, change: str
+) -> None:
+    apply, differences = CHANGES[change]
+    rebuild = Interrupted(await connect_target(), SCHEMA, both.spec)
+    rebuild.meanwhile = lambda: apply(both)
+
+    await rebuild.run()
+
+    expected = {str(key): (f"text {key}", "settled") for key in range(1, 9)} | differences
+    assert await both.rows(TIERS) == [found for _, found in sorted(expected.items()) if found is not None]
+    while await both.embed():
+        pass
+    assert await both.faults() == []
+
+
+async def test_a_rebuild_of_an_index_that_is_emptied_is_worth_nothing(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    rebuild = Interrupted(await connect_target(), SCHEMA, both.spec)
+    rebuild.meanwhile = lambda: both.apply(changes(document("9", "new"), truncated=True, inline=["new"]))
+
+    with pytest.raises(Emptied):
+        await rebuild.run()
+
+    assert await both.rows(TIERS) == [("new", "fresh")]
+    assert await Rebuild(await connect_target(), SCHEMA, both.spec).run() == 1
+    assert await both.rows(TIERS) == [("new", "settled")]
+
+
+async def test_a_rebuild_that_was_killed_is_dropped_by_the_next_one(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    killed = Interrupted(await connect_target(), SCHEMA, both.spec)
+
+    async def die() -> None:
+        raise KeyboardInterrupt
+
+    killed.meanwhile = die
+    with pytest.raises(KeyboardInterrupt):
+        await killed.run()
+    await both.apply(changes(document("1", "new", existed=True), deleted=["5"], inline=["new"]))
+    assert await both.faults() == []
+
+    assert await Rebuild(await connect_target(), SCHEMA, both.spec).run() == 4
+
+    assert await both.rows("SELECT count(*), min(tier) FROM {vectors}") == [(7, "settled")]
+    assert await both.faults() == []
+
+
+async def test_searches_and_changes_go_on_while_it_is_built_and_exchanged(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    searchers = [await connect_target() for _ in range(2)]
+    connection = await connect_target()
+    done = anyio.Event()
+
+    async def search(searcher: Connection) -> None:
+        while not done.is_set():
+            assert len(await (await searcher.execute(SEARCH)).fetchall()) == 4
+
+    async def change() -> None:
+        number = 0
+        while not done.is_set():
+            number += 1
+            await both.apply(changes(document("2", f"text {number}", existed=True), inline=[f"text {number}"]))
+
+    async with anyio.create_task_group() as tasks:
+        for searcher in searchers:
+            tasks.start_soon(search, searcher)
+        tasks.start_soon(change)
+        for _ in range(3):
+            await Rebuild(connection, SCHEMA, both.spec).run()
+        done.set()
+
+    assert await both.rows("SELECT count(*) FROM {vectors}") == [(8,)]
+    assert await both.faults() == []
