@@ -42,6 +42,10 @@ PATIENCE_S = 90.0
 """A request waits no longer than this for a provider that asks for it; beyond it, the caller decides. Our own budgets
 ask for less at a time: after a minute's worth was taken at once, 72 s."""
 
+TRUSTED = 3
+AGAIN_S = 0.1
+"""So often in a row a provider's own word on how long to wait is taken; then ours grows from this, if it is longer."""
+
 KEEP_IDLE_S = 30.0
 """Idle connections are closed before common servers and load balancers do so (60 s), in the middle of a request."""
 
@@ -223,7 +227,9 @@ class Provider:
         """Hold everybody back for as long as the provider asks, or ever longer when it does not say."""
         assert self._pace is not None
         asked = retry_after_s(answer.headers, datetime.now(UTC))
-        wait = asked if asked is not None else spread(min(30.0, 2.0**told.times))
+        # Whoever says again and again that no wait is needed, and has no time, is not taken at their word.
+        own = 2.0**told.times if asked is None else AGAIN_S * 2.0 ** (told.times - TRUSTED)
+        wait = max(asked or 0.0, spread(min(30.0, own)) if asked is None or told.times >= TRUSTED else 0.0)
         told.times += 1
         told.seconds += wait
         self._pace.hold(self._clock(), wait)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures.provider import FakeProvider, meeting
+from tests.fixtures.provider import FakeProvider, Misdeed, meeting, status, wrong_dimension
 from tests.fixtures.servers import Database
 from tests.fixtures.workers import Pipeline, until
 
@@ -165,6 +165,46 @@ def test_an_outage_costs_vectors_their_freshness_and_nothing_else(pipeline: Pipe
     assert sum("outage" in text for text in provider.embedded) == 60
     assert failed(pipeline) == 0
     pipeline.in_step()
+
+
+@pytest.mark.parametrize(
+    "misdeed",
+    [status(401, {"error": {"message": "no such key"}}), wrong_dimension, status(429, retry_after="1800")],
+    ids=["a wrong key", "another model", "no quota"],
+)
+def test_trouble_is_told_everywhere_and_is_that_of_one_embedder(
+    pipeline: Pipeline, provider: FakeProvider, misdeed: Misdeed
+) -> None:
+    pipeline.path.write_text(
+        pipeline.path.read_text()
+        + '[embedders.words]\ntype = "hash"\n[indexes.beside]\ntable = "articles"\n'
+        + 'text = "{body}"\nembedder = "words"\n'
+    )
+    provider.always = misdeed
+    pipeline.start()
+    until(lambda: "embedder hosted: " in pipeline.get("/readyz")[1].decode(), pipeline.tail)
+    until(lambda: told(pipeline)["problem"] is not None, pipeline.tail)
+
+    code, _ = pipeline.get("/readyz")
+    assert code == 503
+    state = told(pipeline)
+    assert state["tried_again_at"] > state["since"]
+    assert any("embedder hosted: " in problem for problem in json.loads(pipeline.get("/status")[1])["problems"])
+    assert json.loads(pipeline.get("/status")[1])["embedders"]["words"]["problem"] is None
+    metrics = pipeline.get("/metrics")[1].decode()
+    assert 'cdcsync_embedder_problem{embedder="hosted"} 1.0' in metrics
+    assert 'cdcsync_embedder_problem{embedder="words"} 0.0' in metrics
+    pipeline.source.execute("INSERT INTO articles VALUES (900, 1, 'new')")
+    until(
+        lambda: pipeline.target.execute("SELECT FROM beside_index WHERE id = 900").fetchone() is not None,
+        "the index beside",
+    )
+    assert failed(pipeline) == 0
+
+
+def told(pipeline: Pipeline) -> Any:
+    """Return what the status tells of the embedder `hosted`."""
+    return json.loads(pipeline.get("/status")[1])["embedders"]["hosted"]
 
 
 def test_texts_that_changed_while_the_worker_was_away_are_embedded_once_as_they_are_now(

@@ -183,10 +183,22 @@ async def test_a_query_is_tried_again_as_a_person_waits_for_it(
 
 async def test_being_told_to_wait_costs_no_attempt(make: Any, provider: FakeProvider) -> None:
     embedder = await make()
-    provider.misdeeds.extend([status(429, retry_after_ms="1")] * 20)
+    provider.misdeeds.extend([status(429, retry_after_ms="1")] * 5)
 
     np.testing.assert_allclose(await embedder.embed(TEXTS), expected(TEXTS), rtol=1e-6)
-    assert len(provider.requests) == 21
+    assert len(provider.requests) == 6
+
+
+async def test_a_provider_that_asks_for_no_wait_for_ever_is_not_asked_for_ever(
+    make: Any, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provider_module, "PATIENCE_S", 0.5)
+    embedder = await make()
+    provider.always = status(503, retry_after="0")
+
+    with pytest.raises(EmbedderUnavailable):
+        await embedder.embed(TEXTS)
+    assert len(provider.requests) <= 10
 
 
 async def test_a_wait_longer_than_our_patience_is_the_callers(make: Any, provider: FakeProvider) -> None:
