@@ -22,7 +22,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 BRIEFLY = "SET LOCAL lock_timeout = '400ms'"
-"""Less than PostgreSQL's default `deadlock_timeout`, 1 s: rather than that the server breaks a circle by failing
+"""Less than PostgreSQL's default `deadlock_timeout`, 1 s: so that the server never breaks a circle by failing
 somebody's statement, we give up."""
 
 

@@ -79,13 +79,13 @@ class Rebuild:
         """
         table = self._parts["settled"].as_string(self._connection)
         await until_locked(self.abandon, table=table)
-        await until_locked(self._record, table=table)
+        await until_locked(self.record, table=table)
         await self._fill()
         await self._build()
         for _ in range(ROUNDS):
             if await self._follow() < FEW:
                 break
-        return await until_locked(self._switch, table=table)
+        return await until_locked(self.switch, table=table)
 
     async def abandon(self) -> None:
         """Drop what an earlier rebuild left behind, if it did."""
@@ -106,7 +106,7 @@ class Rebuild:
             crash_point("rebuild dropped")
         crash_point("rebuild gone")
 
-    async def _record(self) -> None:
+    async def record(self) -> None:
         """Create the copy, and have both tiers note what changes from now on."""
         async with self._connection.transaction():
             # What writers have under way is committed before the lock is had: it will be copied.
@@ -173,7 +173,7 @@ class Rebuild:
             )
         return len(chunks)
 
-    async def _switch(self) -> int:
+    async def switch(self) -> int:
         """Put the copy in the place of the settled tier; returns how many vectors left fresh."""
         connection, spec, names = self._connection, self._spec, self._names
         async with connection.transaction():
