@@ -18,6 +18,7 @@
     │   ├── TargetUnavailable
     │   └── SlotInUse          another connection is reading the slot                   automatic
     ├── TargetRewound          the target went back to an earlier state                automatic
+    ├── TablesChanged          a table, or how it is sent, is not what it was           automatic
     ├── DocumentError          a row cannot be made a document, or a document chunks    operator
     └── EmbedError             texts could not be embedded
         ├── EmbedderUnavailable  the provider or model is failing as a whole            automatic
@@ -183,6 +184,12 @@ class SlotInUse(Unavailable):
 
 class TargetRewound(CdcsyncError):
     """The target is not as this worker last committed it: the worker begins anew, and looks for a gap."""
+
+    retry = Retry.AUTOMATIC
+
+
+class TablesChanged(CdcsyncError):
+    """What an index needs has to be examined again: the worker begins again with what its tables are now."""
 
     retry = Retry.AUTOMATIC
 

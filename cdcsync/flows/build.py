@@ -17,6 +17,7 @@ from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
+from cdcsync.target.keys import delete_vectors_without_chunks
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
 from cdcsync.target.search import count_words
@@ -26,6 +27,9 @@ log = structlog.get_logger()
 
 POLL_S = 0.5
 """How often a building index is looked at: one small query."""
+
+LOAD_CANCELLED = "its load was cancelled"
+"""Why an index is paused whose load someone cancelled: it is not loaded again without being asked."""
 
 
 MOVED_AT_ONCE = 2_000
@@ -44,8 +48,10 @@ async def build_until_live(dsn: str, schema: str, specs: Sequence[IndexSpec]) ->
         while left:
             async with backoff:
                 connection = await session.connection()
-                with speaking_of("target"):
-                    left = [spec for spec in left if not await _advance(connection, schema, spec)]
+                for spec in list(left):
+                    with speaking_of("target", where=f"index {spec.name}", index=spec.name):
+                        if await _advance(connection, schema, spec):
+                            left.remove(spec)
                 backoff.succeeded()
                 await anyio.sleep(POLL_S)
 
@@ -68,13 +74,20 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
     load = await Requests(schema).last_load(connection, spec.name)
     if load is not None and load.state in ("failed", "cancelled"):
         because = f": {load.error}" if load.error else ""
-        pause = Pause(f"its load was {load.state}{because}", "start the worker again to load it")
+        if load.state == "cancelled":
+            pause = Pause(LOAD_CANCELLED, "start the worker again to load it")
+        else:
+            pause = Pause(
+                f"its load failed{because}", "correct that; it is tried again by itself, more and more rarely"
+            )
         await registry.pause(connection, spec.name, pause)
         crash_point("ended load noted")
         log.error("load_ended", index=spec.name, state=load.state)
         return True
     if load is None or load.state != "done" or await _loading(connection, names, spec):
         return False
+    # Left by chunks that had to go whose texts might have come again.
+    await delete_vectors_without_chunks(connection, schema, spec)
     await build_search(connection, schema, spec)
     await _settle_all(connection, schema, spec)
     log.info("hnsw_building", index=spec.name)

@@ -80,7 +80,7 @@ async def open_index(target: Connection, config: Config, name: str, *, even_paus
         raise SetupError(
             f"the index is paused: {entry.pause}",
             where=f"index {name}",
-            hint="fix what is said there, then start the worker again: it reads the whole table anew",
+            hint="fix what is said there: the worker then reads the whole table anew, and resumes the index by itself",
         )
     return spec
 

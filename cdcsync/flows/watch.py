@@ -1,8 +1,12 @@
 """The watch: what the stream does not tell, asked of the source from time to time while it flows.
 
-    tables     is each still published as it was, and the one that it was, with the partitions it had
+    tables     can each index follow its table, and is the table, and what has it sent, what it was
+    relations  has the target all that each index should have there
     slot       how much of `max_slot_wal_keep_size` does it hold, before that is a gap
-    heartbeat  a message now and then, where an idle source should show that the pipeline moves
+    heartbeat  a message now and then, for those who want an idle source to show that the pipeline moves
+
+The tables are read all at once, and judged by the functions that `check` uses: an index that `check` would refuse is
+paused, and one that was paused is resumed once `check` would accept it.
 
 Source: PostgreSQL, "pg_replication_slots", "Replication" (max_slot_wal_keep_size); "System Administration Functions"
 (pg_logical_emit_message).
@@ -17,19 +21,32 @@ import structlog
 
 from cdcsync.config import Config
 from cdcsync.crashpoints import crash_point
-from cdcsync.errors import SchemaChanged, Unavailable
-from cdcsync.flows.setup.partitions import follow_partitions
-from cdcsync.flows.setup.start import unpublished_tables
+from cdcsync.errors import SchemaChanged, SetupError, TablesChanged, Unavailable
+from cdcsync.flows.build import LOAD_CANCELLED
+from cdcsync.flows.setup.differences import ask_for, note_fingerprint, present_fingerprint, stored_fingerprint
+from cdcsync.flows.setup.start import outdated
 from cdcsync.metrics import Metrics
-from cdcsync.model.rows import AGAIN
+from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Session, speaking_of
-from cdcsync.source.catalog import Slot, read_slot
+from cdcsync.preflight import Finding
+from cdcsync.preflight.following import following_findings
+from cdcsync.preflight.indexes import Plan
+from cdcsync.source.catalog import Catalog, Slot, read_catalog, read_slot
+from cdcsync.source.fingerprints import Fingerprint, difference, fingerprint_of
+from cdcsync.target.ddl.missing import missing_relations
+from cdcsync.target.registry import Entry, Registry
 
 log = structlog.get_logger()
 
 WATCH_S = 5.0
 """How often the catalog is asked."""
+
+NUDGED_S = 0.05
+"""How long after a nudge it is asked: a commit may be delivered a moment before it is visible."""
+
+RELATIONS_S = 60.0
+"""How often it is looked whether somebody dropped a relation of an index in the target."""
 
 RETENTION_MARKS = (0.5, 0.8)
 """Shares of `max_slot_wal_keep_size` that are worth a word: half, while there is time; four fifths, while there is
@@ -70,38 +87,169 @@ def retained_share(slot: Slot) -> float:
     return slot.retained_bytes / limit if limit > 0 else 1.0
 
 
-async def watch(
-    config: Config, specs: Sequence[IndexSpec], pause: Callable[[SchemaChanged], None], metrics: Metrics
-) -> None:
-    """Watch tables and slot until cancelled.
+class Watch:
+    """Watches the tables of all configured indexes, those that are followed and those that are paused."""
 
-    :param pause: called with the reason when an index's table cannot be followed any more.
-    """
-    retention = Retention()
-    async with (
-        Session(config.source.dsn, "source", application_name="cdcsync watch") as session,
-        Session(config.target.dsn, "target", application_name="cdcsync watch") as target,
-    ):
-        while True:
-            await anyio.sleep(WATCH_S)
-            try:
-                with speaking_of("source"):
-                    connection = await session.connection()
-                    unpublished = await unpublished_tables(connection, config, specs)
-                    slot = await read_slot(connection, config.source.slot)
-                    await follow_partitions(connection, target, config, specs)
-            except Unavailable as error:
-                log.debug("watch_waits", error=str(error))
+    def __init__(
+        self,
+        config: Config,
+        plans: Sequence[Plan],
+        specs: Sequence[IndexSpec],
+        pauses: Pauses,
+        pause: Callable[[SchemaChanged], None],
+        metrics: Metrics,
+    ) -> None:
+        """Make the watch of a pipeline.
+
+        :param plans: what is known of each configured index.
+        :param specs: the indexes that are followed.
+        :param pause: takes the reason why an index that is followed has to be paused.
+        """
+        self._config = config
+        self._plans = plans
+        self._specs = {spec.name: spec for spec in specs}
+        self._pauses = pauses
+        self._pause = pause
+        self._metrics = metrics
+        self._ailing = {plan.name for plan in plans if plan.unfit}
+        """The indexes whose tables had a fault when they were last looked at."""
+        self._first: dict[str, Fingerprint | None] = {}
+        """How the tables of paused indexes were when they were first looked at."""
+        self._noted: set[str] = set()
+        """The followed indexes whose loads were found to have failed."""
+        self._relations_due = anyio.current_time() + RELATIONS_S
+        self._nudged = anyio.Event()
+        self.problems: dict[str, str] = {}
+        """What the publication does to the application's writes, by index."""
+
+    def look(self) -> None:
+        """Look at the tables now: the stream has described one of them again."""
+        self._nudged.set()
+
+    async def run(self) -> None:
+        """Watch tables and slot until cancelled.
+
+        :raises TablesChanged: an index needs to be examined again, or can be followed again.
+        """
+        retention = Retention()
+        async with (
+            Session(self._config.source.dsn, "source", application_name="cdcsync watch") as source,
+            Session(self._config.target.dsn, "target", application_name="cdcsync watch") as target,
+        ):
+            while True:
+                self._nudged = anyio.Event()
+                try:
+                    await self._look_at_tables(source, target)
+                    with speaking_of("source"):
+                        slot = await read_slot(await source.connection(), self._config.source.slot)
+                except (Unavailable, SetupError) as error:
+                    # A table that is dropped while its columns are read is an error too; the next look tells more.
+                    log.debug("watch_waits", error=str(error))
+                else:
+                    self._look_at_slot(slot, retention)
+                with anyio.move_on_after(WATCH_S):
+                    await self._nudged.wait()
+                    await anyio.sleep(NUDGED_S)
+
+    async def _look_at_tables(self, source: Session, target: Session) -> None:
+        config = self._config
+        with speaking_of("target"):
+            entries = await Registry(config.target.schema).all(await target.connection())
+        known = [entry.table_oid for entry in entries.values() if entry.table_oid is not None]
+        wanted = {plan.index.table_name for plan in self._plans}
+        with speaking_of("source"):
+            catalog = await read_catalog(await source.connection(), config.source.publication, wanted, known)
+        for plan in self._plans:
+            entry = entries.get(plan.name)
+            if entry is None:
                 continue
-            for spec in specs:
-                table = spec.shape.table
-                if table in unpublished:
-                    pause(SchemaChanged(unpublished[table], index=spec.name, where=str(table), hint=AGAIN))
-            if slot is not None:
-                share = retained_share(slot)
-                metrics.slot_retained_share.set(share)
-                if (mark := retention.crossed(share)) is not None:
-                    _tell(slot, share, mark)
+            findings = following_findings(plan, catalog, wanted, entry)
+            error = next((finding for finding in findings if finding.level == "error"), None)
+            self._note_problems(plan.name, findings)
+            if plan.name in self._specs and entry.state != "paused":
+                await self._look_at_followed(target, self._specs[plan.name], entry, catalog, error)
+            elif entry.state == "paused":
+                await self._look_at_paused(target, plan, entry, catalog, error)
+            if error is None:
+                self._ailing.discard(plan.name)
+            else:
+                self._ailing.add(plan.name)
+        if anyio.current_time() >= self._relations_due:
+            self._relations_due = anyio.current_time() + RELATIONS_S
+
+    def _note_problems(self, index: str, findings: Sequence[Finding]) -> None:
+        said = [f"{one.message}; {one.hint}" for one in findings if one.level == "warning"]
+        if said and index not in self.problems:
+            log.error("writes_fail", index=index, problems=said)
+        self.problems.pop(index, None)
+        if said:
+            self.problems[index] = "; ".join(said)
+
+    async def _look_at_followed(
+        self, target: Session, spec: IndexSpec, entry: Entry, catalog: Catalog, error: Finding | None
+    ) -> None:
+        if error is not None:
+            if spec.name not in self._ailing:
+                where = str(spec.shape.table)
+                self._pause(SchemaChanged(error.message, index=spec.name, where=where, hint=error.hint, passing=True))
+            return
+        if outdated(catalog, [spec]):
+            raise TablesChanged("the table, or how it is sent, is not what it was", where=f"index {spec.name}")
+        if entry.state == "live" and anyio.current_time() >= self._relations_due:
+            with speaking_of("target", where=f"index {spec.name}", index=spec.name):
+                missing = await missing_relations(await target.connection(), self._config.target.schema, spec)
+            if missing:
+                raise TablesChanged(str(missing), where=f"index {spec.name}")
+        now = present_fingerprint(catalog, spec)
+        if now is None or now == stored_fingerprint(entry):
+            return
+        found = difference(stored_fingerprint(entry), now, catalog.tables[spec.shape.table])
+        if found.reread:
+            raise TablesChanged(found.reread, where=f"index {spec.name}")
+        schema = self._config.target.schema
+        with speaking_of("target", where=f"index {spec.name}", index=spec.name):
+            connection = await target.connection()
+            async with connection.transaction():
+                await note_fingerprint(connection, schema, spec.name, now)
+                await ask_for(connection, schema, spec.name, found)
+                crash_point("difference written")
+            crash_point("difference committed")
+
+    async def _look_at_paused(
+        self, target: Session, plan: Plan, entry: Entry, catalog: Catalog, error: Finding | None
+    ) -> None:
+        """Resume an index whose cause is gone; where nothing tells that, try it from time to time."""
+        now, name = anyio.current_time(), plan.name
+        if error is not None:
+            pause = Pause(error.message, error.hint)
+            if name in self._specs or entry.reason == str(pause):
+                return
+            # What is wrong now is what has to be corrected now.
+            with speaking_of("target", where=f"index {name}", index=name):
+                await Registry(self._config.target.schema).pause(await target.connection(), name, pause)
+            return
+        table = catalog.tables.get(plan.index.table_name)
+        columns = (*entry.key, *entry.columns, *(plan.documents.columns if plan.documents is not None else ()))
+        present = fingerprint_of(catalog, table, columns) if table is not None else None
+        first = self._first.setdefault(name, present)
+        # What the table was when the index was last tried; an examination that refuses it does not try it.
+        before = first if plan.refused else stored_fingerprint(entry)
+        if name in self._ailing or present != before:
+            self._pauses.heal(name)
+        elif name in self._specs and name not in self._noted:
+            # A load of it has ended without success.
+            self._noted.add(name)
+            self._pauses.note_standing(name, now)
+        if self._pauses.due(name, now) and not (entry.reason or "").startswith(LOAD_CANCELLED):
+            raise TablesChanged("it may be followed again", where=f"index {name}")
+
+    def _look_at_slot(self, slot: Slot | None, retention: Retention) -> None:
+        if slot is None:
+            return
+        share = retained_share(slot)
+        self._metrics.slot_retained_share.set(share)
+        if (mark := retention.crossed(share)) is not None:
+            _tell(slot, share, mark)
 
 
 def _tell(slot: Slot, share: float, mark: float) -> None:

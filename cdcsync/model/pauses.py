@@ -1,7 +1,7 @@
 """Why an index does not follow its table, and whether it may be resumed.
 
 A pause is stored beside the index's row (`target/registry.py`). `Pauses` is what one worker remembers of those that it
-saw: an index is resumed by looking at its table again, but an index that is paused again soon stays paused.
+saw: an index is resumed once its cause is gone, and where nothing tells that, it is tried again more and more rarely.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ import msgspec
 
 from cdcsync.errors import SchemaChanged
 
-RESUME_AGAIN_S = 600.0
-"""An index that is paused again within this time of being resumed stays paused until the worker starts anew."""
+REPEATED_WITHIN_S = 600.0
+"""A pause counts as a repeated one for so long after the one before it was ended."""
 
 PASSING_PAUSES = 50
-"""So often within that time where the stream moved past the cause: a stream that is far behind may meet an old type in
-batch after batch, but not for ever."""
+"""So often within that time an index is resumed at once if the stream moved past the cause: a stream that is far behind
+may meet an old type in batch after batch, but not for ever."""
+
+FIRST_DELAY_S = 60.0
+MOST_DELAY_S = 3_600.0
+"""How long a cause that stays, such as a value that the target refuses, is left alone before the index is tried again:
+each attempt reads the table from its beginning, so the pauses double up to an hour."""
 
 
 class Pause(msgspec.Struct, frozen=True):
@@ -43,25 +48,43 @@ class Pause(msgspec.Struct, frozen=True):
 
 
 class Pauses:
-    """The pauses that a worker has seen since it started."""
+    """The pauses that a worker has seen since it started, and when each index may be resumed."""
 
     def __init__(self) -> None:
-        self._at: dict[str, list[float]] = {}
+        self._times: dict[str, int] = {}
         self._last: dict[str, Pause] = {}
-        self._kept: set[str] = set()
+        self._due: dict[str, float] = {}
 
     def note(self, error: SchemaChanged, now: float) -> None:
         """Note that an index was paused at `now`, a clock's reading in seconds."""
-        index = error.index
-        recent = [at for at in self._at.get(index, ()) if now - at < RESUME_AGAIN_S]
-        if len(recent) >= (PASSING_PAUSES if error.passing else 1):
-            self._kept.add(index)
-        self._last[index] = Pause.of(error)
-        self._at[index] = [*recent, now]
+        self._last[error.index] = Pause.of(error)
+        self._put_off(error.index, now, free=PASSING_PAUSES if error.passing else 1)
 
-    def standing(self, broken: Mapping[str, Pause]) -> dict[str, Pause]:
+    def note_standing(self, index: str, now: float) -> None:
+        """Note that the cause of an index's pause was found to be there still."""
+        self._put_off(index, now, free=0)
+
+    def _put_off(self, index: str, now: float, *, free: int) -> None:
+        """Count a pause, and put the next attempt off, unless it is among the first `free` ones."""
+        recent = now - self._due.get(index, float("-inf")) < REPEATED_WITHIN_S
+        times = self._times[index] = self._times.get(index, 0) + 1 if recent else 1
+        late = times - free
+        delay = 0.0 if late <= 0 else min(MOST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(late - 1, 30))
+        self._due[index] = now + delay
+
+    def heal(self, index: str) -> None:
+        """Note that the cause of an index's pause was seen to go: it may be resumed at once."""
+        self._due.pop(index, None)
+        self._times.pop(index, None)
+
+    def due(self, index: str, now: float) -> bool:
+        """Say whether a paused index may be tried again."""
+        return now >= self._due.get(index, now)
+
+    def standing(self, broken: Mapping[str, Pause], now: float) -> dict[str, Pause]:
         """Return which indexes cannot be followed now, and why.
 
         :param broken: those of which an examination has just found it, and so knows better than what was found first.
         """
-        return {name: self._last[name] for name in self._kept} | dict(broken)
+        waiting = {name: self._last[name] for name in self._last if not self.due(name, now)}
+        return waiting | dict(broken)

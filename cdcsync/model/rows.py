@@ -86,8 +86,8 @@ class Truncation(msgspec.Struct, frozen=True, gc=False):
 
 Change = Upsert | Delete | Truncation
 
-AGAIN = "start the worker again: it reads the table anew and resumes the index"
-"""How an operator ends a pause."""
+AGAIN = "the worker then reads the table anew and resumes the index by itself"
+"""How a pause ends."""
 
 
 def _picker(positions: Sequence[int]) -> Callable[[Tuple], Row]:
@@ -111,16 +111,21 @@ class Projection:
                 f"column {', '.join(missing)} is no longer in what the publication sends",
                 index=shape.index,
                 where=str(shape.table),
-                hint=f"restore the column, or take it out of [indexes.{shape.index}]; then {AGAIN}",
+                hint=f"restore the column: {AGAIN}; or take it out of [indexes.{shape.index}] and restart the worker",
                 passing=True,
             )
         identity = {column.name for column in relation.columns if column.key}
-        if uncovered := [name for name in shape.key if name not in identity]:
+        key = set(shape.key)
+        # A full identity holds every column; any other one is what identifies a row, and so has to be the index's key.
+        if not (key <= identity if relation.replica_identity == "f" else key == identity):
+            listed = ", ".join(column.name for column in relation.columns if column.key)
             raise SchemaChanged(
-                f"the replica identity no longer covers the key column {', '.join(uncovered)}",
+                f"the replica identity is ({listed}), and the key of the index ({', '.join(shape.key)})"
+                if identity
+                else f"there is no replica identity, which has to cover the key ({', '.join(shape.key)})",
                 index=shape.index,
                 where=str(shape.table),
-                hint=f"ALTER TABLE {shape.table} REPLICA IDENTITY DEFAULT (or USING INDEX … on the key); then {AGAIN}",
+                hint=f"ALTER TABLE {shape.table} REPLICA IDENTITY DEFAULT (or USING INDEX … on the key)",
                 passing=True,
             )
         self.shape = shape
@@ -146,7 +151,7 @@ class Projection:
                     "an UPDATE arrived without its key",
                     index=self.shape.index,
                     where=str(self.shape.table),
-                    hint=f"update the source to its latest minor release: old ones omit large keys; then {AGAIN}",
+                    hint=f"update the source to its latest minor release: old ones omit large keys; {AGAIN}",
                 )
             return Upsert(self.shape, self.shape.key_of(row), row, xid, lsn)
         before = self._old_key(old, "an UPDATE")
@@ -173,7 +178,7 @@ class Projection:
                 index=self.shape.index,
                 where=str(self.shape.table),
                 hint=f"give {self.shape.table} and its partitions a replica identity that covers"
-                f" ({', '.join(self.shape.key)}); then {AGAIN}",
+                f" ({', '.join(self.shape.key)}); {AGAIN}",
             )
         return cast(Key, key)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import msgspec
@@ -35,10 +34,6 @@ class IndexSpec(msgspec.Struct, frozen=True):
     generation: int = 1
     table_oid: int = 0
     """The table's OID on the source: a table that was made anew under the same name has another one."""
-    source_types: tuple[str, ...] = ()
-    """The types on the source of all columns that are used."""
-    membership: int | None = None
-    """The OID of the table's row in pg_publication_rel, where it has one."""
 
     def render(self, row: Row) -> Rendering:
         """Return what a complete row comes to.
@@ -46,12 +41,6 @@ class IndexSpec(msgspec.Struct, frozen=True):
         :raises DocumentError: a function of the user's fails for it.
         """
         return self.documents.render(self.shape.text_of(row))  # type: ignore[arg-type]
-
-    @property
-    def sent(self) -> str:
-        """How the source sends the table, as far as an index must be read again when it changes."""
-        types = dict(zip(self.shape.columns, self.source_types, strict=False))
-        return json.dumps({"types": types, "row_filter": self.row_filter})
 
     @property
     def vector_type(self) -> str:

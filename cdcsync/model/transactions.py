@@ -16,7 +16,7 @@ Source: PostgreSQL, "Logical Streaming Replication Protocol"; src/backend/replic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -94,8 +94,21 @@ NOTHING: tuple[Event, ...] = ()
 class Assembler:
     """Follows one connection's messages and tells what they mean for the indexes."""
 
-    def __init__(self, tables: Mapping[tuple[str, str], Sequence[Shape]], checkpoint: Lsn) -> None:
-        """Begin at `checkpoint`; `tables` maps (schema, name) as the stream says it to the shapes of its indexes."""
+    def __init__(
+        self,
+        tables: Mapping[tuple[str, str], Sequence[Shape]],
+        checkpoint: Lsn,
+        *,
+        known: Mapping[int, tuple[str, str]] | None = None,
+        described: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begin at `checkpoint`; `tables` maps (schema, name) as the stream says it to the shapes of its indexes.
+
+        :param known: the followed tables by OID: what one of them was sent while it had another name belongs to it.
+        :param described: called when a table is described again, so that it is time to look at the catalog.
+        """
+        self._known = known or {}
+        self._described = described
         self._tables = tables
         self._checkpoint = checkpoint
         self._projections: dict[int, tuple[Projection, ...]] = {}
@@ -147,12 +160,15 @@ class Assembler:
         """Find each index's columns in a table, or say why an index cannot follow it any more."""
         name = (relation.namespace, relation.name)
         lost: list[Event] = []
+        if relation.oid in self._projections:
+            self._described()
         for followed, oid in list(self._oids.items()):
             if oid == relation.oid and followed != name:
                 lost += self._lose(followed, f"the table is called {QualifiedName(*name)} now")
         if self._oids.get(name, relation.oid) != relation.oid:
             lost += self._lose(name, "another table has this name now")
-        shapes = [shape for shape in self._tables.get(name, ()) if shape.index not in self._lost]
+        shapes = self._tables.get(name) or self._tables.get(self._known.get(relation.oid, name), ())
+        shapes = [shape for shape in shapes if shape.index not in self._lost]
         types = {column.name: (column.type_oid, column.typmod) for column in relation.columns}
         projections = []
         for shape in shapes:
@@ -187,7 +203,7 @@ class Assembler:
         events = []
         for shape in self._tables.get(name, ()):
             if shape.index not in self._lost:
-                hint = f"set indexes.{shape.index}.table to the table that is meant; then {AGAIN}"
+                hint = f"give {shape.table} its name back: {AGAIN}; or configure a new index on the other one"
                 error = SchemaChanged(what, index=shape.index, where=str(shape.table), hint=hint, passing=True)
                 events.append(self._lost_event(shape, error))
         return events

@@ -20,7 +20,7 @@ from psycopg.pq import TransactionStatus
 
 from cdcsync.config import redact_dsn
 from cdcsync.config.redaction import dsn_fault
-from cdcsync.errors import CdcsyncError, SetupError, SourceUnavailable, TargetUnavailable
+from cdcsync.errors import CdcsyncError, SchemaChanged, SetupError, SourceUnavailable, TargetUnavailable
 from cdcsync.logs import without_quoted
 from cdcsync.postgres.liveness import TCP_USER_TIMEOUT_MS, WatchedConnection
 
@@ -142,11 +142,37 @@ def ours(error: psycopg.Error) -> bool:
     return code[:2] in ("26", "34") or code in ("25P01", "25P02", "25001", "42P02", "42P18")
 
 
+REFUSALS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
+"""What a server says to a value that it cannot take."""
+
+
+def fault_of(index: str, error: psycopg.Error, side: Side, *, where: str | None = None) -> SchemaChanged:
+    """Return the error of a statement for one index as the reason why that index, and only that one, is paused.
+
+    The server's words about a value hold the value, so of those only the kind of error is passed on.
+    """
+    where = where or f"index {index}"
+    if not isinstance(error, REFUSALS):
+        hint = error.diag.message_hint or f"correct that in the {side}; the index is tried again from time to time"
+        return SchemaChanged(f"the {side} says: {without_values(error)}", index=index, where=where, hint=hint)
+    what = f"the {side} refuses a value: {type(error).__name__} ({error.sqlstate})"
+    hint = "compare the types of the table's key and carried columns with those of the chunks table"
+    if isinstance(error, psycopg.errors.ProgramLimitExceeded) and error.diag.constraint_name:
+        what += f", too long for the index {error.diag.constraint_name}"
+        hint = 'docs/operations.md, "What is followed, and what pauses", says how long it may be, and what to do'
+    return SchemaChanged(what, index=index, where=where, hint=hint)
+
+
 @contextmanager
-def speaking_of(side: Side, *, where: str | None = None) -> Iterator[None]:
+def speaking_of(side: Side, *, where: str | None = None, index: str | None = None) -> Iterator[None]:
     """Turn driver errors raised inside into errors of our tree.
 
+    Every statement that is for one index goes through here with its name, so that what goes wrong with it stops that
+    index alone.
+
+    :param index: the index that the statements inside are for.
     :raises SourceUnavailable, TargetUnavailable: waiting may help.
+    :raises SchemaChanged: it will not, and `index` has to be paused.
     :raises SetupError: it will not.
     :raises psycopg.Error: it is a mistake of ours.
     """
@@ -155,6 +181,8 @@ def speaking_of(side: Side, *, where: str | None = None) -> Iterator[None]:
     except psycopg.Error as error:
         if ours(error):
             raise
+        if index is not None and not passing(error):
+            raise fault_of(index, error, side, where=where) from error
         raise translate(error, side, where=where) from error
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 
-import msgspec
-
 from cdcsync.config import Config
 from cdcsync.config.names import quote
 from cdcsync.embedders import Embedder
@@ -79,6 +77,7 @@ async def _examine_tables(
     for plan in plans:
         name = plan.index.table_name
         plan.findings += following_findings(plan, facts.catalog, facts.wanted, stored.get(plan.name))
+        plan.unfit = any(finding.level == "error" for finding in plan.findings)
         table = facts.catalog.tables.get(name)
         with noting(plan.findings, "source", str(name)):
             if table is None:
@@ -119,6 +118,7 @@ def _pause_broken(plans: Sequence[Plan], stored: Mapping[str, Entry]) -> dict[st
         errors = [finding for finding in plan.findings if finding.level == "error"]
         outage = any(error.passes for error in errors)
         if errors and not outage and _as_before(plan, stored.get(plan.name)):
+            plan.refused = True
             broken[plan.name] = Pause(errors[0].message, errors[0].hint)
             for error in errors:
                 plan.findings[plan.findings.index(error)] = Finding.warning(
@@ -156,9 +156,7 @@ async def _examine_indexes(
             spec = await make_spec(target, config.target.schema, plan, facts, row_filter, plan.findings)
             if spec is not None and not any(finding.level == "error" for finding in plan.findings):
                 plan.findings.append(_summary(plan, spec))
-                rows = publication.brought_by.get(plan.index.table_name, ()) if publication is not None else ()
-                member = next((int(row.split()[1]) for row in rows if row.startswith("row ")), None)
-                specs.append(msgspec.structs.replace(spec, membership=member))
+                specs.append(spec)
     return specs
 
 

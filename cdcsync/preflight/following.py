@@ -13,6 +13,7 @@ from cdcsync.config.names import quote
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.indexes import Plan, key_faults
 from cdcsync.preflight.sending import sending_findings
+from cdcsync.preflight.source import publication_faults
 from cdcsync.preflight.tables import kind_faults, needed_columns, table_faults
 from cdcsync.source.catalog import Catalog
 from cdcsync.target.registry import Entry
@@ -33,7 +34,9 @@ def following_findings(
     if faults := kind_faults(where, table):
         return faults
     needed = needed_columns(plan.index, plan.documents, table)
+    publication = catalog.publication
     return [
+        *(publication_faults(publication) if publication is not None else ()),
         *table_faults(plan.name, plan.index, plan.documents, table, catalog.role),
         *sending_findings(table, needed, catalog, wanted),
         *(key_faults(plan.name, stored, table) if stored is not None else ()),

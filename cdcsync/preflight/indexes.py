@@ -42,7 +42,11 @@ class Plan(msgspec.Struct):
     fingerprint: str | None = None
     table: Table | None = None
     findings: list[Finding] = []
-    """What is wrong with the table, or its sending."""
+    """What is to be said of this index alone."""
+    refused: bool = False
+    """Whether the index exists and cannot be kept up, for whatever reason."""
+    unfit: bool = False
+    """Whether the catalog tells that the table is not fit for the index, so that the watch sees when it is."""
 
 
 def make_plan(name: str, index: Index, embedder: Embedder | None, findings: list[Finding]) -> Plan:
@@ -185,7 +189,4 @@ async def make_spec(
         row_filter=row_filter,
         generation=stored.generation if stored else 1,
         table_oid=table.oid,
-        source_types=tuple(
-            table.columns[column].type if column in table.columns else "" for column in (*columns, *documents.columns)
-        ),
     )

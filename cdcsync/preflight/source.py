@@ -63,7 +63,8 @@ async def examine_source(
             findings += or_ok(slot_faults(slot, server, resync=resync), f"slot {slot.name}", confirmed)
         if publication is not None:
             where = f"publication {publication.name}"
-            findings += or_ok(publication_faults(publication), where, "exists, and sends every kind of change")
+            if not list(publication_faults(publication)):
+                findings.append(Finding.ok(where, "exists, and sends every kind of change"))
         elif slot is not None:
             findings += orphan_faults(slot, config.source.publication)
         return SourceFacts(server, catalog, wanted)

@@ -9,9 +9,9 @@ An index is *building* until its first load has drained, *live* from then on, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Literal, LiteralString
+from typing import Any, Literal, LiteralString
 
 import msgspec
 from psycopg import sql
@@ -25,9 +25,6 @@ from cdcsync.postgres.sessions import Connection
 TABLE = "indexes"
 
 State = Literal["building", "live", "paused"]
-
-Partitions = dict[str, tuple[int, str | None]]
-"""Of a partitioned table, the partitions that hold rows, by OID: the file of each, and what attached it."""
 
 DDL: tuple[LiteralString, ...] = (
     """
@@ -48,12 +45,11 @@ DDL: tuple[LiteralString, ...] = (
         reason text,
         created_at timestamptz NOT NULL DEFAULT now(),
         live_at timestamptz,
-        table_oid bigint,
-        sent text,
-        membership bigint
+        table_oid bigint
     )
     """,
-    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS partitions jsonb",
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS made_of jsonb",
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS sent_by jsonb",
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS remedy text",
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS paused_at timestamptz",
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS unfollowed_at timestamptz",
@@ -63,14 +59,12 @@ DDL: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.indexes.paused_at IS 'Since when the index is paused.'",
     "COMMENT ON COLUMN {schema}.indexes.unfollowed_at IS"
     " 'Since when the index is in no configuration, so that nothing keeps it in step.'",
-    "COMMENT ON COLUMN {schema}.indexes.partitions IS"
-    " 'Of a partitioned table, the partitions by OID: which file holds each, and which transactions attached it.'",
+    "COMMENT ON COLUMN {schema}.indexes.made_of IS"
+    " 'What the values are made of: the columns that are read, the files of the table and its partitions, types.'",
+    "COMMENT ON COLUMN {schema}.indexes.sent_by IS"
+    " 'What has the table sent: the publication and what brings the table in, each as of its last edit.'",
     "COMMENT ON COLUMN {schema}.indexes.table_oid IS"
     " 'The table''s OID on the source: another one under the same name is another table.'",
-    "COMMENT ON COLUMN {schema}.indexes.sent IS"
-    " 'How the source sends the table: types of the columns that are used, row filter, operations.'",
-    "COMMENT ON COLUMN {schema}.indexes.membership IS"
-    " 'OID of the table''s row in pg_publication_rel: a table that was taken out and put back has another one.'",
     "COMMENT ON COLUMN {schema}.indexes.generation IS 'The vectors table in use: NAME_vectors_GENERATION.'",
 )
 """Needs the table `pipelines`."""
@@ -99,9 +93,8 @@ class Entry(msgspec.Struct, frozen=True):
     unfollowed_at: datetime | None = None
     live_at: datetime | None = None
     table_oid: int | None = None
-    sent: str | None = None
-    membership: int | None = None
-    partitions: Partitions | None = None
+    made_of: dict[str, Any] | None = None
+    sent_by: dict[str, Any] | None = None
 
     @property
     def pause(self) -> Pause | None:
@@ -169,10 +162,8 @@ class Registry:
             "dimensions": spec.dimensions,
             "vector_type": spec.config.vector_type,
             "distance": spec.distance,
-            "sent": spec.sent,
-            "membership": spec.membership,
         }
-        followed = ("slot", "view_name", "columns", "fingerprint", "table_oid", "sent", "membership")
+        followed = ("slot", "view_name", "columns", "fingerprint", "table_oid")
         await connection.execute(
             sql.SQL(
                 "INSERT INTO {} AS i (name, state, {}) VALUES (%s, 'building', {}) ON CONFLICT (name) DO UPDATE SET {},"
@@ -208,19 +199,19 @@ class Registry:
             [index],
         )
 
-    async def note_membership(self, connection: Connection, index: str, membership: int | None) -> None:
-        """Note by which row of pg_publication_rel the index's table is published."""
+    async def note_fingerprint(
+        self, connection: Connection, index: str, made_of: Mapping[str, Any], sent_by: Mapping[str, Any]
+    ) -> None:
+        """Note what an index's values are made of, and what has its table sent."""
         await connection.execute(
-            sql.SQL("UPDATE {} SET membership = %s WHERE name = %s AND membership IS DISTINCT FROM %s").format(
-                self._table
-            ),
-            [membership, index, membership],
+            sql.SQL("UPDATE {} SET made_of = %s, sent_by = %s WHERE name = %s").format(self._table),
+            [Jsonb(made_of), Jsonb(sent_by), index],
         )
 
-    async def note_partitions(self, connection: Connection, index: str, partitions: Partitions) -> None:
-        """Note which partitions the index's table has."""
+    async def load_again(self, connection: Connection, index: str) -> None:
+        """Note that a live index is not whole any more: it is building until its next load has drained."""
         await connection.execute(
-            sql.SQL("UPDATE {} SET partitions = %s WHERE name = %s").format(self._table), [Jsonb(partitions), index]
+            sql.SQL("UPDATE {} SET state = 'building' WHERE name = %s AND state = 'live'").format(self._table), [index]
         )
 
     async def note_followed(self, connection: Connection, slot: str, names: Sequence[str]) -> list[str]:

@@ -22,7 +22,8 @@ from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.registry import Registry
 
-Kind = Literal["initial", "replay", "resync", "verify"]
+Kind = Literal["initial", "replay", "resync", "verify", "compare"]
+"""What a request is for. A comparison is of the whole index with its source; what it finds, it replays."""
 Phase = Literal["rows", "orphans"]
 RequestAction = Literal["pause", "resume", "cancel"]
 Problem = Literal["missing", "stale", "orphaned", "carried", "undecided"]
@@ -33,7 +34,7 @@ DDL: tuple[LiteralString, ...] = (
     CREATE TABLE IF NOT EXISTS {schema}.backfills (
         id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
         index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
-        kind text NOT NULL CHECK (kind IN ('initial', 'replay', 'resync', 'verify')),
+        kind text NOT NULL,
         rewrite boolean NOT NULL DEFAULT false,
         force_embed boolean NOT NULL DEFAULT false,
         filter text,
@@ -51,6 +52,8 @@ DDL: tuple[LiteralString, ...] = (
         finished_at timestamptz
     )
     """,
+    # Earlier versions held the kinds to a list that could not be added to.
+    "ALTER TABLE {schema}.backfills DROP CONSTRAINT IF EXISTS backfills_kind_check",
     "COMMENT ON TABLE {schema}.backfills IS 'cdcsync: requests to read source tables, and how far each is.'",
     "COMMENT ON COLUMN {schema}.backfills.phase IS"
     " 'rows: reading the source; orphans: asking it which index keys it still has.'",
@@ -228,11 +231,35 @@ class Requests:
             connection,
             sql.SQL(
                 f"SELECT {_COLUMNS} FROM {{}} WHERE state IN ('requested', 'running') AND index_name = ANY(%s)"
-                " AND index_name NOT IN {} ORDER BY id LIMIT 1"
+                " AND kind <> 'compare' AND index_name NOT IN {} ORDER BY id LIMIT 1"
             ).format(self._table, self._registry.paused),
             [indexes],
         )
         return None if row is None else _request(row)
+
+    async def oldest_comparison(self, connection: Connection, indexes: list[str]) -> Request | None:
+        """Return the comparison to make next of these indexes; those of paused indexes wait."""
+        row = await fetch_row(
+            connection,
+            sql.SQL(
+                f"SELECT {_COLUMNS} FROM {{}} WHERE state IN ('requested', 'running') AND index_name = ANY(%s)"
+                " AND kind = 'compare' AND index_name NOT IN {} ORDER BY id LIMIT 1"
+            ).format(self._table, self._registry.paused),
+            [indexes],
+        )
+        return None if row is None else _request(row)
+
+    async def compared(self, connection: Connection, request: Request, rows: int) -> None:
+        """End a comparison, and with it those of the same index that were asked for before it began."""
+        await connection.execute(
+            sql.SQL(
+                "UPDATE {} SET state = 'done', rows_done = %s, finished_at = clock_timestamp() WHERE index_name = %s"
+                " AND kind = 'compare' AND state IN ('requested', 'running') AND requested_at <="
+                " (SELECT coalesce(started_at, requested_at) FROM {} WHERE id = %s) OR id = %s"
+            ).format(self._table, self._table),
+            [rows, request.index, request.id, request.id],
+        )
+        crash_point("comparison ended")
 
     async def begun(self, connection: Connection, indexes: Sequence[str]) -> list[str]:
         """Return those of the indexes that exist and hold rows, or did: no load of them is still to begin."""
@@ -350,7 +377,7 @@ class Requests:
             crash_point("keys of ended requests removed")
         await connection.execute(
             sql.SQL(
-                f"DELETE FROM {{}} AS b WHERE b.kind IN ('replay', 'verify') AND {ended}"
+                f"DELETE FROM {{}} AS b WHERE b.kind IN ('replay', 'verify', 'compare') AND {ended}"
                 " clock_timestamp() - make_interval(secs => %s)"
             ).format(self._table),
             [KEPT_S],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from typing import Self
 
@@ -26,7 +26,7 @@ from cdcsync.model.changeset import Applied, ChangeSet, Document, Kept
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
-from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.postgres.sessions import REFUSALS, Connection, connect, speaking_of
 from cdcsync.target.apply import IndexWriter
 from cdcsync.target.failures.documents import FailedDocuments, close_list
 from cdcsync.target.keys import discard_vectors
@@ -40,9 +40,6 @@ OLD_SESSION_S = 2.0
 """A server needs a moment to end a session whose client is gone, and to free its lock."""
 
 
-REFUSALS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
-"""What a target says to a value that it cannot take."""
-
 SHOWN_KEY_CHARACTERS = 60
 """So much of a key's value is shown: enough to find it by."""
 
@@ -50,23 +47,6 @@ SHOWN_KEY_CHARACTERS = 60
 def worker_name() -> str:
     """Return what an operator finds this process by."""
     return f"{socket.gethostname()}:{os.getpid()}"
-
-
-@contextlib.contextmanager
-def _pausing(index: str) -> Iterator[None]:
-    """Turn a value that the target cannot take into the reason why this index, and only this one, stops.
-
-    The server's words hold the value, so only the kind of error is passed on.
-    """
-    try:
-        yield
-    except REFUSALS as error:
-        what = f"the target refuses a value: {type(error).__name__} ({error.sqlstate})"
-        hint = "compare the types of the table's key and carried columns with those of the chunks table"
-        if isinstance(error, psycopg.errors.ProgramLimitExceeded) and error.diag.constraint_name:
-            what += f", too long for the index {error.diag.constraint_name}"
-            hint = 'docs/operations.md, "What is followed, and what pauses", says how long it may be, and what to do'
-        raise SchemaChanged(what, index=index, where=f"index {index}", hint=hint) from error
 
 
 class ApplySession:
@@ -172,8 +152,9 @@ class ApplySession:
         with speaking_of("target"):
             writers = {spec.name: IndexWriter(self.connection, self._schema, spec) for spec in specs}
             try:
-                for writer in writers.values():
-                    await writer.open()
+                for index, writer in writers.items():
+                    with speaking_of("target", where=f"index {index}", index=index):
+                        await writer.open()
             except BaseException:
                 await self.aclose()  # half of them open is worse than none
                 raise
@@ -262,8 +243,9 @@ class ApplySession:
                 changes, pages, checkpoint, ahead, paused=paused or {}, commit_time=commit_time, caught_up=caught_up
             )
         except SchemaChanged as error:
-            with speaking_of("target"):
-                error.row = await self._refused(self._writers[error.index], changes[error.index])
+            if isinstance(error.__cause__, REFUSALS):
+                with speaking_of("target"):
+                    error.row = await self._refused(self._writers[error.index], changes[error.index])
             raise
 
     async def _refused(self, writer: IndexWriter, changes: ChangeSet) -> str | None:
@@ -305,7 +287,7 @@ class ApplySession:
         with speaking_of("target"):
             async with self._chain():
                 for index, change_set in changes.items():
-                    with speaking_of("target", where=f"index {index}"), _pausing(index):
+                    with speaking_of("target", where=f"index {index}", index=index):
                         applied[index] = await self._writers[index].apply(change_set)
                         await self._failed[index].apply(change_set)
                 for index, pause in paused.items():

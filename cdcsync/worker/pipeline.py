@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal
 
 import anyio
@@ -21,7 +21,7 @@ from cdcsync.config import Config, tokens_per_day
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import DecodingFailed, RunError, SchemaChanged, SetupError, SpoolUnusable, leading
-from cdcsync.flows.audit import RollingAudit
+from cdcsync.flows.audit import RollingAudit, compare_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
 from cdcsync.flows.build import build_until_live
@@ -34,28 +34,27 @@ from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.flows.follow.stream import Stream
 from cdcsync.flows.settle import Settle
 from cdcsync.flows.setup.gaps import refuse_moved
-from cdcsync.flows.setup.partitions import follow_partitions
 from cdcsync.flows.setup.start import (
     let_go,
-    note_memberships,
+    outdated,
     pause_indexes,
     refuse_early,
     set_up_indexes,
     set_up_publication,
     set_up_shared,
     starting_point,
-    unpublished_tables,
 )
-from cdcsync.flows.watch import send_heartbeats, watch
+from cdcsync.flows.watch import Watch, send_heartbeats
 from cdcsync.flows.words import count_words_for_ever
 from cdcsync.lsn import Lsn
 from cdcsync.model.lag import SILENCE_S, Lag
-from cdcsync.model.pauses import Pause
+from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, cancelled_by, interrupted_by
 from cdcsync.postgres.sessions import Session, connect, speaking_of
-from cdcsync.source.catalog import read_server, running_transactions
+from cdcsync.preflight.indexes import Plan
+from cdcsync.source.catalog import read_catalog, read_server, running_transactions
 from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
 from cdcsync.source.tables import SourceTable
@@ -76,7 +75,14 @@ class Pipeline:
     """The parts of a pipeline and how they are wired; use `set_up`, then `work`, and `aclose` whatever comes of it."""
 
     def __init__(
-        self, config: Config, state: WorkerState, specs: list[IndexSpec], embedders: dict[str, Embedder]
+        self,
+        config: Config,
+        state: WorkerState,
+        specs: list[IndexSpec],
+        embedders: dict[str, Embedder],
+        *,
+        plans: Sequence[Plan],
+        pauses: Pauses,
     ) -> None:
         self.config = config
         self.state = state
@@ -152,6 +158,9 @@ class Pipeline:
         )
         self.status_every_s = config.source.feedback_every_s
         self.silence_s = SILENCE_S
+        self.watch = Watch(config, plans, specs, pauses, self.stream.pause, metrics)
+        self.stream.described = self.watch.look
+        state.problems = self.watch.problems
         self._failed_at: tuple[str, Lsn] | None = None
         """What the source said when it last failed to decode a change, and where the checkpoint was."""
         self._stuck: DecodingFailed | None = None
@@ -190,17 +199,17 @@ class Pipeline:
                 self.state.standby = False
                 return "outdated"
             await refuse_early(source, self.session, config)
-            unpublished = await unpublished_tables(source, config, self.specs)
-            await recall(target, *self._pipeline, self.dispatchers)
-            await set_up_indexes(target, config, self.specs, unpublished)
             await pause_indexes(target, config, broken)
             await let_go(target, config)
-            await set_up_publication(source, config, unpublished)
-            self.specs = await note_memberships(source, target, config, self.specs)
-            async with Session(config.target.dsn, "target", application_name="cdcsync set-up") as session:
-                await follow_partitions(source, session, config, self.specs)
+            tables = sorted({spec.shape.table for spec in self.specs})
+            await set_up_publication(source, config, tables)
             with speaking_of("source"):
+                catalog = await read_catalog(source, config.source.publication, tables)
                 server = await read_server(source)
+            if outdated(catalog, self.specs):
+                return "outdated"
+            await recall(target, *self._pipeline, self.dispatchers)
+            await set_up_indexes(target, config, self.specs, catalog)
         if server.wal_sender_timeout_s > 0:
             self.status_every_s = min(config.source.feedback_every_s, server.wal_sender_timeout_s / 3)
             self.silence_s = server.wal_sender_timeout_s
@@ -226,6 +235,7 @@ class Pipeline:
                         tasks.start_soon(loop.run)
                     tasks.start_soon(note_for_ever, self.embedding, *self._pipeline, self.dispatchers)
                     tasks.start_soon(self.backfill_once_streaming)
+                    tasks.start_soon(self.compare_once_streaming)
                     tasks.start_soon(self.audit_once_streaming)
                     tasks.start_soon(self.evaluate_on_schedule)
                     tasks.start_soon(
@@ -258,7 +268,7 @@ class Pipeline:
     async def watch_once_streaming(self) -> None:
         """Ask the source what the stream does not tell."""
         await self.streaming.wait()
-        await watch(self.config, self.specs, self.stream.pause, self.state.metrics)
+        await self.watch.run()
 
     async def stream_for_ever(self) -> list[SchemaChanged]:
         """Follow the slot over any number of connections until told to stop, or until indexes are paused.
@@ -341,6 +351,15 @@ class Pipeline:
         """Serve backfills: not before the slot exists, which would never deliver a mark written earlier."""
         await self.streaming.wait()
         await self.backfills.run()
+
+    async def compare_once_streaming(self) -> None:
+        """Compare the indexes whose rows may have changed without the stream telling it."""
+        await self.streaming.wait()
+        specs = {spec.name: spec for spec in self.specs}
+        config = self.config
+        await compare_for_ever(
+            config.source.dsn, config.target.dsn, config.target.schema, specs, deliveries=self.deliveries
+        )
 
     async def audit_once_streaming(self) -> None:
         """Compare the indexes with their source for ever, unless the configuration forbids it."""

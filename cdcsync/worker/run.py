@@ -19,7 +19,7 @@ import structlog
 from cdcsync.backoff import Backoff
 from cdcsync.config import Config
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import SchemaChanged, TargetRewound, Unavailable, leading
+from cdcsync.errors import SchemaChanged, TablesChanged, TargetRewound, Unavailable, leading
 from cdcsync.model.pauses import Pauses
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
 from cdcsync.target.session import worker_name
@@ -120,9 +120,12 @@ async def _work_through_schema_changes(
     """
     pauses = Pauses()
     while not state.stopping.is_set():
-        broken = pauses.standing(report.broken)
+        broken = pauses.standing(report.broken, anyio.current_time())
+        for plan in report.plans:
+            if plan.name in report.broken and not plan.unfit:
+                pauses.note_standing(plan.name, anyio.current_time())
         specs = [spec for spec in report.specs if spec.name not in broken]
-        pipeline = Pipeline(state.config, state, specs, embedders)
+        pipeline = Pipeline(state.config, state, specs, embedders, plans=report.plans, pauses=pauses)
         paused: list[SchemaChanged] = []
         try:
             ending = await pipeline.set_up(broken)
@@ -135,6 +138,8 @@ async def _work_through_schema_changes(
                     assert_never(ending)
         except SchemaChanged as error:
             paused = [error]
+        except TablesChanged as error:
+            log.info("tables_changed", where=error.where, because=error.message)
         except TargetRewound as error:
             log.error("target_rewound", error=str(error), fix=error.hint)
         except Unavailable as error:

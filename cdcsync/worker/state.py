@@ -54,6 +54,8 @@ class WorkerState:
         """What is in effect: read again on SIGHUP."""
         self._lag: Lag | None = None
         self._checkpoint: Callable[[], Lsn] = lambda: Lsn(0)
+        self.problems: Mapping[str, str] = {}
+        """What is wrong with the writes of the application to indexed tables, by index."""
         self._reconfigure: Callable[[Config], None] = lambda config: None
         self._dispatchers: Mapping[str, Dispatcher] = {}
         self._connected = False
@@ -138,6 +140,7 @@ class WorkerState:
                 f"the source has written {self._unheard_bytes:,} bytes of WAL that it has not sent yet, more than"
                 " worker.ready_max_lag_bytes"
             )
+        reasons += [f"index {name}: {problem}" for name, problem in self.problems.items()]
         if self._last is not None:
             reasons += [
                 f"index {name} is paused: {index.reason}"

@@ -261,8 +261,8 @@ SCENES: dict[str, Scene] = defaultdict(
         "request for a repair committed": repair,
         "verified page written": verification,
         "verified page committed": verification,
-        "partitions written": partitions,
-        "partitions committed": partitions,
+        "difference written": partitions,
+        "difference committed": partitions,
     },
 )
 """The scene of each crash point."""

@@ -18,6 +18,7 @@ change of the chunking's configuration or of the chunker is known by its fingerp
     comparison    one step of a comparison, from wherever it was left
     verification  `verify` and `repair`: a whole comparison at once
     rolling       the same in the background, for ever, at a bounded rate
+    requested     comparisons that the worker is asked for, where changes may not have been sent
 
 A file here imports only from lines above its own.
 """
@@ -25,7 +26,8 @@ A file here imports only from lines above its own.
 from __future__ import annotations
 
 from cdcsync.flows.audit.comparison import FAILED
+from cdcsync.flows.audit.requested import compare_for_ever
 from cdcsync.flows.audit.rolling import RollingAudit
 from cdcsync.flows.audit.verification import Verification, repair, verify
 
-__all__ = ["FAILED", "RollingAudit", "Verification", "repair", "verify"]
+__all__ = ["FAILED", "RollingAudit", "Verification", "compare_for_ever", "repair", "verify"]

@@ -29,7 +29,7 @@ async def check(
     :param hides: whether something was delivered for a key that the snapshot does not see.
     :returns: what differs, and the keys of which nothing can be said because they have changed since.
     """
-    with speaking_of("target", where=f"index {spec.name}"):
+    with speaking_of("target", where=f"index {spec.name}", index=spec.name):
         stored = await stored_documents(target, schema, spec, [key for key, _ in page.entries])
     found: list[tuple[Key, Problem]] = []
     changed: list[Key] = []

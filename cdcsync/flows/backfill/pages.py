@@ -92,7 +92,7 @@ class Pages:
         """Return the reader of the index's keys, which says which of them the source does not have."""
 
         async def read(after: Key | None, limit: int) -> Page:
-            with speaking_of("target", where=f"index {self._spec.name}"):
+            with speaking_of("target", where=f"index {self._spec.name}", index=self._spec.name):
                 keys = await page_of_keys(target, self._schema, self._spec, after, limit)
 
             async def page(connection: Connection) -> tuple[Snapshot, list[Key]]:
@@ -115,7 +115,7 @@ class Pages:
             page = await self.of_keys(keys[:fitting])
             present = {key for key, row in page.entries if row is not None}
             absent = [key for key, row in page.entries if row is None]
-            with speaking_of("target", where=f"index {self._spec.name}"):
+            with speaking_of("target", where=f"index {self._spec.name}", index=self._spec.name):
                 written = await written_keys(target, self._schema, self._spec, absent)
             entries: list[tuple[Key, Row | None]] = [(written.get(key, key), None) for key in absent]
             entries = [entry for entry in entries if entry[0] not in present]

@@ -94,7 +94,7 @@ class PagePreparer:
     async def _vectors(self, target: Connection, texts: dict[bytes, str]) -> Mapping[bytes, FloatVector]:
         if not texts or len(texts) > self._dispatcher.texts_within(QUICK_S):
             return {}
-        with speaking_of("target", where=f"index {self._spec.name}"):
+        with speaking_of("target", where=f"index {self._spec.name}", index=self._spec.name):
             for known in await texts_with_vector(target, self._schema, self._spec, list(texts)):
                 del texts[known]
         vectors: dict[bytes, FloatVector] = {}

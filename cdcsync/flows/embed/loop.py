@@ -70,7 +70,7 @@ class EmbedLoop:
         await self._dispatcher.ready.wait()
         while True:
             async with self._target_outage:
-                with speaking_of("target", where=f"index {self._spec.name}"):
+                with speaking_of("target", where=f"index {self._spec.name}", index=self._spec.name):
                     await self._drain_for_ever()
 
     def _target_away(self, failure: Failure) -> None:

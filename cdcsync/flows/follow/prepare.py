@@ -19,7 +19,7 @@ import structlog
 
 from cdcsync.documents.chunks import Chunk, Chunker
 from cdcsync.documents.templates import Rendering
-from cdcsync.errors import DocumentError, SchemaChanged, SetupError
+from cdcsync.errors import DocumentError
 from cdcsync.flows.backfill.preparing import Prepared
 from cdcsync.flows.embed import Dispatcher
 from cdcsync.metrics import Metrics
@@ -93,7 +93,7 @@ class Preparer:
         rendered = await self._render(upserts, failed)
         stored: dict[Key, bytes] = {}
         if not (changes.truncated or changes.new):
-            with speaking_of("target", where=f"index {self._spec.name}"):
+            with speaking_of("target", where=f"index {self._spec.name}", index=self._spec.name):
                 stored = await writer.stored_hashes([*deleted, *absent, *(one.change.key for one in rendered)])
         kept = []
         changed = []
@@ -160,16 +160,9 @@ class Preparer:
     async def _reread(self, changes: Sequence[Upsert]) -> Mapping[Key, Row]:
         keys = [change.key for change in changes]
         while True:
-            try:
-                with speaking_of("source", where=str(self._spec.shape.table)):
-                    page = await self._table.by_keys(await self._source.connection(), keys)
-            except SetupError as error:
-                raise SchemaChanged(
-                    f"rows cannot be read again: {error.message}",
-                    index=self._spec.name,
-                    where=str(self._spec.shape.table),
-                    hint=error.hint,
-                ) from error
+            table, index = self._spec.shape.table, self._spec.name
+            with speaking_of("source", where=str(table), index=index):
+                page = await self._table.by_keys(await self._source.connection(), keys)
             hidden = {change.xid for change in changes if not page.snapshot.sees(change.xid)}
             if not hidden:
                 return {self._spec.shape.key_of(row): row for row in page.rows}
@@ -218,7 +211,7 @@ class Preparer:
         budget_s = self._spec.config.inline_budget_ms / 1000
         if not 0 < len(texts) <= self._spec.config.inline_max_chunks or not self._dispatcher.free_within(budget_s / 2):
             return {}
-        with speaking_of("target", where=f"index {self._spec.name}"):
+        with speaking_of("target", where=f"index {self._spec.name}", index=self._spec.name):
             for known in await writer.known_vectors(list(texts)):
                 del texts[known]
         return self._spec.usable(await self._dispatcher.embed_within(texts, budget_s))

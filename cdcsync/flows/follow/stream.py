@@ -76,6 +76,9 @@ class Stream:
         for spec in specs:
             table = spec.shape.table
             self._tables.setdefault((table.schema, table.name), []).append(spec.shape)
+        self._known = {spec.table_oid: (spec.shape.table.schema, spec.shape.table.name) for spec in specs}
+        self.described: Callable[[], None] = lambda: None
+        """Called when the source describes a table again."""
         self._progress = Progress(Lsn(0))
         self._open = self._new_batch()
 
@@ -104,7 +107,7 @@ class Stream:
         receiver = Receiver(
             slot,
             source_end,
-            assembler=Assembler(self._tables, checkpoint),
+            assembler=Assembler(self._tables, checkpoint, known=self._known, described=self.described),
             spool=self._spool,
             open_batch=self._open,
             progress=self._progress,

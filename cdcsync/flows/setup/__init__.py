@@ -1,7 +1,7 @@
 """What happens before following starts.
 
     gaps          a slot or server that is not where we left it
-    partitions    partitions that came or went
+    differences   what an index needs once its fingerprint is another one
     start         publication, slot, tables and the starting point
 
 A file imports only from lines above its own.

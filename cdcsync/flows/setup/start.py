@@ -5,9 +5,7 @@ Target first, then publication, then slot: a crash anywhere in between is picked
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import anyio
 import msgspec
@@ -16,7 +14,8 @@ import structlog
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.crashpoints import crash_point
-from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SlotInUse
+from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse
+from cdcsync.flows.setup.differences import ask_for, note_fingerprint, present_fingerprint, stored_fingerprint
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
 from cdcsync.lsn import Lsn
 from cdcsync.model.pauses import Pause
@@ -31,8 +30,10 @@ from cdcsync.source.catalog import (
     read_slot,
     running_transactions,
 )
+from cdcsync.source.fingerprints import Difference, difference
 from cdcsync.source.publications import create_publication_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
+from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.ddl.upgrading import upgrade_vectors
@@ -74,73 +75,49 @@ async def set_up_shared(target: Connection, config: Config) -> None:
         crash_point("shared tables committed")
 
 
-async def unpublished_tables(
-    source: Connection, config: Config, specs: Sequence[IndexSpec]
-) -> dict[QualifiedName, str]:
-    """Return the tables whose changes are not sent, or that are not the ones they were when we began, and why."""
-    name = config.source.publication
-    with speaking_of("source", where=f"publication {name}"):
-        catalog = await read_catalog(source, name, [spec.shape.table for spec in specs])
-        publication = catalog.publication
-        cursor = await source.execute(
-            "SELECT c.oid::int8, n.nspname, c.relname,"
-            " c.relkind <> 'p' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid)"
-            " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY(%s::int8[]::oid[])",
-            [[spec.table_oid for spec in specs]],
-        )
-        found = await cursor.fetchall()
-    called = {oid: QualifiedName(schema, table) for oid, schema, table, _ in found}
-    parents = {oid for oid, _, _, has_children in found if has_children}
-    sent = publication.tables if publication is not None else {}
-    reasons = {}
+def outdated(catalog: Catalog, specs: Sequence[IndexSpec]) -> bool:
+    """Say whether a table is another one than when its index was examined, so that all has to be examined again."""
+    publication = catalog.publication
     for spec in specs:
-        table = spec.shape.table
-        if spec.table_oid not in called:
-            reasons[table] = "the table was dropped"
-        elif called[spec.table_oid] != table:
-            reasons[table] = f"the table is called {called[spec.table_oid]} now"
-        elif spec.table_oid in parents:
-            reasons[table] = "other tables inherit from the table now"
-        elif publication is None or table not in sent:
-            reasons[table] = f"the publication {name} does not send the table any more"
-        elif missing := {"insert", "update", "delete", "truncate"} - publication.operations:
-            reasons[table] = f"the publication {name} does not send {', '.join(sorted(missing))} any more"
-        elif sent[table].row_filter != spec.row_filter or spec.membership not in (None, membership(catalog, table)):
-            reasons[table] = f"the publication {name} sends other rows of the table than before"
-    return reasons
+        table = catalog.tables.get(spec.shape.table)
+        if table is None or table.oid != spec.table_oid:
+            return True
+        columns = [table.columns.get(name) for name in spec.shape.columns]
+        if tuple(one.wire_type for one in columns if one is not None) != spec.shape.types:
+            return True
+        sent = publication.tables.get(table.name) if publication is not None else None
+        if sent is None or sent.row_filter != spec.row_filter:
+            return True
+    return False
 
 
-def membership(catalog: Catalog, table: QualifiedName) -> int | None:
-    """Return the OID of the row of pg_publication_rel that has a table sent, if one does."""
-    rows = catalog.publication.brought_by.get(table, ()) if catalog.publication is not None else ()
-    return next((int(row.split()[1]) for row in rows if row.startswith("row ")), None)
+async def set_up_indexes(target: Connection, config: Config, specs: Sequence[IndexSpec], catalog: Catalog) -> None:
+    """Create or extend each index's relations, and ask for what its state calls for.
 
+    The relations, the index's row, its fingerprint and the request commit together.
 
-async def set_up_indexes(
-    target: Connection, config: Config, specs: Sequence[IndexSpec], unpublished: Collection[QualifiedName]
-) -> None:
-    """Create or extend each index's relations, and ask for the backfill that its state calls for.
-
-    The relations, the index's row and the request commit together. An index that may have missed changes, because it
-    was paused, its table made anew or not published for a while, is read again whole and rid of orphans.
-
-    :param unpublished: tables whose changes have not been sent until now.
+    :param catalog: the tables as they are now, which have been read since they were published.
     """
     for spec in specs:
-        with speaking_of("target", where=f"index {spec.name}"):
+        with speaking_of("target", where=f"index {spec.name}", index=spec.name):
             try:
                 await upgrade_vectors(target, config.target.schema, spec)
                 async with target.transaction():
+                    missing = await missing_relations(target, config.target.schema, spec)
                     await create_index_relations(target, config.target.schema, spec)
-                    await _register(target, config, spec, unpublished)
+                    await _register(target, config, spec, catalog, missing)
                     crash_point("index relations written")
                 crash_point("index relations committed")
+            except SetupError as error:
+                if await Registry(config.target.schema).find(target, spec.name) is None:
+                    raise
+                raise SchemaChanged(error.message, index=spec.name, where=error.where, hint=error.hint) from error
             except psycopg.errors.DependentObjectsStillExist as error:
                 raise SchemaChanged(
                     f"the view {spec.config.view_name} has to change, and other objects depend on it",
                     index=spec.name,
                     where=str(spec.config.view_name),
-                    hint=f"drop them, start the worker again, then create them anew: {error.diag.message_detail}",
+                    hint=f"drop them, then create them anew: {error.diag.message_detail}",
                 ) from error
 
 
@@ -161,82 +138,67 @@ async def pause_indexes(target: Connection, config: Config, broken: Mapping[str,
             crash_point("broken index paused")
 
 
-async def _register(
-    target: Connection, config: Config, spec: IndexSpec, unpublished: Collection[QualifiedName]
-) -> None:
-    registry = Registry(config.target.schema)
+async def _register(target: Connection, config: Config, spec: IndexSpec, catalog: Catalog, missing: Missing) -> None:
+    schema = config.target.schema
+    registry, requests = Registry(schema), Requests(schema)
+    table, now = catalog.tables[spec.shape.table], present_fingerprint(catalog, spec)
+    assert now is not None
     before = await registry.find(target, spec.name)
     await registry.register(target, config.source.slot, spec)
-    request = _needed_backfill(spec, before, spec.shape.table in unpublished)
-    if request is not None:
-        kind, rewrite = request
-        requests = Requests(config.target.schema)
-        if kind == "resync":
-            await requests.reload(target, spec.name, rewrite=rewrite)
-        else:
-            await requests.add(target, spec.name, kind, rewrite=rewrite, filter_=None)
-        log.info("backfill_requested", index=spec.name, kind=kind, rewrite=rewrite)
+    await note_fingerprint(target, schema, spec.name, now)
+    found = Difference() if before is None else difference(stored_fingerprint(before), now, table)
+    request = _needed_load(spec, before, found)
+    if before is not None and missing and before.state == "live":
+        log.error("relations_missing", index=spec.name, tables=missing.tables, built=missing.built)
+        await registry.load_again(target, spec.name)
+    if before is not None and missing.tables:
+        # Chunks as much as vectors are made of the rows.
+        request = "resync", True
+    if request is None:
+        await ask_for(target, schema, spec.name, found)
+        return
+    kind, rewrite = request
+    if kind == "resync":
+        await requests.reload(target, spec.name, rewrite=rewrite)
+        await registry.load_again(target, spec.name)
+    else:
+        await requests.add(target, spec.name, kind, rewrite=rewrite, filter_=None)
+        await ask_for(target, schema, spec.name, found)
+    log.info("backfill_requested", index=spec.name, kind=kind, rewrite=rewrite, because=found.reread)
 
 
-def _needed_backfill(spec: IndexSpec, before: Entry | None, unpublished: bool) -> tuple[Kind, bool] | None:
-    """Return the kind of backfill that brings an index to its spec, and whether all is to be chunked again."""
+def _needed_load(spec: IndexSpec, before: Entry | None, found: Difference) -> tuple[Kind, bool] | None:
+    """Return the kind of load that brings an index to its spec, and whether all is to be chunked again.
+
+    :param found: how the table differs from what it was.
+    """
     if before is None:
         return "initial", False
     rewrite = before.fingerprint != spec.fingerprint
-    put_back = None not in (before.membership, spec.membership) and before.membership != spec.membership
-    unfollowed = before.unfollowed_at is not None
-    if before.state == "paused" or unfollowed or unpublished or put_back or before.table_oid != spec.table_oid:
-        return "resync", rewrite
-    if before.sent is not None and _sent_otherwise(json.loads(before.sent), json.loads(spec.sent)):
-        # While nobody looked: what an ALTER TABLE or a new row filter makes of old rows is not in the stream.
+    if before.state == "paused" or before.unfollowed_at is not None or found.reread:
         return "resync", rewrite
     if rewrite or set(spec.shape.carried) - set(before.columns):
         return "replay", rewrite
     return None
 
 
-def _sent_otherwise(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    types = before["types"]
-    changed = any(types.get(column, type_) != type_ for column, type_ in now["types"].items())
-    return changed or before["row_filter"] != now["row_filter"]
+async def set_up_publication(source: Connection, config: Config, tables: Sequence[QualifiedName]) -> None:
+    """Create the publication, or add those of the tables that it lacks.
 
-
-async def set_up_publication(source: Connection, config: Config, unpublished: Collection[QualifiedName]) -> None:
-    """Create the publication, or add the tables it lacks.
-
-    It must exist before the slot does: a slot looks its publication up in the catalog of the past.
+    It must exist before the slot does: a slot looks its publication up in the catalog of the past. And it is put right
+    before the tables' fingerprints are taken, which tell that it was not.
     """
     name = config.source.publication
-    tables = sorted(unpublished)
-    if not tables:
-        return
     with speaking_of("source", where=f"publication {name}"):
         publication = (await read_catalog(source, name, tables)).publication
-        if publication is None:
+        if publication is None and tables:
             await source.execute(create_publication_statement(name, tables, version=source.info.server_version))
             crash_point("publication created")
             log.info("publication_created", publication=name, tables=[str(table) for table in tables])
-        elif missing := [table for table in tables if table not in publication.tables]:
+        elif publication is not None and (missing := [table for table in tables if table not in publication.tables]):
             await source.execute(publish_statement(name, missing))
             crash_point("publication extended")
             log.info("publication_extended", publication=name, tables=[str(table) for table in missing])
-
-
-async def note_memberships(
-    source: Connection, target: Connection, config: Config, specs: Sequence[IndexSpec]
-) -> list[IndexSpec]:
-    """Store by which membership the publication has each table now, so that leaving it and coming back is noticed."""
-    with speaking_of("source", where=f"publication {config.source.publication}"):
-        catalog = await read_catalog(source, config.source.publication, [spec.shape.table for spec in specs])
-    noted = []
-    for spec in specs:
-        known = spec.membership if spec.membership is not None else membership(catalog, spec.shape.table)
-        # One that is another since the table was examined stays unknown here: the watch sees that it left meanwhile.
-        with speaking_of("target", where=f"index {spec.name}"):
-            await Registry(config.target.schema).note_membership(target, spec.name, known)
-            crash_point("membership noted")
-        noted.append(msgspec.structs.replace(spec, membership=known))
-    return noted
 
 
 async def refuse_early(source: Connection, session: ApplySession, config: Config) -> None:

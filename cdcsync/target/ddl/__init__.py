@@ -10,6 +10,7 @@
     upgrading     the vectors table of earlier versions becomes two tiers
     shared        the tables that all indexes share
     building      HNSW and keyword indexes
+    missing       what somebody dropped of all that
 
 A file imports only from lines above its own.
 """

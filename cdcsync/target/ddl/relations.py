@@ -197,7 +197,8 @@ async def _columns_present(connection: Connection, schema: str, spec: IndexSpec)
 async def _follow_types(connection: Connection, spec: IndexSpec, names: Names, present: Mapping[str, str]) -> None:
     """Give key and carried columns the types of the spec, where they have others.
 
-    A carried value that cannot become one of the new type is dropped: the backfill that follows brings it again.
+    Values that cannot become ones of the new type are dropped, since the table is read again after it: of a carried
+    column the column, of a key every chunk. The vectors stay for the texts that come again.
     """
     wanted = dict(zip(spec.shape.carried, spec.carried_types, strict=True))
     wanted |= dict(zip(spec.shape.key, spec.key_types, strict=True))
@@ -217,9 +218,13 @@ async def _follow_types(connection: Connection, spec: IndexSpec, names: Names, p
                         names.chunks, name, name
                     )
                 )
-        except psycopg.DataError:
+        except (psycopg.DataError, psycopg.IntegrityError):
             if column in spec.shape.key:
-                raise
+                await connection.execute(sql.SQL("TRUNCATE {}, {}").format(names.chunks, names.backlog))
+                await connection.execute(
+                    sql.SQL("ALTER TABLE {} ALTER COLUMN {} TYPE " + type_ + " USING NULL").format(names.chunks, name)
+                )
+                continue
             await connection.execute(sql.SQL("ALTER TABLE {} DROP COLUMN {}").format(names.chunks, name))
             await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN {} " + type_).format(names.chunks, name))
 

@@ -10,16 +10,18 @@ import pytest
 
 from cdcsync.config import parse
 from cdcsync.flows.build import _advance
-from cdcsync.flows.setup.partitions import follow_partitions
+from cdcsync.flows.setup.differences import ask_for
 from cdcsync.flows.setup.start import pause_indexes, set_up_indexes
 from cdcsync.model.pauses import Pause
-from cdcsync.postgres.sessions import Connection, Session
+from cdcsync.postgres.sessions import Connection
+from cdcsync.source.catalog import read_catalog
+from cdcsync.source.fingerprints import Difference
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.requests import Requests
 from tests.fixtures.indexes import SCHEMA, LiveIndex, OpenIndex, register
 
 if TYPE_CHECKING:
-    from tests.fixtures.servers import Database
+    pass
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -72,14 +74,10 @@ async def state(connection: Connection) -> str:
 
 @pytest.mark.parametrize(("load", "then"), [("paused", "building"), ("failed", "paused"), ("done", "live")])
 async def test_a_partition_that_goes_does_not_hide_a_load_that_did_not_get_through(
-    building: LiveIndex, connection: Connection, target: Database, load: str, then: str
+    building: LiveIndex, connection: Connection, load: str, then: str
 ) -> None:
     request = await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
-    config = parse(CONFIG, {}, where="here")
-    async with Session(target.dsn, "target", application_name="partitions") as session:
-        await follow_partitions(connection, session, config, [building.spec])
-        await connection.execute("DROP TABLE public.part_2")
-        await follow_partitions(connection, session, config, [building.spec])
+    await ask_for(connection, SCHEMA, "articles", Difference(left=True))
     await connection.execute("UPDATE cdcsync.backfills SET state = %s WHERE id = %s", [load, request])
     orphans = await REQUESTS.oldest_open(connection, ["articles"])
     assert orphans is not None
@@ -96,10 +94,15 @@ async def test_an_index_that_is_paused_again_and_again_is_read_once(
 ) -> None:
     index, config = await open_index(search=None), parse(CONFIG, {}, where="here")
     await Pipelines(SCHEMA, "cdcsync").ensure(connection, "p")
-    await set_up_indexes(connection, config, [index.spec], [])
+    await connection.execute(
+        "CREATE TABLE IF NOT EXISTS public.articles (id bigint PRIMARY KEY, tenant int, body text)"
+    )
+    catalog = await read_catalog(connection, "p", [index.spec.shape.table])
+    await set_up_indexes(connection, config, [index.spec], catalog)
     for _ in range(3):
         await pause_indexes(connection, config, {"articles": Pause("a type changed")})
-        await set_up_indexes(connection, config, [index.spec], [])
+        await set_up_indexes(connection, config, [index.spec], catalog)
+    await connection.execute("DROP TABLE public.articles")
 
     cursor = await connection.execute("SELECT kind, state FROM cdcsync.backfills ORDER BY id")
     assert await cursor.fetchall() == [

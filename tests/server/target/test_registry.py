@@ -46,15 +46,12 @@ async def test_a_registered_index_is_building_and_has_what_it_is_made_by(connect
 
 async def test_what_stored_vectors_depend_on_is_not_registered_anew(connection: Connection) -> None:
     await REGISTRY.register(connection, "s", SPEC)
-    other = msgspec.structs.replace(SPEC, model="another", dimensions=7, fingerprint="g", membership=5)
+    other = msgspec.structs.replace(SPEC, model="another", dimensions=7, fingerprint="g", table_oid=5)
     await REGISTRY.register(connection, "s", other)
     entry = await REGISTRY.find(connection, "articles")
     assert entry is not None
     assert (entry.model, entry.dimensions) == (SPEC.model, SPEC.dimensions)
-    assert (entry.fingerprint, entry.membership) == ("g", 5)
-
-    await REGISTRY.register(connection, "s", msgspec.structs.replace(other, membership=None))
-    assert (await REGISTRY.all(connection))["articles"].membership == 5
+    assert (entry.fingerprint, entry.table_oid) == ("g", 5)
 
 
 async def test_a_pause_is_stored_with_reason_remedy_and_when_it_began(connection: Connection) -> None:
@@ -86,20 +83,27 @@ async def test_registering_resumes_a_paused_index_and_leaves_a_live_one_live(con
     assert (entry.state, entry.reason, entry.remedy, entry.paused_at) == ("building", None, None, None)
 
 
-async def test_partitions_come_back_as_they_were_noted(connection: Connection) -> None:
+async def test_a_fingerprint_comes_back_as_it_was_noted(connection: Connection) -> None:
     await REGISTRY.register(connection, "s", SPEC)
-    await REGISTRY.note_partitions(connection, "articles", {"17": (4, "730 731"), "18": (0, None)})
+    await REGISTRY.note_fingerprint(connection, "articles", {"types": {"17": [4, None]}}, {"publication": "5 730"})
     async with connection.transaction():
         entry = await REGISTRY.find(connection, "articles", lock=True)
     assert entry is not None
-    assert entry.partitions == {"17": (4, "730 731"), "18": (0, None)}
+    assert (entry.made_of, entry.sent_by) == ({"types": {"17": [4, None]}}, {"publication": "5 730"})
+
+
+async def test_a_live_index_that_has_to_be_read_again_is_building_until_then(connection: Connection) -> None:
+    await REGISTRY.register(connection, "s", SPEC)
+    await REGISTRY.declare_live(connection, "articles")
+    await REGISTRY.load_again(connection, "articles")
+    assert (await REGISTRY.all(connection))["articles"].state == "building"
 
 
 async def test_a_row_that_an_older_or_a_newer_version_wrote_is_read(connection: Connection) -> None:
     await REGISTRY.register(connection, "s", SPEC)
     await connection.execute(
-        "ALTER TABLE cdcsync.indexes DROP COLUMN remedy, DROP COLUMN paused_at, DROP COLUMN partitions,"
-        " ADD COLUMN of_the_future int DEFAULT 3"
+        "ALTER TABLE cdcsync.indexes DROP COLUMN remedy, DROP COLUMN paused_at, DROP COLUMN made_of,"
+        " DROP COLUMN sent_by, ADD COLUMN of_the_future int DEFAULT 3"
     )
     await connection.execute("UPDATE cdcsync.indexes SET state = 'paused', reason = 'the key is gone; add it again'")
     entry = await REGISTRY.find(connection, "articles")

@@ -349,11 +349,30 @@ def test_all_indexes_of_a_table_that_is_renamed_are_lost(assembler: Assembler) -
     assert isinstance(first, Lost)
     assert first.error.where == "public.articles"
     assert first.error.hint is not None
-    assert first.error.hint.startswith("set indexes.articles.table")
+    assert first.error.hint.startswith("give public.articles its name back")
     assert events_of(assembler, [renamed, insert(1, "k", "A", "T"), insert(2, "n", "N"), COMMIT]) == [
         upsert(NOTES, "n", "N"),
         COMMITTED,
     ]
+
+
+def test_what_a_followed_table_was_sent_under_another_name_belongs_to_it() -> None:
+    assembler = Assembler(TABLES, Lsn(0), known={2: ("Other", "Notes")})
+    away = relation(2, "notes_away", "id title")
+
+    events = events_of(assembler, [BEGIN, away, insert(2, "n", "N"), COMMIT])
+
+    assert events == [upsert(NOTES, "n", "N"), COMMITTED]
+
+
+def test_a_table_that_is_described_again_is_told_of_and_one_that_is_described_first_is_not() -> None:
+    told: list[None] = []
+    assembler = Assembler({}, Lsn(0), described=lambda: told.append(None))
+
+    events_of(assembler, [BEGIN, *DESCRIBED])
+    assert told == []
+    events_of(assembler, DESCRIBED[:1])
+    assert told == [None]
 
 
 def test_all_indexes_of_a_table_whose_name_another_one_takes_are_lost(assembler: Assembler) -> None:

@@ -1,0 +1,123 @@
+"""Comparisons that were asked for: an index whose rows may have changed without the stream telling it.
+
+    request ─► every transaction of that time is over ─► `verify` ─► `repair` of exactly what differs
+
+A false alarm costs one comparison by digests and reads no row again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import anyio
+import structlog
+
+from cdcsync.backoff import Backoff, Failure
+from cdcsync.errors import CdcsyncError, Retry, leading
+from cdcsync.flows.audit.verification import repair, verify
+from cdcsync.model.spec import IndexSpec
+from cdcsync.model.visibility import Deliveries
+from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.source.catalog import blockers, current_snapshot, running_transactions
+from cdcsync.target.requests import Request, Requests
+
+log = structlog.get_logger()
+
+POLL_S = 1.0
+"""How often comparisons are looked for: one small query."""
+
+BLOCKED_POLL_S = 0.5
+"""How often it is looked whether the transactions that a comparison waits for are over."""
+
+BLOCKED_REPORT_S = 10.0
+"""How often it is said which transactions those are."""
+
+
+async def compare_for_ever(
+    source_dsn: str,
+    target_dsn: str,
+    schema: str,
+    specs: Mapping[str, IndexSpec],
+    deliveries: Mapping[str, Deliveries],
+) -> None:
+    """Make the comparisons that are asked for, until cancelled."""
+    requests = Requests(schema)
+    backoff = Backoff(_waits)
+    async with (
+        Session(source_dsn, "source", application_name="cdcsync compare") as source,
+        Session(target_dsn, "target", application_name="cdcsync compare") as target,
+    ):
+        while True:
+            async with backoff:
+                with speaking_of("target"):
+                    request = await requests.oldest_comparison(await target.connection(), list(specs))
+                if request is None:
+                    await anyio.sleep(POLL_S)
+                    continue
+                spec = specs[request.index]
+                comparing = await source.connection(), await target.connection()
+                await _serve(*comparing, schema, spec, deliveries[request.index], request)
+
+
+def _waits(failure: Failure) -> None:
+    log.warning("comparison_waits", error=str(failure.error), attempt=failure.attempt, delay_s=failure.delay_s)
+
+
+async def _serve(
+    source: Connection,
+    target: Connection,
+    schema: str,
+    spec: IndexSpec,
+    deliveries: Deliveries,
+    request: Request,
+) -> None:
+    requests = Requests(schema)
+    with speaking_of("target"):
+        await requests.start(target, request, None)
+    try:
+        rows = await _compare(source, target, schema, spec, deliveries)
+    except BaseExceptionGroup as group:
+        error = leading(group)
+    except CdcsyncError as one:
+        error = one
+    else:
+        with speaking_of("target"):
+            await requests.compared(target, request, rows)
+        return
+    if not isinstance(error, CdcsyncError) or error.retry is Retry.AUTOMATIC:
+        raise error
+    # What cannot be compared is read again.
+    log.error("comparison_failed", index=spec.name, error=str(error))
+    with speaking_of("target"):
+        async with target.transaction():
+            await requests.fail(target, request, str(error))
+            await requests.reload(target, spec.name, rewrite=False)
+
+
+async def _compare(source: Connection, target: Connection, schema: str, spec: IndexSpec, deliveries: Deliveries) -> int:
+    """Compare an index with its source and replay what differs; returns how many documents the source has."""
+    await _outlast(source, spec.name, deliveries)
+    findings = await verify(source, target, schema, spec)
+    found = findings.verification
+    if not found.equal:
+        log.error("index_differed", index=spec.name, differences=found.differences)
+        await repair(target, schema, spec, findings)
+    log.info("compared", index=spec.name, documents=found.documents, seconds=found.seconds)
+    return found.documents
+
+
+async def _outlast(source: Connection, index: str, deliveries: Deliveries) -> None:
+    """Return once the transactions that are open now are over.
+
+    What they did while the table was not sent may never be delivered, and it shows only once they have committed.
+    """
+    with speaking_of("source"):
+        running = await running_transactions(source)
+        deliveries.suspect(running)
+        reported = anyio.current_time()
+        while left := [xid for xid in running if not (await current_snapshot(source)).sees(xid)]:
+            if anyio.current_time() - reported > BLOCKED_REPORT_S:
+                reported = anyio.current_time()
+                sessions = await blockers(source, left)
+                log.warning("comparison_waits_for_transactions", index=index, sessions=sessions)
+            await anyio.sleep(BLOCKED_POLL_S)

@@ -1,0 +1,74 @@
+"""What an index needs once its fingerprint is another one: requests, committed together with the new fingerprint.
+
+    fingerprint as stored ─┐
+                           ├─► difference ─► requests and the new fingerprint, in one transaction
+    catalog as it is now ──┘
+
+It happens at every start (`start.set_up_indexes`) and while the worker runs (`watch`). A crash before the commit
+finds the same difference again.
+
+Source: PostgreSQL, "Table Partitioning"; src/backend/replication/pgoutput/pgoutput.c (pgoutput_truncate leaves
+partitions out if their root is published).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import structlog
+
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection
+from cdcsync.source.catalog import Catalog
+from cdcsync.source.fingerprints import Difference, Fingerprint, fingerprint_of
+from cdcsync.source.relations import Partition
+from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.requests import Requests
+
+log = structlog.get_logger()
+
+
+def stored_fingerprint(entry: Entry) -> Fingerprint | None:
+    """Return the fingerprint that an index's row holds; None if an earlier version wrote the row."""
+    if entry.made_of is None or entry.sent_by is None:
+        return None
+    return msgspec.convert({"made_of": entry.made_of, "sent_by": entry.sent_by}, Fingerprint)
+
+
+def present_fingerprint(catalog: Catalog, spec: IndexSpec) -> Fingerprint | None:
+    """Return the fingerprint of an index as the catalog has it; None if its table is gone."""
+    table = catalog.tables.get(spec.shape.table)
+    return None if table is None else fingerprint_of(catalog, table, spec.shape.columns)
+
+
+async def note_fingerprint(target: Connection, schema: str, index: str, fingerprint: Fingerprint) -> None:
+    """Store an index's fingerprint in the caller's transaction."""
+    stored = msgspec.to_builtins(fingerprint)
+    await Registry(schema).note_fingerprint(target, index, stored["made_of"], stored["sent_by"])
+
+
+async def ask_for(target: Connection, schema: str, index: str, found: Difference) -> None:
+    """Ask for what a difference needs short of reading the table again, in the caller's transaction."""
+    requests = Requests(schema)
+    if found.compare:
+        load = await requests.last_load(target, index)
+        if load is not None and not load.ended:
+            # What it has read already may be wrong by now.
+            await requests.reload(target, index, rewrite=load.rewrite)
+        else:
+            await requests.add(target, index, "compare", rewrite=False, filter_=None)
+        log.warning("index_doubted", index=index, because=found.compare)
+    if found.arrived:
+        await requests.add(target, index, "replay", rewrite=False, filter_=_within(found.arrived))
+    if found.left:
+        # Not a resync: whether an index is whole is told by its last load, and this is not a load.
+        await requests.add(target, index, "replay", rewrite=False, filter_=None, phase="orphans")
+    if found.arrived or found.left:
+        log.info("partitions_changed", index=index, arrived=len(found.arrived), left=found.left)
+
+
+def _within(partitions: Sequence[Partition]) -> str | None:
+    """Return the condition that rows of these partitions fulfil; None if one of them takes all rows."""
+    bounds = [f"({one.bounds})" for one in partitions if one.bounds is not None]
+    return " OR ".join(bounds) if len(bounds) == len(partitions) else None

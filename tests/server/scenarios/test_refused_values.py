@@ -1,0 +1,197 @@
+"""What one index cannot take stops that index alone, whatever it is, wherever it is met, and after a restart as before.
+
+Source and target are two databases whose types of one name differ. Each case has a table and an index of its own, and
+all share one worker with a sound index, which has to go on.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+
+from tests.fixtures.scenes import BEAT, Followed, MakeScene, Scene
+from tests.fixtures.workers import until
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
+
+TYPES = {
+    "label": (
+        "CREATE TYPE public.mood AS ENUM ('sad', 'happy')",
+        "CREATE TYPE public.mood AS ENUM ('sad', 'happy')",
+        "public.mood",
+        "'sad'",
+        "'new'",
+    ),
+    "domain": (
+        "CREATE DOMAIN public.low AS int CHECK (VALUE < 1000)",
+        "CREATE DOMAIN public.low AS int CHECK (VALUE < 10)",
+        "public.low",
+        "1",
+        "500",
+    ),
+    "relation": ("CREATE TABLE public.only_here ()", "SELECT", "regclass", "'pg_class'", "'public.only_here'"),
+}
+"""By name: how each side makes the type, its name, a value that both sides take, one that only the source takes."""
+ROLES = ("key", "carried")
+MET = {"label": ("stream",), "domain": ("load", "stream"), "relation": ("load", "stream")}
+"""Where each is met: a type whose labels the target lacks from the start is carried as text."""
+
+
+def layout(name: str, type_: str, role: str, value: str) -> list[str]:
+    key = f"k {type_} PRIMARY KEY, v int" if role == "key" else f"k int PRIMARY KEY, v {type_}"
+    return [f"CREATE TABLE {name} ({key}, title text)", insert(name, role, value, 1)]
+
+
+def insert(name: str, role: str, value: str, other: int) -> str:
+    k, v = (value, str(other)) if role == "key" else (str(other), value)
+    return f"INSERT INTO {name} VALUES ({k}, {v}, 'title')"
+
+
+@pytest.fixture(scope="module")
+def refusing(make_scene: MakeScene) -> Scene:
+    """Indexes of which each meets a value that the target refuses, at its load or in the stream."""
+    statements, indexes = [], {}
+    for type_, (here, _, sql_type, good, bad) in TYPES.items():
+        statements.append(here)
+        for role in ROLES:
+            for met in MET[type_]:
+                name = f"{type_}_{role}_{met}"
+                statements += layout(name, sql_type, role, bad if met == "load" else good)
+                indexes[name] = Followed(name, columns=("v",))
+    scene = make_scene(statements, indexes, apart=True, started=False)
+    for _, there, *_ in TYPES.values():
+        scene.pipeline.target.execute(there)
+    scene.pipeline.start()
+    for role in ROLES:
+        until(partial(followed, scene, f"label_{role}_stream"), scene.pipeline.tail, progress=scene.steps)
+    scene.execute("ALTER TYPE public.mood ADD VALUE 'new'")
+    for type_, (_, _, _, _, bad) in TYPES.items():
+        for role in ROLES:
+            name = f"{type_}_{role}_stream"
+            until(partial(followed, scene, name), partial(scene.described, name), progress=scene.steps)
+            scene.execute(insert(name, role, bad, 2))
+    return scene
+
+
+def followed(scene: Scene, name: str) -> bool:
+    row = scene.pipeline.target.execute(
+        "SELECT to_regclass('cdcsync.indexes') IS NOT NULL AND to_regclass(%s) IS NOT NULL", [f"cdcsync.{name}_chunks"]
+    ).fetchone()
+    return row == (True,) and scene.state(name)[0] == "live"
+
+
+@pytest.mark.proof
+def test_an_index_is_paused_by_a_value_that_the_target_refuses_and_a_second_one_goes_on(refusing: Scene) -> None:
+    names = [name for name in refusing.pipeline.config.indexes if name != BEAT]
+    for name in names:
+        reason = refusing.paused(name)
+        assert "refuses a value" in reason or "the target says" in reason, reason
+        assert "start" not in reason
+    refusing.settle()
+    until(partial(refusing.healed, BEAT), refusing.pipeline.tail)
+
+    def told() -> bool:
+        reasons = json.loads(refusing.pipeline.get("/readyz")[1])["reasons"]
+        return all(any(f"index {name} " in reason for reason in reasons) for name in names)
+
+    until(told, refusing.pipeline.tail)
+
+    refusing.pipeline.stop(refusing.pipeline.processes[-1])
+    refusing.pipeline.start()
+    until(partial(refusing.healed, BEAT), refusing.pipeline.tail)
+    refusing.settle()
+    for name in names:
+        refusing.paused(name)
+    assert refusing.pipeline.processes[-1].poll() is None
+
+
+def test_an_index_resumes_by_itself_once_the_value_is_another_type(make_scene: MakeScene) -> None:
+    scene = make_scene(
+        ["CREATE DOMAIN public.low AS int", *layout("healing", "public.low", "carried", "1")],
+        {"healing": Followed("healing", columns=("v",))},
+        apart=True,
+        started=False,
+    )
+    scene.pipeline.target.execute("CREATE DOMAIN public.low AS int CHECK (VALUE < 10)")
+    scene.pipeline.start()
+    scene.pipeline.live()
+    scene.execute(insert("healing", "carried", "500", 2))
+    until(lambda: scene.pipeline.times("index_paused") >= 2, scene.pipeline.tail)
+
+    scene.execute("ALTER TABLE healing ALTER v TYPE text")
+
+    scene.heals("healing")
+    assert len(scene.pipeline.processes) == 1
+
+
+CONVERSIONS = {
+    "int to uuid": ("int", "uuid USING lpad(id::text, 32, '0')::uuid"),
+    "int to date": ("int", "date USING date '2026-01-01' + id"),
+    "text to int": ("text", "int USING (id::int + 100)"),
+    "int to text": ("int", "text USING 'k' || id"),
+}
+
+
+def test_a_key_that_cannot_be_converted_is_a_new_load_that_embeds_nothing_again(make_scene: MakeScene) -> None:
+    names = {f"c{at}": case for at, case in enumerate(CONVERSIONS.values())}
+    scene = make_scene(
+        [
+            statement
+            for name, (type_, _) in names.items()
+            for statement in (
+                f"CREATE TABLE {name} (id {type_} PRIMARY KEY, title text)",
+                f"INSERT INTO {name} SELECT i, 'title ' || i FROM generate_series(1, 9) i",
+            )
+        ],
+        {name: Followed(name) for name in names},
+    )
+    for name, (_, conversion) in names.items():
+        scene.execute(f"ALTER TABLE {name} ALTER id TYPE {conversion}")
+
+    scene.heals()
+
+    embedded = [
+        float(line.split()[-1])
+        for line in scene.pipeline.get("/metrics")[1].decode().splitlines()
+        if line.startswith("cdcsync_vectors_total") and 'way="reused"' not in line
+    ]
+    assert sum(embedded) <= 9 * len(names)
+
+
+DROPPED = {
+    "hnsw": "DROP INDEX cdcsync.{t}_vectors_1_hnsw",
+    "keywords": "DROP INDEX cdcsync.{t}_chunks_search",
+    "chunks": "DROP TABLE cdcsync.{t}_chunks CASCADE",
+    "vectors": "DROP TABLE cdcsync.{t}_vectors_1 CASCADE",
+    "view": "DROP VIEW {t}_index",
+}
+
+
+def test_what_somebody_dropped_in_the_target_comes_back_with_a_start(make_scene: MakeScene) -> None:
+    scene = make_scene(
+        [
+            statement
+            for name in DROPPED
+            for statement in (
+                f"CREATE TABLE {name} (id int PRIMARY KEY, title text)",
+                f"INSERT INTO {name} SELECT i, 'title ' || i FROM generate_series(1, 9) i",
+            )
+        ],
+        {name: Followed(name) for name in DROPPED},
+    )
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    for name, drop in DROPPED.items():
+        scene.pipeline.target.execute(drop.format(t=name))
+
+    scene.pipeline.start()
+
+    until(lambda: scene.pipeline.times("relations_missing") == len(DROPPED), scene.pipeline.tail)
+    scene.heals()
+    for name in DROPPED:
+        found = scene.pipeline.target.execute(
+            "SELECT count(*) FROM pg_indexes WHERE schemaname = 'cdcsync' AND indexname = ANY(%s)",
+            [[f"{name}_vectors_1_hnsw", f"{name}_chunks_search"]],
+        ).fetchone()
+        assert found == (2,)
