@@ -168,11 +168,16 @@ async def test_so_much_that_inserting_it_takes_longer_is_built_anew(
     built.spec = msgspec.structs.replace(
         built.spec, config=msgspec.structs.replace(built.spec.config, fresh_scan_budget_ms=0.0)
     )
+
+    async def done() -> bool:
+        return bool(rebuilt)
+
     flow = Flow(target.dsn, [built])
     async with flow.running():
-        await until(settled(built, 100))
+        await until(done)
 
     assert rebuilt == [100]
+    assert await tiers(built) == {"settled": 100}
     assert await built.faults() == []
 
 
