@@ -57,24 +57,24 @@ def print_answers(run: Run, number: int | None, not_stored: str | None, verdicts
     out.print(
         Text(f"{run.index}, generation {run.generation}: {run.queries:,} judged questions of {plain(run.collection)}")
     )
-    table = _table("mode", first, "95 %", "over vector", "95 %", *others, "ms")
+    table = _table("mode", first, "over vector", *others, "ms")
     for mode, one in run.modes.items():
         gain = None if one.over_vector is None else one.over_vector[first]
         table.add_row(
             mode,
-            f"{one.figures[first].mean:.4f}",
-            _ends(one.figures[first]),
-            *(("", "") if gain is None else (f"{gain.mean:+.4f}", _ends(gain))),
+            f"{one.figures[first].mean:.4f} {_half(one.figures[first])}",
+            "" if gain is None else f"{gain.mean:+.4f} {_half(gain)}",
             *(f"{one.figures[other].mean:.4f}" for other in others),
             f"{one.mean_ms:.1f}",
         )
     out.print(table)
     if run.weights:
         best = max(run.weights, key=lambda one: one.figures[first].mean)
-        weights = _table("weight of words", first, "95 %", "")
+        weights = _table("weight of words", first, "")
         for tried in run.weights:
             figure = tried.figures[first]
-            weights.add_row(f"{tried.weight:g}", f"{figure.mean:.4f}", _ends(figure), "best" if tried is best else "")
+            mark = "best" if tried is best else ""
+            weights.add_row(f"{tried.weight:g}", f"{figure.mean:.4f} {_half(figure)}", mark)
         out.print(weights)
     for verdict in verdicts:
         mark, style = ("✓", "green") if verdict.passed else ("✗", "bold red")
@@ -82,5 +82,6 @@ def print_answers(run: Run, number: int | None, not_stored: str | None, verdicts
     out.print(f"stored as run {number}" if not_stored is None else f"not stored: {not_stored}", markup=False)
 
 
-def _ends(figure: Figure) -> str:
-    return f"{figure.low:.3f}…{figure.high:.3f}"
+def _half(figure: Figure) -> str:
+    """Return half the width of the interval; --json has both ends."""
+    return f"±{(figure.high - figure.low) / 2:.3f}"
