@@ -7,13 +7,15 @@ PIP_ARGS ?=
 ARGS ?=
 # How many tests run at a time, each on a server of its own: they wait more than they compute.
 JOBS ?= 4
+# How many histories `make chaos` runs.
+SEEDS ?= 200
 
 BIN := .venv/bin
 STAMP := .venv/.cdcsync-setup
 BENCHES = $(filter-out bench/report.py bench/_%,$(sort $(wildcard bench/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test prove image-test lock sbom lint audit type bench clean
+.PHONY: help setup demo test prove chaos mutants simulate fuzz soak image-test lock sbom lint audit type bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +40,21 @@ test: setup ## run all tests
 
 prove: setup ## run the long proofs, which `make test` leaves out
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m proof $(ARGS)
+
+chaos: setup ## run SEEDS=200 histories of faults, JOBS at a time; SEED=17 runs that one again
+	$(BIN)/python -m tests.chaos --jobs $(JOBS) $(if $(SEED),--seed $(SEED),--seeds $(SEEDS)) $(ARGS)
+
+mutants: setup ## put known faults back one at a time and see that each is found
+	$(BIN)/python -m tests.mutants $(ARGS)
+
+simulate: setup ## run simulated histories of the pure modules for MINUTES=1; ARGS="--seed 17" runs that one again
+	$(BIN)/python -m tests.simulation --minutes $(or $(MINUTES),1) $(ARGS)
+
+fuzz: setup ## feed arbitrary bytes to every parser, MINUTES=5 in all
+	$(BIN)/python -m fuzz --minutes $(or $(MINUTES),5) $(ARGS)
+
+soak: setup ## write steadily for MINUTES=30 and see that nothing grows; writes build/soak.svg
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30) $(ARGS)
 
 image-test: setup ## build the container images and run them; needs docker or podman, says so where there is none
 	$(BIN)/python -m pytest -q -rs -m image tests/images $(ARGS)

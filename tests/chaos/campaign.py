@@ -52,9 +52,14 @@ def plan(seed: int, faults: Sequence[str], points: Sequence[str]) -> tuple[str |
     return point, chosen, chance.random() < ONE_SERVER
 
 
-def run_seed(seed: int, source: Side, target: Side, directory: Path) -> Outcome:
-    """Run one history; a property that does not hold is the outcome's problem."""
+def run_seed(seed: int, source: Side, target: Side, directory: Path, only: str | None = None) -> Outcome:
+    """Run one history; a property that does not hold is the outcome's problem.
+
+    :param only: a fault or a crash point, in place of the seed's plan.
+    """
     point, faults, one_server = plan(seed, sorted(FAULTS), sorted(commits.points()))
+    if only is not None:
+        point, faults, one_server = (None, [only], False) if only in FAULTS else (only, [], False)
     history = History(seed, source, target, directory / f"seed{seed}", one_server=one_server)
     began = time.monotonic()
     problem = None
@@ -86,7 +91,9 @@ def run_seed(seed: int, source: Side, target: Side, directory: Path) -> Outcome:
     )
 
 
-def run(seeds: Iterable[int], *, jobs: int, directory: Path) -> list[Outcome]:
+def run(
+    seeds: Iterable[int], *, jobs: int, directory: Path, only: str | None = None, until_failure: bool = False
+) -> list[Outcome]:
     """Run histories, several at a time, each in a process with a pair of servers that it has to itself meanwhile."""
     context = multiprocessing.get_context("spawn")
     waiting, done = context.Queue(), context.Queue()
@@ -94,19 +101,24 @@ def run(seeds: Iterable[int], *, jobs: int, directory: Path) -> list[Outcome]:
     count = len(wanted)
     for seed in wanted:
         waiting.put(seed)
-    processes = [context.Process(target=_serve, args=(waiting, done, directory)) for _ in range(min(jobs, count))]
+    processes = [context.Process(target=_serve, args=(waiting, done, directory, only)) for _ in range(min(jobs, count))]
     for process in processes:
         process.start()
     outcomes: list[Outcome] = []
     while len(outcomes) < count and (any(process.is_alive() for process in processes) or not done.empty()):
         with contextlib.suppress(Empty):
             outcomes.append(msgspec.msgpack.decode(done.get(timeout=1), type=Outcome))
+        if until_failure and any(outcome.problem for outcome in outcomes):
+            with contextlib.suppress(Empty):
+                while True:
+                    waiting.get_nowait()
+            break
     for process in processes:
         process.join()
     return sorted(outcomes, key=lambda outcome: outcome.seed)
 
 
-def _serve(waiting: Queue[int], done: Queue[bytes], directory: Path) -> None:
+def _serve(waiting: Queue[int], done: Queue[bytes], directory: Path, only: str | None) -> None:
     """Run the histories that are waiting; one that failed leaves its servers behind."""
     # A proxy's hop should not wait for another thread's time to be up.
     sys.setswitchinterval(0.0005)
@@ -117,7 +129,7 @@ def _serve(waiting: Queue[int], done: Queue[bytes], directory: Path) -> None:
                 seed = waiting.get(timeout=0.5)
             except Empty:
                 return
-            outcome = run_seed(seed, source, target, directory)
+            outcome = run_seed(seed, source, target, directory, only)
             said = "ok  " if outcome.problem is None else "FAIL"
             print(
                 f"{said} seed {seed:<4} {outcome.seconds:5.1f} s, {outcome.transactions} transactions;"
@@ -177,13 +189,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=200, help="how many histories")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--seed", type=int, help="run this one alone")
+    parser.add_argument("--only", metavar="NAME", help="this fault or crash point, in place of the seeds' plans")
+    parser.add_argument("--until-failure", action="store_true", help="stop at the first history that fails")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("--directory", type=Path, help="where logs and histories go")
     options = parser.parse_args(arguments)
     directory = options.directory or Path(tempfile.mkdtemp(prefix="cdcsync-chaos-"))
     seeds = [options.seed] if options.seed is not None else range(options.first, options.first + options.seeds)
     began = time.monotonic()
-    outcomes = run(seeds, jobs=min(options.jobs, len(seeds)), directory=directory)
-    failed = report(outcomes, whole=len(seeds) >= 200)
+    outcomes = run(
+        seeds,
+        jobs=min(options.jobs, len(seeds)),
+        directory=directory,
+        only=options.only,
+        until_failure=options.until_failure,
+    )
+    failed = report(outcomes, whole=len(seeds) >= 200 and options.only is None)
     print(f"{time.monotonic() - began:.0f} s; logs are in {directory}")
     return 1 if failed else 0

@@ -26,7 +26,13 @@ PACKAGE = Path(__file__).parents[2] / "cdcsync"
 FOLDERS = ("source", "target", "flows", "worker", "postgres")
 """What a worker runs, but for the files below."""
 
-COMMANDS = ("flows/teardown.py", "flows/replay.py", "flows/dry_run.py", "target/failures/listing.py")
+COMMANDS = (
+    "flows/teardown.py",
+    "flows/replay.py",
+    "flows/dry_run.py",
+    "target/failures/listing.py",
+    "target/judged_runs.py",
+)
 """Files of commands that an operator runs, which ask for something in one transaction and end."""
 
 INSIDE = (
@@ -34,14 +40,15 @@ INSIDE = (
     "target/keys.py",
     "target/failures/documents.py",
     "target/ddl/relations.py",
-    "target/ddl/tiers.py",
     "target/ddl/shared.py",
+    "target/ddl/tiers.py",
     "target/ddl/views.py",
 )
 """Files whose functions all run in their caller's transaction; a transaction of their own in it is a savepoint."""
 
 OWNERS = {
     "target/registry.py": re.compile(r"registry(\(.*\))?\.(\w+)$", re.IGNORECASE),
+    "target/audits.py": re.compile(r"audits(\(.*\))?\.(\w+)$", re.IGNORECASE),
     "target/pipelines.py": re.compile(r"pipelines(\(.*\))?\.(\w+)$", re.IGNORECASE),
 }
 """Files that hold every statement on a table and leave each commit to the caller, with how a caller names them."""
@@ -55,7 +62,10 @@ SENDING = ("execute", "fetch_row", "_run")
 EXEMPT = {
     ("flows/evaluate/recall.py", "_snapshot"): "reads only",
     ("target/session.py", "_chain"): "its callers have the points",
-    ("target/search.py", "search"): "reads only",
+    ("source/catalog.py", "read_catalog"): "reads only",
+    ("target/search/query.py", "search"): "reads only",
+    ("target/search/query.py", "check_condition"): "reads only",
+    ("target/search/query.py", "_session_function"): "makes a function of its own session",
     ("target/requests.py", "end_page"): "runs in the transaction of its batch",
     ("target/requests.py", "action"): "asked for by commands",
     ("source/tables.py", "emit_mark"): "its caller has the point",

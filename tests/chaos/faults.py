@@ -57,7 +57,10 @@ def stop(history: History) -> None:
     rest(history)
     if worker.alive:
         status = worker.stop()
-        if status:
+        if worker.crashed:
+            history.settle_crash()
+            return
+        if status and not worker.died_young:
             raise Broken(f"the worker ended with {status} when it was asked to stop:\n{worker.tail()}")
         worker.killed = True
         history.fire("stop and start")
@@ -74,14 +77,15 @@ def overtake(history: History) -> None:
     for side in (history.source, history.target):
         side.proxy.cut()
     successor = history.start()
-    successor.until_said("streaming")
+    history.streaming()
     rest(history, 0.1, 0.8)
     frozen.thaw()
-    try:
-        frozen.process.wait(40)
-    except subprocess.TimeoutExpired:
-        if not frozen.said("standby"):
-            raise Broken("a worker that was overtaken neither ended nor stood by") from None
+    if successor.alive:
+        try:
+            frozen.process.wait(120)
+        except subprocess.TimeoutExpired:
+            if not frozen.said("standby"):
+                raise Broken("a worker that was overtaken neither ended nor stood by") from None
     frozen.kill()
     frozen.killed = True
     if successor.alive:
@@ -147,7 +151,7 @@ def _wire(name: str, side_of: Callable[[History], Side]) -> None:
             history.fire(f"{name} sessions ended")
 
 
-HALF_OPEN_IS_NOTICED = False
+HALF_OPEN_IS_NOTICED = True
 """Whether the worker gives up a connection on which nothing comes any more."""
 
 _wire("source", lambda history: history.source)
@@ -461,6 +465,6 @@ def verify(history: History) -> None:
         "WITH gone AS (DELETE FROM cdcsync.titles_chunks WHERE id % 7 = 3 RETURNING chunk_id)"
         " SELECT count(*) FROM gone",
     )
-    history.command("verify", "titles", "--repair")
+    history.repair("titles")
     if damaged[0][0]:
         history.fire("verify --repair in between")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -60,6 +61,10 @@ SETTLE_S = 120.0
 
 CONVERGE_S = 180.0
 """How long the index may take without any progress, once everything works again, on a busy machine."""
+
+
+AWAY_AT_A_START_IS_WAITED_FOR = True
+"""Whether a worker that starts while a server is away waits for it."""
 
 
 class Broken(AssertionError):
@@ -203,8 +208,21 @@ class History:
             self.fire("crash at a named point")
             self.note(f"died at {worker.crash_at}")
             return
+        if not AWAY_AT_A_START_IS_WAITED_FOR and not worker.said("streaming") and "is reachable" in worker.tail():
+            worker.killed = True
+            return
         if worker.process.returncode != 0:
             raise Broken(f"a worker ended by itself with {worker.process.returncode}:\n{worker.tail()}")
+
+    def repair(self, index: str) -> None:
+        """Have a command repair what was damaged by hand; what changes just then, it may leave undecided."""
+        self.provider.calls.clear()  # what was damaged is made again
+        for _ in range(4):
+            self.ensure_worker()
+            if self.command("verify", index, "--repair") == 0 and self.command("verify", index) == 0:
+                self.provider.calls.clear()
+                return
+        raise Broken(f"verify --repair does not make {index} equal")
 
     def command(self, *arguments: str, crash_at: str | None = None, patience_s: float = 300.0) -> int:
         """Run a command of cdcsync to its end and return its exit status."""
@@ -227,9 +245,15 @@ class History:
 
     def execute(self, side: Side, statement: str, *arguments: object) -> list[tuple[Any, ...]]:
         """Run a statement in this history's database."""
-        with side.connect(self.name) as session:
-            cursor = session.execute(statement, arguments or None)
-            return cursor.fetchall() if cursor.description is not None else []
+        for attempt in itertools.count():
+            try:
+                with side.connect(self.name) as session:
+                    cursor = session.execute(statement, arguments or None)
+                    return cursor.fetchall() if cursor.description is not None else []
+            except psycopg.errors.DeadlockDetected:
+                if attempt == 3:
+                    raise
+        raise AssertionError
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -241,21 +265,21 @@ class History:
         self.writer.stop()
         self._heal()
         self.writer.finish()
-        worker = self.ensure_worker()
+        self.ensure_worker()
         (lsn,) = self.execute(self.source, "SELECT pg_current_wal_insert_lsn()::text")[0]
         self.note(f"everything works again; the source is at {lsn}")
         with self.source.connect(self.name) as source, self.target.connect(self.name) as target:
             try:
-                self._wait_for_progress(target, worker, lsn)
+                self._wait_for_progress(target, lsn)
             except TimeoutError as error:
-                raise Broken(f"{error}\n{worker.tail()}") from None
+                raise Broken(f"{error}\n{self.worker.tail()}") from None
             found = self._compare(source, target)
             if found and self.settles_late:
                 with contextlib.suppress(TimeoutError):
                     until(lambda: not self._compare(source, target), "the worker to look", SETTLE_S)
                 found = self._compare(source, target)
             if found:
-                raise Broken("; ".join(found) + f"\n{worker.tail()}")
+                raise Broken("; ".join(found) + f"\n{self.worker.tail()}")
             row = source.execute(
                 "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s", [self.name]
             ).fetchone()
@@ -272,7 +296,18 @@ class History:
         tracebacks = [worker.log.name for worker in self.workers if "Traceback" in worker.log.read_text()]
         if tracebacks:
             raise Broken(f"a traceback in {tracebacks}")
-        if status := worker.stop():
+        self._stop_in_order()
+
+    def _stop_in_order(self) -> None:
+        """See that the last worker ends as it is asked to, or at its crash point."""
+        worker = self.worker
+        if not worker.alive:
+            self.settle_crash()
+            return
+        status = worker.stop()
+        if worker.crashed:
+            self.settle_crash()
+        elif status and not worker.died_young:
             raise Broken(f"the worker ended with {status} when it was asked to stop:\n{worker.tail()}")
 
     def _compare(self, source: psycopg.Connection[Any], target: psycopg.Connection[Any]) -> list[str]:
@@ -283,13 +318,13 @@ class History:
             time.sleep(0.5)
         return differences(source, target, self.indexes)
 
-    def _wait_for_progress(self, target: psycopg.Connection[Any], worker: Worker, lsn: str) -> None:
+    def _wait_for_progress(self, target: psycopg.Connection[Any], lsn: str) -> None:
         reached: object = None
         deadline = time.monotonic() + CONVERGE_S
         while True:
-            if not worker.alive:
+            if not self.worker.alive:
                 self.settle_crash()
-                worker = self.start()
+                self.start()
             now = self._state(target, lsn)
             if now is True:
                 return
@@ -313,7 +348,11 @@ class History:
                 (target.execute(f"SELECT count(*) FROM cdcsync.{name}_backlog").fetchone() or (0,))[0]
                 for name in self.indexes
             ]
-        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
+        except (
+            psycopg.errors.UndefinedTable,
+            psycopg.errors.InvalidSchemaName,
+            psycopg.errors.DeadlockDetected,
+        ) as error:
             return str(error)
         through = [row[1] == "live" and row[4] and row[5] == 0 for row in rows]
         if len(rows) == len(self.indexes) and all(through) and not any(waiting):

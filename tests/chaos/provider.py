@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from cdcsync.embedders.protocol import WORD
 from tests.fixtures.provider import FakeProvider
 
 DIMENSIONS = 8
@@ -49,6 +50,8 @@ class Provider(FakeProvider):
         found = []
         for call in self.calls:
             for text in call.texts:
+                if text == WORD:
+                    continue
                 last = before.get(text)
                 if last is not None and not any(last - within_s <= at <= last + within_s for at in times):
                     found.append(text)

@@ -67,7 +67,7 @@ class Proxy:
                 near.close()
                 continue
             try:
-                far = socket.create_connection(("127.0.0.1", self.upstream), timeout=5)
+                far = socket.create_connection(("127.0.0.1", self.upstream), timeout=30)
             except OSError:
                 near.close()
                 continue

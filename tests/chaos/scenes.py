@@ -209,6 +209,7 @@ def repair(history: History, point: str) -> None:
     """Damage an index and repair it by a command that dies."""
     _damaged(history)
     history.command("verify", "titles", "--repair", crash_at=point)
+    history.repair("titles")
 
 
 def verification(history: History, point: str) -> None:
@@ -216,14 +217,13 @@ def verification(history: History, point: str) -> None:
     _damaged(history, point)
     history.command("verify", "titles")
     reached(history)
+    history.repair("titles")
 
 
 def _damaged(history: History, point: str | None = None) -> None:
     _live(history)
     history.execute(history.target, "DELETE FROM cdcsync.titles_chunks WHERE id % 3 = 1")
     history.start(point).until_said("streaming")
-    if point is None:
-        return
 
 
 def partitions(history: History, point: str) -> None:

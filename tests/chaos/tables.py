@@ -137,7 +137,7 @@ class Writer:
         try:
             while not self._stop.is_set():
                 if self._left <= 0:
-                    time.sleep(PACE_S)
+                    self._rest()
                     continue
                 try:
                     self.write_one()
@@ -158,6 +158,13 @@ class Writer:
                 time.sleep(PACE_S)
         except BaseException as error:
             self.failure = error
+
+    def _rest(self) -> None:
+        """Leave nothing prepared behind, which a slot that is being created would wait for, until more is allowed."""
+        with contextlib.suppress(psycopg.Error):
+            self.finish()
+        while self._left <= 0 and not self._stop.is_set():
+            time.sleep(PACE_S)
 
     def write_one(self) -> None:
         """Make one transaction of a random kind."""

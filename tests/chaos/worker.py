@@ -46,6 +46,11 @@ class Worker:
         """Whether it died at its crash point."""
         return self.crash_at is not None and not self.killed and self.process.poll() == -signal.SIGKILL
 
+    @property
+    def died_young(self) -> bool:
+        """Whether a request to end came before the process could hear it."""
+        return self.process.poll() == -signal.SIGTERM and not self.said("listening")
+
     def kill(self) -> bool:
         """Kill the process; returns whether it still ran."""
         alive = self.alive
@@ -54,7 +59,7 @@ class Worker:
         self.process.wait()
         return alive
 
-    def stop(self, patience_s: float = 40.0) -> int:
+    def stop(self, patience_s: float = 120.0) -> int:
         """Ask the process to end, and return its exit status."""
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -88,7 +93,7 @@ class Worker:
         """Say whether the process has logged one of these events."""
         return any(event.get("event") in names for event in self.events())
 
-    def until_said(self, *names: str, patience_s: float = 60.0) -> None:
+    def until_said(self, *names: str, patience_s: float = 300.0) -> None:
         """Wait until the process has logged one of these events, or has ended."""
         until(lambda: self.said(*names) or not self.alive, f"the event {' or '.join(names)}", patience_s)
 

@@ -17,6 +17,7 @@ from typing import TypeAlias, assert_never
 import anyio
 import msgspec
 
+from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SetupError
 from cdcsync.flows.audit.digests import differing, source_digests
 from cdcsync.flows.audit.soundness import examine_chunks
@@ -116,6 +117,8 @@ async def compared(
             id_ = await requests.add(
                 target, spec.name, "verify", rewrite=False, filter_=None, keys=list(dict.fromkeys(suspects))
             )
+            crash_point("comparison asked for")
+        crash_point("request for a comparison committed")
     try:
         async with ensure_worker():
             await done(target, requests, id_, spec)

@@ -21,6 +21,7 @@ import msgspec
 import structlog
 
 from cdcsync.backoff import Backoff, Failure
+from cdcsync.crashpoints import crash_point
 from cdcsync.errors import CdcsyncError, Retry
 from cdcsync.flows.audit.comparison import FAILED, REPEATED, START, UNDECIDED, compare_step, compared
 from cdcsync.flows.audit.digests import differing, source_digests
@@ -194,6 +195,7 @@ class RollingAudit:
             if audit is None or audit.finished_at is not None or one.anew:
                 one.anew = False
                 await self._audits.begin(target, one.spec.name)
+                crash_point("audit begun")
                 one.place = START
             else:
                 one.place = audit.place
@@ -230,6 +232,7 @@ class RollingAudit:
             await self._audits.advance(
                 target, spec.name, place, documents=one.rows, differences=sum(differences.values())
             )
+            crash_point("audit advanced")
         found.pop(REPEATED, None)  # reading again would not tell which of the rows is meant
         if found or one.orphaned:
             await mend(target, self._schema, spec, found, vectors_orphaned=bool(one.orphaned))
@@ -254,6 +257,7 @@ class RollingAudit:
         """Note the end of a comparison, and show what it found."""
         with speaking_of("target"):
             await self._audits.finish(target, one.spec.name)
+            crash_point("audit finished")
             audit = await self._audits.read(target, one.spec.name)
         if audit is None:
             return

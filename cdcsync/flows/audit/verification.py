@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import anyio
 import msgspec
 
+from cdcsync.crashpoints import crash_point
 from cdcsync.flows.audit.comparison import (
     START,
     UNDECIDED,
@@ -153,6 +154,8 @@ async def mend(
                         target, spec.name, "replay", rewrite=False, filter_=None, keys=forced, force_embed=True
                     )
                 )
+            crash_point("repair asked for")
+        crash_point("request for a repair committed")
     for id_ in asked:
         await done(target, requests, id_, spec)
     return len(chunked)

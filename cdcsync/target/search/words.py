@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from psycopg import sql
 
+from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import Names
@@ -74,4 +75,6 @@ async def count_words(connection: Connection, schema: str, spec: IndexSpec) -> i
         )
         cursor = await connection.execute("SELECT chunks FROM pg_temp.counted WHERE lexeme = ''")
         row = await cursor.fetchone()
+        crash_point("words counted")
+    crash_point("counts of words committed")
     return round(row[0] * share) if row is not None else 0

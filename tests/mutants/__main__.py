@@ -1,0 +1,72 @@
+"""Revert and detect: puts each known fault back into a copy of the package and has it found.
+
+`python -m tests.mutants` runs all; `--only WORDS` those whose name has these words, `--finder` those of one finder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.mutants.faults import MUTANTS, PACKAGE, Mutant
+
+CHAOS_SEEDS = 6
+"""Histories in which chaos has to find a fault that it is pointed at."""
+
+
+def find(mutant: Mutant, minutes: float) -> tuple[int | None, str]:
+    """Return the number of seeds that finding a fault took, None if it was not found, and what was seen."""
+    with tempfile.TemporaryDirectory(prefix="cdcsync-mutant-") as name:
+        tree = Path(name)
+        shutil.copytree(PACKAGE, tree / "cdcsync", ignore=shutil.ignore_patterns("__pycache__"))
+        (tree / "tests").symlink_to(PACKAGE.parent / "tests")
+        mutant.apply(tree / "cdcsync")
+        command = [sys.executable, "-m"]
+        if mutant.found_by == "simulation":
+            command += ["tests.simulation", "--minutes", str(minutes)]
+        else:
+            command += ["tests.chaos", "--only", mutant.fault, "--seeds", str(CHAOS_SEEDS), "--jobs", "1"]
+            command += ["--until-failure", "--directory", str(tree / "histories")]
+        environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None, ""
+    found = re.search(r"(?:FAIL )?seed (\d+)[^\n]*", done.stdout)
+    if found is None:
+        raise RuntimeError(f"{mutant.name}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+    said = found[0] if mutant.found_by == "simulation" else done.stdout[found.start() :].splitlines()[1].strip()
+    return int(found[1]) + 1, said
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("--only", default="", help="words of the name")
+    parser.add_argument("--finder", choices=("simulation", "chaos"))
+    parser.add_argument("--minutes", type=float, default=1.0, help="how long the simulation may look for each")
+    options = parser.parse_args()
+    missed = 0
+    for mutant in MUTANTS:
+        if options.only not in mutant.name or options.finder not in (None, mutant.found_by):
+            continue
+        began = time.monotonic()
+        seeds, said = find(mutant, options.minutes)
+        missed += seeds is None
+        took = "NOT FOUND" if seeds is None else f"{seeds} seeds"
+        print(
+            f"{took:>10} {time.monotonic() - began:6.1f} s  {mutant.found_by:<10} {mutant.name}\n{'':>31}{said[:150]}",
+            flush=True,
+        )
+    print(f"{missed} faults were not found")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,209 @@
+"""Known faults, to be put back one at a time: each is a change of one place in the package's source.
+
+A place that has moved or changed makes the patch fail, loudly: the fault has to be put where the code is now.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+PACKAGE = Path(__file__).parents[2] / "cdcsync"
+
+Finder = Literal["simulation", "chaos"]
+
+
+class Mutant(msgspec.Struct, frozen=True):
+    """A fault: what stands in a file in place of what.
+
+    :param found_by: what has to notice it.
+    :param fault: of chaos, the fault or the crash point that brings it out.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    found_by: Finder = "simulation"
+    fault: str = ""
+
+    def apply(self, package: Path) -> None:
+        """Put the fault into a copy of the package.
+
+        :raises LookupError: the code is not what it was when the fault was described.
+        """
+        path = package / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            raise LookupError(f"{self.name}: {self.file} has {text.count(self.old)} times: {self.old!r}")
+        path.write_text(text.replace(self.old, self.new))
+
+
+MUTANTS = (
+    Mutant(
+        "the commit record's beginning is stored instead of its end",
+        "model/transactions.py",
+        "return (Committed(message.end_lsn, message.commit_time_us),)",
+        "return (Committed(message.commit_lsn, message.commit_time_us),)",
+    ),
+    Mutant(
+        "what was received is acknowledged, not what is committed",
+        "model/progress.py",
+        "self.acknowledged = self.checkpoint\n        return",
+        "self.acknowledged = self.received\n        return",
+    ),
+    Mutant(
+        "the checkpoint moves past a transaction of which a part is applied",
+        "model/batch.py",
+        ".add(change)\n        self.partial = True\n",
+        ".add(change)\n        self.end_lsn = Lsn(change.lsn + 5)\n        self.partial = True\n",
+    ),
+    Mutant(
+        "a transaction is skipped by the end of its commit record",
+        "model/transactions.py",
+        "self._skipping = message.final_lsn < self._checkpoint",
+        "self._skipping = message.final_lsn <= self._checkpoint + 10",
+    ),
+    Mutant(
+        "a page is written over a newer row",
+        "model/visibility.py",
+        "return xid is not None and not snapshot.sees(xid)",
+        "return False",
+    ),
+    Mutant(
+        "a page ignores a TRUNCATE that it does not see",
+        "model/visibility.py",
+        "if self._truncated is not None and not snapshot.sees(self._truncated):\n            return True",
+        "if False:\n            return True",
+    ),
+    Mutant(
+        "visibility goes by the order of ids, not by what runs",
+        "model/visibility.py",
+        "return whole < self.xmin or (whole < self.xmax and whole not in self.running)",
+        "return whole < self.xmax",
+    ),
+    Mutant(
+        "transaction ids do not wrap",
+        "model/visibility.py",
+        "        distance = (xid - self.xmax) % XID_SPAN\n        if distance >= XID_SPAN // 2:\n"
+        "            distance -= XID_SPAN\n        return self.xmax + distance",
+        "        return xid",
+    ),
+    Mutant(
+        "transactions delivered before a read are not suspects",
+        "model/visibility.py",
+        "unseen = [xid for xid in self._suspects if not snapshot.sees(xid)]",
+        "unseen: list[int] = []",
+    ),
+    Mutant(
+        "what is remembered is forgotten when a read ends",
+        "model/visibility.py",
+        "        if self._keys is not None:\n            self.suspect(self._keys.values())\n        if self._truncated",
+        "        if self._truncated",
+    ),
+    Mutant(
+        "more keys than are remembered are forgotten",
+        "model/visibility.py",
+        "            self.suspect(self._keys.values())\n            self._keys.clear()",
+        "            self._keys.clear()",
+    ),
+    Mutant(
+        "more suspects than are told apart are forgotten",
+        "model/visibility.py",
+        "            self._suspect_span = (before + min(ages)) % XID_SPAN, (before + max(ages)) % XID_SPAN\n",
+        "",
+    ),
+    Mutant(
+        "an applied page forgets what other snapshots do not see",
+        "model/visibility.py",
+        "self._keys = {key: xid for key, xid in self._keys.items() if xid in hidden} if hidden else {}",
+        "self._keys = {}",
+    ),
+    Mutant(
+        "a moved key leaves its old document behind",
+        "model/batch.py",
+        "            self._put(Delete(change.shape, change.moved_from, change.xid, change.lsn))\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "the first change of a key wins",
+        "model/batch.py",
+        "        self.filled.pop(change.key, None)\n        self.live[change.key] = change",
+        "        self.filled.pop(change.key, None)\n        self.live.setdefault(change.key, change)",
+    ),
+    Mutant(
+        "what came before a TRUNCATE in its batch stays",
+        "model/batch.py",
+        "                self.live.clear()\n",
+        "",
+    ),
+    Mutant(
+        "rows of a page that came before a TRUNCATE in its batch stay",
+        "model/batch.py",
+        "                self.live.clear()\n                self.filled.clear()\n",
+        "                self.live.clear()\n",
+    ),
+    Mutant(
+        "a large value that did not change is taken for known",
+        "model/rows.py",
+        "return UNCHANGED not in row\n",
+        "return True\n",
+    ),
+    Mutant(
+        "an update that moves a key is taken for one that does not",
+        "model/rows.py",
+        "return Upsert(self.shape, key, row, xid, lsn, before if before != key else None)",
+        "return Upsert(self.shape, key, row, xid, lsn)",
+    ),
+    Mutant(
+        "what an aborted savepoint wrote is kept",
+        "source/spool.py",
+        "        start = transaction.forget(subxid)\n        if start is None:",
+        "        start = transaction.forget(subxid)\n        if True:",
+    ),
+    Mutant(
+        "a spooled transaction outlives its connection",
+        "source/spool.py",
+        '        """Throw everything away."""\n        for xid in list(self._open):\n            self.drop(xid)\n',
+        '        """Throw everything away."""\n',
+    ),
+    Mutant(
+        "a worker that was overtaken writes behind its successor's back",
+        "target/pipelines.py",
+        '", commits = commits + 1 WHERE slot = %s AND fence = %s"\n'
+        '                " AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING',
+        '", commits = commits + 1 WHERE slot = %s AND %s::bigint IS NOT NULL"\n'
+        '                " AND (%s::bigint, %s::pg_lsn) IS NOT NULL RETURNING',
+        "chaos",
+        "frozen worker overtaken",
+    ),
+    Mutant(
+        "the checkpoint is moved from whatever it is",
+        "target/pipelines.py",
+        '" AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING',
+        '" AND (%s::bigint, %s::pg_lsn) IS NOT NULL RETURNING',
+        "chaos",
+        "target fails over with loss",
+    ),
+    Mutant(
+        "rows that are gone stay after a gap",
+        "flows/backfill/engine.py",
+        'if rows is not None and request.kind == "resync":',
+        "if False:",
+        "chaos",
+        "forgotten position committed",
+    ),
+    Mutant(
+        "a vector is stored for whatever text the chunk has by now",
+        "target/backlog.py",
+        ' FROM {backlog} AS b JOIN {stage} USING (content_hash)"\n'
+        '                    " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"',
+        ' FROM {backlog} AS b CROSS JOIN LATERAL (SELECT FROM {stage} LIMIT 1) AS s"\n'
+        '                    " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"',
+        "chaos",
+        "vectors committed",
+    ),
+)
+"""All of them."""
