@@ -15,7 +15,7 @@ STAMP := .venv/.cdcsync-setup
 BENCHES = $(filter-out bench/report.py bench/_%,$(sort $(wildcard bench/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test prove chaos mutants simulate fuzz soak image-test lock sbom lint audit type bench clean
+.PHONY: help setup demo test prove chaos mutants simulate fuzz image-test lock sbom lint audit type bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,9 +52,6 @@ simulate: setup ## run simulated histories of the pure modules for MINUTES=1; AR
 
 fuzz: setup ## feed arbitrary bytes to every parser, MINUTES=5 in all
 	$(BIN)/python -m fuzz --minutes $(or $(MINUTES),5) $(ARGS)
-
-soak: setup ## write steadily for MINUTES=30 and see that nothing grows; writes build/soak.svg
-	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30) $(ARGS)
 
 image-test: setup ## build the container images and run them; needs docker or podman, says so where there is none
 	$(BIN)/python -m pytest -q -rs -m image tests/images $(ARGS)
