@@ -39,6 +39,7 @@ INSIDE = (
     "target/apply.py",
     "target/keys.py",
     "target/failures/documents.py",
+    "target/ddl/chunks_view.py",
     "target/ddl/relations.py",
     "target/ddl/shared.py",
     "target/ddl/tiers.py",
