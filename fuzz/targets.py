@@ -97,7 +97,7 @@ def _names(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     try:
         name = QualifiedName.parse(text)
-    except ValueError:
+    except CdcsyncError:
         return
     assert QualifiedName.parse(str(name)) == name
 

@@ -128,6 +128,15 @@ class Side:
         self.configure(synchronized_standby_slots="", synchronous_standby_names="", primary_conninfo="")
         old.remove()
 
+    def standby_has(self, slot: str) -> bool:
+        """Say whether the standby would keep a slot when it is promoted."""
+        assert self.standby is not None
+        with psycopg.connect(self.standby.dsn(), autocommit=True) as session:
+            row = session.execute(
+                "SELECT 1 FROM pg_replication_slots WHERE slot_name = %s AND synced AND NOT temporary", [slot]
+            ).fetchone()
+        return row is not None
+
     def drop_standby(self) -> None:
         """Remove a standby that is not needed any more."""
         if self.standby is not None:

@@ -13,7 +13,7 @@ import msgspec
 
 from cdcsync.config import QualifiedName
 from cdcsync.lsn import Lsn
-from cdcsync.model.batch import Batch, PageEnd
+from cdcsync.model.batch import Batch, PageEnd, PageRows
 from cdcsync.model.progress import Progress
 from cdcsync.model.rows import Delete, Key, Shape, Truncation, Upsert, complete
 from cdcsync.model.transactions import Assembler, Committed, Mark
@@ -313,7 +313,7 @@ class Worker:
                 rows.append(Delete(SHAPE, key, 0, mark.lsn, as_written=True))
             else:
                 rows.append(Upsert(SHAPE, key, (key[0], *row), 0, mark.lsn))
-        self.batch.add_page(SHAPE, rows, page.end, mark=mark.content, rewrite=False)
+        self.batch.add_page(PageRows(SHAPE, rows, page.end, mark.content))
 
     def _forget(self, snapshot: Snapshot) -> None:
         waiting = [page.snapshot for page in self.pages.values()]

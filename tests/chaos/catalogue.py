@@ -1,0 +1,331 @@
+"""The catalogue: what must always hold, the code that keeps it and the tests that attack it.
+
+docs/reliability.md is made from it: `python -m tests.chaos.catalogue` writes the page, and a test sees that it is
+current, that every keeper and every attacker exists, and that no property is without an attacker.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from tests.chaos import commits
+from tests.chaos.faults import FAULTS
+from tests.mutants.faults import MUTANTS
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "reliability.md"
+
+
+class Property(msgspec.Struct, frozen=True):
+    """Something that must always hold.
+
+    :param keeper: the code that keeps it, as file:name.
+    :param attackers: names of tests; of faults of the chaos harness; `simulation` is the simulation of pure modules.
+    """
+
+    name: str
+    says: str
+    keeper: str
+    attackers: tuple[str, ...]
+
+
+P = Property
+
+CATALOGUE = (
+    P(
+        "no loss",
+        "Every committed change reaches the index.",
+        "target/session.py:ApplySession",
+        (
+            "test_kill_9_in_the_middle_of_a_stream_of_changes_loses_nothing",
+            "test_an_index_equals_its_source_whatever_went_wrong",
+            "kill -9",
+            "simulation",
+        ),
+    ),
+    P(
+        "no double",
+        "A document is in the index once, however often its changes are delivered.",
+        "target/apply.py:IndexWriter",
+        ("test_a_batch_that_is_delivered_again_changes_nothing_in_the_end", "source connections cut"),
+    ),
+    P(
+        "no resurrection",
+        "A row that was deleted does not come back by a page that was read before.",
+        "model/visibility.py:Deliveries",
+        ("test_changes_that_come_during_the_initial_load_win", "simulation"),
+    ),
+    P(
+        "one transaction",
+        "Chunks and checkpoint of a source transaction commit together.",
+        "target/session.py:ApplySession.apply",
+        (
+            "test_a_batch_commits_its_indexes_its_cursors_and_its_checkpoint_together",
+            "batch written",
+            "batch committed",
+        ),
+    ),
+    P(
+        "the checkpoint is a chain",
+        "It moves only from the value that this worker last saw committed.",
+        "target/pipelines.py:Pipelines._move",
+        (
+            "test_the_checkpoint_moves_only_from_what_was_last_committed",
+            "test_a_target_that_lost_confirmed_changes_under_a_worker_is_a_gap",
+            "target fails over with loss",
+        ),
+    ),
+    P(
+        "acknowledged ≤ checkpoint ≤ received",
+        "The source is told of nothing that is not committed in the target.",
+        "model/progress.py:Progress",
+        ("test_an_index_equals_its_source_whatever_went_wrong", "status sent", "simulation"),
+    ),
+    P(
+        "whole transactions",
+        "The position does not move into a transaction of which a part is applied.",
+        "model/batch.py:Batch",
+        ("test_a_partial_transaction_leaves_the_checkpoint_and_it_never_moves_back", "simulation"),
+    ),
+    P(
+        "one writer",
+        "A worker that lost its lock writes nothing behind its successor's back.",
+        "target/pipelines.py:Pipelines.take_over",
+        ("test_nothing_is_written_under_an_older_fence", "frozen worker overtaken", "fence raised"),
+    ),
+    P(
+        "a gap is said",
+        "Where changes may be missing, the worker stops or reads everything again; it never goes on as if nothing were.",
+        "flows/setup/gaps.py:refuse_gap",
+        (
+            "test_a_slot_that_cannot_send_all_is_a_gap",
+            "test_a_source_restored_from_an_older_backup_is_a_gap",
+            "source fails over with loss",
+        ),
+    ),
+    P(
+        "no gap where none is",
+        "After a crash, a restart or a clean failover nothing is read again.",
+        "flows/setup/gaps.py:refuse_gap",
+        ("source fails over", "target fails over", "source crashes", "target crashes"),
+    ),
+    P(
+        "a resync heals",
+        "After a gap the index equals the source again, rows that are gone included.",
+        "flows/backfill/engine.py:Backfills",
+        ("test_after_a_gap_resync_heals_updates_inserts_and_deletes_alike", "forgotten position committed"),
+    ),
+    P(
+        "newer wins",
+        "A page never overwrites what the stream delivered and the page's snapshot did not see.",
+        "model/visibility.py:Deliveries.hides",
+        (
+            "test_the_index_equals_the_source_whatever_was_written_during_load_replay_and_resync",
+            "test_commits_that_are_delivered_before_they_are_visible_are_not_undone_by_older_rows",
+            "simulation",
+        ),
+    ),
+    P(
+        "large values survive",
+        "A value that an update did not send is read again, never taken for NULL.",
+        "model/rows.py:complete",
+        ("test_unchanged_large_values_survive_updates_of_other_columns", "simulation"),
+    ),
+    P(
+        "what was rolled back never was",
+        "Aborted transactions and savepoints leave nothing, streamed or not.",
+        "source/spool.py:Spool.abort",
+        ("test_what_replays_is_what_was_sent_and_not_rolled_back", "simulation"),
+    ),
+    P(
+        "a prepared transaction counts once it is committed",
+        "Neither before nor twice.",
+        "model/transactions.py:Assembler",
+        (
+            "test_a_prepared_transaction_counts_once_it_is_committed",
+            "test_an_index_equals_its_source_whatever_went_wrong",
+        ),
+    ),
+    P(
+        "a vector belongs to its text",
+        "A vector is never stored for another text than the one it was made of.",
+        "target/backlog.py:Backlog.store",
+        ("test_a_vector_of_a_text_that_has_changed_meanwhile_is_not_stored", "vectors written", "vectors committed"),
+    ),
+    P(
+        "embedded once",
+        "No text is embedded twice, but for a call whose answer was lost.",
+        "flows/embed/dispatcher.py:Dispatcher",
+        (
+            "test_texts_that_changed_while_the_worker_was_away_are_embedded_once_as_they_are_now",
+            "test_an_index_equals_its_source_whatever_went_wrong",
+        ),
+    ),
+    P(
+        "the slot does not wait for a model",
+        "Text, columns and deletes stay current while an embedder is slow, wrong or away.",
+        "flows/embed/loop.py:EmbedLoop",
+        ("test_an_outage_costs_vectors_their_freshness_and_nothing_else", "provider: away", "provider: error 500"),
+    ),
+    P(
+        "a refused text waits alone",
+        "It keeps its error; the others go on.",
+        "target/backlog.py:Backlog.postpone",
+        (
+            "test_a_refused_text_waits_with_its_error_and_all_others_go_on",
+            "failure of a text noted",
+            "provider: too few vectors",
+        ),
+    ),
+    P(
+        "one index's fault is that index's",
+        "It pauses with its reason; the others keep running.",
+        "target/registry.py:Registry.pause",
+        (
+            "test_a_value_that_the_target_refuses_names_its_index_and_nothing_is_written",
+            "broken index paused",
+            "type of a carried column changed",
+        ),
+    ),
+    P(
+        "silence is noticed",
+        "A connection on which nothing comes any more is given up and made again.",
+        "source/slot.py:SlotConnection",
+        (
+            "test_a_connection_that_falls_silent_is_noticed_told_of_and_made_again",
+            "source half-open",
+            "target half-open",
+        ),
+    ),
+    P(
+        "servers may restart",
+        "The worker outlives either server and finds it again.",
+        "worker/pipeline.py:Pipeline.stream_for_ever",
+        (
+            "test_servers_that_restart_or_crash_are_found_again",
+            "source restarts",
+            "target restarts",
+            "target unreachable",
+        ),
+    ),
+    P(
+        "a killed worker leaves nothing behind",
+        "No half-made slot, no session in a lock's queue, no index that stays invalid.",
+        "source/slot.py:SlotConnection.create_slot",
+        (
+            "test_a_process_killed_while_its_slot_waits_for_a_transaction_leaves_no_slot_behind",
+            "test_a_worker_that_is_killed_while_it_waits_for_a_lock_leaves_no_session_in_the_queue",
+            "invalid search index dropped",
+        ),
+    ),
+    P(
+        "partitions are followed",
+        "What comes and goes with a partition comes and goes in the index, though no message tells of it.",
+        "flows/setup/partitions.py:follow_partitions",
+        ("test_a_partition_may_be_emptied_by_itself", "partition detached and attached", "partitions committed"),
+    ),
+    P(
+        "the audit finds",
+        "What no rule foresaw is found by comparison, counted and read again.",
+        "flows/audit/verification.py:mend",
+        (
+            "test_what_differs_is_found_counted_by_kind_and_read_again_and_the_index_is_proven_equal",
+            "verify --repair in between",
+            "audit finished",
+        ),
+    ),
+    P(
+        "any bytes",
+        "Whatever a server or a provider sends gives a value or an error of ours, never another one.",
+        "pgoutput/decode.py:decode",
+        (
+            "test_any_bytes_give_a_message_or_a_malformed_message",
+            "test_any_bytes_give_a_frame_or_a_malformed_message",
+            "provider: bytes that are no text",
+        ),
+    ),
+)
+"""All properties."""
+
+
+def tests() -> dict[str, str]:
+    """Return the file of every test, by its name."""
+    return {
+        node.name: str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    }
+
+
+def faults(properties: Sequence[Property] = CATALOGUE) -> list[str]:
+    """Return which keepers and attackers there are not, and which properties have no attacker."""
+    known = tests()
+    others = {*FAULTS, *commits.points(), "simulation"}
+    found = [f"{one.name} has no attacker" for one in properties if not one.attackers]
+    for one in properties:
+        found += [
+            f"{one.name}: there is no {name}" for name in one.attackers if name not in known and name not in others
+        ]
+        file, _, name = one.keeper.partition(":")
+        path = ROOT / "cdcsync" / file
+        if not path.exists() or not _has(ast.parse(path.read_text()), name.split(".")):
+            found.append(f"{one.name}: there is no {one.keeper}")
+    return found
+
+
+def _has(tree: ast.AST, names: list[str]) -> bool:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == names[0]:
+            return len(names) == 1 or _has(node, names[1:])
+    return False
+
+
+def page() -> str:
+    """Return the page."""
+    known = tests()
+    lines = [
+        "# Reliability",
+        "",
+        "<!-- Made by `python -m tests.chaos.catalogue`; change tests/chaos/catalogue.py instead. -->",
+        "",
+        "What must always hold, the code that keeps it, and what attacks it. Four kinds of attack stand behind the names:",
+        "",
+        "- **Tests** run with `make test`, on real PostgreSQL servers.",
+        "- **Chaos** (`make chaos SEEDS=200`): histories from seeds with real worker processes, two servers that crash and"
+        " fail over, a writer and a provider. It counts each fault that took effect and each crash point at which a worker"
+        " died, and fails where one never did. At the end an oracle in plain SQL compares every index with its source."
+        " `make chaos SEED=17` runs one history again; the seed decides what happens, the machine decides how fast.",
+        "- **Simulation** (`make simulate`): the pure modules under a seeded scheduler, with a source and a target in memory"
+        " that lie in the ways real ones can. It is exact: a seed always gives the same history, and a failing one is made"
+        " smaller.",
+        "- **Known faults put back** (`make mutants`): each of the faults listed at the end is put into a copy of the code,"
+        " one at a time, and has to be found.",
+        "",
+        f"There are {len(CATALOGUE)} properties, {len(FAULTS)} faults, {len(set(commits.points()))} crash points and"
+        f" {len(MUTANTS)} known faults.",
+        "",
+        "## Properties",
+        "",
+        "| Property | Kept by | Attacked by |",
+        "|---|---|---|",
+    ]
+    for one in CATALOGUE:
+        attackers = [f"`{known[name]}::{name}`" if name in known else f"chaos: {name}" for name in one.attackers]
+        attackers = ["the simulation" if name == "chaos: simulation" else name for name in attackers]
+        lines.append(f"| **{one.name}**: {one.says} | `cdcsync/{one.keeper}` | {'<br>'.join(attackers)} |")
+    lines += ["", "## Faults of the chaos harness", ""]
+    lines += [f"- {name}" for name in sorted(FAULTS)]
+    lines += ["", "## Crash points", "", "A worker is killed directly after each of these (`CDCSYNC_CRASH_AT`).", ""]
+    lines += [f"- {name}" for name in sorted(set(commits.points()))]
+    lines += ["", "## Known faults put back", "", "| Fault | Found by |", "|---|---|"]
+    lines += [f"| {one.name} | {one.found_by}{': ' + one.fault if one.fault else ''} |" for one in MUTANTS]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
