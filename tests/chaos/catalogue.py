@@ -99,7 +99,7 @@ CATALOGUE = (
     ),
     P(
         "a gap is said",
-        "Where changes may be missing, the worker stops or reads everything again; it never goes on as if nothing were.",
+        "Where changes may be missing, the worker stops or reads everything again.",
         "flows/setup/gaps.py:refuse_gap",
         (
             "test_a_slot_that_cannot_send_all_is_a_gap",
@@ -293,18 +293,18 @@ def page() -> str:
         "",
         "<!-- Made by `python -m tests.chaos.catalogue`; change tests/chaos/catalogue.py instead. -->",
         "",
-        "What must always hold, the code that keeps it, and what attacks it. Four kinds of attack stand behind the names:",
+        "What must always hold, the code that keeps it, and what attacks it. There are four kinds of attack:",
         "",
         "- **Tests** run with `make test`, on real PostgreSQL servers.",
-        "- **Chaos** (`make chaos SEEDS=200`): histories from seeds with real worker processes, two servers that crash and"
-        " fail over, a writer and a provider. It counts each fault that took effect and each crash point at which a worker"
-        " died, and fails where one never did. At the end an oracle in plain SQL compares every index with its source."
+        "- **Chaos** (`make chaos SEEDS=200`): histories from seeds with real worker processes, two servers that crash"
+        " and fail over, a writer and a provider. It counts each fault that took effect and each crash point at which a"
+        " worker died, and fails where one never did. At the end an oracle in plain SQL compares every index with its source."
         " `make chaos SEED=17` runs one history again; the seed decides what happens, the machine decides how fast.",
-        "- **Simulation** (`make simulate`): the pure modules under a seeded scheduler, with a source and a target in memory"
-        " that lie in the ways real ones can. It is exact: a seed always gives the same history, and a failing one is made"
-        " smaller.",
-        "- **Known faults put back** (`make mutants`): each of the faults listed at the end is put into a copy of the code,"
-        " one at a time, and has to be found.",
+        "- **Simulation** (`make simulate`): the pure modules under a seeded scheduler, with a source and a target in"
+        " memory that lie in the ways real ones can. It is exact: a seed always gives the same history, and a failing one is"
+        " made smaller.",
+        "- **Known faults put back** (`make mutants`): each of the faults listed at the end is put into a copy of the"
+        " code, one at a time, and has to be found.",
         "",
         f"There are {len(CATALOGUE)} properties, {len(FAULTS)} faults, {len(set(commits.points()))} crash points and"
         f" {len(MUTANTS)} known faults.",

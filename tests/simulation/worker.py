@@ -16,7 +16,7 @@ from cdcsync.lsn import Lsn
 from cdcsync.model.batch import Batch, PageEnd, PageRows
 from cdcsync.model.progress import Progress
 from cdcsync.model.rows import Delete, Key, Shape, Truncation, Upsert, complete
-from cdcsync.model.transactions import Assembler, Committed, Mark
+from cdcsync.model.transactions import Assembler, Began, Committed, Mark
 from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.pgoutput.messages import (
     Begin,
@@ -160,6 +160,8 @@ class Worker:
     def _hand_on(self, message: PgoutputMessage) -> None:
         for event in self.assembler.feed(message):
             match event:
+                case Began():
+                    pass
                 case Committed():
                     if self.batch or self.batch.pages:
                         self.batch.commit(event)
