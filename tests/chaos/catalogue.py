@@ -298,11 +298,11 @@ def page() -> str:
         "- **Tests** run with `make test`, on real PostgreSQL servers.",
         "- **Chaos** (`make chaos SEEDS=200`): histories from seeds with real worker processes, two servers that crash"
         " and fail over, a writer and a provider. It counts each fault that took effect and each crash point at which a"
-        " worker died, and fails where one never did. At the end an oracle in plain SQL compares every index with its source."
-        " `make chaos SEED=17` runs one history again; the seed decides what happens, the machine decides how fast.",
+        " worker died, and fails where one never did. At the end an oracle in plain SQL compares every index with its"
+        " source. `make chaos SEED=17` runs one history again; the seed decides what happens, the machine decides how fast.",
         "- **Simulation** (`make simulate`): the pure modules under a seeded scheduler, with a source and a target in"
-        " memory that lie in the ways real ones can. It is exact: a seed always gives the same history, and a failing one is"
-        " made smaller.",
+        " memory that lie in the ways real ones can. It is exact: a seed always gives the same history, and a failing"
+        " one is made smaller.",
         "- **Known faults put back** (`make mutants`): each of the faults listed at the end is put into a copy of the"
         " code, one at a time, and has to be found.",
         "",
