@@ -299,7 +299,7 @@ def page() -> str:
         "- **Chaos** (`make chaos SEEDS=200`): histories from seeds with real worker processes, two servers that crash"
         " and fail over, a writer and a provider. It counts each fault that took effect and each crash point at which a"
         " worker died, and fails where one never did. At the end an oracle in plain SQL compares every index with its"
-        " source. `make chaos SEED=17` runs one history again; the seed decides what happens, the machine decides how fast.",
+        " source. `make chaos SEED=17` runs one history again: the seed decides what happens, the machine how fast.",
         "- **Simulation** (`make simulate`): the pure modules under a seeded scheduler, with a source and a target in"
         " memory that lie in the ways real ones can. It is exact: a seed always gives the same history, and a failing"
         " one is made smaller.",
