@@ -124,9 +124,10 @@ async def set_up_indexes(target: Connection, config: Config, specs: Sequence[Ind
 async def let_go(target: Connection, config: Config) -> None:
     """Note which indexes of this pipeline the configuration no longer has: nothing keeps them in step from now on."""
     with speaking_of("target"):
-        for index in await Registry(config.target.schema).note_followed(
-            target, config.source.slot, list(config.indexes)
-        ):
+        registry = Registry(config.target.schema)
+        gone = await registry.note_followed(target, config.source.slot, list(config.indexes))
+        crash_point("indexes let go")
+        for index in gone:
             log.warning("index_unfollowed", index=index, fix=f"put it back, or remove it: cdcsync drop {index}")
 
 
