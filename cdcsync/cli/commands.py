@@ -228,42 +228,6 @@ def status(
         printing.print_status(found)
 
 
-@app.command(
-    epilog="""By meaning and by words: `cdcsync search articles "how do I reset my password"`
-
-    Among some rows: `cdcsync search articles refund --where "tenant = 7"`
-
-    By the words alone, without loading a model: `cdcsync search articles '"error 1234"' --mode text`"""
-)
-def search(
-    context: typer.Context,
-    index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to look for.")],
-    config: ConfigOption = None,
-    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many hits.")] = 10,
-    mode: Annotated[
-        Mode, typer.Option(help="By nearness of meaning (vector), by words (text), or by both, fused by rank (hybrid).")
-    ] = Mode.hybrid,
-    where: Annotated[
-        str | None,
-        typer.Option(metavar="SQL", help="A condition on key and carried columns, run read-only.", show_default=False),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Search an index, as your users would.
-
-    Embeds the text with the index's own model and asks the target; needs neither the source nor a running worker.
-    """
-    from cdcsync.cli import printing, queries
-
-    configuration = _load(context, config)
-    hits = _wait_for(lambda: queries.search_index(configuration, index, text, k=k, mode=mode.value, where=where))
-    if as_json:
-        printing.print_json(hits)
-    else:
-        printing.print_hits(hits)
-
-
 @config_commands.command()
 def show(context: typer.Context, config: ConfigOption = None) -> None:
     """Print the file in effect: every key, defaults filled in, secrets hidden."""

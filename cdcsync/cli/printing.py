@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from cdcsync.status import Status
     from cdcsync.target.search import Hit
 
+MARKS = ("\ue000", "\ue001")
+"""What the server puts around matched words: characters for private use, which texts do not have."""
+
+BAR = 10
+"""Characters of the bar that shows each leg's share of a score."""
+
 SHOWN_LINES = 4
 """Lines of a chunk that are shown: enough to recognise it; --json has all of it."""
 
@@ -103,8 +109,12 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def print_hits(hits: Sequence[Hit]) -> None:
-    """Print hits, the best first, with the beginning of their text."""
+def print_hits(hits: Sequence[Hit], *, indexes: Sequence[str] | None = None, explain: bool = False) -> None:
+    """Print hits, the best first, with the part of their text that matches, or its beginning.
+
+    :param indexes: the index that each hit is of, where there are several.
+    :param explain: also print the places in both legs and how well the words match.
+    """
     from rich.text import Text
 
     out = console()
@@ -112,11 +122,17 @@ def print_hits(hits: Sequence[Hit]) -> None:
         out.print("nothing was found")
     for place, hit in enumerate(hits, 1):
         key = ", ".join(f"{name}={plain(str(value))}" for name, value in hit.key.items())
+        if indexes is not None:
+            key = f"{indexes[place - 1]} {key}"
         figures = [f"score {hit.score:.4f}"]
         if hit.distance is not None:
             figures.append(f"distance {hit.distance:.4f}")
         if hit.text_rank is not None:
-            figures.append(f"text rank {hit.text_rank:.3g}")
+            figures.append(f"text rank {hit.text_rank}")
+        if explain and hit.vector_rank is not None:
+            figures.append(f"vector rank {hit.vector_rank}")
+        if explain and hit.text_score is not None:
+            figures.append(f"text score {hit.text_score:.3f}")
         carried = [f"{name}={plain(str(value))}" for name, value in hit.carried.items()]
         out.print(
             Text.assemble(
@@ -124,11 +140,46 @@ def print_hits(hits: Sequence[Hit]) -> None:
                 (key, "bold"),
                 f"  chunk {hit.chunk_no}  " if hit.chunk_no else "  ",
                 ("  ".join(figures), "cyan"),
+                *shares(hit),
                 ("  its vector is not up to date" if hit.stale else "", "yellow"),
                 f"\n     {'  '.join(carried)}" if carried else "",
             )
         )
-        out.print(Text(excerpt(hit.content, indent="     "), "dim"))
+        out.print(matched(hit))
+
+
+def shares(hit: Hit) -> list[str | tuple[str, str]]:
+    """Return a bar of how much of a score comes from the vector leg and from the keyword leg; empty for one leg."""
+    if hit.vector_rank is None or hit.text_rank is None:
+        return []
+    by_vector, by_text = 1 / (60 + hit.vector_rank), 1 / (60 + hit.text_rank)
+    width = round(BAR * by_vector / (by_vector + by_text))
+    return ["  meaning ", ("█" * width, "blue"), ("█" * (BAR - width), "magenta"), " words"]
+
+
+def matched(hit: Hit) -> Text:
+    """Return the part of a hit's text in which words matched, those in bold; else the beginning of its text."""
+    from rich.text import Text
+
+    opening, closing = MARKS
+    if not hit.headline or opening not in hit.headline:
+        return Text(excerpt(hit.content, indent="     "), "dim")
+    text = Text("     ", "dim")
+    for piece in hit.headline.replace("\n", " ").split(opening):
+        word, found, rest = piece.partition(closing)
+        if found:
+            text.append(plain(word), "not dim bold")
+        text.append(plain(rest if found else piece))
+    return text
+
+
+def print_plan(title: str, lines: Sequence[str]) -> None:
+    """Print how the server executed a statement."""
+    from rich.text import Text
+
+    out = console()
+    out.print(Text(f"\n{title}", "bold"))
+    out.print(Text("\n".join(f"     {line}" for line in lines), "dim"))
 
 
 def excerpt(content: str, *, indent: str = "", lines: int = SHOWN_LINES) -> str:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
-from cdcsync.errors import SetupError, SourceUnavailable, Unavailable
+from cdcsync.errors import SourceUnavailable, Unavailable
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from cdcsync.config import Config
     from cdcsync.postgres.sessions import Session
     from cdcsync.preflight import Finding
     from cdcsync.status import Status
-    from cdcsync.target.search import Hit
 
 WATCH_EVERY_S = 1.0
 """How often a watched status is read: as often as a person can follow, and a few cheap queries each time."""
@@ -99,41 +95,3 @@ async def watch_status(config: Config, *, as_json: bool) -> None:
                 else:
                     out.print(shown, "")
                 await anyio.sleep(WATCH_EVERY_S)
-
-
-async def search_index(
-    config: Config, name: str, text: str, *, k: int, mode: Literal["hybrid", "vector", "text"], where: str | None
-) -> list[Hit]:
-    """Search an index of the configuration, with the query embedded by the index's own model.
-
-    :raises UsageError: there is no such index, or the condition cannot be used.
-    :raises SetupError: the target does not hold the index, or the embedder cannot be used or is of another model.
-    """
-    from cdcsync.postgres.sessions import connect
-    from cdcsync.target.search import search, stored_spec
-
-    index = config.index_named(name)
-    schema = config.target.schema
-    async with await connect(config.target.dsn, "target", application_name="cdcsync search") as connection:
-        spec = await stored_spec(connection, schema, name, index)
-        vector = None if mode == "text" else await _embed_query(config, index.embedder, spec.model, text)
-        return await search(connection, schema, spec, text=text, vector=vector, k=k, mode=mode, where=where)
-
-
-async def _embed_query(config: Config, name: str, model: str, text: str) -> npt.NDArray[np.float32]:
-    """Return the query's vector, by the model that made the index's vectors."""
-    from cdcsync.embedders import make_embedder
-
-    embedder = make_embedder(name, config.embedders[name])
-    if embedder.identity != model:
-        raise SetupError(
-            f"the index's vectors were made by {model}, this embedder is {embedder.identity}",
-            where=f"embedders.{name}",
-            hint="search with the configuration that the worker runs with, or by the words alone with --mode text",
-        )
-    try:
-        await embedder.open()
-        (vector,) = await embedder.embed([text], kind="query")
-        return cast("npt.NDArray[np.float32]", vector)
-    finally:
-        await embedder.aclose()

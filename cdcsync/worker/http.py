@@ -5,6 +5,7 @@
                as ready, which lets an orchestrator replace workers one by one
     /metrics   for Prometheus, in the text format or OpenMetrics, as the client asks
     /status    the status as JSON (docs/status.md); 503 with the error when the target does not answer
+    /embed     POST: the vector of a query, for commands on this machine
     /          a page that shows /status and /metrics, every second
 
 There is no login: who may see table names and counts is decided by where `worker.listen` listens. What a browser could
@@ -21,6 +22,7 @@ import base64
 import contextlib
 import errno
 import hashlib
+import ipaddress
 import logging
 import re
 import socket
@@ -143,8 +145,23 @@ class _Readings:
                 return self._body
 
 
-def make_app(view: WorkerView) -> Starlette:
-    """Return the application that shows one worker."""
+EmbedQuery = Callable[[str, str], Awaitable[tuple[str, list[float]]]]
+"""Makes the vector of a query with the embedder of a name; returns the model's identity and the vector."""
+
+MAX_QUERY_BYTES = 1_000_000
+"""The most bytes of a request to embed a query."""
+
+
+class _Query(msgspec.Struct, frozen=True):
+    embedder: str
+    text: str
+
+
+def make_app(view: WorkerView, *, embed: EmbedQuery | None = None) -> Starlette:
+    """Return the application that shows one worker.
+
+    :param embed: also answer POST /embed by it, to programs on this machine.
+    """
     readings = _Readings(view)
 
     async def livez(_: Request) -> Response:
@@ -180,6 +197,25 @@ def make_app(view: WorkerView) -> Starlette:
     async def page(_: Request) -> Response:
         return HTMLResponse(_PAGE)
 
+    async def embedded(request: Request) -> Response:
+        if not _is_local(request):
+            return _json({"error": "queries are embedded for programs on this machine alone"}, 403)
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_QUERY_BYTES:
+                return _json({"error": "the query is too long"}, 413)
+        try:
+            query = msgspec.json.decode(body, type=_Query)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return _json({"error": "expected JSON with embedder and text"}, 400)
+        assert embed is not None
+        try:
+            model, vector = await embed(query.embedder, query.text)
+        except CdcsyncError as error:
+            return _json({"error": error.message, "where": error.where, "hint": error.hint}, 503)
+        return _json({"model": model, "vector": vector}, 200)
+
     endpoints: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/livez": livez,
         "/readyz": readyz,
@@ -187,13 +223,29 @@ def make_app(view: WorkerView) -> Starlette:
         "/status": status,
         "/": page,
     }
+    routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in endpoints.items()]
+    if embed is not None:
+        routes.append(Route("/embed", embedded, methods=["POST"]))
     app = Starlette(
-        routes=[Route(path, endpoint, methods=["GET"]) for path, endpoint in endpoints.items()],
+        routes=routes,
         middleware=[Middleware(_Secured)],
         exception_handlers={Exception: _broken},
     )
     app.router.redirect_slashes = False
     return app
+
+
+def _is_local(request: Request) -> bool:
+    """Whether a program on this machine asks, and neither a page in a browser nor a name that leads here by DNS."""
+    host = (request.url.hostname or "").strip("[]")
+    peer = request.client.host if request.client is not None else ""
+    try:
+        local = ipaddress.ip_address(peer).is_loopback
+        named = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+    headers = request.headers
+    return local and named and headers.get("content-type") == "application/json" and "origin" not in headers
 
 
 def _json(content: object, code: int) -> Response:

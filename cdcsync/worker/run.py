@@ -188,4 +188,4 @@ async def _serve(
         log.info("listening", host=host, port=actual)
         task_status.started()
 
-    await http.serve(http.make_app(state), host, port, started=bound)
+    await http.serve(http.make_app(state, embed=state.embed_query), host, port, started=bound)

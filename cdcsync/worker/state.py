@@ -17,7 +17,7 @@ import structlog
 
 from cdcsync import tracing
 from cdcsync.config import Config
-from cdcsync.errors import SourceUnavailable, Unavailable
+from cdcsync.errors import EmbedderUnavailable, SourceUnavailable, Unavailable
 from cdcsync.flows.embed import Dispatcher
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
@@ -32,6 +32,9 @@ GAUGES_S = 2.0
 
 GAUGES_SHARE = 0.05
 """How much of the time they may be read, which takes the longer the more indexes there are."""
+
+QUERY_S = 4.0
+"""How long a query may wait for its vector behind the worker's own texts; whoever asks can load the model instead."""
 
 ALIVE_WITHIN_S = 30.0
 """The loop is alive if it turned within this time; the longest uninterrupted step is a batch being decoded."""
@@ -105,6 +108,21 @@ class WorkerState:
         """Go by another configuration, in what may change while the worker works."""
         self.config = config
         self._reconfigure(config)
+
+    async def embed_query(self, name: str, text: str) -> tuple[str, list[float]]:
+        """Return the identity of an embedder's model, and the vector that it makes of a query.
+
+        :raises EmbedderUnavailable: there is no such embedder, or it is away or busy.
+        :raises TextRejected: it refuses the text.
+        """
+        dispatcher = self._dispatchers.get(name)
+        if dispatcher is not None and dispatcher.problem is None:
+            with anyio.move_on_after(QUERY_S):
+                vectors = await dispatcher.embedder.embed([text], kind="query")
+                return dispatcher.embedder.identity, [float(one) for one in vectors[0]]
+        raise EmbedderUnavailable(
+            "the worker cannot embed this query now", where=f"embedders.{name}", hint="see `cdcsync status`"
+        )
 
     def alive(self) -> bool:
         """Whether the event loop turns."""

@@ -21,7 +21,7 @@ import msgspec
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cdcsync.errors import SetupError, TargetUnavailable
+from cdcsync.errors import EmbedderUnavailable, SetupError, TargetUnavailable
 from cdcsync.metrics import Metrics
 from cdcsync.status import BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus
 from cdcsync.target.evaluations import Recall
@@ -435,3 +435,40 @@ async def test_scrapers_that_come_together_are_given_one_exposition(
     assert (await client.ask("/metrics")).body == before.body
     openmetrics = await client.ask("/metrics", accept="application/openmetrics-text; version=1.0.0")
     assert b"cdcsync_transactions_total 1.0" in openmetrics.body
+
+
+# -- queries --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_query_is_embedded_for_programs_on_this_machine_alone(view: View) -> None:
+    async def embed(name: str, text: str) -> tuple[str, list[float]]:
+        if name != "minilm":
+            raise EmbedderUnavailable("there is no such embedder")
+        return "model", [float(len(text)), 0.5]
+
+    query = b'{"embedder": "minilm", "text": "four"}'
+    async with serving(view, app=endpoints.make_app(view, embed=embed)) as client:
+
+        def post(content: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+            connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
+            try:
+                connection.request("POST", "/embed", content, {"Content-Type": "application/json"} | headers)
+                answer = connection.getresponse()
+                return answer.status, answer.read()
+            finally:
+                connection.close()
+
+        async def asked(content: bytes = query, **headers: str) -> tuple[int, bytes]:
+            return await anyio.to_thread.run_sync(
+                post, content, {name.replace("_", "-"): value for name, value in headers.items()}
+            )
+
+        assert await asked() == (200, b'{"model":"model","vector":[4.0,0.5]}')
+        assert (await asked(Host="localhost:1"))[0] == 200
+        assert (await asked(Host="evil.example"))[0] == 403  # a name by which a browser was led here
+        assert (await asked(Origin="http://evil.example"))[0] == 403
+        assert (await asked(Content_Type="text/plain"))[0] == 403
+        assert (await asked(b"\xff"))[0] == 400
+        assert (await asked(query.replace(b"minilm", b"other")))[0] == 503
+    async with serving(view) as client:
+        assert (await client.ask("/embed", "POST")).code == 404

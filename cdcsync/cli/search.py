@@ -1,0 +1,235 @@
+"""`cdcsync search`: searches indexes, as applications do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
+
+import typer
+
+from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption, Mode
+from cdcsync.cli.printing import MARKS
+from cdcsync.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from cdcsync.config import Config
+    from cdcsync.target.search import Hit, Plan
+
+EPILOG = """By meaning and by words: `cdcsync search articles "how do I reset my password"`
+
+    Several indexes: `cdcsync search articles notes "how do I reset my password"`
+
+    Among some rows: `cdcsync search articles refund --filter tenant=7 --filter "created_at>=2026-01-01"`
+
+    By the words alone, without a model: `cdcsync search articles '"error 1234"' --mode text`
+
+    Why in this order? `cdcsync search articles refund --explain`"""
+
+HEADLINE = f"StartSel={MARKS[0]}, StopSel={MARKS[1]}, MaxFragments=2, MaxWords=30, MinWords=12"
+
+_OPERATORS = {"=": "eq", "!=": "ne", "<": "lt", "<=": "lte", ">": "gt", ">=": "gte", "~": "like"}
+_FILTER = re.compile(r"([^=<>!~]+?)\s*(!=|<=|>=|=|<|>|~)\s*(.*)", re.DOTALL)
+
+
+class Found(NamedTuple):
+    """A hit and the index that it is of."""
+
+    name: str
+    hit: Hit
+
+
+class Answer:
+    """What a search found, and how."""
+
+    def __init__(self) -> None:
+        self.found: list[Found] = []
+        self.plans: dict[str, list[Plan]] = {}
+
+
+def search(
+    context: typer.Context,
+    index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[INDEX]... TEXT", help="Names of more indexes, and last what to look for."),
+    ],
+    config: ConfigOption = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many hits.")] = 10,
+    mode: Annotated[
+        Mode, typer.Option(help="By nearness of meaning (vector), by words (text), or by both, fused by rank (hybrid).")
+    ] = Mode.hybrid,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            metavar="COLUMN=VALUE",
+            help="Only rows with this value; also !=, <, <=, >, >= and ~ (LIKE). Several must all hold; a column that"
+            " is given several values with = may have any of them.",
+            show_default=False,
+        ),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="SQL", help="A condition on key and carried columns, run read-only.", show_default=False),
+    ] = None,
+    per_document: Annotated[
+        bool, typer.Option("--per-document/--chunks", help="Each document once, by its best chunk, or every chunk.")
+    ] = True,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out so many of the first hits.")] = 0,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show places and score of both legs, and how the server executed them.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Search indexes, as your users would.
+
+    Embeds the text with the model of each index, by a running worker if there is one on this machine, and asks the
+    target. Needs neither the source nor a worker.
+    """
+    import anyio
+
+    from cdcsync.cli import printing
+
+    configuration = context.ensure_object(Invocation).load(config)
+    *more, text = words
+    names = list(dict.fromkeys([index, *more]))
+    if not text.strip():
+        raise UsageError("the text is blank", where="TEXT", hint="say what to look for")
+    answer = anyio.run(
+        lambda: find(
+            configuration,
+            names,
+            text,
+            k=k,
+            mode=mode.value,
+            filter_=parse_filters(filters or ()),
+            where=where,
+            per_document=per_document,
+            skip=skip,
+            explain=explain,
+        )
+    )
+    if as_json:
+        import msgspec
+
+        hits = [{"index": one.name, **msgspec.to_builtins(one.hit, enc_hook=str)} for one in answer.found]
+        plans = {name: [msgspec.to_builtins(plan) for plan in plans] for name, plans in answer.plans.items()}
+        printing.print_json({"hits": hits, "plans": plans} if explain else hits)
+        return
+    printing.print_hits(
+        [one.hit for one in answer.found],
+        indexes=[one.name for one in answer.found] if len(names) > 1 else None,
+        explain=explain,
+    )
+    for name, plans_ in answer.plans.items():
+        for plan in plans_:
+            printing.print_plan(f"{name}: {plan.leg}", plan.lines)
+
+
+def parse_filters(given: Sequence[str]) -> dict[str, Any]:
+    """Return a filter made of `column=value` and the like.
+
+    :raises UsageError: one of them is not of that form.
+    """
+    parsed: dict[str, Any] = {}
+    for one in given:
+        match = _FILTER.fullmatch(one.strip())
+        if match is None:
+            raise UsageError(
+                "a filter is a column, an operator and a value",
+                where=f"--filter {one}",
+                hint='write tenant=3, "created_at>=2026-01-01" or "title~%login%"',
+            )
+        column, sign, value = match.groups()
+        operators = parsed.setdefault(column, {})
+        if sign == "=":
+            operators.setdefault("in", []).append(value)
+        elif _OPERATORS[sign] in operators:
+            raise UsageError(f"{column} has {sign} twice", where=f"--filter {one}", hint="leave one of them out")
+        else:
+            operators[_OPERATORS[sign]] = value
+    return parsed
+
+
+async def find(
+    config: Config,
+    names: Sequence[str],
+    text: str,
+    *,
+    k: int,
+    mode: Literal["hybrid", "vector", "text"],
+    filter_: dict[str, Any],
+    where: str | None,
+    per_document: bool,
+    skip: int,
+    explain: bool,
+) -> Answer:
+    """Search indexes of the configuration, each with the query embedded by its own model; the best hits of all.
+
+    :raises UsageError: there is no such index, or an argument cannot be used.
+    :raises SetupError: the target does not hold an index, or its embedder cannot be used or is of another model.
+    """
+    from cdcsync.postgres.sessions import connect
+    from cdcsync.target.search import check_condition, search, stored_spec
+
+    schema = config.target.schema
+    answer = Answer()
+    vectors: dict[str, npt.NDArray[np.float32]] = {}
+    indexes = {name: config.index_named(name) for name in names}
+    async with await connect(config.target.dsn, "target", application_name="cdcsync search") as connection:
+        specs = {name: await stored_spec(connection, schema, name, index) for name, index in indexes.items()}
+        for spec in specs.values():
+            # A wrong condition is told before a model is loaded, which takes seconds.
+            await check_condition(connection, schema, spec, where)
+        for name, spec in specs.items():
+            embedder = spec.config.embedder
+            if mode != "text" and embedder not in vectors:
+                vectors[embedder] = await embed_query(config, embedder, spec.model, text)
+            plans: list[Plan] = []
+            hits = await search(
+                connection,
+                schema,
+                spec,
+                text=text,
+                vector=None if mode == "text" else vectors[embedder],
+                k=k if len(specs) == 1 else k + skip,
+                skip=skip if len(specs) == 1 else 0,
+                mode=mode,
+                filter=filter_,
+                where=where,
+                per_document=per_document,
+                headline=HEADLINE,
+                plans=plans if explain else None,
+            )
+            answer.found += [Found(name, hit) for hit in hits]
+            if explain:
+                answer.plans[name] = plans
+    if len(specs) > 1:
+        # Scores come from places, so those of several indexes can be compared.
+        answer.found = sorted(answer.found, key=lambda one: -one.hit.score)[skip : skip + k]
+    return answer
+
+
+async def embed_query(config: Config, name: str, model: str, text: str) -> npt.NDArray[np.float32]:
+    """Return the query's vector, by the model that made the index's vectors: a running worker's, or one loaded here."""
+    import numpy as np
+
+    from cdcsync.cli.beside import embedded_by_worker
+
+    vector = await embedded_by_worker(config, name, model, text)
+    if vector is not None:
+        return np.asarray(vector, dtype=np.float32)
+    from cdcsync.embedders import make_embedder, require_model
+
+    embedder = make_embedder(name, config.embedders[name])
+    require_model(embedder, model)
+    try:
+        await embedder.open()
+        (made,) = await embedder.embed([text], kind="query")
+        return cast("npt.NDArray[np.float32]", made)
+    finally:
+        await embedder.aclose()

@@ -1,0 +1,57 @@
+"""`cdcsync search`: filters as words of the command line, and how hits are shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cdcsync.cli.printing import MARKS, matched, print_hits, shares
+from cdcsync.cli.search import parse_filters
+from cdcsync.errors import UsageError
+from cdcsync.target.search import Hit
+
+
+def make_hit(**more: Any) -> Hit:
+    facts: dict[str, Any] = {"key": {"id": 7}, "carried": {}, "chunk_no": 0, "content": "a text", "score": 0.03}
+    return Hit(**facts | {"distance": None, "text_rank": None, "stale": False} | more)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["tenant=3"], {"tenant": {"in": ["3"]}}),
+        (["status=open", "status=new"], {"status": {"in": ["open", "new"]}}),
+        (["made>=2026-01-01", "made < 2026-02-01"], {"made": {"gte": "2026-01-01", "lt": "2026-02-01"}}),
+        (["title~%a=b%", "n!=4"], {"title": {"like": "%a=b%"}, "n": {"ne": "4"}}),
+        (["name="], {"name": {"in": [""]}}),
+    ],
+)
+def test_filters_are_columns_operators_and_values(given: list[str], wanted: dict[str, Any]) -> None:
+    assert parse_filters(given) == wanted
+
+
+@pytest.mark.parametrize("given", [["tenant"], ["=3"], ["n>1", "n>2"]])
+def test_what_is_not_a_filter_is_refused_with_the_form_of_one(given: list[str]) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_filters(given)
+    assert refused.value.hint
+
+
+def test_words_that_matched_are_bold_and_nothing_else_of_the_text_acts_on_a_terminal() -> None:
+    opening, closing = MARKS
+    text = matched(make_hit(headline=f"forgot my {opening}login{closing}\x1b[2J now"))
+    assert text.plain == "     forgot my login·[2J now"
+    assert [text.plain[span.start : span.end] for span in text.spans if "bold" in str(span.style)] == ["login"]
+    assert matched(make_hit(headline="no mark")).plain == "     a text"
+
+
+def test_the_bar_shows_how_much_each_leg_gave() -> None:
+    assert shares(make_hit(text_rank=1)) == []
+    bar = shares(make_hit(text_rank=1, vector_rank=1))
+    assert [part for part in bar if isinstance(part, tuple)] == [("█" * 5, "blue"), ("█" * 5, "magenta")]
+
+
+def test_hits_of_several_indexes_say_which(capsys: pytest.CaptureFixture[str]) -> None:
+    print_hits([make_hit(vector_rank=2, text_score=1.5)], indexes=["notes"], explain=True)
+    assert capsys.readouterr().out.splitlines()[0] == "  1  notes id=7  score 0.0300  vector rank 2  text score 1.500"
