@@ -10,8 +10,8 @@ from typing import NoReturn
 
 import typer
 
-from cdcsync.cli import evaluate, failures, replay, search, teardown, verify
-from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app
+from cdcsync.cli import evaluate, failures, replay, search, shipped, teardown, verify
+from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app, config_commands
 from cdcsync.cli.streams import ReaderGone, guarded
 from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
 
@@ -22,6 +22,7 @@ READER_GONE = 141
 """What shells report of a program that a closed pipe ended: 128 + SIGPIPE. A status of 1 would say that the command
 failed, as `verify | head` does when the index differs."""
 
+config_commands.add_typer(shipped.commands)
 app.command(epilog=search.EPILOG)(search.search)
 app.command(epilog=replay.EPILOG)(replay.replay)
 app.command(epilog=verify.EPILOG)(verify.verify)

@@ -32,7 +32,7 @@ def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Config:
         raise ConfigError(
             "there is no such file",
             where=where,
-            hint="name the file with -c FILE or CDCSYNC_CONFIG; config/cdcsync.example.toml is one to start from",
+            hint="name the file with -c FILE or CDCSYNC_CONFIG; `cdcsync config example` prints one to start from",
         ) from None
     except IsADirectoryError:
         raise ConfigError("is a directory", where=where, hint="name the file in it with -c FILE") from None

@@ -87,7 +87,7 @@ _HINTS: dict[str, tuple[str, str]] = {
     "28P01": ("the password is wrong", "correct the password in the DSN, or PGPASSWORD, or ~/.pgpass"),
     "28000": ("the server refuses this role or host", "allow the role in pg_hba.conf, or use another role"),
     "3D000": ("the database does not exist", "create it, or correct the database name in the DSN"),
-    "42501": ("the role lacks a privilege", "grant it; config/roles.sql lists what each role needs"),
+    "42501": ("the role lacks a privilege", "grant it; `cdcsync config roles` lists what each role needs"),
 }
 
 

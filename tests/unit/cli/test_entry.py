@@ -24,7 +24,8 @@ from cdcsync.target.search import Hit
 
 COMMANDS = [
     *("demo", "check", "run", "status", "search", "replay", "verify", "evaluate", "failures", "teardown"),
-    *("config show", "config schema"),
+    *("config show", "config schema", "config example", "config roles", "config systemd", "config alerts"),
+    *("config dashboard", "config compose", "config kubernetes"),
 ]
 
 HEAVY = {"starlette", "uvicorn", "numpy", "torch", "psycopg", "structlog", "msgspec", "anyio", "prometheus_client"}
@@ -147,7 +148,7 @@ echo "${COMPREPLY[@]}"
 @pytest.mark.skipif(shutil.which("bash") is None, reason="this machine has no bash")
 @pytest.mark.parametrize(
     ("typed", "offered"),
-    [(["te"], "teardown"), (["config", "s"], "show schema"), (["status", "--w"], "--watch"), (["nosuch"], "")],
+    [(["te"], "teardown"), (["config", "s"], "show schema systemd"), (["status", "--w"], "--watch"), (["nosuch"], "")],
     ids=str,
 )
 def test_bash_completes_commands_and_options(typed: list[str], offered: str, tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""The commands of `config` that hand out what a deployment is made of: examples, roles, units, alerts, manifests.
+
+In a checkout these files stand at its root; a wheel holds them below `cdcsync/shipped` (setup.py). Single files go to
+standard output; what consists of several is written into a directory, under the paths by which the files name each
+other.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import cdcsync
+from cdcsync.errors import UsageError
+
+COMPOSE = ("config/alerts.yml", "config/dashboard.json", "config/roles.sql", "docker")
+"""compose.yaml mounts files of config/ by their place beside it."""
+
+KUBERNETES = ("config/alerts.yml", "config/roles.sql", "deploy/kubernetes")
+
+commands = typer.Typer()
+
+DirectoryArgument = Annotated[
+    Path, typer.Argument(metavar="DIRECTORY", help="Where to write the files; it is made if need be.")
+]
+
+
+def shipped(name: str) -> Path:
+    """Return where a file or folder is, named by its path in the repository."""
+    package = Path(cdcsync.__file__).parent
+    packaged = package / "shipped"
+    return (packaged if packaged.is_dir() else package.parent) / name
+
+
+@commands.command(epilog="Start from it: `cdcsync config example > cdcsync.toml`")
+def example() -> None:
+    """Print an example of a configuration file, which explains every key."""
+    _print("config/cdcsync.example.toml")
+
+
+@commands.command(
+    epilog="""`cdcsync config roles > roles.sql`
+
+    `psql -d shop -v source_role=cdcsync -v target_role=cdcsync -v tables=public.articles -f roles.sql`"""
+)
+def roles() -> None:
+    """Print a psql script that creates the worker's roles with the least privileges that they need."""
+    _print("config/roles.sql")
+
+
+@commands.command(epilog="`cdcsync config systemd > /etc/systemd/system/cdcsync.service`")
+def systemd(
+    template: Annotated[
+        bool, typer.Option("--template", help="The unit cdcsync@.service, for several pipelines on one machine.")
+    ] = False,
+) -> None:
+    """Print a systemd unit for the worker."""
+    _print("config/cdcsync@.service" if template else "config/cdcsync.service")
+
+
+@commands.command(epilog="`cdcsync config alerts > /etc/prometheus/cdcsync.yml`, named there under `rule_files`")
+def alerts() -> None:
+    """Print alert rules for Prometheus."""
+    _print("config/alerts.yml")
+
+
+@commands.command(epilog="To import it in Grafana: `cdcsync config dashboard > cdcsync.json`")
+def dashboard() -> None:
+    """Print a dashboard for Grafana."""
+    _print("config/dashboard.json")
+
+
+@commands.command(epilog="`cdcsync config compose shop`; the first lines of shop/docker/compose.yaml continue")
+def compose(directory: DirectoryArgument) -> None:
+    """Write a compose file with PostgreSQL, the worker, Prometheus and Grafana, and all that it mounts."""
+    _write(COMPOSE, directory)
+
+
+@commands.command(epilog="`cdcsync config kubernetes .`; deploy/kubernetes/README.md continues")
+def kubernetes(directory: DirectoryArgument) -> None:
+    """Write manifests for Kubernetes: a worker with a standby, probes, disruption budget, PodMonitor."""
+    _write(KUBERNETES, directory)
+
+
+def _print(name: str) -> None:
+    sys.stdout.write(shipped(name).read_text(encoding="utf-8"))
+
+
+def _write(names: tuple[str, ...], directory: Path) -> None:
+    """Copy files and folders below a directory, and print what was written.
+
+    :raises UsageError: one of the files is there already, in which case none is written; or cannot be written.
+    """
+    root = shipped("")
+    found = [path for name in names for path in ([shipped(name)] if shipped(name).is_file() else _files(shipped(name)))]
+    copies = {path: directory / path.relative_to(root) for path in found}
+    if there := next((target for target in copies.values() if target.exists()), None):
+        raise UsageError(
+            "the file exists already, and nothing was written",
+            where=str(there),
+            hint="name another directory, or move the file away",
+        )
+    for path, target in copies.items():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+            target.chmod(path.stat().st_mode & 0o777)
+        except OSError as error:
+            raise UsageError(
+                f"cannot be written: {error.strerror}", where=str(target), hint="name a directory that you may write to"
+            ) from error
+        print(target)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name != ".env" and "__pycache__" not in path.parts
+    )
