@@ -227,6 +227,7 @@ class Watch:
             # What is wrong now is what has to be corrected now.
             with speaking_of("target", where=f"index {name}", index=name):
                 await Registry(self._config.target.schema).pause(await target.connection(), name, pause)
+                crash_point("reason of a pause corrected")
             return
         table = catalog.tables.get(plan.index.table_name)
         columns = (*entry.key, *entry.columns, *(plan.documents.columns if plan.documents is not None else ()))

@@ -225,8 +225,8 @@ CATALOGUE = (
     P(
         "partitions are followed",
         "What comes and goes with a partition comes and goes in the index, though no message tells of it.",
-        "flows/setup/partitions.py:follow_partitions",
-        ("test_a_partition_may_be_emptied_by_itself", "partition detached and attached", "partitions committed"),
+        "flows/setup/differences.py:ask_for",
+        ("test_a_partition_may_be_emptied_by_itself", "partition detached and attached", "difference committed"),
     ),
     P(
         "the audit finds",

@@ -13,6 +13,7 @@ import anyio
 import structlog
 
 from cdcsync.backoff import Backoff, Failure
+from cdcsync.crashpoints import crash_point
 from cdcsync.errors import CdcsyncError, Retry, leading
 from cdcsync.flows.audit.verification import repair, verify
 from cdcsync.model.spec import IndexSpec
@@ -92,6 +93,8 @@ async def _serve(
         async with target.transaction():
             await requests.fail(target, request, str(error))
             await requests.reload(target, spec.name, rewrite=False)
+            crash_point("comparison given up")
+        crash_point("reading in place of a comparison committed")
 
 
 async def _compare(source: Connection, target: Connection, schema: str, spec: IndexSpec, deliveries: Deliveries) -> int:
