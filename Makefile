@@ -57,7 +57,7 @@ image-test: setup ## build the container images and run them; needs docker or po
 	$(BIN)/python -m pytest -q -rs -m image tests/images $(ARGS)
 
 lock: setup ## write docker/requirements.txt: what the image installs, each package with its hashes
-	$(BIN)/uv pip compile pyproject.toml --quiet --generate-hashes --no-header --no-annotate -c constraints.txt \
+	$(BIN)/uv pip compile pyproject.toml --extra serve --quiet --generate-hashes --no-header --no-annotate -c constraints.txt \
 		--python-version 3.13 -o docker/requirements.txt $(ARGS)
 
 sbom: setup ## write build/sbom.json, a CycloneDX bill of the packages that an install brings

@@ -151,6 +151,10 @@ GRANT USAGE, CREATE ON SCHEMA :"view_schema" TO :"target_role";
     GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA :"schema" TO :"reader_role";
     ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" GRANT EXECUTE ON FUNCTIONS TO :"reader_role";
     ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"view_schema" GRANT SELECT ON TABLES TO :"reader_role";
+    -- `cdcsync serve` under this role keeps a record of calls. Before the worker's first start there is no such table: run
+    -- this script again after it.
+    SELECT format('GRANT INSERT, DELETE ON %I.calls TO %I', :'schema', :'reader_role')
+    WHERE to_regclass(format('%I.calls', :'schema')) IS NOT NULL \gexec
     SELECT format('GRANT SELECT ON %I.%I TO %I', n.nspname, c.relname, :'reader_role')
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE n.nspname = :'view_schema' AND c.relkind = 'v' AND pg_get_userbyid(c.relowner) = :'target_role' \gexec

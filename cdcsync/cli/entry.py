@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from cdcsync.cli import evaluate, failures, replay, search, shipped, teardown, verify
+from cdcsync.cli import evaluate, failures, replay, search, serve, shipped, teardown, verify
 from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app, config_commands
 from cdcsync.cli.streams import ReaderGone, guarded
 from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
@@ -30,6 +30,9 @@ app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=failures.EPILOG)(failures.failures)
 app.command(epilog=teardown.EPILOG)(teardown.teardown)
 app.command(epilog=teardown.DROP_EPILOG)(teardown.drop)
+app.command(epilog=serve.EPILOG)(serve.serve)
+app.add_typer(serve.token_commands, name="token")
+app.command()(serve.audit)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -30,6 +30,7 @@ from cdcsync.config.redaction import redact_dsn
 from cdcsync.config.rendering import render, schema
 from cdcsync.config.rerankers import Reranker, SentenceTransformersReranker, TeiReranker
 from cdcsync.config.sections import Chunking, Config, Hnsw, Index, Source, Target, Worker
+from cdcsync.config.serving import Serve, Tenant
 
 __all__ = [
     "Chunking",
@@ -47,10 +48,12 @@ __all__ = [
     "Reranker",
     "SentenceTransformersEmbedder",
     "SentenceTransformersReranker",
+    "Serve",
     "Source",
     "Target",
     "TeiEmbedder",
     "TeiReranker",
+    "Tenant",
     "Worker",
     "load",
     "parse",

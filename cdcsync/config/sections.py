@@ -12,6 +12,7 @@ from msgspec import Meta
 from cdcsync.config.embedders import Embedder
 from cdcsync.config.names import QualifiedName
 from cdcsync.config.rerankers import Reranker
+from cdcsync.config.serving import Serve
 from cdcsync.config.shape import Section
 from cdcsync.config.values import (
     Address,
@@ -278,6 +279,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param embedders: what makes vectors, by name.
     :param rerankers: what orders the best hits of searches, by name.
     :param indexes: what is kept in step, by name; the names of an index's tables begin with it.
+    :param serve: the tool server, for applications and agents.
     """
 
     source: Source = Source()
@@ -286,6 +288,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     embedders: Annotated[dict[EmbedderName, Embedder], Meta(min_length=1)]
     rerankers: dict[EmbedderName, Reranker] = msgspec.field(default_factory=dict)
     indexes: Annotated[dict[IndexName, Index], Meta(min_length=1)]
+    serve: Serve = Serve()
 
     def index_named(self, name: str) -> Index:
         """Return the section of an index that a command was asked for.

@@ -23,14 +23,18 @@ def manifest(name: str) -> Any:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", ["deployment.yaml", "poddisruptionbudget.yaml", "secret.example.yaml"])
+@pytest.mark.parametrize("name", ["deployment.yaml", "serve.yaml", "poddisruptionbudget.yaml", "secret.example.yaml"])
 def test_the_api_takes_each_manifest(name: str, version: str) -> None:
     kubernetes_validate.validate(manifest(name), version, strict=True)
 
 
-def test_the_kustomization_names_every_manifest_but_the_example() -> None:
+def test_the_kustomization_names_every_manifest_that_a_pipeline_needs() -> None:
     listed = set(manifest("kustomization.yaml")["resources"])
-    assert listed == {path.name for path in FOLDER.glob("*.yaml")} - {"kustomization.yaml", "secret.example.yaml"}
+    assert listed == {path.name for path in FOLDER.glob("*.yaml")} - {
+        "kustomization.yaml",
+        "secret.example.yaml",
+        "serve.yaml",
+    }
 
 
 def test_selectors_select_the_pods() -> None:

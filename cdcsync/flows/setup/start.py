@@ -34,6 +34,7 @@ from cdcsync.source.fingerprints import Difference, difference
 from cdcsync.source.publications import create_publication_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.ddl.missing import Missing, missing_relations
+from cdcsync.target.ddl.policies import put_policy
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.ddl.upgrading import upgrade_vectors
@@ -105,6 +106,7 @@ async def set_up_indexes(target: Connection, config: Config, specs: Sequence[Ind
                 async with target.transaction():
                     missing = await missing_relations(target, config.target.schema, spec)
                     await create_index_relations(target, config.target.schema, spec)
+                    await put_policy(target, config.target.schema, spec, config.serve)
                     await _register(target, config, spec, catalog, missing)
                     crash_point("index relations written")
                 crash_point("index relations committed")

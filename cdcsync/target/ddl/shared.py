@@ -15,7 +15,7 @@ from typing import LiteralString
 from psycopg import sql
 
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target import audits, registry, requests
+from cdcsync.target import audits, calls, registry, requests
 from cdcsync.target.ddl.names import MAX_ATTEMPTS
 
 
@@ -177,6 +177,7 @@ _SHARED: tuple[LiteralString, ...] = (
     *registry.DDL,
     *requests.DDL,
     *audits.DDL,
+    *calls.DDL,
     """
     CREATE TABLE IF NOT EXISTS {schema}.evaluations (
         index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,

@@ -122,7 +122,7 @@ def test_a_wrong_value_of_an_index_is_said_with_its_full_key(more: str, line: st
     ("text", "line"),
     [
         ("[sorce]", 'sorce: unknown key; did you mean "source"?'),
-        ("zzz = 1", "zzz: unknown key; known here: source, target, worker, embedders, rerankers, indexes"),
+        ("zzz = 1", "zzz: unknown key; known here: source, target, worker, embedders, rerankers, indexes, serve"),
         ("[target]\nslot = 'x'", "target.slot: unknown key; known here: dsn, schema"),
         ('[target]\n"a.b\\"\\\\" = 1', 'target."a.b\\"\\\\": unknown key; known here: dsn, schema'),
         ("[target]\ntype = 'x'", "target.type: unknown key; known here: dsn, schema"),

@@ -68,7 +68,7 @@ def test_the_effective_file_holds_every_default() -> None:
     assert rendered["indexes"]["articles"]["chunking"] == chunking
     assert rendered["indexes"]["articles"]["view"] == "public.articles_index"
     assert rendered["embedders"]["test"] == {"type": "hash", "dimensions": 256, "latency_ms": 0.0}
-    assert list(rendered) == ["source", "target", "worker", "embedders", "indexes"]
+    assert list(rendered) == ["source", "target", "worker", "embedders", "indexes", "serve"]
 
 
 def test_passwords_are_hidden_and_the_file_still_reads() -> None:

@@ -1,0 +1,282 @@
+"""The HTTP API.
+
+    GET  /v1/indexes                        what can be searched, columns, freshness
+    POST /v1/indexes/NAME/search            a search
+    GET  /v1/indexes/NAME/documents/KEY     a document, with an ETag
+    POST /v1/embed                          vectors of queries
+    GET  /openapi.json                      the API described
+    GET  /livez /readyz /metrics            as the worker's
+    GET  /                                  a search page
+    /mcp                                    MCP over streamable HTTP
+
+A request that cannot be answered gets a problem (RFC 9457) that says what to change. When a client goes away, its
+statement is cancelled.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from importlib import resources
+from typing import TypeVar
+from urllib.parse import unquote
+
+import anyio
+import msgspec
+import structlog
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cdcsync.errors import CdcsyncError, leading
+from cdcsync.serve.openapi import EmbedRequest, Indexes, Vectors, describe
+from cdcsync.serve.problems import Problem
+from cdcsync.serve.reader import SearchRequest
+from cdcsync.serve.service import Service, caller_of
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+Endpoint = Callable[[Request, bytes], Awaitable[Response]]
+"""Answers a request whose body has been read."""
+
+PING_S = 2.0
+"""How long /readyz waits for the target."""
+
+_PAGE = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+
+
+def _hashes(tag: str) -> str:
+    blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", _PAGE, re.DOTALL)
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in blocks)
+
+
+HEADERS = {
+    "Content-Security-Policy": (
+        f"default-src 'none'; script-src {_hashes('script')}; style-src {_hashes('style')}; connect-src 'self';"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+}
+
+
+def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
+    """Return the application.
+
+    :param more: routes of MCP.
+    """
+    serve = service.serve
+    most = serve.max_body_bytes
+    described = msgspec.json.encode(describe(serve))
+
+    async def indexes(request: Request, _: bytes) -> Response:
+        return _json(Indexes(await service.list_indexes(caller_of(request.headers))))
+
+    async def search(request: Request, body: bytes) -> Response:
+        wanted = _decoded(request, body, SearchRequest)
+        return _json(await service.search(caller_of(request.headers), request.path_params["index"], wanted))
+
+    async def document(request: Request, _: bytes) -> Response:
+        raw = (request.scope.get("raw_path") or request.url.path.encode()).decode("ascii", "replace").split("?")[0]
+        key = [unquote(part) for part in raw.rpartition("/")[2].split(",")]
+        found = await service.fetch(caller_of(request.headers), request.path_params["index"], key)
+        headers = {"ETag": found.etag, "Cache-Control": "private, no-cache"}
+        if found.etag in [one.strip() for one in request.headers.get("if-none-match", "").split(",")]:
+            return Response(status_code=304, headers=headers)
+        return _json(found, headers)
+
+    async def embed(request: Request, body: bytes) -> Response:
+        wanted = _decoded(request, body, EmbedRequest)
+        return _json(Vectors(await service.embed(caller_of(request.headers), wanted.index, wanted.texts)))
+
+    async def openapi(_: Request) -> Response:
+        return Response(described, media_type="application/json")
+
+    async def livez(_: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def readyz(_: Request) -> Response:
+        reasons: list[str] = []
+        try:
+            with anyio.fail_after(PING_S):
+                await service.reader.ping()
+        except CdcsyncError as error:
+            log.warning("not_ready", error=str(error))
+            reasons.append("the target does not answer")
+        except TimeoutError:
+            reasons.append("the target does not answer in time")
+        return Response(
+            msgspec.json.encode({"ready": not reasons, "reasons": reasons}),
+            503 if reasons else 200,
+            media_type="application/json",
+        )
+
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(service.metrics.registry), headers={"Content-Type": content_type})
+
+    async def page(_: Request) -> Response:
+        return HTMLResponse(_PAGE)
+
+    routes: list[BaseRoute] = [
+        Route("/v1/indexes", _guarded(indexes, most), methods=["GET"]),
+        Route("/v1/indexes/{index}/search", _guarded(search, most), methods=["POST"]),
+        Route("/v1/indexes/{index}/documents/{key:path}", _guarded(document, most), methods=["GET"]),
+        Route("/v1/embed", _guarded(embed, most), methods=["POST"]),
+        Route("/openapi.json", openapi, methods=["GET"]),
+        Route("/livez", livez, methods=["GET"]),
+        Route("/readyz", readyz, methods=["GET"]),
+        Route("/metrics", metrics, methods=["GET"]),
+        Route("/", page, methods=["GET"]),
+        *more,
+    ]
+    middleware = [Middleware(_Secured)]
+    if serve.cors_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(serve.cors_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type", "If-None-Match", "traceparent"],
+                expose_headers=["ETag", "Retry-After"],
+            )
+        )
+    app = Starlette(
+        routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_problem, Exception: _broken}
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def _guarded(endpoint: Endpoint, most: int) -> Callable[[Request], Awaitable[Response]]:
+    """Read the body, answer problems, and end the work of a client that went away."""
+
+    async def guarded(request: Request) -> Response:
+        response = Response(status_code=499)
+        try:
+            body = await _read(request, most)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_cancel_on_disconnect, request, tasks.cancel_scope)
+                try:
+                    response = await endpoint(request, body)
+                except Problem as problem:
+                    response = _problem(problem)
+                tasks.cancel_scope.cancel()
+        except Problem as problem:
+            response = _problem(problem)
+        except ClientDisconnect:
+            pass
+        except BaseExceptionGroup as group:
+            raise leading(group) from None
+        return response
+
+    return guarded
+
+
+async def _cancel_on_disconnect(request: Request, scope: anyio.CancelScope) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
+
+
+async def _read(request: Request, most: int) -> bytes:
+    """Return the request's body.
+
+    :raises Problem: it is too large.
+    """
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > most:
+            raise Problem(413, "Too large", f"the request has more than {most} bytes", "send less")
+    return body
+
+
+def _decoded(request: Request, body: bytes, kind: type[T]) -> T:
+    """Return a request's body as one of our structs.
+
+    :raises Problem: it is not JSON, or not of this form.
+    """
+    media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media != "application/json":
+        raise Problem(415, "Not JSON", "the request's Content-Type is another", "send Content-Type: application/json")
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise Problem(422, "Not of this form", str(error), "GET /openapi.json describes it") from None
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise Problem(400, "Not JSON", str(error)[:200], "send a JSON object") from None
+
+
+def _json(content: object, headers: dict[str, str] | None = None) -> Response:
+    body = msgspec.json.encode(content, enc_hook=str)
+    return Response(
+        body, media_type="application/json", headers={"Cache-Control": "private, no-store", **(headers or {})}
+    )
+
+
+def _problem(problem: Problem) -> Response:
+    return Response(
+        msgspec.json.encode(problem.body),
+        problem.status,
+        headers={"Cache-Control": "no-store", **problem.headers},
+        media_type="application/problem+json",
+    )
+
+
+async def _http_problem(_: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    title, detail = {
+        404: ("Not found", "there is nothing at this path"),
+        405: ("Not allowed", "not by this method"),
+    }.get(status, ("The call failed", "the server could not answer"))
+    answer = _problem(Problem(status, title, detail, "GET /openapi.json lists the paths"))
+    if isinstance(error, HTTPException) and error.headers:
+        answer.headers.update(error.headers)
+    return answer
+
+
+async def _broken(_: Request, __: Exception) -> Response:
+    # The server logs the exception; the middleware is not around this answer.
+    answer = _problem(Problem(500, "The call failed", "this should not happen; the server's log tells more"))
+    answer.headers.update(HEADERS)
+    return answer
+
+
+class _Secured:
+    """Puts our headers on every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def secured(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+                begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, secured)
+        except anyio.get_cancelled_exc_class():
+            # The server stops. Raised further, it would be logged as a bug.
+            if not begun and scope["type"] == "http":
+                with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
+                    stopping = Problem(503, "Stopping", "the server is stopping", "call again", retry_after_s=1)
+                    await _problem(stopping)(scope, receive, secured)

@@ -1,0 +1,275 @@
+"""Who calls: bearer tokens of a file, and signed tokens (JWT) by the keys of an identity provider.
+
+The file holds hashes only, so a copy of it lets nobody in. A token is looked up by its hash: the time that takes says
+nothing about any other token. The file is read again when it changes; a change that cannot be read leaves nobody in
+by mistake.
+
+Source: RFC 6750 (bearer tokens), RFC 7519 (JWT), RFC 7517 (JWKS).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import httpx2
+import jwt
+import msgspec
+import structlog
+
+from cdcsync.config.serving import Serve
+from cdcsync.errors import SetupError, UsageError
+from cdcsync.serve.problems import Problem
+
+log = structlog.get_logger()
+
+PREFIX = "cdcsync_"
+"""Tokens begin with it, so that scanners of repositories can find one that leaked."""
+
+ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
+"""Asymmetric ones alone: with a symmetric algorithm the published key would be the secret."""
+
+LEEWAY_S = 30
+"""How far the clocks of the identity provider and of this machine may differ."""
+
+KEYS_GOOD_S = 600.0
+KEYS_AGAIN_S = 10.0
+"""Keys are fetched again after ten minutes, and for an unknown key at most every ten seconds."""
+
+
+class Principal(msgspec.Struct, frozen=True):
+    """A caller.
+
+    :ivar subject: who it is, for the record.
+    :ivar tenant: the value of the bound column; None where no column is bound.
+    """
+
+    subject: str
+    tenant: str | None = None
+
+    @property
+    def account(self) -> str:
+        """What limits are counted by."""
+        return f"tenant {self.tenant}" if self.tenant is not None else f"subject {self.subject}"
+
+
+class StoredToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A token as the file has it."""
+
+    sha256: str
+    subject: str
+    claims: dict[str, Any] = {}
+    expires: datetime | None = None
+    revoked: bool = False
+
+
+class TokenFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file of tokens."""
+
+    tokens: list[StoredToken] = []
+
+
+def read_tokens(path: Path) -> TokenFile:
+    """Read a file of tokens; a missing one has none.
+
+    :raises SetupError: it cannot be read.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=TokenFile)
+    except FileNotFoundError:
+        return TokenFile()
+    except (OSError, msgspec.MsgspecError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SetupError(f"the tokens cannot be read: {reason}", where=str(path), hint="restore the file") from error
+
+
+def new_token(path: Path, subject: str, claims: Mapping[str, Any], days: int | None) -> str:
+    """Add a token to a file and return it: it is not kept anywhere else.
+
+    :raises SetupError: the file cannot be read or written.
+    """
+    token = PREFIX + secrets.token_urlsafe(32)
+    expires = datetime.now(UTC) + timedelta(days=days) if days is not None else None
+    stored = StoredToken(_digest(token), subject, dict(claims), expires)
+    _write(path, TokenFile([*read_tokens(path).tokens, stored]))
+    return token
+
+
+def revoke_tokens(path: Path, subject: str) -> int:
+    """Revoke all tokens of a subject; returns how many.
+
+    :raises UsageError: there is none.
+    """
+    tokens = read_tokens(path).tokens
+    concerned = [one for one in tokens if one.subject == subject and not one.revoked]
+    if not concerned:
+        raise UsageError(f"there is no token of {subject}", where=str(path), hint="`cdcsync token list` shows them")
+    kept = [msgspec.structs.replace(one, revoked=one.revoked or one.subject == subject) for one in tokens]
+    _write(path, TokenFile(kept))
+    return len(concerned)
+
+
+def _write(path: Path, content: TokenFile) -> None:
+    """Replace the file in one step, readable for its owner alone."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SetupError(f"the tokens cannot be written: {error.strerror}", where=str(path)) from error
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+REFUSED = Problem(401, "Not signed in", "the token is unknown, expired or revoked", "send Authorization: Bearer TOKEN")
+"""One answer for every reason: a caller learns nothing about other tokens."""
+
+
+class Authenticator:
+    """Says who calls, from the `Authorization` header."""
+
+    def __init__(self, serve: Serve) -> None:
+        self._serve = serve
+        self._file = Path(serve.tokens_file) if serve.tokens_file is not None else None
+        self._stamp: tuple[int, int, int] | None = None
+        self._tokens: dict[str, StoredToken] = {}
+        self._keys = _Keys(serve.jwks) if serve.jwks is not None else None
+
+    def check(self) -> None:
+        """Read the tokens now, so that a wrong file is noticed at the start.
+
+        :raises SetupError: they cannot be read, or nobody could ever call.
+        """
+        if self._file is None and self._keys is None and not self._serve.anonymous:
+            raise SetupError(
+                "nobody could call: there are neither tokens nor keys",
+                where="serve",
+                hint="set serve.tokens_file and run `cdcsync token new`, or serve.jwks, or serve.anonymous on loopback",
+            )
+        if self._file is not None:
+            self._tokens = {one.sha256: one for one in read_tokens(self._file).tokens}
+
+    async def principal(self, authorization: str | None) -> Principal:
+        """Return the caller.
+
+        :raises Problem: 401 if it is not known, 403 if it lacks the claim that a tenant needs.
+        """
+        if authorization is None:
+            if self._serve.anonymous:
+                return Principal("anonymous")
+            raise REFUSED
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise REFUSED
+        subject, claims = await self._claims(token.strip())
+        tenant = self._serve.tenant
+        if tenant.column is None:
+            return Principal(subject)
+        value = claims.get(tenant.claim)
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            raise Problem(403, "Not allowed", f"the token does not claim {tenant.claim}", "ask for a token that does")
+        return Principal(subject, str(value))
+
+    async def _claims(self, token: str) -> tuple[str, Mapping[str, Any]]:
+        if token.startswith(PREFIX) or self._keys is None:
+            return self._stored_claims(token)
+        try:
+            key = await self._keys.key_of(token)
+            claims = jwt.decode(
+                token,
+                key,
+                algorithms=list(ALGORITHMS),
+                issuer=self._serve.issuer,
+                audience=self._serve.audience,
+                leeway=LEEWAY_S,
+                options={"require": ["exp", "iss", "aud", "sub"]},
+            )
+        except jwt.PyJWTError:
+            raise REFUSED from None
+        return str(claims["sub"]), claims
+
+    def _stored_claims(self, token: str) -> tuple[str, Mapping[str, Any]]:
+        self._reread()
+        digest = _digest(token)
+        stored = self._tokens.get(digest)
+        if stored is None or not hmac.compare_digest(stored.sha256, digest) or stored.revoked:
+            raise REFUSED
+        if stored.expires is not None and stored.expires <= datetime.now(UTC):
+            raise REFUSED
+        return stored.subject, stored.claims
+
+    def _reread(self) -> None:
+        if self._file is None:
+            return
+        try:
+            found = self._file.stat()
+            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+        except OSError:
+            stamp = None
+        if stamp == self._stamp:
+            return
+        try:
+            self._tokens = {one.sha256: one for one in read_tokens(self._file).tokens}
+        except SetupError as error:
+            self._tokens = {}
+            log.error("tokens_unreadable", error=error.message, where=error.where)
+        self._stamp = stamp
+
+
+class _Keys:
+    """The public keys of an identity provider, fetched when they are needed and kept for a while."""
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+        self._keys: dict[str | None, jwt.PyJWK] = {}
+        self._read_at = float("-inf")
+        self._reading = anyio.Lock()
+
+    async def key_of(self, token: str) -> jwt.PyJWK:
+        """Return the key that a token names.
+
+        :raises jwt.PyJWTError: it names none that is published.
+        :raises Problem: 503, the keys cannot be fetched.
+        """
+        name = jwt.get_unverified_header(token).get("kid")
+        async with self._reading:
+            age = anyio.current_time() - self._read_at
+            if age > KEYS_GOOD_S or (name not in self._keys and age > KEYS_AGAIN_S):
+                await self._read()
+        if name not in self._keys:
+            raise jwt.InvalidKeyError("unknown key")
+        return self._keys[name]
+
+    async def _read(self) -> None:
+        try:
+            if self._place.startswith("https://"):
+                async with httpx2.AsyncClient(timeout=5, follow_redirects=False) as client:
+                    answer = await client.get(self._place)
+                    answer.raise_for_status()
+                    text = answer.text
+            else:
+                text = await anyio.to_thread.run_sync(Path(self._place).read_text)
+            keys = jwt.PyJWKSet.from_dict(json.loads(text)).keys
+        except (OSError, httpx2.HTTPError, ValueError, jwt.PyJWTError) as error:
+            log.error("keys_unreadable", where=self._place, error=type(error).__name__)
+            if self._keys:
+                return  # the last ones are good for longer than an outage of the provider
+            raise Problem(503, "Signed tokens cannot be checked", "the keys cannot be read", retry_after_s=5) from None
+        self._keys = {key.key_id: key for key in keys}
+        self._read_at = anyio.current_time()

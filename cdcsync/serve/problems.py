@@ -1,0 +1,80 @@
+"""Problems: answers that say what was wrong with a call and what to change.
+
+Source: RFC 9457, "Problem Details for HTTP APIs".
+"""
+
+from __future__ import annotations
+
+import math
+
+from cdcsync.errors import CdcsyncError, EmbedderUnavailable, SetupError, TextRejected, Unavailable, UsageError
+
+
+class Problem(Exception):
+    """A call that is refused or failed.
+
+    :param status: the HTTP status.
+    :param title: the kind of problem, the same each time.
+    :param detail: what is wrong with this call; holds nothing that identifies a person.
+    :param fix: what the caller can change, if anything.
+    :param retry_after_s: when the same call may succeed.
+    """
+
+    def __init__(
+        self, status: int, title: str, detail: str, fix: str | None = None, *, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.title = title
+        self.detail = detail
+        self.fix = fix
+        self.retry_after_s = retry_after_s
+
+    @property
+    def outcome(self) -> str:
+        """The kind of problem as a label of a metric."""
+        if self.status == 429:
+            return "limited"
+        if self.status in (401, 403):
+            return "refused"
+        return "wrong" if self.status < 500 else "failed"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that go with it."""
+        headers = {}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return headers
+
+    @property
+    def body(self) -> dict[str, object]:
+        """The members of the answer."""
+        body: dict[str, object] = {"title": self.title, "status": self.status, "detail": self.detail}
+        if self.fix is not None:
+            body["fix"] = self.fix
+        return body
+
+    def __str__(self) -> str:
+        return f"{self.detail}. {self.fix[0].upper()}{self.fix[1:]}." if self.fix else f"{self.detail}."
+
+
+def problem_of(error: CdcsyncError) -> Problem:
+    """Return what an error of ours means to a caller; what only the operator can change is not told in detail."""
+    match error:
+        case UsageError():
+            return Problem(422, "The call cannot be answered", error.message, error.hint)
+        case TextRejected():
+            return Problem(422, "The query cannot be embedded", error.message, "search by words (mode text)")
+        case EmbedderUnavailable():
+            return Problem(
+                503, "The model is away", "the query could not be embedded", "search by words", retry_after_s=5
+            )
+        case Unavailable():
+            return Problem(503, "The index is away", "the database does not answer now", retry_after_s=2)
+        case SetupError():
+            return Problem(503, "The index cannot be searched", "it is not set up as this server needs it")
+        case _:
+            return Problem(500, "The call failed", "this should not happen; the server's log tells more")

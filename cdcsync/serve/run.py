@@ -1,0 +1,78 @@
+"""The process: serves until it is told to stop; calls that are being answered have a second to end."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import anyio
+import structlog
+
+from cdcsync.config import Config
+from cdcsync.serve.http import make_app
+from cdcsync.serve.mcp import make_mcp
+from cdcsync.serve.service import Service
+from cdcsync.worker.http import serve
+
+log = structlog.get_logger()
+
+
+async def run(
+    config: Config,
+    *,
+    started: Callable[[int], None] | None = None,
+    prepared: Callable[[Service], None] | None = None,
+    handle_signals: bool = True,
+) -> None:
+    """Serve HTTP and MCP until SIGTERM or SIGINT.
+
+    :param started: called with the port once connections are accepted.
+    :param prepared: called with the service before it serves.
+    :raises SetupError: the address cannot be listened on, or nobody could call.
+    """
+    service = Service(config)
+    service.authenticator.check()
+    if prepared is not None:
+        prepared(service)
+    host, port = config.serve.listen_address
+    mcp = make_mcp(service)
+    routes = mcp.streamable_http_app(json_response=True, stateless_http=True, host=host).routes
+
+    def bound(actual: int) -> None:
+        log.info("serving", host=host, port=actual, indexes=list(service.reader.offered))
+        if started is not None:
+            started(actual)
+
+    try:
+        async with mcp.session_manager.run(), anyio.create_task_group() as tasks:
+            tasks.start_soon(service.recorder.run)
+            if handle_signals:
+                tasks.start_soon(_stop_on_signal, tasks.cancel_scope)
+            await serve(make_app(service, more=routes), host, port, started=bound)
+            tasks.cancel_scope.cancel()
+    finally:
+        await service.reader.aclose()
+
+
+async def run_stdio(config: Config) -> None:
+    """Serve MCP over standard input and output, to the one client that started this process.
+
+    :raises SetupError: nobody could call.
+    """
+    service = Service(config)
+    service.authenticator.check()
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(service.recorder.run)
+            await make_mcp(service, stdio=True).run_stdio_async()
+            tasks.cancel_scope.cancel()
+    finally:
+        await service.reader.aclose()
+
+
+async def _stop_on_signal(scope: anyio.CancelScope) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("stopping", signal=signal.Signals(number).name)
+            scope.cancel()
+            return

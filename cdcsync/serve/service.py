@@ -1,0 +1,243 @@
+"""One call, however it came: who calls, whether it may, a deadline, the work, a timer, a row in the record.
+
+HTTP and MCP differ in how they read a call and write its answer, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeVar
+
+import anyio
+import msgspec
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+from cdcsync.config import Config
+from cdcsync.errors import CdcsyncError
+from cdcsync.serve.calls import Recorder, query_hash
+from cdcsync.serve.identity import Authenticator, Principal
+from cdcsync.serve.limits import Limits
+from cdcsync.serve.problems import Problem, problem_of
+from cdcsync.serve.reader import Answer, Document, IndexInfo, Reader, SearchRequest
+from cdcsync.target.calls import Call
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+Tool = Literal["list_indexes", "search", "fetch", "embed"]
+
+CHARACTERS_PER_TOKEN = 4
+"""What a token of text is taken for: budgets are about orders of magnitude, and no model is asked for them."""
+
+BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+MAX_TEXTS = 64
+"""Texts of one call of embed."""
+
+_TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class Metrics:
+    """What the tool server measures; label values come from closed sets."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.seconds = Histogram(
+            "cdcsync_serve_call_seconds",
+            "Time to answer a call, by tool and outcome (ok, wrong, refused, limited, failed).",
+            ("tool", "outcome"),
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self.empty = Counter(
+            "cdcsync_serve_empty_searches_total", "Searches that found nothing.", ("index",), registry=self.registry
+        )
+        self.dropped = Counter(
+            "cdcsync_serve_dropped_records_total",
+            "Calls that are not in the record, because it could not keep up.",
+            registry=self.registry,
+        )
+        self.waiting = Gauge("cdcsync_serve_waiting_calls", "Calls that wait for their turn.", registry=self.registry)
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """How a call came: its `Authorization` and `traceparent` headers."""
+
+    authorization: str | None = None
+    traceparent: str | None = None
+
+    @property
+    def trace_id(self) -> str | None:
+        """The trace that the call is part of."""
+        match = _TRACE.fullmatch(self.traceparent or "")
+        return match[1] if match else None
+
+
+class _Noted(msgspec.Struct):
+    """What the record tells of a call besides who and when."""
+
+    index: str | None = None
+    query: str | None = None
+    filters: Sequence[str] = ()
+    hits: int | None = None
+
+
+class Service:
+    """The tools. Enter it before the first call; leaving it closes sessions and stores the record."""
+
+    def __init__(self, config: Config) -> None:
+        serve = config.serve
+        self.serve = serve
+        self.metrics = Metrics()
+        self.reader = Reader(config)
+        self.authenticator = Authenticator(serve)
+        self.limits = Limits(serve)
+        self.metrics.waiting.set_function(lambda: self.limits.waiting)
+        dsn = serve.dsn or config.target.dsn
+        self.recorder = Recorder(dsn, config.target.schema, serve.audit_days, self.metrics.dropped)
+
+    async def list_indexes(self, caller: Caller) -> list[IndexInfo]:
+        """Return the indexes that can be searched.
+
+        :raises Problem: the call is refused or failed; so do the other tools.
+        """
+        return await self._call("list_indexes", caller, _Noted(), self.reader.list_indexes)
+
+    async def search(self, caller: Caller, index: str, request: SearchRequest, *, cut: bool = False) -> Answer:
+        """Search an index.
+
+        :param cut: keep the answer within `serve.answer_tokens`, as an agent needs it.
+        """
+        noted = _Noted(index, request.query, sorted(request.filter))
+
+        async def work(who: Principal) -> Answer:
+            answer = await self.reader.search(who, index, request)
+            noted.hits = len(answer.hits)
+            if not answer.hits:
+                self.metrics.empty.labels(index).inc()
+            if cut:
+                answer = _cut(answer, self.serve.answer_tokens)
+            self.limits.spend(who.account, sum(_tokens(hit.content) for hit in answer.hits))
+            return answer
+
+        return await self._call("search", caller, noted, work)
+
+    async def fetch(self, caller: Caller, index: str, key: Sequence[str], *, cut: bool = False) -> Document:
+        """Return a document."""
+        noted = _Noted(index)
+
+        async def work(who: Principal) -> Document:
+            document = await self.reader.document(who, index, key)
+            noted.hits = 1
+            if cut:
+                document = _cut_document(document, self.serve.answer_tokens)
+            self.limits.spend(who.account, sum(map(_tokens, document.chunks)))
+            return document
+
+        return await self._call("fetch", caller, noted, work)
+
+    async def embed(self, caller: Caller, index: str, texts: Sequence[str]) -> list[list[float]]:
+        """Return the vectors of queries."""
+        if not 1 <= len(texts) <= MAX_TEXTS or any(len(one) > self.serve.max_query_characters for one in texts):
+            limit = self.serve.max_query_characters
+            raise Problem(
+                422, "The call cannot be answered", f"send 1 to {MAX_TEXTS} texts of up to {limit} characters"
+            )
+        return await self._call("embed", caller, _Noted(index), lambda _: self.reader.embed(index, texts))
+
+    async def _call(self, tool: Tool, caller: Caller, noted: _Noted, work: Callable[[Principal], Awaitable[T]]) -> T:
+        began, at = time.perf_counter(), datetime.now(UTC)
+        who: Principal | None = None
+        outcome = "failed"
+        try:
+            who = await self.authenticator.principal(caller.authorization)
+            with anyio.move_on_after(self.serve.deadline_s):
+                async with self.limits.admitted(who.account):
+                    answer = await work(who)
+                outcome = "ok"
+                return answer
+            raise Problem(
+                504,
+                "The call took too long",
+                f"it was ended after {self.serve.deadline_s:g} s",
+                "ask for less, or call again later",
+                retry_after_s=1,
+            )
+        except Problem as problem:
+            outcome = problem.outcome
+            raise
+        except CdcsyncError as error:
+            told = problem_of(error)
+            outcome = told.outcome
+            if told.status >= 500:
+                log.warning("call_failed", tool=tool, error=str(error))
+            raise told from error
+        finally:
+            took_s = time.perf_counter() - began
+            self.metrics.seconds.labels(tool, outcome).observe(took_s)
+            if who is not None:
+                self._record(at, who, tool, caller, noted, outcome, took_s)
+
+    def _record(
+        self, at: datetime, who: Principal, tool: Tool, caller: Caller, noted: _Noted, outcome: str, took_s: float
+    ) -> None:
+        query = noted.query
+        kept = query.replace("\0", "") if query is not None and self.serve.audit_queries else None
+        self.recorder.record(
+            Call(
+                at,
+                who.subject,
+                who.tenant,
+                tool,
+                noted.index if noted.index in self.reader.offered else None,
+                outcome,
+                noted.hits,
+                None if query is None else query_hash(query),
+                None if kept is None else kept.encode("utf-8", "replace").decode(),
+                [name for name in noted.filters if "\0" not in name][:20],
+                took_s * 1000,
+                caller.trace_id,
+            )
+        )
+
+
+def _tokens(text: str) -> int:
+    return len(text) // CHARACTERS_PER_TOKEN + 1
+
+
+def _cut(answer: Answer, budget: int) -> Answer:
+    """Return the answer with as many of the first hits as fit; the first one is cut rather than left out."""
+    kept: list[Any] = []
+    for hit in answer.hits:
+        need = _tokens(hit.content)
+        if need > budget:
+            if kept:
+                break
+            hit = msgspec.structs.replace(hit, content=hit.content[: budget * CHARACTERS_PER_TOKEN] + " […]")
+        kept.append(hit)
+        budget -= need
+    return msgspec.structs.replace(answer, hits=kept, left_out=len(answer.hits) - len(kept))
+
+
+def _cut_document(document: Document, budget: int) -> Document:
+    kept: list[str] = []
+    for chunk in document.chunks:
+        need = _tokens(chunk)
+        if need > budget:
+            if not kept:
+                kept.append(chunk[: budget * CHARACTERS_PER_TOKEN] + " […]")
+            break
+        kept.append(chunk)
+        budget -= need
+    return msgspec.structs.replace(document, chunks=kept, left_out=len(document.chunks) - len(kept))
+
+
+def caller_of(headers: Mapping[str, str]) -> Caller:
+    """Return how a call came, from its headers."""
+    return Caller(headers.get("authorization"), headers.get("traceparent"))

@@ -1,0 +1,117 @@
+"""The record of calls of the tool server: one row a call, kept for a set time.
+
+It says who called what, when, with what outcome, and how long it took. Of a query it holds the hash, and the text
+only if the configuration asks for that; of a filter the names of its columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Literal, LiteralString
+
+import msgspec
+import psycopg
+from psycopg import sql
+
+from cdcsync.postgres.sessions import Connection
+
+TABLE = "calls"
+
+DDL: tuple[LiteralString, ...] = (
+    """
+    CREATE TABLE IF NOT EXISTS {schema}.calls (
+        at timestamptz NOT NULL DEFAULT now(),
+        subject text NOT NULL,
+        tenant text,
+        tool text NOT NULL,
+        index_name text,
+        outcome text NOT NULL,
+        hits int,
+        query_hash text,
+        query text,
+        filters text[],
+        ms real NOT NULL,
+        trace_id text
+    )
+    """,
+    "COMMENT ON TABLE {schema}.calls IS 'cdcsync: calls of the tool server (cdcsync serve); cdcsync audit reads them.'",
+    "CREATE INDEX IF NOT EXISTS calls_at ON {schema}.calls USING brin (at)",
+)
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One call.
+
+    :ivar ms: how long it took, in milliseconds.
+    """
+
+    at: datetime
+    subject: str
+    tenant: str | None
+    tool: str
+    index_name: str | None
+    outcome: str
+    hits: int | None
+    query_hash: str | None
+    query: str | None
+    filters: list[str]
+    ms: float
+    trace_id: str | None
+
+
+_COLUMNS = Call.__struct_fields__
+
+
+async def record_calls(connection: Connection, schema: str, calls: Sequence[Call]) -> None:
+    """Store calls; commits by itself."""
+    async with connection.transaction():
+        statement = sql.SQL("COPY {} ({}) FROM STDIN").format(
+            sql.Identifier(schema, TABLE), sql.SQL(", ").join(map(sql.Identifier, _COLUMNS))
+        )
+        async with connection.cursor() as cursor, cursor.copy(statement) as copy:
+            for call in calls:
+                await copy.write_row(msgspec.structs.astuple(call))
+
+
+async def forget_calls(connection: Connection, schema: str, days: int) -> None:
+    """Delete calls that are older than so many days."""
+    await connection.execute(
+        sql.SQL("DELETE FROM {} WHERE at < now() - %s").format(sql.Identifier(schema, TABLE)), [timedelta(days=days)]
+    )
+
+
+Order = Literal["latest", "slowest"]
+
+
+async def read_calls(
+    connection: Connection,
+    schema: str,
+    *,
+    subject: str | None,
+    tool: str | None,
+    since: timedelta,
+    empty: bool,
+    order: Order,
+    limit: int,
+) -> list[Call]:
+    """Return calls, the latest or the slowest first.
+
+    :param empty: only searches that found nothing.
+    """
+    statement = sql.SQL(
+        "SELECT {columns} FROM {table} WHERE at > now() - %(since)s"
+        " AND (%(subject)s::text IS NULL OR subject = %(subject)s)"
+        " AND (%(tool)s::text IS NULL OR tool = %(tool)s) AND (NOT %(empty)s OR hits = 0)"
+        " ORDER BY {order} DESC LIMIT %(limit)s"
+    ).format(
+        columns=sql.SQL(", ").join(map(sql.Identifier, _COLUMNS)),
+        table=sql.Identifier(schema, TABLE),
+        order=sql.Identifier("ms" if order == "slowest" else "at"),
+    )
+    wanted = {"since": since, "subject": subject, "tool": tool, "empty": empty, "limit": limit}
+    try:
+        cursor = await connection.execute(statement, wanted)
+    except psycopg.errors.UndefinedTable:
+        return []
+    return [Call(*row) for row in await cursor.fetchall()]

@@ -1,0 +1,367 @@
+"""The tool server over HTTP: searches and documents, who may see what, limits, bad input, the record."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import httpx2
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from cdcsync.config import Config
+from cdcsync.errors import EmbedderUnavailable
+from cdcsync.serve.identity import Principal, new_token, revoke_tokens
+from cdcsync.serve.service import Service
+from tests.fixtures.serving import Office, served, tenant
+from tests.fixtures.workers import until
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+SEARCH = "/v1/indexes/tickets/search"
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    return tmp_path / "tokens.json"
+
+
+async def ask(client: httpx2.AsyncClient, query: str, token: str | None = None, **more: Any) -> httpx2.Response:
+    return await client.post(SEARCH, json={"query": query, **more}, headers=bearer(token) if token else {})
+
+
+# -- answers ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_search_returns_documents_with_the_ranks_of_both_legs(tickets: Office) -> None:
+    async with served(tickets.serving(anonymous=True)) as client:
+        answer = await ask(client, "printer", k=5, headline=True)
+        found = answer.json()
+    assert answer.status_code == 200
+    assert len(found["hits"]) == 5
+    best = found["hits"][0]
+    assert "printer" in best["content"]
+    assert "<b>printer</b>" in best["headline"]
+    assert best["text_rank"] is not None
+    assert set(best["columns"]) == {"tenant", "status", "opened"}
+    assert found["as_of_lsn"]
+    assert found["lag_seconds"] >= 0
+    assert found["warning"] is None
+
+
+async def test_filters_and_pages(tickets: Office) -> None:
+    async with served(tickets.serving(anonymous=True)) as client:
+        wanted = {"status": "open", "id": {"gte": 60}}
+        pages = [
+            (await ask(client, "printer", k=4, skip=skip, filter=wanted, mode="text")).json()["hits"] for skip in (0, 4)
+        ]
+    keys = [hit["key"]["id"] for page in pages for hit in page]
+    assert len(set(keys)) == len(keys) == 8
+    assert all(key >= 60 and key % 2 == 0 for key in keys)
+
+
+async def test_a_document_has_an_etag_and_is_not_sent_again(tickets: Office) -> None:
+    async with served(tickets.serving(anonymous=True)) as client:
+        first = await client.get("/v1/indexes/tickets/documents/7")
+        again = await client.get("/v1/indexes/tickets/documents/7", headers={"If-None-Match": first.headers["etag"]})
+        gone = [await client.get(f"/v1/indexes/tickets/documents/{key}") for key in ("9999", "seven", "%00")]
+    assert first.json()["chunks"] == ["ticket 7: the router of room 7"]
+    assert (again.status_code, again.content) == (304, b"")
+    assert [answer.status_code for answer in gone] == [404, 404, 404]
+
+
+async def test_the_list_tells_what_a_filter_can_name(tickets: Office) -> None:
+    async with served(tickets.serving(anonymous=True)) as client:
+        (index,) = (await client.get("/v1/indexes")).json()["indexes"]
+    assert index["name"] == "tickets"
+    assert {column["name"]: column["type"] for column in index["columns"]} == {
+        "tenant": "text",
+        "status": "text",
+        "opened": "date",
+    }
+    assert set(index["columns"][1]["examples"]) == {"open", "closed"}
+
+
+async def test_reading_ones_own_writes_waits_for_the_position(tickets: Office) -> None:
+    async with served(tickets.serving(anonymous=True, deadline_s=2.0)) as client:
+        reached = await ask(client, "printer", after_lsn="0/1")
+        beyond = await ask(client, "printer", after_lsn="FFFFFFFF/0")
+        wrong = await ask(client, "printer", after_lsn="yesterday")
+    assert reached.status_code == 200
+    assert (beyond.status_code, beyond.headers["retry-after"]) == (503, "1")
+    assert wrong.status_code == 422
+
+
+async def test_without_the_model_words_are_searched_and_the_answer_says_so(tickets: Office) -> None:
+    class Away:
+        async def embed_one(self, text: str) -> object:
+            raise EmbedderUnavailable("nobody is at home")
+
+        async def aclose(self) -> None:
+            pass
+
+    def without_model(service: Service) -> None:
+        away: Any = Away()
+        away.embedder = service.reader._model("fake").embedder
+        service.reader._models["fake"] = away
+
+    async with served(tickets.serving(anonymous=True), before=without_model) as client:
+        found = (await ask(client, "printer")).json()
+        refused = await ask(client, "printer", mode="vector")
+    assert found["hits"]
+    assert "by words alone" in found["warning"]
+    assert refused.status_code == 503
+
+
+# -- who may see what -------------------------------------------------------------------------------------------
+
+
+def with_tokens(tickets: Office, tokens: Path, **more: Any) -> Config:
+    return tickets.serving(tokens_file=str(tokens), tenant=tenant(), **more)
+
+
+async def test_a_tenant_finds_its_own_rows_and_never_sees_the_column(tickets: Office, tokens: Path) -> None:
+    token = new_token(tokens, "ana", {"tenant": "t1"}, None)
+    async with served(with_tokens(tickets, tokens)) as client:
+        found = (await ask(client, "printer", token, k=50)).json()["hits"]
+        named = await ask(client, "printer", token, filter={"tenant": "t2"})
+        own, other = [await client.get(f"/v1/indexes/tickets/documents/{key}", headers=bearer(token)) for key in (4, 5)]
+        (index,) = (await client.get("/v1/indexes", headers=bearer(token))).json()["indexes"]
+    assert found
+    assert all(hit["key"]["id"] % 3 == 1 for hit in found)
+    assert all("tenant" not in hit["columns"] for hit in found)
+    assert (named.status_code, "does not have" in named.json()["detail"]) == (422, True)
+    assert (own.status_code, other.status_code) == (200, 404)
+    assert "tenant" not in [column["name"] for column in index["columns"]]
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
+async def test_the_database_holds_the_tenant_even_if_our_filter_is_gone(
+    tickets: Office, tokens: Path, mode: str
+) -> None:
+    token = new_token(tokens, "ana", {"tenant": "t1"}, None)
+
+    def without_filter(service: Service) -> None:
+        service.reader._filter = lambda who, spec, wanted: dict(wanted)  # type: ignore[method-assign]
+
+    async with served(with_tokens(tickets, tokens), before=without_filter) as client:
+        found = (await ask(client, "printer", token, k=50, mode=mode)).json()["hits"]
+    assert found
+    assert {hit["key"]["id"] % 3 for hit in found} == {1}
+
+
+async def test_sessions_of_the_pool_do_not_carry_a_tenant_over(tickets: Office, tokens: Path) -> None:
+    mine, theirs = (new_token(tokens, name, {"tenant": name}, None) for name in ("t1", "t2"))
+    async with served(with_tokens(tickets, tokens, connections=1)) as client:
+        for token, rest in [(mine, 1), (theirs, 2)] * 3:
+            found = (await ask(client, "room", token, k=50)).json()["hits"]
+            assert {hit["key"]["id"] % 3 for hit in found} == {rest}
+
+
+async def test_unknown_expired_and_revoked_tokens_get_one_answer(tickets: Office, tokens: Path) -> None:
+    good = new_token(tokens, "ana", {"tenant": "t1"}, None)
+    revoked = new_token(tokens, "ben", {"tenant": "t1"}, None)
+    expired = new_token(tokens, "cleo", {"tenant": "t1"}, -1)
+    claimless = new_token(tokens, "dora", {}, None)
+    async with served(with_tokens(tickets, tokens)) as client:
+        before = await ask(client, "printer", revoked)
+        revoke_tokens(tokens, "ben")
+        answers = [await ask(client, "printer", one) for one in (revoked, expired, "cdcsync_unknown", "x", None)]
+        allowed, claim = await ask(client, "printer", good), await ask(client, "printer", claimless)
+    assert before.status_code == 200
+    assert {(one.status_code, one.content) for one in answers} == {(401, answers[0].content)}
+    assert answers[0].headers["www-authenticate"] == "Bearer"
+    assert (allowed.status_code, claim.status_code) == (200, 403)
+    kept = anyio.Path(tokens)
+    assert good not in await kept.read_text()
+    assert (await kept.stat()).st_mode & 0o077 == 0
+
+
+async def test_signed_tokens_are_checked_for_key_issuer_audience_and_time(tickets: Office, tmp_path: Path) -> None:
+    key, other = (rsa.generate_private_key(public_exponent=65537, key_size=2048) for _ in range(2))
+    public = json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(key.public_key())) | {"kid": "one"}
+    (tmp_path / "jwks.json").write_text(json.dumps({"keys": [public]}))
+    config = tickets.serving(
+        jwks=str(tmp_path / "jwks.json"), issuer="https://id.example", audience="cdcsync", tenant=tenant()
+    )
+    good = {"sub": "ana", "tenant": "t1", "iss": "https://id.example", "aud": "cdcsync", "exp": time.time() + 60}
+
+    def signed(by: rsa.RSAPrivateKey = key, kid: str = "one", **changes: Any) -> str:
+        return jwt.encode({**good, **changes}, by, algorithm="RS256", headers={"kid": kid})
+
+    wrong = [
+        signed(by=other),
+        signed(kid="two"),
+        signed(iss="https://evil.example"),
+        signed(aud="another"),
+        signed(exp=time.time() - 3600),
+        jwt.encode(good, "x" * 64, algorithm="HS256", headers={"kid": "one"}),
+        jwt.encode(good, "", algorithm="none", headers={"kid": "one"}),
+    ]
+    async with served(config) as client:
+        allowed = await ask(client, "printer", signed())
+        refused = [(await ask(client, "printer", token)).status_code for token in wrong]
+    assert allowed.status_code == 200
+    assert all(hit["key"]["id"] % 3 == 1 for hit in allowed.json()["hits"])
+    assert refused == [401] * len(wrong)
+
+
+# -- limits -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_tenant_beyond_its_rate_is_told_when_to_come_back(tickets: Office, tokens: Path) -> None:
+    mine, theirs = (new_token(tokens, name, {"tenant": name}, None) for name in ("t1", "t2"))
+    async with served(with_tokens(tickets, tokens, requests_per_s=0.01, burst=3)) as client:
+        codes = [(await ask(client, "printer", mine, mode="text")).status_code for _ in range(5)]
+        limited = await ask(client, "printer", mine)
+        other = await ask(client, "printer", theirs)
+    assert codes == [200, 200, 200, 429, 429]
+    assert int(limited.headers["retry-after"]) > 1
+    assert other.status_code == 200
+
+
+async def test_a_storm_of_one_tenant_is_shed_and_another_is_answered(tickets: Office, tokens: Path) -> None:
+    mine, theirs = (new_token(tokens, name, {"tenant": name}, None) for name in ("t1", "t2"))
+    config = with_tokens(tickets, tokens, requests_per_s=10**6, burst=10**6, concurrency=2, connections=3)
+    codes: list[int] = []
+    async with served(config) as client:
+
+        async def storm() -> None:
+            codes.append((await ask(client, "printer", mine)).status_code)
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(60):
+                tasks.start_soon(storm)
+            other = await ask(client, "printer", theirs)
+    assert other.status_code == 200
+    assert set(codes) <= {200, 429}
+    assert codes.count(200) >= 1
+
+
+async def test_a_days_budget_of_text_ends(tickets: Office, tokens: Path) -> None:
+    token = new_token(tokens, "ana", {"tenant": "t1"}, None)
+    async with served(with_tokens(tickets, tokens, tokens_per_day=20)) as client:
+        first, second = await ask(client, "printer", token), await ask(client, "printer", token)
+    assert (first.status_code, second.status_code) == (200, 429)
+    assert second.json()["title"] == "The day's budget is used up"
+
+
+# -- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"[" * 100_000, 413),
+        (b"[" * 10_000, 422),
+        (b"\xff\xfe", 400),
+        (b"[]", 422),
+        (b'{"query": 1}', 422),
+        (b'{"query": "a", "limit": 3}', 422),
+        (b'{"query": "a", "k": 0}', 422),
+        (b'{"query": "a", "k": -1}', 422),
+        (b'{"query": "a", "k": 1000000000}', 422),
+        (b'{"query": "a", "skip": -1}', 422),
+        (b'{"query": "a", "mode": "magic"}', 422),
+        (b'{"query": "a\\u0000b"}', 422),
+        (b'{"query": "a", "filter": {"nothing": 3}}', 422),
+        (b'{"query": "a", "filter": {"opened": "soon"}}', 422),
+        (b'{"query": "a", "filter": {"id": {"between": 3}}}', 422),
+        (b'{"query": "a", "filter": {"status": "\\u0000"}}', 422),
+        (b'{"query": "a", "filter": {"status) OR true --": "x"}}', 422),
+        (b'{"query": "' + b"a" * 10_000 + b'"}', 422),
+    ],
+)
+async def test_what_cannot_be_answered_says_what_to_change(tickets: Office, body: bytes, status: int) -> None:
+    async with served(tickets.serving(anonymous=True)) as client:
+        answer = await client.post(SEARCH, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert set(answer.json()) >= {"title", "status", "detail"}
+
+
+@pytest.mark.parametrize(
+    "text", ["'; DROP TABLE tickets; --", "\\", "%s %(x)s {x}", "a" * 3_999, "-printer", "   ", ""]
+)
+async def test_any_text_is_a_query(tickets: Office, text: str) -> None:
+    async with served(tickets.serving(anonymous=True)) as client:
+        codes = [(await ask(client, text, mode=mode)).status_code for mode in ("hybrid", "text")]
+        values = (await ask(client, "printer", filter={"status": text})).status_code
+    assert (codes, values) == ([200, 200], 200)
+
+
+async def test_unknown_indexes_paths_and_methods_are_problems(tickets: Office) -> None:
+    async with served(tickets.serving(anonymous=True)) as client:
+        answers = [
+            await client.post("/v1/indexes/nothing/search", json={"query": "a"}),
+            await client.get("/v1/indexes/../../etc/passwd"),
+            await client.get("/v2"),
+            await client.get(SEARCH),
+            await client.post(SEARCH, content=b"query=a", headers={"Content-Type": "text/plain"}),
+        ]
+    assert [one.status_code for one in answers] == [404, 404, 404, 405, 415]
+    assert all(one.headers["content-type"] == "application/problem+json" for one in answers)
+
+
+async def test_the_statement_of_a_client_that_left_is_cancelled(tickets: Office) -> None:
+    config = tickets.serving(anonymous=True, deadline_s=120.0)
+    running = (
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'cdcsync serve' AND state = 'active'"
+        " AND query LIKE '%wait_for%'"
+    )
+    async with served(config) as client:
+        with pytest.raises(httpx2.TimeoutException):
+            await client.post(SEARCH, json={"query": "a", "after_lsn": "FFFFFFFF/0"}, timeout=1)
+        ended = partial(until, lambda: tickets.database.execute(running) == [(0,)], "the statement to end")
+        await anyio.to_thread.run_sync(ended)
+
+
+# -- the record -------------------------------------------------------------------------------------------------
+
+
+async def test_each_call_is_recorded_without_its_text(tickets: Office, tokens: Path) -> None:
+    token = new_token(tokens, "recorded", {"tenant": "t1"}, None)
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    async with served(with_tokens(tickets, tokens)) as client:
+        await client.post(
+            SEARCH,
+            json={"query": "xyzzy plugh", "filter": {"status": "open"}, "mode": "text"},
+            headers={**bearer(token), "traceparent": f"00-{trace}-b7ad6b7169203331-01"},
+        )
+        await client.post(SEARCH, json={"query": "a", "k": 0}, headers=bearer(token))
+    rows = tickets.database.execute(
+        "SELECT tenant, tool, index_name, outcome, hits, query, filters, trace_id, query_hash IS NOT NULL"
+        " FROM cdcsync.calls WHERE subject = 'recorded' ORDER BY at"
+    )
+    assert rows == [
+        ("t1", "search", "tickets", "ok", 0, None, ["status"], trace, True),
+        ("t1", "search", "tickets", "wrong", None, None, [], None, True),
+    ]
+
+
+async def test_metrics_count_by_tool_and_outcome_alone(tickets: Office) -> None:
+    async with served(tickets.serving(anonymous=True)) as client:
+        await ask(client, "xyzzy", mode="text")
+        text = (await client.get("/metrics")).text
+        ready = await client.get("/readyz")
+    assert 'cdcsync_serve_call_seconds_count{outcome="ok",tool="search"} 1.0' in text
+    assert 'cdcsync_serve_empty_searches_total{index="tickets"} 1.0' in text
+    assert "xyzzy" not in text
+    assert ready.status_code == 200
+
+
+async def test_a_caller_of_no_tenant_is_counted_by_its_subject() -> None:
+    assert Principal("ana").account != Principal("ben").account
+    assert Principal("ana", "t1").account == Principal("ben", "t1").account

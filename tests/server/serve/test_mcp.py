@@ -1,0 +1,127 @@
+"""The tools for agents, as the SDK's own client sees them: over HTTP, over stdio, by the older protocol."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx2
+import msgspec
+import pytest
+from mcp import Client, StdioServerParameters
+from mcp.client.streamable_http import streamable_http_client
+from psycopg import conninfo
+
+from cdcsync.config import Config
+from cdcsync.serve.identity import new_token
+from tests.fixtures.serving import Office, served, tenant
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+Protocol = Literal["auto", "legacy"]
+
+
+@asynccontextmanager
+async def agent(config: Config, token: str | None = None, mode: Protocol = "auto") -> AsyncIterator[Client]:
+    """Connect over HTTP, as an agent would."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async with served(config) as plain, httpx2.AsyncClient(headers=headers, timeout=30) as http:
+        transport = streamable_http_client(f"{plain.base_url}/mcp", http_client=http)
+        async with Client(transport, mode=mode) as client:
+            yield client
+
+
+async def called(client: Client, tool: str, **arguments: Any) -> Any:
+    """Call a tool that succeeds, and return its structured answer."""
+    result = await client.call_tool(tool, arguments)
+    assert not result.is_error, result.content
+    assert result.structured_content is not None
+    return result.structured_content
+
+
+async def refusal(client: Client, tool: str, **arguments: Any) -> str:
+    """Call a tool that fails, and return what it tells the agent."""
+    result = await client.call_tool(tool, arguments)
+    assert result.is_error
+    return " ".join(getattr(part, "text", "") for part in result.content)
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_an_agent_finds_its_way_from_the_list_to_a_document(tickets: Office, mode: Protocol) -> None:
+    async with agent(tickets.serving(anonymous=True), mode=mode) as client:
+        (index,) = (await called(client, "list_indexes"))["indexes"]
+        found = await called(
+            client, "search", index=index["name"], query="printer", k=3, filter={"status": "open"}, mode="text"
+        )
+        best = found["hits"][0]
+        document = await called(client, "fetch", index=index["name"], key=best["key"])
+    assert len(found["hits"]) == 3
+    assert "printer" in best["content"]
+    assert document["chunks"] == [best["content"]]
+    assert "not instructions" in found["note"]
+
+
+async def test_tools_say_that_they_only_read(tickets: Office) -> None:
+    async with agent(tickets.serving(anonymous=True)) as client:
+        tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+    assert set(tools) == {"list_indexes", "search", "fetch"}
+    for tool in tools.values():
+        assert tool.annotations is not None
+        assert (tool.annotations.read_only_hint, tool.annotations.destructive_hint) == (True, False)
+    assert "context" not in tools["search"].input_schema["properties"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"index": "nothing", "query": "a"}, "There are: tickets"),
+        ({"index": "tickets", "query": "a", "k": 0}, "1 to 50"),
+        ({"index": "tickets", "query": "a", "filter": {"author": "ana"}}, "The columns are"),
+        ({"index": "tickets", "query": "a", "filter": {"opened": {"between": 1}}}, "The operators are"),
+        ({"index": "tickets", "query": "a", "filter": {"opened": "soon"}}, "opened"),
+    ],
+)
+async def test_a_wrong_call_is_told_what_to_change(tickets: Office, arguments: dict[str, Any], told: str) -> None:
+    async with agent(tickets.serving(anonymous=True)) as client:
+        assert told in await refusal(client, "search", **arguments)
+
+
+async def test_answers_keep_to_a_budget_and_say_what_was_left_out(tickets: Office) -> None:
+    async with agent(tickets.serving(anonymous=True, answer_tokens=100)) as client:
+        found = await called(client, "search", index="tickets", query="room", k=50)
+    assert 1 <= len(found["hits"]) < 50
+    assert found["left_out"] == 50 - len(found["hits"])
+
+
+async def test_an_agent_sees_its_tenant_alone(tickets: Office, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.json"
+    token = new_token(tokens, "agent", {"tenant": "t2"}, None)
+    config = tickets.serving(tokens_file=str(tokens), tenant=tenant())
+    async with agent(config, token) as client:
+        found = await called(client, "search", index="tickets", query="printer", k=50)
+        hidden = await refusal(client, "fetch", index="tickets", key={"id": 4})
+    assert {hit["key"]["id"] % 3 for hit in found["hits"]} == {2}
+    assert "no document" in hidden
+    async with agent(config) as stranger:
+        assert "token" in await refusal(stranger, "search", index="tickets", query="printer")
+
+
+async def test_over_standard_input_and_output_the_token_is_in_the_environment(tickets: Office, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.json"
+    token = new_token(tokens, "desktop", {"tenant": "t1"}, None)
+    dsn = conninfo.make_conninfo(tickets.database.dsn, user=tickets.reader, password="reader")
+    text = (tickets.directory / "cdcsync.toml").read_text()
+    path = tmp_path / "cdcsync.toml"
+    lines = f"dsn = {msgspec.json.encode(dsn).decode()}\ntokens_file = {msgspec.json.encode(str(tokens)).decode()}\n"
+    path.write_text(text.replace("[serve]\n", f"[serve]\n{lines}"))
+    server = StdioServerParameters(
+        command=sys.executable,
+        args=["-m", "cdcsync", "serve", "--stdio", "-c", str(path)],
+        env={"CDCSYNC_TOKEN": token},
+    )
+    async with Client(server) as client:
+        found = await called(client, "search", index="tickets", query="printer", k=50)
+    assert {hit["key"]["id"] % 3 for hit in found["hits"]} == {1}
