@@ -4,6 +4,7 @@
     printing    findings, hits, statuses and errors, for people and as JSON
     queries     what the commands ask of both servers and of a model
     commands    the commands, their options and their help
+    init        the command `init`
     shipped     the commands of `config` that hand out examples, roles, units, alerts and manifests
     beside      what a command asks of a worker on this machine
     search      the command `search`

@@ -37,7 +37,7 @@ def _section_lines(key_path: str, section: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _key(key: str) -> str:
-    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else _toml_text(key)
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else toml_text(key)
 
 
 def _toml(key: str, value: Any) -> str:
@@ -50,7 +50,7 @@ def _toml(key: str, value: Any) -> str:
         case int() | float():
             return repr(value)
         case str():
-            return _toml_text(_shown(key, value))
+            return toml_text(_shown(key, value))
         case _:
             return f"[{', '.join(_toml(key, item) for item in value)}]"
 
@@ -61,7 +61,7 @@ def _shown(key: str, text: str) -> str:
     return REDACTED if text and is_secret_key(key) else text
 
 
-def _toml_text(text: str) -> str:
+def toml_text(text: str) -> str:
     """Quote a text: JSON's escapes are TOML's too, DEL needs one more, and `$` must not become a reference."""
     return json.dumps(text.replace("$", "$$"), ensure_ascii=False).replace("\x7f", "\\u007f")
 

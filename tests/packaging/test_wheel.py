@@ -95,4 +95,4 @@ def test_the_installed_command_hands_out_the_files(command: Path, tmp_path: Path
 
 @pytest.mark.model
 def test_the_installed_command_runs_the_demo(command: Path, tmp_path: Path) -> None:
-    assert "equals" in _run(command, "demo", "--rows", "40", where=tmp_path)
+    assert "how soon after the commit" in _run(command, "demo", "--rows", "40", where=tmp_path)

@@ -23,7 +23,7 @@ from cdcsync.preflight import Finding
 from cdcsync.target.search import Hit
 
 COMMANDS = [
-    *("demo", "check", "run", "status", "search", "replay", "verify", "evaluate", "failures", "teardown"),
+    *("demo", "init", "check", "run", "status", "search", "replay", "verify", "evaluate", "failures", "teardown"),
     *("config show", "config schema", "config example", "config roles", "config systemd", "config alerts"),
     *("config dashboard", "config compose", "config kubernetes"),
 ]

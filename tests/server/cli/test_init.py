@@ -1,0 +1,161 @@
+"""`cdcsync init`: from a table to a worker that runs, with the file and the SQL that it wrote."""
+
+from __future__ import annotations
+
+import os
+import pty
+import secrets
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from psycopg import conninfo, sql
+
+from tests.fixtures.servers import Database, Server
+from tests.fixtures.workers import Pipeline
+
+pytestmark = pytest.mark.server
+
+TABLE = """
+CREATE TABLE public.tickets (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    tenant int NOT NULL, status text NOT NULL, body text, subject text NOT NULL, customer_email text, payload jsonb
+);
+CREATE INDEX ON public.tickets (tenant);
+INSERT INTO public.tickets (tenant, status, subject, body, customer_email)
+SELECT i % 4, (ARRAY['open', 'closed'])[1 + i % 2], 'subject ' || i,
+       'a body with some words about matter ' || i, 'person' || i || '@example.org'
+FROM generate_series(1, 40) AS i
+"""
+
+
+@pytest.fixture
+def role(server: Server) -> Iterator[tuple[str, str]]:
+    """A role that does not exist yet, and its password; named before the database by each test, so dropped after it."""
+    name = f"cdcsync_test_{secrets.token_hex(6)}"
+    yield name, secrets.token_urlsafe(9)
+    with server.connect() as admin:
+        admin.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(name)))
+
+
+def cdcsync(where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cdcsync", *arguments],
+        cwd=where,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def written(where: Path) -> dict[str, Any]:
+    return tomllib.loads((where / "cdcsync.toml").read_text())
+
+
+def test_check_and_run_work_with_what_init_wrote(
+    role: tuple[str, str], make_database: Callable[[], Database], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, password = role
+    database = make_database()
+    database.execute(TABLE)
+    done = cdcsync(tmp_path, "init", database.dsn, "--table", "tickets", "--embedder", "hash", "--role", name)
+    assert done.returncode == 0, done.stderr
+    index = written(tmp_path)["indexes"]["tickets"]
+    assert (index["text"], index["columns"]) == ("{subject}\n\n{body}", ["tenant", "status"])
+    assert index["indexed"] == ["tenant"]
+    assert "password" not in conninfo.conninfo_to_dict(written(tmp_path)["source"]["dsn"])
+
+    before = cdcsync(tmp_path, "check")
+    assert before.returncode == 2, before.stdout
+    database.execute(done.stdout)
+    with database.connect() as admin:
+        admin.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(name), sql.Literal(password)))
+    monkeypatch.setenv("PGPASSWORD", password)
+    after = cdcsync(tmp_path, "check")
+    assert after.returncode == 0, after.stdout + after.stderr
+
+    text = (tmp_path / "cdcsync.toml").read_text()
+    mine = f'[worker]\nlisten = "127.0.0.1:0"\n\n[source]\nslot = "{database.name}"\n'
+    pipeline = Pipeline(tmp_path, text.replace("[source]\n", mine))
+    process = pipeline.start()
+    try:
+        pipeline.live()
+        database.execute("INSERT INTO public.tickets (tenant, status, subject) VALUES (9, 'open', 'a new one')")
+        pipeline.in_step("tickets")
+        assert pipeline.stop(process) == 0
+    finally:
+        process.kill()
+        process.wait()
+        pipeline.close()
+    again = cdcsync(tmp_path, "init", database.dsn, "--table", "tickets", "--role", name, "-o", "again.toml")
+    assert "nothing left to run" in again.stdout
+
+
+def test_the_key_of_a_table_without_a_primary_key_is_a_unique_index(database: Database, tmp_path: Path) -> None:
+    database.execute(
+        "CREATE TABLE notes (code text NOT NULL, body text); CREATE UNIQUE INDEX notes_code ON notes (code)"
+    )
+    done = cdcsync(tmp_path, "init", database.dsn, "--table", "notes", "--embedder", "hash")
+    assert done.returncode == 0, done.stderr
+    assert "ALTER TABLE public.notes REPLICA IDENTITY USING INDEX notes_code;" in done.stdout
+    assert written(tmp_path)["indexes"]["notes"]["text"] == "{body}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--table", "nosuch"], "there is no table public.nosuch"),
+        (["--table", "a view"], "expected a name"),
+        (["--table", "heap"], "identifies its rows"),
+        (["--table", "numbers"], "no column of public.numbers looks like text"),
+        (["--table", "numbers", "--text", "{nosuch}"], "has no column nosuch"),
+        (["--table", "numbers", "--text", "{n"], "text"),
+        (["--table", "numbers", "--text", "{n}", "--columns", "", "--indexed", "m"], "m is not a column of the index"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_be_indexed_is_refused_and_nothing_is_written(
+    arguments: list[str], said: str, database: Database, tmp_path: Path
+) -> None:
+    database.execute("CREATE TABLE heap (body text); CREATE TABLE numbers (id int PRIMARY KEY, n int, m int)")
+    done = cdcsync(tmp_path, "init", database.dsn, *arguments, "--embedder", "hash")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "fix:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_there_is_kept(database: Database, tmp_path: Path) -> None:
+    (tmp_path / "cdcsync.toml").write_text("mine")
+    assert cdcsync(tmp_path, "init", database.dsn, "--table", "x").returncode == 2
+    assert (tmp_path / "cdcsync.toml").read_text() == "mine"
+
+
+def test_in_a_terminal_it_asks_and_takes_the_answers(database: Database, tmp_path: Path) -> None:
+    database.execute(TABLE)
+    ours, theirs = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cdcsync", "init", database.dsn, "--table", "tickets", "--embedder", "hash"],
+            cwd=tmp_path,
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        os.write(ours, b"{subject}: {body}\nstatus\n-\n")
+        output, said = process.communicate(timeout=60)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert process.returncode == 0, said
+    index = written(tmp_path)["indexes"]["tickets"]
+    assert (index["text"], index["columns"], index["indexed"]) == ("{subject}: {body}", ["status"], [])
+    assert "[tenant,status]" in said
+    assert output.startswith("-- For an administrator")
