@@ -164,7 +164,6 @@ class Index:
         per_document: bool = True,
         skip: int = 0,
         weights: tuple[float, float] = (1.0, 1.0),
-        language: str | None = None,
         rerank: bool = True,
     ) -> Hits:
         """Return the `k` best hits for a text, the best first.
@@ -174,7 +173,6 @@ class Index:
         :param per_document: return each document once, by its best chunk.
         :param skip: leave out so many of the first hits: the next page.
         :param weights: of vectors and of words, in `hybrid`.
-        :param language: of the text, for an index with a language per row.
         :param rerank: have the index's reranker, if it has one, order the best hits anew.
         :raises UsageError: an argument cannot be used.
         :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
@@ -188,7 +186,6 @@ class Index:
                 filter=filter,
                 per_document=per_document,
                 weights=weights,
-                language=language,
                 rerank=False,
             )
             ranked = await self.rerank(text, found)
@@ -217,7 +214,6 @@ class Index:
                 per_document=per_document,
                 skip=skip,
                 weights=weights,
-                language=language,
             )
 
         return Hits(await self._with_connection(ask), warning)

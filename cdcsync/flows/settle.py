@@ -64,6 +64,8 @@ class _Seen:
         self.per_s = 0.0
         self.noted_at = -NOTE_S
         self.noted = False
+        self.cleared = False
+        """Whether leftovers of a rebuild that was killed have been looked for: they note every change for nobody."""
         self.not_before = -math.inf
         """No rebuild before this time: the last one failed."""
 
@@ -134,6 +136,9 @@ class Settle:
     async def _settle(self, spec: IndexSpec) -> bool:
         settings, seen = self._settings(), self._seen[spec.name]
         settling = await self._on(0, spec)
+        if not seen.cleared:
+            await Rebuild(await self._sessions[0].connection(), self._schema, spec).clear()
+            seen.cleared = True
         tiers = await settling.look()
         scan_ms = seen.scan_ms(tiers)
         await self._note(settling, spec, tiers, scan_ms)

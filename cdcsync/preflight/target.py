@@ -26,7 +26,20 @@ PGVECTOR_MINIMUM = (0, 7, 0)
 PGVECTOR_ADVISED = (0, 8, 4)
 """Up to here came mends of HNSW: of parallel builds in 0.8.2, of what vacuuming did to an index in 0.8.3 and 0.8.4."""
 
-SHARED = ("pipelines", "indexes", "backfills", "failed_documents", "tiers")
+SHARED = (
+    "pipelines",
+    "indexes",
+    "backfills",
+    "backfill_keys",
+    "audits",
+    "calls",
+    "differences",
+    "embedders",
+    "evaluations",
+    "failed_documents",
+    "judged_runs",
+    "tiers",
+)
 """Our tables that all indexes share."""
 
 OURS = "cdcsync"

@@ -74,11 +74,11 @@ class Rebuild:
     async def run(self) -> int:
         """Rebuild and exchange; returns how many fresh vectors became settled.
 
-        :raises psycopg.Error: nothing has changed; what is left behind is dropped by the next rebuild.
+        :raises psycopg.Error: nothing has changed; what is left behind is dropped by the next rebuild or start.
         :raises Emptied: likewise.
         """
         table = self._parts["settled"].as_string(self._connection)
-        await until_locked(self.abandon, table=table)
+        await self.clear()
         await until_locked(self.record, table=table)
         await self._fill()
         await self._build()
@@ -86,6 +86,10 @@ class Rebuild:
             if await self._follow() < FEW:
                 break
         return await until_locked(self.switch, table=table)
+
+    async def clear(self) -> None:
+        """Drop what an earlier rebuild left behind, once nobody uses the tiers; see `abandon`."""
+        await until_locked(self.abandon, table=self._parts["settled"].as_string(self._connection))
 
     async def abandon(self) -> None:
         """Drop what an earlier rebuild left behind, if it did."""

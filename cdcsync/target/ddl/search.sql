@@ -8,8 +8,7 @@
     skip int DEFAULT 0,
     vector_weight float8 DEFAULT 1,
     text_weight float8 DEFAULT 1,
-    headline text DEFAULT {headline_options},
-    language text DEFAULT NULL
+    headline text DEFAULT {headline_options}
 ) RETURNS SETOF {hit} LANGUAGE plpgsql {volatility} SECURITY INVOKER {settings} AS $cdcsync_search$
 -- Searches the index {index_comment}. One snapshot, and read only: every statement in here sees the caller's.
 --

@@ -91,7 +91,6 @@ async def search(
     skip: int = 0,
     weights: tuple[float, float] = (1.0, 1.0),
     headline: str | None = None,
-    language: str | None = None,
     where: str | None = None,
     timeout_s: float | None = TIMEOUT_S,
     plans: list[Plan] | None = None,
@@ -111,7 +110,6 @@ async def search(
     :param skip: leave out so many of the first hits.
     :param weights: of the vector leg and of the keyword leg.
     :param headline: options of ts_headline for `Hit.headline`; None for no headlines.
-    :param language: of the query, for an index with a language per row.
     :param where: an SQL condition on key and carried columns: the caller's own SQL, with the session's privileges.
     :param timeout_s: how long the server may take; None for any time.
     :param plans: gets how the server executed each leg.
@@ -127,7 +125,7 @@ async def search(
         if where is not None or plans is not None:
             function = await _session_function(connection, schema, spec, where, explain=plans is not None)
         statement = sql.SQL(
-            "SELECT {} FROM {}($1, $2::pg_catalog.text::{}.vector, $3, $4, $5, $6, $7, $8, $9, $10, $11)"
+            "SELECT {} FROM {}($1, $2::pg_catalog.text::{}.vector, $3, $4, $5, $6, $7, $8, $9, $10)"
         ).format(
             sql.SQL(", ").join(map(sql.Identifier, [*attributes, *OWN])),
             function,
@@ -143,7 +141,6 @@ async def search(
             skip,
             *map(float, weights),
             headline,
-            language,
         ]
         # Placeholders of the server's kind: a percent sign in a column's name is no placeholder.
         cursor = psycopg.AsyncRawCursor(connection)

@@ -17,6 +17,7 @@ from cdcsync.flows.settle import Settle
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import Lag
+from cdcsync.postgres.sessions import connect
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.ddl.rebuilding import Rebuild
 from cdcsync.target.pipelines import Pipelines
@@ -201,3 +202,14 @@ async def test_settling_goes_on_after_its_sessions_were_ended(built: LiveIndex, 
         )
         flow.worker = EAGER
         await until(settled(built, 100))
+
+
+async def test_a_start_drops_what_a_killed_rebuild_left(built: LiveIndex, target: Database) -> None:
+    """Its triggers would note every change for nobody, and its settled tier would stay without autovacuum."""
+    left = "SELECT count(*)::int FROM pg_trigger WHERE tgname = 'cdcsync_rebuild'"
+    async with await connect(target.dsn, "target") as connection:
+        await Rebuild(connection, SCHEMA, built.spec).record()
+    assert await built.rows(left) == [(2,)]
+    async with Flow(target.dsn, [built]).running():
+        await until(settled(built, 100))
+    assert await built.rows(left) == [(0,)]
