@@ -91,12 +91,16 @@ def test_operators_and_functions_of_others_are_never_called(
         ["check"],
         ["status"],
         ["search", "articles", "title changed"],
+        ["search", "articles", "title changed", "--where", "tenant = 1"],
+        ["search", "articles", '"title" -nothing', "--filter", "tenant=1"],
         ["verify", "articles"],
         ["replay", "articles", "--where", "tenant = 1"],
         ["evaluate", "articles"],
         ["failures", "articles", "list"],
     ):
         answered(pipeline, *command, "--json")
+    with psycopg.connect(roles.dsn(target, writer), autocommit=True) as application:  # with the search path of its role
+        application.execute("SELECT * FROM cdcsync.articles_search('title changed', NULL, filter => '{\"tenant\": 1}')")
     assert pipeline.stop(worker) == 0
     answered(pipeline, "teardown", "--purge", "--yes", "--json")
 
