@@ -1,0 +1,66 @@
+"""The search page in a real browser: a question, filters by type, why a hit is there, problems, phone and dark."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.fixtures.workers import until
+
+if TYPE_CHECKING:
+    from tests.fixtures.browsers import Browser
+
+pytestmark = pytest.mark.server
+
+
+def fill(browser: Browser, selector: str, value: str) -> None:
+    browser.ask("document.querySelector(arguments[0]).value = arguments[1]", selector, value)
+
+
+def submit(browser: Browser) -> None:
+    browser.ask("document.getElementById('form').requestSubmit()")
+
+
+def shown(browser: Browser, selector: str = "#hits li") -> list[str]:
+    texts: list[str] = browser.ask(
+        "return [...document.querySelectorAll(arguments[0])].map(one => one.innerText)", selector
+    )
+    return texts
+
+
+def test_a_person_searches_filters_and_sees_why(served_address: str, browser: Browser) -> None:
+    browser.look((1100, 800), dark=False)
+    browser.driver.get(f"{served_address}/")
+    until(lambda: shown(browser, "#filters label"), "the fields of the filters")
+    fill(browser, "#query", "printer")
+    submit(browser)
+    until(lambda: len(shown(browser)) == 10, lambda: f"ten hits; there are {shown(browser, 'main')}")
+    first = shown(browser)[0]
+    assert "printer" in first
+    assert "by meaning" in first or "by words" in first
+    assert "printer" in shown(browser, "#hits mark")
+    browser.screenshot("serve-light")
+
+    fill(browser, "[data-column=status]", "open")
+    fill(browser, "[data-column=id]", "7")
+    submit(browser)
+    until(lambda: shown(browser, "#note") and "Nothing" in shown(browser, "#note")[0], "no hit")
+    fill(browser, "[data-column=id]", "4")
+    submit(browser)
+    until(lambda: len(shown(browser)) == 1, "one hit")
+    assert "status: open" in shown(browser)[0]
+
+    browser.look((390, 800), dark=True, phone=True)
+    assert browser.ask("return document.documentElement.scrollWidth <= window.innerWidth")
+    browser.screenshot("serve-dark-phone")
+    assert browser.complaints() == []
+
+
+def test_a_problem_says_what_to_change(served_address: str, browser: Browser) -> None:
+    browser.driver.get(f"{served_address}/")
+    until(lambda: shown(browser, "#filters label"), "the fields of the filters")
+    fill(browser, "#query", "x" * 5_000)
+    submit(browser)
+    until(lambda: shown(browser, "#hits .problem"), "a problem")
+    assert "use at most 4000 characters" in shown(browser, "#hits .problem")[0]
