@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import signal
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from pathlib import Path
@@ -125,7 +125,9 @@ def _load(context: typer.Context, config: Path | None) -> Config:
 def _wait_for(function: Callable[[], Awaitable[T]]) -> T:
     import anyio
 
-    return anyio.run(function)
+    from cdcsync.stopping import interruptible
+
+    return anyio.run(interruptible, function)
 
 
 @app.command(
@@ -155,10 +157,18 @@ def demo(
 
     In a deployment, by its exit status: `cdcsync check --json`"""
 )
-def check(context: typer.Context, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def check(
+    context: typer.Context,
+    config: ConfigOption = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Load local models too, and embed a word with each: some 10 s a model.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Check everything that `run` needs, and change nothing.
 
-    Looks at the models and at both servers: settings, privileges, slot, publication, tables, pgvector. Each finding
+    Looks at both servers (settings, privileges, slot, publication, tables, pgvector), asks remote models to embed a
+    word, and reads the files of local ones, which --deep loads as well. Each finding
     comes with its fix. The exit status is 2 when one of them would keep `run` from starting.
     """
     import msgspec
@@ -166,7 +176,7 @@ def check(context: typer.Context, config: ConfigOption = None, as_json: JsonOpti
     from cdcsync.cli import printing, queries
 
     configuration = _load(context, config)
-    findings = _wait_for(lambda: queries.examine_all(configuration))
+    findings = _wait_for(lambda: queries.examine_all(configuration, deep=deep))
     wrong = any(finding.level == "error" for finding in findings)
     if as_json:
         printing.print_json({"ok": not wrong, "findings": msgspec.to_builtins(findings)})
@@ -194,9 +204,18 @@ def run(context: typer.Context, config: ConfigOption = None) -> None:
     logs.configure(configuration.worker.log_level, configuration.worker.log_format)
     from cdcsync.worker import run as worker
 
-    # In a terminal that signal says that the terminal is gone, and ends the worker as it ends everything there.
-    reread = None if sys.stderr.isatty() else lambda: _load(context, config)
+    # From a terminal, SIGHUP says that the terminal is gone, and ends the worker as it ends everything there.
+    reread = None if _ends_with_its_terminal() else lambda: _load(context, config)
     _wait_for(lambda: worker.run(configuration, reread=reread))
+
+
+def _ends_with_its_terminal() -> bool:
+    """Say whether this process belongs to a terminal, wherever its output goes, and was not started by nohup."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
 
 
 @app.command(

@@ -11,6 +11,7 @@ import typer
 
 from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
 from cdcsync.errors import EXIT_FAILED, UsageError
+from cdcsync.stopping import interruptible
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
@@ -121,11 +122,11 @@ def evaluate(
         raise UsageError("only SVG can be drawn", where=f"--plot {plot}", hint="name a file that ends in .svg")
     recall = None
     if judged is None or ef_search:
-        recall = anyio.run(_measure_recall, configuration, index, queries, k, ef_search or [], where)
+        recall = anyio.run(interruptible, _measure_recall, configuration, index, queries, k, ef_search or [], where)
     answers = None
     if judged is not None:
         asked = _Judging(judged, measure or [], weights, least or [], against)
-        answers = anyio.run(_measure_answers, configuration, index, asked)
+        answers = anyio.run(interruptible, _measure_answers, configuration, index, asked)
     if plot is not None:
         _draw(plot, recall, answers)
     if as_json:

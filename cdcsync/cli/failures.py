@@ -9,6 +9,7 @@ import typer
 
 from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
 from cdcsync.errors import EXIT_FAILED, UsageError
+from cdcsync.stopping import interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,17 +68,17 @@ def failures(
         )
     match action:
         case Action.list:
-            found, listed = anyio.run(_list, configuration, index, limit)
+            found, listed = anyio.run(interruptible, _list, configuration, index, limit)
             if as_json:
                 printing.print_json(found)
             else:
                 _print(index, found, listed, limit)
         case Action.retry:
             logs.configure("error", configuration.worker.log_format)
-            if not anyio.run(_retry, configuration, index, as_json):
+            if not anyio.run(interruptible, _retry, configuration, index, as_json):
                 raise typer.Exit(EXIT_FAILED)
         case Action.discard:
-            count = anyio.run(_discard, configuration, index)
+            count = anyio.run(interruptible, _discard, configuration, index)
             _say(as_json, {"discard": count}, f"{count} given up")
 
 

@@ -12,6 +12,7 @@ import typer
 
 from cdcsync.cli.commands import DEFAULT_CONFIG
 from cdcsync.errors import SetupError, UsageError
+from cdcsync.stopping import interruptible
 
 if TYPE_CHECKING:
     from cdcsync.config import QualifiedName
@@ -97,7 +98,7 @@ def init(
             "the file exists already", where=str(output), hint="name another one with --output, or move it away"
         )
     index = name or _index_name(table)
-    seen, prepared = anyio.run(_look, dsn, table, role)
+    seen, prepared = anyio.run(interruptible, _look, dsn, table, role)
     chosen = _choose(seen, text, _split(columns), _split(indexed), ask=sys.stdin.isatty() and not yes)
     content = _render(dsn, role, index, seen, chosen, embedder)
     _check(content, seen, index)

@@ -18,14 +18,17 @@ WATCH_EVERY_S = 1.0
 """How often a watched status is read: as often as a person can follow, and a few cheap queries each time."""
 
 
-async def examine_all(config: Config) -> list[Finding]:
-    """Return what the checks of models, servers and tables find."""
-    from cdcsync.preflight import build_embedders, examine, examine_embedders
+async def examine_all(config: Config, *, deep: bool) -> list[Finding]:
+    """Return what the checks of models, servers and tables find.
+
+    :param deep: load local models too.
+    """
+    from cdcsync.preflight import build_embedders, examine, examine_embedders, local_models
 
     findings: list[Finding] = []
     embedders = build_embedders(config, findings)
     try:
-        findings += await examine_embedders(embedders)
+        findings += await examine_embedders(embedders, described=() if deep else local_models(config))
         report = await examine(config, embedders)
     finally:
         for embedder in embedders.values():

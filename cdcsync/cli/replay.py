@@ -12,6 +12,7 @@ import typer
 
 from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
 from cdcsync.errors import EXIT_FAILED, UsageError
+from cdcsync.stopping import interruptible
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
@@ -101,7 +102,7 @@ def replay(
             f"--{actions[0]} stands alone", where="options", hint="ask for a replay, or change those that are open"
         )
     if actions:
-        anyio.run(_change, configuration, index, actions[0], as_json)
+        anyio.run(interruptible, _change, configuration, index, actions[0], as_json)
         return
     if where is not None and key:
         raise UsageError(
@@ -110,9 +111,9 @@ def replay(
     given = _keys(key) if key else None
     wanted = Replay(where, None, force_embed, rewrite, max_rows_per_s)
     if dry_run:
-        anyio.run(_estimate, configuration, index, wanted, given, as_json)
+        anyio.run(interruptible, _estimate, configuration, index, wanted, given, as_json)
         return
-    done = anyio.run(_replay, configuration, index, wanted, given, detach, on_interrupt, as_json)
+    done = anyio.run(interruptible, _replay, configuration, index, wanted, given, detach, on_interrupt, as_json)
     if not done:
         raise typer.Exit(EXIT_FAILED)
 

@@ -11,6 +11,7 @@ import typer
 from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption, Mode
 from cdcsync.cli.printing import MARKS
 from cdcsync.errors import UsageError
+from cdcsync.stopping import interruptible
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,6 +101,7 @@ def search(
     if not text.strip():
         raise UsageError("the text is blank", where="TEXT", hint="say what to look for")
     answer = anyio.run(
+        interruptible,
         lambda: find(
             configuration,
             names,
@@ -111,7 +113,7 @@ def search(
             per_document=per_document,
             skip=skip,
             explain=explain,
-        )
+        ),
     )
     if as_json:
         import msgspec

@@ -9,6 +9,7 @@ import typer
 
 from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
 from cdcsync.errors import UsageError
+from cdcsync.stopping import interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,10 +43,10 @@ def teardown(
 
     configuration = context.ensure_object(Invocation).load(config)
     if purge and not yes:
-        belongings = anyio.run(flow.read_belongings, configuration)
+        belongings = anyio.run(interruptible, flow.read_belongings, configuration)
         if belongings.set_up:
             _ask(belongings)
-    steps = anyio.run(lambda: flow.tear_down(configuration, purge=purge))
+    steps = anyio.run(interruptible, lambda: flow.tear_down(configuration, purge=purge))
     if as_json:
         printing.print_json(steps)
     else:
@@ -75,7 +76,7 @@ def drop(
     configuration = context.ensure_object(Invocation).load(config)
     if not yes:
         _confirm(f"drops the index {index} from the target, for good.", needs="drop")
-    steps = anyio.run(lambda: flow.drop_index(configuration, index))
+    steps = anyio.run(interruptible, lambda: flow.drop_index(configuration, index))
     if as_json:
         printing.print_json(steps)
     else:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import anyio
 
-from cdcsync.config import Config
+from cdcsync.config import Config, HashEmbedder, RemoteEmbedder
 from cdcsync.embedders import Embedder, make_embedder, validate
 from cdcsync.errors import CdcsyncError, EmbedderSetupError
 from cdcsync.preflight.findings import Finding
@@ -26,9 +26,34 @@ def build_embedders(config: Config, findings: list[Finding]) -> dict[str, Embedd
     return embedders
 
 
-async def examine_embedders(embedders: Mapping[str, Embedder]) -> list[Finding]:
-    """Load each model, embed a word with it and look at the vector. Takes as long as that takes, some 10 s a model."""
-    return [await _examine(name, embedder) for name, embedder in embedders.items()]
+def local_models(config: Config) -> list[str]:
+    """Return the embedders whose model this process, or one of its own, would have to load."""
+    light = RemoteEmbedder | HashEmbedder
+    return [name for name, settings in config.embedders.items() if not isinstance(settings, light)]
+
+
+async def examine_embedders(embedders: Mapping[str, Embedder], *, described: Collection[str] = ()) -> list[Finding]:
+    """Embed a word with each model, all at the same time, and look at the vectors.
+
+    :param described: embedders whose model is not loaded, which takes some 10 s each: making them has read its
+        description.
+    """
+    findings: dict[str, Finding] = {}
+
+    async def examine(name: str, embedder: Embedder) -> None:
+        findings[name] = _describe(name, embedder) if name in described else await _examine(name, embedder)
+
+    async with anyio.create_task_group() as tasks:
+        for name, embedder in embedders.items():
+            tasks.start_soon(examine, name, embedder)
+    return [findings[name] for name in embedders]
+
+
+def _describe(name: str, embedder: Embedder) -> Finding:
+    return Finding.ok(
+        f"embedders.{name}",
+        f"{embedder.identity} makes {embedder.dimensions} dimensions; `check --deep` loads it too",
+    )
 
 
 async def _examine(name: str, embedder: Embedder) -> Finding:

@@ -22,6 +22,7 @@ from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import SchemaChanged, TablesChanged, TargetRewound, Unavailable, leading
 from cdcsync.model.pauses import Pauses
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
+from cdcsync.stopping import end_at_once
 from cdcsync.target.session import worker_name
 from cdcsync.worker import http
 from cdcsync.worker.descriptors import raise_descriptor_limit
@@ -172,10 +173,17 @@ async def _stop_on_signal(
 ) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
-        async for number in signals:
-            log.info("stopping", signal=signal.Signals(number).name)
-            state.stop()
-            return
+        number = await anext(signals)
+        log.info("stopping", signal=signal.Signals(number).name)
+        state.stop()
+    # Whoever asks again does not want to wait for the batch in hand.
+    signal.signal(signal.SIGINT, end_at_once)
+    signal.signal(signal.SIGTERM, end_at_once)
+    try:
+        await anyio.sleep_forever()
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 async def _serve(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -158,3 +162,53 @@ def test_a_worker_whose_set_up_waits_for_a_lock_ends_at_once(make: Callable[[str
         assert pipeline.stop(worker, signal.SIGINT) == 0
 
         until(lambda: not waiting(pipeline), lambda: f"no session that waits: {waiting(pipeline)}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_worker_at_once_that_waits_for_a_lock(
+    number: signal.Signals, make: Callable[[str], Pipeline]
+) -> None:
+    pipeline = make(FOR_EVER)
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    with pipeline.target.transaction():
+        pipeline.target.execute("LOCK TABLE cdcsync.articles_chunks IN SHARE MODE")
+        pipeline.source.execute("UPDATE articles SET title = title || ' changed'")
+        until(lambda: waiting(pipeline), "apply to wait for the lock")
+        worker.send_signal(signal.SIGINT)
+        pipeline.event("stopping")
+        until(lambda: _takes(worker.pid, number), "the worker to take a second signal")
+        assert pipeline.stop(worker, number) == 128 + number
+    assert "Traceback" not in pipeline.log.read_text()
+    pipeline.start()
+    pipeline.in_step()
+
+
+def _takes(pid: int, number: signal.Signals) -> bool:
+    """Say whether a process catches a signal. Between two handlers it would end by the signal's own action."""
+    with open(f"/proc/{pid}/status") as status:
+        (caught,) = [line.split()[1] for line in status if line.startswith("SigCgt:")]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+IN_A_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "cdcsync", "run", "-c", sys.argv[1]])
+"""
+
+
+def test_a_worker_ends_with_its_terminal_wherever_its_log_goes(make: Callable[[str], Pipeline]) -> None:
+    pipeline = make("stop_timeout_s = 20")
+    ours, theirs = pty.openpty()
+    with pipeline.log.open("ab") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-c", IN_A_TERMINAL, str(pipeline.path)], stdin=theirs, stdout=log, stderr=log
+        )
+    pipeline.processes.append(worker)
+    os.close(theirs)
+    pipeline.live()
+    os.close(ours)
+    assert worker.wait(timeout=30) == -signal.SIGHUP

@@ -1,0 +1,41 @@
+"""Ctrl-C: once for an orderly end, with a word at once; twice to end without waiting for anything.
+
+Ending at once is safe at any moment, as a crash is: what is committed stays, and what is not is done again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from types import FrameType
+from typing import NoReturn, TypeVar, TypeVarTuple, Unpack
+
+T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
+
+
+def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """End the process, as a signal's handler: neither the event loop nor threads nor connections are waited for."""
+    os._exit(128 + number)
+
+
+async def interruptible(function: Callable[[Unpack[Arguments]], Awaitable[T]], *arguments: *Arguments) -> T:
+    """Run a command's function; the first SIGINT says so and cancels it, the second ends the process.
+
+    For the main task of `anyio.run`, whose own handler cancels it.
+    """
+    cancel = signal.getsignal(signal.SIGINT)
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, end_at_once)
+        os.write(2, b"\nstopping; Ctrl-C again ends at once\n")
+        if callable(cancel):
+            cancel(number, frame)
+
+    if callable(cancel):
+        signal.signal(signal.SIGINT, interrupted)
+    try:
+        return await function(*arguments)
+    finally:
+        signal.signal(signal.SIGINT, cancel)
