@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 import typer
 
 from cdcsync import __version__
-from cdcsync.errors import EXIT_WRONG
+from cdcsync.errors import EXIT_FAILED, EXIT_WRONG, UsageError
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
@@ -221,21 +221,29 @@ def _ends_with_its_terminal() -> bool:
 @app.command(
     epilog="""Follow the first load: `cdcsync status --watch`
 
-    How far behind, for a script: `cdcsync status --json | jq .lag_seconds`"""
+    How far behind, for a script: `cdcsync status --json | jq .lag_seconds`
+
+    For monitoring, by its exit status: `cdcsync status --check`"""
 )
 def status(
     context: typer.Context,
     config: ConfigOption = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew each second, until Ctrl-C.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 if there is a problem, or more lag than ready_max_lag_s.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show how far the index is, what waits, and what is wrong.
 
     Asks both databases, so it works whether or not a worker runs. With both --watch and --json it prints a line of JSON
-    each second.
+    each second. The exit status is 0 whenever the status could be read, also if it tells of problems; --check makes
+    that 1. It is 1 too if the target does not answer, and 2 if configuration or privileges are wrong.
     """
     from cdcsync.cli import printing, queries
 
+    if watch and check:
+        raise UsageError("cannot be used together", where="--watch, --check", hint="run one without the other")
     configuration = _load(context, config)
     if watch:
         _wait_for(lambda: queries.watch_status(configuration, as_json=as_json))
@@ -245,6 +253,8 @@ def status(
         printing.print_json(found)
     else:
         printing.print_status(found)
+    if check and (found.problems or (found.lag_seconds or 0) > configuration.worker.ready_max_lag_s):
+        raise typer.Exit(EXIT_FAILED)
 
 
 @config_commands.command()

@@ -2,7 +2,7 @@
 
     /livez     200 while the event loop turns, else 503: restart the process
     /readyz    200 while the worker does its work, else 503, with the reasons as JSON; `?standby=ok` counts a standby
-               as ready, which lets an orchestrator replace workers one by one
+               as ready, which lets an orchestrator replace workers one by one; `?loaded=1` asks that loads are done
     /metrics   for Prometheus, in the text format or OpenMetrics, as the client asks
     /status    the status as JSON (docs/status.md); 503 with the error when the target does not answer
     /embed     POST: the vector of a query, for commands on this machine
@@ -109,6 +109,10 @@ class WorkerView(Protocol):
         """Return why the worker is not doing its work just now; nothing when it is."""
         ...
 
+    def not_loaded(self) -> list[str]:
+        """Return which first loads have not come to their end; nothing when every index is whole."""
+        ...
+
     async def status(self) -> Status:
         """Read the status.
 
@@ -170,8 +174,10 @@ def make_app(view: WorkerView, *, embed: EmbedQuery | None = None) -> Starlette:
 
     async def readyz(request: Request) -> Response:
         reasons = view.not_ready()
+        loading = view.not_loaded() if request.query_params.get("loaded") == "1" else []
         if view.standby and request.query_params.get("standby") == "ok":
-            return _json({"ready": True, "reasons": reasons}, 200)
+            return _json({"ready": not loading, "reasons": reasons + loading}, 503 if loading else 200)
+        reasons = reasons + loading
         return _json({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
     exposed: dict[str, tuple[float, bytes]] = {}

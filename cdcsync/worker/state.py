@@ -167,6 +167,22 @@ class WorkerState:
             ]
         return reasons
 
+    def not_loaded(self) -> list[str]:
+        """Return which indexes do not hold all rows of their tables with vectors yet; nothing when all do.
+
+        As of the last reading, which is some seconds old at most; a standby reads for itself.
+        """
+        if self._last is None:
+            return ["the indexes have not been looked at yet"]
+        reasons = []
+        for name, index in self._last.indexes.items():
+            waiting = index.backlog - index.backlog_live
+            if index.state != "live":
+                reasons.append(f"index {name} is {index.state}, not live")
+            elif waiting:
+                reasons.append(f"index {name}: {waiting:,} loaded texts have no vector yet")
+        return reasons
+
     @property
     def lag_seconds(self) -> float:
         """The age of the oldest received commit that is not in the target; NaN while that is unknown."""

@@ -112,6 +112,7 @@ def test_check_run_status_and_search_work_together(database: Database, environme
         shown = cdcsync_command(environment, "status")
         assert shown.returncode == 0
         assert "articles" in shown.stdout
+        assert cdcsync_command(environment, "status", "--check").returncode == 0
 
         hits = printed(environment, "search", "articles", "red balloon")
         assert hits[0]["key"] == {"id": 1}
@@ -127,6 +128,10 @@ def test_check_run_status_and_search_work_together(database: Database, environme
         worker.send_signal(signal.SIGTERM)
         _, log = worker.communicate(timeout=PATIENCE_S)
     assert worker.returncode == 0, log
+    without_a_worker = cdcsync_command(environment, "status", "--check")
+    assert (without_a_worker.returncode, "no worker runs" in without_a_worker.stdout) == (1, True)
+    assert cdcsync_command(environment, "status").returncode == 0
+    assert cdcsync_command(environment, "status", "--check", "--watch").returncode == 2
     events = [json.loads(line) for line in log.splitlines()]
     assert events[-1]["event"] == "stopped"
     assert "balloon" not in log
@@ -205,7 +210,7 @@ def test_a_watched_status_is_a_line_of_json_each_time(database: Database, enviro
         watching.send_signal(signal.SIGINT)
         _, complaints = watching.communicate(timeout=PATIENCE_S)
     assert [status["pipeline"] for status in statuses] == [database.name] * 2
-    assert (watching.returncode, complaints) == (130, "")
+    assert (watching.returncode, complaints) == (130, "\nstopping; Ctrl-C again ends at once\n")
 
 
 def test_a_watched_status_goes_into_a_pipe_as_a_table_each_time(

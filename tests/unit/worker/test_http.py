@@ -56,6 +56,7 @@ class View:
         self.standby = False
         self.turning = True
         self.reasons: list[str] = []
+        self.loading: list[str] = []
         self.failure: Exception | None = None
         self.readings = 0
         self.reading = anyio.Event()
@@ -64,6 +65,9 @@ class View:
 
     def alive(self) -> bool:
         return self.turning
+
+    def not_loaded(self) -> list[str]:
+        return self.loading
 
     def not_ready(self) -> list[str]:
         return self.reasons
@@ -170,6 +174,16 @@ async def test_a_standby_is_ready_for_those_who_ask_so(view: View, client: Clien
     view.standby = False
     view.reasons = ["the replication stream is not connected"]
     assert (await client.ask("/readyz?standby=ok")).code == 503
+
+
+async def test_those_who_ask_for_loaded_indexes_wait_for_them(view: View, client: Client) -> None:
+    view.loading = ["index a is building, not live"]
+    assert (await client.ask("/readyz")).code == 200
+    for query in ("loaded=1", "standby=ok&loaded=1"):
+        asked = await client.ask(f"/readyz?{query}")
+        assert (asked.code, asked.json()) == (503, {"ready": False, "reasons": view.loading})
+    view.loading = []
+    assert (await client.ask("/readyz?loaded=1")).code == 200
 
 
 async def test_metrics_are_prometheus_text_unless_openmetrics_is_asked_for(view: View, client: Client) -> None:
