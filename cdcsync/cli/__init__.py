@@ -3,6 +3,7 @@
     streams     standard output and standard error: full, closed, or without a reader
     printing    findings, hits, statuses and errors, for people and as JSON
     queries     what the commands ask of both servers and of a model
+    loads       the first load as `run` shows it on a terminal
     commands    the commands, their options and their help
     init        the command `init`
     shipped     the commands of `config` that hand out examples, roles, units, alerts and manifests

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar
 
 import typer
 
@@ -17,6 +19,7 @@ from cdcsync.errors import EXIT_FAILED, EXIT_WRONG, UsageError
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
+    from cdcsync.worker.state import WorkerState
 
 CONFIG_VARIABLE = "CDCSYNC_CONFIG"
 DEBUG_VARIABLE = "CDCSYNC_DEBUG"
@@ -201,12 +204,21 @@ def run(context: typer.Context, config: ConfigOption = None) -> None:
     from cdcsync import logs
 
     configuration = _load(context, config)
-    logs.configure(configuration.worker.log_level, configuration.worker.log_format)
+    settings = configuration.worker
+    shown: Callable[[WorkerState], Coroutine[Any, Any, None]] | None = None
+    stream: TextIO | None = None
+    if sys.stderr.isatty() and settings.log_format != "json":
+        from cdcsync.cli import loads, printing
+
+        console = printing.console(errors=True)
+        stream = loads.log_stream(console)
+        shown = partial(loads.show_loads, console=console, host=settings.listen_address[0])
+    logs.configure(settings.log_level, settings.log_format, stream)
     from cdcsync.worker import run as worker
 
     # From a terminal, SIGHUP says that the terminal is gone, and ends the worker as it ends everything there.
     reread = None if _ends_with_its_terminal() else lambda: _load(context, config)
-    _wait_for(lambda: worker.run(configuration, reread=reread))
+    _wait_for(lambda: worker.run(configuration, reread=reread, shown=shown))
 
 
 def _ends_with_its_terminal() -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
-from typing import assert_never
+from collections.abc import Callable, Coroutine
+from typing import Any, assert_never
 
 import anyio
 import anyio.abc
@@ -39,6 +39,7 @@ async def run(
     *,
     reread: Callable[[], Config] | None = None,
     started: Callable[[WorkerState], None] | None = None,
+    shown: Callable[[WorkerState], Coroutine[Any, Any, None]] | None = None,
     handle_signals: bool = True,
     listening: bool = True,
 ) -> None:
@@ -46,6 +47,7 @@ async def run(
 
     :param reread: reads the configuration again, at SIGHUP; without it, that signal is the system's.
     :param started: called with the state once HTTP answers and before the first change is applied.
+    :param shown: runs beside the worker and shows it to people; it must not raise.
     :param listening: whether HTTP is served.
     :raises SetupError: a check before the start failed; nothing was created.
     :raises RunError: the worker cannot continue until someone acts; what is committed stays.
@@ -73,6 +75,8 @@ async def run(
                 await tasks.start(_serve, config, state)
             if started is not None:
                 started(state)
+            if shown is not None:
+                tasks.start_soon(shown, state)
             if report.passes:
                 report = await _wait_for_servers(config, state, report, embedders)
                 report.findings[:0] = findings

@@ -326,3 +326,21 @@ def test_colours_in_a_terminal_go_with_no_color(environment: dict[str, str]) -> 
             assert bool(re.search(r"\x1b\[[\d;]*3\dm", screen.sent)) == coloured
         finally:
             screen.close()
+
+
+def test_a_worker_on_a_terminal_shows_its_first_load_and_then_where_to_look(
+    database: Database, environment: dict[str, str]
+) -> None:
+    database.execute(TABLE)
+    database.execute(ROWS)
+    screen = Screen(environment, "run")
+    try:
+        screen.wait_for("listening")
+        screen.wait_for("articles: rows")
+        screen.wait_for("articles: vectors")
+        screen.wait_for("searchable now: articles (3 rows); http://127.0.0.1:")
+        screen.process.send_signal(signal.SIGINT)
+        screen.wait_for("stopped")
+        assert screen.process.wait(PATIENCE_S) == 0
+    finally:
+        screen.close()
