@@ -40,11 +40,12 @@ class Worker(Protocol):
 
 
 class Bar(msgspec.Struct, frozen=True):
-    """A bar; `total` is None while it is not known."""
+    """A bar; `total` is None while it is not known, `note` says what goes on after its end."""
 
     title: str
     done: int
     total: int | None
+    note: str = ""
 
 
 def bars(name: str, index: IndexStatus) -> list[Bar]:
@@ -56,7 +57,9 @@ def bars(name: str, index: IndexStatus) -> list[Bar]:
         # The load is over, and all rows are read; or has not begun.
         known = index.documents if index.state == "live" or index.chunks else None
         rows = Bar(f"{name}: rows", known or 0, known)
-    return [rows, Bar(f"{name}: vectors", index.vectors, index.chunks or None)]
+    built = index.state == "building" and load is None and 0 < index.chunks <= index.vectors
+    note = "the HNSW index is being built" if built else ""
+    return [rows, Bar(f"{name}: vectors", index.vectors, index.chunks or None, note)]
 
 
 def log_stream(console: Console) -> TextIO:
@@ -75,6 +78,7 @@ async def show_loads(worker: Worker, console: Console, host: str) -> None:
         MofNCompleteColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     known: dict[str, TaskID] = {}
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
@@ -89,8 +93,8 @@ async def show_loads(worker: Worker, console: Console, host: str) -> None:
                 break
             for bar in (bar for name, index in status.indexes.items() for bar in bars(name, index)):
                 if bar.title not in known:
-                    known[bar.title] = progress.add_task(bar.title, total=None)
-                progress.update(known[bar.title], completed=bar.done, total=bar.total)
+                    known[bar.title] = progress.add_task(bar.title, total=None, note="")
+                progress.update(known[bar.title], completed=bar.done, total=bar.total, note=bar.note)
             await anyio.sleep(READ_EVERY_S)
     counts = ", ".join(f"{name} ({index.documents or 0:,} rows)" for name, index in status.indexes.items())
     shown = f"[{host}]" if ":" in host else host

@@ -31,3 +31,8 @@ def test_rows_follow_the_load_and_vectors_the_chunks(
     status: IndexStatus, rows: tuple[int, int | None], vectors: tuple[int, int | None]
 ) -> None:
     assert bars("a", status) == [Bar("a: rows", *rows), Bar("a: vectors", *vectors)]
+
+
+def test_after_the_last_vector_the_build_of_the_hnsw_index_is_named() -> None:
+    _, vectors = bars("a", index("building", documents=20, chunks=30, vectors=30))
+    assert vectors.note == "the HNSW index is being built"
