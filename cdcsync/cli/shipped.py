@@ -56,9 +56,13 @@ def systemd(
     template: Annotated[
         bool, typer.Option("--template", help="The unit cdcsync@.service, for several pipelines on one machine.")
     ] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="The unit of the tool server, `cdcsync serve`.")] = False,
 ) -> None:
-    """Print a systemd unit for the worker."""
-    _print("config/cdcsync@.service" if template else "config/cdcsync.service")
+    """Print a systemd unit, for the worker unless an option names another."""
+    if template and serve:
+        raise UsageError("cannot be used together", where="--template, --serve", hint="print one unit at a time")
+    name = "cdcsync-serve" if serve else "cdcsync@" if template else "cdcsync"
+    _print(f"config/{name}.service")
 
 
 @commands.command(epilog="`cdcsync config alerts > /etc/prometheus/cdcsync.yml`, named there under `rule_files`")

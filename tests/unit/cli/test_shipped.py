@@ -25,6 +25,7 @@ PRINTED = {
     ("roles",): "roles.sql",
     ("systemd",): "cdcsync.service",
     ("systemd", "--template"): "cdcsync@.service",
+    ("systemd", "--serve"): "cdcsync-serve.service",
     ("alerts",): "alerts.yml",
     ("dashboard",): "dashboard.json",
 }
