@@ -22,7 +22,7 @@ from cdcsync.embedders import Embedder, make_embedder
 from cdcsync.flows.evaluate.judged import Searches, embed_questions, evaluate_judged
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
-from cdcsync.target.search import Hit, search, stored_spec
+from cdcsync.target.search import Hit, Mode, search, stored_spec
 from cdcsync.worker.state import WorkerState
 
 POLL_S = 0.005
@@ -101,13 +101,15 @@ class Stage:
         for heading in ("words", "meaning", "embedded"):
             table.add_column(heading, justify="right", no_wrap=True)
         # What the others leave: rich would make all columns narrower alike.
-        table.add_column("best hit before, after", no_wrap=True, max_width=max(20, self._console.width - OTHER_COLUMNS))
+        table.add_column(
+            "best by meaning before, after", no_wrap=True, max_width=max(20, self._console.width - OTHER_COLUMNS)
+        )
         for change in CHANGES:
-            (before, *_) = await self._search(change.question, k=1)
+            (before, *_) = await self._search(change.question, k=1, mode="vector")
             texts = self._embedded_texts()
             text_s, vector_s = await self._make(change.before, change.after)
             texts = self._embedded_texts() - texts
-            (after, *_) = await self._search(change.question, k=1)
+            (after, *_) = await self._search(change.question, k=1, mode="vector")
             table.add_row(
                 Text.assemble((change.title, "bold"), f"\n  {change.question}"),
                 _milliseconds(text_s),
@@ -161,11 +163,11 @@ class Stage:
             soft_wrap=True,
         )
 
-    async def _search(self, question: str, *, k: int) -> list[Hit]:
+    async def _search(self, question: str, *, k: int, mode: Mode = "hybrid") -> list[Hit]:
         assert self._spec is not None
         (vector,) = await self._embedder.embed([question], kind="query")
         schema = self._config.target.schema
-        return await search(self._connection, schema, self._spec, text=question, vector=vector, k=k)
+        return await search(self._connection, schema, self._spec, text=question, vector=vector, k=k, mode=mode)
 
     async def _make(self, before: Entry | None, after: Entry | None) -> tuple[float, float]:
         """Make a change; return the seconds from commit until words, and until vectors, find just what is there now."""

@@ -566,7 +566,7 @@ async def test_a_server_that_shuts_down_is_unavailable(make_cluster: Callable[..
     with psycopg.connect(cluster.dsn(), autocommit=True) as admin:
         admin.execute("CREATE TABLE t (id int PRIMARY KEY); CREATE PUBLICATION p FOR TABLE t")
     async with await SlotConnection.connect(cluster.dsn()) as slot:
-        await slot.start("s", ["p"], await slot.create_slot(sys.argv[2]), streaming=False)
+        await slot.start("s", ["p"], await slot.create_slot("s"), streaming=False)
 
         async def follow() -> None:
             with pytest.raises(SourceUnavailable):

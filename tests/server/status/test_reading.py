@@ -437,7 +437,7 @@ async def test_a_role_that_may_not_read_our_tables_is_told_to_be_granted_that(pi
     await pipeline.target.execute("SET ROLE pg_read_all_settings")  # on every server, and without rights to our tables
     with pytest.raises(SetupError, match="permission denied") as refused:
         await pipeline.status()
-    assert "roles.sql" in str(refused.value.hint)
+    assert "config roles" in str(refused.value.hint)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------

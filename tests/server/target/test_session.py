@@ -505,9 +505,9 @@ async def test_a_session_whose_stages_cannot_be_made_is_closed_and_opened_again(
     assert await pipeline.checkpoint() == Lsn(9)
 
 
-async def test_tables_of_before_partitions_were_followed_are_brought_up(pipeline: Pipeline) -> None:
-    await pipeline.connection.execute(f"ALTER TABLE {SCHEMA}.indexes DROP COLUMN partitions".encode())
+async def test_tables_of_before_fingerprints_were_kept_are_brought_up(pipeline: Pipeline) -> None:
+    await pipeline.connection.execute(f"ALTER TABLE {SCHEMA}.indexes DROP COLUMN made_of".encode())
 
     await create_shared(pipeline.connection, SCHEMA)
 
-    assert await pipeline.rows(f"SELECT count(partitions) FROM {SCHEMA}.indexes") == [(0,)]
+    assert await pipeline.rows(f"SELECT count(made_of) FROM {SCHEMA}.indexes") == [(0,)]

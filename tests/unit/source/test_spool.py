@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cdcsync.errors import ProtocolError, RunError
+from cdcsync.errors import ProtocolError, SpoolUnusable
 from cdcsync.source.spool import Spool
 
 LIMIT_BYTES = 1000
@@ -156,21 +156,21 @@ def test_the_limit_counts_all_open_transactions_and_names_the_settings(spool: Sp
     receive(spool, 2, (2, bytes(400 - RECORD_BYTES)))
     spool.enter(1)
 
-    with pytest.raises(RunError, match="more than 1,000 bytes of spool") as caught:
+    with pytest.raises(SpoolUnusable, match="more than 1,000 bytes of spool") as caught:
         spool.append(1, b"")
 
     assert spool.bytes == LIMIT_BYTES
     assert caught.value.where == str(directory)
     assert caught.value.hint is not None
     assert "source.spool_bytes" in caught.value.hint
-    assert "source.streaming = false" in caught.value.hint
+    assert "the source keeps them" in caught.value.hint
 
 
 def test_a_message_beyond_the_limit_leaves_the_spool_as_it_was(spool: Spool) -> None:
     receive(spool, 1, (1, b"kept"))
     size = spool.bytes
     spool.enter(1)
-    with pytest.raises(RunError):
+    with pytest.raises(SpoolUnusable):
         spool.append(2, bytes(LIMIT_BYTES))
     spool.leave()
 
@@ -229,14 +229,12 @@ def test_a_directory_that_cannot_be_used_is_an_error_that_names_the_setting(tmp_
 
     for directory in (tmp_path / "file", tmp_path / "nowhere"):
         spool = Spool(str(directory), LIMIT_BYTES)
-        with pytest.raises(RunError, match=r"cannot be kept on disk: (Not a directory|No such file)") as caught:
+        with pytest.raises(SpoolUnusable, match=r"cannot be kept on disk: (Not a directory|No such file)") as caught:
             spool.enter(1)
         assert caught.value.where == str(directory)
         assert caught.value.hint is not None
         assert "source.spool_directory" in caught.value.hint
         assert (spool.receiving, spool.transactions) == (False, 0)
-        with pytest.raises(RunError, match="cannot be kept on disk"):
-            spool.begin()
 
 
 def test_a_full_disk_is_an_error_wherever_it_shows_and_the_spool_can_be_cleared(
@@ -257,7 +255,7 @@ def test_a_full_disk_is_an_error_wherever_it_shows_and_the_spool_can_be_cleared(
             spool.enter(1)
             spool.append(1, b"buffered")
             spool.append(2, b"buffered")
-            with pytest.raises(RunError, match="cannot be kept on disk: No space left on device"):
+            with pytest.raises(SpoolUnusable, match="cannot be kept on disk: No space left on device"):
                 write()
         spool.clear()
 
