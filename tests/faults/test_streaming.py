@@ -111,6 +111,11 @@ DIGEST = "SELECT count(*), sum(hashtextextended(id::text || ' ' || tenant || ' '
 """What tells two tables apart that are too large to be fetched; a chunk ends without white space."""
 
 
+def loads(pipeline: Pipeline) -> list[str]:
+    """Return the kinds of backfills that have begun."""
+    return [event["kind"] for event in pipeline.events() if event.get("event") == "backfill_started"]
+
+
 def test_what_happens_inside_streamed_transactions_arrives_as_it_was_committed(pipeline: Pipeline) -> None:
     pipeline.start()
     pipeline.live()
@@ -129,10 +134,22 @@ def test_what_happens_inside_streamed_transactions_arrives_as_it_was_committed(p
         mine.execute("ROLLBACK TO a")
         mine.execute("UPDATE articles SET tenant = 8 WHERE id % 3 = 0")
         mine.execute("ALTER TABLE articles ADD COLUMN more text DEFAULT 'x'")
-        mine.execute("ALTER TABLE articles ALTER COLUMN title TYPE varchar(500)")
-        mine.execute(insert(3_001, 4_000))
+        mine.execute("ALTER TABLE articles ALTER COLUMN more TYPE varchar(500)")
+        mine.execute("INSERT INTO articles SELECT i, 1, 'title ' || i, 'm' FROM generate_series(3001, 4000) AS i")
         mine.execute("UPDATE articles SET title = 'short' WHERE id % 50 = 0")
     pipeline.in_step()
+    assert "resync" not in loads(pipeline), pipeline.tail()
+
+    # A column that the index reads gets another type after a part was streamed: the table is read again.
+    before = streamed(pipeline)
+    with mine.transaction():
+        mine.execute(insert(30_001, 31_000))
+        until_streamed(pipeline, before)
+        mine.execute("ALTER TABLE articles ALTER COLUMN title TYPE varchar(500)")
+        mine.execute(insert(31_001, 32_000))
+    until(pipeline.in_step_now, lambda: f"the table to be read again; the worker said: {pipeline.tail()}")
+    pipeline.in_step()
+    assert "resync" in loads(pipeline), pipeline.tail()
 
     # The second to begin commits first; what both wrote must be of the last to commit.
     before = streamed(pipeline)
