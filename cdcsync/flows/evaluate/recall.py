@@ -5,8 +5,9 @@
 
 Stored vectors stand for queries: they lie where the index has something to find, and need neither a model nor labelled
 questions. So this measures the index, not the model. A vector's own chunk is left out of both answers, as it would be
-found for nothing. Distances are compared and not ids: what is as near as the last of the k nearest is a hit, whichever
-of the equals an exact search happens to return.
+found for nothing. Both read both tiers, as every search does: only a settled vector can be missed. Distances are
+compared and not ids: what is as near as the last of the k nearest is a hit, whichever of the equals an exact search
+happens to return.
 
 All answers to one query are of one snapshot, and nothing is written but the outcome.
 
@@ -273,7 +274,10 @@ async def _search_all_ways(
         if not exact_ms:
             one.by_hnsw = await _orders_by_index(connection, statement, arguments)
         found[ef_search] = await _search(connection, statement, arguments)
-    await connection.execute("SET LOCAL enable_indexscan = off")
+    # A session that has sequential scans or sorts off would have no exact way left that the planner prefers to HNSW.
+    await connection.execute(
+        "SET LOCAL enable_indexscan = off; SET LOCAL enable_seqscan = on; SET LOCAL enable_sort = on"
+    )
     rows, milliseconds = await _search(connection, statement, arguments)
     nearest = _distances(rows, own)[:k]
     if not nearest:

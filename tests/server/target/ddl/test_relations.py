@@ -304,6 +304,16 @@ async def test_whoever_may_read_the_view_still_may_when_its_columns_change(index
         await index.connection.execute("DROP OWNED BY cdcsync_test_reader; DROP ROLE cdcsync_test_reader")
 
 
+async def test_whoever_may_read_the_view_of_chunks_still_may_when_a_column_has_another_type(index: LiveIndex) -> None:
+    await index.apply(changes(document("1", "a"), inline=["a"]))
+    await index.connection.execute("GRANT SELECT ON public.articles_index_chunks TO PUBLIC")
+    await create(index.connection, make_spec(carried={"tenant": "bigint"}, search=None))
+    assert await index.rows(
+        "SELECT id, pg_typeof(tenant)::text,"
+        " has_table_privilege('pg_monitor', 'public.articles_index_chunks', 'SELECT') FROM public.articles_index_chunks"
+    ) == [(1, "bigint", True)]
+
+
 async def test_a_view_that_others_are_built_on_follows_by_columns_at_its_end_and_nulls(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "a"), inline=["a"]))
     await index.connection.execute("CREATE VIEW cdcsync.mine AS SELECT id, tenant FROM public.articles_index")
