@@ -31,6 +31,10 @@ class WordVectors:
         with self._path.open("rb") as file:
             self.dimensions = len(file.readline().split()) - 1
             file.seek(0)
+            # What the worker tries an embedder with: by default "word", which a file may lack.
+            words = (line.split()[0].decode() for line in file)
+            self.harmless_text = next(word for word in words if re.fullmatch(r"\w+", word) and word == word.lower())
+            file.seek(0)
             self.identity = f"word-vectors:{hashlib.file_digest(file, 'sha256').hexdigest()}"
         self._vectors: dict[str, npt.NDArray[np.float32]] = {}
 

@@ -82,7 +82,13 @@ class Embedder(Protocol):
 
 
 WORD = "word"
-"""A text that no embedder can object to. An embedder that fails at it fails as a whole."""
+"""A text that no model or provider can object to. An embedder that fails at it fails as a whole."""
+
+
+def harmless(embedder: Embedder) -> str:
+    """Return the text that an embedder is tried with: `WORD`, unless a class of the user's names another."""
+    text: str = getattr(embedder, "harmless_text", WORD)
+    return text
 
 
 def require_model(embedder: Embedder, identity: str) -> None:

@@ -23,8 +23,8 @@ import numpy as np
 
 from cdcsync import config
 from cdcsync.config.embedders import MAX_DIMENSIONS
-from cdcsync.embedders.protocol import Distance, Kind, Vectors
-from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedderUnavailable, EmbedError
+from cdcsync.embedders.protocol import WORD, Distance, Kind, Vectors
+from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
 
 DISTANCES = ("cosine", "l2", "inner_product")
 
@@ -47,6 +47,7 @@ class PythonEmbedder:
         self.concurrency: int = self._attribute("concurrency", int, 1)
         self.max_input_tokens: int | None = self._attribute("max_input_tokens", int, None)
         self.tokenizer_json: str | None = self._attribute("tokenizer_json", str, None)
+        self.harmless_text: str = self._attribute("harmless_text", str, WORD)
         self.distance = self._attribute("distance", str, "cosine")
         if not 1 <= self.dimensions <= MAX_DIMENSIONS:
             raise self._faulty(f"dimensions is {self.dimensions}", f"give 1 to {MAX_DIMENSIONS:,}")
@@ -123,7 +124,12 @@ class PythonEmbedder:
         """
         if not self._opened:
             raise EmbedderUnavailable("the embedder is not open", where=self._where)
-        made = await self._call("embed", list(texts), kind=kind)
+        try:
+            made = await self._call("embed", list(texts), kind=kind)
+        except TextRejected as error:
+            if list(texts) == [self.harmless_text] and not error.hint:
+                error.hint = f"name a text that it always embeds in the attribute harmless_text of {self.origin}"
+            raise
         try:
             return np.asarray(made, np.float32)
         except (TypeError, ValueError):

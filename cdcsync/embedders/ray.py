@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 
 from cdcsync import config
-from cdcsync.embedders.protocol import Distance, Embedder, Kind, Vectors
+from cdcsync.embedders.protocol import Distance, Embedder, Kind, Vectors, harmless
 from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
 
 OPEN_S = 60.0
@@ -142,6 +142,11 @@ class RayEmbedder:
     def max_input_tokens(self) -> int | None:
         """How many tokens of a document the model reads."""
         return self._embedder.max_input_tokens
+
+    @property
+    def harmless_text(self) -> str:
+        """The text that the embedder is tried with."""
+        return harmless(self._embedder)
 
     def fitting(self, texts: Sequence[str]) -> int:
         """Return how many of these texts one call of an actor should have."""

@@ -8,11 +8,9 @@ import anyio
 
 from cdcsync.config import Config, HashEmbedder, RemoteEmbedder
 from cdcsync.embedders import Embedder, make_embedder, validate
+from cdcsync.embedders.protocol import harmless
 from cdcsync.errors import CdcsyncError, EmbedderSetupError
 from cdcsync.preflight.findings import Finding
-
-PROBE = "cdcsync"
-"""The text that a model has to embed: any word does."""
 
 
 def build_embedders(config: Config, findings: list[Finding]) -> dict[str, Embedder]:
@@ -60,7 +58,7 @@ async def _examine(name: str, embedder: Embedder) -> Finding:
     where = f"embedders.{name}"
     try:
         await embedder.open()
-        validate(await embedder.embed([PROBE]), 1, embedder.dimensions)
+        validate(await embedder.embed([harmless(embedder)]), 1, embedder.dimensions)
     except CdcsyncError as error:
         return Finding.of(error, where)
     finally:

@@ -49,7 +49,7 @@ def counted(pipeline: Pipeline) -> dict[str, float]:
     }
     for reason in ("current", "shared", "superseded"):
         names[f'cdcsync_embed_avoided_texts_total{{embedder="hosted",reason="{reason}"}}'] = reason
-    lines = [line.rpartition(" ") for line in pipeline.get("/metrics")[1].decode().splitlines()]
+    lines = [line.rpartition(" ") for line in pipeline.metrics()]
     found = {names[name]: float(value) for name, _, value in lines if name in names}
     return dict.fromkeys(names.values(), 0.0) | found
 

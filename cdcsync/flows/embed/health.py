@@ -21,7 +21,7 @@ import structlog
 
 from cdcsync.backoff import backoff_s
 from cdcsync.embedders.foreign import repeatable
-from cdcsync.embedders.protocol import WORD, Embedder, validate
+from cdcsync.embedders.protocol import Embedder, harmless, validate
 from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
 from cdcsync.model.embedding import Problem
 
@@ -190,7 +190,7 @@ class Health:
             async with self._free:
                 asked = self._clock()
                 with anyio.fail_after(WORD_S):
-                    validate(await self._embedder.embed([WORD]), 1, self._embedder.dimensions)
+                    validate(await self._embedder.embed([harmless(self._embedder)]), 1, self._embedder.dimensions)
         except TimeoutError:
             return EmbedderUnavailable(SILENCE, where=f"embedders.{self._embedder.name}")
         except Exception as error:

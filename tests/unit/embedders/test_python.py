@@ -6,12 +6,15 @@ import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import anyio
 import numpy as np
 import pytest
 
 from cdcsync import config
 from cdcsync.embedders import make_embedder, validate
+from cdcsync.embedders.protocol import WORD, harmless
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
+from cdcsync.flows.embed.health import Health
 from tests.unit.config.files import SECTIONS, problems, read
 
 pytestmark = pytest.mark.anyio
@@ -67,6 +70,26 @@ class Failing(Least):
             case "ragged":
                 return [[1.0], [1.0, 2.0]]
         raise ValueError(f"secret {texts[0]}")
+
+
+class Picky(Least):
+    """Rejects every text but the one that it names."""
+
+    harmless_text = "λόγος"
+
+    def embed(self, texts: Sequence[str], *, kind: str) -> list[list[int]]:
+        if set(texts) != {self.harmless_text}:
+            raise TextRejected("not in the file")
+        return super().embed(texts, kind=kind)
+
+
+class Mute(Picky):
+    """Rejects what it is tried with, too."""
+
+    harmless_text = WORD
+
+    def embed(self, texts: Sequence[str], *, kind: str) -> list[list[int]]:
+        raise TextRejected("not in the file")
 
 
 class Threaded(Least):
@@ -131,6 +154,25 @@ async def test_a_failure_is_one_of_ours_and_quotes_no_text(text: str, error: typ
     assert "secret" not in str(raised.value)
 
 
+async def test_a_text_that_is_rejected_stops_no_other_if_the_class_names_one_that_is_not() -> None:
+    embedder = make_embedder("mine", config.PythonEmbedder(class_=f"{__name__}:Picky"))
+    assert harmless(embedder) == "λόγος"
+    health = Health(embedder, anyio.current_time, anyio.CapacityLimiter(1))
+    await embedder.open()
+    await health.confirm(TextRejected("not in the file"), anyio.current_time())
+    assert health.problem is None
+
+
+async def test_a_class_that_rejects_what_it_is_tried_with_hears_what_to_do() -> None:
+    embedder = make_embedder("mine", config.PythonEmbedder(class_=f"{__name__}:Mute"))
+    health = Health(embedder, anyio.current_time, anyio.CapacityLimiter(1))
+    await embedder.open()
+    with pytest.raises(EmbedderUnavailable, match="not in the file"):
+        await health.confirm(TextRejected("not in the file"), anyio.current_time())
+    assert health.problem is not None
+    assert "harmless_text" in str(health.problem.hint)
+
+
 def broken(**attributes: Any) -> type:
     return type("Broken", (Least,), attributes)
 
@@ -147,6 +189,7 @@ def broken(**attributes: Any) -> type:
         (broken(dimensions="many"), "dimensions is 'many'"),
         (broken(dimensions=16_001), "dimensions is 16001"),
         (broken(concurrency=-1), "concurrency is -1"),
+        (broken(harmless_text=7), "harmless_text is 7"),
         (broken(distance="far"), "distance is 'far'"),
         (broken(embed=None), "it has no method embed"),
     ],
