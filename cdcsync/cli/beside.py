@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TIMEOUT_S = 5.0
 """A worker on this machine answers at once; one that is busy is not waited for longer than loading the model takes."""
 
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - names what a worker listens on
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what a worker listens on # noqa: S104 # nosec B104
 
 
 class _Embedded(msgspec.Struct, frozen=True):

@@ -25,7 +25,7 @@ from cdcsync.serve.problems import Problem
 from cdcsync.serve.reader import SearchRequest
 from cdcsync.serve.service import Caller, Service, caller_of
 
-TOKEN_VARIABLE = "CDCSYNC_TOKEN"  # noqa: S105 - a name
+TOKEN_VARIABLE = "CDCSYNC_TOKEN"  # a name # noqa: S105 # nosec B105
 """The environment variable that holds the caller's token where MCP speaks over standard input and output."""
 
 INSTRUCTIONS = """Search documents that are kept in step with database tables. Call list_indexes first: it tells
