@@ -103,7 +103,7 @@ async def test_tables_that_another_role_made_are_told_with_the_role_to_connect_a
     unowned = [finding for finding in report.errors if "does not own" in finding.message]
     assert {finding.hint for finding in unowned} == {f"GRANT postgres TO {role.name}, or connect as postgres"}
     assert "cdcsync.articles_chunks" in " ".join(finding.message for finding in unowned)
-    assert "cdcsync.pipelines" in " ".join(finding.message for finding in unowned)
+    assert "cdcsync.backfills" in " ".join(finding.message for finding in unowned)
     assert "public.articles_index" in " ".join(finding.message for finding in unowned)
 
 
