@@ -15,10 +15,7 @@ statement is cancelled.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 from typing import TypeVar
@@ -43,6 +40,7 @@ from cdcsync.serve.openapi import EmbedRequest, Indexes, Vectors, describe
 from cdcsync.serve.problems import Problem
 from cdcsync.serve.reader import SearchRequest
 from cdcsync.serve.service import Service, caller_of
+from cdcsync.worker.http import inline_hashes
 
 log = structlog.get_logger()
 
@@ -57,14 +55,10 @@ PING_S = 2.0
 _PAGE = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
 
-def _hashes(tag: str) -> str:
-    blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", _PAGE, re.DOTALL)
-    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in blocks)
-
-
 HEADERS = {
     "Content-Security-Policy": (
-        f"default-src 'none'; script-src {_hashes('script')}; style-src {_hashes('style')}; connect-src 'self';"
+        f"default-src 'none'; script-src {inline_hashes(_PAGE, 'script')};"
+        f" style-src {inline_hashes(_PAGE, 'style')}; connect-src 'self';"
         " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",

@@ -74,16 +74,17 @@ BACKLOG = 128
 _PAGE = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
 
-def _hashes(tag: str) -> str:
-    """Return the policy's source expressions for the page's inline blocks of one kind."""
-    blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", _PAGE, re.DOTALL)
+def inline_hashes(page: str, tag: str) -> str:
+    """Return the policy's source expressions for a page's inline blocks of one kind."""
+    blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
     digests = [base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks]
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
 HEADERS = {
     "Content-Security-Policy": (
-        f"default-src 'none'; script-src {_hashes('script')}; style-src {_hashes('style')}; connect-src 'self';"
+        f"default-src 'none'; script-src {inline_hashes(_PAGE, 'script')};"
+        f" style-src {inline_hashes(_PAGE, 'style')}; connect-src 'self';"
         " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
