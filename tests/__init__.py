@@ -1,4 +1,4 @@
-"""The tests: a package, so that fixtures import as `tests.fixtures.*` whatever else is installed."""
+"""The tests: a package, so that helpers import as `tests.support.*` whatever else is installed."""
 
 from pathlib import Path
 

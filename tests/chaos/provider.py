@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import msgspec
 
 from cdcsync.embedders.protocol import WORD
-from tests.fixtures.provider import FakeProvider
+from tests.support.provider import FakeProvider
 
 DIMENSIONS = 8
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from tests.chaos.history import History
 from tests.chaos.servers import until
-from tests.fixtures import provider as misdeeds
+from tests.support import provider as misdeeds
 
 Scene = Callable[[History, str], None]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults]
 

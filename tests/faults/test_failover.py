@@ -10,9 +10,9 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
-from tests.fixtures.outages import MakeSimple, configure, stops_at_the_gap_and_heals
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import PATIENCE_S, Pipeline, until
+from tests.support.outages import MakeSimple, configure, stops_at_the_gap_and_heals
+from tests.support.servers import Database
+from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults, pytest.mark.failover]
 

@@ -10,10 +10,10 @@ import pytest
 from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster
-from tests.fixtures.clusters import copy_of, put_back
-from tests.fixtures.outages import MakeSimple, configure, frozen, indexed, stops_at_the_gap_and_heals
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import PATIENCE_S, Pipeline, until
+from tests.support.clusters import copy_of, put_back
+from tests.support.outages import MakeSimple, configure, frozen, indexed, stops_at_the_gap_and_heals
+from tests.support.servers import Database
+from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures.provider import FakeProvider, Misdeed, meeting, status, wrong_dimension
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.support.provider import FakeProvider, Misdeed, meeting, status, wrong_dimension
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults]
 

@@ -19,10 +19,10 @@ import pytest
 from cdcsync.config import RayEmbedder, parse
 from cdcsync.embedders import Embedder, make_embedder
 from cdcsync.errors import EmbedderSetupError, EmbedError
-from tests.fixtures.provider import FakeProvider, Misdeed, slow
-from tests.fixtures.ray_clusters import RayCluster, actors, children, ray_cluster
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.support.provider import FakeProvider, Misdeed, slow
+from tests.support.ray_clusters import RayCluster, actors, children, ray_cluster
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from tests.fixtures.configs import configuration
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.support.configs import configuration
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults]
 

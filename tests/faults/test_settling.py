@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from cdcsync.crashpoints import VARIABLE
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import PATIENCE_S, Pipeline, until
+from tests.support.servers import Database
+from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = pytest.mark.server
 

@@ -11,11 +11,11 @@ import pytest
 from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster
-from tests.fixtures.clusters import OTHER_VERSIONS
-from tests.fixtures.outages import MakeSimple, all_read, configure, make_target, metric
-from tests.fixtures.proxies import Proxy
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import PATIENCE_S, Pipeline, until
+from tests.support.clusters import OTHER_VERSIONS
+from tests.support.outages import MakeSimple, all_read, configure, make_target, metric
+from tests.support.proxies import Proxy
+from tests.support.servers import Database
+from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults]
 

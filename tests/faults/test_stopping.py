@@ -12,9 +12,9 @@ from collections.abc import Callable
 import pytest
 
 from cdcsync.demo.cluster import Cluster
-from tests.fixtures.outages import MakeSimple, frozen, make_target, metric
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.support.outages import MakeSimple, frozen, make_target, metric
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults]
 

@@ -14,8 +14,8 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
-from tests.fixtures.outages import MakeSimple, make_target
-from tests.fixtures.workers import Pipeline, until
+from tests.support.outages import MakeSimple, make_target
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.streaming, pytest.mark.faults]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from cdcsync.demo.cluster import Cluster
-from tests.fixtures.clusters import OTHER_VERSIONS
-from tests.fixtures.outages import MakeSimple, configure, stops_at_the_gap_and_heals
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline
+from tests.support.clusters import OTHER_VERSIONS
+from tests.support.outages import MakeSimple, configure, stops_at_the_gap_and_heals
+from tests.support.servers import Database
+from tests.support.workers import Pipeline
 
 pytestmark = [pytest.mark.server, pytest.mark.faults, pytest.mark.streaming]
 

@@ -10,8 +10,8 @@ from functools import partial
 
 import pytest
 
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import PATIENCE_S, Pipeline, until
+from tests.support.servers import Database
+from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = pytest.mark.server
 

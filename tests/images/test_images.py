@@ -25,7 +25,7 @@ import pytest
 
 from cdcsync.demo.cluster import Cluster
 from tests import ROOT
-from tests.fixtures.workers import until
+from tests.support.workers import until
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 

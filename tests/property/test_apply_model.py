@@ -15,7 +15,7 @@ from cdcsync.documents.templates import hash_text
 from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, Kept
 from cdcsync.model.rows import Row
 from cdcsync.target.ddl.relations import Names
-from tests.fixtures.indexes import (
+from tests.support.indexes import (
     SCHEMA,
     LiveIndex,
     changes,
@@ -25,7 +25,7 @@ from tests.fixtures.indexes import (
     make_spec,
     vector_text,
 )
-from tests.fixtures.servers import Server, fresh_database
+from tests.support.servers import Server, fresh_database
 
 pytestmark = pytest.mark.server
 

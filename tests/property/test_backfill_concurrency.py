@@ -17,8 +17,8 @@ import pytest
 
 from cdcsync.demo.cluster import Cluster
 from cdcsync.target.requests import Requests
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults, pytest.mark.timeout(300)]
 

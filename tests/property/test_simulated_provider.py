@@ -21,8 +21,8 @@ from cdcsync.flows.embed import Dispatcher
 from cdcsync.flows.embed.calls import Made
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import EmbedderState
-from tests.fixtures.simulated import DIMENSIONS, KINDS, Simulated, Temper, embedder_of
-from tests.fixtures.virtual import in_virtual_time
+from tests.support.simulated import DIMENSIONS, KINDS, Simulated, Temper, embedder_of
+from tests.support.virtual import in_virtual_time
 
 TEXTS = [f"text {at} " + "of words " * (at % 23) for at in range(600)]
 

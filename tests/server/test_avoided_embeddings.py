@@ -10,9 +10,9 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from tests.fixtures.provider import FakeProvider, slow
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.support.provider import FakeProvider, slow
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 

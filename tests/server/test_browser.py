@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.fixtures.browsers import Browser
-from tests.fixtures.provider import FakeProvider
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.support.browsers import Browser
+from tests.support.provider import FakeProvider
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

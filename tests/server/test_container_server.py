@@ -14,7 +14,7 @@ import pytest
 
 from cdcsync.demo.cluster import Cluster
 from tests import ROOT
-from tests.fixtures.workers import Pipeline
+from tests.support.workers import Pipeline
 
 pytestmark = pytest.mark.server
 

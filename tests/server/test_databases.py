@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg import pq
 
-from tests.fixtures.servers import Database, Server, fresh_database
+from tests.support.servers import Database, Server, fresh_database
 
 pytestmark = pytest.mark.server
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from psycopg import pq, sql
 
 from cdcsync.documents.templates import Template, hash_text, sql_hash
-from tests.fixtures.servers import Row, Server, fresh_database
+from tests.support.servers import Row, Server, fresh_database
 
 pytestmark = pytest.mark.server
 

@@ -12,8 +12,8 @@ from cdcsync.config import Config, HashEmbedder, parse
 from cdcsync.errors import SetupError
 from cdcsync.testing import Work, cdcsync_worker
 from tests import ROOT
-from tests.fixtures.configs import configuration
-from tests.fixtures.servers import Database
+from tests.support.configs import configuration
+from tests.support.servers import Database
 
 __all__ = ["cdcsync_worker"]
 

@@ -24,8 +24,8 @@ from cdcsync.pgoutput.messages import (
     StreamStop,
 )
 from cdcsync.pgoutput.wire import to_datetime
-from tests.fixtures.decoding import DecodingSlot, Kind, inserting, of, still_streamed, the
-from tests.fixtures.servers import Database
+from tests.support.decoding import DecodingSlot, Kind, inserting, of, still_streamed, the
+from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
 

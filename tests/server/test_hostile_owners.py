@@ -10,9 +10,9 @@ from psycopg import sql
 
 from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.sessions import connect
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
 from tests.server.test_roles import Roles, answered, config, grant, roles
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 __all__ = ["roles"]
 

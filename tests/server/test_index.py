@@ -23,11 +23,11 @@ from cdcsync.embedders import queries
 from cdcsync.embedders.hashing import HashEmbedder as Hashing
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, SetupError, TargetUnavailable, UsageError
 from cdcsync.target.pipelines import Pipelines
-from tests.fixtures.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register, until
+from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register, until
 
 if TYPE_CHECKING:
-    from tests.fixtures.provider import FakeProvider
-    from tests.fixtures.servers import Database
+    from tests.support.provider import FakeProvider
+    from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from psycopg import conninfo, sql
 
-from tests.fixtures.configs import FAKE, Section, configuration
-from tests.fixtures.provider import FakeProvider, status
-from tests.fixtures.servers import Database, Server
-from tests.fixtures.workers import Pipeline, until
+from tests.support.configs import FAKE, Section, configuration
+from tests.support.provider import FakeProvider, status
+from tests.support.servers import Database, Server
+from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests import ROOT
-from tests.fixtures.configs import Section, configuration
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.support.configs import Section, configuration
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 

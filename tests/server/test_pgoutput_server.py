@@ -28,7 +28,7 @@ from cdcsync.pgoutput.messages import (
     Update,
 )
 from cdcsync.pgoutput.wire import to_datetime
-from tests.fixtures.decoding import DecodingSlot, inserting, of, the
+from tests.support.decoding import DecodingSlot, inserting, of, the
 
 pytestmark = pytest.mark.server
 

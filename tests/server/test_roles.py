@@ -18,8 +18,8 @@ from psycopg import conninfo, sql
 from cdcsync.demo.programs import embedded_bin_dir
 from cdcsync.errors import SetupError
 from tests import ROOT
-from tests.fixtures.servers import Database, Server
-from tests.fixtures.workers import Pipeline, until
+from tests.support.servers import Database, Server
+from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests import ROOT
-from tests.fixtures.indexes import OpenIndex, changes, document
+from tests.support.indexes import OpenIndex, changes, document
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

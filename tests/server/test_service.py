@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from psycopg import conninfo
 
-from tests.fixtures.configs import configuration
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import PATIENCE_S, Pipeline
+from tests.support.configs import configuration
+from tests.support.servers import Database
+from tests.support.workers import PATIENCE_S, Pipeline
 
 pytestmark = pytest.mark.server
 

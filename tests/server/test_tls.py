@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 from psycopg import conninfo
 
-from tests.fixtures.configs import configuration
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline
+from tests.support.configs import configuration
+from tests.support.servers import Database
+from tests.support.workers import Pipeline
 
 pytestmark = pytest.mark.server
 

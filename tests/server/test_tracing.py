@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.fixtures.collectors import Collector, Span
-from tests.fixtures.configs import configuration
-from tests.fixtures.provider import FakeProvider
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.support.collectors import Collector, Span
+from tests.support.configs import configuration
+from tests.support.provider import FakeProvider
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 

@@ -22,7 +22,7 @@ from psycopg import sql
 import cdcsync
 
 if TYPE_CHECKING:
-    from tests.fixtures.servers import Database
+    from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
 

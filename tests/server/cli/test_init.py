@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from psycopg import conninfo, sql
 
-from tests.fixtures.servers import Database, Server
-from tests.fixtures.workers import Pipeline
+from tests.support.servers import Database, Server
+from tests.support.workers import Pipeline
 
 pytestmark = pytest.mark.server
 

@@ -21,7 +21,7 @@ import cdcsync
 from cdcsync.demo.cluster import PREFIX, STALE_AFTER_S, Cluster
 from cdcsync.demo.programs import embedded_bin_dir
 from cdcsync.errors import SetupError
-from tests.fixtures.clusters import OTHER_VERSIONS
+from tests.support.clusters import OTHER_VERSIONS
 
 pytestmark = pytest.mark.server
 

@@ -18,7 +18,7 @@ from cdcsync.source.catalog import read_catalog
 from cdcsync.source.fingerprints import Difference
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.requests import Requests
-from tests.fixtures.indexes import SCHEMA, LiveIndex, OpenIndex, register
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, register
 
 if TYPE_CHECKING:
     pass

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures.provider import FakeProvider
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.support.provider import FakeProvider
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 
@@ -357,7 +357,7 @@ def test_a_paused_index_is_not_replayed(idle: Pipeline) -> None:
 @pytest.fixture(scope="module")
 def idle(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A pipeline that was set up and stopped, shared by tests that change nothing."""
-    from tests.fixtures.servers import fresh_database
+    from tests.support.servers import fresh_database
 
     with fresh_database(server) as database:
         pipeline = Pipeline(

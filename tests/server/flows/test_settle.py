@@ -21,10 +21,10 @@ from cdcsync.postgres.sessions import connect
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.ddl.rebuilding import Rebuild
 from cdcsync.target.pipelines import Pipelines
-from tests.fixtures.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, register, until
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, register, until
 
 if TYPE_CHECKING:
-    from tests.fixtures.servers import Database
+    from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -7,7 +7,7 @@ from psycopg import conninfo, sql
 
 from cdcsync.postgres.sessions import connect
 from cdcsync.source.slot import SlotConnection
-from tests.fixtures.servers import Database
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

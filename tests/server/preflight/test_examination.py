@@ -15,8 +15,8 @@ from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.errors import SetupError
 from cdcsync.model.rows import Shape
 from cdcsync.preflight import refuse
-from tests.fixtures.preflight import ARTICLES, configured, examined, the_error
-from tests.fixtures.servers import Database
+from tests.support.preflight import ARTICLES, configured, examined, the_error
+from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
 

@@ -16,9 +16,9 @@ from cdcsync.embedders.hashing import HashEmbedder as Hashing
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.model.spec import IndexSpec
 from cdcsync.preflight import Finding, build_embedders, examine, examine_embedders
-from tests.fixtures.indexes import make_spec
-from tests.fixtures.preflight import ARTICLES, configured, examined, lay_out, the_error, warnings
-from tests.fixtures.servers import Database
+from tests.support.indexes import make_spec
+from tests.support.preflight import ARTICLES, configured, examined, lay_out, the_error, warnings
+from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
 

@@ -17,8 +17,8 @@ from cdcsync.flows.replay import check_where
 from cdcsync.postgres.sessions import connect
 from cdcsync.preflight.sending import failing_writes
 from cdcsync.source.catalog import read_catalog
-from tests.fixtures.preflight import ARTICLES, Role, configured, examined, the_error
-from tests.fixtures.servers import Database, Server, fresh_database
+from tests.support.preflight import ARTICLES, Role, configured, examined, the_error
+from tests.support.servers import Database, Server, fresh_database
 
 pytestmark = pytest.mark.server
 

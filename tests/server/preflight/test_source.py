@@ -13,8 +13,8 @@ from psycopg import pq
 from cdcsync.demo.cluster import Cluster
 from cdcsync.postgres.sessions import connect
 from cdcsync.source.catalog import read_server
-from tests.fixtures.preflight import ARTICLES, Role, configured, examined, the_error, warnings
-from tests.fixtures.servers import Database, Server
+from tests.support.preflight import ARTICLES, Role, configured, examined, the_error, warnings
+from tests.support.servers import Database, Server
 
 pytestmark = pytest.mark.server
 

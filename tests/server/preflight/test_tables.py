@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fixtures.preflight import ARTICLES, Role, configured, examined, the_error
-from tests.fixtures.servers import Database
+from tests.support.preflight import ARTICLES, Role, configured, examined, the_error
+from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
 

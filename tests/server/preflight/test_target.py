@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.fixtures.indexes import make_spec
-from tests.fixtures.preflight import ARTICLES, Role, configured, examined, lay_out, the_error, warnings
-from tests.fixtures.servers import Database
+from tests.support.indexes import make_spec
+from tests.support.preflight import ARTICLES, Role, configured, examined, lay_out, the_error, warnings
+from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fixtures.scenes import Followed, MakeScene, Scene
-from tests.fixtures.workers import until
+from tests.support.scenes import Followed, MakeScene, Scene
+from tests.support.workers import until
 
 pytestmark = [pytest.mark.server]
 

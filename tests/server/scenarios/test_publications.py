@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fixtures.scenes import Followed, MakeScene
-from tests.fixtures.servers import Server
+from tests.support.scenes import Followed, MakeScene
+from tests.support.servers import Server
 
 pytestmark = [pytest.mark.server]
 

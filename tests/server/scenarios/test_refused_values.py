@@ -11,8 +11,8 @@ from functools import partial
 
 import pytest
 
-from tests.fixtures.scenes import BEAT, Followed, MakeScene, Scene
-from tests.fixtures.workers import until
+from tests.support.scenes import BEAT, Followed, MakeScene, Scene
+from tests.support.workers import until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
 

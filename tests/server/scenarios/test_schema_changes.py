@@ -7,8 +7,8 @@ import json
 import pytest
 
 from cdcsync.config import parse
-from tests.fixtures.scenes import Followed, MakeScene, Scene
-from tests.fixtures.workers import Pipeline, until
+from tests.support.scenes import Followed, MakeScene, Scene
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]  # dozens of indexes, on a machine that may be busy
 

@@ -8,8 +8,8 @@ from functools import partial
 import psycopg
 import pytest
 
-from tests.fixtures.scenes import Followed, MakeScene, Scene
-from tests.fixtures.servers import Server
+from tests.support.scenes import Followed, MakeScene, Scene
+from tests.support.servers import Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]  # dozens of indexes, on a machine that may be busy
 

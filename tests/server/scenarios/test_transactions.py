@@ -9,8 +9,8 @@ import pytest
 from psycopg import sql
 
 from cdcsync.demo.cluster import Cluster
-from tests.fixtures.scenes import Followed, MakeScene, Scene
-from tests.fixtures.workers import until
+from tests.support.scenes import Followed, MakeScene, Scene
+from tests.support.workers import until
 
 pytestmark = [pytest.mark.server]
 

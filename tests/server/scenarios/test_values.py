@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fixtures.scenes import Followed, MakeScene, Scene
+from tests.support.scenes import Followed, MakeScene, Scene
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]  # dozens of indexes, on a machine that may be busy
 

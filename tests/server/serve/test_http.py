@@ -19,8 +19,8 @@ from cdcsync.config import Config
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.serve.identity import Principal, new_token, revoke_tokens
 from cdcsync.serve.service import Service
-from tests.fixtures.serving import Office, served, tenant
-from tests.fixtures.workers import until
+from tests.support.serving import Office, served, tenant
+from tests.support.workers import until
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

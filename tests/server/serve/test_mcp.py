@@ -17,7 +17,7 @@ from psycopg import conninfo
 
 from cdcsync.config import Config
 from cdcsync.serve.identity import new_token
-from tests.fixtures.serving import Office, served, tenant
+from tests.support.serving import Office, served, tenant
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.fixtures.workers import until
+from tests.support.workers import until
 
 if TYPE_CHECKING:
-    from tests.fixtures.browsers import Browser
+    from tests.support.browsers import Browser
 
 pytestmark = pytest.mark.server
 

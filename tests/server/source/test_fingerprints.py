@@ -13,8 +13,8 @@ from cdcsync.demo.cluster import Cluster
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.source.catalog import Catalog, read_catalog
 from cdcsync.source.fingerprints import Difference, Fingerprint, difference, fingerprint_of
-from tests.fixtures.clusters import OTHER_VERSIONS
-from tests.fixtures.servers import Server, fresh_database
+from tests.support.clusters import OTHER_VERSIONS
+from tests.support.servers import Server, fresh_database
 
 pytestmark = pytest.mark.server
 

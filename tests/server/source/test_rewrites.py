@@ -12,7 +12,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.model.rows import Shape
 from cdcsync.postgres.sessions import connect
 from cdcsync.source.tables import Page, SourceTable
-from tests.fixtures.servers import Database
+from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
 

@@ -7,7 +7,7 @@ from psycopg import sql
 
 from cdcsync.postgres.sessions import connect
 from cdcsync.source.catalog import blockers, current_snapshot, running_transactions
-from tests.fixtures.servers import Database
+from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
 

@@ -24,11 +24,11 @@ from cdcsync.pgoutput.decode import decode
 from cdcsync.pgoutput.frames import Keepalive, XLogData
 from cdcsync.pgoutput.messages import Commit, Insert, PgoutputMessage, StreamCommit, StreamStart, StreamStop
 from cdcsync.source.slot import MIN_VERSION, SlotConnection
-from tests.fixtures.decoding import still_streamed
-from tests.fixtures.indexes import until
+from tests.support.decoding import still_streamed
+from tests.support.indexes import until
 
 if TYPE_CHECKING:
-    from tests.fixtures.servers import Database
+    from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -23,8 +23,8 @@ from cdcsync.source.slot import SlotConnection
 from cdcsync.source.tables import SourceTable, emit_mark
 
 if TYPE_CHECKING:
-    from tests.fixtures.preflight import Role
-    from tests.fixtures.servers import Database
+    from tests.support.preflight import Role
+    from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

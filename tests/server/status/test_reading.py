@@ -26,7 +26,7 @@ from cdcsync.target.requests import Requests
 from cdcsync.worker.state import WorkerState
 
 if TYPE_CHECKING:
-    from tests.fixtures.servers import Database
+    from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -17,7 +17,7 @@ from cdcsync.model.rows import Key, Row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.apply import IndexWriter
 from cdcsync.target.keys import written_keys
-from tests.fixtures.indexes import (
+from tests.support.indexes import (
     SCHEMA,
     LiveIndex,
     OpenIndex,
@@ -31,7 +31,7 @@ from tests.fixtures.indexes import (
 )
 
 if TYPE_CHECKING:
-    from tests.fixtures.servers import Database
+    from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -13,7 +13,7 @@ from cdcsync.model.changeset import BACKFILL, LIVE
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.backlog import ERROR_CHARACTERS, Backlog, BacklogCounts, Waiting
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS
-from tests.fixtures.indexes import (
+from tests.support.indexes import (
     SCHEMA,
     LiveIndex,
     OpenIndex,

@@ -9,7 +9,7 @@ import pytest
 from cdcsync.documents.templates import hash_text
 from cdcsync.model.changeset import BACKFILL, ChangeSet
 from cdcsync.target.loading import vector_rows
-from tests.fixtures.indexes import LiveIndex, Waits, changes, document, vector_of, vector_text
+from tests.support.indexes import LiveIndex, Waits, changes, document, vector_of, vector_text
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -13,7 +13,7 @@ from cdcsync.lsn import Lsn
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines, PipelineState
-from tests.fixtures.indexes import SCHEMA, until_blocked
+from tests.support.indexes import SCHEMA, until_blocked
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

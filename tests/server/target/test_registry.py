@@ -11,7 +11,7 @@ from cdcsync.model.pauses import Pause
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.registry import Registry
-from tests.fixtures.indexes import SCHEMA, make_spec
+from tests.support.indexes import SCHEMA, make_spec
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

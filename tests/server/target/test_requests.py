@@ -9,7 +9,7 @@ import pytest
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.requests import Kind, Request, Requests
-from tests.fixtures.indexes import SCHEMA, make_spec, register
+from tests.support.indexes import SCHEMA, make_spec, register
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -26,7 +26,7 @@ from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.search import Hit, Mode, search, stored_spec
 
 if TYPE_CHECKING:
-    from tests.fixtures.servers import Database
+    from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

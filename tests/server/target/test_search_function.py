@@ -16,8 +16,8 @@ from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.searching import BUDGET
 from cdcsync.target.search import Plan, count_words, search
-from tests.fixtures.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec
-from tests.fixtures.servers import Database
+from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -26,10 +26,10 @@ from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.requests import Requests
 from cdcsync.target.session import ApplySession, worker_name
-from tests.fixtures.indexes import SCHEMA, changes, document, make_spec, register, until, until_blocked, vector_text
+from tests.support.indexes import SCHEMA, changes, document, make_spec, register, until, until_blocked, vector_text
 
 if TYPE_CHECKING:
-    from tests.fixtures.servers import Database
+    from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -16,7 +16,7 @@ from cdcsync.target.backlog import Backlog
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.keys import discard_vectors
 from cdcsync.target.settling import Settling
-from tests.fixtures.indexes import (
+from tests.support.indexes import (
     SCHEMA,
     LiveIndex,
     OpenIndex,

@@ -16,7 +16,7 @@ from cdcsync.embedders import provider as provider_module
 from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.embedders.openai import OpenAIEmbedder
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
-from tests.fixtures.provider import (
+from tests.support.provider import (
     FakeProvider,
     Misdeed,
     cut,

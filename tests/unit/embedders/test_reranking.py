@@ -12,7 +12,7 @@ from cdcsync import config
 from cdcsync.embedders.queries import QueryReranker
 from cdcsync.embedders.reranking import Reranker, make_reranker
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError
-from tests.fixtures.provider import FakeProvider, Misdeed, cut, html, status
+from tests.support.provider import FakeProvider, Misdeed, cut, html, status
 from tests.unit.config.files import SECTIONS, problems, read
 
 pytestmark = pytest.mark.anyio

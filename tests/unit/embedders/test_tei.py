@@ -12,7 +12,7 @@ from cdcsync import config
 from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.embedders.tei import TeiEmbedder
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
-from tests.fixtures.provider import FakeProvider
+from tests.support.provider import FakeProvider
 
 
 def expected(texts: list[str]) -> Any:

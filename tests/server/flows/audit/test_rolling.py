@@ -8,9 +8,9 @@ from datetime import datetime
 
 import pytest
 
-from tests.fixtures.outages import MakeSimple
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline, until
+from tests.support.outages import MakeSimple
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 

@@ -13,8 +13,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.fixtures.servers import Database, Server
-from tests.fixtures.workers import Pipeline, until
+from tests.support.servers import Database, Server
+from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 

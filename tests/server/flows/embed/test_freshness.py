@@ -12,8 +12,8 @@ from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool
 from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import BACKFILL
-from tests.fixtures.indexes import DIMENSIONS, SCHEMA, LiveIndex, changes, document
-from tests.fixtures.servers import Database
+from tests.support.indexes import DIMENSIONS, SCHEMA, LiveIndex, changes, document
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

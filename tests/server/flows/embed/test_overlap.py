@@ -9,9 +9,9 @@ import pytest
 
 from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool
 from cdcsync.metrics import Metrics
-from tests.fixtures.gates import Gated
-from tests.fixtures.indexes import DIMENSIONS, SCHEMA, LiveIndex, changes, document, until
-from tests.fixtures.servers import Database
+from tests.support.gates import Gated
+from tests.support.indexes import DIMENSIONS, SCHEMA, LiveIndex, changes, document, until
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -11,8 +11,8 @@ import pytest
 
 from cdcsync.flows.embed import Pool
 from cdcsync.flows.embed.pool import MOST, PER_INDEX
-from tests.fixtures.indexes import SCHEMA, LiveIndex, changes, document
-from tests.fixtures.servers import Database
+from tests.support.indexes import SCHEMA, LiveIndex, changes, document
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -17,10 +17,10 @@ import pytest
 from cdcsync.cli import main
 from cdcsync.postgres.sessions import connect
 from cdcsync.target import judged_runs
-from tests.fixtures.configs import configuration
-from tests.fixtures.provider import FakeProvider
-from tests.fixtures.servers import Database
-from tests.fixtures.workers import Pipeline
+from tests.support.configs import configuration
+from tests.support.provider import FakeProvider
+from tests.support.servers import Database
+from tests.support.workers import Pipeline
 
 pytestmark = pytest.mark.server
 

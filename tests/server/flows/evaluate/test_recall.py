@@ -30,13 +30,13 @@ from cdcsync.target.ddl.relations import create_vectors
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.search import nearest_statement, stored_spec
 from cdcsync.target.settling import Settling
-from tests.fixtures.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register
-from tests.fixtures.indexes import until as until_true
-from tests.fixtures.workers import until
+from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register
+from tests.support.indexes import until as until_true
+from tests.support.workers import until
 
 if TYPE_CHECKING:
-    from tests.fixtures.servers import Database
-    from tests.fixtures.workers import Pipeline
+    from tests.support.servers import Database
+    from tests.support.workers import Pipeline
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -13,7 +13,7 @@ from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
 from cdcsync.target.keys import discard_vectors
 from cdcsync.target.settling import Settling
-from tests.fixtures.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

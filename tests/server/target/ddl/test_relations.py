@@ -29,7 +29,7 @@ from cdcsync.target.ddl.relations import (
 )
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Lease, Pipelines
-from tests.fixtures.indexes import (
+from tests.support.indexes import (
     SCHEMA,
     LiveIndex,
     OpenIndex,
@@ -44,7 +44,7 @@ from tests.fixtures.indexes import (
 )
 
 if TYPE_CHECKING:
-    from tests.fixtures.servers import Database
+    from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

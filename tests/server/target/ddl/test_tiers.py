@@ -11,7 +11,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.ddl.names import OPERATORS
 from cdcsync.target.settling import Settling
-from tests.fixtures.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,7 +10,7 @@ import pytest
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.upgrading import upgrade_vectors
-from tests.fixtures.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, until_blocked, vector_text
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, until_blocked, vector_text
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

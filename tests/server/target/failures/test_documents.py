@@ -27,10 +27,10 @@ from cdcsync.target.keys import page_of_keys
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.requests import Requests
 from cdcsync.target.session import ApplySession
-from tests.fixtures.indexes import SCHEMA, changes, document, kept, live_index, make_spec, register, until_blocked
+from tests.support.indexes import SCHEMA, changes, document, kept, live_index, make_spec, register, until_blocked
 
 if TYPE_CHECKING:
-    from tests.fixtures.servers import Database
+    from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 

@@ -14,7 +14,7 @@ from cdcsync.model.rows import Delete, Key, Row, Upsert
 from cdcsync.model.transactions import Mark
 from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.target.requests import Kind, Request
-from tests.fixtures.indexes import make_spec
+from tests.support.indexes import make_spec
 
 pytestmark = pytest.mark.anyio
 

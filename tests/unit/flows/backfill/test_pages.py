@@ -12,7 +12,7 @@ from cdcsync.flows.backfill.pace import BESIDE_LIVE_BYTES, BESIDE_LIVE_ROWS, nex
 from cdcsync.flows.backfill.pages import PAGE_BYTES, Page, Pages
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.visibility import Deliveries, Snapshot
-from tests.fixtures.indexes import make_spec
+from tests.support.indexes import make_spec
 
 
 def page(rows: int, bytes_each: int) -> Page:

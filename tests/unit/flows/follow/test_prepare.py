@@ -21,7 +21,7 @@ from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import ChangeSet
 from cdcsync.model.rows import Upsert
 from cdcsync.tracing import Tracing
-from tests.fixtures.indexes import make_spec
+from tests.support.indexes import make_spec
 
 pytestmark = pytest.mark.anyio
 

@@ -27,7 +27,7 @@ from cdcsync.pgoutput import messages as pg
 from cdcsync.pgoutput.frames import Keepalive, XLogData
 from cdcsync.source.spool import Spool
 from cdcsync.tracing import Tracing
-from tests.fixtures.indexes import make_spec
+from tests.support.indexes import make_spec
 from tests.unit.flows.follow.test_receive import FakeSlot, begin, commit, data, insert, relation
 
 pytestmark = pytest.mark.anyio
