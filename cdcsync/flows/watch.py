@@ -31,7 +31,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Session, speaking_of
 from cdcsync.preflight import Finding
 from cdcsync.preflight.following import following_findings
-from cdcsync.preflight.indexes import Plan
+from cdcsync.preflight.indexes import Plan, vector_faults
 from cdcsync.source.catalog import Catalog, Slot, read_catalog, read_slot
 from cdcsync.source.fingerprints import Fingerprint, difference, fingerprint_of
 from cdcsync.target.ddl.missing import missing_relations
@@ -235,7 +235,8 @@ class Watch:
         first = self._first.setdefault(name, present)
         # What the table was when the index was last tried; an examination that refuses it does not try it.
         before = first if plan.refused else stored_fingerprint(entry)
-        if name in self._ailing or present != before:
+        migrated = bool(plan.unlike) and not any(vector_faults(plan, entry))
+        if name in self._ailing or present != before or migrated:
             self._pauses.heal(name)
         elif name in self._specs and name not in self._noted:
             # A load of it has ended without success.

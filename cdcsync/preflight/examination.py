@@ -14,7 +14,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, Side, connect
 from cdcsync.preflight.findings import Finding, noting
 from cdcsync.preflight.following import following_findings
-from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults
+from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults, vector_faults
 from cdcsync.preflight.layout import examine_layout
 from cdcsync.preflight.machine import machine_findings
 from cdcsync.preflight.report import Report
@@ -117,7 +117,9 @@ def _pause_broken(plans: Sequence[Plan], stored: Mapping[str, Entry]) -> dict[st
     for plan in plans:
         errors = [finding for finding in plan.findings if finding.level == "error"]
         outage = any(error.passes for error in errors)
-        if errors and not outage and _as_before(plan, stored.get(plan.name)):
+        # Other vectors are not an error of the configuration: a migration may be on its way to them.
+        as_before = errors == plan.unlike or _as_before(plan, stored.get(plan.name))
+        if errors and not outage and as_before:
             plan.refused = True
             broken[plan.name] = Pause(errors[0].message, errors[0].hint)
             for error in errors:
@@ -148,7 +150,9 @@ async def _examine_indexes(
         stored = facts.stored.get(plan.name)
         if stored is not None:
             # Of another index than the one that exists: that is for whoever wrote the configuration.
-            findings += stored_faults(plan.name, plan.index, stored, config.source.slot, plan.embedder)
+            findings += stored_faults(plan.name, plan.index, stored, config.source.slot)
+            plan.unlike = list(vector_faults(plan, stored))
+            plan.findings += plan.unlike
         await examine_layout(target, config, plan.name, facts, plan.findings)
         published = publication.tables.get(plan.index.table_name) if publication is not None else None
         row_filter = published.row_filter if published is not None else None

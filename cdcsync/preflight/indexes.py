@@ -47,6 +47,8 @@ class Plan(msgspec.Struct):
     """Whether the index exists and cannot be kept up, for whatever reason."""
     unfit: bool = False
     """Whether the catalog tells that the table is not fit for the index, so that the watch sees when it is."""
+    unlike: list[Finding] = []
+    """Where the index has other vectors than the configuration asks for, so that it waits for a migration."""
 
 
 def make_plan(name: str, index: Index, embedder: Embedder | None, findings: list[Finding]) -> Plan:
@@ -94,14 +96,15 @@ def model_faults(name: str, index: Index, embedder: Embedder) -> Iterator[Findin
         )
 
 
-def stored_faults(name: str, index: Index, stored: Entry, slot: str, embedder: Embedder | None) -> Iterator[Finding]:
+def stored_faults(name: str, index: Index, stored: Entry, slot: str) -> Iterator[Finding]:
     """Say where the configuration is of another index than the one that exists under this name."""
     where = f"indexes.{name}"
-    another = f"configure this one as [indexes.OTHER], with a view of its own, and leave {where} as it was"
     table = str(index.table_name)
     if stored.source_table != table:
         yield Finding.error(
-            f"{where}.table", f"the index exists and is of {stored.source_table}, not of {table}", another
+            f"{where}.table",
+            f"the index exists and is of {stored.source_table}, not of {table}",
+            f"configure this one as [indexes.OTHER], with a view of its own, and leave {where} as it was",
         )
     if stored.slot != slot:
         yield Finding.error(
@@ -109,27 +112,39 @@ def stored_faults(name: str, index: Index, stored: Entry, slot: str, embedder: E
             f"the index exists and is kept by the pipeline of slot {stored.slot}, not of {slot}",
             f'set source.slot = "{stored.slot}", or name another schema with target.schema for this pipeline',
         )
+
+
+def vector_faults(plan: Plan, stored: Entry) -> Iterator[Finding]:
+    """Say where the configuration asks for other vectors than the index has; only a migration exchanges them.
+
+    Nothing is embedded again without being asked: the index would be empty meanwhile, and the bill a surprise.
+    """
+    name, index, embedder = plan.name, plan.index, plan.embedder
+    where = f"indexes.{name}"
+    migrate = f"to exchange the vectors while searches go on: cdcsync migrate {name} start"
     if stored.vector_type != index.vector_type:
         yield Finding.error(
             f"{where}.vector_type",
-            f"the index exists and its vectors are of type {stored.vector_type}, not {index.vector_type}",
-            f'set {where}.vector_type = "{stored.vector_type}", or {another}',
+            f"the vectors of index {name} are of type {stored.vector_type}, and the configuration says"
+            f" {index.vector_type}",
+            f'{migrate}; to keep them: {where}.vector_type = "{stored.vector_type}"',
         )
     if embedder is None:
         return
     if (stored.model, stored.dimensions) != (embedder.identity, embedder.dimensions):
         yield Finding.error(
             f"{where}.embedder",
-            f"the index exists and its vectors are of {stored.model} ({stored.dimensions} dimensions);"
+            f"the vectors of index {name} are of {stored.model} ({stored.dimensions} dimensions), and the embedder"
             f" {index.embedder} is {embedder.identity} ({embedder.dimensions} dimensions)",
-            f"name an embedder that is {stored.model}, or {another}",
+            f"{migrate}; to keep them: name an embedder that is {stored.model}",
         )
     distance = distance_of(index, embedder)
     if stored.distance != distance:
         yield Finding.error(
             f"{where}.distance",
-            f"the index exists and is built for the distance {stored.distance}, not {distance}",
-            f'set {where}.distance = "{stored.distance}", or {another}',
+            f"the vectors of index {name} are indexed for the distance {stored.distance}, and the configuration says"
+            f" {distance}",
+            f'{migrate}; to keep them: {where}.distance = "{stored.distance}"',
         )
 
 

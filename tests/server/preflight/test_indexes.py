@@ -149,22 +149,41 @@ async def test_a_column_that_grew_in_the_source_is_warned_of_and_followed(databa
 @pytest.mark.parametrize(
     ("changes", "where", "sign"),
     [
-        ({"model": "other", "dimensions": 32}, "indexes.articles.embedder", "vectors are of other (32 dimensions)"),
-        ({"model": "other"}, "indexes.articles.embedder", "vectors are of other (16 dimensions)"),
-        ({"vector_type": "halfvec"}, "indexes.articles.vector_type", "of type halfvec, not vector"),
-        ({"distance": "l2"}, "indexes.articles.distance", "the distance l2, not cosine"),
-        ({"key": {"tenant": "integer"}}, "public.articles", "exists with the key (tenant)"),
+        ({"model": "other", "dimensions": 32}, "indexes.articles.embedder", "are of other (32 dimensions)"),
+        ({"model": "other"}, "indexes.articles.embedder", "are of other (16 dimensions)"),
+        ({"vector_type": "halfvec"}, "indexes.articles.vector_type", "are of type halfvec"),
+        ({"distance": "l2"}, "indexes.articles.distance", "the distance l2"),
     ],
-    ids=["dimensions", "model", "vector type", "distance", "key"],
+    ids=["dimensions", "model", "vector type", "distance"],
 )
-async def test_an_index_that_exists_and_is_another_is_refused(
+async def test_an_index_with_other_vectors_is_paused_and_told_to_migrate(
     database: Database, changes: dict[str, Any], where: str, sign: str
 ) -> None:
     database.execute(ARTICLES)
     await lay_out(database, stored_spec(**changes), slot=SLOT)
+    config = configured(database.dsn, slot=SLOT, articles='search = ""')
+    report = await examine(config, build_embedders(config, []))
+    assert (report.errors, report.specs) == ([], [])
+    pause = report.broken["articles"]
+    assert sign in pause.reason
+    assert "cdcsync migrate articles start" in str(pause.remedy)
+    (warning,) = warnings(report)
+    assert warning.where == where
+    assert "the index articles is paused" in warning.message
+
+
+async def test_other_vectors_excuse_nothing_else_that_is_wrong(database: Database) -> None:
+    database.execute(ARTICLES)
+    await lay_out(database, stored_spec(model="other"), slot=SLOT)
+    report = await examined(configured(database.dsn, slot=SLOT, articles='text = "{lost}"\nsearch = ""'))
+    assert any("lost" in error.message for error in report.errors)
+
+
+async def test_an_index_with_another_key_is_refused(database: Database) -> None:
+    database.execute(ARTICLES)
+    await lay_out(database, stored_spec(key={"tenant": "integer"}), slot=SLOT)
     error = the_error(await examined(configured(database.dsn, slot=SLOT, articles='search = ""')))
-    assert error.where == where
-    assert sign in error.message
+    assert (error.where, "exists with the key (tenant)" in error.message) == ("public.articles", True)
     assert error.hint
 
 

@@ -1,0 +1,55 @@
+"""An embedder that is changed in the configuration: its index waits for a migration, and the others go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.support.configs import configuration
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
+
+pytestmark = pytest.mark.server
+
+
+def of_two_tables(database: Database, *, dimensions: int = 8) -> str:
+    return configuration(
+        database.dsn,
+        embedders={"fake": {"type": "hash", "dimensions": 8}, "other": {"type": "hash", "dimensions": dimensions}},
+        indexes={"articles": {"embedder": "other"}, "notes": {}},
+    )
+
+
+def entry(pipeline: Pipeline, index: str) -> tuple[str, str | None]:
+    row = pipeline.target.execute("SELECT state, reason FROM cdcsync.indexes WHERE name = %s", [index]).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+def test_a_changed_embedder_pauses_its_index_alone_and_embeds_nothing(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = make_pipeline(of_two_tables(database))
+    for table in ("articles", "notes"):
+        pipeline.source.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, title text)")
+        pipeline.source.execute(f"INSERT INTO {table} SELECT i, 'title ' || i FROM generate_series(1, 20) i")
+    pipeline.start()
+    pipeline.live()
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.path.write_text(of_two_tables(database, dimensions=16))
+
+    pipeline.start()
+    until(lambda: entry(pipeline, "articles")[0] == "paused", pipeline.tail)
+    assert "cdcsync migrate articles start" in str(entry(pipeline, "articles")[1])
+    pipeline.source.execute("UPDATE articles SET title = title || ' again'")
+    pipeline.source.execute("UPDATE notes SET title = title || ' again'")
+    pipeline.in_step("notes")
+    counted = pipeline.target.execute("SELECT count(DISTINCT vector_dims(embedding)) FROM articles_index").fetchone()
+    assert counted == (1,)
+
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.path.write_text(of_two_tables(database))
+    pipeline.start()
+    until(lambda: entry(pipeline, "articles") == ("live", None), pipeline.tail)
+    pipeline.in_step()
