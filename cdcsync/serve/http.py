@@ -15,7 +15,6 @@ statement is cancelled.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 from typing import TypeVar
@@ -26,21 +25,19 @@ import msgspec
 import structlog
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cdcsync.errors import CdcsyncError, leading
+from cdcsync.http.headers import Secured, security_headers
 from cdcsync.serve.openapi import EmbedRequest, Indexes, Vectors, describe
 from cdcsync.serve.problems import Problem
 from cdcsync.serve.reader import SearchRequest
 from cdcsync.serve.service import Service, caller_of
-from cdcsync.worker.http import inline_hashes
 
 log = structlog.get_logger()
 
@@ -55,16 +52,9 @@ PING_S = 2.0
 _PAGE = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
 
-HEADERS = {
-    "Content-Security-Policy": (
-        f"default-src 'none'; script-src {inline_hashes(_PAGE, 'script')};"
-        f" style-src {inline_hashes(_PAGE, 'style')}; connect-src 'self';"
-        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-}
+HEADERS = security_headers(_PAGE)
+
+STOPPING = Problem(503, "Stopping", "the server is stopping", "call again", retry_after_s=1)
 
 
 def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
@@ -137,7 +127,7 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
         Route("/", page, methods=["GET"]),
         *more,
     ]
-    middleware = [Middleware(_Secured)]
+    middleware = [Middleware(Secured, headers=HEADERS, stopping=_problem(STOPPING))]
     if serve.cors_origins:
         middleware.append(
             Middleware(
@@ -248,29 +238,3 @@ async def _broken(_: Request, __: Exception) -> Response:
     answer = _problem(Problem(500, "The call failed", "this should not happen; the server's log tells more"))
     answer.headers.update(HEADERS)
     return answer
-
-
-class _Secured:
-    """Puts our headers on every answer."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
-        async def secured(message: Message) -> None:
-            nonlocal begun
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-                begun = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, secured)
-        except anyio.get_cancelled_exc_class():
-            # The server stops. Raised further, it would be logged as a bug.
-            if not begun and scope["type"] == "http":
-                with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
-                    stopping = Problem(503, "Stopping", "the server is stopping", "call again", retry_after_s=1)
-                    await _problem(stopping)(scope, receive, secured)

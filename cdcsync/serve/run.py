@@ -9,12 +9,19 @@ import anyio
 import structlog
 
 from cdcsync.config import Config
+from cdcsync.http.listening import Bounds, serve
 from cdcsync.serve.http import make_app
 from cdcsync.serve.mcp import make_mcp
 from cdcsync.serve.service import Service
-from cdcsync.worker.http import serve
+from cdcsync.worker.descriptors import raise_descriptor_limit
 
 log = structlog.get_logger()
+
+MOST_CONNECTIONS = 4_096
+"""A connection costs some kilobytes. Who may call how often is decided once a request has been read."""
+
+READING_S = 10.0
+"""How long reading a request and writing its answer may take, besides the call's own deadline."""
 
 
 async def run(
@@ -32,6 +39,7 @@ async def run(
     """
     service = Service(config)
     service.authenticator.check()
+    raise_descriptor_limit()
     if prepared is not None:
         prepared(service)
     host, port = config.serve.listen_address
@@ -48,7 +56,9 @@ async def run(
             tasks.start_soon(service.recorder.run)
             if handle_signals:
                 tasks.start_soon(_stop_on_signal, tasks.cancel_scope)
-            await serve(make_app(service, more=routes), host, port, started=bound)
+            bounds = Bounds(MOST_CONNECTIONS, config.serve.deadline_s + READING_S)
+            app = make_app(service, more=routes)
+            await serve(app, host, port, bounds=bounds, setting="serve.listen", started=bound)
             tasks.cancel_scope.cancel()
     finally:
         await service.reader.aclose()

@@ -17,33 +17,23 @@ Source: Kubernetes API health endpoints; Prometheus, "Exposition formats"; Conte
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import contextlib
-import errno
-import hashlib
 import ipaddress
-import logging
-import re
-import socket
-from collections.abc import Awaitable, Callable, Generator, Iterable
+from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Protocol
 
 import anyio
 import msgspec
-import uvicorn
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cdcsync.errors import CdcsyncError, SetupError
+from cdcsync.errors import CdcsyncError
+from cdcsync.http.headers import Secured, security_headers
+from cdcsync.http.listening import Bounds
 from cdcsync.metrics import Metrics
 from cdcsync.status import Status
 
@@ -54,42 +44,18 @@ READING_SHARE = 0.1
 """How much of the time the servers may be read for /status, however many ask: a reading is good for as long as it takes
 to keep to that."""
 
-STOP_TIMEOUT_S = 1
-"""How long answers that are being given may take when the worker stops; it has a batch to finish meanwhile."""
-
 METRICS_GOOD_S = 0.2
 """How long an exposition is given to all who ask: writing it takes milliseconds that the stream would wait for."""
 
-MOST_CONNECTIONS = 64
-"""Connections at a time: far more than a scraper, two probes and a few browsers, and far from the limit of
-descriptors."""
-
-REQUEST_S = 10.0
-"""How long a connection may take for a request, from its first byte to the last of the answer, and for its first
-request; /status takes half of it at most."""
-
-BACKLOG = 128
-"""Connections that may wait to be accepted: far more than a scraper, two probes and a few browsers open."""
+BOUNDS = Bounds(connections=64, request_s=10.0)
+"""Far more connections than a scraper, two probes and a few browsers open, and far from the limit of descriptors.
+/status takes half of this time at most."""
 
 _PAGE = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
 
-def inline_hashes(page: str, tag: str) -> str:
-    """Return the policy's source expressions for a page's inline blocks of one kind."""
-    blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-    digests = [base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks]
-    return " ".join(f"'sha256-{digest}'" for digest in digests)
-
-
 HEADERS = {
-    "Content-Security-Policy": (
-        f"default-src 'none'; script-src {inline_hashes(_PAGE, 'script')};"
-        f" style-src {inline_hashes(_PAGE, 'style')}; connect-src 'self';"
-        " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
+    **security_headers(_PAGE),
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
@@ -235,7 +201,7 @@ def make_app(view: WorkerView, *, embed: EmbedQuery | None = None) -> Starlette:
         routes.append(Route("/embed", embedded, methods=["POST"]))
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(_Secured)],
+        middleware=[Middleware(Secured, headers=HEADERS, stopping=PlainTextResponse("the worker is stopping\n", 503))],
         exception_handlers={Exception: _broken},
     )
     app.router.redirect_slashes = False
@@ -262,186 +228,3 @@ def _json(content: object, code: int) -> Response:
 async def _broken(_: Request, __: Exception) -> Response:
     # The middleware is not around this answer. The server logs the exception.
     return PlainTextResponse("Internal Server Error", 500, headers=HEADERS)
-
-
-class _Secured:
-    """Puts our headers on every answer, those of errors too, and answers for a request that the stop cuts short."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
-        async def secured(message: Message) -> None:
-            nonlocal begun
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-                begun = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, secured)
-        except anyio.get_cancelled_exc_class():
-            # The task is this request's own, and only the server cancels it, when it stops. Raised further, it would be
-            # logged as a bug.
-            if not begun:
-                await PlainTextResponse("the worker is stopping\n", 503)(scope, receive, secured)
-
-
-# -- server -----------------------------------------------------------------------------------------------------
-
-
-async def serve(app: ASGIApp, host: str, port: int, *, started: Callable[[int], None]) -> None:
-    """Serve until cancelled. Signals stay the worker's.
-
-    :param port: 0 takes any free one.
-    :param started: called once connections are accepted, with the port.
-    :raises SetupError: the address cannot be listened on.
-    """
-    sockets = await _listen(host, port)
-    config = uvicorn.Config(
-        app,
-        http=_Bounded,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level=logging.WARNING,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        backlog=BACKLOG,
-        timeout_graceful_shutdown=STOP_TIMEOUT_S,
-    )
-    server = _Server(config, lambda: started(sockets[0].getsockname()[1]))
-    try:
-        await server.serve(sockets=sockets)
-    finally:
-        if server.started:
-            with anyio.CancelScope(shield=True):
-                await server.shutdown(sockets=sockets)
-        for one in sockets:
-            one.close()
-
-
-class _Bounded(H11Protocol):
-    """A connection that ends when it is one too many, or takes too long: someone may hold it open for nothing."""
-
-    _deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, if there is room."""
-        super().connection_made(transport)
-        if len(self.connections) > MOST_CONNECTIONS:
-            transport.abort()
-        else:
-            self._begin()
-
-    def data_received(self, data: bytes) -> None:
-        """Take a part of a request."""
-        if self._deadline is None:
-            self._begin()
-        super().data_received(data)
-
-    def on_response_complete(self) -> None:
-        """Wait for the next request; how long, the server knows."""
-        self._end()
-        super().on_response_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
-        self._end()
-        super().connection_lost(exc)
-
-    def _begin(self) -> None:
-        self._deadline = self.loop.call_later(REQUEST_S, self.transport.abort)
-
-    def _end(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn in a process that has a life of its own: no signal handlers, and a word when it accepts connections."""
-
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_started = on_started
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Leave the signals alone."""
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept connections."""
-        await super().startup(sockets)
-        self._on_started()
-
-
-async def _listen(host: str, port: int) -> list[socket.socket]:
-    """Return listening sockets for all addresses of a host, of which those that this machine lacks are left out."""
-    where = f"worker.listen {f'[{host}]' if ':' in host else host}:{port}"
-    try:
-        found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError) as error:  # the latter for what cannot be a name, such as an empty label
-        raise SetupError(
-            f"the host name is not known here: {error}",
-            where=where,
-            hint='name an address of this machine, or "0.0.0.0" for all of them',
-        ) from error
-    sockets: list[socket.socket] = []
-    failures: list[OSError] = []
-    for family, kind, protocol, _, address in found:
-        try:
-            sockets.append(_bound(family, kind, protocol, address))
-        except OSError as error:
-            failures.append(error)
-        if sockets and port == 0:
-            break  # each address would get a port of its own
-    if any(failure.errno not in _LACKING for failure in failures) or not sockets:
-        for one in sockets:
-            one.close()
-        raise _refused(failures, where)
-    return sockets
-
-
-_LACKING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-"""What binding says when the machine has no such address: `localhost` is two, and not every container has IPv6."""
-
-
-def _bound(family: int, kind: int, protocol: int, address: tuple[str | int, ...]) -> socket.socket:
-    one = socket.socket(family, kind, protocol)
-    try:
-        # Connections of the last process may still be in TIME_WAIT; a listener in the way is an error all the same.
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        one.bind(address)
-        one.listen(BACKLOG)
-        one.setblocking(False)
-    except OSError:
-        one.close()
-        raise
-    return one
-
-
-def _refused(failures: Iterable[OSError], where: str) -> SetupError:
-    worst = min(failures, key=lambda failure: failure.errno in _LACKING)
-    match worst.errno:
-        case errno.EADDRINUSE:
-            problem, hint = (
-                "another process listens there",
-                "stop it, or give worker.listen another port; 0 is any free one",
-            )
-        case errno.EACCES | errno.EPERM:
-            problem, hint = "the system forbids it", "give worker.listen a port from 1024 on"
-        case errno.EADDRNOTAVAIL | errno.EAFNOSUPPORT:
-            problem, hint = (
-                "this machine has no such address",
-                'give worker.listen one of its own, or "0.0.0.0" for all',
-            )
-        case _:
-            problem, hint = worst.strerror or str(worst), "give worker.listen another address"
-    return SetupError(f"cannot listen: {problem}", where=where, hint=hint)

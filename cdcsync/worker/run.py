@@ -20,6 +20,7 @@ from cdcsync.backoff import Backoff
 from cdcsync.config import Config
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import SchemaChanged, TablesChanged, TargetRewound, Unavailable, leading
+from cdcsync.http.listening import serve
 from cdcsync.model.pauses import Pauses
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
 from cdcsync.stopping import end_at_once
@@ -200,4 +201,4 @@ async def _serve(
         log.info("listening", host=host, port=actual)
         task_status.started()
 
-    await http.serve(http.make_app(state, embed=state.embed_query), host, port, started=bound)
+    await serve(http.make_app(state, embed=state.embed_query), host, port, bounds=http.BOUNDS, started=bound)

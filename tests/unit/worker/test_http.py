@@ -22,6 +22,7 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cdcsync.errors import EmbedderUnavailable, SetupError, TargetUnavailable
+from cdcsync.http.listening import Bounds, serve
 from cdcsync.metrics import Metrics
 from cdcsync.status import BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus
 from cdcsync.target.evaluations import Recall
@@ -109,7 +110,12 @@ class Client:
 
 @asynccontextmanager
 async def serving(
-    view: View, host: str = "127.0.0.1", port: int = 0, *, app: ASGIApp | None = None
+    view: View,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    app: ASGIApp | None = None,
+    bounds: Bounds = endpoints.BOUNDS,
 ) -> AsyncIterator[Client]:
     """Serve a view for the length of the block."""
     bound: list[int] = []
@@ -119,11 +125,11 @@ async def serving(
         bound.append(actual)
         listening.set()
 
-    async def serve() -> None:
-        await endpoints.serve(app or endpoints.make_app(view), host, port, started=started)
+    async def run() -> None:
+        await serve(app or endpoints.make_app(view), host, port, bounds=bounds, started=started)
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(serve)
+        tasks.start_soon(run)
         await listening.wait()
         try:
             yield Client(bound[0])
@@ -352,7 +358,7 @@ async def test_a_port_in_use_is_named_with_its_setting(view: View) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(SetupError, match="another process listens there") as refused:
-            await endpoints.serve(endpoints.make_app(view), "127.0.0.1", port, started=unexpected)
+            await serve(endpoints.make_app(view), "127.0.0.1", port, bounds=endpoints.BOUNDS, started=unexpected)
     assert refused.value.where == f"worker.listen 127.0.0.1:{port}"
     assert "worker.listen" in str(refused.value.hint)
 
@@ -366,7 +372,7 @@ async def test_a_port_in_use_is_named_with_its_setting(view: View) -> None:
 )
 async def test_an_address_of_others_cannot_be_listened_on(view: View, host: str, problem: str) -> None:
     with pytest.raises(SetupError, match=problem) as refused:
-        await endpoints.serve(endpoints.make_app(view), host, 9477, started=unexpected)
+        await serve(endpoints.make_app(view), host, 9477, bounds=endpoints.BOUNDS, started=unexpected)
     assert refused.value.where == f"worker.listen {host}:9477"
 
 
@@ -418,10 +424,10 @@ async def closed_by_the_server(stream: anyio.abc.SocketStream) -> None:
 
 
 async def test_connections_beyond_the_limit_are_refused_and_the_others_are_served(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    view: View,
 ) -> None:
-    monkeypatch.setattr(endpoints, "MOST_CONNECTIONS", 3)
     async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(serving(view, bounds=Bounds(connections=3, request_s=10)))
         idle = [await stack.enter_async_context(await anyio.connect_tcp("127.0.0.1", client.port)) for _ in range(3)]
         async with await anyio.connect_tcp("127.0.0.1", client.port) as one_too_many:
             await closed_by_the_server(one_too_many)
@@ -429,15 +435,13 @@ async def test_connections_beyond_the_limit_are_refused_and_the_others_are_serve
         assert (await idle[0].receive()).startswith(b"HTTP/1.1 200")
 
 
-async def test_a_connection_that_sends_no_request_in_time_is_closed(
-    client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(endpoints, "REQUEST_S", 0.05)
-    for begun in (b"", b"GET /livez HTTP/1.1\r\n"):
-        async with await anyio.connect_tcp("127.0.0.1", client.port) as stream:
-            if begun:
-                await stream.send(begun)
-            await closed_by_the_server(stream)
+async def test_a_connection_that_sends_no_request_in_time_is_closed(view: View) -> None:
+    async with serving(view, bounds=Bounds(connections=64, request_s=0.05)) as client:
+        for begun in (b"", b"GET /livez HTTP/1.1\r\n"):
+            async with await anyio.connect_tcp("127.0.0.1", client.port) as stream:
+                if begun:
+                    await stream.send(begun)
+                await closed_by_the_server(stream)
 
 
 async def test_scrapers_that_come_together_are_given_one_exposition(

@@ -1,0 +1,7 @@
+"""What the HTTP servers of this package share: the worker's endpoints and the tool server.
+
+    headers      headers that shut off what a browser could be tricked into, on every answer
+    listening    addresses, bounded connections, and a server inside of another program
+
+A file here imports only from lines above its own.
+"""

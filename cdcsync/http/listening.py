@@ -1,0 +1,206 @@
+"""Listening on an address and serving an application there, as part of a program that has a life of its own.
+
+Source: uvicorn, "Deployment" (programmatically); RFC 9112 (HTTP/1.1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import functools
+import logging
+import socket
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import anyio
+import msgspec
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from cdcsync.errors import SetupError
+
+STOP_TIMEOUT_S = 1
+"""How long answers that are being given may take when the program stops."""
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """What a server gives to its clients.
+
+    :ivar connections: connections at a time; further ones are closed at once.
+    :ivar request_s: how long a connection may take for a request, from its first byte to the last of the answer, and
+        for its first request.
+    """
+
+    connections: int
+    request_s: float
+
+
+async def serve(
+    app: ASGIApp,
+    host: str,
+    port: int,
+    *,
+    bounds: Bounds,
+    setting: str = "worker.listen",
+    started: Callable[[int], None],
+) -> None:
+    """Serve until cancelled. Signals stay the caller's.
+
+    :param port: 0 takes any free one.
+    :param setting: what names the address in the configuration, for messages.
+    :param started: called once connections are accepted, with the port.
+    :raises SetupError: the address cannot be listened on.
+    """
+    sockets = await _listen(host, port, setting, 2 * bounds.connections)
+    config = uvicorn.Config(
+        app,
+        http=functools.partial(_Bounded, bounds=bounds),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level=logging.WARNING,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=2 * bounds.connections,
+        timeout_graceful_shutdown=STOP_TIMEOUT_S,
+    )
+    server = _Server(config, lambda: started(sockets[0].getsockname()[1]))
+    try:
+        await server.serve(sockets=sockets)
+    finally:
+        if server.started:
+            with anyio.CancelScope(shield=True):
+                await server.shutdown(sockets=sockets)
+        for one in sockets:
+            one.close()
+
+
+class _Bounded(H11Protocol):
+    """A connection that ends when it is one too many, or takes too long: someone may hold it open for nothing."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def __init__(self, *arguments: Any, bounds: Bounds, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._bounds = bounds
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, if there is room."""
+        super().connection_made(transport)
+        if len(self.connections) > self._bounds.connections:
+            transport.abort()
+        else:
+            self._begin()
+
+    def data_received(self, data: bytes) -> None:
+        """Take a part of a request."""
+        if self._deadline is None:
+            self._begin()
+        super().data_received(data)
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request; how long, the server knows."""
+        self._end()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._end()
+        super().connection_lost(exc)
+
+    def _begin(self) -> None:
+        self._deadline = self.loop.call_later(self._bounds.request_s, self.transport.abort)
+
+    def _end(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn in a process that has a life of its own: no signal handlers, and a word when it accepts connections."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave the signals alone."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept connections."""
+        await super().startup(sockets)
+        self._on_started()
+
+
+async def _listen(host: str, port: int, setting: str, backlog: int) -> list[socket.socket]:
+    """Return listening sockets for all addresses of a host, of which those that this machine lacks are left out."""
+    where = f"{setting} {f'[{host}]' if ':' in host else host}:{port}"
+    try:
+        found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:  # the latter for what cannot be a name, such as an empty label
+        raise SetupError(
+            f"the host name is not known here: {error}",
+            where=where,
+            hint='name an address of this machine, or "0.0.0.0" for all of them',
+        ) from error
+    sockets: list[socket.socket] = []
+    failures: list[OSError] = []
+    for family, kind, protocol, _, address in found:
+        try:
+            sockets.append(_bound(family, kind, protocol, address, backlog))
+        except OSError as error:
+            failures.append(error)
+        if sockets and port == 0:
+            break  # each address would get a port of its own
+    if any(failure.errno not in _LACKING for failure in failures) or not sockets:
+        for one in sockets:
+            one.close()
+        raise _refused(failures, setting, where)
+    return sockets
+
+
+_LACKING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+"""What binding says when the machine has no such address: `localhost` is two, and not every container has IPv6."""
+
+
+def _bound(family: int, kind: int, protocol: int, address: tuple[str | int, ...], backlog: int) -> socket.socket:
+    one = socket.socket(family, kind, protocol)
+    try:
+        # Connections of the last process may still be in TIME_WAIT; a listener in the way is an error all the same.
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        one.bind(address)
+        one.listen(backlog)
+        one.setblocking(False)
+    except OSError:
+        one.close()
+        raise
+    return one
+
+
+def _refused(failures: Iterable[OSError], setting: str, where: str) -> SetupError:
+    worst = min(failures, key=lambda failure: failure.errno in _LACKING)
+    match worst.errno:
+        case errno.EADDRINUSE:
+            problem, hint = (
+                "another process listens there",
+                f"stop it, or give {setting} another port; 0 is any free one",
+            )
+        case errno.EACCES | errno.EPERM:
+            problem, hint = "the system forbids it", f"give {setting} a port from 1024 on"
+        case errno.EADDRNOTAVAIL | errno.EAFNOSUPPORT:
+            problem, hint = (
+                "this machine has no such address",
+                f'give {setting} one of its own, or "0.0.0.0" for all',
+            )
+        case _:
+            problem, hint = worst.strerror or str(worst), f"give {setting} another address"
+    return SetupError(f"cannot listen: {problem}", where=where, hint=hint)
