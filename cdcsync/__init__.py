@@ -38,7 +38,7 @@ _PLACES = {
 """The module of each public name."""
 
 _RENAMED = {"load_config": "load", "run_worker": "run"}
-"""What a public name is called in its module, if it has another name there."""
+"""The name in its module of a public name, if the two differ."""
 
 __all__ = ["__version__", *_PLACES]
 

@@ -36,7 +36,7 @@ class Failure(msgspec.Struct, frozen=True):
 class Backoff:
     """Waits after each failure, and longer after each in a row.
 
-    Around what is to be done, in a loop, it swallows the errors that waiting mends, and waits:
+    As a context manager inside a loop, it swallows the errors for which a retry helps, and waits:
 
         while True:
             async with backoff:
@@ -59,7 +59,7 @@ class Backoff:
         """Wait between `first` and `most` seconds.
 
         :param failed: called before each wait, to say so.
-        :param errors: those that waiting mends; any other leaves the block.
+        :param errors: those for which a retry helps; any other leaves the block.
         :param until: a wait ends early once this is set.
         """
         self._failed = failed

@@ -54,7 +54,7 @@ class Retry(enum.Enum):
 class CdcsyncError(Exception):
     """Base of all errors that cdcsync raises on purpose.
 
-    :param message: what went wrong, in one sentence without a final full stop.
+    :param message: the fault, in one sentence without a final full stop.
     :param where: the key, table, slot, server or file concerned.
     :param hint: the fix, as an instruction.
     :param sqlstate: PostgreSQL's code of the error that a server reported, if one did.
@@ -113,7 +113,7 @@ class GapError(CdcsyncError):
 
 
 class SchemaChanged(CdcsyncError):
-    """A source table no longer has what an index is built on; that index is paused, the others go on.
+    """A source table no longer has what an index is built on; that index is paused, the others continue.
 
     :param index: the index concerned.
     :param passing: the stream has moved past the cause, so that another look at the table may end the pause at once,
@@ -189,7 +189,7 @@ class TargetRewound(CdcsyncError):
 
 
 class TablesChanged(CdcsyncError):
-    """What an index needs has to be examined again: the worker begins again with what its tables are now."""
+    """The tables of an index have to be examined again: the worker starts again with the present tables."""
 
     retry = Retry.AUTOMATIC
 
@@ -226,7 +226,7 @@ class TextRejected(EmbedError):
 def leading(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return the error of a task group that says why everything ended.
 
-    An error that needs an operator explains one that waiting would mend, and a surprise explains both.
+    An error that needs an operator explains an error that a retry would fix, and a surprise explains both.
     """
     flat: list[BaseException] = []
 

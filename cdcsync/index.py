@@ -51,7 +51,7 @@ STORED_S = 30.0
 
 
 class Hits(list[Hit]):
-    """What a search found, the best first.
+    """The hits of a search, the best first.
 
     :ivar warning: what the search had to do without (the model, the reranker), for people; None if nothing.
     """
@@ -62,7 +62,7 @@ class Hits(list[Hit]):
 
 
 class _Shared:
-    """What the indexes of one application share: connections and models."""
+    """Shared by the indexes of one application: connections and models."""
 
     def __init__(self, config: Config, connections: int, model_timeout_s: float) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""What the process says of its work: one event a line on standard error, JSON for collectors or in colour for people.
+"""The process's log: one event a line on standard error, JSON for collectors or in colour for people.
 
 Our own modules log events with names (`structlog.get_logger()`). What others write to the standard library's logging or
 to `warnings` comes out in the same form, but only from warning on: what libraries say below that can hold the values of

@@ -19,7 +19,7 @@ BATCH_BUCKETS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)
 
 STATES = ("building", "live", "paused")
 WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
-"""What pg_replication_slots says of the WAL that a slot needs, from well to gone."""
+"""The states that pg_replication_slots has for the WAL that a slot needs, from well to gone."""
 
 
 class Metrics:

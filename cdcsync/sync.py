@@ -34,7 +34,7 @@ def _blocking(
         try:
             return self._running().call(functools.partial(method, self._index, *arguments, **named))
         except RuntimeError as error:
-            # What anyio raises where the loop has ended, in the moment between our look and the call.
+            # The error that anyio raises if the loop ended between our look and the call.
             if self._portal is None:
                 raise _closed() from error
             raise

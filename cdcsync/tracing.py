@@ -175,7 +175,7 @@ class OpenTelemetry(Tracing):
 
     def close(self) -> None:
         """Send what is not sent yet."""
-        # Its own attempts go on for longer, and the process would wait for any other kind of thread.
+        # Its own attempts last longer, and the process would wait for any other kind of thread.
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(CLOSE_S)
@@ -220,7 +220,7 @@ def _named(attributes: Mapping[str, Value]) -> dict[str, Value]:
 def from_environment(environ: Mapping[str, str]) -> Tracing:
     """Return what makes the spans that the environment asks for, or what makes none.
 
-    A worker without the packages, or with a protocol that they do not speak, says so in its log and goes on.
+    A worker that lacks the packages, or whose protocol they do not speak, says so in its log and works without tracing.
     """
     endpoint = next((environ[name] for name in ENDPOINTS if environ.get(name)), None)
     if endpoint is None or environ.get("OTEL_SDK_DISABLED", "").lower() == "true":

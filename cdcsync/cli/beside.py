@@ -1,4 +1,4 @@
-"""What a command asks of a worker that runs on this machine: to embed a query with the model that it has loaded.
+"""Asks a worker on this machine to embed a query with the model that it has loaded.
 
 Source: docs/search.md, "From the command line".
 """

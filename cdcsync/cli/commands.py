@@ -37,7 +37,7 @@ class Mode(StrEnum):
 
 
 class Invocation:
-    """What holds for the whole command line: options before the command's name, and the environment's."""
+    """The settings of the whole command line: options before the command's name, and the environment's."""
 
     def __init__(self, *, debug: bool) -> None:
         self.debug = debug
@@ -198,7 +198,7 @@ def run(context: typer.Context, config: ConfigOption = None) -> None:
     """Run the worker: create what is missing, load the tables, then follow every change.
 
     Runs until SIGTERM or Ctrl-C, then finishes the batch in hand. It can be killed at any moment and started again: it
-    goes on where the index is. A second worker for the same slot waits as a standby. SIGHUP has it read its
+    resumes from where the index is. A second worker for the same slot waits as a standby. SIGHUP has it read its
     configuration again. Logs go to standard error; health, metrics and status are served at `worker.listen`.
     """
     from cdcsync import logs

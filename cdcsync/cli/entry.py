@@ -16,11 +16,11 @@ from cdcsync.cli.streams import ReaderGone, guarded
 from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
 
 INTERRUPTED = 130
-"""What shells report of a program that Ctrl-C ended: 128 + SIGINT."""
+"""The status that shells report for a program that Ctrl-C ended: 128 + SIGINT."""
 
 READER_GONE = 141
-"""What shells report of a program that a closed pipe ended: 128 + SIGPIPE. A status of 1 would say that the command
-failed, as `verify | head` does when the index differs."""
+"""The status that shells report for a program that a closed pipe ended: 128 + SIGPIPE. A status of 1 would say
+that the command failed, as `verify | head` does when the index differs."""
 
 config_commands.add_typer(shipped.commands)
 app.command(epilog=init.EPILOG)(init.init)

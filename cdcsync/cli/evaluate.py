@@ -148,7 +148,7 @@ class _Recall(NamedTuple):
 
 
 class _Judging(NamedTuple):
-    """What was asked for about judged questions, as it was written."""
+    """The options for judged questions, as they were written."""
 
     directory: Path
     measures: list[str]
@@ -186,7 +186,7 @@ async def _measure_answers(config: Config, name: str, asked: _Judging) -> _Answe
     from cdcsync.postgres.sessions import speaking_of
     from cdcsync.target import judged_runs
 
-    # What is wrong with the arguments is said before a model is loaded.
+    # Faulty arguments are reported before a model is loaded.
     collection = read_collection(asked.directory)
     floors = [gates.parse_floor(text) for text in asked.least]
     weights = gates.parse_weights(asked.weights) if asked.weights else []

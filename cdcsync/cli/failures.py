@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from cdcsync.target.failures.listing import Failure, Failures
     from cdcsync.target.requests import Request
 
-EPILOG = """What failed, and why: `cdcsync failures articles list`
+EPILOG = """List failures and their reasons: `cdcsync failures articles list`
 
-    After the cause was mended: `cdcsync failures articles retry`
+    After the cause was fixed: `cdcsync failures articles retry`
 
     Live without them: `cdcsync failures articles discard`"""
 
 
 class Action(StrEnum):
-    """What to do with the failures."""
+    """The action on the failures."""
 
     list = "list"
     retry = "retry"

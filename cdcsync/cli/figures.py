@@ -1,4 +1,4 @@
-"""What `cdcsync evaluate` measured, as tables."""
+"""The figures of `cdcsync evaluate`, as tables."""
 
 from __future__ import annotations
 

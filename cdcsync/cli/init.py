@@ -28,7 +28,7 @@ PUBLICATION, SCHEMA, VIEW_SCHEMA, WORKER_ROLE = "cdcsync", "cdcsync", "public", 
 
 
 class Model(StrEnum):
-    """What makes the vectors."""
+    """The source of the vectors."""
 
     local = "local"
     openai = "openai"
@@ -203,7 +203,7 @@ dsn = {toml_text(address)}
 {_EMBEDDERS[embedder]}
 [indexes.{index}]
 table = {toml_text(str(seen.table.name))}
-# What is embedded and searched. NULL renders as nothing. A row is named by its key: {", ".join(chosen.key)}.
+# The text to embed and search. NULL renders as nothing. The key of a row: {", ".join(chosen.key)}.
 text = {toml_text(chosen.text)}
 # Carried along as they are, to filter by.
 columns = {listed[0]}

@@ -1,6 +1,6 @@
 """The first load as `run` shows it on a terminal: two bars for each index, then a line that says where to look on.
 
-The log goes on above the bars: its lines are printed by the same console (`log_stream`).
+The log continues above the bars: its lines are printed by the same console (`log_stream`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ READ_EVERY_S = 1.0
 
 
 class Worker(Protocol):
-    """What is shown of a worker."""
+    """The part of a worker that is shown."""
 
     port: int | None
 
@@ -40,7 +40,7 @@ class Worker(Protocol):
 
 
 class Bar(msgspec.Struct, frozen=True):
-    """A bar; `total` is None while it is not known, `note` says what goes on after its end."""
+    """A bar; `total` is None while it is not known, `note` says what happens after its end."""
 
     title: str
     done: int
@@ -98,4 +98,4 @@ async def show_loads(worker: Worker, console: Console, host: str) -> None:
             await anyio.sleep(READ_EVERY_S)
     counts = ", ".join(f"{name} ({index.documents or 0:,} rows)" for name, index in status.indexes.items())
     shown = f"[{host}]" if ":" in host else host
-    console.print(f"searchable now: {counts}; http://{shown}:{worker.port}/ shows what goes on", markup=False)
+    console.print(f"searchable now: {counts}; http://{shown}:{worker.port}/ shows the progress", markup=False)

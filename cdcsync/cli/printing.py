@@ -1,4 +1,4 @@
-"""What the commands print: results on standard output, errors on standard error, colours where a terminal shows them.
+"""The output of the commands: results on standard output, errors on standard error, colours on a terminal.
 
 Colours follow rich's rules: none into files and pipes, none with NO_COLOR. Texts from databases are printed as they
 are, except that control characters, with which a text could take over the terminal, become a dot.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cdcsync.target.search import Hit
 
 MARKS = ("\ue000", "\ue001")
-"""What the server puts around matched words: characters for private use, which texts do not have."""
+"""The marks that the server puts around matched words: characters for private use, which texts do not have."""
 
 BAR = 10
 """Characters of the bar that shows each leg's share of a score."""
@@ -74,7 +74,7 @@ def three_lines(message: str, where: str | None, fix: str | None) -> Text:
 
 def print_error(text: Text) -> None:
     """Print to standard error, after what standard output still holds."""
-    # That output is lost as well is not what went wrong first.
+    # Lost output is not the first error.
     with contextlib.suppress(OutputLost):
         sys.stdout.flush()
     console(errors=True).print(text)

@@ -1,4 +1,4 @@
-"""What the commands ask of both servers and of a model. Nothing here writes anything."""
+"""Questions of the commands to both servers and to a model. Nothing here writes."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ EPILOG = """All rows; what has not changed costs no embedding: `cdcsync replay a
 
 
 class OnInterrupt(StrEnum):
-    """What becomes of a request when Ctrl-C ends the command that follows it."""
+    """The fate of a request when Ctrl-C ends the command that follows it."""
 
     leave = "leave"
     cancel = "cancel"
@@ -84,7 +84,7 @@ def replay(
 
     Only what changed is embedded again. A running worker does it, wherever it runs; requests of one index are served in
     the order they came. Where no worker runs, this command takes its place until the rows are in the index and have
-    their vectors. Killed at any moment, a request goes on at its last page.
+    their vectors. After a kill a request resumes at its last page.
     """
     import anyio
 

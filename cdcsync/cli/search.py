@@ -44,7 +44,7 @@ class Found(NamedTuple):
 
 
 class Answer:
-    """What a search found, and how."""
+    """The result of a search, and how it was made."""
 
     def __init__(self) -> None:
         self.found: list[Found] = []

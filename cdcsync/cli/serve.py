@@ -62,7 +62,7 @@ def new(
     for one in claim or []:
         name, equals, value = one.partition("=")
         if not equals or not name:
-            raise UsageError(f"{one!r} is no claim", where="--claim", hint="write NAME=VALUE, such as tenant=3")
+            raise UsageError(f"{one!r} is not a claim", where="--claim", hint="write NAME=VALUE, such as tenant=3")
         claims[name] = value
     typer.echo(new_token(_file(context, config), subject, claims, days))
 

@@ -2,7 +2,7 @@
 
 What a command prints is its result, so output that is not taken ends it, with an error of its own: the same number from
 the operating system may also come from a file or a server. What it says on standard error, the worker's log above all,
-is about its work and not the work: that goes on without.
+is about its work and not the work, which continues without it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cdcsync.errors import CdcsyncError
 
 
 class OutputLost(CdcsyncError):
-    """What was printed could not be written, to a full disk for instance."""
+    """Output could not be written, to a full disk for instance."""
 
 
 class ReaderGone(OutputLost):

@@ -30,7 +30,7 @@ def teardown(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Say yes beforehand.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """End a pipeline for good: drop its slot and its publication on the source.
+    """End a pipeline: drop its slot and its publication on the source.
 
     Stop the worker and its standbys first. The index stays searchable as it is, and follows no more; starting again
     means reading the tables again. With --purge the index goes too: its view, its tables and, with the last pipeline,
@@ -75,7 +75,7 @@ def drop(
 
     configuration = context.ensure_object(Invocation).load(config)
     if not yes:
-        _confirm(f"drops the index {index} from the target, for good.", needs="drop")
+        _confirm(f"drops the index {index} from the target; this cannot be undone.", needs="drop")
     steps = anyio.run(interruptible, lambda: flow.drop_index(configuration, index))
     if as_json:
         printing.print_json(steps)
@@ -91,7 +91,7 @@ def _ask(belongings: Belongings) -> None:
     from cdcsync.cli.printing import console, plain
 
     out = console(errors=True)
-    out.print("--purge drops from the target, for good:")
+    out.print("--purge drops from the target; this cannot be undone:")
     for kind, names in (("view", belongings.views), ("table", belongings.tables)):
         for name in names:
             out.print(f"  {kind} {plain(name)}", markup=False)

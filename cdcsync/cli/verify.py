@@ -1,4 +1,4 @@
-"""`cdcsync verify`: compares an index with its source, and mends what differs."""
+"""`cdcsync verify`: compares an index with its source, and repairs the differences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EPILOG = """Is the index what it should be? `cdcsync verify articles`
 
-    Mend what is not: `cdcsync verify articles --repair`"""
+    Repair the differences: `cdcsync verify articles --repair`"""
 
 MEANINGS = {
     "missing": "the source has the row, the index does not",
@@ -55,24 +55,24 @@ def verify(
 
     configuration = context.ensure_object(Invocation).load(config)
     logs.configure("error", configuration.worker.log_format)
-    first, last, mended = anyio.run(_verify, configuration, index, repair)
+    first, last, repaired = anyio.run(_verify, configuration, index, repair)
     if as_json:
         import msgspec
 
         found = msgspec.to_builtins(first, enc_hook=str)
         after = None if last is first else msgspec.to_builtins(last, enc_hook=str)
-        printing.print_json({**found, "repaired": mended, "after_repair": after})
+        printing.print_json({**found, "repaired": repaired, "after_repair": after})
     else:
         _print(first)
         if last is not first:
-            printing.console().print(f"repaired {mended:,} documents; compared once more:")
+            printing.console().print(f"repaired {repaired:,} documents; compared once more:")
             _print(last)
     if not last.equal:
         raise typer.Exit(EXIT_FAILED)
 
 
 async def _verify(config: Config, index: str, repair: bool) -> tuple[Verification, Verification, int]:
-    """Return what was found at first, what was found last, and how many documents were mended in between."""
+    """Return what was found at first, what was found last, and how many documents were repaired in between."""
     from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
     from cdcsync.flows import audit as flow
@@ -97,9 +97,9 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
         if found.verification.equal or not repair:
             return found.verification, found.verification, 0
         async with ensure_worker():
-            mended = await flow.repair(target, schema, spec, found)
+            repaired = await flow.repair(target, schema, spec, found)
             again = (await flow.verify(source, target, schema, spec)).verification
-            return found.verification, again, max(0, mended - again.differences.get(flow.FAILED, 0))
+            return found.verification, again, max(0, repaired - again.differences.get(flow.FAILED, 0))
 
 
 def _print(found: Verification) -> None:
@@ -124,4 +124,4 @@ def _print(found: Verification) -> None:
     elif found.differences.keys() == {"failed"} and not found.vectors_orphaned:
         out.print(Text(f"some rows are left out; `cdcsync failures {found.index} list` says why", "bold red"))
     else:
-        out.print(Text(f"they differ; `cdcsync verify {found.index} --repair` mends that", "bold red"))
+        out.print(Text(f"they differ; `cdcsync verify {found.index} --repair` repairs them", "bold red"))

@@ -83,7 +83,7 @@ InputTokens = Annotated[int, Meta(ge=8, le=1_000_000)]
 
 
 class RemoteEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What all providers over HTTP have in common."""
+    """The keys that all providers over HTTP have in common."""
 
     model: Text
     dimensions: Dimensions
@@ -108,7 +108,7 @@ class RemoteEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Keys of a request's body that have a setting of their own."""
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """What is said twice would leave open which is meant."""
+        """Report keys that contradict each other."""
         if self.api_key and self.api_key_file:
             yield "api_key_file", "cannot be used together with api_key"
         if (self.api_key or self.api_key_file) and "authorization" in {name.lower() for name in self.headers}:
@@ -135,7 +135,7 @@ class OpenAIEmbedder(
     :param batch_texts: the most texts in one request.
     :param batch_tokens: the most tokens in one request, by estimate.
     :param timeout_s: seconds that one request may take.
-    :param tokens_per_day: the most tokens in a day (UTC), by estimate; loads stop at four fifths. Empty is no limit.
+    :param tokens_per_day: the most tokens in a day (UTC), by estimate; loads stop at four fifths. Empty means no limit.
     :param price_per_million_tokens: what the provider asks, in any currency, for `replay --dry-run`; empty is unknown.
     :param headers: more headers for each request, such as a gateway asks for. They are treated as secrets.
     :param query: parameters after the address, such as api-version.
@@ -172,7 +172,7 @@ class TeiEmbedder(RemoteEmbedder, frozen=True, forbid_unknown_fields=True, kw_on
     :param batch_texts: the most texts in one request; the server's own limit goes before it.
     :param batch_tokens: the most tokens in one request, by estimate.
     :param timeout_s: seconds that one request may take.
-    :param tokens_per_day: the most tokens in a day (UTC), by estimate; loads stop at four fifths. Empty is no limit.
+    :param tokens_per_day: the most tokens in a day (UTC), by estimate; loads stop at four fifths. Empty means no limit.
     :param price_per_million_tokens: what the provider asks, in any currency, for `replay --dry-run`; empty is unknown.
     :param headers: more headers for each request, such as a gateway asks for. They are treated as secrets.
     :param query: parameters after the address, such as api-version.
@@ -204,7 +204,7 @@ class PythonEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 OneEmbedder = HashEmbedder | SentenceTransformersEmbedder | OpenAIEmbedder | TeiEmbedder | PythonEmbedder
-"""What one process runs."""
+"""An embedder that one process runs."""
 
 
 class RayEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="ray"):
@@ -243,7 +243,7 @@ Embedder = OneEmbedder | RayEmbedder
 
 
 def tokens_per_day(settings: Embedder) -> int | None:
-    """Return the most tokens that an embedder may have in a day; None is no limit."""
+    """Return the most tokens that an embedder may have in a day; None means no limit."""
     if isinstance(settings, RayEmbedder):
         return tokens_per_day(settings.embedder)
     return settings.tokens_per_day if isinstance(settings, RemoteEmbedder) else None

@@ -37,7 +37,7 @@ RESERVED_WORDS = frozenset(_RESERVED.split())
 _QUOTED = r'"(?:[^"]|"")+"'
 _UNQUOTED = r"[A-Za-z_\u0080-\U0010ffff][A-Za-z0-9_$\u0080-\U0010ffff]*"
 _SPACE = " \t\n\r\f\v"
-"""What PostgreSQL's scanner takes for space; any other Unicode space is a letter to it."""
+"""The characters that PostgreSQL's scanner takes for space; any other Unicode space is a letter to it."""
 _QUALIFIED = re.compile(rf"(?:({_QUOTED}|{_UNQUOTED})[{_SPACE}]*\.[{_SPACE}]*)?({_QUOTED}|{_UNQUOTED})")
 _NEEDS_NO_QUOTES = re.compile(r"[a-z_][a-z0-9_$]*")
 _ASCII_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
@@ -60,7 +60,7 @@ class QualifiedName(msgspec.Struct, frozen=True, order=True):
 
         Unquoted parts are folded to lower case; without a schema it is `public`.
 
-        :raises ConfigError: the text is no such name, or a part is longer than PostgreSQL keeps.
+        :raises ConfigError: the text is not such a name, or a part is longer than PostgreSQL keeps.
         """
         match = _QUALIFIED.fullmatch(text.strip(_SPACE))
         if match is None:

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration file, collected so that one reading reports all of it."""
+"""Collects the problems of a configuration file, so that one reading reports all of them."""
 
 from __future__ import annotations
 

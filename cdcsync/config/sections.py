@@ -140,7 +140,7 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def listen_address(self) -> tuple[str, int]:
         """The host to listen on, an IPv6 one without brackets, and the port; port 0 asks for any free one.
 
-        :raises ConfigError: `listen` is no address; one that was read from a file is.
+        :raises ConfigError: `listen` is not an address; one that was read from a file is.
         """
         return parse_address(self.listen)
 
@@ -244,7 +244,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def table_name(self) -> QualifiedName:
         """The source table's name.
 
-        :raises ConfigError: `table` is no name; one that was read from a file is.
+        :raises ConfigError: `table` is not a name; one that was read from a file is.
         """
         return QualifiedName.parse(self.table)
 
@@ -252,7 +252,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def view_name(self) -> QualifiedName:
         """The view's name.
 
-        :raises ConfigError: `view` is no name; reading a file fills in an omitted one.
+        :raises ConfigError: `view` is not a name; reading a file fills in an omitted one.
         """
         return QualifiedName.parse(self.view)
 

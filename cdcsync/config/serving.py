@@ -80,12 +80,12 @@ class Serve(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def listen_address(self) -> tuple[str, int]:
         """The host and port to listen on.
 
-        :raises ConfigError: `listen` is no address; one that was read from a file is.
+        :raises ConfigError: `listen` is not an address; one that was read from a file is.
         """
         return parse_address(self.listen)
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """Nobody is let in by mistake, and nobody is kept out for good."""
+        """Report settings that would let anybody in, or keep everybody out."""
         if self.jwks is not None and (self.issuer is None or self.audience is None):
             yield "jwks", "needs issuer and audience: a token that was made for another service must not be accepted"
         if self.jwks is not None and self.jwks.startswith("http://"):

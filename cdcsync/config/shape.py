@@ -1,4 +1,4 @@
-"""What a section of the configuration file is: a Struct whose docstring describes its keys.
+"""The base of the configuration file's sections: a Struct whose docstring describes its keys.
 
 What several values must be together is said in a section's `faults`; what one must be, in its type.
 Constructing a section in code checks neither; `cdcsync.config.parse` does. The `:param` lines are also the

@@ -1,4 +1,4 @@
-"""What a single value may be: types that carry their range, or a rule that says in plain words what is wrong.
+"""The types of single values: they carry their range, or a rule that says in plain words what is wrong.
 
 msgspec holds a rule in the type (`Meta.extra`), where the file's reader finds it; its own pattern and range
 checks say the same in the JSON schema.

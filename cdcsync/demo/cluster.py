@@ -71,7 +71,7 @@ DEFAULT_SETTINGS: Mapping[str, str] = MappingProxyType(
         "log_timezone": "UTC",
     }
 )
-"""What a throwaway cluster needs other than the server's own defaults. Without fsync it survives the server's
+"""Settings in which a throwaway cluster differs from the server's defaults. Without fsync it survives the server's
 crash, not the machine's."""
 
 WATCHDOG = """\
@@ -138,7 +138,7 @@ class Cluster:
 
     @property
     def log(self) -> Path:
-        """What the server has logged."""
+        """The server's log."""
         return self.directory / "server.log"
 
     @property

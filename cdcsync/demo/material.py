@@ -1,4 +1,4 @@
-"""What the demo is about: its rows, its model, its configuration, its questions and its changes."""
+"""The demo's material: its rows, its model, its configuration, its questions and its changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_CHARACTERS = 600
 """Longer docstrings are left out: nine in ten are shorter, and the rest would take two fifths of the time to embed."""
 
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-"""What the packaged model is a copy of."""
+"""The model that the packaged one is a copy of."""
 
 CONFIG = """\
 # Made by `cdcsync demo`.

@@ -40,7 +40,7 @@ OTHER_COLUMNS = 58
 
 
 class Stage:
-    """What the acts share: a running worker, and a session on its database."""
+    """Shared by the acts: a running worker, and a session on its database."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Stage:
         table.add_column("change, search", no_wrap=True)
         for heading in ("words", "meaning", "embedded"):
             table.add_column(heading, justify="right", no_wrap=True)
-        # What the others leave: rich would make all columns narrower alike.
+        # The width that the other columns leave: rich would make all columns narrower alike.
         table.add_column(
             "best by meaning before, after", no_wrap=True, max_width=max(20, self._console.width - OTHER_COLUMNS)
         )
@@ -156,7 +156,7 @@ class Stage:
     def say_how_to_look_around(self) -> None:
         """Print where everything is."""
         self._console.print(
-            f"\nIt goes on running until Ctrl-C. The worker's page: http://127.0.0.1:{self._handle.port}/\n"
+            f"\nThe worker runs until Ctrl-C. The worker's page: http://127.0.0.1:{self._handle.port}/\n"
             f"  psql {self._config.source.dsn}\n"
             f"  cdcsync status --watch -c {self._config_path}\n"
             f"  cdcsync search docs 'pick a winner' -c {self._config_path}",
@@ -211,7 +211,7 @@ _FOUND = """
     SELECT CASE WHEN i.stale THEN 'stale' ELSE 'vector' END, i.module, i.name, i.content FROM public.docs_index AS i
     JOIN unnest(%s::text[], %s::text[]) AS k(module, name) USING (module, name)
 """
-"""What the index has under some keys: the chunks, which searches by words read, and the view, with the vectors."""
+"""The index's contents under some keys: the chunks, which searches by words read, and the view, with the vectors."""
 
 
 def _name(hit: Hit) -> str:

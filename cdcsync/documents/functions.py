@@ -56,7 +56,7 @@ class Function:
                 hint="install the module where cdcsync runs, or name its directory in PYTHONPATH",
             ) from error
         if not callable(found):
-            raise ConfigError(f"{self.path} is no function", where=self._where, hint="name one that can be called")
+            raise ConfigError(f"{self.path} is not a function", where=self._where, hint="name one that can be called")
         return found
 
     @cached_property

@@ -10,7 +10,7 @@ renders its own rows so that `verify` can compare hashes without moving document
    `bytea_output`, `xmlbinary`, `lc_monetary`) must be equal in the session that evaluates the SQL and in the
    walsender. Whoever opens those sessions sees to it.
 
-`Documents` is what a row comes to in one index: its document, from a template or from a function of the user's, and
+`Documents` renders a row for one index: its document, from a template or from a function of the user's, and
 what stands around each chunk of it. A function's documents cannot be said in SQL; `verify` then renders rows itself.
 
 Source: PostgreSQL, "String Functions and Operators" (concat), "Binary String Functions" (sha256),
@@ -37,7 +37,7 @@ CONCAT_ARGUMENTS = 90
 """Arguments for one `concat`: PostgreSQL is built with FUNC_MAX_ARGS = 100, and longer templates are chained."""
 
 CHUNK = "chunk"
-"""What stands for the chunk in a `chunk_text`."""
+"""The placeholder of the chunk in a `chunk_text`."""
 
 _TOKEN = re.compile(
     r"""
@@ -145,7 +145,7 @@ class Template(msgspec.Struct, frozen=True):
 
 
 class Rendering(msgspec.Struct, frozen=True):
-    """What a row comes to: its document, and what stands before and after each chunk; None where nothing may stand."""
+    """A rendered row: its document, and the text before and after each chunk; None if there is none."""
 
     text: str
     before: str | None = None
@@ -165,7 +165,7 @@ class Rendering(msgspec.Struct, frozen=True):
 
 
 class Frame(msgspec.Struct, frozen=True):
-    """What is repeated in each chunk: `chunk_text` as written, parted at its `{chunk}`."""
+    """The text repeated in each chunk: `chunk_text` as written, parted at its `{chunk}`."""
 
     text: str
     before: Template
@@ -175,7 +175,7 @@ class Frame(msgspec.Struct, frozen=True):
     def parse(cls, text: str, *, where: str | None = None) -> Frame:
         """Read a `chunk_text`: a template in which `{chunk}` stands for the chunk.
 
-        :raises ConfigError: it is no template, or has not exactly one `{chunk}`.
+        :raises ConfigError: it is not a template, or has not exactly one `{chunk}`.
         """
         whole = Template.parse(text, where=where)
         names = [whole.columns[slot] for slot in whole.slots]
@@ -218,7 +218,7 @@ class Documents(msgspec.Struct, frozen=True):
         return not isinstance(self.body, Template)
 
     def render(self, values: Sequence[str | None]) -> Rendering:
-        """Return what a row comes to.
+        """Render a row.
 
         :param values: the row's values in the order of `columns`, as the server's output functions wrote them.
         :raises DocumentError: a function fails for this row.

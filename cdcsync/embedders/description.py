@@ -1,4 +1,4 @@
-"""What a local model's files say about it: all that can be known without loading it.
+"""Describes a local model from its files, without loading it.
 
 Source: the configuration files of sentence-transformers (modules.json, sentence_bert_config.json,
 config_sentence_transformers.json, those of its modules) and of transformers (config.json, tokenizer_config.json).
@@ -32,7 +32,7 @@ _TRANSFORMER_CONFIGS = (
 """Where the settings of a Transformer module may be; the first that exists counts."""
 
 _WIDTHS = ("hidden_size", "dim", "d_model", "n_embd")
-"""What the families of transformers call the width of their output."""
+"""The names that families of transformers give to the width of their output."""
 
 _DISTANCES: dict[str, Distance] = {"cosine": "cosine", "dot": "inner_product", "euclidean": "l2", "manhattan": "l2"}
 """pgvector's distance for each of sentence-transformers' similarities; Manhattan's is nearest to the Euclidean."""
@@ -42,7 +42,7 @@ _LEGACY_POOLING = "pooling_mode_"
 
 
 class Description(msgspec.Struct, frozen=True):
-    """What is known about a model.
+    """The facts known about a model.
 
     `reads` is the number of tokens of an input that the model sees, special tokens included; `max_input_tokens` is
     what of this is left for a document. `prompts` are put before documents and queries. Vectors are made of length one
@@ -116,7 +116,7 @@ def _describe(files: ModelFiles, settings: config.SentenceTransformersEmbedder, 
     if shortened is not None:
         dimensions = min(dimensions, shortened)
     unit_length = any(module.kind == "Normalize" for module in modules)
-    # What the model's last step made of length one is so no more once it was cut.
+    # A vector that the model normalised is no longer of length one once it is cut.
     normalize = (settings.normalize or unit_length) if settings.dimensions else settings.normalize and not unit_length
     transformer = _transformer_config(files, first.folder)
     tokenizer_json = _tokenizer_json(

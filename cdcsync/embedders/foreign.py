@@ -23,7 +23,7 @@ SHORT_TEXT = 3
 HIDDEN = "(its message repeats what was sent, and is not shown)"
 
 MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, TypeError)
-"""What reading foreign data may raise; ValueError covers UnicodeDecodeError and binascii.Error."""
+"""The errors that reading foreign data may raise; ValueError covers UnicodeDecodeError and binascii.Error."""
 
 
 T_co = TypeVar("T_co", covariant=True)

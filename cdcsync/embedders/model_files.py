@@ -248,7 +248,7 @@ def _on_the_hub(hub: Any, repository: str, revision: str | None, where: str, cod
     except Exception as error:  # as in fetch_weights
         raise _unobtainable(hub, repository, revision, error, where) from error
     if "config.json" not in paths and "modules.json" not in paths:
-        raise EmbedderSetupError(f"{repository} is no model", where=f"{where}.model", hint="correct the name")
+        raise EmbedderSetupError(f"{repository} is not a model", where=f"{where}.model", hint="correct the name")
     directory = next(path.parent for name, path in paths.items() if "/" not in name)
     remote = {
         file.rfilename: file.lfs.sha256

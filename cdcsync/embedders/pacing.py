@@ -47,7 +47,7 @@ class Budget:
 
     def __init__(self, per_minute: float, now: float) -> None:
         self._burst = per_minute * BURST_SHARE
-        # What is used at once counts in the same minute.
+        # Tokens that are used at once count in the same minute.
         self._per_second = (per_minute - self._burst) / MINUTE_S
         self._left = self._burst
         self._at = now

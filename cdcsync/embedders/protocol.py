@@ -1,4 +1,4 @@
-"""What an embedder is to the rest of cdcsync, and what is asked of its answers."""
+"""The interface of embedders, and the checks of their answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Vectors = npt.NDArray[np.float32]
 """`float32[n, dimensions]`, one row a text."""
 
 Kind = Literal["document", "query"]
-"""What a text is: some models embed what is searched differently from what it is searched with."""
+"""The role of a text: some models embed what is searched differently from what it is searched with."""
 
 Distance = Literal["cosine", "l2", "inner_product"]
 

@@ -51,7 +51,7 @@ KEEP_IDLE_S = 30.0
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What came back, whatever its status."""
+    """A provider's response, whatever its status."""
 
     status: int
     headers: httpx2.Headers

@@ -92,7 +92,7 @@ class Failure(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Answer(msgspec.Struct, array_like=True, frozen=True):
-    """What became of a call: `float32[n, dimensions]` as bytes, or why not. Number 0 says that the pool is open."""
+    """The result of a call: `float32[n, dimensions]` as bytes, or why not. Number 0 says that the pool is open."""
 
     number: int
     vectors: bytes = b""
@@ -222,7 +222,7 @@ class _Driver:
         """Start a driver and tell it what to run."""
         process = await anyio.open_process(
             [sys.executable, "-P", "-c", DRIVER],
-            # What Ray prints is not for the worker's log: it can quote what it was given. It has logs of its own.
+            # Ray's output stays out of the worker's log: it can quote texts. Ray keeps its own logs.
             stderr=subprocess.DEVNULL,
             env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
             # A signal from the terminal is for the worker, which ends its driver last.

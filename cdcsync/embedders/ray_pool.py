@@ -9,7 +9,7 @@ The rules:
    counts: it waits, tells the cluster's autoscaler what is missing, and starts when a node joins.
 3. An actor that died, or could not open its embedder, is replaced, after a pause that grows with each in a row.
 4. A call that `MOST_DEATHS` actors died of is given up as at fault: the worker looks for the text in it.
-5. While no actor runs, calls wait for `PATIENCE_S` and then fail as unavailable; the pool goes on trying.
+5. While no actor runs, calls wait for `PATIENCE_S` and then fail as unavailable; the pool keeps trying.
 6. The process ends with its standard input, and Ray ends its actors with it.
 """
 
@@ -317,7 +317,7 @@ def _connect(address: str, answers: BinaryIO) -> Any:
     try:
         ray = importlib.import_module("ray")
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except Exception as error:  # whatever Ray finds wrong: versions, addresses, a machine that is no node
+    except Exception as error:  # whatever Ray finds wrong: versions, addresses, a machine that is not a node
         return Failure("unavailable", f"Ray does not let this machine in: {_first_line(error)}", join)
     finally:
         timer.cancel()

@@ -1,4 +1,4 @@
-"""What embedders over HTTP share: requests that fit, and answers that are read with suspicion."""
+"""Shared by the embedders over HTTP: requests that fit, and answers that are read with suspicion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BYTES_PER_NUMBER = 40
 """A generous bound for one component of a vector in JSON."""
 
 OTHER_BYTES = 1024 * 1024
-"""What an answer may hold besides its vectors."""
+"""The most bytes that an answer may hold besides its vectors."""
 
 
 class RemoteEmbedder:

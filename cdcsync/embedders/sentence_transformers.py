@@ -53,15 +53,15 @@ _BACKEND_PACKAGES = {
     "onnx": ("onnxruntime", "optimum.onnxruntime"),
     "openvino": ("openvino", "optimum.intel"),
 }
-"""What each backend needs besides sentence-transformers, which is not installed with the extra `local`."""
+"""The packages that each backend needs besides sentence-transformers; the extra `local` does not install them."""
 
 _EXPORTS = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
 """The file that each backend loads where the model's directory, or the backend's folder in it, has one. Elsewhere it
 makes one of the weights, in memory, whenever the model is loaded."""
 
 _PRECISION = "f32"
-"""What OpenVINO is told to compute in. Left alone it takes less where the processor has instructions for that, so that
-one model gives other vectors on other machines: by up to 0.001 a component, measured with MiniLM."""
+"""The precision that OpenVINO computes in. By default it computes in less if the processor has instructions for that,
+so that one model gives other vectors on other machines: by up to 0.001 a component, measured with MiniLM."""
 
 
 class SentenceTransformersEmbedder:
@@ -94,7 +94,7 @@ class SentenceTransformersEmbedder:
 
     @cached_property
     def identity(self) -> str:
-        """What decides the vectors. Blocks when first asked: weights outside the hub's cache are read to be hashed."""
+        """A name for everything that determines the vectors. The first call blocks, if weights have to be hashed."""
         described = self._description
         loaded = described.weights + exported(self._files, self._settings.backend)
         return msgspec.structs.replace(described, weights=loaded).identity(self._files)
@@ -132,7 +132,7 @@ class SentenceTransformersEmbedder:
         """
         async with self._opening:
             await anyio.to_thread.run_sync(self._load, limiter=self._turn)
-            if self._threads is None:  # what is no processor is known only now, where it is not NVIDIA's
+            if self._threads is None:  # devices other than processors and NVIDIA's are known only now
                 self._turn.total_tokens = min(ON_ACCELERATOR, self._turn.total_tokens)
 
     def fitting(self, texts: Sequence[str]) -> int:

@@ -98,7 +98,7 @@ class CallSizes:
 
     @property
     def learnt(self) -> Learnt:
-        """What is worth remembering."""
+        """The sizes to remember over a restart."""
         return Learnt(self._texts.learnt, self._bytes.learnt, self._calls.learnt)
 
     def restore(self, before: Learnt) -> None:

@@ -36,7 +36,7 @@ SAMPLE_TEXTS = 32
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """What a replay would do; tokens are estimated from characters, None is what nothing is known of.
+    """What a replay would do; tokens are estimated from characters, None means unknown.
 
     :ivar gone: keys that the source has no row of: they would leave the index.
     :ivar changed: documents whose text is another than the index's, or that the index lacks.
@@ -164,7 +164,7 @@ async def _seconds_for_each(embedder: Embedder, texts: list[str]) -> float | Non
     """Return how long the embedding of one text takes; None when the model does not answer."""
     try:
         await embedder.open()
-        await embedder.embed(texts[:1])  # what only the first call costs
+        await embedder.embed(texts[:1])  # the first call alone pays for loading
         started = anyio.current_time()
         await embedder.embed(texts)
         return (anyio.current_time() - started) / len(texts)

@@ -44,7 +44,7 @@ FOLLOW_S = 0.2
 
 
 class Replay(msgspec.Struct, frozen=True):
-    """What is to be read again: all rows, those that `where` holds for, or those of `keys`."""
+    """The rows to read again: all rows, those that `where` holds for, or those of `keys`."""
 
     where: str | None = None
     keys: tuple[Key, ...] | None = None
@@ -133,14 +133,14 @@ def parse_key(text: str, spec: IndexSpec) -> Key:
     if not isinstance(values, list) or len(values) != len(names):
         raise UsageError(f"{text} does not have {len(names)} values", where="--key", hint=hint)
     if not all(isinstance(value, str | bool) for value in values):
-        raise UsageError(f"{text} holds something that is no value of a key", where="--key", hint=hint)
+        raise UsageError(f"{text} holds something that is not a value of a key", where="--key", hint=hint)
     return tuple(value if isinstance(value, str) else str(value).lower() for value in values)
 
 
 async def canonical_keys(target: Connection, spec: IndexSpec, given: Iterable[str]) -> tuple[Key, ...]:
     """Return the keys as the server renders them, each once, in the order given.
 
-    :raises UsageError: one is no value of the key's type, or there are none.
+    :raises UsageError: one is not a value of the key's type, or there are none.
     """
     types = ", ".join(f"{quote(name)} {type_}" for name, type_ in zip(spec.shape.key, spec.key_types, strict=True))
     parsed = [parse_key(text, spec) for text in given]

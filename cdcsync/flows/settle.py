@@ -57,7 +57,7 @@ REBUILD_AGAIN_S = 300.0
 
 
 class _Seen:
-    """What was seen of one index lately."""
+    """Recent observations of one index."""
 
     def __init__(self) -> None:
         self.scans: deque[float] = deque(maxlen=3)

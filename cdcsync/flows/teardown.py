@@ -42,7 +42,7 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Belongings(msgspec.Struct, frozen=True):
-    """What a pipeline has in the target: its indexes by name, and their relations as SQL writes them."""
+    """A pipeline's possessions in the target: its indexes by name, and their relations as SQL writes them."""
 
     indexes: tuple[str, ...] = ()
     views: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
 
     :raises SetupError: a worker runs, the slot is not ours, or something depends on the index; nothing was dropped.
     :raises SlotInUse: something else reads the slot; nothing was dropped.
-    :raises SourceUnavailable, TargetUnavailable: a server does not answer; the next teardown goes on from there.
+    :raises SourceUnavailable, TargetUnavailable: a server does not answer; the next teardown resumes from there.
     """
     async with (
         Session(config.target.dsn, "target", application_name="cdcsync teardown") as target_session,

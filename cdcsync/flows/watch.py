@@ -101,7 +101,7 @@ class Watch:
     ) -> None:
         """Make the watch of a pipeline.
 
-        :param plans: what is known of each configured index.
+        :param plans: the facts known about each configured index.
         :param specs: the indexes that are followed.
         :param pause: takes the reason why an index that is followed has to be paused.
         """
@@ -120,7 +120,7 @@ class Watch:
         self._relations_due = anyio.current_time() + RELATIONS_S
         self._nudged = anyio.Event()
         self.problems: dict[str, str] = {}
-        """What the publication does to the application's writes, by index."""
+        """Harm that the publication does to the application's writes, by index."""
 
     def look(self) -> None:
         """Look at the tables now: the stream has described one of them again."""
@@ -224,7 +224,7 @@ class Watch:
             pause = Pause(error.message, error.hint)
             if name in self._specs or entry.reason == str(pause):
                 return
-            # What is wrong now is what has to be corrected now.
+            # Only the present faults have to be corrected.
             with speaking_of("target", where=f"index {name}", index=name):
                 await Registry(self._config.target.schema).pause(await target.connection(), name, pause)
                 crash_point("reason of a pause corrected")
@@ -233,7 +233,7 @@ class Watch:
         columns = (*entry.key, *entry.columns, *(plan.documents.columns if plan.documents is not None else ()))
         present = fingerprint_of(catalog, table, columns) if table is not None else None
         first = self._first.setdefault(name, present)
-        # What the table was when the index was last tried; an examination that refuses it does not try it.
+        # The table as it was when the index was last tried; an examination that refuses it does not count as a try.
         before = first if plan.refused else stored_fingerprint(entry)
         migrated = bool(plan.unlike) and not any(vector_faults(plan, entry))
         if name in self._ailing or present != before or migrated:

@@ -167,7 +167,7 @@ async def _listen(host: str, port: int, setting: str, backlog: int) -> list[sock
 
 
 _LACKING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-"""What binding says when the machine has no such address: `localhost` is two, and not every container has IPv6."""
+"""Errors of binding to an address that the machine lacks: `localhost` is two, and not every container has IPv6."""
 
 
 def _bound(family: int, kind: int, protocol: int, address: tuple[str | int, ...], backlog: int) -> socket.socket:

@@ -1,4 +1,4 @@
-"""What the worker reasons in: rows, transactions, batches, positions. Pure: no socket, no clock, no event loop.
+"""The terms in which the worker reasons: rows, transactions, batches, positions. No socket, no clock, no event loop.
 
     rows          the columns an index needs of a row, and the changes of rows
     transactions  messages of pgoutput into whole transactions

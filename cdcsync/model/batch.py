@@ -23,10 +23,10 @@ from cdcsync.model.rows import Change, Delete, Key, Shape, Truncation, Upsert, c
 from cdcsync.model.transactions import Committed
 
 ROW_OVERHEAD_BYTES = 200
-"""What a row costs in memory besides its text: two tuples, the change, a dictionary entry, string headers."""
+"""Memory that a row takes besides its text: two tuples, the change, a dictionary entry, string headers."""
 
 UNCHANGED_BYTES = 64 * 1024
-"""What a value that has to be read again is taken for until then: TOAST holds values from 2 kB to 1 GB."""
+"""The assumed size of a value that has to be read again, until it is read: TOAST holds values from 2 kB to 1 GB."""
 
 RowChange = Upsert | Delete
 
@@ -47,7 +47,7 @@ class PageEnd(msgspec.Struct, frozen=True):
 
 
 class PageRows(msgspec.Struct, frozen=True):
-    """What belongs at a backfill's mark: the rows of its page that nothing newer overtook.
+    """The rows to apply at a backfill's mark: those of its page that no newer change has overtaken.
 
     :ivar end: None for a page of which nothing is applied, whose mark only has to be waited for.
     :ivar rewrite: whether the rows are to be chunked again even where the document is unchanged.

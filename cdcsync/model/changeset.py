@@ -1,4 +1,4 @@
-"""What one batch changes in one index, and what applying it did."""
+"""The changes that one batch makes in one index, and the result of applying them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ChangeSet(msgspec.Struct, frozen=True):
 
 
 class Applied(msgspec.Struct, frozen=True):
-    """What an apply did."""
+    """The result of an apply."""
 
     chunks: int
     deleted: int

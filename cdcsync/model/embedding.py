@@ -1,4 +1,4 @@
-"""What is known of an embedder and kept in the target: sizes that work, tokens of the day, and its trouble."""
+"""Facts about an embedder that are kept in the target: sizes that work, tokens of the day, and its trouble."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 
 class Learnt(msgspec.Struct, frozen=True):
-    """Sizes of calls that work, learnt from those that failed; None is no limit but the configuration's."""
+    """Sizes of calls that work, learnt from those that failed; None means that only the configuration limits them."""
 
     texts: float | None = None
     bytes: float | None = None
@@ -53,7 +53,7 @@ LOADS_SHARE = 0.8
 class DailyTokens:
     """Counts the tokens of a day, in UTC, against `tokens_per_day`.
 
-    :param per_day: None is no limit.
+    :param per_day: None means no limit.
     """
 
     def __init__(self, per_day: int | None) -> None:

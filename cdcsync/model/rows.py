@@ -1,4 +1,4 @@
-"""What one index needs of one table's rows, and the changes of those rows.
+"""The part of a table's rows that one index needs, and the changes of those rows.
 
 A `Shape` names the columns; a `Projection` finds them in a relation's tuples, whose order only the relation message
 of the present connection tells. A row is a tuple of values in the shape's order: key, then carried columns, then the

@@ -1,4 +1,4 @@
-"""What an index is to be: its configuration and the facts of its table and its model, put together."""
+"""A complete description of an index: its configuration together with the facts of its table and its model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class IndexSpec(msgspec.Struct, frozen=True):
     """The table's OID on the source: a table that was made anew under the same name has another one."""
 
     def render(self, row: Row) -> Rendering:
-        """Return what a complete row comes to.
+        """Return the rendering of a complete row.
 
         :raises DocumentError: a function of the user's fails for it.
         """

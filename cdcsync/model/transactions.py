@@ -7,7 +7,7 @@ The rules:
    a record, so that transaction ended at or before it.
 3. Relation messages belong to the connection. A new connection needs a new assembler.
 4. The stream tells tables apart by OID and the configuration by name. When a name passes from one to another, or a
-   table loses what an index needs, that index is lost: it would miss changes, or mix two tables. The others go on.
+   table loses what an index needs, that index is lost: it would miss changes, or mix two tables. The others continue.
 5. Marks are logical messages under our prefix, written inside a transaction of their own: each is delivered after every
    transaction that committed before it.
 

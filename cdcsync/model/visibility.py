@@ -1,6 +1,6 @@
 """Which transactions a snapshot of the source sees, and what the stream delivered besides.
 
-A backfill reads pages of a table while the stream goes on. A page row may be applied at the page's mark
+A backfill reads pages of a table while the stream continues. A page row may be applied at the page's mark
 unless a transaction that the page's snapshot does *not* see has touched that key and was already delivered:
 then the stream's version is newer and the page's is dropped.
 
@@ -46,7 +46,7 @@ XID_SPAN = 1 << 32
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """What `pg_current_snapshot()` says: the 64-bit transaction ids that are finished, and those that are not.
+    """The result of `pg_current_snapshot()`: the 64-bit transaction ids that are finished, and those that are not.
 
     Everything below `xmin` is finished, everything from `xmax` on is not, and `running` lists what is not in between.
     So `running` alone does not name all that run: ids from `xmax` on can have been given out already. Whoever needs

@@ -112,7 +112,7 @@ def decode_status_update(data: bytes | memoryview) -> StatusUpdate:
     if not data:
         raise MalformedMessage("", 0, "the frame is empty")
     if data[0] != _STATUS_UPDATE:
-        raise MalformedMessage(chr(data[0]), 0, "a frame that is no status update")
+        raise MalformedMessage(chr(data[0]), 0, "a frame that is not a status update")
     _check_size(data, _STATUS_UPDATE_FRAME)
     _, received, flushed, applied, at_us, reply = _STATUS_UPDATE_FRAME.unpack(data)
     return StatusUpdate(Lsn(received), Lsn(flushed), Lsn(applied), at_us, _flag(data, reply))

@@ -44,7 +44,7 @@ Tuple: TypeAlias = tuple[Value, ...]
 """One version of a row, in the order of its relation's columns."""
 
 OldKind: TypeAlias = Literal["K", "O"]
-"""What an old tuple holds: `K` the columns of the replica identity (the others are None), `O` the whole old row."""
+"""The kind of an old tuple: `K` holds the replica identity (other columns are None), `O` the whole old row."""
 ReplicaIdentity: TypeAlias = Literal["d", "n", "f", "i"]
 """`pg_class.relreplident`: default (the primary key), nothing, full (all columns) or a chosen index."""
 
@@ -120,7 +120,7 @@ class Column(msgspec.Struct, frozen=True, gc=False):
 
 
 class Relation(msgspec.Struct, frozen=True, gc=False):
-    """What an OID means on this connection from here on; sent before the first change, and again after DDL."""
+    """The meaning of an OID on this connection from here on; sent before the first change, and again after DDL."""
 
     xid: int | None
     oid: int
@@ -176,7 +176,7 @@ class Truncate(msgspec.Struct, frozen=True, gc=False):
 
 
 class Message(_Elided, frozen=True, gc=False):
-    """What `pg_logical_emit_message` wrote; outside of any transaction when it is not transactional."""
+    """A message that `pg_logical_emit_message` wrote; outside of any transaction when it is not transactional."""
 
     xid: int | None
     transactional: bool

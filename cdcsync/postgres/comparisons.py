@@ -1,7 +1,7 @@
 """How two values of a key are compared: by the operators that its type is sorted by, wherever those live.
 
-Our sessions have no search path, so a bare `=` means pg_catalog's. For citext that is the one of text, which another
-unique index, and another order, go with: a page read by it would miss rows. For ltree there is none at all.
+Our sessions have no search path, so a bare `=` means pg_catalog's. For citext that is the operator of text, to which
+another unique index and another order belong: a page read by it would miss rows. For ltree there is none at all.
 
 Source: PostgreSQL, "Operator Classes and Operator Families"; "Row and Array Comparisons" (Row Constructor Comparison).
 """

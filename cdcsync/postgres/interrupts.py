@@ -31,7 +31,7 @@ HANG_UP_AFTER = 8
 async def interrupt(connection: psycopg.AsyncConnection[Any]) -> None:
     """Have whatever runs on a connection fail, statement after statement, until cancelled or the connection is closed.
 
-    One that does not listen is hung up on. What waits for the statement sees an error that waiting would mend.
+    One that does not listen is hung up on. Whoever waits for the statement sees an error for which a retry helps.
     """
     requests = 0
     while not connection.closed:

@@ -64,13 +64,13 @@ TABLES_ONLY: LiteralString = (
 role's privileges; the server then refuses the statement instead. Supported since the minor releases of August 2024."""
 
 DURABILITY: dict[Side, LiteralString] = {
-    # What we write on the source is a mark or a publication: flushed at commit, waiting for no standby. And
+    # Our writes on the source are marks and publications: flushed at commit, waiting for no standby. And
     # replication does not know row-level security: a policy that would hide rows from us must be an error.
     "source": "SET synchronous_commit = local; SET row_security = off",
-    # What is acknowledged to the source must survive a crash of the target, whatever the role's default is.
+    # Changes acknowledged to the source must survive a crash of the target, whatever the role's default is.
     "target": "SET synchronous_commit = on",
 }
-"""What each side's sessions need besides."""
+"""Settings that only one side's sessions need."""
 
 CONNECT_TIMEOUT_S = 10
 """Long enough for a server that is starting, short enough that an operator waits for the message."""
@@ -143,7 +143,7 @@ def ours(error: psycopg.Error) -> bool:
 
 
 REFUSALS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
-"""What a server says to a value that it cannot take."""
+"""The errors by which a server refuses a value."""
 
 
 def fault_of(index: str, error: psycopg.Error, side: Side, *, where: str | None = None) -> SchemaChanged:

@@ -14,7 +14,7 @@
     report       `Report`, `refuse`
     examination  `examine`, all of it in order
 
-Every check only reads. Each goes on where another failed, so that one run tells everything there is to mend.
+Every check only reads. A failed check does not keep the next from running, so that one run reports all there is to fix.
 Code outside this package imports from here. A file in it imports only from lines above its own.
 """
 

@@ -21,7 +21,7 @@ GENERATED_VERSION = 180000
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """What is there already for a worker of this role."""
+    """The objects that exist already for a worker of this role."""
 
     version: int
     database: str

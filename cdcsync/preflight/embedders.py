@@ -14,7 +14,7 @@ from cdcsync.preflight.findings import Finding
 
 
 def build_embedders(config: Config, findings: list[Finding]) -> dict[str, Embedder]:
-    """Make the configured embedders without loading a model; what stops one is noted, and the others go on."""
+    """Make the configured embedders without loading a model; a failure is noted, and the others are still made."""
     embedders = {}
     for name, settings in config.embedders.items():
         try:

@@ -124,7 +124,7 @@ def _pause_broken(plans: Sequence[Plan], stored: Mapping[str, Entry]) -> dict[st
             broken[plan.name] = Pause(errors[0].message, errors[0].hint)
             for error in errors:
                 plan.findings[plan.findings.index(error)] = Finding.warning(
-                    error.where, f"{error.message}; the index {plan.name} is paused, the others go on", error.hint
+                    error.where, f"{error.message}; the index {plan.name} is paused, the others continue", error.hint
                 )
     return broken
 

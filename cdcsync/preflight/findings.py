@@ -1,6 +1,6 @@
-"""What the checks find.
+"""The findings of checks.
 
-A check never raises for a fault that it looks for: it adds a `Finding` and the next check goes on, so that one run says
+A check never raises for a fault that it looks for: it adds a `Finding` and the next check runs, so that one run says
 everything there is to fix.
 """
 

@@ -33,7 +33,7 @@ FINGERPRINT_DIGITS = 32
 
 
 class Plan(msgspec.Struct):
-    """What is known of one index so far; what stays None has a finding that says why."""
+    """The facts known about one index so far; for each that stays None a finding says why."""
 
     name: str
     index: Index
@@ -42,7 +42,7 @@ class Plan(msgspec.Struct):
     fingerprint: str | None = None
     table: Table | None = None
     findings: list[Finding] = []
-    """What is to be said of this index alone."""
+    """The findings about this index alone."""
     refused: bool = False
     """Whether the index exists and cannot be kept up, for whatever reason."""
     unfit: bool = False

@@ -34,7 +34,9 @@ def spool_faults(directory: Path) -> Iterator[Finding]:
     if not directory.exists():
         yield Finding.error(where, f"there is no directory {directory}", f"mkdir -p {directory}, for the worker's user")
     elif not directory.is_dir():
-        yield Finding.error(where, f"{directory} is no directory", "name a directory with space for large transactions")
+        yield Finding.error(
+            where, f"{directory} is not a directory", "name a directory with space for large transactions"
+        )
     elif not os.access(directory, os.W_OK | os.X_OK):
         yield Finding.error(
             where,

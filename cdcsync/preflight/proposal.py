@@ -1,4 +1,4 @@
-"""What a new index over a table could look like: which columns are its text, which are carried, which are filtered by.
+"""Proposes an index over a table: which columns are its text, which are carried, which are filtered by.
 
 `look` reads the catalog and a bounded sample; `propose` decides, and knows no server. A proposal is a start for people
 to correct, so it prefers few and plain columns to all that might be of use.
@@ -65,7 +65,7 @@ class Look(msgspec.Struct, frozen=True):
 
 
 class Proposal(msgspec.Struct, frozen=True):
-    """What a new index could look like.
+    """A proposal for a new index.
 
     :ivar key: the columns that name a row.
     :ivar identity_index: the index that has to become the replica identity first, so that `key` holds.

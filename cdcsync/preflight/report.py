@@ -1,4 +1,4 @@
-"""What an examination comes to, and what becomes of it."""
+"""The result of an examination, and its consequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a publication sends of an index's table: the table at all, under its own name, and every column that is needed.
+"""Checks what a publication sends of an index's table: the table at all, under its own name, and every needed column.
 
 And what a publication would do to the table: `failing_writes` says which UPDATE and DELETE the server would refuse.
 

@@ -27,7 +27,7 @@ OPERATIONS = ("insert", "update", "delete", "truncate")
 
 
 class SourceFacts(msgspec.Struct, frozen=True):
-    """What the checks of the tables need to know of the source.
+    """The facts about the source that the checks of tables need.
 
     :ivar wanted: the tables of all indexes.
     """

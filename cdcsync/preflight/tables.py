@@ -22,7 +22,7 @@ from cdcsync.source.relations import Column, Table, similar_tables
 from cdcsync.target.ddl.relations import RESERVED
 
 SYSTEM_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
-"""What PostgreSQL never publishes."""
+"""Schemas that PostgreSQL never publishes."""
 
 _WRONG_KINDS = {
     "v": ("is a view: it has no changes of its own", "index the table that the view reads"),

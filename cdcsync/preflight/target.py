@@ -24,7 +24,7 @@ from cdcsync.target.registry import Entry, Registry
 PGVECTOR_MINIMUM = (0, 7, 0)
 """The first with halfvec."""
 PGVECTOR_ADVISED = (0, 8, 4)
-"""Up to here came mends of HNSW: of parallel builds in 0.8.2, of what vacuuming did to an index in 0.8.3 and 0.8.4."""
+"""Fixes of HNSW came up to this version: parallel builds in 0.8.2, vacuuming in 0.8.3 and 0.8.4."""
 
 SHARED = (
     "pipelines",
@@ -84,7 +84,7 @@ class Relation(msgspec.Struct, frozen=True):
 
 
 class TargetFacts(msgspec.Struct, frozen=True):
-    """What the checks of the indexes need to know of the target."""
+    """The facts about the target that the checks of indexes need."""
 
     server: Server
     stored: dict[str, Entry]

@@ -1,4 +1,4 @@
-"""Who calls: bearer tokens of a file, and signed tokens (JWT) by the keys of an identity provider.
+"""Identifies callers: bearer tokens of a file, and signed tokens (JWT) by the keys of an identity provider.
 
 The file holds hashes only, so a copy of it lets nobody in. A token is looked up by its hash: the time that takes says
 nothing about any other token. The file is read again when it changes; a change that cannot be read leaves nobody in
@@ -58,7 +58,7 @@ class Principal(msgspec.Struct, frozen=True):
 
     @property
     def account(self) -> str:
-        """What limits are counted by."""
+        """The account that limits are counted by."""
         return f"tenant {self.tenant}" if self.tenant is not None else f"subject {self.subject}"
 
 

@@ -1,8 +1,8 @@
 """Tools for agents, over MCP: what they hold, a search, a document.
 
 An error that the agent can correct is a tool error that says what to change. Answers are cut to a budget of tokens,
-and say what was left out. Text of documents is data that somebody wrote: it is marked as such, and is no instruction
-to the agent.
+and say what was left out. Text of documents is data that somebody wrote: it is marked as such, and is not an
+instruction to the agent.
 
 Source: Model Context Protocol, "Tools" (annotations, structured content, errors).
 """

@@ -15,8 +15,8 @@ class Problem(Exception):
 
     :param status: the HTTP status.
     :param title: the kind of problem, the same each time.
-    :param detail: what is wrong with this call; holds nothing that identifies a person.
-    :param fix: what the caller can change, if anything.
+    :param detail: the fault of this call; holds nothing that identifies a person.
+    :param fix: the change that the caller can make, if any.
     :param retry_after_s: when the same call may succeed.
     """
 

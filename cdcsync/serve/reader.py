@@ -67,7 +67,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What a search found.
+    """The result of a search.
 
     :ivar as_of_lsn: the index holds everything that the source had committed up to here.
     :ivar lag_seconds: how long ago the index was last known to hold everything.
@@ -220,7 +220,7 @@ class Reader:
                     cursor = await connection.execute(statement)
                 except Exception as error:
                     if str(getattr(error, "sqlstate", "") or "").startswith("22"):
-                        raise missing from None  # a text that is no value of the key's type is no key
+                        raise missing from None  # a text that is not a value of the key's type is not a key
                     raise
                 rows = await cursor.fetchall()
         if not rows:

@@ -32,7 +32,7 @@ T = TypeVar("T")
 Tool = Literal["list_indexes", "search", "fetch", "embed"]
 
 CHARACTERS_PER_TOKEN = 4
-"""What a token of text is taken for: budgets are about orders of magnitude, and no model is asked for them."""
+"""The assumed length of a token: budgets are about orders of magnitude, and no model is asked for them."""
 
 BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -43,7 +43,7 @@ _TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class Metrics:
-    """What the tool server measures; label values come from closed sets."""
+    """The tool server's metrics; label values come from closed sets."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -80,7 +80,7 @@ class Caller(msgspec.Struct, frozen=True):
 
 
 class _Noted(msgspec.Struct):
-    """What the record tells of a call besides who and when."""
+    """The record's facts about a call, besides who and when."""
 
     index: str | None = None
     query: str | None = None

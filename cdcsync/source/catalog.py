@@ -73,7 +73,7 @@ class Slot(msgspec.Struct, frozen=True):
 
 
 class Catalog(msgspec.Struct, frozen=True):
-    """What is followed, as of one moment: the publication, and the configured tables.
+    """The publication and the configured tables, as of one moment.
 
     :ivar role: the session's role, whose privileges `tables` tell.
     :ivar publication: None if there is none of that name.

@@ -27,7 +27,7 @@ from cdcsync.source.relations import Partition, Table, Type, reachable_types
 
 
 class TableValues(msgspec.Struct, frozen=True):
-    """What the values of one table are made of.
+    """The catalog facts that determine the values of one table.
 
     :ivar columns: of each column that the index reads: attribute number, type, modifier, and the OID of the expression
         that generates it.
@@ -42,14 +42,14 @@ class TableValues(msgspec.Struct, frozen=True):
 
 
 class MadeOf(msgspec.Struct, frozen=True):
-    """What an index's values are made of: each table by name, and the user-defined types of its columns by OID."""
+    """The catalog facts that determine an index's values: tables by name, and user-defined types by OID."""
 
     tables: dict[str, TableValues]
     types: dict[str, Type]
 
 
 class SentBy(msgspec.Struct, frozen=True):
-    """What has an index's tables sent: the publication as of its last edit, and what brings each table in."""
+    """The reasons why an index's tables are sent: the publication as of its last edit, and what includes each table."""
 
     publication: str
     tables: dict[str, tuple[str, ...]]
@@ -63,7 +63,7 @@ class Fingerprint(msgspec.Struct, frozen=True):
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """What the difference between two fingerprints asks for.
+    """The consequences of a difference between two fingerprints.
 
     :ivar reread: why the table has to be read again, if it has to.
     :ivar compare: why source and index have to be compared, if they have to.

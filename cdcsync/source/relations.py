@@ -18,7 +18,7 @@ from cdcsync.postgres.sessions import Connection
 
 
 class Type(msgspec.Struct, frozen=True):
-    """What determines the text of a user-defined type's values, besides the values themselves.
+    """The catalog facts that determine the text of a user-defined type's values.
 
     :ivar name: as format_type prints it.
     :ivar kind: pg_type.typtype: "e" enum, "c" composite, "d" domain, "r" range, "m" multirange, "b" array.

@@ -65,7 +65,7 @@ _MISTAKEN = ("was not created in this database", "physical replication slot")
 
 
 class ServerIdentity(msgspec.Struct, frozen=True):
-    """What IDENTIFY_SYSTEM says: the cluster, its timeline and the end of its flushed WAL."""
+    """The answer to IDENTIFY_SYSTEM: the cluster, its timeline and the end of its flushed WAL."""
 
     system_identifier: str
     timeline: int
@@ -190,7 +190,7 @@ class SlotConnection:
         }
         if streaming:
             options["streaming"] = "on"
-        # Here a backslash in a string is a backslash, and what the driver's own literals begin with is no syntax.
+        # In this protocol a backslash in a string is a backslash, and the driver's literals (E'…') are an error.
         body = sql.SQL(", ").join(
             sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL("'" + value.replace("'", "''") + "'"))
             for name, value in options.items()

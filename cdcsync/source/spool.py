@@ -184,7 +184,7 @@ class Spool:
     def replay(self, xid: int) -> Iterator[bytes]:
         """Yield the messages of a transaction in their order; the caller drops it afterwards.
 
-        :raises SpoolUnusable: what is still in memory of the file cannot be written.
+        :raises SpoolUnusable: the part of the file that is still in memory cannot be written.
         """
         transaction = self._open.get(xid)
         if transaction is None:
@@ -203,7 +203,7 @@ class Spool:
         transaction = self._open.pop(xid, None)
         if transaction is not None:
             self.bytes -= transaction.size
-            with contextlib.suppress(OSError):  # a full disk is no reason to keep what is not wanted
+            with contextlib.suppress(OSError):  # a full disk does not matter for bytes that nobody wants
                 transaction.file.close()
 
     def _make_file(self) -> BinaryIO:

@@ -35,7 +35,7 @@ SOFT_ERRORS_VERSION = 160000
 """PostgreSQL 16: pg_input_is_valid."""
 
 _NO_VALUE = (psycopg.DataError, psycopg.IntegrityError)
-"""What a server says to a text that is no value of a type, or of a domain."""
+"""The errors by which a server refuses a text as a value of a type or domain."""
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -55,7 +55,7 @@ class SourceTable:
         keys = [sql.Identifier("t", name) for name in shape.key]
         sent = _condition(row_filter) if row_filter else sql.SQL("true")
         # As a subquery, so that the filter's bare column names cannot be taken for those of what it is joined to; of
-        # what the index needs only, because the role may not be allowed to read the other columns.
+        # only the columns that the index needs, because the role may not be allowed to read the other columns.
         needed = sql.SQL(", ").join(sql.Identifier("t", name) for name in dict.fromkeys(shape.columns))
         published = sql.SQL("(SELECT {} FROM {} AS t WHERE {})").format(needed, table, sent)
         self._rows = sql.SQL("{} AS t WHERE {}").format(table, sent)
@@ -103,7 +103,7 @@ class SourceTable:
         """Return how many rows of a page are at most so large together, at least 1; no value is read for that."""
         if not await self._has_large_values(connection):
             return limit
-        # What we name ourselves has names that no column is likely to have.
+        # Our own aliases are names that no column is likely to have.
         statement = sql.SQL(
             'SELECT count(*), count(*) FILTER (WHERE "so far" <= {most}) FROM (SELECT'
             ' sum("row size") OVER (ORDER BY {keys} ROWS UNBOUNDED PRECEDING) AS "so far" FROM'

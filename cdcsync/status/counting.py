@@ -18,7 +18,7 @@ COUNT_UP_TO = 200_000
 """Rows that are counted one by one, in some tens of milliseconds. Of larger tables the planner's estimate is taken."""
 
 ROW_BYTES = 28
-"""What a row takes at least: its header and its line pointer. A table of so many pages has no more rows than that."""
+"""The least that a row takes: its header and its line pointer. A table of so many pages has no more rows than that."""
 
 
 class Counts(msgspec.Struct, frozen=True):

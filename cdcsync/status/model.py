@@ -1,4 +1,4 @@
-"""What a status says. docs/status.md tells each field's meaning; a test holds the two together.
+"""The structure of a status. docs/status.md tells each field's meaning; a test holds the two together.
 
 The same structs are the JSON of `cdcsync status --json` and `/status`: times in RFC 3339, LSNs as PostgreSQL prints
 them, None as null where a figure is not known.

@@ -47,7 +47,7 @@ FRESH = timedelta(seconds=15)
 SAME_WRITE = timedelta(milliseconds=1)
 """Two readings of the clock in one UPDATE are microseconds apart, those of two commits are further."""
 
-_GAP_REMEDY = 'docs/operations.md, "After a gap", says how to go on'
+_GAP_REMEDY = 'docs/operations.md, "After a gap", says how to continue'
 
 
 async def read_status(config: Config, source: Connection | None, target: Connection) -> Status:

@@ -57,7 +57,7 @@ SUPERSEDE: LiteralString = (
 
 
 class Op(IntEnum):
-    """What apply does with a row of the stage."""
+    """The action of apply on a row of the stage."""
 
     KEEP = 0
     """Bring the carried columns up to date: the document has not changed."""
@@ -94,7 +94,7 @@ class IndexWriter:
         self._equal: list[sql.Composable] = []
         """The key columns' operators."""
         self._parts: dict[str, sql.Composable] = {}
-        """What stands for the names in braces in the statements."""
+        """The values of the names in braces in the statements."""
 
     async def open(self) -> None:
         """Create the stage; once per connection.
@@ -142,7 +142,7 @@ class IndexWriter:
                 )
             ),
         )
-        # A raw cursor: a column's name may hold a % that is no placeholder.
+        # A raw cursor: a column's name may hold a % that is not a placeholder.
         cursor = psycopg.AsyncRawCursor(self._connection)
         await cursor.execute(statement, [list(column) for column in zip(*keys, strict=True)])
         by_chunk: dict[int, tuple[Key, bytes] | None] = {}

@@ -46,7 +46,7 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 class BacklogCounts(msgspec.Struct, frozen=True):
-    """How many chunks wait, by lane, and how many have failed for good."""
+    """How many chunks wait, by lane, and how many have failed finally."""
 
     live: int
     backfill: int

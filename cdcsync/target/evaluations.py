@@ -19,11 +19,11 @@ from cdcsync.postgres.sessions import Connection
 TABLE = "evaluations"
 
 USUAL_K = 10
-"""What evaluations ask for unless told otherwise. Status and metrics go by it: one of another k is no comparison."""
+"""The k of evaluations by default. Status and metrics use it: evaluations with another k cannot be compared."""
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """What searches of one `ef_search` found, and how long they took.
+    """Recall and latency of searches with one `ef_search`.
 
     :ivar recall: the mean share, 0 to 1, of the k nearest that were found.
     :ivar usual: whether sessions have this ef_search without asking for another.

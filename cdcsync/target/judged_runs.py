@@ -53,7 +53,7 @@ class ModeRun(msgspec.Struct, frozen=True):
 
 
 class Weighed(msgspec.Struct, frozen=True):
-    """What hybrid search reaches with one weight of the words; the vectors' is what is left of 1."""
+    """The result of hybrid search with one weight of the words; the vectors' weight is the rest to 1."""
 
     weight: float
     figures: dict[str, Figure]
@@ -85,7 +85,7 @@ class Run(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What a run is on a chart: the means of the measure that decides, by mode."""
+    """A run on a chart: the means of the deciding measure, by mode."""
 
     id: int
     collection: str

@@ -1,6 +1,6 @@
 """The keys that an index holds, a page at a time, in the target's own order; and what is stored under given keys.
 
-Every statement here goes through a raw cursor: a column's name may hold a % that is no placeholder.
+Every statement here goes through a raw cursor: a column's name may hold a % that is not a placeholder.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ async def delete_vectors_without_chunks(connection: Connection, schema: str, spe
 async def canonical(connection: Connection, spec: IndexSpec, keys: Sequence[Key]) -> list[Key]:
     """Return the keys as the server renders them: 7 for 007.
 
-    :raises psycopg.DataError: one is no value of its type; the message names it.
+    :raises psycopg.DataError: one is not a value of its type; the message names it.
     """
     columns = [sql.SQL(f"k.k{at}::{type_}") for at, type_ in enumerate(spec.key_types)]
     rows = await fetch_texts(
@@ -196,7 +196,7 @@ async def canonical(connection: Connection, spec: IndexSpec, keys: Sequence[Key]
 
 
 async def _joined(connection: Connection, schema: str, spec: IndexSpec) -> sql.Composable:
-    """Return SQL of the given keys `k` with the chunks `c` under each; it ends in a WHERE that can go on."""
+    """Return SQL of the given keys `k` with the chunks `c` under each; it ends in a WHERE that can be extended."""
     same = [
         sql.SQL("{} {} k.{}::" + type_).format(sql.Identifier("c", name), comparison.equal, sql.Identifier(f"k{at}"))
         for at, (name, type_, comparison) in enumerate(

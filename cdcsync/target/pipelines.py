@@ -150,7 +150,7 @@ class Pipelines:
     def continued(self, lease: Lease, state: PipelineState | None, proposed: Lease | None = None) -> Lease:
         """Return the lease for a row that was read again, once nobody else can be writing it.
 
-        :param proposed: what a commit whose answer was lost would have made of this lease.
+        :param proposed: the lease that a commit would have made whose answer was lost.
         :raises LeaseLost: another worker took over.
         :raises TargetRewound: these are not the values that were last committed.
         """

@@ -23,7 +23,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.registry import Registry
 
 Kind = Literal["initial", "replay", "resync", "verify", "compare"]
-"""What a request is for. A comparison is of the whole index with its source; what it finds, it replays."""
+"""The purpose of a request. A comparison compares the whole index with its source, and replays the differences."""
 Phase = Literal["rows", "orphans"]
 RequestAction = Literal["pause", "resume", "cancel"]
 Problem = Literal["missing", "stale", "orphaned", "carried", "undecided"]
@@ -205,7 +205,7 @@ class Requests:
             ).format(self._table),
             [index, list(OPEN)],
         )
-        # What fails now too is listed again; the source may write a key differently by now.
+        # Rows that fail again are listed again; the source may write a key differently by now.
         await connection.execute(
             sql.SQL("DELETE FROM {} WHERE index_name = %s").format(sql.Identifier(self._schema, "failed_documents")),
             [index],

@@ -61,7 +61,7 @@ class ApplySession:
         self._requests = Requests(schema)
         self._lease: Lease | None = None
         self._proposed: Lease | None = None
-        """What the lease becomes by a commit whose answer has not come (yet)."""
+        """The lease as a commit will have made it whose answer has not come yet."""
         self._ending = False
         self._connection: Connection | None = None
         self._pid: int | None = None

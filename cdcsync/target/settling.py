@@ -27,11 +27,11 @@ TABLE = "tiers"
 """Where what was seen of an index's tiers is written down."""
 
 NOTED_S = 60.0
-"""What was written down longer ago says nothing about now."""
+"""Figures older than this say nothing about the present."""
 
 
 class Noted(msgspec.Struct, frozen=True):
-    """What fresh adds to a search of an index, in milliseconds, and how many vectors settle in a second."""
+    """The milliseconds that fresh adds to a search of an index, and the number of vectors that settle in a second."""
 
     scan_ms: float
     per_s: float
@@ -126,7 +126,7 @@ class Settling:
         What changes or goes meanwhile stays as it is.
         """
         async with self._connection.transaction():
-            # What is lost with a crash of the server is a move: both of its halves.
+            # A crash of the server can lose only a whole move, never half of it.
             await self._connection.execute(
                 self._sql("SET LOCAL synchronous_commit = off; LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE")
             )

@@ -8,7 +8,7 @@
     /embed     POST: the vector of a query, for commands on this machine
     /          a page that shows /status and /metrics, every second
 
-There is no login: who may see table names and counts is decided by where `worker.listen` listens. What a browser could
+There is no login: the address in `worker.listen` decides who may see table names and counts. What a browser could
 be tricked into is shut off by headers: the page loads nothing from elsewhere and runs no script but its own, whose hash
 is in the policy.
 
@@ -63,7 +63,7 @@ HEADERS = {
 
 
 class WorkerView(Protocol):
-    """What the endpoints need of a worker."""
+    """The part of a worker that the endpoints need."""
 
     metrics: Metrics
     standby: bool
@@ -108,7 +108,7 @@ class _Readings:
         with anyio.fail_after(STATUS_TIMEOUT_S):
             async with self._turn:
                 started = anyio.current_time()
-                # What was read while this one waited for its turn is as good as what it would read itself.
+                # A status read while this request waited is as good as one that it would read itself.
                 if asked > self._read_at and started >= self._good_until:
                     self._body = msgspec.json.encode(await self._view.status())
                     self._read_at = anyio.current_time()

@@ -2,7 +2,7 @@
 
     lock ─► set-up ─► { stream, embed loop per index, backfills, build, watch, gauges }
 
-Each of these is a task that mends its own connections. What ends them all is an error that waiting does not mend, or a
+Each of these is a task that reconnects by itself. They all end on an error for which a retry does not help, or on a
 table that changed.
 """
 
@@ -162,7 +162,7 @@ class Pipeline:
         self.stream.described = self.watch.look
         state.problems = self.watch.problems
         self._failed_at: tuple[str, Lsn] | None = None
-        """What the source said when it last failed to decode a change, and where the checkpoint was."""
+        """The source's last failure to decode a change, and the checkpoint at that time."""
         self._stuck: DecodingFailed | None = None
         """Why the source cannot decode what follows the checkpoint, once it has failed there twice."""
         state.attach(self.lag, lambda: self.stream.checkpoint, self.dispatchers, self.reconfigure)
@@ -195,7 +195,7 @@ class Pipeline:
                     await self.state.stopping.wait()
                     return "stopped"
             if self.state.standby:
-                # What was examined before the wait may be long gone.
+                # The tables examined before the wait may be long gone.
                 self.state.standby = False
                 return "outdated"
             await refuse_early(source, self.session, config)

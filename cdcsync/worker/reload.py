@@ -5,7 +5,7 @@
                         ▼                ▼
                   reload_failed    restart_needed
 
-A file that is wrong changes nothing: the worker goes on with what it has. Keys are named in the log, values never: some
+A faulty file changes nothing: the worker keeps its configuration. Keys are named in the log, values never: some
 are secret.
 
 Source: systemd, sd_notify(3); systemd.service(5), Type=notify.
@@ -44,7 +44,7 @@ tables and models are concerned with is examined before a start, and so needs on
 
 
 class Reconfigurable(Protocol):
-    """What a new configuration is given to."""
+    """Takes a new configuration."""
 
     @property
     def config(self) -> Config:

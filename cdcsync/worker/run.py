@@ -2,7 +2,7 @@
 
     preflight ─► HTTP, signals ─► { a pipeline, until one of its tables changes; then preflight and another } ─► the end
 
-What ends the worker is an error that waiting does not mend.
+The worker ends only on an error for which a retry does not help.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ async def _wait_for_servers(
 async def _work_through_schema_changes(
     config: Config, state: WorkerState, report: Report, embedders: dict[str, Embedder]
 ) -> None:
-    """Work until told to stop; whenever an index is paused, look at its table again and go on with what is there.
+    """Work until told to stop; whenever an index is paused, examine its table again and continue with the result.
 
     An index whose table still has all it needs (a type changed, the table was made anew) is resumed by reading the
-    table again. The others stay paused, and their changes are skipped, until the configuration or the table is mended.
+    table again. The others stay paused, and their changes are skipped, until the configuration or the table is fixed.
     """
     pauses = Pauses()
     while not state.stopping.is_set():

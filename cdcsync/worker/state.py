@@ -54,11 +54,11 @@ class WorkerState:
         self.stopping = anyio.Event()
         """Set once the worker is asked to end."""
         self.config = config
-        """What is in effect: read again on SIGHUP."""
+        """The configuration in effect: read again on SIGHUP."""
         self._lag: Lag | None = None
         self._checkpoint: Callable[[], Lsn] = lambda: Lsn(0)
         self.problems: Mapping[str, str] = {}
-        """What is wrong with the writes of the application to indexed tables, by index."""
+        """Problems of the application's writes to indexed tables, by index."""
         self._reconfigure: Callable[[Config], None] = lambda config: None
         self._dispatchers: Mapping[str, Dispatcher] = {}
         self._connected = False
@@ -209,7 +209,7 @@ class WorkerState:
             with speaking_of("target"):
                 status = await read_status(self.config, source, target)
         if self._connected and self._lag is not None:
-            # What this process knows exactly, against what the tables tell anyone to within some seconds.
+            # This process knows these figures exactly; the tables tell them to anyone to within some seconds.
             seconds = None if math.isnan(self._lag.seconds) else self._lag.seconds
             caught_up = self._lag.caught_up if self._lag.heard_lately else None
             status = msgspec.structs.replace(status, lag_seconds=seconds, caught_up=caught_up)

@@ -35,7 +35,7 @@ START_EXTENSION_S = 60
 
 
 class WorkerView(Protocol):
-    """What the manager is told of."""
+    """The part of a worker that the manager is told about."""
 
     standby: bool
     stopping: anyio.Event

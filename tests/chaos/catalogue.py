@@ -231,7 +231,7 @@ CATALOGUE = (
     P(
         "the audit finds",
         "What no rule foresaw is found by comparison, counted and read again.",
-        "flows/audit/verification.py:mend",
+        "flows/audit/verification.py:repair_found",
         (
             "test_what_differs_is_found_counted_by_kind_and_read_again_and_the_index_is_proven_equal",
             "verify --repair in between",

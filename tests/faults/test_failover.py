@@ -160,7 +160,7 @@ def test_a_promoted_standby_that_lacks_what_is_indexed_is_a_gap(
 def test_a_worker_waits_for_the_promotion_of_a_standby_that_it_reaches_first(
     make_pair: MakePair, database: Database, make_simple: MakeSimple
 ) -> None:
-    # As with an address that moves to the standby before it is promoted: what it says of the slot is no gap.
+    # As with an address that moves to the standby before it is promoted: what it says of the slot is not a gap.
     primary, standby = make_pair({"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": ""})
     dsn = f"host=127.0.0.1,127.0.0.1 port={primary.port},{standby.port} user=postgres dbname=postgres"
     pipeline = make_simple(dsn, database.dsn)

@@ -199,7 +199,7 @@ def _splitter(chunking: Chunking, sizes: Sizes, capacity: int, overlap: int) -> 
 
 
 class _Splitter(Protocol):
-    """What cuts trimmed texts."""
+    """Cuts trimmed texts."""
 
     def chunk_all(self, texts: list[str], /) -> list[list[str]]: ...
 

@@ -28,7 +28,7 @@ ENDS = ("\n\n", "\n", ". ", " ")
 """Where a portion may end, the best first."""
 
 SHARE = 2
-"""What is repeated may take a part of 1/SHARE of the capacity; a longer line is cut."""
+"""The repeated text may take up to 1/SHARE of the capacity; a longer line is cut."""
 
 
 class Cutter:

@@ -17,7 +17,7 @@ DEEPEST_LEVEL = 3
 
 _LINE = re.compile(r"[^\r\n]+")
 _CONTINUATION = re.compile(r"[)\]}]|\{\s*$|(?:end|else|elif|elsif|except|catch|finally|then|do|done|fi|esac)\b")
-"""What belongs to the line before it: a closing bracket, a lone opening one, the next branch of a statement."""
+"""Lines that belong to the line before them: a closing bracket, a lone opening one, the next branch of a statement."""
 
 
 class CodeSplitter:

@@ -24,7 +24,7 @@ CHARACTERS_PER_TOKEN = 4
 """Characters taken as one token where none are counted: about what English text has under common tokenizers."""
 
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
-"""What is trimmed: Unicode's White_Space, as the splitter does it (a bare `str.strip()` takes U+001C to 1F as well)."""
+"""The trimmed characters: Unicode's White_Space, as in the splitter. `str.strip()` takes more: U+001C to U+001F."""
 
 WORDS_REMEMBERED = 32_768
 """Words whose number of tokens is kept: nearly all words of running text, in a few megabytes."""

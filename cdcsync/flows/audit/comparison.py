@@ -40,14 +40,14 @@ REPEATED = "repeated"
 """The problem of keys that several rows of the source have."""
 
 UNDECIDED = "undecided"
-"""The problem of documents that changed each time they were looked at, which is no difference."""
+"""The problem of documents that changed each time they were read; it is not a difference."""
 
 EnsureWorker: TypeAlias = Callable[[], AbstractAsyncContextManager[object]]
 """Sees to it that a worker runs, for as long as it takes."""
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What one step saw.
+    """The findings of one step.
 
     :ivar suspects: keys of documents that may differ.
     :ivar faults: keys of documents that are wrong whatever the source says, by problem.

@@ -87,7 +87,7 @@ async def _serve(
         return
     if not isinstance(error, CdcsyncError) or error.retry is Retry.AUTOMATIC:
         raise error
-    # What cannot be compared is read again.
+    # Rows that cannot be compared are read again.
     log.error("comparison_failed", index=spec.name, error=str(error))
     with speaking_of("target"):
         async with target.transaction():

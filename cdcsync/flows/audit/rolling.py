@@ -25,7 +25,7 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.errors import CdcsyncError, Retry
 from cdcsync.flows.audit.comparison import FAILED, REPEATED, START, UNDECIDED, compare_step, compared
 from cdcsync.flows.audit.digests import differing, source_digests
-from cdcsync.flows.audit.verification import Verification, mend
+from cdcsync.flows.audit.verification import Verification, repair_found
 from cdcsync.metrics import Metrics
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
@@ -183,7 +183,7 @@ class RollingAudit:
             await self._finish(target, one)
 
     async def _resume(self, target: Connection, one: _Comparison) -> bool:
-        """Find the place to go on from, or begin a comparison; False when none is due."""
+        """Find the position to resume from, or begin a comparison; False when none is due."""
         rest_s = self._every_s or REST_S
         with speaking_of("target"):
             audit = await self._audits.read(target, one.spec.name)
@@ -235,7 +235,7 @@ class RollingAudit:
             crash_point("audit advanced")
         found.pop(REPEATED, None)  # reading again would not tell which of the rows is meant
         if found or one.orphaned:
-            await mend(target, self._schema, spec, found, vectors_orphaned=bool(one.orphaned))
+            await repair_found(target, self._schema, spec, found, vectors_orphaned=bool(one.orphaned))
         one.suspects, one.faults, one.rows, one.orphaned, one.noted = [], {}, 0, 0, anyio.current_time()
 
     async def _looked_at_again(

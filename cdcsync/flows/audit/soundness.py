@@ -1,4 +1,4 @@
-"""What an index must be in itself, whatever the source says: each part is read under one snapshot of the target.
+"""The internal consistency of an index, independent of the source: each part is read under one snapshot of the target.
 
 Every committed state of the index holds to these: a chunk's hash is that of its text; the chunks of a document are
 numbered without a gap, are as many as each of them says, and agree on what the document is; each chunk has a vector of
@@ -26,7 +26,7 @@ from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
 Fault = Literal["damaged", "vector_missing", "vector_stale", "vector_dimensions", "vector_not_finite", "vector_twice"]
 
 MOST = 100_000
-"""Keys listed for each fault: an index with more is not one to mend key by key; what is listed is held in memory."""
+"""Keys listed for each fault: with more, read the index again instead of repairing it by key. Held in memory."""
 
 
 class Soundness(msgspec.Struct, frozen=True):

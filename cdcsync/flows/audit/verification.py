@@ -36,18 +36,18 @@ EXAMPLES = 20
 """Keys of each problem that a report names."""
 
 FORCED = frozenset(("vector_dimensions", "vector_not_finite", "vector_twice"))
-"""Problems that chunking again does not mend: such a vector names the right text."""
+"""Problems that chunking again does not fix: such a vector names the right text."""
 
 
 class Verification(msgspec.Struct, frozen=True):
-    """What a verification found.
+    """The findings of a verification.
 
     :ivar documents: how many documents the source's rows come to.
     :ivar candidates: documents that were compared one by one.
     :ivar differences: how many documents differ, by problem.
     :ivar examples: some of their keys, by problem.
     :ivar undecided: documents that changed each time they were looked at.
-    :ivar waiting: chunks that wait for their vector, which is no difference.
+    :ivar waiting: chunks that wait for their vector; that is not a difference.
     """
 
     index: str
@@ -64,7 +64,7 @@ class Verification(msgspec.Struct, frozen=True):
 
 
 class Findings(msgspec.Struct, frozen=True):
-    """A verification with every key that it found, for mending."""
+    """A verification with every key that it found, for the repair."""
 
     verification: Verification
     keys: dict[str, list[Key]]
@@ -122,13 +122,13 @@ def _gather(keys: dict[str, list[Key]], found: dict[str, list[Key]]) -> None:
 
 
 async def repair(target: Connection, schema: str, spec: IndexSpec, findings: Findings) -> int:
-    """Mend what was found, and only that; returns how many documents that were."""
-    return await mend(
+    """Repair the differences that were found, and only those; return the number of repaired documents."""
+    return await repair_found(
         target, schema, spec, findings.keys, vectors_orphaned=bool(findings.verification.vectors_orphaned)
     )
 
 
-async def mend(
+async def repair_found(
     target: Connection, schema: str, spec: IndexSpec, keys: Mapping[str, Sequence[Key]], *, vectors_orphaned: bool
 ) -> int:
     """Have these documents read again, by a replay of their keys; returns how many they are.

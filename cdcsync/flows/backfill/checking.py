@@ -1,4 +1,4 @@
-"""What a verification says of one document: what the source's row comes to, against what the index holds.
+"""Compares one document with its row: the rendering of the source's row against the contents of the index.
 
 The comparison is made at a mark, as every page is applied at one: the row under the page's snapshot, the index once
 everything before the mark is in it. The index may be further by then. A difference therefore counts only if nothing
@@ -27,7 +27,7 @@ async def check(
     """Compare the documents of a page whose mark is in the target.
 
     :param hides: whether something was delivered for a key that the snapshot does not see.
-    :returns: what differs, and the keys of which nothing can be said because they have changed since.
+    :returns: the differences, and the keys that cannot be judged because they have changed since.
     """
     with speaking_of("target", where=f"index {spec.name}", index=spec.name):
         stored = await stored_documents(target, schema, spec, [key for key, _ in page.entries])

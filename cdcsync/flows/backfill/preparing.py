@@ -1,4 +1,4 @@
-"""What a backfill's rows come to, made before their mark arrives: documents, chunks and, by a quick model, vectors.
+"""Prepares a backfill's rows before their mark arrives: documents, chunks and, by a quick model, vectors.
 
 A page waits for its mark anyway, and for the page before it. What is done meanwhile need not be done while apply holds
 up live changes. All of it is derived from the row alone, so it holds whenever the row is applied.
@@ -49,7 +49,7 @@ class Prepared(Upsert, frozen=True, gc=False):
 
 
 class Made(msgspec.Struct, frozen=True):
-    """What the rows of a page come to, in their order; `vectors` by hash of the chunk's text."""
+    """The rendered rows of a page, in their order; `vectors` by hash of the chunk's text."""
 
     documents: Sequence[Rendering]
     chunks: Sequence[Sequence[Chunk]]
@@ -104,7 +104,7 @@ class PagePreparer:
                 vectors |= self._spec.usable((await self._dispatcher.embed(call)).vectors)
                 texts = dict(islice(texts.items(), len(call), None))
         except CdcsyncError as error:
-            # What is left goes to the backlog, where the embed loop meets the same error and deals with it.
+            # The rest goes to the backlog, where the embed loop meets the same error and deals with it.
             log.debug("page_not_embedded", index=self._spec.name, texts=len(texts), error=str(error))
         return vectors
 

@@ -34,7 +34,7 @@ Texts = dict[bytes, str]
 
 
 class Made(msgspec.Struct, frozen=True):
-    """What became of texts, by their hash: a vector, or why this text, and no other, cannot have one now."""
+    """Results by hash of the text: a vector, or the reason why this text alone cannot have one now."""
 
     vectors: dict[bytes, FloatVector]
     failed: dict[bytes, EmbedError]
@@ -170,7 +170,7 @@ class Calls:
                 check_shape(vectors, len(texts), self._embedder.dimensions)
             except Exception as error:
                 self._failures += 1
-                # What was too much for it may have begun before this call or after it.
+                # The call that was too much for the provider may have begun before this one or after it.
                 self.sizes.fails(len(texts), _bytes(texts), max(beside, self._free.borrowed_tokens))
                 self._adjust()
                 if isinstance(error, TimeoutError):

@@ -16,7 +16,7 @@ class Commits:
         self._ends: list[int] = []
         self._times: list[datetime] = []
         self._after = 0
-        """What was committed before this place is not known, or not any more."""
+        """Commits before this position are unknown, or no longer known."""
 
     def note(self, after: int, end: int, committed: datetime) -> None:
         """Note a batch: all transactions that end after one LSN and up to another, the last committed at that time."""

@@ -33,7 +33,7 @@ LIVE_WAIT_S = 0.5
 """How long a live change may wait behind texts of the backfill that are under way, where nobody says otherwise."""
 
 CALLS_AHEAD = 2
-"""What is under way when a live change comes, on a model that takes one call at a time: one call that runs and one that
+"""Calls under way when a live change comes, on a model that takes one call at a time: one call that runs and one that
 is next. Together they take no longer than the change may wait."""
 
 FIRST_TOKENS = 1_024
@@ -70,7 +70,7 @@ class Dispatcher:
     """One embedder, used by as many callers at a time as it can serve.
 
     :param live_wait_s: how long a live change may wait behind texts of a load.
-    :param tokens_per_day: see the configuration; None is no limit.
+    :param tokens_per_day: see the configuration; None means no limit.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Dispatcher:
                 await self.embedder.open()
                 break
             except Exception as error:
-                # Text, metadata and deletes go on. What someone has to fix may be on the provider's side, so that
+                # Text, metadata and deletes continue. What someone has to fix may be on the provider's side, so that
                 # nobody restarts this worker for it.
                 self.health.fails(known(error, [], self.embedder.name))
                 await self.health.pause()
@@ -152,7 +152,7 @@ class Dispatcher:
 
     @property
     def state(self) -> EmbedderState:
-        """What is known of the embedder, to be noted in the target."""
+        """The embedder's state, to be noted in the target."""
         return EmbedderState(
             self._calls.sizes.learnt, self._day.day, self._day.used, self.problem, self.waits_until(load=True)
         )
@@ -236,7 +236,7 @@ class Dispatcher:
     async def embed_within(self, texts: Mapping[bytes, str], budget_s: float) -> dict[bytes, FloatVector]:
         """Return what can be embedded within the budget; nothing when the dispatcher is busy or would take longer.
 
-        A call that overruns goes on by itself and its result is remembered.
+        A call that overruns continues by itself and its result is remembered.
         """
         made = self.remembered(texts)
         missing = {one: text for one, text in texts.items() if one not in made}
@@ -300,7 +300,7 @@ class Dispatcher:
             done.set()
 
     def _note_failure(self, texts: int, elapsed: float) -> None:
-        # One that hangs before it fails is no quick one, whatever it was before.
+        # An embedder that hangs before it fails is not quick, whatever it was before.
         self._seconds_per_text = max(self._seconds_per_text, elapsed / texts)
 
     def _note_success(self, texts: Texts, vectors: dict[bytes, FloatVector], elapsed: float) -> None:

@@ -163,7 +163,7 @@ class EmbedLoop:
                 self._metrics.vector_freshness.observe(max(0.0, (now - committed).total_seconds()))
 
     async def _postpone(self, one: bytes, error: EmbedError, attempts: int = 0) -> None:
-        """Note that a text cannot be embedded: for good if it was refused, else for a while."""
+        """Note that a text cannot be embedded: for ever if it was refused, else for a while."""
         log.warning("text_not_embedded", index=self._spec.name, attempts=attempts + 1, error=str(error))
         async with self._pool.backlog(self._spec) as backlog:
             final = isinstance(error, TextRejected)

@@ -21,7 +21,7 @@ NOTE_S = 10.0
 
 
 async def recall(connection: Connection, schema: str, slot: str, dispatchers: Mapping[str, Dispatcher]) -> None:
-    """Have dispatchers go on from what was noted before a restart."""
+    """Let dispatchers resume from the state noted before a restart."""
     for name, state in (await read_embedders(connection, schema, slot)).items():
         if name in dispatchers:
             dispatchers[name].recall(state)

@@ -80,7 +80,7 @@ class Pool:
             finally:
                 self._idle.append(session)
                 if session.connection.info.transaction_status != TransactionStatus.IDLE:
-                    # What broke this connection has most likely broken the others.
+                    # The cause that broke this connection has most likely broken the others.
                     await self.aclose()
 
     async def _open(self) -> _Session:

@@ -30,7 +30,7 @@ class Floor(msgspec.Struct, frozen=True):
 
 
 class Verdict(NamedTuple):
-    """What became of one gate."""
+    """The result of one gate."""
 
     passed: bool
     text: str

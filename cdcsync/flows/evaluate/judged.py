@@ -42,7 +42,7 @@ DEPTH = 100
 """Documents that each search returns: as deep as the deepest usual measure looks (R@100)."""
 
 MEASURES = ("nDCG@10", "R@100", "RR@10")
-"""What is measured unless told otherwise; the first one decides."""
+"""The measures taken by default; the first decides."""
 
 INSTALL = "pip install 'cdcsync[evaluate]'"
 

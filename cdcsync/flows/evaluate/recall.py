@@ -57,7 +57,7 @@ DRAWN = 4
 
 
 class Budget(msgspec.Struct, frozen=True):
-    """What an evaluation may cost the target.
+    """The most that an evaluation may cost the target.
 
     :ivar statement_s: seconds that one search may take; 0 for any time.
     :ivar most_s: no search is begun after so many seconds of searching.
@@ -78,7 +78,7 @@ evaluates when the target is idle."""
 
 
 class _Answers(msgspec.Struct):
-    """What was found with one ef_search, query after query."""
+    """The hits with one ef_search, query after query."""
 
     recalls: list[float] = []
     milliseconds: list[float] = []

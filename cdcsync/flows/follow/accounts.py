@@ -1,4 +1,4 @@
-"""What a batch that is in the target means for metrics and for the embedders."""
+"""Tells metrics and embedders about a batch that is in the target."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What applying a batch did: `changes` and `applied` by index, without those that the batch pauses."""
+    """The result of applying a batch: `changes` and `applied` by index, without those that the batch pauses."""
 
     changes: Mapping[str, ChangeSet]
     applied: Mapping[str, Applied]
@@ -77,7 +77,7 @@ class Applier:
                     with self._tracing.span("cdcsync.commit"):
                         applied = await self._commit(changes, batch, caught_up())
                 except SchemaChanged as error:
-                    # What is left out of this batch is read again when the index is resumed.
+                    # Rows left out of this batch are read again when the index is resumed.
                     batch.indexes.pop(error.index, None)
                     batch.paused[error.index] = error
                 except Unavailable as error:

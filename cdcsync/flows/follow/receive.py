@@ -129,7 +129,7 @@ class Receiver:
                     self._quiet = True
                     if not self._lag.silent:
                         continue
-                    frame = self._slot.poll()  # what came while this process had no turn is not silence
+                    frame = self._slot.poll()  # a frame that came while this process was not running is not silence
                     if frame is None:
                         raise SourceUnavailable(
                             f"nothing has come from the source for {self._lag.silent_s:.0f} s,"

@@ -84,7 +84,7 @@ class Stream:
 
     @property
     def checkpoint(self) -> Lsn:
-        """What the target holds."""
+        """The checkpoint that the target holds."""
         return self._progress.checkpoint
 
     def pause(self, error: SchemaChanged) -> None:
@@ -181,7 +181,7 @@ class Stream:
                     await self._apply(work)
                     paused.update(work.paused)
                     if paused and not work.partial:
-                        # What else was found meanwhile, in what is not stored, will be found again.
+                        # Faults found meanwhile in changes that are not stored will be found again.
                         return list(paused.values())
                 case Lsn():
                     if await self._applier.note_position(work, caught_up=self._open.nothing_left):

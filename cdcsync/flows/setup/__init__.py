@@ -1,4 +1,4 @@
-"""What happens before following starts.
+"""The steps before following starts.
 
     gaps          a slot or server that is not where we left it
     differences   what an index needs once its fingerprint is another one

@@ -1,4 +1,4 @@
-"""What an index needs once its fingerprint is another one: requests, committed together with the new fingerprint.
+"""The requests that an index needs after its fingerprint changed, committed together with the new fingerprint.
 
     fingerprint as stored ─┐
                            ├─► difference ─► requests and the new fingerprint, in one transaction
@@ -54,7 +54,7 @@ async def ask_for(target: Connection, schema: str, index: str, found: Difference
     if found.compare:
         load = await requests.last_load(target, index)
         if load is not None and not load.ended:
-            # What it has read already may be wrong by now.
+            # The rows that it has read already may be wrong by now.
             await requests.reload(target, index, rewrite=load.rewrite)
         else:
             await requests.add(target, index, "compare", rewrite=False, filter_=None)

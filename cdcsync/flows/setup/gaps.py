@@ -1,6 +1,6 @@
 """Gaps: places where changes may have been lost between the checkpoint and what the slot can still send.
 
-Looked for at every connection, before one change is applied. Each error says how to go on; docs/operations.md,
+Looked for at every connection, before one change is applied. Each error says how to continue; docs/operations.md,
 "After a gap", says what that costs.
 
 Source: PostgreSQL, "pg_replication_slots"; "Streaming Replication Protocol" (IDENTIFY_SYSTEM, TIMELINE_HISTORY).
@@ -27,7 +27,7 @@ _RESYNC = (
 
 
 async def refuse_standby(slot_connection: SlotConnection, source: Connection) -> None:
-    """Wait for a promotion: what a standby says of slots and WAL is no gap, only earlier.
+    """Wait for a promotion: a standby's view of slots and WAL is only older, which is not a gap.
 
     :raises SourceUnavailable: one of the two sessions is on a standby.
     """

@@ -1,4 +1,4 @@
-"""Set-up: what `run` creates once every check has passed, and where in the stream the pipeline begins or goes on.
+"""Set-up: what `run` creates once every check has passed, and where in the stream the pipeline begins or resumes.
 
 Target first, then publication, then slot: a crash anywhere in between is picked up where it was by the next start.
 """

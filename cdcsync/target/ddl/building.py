@@ -31,7 +31,7 @@ FRUGAL: tuple[Mapping[str, str], ...] = (
     {"max_parallel_maintenance_workers": "0"},
     {"max_parallel_maintenance_workers": "0", "maintenance_work_mem": "64MB"},
 )
-"""What a build is tried with while the server lacks memory for it: as configured, by one process, and with little."""
+"""The settings that a build tries while the server lacks memory: as configured, by one process, and with little."""
 
 POLL_S = 0.5
 """How often it is looked whether a build of another session is through."""
@@ -93,7 +93,7 @@ async def _build(
 ) -> bool:
     """Build an index unless it is there. One that an interrupted build left invalid is dropped and built again.
 
-    The server goes on with the build of a worker that was killed: that is waited for, and what it makes is taken.
+    The server continues the build of a worker that was killed: we wait for it, and use its result.
     """
     frugal = 0
     while True:

@@ -1,4 +1,4 @@
-"""What a filter can say of each column: the operators that its type has, qualified, and the type of its values.
+"""The filters that each column allows: the operators that its type has, qualified, and the type of its values.
 
 A filter is data: `{"tenant": 3, "status": ["open", "new"], "created_at": {"gte": "2026-01-01"}}`. The search function
 makes conditions of it; every value becomes a literal of the column's type.

@@ -1,4 +1,4 @@
-"""Who may use a relation, kept when another relation takes its place.
+"""The grants on a relation, kept when another relation takes its place.
 
 Source: PostgreSQL, "Privileges" (aclexplode).
 """

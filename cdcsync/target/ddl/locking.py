@@ -29,7 +29,7 @@ somebody's statement, we give up."""
 async def until_locked(change: Callable[[], Awaitable[T]], *, table: str) -> T:
     """Do a change that begins with `BRIEFLY`, in a transaction of its own, again and again until nobody is in its way.
 
-    :param table: what is locked, for the log.
+    :param table: the name of the locked table, for the log.
     """
     attempt = 0
     while True:

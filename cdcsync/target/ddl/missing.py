@@ -1,4 +1,4 @@
-"""What an index should have in the target and lacks: relations that somebody dropped, or that became invalid."""
+"""Relations that an index should have in the target and lacks: somebody dropped them, or they became invalid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cdcsync.target.ddl.names import Names
 
 
 class Missing(msgspec.Struct, frozen=True):
-    """What is missing of an index.
+    """The missing relations of an index.
 
     :ivar tables: those that hold its contents: the source has to be read again.
     :ivar built: what searches need, and can be built of what is there.

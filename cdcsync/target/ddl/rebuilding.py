@@ -5,7 +5,7 @@ into it. It leaves nothing dead behind, either.
 
     record changes ─► copy both tiers ─► build the indexes ─► take out what changed meanwhile ─► exchange
 
-While it goes on, a trigger on each tier notes the chunks whose vectors are changed, moved or deleted: what it notes is
+Meanwhile a trigger on each tier notes the chunks whose vectors are changed, moved or deleted: what it notes is
 taken out of the copy, so whatever remains is what it was when it was copied. Writers wait for the exchange, which
 deletes from fresh what is settled now; searches wait for its last milliseconds. A rebuild that was interrupted is
 dropped by the next one.
@@ -113,7 +113,7 @@ class Rebuild:
     async def record(self) -> None:
         """Create the copy, and have both tiers note what changes from now on."""
         async with self._connection.transaction():
-            # What writers have under way is committed before the lock is had: it will be copied.
+            # Writers commit their work before we get the lock: it will be copied.
             await self._run(BRIEFLY + "; LOCK TABLE {fresh}, {settled} IN SHARE ROW EXCLUSIVE MODE")
             await self._run(
                 "CREATE TABLE {copy} (" + COLUMNS + ", CONSTRAINT cdcsync_tier CHECK (tier = {tier}))"

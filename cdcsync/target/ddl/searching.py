@@ -71,7 +71,7 @@ K1, B, K3 = 1.2, 0.75, 8
 """BM25's usual constants. K3 is for words that the query repeats, which says what a long one is about."""
 
 ASSUMED_CHUNKS, ASSUMED_LENGTH = 1_000, 100
-"""What the keyword leg goes by before the worker has counted words for the first time."""
+"""The keyword leg's assumptions before the worker has counted words for the first time."""
 
 HEADLINE_CHARACTERS = 20_000
 """Headlines are made of this much of a chunk."""
@@ -413,7 +413,7 @@ def _settings(iterative: bool) -> dict[str, str]:
         "jit": "off",
         "plan_cache_mode": "force_custom_plan",
         "standard_conforming_strings": "on",
-        # That a query consists of stop words is no news to anybody.
+        # The server's NOTICE that a query consists of stop words helps nobody.
         "client_min_messages": "warning",
     }
     if iterative:

@@ -1,4 +1,4 @@
-"""What failed in an index and waits: texts that could not be embedded, rows that no document could be made of.
+"""Lists failures that wait in an index: texts that could not be embedded, rows that no document could be made of.
 
 A text is a row of the backlog with an error. Below `MAX_ATTEMPTS` it is tried again by itself; from there on it waits
 for an operator. A document waits for one at once, in the list of `failed_documents`: what made it fail once does so
@@ -56,7 +56,7 @@ class Failures:
 
     async def some(self, limit: int) -> list[Failure]:
         """Return up to `limit` failures of each kind: documents, then texts, those that wait for an operator first."""
-        # A raw cursor: a column's name may hold a % that is no placeholder.
+        # A raw cursor: a column's name may hold a % that is not a placeholder.
         cursor = psycopg.AsyncRawCursor(self._connection)
         await cursor.execute(
             self._sql(

@@ -142,7 +142,7 @@ async def search(
             *map(float, weights),
             headline,
         ]
-        # Placeholders of the server's kind: a percent sign in a column's name is no placeholder.
+        # Placeholders of the server's kind: a percent sign in a column's name is not a placeholder.
         cursor = psycopg.AsyncRawCursor(connection)
         _keep_infinity(cursor)
         with _noting_plans(connection, plans):

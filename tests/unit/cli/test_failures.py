@@ -90,7 +90,7 @@ def test_nothing_that_failed_is_said_too(capsys: pytest.CaptureFixture[str]) -> 
     ("differences", "said"),
     [
         ({"failed": 2}, "some rows are left out; `cdcsync failures articles list` says why"),
-        ({"failed": 2, "stale": 1}, "`cdcsync verify articles --repair` mends that"),
+        ({"failed": 2, "stale": 1}, "`cdcsync verify articles --repair` repairs them"),
     ],
 )
 def test_a_verification_sends_whoever_only_lacks_such_rows_to_their_list(

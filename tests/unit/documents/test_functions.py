@@ -87,7 +87,7 @@ def test_chunks_are_a_list_of_texts(module: str) -> None:
     [
         ("no_such_module_here:f", "cannot be imported: ModuleNotFoundError"),
         ("{module}:no_such_function", "cannot be imported: AttributeError"),
-        ("{module}:text", "is no function"),
+        ("{module}:text", "is not a function"),
         ("builtins:len", "has no source file and no version"),
     ],
 )

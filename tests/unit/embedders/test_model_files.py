@@ -258,7 +258,7 @@ def test_something_else_on_the_hub_is_no_model(hub: Hub, machine: Machine, model
     (model / "modules.json").unlink()
     (model / "config.json").unlink()
 
-    assert machine.locate(hub.url)[:2] == ["EmbedderSetupError", "acme/mini is no model"]
+    assert machine.locate(hub.url)[:2] == ["EmbedderSetupError", "acme/mini is not a model"]
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./model", "~/model", "a/b/c", "C:\\model"])

@@ -109,7 +109,7 @@ def test_every_truncation_of_a_status_update_is_malformed() -> None:
     [
         (STATUS_UPDATE + b"\x00", "bytes follow"),
         (STATUS_UPDATE[:-1] + b"\x02", "neither 0 nor 1"),
-        (KEEPALIVE, "no status update"),
+        (KEEPALIVE, "not a status update"),
     ],
     ids=["trailing byte", "flag", "another frame"],
 )

@@ -27,7 +27,7 @@ def test_a_spool_directory_has_to_be_there_and_writable(tmp_path: Path) -> None:
     (file,) = spool_faults(tmp_path / "file")
     assert (absent.level, file.level) == ("error", "error")
     assert f"mkdir -p {tmp_path / 'absent'}" in str(absent.hint)
-    assert "is no directory" in file.message
+    assert "is not a directory" in file.message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
