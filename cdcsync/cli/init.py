@@ -219,7 +219,7 @@ def _check(content: str, seen: Look, index: str) -> None:
     :raises UsageError: a column that was named does not exist, or an option has no meaning.
     """
     from cdcsync.config import parse
-    from cdcsync.documents.templates import make_documents
+    from cdcsync.documents.documents import make_documents
     from cdcsync.errors import ConfigError
     from cdcsync.preflight.tables import column_faults
 

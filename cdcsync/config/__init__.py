@@ -2,7 +2,7 @@
 
     names, redaction     what a name and a connection string may be, and what of it may be shown
     values, shape        what values may be, and what a section is
-    embedders, rerankers, sections  the file: `Config` and the sections in it
+    embedders, related, rerankers, sections  the file: `Config` and the sections in it
     problems, checking   plain data into sections, reporting all problems in plain words
     environment          ${NAME} in texts
     reading, rendering   `load` and `parse`; `render` and `schema`
@@ -27,6 +27,7 @@ from cdcsync.config.embedders import (
 from cdcsync.config.names import QualifiedName
 from cdcsync.config.reading import load, parse
 from cdcsync.config.redaction import redact_dsn
+from cdcsync.config.related import Related, Via
 from cdcsync.config.rendering import render, schema
 from cdcsync.config.rerankers import Reranker, SentenceTransformersReranker, TeiReranker
 from cdcsync.config.sections import Chunking, Config, Hnsw, Index, Source, Target, Worker
@@ -44,6 +45,7 @@ __all__ = [
     "PythonEmbedder",
     "QualifiedName",
     "RayEmbedder",
+    "Related",
     "RemoteEmbedder",
     "Reranker",
     "SentenceTransformersEmbedder",
@@ -54,6 +56,7 @@ __all__ = [
     "TeiEmbedder",
     "TeiReranker",
     "Tenant",
+    "Via",
     "Worker",
     "load",
     "parse",

@@ -52,9 +52,16 @@ def read_fields(kind: mi.StructType, value: dict[str, Any], key_path: str, probl
             problems.add(join(key_path, key), f"unknown key; {suggestion(key, known)}")
     for key, field in known.items():
         if field.required and key not in value:
-            message = _NEEDS_ONE.format(key) if isinstance(field.type, mi.DictType) else "is required"
+            named = isinstance(field.type, mi.DictType) and isinstance(
+                field.type.value_type, mi.StructType | mi.UnionType
+            )
+            message = _NEEDS_ONE.format(key) if named else "is required"
             problems.add(join(key_path, key), message, f"it is {descriptions(kind.cls)[field.name].rstrip('.')}")
     return {key: item for key, item in values.items() if item is not WRONG}
+
+
+def _holds_sections(kind: mi.Type) -> bool:
+    return isinstance(kind, mi.DictType) and isinstance(kind.value_type, mi.StructType | mi.UnionType)
 
 
 def _read(kind: mi.Type, value: Any, key_path: str, problems: Problems) -> Any:

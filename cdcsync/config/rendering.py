@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from cdcsync.config import embedders, rerankers, sections, serving
+from cdcsync.config import embedders, related, rerankers, sections, serving
 from cdcsync.config.checking import join
 from cdcsync.config.redaction import REDACTED, is_secret_key, redact_dsn
 from cdcsync.config.sections import Config
@@ -69,7 +69,7 @@ def toml_text(text: str) -> str:
 def schema() -> dict[str, Any]:
     """Return the JSON schema (2020-12) of a configuration file, with each section and key described."""
     document = msgspec.json.schema(Config)
-    known = {**vars(embedders), **vars(rerankers), **vars(serving), **vars(sections)}
+    known = {**vars(embedders), **vars(rerankers), **vars(serving), **vars(related), **vars(sections)}
     for name, definition in document["$defs"].items():
         section = known[name]
         definition["description"] = summary(section)

@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from cdcsync.config.embedders import Embedder
 from cdcsync.config.names import QualifiedName
+from cdcsync.config.related import Related
 from cdcsync.config.rerankers import Reranker
 from cdcsync.config.serving import Serve
 from cdcsync.config.shape import Section
@@ -25,6 +26,7 @@ from cdcsync.config.values import (
     Milliseconds,
     Name,
     Relation,
+    RelationName,
     Rows,
     Seconds,
     SlotName,
@@ -217,6 +219,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param inline_max_chunks: only batches of at most this many chunks wait for their vectors.
     :param fresh_scan_budget_ms: milliseconds that vectors which are not in the HNSW index yet may add to a search;
         beyond that, moving them there takes precedence over everything else.
+    :param related: tables whose rows take part in the documents, by the name that templates give them.
     :param chunking: how a document is cut.
     :param hnsw: build parameters of the vector index.
     """
@@ -237,8 +240,15 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     inline_budget_ms: Milliseconds = 50.0
     inline_max_chunks: Annotated[int, Meta(ge=0, le=10_000)] = 16
     fresh_scan_budget_ms: Annotated[float, Meta(ge=0.1, le=60_000)] = 25.0
+    related: dict[RelationName, Related] = msgspec.field(default_factory=dict)
     chunking: Chunking = Chunking()
     hnsw: Hnsw = Hnsw()
+
+    @property
+    def tables(self) -> tuple[QualifiedName, ...]:
+        """The tables that are followed for the index, its own first, each once."""
+        related = [table for one in self.related.values() for table in one.tables]
+        return tuple(dict.fromkeys((self.table_name, *related)))
 
     @property
     def table_name(self) -> QualifiedName:

@@ -144,7 +144,14 @@ def _header_fault(text: str) -> str | None:
     return "expected the value of an HTTP header: ASCII without control characters, and without spaces at its ends"
 
 
+def _expression_fault(text: str) -> str | None:
+    if ";" in text or "--" in text or "/*" in text or "\0" in text:
+        return "expected one SQL expression, without a semicolon, comment or zero byte"
+    return None
+
+
 Text = Annotated[str, _checked_by(_blank_fault)]
+Expression = Annotated[str, _checked_by(_expression_fault)]
 HeaderName = Annotated[str, _checked_by(_header_name_fault)]
 Header = Annotated[str, _checked_by(_header_fault)]
 Dsn = Annotated[str, _checked_by(dsn_fault)]
@@ -160,6 +167,14 @@ IndexName = Annotated[
     str,
     # Table names begin with it (NAME_vectors_12), and PostgreSQL cuts those at 63 bytes.
     _matching("^[a-z_][a-z0-9_]{0,39}$", "at most 40 lower-case letters, digits or underscores, no digit first"),
+]
+RelationName = Annotated[
+    str,
+    # It stands for a table in SQL, where `t` is the index's own table and `via` a table between.
+    _matching(
+        "^(?!(t|via)$)[a-z_][a-z0-9_]{0,39}$",
+        "at most 40 lower-case letters, digits or underscores, no digit first, and neither t nor via",
+    ),
 ]
 _OBJECT = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
 FunctionPath = Annotated[str, _matching(_OBJECT, 'a function as "package.module:function"')]

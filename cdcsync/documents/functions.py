@@ -17,12 +17,18 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import msgspec
 
 from cdcsync.errors import ConfigError, DocumentError
 
-DocumentsOfRow = Callable[[Mapping[str, str | None]], str | None]
+RelatedRow = Mapping[str, str | None]
+DocumentsOfRow = Callable[[Mapping[str, str | Sequence[RelatedRow] | None]], str | None]
 """Makes the document of a row: column name to value, as the server's output functions write it; None for SQL's NULL.
+
+The name of a related table has the list of its rows in place of a value.
 
 A row whose document is None or blank has no place in the index.
 """
@@ -111,12 +117,16 @@ class Function:
 class DocumentFunction(Function):
     """Makes documents; see `DocumentsOfRow`.
 
-    :param columns: the columns that a row has for it.
+    :param columns: the columns that are read for it; those in `listed` hold a JSON array of the rows of a
+        related table, whose name for the function is given there.
     """
 
-    def __init__(self, path: str, columns: tuple[str, ...], where: str) -> None:
+    def __init__(
+        self, path: str, columns: tuple[str, ...], where: str, *, listed: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         super().__init__(path, where)
         self.columns = columns
+        self._listed = listed
 
     def render(self, values: Sequence[str | None]) -> str:
         """Return the document of a row; empty where it is to have none.
@@ -124,7 +134,13 @@ class DocumentFunction(Function):
         :param values: the row's values in the order of `columns`.
         :raises DocumentError: the function fails for this row.
         """
-        made = self.call(dict(zip(self.columns, values, strict=True)))
+        row: dict[str, object] = {}
+        for column, value in zip(self.columns, values, strict=True):
+            if (name := self._listed.get(column)) is None:
+                row[column] = value
+            else:
+                row[name] = [] if value is None else msgspec.json.decode(value)
+        made = self.call(row)
         return "" if made is None else self.text(made)
 
 

@@ -10,9 +10,6 @@ renders its own rows so that `verify` can compare hashes without moving document
    `bytea_output`, `xmlbinary`, `lc_monetary`) must be equal in the session that evaluates the SQL and in the
    walsender. Whoever opens those sessions sees to it.
 
-`Documents` renders a row for one index: its document, from a template or from a function of the user's, and
-what stands around each chunk of it. A function's documents cannot be said in SQL; `verify` then renders rows itself.
-
 Source: PostgreSQL, "String Functions and Operators" (concat), "Binary String Functions" (sha256),
 "Logical Replication Message Formats" (TupleData).
 """
@@ -25,9 +22,6 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from cdcsync.config import Index
-from cdcsync.config.sections import NO_FRAME
-from cdcsync.documents.functions import DocumentFunction
 from cdcsync.errors import ConfigError
 
 HASH_BYTES = 16
@@ -35,9 +29,6 @@ HASH_BYTES = 16
 
 CONCAT_ARGUMENTS = 90
 """Arguments for one `concat`: PostgreSQL is built with FUNC_MAX_ARGS = 100, and longer templates are chained."""
-
-CHUNK = "chunk"
-"""The placeholder of the chunk in a `chunk_text`."""
 
 _TOKEN = re.compile(
     r"""
@@ -131,12 +122,12 @@ class Template(msgspec.Struct, frozen=True):
         :param quote: turns a column name into SQL that reads the column: a quoted, perhaps qualified, identifier.
         """
         if not self.slots:
-            return _literal(self.literals[0])
-        arguments = [_literal(self.literals[0])] if self.literals[0] else []
+            return sql_text(self.literals[0])
+        arguments = [sql_text(self.literals[0])] if self.literals[0] else []
         for slot, literal in zip(self.slots, self.literals[1:], strict=True):
             arguments.append(quote(self.columns[slot]))
             if literal:
-                arguments.append(_literal(literal))
+                arguments.append(sql_text(literal))
         calls = [
             f"pg_catalog.concat({', '.join(arguments[start : start + CONCAT_ARGUMENTS])})"
             for start in range(0, len(arguments), CONCAT_ARGUMENTS)
@@ -162,105 +153,6 @@ class Rendering(msgspec.Struct, frozen=True):
     def around(self, chunk: str) -> str:
         """Return a chunk with what stands around it."""
         return f"{self.before or ''}{chunk}{self.after or ''}"
-
-
-class Frame(msgspec.Struct, frozen=True):
-    """The text repeated in each chunk: `chunk_text` as written, parted at its `{chunk}`."""
-
-    text: str
-    before: Template
-    after: Template
-
-    @classmethod
-    def parse(cls, text: str, *, where: str | None = None) -> Frame:
-        """Read a `chunk_text`: a template in which `{chunk}` stands for the chunk.
-
-        :raises ConfigError: it is not a template, or has not exactly one `{chunk}`.
-        """
-        whole = Template.parse(text, where=where)
-        names = [whole.columns[slot] for slot in whole.slots]
-        if names.count(CHUNK) != 1:
-            raise ConfigError(
-                f"{{{CHUNK}}} is there {names.count(CHUNK)} times",
-                where=where,
-                hint=f"say once where the chunk stands, as in {{title}}: {{{CHUNK}}}",
-            )
-        at = names.index(CHUNK)
-        return cls(
-            text,
-            Template.of(text, whole.literals[: at + 1], names[:at]),
-            Template.of(text, whole.literals[at + 1 :], names[at + 1 :]),
-        )
-
-
-class Documents(msgspec.Struct, frozen=True):
-    """How one index makes documents of rows."""
-
-    body: Template | DocumentFunction
-    frame: Frame | None = None
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that are read, each once; first those of the document."""
-        frame = self.frame
-        around = () if frame is None else (*frame.before.columns, *frame.after.columns)
-        return tuple(dict.fromkeys((*self.body.columns, *around)))
-
-    @property
-    def fingerprint(self) -> str:
-        """Says all that decides a row's document; under another fingerprint all are made anew."""
-        body = self.body.text if isinstance(self.body, Template) else self.body.fingerprint
-        return body if self.frame is None else f"{body}\0{self.frame.text}"
-
-    @property
-    def by_code(self) -> bool:
-        """Whether documents are made by a function, which no server can say in SQL and which may take long."""
-        return not isinstance(self.body, Template)
-
-    def render(self, values: Sequence[str | None]) -> Rendering:
-        """Render a row.
-
-        :param values: the row's values in the order of `columns`, as the server's output functions wrote them.
-        :raises DocumentError: a function fails for this row.
-        """
-        text = self.body.render(values[: len(self.body.columns)])
-        if self.frame is None:
-            return Rendering(text)
-        by_name = dict(zip(self.columns, values, strict=True))
-        before, after = (
-            part.render([by_name[name] for name in part.columns]) for part in (self.frame.before, self.frame.after)
-        )
-        return Rendering(text, before, after)
-
-    def sql(self, quote: Callable[[str], str]) -> str:
-        """Return SQL of a row's document; see `Template.sql`. Not for documents made by code."""
-        assert isinstance(self.body, Template)
-        return self.body.sql(quote)
-
-    def hash_sql(self, quote: Callable[[str], str]) -> str:
-        """Return SQL (type `bytea`) of `Rendering.hash`. Not for documents made by code."""
-        document = self.sql(quote)
-        if self.frame is None:
-            return sql_hash(document)
-        before, after = self.frame.before.sql(quote), self.frame.after.sql(quote)
-        lengths = f"pg_catalog.length({before}), ' ', pg_catalog.length({after}), ' '"
-        return sql_hash(f"pg_catalog.concat({lengths}, {before}, {after}, {document})")
-
-
-def make_documents(index: Index, *, where: str) -> Documents:
-    """Build what makes an index's documents. A function is not imported yet.
-
-    :param where: the config section, for errors.
-    :raises ConfigError: a template cannot be read.
-    """
-    body: Template | DocumentFunction
-    if index.documents is None:
-        body = Template.parse(index.text, where=f"{where}.text")
-    else:
-        body = DocumentFunction(index.documents, index.document_columns, f"{where}.documents")
-    if index.chunk_text == NO_FRAME:
-        return Documents(body)
-    return Documents(body, Frame.parse(index.chunk_text, where=f"{where}.chunk_text"))
 
 
 def hash_text(text: str) -> bytes:
@@ -298,7 +190,7 @@ def _column(token: re.Match[str], where: str | None) -> str:
     return name
 
 
-def _literal(text: str) -> str:
+def sql_text(text: str) -> str:
     """Return text as an SQL string that means the same whatever `standard_conforming_strings` says."""
     escaped = text.translate(_ESCAPES)
     return f"E'{escaped}'" if "\\" in escaped else f"'{escaped}'"

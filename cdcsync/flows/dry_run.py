@@ -130,7 +130,7 @@ def _at_pace(reading_s: float, rows: int, replay: Replay) -> float:
 
 async def _pages(source: Connection, spec: IndexSpec, replay: Replay) -> AsyncIterator[tuple[Sequence[Key], list[Row]]]:
     """Yield the keys and rows of page after page."""
-    table = SourceTable(spec.shape, spec.source_key_types, spec.row_filter)
+    table = SourceTable.of(spec)
     if replay.keys is not None:
         left = replay.keys
         while left:

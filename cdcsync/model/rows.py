@@ -32,12 +32,21 @@ class Shape(msgspec.Struct, frozen=True):
     carried: tuple[str, ...]
     text: tuple[str, ...]
     types: tuple[tuple[int, int], ...] = ()
-    """The columns' types when the table was last looked at, as OID and modifier; none where nobody looked."""
+    """The types of its own columns when the table was last looked at, as OID and modifier; none where nobody looked."""
+    computed: frozenset[str] = frozenset()
+    """The columns that are made of rows of related tables. The stream does not bring them: rows are read again."""
+    joined: tuple[str, ...] = ()
+    """The table's columns by which related rows are found."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """All columns in a row's order; one that has two roles appears twice."""
         return self.key + self.carried + self.text
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The columns that are read of the table itself, each once."""
+        return tuple(dict.fromkeys(one for one in self.columns + self.joined if one not in self.computed))
 
     def key_of(self, row: Row) -> Key:
         """Return the key part of a row."""
@@ -90,7 +99,7 @@ AGAIN = "the worker then reads the table anew and resumes the index by itself"
 """How a pause ends."""
 
 
-def _picker(positions: Sequence[int]) -> Callable[[Tuple], Row]:
+def picker(positions: Sequence[int]) -> Callable[[Tuple], Row]:
     """Return a function that picks `positions` of a tuple, as a tuple, without a loop in Python."""
     if len(positions) == 1:
         (only,) = positions
@@ -106,7 +115,7 @@ class Projection:
 
     def __init__(self, shape: Shape, relation: Relation) -> None:
         positions = {column.name: at for at, column in enumerate(relation.columns)}
-        if missing := [name for name in dict.fromkeys(shape.columns) if name not in positions]:
+        if missing := [name for name in shape.own if name not in positions]:
             raise SchemaChanged(
                 f"column {', '.join(missing)} is no longer in what the publication sends",
                 index=shape.index,
@@ -129,8 +138,10 @@ class Projection:
                 passing=True,
             )
         self.shape = shape
-        self._row = _picker([positions[name] for name in shape.columns])
-        self._key = _picker([positions[name] for name in shape.key])
+        unknown = len(relation.columns)
+        pick = picker([unknown if name in shape.computed else positions[name] for name in shape.columns])
+        self._row = pick if not shape.computed else lambda values: pick((*values, UNCHANGED))
+        self._key = picker([positions[name] for name in shape.key])
 
     def inserted(self, new: Tuple, xid: int, lsn: int) -> Upsert:
         """Return the change that an INSERT makes."""

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 
 import msgspec
 
-from cdcsync.config import Index
-from cdcsync.documents.templates import Documents, Rendering
+from cdcsync.config import Index, QualifiedName
+from cdcsync.documents.documents import Documents
+from cdcsync.documents.related import TableFacts
+from cdcsync.documents.templates import Rendering
+from cdcsync.model.links import Link, links_of
 from cdcsync.model.rows import Row, Shape
 from cdcsync.model.vectors import Distance as Distance
 from cdcsync.model.vectors import FloatVector, unusable
@@ -34,6 +37,20 @@ class IndexSpec(msgspec.Struct, frozen=True):
     generation: int = 1
     table_oid: int = 0
     """The table's OID on the source: a table that was made anew under the same name has another one."""
+    facts: dict[QualifiedName, TableFacts] = {}
+    """What the statements have to know of the index's table and of related ones, if there are related ones."""
+    related_oids: dict[QualifiedName, int] = {}
+    """The OIDs of related tables."""
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """The tables whose rows take part in documents, by the ways to them."""
+        return links_of(self.shape, self.documents.related, self.facts)
+
+    @property
+    def tables(self) -> tuple[QualifiedName, ...]:
+        """The tables that are followed, the index's own first."""
+        return tuple(dict.fromkeys((self.shape.table, *(link.table for link in self.links))))
 
     def render(self, row: Row) -> Rendering:
         """Return the rendering of a complete row.

@@ -187,8 +187,8 @@ class Assembler:
         Before is at first when the table was looked at, which may be later than what the stream brings now: then the
         values do not fit the types that the index was given.
         """
-        mine = {name: types[name] for name in shape.columns}
-        looked_at = dict(zip(shape.columns, shape.types, strict=False))
+        mine = {name: types[name] for name in shape.own}
+        looked_at = dict(zip(shape.own, shape.types, strict=False))
         before = self._types.setdefault(shape.index, looked_at or mine)
         if changed := [name for name, type_ in mine.items() if before[name] != type_]:
             raise SchemaChanged(

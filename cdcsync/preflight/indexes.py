@@ -13,7 +13,7 @@ import msgspec
 from cdcsync.config import Index
 from cdcsync.config.names import quote
 from cdcsync.documents.chunks import make_chunker
-from cdcsync.documents.templates import Documents, make_documents
+from cdcsync.documents.documents import Documents, make_documents
 from cdcsync.embedders.protocol import Distance, Embedder
 from cdcsync.errors import ConfigError
 from cdcsync.model.rows import Shape

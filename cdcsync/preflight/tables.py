@@ -14,7 +14,7 @@ from psycopg import sql
 
 from cdcsync.config import Index, QualifiedName
 from cdcsync.config.names import quote
-from cdcsync.documents.templates import Documents
+from cdcsync.documents.documents import Documents
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, nearest
 from cdcsync.source.publications import Published

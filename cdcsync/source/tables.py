@@ -15,19 +15,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar, cast
+from types import MappingProxyType
+from typing import Any, Self, TypeVar, cast
 
 import anyio
 import msgspec
 import psycopg
 from psycopg import sql
 
+from cdcsync.documents.related import Facts, RelatedRows
 from cdcsync.model.rows import Key, Row, Shape
+from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import MARK_PREFIX
 from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.comparisons import Comparison, comparisons, follows
 from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_texts
 from cdcsync.postgres.sessions import Connection
+from cdcsync.source.related import computed, operators
 
 T = TypeVar("T")
 
@@ -48,15 +52,32 @@ class Page(msgspec.Struct, frozen=True):
 class SourceTable:
     """One index's view of its table: which columns, of which types, under which filter."""
 
-    def __init__(self, shape: Shape, key_types: Sequence[str], row_filter: str | None = None) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        key_types: Sequence[str],
+        row_filter: str | None = None,
+        *,
+        related: Sequence[RelatedRows] = (),
+        facts: Facts = MappingProxyType({}),
+    ) -> None:
         self.shape = shape
+        self._related = related
+        self._facts = facts
+        self._equal: Callable[[str, str], str] | None = None
+        self._files = list(
+            dict.fromkeys(
+                [str(shape.table), *(str(step.table) for top in related for one in top.walk() for step in one.steps)]
+            )
+        )
         table = sql.Identifier(shape.table.schema, shape.table.name)
-        columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.columns)
+        self._columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.columns)
+        columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.own) if related else self._columns
         keys = [sql.Identifier("t", name) for name in shape.key]
         sent = _condition(row_filter) if row_filter else sql.SQL("true")
         # As a subquery, so that the filter's bare column names cannot be taken for those of what it is joined to; of
         # only the columns that the index needs, because the role may not be allowed to read the other columns.
-        needed = sql.SQL(", ").join(sql.Identifier("t", name) for name in dict.fromkeys(shape.columns))
+        needed = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.own)
         published = sql.SQL("(SELECT {} FROM {} AS t WHERE {})").format(needed, table, sent)
         self._rows = sql.SQL("{} AS t WHERE {}").format(table, sent)
         self._keys = keys
@@ -79,13 +100,29 @@ class SourceTable:
         self._published = published
         self._wanted_from = wanted
 
+    @classmethod
+    def of(cls, spec: IndexSpec) -> Self:
+        """Return the table of an index, with what is related to it."""
+        return cls(spec.shape, spec.source_key_types, spec.row_filter, related=spec.documents.related, facts=spec.facts)
+
     async def page(self, connection: Connection, after: Key | None, limit: int, where: str | None = None) -> Page:
         """Return up to `limit` rows with keys above `after`, in key order; fewer rows than that are the last ones."""
         conditions = await self._after(connection, after, where)
-        statement = sql.SQL(" AND ").join([self._select, *conditions]) + sql.SQL(" ORDER BY {} LIMIT {}").format(
-            sql.SQL(", ").join(self._keys), sql.Literal(limit)
-        )
+        order = sql.SQL(" ORDER BY {}").format(sql.SQL(", ").join(self._keys))
+        statement = sql.SQL(" AND ").join([self._select, *conditions]) + order
+        statement += sql.SQL(" LIMIT {}").format(sql.Literal(limit))
+        if self._related:
+            statement = await self._with_related(connection, statement) + order
         return await self._read(connection, statement, list(after or ()))
+
+    async def _with_related(self, connection: Connection, rows: sql.Composed) -> sql.Composed:
+        """Return a statement that gives the same rows with all columns, those of related tables included."""
+        if not self._related:
+            return rows
+        if self._equal is None:
+            self._equal = await operators(connection, self._facts)
+        whole = computed(rows, self.shape, self._related, self._facts, self._equal)
+        return sql.SQL("SELECT {} FROM {} AS t").format(self._columns, whole)
 
     async def _after(self, connection: Connection, after: Key | None, where: str | None) -> list[sql.Composable]:
         """Return the conditions of the rows that follow a key."""
@@ -162,12 +199,12 @@ class SourceTable:
             sql.SQL("coalesce({}({}), 0)").format(
                 sql.SQL("octet_length" if name in plain else "pg_column_size"), sql.Identifier("t", name)
             )
-            for name in dict.fromkeys(self.shape.columns)
+            for name in self.shape.own
         )
 
     async def by_keys(self, connection: Connection, keys: Sequence[Key]) -> Page:
         """Return the rows that exist now with these keys, in no order."""
-        statement = self._by_keys + await self._same(connection)
+        statement = await self._with_related(connection, self._by_keys + await self._same(connection))
 
         async def read(possible: Sequence[Key]) -> Page:
             return await self._read(connection, statement, self._arrays(possible))
@@ -264,7 +301,7 @@ class SourceTable:
             # Never prepared: a plan that is kept fails once a column has another type.
             rows = await fetch_texts(connection, statement, arguments, prepare=False)
             page = Page(Snapshot.parse(cast(str, first[0])), rows)
-            rewritten = await fetch_row(connection, _REWRITTEN, {"table": str(self.shape.table)})
+            rewritten = await fetch_row(connection, _REWRITTEN, {"tables": self._files})
         except BaseException:
             if not connection.closed:
                 with anyio.CancelScope(shield=True):
@@ -296,11 +333,12 @@ class SourceTable:
 
 _REWRITTEN = """
     SELECT EXISTS (
-        SELECT FROM (SELECT %(table)s::regclass AS oid UNION SELECT relid FROM pg_partition_tree(%(table)s)) AS now
+        SELECT FROM unnest(%(tables)s::text[]::regclass[]) AS read (oid) CROSS JOIN LATERAL
+            (SELECT read.oid UNION SELECT relid FROM pg_partition_tree(read.oid)) AS now (oid)
         LEFT JOIN pg_class AS c ON c.oid = now.oid
         WHERE c.relfilenode IS DISTINCT FROM coalesce(pg_relation_filenode(now.oid), 0))
 """
-"""Compares the files of a table and its partitions: as they are, which functions tell, with what the snapshot sees."""
+"""Compares the files of tables and their partitions: as they are, which functions tell, with what the snapshot sees."""
 
 
 def _condition(text: str) -> sql.Composable:

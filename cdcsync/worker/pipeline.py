@@ -108,7 +108,7 @@ class Pipeline:
             for name, one in embedders.items()
         }
         self.deliveries = {spec.name: Deliveries() for spec in specs}
-        tables = {spec.name: SourceTable(spec.shape, spec.source_key_types, spec.row_filter) for spec in specs}
+        tables = {spec.name: SourceTable.of(spec) for spec in specs}
         self._pipeline = schema, config.source.slot
         self.embedding = Pool(target_dsn, schema, len(specs))
         self.embed_loops = {

@@ -82,7 +82,7 @@ async def compare_step(
         case "orphans":
             with speaking_of("target", where=f"index {spec.name}"):
                 keys = await page_of_keys(target, schema, spec, place.after, limit)
-            table = SourceTable(spec.shape, spec.source_key_types, spec.row_filter)
+            table = SourceTable.of(spec)
             with speaking_of("source", where=str(spec.shape.table)):
                 absent = (await table.absent(source, keys))[1] if keys else []
             last = len(keys) < limit

@@ -204,7 +204,7 @@ class RollingAudit:
     async def _rows_per_s(self, source: Connection, spec: IndexSpec) -> float:
         if self._every_s or not self._busy():
             return self._most_rows_per_s or float(MOST_ROWS) / PAGE_S
-        table = SourceTable(spec.shape, spec.source_key_types, spec.row_filter)
+        table = SourceTable.of(spec)
         with speaking_of("source", where=str(spec.shape.table)):
             looks = 3 * await table.estimate(source)  # rows, keys and chunks
         return min(self._most_rows_per_s, max(BUSY_ROWS_PER_S, looks / WITHIN_S))

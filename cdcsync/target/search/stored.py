@@ -8,7 +8,7 @@ from typing import cast
 import msgspec
 
 from cdcsync.config import Index
-from cdcsync.documents.templates import make_documents
+from cdcsync.documents.documents import make_documents
 from cdcsync.errors import SetupError
 from cdcsync.model.rows import Shape
 from cdcsync.model.spec import Distance, IndexSpec

@@ -11,7 +11,8 @@ from psycopg import pq, sql
 
 from cdcsync.config import Config, HashEmbedder, Index, QualifiedName, Source, Target
 from cdcsync.demo.cluster import Cluster
-from cdcsync.documents.templates import Documents, Template
+from cdcsync.documents.documents import Documents
+from cdcsync.documents.templates import Template
 from cdcsync.errors import SetupError, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.rows import Shape

@@ -13,7 +13,8 @@ import pytest
 
 from cdcsync.config import Index, QualifiedName
 from cdcsync.documents.chunks import Chunk
-from cdcsync.documents.templates import Documents, Template, hash_text
+from cdcsync.documents.documents import Documents
+from cdcsync.documents.templates import Template, hash_text
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.model.changeset import ChangeSet, Document
 from cdcsync.model.rows import Shape

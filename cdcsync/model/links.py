@@ -1,0 +1,147 @@
+"""How a row of a related table tells which documents it belongs to.
+
+A *link* is one table on the way from the index's table to a related one: its rows belong to rows of the table before
+it, by columns that are equal. A change of a row names, by those columns as they were and as they are, where the row was
+and where it is. The server finds the documents from there: on the way back there are only tables whose own changes are
+followed too, so what it finds later than the change is complete, or a change that is still to come completes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from cdcsync.config import QualifiedName
+from cdcsync.documents.related import Facts, RelatedRows, Step, TableFacts
+from cdcsync.errors import SchemaChanged
+from cdcsync.model.rows import AGAIN, Shape, picker
+from cdcsync.pgoutput.messages import UNCHANGED, Relation, Tuple
+
+Values = tuple[str, ...]
+"""What a row has in a link's columns, as the server renders them."""
+
+
+class Link(msgspec.Struct, frozen=True):
+    """One table on the way to a related one.
+
+    :ivar relation: the relation's name, after those that it is within.
+    :ivar place: among the links of the index.
+    :ivar steps: the tables from the index's own to this one, which is the last.
+    """
+
+    shape: Shape
+    relation: str
+    place: int
+    steps: tuple[Step, ...]
+    types: dict[str, str] = {}
+    """The types of the columns, as format_type prints them."""
+
+    @property
+    def index(self) -> str:
+        """The index."""
+        return self.shape.index
+
+    @property
+    def table(self) -> QualifiedName:
+        """The table whose rows have the columns."""
+        return self.steps[-1].table
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that tell which rows of the table before it a row belongs to."""
+        return self.steps[-1].columns
+
+
+class Touch(msgspec.Struct, frozen=True, gc=False):
+    """A change of a related row: the documents that it belonged to, or belongs to now, are to be rebuilt.
+
+    :ivar values: what it has in the link's columns, before the change and after it; None for rows of every document.
+    """
+
+    shape: Shape
+    place: int
+    values: tuple[Values, ...] | None
+    xid: int
+    lsn: int
+
+
+def links_of(shape: Shape, related: Sequence[RelatedRows], facts: Facts) -> tuple[Link, ...]:
+    """Return the links of an index, each table on each way once."""
+    links: list[Link] = []
+
+    def add(relations: Sequence[RelatedRows], way: tuple[Step, ...]) -> None:
+        for one in relations:
+            for upto in range(1, len(one.steps) + 1):
+                steps = (*way, *one.steps[:upto])
+                types = facts.get(steps[-1].table, TableFacts()).types
+                mine = {column: types.get(column, "text") for column in steps[-1].columns}
+                links.append(Link(shape, ".".join(one.path), len(links), steps, mine))
+            add(one.related, (*way, *one.steps))
+
+    add(related, ())
+    return tuple(links)
+
+
+class LinkProjection:
+    """Turns a relation's tuples into the touches of one link.
+
+    :raises SchemaChanged: the relation lacks a column of the link, or its identity does not cover them.
+    """
+
+    def __init__(self, link: Link, relation: Relation) -> None:
+        positions = {column.name: at for at, column in enumerate(relation.columns)}
+        if missing := [name for name in link.columns if name not in positions]:
+            raise SchemaChanged(
+                f"column {', '.join(missing)} is no longer in what the publication sends",
+                index=link.index,
+                where=str(link.table),
+                hint=f"restore the column: {AGAIN}; or take it out of [indexes.{link.index}] and restart the worker",
+                passing=True,
+            )
+        identity = {column.name for column in relation.columns if column.key}
+        if not set(link.columns) <= identity:
+            raise SchemaChanged(
+                f"the replica identity ({', '.join(sorted(identity))}) does not cover ({', '.join(link.columns)}),"
+                " so changes do not tell which documents a row belonged to",
+                index=link.index,
+                where=str(link.table),
+                hint=f"ALTER TABLE {link.table} REPLICA IDENTITY FULL; {AGAIN}",
+                passing=True,
+            )
+        self.shape = link.shape
+        self._link = link
+        self._values = picker([positions[name] for name in link.columns])
+
+    def inserted(self, new: Tuple, xid: int, lsn: int) -> Touch:
+        """Return what an INSERT touches."""
+        return self._touch((new,), xid, lsn)
+
+    def updated(self, old_kind: str | None, old: Tuple | None, new: Tuple, xid: int, lsn: int) -> Touch:
+        """Return what an UPDATE touches; without an old tuple the columns, which the identity covers, are unchanged."""
+        return self._touch((new,) if old is None else (old, new), xid, lsn)
+
+    def deleted(self, old: Tuple, xid: int, lsn: int) -> Touch:
+        """Return what a DELETE touches."""
+        return self._touch((old,), xid, lsn)
+
+    def truncated(self, xid: int, lsn: int) -> Touch:
+        """Return what a TRUNCATE touches."""
+        return Touch(self.shape, self._link.place, None, xid, lsn)
+
+    def _touch(self, rows: Sequence[Tuple], xid: int, lsn: int) -> Touch:
+        found = dict.fromkeys(self._values(row) for row in rows)
+        if any(UNCHANGED in values for values in found):
+            if len(found) == 1:
+                raise SchemaChanged(
+                    f"a change arrived without the columns ({', '.join(self._link.columns)})",
+                    index=self._link.index,
+                    where=str(self._link.table),
+                    hint=f"ALTER TABLE {self._link.table} REPLICA IDENTITY FULL; {AGAIN}",
+                    passing=True,
+                )
+            # The old row tells what the new one has left out.
+            found = {values: None for values in found if UNCHANGED not in values}
+        # A row with NULL there belongs nowhere.
+        known = tuple(values for values in found if None not in values)
+        return Touch(self.shape, self._link.place, known, xid, lsn)  # type: ignore[arg-type]
