@@ -18,8 +18,8 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from typing import Self, TypeVar
 
 import anyio
@@ -30,13 +30,13 @@ from cdcsync.config import Config
 from cdcsync.embedders import Vectors, make_embedder, require_model
 from cdcsync.embedders.queries import QueryEmbedder, QueryReranker
 from cdcsync.embedders.reranking import make_reranker
-from cdcsync.errors import EmbedderSetupError, EmbedError, TargetUnavailable, UsageError
+from cdcsync.errors import EmbedError, TargetUnavailable, UsageError
 from cdcsync.lsn import Lsn
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.pool import Pool
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
-from cdcsync.target.search import Filter, Hit, Mode, search, stored_spec
+from cdcsync.target.search import NO_SETTINGS, TIMEOUT_S, Filter, Hit, Mode, search, stored_spec
 
 T = TypeVar("T")
 
@@ -64,9 +64,9 @@ class Hits(list[Hit]):
 class _Shared:
     """Shared by the indexes of one application: connections and models."""
 
-    def __init__(self, config: Config, connections: int, model_timeout_s: float) -> None:
+    def __init__(self, config: Config, connections: int, model_timeout_s: float, application_name: str) -> None:
         self.config = config
-        self.pool = Pool(config.target.dsn, "target", size=connections, application_name="cdcsync index")
+        self.pool = Pool(config.target.dsn, "target", size=connections, application_name=application_name)
         self._model_timeout_s = model_timeout_s
         self._models: dict[str, QueryEmbedder] = {}
         self._rerankers: dict[str, QueryReranker] = {}
@@ -115,14 +115,16 @@ class Index:
         *,
         connections: int = CONNECTIONS,
         model_timeout_s: float = MODEL_TIMEOUT_S,
+        application_name: str = "cdcsync index",
     ) -> Self:
         """Return the index of this name; entering it looks it up in the target and loads its model.
 
         :param connections: the most searches at the same time.
         :param model_timeout_s: how long a query may wait for its vector before it is searched for by words.
+        :param application_name: how its sessions are named in the target.
         :raises UsageError: the configuration has no such index.
         """
-        return cls(_Shared(config, connections, model_timeout_s), name, owner=True)
+        return cls(_Shared(config, connections, model_timeout_s, application_name), name, owner=True)
 
     def beside(self, name: str) -> Self:
         """Return another index of the same configuration, which shares connections and models, and ends with this one.
@@ -139,12 +141,8 @@ class Index:
         """
         try:
             await self._with_connection(self._spec)
-            try:
+            with suppress(EmbedError):  # searches go by words, and say so
                 await self._shared.model(self._config.embedder).open()
-            except EmbedderSetupError:
-                raise
-            except EmbedError:
-                pass  # searches go by words, and say so
         except BaseException:
             await self.__aexit__()
             raise
@@ -165,6 +163,10 @@ class Index:
         skip: int = 0,
         weights: tuple[float, float] = (1.0, 1.0),
         rerank: bool = True,
+        vector: Sequence[float] | None = None,
+        headline: str | None = None,
+        settings: Mapping[str, str] = NO_SETTINGS,
+        timeout_s: float = TIMEOUT_S,
     ) -> Hits:
         """Return the `k` best hits for a text, the best first.
 
@@ -174,6 +176,10 @@ class Index:
         :param skip: leave out so many of the first hits: the next page.
         :param weights: of vectors and of words, in `hybrid`.
         :param rerank: have the index's reranker, if it has one, order the best hits anew.
+        :param vector: the query's vector, if the caller has it already; the model is not asked then.
+        :param headline: options of `ts_headline` for `Hit.headline`, "" for the server's own; None makes no headlines.
+        :param settings: PostgreSQL settings for this search alone, such as one that a row-level security policy reads.
+        :param timeout_s: how long the server may take.
         :raises UsageError: an argument cannot be used.
         :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
         :raises TargetUnavailable: the target does not answer now.
@@ -187,15 +193,18 @@ class Index:
                 per_document=per_document,
                 weights=weights,
                 rerank=False,
+                vector=vector,
+                headline=headline,
+                settings=settings,
+                timeout_s=timeout_s,
             )
             ranked = await self.rerank(text, found)
             return Hits(ranked[skip : skip + k], ranked.warning)
-        vector, warning = None, None
-        if mode != "text":
+        embedded: Sequence[float] | Vectors | None = vector
+        warning = None
+        if mode != "text" and vector is None and text.strip():
             try:
-                vector = await (await self._model()).embed_one(text)
-            except EmbedderSetupError:
-                raise
+                embedded = await (await self._model()).embed_one(text)
             except EmbedError as error:
                 if mode == "vector" or self._config.search is None:
                     raise
@@ -207,13 +216,16 @@ class Index:
                 self._shared.config.target.schema,
                 await self._spec(connection),
                 text=text,
-                vector=vector,
+                vector=None if mode == "text" else embedded,
                 k=k,
                 mode="text" if warning else mode,
                 filter=filter,
                 per_document=per_document,
                 skip=skip,
                 weights=weights,
+                headline=headline,
+                settings=settings,
+                timeout_s=timeout_s,
             )
 
         return Hits(await self._with_connection(ask), warning)
@@ -237,8 +249,6 @@ class Index:
             return Hits(hits, warning)
         try:
             scores = await reranker.score(text, [hit.content for hit in best])
-        except EmbedderSetupError:
-            raise
         except EmbedError as error:
             missing = f"not reranked: {error}"
             return Hits(hits, f"{warning}; {missing}" if warning else missing)

@@ -60,9 +60,18 @@ class Index:
         *,
         connections: int = asynchronous.CONNECTIONS,
         model_timeout_s: float = asynchronous.MODEL_TIMEOUT_S,
+        application_name: str = "cdcsync index",
     ) -> Self:
         """Return the index of this name; see `cdcsync.Index.open`."""
-        return cls(asynchronous.Index.open(config, name, connections=connections, model_timeout_s=model_timeout_s))
+        return cls(
+            asynchronous.Index.open(
+                config,
+                name,
+                connections=connections,
+                model_timeout_s=model_timeout_s,
+                application_name=application_name,
+            )
+        )
 
     def beside(self, name: str) -> Self:
         """Return another index of the same configuration; see `cdcsync.Index.beside`."""

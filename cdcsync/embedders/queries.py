@@ -6,8 +6,8 @@ answer in time, or failed a moment ago, is *away*: searches do without it until 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol, TypeVar
 
 import anyio
@@ -19,7 +19,8 @@ from cdcsync.errors import EmbedderUnavailable
 T = TypeVar("T")
 
 REMEMBERED = 256
-"""Queries whose vectors are kept: those of the next page, or of a second index, cost no call."""
+REMEMBERED_S = 60.0
+"""So many queries, for so long, keep their vectors: those of the next page, or of a second index, cost no call."""
 
 AWAY_S = 5.0
 """How long a model that failed is left alone: long enough to spare a provider in trouble, short for a person."""
@@ -98,7 +99,8 @@ class QueryEmbedder(OnCall):
         where = f"embedders.{embedder.name}"
         super().__init__(embedder, where, timeout_s=timeout_s, concurrency=embedder.concurrency)
         self.embedder = embedder
-        self._remembered: dict[str, Vectors] = {}
+        self._remembered: dict[str, tuple[float, Vectors]] = {}
+        self._asking: dict[str, tuple[anyio.Lock, int]] = {}
 
     async def embed(self, texts: Sequence[str]) -> Vectors:
         """Return the queries' vectors, `float32[n, dimensions]`.
@@ -112,14 +114,35 @@ class QueryEmbedder(OnCall):
         return vectors
 
     async def embed_one(self, text: str) -> Vectors:
-        """Return a query's vector, `float32[dimensions]`; see `embed`. The last ones are remembered."""
-        vector = self._remembered.pop(text, None)
-        if vector is None:
-            vector = (await self.embed([text]))[0]
-        self._remembered[text] = vector  # the newest is last
-        if len(self._remembered) > REMEMBERED:
-            del self._remembered[next(iter(self._remembered))]
-        return vector
+        """Return a query's vector, `float32[dimensions]`; see `embed`.
+
+        The last ones are remembered, and whoever asks for the same text at the same time shares one call.
+        """
+        async with self._turn(text):
+            now = anyio.current_time()
+            until, vector = self._remembered.pop(text, (now, None))
+            if vector is None or until <= now:
+                vector = (await self.embed([text]))[0]
+                until = anyio.current_time() + REMEMBERED_S
+            self._remembered[text] = until, vector  # the newest is last
+            if len(self._remembered) > REMEMBERED:
+                del self._remembered[next(iter(self._remembered))]
+            return vector
+
+    @asynccontextmanager
+    async def _turn(self, text: str) -> AsyncIterator[None]:
+        """Let one caller at a time ask for a text: the next one finds it remembered, unless the first was cancelled."""
+        lock, callers = self._asking.get(text, (anyio.Lock(), 0))
+        self._asking[text] = lock, callers + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, callers = self._asking[text]
+            if callers > 1:
+                self._asking[text] = lock, callers - 1
+            else:
+                del self._asking[text]
 
 
 class QueryReranker(OnCall):

@@ -93,7 +93,7 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
         return PlainTextResponse("ok\n")
 
     async def readyz(_: Request) -> Response:
-        reasons: list[str] = []
+        reasons = [] if service.reader.loaded else ["models are being loaded"]
         try:
             with anyio.fail_after(PING_S):
                 await service.reader.ping()

@@ -1,7 +1,7 @@
 """Searches and documents under a caller's claims.
 
 The tenant of a caller is held twice: by a filter that is added to every statement here, and by row-level security in
-the target (`target/ddl/policies`), for which each session names its tenant before it is used.
+the target (`target/ddl/policies`), for which the caller's tenant is set in each transaction.
 """
 
 from __future__ import annotations
@@ -9,33 +9,38 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
 import msgspec
+import psycopg
+import structlog
 from psycopg import sql
 
 from cdcsync.config import Config
-from cdcsync.embedders import make_embedder, require_model
-from cdcsync.embedders.queries import QueryEmbedder
-from cdcsync.errors import EmbedderSetupError, EmbedError
-from cdcsync.lsn import Lsn
+from cdcsync.config.serving import Serve
+from cdcsync.errors import CdcsyncError
+from cdcsync.index import Index
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
-from cdcsync.postgres.pool import Pool
-from cdcsync.postgres.queries import fetch_value
+from cdcsync.postgres.queries import fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.problems import Problem
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.policies import SETTING
-from cdcsync.target.search import Hit, Mode, search, stored_spec
+from cdcsync.target.search import Hit, Mode
 
-STORED_S = 15.0
-"""How long what is known of an index is taken for true: a migration to another model is followed within that."""
+log = structlog.get_logger()
+
+FRESHNESS_S = 0.2
+"""How long a position in the WAL is told again: the index holds what it held, and lag is told to the second."""
 
 EXAMPLES = 3
 """Values of each column that `list_indexes` shows, so that an agent sees how they are written."""
+
+
+Vector = Annotated[list[float], msgspec.Meta(min_length=1, max_length=16_000)]
 
 
 class SearchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,6 +50,7 @@ class SearchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     k: int = 10
     mode: Mode = "hybrid"
     filter: dict[str, Any] = {}
+    vector: Vector | None = None
     per_document: bool = True
     skip: int = 0
     after_lsn: str | None = None
@@ -115,72 +121,50 @@ class IndexInfo(msgspec.Struct, frozen=True):
     lag_seconds: float | None
 
 
-class Reader:
-    """The indexes that the server offers, over a pool of sessions. For any number of tasks."""
+class _Known(msgspec.Struct, frozen=True):
+    """What is known of an index, and since when."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._serve = config.serve
-        self._schema = config.target.schema
-        self._pool = Pool(
-            config.serve.dsn or config.target.dsn,
-            "target",
-            size=config.serve.connections,
-            application_name="cdcsync serve",
-        )
-        self._models: dict[str, QueryEmbedder] = {}
-        self._stored: dict[str, tuple[float, IndexSpec]] = {}
-        self.offered = tuple(config.serve.indexes or config.indexes)
-        for name in self.offered:
-            config.index_named(name)
+    read_at: float
+    spec: IndexSpec
+    lsn: str | None
+    lag_s: float | None
 
-    async def aclose(self) -> None:
-        """Close sessions and models."""
-        with anyio.CancelScope(shield=True):
-            await self._pool.aclose()
-            for model in self._models.values():
-                await model.aclose()
 
-    async def ping(self) -> None:
-        """Ask the target anything.
+class Offered(Index):
+    """An index, as callers of the server may see it."""
 
-        :raises TargetUnavailable, SetupError: it does not answer.
-        """
-        async with self._pool.connection() as connection:
-            with speaking_of("target"):
-                await fetch_value(connection, "SELECT 1")
+    serve: Serve
+    _known: _Known | None = None
 
-    async def search(self, who: Principal, index: str, request: SearchRequest) -> Answer:
-        """Search an index.
+    async def answer(self, who: Principal, request: SearchRequest) -> Answer:
+        """Search for a caller.
 
         :raises Problem: the request cannot be answered.
         :raises CdcsyncError: the target or the model cannot answer it now.
         """
         self._check(request)
-        async with self._session(who) as connection:
-            spec = await self._spec(connection, index)
-        vector, warning = await self._vector(spec, request)
-        async with self._session(who) as connection:
-            if request.after_lsn is not None:
-                await self._wait_for(connection, index, request.after_lsn)
-            hits = await search(
-                connection,
-                self._schema,
-                spec,
-                text=request.query,
-                vector=vector,
-                k=request.k,
-                mode="text" if warning else request.mode,
-                filter=self._filter(who, spec, request.filter),
-                per_document=request.per_document,
-                skip=request.skip,
-                headline="" if request.headline else None,
-                timeout_s=self._serve.deadline_s,
-            )
-            lsn, lag = await self._freshness(connection, index)
-        return Answer(index, [self._found(hit) for hit in hits], lsn, lag, warning)
+        if request.after_lsn is not None:
+            if not await self.wait_for(request.after_lsn, timeout_s=self.serve.deadline_s / 2):
+                raise Problem(
+                    503, "Not yet", "the index has not reached after_lsn", "call again, or without it", retry_after_s=1
+                )
+            self._known = None
+        known = await self._facts()  # before the search, which sees at least as much
+        hits = await self.search(
+            request.query,
+            k=request.k,
+            mode=request.mode,
+            filter=self._filter(who, known.spec, request.filter),
+            per_document=request.per_document,
+            skip=request.skip,
+            vector=request.vector,
+            headline="" if request.headline else None,
+            settings=self._settings(who),
+            timeout_s=self.serve.deadline_s,
+        )
+        return Answer(self.name, [self._found(hit) for hit in hits], known.lsn, known.lag_s, hits.warning)
 
-    async def document(self, who: Principal, index: str, key: Sequence[str]) -> Document:
+    async def document(self, who: Principal, key: Sequence[str]) -> Document:
         """Return a document by its key, as texts in the order of the key's columns.
 
         :raises Problem: 404, there is none, or the caller may not see it.
@@ -188,8 +172,7 @@ class Reader:
         missing = Problem(404, "No such document", "the index has no document of this key")
         if any("\0" in part for part in key):
             raise missing
-        async with self._session(who) as connection:
-            spec = await self._spec(connection, index)
+        async with self._session(who) as (connection, spec):
             if len(key) != len(spec.shape.key):
                 raise Problem(
                     422,
@@ -202,80 +185,72 @@ class Reader:
                 sql.SQL("{} {} {}::").format(sql.Identifier(name), one.equal, sql.Literal(value)) + sql.SQL(type_)
                 for name, one, value, type_ in zip(spec.shape.key, equal, key, spec.key_types, strict=True)
             ]
-            column = self._serve.tenant.column
-            if column is not None and column in spec.shape.key + spec.shape.carried:
-                conditions.append(
-                    sql.SQL("{}::pg_catalog.text = {}").format(sql.Identifier(column), sql.Literal(who.tenant))
-                )
+            if self.serve.tenant.column in spec.shape.key + spec.shape.carried:
+                conditions.append(self._of_tenant(who))
             shown = [name for name in spec.shape.key + spec.shape.carried if not self._hidden(name)]
             statement = sql.SQL(
                 "SELECT {}, content, encode(document_hash, 'hex'), commit_lsn::text FROM {} WHERE {} ORDER BY chunk_no"
             ).format(
                 sql.SQL(", ").join(map(sql.Identifier, shown)),
-                Names(self._schema, index).chunks,
+                Names(self.schema, self.name).chunks,
                 sql.SQL(" AND ").join(conditions),
             )
-            with speaking_of("target", where=f"index {index}"):
-                try:
-                    cursor = await connection.execute(statement)
-                except Exception as error:
-                    if str(getattr(error, "sqlstate", "") or "").startswith("22"):
-                        raise missing from None  # a text that is not a value of the key's type is not a key
-                    raise
-                rows = await cursor.fetchall()
+            try:
+                cursor = await connection.execute(statement)
+            except psycopg.DataError:
+                raise missing from None  # a text that is not a value of the key's type is not a key
+            rows = await cursor.fetchall()
         if not rows:
             raise missing
         values = dict(zip(shown, rows[0], strict=False))
         mark = hashlib.sha256("\0".join([*map(str, rows[0][-2:]), *map(str, values.values())]).encode()).hexdigest()
         return Document(
-            index,
+            self.name,
             {name: values[name] for name in spec.shape.key if name in values},
             {name: values[name] for name in spec.shape.carried if name in values},
             [row[len(shown)] for row in rows],
             f'"{mark[:24]}"',
         )
 
-    async def list_indexes(self, who: Principal) -> list[IndexInfo]:
-        """Return the indexes, what a filter can say of each, and how fresh they are."""
-        listed = []
-        async with self._session(who) as connection:
-            for name in self.offered:
-                spec = await self._spec(connection, name)
-                lsn, lag = await self._freshness(connection, name)
-                with speaking_of("target", where=f"index {name}"):
-                    state = await fetch_value(
-                        connection,
-                        sql.SQL("SELECT state FROM {} WHERE name = %s").format(sql.Identifier(self._schema, "indexes")),
-                        [name],
-                    )
-                    examples = await self._examples(connection, who, spec)
-                types = dict(zip(spec.shape.key + spec.shape.carried, spec.key_types + spec.carried_types, strict=True))
-                key, columns = (
-                    [ColumnInfo(one, types[one], examples[one]) for one in names if not self._hidden(one)]
-                    for names in (spec.shape.key, spec.shape.carried)
-                )
-                table = str(spec.config.table_name)
-                keywords = spec.config.search is not None
-                listed.append(IndexInfo(name, table, key, columns, keywords, str(state), lsn, lag))
-        return listed
-
-    async def embed(self, index: str, texts: Sequence[str]) -> list[list[float]]:
-        """Return the vectors of queries by an index's model."""
-        self._offered(index)
-        vectors = await self._model(self._config.indexes[index].embedder).embed(texts)
-        return [[float(value) for value in vector] for vector in vectors]
+    async def info(self, who: Principal) -> IndexInfo:
+        """Return what a filter can say of the index, and how fresh it is."""
+        known = await self._facts()
+        async with self._session(who) as (connection, spec):
+            state = await fetch_value(
+                connection,
+                sql.SQL("SELECT state FROM {} WHERE name = %s").format(sql.Identifier(self.schema, "indexes")),
+                [self.name],
+            )
+            examples = await self._examples(connection, who, spec)
+        types = dict(zip(spec.shape.key + spec.shape.carried, spec.key_types + spec.carried_types, strict=True))
+        key, columns = (
+            [ColumnInfo(one, types[one], examples[one]) for one in names if not self._hidden(one)]
+            for names in (spec.shape.key, spec.shape.carried)
+        )
+        keywords = spec.config.search is not None
+        return IndexInfo(
+            self.name, str(spec.config.table_name), key, columns, keywords, str(state), known.lsn, known.lag_s
+        )
 
     # -- what a caller may see ------------------------------------------------------------------------------------
 
     def _hidden(self, column: str) -> bool:
-        return column == self._serve.tenant.column
+        return column == self.serve.tenant.column
+
+    def _settings(self, who: Principal) -> dict[str, str]:
+        return {SETTING: who.tenant or ""} if self.serve.tenant.column is not None else {}
+
+    def _of_tenant(self, who: Principal) -> sql.Composed:
+        """Return the condition that a row is of the caller's tenant."""
+        column = sql.Identifier(self.serve.tenant.column or "")
+        return sql.SQL("{}::pg_catalog.text = {}").format(column, sql.Literal(who.tenant))
 
     def _filter(self, who: Principal, spec: IndexSpec, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Return the caller's filter with what its claims add.
 
         :raises Problem: it names the bound column, which the caller does not know of.
         """
-        column = self._serve.tenant.column
+        column = self.serve.tenant.column
         if column is None:
             return dict(wanted)
         if column in wanted:
@@ -286,16 +261,17 @@ class Reader:
                 "GET /v1/indexes lists the columns",
             )
         if column not in spec.shape.key + spec.shape.carried:
-            raise Problem(403, "Not allowed", f"the index {spec.name} is not divided by tenants")
+            raise Problem(403, "Not allowed", f"the index {self.name} is not divided by tenants")
         return {**wanted, column: who.tenant}
 
     def _found(self, hit: Hit) -> Found:
-        def shown(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {name: value for name, value in values.items() if not self._hidden(name)}
-
+        key, columns = (
+            {name: value for name, value in values.items() if not self._hidden(name)}
+            for values in (hit.key, hit.carried)
+        )
         return Found(
-            shown(hit.key),
-            shown(hit.carried),
+            key,
+            columns,
             hit.content,
             hit.score,
             hit.chunk_no,
@@ -306,33 +282,9 @@ class Reader:
             hit.headline,
         )
 
-    @asynccontextmanager
-    async def _session(self, who: Principal) -> AsyncIterator[Connection]:
-        """Lend a session that is the caller's for the time of the block."""
-        async with self._pool.connection() as connection:
-            with speaking_of("target"):
-                await connection.execute("SELECT set_config(%s, %s, false)", [SETTING, who.tenant or ""])
-            yield connection
-
-    # -- the index ------------------------------------------------------------------------------------------------
-
-    def _offered(self, index: str) -> None:
-        if index not in self.offered:
-            raise Problem(
-                404, "No such index", f"there is no index {index[:80]!r}", f"there are: {', '.join(self.offered)}"
-            )
-
-    async def _spec(self, connection: Connection, index: str) -> IndexSpec:
-        self._offered(index)
-        until, spec = self._stored.get(index, (0.0, None))
-        if spec is None or anyio.current_time() > until:
-            spec = await stored_spec(connection, self._schema, index, self._config.indexes[index])
-            self._stored[index] = (anyio.current_time() + STORED_S, spec)
-        return spec
-
     def _check(self, request: SearchRequest) -> None:
         """Refuse what costs too much, before anything is spent on it."""
-        serve = self._serve
+        serve = self.serve
         wrong: str | None = None
         if not 1 <= request.k <= serve.max_k:
             wrong, fix = "k is out of range", f"ask for 1 to {serve.max_k} hits, and use skip for more"
@@ -349,72 +301,128 @@ class Reader:
         if wrong is not None:
             raise Problem(422, "The call cannot be answered", wrong, fix)
 
-    def _model(self, name: str) -> QueryEmbedder:
-        if name not in self._models:
-            embedder = make_embedder(name, self._config.embedders[name])
-            self._models[name] = QueryEmbedder(embedder, timeout_s=self._serve.deadline_s / 2)
-        return self._models[name]
+    # -- the target -----------------------------------------------------------------------------------------------
 
-    async def _vector(self, spec: IndexSpec, request: SearchRequest) -> tuple[Any, str | None]:
-        """Return the query's vector, or None and what to tell the caller about it."""
-        if request.mode == "text" or not request.query.strip():
-            return None, None
-        model = self._model(spec.config.embedder)
-        try:
-            require_model(model.embedder, spec.model)
-            return await model.embed_one(request.query), None
-        except EmbedderSetupError:
-            raise
-        except EmbedError as error:
-            if request.mode == "vector" or spec.config.search is None:
-                raise
-            return None, f"searched by words alone: {error.message}"
+    @property
+    def schema(self) -> str:
+        """The schema of our tables."""
+        return self._shared.config.target.schema
 
-    async def _wait_for(self, connection: Connection, index: str, lsn: str) -> None:
-        try:
-            position = Lsn.parse(lsn)
-        except ValueError:
-            raise Problem(422, "The call cannot be answered", "after_lsn is not an LSN", "such as 0/16B3748") from None
-        statement = sql.SQL("SELECT {}(%s, %s::pg_lsn, %s * interval '1 s')").format(
-            sql.Identifier(self._schema, "wait_for")
-        )
-        with speaking_of("target", where=f"index {index}"):
-            reached = await fetch_value(connection, statement, [index, str(position), self._serve.deadline_s / 2])
-        if not reached:
-            raise Problem(
-                503, "Not yet", "the index has not reached after_lsn", "call again, or without it", retry_after_s=1
-            )
+    @asynccontextmanager
+    async def _session(self, who: Principal) -> AsyncIterator[tuple[Connection, IndexSpec]]:
+        """Lend a session for reading as the caller, and what the index is made of now."""
+        async with self._shared.pool.connection() as connection:
+            with speaking_of("target", where=f"index {self.name}"):
+                spec = await self._spec(connection)
+                async with connection.transaction():
+                    for name, value in self._settings(who).items():
+                        await connection.execute("SELECT pg_catalog.set_config(%s, %s, true)", [name, value])
+                    yield connection, spec
 
-    async def _freshness(self, connection: Connection, index: str) -> tuple[str | None, float | None]:
-        statement = sql.SQL(
-            "SELECT p.checkpoint::text, extract(epoch FROM now() - greatest(p.commit_time, p.caught_up_at))::float8"
-            " FROM {} i JOIN {} p USING (slot) WHERE i.name = %s"
-        ).format(sql.Identifier(self._schema, "indexes"), sql.Identifier(self._schema, "pipelines"))
-        with speaking_of("target", where=f"index {index}"):
-            cursor = await connection.execute(statement, [index])
-            row = await cursor.fetchone()
-        if row is None:
-            return None, None
-        return row[0], None if row[1] is None else round(max(0.0, row[1]), 3)
+    async def _facts(self) -> _Known:
+        """Return what the index is made of and how fresh it is, read again after `FRESHNESS_S`."""
+        now = anyio.current_time()
+        known = self._known
+        if known is None or now - known.read_at > FRESHNESS_S:
+            statement = sql.SQL(
+                "SELECT p.checkpoint::text, extract(epoch FROM now() - greatest(p.commit_time, p.caught_up_at))::float8"
+                " FROM {} i JOIN {} p USING (slot) WHERE i.name = %s"
+            ).format(sql.Identifier(self.schema, "indexes"), sql.Identifier(self.schema, "pipelines"))
+            async with self._shared.pool.connection() as connection:
+                with speaking_of("target", where=f"index {self.name}"):
+                    spec = await self._spec(connection)
+                    lsn, lag_s = await fetch_row(connection, statement, [self.name]) or (None, None)
+            lag_s = None if lag_s is None else round(max(0.0, lag_s), 3)
+            self._known = known = _Known(now, spec, lsn, lag_s)
+        return known
+
+    async def load(self) -> None:
+        """Load the index's model.
+
+        :raises EmbedderUnavailable, EmbedderSetupError: it cannot be loaded.
+        """
+        await self._shared.model(self._config.embedder).open()
+
+    async def ping(self) -> None:
+        """Ask the target anything.
+
+        :raises TargetUnavailable, SetupError: it does not answer.
+        """
+        async with self._shared.pool.connection() as connection:
+            with speaking_of("target"):
+                await fetch_value(connection, "SELECT 1")
 
     async def _examples(self, connection: Connection, who: Principal, spec: IndexSpec) -> dict[str, list[Any]]:
         """Return a few values of each column, out of the first rows."""
         names = [*spec.shape.key, *spec.shape.carried]
         condition: sql.Composable = sql.SQL("true")
-        column = self._serve.tenant.column
+        column = self.serve.tenant.column
         if column is not None:
             if column not in names:
                 return {name: [] for name in names}
-            condition = sql.SQL("{}::pg_catalog.text = {}").format(sql.Identifier(column), sql.Literal(who.tenant))
+            condition = self._of_tenant(who)
         cursor = await connection.execute(
             sql.SQL("SELECT {} FROM {} WHERE {} LIMIT 20").format(
-                sql.SQL(", ").join(map(sql.Identifier, names)), Names(self._schema, spec.name).chunks, condition
+                sql.SQL(", ").join(map(sql.Identifier, names)), Names(self.schema, self.name).chunks, condition
             )
         )
-        rows = await cursor.fetchall()
         seen: dict[str, list[Any]] = {name: [] for name in names}
-        for row in rows:
+        for row in await cursor.fetchall():
             for name, value in zip(names, row, strict=True):
                 if value is not None and value not in seen[name] and len(seen[name]) < EXAMPLES:
                     seen[name].append(value)
         return seen
+
+
+class Reader:
+    """The indexes that the server offers, which share connections and models. For any number of tasks.
+
+    :ivar loaded: whether loading their models has been tried.
+    """
+
+    def __init__(self, config: Config) -> None:
+        serve = config.serve
+        target = msgspec.structs.replace(config.target, dsn=serve.dsn or config.target.dsn)
+        name, *others = serve.indexes or config.indexes
+        self._first = Offered.open(
+            msgspec.structs.replace(config, target=target),
+            name,
+            connections=serve.connections,
+            model_timeout_s=serve.deadline_s / 2,
+            application_name="cdcsync serve",
+        )
+        self.indexes = {name: self._first} | {one: self._first.beside(one) for one in others}
+        for index in self.indexes.values():
+            index.serve = serve
+        self.loaded = False
+
+    def index(self, name: str) -> Offered:
+        """Return an index.
+
+        :raises Problem: the server does not offer it.
+        """
+        if name not in self.indexes:
+            raise Problem(
+                404, "No such index", f"there is no index {name[:80]!r}", f"there are: {', '.join(self.indexes)}"
+            )
+        return self.indexes[name]
+
+    async def aclose(self) -> None:
+        """Close sessions and models."""
+        await self._first.__aexit__()
+
+    async def ping(self) -> None:
+        """Ask the target anything.
+
+        :raises TargetUnavailable, SetupError: it does not answer.
+        """
+        await self._first.ping()
+
+    async def load(self) -> None:
+        """Load the models, so that no call waits for that; one that cannot be loaded is tried again by a call."""
+        for index in self.indexes.values():
+            try:
+                await index.load()
+            except CdcsyncError as error:
+                log.warning("model_not_loaded", index=index.name, error=str(error))
+        self.loaded = True

@@ -47,13 +47,14 @@ async def run(
     routes = mcp.streamable_http_app(json_response=True, stateless_http=True, host=host).routes
 
     def bound(actual: int) -> None:
-        log.info("serving", host=host, port=actual, indexes=list(service.reader.offered))
+        log.info("serving", host=host, port=actual, indexes=list(service.reader.indexes))
         if started is not None:
             started(actual)
 
     try:
         async with mcp.session_manager.run(), anyio.create_task_group() as tasks:
             tasks.start_soon(service.recorder.run)
+            tasks.start_soon(service.reader.load)
             if handle_signals:
                 tasks.start_soon(_stop_on_signal, tasks.cancel_scope)
             bounds = Bounds(MOST_CONNECTIONS, config.serve.deadline_s + READING_S)

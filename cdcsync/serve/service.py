@@ -107,7 +107,11 @@ class Service:
 
         :raises Problem: the call is refused or failed; so do the other tools.
         """
-        return await self._call("list_indexes", caller, _Noted(), self.reader.list_indexes)
+
+        async def work(who: Principal) -> list[IndexInfo]:
+            return [await index.info(who) for index in self.reader.indexes.values()]
+
+        return await self._call("list_indexes", caller, _Noted(), work)
 
     async def search(self, caller: Caller, index: str, request: SearchRequest, *, cut: bool = False) -> Answer:
         """Search an index.
@@ -117,7 +121,7 @@ class Service:
         noted = _Noted(index, request.query, sorted(request.filter))
 
         async def work(who: Principal) -> Answer:
-            answer = await self.reader.search(who, index, request)
+            answer = await self.reader.index(index).answer(who, request)
             noted.hits = len(answer.hits)
             if not answer.hits:
                 self.metrics.empty.labels(index).inc()
@@ -133,7 +137,7 @@ class Service:
         noted = _Noted(index)
 
         async def work(who: Principal) -> Document:
-            document = await self.reader.document(who, index, key)
+            document = await self.reader.index(index).document(who, key)
             noted.hits = 1
             if cut:
                 document = _cut_document(document, self.serve.answer_tokens)
@@ -149,7 +153,12 @@ class Service:
             raise Problem(
                 422, "The call cannot be answered", f"send 1 to {MAX_TEXTS} texts of up to {limit} characters"
             )
-        return await self._call("embed", caller, _Noted(index), lambda _: self.reader.embed(index, texts))
+
+        async def work(_: Principal) -> list[list[float]]:
+            vectors = await self.reader.index(index).embed(texts)
+            return [[float(value) for value in vector] for vector in vectors]
+
+        return await self._call("embed", caller, _Noted(index), work)
 
     async def _call(self, tool: Tool, caller: Caller, noted: _Noted, work: Callable[[Principal], Awaitable[T]]) -> T:
         began, at = time.perf_counter(), datetime.now(UTC)
@@ -195,7 +204,7 @@ class Service:
                 who.subject,
                 who.tenant,
                 tool,
-                noted.index if noted.index in self.reader.offered else None,
+                noted.index if noted.index in self.reader.indexes else None,
                 outcome,
                 noted.hits,
                 None if query is None else query_hash(query),

@@ -14,13 +14,25 @@ from __future__ import annotations
 from cdcsync.target.ddl.searching import FUSION, MAX_HITS, drop_search, put_search
 from cdcsync.target.search.conditions import check_where
 from cdcsync.target.search.nearest import nearest_statement, tune
-from cdcsync.target.search.query import Filter, Hit, Mode, Plan, check_condition, refusal, search
+from cdcsync.target.search.query import (
+    NO_SETTINGS,
+    TIMEOUT_S,
+    Filter,
+    Hit,
+    Mode,
+    Plan,
+    check_condition,
+    refusal,
+    search,
+)
 from cdcsync.target.search.stored import stored_spec
 from cdcsync.target.search.words import count_words
 
 __all__ = [
     "FUSION",
     "MAX_HITS",
+    "NO_SETTINGS",
+    "TIMEOUT_S",
     "Filter",
     "Hit",
     "Mode",

@@ -20,7 +20,7 @@ from psycopg.types.datetime import DateLoader, TimestampLoader, TimestamptzLoade
 from cdcsync.errors import CdcsyncError, SetupError, UsageError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, first_line, passing, speaking_of, translate
-from cdcsync.target.ddl.names import Names, vector_schema
+from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.searching import (
     MAX_HITS,
     OWN,
@@ -42,6 +42,9 @@ Filter = Mapping[str, Any]
 
 TIMEOUT_S = 30.0
 """A search takes milliseconds; one that takes this long is not waited for any more."""
+
+
+NO_SETTINGS: Mapping[str, str] = {}
 
 
 class Hit(msgspec.Struct, frozen=True):
@@ -93,6 +96,7 @@ async def search(
     headline: str | None = None,
     where: str | None = None,
     timeout_s: float | None = TIMEOUT_S,
+    settings: Mapping[str, str] = NO_SETTINGS,
     plans: list[Plan] | None = None,
 ) -> list[Hit]:
     """Return the best hits for a query, the best first.
@@ -112,6 +116,7 @@ async def search(
     :param headline: options of ts_headline for `Hit.headline`; None for no headlines.
     :param where: an SQL condition on key and carried columns: the caller's own SQL, with the session's privileges.
     :param timeout_s: how long the server may take; None for any time.
+    :param settings: PostgreSQL settings for this search alone, such as one that a row-level security policy reads.
     :param plans: gets how the server executed each leg.
     :raises UsageError: `k`, `mode`, `filter`, `where` or another argument cannot be used.
     :raises SetupError: the index is not in this database, or the vector is not of its dimension.
@@ -124,12 +129,9 @@ async def search(
         function = function_name(schema, spec.name)
         if where is not None or plans is not None:
             function = await _session_function(connection, schema, spec, where, explain=plans is not None)
-        statement = sql.SQL(
-            "SELECT {} FROM {}($1, $2::pg_catalog.text::{}.vector, $3, $4, $5, $6, $7, $8, $9, $10)"
-        ).format(
-            sql.SQL(", ").join(map(sql.Identifier, [*attributes, *OWN])),
-            function,
-            sql.Identifier(await vector_schema(connection)),
+        # The parameters have the types that the function says.
+        statement = sql.SQL("SELECT {} FROM {}($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)").format(
+            sql.SQL(", ").join(map(sql.Identifier, [*attributes, *OWN])), function
         )
         arguments: list[object] = [
             text,
@@ -147,17 +149,27 @@ async def search(
         _keep_infinity(cursor)
         with _noting_plans(connection, plans):
             async with connection.transaction():
-                await connection.execute("SET TRANSACTION READ ONLY")
-                if timeout_s is not None:
-                    await connection.execute(
-                        sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(max(1, round(timeout_s * 1000))))
-                    )
+                await connection.execute(_for_this_search(timeout_s, settings))
                 try:
                     await cursor.execute(statement, arguments, prepare=False)
                     rows = await cursor.fetchall()
                 except psycopg.Error as error:
                     raise refusal(error, spec, where) from error
     return [_hit(spec, row) for row in rows]
+
+
+def _for_this_search(timeout_s: float | None, settings: Mapping[str, str]) -> sql.Composed:
+    """Return the statements that make a transaction read only, and set what holds while it lasts."""
+    ours = {} if timeout_s is None else {"statement_timeout": str(max(1, round(timeout_s * 1000)))}
+    return sql.SQL("; ").join(
+        [
+            sql.SQL("SET TRANSACTION READ ONLY"),
+            *(
+                sql.SQL("SELECT pg_catalog.set_config({}, {}, true)").format(sql.Literal(name), sql.Literal(value))
+                for name, value in (ours | dict(settings)).items()
+            ),
+        ]
+    )
 
 
 async def check_condition(connection: Connection, schema: str, spec: IndexSpec, where: str | None) -> None:

@@ -107,13 +107,17 @@ async def test_without_the_model_words_are_searched_and_the_answer_says_so(ticke
         async def embed_one(self, text: str) -> object:
             raise EmbedderUnavailable("nobody is at home")
 
+        async def open(self) -> None:
+            raise EmbedderUnavailable("nobody is at home")
+
         async def aclose(self) -> None:
             pass
 
     def without_model(service: Service) -> None:
         away: Any = Away()
-        away.embedder = service.reader._model("fake").embedder
-        service.reader._models["fake"] = away
+        shared = service.reader.index("tickets")._shared
+        away.embedder = shared.model("fake").embedder
+        shared._models["fake"] = away
 
     async with served(tickets.serving(anonymous=True), before=without_model) as client:
         found = (await ask(client, "printer")).json()
@@ -152,7 +156,7 @@ async def test_the_database_holds_the_tenant_even_if_our_filter_is_gone(
     token = new_token(tokens, "ana", {"tenant": "t1"}, None)
 
     def without_filter(service: Service) -> None:
-        service.reader._filter = lambda who, spec, wanted: dict(wanted)  # type: ignore[method-assign]
+        service.reader.index("tickets")._filter = lambda who, spec, wanted: dict(wanted)  # type: ignore[method-assign]
 
     async with served(with_tokens(tickets, tokens), before=without_filter) as client:
         found = (await ask(client, "printer", token, k=50, mode=mode)).json()["hits"]
