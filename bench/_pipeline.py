@@ -129,12 +129,16 @@ class Pipeline:
 
 
 @contextlib.contextmanager
-def pipeline(embedder: str) -> Iterator[Pipeline]:
+def pipeline(embedder: str, **settings: str) -> Iterator[Pipeline]:
     """Start a server and make a pipeline on it; both are gone afterwards.
 
     :param embedder: the keys of the embedder's section.
+    :param settings: settings of the server.
     """
-    with tempfile.TemporaryDirectory(prefix="cdcsync-bench-") as directory, Cluster() as cluster:
+    with (
+        tempfile.TemporaryDirectory(prefix="cdcsync-bench-") as directory,
+        Cluster(settings=settings) as cluster,
+    ):
         made = Pipeline(Path(directory), cluster.dsn(), embedder)
         try:
             yield made
@@ -143,6 +147,11 @@ def pipeline(embedder: str) -> Iterator[Pipeline]:
                 made._process.kill()
                 made._process.wait()
             made.connection.close()
+
+
+def processor_ms(pid: int) -> float:
+    """Return how many milliseconds of a processor a process has had."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e6
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -27,8 +27,11 @@ class Measured(msgspec.Struct, frozen=True):
 
     :ivar recall: the mean share, 0 to 1, of the k nearest that were found.
     :ivar usual: whether sessions have this ef_search without asking for another.
-    :ivar by_hnsw: whether the planner used HNSW; where it read the whole table, nothing can be missed.
+    :ivar by_hnsw: whether HNSW was searched; if every vector was compared, nothing can be missed.
     :ivar mean_ms: milliseconds of a search, as this client sees it.
+    :ivar settled_recall: the recall among settled vectors alone, which is what the graph is worth: fresh vectors are
+        compared exactly. None while there are none.
+    :ivar settled_mean_ms: milliseconds of a search of settled vectors alone.
     """
 
     ef_search: int
@@ -37,6 +40,8 @@ class Measured(msgspec.Struct, frozen=True):
     by_hnsw: bool
     mean_ms: float
     p95_ms: float
+    settled_recall: float | None = None
+    settled_mean_ms: float | None = None
 
 
 class Evaluation(msgspec.Struct, frozen=True):

@@ -5,9 +5,9 @@
 
 Stored vectors stand for queries: they lie where the index has something to find, and need neither a model nor labelled
 questions. So this measures the index, not the model. A vector's own chunk is left out of both answers, as it would be
-found for nothing. Both read both tiers, as every search does: only a settled vector can be missed. Distances are
-compared and not ids: what is as near as the last of the k nearest is a hit, whichever of the equals an exact search
-happens to return.
+found for nothing. Both read both tiers, as every search does. Only a settled vector can be missed, so if there are
+fresh ones too, the settled tier is measured again by itself. Distances are compared and not ids: what is as near as the
+last of the k nearest is a hit, whichever of the equals an exact search happens to return.
 
 All answers to one query are of one snapshot, and nothing is written but the outcome.
 
@@ -33,7 +33,7 @@ from psycopg import sql
 from cdcsync.backoff import Backoff
 from cdcsync.errors import CdcsyncError, SetupError, Unavailable, UsageError
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.queries import fetch_texts, fetch_value
+from cdcsync.postgres.queries import fetch_one, fetch_texts, fetch_value
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.relations import OPERATORS, Names, vector_schema
@@ -84,6 +84,26 @@ class _Answers(msgspec.Struct):
     milliseconds: list[float] = []
     by_hnsw: bool = False
 
+    @property
+    def recall(self) -> float:
+        """The mean share of the nearest that was found."""
+        return round(sum(self.recalls) / len(self.recalls), 6)
+
+
+class _Measuring:
+    """The searches of some vectors of an index: of both tiers, or of the settled one."""
+
+    def __init__(self, statement: sql.Composed, ef_search: Sequence[int], hnsw: str | None, k: int) -> None:
+        """Begin.
+
+        :param hnsw: the name of the HNSW index, None if it is empty.
+        """
+        self.statement = statement
+        self.hnsw = hnsw
+        self.k = k
+        self.answers = {one: _Answers() for one in dict.fromkeys(ef_search)}
+        self.exact_ms: list[float] = []
+
 
 async def evaluate(
     connection: Connection,
@@ -123,20 +143,25 @@ async def evaluate(
         # Known to the server from here on, as the sample had it load the extension.
         cursor = await connection.execute("SELECT current_setting('hnsw.ef_search')::int")
         usual = cast(tuple[int], await cursor.fetchone())[0]
-        statement = nearest_statement(schema, extension, spec, where)
-        answers = {one: _Answers() for one in dict.fromkeys(ef_search or (usual,))}
-        exact_ms: list[float] = []
+        fresh, settled = await _tiers_filled(connection, names, spec)
+        hnsw = names.hnsw_name(spec.generation) if settled else None
+        far = ef_search or (usual,)
+        both = _Measuring(nearest_statement(schema, extension, spec, where), far, hnsw, k)
+        graph = both
+        if fresh and settled:
+            graph = _Measuring(nearest_statement(schema, extension, spec, where, settled=True), far, hnsw, k)
         spent = 0.0
         for own, vector in sample:
             if spent > budget.most_s:
                 break
             started = perf_counter()
-            async with _snapshot(connection, spec, where, budget):
-                await _search_all_ways(connection, statement, (own, vector), k, answers, exact_ms, where)
+            for searched in dict.fromkeys((both, graph)):
+                async with _snapshot(connection, spec, where, budget):
+                    await _search_all_ways(connection, searched, (own, vector), where)
             took = perf_counter() - started
             spent += took
             await anyio.sleep(took * (1 / budget.share - 1))
-    if not any(one.recalls for one in answers.values()):
+    if not both.exact_ms:
         if where is None:
             raise SetupError(
                 "the index has too few vectors: each is compared with the others",
@@ -148,19 +173,21 @@ async def evaluate(
         index=spec.name,
         generation=spec.generation,
         k=k,
-        queries=len(exact_ms),
-        exact_mean_ms=_mean(exact_ms),
-        exact_p95_ms=_p95(exact_ms),
+        queries=len(both.exact_ms),
+        exact_mean_ms=_mean(both.exact_ms),
+        exact_p95_ms=_p95(both.exact_ms),
         measured=[
             Measured(
-                ef_search=far,
-                recall=round(sum(one.recalls) / len(one.recalls), 6),
-                usual=far == usual,
+                ef_search=ef,
+                recall=one.recall,
+                usual=ef == usual,
                 by_hnsw=one.by_hnsw,
                 mean_ms=_mean(one.milliseconds),
                 p95_ms=_p95(one.milliseconds),
+                settled_recall=graph.answers[ef].recall if settled and graph.exact_ms else None,
+                settled_mean_ms=_mean(graph.answers[ef].milliseconds) if settled and graph.exact_ms else None,
             )
-            for far, one in answers.items()
+            for ef, one in both.answers.items()
         ],
         evaluated_at=datetime.now(UTC),
     )
@@ -256,37 +283,39 @@ async def _snapshot(connection: Connection, spec: IndexSpec, where: str | None, 
         ) from error
 
 
+async def _tiers_filled(connection: Connection, names: Names, spec: IndexSpec) -> tuple[bool, bool]:
+    """Say whether there are fresh vectors, and settled ones."""
+    statement = sql.SQL("SELECT EXISTS (SELECT FROM {}), EXISTS (SELECT FROM {})")
+    return cast(
+        tuple[bool, bool], await fetch_one(connection, statement.format(*names.tiers(spec.generation).values()))
+    )
+
+
 async def _search_all_ways(
-    connection: Connection,
-    statement: sql.Composed,
-    query: tuple[int, str],
-    k: int,
-    answers: dict[int, _Answers],
-    exact_ms: list[float],
-    where: str | None,
+    connection: Connection, searched: _Measuring, query: tuple[int, str], where: str | None
 ) -> None:
     """Search for what is near one stored vector, with each ef_search and exactly, and add what came of it."""
     own, vector = query
-    arguments = [vector, k + 1]  # one of them may be the vector itself
+    statement, arguments = searched.statement, [vector, searched.k + 1]  # one of them may be the vector itself
     found = {}
-    for ef_search, one in answers.items():
+    for ef_search, one in searched.answers.items():
         await tune(connection, ef_search, filtered=where is not None)
-        if not exact_ms:
-            one.by_hnsw = await _orders_by_index(connection, statement, arguments)
+        if not searched.exact_ms:
+            one.by_hnsw = await _reads_index(connection, statement, arguments, searched.hnsw)
         found[ef_search] = await _search(connection, statement, arguments)
     # A session that has sequential scans or sorts off would have no exact way left that the planner prefers to HNSW.
     await connection.execute(
         "SET LOCAL enable_indexscan = off; SET LOCAL enable_seqscan = on; SET LOCAL enable_sort = on"
     )
     rows, milliseconds = await _search(connection, statement, arguments)
-    nearest = _distances(rows, own)[:k]
+    nearest = _distances(rows, own)[: searched.k]
     if not nearest:
         return
-    exact_ms.append(milliseconds)
+    searched.exact_ms.append(milliseconds)
     for ef_search, (rows, milliseconds) in found.items():
-        hits = sum(distance <= nearest[-1] for distance in _distances(rows, own)[:k])
-        answers[ef_search].recalls.append(hits / len(nearest))
-        answers[ef_search].milliseconds.append(milliseconds)
+        hits = sum(distance <= nearest[-1] for distance in _distances(rows, own)[: searched.k])
+        searched.answers[ef_search].recalls.append(hits / len(nearest))
+        searched.answers[ef_search].milliseconds.append(milliseconds)
 
 
 async def _search(
@@ -305,10 +334,13 @@ def _distances(rows: Sequence[tuple[int, float]], own: int) -> list[float]:
     return sorted(distance for id_, distance in rows if id_ != own and not math.isnan(distance))
 
 
-async def _orders_by_index(connection: Connection, statement: sql.Composed, arguments: list[object]) -> bool:
-    """Say whether the planner takes the order from an index, as it does with HNSW, and sorts nothing itself."""
+async def _reads_index(
+    connection: Connection, statement: sql.Composed, arguments: list[object], index: str | None
+) -> bool:
+    """Say whether the planner takes the order from this index."""
     ((plan,),) = await fetch_texts(connection, sql.SQL("EXPLAIN (FORMAT JSON) ") + statement, arguments, prepare=False)
-    return any("Order By" in node for node in _nodes(json.loads(cast(str, plan))[0]["Plan"]))
+    nodes = _nodes(json.loads(cast(str, plan))[0]["Plan"])
+    return index is not None and any("Order By" in node and node["Index Name"] == index for node in nodes)
 
 
 def _nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection, first_line
-from cdcsync.target.ddl.relations import OPCLASSES, Names, vector_schema
+from cdcsync.target.ddl.names import Names, opclass
 
 log = structlog.get_logger()
 
@@ -61,9 +61,8 @@ async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec) -> bo
 
 async def hnsw_method(connection: Connection, spec: IndexSpec) -> sql.Composed:
     """Return what an HNSW index of the spec's vectors is made of, as CREATE INDEX has it after USING."""
-    opclass = f"{spec.config.vector_type}_{OPCLASSES[spec.distance]}"
     return sql.SQL("hnsw (embedding {}) WITH (m = {}, ef_construction = {})").format(
-        sql.Identifier(await vector_schema(connection), opclass),
+        await opclass(connection, spec),
         sql.Literal(spec.config.hnsw.m),
         sql.Literal(spec.config.hnsw.ef_construction),
     )

@@ -32,7 +32,8 @@ async def missing_relations(connection: Connection, schema: str, spec: IndexSpec
     """Return what is missing of an index that is loaded."""
     names, view = Names(schema, spec.name), spec.config.view_name
     tables = [f"{spec.name}_chunks", f"{spec.name}_backlog", f"{spec.name}_vectors_{spec.generation}"]
-    built = [names.hnsw_name(spec.generation), *([] if spec.config.search is None else [names.search_name])]
+    built = [names.hnsw_name(spec.generation), names.near_name(spec.generation)]
+    built += [] if spec.config.search is None else [names.search_name]
     row = await fetch_one(
         connection,
         sql.SQL(

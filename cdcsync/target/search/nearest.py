@@ -18,9 +18,17 @@ _NEAREST: LiteralString = """
 """The limit stays next to the ordering, which is what the HNSW index can serve."""
 
 
-def nearest_statement(schema: str, extension: str, spec: IndexSpec, where: str | None) -> sql.Composed:
-    """Return the search by vector alone, as ids and distances: $1 the vector, $2 how many."""
-    return sql.SQL(_NEAREST).format(**_vector_parts(schema, extension, spec, "$1", where))
+def nearest_statement(
+    schema: str, extension: str, spec: IndexSpec, where: str | None, *, settled: bool = False
+) -> sql.Composed:
+    """Return the search by vector alone, as ids and distances: $1 the vector, $2 how many.
+
+    :param settled: search the settled tier alone.
+    """
+    parts = _vector_parts(schema, extension, spec, "$1", where)
+    if settled:
+        parts["vectors"] = Names(schema, spec.name).settled(spec.generation)
+    return sql.SQL(_NEAREST).format(**parts)
 
 
 def _vector_parts(

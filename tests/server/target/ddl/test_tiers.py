@@ -97,6 +97,23 @@ async def test_filters_and_joins_keep_the_hnsw_index(open_index: OpenIndex, quer
     assert "Seq Scan on articles_vectors_1_settled" not in found
 
 
+async def test_a_search_through_the_view_does_not_sort_what_is_fresh_if_that_is_much(open_index: OpenIndex) -> None:
+    index = await with_both(open_index)
+    await fill(index, range(3_200, 8_000))
+    await index.connection.execute("ANALYZE; SET work_mem = '64kB'")
+
+    found = await plan(
+        index.connection,
+        "SELECT id FROM public.articles_index ORDER BY embedding OPERATOR(public.<=>) '[1,200,3]'::public.vector"
+        " LIMIT 10",
+    )
+
+    assert "Merge Append" in found
+    assert "Index Scan using articles_vectors_1_fresh_near" in found
+    assert "Index Scan using articles_vectors_1_hnsw" in found
+    assert "Sort  " not in found
+
+
 async def test_a_selective_filter_compares_the_few_rows_exactly_in_both_tiers(open_index: OpenIndex) -> None:
     index = await with_both(open_index, indexed=("tenant",), carried={"tenant": "integer"})
     await index.connection.execute("UPDATE cdcsync.articles_chunks SET tenant = id")
