@@ -86,6 +86,8 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
         return True
     if load is None or load.state != "done" or await _loading(connection, names, spec):
         return False
+    if await Requests(schema).doubted(connection, load):
+        return False
     # Left by chunks that had to go whose texts might have come again.
     await delete_vectors_without_chunks(connection, schema, spec)
     await build_search(connection, schema, spec)

@@ -14,9 +14,10 @@ Source: PostgreSQL, "pg_replication_slots", "Replication" (max_slot_wal_keep_siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import anyio
+import msgspec
 import structlog
 
 from cdcsync.config import Config
@@ -25,15 +26,17 @@ from cdcsync.errors import SchemaChanged, SetupError, TablesChanged, Unavailable
 from cdcsync.flows.build import LOAD_CANCELLED
 from cdcsync.flows.setup.differences import ask_for, note_fingerprint, present_fingerprint, stored_fingerprint
 from cdcsync.flows.setup.start import outdated
+from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.spec import IndexSpec
+from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.sessions import Session, speaking_of
 from cdcsync.preflight import Finding
 from cdcsync.preflight.following import following_findings
 from cdcsync.preflight.indexes import Plan, vector_faults
-from cdcsync.source.catalog import Catalog, Slot, read_catalog, read_slot
-from cdcsync.source.fingerprints import Fingerprint, difference, fingerprint_of
+from cdcsync.source.catalog import Catalog, Slot, insert_lsn, read_catalog, read_slot
+from cdcsync.source.fingerprints import Difference, Fingerprint, difference, fingerprint_of
 from cdcsync.target.ddl.missing import missing_relations
 from cdcsync.target.registry import Entry, Registry
 
@@ -44,6 +47,9 @@ WATCH_S = 5.0
 
 NUDGED_S = 0.05
 """How long after a nudge it is asked: a commit may be delivered a moment before it is visible."""
+
+AWAITED_S = 1.0
+"""How often it is asked while the stream may still bring a TRUNCATE that would explain what was seen."""
 
 RELATIONS_S = 60.0
 """How often it is looked whether somebody dropped a relation of an index in the target."""
@@ -98,12 +104,17 @@ class Watch:
         pauses: Pauses,
         pause: Callable[[SchemaChanged], None],
         metrics: Metrics,
+        *,
+        deliveries: Mapping[str, Deliveries],
+        received: Callable[[], Lsn],
     ) -> None:
         """Make the watch of a pipeline.
 
         :param plans: the facts known about each configured index.
         :param specs: the indexes that are followed.
         :param pause: takes the reason why an index that is followed has to be paused.
+        :param deliveries: what the stream has delivered for each index.
+        :param received: says how far the stream has been received.
         """
         self._config = config
         self._plans = plans
@@ -111,6 +122,11 @@ class Watch:
         self._pauses = pauses
         self._pause = pause
         self._metrics = metrics
+        self._deliveries = deliveries
+        self._received = received
+        self._awaited: dict[str, tuple[int, Lsn]] = {}
+        """By index: the transaction that rewrote its table, and from where in the stream on that has come if it was a
+        TRUNCATE."""
         self._ailing = {plan.name for plan in plans if plan.unfit}
         """The indexes whose tables had a fault when they were last looked at."""
         self._first: dict[str, Fingerprint | None] = {}
@@ -147,7 +163,7 @@ class Watch:
                     log.debug("watch_waits", error=str(error))
                 else:
                     self._look_at_slot(slot, retention)
-                with anyio.move_on_after(WATCH_S):
+                with anyio.move_on_after(AWAITED_S if self._awaited else WATCH_S):
                     await self._nudged.wait()
                     await anyio.sleep(NUDGED_S)
 
@@ -167,7 +183,7 @@ class Watch:
             error = next((finding for finding in findings if finding.level == "error"), None)
             self._note_problems(plan.name, findings)
             if plan.name in self._specs and entry.state != "paused":
-                await self._look_at_followed(target, self._specs[plan.name], entry, catalog, error)
+                await self._look_at_followed(source, target, self._specs[plan.name], entry, catalog, error)
             elif entry.state == "paused":
                 await self._look_at_paused(target, plan, entry, catalog, error)
             if error is None:
@@ -186,7 +202,7 @@ class Watch:
             self.problems[index] = "; ".join(said)
 
     async def _look_at_followed(
-        self, target: Session, spec: IndexSpec, entry: Entry, catalog: Catalog, error: Finding | None
+        self, source: Session, target: Session, spec: IndexSpec, entry: Entry, catalog: Catalog, error: Finding | None
     ) -> None:
         if error is not None:
             if spec.name not in self._ailing:
@@ -206,6 +222,12 @@ class Watch:
         found = difference(stored_fingerprint(entry), now, catalog.tables[spec.shape.table])
         if found.reread:
             raise TablesChanged(found.reread, where=f"index {spec.name}")
+        emptied = await self._emptied(source, spec.name, found)
+        if emptied is None:
+            return
+        if emptied:
+            found = msgspec.structs.replace(found, compare=None)
+        self._awaited.pop(spec.name, None)
         schema = self._config.target.schema
         with speaking_of("target", where=f"index {spec.name}", index=spec.name):
             connection = await target.connection()
@@ -214,6 +236,21 @@ class Watch:
                 await ask_for(connection, schema, spec.name, found)
                 crash_point("difference written")
             crash_point("difference committed")
+
+    async def _emptied(self, source: Session, index: str, found: Difference) -> bool | None:
+        """Say whether a TRUNCATE that the stream has brought made a table's new files; None if it may still come."""
+        writer, deliveries = found.emptied_by, self._deliveries[index]
+        if writer is None:
+            return False
+        if deliveries.emptied_by(writer) and not found.at_its_end:
+            return True
+        awaited = self._awaited.get(index)
+        if awaited is None or (awaited[0] != writer and deliveries.emptied_by(awaited[0])):
+            with speaking_of("source"):
+                awaited = self._awaited[index] = writer, await insert_lsn(await source.connection())
+        if self._received() <= awaited[1]:
+            return None
+        return awaited[0] == writer and deliveries.emptied_by(writer, at_its_end=found.at_its_end)
 
     async def _look_at_paused(
         self, target: Session, plan: Plan, entry: Entry, catalog: Catalog, error: Finding | None

@@ -41,6 +41,9 @@ MOST_SUSPECTS = 100_000
 """Suspects told apart for an index, some 10 MB of them: more than come in while pages are read, unless a read waits for
 a lock for long."""
 
+MOST_EMPTIED = 1_000
+"""Transactions that emptied the table, as far as they are remembered: the catalog is looked at every few seconds."""
+
 XID_SPAN = 1 << 32
 """The stream carries transaction ids modulo this; snapshots carry them whole."""
 
@@ -99,6 +102,9 @@ class Deliveries:
         """The oldest and the newest of the suspects that were too many to be told apart."""
         self._keys: dict[Key, int] | None = None
         self._truncated: int | None = None
+        self._emptied: dict[int, bool] = {}
+        """The transactions that emptied the table lately, and whether they changed nothing more afterwards."""
+        self._emptying: int | None = None
         self._seen: Snapshot | None = None
 
     @property
@@ -123,6 +129,8 @@ class Deliveries:
         self._suspect_span = None
         self._seen = None
         self._truncated = None
+        self._emptied.clear()
+        self._emptying = None
         if self._keys is not None:
             self._keys = {}
 
@@ -153,6 +161,8 @@ class Deliveries:
 
     def touched(self, key: Key, xid: int) -> None:
         """Note that the stream delivered a change of `key` made by `xid`."""
+        if xid == self._emptying:
+            self._emptied[xid] = False
         if self._seen is not None and self._seen.sees(xid):
             return
         if self._keys is None:
@@ -165,12 +175,25 @@ class Deliveries:
 
     def truncated(self, xid: int) -> None:
         """Note that the stream delivered a TRUNCATE made by `xid`."""
+        self._emptying = xid
+        self._emptied.pop(xid, None)
+        self._emptied[xid] = True
+        if len(self._emptied) > MOST_EMPTIED:
+            del self._emptied[next(iter(self._emptied))]
         if self._seen is not None and self._seen.sees(xid):
             return
         if self._keys is None:
             self.suspect((xid,))
         else:
             self._truncated = xid
+
+    def emptied_by(self, xid: int, *, at_its_end: bool = False) -> bool:
+        """Say whether the stream has delivered a TRUNCATE made by `xid`.
+
+        :param at_its_end: whether it counts only if that transaction has changed nothing afterwards, which is known
+            once all of it has been delivered.
+        """
+        return self._emptied.get(xid, False) or (xid in self._emptied and not at_its_end)
 
     def unseen(self, snapshot: Snapshot) -> list[int]:
         """Return the suspects that `snapshot` does not see: with any, the page has to be read again."""

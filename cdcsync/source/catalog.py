@@ -191,6 +191,11 @@ async def current_lsn(connection: Connection) -> Lsn:
     return Lsn.parse(cast(str, await fetch_value(connection, statement)))
 
 
+async def insert_lsn(connection: Connection) -> Lsn:
+    """Return where the next record of WAL goes: everything that is visible by now was committed before it."""
+    return Lsn.parse(cast(str, await fetch_value(connection, "SELECT pg_current_wal_insert_lsn()::text")))
+
+
 async def current_snapshot(connection: Connection) -> Snapshot:
     """Return which transactions a statement begun now sees."""
     return Snapshot.parse(cast(str, await fetch_value(connection, "SELECT pg_current_snapshot()::text")))

@@ -6,7 +6,8 @@ fingerprints are stored with each index and compared with the catalog as it is n
 may have changed:
 
     reread      values may be others, or of other types: the table is read again
-    compare     rows may have changed without being sent, or were rewritten: source and index are compared by digests
+    compare     rows may have changed without being sent, or were rewritten: source and index are compared by digests,
+                unless a TRUNCATE that the stream brings is what rewrote them (`emptied_by`)
     arrived     partitions brought rows that were never sent: the rows within their bounds are read
     left        partitions went, with their rows: the source is asked which of the index's keys it still has
 
@@ -69,12 +70,17 @@ class Difference(msgspec.Struct, frozen=True):
     :ivar compare: why source and index have to be compared, if they have to.
     :ivar arrived: the partitions whose rows have to be read.
     :ivar left: whether partitions went.
+    :ivar emptied_by: a transaction (32 bits) whose TRUNCATE, if the stream brings one, is why they would have to be
+        compared, so that they do not have to be.
+    :ivar at_its_end: whether only a TRUNCATE after which that transaction changed nothing is enough.
     """
 
     reread: str | None = None
     compare: str | None = None
     arrived: tuple[Partition, ...] = ()
     left: bool = False
+    emptied_by: int | None = None
+    at_its_end: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.reread or self.compare or self.arrived or self.left)
@@ -119,19 +125,40 @@ def difference(before: Fingerprint | None, now: Fingerprint, table: Table) -> Di
     reread = _reread(was, is_) or _retyped(before.made_of.types, now.made_of.types)
     if reread is not None or was is None:
         return Difference(reread=reread or f"{name} was not read before")
-    compare = None
-    rewritten = [leaf for leaf, (file, _) in is_.leaves.items() if leaf in was.leaves and was.leaves[leaf][0] != file]
-    if was.file != is_.file or rewritten:
-        compare = f"{name} was rewritten"
-    elif before.sent_by.publication != now.sent_by.publication:
+    compare = emptied_by = None
+    writers = _rewritten_by(was, is_, table)
+    if before.sent_by.publication != now.sent_by.publication:
         compare = "the publication was edited"
     elif before.sent_by.tables.get(name) != now.sent_by.tables.get(name):
         compare = f"what the publication sends of {name} was edited"
+    elif writers:
+        compare = f"{name} was rewritten"
+        emptied_by = _emptied_by(writers, table, is_.columns)
     arrived = tuple(
         leaf for leaf in table.leaves if was.leaves.get(str(leaf.oid), (0, ""))[1] != is_.leaves[str(leaf.oid)][1]
     )
     left = any(is_.leaves.get(leaf, (0, ""))[1] != attached for leaf, (_, attached) in was.leaves.items())
-    return Difference(None, compare, arrived, left)
+    return Difference(None, compare, arrived, left, emptied_by, emptied_by is not None and bool(table.leaves))
+
+
+def _rewritten_by(was: TableValues, is_: TableValues, table: Table) -> set[int]:
+    """Return which transactions last wrote the entries of the table and its partitions that have other files now."""
+    writers = {table.written_by} if was.file != is_.file else set()
+    return writers | {
+        leaf.written_by for leaf in table.leaves if was.leaves.get(str(leaf.oid), (leaf.file, ""))[0] != leaf.file
+    }
+
+
+def _emptied_by(writers: set[int], table: Table, columns: Iterable[str]) -> int | None:
+    """Return the transaction whose TRUNCATE may have made all the new files, if nothing that it did contradicts that.
+
+    ALTER TABLE … USING after the TRUNCATE writes the column's entry, too. After the TRUNCATE of a partitioned table,
+    which the stream brings, one of a partition by itself may follow, which it does not: so such a table must have been
+    left empty (`at_its_end`).
+    """
+    (writer, *others) = writers
+    altered = any(table.columns[name].written_by == writer for name in columns)
+    return None if others or altered else writer
 
 
 def _reread(was: TableValues | None, is_: TableValues) -> str | None:

@@ -42,6 +42,7 @@ class Column(msgspec.Struct, frozen=True):
     :ivar wire_type: OID and modifier, as the stream tells them.
     :ivar number: pg_attribute.attnum; a column that was dropped and added under its name has another one.
     :ivar expression: the OID of a generated column's expression, which a new expression changes; else None.
+    :ivar written_by: the transaction that last wrote its entry in the catalog, as 32 bits.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Column(msgspec.Struct, frozen=True):
     wire_type: tuple[int, int] = (0, -1)
     number: int = 0
     expression: int | None = None
+    written_by: int = 0
 
 
 class Partition(msgspec.Struct, frozen=True):
@@ -62,6 +64,7 @@ class Partition(msgspec.Struct, frozen=True):
     :ivar file: its relfilenode, which TRUNCATE changes, and so does everything that rewrites it.
     :ivar attached: the transactions that attached it and its ancestors.
     :ivar bounds: the condition that its rows fulfil; None if it takes all.
+    :ivar written_by: the transaction that last wrote its entry in pg_class, as 32 bits.
     """
 
     name: QualifiedName
@@ -73,6 +76,7 @@ class Partition(msgspec.Struct, frozen=True):
     file: int = 0
     attached: str = ""
     bounds: str | None = None
+    written_by: int = 0
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -90,6 +94,7 @@ class Table(msgspec.Struct, frozen=True):
     :ivar leaves: a partitioned table's partitions that hold rows.
     :ivar file: its relfilenode; 0 if it is partitioned.
     :ivar types: the user-defined types that its columns are made of, by OID.
+    :ivar written_by: the transaction that last wrote its entry in pg_class, as 32 bits.
     """
 
     oid: int
@@ -110,6 +115,7 @@ class Table(msgspec.Struct, frozen=True):
     leaves: tuple[Partition, ...] = ()
     file: int = 0
     types: dict[int, Type] = {}
+    written_by: int = 0
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -165,7 +171,7 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
                    AND (c.relforcerowsecurity OR NOT pg_has_role(c.relowner, 'USAGE')),
                greatest(c.reltuples, 0)::int8, has_schema_privilege(n.oid, 'USAGE'),
                c.relkind <> 'p' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid),
-               c.relfilenode::int8, {_PRIMARY_KEY}, {_IDENTITY}
+               c.relfilenode::int8, c.xmin::text::int8, {_PRIMARY_KEY}, {_IDENTITY}
         FROM unnest(%s::text[], %s::text[]) AS wanted (schema, name)
         JOIN pg_namespace n ON n.nspname = wanted.schema
         JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
@@ -181,7 +187,7 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
     types = await _types(connection, {one.wire_type[0] for of in columns.values() for one in of.values()})
     tables = {}
     for schema, name, oid, kind, persistence, mode, *facts in found:
-        readable, owned, row_security, estimate, reachable, children, file, primary_key, identity = facts
+        readable, owned, row_security, estimate, reachable, children, file, xmin, primary_key, identity = facts
         qualified = QualifiedName(schema, name)
         mine = columns.get(oid, {})
         tables[qualified] = Table(
@@ -203,6 +209,7 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
             leaves=leaves.get(oid, ()),
             file=file,
             types=reachable_types(types, [one.wire_type[0] for one in mine.values()]),
+            written_by=xmin,
         )
     return tables
 
@@ -235,7 +242,8 @@ async def _columns(connection: Connection, oids: Collection[int]) -> dict[int, d
                ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = a.atttypid ORDER BY enumsortorder),
                a.atttypid::int8, a.atttypmod, a.attnum::int4,
                CASE WHEN a.attgenerated <> '' THEN
-                   (SELECT d.oid::int8 FROM pg_attrdef d WHERE d.adrelid = a.attrelid AND d.adnum = a.attnum) END
+                   (SELECT d.oid::int8 FROM pg_attrdef d WHERE d.adrelid = a.attrelid AND d.adnum = a.attnum) END,
+               a.xmin::text::int8
         FROM pg_attribute a
         WHERE a.attrelid = ANY(%s::int8[]::oid[]) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum
         """,
@@ -255,6 +263,7 @@ async def _columns(connection: Connection, oids: Collection[int]) -> dict[int, d
         modifier,
         number,
         expression,
+        xmin,
     ) in await cursor.fetchall():
         columns.setdefault(oid, {})[name] = Column(
             name,
@@ -267,6 +276,7 @@ async def _columns(connection: Connection, oids: Collection[int]) -> dict[int, d
             (of_type, modifier),
             number,
             expression,
+            xmin,
         )
     return columns
 
@@ -336,7 +346,7 @@ async def _leaves(connection: Connection, roots: Collection[int]) -> dict[int, t
                (SELECT string_agg(i.xmin::text, ' ' ORDER BY a.place)
                 FROM pg_partition_ancestors(c.oid) WITH ORDINALITY AS a (relid, place)
                 JOIN pg_inherits AS i ON i.inhrelid = a.relid),
-               pg_get_partition_constraintdef(c.oid)
+               pg_get_partition_constraintdef(c.oid), c.xmin::text::int8
         FROM unnest(%s::int8[]::oid[]) AS root (oid), pg_partition_tree(root.oid) AS p
         JOIN pg_class c ON c.oid = p.relid JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE c.relkind <> 'p' ORDER BY 2, 3
@@ -344,7 +354,7 @@ async def _leaves(connection: Connection, roots: Collection[int]) -> dict[int, t
         [list(roots)],
     )
     leaves: dict[int, list[Partition]] = {}
-    for root, schema, name, kind, persistence, mode, identity, oid, file, attached, bounds in await cursor.fetchall():
+    for root, schema, name, kind, persistence, mode, identity, oid, file, attached, *rest in await cursor.fetchall():
         leaf = Partition(
             QualifiedName(schema, name),
             kind,
@@ -354,7 +364,7 @@ async def _leaves(connection: Connection, roots: Collection[int]) -> dict[int, t
             oid,
             file,
             attached or "",
-            bounds,
+            *rest,
         )
         leaves.setdefault(root, []).append(leaf)
     return {root: tuple(found) for root, found in leaves.items()}

@@ -197,14 +197,17 @@ class Requests:
         """Ask for a resync in place of the loads that are open: it reads all that they would have read.
 
         Needs a transaction around it. Documents are chunked again where a load that did not get through was to do so.
+        The new request is as slow as the newest of those that it replaces, which name it.
         """
-        await connection.execute(
+        cursor = await connection.execute(
             sql.SQL(
-                "UPDATE {} SET state = 'cancelled', finished_at = now()"
-                " WHERE index_name = %s AND kind IN ('initial', 'resync') AND filter IS NULL AND state = ANY(%s)"
+                "UPDATE {} SET state = 'cancelled', finished_at = now() WHERE index_name = %s"
+                " AND kind IN ('initial', 'resync') AND filter IS NULL AND state = ANY(%s)"
+                " RETURNING id, max_rows_per_s"
             ).format(self._table),
             [index, list(OPEN)],
         )
+        replaced = sorted(cast(list[tuple[int, int | None]], await cursor.fetchall()))
         # Rows that fail again are listed again; the source may write a key differently by now.
         await connection.execute(
             sql.SQL("DELETE FROM {} WHERE index_name = %s").format(sql.Identifier(self._schema, "failed_documents")),
@@ -220,7 +223,19 @@ class Requests:
             ).format(self._table, self._table),
             [index],
         )
-        return await self.add(connection, index, "resync", rewrite=rewrite or cast(bool, row[0]), filter_=None)
+        id_ = await self.add(
+            connection,
+            index,
+            "resync",
+            rewrite=rewrite or cast(bool, row[0]),
+            filter_=None,
+            max_rows_per_s=replaced[-1][1] if replaced else None,
+        )
+        await connection.execute(
+            sql.SQL("UPDATE {} SET error = %s WHERE id = ANY(%s)").format(self._table),
+            [f"replaced by request {id_}", [one for one, _ in replaced]],
+        )
+        return id_
 
     async def _wake(self, connection: Connection, index: str) -> None:
         await connection.execute("SELECT pg_notify(%s, %s)", [self.channel, index])
@@ -238,16 +253,44 @@ class Requests:
         return None if row is None else _request(row)
 
     async def oldest_comparison(self, connection: Connection, indexes: list[str]) -> Request | None:
-        """Return the comparison to make next of these indexes; those of paused indexes wait."""
+        """Return the comparison to make next of these indexes; those of indexes that are paused or loading wait.
+
+        Until an index is loaded, everything that it lacks would differ.
+        """
         row = await fetch_row(
             connection,
             sql.SQL(
                 f"SELECT {_COLUMNS} FROM {{}} WHERE state IN ('requested', 'running') AND index_name = ANY(%s)"
-                " AND kind = 'compare' AND index_name NOT IN {} ORDER BY id LIMIT 1"
-            ).format(self._table, self._registry.paused),
-            [indexes],
+                " AND kind = 'compare' AND index_name NOT IN {} AND index_name NOT IN (SELECT index_name FROM {}"
+                " WHERE kind IN ('initial', 'resync') AND state = ANY(%s)) ORDER BY id LIMIT 1"
+            ).format(self._table, self._registry.paused, self._table),
+            [indexes, list(OPEN)],
         )
         return None if row is None else _request(row)
+
+    async def compare(self, connection: Connection, index: str) -> None:
+        """Ask for a comparison, in the caller's transaction; one that has not begun yet sees the present, too."""
+        row = await fetch_row(
+            connection,
+            sql.SQL("SELECT FROM {} WHERE index_name = %s AND kind = 'compare' AND state = 'requested'").format(
+                self._table
+            ),
+            [index],
+        )
+        if row is None:
+            await self.add(connection, index, "compare", rewrite=False, filter_=None)
+
+    async def doubted(self, connection: Connection, load: Request) -> bool:
+        """Say whether what a load has read is still to be compared, as the table was rewritten meanwhile."""
+        row = await fetch_row(
+            connection,
+            sql.SQL(
+                "SELECT FROM {} AS c, {} AS l WHERE l.id = %s AND c.index_name = l.index_name AND c.kind = 'compare'"
+                " AND c.state IN ('requested', 'running') AND c.requested_at <= l.finished_at"
+            ).format(self._table, self._table),
+            [load.id],
+        )
+        return row is not None
 
     async def compared(self, connection: Connection, request: Request, rows: int) -> None:
         """End a comparison, and with it those of the same index that were asked for before it began."""

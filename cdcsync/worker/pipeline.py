@@ -158,7 +158,16 @@ class Pipeline:
         )
         self.status_every_s = config.source.feedback_every_s
         self.silence_s = SILENCE_S
-        self.watch = Watch(config, plans, specs, pauses, self.stream.pause, metrics)
+        self.watch = Watch(
+            config,
+            plans,
+            specs,
+            pauses,
+            self.stream.pause,
+            metrics,
+            deliveries=self.deliveries,
+            received=lambda: self.stream.received,
+        )
         self.stream.described = self.watch.look
         state.problems = self.watch.problems
         self._failed_at: tuple[str, Lsn] | None = None

@@ -18,7 +18,7 @@ HELD = {
     "columns that it does not need are added, dropped, renamed, moved": (CHANGES, "a column renamed that no index"),
     "the replica identity becomes FULL, or an index on the same key": (CHANGES, "the identity made an index"),
     "labels are added to an enum type": (FINGERPRINTS, "a label is added"),
-    "`TRUNCATE`": (PARTITIONS, "TRUNCATE moving"),
+    "`TRUNCATE`": (f"{SCENARIOS}test_truncations.py", "with its rows"),
     "a key or carried column gets another type": (CHANGES, "carried columns of other types"),
     "the key gets a type that its values cannot be converted to": (
         REFUSED,

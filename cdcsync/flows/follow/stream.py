@@ -87,6 +87,11 @@ class Stream:
         """The checkpoint that the target holds."""
         return self._progress.checkpoint
 
+    @property
+    def received(self) -> Lsn:
+        """How far the stream has been received: every transaction that committed before it has been delivered."""
+        return self._progress.received
+
     def pause(self, error: SchemaChanged) -> None:
         """Pause an index with the next commit; `follow` returns the error once that is stored."""
         self._open.pause(error)

@@ -49,15 +49,15 @@ async def note_fingerprint(target: Connection, schema: str, index: str, fingerpr
 
 
 async def ask_for(target: Connection, schema: str, index: str, found: Difference) -> None:
-    """Ask for what a difference needs short of reading the table again, in the caller's transaction."""
+    """Ask for what a difference needs short of reading the table again, in the caller's transaction.
+
+    What a load under way has read may be wrong by then: the comparison follows that load.
+    """
     requests = Requests(schema)
     if found.compare:
         load = await requests.last_load(target, index)
-        if load is not None and not load.ended:
-            # The rows that it has read already may be wrong by now.
-            await requests.reload(target, index, rewrite=load.rewrite)
-        else:
-            await requests.add(target, index, "compare", rewrite=False, filter_=None)
+        if load is None or load.ended or load.started_at is not None:
+            await requests.compare(target, index)
         log.warning("index_doubted", index=index, because=found.compare)
     if found.arrived:
         await requests.add(target, index, "replay", rewrite=False, filter_=_within(found.arrived))

@@ -148,7 +148,6 @@ async def _register(target: Connection, config: Config, spec: IndexSpec, catalog
     assert now is not None
     before = await registry.find(target, spec.name)
     await registry.register(target, config.source.slot, spec)
-    await note_fingerprint(target, schema, spec.name, now)
     found = Difference() if before is None else difference(stored_fingerprint(before), now, table)
     request = _needed_load(spec, before, found)
     if before is not None and missing and before.state == "live":
@@ -157,6 +156,9 @@ async def _register(target: Connection, config: Config, spec: IndexSpec, catalog
     if before is not None and missing.tables:
         # Chunks as much as vectors are made of the rows.
         request = "resync", True
+    if request is None and found.emptied_by is not None:
+        return  # the stream may bring the TRUNCATE: the watch waits for it
+    await note_fingerprint(target, schema, spec.name, now)
     if request is None:
         await ask_for(target, schema, spec.name, found)
         return

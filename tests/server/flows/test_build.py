@@ -112,3 +112,46 @@ async def test_an_index_that_is_paused_again_and_again_is_read_once(
         ("resync", "requested"),
     ]
     assert await state(connection) == "building"
+
+
+@pytest.mark.parametrize(
+    ("asked", "state_of_it", "then"),
+    [
+        ("before", "requested", "building"),
+        ("before", "running", "building"),
+        ("before", "done", "live"),
+        ("before", "failed", "live"),
+        ("after", "requested", "live"),
+    ],
+)
+async def test_an_index_is_live_once_what_its_load_may_have_read_too_early_is_compared(
+    building: LiveIndex, connection: Connection, asked: str, state_of_it: str, then: str
+) -> None:
+    load = await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
+    await connection.execute("UPDATE cdcsync.backfills SET state = 'running', started_at = now() WHERE id = %s", [load])
+    await ask_for(connection, SCHEMA, "articles", Difference(compare="it was rewritten"))
+    moment = "clock_timestamp()" if asked == "before" else "requested_at - interval '1 second'"
+    await connection.execute(
+        f"UPDATE cdcsync.backfills SET state = 'done', finished_at = {moment} WHERE id = %s".encode(), [load]
+    )
+    await connection.execute("UPDATE cdcsync.backfills SET state = %s WHERE kind = 'compare'", [state_of_it])
+    if asked == "after":
+        await connection.execute(
+            "UPDATE cdcsync.backfills SET finished_at = requested_at - interval '1 s' WHERE id = %s", [load]
+        )
+        await connection.execute("UPDATE cdcsync.backfills SET requested_at = clock_timestamp() WHERE kind = 'compare'")
+
+    await _advance(connection, SCHEMA, building.spec)
+
+    assert await state(connection) == then
+
+
+async def test_a_load_that_has_read_nothing_yet_needs_no_comparison(
+    building: LiveIndex, connection: Connection
+) -> None:
+    load = await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
+
+    await ask_for(connection, SCHEMA, "articles", Difference(compare="it was rewritten"))
+
+    cursor = await connection.execute("SELECT id FROM cdcsync.backfills")
+    assert await cursor.fetchall() == [(load,)]

@@ -169,6 +169,40 @@ async def test_what_may_have_kept_rows_from_being_sent_has_source_and_index_comp
     assert not found.reread
 
 
+EMPTIED = {
+    "by itself": (T, "TRUNCATE public.t", True, False),
+    "filled again": (T, "BEGIN; TRUNCATE public.t; INSERT INTO public.t VALUES (1, 'a'); COMMIT", True, False),
+    "after a rewrite": (T, "VACUUM FULL public.t; TRUNCATE public.t", True, False),
+    "and a column rewritten": (
+        T,
+        "BEGIN; TRUNCATE public.t; ALTER TABLE public.t ALTER title TYPE text USING upper(title); COMMIT",
+        False,
+        False,
+    ),
+    "and the publication edited": (
+        T,
+        "TRUNCATE public.t; ALTER PUBLICATION p SET (publish = 'insert, update, delete, truncate')",
+        False,
+        False,
+    ),
+    "with its partitions": (P, "TRUNCATE public.p", True, True),
+    "a partition after all": (P, "TRUNCATE public.p; TRUNCATE public.p1", False, False),
+}
+
+
+@pytest.mark.parametrize(("name", "edit", "explains", "at_its_end"), EMPTIED.values(), ids=EMPTIED)
+async def test_new_files_name_the_transaction_whose_truncate_may_have_made_them(
+    source: Connection, name: QualifiedName, edit: str, explains: bool, at_its_end: bool
+) -> None:
+    found = await done(source, edit, name)
+
+    assert found.compare
+    assert (found.emptied_by is not None, found.at_its_end) == (explains, at_its_end)
+    if explains:
+        table = (await taken(source, name))[1].tables[name]
+        assert found.emptied_by in (table.written_by, *(leaf.written_by for leaf in table.leaves))
+
+
 @pytest.mark.parametrize(("publication", "edit"), OUT_AND_BACK, ids=map(": ".join, OUT_AND_BACK))
 async def test_a_table_that_was_not_sent_for_a_while_is_noticed_by_any_kind_of_publication(
     source: Connection, publication: str, edit: str

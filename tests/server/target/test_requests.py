@@ -221,3 +221,36 @@ async def test_a_reload_chunks_again_where_the_load_before_it_did_not_get_throug
     async with connection.transaction():
         again = await REQUESTS.reload(connection, "articles", rewrite=False)
     assert await open_ones(connection) == [(again, "resync", state != "done", None)]
+
+
+async def test_a_reload_is_as_slow_as_the_load_that_it_replaces_which_names_it(connection: Connection) -> None:
+    load = await REQUESTS.add(connection, "articles", "resync", rewrite=False, filter_=None, max_rows_per_s=50)
+    async with connection.transaction():
+        again = await REQUESTS.reload(connection, "articles", rewrite=False)
+
+    before, after = await REQUESTS.one(connection, load), await REQUESTS.one(connection, again)
+    assert before is not None
+    assert after is not None
+    assert (before.state, before.error) == ("cancelled", f"replaced by request {again}")
+    assert (after.max_rows_per_s, after.error) == (50, None)
+
+
+async def test_a_comparison_waits_for_the_load_of_its_index_and_is_asked_for_once(connection: Connection) -> None:
+    load = await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
+    for index in ("articles", "articles", "notes"):
+        await REQUESTS.compare(connection, index)
+
+    other = await REQUESTS.oldest_comparison(connection, ["articles", "notes"])
+    await end(connection, load, "done")
+    mine = await REQUESTS.oldest_comparison(connection, ["articles"])
+
+    assert other is not None
+    assert mine is not None
+    assert (other.index, mine.index) == ("notes", "articles")
+    cursor = await connection.execute("SELECT count(*) FROM cdcsync.backfills WHERE kind = 'compare'")
+    assert await cursor.fetchone() == (2,)
+
+    await REQUESTS.start(connection, mine, None)
+    await REQUESTS.compare(connection, "articles")
+    cursor = await connection.execute("SELECT count(*) FROM cdcsync.backfills WHERE kind = 'compare'")
+    assert await cursor.fetchone() == (3,), "one that has begun does not see what is done now"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cdcsync.model.rows import Key
-from cdcsync.model.visibility import XID_SPAN, Deliveries, Snapshot
+from cdcsync.model.visibility import MOST_EMPTIED, XID_SPAN, Deliveries, Snapshot
 
 A: Key = ("a",)
 B: Key = ("b",)
@@ -243,3 +243,35 @@ def test_suspects_that_were_too_many_are_forgotten_with_everything_else() -> Non
     deliveries.begin_anew()
 
     assert deliveries.unseen(Snapshot(3, 3, frozenset())) == []
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_transactions_that_emptied_the_table_are_told_from_those_that_filled_it_again(recording: bool) -> None:
+    deliveries = Deliveries()
+    if recording:
+        deliveries.record()
+    deliveries.touched(("1",), 10)
+    deliveries.truncated(10)
+    deliveries.truncated(11)
+    deliveries.touched(("1",), 11)
+    deliveries.touched(("1",), 12)
+    deliveries.truncated(13)
+    deliveries.touched(("1",), 13)
+    deliveries.truncated(13)
+    deliveries.touched(("1",), 14)
+
+    assert [xid for xid in range(9, 15) if deliveries.emptied_by(xid)] == [10, 11, 13]
+    assert [xid for xid in range(9, 15) if deliveries.emptied_by(xid, at_its_end=True)] == [10, 13]
+
+    deliveries.begin_anew()
+    assert not any(deliveries.emptied_by(xid) for xid in range(9, 15))
+
+
+def test_only_the_last_transactions_that_emptied_the_table_are_remembered() -> None:
+    deliveries = Deliveries()
+    for xid in range(100, 101 + MOST_EMPTIED):
+        deliveries.truncated(xid)
+
+    assert not deliveries.emptied_by(100)
+    assert deliveries.emptied_by(101)
+    assert deliveries.emptied_by(100 + MOST_EMPTIED)
