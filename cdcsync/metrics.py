@@ -7,9 +7,12 @@ Source: Prometheus, "Metric and label naming"; "Writing client libraries", proce
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from cdcsync import __version__
+from cdcsync.windows import Window
 
 FRESHNESS_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 """From an inline embedding by a small model to an outage of half an hour."""
@@ -55,6 +58,10 @@ class Metrics:
         self.slot_wal_status = self._gauge(
             "slot_wal_status", "1 for the state of the slot's WAL: reserved, extended, unreserved, lost.", ("status",)
         )
+        self.recent_text: dict[str, Window] = {}
+        """Text freshness of the last 15 minutes by index, for the status; it needs no server that scrapes."""
+        self.recent_vectors: dict[str, Window] = {}
+        """The same for vectors."""
         self.batch_rows = self._histogram("batch_rows", "Rows of each applied batch.", BATCH_BUCKETS)
         self.apply_seconds = self._histogram(
             "apply_seconds", "Time to prepare and commit a batch.", FRESHNESS_BUCKETS_S
@@ -146,6 +153,19 @@ class Metrics:
         self.recall_finished = self._gauge(
             "recall_finished_timestamp_seconds", "When the recall was last measured.", index
         )
+
+    def note_text_freshness(self, indexes: Iterable[str], seconds: float) -> None:
+        """Note that texts of these indexes can be found, so long after their commit."""
+        self.text_freshness.observe(seconds)
+        for index in indexes:
+            self.recent_text.setdefault(index, Window()).add(seconds)
+
+    def note_vector_freshness(self, index: str, seconds: float, times: int = 1) -> None:
+        """Note that so many vectors of an index can be found, so long after the commit of their texts."""
+        for _ in range(times):
+            self.vector_freshness.observe(seconds)
+        if times:
+            self.recent_vectors.setdefault(index, Window()).add(seconds, times)
 
     def _counter(self, name: str, help_: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"cdcsync_{name}", help_, labels, registry=self.registry)

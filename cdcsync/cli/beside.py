@@ -1,4 +1,6 @@
-"""Asks a worker on this machine to embed a query with the model that it has loaded.
+"""Asks a worker that runs on this machine.
+
+It embeds a query with the model that it has loaded, and tells what only it remembers of its work.
 
 Source: docs/search.md, "From the command line".
 """
@@ -14,9 +16,13 @@ import msgspec
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
+    from cdcsync.status import Status
 
 TIMEOUT_S = 5.0
 """A worker on this machine answers at once; one that is busy is not waited for longer than loading the model takes."""
+
+STATUS_S = 1.0
+"""What the worker remembers is not worth a longer wait: the status itself is read from the servers."""
 
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what a worker listens on # noqa: S104 # nosec B104
 
@@ -28,22 +34,62 @@ class _Embedded(msgspec.Struct, frozen=True):
 
 async def embedded_by_worker(config: Config, embedder: str, model: str, text: str) -> list[float] | None:
     """Return a query's vector as a running worker makes it; None if there is none, or one with another model."""
-    host, port = config.worker.listen_address
-    if port == 0:
+    address = _address(config)
+    if address is None:
         return None
     body = msgspec.json.encode({"embedder": embedder, "text": text})
-    answer = await anyio.to_thread.run_sync(_post, _EVERYWHERE.get(host, host), port, body)
+    content = await anyio.to_thread.run_sync(_ask, *address, "POST", "/embed", body, TIMEOUT_S)
+    try:
+        answer = None if content is None else msgspec.json.decode(content, type=_Embedded)
+    except msgspec.DecodeError:
+        return None
     return answer.vector if answer is not None and answer.model == model else None
 
 
-def _post(host: str, port: int, body: bytes) -> _Embedded | None:
-    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+async def remembered_by_worker(config: Config, status: Status) -> Status:
+    """Return the status with what the worker that runs remembers; as it is if none answers on this machine."""
+    from cdcsync.status import Status
+
+    address = _address(config)
+    if address is None or not status.worker.running:
+        return status
+    content = await anyio.to_thread.run_sync(_ask, *address, "GET", "/status", None, STATUS_S)
     try:
-        connection.request("POST", "/embed", body, {"Content-Type": "application/json"})
+        told = None if content is None else msgspec.json.decode(content, type=Status)
+    except msgspec.DecodeError:
+        return status
+    if told is None or (told.pipeline, told.worker) != (status.pipeline, status.worker):
+        return status
+    indexes = {
+        name: msgspec.structs.replace(
+            index,
+            text_freshness=told.indexes[name].text_freshness,
+            vector_freshness=told.indexes[name].vector_freshness,
+            progress=told.indexes[name].progress,
+        )
+        if name in told.indexes
+        else index
+        for name, index in status.indexes.items()
+    }
+    host, port = config.worker.listen_address
+    page = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    return msgspec.structs.replace(status, indexes=indexes, events=told.events, page=page)
+
+
+def _address(config: Config) -> tuple[str, int] | None:
+    """Return where a worker on this machine answers; None where the port is any free one."""
+    host, port = config.worker.listen_address
+    return None if port == 0 else (_EVERYWHERE.get(host, host), port)
+
+
+def _ask(host: str, port: int, method: str, path: str, body: bytes | None, timeout_s: float) -> bytes | None:
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json"} if body is not None else {})
         response = connection.getresponse()
         content = response.read()
-        return msgspec.json.decode(content, type=_Embedded) if response.status == 200 else None
-    except (OSError, http.client.HTTPException, msgspec.DecodeError):
+        return content if response.status == 200 else None
+    except (OSError, http.client.HTTPException):
         return None
     finally:
         connection.close()

@@ -1,4 +1,4 @@
-"""The first load as `run` shows it on a terminal: two bars for each index, then a line that says where to look on.
+"""The first load as `run` shows it on a terminal: bars for each index, then a line that says where to look on.
 
 The log continues above the bars: its lines are printed by the same console (`log_stream`).
 """
@@ -9,17 +9,16 @@ import sys
 from typing import TYPE_CHECKING, Protocol, TextIO, cast
 
 import anyio
-import msgspec
 from rich.file_proxy import FileProxy
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.live import Live
 
 from cdcsync.errors import CdcsyncError
+from cdcsync.status import render_bars
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from cdcsync.status import Status
-    from cdcsync.status.model import IndexStatus
 
 READ_EVERY_S = 1.0
 """As often as the page reads."""
@@ -39,29 +38,6 @@ class Worker(Protocol):
         ...
 
 
-class Bar(msgspec.Struct, frozen=True):
-    """A bar; `total` is None while it is not known, `note` says what happens after its end."""
-
-    title: str
-    done: int
-    total: int | None
-    note: str = ""
-
-
-def bars(name: str, index: IndexStatus) -> list[Bar]:
-    """Return the two bars of an index: rows read from its table, and vectors made of their texts."""
-    load = index.backfill
-    if load is not None and load.kind == "initial":
-        rows = Bar(f"{name}: rows", load.rows_done, load.rows_total)
-    else:
-        # The load is over, and all rows are read; or has not begun.
-        known = index.documents if index.state == "live" or index.chunks else None
-        rows = Bar(f"{name}: rows", known or 0, known)
-    built = index.state == "building" and load is None and 0 < index.chunks <= index.vectors
-    note = "the HNSW index is being built" if built else ""
-    return [rows, Bar(f"{name}: vectors", index.vectors, index.chunks or None, note)]
-
-
 def log_stream(console: Console) -> TextIO:
     """Return what the log is written to, so that its lines stand above the bars."""
     return cast("TextIO", FileProxy(console, sys.stderr))
@@ -72,16 +48,8 @@ async def show_loads(worker: Worker, console: Console, host: str) -> None:
 
     :param host: where the page is served, with the port that the worker got.
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    known: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
+    live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+    with live:
         while True:
             try:
                 status = await worker.status()
@@ -90,11 +58,9 @@ async def show_loads(worker: Worker, console: Console, host: str) -> None:
                 await anyio.sleep(READ_EVERY_S)
                 continue
             if not worker.not_loaded():
+                live.update("", refresh=True)
                 break
-            for bar in (bar for name, index in status.indexes.items() for bar in bars(name, index)):
-                if bar.title not in known:
-                    known[bar.title] = progress.add_task(bar.title, total=None, note="")
-                progress.update(known[bar.title], completed=bar.done, total=bar.total, note=bar.note)
+            live.update(render_bars(status) or "", refresh=True)
             await anyio.sleep(READ_EVERY_S)
     counts = ", ".join(f"{name} ({index.documents or 0:,} rows)" for name, index in status.indexes.items())
     shown = f"[{host}]" if ":" in host else host

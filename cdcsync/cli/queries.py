@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cdcsync.config import Config
     from cdcsync.postgres.sessions import Session
     from cdcsync.preflight import Finding
-    from cdcsync.status import Status
+    from cdcsync.status import Paces, Status
 
 WATCH_EVERY_S = 1.0
 """How often a watched status is read: as often as a person can follow, and a few cheap queries each time."""
@@ -52,19 +52,23 @@ async def read_status_once(config: Config) -> Status:
 
     :raises TargetUnavailable: the target does not answer now; a source that does not is part of the status.
     """
+    from cdcsync.status import Paces
+
     async with _sessions(config) as (source, target):
-        return await _read(config, source, target)
+        return await _read(config, source, target, Paces())
 
 
-async def _read(config: Config, source: Session, target: Session) -> Status:
-    from cdcsync.status import read_status
+async def _read(config: Config, source: Session, target: Session, paces: Paces) -> Status:
+    from cdcsync.cli.beside import remembered_by_worker
+    from cdcsync.status import read_status, with_headlines
 
     connected = await target.connection()
     try:
         connected_source = await source.connection()
     except SourceUnavailable:
         connected_source = None
-    return await read_status(config, connected_source, connected)
+    status = paces.told(await read_status(config, connected_source, connected))
+    return with_headlines(await remembered_by_worker(config, status), config.worker.ready_max_lag_s)
 
 
 async def watch_status(config: Config, *, as_json: bool) -> None:
@@ -76,12 +80,13 @@ async def watch_status(config: Config, *, as_json: bool) -> None:
     from rich.live import Live
 
     from cdcsync.cli.printing import console, error_text, print_json
-    from cdcsync.status import render_table
+    from cdcsync.status import Paces, render_table
 
+    paces = Paces()
     async with _sessions(config) as (source, target):
         if as_json:
             while True:
-                print_json(await _read(config, source, target), indent=False)
+                print_json(await _read(config, source, target, paces), indent=False)
                 await anyio.sleep(WATCH_EVERY_S)
         out = console(wrap=True)
         # A file or a pipe gets one after the other: there, a live display would show nothing before the end.
@@ -89,7 +94,7 @@ async def watch_status(config: Config, *, as_json: bool) -> None:
         with live or nullcontext():
             while True:
                 try:
-                    shown = render_table(await _read(config, source, target))
+                    shown = render_table(await _read(config, source, target, paces))
                 except Unavailable as error:
                     # Watching is what one does while a server restarts.
                     shown = error_text(error)

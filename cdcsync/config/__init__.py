@@ -22,6 +22,7 @@ from cdcsync.config.embedders import (
     RemoteEmbedder,
     SentenceTransformersEmbedder,
     TeiEmbedder,
+    model_name,
     tokens_per_day,
 )
 from cdcsync.config.names import QualifiedName
@@ -59,6 +60,7 @@ __all__ = [
     "Via",
     "Worker",
     "load",
+    "model_name",
     "parse",
     "redact_dsn",
     "render",

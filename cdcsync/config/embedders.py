@@ -247,3 +247,16 @@ def tokens_per_day(settings: Embedder) -> int | None:
     if isinstance(settings, RayEmbedder):
         return tokens_per_day(settings.embedder)
     return settings.tokens_per_day if isinstance(settings, RemoteEmbedder) else None
+
+
+def model_name(settings: Embedder) -> str:
+    """Return the name that people know an embedder's model by."""
+    match settings:
+        case RayEmbedder():
+            return model_name(settings.embedder)
+        case HashEmbedder():
+            return f"feature hashing, {settings.dimensions} dimensions"
+        case PythonEmbedder():
+            return settings.class_
+        case _:
+            return settings.model

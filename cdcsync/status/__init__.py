@@ -1,7 +1,10 @@
 """The status flow: how a pipeline and its indexes are, for `cdcsync status`, the worker's `/status` and its page.
 
     model        what a status says: `Status` and its parts
+    durations    sizes and durations as people read them
     counting     how many chunks, vectors and waiting chunks an index has
+    progress     how far loads are, and how much time they have left
+    headline     how each index and the whole is, in a few words
     reading      `read_status`: one reading of both servers
     rendering    `render_table`: the same for a terminal
 
@@ -10,17 +13,39 @@ Code outside this package imports from here. A file in it imports only from line
 
 from __future__ import annotations
 
-from cdcsync.status.model import VERSION, BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus
+from cdcsync.status.headline import with_headlines
+from cdcsync.status.model import (
+    VERSION,
+    BackfillStatus,
+    Event,
+    Freshness,
+    Headline,
+    IndexStatus,
+    Progress,
+    SlotStatus,
+    Status,
+    Tone,
+    WorkerStatus,
+)
+from cdcsync.status.progress import Paces
 from cdcsync.status.reading import read_status
-from cdcsync.status.rendering import render_table
+from cdcsync.status.rendering import render_bars, render_table
 
 __all__ = [
     "VERSION",
     "BackfillStatus",
+    "Event",
+    "Freshness",
+    "Headline",
     "IndexStatus",
+    "Paces",
+    "Progress",
     "SlotStatus",
     "Status",
+    "Tone",
     "WorkerStatus",
     "read_status",
+    "render_bars",
     "render_table",
+    "with_headlines",
 ]

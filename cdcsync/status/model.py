@@ -20,6 +20,10 @@ VERSION = 1
 
 IndexState = Literal["building", "live", "paused", "absent"]
 BackfillState = Literal["running", "requested", "paused"]
+Work = Literal["rows", "vectors", "hnsw"]
+
+Tone = Literal["good", "busy", "warn", "bad"]
+"""Nothing to do; going on by itself; late; needs someone."""
 
 
 class SlotStatus(msgspec.Struct, frozen=True):
@@ -54,11 +58,59 @@ class BackfillStatus(msgspec.Struct, frozen=True):
     eta_s: float | None
 
 
+class Progress(msgspec.Struct, frozen=True):
+    """How far a load is: rows read from the table, vectors made of their texts, or an HNSW index being built.
+
+    `total` is None while it is not known, `eta_s` in seconds while the rate is not. Of vectors, `total` is an estimate
+    until all rows are read.
+    """
+
+    what: Work
+    done: int
+    total: int | None
+    eta_s: float | None = None
+
+
+class Headline(msgspec.Struct, frozen=True):
+    """How something is, in a few words; `index` is the one that the words are about."""
+
+    words: str
+    tone: Tone
+    index: str | None = None
+
+
+class Freshness(msgspec.Struct, frozen=True):
+    """How long after their commit changes could be found, over the last 15 minutes.
+
+    `count` is how many were measured; `strip` holds the median and the 99th percentile of each of the 60 slots of
+    `slot_s` seconds, the oldest first, None for a slot without changes.
+    """
+
+    count: int
+    p50_s: float | None
+    p99_s: float | None
+    slot_s: int
+    strip: list[list[float] | None]
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Something that began, and ended unless `until` is None; `index` is the one that it is about.
+
+    What happened at a moment has the same time twice.
+    """
+
+    words: str
+    tone: Tone
+    since: datetime
+    until: datetime | None = None
+    index: str | None = None
+
+
 class EmbedderStatus(msgspec.Struct, frozen=True):
     """An embedder as the running worker noted it; nothing is known of one that no worker uses.
 
-    `problem` is why it makes no vectors now, `tried_again_at` when it is asked next. `loads_wait_until` is set while
-    `tokens_per_day` holds up texts of loads.
+    `model` is the model's name in the configuration. `problem` is why it makes no vectors now, `tried_again_at` when it
+    is asked next. `loads_wait_until` is set while `tokens_per_day` holds up texts of loads.
     """
 
     problem: str | None = None
@@ -67,6 +119,7 @@ class EmbedderStatus(msgspec.Struct, frozen=True):
     tried_again_at: datetime | None = None
     tokens_today: int = 0
     loads_wait_until: datetime | None = None
+    model: str | None = None
 
 
 class IndexStatus(msgspec.Struct, frozen=True):
@@ -79,6 +132,9 @@ class IndexStatus(msgspec.Struct, frozen=True):
     That adds `fresh_scan_ms` to a search, and `settle_rate` of them leave in a second, as the worker last saw.
 
     `judged` are the last runs of `evaluate --judged`, the oldest first.
+
+    `since` is when it came into its state. `progress` is empty unless a load goes on. `text_freshness` and
+    `vector_freshness` are known by the worker alone.
     """
 
     state: IndexState
@@ -104,12 +160,20 @@ class IndexStatus(msgspec.Struct, frozen=True):
     fresh_scan_ms: float | None = None
     settle_rate: float | None = None
     judged: list[Outcome] = []
+    embedder: str | None = None
+    since: datetime | None = None
+    headline: Headline | None = None
+    progress: list[Progress] = []
+    text_freshness: Freshness | None = None
+    vector_freshness: Freshness | None = None
 
 
 class Status(msgspec.Struct, frozen=True):
     """The pipeline of one configuration, and its indexes, at one moment.
 
-    `problems` is what an operator should look at, each with what to do; it is empty when all is well.
+    `problems` is what an operator should look at, each with what to do; it is empty when all is well. `headline` is
+    that of the index that is worst off, or of the worker when that concerns all. `events` are the latest first, as far
+    as the running worker remembers; `page` is where it shows all this.
     """
 
     version: int
@@ -125,3 +189,6 @@ class Status(msgspec.Struct, frozen=True):
     indexes: dict[str, IndexStatus]
     problems: list[str]
     embedders: dict[str, EmbedderStatus] = {}
+    headline: Headline | None = None
+    events: list[Event] = []
+    page: str | None = None

@@ -15,13 +15,14 @@ from typing import cast
 import msgspec
 from psycopg import sql
 
-from cdcsync.config import Config
+from cdcsync.config import Config, model_name
 from cdcsync.errors import SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.embedding import EmbedderState
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import Slot, current_lsn, read_slot, why_lost
 from cdcsync.status.counting import count_index
+from cdcsync.status.headline import with_headlines
 from cdcsync.status.model import (
     VERSION,
     BackfillState,
@@ -32,6 +33,7 @@ from cdcsync.status.model import (
     Status,
     WorkerStatus,
 )
+from cdcsync.status.progress import progress
 from cdcsync.target import embedders, evaluations, judged_runs, settling
 from cdcsync.target.audits import TABLE as AUDITS
 from cdcsync.target.audits import Audits
@@ -81,7 +83,7 @@ async def read_status(config: Config, source: Connection | None, target: Connect
             stored = await _read_indexes(target, config, present, now, problems)
         known = await _read_embedders(target, config, present, worker, now, problems)
     lag = _lag(end, state, worker, stored.oldest, now)
-    return Status(
+    status = Status(
         version=VERSION,
         read_at=now,
         pipeline=name,
@@ -96,6 +98,7 @@ async def read_status(config: Config, source: Connection | None, target: Connect
         indexes={index: stored.found.get(index) or _absent(config, index) for index in config.indexes},
         problems=problems,
     )
+    return with_headlines(status, config.worker.ready_max_lag_s)
 
 
 # -- source and worker ------------------------------------------------------------------------------------------
@@ -236,6 +239,9 @@ async def _read_indexes(
     if judged_runs.TABLE in readable:
         judged = await judged_runs.outcomes(target, schema, list(config.indexes))
     audited = await Audits(schema).all(target) if AUDITS in readable else {}
+    builds = {}
+    if any(entry.state == "building" for entry in entries):
+        builds = await _builds(target, schema)
     found: dict[str, IndexStatus] = {}
     for entry in entries:
         name, generation = entry.name, entry.generation
@@ -256,6 +262,8 @@ async def _read_indexes(
             backfill=backfills.get(name),
             recall=recalls.get(name),
             judged=judged.get(name, []),
+            embedder=config.indexes[name].embedder,
+            since={"building": entry.created_at, "live": entry.live_at, "paused": entry.paused_at}[entry.state],
         )
         if (audit := audited.get(name)) is not None:
             status = msgspec.structs.replace(status, proven_equal_at=audit.proven_at, differed_at=audit.found_at)
@@ -287,9 +295,26 @@ async def _read_indexes(
             fresh_scan_ms=None if seen is None else _rounded(seen.scan_ms),
             settle_rate=None if seen is None else _rounded(seen.per_s),
         )
+        built = builds.get(f"{vectors}_settled")
+        found[name] = msgspec.structs.replace(found[name], progress=progress(found[name], built))
     if new := [name for name in config.indexes if name not in found]:
         problems.append(f"not set up yet: {', '.join(new)}; start the worker again with this configuration")
     return _Indexes(found, min((entry.created_at for entry in entries), default=None))
+
+
+async def _builds(target: Connection, schema: str) -> dict[str, tuple[int, int]]:
+    """Return how many blocks the build of each table's index has read, of how many; by the table's name.
+
+    Source: PostgreSQL, "CREATE INDEX Progress Reporting"; pgvector, "Indexing Progress".
+    """
+    cursor = await target.execute(
+        "SELECT c.relname, p.blocks_done, p.blocks_total FROM pg_stat_progress_create_index AS p"
+        " JOIN pg_class AS c ON c.oid = p.relid"
+        " WHERE p.datname = current_database() AND p.blocks_total > 0"
+        " AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)",
+        [schema],
+    )
+    return {cast(str, name): (cast(int, done), cast(int, total)) for name, done, total in await cursor.fetchall()}
 
 
 async def _read_embedders(
@@ -315,7 +340,9 @@ async def _read_embedders(
             until = f"{loads:%Y-%m-%d %H:%M} UTC"
             problems.append(f"embedder {name}: texts of loads wait until {until}, as tokens_per_day is nearly used up")
         status = EmbedderStatus(
-            tokens_today=state.tokens if state.day == now.astimezone(UTC).date() else 0, loads_wait_until=loads
+            tokens_today=state.tokens if state.day == now.astimezone(UTC).date() else 0,
+            loads_wait_until=loads,
+            model=model_name(config.embedders[name]),
         )
         if trouble is not None:
             status = msgspec.structs.replace(
@@ -338,7 +365,10 @@ def _left_out(name: str, listed: Listed) -> Iterator[str]:
 
 def _absent(config: Config, name: str) -> IndexStatus:
     index = config.indexes[name]
-    return IndexStatus("absent", "not set up yet: `cdcsync run` does it", str(index.table_name), str(index.view_name))
+    return IndexStatus(
+        *("absent", "not set up yet: `cdcsync run` does it", str(index.table_name), str(index.view_name)),
+        embedder=index.embedder,
+    )
 
 
 async def _read_backfills(

@@ -6,48 +6,72 @@ from datetime import datetime
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cdcsync.status.model import BackfillStatus, IndexStatus, Status
+from cdcsync.status.durations import human_bytes, human_seconds
+from cdcsync.status.model import BackfillStatus, Event, Freshness, IndexStatus, Progress, Status, Tone, Work
 from cdcsync.target.evaluations import Recall
 
 UNKNOWN = "–"
+
+_TONES: dict[Tone, str] = {"good": "green", "busy": "cyan", "warn": "yellow", "bad": "red"}
+_WORK: dict[Work, str] = {"rows": "rows", "vectors": "vectors", "hnsw": "HNSW index"}
+_BAR = 24
+"""Characters of a bar: with the longest figures beside it, 80 columns are enough."""
+
+_EVENTS = 5
+"""Events that are shown: the page has all."""
 
 _STATE_STYLES = {"live": "green", "building": "yellow", "paused": "red", "absent": "red"}
 
 
 def render_table(status: Status) -> RenderableType:
-    """Return the status as what `rich` prints: the pipeline, a table of its indexes, and the problems."""
-    return Group(_pipeline(status), "", _indexes(status), "", *_notes(status))
+    """Return the status as what `rich` prints: the headline, the pipeline, its indexes and loads, and the problems."""
+    parts = [*_head(status), _pipeline(status), "", _indexes(status), ""]
+    if bars := render_bars(status):
+        parts += [bars, ""]
+    return Group(*parts, *_notes(status), *_events(status))
 
 
-def human_bytes(count: int) -> str:
-    """Return a size in the unit that PostgreSQL would choose, 1024 to the next: `912 bytes`, `3.4 MB`."""
-    if count < 1024:
-        return f"{count} bytes"
-    size, unit = count / 1024, "kB"
-    for larger in ("MB", "GB", "TB", "PB"):
-        if size < 1000:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.1f} {unit}" if size < 10 else f"{size:.0f} {unit}"
+def render_bars(status: Status) -> RenderableType | None:
+    """Return a bar for each part of each load that goes on, with what is left; None when nothing is being loaded."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True, overflow="ellipsis")
+    grid.add_column(no_wrap=True)
+    grid.add_column(width=_BAR)
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(no_wrap=True)
+    for name, index in status.indexes.items():
+        for at, part in enumerate(index.progress):
+            total = 100.0 if part.total is None else float(part.total)
+            done = 0.0 if part.total is None else float(min(part.done, part.total))
+            bar = ProgressBar(total=total, completed=done, width=_BAR)
+            grid.add_row("" if at else name, _WORK[part.what], bar, _of(part), _left(part))
+    return grid if grid.row_count else None
 
 
-def human_seconds(seconds: float) -> str:
-    """Return a duration by its two largest units: `0.4 s`, `12 s`, `3 min 5 s`, `2 h 10 min`, `4 d 3 h`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s" if seconds else "0 s"
-    left = round(seconds)
-    if left < 60:
-        return f"{left} s"
-    if left < 3600:
-        return f"{left // 60} min {left % 60} s"
-    minutes = round(seconds / 60)
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    hours = round(seconds / 3600)
-    return f"{hours // 24} d {hours % 24} h"
+def _of(part: Progress) -> str:
+    if part.total is None:
+        return f"{part.done:,}"
+    share = int(100 * min(1.0, part.done / part.total)) if part.total else 100
+    return f"{share}% of {part.total:,}"
+
+
+def _left(part: Progress) -> str:
+    if part.total is not None and part.done >= part.total:
+        return "done"
+    return "" if part.eta_s is None else f"{human_seconds(part.eta_s)} left"
+
+
+def _head(status: Status) -> list[RenderableType]:
+    """Return how the index that is worst off is."""
+    head = status.headline
+    if head is None:
+        return []
+    of = f"{head.index}: " if head.index is not None and (len(status.indexes) > 1 or head.tone == "bad") else ""
+    return [Text.assemble(("● ", _TONES[head.tone]), (of + head.words, f"bold {_TONES[head.tone]}")), ""]
 
 
 def _pipeline(status: Status) -> RenderableType:
@@ -64,6 +88,10 @@ def _pipeline(status: Status) -> RenderableType:
     grid.add_row("checkpoint", status.checkpoint or UNKNOWN)
     grid.add_row("lag", _lag(status))
     grid.add_row("slot", _slot(status))
+    if status.page is not None:
+        searchable = [name for name, index in status.indexes.items() if index.state == "live"]
+        now = f"; searchable now: {', '.join(searchable)}" if searchable else ""
+        grid.add_row("page", Text(f"{status.page}{now}"))
     return grid
 
 
@@ -139,14 +167,56 @@ def _recall(recall: Recall, now: datetime) -> str:
     return f"recall@{recall.k} {recall.recall:.3f} ({how}), measured {age} ago"
 
 
+def _freshness(index: IndexStatus) -> str:
+    """Say how soon changes are found, by words and by meaning, and draw the last 15 minutes."""
+    parts = []
+    for what, found in (("by words", index.text_freshness), ("by meaning", index.vector_freshness)):
+        if found is not None and found.p50_s is not None and found.p99_s is not None:
+            parts.append(
+                f"{what} after {human_seconds(found.p50_s)} (p99 {human_seconds(found.p99_s)}) {_strip(found)}"
+            )
+    return f"changes are found {', '.join(parts)}"
+
+
+def _strip(found: Freshness) -> str:
+    """Draw the slots' 99th percentiles, four slots (a minute) a character, the oldest first."""
+    levels = "▁▂▃▄▅▆▇█"
+    worst = [max((slot[-1] for slot in found.strip[at : at + 4] if slot), default=None) for at in range(0, 60, 4)]
+    top = max((one for one in worst if one is not None), default=0.0) or 1.0
+    return "".join(" " if one is None else levels[min(7, int(8 * one / top))] for one in worst).lstrip()
+
+
+def _events(status: Status) -> list[RenderableType]:
+    """Return the latest events, with since when."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for event in status.events[:_EVENTS]:
+        of = "" if event.index is None else f"{event.index}: "
+        # A problem says at length what to do, and stands above.
+        words = event.words if len(event.words) <= 100 else f"{event.words[:99]}…"
+        grid.add_row(Text(_when(event, status.read_at), _TONES[event.tone]), Text(f"{of}{words}"))
+    return ["", Text("events", "bold"), grid] if grid.row_count else []
+
+
+def _when(event: Event, now: datetime) -> str:
+    ago = human_seconds(max(0.0, (now - event.since).total_seconds()))
+    if event.until is None:
+        return f"for {ago}"
+    took = (event.until - event.since).total_seconds()
+    return f"{ago} ago" if took < 1 else f"{ago} ago, for {human_seconds(took)}"
+
+
 def _notes(status: Status) -> list[RenderableType]:
     """Return what needs a sentence: the backfills that are open, how well searches find, and the problems."""
     grid = Table.grid(padding=(0, 1))
     grid.add_column()
     grid.add_column(overflow="fold")
     for name, index in status.indexes.items():
-        if index.backfill is not None:
+        if index.backfill is not None and not any(part.what == "rows" for part in index.progress):
             grid.add_row("›", Text(f"{name}: {_backfill(index.backfill)}"))
+        if index.text_freshness is not None or index.vector_freshness is not None:
+            grid.add_row("›", Text(f"{name}: {_freshness(index)}"))
         if index.proven_equal_at is not None:
             age = human_seconds(max(0.0, (status.read_at - index.proven_equal_at).total_seconds()))
             grid.add_row("›", Text(f"{name}: proven equal to the source {age} ago"))

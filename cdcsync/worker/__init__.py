@@ -1,5 +1,6 @@
 """The process: what `cdcsync run` runs.
 
+    history       what it remembers of the last hour
     state         the worker as others see it
     systemd       readiness, reload and watchdog messages
     pipeline      the parts of a pipeline and how they are connected

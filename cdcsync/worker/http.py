@@ -5,6 +5,7 @@
                as ready, which lets an orchestrator replace workers one by one; `?loaded=1` asks that loads are done
     /metrics   for Prometheus, in the text format or OpenMetrics, as the client asks
     /status    the status as JSON (docs/status.md); 503 with the error when the target does not answer
+    /history   rates of the last hour as JSON, for the page
     /embed     POST: the vector of a query, for commands on this machine
     /          a page that shows /status and /metrics, every second
 
@@ -36,6 +37,7 @@ from cdcsync.http.headers import Secured, security_headers
 from cdcsync.http.listening import Bounds
 from cdcsync.metrics import Metrics
 from cdcsync.status import Status
+from cdcsync.worker.history import History
 
 STATUS_TIMEOUT_S = 5.0
 """A status takes milliseconds. A client that polls should hear that it takes longer, not wait for it."""
@@ -78,6 +80,10 @@ class WorkerView(Protocol):
 
     def not_loaded(self) -> list[str]:
         """Return which first loads have not come to their end; nothing when every index is whole."""
+        ...
+
+    def history(self) -> History:
+        """Return the rates of the last hour."""
         ...
 
     async def status(self) -> Status:
@@ -167,6 +173,9 @@ def make_app(view: WorkerView, *, embed: EmbedQuery | None = None) -> Starlette:
             hint = "the target, or the network between, is slow: see the worker's log"
             return _json({"error": "the status could not be read in time", "where": None, "hint": hint}, 503)
 
+    async def history(_: Request) -> Response:
+        return _json(view.history(), 200)
+
     async def page(_: Request) -> Response:
         return HTMLResponse(_PAGE)
 
@@ -194,6 +203,7 @@ def make_app(view: WorkerView, *, embed: EmbedQuery | None = None) -> Starlette:
         "/readyz": readyz,
         "/metrics": metrics,
         "/status": status,
+        "/history": history,
         "/": page,
     }
     routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in endpoints.items()]

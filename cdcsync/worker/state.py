@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from functools import partial
 
 import anyio
@@ -23,7 +24,8 @@ from cdcsync.lsn import Lsn
 from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
 from cdcsync.model.lag import Lag
 from cdcsync.postgres.sessions import Session, speaking_of
-from cdcsync.status import Status, read_status
+from cdcsync.status import Headline, Paces, Status, read_status, with_headlines
+from cdcsync.worker.history import History, Memory
 
 log = structlog.get_logger()
 
@@ -67,6 +69,8 @@ class WorkerState:
         self._target = Session(config.target.dsn, "target", application_name="cdcsync status")
         self._reading = anyio.Lock()
         self._last: Status | None = None
+        self._memory = Memory(self.metrics)
+        self._paces = Paces()
         # Asked when they are scraped: they have to tell the truth when a server is away and nothing else is read.
         self.metrics.ready.set_function(lambda: float(not self.not_ready()))
         self.metrics.standby.set_function(lambda: float(self.standby))
@@ -107,6 +111,7 @@ class WorkerState:
     def reconfigure(self, config: Config) -> None:
         """Go by another configuration, in what may change while the worker works."""
         self.config = config
+        self._memory.happened("the configuration was read again", datetime.now(UTC))
         self._reconfigure(config)
 
     async def embed_query(self, name: str, text: str) -> tuple[str, list[float]]:
@@ -214,7 +219,17 @@ class WorkerState:
             caught_up = self._lag.caught_up if self._lag.heard_lately else None
             status = msgspec.structs.replace(status, lag_seconds=seconds, caught_up=caught_up)
         self._last = status
+        reasons = self.not_ready()
+        status = self._memory.noted(self._paces.told(status), reasons)
+        status = with_headlines(status, self.config.worker.ready_max_lag_s, reasons)
+        if self.standby:
+            status = msgspec.structs.replace(status, headline=Headline("standby: another worker runs", "busy"))
+        self._last = status
         return status
+
+    def history(self) -> History:
+        """Return the rates of the last hour."""
+        return self._memory.history()
 
     async def aclose(self) -> None:
         """Close the connections that the status is read over, and send the last spans."""

@@ -95,6 +95,10 @@ class Page:
         )
         return float(shown)
 
+    def tone(self) -> str:
+        """Return the tone of the headline, which is its colour."""
+        return str(self.browser.ask("return document.getElementById('headline').classList[1]"))
+
     def fits(self) -> bool:
         """Whether nothing sticks out at the side."""
         return bool(self.browser.ask("return document.documentElement.scrollWidth <= window.innerWidth"))
@@ -121,8 +125,15 @@ def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
     browser.driver.get(f"http://127.0.0.1:{port}/")
 
     until(lambda: 0 < page.progress("articles") < 100, lambda: f"a progress bar; the page says: {page.text('body')}")
-    assert page.state("articles") == "building"
-    assert re.search(r"first load: \d+ of 300 rows, \d+%", page.card("articles"))
+    until(
+        lambda: re.fullmatch(r"loading \d+%, .+ left", page.state("articles")),
+        lambda: f"the time left; the page says: {page.text('body')}",
+    )
+    assert re.search(r"rows: \d+ of 300, \d+%", page.card("articles"))
+    assert re.search(r"vectors: \d+ of ~?\d+, \d+%", page.card("articles"))
+    assert re.match(r"(articles|notes): loading", page.text("#headline"))
+    assert page.tone() == "busy"
+    assert "first load" in page.text("#events")
     browser.screenshot("status-first-load")
     assert page.luminance() > 200
     assert page.fits()
@@ -153,9 +164,15 @@ def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
     )
     until(lambda: "1 row is left out" in page.text("#problems"), "the row that is left out to be told")
     assert re.search(r"documents\s+300\s+1 left out", page.card("articles"))
-    until(lambda: page.text("#pill") == "caught up", lambda: f"a stream that caught up: {page.text('body')}")
+    until(
+        lambda: re.search(r"^up to date, \d+(\.\d)? m?s$", page.text("#headline")),
+        lambda: f"a stream that caught up: {page.text('body')}",
+    )
+    assert page.tone() == "good"
+    assert re.search(r"found by words\s+\d+", page.card("notes"))
+    assert re.search(r"found by meaning\s+\d+", page.card("notes"))
     assert "reserved" in page.text("section[aria-labelledby=slot-title]")
-    assert "16 dimensions, generation 1" in page.card("articles")
+    assert "hashing, 16 dimensions, generation 1" in page.card("articles")
     until(
         lambda: re.search(r"recall@10\s+1\.000\s+whole table, just now", page.card("articles")),
         lambda: f"a recall; the page says: {page.card('articles')}",
@@ -166,9 +183,12 @@ def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
     database.execute("INSERT INTO notes VALUES (5000)")
     until(lambda: page.state("notes") == "paused", lambda: f"a paused index; the page says: {page.text('body')}")
     assert "column body" in page.card("notes")
-    until(lambda: page.text("#pill") == "not ready", "the head to say so")
+    assert re.search(r"\(just now\)", page.card("notes"))
+    assert page.text("#headline").startswith("notes: paused: ")
+    assert page.tone() == "bad"
+    assert re.search(r"for [\d.]+ s\s+notes\s+paused: ", page.text("#events"))
     assert page.text("#problems").count("index notes is paused") == 1
-    assert page.state("articles") == "live"
+    assert page.state("articles") == "up to date"
     browser.look(DESKTOP, dark=False)
     browser.screenshot("status-paused")
     for dark in (False, True):

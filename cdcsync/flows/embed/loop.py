@@ -160,7 +160,7 @@ class EmbedLoop:
         for one in batch:
             if one.lane == LIVE and one.hash in vectors:
                 committed = self.commits.of(one.commit_lsn) or one.applied_at
-                self._metrics.vector_freshness.observe(max(0.0, (now - committed).total_seconds()))
+                self._metrics.note_vector_freshness(self._spec.name, max(0.0, (now - committed).total_seconds()))
 
     async def _postpone(self, one: bytes, error: EmbedError, attempts: int = 0) -> None:
         """Note that a text cannot be embedded: for ever if it was refused, else for a while."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import structlog
@@ -33,7 +33,8 @@ class Accounts:
         metrics.batch_rows.observe(batch.rows)
         metrics.apply_seconds.observe(outcome.seconds)
         if batch.commit_time_us is not None and batch.end_lsn is not None:
-            self._note_freshness(outcome, before, batch.end_lsn, to_datetime(batch.commit_time_us))
+            changed = [index for index in outcome.applied if index in batch.indexes and batch.indexes[index].live]
+            self._note_freshness(outcome, changed, before, batch.end_lsn, to_datetime(batch.commit_time_us))
         for index, of_index in batch.indexes.items():
             upserts = sum(1 for change in of_index.live.values() if isinstance(change, Upsert))
             metrics.changes.labels(index, "upsert").inc(upserts)
@@ -57,11 +58,12 @@ class Accounts:
             milliseconds=round(outcome.seconds * 1000, 1),
         )
 
-    def _note_freshness(self, outcome: Outcome, before: Lsn, end: Lsn, committed: datetime) -> None:
+    def _note_freshness(
+        self, outcome: Outcome, changed: Sequence[str], before: Lsn, end: Lsn, committed: datetime
+    ) -> None:
         age_s = max(0.0, (datetime.now(UTC) - committed).total_seconds())
-        self._metrics.text_freshness.observe(age_s)
+        self._metrics.note_text_freshness(changed, age_s)
         for index, result in outcome.applied.items():
             self._embed_loops[index].commits.note(before, end, committed)
             if all(one.lane == LIVE for one in outcome.changes[index].documents):
-                for _ in range(result.inline + result.reused):
-                    self._metrics.vector_freshness.observe(age_s)
+                self._metrics.note_vector_freshness(index, age_s, result.inline + result.reused)

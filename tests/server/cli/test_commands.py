@@ -336,8 +336,8 @@ def test_a_worker_on_a_terminal_shows_its_first_load_and_then_where_to_look(
     screen = Screen(environment, "run")
     try:
         screen.wait_for("listening")
-        screen.wait_for("articles: rows")
-        screen.wait_for("articles: vectors")
+        screen.wait_for("rows")
+        screen.wait_for("vectors")
         screen.wait_for("searchable now: articles (3 rows); http://127.0.0.1:")
         screen.process.send_signal(signal.SIGINT)
         screen.wait_for("stopped")

@@ -1,38 +1,53 @@
-"""The bars of a first load, from what the status says of an index."""
+"""The first load on a terminal: bars while it goes on, then where the page is."""
 
 from __future__ import annotations
 
+import io
+
+import msgspec
 import pytest
+from rich.console import Console
 
-from cdcsync.cli.loads import Bar, bars
-from cdcsync.status.model import BackfillStatus, IndexStatus
+from cdcsync.cli.loads import show_loads
+from cdcsync.errors import TargetUnavailable
+from cdcsync.status import Progress, Status
+from tests.unit.status.test_rendering import LIVE, STATUS
 
-
-def index(state: str, **facts: object) -> IndexStatus:
-    return IndexStatus(state, None, "public.a", "public.a_index", **facts)  # type: ignore[arg-type]
-
-
-def load(done: int, total: int | None) -> BackfillStatus:
-    return BackfillStatus(1, "initial", "running", "rows", done, total, None, None)
+pytestmark = pytest.mark.anyio
 
 
-@pytest.mark.parametrize(
-    ("status", "rows", "vectors"),
-    [
-        (index("absent"), (0, None), (0, None)),
-        (index("building", backfill=load(0, None)), (0, None), (0, None)),
-        (index("building", backfill=load(5, 20), chunks=9, vectors=4), (5, 20), (4, 9)),
-        (index("building", documents=20, chunks=30, vectors=12), (20, 20), (12, 30)),
-        (index("live", documents=20, chunks=30, vectors=29), (20, 20), (29, 30)),
-        (index("live", documents=0), (0, 0), (0, None)),
-    ],
-)
-def test_rows_follow_the_load_and_vectors_the_chunks(
-    status: IndexStatus, rows: tuple[int, int | None], vectors: tuple[int, int | None]
+class Worker:
+    """One that is asked a few times before its load is done."""
+
+    port: int | None = 9477
+
+    def __init__(self, *answers: Status | Exception) -> None:
+        self.answers = list(answers)
+
+    def not_loaded(self) -> list[str]:
+        return ["index articles is building, not live"] if self.answers else []
+
+    async def status(self) -> Status:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def loading(*parts: Progress) -> Status:
+    index = msgspec.structs.replace(LIVE, state="building", progress=list(parts))
+    return msgspec.structs.replace(STATUS, indexes={"articles": index})
+
+
+async def test_bars_are_shown_until_the_load_is_done_and_then_where_the_page_is(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert bars("a", status) == [Bar("a: rows", *rows), Bar("a: vectors", *vectors)]
-
-
-def test_after_the_last_vector_the_build_of_the_hnsw_index_is_named() -> None:
-    _, vectors = bars("a", index("building", documents=20, chunks=30, vectors=30))
-    assert vectors.note == "the HNSW index is being built"
+    monkeypatch.setattr("cdcsync.cli.loads.READ_EVERY_S", 0.0)
+    output = io.StringIO()
+    console = Console(file=output, width=100, force_terminal=True, color_system=None)
+    parts = Progress("rows", 250, 1_000, 15.0), Progress("vectors", 100, None)
+    await show_loads(Worker(TargetUnavailable("is away"), loading(*parts), STATUS), console, "127.0.0.1")
+    shown = output.getvalue()
+    assert "25% of 1,000" in shown
+    assert "15 s left" in shown
+    assert shown.rstrip().endswith("searchable now: articles (1,000 rows); http://127.0.0.1:9477/ shows the progress")

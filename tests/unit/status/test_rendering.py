@@ -12,9 +12,21 @@ import pytest
 from rich.console import Console
 
 from cdcsync.flows.follow.open_batch import IDLE_CHECKPOINT_S
-from cdcsync.status import BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus, render_table
+from cdcsync.status import (
+    BackfillStatus,
+    Event,
+    Freshness,
+    Headline,
+    IndexStatus,
+    Progress,
+    SlotStatus,
+    Status,
+    WorkerStatus,
+    render_table,
+)
+from cdcsync.status.durations import human_bytes, human_seconds
+from cdcsync.status.model import EmbedderStatus
 from cdcsync.status.reading import FRESH
-from cdcsync.status.rendering import human_bytes, human_seconds
 from cdcsync.target.evaluations import Recall
 from cdcsync.target.judged_runs import Outcome
 from tests import ROOT
@@ -60,7 +72,13 @@ def printed(status: Status, *, colours: bool = False, width: int = 100) -> str:
     return output.getvalue()
 
 
-@pytest.mark.parametrize("struct", [Status, SlotStatus, WorkerStatus, IndexStatus, Recall, Outcome, BackfillStatus])
+@pytest.mark.parametrize(
+    "struct",
+    [
+        *(Status, SlotStatus, WorkerStatus, IndexStatus, Recall, Outcome, BackfillStatus, EmbedderStatus),
+        *(Headline, Progress, Freshness, Event),
+    ],
+)
 def test_the_documentation_tells_every_field_and_no_other(struct: type[msgspec.Struct]) -> None:
     section = DOCUMENT.read_text().split(f"\n## {struct.__name__}\n")[1].split("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(struct.__struct_fields__)
@@ -107,6 +125,8 @@ def test_sizes_are_short(count: int, text: str) -> None:
     ("seconds", "text"),
     [
         (0, "0 s"),
+        (0.0001, "1 ms"),
+        (0.094, "94 ms"),
         (0.44, "0.4 s"),
         (59.4, "59 s"),
         (59.6, "1 min 0 s"),

@@ -27,10 +27,11 @@ from cdcsync.metrics import Metrics
 from cdcsync.status import BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus
 from cdcsync.target.evaluations import Recall
 from cdcsync.worker import http as endpoints
+from cdcsync.worker.history import History
 
 pytestmark = pytest.mark.anyio
 
-PATHS = ("/livez", "/readyz", "/metrics", "/status", "/")
+PATHS = ("/livez", "/readyz", "/metrics", "/status", "/history", "/")
 PAGE = (Path(endpoints.__file__).parent / "page.html").read_text()
 
 STATUS = Status(
@@ -72,6 +73,9 @@ class View:
 
     def not_ready(self) -> list[str]:
         return self.reasons
+
+    def history(self) -> History:
+        return History(10, [])
 
     async def status(self) -> Status:
         self.readings += 1
