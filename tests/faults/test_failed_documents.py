@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -111,15 +110,7 @@ class Notes:
 
     def command(self, *arguments: str, status: int = 0) -> Any:
         """Return what a command answers as JSON."""
-        done = subprocess.run(
-            [sys.executable, "-m", "cdcsync", *arguments, "-c", str(self.pipeline.path), "--json"],
-            capture_output=True,
-            env={**os.environ, "PYTHONPATH": str(self.directory)},
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == status, done.stderr.decode()
-        return json.loads(done.stdout)
+        return self.pipeline.answer(*arguments, status=status, PYTHONPATH=str(self.directory))
 
 
 @pytest.fixture

@@ -3,61 +3,34 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from tests.support.configs import configuration, hosted
 from tests.support.provider import FakeProvider, Misdeed, meeting, status, wrong_dimension
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults]
 
-CONFIG = """
-[source]
-dsn = "{source}"
-slot = "{slot}"
-feedback_every_s = 1
-[worker]
-listen = "127.0.0.1:0"
-log_level = "debug"
-[embedders.hosted]
-type = "openai"
-model = "hashing"
-dimensions = 16
-base_url = "{url}"
-api_key = "sk-very-secret-0123456789"
-[indexes.articles]
-table = "articles"
-text = "{{body}}"
-columns = ["tenant"]
-embedder = "hosted"
-"""
-
 
 @pytest.fixture
 def pipeline(database: Database, make_pipeline: Callable[[str], Pipeline], provider: FakeProvider) -> Pipeline:
-    made = make_pipeline(CONFIG.format(source=database.dsn, slot=database.name, url=provider.url))
+    made = make_pipeline(
+        configuration(
+            database.dsn,
+            worker_lines='log_level = "debug"',
+            embedders={"hosted": {**hosted(provider.url), "api_key": "sk-very-secret-0123456789"}},
+            indexes={"articles": {"text": "{body}", "columns": ["tenant"]}},
+        )
+    )
     made.source.execute("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, body text)")
     made.source.execute(
         "INSERT INTO articles SELECT i, i % 3, 'article number ' || i FROM generate_series(1, 200) AS i"
     )
     return made
-
-
-def command(pipeline: Pipeline, *arguments: str) -> Any:
-    """Run a command of cdcsync and return the JSON that it prints."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "cdcsync", *arguments, "--json", "-c", str(pipeline.path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
 
 
 def failed(pipeline: Pipeline) -> float:
@@ -78,7 +51,7 @@ def test_a_refused_text_waits_with_its_error_and_all_others_go_on(pipeline: Pipe
     pipeline.in_step(vectors=False)
     until(lambda: failed(pipeline) == 2, "two failures")
 
-    found = command(pipeline, "failures", "articles", "list")
+    found = pipeline.answer("failures", "articles", "list")
 
     assert [(one["key"], one["chunk_no"], one["attempts"], one["next_attempt_at"]) for one in found] == [
         ({"id": "7"}, 0, 8, None),
@@ -90,11 +63,11 @@ def test_a_refused_text_waits_with_its_error_and_all_others_go_on(pipeline: Pipe
     assert {text: count for text, count in provider.embedded.items() if count > 1 and text != "word"} == {}
 
     provider.rejects = lambda text: text == "article number 130"
-    assert command(pipeline, "failures", "articles", "retry") == {"retry": 2}
+    assert pipeline.answer("failures", "articles", "retry") == {"retry": 2}
     until(lambda: vector_of(pipeline, 7), "the vector of a text that is taken now")
     until(lambda: failed(pipeline) == 1, "one failure")
-    assert command(pipeline, "failures", "articles", "discard") == {"discard": 1}
-    assert command(pipeline, "failures", "articles", "list") == []
+    assert pipeline.answer("failures", "articles", "discard") == {"discard": 1}
+    assert pipeline.answer("failures", "articles", "list") == []
     until(lambda: failed(pipeline) == 0, "no failure")
 
     pipeline.source.execute("UPDATE articles SET body = 'something else' WHERE id = 130")
@@ -148,7 +121,7 @@ def test_an_outage_costs_vectors_their_freshness_and_nothing_else(pipeline: Pipe
         ),
         "the slot to be let go",
     )
-    hits = command(pipeline, "search", "articles", "outage", "--mode", "text", "-k", "100")
+    hits = pipeline.answer("search", "articles", "outage", "--mode", "text", "-k", "100")
     assert len(hits) == 60
     assert pipeline.target.execute("SELECT count(*) FROM articles_index WHERE id BETWEEN 50 AND 79").fetchone() == (0,)
     assert pipeline.target.execute(

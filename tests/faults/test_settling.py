@@ -8,35 +8,24 @@ from collections.abc import Callable
 import pytest
 
 from cdcsync.crashpoints import VARIABLE
+from tests.support.configs import configuration
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = pytest.mark.server
-
-CONFIG = """
-[source]
-dsn = "{dsn}"
-slot = "s_{name}"
-[worker]
-listen = "127.0.0.1:0"
-settle_after_s = 0
-settle_share = 1
-[embedders.fake]
-type = "hash"
-dimensions = 16
-[indexes.articles]
-table = "articles"
-text = "{{body}}"
-embedder = "fake"
-fresh_scan_budget_ms = {budget}
-"""
 
 
 @pytest.mark.parametrize(("point", "budget"), [("vectors moved", 25), ("move committed", 25), ("vectors moved#2", 0.1)])
 def test_each_vector_is_in_one_tier_after_a_kill_and_settles_in_the_end(
     make_pipeline: Callable[[str], Pipeline], database: Database, point: str, budget: float
 ) -> None:
-    pipeline = make_pipeline(CONFIG.format(dsn=database.dsn, name=database.name[:50], budget=budget))
+    pipeline = make_pipeline(
+        configuration(
+            database.dsn,
+            worker_lines="settle_after_s = 0\nsettle_share = 1",
+            indexes={"articles": {"text": "{body}", "fresh_scan_budget_ms": budget}},
+        )
+    )
     pipeline.source.execute("CREATE TABLE articles (id bigint PRIMARY KEY, body text NOT NULL)")
     pipeline.source.execute("INSERT INTO articles SELECT i, 'text ' || i FROM generate_series(1, 200) AS i")
     worker = pipeline.start()

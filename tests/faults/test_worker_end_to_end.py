@@ -10,36 +10,11 @@ from functools import partial
 
 import pytest
 
+from tests.support.articles import articles, fill
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = pytest.mark.server
-
-CONFIG = """
-[source]
-dsn = "{source}"
-slot = "{slot}"
-publication = "cdcsync"
-feedback_every_s = 1
-[target]
-dsn = "{target}"
-[worker]
-listen = "127.0.0.1:0"
-batch_rows = {batch_rows}
-backfill_page_rows = {page_rows}
-log_level = "debug"
-[embedders.fake]
-type = "hash"
-dimensions = 16
-[indexes.articles]
-table = "articles"
-text = "{{title}}\\n\\n{{body}}"
-columns = ["tenant"]
-embedder = "fake"
-[indexes.articles.chunking]
-max_tokens = 32
-overlap_tokens = 4
-"""
 
 TABLE = """
 CREATE TABLE articles (
@@ -57,23 +32,8 @@ def make(
     batch_rows: int = 50,
     page_rows: int = 40,
 ) -> Pipeline:
-    text = CONFIG.format(
-        source=source.dsn,
-        target=(target or source).dsn,
-        slot=f"s_{source.name}"[:60],
-        batch_rows=batch_rows,
-        page_rows=page_rows,
-    )
-    return make_pipeline(text)
-
-
-def fill(pipeline: Pipeline, rows: int) -> None:
-    pipeline.source.execute(TABLE)
-    pipeline.source.execute(
-        "INSERT INTO articles SELECT i, i %% 5, 'title ' || i, repeat('sentence number ' || i || '. ', i %% 17)"
-        " FROM generate_series(1, %s) AS i",
-        [rows],
-    )
+    lines = f"batch_rows = {batch_rows}"
+    return make_pipeline(articles(source, target, page_rows=page_rows, worker_lines=lines))
 
 
 def write(pipeline: Pipeline, seed: int, transactions: int) -> None:
@@ -112,7 +72,7 @@ def test_the_initial_load_and_every_kind_of_change_reach_the_index(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     pipeline = make(make_pipeline, database)
-    fill(pipeline, 300)
+    fill(pipeline, 300, TABLE)
     worker = pipeline.start()
     pipeline.live()
     pipeline.in_step()
@@ -130,7 +90,7 @@ def test_changes_that_come_during_the_initial_load_win(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     pipeline = make(make_pipeline, make_database(), make_database(), page_rows=7)
-    fill(pipeline, 400)
+    fill(pipeline, 400, TABLE)
     pipeline.start()
     pipeline.event("backfill_started")
 
@@ -155,7 +115,7 @@ def test_kill_9_in_the_middle_of_a_stream_of_changes_loses_nothing(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], seed: int
 ) -> None:
     pipeline = make(make_pipeline, make_database(), make_database(), batch_rows=11, page_rows=13)
-    fill(pipeline, 300)
+    fill(pipeline, 300, TABLE)
     chance = random.Random(seed)
 
     for round_ in range(5):
@@ -176,7 +136,7 @@ def test_a_second_worker_stands_by_and_takes_over_from_one_that_was_killed(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     pipeline = make(make_pipeline, database)
-    fill(pipeline, 50)
+    fill(pipeline, 50, TABLE)
     first = pipeline.start()
     pipeline.live()
     second = pipeline.start()
@@ -195,7 +155,7 @@ def test_a_second_worker_stands_by_and_takes_over_from_one_that_was_killed(
 @pytest.mark.faults
 def test_broken_connections_mend_themselves(database: Database, make_pipeline: Callable[[str], Pipeline]) -> None:
     pipeline = make(make_pipeline, database)
-    fill(pipeline, 100)
+    fill(pipeline, 100, TABLE)
     worker = pipeline.start()
     pipeline.live()
 
@@ -215,7 +175,7 @@ def test_a_stopped_worker_ends_in_order_and_goes_on_where_it_was(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     pipeline = make(make_pipeline, database)
-    fill(pipeline, 100)
+    fill(pipeline, 100, TABLE)
     worker = pipeline.start()
     pipeline.live()
     write(pipeline, seed=7, transactions=20)
@@ -234,7 +194,7 @@ def test_a_slot_that_was_advanced_by_someone_else_is_a_gap(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     pipeline = make(make_pipeline, database)
-    fill(pipeline, 20)
+    fill(pipeline, 20, TABLE)
     worker = pipeline.start()
     pipeline.live()
     pipeline.stop(worker)
@@ -253,7 +213,7 @@ def test_a_transaction_much_larger_than_a_batch_is_applied_whole(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     pipeline = make(make_pipeline, database)
-    fill(pipeline, 10)
+    fill(pipeline, 10, TABLE)
     pipeline.start()
     pipeline.live()
 
@@ -275,7 +235,7 @@ def test_unchanged_large_values_survive_updates_of_other_columns(
     database: Database, make_pipeline: Callable[[str], Pipeline], identity: str
 ) -> None:
     pipeline = make(make_pipeline, database)
-    fill(pipeline, 5)
+    fill(pipeline, 5, TABLE)
     pipeline.source.execute(f"ALTER TABLE articles REPLICA IDENTITY {identity}")
     pipeline.source.execute("ALTER TABLE articles ALTER body SET STORAGE EXTERNAL")
     pipeline.start()

@@ -17,33 +17,11 @@ import pytest
 
 from cdcsync.demo.cluster import Cluster
 from cdcsync.target.requests import Requests
+from tests.support.configs import configuration
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults, pytest.mark.timeout(300)]
-
-CONFIG = """
-[source]
-dsn = "{source}"
-slot = "{slot}"
-publication = "cdcsync"
-feedback_every_s = 1
-[target]
-dsn = "{target}"
-[worker]
-listen = "127.0.0.1:0"
-batch_rows = 50
-backfill_page_rows = 5
-log_level = "debug"
-[embedders.fake]
-type = "hash"
-dimensions = 8
-[indexes.notes]
-table = "notes"
-text = "{{body}}"
-columns = ["tenant"]
-embedder = "fake"
-"""
 
 TABLE = 'CREATE TABLE notes (id text COLLATE "C" PRIMARY KEY, tenant int, body text NOT NULL)'
 """The source sorts by bytes; the target by its database's own collation, which puts `a` before `B`."""
@@ -127,7 +105,15 @@ def writers(dsn: str, seed: int, *, truncates: bool = True) -> Iterator[None]:
 
 
 def make(make_pipeline: Callable[[str], Pipeline], source: str, target: Database) -> Pipeline:
-    pipeline = make_pipeline(CONFIG.format(source=source, target=target.dsn, slot=f"s_{target.name}"[:60]))
+    pipeline = make_pipeline(
+        configuration(
+            source,
+            target=target.dsn,
+            slot=f"s_{target.name}",
+            worker_lines='batch_rows = 50\nbackfill_page_rows = 5\nlog_level = "debug"',
+            indexes={"notes": {"text": "{body}", "columns": ["tenant"]}},
+        )
+    )
     pipeline.source.execute(TABLE)
     chance = random.Random(0)
     with pipeline.source.transaction():

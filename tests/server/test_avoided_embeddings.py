@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 
 import psycopg
 import pytest
 
+from tests.support.configs import configuration, hosted
 from tests.support.provider import FakeProvider, slow
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
-
-CONFIG = """
-[source]
-dsn = "{dsn}"
-slot = "s_{name}"
-feedback_every_s = 1
-[worker]
-batch_rows = 10
-listen = "127.0.0.1:0"
-log_level = "debug"
-[embedders.hosted]
-type = "openai"
-model = "hashing"
-dimensions = 16
-base_url = "{url}"
-concurrency = 1
-batch_texts = 2
-[indexes.articles]
-table = "articles"
-text = "{{body}}"
-columns = ["tenant"]
-embedder = "hosted"
-inline_budget_ms = 0
-"""
 
 
 def counted(pipeline: Pipeline) -> dict[str, float]:
@@ -80,7 +55,14 @@ def write(pipeline: Pipeline, *statements: str) -> None:
 def test_each_reason_for_which_no_call_is_made_is_counted(
     make_pipeline: Callable[[str], Pipeline], database: Database, provider: FakeProvider
 ) -> None:
-    pipeline = make_pipeline(CONFIG.format(dsn=database.dsn, name=database.name, url=provider.url))
+    pipeline = make_pipeline(
+        configuration(
+            database.dsn,
+            worker_lines='batch_rows = 10\nlog_level = "debug"',
+            embedders={"hosted": {**hosted(provider.url), "concurrency": 1, "batch_texts": 2}},
+            indexes={"articles": {"text": "{body}", "columns": ["tenant"], "inline_budget_ms": 0}},
+        )
+    )
     pipeline.source.execute("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, body text)")
     pipeline.source.execute("INSERT INTO articles SELECT i, 1, 'article ' || i FROM generate_series(1, 6) AS i")
     worker = pipeline.start()
@@ -124,8 +106,7 @@ def test_each_reason_for_which_no_call_is_made_is_counted(
 
     # A replay reads every row again.
     unchanged = counted(pipeline)["unchanged"]
-    command = [sys.executable, "-m", "cdcsync", "replay", "articles", "-c", str(pipeline.path)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    assert pipeline.command("replay", "articles").returncode == 0
     assert counted(pipeline)["unchanged"] - unchanged == 17
 
     # The worker is killed with a transaction half applied, which is delivered again whole.

@@ -9,37 +9,12 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.browsers import Browser
+from tests.support.configs import configuration, hosted
 from tests.support.provider import FakeProvider
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-
-CONFIG = """
-[source]
-dsn = "{dsn}"
-slot = "{slot}"
-feedback_every_s = 1
-[worker]
-listen = "127.0.0.1:0"
-backfill_page_rows = 20
-backfill_max_rows_per_s = 20
-evaluate_every_s = 0.5
-[embedders.hosted]
-type = "openai"
-model = "hashing"
-dimensions = 16
-base_url = "{url}"
-[indexes.articles]
-table = "articles"
-text = "{{title}}"
-embedder = "hosted"
-[indexes.notes]
-table = "notes"
-text = "{{body}}"
-embedder = "hosted"
-inline_budget_ms = 0
-"""
 
 ROWS = 300
 REFUSED = {"title 7", "title 130"}
@@ -55,7 +30,14 @@ def pipeline(database: Database, make_pipeline: Callable[[str], Pipeline], provi
     database.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
     database.execute(f"INSERT INTO articles SELECT i, 'title ' || i FROM generate_series(1, {ROWS}) AS i")
     database.execute("INSERT INTO notes SELECT i, 'note ' || i FROM generate_series(1, 30) AS i")
-    return make_pipeline(CONFIG.format(dsn=database.dsn, slot=f"s_{database.name}", url=provider.url))
+    return make_pipeline(
+        configuration(
+            database.dsn,
+            worker_lines="backfill_page_rows = 20\nbackfill_max_rows_per_s = 20\nevaluate_every_s = 0.5",
+            embedders={"hosted": hosted(provider.url)},
+            indexes={"articles": {}, "notes": {"text": "{body}", "inline_budget_ms": 0}},
+        )
+    )
 
 
 class Page:

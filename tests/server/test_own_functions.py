@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,14 +65,8 @@ def make(make_pipeline: Callable[[str], Pipeline], database: Database, index: Se
 
 def verify(pipeline: Pipeline, directory: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Run `cdcsync verify notes --json`; returns its exit status and answer."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cdcsync", "verify", "notes", "-c", str(pipeline.path), "--json", *arguments],
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(directory)},
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode in (0, 1), done.stderr.decode()
+    done = pipeline.command("verify", "notes", "--json", *arguments, PYTHONPATH=str(directory))
+    assert done.returncode in (0, 1), done.stderr
     return done.returncode, json.loads(done.stdout)
 
 
@@ -171,14 +162,9 @@ def test_a_function_that_is_not_there_is_a_wrong_configuration(
     pipeline = make(make_pipeline, database, OWN)
     pipeline.source.execute(TABLE)
 
-    done = subprocess.run(
-        [sys.executable, "-m", "cdcsync", "check", "-c", str(pipeline.path)],
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
+    done = pipeline.command("check")
 
     assert done.returncode == 2
-    said = " ".join((done.stdout + done.stderr).decode().split())
+    said = " ".join((done.stdout + done.stderr).split())
     assert "own_documents:document cannot be imported" in said
     assert "PYTHONPATH" in said

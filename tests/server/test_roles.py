@@ -7,7 +7,6 @@ import json
 import secrets
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -129,19 +128,9 @@ def allowed(dsn: str, statement: str) -> bool:
     return True
 
 
-def cdcsync(pipeline: Pipeline, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cdcsync", *arguments, "-c", str(pipeline.path)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
 def answered(pipeline: Pipeline, *arguments: str) -> Any:
     """Run a command that succeeds and return its JSON."""
-    done = cdcsync(pipeline, *arguments)
+    done = pipeline.command(*arguments)
     assert done.returncode == 0, done.stderr + done.stdout
     return json.loads(done.stdout)
 
@@ -212,8 +201,8 @@ def test_every_command_does_its_work_under_the_least_privilege(
     )
     damage = "UPDATE cdcsync.articles_chunks SET content = 'wrong', document_hash = '\\x00' WHERE id < 5"
     target.execute(damage)
-    assert cdcsync(pipeline, "verify", "articles").returncode == 1
-    assert cdcsync(pipeline, "verify", "articles", "--repair").returncode == 0
+    assert pipeline.command("verify", "articles").returncode == 1
+    assert pipeline.command("verify", "articles", "--repair").returncode == 0
     target.execute(damage)
     assert answered(pipeline, "replay", "articles", "--where", "id < 10", "--json")["rows"] == 9
     assert answered(pipeline, "replay", "articles", "--key", "20", "--force-embed", "--json")["rows"] == 1
@@ -275,12 +264,7 @@ def test_a_purge_keeps_what_the_roles_could_not_make_again(
         pipeline.live()
         assert pipeline.stop(worker) == 0
 
-        done = subprocess.run(
-            [sys.executable, "-m", "cdcsync", "teardown", "--purge", "--yes", "-c", str(pipeline.path)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = pipeline.command("teardown", "--purge", "--yes")
 
         assert done.returncode == 0, done.stderr
         assert "publication cdcsync kept: it belongs to another role" in done.stdout

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,79 +11,26 @@ from typing import Any
 
 import pytest
 
+from tests.support.articles import TABLE, articles, fill
 from tests.support.provider import FakeProvider
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 
-CONFIG = """
-[source]
-dsn = "{source}"
-slot = "{slot}"
-publication = "cdcsync"
-feedback_every_s = 1
-[target]
-dsn = "{target}"
-[worker]
-listen = "127.0.0.1:0"
-backfill_page_rows = 20
-log_level = "debug"
-[embedders.fake]
-type = "hash"
-dimensions = 16
-[indexes.articles]
-table = "articles"
-text = "{{title}}\\n\\n{{body}}"
-columns = ["tenant"]
-embedder = "fake"
-[indexes.articles.chunking]
-max_tokens = 32
-overlap_tokens = 4
-"""
-
-TABLE = "CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, title text NOT NULL, body text)"
 COMPOSITE = (
     "CREATE TABLE articles (region text, id int, tenant int, title text NOT NULL, body text, PRIMARY KEY (region, id))"
 )
 
 
 def make(make_pipeline: Callable[[str], Pipeline], source: Database, target: Database | None = None) -> Pipeline:
-    return make_pipeline(CONFIG.format(source=source.dsn, target=(target or source).dsn, slot=f"s_{source.name}"[:60]))
+    return make_pipeline(articles(source, target))
 
 
-def fill(pipeline: Pipeline, rows: int) -> None:
-    pipeline.source.execute(TABLE)
-    pipeline.source.execute(
-        "INSERT INTO articles SELECT i, i %% 5, 'title ' || i, repeat('sentence number ' || i || '. ', i %% 17)"
-        " FROM generate_series(1, %s) AS i",
-        [rows],
-    )
-
-
-def cdcsync(pipeline: Pipeline, *arguments: str, typed: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cdcsync", *arguments, "-c", str(pipeline.path)],
-        input=typed,
-        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
-def answered(pipeline: Pipeline, *arguments: str, typed: str | None = None) -> Any:
-    """Run a command that succeeds and return its JSON."""
-    done = cdcsync(pipeline, *arguments, "--json", typed=typed)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return json.loads(done.stdout)
-
-
-def refused(pipeline: Pipeline, *arguments: str, typed: str | None = None) -> str:
+def refused(pipeline: Pipeline, *arguments: str, typed: str = "") -> str:
     """Run a command that is refused with nothing changed and return what it says."""
     before = pipeline.target.execute("SELECT count(*) FROM cdcsync.backfills").fetchone()
-    done = cdcsync(pipeline, *arguments, typed=typed)
+    done = pipeline.command(*arguments, answer=typed)
     assert done.returncode == 2, done.stderr + done.stdout
     assert "error:" in done.stderr
     assert "fix:" in done.stderr
@@ -113,14 +58,14 @@ def live(make_database: Callable[[], Database], make_pipeline: Callable[[str], P
 
 def test_a_replay_of_all_rows_mends_what_differs_while_the_worker_runs(live: Pipeline) -> None:
     damage(live)
-    done = answered(live, "replay", "articles")
+    done = live.answer("replay", "articles")
     assert (done["state"], done["rows"]) == ("done", 100)
     live.in_step()
 
 
 def test_only_the_rows_of_a_condition_are_read_again(live: Pipeline) -> None:
     live.target.execute("UPDATE cdcsync.articles_chunks SET tenant = -1")
-    done = answered(live, "replay", "articles", "--where", "tenant = 2 AND title LIKE '%7'")
+    done = live.answer("replay", "articles", "--where", "tenant = 2 AND title LIKE '%7'")
     assert done["rows"] == 10
     left = live.target.execute("SELECT array_agg(DISTINCT id ORDER BY id) FROM public.articles_index WHERE tenant = 2")
     assert left.fetchone() == ([7, 17, 27, 37, 47, 57, 67, 77, 87, 97],)
@@ -128,7 +73,7 @@ def test_only_the_rows_of_a_condition_are_read_again(live: Pipeline) -> None:
 
 def test_keys_come_from_the_command_line_and_from_standard_input(live: Pipeline) -> None:
     live.target.execute("UPDATE cdcsync.articles_chunks SET tenant = -1")
-    done = answered(live, "replay", "articles", "--key", "007", "--key", "-", typed="12\n13\n\n12\n")
+    done = live.answer("replay", "articles", "--key", "007", "--key", "-", answer="12\n13\n\n12\n")
     assert done["rows"] == 3
     left = live.target.execute("SELECT array_agg(DISTINCT id ORDER BY id) FROM public.articles_index WHERE tenant >= 0")
     assert left.fetchone() == ([7, 12, 13],)
@@ -140,7 +85,7 @@ def test_a_key_that_the_source_does_not_have_leaves_the_index(live: Pipeline) ->
         "INSERT INTO cdcsync.articles_chunks (id, chunk_no, content, content_hash, document_hash, commit_lsn)"
         " VALUES (999, 0, 'x', '\\x00', '\\x00', '0/0')"
     )
-    answered(live, "replay", "articles", "--key", "999")
+    live.answer("replay", "articles", "--key", "999")
     live.in_step()
 
 
@@ -159,7 +104,7 @@ def test_keys_are_found_however_they_are_written(
     pipeline.target.execute("UPDATE cdcsync.articles_chunks SET id = 2.00, document_hash = '\\x00' WHERE id = 2")
     pipeline.target.execute("UPDATE cdcsync.articles_chunks SET id = 3.00 WHERE id = 3")
 
-    answered(pipeline, "replay", "articles", *(f"--key={key}" for key in ("1.00", "1", "2", "3", "7", "8")))
+    pipeline.answer("replay", "articles", *(f"--key={key}" for key in ("1.00", "1", "2", "3", "7", "8")))
 
     pipeline.in_step()
     held = pipeline.target.execute("SELECT array_agg(id::text ORDER BY id) FROM public.articles_index")
@@ -168,14 +113,14 @@ def test_keys_are_found_however_they_are_written(
 
 def test_force_embed_makes_vectors_again_of_what_it_touches_and_of_nothing_else(live: Pipeline) -> None:
     live.target.execute("UPDATE cdcsync.articles_vectors_1 SET embedding = array_fill(1.0, '{16}')::vector")
-    answered(live, "replay", "articles", "--where", "id <= 50")
+    live.answer("replay", "articles", "--where", "id <= 50")
     wrong = "SELECT count(DISTINCT id) FROM public.articles_index WHERE embedding = array_fill(1.0, '{16}')::vector"
     assert live.target.execute(wrong).fetchone() == (100,)
 
-    answered(live, "replay", "articles", "--where", "id <= 50", "--force-embed")
+    live.answer("replay", "articles", "--where", "id <= 50", "--force-embed")
 
     until(lambda: live.target.execute(wrong).fetchone() == (50,), "the vectors of half the rows")
-    answered(live, "replay", "articles", "--force-embed")
+    live.answer("replay", "articles", "--force-embed")
     live.in_step()
 
 
@@ -184,7 +129,7 @@ def test_without_a_worker_the_command_takes_its_place_until_all_vectors_are_ther
     damage(live)
     live.source.execute("UPDATE articles SET title = 'changed while nothing ran' WHERE id = 5")
     live.source.execute("DELETE FROM articles WHERE id = 6")
-    done = answered(live, "replay", "articles", "--force-embed")
+    done = live.answer("replay", "articles", "--force-embed")
     assert done["state"] == "done"
     live.compare()
     worker = live.start()
@@ -195,28 +140,28 @@ def test_without_a_worker_the_command_takes_its_place_until_all_vectors_are_ther
 def test_a_dry_run_counts_and_changes_nothing(live: Pipeline) -> None:
     rows = live.target.execute("SELECT count(*), count(DISTINCT content_hash) FROM cdcsync.articles_chunks").fetchone()
     assert rows is not None
-    found = answered(live, "replay", "articles", "--dry-run")
+    found = live.answer("replay", "articles", "--dry-run")
     assert (found["rows"], found["changed"], found["embeddings"], found["chunks"]) == (100, 0, 0, rows[0])
-    found = answered(live, "replay", "articles", "--dry-run", "--force-embed")
+    found = live.answer("replay", "articles", "--dry-run", "--force-embed")
     assert found["embeddings"] == rows[0]
     assert found["seconds"] is not None
-    found = answered(live, "replay", "articles", "--dry-run", "--key", "7", "--key", "4711")
+    found = live.answer("replay", "articles", "--dry-run", "--key", "7", "--key", "4711")
     assert (found["rows"], found["gone"]) == (1, 0)
     assert live.target.execute("SELECT count(*) FROM cdcsync.backfills").fetchone() == (1,)
-    assert "nothing was changed" in cdcsync(live, "replay", "articles", "--dry-run").stdout
+    assert "nothing was changed" in live.command("replay", "articles", "--dry-run").stdout
 
 
 def test_a_dry_run_says_the_price_where_the_configuration_does(live: Pipeline, provider: FakeProvider) -> None:
-    assert answered(live, "replay", "articles", "--dry-run")["price"] is None
+    assert live.answer("replay", "articles", "--dry-run")["price"] is None
     hosted = f'type = "openai"\nmodel = "m"\nbase_url = "{provider.url}"\nprice_per_million_tokens = 2.5\n'
     live.path.write_text(live.path.read_text().replace('type = "hash"\n', hosted))
 
-    found = answered(live, "replay", "articles", "--dry-run", "--force-embed")
+    found = live.answer("replay", "articles", "--dry-run", "--force-embed")
 
     assert found["price"] == pytest.approx(found["embedding_tokens"] * 2.5 / 1_000_000)
     assert found["price"] > 0
     assert found["seconds"] is not None
-    assert "price" in cdcsync(live, "replay", "articles", "--dry-run").stdout
+    assert "price" in live.command("replay", "articles", "--dry-run").stdout
 
 
 def test_large_rows_are_read_a_few_at_a_time(live: Pipeline) -> None:
@@ -225,7 +170,7 @@ def test_large_rows_are_read_a_few_at_a_time(live: Pipeline) -> None:
     live.in_step()
     for arguments in ([], ["--key", "-"]):
         seen = len(live.events())
-        done = answered(live, "replay", "articles", *arguments, typed="\n".join(map(str, range(1, 101))))
+        done = live.answer("replay", "articles", *arguments, answer="\n".join(map(str, range(1, 101))))
         assert done["rows"] == 100
         until(partial(nine_pages, live, seen), "nine pages: of twenty rows each it would be five, and an empty one")
     live.compare()
@@ -263,33 +208,33 @@ def test_the_progress_of_a_resync_goes_on_while_it_looks_for_rows_that_are_gone(
 
 def test_requests_are_queued_paused_resumed_and_cancelled(live: Pipeline) -> None:
     live.target.execute("UPDATE cdcsync.articles_chunks SET tenant = -1")
-    first = answered(live, "replay", "articles", "--detach", "--max-rows-per-s", "1")["request"]
-    second = answered(live, "replay", "articles", "--detach", "--key", "100")["request"]
+    first = live.answer("replay", "articles", "--detach", "--max-rows-per-s", "1")["request"]
+    second = live.answer("replay", "articles", "--detach", "--key", "100")["request"]
     states = "SELECT array_agg(state ORDER BY id) FROM cdcsync.backfills WHERE id >= %s"
     until(lambda: live.target.execute(states, [first]).fetchone() == (["running", "requested"],), "the first to begin")
 
-    assert answered(live, "replay", "articles", "--pause")["requests"] == [first, second]
-    assert answered(live, "replay", "articles", "--resume")["requests"] == [first, second]
-    assert answered(live, "replay", "articles", "--cancel")["requests"] == [first, second]
+    assert live.answer("replay", "articles", "--pause")["requests"] == [first, second]
+    assert live.answer("replay", "articles", "--resume")["requests"] == [first, second]
+    assert live.answer("replay", "articles", "--cancel")["requests"] == [first, second]
     assert "nothing to cancel" in refused(live, "replay", "articles", "--cancel")
 
-    done = answered(live, "replay", "articles", "--where", "id <= 10")
+    done = live.answer("replay", "articles", "--where", "id <= 10")
     assert done["state"] == "done"
     assert live.target.execute(states, [first]).fetchone() == (["cancelled", "cancelled", "done"],)
 
 
 def test_a_paused_request_goes_on_where_it_was(live: Pipeline) -> None:
-    request = answered(live, "replay", "articles", "--detach", "--max-rows-per-s", "1")["request"]
+    request = live.answer("replay", "articles", "--detach", "--max-rows-per-s", "1")["request"]
     how_far = "SELECT rows_done, state FROM cdcsync.backfills WHERE id = %s"
     until(lambda: (live.target.execute(how_far, [request]).fetchone() or (0,))[0] >= 2, "a first page")
-    answered(live, "replay", "articles", "--pause")
+    live.answer("replay", "articles", "--pause")
     live.event("backfill_stopped")
     done, state = live.target.execute(how_far, [request]).fetchone() or (0, "")
     assert state == "paused"
     assert done < 100
     live.target.execute("UPDATE cdcsync.backfills SET max_rows_per_s = NULL")
 
-    answered(live, "replay", "articles", "--resume")
+    live.answer("replay", "articles", "--resume")
 
     until(lambda: live.target.execute(how_far, [request]).fetchone() == (100, "done"), "the rest")
     begun = [event for event in live.events() if event.get("backfill") == request and "resumed_at" in event]
@@ -362,7 +307,7 @@ def idle(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with fresh_database(server) as database:
         pipeline = Pipeline(
             tmp_path_factory.mktemp("idle"),
-            CONFIG.format(source=database.dsn, target=database.dsn, slot=f"s_{database.name}"[:60]),
+            articles(database),
         )
         try:
             fill(pipeline, 5)
@@ -388,9 +333,7 @@ def test_the_key_of_several_columns_is_a_json_array(
     pipeline.live()
     pipeline.target.execute("UPDATE cdcsync.articles_chunks SET tenant = -1")
 
-    done = answered(
-        pipeline, "replay", "articles", "--key", '["eu", 3]', "--key", '["a,b", "04"]', "--key", '["[\\"",5]'
-    )
+    done = pipeline.answer("replay", "articles", "--key", '["eu", 3]', "--key", '["a,b", "04"]', "--key", '["[\\"",5]')
 
     assert done["rows"] == 3
     left = pipeline.target.execute("SELECT region, id FROM public.articles_index WHERE tenant >= 0 ORDER BY 2")
@@ -398,5 +341,5 @@ def test_the_key_of_several_columns_is_a_json_array(
     for key in ("eu", '["eu"]', '["eu", 1, 2]', '["eu", null]', '["eu", [1]]', '{"region": "eu", "id": 1}'):
         assert "(region, id)" in refused(pipeline, "replay", "articles", "--key", key)
     assert "integer" in refused(pipeline, "replay", "articles", "--key", '["eu", "x"]')
-    answered(pipeline, "replay", "articles")
+    pipeline.answer("replay", "articles")
     pipeline.in_step()

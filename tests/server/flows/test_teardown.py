@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 
 import psycopg
 import pytest
 
+from tests.support.configs import configuration
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
-
-CONFIG = """
-[source]
-dsn = "{source}"
-slot = "{slot}"
-publication = "cdcsync"
-feedback_every_s = 1
-[target]
-dsn = "{target}"
-[worker]
-listen = "127.0.0.1:0"
-[embedders.fake]
-type = "hash"
-dimensions = 8
-[indexes.{index}]
-table = "articles"
-text = "{{title}}"
-embedder = "fake"
-"""
 
 
 def make(
@@ -43,8 +24,8 @@ def make(
     slot: str | None = None,
     index: str = "articles",
 ) -> Pipeline:
-    text = CONFIG.format(source=source.dsn, target=target.dsn, slot=slot or f"s_{source.name}", index=index)
-    return make_pipeline(text)
+    indexes = {index: {"table": "articles"}}
+    return make_pipeline(configuration(source.dsn, target=target.dsn, slot=slot, indexes=indexes))
 
 
 def fill(database: Database) -> None:
@@ -59,13 +40,7 @@ def run_and_stop(pipeline: Pipeline) -> None:
 
 
 def teardown(pipeline: Pipeline, *arguments: str, answer: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cdcsync", "teardown", "-c", str(pipeline.path), *arguments],
-        input=answer,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return pipeline.command("teardown", *arguments, answer=answer)
 
 
 def outcomes(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
@@ -271,13 +246,7 @@ def test_a_slot_that_is_not_the_pipelines_is_refused(
 
 
 def drop(pipeline: Pipeline, index: str, *arguments: str, answer: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cdcsync", "drop", index, "-c", str(pipeline.path), *arguments],
-        input=answer,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return pipeline.command("drop", index, *arguments, answer=answer)
 
 
 def test_an_index_that_left_the_configuration_is_unfollowed_says_so_and_can_be_dropped(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,36 +12,13 @@ from typing import Any
 import psycopg
 import pytest
 
+from tests.support.articles import articles
 from tests.support.servers import Database, Server
 from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 
-CONFIG = """
-[source]
-dsn = "{source}"
-slot = "{slot}"
-publication = "cdcsync"
-feedback_every_s = 1
-[target]
-dsn = "{target}"
-[worker]
-listen = "127.0.0.1:0"
-backfill_page_rows = 20
-log_level = "debug"
-{worker}
-[embedders.fake]
-type = "hash"
-dimensions = 16
-[indexes.articles]
-table = "articles"
-text = "{{title}}: 100% {{{{of}}}} it's\\n\\n{{body}}"
-columns = ["tenant", "price", "at"]
-embedder = "fake"
-[indexes.articles.chunking]
-max_tokens = 32
-overlap_tokens = 4
-"""
+AWKWARD: dict[str, Any] = {"text": "{title}: 100% {{of}} it's\n\n{body}", "columns": ["tenant", "price", "at"]}
 
 TABLE = """
 CREATE TABLE articles (
@@ -52,9 +28,7 @@ CREATE TABLE articles (
 
 
 def make(make_pipeline: Callable[[str], Pipeline], source: Database, target: Database, *, worker: str = "") -> Pipeline:
-    return make_pipeline(
-        CONFIG.format(source=source.dsn, target=target.dsn, slot=f"s_{source.name}"[:60], worker=worker)
-    )
+    return make_pipeline(articles(source, target, worker_lines=worker, **AWKWARD))
 
 
 def fill(pipeline: Pipeline, rows: int) -> None:
@@ -70,14 +44,7 @@ def fill(pipeline: Pipeline, rows: int) -> None:
 
 
 def verify(pipeline: Pipeline, *arguments: str, status: int = 0) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-m", "cdcsync", "verify", "articles", "--json", "-c", str(pipeline.path), *arguments],
-        env={**os.environ, "NO_COLOR": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = pipeline.command("verify", "articles", "--json", *arguments)
     assert done.returncode == status, done.stderr + done.stdout
     return json.loads(done.stdout) if done.stdout else done.stderr
 
@@ -273,11 +240,6 @@ def test_an_emptied_index_is_mended_by_a_repair(live: Pipeline) -> None:
 
 
 def test_an_unknown_index_is_a_wrong_argument(live: Pipeline) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "cdcsync", "verify", "artikles", "-c", str(live.path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = live.command("verify", "artikles")
     assert done.returncode == 2
     assert "did you mean articles?" in done.stderr

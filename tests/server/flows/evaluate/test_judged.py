@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -67,12 +65,7 @@ def followed(make_pipeline: Callable[[str], Pipeline], database: Database) -> Pi
 
 def indexes_of_the_status(pipeline: Pipeline) -> dict[str, Any]:
     """Return the indexes of `cdcsync status --json`."""
-    shown = subprocess.run(
-        [sys.executable, "-m", "cdcsync", "status", "--json", "-c", str(pipeline.path)],
-        capture_output=True,
-        check=False,
-    )
-    found: dict[str, Any] = json.loads(shown.stdout)["indexes"]
+    found: dict[str, Any] = json.loads(pipeline.command("status", "--json").stdout)["indexes"]
     return found
 
 

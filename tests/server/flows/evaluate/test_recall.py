@@ -30,6 +30,7 @@ from cdcsync.target.ddl.relations import create_vectors
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.search import nearest_statement, stored_spec
 from cdcsync.target.settling import Settling
+from tests.support.configs import configuration
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register
 from tests.support.indexes import until as until_true
 from tests.support.workers import until
@@ -354,32 +355,6 @@ async def test_where_nothing_can_be_written_it_is_measured_all_the_same(database
 
 # -- the command and the worker -------------------------------------------------------------------------------------
 
-CONFIG = """
-[source]
-dsn = "{dsn}"
-slot = "{slot}"
-[worker]
-listen = "127.0.0.1:0"
-evaluate_every_s = 0.5
-[embedders.fake]
-type = "hash"
-dimensions = 16
-[indexes.articles]
-table = "articles"
-text = "{{body}}"
-columns = ["tenant"]
-embedder = "fake"
-[indexes.notes]
-table = "notes"
-text = "{{body}}"
-embedder = "fake"
-inline_budget_ms = 0
-[indexes.nothing]
-table = "nothing"
-text = "{{body}}"
-embedder = "fake"
-"""
-
 
 def command(*arguments: str | Path) -> int:
     """Run the command in this process and return its exit status."""
@@ -402,7 +377,17 @@ def test_the_worker_measures_by_itself_and_the_command_tells(
     words = "chr(97 + i % 26) || ' ' || chr(97 + i / 26 % 26) || ' word ' || i"
     for table in ("articles", "notes"):
         database.execute(f"INSERT INTO {table} SELECT i, i % 5, {words} FROM generate_series(1, 30) AS i")
-    pipeline = make_pipeline(CONFIG.format(dsn=database.dsn, slot=f"s_{database.name}"[:60]))
+    pipeline = make_pipeline(
+        configuration(
+            database.dsn,
+            worker_lines="evaluate_every_s = 0.5",
+            indexes={
+                "articles": {"text": "{body}", "columns": ["tenant"]},
+                "notes": {"text": "{body}", "inline_budget_ms": 0},
+                "nothing": {"text": "{body}"},
+            },
+        )
+    )
     pipeline.start()
     pipeline.live()
 
