@@ -76,8 +76,9 @@ def configure(level: Level = "info", format_: Format = "auto", stream: TextIO | 
     )
     logging.basicConfig(handlers=[handler], level=max(_LEVELS[level], logging.WARNING), force=True)
     logging.captureWarnings(capture=True)
-    # The driver calls it an error that a wait for a server is given up, and what else it says is in our errors too.
-    logging.getLogger("psycopg").setLevel(logging.CRITICAL if level == "error" else logging.NOTSET)
+    # The driver warns whenever a wait for a server is given up, which we do on purpose: at the end of a worker, and
+    # when a table has changed. What else it says is in our errors.
+    logging.getLogger("psycopg").setLevel(logging.NOTSET if level == "debug" else logging.CRITICAL)
 
 
 def without_quoted(message: str, sqlstate: str | None) -> str:

@@ -20,6 +20,12 @@ def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(128 + number)
 
 
+def end_before_the_start(number: int, frame: FrameType | None) -> NoReturn:
+    """End a worker that is told to stop before it has begun, as a signal's handler: nothing was changed."""
+    os.write(2, b"told to stop before the start; nothing was changed\n")
+    os._exit(0)
+
+
 async def interruptible(function: Callable[[Unpack[Arguments]], Awaitable[T]], *arguments: *Arguments) -> T:
     """Run a command's function; the first SIGINT says so and cancels it, the second ends the process.
 

@@ -27,6 +27,25 @@ model.
 
 from __future__ import annotations
 
-from cdcsync.cli.entry import main
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from cdcsync.stopping import end_before_the_start
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    :param arguments: without the program's name; the process's own by default.
+    """
+    if arguments is None and "run" in sys.argv:
+        # A service manager may end the worker while it still imports what it needs.
+        signal.signal(signal.SIGTERM, end_before_the_start)
+    from cdcsync.cli.entry import main as run_command
+
+    run_command(arguments)
+
 
 __all__ = ["main"]

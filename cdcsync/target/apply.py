@@ -43,7 +43,7 @@ STAGED_ROWS = 1_000
 """The temporary tables are emptied by DELETE, and by TRUNCATE once about so many rows went through them. TRUNCATE, and
 `ON COMMIT DELETE ROWS` with it, costs milliseconds of file operations, which at light load is more than all else."""
 
-TRUNCATE_LOCK_TIMEOUT_MS = 500
+TRUNCATE_LOCKS_MS = 500
 """Readers that take longer are not waited for, as searches queue up behind who waits for an exclusive lock; less than
 PostgreSQL's default `deadlock_timeout`, 1 s."""
 
@@ -234,15 +234,17 @@ class IndexWriter:
     async def _truncate(self) -> None:
         """Empty the index: quickly if nobody is in the way, else row by row.
 
-        The backlog is locked first, as the embed loop does. A reader may hold one of the other two and wait for the
-        next: then this gives up before the server looks for such a circle and fails somebody's search to break it.
+        A reader may hold one of the tables and wait for another: this gives up before the server looks for such a
+        circle and fails somebody's search to break it. So all locks together have to come in time, which a
+        `lock_timeout` would give to each of them.
         """
         try:
             async with self._connection.transaction():
-                await self._connection.execute(f"SET LOCAL lock_timeout = {TRUNCATE_LOCK_TIMEOUT_MS}")
+                await self._connection.execute(f"SET LOCAL statement_timeout = {TRUNCATE_LOCKS_MS}")
+                await self._run("LOCK TABLE {backlog}, {chunks}, {fresh}, {settled} IN ACCESS EXCLUSIVE MODE")
+                await self._connection.execute("SET LOCAL statement_timeout = 0")
                 await self._run("TRUNCATE {backlog}, {chunks}, {fresh}, {settled}")
-                await self._connection.execute("SET LOCAL lock_timeout = 0")
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+        except (psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected):
             for table in ("backlog", "fresh", "settled", "chunks"):
                 await self._run("DELETE FROM {" + table + "}")
 

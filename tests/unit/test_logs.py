@@ -109,6 +109,8 @@ def test_what_libraries_log_has_the_same_form_and_begins_at_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn("old", stacklevel=1)
+    logs.configure("info", "json", stream)
+    logging.getLogger("psycopg").warning("query cancellation interrupted")
     library, warning = lines(stream)
     assert (library["event"], library["logger"]) == ("connection lost", "psycopg")
     assert warning["logger"] == "py.warnings"

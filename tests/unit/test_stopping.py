@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import cdcsync
 
@@ -62,3 +66,32 @@ def test_the_second_interrupt_ends_at_once_what_does_not_stop() -> None:
         process.send_signal(signal.SIGINT)
         output, said = process.communicate(timeout=30)
     assert (process.returncode, output, said) == (130, "", "")
+
+
+@pytest.mark.parametrize("moment", ["while it imports", "while it waits for a server"])
+def test_a_worker_that_is_told_to_stop_before_its_start_says_so_and_ends_well(tmp_path: Path, moment: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        dsn = f"postgresql://nobody@127.0.0.1:{silent.getsockname()[1]}/nothing"
+        configuration = tmp_path / "cdcsync.toml"
+        configuration.write_text(
+            f'[source]\ndsn = "{dsn}"\n[target]\ndsn = "{dsn}"\n[embedders.fake]\ntype = "hash"\n'
+            '[indexes.a]\ntable = "public.a"\ntext = "{b}"\nembedder = "fake"\n'
+        )
+        options = ["-X", "importtime"] if moment == "while it imports" else []
+        with subprocess.Popen(
+            [sys.executable, *options, "-m", "cdcsync", "run", "-c", str(configuration)],
+            env={**os.environ, "PYTHONPATH": str(Path(cdcsync.__file__).parents[1])},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stderr is not None
+            with contextlib.ExitStack() as stack:
+                if options:
+                    while "cdcsync.cli.streams" not in process.stderr.readline():
+                        pass
+                else:
+                    stack.enter_context(silent.accept()[0])
+                process.send_signal(signal.SIGTERM)
+                said = process.stderr.read()
+                assert process.wait(timeout=30) == 0
+    assert "told to stop before the start" in said

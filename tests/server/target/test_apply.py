@@ -618,7 +618,31 @@ async def test_truncation_gives_way_to_readers_and_deletes_row_by_row(
         assert await index.texts() == {("3",): ["c"]}
         assert await index.faults() == []
     # The transaction's own settings go with it.
-    assert await index.rows("SHOW lock_timeout") == [("0",)]
+    assert await index.rows("SHOW statement_timeout") == [("0",)]
+
+
+async def test_one_time_limit_holds_for_all_locks_of_a_truncation(
+    index: LiveIndex, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    """A reader of two of the tables may hold one that truncation waits for, and wait for one that truncation holds."""
+    await index.apply(changes(document("1", "a"), document("2", "b"), inline=["a"]))
+    reader, watching = await connect_target(), await connect_target()
+
+    async def truncate() -> None:
+        await index.apply(changes(truncated=True))
+
+    async with anyio.create_task_group() as tasks, reader.transaction():
+        await reader.execute("SELECT FROM cdcsync.articles_vectors_1_settled")
+        tasks.start_soon(truncate)
+        await until_blocked(watching, index.connection)
+        cursor = await watching.execute(
+            "SELECT query FROM pg_stat_activity WHERE pid = %s", [index.connection.info.backend_pid]
+        )
+        (waiting,) = await cursor.fetchone() or ("",)
+        await reader.execute("SELECT FROM cdcsync.articles_backlog")
+    assert all(f"articles_{table}" in waiting for table in ("backlog", "chunks", "vectors_1_fresh"))
+    assert waiting.startswith("LOCK TABLE")
+    assert await index.dump() == ([], [], [])
 
 
 async def test_truncation_and_an_embed_loop_in_the_middle_of_storing_do_not_wait_in_a_circle(
