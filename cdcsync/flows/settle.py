@@ -7,6 +7,8 @@ each. So settling takes its time while the comparisons stay within the index's `
 vector has not changed for a while, leaves pauses, and stands back while the stream is late. Beyond the budget it takes
 precedence: no pauses, no rest, all its connections.
 
+What changed and moved vectors leave behind in fresh is removed before each look (`target/tidying`).
+
 Each move is a transaction, and nothing is remembered between two of them: the flow can be stopped at any moment and
 begun again.
 """
@@ -29,6 +31,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Session, speaking_of
 from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
 from cdcsync.target.settling import Settling, Tiers
+from cdcsync.target.tidying import tidy
 
 log = structlog.get_logger()
 
@@ -56,6 +59,10 @@ REBUILD_AGAIN_S = 300.0
 """How soon a rebuild is tried again after it failed."""
 
 
+TIDY_SHARE = 0.1
+"""The share of the time that may go into removing what is dead in fresh: an old transaction can make it be in vain."""
+
+
 class _Seen:
     """Recent observations of one index."""
 
@@ -68,6 +75,8 @@ class _Seen:
         """Whether leftovers of a rebuild that was killed have been looked for: they note every change for nobody."""
         self.not_before = -math.inf
         """No rebuild before this time: the last one failed."""
+        self.tidy_at = -math.inf
+        """When fresh is tidied again."""
 
     @property
     def may_rebuild(self) -> bool:
@@ -139,6 +148,9 @@ class Settle:
         if not seen.cleared:
             await Rebuild(await self._sessions[0].connection(), self._schema, spec).clear()
             seen.cleared = True
+        if (began := anyio.current_time()) >= seen.tidy_at:
+            await tidy(await self._sessions[0].connection(), self._schema, spec)
+            seen.tidy_at = anyio.current_time() + (anyio.current_time() - began) / TIDY_SHARE
         tiers = await settling.look()
         scan_ms = seen.scan_ms(tiers)
         await self._note(settling, spec, tiers, scan_ms)

@@ -80,7 +80,7 @@ FINAL = (".send_status", ".create_slot", ".set_failover", "emit_mark")
 """Calls that tell the source something for good."""
 
 WRITES = re.compile(
-    r"\s*(INSERT|UPDATE|DELETE|TRUNCATE|CREATE|ALTER|DROP|COMMENT|WITH .*(INSERT|UPDATE|DELETE) "
+    r"\s*(INSERT|UPDATE|DELETE|TRUNCATE|CREATE|ALTER|DROP|COMMENT|VACUUM|REINDEX|WITH .*(INSERT|UPDATE|DELETE) "
     r"|SELECT pg_(drop_replication_slot|replication_slot_advance|logical_emit_message))",
     re.DOTALL,
 )

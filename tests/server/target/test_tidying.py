@@ -1,0 +1,87 @@
+"""Tidying the fresh tier: what is removed, and who is not waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.building import build_hnsw
+from cdcsync.target.tidying import tidy
+from tests.support.indexes import SCHEMA, LiveIndex, changes, document
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+ConnectTarget = Callable[[], Awaitable[Connection]]
+
+NEAR = "cdcsync.articles_vectors_1_fresh_near"
+
+
+async def churned(index: LiveIndex, *, live: int, dead: int) -> None:
+    """Leave so many live rows in the fresh tier, and about so many dead ones."""
+    await index.connection.execute("ALTER TABLE cdcsync.articles_vectors_1_fresh SET (autovacuum_enabled = off)")
+    texts = [f"text {at}" for at in range(live)]
+    await index.apply(changes(*[document(str(at), text) for at, text in enumerate(texts)], inline=texts))
+    for _ in range(dead // live):
+        await index.connection.execute(
+            "UPDATE cdcsync.articles_vectors_1_fresh SET content_hash = sha256(content_hash)"
+        )
+    await index.connection.execute("SELECT pg_stat_force_next_flush()")
+
+
+async def counted(index: LiveIndex) -> tuple[int, int]:
+    """Return the dead rows of the fresh tier and the pages of its list."""
+    await index.connection.execute("SELECT pg_stat_force_next_flush()")
+    ((dead, pages),) = await index.rows(
+        "SELECT pg_stat_get_dead_tuples('cdcsync.articles_vectors_1_fresh'::regclass)::int,"
+        f" (pg_relation_size('{NEAR}') / 8192)::int"
+    )
+    return dead, pages
+
+
+async def test_what_is_dead_is_removed_once_it_is_more_than_what_is_alive(index: LiveIndex) -> None:
+    await churned(index, live=300, dead=900)
+    before, _ = await counted(index)
+    await tidy(index.connection, SCHEMA, index.spec)
+    assert (await counted(index))[0] == before > 500  # so little is not worth it
+
+    await churned(index, live=300, dead=900)
+    await tidy(index.connection, SCHEMA, index.spec)
+    assert (await counted(index))[0] == 0
+
+
+async def test_a_list_of_empty_pages_is_built_anew_and_finds_what_it_found(
+    index: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdcsync.target.tidying.SPARE_PAGES", 10)
+    await churned(index, live=300, dead=9_000)
+    await build_hnsw(index.connection, SCHEMA, index.spec)
+    query = (
+        "SELECT chunk_id FROM {vectors} ORDER BY embedding OPERATOR(public.<=>)"
+        " (SELECT embedding FROM {vectors} ORDER BY chunk_id LIMIT 1), chunk_id LIMIT 20"
+    )
+    _, pages = await counted(index)
+    found = await index.rows(query)
+
+    await tidy(index.connection, SCHEMA, index.spec)
+
+    assert (await counted(index))[1] < pages / 4
+    assert await index.rows(query) == found
+
+
+async def test_a_search_that_runs_for_long_is_not_waited_for_and_not_disturbed(
+    index: LiveIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdcsync.target.tidying.SPARE_PAGES", 10)
+    monkeypatch.setattr("cdcsync.target.tidying.BRIEFLY", "SET LOCAL lock_timeout = '10ms'")
+    await churned(index, live=300, dead=9_000)
+    searcher = await connect_target()
+    async with searcher.transaction():
+        await searcher.execute("SELECT count(*) FROM cdcsync.articles_vectors_1")
+        _, pages = await counted(index)
+        await tidy(index.connection, SCHEMA, index.spec)
+        assert (await counted(index))[1] == pages
+        await searcher.execute("SELECT count(*) FROM cdcsync.articles_vectors_1")
+    await tidy(index.connection, SCHEMA, index.spec)
+    assert (await counted(index))[1] < pages / 4
