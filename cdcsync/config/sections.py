@@ -201,6 +201,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     :param table: the source table, as in SQL: `schema.table`, in quotes where SQL needs them; `public` is the default
         schema.
+    :param where: which rows the index has: an SQL condition on the columns of a row; empty for all of them.
     :param text: the template of a document: column names in braces; NULL renders as nothing.
     :param documents: in place of `text`, a function of your own that makes documents of rows, as
         "package.module:function".
@@ -225,6 +226,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """
 
     table: Relation
+    where: str | None = None
     text: str = ""
     documents: FunctionPath | None = None
     document_columns: tuple[Name, ...] = ()

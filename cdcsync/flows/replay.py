@@ -23,9 +23,10 @@ from cdcsync.errors import SetupError, UsageError
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one
-from cdcsync.postgres.sessions import Connection, first_line, passing, speaking_of, translate
+from cdcsync.postgres.sessions import Connection, first_line, speaking_of, translate
 from cdcsync.preflight import build_embedders, examine
 from cdcsync.source.catalog import read_catalog
+from cdcsync.source.conditions import Refused, try_condition
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 from cdcsync.target.keys import canonical
 from cdcsync.target.pipelines import Pipelines
@@ -35,9 +36,6 @@ from cdcsync.target.search import stored_spec
 
 KEYS_AT_ONCE = 10_000
 """Keys in one query."""
-
-TRIED_ROWS = 100
-"""Rows that a condition is tried on: enough to see that it neither writes nor fails at once."""
 
 FOLLOW_S = 0.2
 """How often a request is looked at."""
@@ -161,32 +159,12 @@ async def canonical_keys(target: Connection, spec: IndexSpec, given: Iterable[st
 async def check_where(source: Connection, spec: IndexSpec, where: str) -> None:
     """Have the source read the condition, and try it on some rows, in a transaction that cannot write.
 
-    It is tried in brackets and without them: what is right in both places is one expression.
-
     :raises UsageError: it is none, or does not work.
     """
-    table = sql.Identifier(spec.shape.table.schema, spec.shape.table.name)
     try:
-        await source.execute("BEGIN READ ONLY")
-        for before, after in (("(", ") IS TRUE"), ("CASE WHEN ", " THEN true END")):
-            cursor = psycopg.AsyncRawCursor(source)
-            # With a parameter the server takes a single statement only. No column is read that is not asked for: the
-            # role may not be allowed to.
-            tried = sql.SQL("(SELECT {} AS holds FROM {} AS t LIMIT {}) AS tried").format(
-                sql.SQL(before + where + after), table, sql.Literal(TRIED_ROWS)
-            )
-            await cursor.execute(sql.SQL("SELECT count(holds) + $1::int FROM {}").format(tried), [0])
-    except psycopg.Error as error:
-        if passing(error) and error.sqlstate != "25006":
-            raise translate(error, "source", where=str(spec.shape.table)) from error
-        raise UsageError(
-            first_line(error),
-            where=f"--where {where}",
-            hint=error.diag.message_hint or f"give one condition on the columns of {spec.shape.table} that only reads",
-        ) from None
-    finally:
-        if not source.closed:
-            await source.rollback()
+        await try_condition(source, spec.shape.table, where)
+    except Refused as error:
+        raise UsageError(error.message, where=f"--where {where}", hint=error.hint) from None
 
 
 async def ask(target: Connection, schema: str, spec: IndexSpec, replay: Replay) -> int:

@@ -268,7 +268,7 @@ class Watch:
             return
         table = catalog.tables.get(plan.index.table_name)
         columns = (*entry.key, *entry.columns, *(plan.documents.columns if plan.documents is not None else ()))
-        present = fingerprint_of(catalog, table, columns) if table is not None else None
+        present = fingerprint_of(catalog, table, columns, plan.where) if table is not None else None
         first = self._first.setdefault(name, present)
         # The table as it was when the index was last tried; an examination that refuses it does not count as a try.
         before = first if plan.refused else stored_fingerprint(entry)

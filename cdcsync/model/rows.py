@@ -2,7 +2,8 @@
 
 A `Shape` names the columns; a `Projection` finds them in a relation's tuples, whose order only the relation message
 of the present connection tells. A row is a tuple of values in the shape's order: key, then carried columns, then the
-columns of the text template. Values stay the text that the server rendered, so that they can be copied on unconverted.
+columns of the text template, then those that decide whether the index has the row. Values stay the text that the server
+rendered, so that they can be copied on unconverted.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ class Shape(msgspec.Struct, frozen=True):
     """The columns that are made of rows of related tables. The stream does not bring them: rows are read again."""
     joined: tuple[str, ...] = ()
     """The table's columns by which related rows are found."""
+    deciding: tuple[str, ...] = ()
+    """The table's columns whose values say whether the index has the row."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """All columns in a row's order; one that has two roles appears twice."""
-        return self.key + self.carried + self.text
+        return self.key + self.carried + self.text + self.deciding
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -58,7 +61,12 @@ class Shape(msgspec.Struct, frozen=True):
 
     def text_of(self, row: Row) -> Row:
         """Return the part of a row that the text template renders."""
-        return row[len(self.key) + len(self.carried) :]
+        start = len(self.key) + len(self.carried)
+        return row[start : start + len(self.text)]
+
+    def deciding_of(self, row: Row) -> Row:
+        """Return the part of a row that says whether the index has it."""
+        return row[len(row) - len(self.deciding) :]
 
 
 class Upsert(msgspec.Struct, frozen=True, gc=False):

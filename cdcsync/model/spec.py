@@ -10,6 +10,7 @@ from cdcsync.config import Index, QualifiedName
 from cdcsync.documents.documents import Documents
 from cdcsync.documents.related import TableFacts
 from cdcsync.documents.templates import Rendering
+from cdcsync.model.conditions import Where
 from cdcsync.model.links import Link, links_of
 from cdcsync.model.rows import Row, Shape
 from cdcsync.model.vectors import Distance as Distance
@@ -34,6 +35,9 @@ class IndexSpec(msgspec.Struct, frozen=True):
     fingerprint: str
     """Identifies how documents and chunks are made: when it changes, every document is chunked again."""
     row_filter: str | None = None
+    """The publication's condition on the rows that it sends."""
+    where: Where | None = None
+    """The index's condition on the rows that it has."""
     generation: int = 1
     table_oid: int = 0
     """The table's OID on the source: a table that was made anew under the same name has another one."""
@@ -51,6 +55,16 @@ class IndexSpec(msgspec.Struct, frozen=True):
     def tables(self) -> tuple[QualifiedName, ...]:
         """The tables that are followed, the index's own first."""
         return tuple(dict.fromkeys((self.shape.table, *(link.table for link in self.links))))
+
+    @property
+    def condition(self) -> str | None:
+        """The condition, in SQL, that the table's rows of this index fulfil; None if it has all of them."""
+        conditions = [one for one in (self.row_filter, self.where and self.where.text) if one]
+        return " AND ".join(f"({one})" for one in conditions) or None
+
+    def holds(self, row: Row) -> bool | None:
+        """Say whether a row is one of this index's; None if only the source can tell."""
+        return True if self.where is None else self.where.holds(self.shape.deciding_of(row))
 
     def render(self, row: Row) -> Rendering:
         """Return the rendering of a complete row.

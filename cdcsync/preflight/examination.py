@@ -20,7 +20,7 @@ from cdcsync.preflight.machine import machine_findings
 from cdcsync.preflight.report import Report
 from cdcsync.preflight.sending import creation_faults
 from cdcsync.preflight.source import SourceFacts, examine_source
-from cdcsync.preflight.tables import examine_row_filter, kind_faults, no_such_table
+from cdcsync.preflight.tables import examine_row_filter, examine_where, kind_faults, no_such_table
 from cdcsync.preflight.target import TargetFacts, examine_target
 from cdcsync.target.registry import Entry
 
@@ -91,6 +91,7 @@ async def _examine_tables(
             sent = publication.tables.get(name) if publication is not None else None
             if sent is not None:
                 plan.findings += await examine_row_filter(source, table, sent, facts.catalog.role)
+            plan.where = await examine_where(source, plan.name, plan.index, table, facts.catalog, plan.findings)
 
 
 def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list[Finding]:
@@ -168,6 +169,9 @@ def _summary(plan: Plan, spec: IndexSpec) -> Finding:
     key = ", ".join(map(quote, spec.shape.key))
     estimate = plan.table.estimated_rows if plan.table is not None else 0
     rows = f", some {estimate:,} rows" if estimate else ""
+    if spec.where is not None:
+        who = "the worker" if spec.where.terms is not None else "the source, by reading each changed row again"
+        rows += f", those where {spec.where.text} (decided by {who})"
     return Finding.ok(
         f"indexes.{plan.name}",
         f"{spec.shape.table} by ({key}){rows}, into {spec.config.view_name};"

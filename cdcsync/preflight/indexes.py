@@ -16,6 +16,7 @@ from cdcsync.documents.chunks import make_chunker
 from cdcsync.documents.documents import Documents, make_documents
 from cdcsync.embedders.protocol import Distance, Embedder
 from cdcsync.errors import ConfigError
+from cdcsync.model.conditions import Where
 from cdcsync.model.rows import Shape
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
@@ -41,6 +42,7 @@ class Plan(msgspec.Struct):
     embedder: Embedder | None = None
     fingerprint: str | None = None
     table: Table | None = None
+    where: Where | None = None
     findings: list[Finding] = []
     """The findings about this index alone."""
     refused: bool = False
@@ -177,6 +179,9 @@ async def make_spec(
     columns = (*table.key, *index.columns)
     if not table.key or not all(column in table.columns for column in columns):
         return None
+    if index.where and plan.where is None:
+        return None
+    deciding = plan.where.deciding if plan.where is not None else ()
     types = await choose_types(connection, schema, plan.name, [table.columns[column] for column in columns], findings)
     findings += [
         Finding.error(
@@ -188,11 +193,12 @@ async def make_spec(
         if column in types and not await sortable(connection, types[column])
     ]
     stored = target.stored.get(plan.name)
-    wire_types = [table.columns[one].wire_type for one in (*columns, *documents.columns) if one in table.columns]
+    shape = Shape(plan.name, table.name, table.key, index.columns, documents.columns, deciding=deciding)
+    wire_types = tuple(table.columns[one].wire_type for one in shape.own if one in table.columns)
     return IndexSpec(
         name=plan.name,
         config=index,
-        shape=Shape(plan.name, table.name, table.key, index.columns, documents.columns, tuple(wire_types)),
+        shape=msgspec.structs.replace(shape, types=wire_types),
         documents=documents,
         source_key_types=tuple(table.columns[column].type for column in table.key),
         key_types=tuple(types[column] for column in table.key),
@@ -202,6 +208,7 @@ async def make_spec(
         distance=distance_of(index, embedder),
         fingerprint=plan.fingerprint,
         row_filter=row_filter,
+        where=plan.where,
         generation=stored.generation if stored else 1,
         table_oid=table.oid,
     )

@@ -15,9 +15,12 @@ from psycopg import sql
 from cdcsync.config import Index, QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.documents.documents import Documents
+from cdcsync.model.conditions import Where
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, nearest
-from cdcsync.source.publications import Published
+from cdcsync.source.catalog import Catalog
+from cdcsync.source.conditions import Refused, examine_condition
+from cdcsync.source.publications import GENERATED_COLUMNS_VERSION, Published
 from cdcsync.source.relations import Column, Table, similar_tables
 from cdcsync.target.ddl.relations import RESERVED
 
@@ -62,6 +65,36 @@ async def examine_row_filter(connection: Connection, table: Table, sent: Publish
             )
         ]
     return []
+
+
+async def examine_where(
+    connection: Connection, name: str, index: Index, table: Table, catalog: Catalog, findings: list[Finding]
+) -> Where | None:
+    """Return the index's condition on its rows; None if it has none, or one that cannot be used, which is noted."""
+    if not index.where or not table.reachable:
+        return None
+    try:
+        return await examine_condition(connection, table.name, index.where, sendable(table, catalog))
+    except Refused as error:
+        role = quote(catalog.role)
+        findings.append(
+            Finding.error(
+                f"indexes.{name}.where",
+                f"the condition cannot be used: {error.message}",
+                f"GRANT SELECT ON {table.name} TO {role}" if error.privilege else error.hint,
+            )
+        )
+        return None
+
+
+def sendable(table: Table, catalog: Catalog) -> list[str]:
+    """Return the columns of a table that the publication sends, or will send once the table is added to it."""
+    publication = catalog.publication
+    sent = publication.tables.get(table.name) if publication is not None else None
+    if sent is not None:
+        return list(sent.columns)
+    stored = catalog.version >= GENERATED_COLUMNS_VERSION and (publication is None or publication.generated)
+    return [one.name for one in table.columns.values() if not one.generated or (one.generated == "s" and stored)]
 
 
 def kind_faults(where: str, table: Table) -> list[Finding]:

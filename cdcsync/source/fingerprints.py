@@ -22,6 +22,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from cdcsync.model.conditions import Where
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.publications import Publication
 from cdcsync.source.relations import Partition, Table, Type, reachable_types
@@ -34,12 +35,14 @@ class TableValues(msgspec.Struct, frozen=True):
         that generates it.
     :ivar file: the table's relfilenode.
     :ivar leaves: a partitioned table's leaves by OID: the relfilenode, and the transactions that attached it.
+    :ivar where: the condition on the rows that are read.
     """
 
     oid: int
     columns: dict[str, tuple[int, int, int, int | None]]
     file: int
     leaves: dict[str, tuple[int, str]]
+    where: str | None = None
 
 
 class MadeOf(msgspec.Struct, frozen=True):
@@ -86,15 +89,20 @@ class Difference(msgspec.Struct, frozen=True):
         return bool(self.reread or self.compare or self.arrived or self.left)
 
 
-def made_of(table: Table, columns: Iterable[str]) -> MadeOf:
-    """Return what the values of these columns of a table are made of."""
-    used = {name: table.columns[name] for name in dict.fromkeys(columns) if name in table.columns}
+def made_of(table: Table, columns: Iterable[str], where: Where | None = None) -> MadeOf:
+    """Return what the values of these columns of a table are made of.
+
+    :param where: the condition on its rows, whose columns count as well.
+    """
+    read = (*columns, *(where.columns if where is not None else ()))
+    used = {name: table.columns[name] for name in dict.fromkeys(read) if name in table.columns}
     types = reachable_types(table.types, [column.wire_type[0] for column in used.values()])
     values = TableValues(
         table.oid,
         {name: (column.number, *column.wire_type, column.expression) for name, column in used.items()},
         table.file,
         {str(leaf.oid): (leaf.file, leaf.attached) for leaf in table.leaves},
+        where.text if where is not None else None,
     )
     return MadeOf({str(table.name): values}, {str(oid): type_ for oid, type_ in types.items()})
 
@@ -107,9 +115,9 @@ def sent_by(publication: Publication | None, table: Table) -> SentBy:
     return SentBy(f"{publication.oid} {publication.edited}", {str(table.name): brought_by})
 
 
-def fingerprint_of(catalog: Catalog, table: Table, columns: Iterable[str]) -> Fingerprint:
-    """Return both fingerprints of an index that reads these columns of a table."""
-    return Fingerprint(made_of(table, columns), sent_by(catalog.publication, table))
+def fingerprint_of(catalog: Catalog, table: Table, columns: Iterable[str], where: Where | None = None) -> Fingerprint:
+    """Return both fingerprints of an index that reads these columns of a table, of the rows that `where` holds for."""
+    return Fingerprint(made_of(table, columns, where), sent_by(catalog.publication, table))
 
 
 def difference(before: Fingerprint | None, now: Fingerprint, table: Table) -> Difference:
@@ -166,6 +174,8 @@ def _reread(was: TableValues | None, is_: TableValues) -> str | None:
         return None
     if was.oid != is_.oid:
         return "another table has its name"
+    if was.where != is_.where:
+        return "the condition on its rows was changed"
     # A column that the index did not read before comes with another configuration, which asks for what it needs.
     changed = [name for name, column in is_.columns.items() if name in was.columns and was.columns[name] != column]
     return f"column {', '.join(changed)} was changed" if changed else None

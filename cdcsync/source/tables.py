@@ -50,18 +50,20 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class SourceTable:
-    """One index's view of its table: which columns, of which types, under which filter."""
+    """One index's view of its table: which columns, of which types, and which rows."""
 
     def __init__(
         self,
         shape: Shape,
         key_types: Sequence[str],
-        row_filter: str | None = None,
+        condition: str | None = None,
         *,
         related: Sequence[RelatedRows] = (),
         facts: Facts = MappingProxyType({}),
     ) -> None:
         self.shape = shape
+        self.all_rows = condition is None
+        """Whether the index has every row of the table."""
         self._related = related
         self._facts = facts
         self._equal: Callable[[str, str], str] | None = None
@@ -74,8 +76,8 @@ class SourceTable:
         self._columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.columns)
         columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.own) if related else self._columns
         keys = [sql.Identifier("t", name) for name in shape.key]
-        sent = _condition(row_filter) if row_filter else sql.SQL("true")
-        # As a subquery, so that the filter's bare column names cannot be taken for those of what it is joined to; of
+        sent = _condition(condition) if condition else sql.SQL("true")
+        # As a subquery, so that the condition's bare column names cannot be taken for those of what it is joined to; of
         # only the columns that the index needs, because the role may not be allowed to read the other columns.
         needed = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.own)
         published = sql.SQL("(SELECT {} FROM {} AS t WHERE {})").format(needed, table, sent)
@@ -103,7 +105,7 @@ class SourceTable:
     @classmethod
     def of(cls, spec: IndexSpec) -> Self:
         """Return the table of an index, with what is related to it."""
-        return cls(spec.shape, spec.source_key_types, spec.row_filter, related=spec.documents.related, facts=spec.facts)
+        return cls(spec.shape, spec.source_key_types, spec.condition, related=spec.documents.related, facts=spec.facts)
 
     async def page(self, connection: Connection, after: Key | None, limit: int, where: str | None = None) -> Page:
         """Return up to `limit` rows with keys above `after`, in key order; fewer rows than that are the last ones."""

@@ -97,6 +97,11 @@ class Entry(msgspec.Struct, frozen=True):
     sent_by: dict[str, Any] | None = None
 
     @property
+    def where(self) -> str | None:
+        """The condition on the table's rows that the index was read under."""
+        return None if self.made_of is None else self.made_of["tables"].get(self.source_table, {}).get("where")
+
+    @property
     def pause(self) -> Pause | None:
         """Why the index is paused, if it is."""
         if self.state != "paused":

@@ -148,8 +148,8 @@ async def differing(target: Connection, schema: str, spec: IndexSpec, source: Di
 
 
 def published(spec: IndexSpec) -> sql.Composable:
-    """Return SQL of the rows that the publication sends, as a subquery; the role may be allowed no other columns."""
-    filter_ = sql.SQL("(" + spec.row_filter + ")") if spec.row_filter else sql.SQL("true")
+    """Return SQL of the rows that the index has, as a subquery; the role may be allowed no other columns."""
+    filter_ = sql.SQL("(" + spec.condition + ")") if spec.condition else sql.SQL("true")
     table = sql.Identifier(spec.shape.table.schema, spec.shape.table.name)
     columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in dict.fromkeys(spec.shape.columns))
     return sql.SQL("(SELECT {} FROM {} AS t WHERE {})").format(columns, table, filter_)

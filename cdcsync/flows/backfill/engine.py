@@ -252,7 +252,7 @@ class Backfills:
             return request.rows_total
         connection = await self._source.connection()
         estimate = await table.estimate(connection)
-        if request.filter is None and estimate > COUNT_UP_TO:
+        if request.filter is None and table.all_rows and estimate > COUNT_UP_TO:
             return estimate
         return await table.count(connection, request.filter) if estimate <= COUNT_UP_TO else None
 

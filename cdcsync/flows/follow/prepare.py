@@ -1,7 +1,7 @@
 """From a batch to what is to be written: the part of apply that needs no target transaction.
 
-    batch ─► unchanged TOAST re-read ─► documents ─► stored hashes ─► chunks of what changed ─► vectors that are
-    ready in time
+    batch ─► rows of the index, whole ─► documents ─► stored hashes ─► chunks of what changed ─► vectors that are ready
+    in time
 
 Reading the stored hashes outside the apply transaction is safe because the lock's holder is the only writer.
 """
@@ -88,7 +88,7 @@ class Preparer:
                 case _:
                     assert_never(change)
         upserts += [(change, BACKFILL) for change in changes.filled.values()]
-        upserts = await self._complete(upserts)
+        upserts = await self._complete(upserts, deleted)
         failed: dict[Key, DocumentError] = {}
         rendered = await self._render(upserts, failed)
         stored: dict[Key, bytes] = {}
@@ -139,22 +139,39 @@ class Preparer:
     def _carried(self, change: Upsert) -> Row:
         return self._spec.shape.carried_of(change.row)
 
-    async def _complete(self, upserts: list[tuple[Upsert, int]]) -> list[tuple[Upsert, int]]:
-        """Read again the rows whose unchanged TOAST values nothing in the batch tells.
+    async def _complete(self, upserts: list[tuple[Upsert, int]], deleted: list[Key]) -> list[tuple[Upsert, int]]:
+        """Return the rows that the index has, whole; the keys of those that it does not have go to `deleted`.
 
-        A row that is gone by now is left out: the change that took it away is still to come.
+        Rows are read again where only the source can tell whether the index has them, and where unchanged TOAST values
+        are not in the batch. What such a reading does not find is not in the index at that moment: it is gone, or does
+        not fulfil the condition. If there is no condition, it is left out: the change that took it away is still to
+        come.
         """
-        partial = [change for change, _ in upserts if not complete(change.row)]
-        if not partial:
-            return upserts
-        rows = await self._reread(partial)
-        self._metrics.rereads.labels(self._spec.name).inc(len(partial))
-        completed = []
+        spec = self._spec
+        ours: list[tuple[Upsert, int]] = []
+        unknown: list[Upsert] = []
         for change, lane in upserts:
-            if complete(change.row):
+            # A page has only rows that the source has decided on.
+            holds = lane == BACKFILL or spec.where is None or spec.holds(change.row)
+            if holds is False:
+                deleted.append(change.key)
+                continue
+            ours.append((change, lane))
+            if holds is None or not complete(change.row):
+                unknown.append(change)
+        if not unknown:
+            return ours
+        rows = await self._reread(unknown)
+        self._metrics.rereads.labels(self._spec.name).inc(len(unknown))
+        reread = {change.key for change in unknown}
+        completed = []
+        for change, lane in ours:
+            if change.key not in reread:
                 completed.append((change, lane))
             elif (row := rows.get(change.key)) is not None:
                 completed.append((Upsert(change.shape, change.key, row, change.xid, change.lsn), lane))
+            elif spec.where is not None:
+                deleted.append(change.key)
         return completed
 
     async def _reread(self, changes: Sequence[Upsert]) -> Mapping[Key, Row]:

@@ -39,7 +39,7 @@ def stored_fingerprint(entry: Entry) -> Fingerprint | None:
 def present_fingerprint(catalog: Catalog, spec: IndexSpec) -> Fingerprint | None:
     """Return the fingerprint of an index as the catalog has it; None if its table is gone."""
     table = catalog.tables.get(spec.shape.table)
-    return None if table is None else fingerprint_of(catalog, table, spec.shape.columns)
+    return None if table is None else fingerprint_of(catalog, table, spec.shape.columns, spec.where)
 
 
 async def note_fingerprint(target: Connection, schema: str, index: str, fingerprint: Fingerprint) -> None:

@@ -83,7 +83,7 @@ def outdated(catalog: Catalog, specs: Sequence[IndexSpec]) -> bool:
         table = catalog.tables.get(spec.shape.table)
         if table is None or table.oid != spec.table_oid:
             return True
-        columns = [table.columns.get(name) for name in spec.shape.columns]
+        columns = [table.columns.get(name) for name in spec.shape.own]
         if tuple(one.wire_type for one in columns if one is not None) != spec.shape.types:
             return True
         sent = publication.tables.get(table.name) if publication is not None else None

@@ -10,6 +10,7 @@ import msgspec
 from cdcsync.config import Index
 from cdcsync.documents.documents import make_documents
 from cdcsync.errors import SetupError
+from cdcsync.model.conditions import Where
 from cdcsync.model.rows import Shape
 from cdcsync.model.spec import Distance, IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
@@ -52,6 +53,7 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
         dimensions=entry.dimensions,
         distance=cast(Distance, entry.distance),
         fingerprint=entry.fingerprint,
+        where=None if entry.where is None else Where(entry.where),
         generation=entry.generation,
     )
 

@@ -1,0 +1,366 @@
+"""Conditions in SQL that say which rows an index has: what they name, and those that a row's own values decide.
+
+PostgreSQL decides every condition. For the few forms below its answer follows from the text of the values alone, so
+that the worker need not ask:
+
+    column IS [NOT] NULL                            any type that is not a row type
+    column, NOT column, column IS [NOT] TRUE | FALSE | UNKNOWN      boolean
+    column = | <> | != constant                     text, varchar and integers
+    column IS [NOT] DISTINCT FROM constant
+    column [NOT] IN (constant, …)
+    … AND …, and parentheses around each
+
+A condition of any other form is left to the server, which reads the row again by its key.
+
+Source: PostgreSQL, "Lexical Structure", "Comparison Functions and Operators", "Boolean Type";
+src/backend/parser/scan.l.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import msgspec
+
+from cdcsync.pgoutput.messages import UNCHANGED, Value
+
+Kind = Literal["name", "quoted", "string", "number", "operator", "mark", "other"]
+
+ColumnKind = Literal["text", "integer", "boolean", "plain", "row"]
+"""What a column's values are to a condition: `text` values are equal if their bytes are, and `plain` ones can at least
+be told from NULL; a `row` can be NULL in each of its parts."""
+
+
+class Token(msgspec.Struct, frozen=True):
+    """A word of SQL.
+
+    :ivar text: a name as the server stores it, a string's content, or else the characters as they stand.
+    """
+
+    kind: Kind
+    text: str
+
+
+_LETTER = "A-Za-z_\u0080-\U0010ffff"
+_TOKEN = re.compile(
+    rf"""
+      (?P<blank> [\ \t\n\r\f\v]+ )
+    | (?P<comment> -- | /\* )
+    | (?P<other> (?: [eEbBxXnN] | [uU]& )' | [uU]&" | \$[0-9] | \$ (?: [{_LETTER}][{_LETTER}0-9]* )? \$ )
+    | ' (?P<string> (?: [^'] | '' )* ) '
+    | " (?P<quoted> (?: [^"] | "" )+ ) "
+    | (?P<number> [0-9] [0-9A-Za-z_]* (?: \. [0-9]* )? | \. [0-9]+ )
+    | (?P<name> [{_LETTER}] [{_LETTER}0-9$]* )
+    | (?P<mark> [()\[\],.;:] )
+    | (?P<operator> [-+*/<>=~!@\#%^&|`?]+ )
+    """,
+    re.VERBOSE,
+)
+_ONLY_OPERATORS = frozenset("~!@#%^&|`?")
+
+WORDS_WITH_A_VALUE = frozenset(
+    (
+        "current_catalog",
+        "current_date",
+        "current_role",
+        "current_schema",
+        "current_time",
+        "current_timestamp",
+        "current_user",
+        "default",
+        "false",
+        "localtime",
+        "localtimestamp",
+        "null",
+        "session_user",
+        "system_user",
+        "true",
+        "user",
+    )
+)
+"""Words that are no column's name unless they are quoted, because they have a value themselves."""
+
+
+class Unreadable(Exception):
+    """A text holds what no condition may, or what this lexer does not know; the argument says what."""
+
+
+def tokens(text: str) -> list[Token]:
+    """Return the words of a condition.
+
+    Strings with escapes, of bits or between dollar signs are one token of the kind `other`, and so is all that follows
+    them: such a condition is for the server, and the names in it are looked for in what remains.
+
+    :raises Unreadable: it holds a comment, several statements or a parameter, or something is not closed.
+    """
+    found: list[Token] = []
+    at = 0
+    while at < len(text):
+        token = _TOKEN.match(text, at)
+        if token is None:
+            raise Unreadable(f"it cannot be read from character {at + 1} on")
+        at = token.end()
+        kind = str(token.lastgroup)
+        match kind:
+            case "blank":
+                continue
+            case "comment":
+                raise Unreadable("it holds a comment")
+            case "string":
+                found.append(Token("string", token["string"].replace("''", "'")))
+            case "quoted":
+                found.append(Token("quoted", token["quoted"].replace('""', '"')))
+            case "name":
+                found.append(Token("name", _folded(token["name"])))
+            case "other":
+                at = _end_of_other(text, token)
+                found.append(Token("other", text[token.start() : at]))
+            case "operator":
+                found += [Token("operator", one) for one in _operators(token["operator"])]
+            case "mark":
+                if token["mark"] == ";":
+                    raise Unreadable("it holds more than one statement")
+                found.append(Token("mark", token["mark"]))
+            case _:
+                found.append(Token("number", token[0]))
+    return found
+
+
+def _folded(name: str) -> str:
+    """Return a name without quotes as the server stores it; with letters beyond ASCII that depends on the server."""
+    return name.translate({at: at + 32 for at in range(65, 91)})
+
+
+def _operators(text: str) -> Iterator[str]:
+    """Part a run of signs as the server does: an operator ends in + or - only if it has certain other signs."""
+    if "--" in text or "/*" in text:
+        raise Unreadable("it holds a comment")
+    rest = len(text)
+    if not _ONLY_OPERATORS & set(text):
+        while rest > 1 and text[rest - 1] in "+-":
+            rest -= 1
+    yield text[:rest]
+    yield from text[rest:]
+
+
+def _end_of_other(text: str, token: re.Match[str]) -> int:
+    opening = token["other"]
+    if opening.startswith("$"):
+        if opening[-1] != "$":
+            raise Unreadable("it holds a parameter")
+        end = text.find(opening, token.end())
+        length = len(opening)
+    else:
+        escapes = r"(?:[^'\\]|\\.|'')*" if opening[0] in "eE" else rf"(?:[^{opening[-1]}]|{opening[-1] * 2})*"
+        closing = re.compile(escapes + opening[-1], re.DOTALL).match(text, token.end())
+        end, length = (-1, 0) if closing is None else (closing.end(), 0)
+    if end < 0:
+        raise Unreadable("a string is not closed")
+    return end + length
+
+
+class Term(msgspec.Struct, frozen=True):
+    """A part of a condition that one value decides: whether it is among `values`, or NULL.
+
+    :ivar column: the place of the value among `Where.deciding`.
+    :ivar inside: whether the term holds for values that are among `values`, or for the others.
+    :ivar null: whether it holds for NULL.
+    """
+
+    column: int
+    values: frozenset[str]
+    inside: bool
+    null: bool
+
+    def holds(self, value: Value) -> bool | None:
+        """Say whether the term holds for a value; None if that value has to be read again."""
+        if value is None:
+            return self.null
+        if value is UNCHANGED:
+            # What TOAST holds is not NULL.
+            return None if self.values else not self.inside
+        return (value in self.values) == self.inside
+
+
+class Where(msgspec.Struct, frozen=True):
+    """Which rows an index has.
+
+    :ivar text: the condition as it is configured.
+    :ivar columns: the columns that it may read.
+    :ivar deciding: the columns whose values decide it here.
+    :ivar terms: what has to hold for them, all of it; None if only the server can decide it.
+    """
+
+    text: str
+    columns: tuple[str, ...] = ()
+    deciding: tuple[str, ...] = ()
+    terms: tuple[Term, ...] | None = None
+
+    def holds(self, values: Sequence[Value]) -> bool | None:
+        """Say whether a row is one of the index's; None if only the server can tell.
+
+        :param values: those of the columns `deciding`.
+        """
+        if self.terms is None:
+            return None
+        outcomes = [term.holds(values[term.column]) for term in self.terms]
+        return False if False in outcomes else None if None in outcomes else True
+
+
+def named_columns(words: Sequence[Token], columns: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the columns that a condition may read: those whose names it holds."""
+    names = [word.text for word in words if word.kind in ("name", "quoted")]
+    return tuple(dict.fromkeys(name for name in names if name in columns))
+
+
+def understood(text: str, words: Sequence[Token], columns: Mapping[str, ColumnKind], *, utf8: bool) -> Where:
+    """Return a condition that the server has accepted, with how it is decided here if it can be.
+
+    :param columns: the columns whose values the stream brings.
+    :param utf8: whether the server's encoding is UTF-8. In another one, two characters may become the same.
+    """
+    where = Where(text, named_columns(words, columns))
+    try:
+        terms = _Reader(words, columns, utf8=utf8).conjunction()
+    except _ServersChoice:
+        return where
+    deciding = tuple(dict.fromkeys(column for column, _ in terms))
+    placed = tuple(msgspec.structs.replace(term, column=deciding.index(column)) for column, term in terms)
+    return msgspec.structs.replace(where, deciding=deciding, terms=placed)
+
+
+class _ServersChoice(Exception):
+    """The condition has a form that only the server decides."""
+
+
+_INTEGER = re.compile(r"[0-9]{1,19}")
+_WORD_VALUES = {"true": "t", "false": "f"}
+
+
+class _Reader:
+    """Reads a condition's words from left to right."""
+
+    def __init__(self, words: Sequence[Token], columns: Mapping[str, ColumnKind], *, utf8: bool) -> None:
+        self._words = words
+        self._columns = columns
+        self._utf8 = utf8
+        self._at = 0
+
+    def conjunction(self) -> list[tuple[str, Term]]:
+        terms = self._terms()
+        if self._at < len(self._words):
+            raise _ServersChoice
+        return terms
+
+    def _terms(self) -> list[tuple[str, Term]]:
+        terms = self._term()
+        while self._taken("name", "and"):
+            terms += self._term()
+        return terms
+
+    def _term(self) -> list[tuple[str, Term]]:
+        if self._taken("mark", "("):
+            terms = self._terms()
+            self._expect("mark", ")")
+            return terms
+        if self._taken("name", "not"):
+            column, kind = self._column()
+            self._end_of_term()
+            return [(column, _boolean(kind, "f", inside=True, null=False))]
+        column, kind = self._column()
+        return [(column, self._test(kind))]
+
+    def _end_of_term(self) -> None:
+        """See to it that nothing binds closer to what was read than an AND does."""
+        word = self._peek()
+        if word is not None and word not in (Token("name", "and"), Token("mark", ")")):
+            raise _ServersChoice
+
+    def _test(self, kind: ColumnKind) -> Term:
+        if self._taken("name", "is"):
+            term = self._is(kind)
+        elif self._taken("operator", "="):
+            term = Term(0, frozenset([self._constant(kind)]), inside=True, null=False)
+        elif self._taken("operator", "<>") or self._taken("operator", "!="):
+            term = Term(0, frozenset([self._constant(kind)]), inside=False, null=False)
+        elif self._taken("name", "in"):
+            term = Term(0, self._constants(kind), inside=True, null=False)
+        elif self._taken("name", "not"):
+            self._expect("name", "in")
+            term = Term(0, self._constants(kind), inside=False, null=False)
+        else:
+            term = _boolean(kind, "t", inside=True, null=False)
+        self._end_of_term()
+        return term
+
+    def _is(self, kind: ColumnKind) -> Term:
+        negated = self._taken("name", "not")
+        if self._taken("name", "distinct"):
+            self._expect("name", "from")
+            return Term(0, frozenset([self._constant(kind)]), inside=negated, null=not negated)
+        if self._taken("name", "null"):
+            if kind == "row":
+                raise _ServersChoice
+            return Term(0, frozenset(), inside=not negated, null=not negated)
+        if self._taken("name", "unknown"):
+            _boolean(kind, "", inside=True, null=True)
+            return Term(0, frozenset(), inside=not negated, null=not negated)
+        for word, value in _WORD_VALUES.items():
+            if self._taken("name", word):
+                return _boolean(kind, value, inside=not negated, null=negated)
+        raise _ServersChoice
+
+    def _constants(self, kind: ColumnKind) -> frozenset[str]:
+        self._expect("mark", "(")
+        values = {self._constant(kind)}
+        while self._taken("mark", ","):
+            values.add(self._constant(kind))
+        self._expect("mark", ")")
+        return frozenset(values)
+
+    def _constant(self, kind: ColumnKind) -> str:
+        """Return the constant that comes next, as the column's output function writes it."""
+        minus = kind == "integer" and self._taken("operator", "-")
+        word = self._peek()
+        self._at += 1
+        match kind, word:
+            case "text", Token(kind="string", text=text) if self._utf8 or text.isascii():
+                return text
+            case "integer", Token(kind="number", text=text) if _INTEGER.fullmatch(text):
+                return str(-int(text) if minus else int(text))
+            case "boolean", Token(kind="name", text="true" | "false" as text):
+                return _WORD_VALUES[text]
+            case _:
+                raise _ServersChoice
+
+    def _column(self) -> tuple[str, ColumnKind]:
+        word = self._peek()
+        self._at += 1
+        if word is None or word.text not in self._columns:
+            raise _ServersChoice
+        if word.kind != "quoted" and (word.kind != "name" or not word.text.isascii()):
+            raise _ServersChoice
+        if word.kind == "name" and word.text in WORDS_WITH_A_VALUE:
+            raise _ServersChoice
+        return word.text, self._columns[word.text]
+
+    def _peek(self) -> Token | None:
+        return self._words[self._at] if self._at < len(self._words) else None
+
+    def _taken(self, kind: Kind, text: str) -> bool:
+        if self._peek() == Token(kind, text):
+            self._at += 1
+            return True
+        return False
+
+    def _expect(self, kind: Kind, text: str) -> None:
+        if not self._taken(kind, text):
+            raise _ServersChoice
+
+
+def _boolean(kind: ColumnKind, value: str, *, inside: bool, null: bool) -> Term:
+    if kind != "boolean":
+        raise _ServersChoice
+    return Term(0, frozenset([value]), inside=inside, null=null)

@@ -1,0 +1,270 @@
+"""Conditions that somebody wrote, tried on the source: that each is one expression, reads one row, and writes nothing.
+
+`try_condition` is for every condition. One that is asked once, for a replay, need not be more than that. One that says
+which rows an index has is asked again and again, and must have the same answer for the same row each time. What shows
+that, beyond the trial, is `examine_condition`:
+
+1. The plan of the condition alone, which EXPLAIN gives without running it, scans no relation: it reads no other row.
+2. Every function and operator that it names is looked up in pg_proc: VOLATILE ones are refused, as are functions that
+   tell the time or the session. Functions outside of pg_catalog must be IMMUTABLE: a STABLE one may read tables, and no
+   change of those would be noticed.
+3. Only then it is tried, on a few rows, in a READ ONLY transaction with a time limit, and in positions where only one
+   expression of type boolean can stand. The server holds functions that are not VOLATILE to reading.
+
+Our sessions have an empty search_path, so a name without a schema is one of pg_catalog and of nothing else.
+
+Source: PostgreSQL, "Function Volatility Categories", "SET TRANSACTION" (READ ONLY), "EXPLAIN".
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, cast
+
+import msgspec
+import psycopg
+from psycopg import sql
+
+from cdcsync.config import QualifiedName
+from cdcsync.model.conditions import (
+    WORDS_WITH_A_VALUE,
+    ColumnKind,
+    Token,
+    Unreadable,
+    Where,
+    named_columns,
+    tokens,
+    understood,
+)
+from cdcsync.postgres.queries import fetch_value
+from cdcsync.postgres.sessions import Connection, passing, translate, without_values
+
+TRIED_ROWS = 100
+"""Rows that a condition is tried on: enough to see that it neither writes nor fails at once."""
+
+TRIAL_S = 10.0
+"""How long trying may take. A condition that takes longer for these rows would hold up every page."""
+
+_NOW = (
+    *("age", "clock_timestamp", "current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"),
+    *("now", "statement_timestamp", "transaction_timestamp"),
+)
+_SESSION = (
+    *("current_catalog", "current_database", "current_query", "current_role", "current_schema", "current_schemas"),
+    *("current_setting", "current_user", "getpgusername", "inet_client_addr", "inet_client_port", "inet_server_addr"),
+    *("inet_server_port", "row_security_active", "session_user", "system_user", "user", "version"),
+)
+CHANGING = frozenset((*_NOW, *_SESSION))
+"""What has another value at another time or in another session, though the server calls it stable."""
+
+READING = (
+    *("pg_", "has_", "to_reg", "txid_", "col_description", "obj_description", "shobj_description"),
+    *("table_to_xml", "schema_to_xml", "database_to_xml"),
+)
+"""How the names of stable functions begin that read tables, the catalog or the state of the server."""
+
+SYSTEM_COLUMNS = frozenset(("ctid", "xmin", "xmax", "cmin", "cmax"))
+"""They change when a row is only moved or locked."""
+
+
+class Refused(Exception):
+    """A condition cannot be used.
+
+    :ivar message: why not, as a sentence whose subject is the condition.
+    :ivar hint: what to do instead.
+    :ivar privilege: whether it is for want of a privilege.
+    """
+
+    def __init__(self, message: str, hint: str, *, privilege: bool = False) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.privilege = privilege
+
+
+async def try_condition(connection: Connection, table: QualifiedName, text: str) -> None:
+    """Have the source read a condition, and try it on some rows, in a transaction that cannot write.
+
+    It is tried in brackets and without them: what is right in both places is one expression. And it is planned after
+    WHERE, where aggregates and window functions are refused.
+
+    :raises Refused: it is none, or does not work.
+    """
+    async with _trial(connection, table):
+        await _try(connection, table, text)
+
+
+async def examine_condition(connection: Connection, table: QualifiedName, text: str, sent: Sequence[str]) -> Where:
+    """Return a condition that says which rows an index has, with how it can be decided.
+
+    It is planned first, then what it calls is looked up, and only then it is tried: nothing volatile is ever called.
+
+    :param sent: the columns whose values the stream brings.
+    :raises Refused: it cannot be used.
+    """
+    try:
+        words = tokens(text)
+    except Unreadable as error:
+        raise Refused(str(error), "give one SQL condition, without comments") from None
+    if system := [word.text for word in words if word.kind in ("name", "quoted") and word.text in SYSTEM_COLUMNS]:
+        raise Refused(
+            f"it reads the system column {system[0]}, which changes without a change of the row",
+            "use the table's own columns",
+        )
+    async with _trial(connection, table):
+        columns = await _columns(connection, table)
+        named = named_columns(words, columns)
+        await _refuse_other_tables(connection, table, text)
+        await _refuse_changing(connection, words, named)
+        await _try(connection, table, text)
+        utf8 = await fetch_value(connection, "SELECT current_setting('server_encoding') = 'UTF8'")
+    where = understood(text, words, {name: kind for name, kind in columns.items() if name in sent}, utf8=utf8)
+    return msgspec.structs.replace(where, columns=named)
+
+
+@contextlib.asynccontextmanager
+async def _trial(connection: Connection, table: QualifiedName) -> AsyncIterator[None]:
+    """Open a transaction that cannot write and does not take long; what goes wrong in it is the condition's fault."""
+    try:
+        await connection.execute("BEGIN READ ONLY")
+        limit = sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(round(TRIAL_S * 1000)))
+        await connection.execute(limit)
+        yield
+    except psycopg.errors.QueryCanceled:
+        raise Refused(
+            f"it takes more than {TRIAL_S:g} s for {TRIED_ROWS} rows",
+            "simplify it, or store its outcome in a column",
+        ) from None
+    except psycopg.Error as error:
+        if passing(error) and error.sqlstate != "25006":
+            raise translate(error, "source", where=str(table)) from error
+        raise Refused(
+            without_values(error),
+            error.diag.message_hint or f"give one condition on the columns of {table} that only reads",
+            privilege=isinstance(error, psycopg.errors.InsufficientPrivilege),
+        ) from None
+    finally:
+        if not connection.closed:
+            await connection.rollback()
+
+
+async def _try(connection: Connection, table: QualifiedName, text: str) -> None:
+    name = sql.Identifier(table.schema, table.name)
+    cursor = psycopg.AsyncRawCursor(connection)
+    # With a parameter the server takes a single statement only. No column is read that is not asked for: the role may
+    # not be allowed to.
+    await cursor.execute(sql.SQL("SELECT $1::int FROM {} AS t WHERE (" + text + ") LIMIT 0").format(name), [0])
+    for before, after in (("(", ") IS TRUE"), ("CASE WHEN ", " THEN true END")):
+        tried = sql.SQL("(SELECT {} AS holds FROM {} AS t LIMIT {}) AS tried").format(
+            sql.SQL(before + text + after), name, sql.Literal(TRIED_ROWS)
+        )
+        await cursor.execute(sql.SQL("SELECT count(holds) + $1::int FROM {}").format(tried), [0])
+
+
+async def _columns(connection: Connection, table: QualifiedName) -> dict[str, ColumnKind]:
+    """Return the table's columns, with what their values are to a condition."""
+    cursor = await connection.execute(
+        """
+        SELECT a.attname, CASE
+            WHEN a.atttypid IN ('text'::regtype, 'varchar'::regtype) AND coalesce(l.collisdeterministic, true)
+                THEN 'text'
+            WHEN a.atttypid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype) THEN 'integer'
+            WHEN a.atttypid = 'bool'::regtype THEN 'boolean'
+            WHEN t.typtype IN ('c', 'd', 'p') THEN 'row' ELSE 'plain' END
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        JOIN pg_type t ON t.oid = a.atttypid LEFT JOIN pg_collation l ON l.oid = a.attcollation
+        WHERE n.nspname = %s AND c.relname = %s ORDER BY a.attnum
+        """,
+        [table.schema, table.name],
+    )
+    return cast(dict[str, ColumnKind], dict(await cursor.fetchall()))
+
+
+async def _refuse_other_tables(connection: Connection, table: QualifiedName, text: str) -> None:
+    """Look for relations in the plan of the condition itself; as a column of the result, none of it is pulled up."""
+    name = sql.Identifier(table.schema, table.name)
+    statement = sql.SQL("EXPLAIN (FORMAT JSON, COSTS OFF) SELECT (" + text + ") FROM {} AS t").format(name)
+    cursor = psycopg.AsyncRawCursor(connection)
+    await cursor.execute(statement, prepare=False)
+    ((plans,),) = cast(list[tuple[list[dict[str, Any]]]], await cursor.fetchall())
+    other = next((one for plan in plans for one in _relations_below(plan["Plan"], inside=False)), None)
+    if other is not None:
+        raise Refused(
+            f"it reads the table {other}, whose changes would not be noticed",
+            f"give a condition on the columns of {table} alone",
+        )
+
+
+def _relations_below(node: dict[str, Any], *, inside: bool) -> Iterator[str]:
+    """Yield the relations that the subqueries of a plan scan."""
+    inside = inside or node.get("Parent Relationship") in ("SubPlan", "InitPlan")
+    if inside and "Relation Name" in node:
+        yield node["Relation Name"]
+    for below in node.get("Plans", ()):
+        yield from _relations_below(below, inside=inside)
+
+
+async def _refuse_changing(connection: Connection, words: Sequence[Token], columns: Sequence[str]) -> None:
+    """Look up what the condition calls, by all that its names could mean."""
+    schemas, names = _called(words, columns)
+    cursor = await connection.execute(
+        """
+        SELECT n.nspname, p.proname, p.provolatile::text FROM unnest(%s::text[], %s::text[]) AS named (schema, name)
+        JOIN pg_namespace n ON n.nspname = named.schema
+        JOIN LATERAL (
+            SELECT p.proname, p.provolatile FROM pg_proc p WHERE p.pronamespace = n.oid AND p.proname = named.name
+            UNION ALL
+            SELECT o.oprname, p.provolatile FROM pg_operator o JOIN pg_proc p ON p.oid = o.oprcode
+            WHERE o.oprnamespace = n.oid AND o.oprname = named.name
+        ) AS p ON true
+        """,
+        [schemas, names],
+    )
+    for schema, name, volatility in await cursor.fetchall():
+        own = schema != "pg_catalog"
+        if volatility == "v":
+            raise Refused(
+                f"it calls {name}, which is volatile: it may do anything, and answer something else each time",
+                f"declare {schema}.{name} IMMUTABLE if its answer depends on its arguments alone"
+                if own
+                else "give a condition whose outcome depends on the row alone",
+            )
+        if own and volatility == "s":
+            raise Refused(
+                f"it calls {schema}.{name}, which is STABLE: it may read tables, whose changes would not be noticed",
+                f"declare {schema}.{name} IMMUTABLE if its answer depends on its arguments alone",
+            )
+        if not own and (name in CHANGING or (volatility == "s" and name.startswith(READING))):
+            raise _changing(name)
+    used = {word.text for word in words if word.kind == "name" and not _is_column(word, columns)}
+    if changing := sorted(used & CHANGING):
+        raise _changing(changing[0])
+
+
+def _is_column(word: Token, columns: Sequence[str]) -> bool:
+    return word.text in columns and not (word.kind == "name" and word.text in WORDS_WITH_A_VALUE)
+
+
+def _changing(name: str) -> Refused:
+    when = "with time" if name in _NOW else "with the session, or with what is read,"
+    return Refused(
+        f"its outcome changes {when} ({name}), and no change of a row would tell",
+        "carry the column with `columns`, and filter searches by it",
+    )
+
+
+def _called(words: Sequence[Token], columns: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return schema and name of each function and operator that the words may mean."""
+    found: dict[tuple[str, str], None] = {}
+    for at, word in enumerate(words):
+        following = words[at + 1] if at + 1 < len(words) else None
+        if word.kind not in ("name", "quoted", "operator"):
+            continue
+        if _is_column(word, columns) and following != Token("mark", "("):
+            continue
+        found["pg_catalog", word.text] = None
+        if at >= 2 and words[at - 1] == Token("mark", ".") and words[at - 2].kind in ("name", "quoted"):
+            found[words[at - 2].text, word.text] = None
+    return [schema for schema, _ in found], [name for _, name in found]
