@@ -171,20 +171,24 @@ def check(
     """Check everything that `run` needs, and change nothing.
 
     Looks at both servers (settings, privileges, slot, publication, tables, pgvector), asks remote models to embed a
-    word, and reads the files of local ones, which --deep loads as well. Each finding
-    comes with its fix. The exit status is 2 when one of them would keep `run` from starting.
+    word, and reads the files of local ones, which --deep loads as well. Each finding comes with its fix. A summary of
+    what `run` would do ends it, which `plan` tells in full. The exit status is 2 if a finding would keep `run` from
+    starting.
     """
     import msgspec
 
     from cdcsync.cli import printing, queries
+    from cdcsync.cli.plans import print_summary
 
     configuration = _load(context, config)
-    findings = _wait_for(lambda: queries.examine_all(configuration, deep=deep))
+    findings, plan = _wait_for(lambda: queries.examine_all(configuration, deep=deep))
     wrong = any(finding.level == "error" for finding in findings)
     if as_json:
-        printing.print_json({"ok": not wrong, "findings": msgspec.to_builtins(findings)})
+        printing.print_json({"ok": not wrong, "findings": msgspec.to_builtins(findings), "plan": plan})
     else:
         printing.print_findings(findings)
+        if plan is not None:
+            print_summary(plan)
     if wrong:
         raise typer.Exit(EXIT_WRONG)
 

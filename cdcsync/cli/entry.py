@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from cdcsync.cli import evaluate, failures, init, replay, search, serve, shipped, teardown, verify
+from cdcsync.cli import evaluate, failures, init, plan, replay, search, serve, shipped, teardown, verify
 from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app, config_commands
 from cdcsync.cli.streams import ReaderGone, guarded
 from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
@@ -24,6 +24,7 @@ that the command failed, as `verify | head` does when the index differs."""
 
 config_commands.add_typer(shipped.commands)
 app.command(epilog=init.EPILOG)(init.init)
+app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=search.EPILOG)(search.search)
 app.command(epilog=replay.EPILOG)(replay.replay)
 app.command(epilog=verify.EPILOG)(verify.verify)

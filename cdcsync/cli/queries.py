@@ -10,6 +10,7 @@ from cdcsync.errors import SourceUnavailable, Unavailable
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
+    from cdcsync.flows.plan import ConfigurationPlan
     from cdcsync.postgres.sessions import Session
     from cdcsync.preflight import Finding
     from cdcsync.status import Paces, Status
@@ -17,23 +18,35 @@ if TYPE_CHECKING:
 WATCH_EVERY_S = 1.0
 """How often a watched status is read: as often as a person can follow, and a few cheap queries each time."""
 
+COUNTED_S = 5.0
+"""How long `check` counts the texts that all indexes would embed, before it estimates the rest; `plan` takes longer."""
 
-async def examine_all(config: Config, *, deep: bool) -> list[Finding]:
-    """Return what the checks of models, servers and tables find.
+
+async def examine_all(config: Config, *, deep: bool) -> tuple[list[Finding], ConfigurationPlan | None]:
+    """Return what the checks of models, servers and tables find, and what `run` would do if they find no error.
 
     :param deep: load local models too.
     """
+    from cdcsync.flows.dry_run import Bounds
+    from cdcsync.flows.plan import read_plan
     from cdcsync.preflight import build_embedders, examine, examine_embedders, local_models
+    from cdcsync.preflight.findings import noting
 
     findings: list[Finding] = []
+    plan = None
     embedders = build_embedders(config, findings)
     try:
         findings += await examine_embedders(embedders, described=() if deep else local_models(config))
         report = await examine(config, embedders)
+        findings += report.findings
+        if not any(finding.level == "error" for finding in findings):
+            with noting(findings, "source", "plan"):
+                bounds = Bounds(seconds=COUNTED_S / len(config.indexes))
+                plan = await read_plan(config, report, embedders, bounds=bounds, measure=False)
     finally:
         for embedder in embedders.values():
             await embedder.aclose()
-    return findings + report.findings
+    return findings, plan
 
 
 @asynccontextmanager

@@ -23,6 +23,7 @@ from cdcsync.config.embedders import (
     SentenceTransformersEmbedder,
     TeiEmbedder,
     model_name,
+    price_per_million_tokens,
     tokens_per_day,
 )
 from cdcsync.config.names import QualifiedName
@@ -62,6 +63,7 @@ __all__ = [
     "load",
     "model_name",
     "parse",
+    "price_per_million_tokens",
     "redact_dsn",
     "render",
     "schema",

@@ -136,7 +136,7 @@ class OpenAIEmbedder(
     :param batch_tokens: the most tokens in one request, by estimate.
     :param timeout_s: seconds that one request may take.
     :param tokens_per_day: the most tokens in a day (UTC), by estimate; loads stop at four fifths. Empty means no limit.
-    :param price_per_million_tokens: what the provider asks, in any currency, for `replay --dry-run`; empty is unknown.
+    :param price_per_million_tokens: what the provider asks, in any currency, for estimates; empty is unknown.
     :param headers: more headers for each request, such as a gateway asks for. They are treated as secrets.
     :param query: parameters after the address, such as api-version.
     :param document_body: more keys of the request for documents, such as input_type. Part of the model's identity.
@@ -173,7 +173,7 @@ class TeiEmbedder(RemoteEmbedder, frozen=True, forbid_unknown_fields=True, kw_on
     :param batch_tokens: the most tokens in one request, by estimate.
     :param timeout_s: seconds that one request may take.
     :param tokens_per_day: the most tokens in a day (UTC), by estimate; loads stop at four fifths. Empty means no limit.
-    :param price_per_million_tokens: what the provider asks, in any currency, for `replay --dry-run`; empty is unknown.
+    :param price_per_million_tokens: what the provider asks, in any currency, for estimates; empty is unknown.
     :param headers: more headers for each request, such as a gateway asks for. They are treated as secrets.
     :param query: parameters after the address, such as api-version.
     :param document_body: more keys of the request for documents, such as input_type. Part of the model's identity.
@@ -260,3 +260,10 @@ def model_name(settings: Embedder) -> str:
             return settings.class_
         case _:
             return settings.model
+
+
+def price_per_million_tokens(settings: Embedder) -> float | None:
+    """Return what a million tokens of an embedder cost; None where nobody said."""
+    if isinstance(settings, RayEmbedder):
+        return price_per_million_tokens(settings.embedder)
+    return settings.price_per_million_tokens if isinstance(settings, RemoteEmbedder) else None

@@ -221,6 +221,8 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param fresh_scan_budget_ms: milliseconds that vectors which are not in the HNSW index yet may add to a search;
         beyond that, moving them there takes precedence over everything else.
     :param related: tables whose rows take part in the documents, by the name that templates give them.
+    :param confirm_above_texts: a new index, or a change of these keys, that would embed more texts than this waits
+        for `cdcsync plan --approve`; empty is 10,000 where the embedder has a price, and any number elsewhere.
     :param chunking: how a document is cut.
     :param hnsw: build parameters of the vector index.
     """
@@ -243,6 +245,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     inline_max_chunks: Annotated[int, Meta(ge=0, le=10_000)] = 16
     fresh_scan_budget_ms: Annotated[float, Meta(ge=0.1, le=60_000)] = 25.0
     related: dict[RelationName, Related] = msgspec.field(default_factory=dict)
+    confirm_above_texts: Annotated[int, Meta(ge=0, le=10**12)] | None = None
     chunking: Chunking = Chunking()
     hnsw: Hnsw = Hnsw()
 

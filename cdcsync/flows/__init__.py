@@ -3,14 +3,15 @@
     embed/        from the backlog to vectors
     backfill/     reading tables while changes stream in
     follow/       from the slot to the target
+    replay        requests to read rows again
+    dry_run       what reading rows again would embed, and cost
     setup/        what is created before following starts; gaps; partitions
+    plan          what run would do, and what that embeds
     watch         what the stream does not tell
     settle        vectors that have rested move into HNSW
     build         HNSW and keyword indexes after a load
     words         how often words occur, for keyword search
     audit/        comparing an index with its source
-    replay        requests to read rows again
-    dry_run       what a replay would cost
     evaluate/     search recall, and how well judged questions are answered
     teardown      removing what was created
 

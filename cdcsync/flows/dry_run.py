@@ -7,14 +7,15 @@ Of the embedding a single batch is done, to see how long that takes.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from itertools import islice
 
 import anyio
 import anyio.to_thread
 import msgspec
 
-from cdcsync.config import Config
-from cdcsync.documents.chunks import Chunk, make_chunker
+from cdcsync.config import Config, price_per_million_tokens
+from cdcsync.documents.chunks import make_chunker
 from cdcsync.documents.chunks.sizes import CHARACTERS_PER_TOKEN
 from cdcsync.documents.templates import Rendering
 from cdcsync.embedders import make_embedder
@@ -30,6 +31,9 @@ from cdcsync.target.keys import stored_documents, texts_with_vector
 PAGE_ROWS = 1_000
 PAGE_BYTES = 4 * 1024 * 1024
 """Rows of a dry run in one query, and their size together."""
+
+REMEMBERED_TEXTS = 1_000_000
+"""Texts that are counted once although several documents have them: some 100 MB of hashes."""
 
 SAMPLE_TEXTS = 32
 """Texts embedded to see how long that takes: one batch."""
@@ -56,57 +60,134 @@ class Estimate(msgspec.Struct, frozen=True):
     price: float | None = None
 
 
+class Bounds(msgspec.Struct, frozen=True):
+    """Where counting may stop: once so many texts would be embedded, or after so many seconds."""
+
+    texts: int | None = None
+    seconds: float | None = None
+
+
+UNBOUNDED = Bounds()
+
+
+class Count(msgspec.Struct):
+    """What reading a table comes to.
+
+    :ivar documents: those with a text that would be embedded.
+    :ivar texts: distinct texts without a vector, of `text_characters` together; `sample` are the first of them.
+    :ivar whole: whether all of the table was read.
+    """
+
+    rows: int = 0
+    gone: int = 0
+    changed: int = 0
+    documents: int = 0
+    chunks: int = 0
+    characters: int = 0
+    texts: int = 0
+    text_characters: int = 0
+    sample: dict[bytes, str] = {}
+    seconds: float = 0.0
+    whole: bool = True
+
+
 async def estimate(source: Connection, target: Connection, config: Config, spec: IndexSpec, replay: Replay) -> Estimate:
     """Say what a replay would do, by doing all of it but the writing; of the embedding, one batch."""
     embedder = make_embedder(spec.config.embedder, config.embedders[spec.config.embedder])
-    chunker = make_chunker(spec.config.chunking, embedder.tokenizer_json, embedder.max_input_tokens)
-    started = anyio.current_time()
-    rows = gone = changed = chunks = characters = embeddings = to_embed = 0
-    sample: dict[bytes, str] = {}
     try:
-        async for keys, page in _pages(source, spec, replay):
-            with speaking_of("target", where=f"index {spec.name}"):
-                stored = await stored_documents(target, config.target.schema, spec, keys)
-            present = {spec.shape.key_of(row): row for row in page}
-            rows += len(page)
-            gone += sum(1 for key in keys if key not in present and key in stored)
-            documents = await anyio.to_thread.run_sync(_render_all, spec, page)
-            hashes = [stored[key][1] if key in stored else None for key in present]
-            differs = [made.hash != known for made, known in zip(documents, hashes, strict=True)]
-            changed += sum(differs)
-            cut = await anyio.to_thread.run_sync(chunker.split_all, documents, _leave_out)
-            chunks += sum(map(len, cut))
-            characters += sum(len(chunk.text) for document in cut for chunk in document)
-            candidates = [
-                chunk
-                for document, differing in zip(cut, differs, strict=True)
-                if differing or replay.rewrite or replay.force_embed
-                for chunk in document
-            ]
-            new = candidates if replay.force_embed else await _without_vector(target, config, spec, candidates)
-            embeddings += len(new)
-            to_embed += sum(len(chunk.text) for chunk in new)
-            for chunk in new[: SAMPLE_TEXTS - len(sample)]:
-                sample[chunk.hash] = chunk.text
-        reading_s = anyio.current_time() - started
-        each_s = await _seconds_for_each(embedder, list(sample.values())) if sample else 0.0
+        found = await count(source, target, config, spec, replay, embedder)
+        each_s = await seconds_for_each(embedder, list(found.sample.values())) if found.sample else 0.0
     finally:
         with anyio.CancelScope(shield=True):
             await embedder.aclose()
-    embedding_tokens = -(-to_embed // CHARACTERS_PER_TOKEN)
-    each = getattr(config.embedders[spec.config.embedder], "price_per_million_tokens", None)
+    tokens = tokens_of(found.text_characters)
+    each = price_per_million_tokens(config.embedders[spec.config.embedder])
     return Estimate(
         index=spec.name,
-        rows=rows,
-        gone=gone,
-        changed=changed,
-        chunks=chunks,
-        tokens=-(-characters // CHARACTERS_PER_TOKEN),
-        embeddings=embeddings,
-        embedding_tokens=embedding_tokens,
-        seconds=None if each_s is None else round(_at_pace(reading_s, rows, replay) + each_s * embeddings, 3),
-        price=None if each is None else embedding_tokens * each / 1_000_000,
+        rows=found.rows,
+        gone=found.gone,
+        changed=found.changed,
+        chunks=found.chunks,
+        tokens=tokens_of(found.characters),
+        embeddings=found.texts,
+        embedding_tokens=tokens,
+        seconds=None if each_s is None else round(_at_pace(found, replay) + each_s * found.texts, 3),
+        price=None if each is None else tokens * each / 1_000_000,
     )
+
+
+def tokens_of(characters: int) -> int:
+    """Return about how many tokens texts of so many characters are."""
+    return -(-characters // CHARACTERS_PER_TOKEN)
+
+
+async def count(
+    source: Connection,
+    target: Connection,
+    config: Config,
+    spec: IndexSpec,
+    replay: Replay,
+    embedder: Embedder,
+    *,
+    stored: bool = True,
+    bounds: Bounds = UNBOUNDED,
+) -> Count:
+    """Read rows and make chunks of them as a replay would, and count what would be embedded.
+
+    :param embedder: the index's; it need not be open.
+    :param stored: whether the index has tables that rows can be compared with.
+    """
+    chunker = make_chunker(spec.config.chunking, embedder.tokenizer_json, embedder.max_input_tokens)
+    started = anyio.current_time()
+    found = Count()
+    seen: set[bytes] = set()
+    async for keys, page in _pages(source, spec, replay):
+        hashes = await _stored_hashes(target, config, spec, keys) if stored else {}
+        present = {spec.shape.key_of(row): row for row in page}
+        found.rows += len(page)
+        found.gone += sum(1 for key in keys if key not in present and key in hashes)
+        documents = await anyio.to_thread.run_sync(_render_all, spec, page)
+        differs = [made.hash != hashes.get(key) for key, made in zip(present, documents, strict=True)]
+        found.changed += sum(differs)
+        cut = await anyio.to_thread.run_sync(chunker.split_all, documents, _leave_out)
+        found.chunks += sum(map(len, cut))
+        found.characters += sum(len(chunk.text) for document in cut for chunk in document)
+        candidates = [
+            document
+            for document, differing in zip(cut, differs, strict=True)
+            if differing or replay.rewrite or replay.force_embed
+        ]
+        texts = {chunk.hash: chunk.text for document in candidates for chunk in document}
+        known: set[bytes] = set()
+        if stored and not replay.force_embed:
+            known |= await _with_vector(target, config, spec, texts.keys() - seen)
+        texts = {one: text for one, text in texts.items() if one not in known and one not in seen}
+        found.documents += sum(any(chunk.hash in texts for chunk in document) for document in candidates)
+        found.texts += len(texts)
+        found.text_characters += sum(map(len, texts.values()))
+        for one, text in islice(texts.items(), SAMPLE_TEXTS - len(found.sample)):
+            found.sample[one] = text
+        if len(seen) < REMEMBERED_TEXTS:
+            seen.update(texts)
+        found.seconds = anyio.current_time() - started
+        if _enough(found, bounds):
+            found.whole = False
+            break
+    return found
+
+
+def _enough(found: Count, bounds: Bounds) -> bool:
+    enough = bounds.texts is not None and found.texts > bounds.texts
+    return enough or (bounds.seconds is not None and found.seconds > bounds.seconds)
+
+
+async def _stored_hashes(target: Connection, config: Config, spec: IndexSpec, keys: Sequence[Key]) -> dict[Key, bytes]:
+    """Return the hashes of the documents that the index has under these keys."""
+    # Columns that are carried from now on are not there yet.
+    bare = msgspec.structs.replace(spec, shape=msgspec.structs.replace(spec.shape, carried=()), carried_types=())
+    with speaking_of("target", where=f"index {spec.name}"):
+        stored = await stored_documents(target, config.target.schema, bare, keys)
+    return {key: hash_ for key, (_, hash_) in stored.items()}
 
 
 def _render_all(spec: IndexSpec, rows: Sequence[Row]) -> list[Rendering]:
@@ -124,8 +205,8 @@ def _leave_out(place: int, error: DocumentError) -> None:
     """Count no chunks of a document that cannot be cut."""
 
 
-def _at_pace(reading_s: float, rows: int, replay: Replay) -> float:
-    return max(reading_s, rows / replay.max_rows_per_s) if replay.max_rows_per_s else reading_s
+def _at_pace(found: Count, replay: Replay) -> float:
+    return max(found.seconds, found.rows / replay.max_rows_per_s) if replay.max_rows_per_s else found.seconds
 
 
 async def _pages(source: Connection, spec: IndexSpec, replay: Replay) -> AsyncIterator[tuple[Sequence[Key], list[Row]]]:
@@ -152,15 +233,13 @@ async def _pages(source: Connection, spec: IndexSpec, replay: Replay) -> AsyncIt
         after = listed[-1]
 
 
-async def _without_vector(target: Connection, config: Config, spec: IndexSpec, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Return the chunks whose text has no vector yet, each text once."""
-    distinct = {chunk.hash: chunk for chunk in chunks}
+async def _with_vector(target: Connection, config: Config, spec: IndexSpec, hashes: Collection[bytes]) -> set[bytes]:
+    """Return those of the texts, by their hashes, that have a vector."""
     with speaking_of("target", where=f"index {spec.name}"):
-        known = await texts_with_vector(target, config.target.schema, spec, list(distinct))
-    return [chunk for hash_, chunk in distinct.items() if hash_ not in known]
+        return await texts_with_vector(target, config.target.schema, spec, list(hashes))
 
 
-async def _seconds_for_each(embedder: Embedder, texts: list[str]) -> float | None:
+async def seconds_for_each(embedder: Embedder, texts: list[str]) -> float | None:
     """Return how long the embedding of one text takes; None when the model does not answer."""
     try:
         await embedder.open()

@@ -37,6 +37,7 @@ from cdcsync.preflight.following import following_findings
 from cdcsync.preflight.indexes import Plan, vector_faults
 from cdcsync.source.catalog import Catalog, Slot, insert_lsn, read_catalog, read_slot
 from cdcsync.source.fingerprints import Difference, Fingerprint, difference, fingerprint_of
+from cdcsync.target.approvals import Approvals
 from cdcsync.target.ddl.missing import missing_relations
 from cdcsync.target.registry import Entry, Registry
 
@@ -107,6 +108,7 @@ class Watch:
         *,
         deliveries: Mapping[str, Deliveries],
         received: Callable[[], Lsn],
+        unapproved: Mapping[str, str],
     ) -> None:
         """Make the watch of a pipeline.
 
@@ -115,6 +117,7 @@ class Watch:
         :param pause: takes the reason why an index that is followed has to be paused.
         :param deliveries: what the stream has delivered for each index.
         :param received: says how far the stream has been received.
+        :param unapproved: the changes that indexes wait for an approval of.
         """
         self._config = config
         self._plans = plans
@@ -127,6 +130,7 @@ class Watch:
         self._awaited: dict[str, tuple[int, Lsn]] = {}
         """By index: the transaction that rewrote its table, and from where in the stream on that has come if it was a
         TRUNCATE."""
+        self._unapproved = unapproved
         self._ailing = {plan.name for plan in plans if plan.unfit}
         """The indexes whose tables had a fault when they were last looked at."""
         self._first: dict[str, Fingerprint | None] = {}
@@ -265,6 +269,12 @@ class Watch:
             with speaking_of("target", where=f"index {name}", index=name):
                 await Registry(self._config.target.schema).pause(await target.connection(), name, pause)
                 crash_point("reason of a pause corrected")
+            return
+        if name in self._unapproved:
+            with speaking_of("target", where=f"index {name}"):
+                approvals = Approvals(self._config.target.schema)
+                if await approvals.given(await target.connection(), name, self._unapproved[name]):
+                    raise TablesChanged("what it embeds is approved", where=f"index {name}")
             return
         table = catalog.tables.get(plan.index.table_name)
         columns = (*entry.key, *entry.columns, *(plan.documents.columns if plan.documents is not None else ()))

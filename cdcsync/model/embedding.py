@@ -37,6 +37,7 @@ class EmbedderState(msgspec.Struct, frozen=True):
 
     :ivar tokens: embedded on `day` (UTC).
     :ivar loads_wait_until: until when texts of loads wait, for `tokens_per_day`; None while they do not.
+    :ivar texts_per_s: how many texts a second it makes vectors of, to two digits; None before the first call.
     """
 
     learnt: Learnt = Learnt()
@@ -44,6 +45,7 @@ class EmbedderState(msgspec.Struct, frozen=True):
     tokens: int = 0
     problem: Problem | None = None
     loads_wait_until: datetime | None = None
+    texts_per_s: float | None = None
 
 
 LOADS_SHARE = 0.8

@@ -29,6 +29,7 @@ PGVECTOR_ADVISED = (0, 8, 4)
 SHARED = (
     "pipelines",
     "indexes",
+    "approvals",
     "backfills",
     "backfill_keys",
     "audits",

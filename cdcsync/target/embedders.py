@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from psycopg import sql
 
 from cdcsync.model.embedding import EmbedderState, Learnt, Problem
+from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 
 TABLE = "embedders"
@@ -20,14 +21,15 @@ async def read_embedders(connection: Connection, schema: str, slot: str) -> dict
     cursor = await connection.execute(
         sql.SQL(
             "SELECT name, call_texts, call_bytes, calls, day, tokens, problem, hint, since, tried_again_at,"
-            " loads_wait_until FROM {} WHERE slot = %s"
+            # An earlier version's table has no such column.
+            " loads_wait_until, (to_jsonb(e) ->> 'texts_per_s')::float8 FROM {} AS e WHERE slot = %s"
         ).format(sql.Identifier(schema, TABLE)),
         [slot],
     )
     found = {}
-    for name, texts, size, calls, day, tokens, problem, hint, since, until, loads in await cursor.fetchall():
+    for name, texts, size, calls, day, tokens, problem, hint, since, until, loads, rate in await cursor.fetchall():
         trouble = None if problem is None else Problem(problem, hint, since, until)
-        found[name] = EmbedderState(Learnt(texts, size, calls), day, tokens, trouble, loads)
+        found[name] = EmbedderState(Learnt(texts, size, calls), day, tokens, trouble, loads, rate)
     return found
 
 
@@ -35,12 +37,12 @@ async def note_embedders(connection: Connection, schema: str, slot: str, states:
     """Note what is known of embedders."""
     statement = sql.SQL(
         "INSERT INTO {} AS mine (slot, name, call_texts, call_bytes, calls, day, tokens, problem, hint, since,"
-        " tried_again_at, loads_wait_until, updated_at)"
-        " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, now())"
+        " tried_again_at, loads_wait_until, texts_per_s, updated_at)"
+        " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, now())"
         " ON CONFLICT (slot, name) DO UPDATE SET (call_texts, call_bytes, calls, day, tokens, problem, hint, since,"
-        " tried_again_at, loads_wait_until, updated_at) = (excluded.call_texts, excluded.call_bytes, excluded.calls,"
-        " excluded.day, excluded.tokens, excluded.problem, excluded.hint, excluded.since, excluded.tried_again_at,"
-        " excluded.loads_wait_until, excluded.updated_at)"
+        " tried_again_at, loads_wait_until, texts_per_s, updated_at) = (excluded.call_texts, excluded.call_bytes,"
+        " excluded.calls, excluded.day, excluded.tokens, excluded.problem, excluded.hint, excluded.since,"
+        " excluded.tried_again_at, excluded.loads_wait_until, excluded.texts_per_s, excluded.updated_at)"
     ).format(sql.Identifier(schema, TABLE))
     for name, state in states.items():
         learnt, problem = state.learnt, state.problem
@@ -49,6 +51,15 @@ async def note_embedders(connection: Connection, schema: str, slot: str, states:
             statement,
             [
                 *(slot, name, learnt.texts, learnt.bytes, learnt.calls, state.day, state.tokens),
-                *(*trouble, state.loads_wait_until),
+                *(*trouble, state.loads_wait_until, state.texts_per_s),
             ],
         )
+
+
+async def rate_of(connection: Connection, schema: str, slot: str, name: str) -> float | None:
+    """Return how many texts a second an embedder made vectors of, as its worker last noted it; None if nobody did."""
+    table = sql.Identifier(schema, TABLE)
+    if await fetch_row(connection, "SELECT WHERE to_regclass(%s) IS NOT NULL", [table.as_string(connection)]) is None:
+        return None
+    state = (await read_embedders(connection, schema, slot)).get(name)
+    return None if state is None else state.texts_per_s

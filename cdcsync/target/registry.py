@@ -17,6 +17,7 @@ import msgspec
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
+from cdcsync.config.differences import as_stored
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
@@ -53,6 +54,9 @@ DDL: tuple[LiteralString, ...] = (
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS remedy text",
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS paused_at timestamptz",
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS unfollowed_at timestamptz",
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS configuration jsonb",
+    "COMMENT ON COLUMN {schema}.indexes.configuration IS"
+    " 'The section of the configuration that the index was last loaded by.'",
     "COMMENT ON TABLE {schema}.indexes IS 'cdcsync: one row per index, with what its chunks and vectors were made by.'",
     "COMMENT ON COLUMN {schema}.indexes.reason IS 'Why the index is paused, with the remedy.'",
     "COMMENT ON COLUMN {schema}.indexes.remedy IS 'What to do so that a paused index can be followed again.'",
@@ -95,6 +99,7 @@ class Entry(msgspec.Struct, frozen=True):
     table_oid: int | None = None
     made_of: dict[str, Any] | None = None
     sent_by: dict[str, Any] | None = None
+    configuration: dict[str, Any] | None = None
 
     @property
     def where(self) -> str | None:
@@ -167,8 +172,9 @@ class Registry:
             "dimensions": spec.dimensions,
             "vector_type": spec.config.vector_type,
             "distance": spec.distance,
+            "configuration": Jsonb(as_stored(spec.config)),
         }
-        followed = ("slot", "view_name", "columns", "fingerprint", "table_oid")
+        followed = ("slot", "view_name", "columns", "fingerprint", "table_oid", "configuration")
         await connection.execute(
             sql.SQL(
                 "INSERT INTO {} AS i (name, state, {}) VALUES (%s, 'building', {}) ON CONFLICT (name) DO UPDATE SET {},"

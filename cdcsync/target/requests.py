@@ -316,6 +316,20 @@ class Requests:
         )
         return [cast(str, row[0]) for row in await cursor.fetchall()]
 
+    async def still_to_begin(self, connection: Connection, index: str) -> bool:
+        """Say whether an index holds nothing, and its first load is still to come."""
+        load = await self.last_load(connection, index)
+        if load is None or load.kind != "initial" or load.ended or load.cursor is not None:
+            return False
+        row = await fetch_one(
+            connection,
+            sql.SQL("SELECT EXISTS (SELECT FROM {}) OR EXISTS (SELECT FROM {} WHERE index_name = %s)").format(
+                sql.Identifier(self._schema, f"{index}_chunks"), sql.Identifier(self._schema, "failed_documents")
+            ),
+            [index],
+        )
+        return not row[0]
+
     async def latest(self, connection: Connection, index: str) -> Request | None:
         """Return the open request of an index, or the last one that ended."""
         row = await fetch_row(

@@ -33,6 +33,7 @@ from cdcsync.flows.follow.open_batch import Limits
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.flows.follow.stream import Stream
 from cdcsync.flows.settle import Settle
+from cdcsync.flows.setup.approval import Held
 from cdcsync.flows.setup.gaps import refuse_moved
 from cdcsync.flows.setup.start import (
     let_go,
@@ -83,8 +84,10 @@ class Pipeline:
         *,
         plans: Sequence[Plan],
         pauses: Pauses,
+        held: Mapping[str, Held],
     ) -> None:
         self.config = config
+        self.held = held
         self.state = state
         self.specs = specs
         metrics = state.metrics
@@ -167,6 +170,7 @@ class Pipeline:
             metrics,
             deliveries=self.deliveries,
             received=lambda: self.stream.received,
+            unapproved={name: one.change for name, one in held.items()},
         )
         self.stream.described = self.watch.look
         state.problems = self.watch.problems
@@ -208,17 +212,19 @@ class Pipeline:
                 self.state.standby = False
                 return "outdated"
             await refuse_early(source, self.session, config)
-            await pause_indexes(target, config, broken)
+            waiting = {name: one.pause for name, one in self.held.items()}
+            await pause_indexes(target, config, waiting | dict(broken))
             await let_go(target, config)
-            tables = sorted({spec.shape.table for spec in self.specs})
+            specs = [*self.specs, *(one.spec for one in self.held.values() if one.new)]
+            tables = sorted({spec.shape.table for spec in specs})
             await set_up_publication(source, config, tables)
             with speaking_of("source"):
                 catalog = await read_catalog(source, config.source.publication, tables)
                 server = await read_server(source)
-            if outdated(catalog, self.specs):
+            if outdated(catalog, specs):
                 return "outdated"
             await recall(target, *self._pipeline, self.dispatchers)
-            await set_up_indexes(target, config, self.specs, catalog)
+            await set_up_indexes(target, config, specs, catalog, waiting)
         if server.wal_sender_timeout_s > 0:
             self.status_every_s = min(config.source.feedback_every_s, server.wal_sender_timeout_s / 3)
             self.silence_s = server.wal_sender_timeout_s

@@ -14,8 +14,8 @@ Source: systemd, sd_notify(3); systemd.service(5), Type=notify.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import anyio.abc
 import msgspec
@@ -23,6 +23,7 @@ import structlog
 
 from cdcsync import logs
 from cdcsync.config import Config
+from cdcsync.config.differences import differences as differing
 from cdcsync.errors import ConfigError
 from cdcsync.worker.systemd import ServiceManager
 
@@ -103,12 +104,5 @@ def merged(current: Config, new: Config) -> Config:
 
 def differences(one: Config, other: Config) -> Iterator[str]:
     """Yield the keys whose values differ, as they are written in the file, without the values."""
-    yield from _differing(msgspec.to_builtins(one), msgspec.to_builtins(other), "")
-
-
-def _differing(one: Any, other: Any, path: str) -> Iterator[str]:
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        for key in dict.fromkeys([*one, *other]):
-            yield from _differing(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
-    elif one != other:
-        yield path
+    for change in differing(msgspec.to_builtins(one), msgspec.to_builtins(other)):
+        yield change.key

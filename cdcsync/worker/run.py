@@ -20,8 +20,11 @@ from cdcsync.backoff import Backoff
 from cdcsync.config import Config
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import SchemaChanged, TablesChanged, TargetRewound, Unavailable, leading
+from cdcsync.flows.setup.approval import Held, hold_unapproved
 from cdcsync.http.listening import serve
 from cdcsync.model.pauses import Pauses
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.interrupts import cancelled_by
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
 from cdcsync.stopping import end_at_once
 from cdcsync.target.session import worker_name
@@ -130,8 +133,12 @@ async def _work_through_schema_changes(
         for plan in report.plans:
             if plan.name in report.broken and not plan.unfit:
                 pauses.note_standing(plan.name, anyio.current_time())
-        specs = [spec for spec in report.specs if spec.name not in broken]
-        pipeline = Pipeline(state.config, state, specs, embedders, plans=report.plans, pauses=pauses)
+        held = await _hold(state, report, [spec for spec in report.specs if spec.name not in broken], embedders)
+        if held is None:
+            report = await _examine_again(config, state, embedders)
+            continue
+        specs = [spec for spec in report.specs if spec.name not in broken and spec.name not in held]
+        pipeline = Pipeline(state.config, state, specs, embedders, plans=report.plans, pauses=pauses, held=held)
         paused: list[SchemaChanged] = []
         try:
             ending = await pipeline.set_up(broken)
@@ -161,6 +168,20 @@ async def _work_through_schema_changes(
         if state.stopping.is_set():
             return
         report = await _examine_again(config, state, embedders)
+
+
+async def _hold(
+    state: WorkerState, report: Report, specs: list[IndexSpec], embedders: dict[str, Embedder]
+) -> dict[str, Held] | None:
+    """Return which indexes wait for an approval; None if that could not be found out."""
+    try:
+        async with cancelled_by(state.stopping):
+            return await hold_unapproved(state.config, specs, report.catalog, embedders)
+    except Unavailable as error:
+        log.warning("set_up_waits", error=str(error))
+        with anyio.move_on_after(STANDBY_POLL_S):
+            await state.stopping.wait()
+    return None
 
 
 async def _examine_again(config: Config, state: WorkerState, embedders: dict[str, Embedder]) -> Report:

@@ -102,6 +102,8 @@ class Dispatcher:
         """How many tokens a call may have, so that it takes no longer than its share of what a live change may wait."""
         self._seconds_per_text = 0.0
         self._small_seconds_per_text = 0.0
+        self._noted_rate: float | None = None
+        """What a worker before a restart noted."""
         self.ready = anyio.Event()
         self._lag = lag
 
@@ -154,13 +156,26 @@ class Dispatcher:
     def state(self) -> EmbedderState:
         """The embedder's state, to be noted in the target."""
         return EmbedderState(
-            self._calls.sizes.learnt, self._day.day, self._day.used, self.problem, self.waits_until(load=True)
+            self._calls.sizes.learnt,
+            self._day.day,
+            self._day.used,
+            self.problem,
+            self.waits_until(load=True),
+            self._texts_per_s,
         )
+
+    @property
+    def _texts_per_s(self) -> float | None:
+        """How many texts a second it makes vectors of; to two digits, so that it changes seldom."""
+        if not self._seconds_per_text:
+            return self._noted_rate
+        return float(f"{self.places / self._seconds_per_text:.2g}")
 
     def recall(self, state: EmbedderState) -> None:
         """Go on from what was known before a restart."""
         self._calls.recall(state.learnt)
         self._day.recall(state.day, state.tokens)
+        self._noted_rate = state.texts_per_s
 
     def waits_until(self, *, load: bool) -> datetime | None:
         """Return until when texts of loads, or of live changes, wait for `tokens_per_day`; None while they do not."""

@@ -17,6 +17,7 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse
 from cdcsync.flows.setup.differences import ask_for, note_fingerprint, present_fingerprint, stored_fingerprint
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
+from cdcsync.flows.setup.needs import need_of
 from cdcsync.lsn import Lsn
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
@@ -39,8 +40,8 @@ from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.ddl.upgrading import upgrade_vectors
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.registry import Entry, Registry
-from cdcsync.target.requests import Kind, Requests
+from cdcsync.target.registry import Registry
+from cdcsync.target.requests import Requests
 from cdcsync.target.session import ApplySession
 
 log = structlog.get_logger()
@@ -92,12 +93,19 @@ def outdated(catalog: Catalog, specs: Sequence[IndexSpec]) -> bool:
     return False
 
 
-async def set_up_indexes(target: Connection, config: Config, specs: Sequence[IndexSpec], catalog: Catalog) -> None:
+async def set_up_indexes(
+    target: Connection,
+    config: Config,
+    specs: Sequence[IndexSpec],
+    catalog: Catalog,
+    waiting: Mapping[str, Pause] | None = None,
+) -> None:
     """Create or extend each index's relations, and ask for what its state calls for.
 
     The relations, the index's row, its fingerprint and the request commit together.
 
     :param catalog: the tables as they are now, which have been read since they were published.
+    :param waiting: why new indexes are not loaded yet.
     """
     for spec in specs:
         with speaking_of("target", where=f"index {spec.name}", index=spec.name):
@@ -108,6 +116,8 @@ async def set_up_indexes(target: Connection, config: Config, specs: Sequence[Ind
                     await create_index_relations(target, config.target.schema, spec)
                     await put_policy(target, config.target.schema, spec, config.serve)
                     await _register(target, config, spec, catalog, missing)
+                    if waiting and spec.name in waiting:
+                        await Registry(config.target.schema).pause(target, spec.name, waiting[spec.name])
                     crash_point("index relations written")
                 crash_point("index relations committed")
             except SetupError as error:
@@ -147,44 +157,29 @@ async def _register(target: Connection, config: Config, spec: IndexSpec, catalog
     table, now = catalog.tables[spec.shape.table], present_fingerprint(catalog, spec)
     assert now is not None
     before = await registry.find(target, spec.name)
+    begun = before is not None and not await requests.still_to_begin(target, spec.name)
     await registry.register(target, config.source.slot, spec)
     found = Difference() if before is None else difference(stored_fingerprint(before), now, table)
-    request = _needed_load(spec, before, found)
-    if before is not None and missing and before.state == "live":
+    need = need_of(spec, before, found, missing=missing, begun=begun)
+    if begun and missing and before is not None and before.state == "live":
         log.error("relations_missing", index=spec.name, tables=missing.tables, built=missing.built)
         await registry.load_again(target, spec.name)
-    if before is not None and missing.tables:
-        # Chunks as much as vectors are made of the rows.
-        request = "resync", True
-    if request is None and found.emptied_by is not None:
+    if need is None and found.emptied_by is not None:
         return  # the stream may bring the TRUNCATE: the watch waits for it
     await note_fingerprint(target, schema, spec.name, now)
-    if request is None:
+    if need is None:
         await ask_for(target, schema, spec.name, found)
         return
-    kind, rewrite = request
-    if kind == "resync":
-        await requests.reload(target, spec.name, rewrite=rewrite)
+    if before is not None and not begun:
+        return  # the first load is asked for, and what it reads is the table as it is now
+    if need.kind == "resync":
+        # Chunks as much as vectors are made of the rows.
+        await requests.reload(target, spec.name, rewrite=need.rewrite)
         await registry.load_again(target, spec.name)
     else:
-        await requests.add(target, spec.name, kind, rewrite=rewrite, filter_=None)
+        await requests.add(target, spec.name, need.kind, rewrite=need.rewrite, filter_=None)
         await ask_for(target, schema, spec.name, found)
-    log.info("backfill_requested", index=spec.name, kind=kind, rewrite=rewrite, because=found.reread)
-
-
-def _needed_load(spec: IndexSpec, before: Entry | None, found: Difference) -> tuple[Kind, bool] | None:
-    """Return the kind of load that brings an index to its spec, and whether all is to be chunked again.
-
-    :param found: how the table differs from what it was.
-    """
-    if before is None:
-        return "initial", False
-    rewrite = before.fingerprint != spec.fingerprint
-    if before.state == "paused" or before.unfollowed_at is not None or found.reread:
-        return "resync", rewrite
-    if rewrite or set(spec.shape.carried) - set(before.columns):
-        return "replay", rewrite
-    return None
+    log.info("backfill_requested", index=spec.name, kind=need.kind, rewrite=need.rewrite, because=need.because)
 
 
 async def set_up_publication(source: Connection, config: Config, tables: Sequence[QualifiedName]) -> None:

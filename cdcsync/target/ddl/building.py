@@ -68,6 +68,17 @@ async def hnsw_method(connection: Connection, spec: IndexSpec) -> sql.Composed:
     )
 
 
+async def hnsw_options(connection: Connection, schema: str, spec: IndexSpec) -> dict[str, int]:
+    """Return the parameters that the generation's HNSW index was built by; none if it is not there."""
+    name = sql.Identifier(schema, Names(schema, spec.name).hnsw_name(spec.generation)).as_string(connection)
+    cursor = await connection.execute(
+        "SELECT o.option_name, o.option_value::int FROM pg_class c, pg_options_to_table(c.reloptions) AS o"
+        " WHERE c.oid = to_regclass(%s) AND o.option_name IN ('m', 'ef_construction')",
+        [name],
+    )
+    return dict(await cursor.fetchall())
+
+
 @asynccontextmanager
 async def build_settings(
     connection: Connection, spec: IndexSpec, frugal: Mapping[str, str] = MappingProxyType({})

@@ -15,7 +15,7 @@ from typing import LiteralString
 from psycopg import sql
 
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target import audits, calls, registry, requests
+from cdcsync.target import approvals, audits, calls, registry, requests
 from cdcsync.target.ddl.names import MAX_ATTEMPTS
 
 
@@ -178,6 +178,7 @@ _SHARED: tuple[LiteralString, ...] = (
     *requests.DDL,
     *audits.DDL,
     *calls.DDL,
+    *approvals.DDL,
     """
     CREATE TABLE IF NOT EXISTS {schema}.evaluations (
         index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
@@ -252,6 +253,8 @@ _SHARED: tuple[LiteralString, ...] = (
         PRIMARY KEY (slot, name)
     )
     """,
+    "ALTER TABLE {schema}.embedders ADD COLUMN IF NOT EXISTS texts_per_s float8",
+    "COMMENT ON COLUMN {schema}.embedders.texts_per_s IS 'How many texts a second it made vectors of, lately.'",
     "COMMENT ON TABLE {schema}.embedders IS"
     " 'cdcsync: what a worker knows of each embedder: sizes of calls that work, tokens of the day, and its trouble.'",
     "COMMENT ON COLUMN {schema}.embedders.call_texts IS"

@@ -99,6 +99,9 @@ async def test_an_index_that_is_paused_again_and_again_is_read_once(
     )
     catalog = await read_catalog(connection, "p", [index.spec.shape.table])
     await set_up_indexes(connection, config, [index.spec], catalog)
+    await pause_indexes(connection, config, {"articles": Pause("nothing of it has been read")})
+    await set_up_indexes(connection, config, [index.spec], catalog)
+    await connection.execute("UPDATE cdcsync.backfills SET state = 'running', cursor = ARRAY['7']")
     for _ in range(3):
         await pause_indexes(connection, config, {"articles": Pause("a type changed")})
         await set_up_indexes(connection, config, [index.spec], catalog)

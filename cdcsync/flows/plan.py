@@ -1,0 +1,317 @@
+"""The plan: what `run` would do with this configuration, found out by looking and changing nothing.
+
+examination ─► what each index needs ─► what that embeds ─► the plan
+what the target holds besides: indexes that nothing follows, generations that nobody uses
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+from psycopg import sql
+
+from cdcsync.config import Config
+from cdcsync.config.differences import KeyChange
+from cdcsync.embedders.protocol import Embedder
+from cdcsync.errors import SetupError
+from cdcsync.flows.dry_run import Bounds, seconds_for_each
+from cdcsync.flows.setup.approval import Cost, Reading, confirm_above, cost_of, pause_for, read_need
+from cdcsync.flows.setup.needs import key_changes
+from cdcsync.model.pauses import Pause
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.preflight import Report
+from cdcsync.source.catalog import Catalog, read_slot
+from cdcsync.target.approvals import TABLE as APPROVALS
+from cdcsync.target.approvals import Approvals, change_of
+from cdcsync.target.ddl.building import hnsw_options
+from cdcsync.target.ddl.sizes import stored_generations
+from cdcsync.target.embedders import rate_of
+from cdcsync.target.registry import Entry, Registry
+
+Action = Literal["created", "read again", "compared", "changed", "paused", "unchanged"]
+"""What becomes of an index; "read again" is of all its rows or of those of new partitions."""
+
+
+class Embedding(msgspec.Struct, frozen=True):
+    """What a load embeds.
+
+    :ivar documents: those of which at least one text has no vector yet.
+    :ivar texts: distinct texts without a vector; equal ones are embedded once.
+    :ivar price: in the currency of the embedder's `price_per_million_tokens`; None if it has none.
+    :ivar seconds: at the rate that the worker has measured, or that this command has; None if nobody has.
+    :ivar estimated: whether only a part of the table was read, and the rest concluded from it.
+    """
+
+    documents: int
+    texts: int
+    tokens: int
+    price: float | None
+    seconds: float | None
+    estimated: bool
+
+
+class IndexPlan(msgspec.Struct, frozen=True):
+    """What `run` would do with one index.
+
+    :ivar changes: the keys of its section that are others than when it was last loaded.
+    :ivar because: why it is read again, compared or paused.
+    :ivar rows: how many rows the load reads; None if none is needed.
+    :ivar rebuilt: relations that are missing in the target, and are built again.
+    :ivar remaining: what differs from the configuration and `run` leaves as it is.
+    :ivar approval: whether its load waits for `cdcsync plan --approve`.
+    :ivar remedy: what to do if it is paused.
+    """
+
+    index: str
+    action: Action
+    changes: list[KeyChange] = []
+    because: list[str] = []
+    rows: int | None = None
+    embedding: Embedding | None = None
+    rebuilt: list[str] = []
+    remaining: list[str] = []
+    approval: Literal["needed", "given"] | None = None
+    remedy: str | None = None
+
+
+class Spare(msgspec.Struct, frozen=True):
+    """Something in the target that nothing uses, and the command that frees it.
+
+    :ivar generation: of its vectors; None if the whole index is meant.
+    :ivar since: when the index was last followed; None while it still is.
+    """
+
+    index: str
+    generation: int | None
+    bytes: int
+    since: datetime | None
+    command: str
+
+
+class ConfigurationPlan(msgspec.Struct, frozen=True):
+    """What `run` would do.
+
+    :ivar created: what it creates that is of no single index: publication, slot, tables.
+    :ivar unfollowed: indexes of this pipeline that the configuration does not have.
+    """
+
+    indexes: list[IndexPlan]
+    created: list[str]
+    unfollowed: list[Spare]
+    generations: list[Spare]
+
+    @property
+    def empty(self) -> bool:
+        """Whether `run` would change nothing but what the stream brings."""
+        let_go = any(one.since is None for one in self.unfollowed)
+        return not self.created and not let_go and all(one.action == "unchanged" for one in self.indexes)
+
+
+async def read_plan(
+    config: Config,
+    report: Report,
+    embedders: Mapping[str, Embedder],
+    *,
+    bounds: Bounds,
+    measure: bool,
+) -> ConfigurationPlan:
+    """Return what `run` would do.
+
+    :param report: of an examination that found no error.
+    :param bounds: where counting texts stops and the rest is estimated.
+    :param measure: embed a batch of texts where the worker has not measured how long that takes.
+    :raises SourceUnavailable, TargetUnavailable: a server does not answer now.
+    """
+    catalog = report.catalog
+    assert catalog is not None
+    specs = {spec.name: spec for spec in report.specs}
+    async with (
+        await connect(config.source.dsn, "source", application_name="cdcsync plan") as source,
+        await connect(config.target.dsn, "target", application_name="cdcsync plan") as target,
+    ):
+        planning = _Planning(config, source, target, catalog, embedders, bounds, measure)
+        indexes = [
+            paused(name, report.broken[name]) if name in report.broken else await planning.index(specs[name])
+            for name in config.indexes
+            if name in report.broken or name in specs
+        ]
+        with speaking_of("target"):
+            entries = await Registry(config.target.schema).all(target)
+            sizes = await stored_generations(target, config.target.schema, list(entries))
+        return ConfigurationPlan(
+            indexes,
+            await _created(source, config, catalog, report.specs, bool(entries)),
+            _unfollowed(config, entries, sizes),
+            _unused(config, entries, sizes),
+        )
+
+
+def paused(index: str, pause: Pause) -> IndexPlan:
+    """Return the plan of an index that cannot be followed."""
+    return IndexPlan(index, "paused", because=[pause.reason], remedy=pause.remedy)
+
+
+class _Planning:
+    """What the plans of all indexes have in common."""
+
+    def __init__(
+        self,
+        config: Config,
+        source: Connection,
+        target: Connection,
+        catalog: Catalog,
+        embedders: Mapping[str, Embedder],
+        bounds: Bounds,
+        measure: bool,
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._target = target
+        self._catalog = catalog
+        self._embedders = embedders
+        self._bounds = bounds
+        self._measure = measure
+        self._seconds: dict[str, float | None] = {}
+        """Of one text, by embedder."""
+
+    async def index(self, spec: IndexSpec) -> IndexPlan:
+        reading = await read_need(self._target, self._config, spec, self._catalog)
+        need, entry, found = reading.need, reading.entry, reading.found
+        changes = list(key_changes(entry, spec)) if entry is not None else []
+        rebuilt = list(reading.missing.built) if entry is not None and entry.state == "live" else []
+        if need is None:
+            because = _partial(reading)
+            action: Action = "read again" if found.arrived or found.left else "compared" if found.compare else "changed"
+            if not because and not changes and not rebuilt:
+                action = "unchanged"
+            remaining = await self._remaining(spec) if entry is not None else []
+            return IndexPlan(spec.name, action, changes, because, rebuilt=rebuilt, remaining=remaining)
+        embedder = self._embedders[spec.config.embedder]
+        cost = await cost_of(
+            self._source, self._target, self._config, spec, reading, embedder, self._catalog, self._bounds
+        )
+        embedding = Embedding(
+            cost.documents, cost.texts, cost.tokens, cost.price, await self._duration(embedder, cost), cost.estimated
+        )
+        limit = confirm_above(self._config, spec)
+        awaits = None
+        if need.embeds and limit is not None and cost.texts > limit:
+            with speaking_of("target", where=f"index {spec.name}"):
+                approvals = Approvals(self._config.target.schema)
+                awaits = "given" if await approvals.given(self._target, spec.name, change_of(spec)) else "needed"
+        return IndexPlan(
+            spec.name,
+            "created" if entry is None else "read again",
+            changes,
+            list(need.because),
+            rows=cost.rows,
+            embedding=embedding,
+            rebuilt=rebuilt,
+            remaining=await self._remaining(spec) if entry is not None else [],
+            approval="needed" if awaits == "needed" else "given" if awaits else None,
+            remedy=pause_for(spec, need, limit).remedy if awaits == "needed" and limit is not None else None,
+        )
+
+    async def _remaining(self, spec: IndexSpec) -> list[str]:
+        """Say where the HNSW index was built by other parameters; only building it again changes them."""
+        with speaking_of("target", where=f"index {spec.name}"):
+            built = await hnsw_options(self._target, self._config.target.schema, spec)
+        wanted = {"m": spec.config.hnsw.m, "ef_construction": spec.config.hnsw.ef_construction}
+        return [
+            f"hnsw.{name} is {built[name]} in the index and {value} in the configuration:"
+            f" cdcsync migrate {spec.name} start builds it again"
+            for name, value in wanted.items()
+            if name in built and built[name] != value
+        ]
+
+    async def _duration(self, embedder: Embedder, cost: Cost) -> float | None:
+        if not cost.texts:
+            return 0.0
+        name = embedder.name
+        if name not in self._seconds:
+            with speaking_of("target"):
+                rate = await rate_of(self._target, self._config.target.schema, self._config.source.slot, name)
+            if rate is not None:
+                self._seconds[name] = 1 / rate
+            elif self._measure:
+                each = await seconds_for_each(embedder, list(cost.sample))
+                self._seconds[name] = None if each is None else each / embedder.concurrency
+            else:
+                self._seconds[name] = None
+        each = self._seconds[name]
+        return None if each is None else round(each * cost.texts, 1)
+
+
+def _partial(reading: Reading) -> list[str]:
+    """Say what is to be done for an index short of reading its table again."""
+    found = reading.found
+    because = [] if found.compare is None else [found.compare]
+    if found.arrived:
+        because.append(f"partitions came: {', '.join(str(one.name) for one in found.arrived)}")
+    if found.left:
+        because.append("partitions went, and their rows leave the index")
+    return because
+
+
+async def _created(
+    source: Connection, config: Config, catalog: Catalog, specs: Sequence[IndexSpec], set_up: bool
+) -> list[str]:
+    created = []
+    if not set_up:
+        created.append(f"the schema {config.target.schema} and its tables in the target")
+    publication = config.source.publication
+    tables = sorted({table for spec in specs for table in spec.config.tables})
+    if catalog.publication is None:
+        created.append(f"publication {publication} for {', '.join(map(str, tables))}")
+    elif added := [table for table in tables if table not in catalog.publication.tables]:
+        created.append(f"{', '.join(map(str, added))} in publication {publication}")
+    with speaking_of("source"):
+        if await read_slot(source, config.source.slot) is None:
+            created.append(f"slot {config.source.slot}")
+    return created
+
+
+def _unfollowed(config: Config, entries: Mapping[str, Entry], sizes: Mapping[str, Mapping[int, int]]) -> list[Spare]:
+    return [
+        Spare(name, None, sum(sizes.get(name, {}).values()), entry.unfollowed_at, f"cdcsync drop {name}")
+        for name, entry in entries.items()
+        if entry.slot == config.source.slot and name not in config.indexes
+    ]
+
+
+def _unused(config: Config, entries: Mapping[str, Entry], sizes: Mapping[str, Mapping[int, int]]) -> list[Spare]:
+    return [
+        Spare(name, generation, size, None, f"cdcsync migrate {name} drop")
+        for name, entry in entries.items()
+        if entry.slot == config.source.slot and name in config.indexes
+        for generation, size in sorted(sizes.get(name, {}).items())
+        if generation != entry.generation
+    ]
+
+
+async def approve(config: Config, report: Report, plan: IndexPlan) -> bool:
+    """Approve what the load of an index embeds; returns whether there was anything to approve.
+
+    :raises SetupError: the target does not have our tables yet.
+    """
+    index = plan.index
+    spec = next((spec for spec in report.specs if spec.name == index), None)
+    if spec is None or plan.embedding is None:
+        return False
+    schema = config.target.schema
+    async with await connect(config.target.dsn, "target", application_name="cdcsync plan") as target:
+        with speaking_of("target", where=f"index {index}"):
+            table = sql.Identifier(schema, APPROVALS).as_string(target)
+            if await fetch_row(target, "SELECT WHERE to_regclass(%s) IS NOT NULL", [table]) is None:
+                raise SetupError(
+                    "the target has no table to keep the approval in",
+                    where=f"schema {schema}",
+                    hint="start `cdcsync run` first: it creates its tables, and the index waits for the approval",
+                )
+            await Approvals(schema).give(target, index, change_of(spec), plan.embedding.texts)
+    return True

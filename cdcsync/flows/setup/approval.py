@@ -1,0 +1,197 @@
+"""What a change of the configuration costs, and which changes wait until somebody approves them.
+
+    what the index needs ─► rows read, chunks made, those without a vector counted ─► more than confirm_above_texts?
+                                                          yes, and not approved: the index is paused and says why
+
+Counting stops as soon as the answer is known. An index that is new is created and its load asked for, but nothing of it
+is read until the approval; one that exists keeps what it has, and is searched as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import structlog
+
+from cdcsync.config import Config, price_per_million_tokens
+from cdcsync.embedders.protocol import Embedder
+from cdcsync.errors import SetupError
+from cdcsync.flows.dry_run import Bounds, count, tokens_of
+from cdcsync.flows.replay import Replay
+from cdcsync.flows.setup.differences import present_fingerprint, stored_fingerprint
+from cdcsync.flows.setup.needs import AWAITS_APPROVAL, Need, need_of
+from cdcsync.model.pauses import Pause
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.source.catalog import Catalog
+from cdcsync.source.fingerprints import Difference, difference
+from cdcsync.target.approvals import Approvals, change_of
+from cdcsync.target.ddl.missing import Missing, missing_relations
+from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.requests import Requests
+
+log = structlog.get_logger()
+
+CONFIRM_ABOVE_TEXTS = 10_000
+"""The limit where texts have a price and the configuration names none."""
+
+COUNTED_S = 60.0
+"""How long a start counts texts before it concludes from what it has read to the rest of the table."""
+
+
+class Reading(msgspec.Struct, frozen=True):
+    """One index as it is, beside what the configuration makes of it.
+
+    :ivar need: the load that it needs; None if it needs none.
+    :ivar found: how its table differs from what it was.
+    """
+
+    entry: Entry | None
+    need: Need | None
+    found: Difference = Difference()
+    missing: Missing = Missing()
+
+    @property
+    def stored(self) -> bool:
+        """Whether the index has tables that rows can be compared with."""
+        return self.entry is not None and not self.missing.tables
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """What a load embeds; tokens are estimated from characters.
+
+    :ivar texts: distinct texts that no vector is stored of; the documents with such a text are `documents`.
+    :ivar price: in the currency of the embedder's `price_per_million_tokens`; None if it has none.
+    :ivar estimated: whether only a part of the table was read, and the rest concluded from it.
+    """
+
+    rows: int
+    documents: int
+    texts: int
+    tokens: int
+    price: float | None
+    estimated: bool
+    sample: tuple[str, ...] = ()
+
+
+class Held(msgspec.Struct, frozen=True):
+    """An index that waits for an approval: of which change, and with which reason."""
+
+    spec: IndexSpec
+    change: str
+    pause: Pause
+    new: bool
+
+
+async def read_need(target: Connection, config: Config, spec: IndexSpec, catalog: Catalog) -> Reading:
+    """Return what an index needs. Nothing is written."""
+    schema = config.target.schema
+    with speaking_of("target", where=f"index {spec.name}"):
+        entry = await Registry(schema).find(target, spec.name)
+        if entry is None:
+            return Reading(None, need_of(spec, None, Difference()))
+        missing = await missing_relations(target, schema, spec)
+        begun = bool(missing.tables) or not await Requests(schema).still_to_begin(target, spec.name)
+    now, table = present_fingerprint(catalog, spec), catalog.tables.get(spec.shape.table)
+    found = Difference()
+    if now is not None and table is not None:
+        found = difference(stored_fingerprint(entry), now, table)
+    return Reading(entry, need_of(spec, entry, found, missing=missing, begun=begun), found, missing)
+
+
+async def cost_of(
+    source: Connection,
+    target: Connection,
+    config: Config,
+    spec: IndexSpec,
+    reading: Reading,
+    embedder: Embedder,
+    catalog: Catalog,
+    bounds: Bounds,
+) -> Cost:
+    """Return what the load that an index needs would embed, by reading its table."""
+    assert reading.need is not None
+    replay = Replay(rewrite=reading.need.rewrite)
+    found = await count(source, target, config, spec, replay, embedder, stored=reading.stored, bounds=bounds)
+    table = catalog.tables.get(spec.shape.table)
+    rows = found.rows if found.whole or table is None else max(found.rows, table.estimated_rows)
+    share = rows / found.rows if found.rows else 1.0
+    tokens = round(tokens_of(found.text_characters) * share)
+    each = price_per_million_tokens(config.embedders[spec.config.embedder])
+    return Cost(
+        rows=rows,
+        documents=round(found.documents * share),
+        texts=round(found.texts * share),
+        tokens=tokens,
+        price=None if each is None else tokens * each / 1_000_000,
+        estimated=not found.whole,
+        sample=tuple(found.sample.values()),
+    )
+
+
+def confirm_above(config: Config, spec: IndexSpec) -> int | None:
+    """Return how many texts a change of an index may embed without an approval; None for any number."""
+    if spec.config.confirm_above_texts is not None:
+        return spec.config.confirm_above_texts
+    priced = price_per_million_tokens(config.embedders[spec.config.embedder]) is not None
+    return CONFIRM_ABOVE_TEXTS if priced else None
+
+
+async def hold_unapproved(
+    config: Config, specs: Sequence[IndexSpec], catalog: Catalog | None, embedders: Mapping[str, Embedder]
+) -> dict[str, Held]:
+    """Return which indexes would embed more than they may, and wait for an approval.
+
+    An index whose rows cannot be read is not held: its load will fail in the same way, and say so.
+
+    :raises SourceUnavailable, TargetUnavailable: a server does not answer now.
+    """
+    guarded = [(spec, limit) for spec in specs if (limit := confirm_above(config, spec)) is not None]
+    held: dict[str, Held] = {}
+    if not guarded or catalog is None:
+        return held
+    async with (
+        await connect(config.source.dsn, "source", application_name="cdcsync plan") as source,
+        await connect(config.target.dsn, "target", application_name="cdcsync plan") as target,
+    ):
+        for spec, limit in guarded:
+            try:
+                one = await _hold(source, target, config, spec, limit, catalog, embedders[spec.config.embedder])
+            except SetupError as error:
+                log.warning("texts_not_counted", index=spec.name, error=str(error), fix=error.hint)
+                continue
+            if one is not None:
+                held[spec.name] = one
+                log.warning("approval_awaited", index=spec.name, because=one.pause.reason, fix=one.pause.remedy)
+    return held
+
+
+async def _hold(
+    source: Connection,
+    target: Connection,
+    config: Config,
+    spec: IndexSpec,
+    limit: int,
+    catalog: Catalog,
+    embedder: Embedder,
+) -> Held | None:
+    reading, change = await read_need(target, config, spec, catalog), change_of(spec)
+    if reading.need is None or not reading.need.embeds:
+        return None
+    with speaking_of("target", where=f"index {spec.name}"):
+        if await Approvals(config.target.schema).given(target, spec.name, change):
+            return None
+    bounds = Bounds(texts=limit, seconds=COUNTED_S)
+    cost = await cost_of(source, target, config, spec, reading, embedder, catalog, bounds)
+    if cost.texts <= limit:
+        return None
+    return Held(spec, change, pause_for(spec, reading.need, limit), reading.entry is None)
+
+
+def pause_for(spec: IndexSpec, need: Need, limit: int) -> Pause:
+    """Return the pause of an index that waits for an approval."""
+    return Pause(
+        f"{AWAITS_APPROVAL} {limit:,} texts, which is not approved ({'; '.join(need.because)})",
+        f"see what it costs with cdcsync plan, then approve it: cdcsync plan --approve {spec.name}",
+    )

@@ -1,0 +1,72 @@
+"""The table `approvals`: changes of the configuration that somebody approved, although they embed many texts.
+
+An approval holds for one change of one index, by its fingerprint: the next change waits again. It needs no row in
+`indexes`, because the index may not exist yet; it goes when the index is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import LiteralString
+
+from psycopg import sql
+
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.sessions import Connection
+
+TABLE = "approvals"
+
+DDL: tuple[LiteralString, ...] = (
+    """
+    CREATE TABLE IF NOT EXISTS {schema}.approvals (
+        index_name text NOT NULL,
+        change text NOT NULL,
+        texts bigint NOT NULL,
+        approved_by text NOT NULL DEFAULT session_user,
+        approved_at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (index_name, change)
+    )
+    """,
+    "COMMENT ON TABLE {schema}.approvals IS"
+    " 'cdcsync: changes of the configuration that may embed more texts than confirm_above_texts.'",
+    "COMMENT ON COLUMN {schema}.approvals.change IS 'The fingerprint of what the index becomes.'",
+    "COMMENT ON COLUMN {schema}.approvals.texts IS 'About how many texts it was said to embed.'",
+)
+
+
+def change_of(spec: IndexSpec) -> str:
+    """Return the fingerprint of what an index is to become: of its documents, their chunks and their vectors."""
+    condition = "" if spec.where is None else spec.where.text
+    facts = "\0".join((str(spec.shape.table), spec.fingerprint, spec.model, condition))
+    return hashlib.sha256(facts.encode()).hexdigest()[:32]
+
+
+class Approvals:
+    """The table of a schema. Every statement commits by itself, or with the caller's transaction."""
+
+    def __init__(self, schema: str) -> None:
+        self._table = sql.Identifier(schema, TABLE)
+
+    async def given(self, connection: Connection, index: str, change: str) -> bool:
+        """Say whether a change of an index was approved."""
+        present = await fetch_row(
+            connection, "SELECT WHERE to_regclass(%s) IS NOT NULL", [self._table.as_string(connection)]
+        )
+        if present is None:
+            return False
+        statement = sql.SQL("SELECT FROM {} WHERE index_name = %s AND change = %s").format(self._table)
+        return await fetch_row(connection, statement, [index, change]) is not None
+
+    async def give(self, connection: Connection, index: str, change: str, texts: int) -> None:
+        """Approve a change of an index; doing it twice does no harm."""
+        await connection.execute(
+            sql.SQL("INSERT INTO {} (index_name, change, texts) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING").format(
+                self._table
+            ),
+            [index, change, texts],
+        )
+
+    async def remove(self, connection: Connection, index: str) -> None:
+        """Remove all approvals of an index."""
+        await connection.execute(sql.SQL("DELETE FROM {} WHERE index_name = %s").format(self._table), [index])
