@@ -42,6 +42,11 @@ class Metrics:
             "Row changes received, by index and operation (upsert, delete, truncate).",
             (*index, "operation"),
         )
+        self.related_changes = self._counter(
+            "related_changes_total",
+            "Changes of rows of related tables, each value once a batch, by index and relation.",
+            (*index, "relation"),
+        )
         self.transactions = self._counter("transactions_total", "Source transactions applied.")
         self.reconnects = self._counter("reconnects_total", "Connections made anew, by side.", ("side",))
         self.connected = self._gauge("connected", "1 while the connection is up, by side.", ("side",))

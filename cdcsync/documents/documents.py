@@ -13,7 +13,7 @@ import msgspec
 from cdcsync.config import Index
 from cdcsync.config.sections import NO_FRAME
 from cdcsync.documents.functions import DocumentFunction
-from cdcsync.documents.related import LISTED, RelatedRows, make_related
+from cdcsync.documents.related import LISTED, RelatedRows, computed_columns, make_related
 from cdcsync.documents.templates import Rendering, Template, sql_hash
 from cdcsync.errors import ConfigError
 
@@ -63,6 +63,16 @@ class Documents(msgspec.Struct, frozen=True):
         frame = self.frame
         around = () if frame is None else (*frame.before.columns, *frame.after.columns)
         return tuple(dict.fromkeys((*self.body.columns, *around)))
+
+    @property
+    def computed(self) -> frozenset[str]:
+        """The names of columns that are made of related rows."""
+        return frozenset(computed_columns(self.related))
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """The columns of the index's table by which related rows are found."""
+        return tuple(dict.fromkeys(theirs for one in self.related for _, theirs in one.steps[0].on))
 
     @property
     def fingerprint(self) -> str:

@@ -19,6 +19,7 @@ Source: PostgreSQL, "Queries" (LATERAL Subqueries), "Aggregate Functions", "JSON
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
@@ -33,6 +34,8 @@ VIA = "via"
 
 TEXT, ROWS, PLACE = "cdcsync text", "cdcsync rows", "cdcsync place"
 """Names of our own in the statement, which no column of a related table is likely to have."""
+
+_WORD = re.compile(r"\w+")
 
 ONE = "."
 """Stands between a relation's name and the column of its only row."""
@@ -159,7 +162,6 @@ class RelatedRows(msgspec.Struct, frozen=True):
         rows = (
             f"SELECT {columns}{', ' if columns else ''}pg_catalog.row_number() OVER (ORDER BY {order}) AS {_id(PLACE)}"
             f" FROM {self._tables(facts, equal)} WHERE {self._belongs(parent, facts, types, equal)}"
-            + (f" AND ({self.where})" if self.where else "")
             + f" ORDER BY {_id(PLACE)} LIMIT {1 if self.values else self.limit}"
         )
         made = [f"{name}.{_id(PLACE)}", *(f"{name}.{_id(column)}" for column in self.values)]
@@ -191,7 +193,7 @@ class RelatedRows(msgspec.Struct, frozen=True):
     def _tables(self, facts: Facts, equal: Equal) -> str:
         """Return SQL of the related table, joined to the one between if there is one."""
         last = self.steps[-1]
-        tables = _rows_of(last.table, self.name, facts)
+        tables = _rows_of(last.table, self.name, facts, self.where)
         for step in self.steps[:-1]:
             on = _on(last, self.name, facts, VIA, facts.get(step.table, TableFacts()).types, equal)
             tables = f"{_rows_of(step.table, VIA, facts)} JOIN {tables} ON {on}"
@@ -208,6 +210,21 @@ class RelatedRows(msgspec.Struct, frozen=True):
             return ", ".join(f"{name}.{_id(column)}" for column in mine.key)
         columns = ", ".join(f"{name}.{_id(column)}" for column in self.needed)
         return f'ROW({columns})::text COLLATE pg_catalog."C"'
+
+
+def columns_read(related: Iterable[RelatedRows]) -> dict[QualifiedName, tuple[str, ...]]:
+    """Return by table the names of what is read of it, some of which may be none of its columns.
+
+    Conditions and orders are the user's: whatever word of theirs is a column's name counts as that column.
+    """
+    found: dict[QualifiedName, list[str]] = {}
+    for top in related:
+        for one in top.walk():
+            words = _WORD.findall(f"{one.where} {one.order_by}")
+            for at, step in enumerate(one.steps):
+                theirs = [their for _, their in one.steps[at + 1].on] if at + 1 < len(one.steps) else one.needed
+                found.setdefault(step.table, []).extend([*step.columns, *theirs, *words])
+    return {table: tuple(dict.fromkeys(columns)) for table, columns in found.items()}
 
 
 def computed_columns(related: Iterable[RelatedRows]) -> dict[str, str]:
@@ -291,13 +308,16 @@ def _make(
     return tuple(made)
 
 
-def _rows_of(table: QualifiedName, alias: str, facts: Facts) -> str:
-    """Return SQL of the rows that the publication sends of a table."""
+def _rows_of(table: QualifiedName, alias: str, facts: Facts, where: str = "") -> str:
+    """Return SQL of the rows that the publication sends of a table, those that fulfil a condition."""
     known = facts.get(table, TableFacts())
-    if known.row_filter is None:
+    conditions = [f"({one})" for one in (known.row_filter, where) if one]
+    if not conditions:
         return f"{_id(table.schema)}.{_id(table.name)} AS {_id(alias)}"
-    columns = ", ".join(map(_id, known.readable))
-    return f"(SELECT {columns} FROM {_id(table.schema)}.{_id(table.name)} WHERE ({known.row_filter})) AS {_id(alias)}"
+    # Apart, so that the conditions' names can be those of no other table.
+    columns = ", ".join(f"t.{_id(column)}" for column in known.readable)
+    rows = f"SELECT {columns} FROM {_id(table.schema)}.{_id(table.name)} AS t WHERE {' AND '.join(conditions)}"
+    return f"({rows}) AS {_id(alias)}"
 
 
 def _on(step: Step, alias: str, facts: Facts, parent: str, types: Mapping[str, str], equal: Equal) -> str:

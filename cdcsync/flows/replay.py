@@ -25,7 +25,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection, first_line, speaking_of, translate
 from cdcsync.preflight import build_embedders, examine
-from cdcsync.source.catalog import read_catalog
+from cdcsync.source.catalog import facts_of, read_catalog
 from cdcsync.source.conditions import Refused, try_condition
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 from cdcsync.target.keys import canonical
@@ -97,17 +97,19 @@ async def as_on_source(source: Connection, publication: str, spec: IndexSpec) ->
     """
     name = spec.shape.table
     with speaking_of("source", where=str(name)):
-        catalog = await read_catalog(source, publication, [name])
+        catalog = await read_catalog(source, publication, spec.tables)
     table, published = catalog.tables.get(name), catalog.publication
-    missing = [column for column in spec.shape.columns if table is None or column not in table.columns]
-    if table is None or missing:
-        what = "the table is not there" if table is None else f"columns are missing: {', '.join(missing)}"
+    missing = [column for column in spec.shape.own if table is None or column not in table.columns]
+    gone = [str(one) for one in spec.tables if one not in catalog.tables]
+    if table is None or missing or gone:
+        what = f"there is no table {gone[0]}" if gone else f"columns are missing: {', '.join(missing)}"
         raise SetupError(what, where=f"source, table {name}", hint="`cdcsync check` says what the index needs")
     sent = published.tables.get(name) if published is not None else None
     return msgspec.structs.replace(
         spec,
         source_key_types=tuple(table.columns[column].type for column in spec.shape.key),
         row_filter=sent.row_filter if sent is not None else None,
+        facts=facts_of(catalog, table, spec.documents.related),
     )
 
 

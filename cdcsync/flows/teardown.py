@@ -121,7 +121,7 @@ async def drop_index(config: Config, index: str) -> list[Step]:
             await _let_go(target, config, entry)
             tables = await _rows(target, _TABLES, [f"cdcsync index {index}: "], schema)
             views = await _rows(target, _VIEWS, [oid for oid, _ in tables])
-            others = {one.source_table for name, one in entries.items() if name != index}
+            others = {table for name, one in entries.items() if name != index for table in one.tables}
         with _own_dependents(), speaking_of("target"):
             async with target.transaction():
                 await drop_search(target, schema, index)
@@ -137,8 +137,8 @@ async def drop_index(config: Config, index: str) -> list[Step]:
                     "remove it, or the next `cdcsync run` builds the index anew",
                 )
             )
-        others |= {str(one.table_name) for name, one in config.indexes.items() if name != index}
-        steps.append(await _unpublish(source, config, entry.source_table, others))
+        others |= {str(table) for name, one in config.indexes.items() if name != index for table in one.tables}
+        steps += [await _unpublish(source, config, table, others) for table in entry.tables]
         return steps
 
 
@@ -211,7 +211,7 @@ async def _belongings(target: Connection, config: Config) -> Belongings:
         indexes=indexes,
         views=tuple(name for (name,) in views),
         tables=tuple(name for _, name in tables),
-        source_tables=tuple(entry.source_table for entry in entries),
+        source_tables=tuple(table for entry in entries for table in entry.tables),
         set_up=bool(present),
     )
 
@@ -329,7 +329,7 @@ async def _drop_publication(
     if publication is None:
         return Step(what, "absent")
     by_hand = f"if nothing needs it, as its owner: DROP PUBLICATION {quote(name)}"
-    ours = {str(index.table_name) for index in config.indexes.values()} | set(belongings.source_tables)
+    ours = {str(table) for index in config.indexes.values() for table in index.tables} | set(belongings.source_tables)
     if sharing:
         return Step(what, "kept", f"the pipeline {', '.join(sharing)} uses it too")
     if publication.all_tables:

@@ -22,6 +22,7 @@ import structlog
 
 from cdcsync.config import Config
 from cdcsync.crashpoints import crash_point
+from cdcsync.documents.related import columns_read
 from cdcsync.errors import SchemaChanged, SetupError, TablesChanged, Unavailable
 from cdcsync.flows.build import LOAD_CANCELLED
 from cdcsync.flows.setup.differences import ask_for, note_fingerprint, present_fingerprint, stored_fingerprint
@@ -176,7 +177,7 @@ class Watch:
         with speaking_of("target"):
             entries = await Registry(config.target.schema).all(await target.connection())
         known = [entry.table_oid for entry in entries.values() if entry.table_oid is not None]
-        wanted = {plan.index.table_name for plan in self._plans}
+        wanted = {table for plan in self._plans for table in plan.index.tables}
         with speaking_of("source"):
             catalog = await read_catalog(await source.connection(), config.source.publication, wanted, known)
         for plan in self._plans:
@@ -277,8 +278,10 @@ class Watch:
                     raise TablesChanged("what it embeds is approved", where=f"index {name}")
             return
         table = catalog.tables.get(plan.index.table_name)
-        columns = (*entry.key, *entry.columns, *(plan.documents.columns if plan.documents is not None else ()))
-        present = fingerprint_of(catalog, table, columns, plan.where) if table is not None else None
+        documents = plan.documents
+        columns = (*entry.key, *entry.columns, *((*documents.columns, *documents.joined) if documents else ()))
+        read = columns_read(documents.related) if documents is not None else {}
+        present = fingerprint_of(catalog, table, columns, plan.where, read) if table is not None else None
         first = self._first.setdefault(name, present)
         # The table as it was when the index was last tried; an examination that refuses it does not count as a try.
         before = first if plan.refused else stored_fingerprint(entry)

@@ -6,6 +6,7 @@ The rules:
    batch has one.
 2. A moved key is a deletion of the old key and an upsert of the new one.
 3. A TRUNCATE is a barrier: what came before it in the batch is moot, what comes after it is applied after it.
+   That of a related table is not: it only says that all documents are to be rebuilt.
 4. The batch's position is the end of its last *complete* transaction. When it closes inside a large transaction, the
    rows of that transaction are applied and the position stays before it; they are delivered again after a crash.
 """
@@ -19,6 +20,7 @@ import msgspec
 
 from cdcsync.errors import SchemaChanged
 from cdcsync.lsn import Lsn
+from cdcsync.model.links import Touch, Values
 from cdcsync.model.rows import Change, Delete, Key, Shape, Truncation, Upsert, complete, fill
 from cdcsync.model.transactions import Committed
 
@@ -27,6 +29,10 @@ ROW_OVERHEAD_BYTES = 200
 
 UNCHANGED_BYTES = 64 * 1024
 """The assumed size of a value that has to be read again, until it is read: TOAST holds values from 2 kB to 1 GB."""
+
+RELATED_BYTES = 1024
+"""What the related rows of a row, which are read when the batch is applied, are taken for until then. That reading is
+bounded by itself."""
 
 RowChange = Upsert | Delete
 
@@ -52,6 +58,8 @@ class PageRows(msgspec.Struct, frozen=True):
     :ivar end: None for a page of which nothing is applied, whose mark only has to be waited for.
     :ivar rewrite: whether the rows are to be chunked again even where the document is unchanged.
     :ivar new: whether the index most likely has none of them.
+    :ivar overtaken_by: transactions that touched related rows, which were delivered and which its snapshot does not
+        see; the rows are then to be read again.
     """
 
     shape: Shape
@@ -60,6 +68,7 @@ class PageRows(msgspec.Struct, frozen=True):
     mark: str
     rewrite: bool = False
     new: bool = False
+    overtaken_by: frozenset[int] = frozenset()
 
 
 class IndexChanges:
@@ -72,6 +81,12 @@ class IndexChanges:
         """The last change of each key that came through the stream."""
         self.filled: dict[Key, Upsert] = {}
         """Rows that a backfill read; a key is never both here and in `live`."""
+        self.touched: dict[tuple[int, Values], Touch] = {}
+        """The last change of the related rows of each link that have these values, or had them."""
+        self.emptied: dict[int, Touch] = {}
+        """The links whose tables were truncated."""
+        self.overtaken: set[int] = set()
+        """Transactions that touched related rows and that the reading of the backfilled rows did not see."""
         self.rewrite = False
         """Whether the backfilled rows are to be chunked again even where the document is unchanged."""
         self._new = True
@@ -85,26 +100,34 @@ class IndexChanges:
     @property
     def new(self) -> bool:
         """Whether all of this is rows that the index most likely does not have, so that they can be copied in."""
-        return self._new and bool(self.filled) and not self.live and not self.truncated
+        return self._new and bool(self.filled) and not (self.live or self.truncated or self.touched or self.overtaken)
 
-    def add(self, change: Change) -> None:
+    def add(self, change: Change | Touch) -> None:
         """Add the next change of the stream."""
         match change:
             case Upsert():
                 self._add_upsert(change)
+            case Touch():
+                if change.values is None:
+                    self.emptied[change.place] = change
+                else:
+                    self.touched |= {(change.place, values): change for values in change.values}
             case Delete():
                 self._put(change)
             case Truncation():
                 self.truncated = True
                 self.live.clear()
                 self.filled.clear()
+                self.touched.clear()
+                self.emptied.clear()
             case _:
                 assert_never(change)
 
     def _add_upsert(self, change: Upsert) -> None:
         before_key = change.key if change.moved_from is None else change.moved_from
         row = change.row
-        if not complete(row):
+        # Related rows may be others by now, so that such a row is read again anyway.
+        if not complete(row) and not change.shape.computed:
             before = self.live.get(before_key) or self.filled.get(before_key)
             if isinstance(before, Upsert):
                 row = fill(row, before.row)
@@ -167,7 +190,7 @@ class Batch:
             changes = self.indexes[shape.index] = IndexChanges(shape)
         return changes
 
-    def add(self, change: Change) -> None:
+    def add(self, change: Change | Touch) -> None:
         """Add the next change of the stream."""
         self.of(change.shape).add(change)
         self.partial = True
@@ -181,6 +204,7 @@ class Batch:
         if page.end is None:
             return
         changes.rewrite = changes.rewrite or page.rewrite
+        changes.overtaken |= page.overtaken_by
         changes.add_page(page.rows, new=page.new)
         self.bytes += sum(map(_size, page.rows))
         self.rows += len(page.rows)
@@ -194,8 +218,10 @@ class Batch:
         self.partial = False
 
 
-def _size(change: Change) -> int:
+def _size(change: Change | Touch) -> int:
     if isinstance(change, Upsert):
         known = sum([len(value) for value in change.row if isinstance(value, str)])
+        if change.shape.computed:
+            return ROW_OVERHEAD_BYTES + known + RELATED_BYTES
         return ROW_OVERHEAD_BYTES + known + (0 if complete(change.row) else UNCHANGED_BYTES)
     return ROW_OVERHEAD_BYTES

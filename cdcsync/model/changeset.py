@@ -42,6 +42,19 @@ class FailedDocument(msgspec.Struct, frozen=True):
     commit_lsn: int
 
 
+class Rebuild(msgspec.Struct, frozen=True):
+    """Documents that are to be rebuilt by a request, which commits with the batch: more than the batch takes.
+
+    :ivar relation: the related table that changed, if there is one.
+    :ivar condition: which rows' documents, in SQL on the row `t`; None for all, unless there are keys.
+    :ivar keys: the documents themselves, where they are known.
+    """
+
+    relation: str | None
+    condition: str | None = None
+    keys: tuple[Key, ...] | None = None
+
+
 class ChangeSet(msgspec.Struct, frozen=True):
     """All that one batch changes in one index, with at most one entry per key."""
 
@@ -59,6 +72,7 @@ class ChangeSet(msgspec.Struct, frozen=True):
     differently (1.00 for 1.0): only what the index writes just so is deleted."""
     failed: Sequence[FailedDocument] = ()
     """Which of `documents` could not be made, and why; they have no chunks."""
+    rebuilds: Sequence[Rebuild] = ()
 
 
 class Applied(msgspec.Struct, frozen=True):

@@ -182,6 +182,10 @@ class Projection:
         key = self.shape.key_of(row)
         return Upsert(self.shape, key, row, xid, lsn, before if before != key else None)
 
+    def truncated(self, xid: int, lsn: int) -> Truncation:
+        """Return the change that a TRUNCATE makes."""
+        return Truncation(self.shape, xid, lsn)
+
     def deleted(self, old: Tuple, xid: int, lsn: int) -> Delete:
         """Return the change that a DELETE makes.
 

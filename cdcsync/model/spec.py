@@ -43,7 +43,7 @@ class IndexSpec(msgspec.Struct, frozen=True):
     """The table's OID on the source: a table that was made anew under the same name has another one."""
     facts: dict[QualifiedName, TableFacts] = {}
     """What the statements have to know of the index's table and of related ones, if there are related ones."""
-    related_oids: dict[QualifiedName, int] = {}
+    oids: dict[QualifiedName, int] = {}
     """The OIDs of related tables."""
 
     @property

@@ -23,7 +23,8 @@ import msgspec
 from cdcsync.config import QualifiedName
 from cdcsync.errors import ProtocolError, SchemaChanged
 from cdcsync.lsn import Lsn
-from cdcsync.model.rows import AGAIN, Change, Projection, Shape, Truncation
+from cdcsync.model.links import Link, LinkProjection, Touch
+from cdcsync.model.rows import AGAIN, Change, Projection, Shape
 from cdcsync.pgoutput.messages import (
     Begin,
     Commit,
@@ -86,7 +87,7 @@ class Lost(msgspec.Struct, frozen=True):
     error: SchemaChanged
 
 
-Event = Began | Change | Mark | Committed | Lost
+Event = Began | Change | Touch | Mark | Committed | Lost
 
 NOTHING: tuple[Event, ...] = ()
 
@@ -96,13 +97,13 @@ class Assembler:
 
     def __init__(
         self,
-        tables: Mapping[tuple[str, str], Sequence[Shape]],
+        tables: Mapping[tuple[str, str], Sequence[Shape | Link]],
         checkpoint: Lsn,
         *,
         known: Mapping[int, tuple[str, str]] | None = None,
         described: Callable[[], None] = lambda: None,
     ) -> None:
-        """Begin at `checkpoint`; `tables` maps (schema, name) as the stream says it to the shapes of its indexes.
+        """Begin at `checkpoint`; `tables` maps (schema, name) as the stream says it to what indexes need of it.
 
         :param known: the followed tables by OID: what one of them was sent while it had another name belongs to it.
         :param described: called when a table is described again, so that it is time to look at the catalog.
@@ -111,9 +112,9 @@ class Assembler:
         self._described = described
         self._tables = tables
         self._checkpoint = checkpoint
-        self._projections: dict[int, tuple[Projection, ...]] = {}
+        self._projections: dict[int, tuple[Projection | LinkProjection, ...]] = {}
         self._oids: dict[tuple[str, str], int] = {}
-        self._types: dict[str, dict[str, tuple[int, int]]] = {}
+        self._types: dict[tuple[str, int | None], dict[str, tuple[int, int]]] = {}
         self._lost: set[str] = set()
         self._xid: int | None = None
         self._lsn = 0
@@ -143,7 +144,7 @@ class Assembler:
                 xid = self._inside("Truncate")
                 if not self._skipping:
                     return [
-                        Truncation(projection.shape, xid, self._lsn)
+                        projection.truncated(xid, self._lsn)
                         for oid in message.relation_oids
                         for projection in self._of(oid)
                     ]
@@ -170,10 +171,11 @@ class Assembler:
         shapes = self._tables.get(name) or self._tables.get(self._known.get(relation.oid, name), ())
         shapes = [shape for shape in shapes if shape.index not in self._lost]
         types = {column.name: (column.type_oid, column.typmod) for column in relation.columns}
-        projections = []
+        projections: list[Projection | LinkProjection] = []
         for shape in shapes:
             try:
-                projections.append(Projection(shape, relation))
+                made = LinkProjection(shape, relation) if isinstance(shape, Link) else Projection(shape, relation)
+                projections.append(made)
                 self._check_types(shape, types)
             except SchemaChanged as error:
                 lost.append(self._lost_event(shape, error))
@@ -181,15 +183,19 @@ class Assembler:
         self._projections[relation.oid] = tuple(one for one in projections if one.shape.index not in self._lost)
         return lost
 
-    def _check_types(self, shape: Shape, types: Mapping[str, tuple[int, int]]) -> None:
+    def _check_types(self, shape: Shape | Link, types: Mapping[str, tuple[int, int]]) -> None:
         """Notice that a column has another type than before: what that made of the old rows is not in the stream.
 
         Before is at first when the table was looked at, which may be later than what the stream brings now: then the
         values do not fit the types that the index was given.
         """
-        mine = {name: types[name] for name in shape.own}
-        looked_at = dict(zip(shape.own, shape.types, strict=False))
-        before = self._types.setdefault(shape.index, looked_at or mine)
+        if isinstance(shape, Link):
+            mine, place = {name: types[name] for name in shape.columns}, shape.place
+            looked_at = {}
+        else:
+            mine, place = {name: types[name] for name in shape.own}, None
+            looked_at = dict(zip(shape.own, shape.types, strict=False))
+        before = self._types.setdefault((shape.index, place), looked_at or mine)
         if changed := [name for name, type_ in mine.items() if before[name] != type_]:
             raise SchemaChanged(
                 f"column {', '.join(changed)} changed its type",
@@ -208,7 +214,7 @@ class Assembler:
                 events.append(self._lost_event(shape, error))
         return events
 
-    def _lost_event(self, shape: Shape, error: SchemaChanged) -> Event:
+    def _lost_event(self, shape: Shape | Link, error: SchemaChanged) -> Event:
         self._lost.add(shape.index)
         for oid, projections in self._projections.items():
             self._projections[oid] = tuple(one for one in projections if one.shape.index != shape.index)
@@ -225,14 +231,14 @@ class Assembler:
             # A row without its key: of two indexes on the table, the other one meets the same row.
             return [*self._lost_by(error, projections), *self._row(message)]
 
-    def _change(self, projection: Projection, message: Insert | Update | Delete, xid: int) -> Event:
+    def _change(self, projection: Projection | LinkProjection, message: Insert | Update | Delete, xid: int) -> Event:
         if isinstance(message, Insert):
             return projection.inserted(message.new, xid, self._lsn)
         if isinstance(message, Update):
             return projection.updated(message.old_kind, message.old, message.new, xid, self._lsn)
         return projection.deleted(message.old, xid, self._lsn)
 
-    def _lost_by(self, error: SchemaChanged, projections: Sequence[Projection]) -> list[Event]:
+    def _lost_by(self, error: SchemaChanged, projections: Sequence[Projection | LinkProjection]) -> list[Event]:
         return [self._lost_event(one.shape, error) for one in projections if one.shape.index == error.index]
 
     def _begin(self, message: Begin) -> Sequence[Event]:
@@ -256,7 +262,7 @@ class Assembler:
             raise ProtocolError(f"a {name} message came outside any transaction")
         return self._xid
 
-    def _of(self, oid: int) -> tuple[Projection, ...]:
+    def _of(self, oid: int) -> tuple[Projection | LinkProjection, ...]:
         try:
             return self._projections[oid]
         except KeyError:

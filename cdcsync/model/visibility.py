@@ -17,7 +17,9 @@ The rules:
    and not remembered when it is delivered only afterwards: a stream that is hours late brings nothing else.
 5. Of no more than `MOST_KEYS` keys the transactions are remembered. Beyond that they become suspects: a page that does
    not see them has to be read again, and waits until it does.
-6. Of no more than `MOST_SUSPECTS` suspects each is known. Beyond that they are taken for all ids from the oldest to the
+6. Which keys a change of a related row concerns is known only once the source has been asked. A page that it overtook
+   is not dropped: its rows are read again when it is applied, by a snapshot that sees the change.
+7. Of no more than `MOST_SUSPECTS` suspects each is known. Beyond that they are taken for all ids from the oldest to the
    newest of them: a page then waits for transactions of others in between, too, and for none that began before.
 
 Source: PostgreSQL, "System Information Functions" (pg_snapshot); src/backend/access/transam/xact.c
@@ -105,6 +107,8 @@ class Deliveries:
         self._emptied: dict[int, bool] = {}
         """The transactions that emptied the table lately, and whether they changed nothing more afterwards."""
         self._emptying: int | None = None
+        self._related: set[int] = set()
+        """While recording: transactions that changed related rows, of which nobody knows yet whose keys those are."""
         self._seen: Snapshot | None = None
 
     @property
@@ -121,7 +125,8 @@ class Deliveries:
     def size(self) -> int:
         """How many keys and transactions are remembered."""
         spans = self._suspect_span is not None
-        return len(self._suspects) + spans + len(self._keys or ()) + (self._truncated is not None)
+        related = len(self._related)
+        return len(self._suspects) + spans + len(self._keys or ()) + related + (self._truncated is not None)
 
     def begin_anew(self) -> None:
         """Forget everything: what follows comes from a slot, or a cluster, that the past says nothing about."""
@@ -131,6 +136,7 @@ class Deliveries:
         self._truncated = None
         self._emptied.clear()
         self._emptying = None
+        self._related.clear()
         if self._keys is not None:
             self._keys = {}
 
@@ -156,8 +162,10 @@ class Deliveries:
             self.suspect(self._keys.values())
         if self._truncated is not None:
             self.suspect((self._truncated,))
+        self.suspect(self._related)
         self._keys = None
         self._truncated = None
+        self._related.clear()
 
     def touched(self, key: Key, xid: int) -> None:
         """Note that the stream delivered a change of `key` made by `xid`."""
@@ -195,6 +203,22 @@ class Deliveries:
         """
         return self._emptied.get(xid, False) or (xid in self._emptied and not at_its_end)
 
+    def related(self, xid: int) -> None:
+        """Note that the stream delivered a change of a related row made by `xid`."""
+        if self._seen is not None and self._seen.sees(xid):
+            return
+        if self._keys is None:
+            self.suspect((xid,))
+            return
+        self._related.add(xid)
+        if len(self._related) > self._most_suspects:
+            self.suspect(self._related)
+            self._related.clear()
+
+    def overtaking(self, snapshot: Snapshot) -> frozenset[int]:
+        """Return the transactions that changed related rows, were delivered, and are not in this snapshot."""
+        return frozenset(xid for xid in self._related if not snapshot.sees(xid))
+
     def unseen(self, snapshot: Snapshot) -> list[int]:
         """Return the suspects that `snapshot` does not see: with any, the page has to be read again."""
         unseen = [xid for xid in self._suspects if not snapshot.sees(xid)]
@@ -218,6 +242,7 @@ class Deliveries:
             self._keys = {key: xid for key, xid in self._keys.items() if xid in hidden} if hidden else {}
         if self._truncated is not None and snapshot.sees(self._truncated):
             self._truncated = None
+        self._related = {xid for xid in self._related if not snapshot.sees(xid)}
 
     def forget_snapshot(self) -> None:
         """Go by no snapshot any more: one that grows as old as half the ids there are would seem to see new ones."""

@@ -17,11 +17,13 @@ from cdcsync.preflight.following import following_findings
 from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults, vector_faults
 from cdcsync.preflight.layout import examine_layout
 from cdcsync.preflight.machine import machine_findings
+from cdcsync.preflight.related import computed_types, examine_statement
 from cdcsync.preflight.report import Report
 from cdcsync.preflight.sending import creation_faults
 from cdcsync.preflight.source import SourceFacts, examine_source
 from cdcsync.preflight.tables import examine_row_filter, examine_where, kind_faults, no_such_table
 from cdcsync.preflight.target import TargetFacts, examine_target
+from cdcsync.source.catalog import facts_of
 from cdcsync.target.registry import Entry
 
 
@@ -87,6 +89,12 @@ async def _examine_tables(
             if kind_faults(f"indexes.{plan.name}.table", table):
                 continue
             plan.table = table
+            related = plan.documents.related if plan.documents is not None else ()
+            plan.facts = facts_of(facts.catalog, table, related)
+            plan.oids = {one: facts.catalog.tables[one].oid for one in plan.facts}
+            plan.computed = computed_types(related, facts.catalog)
+            if related and not plan.unfit:
+                plan.findings += await examine_statement(source, plan, table)
             publication = facts.catalog.publication
             sent = publication.tables.get(name) if publication is not None else None
             if sent is not None:
@@ -100,11 +108,12 @@ def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list
     return [
         Finding.error(
             f"indexes.{name}.table",
-            f"{index.table_name} lies in the schema {quote(config.target.schema)}, which is cdcsync's own",
+            f"{table} lies in the schema {quote(config.target.schema)}, which is cdcsync's own",
             "name another schema with target.schema, or index a table of another schema",
         )
         for name, index in config.indexes.items()
-        if ours and index.table_name.schema == config.target.schema
+        for table in index.tables
+        if ours and table.schema == config.target.schema
     ]
 
 

@@ -12,6 +12,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.indexes import Plan, key_faults
+from cdcsync.preflight.related import related_findings
 from cdcsync.preflight.sending import sending_findings
 from cdcsync.preflight.source import publication_faults
 from cdcsync.preflight.tables import kind_faults, needed_columns, table_faults
@@ -39,6 +40,7 @@ def following_findings(
         *(publication_faults(publication) if publication is not None else ()),
         *table_faults(plan.name, plan.index, plan.documents, table, catalog.role),
         *sending_findings(table, needed, catalog, wanted),
+        *related_findings(plan, table, catalog, wanted),
         *(key_faults(plan.name, stored, table) if stored is not None else ()),
     ]
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import msgspec
 
-from cdcsync.config import Index
+from cdcsync.config import Index, QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.documents.documents import Documents, make_documents
+from cdcsync.documents.related import TableFacts
 from cdcsync.embedders.protocol import Distance, Embedder
 from cdcsync.errors import ConfigError
 from cdcsync.model.conditions import Where
@@ -23,7 +24,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.target import TargetFacts
 from cdcsync.preflight.types import choose_types, sortable
-from cdcsync.source.relations import Table
+from cdcsync.source.relations import Column, Table
 from cdcsync.target.registry import Entry
 
 MAX_HNSW_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000}
@@ -43,6 +44,12 @@ class Plan(msgspec.Struct):
     fingerprint: str | None = None
     table: Table | None = None
     where: Where | None = None
+    facts: dict[QualifiedName, TableFacts] = {}
+    """Of the tables of an index that has several, as statements need them."""
+    computed: dict[str, Column] = {}
+    """The columns that are made of related rows, with the types of their values."""
+    oids: dict[QualifiedName, int] = {}
+    """The OIDs of related tables."""
     findings: list[Finding] = []
     """The findings about this index alone."""
     refused: bool = False
@@ -177,12 +184,13 @@ async def make_spec(
     if table is None or documents is None or embedder is None or plan.fingerprint is None:
         return None
     columns = (*table.key, *index.columns)
-    if not table.key or not all(column in table.columns for column in columns):
+    known = table.columns | plan.computed
+    if not table.key or not all(column in known for column in columns):
         return None
     if index.where and plan.where is None:
         return None
     deciding = plan.where.deciding if plan.where is not None else ()
-    types = await choose_types(connection, schema, plan.name, [table.columns[column] for column in columns], findings)
+    types = await choose_types(connection, schema, plan.name, [known[column] for column in columns], findings)
     findings += [
         Finding.error(
             f"indexes.{plan.name}.indexed",
@@ -193,7 +201,16 @@ async def make_spec(
         if column in types and not await sortable(connection, types[column])
     ]
     stored = target.stored.get(plan.name)
-    shape = Shape(plan.name, table.name, table.key, index.columns, documents.columns, deciding=deciding)
+    shape = Shape(
+        plan.name,
+        table.name,
+        table.key,
+        index.columns,
+        documents.columns,
+        deciding=deciding,
+        computed=documents.computed,
+        joined=documents.joined,
+    )
     wire_types = tuple(table.columns[one].wire_type for one in shape.own if one in table.columns)
     return IndexSpec(
         name=plan.name,
@@ -211,4 +228,6 @@ async def make_spec(
         where=plan.where,
         generation=stored.generation if stored else 1,
         table_oid=table.oid,
+        facts=plan.facts,
+        oids=plan.oids,
     )

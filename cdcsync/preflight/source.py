@@ -47,7 +47,7 @@ async def examine_source(
     with noting(findings, "source", "source"):
         server = await read_server(connection)
         slot = await read_slot(connection, config.source.slot)
-        wanted = frozenset(index.table_name for index in config.indexes.values())
+        wanted = frozenset(table for index in config.indexes.values() for table in index.tables)
         catalog = await read_catalog(connection, config.source.publication, wanted, known)
         publication = catalog.publication
         findings += or_ok(

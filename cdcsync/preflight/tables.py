@@ -116,7 +116,7 @@ def kind_faults(where: str, table: Table) -> list[Finding]:
 
 def needed_columns(index: Index, documents: Documents | None, table: Table) -> list[Column]:
     """Return the columns of the table that the index reads, without those that are missing."""
-    used = (*table.key, *index.columns, *(documents.columns if documents else ()))
+    used = (*table.key, *index.columns, *((*documents.columns, *documents.joined) if documents else ()))
     return [table.columns[column] for column in dict.fromkeys(used) if column in table.columns]
 
 
@@ -134,9 +134,10 @@ def column_faults(name: str, index: Index, documents: Documents | None, table: T
     read = () if documents is None else documents.body.columns
     named = "text" if index.documents is None else "document_columns"
     around = [column for column in (documents.columns if documents else ()) if column not in read]
+    computed = documents.computed if documents is not None else frozenset()
     for key, columns in (("columns", index.columns), (named, read), ("chunk_text", around)):
         for column in dict.fromkeys(columns):
-            if column not in table.columns:
+            if column not in table.columns and column not in computed:
                 yield Finding.error(
                     f"indexes.{name}.{key}",
                     f"{table.name} has no column {quote(column)}",

@@ -5,13 +5,14 @@ Source: PostgreSQL, "System Catalogs", "System Views" (pg_replication_slots).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import LiteralString, cast
 
 import msgspec
 from psycopg import sql
 
 from cdcsync.config import QualifiedName
+from cdcsync.documents.related import RelatedRows, TableFacts, columns_read
 from cdcsync.lsn import Lsn
 from cdcsync.model.visibility import XID_SPAN, Snapshot
 from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_value
@@ -109,6 +110,33 @@ async def read_catalog(
         found = await read_publication(connection, publication, followed)
         role = await fetch_value(connection, "SELECT current_user::text")
     return Catalog(connection.info.server_version, role, publication, found, tables, called)
+
+
+def facts_of(catalog: Catalog, table: Table, related: Sequence[RelatedRows]) -> dict[QualifiedName, TableFacts]:
+    """Return what statements over an index's table and its related tables have to know; nothing if there are none.
+
+    A table that is missing is left out.
+    """
+    if not related:
+        return {}
+    read = columns_read(related)
+    outward = [theirs for one in related for _, theirs in one.steps[0].on]
+    read[table.name] = (*read.get(table.name, ()), *outward)
+    publication = catalog.publication
+    facts = {}
+    for name, columns in read.items():
+        one = catalog.tables.get(name)
+        if one is None:
+            continue
+        sent = publication.tables.get(name) if publication is not None else None
+        typed = [one.columns[column] for column in (*columns, *one.primary_key) if column in one.columns]
+        facts[name] = TableFacts(
+            key=one.primary_key,
+            readable=tuple(column.name for column in one.columns.values() if column.readable),
+            row_filter=sent.row_filter if sent is not None else None,
+            types={column.name: column.type for column in typed},
+        )
+    return facts
 
 
 async def read_server(connection: Connection) -> Server:

@@ -18,10 +18,12 @@ Source: PostgreSQL, "System Catalogs"; "ALTER TABLE", "ALTER TYPE", "ALTER PUBLI
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import msgspec
 
+from cdcsync.config import QualifiedName
 from cdcsync.model.conditions import Where
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.publications import Publication
@@ -115,22 +117,46 @@ def sent_by(publication: Publication | None, table: Table) -> SentBy:
     return SentBy(f"{publication.oid} {publication.edited}", {str(table.name): brought_by})
 
 
-def fingerprint_of(catalog: Catalog, table: Table, columns: Iterable[str], where: Where | None = None) -> Fingerprint:
-    """Return both fingerprints of an index that reads these columns of a table, of the rows that `where` holds for."""
-    return Fingerprint(made_of(table, columns, where), sent_by(catalog.publication, table))
+def fingerprint_of(
+    catalog: Catalog,
+    table: Table,
+    columns: Iterable[str],
+    where: Where | None = None,
+    related: Mapping[QualifiedName, Iterable[str]] = MappingProxyType({}),
+) -> Fingerprint:
+    """Return both fingerprints of an index that reads these columns of a table, of the rows that `where` holds for.
+
+    :param related: what it reads of other tables, or of the same one besides.
+    """
+    made = [made_of(table, (*columns, *related.get(table.name, ())), where)]
+    sent = [sent_by(catalog.publication, table)]
+    for name, read in related.items():
+        other = catalog.tables.get(name)
+        if other is not None and name != table.name:
+            made.append(made_of(other, read))
+            sent.append(sent_by(catalog.publication, other))
+    return Fingerprint(
+        MadeOf(
+            {name: values for one in made for name, values in one.tables.items()},
+            {oid: type_ for one in made for oid, type_ in one.types.items()},
+        ),
+        SentBy(sent[0].publication, {name: by for one in sent for name, by in one.tables.items()}),
+    )
 
 
 def difference(before: Fingerprint | None, now: Fingerprint, table: Table) -> Difference:
     """Return what has to be done for an index whose fingerprint was `before`.
 
     :param before: None if an earlier version stored none: anything may have happened.
-    :param table: the table that `now` is of.
+    :param table: the index's own table.
     """
     if before is None:
         return Difference(compare="nothing is known of what its values were made of")
     name = str(table.name)
     was, is_ = before.made_of.tables.get(name), now.made_of.tables[name]
     reread = _reread(was, is_) or _retyped(before.made_of.types, now.made_of.types)
+    others = [other for other in now.made_of.tables if other != name]
+    reread = reread or next(filter(None, (_reread_related(other, before, now) for other in others)), None)
     if reread is not None or was is None:
         return Difference(reread=reread or f"{name} was not read before")
     compare = emptied_by = None
@@ -142,6 +168,8 @@ def difference(before: Fingerprint | None, now: Fingerprint, table: Table) -> Di
     elif writers:
         compare = f"{name} was rewritten"
         emptied_by = _emptied_by(writers, table, is_.columns)
+    if related := next(filter(None, (_compare_related(other, before, now) for other in others)), None):
+        compare, emptied_by = related, None
     arrived = tuple(
         leaf for leaf in table.leaves if was.leaves.get(str(leaf.oid), (0, ""))[1] != is_.leaves[str(leaf.oid)][1]
     )
@@ -167,6 +195,27 @@ def _emptied_by(writers: set[int], table: Table, columns: Iterable[str]) -> int 
     (writer, *others) = writers
     altered = any(table.columns[name].written_by == writer for name in columns)
     return None if others or altered else writer
+
+
+def _reread_related(name: str, before: Fingerprint, now: Fingerprint) -> str | None:
+    """Say why a change of a related table asks for all of the index to be read again."""
+    reread = _reread(before.made_of.tables.get(name), now.made_of.tables[name])
+    return None if reread is None else f"{name}: {reread}"
+
+
+def _compare_related(name: str, before: Fingerprint, now: Fingerprint) -> str | None:
+    """Say why rows of a related table may have changed without being sent.
+
+    One that was not read before comes with another configuration, which asks for what it needs.
+    """
+    was, is_ = before.made_of.tables.get(name), now.made_of.tables[name]
+    if was is None:
+        return None
+    if (was.file, was.leaves) != (is_.file, is_.leaves):
+        return f"{name} was rewritten, or its partitions were changed"
+    if before.sent_by.tables.get(name) != now.sent_by.tables.get(name):
+        return f"what the publication sends of {name} was edited"
+    return None
 
 
 def _reread(was: TableValues | None, is_: TableValues) -> str | None:

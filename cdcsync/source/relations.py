@@ -58,6 +58,13 @@ class Column(msgspec.Struct, frozen=True):
     written_by: int = 0
 
 
+class TableIndex(msgspec.Struct, frozen=True):
+    """An index by whose first columns rows can be looked up: one of all rows, which sorts or hashes."""
+
+    columns: tuple[str, ...]
+    unique: bool
+
+
 class Partition(msgspec.Struct, frozen=True):
     """A leaf of a partitioned table: kind, persistence and replica identity are its own, not the root's.
 
@@ -95,6 +102,7 @@ class Table(msgspec.Struct, frozen=True):
     :ivar file: its relfilenode; 0 if it is partitioned.
     :ivar types: the user-defined types that its columns are made of, by OID.
     :ivar written_by: the transaction that last wrote its entry in pg_class, as 32 bits.
+    :ivar indexes: those by which rows can be looked up.
     """
 
     oid: int
@@ -116,6 +124,7 @@ class Table(msgspec.Struct, frozen=True):
     file: int = 0
     types: dict[int, Type] = {}
     written_by: int = 0
+    indexes: tuple[TableIndex, ...] = ()
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -156,6 +165,19 @@ _IDENTITY = (
 """SQL for the replica identity's columns of `pg_class c`; NULL when it has none."""
 
 
+_INDEXES = """(
+    SELECT json_agg(json_build_object('unique', i.indisunique, 'columns', (
+        SELECT json_agg(a.attname ORDER BY k.place)
+        FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, place)
+        JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+        WHERE k.place <= i.indnkeyatts)))
+    FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
+    WHERE i.indrelid = c.oid AND i.indisvalid AND i.indpred IS NULL AND m.amname IN ('btree', 'hash')
+        AND 0 <> ALL(i.indkey::int2[]))
+"""
+"""SQL for the indexes of `pg_class c` that rows can be looked up by."""
+
+
 async def read_table(connection: Connection, name: QualifiedName) -> Table | None:
     """Return the table, or None when there is no table (or partitioned table, or foreign table, …) of that name."""
     return (await read_tables(connection, [name])).get(name)
@@ -171,7 +193,7 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
                    AND (c.relforcerowsecurity OR NOT pg_has_role(c.relowner, 'USAGE')),
                greatest(c.reltuples, 0)::int8, has_schema_privilege(n.oid, 'USAGE'),
                c.relkind <> 'p' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid),
-               c.relfilenode::int8, c.xmin::text::int8, {_PRIMARY_KEY}, {_IDENTITY}
+               c.relfilenode::int8, c.xmin::text::int8, {_PRIMARY_KEY}, {_IDENTITY}, {_INDEXES}
         FROM unnest(%s::text[], %s::text[]) AS wanted (schema, name)
         JOIN pg_namespace n ON n.nspname = wanted.schema
         JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
@@ -187,7 +209,7 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
     types = await _types(connection, {one.wire_type[0] for of in columns.values() for one in of.values()})
     tables = {}
     for schema, name, oid, kind, persistence, mode, *facts in found:
-        readable, owned, row_security, estimate, reachable, children, file, xmin, primary_key, identity = facts
+        readable, owned, row_security, estimate, reachable, children, file, xmin, primary_key, identity, indexes = facts
         qualified = QualifiedName(schema, name)
         mine = columns.get(oid, {})
         tables[qualified] = Table(
@@ -210,6 +232,7 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
             file=file,
             types=reachable_types(types, [one.wire_type[0] for one in mine.values()]),
             written_by=xmin,
+            indexes=tuple(TableIndex(tuple(one["columns"]), one["unique"]) for one in indexes or ()),
         )
     return tables
 

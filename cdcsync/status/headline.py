@@ -21,6 +21,7 @@ _TITLES = {
     "replay": "replay",
     "compare": "comparing",
     "verify": "verifying",
+    "related": "rebuilding documents of changed related rows",
 }
 
 

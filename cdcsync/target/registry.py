@@ -107,6 +107,12 @@ class Entry(msgspec.Struct, frozen=True):
         return None if self.made_of is None else self.made_of["tables"].get(self.source_table, {}).get("where")
 
     @property
+    def tables(self) -> tuple[str, ...]:
+        """The tables that it is made of, its own first."""
+        related = self.made_of["tables"] if self.made_of is not None else ()
+        return tuple(dict.fromkeys((self.source_table, *related)))
+
+    @property
     def pause(self) -> Pause | None:
         """Why the index is paused, if it is."""
         if self.state != "paused":

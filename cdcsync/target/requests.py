@@ -17,13 +17,15 @@ from psycopg import sql
 
 from cdcsync.crashpoints import crash_point
 from cdcsync.model.batch import PageEnd
+from cdcsync.model.changeset import Rebuild
 from cdcsync.model.rows import Key
 from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.registry import Registry
 
-Kind = Literal["initial", "replay", "resync", "verify", "compare"]
-"""The purpose of a request. A comparison compares the whole index with its source, and replays the differences."""
+Kind = Literal["initial", "replay", "resync", "verify", "compare", "related"]
+"""The purpose of a request. "related" rebuilds the documents that rows of related tables belong to.
+A comparison compares the whole index with its source, and replays the differences."""
 Phase = Literal["rows", "orphans"]
 RequestAction = Literal["pause", "resume", "cancel"]
 Problem = Literal["missing", "stale", "orphaned", "carried", "undecided"]
@@ -54,6 +56,9 @@ DDL: tuple[LiteralString, ...] = (
     """,
     # Earlier versions held the kinds to a list that could not be added to.
     "ALTER TABLE {schema}.backfills DROP CONSTRAINT IF EXISTS backfills_kind_check",
+    "ALTER TABLE {schema}.backfills ADD COLUMN IF NOT EXISTS through text",
+    "COMMENT ON COLUMN {schema}.backfills.through IS"
+    " 'The related table whose change asks for documents to be rebuilt.'",
     "COMMENT ON TABLE {schema}.backfills IS 'cdcsync: requests to read source tables, and how far each is.'",
     "COMMENT ON COLUMN {schema}.backfills.phase IS"
     " 'rows: reading the source; orphans: asking it which index keys it still has.'",
@@ -87,7 +92,7 @@ DDL: tuple[LiteralString, ...] = (
 
 _COLUMNS = (
     "id, index_name, kind, rewrite, filter, state, phase, cursor, rows_done, rows_total, started_at,"
-    " force_embed, keyed, max_rows_per_s, error"
+    " force_embed, keyed, max_rows_per_s, error, through"
 )
 
 _ACTIONS: Mapping[RequestAction, tuple[str, tuple[str, ...]]] = {
@@ -98,6 +103,9 @@ _ACTIONS: Mapping[RequestAction, tuple[str, tuple[str, ...]]] = {
 """Each action's new state, and those it can be had in."""
 
 OPEN = ("requested", "running", "paused")
+
+MOST_REBUILDS = 50
+"""Rebuilds of an index that wait; more of them read most of the table one by one."""
 
 FOUND_KEPT_S = 3_600
 """How long the findings of a verification are kept: only the command that asked for it reads them, at once."""
@@ -124,6 +132,7 @@ class Request(msgspec.Struct, frozen=True):
     keyed: bool = False
     max_rows_per_s: int | None = None
     error: str | None = None
+    through: str | None = None
 
     @property
     def read_all(self) -> bool:
@@ -166,19 +175,21 @@ class Requests:
         keys: Iterable[Key] | None = None,
         max_rows_per_s: int | None = None,
         phase: Phase = "rows",
+        through: str | None = None,
     ) -> int:
         """Ask for a backfill and wake the worker; takes effect when the caller commits.
 
         :param keys: needs a transaction around it, so that the worker does not see the request without them.
+        :param through: the related table whose change asks for it.
         :param phase: where it begins: what begins at "orphans" only removes what the source no longer has.
         """
         row = await fetch_one(
             connection,
             sql.SQL(
-                "INSERT INTO {} (index_name, kind, rewrite, filter, force_embed, keyed, max_rows_per_s, phase)"
-                " VALUES (%s, %s, %s, %s, %s, %s, %s, %s) RETURNING id"
+                "INSERT INTO {} (index_name, kind, rewrite, filter, force_embed, keyed, max_rows_per_s, phase, through)"
+                " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s) RETURNING id"
             ).format(self._table),
-            [index, kind, rewrite, filter_, force_embed, keys is not None, max_rows_per_s, phase],
+            [index, kind, rewrite, filter_, force_embed, keys is not None, max_rows_per_s, phase, through],
         )
         id_ = cast(int, row[0])
         if keys is not None:
@@ -236,6 +247,42 @@ class Requests:
             [f"replaced by request {id_}", [one for one, _ in replaced]],
         )
         return id_
+
+    async def rebuild(self, connection: Connection, index: str, rebuild: Rebuild) -> None:
+        """Ask for documents to be rebuilt, in the caller's transaction.
+
+        A request for the same, or for more, that has not begun takes it over. If too many wait, one for all documents
+        takes their place.
+        """
+        unbegun = sql.SQL("index_name = %s AND state = 'requested' AND started_at IS NULL AND NOT keyed")
+        if rebuild.keys is None:
+            row = await fetch_row(
+                connection,
+                # Locked, so that it does not begin before this commits.
+                sql.SQL(
+                    "SELECT id FROM {} WHERE {} AND (filter IS NULL OR filter = %s)"
+                    " AND kind IN ('related', 'initial', 'resync') AND phase = 'rows' LIMIT 1 FOR UPDATE"
+                ).format(self._table, unbegun),
+                [index, rebuild.condition],
+            )
+            if row is not None:
+                return
+        cursor = await connection.execute(
+            sql.SQL("SELECT id FROM {} WHERE {} AND kind = 'related' FOR UPDATE").format(self._table, unbegun), [index]
+        )
+        waiting = [row[0] for row in await cursor.fetchall()]
+        all_of_them = len(waiting) >= MOST_REBUILDS
+        if all_of_them:
+            await connection.execute(
+                sql.SQL("UPDATE {} SET state = 'cancelled', finished_at = now() WHERE id = ANY(%s)").format(
+                    self._table
+                ),
+                [waiting],
+            )
+        filter_, keys = (None, None) if all_of_them else (rebuild.condition, rebuild.keys)
+        await self.add(
+            connection, index, "related", rewrite=False, filter_=filter_, keys=keys, through=rebuild.relation
+        )
 
     async def _wake(self, connection: Connection, index: str) -> None:
         await connection.execute("SELECT pg_notify(%s, %s)", [self.channel, index])
@@ -303,6 +350,17 @@ class Requests:
             [rows, request.index, request.id, request.id],
         )
         crash_point("comparison ended")
+
+    async def rebuilding(self, connection: Connection, request: Request) -> bool:
+        """Say whether documents of the request's index wait to be rebuilt, because rows of related tables changed."""
+        row = await fetch_one(
+            connection,
+            sql.SQL(
+                "SELECT EXISTS (SELECT FROM {} WHERE index_name = %s AND kind = 'related' AND state = ANY(%s))"
+            ).format(self._table),
+            [request.index, list(OPEN)],
+        )
+        return cast(bool, row[0])
 
     async def begun(self, connection: Connection, indexes: Sequence[str]) -> list[str]:
         """Return those of the indexes that exist and hold rows, or did: no load of them is still to begin."""
@@ -434,7 +492,7 @@ class Requests:
             crash_point("keys of ended requests removed")
         await connection.execute(
             sql.SQL(
-                f"DELETE FROM {{}} AS b WHERE b.kind IN ('replay', 'verify', 'compare') AND {ended}"
+                f"DELETE FROM {{}} AS b WHERE b.kind IN ('replay', 'verify', 'compare', 'related') AND {ended}"
                 " clock_timestamp() - make_interval(secs => %s)"
             ).format(self._table),
             [KEPT_S],

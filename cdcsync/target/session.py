@@ -290,6 +290,8 @@ class ApplySession:
                     with speaking_of("target", where=f"index {index}", index=index):
                         applied[index] = await self._writers[index].apply(change_set)
                         await self._failed[index].apply(change_set)
+                        for rebuild in change_set.rebuilds:
+                            await self._requests.rebuild(self.connection, index, rebuild)
                 for index, pause in paused.items():
                     await self._registry.pause(self.connection, index, pause)
                 for page in pages:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 
 import msgspec
@@ -175,6 +175,13 @@ def _matters(status: Status, reasons: Iterable[str]) -> Iterable[tuple[str, Even
             yield _FIGURES.sub("#", text), Event(words, "bad", status.read_at, index=about)
 
 
+_KINDS: Mapping[str, str] = {
+    "initial": "first load",
+    "compare": "comparison with the table",
+    "related": "rebuild of documents whose related rows changed",
+}
+
+
 def _of_index(name: str, index: IndexStatus, at: datetime) -> Iterable[tuple[str, Event]]:
     if index.state == "paused":
         yield f"paused {name}", Event(f"paused: {index.reason}", "bad", index.since or at, index=name)
@@ -183,7 +190,7 @@ def _of_index(name: str, index: IndexStatus, at: datetime) -> Iterable[tuple[str
         words = "building the HNSW index" if built else "first load: the last vectors"
         yield f"{words} {name}", Event(words, "busy", at, index=name)
     if (load := index.backfill) is not None:
-        words = {"initial": "first load", "compare": "comparison with the table"}.get(load.kind, load.kind)
+        words = _KINDS.get(load.kind, load.kind)
         waits = "" if load.state == "running" else f", {load.state}"
         yield f"load {name} {load.id}", Event(f"{words}{waits}", "busy", at, index=name)
 

@@ -216,7 +216,7 @@ class Pipeline:
             await pause_indexes(target, config, waiting | dict(broken))
             await let_go(target, config)
             specs = [*self.specs, *(one.spec for one in self.held.values() if one.new)]
-            tables = sorted({spec.shape.table for spec in specs})
+            tables = sorted({table for spec in specs for table in spec.tables})
             await set_up_publication(source, config, tables)
             with speaking_of("source"):
                 catalog = await read_catalog(source, config.source.publication, tables)

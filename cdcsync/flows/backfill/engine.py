@@ -22,7 +22,7 @@ from cdcsync.metrics import Metrics
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
-from cdcsync.model.visibility import Deliveries
+from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.postgres.sessions import Connection, Session, connect, speaking_of
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.tables import SourceTable, emit_mark
@@ -124,7 +124,13 @@ class Backfills:
                 raise
             log.error("backfill_failed", index=request.index, backfill=request.id, error=str(error))
             with speaking_of("target"):
-                await self._requests.fail(target, request, str(error))
+                async with target.transaction():
+                    await self._requests.fail(target, request, str(error))
+                    if request.kind == "related":
+                        # Nobody asks again for what changed.
+                        await self._requests.reload(target, request.index, rewrite=False)
+                    crash_point("request given up")
+                crash_point("request that was given up committed")
         finally:
             self.marks.drop(request)
             deliveries.stop()
@@ -220,12 +226,21 @@ class Backfills:
 
     async def _check(self, target: Connection, request: Request, page: Page) -> list[tuple[Key, Problem]]:
         spec, deliveries = self._specs[request.index], self._deliveries[request.index]
+
+        def hides(key: Key, snapshot: Snapshot) -> bool:
+            return deliveries.hides(key, snapshot) or bool(deliveries.overtaking(snapshot))
+
         found: list[tuple[Key, Problem]] = []
         changed: list[Key] = []
         for attempt in range(CHECK_ROUNDS):
             sent = await self._send(Pending(request, spec, page, None, anyio.Event()))
             await sent.wait()
-            differ, changed = await check(target, self._schema, spec, page, deliveries.hides)
+            differ, changed = await check(target, self._schema, spec, page, hides)
+            if differ and spec.documents.related:
+                with speaking_of("target"):
+                    rebuilding = await self._requests.rebuilding(target, request)
+                if rebuilding:
+                    differ, changed = [], changed + [key for key, _ in differ]
             found += differ
             if not changed:
                 return found

@@ -21,6 +21,7 @@ from cdcsync.model.rows import Delete, Upsert
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import Mark
 from cdcsync.model.visibility import Deliveries, Snapshot
+from cdcsync.pgoutput.messages import UNCHANGED
 from cdcsync.target.requests import Request
 
 LIVE_RECENTLY_S = 1.0
@@ -87,18 +88,28 @@ class Marks:
         if pending.end is None:
             return PageRows(shape, (), None, mark.content)
         rows: list[Upsert | Delete] = []
+        unread = (UNCHANGED,) * (len(shape.columns) - len(shape.key))
+        overtaken_by = deliveries.overtaking(pending.page.snapshot)
         for place, (key, row) in enumerate(pending.page.entries):
             if deliveries.hides(key, pending.page.snapshot):
                 continue
             if row is None:
                 rows.append(Delete(shape, key, 0, mark.lsn, as_written=True))
+            elif overtaken_by:
+                rows.append(Upsert(shape, key, (*key, *unread), 0, mark.lsn))
             elif pending.made is not None:
                 rows.append(pending.made.place(shape, place, key, row, mark.lsn))
             else:
                 rows.append(Upsert(shape, key, row, 0, mark.lsn))
         self._metrics.backfill_overtaken.labels(shape.index).inc(len(pending.page.entries) - len(rows))
         return PageRows(
-            shape, rows, pending.end, mark.content, rewrite=pending.request.rewrite, new=pending.request.new
+            shape,
+            rows,
+            pending.end,
+            mark.content,
+            rewrite=pending.request.rewrite,
+            new=pending.request.new,
+            overtaken_by=overtaken_by,
         )
 
     def note_applied(self, batch: Batch) -> None:

@@ -21,6 +21,7 @@ from cdcsync.errors import SchemaChanged
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import Batch, PageRows
 from cdcsync.model.lag import Lag
+from cdcsync.model.links import Touch
 from cdcsync.model.progress import Progress
 from cdcsync.model.rows import Change
 from cdcsync.model.transactions import Began, Committed
@@ -96,7 +97,7 @@ class OpenBatch:
         self._transaction = transaction
         self._tracing.begin(transaction.commit_lsn)
 
-    def add(self, change: Change) -> None:
+    def add(self, change: Change | Touch) -> None:
         """Add a change of the transaction."""
         batch = self._filling
         batch.add(change)

@@ -22,13 +22,16 @@ from cdcsync.documents.templates import Rendering
 from cdcsync.errors import DocumentError
 from cdcsync.flows.backfill.preparing import Prepared
 from cdcsync.flows.embed import Dispatcher
+from cdcsync.flows.follow.related import RelatedChanges, seeing
 from cdcsync.metrics import Metrics
-from cdcsync.model.batch import IndexChanges
-from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, FailedDocument, Kept
+from cdcsync.model.batch import IndexChanges, RowChange
+from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, FailedDocument, Kept, Rebuild
 from cdcsync.model.rows import Delete, Key, Row, Upsert, complete
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
-from cdcsync.postgres.sessions import Session, speaking_of
+from cdcsync.model.visibility import Snapshot
+from cdcsync.pgoutput.messages import UNCHANGED
+from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.tables import SourceTable
 from cdcsync.target.apply import IndexWriter
 
@@ -40,9 +43,12 @@ THREAD_CHARACTERS = 20_000
 REPORTED_ERRORS = 10
 """Errors of a batch that are logged: what fails for all rows may say something else of each."""
 
-VISIBILITY_POLL_S = 0.05
-"""How often a re-read is repeated while the source still hides the transaction: mostly it is a matter of
-microseconds."""
+READ_AT_ONCE = 500
+"""Rows with related ones that are read in one query."""
+
+MOST_BYTES_READ = 32 * 1024 * 1024
+"""What rows with related ones that are read for a batch may have together, as nobody knows before how large they are.
+The others are left to a request."""
 
 
 class _Rendered(msgspec.Struct, frozen=True):
@@ -71,6 +77,7 @@ class Preparer:
         self._table = table
         self._source = source
         self._metrics = metrics
+        self._related = RelatedChanges(spec, source, metrics) if spec.documents.related else None
 
     async def prepare(self, changes: IndexChanges, writer: IndexWriter) -> ChangeSet:
         """Return what the changes of this index come to.
@@ -79,7 +86,8 @@ class Preparer:
         """
         deleted, absent = list[Key](), list[Key]()
         upserts = list[tuple[Upsert, int]]()
-        for change in changes.live.values():
+        live, rebuilds, xids = await self._with_touched(changes)
+        for change in live.values():
             match change:
                 case Upsert():
                     upserts.append((change, LIVE))
@@ -87,8 +95,8 @@ class Preparer:
                     (absent if change.as_written else deleted).append(change.key)
                 case _:
                     assert_never(change)
-        upserts += [(change, BACKFILL) for change in changes.filled.values()]
-        upserts = await self._complete(upserts, deleted)
+        upserts += [(change, BACKFILL) for key, change in changes.filled.items() if key not in live]
+        upserts = await self._complete(upserts, deleted, rebuilds, xids)
         failed: dict[Key, DocumentError] = {}
         rendered = await self._render(upserts, failed)
         stored: dict[Key, bytes] = {}
@@ -131,6 +139,7 @@ class Preparer:
             vectors=vectors,
             new=changes.new,
             absent=[] if changes.truncated else absent,
+            rebuilds=rebuilds,
             failed=[
                 FailedDocument(one.key, str(failed[one.key]), one.commit_lsn) for one in documents if one.key in failed
             ],
@@ -139,17 +148,40 @@ class Preparer:
     def _carried(self, change: Upsert) -> Row:
         return self._spec.shape.carried_of(change.row)
 
-    async def _complete(self, upserts: list[tuple[Upsert, int]], deleted: list[Key]) -> list[tuple[Upsert, int]]:
+    async def _with_touched(self, changes: IndexChanges) -> tuple[Mapping[Key, RowChange], list[Rebuild], set[int]]:
+        """Return the live changes, with those of documents whose related rows changed.
+
+        Besides, the requests for documents that are too many, and the transactions that a reading has to see.
+        """
+        if self._related is None or not (changes.touched or changes.emptied):
+            return changes.live, [], changes.overtaken
+        found = await self._related.concerned(changes)
+        live = dict(changes.live)
+        shape = changes.shape
+        unread = (UNCHANGED,) * (len(shape.columns) - len(shape.key))
+        for key, touch in found.documents.items():
+            # Whatever the batch says of the row itself, the source says it too, or something newer.
+            if not isinstance(live.get(key), Upsert):
+                live[key] = Upsert(shape, key, (*key, *unread), touch.xid, touch.lsn)
+        return live, found.rebuilds, changes.overtaken | {touch.xid for touch in found.documents.values()}
+
+    async def _complete(
+        self, upserts: list[tuple[Upsert, int]], deleted: list[Key], rebuilds: list[Rebuild], xids: set[int]
+    ) -> list[tuple[Upsert, int]]:
         """Return the rows that the index has, whole; the keys of those that it does not have go to `deleted`.
 
-        Rows are read again where only the source can tell whether the index has them, and where unchanged TOAST values
-        are not in the batch. What such a reading does not find is not in the index at that moment: it is gone, or does
-        not fulfil the condition. If there is no condition, it is left out: the change that took it away is still to
-        come.
+        Rows are read again where only the source can tell whether the index has them, where unchanged TOAST values are
+        not in the batch, and where values are made of related rows. What such a reading does not find is not in the
+        index at that moment: it is gone, or does not fulfil the condition. If neither a condition nor a related row can
+        be the reason, it is left out: the change that took it away is still to come.
+
+        :param rebuilds: takes the request for those that are too large to be read now.
+        :param xids: transactions that the reading has to see, besides those of the changes.
         """
         spec = self._spec
         ours: list[tuple[Upsert, int]] = []
-        unknown: list[Upsert] = []
+        unknown: dict[Key, None] = {}
+        xids = set(xids)
         for change, lane in upserts:
             # A page has only rows that the source has decided on.
             holds = lane == BACKFILL or spec.where is None or spec.holds(change.row)
@@ -158,34 +190,48 @@ class Preparer:
                 continue
             ours.append((change, lane))
             if holds is None or not complete(change.row):
-                unknown.append(change)
+                unknown[change.key] = None
+                if lane == LIVE:
+                    xids.add(change.xid)
         if not unknown:
             return ours
-        rows = await self._reread(unknown)
+        rows, left = await self._reread(list(unknown), xids)
         self._metrics.rereads.labels(self._spec.name).inc(len(unknown))
-        reread = {change.key for change in unknown}
+        if left:
+            rebuilds.append(Rebuild(None, None, left))
+        unread = set(left)
         completed = []
         for change, lane in ours:
-            if change.key not in reread:
+            if change.key not in unknown:
                 completed.append((change, lane))
             elif (row := rows.get(change.key)) is not None:
                 completed.append((Upsert(change.shape, change.key, row, change.xid, change.lsn), lane))
-            elif spec.where is not None:
+            elif (spec.where is not None or change.shape.computed) and change.key not in unread:
                 deleted.append(change.key)
         return completed
 
-    async def _reread(self, changes: Sequence[Upsert]) -> Mapping[Key, Row]:
-        keys = [change.key for change in changes]
-        while True:
-            table, index = self._spec.shape.table, self._spec.name
-            with speaking_of("source", where=str(table), index=index):
-                page = await self._table.by_keys(await self._source.connection(), keys)
-            hidden = {change.xid for change in changes if not page.snapshot.sees(change.xid)}
-            if not hidden:
-                return {self._spec.shape.key_of(row): row for row in page.rows}
-            # Delivered before it is visible: it waits for a synchronous standby.
-            log.debug("reread_waits", index=self._spec.name, transactions=len(hidden))
-            await anyio.sleep(VISIBILITY_POLL_S)
+    async def _reread(self, keys: Sequence[Key], xids: set[int]) -> tuple[dict[Key, Row], tuple[Key, ...]]:
+        """Return the rows that the source has for these keys, under a snapshot that sees these transactions.
+
+        Rows with related ones are read in portions, each under a snapshot of its own; reading ends once they are large
+        together, and the keys that are left are returned.
+        """
+
+        async def read(connection: Connection) -> tuple[Snapshot, list[Row]]:
+            page = await self._table.by_keys(connection, portion)
+            return page.snapshot, page.rows
+
+        found: dict[Key, Row] = {}
+        size = 0
+        at_once = READ_AT_ONCE if self._related is not None else len(keys)
+        for start in range(0, len(keys), at_once):
+            portion = keys[start : start + at_once]
+            rows = await seeing(xids, self._spec, self._source, read)
+            found |= {self._spec.shape.key_of(row): row for row in rows}
+            size += sum(len(value) for row in rows for value in row if isinstance(value, str))
+            if size > MOST_BYTES_READ and self._related is not None:
+                return found, tuple(keys[start + at_once :])
+        return found, ()
 
     async def _render(self, upserts: Sequence[tuple[Upsert, int]], failed: dict[Key, DocumentError]) -> list[_Rendered]:
         """Make documents; that of a row which fails is empty, and noted in `failed`."""

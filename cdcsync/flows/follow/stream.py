@@ -24,6 +24,7 @@ from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch, PageRows
 from cdcsync.model.lag import Lag
+from cdcsync.model.links import Link, Touch
 from cdcsync.model.progress import Progress
 from cdcsync.model.rows import Delete, Shape, Truncation, Upsert
 from cdcsync.model.spec import IndexSpec
@@ -72,11 +73,14 @@ class Stream:
         self._lag = lag
         self._limits = limits
         self._stopping = stopping
-        self._tables: dict[tuple[str, str], list[Shape]] = {}
+        self._tables: dict[tuple[str, str], list[Shape | Link]] = {}
+        self._known: dict[int, tuple[str, str]] = {}
         for spec in specs:
-            table = spec.shape.table
-            self._tables.setdefault((table.schema, table.name), []).append(spec.shape)
-        self._known = {spec.table_oid: (spec.shape.table.schema, spec.shape.table.name) for spec in specs}
+            needs: list[Shape | Link] = [spec.shape, *spec.links]
+            for one in needs:
+                self._tables.setdefault((one.table.schema, one.table.name), []).append(one)
+            for table, oid in {**spec.oids, spec.shape.table: spec.table_oid}.items():
+                self._known[oid] = table.schema, table.name
         self.described: Callable[[], None] = lambda: None
         """Called when the source describes a table again."""
         self._progress = Progress(Lsn(0))
@@ -156,6 +160,9 @@ class Stream:
                 self._open.add(heard)
             case Delete():
                 self._deliveries[heard.shape.index].touched(heard.key, heard.xid)
+                self._open.add(heard)
+            case Touch():
+                self._deliveries[heard.shape.index].related(heard.xid)
                 self._open.add(heard)
             case Truncation():
                 self._deliveries[heard.shape.index].truncated(heard.xid)

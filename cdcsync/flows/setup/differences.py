@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import msgspec
 import structlog
 
+from cdcsync.documents.related import columns_read
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import Catalog
@@ -37,9 +38,11 @@ def stored_fingerprint(entry: Entry) -> Fingerprint | None:
 
 
 def present_fingerprint(catalog: Catalog, spec: IndexSpec) -> Fingerprint | None:
-    """Return the fingerprint of an index as the catalog has it; None if its table is gone."""
+    """Return the fingerprint of an index as the catalog has it; None if a table of it is gone."""
     table = catalog.tables.get(spec.shape.table)
-    return None if table is None else fingerprint_of(catalog, table, spec.shape.columns, spec.where)
+    if table is None or any(name not in catalog.tables for name in spec.tables):
+        return None
+    return fingerprint_of(catalog, table, spec.shape.own, spec.where, columns_read(spec.documents.related))
 
 
 async def note_fingerprint(target: Connection, schema: str, index: str, fingerprint: Fingerprint) -> None:

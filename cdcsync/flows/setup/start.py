@@ -14,6 +14,7 @@ import structlog
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.crashpoints import crash_point
+from cdcsync.documents.related import TableFacts
 from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse
 from cdcsync.flows.setup.differences import ask_for, note_fingerprint, present_fingerprint, stored_fingerprint
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
@@ -90,7 +91,19 @@ def outdated(catalog: Catalog, specs: Sequence[IndexSpec]) -> bool:
         sent = publication.tables.get(table.name) if publication is not None else None
         if sent is None or sent.row_filter != spec.row_filter:
             return True
+        if any(_related_outdated(spec, name, facts, catalog) for name, facts in spec.facts.items()):
+            return True
     return False
+
+
+def _related_outdated(spec: IndexSpec, name: QualifiedName, facts: TableFacts, catalog: Catalog) -> bool:
+    """Say whether a table of an index with related tables is another one than the statements were made for."""
+    table, publication = catalog.tables.get(name), catalog.publication
+    if table is None or table.oid != spec.oids.get(name, table.oid):
+        return True
+    sent = publication.tables.get(name) if publication is not None else None
+    types = {column: table.columns[column].type for column in facts.types if column in table.columns}
+    return sent is None or sent.row_filter != facts.row_filter or types != facts.types
 
 
 async def set_up_indexes(

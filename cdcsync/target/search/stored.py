@@ -44,7 +44,15 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
     return IndexSpec(
         name=name,
         config=msgspec.structs.replace(config, vector_type=entry.vector_type, columns=entry.columns, search=searchable),
-        shape=Shape(name, config.table_name, entry.key, entry.columns, documents.columns),
+        shape=Shape(
+            name,
+            config.table_name,
+            entry.key,
+            entry.columns,
+            documents.columns,
+            computed=documents.computed,
+            joined=documents.joined,
+        ),
         documents=documents,
         source_key_types=_types_of(types, entry.key),
         key_types=_types_of(types, entry.key),

@@ -1,0 +1,125 @@
+"""Which documents the changes of related rows concern: a part of preparing, for indexes of several tables only.
+
+    touched values ─► keys of documents, asked of the source ─► rows to read again
+                 └──► more of them than one batch takes: a request of the backfill engine, committed with the batch
+
+The source is asked under a snapshot that sees what touched the rows. It may see more: that is still to come, and
+concerns the document once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import anyio
+import msgspec
+import structlog
+
+from cdcsync.metrics import Metrics
+from cdcsync.model.batch import IndexChanges
+from cdcsync.model.changeset import Rebuild
+from cdcsync.model.links import Link, Touch, Values
+from cdcsync.model.rows import Key
+from cdcsync.model.spec import IndexSpec
+from cdcsync.model.visibility import Snapshot
+from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.source.catalog import current_snapshot
+from cdcsync.source.related import LookUps
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+MOST_OF_ONE = 1_000
+"""Documents of one changed row that are rebuilt with its batch: reading them takes some 50 ms. If there are more, a
+request rebuilds them page by page, behind live changes."""
+
+MOST_OF_A_BATCH = 5_000
+"""The same for all changed rows of a batch together, as many as a batch has rows."""
+
+VALUES_AT_ONCE = 500
+"""Changed rows that are asked for in one query, so that its answer has a bound."""
+
+VISIBILITY_POLL_S = 0.05
+"""How often a reading is repeated while the source still hides the transaction: mostly it is a matter of
+microseconds."""
+
+
+class Concerned(msgspec.Struct, frozen=True):
+    """What the changes of related rows in a batch ask for.
+
+    :ivar documents: the keys to read again, with what touched them last.
+    :ivar rebuilds: requests for the documents that are too many for a batch.
+    """
+
+    documents: dict[Key, Touch]
+    rebuilds: list[Rebuild]
+
+
+class RelatedChanges:
+    """Finds the documents of one index that changes of related rows concern."""
+
+    def __init__(self, spec: IndexSpec, source: Session, metrics: Metrics) -> None:
+        self._spec = spec
+        self._source = source
+        self._metrics = metrics
+        self._links = spec.links
+        self._look_ups = LookUps(spec.shape, self._links, spec.facts)
+
+    async def concerned(self, changes: IndexChanges) -> Concerned:
+        """Return what the touches of a batch ask for.
+
+        :raises SourceUnavailable: nothing is lost by asking again.
+        """
+        documents: dict[Key, Touch] = {}
+        rebuilds = [self._rebuild(self._links[place], None) for place in changes.emptied]
+        by_link: dict[int, dict[Values, Touch]] = {}
+        for (place, values), touch in changes.touched.items():
+            by_link.setdefault(place, {})[values] = touch
+        for place, touches in by_link.items():
+            link, left = self._links[place], list(touches)
+            self._metrics.related_changes.labels(self._spec.name, link.relation).inc(len(left))
+            too_many: list[Values] = []
+            while left and len(documents) < MOST_OF_A_BATCH:
+                asked, left = left[:VALUES_AT_ONCE], left[VALUES_AT_ONCE:]
+                found = await self._keys(link, asked, [touches[values] for values in asked])
+                for values, keys in found.items():
+                    if len(keys) > MOST_OF_ONE or len(documents) + len(keys) > MOST_OF_A_BATCH:
+                        too_many.append(values)
+                    else:
+                        documents.update(dict.fromkeys(keys, touches[values]))
+            if too_many or left:
+                condition = await self._condition(link, [*too_many, *left])
+                rebuilds.append(self._rebuild(link, condition))
+        return Concerned(documents, rebuilds)
+
+    def _rebuild(self, link: Link, condition: str | None) -> Rebuild:
+        return Rebuild(link.relation, condition)
+
+    async def _keys(self, link: Link, values: Sequence[Values], touches: Sequence[Touch]) -> dict[Values, list[Key]]:
+        async def read(connection: Connection) -> tuple[Snapshot, dict[Values, list[Key]]]:
+            # The snapshot is older than the one of the look-up, which therefore sees all that this one sees.
+            snapshot = await current_snapshot(connection)
+            return snapshot, await self._look_ups.keys(connection, link, values, MOST_OF_ONE + 1)
+
+        return await seeing({touch.xid for touch in touches}, self._spec, self._source, read)
+
+    async def _condition(self, link: Link, values: Sequence[Values]) -> str | None:
+        with speaking_of("source", where=str(link.table), index=self._spec.name):
+            return await self._look_ups.condition(await self._source.connection(), link, values)
+
+
+async def seeing(
+    xids: set[int], spec: IndexSpec, source: Session, read: Callable[[Connection], Awaitable[tuple[Snapshot, T]]]
+) -> T:
+    """Read until the snapshot sees these transactions."""
+    while True:
+        with speaking_of("source", where=str(spec.shape.table), index=spec.name):
+            snapshot, found = await read(await source.connection())
+        hidden = {xid for xid in xids if not snapshot.sees(xid)}
+        if not hidden:
+            return found
+        # Delivered before it is visible: it waits for a synchronous standby.
+        log.debug("reread_waits", index=spec.name, transactions=len(hidden))
+        await anyio.sleep(VISIBILITY_POLL_S)

@@ -1,0 +1,211 @@
+"""An index's related tables: whether they have what it asks for, and tell which documents their changes are of.
+
+All but `examine_statement` know no server.
+
+Source: PostgreSQL, "ALTER TABLE" (REPLICA IDENTITY), "CREATE INDEX" (CONCURRENTLY).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import msgspec
+import psycopg
+
+from cdcsync.config import QualifiedName
+from cdcsync.config.names import quote
+from cdcsync.documents.related import LISTED, ONE, RelatedRows, columns_read
+from cdcsync.model.rows import Shape
+from cdcsync.postgres.sessions import Connection, first_line, passing, translate
+from cdcsync.preflight.findings import Finding, named, nearest
+from cdcsync.preflight.indexes import Plan
+from cdcsync.preflight.sending import sending_findings
+from cdcsync.preflight.tables import kind_faults, read_faults
+from cdcsync.source.catalog import Catalog
+from cdcsync.source.relations import Column, Table
+from cdcsync.source.tables import SourceTable
+
+LARGE_ROWS = 1_000
+"""Tables with fewer rows by the planner's estimate are looked through quickly enough without an index."""
+
+
+def related_findings(
+    plan: Plan, table: Table, catalog: Catalog, wanted: Collection[QualifiedName]
+) -> Iterator[Finding]:
+    """Return everything that is to be said of the tables that are related to an index's own.
+
+    :param wanted: the tables of all indexes.
+    """
+    related = plan.documents.related if plan.documents is not None else ()
+    for one in related:
+        if one.name in table.columns:
+            yield Finding.error(
+                f"indexes.{plan.name}.related.{one.name}",
+                f"{table.name} has a column of the same name, so {{{one.name}}} could be either",
+                "give the section another name",
+            )
+        yield from _one_relation(f"indexes.{plan.name}", one, table, catalog)
+    read = columns_read(related)
+    for name, columns in read.items():
+        other = catalog.tables.get(name)
+        if other is None or kind_faults("", other):
+            continue
+        needed = [other.columns[column] for column in columns if column in other.columns]
+        yield from read_faults(other, needed, catalog.role)
+        if name != table.name:
+            links = [step.columns for top in related for one in top.walk() for step in one.steps if step.table == name]
+            sent = dict.fromkeys(column for columns in links for column in columns if column in other.columns)
+            yield from sending_findings(other, [other.columns[column] for column in sent], catalog, wanted)
+
+
+def _one_relation(where: str, one: RelatedRows, parent: Table, catalog: Catalog) -> Iterator[Finding]:
+    """Say what is wrong with a relation, and with those within it."""
+    where = f"{where}.related.{one.name}"
+    before = parent
+    for step in one.steps:
+        between = step is not one.steps[-1]
+        place = f"{where}.via" if between else where
+        table = catalog.tables.get(step.table)
+        if table is None:
+            yield Finding.error(
+                f"{place}.table",
+                f"there is no table {step.table} in the source database",
+                "create it, or correct the name; cdcsync does not create source tables",
+            )
+            return
+        if faults := kind_faults(f"{place}.table", table):
+            yield from faults
+            return
+        mine, theirs = [column for column, _ in step.on], [column for _, column in step.on]
+        missing = [*_missing(f"{place}.on", table, mine), *_missing(f"{place}.on", before, theirs)]
+        yield from missing
+        if not missing:
+            yield from identity_faults(table, mine)
+            yield from _index_findings(place, table, mine, "the related rows of a document")
+            yield from _index_findings(place, before, theirs, "the documents of a related row")
+        before = table
+    used = [*(one.text.columns if one.text is not None else ()), *one.listed, *one.values]
+    below = {name for inner in one.related for name in inner.computed}
+    yield from _missing(where, before, [column for column in used if column not in below])
+    if one.values and one.limit > 1 and (len(one.steps) > 1 or not _unique(before, one.steps[-1].columns)):
+        yield Finding.error(
+            where,
+            f"{{{one.name}{ONE}{one.values[0]}}} is a value of one row, and nothing keeps {before.name} from having"
+            f" several with the same ({', '.join(map(quote, one.steps[-1].columns))})",
+            f"set {where}.limit = 1, and order_by to say which one; or use {{{one.name}}} for all of them",
+        )
+    for inner in one.related:
+        yield from _one_relation(where, inner, before, catalog)
+
+
+def _missing(where: str, table: Table, columns: Sequence[str]) -> Iterator[Finding]:
+    for column in dict.fromkeys(columns):
+        if column not in table.columns:
+            close = nearest(column, table.columns)
+            hint = f'did you mean "{close}"?' if close else f"its columns are {named(table.columns)}"
+            yield Finding.error(where, f"{table.name} has no column {quote(column)}", hint)
+
+
+def identity_faults(table: Table, columns: Sequence[str]) -> Iterator[Finding]:
+    """Say where a change of a related row would not tell which documents the row belonged to."""
+    listed = ", ".join(map(quote, columns))
+    if not set(columns) <= set(table.identity):
+        smaller = ""
+        if all(table.columns[column].not_null for column in columns) and table.primary_key:
+            key = ", ".join(map(quote, dict.fromkeys((*columns, *table.primary_key))))
+            name = quote(f"{table.name.name}_identity"[:60])
+            smaller = (
+                f"; with less WAL, if the table is not indexed itself: CREATE UNIQUE INDEX {name} ON {table.name}"
+                f" ({key}); ALTER TABLE {table.name} REPLICA IDENTITY USING INDEX {name}"
+            )
+        yield Finding.error(
+            str(table.name),
+            f"its replica identity does not cover ({listed}): UPDATE and DELETE do not tell which documents the row"
+            " belonged to",
+            f"ALTER TABLE {table.name} REPLICA IDENTITY FULL{smaller}",
+        )
+        return
+    unsent = [leaf for leaf in table.leaves if leaf.kind != "r" or leaf.persistence != "p"]
+    if unsent:
+        yield Finding.error(
+            str(table.name),
+            f"the changes of foreign and unlogged partitions are not sent: {named(str(one.name) for one in unsent)}",
+            f"ALTER TABLE {table.name} DETACH PARTITION {unsent[0].name} and so on, or make them ordinary tables",
+        )
+    # An old row is announced as whole when the root says FULL, and the NULLs of a leaf that logs only its key would be
+    # taken for values.
+    blind = [
+        leaf
+        for leaf in table.leaves
+        if leaf not in unsent
+        and (not set(columns) <= set(leaf.identity) or (table.identity_mode == "f" and leaf.identity_mode != "f"))
+    ]
+    if blind:
+        yield Finding.error(
+            str(table.name),
+            f"replica identities of partitions do not cover ({listed}): {named(str(one.name) for one in blind)}",
+            f"ALTER TABLE {blind[0].name} REPLICA IDENTITY FULL, and so on for each",
+        )
+
+
+def _index_findings(where: str, table: Table, columns: Sequence[str], finds: str) -> Iterator[Finding]:
+    """Say that a table would be read whole for every look-up."""
+    if table.estimated_rows < LARGE_ROWS or any(set(one.columns[:1]) & set(columns) for one in table.indexes):
+        return
+    listed = ", ".join(map(quote, columns))
+    concurrently = "" if table.kind == "p" else " CONCURRENTLY"
+    yield Finding.warning(
+        where,
+        f"{table.name} has some {table.estimated_rows:,} rows and no index on ({listed}), by which {finds} are found:"
+        " all of it is read each time",
+        f"CREATE INDEX{concurrently} ON {table.name} ({listed})",
+    )
+
+
+def _unique(table: Table, columns: Sequence[str]) -> bool:
+    keys = [table.primary_key, *(one.columns for one in table.indexes if one.unique)]
+    return any(key and set(key) <= set(columns) for key in keys)
+
+
+def computed_types(related: Sequence[RelatedRows], catalog: Catalog) -> dict[str, Column]:
+    """Return the columns that are made of related rows: texts, or values of the type that they have there."""
+    found = {}
+    for one in related:
+        table = catalog.tables.get(one.table)
+        for name in one.computed:
+            column = name.removeprefix(one.name + ONE)
+            if name in (one.name, one.name + LISTED):
+                found[name] = Column(name, "text", not_null=False, generated="")
+            elif table is not None and column in table.columns:
+                found[name] = msgspec.structs.replace(table.columns[column], name=name, not_null=False)
+    return found
+
+
+async def examine_statement(connection: Connection, plan: Plan, table: Table) -> list[Finding]:
+    """Have the source run the statement that reads a document, each relation by itself, on a row if there is one."""
+    findings = []
+    assert plan.documents is not None
+    for one in plan.documents.related:
+        shape = Shape(
+            plan.name,
+            table.name,
+            table.key,
+            (),
+            tuple(one.computed),
+            computed=frozenset(one.computed),
+            joined=tuple(theirs for _, theirs in one.steps[0].on),
+        )
+        types = [table.columns[column].type for column in table.key]
+        try:
+            await SourceTable(shape, types, related=(one,), facts=plan.facts).page(connection, None, 1)
+        except psycopg.Error as error:
+            if passing(error) and error.sqlstate != "25006":
+                raise translate(error, "source", where=str(one.table)) from error
+            findings.append(
+                Finding.error(
+                    f"indexes.{plan.name}.related.{one.name}",
+                    f"its rows cannot be read: {first_line(error)}",
+                    error.diag.message_hint or "correct its where and order_by; they may only read",
+                )
+            )
+    return findings

@@ -1,0 +1,169 @@
+"""Documents of several tables: whatever changes, each index equals what one SQL statement over the tables says."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from tests.support.scenes import Followed, MakeScene, Scene
+from tests.support.workers import until
+
+pytestmark = [pytest.mark.server]
+
+TABLES = [
+    "CREATE SCHEMA crm",
+    "CREATE TABLE crm.customers (id int PRIMARY KEY, name text, tier text)",
+    "CREATE TABLE users (id int PRIMARY KEY, name text, boss_id int)",
+    "CREATE TABLE tickets (id bigint PRIMARY KEY, subject text, customer_id int, parent_id bigint)",
+    "CREATE TABLE comments (id int PRIMARY KEY, ticket_id int, author_id int, body text, created int NOT NULL,"
+    " hidden bool NOT NULL DEFAULT false)",
+    "ALTER TABLE comments REPLICA IDENTITY FULL",
+    "CREATE TABLE tags (id int PRIMARY KEY, name text)",
+    "CREATE TABLE ticket_tags (ticket_id bigint REFERENCES tickets ON DELETE CASCADE ON UPDATE CASCADE, tag_id int,"
+    " PRIMARY KEY (ticket_id, tag_id))",
+    "ALTER TABLE tickets REPLICA IDENTITY FULL",
+    "INSERT INTO crm.customers SELECT i, 'customer ' || i, 'tier ' || i % 2 FROM generate_series(1, 5) i",
+    "INSERT INTO users SELECT i, 'user ' || i, nullif(i - 1, 0) FROM generate_series(1, 4) i",
+    "INSERT INTO tickets SELECT i, 'subject ' || i, 1 + i % 5, nullif(i / 3, 0) FROM generate_series(1, 20) i",
+    "INSERT INTO comments"
+    " SELECT i, 1 + i % 20, 1 + i % 4, 'body ' || i, i % 7, i % 9 = 0 FROM generate_series(1, 70) i",
+    "INSERT INTO tags SELECT i, 'tag ' || i FROM generate_series(1, 6) i",
+    "INSERT INTO ticket_tags SELECT 1 + i % 20, 1 + i % 6 FROM generate_series(1, 30) i ON CONFLICT DO NOTHING",
+    # What the documents are to be, in SQL of our own.
+    """
+    CREATE VIEW tickets_expected AS SELECT t.*,
+        (SELECT name FROM crm.customers WHERE id = t.customer_id) AS "customer.name",
+        (SELECT tier FROM crm.customers WHERE id = t.customer_id) AS "customer.tier",
+        (SELECT string_agg(line, E'\n' ORDER BY created DESC, id) FROM (
+            SELECT concat('<', u.name, '> ', c.body) AS line, c.created, c.id
+            FROM comments c LEFT JOIN users u ON u.id = c.author_id
+            WHERE c.ticket_id = t.id AND NOT c.hidden ORDER BY c.created DESC, c.id LIMIT 3) AS newest) AS comments,
+        (SELECT string_agg(g.name, ', ' ORDER BY g.name, g.id) FROM ticket_tags x JOIN tags g ON g.id = x.tag_id
+            WHERE x.ticket_id = t.id) AS tags,
+        (SELECT string_agg(k.subject, '; ' ORDER BY k.id) FROM tickets k WHERE k.parent_id = t.id) AS children
+    FROM tickets t
+    """,
+]
+
+RELATED = """
+[indexes.NAME.related.customer]
+table = "crm.customers"
+on = { id = "customer_id" }
+[indexes.NAME.related.comments]
+table = "comments"
+on = { ticket_id = "id" }
+text = "<{author.name}> {body}"
+order_by = "created DESC"
+limit = 3
+where = "NOT hidden"
+[indexes.NAME.related.comments.related.author]
+table = "users"
+on = { id = "author_id" }
+[indexes.NAME.related.tags]
+table = "tags"
+on = { id = "tag_id" }
+via = { table = "ticket_tags", on = { ticket_id = "id" } }
+text = "{name}"
+separator = ", "
+order_by = "name"
+[indexes.NAME.related.children]
+table = "tickets"
+on = { parent_id = "id" }
+text = "{subject}"
+separator = "; "
+"""
+
+TEXT = "{subject} ({tags})\n{comments}\nfrom {customer.name}, above {children}"
+
+
+@pytest.fixture(scope="module")
+def tickets(make_scene: MakeScene) -> Scene:
+    scene = make_scene(
+        TABLES,
+        {
+            "tickets": Followed("tickets", TEXT, columns=("customer.tier", "parent_id"), more=RELATED),
+            "comments": Followed("comments", "{body}"),
+        },
+        options="streaming = true",
+    )
+    scene.oracle_reads("tickets", "tickets_expected")
+    return scene
+
+
+CHANGES: dict[str, list[str]] = {
+    "a comment is added": ["INSERT INTO comments VALUES (1000, 3, 2, 'new', 100)"],
+    "a comment is edited": ["UPDATE comments SET body = 'edited' WHERE id = 5"],
+    "a comment is hidden": ["UPDATE comments SET hidden = true WHERE id = 6"],
+    "a comment is deleted": ["DELETE FROM comments WHERE id = 7"],
+    "a comment moves": ["UPDATE comments SET ticket_id = 12 WHERE id = 8"],
+    "a comment belongs nowhere": ["UPDATE comments SET ticket_id = NULL WHERE id = 10"],
+    "a comment's key changes": ["UPDATE comments SET id = 2001 WHERE id = 11"],
+    "an author is renamed": ["UPDATE users SET name = 'someone else' WHERE id = 2"],
+    "an author goes": ["DELETE FROM users WHERE id = 4"],
+    "a comment's author changes": ["UPDATE comments SET author_id = 1 WHERE id = 13"],
+    "a customer is renamed": ["UPDATE crm.customers SET name = 'renamed' WHERE id = 3"],
+    "a carried value changes": ["UPDATE crm.customers SET tier = 'gold' WHERE id = 2"],
+    "a customer's key changes": ["UPDATE crm.customers SET id = 77 WHERE id = 5"],
+    "a ticket changes its customer": ["UPDATE tickets SET customer_id = 1 WHERE id = 9"],
+    "a tag is renamed": ["UPDATE tags SET name = 'urgent' WHERE id = 1"],
+    "a tag is put on": ["INSERT INTO ticket_tags VALUES (4, 1), (4, 2) ON CONFLICT DO NOTHING"],
+    "a tag is taken off": ["DELETE FROM ticket_tags WHERE tag_id = 3"],
+    "a tag moves": ["UPDATE ticket_tags SET ticket_id = 20 WHERE (ticket_id, tag_id) = (SELECT ticket_id, tag_id FROM"
+                    " ticket_tags x WHERE NOT EXISTS (SELECT FROM ticket_tags y WHERE y.ticket_id = 20 AND y.tag_id ="
+                    " x.tag_id) LIMIT 1)"],
+    "a child's subject changes": ["UPDATE tickets SET subject = 'child' WHERE id = 6"],
+    "a child moves": ["UPDATE tickets SET parent_id = 2 WHERE id = 12"],
+    "a ticket goes with its tags": ["DELETE FROM tickets WHERE id = 15"],
+    "a ticket's key changes": ["UPDATE tickets SET id = 99 WHERE id = 16"],
+    "a comment comes before its ticket": ["INSERT INTO comments VALUES (1001, 500, 1, 'early', 3)",
+                                          "INSERT INTO tickets VALUES (500, 'late', 1)"],
+    "everything of a ticket comes at once": [
+        "INSERT INTO comments VALUES (1002, 501, 1, 'early', 3); INSERT INTO crm.customers VALUES (60, 'new', 'new');"
+        " INSERT INTO ticket_tags SELECT 1, 1 WHERE false; INSERT INTO tickets VALUES (501, 'late', 60)"],
+    "nothing but a carried column of the parent changes": ["UPDATE tickets SET parent_id = parent_id WHERE id = 1"],
+    "all comments change": ["UPDATE comments SET body = body || '!'"],
+    "all comments are rewritten twice": ["UPDATE comments SET body = 'a'; UPDATE comments SET body = 'b' || id"],
+    "all comments go": ["TRUNCATE comments"],
+    "all tickets go": ["TRUNCATE tickets CASCADE"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_document_is_what_its_tables_say_once(tickets: Scene, change: str) -> None:
+    before = rows(tickets)
+    for statements in CHANGES[change]:
+        tickets.at_once(*statements.split("; "))
+
+    tickets.settle()
+    settled(tickets)
+
+    restore(tickets, before)
+
+
+Rows = dict[str, list[tuple[object, ...]]]
+ALL = ("crm.customers", "users", "tickets", "comments", "tags", "ticket_tags")
+
+
+def rows(scene: Scene) -> Rows:
+    return {table: scene.pipeline.source.execute(f"SELECT * FROM {table}").fetchall() for table in ALL}
+
+
+def restore(scene: Scene, before: Rows) -> None:
+    """Put the tables' rows back, in one transaction, which is one more case."""
+    with scene.pipeline.source.transaction():
+        for table in reversed(ALL):
+            scene.pipeline.source.execute(f"DELETE FROM {table}")
+        for table, found in before.items():
+            for row in found:
+                places = ", ".join(["%s"] * len(row))
+                scene.pipeline.source.execute(f"INSERT INTO {table} VALUES ({places})", row)
+    scene.settle()
+    settled(scene)
+
+
+def settled(scene: Scene) -> None:
+    """Fail unless the indexes get to equal their tables without being read again."""
+    for name in ("tickets", "comments"):
+        assert scene.state(name)[0] == "live", scene.state(name)
+        until(partial(scene.equal, name), lambda: f"{scene.pipeline.difference}; {scene.pipeline.tail()}")
