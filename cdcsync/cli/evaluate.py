@@ -15,6 +15,7 @@ from cdcsync.stopping import interruptible
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
+    from cdcsync.flows.evaluate.audited import Gathered
     from cdcsync.flows.evaluate.gates import Verdict
     from cdcsync.model.spec import IndexSpec
     from cdcsync.postgres.sessions import Connection
@@ -27,6 +28,8 @@ EPILOG = """How much of what is nearest is found? `cdcsync evaluate articles`
 
     How well are questions answered? `cdcsync evaluate articles --judged questions/`
 
+    By what callers of `cdcsync serve` asked: `cdcsync evaluate articles --from-audit questions/`
+
     In a pipeline: `cdcsync evaluate articles --judged questions/ --min "nDCG@10=0.40" --against LAST`"""
 
 
@@ -34,7 +37,9 @@ def evaluate(
     context: typer.Context,
     index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
     config: ConfigOption = None,
-    queries: Annotated[int, typer.Option(min=1, max=100_000, help="How many stored vectors to search with.")] = 100,
+    queries: Annotated[
+        int, typer.Option(min=1, max=100_000, help="How many stored vectors, or questions of the record.")
+    ] = 100,
     k: Annotated[int, typer.Option("-k", min=1, max=999, help="How many neighbours to look for.")] = 10,
     ef_search: Annotated[
         list[int] | None,
@@ -57,6 +62,15 @@ def evaluate(
         typer.Option(
             metavar="DIR",
             help="Answer the questions of a judged collection (BEIR or TREC layout) in every mode of search.",
+            show_default=False,
+        ),
+    ] = None,
+    from_audit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Add the questions of the tool server's record, with what they find, to DIR/judgments.jsonl for you to"
+            " grade, and answer those that are graded.",
             show_default=False,
         ),
     ] = None,
@@ -110,18 +124,27 @@ def evaluate(
     import anyio
 
     configuration = context.ensure_object(Invocation).load(config)
-    if judged is None and (measure or weights or least or against):
+    if judged is not None and from_audit is not None:
+        raise UsageError("there are two sets of questions", where="--from-audit", hint="leave --judged out")
+    asked_for = judged or from_audit
+    if asked_for is None and (measure or weights or least or against):
         raise UsageError(
             "--measure, --weights, --min and --against are about judged questions",
             where="evaluate",
-            hint="name the questions with --judged DIR",
+            hint="name the questions with --judged DIR or --from-audit DIR",
         )
-    if judged is not None and where is not None:
+    if asked_for is not None and where is not None:
         raise UsageError("judged answers come from all rows", where="--where", hint="leave it out with --judged")
     if plot is not None and plot.suffix.lower() != ".svg":
         raise UsageError("only SVG can be drawn", where=f"--plot {plot}", hint="name a file that ends in .svg")
+    gathered = None
+    if from_audit is not None:
+        gathered = anyio.run(interruptible, _gather, configuration, index, from_audit, queries)
+        judged = from_audit if gathered.graded else None
+        if judged is None and (least or against):
+            raise UsageError("nothing is graded yet", where=str(gathered.path), hint="grade the lines of that file")
     recall = None
-    if judged is None or ef_search:
+    if asked_for is None or ef_search:
         recall = anyio.run(interruptible, _measure_recall, configuration, index, queries, k, ef_search or [], where)
     answers = None
     if judged is not None:
@@ -130,10 +153,12 @@ def evaluate(
     if plot is not None:
         _draw(plot, recall, answers)
     if as_json:
-        _print_json(recall, answers, where)
+        _print_json(gathered, recall, answers, where)
     else:
-        from cdcsync.cli.figures import print_answers, print_recall
+        from cdcsync.cli.figures import print_answers, print_gathered, print_recall
 
+        if gathered is not None:
+            print_gathered(gathered)
         if recall is not None:
             print_recall(recall.found, where, recall.not_stored)
         if answers is not None:
@@ -178,6 +203,13 @@ async def _measure_recall(
             return _Recall(found, "a condition's recall is not the index's")
         with speaking_of("target", where=f"index {name}"):
             return _Recall(found, await evaluations.store(connection, schema, found))
+
+
+async def _gather(config: Config, name: str, directory: Path, most: int) -> Gathered:
+    from cdcsync.flows.evaluate.audited import gather
+
+    async with _opened(config, name) as (connection, spec):
+        return await gather(connection, config, spec, directory, most=most)
 
 
 async def _measure_answers(config: Config, name: str, asked: _Judging) -> _Answers:
@@ -234,12 +266,14 @@ def _draw(plot: Path, recall: _Recall | None, answers: _Answers | None) -> None:
         ) from None
 
 
-def _print_json(recall: _Recall | None, answers: _Answers | None, where: str | None) -> None:
+def _print_json(gathered: Gathered | None, recall: _Recall | None, answers: _Answers | None, where: str | None) -> None:
     import msgspec
 
     from cdcsync.cli.printing import print_json
 
     shown: dict[str, Any] = {}
+    if gathered is not None:
+        shown["from_audit"] = {**gathered._asdict(), "path": str(gathered.path)}
     if recall is not None:
         shown |= {**msgspec.to_builtins(recall.found), "where": where, "not_stored": recall.not_stored}
     if answers is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cdcsync.flows.evaluate.audited import Gathered
     from cdcsync.flows.evaluate.gates import Verdict
     from cdcsync.target.evaluations import Evaluation
     from cdcsync.target.judged_runs import Figure, Run
@@ -21,6 +22,22 @@ def _table(*headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right")
     return table
+
+
+def print_gathered(gathered: Gathered) -> None:
+    """Print what was gathered from the record, and what a person does with it."""
+    from cdcsync.cli.printing import console
+
+    lines = gathered.graded + gathered.ungraded
+    out = console(wrap=True)
+    out.print(
+        f"{gathered.path}: {gathered.questions} questions, {lines} answers, {gathered.graded} graded", markup=False
+    )
+    if gathered.ungraded:
+        out.print(
+            "Set grade to 0 (does not answer it), 1 (answers it) or 2 (answers it well), then run this again.",
+            markup=False,
+        )
 
 
 def print_recall(found: Evaluation, where: str | None, not_stored: str | None) -> None:

@@ -140,7 +140,7 @@ class Stage:
         collection = summaries(read_entries(self._rows))
         schema = self._config.target.schema
         with self._console.status("answering questions with known answers …"):
-            vectors = await embed_questions(self._embedder, collection)
+            vectors = await embed_questions(self._embedder, collection.queries)
             searches = Searches(self._connection, schema, self._spec, collection, vectors, None)
             run = await evaluate_judged("docs", self._spec.generation, collection, searches.modes())
         self._console.print(

@@ -115,3 +115,16 @@ async def read_calls(
     except psycopg.errors.UndefinedTable:
         return []
     return [Call(*row) for row in await cursor.fetchall()]
+
+
+async def read_questions(connection: Connection, schema: str, index: str, limit: int) -> list[tuple[str, str]]:
+    """Return the hashes and texts of an index's questions, those first that were asked most often."""
+    statement = sql.SQL(
+        "SELECT query_hash, min(query) FROM {} WHERE index_name = %s AND tool = 'search'"
+        " AND outcome = 'ok' AND query ~ '\\S' GROUP BY query_hash ORDER BY count(*) DESC, query_hash LIMIT %s"
+    ).format(sql.Identifier(schema, TABLE))
+    try:
+        cursor = await connection.execute(statement, [index, limit])
+    except psycopg.errors.UndefinedTable:
+        return []
+    return await cursor.fetchall()

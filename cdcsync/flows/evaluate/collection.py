@@ -1,6 +1,6 @@
 """Judged collections: questions, and which documents answer them, from a directory.
 
-Two layouts are read. BEIR's:
+Three layouts are read. BEIR's:
 
     queries.jsonl     {"_id": "1", "text": "…"} a line
     qrels/test.tsv    query-id, corpus-id and score, tab-separated, under a heading (qrels/*.tsv if there is only one)
@@ -9,6 +9,10 @@ and that of TREC's tools:
 
     queries.tsv       a query's id, a tab, its text       (or topics.tsv)
     qrels.txt         query, 0, document, grade           (or any one file *.qrels)
+
+And our own, which `evaluate --from-audit` writes and a person grades:
+
+    judgments.jsonl   {"query": "9f2c…", "text": "…", "document": "12", "content": "…", "grade": 1} a line
 
 A document's id is its key in the index; the values of a key of several columns are joined by commas. Documents
 themselves are not read: the index has them.
@@ -26,6 +30,23 @@ import msgspec
 from cdcsync.errors import UsageError
 
 HINT = "give a directory with queries.jsonl and qrels/test.tsv (BEIR), or queries.tsv and qrels.txt (TREC)"
+
+
+JUDGMENTS = "judgments.jsonl"
+
+
+class Judgment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one document is to a question.
+
+    :ivar content: the passage that was found, for whoever grades it.
+    :ivar grade: None if nobody has judged it; 0 if it does not answer the question.
+    """
+
+    query: str
+    text: str
+    document: str
+    content: str = ""
+    grade: int | None = None
 
 
 class Collection(msgspec.Struct, frozen=True):
@@ -48,6 +69,8 @@ def read_collection(directory: Path) -> Collection:
     """
     if not directory.is_dir():
         raise UsageError("there is no such directory", where=f"--judged {directory}", hint=HINT)
+    if (directory / JUDGMENTS).exists():
+        return _judged(directory / JUDGMENTS)
     queries = _only(directory, "queries.jsonl", "queries.tsv", "topics.tsv")
     judgements = _only(directory, "qrels/test.tsv", "qrels/*.tsv", "qrels.txt", "*.qrels")
     grades: dict[str, dict[str, int]] = {}
@@ -60,6 +83,37 @@ def read_collection(directory: Path) -> Collection:
             "no query has an answer in the judgements", where=str(queries), hint="check that the ids agree"
         )
     return Collection(directory.resolve().name, texts, {query: grades[query] for query in texts})
+
+
+def _judged(path: Path) -> Collection:
+    grades: dict[str, dict[str, int]] = {}
+    texts: dict[str, str] = {}
+    for one in read_judgments(path):
+        if one.grade is not None:
+            grades.setdefault(one.query, {})[one.document] = one.grade
+            texts[one.query] = one.text
+    answered = {query: judged for query, judged in grades.items() if any(grade > 0 for grade in judged.values())}
+    if not answered:
+        raise UsageError(
+            "no document answers a question", where=str(path), hint="set the grade of those that do to 1 or 2"
+        )
+    return Collection(path.resolve().parent.name, {query: texts[query] for query in answered}, answered)
+
+
+def read_judgments(path: Path) -> list[Judgment]:
+    """Read the lines of a file of judgments.
+
+    :raises UsageError: it cannot be read, or a line is not in its format.
+    """
+    judgments: list[Judgment] = []
+    for number, line in _lines(path):
+        try:
+            judgments.append(msgspec.json.decode(line, type=Judgment))
+        except msgspec.DecodeError as error:
+            raise UsageError(
+                str(error), where=f"{path}, line {number}", hint="grade is null, 0, 1 or 2; leave the rest as it was"
+            ) from None
+    return judgments
 
 
 def _only(directory: Path, *patterns: str) -> Path:

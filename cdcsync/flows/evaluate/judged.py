@@ -103,7 +103,7 @@ async def evaluate_index(
         if reranker is not None:
             stack.push_async_callback(reranker.aclose)
             await reranker.open()
-        vectors = await embed_questions(embedder, collection)
+        vectors = await embed_questions(embedder, collection.queries)
         searches = Searches(connection, config.target.schema, spec, collection, vectors, reranker)
         with speaking_of("target", where=f"index {spec.name}"):
             return await evaluate_judged(
@@ -242,10 +242,10 @@ class Searches:
         )
 
 
-async def embed_questions(embedder: Embedder, collection: Collection) -> dict[str, npt.NDArray[np.float32]]:
+async def embed_questions(embedder: Embedder, questions: Mapping[str, str]) -> dict[str, npt.NDArray[np.float32]]:
     """Return each question's vector by its id; the embedder is open."""
     vectors: dict[str, npt.NDArray[np.float32]] = {}
-    waiting = list(collection.queries.items())
+    waiting = list(questions.items())
     while waiting:
         count = embedder.fitting([text for _, text in waiting])
         batch, waiting = waiting[:count], waiting[count:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,32 @@ def test_a_faulty_collection_is_refused_with_file_and_line(
 def test_a_directory_that_is_not_there_is_a_wrong_argument(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no such directory"):
         read_collection(tmp_path / "missing")
+
+
+LINE = '{"query": "q1", "text": "one", "document": "a", "content": "A", "grade": %s}\n'
+
+
+def test_graded_lines_of_judgments_are_a_collection(tmp_path: Path) -> None:
+    others = [
+        LINE.replace('"a"', '"b"') % 0,
+        LINE.replace('"a"', '"c"') % "null",
+        LINE.replace("q1", "q2") % 0,
+    ]
+    found = read_collection(write(tmp_path, {"judgments.jsonl": "".join([LINE % 2, *others])}))
+    assert (found.name, found.queries, found.grades) == (tmp_path.name, {"q1": "one"}, {"q1": {"a": 2, "b": 0}})
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (LINE % 0, "no document answers a question"),
+        (LINE % "null", "no document answers a question"),
+        (LINE % 1 + LINE % '"yes"', "line 2: .*grade"),
+        ("nonsense", "line 1"),
+    ],
+)
+def test_judgments_that_are_no_set_are_refused(tmp_path: Path, text: str, problem: str) -> None:
+    write(tmp_path, {"judgments.jsonl": text})
+    with pytest.raises(UsageError) as refused:
+        read_collection(tmp_path)
+    assert re.search(problem, str(refused.value), re.DOTALL)

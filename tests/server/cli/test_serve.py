@@ -1,0 +1,84 @@
+"""The commands of the tool server: tokens, and the record of calls by each of its options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.serving import Office
+
+pytestmark = pytest.mark.server
+
+CALLS = """
+INSERT INTO cdcsync.calls (at, subject, tool, index_name, outcome, hits, query_hash, query, ms) VALUES
+    (now() - interval '1 hour', 'ana', 'search', 'tickets', 'ok', 3, 'aa', 'forgot my login', 12),
+    (now() - interval '2 hours', 'ana', 'search', 'tickets', 'ok', 0, 'bb', NULL, 900),
+    (now() - interval '3 hours', 'ben', 'fetch', 'tickets', 'wrong', NULL, NULL, NULL, 4),
+    (now() - interval '3 days', 'ben', 'search', 'tickets', 'ok', 1, 'cc', NULL, 50)
+"""
+
+
+@pytest.fixture
+def recorded(tickets: Office) -> Iterator[Office]:
+    tickets.database.execute(CALLS)
+    yield tickets
+    tickets.database.execute("TRUNCATE cdcsync.calls")
+
+
+def audit(office: Office, capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any]]:
+    assert office.command("audit", "--json", *options) == 0
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "milliseconds"),
+    [
+        ([], [12, 900, 4]),
+        (["--hours", "100"], [12, 900, 4, 50]),
+        (["--hours", "1.5"], [12]),
+        (["--subject", "ben", "--hours", "100"], [4, 50]),
+        (["--subject", "nobody"], []),
+        (["--tool", "fetch"], [4]),
+        (["--empty"], [900]),
+        (["--slowest", "--hours", "100"], [900, 50, 12, 4]),
+        (["-n", "2"], [12, 900]),
+        (["--slowest", "-n", "1", "--tool", "search", "--subject", "ben", "--hours", "100"], [50]),
+    ],
+)
+def test_each_option_chooses_among_the_calls(
+    recorded: Office, capsys: pytest.CaptureFixture[str], options: list[str], milliseconds: list[float]
+) -> None:
+    assert [call["ms"] for call in audit(recorded, capsys, *options)] == milliseconds
+
+
+def test_people_read_a_call_a_line(recorded: Office, capsys: pytest.CaptureFixture[str]) -> None:
+    assert recorded.command("audit") == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert "ana  search  tickets  ok  3 hits  12 ms  forgot my login" in first
+    assert "0 hits  900 ms  query bb" in second
+    assert "ben  fetch  tickets  wrong" in third
+
+
+def test_tokens_are_made_listed_and_revoked(
+    tickets: Office, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cdcsync.toml"
+    text = (tickets.directory / "cdcsync.toml").read_text()
+    path.write_text(text.replace("[serve]\n", f'[serve]\ntokens_file = "{tmp_path}/tokens.json"\n'))
+    assert tickets.command("token", "new", "ana", "--claim", "tenant=t1", "--days", "30", path=path) == 0
+    token = capsys.readouterr().out.strip()
+    assert tickets.command("token", "list", path=path) == 0
+    assert tickets.command("token", "revoke", "ana", path=path) == 0
+    assert tickets.command("token", "list", "--json", path=path) == 0
+    shown = capsys.readouterr().out
+    assert token not in shown
+    assert 'ana  {"tenant": "t1"}  until 20' in shown
+    assert "revoked 1" in shown
+    assert '"revoked": true' in shown
+    assert tickets.command("token", "revoke", "ana", path=path) == 2
+    assert tickets.command("token", "new", "ben", "--claim", "tenant", path=path) == 2
