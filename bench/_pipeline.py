@@ -38,6 +38,7 @@ table = "articles"
 text = "{{body}}"
 columns = ["tenant"]
 embedder = "model"
+{index}
 """
 
 TABLE = "CREATE TABLE articles (id bigint PRIMARY KEY, tenant int NOT NULL, body text NOT NULL)"
@@ -46,13 +47,13 @@ TABLE = "CREATE TABLE articles (id bigint PRIMARY KEY, tenant int NOT NULL, body
 class Pipeline:
     """A server with the table `articles`, and a worker that can be started and stopped."""
 
-    def __init__(self, directory: Path, dsn: str, embedder: str) -> None:
+    def __init__(self, directory: Path, dsn: str, embedder: str, index: str) -> None:
         self.dsn = dsn
         self.connection = psycopg.connect(dsn, autocommit=True)
         self.connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
         self.connection.execute(TABLE)
         self._config = directory / "cdcsync.toml"
-        self._config.write_text(CONFIG.format(dsn=dsn, embedder=embedder))
+        self._config.write_text(CONFIG.format(dsn=dsn, embedder=embedder, index=index))
         self._log = directory / "worker.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -129,17 +130,18 @@ class Pipeline:
 
 
 @contextlib.contextmanager
-def pipeline(embedder: str, **settings: str) -> Iterator[Pipeline]:
+def pipeline(embedder: str, index: str = "", **settings: str) -> Iterator[Pipeline]:
     """Start a server and make a pipeline on it; both are gone afterwards.
 
     :param embedder: the keys of the embedder's section.
+    :param index: more keys of the index's section.
     :param settings: settings of the server.
     """
     with (
         tempfile.TemporaryDirectory(prefix="cdcsync-bench-") as directory,
         Cluster(settings=settings) as cluster,
     ):
-        made = Pipeline(Path(directory), cluster.dsn(), embedder)
+        made = Pipeline(Path(directory), cluster.dsn(), embedder, index)
         try:
             yield made
         finally:

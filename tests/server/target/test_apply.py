@@ -81,6 +81,18 @@ async def test_a_longer_document_gets_more_chunks_and_keeps_the_ones_it_had(inde
     assert await index.faults() == []
 
 
+async def test_a_chunk_that_somebody_deleted_comes_back_with_its_document(index: LiveIndex) -> None:
+    await index.apply(changes(document("1", "a", "b"), document("2", "c")))
+    await index.rows("DELETE FROM {chunks} WHERE id = 1 AND chunk_no = 1 RETURNING chunk_id")
+
+    await index.apply(
+        changes(document("1", "x", "y", existed=True), document("2", "z", existed=True), document("3", "w"))
+    )
+
+    assert await index.texts() == {("1",): ["x", "y"], ("2",): ["z"], ("3",): ["w"]}
+    assert {"x", "y", "z", "w"} <= {one.text for one in await index.waiting()}
+
+
 async def test_a_document_without_text_has_no_chunks(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "a", "b"), document("2")))
     assert await index.texts() == {("1",): ["a", "b"]}

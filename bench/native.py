@@ -1,0 +1,223 @@
+"""How fast does an index's text catch up, against PostgreSQL's own logical replication of the same changes?
+
+20,000 rows change 60,000 times in transactions of ten, while neither side runs. Then each catches up from a slot of its
+own, one after the other, and who begins alternates from round to round. A round is timed from where the side streams to
+where it has the last change.
+
+- keywords: the index as it is by default, against a subscription into a table with the same generated tsvector and GIN
+  index. Without keywords: against a plain copy of the table.
+- mixed: half of the changes are of the text, half of a carried column only; text; carried: all of one kind.
+- large: one transaction of 500,000 new rows, with keywords.
+
+The other side stores rows as they are. Ours makes documents, hashes and chunks of them, finds out which texts are new,
+keeps them for the model, and moves a checkpoint with them. Vectors are not waited for: the provider takes 20 ms.
+
+    python bench/native.py [keywords|plain|large …]      ROUNDS=3 UPDATES=60000
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import conninfo
+
+# A script imports from its own directory; a type checker names files by their place in the repository.
+if TYPE_CHECKING:
+    from bench._pipeline import Pipeline, pipeline, processor_ms
+    from bench.report import report
+else:
+    from _pipeline import Pipeline, pipeline, processor_ms
+    from report import report
+
+ROWS = 20_000
+UPDATES = int(os.environ.get("UPDATES", "60000"))
+ROUNDS = int(os.environ.get("ROUNDS", "3"))
+LARGE_ROWS = int(os.environ.get("LARGE_ROWS", "500000"))
+TRANSACTION = 10
+EMBEDDER = 'type = "hash"\ndimensions = 384\nlatency_ms = 20'
+
+BODY = "'article ' || i || ' ' || repeat('some more words of its text ', 16) || %s"
+
+SEARCH = "ALTER TABLE articles ADD search tsvector GENERATED ALWAYS AS (to_tsvector('english', body)) STORED"
+GIN = "CREATE INDEX ON articles USING gin (search)"
+
+GOALS = {
+    "keywords": {"mixed": 1.0, "text": 1.0, "carried": 2.0},
+    "plain": {"mixed": 0.6, "text": 0.6, "carried": 0.9},
+}
+
+
+class Peer:
+    """A subscription in another database of the same server."""
+
+    def __init__(self, made: Pipeline, *, keywords: bool) -> None:
+        self._made = made
+        made.connection.execute("CREATE DATABASE peer")
+        self.connection = psycopg.connect(conninfo.make_conninfo(made.dsn, dbname="peer"), autocommit=True)
+        run = self.connection.execute
+        run("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int NOT NULL, body text NOT NULL)")
+        if keywords:
+            run(SEARCH)
+        made.connection.execute("CREATE PUBLICATION peer FOR TABLE articles")
+        made.connection.execute("SELECT pg_create_logical_replication_slot('peer', 'pgoutput')")
+        subscribe = (
+            f"CREATE SUBSCRIPTION peer CONNECTION '{made.dsn}' PUBLICATION peer"
+            " WITH (slot_name = 'peer', create_slot = false, copy_data = false, enabled = false, streaming = on)"
+        )
+        run(subscribe.encode())
+        copied = made.connection.cursor().copy("COPY articles (id, tenant, body) TO STDOUT")
+        with copied as source, self.connection.cursor().copy("COPY articles (id, tenant, body) FROM STDIN") as target:
+            for block in source:
+                target.write(block)
+        if keywords:
+            run(GIN)
+        run("VACUUM ANALYZE")
+
+    def catches_up(self, last: str) -> float:
+        """Return the seconds from where it streams to where it has the last change."""
+        self.connection.execute("ALTER SUBSCRIPTION peer ENABLE")
+        self._made.until(
+            lambda: (
+                self.connection.execute("SELECT FROM pg_stat_subscription WHERE pid IS NOT NULL").fetchone() is not None
+            ),
+            "worker of the subscription",
+        )
+        began = time.perf_counter()
+        statement = "SELECT FROM articles WHERE id = 1 AND body = %s"
+        self._made.until(lambda: self.connection.execute(statement, [last]).fetchone() is not None, "its last change")
+        elapsed = time.perf_counter() - began
+        # Until what it has taken is acknowledged: else the next round begins with this one's changes.
+        self._made.until(
+            lambda: self._made.value(
+                "SELECT confirmed_flush_lsn >= %s FROM pg_replication_slots WHERE slot_name = 'peer'", self._written
+            ),
+            "acknowledgement",
+            0.05,
+        )
+        self.connection.execute("ALTER SUBSCRIPTION peer DISABLE")
+        return elapsed
+
+    def note_written(self) -> None:
+        """Remember where the changes of this round end."""
+        self._written = self._made.value("SELECT pg_current_wal_insert_lsn()::text")
+
+    def close(self) -> None:
+        """End the connection."""
+        self.connection.close()
+
+
+def ours_catches_up(made: Pipeline, last: str) -> dict[str, float]:
+    """Return the seconds from where the worker streams to where it has the last change, and who was busy."""
+    made.start()
+    made.event("streaming")
+    began, used = time.perf_counter(), busy_s(made)
+    statement = "SELECT EXISTS (SELECT FROM cdcsync.articles_chunks WHERE id = 1 AND content = %s)"
+    made.until(lambda: made.value(statement, last), "last change in the index")
+    elapsed = time.perf_counter() - began
+    found = {name: ms - used[name] for name, ms in busy_s(made).items()}
+    made.text_in_step()
+    made.stop()
+    return {"s": elapsed, **found}
+
+
+def busy_s(made: Pipeline) -> dict[str, float]:
+    """Return the processor seconds of the worker and of the backend that writes for it."""
+    pid = made.value("SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'cdcsync apply %%'")
+    return {"worker_s": made.metrics()["process_cpu_seconds_total"], "backend_s": processor_ms(pid) / 1000}
+
+
+def change(made: Pipeline, workload: str, round_: int) -> str:
+    """Change rows in small transactions; returns the text of the last change."""
+    for number in range(UPDATES // TRANSACTION):
+        first = number * TRANSACTION % ROWS + 1
+        of_text = workload == "text" or (workload == "mixed" and number % 2)
+        what = "body = 'round ' || %s || substr(body, position(' some' in body))" if of_text else "tenant = tenant + %s"
+        made.connection.execute(
+            f"UPDATE articles SET {what} WHERE id BETWEEN %s AND %s".encode(),
+            [f"{round_} {number}" if of_text else 1, first, first + TRANSACTION - 1],
+        )
+    last = f"the last text of round {workload} {round_}"
+    made.connection.execute("UPDATE articles SET body = %s WHERE id = 1", [last])
+    return last
+
+
+def insert(made: Pipeline, round_: int) -> str:
+    """Insert many rows in one transaction, and change one after it."""
+    first = ROWS + 1 + round_ * LARGE_ROWS
+    made.connection.execute(
+        f"INSERT INTO articles SELECT i, i %% 50, {BODY} FROM generate_series(%s::int, %s::int) AS i".encode(),
+        [str(round_), first, first + LARGE_ROWS - 1],
+    )
+    last = f"the text after {round_} large transactions"
+    made.connection.execute("UPDATE articles SET body = %s WHERE id = 1", [last])
+    return last
+
+
+def compare(kind: str, workloads: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    """Return the medians of both sides by workload."""
+    keywords = kind != "plain"
+    found: dict[str, dict[str, list[float]]] = {workload: {} for workload in workloads}
+    with pipeline(
+        EMBEDDER, 'search = "english"' if keywords else 'search = ""', shared_buffers="512MB", max_wal_size="8GB"
+    ) as made:
+        made.connection.execute(
+            f"INSERT INTO articles SELECT i, i %% 50, {BODY} FROM generate_series(1, %s) AS i".encode(), ["", ROWS]
+        )
+        made.start()
+        made.live()
+        made.text_in_step()
+        made.vectors_in_step()
+        made.stop()
+        peer = Peer(made, keywords=keywords)
+        for round_ in range(rounds):
+            for workload in workloads:
+                last = insert(made, round_) if workload == "large" else change(made, workload, round_)
+                peer.note_written()
+                made.connection.execute("CHECKPOINT")
+                for side in ("ours", "peer") if round_ % 2 else ("peer", "ours"):
+                    taken = ours_catches_up(made, last) if side == "ours" else {"s": peer.catches_up(last)}
+                    for name, seconds in taken.items():
+                        found[workload].setdefault(f"{side}_{name}", []).append(seconds)
+        compared(made, peer.connection)
+        peer.close()
+    return {workload: {name: statistics.median(one) for name, one in of.items()} for workload, of in found.items()}
+
+
+def compared(made: Pipeline, peer: psycopg.Connection[Any]) -> None:
+    """End the bench unless both sides hold what the source does."""
+    digest = "SELECT md5(string_agg(id || ' ' || tenant || ' ' || rtrim(body), ',' ORDER BY id)) FROM articles"
+    source = made.value(digest)
+    ours = made.value(digest.replace("body", "content").replace("articles", "cdcsync.articles_chunks"))
+    theirs = peer.execute(digest.encode()).fetchone()
+    if ours != source or theirs != (source,):
+        raise SystemExit(f"a side differs from the source: ours {ours == source}, theirs {theirs == (source,)}")
+
+
+def main() -> None:
+    """Measure and report."""
+    parts = sys.argv[1:] or ["keywords", "plain", "large"]
+    figures: dict[str, float] = {"load_at_start": os.getloadavg()[0]}
+    ratios, goals = {}, {}
+    for part in parts:
+        large = part == "large"
+        rows = LARGE_ROWS if large else UPDATES
+        found = compare(part, ["large"] if large else list(GOALS[part]), 1 if large else ROUNDS)
+        for workload, of in found.items():
+            name = "large" if large else f"{part}_{workload}"
+            figures |= {f"{name}_{side}_rows_per_s": rows / of[f"{side}_s"] for side in ("ours", "peer")}
+            figures |= {
+                f"{name}_{side}_us_per_row": of[f"ours_{side}_s"] / rows * 1e6 for side in ("worker", "backend")
+            }
+            ratios[f"{name}_ours_over_native"] = of["peer_s"] / of["ours_s"]
+            goals[f"{name}_ours_over_native"] = 0.5 if large else GOALS[part][workload]
+    figures["load_at_end"] = os.getloadavg()[0]
+    report("native", figures, ratios, goals)
+
+
+if __name__ == "__main__":
+    main()
