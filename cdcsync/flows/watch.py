@@ -23,7 +23,7 @@ import structlog
 from cdcsync.config import Config
 from cdcsync.crashpoints import crash_point
 from cdcsync.documents.related import columns_read
-from cdcsync.errors import SchemaChanged, SetupError, TablesChanged, Unavailable
+from cdcsync.errors import SchemaChanged, SetupError, SourceUnavailable, TablesChanged, Unavailable
 from cdcsync.flows.build import LOAD_CANCELLED
 from cdcsync.flows.setup.differences import ask_for, note_fingerprint, present_fingerprint, stored_fingerprint
 from cdcsync.flows.setup.start import outdated
@@ -51,7 +51,12 @@ NUDGED_S = 0.05
 """How long after a nudge it is asked: a commit may be delivered a moment before it is visible."""
 
 AWAITED_S = 1.0
-"""How often it is asked while the stream may still bring a TRUNCATE that would explain what was seen."""
+"""How often it is asked while the stream may still bring a TRUNCATE that would explain what was seen, and while the
+source refuses to answer."""
+
+AWAY_LOOKS = 2
+"""Looks in a row that the source refuses, after which it is taken to be shutting down: the first may just have found
+its session ended."""
 
 RELATIONS_S = 60.0
 """How often it is looked whether somebody dropped a relation of an index in the target."""
@@ -110,6 +115,7 @@ class Watch:
         deliveries: Mapping[str, Deliveries],
         received: Callable[[], Lsn],
         unapproved: Mapping[str, str],
+        source_ends: Callable[[], None],
     ) -> None:
         """Make the watch of a pipeline.
 
@@ -119,6 +125,8 @@ class Watch:
         :param deliveries: what the stream has delivered for each index.
         :param received: says how far the stream has been received.
         :param unapproved: the changes that indexes wait for an approval of.
+        :param source_ends: called when the source takes no more connections while it streams: a server that is shut
+            down waits until what it has sent is flushed here, and that may take a connection to it, or the target.
         """
         self._config = config
         self._plans = plans
@@ -128,6 +136,7 @@ class Watch:
         self._metrics = metrics
         self._deliveries = deliveries
         self._received = received
+        self._source_ends = source_ends
         self._awaited: dict[str, tuple[int, Lsn]] = {}
         """By index: the transaction that rewrote its table, and from where in the stream on that has come if it was a
         TRUNCATE."""
@@ -152,7 +161,7 @@ class Watch:
 
         :raises TablesChanged: an index needs to be examined again, or can be followed again.
         """
-        retention = Retention()
+        retention, away = Retention(), 0
         async with (
             Session(self._config.source.dsn, "source", application_name="cdcsync watch") as source,
             Session(self._config.target.dsn, "target", application_name="cdcsync watch") as target,
@@ -160,15 +169,18 @@ class Watch:
             while True:
                 self._nudged = anyio.Event()
                 try:
-                    await self._look_at_tables(source, target)
                     with speaking_of("source"):
                         slot = await read_slot(await source.connection(), self._config.source.slot)
+                    away = 0
+                    self._look_at_slot(slot, retention)
+                    await self._look_at_tables(source, target)
                 except (Unavailable, SetupError) as error:
                     # A table that is dropped while its columns are read is an error too; the next look tells more.
                     log.debug("watch_waits", error=str(error))
-                else:
-                    self._look_at_slot(slot, retention)
-                with anyio.move_on_after(AWAITED_S if self._awaited else WATCH_S):
+                    away += isinstance(error, SourceUnavailable)
+                    if away == AWAY_LOOKS:
+                        self._source_ends()
+                with anyio.move_on_after(AWAITED_S if self._awaited or away else WATCH_S):
                     await self._nudged.wait()
                     await anyio.sleep(NUDGED_S)
 

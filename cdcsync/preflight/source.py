@@ -66,7 +66,7 @@ async def examine_source(
             if not list(publication_faults(publication)):
                 findings.append(Finding.ok(where, "exists, and sends every kind of change"))
         elif slot is not None:
-            findings += orphan_faults(slot, config.source.publication)
+            findings += orphan_faults(slot, config.source.publication, followed=bool(known))
         return SourceFacts(server, catalog, wanted)
     return None
 
@@ -195,8 +195,19 @@ def slot_faults(slot: Slot, server: Server, *, resync: bool) -> Iterator[Finding
         )
 
 
-def orphan_faults(slot: Slot, publication: str) -> Iterator[Finding]:
-    """Say why a slot is of no use without its publication: it looks it up in the catalog of the time of each change."""
+def orphan_faults(slot: Slot, publication: str, *, followed: bool) -> Iterator[Finding]:
+    """Say why a slot is of no use without its publication: it looks it up in the catalog of the time of each change.
+
+    :param followed: whether indexes follow their tables through them already: then it was dropped, and comes back.
+    """
+    if followed:
+        yield Finding.warning(
+            f"publication {publication}",
+            "was dropped: run creates it again, and compares source and index, as nothing was sent meanwhile",
+            "before PostgreSQL 18 the server cannot decode what was written until then, which is a gap:"
+            ' docs/operations.md, "After a gap"',
+        )
+        return
     yield Finding.error(
         f"publication {publication}",
         f"does not exist, and the slot {slot.name} does: changes from before its creation could not be sent",

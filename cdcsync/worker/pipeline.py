@@ -171,6 +171,7 @@ class Pipeline:
             deliveries=self.deliveries,
             received=lambda: self.stream.received,
             unapproved={name: one.change for name, one in held.items()},
+            source_ends=self.stream.leave,
         )
         self.stream.described = self.watch.look
         state.problems = self.watch.problems

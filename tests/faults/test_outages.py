@@ -6,9 +6,11 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from datetime import datetime, timedelta
 
+import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
@@ -52,6 +54,55 @@ def test_servers_that_restart_or_crash_are_found_again(
             pipeline.in_step()
     assert worker.poll() is None
     assert not [event for event in pipeline.events() if event.get("level") == "error"]
+
+
+def waits_for_a_lock(pipeline: Pipeline) -> bool:
+    row = pipeline.source.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'cdcsync%' AND wait_event_type = 'Lock'"
+    ).fetchone()
+    return row != (0,)
+
+
+@pytest.mark.parametrize("waits_for", ["source", "target"])
+def test_a_source_can_be_shut_down_while_changes_that_it_has_sent_wait_for_it_or_for_the_target(
+    make_cluster: Callable[..., Cluster], make_simple: MakeSimple, waits_for: str
+) -> None:
+    """A server that is shut down waits for what it has sent to be flushed, and takes no more connections."""
+    source, target = make_cluster(), make_cluster()
+    pipeline = make_simple(source.dsn(), make_target(target))
+    pipeline.source.execute("ALTER TABLE articles ALTER title SET STORAGE EXTERNAL")
+    pipeline.source.execute("UPDATE articles SET title = repeat(title || ' ', 1000) WHERE id = 7")
+    worker = pipeline.start()
+    pipeline.live()
+    if waits_for == "target":
+        target.stop()
+        change(pipeline, "meanwhile")
+        until(lambda: metric(pipeline, "cdcsync_lag_seconds") > 0, "the changes to wait")
+        source.stop()
+    else:
+        with closing(psycopg.connect(source.dsn())) as locking, closing(psycopg.connect(source.dsn())) as writing:
+            # The title does not change, so it is not sent: it has to be read again, behind the lock.
+            writing.execute("UPDATE articles SET tenant = 99 WHERE id = 7")
+            with ThreadPoolExecutor(1) as pool:
+                locked = pool.submit(locking.execute, "LOCK TABLE articles IN ACCESS EXCLUSIVE MODE")
+                until(lambda: blocked(pipeline), "the lock to be waited for")
+                writing.commit()
+                locked.result()
+            until(lambda: waits_for_a_lock(pipeline), "the worker to read the row")
+            source.stop()
+    source.start()
+    pipeline.connect_source()
+    if waits_for == "target":
+        target.start()
+        pipeline.connect_target()
+    change(pipeline, "after")
+    pipeline.in_step()
+    assert worker.poll() is None
+
+
+def blocked(pipeline: Pipeline) -> bool:
+    row = pipeline.source.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()
+    return row != (0,)
 
 
 def test_any_session_may_be_terminated(make_database: Callable[[], Database], make_simple: MakeSimple) -> None:

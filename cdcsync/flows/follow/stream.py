@@ -15,7 +15,7 @@ from typing import assert_never
 
 import anyio
 
-from cdcsync.errors import SchemaChanged, leading
+from cdcsync.errors import SchemaChanged, SourceUnavailable, leading
 from cdcsync.flows.follow.accounts import Accounts
 from cdcsync.flows.follow.apply import Applier
 from cdcsync.flows.follow.open_batch import Limits, OpenBatch
@@ -85,6 +85,7 @@ class Stream:
         """Called when the source describes a table again."""
         self._progress = Progress(Lsn(0))
         self._open = self._new_batch()
+        self._leaving = anyio.Event()
 
     @property
     def checkpoint(self) -> Lsn:
@@ -100,6 +101,10 @@ class Stream:
         """Pause an index with the next commit; `follow` returns the error once that is stored."""
         self._open.pause(error)
 
+    def leave(self) -> None:
+        """Give up the connection, and the batch in hand with it: the source waits for both, and they for the source."""
+        self._leaving.set()
+
     async def follow(
         self, slot: SlotConnection, checkpoint: Lsn, source_end: Lsn, *, status_every_s: float, silence_s: float
     ) -> list[SchemaChanged]:
@@ -113,6 +118,7 @@ class Stream:
         self._progress = Progress(checkpoint)
         self._lag.begin(checkpoint, silence_s)
         self._open = self._new_batch()
+        self._leaving = leaving = anyio.Event()
         receiver = Receiver(
             slot,
             source_end,
@@ -133,7 +139,14 @@ class Stream:
                     paused.extend(await self._apply_until_paused())
                     tasks.cancel_scope.cancel()
 
+                async def leave() -> None:
+                    await leaving.wait()
+                    raise SourceUnavailable(
+                        "the source takes no connections any more: it is shutting down", where="replication connection"
+                    )
+
                 tasks.start_soon(apply)
+                tasks.start_soon(leave)
                 async with cancelled_by(self._stopping), aclosing(receiver.events()) as events:
                     async for heard in events:
                         for one in heard:

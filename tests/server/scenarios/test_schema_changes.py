@@ -248,6 +248,25 @@ def test_a_publication_that_stops_sending_updates_pauses_its_indexes_until_it_se
     assert len(scene.pipeline.processes) == 1
 
 
+@pytest.mark.parametrize("down", [False, True], ids=["worker up", "worker down"])
+def test_a_publication_that_somebody_drops_comes_back(make_scene: MakeScene, down: bool) -> None:
+    scene = make_scene([one.format(t="bereft") for one in (TABLE, ROWS)], {"bereft": Followed("bereft")})
+    if scene.pipeline.source.info.server_version < 180000:
+        pytest.skip("before PostgreSQL 18 this is a gap")
+    if down:
+        scene.pipeline.stop(scene.pipeline.processes[-1])
+    scene.execute("DROP PUBLICATION cdcsync", *(one.format(t="bereft") for one in WRITE))
+    if down:
+        checked = scene.command("check")
+        assert "was dropped: run creates it again" in checked.stdout
+        assert checked.returncode == 0
+        scene.pipeline.start()
+
+    scene.heals()
+    scene.execute(*(one.format(t="bereft") for one in WRITE))
+    scene.follows()
+
+
 def test_writes_that_the_publication_makes_fail_are_told_until_they_succeed(make_scene: MakeScene) -> None:
     scene = make_scene([one.format(t="failing") for one in (TABLE, ROWS)], {"failing": Followed("failing")})
     if scene.pipeline.source.info.server_version < 180000:
