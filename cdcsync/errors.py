@@ -4,7 +4,8 @@
     ├── ConfigError            the file, a key or a value is wrong                      operator
     │   └── UsageError         the command line is wrong                                operator
     ├── SetupError             a server, table, slot or privilege is not as needed      operator
-    │   └── EmbedderSetupError the model or provider cannot be used as configured       operator
+    │   ├── EmbedderSetupError the model or provider cannot be used as configured       operator
+    │   └── ModelChanged       a query was embedded for vectors that are gone           automatic
     ├── RunError               what a running worker needs is no longer there           operator
     ├── GapError               changes were lost, or cannot be shown not to be          operator
     ├── SchemaChanged          a table no longer has what an index needs                operator
@@ -94,6 +95,12 @@ class SetupError(CdcsyncError):
 
 class EmbedderSetupError(SetupError):
     """The configured model or provider cannot be used: missing package, missing model, wrong dimension."""
+
+
+class ModelChanged(SetupError):
+    """A query was embedded for a generation of vectors that the index does not have any more: embed it again."""
+
+    retry = Retry.AUTOMATIC
 
 
 class RunError(CdcsyncError):

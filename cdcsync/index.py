@@ -12,8 +12,9 @@ The rules:
    search does without.
 2. A connection that broke while nobody used it is replaced without anybody noticing: searches only read, so one is
    simply made again.
-3. What the index is made of (model, dimensions, generation) is read from the target, and read again after `STORED_S`,
-   so that an application follows a migration to another model without a restart.
+3. The target says what the index is made of (model, dimensions, generation). A search names the generation that its
+   query was embedded for, so the query is never compared with vectors of another model; and it looks which generation
+   is live, so an application follows a migration with its next search, without a restart.
 """
 
 from __future__ import annotations
@@ -27,16 +28,25 @@ import msgspec
 from psycopg import sql
 
 from cdcsync.config import Config
-from cdcsync.embedders import Vectors, make_embedder, require_model
+from cdcsync.embedders import Vectors, embedder_of, make_embedder
 from cdcsync.embedders.queries import QueryEmbedder, QueryReranker
 from cdcsync.embedders.reranking import make_reranker
-from cdcsync.errors import EmbedError, TargetUnavailable, UsageError
+from cdcsync.errors import EmbedderSetupError, EmbedError, ModelChanged, TargetUnavailable, UsageError
 from cdcsync.lsn import Lsn
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.pool import Pool
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
-from cdcsync.target.search import NO_SETTINGS, TIMEOUT_S, Filter, Hit, Mode, search, stored_spec
+from cdcsync.target.search import (
+    NO_SETTINGS,
+    TIMEOUT_S,
+    Filter,
+    Hit,
+    Mode,
+    live_generation,
+    search,
+    stored_spec,
+)
 
 T = TypeVar("T")
 
@@ -50,15 +60,21 @@ STORED_S = 30.0
 """How long what is known of an index is taken for true."""
 
 
+SWITCHES = 4
+"""How often a search begins again because the index was switched to another generation just then: once, in practice."""
+
+
 class Hits(list[Hit]):
     """The hits of a search, the best first.
 
     :ivar warning: what the search had to do without (the model, the reranker), for people; None if nothing.
+    :ivar generation: the generation of vectors that was searched; see `cdcsync migrate`.
     """
 
-    def __init__(self, hits: Sequence[Hit] = (), warning: str | None = None) -> None:
+    def __init__(self, hits: Sequence[Hit] = (), warning: str | None = None, *, generation: int | None = None) -> None:
         super().__init__(hits)
         self.warning = warning
+        self.generation = generation
 
 
 class _Shared:
@@ -71,15 +87,29 @@ class _Shared:
         self._models: dict[str, QueryEmbedder] = {}
         self._rerankers: dict[str, QueryReranker] = {}
 
-    def model(self, name: str) -> QueryEmbedder:
-        """Return the model of an [embedders] section.
+    def model(self, spec: IndexSpec) -> QueryEmbedder:
+        """Return the model that made the vectors of an index.
+
+        :raises EmbedderSetupError: it cannot be used as configured, or the configuration does not have it.
+        """
+        if spec.model not in self._models:
+            embedder = embedder_of(self.config.embedders, spec.model, spec.config.embedder)
+            self._models[spec.model] = QueryEmbedder(embedder, timeout_s=self._model_timeout_s)
+        return self._models[spec.model]
+
+    async def open_model(self, spec: IndexSpec) -> None:
+        """Load the model that made the vectors of an index, if the configuration has it: searches say if it has not.
 
         :raises EmbedderSetupError: it cannot be used as configured.
+        :raises EmbedderUnavailable: it failed for a reason that passes.
         """
-        if name not in self._models:
-            embedder = make_embedder(name, self.config.embedders[name])
-            self._models[name] = QueryEmbedder(embedder, timeout_s=self._model_timeout_s)
-        return self._models[name]
+        try:
+            model = self.model(spec)
+        except EmbedderSetupError:
+            if (section := self.config.embedders.get(spec.config.embedder)) is not None:
+                make_embedder(spec.config.embedder, section)
+            return
+        await model.open()
 
     def reranker(self, name: str) -> QueryReranker:
         """Return the reranker of a [rerankers] section."""
@@ -140,9 +170,9 @@ class Index:
         :raises TargetUnavailable: the target does not answer now.
         """
         try:
-            await self._with_connection(self._spec)
+            spec = await self._with_connection(self._spec)
             with suppress(EmbedError):  # searches go by words, and say so
-                await self._shared.model(self._config.embedder).open()
+                await self._shared.open_model(spec)
         except BaseException:
             await self.__aexit__()
             raise
@@ -167,6 +197,7 @@ class Index:
         headline: str | None = None,
         settings: Mapping[str, str] = NO_SETTINGS,
         timeout_s: float = TIMEOUT_S,
+        generation: int | None = None,
     ) -> Hits:
         """Return the `k` best hits for a text, the best first.
 
@@ -180,6 +211,8 @@ class Index:
         :param headline: options of `ts_headline` for `Hit.headline`, "" for the server's own; None makes no headlines.
         :param settings: PostgreSQL settings for this search alone, such as one that a row-level security policy reads.
         :param timeout_s: how long the server may take.
+        :param generation: the generation of vectors that is searched, such as the one that `vector` was made for; None
+            is the live one.
         :raises UsageError: an argument cannot be used.
         :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
         :raises TargetUnavailable: the target does not answer now.
@@ -197,38 +230,52 @@ class Index:
                 headline=headline,
                 settings=settings,
                 timeout_s=timeout_s,
+                generation=generation,
             )
             ranked = await self.rerank(text, found)
-            return Hits(ranked[skip : skip + k], ranked.warning)
-        embedded: Sequence[float] | Vectors | None = vector
-        warning = None
-        if mode != "text" and vector is None and text.strip():
+            return Hits(ranked[skip : skip + k], ranked.warning, generation=found.generation)
+        schema = self._shared.config.target.schema
+
+        async def once() -> Hits:
+            spec = await self._generation(generation)
+            embedded: Sequence[float] | Vectors | None = vector
+            warning = None
+            if mode != "text" and vector is None and text.strip():
+                try:
+                    embedded = await self._shared.model(spec).embed_one(text)
+                except EmbedError as error:
+                    if mode == "vector" or self._config.search is None:
+                        raise
+                    warning = f"searched by words alone: {error}"
+
+            async def ask(connection: Connection) -> list[Hit]:
+                if generation is None:
+                    await self._refuse_switched(connection, spec)
+                return await search(
+                    connection,
+                    schema,
+                    spec,
+                    text=text,
+                    vector=None if mode == "text" else embedded,
+                    k=k,
+                    mode="text" if warning else mode,
+                    filter=filter,
+                    per_document=per_document,
+                    skip=skip,
+                    weights=weights,
+                    headline=headline,
+                    settings=settings,
+                    timeout_s=timeout_s,
+                )
+
+            return Hits(await self._with_connection(ask), warning, generation=spec.generation)
+
+        for _ in range(SWITCHES - 1):
             try:
-                embedded = await (await self._model()).embed_one(text)
-            except EmbedError as error:
-                if mode == "vector" or self._config.search is None:
-                    raise
-                warning = f"searched by words alone: {error}"
-
-        async def ask(connection: Connection) -> list[Hit]:
-            return await search(
-                connection,
-                self._shared.config.target.schema,
-                await self._spec(connection),
-                text=text,
-                vector=None if mode == "text" else embedded,
-                k=k,
-                mode="text" if warning else mode,
-                filter=filter,
-                per_document=per_document,
-                skip=skip,
-                weights=weights,
-                headline=headline,
-                settings=settings,
-                timeout_s=timeout_s,
-            )
-
-        return Hits(await self._with_connection(ask), warning)
+                return await once()
+            except ModelChanged:
+                self._stored = None
+        return await once()
 
     async def rerank(self, text: str, hits: Sequence[Hit]) -> Hits:
         """Return hits ordered by the index's reranker, with its scores; those beyond its `candidates` stay behind.
@@ -238,7 +285,7 @@ class Index:
         :raises UsageError: the index has no reranker.
         :raises EmbedderSetupError: the reranker cannot be used as configured.
         """
-        warning = hits.warning if isinstance(hits, Hits) else None
+        warning, generation = (hits.warning, hits.generation) if isinstance(hits, Hits) else (None, None)
         if self._config.reranker is None:
             raise UsageError(
                 "the index has no reranker", where=f"index {self.name}", hint="name a [rerankers.NAME] section in it"
@@ -246,14 +293,14 @@ class Index:
         reranker = self._shared.reranker(self._config.reranker)
         best, others = hits[: reranker.candidates], hits[reranker.candidates :]
         if not best:
-            return Hits(hits, warning)
+            return Hits(hits, warning, generation=generation)
         try:
             scores = await reranker.score(text, [hit.content for hit in best])
         except EmbedError as error:
             missing = f"not reranked: {error}"
-            return Hits(hits, f"{warning}; {missing}" if warning else missing)
+            return Hits(hits, f"{warning}; {missing}" if warning else missing, generation=generation)
         scored = [msgspec.structs.replace(hit, score=float(score)) for hit, score in zip(best, scores, strict=True)]
-        return Hits([*sorted(scored, key=lambda hit: -hit.score), *others], warning)
+        return Hits([*sorted(scored, key=lambda hit: -hit.score), *others], warning, generation=generation)
 
     async def embed(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of queries, `float32[n, dimensions]`, by the model that the index's vectors are of.
@@ -294,9 +341,31 @@ class Index:
                 return str(await fetch_value(source, "SELECT pg_current_wal_lsn()::text"))
 
     async def _model(self) -> QueryEmbedder:
-        model = self._shared.model(self._config.embedder)
-        require_model(model.embedder, (await self._with_connection(self._spec)).model)
-        return model
+        return self._shared.model(await self._with_connection(self._spec))
+
+    async def _generation(self, generation: int | None) -> IndexSpec:
+        """Return the index with one of its generations; None is the live one.
+
+        :raises ModelChanged: there is no such generation.
+        """
+        spec = await self._with_connection(self._spec)
+        for one in spec.generations:
+            if generation in (None, one.generation):
+                return one
+        raise ModelChanged(
+            f"the index has no generation {generation} of vectors",
+            where=f"index {self.name}",
+            hint=f"generation {spec.generation} is live, by {spec.model}",
+        )
+
+    async def _refuse_switched(self, connection: Connection, spec: IndexSpec) -> None:
+        """See that a query is embedded for the generation that is live now.
+
+        :raises ModelChanged: it is not.
+        """
+        live = await live_generation(connection, self._shared.config.target.schema, self.name)
+        if live not in (spec.generation, None):
+            raise ModelChanged(f"generation {live} is live, not {spec.generation}", where=f"index {self.name}")
 
     async def _spec(self, connection: Connection) -> IndexSpec:
         if self._stored is None or anyio.current_time() > self._stored_until:

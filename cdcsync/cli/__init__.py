@@ -15,6 +15,7 @@
     figures     what `evaluate` measured, as tables
     evaluate    the command `evaluate`
     failures    the command `failures`
+    migrate     the command `migrate`
     entry       `main`: runs a command and turns what it raises into an exit status
 
 The exit status is 0 when all is well, 1 when a command ran and failed, 2 when configuration, set-up or usage is wrong

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from cdcsync.cli import evaluate, failures, init, plan, replay, search, serve, shipped, teardown, verify
+from cdcsync.cli import evaluate, failures, init, migrate, plan, replay, search, serve, shipped, teardown, verify
 from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app, config_commands
 from cdcsync.cli.streams import ReaderGone, guarded
 from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
@@ -30,6 +30,7 @@ app.command(epilog=replay.EPILOG)(replay.replay)
 app.command(epilog=verify.EPILOG)(verify.verify)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=failures.EPILOG)(failures.failures)
+app.command(epilog=migrate.EPILOG)(migrate.migrate)
 app.command(epilog=teardown.EPILOG)(teardown.teardown)
 app.command(epilog=teardown.DROP_EPILOG)(teardown.drop)
 app.command(epilog=serve.EPILOG)(serve.serve)

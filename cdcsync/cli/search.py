@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from cdcsync.config import Config
+    from cdcsync.model.spec import IndexSpec
     from cdcsync.target.search import Hit, Plan
 
 EPILOG = """By meaning and by words: `cdcsync search articles "how do I reset my password"`
@@ -176,7 +177,7 @@ async def find(
     :raises SetupError: the target does not hold an index, or its embedder cannot be used or is of another model.
     """
     from cdcsync.postgres.sessions import connect
-    from cdcsync.target.search import check_condition, search, stored_spec
+    from cdcsync.target.search import check_condition, live_generation, search, stored_spec
 
     schema = config.target.schema
     answer = Answer()
@@ -188,16 +189,20 @@ async def find(
             # A wrong condition is told before a model is loaded, which takes seconds.
             await check_condition(connection, schema, spec, where)
         for name, spec in specs.items():
-            embedder = spec.config.embedder
-            if mode != "text" and embedder not in vectors:
-                vectors[embedder] = await embed_query(config, embedder, spec.model, text)
+            if mode != "text" and spec.model not in vectors:
+                vectors[spec.model] = await embed_query(config, spec, text)
+            if mode != "text" and await live_generation(connection, schema, name) != spec.generation:
+                # It was switched while the model was loaded.
+                spec = await stored_spec(connection, schema, name, indexes[name])
+                if spec.model not in vectors:
+                    vectors[spec.model] = await embed_query(config, spec, text)
             plans: list[Plan] = []
             hits = await search(
                 connection,
                 schema,
                 spec,
                 text=text,
-                vector=None if mode == "text" else vectors[embedder],
+                vector=None if mode == "text" else vectors[spec.model],
                 k=k if len(specs) == 1 else k + skip,
                 skip=skip if len(specs) == 1 else 0,
                 mode=mode,
@@ -216,19 +221,18 @@ async def find(
     return answer
 
 
-async def embed_query(config: Config, name: str, model: str, text: str) -> npt.NDArray[np.float32]:
+async def embed_query(config: Config, spec: IndexSpec, text: str) -> npt.NDArray[np.float32]:
     """Return the query's vector, by the model that made the index's vectors: a running worker's, or one loaded here."""
     import numpy as np
 
     from cdcsync.cli.beside import embedded_by_worker
 
-    vector = await embedded_by_worker(config, name, model, text)
+    vector = await embedded_by_worker(config, spec.config.embedder, spec.model, text)
     if vector is not None:
         return np.asarray(vector, dtype=np.float32)
-    from cdcsync.embedders import make_embedder, require_model
+    from cdcsync.embedders import embedder_of
 
-    embedder = make_embedder(name, config.embedders[name])
-    require_model(embedder, model)
+    embedder = embedder_of(config.embedders, spec.model, spec.config.embedder)
     try:
         await embedder.open()
         (made,) = await embedder.embed([text], kind="query")

@@ -75,7 +75,7 @@ def drop(
 
     configuration = context.ensure_object(Invocation).load(config)
     if not yes:
-        _confirm(f"drops the index {index} from the target; this cannot be undone.", needs="drop")
+        confirm(f"drops the index {index} from the target; this cannot be undone.", needs="drop")
     steps = anyio.run(interruptible, lambda: flow.drop_index(configuration, index))
     if as_json:
         printing.print_json(steps)
@@ -95,10 +95,10 @@ def _ask(belongings: Belongings) -> None:
     for kind, names in (("view", belongings.views), ("table", belongings.tables)):
         for name in names:
             out.print(f"  {kind} {plain(name)}", markup=False)
-    _confirm(None, needs="--purge")
+    confirm(None, needs="--purge")
 
 
-def _confirm(what: str | None, *, needs: str) -> None:
+def confirm(what: str | None, *, needs: str) -> None:
     """Return only if the answer is yes.
 
     :param needs: the command or option that asks.

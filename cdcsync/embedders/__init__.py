@@ -21,6 +21,7 @@ Making an embedder is cheap and never imports torch; `open` loads what is heavy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import assert_never
 
 from cdcsync import config
@@ -31,8 +32,31 @@ from cdcsync.embedders.python import PythonEmbedder
 from cdcsync.embedders.ray import RayEmbedder
 from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder
 from cdcsync.embedders.tei import TeiEmbedder
+from cdcsync.errors import EmbedderSetupError
 
-__all__ = ["Distance", "Embedder", "Kind", "Vectors", "make_embedder", "require_model", "validate"]
+__all__ = ["Distance", "Embedder", "Kind", "Vectors", "embedder_of", "make_embedder", "require_model", "validate"]
+
+
+def embedder_of(sections: Mapping[str, config.Embedder], model: str, named: str) -> Embedder:
+    """Return the embedder of a configuration that makes vectors of a model, under whatever name it is there.
+
+    :param model: the identity of the model.
+    :param named: the section that is looked at first.
+    :raises EmbedderSetupError: none makes them, or that section cannot be used.
+    """
+    first: EmbedderSetupError | None = None
+    for name in dict.fromkeys([named, *sections]):
+        if name not in sections:
+            continue
+        try:
+            embedder = make_embedder(name, sections[name])
+            require_model(embedder, model)
+        except EmbedderSetupError as error:
+            first = first or error
+        else:
+            return embedder
+    assert first is not None, "a configuration has an embedder"
+    raise first
 
 
 def make_embedder(name: str, settings: config.Embedder) -> Embedder:

@@ -7,6 +7,7 @@
     dry_run       what reading rows again would embed, and cost
     setup/        what is created before following starts; gaps; partitions
     plan          what run would do, and what that embeds
+    migrate/      from one generation of vectors to another
     watch         what the stream does not tell
     settle        vectors that have rested move into HNSW
     build         HNSW and keyword indexes after a load

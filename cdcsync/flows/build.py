@@ -56,7 +56,7 @@ async def build_until_live(dsn: str, schema: str, specs: Sequence[IndexSpec]) ->
                 await anyio.sleep(POLL_S)
 
 
-async def _settle_all(connection: Connection, schema: str, spec: IndexSpec) -> None:
+async def settle_all(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Move every vector to where HNSW is about to be built: while it is not there, that is quick."""
     settling = Settling(connection, schema, spec)
     while chunks := await settling.rested(MOVED_AT_ONCE, rest_s=0):
@@ -91,7 +91,7 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
     # Left by chunks that had to go whose texts might have come again.
     await delete_vectors_without_chunks(connection, schema, spec)
     await build_search(connection, schema, spec)
-    await _settle_all(connection, schema, spec)
+    await settle_all(connection, schema, spec)
     log.info("hnsw_building", index=spec.name)
     await build_hnsw(connection, schema, spec)
     await connection.execute(sql.SQL("ANALYZE {}").format(names.chunks))

@@ -18,7 +18,7 @@ from cdcsync.config import Config, price_per_million_tokens
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.documents.chunks.sizes import CHARACTERS_PER_TOKEN
 from cdcsync.documents.templates import Rendering
-from cdcsync.embedders import make_embedder
+from cdcsync.embedders import embedder_of
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import DocumentError, EmbedError
 from cdcsync.flows.replay import Replay
@@ -93,7 +93,7 @@ class Count(msgspec.Struct):
 
 async def estimate(source: Connection, target: Connection, config: Config, spec: IndexSpec, replay: Replay) -> Estimate:
     """Say what a replay would do, by doing all of it but the writing; of the embedding, one batch."""
-    embedder = make_embedder(spec.config.embedder, config.embedders[spec.config.embedder])
+    embedder = embedder_of(config.embedders, spec.model, spec.config.embedder)
     try:
         found = await count(source, target, config, spec, replay, embedder)
         each_s = await seconds_for_each(embedder, list(found.sample.values())) if found.sample else 0.0
@@ -101,7 +101,7 @@ async def estimate(source: Connection, target: Connection, config: Config, spec:
         with anyio.CancelScope(shield=True):
             await embedder.aclose()
     tokens = tokens_of(found.text_characters)
-    each = price_per_million_tokens(config.embedders[spec.config.embedder])
+    each = price_per_million_tokens(config.embedders[embedder.name])
     return Estimate(
         index=spec.name,
         rows=found.rows,

@@ -25,12 +25,15 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.preflight import Report
+from cdcsync.preflight.generations import wish_findings
+from cdcsync.preflight.indexes import Plan
 from cdcsync.source.catalog import Catalog, read_slot
 from cdcsync.target.approvals import TABLE as APPROVALS
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.building import hnsw_options
 from cdcsync.target.ddl.sizes import stored_generations
 from cdcsync.target.embedders import rate_of
+from cdcsync.target.generations import Generation
 from cdcsync.target.registry import Entry, Registry
 
 Action = Literal["created", "read again", "compared", "changed", "paused", "unchanged"]
@@ -134,7 +137,8 @@ async def read_plan(
         await connect(config.source.dsn, "source", application_name="cdcsync plan") as source,
         await connect(config.target.dsn, "target", application_name="cdcsync plan") as target,
     ):
-        planning = _Planning(config, source, target, catalog, embedders, bounds, measure)
+        plans = {one.name: one for one in report.plans}
+        planning = _Planning(config, source, target, catalog, embedders, bounds, measure, plans)
         indexes = [
             paused(name, report.broken[name]) if name in report.broken else await planning.index(specs[name])
             for name in config.indexes
@@ -168,6 +172,7 @@ class _Planning:
         embedders: Mapping[str, Embedder],
         bounds: Bounds,
         measure: bool,
+        plans: Mapping[str, Plan],
     ) -> None:
         self._config = config
         self._source = source
@@ -176,6 +181,7 @@ class _Planning:
         self._embedders = embedders
         self._bounds = bounds
         self._measure = measure
+        self._plans = plans
         self._seconds: dict[str, float | None] = {}
         """Of one text, by embedder."""
 
@@ -218,10 +224,16 @@ class _Planning:
         )
 
     async def _remaining(self, spec: IndexSpec) -> list[str]:
-        """Say where the HNSW index was built by other parameters; only building it again changes them."""
+        """Say which vectors the configuration asks for, where the index has others; only a migration exchanges them."""
+        examined = self._plans[spec.name]
+        wish, has = examined.wish, (spec.model, spec.dimensions, spec.config.vector_type, spec.distance)
+        if wish is not None and wish.made_by != has:
+            told = wish_findings(examined, Generation.of(spec, "ready"))
+            return [f"{one.message}; {one.hint}" if one.hint else one.message for one in told]
         with speaking_of("target", where=f"index {spec.name}"):
             built = await hnsw_options(self._target, self._config.target.schema, spec)
-        wanted = {"m": spec.config.hnsw.m, "ef_construction": spec.config.hnsw.ef_construction}
+        hnsw = self._config.indexes[spec.name].hnsw
+        wanted = {"m": hnsw.m, "ef_construction": hnsw.ef_construction}
         return [
             f"hnsw.{name} is {built[name]} in the index and {value} in the configuration:"
             f" cdcsync migrate {spec.name} start builds it again"

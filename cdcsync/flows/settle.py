@@ -89,6 +89,11 @@ class _Seen:
         return min(self.scans) if tiers.fresh else 0.0
 
 
+def _place(spec: IndexSpec) -> tuple[str, int]:
+    """Return what a set of vectors is known by."""
+    return spec.name, spec.generation
+
+
 class Settle:
     """Settles the vectors of all indexes of a pipeline, one index after the other."""
 
@@ -107,14 +112,16 @@ class Settle:
         :param lag: of the stream, which should have the target to itself while it is late.
         """
         self._schema = schema
-        self._specs = specs
+        self._specs = [one for spec in specs for one in spec.generations]
+        self._searched = {_place(spec) for spec in specs}
+        """Metrics are of the generations that searches use."""
         self._settings = settings
         self._metrics = metrics
         self._lag = lag
         self._dsn = dsn
         self._sessions: list[Session] = []
-        self._seen = {spec.name: _Seen() for spec in specs}
-        self._rebuilding: set[str] = set()
+        self._seen = {_place(spec): _Seen() for spec in self._specs}
+        self._rebuilding: set[tuple[str, int]] = set()
 
     async def run(self) -> None:
         """Settle until cancelled, connecting again whenever the target was away."""
@@ -143,7 +150,7 @@ class Settle:
             return False
 
     async def _settle(self, spec: IndexSpec) -> bool:
-        settings, seen = self._settings(), self._seen[spec.name]
+        settings, seen = self._settings(), self._seen[_place(spec)]
         settling = await self._on(0, spec)
         if not seen.cleared:
             await Rebuild(await self._sessions[0].connection(), self._schema, spec).clear()
@@ -158,10 +165,10 @@ class Settle:
         if not tiers.built or not tiers.fresh or not settings.settle_connections or (self._late() and not pressing):
             seen.per_s = 0.0
             return False
-        if spec.name in self._rebuilding:
+        if _place(spec) in self._rebuilding:
             return False
         if pressing and tiers.fresh > max(REBUILD_ROWS, REBUILD_SHARE * tiers.settled) and seen.may_rebuild:
-            self._rebuilding.add(spec.name)
+            self._rebuilding.add(_place(spec))
             self._tasks.start_soon(self._rebuild, spec)
             return False
         chunks = await settling.rested(ROUND, rest_s=0 if pressing else settings.settle_after_s)
@@ -179,13 +186,13 @@ class Settle:
                 with speaking_of("target", where=f"index {spec.name}"):
                     moved = await Rebuild(await session.connection(), self._schema, spec).run()
         except (CdcsyncError, Emptied) as error:
-            self._seen[spec.name].not_before = anyio.current_time() + REBUILD_AGAIN_S
+            self._seen[_place(spec)].not_before = anyio.current_time() + REBUILD_AGAIN_S
             log.warning("hnsw_rebuild_failed", index=spec.name, error=str(error))
         else:
             self._metrics.settled.labels(spec.name).inc(moved)
             log.info("hnsw_rebuilt", index=spec.name, vectors=moved)
         finally:
-            self._rebuilding.discard(spec.name)
+            self._rebuilding.discard(_place(spec))
 
     def _late(self) -> bool:
         """Say whether the stream is later than it is under steady load."""
@@ -214,13 +221,14 @@ class Settle:
         except BaseExceptionGroup as group:
             raise leading(group) from None
         self._metrics.settled.labels(spec.name).inc(moved)
-        self._seen[spec.name].per_s = moved / max(anyio.current_time() - began, 1e-6)
+        self._seen[_place(spec)].per_s = moved / max(anyio.current_time() - began, 1e-6)
 
     async def _note(self, settling: Settling, spec: IndexSpec, tiers: Tiers, scan_ms: float) -> None:
         """Show what was seen: in the metrics at once, and in the target from time to time."""
-        seen = self._seen[spec.name]
-        self._metrics.fresh.labels(spec.name).set(tiers.fresh)
-        self._metrics.fresh_scan.labels(spec.name).set(scan_ms / 1000)
+        seen = self._seen[_place(spec)]
+        if _place(spec) in self._searched:
+            self._metrics.fresh.labels(spec.name).set(tiers.fresh)
+            self._metrics.fresh_scan.labels(spec.name).set(scan_ms / 1000)
         now = anyio.current_time()
         if (tiers.fresh or seen.noted) and now - seen.noted_at >= NOTE_S:
             await settling.note(scan_ms, seen.per_s)

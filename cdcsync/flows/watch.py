@@ -40,6 +40,7 @@ from cdcsync.source.catalog import Catalog, Slot, insert_lsn, read_catalog, read
 from cdcsync.source.fingerprints import Difference, Fingerprint, difference, fingerprint_of
 from cdcsync.target.approvals import Approvals
 from cdcsync.target.ddl.missing import missing_relations
+from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Entry, Registry
 
 log = structlog.get_logger()
@@ -188,6 +189,7 @@ class Watch:
         config = self._config
         with speaking_of("target"):
             entries = await Registry(config.target.schema).all(await target.connection())
+            generations = await Generations(config.target.schema).all(await target.connection())
         known = [entry.table_oid for entry in entries.values() if entry.table_oid is not None]
         wanted = {table for plan in self._plans for table in plan.index.tables}
         with speaking_of("source"):
@@ -200,6 +202,7 @@ class Watch:
             error = next((finding for finding in findings if finding.level == "error"), None)
             self._note_problems(plan.name, findings)
             if plan.name in self._specs and entry.state != "paused":
+                self._look_at_generations(self._specs[plan.name], entry, generations.get(plan.name, []))
                 await self._look_at_followed(source, target, self._specs[plan.name], entry, catalog, error)
             elif entry.state == "paused":
                 await self._look_at_paused(target, plan, entry, catalog, error)
@@ -209,6 +212,16 @@ class Watch:
                 self._ailing.add(plan.name)
         if anyio.current_time() >= self._relations_due:
             self._relations_due = anyio.current_time() + RELATIONS_S
+
+    def _look_at_generations(self, spec: IndexSpec, entry: Entry, generations: Sequence[Generation]) -> None:
+        """See that the index has the generations of vectors that this pipeline writes, and searches use the same one.
+
+        :raises TablesChanged: a migration has begun, was activated, rolled back or ended.
+        """
+        wanted = {one.generation for one in generations if one.state != "dropping"} | {entry.generation}
+        dropping = any(one.state == "dropping" for one in generations)
+        if entry.generation != spec.generation or wanted != {one.generation for one in spec.generations} or dropping:
+            raise TablesChanged("the index has other generations of vectors", where=f"index {spec.name}")
 
     def _note_problems(self, index: str, findings: Sequence[Finding]) -> None:
         said = [f"{one.message}; {one.hint}" for one in findings if one.level == "warning"]

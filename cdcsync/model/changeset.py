@@ -83,3 +83,5 @@ class Applied(msgspec.Struct, frozen=True):
     reused: int
     inline: int
     queued: int
+    beside: int = 0
+    """Texts that wait for a vector of another generation than the live one."""

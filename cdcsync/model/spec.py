@@ -46,6 +46,11 @@ class IndexSpec(msgspec.Struct, frozen=True):
     oids: dict[QualifiedName, int] = {}
     """The OIDs of related tables."""
 
+    others: tuple[IndexSpec, ...] = ()
+    """The same index with each other generation of vectors that it has, beside the one that searches use."""
+    cutter: str | None = None
+    """The embedder whose tokens chunks are measured in, where it is not the one that makes the vectors."""
+
     @property
     def links(self) -> tuple[Link, ...]:
         """The tables whose rows take part in documents, by the ways to them."""
@@ -72,6 +77,16 @@ class IndexSpec(msgspec.Struct, frozen=True):
         :raises DocumentError: a function of the user's fails for it.
         """
         return self.documents.render(self.shape.text_of(row))  # type: ignore[arg-type]
+
+    @property
+    def generations(self) -> tuple[IndexSpec, ...]:
+        """The index with each generation of its vectors; the one that searches use comes first."""
+        return (self, *self.others)
+
+    @property
+    def cut_by(self) -> str:
+        """The name of the embedder whose tokens chunks are measured in."""
+        return self.cutter or self.config.embedder
 
     @property
     def vector_type(self) -> str:

@@ -7,6 +7,7 @@
     target       the target's server, pgvector and our schema
     types        the columns' types in the target
     indexes      each index: its model, what is stored of it, and its `IndexSpec`
+    generations  the vectors that it has, where the configuration asks for others
     following    whether each index can follow its table; the watch asks it too
     layout       where it is to lie: its tables, its view, its keyword search
     embedders    the models

@@ -14,6 +14,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, Side, connect
 from cdcsync.preflight.findings import Finding, noting
 from cdcsync.preflight.following import following_findings
+from cdcsync.preflight.generations import follow_generations, live_generation, wish_findings
 from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults, vector_faults
 from cdcsync.preflight.layout import examine_layout
 from cdcsync.preflight.machine import machine_findings
@@ -54,7 +55,7 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
         if target is not None and target_facts is not None:
             if source_facts is not None:
                 findings += own_tables(config, source_facts, target_facts)
-            specs = await _examine_indexes(target, config, plans, source_facts, target_facts, findings)
+            specs = await _examine_indexes(target, config, plans, source_facts, target_facts, findings, embedders)
         broken = _pause_broken(plans, stored)
         if source_facts is not None and source_facts.catalog.publication is None:
             found = {plan.table.name: plan.table for plan in plans if plan.table is not None}
@@ -153,6 +154,7 @@ async def _examine_indexes(
     source_facts: SourceFacts | None,
     facts: TargetFacts,
     findings: list[Finding],
+    embedders: Mapping[str, Embedder],
 ) -> list[IndexSpec]:
     publication = source_facts.catalog.publication if source_facts is not None else None
     specs = []
@@ -161,7 +163,10 @@ async def _examine_indexes(
         if stored is not None:
             # Of another index than the one that exists: that is for whoever wrote the configuration.
             findings += stored_faults(plan.name, plan.index, stored, config.source.slot)
+            follow_generations(plan, stored, facts.generations.get(plan.name, []), embedders)
             plan.unlike = list(vector_faults(plan, stored))
+            if not plan.unlike:
+                plan.findings += wish_findings(plan, live_generation(stored, facts.generations.get(plan.name, [])))
             plan.findings += plan.unlike
         await examine_layout(target, config, plan.name, facts, plan.findings)
         published = publication.tables.get(plan.index.table_name) if publication is not None else None

@@ -25,6 +25,7 @@ from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.target import TargetFacts
 from cdcsync.preflight.types import choose_types, sortable
 from cdcsync.source.relations import Column, Table
+from cdcsync.target.generations import Generation
 from cdcsync.target.registry import Entry
 
 MAX_HNSW_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000}
@@ -32,6 +33,24 @@ MAX_HNSW_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000}
 
 FINGERPRINT_DIGITS = 32
 """128 bits in hexadecimal, as for the hashes of documents."""
+
+
+class Wish(msgspec.Struct, frozen=True):
+    """The vectors that the configuration asks for, where the index has others."""
+
+    index: Index
+    """The section as it was written."""
+    embedder: Embedder
+    distance: Distance
+
+    @property
+    def made_by(self) -> tuple[object, ...]:
+        """What makes the vectors, and how they are stored and compared; see `Generation.made_by`."""
+        return self.embedder.identity, self.embedder.dimensions, self.index.vector_type, self.distance
+
+    def is_met_by(self, one: Generation) -> bool:
+        """Say whether a generation is what the configuration asks for."""
+        return one.made_by == self.made_by and one.built_like(self.index.hnsw)
 
 
 class Plan(msgspec.Struct):
@@ -56,6 +75,13 @@ class Plan(msgspec.Struct):
     """Whether the index exists and cannot be kept up, for whatever reason."""
     unfit: bool = False
     """Whether the catalog tells that the table is not fit for the index, so that the watch sees when it is."""
+    generations: list[Generation] = []
+    """The index's other generations of vectors, besides the live one."""
+    wish: Wish | None = None
+    """The vectors that the configuration asks for, where the index has others; `index` and `embedder` are then what it
+    has, if the configuration has an embedder for that."""
+    cutter: str | None = None
+    """The embedder whose tokens the stored chunks are measured in, if they are as they would be cut now."""
     unlike: list[Finding] = []
     """Where the index has other vectors than the configuration asks for, so that it waits for a migration."""
 
@@ -81,9 +107,13 @@ def make_plan(name: str, index: Index, embedder: Embedder | None, findings: list
         findings.append(Finding.of(error, where))
         return plan
     if plan.documents is not None:
-        content = f"{documents}\0{chunker.fingerprint}"
-        plan.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:FINGERPRINT_DIGITS]
+        plan.fingerprint = fingerprint(documents, chunker.fingerprint)
     return plan
+
+
+def fingerprint(documents: str, chunker: str) -> str:
+    """Return what identifies how an index's documents and chunks are made."""
+    return hashlib.sha256(f"{documents}\0{chunker}".encode()).hexdigest()[:FINGERPRINT_DIGITS]
 
 
 def distance_of(index: Index, embedder: Embedder) -> Distance:
@@ -212,7 +242,7 @@ async def make_spec(
         joined=documents.joined,
     )
     wire_types = tuple(table.columns[one].wire_type for one in shape.own if one in table.columns)
-    return IndexSpec(
+    spec = IndexSpec(
         name=plan.name,
         config=index,
         shape=msgspec.structs.replace(shape, types=wire_types),
@@ -230,4 +260,7 @@ async def make_spec(
         table_oid=table.oid,
         facts=plan.facts,
         oids=plan.oids,
+        cutter=plan.cutter,
     )
+    others = [one.spec(spec) for one in plan.generations if one.state != "dropping"]
+    return msgspec.structs.replace(spec, others=tuple(others))

@@ -19,6 +19,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
 from cdcsync.source.catalog import Server, read_server
 from cdcsync.source.slot import MIN_VERSION
+from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Entry, Registry
 
 PGVECTOR_MINIMUM = (0, 7, 0)
@@ -38,6 +39,7 @@ SHARED = (
     "embedders",
     "evaluations",
     "failed_documents",
+    "generations",
     "judged_runs",
     "tiers",
 )
@@ -89,6 +91,8 @@ class TargetFacts(msgspec.Struct, frozen=True):
 
     server: Server
     stored: dict[str, Entry]
+    generations: dict[str, list[Generation]] = {}
+    """The sets of vectors of each index, by its name."""
 
 
 async def examine_target(connection: Connection, config: Config, findings: list[Finding]) -> TargetFacts | None:
@@ -110,7 +114,8 @@ async def examine_target(connection: Connection, config: Config, findings: list[
         faults = list(relation_faults("target.schema", relations, server))
         findings += faults
         if not faults:
-            facts = TargetFacts(server, await Registry(schema).all(connection))
+            entries = await Registry(schema).all(connection)
+            facts = TargetFacts(server, entries, await Generations(schema).all(connection))
     return facts
 
 

@@ -341,7 +341,7 @@ class Offered(Index):
 
         :raises EmbedderUnavailable, EmbedderSetupError: it cannot be loaded.
         """
-        await self._shared.model(self._config.embedder).open()
+        await (await self._model()).open()
 
     async def ping(self) -> None:
         """Ask the target anything.

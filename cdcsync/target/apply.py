@@ -19,6 +19,8 @@ new state. The order matters:
    settled one;
 7. vectors of `gone` are deleted.
 
+Where the index has another generation of vectors, which a migration fills or has left, 5 to 7 are done for it too.
+
 Every statement can be repeated with the same result.
 """
 
@@ -91,14 +93,14 @@ class IndexWriter:
         self._places = [sql.Identifier(f"k{at}") for at in range(len(self._keys))]
         self._carried = [sql.Identifier(name) for name in spec.shape.carried]
         self._slots = [sql.Identifier(f"c{at}") for at in range(len(self._carried))]
-        self._composed: dict[str, bytes] = {}
-        """The statements as they are sent, by their templates."""
+        self._composed: dict[tuple[str, int], bytes] = {}
+        """The statements as they are sent, by their templates and the generation that they are about."""
         self._staged = 0
         """Rows that went through the temporary tables since they were last truncated."""
         self._equal: list[sql.Composable] = []
         """The key columns' operators."""
-        self._parts: dict[str, sql.Composable] = {}
-        """The values of the names in braces in the statements."""
+        self._parts: dict[int, dict[str, sql.Composable]] = {}
+        """By generation, the values of the names in braces in the statements."""
 
     async def open(self) -> None:
         """Create the stage; once per connection.
@@ -106,7 +108,9 @@ class IndexWriter:
         Each apply empties what it uses, so indexes with the same types share a stage.
         """
         self._equal = [one.equal for one in await comparisons(self._connection, self._spec.key_types)]
-        self._parts = self._compose(await vector_schema(self._connection))
+        extension = await vector_schema(self._connection)
+        common = self._compose(extension)
+        self._parts = {one.generation: common | self._of_generation(one) for one in self._spec.generations}
         columns = [
             sql.SQL("{} AS {}").format(column, place)
             for column, place in zip(self._keys + self._carried, self._places + self._slots, strict=True)
@@ -167,7 +171,8 @@ class IndexWriter:
     async def apply(self, changes: ChangeSet) -> Applied:
         """Write the changes inside the caller's transaction; the caller commits."""
         await self._empty()
-        if changes.new and (loaded := await self._load(changes)) is not None:
+        others = self._spec.others
+        if changes.new and not others and (loaded := await self._load(changes)) is not None:
             return loaded
         if changes.truncated:
             await self._truncate()
@@ -179,7 +184,7 @@ class IndexWriter:
             deleted = await self._delete_surplus()
         if changes.kept:
             await self._update_kept()
-        reused = inline = queued = 0
+        reused = inline = queued = beside = 0
         if changes.documents:
             await self._write(changes, chunks)
         if changes.documents or deleted:
@@ -187,21 +192,39 @@ class IndexWriter:
                 "LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE; DELETE FROM {backlog} AS b USING"
                 " (SELECT chunk_id FROM {gone} UNION ALL SELECT chunk_id FROM {put}) AS t WHERE b.chunk_id = t.chunk_id"
             )
+            for other in others:
+                await self._run("LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE", of=other)
         if changes.documents:
-            # At light load every vector came along, and there is nothing to look for.
-            if not all(chunk.hash in changes.vectors for one in changes.documents for chunk in one.chunks):
-                reused = await self._reuse()
-            if changes.vectors:
-                inline = await self._store(changes.vectors)
-            if reused or inline:
-                await self._run(SUPERSEDE)
-            if inline < chunks:
-                queued = await self._queue()
+            reused, inline, queued = await self._give_vectors(self._spec, changes, chunks)
+            for other in others:
+                beside += (await self._give_vectors(other, changes, chunks))[2]
         if deleted:
-            for tier in ("fresh", "settled"):
-                await self._run("DELETE FROM {" + tier + "} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id")
+            for one in self._spec.generations:
+                for tier in ("fresh", "settled"):
+                    await self._run(
+                        "DELETE FROM {" + tier + "} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id", of=one
+                    )
         self._staged += len(changes.deleted) + len(changes.absent) + len(changes.kept) + chunks + deleted
-        return Applied(chunks, deleted, reused, inline, queued)
+        return Applied(chunks, deleted, reused, inline, queued, beside)
+
+    async def _give_vectors(self, one: IndexSpec, changes: ChangeSet, chunks: int) -> tuple[int, int, int]:
+        """See that all chunks that were put have a vector of one generation, or wait for it.
+
+        :returns: how many took that of an equal text, how many came along, and how many wait.
+        """
+        # The vectors that came along are of the live generation's model.
+        along = changes.vectors if one.model == self._spec.model else {}
+        reused = inline = queued = 0
+        # At light load every vector came along, and there is nothing to look for.
+        if not all(chunk.hash in along for document in changes.documents for chunk in document.chunks):
+            reused = await self._reuse(one)
+        if along:
+            inline = await self._store(one, along)
+        if reused or inline:
+            await self._run(SUPERSEDE, of=one)
+        if inline < chunks:
+            queued = await self._queue(one)
+        return reused, inline, queued
 
     async def _load(self, changes: ChangeSet) -> Applied | None:
         """Write documents that the index does not have; None when it has one of them, with nothing written."""
@@ -215,7 +238,7 @@ class IndexWriter:
                     async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
                         for block in blocks(f"{id_}\t\\\\x{one.hex()}\n" for id_, one in left):
                             await copy.write(block)
-                    reused = await self._reuse()
+                    reused = await self._reuse(self._spec)
                     queued = await self._run(
                         "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
                         " SELECT {generation}, p.chunk_id, p.content_hash, {backfill} FROM {put} AS p"
@@ -245,12 +268,18 @@ class IndexWriter:
         try:
             async with self._connection.transaction():
                 await self._connection.execute(f"SET LOCAL statement_timeout = {TRUNCATE_LOCKS_MS}")
-                await self._run("LOCK TABLE {backlog}, {chunks}, {fresh}, {settled} IN ACCESS EXCLUSIVE MODE")
+                tables = "{backlog}, {chunks}" + "".join(
+                    f", {{fresh_{one.generation}}}, {{settled_{one.generation}}}" for one in self._spec.generations
+                )
+                await self._run("LOCK TABLE " + tables + " IN ACCESS EXCLUSIVE MODE")
                 await self._connection.execute("SET LOCAL statement_timeout = 0")
-                await self._run("TRUNCATE {backlog}, {chunks}, {fresh}, {settled}")
+                await self._run("TRUNCATE " + tables)
         except (psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected):
-            for table in ("backlog", "fresh", "settled", "chunks"):
-                await self._run("DELETE FROM {" + table + "}")
+            await self._run("DELETE FROM {backlog}")
+            for one in self._spec.generations:
+                await self._run("DELETE FROM {fresh}", of=one)
+                await self._run("DELETE FROM {settled}", of=one)
+            await self._run("DELETE FROM {chunks}")
 
     async def _copy(self, changes: ChangeSet) -> None:
         columns = [*self._places, *self._slots, *map(sql.Identifier, _STAGE_COLUMNS)]
@@ -323,7 +352,7 @@ class IndexWriter:
             " INSERT INTO {put} SELECT chunk_id, content_hash FROM put"
         )
 
-    async def _reuse(self) -> int:
+    async def _reuse(self, one: IndexSpec) -> int:
         """Give each chunk without a current vector that of an equal text, where one is stored."""
         return await self._run(
             "INSERT INTO {fresh} AS mine (chunk_id, content_hash, embedding)"
@@ -331,22 +360,22 @@ class IndexWriter:
             " (SELECT v.embedding FROM {vectors} AS v WHERE v.content_hash = p.content_hash LIMIT 1) AS equal"
             " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id"
             " AND v.content_hash = p.content_hash)"
-            " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED
+            " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED,
+            of=one,
         )
 
-    async def _store(self, vectors: Mapping[bytes, FloatVector]) -> int:
+    async def _store(self, one: IndexSpec, vectors: Mapping[bytes, FloatVector]) -> int:
         """Store vectors that came with the batch."""
         return await self._run(
             "INSERT INTO {fresh} (chunk_id, content_hash, embedding)"
-            " SELECT p.chunk_id, p.content_hash, i.embedding::{vector_schema}."
-            + self._spec.vector_type
-            + " FROM {put} AS p"
+            " SELECT p.chunk_id, p.content_hash, i.embedding::{vector_schema}." + one.vector_type + " FROM {put} AS p"
             " JOIN unnest(%s::bytea[], %s::text[]) AS i(content_hash, embedding) USING (content_hash)"
             " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED,
             [list(vectors), list(map(vector_text, vectors.values()))],
+            of=one,
         )
 
-    async def _queue(self) -> int:
+    async def _queue(self, one: IndexSpec) -> int:
         """Put each chunk that still has no current vector into the backlog."""
         return await self._run(
             "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
@@ -354,19 +383,37 @@ class IndexWriter:
             " JOIN (SELECT content_hash, min(lane) AS lane FROM {stage} WHERE op IN ({put_op}, {replace})"
             " GROUP BY content_hash) AS s USING (content_hash)"
             " WHERE NOT EXISTS (SELECT FROM {vectors} AS v"
-            " WHERE v.chunk_id = p.chunk_id AND v.content_hash = p.content_hash)"
+            " WHERE v.chunk_id = p.chunk_id AND v.content_hash = p.content_hash)",
+            of=one,
         )
 
-    async def _run(self, statement: str, arguments: Sequence[object] | None = None) -> int:
-        composed = self._composed.get(statement)
+    async def _run(
+        self, statement: str, arguments: Sequence[object] | None = None, *, of: IndexSpec | None = None
+    ) -> int:
+        """Run a statement; `of` is the generation that it is about, the live one if it is not given."""
+        generation = (of or self._spec).generation
+        composed = self._composed.get((statement, generation))
         if composed is None:
-            composed = sql.SQL(statement).format(**self._parts).as_bytes(self._connection)
-            self._composed[statement] = composed
+            composed = sql.SQL(statement).format(**self._parts[generation]).as_bytes(self._connection)
+            self._composed[statement, generation] = composed
         cursor = await self._connection.execute(composed, arguments)
         return cursor.rowcount
 
+    def _of_generation(self, one: IndexSpec) -> dict[str, sql.Composable]:
+        """Return what stands for the names of a generation's tables."""
+        return {
+            "vectors": self._names.vectors(one.generation),
+            **self._names.tiers(one.generation),
+            "generation": sql.Literal(one.generation),
+        }
+
     def _compose(self, vector_schema: str) -> dict[str, sql.Composable]:
-        """Return what stands for the names in braces in the statements."""
+        """Return what stands for the names in braces in all statements."""
+        tables = {
+            f"{tier}_{one.generation}": table
+            for one in self._spec.generations
+            for tier, table in self._names.tiers(one.generation).items()
+        }
         comma, both = sql.SQL(", "), sql.SQL(" AND ")
         chunk_columns = [sql.Identifier(name) for name in CHUNK_COLUMNS]
         targets = [*self._keys, *self._carried, *chunk_columns]
@@ -375,12 +422,10 @@ class IndexWriter:
         return {
             "chunks": self._names.chunks,
             "backlog": self._names.backlog,
-            "vectors": self._vectors,
-            **self._names.tiers(self._spec.generation),
+            **tables,
             "stage": self._stage,
             "gone": self._gone,
             "put": self._put,
-            "generation": sql.Literal(self._spec.generation),
             "backfill": sql.Literal(BACKFILL),
             "keep": sql.Literal(int(Op.KEEP)),
             "put_op": sql.Literal(int(Op.PUT)),

@@ -60,11 +60,12 @@ class Backlog:
         self._connection = connection
         self._spec = spec
         names = Names(schema, spec.name)
+        self._stage = f"{spec.name}_made_{spec.generation}"
         self._parts: dict[str, sql.Composable] = {
             "backlog": names.backlog,
             "chunks": names.chunks,
             **names.tiers(spec.generation),
-            "stage": sql.Identifier("pg_temp", f"{spec.name}_made"),
+            "stage": sql.Identifier("pg_temp", self._stage),
             "generation": sql.Literal(spec.generation),
             "attempts": sql.Literal(MAX_ATTEMPTS),
         }
@@ -81,7 +82,7 @@ class Backlog:
             sql.SQL(
                 "CREATE TEMP TABLE IF NOT EXISTS {} (content_hash bytea, embedding {}." + self._spec.vector_type + ")"
                 " ON COMMIT DELETE ROWS"
-            ).format(sql.Identifier(f"{self._spec.name}_made"), sql.Identifier(schema))
+            ).format(sql.Identifier(self._stage), sql.Identifier(schema))
         )
 
     async def window(self, limit: int, *, lane: int | None = None, most_bytes: int = WINDOW_BYTES) -> list[Waiting]:

@@ -63,25 +63,41 @@ async def load(
             await copy.write(block)
     with_vector = [place for place, one in enumerate(hashes) if one in vectors]
     if with_vector:
-        statement = sql.SQL("COPY {} (chunk_id, content_hash, embedding) FROM STDIN (FORMAT binary)").format(
-            names.settled(spec.generation)
-        )
-        block_rows = max(1, BLOCK_BYTES // (4 * spec.dimensions))
-        async with connection.cursor() as writer, writer.copy(statement) as copy:
-            await copy.write(_SIGNATURE)
-            for start in range(0, len(with_vector), block_rows):
-                places = with_vector[start : start + block_rows]
-                block_hashes = [hashes[place] for place in places]
-                await copy.write(
-                    vector_rows(
-                        [ids[place] for place in places],
-                        block_hashes,
-                        np.stack([vectors[one] for one in block_hashes]),
-                        halves=spec.config.vector_type == "halfvec",
-                    )
-                )
-            await copy.write(_TRAILER)
+        texts = [hashes[place] for place in with_vector]
+        await copy_vectors(connection, schema, spec, [ids[place] for place in with_vector], texts, vectors)
     return [(id_, one) for id_, one in zip(ids, hashes, strict=True) if one not in vectors]
+
+
+async def copy_vectors(
+    connection: Connection,
+    schema: str,
+    spec: IndexSpec,
+    ids: Sequence[int],
+    hashes: Sequence[bytes],
+    vectors: Mapping[bytes, FloatVector],
+) -> None:
+    """Copy vectors of these chunks to the settled tier of the spec's generation; the caller commits.
+
+    :param hashes: those of the chunks' texts, in the order of `ids`.
+    :param vectors: by hash.
+    """
+    statement = sql.SQL("COPY {} (chunk_id, content_hash, embedding) FROM STDIN (FORMAT binary)").format(
+        Names(schema, spec.name).settled(spec.generation)
+    )
+    block_rows = max(1, BLOCK_BYTES // (4 * spec.dimensions))
+    async with connection.cursor() as writer, writer.copy(statement) as copy:
+        await copy.write(_SIGNATURE)
+        for start in range(0, len(ids), block_rows):
+            block = hashes[start : start + block_rows]
+            await copy.write(
+                vector_rows(
+                    ids[start : start + block_rows],
+                    block,
+                    np.stack([vectors[one] for one in block]),
+                    halves=spec.config.vector_type == "halfvec",
+                )
+            )
+        await copy.write(_TRAILER)
 
 
 def vector_rows(ids: Sequence[int], hashes: Sequence[bytes], vectors: FloatVector, *, halves: bool) -> bytes:

@@ -216,6 +216,16 @@ class Registry:
             [index],
         )
 
+    async def switch(self, connection: Connection, spec: IndexSpec) -> None:
+        """Note that searches use the generation of this spec from now on; see `target/generations`."""
+        await connection.execute(
+            sql.SQL(
+                "UPDATE {} SET generation = %s, model = %s, dimensions = %s, vector_type = %s, distance = %s"
+                " WHERE name = %s"
+            ).format(self._table),
+            [spec.generation, spec.model, spec.dimensions, spec.config.vector_type, spec.distance, spec.name],
+        )
+
     async def note_fingerprint(
         self, connection: Connection, index: str, made_of: Mapping[str, Any], sent_by: Mapping[str, Any]
     ) -> None:

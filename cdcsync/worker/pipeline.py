@@ -32,6 +32,7 @@ from cdcsync.flows.follow.apply import Applier
 from cdcsync.flows.follow.open_batch import Limits
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.flows.follow.stream import Stream
+from cdcsync.flows.migrate.fill import Fill
 from cdcsync.flows.settle import Settle
 from cdcsync.flows.setup.approval import Held
 from cdcsync.flows.setup.gaps import refuse_moved
@@ -48,6 +49,7 @@ from cdcsync.flows.setup.start import (
 from cdcsync.flows.watch import Watch, send_heartbeats
 from cdcsync.flows.words import count_words_for_ever
 from cdcsync.lsn import Lsn
+from cdcsync.metrics import Metrics
 from cdcsync.model.lag import SILENCE_S, Lag
 from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.spec import IndexSpec
@@ -113,14 +115,19 @@ class Pipeline:
         self.deliveries = {spec.name: Deliveries() for spec in specs}
         tables = {spec.name: SourceTable.of(spec) for spec in specs}
         self._pipeline = schema, config.source.slot
-        self.embedding = Pool(target_dsn, schema, len(specs))
+        self.embedding = Pool(target_dsn, schema, sum(len(spec.generations) for spec in specs))
         self.embed_loops = {
             spec.name: EmbedLoop(self.embedding, spec, self.dispatchers[spec.config.embedder], metrics)
             for spec in specs
         }
+        self.beside: dict[str, list[EmbedLoop]] = {}
+        """The embed loops of generations beside the live ones."""
+        self.fills: list[Fill] = []
+        for spec in specs:
+            self._look_after_others(spec, metrics)
         preparers, page_preparers = {}, {}
         for spec in specs:
-            embedder = embedders[spec.config.embedder]
+            embedder = embedders[spec.cut_by]
             chunker = make_chunker(
                 spec.config.chunking,
                 embedder.tokenizer_json,
@@ -130,6 +137,7 @@ class Pipeline:
             dispatcher = self.dispatchers[spec.config.embedder]
             preparers[spec.name] = Preparer(spec, chunker, dispatcher, tables[spec.name], self.reads, metrics)
             page_preparers[spec.name] = PagePreparer(spec, schema, chunker, dispatcher)
+        embedder_of = {spec.name: spec.config.embedder for spec in specs}
         self.backfills = Backfills(
             source_dsn=source_dsn,
             target_dsn=target_dsn,
@@ -141,14 +149,14 @@ class Pipeline:
             page_rows=config.worker.backfill_page_rows,
             metrics=metrics,
             max_rows_per_s=config.worker.backfill_max_rows_per_s or None,
-            forget_vectors=lambda index: self.dispatchers[config.indexes[index].embedder].forget(),
+            forget_vectors=lambda index: self.dispatchers[embedder_of[index]].forget(),
         )
         self.settle = Settle(target_dsn, schema, specs, lambda: self.config.worker, metrics, self.lag)
         self.spool = Spool(config.source.spool_directory, config.source.spool_bytes)
         self.stream = Stream(
             specs=specs,
             applier=Applier(self.session, specs, preparers, metrics, state.tracing),
-            accounts=Accounts(metrics, self.embed_loops),
+            accounts=Accounts(metrics, self.embed_loops, self.beside),
             deliveries=self.deliveries,
             page_at=self.backfills.marks.page_at,
             applied=self.backfills.marks.note_applied,
@@ -180,6 +188,25 @@ class Pipeline:
         self._stuck: DecodingFailed | None = None
         """Why the source cannot decode what follows the checkpoint, once it has failed there twice."""
         state.attach(self.lag, lambda: self.stream.checkpoint, self.dispatchers, self.reconfigure)
+
+    def _look_after_others(self, spec: IndexSpec, metrics: Metrics) -> None:
+        """Make the flows of an index's generations beside the live one, as far as their embedders are configured."""
+        target = self.config.target
+        for one in spec.others:
+            dispatcher = self.dispatchers.get(one.config.embedder)
+            if dispatcher is None or dispatcher.embedder.identity != one.model:
+                log.warning(
+                    "generation_without_embedder",
+                    index=one.name,
+                    generation=one.generation,
+                    model=one.model,
+                    fix=f"put its [embedders] section back, or drop it: cdcsync migrate {one.name} drop",
+                )
+                continue
+            loop = EmbedLoop(self.embedding, one, dispatcher, metrics, searched=False)
+            self.beside.setdefault(one.name, []).append(loop)
+            limit = lambda: float(self.config.worker.backfill_max_rows_per_s)  # noqa: E731 - read anew at each page
+            self.fills.append(Fill(target.dsn, target.schema, spec, one, dispatcher, loop, limit))
 
     def reconfigure(self, config: Config) -> None:
         """Go by another configuration, in what may change while the worker works."""
@@ -247,8 +274,10 @@ class Pipeline:
                     ending.start_soon(self.end_in_time, tasks.cancel_scope)
                     for dispatcher in self.dispatchers.values():
                         tasks.start_soon(dispatcher.run)
-                    for loop in self.embed_loops.values():
+                    for loop in [*self.embed_loops.values(), *(one for of in self.beside.values() for one in of)]:
                         tasks.start_soon(loop.run)
+                    for fill in self.fills:
+                        tasks.start_soon(fill.run)
                     tasks.start_soon(note_for_ever, self.embedding, *self._pipeline, self.dispatchers)
                     tasks.start_soon(self.backfill_once_streaming)
                     tasks.start_soon(self.compare_once_streaming)

@@ -42,6 +42,7 @@ INSIDE = (
     "target/failures/documents.py",
     "target/ddl/chunks_view.py",
     "target/ddl/relations.py",
+    "target/ddl/generations.py",
     "target/ddl/shared.py",
     "target/ddl/tiers.py",
     "target/ddl/views.py",
@@ -50,6 +51,7 @@ INSIDE = (
 
 OWNERS = {
     "target/registry.py": re.compile(r"registry(\(.*\))?\.(\w+)$", re.IGNORECASE),
+    "target/generations.py": re.compile(r"generations(\(.*\))?\.(\w+)$", re.IGNORECASE),
     "target/audits.py": re.compile(r"audits(\(.*\))?\.(\w+)$", re.IGNORECASE),
     "target/pipelines.py": re.compile(r"pipelines(\(.*\))?\.(\w+)$", re.IGNORECASE),
 }

@@ -43,7 +43,7 @@ HELD = {
     "the table is called": (CHANGES, "the table renamed"),
     "the replica identity is": (CHANGES, "the identity gone"),
     "its key is": (CHANGES, "the primary key widened"),
-    "the vectors of index": (f"{SCENARIOS}test_changed_models.py", "test_a_changed_embedder_pauses_its_index_alone"),
+    "the vectors of index": (f"{SCENARIOS}test_changed_models.py", "test_a_changed_embedder_without_the_one_before"),
     "the table was dropped": (CHANGES, "the table dropped"),
     "other tables inherit from the table now": (CHANGES, "a table that inherits"),
     "the publication does not send": (CHANGES, "test_a_publication_that_stops_sending"),

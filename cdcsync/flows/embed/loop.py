@@ -1,4 +1,4 @@
-"""The loop that empties one index's backlog."""
+"""The loop that empties one index's backlog of texts that wait for a vector of one generation."""
 
 from __future__ import annotations
 
@@ -39,13 +39,19 @@ POLL_S = 5.0
 
 
 class EmbedLoop:
-    """Empties one index's backlog for ever."""
+    """Empties one index's backlog for ever.
 
-    def __init__(self, pool: Pool, spec: IndexSpec, dispatcher: Dispatcher, metrics: Metrics) -> None:
+    :param searched: whether searches use what it makes; a migration's vectors say nothing about freshness.
+    """
+
+    def __init__(
+        self, pool: Pool, spec: IndexSpec, dispatcher: Dispatcher, metrics: Metrics, *, searched: bool = True
+    ) -> None:
         self._pool = pool
         self._spec = spec
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._searched = searched
         self._wake = anyio.Event()
         self._live = False
         self._broken = False
@@ -157,7 +163,7 @@ class EmbedLoop:
         vectors = {one: vector for one, vector in made.vectors.items() if one not in unusable}
         await self._store(vectors)
         now = datetime.now(UTC)
-        for one in batch:
+        for one in batch if self._searched else ():
             if one.lane == LIVE and one.hash in vectors:
                 committed = self.commits.of(one.commit_lsn) or one.applied_at
                 self._metrics.note_vector_freshness(self._spec.name, max(0.0, (now - committed).total_seconds()))
@@ -189,4 +195,4 @@ class EmbedLoop:
             await self._postpone(next(iter(part)), TextRejected(f"the target: {without_values(error)}"))
             return
         self._dispatcher.avoided("shared", stored - len(part))
-        self._metrics.vectors.labels(self._spec.name, "backlog").inc(stored)
+        self._metrics.vectors.labels(self._spec.name, "backlog" if self._searched else "migration").inc(stored)

@@ -31,20 +31,21 @@ class _Session:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self._backlogs: dict[str, Backlog] = {}
+        self._backlogs: dict[tuple[str, int], Backlog] = {}
 
     async def backlog(self, schema: str, spec: IndexSpec) -> Backlog:
-        if spec.name not in self._backlogs:
+        one = spec.name, spec.generation
+        if one not in self._backlogs:
             backlog = Backlog(self.connection, schema, spec)
             await backlog.open()
-            self._backlogs[spec.name] = backlog
-        return self._backlogs[spec.name]
+            self._backlogs[one] = backlog
+        return self._backlogs[one]
 
 
 class Pool:
     """Lends connections, opened when they are needed, and closes those that broke.
 
-    :param indexes: how many indexes share it.
+    :param indexes: how many indexes share it; one with two generations of vectors counts twice.
     """
 
     def __init__(self, dsn: str, schema: str, indexes: int) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdcsync.config import Config
-from cdcsync.embedders import Embedder, make_embedder, require_model
+from cdcsync.embedders import Embedder, embedder_of
 from cdcsync.embedders.reranking import Reranker, make_reranker
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.flows.evaluate.collection import Collection
@@ -93,8 +93,7 @@ async def evaluate_index(
     :raises SetupError: the index's vectors are of another model than the configuration's.
     :raises EmbedderUnavailable: the model is away.
     """
-    embedder = make_embedder(spec.config.embedder, config.embedders[spec.config.embedder])
-    require_model(embedder, spec.model)
+    embedder = embedder_of(config.embedders, spec.model, spec.config.embedder)
     name = spec.config.reranker
     reranker = None if name is None else make_reranker(name, config.rerankers[name])
     async with AsyncExitStack() as stack:

@@ -133,7 +133,7 @@ async def evaluate(
     with speaking_of("target", where=f"index {spec.name}"):
         await _refuse_without_hnsw(connection, schema, spec)
         extension = await vector_schema(connection)
-        sample = await _sample(connection, names, extension, spec, queries)
+        sample = await sample_vectors(connection, names, extension, spec, queries)
         if not sample:
             raise SetupError(
                 "the index has no vectors to search with",
@@ -227,7 +227,7 @@ async def _refuse_without_hnsw(connection: Connection, schema: str, spec: IndexS
     )
 
 
-async def _sample(
+async def sample_vectors(
     connection: Connection, names: Names, extension: str, spec: IndexSpec, queries: int
 ) -> list[tuple[int, str]]:
     """Return ids and vectors, chosen at random through the primary key: a few pages are read, however large it is.

@@ -22,9 +22,20 @@ log = structlog.get_logger()
 class Accounts:
     """Counts what was applied, and tells each index's embed loop what waits for it."""
 
-    def __init__(self, metrics: Metrics, embed_loops: Mapping[str, EmbedLoop]) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        embed_loops: Mapping[str, EmbedLoop],
+        beside: Mapping[str, Sequence[EmbedLoop]] | None = None,
+    ) -> None:
+        """Count by index.
+
+        :param embed_loops: those of the live generations.
+        :param beside: those of the other generations of an index.
+        """
         self._metrics = metrics
         self._embed_loops = embed_loops
+        self._beside = beside or {}
 
     def note(self, batch: Batch, outcome: Outcome, *, before: Lsn, checkpoint: Lsn) -> None:
         """Note a batch that moved the checkpoint from `before` to `checkpoint`."""
@@ -47,9 +58,12 @@ class Accounts:
             metrics.vectors.labels(index, "inline").inc(result.inline)
             current = result.chunks - result.reused - result.inline - result.queued
             self._embed_loops[index].avoided("current", current)
+            live = any(one.lane == LIVE for one in outcome.changes[index].documents)
             if result.queued:
-                live = any(one.lane == LIVE for one in outcome.changes[index].documents)
                 self._embed_loops[index].notify(live=live)
+            if result.beside:
+                for loop in self._beside.get(index, ()):
+                    loop.notify(live=live)
         log.debug(
             "batch_applied",
             rows=batch.rows,

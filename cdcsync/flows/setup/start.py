@@ -15,7 +15,7 @@ import structlog
 from cdcsync.config import Config, QualifiedName
 from cdcsync.crashpoints import crash_point
 from cdcsync.documents.related import TableFacts
-from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse
+from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse, TablesChanged
 from cdcsync.flows.setup.differences import ask_for, note_fingerprint, present_fingerprint, stored_fingerprint
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
 from cdcsync.flows.setup.needs import need_of
@@ -35,11 +35,14 @@ from cdcsync.source.catalog import (
 from cdcsync.source.fingerprints import Difference, difference
 from cdcsync.source.publications import create_publication_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
+from cdcsync.target.ddl.generations import create_generations, drop_relations
+from cdcsync.target.ddl.locking import until_locked
 from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.ddl.policies import put_policy
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.ddl.upgrading import upgrade_vectors
+from cdcsync.target.generations import Generations
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
@@ -124,9 +127,12 @@ async def set_up_indexes(
         with speaking_of("target", where=f"index {spec.name}", index=spec.name):
             try:
                 await upgrade_vectors(target, config.target.schema, spec)
+                await drop_generations(target, config.target.schema, spec)
                 async with target.transaction():
                     missing = await missing_relations(target, config.target.schema, spec)
+                    await _refuse_switched(target, config.target.schema, spec)
                     await create_index_relations(target, config.target.schema, spec)
+                    await create_generations(target, config.target.schema, spec)
                     await put_policy(target, config.target.schema, spec, config.serve)
                     await _register(target, config, spec, catalog, missing)
                     if waiting and spec.name in waiting:
@@ -144,6 +150,42 @@ async def set_up_indexes(
                     where=str(spec.config.view_name),
                     hint=f"drop them, then create them anew: {error.diag.message_detail}",
                 ) from error
+
+
+async def _refuse_switched(target: Connection, schema: str, spec: IndexSpec) -> None:
+    """See that the index still has the generations that it was examined with, and that it keeps them meanwhile.
+
+    :raises TablesChanged: somebody switched from one to another, or began or ended a migration.
+    """
+    entry = await Registry(schema).find(target, spec.name, lock=True)
+    if entry is None:
+        return
+    wanted = {one.generation for one in await Generations(schema).of(target, spec.name) if one.state != "dropping"}
+    wanted.add(entry.generation)
+    if entry.generation != spec.generation or wanted != {one.generation for one in spec.generations}:
+        raise TablesChanged("the index has other generations of vectors", where=f"index {spec.name}")
+
+
+async def drop_generations(target: Connection, schema: str, spec: IndexSpec) -> None:
+    """Drop the generations of an index that somebody asked to be dropped.
+
+    Only the holder of the pipeline's lock may, and only before it writes: see `target/generations`.
+    """
+    generations = Generations(schema)
+    kept = {one.generation for one in spec.generations}
+
+    async def drop(generation: int) -> None:
+        async with target.transaction():
+            await drop_relations(target, schema, spec, generation)
+            await generations.remove(target, spec.name, generation)
+            crash_point("generation dropped")
+        crash_point("dropped generation committed")
+
+    for one in await generations.of(target, spec.name):
+        if one.state == "dropping" and one.generation not in kept:
+            table = f"{spec.name}_vectors_{one.generation}"
+            await until_locked(lambda: drop(one.generation), table=table)  # noqa: B023 - awaited here
+            log.info("generation_dropped", index=spec.name, generation=one.generation)
 
 
 async def let_go(target: Connection, config: Config) -> None:
@@ -172,6 +214,7 @@ async def _register(target: Connection, config: Config, spec: IndexSpec, catalog
     before = await registry.find(target, spec.name)
     begun = before is not None and not await requests.still_to_begin(target, spec.name)
     await registry.register(target, config.source.slot, spec)
+    await Generations(schema).register(target, spec)
     found = Difference() if before is None else difference(stored_fingerprint(before), now, table)
     need = need_of(spec, before, found, missing=missing, begun=begun)
     if begun and missing and before is not None and before.state == "live":

@@ -6,6 +6,7 @@
     views         the search view, and following it when it is renamed
     tiers         one index's vectors, and the rules for writing them
     relations     one index's other tables
+    generations   the vectors of other generations, and the switch from one to another
     rebuilding    the settled vectors built anew, beside those that are searched
     upgrading     the vectors table of earlier versions becomes two tiers
     shared        the tables that all indexes share

@@ -8,7 +8,8 @@
     skip int DEFAULT 0,
     vector_weight float8 DEFAULT 1,
     text_weight float8 DEFAULT 1,
-    headline text DEFAULT {headline_options}
+    headline text DEFAULT {headline_options},
+    generation int DEFAULT NULL
 ) RETURNS SETOF {hit} LANGUAGE plpgsql {volatility} SECURITY INVOKER {settings} AS $cdcsync_search$
 -- Searches the index {index_comment}. One snapshot, and read only: every statement in here sees the caller's.
 --
@@ -16,6 +17,8 @@
 --     keyword leg  chunks with the rarest words of the query, within a budget of rows,
 --                  ordered by idf * ts_rank, and the best of them by BM25                   ids, scores
 --     fusion       the sum of weight / ({fusion} + place) over both legs
+--
+-- Vectors are those of the generation that the embedding was made for: one model's are never compared with another's.
 --
 -- Operators in statements that hold a condition are qualified: a condition may need the caller's search_path.
 #variable_conflict use_variable
@@ -73,7 +76,23 @@ DECLARE
     hit_text_ranks bigint[];
     hit_text_scores float8[];
     line text;
+    made_by int := coalesce(CASE WHEN embedding IS NOT NULL THEN generation END, {live_generation});
+    dimensions int;
+    model text;
+    nearest_leg text;
+    exact_leg text;
+    all_vectors text;
+    filtered_vectors text;
+    result text;
 BEGIN
+    -- The generation. Without one, the query is taken to be embedded for the live one.
+    CASE made_by
+    {generations}
+    ELSE
+        RAISE EXCEPTION USING ERRCODE = '{no_generation}',
+            MESSAGE = format('the index has no generation %s of vectors', made_by), HINT = {embed_hint};
+    END CASE;
+
     -- The arguments.
     IF mode IS NULL OR mode NOT IN ('hybrid', 'vector', 'text') THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = format('there is no mode %L', mode),
@@ -97,10 +116,10 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'a search by vector needs an embedding',
             HINT = 'Embed the query with the model of the index first.';
     END IF;
-    IF embedding IS NOT NULL AND {extension}.vector_dims(embedding) <> {dimensions} THEN
+    IF embedding IS NOT NULL AND {extension}.vector_dims(embedding) <> dimensions THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = format(
-                'the embedding has %s dimensions, the index has {dimensions}', {extension}.vector_dims(embedding)),
-            HINT = {embed_hint};
+                'the embedding has %s dimensions, the index has %s', {extension}.vector_dims(embedding), dimensions),
+            HINT = format('Embed the query with the model of the index, %s.', model);
     END IF;
     IF query !~ '\S' AND mode <> 'vector' THEN
         RETURN; -- blank: somebody has typed nothing yet
@@ -229,8 +248,8 @@ BEGIN
                 CONTINUE WHEN effort = 2 AND filtered; -- among few rows an exact search costs less than a wider one
                 PERFORM set_config('hnsw.ef_search',
                                    (CASE effort WHEN 1 THEN least({usual_ef}, {max_hits}) ELSE {max_hits} END)::text, true);
-                statement := replace(CASE WHEN effort = 3 THEN {exact_leg} ELSE {nearest_leg} END, '<from>',
-                    CASE WHEN filtered THEN {filtered_vectors} || conditions ELSE {all_vectors} END);
+                statement := replace(CASE WHEN effort = 3 THEN exact_leg ELSE nearest_leg END, '<from>',
+                    CASE WHEN filtered THEN filtered_vectors || conditions ELSE all_vectors END);
                 {enter_condition}
                 {explain_vector}
                 EXECUTE statement INTO vector_ids USING embedding, depth;
@@ -333,7 +352,7 @@ BEGIN
         depth := depth * 4; -- most of what was found are chunks of the same few documents
     END LOOP;
 
-    RETURN QUERY EXECUTE {result}
+    RETURN QUERY EXECUTE result
     USING hit_ids[skip + 1:wanted], hit_scores[skip + 1:wanted], hit_vector_ranks[skip + 1:wanted],
           hit_text_ranks[skip + 1:wanted], hit_text_scores[skip + 1:wanted], embedding, any_word, headline;
 END

@@ -79,6 +79,10 @@ HEADLINE_CHARACTERS = 20_000
 HEADLINE = "MaxFragments=2, MaxWords=25, MinWords=10"
 """Options of ts_headline, unless the caller gives others."""
 
+NO_GENERATION = "VG001"
+"""The SQLSTATE of a search for a generation that the index does not have: its query was embedded for vectors that are
+gone. PostgreSQL leaves classes that begin with I to Z to others."""
+
 WORK_MEMORY = "32MB"
 """Enough to sort the distances of some ten thousand rows in memory."""
 
@@ -123,10 +127,12 @@ def attribute_of(column: str) -> str:
     return f"carried_{column}" if column in OWN else column
 
 
-async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> None:
+async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> bool:
     """Create an index's search function, or bring it up to date. The caller's transaction commits.
 
     Where objects of users depend on the function, its hits keep the columns that they had, and a warning is logged.
+
+    :returns: whether it is up to date; False if it is of an earlier version that other objects depend on.
     """
     function, hit = function_name(schema, spec.name), hit_name(schema, spec.name)
     grants: list[sql.Composed] = []
@@ -139,12 +145,7 @@ async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> No
                 await drop_search(connection, schema, spec.name)
             present = {}
         except psycopg.errors.DependentObjectsStillExist as error:
-            detail = " ".join((error.diag.message_detail or "").split())
-            log.warning(
-                "search_function_kept",
-                index=spec.name,
-                fix=f"drop what depends on it and start the worker again: {detail}",
-            )
+            _tell_kept(spec, error)
     definitions = {name: sql.SQL("{} " + type_).format(sql.Identifier(name)) for name, type_ in wanted.items()}
     if not present:
         await connection.execute(
@@ -158,6 +159,10 @@ async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> No
         for name in added:
             await connection.execute(sql.SQL("ALTER TYPE {} ADD ATTRIBUTE {}").format(hit, definitions[name]))
         present |= {name: wanted[name] for name in added}
+    if await _lacks_generation(connection, schema, spec):
+        grants = grants or await _grants(connection, schema, spec)
+        if not await _drop_function(connection, schema, spec):
+            return False
     statement = await compose(connection, schema, spec, present)
     digest = hashlib.sha256(statement.as_bytes(connection)).hexdigest()[:16]
     comment = f"cdcsync index {spec.name}: searches by words and by vector; docs/search.md describes it ({digest})"
@@ -167,11 +172,39 @@ async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> No
         [schema, f"{spec.name}_search"],
     )
     if (comment,) in await cursor.fetchall():
-        return
+        return True
     await connection.execute(statement)
     await connection.execute(sql.SQL("COMMENT ON FUNCTION {} IS {}").format(function, sql.Literal(comment)))
     for grant in grants:
         await connection.execute(grant)
+    return True
+
+
+async def _lacks_generation(connection: Connection, schema: str, spec: IndexSpec) -> bool:
+    """Say whether the function is one of the versions whose searches could not name a generation."""
+    cursor = await connection.execute(
+        "SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace"
+        " WHERE n.nspname = %s AND p.proname = %s AND NOT p.proargnames @> '{generation}'",
+        [schema, f"{spec.name}_search"],
+    )
+    return await cursor.fetchone() is not None
+
+
+async def _drop_function(connection: Connection, schema: str, spec: IndexSpec) -> bool:
+    """Drop the function, so that it can be created with other parameters; returns whether nothing depends on it."""
+    try:
+        async with connection.transaction():
+            await connection.execute(sql.SQL("DROP FUNCTION {}").format(function_name(schema, spec.name)))
+    except psycopg.errors.DependentObjectsStillExist as error:
+        _tell_kept(spec, error)
+        return False
+    return True
+
+
+def _tell_kept(spec: IndexSpec, error: psycopg.Error) -> None:
+    detail = " ".join((error.diag.message_detail or "").split())
+    fix = f"drop what depends on it and start the worker again: {detail}"
+    log.warning("search_function_kept", index=spec.name, fix=fix)
 
 
 async def create_words(connection: Connection, schema: str, spec: IndexSpec) -> None:
@@ -251,19 +284,7 @@ async def compose(
     attributes = attributes or await _attributes(connection, schema, spec)
     own = variant or Variant()
     iterative = await pgvector_version(connection) >= ITERATIVE
-    vectors = names.vectors(spec.generation)
-    distance = sql.SQL("v.embedding OPERATOR({}." + OPERATORS[spec.distance] + ") {}::{}." + spec.vector_type)
-    distance_of = {
-        number: distance.format(sql.Identifier(extension), sql.SQL(number), sql.Identifier(extension))
-        for number in ("$1", "$6")
-    }
-    leg = (
-        "SELECT pg_catalog.array_agg(n.chunk_id ORDER BY n.distance, n.chunk_id)"
-        " FROM (SELECT v.chunk_id, {distance} AS distance FROM <from> ORDER BY {order} LIMIT $2) AS n"
-    )
-    exact = sql.SQL("({}) OPERATOR(pg_catalog.+) 0::pg_catalog.float8").format(distance_of["$1"])
     words = words_name(schema, spec.name)
-    text_of_chunk = sql.SQL("pg_catalog.left(c.content, " + str(HEADLINE_CHARACTERS) + ")")
     searched = _searched(spec)
     parts: dict[str, sql.Composable] = {
         "create": sql.SQL("CREATE OR REPLACE"),
@@ -281,10 +302,14 @@ async def compose(
         "key": sql.SQL(", ").join(sql.Identifier("c", name) for name in spec.shape.key),
         "columns": _literal(msgspec.json.encode(columns).decode()),
         "searchable": sql.SQL("true" if spec.config.search is not None else "false"),
-        "dimensions": sql.Literal(spec.dimensions),
+        "live_generation": sql.Literal(spec.generation),
+        "generations": sql.SQL("\n").join(
+            _generation(connection, names, extension, one, searched, attributes) for one in spec.generations
+        ),
+        "no_generation": sql.SQL(NO_GENERATION),
         # An iterative scan continues past these candidates; an older pgvector returns no more than they are.
         "usual_ef": sql.SQL(f"greatest({EF_SEARCH}, {'wanted' if iterative else 'depth'})"),
-        "embed_hint": sql.Literal(f"Embed the query with the model of the index, {spec.model}."),
+        "embed_hint": sql.Literal(f"Embed the query with {spec.model}: generation {spec.generation} is of it."),
         "headline_options": sql.Literal(HEADLINE),
         "operators": sql.SQL("{eq,ne,in,lt,lte,gt,gte,like,null}"),
         # On a line of its own, so that nothing of ours can become part of it.
@@ -294,12 +319,6 @@ async def compose(
         "configurations": searched.configurations,
         "lexemes": searched.lexemes,
         "phrases": searched.phrases,
-        "nearest_leg": _text(sql.SQL(leg).format(distance=distance_of["$1"], order=distance_of["$1"]), connection),
-        "exact_leg": _text(sql.SQL(leg).format(distance=distance_of["$1"], order=exact), connection),
-        "all_vectors": _text(sql.SQL("{} AS v").format(vectors), connection),
-        "filtered_vectors": _text(
-            sql.SQL("{} AS v JOIN {} AS c USING (chunk_id) WHERE ").format(vectors, names.chunks), connection
-        ),
         "words_leg": _text(
             sql.SQL(
                 "SELECT coalesce(pg_catalog.array_agg(m.chunk_id), '{{}}'),"
@@ -307,18 +326,6 @@ async def compose(
                 " FROM (SELECT c.chunk_id, %s AS rank FROM {} AS c"
                 " WHERE c.search OPERATOR(pg_catalog.@@) $1 AND %s LIMIT $2) AS m"
             ).format(names.chunks),
-            connection,
-        ),
-        "result": _text(
-            sql.SQL(
-                "SELECT {} FROM unnest($1, $2, $3, $4, $5) WITH ORDINALITY"
-                " AS h(chunk_id, score, vector_rank, text_rank, text_score, place)"
-                " JOIN {} AS c ON c.chunk_id = h.chunk_id LEFT JOIN {} AS v ON v.chunk_id = c.chunk_id ORDER BY h.place"
-            ).format(
-                _results(spec, searched, distance_of["$6"], text_of_chunk, attributes),
-                names.chunks,
-                vectors,
-            ),
             connection,
         ),
         "enter_condition": _path_change(own, own.path),
@@ -346,6 +353,47 @@ async def compose(
     }
     parts |= {name: sql.SQL(str(number)) for name, number in numbers.items()}
     return sql.SQL(FUNCTION).format(**parts)
+
+
+def _generation(
+    connection: Connection,
+    names: Names,
+    extension: str,
+    spec: IndexSpec,
+    searched: _Searched,
+    attributes: Mapping[str, str],
+) -> sql.Composed:
+    """Return the branch of the function's body that chooses the vectors of one generation."""
+    vectors = names.vectors(spec.generation)
+    distance = sql.SQL("v.embedding OPERATOR({}." + OPERATORS[spec.distance] + ") {}::{}." + spec.vector_type)
+    distance_of = {
+        number: distance.format(sql.Identifier(extension), sql.SQL(number), sql.Identifier(extension))
+        for number in ("$1", "$6")
+    }
+    leg = (
+        "SELECT pg_catalog.array_agg(n.chunk_id ORDER BY n.distance, n.chunk_id)"
+        " FROM (SELECT v.chunk_id, {distance} AS distance FROM <from> ORDER BY {order} LIMIT $2) AS n"
+    )
+    exact = sql.SQL("({}) OPERATOR(pg_catalog.+) 0::pg_catalog.float8").format(distance_of["$1"])
+    text_of_chunk = sql.SQL("pg_catalog.left(c.content, " + str(HEADLINE_CHARACTERS) + ")")
+    result = sql.SQL(
+        "SELECT {} FROM unnest($1, $2, $3, $4, $5) WITH ORDINALITY"
+        " AS h(chunk_id, score, vector_rank, text_rank, text_score, place)"
+        " JOIN {} AS c ON c.chunk_id = h.chunk_id LEFT JOIN {} AS v ON v.chunk_id = c.chunk_id ORDER BY h.place"
+    ).format(_results(spec, searched, distance_of["$6"], text_of_chunk, attributes), names.chunks, vectors)
+    chosen: dict[LiteralString, sql.Composable] = {
+        "dimensions": sql.Literal(spec.dimensions),
+        "model": sql.Literal(spec.model),
+        "nearest_leg": _text(sql.SQL(leg).format(distance=distance_of["$1"], order=distance_of["$1"]), connection),
+        "exact_leg": _text(sql.SQL(leg).format(distance=distance_of["$1"], order=exact), connection),
+        "all_vectors": _text(sql.SQL("{} AS v").format(vectors), connection),
+        "filtered_vectors": _text(
+            sql.SQL("{} AS v JOIN {} AS c USING (chunk_id) WHERE ").format(vectors, names.chunks), connection
+        ),
+        "result": _text(result, connection),
+    }
+    assignments = sql.SQL(" ").join(sql.SQL(name + " := {};").format(value) for name, value in chosen.items())
+    return sql.SQL("WHEN {} THEN {}").format(sql.Literal(spec.generation), assignments)
 
 
 class _Searched(msgspec.Struct, frozen=True):

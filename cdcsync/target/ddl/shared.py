@@ -15,7 +15,7 @@ from typing import LiteralString
 from psycopg import sql
 
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target import approvals, audits, calls, registry, requests
+from cdcsync.target import approvals, audits, calls, generations, registry, requests
 from cdcsync.target.ddl.names import MAX_ATTEMPTS
 
 
@@ -175,6 +175,7 @@ _SHARED: tuple[LiteralString, ...] = (
     " 'When the source committed the last transaction that was applied.'",
     "COMMENT ON COLUMN {schema}.pipelines.caught_up_at IS 'When the worker last had nothing left to apply.'",
     *registry.DDL,
+    *generations.DDL,
     *requests.DDL,
     *audits.DDL,
     *calls.DDL,

@@ -25,7 +25,7 @@ from cdcsync.target.search.query import (
     refusal,
     search,
 )
-from cdcsync.target.search.stored import stored_spec
+from cdcsync.target.search.stored import live_generation, stored_spec
 from cdcsync.target.search.words import count_words
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "check_where",
     "count_words",
     "drop_search",
+    "live_generation",
     "nearest_statement",
     "put_search",
     "refusal",

@@ -17,12 +17,13 @@ import psycopg
 from psycopg import sql
 from psycopg.types.datetime import DateLoader, TimestampLoader, TimestamptzLoader
 
-from cdcsync.errors import CdcsyncError, SetupError, UsageError
+from cdcsync.errors import CdcsyncError, ModelChanged, SetupError, UsageError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, first_line, passing, speaking_of, translate
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.searching import (
     MAX_HITS,
+    NO_GENERATION,
     OWN,
     Variant,
     attribute_of,
@@ -108,7 +109,7 @@ async def search(
     :param schema: the schema of cdcsync's own tables.
     :param text: the query in words, which are alternatives; "quoted phrases" must occur in what the keyword leg finds,
         and nothing that is found holds a -word. None for a search by vector alone.
-    :param vector: `float32[dimensions]`, the query as the index's model embeds it.
+    :param vector: `float32[dimensions]`, the query as the model of the spec's generation embeds it.
     :param filter: values for key and carried columns.
     :param per_document: return each document once, by its best chunk.
     :param skip: leave out so many of the first hits.
@@ -119,6 +120,7 @@ async def search(
     :param settings: PostgreSQL settings for this search alone, such as one that a row-level security policy reads.
     :param plans: gets how the server executed each leg.
     :raises UsageError: `k`, `mode`, `filter`, `where` or another argument cannot be used.
+    :raises ModelChanged: the vectors that `vector` was made for are gone; embed the query anew.
     :raises SetupError: the index is not in this database, or the vector is not of its dimension.
     :raises TargetUnavailable: the target does not answer now, or took longer than `timeout_s`.
     """
@@ -130,7 +132,7 @@ async def search(
         if where is not None or plans is not None:
             function = await _session_function(connection, schema, spec, where, explain=plans is not None)
         # The parameters have the types that the function says.
-        statement = sql.SQL("SELECT {} FROM {}($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)").format(
+        statement = sql.SQL("SELECT {} FROM {}($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)").format(
             sql.SQL(", ").join(map(sql.Identifier, [*attributes, *OWN])), function
         )
         arguments: list[object] = [
@@ -143,6 +145,7 @@ async def search(
             skip,
             *map(float, weights),
             headline,
+            spec.generation,
         ]
         # Placeholders of the server's kind: a percent sign in a column's name is not a placeholder.
         cursor = psycopg.AsyncRawCursor(connection)
@@ -269,6 +272,8 @@ def refusal(error: psycopg.Error, spec: IndexSpec, where: str | None) -> Cdcsync
     """Return what a failed search means: most often that an argument is wrong, or the condition."""
     if error.sqlstate == "22023":  # raised by the search function, which names argument and remedy
         return UsageError(first_line(error), where=f"index {spec.name}", hint=error.diag.message_hint)
+    if error.sqlstate == NO_GENERATION:
+        return ModelChanged(first_line(error), where=f"index {spec.name}", hint=error.diag.message_hint)
     if error.sqlstate == "42883" and where is None:
         return SetupError(
             "the target has no search function for this index, or that of an earlier version",

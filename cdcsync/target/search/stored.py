@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import cast
 
 import msgspec
+from psycopg import sql
 
 from cdcsync.config import Index
 from cdcsync.documents.documents import make_documents
@@ -13,8 +14,10 @@ from cdcsync.errors import SetupError
 from cdcsync.model.conditions import Where
 from cdcsync.model.rows import Shape
 from cdcsync.model.spec import Distance, IndexSpec
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, speaking_of
-from cdcsync.target.registry import Registry
+from cdcsync.target.generations import Generations
+from cdcsync.target.registry import TABLE, Registry
 
 
 async def stored_spec(connection: Connection, schema: str, name: str, config: Index) -> IndexSpec:
@@ -39,11 +42,21 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
             [schema, f"{name}_chunks"],
         )
         types = cast(dict[str, str], dict(await cursor.fetchall()))
+        generations = await Generations(schema).of(connection, name)
     documents = make_documents(config, where=f"indexes.{name}")
     searchable = config.search if "search" in types else None
-    return IndexSpec(
+    live = next((one for one in generations if one.generation == entry.generation), None)
+    if live is not None:
+        config = live.settings(config)
+    spec = IndexSpec(
         name=name,
-        config=msgspec.structs.replace(config, vector_type=entry.vector_type, columns=entry.columns, search=searchable),
+        config=msgspec.structs.replace(
+            config,
+            vector_type=entry.vector_type,
+            columns=entry.columns,
+            search=searchable,
+            view=entry.view_name,
+        ),
         shape=Shape(
             name,
             config.table_name,
@@ -63,6 +76,20 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
         fingerprint=entry.fingerprint,
         where=None if entry.where is None else Where(entry.where),
         generation=entry.generation,
+    )
+    others = [one.spec(spec) for one in generations if one is not live and one.state != "dropping"]
+    return msgspec.structs.replace(spec, others=tuple(others))
+
+
+async def live_generation(connection: Connection, schema: str, name: str) -> int | None:
+    """Return the number of the generation that searches of an index use now; None if there is no such index."""
+    return cast(
+        int | None,
+        await fetch_value(
+            connection,
+            sql.SQL("SELECT generation FROM {} WHERE name = %s").format(sql.Identifier(schema, TABLE)),
+            [name],
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""An embedder that is changed in the configuration: its index waits for a migration, and the others go on."""
+"""An embedder that is changed in the configuration: nothing is embedded by it until a migration."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from tests.support.workers import Pipeline, until
 pytestmark = pytest.mark.server
 
 
-def of_two_tables(database: Database, *, dimensions: int = 8) -> str:
+def of_two_tables(database: Database, *, dimensions: int = 12, kept: bool = False) -> str:
+    embedders = {"fake": {"type": "hash", "dimensions": 8}, "other": {"type": "hash", "dimensions": dimensions}}
+    if kept:
+        embedders["former"] = {"type": "hash", "dimensions": 12}
     return configuration(
         database.dsn,
-        embedders={"fake": {"type": "hash", "dimensions": 8}, "other": {"type": "hash", "dimensions": dimensions}},
-        indexes={"articles": {"embedder": "other"}, "notes": {}},
+        embedders=embedders,
+        indexes={"articles": {"embedder": "other"}, "notes": {"embedder": "fake"}},
     )
 
 
@@ -27,9 +30,8 @@ def entry(pipeline: Pipeline, index: str) -> tuple[str, str | None]:
     return row[0], row[1]
 
 
-def test_a_changed_embedder_pauses_its_index_alone_and_embeds_nothing(
-    database: Database, make_pipeline: Callable[[str], Pipeline]
-) -> None:
+def loaded(database: Database, make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
+    """Return a pipeline that has loaded both indexes and stopped."""
     pipeline = make_pipeline(of_two_tables(database))
     for table in ("articles", "notes"):
         pipeline.source.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, title text)")
@@ -37,6 +39,26 @@ def test_a_changed_embedder_pauses_its_index_alone_and_embeds_nothing(
     pipeline.start()
     pipeline.live()
     pipeline.stop(pipeline.processes[-1])
+    return pipeline
+
+
+def test_a_changed_embedder_leaves_its_index_as_it_is_and_names_the_migration(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = loaded(database, make_pipeline)
+    pipeline.path.write_text(of_two_tables(database, dimensions=16, kept=True))
+
+    pipeline.start()
+    assert "cdcsync migrate articles start" in pipeline.event("preflight")["fix"]
+    pipeline.source.execute("UPDATE articles SET title = title || ' again'")
+    pipeline.in_step()  # with the vectors of the embedder that made the others
+    assert entry(pipeline, "articles") == ("live", None)
+
+
+def test_a_changed_embedder_without_the_one_before_pauses_its_index_alone(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = loaded(database, make_pipeline)
     pipeline.path.write_text(of_two_tables(database, dimensions=16))
 
     pipeline.start()

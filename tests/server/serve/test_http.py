@@ -16,6 +16,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from cdcsync.config import Config
+from cdcsync.embedders import make_embedder
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.serve.identity import Principal, new_token, revoke_tokens
 from cdcsync.serve.service import Service
@@ -116,8 +117,7 @@ async def test_without_the_model_words_are_searched_and_the_answer_says_so(ticke
     def without_model(service: Service) -> None:
         away: Any = Away()
         shared = service.reader.index("tickets")._shared
-        away.embedder = shared.model("fake").embedder
-        shared._models["fake"] = away
+        shared._models[make_embedder("fake", shared.config.embedders["fake"]).identity] = away
 
     async with served(tickets.serving(anonymous=True), before=without_model) as client:
         found = (await ask(client, "printer")).json()

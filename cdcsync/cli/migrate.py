@@ -1,0 +1,332 @@
+"""`cdcsync migrate`: another model, precision, distance or graph for an index, while searches go on."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
+from cdcsync.cli.teardown import confirm
+from cdcsync.errors import EXIT_FAILED, UsageError
+from cdcsync.stopping import interruptible
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cdcsync.config import Config
+    from cdcsync.flows.evaluate.gates import Verdict
+    from cdcsync.flows.migrate.commands import GenerationStatus, Started
+    from cdcsync.flows.migrate.compare import Quality
+    from cdcsync.target.judged_runs import Run
+
+EPILOG = """To what the configuration asks for now: `cdcsync migrate articles start`
+
+    How far is it? `cdcsync migrate articles status`
+
+    Switch, if it finds much the same: `cdcsync migrate articles activate --min overlap=0.5 --min recall=0.95`
+
+    Back, and forth again: `cdcsync migrate articles rollback`
+
+    Free the space of the generation that searches do not use: `cdcsync migrate articles drop`"""
+
+
+class Action(StrEnum):
+    """The step of a migration."""
+
+    start = "start"
+    status = "status"
+    activate = "activate"
+    rollback = "rollback"
+    drop = "drop"
+
+
+def migrate(
+    context: typer.Context,
+    index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
+    action: Annotated[Action, typer.Argument(help="Begin, look, switch, switch back, or free what is not used.")],
+    config: ConfigOption = None,
+    max_rows_per_s: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With start: fill at most so many chunks a second.", show_default=False),
+    ] = None,
+    least: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--min",
+            metavar="MEASURE=VALUE",
+            help="With activate: refuse to switch below this: recall, overlap, or with --judged a measure such as"
+            " nDCG@10. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    judged: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="With activate: also answer these judged questions with both generations; see `evaluate`.",
+            show_default=False,
+        ),
+    ] = None,
+    not_worse: Annotated[
+        bool, typer.Option("--not-worse", help="With --judged: refuse to switch if the answers are surely worse.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With activate: measure, and do not switch.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With drop: say yes beforehand.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Exchange the vectors of an index for those of another model, precision, distance or graph, without a gap.
+
+    Change embedder, vector_type, distance or hnsw of [indexes.INDEX] in the configuration, and keep the [embedders]
+    section of the vectors that are in use. Then `start` has a running worker make a second generation of vectors from
+    the stored chunks, while both follow all changes. Searches use the live generation until `activate`, which switches
+    view, search function and the model of queries in one transaction; `rollback` switches back as quickly. `drop` frees
+    the generation that is not live.
+
+    The worker has to know both models: start it again with the changed configuration. The exit status of `activate` is
+    1 if --min or --not-worse refuses.
+    """
+    import anyio
+
+    from cdcsync import logs
+    from cdcsync.cli import printing
+    from cdcsync.flows.migrate import commands
+
+    asked = context.ensure_object(Invocation)
+    _check_options(action, max_rows_per_s, least, judged, not_worse=not_worse, dry_run=dry_run, yes=yes)
+    configuration = asked.load(config)
+    configuration.index_named(index)
+    logs.configure("error", configuration.worker.log_format)
+    match action:
+        case Action.start:
+            started = anyio.run(
+                interruptible, lambda: commands.start(configuration, index, max_rows_per_s=max_rows_per_s)
+            )
+            printing.print_json(started) if as_json else _print_started(started)
+        case Action.status:
+            generations = anyio.run(interruptible, commands.status, configuration, index)
+            printing.print_json(generations) if as_json else _print_generations(generations)
+        case Action.activate:
+            outcome = anyio.run(
+                interruptible,
+                lambda: _activate(configuration, index, least or [], judged, not_worse=not_worse, dry_run=dry_run),
+            )
+            printing.print_json(outcome.json) if as_json else _print_outcome(outcome)
+            if not outcome.passed:
+                raise typer.Exit(EXIT_FAILED)
+        case Action.rollback:
+            before, now = anyio.run(interruptible, _roll_back, configuration, index)
+            _say(as_json, {"index": index, "live": now, "before": before}, f"generation {now} is live again")
+        case Action.drop:
+            if not yes:
+                confirm(
+                    f"removes the generation of {index} that searches do not use, with all its vectors.", needs="drop"
+                )
+            gone = anyio.run(interruptible, commands.drop, configuration, index)
+            _say(as_json, {"index": index, "dropped": gone}, f"generation {gone} is dropped")
+
+
+def _check_options(
+    action: Action,
+    max_rows_per_s: int | None,
+    least: list[str] | None,
+    judged: Path | None,
+    *,
+    not_worse: bool,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Refuse options that are of another step.
+
+    :raises UsageError: one is.
+    """
+    given = {
+        "--max-rows-per-s": (max_rows_per_s is not None, Action.start),
+        "--min": (bool(least), Action.activate),
+        "--judged": (judged is not None, Action.activate),
+        "--not-worse": (not_worse, Action.activate),
+        "--dry-run": (dry_run, Action.activate),
+        "--yes": (yes, Action.drop),
+    }
+    for option, (used, of) in given.items():
+        if used and action is not of:
+            raise UsageError(f"{option} belongs to {of}, not to {action}", where=option, hint="leave it out")
+    if not_worse and judged is None:
+        raise UsageError(
+            "--not-worse is about judged questions", where="--not-worse", hint="name them with --judged DIR"
+        )
+
+
+class _Outcome(NamedTuple):
+    """What `activate` measured and did.
+
+    :ivar before: the generation that was live before; None where nothing was switched.
+    """
+
+    name: str
+    live: int
+    other: int
+    quality: Quality
+    runs: tuple[Run, Run] | None
+    verdicts: list[Verdict]
+    before: int | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether no gate refuses."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The outcome as JSON has it."""
+        return {
+            "index": self.name,
+            "live": self.live if self.before is None else self.other,
+            "before": self.before,
+            "switched": self.before is not None,
+            "quality": self.quality,
+            "judged": None if self.runs is None else {"live": self.runs[0], "other": self.runs[1]},
+            "gates": [verdict._asdict() for verdict in self.verdicts],
+        }
+
+
+async def _activate(
+    config: Config, index: str, least: Sequence[str], judged: Path | None, *, not_worse: bool, dry_run: bool
+) -> _Outcome:
+    from cdcsync.flows.evaluate import gates
+    from cdcsync.flows.evaluate.collection import read_collection
+    from cdcsync.flows.evaluate.judged import MEASURES, evaluate_index
+    from cdcsync.flows.migrate import commands
+    from cdcsync.flows.migrate.compare import compare, parse_floors
+    from cdcsync.postgres.sessions import connect
+    from cdcsync.target import judged_runs
+
+    # Wrong arguments are told before anything is measured.
+    own, of_answers = parse_floors(least)
+    if of_answers and judged is None:
+        raise UsageError(
+            f"{of_answers[0]} is a measure of judged answers",
+            where="--min",
+            hint="name the questions with --judged DIR",
+        )
+    floors = [gates.parse_floor(text) for text in of_answers]
+    collection = None if judged is None else read_collection(judged)
+    live, other = await commands.candidates(config, index)
+    async with await connect(config.target.dsn, "target", application_name="cdcsync migrate") as connection:
+        quality = await compare(connection, config.target.schema, live, other)
+        verdicts = quality.judge(other.generation, own)
+        runs = None
+        if collection is not None:
+            measures = list(dict.fromkeys([*MEASURES, *(floor.measure for floor in floors)]))
+            first = await evaluate_index(connection, config, live, collection, measures=measures)
+            second = await evaluate_index(connection, config, other, collection, measures=measures)
+            for run in (first, second):
+                await judged_runs.store(connection, config.target.schema, run)
+            runs = first, second
+            verdicts += gates.judge(second, floors, first if not_worse else None)
+    before = None
+    if not dry_run and all(verdict.passed for verdict in verdicts):
+        before = await commands.switch(config, index, other.generation)
+    return _Outcome(index, live.generation, other.generation, quality, runs, verdicts, before)
+
+
+async def _roll_back(config: Config, index: str) -> tuple[int, int]:
+    from cdcsync.flows.migrate import commands
+
+    live, other = await commands.candidates(config, index)
+    if other.generation > live.generation:
+        raise UsageError(
+            f"generation {live.generation} is live, which is the older one of the two",
+            where=f"index {index}",
+            hint=f"to switch to generation {other.generation}: cdcsync migrate {index} activate",
+        )
+    return await commands.switch(config, index, other.generation), other.generation
+
+
+def _say(as_json: bool, facts: dict[str, Any], text: str) -> None:
+    from cdcsync.cli.printing import console, print_json
+
+    if as_json:
+        print_json(facts)
+    else:
+        console().print(text, markup=False, highlight=False)
+
+
+def _print_started(started: Started) -> None:
+    from cdcsync.cli.printing import console, plain
+
+    out = console()
+    verb = "begins" if started.begun else "is under way"
+    lines = [f"the migration of {started.index} {verb}: generation {started.generation}, by {started.embedder}"]
+    if started.tokens:
+        price = "" if started.price is None else f", at a price of about {started.price:,.2f}"
+        lines.append(f"  embeds {started.chunks:,} chunks, about {started.tokens:,} tokens{price}")
+    else:
+        lines.append(f"  converts {started.chunks:,} vectors; no text is embedded again")
+    lines += [f"  note: {warning}" for warning in started.warnings]
+    lines.append(f"  a running worker with this configuration fills it: cdcsync migrate {started.index} status")
+    for line in lines:
+        out.print(plain(line), markup=False, highlight=False)
+
+
+def _print_generations(generations: Sequence[GenerationStatus]) -> None:
+    from rich.table import Table
+
+    from cdcsync.cli.printing import console, plain
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("generation", "state", "embedder", "vectors", "distance", "graph", "filled", "failed", "size"):
+        table.add_column(heading)
+    table.add_column("recall")
+    for one in generations:
+        share = one.vectors / one.chunks if one.chunks else 1.0
+        table.add_row(
+            str(one.generation),
+            one.state,
+            plain(one.embedder or one.model),
+            f"{one.vector_type}({one.dimensions})",
+            one.distance,
+            "" if one.m is None else f"m {one.m}, ef {one.ef_construction}",
+            f"{min(share, 1.0):.1%} of {one.chunks:,}",
+            f"{one.failed:,}",
+            _size(one.bytes),
+            "" if one.recall is None else f"{one.recall:.3f}",
+        )
+    console().print(table)
+
+
+def _size(amount: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1024:
+            return f"{amount:,.0f} {unit}"
+        amount /= 1024
+    return f"{amount:,.1f} TB"
+
+
+def _print_outcome(outcome: _Outcome) -> None:
+    from rich.text import Text
+
+    from cdcsync.cli.printing import console, plain
+
+    out, quality = console(), outcome.quality
+    for generation, recall in quality.recall.items():
+        which = "live" if generation == outcome.live else "new"
+        found = "too few vectors to tell" if recall is None else f"{recall:.3f}"
+        out.print(f"generation {generation} ({which}): recall@{quality.k} {found}", markup=False, highlight=False)
+    if quality.overlap is not None:
+        text = f"overlap@{quality.k} of {quality.queries} searches: {quality.overlap:.3f}"
+        out.print(text, markup=False, highlight=False)
+    for run in outcome.runs or ():
+        own = run.modes[run.own_mode].figures
+        shown = ", ".join(f"{name} {one.mean:.3f} ({one.low:.3f} to {one.high:.3f})" for name, one in own.items())
+        out.print(plain(f"generation {run.generation}, {run.own_mode}: {shown}"), markup=False, highlight=False)
+    for verdict in outcome.verdicts:
+        mark, style = ("✓", "green") if verdict.passed else ("✗", "red")
+        out.print(Text.assemble((mark, style), " ", plain(verdict.text)))
+    if outcome.before is not None:
+        out.print(f"generation {outcome.other} is live", markup=False, highlight=False)
+    else:
+        why = "nothing was switched" if outcome.passed else "refused: nothing was switched"
+        out.print(f"{why}; generation {outcome.live} stays live", markup=False, highlight=False)

@@ -1,0 +1,178 @@
+"""The fill flow: a generation gets a vector of each stored chunk, then its HNSW index, and is ready.
+
+    chunks, in the order of their numbers ─► page ─► vectors of a quick model ──────────────► settled tier ─┐
+                                                 └─► backlog, where the embed flow finds them ─► fresh tier ─┴─► HNSW
+
+It is a load like a first one: texts are in the backfill lane, so that live changes come first, `tokens_per_day` stops
+it first, and a page that a quick model can embed at once is written with its vectors. Every page commits with the place
+that it reached; after any crash the flow continues there.
+
+While it goes on, and after it, whoever applies changes writes all generations (`target/apply`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import islice
+
+import anyio
+import structlog
+from psycopg import sql
+
+from cdcsync.backoff import Backoff
+from cdcsync.crashpoints import crash_point
+from cdcsync.errors import CdcsyncError
+from cdcsync.flows.build import settle_all
+from cdcsync.flows.embed import Dispatcher, EmbedLoop
+from cdcsync.model.spec import IndexSpec
+from cdcsync.model.vectors import FloatVector
+from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.target.ddl.building import build_hnsw
+from cdcsync.target.ddl.locking import until_locked
+from cdcsync.target.ddl.names import Names
+from cdcsync.target.filling import Filling, Stored
+from cdcsync.target.generations import Generation, Generations
+
+log = structlog.get_logger()
+
+PAGE_CHUNKS = 1_000
+"""Chunks of a page: whoever applies waits for the end of its transaction, some milliseconds."""
+
+QUICK_S = 0.25
+"""A page whose texts the model takes longer for goes to the backlog, as the pages of a first load do: the embed flow
+keeps several calls of a provider under way, and knows what to do about texts that fail."""
+
+POLL_S = 0.2
+"""How often it is looked whether the backlog has room again, or is empty."""
+
+WINDOWS = 4
+"""So many windows of the embed loop wait in the backlog: it never runs dry, and nothing waits there for long."""
+
+
+class Fill:
+    """Fills one generation of one index."""
+
+    def __init__(
+        self,
+        dsn: str,
+        schema: str,
+        live: IndexSpec,
+        spec: IndexSpec,
+        dispatcher: Dispatcher,
+        loop: EmbedLoop,
+        most_rows_per_s: Callable[[], float],
+    ) -> None:
+        """Make the flow.
+
+        :param live: the index with the generation that searches use.
+        :param spec: the index with the generation that is to be filled.
+        :param loop: the one that empties its backlog.
+        :param most_rows_per_s: the limit that the configuration has for backfills now; 0 for none.
+        """
+        self._dsn = dsn
+        self._schema = schema
+        self._live = live
+        self._spec = spec
+        self._dispatcher = dispatcher
+        self._loop = loop
+        self._most_rows_per_s = most_rows_per_s
+        self._generations = Generations(schema)
+
+    async def run(self) -> None:
+        """Return once the generation is ready, or is not to be filled any more."""
+        where = f"index {self._spec.name}"
+        backoff = Backoff(lambda failure: log.warning("migration_waits", index=where, error=str(failure.error)))
+        async with Session(self._dsn, "target", application_name="cdcsync migrate") as session:
+            while True:
+                async with backoff:
+                    with speaking_of("target", where=where):
+                        connection = await session.connection()
+                        backoff.succeeded()
+                        await self._fill_and_build(connection)
+                    return
+
+    async def _entry(self, connection: Connection) -> Generation | None:
+        """Return the generation's row if it is still to be filled."""
+        for one in await self._generations.of(connection, self._spec.name):
+            if one.generation == self._spec.generation and one.state == "filling":
+                return one
+        return None
+
+    async def _fill_and_build(self, connection: Connection) -> None:
+        name, generation = self._spec.name, self._spec.generation
+        filling = Filling(connection, self._schema, self._spec, self._live)
+        entry = await self._entry(connection)
+        if entry is None:
+            return
+        log.info("migration_fills", index=name, generation=generation, after=entry.cursor, embedder=entry.embedder)
+        while True:
+            if not await self._pages(connection, filling):
+                return
+            await self._drain(filling)
+            # The proof that all is there; until now that was a conclusion.
+            if not (lacking := await filling.lacking()):
+                break
+            log.error("migration_incomplete", index=name, generation=generation, chunks=lacking)
+            await self._generations.begin_again(connection, name, generation)
+            crash_point("fill begun again")
+        await self._generations.stamp(connection, name, generation, "filled_at")
+        crash_point("generation filled")
+        await settle_all(connection, self._schema, self._spec)
+        log.info("hnsw_building", index=name, generation=generation)
+        await build_hnsw(connection, self._schema, self._spec)
+        vectors = Names(self._schema, name).vectors(generation)
+        await connection.execute(sql.SQL("ANALYZE {}").format(vectors))
+        await self._generations.stamp(connection, name, generation, "ready_at")
+        crash_point("generation ready")
+        log.info("migration_ready", index=name, generation=generation)
+
+    async def _pages(self, connection: Connection, filling: Filling) -> bool:
+        """Write page after page until there are no more; False if the generation is not wanted any more."""
+        while (entry := await self._entry(connection)) is not None:
+            await self._wait_for_room(filling)
+            began = anyio.current_time()
+            page = await filling.page(entry.cursor, PAGE_CHUNKS)
+            if not page:
+                return True
+            last, lacking = page[-1].chunk_id, await filling.without_vector(page)
+            table = f"{self._spec.name}_vectors_{self._spec.generation}"
+            if filling.takes_over:
+                await until_locked(lambda: filling.take_over(lacking, last), table=table)  # noqa: B023 - awaited here
+            else:
+                vectors = await self._vectors(lacking)
+                await until_locked(lambda: filling.store(lacking, vectors, last), table=table)  # noqa: B023
+            self._loop.notify(live=False)
+            await self._pace(len(page), began, entry.max_rows_per_s)
+        return False
+
+    async def _vectors(self, page: list[Stored]) -> Mapping[bytes, FloatVector]:
+        """Return the vectors of a page if the model makes them quickly."""
+        texts = {one.hash: one.text for one in page}
+        if not texts or len(texts) > self._dispatcher.texts_within(QUICK_S):
+            return {}
+        vectors: dict[bytes, FloatVector] = {}
+        try:
+            while texts:
+                call = dict(islice(texts.items(), self._dispatcher.batch(texts)))
+                vectors |= self._spec.usable((await self._dispatcher.embed(call)).vectors)
+                texts = dict(islice(texts.items(), len(call), None))
+        except CdcsyncError as error:
+            # What is left goes to the backlog, where the embed loop meets the same error and deals with it.
+            log.debug("page_not_embedded", index=self._spec.name, texts=len(texts), error=str(error))
+        return vectors
+
+    async def _wait_for_room(self, filling: Filling) -> None:
+        """Wait while the stream is late, and while enough texts wait for the embed loop."""
+        most = WINDOWS * self._dispatcher.window_texts
+        while self._dispatcher.far_behind or await filling.waiting(most) >= most:  # noqa: ASYNC110 - the target tells
+            await anyio.sleep(POLL_S)
+
+    async def _pace(self, chunks: int, began: float, own: int | None) -> None:
+        limits = [float(one) for one in (own or 0, self._most_rows_per_s()) if one]
+        if limits:
+            await anyio.sleep(max(0.0, chunks / min(limits) - (anyio.current_time() - began)))
+
+    async def _drain(self, filling: Filling) -> None:
+        """Wait until no text of the fill waits for its vector."""
+        while await filling.waiting(1):  # noqa: ASYNC110 - the target tells
+            await anyio.sleep(POLL_S)
