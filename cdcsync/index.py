@@ -47,6 +47,7 @@ from cdcsync.target.search import (
     search,
     stored_spec,
 )
+from cdcsync.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -82,6 +83,7 @@ class _Shared:
 
     def __init__(self, config: Config, connections: int, model_timeout_s: float, application_name: str) -> None:
         self.config = config
+        self.tracing = Tracing()
         self.pool = Pool(config.target.dsn, "target", size=connections, application_name=application_name)
         self._model_timeout_s = model_timeout_s
         self._models: dict[str, QueryEmbedder] = {}
@@ -234,7 +236,7 @@ class Index:
             )
             ranked = await self.rerank(text, found)
             return Hits(ranked[skip : skip + k], ranked.warning, generation=found.generation)
-        schema = self._shared.config.target.schema
+        schema, tracing = self._shared.config.target.schema, self._shared.tracing
 
         async def once() -> Hits:
             spec = await self._generation(generation)
@@ -242,7 +244,9 @@ class Index:
             warning = None
             if mode != "text" and vector is None and text.strip():
                 try:
-                    embedded = await self._shared.model(spec).embed_one(text)
+                    model = self._shared.model(spec)
+                    with tracing.span("cdcsync.embed_query", embedder=model.embedder.name):
+                        embedded = await model.embed_one(text)
                 except EmbedError as error:
                     if mode == "vector" or self._config.search is None:
                         raise
@@ -266,9 +270,11 @@ class Index:
                     headline=headline,
                     settings=settings,
                     timeout_s=timeout_s,
+                    traceparent=tracing.traceparent(),
                 )
 
-            return Hits(await self._with_connection(ask), warning, generation=spec.generation)
+            with tracing.span("cdcsync.statement", index=self.name):
+                return Hits(await self._with_connection(ask), warning, generation=spec.generation)
 
         for _ in range(SWITCHES - 1):
             try:

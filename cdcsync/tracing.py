@@ -1,4 +1,4 @@
-"""Spans of what the worker does, for whoever collects traces by OpenTelemetry. Off, and free, where nobody asks.
+"""Spans of what the worker and the tool server do, by OpenTelemetry. Off, and free, where nobody asks for them.
 
     an application's transaction, with its trace context in the WAL:
 
@@ -9,6 +9,10 @@
 
     cdcsync.batch ─► cdcsync.prepare (for each index), cdcsync.commit      the worker's own, with links to all
     cdcsync.call                                                           applications whose work is in them
+
+    ─► cdcsync.serve.search   a call of the tool server, child of the caller's span (its traceparent header)
+       ├ cdcsync.embed_query  the model makes the query's vector
+       └ cdcsync.statement    the search in the target, whose text ends in a comment with the span's traceparent
 
 A batch holds many transactions and a call many texts, and a span has one parent: so the worker's spans and those in an
 application's trace are apart. Which text came with which transaction is kept in memory while the text waits: after
@@ -86,6 +90,15 @@ class Tracing:
         """Span a step of what is being done."""
         yield
 
+    @contextlib.contextmanager
+    def called(self, name: str, traceparent: str | None, **attributes: Value) -> Iterator[None]:
+        """Span the answer to a call, as a child of the caller's span if the call names one."""
+        yield
+
+    def traceparent(self) -> str | None:
+        """Return the trace context of the current span, for a statement's comment; None where there is none."""
+        return None
+
     def follow(self, texts: Iterable[tuple[int, bytes]]) -> None:
         """Remember, of the batch in hand, which text (by its hash) came with which transaction (by its LSN)."""
 
@@ -122,8 +135,7 @@ class OpenTelemetry(Tracing):
 
     def note(self, content: bytes) -> None:
         """Take the trace context of the transaction; the last one counts."""
-        carrier = {PREFIX: content.decode("ascii", "replace").strip()}
-        context = self._propagator.extract(carrier, context=self._nowhere)
+        context = self._extracted(content.decode("ascii", "replace").strip())
         found = self._trace.get_current_span(context).get_span_context()
         if found.is_valid:
             self._noted = found
@@ -149,6 +161,22 @@ class OpenTelemetry(Tracing):
         """Span a step of what is being done."""
         with self._spanning(name, (), None, attributes):
             yield
+
+    @contextlib.contextmanager
+    def called(self, name: str, traceparent: str | None, **attributes: Value) -> Iterator[None]:
+        """Span the answer to a call, as a child of the caller's span if the call names one."""
+        with self._spanning(name, (), self._extracted(traceparent or ""), attributes):
+            yield
+
+    def traceparent(self) -> str | None:
+        """Return the trace context of the current span."""
+        carrier: dict[str, str] = {}
+        self._propagator.inject(carrier)
+        return carrier.get(PREFIX)
+
+    def _extracted(self, traceparent: str) -> Any:
+        """Return the context of a caller; an empty one if it cannot be read."""
+        return self._propagator.extract({PREFIX: traceparent}, context=self._nowhere)
 
     def follow(self, texts: Iterable[tuple[int, bytes]]) -> None:
         """Remember which text came with which transaction."""

@@ -58,7 +58,8 @@ class Problem(Exception):
         return body
 
     def __str__(self) -> str:
-        return f"{self.detail}. {self.fix[0].upper()}{self.fix[1:]}." if self.fix else f"{self.detail}."
+        sentences = [self.detail, self.fix[0].upper() + self.fix[1:]] if self.fix else [self.detail]
+        return " ".join(one.rstrip(".") + "." for one in sentences)
 
 
 def problem_of(error: CdcsyncError) -> Problem:

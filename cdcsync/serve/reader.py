@@ -30,6 +30,7 @@ from cdcsync.serve.problems import Problem
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.policies import SETTING
 from cdcsync.target.search import Hit, Mode
+from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
 
@@ -380,7 +381,7 @@ class Reader:
     :ivar loaded: whether loading their models has been tried.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, tracing: Tracing) -> None:
         serve = config.serve
         target = msgspec.structs.replace(config.target, dsn=serve.dsn or config.target.dsn)
         name, *others = serve.indexes or config.indexes
@@ -392,6 +393,7 @@ class Reader:
             application_name="cdcsync serve",
         )
         self.indexes = {name: self._first} | {one: self._first.beside(one) for one in others}
+        self._first._shared.tracing = tracing
         for index in self.indexes.values():
             index.serve = serve
         self.loaded = False

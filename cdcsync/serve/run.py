@@ -62,7 +62,7 @@ async def run(
             await serve(app, host, port, bounds=bounds, setting="serve.listen", started=bound)
             tasks.cancel_scope.cancel()
     finally:
-        await service.reader.aclose()
+        await service.aclose()
 
 
 async def run_stdio(config: Config) -> None:
@@ -78,7 +78,7 @@ async def run_stdio(config: Config) -> None:
             await make_mcp(service, stdio=True).run_stdio_async()
             tasks.cancel_scope.cancel()
     finally:
-        await service.reader.aclose()
+        await service.aclose()
 
 
 async def _stop_on_signal(scope: anyio.CancelScope) -> None:

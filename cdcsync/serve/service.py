@@ -5,6 +5,7 @@ HTTP and MCP differ in how they read a call and write its answer, and in nothing
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -12,10 +13,12 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
 import anyio
+import anyio.to_thread
 import msgspec
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from cdcsync import tracing
 from cdcsync.config import Config
 from cdcsync.errors import CdcsyncError
 from cdcsync.serve.calls import Recorder, query_hash
@@ -95,12 +98,19 @@ class Service:
         serve = config.serve
         self.serve = serve
         self.metrics = Metrics()
-        self.reader = Reader(config)
+        self.tracing = tracing.from_environment(os.environ)
+        self.reader = Reader(config, self.tracing)
         self.authenticator = Authenticator(serve)
         self.limits = Limits(serve)
         self.metrics.waiting.set_function(lambda: self.limits.waiting)
         dsn = serve.dsn or config.target.dsn
         self.recorder = Recorder(dsn, config.target.schema, serve.audit_days, self.metrics.dropped)
+
+    async def aclose(self) -> None:
+        """Close sessions and models, and send the last spans."""
+        with anyio.CancelScope(shield=True):
+            await self.reader.aclose()
+            await anyio.to_thread.run_sync(self.tracing.close)
 
     async def list_indexes(self, caller: Caller) -> list[IndexInfo]:
         """Return the indexes that can be searched.
@@ -166,11 +176,13 @@ class Service:
         outcome = "failed"
         try:
             who = await self.authenticator.principal(caller.authorization)
-            with anyio.move_on_after(self.serve.deadline_s):
-                async with self.limits.admitted(who.account):
-                    answer = await work(who)
-                outcome = "ok"
-                return answer
+            index = {} if noted.index not in self.reader.indexes else {"index": noted.index}
+            with self.tracing.called(f"cdcsync.serve.{tool}", caller.traceparent, **index):
+                with anyio.move_on_after(self.serve.deadline_s):
+                    async with self.limits.admitted(who.account):
+                        answer = await work(who)
+                    outcome = "ok"
+                    return answer
             raise Problem(
                 504,
                 "The call took too long",

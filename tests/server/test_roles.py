@@ -10,14 +10,18 @@ import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import anyio
+import msgspec
 import psycopg
 import pytest
 from psycopg import conninfo, sql
 
+from cdcsync.config import Config, Serve
 from cdcsync.demo.programs import embedded_bin_dir
 from cdcsync.errors import SetupError
 from tests import ROOT
 from tests.support.servers import Database, Server
+from tests.support.serving import served
 from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
@@ -163,7 +167,30 @@ def test_a_worker_runs_end_to_end_under_roles_with_the_least_privilege(
     assert allowed(read, "SELECT count(*) FROM search.articles")
     assert allowed(read, "SELECT cdcsync.wait_for('articles', '0/1', '1 s')")
     assert not allowed(read, "DELETE FROM cdcsync.articles_chunks")
+
+    # The tool server under the reader's role; its record of calls exists only now.
+    grant(target, target_role=writer, reader_role=reader, view_schema="search")
+    serving = msgspec.structs.replace(pipeline.config, serve=Serve(listen="127.0.0.1:0", dsn=read, anonymous=True))
+    assert anyio.run(called, serving) == [200, 200, 200, 200]
+    assert target.execute("SELECT DISTINCT tool FROM cdcsync.calls ORDER BY 1") == [
+        ("embed",),
+        ("fetch",),
+        ("list_indexes",),
+        ("search",),
+    ]
     assert pipeline.stop(worker) == 0
+
+
+async def called(config: Config) -> list[int]:
+    """Call each tool of the server; returns the statuses."""
+    async with served(config) as client:
+        answers = [
+            await client.get("/v1/indexes"),
+            await client.post("/v1/indexes/articles/search", json={"query": "title", "after_lsn": "0/1"}),
+            await client.get("/v1/indexes/articles/documents/7"),
+            await client.post("/v1/embed", json={"index": "articles", "texts": ["title"]}),
+        ]
+    return [answer.status_code for answer in answers]
 
 
 @pytest.mark.timeout(300)  # a dozen processes, on a machine that may be busy

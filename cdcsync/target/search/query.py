@@ -8,6 +8,7 @@ Methods" (2009); Robertson and Zaragoza, "The Probabilistic Relevance Framework:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +45,8 @@ Filter = Mapping[str, Any]
 TIMEOUT_S = 30.0
 """A search takes milliseconds; one that takes this long is not waited for any more."""
 
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 NO_SETTINGS: Mapping[str, str] = {}
 
@@ -98,6 +101,7 @@ async def search(
     where: str | None = None,
     timeout_s: float | None = TIMEOUT_S,
     settings: Mapping[str, str] = NO_SETTINGS,
+    traceparent: str | None = None,
     plans: list[Plan] | None = None,
 ) -> list[Hit]:
     """Return the best hits for a query, the best first.
@@ -118,6 +122,8 @@ async def search(
     :param where: an SQL condition on key and carried columns: the caller's own SQL, with the session's privileges.
     :param timeout_s: how long the server may take; None for any time.
     :param settings: PostgreSQL settings for this search alone, such as one that a row-level security policy reads.
+    :param traceparent: the trace context of the caller's span, a comment in the statement: it leads from the server's
+        log of slow statements, and from pg_stat_activity, to the trace.
     :param plans: gets how the server executed each leg.
     :raises UsageError: `k`, `mode`, `filter`, `where` or another argument cannot be used.
     :raises ModelChanged: the vectors that `vector` was made for are gone; embed the query anew.
@@ -135,6 +141,8 @@ async def search(
         statement = sql.SQL("SELECT {} FROM {}($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)").format(
             sql.SQL(", ").join(map(sql.Identifier, [*attributes, *OWN])), function
         )
+        if traceparent is not None and _TRACEPARENT.fullmatch(traceparent):
+            statement += sql.SQL(f" /*traceparent='{traceparent}'*/")
         arguments: list[object] = [
             text,
             None if vector is None else "[" + ",".join([repr(float(value)) for value in vector]) + "]",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +19,7 @@ from psycopg import conninfo
 
 from cdcsync.config import Config
 from cdcsync.serve.identity import new_token
+from tests import ROOT
 from tests.support.serving import Office, served, tenant
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -125,3 +128,44 @@ async def test_over_standard_input_and_output_the_token_is_in_the_environment(ti
     async with Client(server) as client:
         found = await called(client, "search", index="tickets", query="printer", k=50)
     assert {hit["key"]["id"] % 3 for hit in found["hits"]} == {1}
+
+
+# -- the page for people who connect agents -------------------------------------------------------------------------
+
+TRANSCRIPT = re.compile(r"```text transcript\n(.*?)```", re.DOTALL)
+CALL = re.compile(r"^→ (\w+) (.*)$", re.MULTILINE)
+VOLATILE = {"as_of_lsn": "0/1B8F2A0", "lag_seconds": 0.4, "etag": '"3f9ac2…"'}
+"""Values that differ each time."""
+
+
+def shown(value: Any) -> Any:
+    """Return an answer as the page shows it."""
+    match value:
+        case dict():
+            return {name: VOLATILE.get(name, shown(one)) for name, one in value.items()}
+        case list():
+            return [shown(one) for one in value]
+        case float():
+            return round(value, 4)
+        case _:
+            return value
+
+
+async def transcript(client: Client, calls: list[tuple[str, str]]) -> str:
+    """Make calls and return them with their answers, as the page shows them."""
+    parts: list[str] = []
+    for tool, arguments in calls:
+        result = await client.call_tool(tool, json.loads(arguments))
+        if result.is_error:
+            answer = " ".join(getattr(part, "text", "") for part in result.content)
+        else:
+            answer = json.dumps(shown(result.structured_content), indent=2, ensure_ascii=False)
+        parts.append(f"→ {tool} {arguments}\n{'✗' if result.is_error else '←'} {answer}\n")
+    return "\n".join(parts)
+
+
+async def test_the_transcript_on_the_page_is_what_a_client_sees(tickets: Office) -> None:
+    page = (ROOT / "docs" / "agents.md").read_text(encoding="utf-8")
+    (block,) = TRANSCRIPT.findall(page)
+    async with agent(tickets.serving(anonymous=True)) as client:
+        assert await transcript(client, CALL.findall(block)) == block
