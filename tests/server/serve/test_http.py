@@ -117,7 +117,8 @@ async def test_without_the_model_words_are_searched_and_the_answer_says_so(ticke
     def without_model(service: Service) -> None:
         away: Any = Away()
         shared = service.reader.index("tickets")._shared
-        shared._models[make_embedder("fake", shared.config.embedders["fake"]).identity] = away
+        away.embedder = make_embedder("fake", shared.config.embedders["fake"])
+        shared._models[away.embedder.identity] = away
 
     async with served(tickets.serving(anonymous=True), before=without_model) as client:
         found = (await ask(client, "printer")).json()
