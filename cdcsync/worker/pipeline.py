@@ -74,6 +74,21 @@ SetUp = Literal["ready", "stopped", "outdated"]
 """How a set-up ended: the worker may begin, was told to stop, or has to examine everything again."""
 
 
+def make_dispatchers(config: Config, state: WorkerState, embedders: Mapping[str, Embedder]) -> dict[str, Dispatcher]:
+    """Return the dispatcher of each embedder. They outlive a pipeline, so that no call is lost when a table changes."""
+    return {
+        name: Dispatcher(
+            one,
+            state.metrics,
+            anyio.current_time,
+            config.worker.live_wait_ms / 1000,
+            tokens_per_day(config.embedders[name]),
+            tracing=state.tracing,
+        )
+        for name, one in embedders.items()
+    }
+
+
 class Pipeline:
     """The parts of a pipeline and how they are wired; use `set_up`, then `work`, and `aclose` whatever comes of it."""
 
@@ -83,6 +98,7 @@ class Pipeline:
         state: WorkerState,
         specs: list[IndexSpec],
         embedders: dict[str, Embedder],
+        dispatchers: Mapping[str, Dispatcher],
         *,
         plans: Sequence[Plan],
         pauses: Pauses,
@@ -99,19 +115,9 @@ class Pipeline:
         self.streaming = anyio.Event()
         self.lag = Lag(time.time, anyio.current_time)
         self.limits = Limits(config.worker.batch_rows, config.worker.batch_bytes)
-        wait_s = config.worker.live_wait_ms / 1000
-        self.dispatchers = {
-            name: Dispatcher(
-                one,
-                metrics,
-                anyio.current_time,
-                wait_s,
-                tokens_per_day(config.embedders[name]),
-                lag=self.lag,
-                tracing=state.tracing,
-            )
-            for name, one in embedders.items()
-        }
+        self.dispatchers = dispatchers
+        for dispatcher in dispatchers.values():
+            dispatcher.lag = self.lag
         self.deliveries = {spec.name: Deliveries() for spec in specs}
         tables = {spec.name: SourceTable.of(spec) for spec in specs}
         self._pipeline = schema, config.source.slot
@@ -272,8 +278,6 @@ class Pipeline:
             async with anyio.create_task_group() as ending:
                 async with anyio.create_task_group() as tasks:
                     ending.start_soon(self.end_in_time, tasks.cancel_scope)
-                    for dispatcher in self.dispatchers.values():
-                        tasks.start_soon(dispatcher.run)
                     for loop in [*self.embed_loops.values(), *(one for of in self.beside.values() for one in of)]:
                         tasks.start_soon(loop.run)
                     for fill in self.fills:

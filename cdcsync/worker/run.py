@@ -30,7 +30,7 @@ from cdcsync.stopping import end_at_once
 from cdcsync.target.session import worker_name
 from cdcsync.worker import http
 from cdcsync.worker.descriptors import raise_descriptor_limit
-from cdcsync.worker.pipeline import STANDBY_POLL_S, Pipeline
+from cdcsync.worker.pipeline import STANDBY_POLL_S, Pipeline, make_dispatchers
 from cdcsync.worker.reload import reload_on_signal
 from cdcsync.worker.state import WorkerState
 from cdcsync.worker.systemd import ServiceManager, keep_informed
@@ -91,7 +91,7 @@ async def run(
             for finding in report.findings:
                 if finding.level == "warning":
                     log.warning("preflight", where=finding.where, problem=finding.message, fix=finding.hint)
-            await _work_through_schema_changes(config, state, report, embedders)
+            await _work_through_schema_changes(config, state, report, embedders, tasks)
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise leading(group) from None
@@ -120,7 +120,11 @@ async def _wait_for_servers(
 
 
 async def _work_through_schema_changes(
-    config: Config, state: WorkerState, report: Report, embedders: dict[str, Embedder]
+    config: Config,
+    state: WorkerState,
+    report: Report,
+    embedders: dict[str, Embedder],
+    tasks: anyio.abc.TaskGroup,
 ) -> None:
     """Work until told to stop; whenever an index is paused, examine its table again and continue with the result.
 
@@ -128,6 +132,9 @@ async def _work_through_schema_changes(
     table again. The others stay paused, and their changes are skipped, until the configuration or the table is fixed.
     """
     pauses = Pauses()
+    dispatchers = make_dispatchers(config, state, embedders)
+    unopened = list(dispatchers.values())
+    """A standby opens no model."""
     while not state.stopping.is_set():
         broken = pauses.standing(report.broken, anyio.current_time())
         for plan in report.plans:
@@ -138,12 +145,16 @@ async def _work_through_schema_changes(
             report = await _examine_again(config, state, embedders)
             continue
         specs = [spec for spec in report.specs if spec.name not in broken and spec.name not in held]
-        pipeline = Pipeline(state.config, state, specs, embedders, plans=report.plans, pauses=pauses, held=held)
+        pipeline = Pipeline(
+            state.config, state, specs, embedders, dispatchers, plans=report.plans, pauses=pauses, held=held
+        )
         paused: list[SchemaChanged] = []
         try:
             ending = await pipeline.set_up(broken)
             match ending:
                 case "ready":
+                    while unopened:
+                        tasks.start_soon(unopened.pop().run)
                     paused = await pipeline.work()
                 case "stopped" | "outdated":
                     pass

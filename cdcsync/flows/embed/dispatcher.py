@@ -81,7 +81,6 @@ class Dispatcher:
         live_wait_s: float = LIVE_WAIT_S,
         tokens_per_day: int | None = None,
         *,
-        lag: Lag | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         self.embedder = embedder
@@ -105,7 +104,9 @@ class Dispatcher:
         self._noted_rate: float | None = None
         """What a worker before a restart noted."""
         self.ready = anyio.Event()
-        self._lag = lag
+        self.lag: Lag | None = None
+        """How late the stream is."""
+        self._recalled = False
 
     async def run(self) -> None:
         """Load the model, trying again while that may help, then hold the inline calls until cancelled."""
@@ -138,7 +139,7 @@ class Dispatcher:
     @property
     def far_behind(self) -> bool:
         """Whether the stream is so late that texts applied now are likely to change again at once."""
-        return self._lag is not None and self._lag.far_behind
+        return self.lag is not None and self.lag.far_behind
 
     @property
     def problem(self) -> Problem | None:
@@ -172,10 +173,11 @@ class Dispatcher:
         return float(f"{self.places / self._seconds_per_text:.2g}")
 
     def recall(self, state: EmbedderState) -> None:
-        """Go on from what was known before a restart."""
-        self._calls.recall(state.learnt)
-        self._day.recall(state.day, state.tokens)
-        self._noted_rate = state.texts_per_s
+        """Resume from what was known before a restart; once, as what is known later is newer."""
+        if not self._recalled:
+            self._recalled = True
+            self._calls.recall(state.learnt)
+            self._day.recall(state.day, state.tokens)
 
     def waits_until(self, *, load: bool) -> datetime | None:
         """Return until when texts of loads, or of live changes, wait for `tokens_per_day`; None while they do not."""
@@ -304,15 +306,30 @@ class Dispatcher:
             self._metrics.embed_avoided.labels(self.embedder.name, reason).inc(texts)
 
     async def _claim(self, texts: Texts, made: Made) -> None:
-        """Embed texts that nobody else is calling for."""
+        """Embed texts that nobody else is calling for.
+
+        If the caller is cancelled, because a table has changed, the calls are finished all the same, and what they make
+        is remembered for whoever asks next.
+        """
         done = anyio.Event()
         self._under_way.update(dict.fromkeys(texts, done))
-        try:
-            await self._calls.make(texts, made)
-        finally:
-            for one in [one for one, event in self._under_way.items() if event is done]:
-                del self._under_way[one]
-            done.set()
+        failures: list[Exception] = []
+
+        async def call() -> None:
+            try:
+                await self._calls.make(texts, made)
+            except Exception as error:
+                failures.append(error)
+            finally:
+                for one in [one for one, event in self._under_way.items() if event is done]:
+                    del self._under_way[one]
+                done.set()
+
+        assert self._tasks is not None
+        self._tasks.start_soon(call)
+        await done.wait()
+        if failures:
+            raise failures[0]
 
     def _note_failure(self, texts: int, elapsed: float) -> None:
         # An embedder that hangs before it fails is not quick, whatever it was before.

