@@ -151,6 +151,13 @@ class Offered(Index):
                 )
             self._known = None
         known = await self._facts()  # before the search, which sees at least as much
+        if request.vector is not None and len(request.vector) != known.spec.dimensions:
+            raise Problem(
+                422,
+                "The call cannot be answered",
+                f"the vector has {len(request.vector)} dimensions, the index has {known.spec.dimensions}",
+                "POST /v1/embed makes vectors of the index's model",
+            )
         hits = await self.search(
             request.query,
             k=request.k,

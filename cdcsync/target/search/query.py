@@ -20,7 +20,7 @@ from psycopg.types.datetime import DateLoader, TimestampLoader, TimestamptzLoade
 
 from cdcsync.errors import CdcsyncError, ModelChanged, SetupError, UsageError
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, first_line, passing, speaking_of, translate
+from cdcsync.postgres.sessions import Connection, first_line, passing, speaking_of, translate, without_values
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.searching import (
     MAX_HITS,
@@ -287,6 +287,12 @@ def refusal(error: psycopg.Error, spec: IndexSpec, where: str | None) -> Cdcsync
             "the target has no search function for this index, or that of an earlier version",
             where=f"index {spec.name}",
             hint="`cdcsync run` of this version creates it when it starts",
+        )
+    if where is None and (error.sqlstate or "").startswith("22"):
+        return UsageError(
+            f"the query or its vector cannot be used: {without_values(error)}",
+            where=f"index {spec.name}",
+            hint="a vector holds finite numbers that fit into 4 bytes",
         )
     reads_only = error.sqlstate == "25006"
     if where is None or error.sqlstate is None or (passing(error) and not reads_only):
