@@ -156,6 +156,16 @@ def processor_ms(pid: int) -> float:
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e6
 
 
+def bucket(before: dict[str, float], after: dict[str, float], name: str, share: float) -> float:
+    """Return the upper bound of the bucket in which a histogram's share of the observations ends."""
+    prefix = f'cdcsync_{name}_bucket{{le="'
+    buckets = sorted(
+        (float(key[len(prefix) : -2]), after[key] - before.get(key, 0.0)) for key in after if key.startswith(prefix)
+    )
+    total = buckets[-1][1]
+    return next(le for le, count in buckets if count >= share * total)
+
+
 def percentile(values: list[float], share: float) -> float:
     """Return the value that `share` of all are not above."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
