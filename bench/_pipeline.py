@@ -68,6 +68,12 @@ class Pipeline:
                 env=os.environ,
             )
 
+    @property
+    def pid(self) -> int:
+        """The worker's process."""
+        assert self._process is not None
+        return self._process.pid
+
     def stop(self) -> None:
         """Stop the worker, if one runs."""
         if self._process is not None:

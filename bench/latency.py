@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -83,6 +84,11 @@ def until(there: Callable[[], bool]) -> None:
         time.sleep(LOOK_S)
 
 
+def found(reader: psycopg.Connection[Any], statement: str, *arguments: object) -> bool:
+    """Say whether a statement has a row."""
+    return reader.execute(statement.encode(), arguments).fetchone() is not None
+
+
 def one_by_one(made: Pipeline, reader: psycopg.Connection[Any], statement: str, first: int) -> list[float]:
     """Change rows one at a time; return the milliseconds that each took to be found."""
     taken = []
@@ -90,7 +96,7 @@ def one_by_one(made: Pipeline, reader: psycopg.Connection[Any], statement: str, 
         key, body = number % ROWS + 1, SENTENCE.format(number)
         made.connection.execute("UPDATE articles SET body = %s WHERE id = %s", [body, key])
         committed = time.perf_counter()
-        until(lambda key=key, body=body: reader.execute(statement.encode(), [key, body]).fetchone() is not None)
+        until(partial(found, reader, statement, key, body))
         taken.append((time.perf_counter() - committed) * 1000)
     return taken[WARM_UP:]
 
@@ -109,8 +115,8 @@ def light(made: Pipeline, peer: psycopg.Connection[Any]) -> dict[str, float]:
             made.event("streaming")
             made.text_in_step()
             made.vectors_in_step()
-            found = "SELECT FROM articles_index WHERE id = %s AND content = %s AND NOT stale"
-            taken["ours"] += one_by_one(made, reader, found, first)
+            statement = "SELECT FROM articles_index WHERE id = %s AND content = %s AND NOT stale"
+            taken["ours"] += one_by_one(made, reader, statement, first)
             made.stop()
             first += CHANGES + WARM_UP
     return {
@@ -149,7 +155,7 @@ def load_native(made: Pipeline, peer: psycopg.Connection[Any], per_s: int) -> di
                 text = f"marker {time.time()}"
                 writer.execute("UPDATE articles SET body = %s WHERE id = 1", [text])
                 began = time.perf_counter()
-                until(lambda text=text: reader.execute(statement, [text]).fetchone() is not None)
+                until(partial(found, reader, statement, text))
                 late.append(time.perf_counter() - began)
 
     marking = threading.Thread(target=mark)
@@ -220,10 +226,10 @@ def main() -> None:
                     1.0,
                 )
         for per_s in RATES if "load" in parts else ():
-            found = load_native(made, peer, per_s) | load_ours(made, per_s)
-            figures |= {f"at_{per_s}_{name}": value for name, value in found.items()}
+            measured = load_native(made, peer, per_s) | load_ours(made, per_s)
+            figures |= {f"at_{per_s}_{name}": value for name, value in measured.items()}
             if per_s in TEXT_P99_S:
-                ratios[f"at_{per_s}_goal_over_text_p99"] = TEXT_P99_S[per_s] / found["text_p99_s"]
+                ratios[f"at_{per_s}_goal_over_text_p99"] = TEXT_P99_S[per_s] / measured["text_p99_s"]
                 goals[f"at_{per_s}_goal_over_text_p99"] = 1.0
         peer.close()
     figures["load_at_end"] = os.getloadavg()[0]
