@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -143,6 +144,92 @@ def test_each_document_is_what_its_tables_say_once(tickets: Scene, change: str) 
     settled(tickets)
 
     restore(tickets, before)
+
+
+def test_verify_finds_documents_of_several_tables_equal_and_a_stale_one_among_them(tickets: Scene) -> None:
+    tickets.settle()
+    settled(tickets)
+    equal = tickets.command("verify", "tickets", "--json")
+    assert json.loads(equal.stdout)["equal"] is True, equal.stdout + equal.stderr
+
+    tickets.pipeline.target.execute("UPDATE cdcsync.tickets_chunks SET document_hash = '\\x00' WHERE id = 3")
+    different = tickets.command("verify", "tickets", "--repair", "--json")
+
+    assert json.loads(different.stdout)["differences"] == {"stale": 1}, different.stdout + different.stderr
+    settled(tickets)
+
+
+def test_a_carried_value_of_a_related_row_filters_searches(tickets: Scene) -> None:
+    found = tickets.command(
+        "search", "tickets", "subject", "-k", "50", "--json", "--where", "\"customer.tier\" = 'tier 1'"
+    )
+
+    hits = json.loads(found.stdout)
+    expected = tickets.pipeline.source.execute(
+        """SELECT count(*) FROM tickets_expected WHERE "customer.tier" = 'tier 1'"""
+    ).fetchone()
+    assert (len(hits["hits"] if isinstance(hits, dict) else hits),) == expected, found.stdout + found.stderr
+
+
+def test_a_replay_and_its_dry_run_read_related_rows(tickets: Scene) -> None:
+    dry = tickets.command("replay", "tickets", "--dry-run", "--json")
+    assert json.loads(dry.stdout)["changed"] == 0, dry.stdout + dry.stderr
+
+    done = tickets.command("replay", "tickets", "--key", "4", "--key", "9999")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    settled(tickets)
+
+
+def test_a_row_that_takes_part_in_more_documents_than_a_batch_takes_is_a_request(tickets: Scene) -> None:
+    before = rows(tickets)
+    tickets.execute("INSERT INTO tickets SELECT i, 'many ' || i, 4 FROM generate_series(10001, 11500) i")
+    tickets.settle()
+    settled(tickets)
+
+    tickets.execute("UPDATE crm.customers SET name = 'of many' WHERE id = 4")
+    tickets.pipeline.reach("tickets")  # which waits for the request, too
+
+    assert tickets.pipeline.target.execute(
+        "SELECT through, state FROM cdcsync.backfills WHERE kind = 'related' AND NOT keyed"
+    ).fetchall() == [("customer", "done")]
+    settled(tickets)
+    restore(tickets, before)
+
+
+@pytest.mark.parametrize(
+    ("alter", "back"),
+    [
+        ("ALTER TABLE users RENAME COLUMN name TO nom", "ALTER TABLE users RENAME COLUMN nom TO name"),
+        ("ALTER TABLE comments REPLICA IDENTITY DEFAULT", "ALTER TABLE comments REPLICA IDENTITY FULL"),
+        ("ALTER TABLE tags RENAME TO labels", "ALTER TABLE labels RENAME TO tags"),
+        ("ALTER PUBLICATION cdcsync DROP TABLE crm.customers", "ALTER PUBLICATION cdcsync ADD TABLE crm.customers"),
+    ],
+    ids=str,
+)
+def test_an_index_is_paused_while_a_related_table_is_not_fit_and_the_other_goes_on(
+    tickets: Scene, alter: str, back: str
+) -> None:
+    tickets.execute(alter)
+    if "PUBLICATION" in alter:
+        # Whoever may add the table is the worker: it does.
+        tickets.heals()
+        return
+    assert tickets.paused("tickets")
+    tickets.execute("INSERT INTO comments VALUES (3000, 1, 1, 'meanwhile', 1)")
+    until(partial(tickets.equal, "comments"), tickets.pipeline.tail)
+
+    tickets.execute(back)
+
+    tickets.heals()
+    tickets.execute("DELETE FROM comments WHERE id = 3000")
+    settled(tickets)
+
+
+def test_values_of_a_related_table_that_change_without_a_row_event_are_read_again(tickets: Scene) -> None:
+    tickets.at_once("DROP VIEW tickets_expected", "ALTER TABLE tags ALTER name TYPE text USING upper(name)", TABLES[-1])
+
+    tickets.heals()
 
 
 Rows = dict[str, list[tuple[object, ...]]]
