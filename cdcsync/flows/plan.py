@@ -35,6 +35,7 @@ from cdcsync.target.ddl.sizes import stored_generations
 from cdcsync.target.embedders import rate_of
 from cdcsync.target.generations import Generation
 from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.version import VERSION, Stored, read_version
 
 Action = Literal["created", "read again", "compared", "changed", "paused", "unchanged"]
 """What becomes of an index; "read again" is of all its rows or of those of new partitions."""
@@ -146,10 +147,11 @@ async def read_plan(
         ]
         with speaking_of("target"):
             entries = await Registry(config.target.schema).all(target)
+            stored = await read_version(target, config.target.schema)
             sizes = await stored_generations(target, config.target.schema, list(entries))
         return ConfigurationPlan(
             indexes,
-            await _created(source, config, catalog, report.specs, bool(entries)),
+            await _created(source, config, catalog, report.specs, stored),
             _unfollowed(config, entries, sizes),
             _unused(config, entries, sizes),
         )
@@ -271,11 +273,13 @@ def _partial(reading: Reading) -> list[str]:
 
 
 async def _created(
-    source: Connection, config: Config, catalog: Catalog, specs: Sequence[IndexSpec], set_up: bool
+    source: Connection, config: Config, catalog: Catalog, specs: Sequence[IndexSpec], stored: Stored | None
 ) -> list[str]:
     created = []
-    if not set_up:
+    if stored is None:
         created.append(f"the schema {config.target.schema} and its tables in the target")
+    elif stored.version < VERSION:
+        created.append(f"the tables of schema {config.target.schema}: from version {stored.version} to {VERSION}")
     publication = config.source.publication
     tables = sorted({table for spec in specs for table in spec.config.tables})
     if catalog.publication is None:

@@ -21,6 +21,7 @@ from cdcsync.source.catalog import Server, read_server
 from cdcsync.source.slot import MIN_VERSION
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.version import read_version, refusal
 
 PGVECTOR_MINIMUM = (0, 7, 0)
 """The first with halfvec."""
@@ -31,6 +32,7 @@ SHARED = (
     "pipelines",
     "indexes",
     "approvals",
+    "schema_version",
     "backfills",
     "backfill_keys",
     "audits",
@@ -113,6 +115,9 @@ async def examine_target(connection: Connection, config: Config, findings: list[
         relations = await read_relations(connection, schema, SHARED)
         faults = list(relation_faults("target.schema", relations, server))
         findings += faults
+        if not faults and (refused := refusal(schema, await read_version(connection, schema))) is not None:
+            faults = [Finding.of(refused, "target.schema")]
+            findings += faults
         if not faults:
             entries = await Registry(schema).all(connection)
             facts = TargetFacts(server, entries, await Generations(schema).all(connection))

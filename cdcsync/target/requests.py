@@ -376,8 +376,16 @@ class Requests:
 
     async def still_to_begin(self, connection: Connection, index: str) -> bool:
         """Say whether an index holds nothing, and its first load is still to come."""
-        load = await self.last_load(connection, index)
-        if load is None or load.kind != "initial" or load.ended or load.cursor is not None:
+        # `plan` asks this of tables of earlier versions, too, which lack columns.
+        load = await fetch_row(
+            connection,
+            sql.SQL(
+                "SELECT kind = 'initial' AND cursor IS NULL AND state = ANY(%s) FROM {} WHERE index_name = %s"
+                " AND kind IN ('initial', 'resync') ORDER BY id DESC LIMIT 1"
+            ).format(self._table),
+            [list(OPEN), index],
+        )
+        if load != (True,):
             return False
         row = await fetch_one(
             connection,

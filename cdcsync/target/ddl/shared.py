@@ -12,15 +12,23 @@ from __future__ import annotations
 import re
 from typing import LiteralString
 
+import structlog
 from psycopg import sql
 
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target import approvals, audits, calls, generations, registry, requests
+from cdcsync.target import approvals, audits, calls, generations, registry, requests, version
 from cdcsync.target.ddl.names import MAX_ATTEMPTS
+
+log = structlog.get_logger()
 
 
 async def create_shared(connection: Connection, schema: str) -> None:
-    """Create the schema and the tables that all pipelines and indexes share. The caller's transaction commits."""
+    """Create the schema and the tables that all pipelines and indexes share, or bring older ones to our version.
+
+    The caller's transaction commits.
+
+    :raises SetupError: the tables are of a version that this cdcsync does not know.
+    """
     names: dict[str, sql.Composable] = {"schema": sql.Identifier(schema), "literal": sql.Literal(schema)}
     wait_for = sql.SQL(WAIT_FOR).format(
         **names,
@@ -29,6 +37,9 @@ async def create_shared(connection: Connection, schema: str) -> None:
     )
     names["definition"] = sql.Literal(wait_for.as_string(connection))
     await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdcsync schema ' || %s, 0))", [schema])
+    before = await version.read_version(connection, schema)
+    if (error := version.refusal(schema, before)) is not None:
+        raise error
     cursor = await connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", [schema])
     if await cursor.fetchone() is None:
         await connection.execute(sql.SQL("CREATE SCHEMA {schema}").format(**names))
@@ -44,6 +55,9 @@ async def create_shared(connection: Connection, schema: str) -> None:
         adds = _ADDS_COLUMN.match(statement)
         if adds is None or adds.groups() not in columns:
             await connection.execute(sql.SQL(statement).format(**names))
+    await version.write_version(connection, schema)
+    if before is not None and before.version < version.VERSION:
+        log.info("schema_upgraded", schema=schema, before=before.version, now=version.VERSION)
 
 
 _ADDS_COLUMN = re.compile(r"ALTER TABLE \{schema\}\.(\w+) ADD COLUMN IF NOT EXISTS (\w+)")
@@ -83,9 +97,8 @@ WAIT_FOR: LiteralString = """
                     HINT = 'cdcsync status says why, and what to do.';
             END IF;
             SELECT p.checkpoint >= wait_for.lsn AND NOT EXISTS (
-                SELECT FROM {schema}.backfills b WHERE b.index_name = entry.name
-                    AND (b.kind IN ('initial', 'resync') AND b.filter IS NULL OR b.kind = 'related')
-                    AND b.state IN ('requested', 'running', 'paused'))
+                SELECT FROM {schema}.backfills b WHERE b.index_name = entry.name AND b.kind IN ('initial', 'resync')
+                    AND b.filter IS NULL AND b.state IN ('requested', 'running', 'paused'))
             INTO reached FROM {schema}.pipelines p WHERE p.slot = entry.slot;
             IF reached AND vectors THEN
                 EXECUTE format(
@@ -108,8 +121,7 @@ WAIT_FOR: LiteralString = """
 """
 """Waits for a position. It runs as its owner, the worker's role, so that it tells every role the truth: neither missing
 privileges on our tables nor row-level security on them make it say that there is no index. A paused index, and one that
-is no longer followed, are errors, because waiting does not help; one that is loading, or rebuilds documents whose
-related rows changed, is not there yet."""
+is no longer followed, are errors, because waiting does not help; one that is loading is not there yet."""
 
 
 _WAIT_FOR: tuple[LiteralString, ...] = (
@@ -176,6 +188,7 @@ _SHARED: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.pipelines.commit_time IS"
     " 'When the source committed the last transaction that was applied.'",
     "COMMENT ON COLUMN {schema}.pipelines.caught_up_at IS 'When the worker last had nothing left to apply.'",
+    *version.DDL,
     *registry.DDL,
     *generations.DDL,
     *requests.DDL,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,21 +17,9 @@ pytestmark = pytest.mark.server
 ROWS = 20
 
 
-def cdcsync(pipeline: Pipeline, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cdcsync", *arguments, "-c", str(pipeline.path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "NO_COLOR": "1"},
-    )
-
-
 def plan(pipeline: Pipeline, status: int = 3) -> dict[str, Any]:
     """Return the plan, its indexes by name."""
-    done = cdcsync(pipeline, "plan", "--json")
-    assert done.returncode == status, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = pipeline.answer("plan", status=status)
     return found | {"indexes": {one["index"]: one for one in found.get("indexes", [])}}
 
 
@@ -78,7 +62,10 @@ def test_a_plan_tells_what_run_does_before_and_nothing_after(pipeline: Pipeline,
     assert embedding["seconds"] is not None
     assert any(created.startswith("publication") for created in found["created"])
     assert any(created.startswith("slot") for created in found["created"])
-    shown = cdcsync(pipeline, "plan")
+    summary = pipeline.command("check")
+    assert summary.returncode == 0
+    assert f"+ articles: created from {ROWS} rows; embeds {ROWS - 1} texts" in summary.stdout
+    shown = pipeline.command("plan")
     assert shown.returncode == 3
     assert f"+ articles: created from {ROWS} rows" in shown.stdout
     assert f"embeds {ROWS - 1} texts of {ROWS} documents" in shown.stdout
@@ -87,8 +74,9 @@ def test_a_plan_tells_what_run_does_before_and_nothing_after(pipeline: Pipeline,
     worker = pipeline.start()
     pipeline.live()
     assert {one["action"] for one in plan(pipeline, 0)["indexes"].values()} == {"unchanged"}
+    assert "`run` would change nothing" in pipeline.command("check").stdout
     pipeline.stop(worker)
-    shown = cdcsync(pipeline, "plan")
+    shown = pipeline.command("plan")
     assert (shown.returncode, "nothing to do" in shown.stdout) == (0, True)
 
 
@@ -155,7 +143,7 @@ def test_an_index_that_leaves_the_configuration_is_named_with_the_command_that_f
 def test_a_wrong_configuration_has_no_plan(pipeline: Pipeline, database: Database) -> None:
     write(pipeline, database, articles={"text": "{lost}"})
     assert any("lost" in one["message"] for one in plan(pipeline, 2)["findings"])
-    assert cdcsync(pipeline, "plan", "--approve", "other").returncode == 2
+    assert pipeline.command("plan", "--approve", "other").returncode == 2
 
 
 def test_a_new_index_and_a_changed_one_wait_for_their_approval_while_another_goes_on(
@@ -171,7 +159,7 @@ def test_a_new_index_and_a_changed_one_wait_for_their_approval_while_another_goe
     assert pipeline.target.execute("SELECT FROM cdcsync.articles_chunks").fetchall() == []
     assert plan(pipeline)["indexes"]["articles"]["approval"] == "needed"
 
-    done = cdcsync(pipeline, "plan", "--approve", "articles")
+    done = pipeline.command("plan", "--approve", "articles")
     assert (done.returncode, "articles: approved" in done.stdout) == (0, True)
     until(lambda: state(pipeline, "articles")[0] == "live", pipeline.tail)
     pipeline.in_step()
@@ -192,7 +180,7 @@ def test_a_new_index_and_a_changed_one_wait_for_their_approval_while_another_goe
     assert texts == [("title 5",)]
 
     pipeline.source.execute("DELETE FROM articles WHERE id = 5")
-    assert cdcsync(pipeline, "plan", "--approve", "articles").returncode == 0
+    assert pipeline.command("plan", "--approve", "articles").returncode == 0
     until(lambda: state(pipeline, "articles")[0] == "live", pipeline.tail)
     pipeline.in_step()
 

@@ -1,0 +1,117 @@
+"""Tables of an earlier version are brought to ours in one transaction, with what they hold; newer ones are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from cdcsync import __version__
+from cdcsync.target.version import VERSION
+from tests.support.configs import Section, configuration
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
+
+pytestmark = pytest.mark.server
+
+EARLIER = (Path(__file__).parent / "schema_1.sql").read_text()
+
+
+@pytest.fixture
+def earlier(database: Database, make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
+    """A pipeline whose worker of the version before stopped a moment ago; the source has changed since."""
+    slot = f"s_{database.name}"
+    with database.connect() as connection:
+        connection.execute(EARLIER.replace("SLOT", slot))
+    with database.connect() as connection:
+        connection.execute("CREATE PUBLICATION cdcsync FOR TABLE public.articles, public.notes")
+        row = connection.execute(
+            "SELECT lsn, system_identifier, timeline_id FROM pg_create_logical_replication_slot(%s, 'pgoutput'),"
+            " pg_control_system(), pg_control_checkpoint()",
+            [slot],
+        ).fetchone()
+        assert row is not None
+        connection.execute(
+            "UPDATE cdcsync.pipelines SET checkpoint = %s, system_identifier = %s, timeline = %s", [*map(str, row)]
+        )
+        connection.execute("UPDATE public.articles SET title = 'new here' WHERE id = 3")
+        connection.execute("DELETE FROM public.notes WHERE id = 4")
+    indexes: dict[str, Section] = {
+        "articles": {"columns": ["tenant"]},
+        "notes": {"vector_type": "halfvec", "search": ""},
+    }
+    return make_pipeline(configuration(database.dsn, indexes=indexes))
+
+
+def version(pipeline: Pipeline) -> tuple[int, str] | None:
+    found = pipeline.target.execute("SELECT to_regclass('cdcsync.schema_version')::text").fetchone()
+    if found == (None,):
+        return None
+    row = pipeline.target.execute("SELECT version, cdcsync FROM cdcsync.schema_version").fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+def in_step(pipeline: Pipeline) -> bool:
+    """Say whether both indexes equal their source; halves of vectors differ from what the embedder makes."""
+    try:
+        pipeline.compare_one("articles")
+        pipeline.compare_one("notes", vectors=False)
+    except (AssertionError, psycopg.Error) as error:
+        pipeline.difference = str(error)
+        return False
+    return True
+
+
+def test_an_upgrade_keeps_position_texts_and_vectors_and_follows_what_changed_meanwhile(earlier: Pipeline) -> None:
+    planned = earlier.command("plan")
+    assert planned.returncode == 3
+    assert f"the tables of schema cdcsync: from version 1 to {VERSION}" in planned.stdout
+
+    earlier.start()
+    assert (earlier.event("schema_upgraded")["before"], version(earlier)) == (1, (VERSION, __version__))
+    until(lambda: in_step(earlier), lambda: earlier.difference or earlier.tail())
+    assert all(event.get("kind") != "resync" for event in earlier.events())
+    assert 'cdcsync_embed_texts_total{embedder="fake"} 1.0' in earlier.metrics()
+
+
+def test_an_upgrade_that_is_killed_before_it_commits_has_changed_nothing(earlier: Pipeline) -> None:
+    def catalog() -> list[tuple[object, ...]]:
+        return earlier.target.execute(
+            "SELECT c.relname, a.attname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " JOIN pg_attribute a ON a.attrelid = c.oid WHERE n.nspname = 'cdcsync' ORDER BY 1, 2"
+        ).fetchall()
+
+    before = catalog()
+    assert earlier.start(CDCSYNC_CRASH_AT="shared tables written").wait(timeout=60) != 0
+    assert (version(earlier), catalog()) == (None, before)
+    assert earlier.start(CDCSYNC_CRASH_AT="shared tables committed").wait(timeout=60) != 0
+    assert version(earlier) == (VERSION, __version__)
+    earlier.start()
+    until(lambda: in_step(earlier), lambda: earlier.difference or earlier.tail())
+
+
+def test_a_worker_refuses_tables_of_a_newer_version_and_names_both(earlier: Pipeline) -> None:
+    worker = earlier.start()
+    earlier.event("streaming")
+    earlier.stop(worker)
+    earlier.target.execute("UPDATE cdcsync.schema_version SET version = 99, cdcsync = '9.9'")
+    for command in ("run", "check", "plan"):
+        done = earlier.command(command)
+        said = " ".join((done.stdout + done.stderr).split())
+        assert done.returncode == 2, said
+        assert f"are of version 99, which cdcsync 9.9 made them; this is cdcsync {__version__}" in said
+        assert f"which knows version {VERSION}" in said
+    assert version(earlier) == (99, "9.9")
+
+
+def test_tables_made_here_have_our_version(earlier: Pipeline, database: Database) -> None:
+    with psycopg.connect(database.dsn, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA cdcsync CASCADE")
+    assert version(earlier) is None
+    earlier.start()
+    earlier.event("listening")
+    until(lambda: version(earlier) == (VERSION, __version__), earlier.tail)
+    assert earlier.times("schema_upgraded") == 0
