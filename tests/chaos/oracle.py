@@ -30,7 +30,7 @@ def _of_index(source: Connection, target: Connection, name: str) -> list[str]:
         f"SELECT {names}, {squeezed} FROM ({rows}) AS d ({names}, document) WHERE {squeezed} <> ''"
     ).fetchall()
     chunks = sql.Identifier("cdcsync", f"{name}_chunks")
-    key = columns[:1] if name in ("articles", "titles") else columns
+    key = columns[:1] if columns[-1] == "tenant" else columns
     joined = SQUEEZED.format(text="string_agg(content, '' ORDER BY chunk_no)")
     there = target.execute(
         sql.SQL(

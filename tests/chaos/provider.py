@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import msgspec
 
 from cdcsync.embedders.protocol import WORD
+from tests.chaos.tables import RETURNING
 from tests.support.provider import FakeProvider
 
 DIMENSIONS = 8
@@ -50,7 +51,7 @@ class Provider(FakeProvider):
         found = []
         for call in self.calls:
             for text in call.texts:
-                if text == WORD:
+                if text == WORD or text.startswith(RETURNING):
                     continue
                 last = before.get(text)
                 if last is not None and not any(last - within_s <= at <= last + within_s for at in times):

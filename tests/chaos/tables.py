@@ -22,11 +22,22 @@ CREATE TABLE events (id bigint, day int, payload text NOT NULL, PRIMARY KEY (id,
 CREATE TABLE events_1 PARTITION OF events FOR VALUES FROM (0) TO (10);
 CREATE TABLE events_2 PARTITION OF events FOR VALUES FROM (10) TO (20);
 CREATE TABLE other (id bigint PRIMARY KEY, what text);
+CREATE TABLE authors (id int PRIMARY KEY, name text NOT NULL);
+CREATE TABLE threads (id int PRIMARY KEY, subject text NOT NULL, score int NOT NULL, closed timestamptz);
+CREATE TABLE posts (id bigint PRIMARY KEY,
+    thread_id int REFERENCES threads ON DELETE CASCADE DEFERRABLE INITIALLY DEFERRED,
+    author_id int REFERENCES authors ON DELETE SET NULL, body text NOT NULL, hidden boolean NOT NULL DEFAULT false);
+CREATE INDEX ON posts (thread_id);
+CREATE INDEX ON posts (author_id);
+ALTER TABLE posts REPLICA IDENTITY FULL;
 INSERT INTO articles SELECT i, i % 5, 'title ' || i, CASE WHEN i % 4 > 0 THEN
     (SELECT string_agg('first' || i || 'x' || j, ' ') FROM generate_series(1, i % 60) AS j) END
 FROM generate_series(1, 80) AS i;
 INSERT INTO notes SELECT (ARRAY['de', 'en', 'fr'])[1 + i % 3], i, 'note ' || i FROM generate_series(1, 60) AS i;
 INSERT INTO events SELECT i, i % 20, 'event ' || i FROM generate_series(1, 60) AS i;
+INSERT INTO authors SELECT i, 'author ' || i FROM generate_series(1, 8) AS i;
+INSERT INTO threads SELECT i, 'subject ' || i, i % 5 FROM generate_series(1, 30) AS i;
+INSERT INTO posts SELECT i, 1 + i % 30, nullif(i % 9, 0), 'post ' || i, i % 7 = 0 FROM generate_series(1, 90) AS i;
 """
 
 INDEXES = {
@@ -66,13 +77,52 @@ embedder = "far"
 [indexes.events.chunking]
 strategy = "none"
 """,
+    "shelf": """
+[indexes.shelf]
+table = "articles"
+where = "tenant <> 3"
+text = "shelved: {title}"
+columns = ["tenant"]
+embedder = "far"
+[indexes.shelf.chunking]
+strategy = "none"
+""",
+    "threads": """
+[indexes.threads]
+table = "threads"
+where = "closed IS NULL AND score % 3 <> 1"
+text = "thread: {subject}\\n{posts}"
+embedder = "far"
+[indexes.threads.chunking]
+strategy = "none"
+[indexes.threads.related.posts]
+table = "posts"
+on = { thread_id = "id" }
+where = "NOT hidden"
+text = "{id} {body} by {author.name}"
+order_by = "id"
+[indexes.threads.related.posts.related.author]
+table = "authors"
+on = { id = "author_id" }
+""",
 }
+
+RETURNING = ("shelved: ", "thread: ")
+"""How texts begin that go and come back, because a condition or a related row says so. They are embedded again."""
 
 DOCUMENTS = {
     "articles": (("id", "tenant"), "SELECT id, tenant, concat(title, E'\\n\\n', body) FROM articles"),
     "titles": (("id", "tenant"), "SELECT id, tenant, concat('titled: ', title) FROM articles"),
     "notes": (("lang", "no"), "SELECT lang, no, body FROM notes"),
     "events": (("id", "day"), "SELECT id, day, concat('on day ', day, ': ', payload) FROM events"),
+    "shelf": (("id", "tenant"), "SELECT id, tenant, concat('shelved: ', title) FROM articles WHERE tenant <> 3"),
+    "threads": (
+        ("id",),
+        "SELECT id, concat('thread: ', subject, E'\\n',"
+        " (SELECT string_agg(concat(p.id, ' ', p.body, ' by ', a.name), E'\\n'"
+        " ORDER BY p.id) FROM posts AS p LEFT JOIN authors AS a ON a.id = p.author_id"
+        " WHERE p.thread_id = t.id AND NOT p.hidden)) FROM threads AS t WHERE closed IS NULL AND score % 3 <> 1",
+    ),
 }
 """Of each index the columns that tell its documents apart (with what is carried), and what they are, in plain SQL."""
 
@@ -152,7 +202,12 @@ class Writer:
                             self._session.rollback()
                     else:
                         time.sleep(0.1)
-                except (psycopg.errors.UniqueViolation, psycopg.errors.UndefinedTable, psycopg.errors.CheckViolation):
+                except (
+                    psycopg.errors.UniqueViolation,
+                    psycopg.errors.UndefinedTable,
+                    psycopg.errors.CheckViolation,
+                    psycopg.errors.ForeignKeyViolation,
+                ):
                     assert self._session is not None
                     self._session.rollback()
                 time.sleep(PACE_S)
@@ -195,7 +250,9 @@ class Writer:
                     return
                 session.execute(f"{chance.choice(('COMMIT', 'COMMIT', 'ROLLBACK'))} PREPARED '{row[0]}'")
             case "truncated":
-                session.execute(chance.choice(("TRUNCATE articles", "TRUNCATE notes", "TRUNCATE events")))
+                session.execute(
+                    chance.choice(("TRUNCATE articles", "TRUNCATE notes", "TRUNCATE events", "TRUNCATE posts"))
+                )
             case "other":
                 session.execute(
                     "INSERT INTO other VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET what = excluded.what",
@@ -213,7 +270,8 @@ class Writer:
     def _change(self, session: Connection) -> None:
         chance = self.chance
         key, lang, day = chance.randint(1, 200), chance.choice(("de", "en", "fr")), chance.randint(0, 19)
-        match chance.randint(0, 15):
+        thread, author = chance.randint(1, 40), chance.randint(1, 8)
+        match chance.randint(0, 23):
             case 0 | 1 | 2:
                 session.execute(
                     "INSERT INTO articles (id, tenant, title, body) VALUES (%s, %s, %s, %s)"
@@ -251,6 +309,34 @@ class Writer:
                 session.execute("UPDATE events SET day = (day + 10) %% 20 WHERE id = %s AND day = %s", [key, day])
             case 15:
                 session.execute("DELETE FROM events WHERE id = %s AND day = %s", [key, day])
+
+            case 16 | 17:
+                session.execute(
+                    "INSERT INTO posts VALUES (%s, %s, %s, %s) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
+                    [key, thread, author, self.text(2)],
+                )
+            case 18:
+                session.execute("UPDATE posts SET thread_id = %s WHERE id = %s", [thread, key])
+            case 19:
+                session.execute("UPDATE posts SET hidden = NOT hidden, id = id + 1000 WHERE id = %s", [key])
+            case 20:
+                session.execute("UPDATE authors SET name = %s WHERE id = %s", [self.text(0), author])
+            case 21:
+                session.execute(
+                    "UPDATE threads SET score = score + 1, subject = %s WHERE id = %s", [self.text(1), thread]
+                )
+            case 22:
+                session.execute(
+                    "UPDATE threads SET closed = CASE WHEN closed IS NULL THEN now() END WHERE id = %s", [thread]
+                )
+            case 23:
+                # The parent comes after its rows, and goes with them.
+                session.execute("DELETE FROM threads WHERE id = %s", [thread])
+                session.execute(
+                    "INSERT INTO posts VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING",
+                    [3000 + key, thread, author, self.text(1)],
+                )
+                session.execute("INSERT INTO threads VALUES (%s, %s, %s)", [thread, self.text(1), chance.randint(0, 4)])
 
     def _streamed(self, session: Connection) -> None:
         """Write more than the server keeps in memory, with parts that are taken back."""
