@@ -15,7 +15,7 @@ STAMP := .venv/.cdcsync-setup
 BENCHES = $(filter-out bench/report.py bench/_%,$(sort $(wildcard bench/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test prove chaos mutants simulate fuzz image-test lock sbom lint audit type bench clean
+.PHONY: help setup demo docs test prove chaos mutants simulate fuzz image-test lock sbom lint audit type bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## watch an index follow its table, on a PostgreSQL server made for it
 	$(BIN)/cdcsync demo $(ARGS)
+
+docs: setup ## build the documentation as a site, build/site/index.html; a broken link fails
+	PYTHONPATH=. $(BIN)/python docs/reference.py
+	$(BIN)/python -m sphinx --quiet --nitpicky --fail-on-warning --keep-going --builder html docs build/site $(ARGS)
+	@echo "build/site/index.html"
 
 test: setup ## run all tests
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)

@@ -2,7 +2,7 @@
 
 It embeds a query with the model that it has loaded, and tells what only it remembers of its work.
 
-Source: docs/search.md, "From the command line".
+Source: docs/searching.md, "From the command line".
 """
 
 from __future__ import annotations

@@ -259,7 +259,8 @@ def model_name(settings: Embedder) -> str:
         case PythonEmbedder():
             return settings.class_
         case _:
-            return settings.model
+            # Of a directory the last two names: packages keep a model in one that is called "model".
+            return "/".join(settings.model.split("/")[-2:]) if settings.model.startswith("/") else settings.model
 
 
 def price_per_million_tokens(settings: Embedder) -> float | None:

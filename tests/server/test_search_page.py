@@ -1,4 +1,4 @@
-"""docs/search.md: every statement in it can be run."""
+"""docs/searching.md: every statement in it can be run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.indexes import OpenIndex, changes, document
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
-PAGE = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "searching.md").read_text(encoding="utf-8")
 
 
 async def test_every_statement_of_the_page_runs_and_searches_find_something(open_index: OpenIndex) -> None:

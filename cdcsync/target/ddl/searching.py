@@ -165,7 +165,7 @@ async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> bo
             return False
     statement = await compose(connection, schema, spec, present)
     digest = hashlib.sha256(statement.as_bytes(connection)).hexdigest()[:16]
-    comment = f"cdcsync index {spec.name}: searches by words and by vector; docs/search.md describes it ({digest})"
+    comment = f"cdcsync index {spec.name}: searches by words and by vector; docs/searching.md describes it ({digest})"
     cursor = await connection.execute(
         "SELECT obj_description(p.oid, 'pg_proc') FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace"
         " WHERE n.nspname = %s AND p.proname = %s",
