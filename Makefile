@@ -12,7 +12,6 @@ SEEDS ?= 200
 
 BIN := .venv/bin
 STAMP := .venv/.cdcsync-setup
-BENCHES = $(filter-out bench/report.py bench/_%,$(sort $(wildcard bench/*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo docs test prove chaos mutants simulate fuzz image-test lock sbom lint audit type bench clean
@@ -86,9 +85,8 @@ audit: ## look the pinned packages up in the database of advisories; needs the n
 type: setup ## check the types
 	$(BIN)/mypy
 
-bench: setup ## run every benchmark, one after the other
-	@test -n "$(BENCHES)" || { echo "there are no benchmarks in bench/" >&2; exit 1; }
-	@for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+bench: setup ## run the benchmarks, 20 minutes together, and write docs/benchmarks.md; NAMES="native tiers" for some
+	$(BIN)/python bench/_all.py $(NAMES)
 
 clean: ## remove what the other targets made, .venv included
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache \

@@ -68,6 +68,12 @@ class Pipeline:
                 env=os.environ,
             )
 
+    @property
+    def pid(self) -> int:
+        """The worker's process."""
+        assert self._process is not None
+        return self._process.pid
+
     def stop(self) -> None:
         """Stop the worker, if one runs."""
         if self._process is not None:
@@ -154,6 +160,16 @@ def pipeline(embedder: str, index: str = "", **settings: str) -> Iterator[Pipeli
 def processor_ms(pid: int) -> float:
     """Return how many milliseconds of a processor a process has had."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e6
+
+
+def bucket(before: dict[str, float], after: dict[str, float], name: str, share: float) -> float:
+    """Return the upper bound of the bucket in which a histogram's share of the observations ends."""
+    prefix = f'cdcsync_{name}_bucket{{le="'
+    buckets = sorted(
+        (float(key[len(prefix) : -2]), after[key] - before.get(key, 0.0)) for key in after if key.startswith(prefix)
+    )
+    total = buckets[-1][1]
+    return next(le for le, count in buckets if count >= share * total)
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -27,10 +27,10 @@ import psycopg
 
 # A script imports from its own directory; a type checker names files by their place in the repository.
 if TYPE_CHECKING:
-    from bench._pipeline import Pipeline, pipeline, processor_ms
+    from bench._pipeline import Pipeline, bucket, pipeline, processor_ms
     from bench.report import report
 else:
-    from _pipeline import Pipeline, pipeline, processor_ms
+    from _pipeline import Pipeline, bucket, pipeline, processor_ms
     from report import report
 
 CATCH_UP_ROWS = 20_000
@@ -95,16 +95,6 @@ def catch_up(*, tiers: bool) -> dict[str, float]:
     return {"text_s": text_s, "vectors_s": vectors_s}
 
 
-def bound(before: dict[str, float], after: dict[str, float], name: str, share: float) -> float:
-    """Return the upper bound of the bucket in which a histogram's share of the observations ends."""
-    prefix = f'cdcsync_{name}_bucket{{le="'
-    buckets = sorted(
-        (float(key[len(prefix) : -2]), after[key] - before.get(key, 0.0)) for key in after if key.startswith(prefix)
-    )
-    total = buckets[-1][1]
-    return next(le for le, count in buckets if count >= share * total)
-
-
 def steady(*, tiers: bool) -> dict[str, float]:
     """Return freshness and backlog under a steady load."""
     seconds = STEADY_S if tiers else STEADY_ONE_TIER_S
@@ -135,8 +125,8 @@ def steady(*, tiers: bool) -> dict[str, float]:
     settled = 'cdcsync_vectors_settled_total{index="articles"}'
     half = len(backlogs) // 2
     return {
-        "text_p99_s": bound(before, after, "text_freshness_seconds", 0.99),
-        "vectors_p99_s": bound(before, after, "vector_freshness_seconds", 0.99),
+        "text_p99_s": bucket(before, after, "text_freshness_seconds", 0.99),
+        "vectors_p99_s": bucket(before, after, "vector_freshness_seconds", 0.99),
         "backlog_first_half": statistics.mean(backlogs[:half]),
         "backlog_second_half": statistics.mean(backlogs[half:]),
         "changes_per_s": number * 10 / seconds,

@@ -202,6 +202,8 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param table: the source table, as in SQL: `schema.table`, in quotes where SQL needs them; `public` is the default
         schema.
     :param where: which rows the index has: an SQL condition on the columns of a row; empty for all of them.
+    :param key: the columns that name a row, of a table without a primary key; left out, those of the replica identity's
+        index, or else of the primary key.
     :param text: the template of a document: column names in braces; NULL renders as nothing.
     :param documents: in place of `text`, a function of your own that makes documents of rows, as
         "package.module:function".
@@ -229,6 +231,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     table: Relation
     where: str | None = None
+    key: tuple[Name, ...] = ()
     text: str = ""
     documents: FunctionPath | None = None
     document_columns: tuple[Name, ...] = ()
@@ -279,7 +282,12 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             yield "text", "must be left out where documents names a function"
         if (self.documents is None) != (not self.document_columns):
             yield "document_columns", "names the columns of the function in documents: give both or neither"
-        lists = (("columns", self.columns), ("indexed", self.indexed), ("document_columns", self.document_columns))
+        lists = (
+            ("key", self.key),
+            ("columns", self.columns),
+            ("indexed", self.indexed),
+            ("document_columns", self.document_columns),
+        )
         for key, names in lists:
             for name in sorted({name for name in names if names.count(name) > 1}):
                 yield key, f"{name!r} is there more than once"

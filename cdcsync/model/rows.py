@@ -80,6 +80,10 @@ class Upsert(msgspec.Struct, frozen=True, gc=False):
     moved_from: Key | None = None
 
 
+class Touched(Upsert, frozen=True, gc=False):
+    """A row of which only the key is known: its related rows changed. UNCHANGED in it says nothing of its values."""
+
+
 class Delete(msgspec.Struct, frozen=True, gc=False):
     """A row that is gone.
 

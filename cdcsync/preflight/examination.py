@@ -89,7 +89,7 @@ async def _examine_tables(
                 continue
             if kind_faults(f"indexes.{plan.name}.table", table):
                 continue
-            plan.table = table
+            plan.table = table = table.keyed_by(plan.index.key)
             related = plan.documents.related if plan.documents is not None else ()
             plan.facts = facts_of(facts.catalog, table, related)
             plan.oids = {one: facts.catalog.tables[one].oid for one in plan.facts}

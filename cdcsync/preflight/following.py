@@ -34,6 +34,7 @@ def following_findings(
         return missing_findings(plan, catalog, stored)
     if faults := kind_faults(where, table):
         return faults
+    table = table.keyed_by(plan.index.key)
     needed = needed_columns(plan.index, plan.documents, table)
     publication = catalog.publication
     return [

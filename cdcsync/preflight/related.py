@@ -14,7 +14,7 @@ import psycopg
 
 from cdcsync.config import QualifiedName
 from cdcsync.config.names import quote
-from cdcsync.documents.related import LISTED, ONE, RelatedRows, columns_read
+from cdcsync.documents.related import LISTED, ONE, Facts, RelatedRows, columns_read
 from cdcsync.model.rows import Shape
 from cdcsync.postgres.sessions import Connection, first_line, passing, translate
 from cdcsync.preflight.findings import Finding, named, nearest
@@ -22,6 +22,7 @@ from cdcsync.preflight.indexes import Plan
 from cdcsync.preflight.sending import sending_findings
 from cdcsync.preflight.tables import kind_faults, read_faults
 from cdcsync.source.catalog import Catalog
+from cdcsync.source.conditions import Refused, examine_condition, examine_order
 from cdcsync.source.relations import Column, Table
 from cdcsync.source.tables import SourceTable
 
@@ -181,6 +182,26 @@ def computed_types(related: Sequence[RelatedRows], catalog: Catalog) -> dict[str
     return found
 
 
+async def _examine_conditions(connection: Connection, where: str, one: RelatedRows, facts: Facts) -> list[Finding]:
+    """Say which conditions on related rows cannot be used, by the rules for the condition of an index."""
+    where = f"{where}.related.{one.name}"
+    findings = []
+    for key, text in (("where", one.where), ("order_by", one.order_by)):
+        if not text or one.table not in facts:
+            continue
+        try:
+            if key == "where":
+                await examine_condition(connection, one.table, text, ())
+            else:
+                await examine_order(connection, one.table, text)
+        except Refused as error:
+            hint = f"GRANT SELECT ON {one.table} TO the role of source.dsn" if error.privilege else error.hint
+            findings.append(Finding.error(f"{where}.{key}", f"it cannot be used: {error.message}", hint))
+    for inner in one.related:
+        findings += await _examine_conditions(connection, where, inner, facts)
+    return findings
+
+
 async def examine_statement(connection: Connection, plan: Plan, table: Table) -> list[Finding]:
     """Have the source run the statement that reads a document, each relation by itself, on a row if there is one."""
     findings = []
@@ -195,6 +216,7 @@ async def examine_statement(connection: Connection, plan: Plan, table: Table) ->
             computed=frozenset(one.computed),
             joined=tuple(theirs for _, theirs in one.steps[0].on),
         )
+        findings += await _examine_conditions(connection, f"indexes.{plan.name}", one, plan.facts)
         types = [table.columns[column].type for column in table.key]
         try:
             await SourceTable(shape, types, related=(one,), facts=plan.facts).page(connection, None, 1)

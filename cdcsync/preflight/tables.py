@@ -21,7 +21,7 @@ from cdcsync.preflight.findings import Finding, named, nearest
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.conditions import Refused, examine_condition
 from cdcsync.source.publications import GENERATED_COLUMNS_VERSION, Published
-from cdcsync.source.relations import Column, Table, similar_tables
+from cdcsync.source.relations import Column, Table, TableIndex, similar_tables
 from cdcsync.target.ddl.relations import RESERVED
 
 SYSTEM_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
@@ -125,7 +125,7 @@ def table_faults(name: str, index: Index, documents: Documents | None, table: Ta
     return [
         *column_faults(name, index, documents, table),
         *read_faults(table, needed_columns(index, documents, table), role),
-        *key_faults(table),
+        *(named_key_faults(name, table) if table.named else key_faults(table)),
     ]
 
 
@@ -206,11 +206,14 @@ def key_faults(table: Table) -> Iterator[Finding]:
     key = ", ".join(map(quote, table.key))
     alter = f"ALTER TABLE {table.name} REPLICA IDENTITY"
     if not table.key:
+        fix = f"{alter} USING INDEX …"
+        if (unique := _identifying(table)) is not None:
+            listed = ", ".join(f'"{column}"' for column in unique.columns)
+            fix = f"{alter} USING INDEX {quote(unique.name)}, or {alter} FULL with key = [{listed}] for the index"
         yield Finding.error(
             str(table.name),
             "has no primary key, or a deferrable one: nothing identifies its rows at every moment",
-            f"ALTER TABLE {table.name} ADD PRIMARY KEY (…), or with a unique index on NOT NULL columns:"
-            f" {alter} USING INDEX …",
+            f"ALTER TABLE {table.name} ADD PRIMARY KEY (…), or with a unique index on NOT NULL columns: {fix}",
         )
     elif not set(table.key) <= set(table.identity):
         why, fix = {
@@ -221,6 +224,49 @@ def key_faults(table: Table) -> Iterator[Finding]:
         )
     else:
         yield from leaf_faults(table, key)
+
+
+def _identifying(table: Table) -> TableIndex | None:
+    """Return a unique index by which every row can be named, if there is one."""
+    known = table.columns
+    of_all = (one for one in table.indexes if one.unique and all(known[column].not_null for column in one.columns))
+    return min(of_all, key=lambda one: (len(one.columns), one.name), default=None)
+
+
+def named_key_faults(name: str, table: Table) -> Iterator[Finding]:
+    """Say why the key that an index names does not tell its rows apart, or does not come with their changes."""
+    where = f"indexes.{name}.key"
+    if missing := [column for column in table.named if column not in table.columns]:
+        for column in missing:
+            meant = _meant(column, table.columns, "its columns are")
+            yield Finding.error(where, f"{table.name} has no column {quote(column)}", meant)
+        return
+    key = ", ".join(map(quote, table.key))
+    if nullable := [quote(column) for column in table.key if not table.columns[column].not_null]:
+        yield Finding.error(
+            where,
+            f"{named(nullable)} of {table.name} may be NULL, and NULL names no row",
+            f"ALTER TABLE {table.name} " + ", ".join(f"ALTER COLUMN {one} SET NOT NULL" for one in nullable),
+        )
+    if not table.proofs:
+        yield Finding.error(
+            where,
+            f"nothing proves that ({key}) names one row of {table.name}: that takes a unique index on these columns, or"
+            " on some of them, which is neither partial nor deferrable",
+            f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.name} ({key})",
+        )
+    if table.identity_mode == "f" or set(table.identity) == set(table.key):
+        yield from leaf_faults(table, key)
+        return
+    alter = f"ALTER TABLE {table.name} REPLICA IDENTITY"
+    exact = next((one.name for one in table.proofs if set(one.columns) == set(table.key)), None)
+    identity = ", ".join(map(quote, table.identity))
+    yield Finding.error(
+        where,
+        f"the replica identity of {table.name} is {f'({identity})' if identity else 'nothing'}:"
+        f" UPDATE and DELETE do not tell the key ({key})",
+        f"{alter} USING INDEX {quote(exact)}, or {alter} FULL" if exact else f"{alter} FULL",
+    )
 
 
 def leaf_faults(table: Table, key: str) -> Iterator[Finding]:

@@ -123,6 +123,23 @@ async def examine_condition(connection: Connection, table: QualifiedName, text: 
     return msgspec.structs.replace(where, columns=named)
 
 
+async def examine_order(connection: Connection, table: QualifiedName, text: str) -> None:
+    """See that an order of rows, written as after ORDER BY, is the same each time.
+
+    That it works at all is for whoever runs the statement that it is of, as it may name columns of joined tables.
+
+    :raises Refused: it reads other rows, or calls what answers something else each time.
+    """
+    try:
+        words = tokens(text)
+    except Unreadable as error:
+        raise Refused(str(error), "name columns of the related row, each with ASC or DESC") from None
+    if Token("name", "select") in words:
+        raise Refused("it holds a query, whose tables' changes would not be noticed", "name columns of the related row")
+    async with _trial(connection, table):
+        await _refuse_changing(connection, words, named_columns(words, await _columns(connection, table)))
+
+
 @contextlib.asynccontextmanager
 async def _trial(connection: Connection, table: QualifiedName) -> AsyncIterator[None]:
     """Open a transaction that cannot write and does not take long; what goes wrong in it is the condition's fault."""

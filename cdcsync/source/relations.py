@@ -59,10 +59,14 @@ class Column(msgspec.Struct, frozen=True):
 
 
 class TableIndex(msgspec.Struct, frozen=True):
-    """An index by whose first columns rows can be looked up: one of all rows, which sorts or hashes."""
+    """An index by whose first columns rows can be looked up: one of all rows, which sorts or hashes.
+
+    :ivar unique: whether it proves that no two rows have the same values in its columns, at any moment.
+    """
 
     columns: tuple[str, ...]
     unique: bool
+    name: str = ""
 
 
 class Partition(msgspec.Struct, frozen=True):
@@ -103,6 +107,7 @@ class Table(msgspec.Struct, frozen=True):
     :ivar types: the user-defined types that its columns are made of, by OID.
     :ivar written_by: the transaction that last wrote its entry in pg_class, as 32 bits.
     :ivar indexes: those by which rows can be looked up.
+    :ivar named: the key that an index of ours names.
     """
 
     oid: int
@@ -125,13 +130,31 @@ class Table(msgspec.Struct, frozen=True):
     types: dict[int, Type] = {}
     written_by: int = 0
     indexes: tuple[TableIndex, ...] = ()
+    named: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, ...]:
-        """The columns that identify a row for the index: of the replica identity's own index, else the primary key."""
+        """The columns that identify a row for the index.
+
+        Those that it names, or else those of the replica identity's own index, or else the primary key. Named ones come
+        in the order of a unique index on them, so that pages in the order of the key need no sort.
+        """
+        if self.named:
+            proven = next((one.columns for one in self.proofs), ())
+            return (*proven, *(one for one in self.named if one not in proven))
         if self.identity_mode == "i" and self.identity:
             return self.identity
         return self.primary_key
+
+    @property
+    def proofs(self) -> list[TableIndex]:
+        """The unique indexes that show that the named key names one row, those on most of its columns first."""
+        found = [one for one in self.indexes if one.unique and set(one.columns) <= set(self.named)]
+        return sorted(found, key=lambda one: (-len(one.columns), one.name))
+
+    def keyed_by(self, columns: tuple[str, ...]) -> Table:
+        """Return the table as an index sees it that names its key; with no columns, the table itself."""
+        return msgspec.structs.replace(self, named=columns) if columns else self
 
 
 async def similar_tables(connection: Connection, name: QualifiedName) -> list[QualifiedName]:
@@ -166,7 +189,9 @@ _IDENTITY = (
 
 
 _INDEXES = """(
-    SELECT json_agg(json_build_object('unique', i.indisunique, 'columns', (
+    SELECT json_agg(json_build_object('name', x.relname, 'unique', i.indisunique AND i.indimmediate AND NOT EXISTS (
+        SELECT FROM unnest(i.indclass::oid[]) AS k (opclass) JOIN pg_opclass o ON o.oid = k.opclass
+        WHERE NOT o.opcdefault), 'columns', (
         SELECT json_agg(a.attname ORDER BY k.place)
         FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, place)
         JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
@@ -232,7 +257,7 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
             file=file,
             types=reachable_types(types, [one.wire_type[0] for one in mine.values()]),
             written_by=xmin,
-            indexes=tuple(TableIndex(tuple(one["columns"]), one["unique"]) for one in indexes or ()),
+            indexes=tuple(TableIndex(tuple(one["columns"]), one["unique"], one["name"]) for one in indexes or ()),
         )
     return tables
 

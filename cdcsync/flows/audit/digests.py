@@ -26,6 +26,8 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons, follows
 from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Connection
+from cdcsync.source.related import computed
+from cdcsync.source.related import operators as related_operators
 from cdcsync.target.keys import stored_digests
 
 MADE_HERE_ROWS = 1_000
@@ -71,20 +73,25 @@ async def source_digests(
         above = sql.SQL("WHERE {}").format(
             follows(columns, [sql.SQL(f"${at}::text::{type_}") for at, type_ in types], operators)
         )
+    ordered = sql.SQL(", ").join(columns)
+    read = sql.SQL("{} AS t {} ORDER BY {} LIMIT {}").format(published(spec), above, ordered, sql.Literal(limit))
+    if spec.documents.related:
+        own = sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.own)
+        equal = await related_operators(connection, spec.facts)
+        rows_read = sql.SQL("SELECT {} FROM {}").format(own, read)
+        whole = computed(rows_read, spec.shape, spec.documents.related, spec.facts, equal)
+        read = sql.SQL("{} AS t ORDER BY {}").format(whole, ordered)
     parts: dict[str, sql.Composable] = {
-        "ordered": sql.SQL(", ").join(columns),
+        "ordered": ordered,
         "carried": sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.carried),
-        "published": published(spec),
-        "above": above,
-        "limit": sql.Literal(limit),
+        "read": read,
     }
     if by_code:
         rows = await fetch_texts(
             connection,
-            sql.SQL(
-                "SELECT ROW({ordered})::text, ROW({carried})::text, {columns}"
-                " FROM {published} AS t {above} ORDER BY {ordered} LIMIT {limit}"
-            ).format(**parts, columns=sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.columns)),
+            sql.SQL("SELECT ROW({ordered})::text, ROW({carried})::text, {columns} FROM {read}").format(
+                **parts, columns=sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.columns)
+            ),
             arguments,
         )
         found = await anyio.to_thread.run_sync(_made_here, spec, rows)
@@ -98,7 +105,7 @@ async def source_digests(
                 " SELECT {keys}, row_number() OVER (ORDER BY {ordered}) AS place,"
                 " ROW({ordered})::text AS key_text, ROW({carried})::text AS carried_text,"
                 " {document} AS document, {document_hash} AS document_hash"
-                " FROM {published} AS t {above} ORDER BY {ordered} LIMIT {limit}) AS r ORDER BY r.place"
+                " FROM {read}) AS r ORDER BY r.place"
             ).format(
                 **parts,
                 blank=sql.Literal(blank),
@@ -151,7 +158,7 @@ def published(spec: IndexSpec) -> sql.Composable:
     """Return SQL of the rows that the index has, as a subquery; the role may be allowed no other columns."""
     filter_ = sql.SQL("(" + spec.condition + ")") if spec.condition else sql.SQL("true")
     table = sql.Identifier(spec.shape.table.schema, spec.shape.table.name)
-    columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in dict.fromkeys(spec.shape.columns))
+    columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.own)
     return sql.SQL("(SELECT {} FROM {} AS t WHERE {})").format(columns, table, filter_)
 
 

@@ -26,7 +26,7 @@ from cdcsync.flows.follow.related import RelatedChanges, seeing
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges, RowChange
 from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, FailedDocument, Kept, Rebuild
-from cdcsync.model.rows import Delete, Key, Row, Upsert, complete
+from cdcsync.model.rows import Delete, Key, Row, Touched, Upsert, complete
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
 from cdcsync.model.visibility import Snapshot
@@ -162,7 +162,7 @@ class Preparer:
         for key, touch in found.documents.items():
             # Whatever the batch says of the row itself, the source says it too, or something newer.
             if not isinstance(live.get(key), Upsert):
-                live[key] = Upsert(shape, key, (*key, *unread), touch.xid, touch.lsn)
+                live[key] = Touched(shape, key, (*key, *unread), touch.xid, touch.lsn)
         return live, found.rebuilds, changes.overtaken | {touch.xid for touch in found.documents.values()}
 
     async def _complete(
@@ -184,7 +184,8 @@ class Preparer:
         xids = set(xids)
         for change, lane in upserts:
             # A page has only rows that the source has decided on.
-            holds = lane == BACKFILL or spec.where is None or spec.holds(change.row)
+            decided = lane == BACKFILL or spec.where is None
+            holds = decided or (None if isinstance(change, Touched) else spec.holds(change.row))
             if holds is False:
                 deleted.append(change.key)
                 continue

@@ -97,8 +97,9 @@ WAIT_FOR: LiteralString = """
                     HINT = 'cdcsync status says why, and what to do.';
             END IF;
             SELECT p.checkpoint >= wait_for.lsn AND NOT EXISTS (
-                SELECT FROM {schema}.backfills b WHERE b.index_name = entry.name AND b.kind IN ('initial', 'resync')
-                    AND b.filter IS NULL AND b.state IN ('requested', 'running', 'paused'))
+                SELECT FROM {schema}.backfills b WHERE b.index_name = entry.name
+                    AND (b.kind IN ('initial', 'resync') AND b.filter IS NULL OR b.kind = 'related')
+                    AND b.state IN ('requested', 'running', 'paused'))
             INTO reached FROM {schema}.pipelines p WHERE p.slot = entry.slot;
             IF reached AND vectors THEN
                 EXECUTE format(
@@ -121,7 +122,8 @@ WAIT_FOR: LiteralString = """
 """
 """Waits for a position. It runs as its owner, the worker's role, so that it tells every role the truth: neither missing
 privileges on our tables nor row-level security on them make it say that there is no index. A paused index, and one that
-is no longer followed, are errors, because waiting does not help; one that is loading is not there yet."""
+is no longer followed, are errors, because waiting does not help; one that is loading, or rebuilds documents whose
+related rows changed, is not there yet."""
 
 
 _WAIT_FOR: tuple[LiteralString, ...] = (

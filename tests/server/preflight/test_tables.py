@@ -205,3 +205,94 @@ async def test_a_deferrable_key_is_refused_under_a_full_identity_too(database: D
     database.execute("CREATE TABLE t (id int PRIMARY KEY DEFERRABLE); ALTER TABLE t REPLICA IDENTITY FULL")
     (error,) = (await examined(configured(database.dsn, t='table = "t"\ntext = "{id}"'))).errors
     assert "deferrable" in error.message
+
+
+UNIQUE = "CREATE TABLE t (a int NOT NULL, b text NOT NULL, c int, body text); CREATE UNIQUE INDEX u ON t (a, b)"
+WITHOUT = "CREATE TABLE t (a int NOT NULL, b text NOT NULL, body text); ALTER TABLE t REPLICA IDENTITY FULL"
+NAMED_KEY = 'table = "t"\ntext = "{body}"\nkey = ["a", "b"]'
+
+
+@pytest.mark.parametrize(
+    ("create", "why", "fix"),
+    [
+        (
+            UNIQUE,
+            "the replica identity of public.t is nothing: UPDATE and DELETE do not tell the key (a, b)",
+            "ALTER TABLE public.t REPLICA IDENTITY USING INDEX u, or ALTER TABLE public.t REPLICA IDENTITY FULL",
+        ),
+        (
+            WITHOUT,
+            "nothing proves that (a, b) names one row of public.t",
+            "CREATE UNIQUE INDEX CONCURRENTLY ON public.t (a, b)",
+        ),
+        (
+            f"{WITHOUT}; ALTER TABLE t ALTER b DROP NOT NULL; CREATE UNIQUE INDEX ON t (a, b)",
+            "b of public.t may be NULL",
+            "ALTER TABLE public.t ALTER COLUMN b SET NOT NULL",
+        ),
+        (f"{WITHOUT}; ALTER TABLE t ADD UNIQUE (a, b) DEFERRABLE", "nothing proves", "CREATE UNIQUE INDEX"),
+        (
+            f"{WITHOUT}; CREATE UNIQUE INDEX ON t (a, b) WHERE a > 0; CREATE UNIQUE INDEX ON t (a, b, lower(body));"
+            " CREATE UNIQUE INDEX ON t (a, b, body); CREATE INDEX ON t (a, b)",
+            "nothing proves",
+            "CREATE UNIQUE INDEX CONCURRENTLY",
+        ),
+        (
+            "CREATE TABLE t (a int PRIMARY KEY, b text NOT NULL, body text); CREATE UNIQUE INDEX ON t (b, a)",
+            "the replica identity of public.t is (a): UPDATE and DELETE do not tell the key (b, a)",
+            "REPLICA IDENTITY FULL",
+        ),
+        (
+            f"{WITHOUT}; CREATE UNIQUE INDEX ON t (a); ALTER TABLE t RENAME b TO bb",
+            "public.t has no column b",
+            'did you mean "bb"?',
+        ),
+        (
+            "CREATE TABLE t (a int NOT NULL, b int NOT NULL, body text, UNIQUE (a, b)) PARTITION BY LIST (a);"
+            " CREATE TABLE one PARTITION OF t FOR VALUES IN (1); ALTER TABLE t REPLICA IDENTITY FULL",
+            "replica identities of partitions do not cover the key (a, b): public.one",
+            "ALTER TABLE public.one REPLICA IDENTITY DEFAULT",
+        ),
+    ],
+)
+async def test_a_named_key_that_the_table_does_not_prove_is_refused(
+    database: Database, create: str, why: str, fix: str
+) -> None:
+    database.execute(create)
+    errors = [
+        one for one in (await examined(configured(database.dsn, t=NAMED_KEY))).errors if "fail" not in one.message
+    ]
+    assert len(errors) == 1, errors
+    assert why in errors[0].message
+    assert fix in str(errors[0].hint)
+
+
+@pytest.mark.parametrize(
+    ("create", "key"),
+    [
+        (f"{UNIQUE}; ALTER TABLE t REPLICA IDENTITY FULL", ("a", "b")),
+        (f"{UNIQUE}; ALTER TABLE t REPLICA IDENTITY USING INDEX u", ("a", "b")),
+        (f"{UNIQUE.replace('(a, b)', '(b, a)')}; ALTER TABLE t REPLICA IDENTITY FULL", ("b", "a")),
+        (f"{UNIQUE.replace('(a, b)', '(b)')}; ALTER TABLE t REPLICA IDENTITY FULL", ("b", "a")),
+        ("CREATE TABLE t (a int, b text, body text, PRIMARY KEY (b, a))", ("b", "a")),
+        (
+            "CREATE TABLE t (id int PRIMARY KEY, a int NOT NULL, b text NOT NULL, body text, UNIQUE (a, b));"
+            " ALTER TABLE t REPLICA IDENTITY FULL",
+            ("a", "b"),
+        ),
+    ],
+)
+async def test_a_named_key_that_a_unique_index_proves_is_the_key(
+    database: Database, create: str, key: tuple[str, ...]
+) -> None:
+    database.execute(create)
+    report = await examined(configured(database.dsn, t=NAMED_KEY))
+    assert report.errors == []
+    assert report.specs[0].shape.key == key
+
+
+async def test_a_table_without_a_primary_key_is_told_which_unique_index_could_serve(database: Database) -> None:
+    database.execute(UNIQUE)
+    error = the_error(await examined(configured(database.dsn, t='table = "t"\ntext = "{body}"')))
+    full = 'ALTER TABLE public.t REPLICA IDENTITY FULL with key = ["a", "b"] for the index'
+    assert f"REPLICA IDENTITY USING INDEX u, or {full}" in str(error.hint)

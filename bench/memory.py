@@ -1,0 +1,67 @@
+"""How much memory does a worker take: at rest, and while one transaction of a million rows passes through it?
+
+The model is feature hashing, so no local model is in memory. The transaction is longer than the server's
+`logical_decoding_work_mem`, so it is streamed while it is open and spooled to a file. What is read is the resident size
+of the worker's process: at rest, and its highest mark after the transaction is in the index.
+
+    python bench/memory.py      LARGE_ROWS=1000000
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# A script imports from its own directory; a type checker names files by their place in the repository.
+if TYPE_CHECKING:
+    from bench._pipeline import Pipeline, pipeline
+    from bench.report import report
+else:
+    from _pipeline import Pipeline, pipeline
+    from report import report
+
+ROWS = 1_000
+LARGE_ROWS = int(os.environ.get("LARGE_ROWS", "1000000"))
+EMBEDDER = 'type = "hash"\ndimensions = 64'
+
+GOAL_MB, GOAL_MORE_MB = 150.0, 100.0
+
+
+def resident_mb(made: Pipeline, field: str) -> float:
+    """Return VmRSS or VmHWM of the worker."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{made.pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def main() -> None:
+    """Measure and report."""
+    with pipeline(EMBEDDER, 'search = ""', max_wal_size="8GB") as made:
+        made.connection.execute(
+            "INSERT INTO articles SELECT i, i %% 50, 'the first text of ' || i FROM generate_series(1, %s) AS i", [ROWS]
+        )
+        made.start()
+        made.live()
+        made.text_in_step()
+        made.vectors_in_step()
+        rest = resident_mb(made, "VmRSS")
+        made.connection.execute(
+            "INSERT INTO articles SELECT i, i %% 50, repeat('some words of article ' || i || ' ', 8)"
+            " FROM generate_series(%s::int, %s::int) AS i",
+            [ROWS + 1, ROWS + LARGE_ROWS],
+        )
+        made.text_in_step()
+        peak = resident_mb(made, "VmHWM")
+        made.stop()
+    report(
+        "memory",
+        {"rows": LARGE_ROWS, "rest_mb": rest, "peak_mb": peak},
+        {"goal_over_rest": GOAL_MB / rest, "rest_and_100_mb_over_peak": (rest + GOAL_MORE_MB) / peak},
+        {"goal_over_rest": 1.0, "rest_and_100_mb_over_peak": 1.0},
+    )
+
+
+if __name__ == "__main__":
+    main()
