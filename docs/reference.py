@@ -66,16 +66,24 @@ def _sections(name: str, section: dict[str, Any], definitions: dict[str, Any]) -
             yield kind["description"]
             yield ""
         yield from _table(kind, definitions)
-        # Sections in a section, such as [indexes.NAME.chunking].
-        for key, value in kind["properties"].items():
-            nested = _kinds(value, definitions)
-            if len(nested) == 1:
-                yield f"### `[{title[1:-1]}.{key}]`"
-                yield ""
-                if nested[0].get("description"):
-                    yield nested[0]["description"]
-                    yield ""
-                yield from _table(nested[0], definitions)
+        yield from _nested(title[1:-1], kind, definitions, ())
+
+
+def _nested(title: str, kind: dict[str, Any], definitions: dict[str, Any], within: tuple[str, ...]) -> Iterator[str]:
+    """Yield the sections in a section, such as [indexes.NAME.chunking]; one that may hold its like is shown once."""
+    for key, value in kind["properties"].items():
+        by_name = isinstance(value.get("additionalProperties"), dict)
+        nested = _kinds(value["additionalProperties"] if by_name else value, definitions)
+        if len(nested) != 1 or key in within:
+            continue
+        inner = f"{title}.{key}.NAME" if by_name else f"{title}.{key}"
+        yield f"### `[{inner}]`"
+        yield ""
+        if nested[0].get("description"):
+            yield nested[0]["description"]
+            yield ""
+        yield from _table(nested[0], definitions)
+        yield from _nested(inner, nested[0], definitions, (*within, key))
 
 
 def _table(kind: dict[str, Any], definitions: dict[str, Any]) -> Iterator[str]:
