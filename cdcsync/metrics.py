@@ -92,7 +92,7 @@ class Metrics:
         )
         self.rereads = self._counter("rereads_total", "Rows read again for an unchanged TOAST value.", index)
         self.vectors = self._counter(
-            "vectors_total", "Vectors stored, by how they came: reused, inline, backlog.", (*index, "way")
+            "vectors_total", "Vectors stored, by how they came: reused, inline, backlog, migration.", (*index, "way")
         )
         self.backlog = self._gauge("backlog_chunks", "Chunks without a current vector, by lane.", (*index, "lane"))
         self.failed = self._gauge("failed_chunks", "Chunks that could not be embedded and wait for an operator.", index)
@@ -119,6 +119,9 @@ class Metrics:
         self.index_state = self._gauge("index_state", "1 for the state the index is in.", (*index, "state"))
         self.index_chunks = self._gauge("index_chunks", "Chunks in the index; an estimate for large ones.", index)
         self.index_vectors = self._gauge("index_vectors", "Vectors in the index; an estimate for large ones.", index)
+        self.generation_vectors = self._gauge(
+            "generation_vectors", "Vectors of a generation beside the live one.", (*index, "generation")
+        )
         self.fresh = self._gauge(
             "fresh_vectors", "Vectors that searches compare one by one: not in the HNSW index yet.", index
         )

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from cdcsync.config import Config
     from cdcsync.flows.evaluate.gates import Verdict
-    from cdcsync.flows.migrate.commands import GenerationStatus, Started
+    from cdcsync.flows.migrate.commands import Started
     from cdcsync.flows.migrate.compare import Quality
+    from cdcsync.status.generations import GenerationStatus
     from cdcsync.target.judged_runs import Run
 
 EPILOG = """To what the configuration asks for now: `cdcsync migrate articles start`

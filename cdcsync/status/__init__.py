@@ -1,8 +1,9 @@
 """The status flow: how a pipeline and its indexes are, for `cdcsync status`, the worker's `/status` and its page.
 
-    model        what a status says: `Status` and its parts
     durations    sizes and durations as people read them
     counting     how many chunks, vectors and waiting chunks an index has
+    generations  the sets of vectors of an index, side by side
+    model        what a status says: `Status` and its parts
     progress     how far loads are, and how much time they have left
     headline     how each index and the whole is, in a few words
     reading      `read_status`: one reading of both servers

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from cdcsync.status.generations import GenerationStatus
 from cdcsync.target.evaluations import Recall
 from cdcsync.target.judged_runs import Outcome
 from cdcsync.target.requests import Kind, Phase
@@ -160,6 +161,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
     fresh_scan_ms: float | None = None
     settle_rate: float | None = None
     judged: list[Outcome] = []
+    generations: list[GenerationStatus] = []
     embedder: str | None = None
     since: datetime | None = None
     headline: Headline | None = None

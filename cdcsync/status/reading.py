@@ -8,7 +8,7 @@ Source: PostgreSQL, "pg_replication_slots"; "pg_locks".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import cast
 
@@ -22,6 +22,7 @@ from cdcsync.model.embedding import EmbedderState
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import Slot, current_lsn, read_slot, why_lost
 from cdcsync.status.counting import count_index
+from cdcsync.status.generations import read_generations
 from cdcsync.status.headline import with_headlines
 from cdcsync.status.model import (
     VERSION,
@@ -39,6 +40,7 @@ from cdcsync.target.audits import TABLE as AUDITS
 from cdcsync.target.audits import Audits
 from cdcsync.target.ddl.relations import Names
 from cdcsync.target.failures.documents import TABLE, Listed, count_failed
+from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.pipelines import Pipelines, PipelineState
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
@@ -239,6 +241,7 @@ async def _read_indexes(
     if judged_runs.TABLE in readable:
         judged = await judged_runs.outcomes(target, schema, list(config.indexes))
     audited = await Audits(schema).all(target) if AUDITS in readable else {}
+    generations = await Generations(schema).all(target)
     builds = {}
     if any(entry.state == "building" for entry in entries):
         builds = await _builds(target, schema)
@@ -272,6 +275,11 @@ async def _read_indexes(
                     f"index {name}: the audit found documents that differed from the source, and had them read again;"
                     " the log says of which kind (audit_found). It has not proven the index equal since"
                 )
+        own = generations.get(name, [])
+        live = next((one for one in own if one.generation == generation), None)
+        if live is not None and live.embedder is not None:
+            status = msgspec.structs.replace(status, embedder=live.embedder)
+        problems += _of_other_generations(config, name, generation, own)
         if entry.pause is not None:
             problems.append(f"index {name} is paused: {entry.pause}")
         vectors = f"{name}_vectors_{generation}"
@@ -281,6 +289,10 @@ async def _read_indexes(
             problems.append(f"index {name}: {lost}; `cdcsync run` creates them, `cdcsync replay {name}` fills them")
             found[name] = msgspec.structs.replace(status, state="absent", reason=lost)
             continue
+        if len(own) > 1:
+            measured = evaluations.TABLE in readable
+            found_of = await read_generations(target, schema, entry, own, evaluated=measured)
+            status = msgspec.structs.replace(status, generations=found_of)
         counts = await count_index(target, Names(schema, name), generation)
         if counts.failed:
             failed = "1 chunk has" if counts.failed == 1 else f"{counts.failed} chunks have"
@@ -300,6 +312,22 @@ async def _read_indexes(
     if new := [name for name in config.indexes if name not in found]:
         problems.append(f"not set up yet: {', '.join(new)}; start the worker again with this configuration")
     return _Indexes(found, min((entry.created_at for entry in entries), default=None))
+
+
+def _of_other_generations(config: Config, name: str, live: int, generations: Sequence[Generation]) -> Iterator[str]:
+    """Say what an operator should do about the vectors that an index has beside those that searches use."""
+    wanted, names = config.indexes[name].embedder, {one.generation: one.embedder for one in generations}
+    for one in generations:
+        if one.generation != live and one.embedder not in config.embedders and one.state != "dropping":
+            yield (
+                f"index {name}: no [embedders] section makes the vectors of generation {one.generation} ({one.model}),"
+                f" so what changes gets none there; put it back, or free it: cdcsync migrate {name} drop"
+            )
+    if names.get(live) not in (None, wanted) and wanted not in names.values():
+        yield (
+            f"index {name}: the configuration asks for the embedder {wanted}, and the index goes on with"
+            f" {names[live]}; to migrate: cdcsync migrate {name} start"
+        )
 
 
 async def _builds(target: Connection, schema: str) -> dict[str, tuple[int, int]]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cdcsync.status.durations import human_bytes, human_seconds
+from cdcsync.status.generations import GenerationStatus
 from cdcsync.status.model import BackfillStatus, Event, Freshness, IndexStatus, Progress, Status, Tone, Work
 from cdcsync.target.evaluations import Recall
 
@@ -161,6 +162,17 @@ def _backfill(backfill: BackfillStatus) -> str:
     return f"{backfill.kind} {backfill.state}: {done}{rate}{eta}"
 
 
+def _generation(one: GenerationStatus) -> str:
+    """Say what a generation is, how far it is and how good."""
+    share = min(1.0, one.vectors / one.chunks) if one.chunks else 1.0
+    filled = "" if share == 1.0 else f", {share:.0%} of {one.chunks:,} chunks"
+    left = "" if one.eta_s is None else f", {human_seconds(one.eta_s)} left"
+    failed = f", {one.failed:,} failed" if one.failed else ""
+    recall = "" if one.recall is None else f", recall {one.recall:.3f}"
+    made = f"{one.embedder or one.model}, {one.vector_type}({one.dimensions}), {one.distance}"
+    return f"generation {one.generation} {one.state}: {made}{filled}{left}{failed}{recall}, {human_bytes(one.bytes)}"
+
+
 def _recall(recall: Recall, now: datetime) -> str:
     age = human_seconds(max(0.0, (now - recall.evaluated_at).total_seconds()))
     how = f"ef_search {recall.ef_search}" if recall.by_hnsw else "the whole table is read"
@@ -224,6 +236,8 @@ def _notes(status: Status) -> list[RenderableType]:
             grid.add_row("›", Text(f"{name}: {_fresh(index)}"))
         if index.recall is not None:
             grid.add_row("›", Text(f"{name}: {_recall(index.recall, status.read_at)}"))
+        for one in index.generations:
+            grid.add_row("›", Text(f"{name}: {_generation(one)}"))
     for problem in status.problems:
         grid.add_row(Text("!", "bold red"), Text(problem))
     return [grid] if grid.row_count else []

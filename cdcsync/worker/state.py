@@ -269,6 +269,10 @@ class WorkerState:
                 metrics.index_state.labels(name, state).set(index.state == state)
             metrics.index_chunks.labels(name).set(index.chunks)
             metrics.index_vectors.labels(name).set(index.vectors)
+            metrics.generation_vectors.remove_by_labels({"index": name})
+            for one in index.generations:
+                if one.generation != index.generation:
+                    metrics.generation_vectors.labels(name, str(one.generation)).set(one.vectors)
             if index.proven_equal_at is not None:
                 metrics.proven_equal.labels(name).set(index.proven_equal_at.timestamp())
             if index.recall is not None:

@@ -31,8 +31,7 @@ from cdcsync.preflight import build_embedders
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.generations import embedder_of, live_generation
 from cdcsync.preflight.indexes import Wish, distance_of, model_faults
-from cdcsync.status.counting import count_index
-from cdcsync.target import evaluations
+from cdcsync.status.generations import GenerationStatus, read_generations
 from cdcsync.target.ddl.generations import switch_relations
 from cdcsync.target.ddl.locking import until_locked
 from cdcsync.target.ddl.names import Names
@@ -64,31 +63,6 @@ class Started(msgspec.Struct, frozen=True):
     tokens: int
     price: float | None
     warnings: list[str]
-
-
-class GenerationStatus(msgspec.Struct, frozen=True):
-    """One generation of an index.
-
-    :ivar state: `live`, or else `filling`, `ready` or `dropping`.
-    :ivar vectors: how many there are, of `chunks`; `waiting` of these wait for one, `failed` cannot have one.
-    :ivar bytes: the disk space of its tables and indexes.
-    """
-
-    generation: int
-    state: str
-    embedder: str | None
-    model: str
-    dimensions: int
-    vector_type: str
-    distance: str
-    m: int | None
-    ef_construction: int | None
-    chunks: int
-    vectors: int
-    waiting: int
-    failed: int
-    bytes: int
-    recall: float | None
 
 
 @asynccontextmanager
@@ -262,37 +236,9 @@ async def status(config: Config, index: str) -> list[GenerationStatus]:
     """Return the generations of an index, in the order of their numbers."""
     async with opened(config, index) as (connection, entry):
         with speaking_of("target", where=f"index {index}"):
-            return await read_generations(connection, config.target.schema, entry)
-
-
-async def read_generations(connection: Connection, schema: str, entry: Entry) -> list[GenerationStatus]:
-    """Return the generations of an index, in the order of their numbers."""
-    generations = await Generations(schema).of(connection, entry.name)
-    return [
-        await _generation_status(connection, schema, entry, one) for one in generations or [live_generation(entry, ())]
-    ]
-
-
-async def _generation_status(connection: Connection, schema: str, entry: Entry, one: Generation) -> GenerationStatus:
-    names, number = Names(schema, entry.name), one.generation
-    state = "live" if number == entry.generation else one.state
-    parts = [table.as_string(connection) for table in (*names.tiers(number).values(),)]
-    (there, size) = await fetch_one(
-        connection,
-        "SELECT bool_and(to_regclass(t) IS NOT NULL), coalesce(sum(pg_total_relation_size(to_regclass(t))), 0)::int8"
-        " FROM unnest(%s::text[]) AS t",
-        [parts],
-    )
-    chunks = vectors = waiting = failed = 0
-    if there:
-        counts = await count_index(connection, names, number)
-        chunks, vectors, waiting, failed = counts.chunks, counts.vectors, counts.backlog, counts.failed
-    recall = (await evaluations.latest(connection, schema, {entry.name: number})).get(entry.name)
-    return GenerationStatus(
-        *(number, state, one.embedder, one.model, one.dimensions, one.vector_type, one.distance),
-        *(one.m, one.ef_construction, chunks, vectors, waiting, failed, size),
-        None if recall is None else recall.recall,
-    )
+            schema = config.target.schema
+            generations = await Generations(schema).of(connection, index) or [live_generation(entry, ())]
+            return await read_generations(connection, schema, entry, generations)
 
 
 def other_generation(entry: Entry, generations: Sequence[Generation]) -> Generation:

@@ -1,123 +1,338 @@
-"""Migrations from one generation of vectors to another: the whole way, with a worker that follows changes meanwhile."""
+"""Migrations from one generation of vectors to another, with a worker that follows changes and searches that go on."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
+import numpy as np
+import psycopg
 import pytest
 
+import cdcsync
 from cdcsync.config import parse
-from tests.support.configs import configuration
+from tests.support.configs import Section, configuration
 from tests.support.servers import Database
+from tests.support.turned import Turned
 from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 
-OLD = {"old": {"type": "hash", "dimensions": 8}}
-BOTH = {**OLD, "new": {"type": "hash", "dimensions": 12}}
+ROOT = Path(__file__).parents[3]
+SEARCHES_PER_S = 20
+OLD, NEW = Turned("a"), Turned("b")
 
 
-def migrate(pipeline: Pipeline, *arguments: str, index: str = "articles", status: int = 0) -> Any:
-    """Run `cdcsync migrate INDEX …` and return its JSON, or what it wrote to standard error if it is to fail."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cdcsync", "migrate", index, *arguments, "--json", "-c", str(pipeline.path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == status, done.stderr
-    return json.loads(done.stdout) if done.stdout else done.stderr
+def turned(model: Turned) -> Section:
+    return {"type": "python", "class": "tests.support.turned:Turned", "options": {"way": model.identity[-1]}}
 
 
-def loaded(database: Database, make_pipeline: Callable[[str], Pipeline], **index: object) -> Pipeline:
-    """Return a pipeline with a running worker that has loaded a table of 200 rows."""
-    pipeline = make_pipeline(configuration(database.dsn, embedders=OLD, indexes={"articles": {**index}}))
-    pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
-    pipeline.source.execute(
-        "INSERT INTO articles SELECT i, 'article ' || i || ' is about ' || i % 17 FROM generate_series(1, 200) i"
-    )
-    pipeline.start()
+def hashed(dimensions: int) -> Section:
+    return {"type": "hash", "dimensions": dimensions}
+
+
+def loaded(pipeline: Pipeline, *tables: str, rows: int = 200) -> Pipeline:
+    """Have a worker load tables of short texts."""
+    for table in tables:
+        pipeline.source.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, title text)")
+        pipeline.source.execute(
+            f"INSERT INTO {table} SELECT i, 'article ' || i || ' is about ' || i % 17 FROM generate_series(1, {rows}) i"
+        )
+    pipeline.start(PYTHONPATH=str(ROOT))
     pipeline.live()
     return pipeline
 
 
-def asks_for(pipeline: Pipeline, database: Database, *, restart: bool = True, **index: object) -> None:
-    """Have the configuration ask for other vectors, and the worker know both models."""
-    text = configuration(database.dsn, embedders=BOTH, indexes={"articles": {**index}})
+def asks_for(pipeline: Pipeline, text: str) -> None:
+    """Have the configuration ask for other vectors, and start the worker again with it."""
     pipeline.path.write_text(text)
     pipeline.config = parse(text, {}, where=str(pipeline.path))
-    if restart:
-        pipeline.stop(pipeline.processes[-1])
-        pipeline.start()
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.start(PYTHONPATH=str(ROOT))
 
 
-def state(pipeline: Pipeline, generation: int) -> str | None:
+def migrate(pipeline: Pipeline, action: str, *options: str, index: str = "articles", status: int = 0) -> Any:
+    return pipeline.answer("migrate", index, action, *options, status=status, PYTHONPATH=str(ROOT))
+
+
+def state(pipeline: Pipeline, generation: int, index: str = "articles") -> str | None:
     row = pipeline.target.execute(
-        "SELECT state FROM cdcsync.generations WHERE index_name = 'articles' AND generation = %s", [generation]
+        "SELECT state FROM cdcsync.generations WHERE index_name = %s AND generation = %s", [index, generation]
     ).fetchone()
     return None if row is None else row[0]
 
 
-def ready(pipeline: Pipeline, generation: int) -> None:
-    until(lambda: state(pipeline, generation) == "ready", lambda: f"a filled generation; {pipeline.tail()}")
+def ready(pipeline: Pipeline, generation: int, *indexes: str) -> None:
+    for index in indexes or ("articles",):
+        until(
+            lambda: state(pipeline, generation, index) == "ready",  # noqa: B023 - called in the loop
+            lambda: f"a filled generation; {pipeline.tail()}",
+        )
 
 
-def complete(pipeline: Pipeline, generation: int, dimensions: int) -> None:
-    """Wait until each chunk has a vector of its text in a generation, and no other vector is there."""
+def complete(pipeline: Pipeline, generation: int, index: str = "articles") -> None:
+    """Wait until each chunk has one vector of its text in a generation, and there are no others."""
 
     def whole() -> bool:
         row = pipeline.target.execute(
-            "SELECT (SELECT count(*) FROM cdcsync.articles_chunks AS c WHERE NOT EXISTS (SELECT FROM"
-            f" cdcsync.articles_vectors_{generation} AS v WHERE v.chunk_id = c.chunk_id"
-            f" AND v.content_hash = c.content_hash AND vector_dims(v.embedding) = {dimensions})),"
-            f" (SELECT count(*) FROM cdcsync.articles_vectors_{generation} AS v WHERE NOT EXISTS"
-            " (SELECT FROM cdcsync.articles_chunks AS c WHERE c.chunk_id = v.chunk_id))"
+            f"SELECT (SELECT count(*) FROM cdcsync.{index}_chunks AS c WHERE 1 <> (SELECT count(*) FROM"
+            f" cdcsync.{index}_vectors_{generation} AS v WHERE v.chunk_id = c.chunk_id"
+            " AND v.content_hash = c.content_hash)),"
+            f" (SELECT count(*) FROM cdcsync.{index}_vectors_{generation} AS v WHERE NOT EXISTS"
+            f" (SELECT FROM cdcsync.{index}_chunks AS c WHERE c.chunk_id = v.chunk_id))"
         ).fetchone()
         return row == (0, 0)
 
     until(whole, lambda: f"generation {generation} to be whole; {pipeline.tail()}")
 
 
-def test_an_index_migrates_to_another_model_and_back(
-    database: Database, make_pipeline: Callable[[str], Pipeline]
-) -> None:
-    pipeline = loaded(database, make_pipeline)
-    asks_for(pipeline, database, embedder="new")
-    assert pipeline.event("preflight")["where"] == "indexes.articles"
+def of_model(pipeline: Pipeline, generation: int, model: Turned) -> None:
+    """Fail unless every vector of a generation is what a model makes of its chunk's text."""
+    rows = pipeline.target.execute(
+        "SELECT c.content, v.embedding::text FROM cdcsync.articles_chunks AS c"
+        f" JOIN cdcsync.articles_vectors_{generation} AS v USING (chunk_id)"
+    ).fetchall()
+    stored = np.array([json.loads(vector) for _, vector in rows], dtype=np.float32)
+    assert np.allclose(stored, model.vectors([text for text, _ in rows]), atol=1e-5)
 
+
+class Searches:
+    """Searches all the time, as applications do, and holds every answer against the model of its generation."""
+
+    QUERY = "which article is about 11 and 7"
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.models = {1: OLD, 2: NEW}
+        self.answers: Counter[tuple[str, int]] = Counter()
+        """By who asked, and by generation."""
+        self._pipeline = pipeline
+        self._over = False
+
+    def check(self, who: str, generation: int, found: Sequence[tuple[str, float, bool]]) -> None:
+        assert found, f"{who} found nothing in generation {generation}"
+        model = self.models[generation]
+        query, texts = model.vectors([self.QUERY])[0], model.vectors([text for text, _, _ in found])
+        for (text, distance, stale), expected in zip(found, 1 - texts @ query, strict=True):
+            assert stale or abs(distance - expected) < 1e-3, f"{who}, generation {generation}: {text!r}"
+        self.answers[who, generation] += 1
+
+    async def by_sql(self) -> None:
+        """As an application that embeds by itself, and asks the registry which model to do it by."""
+        dsn = self._pipeline.config.target.dsn
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+            while not self._over:
+                cursor = await connection.execute("SELECT generation FROM cdcsync.indexes WHERE name = 'articles'")
+                (generation,) = await cursor.fetchone() or (0,)
+                vector = json.dumps(self.models[generation].vectors([self.QUERY])[0].tolist())
+                cursor = await connection.execute(
+                    "SELECT content, distance, stale FROM cdcsync.articles_search(%s, %s::text::vector, k => 5,"
+                    " mode => 'vector', generation => %s)",
+                    [self.QUERY, vector, generation],
+                )
+                self.check("sql", generation, await cursor.fetchall())
+                await anyio.sleep(1 / SEARCHES_PER_S)
+
+    async def by_python(self) -> None:
+        async with cdcsync.Index.open(self._pipeline.config, "articles") as articles:
+            while not self._over:
+                hits = await articles.search(self.QUERY, k=5)
+                assert hits.warning is None
+                assert hits.generation is not None
+                found = [(hit.content, hit.distance or 0.0, hit.stale or hit.distance is None) for hit in hits]
+                self.check("python", hits.generation, found)
+                await anyio.sleep(1 / SEARCHES_PER_S)
+
+    async def by_command(self) -> None:
+        ask = partial(self._pipeline.answer, "search", "articles", self.QUERY, "--mode", "vector", PYTHONPATH=str(ROOT))
+        while not self._over:
+            hits = await anyio.to_thread.run_sync(ask)
+            assert hits
+            # A command does not say which generation it asked: its distances do.
+            fitting = [one for one in self.models if self.fits(one, hits)]
+            assert fitting, hits
+            self.answers["command", fitting[0]] += 1
+
+    def fits(self, generation: int, hits: Sequence[dict[str, Any]]) -> bool:
+        query = self.models[generation].vectors([self.QUERY])[0]
+        distances = 1 - self.models[generation].vectors([hit["content"] for hit in hits]) @ query
+        return all(
+            hit["stale"] or abs(hit["distance"] - expected) < 1e-3
+            for hit, expected in zip(hits, distances, strict=True)
+        )
+
+    @asynccontextmanager
+    async def going_on(self) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as tasks:
+            for search in (self.by_sql, self.by_python, self.by_command):
+                tasks.start_soon(search)
+            yield
+            self._over = True
+
+    async def some_more(self, generation: int) -> None:
+        """Wait until each has searched a generation several times more."""
+        before = dict(self.answers)
+        for who, times in (("sql", 5), ("python", 5), ("command", 1)):
+            with anyio.fail_after(60):
+                while self.answers[who, generation] < before.get((who, generation), 0) + times:  # noqa: ASYNC110
+                    await anyio.sleep(0.05)
+
+
+def whole_way(pipeline: Pipeline, more_searches: Callable[[int], None]) -> None:
+    """Migrate, and back, and forth again, while rows change; then drop the generation of before."""
+    execute = pipeline.source.execute
     begun = migrate(pipeline, "start")
     assert (begun["generation"], begun["live"], begun["begun"], begun["chunks"]) == (2, 1, True, 200)
     assert migrate(pipeline, "start")["begun"] is False
     ready(pipeline, 2)
-    pipeline.source.execute("UPDATE articles SET title = title || ', changed' WHERE id % 3 = 0")
-    pipeline.source.execute("DELETE FROM articles WHERE id % 10 = 1")
-    pipeline.source.execute("INSERT INTO articles VALUES (1000, 'an article that is new')")
+    execute("UPDATE articles SET title = title || ', changed' WHERE id % 3 = 0")
+    execute("DELETE FROM articles WHERE id % 10 = 1")
+    execute("INSERT INTO articles VALUES (1000, 'an article that is new')")
     pipeline.reach("articles")
-    complete(pipeline, 1, 8)
-    complete(pipeline, 2, 12)
+    complete(pipeline, 1)
+    complete(pipeline, 2)
+    of_model(pipeline, 2, NEW)
+    more_searches(1)
 
     refused = migrate(pipeline, "activate", "--min", "overlap=1", status=1)
     assert (refused["switched"], refused["live"], refused["gates"][0]["passed"]) == (False, 1, False)
     done = migrate(pipeline, "activate", "--min", "recall=0.9")
     assert (done["switched"], done["before"], done["live"]) == (True, 1, 2)
     assert 0 < done["quality"]["overlap"] < 1
-    pipeline.source.execute("UPDATE articles SET title = title || ', again' WHERE id % 4 = 0")
+    more_searches(2)
+    execute("UPDATE articles SET title = title || ', again' WHERE id % 4 = 0")
     pipeline.in_step("articles")
-    complete(pipeline, 1, 8)
+    complete(pipeline, 1)
+    of_model(pipeline, 1, OLD)
 
     back = migrate(pipeline, "rollback")
     assert (back["live"], back["before"]) == (1, 2)
-    pipeline.reach("articles")
+    more_searches(1)
     assert migrate(pipeline, "activate")["live"] == 2
     assert migrate(pipeline, "drop", "--yes")["dropped"] == 1
-    left = pipeline.target.execute("SELECT to_regclass('cdcsync.articles_vectors_1')").fetchone()
-    assert left == (None,)
+    more_searches(2)
+    execute("UPDATE articles SET title = title || ', once more' WHERE id % 5 = 0")
+    pipeline.in_step("articles")
+    assert pipeline.target.execute("SELECT to_regclass('cdcsync.articles_vectors_1')").fetchone() == (None,)
     (only,) = migrate(pipeline, "status")
     assert (only["generation"], only["state"], only["vectors"]) == (2, "live", only["chunks"])
-    pipeline.source.execute("UPDATE articles SET title = title || ', once more' WHERE id % 5 = 0")
+
+
+@pytest.mark.anyio
+@pytest.mark.timeout(240)
+async def test_searches_go_on_and_never_mix_models_while_an_index_migrates_and_rolls_back(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    both = {"old": turned(OLD), "new": turned(NEW)}
+    wanted = configuration(database.dsn, embedders=both, indexes={"articles": {"embedder": "new"}})
+    pipeline = make_pipeline(configuration(database.dsn, embedders={"old": turned(OLD)}))
+    await anyio.to_thread.run_sync(lambda: loaded(pipeline, "articles"))
+    await anyio.to_thread.run_sync(lambda: asks_for(pipeline, wanted))
+    searches = Searches(pipeline)
+    async with searches.going_on():
+        await anyio.to_thread.run_sync(
+            lambda: whole_way(pipeline, lambda generation: anyio.from_thread.run(searches.some_more, generation))
+        )
+    assert {who for who, _ in searches.answers} == {"sql", "python", "command"}
+
+
+CHANGED: dict[str, Section] = {
+    "halves": {"vector_type": "halfvec"},
+    "farther": {"distance": "l2"},
+    "denser": {"hnsw": {"m": 24, "ef_construction": 100}},
+}
+
+
+def test_precision_distance_and_graph_change_without_a_text_embedded_again(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    embedders = {"fake": hashed(8)}
+    pipeline = make_pipeline(configuration(database.dsn, embedders=embedders, indexes={one: {} for one in CHANGED}))
+    loaded(pipeline, *CHANGED, rows=50)
+    asks_for(pipeline, configuration(database.dsn, embedders=embedders, indexes=CHANGED))
+    for index in CHANGED:
+        assert migrate(pipeline, "start", index=index)["tokens"] == 0
+    ready(pipeline, 2, *CHANGED)
+    embedded = [line for line in pipeline.metrics() if line.startswith("cdcsync_embed_texts_total{")]
+    assert [float(line.split()[-1]) for line in embedded] in ([], [0.0])
+    for index in CHANGED:
+        pipeline.source.execute(f"UPDATE {index} SET title = title || ', changed' WHERE id % 7 = 0")
+        assert migrate(pipeline, "activate", index=index)["quality"]["overlap"] is not None
+    pipeline.in_step("farther", "denser")
+    for index in CHANGED:
+        pipeline.reach(index)
+        complete(pipeline, 1, index)
+        complete(pipeline, 2, index)
+
+    def definition(index: str) -> str:
+        row = pipeline.target.execute(
+            "SELECT pg_get_indexdef(to_regclass(%s))", [f"cdcsync.{index}_vectors_2_hnsw"]
+        ).fetchone()
+        assert row is not None
+        return str(row[0])
+
+    assert "halfvec_cosine_ops" in definition("halves")
+    assert "vector_l2_ops" in definition("farther")
+    assert "m='24', ef_construction='100'" in definition("denser")
+
+
+ON_THE_WAY = (
+    "page of a generation written",
+    "page of a generation committed#2",
+    "vectors written",
+    "generation filled",
+    "generation ready",
+)
+
+
+@pytest.mark.timeout(240)
+def test_a_migration_goes_on_after_a_kill_at_every_step(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    both = {"old": hashed(8), "new": hashed(12)}
+    pipeline = make_pipeline(configuration(database.dsn, embedders={"old": hashed(8)}))
+    loaded(pipeline, "articles", rows=2_500)
+    asks_for(pipeline, configuration(database.dsn, embedders=both, indexes={"articles": {"embedder": "new"}}))
+    pipeline.stop(pipeline.processes[-1])
+
+    def killed(point: str) -> None:
+        process = pipeline.start(CDCSYNC_CRASH_AT=point)
+        until(lambda: process.poll() is not None, lambda: f"a kill at {point!r}; {pipeline.tail()}")
+        assert process.returncode == -signal.SIGKILL, pipeline.tail()
+
+    def command_killed(action: str, point: str) -> None:
+        done = pipeline.command("migrate", "articles", action, "--json", CDCSYNC_CRASH_AT=point)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+
+    command_killed("start", "migration asked for")
+    assert migrate(pipeline, "status")[-1]["generation"] == 1
+    command_killed("start", "migration begun")
+    for point in ON_THE_WAY:
+        killed(point)
+    pipeline.start()
+    ready(pipeline, 2)
+    complete(pipeline, 2)
+
+    command_killed("activate", "switch written")
+    assert [one["state"] for one in migrate(pipeline, "status")] == ["live", "ready"]
+    command_killed("activate", "switch committed")
+    assert [one["state"] for one in migrate(pipeline, "status")] == ["ready", "live"]
     pipeline.in_step("articles")
+
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.target.execute("UPDATE cdcsync.generations SET state = 'dropping' WHERE generation = 1")
+    for point in ("generation dropped", "dropped generation committed"):
+        killed(point)
+    pipeline.start()
+    until(lambda: len(migrate(pipeline, "status")) == 1, pipeline.tail)
+    pipeline.source.execute("UPDATE articles SET title = title || ', changed' WHERE id % 50 = 0")
+    pipeline.in_step("articles")
+    left = pipeline.target.execute("SELECT count(*) FROM cdcsync.articles_backlog WHERE generation = 1").fetchone()
+    assert left == (0,)

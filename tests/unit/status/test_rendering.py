@@ -25,6 +25,7 @@ from cdcsync.status import (
     render_table,
 )
 from cdcsync.status.durations import human_bytes, human_seconds
+from cdcsync.status.generations import GenerationStatus
 from cdcsync.status.model import EmbedderStatus
 from cdcsync.status.reading import FRESH
 from cdcsync.target.evaluations import Recall
@@ -76,7 +77,7 @@ def printed(status: Status, *, colours: bool = False, width: int = 100) -> str:
     "struct",
     [
         *(Status, SlotStatus, WorkerStatus, IndexStatus, Recall, Outcome, BackfillStatus, EmbedderStatus),
-        *(Headline, Progress, Freshness, Event),
+        *(Headline, Progress, Freshness, Event, GenerationStatus),
     ],
 )
 def test_the_documentation_tells_every_field_and_no_other(struct: type[msgspec.Struct]) -> None:
@@ -225,3 +226,30 @@ def test_colour_says_how_an_index_is(state: str, code: str) -> None:
 
 def test_only_colour_is_lost_without_colours() -> None:
     assert re.sub(r"\x1b\[[0-9;]*m", "", printed(STATUS, colours=True)) == printed(STATUS)
+
+
+def test_generations_are_shown_side_by_side_with_what_is_left() -> None:
+    facts: dict[str, Any] = {
+        "vector_type": "vector",
+        "distance": "cosine",
+        "m": 16,
+        "ef_construction": 64,
+        "waiting": 0,
+    }
+    old = GenerationStatus(
+        1, "live", "minilm", "m1", 384, chunks=100, vectors=100, failed=0, bytes=2048, recall=0.99, **facts
+    )
+    new = GenerationStatus(
+        *(2, "filling", "e5", "m2", 768),
+        **facts,
+        chunks=100,
+        vectors=25,
+        failed=1,
+        bytes=1024,
+        recall=None,
+        rate=5.0,
+        eta_s=14.8,
+    )
+    shown = printed(with_index(generations=[old, new]), width=140)
+    assert "articles: generation 1 live: minilm, vector(384), cosine, recall 0.990, 2.0 kB" in shown
+    assert "generation 2 filling: e5, vector(768), cosine, 25% of 100 chunks, 15 s left, 1 failed, 1.0 kB" in shown

@@ -1,0 +1,107 @@
+"""`cdcsync migrate`: the walk of docs/migration.md as it is written, and what the command refuses."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+
+import pytest
+
+from cdcsync.config import parse
+from tests import ROOT
+from tests.support.configs import configuration
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
+
+pytestmark = pytest.mark.server
+
+WALK = (ROOT / "docs" / "migration.md").read_text().split("## The walk")[1].split("\n## ")[0]
+
+
+def blocks(kind: str) -> list[str]:
+    """Return the blocks of the walk in a language, without their indentation."""
+    found = re.findall(rf"^( *)```{kind}\n(.*?)^ *```$", WALK, re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
+
+
+def written(pipeline: Pipeline, database: Database, sections: str) -> None:
+    """Write a configuration with the sections of the page."""
+    text = configuration(database.dsn, embedders={}, indexes={}) + sections
+    pipeline.path.write_text(text)
+    pipeline.config = parse(text, {}, where=str(pipeline.path))
+
+
+def loaded(make_pipeline: Callable[[str], Pipeline], database: Database) -> Pipeline:
+    """Return a pipeline whose worker has loaded the index of the walk."""
+    before, _ = blocks("toml")
+    pipeline = make_pipeline(configuration(database.dsn, embedders={}, indexes={}) + before)
+    pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
+    pipeline.source.execute("INSERT INTO articles SELECT i, 'article ' || i FROM generate_series(1, 60) i")
+    pipeline.start()
+    pipeline.live()
+    return pipeline
+
+
+@pytest.mark.timeout(180)
+def test_the_walk_works_as_it_is_written(database: Database, make_pipeline: Callable[[str], Pipeline]) -> None:
+    pipeline = loaded(make_pipeline, database)
+    written(pipeline, database, blocks("toml")[1])
+    checked = pipeline.command("check")
+    assert (checked.returncode, "cdcsync migrate articles start" in checked.stdout) == (0, True)
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.start()
+    commands = [shlex.split(line)[1:] for block in blocks("sh") for line in block.splitlines()]
+    assert [command[2] for command in commands] == [
+        *("start", "status", "activate", "activate", "rollback", "activate", "drop")
+    ]
+    said = []
+    for command in commands:
+        done = pipeline.command(*command)
+        assert done.returncode == 0, done.stderr + done.stdout
+        said.append(done.stdout)
+        if command[2] == "start":
+            state = "SELECT state = 'ready' FROM cdcsync.generations WHERE generation = 2"
+            until(lambda: pipeline.target.execute(state).fetchone() == (True,), pipeline.tail)  # noqa: B023
+    start, status, measured, activated, back, again, dropped = said
+    assert "generation 2, by new" in start
+    assert "embeds 60 chunks" in start
+    assert ("live" in status, "ready" in status, "vector(64)" in status) == (True, True, True)
+    assert "nothing was switched; generation 1 stays live" in measured
+    assert "overlap@10" in measured
+    assert "generation 2 is live" in activated
+    assert "generation 1 is live again" in back
+    assert "generation 2 is live" in again
+    assert "generation 1 is dropped" in dropped
+    shown = pipeline.answer("status")["indexes"]["articles"]
+    assert (shown["generation"], shown["dimensions"], shown["embedder"]) == (2, 64, "new")
+    pipeline.in_step()
+
+
+def test_what_cannot_begin_is_refused_with_what_to_do(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = loaded(make_pipeline, database)
+
+    def refused(*arguments: str) -> str:
+        done = pipeline.command("migrate", "articles", *arguments)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        return done.stderr
+
+    assert "has the vectors that [indexes.articles] asks for" in refused("start")
+    assert "one generation of vectors alone" in refused("activate")
+    assert "one generation of vectors alone" in refused("drop", "--yes")
+    assert "--min belongs to activate" in refused("start", "--min", "recall=0.9")
+    assert "--judged DIR" in refused("activate", "--not-worse")
+    written(pipeline, database, blocks("toml")[1].replace('[embedders.old]\ntype = "hash"\ndimensions = 32\n', ""))
+    assert "keep the old section beside the new one" in refused("start")
+    written(pipeline, database, blocks("toml")[1])
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.answer("migrate", "articles", "start")
+    assert "is filling: searches would find less with it" in refused("activate")
+    pipeline.target.execute("CREATE VIEW mine AS SELECT id, embedding FROM articles_index")
+    pipeline.start()
+    state = "SELECT state = 'ready' FROM cdcsync.generations WHERE generation = 2"
+    until(lambda: pipeline.target.execute(state).fetchone() == (True,), pipeline.tail)
+    assert "mine" in refused("activate")
+    assert pipeline.answer("status")["indexes"]["articles"]["generation"] == 1
