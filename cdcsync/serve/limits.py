@@ -8,6 +8,7 @@ Counts are kept by each replica; with n of them a tenant has up to n times its s
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -17,6 +18,10 @@ from cdcsync.config.serving import Serve
 from cdcsync.serve.problems import Problem
 
 DAY_S = 86_400.0
+
+REFUSED_AFTER_S = 1.0
+"""A refusal is told after a part of this time, by chance: a loop that calls again at once becomes slow, and a thousand
+loops that wait equally long do not come back together."""
 
 FORGET_AFTER = 10_000
 """Accounts that are kept; those that have been quiet go first."""
@@ -56,15 +61,11 @@ class Limits:
         :raises Problem: 429, this tenant has used up its share; 503, too many calls wait.
         """
         mine = self._account(account)
-        self._take(mine)
-        if mine.running >= self._serve.concurrency:
-            raise Problem(
-                429,
-                "Too many calls",
-                f"{mine.running} calls of yours are being answered",
-                "wait for them before you send more",
-                retry_after_s=1,
-            )
+        refused = self._refusal(mine)
+        if refused is not None:
+            await anyio.sleep(REFUSED_AFTER_S * random.random())  # noqa: S311 # nosec B311
+            raise refused
+        mine.tokens -= 1
         if self._waiting >= self._serve.waiting and self._room.available_tokens < 1:
             raise Problem(503, "The server is busy", "too many calls wait", retry_after_s=1)
         mine.running += 1
@@ -100,20 +101,28 @@ class Limits:
         account.filled_at = now
         return account
 
-    def _take(self, account: _Account) -> None:
+    def _refusal(self, account: _Account) -> Problem | None:
+        """Return why an account may not make a call now; None if it may."""
         if account.tokens < 1:
-            wait_s = (1 - account.tokens) / self._serve.requests_per_s
-            raise Problem(
+            return Problem(
                 429,
                 "Too many calls",
                 f"more than {self._serve.requests_per_s:g} calls a second",
                 "slow down",
-                retry_after_s=wait_s,
+                retry_after_s=(1 - account.tokens) / self._serve.requests_per_s,
             )
         budget = self._serve.tokens_per_day
         if budget and account.spent >= budget:
             wait_s = account.day_began + DAY_S - self._now()
-            raise Problem(
+            return Problem(
                 429, "The day's budget is used up", f"{budget} tokens of text a day", "wait", retry_after_s=wait_s
             )
-        account.tokens -= 1
+        if account.running >= self._serve.concurrency:
+            return Problem(
+                429,
+                "Too many calls",
+                f"{account.running} calls of yours are being answered",
+                "wait for them before you send more",
+                retry_after_s=1,
+            )
+        return None

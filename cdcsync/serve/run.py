@@ -59,7 +59,7 @@ async def run(
                 tasks.start_soon(_stop_on_signal, tasks.cancel_scope)
             bounds = Bounds(MOST_CONNECTIONS, config.serve.deadline_s + READING_S)
             app = make_app(service, more=routes)
-            await serve(app, host, port, bounds=bounds, setting="serve.listen", started=bound)
+            await serve(app, host, port, bounds=bounds, setting="serve.listen", parser="httptools", started=bound)
             tasks.cancel_scope.cancel()
     finally:
         await service.aclose()

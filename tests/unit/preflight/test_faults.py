@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import psycopg
 import pytest
 
 from cdcsync.config import QualifiedName
-from cdcsync.errors import SetupError, SourceUnavailable
-from cdcsync.preflight import Finding, Report, refuse
+from cdcsync.errors import SourceUnavailable
 from cdcsync.preflight import source as on_source
 from cdcsync.preflight import target as on_target
-from cdcsync.preflight.findings import MAX_NAMES, named, noting
 from cdcsync.preflight.tables import kind_faults
 from cdcsync.source.catalog import Server, Slot
 from cdcsync.source.relations import Table
@@ -99,39 +96,3 @@ def test_a_temporary_table_is_refused() -> None:
     facts |= {"readable": True, "owned": True, "row_security": False, "estimated_rows": 0}
     table = Table(name=QualifiedName("pg_temp_3", "t"), kind="r", persistence="t", **facts)
     assert [fault.message for fault in kind_faults("indexes.t.table", table)] == ["pg_temp_3.t is temporary"]
-
-
-def test_a_report_without_errors_is_not_refused() -> None:
-    refuse(Report([Finding.ok("source", "fine"), Finding.warning("target", "hm")], []))
-
-
-def test_a_single_error_is_raised_as_it_is() -> None:
-    with pytest.raises(SetupError) as refused:
-        refuse(Report([Finding.ok("source", "fine"), Finding.error("t", "has no key", "give it one")], []))
-    assert (refused.value.where, refused.value.message, refused.value.hint) == ("t", "has no key", "give it one")
-    assert refused.value.exit_code == 2
-
-
-def test_several_errors_are_raised_as_one_with_a_block_each() -> None:
-    errors = [Finding.error("a", "first", "mend it"), Finding.error("b", "second", None)]
-    with pytest.raises(SetupError) as refused:
-        refuse(Report([*errors, Finding.warning("c", "third")], []))
-    assert refused.value.message == (
-        "2 problems keep this configuration from working\n\n  a: first\n    fix: mend it\n\n  b: second"
-    )
-    assert refused.value.hint
-
-
-def test_a_server_that_goes_away_is_told_once_however_many_checks_it_fails() -> None:
-    findings: list[Finding] = []
-    for _ in range(3):
-        with noting(findings, "target", "target"):
-            raise psycopg.OperationalError("server closed the connection unexpectedly")
-    with noting(findings, "target", "target"):
-        raise SourceUnavailable("gone", where="elsewhere")
-    assert [(finding.level, finding.where) for finding in findings] == [("error", "target"), ("error", "elsewhere")]
-
-
-def test_long_lists_of_names_are_cut() -> None:
-    assert named("ab") == "a, b"
-    assert named(str(number) for number in range(MAX_NAMES + 2)).endswith(f"{MAX_NAMES - 1} and 2 more")

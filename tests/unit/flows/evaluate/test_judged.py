@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-
 import msgspec
 import numpy as np
 import pytest
 
 from cdcsync.errors import UsageError
-from cdcsync.flows.evaluate.collection import Collection
-from cdcsync.flows.evaluate.gates import judge, parse_floor, parse_weights
-from cdcsync.flows.evaluate.intervals import difference, figure
 from cdcsync.flows.evaluate.judged import document_id, evaluate_judged, parse_measures
 from cdcsync.target.judged_runs import Run
+from tests.support.judging import COLLECTION, HALF, PERFECT, SECOND, answers, run_of
 
 pytestmark = pytest.mark.anyio
-
-COLLECTION = Collection("cats", {"q1": "one", "q2": "two"}, {"q1": {"a": 1, "b": 0}, "q2": {"c": 2, "d": 1}})
-
-
-def answers(of: Mapping[str, Sequence[str]]) -> Callable[[str], Awaitable[Sequence[str]]]:
-    async def find(query: str) -> Sequence[str]:
-        return of.get(query, ())
-
-    return find
-
-
-PERFECT = answers({"q1": ["a"], "q2": ["c", "d"]})
-HALF = answers({"q1": ["a"]})
-SECOND = answers({"q1": ["x", "a"], "q2": ["d", "c"]})
-
-
-async def run_of(**finders: Callable[[str], Awaitable[Sequence[str]]]) -> Run:
-    return await evaluate_judged("pets", 3, COLLECTION, finders, measures=["nDCG@10", "RR", "R@1"])  # type: ignore[arg-type]
 
 
 async def test_each_mode_is_measured_and_compared_with_vectors() -> None:
@@ -80,82 +57,3 @@ def test_a_measure_that_cannot_be_taken_is_a_wrong_argument(name: str) -> None:
     with pytest.raises(UsageError, match="is not a measure that can be taken") as refused:
         parse_measures([name])
     assert "nDCG@10" in str(refused.value.hint)
-
-
-# -- intervals ------------------------------------------------------------------------------------------------------
-
-
-def test_an_interval_holds_the_mean_and_narrows_with_the_number_of_queries() -> None:
-    draw = random.Random(7)
-    values = [draw.random() for _ in range(800)]
-    few, many = figure(values[:20]), figure(values)
-    assert few.low < few.mean < few.high
-    assert many.high - many.low < (few.high - few.low) / 4
-    # For a mean of many values the bootstrap agrees with the normal distribution.
-    half = 1.96 * float(np.std(values)) / np.sqrt(len(values))
-    assert many.high - many.mean == pytest.approx(half, rel=0.1)
-    assert figure(values) == many
-
-
-def test_a_small_gain_on_every_query_is_seen_through_differences_between_queries() -> None:
-    draw = random.Random(7)
-    theirs = [draw.random() for _ in range(50)]
-    ours = [value + 0.01 + draw.random() / 100 for value in theirs]
-    assert figure(ours).low < figure(theirs).high
-    assert difference(ours, theirs).low > 0.01
-
-
-# -- gates ----------------------------------------------------------------------------------------------------------
-
-
-async def test_a_floor_is_for_the_search_that_the_index_gives_or_for_a_named_mode() -> None:
-    run = await run_of(text=HALF, vector=SECOND, hybrid=PERFECT)
-    floors = [parse_floor("nDCG@10=1.0"), parse_floor("text nDCG@10 = 0.51"), parse_floor("vector RR=.5")]
-    assert [one.passed for one in judge(run, floors, None)] == [True, False, True]
-    failed = judge(run, floors, None)[1]
-    assert failed.text == "text nDCG@10 is 0.5000, and has to be at least 0.51"
-    with pytest.raises(UsageError, match="the index has no reranked search"):
-        judge(run, [parse_floor("reranked nDCG@10=0.1")], None)
-
-
-@pytest.mark.parametrize("text", ["nDCG@10", "nDCG@10=x", "=0.4", "nowhere nDCG@10=0.4", ""])
-def test_a_floor_that_cannot_be_read_is_a_wrong_argument(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a least value"):
-        parse_floor(text)
-
-
-async def test_a_run_that_is_surely_worse_than_an_earlier_one_fails() -> None:
-    many = Collection("many", {str(n): "" for n in range(30)}, {str(n): {"a": 1} for n in range(30)})
-
-    async def run(found: Callable[[int], list[str]]) -> Run:
-        async def find(query: str) -> list[str]:
-            return found(int(query))
-
-        return await evaluate_judged("pets", 1, many, {"text": find}, measures=["RR"])
-
-    good = await run(lambda n: ["a"])
-    same = await run(lambda n: ["a"] if n else ["x", "a"])
-    bad = await run(lambda n: ["x", "a"])
-    assert [one.passed for one in judge(good, [], good)] == [True]
-    assert [one.passed for one in judge(same, [], good)] == [True]
-    (verdict,) = judge(bad, [], good)
-    assert not verdict.passed
-    assert verdict.text.startswith("text RR differs by -0.5000 [-0.5000, -0.5000] from the run of ")
-    assert [one.passed for one in judge(good, [], bad)] == [True]
-    other = await run_of(text=HALF)
-    with pytest.raises(UsageError, match="no RR of these questions"):
-        judge(good, [], other)
-
-
-@pytest.mark.parametrize(
-    ("text", "weights"),
-    [("0:1:0.25", [0, 0.25, 0.5, 0.75, 1]), ("0:1:0.1", [n / 10 for n in range(11)]), ("0.3:0.3:1", [0.3])],
-)
-def test_weights_are_a_range_with_both_ends(text: str, weights: list[float]) -> None:
-    assert parse_weights(text) == weights
-
-
-@pytest.mark.parametrize("text", ["", "0:1", "0:2:0.1", "1:0:0.1", "0:1:0", "a:b:c", "0:1:0.001"])
-def test_weights_that_are_no_range_are_a_wrong_argument(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a range of weights"):
-        parse_weights(text)
