@@ -267,6 +267,25 @@ BEGIN
             visited := 0;
             tried := NULL;
             at := 0;
+            IF filtered AND total > budget THEN
+                -- Where a filter leaves few rows, those that hold any of the words are ranked at once.
+                {enter_condition}
+                EXECUTE format({sample}, least(100, 100 * {sampled} / total), conditions) INTO visited;
+                {leave_condition}
+                IF visited * total / {sampled} <= 2 * budget THEN
+                    one := any_word;
+                    {enter_condition}
+                    {explain_words}
+                    EXECUTE statement INTO more_ids, more_ranks USING one, {visits};
+                    {leave_condition}
+                    IF cardinality(more_ids) < {visits} THEN
+                        candidates := more_ids;
+                        candidate_ranks := more_ranks;
+                        at := cardinality(words);
+                    END IF;
+                END IF;
+                visited := 0;
+            END IF;
             WHILE at < cardinality(words) AND cardinality(candidates) < depth AND visited < {visits} LOOP
                 -- As many of the rarest words as the budget allows for, after that one at a time.
                 batch := NULL;
@@ -302,18 +321,13 @@ BEGIN
                    array_agg(b.score ORDER BY b.score DESC, b.chunk_id)
             INTO text_ids, text_scores
             FROM (
+                -- Of a chunk's words only those of the query are unnested: they are marked and filtered in C.
                 SELECT c.chunk_id, (
-                    SELECT sum(weights[t.place] * t.times * ({k1} + 1)
-                               / (t.times + {k1} * (1 - {b} + {b} * l.length / mean_length)))
-                    FROM unnest(l.times, l.places) AS t(times, place)) AS score
+                    SELECT sum(weights[array_position(words, t.lexeme)] * cardinality(t.positions) * ({k1} + 1)
+                               / (cardinality(t.positions)
+                                  + {k1} * (1 - {b} + {b} * length(c.search) / mean_length)))
+                    FROM unnest(ts_filter(setweight(c.search, 'A', words), '{{a}}')) AS t) AS score
                 FROM unnest(candidates) AS f(id) JOIN {chunks} AS c ON c.chunk_id = f.id
-                CROSS JOIN LATERAL (
-                    SELECT sum(u.times)::float8 AS length,
-                           array_agg(u.times) FILTER (WHERE u.place IS NOT NULL) AS times,
-                           array_agg(u.place) FILTER (WHERE u.place IS NOT NULL) AS places
-                    FROM (SELECT coalesce(cardinality(t.positions), 1) AS times,
-                                 array_position(words, t.lexeme) AS place FROM unnest(c.search) AS t) AS u
-                ) AS l
             ) AS b;
         END IF;
 

@@ -53,7 +53,7 @@ async def count_words(connection: Connection, schema: str, spec: IndexSpec) -> i
                 "WITH looked_at AS MATERIALIZED ({sample}),"
                 " counts AS (SELECT u.lexeme, count(*) AS chunks, sum(coalesce(cardinality(u.positions), 1)) AS n"
                 " FROM looked_at AS s CROSS JOIN LATERAL unnest(s.search) AS u GROUP BY u.lexeme),"
-                " totals AS (SELECT (SELECT count(*) FROM looked_at) AS chunks, (SELECT sum(n) FROM counts) AS n)"
+                " totals AS (SELECT (SELECT count(*) FROM looked_at) AS chunks, (SELECT sum(chunks) FROM counts) AS n)"
                 " INSERT INTO pg_temp.counted"
                 " SELECT '', t.chunks / {share}, coalesce(t.n, 0) / {share} FROM totals AS t UNION ALL"
                 " (SELECT lexeme, c.chunks / {share}, c.n / {share} FROM counts AS c"

@@ -340,6 +340,11 @@ async def test_hnsw_gin_and_the_filter_are_used_in_both_legs(target: Database) -
         filtered = await plans(filter={"tenant": 7})
         assert "tenant = 7" in filtered["keyword leg"]
         assert "tenant = 7" in filtered["vector leg"]
+        hits = await search(
+            index.connection, SCHEMA, spec, text="everything word57", vector=None, filter={"tenant": 7}, k=70
+        )
+        assert hits[0].content == "word57 page57 of everything"
+        assert len(hits) == 70  # all rows of the filter are ranked, though the other word is in every row
         named = await plans(where="tenant = 7")
         assert "tenant = 7" in named["keyword leg"]
         assert "tenant = 7" in named["vector leg"]
