@@ -31,6 +31,7 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "tiers": (("catch_up", "steady", "search"), {"STEADY_S": "30", "SEARCH_ROWS": "50000"}),
     "waste": ((), {}),
     "backfill": (("100000",), {}),
+    "related": ((), {}),
     "replay": ((), {}),
     "memory": ((), {"LARGE_ROWS": "300000"}),
     "scale": (("rows", "indexes", "tables"), {"MOST_ROWS": "100000"}),
