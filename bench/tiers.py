@@ -12,6 +12,9 @@ index, and nothing settles. Searches of one tier are searches of the settled tab
   through the view, and among the vectors alone. Each search has a vector of its own, and the server has the memory for
   all of them. What a backend takes of a processor is reported too: on a busy machine that says more than the clock.
 
+- upgrade: an index of the layout before there were tiers is searched without a pause by two sessions and takes changes
+  while a worker divides it. How long does that take, and how long does the longest search, before it and meanwhile?
+
 Arguments choose parts: `python bench/tiers.py catch_up hot`. Without any, all are done.
 """
 
@@ -20,7 +23,9 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+import threading
 import time
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -41,6 +46,8 @@ STEADY_ONE_TIER_S = 20
 """One tier cannot keep up: that shows soon."""
 HOT_ROWS, HOT_CHANGES, HOT_QUERIES = 5_000, 1_000, 20
 SEARCH_ROWS = int(os.environ.get("SEARCH_ROWS", "100000"))
+UPGRADE_ROWS = int(os.environ.get("UPGRADE_ROWS", "50000"))
+UPGRADE_BEFORE_S = 5
 FRESH_ROWS, SEARCHES, SEARCH_ROUNDS, DIMENSIONS = 5_000, 50, 3, 384
 
 PROVIDER = 'type = "hash"\ndimensions = 384\nlatency_ms = 20'
@@ -235,9 +242,96 @@ def searches(made: Pipeline, vectors: list[str], state: str, taken: dict[str, li
         taken.setdefault(f"{name}_{state}_processor_ms", []).append(used)
 
 
+EARLIER = """
+DROP VIEW articles_index;
+DROP TABLE cdcsync.articles_vectors_1;
+CREATE TABLE cdcsync.articles_vectors_1 (
+    chunk_id bigint PRIMARY KEY, content_hash bytea NOT NULL, embedding vector({dimensions}) NOT NULL);
+CREATE INDEX articles_vectors_1_hash ON cdcsync.articles_vectors_1 (content_hash);
+COMMENT ON TABLE cdcsync.articles_vectors_1 IS 'cdcsync index articles: vectors';
+CREATE VIEW articles_index AS SELECT c.id, c.tenant, c.chunk_no, c.content, c.search, v.embedding,
+    v.content_hash <> c.content_hash AS stale
+    FROM cdcsync.articles_chunks AS c JOIN cdcsync.articles_vectors_1 AS v USING (chunk_id);
+COMMENT ON VIEW articles_index IS 'cdcsync index articles: public.articles with its vectors';
+INSERT INTO cdcsync.articles_vectors_1 SELECT chunk_id, content_hash, {vector} FROM cdcsync.articles_chunks AS c;
+SET maintenance_work_mem = '1GB';
+CREATE INDEX articles_vectors_1_hnsw ON cdcsync.articles_vectors_1 USING hnsw (embedding vector_cosine_ops);
+ANALYZE cdcsync.articles_vectors_1
+"""
+
+
+def upgrade() -> dict[str, float]:
+    """Return how long an upgrade takes, and the longest searches and writes before it and meanwhile."""
+    with pipeline(QUICK, shared_buffers="1GB", max_wal_size="8GB") as made:
+        indexed(made, UPGRADE_ROWS, tiers=True)
+        made.connection.execute(
+            EARLIER.format(dimensions=DIMENSIONS, vector=VECTOR.replace("g + i", "g + c.id")).encode()
+        )
+        made.connection.execute("CHECKPOINT")
+        ended = threading.Event()
+        longest: dict[str, float] = {"search": 0.0, "write": 0.0}
+        counts = {"search": 0, "write": 0}
+
+        def search_on() -> None:
+            with psycopg.connect(made.dsn, autocommit=True) as connection:
+                vector = connection.execute(f"SELECT {VECTOR.replace('+ i', '+ 1')}::text".encode()).fetchone()
+                assert vector is not None
+                while not ended.is_set():
+                    began = time.perf_counter()
+                    found = connection.execute(SEARCHED["view"].encode(), [vector[0]]).fetchall()
+                    longest["search"] = max(longest["search"], time.perf_counter() - began)
+                    counts["search"] += 1
+                    if len(found) != 10:
+                        raise SystemExit(f"a search found {len(found)} rows")
+
+        def write_on() -> None:
+            with psycopg.connect(made.dsn, autocommit=True) as connection:
+                while not ended.wait(0.01):
+                    began = time.perf_counter()
+                    statement = "UPDATE articles SET body = body || '.' WHERE id = %s"
+                    connection.execute(statement, [counts["write"] % UPGRADE_ROWS + 1])
+                    longest["write"] = max(longest["write"], time.perf_counter() - began)
+                    counts["write"] += 1
+
+        threads = [threading.Thread(target=each) for each in (search_on, search_on, write_on)]
+        for thread in threads:
+            thread.start()
+        time.sleep(UPGRADE_BEFORE_S)
+        before = dict(longest)
+        longest.update(search=0.0, write=0.0)
+        made.start()
+        began = made.event("tiers_begin")["timestamp"]
+        ready = made.event("tiers_ready")["timestamp"]
+        made.event("streaming")
+        meanwhile = dict(longest)
+        made.text_in_step()
+        ended.set()
+        for thread in threads:
+            thread.join()
+        made.text_in_step()
+        made.vectors_in_step()
+        stale = made.value(
+            "SELECT count(*) FROM articles_index AS i JOIN articles AS a USING (id) WHERE content <> body"
+        )
+        if stale:
+            raise SystemExit(f"{stale} rows are not in step")
+        made.stop()
+    seconds = (datetime.fromisoformat(ready) - datetime.fromisoformat(began)).total_seconds()
+    return {
+        "rows": UPGRADE_ROWS,
+        "s": seconds,
+        "longest_search_before_ms": before["search"] * 1000,
+        "longest_search_meanwhile_ms": meanwhile["search"] * 1000,
+        "longest_write_before_ms": before["write"] * 1000,
+        "longest_write_meanwhile_ms": meanwhile["write"] * 1000,
+        "searches": counts["search"],
+        "writes": counts["write"],
+    }
+
+
 def main() -> None:
     """Measure and report."""
-    parts = set(sys.argv[1:]) or {"catch_up", "steady", "hot", "search"}
+    parts = set(sys.argv[1:]) or {"catch_up", "steady", "hot", "search", "upgrade"}
     figures: dict[str, float] = {"load_at_start": os.getloadavg()[0]}
     ratios: dict[str, tuple[float, float]] = {}
 
@@ -273,6 +367,12 @@ def main() -> None:
             for way in ("function", "view", "leg"):
                 ratio = found[f"{way}_none{kind}"] / found[f"{way}_fresh{kind}"]
                 ratios[f"search_{way}_none_over_5000_fresh{by}"] = (ratio, 1 / 1.5)
+    if "upgrade" in parts:
+        found = upgrade()
+        add("upgrade", found)
+        # A search may have to wait for the exchange of names, for which half a second is allowed.
+        longest = found["longest_search_before_ms"] + 500
+        ratios["upgrade_before_and_500_ms_over_longest_search"] = (longest / found["longest_search_meanwhile_ms"], 1.0)
     figures["load_at_end"] = os.getloadavg()[0]
     report(
         "tiers",
