@@ -41,7 +41,8 @@ from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import Names, vector_schema
-from cdcsync.target.loading import CHUNK_COLUMNS, blocks, copy_text, line, load, lsn_text, vector_text
+from cdcsync.target.loading import CHUNK_COLUMNS, blocks, copy_text, line, load, lsn_text
+from cdcsync.target.vectors import register_vectors, wire_form
 
 STAGED_ROWS = 1_000
 """The temporary tables are emptied by DELETE, and by TRUNCATE once about so many rows went through them. TRUNCATE, and
@@ -109,6 +110,7 @@ class IndexWriter:
         """
         self._equal = [one.equal for one in await comparisons(self._connection, self._spec.key_types)]
         extension = await vector_schema(self._connection)
+        await register_vectors(self._connection)
         common = self._compose(extension)
         self._parts = {one.generation: common | self._of_generation(one) for one in self._spec.generations}
         columns = [
@@ -369,9 +371,9 @@ class IndexWriter:
         return await self._run(
             "INSERT INTO {fresh} (chunk_id, content_hash, embedding)"
             " SELECT p.chunk_id, p.content_hash, i.embedding::{vector_schema}." + one.vector_type + " FROM {put} AS p"
-            " JOIN unnest(%s::bytea[], %s::text[]) AS i(content_hash, embedding) USING (content_hash)"
+            " JOIN unnest(%s::bytea[], %b) AS i(content_hash, embedding) USING (content_hash)"
             " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED,
-            [list(vectors), list(map(vector_text, vectors.values()))],
+            [list(vectors), list(map(wire_form(one), vectors.values()))],
             of=one,
         )
 

@@ -13,17 +13,14 @@ from typing import cast
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from pgvector import HalfVector, Vector
-from pgvector.psycopg.halfvec import register_halfvec_info
-from pgvector.psycopg.vector import register_vector_info
 from psycopg import sql
-from psycopg.types import TypeInfo
 
 from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
+from cdcsync.target.vectors import register_vectors, wire_form
 
 WINDOW_BYTES = 16 * 1024 * 1024
 """Text in one window: thousands of usual chunks, and a bound on memory where chunks are whole documents."""
@@ -69,15 +66,12 @@ class Backlog:
             "generation": sql.Literal(spec.generation),
             "attempts": sql.Literal(MAX_ATTEMPTS),
         }
-        self._vector_type = HalfVector if spec.config.vector_type == "halfvec" else Vector
+        self._wire_form = wire_form(spec)
 
     async def open(self) -> None:
         """Create the stage for vectors; once per connection."""
         schema = await vector_schema(self._connection)
-        # By their qualified names: a search path, even for a moment, would let operators of others run as our role.
-        for name, register in (("vector", register_vector_info), ("halfvec", register_halfvec_info)):
-            if info := await TypeInfo.fetch(self._connection, sql.Identifier(schema, name)):
-                register(self._connection, info)
+        await register_vectors(self._connection)
         await self._connection.execute(
             sql.SQL(
                 "CREATE TEMP TABLE IF NOT EXISTS {} (content_hash bytea, embedding {}." + self._spec.vector_type + ")"
@@ -133,7 +127,7 @@ class Backlog:
             ):
                 copy.set_types(["bytea", self._spec.config.vector_type])
                 for text_hash, vector in vectors.items():
-                    await copy.write_row((text_hash, self._vector_type(vector)))
+                    await copy.write_row((text_hash, self._wire_form(vector)))
             # The backlog first, as apply does; then the rules of `ddl/tiers`.
             await self._connection.execute(self._sql("LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE"))
             done = await self._connection.execute(

@@ -130,11 +130,6 @@ def vector_rows(ids: Sequence[int], hashes: Sequence[bytes], vectors: FloatVecto
     return rows.tobytes()
 
 
-def vector_text(vector: FloatVector) -> str:
-    """Return a vector in pgvector's text form, exact to the last bit of a float32."""
-    return "[" + ",".join([str(value) for value in cast(list[float], vector.tolist())]) + "]"
-
-
 def _chunk_lines(documents: Iterable[Document], ids: Iterator[int]) -> Iterator[str]:
     for document in documents:
         row = line((*document.key, *document.carried), "")

@@ -49,7 +49,7 @@ OPTIONS: dict[str, LiteralString] = {
     # Small and rewritten all the time: to vacuum it costs milliseconds, and what is dead is read by every search.
     FRESH: "toast_tuple_target = 8160, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000,"
     " autovacuum_vacuum_cost_delay = 0",
-    # Dead entries of HNSW take places of what a search looks at.
+    # Dead entries of HNSW take places of what a search looks at; to remove 4,000 of 20,000 takes 0.4 s of a processor.
     SETTLED: "autovacuum_vacuum_scale_factor = 0.05",
 }
 

