@@ -75,6 +75,8 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
     """Return what was found at first, what was found last, and how many documents were repaired in between."""
     from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
+    import msgspec
+
     from cdcsync.flows import audit as flow
     from cdcsync.flows.replay import as_on_source, open_index
     from cdcsync.postgres.sessions import connect
@@ -93,13 +95,21 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
         def ensure_worker() -> AbstractAsyncContextManager[bool]:
             return worker_ensured(target, config)
 
-        found = await flow.verify(source, target, schema, spec, ensure_worker=ensure_worker)
-        if found.verification.equal or not repair:
-            return found.verification, found.verification, 0
+        missing = await flow.missing_of(target, schema, spec)
+        lacks = tuple((*missing.tables, *missing.built))
+        if missing.tables:
+            found = flow.Verification.of_nothing(index, lacks)
+            return found, found, 0
+        findings = await flow.verify(source, target, schema, spec, ensure_worker=ensure_worker)
+        found = msgspec.structs.replace(
+            findings.verification, missing=lacks, equal=findings.verification.equal and not lacks
+        )
+        if findings.verification.equal or not repair:
+            return found, found, 0
         async with ensure_worker():
-            repaired = await flow.repair(target, schema, spec, found)
+            repaired = await flow.repair(target, schema, spec, findings)
             again = (await flow.verify(source, target, schema, spec)).verification
-            return found.verification, again, max(0, repaired - again.differences.get(flow.FAILED, 0))
+            return found, again, max(0, repaired - again.differences.get(flow.FAILED, 0))
 
 
 def _print(found: Verification) -> None:
@@ -115,6 +125,11 @@ def _print(found: Verification) -> None:
         out.print(Text.assemble(("✗ ", "bold red"), f"{count:,} {problem}: {MEANINGS[problem]}; {keys}"))
     if found.vectors_orphaned:
         out.print(Text.assemble(("✗ ", "bold red"), f"{found.vectors_orphaned:,} vectors belong to no chunk"))
+    if found.missing:
+        names = ", ".join(map(plain, found.missing))
+        out.print(
+            Text.assemble(("✗ ", "bold red"), f"missing in the target: {names}; the worker makes them again by itself")
+        )
     if found.undecided:
         out.print(Text.assemble(("! ", "yellow"), f"{found.undecided:,} changed each time they were compared"))
     if found.waiting:
@@ -123,5 +138,5 @@ def _print(found: Verification) -> None:
         out.print(Text.assemble(("✓ ", "green"), "the index equals the source"))
     elif found.differences.keys() == {"failed"} and not found.vectors_orphaned:
         out.print(Text(f"some rows are left out; `cdcsync failures {found.index} list` says why", "bold red"))
-    else:
+    elif found.differences or found.vectors_orphaned:
         out.print(Text(f"they differ; `cdcsync verify {found.index} --repair` repairs them", "bold red"))

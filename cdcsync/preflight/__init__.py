@@ -12,6 +12,7 @@
     layout       where it is to lie: its tables, its view, its keyword search
     embedders    the models
     machine      this machine's disk and network
+    poolers      whether a pooler lies between us and a server, and whether that matters
     report       `Report`, `refuse`
     examination  `examine`, all of it in order
 

@@ -18,6 +18,7 @@ from cdcsync.preflight.generations import follow_generations, live_generation, w
 from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults, vector_faults
 from cdcsync.preflight.layout import examine_layout
 from cdcsync.preflight.machine import machine_findings
+from cdcsync.preflight.poolers import refuses_transactions, shares_sessions, sharing_faults
 from cdcsync.preflight.related import computed_types, examine_statement
 from cdcsync.preflight.report import Report
 from cdcsync.preflight.sending import creation_faults
@@ -68,10 +69,18 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
 
 async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[Finding]) -> Connection | None:
     try:
-        return await stack.enter_async_context(await connect(dsn, side, application_name="cdcsync check"))
+        connection = await stack.enter_async_context(await connect(dsn, side, application_name="cdcsync check"))
+        shared = await shares_sessions(connection, dsn, side)
     except CdcsyncError as error:
-        findings.append(Finding.of(error, side))
+        if refuses_transactions(error.__cause__):
+            findings += sharing_faults(side)
+        else:
+            findings.append(Finding.of(error, side))
         return None
+    if shared:
+        findings += sharing_faults(side)
+        return None
+    return connection
 
 
 async def _examine_tables(

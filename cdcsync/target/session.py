@@ -181,13 +181,20 @@ class ApplySession:
         """
         self._lease, self._proposed = self._pipelines.continued(self._held, state, self._proposed), None
 
-    async def begin_at(self, checkpoint: Lsn, system_identifier: str, timeline: int) -> None:
-        """Store where the pipeline starts and which cluster it follows."""
+    async def begin_at(
+        self, checkpoint: Lsn, system_identifier: str, timeline: int, *, doubted: Sequence[str] = ()
+    ) -> None:
+        """Store where the pipeline starts and which cluster it follows.
+
+        :param doubted: indexes to compare with the source in any case.
+        """
         with speaking_of("target"):
             async with self._chain():
                 self._proposed = await self._pipelines.begin_at(
                     self.connection, self._held, checkpoint, system_identifier, timeline
                 )
+                for index in doubted:
+                    await self._requests.compare(self.connection, index)
                 crash_point("beginning written")
             crash_point("beginning stored")
 

@@ -104,6 +104,7 @@ def test_the_index_follows_a_standby_promoted_amid_writes_and_not_the_primary_le
     pipeline.source.execute("UPDATE articles SET title = 'after the failover' WHERE id % 5 = 0")
     pipeline.in_step()
     assert pipeline.event("timeline_followed")["timeline"] == 2
+    pipeline.event("compared")
     assert worker.poll() is None
     assert pipeline.stop(worker) == 0
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from typing import Self
 
 import anyio
 import msgspec
@@ -23,7 +24,9 @@ from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.target.audits import Place
+from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.keys import delete_vectors_without_chunks
+from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
 
 PAGE_ROWS = 5_000
@@ -48,6 +51,7 @@ class Verification(msgspec.Struct, frozen=True):
     :ivar examples: some of their keys, by problem.
     :ivar undecided: documents that changed each time they were looked at.
     :ivar waiting: chunks that wait for their vector; that is not a difference.
+    :ivar missing: relations that a live index lacks in the target.
     """
 
     index: str
@@ -61,6 +65,21 @@ class Verification(msgspec.Struct, frozen=True):
     vectors_orphaned: int
     seconds: float
     finished_at: datetime
+    missing: tuple[str, ...] = ()
+
+    @classmethod
+    def of_nothing(cls, index: str, missing: tuple[str, ...]) -> Self:
+        """Return the verification of an index whose tables are missing: nothing can be compared."""
+        return cls(index, False, 0, 0, {}, {}, 0, 0, 0, 0.0, datetime.now(UTC), missing)
+
+
+async def missing_of(target: Connection, schema: str, index: IndexSpec) -> Missing:
+    """Return which relations a live index lacks; one that is being built lacks those that are built at the end."""
+    with speaking_of("target", where=f"index {index.name}"):
+        entry = await Registry(schema).find(target, index.name)
+        if entry is None or entry.state != "live":
+            return Missing()
+        return await missing_relations(target, schema, index)
 
 
 class Findings(msgspec.Struct, frozen=True):

@@ -317,7 +317,9 @@ async def starting_point(
         await session.begin_at(begin, server.system_identifier, server.timeline)
         return StartingPoint(begin, True, server)
     if state.timeline is not None and server.timeline > state.timeline:
-        await session.begin_at(state.checkpoint, server.system_identifier, server.timeline)
+        # Rows that were read again (for values that are not sent, or documents of several tables) may have been read
+        # in a state that the promoted server never had.
+        await session.begin_at(state.checkpoint, server.system_identifier, server.timeline, doubted=indexes)
         log.info("timeline_followed", slot=name, timeline=server.timeline)
     assert slot is not None
     await _let_standbys_have(slot_connection, slot, config)

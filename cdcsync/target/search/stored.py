@@ -42,6 +42,12 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
             [schema, f"{name}_chunks"],
         )
         types = cast(dict[str, str], dict(await cursor.fetchall()))
+        if not types:
+            raise SetupError(
+                f"its table {schema}.{name}_chunks is missing in the target",
+                where=f"index {name}",
+                hint="a worker that runs makes it again within a minute, and reads the source",
+            )
         generations = await Generations(schema).of(connection, name)
     documents = make_documents(config, where=f"indexes.{name}")
     searchable = config.search if "search" in types else None

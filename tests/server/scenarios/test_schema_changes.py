@@ -248,6 +248,18 @@ def test_a_publication_that_stops_sending_updates_pauses_its_indexes_until_it_se
     assert len(scene.pipeline.processes) == 1
 
 
+def test_a_table_that_is_made_anew_again_and_again_is_read_again_each_time_without_a_wait(
+    make_scene: MakeScene,
+) -> None:
+    scene = make_scene([one.format(t="nightly") for one in (TABLE, ROWS)], {"nightly": Followed("nightly")})
+    for night in range(3):
+        table, rows = (one.format(t="nightly_new") for one in (TABLE, ROWS))
+        scene.execute(table, rows, f"UPDATE nightly_new SET title = title || ' of night {night}'")
+        scene.at_once("DROP TABLE nightly", "ALTER TABLE nightly_new RENAME TO nightly")
+        scene.heals("nightly")
+    assert len(scene.pipeline.processes) == 1
+
+
 @pytest.mark.parametrize("down", [False, True], ids=["worker up", "worker down"])
 def test_a_publication_that_somebody_drops_comes_back(make_scene: MakeScene, down: bool) -> None:
     scene = make_scene([one.format(t="bereft") for one in (TABLE, ROWS)], {"bereft": Followed("bereft")})

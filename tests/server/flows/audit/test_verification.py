@@ -245,6 +245,25 @@ def test_an_emptied_index_is_mended_by_a_repair(live: Pipeline) -> None:
     live.in_step()
 
 
+def test_relations_that_are_missing_in_the_target_are_named(live: Pipeline) -> None:
+    live.stop(live.processes[-1])
+    live.target.execute("DROP INDEX cdcsync.articles_vectors_1_hnsw")
+    found = verify(live, status=1)
+    assert (found["missing"], found["differences"]) == (["articles_vectors_1_hnsw"], {})
+
+    live.target.execute("DROP TABLE cdcsync.articles_backlog")
+    assert "articles_backlog" in verify(live, status=1)["missing"]
+    assert "missing in the target: articles_backlog" in live.command("verify", "articles").stdout
+
+    live.target.execute("DROP TABLE cdcsync.articles_chunks CASCADE")
+    said = verify(live, status=2)
+    assert "its table cdcsync.articles_chunks is missing in the target" in said
+
+    live.start()
+    until(live.in_step_now, live.tail)
+    until(lambda: live.command("verify", "articles").returncode == 0, live.tail)
+
+
 def test_an_unknown_index_is_a_wrong_argument(live: Pipeline) -> None:
     done = live.command("verify", "artikles")
     assert done.returncode == 2
