@@ -116,6 +116,11 @@ class Metrics:
             "1 while the embedder makes no vectors; the status says why and until when.",
             ("embedder",),
         )
+        self.embedder_drift = self._gauge(
+            "embedder_drift",
+            "Cosine distance between the vectors of a fixed text, now and when it was first embedded.",
+            ("embedder",),
+        )
         self.index_state = self._gauge("index_state", "1 for the state the index is in.", (*index, "state"))
         self.index_chunks = self._gauge("index_chunks", "Chunks in the index; an estimate for large ones.", index)
         self.index_vectors = self._gauge("index_vectors", "Vectors in the index; an estimate for large ones.", index)

@@ -11,29 +11,25 @@ from datetime import datetime
 from typing import Literal
 
 import msgspec
-from psycopg import sql
 
 from cdcsync.config import Config
-from cdcsync.config.differences import KeyChange
+from cdcsync.config.differences import KeyChange, index_changes
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import SetupError
 from cdcsync.flows.dry_run import Bounds, seconds_for_each
 from cdcsync.flows.setup.approval import Cost, Reading, confirm_above, cost_of, pause_for, read_need
-from cdcsync.flows.setup.needs import key_changes
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.preflight import Report
 from cdcsync.preflight.generations import wish_findings
 from cdcsync.preflight.indexes import Plan
 from cdcsync.source.catalog import Catalog, read_slot
-from cdcsync.target.approvals import TABLE as APPROVALS
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.building import hnsw_options
 from cdcsync.target.ddl.sizes import stored_generations
 from cdcsync.target.embedders import rate_of
-from cdcsync.target.generations import Generation
+from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.version import VERSION, Stored, read_version
 
@@ -149,11 +145,12 @@ async def read_plan(
             entries = await Registry(config.target.schema).all(target)
             stored = await read_version(target, config.target.schema)
             sizes = await stored_generations(target, config.target.schema, list(entries))
+            generations = await Generations(config.target.schema).all(target)
         return ConfigurationPlan(
             indexes,
             await _created(source, config, catalog, report.specs, stored),
             _unfollowed(config, entries, sizes),
-            _unused(config, entries, sizes),
+            _unused(config, entries, sizes, generations),
         )
 
 
@@ -190,7 +187,10 @@ class _Planning:
     async def index(self, spec: IndexSpec) -> IndexPlan:
         reading = await read_need(self._target, self._config, spec, self._catalog)
         need, entry, found = reading.need, reading.entry, reading.found
-        changes = list(key_changes(entry, spec)) if entry is not None else []
+        changes = []
+        if entry is not None and entry.configuration is not None:
+            # The file's section: that of the spec has the vectors that the index goes on with.
+            changes = index_changes(entry.configuration, self._config.indexes[spec.name])
         rebuilt = list(reading.missing.built) if entry is not None and entry.state == "live" else []
         if need is None:
             because = _partial(reading)
@@ -300,13 +300,20 @@ def _unfollowed(config: Config, entries: Mapping[str, Entry], sizes: Mapping[str
     ]
 
 
-def _unused(config: Config, entries: Mapping[str, Entry], sizes: Mapping[str, Mapping[int, int]]) -> list[Spare]:
+def _unused(
+    config: Config,
+    entries: Mapping[str, Entry],
+    sizes: Mapping[str, Mapping[int, int]],
+    generations: Mapping[str, Sequence[Generation]],
+) -> list[Spare]:
+    """Return the generations that are neither live nor on their way to it: those that were live, and leftovers."""
+    coming = {(one.index_name, one.generation) for of in generations.values() for one in of if one.live_at is None}
     return [
         Spare(name, generation, size, None, f"cdcsync migrate {name} drop")
         for name, entry in entries.items()
         if entry.slot == config.source.slot and name in config.indexes
         for generation, size in sorted(sizes.get(name, {}).items())
-        if generation != entry.generation
+        if generation != entry.generation and (name, generation) not in coming
     ]
 
 
@@ -322,8 +329,7 @@ async def approve(config: Config, report: Report, plan: IndexPlan) -> bool:
     schema = config.target.schema
     async with await connect(config.target.dsn, "target", application_name="cdcsync plan") as target:
         with speaking_of("target", where=f"index {index}"):
-            table = sql.Identifier(schema, APPROVALS).as_string(target)
-            if await fetch_row(target, "SELECT WHERE to_regclass(%s) IS NOT NULL", [table]) is None:
+            if not await Approvals(schema).present(target):
                 raise SetupError(
                     "the target has no table to keep the approval in",
                     where=f"schema {schema}",

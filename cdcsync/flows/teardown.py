@@ -25,6 +25,7 @@ from cdcsync.errors import SetupError, SlotInUse
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.catalog import Slot, read_server, read_slot
 from cdcsync.source.publications import Publication, published_names, read_publication
+from cdcsync.target.approvals import Approvals
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.search import drop_search
@@ -128,6 +129,7 @@ async def drop_index(config: Config, index: str) -> list[Step]:
                 await _drop(target, "VIEW", [name for (name,) in views])
                 await _drop(target, "TABLE", [name for _, name in tables])
                 await Registry(schema).remove(target, index)
+                await Approvals(schema).remove(target, index)
         steps = [Step(f"index {index} in the target", "dropped")]
         if index in config.indexes:
             steps.append(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Sequence
 from datetime import date, datetime, time, timedelta
 
 import msgspec
@@ -46,6 +49,38 @@ class EmbedderState(msgspec.Struct, frozen=True):
     problem: Problem | None = None
     loads_wait_until: datetime | None = None
     texts_per_s: float | None = None
+
+
+TOLERANCE = 0.01
+"""The cosine distance up to which two vectors of a text are of one model: what providers compute in lower precision, or
+on other machines, differs by less than a tenth of it, other models by many times as much."""
+
+
+class Probe(msgspec.Struct, frozen=True):
+    """What an embedder makes of a fixed text, as compared with what it made of it first.
+
+    :ivar vector: the first one, of `made_at`.
+    :ivar drift: the cosine distance between that and the one of `checked_at`.
+    """
+
+    identity: str
+    vector: tuple[float, ...]
+    made_at: datetime
+    checked_at: datetime
+    drift: float
+
+    @property
+    def changed(self) -> bool:
+        """Whether the embedder is another model by now."""
+        return self.drift > TOLERANCE
+
+
+def cosine_distance(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the cosine distance of two vectors, 0 to 2; 2 if they have other dimensions, or one has no direction."""
+    if len(one) != len(other):
+        return 2.0
+    lengths = math.hypot(*one) * math.hypot(*other)
+    return 2.0 if not lengths else max(0.0, 1.0 - sum(map(operator.mul, one, other)) / lengths)
 
 
 LOADS_SHARE = 0.8

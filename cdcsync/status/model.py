@@ -112,6 +112,9 @@ class EmbedderStatus(msgspec.Struct, frozen=True):
 
     `model` is the model's name in the configuration. `problem` is why it makes no vectors now, `tried_again_at` when it
     is asked next. `loads_wait_until` is set while `tokens_per_day` holds up texts of loads.
+
+    `drift` is the cosine distance between the vectors of a fixed text, as of `probed_at` and when it was first
+    embedded: above 0.01, a provider serves another model under the same name.
     """
 
     problem: str | None = None
@@ -121,6 +124,8 @@ class EmbedderStatus(msgspec.Struct, frozen=True):
     tokens_today: int = 0
     loads_wait_until: datetime | None = None
     model: str | None = None
+    drift: float | None = None
+    probed_at: datetime | None = None
 
 
 class IndexStatus(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from psycopg import sql
 from cdcsync.config import Config, model_name
 from cdcsync.errors import SourceUnavailable
 from cdcsync.lsn import Lsn
-from cdcsync.model.embedding import EmbedderState
+from cdcsync.model.embedding import EmbedderState, Probe
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import Slot, current_lsn, read_slot, why_lost
 from cdcsync.status.counting import count_index
@@ -358,6 +358,7 @@ async def _read_embedders(
     noted = {}
     if readable and worker.running:
         noted = await embedders.read_embedders(target, config.target.schema, config.source.slot)
+    probes = await embedders.read_probes(target, config.target.schema, config.source.slot) if readable else {}
     found = {}
     for name in config.embedders:
         state = noted.get(name, EmbedderState())
@@ -367,10 +368,15 @@ async def _read_embedders(
         elif loads is not None and loads > now:
             until = f"{loads:%Y-%m-%d %H:%M} UTC"
             problems.append(f"embedder {name}: texts of loads wait until {until}, as tokens_per_day is nearly used up")
+        probe = probes.get(name)
+        if probe is not None and probe.changed:
+            problems.append(f"embedder {name}: {_changed(name, probe)}")
         status = EmbedderStatus(
             tokens_today=state.tokens if state.day == now.astimezone(UTC).date() else 0,
             loads_wait_until=loads,
             model=model_name(config.embedders[name]),
+            drift=None if probe is None else round(probe.drift, 6),
+            probed_at=None if probe is None else probe.checked_at,
         )
         if trouble is not None:
             status = msgspec.structs.replace(
@@ -382,6 +388,14 @@ async def _read_embedders(
             )
         found[name] = status
     return found
+
+
+def _changed(name: str, probe: Probe) -> str:
+    return (
+        f"it makes other vectors of the same text than on {probe.made_at:%Y-%m-%d} (cosine distance {probe.drift:.3f}),"
+        " so the provider serves another model under the same name: name a fixed version of the model, or embed each of"
+        ' its indexes again; docs/embedders.md, "Another model under the same name", says how'
+    )
 
 
 def _left_out(name: str, listed: Listed) -> Iterator[str]:

@@ -48,12 +48,14 @@ class Approvals:
     def __init__(self, schema: str) -> None:
         self._table = sql.Identifier(schema, TABLE)
 
+    async def present(self, connection: Connection) -> bool:
+        """Say whether the table is there, which it is not before `run` has made it."""
+        table = self._table.as_string(connection)
+        return await fetch_row(connection, "SELECT WHERE to_regclass(%s) IS NOT NULL", [table]) is not None
+
     async def given(self, connection: Connection, index: str, change: str) -> bool:
         """Say whether a change of an index was approved."""
-        present = await fetch_row(
-            connection, "SELECT WHERE to_regclass(%s) IS NOT NULL", [self._table.as_string(connection)]
-        )
-        if present is None:
+        if not await self.present(connection):
             return False
         statement = sql.SQL("SELECT FROM {} WHERE index_name = %s AND change = %s").format(self._table)
         return await fetch_row(connection, statement, [index, change]) is not None
@@ -69,4 +71,6 @@ class Approvals:
 
     async def remove(self, connection: Connection, index: str) -> None:
         """Remove all approvals of an index."""
+        if not await self.present(connection):
+            return
         await connection.execute(sql.SQL("DELETE FROM {} WHERE index_name = %s").format(self._table), [index])

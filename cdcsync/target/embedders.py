@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
 from psycopg import sql
+from psycopg.types.json import Jsonb
 
-from cdcsync.model.embedding import EmbedderState, Learnt, Problem
+from cdcsync.model.embedding import EmbedderState, Learnt, Probe, Problem
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 
@@ -63,3 +65,31 @@ async def rate_of(connection: Connection, schema: str, slot: str, name: str) -> 
         return None
     state = (await read_embedders(connection, schema, slot)).get(name)
     return None if state is None else state.texts_per_s
+
+
+async def read_probe(connection: Connection, schema: str, slot: str, name: str) -> Probe | None:
+    """Return the last probe of an embedder; None if there is none."""
+    statement = sql.SQL("SELECT to_jsonb(e) -> 'probe' FROM {} AS e WHERE slot = %s AND name = %s")
+    row = await fetch_row(connection, statement.format(sql.Identifier(schema, TABLE)), [slot, name])
+    return None if row is None or row[0] is None else msgspec.convert(row[0], Probe)
+
+
+async def read_probes(connection: Connection, schema: str, slot: str) -> dict[str, Probe]:
+    """Return the last probe of each embedder of a pipeline that has one, without the vectors."""
+    statement = sql.SQL(
+        "SELECT name, (to_jsonb(e) -> 'probe') || '{{\"vector\": []}}' FROM {} AS e"
+        " WHERE slot = %s AND jsonb_typeof(to_jsonb(e) -> 'probe') = 'object'"
+    )
+    cursor = await connection.execute(statement.format(sql.Identifier(schema, TABLE)), [slot])
+    return {name: msgspec.convert(probe, Probe) for name, probe in await cursor.fetchall()}
+
+
+async def write_probe(connection: Connection, schema: str, slot: str, name: str, probe: Probe) -> None:
+    """Keep a probe."""
+    await connection.execute(
+        sql.SQL(
+            "INSERT INTO {} (slot, name, probe) VALUES (%s, %s, %s)"
+            " ON CONFLICT (slot, name) DO UPDATE SET probe = excluded.probe"
+        ).format(sql.Identifier(schema, TABLE)),
+        [slot, name, Jsonb(msgspec.to_builtins(probe))],
+    )

@@ -17,7 +17,7 @@ import anyio
 import structlog
 
 from cdcsync.backoff import Backoff, Failure
-from cdcsync.config import Config, tokens_per_day
+from cdcsync.config import Config, RemoteEmbedder, tokens_per_day
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import DecodingFailed, RunError, SchemaChanged, SetupError, SpoolUnusable, leading
@@ -25,7 +25,7 @@ from cdcsync.flows.audit import RollingAudit, compare_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
 from cdcsync.flows.build import build_until_live
-from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool, note_for_ever, recall
+from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool, note_for_ever, probe_for_ever, recall
 from cdcsync.flows.evaluate.recall import evaluate_for_ever
 from cdcsync.flows.follow.accounts import Accounts
 from cdcsync.flows.follow.apply import Applier
@@ -283,6 +283,7 @@ class Pipeline:
                     for fill in self.fills:
                         tasks.start_soon(fill.run)
                     tasks.start_soon(note_for_ever, self.embedding, *self._pipeline, self.dispatchers)
+                    tasks.start_soon(self.probe_providers)
                     tasks.start_soon(self.backfill_once_streaming)
                     tasks.start_soon(self.compare_once_streaming)
                     tasks.start_soon(self.audit_once_streaming)
@@ -427,6 +428,15 @@ class Pipeline:
             busy=lambda: self.backfills.marks.beside_live or not self.lag.caught_up,
         )
         await audit.run()
+
+    async def probe_providers(self) -> None:
+        """Look for providers that serve another model under the same name; a local model is known by its files."""
+        remote = {
+            name: one
+            for name, one in self.dispatchers.items()
+            if isinstance(self.config.embedders[name], RemoteEmbedder)
+        }
+        await probe_for_ever(self.embedding, *self._pipeline, remote, self.state.metrics)
 
     async def evaluate_on_schedule(self) -> None:
         """Measure each index's recall from time to time, where the configuration asks for it."""

@@ -188,6 +188,8 @@ WORKER = 'job="cdcsync", instance="a:9477"'
         ({f'cdcsync_recall{{{WORKER}, index="i"}}': "0.9x30"}, set()),
         ({f'cdcsync_embedder_problem{{{WORKER}, embedder="e"}}': "1x30"}, {"CdcsyncEmbedderFails"}),
         ({f'cdcsync_embedder_problem{{{WORKER}, embedder="e"}}': "0x30"}, set()),
+        ({f'cdcsync_embedder_drift{{{WORKER}, embedder="e"}}': "0.02x30"}, {"CdcsyncEmbedderChanged"}),
+        ({f'cdcsync_embedder_drift{{{WORKER}, embedder="e"}}': "0.009x30"}, set()),
     ],
 )
 def test_an_alert_fires_when_it_should(

@@ -16,6 +16,7 @@ While the stream is far behind, embedding waits for a moment: what a text is now
     commits     when the source committed what waits
     loop        one index's backlog
     notes       what is known of embedders, kept in the target
+    probe       notices that a provider serves another model under the same name
 
 A file here imports only from lines above its own.
 """
@@ -26,5 +27,6 @@ from cdcsync.flows.embed.dispatcher import Dispatcher
 from cdcsync.flows.embed.loop import EmbedLoop
 from cdcsync.flows.embed.notes import note_for_ever, recall
 from cdcsync.flows.embed.pool import Pool
+from cdcsync.flows.embed.probe import probe_for_ever
 
-__all__ = ["Dispatcher", "EmbedLoop", "Pool", "note_for_ever", "recall"]
+__all__ = ["Dispatcher", "EmbedLoop", "Pool", "note_for_ever", "probe_for_ever", "recall"]

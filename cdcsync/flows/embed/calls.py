@@ -104,6 +104,23 @@ class Calls:
             wanted.append(text)
         return self._embedder.fitting(wanted)
 
+    async def one(self, text: str) -> FloatVector:
+        """Return the vector of a text, in a call of its own that nothing is learnt from.
+
+        :raises EmbedError: the call fails.
+        :raises TimeoutError: it takes too long.
+        """
+        async with self._free:
+            self.health.usable()
+            with anyio.fail_after(CALL_S):
+                try:
+                    vectors = await self._embedder.embed([text])
+                except Exception as error:
+                    raise known(error, [text], self._embedder.name) from None
+        check_shape(vectors, 1, self._embedder.dimensions)
+        vector: FloatVector = vectors[0]
+        return vector
+
     async def _make(self, texts: Texts, made: Made) -> bool:
         before = self.sizes.learnt
         outcome = await self._call(texts, made)

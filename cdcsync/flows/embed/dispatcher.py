@@ -126,6 +126,14 @@ class Dispatcher:
             self.ready.set()
             await anyio.sleep_forever()
 
+    async def probe(self, text: str) -> FloatVector:
+        """Return what the embedder itself makes of a text now, whatever is remembered.
+
+        :raises EmbedError: it fails.
+        :raises TimeoutError: it takes too long.
+        """
+        return await self._calls.one(text)
+
     @property
     def health(self) -> Health:
         """Whether the embedder works."""

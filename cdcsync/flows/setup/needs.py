@@ -6,8 +6,6 @@ writes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import msgspec
 
 from cdcsync.config.differences import KeyChange, index_changes
@@ -91,9 +89,6 @@ def need_of(
 
 def content_changes(before: Entry, spec: IndexSpec) -> list[KeyChange]:
     """Return which keys that decide an index's chunks are others than when it was loaded, if that was stored."""
-    return [change for change in key_changes(before, spec) if change.key.split(".")[0] in CONTENTS]
-
-
-def key_changes(before: Entry, spec: IndexSpec) -> Sequence[KeyChange]:
-    """Return which keys of an index's section are others than when it was loaded."""
-    return [] if before.configuration is None else index_changes(before.configuration, spec.config)
+    if before.configuration is None:
+        return []
+    return [one for one in index_changes(before.configuration, spec.config) if one.key.split(".")[0] in CONTENTS]

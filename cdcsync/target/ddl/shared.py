@@ -273,6 +273,9 @@ _SHARED: tuple[LiteralString, ...] = (
     """,
     "ALTER TABLE {schema}.embedders ADD COLUMN IF NOT EXISTS texts_per_s float8",
     "COMMENT ON COLUMN {schema}.embedders.texts_per_s IS 'How many texts a second it made vectors of, lately.'",
+    "ALTER TABLE {schema}.embedders ADD COLUMN IF NOT EXISTS probe jsonb",
+    "COMMENT ON COLUMN {schema}.embedders.probe IS"
+    " 'The vector that it made of a fixed text, and how far the last one is from that. NULL has it made anew.'",
     "COMMENT ON TABLE {schema}.embedders IS"
     " 'cdcsync: what a worker knows of each embedder: sizes of calls that work, tokens of the day, and its trouble.'",
     "COMMENT ON COLUMN {schema}.embedders.call_texts IS"

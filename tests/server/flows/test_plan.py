@@ -108,6 +108,7 @@ def test_each_changed_key_is_named_with_its_values_and_its_cost(pipeline: Pipeli
     assert notes["remaining"] == [
         "hnsw.m is 16 in the index and 20 in the configuration: cdcsync migrate notes start builds it again"
     ]
+    assert {"key": "hnsw.m", "old": 16, "new": 20} in notes["changes"]
 
     pipeline.start()
     because = {

@@ -276,6 +276,9 @@ def test_an_index_that_left_the_configuration_is_unfollowed_says_so_and_can_be_d
     with pytest.raises(psycopg.errors.RaiseException, match="no longer followed"):
         target.execute("SELECT cdcsync.wait_for('notes', '0/1')")
 
+    target.execute("CREATE TABLE cdcsync.notes_vectors_2 (LIKE cdcsync.notes_vectors_1)")
+    target.execute("COMMENT ON TABLE cdcsync.notes_vectors_2 IS 'cdcsync index notes: vectors of another generation'")
+    target.execute("INSERT INTO cdcsync.approvals (index_name, change, texts) VALUES ('notes', 'f', 1)")
     asked = drop(pipeline, "notes", answer="n\n")
     assert (asked.returncode, "cannot be undone" in asked.stderr) == (1, True)
     done = drop(pipeline, "notes", "--yes", "--json")
@@ -284,6 +287,7 @@ def test_an_index_that_left_the_configuration_is_unfollowed_says_so_and_can_be_d
         "public.notes in the publication cdcsync": "dropped",
     }
     assert not [one for one in relations(target) if "notes" in one]
+    assert target.execute("SELECT FROM cdcsync.approvals") == []
     assert "there is no index notes" in drop(pipeline, "notes", "--yes").stderr
     # The other index goes on.
     source.execute("UPDATE articles SET title = 'after'")
