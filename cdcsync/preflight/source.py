@@ -16,7 +16,7 @@ from cdcsync.config.names import quote
 from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
-from cdcsync.source.catalog import Catalog, Server, Slot, read_catalog, read_server, read_slot
+from cdcsync.source.catalog import Catalog, Server, Slot, read_catalog, read_server, read_slot, why_lost
 from cdcsync.source.publications import Publication
 from cdcsync.source.slot import MIN_VERSION, SlotConnection
 
@@ -174,7 +174,10 @@ def slot_faults(slot: Slot, server: Server, *, resync: bool) -> Iterator[Finding
             another,
         )
     if slot.wal_status == "lost":
-        lost = "the server has removed WAL that the slot still needed: its changes cannot be received any more"
+        lost = (
+            f"the server has removed WAL that the slot still needed ({why_lost(slot)}):"
+            " its changes cannot be received any more"
+        )
         if resync:
             yield Finding.warning(where, f"{lost}; run makes a new slot and loads the indexes anew")
         else:

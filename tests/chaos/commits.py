@@ -27,6 +27,7 @@ FOLDERS = ("source", "target", "flows", "worker", "postgres")
 """What a worker runs, but for the files below."""
 
 COMMANDS = (
+    "target/approvals.py",
     "target/calls.py",
     "flows/teardown.py",
     "flows/replay.py",

@@ -105,6 +105,36 @@ def blocked(pipeline: Pipeline) -> bool:
     return row != (0,)
 
 
+LIMITS = (
+    "statement_timeout",
+    "lock_timeout",
+    "idle_in_transaction_session_timeout",
+    "idle_session_timeout",
+    "transaction_timeout",
+)
+
+
+def test_time_limits_that_a_database_has_for_its_sessions_do_not_hold_for_the_workers(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source, target = make_database(), make_database()
+    if server_version(source) < 170000:
+        pytest.skip("PostgreSQL 17 has all of these limits")
+    pipeline = make_simple(source.dsn, target.dsn, slot=source.name)
+    for database in (source, target):
+        for limit in LIMITS:
+            database.execute(f"ALTER DATABASE {database.name} SET {limit} = '200ms'")
+    worker = pipeline.start()
+    pipeline.live()
+    for number in range(3):
+        change(pipeline, f"change {number}")
+        pipeline.in_step()
+
+    assert worker.poll() is None
+    ends = ("stream_waits", "apply_waits", "backfill_waits", "target_unavailable", "comparison_waits")
+    assert [event for event in pipeline.events() if event["event"] in ends] == []
+
+
 def test_any_session_may_be_terminated(make_database: Callable[[], Database], make_simple: MakeSimple) -> None:
     source, target = make_database(), make_database()
     pipeline = make_simple(source.dsn, target.dsn, slot=source.name)
@@ -233,3 +263,8 @@ def test_a_second_worker_takes_over_from_one_that_was_killed(
 
     pipeline.in_step()
     assert second.poll() is None
+
+
+def server_version(database: Database) -> int:
+    with database.connect() as connection:
+        return connection.info.server_version

@@ -65,6 +65,31 @@ def test_heartbeats_move_the_checkpoint_of_a_server_where_nobody_writes(
     assert found == (1,)
 
 
+def test_a_slot_that_was_given_up_because_nobody_read_it_says_so(
+    make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
+) -> None:
+    cluster = make_cluster(settings={"idle_replication_slot_timeout": "1s"})
+    pipeline = make_simple(cluster.dsn(), database.dsn)
+    worker = pipeline.start()
+    pipeline.live()
+    assert pipeline.stop(worker) == 0
+    slot = pipeline.released()
+
+    def given_up() -> bool:
+        pipeline.source.execute("CHECKPOINT")
+        return pipeline.source.execute(
+            "SELECT invalidation_reason FROM pg_replication_slots WHERE slot_name = %s", [slot]
+        ).fetchone() == ("idle_timeout",)
+
+    until(given_up, "the server to give the slot up")
+
+    done = pipeline.command("run")
+    assert done.returncode == 2
+    assert "nobody read it for longer than idle_replication_slot_timeout" in done.stderr
+    shown = pipeline.command("status").stdout
+    assert "idle_replication_slot_timeout" in shown
+
+
 def test_a_slot_that_holds_much_of_what_it_may_is_told_of_before_it_is_a_gap(
     make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
 ) -> None:
