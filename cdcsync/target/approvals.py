@@ -11,6 +11,7 @@ from typing import LiteralString
 
 from psycopg import sql
 
+from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
@@ -68,9 +69,11 @@ class Approvals:
             ),
             [index, change, texts],
         )
+        crash_point("approval given")
 
     async def remove(self, connection: Connection, index: str) -> None:
         """Remove all approvals of an index."""
         if not await self.present(connection):
             return
         await connection.execute(sql.SQL("DELETE FROM {} WHERE index_name = %s").format(self._table), [index])
+        crash_point("approvals removed")

@@ -11,6 +11,7 @@ import msgspec
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
+from cdcsync.crashpoints import crash_point
 from cdcsync.model.embedding import EmbedderState, Learnt, Probe, Problem
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
@@ -93,3 +94,4 @@ async def write_probe(connection: Connection, schema: str, slot: str, name: str,
         ).format(sql.Identifier(schema, TABLE)),
         [slot, name, Jsonb(msgspec.to_builtins(probe))],
     )
+    crash_point("probe kept")
