@@ -173,6 +173,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
     progress: list[Progress] = []
     text_freshness: Freshness | None = None
     vector_freshness: Freshness | None = None
+    related_tables: list[str] = []
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -266,6 +266,7 @@ async def _read_indexes(
             recall=recalls.get(name),
             judged=judged.get(name, []),
             embedder=config.indexes[name].embedder,
+            related_tables=list(entry.tables[1:]),
             since={"building": entry.created_at, "live": entry.live_at, "paused": entry.paused_at}[entry.state],
         )
         if (audit := audited.get(name)) is not None:
