@@ -29,7 +29,7 @@ async def examine_all(config: Config, *, deep: bool) -> tuple[list[Finding], Con
     """
     from cdcsync.flows.dry_run import Bounds
     from cdcsync.flows.plan import read_plan
-    from cdcsync.preflight import build_embedders, examine, examine_embedders, local_models
+    from cdcsync.preflight import build_embedders, examine, examine_embedders, local_models, unpinned
     from cdcsync.preflight.findings import noting
 
     findings: list[Finding] = []
@@ -37,6 +37,7 @@ async def examine_all(config: Config, *, deep: bool) -> tuple[list[Finding], Con
     embedders = build_embedders(config, findings)
     try:
         findings += await examine_embedders(embedders, described=() if deep else local_models(config))
+        findings += unpinned(config, embedders)
         report = await examine(config, embedders)
         findings += report.findings
         if not any(finding.level == "error" for finding in findings):

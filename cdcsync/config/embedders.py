@@ -56,6 +56,8 @@ class SentenceTransformersEmbedder(
     :param document_prompt: put before each chunk when it is embedded; empty takes the model's own.
     :param query_prompt: put before each query when it is embedded; empty takes the model's own.
     :param trust_remote_code: run Python code that comes with the model. It can do what the worker can.
+    :param pickled_weights: load weights that are not in the format safetensors, too. Such files can run code, which can
+        do what the worker can.
     :param batch_size: the most texts in one forward pass; larger is faster on an accelerator until its memory is full.
     """
 
@@ -69,6 +71,7 @@ class SentenceTransformersEmbedder(
     document_prompt: str | None = None
     query_prompt: str | None = None
     trust_remote_code: bool = False
+    pickled_weights: bool = False
     batch_size: Annotated[int, Meta(ge=1, le=10_000)] = 32
 
     def faults(self) -> Iterator[tuple[str, str]]:

@@ -92,6 +92,14 @@ def _describe(files: ModelFiles, settings: config.SentenceTransformersEmbedder, 
         found = files.weights(module.folder) if module.has_weights else []
         if module.has_weights and not found:
             raise ValueError(f"there are no weights for {module.kind}")
+        if (other := [one for one in found if not one.endswith(".safetensors")]) and not settings.pickled_weights:
+            raise EmbedderSetupError(
+                f"the model's weights {', '.join(other)} are not in the format safetensors, and other formats can run"
+                " code",
+                where=f"{where}.pickled_weights",
+                hint=f"name a model or a revision with safetensors; if you trust the files ({files.origin}), set it to"
+                " true",
+            )
         weights += found
     first = modules[0]
     if first.kind == "StaticEmbedding":

@@ -124,6 +124,12 @@ class RayEmbedder:
         return self._embedder.identity
 
     @property
+    def commit(self) -> str | None:
+        """The hub's commit of the model that the actors run; None for one that does not come from the hub."""
+        commit: str | None = getattr(self._embedder, "commit", None)
+        return commit
+
+    @property
     def dimensions(self) -> int:
         """Length of the vectors."""
         return self._embedder.dimensions

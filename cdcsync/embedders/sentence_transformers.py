@@ -105,6 +105,11 @@ class SentenceTransformersEmbedder:
         return self._files.origin
 
     @property
+    def commit(self) -> str | None:
+        """The hub's commit of the model; None for one that does not come from the hub."""
+        return self._files.commit
+
+    @property
     def dimensions(self) -> int:
         """Length of the vectors, once they are cut."""
         return self._description.dimensions
@@ -195,7 +200,7 @@ class SentenceTransformersEmbedder:
         """Return what a backend is told besides. By themselves they count processors that a container may not use."""
         match self._settings.backend:
             case "torch":
-                return {}
+                return {} if self._settings.pickled_weights else {"use_safetensors": True}
             case "onnx":
                 options = importlib.import_module("onnxruntime").SessionOptions()
                 options.intra_op_num_threads = processors()

@@ -22,9 +22,9 @@ Code outside this package imports from here. A file in it imports only from line
 
 from __future__ import annotations
 
-from cdcsync.preflight.embedders import build_embedders, examine_embedders, local_models
+from cdcsync.preflight.embedders import build_embedders, examine_embedders, local_models, unpinned
 from cdcsync.preflight.examination import examine
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.report import Report, refuse
 
-__all__ = ["Finding", "Report", "build_embedders", "examine", "examine_embedders", "local_models", "refuse"]
+__all__ = ["Finding", "Report", "build_embedders", "examine", "examine_embedders", "local_models", "refuse", "unpinned"]

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
 import anyio
 
-from cdcsync.config import Config, HashEmbedder, RemoteEmbedder
+from cdcsync.config import (
+    Config,
+    HashEmbedder,
+    RayEmbedder,
+    RemoteEmbedder,
+    SentenceTransformersEmbedder,
+    SentenceTransformersReranker,
+)
 from cdcsync.embedders import Embedder, make_embedder, validate
 from cdcsync.embedders.protocol import harmless
 from cdcsync.errors import CdcsyncError, EmbedderSetupError
@@ -45,6 +54,38 @@ async def examine_embedders(embedders: Mapping[str, Embedder], *, described: Col
         for name, embedder in embedders.items():
             tasks.start_soon(examine, name, embedder)
     return [findings[name] for name in embedders]
+
+
+def unpinned(config: Config, embedders: Mapping[str, Embedder]) -> Iterator[Finding]:
+    """Warn of models of the hub whose owner can exchange them, because their revision is not a commit."""
+    told = "the revision of {} is not a commit, so its owner can exchange the model"
+    for name, embedder in embedders.items():
+        settings, key = config.embedders[name], "revision"
+        if isinstance(settings, RayEmbedder):
+            settings, key = settings.embedder, "embedder.revision"
+        commit: str | None = getattr(embedder, "commit", None)
+        if (
+            isinstance(settings, SentenceTransformersEmbedder)
+            and commit is not None
+            and not _COMMIT.fullmatch(settings.revision or "")
+        ):
+            yield Finding.warning(
+                f"embedders.{name}.{key}",
+                f"{told.format(settings.model)}: another machine would make other vectors",
+                f'revision = "{commit}" is the one that is used now',
+            )
+    for name, reranker in config.rerankers.items():
+        if (
+            isinstance(reranker, SentenceTransformersReranker)
+            and not Path(reranker.model).expanduser().is_dir()
+            and not _COMMIT.fullmatch(reranker.revision or "")
+        ):
+            yield Finding.warning(
+                f"rerankers.{name}.revision", told.format(reranker.model), "name the commit that the hub shows"
+            )
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def _describe(name: str, embedder: Embedder) -> Finding:

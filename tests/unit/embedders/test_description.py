@@ -124,10 +124,25 @@ def test_ways_of_pooling_are_put_one_after_the_other(model: Model, config: dict[
 def test_a_dense_module_sets_the_width_and_has_weights(model: Model) -> None:
     model.set("modules.json", [module(n, k) for n, k in enumerate(["Transformer", "Pooling", "Dense", "Normalize"])])
     model.set("2_Dense/config.json", {"in_features": 384, "out_features": 128})
-    (model.directory / "2_Dense" / "pytorch_model.bin").write_bytes(b"dense")
+    (model.directory / "2_Dense" / "model.safetensors").write_bytes(b"dense")
 
     assert model.description.dimensions == 128
-    assert model.description.weights == ("model.safetensors", "2_Dense/pytorch_model.bin")
+    assert model.description.weights == ("model.safetensors", "2_Dense/model.safetensors")
+
+
+@pytest.mark.parametrize("named", ["pytorch_model.bin", "2_Dense/pytorch_model.bin"])
+def test_weights_that_can_run_code_are_refused_unless_asked_for(model: Model, named: str) -> None:
+    model.set("modules.json", [module(n, k) for n, k in enumerate(["Transformer", "Pooling", "Dense"])])
+    model.set("2_Dense/config.json", {"in_features": 384, "out_features": 128})
+    (model.directory / "2_Dense" / "model.safetensors").write_bytes(b"dense")
+    safe = (model.directory / named).with_name("model.safetensors")
+    safe.rename(model.directory / named)
+
+    with pytest.raises(EmbedderSetupError, match="not in the format safetensors") as raised:
+        _ = model.description
+    assert raised.value.where == "embedders.m.pickled_weights"
+    model.options["pickled_weights"] = True
+    assert named in model.description.weights
 
 
 def test_vectors_may_be_shortened(model: Model) -> None:
