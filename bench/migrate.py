@@ -102,21 +102,23 @@ def wait(connection: psycopg.Connection[Any], statement: str) -> None:
 
 
 def measure(dsn: str, name: str, directory: Path, rows: int, dimensions: int) -> dict[str, float]:
-    path, log = directory / "cdcsync.toml", directory / "worker.log"
+    path, loading, log = (directory / one for one in ("cdcsync.toml", "loading.log", "worker.log"))
     facts = {"dsn": dsn, "name": name, "dimensions": dimensions, "more": dimensions + 8}
     path.write_text(CONFIG.format(**facts, embedder="old"))
-    with psycopg.connect(dsn, autocommit=True) as connection, log.open("wb") as output:
+    with psycopg.connect(dsn, autocommit=True) as connection, loading.open("wb") as first, log.open("wb") as second:
         connection.execute(SOURCE.format(rows=rows).encode())
         run = [sys.executable, "-m", "cdcsync", "run", "-c", str(path)]
-        with subprocess.Popen(run, stdout=output, stderr=output) as worker:
+        with subprocess.Popen(run, stdout=first, stderr=first) as worker:
             wait(connection, "SELECT state = 'live' FROM cdcsync.indexes")
             worker.terminate()
         (load_s,) = connection.execute(
             "SELECT extract(epoch FROM finished_at - started_at)::float8 FROM cdcsync.backfills WHERE kind = 'initial'"
         ).fetchone() or (0.0,)
         path.write_text(CONFIG.format(**facts, embedder="new"))
-        with subprocess.Popen(run, stdout=output, stderr=output) as worker:
-            wait(connection, "SELECT checkpoint IS NOT NULL FROM cdcsync.pipelines")
+        with subprocess.Popen(run, stdout=second, stderr=second) as worker:
+            while event(log, "streaming") is None:
+                time.sleep(0.05)
+            freshness(connection, iter([False, True]).__next__)  # what is slow the first time
             end = time.perf_counter() + ALONE_S
             alone = freshness(connection, lambda: time.perf_counter() > end)
             subprocess.run(

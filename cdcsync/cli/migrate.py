@@ -75,7 +75,10 @@ def migrate(
         bool, typer.Option("--not-worse", help="With --judged: refuse to switch if the answers are surely worse.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With activate: measure, and do not switch.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="With drop: say yes beforehand.")] = False,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", "-y", help="With drop, and with start above confirm_above_texts: say yes beforehand."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Exchange the vectors of an index for those of another model, precision, distance or graph, without a gap.
@@ -103,7 +106,8 @@ def migrate(
     match action:
         case Action.start:
             started = anyio.run(
-                interruptible, lambda: commands.start(configuration, index, max_rows_per_s=max_rows_per_s)
+                interruptible,
+                lambda: commands.start(configuration, index, max_rows_per_s=max_rows_per_s, confirmed=yes),
             )
             printing.print_json(started) if as_json else _print_started(started)
         case Action.status:
@@ -149,7 +153,7 @@ def _check_options(
         "--judged": (judged is not None, Action.activate),
         "--not-worse": (not_worse, Action.activate),
         "--dry-run": (dry_run, Action.activate),
-        "--yes": (yes, Action.drop),
+        "--yes": (yes and action is not Action.start, Action.drop),
     }
     for option, (used, of) in given.items():
         if used and action is not of:

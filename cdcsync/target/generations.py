@@ -252,9 +252,10 @@ class Generations:
     async def begin_again(self, connection: Connection, index: str, generation: int) -> None:
         """Have a generation filled from its beginning: chunks that have their vector are passed over."""
         await connection.execute(
-            sql.SQL("UPDATE {} SET cursor = 0, queued = 0 WHERE index_name = %s AND generation = %s").format(
-                self._table
-            ),
+            sql.SQL(
+                "UPDATE {} SET cursor = 0, queued = 0, state = 'filling', filled_at = NULL, ready_at = NULL"
+                " WHERE index_name = %s AND generation = %s AND state <> 'dropping'"
+            ).format(self._table),
             [index, generation],
         )
 

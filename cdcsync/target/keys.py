@@ -171,7 +171,7 @@ async def delete_vectors_without_chunks(connection: Connection, schema: str, spe
     """Delete the vectors that belong to no chunk; returns how many. Searches never see them, HNSW does."""
     names = Names(schema, spec.name)
     deleted = 0
-    for tier in names.tiers(spec.generation).values():
+    for tier in [tier for one in spec.generations for tier in names.tiers(one.generation).values()]:
         cursor = await connection.execute(
             sql.SQL("DELETE FROM {} AS v WHERE NOT EXISTS (SELECT FROM {} AS c WHERE c.chunk_id = v.chunk_id)").format(
                 tier, names.chunks

@@ -157,6 +157,21 @@ CATALOGUE = (
         ("test_a_vector_of_a_text_that_has_changed_meanwhile_is_not_stored", "vectors written", "vectors committed"),
     ),
     P(
+        "no mixed models",
+        "A query is compared with vectors of its own model alone, also while an index migrates to another.",
+        "target/ddl/searching.py:put_search",
+        ("test_searches_go_on_and_never_mix_models_while_an_index_migrates_and_rolls_back",),
+    ),
+    P(
+        "whole generations",
+        "A generation that is ready has a vector of each chunk's text, or a reason why not.",
+        "target/filling.py:Filling",
+        (
+            "test_a_generation_is_whole_after_a_fill_beside_random_changes",
+            "test_a_migration_goes_on_after_a_kill_at_every_step",
+        ),
+    ),
+    P(
         "embedded once",
         "No text is embedded twice, but for a call whose answer was lost.",
         "flows/embed/dispatcher.py:Dispatcher",

@@ -22,7 +22,8 @@ from cdcsync.config import Config
 from cdcsync.crashpoints import crash_point
 from cdcsync.documents.chunks import estimate, make_chunker
 from cdcsync.embedders import Embedder
-from cdcsync.errors import SetupError
+from cdcsync.errors import SetupError, UsageError
+from cdcsync.flows.setup.approval import confirm_above
 from cdcsync.flows.setup.start import drop_generations
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one
@@ -91,9 +92,11 @@ async def opened(config: Config, index: str) -> AsyncIterator[tuple[Connection, 
         yield connection, entry
 
 
-async def start(config: Config, index: str, *, max_rows_per_s: int | None = None) -> Started:
+async def start(config: Config, index: str, *, max_rows_per_s: int | None = None, confirmed: bool = True) -> Started:
     """Begin a migration to the vectors that the configuration asks for.
 
+    :param confirmed: whether it may embed more texts than `confirm_above_texts`.
+    :raises UsageError: it would, and may not; nothing was changed.
     :raises SetupError: it cannot begin; nothing was changed.
     """
     schema, where = config.target.schema, f"index {index}"
@@ -106,34 +109,52 @@ async def start(config: Config, index: str, *, max_rows_per_s: int | None = None
             live = live_generation(entry, generations)
             others = [one for one in generations if one.generation != live.generation]
             begun = _check_start(config, entry, live, others, wish, embedders)
-            if begun:
-                spec = await stored_spec(connection, schema, index, config.index_named(index))
-                number = max([entry.generation, *(one.generation for one in generations)]) + 1
-                hnsw = wish.index.hnsw
-                new = Generation(
-                    *(index, number, wish.index.embedder, wish.embedder.identity, wish.embedder.dimensions),
-                    *(wish.index.vector_type, wish.distance, "filling", hnsw.m, hnsw.ef_construction),
-                    max_rows_per_s=max_rows_per_s,
-                )
-                async with connection.transaction():
-                    await Registry(schema).find(connection, index, lock=True)
-                    if await Generations(schema).of(connection, index) != generations:
-                        raise SetupError(
-                            "somebody else began or ended a migration just now",
-                            where=where,
-                            hint=f"cdcsync migrate {index} status",
-                        )
-                    if not generations:
-                        await Generations(schema).add(connection, Generation.of(spec, "ready"))
-                    await Generations(schema).add(connection, new)
-                    crash_point("migration asked for")
-                crash_point("migration begun")
-            else:
-                new = others[0]
-                if new.state == "filling":
-                    await Generations(schema).limit(connection, index, new.generation, max_rows_per_s)
+            if not begun:
+                if others[0].state == "filling":
+                    await Generations(schema).limit(connection, index, others[0].generation, max_rows_per_s)
                     crash_point("limit of a migration set")
-            return await _started(connection, config, entry, live, new, wish, begun=begun)
+                return await _started(connection, config, entry, live, others[0], wish, begun=False)
+            hnsw, number = wish.index.hnsw, max([entry.generation, *(one.generation for one in generations)]) + 1
+            new = Generation(
+                *(index, number, wish.index.embedder, wish.embedder.identity, wish.embedder.dimensions),
+                *(wish.index.vector_type, wish.distance, "filling", hnsw.m, hnsw.ef_construction),
+                max_rows_per_s=max_rows_per_s,
+            )
+            spec = await stored_spec(connection, schema, index, config.index_named(index))
+            started = await _started(connection, config, entry, live, new, wish, begun=True)
+            if not confirmed:
+                _refuse_unconfirmed(config, spec, wish, started)
+            async with connection.transaction():
+                await Registry(schema).find(connection, index, lock=True)
+                if await Generations(schema).of(connection, index) != generations:
+                    raise SetupError(
+                        "somebody else began or ended a migration just now",
+                        where=where,
+                        hint=f"cdcsync migrate {index} status",
+                    )
+                if not generations:
+                    await Generations(schema).add(connection, Generation.of(spec, "ready"))
+                await Generations(schema).add(connection, new)
+                crash_point("migration asked for")
+            crash_point("migration begun")
+            return started
+
+
+def _refuse_unconfirmed(config: Config, spec: IndexSpec, wish: Wish, started: Started) -> None:
+    """Refuse to embed more texts than the configuration allows without a yes.
+
+    :raises UsageError: it would.
+    """
+    limit = confirm_above(config, msgspec.structs.replace(spec, config=wish.index))
+    if limit is None or not started.tokens or started.chunks <= limit:
+        return
+    price = "" if started.price is None else f" at a price of about {started.price:,.2f}"
+    raise UsageError(
+        f"this embeds {started.chunks:,} chunks, about {started.tokens:,} tokens{price};"
+        f" confirm_above_texts is {limit:,}",
+        where=f"index {spec.name}",
+        hint=f"if that is what you want: cdcsync migrate {spec.name} start --yes",
+    )
 
 
 def _wish(config: Config, index: str, embedders: dict[str, Embedder], findings: Sequence[Finding]) -> Wish:

@@ -132,9 +132,11 @@ async def set_up_indexes(
                     missing = await missing_relations(target, config.target.schema, spec)
                     await _refuse_switched(target, config.target.schema, spec)
                     await create_index_relations(target, config.target.schema, spec)
-                    await create_generations(target, config.target.schema, spec)
+                    created = await create_generations(target, config.target.schema, spec)
                     await put_policy(target, config.target.schema, spec, config.serve)
                     await _register(target, config, spec, catalog, missing)
+                    for generation in created:
+                        await Generations(config.target.schema).begin_again(target, spec.name, generation)
                     if waiting and spec.name in waiting:
                         await Registry(config.target.schema).pause(target, spec.name, waiting[spec.name])
                     crash_point("index relations written")

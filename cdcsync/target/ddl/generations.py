@@ -23,15 +23,22 @@ from cdcsync.target.ddl.searching import put_search
 from cdcsync.target.ddl.tiers import create_vectors
 
 
-async def create_generations(connection: Connection, schema: str, spec: IndexSpec) -> None:
+async def create_generations(connection: Connection, schema: str, spec: IndexSpec) -> list[int]:
     """Create the vectors tables of the generations beside the live one, where they are missing.
 
     Whoever may read the live vectors may read these. The caller's transaction commits.
+
+    :returns: the generations whose tables were missing.
     """
     names = Names(schema, spec.name)
+    created = []
     for one in spec.others:
+        table = names.vectors(one.generation).as_string(connection)
+        if await fetch_value(connection, "SELECT to_regclass(%s) IS NULL", [table]):
+            created.append(one.generation)
         await create_vectors(connection, schema, one)
         await _copy_grants(connection, names.vectors(spec.generation), names.vectors(one.generation))
+    return created
 
 
 async def switch_relations(connection: Connection, schema: str, spec: IndexSpec, before: int) -> None:

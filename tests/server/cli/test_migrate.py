@@ -95,6 +95,8 @@ def test_what_cannot_begin_is_refused_with_what_to_do(
     assert "--judged DIR" in refused("activate", "--not-worse")
     written(pipeline, database, blocks("toml")[1].replace('[embedders.old]\ntype = "hash"\ndimensions = 32\n', ""))
     assert "keep the old section beside the new one" in refused("start")
+    written(pipeline, database, blocks("toml")[1] + "confirm_above_texts = 59\n")
+    assert "this embeds 60 chunks" in refused("start")
     written(pipeline, database, blocks("toml")[1])
     pipeline.stop(pipeline.processes[-1])
     pipeline.answer("migrate", "articles", "start")

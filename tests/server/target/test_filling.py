@@ -1,0 +1,231 @@
+"""Filling a generation beside whoever applies: each chunk gets one vector of its text, whoever was first."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.lowlevel
+import msgspec
+import pytest
+
+from cdcsync.documents.templates import hash_text
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.target.backlog import Backlog
+from cdcsync.target.ddl.generations import create_generations
+from cdcsync.target.ddl.locking import until_locked
+from cdcsync.target.filling import Filling, Stored
+from cdcsync.target.generations import Generation, Generations
+from cdcsync.target.pipelines import Pipelines
+from tests.support.indexes import (
+    SCHEMA,
+    LiveIndex,
+    changes,
+    document,
+    live_index,
+    make_spec,
+    register,
+    until_blocked,
+    vector_of,
+    vector_text,
+)
+
+if TYPE_CHECKING:
+    from tests.support.servers import Database
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+
+def two_generations(**other: Any) -> IndexSpec:
+    """Return an index with a second generation of vectors, by another model unless it is said to be the same."""
+    spec = make_spec()
+    second = msgspec.structs.replace(spec, generation=2, **({"model": "another"} | other))
+    return msgspec.structs.replace(spec, others=(second,))
+
+
+class Migration:
+    """An index that is applied to, and its second generation that is filled."""
+
+    def __init__(self, live: LiveIndex, connection: Connection, backlog: Backlog) -> None:
+        self.live = live
+        (self.spec,) = live.spec.others
+        self.connection = connection
+        self.backlog = backlog
+        self.filling = Filling(connection, SCHEMA, self.spec, live.spec)
+
+    async def store(self, page: list[Stored], *texts: str) -> bool:
+        """Store a page, with the vectors of these texts."""
+        vectors = {hash_text(text): vector_of(text) for text in texts}
+        last = page[-1].chunk_id
+        return await until_locked(lambda: self.filling.store(page, vectors, last), table="vectors")
+
+    async def embed(self) -> int:
+        """Do what the embed loop of the second generation does with one window."""
+        window = await self.backlog.window(100)
+        return await self.backlog.store({waiting.hash: vector_of(waiting.text) for waiting in window})
+
+    async def vectors(self) -> dict[str, list[str]]:
+        """Return the vectors of each chunk's text, in the second generation."""
+        found: dict[str, list[str]] = {}
+        for content, embedding in await self.live.rows(
+            "SELECT c.content, v.embedding::text FROM {chunks} AS c LEFT JOIN cdcsync.articles_vectors_2 AS v"
+            " ON v.chunk_id = c.chunk_id AND v.content_hash = c.content_hash"
+        ):
+            found.setdefault(content, []).append(embedding)
+        return found
+
+    async def strays(self) -> list[tuple[Any, ...]]:
+        """Return vectors of the second generation that are of no chunk, or of a text that it no longer has."""
+        return await self.live.rows(
+            "SELECT v.chunk_id FROM cdcsync.articles_vectors_2 AS v WHERE NOT EXISTS (SELECT FROM {chunks} AS c"
+            " WHERE c.chunk_id = v.chunk_id AND c.content_hash = v.content_hash) AND NOT EXISTS"
+            " (SELECT FROM {backlog} AS b WHERE b.chunk_id = v.chunk_id AND b.generation = 2)"
+        )
+
+
+@pytest.fixture
+async def migration(database: Database) -> AsyncIterator[Migration]:
+    async with AsyncExitStack() as stack:
+        live = await stack.enter_async_context(live_index(database, two_generations()))
+        await _begin(live)
+        connection, embedding = await connect(database.dsn, "target"), await connect(database.dsn, "target")
+        for one in (connection, embedding):
+            stack.push_async_callback(one.close)
+        backlog = Backlog(embedding, SCHEMA, live.spec.others[0])
+        await backlog.open()
+        yield Migration(live, connection, backlog)
+
+
+async def _begin(live: LiveIndex) -> None:
+    await Pipelines(SCHEMA, "s").ensure(live.connection, "p")
+    await register(live.connection, live.spec, slot="s")
+    await create_generations(live.connection, SCHEMA, live.spec)
+    for one, state in zip(live.spec.generations, ("ready", "filling"), strict=True):
+        await Generations(SCHEMA).add(live.connection, Generation.of(one, state))  # type: ignore[arg-type]
+
+
+async def test_a_page_gives_vectors_to_some_chunks_and_queues_the_others(migration: Migration) -> None:
+    await migration.live.apply(changes(document("1", "one"), document("2", "two"), inline=["one", "two"]))
+    await migration.live.rows("DELETE FROM {backlog} WHERE generation = 2 RETURNING 1")  # as if it had begun later
+    page = await migration.filling.page(0, 10)
+    assert [one.text for one in page] == ["one", "two"]
+    assert await migration.store(page, "one")
+    assert await migration.filling.waiting(10) == 1
+    assert await migration.filling.lacking() == 0
+    assert await migration.embed() == 1
+    assert await migration.vectors() == {"one": [vector_text("one")], "two": [vector_text("two")]}
+    assert await migration.filling.page(page[-1].chunk_id, 10) == []
+    (entry,) = [one for one in await Generations(SCHEMA).of(migration.connection, "articles") if one.generation == 2]
+    assert (entry.cursor, entry.queued) == (page[-1].chunk_id, 2)
+
+
+@pytest.mark.parametrize("page_first", [True, False])
+@pytest.mark.parametrize("deleted", [True, False])
+async def test_a_chunk_that_changes_while_its_page_is_under_way_keeps_no_vector_of_before(
+    migration: Migration, page_first: bool, deleted: bool
+) -> None:
+    live = migration.live
+    await live.apply(changes(document("1", "before"), inline=["before"]))
+    await live.rows("DELETE FROM {backlog} WHERE generation = 2 RETURNING 1")
+    page = await migration.filling.page(0, 10)
+    change = changes(deleted=["1"]) if deleted else changes(document("1", "after", existed=True))
+    if page_first:
+        await migration.store(page, "before")
+        await live.apply(change)
+    else:
+        async with anyio.create_task_group() as tasks, live.connection.transaction():
+            await live.writer.apply(change)
+            tasks.start_soon(migration.store, page, "before")
+            await until_blocked(live.embedding, migration.connection)
+    await migration.embed()
+    assert await migration.vectors() == ({} if deleted else {"after": [vector_text("after")]})
+    assert await migration.strays() == []
+
+
+async def test_the_vectors_of_the_same_model_are_taken_over(database: Database) -> None:
+    spec = two_generations(model="three-numbers")
+    second = msgspec.structs.replace(
+        spec.others[0], config=msgspec.structs.replace(spec.config, vector_type="halfvec"), distance="l2"
+    )
+    spec = msgspec.structs.replace(spec, others=(second,))
+    async with live_index(database, spec) as live, await connect(database.dsn, "target") as connection:
+        await _begin(live)
+        await live.apply(changes(document("1", "one"), document("2", "two"), inline=["one"]))
+        # What comes along with a change is of both.
+        assert await live.rows("SELECT count(*) FROM cdcsync.articles_vectors_2") == [(1,)]
+        await live.rows("DELETE FROM cdcsync.articles_vectors_2 RETURNING 1")
+        await live.rows("DELETE FROM {backlog} WHERE generation = 2 RETURNING 1")
+        filling = Filling(connection, SCHEMA, second, spec)
+        page = await filling.page(0, 10)
+        assert filling.takes_over
+        assert await filling.take_over(page, page[-1].chunk_id)
+        assert await live.rows("SELECT embedding::text FROM cdcsync.articles_vectors_2") == [(vector_text("one"),)]
+        assert await filling.waiting(10) == 1
+
+
+def test_vectors_of_half_precision_cannot_become_exact_again() -> None:
+    exact = make_spec()
+    halves = msgspec.structs.replace(exact, config=msgspec.structs.replace(exact.config, vector_type="halfvec"))
+    nobody: Any = None
+    assert Filling(nobody, SCHEMA, halves, exact).takes_over
+    assert not Filling(nobody, SCHEMA, exact, halves).takes_over
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_generation_is_whole_after_a_fill_beside_random_changes(migration: Migration, seed: int) -> None:
+    randomly = random.Random(seed)
+    live, over = migration.live, anyio.Event()
+    stored: set[str] = set()
+
+    async def change() -> None:
+        key, texts = (
+            str(randomly.randrange(12)),
+            [f"text {randomly.randrange(30)}" for _ in range(randomly.choice((1, 2)))],
+        )
+        if key in stored and randomly.random() < 0.25:
+            stored.discard(key)
+            await live.apply(changes(deleted=[key]))
+        elif randomly.random() < 0.02:
+            stored.clear()
+            await live.apply(changes(truncated=True))
+        else:
+            inline = texts if randomly.random() < 0.5 else []
+            await live.apply(changes(document(key, *texts, existed=key in stored), inline=inline))
+            stored.add(key)
+
+    async def applying() -> None:
+        for _ in range(120):
+            await change()
+        over.set()
+
+    async def embedding() -> None:
+        while not over.is_set():
+            await migration.embed()
+            await live.embed()
+            await anyio.lowlevel.checkpoint()
+
+    for _ in range(20):
+        await change()
+    await live.rows("DELETE FROM {backlog} WHERE generation = 2 RETURNING 1")
+    await live.rows("DELETE FROM cdcsync.articles_vectors_2 RETURNING 1")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(applying)
+        tasks.start_soon(embedding)
+        cursor = 0
+        while page := await migration.filling.page(cursor, 3):
+            cursor = page[-1].chunk_id
+            lacking = await migration.filling.without_vector(page)
+            vectors: Mapping[bytes, Any] = {one.hash: vector_of(one.text) for one in lacking if randomly.random() < 0.5}
+            await until_locked(lambda: migration.filling.store(lacking, vectors, cursor), table="vectors")  # noqa: B023
+    assert await migration.filling.lacking() == 0
+    while await migration.embed() or await live.embed():
+        pass
+    for text, found in (await migration.vectors()).items():
+        assert set(found) == {vector_text(text)}
+    assert await migration.strays() == []
+    assert await live.rows("SELECT chunk_id FROM cdcsync.articles_vectors_2 GROUP BY 1 HAVING count(*) > 1") == []
+    assert await live.rows("SELECT FROM {backlog}") == []
