@@ -33,6 +33,7 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "backfill": (("100000",), {}),
     "related": ((), {}),
     "replay": ((), {}),
+    "audit": ((), {}),
     "memory": ((), {"LARGE_ROWS": "300000"}),
     "scale": (("rows", "indexes", "tables"), {"MOST_ROWS": "100000"}),
 }
