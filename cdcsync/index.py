@@ -316,13 +316,14 @@ class Index:
         """
         return await (await self._model()).embed(texts)
 
-    async def wait_for(self, lsn: str | None = None, *, timeout_s: float = 10.0) -> bool:
+    async def wait_for(self, lsn: str | None = None, *, timeout_s: float = 10.0, vectors: bool = False) -> bool:
         """Wait until the index holds everything that the source had committed up to an LSN; False at the timeout.
 
         Take the LSN after the commit, `SELECT pg_current_wal_lsn()` on the source, and hand it to whoever searches.
 
         :param lsn: None takes the source's position now.
-        :raises SetupError: the target does not hold the index.
+        :param vectors: also wait until the texts up to there have their vectors.
+        :raises SetupError: the target does not hold the index, or it is paused or no longer followed.
         :raises SourceUnavailable: `lsn` is None and the source does not answer.
         """
         try:
@@ -332,8 +333,8 @@ class Index:
 
         async def ask(connection: Connection) -> bool:
             function = sql.Identifier(self._shared.config.target.schema, "wait_for")
-            statement = sql.SQL("SELECT {}(%s, %s::pg_lsn, %s * interval '1 s')").format(function)
-            return bool(await fetch_value(connection, statement, [self.name, str(position), timeout_s]))
+            statement = sql.SQL("SELECT {}(%s, %s::pg_lsn, %s * interval '1 s', %s)").format(function)
+            return bool(await fetch_value(connection, statement, [self.name, str(position), timeout_s, vectors]))
 
         return await self._with_connection(ask)
 

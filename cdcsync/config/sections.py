@@ -16,6 +16,7 @@ from cdcsync.config.rerankers import Reranker
 from cdcsync.config.serving import Serve
 from cdcsync.config.shape import Section
 from cdcsync.config.values import (
+    SEARCH_COLUMN,
     Address,
     BatchBytes,
     Dsn,
@@ -28,6 +29,7 @@ from cdcsync.config.values import (
     Relation,
     RelationName,
     Rows,
+    Searched,
     Seconds,
     SlotName,
     SpoolBytes,
@@ -214,7 +216,8 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param view: the view that users query, as in SQL; left out, `public.NAME_index`.
     :param columns: columns carried into the index as they are, spelled as the server stores them.
     :param indexed: columns of the index that get a b-tree each, for searches that filter on them selectively.
-    :param search: the text search configuration of keyword search; empty for none.
+    :param search: the text search configuration of keyword search, or one of `columns` in braces that names the
+        language of each row: "{language}"; empty for none.
     :param distance: how nearness is measured; "auto" takes what the model was trained for.
     :param vector_type: pgvector's column type; "halfvec" halves the space and allows twice the dimensions.
     :param inline_budget_ms: milliseconds that a small batch may wait for its vectors, so that both commit together;
@@ -241,7 +244,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     view: Relation = ""
     columns: tuple[Name, ...] = ()
     indexed: tuple[Name, ...] = ()
-    search: Relation | None = "english"
+    search: Searched | None = "english"
     distance: Literal["auto", "cosine", "l2", "inner_product"] = "auto"
     vector_type: Literal["vector", "halfvec"] = "vector"
     inline_budget_ms: Milliseconds = 50.0
@@ -251,6 +254,12 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     confirm_above_texts: Annotated[int, Meta(ge=0, le=10**12)] | None = None
     chunking: Chunking = Chunking()
     hnsw: Hnsw = Hnsw()
+
+    @property
+    def search_column(self) -> str | None:
+        """The column that names the language of each row's text."""
+        match = SEARCH_COLUMN.fullmatch(self.search or "")
+        return match[1] if match else None
 
     @property
     def tables(self) -> tuple[QualifiedName, ...]:

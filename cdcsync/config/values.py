@@ -150,6 +150,14 @@ def _expression_fault(text: str) -> str | None:
     return None
 
 
+SEARCH_COLUMN = re.compile(r"\{([^{}]+)\}")
+"""A column of the row that names the language of its text, in place of the name of a configuration."""
+
+
+def _read_searched(text: str) -> object:
+    return text if SEARCH_COLUMN.fullmatch(text) else QualifiedName.parse(text)
+
+
 Text = Annotated[str, _checked_by(_blank_fault)]
 Expression = Annotated[str, _checked_by(_expression_fault)]
 HeaderName = Annotated[str, _checked_by(_header_name_fault)]
@@ -159,6 +167,7 @@ Url = Annotated[str, _checked_by(_url_fault)]
 ApiKey = Annotated[str, _checked_by(_key_fault)]
 Name = Annotated[str, _checked_by(plain_name_fault)]
 Relation = Annotated[str, _read_by(QualifiedName.parse)]
+Searched = Annotated[str, _read_by(_read_searched)]
 Address = Annotated[str, _read_by(parse_address)]
 ClusterAddress = Annotated[str, _checked_by(_cluster_fault)]
 MemorySize = Annotated[str, _checked_by(_memory_fault)]

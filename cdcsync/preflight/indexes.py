@@ -53,6 +53,10 @@ class Wish(msgspec.Struct, frozen=True):
         return one.made_by == self.made_by and one.built_like(self.index.hnsw)
 
 
+TEXT_TYPES = ("text", "character")
+"""Types whose values are text without a conversion, which a generated column must not need."""
+
+
 class Plan(msgspec.Struct):
     """The facts known about one index so far; for each that stays None a finding says why."""
 
@@ -230,6 +234,15 @@ async def make_spec(
         for column in index.indexed
         if column in types and not await sortable(connection, types[column])
     ]
+    if index.search_column is not None and not types.get(index.search_column, "").startswith(TEXT_TYPES):
+        found = types.get(index.search_column)
+        findings.append(
+            Finding.error(
+                f"indexes.{plan.name}.search",
+                f"{quote(index.search_column)} is " + (f"of type {found}" if found else "not a column of the index"),
+                "name a column of text that is in columns, and holds a language in each row",
+            )
+        )
     stored = target.stored.get(plan.name)
     shape = Shape(
         plan.name,

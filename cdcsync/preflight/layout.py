@@ -58,7 +58,8 @@ async def _view_faults(connection: Connection, config: Config, name: str, target
 
 async def _search_faults(connection: Connection, config: Config, name: str, *, built: bool) -> list[Finding]:
     """Say whether the text search configuration exists, and whether it is the one that an existing index has."""
-    wanted = str(config.indexes[name].search)
+    index = config.indexes[name]
+    wanted = str(index.search)
     where = f"indexes.{name}.search"
     cursor = await connection.execute(
         """
@@ -66,11 +67,14 @@ async def _search_faults(connection: Connection, config: Config, name: str, *, b
                n.nspname = CASE cardinality(parts) WHEN 1 THEN 'pg_catalog' ELSE parts[1] END
         FROM pg_ts_config c JOIN pg_namespace n ON n.oid = c.cfgnamespace, parse_ident(%s) AS parts
         """,
-        [wanted],
+        ["simple" if index.search_column is not None else wanted],
     )
     known = await cursor.fetchall()
     namesakes = {one: in_place for one, same_name, in_place in known if same_name}
     chosen = next((one for one, in_place in namesakes.items() if in_place), None)
+    sign = f"'{chosen}'::regconfig"
+    if index.search_column is not None:
+        chosen, sign = f"the language in {index.search_column}", "CASE lower("
     if chosen is None:
         best = next(iter(namesakes), None) or nearest(wanted, (one for one, *_ in known))
         return [
@@ -89,7 +93,7 @@ async def _search_faults(connection: Connection, config: Config, name: str, *, b
         " ON a.attrelid = d.adrelid AND a.attnum = d.adnum WHERE d.adrelid = to_regclass(%s) AND a.attname = 'search'",
         [table],
     )
-    if expression is None or f"'{chosen}'::regconfig" in expression[0]:
+    if expression is None or (("CASE" in expression[0]) == ("CASE" in sign) and sign in expression[0]):
         return []
     return [
         Finding.warning(

@@ -296,6 +296,11 @@ async def test_wait_for_is_true_once_the_checkpoint_is_there_and_false_at_the_ti
         )
         assert await articles.wait_for(position) is True
         assert await articles.wait_for() is True
+        assert await articles.wait_for(vectors=True) is True
+        await index.apply(changes(document("4", "a text that waits for its vector", carried=("4",))))
+        await index.connection.execute("UPDATE cdcsync.pipelines SET checkpoint = 'FFFFFFFF/0'")
+        assert await articles.wait_for(position) is True
+        assert await articles.wait_for("FFFFFFFF/0", timeout_s=0.01, vectors=True) is False
         with pytest.raises(UsageError, match="'nonsense' is not an LSN"):
             await articles.wait_for("nonsense")
 

@@ -28,6 +28,7 @@ from cdcsync.target.ddl.chunks_view import (
     put_chunks_view,
 )
 from cdcsync.target.ddl.grants import grants_of
+from cdcsync.target.ddl.languages import search_expression
 from cdcsync.target.ddl.names import MAX_ATTEMPTS as MAX_ATTEMPTS
 from cdcsync.target.ddl.names import OPCLASSES as OPCLASSES
 from cdcsync.target.ddl.names import OPERATORS as OPERATORS
@@ -232,13 +233,11 @@ async def _follow_types(connection: Connection, spec: IndexSpec, names: Names, p
 async def _create_search(connection: Connection, spec: IndexSpec, names: Names) -> None:
     if spec.config.search is None:
         return
+    text = sql.SQL("left(content, " + str(SEARCHED_CHARACTERS) + ")")
     await connection.execute(
-        sql.SQL(
-            "ALTER TABLE {} ADD COLUMN IF NOT EXISTS search tsvector"
-            " GENERATED ALWAYS AS (to_tsvector({}::pg_catalog.regconfig, left(content, "
-            + str(SEARCHED_CHARACTERS)
-            + "))) STORED"
-        ).format(names.chunks, sql.Literal(spec.config.search))
+        sql.SQL("ALTER TABLE {} ADD COLUMN IF NOT EXISTS search tsvector GENERATED ALWAYS AS ({}) STORED").format(
+            names.chunks, search_expression(spec.config, text)
+        )
     )
 
 

@@ -22,6 +22,7 @@ from psycopg import sql
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.filters import read_columns
+from cdcsync.target.ddl.languages import searched
 from cdcsync.target.ddl.names import OPERATORS, Names, vector_schema
 
 log = structlog.get_logger()
@@ -289,7 +290,7 @@ async def compose(
     own = variant or Variant()
     iterative = await pgvector_version(connection) >= ITERATIVE
     words = words_name(schema, spec.name)
-    searched = _searched(spec)
+    by_language = searched(spec.config, names.chunks, words, SAMPLED)
     parts: dict[str, sql.Composable] = {
         "create": sql.SQL("CREATE OR REPLACE"),
         "function": function_name(schema, spec.name) if variant is None else sql.Identifier("pg_temp", "search"),
@@ -308,7 +309,7 @@ async def compose(
         "searchable": sql.SQL("true" if spec.config.search is not None else "false"),
         "live_generation": sql.Literal(spec.generation),
         "generations": sql.SQL("\n").join(
-            _generation(connection, names, extension, one, searched, attributes) for one in spec.generations
+            _generation(connection, names, extension, one, by_language.of_chunk, attributes) for one in spec.generations
         ),
         "no_generation": sql.SQL(NO_GENERATION),
         # An iterative scan continues past these candidates; an older pgvector returns no more than they are.
@@ -319,10 +320,10 @@ async def compose(
         # On a line of its own, so that nothing of ours can become part of it.
         "condition": sql.Literal("true" if own.where is None else f"(\n{own.where}\n)"),
         "filtered": sql.SQL("false" if own.where is None else "true"),
-        "choose_configurations": searched.choose,
-        "configurations": searched.configurations,
-        "lexemes": searched.lexemes,
-        "phrases": searched.phrases,
+        "choose_configurations": by_language.choose,
+        "configurations": by_language.configurations,
+        "lexemes": by_language.lexemes,
+        "phrases": by_language.phrases,
         "sample": _text(
             sql.SQL("SELECT count(*) FROM {} AS c TABLESAMPLE SYSTEM (%s) REPEATABLE (1) WHERE %s").format(
                 names.chunks
@@ -371,7 +372,7 @@ def _generation(
     names: Names,
     extension: str,
     spec: IndexSpec,
-    searched: _Searched,
+    configuration: sql.Composable,
     attributes: Mapping[str, str],
 ) -> sql.Composed:
     """Return the branch of the function's body that chooses the vectors of one generation."""
@@ -391,7 +392,7 @@ def _generation(
         "SELECT {} FROM unnest($1, $2, $3, $4, $5) WITH ORDINALITY"
         " AS h(chunk_id, score, vector_rank, text_rank, text_score, place)"
         " JOIN {} AS c ON c.chunk_id = h.chunk_id LEFT JOIN {} AS v ON v.chunk_id = c.chunk_id ORDER BY h.place"
-    ).format(_results(spec, searched, distance_of["$6"], text_of_chunk, attributes), names.chunks, vectors)
+    ).format(_results(spec, configuration, distance_of["$6"], text_of_chunk, attributes), names.chunks, vectors)
     chosen: dict[LiteralString, sql.Composable] = {
         "dimensions": sql.Literal(spec.dimensions),
         "model": sql.Literal(spec.model),
@@ -407,36 +408,9 @@ def _generation(
     return sql.SQL("WHEN {} THEN {}").format(sql.Literal(spec.generation), assignments)
 
 
-class _Searched(msgspec.Struct, frozen=True):
-    """How words are made of a text, as expressions of the function's body.
-
-    :ivar choose: a statement that sets `configurations`, where they depend on the query.
-    :ivar lexemes: a table of the lexemes of `bare`.
-    :ivar phrases: a table of queries for the words of `part` or `negated`, in their order.
-    :ivar of_chunk: the configuration of a chunk `c`, for its headline.
-    """
-
-    choose: sql.Composable
-    configurations: sql.Composable
-    lexemes: sql.Composable
-    phrases: sql.Composable
-    of_chunk: sql.Composable
-
-
-def _searched(spec: IndexSpec) -> _Searched:
-    configuration = sql.SQL("{}::pg_catalog.regconfig").format(sql.Literal(spec.config.search or "pg_catalog.simple"))
-    return _Searched(
-        sql.SQL(""),
-        sql.SQL("ARRAY[{}]").format(configuration),
-        sql.SQL("unnest(to_tsvector(configurations[1], bare))"),
-        sql.SQL("phraseto_tsquery(configurations[1], coalesce(part, negated))"),
-        configuration,
-    )
-
-
 def _results(
     spec: IndexSpec,
-    searched: _Searched,
+    configuration: sql.Composable,
     distance: sql.Composable,
     text: sql.Composable,
     attributes: Mapping[str, str],
@@ -455,7 +429,7 @@ def _results(
         "text_score": sql.SQL("h.text_score"),
         "headline": sql.SQL(
             "CASE WHEN $8 IS NOT NULL THEN pg_catalog.ts_headline({}, {}, coalesce($7, ''::pg_catalog.tsquery), $8) END"
-        ).format(searched.of_chunk, text),
+        ).format(configuration, text),
         "stale": sql.SQL("v.content_hash IS DISTINCT FROM c.content_hash"),
     }
     return sql.SQL(", ").join(

@@ -1,0 +1,140 @@
+"""Keyword search in one language, or in the language that a column of each row names: `search = "{language}"`.
+
+The search column is generated from the row alone, so the server keeps it, and a row whose language changes needs no
+work of ours. A value is the name of one of PostgreSQL's configurations, or the two letters of a language; anything
+else, and NULL, is `simple`: words as they are written.
+
+Source: PostgreSQL, "Text Search" (Configurations), "Generated Columns"; ISO 639-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from psycopg import sql
+
+from cdcsync.config import Index
+
+SIMPLE = "simple"
+
+LETTERS = {
+    "arabic": "ar",
+    "armenian": "hy",
+    "basque": "eu",
+    "catalan": "ca",
+    "danish": "da",
+    "dutch": "nl",
+    "english": "en",
+    "finnish": "fi",
+    "french": "fr",
+    "german": "de",
+    "greek": "el",
+    "hindi": "hi",
+    "hungarian": "hu",
+    "indonesian": "id",
+    "irish": "ga",
+    "italian": "it",
+    "lithuanian": "lt",
+    "nepali": "ne",
+    "norwegian": "no",
+    "portuguese": "pt",
+    "romanian": "ro",
+    "russian": "ru",
+    "serbian": "sr",
+    "spanish": "es",
+    "swedish": "sv",
+    "tamil": "ta",
+    "turkish": "tr",
+    "yiddish": "yi",
+}
+"""Configurations that every PostgreSQL from 14 on has, and the two letters of their languages."""
+
+
+class Searched(msgspec.Struct, frozen=True):
+    """How words are made of a text, as expressions of the search function's body.
+
+    :ivar choose: statements that set `configurations`, where they depend on the index's rows.
+    :ivar configurations: the array of configurations to begin with.
+    :ivar lexemes: a table of the lexemes of `bare`.
+    :ivar phrases: a table of queries for the words of `part` or `negated`, in their order.
+    :ivar of_chunk: the configuration of a chunk `c`, for its headline.
+    """
+
+    choose: sql.Composable
+    configurations: sql.Composable
+    lexemes: sql.Composable
+    phrases: sql.Composable
+    of_chunk: sql.Composable
+
+
+def search_expression(index: Index, text: sql.Composable) -> sql.Composable:
+    """Return the expression of the generated search column.
+
+    :param text: the text that is searched.
+    """
+    if index.search_column is None:
+        return _vector(index.search or SIMPLE, text)
+    return _by_language(sql.Identifier(index.search_column), lambda one: _vector(f"pg_catalog.{one}", text))
+
+
+def searched(index: Index, chunks: sql.Composable, words: sql.Composable, sample: int) -> Searched:
+    """Return how the search function makes words of a query.
+
+    A query is in any of the languages that a sample of the rows has, as nobody says which.
+    """
+    if index.search_column is None:
+        configuration = _configuration(index.search or "pg_catalog.simple")
+        return Searched(
+            sql.SQL(""),
+            sql.SQL("ARRAY[{}]").format(configuration),
+            sql.SQL("unnest(to_tsvector(configurations[1], bare))"),
+            sql.SQL("phraseto_tsquery(configurations[1], coalesce(part, negated))"),
+            configuration,
+        )
+
+    def named(column: sql.Composable) -> sql.Composable:
+        return _by_language(column, lambda one: _configuration(f"pg_catalog.{one}"))
+
+    column = sql.Identifier(index.search_column)
+    return Searched(
+        sql.SQL(
+            "SELECT least(100, 100.0 * {sample} / greatest(max(s.chunks), 1)) INTO visited FROM {words} AS s"
+            " WHERE s.lexeme = '';\n"
+            "configurations := ARRAY(SELECT DISTINCT {named} FROM (SELECT DISTINCT c.{column} AS language"
+            " FROM {chunks} AS c TABLESAMPLE SYSTEM (visited) REPEATABLE (1)) AS d);\n"
+            "IF configurations = '{{}}' THEN configurations := ARRAY[{simple}]; END IF;"
+        ).format(
+            sample=sql.SQL(str(sample)),
+            words=words,
+            chunks=chunks,
+            column=column,
+            named=named(sql.SQL("d.language")),
+            simple=_configuration("pg_catalog.simple"),
+        ),
+        sql.SQL("'{}'"),
+        sql.SQL(
+            "(SELECT DISTINCT ON (t.lexeme) t.lexeme, t.positions FROM unnest(configurations) AS g"
+            " CROSS JOIN LATERAL unnest(to_tsvector(g, bare)) AS t ORDER BY t.lexeme)"
+        ),
+        sql.SQL("unnest(ARRAY(SELECT phraseto_tsquery(g, coalesce(part, negated)) FROM unnest(configurations) AS g))"),
+        named(sql.Composed([sql.SQL("c."), column])),
+    )
+
+
+def _by_language(column: sql.Composable, result: Callable[[str], sql.Composable]) -> sql.Composable:
+    cases = [
+        sql.SQL("WHEN {} THEN {} WHEN {} THEN {}").format(
+            sql.Literal(name), result(name), sql.Literal(letters), result(name)
+        )
+        for name, letters in LETTERS.items()
+    ]
+    return sql.SQL("CASE lower({}) {} ELSE {} END").format(column, sql.SQL(" ").join(cases), result(SIMPLE))
+
+
+def _configuration(name: str) -> sql.Composable:
+    return sql.SQL("{}::pg_catalog.regconfig").format(sql.Literal(name))
+
+
+def _vector(name: str, text: sql.Composable) -> sql.Composable:
+    return sql.SQL("to_tsvector({}, {})").format(_configuration(name), text)

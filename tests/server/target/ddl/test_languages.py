@@ -1,0 +1,84 @@
+"""Keyword search in the language of each row, without accents, and in scripts without spaces."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from psycopg import sql
+
+from cdcsync.target.search import count_words, search
+from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec
+from tests.support.servers import Database
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+ROWS = [
+    ("1", "german", "Die Häuser am Fluss wurden verkauft"),
+    ("2", "EN", "The houses by the river were sold"),
+    ("3", "fr", "Les maisons au bord de la rivière"),
+    ("4", "klingon", "the houses of Qonos"),
+    ("5", None, "houses"),
+]
+
+
+async def found(index: LiveIndex, query: str, **more: object) -> list[object]:
+    hits = await search(index.connection, SCHEMA, index.spec, text=query, vector=None, **more)  # type: ignore[arg-type]
+    return [hit.key["id"] for hit in hits]
+
+
+async def filled(index: LiveIndex, rows: list[tuple[str, str | None, str]]) -> None:
+    await index.apply(changes(*(document(key, text, carried=(language,)) for key, language, text in rows)))
+    await count_words(index.connection, SCHEMA, index.spec)
+
+
+@pytest.fixture
+async def languages(database: Database) -> AsyncIterator[LiveIndex]:
+    spec = make_spec(carried={"language": "text"}, search="{language}")
+    async with live_index(database, spec) as index:
+        await filled(index, ROWS)
+        yield index
+
+
+@pytest.mark.parametrize(
+    ("query", "ids"),
+    [
+        ("Haus", {1}),  # each row's words are reduced as its language does
+        ("house", {2}),
+        ("maison", {3}),
+        ("houses", {2, 4, 5}),  # an unknown language, or none, has its words as they are written
+        ('"houses by the river"', {2}),
+        ("house -river", set()),
+    ],
+)
+async def test_words_are_those_of_each_rows_language(languages: LiveIndex, query: str, ids: set[int]) -> None:
+    assert set(await found(languages, query)) == ids
+
+
+async def test_a_row_that_changes_its_language_changes_its_words(languages: LiveIndex) -> None:
+    await filled(languages, [("4", "english", "the houses of Qonos")])
+    assert set(await found(languages, "house")) == {2, 4}
+    assert await found(languages, "house", filter={"language": "english"}) == [4]
+
+
+async def test_a_headline_marks_words_in_the_rows_language(languages: LiveIndex) -> None:
+    (hit,) = await search(languages.connection, SCHEMA, languages.spec, text="Haus", vector=None, headline="")
+    assert hit.headline is not None
+    assert "<b>Häuser</b>" in hit.headline
+
+
+async def test_a_configuration_with_unaccent_finds_words_without_their_accents(database: Database) -> None:
+    if database.execute("SELECT count(*) FROM pg_available_extensions WHERE name = 'unaccent'") == [(0,)]:
+        pytest.skip("this server has no extension unaccent")
+    for statement in (
+        "CREATE EXTENSION unaccent",
+        "CREATE TEXT SEARCH CONFIGURATION public.french_unaccent (COPY = french)",
+        "ALTER TEXT SEARCH CONFIGURATION public.french_unaccent ALTER MAPPING FOR hword, hword_part, word"
+        " WITH unaccent, french_stem",
+    ):
+        database.execute(sql.SQL(statement))
+    async with live_index(database, make_spec(carried={"tenant": "text"}, search="public.french_unaccent")) as index:
+        await filled(index, [("1", None, "un café près de la forêt"), ("2", None, "une maison")])
+        assert await found(index, "cafe") == [1]
+        assert await found(index, "FORÊTS") == [1]
+        assert await found(index, "foret") == [1]
