@@ -217,7 +217,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param columns: columns carried into the index as they are, spelled as the server stores them.
     :param indexed: columns of the index that get a b-tree each, for searches that filter on them selectively.
     :param search: the text search configuration of keyword search, or one of `columns` in braces that names the
-        language of each row: "{language}"; empty for none.
+        language of each row: "{language}"; "cjk" for Chinese, Japanese and Korean; empty for none.
     :param distance: how nearness is measured; "auto" takes what the model was trained for.
     :param vector_type: pgvector's column type; "halfvec" halves the space and allows twice the dimensions.
     :param inline_budget_ms: milliseconds that a small batch may wait for its vectors, so that both commit together;

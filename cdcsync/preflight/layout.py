@@ -19,6 +19,7 @@ from cdcsync.preflight.target import (
     read_relations,
     relation_faults,
 )
+from cdcsync.target.ddl.languages import CJK
 
 
 async def examine_layout(
@@ -56,6 +57,11 @@ async def _view_faults(connection: Connection, config: Config, name: str, target
     return list(relation_faults(where, existing, target.server))
 
 
+def _form(expression: str) -> list[bool]:
+    """Return which of the ways to make words of a text an expression is of."""
+    return [sign in expression for sign in ("CASE lower(", "regexp_replace(")]
+
+
 async def _search_faults(connection: Connection, config: Config, name: str, *, built: bool) -> list[Finding]:
     """Say whether the text search configuration exists, and whether it is the one that an existing index has."""
     index = config.indexes[name]
@@ -67,7 +73,7 @@ async def _search_faults(connection: Connection, config: Config, name: str, *, b
                n.nspname = CASE cardinality(parts) WHEN 1 THEN 'pg_catalog' ELSE parts[1] END
         FROM pg_ts_config c JOIN pg_namespace n ON n.oid = c.cfgnamespace, parse_ident(%s) AS parts
         """,
-        ["simple" if index.search_column is not None else wanted],
+        ["simple" if index.search_column is not None or wanted == CJK else wanted],
     )
     known = await cursor.fetchall()
     namesakes = {one: in_place for one, same_name, in_place in known if same_name}
@@ -75,6 +81,8 @@ async def _search_faults(connection: Connection, config: Config, name: str, *, b
     sign = f"'{chosen}'::regconfig"
     if index.search_column is not None:
         chosen, sign = f"the language in {index.search_column}", "CASE lower("
+    elif wanted == CJK:
+        chosen, sign = wanted, "regexp_replace("
     if chosen is None:
         best = next(iter(namesakes), None) or nearest(wanted, (one for one, *_ in known))
         return [

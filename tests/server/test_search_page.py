@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from cdcsync.target.pipelines import Pipelines
 from tests import ROOT
-from tests.support.indexes import OpenIndex, changes, document
+from tests.support.indexes import SCHEMA, OpenIndex, changes, document, register
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -16,6 +17,9 @@ PAGE = (ROOT / "docs" / "searching.md").read_text(encoding="utf-8")
 
 async def test_every_statement_of_the_page_runs_and_searches_find_something(open_index: OpenIndex) -> None:
     index = await open_index()
+    await Pipelines(SCHEMA, "s").ensure(index.connection, "p")
+    await register(index.connection, index.spec, slot="s")
+    await index.connection.execute("UPDATE cdcsync.pipelines SET checkpoint = '0/2'")
     await index.apply(changes(document("1", "a forgotten password"), document("2", "another password", carried=("2",))))
     await index.embed()
     await index.connection.execute("SET search_path TO public")

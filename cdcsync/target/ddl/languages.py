@@ -1,8 +1,15 @@
-"""Keyword search in one language, or in the language that a column of each row names: `search = "{language}"`.
+"""The words of a text: by one configuration, by the language that a column of each row names, or by characters.
+
+    search = "english"       a text search configuration
+    search = "{language}"    a column that names the language of its row
+    search = "cjk"           scripts that do not space words
 
 The search column is generated from the row alone, so the server keeps it, and a row whose language changes needs no
 work of ours. A value is the name of one of PostgreSQL's configurations, or the two letters of a language; anything
 else, and NULL, is `simple`: words as they are written.
+
+PostgreSQL's parser takes a run of Chinese or Japanese characters for one word. By `cjk` each character is a word, which
+keeps its place, so a quoted phrase is found inside of any run; what is not of these scripts is as by `simple`.
 
 Source: PostgreSQL, "Text Search" (Configurations), "Generated Columns"; ISO 639-1.
 """
@@ -17,6 +24,11 @@ from psycopg import sql
 from cdcsync.config import Index
 
 SIMPLE = "simple"
+
+CJK = "cjk"
+
+CHARACTERS = "([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff])"
+"""Hiragana, Katakana, the unified ideographs with extension A, Hangul syllables, and compatibility ideographs."""
 
 LETTERS = {
     "arabic": "ar",
@@ -73,6 +85,8 @@ def search_expression(index: Index, text: sql.Composable) -> sql.Composable:
 
     :param text: the text that is searched.
     """
+    if index.search == CJK:
+        return _vector("pg_catalog.simple", _apart(text))
     if index.search_column is None:
         return _vector(index.search or SIMPLE, text)
     return _by_language(sql.Identifier(index.search_column), lambda one: _vector(f"pg_catalog.{one}", text))
@@ -83,6 +97,15 @@ def searched(index: Index, chunks: sql.Composable, words: sql.Composable, sample
 
     A query is in any of the languages that a sample of the rows has, as nobody says which.
     """
+    if index.search == CJK:
+        configuration = _configuration("pg_catalog.simple")
+        return Searched(
+            sql.SQL(""),
+            sql.SQL("ARRAY[{}]").format(configuration),
+            sql.SQL("unnest(to_tsvector(configurations[1], {}))").format(_apart(sql.SQL("bare"))),
+            sql.SQL("phraseto_tsquery(configurations[1], {})").format(_apart(sql.SQL("coalesce(part, negated)"))),
+            configuration,
+        )
     if index.search_column is None:
         configuration = _configuration(index.search or "pg_catalog.simple")
         return Searched(
@@ -130,6 +153,11 @@ def _by_language(column: sql.Composable, result: Callable[[str], sql.Composable]
         for name, letters in LETTERS.items()
     ]
     return sql.SQL("CASE lower({}) {} ELSE {} END").format(column, sql.SQL(" ").join(cases), result(SIMPLE))
+
+
+def _apart(text: sql.Composable) -> sql.Composable:
+    """Return an expression for a text in which each character of these scripts stands alone."""
+    return sql.SQL("regexp_replace({}, {}, {}, 'g')").format(text, sql.Literal(CHARACTERS), sql.Literal(r" \1 "))
 
 
 def _configuration(name: str) -> sql.Composable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from psycopg import sql
@@ -27,7 +27,7 @@ async def found(index: LiveIndex, query: str, **more: object) -> list[object]:
     return [hit.key["id"] for hit in hits]
 
 
-async def filled(index: LiveIndex, rows: list[tuple[str, str | None, str]]) -> None:
+async def filled(index: LiveIndex, rows: Sequence[tuple[str, str | None, str]]) -> None:
     await index.apply(changes(*(document(key, text, carried=(language,)) for key, language, text in rows)))
     await count_words(index.connection, SCHEMA, index.spec)
 
@@ -82,3 +82,29 @@ async def test_a_configuration_with_unaccent_finds_words_without_their_accents(d
         assert await found(index, "cafe") == [1]
         assert await found(index, "FORÊTS") == [1]
         assert await found(index, "foret") == [1]
+
+
+@pytest.mark.parametrize(
+    ("query", "ids"),
+    [
+        ('"東京"', [1]),  # inside of a run, which PostgreSQL's parser takes for one word
+        ('"京都"', [2]),
+        ("東京大学", [1, 2]),  # characters are alternatives; more of them rank higher
+        ('"パスワード"', [3]),
+        ('"비밀번호"', [4]),
+        ("password", [3]),
+        ('大学 -"京都"', [1]),
+    ],
+)
+async def test_scripts_without_spaces_are_searched_by_their_characters(
+    database: Database, query: str, ids: list[int]
+) -> None:
+    rows = [
+        ("1", None, "東京大学は日本の大学である"),
+        ("2", None, "京都の大学を訪ねた"),
+        ("3", None, "パスワードを忘れた password"),
+        ("4", None, "비밀번호를 잊었습니다"),
+    ]
+    async with live_index(database, make_spec(carried={"tenant": "text"}, search="cjk")) as index:
+        await filled(index, rows)
+        assert await found(index, query) == ids
