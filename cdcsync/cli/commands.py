@@ -72,6 +72,25 @@ app = typer.Typer(
 config_commands = typer.Typer(help="Show the configuration in effect, or describe every key of one.")
 app.add_typer(config_commands, name="config")
 
+
+def index_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the indexes of the configuration that a word can be completed to; none where it cannot be read."""
+    import tomllib
+
+    named = next((found for one in (context, context.parent) if one and (found := one.params.get("config"))), None)
+    try:
+        data = tomllib.loads(Path(named or os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG).read_text("utf-8"))
+    except (OSError, ValueError):
+        return []
+    indexes = data.get("indexes")
+    return [name for name in indexes if name.startswith(incomplete)] if isinstance(indexes, dict) else []
+
+
+IndexArgument = Annotated[
+    str,
+    typer.Argument(metavar="INDEX", help="The index's name in the configuration.", autocompletion=index_names),
+]
+
 ConfigOption = Annotated[
     Path | None,
     typer.Option(

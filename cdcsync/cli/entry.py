@@ -6,9 +6,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from enum import Enum
 from typing import NoReturn
 
 import typer
+import typer.main
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from cdcsync.cli import evaluate, failures, init, migrate, plan, replay, search, serve, shipped, teardown, verify
 from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app, config_commands
@@ -47,11 +50,40 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(_status(sys.argv[1:] if arguments is None else arguments))
 
 
+def command_line() -> TyperGroup:
+    """Return the command line, with all commands."""
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperGroup)
+    _describe_parameters(command)
+    return command
+
+
+def _describe_parameters(command: TyperCommand | TyperGroup, parent: typer.Context | None = None) -> None:
+    """Have the help name what a parameter takes as people do: `N`, not `<int range>`, and nothing for a flag."""
+    # What the help option is called is a setting of the whole command line, which a context takes from its parent.
+    context = typer.Context(command, parent=parent, **command.context_settings)
+    for parameter in [*command.params, command.get_help_option(context)]:
+        if isinstance(parameter, TyperOption) and parameter.metavar is None:
+            parameter.metavar = "" if parameter.is_flag else _metavar(parameter)
+        elif isinstance(parameter, TyperArgument):
+            parameter.display_type_rich = lambda ctx: None  # type: ignore[method-assign]
+    if isinstance(command, TyperGroup):
+        for one in command.commands.values():
+            _describe_parameters(one, context)  # type: ignore[arg-type]
+
+
+def _metavar(option: TyperOption) -> str:
+    kind = option.type_descriptor.annotation
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "|".join(str(one.value) for one in kind)
+    return "N" if kind in (int, float) else "TEXT"
+
+
 def _status(arguments: Sequence[str]) -> int:
     invocation = Invocation(debug=bool(os.environ.get(DEBUG_VARIABLE)))
     try:
         try:
-            status = app(list(arguments), prog_name="cdcsync", standalone_mode=False, obj=invocation)
+            status = command_line()(list(arguments), prog_name="cdcsync", standalone_mode=False, obj=invocation)
             sys.stdout.flush()
         except BaseExceptionGroup as group:
             raise leading(group) from group

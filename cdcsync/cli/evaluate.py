@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
+from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption
 from cdcsync.errors import EXIT_FAILED, UsageError
 from cdcsync.stopping import interruptible
 
@@ -35,7 +35,7 @@ EPILOG = """How much of what is nearest is found? `cdcsync evaluate articles`
 
 def evaluate(
     context: typer.Context,
-    index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
+    index: IndexArgument,
     config: ConfigOption = None,
     queries: Annotated[
         int, typer.Option(min=1, max=100_000, help="How many stored vectors, or questions of the record.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
+from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption
 from cdcsync.errors import EXIT_FAILED, UsageError
 from cdcsync.stopping import interruptible
 
@@ -38,7 +38,7 @@ class Action(StrEnum):
 
 def failures(
     context: typer.Context,
-    index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
+    index: IndexArgument,
     action: Annotated[Action, typer.Argument(help="Show them, have them tried again now, or give them up.")],
     config: ConfigOption = None,
     limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many to list of each kind.")] = 100,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
+from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption
 from cdcsync.cli.teardown import confirm
 from cdcsync.errors import EXIT_FAILED, UsageError
 from cdcsync.stopping import interruptible
@@ -46,7 +46,7 @@ class Action(StrEnum):
 
 def migrate(
     context: typer.Context,
-    index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
+    index: IndexArgument,
     action: Annotated[Action, typer.Argument(help="Begin, look, switch, switch back, or free what is not used.")],
     config: ConfigOption = None,
     max_rows_per_s: Annotated[

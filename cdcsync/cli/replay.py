@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
+from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption
 from cdcsync.errors import EXIT_FAILED, UsageError
 from cdcsync.stopping import interruptible
 
@@ -42,7 +42,7 @@ class OnInterrupt(StrEnum):
 
 def replay(
     context: typer.Context,
-    index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
+    index: IndexArgument,
     config: ConfigOption = None,
     where: Annotated[
         str | None,
@@ -127,7 +127,7 @@ def _actions(pause: bool, resume: bool, cancel: bool) -> Iterator[tuple[RequestA
 def _keys(given: list[str]) -> list[str]:
     """Return the keys of the command line, with those of standard input where `-` stands.
 
-    :raises UsageError: standard input is no UTF-8.
+    :raises UsageError: standard input is not UTF-8.
     """
     keys = []
     for key in given:
@@ -137,12 +137,12 @@ def _keys(given: list[str]) -> list[str]:
         try:
             lines = sys.stdin.buffer.read().decode().split("\n")
         except UnicodeDecodeError:
-            raise UsageError("standard input is no UTF-8", where="--key -", hint="one key a line, in UTF-8") from None
+            raise UsageError("standard input is not UTF-8", where="--key -", hint="one key a line, in UTF-8") from None
         keys += [line.removesuffix("\r") for line in lines if line.removesuffix("\r")]
     try:
         "".join(keys).encode()
     except UnicodeEncodeError:
-        raise UsageError("a key is no UTF-8", where="--key", hint="give keys in UTF-8") from None
+        raise UsageError("a key is not UTF-8", where="--key", hint="give keys in UTF-8") from None
     return keys
 
 

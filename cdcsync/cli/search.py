@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 import typer
 
-from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption, Mode
+from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption, Mode
 from cdcsync.cli.printing import MARKS
 from cdcsync.errors import UsageError
 from cdcsync.stopping import interruptible
@@ -54,7 +54,7 @@ class Answer:
 
 def search(
     context: typer.Context,
-    index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
+    index: IndexArgument,
     words: Annotated[
         list[str],
         typer.Argument(metavar="[INDEX]... TEXT", help="Names of more indexes, and last what to look for."),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
+from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption
 from cdcsync.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ MEANINGS = {
 
 def verify(
     context: typer.Context,
-    index: Annotated[str, typer.Argument(metavar="INDEX", help="The index's name in the configuration.")],
+    index: IndexArgument,
     config: ConfigOption = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Read exactly the rows again that differ, then compare once more.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +66,7 @@ def parse(text: str, environ: Mapping[str, str], *, where: str) -> Config:
     try:
         data = expand(tomllib.loads(text), environ, problems)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"is not TOML: {error}", where=where, hint="correct the text at that place") from error
+        raise _not_toml(text, str(error), where) from error
     except ValueError:
         # The interpreter's guard against slow conversions, which tomllib lets through; it suggests code to call.
         raise ConfigError("holds a number of thousands of digits", where=where, hint="look for a stuck key") from None
@@ -80,6 +81,81 @@ def parse(text: str, environ: Mapping[str, str], *, where: str) -> Config:
         return config
     target = msgspec.structs.replace(config.target, dsn=config.source.dsn)
     return msgspec.structs.replace(config, target=target)
+
+
+_PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
+
+_QUOTES = "close it; a text of several lines stands in three of them"
+
+_CAUSES = (
+    ("Expected '=' after a key", "an equals sign is missing after the key", "write key = value"),
+    ("Expected ']", "a section's name is not closed", "write [section]"),
+    (
+        "Expected newline or end of document",
+        "something follows the value",
+        "write one key a line, and texts in quotation marks",
+    ),
+    ("Invalid initial character for a key", "a key is missing", "write key = value, or [section]"),
+    ("Invalid statement", "this is neither a section nor a key with its value", "write key = value, or [section]"),
+    ("Invalid value", "the value is missing, or is a text without quotation marks", 'write texts as "text"'),
+    (
+        "Unterminated string",
+        "a quotation mark is not closed",
+        _QUOTES,
+    ),
+    ("Expected '\"'", "a quotation mark is not closed", _QUOTES),
+    ('Expected "\'"', "a quotation mark is not closed", _QUOTES),
+    (
+        "Illegal character '\\n'",
+        "a quotation mark is not closed on its line",
+        _QUOTES,
+    ),
+    ("Unescaped", "a backslash in a text begins an escape", "write two, or put the text in single quotation marks"),
+    ("Unclosed array", "a list is not closed", "write ] at its end"),
+    ("Unclosed inline table", "a section in braces is not closed", "write } at its end"),
+    ("Cannot overwrite a value", "this key stands there already", "remove one of the two"),
+    ("Cannot declare", "this section stands there already", "put the keys of both into one"),
+    ("Cannot mutate", "a list or a section in braces cannot be added to later", "put all of it into one place"),
+    ("Cannot redefine", "this section stands there already, in another form", "put the keys of both into one"),
+    ("Duplicate inline table key", "this key stands there already", "remove one of the two"),
+    ("Invalid date or datetime", "this is not a date", "write 2026-01-31, or put the text in quotation marks"),
+    ("Invalid hex value", "an escape in a text is not finished", "write \\uXXXX with four digits"),
+    ("Found invalid character", "this character may not stand here", "remove it"),
+    ("Illegal character", "this character may not stand here", "remove it"),
+)
+"""How tomllib's messages begin, what they mean, and the fix."""
+
+
+def _not_toml(text: str, message: str, where: str) -> ConfigError:
+    """Return the error of a text that is not TOML, with the line and a caret under the place.
+
+    Of the line only what stands before a value is shown: the value may be a password.
+    """
+    place = _PLACE.search(message)
+    said = message[: place.start()] if place is not None else message
+    cause, hint = next(
+        ((cause, hint) for begin, cause, hint in _CAUSES if said.startswith(begin)),
+        ("the text is not as TOML has it", "correct the text at that place"),
+    )
+    lines = text.splitlines() or [""]
+    if place is None or place[1] is None:
+        number, column = len(lines), len(lines[-1]) + 1
+    else:
+        number, column = int(place[1]), int(place[2])
+        if number > len(lines) or (column == 1 and not lines[number - 1]):
+            # At a line break that is one too early or too late: the line before is meant.
+            number = min(max(1, number - 1), len(lines))
+            column = len(lines[number - 1]) + 1
+    shown = re.split(r"""(?<==)|["']|://""", lines[number - 1], maxsplit=1)[0].replace("\t", " ")
+    if len(shown) < len(lines[number - 1].rstrip()):
+        shown = f"{shown.rstrip()} …"
+    caret = " " * min(column - 1, len(shown) - (1 if shown.endswith("…") else 0)) + "^"
+    margin = f"{number} | "
+    return ConfigError(
+        f"is not TOML, line {number}, column {column}: {cause}\n{margin}{shown}\n{' ' * (len(margin) - 2)}| {caret}",
+        where=where,
+        hint=hint,
+    )
 
 
 def _with_view(name: str, index: Index) -> Index:

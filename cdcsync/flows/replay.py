@@ -129,7 +129,7 @@ def parse_key(text: str, spec: IndexSpec) -> Key:
     try:
         values = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
     except ValueError:
-        raise UsageError(f"{text!r} is no JSON array", where="--key", hint=hint) from None
+        raise UsageError(f"{text!r} is not a JSON array", where="--key", hint=hint) from None
     if not isinstance(values, list) or len(values) != len(names):
         raise UsageError(f"{text} does not have {len(names)} values", where="--key", hint=hint)
     if not all(isinstance(value, str | bool) for value in values):

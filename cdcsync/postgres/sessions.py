@@ -23,6 +23,7 @@ from cdcsync.config.redaction import dsn_fault
 from cdcsync.errors import CdcsyncError, SchemaChanged, SetupError, SourceUnavailable, TargetUnavailable
 from cdcsync.logs import without_quoted
 from cdcsync.postgres.liveness import TCP_USER_TIMEOUT_MS, WatchedConnection
+from cdcsync.postgres.refusals import explain
 
 Side = Literal["source", "target"]
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
@@ -100,11 +101,11 @@ def describe(dsn: str) -> str:
 
 
 def unavailable(
-    side: Side, message: str, *, where: str | None = None, sqlstate: str | None = None
+    side: Side, message: str, *, where: str | None = None, hint: str | None = None, sqlstate: str | None = None
 ) -> SourceUnavailable | TargetUnavailable:
     """Return the error of a server that cannot be reached just now."""
     kind = SourceUnavailable if side == "source" else TargetUnavailable
-    hint = f"check that the {side} server runs and is reachable"
+    hint = hint or f"check that the {side} server runs and is reachable"
     return kind(message, where=where or side, hint=hint, sqlstate=sqlstate)
 
 
@@ -257,6 +258,10 @@ def connect_error(error: psycopg.Error, side: Side, where: str) -> CdcsyncError:
     libpq gives no error code for a refused login: its words are what the server sent, so they are looked for.
     """
     text = first_line(error)
+    if (refusal := explain(text)) is not None:
+        if refusal.lasting:
+            return SetupError(refusal.message, where=where, hint=refusal.hint, sqlstate=error.sqlstate)
+        return unavailable(side, refusal.message, where=where, hint=refusal.hint, sqlstate=error.sqlstate)
     for code, pattern in (
         ("28P01", r"password authentication failed|no password supplied"),
         ("28000", r'pg_hba\.conf|role ".*" does not exist|role ".*" is not permitted to log in'),

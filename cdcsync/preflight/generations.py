@@ -118,6 +118,6 @@ def wish_findings(plan: Plan, live: Generation) -> Iterator[Finding]:
         return
     yield Finding.warning(
         where,
-        f"the configuration asks for vectors by {asked}; the index goes on with those that it has, by {has}",
-        f"to exchange the vectors while searches go on: cdcsync migrate {plan.name} start",
+        f"the configuration asks for vectors by {asked}; the index keeps those that it has, by {has}",
+        f"to exchange the vectors without an interruption of searches: cdcsync migrate {plan.name} start",
     )

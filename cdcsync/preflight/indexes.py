@@ -164,7 +164,7 @@ def vector_faults(plan: Plan, stored: Entry) -> Iterator[Finding]:
     """
     name, index, embedder = plan.name, plan.index, plan.embedder
     where = f"indexes.{name}"
-    migrate = f"to exchange the vectors while searches go on: cdcsync migrate {name} start"
+    migrate = f"to exchange the vectors without an interruption of searches: cdcsync migrate {name} start"
     if stored.vector_type != index.vector_type:
         yield Finding.error(
             f"{where}.vector_type",

@@ -63,8 +63,9 @@ def progress(index: IndexStatus, hnsw: tuple[int, int] | None = None) -> list[Pr
     elif index.state == "building" and index.documents is not None and index.chunks:
         parts.append(Progress("rows", index.documents, index.documents, 0.0))
     waiting = index.backlog - index.backlog_live
-    if (loading or waiting) and index.chunks:
-        parts.append(Progress("vectors", index.chunks - index.backlog - index.failed, _chunks_in_the_end(index)))
+    if index.state == "building" or ((loading or waiting) and index.chunks):
+        done = max(0, index.chunks - index.backlog - index.failed)
+        parts.append(Progress("vectors", done, _chunks_in_the_end(index) if index.chunks else None))
     if hnsw is not None:
         parts.append(Progress("hnsw", *hnsw))
     return parts

@@ -152,9 +152,9 @@ async def test_a_schema_of_that_name_in_another_database_is_not_ours(make_databa
 @pytest.mark.parametrize(
     ("settings", "sign"),
     [
-        ({"dbname": "nosuch"}, "the database does not exist"),
-        ({"user": "locked", "password": "wrong"}, "the password is wrong"),
-        ({"user": "nosuch"}, "refuses this role"),
+        ({"dbname": "nosuch"}, "there is no database nosuch"),
+        ({"user": "locked", "password": "wrong"}, "refuses the password of role locked"),
+        ({"user": "nosuch"}, "there is no role nosuch"),
     ],
 )
 async def test_a_login_that_fails_says_why(lone_database: Database, settings: dict[str, Any], sign: str) -> None:

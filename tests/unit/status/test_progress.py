@@ -28,7 +28,7 @@ def load(done: int, total: int | None, kind: Any = "initial") -> BackfillStatus:
         (index("absent"), []),
         (index("live", documents=20, chunks=30, vectors=30), []),
         (index("live", documents=20, chunks=30, vectors=28, backlog=2, backlog_live=2), []),
-        (index("building", backfill=load(0, None)), [("rows", 0, None)]),
+        (index("building", backfill=load(0, None)), [("rows", 0, None), ("vectors", 0, None)]),
         (
             index("building", backfill=load(5, 20), chunks=9, backlog=5, documents=5),
             [("rows", 5, 20), ("vectors", 4, 36)],

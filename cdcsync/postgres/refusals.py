@@ -1,0 +1,190 @@
+"""Why a connection could not be opened, in plain words: libpq's own are long, and name no fix.
+
+Source: PostgreSQL, src/interfaces/libpq/fe-connect.c and src/backend/libpq/auth.c.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A failed attempt to connect; waiting helps unless it is `lasting`."""
+
+    message: str
+    hint: str | None = None
+    lasting: bool = False
+
+
+_SERVER = r'connection to server at "(?P<host>[^"]*)"(?: \([^)]*\))?, port (?P<port>\d+) failed: '
+_SOCKET = r'connection to server on socket "(?P<socket>[^"]*)" failed: '
+
+_WORDS: tuple[tuple[str, Refusal], ...] = (
+    (
+        r"no password supplied",
+        Refusal(
+            "no password is given for this role",
+            "set PGPASSWORD, add a line to ~/.pgpass, or put ${NAME} into the DSN",
+            lasting=True,
+        ),
+    ),
+    (
+        r'password authentication failed for user "(?P<role>[^"]*)"',
+        Refusal(
+            "the server refuses the password of role {role}",
+            "correct it in the DSN, PGPASSWORD or ~/.pgpass",
+            lasting=True,
+        ),
+    ),
+    (
+        r'role "(?P<role>[^"]*)" does not exist',
+        Refusal(
+            "there is no role {role}",
+            "create it (`cdcsync config roles`), or correct the role in the DSN",
+            lasting=True,
+        ),
+    ),
+    (
+        r'role "(?P<role>[^"]*)" is not permitted to log in',
+        Refusal("role {role} may not log in", "ALTER ROLE {role} LOGIN, or use another role", lasting=True),
+    ),
+    (
+        r'database "(?P<database>[^"]*)" does not exist',
+        Refusal("there is no database {database}", "create it, or correct the database name in the DSN", lasting=True),
+    ),
+    (
+        r"no pg_hba\.conf entry for (?P<what>.*?)(?:, (?P<tls>no encryption|SSL encryption))?$",
+        Refusal(
+            "pg_hba.conf of the server lets nobody in from here as {what}, {tls}",
+            "add a line to pg_hba.conf and reload the server",
+            lasting=True,
+        ),
+    ),
+    (
+        _SERVER + "Connection refused",
+        Refusal(
+            "no server listens on {host}, port {port}", "start it, or correct host and port; see its listen_addresses"
+        ),
+    ),
+    (
+        _SERVER + "(?:timeout expired|Connection timed out)",
+        Refusal("{host}, port {port}, does not answer", "check the address, and firewalls on the way"),
+    ),
+    (
+        r"connection timeout expired",
+        Refusal("the server does not answer", "check the address, and firewalls on the way"),
+    ),
+    (
+        _SERVER + "(?:No route to host|Network is unreachable)",
+        Refusal("there is no way to {host} in the network", "check the address, and the network of this machine"),
+    ),
+    (
+        r"failed to resolve host '(?P<host>[^']*)'|could not translate host name \"(?P<name>[^\"]*)\"",
+        Refusal("the host name {host} is not known here", "correct the host in the DSN, or the name server's answer"),
+    ),
+    (
+        _SOCKET + "No such file or directory",
+        Refusal("no server listens on the socket {socket}", "start it, or name a host in the DSN"),
+    ),
+    (
+        _SOCKET + "Permission denied",
+        Refusal("this user may not open the socket {socket}", "run as another user, or name a host in the DSN"),
+    ),
+    (
+        r'invalid integer value "(?P<value>[^"]*)" for connection option "(?P<option>[^"]*)"',
+        Refusal(
+            "{option} is {value} in the DSN or the environment, and must be a whole number",
+            "correct it there",
+            lasting=True,
+        ),
+    ),
+    (
+        r'invalid port number: "(?P<value>[^"]*)"',
+        Refusal(
+            "port is {value} in the DSN or the environment, and must be from 1 to 65535",
+            "correct it there",
+            lasting=True,
+        ),
+    ),
+    (
+        r'invalid sslmode value: "(?P<value>[^"]*)"',
+        Refusal(
+            "there is no sslmode {value}",
+            "write disable, allow, prefer, require, verify-ca or verify-full",
+            lasting=True,
+        ),
+    ),
+    (
+        r'definition of service "(?P<service>[^"]*)" not found',
+        Refusal(
+            "no service file defines the service {service}",
+            "add it to ~/.pg_service.conf, or name its file in PGSERVICEFILE",
+            lasting=True,
+        ),
+    ),
+    (
+        r'root certificate file "(?P<file>[^"]*)" does not exist',
+        Refusal(
+            "there is no file {file} with the authority's certificate",
+            "put it there, or name another one with sslrootcert; `system` takes those that this machine trusts",
+            lasting=True,
+        ),
+    ),
+    (
+        r"certificate verify failed",
+        Refusal(
+            "the server's certificate is not signed by an authority that is trusted here",
+            "name the authority's certificate with sslrootcert",
+            lasting=True,
+        ),
+    ),
+    (
+        r'server certificate for "(?P<names>[^"]*)"[^"]* does not match host name "(?P<host>[^"]*)"',
+        Refusal(
+            "the server's certificate is for {names}, not for {host}",
+            "connect by the name in the certificate, or give the server another one",
+            lasting=True,
+        ),
+    ),
+    (
+        r"server does not support SSL, but SSL was required",
+        Refusal(
+            "the server offers no TLS, and sslmode asks for it",
+            "switch ssl on in the server, or lower sslmode",
+            lasting=True,
+        ),
+    ),
+    (
+        r"too many clients already|remaining connection slots are reserved",
+        Refusal("all connections of the server are in use", "raise max_connections, or close some"),
+    ),
+    (r"the database system is starting up", Refusal("the server is starting up")),
+    (r"the database system is shutting down", Refusal("the server is shutting down")),
+    (
+        r"the database system is not (?:yet )?accepting connections",
+        Refusal("the server recovers and takes no connections yet"),
+    ),
+)
+
+
+def explain(text: str) -> Refusal | None:
+    """Return what libpq's words mean; None where they are not known.
+
+    :param text: in one line.
+    """
+    for pattern, refusal in _WORDS:
+        if (match := re.search(pattern, text)) is not None:
+            found = {name: value for name, value in match.groupdict().items() if value is not None}
+            if "name" in found:  # two versions of libpq say the same in two ways
+                found["host"] = found["name"]
+            hint = None if refusal.hint is None else _filled(refusal.hint, found)
+            return msgspec.structs.replace(refusal, message=_filled(refusal.message, found), hint=hint)
+    return None
+
+
+def _filled(template: str, values: dict[str, str]) -> str:
+    """Put values into the template; `${NAME}` is not one of its places."""
+    filled = re.sub(r"(?<!\$)\{(\w+)\}", lambda match: values.get(match[1], ""), template)
+    return filled.removesuffix(", ")

@@ -1,0 +1,76 @@
+"""The help, as a person reads it on a narrow terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.core import TyperGroup
+
+from cdcsync.cli.commands import index_names
+from cdcsync.cli.entry import command_line, main
+
+
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every command."""
+    yield path
+    if isinstance(command, TyperGroup):
+        for name, one in command.commands.items():
+            yield from commands(one, (*path, name))
+
+
+def found(command: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        command = command.commands[name]
+    return command
+
+
+PATHS = list(commands(command_line()))
+
+
+def shown(path: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    with pytest.raises(SystemExit) as ended:
+        main([*path, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", PATHS, ids=" ".join)
+def test_the_help_names_what_is_taken_as_people_do_and_breaks_no_word(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = shown(path, capsys, monkeypatch)
+    assert not re.findall(r"<(?:bool|str|int|float|path|list|text)\b[^>]*>", text, re.IGNORECASE)
+    assert max(map(len, text.splitlines())) <= 80
+
+    command = found(command_line(), path)
+    written = " ".join(str(getattr(one, "help", "") or "") for one in command.params)
+    for word in re.findall(r"[A-Za-z_]{4,}", written):
+        assert word in text, f"{word} is broken"
+
+
+def completed(directory: Path, incomplete: str) -> list[str]:
+    context = typer.Context(found(command_line(), ("verify",)))
+    context.params["config"] = directory / "cdcsync.toml"
+    return index_names(context, incomplete)
+
+
+def test_names_of_indexes_are_completed_from_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "cdcsync.toml").write_text(
+        '[indexes.articles]\n[indexes.archive]\n[indexes.notes]\ntext = "${NOT_SET}"\n'
+    )
+    assert completed(tmp_path, "ar") == ["articles", "archive"]
+    assert completed(tmp_path, "") == ["articles", "archive", "notes"]
+
+
+@pytest.mark.parametrize("text", [None, "[indexes", "indexes = 3", "a = 1"])
+def test_a_file_that_is_wrong_completes_nothing_and_says_nothing(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "cdcsync.toml").write_text(text)
+    assert completed(tmp_path, "") == []

@@ -1,0 +1,76 @@
+"""Refused connections in plain words."""
+
+from __future__ import annotations
+
+import pytest
+
+from cdcsync.postgres.refusals import explain
+
+SERVER = 'connection failed: connection to server at "10.0.0.1", port 5433 failed: '
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "lasting"),
+    [
+        (f"{SERVER}Connection refused", "no server listens on 10.0.0.1, port 5433", False),
+        (f"{SERVER}timeout expired", "10.0.0.1, port 5433, does not answer", False),
+        (f"{SERVER}No route to host", "there is no way to 10.0.0.1 in the network", False),
+        (
+            "failed to resolve host 'db.example': [Errno -2] Name or service not known",
+            "the host name db.example is not known here",
+            False,
+        ),
+        (
+            'could not translate host name "db" to address: Name or service not known',
+            "the host name db is not known here",
+            False,
+        ),
+        (
+            'connection is bad: connection to server on socket "/tmp/.s.PGSQL.5432" failed: No such file or directory',
+            "no server listens on the socket /tmp/.s.PGSQL.5432",
+            False,
+        ),
+        (f"{SERVER}fe_sendauth: no password supplied", "no password is given for this role", True),
+        (
+            f'{SERVER}FATAL: password authentication failed for user "ann"',
+            "the server refuses the password of role ann",
+            True,
+        ),
+        (f'{SERVER}FATAL: role "ann" does not exist', "there is no role ann", True),
+        (f'{SERVER}FATAL: database "shop" does not exist', "there is no database shop", True),
+        (
+            f'{SERVER}FATAL: no pg_hba.conf entry for host "10.0.0.9", user "ann", database "shop", no encryption',
+            "pg_hba.conf of the server lets nobody in from here as"
+            ' host "10.0.0.9", user "ann", database "shop", no encryption',
+            True,
+        ),
+        (
+            f'{SERVER}FATAL: no pg_hba.conf entry for replication connection from host "10.0.0.9", user "ann"',
+            "pg_hba.conf of the server lets nobody in from here as"
+            ' replication connection from host "10.0.0.9", user "ann"',
+            True,
+        ),
+        ('invalid sslmode value: "fulll"', "there is no sslmode fulll", True),
+        ('definition of service "shop" not found', "no service file defines the service shop", True),
+        ("FATAL: the database system is starting up", "the server is starting up", False),
+        ("FATAL: sorry, too many clients already", "all connections of the server are in use", False),
+    ],
+)
+def test_what_libpq_says_is_told_in_plain_words(text: str, message: str, lasting: bool) -> None:
+    refusal = explain(text)
+    assert refusal is not None
+    assert (refusal.message, refusal.lasting) == (message, lasting)
+
+
+def test_a_fix_names_what_it_is_about_and_keeps_the_variable_to_type() -> None:
+    refusal = explain("no password supplied")
+    assert refusal is not None
+    assert refusal.hint is not None
+    assert "${NAME}" in refusal.hint
+    told = explain('role "ann" is not permitted to log in')
+    assert told is not None
+    assert told.hint == "ALTER ROLE ann LOGIN, or use another role"
+
+
+def test_words_that_are_not_known_are_left_alone() -> None:
+    assert explain("something else") is None
