@@ -1,9 +1,9 @@
 """How fast does a migration fill a generation, and what does that cost live changes?
 
 The same rows are loaded first, by a model of the same speed: the fill is measured against that load, from the first
-page to the last, without HNSW on either side. Meanwhile rows change one after the other, and the time is taken until
-searches find the new vector in the live generation: alone, and beside the fill. All of it runs on one server, which
-this script starts, or on that of CDCSYNC_BENCH_DSN.
+page to the last, without HNSW on either side. Then it is dropped and filled once more, while rows change one after the
+other, and the time is taken until searches find the new vector in the live generation: alone, and beside the fill. All
+of it runs on one server, which this script starts, or on that of CDCSYNC_BENCH_DSN.
 
     python bench/migrate.py [ROWS] [DIMENSIONS]
 """
@@ -101,6 +101,11 @@ def wait(connection: psycopg.Connection[Any], statement: str) -> None:
         time.sleep(0.1)
 
 
+def command(path: Path, *arguments: str) -> None:
+    run = [sys.executable, "-m", "cdcsync", "migrate", "articles", *arguments, "-c", str(path)]
+    subprocess.run(run, check=True, capture_output=True)
+
+
 def measure(dsn: str, name: str, directory: Path, rows: int, dimensions: int) -> dict[str, float]:
     path, loading, log = (directory / one for one in ("cdcsync.toml", "loading.log", "worker.log"))
     facts = {"dsn": dsn, "name": name, "dimensions": dimensions, "more": dimensions + 8}
@@ -121,19 +126,16 @@ def measure(dsn: str, name: str, directory: Path, rows: int, dimensions: int) ->
             freshness(connection, iter([False, True]).__next__)  # what is slow the first time
             end = time.perf_counter() + ALONE_S
             alone = freshness(connection, lambda: time.perf_counter() > end)
-            subprocess.run(
-                [sys.executable, "-m", "cdcsync", "migrate", "articles", "start", "-c", str(path)],
-                check=True,
-                capture_output=True,
-            )
-            while event(log, "migration_fills") is None:
-                time.sleep(0.05)
-            filled = "SELECT filled_at IS NOT NULL FROM cdcsync.generations WHERE generation = 2"
-            beside = freshness(connection, lambda: connection.execute(filled.encode()).fetchone() == (True,))
+            command(path, "start")
             wait(connection, "SELECT state = 'ready' FROM cdcsync.generations WHERE generation = 2")
             (filled_at,) = connection.execute(
                 "SELECT filled_at FROM cdcsync.generations WHERE generation = 2"
             ).fetchone() or (None,)
+            command(path, "drop", "--yes")
+            command(path, "start")
+            wait(connection, "SELECT cursor > 0 FROM cdcsync.generations WHERE generation = 2")
+            filled = "SELECT filled_at IS NOT NULL FROM cdcsync.generations WHERE generation = 2"
+            beside = freshness(connection, lambda: connection.execute(filled.encode()).fetchone() == (True,))
             worker.terminate()
     begun = event(log, "migration_fills")
     assert begun is not None

@@ -19,6 +19,7 @@ Source: PostgreSQL, "Explicit Locking".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import LiteralString
 
 import msgspec
 from psycopg import sql
@@ -33,6 +34,9 @@ from cdcsync.target.ddl.locking import BRIEFLY
 from cdcsync.target.ddl.names import MAX_ATTEMPTS, Names, vector_schema
 from cdcsync.target.generations import Generations
 from cdcsync.target.loading import copy_vectors
+
+UNHURRIED: LiteralString = "SET LOCAL synchronous_commit = off; "
+"""A page that is lost with a crash of the server is lost with its cursor: apply need not wait for the disk."""
 
 PAGE_BYTES = 4 * 1024 * 1024
 """Text in one page, but for its last chunk."""
@@ -106,7 +110,9 @@ class Filling:
         """
         made = [one for one in page if one.hash in vectors]
         async with self._connection.transaction():
-            await self._connection.execute(self._sql(BRIEFLY + "; LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE"))
+            await self._connection.execute(
+                self._sql(UNHURRIED + BRIEFLY + "; LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE")
+            )
             ids = [one.chunk_id for one in made]
             # What a page before a crash left there is of the same texts, or apply has replaced it.
             await self._connection.execute(self._sql("DELETE FROM {settled} WHERE chunk_id = ANY(%s)"), [ids])
@@ -144,7 +150,7 @@ class Filling:
         async with self._connection.transaction():
             await self._connection.execute(
                 self._sql(
-                    BRIEFLY + "; LOCK TABLE {backlog} IN SHARE ROW EXCLUSIVE MODE;"
+                    UNHURRIED + BRIEFLY + "; LOCK TABLE {backlog} IN SHARE ROW EXCLUSIVE MODE;"
                     " LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE"
                 )
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import takewhile
@@ -34,6 +35,9 @@ HOLD_POLL_S = 0.05
 STORE_TEXTS = 128
 """Vectors stored in one transaction: apply waits for one that holds a chunk which changed again, some 0.2 s."""
 
+LIVE_S = 1.0
+"""So long after a live change others are expected."""
+
 POLL_S = 5.0
 """How often the backlog is looked at without a word from apply: postponed texts become due by themselves."""
 
@@ -54,6 +58,7 @@ class EmbedLoop:
         self._searched = searched
         self._wake = anyio.Event()
         self._live = False
+        self._live_at = -math.inf
         self._broken = False
         self._target_outage = Backoff(self._target_away)
         self._held = False
@@ -65,7 +70,14 @@ class EmbedLoop:
     def notify(self, *, live: bool) -> None:
         """Say that the backlog has grown; `live` that some of it should not wait behind a window."""
         self._live = self._live or live
+        if live:
+            self._live_at = anyio.current_time()
         self._wake.set()
+
+    @property
+    def beside_live(self) -> bool:
+        """Whether live changes have come just now."""
+        return anyio.current_time() - self._live_at < LIVE_S
 
     def avoided(self, reason: str, texts: int) -> None:
         """Count texts of this index that need no call."""

@@ -38,6 +38,9 @@ log = structlog.get_logger()
 PAGE_CHUNKS = 1_000
 """Chunks of a page: whoever applies waits for the end of its transaction, some milliseconds."""
 
+FEW_CHUNKS = 100
+"""Chunks of a page while live changes come in: they wait for its model, its processor and its locks."""
+
 QUICK_S = 0.25
 """A page whose texts the model takes longer for goes to the backlog, as the pages of a first load do: the embed flow
 keeps several calls of a provider under way, and knows what to do about texts that fail."""
@@ -131,7 +134,8 @@ class Fill:
         while (entry := await self._entry(connection)) is not None:
             await self._wait_for_room(filling)
             began = anyio.current_time()
-            page = await filling.page(entry.cursor, PAGE_CHUNKS)
+            few = self._loop.beside_live
+            page = await filling.page(entry.cursor, FEW_CHUNKS if few else PAGE_CHUNKS)
             if not page:
                 return True
             last, lacking = page[-1].chunk_id, await filling.without_vector(page)
@@ -142,6 +146,8 @@ class Fill:
                 vectors = await self._vectors(lacking)
                 await until_locked(lambda: filling.store(lacking, vectors, last), table=table)  # noqa: B023
             self._loop.notify(live=False)
+            if few:
+                await anyio.sleep(anyio.current_time() - began)  # half of the time is for others
             await self._pace(len(page), began, entry.max_rows_per_s)
         return False
 
