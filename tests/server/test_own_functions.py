@@ -156,6 +156,56 @@ def test_a_row_that_a_function_fails_for_is_left_out_and_named_and_comes_back_wi
     assert pipeline.stop(worker) == 0
 
 
+GATHERING = """
+def document(row):
+    authors = [f"{one['author']}: {one['body']}" for one in row["remarks"]]
+    return f"{row['title']} by {row['owner.name']} ({len(authors)}) {authors}"
+
+document.version = 1
+"""
+
+RELATED: Section = {
+    "text": None,
+    "documents": "gathering:document",
+    "document_columns": ["title", "remarks", "owner.name"],
+    "related": {
+        "remarks": {"table": "remarks", "on": {"note_id": "id"}, "columns": ["author", "body"], "order_by": "body"},
+        "owner": {"table": "owners", "on": {"id": "owner_id"}},
+    },
+}
+
+
+def test_a_function_gets_the_rows_of_related_tables_as_lists(
+    make_pipeline: Callable[[str], Pipeline], database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gathering.py").write_text(GATHERING)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    pipeline = make_pipeline(configuration(database.dsn, indexes={"notes": RELATED}))
+    for statement in (
+        "CREATE TABLE notes (id int PRIMARY KEY, title text, owner_id int)",
+        "CREATE TABLE owners (id int PRIMARY KEY, name text)",
+        "CREATE TABLE remarks (id int PRIMARY KEY, note_id int, author text, body numeric)",
+        "ALTER TABLE remarks REPLICA IDENTITY FULL",
+        "INSERT INTO owners VALUES (1, 'Ada')",
+        "INSERT INTO notes VALUES (1, 'one', 1), (2, 'two', NULL)",
+        """INSERT INTO remarks VALUES (1, 1, 'Bea "B"', 2.50), (2, 1, NULL, 1.0)""",
+    ):
+        pipeline.source.execute(statement)
+
+    def contents() -> list[str]:
+        found = pipeline.target.execute("SELECT content FROM cdcsync.notes_chunks ORDER BY id").fetchall()
+        return [str(one) for (one,) in found]
+
+    pipeline.start()
+    pipeline.live()
+    assert contents() == ["""one by Ada (2) ['None: 1.0', 'Bea "B": 2.50']""", "two by None (0) []"]
+
+    pipeline.source.execute("UPDATE remarks SET note_id = 2 WHERE id = 2")
+    pipeline.reach("notes")
+
+    assert contents() == ["""one by Ada (1) ['Bea "B": 2.50']""", "two by None (1) ['None: 1.0']"]
+
+
 def test_a_function_that_is_not_there_is_a_wrong_configuration(
     make_pipeline: Callable[[str], Pipeline], database: Database
 ) -> None:
