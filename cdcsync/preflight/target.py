@@ -111,10 +111,12 @@ async def examine_target(connection: Connection, config: Config, findings: list[
             pgvector_faults(pgvector, server), "target", f"pgvector {pgvector.installed or pgvector.available}{state}"
         )
         access = await read_access(connection, schema)
-        findings += access_faults("target.schema", access, server, created=True)
+        denied = list(access_faults("target.schema", access, server, created=True))
+        findings += denied
         relations = await read_relations(connection, schema, SHARED)
         faults = list(relation_faults("target.schema", relations, server))
         findings += faults
+        faults += denied  # what is in a schema without USAGE cannot be read
         if not faults and (refused := refusal(schema, await read_version(connection, schema))) is not None:
             faults = [Finding.of(refused, "target.schema")]
             findings += faults
