@@ -33,6 +33,7 @@ from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Request, RequestAction, Requests
 from cdcsync.target.search import stored_spec
+from cdcsync.target.version import require_upgraded
 
 KEYS_AT_ONCE = 10_000
 """Keys in one query."""
@@ -61,6 +62,8 @@ async def open_index(target: Connection, config: Config, name: str, *, even_paus
     :raises UsageError: the configuration has no such index.
     :raises SetupError: the target holds no such index, or it is paused.
     """
+    with speaking_of("target"):
+        await require_upgraded(target, config.target.schema)
     spec = await stored_spec(target, config.target.schema, name, config.index_named(name))
     with speaking_of("target", where=f"index {name}"):
         entry = await Registry(config.target.schema).find(target, name)

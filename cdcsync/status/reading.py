@@ -44,6 +44,7 @@ from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.pipelines import Pipelines, PipelineState
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
+from cdcsync.target.version import require_upgraded
 
 FRESH = timedelta(seconds=15)
 """How long a worker's word holds that nothing was left to apply. An idle worker gives it every 10 s."""
@@ -68,6 +69,7 @@ async def read_status(config: Config, source: Connection | None, target: Connect
         problems.append("the source cannot be reached, so lag and slot are unknown: check that it runs")
     schema, name = config.target.schema, config.source.slot
     with speaking_of("target"):
+        await require_upgraded(target, schema)
         present = await _relations(target, schema)
         pipelines = Pipelines(schema, name)
         set_up = {"pipelines", "indexes", "backfills"} <= present

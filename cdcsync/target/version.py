@@ -74,6 +74,23 @@ def refusal(schema: str, stored: Stored | None) -> SetupError | None:
     )
 
 
+async def require_upgraded(connection: Connection, schema: str) -> None:
+    """Check that our tables, if there are any, are not of an earlier version, which a command that reads cannot read.
+
+    :raises SetupError: they are.
+    """
+    table = sql.Identifier(schema, TABLE).as_string(connection)
+    hidden = await fetch_row(connection, "SELECT WHERE NOT has_table_privilege(to_regclass(%s), 'SELECT')", [table])
+    stored = None if hidden is not None else await read_version(connection, schema)
+    if stored is not None and stored.version < VERSION:
+        raise SetupError(
+            f"the tables of schema {schema} are of version {stored.version}; this is cdcsync {__version__}, which reads"
+            f" version {VERSION}",
+            where="target.schema",
+            hint="start `cdcsync run` of this version, which upgrades them",
+        )
+
+
 async def write_version(connection: Connection, schema: str) -> None:
     """Store that the tables are of our version. The caller's transaction commits both."""
     await connection.execute(

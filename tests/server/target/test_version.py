@@ -66,6 +66,10 @@ def in_step(pipeline: Pipeline) -> bool:
 
 
 def test_an_upgrade_keeps_position_texts_and_vectors_and_follows_what_changed_meanwhile(earlier: Pipeline) -> None:
+    assert earlier.command("check").returncode == 0
+    for command in (["status"], ["replay", "articles", "--dry-run"]):
+        done = earlier.command(*command)
+        assert (done.returncode, "start `cdcsync run` of this version, which upgrades them" in done.stderr) == (2, True)
     planned = earlier.command("plan")
     assert planned.returncode == 3
     assert f"the tables of schema cdcsync: from version 1 to {VERSION}" in planned.stdout
