@@ -10,6 +10,7 @@ Source: PostgreSQL, "Identifiers and Key Words" and appendix "SQL Key Words".
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Self
 
 import msgspec
@@ -55,6 +56,17 @@ class QualifiedName(msgspec.Struct, frozen=True, order=True):
     name: str
 
     @classmethod
+    def of_patterns(cls, patterns: Sequence[str]) -> Self:
+        """Return the name that stands for all tables whose names match one of these patterns."""
+        return cls("", ", ".join(patterns))
+
+    @property
+    def patterns(self) -> tuple[QualifiedName, ...]:
+        """The patterns that it stands for, in which * is any number of letters; none for the name of one table."""
+        parted = [one.partition(".") for one in self.name.split(", ")] if not self.schema else ()
+        return tuple(QualifiedName(schema, table) for schema, _, table in parted)
+
+    @classmethod
     def parse(cls, text: str) -> Self:
         """Read `name` or `schema.name`, each part quoted or not, by SQL's rules.
 
@@ -76,7 +88,7 @@ class QualifiedName(msgspec.Struct, frozen=True, order=True):
         return found
 
     def __str__(self) -> str:
-        return f"{quote(self.schema)}.{quote(self.name)}"
+        return self.name if not self.schema else f"{quote(self.schema)}.{quote(self.name)}"
 
 
 def _unquote(part: str) -> str:

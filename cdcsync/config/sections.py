@@ -33,6 +33,7 @@ from cdcsync.config.values import (
     Seconds,
     SlotName,
     SpoolBytes,
+    TablePattern,
     parse_address,
 )
 from cdcsync.errors import UsageError
@@ -203,6 +204,8 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     :param table: the source table, as in SQL: `schema.table`, in quotes where SQL needs them; `public` is the default
         schema.
+    :param tables: in place of `table`, patterns of many equal tables, such as "tenant_*.articles". The key of a
+        row then begins with the name of its table, as `source_table`.
     :param where: which rows the index has: an SQL condition on the columns of a row; empty for all of them.
     :param key: the columns that name a row, of a table without a primary key; left out, those of the replica identity's
         index, or else of the primary key.
@@ -232,7 +235,8 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param hnsw: build parameters of the vector index.
     """
 
-    table: Relation
+    table: Relation = ""
+    tables: tuple[TablePattern, ...] = ()
     where: str | None = None
     key: tuple[Name, ...] = ()
     text: str = ""
@@ -262,18 +266,18 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return match[1] if match else None
 
     @property
-    def tables(self) -> tuple[QualifiedName, ...]:
+    def followed(self) -> tuple[QualifiedName, ...]:
         """The tables that are followed for the index, its own first, each once."""
         related = [table for one in self.related.values() for table in one.tables]
         return tuple(dict.fromkeys((self.table_name, *related)))
 
     @property
     def table_name(self) -> QualifiedName:
-        """The source table's name.
+        """The source table's name, or the one that stands for all of `tables`.
 
         :raises ConfigError: `table` is not a name; one that was read from a file is.
         """
-        return QualifiedName.parse(self.table)
+        return QualifiedName.of_patterns(self.tables) if self.tables else QualifiedName.parse(self.table)
 
     @property
     def view_name(self) -> QualifiedName:
@@ -285,6 +289,11 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """A document is made in one way; a column named twice would be created twice."""
+        if not self.table and not self.tables:
+            yield "table", "is required, unless tables names many; it is the source table, as in SQL"
+        for key, given in (("table", self.table), ("key", self.key), ("related", self.related)):
+            if self.tables and given:
+                yield key, "must be left out where tables names many tables"
         if self.documents is None and not self.text.strip():
             yield "text", "is required, unless documents names a function; it is the template of a document"
         if self.documents is not None and self.text:
@@ -292,6 +301,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         if (self.documents is None) != (not self.document_columns):
             yield "document_columns", "names the columns of the function in documents: give both or neither"
         lists = (
+            ("tables", self.tables),
             ("key", self.key),
             ("columns", self.columns),
             ("indexed", self.indexed),

@@ -166,6 +166,13 @@ Dsn = Annotated[str, _checked_by(dsn_fault)]
 Url = Annotated[str, _checked_by(_url_fault)]
 ApiKey = Annotated[str, _checked_by(_key_fault)]
 Name = Annotated[str, _checked_by(plain_name_fault)]
+TablePattern = Annotated[
+    str,
+    _matching(
+        r"[a-z_*][a-z0-9_$*]*\.[a-z_*][a-z0-9_$*]*",
+        "SCHEMA.TABLE in lower-case letters, in which * stands for any others, such as tenant_*.articles",
+    ),
+]
 Relation = Annotated[str, _read_by(QualifiedName.parse)]
 Searched = Annotated[str, _read_by(_read_searched)]
 Address = Annotated[str, _read_by(parse_address)]

@@ -25,7 +25,7 @@ from cdcsync.flows.replay import Replay
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
-from cdcsync.source.tables import SourceTable
+from cdcsync.source.many import source_table
 from cdcsync.target.keys import stored_documents, texts_with_vector
 
 PAGE_ROWS = 1_000
@@ -211,7 +211,7 @@ def _at_pace(found: Count, replay: Replay) -> float:
 
 async def _pages(source: Connection, spec: IndexSpec, replay: Replay) -> AsyncIterator[tuple[Sequence[Key], list[Row]]]:
     """Yield the keys and rows of page after page."""
-    table = SourceTable.of(spec)
+    table = source_table(spec)
     if replay.keys is not None:
         left = replay.keys
         while left:
@@ -228,7 +228,7 @@ async def _pages(source: Connection, spec: IndexSpec, replay: Replay) -> AsyncIt
             page = await table.page(source, after, limit, replay.where)
         listed = [spec.shape.key_of(row) for row in page.rows]
         yield listed, page.rows
-        if len(page.rows) < limit:
+        if len(page.rows) < limit and not page.more:
             return
         after = listed[-1]
 

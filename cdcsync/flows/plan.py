@@ -281,7 +281,7 @@ async def _created(
     elif stored.version < VERSION:
         created.append(f"the tables of schema {config.target.schema}: from version {stored.version} to {VERSION}")
     publication = config.source.publication
-    tables = sorted({table for spec in specs for table in spec.config.tables})
+    tables = catalog.single({table for spec in specs for table in spec.config.followed})
     if catalog.publication is None:
         created.append(f"publication {publication} for {', '.join(map(str, tables))}")
     elif added := [table for table in tables if table not in catalog.publication.tables]:

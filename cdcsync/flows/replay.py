@@ -27,6 +27,7 @@ from cdcsync.postgres.sessions import Connection, first_line, speaking_of, trans
 from cdcsync.preflight import build_embedders, examine
 from cdcsync.source.catalog import facts_of, read_catalog
 from cdcsync.source.conditions import Refused, try_condition
+from cdcsync.source.families import rows_sent
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 from cdcsync.target.keys import canonical
 from cdcsync.target.pipelines import Pipelines
@@ -112,6 +113,7 @@ async def as_on_source(source: Connection, publication: str, spec: IndexSpec) ->
         spec,
         source_key_types=tuple(table.columns[column].type for column in spec.shape.key),
         row_filter=sent.row_filter if sent is not None else None,
+        members=rows_sent(published, catalog.members.get(name, ())),
         facts=facts_of(catalog, table, spec.documents.related),
     )
 
@@ -166,8 +168,9 @@ async def check_where(source: Connection, spec: IndexSpec, where: str) -> None:
 
     :raises UsageError: it is none, or does not work.
     """
+    tried = spec.each[0].shape  # of many equal tables, the first
     try:
-        await try_condition(source, spec.shape.table, where)
+        await try_condition(source, tried.table, where, source=tried.source)
     except Refused as error:
         raise UsageError(error.message, where=f"--where {where}", hint=error.hint) from None
 

@@ -24,6 +24,7 @@ from cdcsync.config.names import quote
 from cdcsync.errors import SetupError, SlotInUse
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.catalog import Slot, read_server, read_slot
+from cdcsync.source.families import single_names
 from cdcsync.source.publications import Publication, published_names, read_publication
 from cdcsync.target.approvals import Approvals
 from cdcsync.target.pipelines import Pipelines
@@ -139,8 +140,11 @@ async def drop_index(config: Config, index: str) -> list[Step]:
                     "remove it, or the next `cdcsync run` builds the index anew",
                 )
             )
-        others |= {str(table) for name, one in config.indexes.items() if name != index for table in one.tables}
-        steps += [await _unpublish(source, config, table, others) for table in entry.tables]
+        others |= {str(table) for name, one in config.indexes.items() if name != index for table in one.followed}
+        with speaking_of("source"):
+            others = await single_names(source, others)
+            mine = await single_names(source, entry.tables)
+        steps += [await _unpublish(source, config, table, others) for table in sorted(mine)]
         return steps
 
 
@@ -331,12 +335,13 @@ async def _drop_publication(
     if publication is None:
         return Step(what, "absent")
     by_hand = f"if nothing needs it, as its owner: DROP PUBLICATION {quote(name)}"
-    ours = {str(table) for index in config.indexes.values() for table in index.tables} | set(belongings.source_tables)
+    ours = {str(table) for index in config.indexes.values() for table in index.followed} | set(belongings.source_tables)
     if sharing:
         return Step(what, "kept", f"the pipeline {', '.join(sharing)} uses it too")
     if publication.all_tables:
         return Step(what, "kept", f"it sends all tables, so cdcsync did not make it; {by_hand}")
     with speaking_of("source", where=what):
+        ours = await single_names(source, ours)
         others = sorted(str(table) for table in await published_names(source, name) if str(table) not in ours)
     if others:
         return Step(what, "kept", f"it also sends {', '.join(others[:3])}, which is not indexed; {by_hand}")

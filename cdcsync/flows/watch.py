@@ -191,9 +191,10 @@ class Watch:
             entries = await Registry(config.target.schema).all(await target.connection())
             generations = await Generations(config.target.schema).all(await target.connection())
         known = [entry.table_oid for entry in entries.values() if entry.table_oid is not None]
-        wanted = {table for plan in self._plans for table in plan.index.tables}
+        wanted = {table for plan in self._plans for table in plan.index.followed}
         with speaking_of("source"):
             catalog = await read_catalog(await source.connection(), config.source.publication, wanted, known)
+        wanted = set(catalog.single(wanted))
         for plan in self._plans:
             entry = entries.get(plan.name)
             if entry is None:

@@ -77,6 +77,8 @@ class IndexChanges:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.truncated = False
+        self.cleared: set[str] = set()
+        """Those of many tables that were truncated."""
         self.live: dict[Key, RowChange] = {}
         """The last change of each key that came through the stream."""
         self.filled: dict[Key, Upsert] = {}
@@ -100,7 +102,11 @@ class IndexChanges:
     @property
     def new(self) -> bool:
         """Whether all of this is rows that the index most likely does not have, so that they can be copied in."""
-        return self._new and bool(self.filled) and not (self.live or self.truncated or self.touched or self.overtaken)
+        return (
+            self._new
+            and bool(self.filled)
+            and not (self.live or self.truncated or self.cleared or self.touched or self.overtaken)
+        )
 
     def add(self, change: Change | Touch) -> None:
         """Add the next change of the stream."""
@@ -114,6 +120,11 @@ class IndexChanges:
                     self.touched |= {(change.place, values): change for values in change.values}
             case Delete():
                 self._put(change)
+            case Truncation() if change.shape.source is not None:
+                source = change.shape.source
+                self.cleared.add(source)
+                self.live = {key: one for key, one in self.live.items() if key[0] != source}
+                self.filled = {key: one for key, one in self.filled.items() if key[0] != source}
             case Truncation():
                 self.truncated = True
                 self.live.clear()

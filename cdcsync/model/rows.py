@@ -18,6 +18,9 @@ from cdcsync.config import QualifiedName
 from cdcsync.errors import SchemaChanged
 from cdcsync.pgoutput.messages import UNCHANGED, Relation, Tuple, Value
 
+SOURCE_TABLE = "source_table"
+"""The column of the key that says which of many tables a row is of."""
+
 Row = tuple[Value, ...]
 """A shape's columns of one row version."""
 Key = tuple[str, ...]
@@ -40,6 +43,10 @@ class Shape(msgspec.Struct, frozen=True):
     """The table's columns by which related rows are found."""
     deciding: tuple[str, ...] = ()
     """The table's columns whose values say whether the index has the row."""
+    many: bool = False
+    """Whether the index is over many equal tables, so that the key begins with the table's name."""
+    source: str | None = None
+    """The name of that table, in the shape of one of many."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -49,7 +56,8 @@ class Shape(msgspec.Struct, frozen=True):
     @property
     def own(self) -> tuple[str, ...]:
         """The columns that are read of the table itself, each once."""
-        return tuple(dict.fromkeys(one for one in self.columns + self.joined if one not in self.computed))
+        made = {*self.computed, SOURCE_TABLE} if self.many else self.computed
+        return tuple(dict.fromkeys(one for one in self.columns + self.joined if one not in made))
 
     def key_of(self, row: Row) -> Key:
         """Return the key part of a row."""
@@ -136,7 +144,7 @@ class Projection:
                 passing=True,
             )
         identity = {column.name for column in relation.columns if column.key}
-        key = set(shape.key)
+        key = set(shape.key) - ({SOURCE_TABLE} if shape.many else set())
         # A full identity holds every column; any other one is what identifies a row, and so has to be the index's key.
         if not (key <= identity if relation.replica_identity == "f" else key == identity):
             listed = ", ".join(column.name for column in relation.columns if column.key)
@@ -150,10 +158,16 @@ class Projection:
                 passing=True,
             )
         self.shape = shape
-        unknown = len(relation.columns)
-        pick = picker([unknown if name in shape.computed else positions[name] for name in shape.columns])
-        self._row = pick if not shape.computed else lambda values: pick((*values, UNCHANGED))
-        self._key = picker([positions[name] for name in shape.key])
+        made = {*shape.computed, SOURCE_TABLE} if shape.many else shape.computed
+        positions |= dict.fromkeys(made, len(relation.columns))
+        constant = shape.source if shape.many else UNCHANGED
+
+        def picked(names: Sequence[str]) -> Callable[[Tuple], Row]:
+            pick = picker([positions[name] for name in names])
+            return (lambda values: pick((*values, constant))) if made.intersection(names) else pick
+
+        self._row = picked(shape.columns)
+        self._key = picked(shape.key)
 
     def inserted(self, new: Tuple, xid: int, lsn: int) -> Upsert:
         """Return the change that an INSERT makes."""

@@ -46,6 +46,8 @@ class IndexSpec(msgspec.Struct, frozen=True):
     oids: dict[QualifiedName, int] = {}
     """The OIDs of related tables."""
 
+    members: dict[QualifiedName, str | None] = {}
+    """The tables of an index over many equal ones, each with the publication's condition on its rows."""
     others: tuple[IndexSpec, ...] = ()
     """The same index with each other generation of vectors that it has, beside the one that searches use."""
     cutter: str | None = None
@@ -60,6 +62,21 @@ class IndexSpec(msgspec.Struct, frozen=True):
     def tables(self) -> tuple[QualifiedName, ...]:
         """The tables that are followed, the index's own first."""
         return tuple(dict.fromkeys((self.shape.table, *(link.table for link in self.links))))
+
+    @property
+    def each(self) -> tuple[IndexSpec, ...]:
+        """The index as one of each single table of its own: itself, or one for each of many tables, in their order."""
+        if not self.shape.many:
+            return (self,)
+        return tuple(
+            msgspec.structs.replace(
+                self,
+                shape=msgspec.structs.replace(self.shape, table=table, source=str(table)),
+                row_filter=row_filter,
+                members={},
+            )
+            for table, row_filter in sorted(self.members.items(), key=lambda one: str(one[0]))
+        )
 
     @property
     def condition(self) -> str | None:

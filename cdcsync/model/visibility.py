@@ -104,6 +104,8 @@ class Deliveries:
         """The oldest and the newest of the suspects that were too many to be told apart."""
         self._keys: dict[Key, int] | None = None
         self._truncated: int | None = None
+        self._cleared: dict[str, int] = {}
+        """The last TRUNCATE of each of many tables."""
         self._emptied: dict[int, bool] = {}
         """The transactions that emptied the table lately, and whether they changed nothing more afterwards."""
         self._emptying: int | None = None
@@ -126,7 +128,8 @@ class Deliveries:
         """How many keys and transactions are remembered."""
         spans = self._suspect_span is not None
         related = len(self._related)
-        return len(self._suspects) + spans + len(self._keys or ()) + related + (self._truncated is not None)
+        truncations = (self._truncated is not None) + len(self._cleared)
+        return len(self._suspects) + spans + len(self._keys or ()) + related + truncations
 
     def begin_anew(self) -> None:
         """Forget everything: what follows comes from a slot, or a cluster, that the past says nothing about."""
@@ -134,6 +137,7 @@ class Deliveries:
         self._suspect_span = None
         self._seen = None
         self._truncated = None
+        self._cleared.clear()
         self._emptied.clear()
         self._emptying = None
         self._related.clear()
@@ -163,8 +167,10 @@ class Deliveries:
         if self._truncated is not None:
             self.suspect((self._truncated,))
         self.suspect(self._related)
+        self.suspect(self._cleared.values())
         self._keys = None
         self._truncated = None
+        self._cleared.clear()
         self._related.clear()
 
     def touched(self, key: Key, xid: int) -> None:
@@ -181,8 +187,11 @@ class Deliveries:
             self.suspect(self._keys.values())
             self._keys.clear()
 
-    def truncated(self, xid: int) -> None:
-        """Note that the stream delivered a TRUNCATE made by `xid`."""
+    def truncated(self, xid: int, source: str | None = None) -> None:
+        """Note that the stream delivered a TRUNCATE made by `xid`.
+
+        :param source: the table, if the index is over many.
+        """
         self._emptying = xid
         self._emptied.pop(xid, None)
         self._emptied[xid] = True
@@ -192,6 +201,8 @@ class Deliveries:
             return
         if self._keys is None:
             self.suspect((xid,))
+        elif source is not None:
+            self._cleared[source] = xid
         else:
             self._truncated = xid
 
@@ -228,6 +239,8 @@ class Deliveries:
         """Say whether the stream has already delivered something newer for `key` than `snapshot` shows."""
         if self._truncated is not None and not snapshot.sees(self._truncated):
             return True
+        if self._cleared and (cleared := self._cleared.get(key[0])) is not None and not snapshot.sees(cleared):
+            return True
         xid = None if self._keys is None else self._keys.get(key)
         return xid is not None and not snapshot.sees(xid)
 
@@ -242,6 +255,7 @@ class Deliveries:
             self._keys = {key: xid for key, xid in self._keys.items() if xid in hidden} if hidden else {}
         if self._truncated is not None and snapshot.sees(self._truncated):
             self._truncated = None
+        self._cleared = {source: xid for source, xid in self._cleared.items() if not snapshot.sees(xid)}
         self._related = {xid for xid in self._related if not snapshot.sees(xid)}
 
     def forget_snapshot(self) -> None:

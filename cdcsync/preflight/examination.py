@@ -26,6 +26,7 @@ from cdcsync.preflight.source import SourceFacts, examine_source
 from cdcsync.preflight.tables import examine_row_filter, examine_where, kind_faults, no_such_table
 from cdcsync.preflight.target import TargetFacts, examine_target
 from cdcsync.source.catalog import facts_of
+from cdcsync.source.families import rows_sent
 from cdcsync.target.registry import Entry
 
 
@@ -93,7 +94,9 @@ async def _examine_tables(
         table = facts.catalog.tables.get(name)
         with noting(plan.findings, "source", str(name)):
             if table is None:
-                if not plan.findings:
+                if not plan.findings and name.patterns:
+                    plan.findings.append(_no_match(plan))
+                elif not plan.findings:
                     plan.findings.append(await no_such_table(source, f"indexes.{plan.name}.table", name))
                 continue
             if kind_faults(f"indexes.{plan.name}.table", table):
@@ -105,11 +108,24 @@ async def _examine_tables(
             plan.computed = computed_types(related, facts.catalog)
             if related and not plan.unfit:
                 plan.findings += await examine_statement(source, plan, table)
+            members = facts.catalog.members.get(name, ())
             publication = facts.catalog.publication
-            sent = publication.tables.get(name) if publication is not None else None
-            if sent is not None:
-                plan.findings += await examine_row_filter(source, table, sent, facts.catalog.role)
+            for one in members or (name,):
+                sent = publication.tables.get(one) if publication is not None else None
+                if sent is not None:
+                    of = facts.catalog.tables[one]
+                    plan.findings += await examine_row_filter(source, of, sent, facts.catalog.role)
+            plan.members = rows_sent(publication, members)
+            plan.oids |= {one: facts.catalog.tables[one].oid for one in members}
             plan.where = await examine_where(source, plan.name, plan.index, table, facts.catalog, plan.findings)
+
+
+def _no_match(plan: Plan) -> Finding:
+    return Finding.error(
+        f"indexes.{plan.name}.tables",
+        f"no table of the source database matches {plan.index.table_name}",
+        "correct the patterns, or create the first table: tables that match later are followed by themselves",
+    )
 
 
 def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list[Finding]:
@@ -122,7 +138,7 @@ def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list
             "name another schema with target.schema, or index a table of another schema",
         )
         for name, index in config.indexes.items()
-        for table in index.tables
+        for table in index.followed
         if ours and table.schema == config.target.schema
     ]
 

@@ -73,6 +73,8 @@ class Plan(msgspec.Struct):
     """The columns that are made of related rows, with the types of their values."""
     oids: dict[QualifiedName, int] = {}
     """The OIDs of related tables."""
+    members: dict[QualifiedName, str | None] = {}
+    """The tables of an index over many equal ones, each with the publication's condition on its rows."""
     findings: list[Finding] = []
     """The findings about this index alone."""
     refused: bool = False
@@ -253,6 +255,7 @@ async def make_spec(
         deciding=deciding,
         computed=documents.computed,
         joined=documents.joined,
+        many=bool(index.tables),
     )
     wire_types = tuple(table.columns[one].wire_type for one in shape.own if one in table.columns)
     spec = IndexSpec(
@@ -272,6 +275,7 @@ async def make_spec(
         generation=stored.generation if stored else 1,
         table_oid=table.oid,
         facts=plan.facts,
+        members=plan.members,
         oids=plan.oids,
         cutter=plan.cutter,
     )

@@ -47,7 +47,7 @@ async def examine_source(
     with noting(findings, "source", "source"):
         server = await read_server(connection)
         slot = await read_slot(connection, config.source.slot)
-        wanted = frozenset(table for index in config.indexes.values() for table in index.tables)
+        wanted = frozenset(table for index in config.indexes.values() for table in index.followed)
         catalog = await read_catalog(connection, config.source.publication, wanted, known)
         publication = catalog.publication
         findings += or_ok(
@@ -67,7 +67,7 @@ async def examine_source(
                 findings.append(Finding.ok(where, "exists, and sends every kind of change"))
         elif slot is not None:
             findings += orphan_faults(slot, config.source.publication, followed=bool(known))
-        return SourceFacts(server, catalog, wanted)
+        return SourceFacts(server, catalog, frozenset(catalog.single(wanted)))
     return None
 
 

@@ -74,7 +74,9 @@ async def examine_where(
     if not index.where or not table.reachable:
         return None
     try:
-        return await examine_condition(connection, table.name, index.where, sendable(table, catalog))
+        # Of many equal tables, the first stands for all of them.
+        tried = table.leaves[0].name if table.name.patterns else table.name
+        return await examine_condition(connection, tried, index.where, sendable(table, catalog))
     except Refused as error:
         role = quote(catalog.role)
         findings.append(

@@ -17,6 +17,7 @@ from cdcsync.lsn import Lsn
 from cdcsync.model.visibility import XID_SPAN, Snapshot
 from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection
+from cdcsync.source.families import as_one, members_of, sent_as_one
 from cdcsync.source.publications import Publication, read_publication
 from cdcsync.source.relations import Table, read_tables
 
@@ -79,6 +80,7 @@ class Catalog(msgspec.Struct, frozen=True):
     :ivar role: the session's role, whose privileges `tables` tell.
     :ivar publication: None if there is none of that name.
     :ivar tables: those of the configured tables that exist.
+    :ivar members: the tables of each family of many equal tables that was asked for.
     :ivar called: the present names of the tables whose OIDs were asked for, as far as they exist.
     """
 
@@ -88,6 +90,11 @@ class Catalog(msgspec.Struct, frozen=True):
     publication: Publication | None
     tables: dict[QualifiedName, Table]
     called: dict[int, QualifiedName] = {}
+    members: dict[QualifiedName, tuple[QualifiedName, ...]] = {}
+
+    def single(self, names: Iterable[QualifiedName]) -> list[QualifiedName]:
+        """Return these tables with the members in place of each family."""
+        return sorted({one for name in names for one in self.members.get(name, () if name.patterns else (name,))})
 
 
 async def read_catalog(
@@ -99,7 +106,10 @@ async def read_catalog(
     """
     async with connection.transaction():
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        tables = await read_tables(connection, names)
+        families = [name for name in names if name.patterns]
+        members = {name: tuple(await members_of(connection, name)) for name in families}
+        single = {*(name for name in names if not name.patterns), *(one for of in members.values() for one in of)}
+        tables = await read_tables(connection, single)
         cursor = await connection.execute(
             "SELECT c.oid::int8, n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
             " WHERE c.oid = ANY(%s::int8[]::oid[])",
@@ -108,8 +118,13 @@ async def read_catalog(
         called = {oid: QualifiedName(schema, name) for oid, schema, name in await cursor.fetchall()}
         followed = {name: table.ancestors for name, table in tables.items()}
         found = await read_publication(connection, publication, followed)
+        for name, listed in members.items():
+            known = [tables[one] for one in listed if one in tables]
+            if known:
+                found = found and sent_as_one(found, name, known)
+                tables[name] = as_one(name, known)
         role = await fetch_value(connection, "SELECT current_user::text")
-    return Catalog(connection.info.server_version, role, publication, found, tables, called)
+    return Catalog(connection.info.server_version, role, publication, found, tables, called, members)
 
 
 def facts_of(catalog: Catalog, table: Table, related: Sequence[RelatedRows]) -> dict[QualifiedName, TableFacts]:

@@ -37,6 +37,7 @@ from cdcsync.model.conditions import (
     tokens,
     understood,
 )
+from cdcsync.model.rows import SOURCE_TABLE
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, passing, translate, without_values
 
@@ -83,16 +84,22 @@ class Refused(Exception):
         self.privilege = privilege
 
 
-async def try_condition(connection: Connection, table: QualifiedName, text: str) -> None:
+async def try_condition(connection: Connection, table: QualifiedName, text: str, *, source: str | None = None) -> None:
     """Have the source read a condition, and try it on some rows, in a transaction that cannot write.
 
     It is tried in brackets and without them: what is right in both places is one expression. And it is planned after
     WHERE, where aggregates and window functions are refused.
 
+    :param source: the value of `source_table`, if the table is one of many of an index.
     :raises Refused: it is none, or does not work.
     """
+    relation: sql.Composable = sql.Identifier(table.schema, table.name)
+    if source is not None:
+        relation = sql.SQL("(SELECT {}::text AS {}, t.* FROM {} AS t)").format(
+            sql.Literal(source), sql.Identifier(SOURCE_TABLE), relation
+        )
     async with _trial(connection, table):
-        await _try(connection, table, text)
+        await _try(connection, relation, text)
 
 
 async def examine_condition(connection: Connection, table: QualifiedName, text: str, sent: Sequence[str]) -> Where:
@@ -117,7 +124,7 @@ async def examine_condition(connection: Connection, table: QualifiedName, text: 
         named = named_columns(words, columns)
         await _refuse_other_tables(connection, table, text)
         await _refuse_changing(connection, words, named)
-        await _try(connection, table, text)
+        await _try(connection, sql.Identifier(table.schema, table.name), text)
         utf8 = await fetch_value(connection, "SELECT current_setting('server_encoding') = 'UTF8'")
     where = understood(text, words, {name: kind for name, kind in columns.items() if name in sent}, utf8=utf8)
     return msgspec.structs.replace(where, columns=named)
@@ -166,8 +173,7 @@ async def _trial(connection: Connection, table: QualifiedName) -> AsyncIterator[
             await connection.rollback()
 
 
-async def _try(connection: Connection, table: QualifiedName, text: str) -> None:
-    name = sql.Identifier(table.schema, table.name)
+async def _try(connection: Connection, name: sql.Composable, text: str) -> None:
     cursor = psycopg.AsyncRawCursor(connection)
     # With a parameter the server takes a single statement only. No column is read that is not asked for: the role may
     # not be allowed to.

@@ -25,6 +25,7 @@ import msgspec
 
 from cdcsync.config import QualifiedName
 from cdcsync.model.conditions import Where
+from cdcsync.model.rows import SOURCE_TABLE
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.publications import Publication
 from cdcsync.source.relations import Partition, Table, Type, reachable_types
@@ -97,7 +98,8 @@ def made_of(table: Table, columns: Iterable[str], where: Where | None = None) ->
     :param where: the condition on its rows, whose columns count as well.
     """
     read = (*columns, *(where.columns if where is not None else ()))
-    used = {name: table.columns[name] for name in dict.fromkeys(read) if name in table.columns}
+    made_up = {SOURCE_TABLE} if table.name.patterns else set()
+    used = {name: table.columns[name] for name in dict.fromkeys(read) if name in table.columns.keys() - made_up}
     types = reachable_types(table.types, [column.wire_type[0] for column in used.values()])
     values = TableValues(
         table.oid,

@@ -24,7 +24,7 @@ import psycopg
 from psycopg import sql
 
 from cdcsync.documents.related import Facts, RelatedRows
-from cdcsync.model.rows import Key, Row, Shape
+from cdcsync.model.rows import SOURCE_TABLE, Key, Row, Shape
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import MARK_PREFIX
 from cdcsync.model.visibility import Snapshot
@@ -47,6 +47,8 @@ class Page(msgspec.Struct, frozen=True):
 
     snapshot: Snapshot
     rows: list[Row]
+    more: bool = False
+    """Whether more rows follow, although there are fewer than were asked for."""
 
 
 class SourceTable:
@@ -75,17 +77,30 @@ class SourceTable:
         table = sql.Identifier(shape.table.schema, shape.table.name)
         self._columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.columns)
         columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.own) if related else self._columns
-        keys = [sql.Identifier("t", name) for name in shape.key]
+        # In the table of one of many, its name is not a column.
+        self._fixed = 0 if shape.source is None else 1
+        keys: list[sql.Composable] = [sql.Identifier("t", name) for name in shape.key]
+        if shape.source is not None:
+            keys[0] = sql.SQL("{}::text").format(sql.Literal(shape.source))
+            selected = [*keys[:1], *(sql.Identifier("t", name) for name in shape.columns[1:])]
+            columns = self._columns = sql.SQL(", ").join(selected)
         sent = _condition(condition) if condition else sql.SQL("true")
         # As a subquery, so that the condition's bare column names cannot be taken for those of what it is joined to; of
         # only the columns that the index needs, because the role may not be allowed to read the other columns.
         needed = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.own)
         published = sql.SQL("(SELECT {} FROM {} AS t WHERE {})").format(needed, table, sent)
         self._rows = sql.SQL("{} AS t WHERE {}").format(table, sent)
+        self._named = self._rows
+        """The rows with the table's name among them, for conditions that tell tables apart."""
+        if shape.source is not None:
+            of_all = sql.SQL("SELECT {}::text AS {}, t.* FROM {} AS t WHERE {}").format(
+                sql.Literal(shape.source), sql.Identifier(SOURCE_TABLE), table, sent
+            )
+            self._named = sql.SQL("({}) AS t WHERE true").format(of_all)
+        self._selected = columns
         self._keys = keys
         self._key_types = tuple(key_types)
         self._comparisons: list[Comparison] = []
-        self._select = sql.SQL("SELECT {} FROM {}").format(columns, self._rows)
         places = [sql.Identifier(f"k{at}") for at in range(len(keys))]
         self._wanted = [
             sql.SQL("{}::" + type_).format(sql.Identifier("wanted", f"k{at}")) for at, type_ in enumerate(key_types)
@@ -98,7 +113,6 @@ class SourceTable:
         self._spellings = sql.SQL("SELECT wanted.place, {} FROM {} AS t JOIN {} ON ").format(
             sql.SQL(", ").join(keys), published, wanted
         )
-        self._count = sql.SQL("SELECT count(*) FROM {}").format(self._rows)
         self._published = published
         self._wanted_from = wanted
 
@@ -110,12 +124,22 @@ class SourceTable:
     async def page(self, connection: Connection, after: Key | None, limit: int, where: str | None = None) -> Page:
         """Return up to `limit` rows with keys above `after`, in key order; fewer rows than that are the last ones."""
         conditions = await self._after(connection, after, where)
-        order = sql.SQL(" ORDER BY {}").format(sql.SQL(", ").join(self._keys))
-        statement = sql.SQL(" AND ").join([self._select, *conditions]) + order
+        order = sql.SQL(" ORDER BY {}").format(sql.SQL(", ").join(self._ordered))
+        rows = sql.SQL(" AND ").join([self._named if where else self._rows, *conditions])
+        statement = sql.SQL("SELECT {} FROM {}").format(self._selected, rows) + order
         statement += sql.SQL(" LIMIT {}").format(sql.Literal(limit))
         if self._related:
             statement = await self._with_related(connection, statement) + order
-        return await self._read(connection, statement, list(after or ()))
+        return await self._read(connection, statement, self._place(after))
+
+    @property
+    def _ordered(self) -> Sequence[sql.Composable]:
+        """The columns that order the table's rows."""
+        return self._keys[self._fixed :]
+
+    def _place(self, after: Key | None) -> list[str]:
+        """Return the values of the ordering columns."""
+        return list(after[self._fixed :]) if after is not None else []
 
     async def _with_related(self, connection: Connection, rows: sql.Composed) -> sql.Composed:
         """Return a statement that gives the same rows with all columns, those of related tables included."""
@@ -130,8 +154,10 @@ class SourceTable:
         """Return the conditions of the rows that follow a key."""
         conditions: list[sql.Composable] = []
         if after is not None:
-            values = [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(self._key_types, start=1)]
-            conditions.append(follows(self._keys, values, await self._compared(connection)))
+            types = self._key_types[self._fixed :]
+            values = [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(types, start=1)]
+            compared = (await self._compared(connection))[self._fixed :]
+            conditions.append(follows(self._ordered, values, compared))
         if where:
             conditions.append(_condition(where))
         return conditions
@@ -150,12 +176,14 @@ class SourceTable:
             " ORDER BY {keys} LIMIT {limit}) AS t) AS sizes"
         ).format(
             most=sql.Literal(most_bytes),
-            keys=sql.SQL(", ").join(self._keys),
+            keys=sql.SQL(", ").join(self._ordered),
             size=await self._size(connection),
-            rows=sql.SQL(" AND ").join([self._rows, *await self._after(connection, after, where)]),
+            rows=sql.SQL(" AND ").join(
+                [self._named if where else self._rows, *await self._after(connection, after, where)]
+            ),
             limit=sql.Literal(limit),
         )
-        ((rows, fitting),) = await fetch_texts(connection, statement, after or (), prepare=False)
+        ((rows, fitting),) = await fetch_texts(connection, statement, self._place(after), prepare=False)
         return limit if rows == fitting else max(1, int(cast(str, fitting)))
 
     async def fitting_keys(self, connection: Connection, keys: Sequence[Key], most_bytes: int) -> int:
@@ -328,7 +356,8 @@ class SourceTable:
 
     async def count(self, connection: Connection, where: str | None = None) -> int:
         """Return how many rows there are to read."""
-        statement = self._count if not where else sql.SQL(" AND ").join([self._count, _condition(where)])
+        rows = sql.SQL(" AND ").join([self._named, _condition(where)]) if where else self._rows
+        statement = sql.SQL("SELECT count(*) FROM {}").format(rows)
         row = await fetch_one(connection, statement)
         return cast(int, row[0])
 

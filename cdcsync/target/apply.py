@@ -178,12 +178,12 @@ class IndexWriter:
             return loaded
         if changes.truncated:
             await self._truncate()
+        deleted = await self._clear(changes.cleared) if changes.cleared else 0
         await self._copy(changes)
         chunks = sum(len(document.chunks) for document in changes.documents)
-        deleted = 0
         replaced = any(document.existed for document in changes.documents)
         if changes.deleted or changes.absent or changes.new or replaced:
-            deleted = await self._delete_surplus()
+            deleted += await self._delete_surplus()
         if changes.kept:
             await self._update_kept()
         reused = inline = queued = beside = 0
@@ -282,6 +282,14 @@ class IndexWriter:
                 await self._run("DELETE FROM {fresh}", of=one)
                 await self._run("DELETE FROM {settled}", of=one)
             await self._run("DELETE FROM {chunks}")
+
+    async def _clear(self, tables: Sequence[str]) -> int:
+        """Delete the chunks of all rows of some of many source tables."""
+        statement = sql.SQL(
+            "WITH gone AS (DELETE FROM {} WHERE {}::text = ANY(%s) RETURNING chunk_id)"
+            " INSERT INTO {} (chunk_id) SELECT chunk_id FROM gone"
+        ).format(self._names.chunks, self._keys[0], self._gone)
+        return (await self._connection.execute(statement, [list(tables)])).rowcount
 
     async def _copy(self, changes: ChangeSet) -> None:
         columns = [*self._places, *self._slots, *map(sql.Identifier, _STAGE_COLUMNS)]

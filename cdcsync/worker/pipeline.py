@@ -58,9 +58,9 @@ from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, cancelled_by, interru
 from cdcsync.postgres.sessions import Session, connect, speaking_of
 from cdcsync.preflight.indexes import Plan
 from cdcsync.source.catalog import read_catalog, read_server, running_transactions
+from cdcsync.source.many import source_table
 from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
-from cdcsync.source.tables import SourceTable
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.session import ApplySession
 from cdcsync.worker.state import WorkerState
@@ -119,7 +119,7 @@ class Pipeline:
         for dispatcher in dispatchers.values():
             dispatcher.lag = self.lag
         self.deliveries = {spec.name: Deliveries() for spec in specs}
-        tables = {spec.name: SourceTable.of(spec) for spec in specs}
+        tables = {spec.name: source_table(spec) for spec in specs}
         self._pipeline = schema, config.source.slot
         self.embedding = Pool(target_dsn, schema, sum(len(spec.generations) for spec in specs))
         self.embed_loops = {

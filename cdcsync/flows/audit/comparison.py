@@ -24,7 +24,7 @@ from cdcsync.flows.audit.soundness import examine_chunks
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
-from cdcsync.source.tables import SourceTable
+from cdcsync.source.many import source_table
 from cdcsync.target.audits import START, Place
 from cdcsync.target.failures.documents import failed_among
 from cdcsync.target.keys import page_of_keys
@@ -82,7 +82,7 @@ async def compare_step(
         case "orphans":
             with speaking_of("target", where=f"index {spec.name}"):
                 keys = await page_of_keys(target, schema, spec, place.after, limit)
-            table = SourceTable.of(spec)
+            table = source_table(spec)
             with speaking_of("source", where=str(spec.shape.table)):
                 absent = (await table.absent(source, keys))[1] if keys else []
             last = len(keys) < limit

@@ -16,6 +16,7 @@ from typing import cast
 
 import anyio.to_thread
 import msgspec
+import psycopg
 from psycopg import sql
 
 from cdcsync.config.names import quote
@@ -48,16 +49,43 @@ class Digests(msgspec.Struct, frozen=True):
 async def source_digests(
     connection: Connection, spec: IndexSpec, after: Key | None, limit: int, *, keys: Sequence[Key] | None = None
 ) -> Digests:
-    """Return the digests of up to `limit` rows of the source with keys above `after`.
+    """Return the digests of up to `limit` rows of the source with keys above `after`; a page is of one table.
 
-    :param keys: only rows with one of these.
+    :param keys: only rows with one of these, of any table.
     """
+    found = Digests({}, [], after, last=True)
+    for one in spec.each:
+        source = one.shape.source
+        mine = keys if keys is None or source is None else [key for key in keys if key[0] == source]
+        if (keys is not None and not mine) or (source is not None and after is not None and source < after[0]):
+            continue
+        start = after if source is None or after is None or source == after[0] else None
+        try:
+            page = await _table_digests(connection, one, start, limit, mine)
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+            if source is None:
+                raise
+            continue  # one of many was dropped meanwhile
+        if keys is None and page.by_key:
+            return msgspec.structs.replace(page, last=page.last and one is spec.each[-1])
+        found = Digests(found.by_key | page.by_key, found.repeated + page.repeated, page.after or after, page.last)
+    return found
+
+
+async def _table_digests(
+    connection: Connection, spec: IndexSpec, after: Key | None, limit: int, keys: Sequence[Key] | None
+) -> Digests:
     by_code = spec.documents.by_code
     limit = min(limit, MADE_HERE_ROWS) if by_code and keys is None else limit
-    columns = [sql.Identifier("t", name) for name in spec.shape.key]
+    columns: list[sql.Composable] = [sql.Identifier("t", name) for name in spec.shape.key]
     types = list(enumerate(spec.source_key_types, start=1))
     operators = await comparisons(connection, spec.source_key_types)
-    arguments: list[object] = list(after or ())
+    # The name of one of many tables is the same for all its rows.
+    fixed = 0 if spec.shape.source is None else 1
+    if spec.shape.source is not None:
+        columns[0] = sql.SQL("{}::text").format(sql.Literal(spec.shape.source))
+    arguments: list[object] = []
+    arguments += (after or ())[fixed:]
     above: sql.Composable = sql.SQL("")
     if keys is not None:
         arguments = [[key[at] for key in keys] for at in range(len(columns))]
@@ -70,10 +98,9 @@ async def source_digests(
             ),
         )
     elif after is not None:
-        above = sql.SQL("WHERE {}").format(
-            follows(columns, [sql.SQL(f"${at}::text::{type_}") for at, type_ in types], operators)
-        )
-    ordered = sql.SQL(", ").join(columns)
+        values = [sql.SQL(f"${at - fixed}::text::{type_}") for at, type_ in types[fixed:]]
+        above = sql.SQL("WHERE {}").format(follows(columns[fixed:], values, operators[fixed:]))
+    ordered = sql.SQL(", ").join(columns[fixed:])
     read = sql.SQL("{} AS t {} ORDER BY {} LIMIT {}").format(published(spec), above, ordered, sql.Literal(limit))
     if spec.documents.related:
         own = sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.own)
@@ -83,14 +110,15 @@ async def source_digests(
         read = sql.SQL("{} AS t ORDER BY {}").format(whole, ordered)
     parts: dict[str, sql.Composable] = {
         "ordered": ordered,
+        "key": sql.SQL(", ").join(columns),
         "carried": sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.carried),
         "read": read,
     }
     if by_code:
         rows = await fetch_texts(
             connection,
-            sql.SQL("SELECT ROW({ordered})::text, ROW({carried})::text, {columns} FROM {read}").format(
-                **parts, columns=sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.columns)
+            sql.SQL("SELECT ROW({key})::text, ROW({carried})::text, {columns} FROM {read}").format(
+                **parts, columns=sql.SQL(", ").join(_selected(spec, columns))
             ),
             arguments,
         )
@@ -103,7 +131,7 @@ async def source_digests(
             sql.SQL(
                 "SELECT CASE WHEN btrim(r.document, {blank}) <> '' THEN {digest} END, {listed} FROM ("
                 " SELECT {keys}, row_number() OVER (ORDER BY {ordered}) AS place,"
-                " ROW({ordered})::text AS key_text, ROW({carried})::text AS carried_text,"
+                " ROW({key})::text AS key_text, ROW({carried})::text AS carried_text,"
                 " {document} AS document, {document_hash} AS document_hash"
                 " FROM {read}) AS r ORDER BY r.place"
             ).format(
@@ -160,6 +188,11 @@ def published(spec: IndexSpec) -> sql.Composable:
     table = sql.Identifier(spec.shape.table.schema, spec.shape.table.name)
     columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.own)
     return sql.SQL("(SELECT {} FROM {} AS t WHERE {})").format(columns, table, filter_)
+
+
+def _selected(spec: IndexSpec, key: Sequence[sql.Composable]) -> list[sql.Composable]:
+    """Return a row's columns."""
+    return [*key, *(sql.Identifier("t", name) for name in spec.shape.columns[len(key) :])]
 
 
 def digest(key: str, carried: str, document_hash: str) -> sql.Composable:

@@ -30,7 +30,7 @@ from cdcsync.metrics import Metrics
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
-from cdcsync.source.tables import SourceTable
+from cdcsync.source.many import source_table
 from cdcsync.target.audits import Audits, Place
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
@@ -204,7 +204,7 @@ class RollingAudit:
     async def _rows_per_s(self, source: Connection, spec: IndexSpec) -> float:
         if self._every_s or not self._busy():
             return self._most_rows_per_s or float(MOST_ROWS) / PAGE_S
-        table = SourceTable.of(spec)
+        table = source_table(spec)
         with speaking_of("source", where=str(spec.shape.table)):
             looks = 3 * await table.estimate(source)  # rows, keys and chunks
         return min(self._most_rows_per_s, max(BUSY_ROWS_PER_S, looks / WITHIN_S))

@@ -76,15 +76,15 @@ class Pages:
         """Return the reader of the source's rows in the order of their keys."""
 
         async def read(after: Key | None, limit: int) -> Page:
-            async def page(connection: Connection) -> tuple[Snapshot, list[Row]]:
+            async def page(connection: Connection) -> tuple[Snapshot, tuple[list[Row], bool]]:
                 found = await self._table.page(connection, after, limit, filter_)
-                return found.snapshot, found.rows
+                return found.snapshot, (found.rows, found.more)
 
             with speaking_of("source", where=str(self._spec.shape.table)):
                 limit = await self._table.fitting(await self._source.connection(), after, limit, PAGE_BYTES, filter_)
-            snapshot, rows = await self._under_a_complete_snapshot(page)
+            snapshot, (rows, more) = await self._under_a_complete_snapshot(page)
             entries: list[tuple[Key, Row | None]] = [(self._spec.shape.key_of(row), row) for row in rows]
-            return Page(snapshot, entries, entries[-1][0] if entries else after, len(rows) < limit)
+            return Page(snapshot, entries, entries[-1][0] if entries else after, len(rows) < limit and not more)
 
         return read
 

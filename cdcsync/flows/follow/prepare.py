@@ -103,6 +103,8 @@ class Preparer:
         if not (changes.truncated or changes.new):
             with speaking_of("target", where=f"index {self._spec.name}", index=self._spec.name):
                 stored = await writer.stored_hashes([*deleted, *absent, *(one.change.key for one in rendered)])
+        if changes.cleared:
+            stored = {key: one for key, one in stored.items() if key[0] not in changes.cleared}
         kept = []
         changed = []
         for one in rendered:
@@ -140,6 +142,7 @@ class Preparer:
             new=changes.new,
             absent=[] if changes.truncated else absent,
             rebuilds=rebuilds,
+            cleared=sorted(changes.cleared),
             failed=[
                 FailedDocument(one.key, str(failed[one.key]), one.commit_lsn) for one in documents if one.key in failed
             ],

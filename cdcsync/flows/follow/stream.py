@@ -76,10 +76,11 @@ class Stream:
         self._tables: dict[tuple[str, str], list[Shape | Link]] = {}
         self._known: dict[int, tuple[str, str]] = {}
         for spec in specs:
-            needs: list[Shape | Link] = [spec.shape, *spec.links]
+            needs: list[Shape | Link] = [*(one.shape for one in spec.each), *spec.links]
             for one in needs:
                 self._tables.setdefault((one.table.schema, one.table.name), []).append(one)
-            for table, oid in {**spec.oids, spec.shape.table: spec.table_oid}.items():
+            own = {} if spec.shape.many else {spec.shape.table: spec.table_oid}
+            for table, oid in (spec.oids | own).items():
                 self._known[oid] = table.schema, table.name
         self.described: Callable[[], None] = lambda: None
         """Called when the source describes a table again."""
@@ -178,7 +179,7 @@ class Stream:
                 self._deliveries[heard.shape.index].related(heard.xid)
                 self._open.add(heard)
             case Truncation():
-                self._deliveries[heard.shape.index].truncated(heard.xid)
+                self._deliveries[heard.shape.index].truncated(heard.xid, heard.shape.source)
                 self._open.add(heard)
             case Dry():
                 self._open.note_dry(heard_all=heard.heard_all)

@@ -32,6 +32,7 @@ from cdcsync.source.catalog import (
     read_slot,
     running_transactions,
 )
+from cdcsync.source.families import rows_sent
 from cdcsync.source.fingerprints import Difference, difference
 from cdcsync.source.publications import create_publication_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
@@ -87,6 +88,8 @@ def outdated(catalog: Catalog, specs: Sequence[IndexSpec]) -> bool:
     for spec in specs:
         table = catalog.tables.get(spec.shape.table)
         if table is None or table.oid != spec.table_oid:
+            return True
+        if spec.shape.many and rows_sent(publication, catalog.members.get(spec.shape.table, ())) != spec.members:
             return True
         columns = [table.columns.get(name) for name in spec.shape.own]
         if tuple(one.wire_type for one in columns if one is not None) != spec.shape.types:
@@ -248,7 +251,8 @@ async def set_up_publication(source: Connection, config: Config, tables: Sequenc
     """
     name = config.source.publication
     with speaking_of("source", where=f"publication {name}"):
-        publication = (await read_catalog(source, name, tables)).publication
+        catalog = await read_catalog(source, name, tables)
+        publication, tables = catalog.publication, catalog.single(tables)
         if publication is None and tables:
             await source.execute(create_publication_statement(name, tables, version=source.info.server_version))
             crash_point("publication created")

@@ -79,7 +79,12 @@ class FailedDocuments:
         if self._any:
             if changes.truncated:
                 self._any = await self._empty()
-            elif settled := list(_settled(changes)):
+            if changes.cleared:
+                await self._connection.execute(
+                    self._sql("DELETE FROM {table} WHERE index_name = {index} AND key[1] = ANY(%s)"),
+                    [list(changes.cleared)],
+                )
+            if not changes.truncated and (settled := list(_settled(changes))):
                 self._any = await self._remove(settled)
         if changes.failed:
             self._any = True

@@ -71,6 +71,7 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
             documents.columns,
             computed=documents.computed,
             joined=documents.joined,
+            many=bool(config.tables),
         ),
         documents=documents,
         source_key_types=_types_of(types, entry.key),

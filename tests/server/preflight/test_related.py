@@ -30,7 +30,7 @@ async def test_related_tables_that_have_all_they_need_pass(database: Database) -
     report = await examined(configured(database.dsn, tickets=COMMENTS + more))
 
     assert report.errors == []
-    assert report.specs[0].tables == report.specs[0].config.tables
+    assert report.specs[0].tables == report.specs[0].config.followed
 
 
 @pytest.mark.parametrize(

@@ -187,8 +187,27 @@ def test_empty_sections_need_an_embedder_and_an_index_too() -> None:
 def test_a_required_key_says_what_belongs_there() -> None:
     error = refusal(SECTIONS.replace('table = "articles"', ""))
 
-    assert error.message == "indexes.articles.table: is required"
-    assert (error.hint or "").startswith("it is the source table, as in SQL")
+    what = "is required, unless tables names many; it is the source table, as in SQL"
+    assert error.message == f"indexes.articles.table: {what}"
+
+    error = refusal(SECTIONS.replace('embedder = "', 'embedder_ = "'))
+
+    assert "indexes.articles.embedder: is required" in error.message
+
+
+def test_an_index_over_many_tables_names_them_alone() -> None:
+    many = 'tables = ["tenant_*.articles"]'
+    assert (
+        "must be left out where tables"
+        in refusal(SECTIONS.replace('table = "articles"', f'{many}\ntable = "a"')).message
+    )
+    assert (
+        "must be left out where tables"
+        in refusal(SECTIONS.replace('table = "articles"', f'{many}\nkey = ["a"]')).message
+    )
+    for wrong in ("articles", "Tenant.articles", "a.b.c", 'a."b"', "a.b; c"):
+        error = refusal(SECTIONS.replace('table = "articles"', f"tables = ['{wrong}']"))
+        assert "SCHEMA.TABLE in lower-case letters" in error.message
 
 
 class _Everything(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -132,7 +132,7 @@ def test_the_schema_says_what_reading_checks() -> None:
     }
     assert definitions["Source"]["properties"]["slot"]["pattern"] == "^[a-z0-9_]{1,63}$"
     assert definitions["Index"]["properties"]["columns"]["default"] == []
-    assert definitions["Index"]["required"] == ["table", "embedder"]
+    assert definitions["Index"]["required"] == ["embedder"]
 
 
 @pytest.mark.parametrize("name", sorted(schema()["$defs"]))

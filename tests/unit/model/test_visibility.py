@@ -275,3 +275,16 @@ def test_only_the_last_transactions_that_emptied_the_table_are_remembered() -> N
     assert not deliveries.emptied_by(100)
     assert deliveries.emptied_by(101)
     assert deliveries.emptied_by(100 + MOST_EMPTIED)
+
+
+def test_the_truncation_of_one_of_many_tables_hides_the_rows_of_that_table_alone() -> None:
+    deliveries = Deliveries()
+    deliveries.record()
+    before = Snapshot(100, 101, frozenset({100}))
+    deliveries.truncated(100, "tenant_a.articles")
+    assert deliveries.hides(("tenant_a.articles", "1"), before)
+    assert not deliveries.hides(("tenant_b.articles", "1"), before)
+    after = Snapshot(101, 101, frozenset())
+    assert not deliveries.hides(("tenant_a.articles", "1"), after)
+    deliveries.forget_seen(after)
+    assert deliveries.size == 0

@@ -1,0 +1,113 @@
+"""Reading an index's many equal tables, one after the other, in the order of their names.
+
+A page is of one table. What is asked for by key is asked of each table that the keys name. Each read has a snapshot of
+its own; the oldest is the one that is returned, which at worst takes a row for older than it is. A table that was
+dropped meanwhile has no rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterator, Sequence
+from typing import TypeVar
+
+import psycopg
+
+from cdcsync.model.rows import Key, Row
+from cdcsync.model.spec import IndexSpec
+from cdcsync.model.visibility import Snapshot
+from cdcsync.postgres.sessions import Connection
+from cdcsync.source.catalog import current_snapshot
+from cdcsync.source.tables import Page, SourceTable
+
+T = TypeVar("T")
+
+DROPPED = (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)
+
+
+def source_table(spec: IndexSpec) -> SourceTable:
+    """Return what reads an index's rows."""
+    return SourceTables(spec) if spec.shape.many else SourceTable.of(spec)
+
+
+class SourceTables(SourceTable):
+    """One index's view of its tables."""
+
+    def __init__(self, spec: IndexSpec) -> None:
+        self.shape = spec.shape
+        self.all_rows = all(one.condition is None for one in spec.each)
+        self._members = {str(one.shape.table): SourceTable.of(one) for one in spec.each}
+
+    async def page(self, connection: Connection, after: Key | None, limit: int, where: str | None = None) -> Page:
+        """Return rows of the first table that has any after a key; `more` says whether another table follows."""
+        snapshot = await current_snapshot(connection)
+        names = list(self._members)
+        for name, member, start in self._from(after):
+            page = await _unless_dropped(member.page(connection, start, limit, where), Page(snapshot, []))
+            if page.rows:
+                return Page(snapshot, page.rows, more=name != names[-1])
+        return Page(snapshot, [])
+
+    def _from(self, after: Key | None) -> Iterator[tuple[str, SourceTable, Key | None]]:
+        for name, member in self._members.items():
+            if after is None or name >= after[0]:
+                yield name, member, after if after is not None and name == after[0] else None
+
+    async def fitting(
+        self, connection: Connection, after: Key | None, limit: int, most_bytes: int, where: str | None = None
+    ) -> int:
+        """Return how many rows of a page are at most so large together, at least 1."""
+        for _, member, start in self._from(after):
+            page = await _unless_dropped(member.page(connection, start, 1, where), None)
+            if page is not None and page.rows:
+                fits = member.fitting(connection, start, limit, most_bytes, where)
+                return await _unless_dropped(fits, limit)
+        return limit
+
+    async def fitting_keys(self, connection: Connection, keys: Sequence[Key], most_bytes: int) -> int:
+        """Return how many of these keys, from the first on, have rows of at most so many bytes together."""
+        fitting = len(keys)
+        for name, mine in self._by_table(keys).items():
+            fits = await _unless_dropped(self._members[name].fitting_keys(connection, mine, most_bytes), len(mine))
+            if fits < len(mine):
+                fitting = min(fitting, keys.index(mine[fits]))
+        return max(1, fitting) if keys else 0
+
+    async def by_keys(self, connection: Connection, keys: Sequence[Key]) -> Page:
+        """Return the rows that exist now with these keys, in no order."""
+        snapshot = await current_snapshot(connection)
+        rows: list[Row] = []
+        for name, mine in self._by_table(keys).items():
+            rows += (await _unless_dropped(self._members[name].by_keys(connection, mine), Page(snapshot, []))).rows
+        return Page(snapshot, rows)
+
+    async def absent(self, connection: Connection, keys: Sequence[Key]) -> tuple[Snapshot, list[Key]]:
+        """Return those of `keys` that the source does not write just so for any row now."""
+        snapshot = await current_snapshot(connection)
+        by_table = self._by_table(keys)
+        gone = [key for key in keys if key[0] not in self._members]
+        for name, mine in by_table.items():
+            gone += (await _unless_dropped(self._members[name].absent(connection, mine), (snapshot, mine)))[1]
+        missing = set(gone)
+        return snapshot, [key for key in keys if key in missing]
+
+    def _by_table(self, keys: Sequence[Key]) -> dict[str, list[Key]]:
+        found: dict[str, list[Key]] = {}
+        for key in keys:
+            if key[0] in self._members:
+                found.setdefault(key[0], []).append(key)
+        return found
+
+    async def estimate(self, connection: Connection) -> int:
+        """Return the planner's idea of how many rows the tables have."""
+        return sum([await _unless_dropped(one.estimate(connection), 0) for one in self._members.values()])
+
+    async def count(self, connection: Connection, where: str | None = None) -> int:
+        """Return how many rows there are to read."""
+        return sum([await _unless_dropped(one.count(connection, where), 0) for one in self._members.values()])
+
+
+async def _unless_dropped(read: Awaitable[T], otherwise: T) -> T:
+    try:
+        return await read
+    except DROPPED:
+        return otherwise
