@@ -4,7 +4,7 @@
 carried column. Then the worker returns. What has to be embedded are the distinct texts at the end that were not
 embedded before; everything more is waste. The provider takes 20 ms a request.
 
-The times begin with the worker's process, its start included; bench/vectors.py has the other side.
+The times begin with the worker's process, its start included.
 """
 
 from __future__ import annotations
