@@ -129,6 +129,7 @@ async def drop_index(config: Config, index: str) -> list[Step]:
                 await drop_search(target, schema, index)
                 await _drop(target, "VIEW", [name for (name,) in views])
                 await _drop(target, "TABLE", [name for _, name in tables])
+                await _drop_functions(target, schema, f"cdcsync index {index}: ")
                 await Registry(schema).remove(target, index)
                 await Approvals(schema).remove(target, index)
         steps = [Step(f"index {index} in the target", "dropped")]
@@ -278,6 +279,8 @@ async def _purge(target: Connection, config: Config, belongings: Belongings) -> 
                 await drop_search(target, schema, index)
             await _drop(target, "VIEW", belongings.views)
             await _drop(target, "TABLE", belongings.tables)
+            for index in belongings.indexes:
+                await _drop_functions(target, schema, f"cdcsync index {index}: ")
             await Registry(schema).forget(target, config.source.slot)
             await target.execute(
                 sql.SQL("DELETE FROM {} WHERE slot = %s").format(sql.Identifier(schema, "pipelines")),
@@ -292,8 +295,7 @@ async def _drop_shared(target: Connection, schema: str) -> None:
     """Drop the tables and functions that say they are ours, and the schema where it is empty and could be made anew."""
     tables = await _rows(target, _SHARED_TABLES, schema, OURS)
     await _drop(target, "TABLE", [name for (name,) in tables])
-    functions = await _rows(target, _SHARED_FUNCTIONS, schema, OURS)
-    await _drop(target, "FUNCTION", [name for (name,) in functions])
+    await _drop_functions(target, schema, OURS)
     # One that an administrator made for a role that may not make schemas stays.
     ((empty,),) = await _rows(target, _SCHEMA_IS_SPARE, schema, schema)
     if empty:
@@ -304,7 +306,7 @@ _SHARED_TABLES: LiteralString = """
     SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = %s AND c.relkind = 'r' AND starts_with(obj_description(c.oid, 'pg_class'), %s)
 """
-_SHARED_FUNCTIONS: LiteralString = """
+_FUNCTIONS: LiteralString = """
     SELECT p.oid::regprocedure::text FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
     WHERE n.nspname = %s AND starts_with(obj_description(p.oid, 'pg_proc'), %s)
 """
@@ -315,6 +317,12 @@ _SCHEMA_IS_SPARE: LiteralString = """
             SELECT FROM pg_depend WHERE refclassid = 'pg_namespace'::regclass AND deptype = 'n'
                 AND refobjid = (SELECT oid FROM pg_namespace WHERE nspname = %s))
 """
+
+
+async def _drop_functions(target: Connection, schema: str, marker: str) -> None:
+    """Drop the functions that say whose they are; those of triggers need their tables dropped first."""
+    functions = await _rows(target, _FUNCTIONS, schema, marker)
+    await _drop(target, "FUNCTION", [name for (name,) in functions])
 
 
 async def _drop(target: Connection, kind: LiteralString, names: list[str] | tuple[str, ...]) -> None:

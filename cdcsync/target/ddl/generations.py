@@ -8,6 +8,7 @@ Source: PostgreSQL, "CREATE VIEW", "Explicit Locking".
 
 from __future__ import annotations
 
+import msgspec
 import psycopg
 from psycopg import sql
 
@@ -18,6 +19,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.grants import grants_of
 from cdcsync.target.ddl.locking import BRIEFLY
 from cdcsync.target.ddl.names import Names
+from cdcsync.target.ddl.rebuilding import Rebuild
 from cdcsync.target.ddl.relations import create_view
 from cdcsync.target.ddl.searching import put_search
 from cdcsync.target.ddl.tiers import create_vectors
@@ -74,6 +76,7 @@ async def drop_relations(connection: Connection, schema: str, spec: IndexSpec, g
     # What searches are made of first: from here on none begins that could look for these vectors.
     await put_search(connection, schema, spec)
     await connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(names.vectors(generation)))
+    await Rebuild(connection, schema, msgspec.structs.replace(spec, generation=generation)).forget()
     await connection.execute(
         sql.SQL("DELETE FROM {} WHERE generation = {}").format(names.backlog, sql.Literal(generation))
     )

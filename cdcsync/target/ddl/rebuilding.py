@@ -110,6 +110,10 @@ class Rebuild:
             crash_point("rebuild dropped")
         crash_point("rebuild gone")
 
+    async def forget(self) -> None:
+        """Drop what is left of a rebuild whose tiers are gone, and their triggers with them."""
+        await self._run("DROP TABLE IF EXISTS {copy}, {changed}; DROP FUNCTION IF EXISTS {note}()")
+
     async def record(self) -> None:
         """Create the copy, and have both tiers note what changes from now on."""
         async with self._connection.transaction():

@@ -278,6 +278,12 @@ def test_an_index_that_left_the_configuration_is_unfollowed_says_so_and_can_be_d
 
     target.execute("CREATE TABLE cdcsync.notes_vectors_2 (LIKE cdcsync.notes_vectors_1)")
     target.execute("COMMENT ON TABLE cdcsync.notes_vectors_2 IS 'cdcsync index notes: vectors of another generation'")
+    target.execute(
+        "CREATE FUNCTION cdcsync.notes_vectors_1_new_note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN END';"
+        " COMMENT ON FUNCTION cdcsync.notes_vectors_1_new_note() IS 'cdcsync index notes: a rebuild that was killed';"
+        " CREATE TRIGGER cdcsync_rebuild AFTER DELETE ON cdcsync.notes_vectors_1_fresh"
+        " FOR EACH ROW EXECUTE FUNCTION cdcsync.notes_vectors_1_new_note()"
+    )
     target.execute("INSERT INTO cdcsync.approvals (index_name, change, texts) VALUES ('notes', 'f', 1)")
     asked = drop(pipeline, "notes", answer="n\n")
     assert (asked.returncode, "cannot be undone" in asked.stderr) == (1, True)
@@ -288,6 +294,7 @@ def test_an_index_that_left_the_configuration_is_unfollowed_says_so_and_can_be_d
     }
     assert not [one for one in relations(target) if "notes" in one]
     assert target.execute("SELECT FROM cdcsync.approvals") == []
+    assert target.execute("SELECT FROM pg_proc WHERE proname LIKE 'notes%'") == []
     assert "there is no index notes" in drop(pipeline, "notes", "--yes").stderr
     # The other index goes on.
     source.execute("UPDATE articles SET title = 'after'")

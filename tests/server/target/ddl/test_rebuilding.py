@@ -6,10 +6,12 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.building import build_hnsw
+from cdcsync.target.ddl.generations import create_generations, drop_relations
 from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
 from cdcsync.target.keys import discard_vectors
 from cdcsync.target.settling import Settling
@@ -189,3 +191,28 @@ async def test_searches_and_changes_go_on_while_it_is_built_and_exchanged(
 
     assert await both.rows("SELECT count(*) FROM {vectors}") == [(8,)]
     assert await both.faults() == []
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["whole", "tiers dropped by hand"])
+async def test_a_generation_that_is_dropped_leaves_nothing_of_its_rebuild(
+    both: LiveIndex, connect_target: ConnectTarget, broken: bool
+) -> None:
+    other = msgspec.structs.replace(both.spec, generation=2)
+    await create_generations(both.connection, SCHEMA, msgspec.structs.replace(both.spec, others=(other,)))
+    for spec in (both.spec, other):
+        await Rebuild(await connect_target(), SCHEMA, spec).record()
+    if broken:
+        await both.connection.execute("DROP TABLE cdcsync.articles_vectors_2")
+
+    await drop_relations(both.connection, SCHEMA, both.spec, 2)
+
+    assert (
+        await both.rows(
+            "SELECT relname::text FROM pg_class WHERE relname LIKE 'articles_vectors_2%'"
+            " UNION ALL SELECT proname FROM pg_proc WHERE proname LIKE 'articles_vectors_2%'"
+        )
+        == []
+    )
+    # That of the other generation goes on.
+    await both.apply(changes(deleted=["1"]))
+    assert len(await both.rows("SELECT FROM cdcsync.articles_vectors_1_new_changed")) == 1
