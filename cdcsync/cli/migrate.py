@@ -77,7 +77,11 @@ def migrate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With activate: measure, and do not switch.")] = False,
     yes: Annotated[
         bool,
-        typer.Option("--yes", "-y", help="With drop, and with start above confirm_above_texts: say yes beforehand."),
+        typer.Option(
+            "--yes",
+            "-y",
+            help="With drop, with start above confirm_above_texts, and to switch to fewer vectors: say yes beforehand.",
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -90,7 +94,8 @@ def migrate(
     the generation that is not live.
 
     The worker has to know both models: start it again with the changed configuration. The exit status of `activate` is
-    1 if --min or --not-worse refuses.
+    1 if --min or --not-worse refuses. A generation that lacks more vectors than the live one becomes live with --yes
+    only.
     """
     import anyio
 
@@ -116,13 +121,15 @@ def migrate(
         case Action.activate:
             outcome = anyio.run(
                 interruptible,
-                lambda: _activate(configuration, index, least or [], judged, not_worse=not_worse, dry_run=dry_run),
+                lambda: _activate(
+                    configuration, index, least or [], judged, not_worse=not_worse, dry_run=dry_run, yes=yes
+                ),
             )
             printing.print_json(outcome.json) if as_json else _print_outcome(outcome)
             if not outcome.passed:
                 raise typer.Exit(EXIT_FAILED)
         case Action.rollback:
-            before, now = anyio.run(interruptible, _roll_back, configuration, index)
+            before, now = anyio.run(interruptible, lambda: _roll_back(configuration, index, yes=yes))
             _say(as_json, {"index": index, "live": now, "before": before}, f"generation {now} is live again")
         case Action.drop:
             if not yes:
@@ -153,7 +160,7 @@ def _check_options(
         "--judged": (judged is not None, Action.activate),
         "--not-worse": (not_worse, Action.activate),
         "--dry-run": (dry_run, Action.activate),
-        "--yes": (yes and action is not Action.start, Action.drop),
+        "--yes": (yes and action is Action.status, Action.drop),
     }
     for option, (used, of) in given.items():
         if used and action is not of:
@@ -198,7 +205,7 @@ class _Outcome(NamedTuple):
 
 
 async def _activate(
-    config: Config, index: str, least: Sequence[str], judged: Path | None, *, not_worse: bool, dry_run: bool
+    config: Config, index: str, least: Sequence[str], judged: Path | None, *, not_worse: bool, dry_run: bool, yes: bool
 ) -> _Outcome:
     from cdcsync.flows.evaluate import gates
     from cdcsync.flows.evaluate.collection import read_collection
@@ -233,11 +240,11 @@ async def _activate(
             verdicts += gates.judge(second, floors, first if not_worse else None)
     before = None
     if not dry_run and all(verdict.passed for verdict in verdicts):
-        before = await commands.switch(config, index, other.generation)
+        before = await commands.switch(config, index, other.generation, confirmed=yes)
     return _Outcome(index, live.generation, other.generation, quality, runs, verdicts, before)
 
 
-async def _roll_back(config: Config, index: str) -> tuple[int, int]:
+async def _roll_back(config: Config, index: str, *, yes: bool) -> tuple[int, int]:
     from cdcsync.flows.migrate import commands
 
     live, other = await commands.candidates(config, index)
@@ -247,7 +254,7 @@ async def _roll_back(config: Config, index: str) -> tuple[int, int]:
             where=f"index {index}",
             hint=f"to switch to generation {other.generation}: cdcsync migrate {index} activate",
         )
-    return await commands.switch(config, index, other.generation), other.generation
+    return await commands.switch(config, index, other.generation, confirmed=yes), other.generation
 
 
 def _say(as_json: bool, facts: dict[str, Any], text: str) -> None:

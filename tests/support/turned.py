@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from cdcsync.config import HashEmbedder
 from cdcsync.embedders.hashing import HashEmbedder as Hashing
+from cdcsync.errors import TextRejected
 
 DIMENSIONS = 16
 
@@ -42,3 +43,16 @@ class Turned:
     def vectors(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Return the texts' vectors at once."""
         return self._hashing.vectors([" ".join(self._way + word for word in text.split()) for text in texts])
+
+
+class Refusing(Turned):
+    """Refuses every text of a document with more than one word."""
+
+    async def embed(self, texts: Sequence[str], *, kind: str) -> npt.NDArray[np.float32]:
+        """Return the texts' vectors.
+
+        :raises TextRejected: there is a text that it refuses.
+        """
+        if kind == "document" and any(" " in text for text in texts):
+            raise TextRejected("no such text", where="refusing")
+        return self.vectors(texts)

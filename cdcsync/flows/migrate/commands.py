@@ -32,6 +32,7 @@ from cdcsync.preflight import build_embedders
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.generations import embedder_of, live_generation
 from cdcsync.preflight.indexes import Wish, distance_of, model_faults
+from cdcsync.status.counting import Counts, count_index
 from cdcsync.status.generations import GenerationStatus, read_generations
 from cdcsync.target.ddl.generations import switch_relations
 from cdcsync.target.ddl.locking import until_locked
@@ -43,6 +44,10 @@ from cdcsync.target.search import stored_spec
 
 POLL_S = 0.2
 """How often it is looked whether the worker has dropped a generation."""
+
+UNDER_WAY = 0.001
+"""The share of chunks that may wait for a vector when their generation becomes live: changes of the last moments, which
+an index whose table is written to always has."""
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -300,11 +305,38 @@ def _require_ready(entry: Entry, other: Generation) -> Generation:
     return other
 
 
-async def switch(config: Config, index: str, generation: int) -> int:
+async def _require_complete(connection: Connection, schema: str, entry: Entry, generation: int) -> None:
+    """Refuse a generation with which searches would find less than with the live one.
+
+    :raises SetupError: more of its chunks have no vector of their text.
+    """
+    names = Names(schema, entry.name)
+    live, other = [await count_index(connection, names, one) for one in (entry.generation, generation)]
+    if _lacking(other) - _lacking(live) <= min(other.backlog, UNDER_WAY * other.chunks):
+        return
+    remedies = [f"see why: cdcsync failures {entry.name} list"] if other.failed else []
+    remedies += ["wait for the worker"] if _lacking(other) > other.failed else []
+    raise SetupError(
+        f"generation {generation} lacks the vectors of {_lacking(other):,} of {other.chunks:,} chunks"
+        f" ({other.failed:,} failed, {other.backlog:,} wait), and the live one of {_lacking(live):,}: searches would"
+        " find less with it",
+        where=f"index {entry.name}",
+        hint=f"{', or '.join(remedies)}; --yes switches all the same",
+    )
+
+
+def _lacking(counts: Counts) -> int:
+    """Return how many chunks have no vector of their text; of a large index, those that are known by the backlog."""
+    known = counts.backlog + counts.failed
+    return known if counts.estimated else max(known, counts.chunks - counts.vectors)
+
+
+async def switch(config: Config, index: str, generation: int, *, confirmed: bool = False) -> int:
     """Make a generation the live one, in one transaction; returns which was live before.
 
-    :raises SetupError: it is not ready, or something is built on the view that would have to be dropped; nothing was
-        changed.
+    :param confirmed: whether it may have fewer vectors than the one that is live.
+    :raises SetupError: it is not ready, it has fewer vectors and may not, or something is built on the view that would
+        have to be dropped; nothing was changed.
     """
     schema = config.target.schema
 
@@ -318,6 +350,8 @@ async def switch(config: Config, index: str, generation: int) -> int:
                 return before
             one = next((one for one in generations if one.generation == generation), None)
             _require_ready(entry, one or other_generation(entry, generations))
+            if not confirmed:
+                await _require_complete(connection, schema, entry, generation)
             live = await stored_spec(connection, schema, index, config.index_named(index))
             spec = next(one for one in live.others if one.generation == generation)
             others = (msgspec.structs.replace(live, others=()), *(one for one in live.others if one is not spec))

@@ -244,6 +244,36 @@ async def test_searches_go_on_and_never_mix_models_while_an_index_migrates_and_r
     assert {who for who, _ in searches.answers} == {"sql", "python", "command"}
 
 
+def refused(pipeline: Pipeline, action: str, index: str = "articles") -> str:
+    done = pipeline.command("migrate", index, action, PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr + done.stdout
+    return " ".join(done.stderr.split())
+
+
+def test_a_generation_that_lacks_more_vectors_becomes_live_with_a_yes_only(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    refusing: Section = {"type": "python", "class": "tests.support.turned:Refusing", "options": {"way": "b"}}
+    models = {"good": turned(OLD), "refusing": refusing}
+    now: dict[str, Section] = {"articles": {"embedder": "good"}, "notes": {"embedder": "refusing"}}
+    wanted: dict[str, Section] = {"articles": {"embedder": "refusing"}, "notes": {"embedder": "good"}}
+    pipeline = make_pipeline(configuration(database.dsn, embedders=models, indexes=now))
+    loaded(pipeline, "articles", "notes", rows=20)
+    asks_for(pipeline, configuration(database.dsn, embedders=models, indexes=wanted))
+    for index in wanted:
+        migrate(pipeline, "start", index=index)
+    ready(pipeline, 2, *wanted)
+    told = refused(pipeline, "activate")
+    assert "generation 2 lacks the vectors of 20 of 20 chunks (20 failed, 0 wait), and the live one of 0" in told
+    assert "cdcsync failures articles list" in told
+    assert migrate(pipeline, "activate", index="notes")["live"] == 2
+    assert "generation 1 lacks the vectors of 20" in refused(pipeline, "rollback", index="notes")
+    assert [one["generation"] for one in pipeline.answer("status")["indexes"].values()] == [1, 2]
+    assert migrate(pipeline, "activate", "--yes")["live"] == 2
+    assert migrate(pipeline, "rollback", "--yes", index="notes")["live"] == 1
+    assert migrate(pipeline, "rollback")["live"] == 1
+
+
 CHANGED: dict[str, Section] = {
     "halves": {"vector_type": "halfvec"},
     "farther": {"distance": "l2"},
