@@ -177,10 +177,11 @@ async def _try(connection: Connection, name: sql.Composable, text: str) -> None:
     cursor = psycopg.AsyncRawCursor(connection)
     # With a parameter the server takes a single statement only. No column is read that is not asked for: the role may
     # not be allowed to.
-    await cursor.execute(sql.SQL("SELECT $1::int FROM {} AS t WHERE (" + text + ") LIMIT 0").format(name), [0])
-    for before, after in (("(", ") IS TRUE"), ("CASE WHEN ", " THEN true END")):
+    condition = sql.SQL(text)
+    await cursor.execute(sql.SQL("SELECT $1::int FROM {} AS t WHERE ({}) LIMIT 0").format(name, condition), [0])
+    for place in ("({}) IS TRUE", "CASE WHEN {} THEN true END"):
         tried = sql.SQL("(SELECT {} AS holds FROM {} AS t LIMIT {}) AS tried").format(
-            sql.SQL(before + text + after), name, sql.Literal(TRIED_ROWS)
+            sql.SQL(place).format(condition), name, sql.Literal(TRIED_ROWS)
         )
         await cursor.execute(sql.SQL("SELECT count(holds) + $1::int FROM {}").format(tried), [0])
 
@@ -208,7 +209,7 @@ async def _columns(connection: Connection, table: QualifiedName) -> dict[str, Co
 async def _refuse_other_tables(connection: Connection, table: QualifiedName, text: str) -> None:
     """Look for relations in the plan of the condition itself; as a column of the result, none of it is pulled up."""
     name = sql.Identifier(table.schema, table.name)
-    statement = sql.SQL("EXPLAIN (FORMAT JSON, COSTS OFF) SELECT (" + text + ") FROM {} AS t").format(name)
+    statement = sql.SQL("EXPLAIN (FORMAT JSON, COSTS OFF) SELECT ({}) FROM {} AS t").format(sql.SQL(text), name)
     cursor = psycopg.AsyncRawCursor(connection)
     await cursor.execute(statement, prepare=False)
     ((plans,),) = cast(list[tuple[list[dict[str, Any]]]], await cursor.fetchall())

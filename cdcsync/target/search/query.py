@@ -191,7 +191,9 @@ async def check_condition(connection: Connection, schema: str, spec: IndexSpec, 
     check_where(where)
     if where is None:
         return
-    statement = sql.SQL("EXPLAIN SELECT FROM {} AS c WHERE (\n" + where + "\n)").format(Names(schema, spec.name).chunks)
+    statement = sql.SQL("EXPLAIN SELECT FROM {} AS c WHERE (\n{}\n)").format(
+        Names(schema, spec.name).chunks, sql.SQL(where)
+    )
     with speaking_of("target", where=f"index {spec.name}"):
         try:
             async with connection.transaction():

@@ -128,6 +128,8 @@ async def test_a_condition_that_cannot_say_which_rows_an_index_has_is_refused(
         ("pair IS NULL", ("pair",)),
         ("to_char(deleted_at, 'YYYY') = '2026'", ("deleted_at",)),
         ("status = E'a\\\\b' OR status = $q$;--$q$", ("status",)),
+        ("tags @> '{urgent}' AND tags <> '{}'", ("tags",)),
+        ("status LIKE 'a{1}%' OR status LIKE '{n}{{%'", ("status",)),
     ],
 )
 async def test_a_condition_on_the_row_alone_is_left_to_the_server_where_it_has_no_simple_form(
@@ -153,6 +155,12 @@ async def test_a_condition_that_takes_too_long_is_given_up(source: Connection, m
     await source.execute("INSERT INTO public.t (id, n) VALUES (3, 3) ON CONFLICT DO NOTHING")
     with pytest.raises(Refused, match=r"it takes more than 0\.2 s for 100 rows"):
         await examine_condition(source, T, "(SELECT count(*) FROM generate_series(1, 1000000000 + n)) > 0", COLUMNS)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("table", [None, "public.t"])
+async def test_a_condition_that_is_only_tried_may_hold_braces(source: Connection, table: str | None) -> None:
+    await try_condition(source, T, "tags @> '{urgent}' OR tags = '{}' OR status LIKE 'a{1}%'", source=table)
 
 
 @pytest.mark.anyio

@@ -24,7 +24,7 @@ from cdcsync.target.apply import IndexWriter
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.shared import create_shared
-from cdcsync.target.search import Hit, Mode, search, stored_spec
+from cdcsync.target.search import Hit, Mode, check_condition, search, stored_spec
 
 if TYPE_CHECKING:
     from tests.support.servers import Database
@@ -206,6 +206,14 @@ async def test_a_condition_limits_every_leg(database: Database, mode: Mode) -> N
             where='"tenant %" % 3 = 2 AND id <> 3',
         )
     assert ids(hits) == [2]
+
+
+async def test_a_condition_may_hold_braces(database: Database) -> None:
+    where = "'{a,b}'::text[] @> '{a}' AND 'x{1}' LIKE '{}x{1}%' IS FALSE"
+    async with indexed(database, [Doc(1, "a", EAST)]) as (connection, spec):
+        await check_condition(connection, SCHEMA, spec, where)
+        hits = await search(connection, SCHEMA, spec, text=None, vector=EAST, where=where)
+    assert ids(hits) == [1]
 
 
 async def test_a_condition_finds_the_operators_of_extensions(database: Database) -> None:
