@@ -293,7 +293,7 @@ def _print_generations(generations: Sequence[GenerationStatus]) -> None:
         table.add_column(heading)
     table.add_column("recall")
     for one in generations:
-        share = one.vectors / one.chunks if one.chunks else 1.0
+        share = one.vectors / one.chunks if one.chunks else float(one.state != "filling")
         table.add_row(
             str(one.generation),
             one.state,
