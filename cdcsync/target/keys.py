@@ -132,7 +132,7 @@ async def texts_with_vector(
 
 
 async def discard_vectors(connection: Connection, schema: str, spec: IndexSpec, keys: Sequence[Key]) -> int:
-    """Have the vectors of these documents made again; the caller commits. Returns how many chunks that is.
+    """Have the vectors of these documents made again, in every generation; the caller commits. Returns how many.
 
     The present vectors stay searchable, as stale ones, until their successors are stored.
     """
@@ -143,20 +143,21 @@ async def discard_vectors(connection: Connection, schema: str, spec: IndexSpec, 
         sql.SQL(
             "WITH touched AS (SELECT c.chunk_id, c.content_hash FROM {joined})"
             " INSERT INTO {backlog} AS b (generation, chunk_id, content_hash, lane)"
-            " SELECT {generation}, chunk_id, content_hash, {lane} FROM touched ON CONFLICT (chunk_id, generation)"
+            " SELECT generation, chunk_id, content_hash, {lane} FROM touched"
+            " CROSS JOIN unnest({generations}::integer[]) AS generation ON CONFLICT (chunk_id, generation)"
             " DO UPDATE SET attempts = 0, error = NULL, next_attempt_at = now(), content_hash = excluded.content_hash"
         ).format(
             joined=await _joined(connection, schema, spec),
             backlog=names.backlog,
-            generation=sql.Literal(spec.generation),
+            generations=sql.Literal([one.generation for one in spec.generations]),
             lane=sql.Literal(BACKFILL),
         ),
         _arrays(spec, keys),
     )
     queued = cursor.rowcount
-    fresh, settled = names.tiers(spec.generation).values()
-    await cursor.execute(sql.SQL("LOCK TABLE {}, {} IN ROW EXCLUSIVE MODE").format(fresh, settled))
-    for tier in (fresh, settled):
+    tiers = [tier for one in spec.generations for tier in names.tiers(one.generation).values()]
+    await cursor.execute(sql.SQL("LOCK TABLE {} IN ROW EXCLUSIVE MODE").format(sql.SQL(", ").join(tiers)))
+    for tier in tiers:
         await cursor.execute(
             sql.SQL(
                 "UPDATE {tier} AS v SET content_hash = {none} FROM {joined}"

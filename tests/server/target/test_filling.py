@@ -20,6 +20,7 @@ from cdcsync.target.ddl.generations import create_generations
 from cdcsync.target.ddl.locking import until_locked
 from cdcsync.target.filling import Filling, Stored
 from cdcsync.target.generations import Generation, Generations
+from cdcsync.target.keys import discard_vectors
 from cdcsync.target.pipelines import Pipelines
 from tests.support.indexes import (
     SCHEMA,
@@ -229,3 +230,18 @@ async def test_a_generation_is_whole_after_a_fill_beside_random_changes(migratio
     assert await migration.strays() == []
     assert await live.rows("SELECT chunk_id FROM cdcsync.articles_vectors_2 GROUP BY 1 HAVING count(*) > 1") == []
     assert await live.rows("SELECT FROM {backlog}") == []
+
+
+async def test_vectors_that_are_to_be_made_again_are_so_in_every_generation(migration: Migration) -> None:
+    live = migration.live
+    await live.apply(changes(document("1", "one"), document("2", "two"), inline=["one", "two"]))
+    assert await migration.embed() == 2
+    await live.rows("UPDATE {vectors} SET embedding = '[9,9,9]' RETURNING 1")
+    await live.rows("UPDATE cdcsync.articles_vectors_2 SET embedding = '[9,9,9]' RETURNING 1")
+
+    async with live.connection.transaction():
+        assert await discard_vectors(live.connection, SCHEMA, live.spec, [("1",)]) == 2
+
+    assert await live.rows("SELECT generation FROM {backlog} ORDER BY 1") == [(1,), (2,)]
+    assert await migration.embed() == 1
+    assert await migration.vectors() == {"one": [vector_text("one")], "two": ["[9,9,9]"]}
