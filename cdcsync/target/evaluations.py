@@ -100,6 +100,14 @@ async def store(connection: Connection, schema: str, found: Evaluation) -> str |
     return None
 
 
+async def forget(connection: Connection, schema: str, index: str, generation: int) -> None:
+    """Remove what was measured of a generation. The caller's transaction commits."""
+    await connection.execute(
+        sql.SQL("DELETE FROM {} WHERE index_name = %s AND generation = %s").format(sql.Identifier(schema, TABLE)),
+        [index, generation],
+    )
+
+
 async def latest(connection: Connection, schema: str, generations: Mapping[str, int]) -> dict[str, Recall]:
     """Return the last recall of each index that has one of the generation given for it; the table must be there."""
     cursor = await connection.execute(

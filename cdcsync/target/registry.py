@@ -55,6 +55,9 @@ DDL: tuple[LiteralString, ...] = (
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS paused_at timestamptz",
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS unfollowed_at timestamptz",
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS configuration jsonb",
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS last_generation int",
+    "COMMENT ON COLUMN {schema}.indexes.last_generation IS"
+    " 'The highest number that a generation had, also one that was dropped: no number is used again.'",
     "COMMENT ON COLUMN {schema}.indexes.configuration IS"
     " 'The section of the configuration that the index was last loaded by.'",
     "COMMENT ON TABLE {schema}.indexes IS 'cdcsync: one row per index, with what its chunks and vectors were made by.'",
@@ -100,6 +103,7 @@ class Entry(msgspec.Struct, frozen=True):
     made_of: dict[str, Any] | None = None
     sent_by: dict[str, Any] | None = None
     configuration: dict[str, Any] | None = None
+    last_generation: int | None = None
 
     @property
     def where(self) -> str | None:
@@ -224,6 +228,12 @@ class Registry:
                 " WHERE name = %s"
             ).format(self._table),
             [spec.generation, spec.model, spec.dimensions, spec.config.vector_type, spec.distance, spec.name],
+        )
+
+    async def note_generation(self, connection: Connection, index: str, generation: int) -> None:
+        """Note the number of a new generation, so that no later one gets it again."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET last_generation = %s WHERE name = %s").format(self._table), [generation, index]
         )
 
     async def note_fingerprint(

@@ -119,7 +119,7 @@ async def start(config: Config, index: str, *, max_rows_per_s: int | None = None
                     await Generations(schema).limit(connection, index, others[0].generation, max_rows_per_s)
                     crash_point("limit of a migration set")
                 return await _started(connection, config, entry, live, others[0], wish, begun=False)
-            hnsw, number = wish.index.hnsw, max([entry.generation, *(one.generation for one in generations)]) + 1
+            hnsw, number = wish.index.hnsw, _next_number(entry, generations)
             new = Generation(
                 *(index, number, wish.index.embedder, wish.embedder.identity, wish.embedder.dimensions),
                 *(wish.index.vector_type, wish.distance, "filling", hnsw.m, hnsw.ef_construction),
@@ -130,8 +130,9 @@ async def start(config: Config, index: str, *, max_rows_per_s: int | None = None
             if not confirmed:
                 _refuse_unconfirmed(config, spec, wish, started)
             async with connection.transaction():
-                await Registry(schema).find(connection, index, lock=True)
-                if await Generations(schema).of(connection, index) != generations:
+                now = await Registry(schema).find(connection, index, lock=True)
+                same = now is not None and now.last_generation == entry.last_generation
+                if not same or await Generations(schema).of(connection, index) != generations:
                     raise SetupError(
                         "somebody else began or ended a migration just now",
                         where=where,
@@ -140,9 +141,15 @@ async def start(config: Config, index: str, *, max_rows_per_s: int | None = None
                 if not generations:
                     await Generations(schema).add(connection, Generation.of(spec, "ready"))
                 await Generations(schema).add(connection, new)
+                await Registry(schema).note_generation(connection, index, number)
                 crash_point("migration asked for")
             crash_point("migration begun")
             return started
+
+
+def _next_number(entry: Entry, generations: Sequence[Generation]) -> int:
+    """Return a number that no generation of the index has had: an application may still name one that was dropped."""
+    return max(entry.generation, entry.last_generation or 0, *(one.generation for one in generations)) + 1
 
 
 def _refuse_unconfirmed(config: Config, spec: IndexSpec, wish: Wish, started: Started) -> None:

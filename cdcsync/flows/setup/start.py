@@ -36,6 +36,7 @@ from cdcsync.source.families import rows_sent
 from cdcsync.source.fingerprints import Difference, difference
 from cdcsync.source.publications import create_publication_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
+from cdcsync.target import evaluations
 from cdcsync.target.ddl.generations import create_generations, drop_relations
 from cdcsync.target.ddl.locking import until_locked
 from cdcsync.target.ddl.missing import Missing, missing_relations
@@ -183,6 +184,7 @@ async def drop_generations(target: Connection, schema: str, spec: IndexSpec) -> 
         async with target.transaction():
             await drop_relations(target, schema, spec, generation)
             await generations.remove(target, spec.name, generation)
+            await evaluations.forget(target, schema, spec.name, generation)
             crash_point("generation dropped")
         crash_point("dropped generation committed")
 

@@ -274,6 +274,35 @@ def test_a_generation_that_lacks_more_vectors_becomes_live_with_a_yes_only(
     assert migrate(pipeline, "rollback")["live"] == 1
 
 
+def test_a_generation_never_gets_the_number_of_one_that_was_dropped(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    both = {"old": turned(OLD), "new": turned(NEW)}
+    wanted = configuration(database.dsn, embedders=both, indexes={"articles": {"embedder": "new"}})
+    pipeline = loaded(make_pipeline(configuration(database.dsn, embedders={"old": turned(OLD)})), "articles", rows=20)
+    asks_for(pipeline, wanted)
+    assert migrate(pipeline, "start")["generation"] == 2
+    ready(pipeline, 2)
+    migrate(pipeline, "activate")
+    measured = "SELECT DISTINCT generation FROM cdcsync.evaluations ORDER BY 1"
+    assert pipeline.target.execute(measured).fetchall() == [(1,), (2,)]
+    migrate(pipeline, "rollback")
+    assert migrate(pipeline, "drop", "--yes")["dropped"] == 2
+    assert pipeline.target.execute(measured).fetchall() == [(1,)]
+    assert migrate(pipeline, "start")["generation"] == 3
+    ready(pipeline, 3)
+    vector = json.dumps(NEW.vectors(["article"])[0].tolist())
+    with pytest.raises(psycopg.Error) as gone:
+        pipeline.target.execute(
+            "SELECT FROM cdcsync.articles_search('article', %s::text::vector, generation => 2)", [vector]
+        )
+    assert gone.value.sqlstate == "VG001"
+    migrate(pipeline, "activate")
+    migrate(pipeline, "drop", "--yes")
+    pipeline.in_step("articles")
+    assert [one["generation"] for one in migrate(pipeline, "status")] == [3]
+
+
 CHANGED: dict[str, Section] = {
     "halves": {"vector_type": "halfvec"},
     "farther": {"distance": "l2"},
