@@ -175,12 +175,13 @@ class Offered(Index):
     async def document(self, who: Principal, key: Sequence[str]) -> Document:
         """Return a document by its key, as texts in the order of the key's columns.
 
-        :raises Problem: 404, there is none, or the caller may not see it.
+        :raises Problem: 404, there is none, or the caller may not see it; 403, the index does not have the tenants.
         """
         missing = Problem(404, "No such document", "the index has no document of this key")
         if any("\0" in part for part in key):
             raise missing
         async with self._session(who) as (connection, spec):
+            self._refuse_undivided(spec)
             if len(key) != len(spec.shape.key):
                 raise Problem(
                     422,
@@ -193,7 +194,7 @@ class Offered(Index):
                 sql.SQL("{} {} {}::").format(sql.Identifier(name), one.equal, sql.Literal(value)) + sql.SQL(type_)
                 for name, one, value, type_ in zip(spec.shape.key, equal, key, spec.key_types, strict=True)
             ]
-            if self.serve.tenant.column in spec.shape.key + spec.shape.carried:
+            if self.serve.tenant.column is not None:
                 conditions.append(self._of_tenant(who))
             shown = [name for name in spec.shape.key + spec.shape.carried if not self._hidden(name)]
             statement = sql.SQL(
@@ -268,9 +269,17 @@ class Offered(Index):
                 f"the filter names a column that the index does not have: {column}",
                 "GET /v1/indexes lists the columns",
             )
-        if column not in spec.shape.key + spec.shape.carried:
-            raise Problem(403, "Not allowed", f"the index {self.name} is not divided by tenants")
+        self._refuse_undivided(spec)
         return {**wanted, column: who.tenant}
+
+    def _refuse_undivided(self, spec: IndexSpec) -> None:
+        """See that the index has the bound column, if one is bound: its worker may not have added it yet.
+
+        :raises Problem: it does not, so that nobody can tell what is the caller's.
+        """
+        column = self.serve.tenant.column
+        if column is not None and column not in spec.shape.key + spec.shape.carried:
+            raise Problem(403, "Not allowed", f"the index {self.name} is not divided by tenants")
 
     def _found(self, hit: Hit) -> Found:
         key, columns = (

@@ -38,7 +38,7 @@ from cdcsync.source.publications import create_publication_statement, publish_st
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.generations import create_generations, drop_relations
-from cdcsync.target.ddl.locking import until_locked
+from cdcsync.target.ddl.locking import BRIEFLY, until_locked
 from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.ddl.policies import put_policy
 from cdcsync.target.ddl.relations import create_index_relations
@@ -69,11 +69,16 @@ class StartingPoint(msgspec.Struct, frozen=True):
 
 
 async def set_up_shared(target: Connection, config: Config) -> None:
-    """Create pgvector, our schema and the pipeline's row, as far as they are missing."""
-    with speaking_of("target"):
+    """Create pgvector, our schema and the pipeline's row, as far as they are missing.
+
+    A column that is added to a shared table excludes searches, which read it: see `target/ddl/locking`.
+    """
+
+    async def create() -> None:
         async with target.transaction():
             # Two workers that start together take turns here.
             await target.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdcsync set-up', 0))")
+            await target.execute(BRIEFLY)
             cursor = await target.execute("SELECT 1 FROM pg_extension WHERE extname = 'vector'")
             if await cursor.fetchone() is None:
                 await target.execute("CREATE EXTENSION vector SCHEMA public")
@@ -81,6 +86,9 @@ async def set_up_shared(target: Connection, config: Config) -> None:
             await Pipelines(config.target.schema, config.source.slot).ensure(target, config.source.publication)
             crash_point("shared tables written")
         crash_point("shared tables committed")
+
+    with speaking_of("target"):
+        await until_locked(create, table=f"{config.target.schema}.*")
 
 
 def outdated(catalog: Catalog, specs: Sequence[IndexSpec]) -> bool:

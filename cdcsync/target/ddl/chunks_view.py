@@ -17,7 +17,7 @@ from cdcsync.config.names import MAX_NAME_BYTES
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.grants import grants_of
+from cdcsync.target.ddl.grants import set_again, view_settings
 from cdcsync.target.ddl.names import Names
 
 log = structlog.get_logger()
@@ -38,8 +38,11 @@ def chunks_marker(spec: IndexSpec) -> str:
     return f"cdcsync chunks of index {spec.name}: "
 
 
-async def chunks_view_grants(connection: Connection, spec: IndexSpec) -> list[sql.Composed] | None:
-    """Return the statements that grant again who may use the view of chunks; None where its name is another's."""
+async def chunks_view_settings(connection: Connection, spec: IndexSpec) -> list[sql.Composed] | None:
+    """Return the statements that give the view of chunks its options and grants again.
+
+    None where the name is another relation's.
+    """
     view = chunks_view_name(spec.config.view_name)
     existing = await fetch_row(
         connection,
@@ -51,7 +54,7 @@ async def chunks_view_grants(connection: Connection, spec: IndexSpec) -> list[sq
         return []
     if not existing[1]:
         return None
-    return await grants_of(connection, existing[0], sql.Identifier(view.schema, view.name))
+    return await view_settings(connection, existing[0], sql.Identifier(view.schema, view.name))
 
 
 async def drop_chunks_view(connection: Connection, spec: IndexSpec) -> None:
@@ -61,14 +64,14 @@ async def drop_chunks_view(connection: Connection, spec: IndexSpec) -> None:
 
 
 async def put_chunks_view(
-    connection: Connection, schema: str, spec: IndexSpec, grants: Sequence[sql.Composed] | None
+    connection: Connection, schema: str, spec: IndexSpec, settings: Sequence[sql.Composed] | None
 ) -> None:
     """Create the view of chunks, or give it the columns that the index has now. The caller's transaction commits.
 
-    :param grants: from `chunks_view_grants`; None leaves the relation of that name alone.
+    :param settings: from `chunks_view_settings`; None leaves the relation of that name alone.
     """
     view = chunks_view_name(spec.config.view_name)
-    if grants is None:
+    if settings is None:
         log.warning("chunks_view_left_out", index=spec.name, view=str(view))
         return
     identifier = sql.Identifier(view.schema, view.name)
@@ -91,10 +94,9 @@ async def put_chunks_view(
         async with connection.transaction():
             await connection.execute(statement)
     except psycopg.errors.InvalidTableDefinition:
-        # To replace a view keeps who may use it, but cannot change the columns it has.
+        # To replace a view keeps its grants, but cannot change the columns it has.
         await connection.execute(sql.SQL("DROP VIEW {}").format(identifier))
         await connection.execute(statement)
-    for grant in grants:
-        await connection.execute(grant)
+    await set_again(connection, settings)
     comment = f"{chunks_marker(spec)}all chunks of {spec.shape.table}, also those without a vector"
     await connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(identifier, sql.Literal(comment)))

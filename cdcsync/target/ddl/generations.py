@@ -16,7 +16,7 @@ from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.grants import grants_of
+from cdcsync.target.ddl.grants import grants_of, set_again
 from cdcsync.target.ddl.locking import BRIEFLY
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.rebuilding import Rebuild
@@ -85,5 +85,4 @@ async def drop_relations(connection: Connection, schema: str, spec: IndexSpec, g
 async def _copy_grants(connection: Connection, old: sql.Identifier, new: sql.Identifier) -> None:
     oid = await fetch_value(connection, "SELECT to_regclass(%s)::oid::int8", [old.as_string(connection)])
     if oid is not None:
-        for grant in await grants_of(connection, oid, new):
-            await connection.execute(grant)
+        await set_again(connection, await grants_of(connection, oid, new))

@@ -26,7 +26,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.building import build_settings, hnsw_method
-from cdcsync.target.ddl.grants import grants_of
+from cdcsync.target.ddl.grants import grants_of, set_again
 from cdcsync.target.ddl.locking import BRIEFLY, until_locked
 from cdcsync.target.ddl.names import SETTLED, Names
 from cdcsync.target.ddl.tiers import COLUMNS, OPTIONS, describe_vectors, vector_type
@@ -214,8 +214,7 @@ class Rebuild:
                     schema=names.schema,
                     new=sql.Identifier(new),
                 )
-            for grant in grants:
-                await connection.execute(grant)
+            await set_again(connection, grants)
             await describe_vectors(connection, self._schema, spec)
             crash_point("tiers exchanged")
         crash_point("exchange committed")

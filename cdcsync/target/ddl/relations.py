@@ -22,12 +22,12 @@ from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.chunks_view import (
     chunks_marker,
-    chunks_view_grants,
     chunks_view_name,
+    chunks_view_settings,
     drop_chunks_view,
     put_chunks_view,
 )
-from cdcsync.target.ddl.grants import grants_of
+from cdcsync.target.ddl.grants import set_again, view_settings
 from cdcsync.target.ddl.languages import search_expression
 from cdcsync.target.ddl.names import MAX_ATTEMPTS as MAX_ATTEMPTS
 from cdcsync.target.ddl.names import OPCLASSES as OPCLASSES
@@ -72,9 +72,9 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
     """
     names = Names(schema, spec.name)
     await follow_name(connection, names.chunks, _view_marker(spec), spec.config.view_name)
-    grants = await _view_grants(connection, spec)
+    settings = await _view_settings(connection, spec)
     await follow_name(connection, names.chunks, chunks_marker(spec), chunks_view_name(spec.config.view_name))
-    chunks_grants = await chunks_view_grants(connection, spec)
+    chunks_settings = await chunks_view_settings(connection, spec)
     present = await _columns_present(connection, schema, spec)
     key = _definitions(spec.shape.key, spec.key_types, " NOT NULL")
     carried = _definitions(spec.shape.carried, spec.carried_types, "")
@@ -156,8 +156,8 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
         (names.backlog, f"cdcsync index {spec.name}: chunks without a current vector; lane 0 live, 1 backfill"),
     ):
         await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(relation, sql.Literal(comment)))
-    await _put_view(connection, schema, spec, grants)
-    await put_chunks_view(connection, schema, spec, chunks_grants)
+    await _put_view(connection, schema, spec, settings)
+    await put_chunks_view(connection, schema, spec, chunks_settings)
     if spec.config.search is not None:
         await create_words(connection, schema, spec)
     await put_search(connection, schema, spec)
@@ -208,7 +208,7 @@ async def _follow_types(connection: Connection, spec: IndexSpec, names: Names, p
         return
     view = spec.config.view_name
     await connection.execute(sql.SQL("DROP VIEW IF EXISTS {}").format(sql.Identifier(view.schema, view.name)))
-    if await chunks_view_grants(connection, spec) is not None:
+    if await chunks_view_settings(connection, spec) is not None:
         await drop_chunks_view(connection, spec)
     for column, type_ in changed.items():
         name = sql.Identifier(column)
@@ -246,11 +246,11 @@ async def create_view(connection: Connection, schema: str, spec: IndexSpec) -> N
 
     :raises SetupError: a relation that is not ours has the view's name.
     """
-    await _put_view(connection, schema, spec, await _view_grants(connection, spec))
+    await _put_view(connection, schema, spec, await _view_settings(connection, spec))
 
 
-async def _view_grants(connection: Connection, spec: IndexSpec) -> list[sql.Composed]:
-    """Return the statements that grant again who may use the view; none when there is no view.
+async def _view_settings(connection: Connection, spec: IndexSpec) -> list[sql.Composed]:
+    """Return the statements that give the view its options and grants again; none when there is no view.
 
     :raises SetupError: a relation that is not ours has the view's name.
     """
@@ -270,7 +270,7 @@ async def _view_grants(connection: Connection, spec: IndexSpec) -> list[sql.Comp
             where=str(view),
             hint=f"choose another name with [indexes.{spec.name}] view = …",
         )
-    return await grants_of(connection, oid, sql.Identifier(view.schema, view.name))
+    return await view_settings(connection, oid, sql.Identifier(view.schema, view.name))
 
 
 def _view_marker(spec: IndexSpec) -> str:
@@ -278,7 +278,7 @@ def _view_marker(spec: IndexSpec) -> str:
     return f"cdcsync index {spec.name}: "
 
 
-async def _put_view(connection: Connection, schema: str, spec: IndexSpec, grants: Sequence[sql.Composed]) -> None:
+async def _put_view(connection: Connection, schema: str, spec: IndexSpec, settings: Sequence[sql.Composed]) -> None:
     """Create the view, or give it the columns of the spec.
 
     A view that other objects are built on cannot be dropped under them. It keeps its columns in their order: new ones
@@ -310,11 +310,10 @@ async def _put_view(connection: Connection, schema: str, spec: IndexSpec, grants
             async with connection.transaction():
                 await connection.execute(statement)
         except psycopg.errors.InvalidTableDefinition:
-            # To replace a view keeps who may use it, but cannot change the columns it has.
+            # To replace a view keeps its grants, but cannot change the columns it has.
             await connection.execute(sql.SQL("DROP VIEW {}").format(identifier))
             await connection.execute(statement)
-        for grant in grants:
-            await connection.execute(grant)
+        await set_again(connection, settings)
     comment = f"{_view_marker(spec)}{spec.shape.table} with its vectors; stale says that the vector is of an older text"
     await connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(identifier, sql.Literal(comment)))
 

@@ -14,7 +14,7 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.grants import grants_of
+from cdcsync.target.ddl.grants import grants_of, set_again
 from cdcsync.target.ddl.locking import BRIEFLY, until_locked
 from cdcsync.target.ddl.names import FRESH, SETTLED, Names
 from cdcsync.target.ddl.relations import create_view
@@ -102,8 +102,7 @@ async def _exchange(connection: Connection, schema: str, spec: IndexSpec, oid: i
         )
         await connection.execute(sql.SQL("ALTER TABLE {} DROP CONSTRAINT {}").format(settled, PROOF))
         await create_vectors(connection, schema, spec)
-        for grant in grants:
-            await connection.execute(grant)
+        await set_again(connection, grants)
         await create_view(connection, schema, spec)
         crash_point("tiers written")
     crash_point("tiers committed")

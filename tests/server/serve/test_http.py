@@ -16,6 +16,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from cdcsync.config import Config
+from cdcsync.config.serving import Tenant
 from cdcsync.embedders import make_embedder
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.serve.identity import Principal, new_token, revoke_tokens
@@ -148,6 +149,22 @@ async def test_a_tenant_finds_its_own_rows_and_never_sees_the_column(tickets: Of
     assert (named.status_code, "does not have" in named.json()["detail"]) == (422, True)
     assert (own.status_code, other.status_code) == (200, 404)
     assert "tenant" not in [column["name"] for column in index["columns"]]
+
+
+async def test_nothing_is_shown_while_the_index_does_not_have_the_bound_column_yet(
+    tickets: Office, tokens: Path
+) -> None:
+    """The configuration binds a column that no worker has added to the index so far."""
+    token = new_token(tokens, "ana", {"tenant": "t1"}, None)
+    config = tickets.serving(tokens_file=str(tokens), tenant=Tenant(column="room"))
+    async with served(config) as client:
+        answers = [
+            await ask(client, "printer", token),
+            *[await client.get(f"/v1/indexes/tickets/documents/{key}", headers=bearer(token)) for key in (4, 9999)],
+        ]
+    assert {(one.status_code, one.json()["detail"]) for one in answers} == {
+        (403, "the index tickets is not divided by tenants")
+    }
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])

@@ -98,6 +98,21 @@ def test_an_upgrade_that_is_killed_before_it_commits_has_changed_nothing(earlier
     until(lambda: in_step(earlier), lambda: earlier.difference or earlier.tail())
 
 
+def test_an_upgrade_gives_way_to_searches_until_a_transaction_that_read_the_tables_ends(earlier: Pipeline) -> None:
+    with (
+        psycopg.connect(earlier.config.target.dsn) as reading,
+        psycopg.connect(earlier.config.target.dsn, autocommit=True, options="-c statement_timeout=30s") as searching,
+    ):
+        reading.execute("SELECT FROM cdcsync.indexes")
+        earlier.start()
+        earlier.event("lock_waits")
+        for _ in range(20):
+            assert searching.execute("SELECT count(*) FROM cdcsync.indexes").fetchone() == (2,)
+        assert version(earlier) is None
+    until(lambda: version(earlier) == (VERSION, __version__), earlier.tail)
+    until(lambda: in_step(earlier), lambda: earlier.difference or earlier.tail())
+
+
 def test_a_worker_refuses_tables_of_a_newer_version_and_names_both(earlier: Pipeline) -> None:
     worker = earlier.start()
     earlier.event("streaming")

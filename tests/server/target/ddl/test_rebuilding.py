@@ -68,6 +68,7 @@ async def test_everything_is_settled_afterwards_in_tables_that_are_as_before(
     both: LiveIndex, connect_target: ConnectTarget
 ) -> None:
     await both.connection.execute("GRANT SELECT ON cdcsync.articles_vectors_1_settled TO PUBLIC")
+    await both.connection.execute("GRANT UPDATE (tier) ON cdcsync.articles_vectors_1_settled TO PUBLIC")
     before, made = await relations(both), await both.embedded()
 
     assert await Rebuild(await connect_target(), SCHEMA, both.spec).run() == 4
@@ -76,9 +77,10 @@ async def test_everything_is_settled_afterwards_in_tables_that_are_as_before(
     assert await both.embedded() == made
     assert await relations(both) == before
     assert await both.rows(
-        "SELECT has_table_privilege('pg_monitor', 'cdcsync.articles_vectors_1_settled', 'SELECT'), count(*)"
+        "SELECT has_table_privilege('pg_monitor', 'cdcsync.articles_vectors_1_settled', 'SELECT'),"
+        " has_column_privilege('pg_monitor', 'cdcsync.articles_vectors_1_settled', 'tier', 'UPDATE'), count(*)"
         " FROM pg_trigger WHERE tgname = 'cdcsync_rebuild'"
-    ) == [(True, 0)]
+    ) == [(True, True, 0)]
     assert await both.rows("SELECT FROM pg_proc p WHERE proname LIKE 'articles_vectors%'") == []
     assert await both.faults() == []
 

@@ -314,6 +314,36 @@ async def test_whoever_may_read_the_view_of_chunks_still_may_when_a_column_has_a
     ) == [(1, "bigint", True)]
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param(make_spec(generation=2, search=None), id="other-vectors"),
+        pytest.param(make_spec(), id="keyword-search"),
+        pytest.param(make_spec(carried={"author": "text", "tenant": "integer"}, search=None), id="a-column-more"),
+        pytest.param(make_spec(carried={}, search=None), id="a-column-less"),
+        pytest.param(make_spec(carried={"tenant": "bigint"}, search=None), id="another-type"),
+    ],
+)
+async def test_options_and_grants_of_columns_stay_whatever_becomes_of_the_views(
+    index: LiveIndex, changed: IndexSpec
+) -> None:
+    options = ["security_barrier=true"]
+    if index.connection.info.server_version >= 150000:
+        options.append("security_invoker=true")
+    for view in ("articles_index", "articles_index_chunks"):
+        await index.connection.execute(f"ALTER VIEW public.{view} SET ({', '.join(options)})".encode())
+        await index.connection.execute(f"GRANT SELECT (id, tenant) ON public.{view} TO PUBLIC".encode())
+    await create(index.connection, changed)
+    for view in ("articles_index", "articles_index_chunks"):
+        assert await rows(
+            index.connection,
+            "SELECT reloptions, array(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0"
+            " AND has_column_privilege('pg_monitor', c.oid, attnum, 'SELECT'))"
+            " FROM pg_class c WHERE c.oid = %s::regclass",
+            f"public.{view}",
+        ) == [(options, ["id", *(["tenant"] if "tenant" in changed.shape.carried else [])])]
+
+
 async def test_a_view_that_others_are_built_on_follows_by_columns_at_its_end_and_nulls(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "a"), inline=["a"]))
     await index.connection.execute("CREATE VIEW cdcsync.mine AS SELECT id, tenant FROM public.articles_index")
