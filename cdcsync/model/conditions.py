@@ -48,7 +48,8 @@ _TOKEN = re.compile(
     rf"""
       (?P<blank> [\ \t\n\r\f\v]+ )
     | (?P<comment> -- | /\* )
-    | (?P<other> (?: [eEbBxXnN] | [uU]& )' | [uU]&" | \$[0-9] | \$ (?: [{_LETTER}][{_LETTER}0-9]* )? \$ )
+    | (?P<coded> [uU]& ['"] )
+    | (?P<other> [eEbBxXnN]' | \$[0-9] | \$ (?: [{_LETTER}][{_LETTER}0-9]* )? \$ )
     | ' (?P<string> (?: [^'] | '' )* ) '
     | " (?P<quoted> (?: [^"] | "" )+ ) "
     | (?P<number> [0-9] [0-9A-Za-z_]* (?: \. [0-9]* )? | \. [0-9]+ )
@@ -93,7 +94,7 @@ def tokens(text: str) -> list[Token]:
     Strings with escapes, of bits or between dollar signs are one token of the kind `other`, and so is all that follows
     them: such a condition is for the server, and the names in it are looked for in what remains.
 
-    :raises Unreadable: it holds a comment, several statements or a parameter, or something is not closed.
+    :raises Unreadable: it holds a comment, several statements, a parameter or `U&`, or something is not closed.
     """
     found: list[Token] = []
     at = 0
@@ -108,6 +109,8 @@ def tokens(text: str) -> list[Token]:
                 continue
             case "comment":
                 raise Unreadable("it holds a comment")
+            case "coded":
+                raise Unreadable(f"it holds {token['coded']}, and what that spells is not looked up: write it plainly")
             case "string":
                 found.append(Token("string", token["string"].replace("''", "'")))
             case "quoted":

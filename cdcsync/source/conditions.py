@@ -113,7 +113,9 @@ async def examine_condition(connection: Connection, table: QualifiedName, text: 
     try:
         words = tokens(text)
     except Unreadable as error:
-        raise Refused(str(error), "give one SQL condition, without comments") from None
+        raise Refused(
+            str(error), "give one SQL condition, without comments, its names as they are or in plain double quotes"
+        ) from None
     if system := [word.text for word in words if word.kind in ("name", "quoted") and word.text in SYSTEM_COLUMNS]:
         raise Refused(
             f"it reads the system column {system[0]}, which changes without a change of the row",

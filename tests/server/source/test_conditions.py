@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cdcsync.config import QualifiedName
 from cdcsync.model.conditions import ColumnKind, tokens, understood
 from cdcsync.postgres.sessions import RENDERING, Connection, connect
-from cdcsync.source.conditions import Refused, examine_condition, try_condition
+from cdcsync.source.conditions import Refused, examine_condition, examine_order, try_condition
 from tests.support.servers import Database, Server, fresh_database
 
 pytestmark = [pytest.mark.server]
@@ -98,6 +98,9 @@ async def source(laid_out: Database) -> AsyncIterator[Connection]:
         ("user = 'x'", "changes with the session"),
         ("status = current_setting('role')", "changes with the session"),
         ("pg_has_role(status, 'USAGE')", "changes with the session"),
+        ('U&"now"() > deleted_at', "write it plainly"),
+        ('U&"pg_sleep"(0) IS NOT NULL', "write it plainly"),
+        ('public.U&"writing"(n)', "write it plainly"),
         ("xmin = '1'::xid", "the system column xmin"),
         ("t.ctid IS NOT NULL", "the system column ctid"),
         ("1 / (n - 1) > 0", "division by zero"),
@@ -137,6 +140,29 @@ async def test_a_condition_on_the_row_alone_is_left_to_the_server_where_it_has_n
 ) -> None:
     where = await examine_condition(source, T, text, COLUMNS)
     assert (where.terms, where.deciding, where.columns) == (None, (), columns)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("random()", "calls random, which is volatile"),
+        ('U&"random"()', "write it plainly"),
+        ("now() - deleted_at", "changes with time"),
+        ("n, (SELECT max(id) FROM public.other)", "it holds a query"),
+    ],
+)
+async def test_an_order_that_is_not_the_same_each_time_is_refused(source: Connection, text: str, why: str) -> None:
+    with pytest.raises(Refused) as refused:
+        await examine_order(source, T, text)
+    assert why in refused.value.message
+    assert refused.value.hint
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("text", ["n DESC, id", "tags = '{}' DESC, lower(status)"])
+async def test_an_order_by_the_row_s_own_values_can_be_used(source: Connection, text: str) -> None:
+    await examine_order(source, T, text)
 
 
 @pytest.mark.anyio
