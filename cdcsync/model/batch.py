@@ -87,6 +87,9 @@ class IndexChanges:
         """The last change of the related rows of each link that have these values, or had them."""
         self.emptied: dict[int, Touch] = {}
         """The links whose tables were truncated."""
+        self.touched_by: set[int] = set()
+        """All transactions that touched related rows. They are not visible in the order of their commits, so that a
+        reading has to see each, whatever was touched or truncated later."""
         self.overtaken: set[int] = set()
         """Transactions that touched related rows and that the reading of the backfilled rows did not see."""
         self.rewrite = False
@@ -114,6 +117,7 @@ class IndexChanges:
             case Upsert():
                 self._add_upsert(change)
             case Touch():
+                self.touched_by.add(change.xid)
                 if change.values is None:
                     self.emptied[change.place] = change
                 else:

@@ -156,7 +156,7 @@ class Preparer:
 
         Besides, the requests for documents that are too many, and the transactions that a reading has to see.
         """
-        if self._related is None or not (changes.touched or changes.emptied):
+        if self._related is None or not changes.touched_by:
             return changes.live, [], changes.overtaken
         found = await self._related.concerned(changes)
         live = dict(changes.live)
@@ -166,7 +166,7 @@ class Preparer:
             # Whatever the batch says of the row itself, the source says it too, or something newer.
             if not isinstance(live.get(key), Upsert):
                 live[key] = Touched(shape, key, (*key, *unread), touch.xid, touch.lsn)
-        return live, found.rebuilds, changes.overtaken | {touch.xid for touch in found.documents.values()}
+        return live, found.rebuilds, changes.overtaken | changes.touched_by
 
     async def _complete(
         self, upserts: list[tuple[Upsert, int]], deleted: list[Key], rebuilds: list[Rebuild], xids: set[int]

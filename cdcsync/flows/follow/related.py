@@ -73,6 +73,9 @@ class RelatedChanges:
         :raises SourceUnavailable: nothing is lost by asking again.
         """
         documents: dict[Key, Touch] = {}
+        if changes.truncated:
+            # What was touched before is asked for no more, but rows that come in later are read as of then.
+            await seeing(changes.touched_by, self._spec, self._source, _snapshot_only)
         rebuilds = [self._rebuild(self._links[place], None) for place in changes.emptied]
         by_link: dict[int, dict[Values, Touch]] = {}
         for (place, values), touch in changes.touched.items():
@@ -83,7 +86,7 @@ class RelatedChanges:
             too_many: list[Values] = []
             while left and len(documents) < MOST_OF_A_BATCH:
                 asked, left = left[:VALUES_AT_ONCE], left[VALUES_AT_ONCE:]
-                found = await self._keys(link, asked, [touches[values] for values in asked])
+                found = await self._keys(link, asked, changes.touched_by)
                 for values, keys in found.items():
                     if len(keys) > MOST_OF_ONE or len(documents) + len(keys) > MOST_OF_A_BATCH:
                         too_many.append(values)
@@ -97,17 +100,21 @@ class RelatedChanges:
     def _rebuild(self, link: Link, condition: str | None) -> Rebuild:
         return Rebuild(link.relation, condition)
 
-    async def _keys(self, link: Link, values: Sequence[Values], touches: Sequence[Touch]) -> dict[Values, list[Key]]:
+    async def _keys(self, link: Link, values: Sequence[Values], xids: set[int]) -> dict[Values, list[Key]]:
         async def read(connection: Connection) -> tuple[Snapshot, dict[Values, list[Key]]]:
             # The snapshot is older than the one of the look-up, which therefore sees all that this one sees.
             snapshot = await current_snapshot(connection)
             return snapshot, await self._look_ups.keys(connection, link, values, MOST_OF_ONE + 1)
 
-        return await seeing({touch.xid for touch in touches}, self._spec, self._source, read)
+        return await seeing(xids, self._spec, self._source, read)
 
     async def _condition(self, link: Link, values: Sequence[Values]) -> str | None:
         with speaking_of("source", where=str(link.table), index=self._spec.name):
             return await self._look_ups.condition(await self._source.connection(), link, values)
+
+
+async def _snapshot_only(connection: Connection) -> tuple[Snapshot, None]:
+    return await current_snapshot(connection), None
 
 
 async def seeing(

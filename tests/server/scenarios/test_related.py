@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 
+import psycopg
 import pytest
 
+from cdcsync.demo.cluster import Cluster
 from tests.support.scenes import Followed, MakeScene, Scene
 from tests.support.workers import until
 
@@ -258,3 +261,58 @@ def settled(scene: Scene) -> None:
     for name in ("tickets", "roots", "comments"):
         assert scene.state(name)[0] == "live", scene.state(name)
         until(partial(scene.equal, name), lambda: f"{scene.pipeline.difference}; {scene.pipeline.tail()}")
+
+
+BOOKS = [
+    "CREATE TABLE books (id int PRIMARY KEY, title text)",
+    "CREATE TABLE reviews (id int PRIMARY KEY, book_id int, body text)",
+    "ALTER TABLE reviews REPLICA IDENTITY FULL",
+    "INSERT INTO books VALUES (3, 'third')",
+    """
+    CREATE VIEW books_expected AS SELECT b.*,
+        (SELECT string_agg(body, ' ' ORDER BY id) FROM reviews WHERE book_id = b.id) AS reviews FROM books b
+    """,
+]
+
+REVIEWS = """
+[indexes.NAME.related.reviews]
+table = "reviews"
+on = { book_id = "id" }
+text = "{body}"
+separator = " "
+"""
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        ["INSERT INTO reviews VALUES (2, 3, 'seen')"],
+        ["TRUNCATE books", "INSERT INTO books VALUES (3, 'third again')"],
+    ],
+    ids=["touched again", "truncated and inserted again"],
+)
+def test_a_related_row_that_waits_for_a_standby_is_not_forgotten_for_a_later_change(
+    make_scene: MakeScene, make_cluster: Callable[..., Cluster], later: list[str]
+) -> None:
+    """Both come in one batch, and snapshots see the later one first."""
+    cluster = make_cluster(settings={"synchronous_standby_names": "nobody", "synchronous_commit": "local"})
+    scene = make_scene(BOOKS, {"books": Followed("books", "{title} {reviews}", more=REVIEWS)}, source=cluster.dsn())
+    scene.oracle_reads("books", "books_expected")
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    with psycopg.connect(cluster.dsn(), autocommit=True) as admin, psycopg.connect(cluster.dsn()) as waiting:
+        waiting.execute("SET synchronous_commit = on")
+        waiting.execute("INSERT INTO reviews VALUES (1, 3, 'hidden')")
+        waiting.pgconn.send_query(b"COMMIT")
+        until(
+            lambda: admin.execute("SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep'").fetchone() is not None,
+            "the commit to wait",
+        )
+        scene.execute(*later)
+        scene.pipeline.start()
+        scene.pipeline.event("reread_waits")
+        admin.execute("ALTER SYSTEM SET synchronous_standby_names = ''")
+        admin.execute("SELECT pg_reload_conf()")
+        while waiting.pgconn.get_result() is not None:
+            pass
+
+    scene.follows("books")

@@ -10,6 +10,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.errors import SchemaChanged
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import ROW_OVERHEAD_BYTES, UNCHANGED_BYTES, Batch, IndexChanges, PageEnd, PageRows, RowChange
+from cdcsync.model.links import Touch
 from cdcsync.model.rows import Change, Delete, Key, Row, Shape, Truncation, Upsert
 from cdcsync.model.transactions import Committed
 from cdcsync.pgoutput.messages import UNCHANGED, Value
@@ -267,6 +268,19 @@ def test_a_page_brings_its_cursor_and_its_mark_even_when_all_its_rows_were_overt
     assert batch.pages == [END, last]
     assert batch.marks == ["first", "second"]
     assert outcome(batch.of(SHAPE).filled) == {"a": ("a", "1", "x")}
+
+
+def test_no_transaction_that_touched_related_rows_is_forgotten_for_a_later_one() -> None:
+    changes = IndexChanges(SHAPE)
+
+    for xid, values in ((1, (("3",),)), (2, (("3",),)), (3, None)):
+        changes.add(Touch(SHAPE, 0, values, xid, 10))
+    changes.add(Truncation(SHAPE, 4, 10))
+    changes.add(put("3", "1", UNCHANGED, xid=5))
+
+    assert changes.touched_by == {1, 2, 3}
+    assert not changes.touched
+    assert not changes.emptied
 
 
 @pytest.mark.parametrize("rewrites", [(False, False), (True, False), (False, True)])
