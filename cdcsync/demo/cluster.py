@@ -64,6 +64,7 @@ DEFAULT_SETTINGS: Mapping[str, str] = MappingProxyType(
         "wal_level": "logical",
         "max_wal_senders": "20",
         "max_replication_slots": "20",
+        "max_connections": "300",
         "max_prepared_transactions": "10",
         "shared_buffers": "64MB",
         "fsync": "off",
