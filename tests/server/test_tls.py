@@ -156,9 +156,9 @@ def test_a_worker_reaches_everything_over_verified_connections(
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"host": "other.example.org"}, "does not match host name"),
-        ({"sslrootcert": "/nosuch/ca.pem"}, "does not exist"),
-        ({"sslrootcert": "system"}, "verify failed"),
+        ({"host": "other.example.org"}, "is for db.example.org, not for other.example.org"),
+        ({"sslrootcert": "/nosuch/ca.pem"}, "there is no file /nosuch/ca.pem"),
+        ({"sslrootcert": "system"}, "not signed by an authority"),
     ],
     ids=["wrong name", "no authority", "another authority"],
 )

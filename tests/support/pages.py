@@ -190,7 +190,10 @@ class Machine:
         # A part of a configuration: with the rest around it, it has to be right.
         whole = _merged(tomllib.loads(self.config.read_text()), data)
         for index in whole["indexes"].values():
-            index.setdefault("table", "public.articles")
+            if "tables" in index:
+                index.pop("table", None)
+            else:
+                index.setdefault("table", "public.articles")
             index.setdefault("embedder", next(iter(whole["embedders"])))
             if not {"text", "documents"} & index.keys():
                 index["text"] = "{title}"

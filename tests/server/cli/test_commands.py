@@ -332,13 +332,13 @@ def test_a_worker_on_a_terminal_shows_its_first_load_and_then_where_to_look(
     database: Database, environment: dict[str, str]
 ) -> None:
     database.execute(TABLE)
-    database.execute(ROWS)
+    database.execute("INSERT INTO articles SELECT i, i % 3, 'title ' || i FROM generate_series(1, 20000) AS i")
     screen = Screen(environment, "run")
     try:
         screen.wait_for("listening")
         screen.wait_for("rows")
         screen.wait_for("vectors")
-        screen.wait_for("searchable now: articles (3 rows); http://127.0.0.1:")
+        screen.wait_for("searchable now: articles (20,000 rows); http://127.0.0.1:")
         screen.process.send_signal(signal.SIGINT)
         screen.wait_for("stopped")
         assert screen.process.wait(PATIENCE_S) == 0
