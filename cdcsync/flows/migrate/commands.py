@@ -332,6 +332,22 @@ async def _require_complete(connection: Connection, schema: str, entry: Entry, g
     )
 
 
+def _require_embedder(one: Generation, embedders: dict[str, Embedder], findings: Sequence[Finding]) -> None:
+    """Refuse a generation that could not be kept: the index would be paused with the switch.
+
+    :raises SetupError: the configuration has no embedder that makes its vectors.
+    """
+    if embedder_of(one, embedders) is not None:
+        return
+    unusable = "".join(f"; {one.where} cannot be used: {one.message}" for one in findings)
+    raise SetupError(
+        f"no [embedders] section makes the vectors of generation {one.generation}, by {one.model} ({one.dimensions}"
+        " dimensions): the index would be paused",
+        where=f"index {one.index_name}",
+        hint=f"put its section back beside the other, under any name, and start the worker again{unusable}",
+    )
+
+
 def _lacking(counts: Counts) -> int:
     """Return how many chunks have no vector of their text; of a large index, those that are known by the backlog."""
     known = counts.backlog + counts.failed
@@ -342,10 +358,12 @@ async def switch(config: Config, index: str, generation: int, *, confirmed: bool
     """Make a generation the live one, in one transaction; returns which was live before.
 
     :param confirmed: whether it may have fewer vectors than the one that is live.
-    :raises SetupError: it is not ready, it has fewer vectors and may not, or something is built on the view that would
-        have to be dropped; nothing was changed.
+    :raises SetupError: it is not ready, no embedder makes its vectors, it has fewer vectors and may not, or something
+        is built on the view that would have to be dropped; nothing was changed.
     """
     schema = config.target.schema
+    findings: list[Finding] = []
+    embedders = build_embedders(config, findings)
 
     async def once(connection: Connection) -> int:
         async with connection.transaction():
@@ -356,7 +374,8 @@ async def switch(config: Config, index: str, generation: int, *, confirmed: bool
             if before == generation:
                 return before
             one = next((one for one in generations if one.generation == generation), None)
-            _require_ready(entry, one or other_generation(entry, generations))
+            one = _require_ready(entry, one or other_generation(entry, generations))
+            _require_embedder(one, embedders, findings)
             if not confirmed:
                 await _require_complete(connection, schema, entry, generation)
             live = await stored_spec(connection, schema, index, config.index_named(index))

@@ -274,6 +274,33 @@ def test_a_generation_that_lacks_more_vectors_becomes_live_with_a_yes_only(
     assert migrate(pipeline, "rollback")["live"] == 1
 
 
+def test_a_generation_whose_embedder_has_no_section_does_not_become_live(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    both = {"old": turned(OLD), "new": turned(NEW)}
+    wanted = configuration(database.dsn, embedders=both, indexes={"articles": {"embedder": "new"}})
+    pipeline = loaded(make_pipeline(configuration(database.dsn, embedders={"old": turned(OLD)})), "articles", rows=20)
+    asks_for(pipeline, wanted)
+    migrate(pipeline, "start")
+    ready(pipeline, 2)
+    old, new = ({one: both[one]} for one in both)
+    without = configuration(database.dsn, embedders=old, indexes={"articles": {"embedder": "old"}})
+    pipeline.path.write_text(without)
+    assert "no [embedders] section makes the vectors of generation 2, by python:turned:b" in refused(
+        pipeline, "activate"
+    )
+    pipeline.path.write_text(wanted)
+    migrate(pipeline, "activate")
+    asks_for(pipeline, configuration(database.dsn, embedders=new, indexes={"articles": {"embedder": "new"}}))
+    told = refused(pipeline, "rollback")
+    assert "no [embedders] section makes the vectors of generation 1, by python:turned:a" in told
+    assert "put its section back" in told
+    pipeline.in_step("articles")
+    assert pipeline.answer("status")["indexes"]["articles"]["generation"] == 2
+    asks_for(pipeline, wanted)
+    assert migrate(pipeline, "rollback")["live"] == 1
+
+
 def test_a_generation_never_gets_the_number_of_one_that_was_dropped(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
