@@ -1,7 +1,9 @@
 """The table `approvals`: changes of the configuration that somebody approved, although they embed many texts.
 
-An approval holds for one change of one index, by its fingerprint: the next change waits again. It needs no row in
-`indexes`, because the index may not exist yet; it goes when the index is dropped.
+An approval holds for one change of one index, by its fingerprint, and once: it goes with the request of the load it was
+for, and the next change waits again. That of a first load stays until that load has begun, because until then each
+start asks again. An approval needs no row in `indexes`, because the index may not exist yet; it goes when the index is
+dropped.
 """
 
 from __future__ import annotations
@@ -70,6 +72,12 @@ class Approvals:
             [index, change, texts],
         )
         crash_point("approval given")
+
+    async def spend(self, connection: Connection, index: str, change: str) -> None:
+        """Remove the approval of a change that an index has made, if there is one."""
+        await connection.execute(
+            sql.SQL("DELETE FROM {} WHERE index_name = %s AND change = %s").format(self._table), [index, change]
+        )
 
     async def remove(self, connection: Connection, index: str) -> None:
         """Remove all approvals of an index."""

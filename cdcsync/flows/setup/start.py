@@ -37,6 +37,7 @@ from cdcsync.source.fingerprints import Difference, difference
 from cdcsync.source.publications import create_publication_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target import evaluations
+from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.generations import create_generations, drop_relations
 from cdcsync.target.ddl.locking import BRIEFLY, until_locked
 from cdcsync.target.ddl.missing import Missing, missing_relations
@@ -232,6 +233,11 @@ async def _register(target: Connection, config: Config, spec: IndexSpec, catalog
     await Generations(schema).register(target, spec)
     found = Difference() if before is None else difference(stored_fingerprint(before), now, table)
     need = need_of(spec, before, found, missing=missing, begun=begun)
+    if begun and need is not None and need.embeds:
+        # What others were said to embed was counted from what the index has been until now.
+        await Approvals(schema).remove(target, spec.name)
+    elif begun:
+        await Approvals(schema).spend(target, spec.name, change_of(spec))
     if begun and missing and before is not None and before.state == "live":
         log.error("relations_missing", index=spec.name, tables=missing.tables, built=missing.built)
         await registry.load_again(target, spec.name)

@@ -185,6 +185,34 @@ def test_a_new_index_and_a_changed_one_wait_for_their_approval_while_another_goe
     until(lambda: state(pipeline, "articles")[0] == "live", pipeline.tail)
     pipeline.in_step()
 
+    # Going back to what was approved once waits again, with the texts that came since.
+    assert pipeline.target.execute("SELECT FROM cdcsync.approvals").fetchall() == []
+    pipeline.stop(pipeline.processes[-1])
+    write(pipeline, database, articles=guarded, notes={})
+    assert plan(pipeline)["indexes"]["articles"]["approval"] == "needed"
+    pipeline.start()
+    until(lambda: state(pipeline, "articles")[0] == "paused", pipeline.tail)
+
+
+def test_an_approval_of_a_first_load_outlasts_a_start_that_did_not_get_to_it(
+    pipeline: Pipeline, database: Database
+) -> None:
+    write(pipeline, database, articles={"confirm_above_texts": 1}, notes={})
+    worker = pipeline.start()
+    pipeline.event("streaming")
+    pipeline.stop(worker)
+    assert pipeline.command("plan", "--approve", "articles").returncode == 0
+    killed = pipeline.start(CDCSYNC_CRASH_AT="index relations committed")
+    killed.wait(30)
+    assert state(pipeline, "articles") == ("building", None)
+
+    worker = pipeline.start()
+    until(lambda: state(pipeline, "articles")[0] == "live", pipeline.tail)
+    pipeline.in_step()
+    pipeline.stop(worker)
+    pipeline.start()
+    until(lambda: not pipeline.target.execute("SELECT FROM cdcsync.approvals").fetchall(), pipeline.tail)
+
 
 def test_a_change_that_embeds_little_waits_for_nobody(pipeline: Pipeline, database: Database) -> None:
     write(
