@@ -19,6 +19,7 @@ Source: PostgreSQL, "Function Volatility Categories", "SET TRANSACTION" (READ ON
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, cast
 
@@ -58,6 +59,16 @@ _SESSION = (
 )
 CHANGING = frozenset((*_NOW, *_SESSION))
 """What has another value at another time or in another session, though the server calls it stable."""
+
+_MOMENT = re.compile(
+    r"(?:[a-z]'|\$\w*\$)?[\s\d:.+,/\[({\"-]*(now|today|tomorrow|yesterday)(?![^\W\d])", re.ASCII | re.IGNORECASE
+)
+"""Matches a string that is another moment each time it is read as a date, a time, or a range or array of them.
+
+Source: PostgreSQL, "Date/Time Types" (Special Values)."""
+
+_BEFORE_TEXT = frozenset(("->", "->>", "?", "~", "~*", "like", "ilike"))
+"""A string after one of these is no date."""
 
 READING = (
     *("pg_", "has_", "to_reg", "txid_", "col_description", "obj_description", "shobj_description"),
@@ -126,8 +137,10 @@ async def examine_condition(connection: Connection, table: QualifiedName, text: 
         named = named_columns(words, columns)
         await _refuse_other_tables(connection, table, text)
         await _refuse_changing(connection, words, named)
-        await _try(connection, sql.Identifier(table.schema, table.name), text)
         utf8 = await fetch_value(connection, "SELECT current_setting('server_encoding') = 'UTF8'")
+        if understood(text, words, columns, utf8=utf8).terms is None:  # Otherwise its strings are compared with texts.
+            _refuse_moments(words)
+        await _try(connection, sql.Identifier(table.schema, table.name), text)
     where = understood(text, words, {name: kind for name, kind in columns.items() if name in sent}, utf8=utf8)
     return msgspec.structs.replace(where, columns=named)
 
@@ -143,6 +156,7 @@ async def examine_order(connection: Connection, table: QualifiedName, text: str)
         words = tokens(text)
     except Unreadable as error:
         raise Refused(str(error), "name columns of the related row, each with ASC or DESC") from None
+    _refuse_moments(words)
     if Token("name", "select") in words:
         raise Refused("it holds a query, whose tables' changes would not be noticed", "name columns of the related row")
     async with _trial(connection, table):
@@ -269,12 +283,25 @@ async def _refuse_changing(connection: Connection, words: Sequence[Token], colum
         raise _changing(changing[0])
 
 
+def _refuse_moments(words: Sequence[Token]) -> None:
+    """Refuse strings that are today one date or time, and tomorrow another."""
+    for at, word in enumerate(words):
+        moment = _MOMENT.match(word.text) if word.kind in ("string", "other") else None
+        if moment is None or (at and words[at - 1].kind != "quoted" and words[at - 1].text in _BEFORE_TEXT):
+            continue
+        colon, following = Token("mark", ":"), list(words[at + 1 : at + 5])
+        if following[:3] == [colon, colon, Token("name", "text")] and following[3:] != [colon]:
+            continue
+        refused = _changing(f"'{moment[1]}'", with_time=True)
+        raise Refused(refused.message, f"{refused.hint}; if it is meant as a text, write '{moment[1]}'::text")
+
+
 def _is_column(word: Token, columns: Sequence[str]) -> bool:
     return word.text in columns and not (word.kind == "name" and word.text in WORDS_WITH_A_VALUE)
 
 
-def _changing(name: str) -> Refused:
-    when = "with time" if name in _NOW else "with the session, or with what is read,"
+def _changing(name: str, *, with_time: bool = False) -> Refused:
+    when = "with time" if with_time or name in _NOW else "with the session, or with what is read,"
     return Refused(
         f"its outcome changes {when} ({name}), and no change of a row would tell",
         "carry the column with `columns`, and filter searches by it",

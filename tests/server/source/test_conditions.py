@@ -95,6 +95,15 @@ async def source(laid_out: Database) -> AsyncIterator[Connection]:
         ("deleted_at < now()", "changes with time"),
         ("deleted_at < CURRENT_TIMESTAMP - interval '1 day'", "changes with time"),
         ("deleted_at < localtimestamp", "changes with time"),
+        ("deleted_at > 'now'", "changes with time ('now')"),
+        ("deleted_at >= ' Today '", "changes with time ('Today')"),
+        ("deleted_at IN ('2026-01-01', 'yesterday 12:00')", "changes with time ('yesterday')"),
+        ("deleted_at < '10:00 tomorrow'", "changes with time ('tomorrow')"),
+        ("deleted_at < E'today' OR n = 1", "changes with time ('today')"),
+        ("deleted_at < $q$today$q$", "changes with time ('today')"),
+        ("deleted_at = ANY ('{2026-01-01,today}')", "changes with time ('today')"),
+        ("deleted_at <@ '[2026-01-01,now)'::tstzrange", "changes with time ('now')"),
+        ("deleted_at < 'today'::text::timestamptz", "changes with time ('today')"),
         ("user = 'x'", "changes with the session"),
         ("status = current_setting('role')", "changes with the session"),
         ("pg_has_role(status, 'USAGE')", "changes with the session"),
@@ -131,6 +140,8 @@ async def test_a_condition_that_cannot_say_which_rows_an_index_has_is_refused(
         ("pair IS NULL", ("pair",)),
         ("to_char(deleted_at, 'YYYY') = '2026'", ("deleted_at",)),
         ("status = E'a\\\\b' OR status = $q$;--$q$", ("status",)),
+        ("status = 'now'::text OR body LIKE 'today%' OR status IN ('nowhere', 'not now')", ("status", "body")),
+        ("to_jsonb(tags) ->> 'today' IS NULL", ("tags",)),
         ("tags @> '{urgent}' AND tags <> '{}'", ("tags",)),
         ("status LIKE 'a{1}%' OR status LIKE '{n}{{%'", ("status",)),
     ],
@@ -143,12 +154,20 @@ async def test_a_condition_on_the_row_alone_is_left_to_the_server_where_it_has_n
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("text", ["status = 'now'", "status IN ('today', 'tomorrow') AND deleted_at IS NULL"])
+async def test_a_text_that_is_compared_with_texts_alone_is_no_date(source: Connection, text: str) -> None:
+    assert (await examine_condition(source, T, text, COLUMNS)).terms is not None
+    assert (await examine_condition(source, T, text, ())).terms is None
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("text", "why"),
     [
         ("random()", "calls random, which is volatile"),
         ('U&"random"()', "write it plainly"),
         ("now() - deleted_at", "changes with time"),
+        ("deleted_at > 'today', id", "changes with time"),
         ("n, (SELECT max(id) FROM public.other)", "it holds a query"),
     ],
 )
