@@ -157,7 +157,7 @@ async def examine_order(connection: Connection, table: QualifiedName, text: str)
     except Unreadable as error:
         raise Refused(str(error), "name columns of the related row, each with ASC or DESC") from None
     _refuse_moments(words)
-    if Token("name", "select") in words:
+    if any(_begins_query(words, at) for at in range(len(words))):
         raise Refused("it holds a query, whose tables' changes would not be noticed", "name columns of the related row")
     async with _trial(connection, table):
         await _refuse_changing(connection, words, named_columns(words, await _columns(connection, table)))
@@ -294,6 +294,14 @@ def _refuse_moments(words: Sequence[Token]) -> None:
             continue
         refused = _changing(f"'{moment[1]}'", with_time=True)
         raise Refused(refused.message, f"{refused.hint}; if it is meant as a text, write '{moment[1]}'::text")
+
+
+def _begins_query(words: Sequence[Token], at: int) -> bool:
+    """Say whether a word is SELECT, TABLE or VALUES, and not a name in quotes or after a dot, or a column `values`."""
+    if words[at].kind != "name" or (at and words[at - 1] == Token("mark", ".")):
+        return False
+    following = words[at + 1] if at + 1 < len(words) else None
+    return words[at].text in ("select", "table") or (words[at].text == "values" and following == Token("mark", "("))
 
 
 def _is_column(word: Token, columns: Sequence[str]) -> bool:

@@ -169,6 +169,9 @@ async def test_a_text_that_is_compared_with_texts_alone_is_no_date(source: Conne
         ("now() - deleted_at", "changes with time"),
         ("deleted_at > 'today', id", "changes with time"),
         ("n, (SELECT max(id) FROM public.other)", "it holds a query"),
+        ("(TABLE public.other)", "it holds a query"),
+        ("n = ANY (TABLE public.other)", "it holds a query"),
+        ("(VALUES (1))", "it holds a query"),
     ],
 )
 async def test_an_order_that_is_not_the_same_each_time_is_refused(source: Connection, text: str, why: str) -> None:
@@ -179,7 +182,9 @@ async def test_an_order_that_is_not_the_same_each_time_is_refused(source: Connec
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("text", ["n DESC, id", "tags = '{}' DESC, lower(status)"])
+@pytest.mark.parametrize(
+    "text", ["n DESC, id", 't.table, "select", t.values, values DESC', "tags = '{}' DESC, lower(status)"]
+)
 async def test_an_order_by_the_row_s_own_values_can_be_used(source: Connection, text: str) -> None:
     await examine_order(source, T, text)
 
