@@ -153,12 +153,15 @@ async def _change(config: Config, index: str, action: RequestAction, as_json: bo
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync replay") as target:
         await open_index(target, config, index, even_paused=True)
-        changed = await change(target, config.target.schema, index, action)
+        changed, kept = await change(target, config.target.schema, index, action)
     if as_json:
-        print_json({"index": index, "wish": action, "requests": changed})
+        print_json({"index": index, "wish": action, "requests": changed, "kept": kept})
     else:
         past = {"pause": "paused", "resume": "resumed", "cancel": "cancelled"}[action]
         console().print(f"{past}: request {', '.join(map(str, changed))}")
+        if kept:
+            numbers = ", ".join(map(str, kept))
+            console().print(f"not cancelled: request {numbers}; without it documents would stay out of date")
 
 
 async def _checked(

@@ -194,18 +194,25 @@ async def ask(target: Connection, schema: str, spec: IndexSpec, replay: Replay) 
             )
 
 
-async def change(target: Connection, schema: str, index: str, action: RequestAction) -> list[int]:
-    """Pause, resume or cancel the requests of an index, and return their numbers.
+async def change(target: Connection, schema: str, index: str, action: RequestAction) -> tuple[list[int], list[int]]:
+    """Pause, resume or cancel the requests of an index; return their numbers, and of those that cannot be cancelled.
 
     :raises UsageError: there is none of which that can be said.
     """
     with speaking_of("target", where=f"index {index}"):
         changed = await Requests(schema).action(target, index, action)
+        kept = await Requests(schema).owed(target, index) if action == "cancel" else []
+    if kept and not changed:
+        raise UsageError(
+            f"request {', '.join(map(str, kept))} cannot be cancelled: without it documents would stay out of date",
+            where=f"index {index}",
+            hint=f"let it end; or have it wait: cdcsync replay {index} --pause",
+        )
     if not changed:
         raise UsageError(
             f"there is nothing to {action}", where=f"index {index}", hint="`cdcsync status` shows what is under way"
         )
-    return changed
+    return changed, kept
 
 
 async def follow(target: Connection, schema: str, id_: int, show: Callable[[Request], None]) -> Request:

@@ -104,6 +104,9 @@ _ACTIONS: Mapping[RequestAction, tuple[str, tuple[str, ...]]] = {
 
 OPEN = ("requested", "running", "paused")
 
+OWED = ("compare", "related")
+"""What the worker asks for once and needs, for the index to stay equal: nobody may cancel it."""
+
 MOST_REBUILDS = 50
 """Rebuilds of an index that wait; more of them read most of the table one by one."""
 
@@ -442,18 +445,32 @@ class Requests:
     async def action(
         self, connection: Connection, index: str, action: RequestAction, *, id_: int | None = None
     ) -> list[int]:
-        """Pause, resume or cancel the open requests of an index, or only one of them; returns those that it changed."""
+        """Pause, resume or cancel the open requests of an index, or only one of them; returns those that it changed.
+
+        What the index is owed is not cancelled.
+        """
         state, before = _ACTIONS[action]
         cursor = await connection.execute(
             sql.SQL(
                 "UPDATE {} SET state = %s, finished_at = CASE WHEN %s = 'cancelled' THEN now() END"
-                " WHERE index_name = %s AND state = ANY(%s) AND (%s::bigint IS NULL OR id = %s) RETURNING id"
+                " WHERE index_name = %s AND state = ANY(%s) AND (%s::bigint IS NULL OR id = %s)"
+                " AND NOT (%s = 'cancelled' AND kind = ANY(%s)) RETURNING id"
             ).format(self._table),
-            [state, state, index, list(before), id_, id_],
+            [state, state, index, list(before), id_, id_, state, list(OWED)],
         )
         changed = sorted(cast(int, row[0]) for row in await cursor.fetchall())
         await self._wake(connection, index)
         return changed
+
+    async def owed(self, connection: Connection, index: str) -> list[int]:
+        """Return the open requests of an index that cannot be cancelled."""
+        cursor = await connection.execute(
+            sql.SQL(
+                "SELECT id FROM {} WHERE index_name = %s AND kind = ANY(%s) AND state = ANY(%s) ORDER BY id"
+            ).format(self._table),
+            [index, list(OWED), list(OPEN)],
+        )
+        return [cast(int, row[0]) for row in await cursor.fetchall()]
 
     async def start(self, connection: Connection, request: Request, rows_total: int | None) -> None:
         """Note that a request is being served."""

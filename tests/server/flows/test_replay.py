@@ -230,6 +230,26 @@ def test_requests_are_queued_paused_resumed_and_cancelled(live: Pipeline) -> Non
     assert live.target.execute(states, [first]).fetchone() == (["cancelled", "cancelled", "done"],)
 
 
+@pytest.mark.parametrize("kind", ["related", "compare"])
+def test_a_request_that_the_index_is_owed_is_not_cancelled_with_the_others(live: Pipeline, kind: str) -> None:
+    (owed,) = live.target.execute(
+        "INSERT INTO cdcsync.backfills (index_name, kind, state) VALUES ('articles', %s, 'paused') RETURNING id", [kind]
+    ).fetchone() or (0,)
+    assert f"request {owed} cannot be cancelled" in refused(live, "replay", "articles", "--cancel")
+
+    other = live.answer("replay", "articles", "--detach", "--max-rows-per-s", "1")["request"]
+    answer = live.answer("replay", "articles", "--cancel")
+
+    assert (answer["requests"], answer["kept"]) == ([other], [owed])
+    assert live.answer("replay", "articles", "--resume")["requests"] == [owed]
+    until(
+        lambda: (
+            live.target.execute("SELECT state FROM cdcsync.backfills WHERE id = %s", [owed]).fetchone() == ("done",)
+        ),
+        "the request that was kept",
+    )
+
+
 def test_a_paused_request_goes_on_where_it_was(live: Pipeline) -> None:
     request = live.answer("replay", "articles", "--detach", "--max-rows-per-s", "1")["request"]
     how_far = "SELECT rows_done, state FROM cdcsync.backfills WHERE id = %s"
