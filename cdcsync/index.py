@@ -14,7 +14,8 @@ The rules:
    simply made again.
 3. The target says what the index is made of (model, dimensions, generation). A search names the generation that its
    query was embedded for, so the query is never compared with vectors of another model; and it looks which generation
-   is live, so an application follows a migration with its next search, without a restart.
+   is live, so an application follows a migration with its next search, without a restart. A query is embedded anew for
+   a generation that became live meanwhile; a vector that the caller brought is refused.
 """
 
 from __future__ import annotations
@@ -216,6 +217,7 @@ class Index:
         :param generation: the generation of vectors that is searched, such as the one that `vector` was made for; None
             is the live one.
         :raises UsageError: an argument cannot be used.
+        :raises ModelChanged: another generation has become live, and `vector` came without its generation: embed again.
         :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
         :raises TargetUnavailable: the target does not answer now.
         """
@@ -279,8 +281,14 @@ class Index:
         for _ in range(SWITCHES - 1):
             try:
                 return await once()
-            except ModelChanged:
+            except ModelChanged as error:
                 self._stored = None
+                if vector is not None and generation is None and mode != "text":
+                    raise ModelChanged(
+                        f"the query's vector may be of another model: {error.message}",
+                        where=error.where,
+                        hint="embed the query again, or name the generation that its vector was made for",
+                    ) from error
         return await once()
 
     async def rerank(self, text: str, hits: Sequence[Hit]) -> Hits:
@@ -309,7 +317,7 @@ class Index:
         return Hits([*sorted(scored, key=lambda hit: -hit.score), *others], warning, generation=generation)
 
     async def embed(self, texts: Sequence[str]) -> Vectors:
-        """Return the vectors of queries, `float32[n, dimensions]`, by the model that the index's vectors are of.
+        """Return the vectors of queries, `float32[n, dimensions]`, by the model of the generation that is live now.
 
         :raises EmbedderUnavailable: the model is away.
         :raises TextRejected: the model refuses one of these texts.
@@ -348,7 +356,14 @@ class Index:
                 return str(await fetch_value(source, "SELECT pg_current_wal_lsn()::text"))
 
     async def _model(self) -> QueryEmbedder:
-        return self._shared.model(await self._with_connection(self._spec))
+        async def now(connection: Connection) -> IndexSpec:
+            try:
+                await self._refuse_switched(connection, await self._spec(connection))
+            except ModelChanged:
+                self._stored = None
+            return await self._spec(connection)
+
+        return self._shared.model(await self._with_connection(now))
 
     async def _generation(self, generation: int | None) -> IndexSpec:
         """Return the index with one of its generations; None is the live one.

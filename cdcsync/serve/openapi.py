@@ -71,6 +71,7 @@ def describe(serve: Serve) -> dict[str, Any]:
                 (401, "Not signed in"),
                 (403, "Not allowed"),
                 (404, "No such index or document"),
+                (409, "The index has vectors of another model now: embed the query again"),
                 (413, "Too large"),
                 (422, "The call cannot be answered; the problem says what to change"),
                 (429, "Too many calls"),

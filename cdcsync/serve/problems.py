@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import math
 
-from cdcsync.errors import CdcsyncError, EmbedderUnavailable, SetupError, TextRejected, Unavailable, UsageError
+from cdcsync.errors import (
+    CdcsyncError,
+    EmbedderUnavailable,
+    ModelChanged,
+    SetupError,
+    TextRejected,
+    Unavailable,
+    UsageError,
+)
 
 
 class Problem(Exception):
@@ -75,6 +83,13 @@ def problem_of(error: CdcsyncError) -> Problem:
             )
         case Unavailable():
             return Problem(503, "The index is away", "the database does not answer now", retry_after_s=2)
+        case ModelChanged():
+            return Problem(
+                409,
+                "The model changed",
+                "the index has the vectors of another model since the query was embedded",
+                "embed the query again, or leave out the vector",
+            )
         case SetupError():
             return Problem(503, "The index cannot be searched", "it is not set up as this server needs it")
         case _:

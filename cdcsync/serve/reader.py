@@ -152,6 +152,9 @@ class Offered(Index):
             self._known = None
         known = await self._facts()  # before the search, which sees at least as much
         if request.vector is not None and len(request.vector) != known.spec.dimensions:
+            self._stored = self._known = None  # it may be of a generation that has just become live
+            known = await self._facts()
+        if request.vector is not None and len(request.vector) != known.spec.dimensions:
             raise Problem(
                 422,
                 "The call cannot be answered",

