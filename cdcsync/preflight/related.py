@@ -81,6 +81,7 @@ def _one_relation(where: str, one: RelatedRows, parent: Table, catalog: Catalog)
         missing = [*_missing(f"{place}.on", table, mine), *_missing(f"{place}.on", before, theirs)]
         yield from missing
         if not missing:
+            yield from _collation_faults(f"{place}.on", table, before, step.on)
             yield from identity_faults(table, mine)
             yield from _index_findings(place, table, mine, "the related rows of a document")
             yield from _index_findings(place, before, theirs, "the documents of a related row")
@@ -105,6 +106,22 @@ def _missing(where: str, table: Table, columns: Sequence[str]) -> Iterator[Findi
             close = nearest(column, table.columns)
             hint = f'did you mean "{close}"?' if close else f"its columns are {named(table.columns)}"
             yield Finding.error(where, f"{table.name} has no column {quote(column)}", hint)
+
+
+def _collation_faults(where: str, table: Table, before: Table, on: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+    """Say where a row belongs to a document by one collation, and the document would be looked up by another."""
+    for mine, theirs in on:
+        one, other = table.columns[mine], before.columns[theirs]
+        if one.collation == other.collation or (one.deterministic and other.deterministic):
+            continue
+        yield Finding.error(
+            where,
+            f"{table.name} has {quote(mine)} in the collation {one.collation or 'none'} and {before.name} has"
+            f" {quote(theirs)} in {other.collation or 'none'}, and not both take only the same text for equal: a row"
+            " could be part of a document that its changes do not find",
+            f"give both columns one collation: ALTER TABLE {before.name} ALTER COLUMN {quote(theirs)} TYPE {other.type}"
+            f" COLLATE {one.collation or other.collation}, for one",
+        )
 
 
 def identity_faults(table: Table, columns: Sequence[str]) -> Iterator[Finding]:

@@ -43,6 +43,8 @@ class Column(msgspec.Struct, frozen=True):
     :ivar number: pg_attribute.attnum; a column that was dropped and added under its name has another one.
     :ivar expression: the OID of a generated column's expression, which a new expression changes; else None.
     :ivar written_by: the transaction that last wrote its entry in the catalog, as 32 bits.
+    :ivar collation: with its schema; "" if its type has none.
+    :ivar deterministic: whether that collation takes only the same text for equal.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Column(msgspec.Struct, frozen=True):
     number: int = 0
     expression: int | None = None
     written_by: int = 0
+    collation: str = ""
+    deterministic: bool = True
 
 
 class TableIndex(msgspec.Struct, frozen=True):
@@ -291,8 +295,10 @@ async def _columns(connection: Connection, oids: Collection[int]) -> dict[int, d
                a.atttypid::int8, a.atttypmod, a.attnum::int4,
                CASE WHEN a.attgenerated <> '' THEN
                    (SELECT d.oid::int8 FROM pg_attrdef d WHERE d.adrelid = a.attrelid AND d.adnum = a.attnum) END,
-               a.xmin::text::int8
+               a.xmin::text::int8, coalesce(quote_ident(n.nspname) || '.' || quote_ident(l.collname), ''),
+               coalesce(l.collisdeterministic, true)
         FROM pg_attribute a
+        LEFT JOIN pg_collation l ON l.oid = a.attcollation LEFT JOIN pg_namespace n ON n.oid = l.collnamespace
         WHERE a.attrelid = ANY(%s::int8[]::oid[]) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum
         """,
         [list(oids)],
@@ -312,6 +318,8 @@ async def _columns(connection: Connection, oids: Collection[int]) -> dict[int, d
         number,
         expression,
         xmin,
+        collation,
+        deterministic,
     ) in await cursor.fetchall():
         columns.setdefault(oid, {})[name] = Column(
             name,
@@ -325,6 +333,8 @@ async def _columns(connection: Connection, oids: Collection[int]) -> dict[int, d
             number,
             expression,
             xmin,
+            collation,
+            deterministic,
         )
     return columns
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 
+from cdcsync.preflight.findings import Finding
 from tests.support.preflight import Role, configured, examined, warnings
 from tests.support.servers import Database
 
@@ -62,6 +64,36 @@ async def test_what_a_related_table_lacks_is_told(database: Database, lines: str
     told = [one for one in report.errors if sign in one.message]
     assert told, report.errors
     assert hint is None or hint in str(told[0].hint)
+
+
+@pytest.mark.parametrize("mine", ["", "COLLATE loose"])
+@pytest.mark.parametrize("theirs", ["", "COLLATE loose", 'COLLATE "C"'])
+async def test_columns_that_are_equal_by_two_collations_are_told(database: Database, mine: str, theirs: str) -> None:
+    try:
+        database.execute("CREATE COLLATION loose (provider = icu, locale = 'und-u-ks-level2', deterministic = false)")
+    except psycopg.errors.FeatureNotSupported:
+        pytest.skip("this server is built without ICU, so all its collations are deterministic")
+    database.execute(
+        f"CREATE TABLE tickets (id int PRIMARY KEY, code text {theirs}, subject text);"
+        f"CREATE TABLE comments (id int PRIMARY KEY, ticket text {mine}, body text);"
+        "ALTER TABLE comments REPLICA IDENTITY FULL"
+    )
+    lines = COMMENTS.replace('ticket_id = "id"', 'ticket = "code"')
+
+    async def told() -> list[Finding]:
+        report = await examined(configured(database.dsn, tickets=lines))
+        return [one for one in report.errors if one.where == "indexes.tickets.related.comments.on"]
+
+    if "loose" not in mine + theirs or mine == theirs:
+        assert await told() == []
+        return
+    (error,) = await told()
+    assert "public.comments has ticket in the collation " in error.message
+    assert "public.loose" in error.message
+    statement = str(error.hint).removeprefix("give both columns one collation: ").removesuffix(", for one")
+    assert statement.startswith("ALTER TABLE public.tickets ALTER COLUMN code TYPE text COLLATE ")
+    database.execute(statement)
+    assert await told() == []
 
 
 async def test_a_missing_index_is_told_with_the_rows_that_make_it_matter(database: Database) -> None:
