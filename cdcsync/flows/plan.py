@@ -41,8 +41,8 @@ class Embedding(msgspec.Struct, frozen=True):
     """What a load embeds.
 
     :ivar documents: those of which at least one text has no vector yet.
-    :ivar texts: distinct texts without a vector; equal ones are embedded once.
-    :ivar price: in the currency of the embedder's `price_per_million_tokens`; None if it has none.
+    :ivar texts: distinct texts without a vector, in each generation of the index; equal ones are embedded once.
+    :ivar price: in the currency of the embedders' `price_per_million_tokens`; None if none has any.
     :ivar seconds: at the rate that the worker has measured, or that this command has; None if nobody has.
     :ivar estimated: whether only a part of the table was read, and the rest concluded from it.
     """
@@ -199,12 +199,11 @@ class _Planning:
                 action = "unchanged"
             remaining = await self._remaining(spec) if entry is not None else []
             return IndexPlan(spec.name, action, changes, because, rebuilt=rebuilt, remaining=remaining)
-        embedder = self._embedders[spec.config.embedder]
         cost = await cost_of(
-            self._source, self._target, self._config, spec, reading, embedder, self._catalog, self._bounds
+            self._source, self._target, self._config, spec, reading, self._embedders, self._catalog, self._bounds
         )
         embedding = Embedding(
-            cost.documents, cost.texts, cost.tokens, cost.price, await self._duration(embedder, cost), cost.estimated
+            cost.documents, cost.texts, cost.tokens, cost.price, await self._duration(cost), cost.estimated
         )
         limit = confirm_above(self._config, spec)
         awaits = None
@@ -243,9 +242,17 @@ class _Planning:
             if name in built and built[name] != value
         ]
 
-    async def _duration(self, embedder: Embedder, cost: Cost) -> float | None:
-        if not cost.texts:
-            return 0.0
+    async def _duration(self, cost: Cost) -> float | None:
+        """Return how long the embedders take, which work side by side; None if that of one is unknown."""
+        longest = 0.0
+        for name, texts in cost.texts_by.items():
+            each = await self._each(self._embedders[name], cost.sample) if texts else 0.0
+            if each is None:
+                return None
+            longest = max(longest, each * texts)
+        return round(longest, 1)
+
+    async def _each(self, embedder: Embedder, sample: Sequence[str]) -> float | None:
         name = embedder.name
         if name not in self._seconds:
             with speaking_of("target"):
@@ -253,12 +260,11 @@ class _Planning:
             if rate is not None:
                 self._seconds[name] = 1 / rate
             elif self._measure:
-                each = await seconds_for_each(embedder, list(cost.sample))
+                each = await seconds_for_each(embedder, list(sample))
                 self._seconds[name] = None if each is None else each / embedder.concurrency
             else:
                 self._seconds[name] = None
-        each = self._seconds[name]
-        return None if each is None else round(each * cost.texts, 1)
+        return self._seconds[name]
 
 
 def _partial(reading: Reading) -> list[str]:

@@ -157,7 +157,7 @@ def _refuse_unconfirmed(config: Config, spec: IndexSpec, wish: Wish, started: St
 
     :raises UsageError: it would.
     """
-    limit = confirm_above(config, msgspec.structs.replace(spec, config=wish.index))
+    limit = confirm_above(config, msgspec.structs.replace(spec, config=wish.index, others=()))
     if limit is None or not started.tokens or started.chunks <= limit:
         return
     price = "" if started.price is None else f" at a price of about {started.price:,.2f}"

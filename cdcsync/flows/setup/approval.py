@@ -23,11 +23,13 @@ from cdcsync.flows.setup.differences import present_fingerprint, stored_fingerpr
 from cdcsync.flows.setup.needs import AWAITS_APPROVAL, Need, need_of
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.fingerprints import Difference, difference
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.missing import Missing, missing_relations
+from cdcsync.target.ddl.names import Names
 from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.requests import Requests
 
@@ -59,10 +61,11 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """What a load embeds; tokens are estimated from characters.
+    """What a load embeds, for all generations of the index together; tokens are estimated from characters.
 
-    :ivar texts: distinct texts that no vector is stored of; the documents with such a text are `documents`.
-    :ivar price: in the currency of the embedder's `price_per_million_tokens`; None if it has none.
+    :ivar texts: distinct texts that no vector is stored of, in each generation; the documents with one are `documents`.
+    :ivar price: in the currency of the embedders' `price_per_million_tokens`; None if none has any.
+    :ivar texts_by: those texts by the embedder that makes their vectors.
     :ivar estimated: whether only a part of the table was read, and the rest concluded from it.
     """
 
@@ -72,6 +75,7 @@ class Cost(msgspec.Struct, frozen=True):
     tokens: int
     price: float | None
     estimated: bool
+    texts_by: Mapping[str, int]
     sample: tuple[str, ...] = ()
 
 
@@ -106,35 +110,72 @@ async def cost_of(
     config: Config,
     spec: IndexSpec,
     reading: Reading,
-    embedder: Embedder,
+    embedders: Mapping[str, Embedder],
     catalog: Catalog,
     bounds: Bounds,
 ) -> Cost:
-    """Return what the load that an index needs would embed, by reading its table."""
+    """Return what the load that an index needs would embed, by reading its table once for each generation."""
     assert reading.need is not None
-    replay = Replay(rewrite=reading.need.rewrite)
-    found = await count(source, target, config, spec, replay, embedder, stored=reading.stored, bounds=bounds)
-    table = catalog.tables.get(spec.shape.table)
-    rows = found.rows if found.whole or table is None else max(found.rows, table.estimated_rows)
-    share = rows / found.rows if found.rows else 1.0
-    tokens = round(tokens_of(found.text_characters) * share)
-    each = price_per_million_tokens(config.embedders[spec.config.embedder])
+    replay, table = Replay(rewrite=reading.need.rewrite), catalog.tables.get(spec.shape.table)
+    embedded = await _embedded(target, config, spec, embedders)
+    seconds = None if bounds.seconds is None else bounds.seconds / len(embedded)
+    rows = documents = tokens = 0
+    texts_by: dict[str, int] = {}
+    prices: list[float] = []
+    sample: tuple[str, ...] = ()
+    whole = True
+    for one in embedded:
+        left = None if bounds.texts is None else max(0, bounds.texts - sum(texts_by.values()))
+        # Every generation has the chunks that are cut for the live one.
+        cutter = embedders[spec.config.embedder]
+        within = Bounds(left, seconds)
+        found = await count(source, target, config, one, replay, cutter, stored=reading.stored, bounds=within)
+        read = found.rows if found.whole or table is None else max(found.rows, table.estimated_rows)
+        share = read / found.rows if found.rows else 1.0
+        its_tokens, name = round(tokens_of(found.text_characters) * share), one.config.embedder
+        rows, documents, tokens = max(rows, read), max(documents, round(found.documents * share)), tokens + its_tokens
+        texts_by[name] = texts_by.get(name, 0) + round(found.texts * share)
+        each = price_per_million_tokens(config.embedders[name])
+        prices += [] if each is None else [its_tokens * each / 1_000_000]
+        sample, whole = sample or tuple(found.sample.values()), whole and found.whole
     return Cost(
         rows=rows,
-        documents=round(found.documents * share),
-        texts=round(found.texts * share),
+        documents=documents,
+        texts=sum(texts_by.values()),
         tokens=tokens,
-        price=None if each is None else tokens * each / 1_000_000,
-        estimated=not found.whole,
-        sample=tuple(found.sample.values()),
+        price=sum(prices) if prices else None,
+        estimated=not whole,
+        texts_by=texts_by,
+        sample=sample,
     )
+
+
+async def _embedded(
+    target: Connection, config: Config, spec: IndexSpec, embedders: Mapping[str, Embedder]
+) -> list[IndexSpec]:
+    """Return the index with each generation that new texts get vectors in.
+
+    They get none where the configuration lacks the embedder. One without tables is yet to be filled, which whoever
+    began the migration has confirmed.
+    """
+    names, embedded = Names(config.target.schema, spec.name), [spec]
+    for one in spec.others:
+        embedder = embedders.get(one.config.embedder)
+        if embedder is None or embedder.identity != one.model:
+            continue
+        with speaking_of("target", where=f"index {spec.name}"):
+            table = names.vectors(one.generation).as_string(target)
+            if await fetch_value(target, "SELECT to_regclass(%s) IS NOT NULL", [table]):
+                embedded.append(one)
+    return embedded
 
 
 def confirm_above(config: Config, spec: IndexSpec) -> int | None:
     """Return how many texts a change of an index may embed without an approval; None for any number."""
     if spec.config.confirm_above_texts is not None:
         return spec.config.confirm_above_texts
-    priced = price_per_million_tokens(config.embedders[spec.config.embedder]) is not None
+    sections = [config.embedders.get(one.config.embedder) for one in spec.generations]
+    priced = any(price_per_million_tokens(section) is not None for section in sections if section is not None)
     return CONFIRM_ABOVE_TEXTS if priced else None
 
 
@@ -157,7 +198,7 @@ async def hold_unapproved(
     ):
         for spec, limit in guarded:
             try:
-                one = await _hold(source, target, config, spec, limit, catalog, embedders[spec.config.embedder])
+                one = await _hold(source, target, config, spec, limit, catalog, embedders)
             except SetupError as error:
                 log.warning("texts_not_counted", index=spec.name, error=str(error), fix=error.hint)
                 continue
@@ -174,7 +215,7 @@ async def _hold(
     spec: IndexSpec,
     limit: int,
     catalog: Catalog,
-    embedder: Embedder,
+    embedders: Mapping[str, Embedder],
 ) -> Held | None:
     reading, change = await read_need(target, config, spec, catalog), change_of(spec)
     if reading.need is None or not reading.need.embeds:
@@ -183,7 +224,7 @@ async def _hold(
         if await Approvals(config.target.schema).given(target, spec.name, change):
             return None
     bounds = Bounds(texts=limit, seconds=COUNTED_S)
-    cost = await cost_of(source, target, config, spec, reading, embedder, catalog, bounds)
+    cost = await cost_of(source, target, config, spec, reading, embedders, catalog, bounds)
     if cost.texts <= limit:
         return None
     return Held(spec, change, pause_for(spec, reading.need, limit), reading.entry is None)

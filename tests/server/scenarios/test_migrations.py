@@ -419,6 +419,33 @@ def test_precision_distance_and_graph_change_without_a_text_embedded_again(
     assert "m='24', ef_construction='100'" in definition("denser")
 
 
+@pytest.mark.timeout(180)
+def test_what_a_change_embeds_is_counted_in_every_generation(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    embedders = {"old": turned(OLD), "new": turned(NEW)}
+
+    def text(embedder: str, **keys: Any) -> str:
+        return configuration(database.dsn, embedders=embedders, indexes={"articles": {"embedder": embedder, **keys}})
+
+    pipeline = loaded(make_pipeline(text("old")), "articles", rows=60)
+    asks_for(pipeline, text("new"))
+    migrate(pipeline, "start")
+    ready(pipeline, 2)
+
+    asks_for(pipeline, text("new", text="other {title}", confirm_above_texts=100))
+
+    waits = "SELECT FROM cdcsync.indexes WHERE state = 'paused' AND reason LIKE 'it would embed more than 100 texts%'"
+    until(lambda: pipeline.target.execute(waits).fetchall(), pipeline.tail)
+    (planned,) = pipeline.answer("plan", status=3, PYTHONPATH=str(ROOT))["indexes"]
+    assert (planned["approval"], planned["embedding"]["documents"], planned["embedding"]["texts"]) == (
+        "needed",
+        60,
+        120,
+    )
+    assert planned["embedding"]["seconds"] is not None
+
+
 ON_THE_WAY = (
     "page of a generation written",
     "page of a generation committed#2",
