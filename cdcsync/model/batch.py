@@ -93,7 +93,8 @@ class IndexChanges:
         self.overtaken: set[int] = set()
         """Transactions that touched related rows and that the reading of the backfilled rows did not see."""
         self.rewrite = False
-        """Whether the backfilled rows are to be chunked again even where the document is unchanged."""
+        """Whether rows are to be chunked again even where the document is unchanged: those of a backfill that asks for
+        it, and live ones, which may have taken the place of such rows."""
         self._new = True
         """Whether the index most likely has no document of the backfilled rows."""
 

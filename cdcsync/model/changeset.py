@@ -48,11 +48,13 @@ class Rebuild(msgspec.Struct, frozen=True):
     :ivar relation: the related table that changed, if there is one.
     :ivar condition: which rows' documents, in SQL on the row `t`; None for all, unless there are keys.
     :ivar keys: the documents themselves, where they are known.
+    :ivar rewrite: whether they are chunked again even where they are unchanged.
     """
 
     relation: str | None
     condition: str | None = None
     keys: tuple[Key, ...] | None = None
+    rewrite: bool = False
 
 
 class ChangeSet(msgspec.Struct, frozen=True):

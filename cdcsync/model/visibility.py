@@ -112,6 +112,8 @@ class Deliveries:
         self._related: set[int] = set()
         """While recording: transactions that changed related rows, of which nobody knows yet whose keys those are."""
         self._seen: Snapshot | None = None
+        self.rewriting = False
+        """Whether pages that are read now have documents chunked again: what overtakes a row then has to, too."""
 
     @property
     def recording(self) -> bool:
@@ -155,13 +157,15 @@ class Deliveries:
             self._suspect_span = (before + min(ages)) % XID_SPAN, (before + max(ages)) % XID_SPAN
             self._suspects.clear()
 
-    def record(self) -> None:
+    def record(self, *, rewriting: bool = False) -> None:
         """Begin to remember keys; a page's snapshot must be taken after this."""
+        self.rewriting = rewriting
         if self._keys is None:
             self._keys = {}
 
     def stop(self) -> None:
         """End remembering keys; what was recorded and may still be unseen becomes suspect."""
+        self.rewriting = False
         if self._keys is not None:
             self.suspect(self._keys.values())
         if self._truncated is not None:

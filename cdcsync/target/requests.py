@@ -271,20 +271,22 @@ class Requests:
             if row is not None:
                 return
         cursor = await connection.execute(
-            sql.SQL("SELECT id FROM {} WHERE {} AND kind = 'related' FOR UPDATE").format(self._table, unbegun), [index]
+            sql.SQL("SELECT id, rewrite FROM {} WHERE {} AND kind = 'related' FOR UPDATE").format(self._table, unbegun),
+            [index],
         )
-        waiting = [row[0] for row in await cursor.fetchall()]
+        waiting = {cast(int, row[0]): cast(bool, row[1]) for row in await cursor.fetchall()}
         all_of_them = len(waiting) >= MOST_REBUILDS
+        rewrite = rebuild.rewrite or (all_of_them and any(waiting.values()))
         if all_of_them:
             await connection.execute(
                 sql.SQL("UPDATE {} SET state = 'cancelled', finished_at = now() WHERE id = ANY(%s)").format(
                     self._table
                 ),
-                [waiting],
+                [list(waiting)],
             )
         filter_, keys = (None, None) if all_of_them else (rebuild.condition, rebuild.keys)
         await self.add(
-            connection, index, "related", rewrite=False, filter_=filter_, keys=keys, through=rebuild.relation
+            connection, index, "related", rewrite=rewrite, filter_=filter_, keys=keys, through=rebuild.relation
         )
 
     async def _wake(self, connection: Connection, index: str) -> None:

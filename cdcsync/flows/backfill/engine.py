@@ -116,7 +116,7 @@ class Backfills:
                     pass
             return
         deliveries = self._deliveries[request.index]
-        deliveries.record()
+        deliveries.record(rewriting=request.rewrite)
         try:
             await self._serve(target, request)
         except CdcsyncError as error:

@@ -96,7 +96,7 @@ class Preparer:
                 case _:
                     assert_never(change)
         upserts += [(change, BACKFILL) for key, change in changes.filled.items() if key not in live]
-        upserts = await self._complete(upserts, deleted, rebuilds, xids)
+        upserts = await self._complete(upserts, deleted, rebuilds, xids, rewrite=changes.rewrite)
         failed: dict[Key, DocumentError] = {}
         rendered = await self._render(upserts, failed)
         stored: dict[Key, bytes] = {}
@@ -108,7 +108,7 @@ class Preparer:
         kept = []
         changed = []
         for one in rendered:
-            if stored.get(one.change.key) == one.document.hash and not (changes.rewrite and one.lane == BACKFILL):
+            if stored.get(one.change.key) == one.document.hash and not changes.rewrite:
                 kept.append(Kept(one.change.key, self._carried(one.change), one.change.lsn))
             else:
                 changed.append(one)
@@ -169,7 +169,13 @@ class Preparer:
         return live, found.rebuilds, changes.overtaken | changes.touched_by
 
     async def _complete(
-        self, upserts: list[tuple[Upsert, int]], deleted: list[Key], rebuilds: list[Rebuild], xids: set[int]
+        self,
+        upserts: list[tuple[Upsert, int]],
+        deleted: list[Key],
+        rebuilds: list[Rebuild],
+        xids: set[int],
+        *,
+        rewrite: bool,
     ) -> list[tuple[Upsert, int]]:
         """Return the rows that the index has, whole; the keys of those that it does not have go to `deleted`.
 
@@ -180,6 +186,7 @@ class Preparer:
 
         :param rebuilds: takes the request for those that are too large to be read now.
         :param xids: transactions that the reading has to see, besides those of the changes.
+        :param rewrite: whether that request is to chunk documents again, too.
         """
         spec = self._spec
         ours: list[tuple[Upsert, int]] = []
@@ -202,7 +209,7 @@ class Preparer:
         rows, left = await self._reread(list(unknown), xids)
         self._metrics.rereads.labels(self._spec.name).inc(len(unknown))
         if left:
-            rebuilds.append(Rebuild(None, None, left))
+            rebuilds.append(Rebuild(None, None, left, rewrite))
         unread = set(left)
         completed = []
         for change, lane in ours:

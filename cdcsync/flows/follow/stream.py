@@ -217,6 +217,8 @@ class Stream:
 
     async def _apply(self, batch: Batch) -> None:
         before = self._progress.checkpoint
+        for index, changes in batch.indexes.items():
+            changes.rewrite = changes.rewrite or self._deliveries[index].rewriting
         outcome = await self._applier.apply(batch, caught_up=lambda: self._open.nothing_left)
         if batch.end_lsn is not None:
             self._progress.commit(batch.end_lsn)

@@ -6,9 +6,10 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from cdcsync.model.changeset import Rebuild
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.shared import create_shared
-from cdcsync.target.requests import Kind, Request, Requests
+from cdcsync.target.requests import MOST_REBUILDS, Kind, Request, Requests
 from tests.support.indexes import SCHEMA, make_spec, register
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -254,3 +255,19 @@ async def test_a_comparison_waits_for_the_load_of_its_index_and_is_asked_for_onc
     await REQUESTS.compare(connection, "articles")
     cursor = await connection.execute("SELECT count(*) FROM cdcsync.backfills WHERE kind = 'compare'")
     assert await cursor.fetchone() == (3,), "one that has begun does not see what is done now"
+
+
+async def test_a_rebuild_that_chunks_again_still_does_in_the_place_of_many(connection: Connection) -> None:
+    """One request takes the place of those that wait once they are too many."""
+    for at in range(MOST_REBUILDS):
+        wanted = Rebuild("comments", f"t.id = {at}", rewrite=at == 3)
+        await REQUESTS.rebuild(connection, "articles", wanted)
+    first = await REQUESTS.oldest_open(connection, ["articles"])
+    assert first is not None
+    assert not first.rewrite
+
+    await REQUESTS.rebuild(connection, "articles", Rebuild(None, None, (("1",),)))
+
+    whole = await REQUESTS.oldest_open(connection, ["articles"])
+    assert whole is not None
+    assert (whole.kind, whole.filter, whole.keyed, whole.rewrite) == ("related", None, False, True)

@@ -19,7 +19,7 @@ from cdcsync.flows.follow.prepare import REPORTED_ERRORS, Preparer
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import ChangeSet
-from cdcsync.model.rows import Upsert
+from cdcsync.model.rows import Key, Upsert
 from cdcsync.tracing import Tracing
 from tests.support.indexes import make_spec
 
@@ -83,3 +83,27 @@ async def test_the_log_says_how_many_rows_failed_for_each_of_the_commonest_reaso
     assert "key" not in str(events)
     counted = metrics.registry.get_sample_value("cdcsync_document_failures_total", {"index": "articles"})
     assert counted == len(reasons) + 2
+
+
+@pytest.mark.parametrize("rewrite", [True, False])
+async def test_a_live_row_whose_document_is_unchanged_is_chunked_again_only_where_the_batch_rewrites(
+    rewrite: bool,
+) -> None:
+    spec = make_spec(carried={})
+    row = ("key", "text")
+    changes = IndexChanges(spec.shape)
+    changes.add(Upsert(spec.shape, ("key",), row, 1, 0x10))
+    changes.rewrite = rewrite
+
+    async def stored_hashes(keys: Sequence[Key]) -> dict[Key, bytes]:
+        return dict.fromkeys(keys, spec.render(row).hash)
+
+    nothing: Any = None
+    dispatcher: Any = SimpleNamespace(tracing=Tracing(), free_within=lambda budget_s: False)
+    chunker = make_chunker(Chunking(strategy="characters", max_tokens=8, overlap_tokens=0), None, None)
+    writer: Any = SimpleNamespace(stored_hashes=stored_hashes)
+
+    made = await Preparer(spec, chunker, dispatcher, nothing, nothing, Metrics()).prepare(changes, writer)
+
+    assert [one.key for one in made.documents] == [("key",)] * rewrite
+    assert [one.key for one in made.kept] == [("key",)] * (not rewrite)

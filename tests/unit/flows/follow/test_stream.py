@@ -46,6 +46,7 @@ class FakeTarget:
         self.paused: list[str] = []
         self.pages: list[PageEnd] = []
         self.caught_up: list[bool] = []
+        self.rewrote: list[bool] = []
         self.released = anyio.Event()
         self.released.set()
 
@@ -61,6 +62,7 @@ class FakeTarget:
         await self.released.wait()
         for of_index in changes.values():
             self.keys += [key[0] for key in (*of_index.live, *of_index.filled)]
+            self.rewrote.append(of_index.rewrite)
         self.pages += pages
         self.checkpoints.append(checkpoint)
         self.paused += rest.get("paused") or {}
@@ -155,6 +157,19 @@ async def test_the_rows_of_a_page_are_committed_at_their_mark(tmp_path: Path) ->
     assert (followed.target.keys, followed.target.pages) == (["a"], [end])
     assert followed.applied[0].marks == ["page 1"]
     assert Mark("page 1", Lsn(5)).content in followed.pages
+
+
+@pytest.mark.parametrize("rewriting", [True, False])
+async def test_live_changes_are_chunked_again_while_pages_are_whose_rows_they_may_overtake(
+    tmp_path: Path, rewriting: bool
+) -> None:
+    followed = Followed(tmp_path, *transaction(30, insert("a")))
+    followed.deliveries.record(rewriting=rewriting)
+    async with followed.following() as until:
+        await until(lambda: followed.target.keys)
+    assert followed.target.rewrote == [rewriting]
+    followed.deliveries.stop()
+    assert not followed.deliveries.rewriting
 
 
 async def test_an_index_that_cannot_follow_its_table_ends_the_following_once_its_pause_is_stored(
