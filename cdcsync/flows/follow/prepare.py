@@ -43,8 +43,14 @@ THREAD_CHARACTERS = 20_000
 REPORTED_ERRORS = 10
 """Errors of a batch that are logged: what fails for all rows may say something else of each."""
 
+READ_AT_FIRST = 16
+"""Rows with related ones that are read in the first query, while nobody knows how large they are."""
+
 READ_AT_ONCE = 500
-"""Rows with related ones that are read in one query."""
+"""Rows with related ones that are read in one query at most."""
+
+READ_BYTES = 4 * 1024 * 1024
+"""What such a query is to return, going by the rows of the one before it."""
 
 MOST_BYTES_READ = 32 * 1024 * 1024
 """What rows with related ones that are read for a batch may have together, as nobody knows before how large they are.
@@ -224,8 +230,8 @@ class Preparer:
     async def _reread(self, keys: Sequence[Key], xids: set[int]) -> tuple[dict[Key, Row], tuple[Key, ...]]:
         """Return the rows that the source has for these keys, under a snapshot that sees these transactions.
 
-        Rows with related ones are read in portions, each under a snapshot of its own; reading ends once they are large
-        together, and the keys that are left are returned.
+        Rows with related ones are read in portions, each under a snapshot of its own and as large as the last one
+        suggests; reading ends once they are large together, and the keys that are left are returned.
         """
 
         async def read(connection: Connection) -> tuple[Snapshot, list[Row]]:
@@ -233,16 +239,16 @@ class Preparer:
             return page.snapshot, page.rows
 
         found: dict[Key, Row] = {}
-        size = 0
-        at_once = READ_AT_ONCE if self._related is not None else len(keys)
-        for start in range(0, len(keys), at_once):
-            portion = keys[start : start + at_once]
+        done = size = 0
+        at_once = READ_AT_FIRST if self._related is not None else len(keys)
+        while done < len(keys) and (size <= MOST_BYTES_READ or self._related is None):
+            portion = keys[done : done + at_once]
             rows = await seeing(xids, self._spec, self._source, read)
             found |= {self._spec.shape.key_of(row): row for row in rows}
-            size += sum(len(value) for row in rows for value in row if isinstance(value, str))
-            if size > MOST_BYTES_READ and self._related is not None:
-                return found, tuple(keys[start + at_once :])
-        return found, ()
+            read_bytes = sum(len(value) for row in rows for value in row if isinstance(value, str))
+            done, size = done + len(portion), size + read_bytes
+            at_once = max(1, min(READ_AT_ONCE, 4 * at_once, at_once * READ_BYTES // max(1, read_bytes)))
+        return found, tuple(keys[done:])
 
     async def _render(self, upserts: Sequence[tuple[Upsert, int]], failed: dict[Key, DocumentError]) -> list[_Rendered]:
         """Make documents; that of a row which fails is empty, and noted in `failed`."""

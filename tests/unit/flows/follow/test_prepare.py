@@ -10,16 +10,20 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from cdcsync.config import Chunking
+from cdcsync.config import Chunking, QualifiedName
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.documents.documents import Documents
 from cdcsync.documents.functions import DocumentFunction
+from cdcsync.documents.related import RelatedRows, Step
 from cdcsync.errors import DocumentError
-from cdcsync.flows.follow.prepare import REPORTED_ERRORS, Preparer
+from cdcsync.flows.follow.prepare import MOST_BYTES_READ, READ_BYTES, REPORTED_ERRORS, Preparer
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import ChangeSet
 from cdcsync.model.rows import Key, Upsert
+from cdcsync.model.visibility import Snapshot
+from cdcsync.pgoutput.messages import UNCHANGED
+from cdcsync.source.tables import Page
 from cdcsync.tracing import Tracing
 from tests.support.indexes import make_spec
 
@@ -107,3 +111,50 @@ async def test_a_live_row_whose_document_is_unchanged_is_chunked_again_only_wher
 
     assert [one.key for one in made.documents] == [("key",)] * rewrite
     assert [one.key for one in made.kept] == [("key",)] * (not rewrite)
+
+
+class Sized:
+    """A table of rows with related ones, each of so many bytes, that notes how many were asked for at a time."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.asked: list[int] = []
+
+    async def by_keys(self, connection: object, keys: Sequence[Key]) -> Page:
+        self.asked.append(len(keys))
+        return Page(Snapshot(10, 10, frozenset()), [(*key, "x" * self.size) for key in keys])
+
+    async def connection(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "left"),
+    [
+        (10, [16, 64, 256, 500, 164], 0),
+        (READ_BYTES // 32 - 16, [16, 32, 32, 32, 32, 32, 32, 32, 32], 1000 - 272),
+        (MOST_BYTES_READ // 20, [16, 2, 2], 1000 - 20),
+    ],
+)
+async def test_rows_with_related_ones_are_read_in_portions_as_large_as_the_last_one_allows(
+    size: int, asked: list[int], left: int
+) -> None:
+    spec = make_spec(carried={})
+    step = Step(QualifiedName("public", "comments"), (("article_id", "id"),))
+    comments = RelatedRows(("comments",), (step,), None, (), (), "", 100, " ", "")
+    spec = msgspec.structs.replace(spec, documents=msgspec.structs.replace(spec.documents, related=(comments,)))
+    changes = IndexChanges(spec.shape)
+    for at in range(1000):
+        changes.add(Upsert(spec.shape, (f"{at}",), (f"{at}", UNCHANGED), 1, 0x10))
+    table: Any = Sized(size)
+    dispatcher: Any = SimpleNamespace(tracing=Tracing(), free_within=lambda budget_s: False)
+    chunker = make_chunker(Chunking(strategy="characters", max_tokens=10**6, overlap_tokens=0), None, None)
+
+    async def stored_hashes(keys: Sequence[Key]) -> dict[Key, bytes]:
+        return {}
+
+    writer: Any = SimpleNamespace(stored_hashes=stored_hashes)
+    made = await Preparer(spec, chunker, dispatcher, table, table, Metrics()).prepare(changes, writer)
+
+    assert table.asked == asked
+    assert len(made.documents) == 1000 - left
+    assert sum(len(one.keys or ()) for one in made.rebuilds) == left
