@@ -14,7 +14,7 @@ Source: PostgreSQL, "Transaction Isolation"; "System Administration Functions" (
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import MappingProxyType
 from typing import Any, Self, TypeVar, cast
 
@@ -183,7 +183,8 @@ class SourceTable:
             ),
             limit=sql.Literal(limit),
         )
-        ((rows, fitting),) = await fetch_texts(connection, statement, self._place(after), prepare=False)
+        async with _reading(connection):
+            ((rows, fitting),) = await fetch_texts(connection, statement, self._place(after), prepare=False)
         return limit if rows == fitting else max(1, int(cast(str, fitting)))
 
     async def fitting_keys(self, connection: Connection, keys: Sequence[Key], most_bytes: int) -> int:
@@ -196,8 +197,9 @@ class SourceTable:
 
         async def read(possible: Sequence[Key]) -> dict[Key, int]:
             cursor = psycopg.AsyncRawCursor(connection)
-            await cursor.execute(statement, self._arrays(possible), prepare=False)
-            return {possible[place - 1]: size for place, size in await cursor.fetchall()}
+            async with _reading(connection):
+                await cursor.execute(statement, self._arrays(possible), prepare=False)
+                return {possible[place - 1]: size for place, size in await cursor.fetchall()}
 
         sizes = await self._of_possible(connection, keys, read)
         total = 0
@@ -358,8 +360,17 @@ class SourceTable:
         """Return how many rows there are to read."""
         rows = sql.SQL(" AND ").join([self._named, _condition(where)]) if where else self._rows
         statement = sql.SQL("SELECT count(*) FROM {}").format(rows)
-        row = await fetch_one(connection, statement)
+        async with _reading(connection):
+            row = await fetch_one(connection, statement)
         return cast(int, row[0])
+
+
+@contextlib.asynccontextmanager
+async def _reading(connection: Connection) -> AsyncIterator[None]:
+    """Open a transaction in which no condition that someone wrote can write."""
+    async with connection.transaction():
+        await connection.execute("SET TRANSACTION READ ONLY")
+        yield
 
 
 _REWRITTEN = """

@@ -629,3 +629,27 @@ async def test_a_page_of_large_rows_is_as_many_as_fit_and_no_value_is_read_to_kn
     assert await table.fitting_keys(source, keys, 2_000_000) == 5
     assert await table.fitting_keys(source, keys, 1) == 1
     assert await table.fitting_keys(source, [("99",)], 1) == 1
+
+
+async def test_a_condition_that_writes_is_refused_wherever_rows_are_read_or_counted(
+    database: Database, source: Connection
+) -> None:
+    database.execute(
+        "CREATE TABLE log (id int); CREATE TABLE t (id int PRIMARY KEY, body text);"
+        "INSERT INTO t SELECT i, string_agg(md5(i::text || j), '') FROM generate_series(1, 3) i,"
+        " generate_series(1, 300) j GROUP BY i;"
+        "CREATE FUNCTION writing(int) RETURNS boolean LANGUAGE sql AS"
+        " 'INSERT INTO public.log VALUES ($1) RETURNING true'"
+    )
+    table = source_table({"id": "integer"}, ("body",), "public.writing(id)")
+    for read in (
+        table.count(source),
+        table.fitting(source, None, 10, 1),
+        table.fitting_keys(source, [("1",), ("2",)], 1),
+        table.page(source, None, 10),
+        table.by_keys(source, [("1",)]),
+        table.absent(source, [("1",)]),
+    ):
+        with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+            await read
+    assert database.execute("SELECT count(*) FROM log") == [(0,)]
