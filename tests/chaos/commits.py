@@ -44,6 +44,7 @@ INSIDE = (
     "target/ddl/chunks_view.py",
     "target/ddl/relations.py",
     "target/ddl/generations.py",
+    "target/ddl/grants.py",
     "target/ddl/shared.py",
     "target/ddl/tiers.py",
     "target/ddl/views.py",

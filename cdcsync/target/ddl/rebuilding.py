@@ -111,7 +111,7 @@ class Rebuild:
         crash_point("rebuild gone")
 
     async def forget(self) -> None:
-        """Drop what is left of a rebuild whose tiers are gone, and their triggers with them."""
+        """Drop the rest of a rebuild whose tiers are gone, with their triggers, in the caller's transaction."""
         await self._run("DROP TABLE IF EXISTS {copy}, {changed}; DROP FUNCTION IF EXISTS {note}()")
 
     async def record(self) -> None:
