@@ -32,6 +32,9 @@ from tests.support.workers import Pipeline
 # What a shell starts in the background cannot hear Ctrl-C, nor can what that starts in turn: and tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Nor does what `nohup` starts hear that its terminal is gone.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A slow machine is not a failing property; and a failure must be repeatable elsewhere from what it printed.
 settings.register_profile("cdcsync", deadline=None, print_blob=True)
