@@ -15,7 +15,7 @@ import msgspec
 from cdcsync.config import QualifiedName
 from cdcsync.documents.related import Facts, RelatedRows, Step, TableFacts
 from cdcsync.errors import SchemaChanged
-from cdcsync.model.rows import AGAIN, Shape, picker
+from cdcsync.model.rows import AGAIN, Shape, picker, positions_in
 from cdcsync.pgoutput.messages import UNCHANGED, Relation, Tuple
 
 Values = tuple[str, ...]
@@ -90,15 +90,7 @@ class LinkProjection:
     """
 
     def __init__(self, link: Link, relation: Relation) -> None:
-        positions = {column.name: at for at, column in enumerate(relation.columns)}
-        if missing := [name for name in link.columns if name not in positions]:
-            raise SchemaChanged(
-                f"column {', '.join(missing)} is no longer in what the publication sends",
-                index=link.index,
-                where=str(link.table),
-                hint=f"restore the column: {AGAIN}; or take it out of [indexes.{link.index}] and restart the worker",
-                passing=True,
-            )
+        positions = positions_in(relation, link.columns, index=link.index, table=link.table)
         identity = {column.name for column in relation.columns if column.key}
         if not set(link.columns) <= identity:
             raise SchemaChanged(

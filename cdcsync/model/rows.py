@@ -127,6 +127,24 @@ def picker(positions: Sequence[int]) -> Callable[[Tuple], Row]:
     return itemgetter(*positions)
 
 
+def positions_in(relation: Relation, names: Sequence[str], *, index: str, table: QualifiedName) -> dict[str, int]:
+    """Return the position of each of a relation's columns, by name.
+
+    :param names: columns that the index needs.
+    :raises SchemaChanged: the relation lacks one of them.
+    """
+    positions = {column.name: at for at, column in enumerate(relation.columns)}
+    if missing := [name for name in names if name not in positions]:
+        raise SchemaChanged(
+            f"column {', '.join(missing)} is no longer in what the publication sends",
+            index=index,
+            where=str(table),
+            hint=f"restore the column: {AGAIN}; or take it out of [indexes.{index}] and restart the worker",
+            passing=True,
+        )
+    return positions
+
+
 class Projection:
     """Turns a relation's tuples into the changes of one index.
 
@@ -134,15 +152,7 @@ class Projection:
     """
 
     def __init__(self, shape: Shape, relation: Relation) -> None:
-        positions = {column.name: at for at, column in enumerate(relation.columns)}
-        if missing := [name for name in shape.own if name not in positions]:
-            raise SchemaChanged(
-                f"column {', '.join(missing)} is no longer in what the publication sends",
-                index=shape.index,
-                where=str(shape.table),
-                hint=f"restore the column: {AGAIN}; or take it out of [indexes.{shape.index}] and restart the worker",
-                passing=True,
-            )
+        positions = positions_in(relation, shape.own, index=shape.index, table=shape.table)
         identity = {column.name for column in relation.columns if column.key}
         key = set(shape.key) - ({SOURCE_TABLE} if shape.many else set())
         # A full identity holds every column; any other one is what identifies a row, and so has to be the index's key.

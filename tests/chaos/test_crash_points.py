@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections import Counter
 
-from cdcsync.crashpoints import VARIABLE
 from tests.chaos import commits
 
 
@@ -37,27 +32,3 @@ def test_a_crash_point_that_is_taken_away_is_missed() -> None:
                     unnoticed.append(f"{name}: {line.strip()}")
 
     assert unnoticed == []
-
-
-def _run(order: str | None) -> int:
-    program = """
-from cdcsync.crashpoints import crash_point
-for turn in range(3):
-    crash_point("another")
-    crash_point("this")
-"""
-    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    if order is not None:
-        environment[VARIABLE] = order
-    return subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode
-
-
-def test_an_armed_crash_point_kills_the_process_when_it_is_reached() -> None:
-    assert _run("this") == -signal.SIGKILL
-    assert _run("this#3") == -signal.SIGKILL
-
-
-def test_a_crash_point_that_is_not_armed_or_not_reached_does_nothing() -> None:
-    assert _run(None) == 0
-    assert _run("this#4") == 0
-    assert _run("a third") == 0

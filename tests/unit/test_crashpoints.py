@@ -26,7 +26,9 @@ for number in range(1, 4):
         (None, "1\n2\n3\n", False),
         ("batch committed", "1\n", True),
         ("batch committed#2", "1\n2\n", True),
+        ("batch committed#3", "1\n2\n3\n", True),
         ("batch committed#4", "1\n2\n3\n", False),
+        ("a third", "1\n2\n3\n", False),
         ("batch", "1\n2\n3\n", False),
     ],
 )

@@ -7,7 +7,6 @@ up live changes. All of it is derived from the row alone, so it holds whenever t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 
 import anyio.to_thread
 import msgspec
@@ -15,8 +14,9 @@ import structlog
 
 from cdcsync.documents.chunks import Chunk, Chunker
 from cdcsync.documents.templates import Rendering
-from cdcsync.errors import CdcsyncError, DocumentError
+from cdcsync.errors import DocumentError
 from cdcsync.flows.embed import Dispatcher
+from cdcsync.flows.embed.pages import page_vectors
 from cdcsync.model.rows import Key, Row, Shape, Upsert
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
@@ -97,16 +97,7 @@ class PagePreparer:
         with speaking_of("target", where=f"index {self._spec.name}", index=self._spec.name):
             for known in await texts_with_vector(target, self._schema, self._spec, list(texts)):
                 del texts[known]
-        vectors: dict[bytes, FloatVector] = {}
-        try:
-            while texts:
-                call = dict(islice(texts.items(), self._dispatcher.batch(texts)))
-                vectors |= self._spec.usable((await self._dispatcher.embed(call)).vectors)
-                texts = dict(islice(texts.items(), len(call), None))
-        except CdcsyncError as error:
-            # The rest goes to the backlog, where the embed loop meets the same error and deals with it.
-            log.debug("page_not_embedded", index=self._spec.name, texts=len(texts), error=str(error))
-        return vectors
+        return await page_vectors(self._dispatcher, self._spec, texts)
 
 
 def _cannot_fail(place: int, error: DocumentError) -> None:

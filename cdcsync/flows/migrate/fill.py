@@ -13,7 +13,6 @@ While it goes on, and after it, whoever applies changes writes all generations (
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import islice
 
 import anyio
 import structlog
@@ -21,9 +20,9 @@ from psycopg import sql
 
 from cdcsync.backoff import Backoff
 from cdcsync.crashpoints import crash_point
-from cdcsync.errors import CdcsyncError
 from cdcsync.flows.build import settle_all
 from cdcsync.flows.embed import Dispatcher, EmbedLoop
+from cdcsync.flows.embed.pages import page_vectors
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
@@ -156,16 +155,7 @@ class Fill:
         texts = {one.hash: one.text for one in page}
         if not texts or len(texts) > self._dispatcher.texts_within(QUICK_S):
             return {}
-        vectors: dict[bytes, FloatVector] = {}
-        try:
-            while texts:
-                call = dict(islice(texts.items(), self._dispatcher.batch(texts)))
-                vectors |= self._spec.usable((await self._dispatcher.embed(call)).vectors)
-                texts = dict(islice(texts.items(), len(call), None))
-        except CdcsyncError as error:
-            # What is left goes to the backlog, where the embed loop meets the same error and deals with it.
-            log.debug("page_not_embedded", index=self._spec.name, texts=len(texts), error=str(error))
-        return vectors
+        return await page_vectors(self._dispatcher, self._spec, texts)
 
     async def _wait_for_room(self, filling: Filling) -> None:
         """Wait while the stream is late, and while enough texts wait for the embed loop."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-import psycopg
 import structlog
 from psycopg import sql
 
@@ -17,7 +16,7 @@ from cdcsync.config.names import MAX_NAME_BYTES
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.grants import set_again, view_settings
+from cdcsync.target.ddl.grants import replace_view, view_settings
 from cdcsync.target.ddl.names import Names
 
 log = structlog.get_logger()
@@ -90,13 +89,6 @@ async def put_chunks_view(
         sql.SQL(", ").join(sql.Identifier("c", name) for name in columns),
         Names(schema, spec.name).chunks,
     )
-    try:
-        async with connection.transaction():
-            await connection.execute(statement)
-    except psycopg.errors.InvalidTableDefinition:
-        # To replace a view keeps its grants, but cannot change the columns it has.
-        await connection.execute(sql.SQL("DROP VIEW {}").format(identifier))
-        await connection.execute(statement)
-    await set_again(connection, settings)
+    await replace_view(connection, identifier, statement, settings)
     comment = f"{chunks_marker(spec)}all chunks of {spec.shape.table}, also those without a vector"
     await connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(identifier, sql.Literal(comment)))

@@ -50,6 +50,23 @@ async def view_settings(connection: Connection, oid: int, view: sql.Identifier) 
     return [*options, *await grants_of(connection, oid, view)]
 
 
+async def replace_view(
+    connection: Connection, view: sql.Identifier, statement: sql.Composed, settings: Sequence[sql.Composed]
+) -> None:
+    """Run a view's CREATE OR REPLACE in the caller's transaction, and give it its options and grants again.
+
+    :param settings: what `view_settings` returned of the view before.
+    """
+    try:
+        async with connection.transaction():
+            await connection.execute(statement)
+    except psycopg.errors.InvalidTableDefinition:
+        # To replace a view keeps its grants, but cannot change the columns it has.
+        await connection.execute(sql.SQL("DROP VIEW {}").format(view))
+        await connection.execute(statement)
+    await set_again(connection, settings)
+
+
 async def set_again(connection: Connection, statements: Sequence[sql.Composed]) -> None:
     """Run what `grants_of` or `view_settings` returned, in the transaction that replaced the relation.
 

@@ -27,7 +27,7 @@ from cdcsync.target.ddl.chunks_view import (
     drop_chunks_view,
     put_chunks_view,
 )
-from cdcsync.target.ddl.grants import set_again, view_settings
+from cdcsync.target.ddl.grants import replace_view, view_settings
 from cdcsync.target.ddl.languages import search_expression
 from cdcsync.target.ddl.names import MAX_ATTEMPTS as MAX_ATTEMPTS
 from cdcsync.target.ddl.names import OPCLASSES as OPCLASSES
@@ -306,14 +306,7 @@ async def _put_view(connection: Connection, schema: str, spec: IndexSpec, settin
         statement = sql.SQL("CREATE OR REPLACE VIEW {} AS SELECT {} FROM {} AS c JOIN {} AS v USING (chunk_id)").format(
             identifier, sql.SQL(", ").join(listed.values()), names.chunks, vectors
         )
-        try:
-            async with connection.transaction():
-                await connection.execute(statement)
-        except psycopg.errors.InvalidTableDefinition:
-            # To replace a view keeps its grants, but cannot change the columns it has.
-            await connection.execute(sql.SQL("DROP VIEW {}").format(identifier))
-            await connection.execute(statement)
-        await set_again(connection, settings)
+        await replace_view(connection, identifier, statement, settings)
     comment = f"{_view_marker(spec)}{spec.shape.table} with its vectors; stale says that the vector is of an older text"
     await connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(identifier, sql.Literal(comment)))
 
