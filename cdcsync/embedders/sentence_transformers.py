@@ -183,7 +183,7 @@ class SentenceTransformersEmbedder:
             if settings.dtype != "auto":
                 model.to(getattr(importlib.import_module("torch"), settings.dtype))
             # Its first call settles how the tokenizer pads and cuts, which later ones, at the same time, only read.
-            model.encode([""], show_progress_bar=False)
+            model.encode(["word"], show_progress_bar=False)
         except MemoryError as error:
             raise self._failed("load", error) from error
         except Exception as error:  # whatever torch, transformers or a module's code may raise
