@@ -11,7 +11,7 @@ from cdcsync.embedders import Embedder
 from cdcsync.errors import CdcsyncError
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, Side, connect
+from cdcsync.postgres.sessions import Connection, Side, connect, speaking_of
 from cdcsync.preflight.findings import Finding, noting
 from cdcsync.preflight.following import following_findings
 from cdcsync.preflight.generations import follow_generations, live_generation, wish_findings
@@ -50,7 +50,8 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
         stored = target_facts.stored if target_facts is not None else {}
         if source is not None:
             known = [one.table_oid for one in stored.values() if one.table_oid is not None]
-            source_facts = await examine_source(source, config, findings, known=known)
+            begun = target_facts is not None and target_facts.begun
+            source_facts = await examine_source(source, config, findings, known=known, begun=begun)
             if source_facts is not None:
                 await _examine_tables(source, plans, source_facts, stored)
         findings += on_target
@@ -71,7 +72,8 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
 async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[Finding]) -> Connection | None:
     try:
         connection = await stack.enter_async_context(await connect(dsn, side, application_name="cdcsync check"))
-        shared = await shares_sessions(connection, dsn, side)
+        with speaking_of(side):
+            shared = await shares_sessions(connection, dsn, side)
     except CdcsyncError as error:
         if refuses_transactions(error.__cause__):
             findings += sharing_faults(side)

@@ -38,11 +38,17 @@ class SourceFacts(msgspec.Struct, frozen=True):
 
 
 async def examine_source(
-    connection: Connection, config: Config, findings: list[Finding], *, known: Collection[int] = ()
+    connection: Connection,
+    config: Config,
+    findings: list[Finding],
+    *,
+    known: Collection[int] = (),
+    begun: bool = False,
 ) -> SourceFacts | None:
     """Check everything on the source but its tables; returns None when the server could not be read.
 
     :param known: the OIDs of tables that are followed already.
+    :param begun: whether the pipeline has a checkpoint.
     """
     with noting(findings, "source", "source"):
         server = await read_server(connection)
@@ -59,7 +65,7 @@ async def examine_source(
         findings += await _try_sender(config.source.dsn, server, slot)
         if slot is not None:
             confirmed = f"exists, and is confirmed up to {slot.confirmed_flush}"
-            resync = config.source.on_gap == "resync"
+            resync = config.source.on_gap == "resync" or not begun
             findings += or_ok(slot_faults(slot, server, resync=resync), f"slot {slot.name}", confirmed)
         if publication is not None:
             where = f"publication {publication.name}"
@@ -158,7 +164,7 @@ def sender_faults(error: CdcsyncError, server: Server, slot: Slot | None) -> Ite
 def slot_faults(slot: Slot, server: Server, *, resync: bool) -> Iterator[Finding]:
     """Say whether the slot that exists can be read by us, and from where it was left.
 
-    :param resync: a gap heals itself: `run` loads the indexes anew.
+    :param resync: a gap heals itself: `run` loads the indexes anew, or nothing is loaded yet.
     """
     where = f"slot {slot.name}"
     another = "name another slot with source.slot; run creates it"

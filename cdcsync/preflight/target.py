@@ -20,6 +20,7 @@ from cdcsync.preflight.findings import Finding, named, noting, or_ok
 from cdcsync.source.catalog import Server, read_server
 from cdcsync.source.slot import MIN_VERSION
 from cdcsync.target.generations import Generation, Generations
+from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.version import read_version, refusal
 
@@ -95,6 +96,8 @@ class TargetFacts(msgspec.Struct, frozen=True):
     stored: dict[str, Entry]
     generations: dict[str, list[Generation]] = {}
     """The sets of vectors of each index, by its name."""
+    begun: bool = False
+    """Whether the pipeline has a checkpoint."""
 
 
 async def examine_target(connection: Connection, config: Config, findings: list[Finding]) -> TargetFacts | None:
@@ -116,13 +119,17 @@ async def examine_target(connection: Connection, config: Config, findings: list[
         relations = await read_relations(connection, schema, SHARED)
         faults = list(relation_faults("target.schema", relations, server))
         findings += faults
+        present = any(relation.name.name == "pipelines" for relation in relations)
         faults += denied  # what is in a schema without USAGE cannot be read
         if not faults and (refused := refusal(schema, await read_version(connection, schema))) is not None:
             faults = [Finding.of(refused, "target.schema")]
             findings += faults
         if not faults:
             entries = await Registry(schema).all(connection)
-            facts = TargetFacts(server, entries, await Generations(schema).all(connection))
+            generations = await Generations(schema).all(connection)
+            pipeline = await Pipelines(schema, config.source.slot).read(connection) if present else None
+            begun = pipeline is not None and pipeline.checkpoint is not None
+            facts = TargetFacts(server, entries, generations, begun=begun)
     return facts
 
 

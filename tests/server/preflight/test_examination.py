@@ -14,8 +14,9 @@ from cdcsync.demo.cluster import free_port
 from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.errors import SetupError
 from cdcsync.model.rows import Shape
+from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.preflight import refuse
-from tests.support.preflight import ARTICLES, configured, examined, the_error
+from tests.support.preflight import ARTICLES, configured, examined, lay_out, the_error
 from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
@@ -165,3 +166,27 @@ async def test_a_login_that_fails_says_why(lone_database: Database, settings: di
         assert sign in error.message
         assert error.hint
         assert "wrong" not in error.where
+
+
+async def test_a_session_that_ends_at_any_statement_is_a_finding(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker examines its tables again whenever something about them changed: an outage then must not end it."""
+    database.execute(ARTICLES)
+    config = configured(database.dsn)
+    await lay_out(database, (await examined(config)).specs[0])
+    wait, waited, last = WatchedConnection.wait, 0, 0
+
+    async def end_one(connection: WatchedConnection, *arguments: Any, **options: Any) -> Any:
+        nonlocal waited
+        waited += 1
+        if waited == last:
+            database.execute("SELECT pg_terminate_backend(%s, 5000)", [connection.pgconn.backend_pid])
+        return await wait(connection, *arguments, **options)
+
+    monkeypatch.setattr(WatchedConnection, "wait", end_one)
+    noticed = 0
+    while waited >= last:
+        last, waited = last + 1, 0
+        noticed += bool((await examined(config)).errors)
+    assert noticed >= last - 5 > 20  # nobody misses a session that ends when all is read

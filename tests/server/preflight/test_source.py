@@ -13,6 +13,7 @@ from psycopg import pq
 from cdcsync.demo.cluster import Cluster
 from cdcsync.postgres.sessions import connect
 from cdcsync.source.catalog import read_server
+from cdcsync.target.ddl.shared import create_shared
 from tests.support.preflight import ARTICLES, Role, configured, examined, the_error, warnings
 from tests.support.servers import Database, Server
 
@@ -137,11 +138,18 @@ async def test_a_slot_of_another_database_is_refused(make_database: Callable[[],
     assert database.name in error.message
 
 
-@pytest.mark.parametrize(("on_gap", "levels"), [("stop", ["error"]), ("resync", ["warning"])])
-async def test_a_slot_that_lost_wal_stops_the_pipeline_unless_it_may_resync(
-    lone_database: Database, on_gap: str, levels: list[str]
+@pytest.mark.parametrize(
+    ("on_gap", "checkpoint", "levels"),
+    [("stop", "0/1", ["error"]), ("resync", "0/1", ["warning"]), ("stop", None, ["warning"])],
+)
+async def test_a_slot_that_lost_wal_stops_the_pipeline_unless_it_may_resync_or_has_loaded_nothing(
+    lone_database: Database, on_gap: str, checkpoint: str | None, levels: list[str]
 ) -> None:
     slot = lone_database.name
+    async with await connect(lone_database.dsn, "target") as target, target.transaction():
+        await create_shared(target, "cdcsync")
+        statement = "INSERT INTO cdcsync.pipelines (slot, publication, checkpoint) VALUES (%s, 'cdcsync', %s)"
+        await target.execute(statement, [slot, checkpoint])
     lone_database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
     lone_database.execute(SLOT, [slot])
     with lone_database.connect() as connection:
