@@ -274,7 +274,9 @@ class SentenceTransformersEmbedder:
             importlib.import_module("torch").set_num_threads(1 if len(texts) <= SINGLE_THREAD_TEXTS else self._threads)
         vectors = np.empty((len(texts), self.dimensions), np.float32)
         try:
-            for places in passes(self._lengths.of(texts), self._settings.batch_size, self._pass_tokens):
+            # An accelerator does not wait until tokens are counted: characters give about the same order.
+            lengths = list(map(len, texts)) if self._pass_tokens is None else self._lengths.of(texts)
+            for places in passes(lengths, self._settings.batch_size, self._pass_tokens):
                 vectors[places] = self._model.encode(
                     [texts[place] for place in places],
                     prompt=self._description.prompts[kind],

@@ -46,9 +46,12 @@ MOST_CALL_TOKENS = 10**7
 MOST_GROWTH = 2.0
 """Calls grow and shrink by this factor at most from one to the next: a single measurement may be an accident."""
 
+WINDOW_S = 1.0
+"""How long a window should last: long beside the time in which the next one is read."""
+
 MOST_WINDOWS = 16
-"""A window grows with the number of concurrent calls up to this many times its size, so that all have work: clusters
-have dozens. Some 10 MB of texts."""
+"""A window grows with the number of concurrent calls, and with their speed, up to this many times its size, so that all
+have work: clusters have dozens. Some 10 MB of texts."""
 
 LONGEST_CALLS = 4
 """A call may take so many times longer where several run at a time, at most."""
@@ -228,8 +231,12 @@ class Dispatcher:
 
     @property
     def window_texts(self) -> int:
-        """How many texts a window should have."""
-        return WINDOW_TEXTS * min(self.places, MOST_WINDOWS)
+        """How many texts a window should have: enough for every call, and for a second of an embedder as fast as this.
+
+        Between two windows nothing is embedded, which an accelerator would notice.
+        """
+        enough = max(WINDOW_TEXTS * self.places, int((self._texts_per_s or 0.0) * WINDOW_S))
+        return min(enough, WINDOW_TEXTS * MOST_WINDOWS)
 
     def remembered(self, hashes: Iterable[bytes]) -> dict[bytes, FloatVector]:
         """Return the vectors that were made recently for these texts."""

@@ -17,7 +17,7 @@ from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.embedders.protocol import WORD, Kind, Vectors
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.flows.embed import Dispatcher
-from cdcsync.flows.embed.dispatcher import WINDOW_TEXTS
+from cdcsync.flows.embed.dispatcher import MOST_WINDOWS, WINDOW_TEXTS
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import Lag
 from tests.support.gates import Gated
@@ -269,6 +269,18 @@ async def test_calls_fit_the_embedder() -> None:
     assert dispatcher.batch(numbered(1000, 5)) == 20
     assert dispatcher.batch(numbered(5, 5)) == 5
     assert dispatcher.window_texts == WINDOW_TEXTS
+
+
+@pytest.mark.parametrize(
+    ("token_s", "windows"), [(0.01, 1), (1 / 5 / 2 / WINDOW_TEXTS, 2), (1e-6, MOST_WINDOWS)], ids=str
+)
+async def test_a_window_lasts_a_second_within_bounds(token_s: float, windows: int) -> None:
+    """An accelerator would else wait for its next window more than it works."""
+    dispatcher = Paced(token_s).dispatcher(0.5)
+
+    await learn(dispatcher, numbered(1000, 5))
+
+    assert dispatcher.window_texts == pytest.approx(windows * WINDOW_TEXTS, rel=0.05)  # speed is noted by two digits
 
 
 async def test_tokens_of_a_window_are_those_of_the_models_own_tokenizer() -> None:
