@@ -14,7 +14,7 @@ BIN := .venv/bin
 STAMP := .venv/.cdcsync-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test prove chaos mutants simulate fuzz image-test lock sbom lint audit type bench clean
+.PHONY: help setup demo docs test prove chaos mutants simulate soak fuzz image-test lock sbom lint audit type bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ mutants: setup ## put known faults back one at a time and see that each is found
 
 simulate: setup ## run simulated histories of the pure modules for MINUTES=1; ARGS="--seed 17" runs that one again
 	$(BIN)/python -m tests.simulation --minutes $(or $(MINUTES),1) $(ARGS)
+
+soak: setup ## run a worker under an even load for MINUTES=30 and see that nothing grows; build/soak.svg shows it
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30) $(ARGS)
 
 fuzz: setup ## feed arbitrary bytes to every parser, MINUTES=5 in all
 	$(BIN)/python -m fuzz --minutes $(or $(MINUTES),5) $(ARGS)

@@ -308,7 +308,7 @@ def page() -> str:
         "",
         "<!-- Made by `python -m tests.chaos.catalogue`; change tests/chaos/catalogue.py instead. -->",
         "",
-        "What must always hold, the code that keeps it, and what attacks it. There are four kinds of attack:",
+        "What must always hold, the code that keeps it, and what attacks it. There are five kinds of attack:",
         "",
         "- **Tests** run with `make test`, on real PostgreSQL servers.",
         "- **Chaos** (`make chaos SEEDS=200`): histories from seeds with real worker processes, two servers that crash"
@@ -318,6 +318,9 @@ def page() -> str:
         "- **Simulation** (`make simulate`): the pure modules under a seeded scheduler, with a source and a target in"
         " memory that lie in the ways real ones can. It is exact: a seed always gives the same history, and a failing"
         " one is made smaller.",
+        "- **Soak** (`make soak MINUTES=30`): a worker under an even load, with searches, replays, comparisons and"
+        " ended sessions beside it. Memory, files, threads, sessions, WAL, spool, dead rows and sizes are measured,"
+        " and none may grow: a line is fitted through each, with its error, and `build/soak.svg` shows them.",
         "- **Known faults put back** (`make mutants`): each of the faults listed at the end is put into a copy of the"
         " code, one at a time, and has to be found.",
         "",
