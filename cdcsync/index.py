@@ -221,23 +221,8 @@ class Index:
         :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
         :raises TargetUnavailable: the target does not answer now.
         """
-        if rerank and self._config.reranker is not None:
-            found = await self.search(
-                text,
-                k=max(skip + k, self._shared.reranker(self._config.reranker).candidates),
-                mode=mode,
-                filter=filter,
-                per_document=per_document,
-                weights=weights,
-                rerank=False,
-                vector=vector,
-                headline=headline,
-                settings=settings,
-                timeout_s=timeout_s,
-                generation=generation,
-            )
-            ranked = await self.rerank(text, found)
-            return Hits(ranked[skip : skip + k], ranked.warning, generation=found.generation)
+        reranker = self._shared.reranker(self._config.reranker) if rerank and self._config.reranker else None
+        first, count = (skip, k) if reranker is None else (0, max(skip + k, reranker.candidates))
         schema, tracing = self._shared.config.target.schema, self._shared.tracing
 
         async def once() -> Hits:
@@ -263,11 +248,11 @@ class Index:
                     spec,
                     text=text,
                     vector=None if mode == "text" else embedded,
-                    k=k,
+                    k=count,
                     mode="text" if warning else mode,
                     filter=filter,
                     per_document=per_document,
-                    skip=skip,
+                    skip=first,
                     weights=weights,
                     headline=headline,
                     settings=settings,
@@ -278,12 +263,24 @@ class Index:
             with tracing.span("cdcsync.statement", index=self.name):
                 return Hits(await self._with_connection(ask), warning, generation=spec.generation)
 
+        found = await self._after_switches(once, unnamed=vector is not None and generation is None and mode != "text")
+        if reranker is None:
+            return found
+        ranked = await self.rerank(text, found)
+        return Hits(ranked[skip : skip + k], ranked.warning, generation=found.generation)
+
+    async def _after_switches(self, once: Callable[[], Awaitable[Hits]], *, unnamed: bool) -> Hits:
+        """Search, and again whenever another generation became live meanwhile.
+
+        :param unnamed: the caller brought a vector without its generation, so nobody can embed its query again.
+        :raises ModelChanged: another generation became live, and the vector may be of another model.
+        """
         for _ in range(SWITCHES - 1):
             try:
                 return await once()
             except ModelChanged as error:
                 self._stored = None
-                if vector is not None and generation is None and mode != "text":
+                if unnamed:
                     raise ModelChanged(
                         f"the query's vector may be of another model: {error.message}",
                         where=error.where,
@@ -322,7 +319,12 @@ class Index:
         :raises EmbedderUnavailable: the model is away.
         :raises TextRejected: the model refuses one of these texts.
         """
-        return await (await self._model()).embed(texts)
+        return (await self._embed(texts))[0]
+
+    async def _embed(self, texts: Sequence[str]) -> tuple[Vectors, int]:
+        """Embed queries; returns the generation too, which the vectors can be compared with."""
+        spec = await self._live()
+        return await self._shared.model(spec).embed(texts), spec.generation
 
     async def wait_for(self, lsn: str | None = None, *, timeout_s: float = 10.0, vectors: bool = False) -> bool:
         """Wait until the index holds everything that the source had committed up to an LSN; False at the timeout.
@@ -355,7 +357,9 @@ class Index:
             with speaking_of("source"):
                 return str(await fetch_value(source, "SELECT pg_current_wal_lsn()::text"))
 
-    async def _model(self) -> QueryEmbedder:
+    async def _live(self) -> IndexSpec:
+        """Return the index with the generation that is live now."""
+
         async def now(connection: Connection) -> IndexSpec:
             try:
                 await self._refuse_switched(connection, await self._spec(connection))
@@ -363,7 +367,7 @@ class Index:
                 self._stored = None
             return await self._spec(connection)
 
-        return self._shared.model(await self._with_connection(now))
+        return await self._with_connection(now)
 
     async def _generation(self, generation: int | None) -> IndexSpec:
         """Return the index with one of its generations; None is the live one.

@@ -105,7 +105,7 @@ def evaluate(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.svg", help="Draw what was measured into this file.", show_default=False),
+        typer.Option(metavar="FILE", help="Draw what was measured into this file, .svg or .png.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -135,8 +135,8 @@ def evaluate(
         )
     if asked_for is not None and where is not None:
         raise UsageError("judged answers come from all rows", where="--where", hint="leave it out with --judged")
-    if plot is not None and plot.suffix.lower() != ".svg":
-        raise UsageError("only SVG can be drawn", where=f"--plot {plot}", hint="name a file that ends in .svg")
+    if plot is not None:
+        _check_plot(plot)
     gathered = None
     if from_audit is not None:
         gathered = anyio.run(interruptible, _gather, configuration, index, from_audit, queries)
@@ -255,11 +255,28 @@ async def _opened(config: Config, name: str) -> AsyncIterator[tuple[Connection, 
         yield connection, await stored_spec(connection, config.target.schema, name, index)
 
 
+def _check_plot(plot: Path) -> None:
+    """Refuse a picture that could not be drawn, before anything is measured."""
+    match plot.suffix.lower():
+        case ".svg":
+            pass
+        case ".png":
+            from cdcsync.flows.evaluate.pictures import pillow_parts
+
+            pillow_parts()
+        case _:
+            raise UsageError(
+                "only SVG and PNG can be drawn", where=f"--plot {plot}", hint="name a file that ends in .svg or .png"
+            )
+
+
 def _draw(plot: Path, recall: _Recall | None, answers: _Answers | None) -> None:
     from cdcsync.flows.evaluate.drawing import draw
+    from cdcsync.flows.evaluate.pictures import png, svg
 
+    picture = draw(recall and recall.found, answers and answers.run)
     try:
-        plot.write_text(draw(recall and recall.found, answers and answers.run))
+        plot.write_bytes(svg(*picture).encode() if plot.suffix.lower() == ".svg" else png(*picture))
     except OSError as error:
         raise UsageError(
             f"cannot be written: {error.strerror}", where=f"--plot {plot}", hint="name a file in an existing directory"

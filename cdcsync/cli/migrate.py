@@ -300,7 +300,8 @@ def _print_generations(generations: Sequence[GenerationStatus]) -> None:
             plain(one.embedder or one.model),
             f"{one.vector_type}({one.dimensions})",
             one.distance,
-            "" if one.m is None else f"m {one.m}, ef {one.ef_construction}",
+            ("" if one.m is None else f"m {one.m}, ef {one.ef_construction}")
+            + (", binary" if one.quantise == "binary" else ""),
             f"{min(share, 1.0):.1%} of {one.chunks:,}",
             f"{one.failed:,}",
             _size(one.bytes),

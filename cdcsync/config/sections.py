@@ -186,12 +186,15 @@ class Hnsw(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param build_memory: maintenance_work_mem while the index is built; a graph that fits builds many times faster.
     :param build_workers: processes that help to build, of those that the server has (max_parallel_workers); 0 leaves it
         to the server's max_parallel_maintenance_workers, which is 2 by default.
+    :param quantise: "binary" keeps one bit of each dimension in the index, the sign, in place of the number. The index
+        is then a small part of the size; searches find more candidates by it, and compare those by their whole vectors.
     """
 
     m: Annotated[int, Meta(ge=2, le=100)] = 16
     ef_construction: Annotated[int, Meta(ge=4, le=1_000)] = 64
     build_memory: MemorySize = "512MB"
     build_workers: Annotated[int, Meta(ge=0, le=64)] = 0
+    quantise: Literal["none", "binary"] = "none"
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """PostgreSQL refuses to create the index otherwise."""

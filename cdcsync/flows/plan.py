@@ -232,9 +232,12 @@ class _Planning:
             told = wish_findings(examined, Generation.of(spec, "ready"))
             return [f"{one.message}; {one.hint}" if one.hint else one.message for one in told]
         with speaking_of("target", where=f"index {spec.name}"):
-            built = await hnsw_options(self._target, self._config.target.schema, spec)
+            built: dict[str, object] = {
+                "quantise": spec.config.hnsw.quantise,
+                **await hnsw_options(self._target, self._config.target.schema, spec),
+            }
         hnsw = self._config.indexes[spec.name].hnsw
-        wanted = {"m": hnsw.m, "ef_construction": hnsw.ef_construction}
+        wanted = {"m": hnsw.m, "ef_construction": hnsw.ef_construction, "quantise": hnsw.quantise}
         return [
             f"hnsw.{name} is {built[name]} in the index and {value} in the configuration:"
             f" cdcsync migrate {spec.name} start builds it again"

@@ -25,6 +25,9 @@ from cdcsync.errors import SetupError
 STOP_TIMEOUT_S = 1
 """How long answers that are being given may take when the program stops."""
 
+ACCEPTED_AT_ONCE = 8
+"""Connections that the event loop accepts in one turn: in between, the calls that are being answered go on."""
+
 
 class Bounds(msgspec.Struct, frozen=True):
     """What a server gives to its clients.
@@ -73,10 +76,16 @@ async def serve(
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        backlog=2 * bounds.connections,
+        backlog=ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=STOP_TIMEOUT_S,
     )
-    server = _Server(config, lambda: started(sockets[0].getsockname()[1]))
+
+    def listening() -> None:
+        for one in sockets:
+            one.listen(2 * bounds.connections)  # how many may wait; asyncio has set it to those of a turn
+        started(sockets[0].getsockname()[1])
+
+    server = _Server(config, listening)
     try:
         await server.serve(sockets=sockets)
     finally:

@@ -101,8 +101,8 @@ def wish_findings(plan: Plan, live: Generation) -> Iterator[Finding]:
     has = f"{live.model} ({live.dimensions} dimensions, {live.vector_type}, {live.distance})"
     if wish.made_by == live.made_by:
         asked, has = (
-            f"{asked} with hnsw.m {hnsw.m} and hnsw.ef_construction {hnsw.ef_construction}",
-            f"{has} with {live.m} and {live.ef_construction}",
+            f"{asked} with hnsw.m {hnsw.m}, hnsw.ef_construction {hnsw.ef_construction}, hnsw.quantise {hnsw.quantise}",
+            f"{has} with {live.m}, {live.ef_construction}, {live.quantise}",
         )
     met = next((one for one in plan.generations if wish.is_met_by(one)), None)
     if met is not None:

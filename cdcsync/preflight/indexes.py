@@ -140,6 +140,13 @@ def model_faults(name: str, index: Index, embedder: Embedder) -> Iterator[Findin
             else f"name an embedder that makes at most {halved:,} dimensions",
         )
 
+    if index.hnsw.quantise == "binary" and distance_of(index, embedder) == "l2":
+        yield Finding.error(
+            f"indexes.{name}.hnsw.quantise",
+            "the signs of components say nothing about the lengths of vectors, which the distance l2 compares",
+            f'set indexes.{name}.distance = "cosine", or leave hnsw.quantise out',
+        )
+
 
 def stored_faults(name: str, index: Index, stored: Entry, slot: str) -> Iterator[Finding]:
     """Say where the configuration is of another index than the one that exists under this name."""

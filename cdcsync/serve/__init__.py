@@ -9,6 +9,8 @@ two skins of `Service`, which every call goes through.
     identity      tokens in a file, signed tokens, and what they claim
     limits        how much a tenant may ask for, and when everybody is told to come back
     calls         the record of calls
+    messages      requests and answers
+    visibility    the rows and columns that a caller may see
     reader        searches and documents under a caller's claims
     service       one call: who, limits, deadline, timer, record
     openapi       the API described for programs

@@ -15,6 +15,7 @@ statement is cancelled.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 from typing import TypeVar
@@ -25,19 +26,21 @@ import msgspec
 import structlog
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cdcsync.errors import CdcsyncError, leading
 from cdcsync.http.headers import Secured, security_headers
-from cdcsync.serve.openapi import EmbedRequest, Indexes, Vectors, describe
+from cdcsync.serve.messages import EmbedRequest, Indexes, SearchRequest
+from cdcsync.serve.openapi import describe
 from cdcsync.serve.problems import Problem
-from cdcsync.serve.reader import SearchRequest
-from cdcsync.serve.service import Service, caller_of
+from cdcsync.serve.service import Service, Tool, caller_of
 
 log = structlog.get_logger()
 
@@ -84,7 +87,7 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
 
     async def embed(request: Request, body: bytes) -> Response:
         wanted = _decoded(request, body, EmbedRequest)
-        return _json(Vectors(await service.embed(caller_of(request.headers), wanted.index, wanted.texts)))
+        return _json(await service.embed(caller_of(request.headers), wanted.index, wanted.texts))
 
     async def openapi(_: Request) -> Response:
         return Response(described, media_type="application/json")
@@ -138,11 +141,41 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
                 expose_headers=["ETag", "Retry-After"],
             )
         )
+    middleware.append(Middleware(Gate, service=service))
     app = Starlette(
         routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_problem, Exception: _broken}
     )
     app.router.redirect_slashes = False
     return app
+
+
+class Gate:
+    """Refuses the calls of a storm by their headers alone: they are not routed, read or decoded."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] == "http" and self._service.limits.crowded() and (called := _called(scope["path"])):
+            problem = await self._service.shed(caller_of(Headers(scope=scope)), *called)
+            if problem is not None:
+                await _problem(problem)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+_OF_INDEX = re.compile(r"/v1/indexes/([^/]+)/(search$|documents/)")
+_TOOLS: dict[str, Tool] = {"/v1/indexes": "list_indexes", "/v1/embed": "embed", "/mcp": "mcp"}
+
+
+def _called(path: str) -> tuple[Tool, str | None] | None:
+    """Return the tool and the index that a path calls; None if it calls none."""
+    if match := _OF_INDEX.match(path):
+        return "search" if match[2] == "search" else "fetch", match[1]
+    tool = _TOOLS.get(path)
+    return tool and (tool, None)
 
 
 def _guarded(endpoint: Endpoint, most: int) -> Callable[[Request], Awaitable[Response]]:

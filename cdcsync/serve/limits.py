@@ -3,6 +3,11 @@
 Two bounds hold for everybody together: how many calls work at the same time, and how many wait for that. Beyond them
 callers are told to come back at once, so that a storm costs the others nothing and no queue grows.
 
+Refusals stand in line: each account is told `REFUSALS_PER_S` of them. A caller that is refused once is told at once,
+and a thousand loops that call again without a pause are held back until they cost little. Each refusal says when its
+caller may come back, which is later than what the one before it in the line was told: those who wait as long as they
+are told do not come back together.
+
 Counts are kept by each replica; with n of them a tenant has up to n times its share.
 """
 
@@ -19,12 +24,32 @@ from cdcsync.serve.problems import Problem
 
 DAY_S = 86_400.0
 
-REFUSED_AFTER_S = 1.0
-"""A refusal is told after a part of this time, by chance: a loop that calls again at once becomes slow, and a thousand
-loops that wait equally long do not come back together."""
+REFUSALS_PER_S = 20.0
+"""Refusals that one account is told a second, once some are held back: as often as it may call by default."""
+
+HELD_S = 5.0
+"""A refusal is told after this time at the latest: clients wait for longer than that before they give up."""
+
+COMING_BACK_S = 60.0
+"""The longest time that callers in the line are told to stay away for because of those before them."""
+
+CROWD = 4
+"""Once so many refusals of an account are held back, its further calls are refused by their headers alone."""
+
+STRANGERS = ""
+"""The account of callers who are not known."""
 
 FORGET_AFTER = 10_000
 """Accounts that are kept; those that have been quiet go first."""
+
+
+class Refused(Problem):
+    """A call beyond its caller's share, or beyond what all callers may ask for.
+
+    :ivar held_s: how long the answer is held back.
+    """
+
+    held_s = 0.0
 
 
 class _Account:
@@ -34,6 +59,8 @@ class _Account:
         self.running = 0
         self.spent = 0
         self.day_began = now
+        self.told_until = now
+        self.back_until = now
 
 
 class Limits:
@@ -48,6 +75,7 @@ class Limits:
         self._accounts: dict[str, _Account] = {}
         self._room = anyio.CapacityLimiter(serve.connections)
         self._waiting = 0
+        self._told_until = now()
 
     @property
     def waiting(self) -> int:
@@ -58,16 +86,13 @@ class Limits:
     async def admitted(self, account: str) -> AsyncIterator[None]:
         """Let a call in for the time of the block.
 
-        :raises Problem: 429, this tenant has used up its share; 503, too many calls wait.
+        :raises Refused: 429, this tenant has used up its share; 503, too many calls wait.
         """
-        mine = self._account(account)
-        refused = self._refusal(mine)
+        refused = self.refusal(account)
         if refused is not None:
-            await anyio.sleep(REFUSED_AFTER_S * random.random())  # noqa: S311 # nosec B311
             raise refused
+        mine = self._account(account)
         mine.tokens -= 1
-        if self._waiting >= self._serve.waiting and self._room.available_tokens < 1:
-            raise Problem(503, "The server is busy", "too many calls wait", retry_after_s=1)
         mine.running += 1
         try:
             self._waiting += 1
@@ -101,10 +126,43 @@ class Limits:
         account.filled_at = now
         return account
 
-    def _refusal(self, account: _Account) -> Problem | None:
+    def crowded(self, account: str | None = None) -> bool:
+        """Say whether refusals of an account are held back, or of any account."""
+        told_until = self._told_until if account is None else self._account(account).told_until
+        return told_until - self._now() > CROWD / REFUSALS_PER_S
+
+    def refusal(self, account: str) -> Refused | None:
+        """Return why an account may not make a call now, and put that into its line; None if it may."""
+        mine = self._account(account)
+        refused = self._reason(mine)
+        if refused is not None:
+            refused.held_s = self.held_s(account)
+            if refused.status == 429:
+                self._spread(mine, refused)
+        return refused
+
+    def held_s(self, account: str) -> float:
+        """Put a refusal into the line of an account; returns how long it is held back."""
+        now, mine = self._now(), self._account(account)
+        told_at = max(now, mine.told_until + 1 / REFUSALS_PER_S)
+        if told_at > now + HELD_S:  # the line is full: at any time, so that not all of them are told together
+            return HELD_S * (1 + random.random()) / 2  # noqa: S311 # nosec B311
+        mine.told_until = told_at
+        self._told_until = max(self._told_until, told_at)
+        return told_at - now
+
+    def _spread(self, account: _Account, refused: Refused) -> None:
+        """Have a caller come back after those who were told before it."""
+        told_at = self._now() + refused.held_s
+        soonest = told_at + max(0.0, (refused.retry_after_s or 0.0) - refused.held_s)
+        behind = min(account.back_until + 1 / self._serve.requests_per_s, told_at + COMING_BACK_S)
+        account.back_until = max(soonest, behind)
+        refused.retry_after_s = account.back_until - told_at
+
+    def _reason(self, account: _Account) -> Refused | None:
         """Return why an account may not make a call now; None if it may."""
         if account.tokens < 1:
-            return Problem(
+            return Refused(
                 429,
                 "Too many calls",
                 f"more than {self._serve.requests_per_s:g} calls a second",
@@ -114,15 +172,17 @@ class Limits:
         budget = self._serve.tokens_per_day
         if budget and account.spent >= budget:
             wait_s = account.day_began + DAY_S - self._now()
-            return Problem(
+            return Refused(
                 429, "The day's budget is used up", f"{budget} tokens of text a day", "wait", retry_after_s=wait_s
             )
         if account.running >= self._serve.concurrency:
-            return Problem(
+            return Refused(
                 429,
                 "Too many calls",
                 f"{account.running} calls of yours are being answered",
                 "wait for them before you send more",
                 retry_after_s=1,
             )
+        if self._waiting >= self._serve.waiting and self._room.available_tokens < 1:
+            return Refused(503, "The server is busy", "too many calls wait", retry_after_s=1)
         return None

@@ -21,8 +21,8 @@ from mcp.types import ToolAnnotations
 from pydantic import Field
 
 from cdcsync import __version__
+from cdcsync.serve.messages import SearchRequest
 from cdcsync.serve.problems import Problem
-from cdcsync.serve.reader import SearchRequest
 from cdcsync.serve.service import Caller, Service, caller_of
 
 TOKEN_VARIABLE = "CDCSYNC_TOKEN"  # a name # noqa: S105 # nosec B105

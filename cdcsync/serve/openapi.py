@@ -11,7 +11,7 @@ import msgspec
 
 from cdcsync import __version__
 from cdcsync.config.serving import Serve
-from cdcsync.serve.reader import Answer, Document, IndexInfo, SearchRequest
+from cdcsync.serve.messages import Answer, Document, EmbedRequest, Indexes, SearchRequest, Vectors
 
 PROBLEM: dict[str, Any] = {
     "type": "object",
@@ -23,25 +23,6 @@ PROBLEM: dict[str, Any] = {
     },
     "required": ["title", "status", "detail"],
 }
-
-
-class EmbedRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Texts to embed as queries."""
-
-    index: str
-    texts: list[str]
-
-
-class Vectors(msgspec.Struct, frozen=True):
-    """The vector of each text, in order."""
-
-    vectors: list[list[float]]
-
-
-class Indexes(msgspec.Struct, frozen=True):
-    """The indexes that can be searched."""
-
-    indexes: list[IndexInfo]
 
 
 def describe(serve: Serve) -> dict[str, Any]:

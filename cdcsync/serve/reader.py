@@ -1,15 +1,11 @@
-"""Searches and documents under a caller's claims.
-
-The tenant of a caller is held twice: by a filter that is added to every statement here, and by row-level security in
-the target (`target/ddl/policies`), for which the caller's tenant is set in each transaction.
-"""
+"""Searches and documents under a caller's claims."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import anyio
 import msgspec
@@ -19,6 +15,7 @@ from psycopg import sql
 
 from cdcsync.config import Config
 from cdcsync.config.serving import Serve
+from cdcsync.embedders import Vectors
 from cdcsync.errors import CdcsyncError
 from cdcsync.index import Index
 from cdcsync.model.spec import IndexSpec
@@ -26,10 +23,11 @@ from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.queries import fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.serve.identity import Principal
+from cdcsync.serve.messages import Answer, ColumnInfo, Document, Found, IndexInfo, SearchRequest
 from cdcsync.serve.problems import Problem
+from cdcsync.serve.visibility import Visibility
 from cdcsync.target.ddl.names import Names
-from cdcsync.target.ddl.policies import SETTING
-from cdcsync.target.search import Hit, Mode
+from cdcsync.target.search import Hit
 from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
@@ -39,87 +37,6 @@ FRESHNESS_S = 0.2
 
 EXAMPLES = 3
 """Values of each column that `list_indexes` shows, so that an agent sees how they are written."""
-
-
-Vector = Annotated[list[float], msgspec.Meta(min_length=1, max_length=16_000)]
-
-
-class SearchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A search. The query is words, which are alternatives; "quoted phrases" must occur, -words must not."""
-
-    query: str
-    k: int = 10
-    mode: Mode = "hybrid"
-    filter: dict[str, Any] = {}
-    vector: Vector | None = None
-    per_document: bool = True
-    skip: int = 0
-    after_lsn: str | None = None
-    headline: bool = False
-
-
-class Found(msgspec.Struct, frozen=True):
-    """A hit; `vector_rank` and `text_rank` are its places among what each leg found."""
-
-    key: dict[str, Any]
-    columns: dict[str, Any]
-    content: str
-    score: float
-    chunk_no: int
-    distance: float | None = None
-    vector_rank: int | None = None
-    text_rank: int | None = None
-    stale: bool = False
-    headline: str | None = None
-
-
-class Answer(msgspec.Struct, frozen=True):
-    """The result of a search.
-
-    :ivar as_of_lsn: the index holds everything that the source had committed up to here.
-    :ivar lag_seconds: how long ago the index was last known to hold everything.
-    :ivar warning: what the search had to do without.
-    :ivar left_out: hits that were found and cut to keep the answer short.
-    """
-
-    index: str
-    hits: list[Found]
-    as_of_lsn: str | None
-    lag_seconds: float | None
-    warning: str | None = None
-    left_out: int = 0
-
-
-class Document(msgspec.Struct, frozen=True):
-    """A document: its chunks in order."""
-
-    index: str
-    key: dict[str, Any]
-    columns: dict[str, Any]
-    chunks: list[str]
-    etag: str
-    left_out: int = 0
-
-
-class ColumnInfo(msgspec.Struct, frozen=True):
-    """A column that a filter can name."""
-
-    name: str
-    type: str
-    examples: list[Any] = []
-
-
-class IndexInfo(msgspec.Struct, frozen=True):
-    """An index that can be searched."""
-
-    name: str
-    table: str
-    key: list[ColumnInfo]
-    columns: list[ColumnInfo]
-    keywords: bool
-    state: str
-    as_of_lsn: str | None
-    lag_seconds: float | None
 
 
 class _Known(msgspec.Struct, frozen=True):
@@ -135,6 +52,7 @@ class Offered(Index):
     """An index, as callers of the server may see it."""
 
     serve: Serve
+    visible: Visibility
     _known: _Known | None = None
 
     async def answer(self, who: Principal, request: SearchRequest) -> Answer:
@@ -143,7 +61,7 @@ class Offered(Index):
         :raises Problem: the request cannot be answered.
         :raises CdcsyncError: the target or the model cannot answer it now.
         """
-        self._check(request)
+        _refuse_costly(request, self.serve)
         if request.after_lsn is not None:
             if not await self.wait_for(request.after_lsn, timeout_s=self.serve.deadline_s / 2):
                 raise Problem(
@@ -151,29 +69,40 @@ class Offered(Index):
                 )
             self._known = None
         known = await self._facts()  # before the search, which sees at least as much
-        if request.vector is not None and len(request.vector) != known.spec.dimensions:
-            self._stored = self._known = None  # it may be of a generation that has just become live
+        if request.vector is not None and len(request.vector) != _dimensions(known.spec, request.generation):
+            self._stored = self._known = None  # a generation may have become live, or be new
             known = await self._facts()
-        if request.vector is not None and len(request.vector) != known.spec.dimensions:
-            raise Problem(
-                422,
-                "The call cannot be answered",
-                f"the vector has {len(request.vector)} dimensions, the index has {known.spec.dimensions}",
-                "POST /v1/embed makes vectors of the index's model",
-            )
+            dimensions = _dimensions(known.spec, request.generation)
+            if dimensions not in (None, len(request.vector)):
+                raise Problem(
+                    422,
+                    "The call cannot be answered",
+                    f"the vector has {len(request.vector)} dimensions, the index has {dimensions}",
+                    "POST /v1/embed makes vectors of the index's model",
+                )
         hits = await self.search(
             request.query,
             k=request.k,
             mode=request.mode,
-            filter=self._filter(who, known.spec, request.filter),
+            filter=self.visible.filter(who, known.spec, request.filter),
             per_document=request.per_document,
             skip=request.skip,
             vector=request.vector,
             headline="" if request.headline else None,
-            settings=self._settings(who),
+            settings=self.visible.settings(who),
             timeout_s=self.serve.deadline_s,
+            generation=request.generation,
         )
-        return Answer(self.name, [self._found(hit) for hit in hits], known.lsn, known.lag_s, hits.warning)
+        found = [self._found(hit) for hit in hits]
+        return Answer(self.name, found, known.lsn, known.lag_s, hits.warning, generation=hits.generation)
+
+    async def embed_queries(self, texts: Sequence[str]) -> tuple[Vectors, int]:
+        """Return the vectors of queries, and the generation of the index's vectors that they can be compared with.
+
+        :raises EmbedderUnavailable: the model is away.
+        :raises TextRejected: the model refuses one of these texts.
+        """
+        return await self._embed(texts)
 
     async def document(self, who: Principal, key: Sequence[str]) -> Document:
         """Return a document by its key, as texts in the order of the key's columns.
@@ -184,7 +113,7 @@ class Offered(Index):
         if any("\0" in part for part in key):
             raise missing
         async with self._session(who) as (connection, spec):
-            self._refuse_undivided(spec)
+            mine = self.visible.condition(who, spec)
             if len(key) != len(spec.shape.key):
                 raise Problem(
                     422,
@@ -197,15 +126,13 @@ class Offered(Index):
                 sql.SQL("{} {} {}::").format(sql.Identifier(name), one.equal, sql.Literal(value)) + sql.SQL(type_)
                 for name, one, value, type_ in zip(spec.shape.key, equal, key, spec.key_types, strict=True)
             ]
-            if self.serve.tenant.column is not None:
-                conditions.append(self._of_tenant(who))
-            shown = [name for name in spec.shape.key + spec.shape.carried if not self._hidden(name)]
+            shown = self.visible.shown(spec.shape.key + spec.shape.carried)
             statement = sql.SQL(
                 "SELECT {}, content, encode(document_hash, 'hex'), commit_lsn::text FROM {} WHERE {} ORDER BY chunk_no"
             ).format(
                 sql.SQL(", ").join(map(sql.Identifier, shown)),
                 Names(self.schema, self.name).chunks,
-                sql.SQL(" AND ").join(conditions),
+                sql.SQL(" AND ").join([*conditions, mine]),
             )
             try:
                 cursor = await connection.execute(statement)
@@ -236,7 +163,7 @@ class Offered(Index):
             examples = await self._examples(connection, who, spec)
         types = dict(zip(spec.shape.key + spec.shape.carried, spec.key_types + spec.carried_types, strict=True))
         key, columns = (
-            [ColumnInfo(one, types[one], examples[one]) for one in names if not self._hidden(one)]
+            [ColumnInfo(one, types[one], examples[one]) for one in self.visible.shown(names)]
             for names in (spec.shape.key, spec.shape.carried)
         )
         keywords = spec.config.search is not None
@@ -244,50 +171,9 @@ class Offered(Index):
             self.name, str(spec.config.table_name), key, columns, keywords, str(state), known.lsn, known.lag_s
         )
 
-    # -- what a caller may see ------------------------------------------------------------------------------------
-
-    def _hidden(self, column: str) -> bool:
-        return column == self.serve.tenant.column
-
-    def _settings(self, who: Principal) -> dict[str, str]:
-        return {SETTING: who.tenant or ""} if self.serve.tenant.column is not None else {}
-
-    def _of_tenant(self, who: Principal) -> sql.Composed:
-        """Return the condition that a row is of the caller's tenant."""
-        column = sql.Identifier(self.serve.tenant.column or "")
-        return sql.SQL("{}::pg_catalog.text = {}").format(column, sql.Literal(who.tenant))
-
-    def _filter(self, who: Principal, spec: IndexSpec, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the caller's filter with what its claims add.
-
-        :raises Problem: it names the bound column, which the caller does not know of.
-        """
-        column = self.serve.tenant.column
-        if column is None:
-            return dict(wanted)
-        if column in wanted:
-            raise Problem(
-                422,
-                "The call cannot be answered",
-                f"the filter names a column that the index does not have: {column}",
-                "GET /v1/indexes lists the columns",
-            )
-        self._refuse_undivided(spec)
-        return {**wanted, column: who.tenant}
-
-    def _refuse_undivided(self, spec: IndexSpec) -> None:
-        """See that the index has the bound column, if one is bound: its worker may not have added it yet.
-
-        :raises Problem: it does not, so that nobody can tell what is the caller's.
-        """
-        column = self.serve.tenant.column
-        if column is not None and column not in spec.shape.key + spec.shape.carried:
-            raise Problem(403, "Not allowed", f"the index {self.name} is not divided by tenants")
-
     def _found(self, hit: Hit) -> Found:
         key, columns = (
-            {name: value for name, value in values.items() if not self._hidden(name)}
-            for values in (hit.key, hit.carried)
+            {name: values[name] for name in self.visible.shown(values)} for values in (hit.key, hit.carried)
         )
         return Found(
             key,
@@ -301,25 +187,6 @@ class Offered(Index):
             hit.stale,
             hit.headline,
         )
-
-    def _check(self, request: SearchRequest) -> None:
-        """Refuse what costs too much, before anything is spent on it."""
-        serve = self.serve
-        wrong: str | None = None
-        if not 1 <= request.k <= serve.max_k:
-            wrong, fix = "k is out of range", f"ask for 1 to {serve.max_k} hits, and use skip for more"
-        elif not 0 <= request.skip <= 1_000:
-            wrong, fix = "skip is out of range", "skip 0 to 1000 hits"
-        elif len(request.query) > serve.max_query_characters:
-            wrong, fix = "the query is too long", f"use at most {serve.max_query_characters} characters"
-        elif b"\\u0000" in msgspec.json.encode(request.filter, enc_hook=str):
-            wrong, fix = "the filter holds characters that no text can hold", "leave out NUL"
-        elif "\0" in request.query or any("\ud800" <= one <= "\udfff" for one in request.query):
-            wrong, fix = "the query holds characters that no text can hold", "leave out NUL and lone surrogates"
-        else:
-            fix = ""
-        if wrong is not None:
-            raise Problem(422, "The call cannot be answered", wrong, fix)
 
     # -- the target -----------------------------------------------------------------------------------------------
 
@@ -335,7 +202,7 @@ class Offered(Index):
             with speaking_of("target", where=f"index {self.name}"):
                 spec = await self._spec(connection)
                 async with connection.transaction():
-                    for name, value in self._settings(who).items():
+                    for name, value in self.visible.settings(who).items():
                         await connection.execute("SELECT pg_catalog.set_config(%s, %s, true)", [name, value])
                     yield connection, spec
 
@@ -361,7 +228,7 @@ class Offered(Index):
 
         :raises EmbedderUnavailable, EmbedderSetupError: it cannot be loaded.
         """
-        await (await self._model()).open()
+        await self._shared.model(await self._live()).open()
 
     async def ping(self) -> None:
         """Ask the target anything.
@@ -375,12 +242,9 @@ class Offered(Index):
     async def _examples(self, connection: Connection, who: Principal, spec: IndexSpec) -> dict[str, list[Any]]:
         """Return a few values of each column, out of the first rows."""
         names = [*spec.shape.key, *spec.shape.carried]
-        condition: sql.Composable = sql.SQL("true")
-        column = self.serve.tenant.column
-        if column is not None:
-            if column not in names:
-                return {name: [] for name in names}
-            condition = self._of_tenant(who)
+        if not self.visible.divides(spec):
+            return {name: [] for name in names}
+        condition = self.visible.condition(who, spec)
         cursor = await connection.execute(
             sql.SQL("SELECT {} FROM {} WHERE {} LIMIT 20").format(
                 sql.SQL(", ").join(map(sql.Identifier, names)), Names(self.schema, self.name).chunks, condition
@@ -392,6 +256,30 @@ class Offered(Index):
                 if value is not None and value not in seen[name] and len(seen[name]) < EXAMPLES:
                     seen[name].append(value)
         return seen
+
+
+def _dimensions(spec: IndexSpec, generation: int | None) -> int | None:
+    """Return the dimensions of a generation's vectors, by default of the live one; None if there is no such one."""
+    return next((one.dimensions for one in spec.generations if generation in (None, one.generation)), None)
+
+
+def _refuse_costly(request: SearchRequest, serve: Serve) -> None:
+    """Refuse a request that costs too much, before anything is spent on it."""
+    wrong: str | None = None
+    if not 1 <= request.k <= serve.max_k:
+        wrong, fix = "k is out of range", f"ask for 1 to {serve.max_k} hits, and use skip for more"
+    elif not 0 <= request.skip <= 1_000:
+        wrong, fix = "skip is out of range", "skip 0 to 1000 hits"
+    elif len(request.query) > serve.max_query_characters:
+        wrong, fix = "the query is too long", f"use at most {serve.max_query_characters} characters"
+    elif b"\\u0000" in msgspec.json.encode(request.filter, enc_hook=str):
+        wrong, fix = "the filter holds characters that no text can hold", "leave out NUL"
+    elif "\0" in request.query or any("\ud800" <= one <= "\udfff" for one in request.query):
+        wrong, fix = "the query holds characters that no text can hold", "leave out NUL and lone surrogates"
+    else:
+        fix = ""
+    if wrong is not None:
+        raise Problem(422, "The call cannot be answered", wrong, fix)
 
 
 class Reader:
@@ -414,7 +302,7 @@ class Reader:
         self.indexes = {name: self._first} | {one: self._first.beside(one) for one in others}
         self._first._shared.tracing = tracing
         for index in self.indexes.values():
-            index.serve = serve
+            index.serve, index.visible = serve, Visibility(serve)
         self.loaded = False
 
     def index(self, name: str) -> Offered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable
 
@@ -20,6 +21,9 @@ log = structlog.get_logger()
 MOST_CONNECTIONS = 4_096
 """A connection costs some kilobytes. Who may call how often is decided once a request has been read."""
 
+COLLECT = (20_000, 20, 100)
+"""The collector's thresholds. A call makes some thousand objects, and hardly any that only the collector can free."""
+
 READING_S = 10.0
 """How long reading a request and writing its answer may take, besides the call's own deadline."""
 
@@ -35,6 +39,7 @@ async def run(
 
     :param started: called with the port once connections are accepted.
     :param prepared: called with the service before it serves.
+    :param handle_signals: the process is this server's: signals end it, and the collector is set up for it.
     :raises SetupError: the address cannot be listened on, or nobody could call.
     """
     service = Service(config)
@@ -54,7 +59,7 @@ async def run(
     try:
         async with mcp.session_manager.run(), anyio.create_task_group() as tasks:
             tasks.start_soon(service.recorder.run)
-            tasks.start_soon(service.reader.load)
+            tasks.start_soon(_load, service, handle_signals)
             if handle_signals:
                 tasks.start_soon(_stop_on_signal, tasks.cancel_scope)
             bounds = Bounds(MOST_CONNECTIONS, config.serve.deadline_s + READING_S)
@@ -63,6 +68,15 @@ async def run(
             tasks.cancel_scope.cancel()
     finally:
         await service.aclose()
+
+
+async def _load(service: Service, own_process: bool) -> None:
+    await service.reader.load()
+    if own_process:
+        # All that is loaded by now stays: the collector need not look at it again, which would hold up calls.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*COLLECT)
 
 
 async def run_stdio(config: Config) -> None:

@@ -23,16 +23,18 @@ from cdcsync.config import Config
 from cdcsync.errors import CdcsyncError
 from cdcsync.serve.calls import Recorder, query_hash
 from cdcsync.serve.identity import Authenticator, Principal
-from cdcsync.serve.limits import Limits
+from cdcsync.serve.limits import STRANGERS, Limits, Refused
+from cdcsync.serve.messages import Answer, Document, IndexInfo, SearchRequest, Vectors
 from cdcsync.serve.problems import Problem, problem_of
-from cdcsync.serve.reader import Answer, Document, IndexInfo, Reader, SearchRequest
+from cdcsync.serve.reader import Reader
 from cdcsync.target.calls import Call
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
 
-Tool = Literal["list_indexes", "search", "fetch", "embed"]
+Tool = Literal["list_indexes", "search", "fetch", "embed", "mcp"]
+"""The tools; `mcp` is a call of MCP that was refused before its body was read."""
 
 CHARACTERS_PER_TOKEN = 4
 """The assumed length of a token: budgets are about orders of magnitude, and no model is asked for them."""
@@ -156,19 +158,44 @@ class Service:
 
         return await self._call("fetch", caller, noted, work)
 
-    async def embed(self, caller: Caller, index: str, texts: Sequence[str]) -> list[list[float]]:
-        """Return the vectors of queries."""
+    async def embed(self, caller: Caller, index: str, texts: Sequence[str]) -> Vectors:
+        """Return the vectors of queries, and the generation that they can be compared with."""
         if not 1 <= len(texts) <= MAX_TEXTS or any(len(one) > self.serve.max_query_characters for one in texts):
             limit = self.serve.max_query_characters
             raise Problem(
                 422, "The call cannot be answered", f"send 1 to {MAX_TEXTS} texts of up to {limit} characters"
             )
 
-        async def work(_: Principal) -> list[list[float]]:
-            vectors = await self.reader.index(index).embed(texts)
-            return [[float(value) for value in vector] for vector in vectors]
+        async def work(_: Principal) -> Vectors:
+            vectors, generation = await self.reader.index(index).embed_queries(texts)
+            return Vectors([[float(value) for value in vector] for vector in vectors], generation)
 
         return await self._call("embed", caller, _Noted(index), work)
+
+    async def shed(self, caller: Caller, tool: Tool, index: str | None) -> Problem | None:
+        """Refuse a call by its headers alone if many calls of its caller are refused just now; None lets it pass.
+
+        Nothing else is spent on it, so that a storm of calls costs the callers of other tenants little.
+        """
+        began, at = time.perf_counter(), datetime.now(UTC)
+        who: Principal | None = None
+        problem: Problem | None = None
+        try:
+            who = await self.authenticator.principal(caller.authorization)
+        except Problem as refused:
+            problem = refused
+        account = STRANGERS if who is None else who.account
+        if not self.limits.crowded(account):
+            return None
+        problem = problem or self.limits.refusal(account)
+        if problem is not None:
+            await self._hold(problem, account)
+            self._note(began, at, who, tool, caller, _Noted(index), problem.outcome)
+        return problem
+
+    async def _hold(self, problem: Problem, account: str) -> None:
+        """Hold a refusal back until its turn."""
+        await anyio.sleep(problem.held_s if isinstance(problem, Refused) else self.limits.held_s(account))
 
     async def _call(self, tool: Tool, caller: Caller, noted: _Noted, work: Callable[[Principal], Awaitable[T]]) -> T:
         began, at = time.perf_counter(), datetime.now(UTC)
@@ -192,6 +219,8 @@ class Service:
             )
         except Problem as problem:
             outcome = problem.outcome
+            if who is None or isinstance(problem, Refused):
+                await self._hold(problem, STRANGERS if who is None else who.account)
             raise
         except CdcsyncError as error:
             told = problem_of(error)
@@ -200,14 +229,23 @@ class Service:
                 log.warning("call_failed", tool=tool, error=str(error))
             raise told from error
         finally:
-            took_s = time.perf_counter() - began
-            self.metrics.seconds.labels(tool, outcome).observe(took_s)
-            if who is not None:
-                self._record(at, who, tool, caller, noted, outcome, took_s)
+            self._note(began, at, who, tool, caller, noted, outcome)
 
-    def _record(
-        self, at: datetime, who: Principal, tool: Tool, caller: Caller, noted: _Noted, outcome: str, took_s: float
+    def _note(
+        self,
+        began: float,
+        at: datetime,
+        who: Principal | None,
+        tool: Tool,
+        caller: Caller,
+        noted: _Noted,
+        outcome: str,
     ) -> None:
+        """Count a call and record it."""
+        took_s = time.perf_counter() - began
+        self.metrics.seconds.labels(tool, outcome).observe(took_s)
+        if who is None:
+            return
         query = noted.query
         kept = query.replace("\0", "") if query is not None and self.serve.audit_queries else None
         self.recorder.record(

@@ -38,6 +38,7 @@ class GenerationStatus(msgspec.Struct, frozen=True):
     failed: int
     bytes: int
     recall: float | None
+    quantise: str = "none"
     rate: float | None = None
     eta_s: float | None = None
 
@@ -82,6 +83,7 @@ async def _read(
         distance=one.distance,
         m=one.m,
         ef_construction=one.ef_construction,
+        quantise=one.quantise,
         chunks=chunks,
         vectors=vectors,
         waiting=waiting,

@@ -33,6 +33,8 @@ TABLE = "generations"
 
 VectorType = Literal["vector", "halfvec"]
 
+Quantise = Literal["none", "binary"]
+
 State = Literal["filling", "ready", "dropping"]
 
 DDL: tuple[LiteralString, ...] = (
@@ -64,6 +66,8 @@ DDL: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.generations.cursor IS"
     " 'While it is filled: chunks with numbers up to this one were queued or embedded.'",
     "COMMENT ON COLUMN {schema}.generations.queued IS 'How many chunks that were.'",
+    "ALTER TABLE {schema}.generations ADD COLUMN IF NOT EXISTS quantise text NOT NULL DEFAULT 'none'",
+    "COMMENT ON COLUMN {schema}.generations.quantise IS 'What the HNSW index keeps of numbers: binary, a bit.'",
     # Those of the versions before this table.
     """
     INSERT INTO {schema}.generations
@@ -93,6 +97,7 @@ class Generation(msgspec.Struct, frozen=True):
     state: State
     m: int | None = None
     ef_construction: int | None = None
+    quantise: Quantise = "none"
     cursor: int = 0
     queued: int = 0
     max_rows_per_s: int | None = None
@@ -107,7 +112,7 @@ class Generation(msgspec.Struct, frozen=True):
         hnsw = spec.config.hnsw
         return cls(
             *(spec.name, spec.generation, spec.config.embedder, spec.model, spec.dimensions),
-            *(spec.config.vector_type, spec.distance, state, hnsw.m, hnsw.ef_construction),
+            *(spec.config.vector_type, spec.distance, state, hnsw.m, hnsw.ef_construction, hnsw.quantise),
         )
 
     @property
@@ -117,21 +122,27 @@ class Generation(msgspec.Struct, frozen=True):
 
     def built_like(self, hnsw: Hnsw) -> bool:
         """Say whether the HNSW index is built with these parameters, as far as that is known."""
-        return (self.m or hnsw.m, self.ef_construction or hnsw.ef_construction) == (hnsw.m, hnsw.ef_construction)
+        return self._hnsw(hnsw) == hnsw
 
     def settings(self, index: Index) -> Index:
         """Return an index's section as it would be written for this generation, but for the distance.
 
         `auto` is a distance too; what it comes to is in `distance`.
         """
-        hnsw = index.hnsw
         return msgspec.structs.replace(
             index,
             embedder=self.embedder or index.embedder,
             vector_type=cast(VectorType, self.vector_type),
-            hnsw=msgspec.structs.replace(
-                hnsw, m=self.m or hnsw.m, ef_construction=self.ef_construction or hnsw.ef_construction
-            ),
+            hnsw=self._hnsw(index.hnsw),
+        )
+
+    def _hnsw(self, hnsw: Hnsw) -> Hnsw:
+        """Return the parameters of its HNSW index; those that are not known are the given ones."""
+        return msgspec.structs.replace(
+            hnsw,
+            m=self.m or hnsw.m,
+            ef_construction=self.ef_construction or hnsw.ef_construction,
+            quantise=self.quantise,
         )
 
     def spec(self, spec: IndexSpec) -> IndexSpec:

@@ -5,5 +5,6 @@ collection   questions with judged answers, from a directory
 judged       how well each mode of search answers them
 audited      questions of the tool server's record, for a person to judge
 gates        does a measurement reach what was asked of it?
-drawing      measurements as an SVG
+pictures     shapes as SVG or PNG
+drawing      measurements as shapes
 """

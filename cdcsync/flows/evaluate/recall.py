@@ -4,10 +4,11 @@
                                           exactly, without the index   ─┴─► recall ─► stored, status, metrics
 
 Stored vectors stand for queries: they lie where the index has something to find, and need neither a model nor labelled
-questions. So this measures the index, not the model. A vector's own chunk is left out of both answers, as it would be
-found for nothing. Both read both tiers, as every search does. Only a settled vector can be missed, so if there are
-fresh ones too, the settled tier is measured again by itself. Distances are compared and not ids: what is as near as the
-last of the k nearest is a hit, whichever of the equals an exact search happens to return.
+questions. So this measures the index, not the model. A part of them are those that changed last: around them are the
+entries of the graph whose rows are gone, which is what lowers recall. A vector's own chunk is left out of both answers,
+as it would be found for nothing. Both read both tiers, as every search does. Only a settled vector can be missed, so if
+there are fresh ones too, the settled tier is measured again by itself. Distances are compared and not ids: what is as
+near as the last of the k nearest is a hit, whichever of the equals an exact search happens to return.
 
 All answers to one query are of one snapshot, and nothing is written but the outcome.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -51,6 +53,12 @@ MAX_EF_SEARCH = 1_000
 
 MAX_K = MAX_EF_SEARCH - 1
 """The query's own chunk takes a place."""
+
+CHANGED = 4
+"""One query of so many is among the vectors that changed last."""
+
+LAST_BLOCKS = 16
+"""The end of the settled tier that is looked at for what came there last: some hundred vectors."""
 
 DRAWN = 4
 """So many ids are drawn for each query wanted: some meet the same vector, or a gap."""
@@ -93,12 +101,16 @@ class _Answers(msgspec.Struct):
 class _Measuring:
     """The searches of some vectors of an index: of both tiers, or of the settled one."""
 
-    def __init__(self, statement: sql.Composed, ef_search: Sequence[int], hnsw: str | None, k: int) -> None:
+    def __init__(
+        self, statement: sql.Composed, exact: sql.Composed, ef_search: Sequence[int], hnsw: str | None, k: int
+    ) -> None:
         """Begin.
 
+        :param exact: the statement that compares all.
         :param hnsw: the name of the HNSW index, None if it is empty.
         """
         self.statement = statement
+        self.exact = exact
         self.hnsw = hnsw
         self.k = k
         self.answers = {one: _Answers() for one in dict.fromkeys(ef_search)}
@@ -146,10 +158,16 @@ async def evaluate(
         fresh, settled = await _tiers_filled(connection, names, spec)
         hnsw = names.hnsw_name(spec.generation) if settled else None
         far = ef_search or (usual,)
-        both = _Measuring(nearest_statement(schema, extension, spec, where), far, hnsw, k)
-        graph = both
-        if fresh and settled:
-            graph = _Measuring(nearest_statement(schema, extension, spec, where, settled=True), far, hnsw, k)
+        both, graph = (
+            _Measuring(
+                nearest_statement(schema, extension, spec, where, settled=alone),
+                nearest_statement(schema, extension, spec, where, settled=alone, exact=True),
+                *(far, hnsw, k),
+            )
+            for alone in (False, True)
+        )
+        if not (fresh and settled):
+            graph = both
         spent = 0.0
         for own, vector in sample:
             if spent > budget.most_s:
@@ -230,10 +248,11 @@ async def _refuse_without_hnsw(connection: Connection, schema: str, spec: IndexS
 async def sample_vectors(
     connection: Connection, names: Names, extension: str, spec: IndexSpec, queries: int
 ) -> list[tuple[int, str]]:
-    """Return ids and vectors, chosen at random through the primary key: a few pages are read, however large it is.
+    """Return ids and vectors: one in `CHANGED` of those that changed last, and others at random.
 
-    A vector after a gap in the ids is a little more likely. One that is at no distance from anything (all zeros, by
-    cosine) is in no HNSW index, and is not chosen.
+    The others are chosen through the primary key: a few pages are read, however large it is. A vector after a gap in
+    the ids is a little more likely. One that is at no distance from anything (all zeros, by cosine) is in no HNSW
+    index, and is not chosen.
     """
     cursor = await connection.execute(
         sql.SQL(
@@ -242,19 +261,33 @@ async def sample_vectors(
             " ELSE low + floor(random() * (high - low + 1))::bigint END AS id"
             " FROM ends, generate_series(1, {draws}) AS n WHERE low + n - 1 <= high),"
             " met AS MATERIALIZED (SELECT DISTINCT v.chunk_id FROM drawn CROSS JOIN LATERAL"
-            " (SELECT chunk_id FROM {vectors} WHERE chunk_id >= id ORDER BY chunk_id LIMIT 1) AS v)"
-            " SELECT v.chunk_id, v.embedding::text FROM met JOIN {vectors} AS v USING (chunk_id)"
+            " (SELECT chunk_id FROM {vectors} WHERE chunk_id >= id ORDER BY chunk_id LIMIT 1) AS v),"
+            # What came last is in fresh, and at the end of the settled table.
+            " late AS (SELECT chunk_id, stored_at FROM {fresh} UNION ALL SELECT chunk_id, stored_at FROM {settled}"
+            " WHERE ctid >= ('(' || greatest(0, pg_relation_size({name}::regclass)"
+            " / current_setting('block_size')::int - {blocks}) || ',1)')::tid),"
+            " changed AS MATERIALIZED (SELECT chunk_id FROM late ORDER BY stored_at DESC LIMIT {queries} / {part})"
+            " SELECT v.chunk_id, v.embedding::text FROM"
+            " (SELECT chunk_id, false AS other FROM changed UNION SELECT chunk_id, true FROM met"
+            " WHERE chunk_id NOT IN (SELECT chunk_id FROM changed)) AS chosen JOIN {vectors} AS v USING (chunk_id)"
             " WHERE v.embedding OPERATOR({extension}.{operator}) v.embedding <> 'NaN'::float8"
-            " ORDER BY random() LIMIT {queries}"
+            " ORDER BY chosen.other, random() LIMIT {queries}"
         ).format(
             vectors=names.vectors(spec.generation),
+            fresh=names.fresh(spec.generation),
+            settled=names.settled(spec.generation),
+            name=sql.Literal(names.settled(spec.generation).as_string(connection)),
             draws=sql.Literal(DRAWN * queries),
             queries=sql.Literal(queries),
+            part=sql.Literal(CHANGED),
+            blocks=sql.Literal(LAST_BLOCKS),
             extension=sql.Identifier(extension),
             operator=sql.SQL(OPERATORS[spec.distance]),
         )
     )
-    return cast(list[tuple[int, str]], await cursor.fetchall())
+    sample = cast(list[tuple[int, str]], await cursor.fetchall())
+    random.shuffle(sample)  # an evaluation may end before all of them were searched with
+    return sample
 
 
 @asynccontextmanager
@@ -303,11 +336,9 @@ async def _search_all_ways(
         if not searched.exact_ms:
             one.by_hnsw = await _reads_index(connection, statement, arguments, searched.hnsw)
         found[ef_search] = await _search(connection, statement, arguments)
-    # A session that has sequential scans or sorts off would have no exact way left that the planner prefers to HNSW.
-    await connection.execute(
-        "SET LOCAL enable_indexscan = off; SET LOCAL enable_seqscan = on; SET LOCAL enable_sort = on"
-    )
-    rows, milliseconds = await _search(connection, statement, arguments)
+    # A session that has these off would take another way, which is not the usual exact one.
+    await connection.execute("SET LOCAL enable_seqscan = on; SET LOCAL enable_sort = on")
+    rows, milliseconds = await _search(connection, searched.exact, arguments)
     nearest = _distances(rows, own)[: searched.k]
     if not nearest:
         return

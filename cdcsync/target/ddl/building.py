@@ -22,7 +22,7 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection, first_line
-from cdcsync.target.ddl.names import Names, opclass
+from cdcsync.target.ddl.names import Names, opclass, signs, vector_schema
 
 log = structlog.get_logger()
 
@@ -61,8 +61,13 @@ async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec) -> bo
 
 async def hnsw_method(connection: Connection, spec: IndexSpec) -> sql.Composed:
     """Return what an HNSW index of the spec's vectors is made of, as CREATE INDEX has it after USING."""
-    return sql.SQL("hnsw (embedding {}) WITH (m = {}, ef_construction = {})").format(
-        await opclass(connection, spec),
+    extension = sql.Identifier(await vector_schema(connection))
+    if spec.config.hnsw.quantise == "binary":
+        element = sql.SQL("({}) {}.bit_hamming_ops").format(signs(extension, spec, sql.SQL("embedding")), extension)
+    else:
+        element = sql.SQL("embedding {}").format(await opclass(connection, spec))
+    return sql.SQL("hnsw ({}) WITH (m = {}, ef_construction = {})").format(
+        element,
         sql.Literal(spec.config.hnsw.m),
         sql.Literal(spec.config.hnsw.ef_construction),
     )

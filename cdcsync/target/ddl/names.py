@@ -90,6 +90,16 @@ async def opclass(connection: Connection, spec: IndexSpec) -> sql.Identifier:
     return sql.Identifier(await vector_schema(connection), name)
 
 
+def signs(extension: sql.Identifier, spec: IndexSpec, vector: sql.Composable) -> sql.Composable:
+    """Return the signs of a vector's components, as an HNSW index with `quantise = "binary"` holds them.
+
+    :param extension: the schema of pgvector.
+    """
+    return sql.SQL("{}.binary_quantize({})::pg_catalog.bit({})").format(
+        extension, vector, sql.SQL(str(spec.dimensions))
+    )
+
+
 async def vector_schema(connection: Connection) -> str:
     """Return the schema that pgvector is installed in.
 

@@ -81,8 +81,7 @@ DECLARE
     model text;
     nearest_leg text;
     exact_leg text;
-    all_vectors text;
-    filtered_vectors text;
+    rescored int;
     result text;
 BEGIN
     -- The generation. Without one, the query is taken to be embedded for the live one.
@@ -248,8 +247,8 @@ BEGIN
                 CONTINUE WHEN effort = 2 AND filtered; -- among few rows an exact search costs less than a wider one
                 PERFORM set_config('hnsw.ef_search',
                                    (CASE effort WHEN 1 THEN least({usual_ef}, {max_hits}) ELSE {max_hits} END)::text, true);
-                statement := replace(CASE WHEN effort = 3 THEN exact_leg ELSE nearest_leg END, '<from>',
-                    CASE WHEN filtered THEN filtered_vectors || conditions ELSE all_vectors END);
+                statement := replace(CASE WHEN effort = 3 THEN exact_leg ELSE nearest_leg END, '<rows>',
+                    CASE WHEN filtered THEN {of_chunks} || conditions ELSE '' END);
                 {enter_condition}
                 {explain_vector}
                 EXECUTE statement INTO vector_ids USING embedding, depth;

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from importlib import resources
-from typing import LiteralString
+from typing import Any, LiteralString
 
 import msgspec
 import psycopg
@@ -23,7 +23,8 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.filters import read_columns
 from cdcsync.target.ddl.languages import searched
-from cdcsync.target.ddl.names import OPERATORS, Names, vector_schema
+from cdcsync.target.ddl.names import Names, vector_schema
+from cdcsync.target.ddl.nearness import PAGE_DEPTH, RESCORED, distance, exactly_nearest, nearest
 
 log = structlog.get_logger()
 
@@ -36,10 +37,9 @@ MAX_HITS = 1_000
 """The last place that a search can be asked for: pgvector's upper bound of hnsw.ef_search."""
 
 PAGE_HITS = 70
-PAGE_DEPTH = 200
-"""Each leg returns this many chunks for any page of the first `PAGE_HITS` hits, which is FUSION + 2 * PAGE_HITS. What
-both legs place below that scores less than 2 / (2 * FUSION + 2 * PAGE_HITS), which so many chunks of either leg alone
-reach already. As the number does not depend on the page, one page continues the other."""
+"""Each leg returns `PAGE_DEPTH` chunks, FUSION + 2 * PAGE_HITS, for any page of the first `PAGE_HITS` hits. What both
+legs place below that scores less than 2 / (2 * FUSION + 2 * PAGE_HITS), which so many chunks of either leg alone reach
+already. As the number does not depend on the page, one page continues the other."""
 
 EF_SEARCH = 100
 """How many candidates HNSW looks at, where pgvector's default is 40: who searches the view can tune that, this function
@@ -309,11 +309,13 @@ async def compose(
         "searchable": sql.SQL("true" if spec.config.search is not None else "false"),
         "live_generation": sql.Literal(spec.generation),
         "generations": sql.SQL("\n").join(
-            _generation(connection, names, extension, one, by_language.of_chunk, attributes) for one in spec.generations
+            _generation(connection, schema, extension, one, by_language.of_chunk, attributes)
+            for one in spec.generations
         ),
         "no_generation": sql.SQL(NO_GENERATION),
         # An iterative scan continues past these candidates; an older pgvector returns no more than they are.
-        "usual_ef": sql.SQL(f"greatest({EF_SEARCH}, {'wanted' if iterative else 'depth'})"),
+        "usual_ef": sql.SQL(f"greatest({EF_SEARCH}, {'wanted' if iterative else 'depth'}, rescored * depth)"),
+        "of_chunks": _text(sql.SQL(" JOIN {} AS c USING (chunk_id) WHERE ").format(names.chunks), connection),
         "embed_hint": sql.Literal(f"Embed the query with {spec.model}: generation {spec.generation} is of it."),
         "headline_options": sql.Literal(HEADLINE),
         "operators": sql.SQL("{eq,ne,in,lt,lte,gt,gte,like,null}"),
@@ -369,39 +371,43 @@ async def compose(
 
 def _generation(
     connection: Connection,
-    names: Names,
+    schema: str,
     extension: str,
     spec: IndexSpec,
     configuration: sql.Composable,
     attributes: Mapping[str, str],
 ) -> sql.Composed:
     """Return the branch of the function's body that chooses the vectors of one generation."""
-    vectors = names.vectors(spec.generation)
-    distance = sql.SQL("v.embedding OPERATOR({}." + OPERATORS[spec.distance] + ") {}::{}." + spec.vector_type)
-    distance_of = {
-        number: distance.format(sql.Identifier(extension), sql.SQL(number), sql.Identifier(extension))
-        for number in ("$1", "$6")
+    names = Names(schema, spec.name)
+    vectors, schema_of_vectors = names.vectors(spec.generation), sql.Identifier(extension)
+    asked: dict[str, Any] = {"vector": sql.SQL("$1"), "limit": sql.SQL("$2"), "rows": sql.SQL("<rows>")}
+    legs = {
+        "nearest_leg": nearest(schema, schema_of_vectors, spec, **asked),
+        "exact_leg": exactly_nearest(schema, schema_of_vectors, spec, **asked),
     }
-    leg = (
-        "SELECT pg_catalog.array_agg(n.chunk_id ORDER BY n.distance, n.chunk_id)"
-        " FROM (SELECT v.chunk_id, {distance} AS distance FROM <from> ORDER BY {order} LIMIT $2) AS n"
-    )
-    exact = sql.SQL("({}) OPERATOR(pg_catalog.+) 0::pg_catalog.float8").format(distance_of["$1"])
     text_of_chunk = sql.SQL("pg_catalog.left(c.content, " + str(HEADLINE_CHARACTERS) + ")")
     result = sql.SQL(
         "SELECT {} FROM unnest($1, $2, $3, $4, $5) WITH ORDINALITY"
         " AS h(chunk_id, score, vector_rank, text_rank, text_score, place)"
         " JOIN {} AS c ON c.chunk_id = h.chunk_id LEFT JOIN {} AS v ON v.chunk_id = c.chunk_id ORDER BY h.place"
-    ).format(_results(spec, configuration, distance_of["$6"], text_of_chunk, attributes), names.chunks, vectors)
+    ).format(
+        _results(spec, configuration, distance(schema_of_vectors, spec, sql.SQL("$6")), text_of_chunk, attributes),
+        names.chunks,
+        vectors,
+    )
     chosen: dict[LiteralString, sql.Composable] = {
         "dimensions": sql.Literal(spec.dimensions),
         "model": sql.Literal(spec.model),
-        "nearest_leg": _text(sql.SQL(leg).format(distance=distance_of["$1"], order=distance_of["$1"]), connection),
-        "exact_leg": _text(sql.SQL(leg).format(distance=distance_of["$1"], order=exact), connection),
-        "all_vectors": _text(sql.SQL("{} AS v").format(vectors), connection),
-        "filtered_vectors": _text(
-            sql.SQL("{} AS v JOIN {} AS c USING (chunk_id) WHERE ").format(vectors, names.chunks), connection
-        ),
+        **{
+            name: _text(
+                sql.SQL(
+                    "SELECT pg_catalog.array_agg(n.chunk_id ORDER BY n.distance, n.chunk_id) FROM ({}) AS n"
+                ).format(leg),
+                connection,
+            )
+            for name, leg in legs.items()
+        },
+        "rescored": sql.SQL(str(RESCORED if spec.config.hnsw.quantise == "binary" else 0)),
         "result": _text(result, connection),
     }
     assignments = sql.SQL(" ").join(sql.SQL(name + " := {};").format(value) for name, value in chosen.items())

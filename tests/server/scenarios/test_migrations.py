@@ -22,8 +22,8 @@ import pytest
 import cdcsync
 from cdcsync.config import Serve, parse
 from cdcsync.errors import ModelChanged
+from cdcsync.serve.messages import SearchRequest
 from cdcsync.serve.problems import Problem
-from cdcsync.serve.reader import SearchRequest
 from cdcsync.serve.service import Caller, Service
 from tests.support.configs import Section, configuration
 from tests.support.servers import Database
@@ -301,7 +301,9 @@ async def test_a_vector_that_the_caller_brings_is_never_compared_with_those_of_a
     async with open_index() as one, open_index() as another, aclosing(Service(served)) as service:
         (old,) = await one.embed([text])
         assert np.allclose((await another.embed([text]))[0], old)
-        assert np.allclose(await service.embed(Caller(), "articles", [text]), old)
+        embedded = await service.embed(Caller(), "articles", [text])
+        assert embedded.generation == 1
+        assert np.allclose(embedded.vectors, old)
         await anyio.to_thread.run_sync(migrate, pipeline, "activate")
         with pytest.raises(ModelChanged, match="generation 2 is live, not 1"):
             await one.search(text, vector=old)
@@ -310,17 +312,23 @@ async def test_a_vector_that_the_caller_brings_is_never_compared_with_those_of_a
         assert (refusal.value.status, "embed the query again" in str(refusal.value.fix)) == (409, True)
         hits = await one.search(text, vector=old, mode="vector", generation=1, k=1)
         assert (hits.generation, hits[0].content) == (1, text)
+        named = SearchRequest(text, mode="vector", vector=embedded.vectors[0], generation=embedded.generation, k=1)
+        answer = await service.search(Caller(), "articles", named)
+        assert (answer.generation, answer.hits[0].content) == (1, text)
+        with pytest.raises(Problem, match="model since") as refusal:
+            await service.search(Caller(), "articles", msgspec.structs.replace(named, generation=3))
+        assert refusal.value.status == 409
         new = NEW.vectors([text])[0]
         for vectors in (
             await one.embed([text]),
             await another.embed([text]),
-            await service.embed(Caller(), "articles", [text]),
+            (await service.embed(Caller(), "articles", [text])).vectors,
         ):
             assert np.allclose(vectors, new, atol=1e-5)
         hits = await another.search(text, vector=new, mode="vector", k=1)
         assert (hits.generation, hits[0].content) == (2, text)
         answer = await service.search(Caller(), "articles", SearchRequest(text, mode="vector", vector=new.tolist()))
-        assert answer.hits[0].content == text
+        assert (answer.generation, answer.hits[0].content) == (2, text)
 
 
 def test_a_generation_whose_embedder_has_no_section_does_not_become_live(
@@ -383,6 +391,7 @@ CHANGED: dict[str, Section] = {
     "halves": {"vector_type": "halfvec"},
     "farther": {"distance": "l2"},
     "denser": {"hnsw": {"m": 24, "ef_construction": 100}},
+    "signs": {"hnsw": {"quantise": "binary"}},
 }
 
 
@@ -401,7 +410,7 @@ def test_precision_distance_and_graph_change_without_a_text_embedded_again(
     for index in CHANGED:
         pipeline.source.execute(f"UPDATE {index} SET title = title || ', changed' WHERE id % 7 = 0")
         assert migrate(pipeline, "activate", index=index)["quality"]["overlap"] is not None
-    pipeline.in_step("farther", "denser")
+    pipeline.in_step("farther", "denser", "signs")
     for index in CHANGED:
         pipeline.reach(index)
         complete(pipeline, 1, index)
@@ -417,6 +426,7 @@ def test_precision_distance_and_graph_change_without_a_text_embedded_again(
     assert "halfvec_cosine_ops" in definition("halves")
     assert "vector_l2_ops" in definition("farther")
     assert "m='24', ef_construction='100'" in definition("denser")
+    assert "binary_quantize(embedding))::bit(8)) public.bit_hamming_ops" in definition("signs")
 
 
 @pytest.mark.timeout(180)

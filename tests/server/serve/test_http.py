@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cdcsync.config import Config
 from cdcsync.config.serving import Tenant
 from cdcsync.embedders import make_embedder
 from cdcsync.errors import EmbedderUnavailable
+from cdcsync.serve import limits
 from cdcsync.serve.identity import Principal, new_token, revoke_tokens
 from cdcsync.serve.service import Service
 from tests.support.serving import Office, served, tenant
@@ -174,7 +176,8 @@ async def test_the_database_holds_the_tenant_even_if_our_filter_is_gone(
     token = new_token(tokens, "ana", {"tenant": "t1"}, None)
 
     def without_filter(service: Service) -> None:
-        service.reader.index("tickets")._filter = lambda who, spec, wanted: dict(wanted)  # type: ignore[method-assign]
+        visible = service.reader.index("tickets").visible
+        visible.filter = lambda who, spec, wanted: dict(wanted)  # type: ignore[method-assign]
 
     async with served(with_tokens(tickets, tokens), before=without_filter) as client:
         found = (await ask(client, "printer", token, k=50, mode=mode)).json()["hits"]
@@ -252,7 +255,10 @@ async def test_a_tenant_beyond_its_rate_is_told_when_to_come_back(tickets: Offic
     assert other.status_code == 200
 
 
-async def test_a_storm_of_one_tenant_is_shed_and_another_is_answered(tickets: Office, tokens: Path) -> None:
+async def test_a_storm_of_one_tenant_is_shed_and_another_is_answered(
+    tickets: Office, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "REFUSALS_PER_S", 1_000.0)
     mine, theirs = (new_token(tokens, name, {"tenant": name}, None) for name in ("t1", "t2"))
     config = with_tokens(tickets, tokens, requests_per_s=10**6, burst=10**6, concurrency=2, connections=3)
     codes: list[int] = []
@@ -268,6 +274,63 @@ async def test_a_storm_of_one_tenant_is_shed_and_another_is_answered(tickets: Of
     assert other.status_code == 200
     assert set(codes) <= {200, 429}
     assert codes.count(200) >= 1
+
+
+@pytest.fixture
+def stormy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Service, str], None]:
+    """Return how to have a line of refusals of an account, in a moment that lasts."""
+    monkeypatch.setattr(limits, "REFUSALS_PER_S", 100.0)
+    monkeypatch.setattr(limits, "HELD_S", 0.2)
+
+    def storm(service: Service, account: str) -> None:
+        now = anyio.current_time()
+        service.limits._now = lambda: now
+        for _ in range(limits.CROWD + 2):
+            service.limits.held_s(account)
+
+    return storm
+
+
+async def test_calls_of_a_storm_are_refused_before_they_are_read(
+    tickets: Office, tokens: Path, stormy: Callable[[Service, str], None]
+) -> None:
+    mine, theirs = (new_token(tokens, name, {"tenant": name}, None) for name in ("t1", "t2"))
+    config = with_tokens(tickets, tokens, requests_per_s=0.001, burst=1)
+    tickets.database.execute("TRUNCATE cdcsync.calls")
+    async with served(config, before=lambda service: stormy(service, "tenant t1")) as client:
+        allowed = await ask(client, "printer", mine)
+        malformed = await client.post(SEARCH, content=b"{", headers=bearer(mine))
+        listed = await client.get("/v1/indexes", headers=bearer(mine))
+        agent = await client.post("/mcp", content=b"{", headers=bearer(mine))
+        other = await client.post(SEARCH, content=b"{", headers=bearer(theirs))
+        probes = [(await client.get(path)).status_code for path in ("/livez", "/readyz", "/metrics", "/")]
+    assert [one.status_code for one in (allowed, malformed, listed, agent, other)] == [200, 429, 429, 429, 400]
+    assert malformed.json()["detail"] == "more than 0.001 calls a second"
+    assert int(malformed.headers["retry-after"]) > 1
+    assert "content-security-policy" in malformed.headers
+    assert probes == [200] * 4
+    query = "SELECT tool, index_name FROM cdcsync.calls WHERE subject = 't1' AND outcome = 'limited' ORDER BY at"
+    refused = [("search", "tickets"), ("list_indexes", None), ("mcp", None)]
+    await anyio.to_thread.run_sync(until, lambda: tickets.database.execute(query) == refused, "records of the refused")
+
+
+async def test_calls_without_a_known_token_are_held_back_and_others_are_answered(
+    tickets: Office, tokens: Path, stormy: Callable[[Service, str], None]
+) -> None:
+    good = new_token(tokens, "ana", {"tenant": "t1"}, None)
+    held: list[float] = []
+
+    def storm(service: Service) -> None:
+        stormy(service, limits.STRANGERS)
+        line = service.limits.held_s
+        service.limits.held_s = lambda account: held.append(line(account)) or held[-1]  # type: ignore[func-returns-value, method-assign]
+
+    async with served(with_tokens(tickets, tokens), before=storm) as client:
+        known = await ask(client, "printer", good)
+        strangers = [await client.post(path, content=b"{", headers=bearer("unknown")) for path in (SEARCH, "/mcp")]
+    assert (known.status_code, [one.status_code for one in strangers]) == (200, [401, 401])
+    assert len(held) == 2
+    assert min(held) > 0
 
 
 async def test_a_days_budget_of_text_ends(tickets: Office, tokens: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from cdcsync.config.serving import Serve
 from cdcsync.serve import limits as module
-from cdcsync.serve.limits import DAY_S, Limits
+from cdcsync.serve.limits import COMING_BACK_S, DAY_S, HELD_S, REFUSALS_PER_S, Limits
 from cdcsync.serve.problems import Problem
 
 pytestmark = pytest.mark.anyio
@@ -26,11 +26,6 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-@pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "REFUSED_AFTER_S", 0.0)
 
 
 def limits(clock: Clock, **settings: Any) -> Limits:
@@ -51,13 +46,48 @@ async def calls(made: Limits, account: str, count: int) -> list[float | None]:
 
 async def test_a_burst_is_let_in_and_then_the_rate(clock: Clock) -> None:
     made = limits(clock, requests_per_s=2.0, burst=3)
-    assert await calls(made, "a", 5) == [None, None, None, 0.5, 0.5]
+    assert await calls(made, "a", 4) == [None, None, None, 0.5]
     clock.now += 0.25
-    assert await calls(made, "a", 1) == [0.25]
+    assert not made.crowded("a")
     clock.now += 0.25
-    assert await calls(made, "a", 2) == [None, 0.5]
+    assert await calls(made, "a", 1) == [None]
     clock.now += 3_600
     assert await calls(made, "a", 4) == [None, None, None, 0.5]  # it saves up no more than the burst
+
+
+async def test_callers_that_are_refused_together_are_told_to_come_back_one_after_the_other(clock: Clock) -> None:
+    made = limits(clock, requests_per_s=2.0, burst=1)
+    refused = [made.refusal("a") for _ in range(9 if await calls(made, "a", 1) == [None] else 0)]
+    back = [one.held_s + (one.retry_after_s or 0) for one in refused if one is not None]
+    assert back == pytest.approx([0.5 * place for place in range(1, 10)])
+    made = limits(clock, requests_per_s=2.0, burst=1)
+    await calls(made, "a", 1)
+    waits = [one.retry_after_s or 0 for one in (made.refusal("a") for _ in range(1_000)) if one is not None]
+    assert len(waits) == 1_000
+    assert max(waits) <= COMING_BACK_S + 1
+
+
+async def test_refusals_of_an_account_are_told_one_after_the_other_and_none_is_held_for_ever(clock: Clock) -> None:
+    made = limits(clock)
+    held = [made.held_s("a") for _ in range(1_000)]
+    assert held[:3] == pytest.approx([0, 1 / REFUSALS_PER_S, 2 / REFUSALS_PER_S])
+    assert max(held) <= HELD_S
+    assert len({round(one, 1) for one in held[200:]}) > 10  # those beyond the line are not told together
+    assert made.held_s("b") == 0  # another account has a line of its own
+    clock.now += HELD_S + 1
+    assert made.held_s("a") == 0
+
+
+async def test_a_crowd_is_many_refusals_that_are_held_and_goes_as_they_are_told(clock: Clock) -> None:
+    made = limits(clock)
+    assert not made.crowded()
+    made.held_s("a")
+    assert not made.crowded("a")
+    for _ in range(10):
+        made.held_s("a")
+    assert (made.crowded(), made.crowded("a"), made.crowded("b")) == (True, True, False)
+    clock.now += 10 / REFUSALS_PER_S
+    assert (made.crowded(), made.crowded("a")) == (False, False)
 
 
 async def test_tenants_do_not_share_a_bucket(clock: Clock) -> None:
@@ -84,7 +114,7 @@ async def test_calls_of_a_tenant_at_the_same_time_are_bounded_and_end_even_if_th
 async def test_a_refused_call_costs_nothing_of_the_share(clock: Clock) -> None:
     made = limits(clock, requests_per_s=1.0, burst=2, concurrency=1)
     async with made.admitted("a"):
-        assert await calls(made, "a", 3) == [1, 1, 1]
+        assert None not in await calls(made, "a", 3)
     assert await calls(made, "a", 1) == [None]
 
 

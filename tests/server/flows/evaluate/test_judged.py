@@ -11,8 +11,11 @@ from typing import Any
 
 import anyio
 import pytest
+from PIL import Image
 
 from cdcsync.cli import main
+from cdcsync.flows.evaluate.drawing import HEIGHT, WIDTH
+from cdcsync.flows.evaluate.pictures import SCALE
 from cdcsync.postgres.sessions import connect
 from cdcsync.target import judged_runs
 from tests.support.configs import configuration
@@ -138,13 +141,13 @@ def test_modes_are_measured_stored_compared_gated_and_drawn(
 def test_recall_and_answers_can_be_measured_and_drawn_together(
     followed: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    collection, drawn = write_collection(tmp_path / "animals"), tmp_path / "both.svg"
+    collection, drawn = write_collection(tmp_path / "animals"), tmp_path / "both.png"
     arguments = ("--judged", collection, "--ef-search", 40, "--ef-search", 100, "--plot", drawn)
     assert evaluate(followed, "pages", *arguments) == 0
     told = capsys.readouterr().out
     assert re.search(r"^ *100 +1\.0000 ", told, re.MULTILINE)
     assert re.search(r"^ *hybrid +[01]\.\d{4} ", told, re.MULTILINE)
-    assert "pages: recall@10 by ef_search" in drawn.read_text()
+    assert Image.open(drawn).size == (2 * WIDTH * SCALE, HEIGHT * SCALE)
 
 
 def test_a_wrong_argument_is_told_before_anything_is_measured(
@@ -155,7 +158,7 @@ def test_a_wrong_argument_is_told_before_anything_is_measured(
     for arguments, problem in (
         (("--min", "nDCG@10=0.4"), "name the questions with --judged DIR"),
         ((*judged, "--where", "true"), "judged answers come from all rows"),
-        ((*judged, "--plot", "figures.png"), "only SVG can be drawn"),
+        ((*judged, "--plot", "figures.pdf"), "only SVG and PNG can be drawn"),
         (("--judged", "nowhere"), "there is no such directory"),
         ((*judged, "--measure", "nonsense"), "nonsense is not a measure that can be taken"),
         ((*judged, "--weights", "1:0:1"), "'1:0:1' is not a range of weights"),

@@ -7,8 +7,9 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import msgspec
@@ -21,14 +22,15 @@ from cdcsync.cli import main
 from cdcsync.config.sections import Hnsw
 from cdcsync.documents.templates import hash_text
 from cdcsync.errors import SetupError, UsageError
-from cdcsync.flows.evaluate.recall import Budget, evaluate, evaluate_for_ever
+from cdcsync.flows.evaluate.recall import Budget, evaluate, evaluate_for_ever, sample_vectors
 from cdcsync.model.spec import Distance, IndexSpec
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.building import build_hnsw
+from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.relations import create_vectors
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.search import nearest_statement, stored_spec
+from cdcsync.target.search import Plan, nearest_statement, search, stored_spec
 from cdcsync.target.settling import Settling
 from tests.support.configs import configuration
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register
@@ -62,10 +64,14 @@ async def indexed(
     distance: Distance = "cosine",
     vector_type: str = "vector",
     m: int = 4,
+    quantise: Literal["none", "binary"] = "none",
 ) -> AsyncIterator[tuple[LiveIndex, IndexSpec]]:
     """Make an index that holds these vectors, a document each; the second value is it as it is stored."""
     spec = make_spec(
-        dimensions=vectors.shape[1], distance=distance, hnsw=Hnsw(m=m, ef_construction=4 * m), vector_type=vector_type
+        dimensions=vectors.shape[1],
+        distance=distance,
+        hnsw=Hnsw(m=m, ef_construction=4 * m, quantise=quantise),
+        vector_type=vector_type,
     )
     async with live_index(database, spec) as index:
         await Pipelines(SCHEMA, "s").ensure(index.connection, "p")
@@ -126,6 +132,60 @@ async def test_one_side_is_searched_by_hnsw_and_the_other_reads_the_whole_table(
             plans.append("\n".join(line for (line,) in await cursor.fetchall()))
         assert "Index Scan using articles_vectors_1_hnsw" in plans[0]
         assert "hnsw" not in plans[1]
+
+
+@pytest.mark.parametrize(
+    ("distance", "vector_type"), [("cosine", "vector"), ("inner_product", "vector"), ("cosine", "halfvec")]
+)
+async def test_candidates_by_signs_are_compared_by_their_whole_vectors(
+    database: Database, distance: Distance, vector_type: str
+) -> None:
+    vectors = np.random.default_rng(5).normal(size=(CROWD, 64)).round(4)
+    async with indexed(database, vectors, distance=distance, vector_type=vector_type, m=16, quantise="binary") as (
+        index,
+        spec,
+    ):
+        found = await evaluate(index.connection, SCHEMA, spec, queries=20, ef_search=[100])
+        # Beside fresh vectors, which no graph holds.
+        texts = [f"fresh {at}" for at in range(300)]
+        documents = [document(str(10_000 + at), text, carried=("1",)) for at, text in enumerate(texts)]
+        made = {hash_text(text): vector.astype(np.float32) + 0.01 for text, vector in zip(texts, vectors, strict=False)}
+        await index.apply(msgspec.structs.replace(changes(*documents), vectors=made))
+        both = await evaluate(index.connection, SCHEMA, spec, queries=20, ef_search=[100])
+        seen: list[Plan] = []
+        by_vector = partial(
+            search, index.connection, SCHEMA, spec, text=None, vector=vectors[7].tolist(), mode="vector"
+        )
+        hits = await by_vector(k=3, plans=seen)
+        filtered = await by_vector(k=200, filter={"tenant": 7})
+    for one in (*found.measured, *both.measured):
+        assert one.by_hnsw
+        assert one.recall >= 0.9
+    assert [hit.content for hit in hits[:2]] == ["text 7", "fresh 7"]
+    assert any("Index Scan using articles_vectors_1_hnsw" in line for plan in seen for line in plan.lines)
+    assert len(filtered) == 200
+    assert {hit.carried["tenant"] for hit in filtered} == {7}
+
+
+async def test_a_part_of_the_queries_are_vectors_that_changed_last(database: Database) -> None:
+    async with indexed(database, crowd()) as (index, spec):
+        names = Names(SCHEMA, spec.name)
+
+        async def sampled() -> set[int]:
+            return {id_ for id_, _ in await sample_vectors(index.connection, names, "public", spec, 20)}
+
+        ((last,),) = await index.rows("SELECT max(chunk_id) FROM cdcsync.articles_vectors_1")
+        await index.connection.execute(
+            "UPDATE cdcsync.articles_vectors_1_settled SET stored_at = now() WHERE chunk_id <= 3"
+        )
+        assert {1, 2, 3} <= await sampled()
+        texts = [f"fresh {at}" for at in range(2)]
+        documents = [document(str(10_000 + at), text, carried=("1",)) for at, text in enumerate(texts)]
+        made = {hash_text(text): np.ones(16, np.float32) for text in texts}
+        await index.apply(msgspec.structs.replace(changes(*documents), vectors=made))
+        chosen = await sampled()
+    assert {1, 2, 3, last + 1, last + 2} <= chosen
+    assert len(chosen) == 20
 
 
 async def test_the_settled_tier_is_measured_by_itself_beside_both_tiers(database: Database) -> None:

@@ -16,6 +16,7 @@ from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.searching import BUDGET
 from cdcsync.target.search import Plan, count_words, search
+from cdcsync.target.settling import Settling
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec
 from tests.support.servers import Database
 
@@ -324,6 +325,8 @@ async def test_hnsw_gin_and_the_filter_are_used_in_both_legs(target: Database) -
         await filled(index, texts, [(str(n % 50),) for n in range(4_000)])
         while await index.embed(1_000):
             pass
+        settling = Settling(index.connection, SCHEMA, spec)
+        await settling.settle((await settling.rested(4_000, rest_s=0))[:3_900])
         await build_search(index.connection, SCHEMA, spec)
         await build_hnsw(index.connection, SCHEMA, spec)
         await index.connection.execute("ANALYZE")
@@ -337,6 +340,10 @@ async def test_hnsw_gin_and_the_filter_are_used_in_both_legs(target: Database) -
 
         free = await plans()
         assert "articles_chunks_search" in free["keyword leg"]
+        # Both tiers, each by its index: the order of what is settled, and of what is fresh.
+        assert "Index Scan using articles_vectors_1_hnsw on articles_vectors_1_settled" in free["vector leg"]
+        assert "on articles_vectors_1_fresh" in free["vector leg"]
+        assert "Merge Append" in free["vector leg"]
         filtered = await plans(filter={"tenant": 7})
         assert "tenant = 7" in filtered["keyword leg"]
         assert "tenant = 7" in filtered["vector leg"]

@@ -10,6 +10,7 @@ import pytest
 
 from cdcsync.flows.evaluate.drawing import HEIGHT, WIDTH, draw
 from cdcsync.flows.evaluate.judged import evaluate_judged
+from cdcsync.flows.evaluate.pictures import Shape, svg
 from cdcsync.target.evaluations import Evaluation, Measured
 from tests.support.judging import COLLECTION, HALF, PERFECT, answers
 
@@ -28,16 +29,14 @@ def evaluation(index: str = "pets") -> Evaluation:
     return Evaluation(index, 1, 10, 100, 20.0, 25.0, measured, datetime(2026, 1, 1, tzinfo=UTC))
 
 
-def read(drawn: str) -> ElementTree.Element:
+def read(drawn: tuple[list[Shape], int, int]) -> ElementTree.Element:
     """Return the picture; every mark lies within it."""
-    root = ElementTree.fromstring(drawn)
-    width = float(root.attrib["width"])
-    for circle in root.iter(f"{SVG}circle"):
-        assert 0 <= float(circle.attrib["cx"]) <= width
-        assert 0 <= float(circle.attrib["cy"]) <= HEIGHT
-    for bar in root.iter(f"{SVG}rect"):
-        assert float(bar.attrib["width"]) >= 0
-    return root
+    shapes, width, height = drawn
+    assert height == HEIGHT
+    for shape in shapes:
+        assert all(0 <= x <= width and 0 <= y <= height for x, y in shape.points)
+        assert shape.points == tuple(sorted(shape.points)) or shape.kind == "line"
+    return ElementTree.fromstring(svg(*drawn))
 
 
 def words(root: ElementTree.Element) -> list[str]:
