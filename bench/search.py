@@ -7,14 +7,17 @@ texts. It is made without a filter and with one that leaves 1 of 50 tenants.
   the words by `ts_rank`. What that costs among the rows of the filter alone, by an index on the tenant, is a figure.
 - hybrid: its p95 against the p95 of both legs together
 - long: a query of 5,000 words against one of eight
+- command: `cdcsync search` beside a running worker, from its start to its end, against half a second
 
-Each search is planned and executed anew, over one connection, with everything in memory.
+Each search of the first three is planned and executed anew, over one connection, with everything in memory.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +43,9 @@ WORDS_OF_A_TEXT = 60
 WORDS_OF_A_QUERY = 8
 WORDS_OF_A_LONG_QUERY = 5_000
 TENANTS = 50
+COMMANDS = 7
+COMMAND_S = 0.5
+"""What a person at a shell takes for at once."""
 
 SEARCH = """
 SELECT chunk_no, content, score FROM cdcsync.articles_search(%s, %s, 10, %s::jsonb, %s, headline => NULL)
@@ -110,6 +116,21 @@ def measure(connection: psycopg.Connection[Any], queries: list[tuple[str, str]])
     return taken
 
 
+def command_s(made: Pipeline, text: str) -> float:
+    """Return how long `cdcsync search` takes beside the worker, which embeds its query."""
+    made.start()
+    made.event("listening")
+    made.text_in_step()
+    taken = []
+    for _ in range(COMMANDS):
+        started = time.perf_counter()
+        arguments = [sys.executable, "-m", "cdcsync", "search", "-c", str(made._config), "articles", text]
+        subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
+        taken.append(time.perf_counter() - started)
+    made.stop()
+    return statistics.median(taken)
+
+
 def main() -> None:
     """Measure and report."""
     texts = Texts()
@@ -129,9 +150,11 @@ def main() -> None:
                 taken_ms(connection, SEARCH, [text, None, "{}", "text"])
                 for text, _ in queries(max(3, QUERIES // 8), WORDS_OF_A_LONG_QUERY)
             ]
+        command = command_s(made, texts.make(WORDS_OF_A_QUERY))
     figures = {f"{name}_p50_ms": statistics.median(times) for name, times in taken.items()}
     figures |= {f"{name}_p95_ms": percentile(times, 0.95) for name, times in taken.items()}
     figures["long_text_p50_ms"] = statistics.median(long)
+    figures["command_s"] = command
     ratios: dict[str, float] = {}
     for name in FILTERS:
         ratios[f"every_row_over_words{name}"] = figures["every_row_p50_ms"] / figures[f"text{name}_p50_ms"]
@@ -139,6 +162,7 @@ def main() -> None:
         ratios[f"both_legs_over_hybrid_p95{name}"] = legs / figures[f"hybrid{name}_p95_ms"]
     ratios["short_over_long"] = figures["text_p50_ms"] / figures["long_text_p50_ms"]
     goals = {name: 8.0 if "every_row" in name else 1 / 1.3 if "both_legs" in name else 0.1 for name in ratios}
+    ratios["half_a_second_over_command"], goals["half_a_second_over_command"] = COMMAND_S / command, 1.0
     report("search", figures, ratios, goals)
 
 

@@ -59,8 +59,7 @@ class _Account:
         self.running = 0
         self.spent = 0
         self.day_began = now
-        self.told_until = now
-        self.back_until = now
+        self.told_until = self.back_until = float("-inf")
 
 
 class Limits:
@@ -75,7 +74,7 @@ class Limits:
         self._accounts: dict[str, _Account] = {}
         self._room = anyio.CapacityLimiter(serve.connections)
         self._waiting = 0
-        self._told_until = now()
+        self._told_until = float("-inf")
 
     @property
     def waiting(self) -> int:
