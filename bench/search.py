@@ -119,12 +119,14 @@ def measure(connection: psycopg.Connection[Any], queries: list[tuple[str, str]])
 def command_s(made: Pipeline, text: str) -> float:
     """Return how long `cdcsync search` takes beside the worker, which embeds its query."""
     made.start()
-    made.event("listening")
+    port = made.event("listening")["port"]
     made.text_in_step()
+    config = made._config.with_name("command.toml")
+    config.write_text(made._config.read_text().replace("127.0.0.1:0", f"127.0.0.1:{port}"))
     taken = []
     for _ in range(COMMANDS):
         started = time.perf_counter()
-        arguments = [sys.executable, "-m", "cdcsync", "search", "-c", str(made._config), "articles", text]
+        arguments = [sys.executable, "-m", "cdcsync", "search", "-c", str(config), "articles", text]
         subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
         taken.append(time.perf_counter() - started)
     made.stop()

@@ -181,7 +181,7 @@ async def find(
 
     schema = config.target.schema
     answer = Answer()
-    vectors: dict[str, npt.NDArray[np.float32]] = {}
+    vectors: dict[str, Sequence[float] | npt.NDArray[np.float32]] = {}
     indexes = {name: config.index_named(name) for name in names}
     async with await connect(config.target.dsn, "target", application_name="cdcsync search") as connection:
         specs = {name: await stored_spec(connection, schema, name, index) for name, index in indexes.items()}
@@ -221,15 +221,13 @@ async def find(
     return answer
 
 
-async def embed_query(config: Config, spec: IndexSpec, text: str) -> npt.NDArray[np.float32]:
+async def embed_query(config: Config, spec: IndexSpec, text: str) -> Sequence[float] | npt.NDArray[np.float32]:
     """Return the query's vector, by the model that made the index's vectors: a running worker's, or one loaded here."""
-    import numpy as np
-
     from cdcsync.cli.beside import embedded_by_worker
 
     vector = await embedded_by_worker(config, spec.config.embedder, spec.model, text)
     if vector is not None:
-        return np.asarray(vector, dtype=np.float32)
+        return vector
     from cdcsync.embedders import embedder_of
 
     embedder = embedder_of(config.embedders, spec.model, spec.config.embedder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from msgspec import Meta
@@ -17,6 +17,9 @@ from msgspec import Meta
 from cdcsync.config.names import QualifiedName, plain_name_fault
 from cdcsync.config.redaction import dsn_fault
 from cdcsync.errors import ConfigError
+
+Distance = Literal["cosine", "l2", "inner_product"]
+"""How nearness of vectors is measured."""
 
 Rule = Callable[[str], str | None]
 """Says what is wrong with a text, without a final full stop, or None when nothing is."""

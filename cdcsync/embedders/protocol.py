@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from cdcsync.config.values import Distance as Distance
 from cdcsync.errors import EmbedderSetupError, EmbedError, TextRejected
 from cdcsync.model.vectors import unusable_rows
 
@@ -16,8 +17,6 @@ Vectors = npt.NDArray[np.float32]
 
 Kind = Literal["document", "query"]
 """The role of a text: some models embed what is searched differently from what it is searched with."""
-
-Distance = Literal["cosine", "l2", "inner_product"]
 
 
 class Embedder(Protocol):

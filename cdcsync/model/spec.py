@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from cdcsync.config import Index, QualifiedName
+from cdcsync.config.values import Distance as Distance
 from cdcsync.documents.documents import Documents
 from cdcsync.documents.related import TableFacts
 from cdcsync.documents.templates import Rendering
 from cdcsync.model.conditions import Where
 from cdcsync.model.links import Link, links_of
 from cdcsync.model.rows import Row, Shape
-from cdcsync.model.vectors import Distance as Distance
-from cdcsync.model.vectors import FloatVector, unusable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class IndexSpec(msgspec.Struct, frozen=True):
@@ -110,12 +114,14 @@ class IndexSpec(msgspec.Struct, frozen=True):
         """The type of the embedding column."""
         return f"{self.config.vector_type}({self.dimensions})"
 
-    def unusable(self, vectors: Mapping[bytes, FloatVector]) -> dict[bytes, str]:
+    def unusable(self, vectors: Mapping[bytes, npt.NDArray[np.float32]]) -> dict[bytes, str]:
         """Return which of these vectors no search of this index would find once they are stored, and why."""
+        from cdcsync.model.vectors import unusable  # needs numpy, which a command at a shell does without
+
         stored, distance = self.config.vector_type, self.distance
         return {one: fault for one, vector in vectors.items() if (fault := unusable(vector, stored, distance))}
 
-    def usable(self, vectors: Mapping[bytes, FloatVector]) -> dict[bytes, FloatVector]:
+    def usable(self, vectors: Mapping[bytes, npt.NDArray[np.float32]]) -> dict[bytes, npt.NDArray[np.float32]]:
         """Return the vectors without those that are unusable."""
         out = self.unusable(vectors)
         return {one: vector for one, vector in vectors.items() if one not in out}

@@ -5,15 +5,13 @@ Source: pgvector, src/vector.c and src/halfvec.c: distances add up in float32.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 
+from cdcsync.config.values import Distance
+
 FloatVector = npt.NDArray[np.float32]
 """`float32[dimensions]`, or `float32[n, dimensions]` of several."""
-
-Distance = Literal["cosine", "l2", "inner_product"]
 
 LEAST_SQUARES = 1e-30
 """The least sum of squares of a vector that cosine distance can tell from zero: pgvector adds them up in float32."""

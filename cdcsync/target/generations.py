@@ -112,7 +112,8 @@ class Generation(msgspec.Struct, frozen=True):
         hnsw = spec.config.hnsw
         return cls(
             *(spec.name, spec.generation, spec.config.embedder, spec.model, spec.dimensions),
-            *(spec.config.vector_type, spec.distance, state, hnsw.m, hnsw.ef_construction, hnsw.quantise),
+            *(spec.config.vector_type, spec.distance, state, hnsw.m, hnsw.ef_construction),
+            quantise=hnsw.quantise,
         )
 
     @property

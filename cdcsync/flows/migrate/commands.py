@@ -122,7 +122,8 @@ async def start(config: Config, index: str, *, max_rows_per_s: int | None = None
             hnsw, number = wish.index.hnsw, _next_number(entry, generations)
             new = Generation(
                 *(index, number, wish.index.embedder, wish.embedder.identity, wish.embedder.dimensions),
-                *(wish.index.vector_type, wish.distance, "filling", hnsw.m, hnsw.ef_construction, hnsw.quantise),
+                *(wish.index.vector_type, wish.distance, "filling", hnsw.m, hnsw.ef_construction),
+                quantise=hnsw.quantise,
                 max_rows_per_s=max_rows_per_s,
             )
             spec = await stored_spec(connection, schema, index, config.index_named(index))
