@@ -33,8 +33,9 @@ HELD_S = 5.0
 COMING_BACK_S = 60.0
 """The longest time that callers in the line are told to stay away for because of those before them."""
 
-CROWD = 4
-"""Once so many refusals of an account are held back, its further calls are refused by their headers alone."""
+CROWD = 20
+"""Once so many refusals of an account are held back, its further calls are refused by their headers alone. Until then
+an agent that makes a few calls too many at the same time is told so by its tools."""
 
 STRANGERS = ""
 """The account of callers who are not known."""

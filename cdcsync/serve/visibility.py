@@ -45,18 +45,19 @@ class Visibility:
     def filter(self, who: Principal, spec: IndexSpec, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Return the caller's filter along with what its claims add.
 
-        :raises Problem: it names the bound column, which the caller does not know of, or the index does not have it.
+        :raises Problem: it names a column that the caller does not know of, or the index does not have the bound one.
         """
         if self._column is None:
             return dict(wanted)
-        if self._column in wanted:
+        self._refuse_undivided(spec)
+        columns = self.shown(sorted(spec.shape.key + spec.shape.carried))
+        if unknown := [name for name in wanted if name not in columns]:
             raise Problem(
                 422,
                 "The call cannot be answered",
-                f"the filter names a column that the index does not have: {self._column}",
-                "GET /v1/indexes lists the columns",
+                f"the filter names a column that the index does not have: {unknown[0]}",
+                f"the columns are {', '.join(columns)}",
             )
-        self._refuse_undivided(spec)
         return {**wanted, self._column: who.tenant}
 
     def divides(self, spec: IndexSpec) -> bool:

@@ -51,6 +51,21 @@ def test_a_person_searches_filters_and_sees_why(served_address: str, browser: Br
     until(lambda: len(shown(browser)) == 1, "one hit")
     assert "status: open" in shown(browser)[0]
 
+    browser.ask("document.querySelector('#hits details').open = true")
+    assert "ticket 4: the printer" in shown(browser, "#hits details")[0]
+    fill(browser, "[data-column=id]", "")
+    fill(browser, "[data-column=opened][data-operator=gte]", "2026-04-01")
+    fill(browser, "[data-column=opened][data-operator=lte]", "2026-04-03")
+    submit(browser)
+    until(
+        lambda: shown(browser) and all("opened: 2026-04-0" in one for one in shown(browser)),
+        lambda: f"April; there are {shown(browser)}",
+    )
+
+    # The address has the question, and a page that is opened again asks it.
+    browser.driver.refresh()
+    until(lambda: len(shown(browser)) == 10, "ten hits")
+
     browser.look((390, 800), dark=True, phone=True)
     assert browser.ask("return document.documentElement.scrollWidth <= window.innerWidth")
     browser.screenshot("serve-dark-phone")

@@ -10,7 +10,7 @@ import pytest
 
 from cdcsync.config.serving import Serve
 from cdcsync.serve import limits as module
-from cdcsync.serve.limits import COMING_BACK_S, DAY_S, HELD_S, REFUSALS_PER_S, Limits
+from cdcsync.serve.limits import COMING_BACK_S, CROWD, DAY_S, HELD_S, REFUSALS_PER_S, Limits
 from cdcsync.serve.problems import Problem
 
 pytestmark = pytest.mark.anyio
@@ -83,10 +83,10 @@ async def test_a_crowd_is_many_refusals_that_are_held_and_goes_as_they_are_told(
     assert not made.crowded()
     made.held_s("a")
     assert not made.crowded("a")
-    for _ in range(10):
+    for _ in range(CROWD + 1):
         made.held_s("a")
     assert (made.crowded(), made.crowded("a"), made.crowded("b")) == (True, True, False)
-    clock.now += 10 / REFUSALS_PER_S
+    clock.now += CROWD / REFUSALS_PER_S
     assert (made.crowded(), made.crowded("a")) == (False, False)
 
 
