@@ -33,13 +33,15 @@ GOAL_WORDS = float(os.environ.get("GOAL_WORDS", "0.32"))
 GAIN = 0.005
 """What hybrid search adds to its vector leg at least."""
 
+TEXT = os.environ.get("TEXT", r"{title}\n\n{body}")
 SETTINGS = os.environ.get("SETTINGS", "")
-"""More keys of the index's section, such as `hnsw = { quantise = "binary" }` or `vector_type = "halfvec"`."""
+"""The template of a document, and more keys of the index's section, each as TOML has it: `vector_type = "halfvec"`,
+`hnsw = { quantise = "binary" }`, or how documents are cut, which the table of docs/chunking.md compares."""
 
-INDEX = """
+INDEX = f"""
 [indexes.pages]
 table = "pages"
-text = "{title}\\n\\n{body}"
+text = "{TEXT}"
 embedder = "model"
 search = "english"
 """
@@ -81,7 +83,8 @@ def main() -> None:
     with pipeline(MODEL) as made:
         loaded(made, directory / "corpus.jsonl")
         judged = evaluated(made, directory)
-    figures: dict[str, float] = {"queries": judged["queries"]}
+        chunks = made.value("SELECT count(*) FROM cdcsync.pages_chunks")
+    figures: dict[str, float] = {"queries": judged["queries"], "chunks": chunks}
     for name, mode in judged["modes"].items():
         for measure, figure in mode["figures"].items():
             figures[f"{name}_{measure}"] = figure["mean"]

@@ -150,7 +150,10 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
 
 
 class Gate:
-    """Refuses the calls of a storm by their headers alone: they are not routed, read or decoded."""
+    """Refuses the calls of a storm, and MCP's messages of strangers, by their headers alone.
+
+    They are not routed, read or decoded.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -158,7 +161,8 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if scope["type"] == "http" and self._service.limits.crowded() and (called := _called(scope["path"])):
+        called = _called(scope["path"]) if scope["type"] == "http" else None
+        if called is not None and (called[0] == "mcp" or self._service.limits.crowded()):
             problem = await self._service.shed(caller_of(Headers(scope=scope)), *called)
             if problem is not None:
                 await _problem(problem)(scope, receive, send)

@@ -37,6 +37,9 @@ CROWD = 20
 """Once so many refusals of an account are held back, its further calls are refused by their headers alone. Until then
 an agent that makes a few calls too many at the same time is told so by its tools."""
 
+MESSAGES = 5
+"""Messages of MCP that an account may send for each call: a client that connects anew sends three before it calls."""
+
 STRANGERS = ""
 """The account of callers who are not known."""
 
@@ -53,10 +56,29 @@ class Refused(Problem):
     held_s = 0.0
 
 
+class _Bucket:
+    """A token bucket."""
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate = rate
+        self._burst = self._tokens = burst
+        self._filled_at = now
+
+    def wait_s(self, now: float) -> float:
+        """Return how long it takes until there is a token; 0 if there is one."""
+        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
+        self._filled_at = now
+        return max(0.0, (1 - self._tokens) / self._rate)
+
+    def take(self) -> None:
+        """Take a token, which is there."""
+        self._tokens -= 1
+
+
 class _Account:
-    def __init__(self, burst: float, now: float) -> None:
-        self.tokens = burst
-        self.filled_at = now
+    def __init__(self, serve: Serve, now: float) -> None:
+        self.calls = _Bucket(serve.requests_per_s, serve.burst, now)
+        self.messages = _Bucket(MESSAGES * serve.requests_per_s, MESSAGES * serve.burst, now)
         self.running = 0
         self.spent = 0
         self.day_began = now
@@ -92,7 +114,7 @@ class Limits:
         if refused is not None:
             raise refused
         mine = self._account(account)
-        mine.tokens -= 1
+        mine.calls.take()
         mine.running += 1
         try:
             self._waiting += 1
@@ -113,7 +135,7 @@ class Limits:
 
     def _account(self, name: str) -> _Account:
         now = self._now()
-        account = self._accounts.pop(name, None) or _Account(self._serve.burst, now)
+        account = self._accounts.pop(name, None) or _Account(self._serve, now)
         self._accounts[name] = account  # the newest is last
         if len(self._accounts) > FORGET_AFTER:
             quiet = next((one for one, kept in self._accounts.items() if not kept.running), None)
@@ -121,9 +143,6 @@ class Limits:
                 del self._accounts[quiet]
         if now - account.day_began >= DAY_S:
             account.day_began, account.spent = now, 0
-        rate = self._serve.requests_per_s
-        account.tokens = min(self._serve.burst, account.tokens + (now - account.filled_at) * rate)
-        account.filled_at = now
         return account
 
     def crowded(self, account: str | None = None) -> bool:
@@ -131,14 +150,23 @@ class Limits:
         told_until = self._told_until if account is None else self._account(account).told_until
         return told_until - self._now() > CROWD / REFUSALS_PER_S
 
+    def message(self, account: str) -> Refused | None:
+        """Count a message of MCP, whatever it asks for; returns why it may not be read, None if it may."""
+        mine = self._account(account)
+        if wait_s := mine.messages.wait_s(self._now()):
+            return self._in_line(account, self._too_many(MESSAGES * self._serve.requests_per_s, "messages", wait_s))
+        mine.messages.take()
+        return None
+
     def refusal(self, account: str) -> Refused | None:
         """Return why an account may not make a call now, and put that into its line; None if it may."""
-        mine = self._account(account)
-        refused = self._reason(mine)
-        if refused is not None:
-            refused.held_s = self.held_s(account)
-            if refused.status == 429:
-                self._spread(mine, refused)
+        refused = self._reason(self._account(account))
+        return None if refused is None else self._in_line(account, refused)
+
+    def _in_line(self, account: str, refused: Refused) -> Refused:
+        refused.held_s = self.held_s(account)
+        if refused.status == 429:
+            self._spread(self._account(account), refused)
         return refused
 
     def held_s(self, account: str) -> float:
@@ -159,16 +187,13 @@ class Limits:
         account.back_until = max(soonest, behind)
         refused.retry_after_s = account.back_until - told_at
 
+    def _too_many(self, rate: float, what: str, wait_s: float) -> Refused:
+        return Refused(429, "Too many calls", f"more than {rate:g} {what} a second", "slow down", retry_after_s=wait_s)
+
     def _reason(self, account: _Account) -> Refused | None:
         """Return why an account may not make a call now; None if it may."""
-        if account.tokens < 1:
-            return Refused(
-                429,
-                "Too many calls",
-                f"more than {self._serve.requests_per_s:g} calls a second",
-                "slow down",
-                retry_after_s=(1 - account.tokens) / self._serve.requests_per_s,
-            )
+        if wait_s := account.calls.wait_s(self._now()):
+            return self._too_many(self._serve.requests_per_s, "calls", wait_s)
         budget = self._serve.tokens_per_day
         if budget and account.spent >= budget:
             wait_s = account.day_began + DAY_S - self._now()

@@ -175,7 +175,8 @@ class Service:
     async def shed(self, caller: Caller, tool: Tool, index: str | None) -> Problem | None:
         """Refuse a call by its headers alone if many calls of its caller are refused just now; None lets it pass.
 
-        Nothing else is spent on it, so that a storm of calls costs the callers of other tenants little.
+        Nothing else is spent on it, so that a storm of calls costs the callers of other tenants little. Of MCP's
+        messages all are looked at, because not only those that call a tool cost something.
         """
         began, at = time.perf_counter(), datetime.now(UTC)
         who: Principal | None = None
@@ -185,9 +186,12 @@ class Service:
         except Problem as refused:
             problem = refused
         account = STRANGERS if who is None else who.account
-        if not self.limits.crowded(account):
+        if tool == "mcp":
+            problem = problem or self.limits.message(account)
+        if self.limits.crowded(account):
+            problem = problem or self.limits.refusal(account)
+        elif tool != "mcp":
             return None
-        problem = problem or self.limits.refusal(account)
         if problem is not None:
             await self._hold(problem, account)
             self._note(began, at, who, tool, caller, _Noted(index), problem.outcome)

@@ -108,8 +108,9 @@ async def test_an_agent_sees_its_tenant_alone(tickets: Office, tmp_path: Path) -
         hidden = await refusal(client, "fetch", index="tickets", key={"id": 4})
     assert {hit["key"]["id"] % 3 for hit in found["hits"]} == {2}
     assert "no document" in hidden
-    async with agent(config) as stranger:
-        assert "token" in await refusal(stranger, "search", index="tickets", query="printer")
+    async with served(config) as plain:
+        stranger = await plain.post("/mcp", json={})
+    assert (stranger.status_code, stranger.headers["www-authenticate"]) == (401, "Bearer")
 
 
 async def test_over_standard_input_and_output_the_token_is_in_the_environment(tickets: Office, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from cdcsync.config.serving import Serve
 from cdcsync.serve import limits as module
-from cdcsync.serve.limits import COMING_BACK_S, CROWD, DAY_S, HELD_S, REFUSALS_PER_S, Limits
+from cdcsync.serve.limits import COMING_BACK_S, CROWD, DAY_S, HELD_S, MESSAGES, REFUSALS_PER_S, Limits
 from cdcsync.serve.problems import Problem
 
 pytestmark = pytest.mark.anyio
@@ -88,6 +88,15 @@ async def test_a_crowd_is_many_refusals_that_are_held_and_goes_as_they_are_told(
     assert (made.crowded(), made.crowded("a"), made.crowded("b")) == (True, True, False)
     clock.now += CROWD / REFUSALS_PER_S
     assert (made.crowded(), made.crowded("a")) == (False, False)
+
+
+async def test_messages_of_mcp_are_counted_apart_from_the_calls(clock: Clock) -> None:
+    made = limits(clock, requests_per_s=2.0, burst=1)
+    assert [made.message("a") for _ in range(MESSAGES)] == [None] * MESSAGES
+    refused = made.message("a")
+    assert refused is not None
+    assert (refused.detail, refused.held_s) == ("more than 10 messages a second", 0)
+    assert await calls(made, "a", 1) == [None]
 
 
 async def test_tenants_do_not_share_a_bucket(clock: Clock) -> None:
