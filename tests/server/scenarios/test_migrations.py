@@ -426,7 +426,7 @@ def test_precision_distance_and_graph_change_without_a_text_embedded_again(
     assert "halfvec_cosine_ops" in definition("halves")
     assert "vector_l2_ops" in definition("farther")
     assert "m='24', ef_construction='100'" in definition("denser")
-    assert "binary_quantize(embedding))::bit(8)) public.bit_hamming_ops" in definition("signs")
+    assert "(((binary_quantize(embedding))::bit(8)) bit_hamming_ops)" in definition("signs")
 
 
 @pytest.mark.timeout(180)

@@ -147,7 +147,8 @@ def test_recall_and_answers_can_be_measured_and_drawn_together(
     told = capsys.readouterr().out
     assert re.search(r"^ *100 +1\.0000 ", told, re.MULTILINE)
     assert re.search(r"^ *hybrid +[01]\.\d{4} ", told, re.MULTILINE)
-    assert Image.open(drawn).size == (2 * WIDTH * SCALE, HEIGHT * SCALE)
+    with Image.open(drawn) as image:
+        assert image.size == (2 * WIDTH * SCALE, HEIGHT * SCALE)
 
 
 def test_a_wrong_argument_is_told_before_anything_is_measured(

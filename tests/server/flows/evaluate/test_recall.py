@@ -120,8 +120,8 @@ async def test_one_side_is_searched_by_hnsw_and_the_other_reads_the_whole_table(
         scans, reads = await counted(index.connection)
         found = await evaluate(index.connection, SCHEMA, spec, queries=7, ef_search=[20, 40])
         assert [one.by_hnsw for one in found.measured] == [True, True]
-        # Once more to see whether there are any.
-        assert await counted(index.connection) == (scans + 2 * 7, reads + 7 + 1)
+        # Once more to see whether there are any, and the end of the table for what changed last.
+        assert await counted(index.connection) == (scans + 2 * 7, reads + 7 + 2)
 
         statement = nearest_statement(SCHEMA, "public", spec, None)
         text = statement.as_string(index.connection).replace("$1", f"'{[0.5] * 16}'").replace("$2", "11")
@@ -140,16 +140,21 @@ async def test_one_side_is_searched_by_hnsw_and_the_other_reads_the_whole_table(
 async def test_candidates_by_signs_are_compared_by_their_whole_vectors(
     database: Database, distance: Distance, vector_type: str
 ) -> None:
-    vectors = np.random.default_rng(5).normal(size=(CROWD, 64)).round(4)
+    vectors = np.random.default_rng(5).normal(size=(CROWD, 128))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).round(4)
     async with indexed(database, vectors, distance=distance, vector_type=vector_type, m=16, quantise="binary") as (
         index,
         spec,
     ):
+        # Of so few rows the planner would compare all signs.
+        await index.connection.execute("SET enable_seqscan = off; SET enable_sort = off")
         found = await evaluate(index.connection, SCHEMA, spec, queries=20, ef_search=[100])
         # Beside fresh vectors, which no graph holds.
         texts = [f"fresh {at}" for at in range(300)]
         documents = [document(str(10_000 + at), text, carried=("1",)) for at, text in enumerate(texts)]
-        made = {hash_text(text): vector.astype(np.float32) + 0.01 for text, vector in zip(texts, vectors, strict=False)}
+        made = {
+            hash_text(text): vector.astype(np.float32) + 0.001 for text, vector in zip(texts, vectors, strict=False)
+        }
         await index.apply(msgspec.structs.replace(changes(*documents), vectors=made))
         both = await evaluate(index.connection, SCHEMA, spec, queries=20, ef_search=[100])
         seen: list[Plan] = []
@@ -161,7 +166,7 @@ async def test_candidates_by_signs_are_compared_by_their_whole_vectors(
     for one in (*found.measured, *both.measured):
         assert one.by_hnsw
         assert one.recall >= 0.9
-    assert [hit.content for hit in hits[:2]] == ["text 7", "fresh 7"]
+    assert {hit.content for hit in hits[:2]} == {"text 7", "fresh 7"}
     assert any("Index Scan using articles_vectors_1_hnsw" in line for plan in seen for line in plan.lines)
     assert len(filtered) == 200
     assert {hit.carried["tenant"] for hit in filtered} == {7}
