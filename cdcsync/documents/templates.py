@@ -135,7 +135,7 @@ class Template(msgspec.Struct, frozen=True):
         return calls[0] if len(calls) == 1 else f"({' || '.join(calls)})"
 
 
-class Rendering(msgspec.Struct, frozen=True):
+class Rendering(msgspec.Struct, frozen=True, gc=False):
     """A rendered row: its document, and the text before and after each chunk; None if there is none."""
 
     text: str

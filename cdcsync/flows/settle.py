@@ -38,6 +38,9 @@ log = structlog.get_logger()
 LOOK_S = 1.0
 """How often the tiers are looked at while nothing moves: a count of few rows, and one comparison of them."""
 
+LOOKS = 10
+"""So many of the last looks say what a comparison costs."""
+
 NOTE_S = 5.0
 """How often what was seen is written down for `cdcsync status`."""
 
@@ -67,7 +70,8 @@ class _Seen:
     """Recent observations of one index."""
 
     def __init__(self) -> None:
-        self.scans: deque[float] = deque(maxlen=3)
+        self.scans: deque[float] = deque(maxlen=LOOKS)
+        """Milliseconds of a search by fresh vector."""
         self.per_s = 0.0
         self.noted_at = -NOTE_S
         self.noted = False
@@ -84,9 +88,15 @@ class _Seen:
         return anyio.current_time() >= self.not_before
 
     def scan_ms(self, tiers: Tiers) -> float:
-        """Return what fresh adds to a search: the least of the last looks, as each shares the processor with others."""
-        self.scans.append(tiers.scan_ms)
-        return min(self.scans) if tiers.fresh else 0.0
+        """Return what fresh adds to a search.
+
+        A look that shares the processor with others takes longer than the comparisons cost, so that the one counts
+        which took least for each vector. To press for less would take even more of that processor.
+        """
+        if not tiers.fresh:
+            return 0.0
+        self.scans.append(tiers.scan_ms / tiers.fresh)
+        return min(self.scans) * tiers.fresh
 
 
 def _place(spec: IndexSpec) -> tuple[str, int]:

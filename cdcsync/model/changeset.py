@@ -14,7 +14,7 @@ LIVE, BACKFILL = 0, 1
 """Lanes of the backlog: live changes are embedded first."""
 
 
-class Document(msgspec.Struct, frozen=True):
+class Document(msgspec.Struct, frozen=True, gc=False):
     """A document whose chunks are to be replaced."""
 
     key: Key
@@ -26,7 +26,7 @@ class Document(msgspec.Struct, frozen=True):
     existed: bool
 
 
-class Kept(msgspec.Struct, frozen=True):
+class Kept(msgspec.Struct, frozen=True, gc=False):
     """A document that did not change: only its carried columns may have."""
 
     key: Key
@@ -34,7 +34,7 @@ class Kept(msgspec.Struct, frozen=True):
     commit_lsn: int
 
 
-class FailedDocument(msgspec.Struct, frozen=True):
+class FailedDocument(msgspec.Struct, frozen=True, gc=False):
     """A row that no document could be made of, by the change at `commit_lsn`; the error names no value of the row."""
 
     key: Key
@@ -77,6 +77,25 @@ class ChangeSet(msgspec.Struct, frozen=True):
     failed: Sequence[FailedDocument] = ()
     """Which of `documents` could not be made, and why; they have no chunks."""
     rebuilds: Sequence[Rebuild] = ()
+    staged: Sequence[bytes] | None = None
+    """Its rows as they are copied to the target, if they were written down ahead."""
+
+    def hashes_after(self, stored: Mapping[Key, bytes]) -> dict[Key, bytes]:
+        """Return the document hashes that the index holds once this is applied, of these keys and of those in here.
+
+        Equal keys have to be written in one way only.
+
+        :param stored: hashes of some keys from before it.
+        """
+        after = {} if self.truncated else {key: one for key, one in stored.items() if key[0] not in self.cleared}
+        for key in (*self.deleted, *self.absent):
+            after.pop(key, None)
+        for document in self.documents:
+            if document.chunks:
+                after[document.key] = document.hash
+            else:
+                after.pop(document.key, None)
+        return after
 
 
 class Applied(msgspec.Struct, frozen=True):

@@ -184,7 +184,8 @@ class Deliveries:
         if self._seen is not None and self._seen.sees(xid):
             return
         if self._keys is None:
-            self.suspect((xid,))
+            if xid not in self._suspects:
+                self.suspect((xid,))
             return
         self._keys[key] = xid
         if len(self._keys) > self._most_keys:

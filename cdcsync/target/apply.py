@@ -29,19 +29,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
-from typing import LiteralString, cast
+from typing import LiteralString
 
 import psycopg
 from psycopg import sql
 
 from cdcsync.model.changeset import BACKFILL, Applied, ChangeSet
-from cdcsync.model.rows import Key, Row
+from cdcsync.model.rows import Row
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
-from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.relations import Names, vector_schema
+from cdcsync.target.ddl.names import vector_schema
 from cdcsync.target.loading import CHUNK_COLUMNS, blocks, copy_text, line, load, lsn_text
+from cdcsync.target.look_ups import LookUps
 from cdcsync.target.vectors import register_vectors, wire_form
 
 STAGED_ROWS = 1_000
@@ -75,31 +75,23 @@ class Op(IntEnum):
     """Delete only what the index writes in just this way: see `ChangeSet.absent`."""
 
 
-class IndexWriter:
+class IndexWriter(LookUps):
     """Writes one index over one connection; `open` prepares the connection's temporary tables."""
 
     def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
-        self._connection = connection
-        self.spec = self._spec = spec
-        names = Names(schema, spec.name)
+        super().__init__(connection, schema, spec)
         self._schema = schema
-        self._names = names
-        self._vectors = names.vectors(spec.generation)
         types = "\0".join((str(len(spec.key_types)), *spec.key_types, *spec.carried_types))
         self._stage_name = f"stage_{hashlib.sha256(types.encode()).hexdigest()[:16]}"
         self._stage = sql.Identifier("pg_temp", self._stage_name)
         self._gone = sql.Identifier("pg_temp", "gone")
         self._put = sql.Identifier("pg_temp", "put")
-        self._keys = [sql.Identifier(name) for name in spec.shape.key]
-        self._places = [sql.Identifier(f"k{at}") for at in range(len(self._keys))]
         self._carried = [sql.Identifier(name) for name in spec.shape.carried]
         self._slots = [sql.Identifier(f"c{at}") for at in range(len(self._carried))]
         self._composed: dict[tuple[str, int], bytes] = {}
         """The statements as they are sent, by their templates and the generation that they are about."""
         self._staged = 0
         """Rows that went through the temporary tables since they were last truncated."""
-        self._equal: list[sql.Composable] = []
-        """The key columns' operators."""
         self._parts: dict[int, dict[str, sql.Composable]] = {}
         """By generation, the values of the names in braces in the statements."""
 
@@ -108,7 +100,7 @@ class IndexWriter:
 
         Each apply empties what it uses, so indexes with the same types share a stage.
         """
-        self._equal = [one.equal for one in await comparisons(self._connection, self._spec.key_types)]
+        await super().open()
         extension = await vector_schema(self._connection)
         await register_vectors(self._connection)
         common = self._compose(extension)
@@ -130,45 +122,6 @@ class IndexWriter:
                     sql.Identifier(name)
                 )
             )
-
-    async def stored_hashes(self, keys: Sequence[Key]) -> dict[Key, bytes]:
-        """Return the document hash of each key that the index holds, read outside the apply transaction.
-
-        Two of `keys` that the server takes for the same key have no hash here: their order decides, not their content.
-        """
-        if not keys:
-            return {}
-        statement = sql.SQL(
-            "SELECT s.place, c.chunk_id, c.document_hash FROM unnest({}) WITH ORDINALITY AS s({}, place)"
-            " JOIN {} AS c ON {} WHERE c.chunk_no = 0"
-        ).format(
-            sql.SQL(", ").join(sql.SQL(f"${at}::text[]") for at in range(1, len(self._keys) + 1)),
-            sql.SQL(", ").join(self._places),
-            self._names.chunks,
-            sql.SQL(" AND ").join(
-                sql.SQL("c.{} {} s.{}::" + type_).format(key, equal, place)
-                for key, equal, place, type_ in zip(
-                    self._keys, self._equal, self._places, self._spec.key_types, strict=True
-                )
-            ),
-        )
-        # A raw cursor: a column's name may hold a % that is not a placeholder.
-        cursor = psycopg.AsyncRawCursor(self._connection)
-        await cursor.execute(statement, [list(column) for column in zip(*keys, strict=True)])
-        by_chunk: dict[int, tuple[Key, bytes] | None] = {}
-        for place, chunk_id, document_hash in await cursor.fetchall():
-            by_chunk[chunk_id] = None if chunk_id in by_chunk else (keys[place - 1], document_hash)
-        return dict(entry for entry in by_chunk.values() if entry is not None)
-
-    async def known_vectors(self, hashes: Sequence[bytes]) -> set[bytes]:
-        """Return those hashes that some chunk has a vector of."""
-        cursor = await self._connection.execute(
-            sql.SQL(
-                "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {} v WHERE v.content_hash = h)"
-            ).format(self._vectors),
-            [list(hashes)],
-        )
-        return {cast(bytes, row[0]) for row in await cursor.fetchall()}
 
     async def apply(self, changes: ChangeSet) -> Applied:
         """Write the changes inside the caller's transaction; the caller commits."""
@@ -295,8 +248,12 @@ class IndexWriter:
         columns = [*self._places, *self._slots, *map(sql.Identifier, _STAGE_COLUMNS)]
         statement = sql.SQL("COPY {} ({}) FROM STDIN").format(self._stage, sql.SQL(", ").join(columns))
         async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
-            for block in blocks(self._lines(changes)):
+            for block in changes.staged or self.stage(changes):
                 await copy.write(block)
+
+    def stage(self, changes: ChangeSet) -> Iterator[bytes]:
+        """Return blocks of what is copied to the stage."""
+        return blocks(self._lines(changes))
 
     def _lines(self, changes: ChangeSet) -> Iterator[str]:
         no_carried: Row = (None,) * len(self._carried)

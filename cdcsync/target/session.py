@@ -26,10 +26,11 @@ from cdcsync.model.changeset import Applied, ChangeSet, Document, Kept
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
-from cdcsync.postgres.sessions import REFUSALS, Connection, connect, speaking_of
+from cdcsync.postgres.sessions import REFUSALS, Connection, Session, connect, speaking_of
 from cdcsync.target.apply import IndexWriter
 from cdcsync.target.failures.documents import FailedDocuments, close_list
 from cdcsync.target.keys import discard_vectors
+from cdcsync.target.look_ups import LookUps
 from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
@@ -67,6 +68,10 @@ class ApplySession:
         self._pid: int | None = None
         """The server process of the last connection."""
         self._writers: dict[str, IndexWriter] = {}
+        self._beside = Session(dsn, "target", application_name=f"cdcsync look-up {slot}")
+        """Looks up for the next batch while this one is written."""
+        self._look_ups: tuple[Connection | None, dict[str, LookUps]] = None, {}
+        """What looks up over that connection, by index."""
         self._failed: dict[str, FailedDocuments] = {}
 
     @property
@@ -79,6 +84,22 @@ class ApplySession:
     def writer(self, index: str) -> IndexWriter:
         """Return the writer of one index, for its look-ups."""
         return self._writers[index]
+
+    async def look_ups(self, index: str) -> LookUps:
+        """Return look-ups in one index that do not wait for what is being written, and do not see it.
+
+        :raises TargetUnavailable: the target does not answer now.
+        """
+        with speaking_of("target"):
+            connection = await self._beside.connection()
+            if self._look_ups[0] is not connection:
+                self._look_ups = connection, {}
+            found = self._look_ups[1].get(index)
+            if found is None:
+                found = LookUps(connection, self._schema, self._writers[index].spec)
+                await found.open()
+                self._look_ups[1][index] = found
+        return found
 
     async def try_open(self) -> bool:
         """Connect and take the pipeline's lock and a new fence; False when another worker holds the lock.
@@ -337,6 +358,7 @@ class ApplySession:
 
     async def aclose(self) -> None:
         """End the session, which frees the lock."""
+        await self._beside.aclose()
         if self._connection is not None:
             connection, self._connection = self._connection, None
             await _close(connection)

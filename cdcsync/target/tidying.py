@@ -53,8 +53,8 @@ class Untidy(msgspec.Struct, frozen=True):
 
     @property
     def vacuum(self) -> bool:
-        """Whether to vacuum: a search spends more on what is dead than on what is alive."""
-        return self.dead > max(DEAD_ROWS, self.live)
+        """Whether to vacuum: a search spends a quarter as much on what is dead as on what is alive."""
+        return self.dead > max(DEAD_ROWS, self.live // 4)
 
     def rebuild(self, spec: IndexSpec) -> bool:
         """Say whether to build the list anew."""

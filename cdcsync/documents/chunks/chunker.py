@@ -22,7 +22,7 @@ Failed = Callable[[int, DocumentError], None]
 """Is told of a document that has no chunks for a reason: its place among those given, and why."""
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """A piece of a document: its number (from 0), its text, and `hash_text` of the text."""
 
     number: int

@@ -1,18 +1,23 @@
 """The applier: it brings a batch to the target, whatever is away meanwhile, and returns what it did.
 
 It owns the session that holds the pipeline's lock, so it is the only writer of chunks and checkpoint.
+
+While the server writes a batch, the worker prepares the next one if that is full already. The index will then hold what
+it holds now, as another connection sees it, but for the documents of the batch that is being written. If writing that
+batch fails, the next one is prepared again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import anyio
+import anyio.lowlevel
 import msgspec
 import structlog
 
 from cdcsync.backoff import Backoff, Failure
-from cdcsync.errors import SchemaChanged, TargetUnavailable, Unavailable
+from cdcsync.errors import SchemaChanged, TargetUnavailable, Unavailable, leading
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
@@ -28,11 +33,46 @@ log = structlog.get_logger()
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """The result of applying a batch: `changes` and `applied` by index, without those that the batch pauses."""
+    """The result of applying a batch: `changes` and `applied` by index, without those that the batch pauses.
+
+    :ivar following: the next batch, if it was taken meanwhile.
+    """
 
     changes: Mapping[str, ChangeSet]
     applied: Mapping[str, Applied]
     seconds: float
+    following: Batch | None
+
+
+class _Ahead:
+    """The batch after the one that is being written."""
+
+    def __init__(self, following: Callable[[], Awaitable[Batch]]) -> None:
+        self._following = following
+        self.batch: Batch | None = None
+        self.changes: Mapping[str, ChangeSet] | None = None
+        """Its changes, once they are prepared."""
+        self._rewriting: set[str] = set()
+
+    async def take(self) -> Batch:
+        """Return the batch once it is full."""
+        if self.batch is None:
+            self.batch = await self._following()
+            self._rewriting = _rewriting(self.batch)
+        return self.batch
+
+    def changes_of(self, batch: Batch) -> Mapping[str, ChangeSet] | None:
+        """Return what was prepared of a batch; None if it was another one, or is to be written anew by now."""
+        return self.changes if batch is self.batch and _rewriting(batch) == self._rewriting else None
+
+
+def _rewriting(batch: Batch) -> set[str]:
+    return {index for index, changes in batch.indexes.items() if changes.rewrite}
+
+
+async def _nothing_follows() -> Batch:
+    await anyio.sleep_forever()
+    raise AssertionError
 
 
 class Applier:
@@ -58,24 +98,35 @@ class Applier:
         self._metrics = metrics
         self._tracing = tracing
         self._backoff = Backoff(self._waits, first=first_wait_s, most=10)
+        self._ahead = _Ahead(_nothing_follows)
 
-    async def apply(self, batch: Batch, *, caught_up: Callable[[], bool]) -> Outcome:
+    async def apply(
+        self,
+        batch: Batch,
+        *,
+        caught_up: Callable[[], bool],
+        following: Callable[[], Awaitable[Batch]] = _nothing_follows,
+    ) -> Outcome:
         """Commit a batch, trying again for as long as a server is away.
 
         An index that cannot take its changes is paused with the batch: `batch.paused` has it then, and the others'
         changes are committed.
 
         :param caught_up: asked just before the commit, whether nothing is left to be applied after this batch.
+        :param following: returns the next batch once that is full; it is prepared during the commit.
         :raises LeaseLost, TargetRewound: this worker must not, or cannot, write what it has in hand.
         """
         started = anyio.current_time()
+        changes = self._ahead.changes_of(batch)
+        self._ahead = _Ahead(following)
         with self._tracing.batch(batch.origins, rows=batch.rows, transactions=batch.transactions):
             while True:
                 try:
                     await self._session.ensure(self._specs)
-                    changes = await self._prepare(batch)
+                    if changes is None:
+                        changes = await self._prepare(batch)
                     with self._tracing.span("cdcsync.commit"):
-                        applied = await self._commit(changes, batch, caught_up())
+                        applied = await self._commit_and_prepare(changes, batch, caught_up())
                 except SchemaChanged as error:
                     # Rows left out of this batch are read again when the index is resumed.
                     batch.indexes.pop(error.index, None)
@@ -84,7 +135,8 @@ class Applier:
                     await self._backoff.wait(error)
                 else:
                     self._backoff.succeeded()
-                    return Outcome(changes, applied, anyio.current_time() - started)
+                    return Outcome(changes, applied, anyio.current_time() - started, self._ahead.batch)
+                changes = self._ahead.changes = None
 
     async def note_position(self, position: Lsn, *, caught_up: bool) -> bool:
         """Commit a position up to which there is nothing to apply; False if the target is away."""
@@ -104,6 +156,49 @@ class Applier:
             with self._tracing.span("cdcsync.prepare", index=index):
                 changes[index] = await self._preparers[index].prepare(of_index, self._session.writer(index))
         return changes
+
+    async def _commit_and_prepare(
+        self, changes: Mapping[str, ChangeSet], batch: Batch, caught_up: bool
+    ) -> Mapping[str, Applied]:
+        """Commit a batch; meanwhile, prepare the one that follows if there is one."""
+        waiting = anyio.CancelScope()
+
+        async def look_ahead() -> None:
+            with waiting:
+                await self._ahead.take()
+            if self._ahead.batch is not None:
+                await self._prepare_ahead(self._ahead.batch, changes)
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                if all(self._preparers[index].looks_ahead for index in changes):
+                    tasks.start_soon(look_ahead)
+                applied = await self._commit(changes, batch, caught_up)
+                waiting.cancel()
+        except BaseExceptionGroup as group:
+            raise leading(group) from None
+        return applied
+
+    async def _prepare_ahead(self, batch: Batch, before: Mapping[str, ChangeSet]) -> None:
+        try:
+            prepared = {}
+            for index, of_index in batch.indexes.items():
+                look_ups = await self._session.look_ups(index)
+                changes = await self._preparers[index].prepare(of_index, look_ups, before.get(index))
+                prepared[index] = msgspec.structs.replace(changes, staged=await self._stage(index, changes))
+            self._ahead.changes = prepared
+        except (SchemaChanged, Unavailable) as error:
+            # It is prepared again once the batch before it is written, and meets the same error if that stays.
+            log.debug("not_prepared_ahead", error=str(error))
+
+    async def _stage(self, index: str, changes: ChangeSet) -> Sequence[bytes] | None:
+        if changes.new:
+            return None
+        staged = []
+        for block in self._session.writer(index).stage(changes):
+            staged.append(block)
+            await anyio.lowlevel.checkpoint()
+        return staged
 
     async def _commit(self, changes: Mapping[str, ChangeSet], batch: Batch, caught_up: bool) -> Mapping[str, Applied]:
         # Cancelled in the middle, the driver could leave the transaction open: one that has begun is finished.

@@ -3,7 +3,8 @@
 The rules:
 
 1. The applier gets a batch when it is free and the stream is dry, or when the batch is full: so light load has no added
-   wait, and heavy load makes its own large batches.
+   wait, and heavy load makes its own large batches. While it commits a batch, it gets the next one to prepare once
+   that is full: before, it could still grow.
 2. What needs no apply (transactions of other tables, keepalives) moves the checkpoint only while nothing is in
    flight. It is then written at once after real work, so that readers who wait for an LSN continue, and less and less
    often from there, down to every `IDLE_CHECKPOINT_S`: each such write is itself WAL if source and target are one
@@ -79,7 +80,7 @@ class OpenBatch:
         self._tracing = tracing
         self._stopping = stopping
         self._filling = Batch()
-        self._taken: Batch | None = None
+        self._taken: list[Batch] = []
         self._transaction: Began | None = None
         self._passed = progress.checkpoint
         self._dry = False
@@ -161,7 +162,7 @@ class OpenBatch:
     @property
     def applying(self) -> bool:
         """Whether the applier has a batch in hand."""
-        return self._taken is not None
+        return bool(self._taken)
 
     async def wait_for_applier(self, timeout_s: float) -> None:
         """Return once the applier has taken or finished a batch, or after `timeout_s` seconds."""
@@ -181,12 +182,7 @@ class OpenBatch:
         """
         while True:
             if self._ready:
-                batch = self._taken = self._filling
-                self._filling = Batch()
-                if self._transaction is not None:
-                    batch.ahead = self._transaction.ahead
-                self._for_receiver.set()
-                return batch
+                return self._take()
             if self._position_due:
                 self._pace.written()
                 return self._passed
@@ -194,9 +190,27 @@ class OpenBatch:
             with anyio.move_on_after(self._pace.left_s):
                 await self._for_applier.wait()
 
+    async def following(self) -> Batch:
+        """Return the batch after the one in hand, once it is full.
+
+        The caller calls `done` with it after the one in hand.
+        """
+        while not self.full or self._stopping.is_set():
+            self._for_applier = anyio.Event()
+            await self._for_applier.wait()
+        return self._take()
+
+    def _take(self) -> Batch:
+        batch, self._filling = self._filling, Batch()
+        self._taken.append(batch)
+        if self._transaction is not None:
+            batch.ahead = self._transaction.ahead
+        self._for_receiver.set()
+        return batch
+
     def done(self, batch: Batch) -> None:
         """Note that the batch which was taken is in the target."""
-        self._taken = None
+        self._taken.remove(batch)
         self._pausing = self._pausing or bool(batch.paused)
         self._pace.hasten()
         self._note_lag()
@@ -205,7 +219,7 @@ class OpenBatch:
     @property
     def nothing_left(self) -> bool:
         """Whether the source has sent everything, and no more than the batch in hand is to be applied."""
-        return self._dry and self._heard_all and not self._filling
+        return self._dry and self._heard_all and not self._filling and len(self._taken) <= 1
 
     @property
     def _ready(self) -> bool:
@@ -227,6 +241,6 @@ class OpenBatch:
         self._progress.receive(lsn)
 
     def _note_lag(self) -> None:
-        oldest_us = next((one.oldest_us for one in (self._taken, self._filling) if one and one.oldest_us), None)
+        oldest_us = next((one.oldest_us for one in (*self._taken, self._filling) if one.oldest_us), None)
         oldest_s = None if oldest_us is None else to_datetime(oldest_us).timestamp()
         self._lag.note(oldest_s, caught_up=self._heard_all and oldest_s is None)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 import structlog
@@ -33,7 +34,7 @@ from cdcsync.model.visibility import Snapshot
 from cdcsync.pgoutput.messages import UNCHANGED
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.tables import SourceTable
-from cdcsync.target.apply import IndexWriter
+from cdcsync.target.look_ups import LookUps
 
 log = structlog.get_logger()
 
@@ -42,6 +43,14 @@ THREAD_CHARACTERS = 20_000
 
 REPORTED_ERRORS = 10
 """Errors of a batch that are logged: what fails for all rows may say something else of each."""
+
+ONE_TEXT = frozenset({"smallint", "integer", "bigint", "oid", "uuid", "boolean", "date", "text"})
+"""Types whose equal values the server writes alike. Not so numeric (1.0 and 1.00), citext, or a domain over them."""
+
+VARCHAR = "character varying"
+
+TURN_ROWS = 500
+"""Rows rendered before other tasks get a turn: a millisecond or two."""
 
 READ_AT_FIRST = 16
 """Rows with related ones that are read in the first query, while nobody knows how large they are."""
@@ -57,12 +66,13 @@ MOST_BYTES_READ = 32 * 1024 * 1024
 The others are left to a request."""
 
 
-class _Rendered(msgspec.Struct, frozen=True):
-    """An upsert with its document."""
+class _Rendered(msgspec.Struct, frozen=True, gc=False):
+    """An upsert with its document, and the hash of that."""
 
     change: Upsert
     lane: int
     document: Rendering
+    hash: bytes
 
 
 class Preparer:
@@ -85,9 +95,16 @@ class Preparer:
         self._metrics = metrics
         self._related = RelatedChanges(spec, source, metrics) if spec.documents.related else None
 
-    async def prepare(self, changes: IndexChanges, writer: IndexWriter) -> ChangeSet:
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a batch can be prepared while the one before it is being written: equal keys are written alike."""
+        return all(type_ in ONE_TEXT or type_.startswith(VARCHAR) for type_ in self._spec.key_types)
+
+    async def prepare(self, changes: IndexChanges, look_ups: LookUps, before: ChangeSet | None = None) -> ChangeSet:
         """Return what the changes of this index come to.
 
+        :param look_ups: over a connection that sees what is committed.
+        :param before: what is being written meanwhile, if anything is; only where `looks_ahead` says so.
         :raises SourceUnavailable, TargetUnavailable: nothing is lost by preparing the same changes again.
         """
         deleted, absent = list[Key](), list[Key]()
@@ -108,13 +125,15 @@ class Preparer:
         stored: dict[Key, bytes] = {}
         if not (changes.truncated or changes.new):
             with speaking_of("target", where=f"index {self._spec.name}", index=self._spec.name):
-                stored = await writer.stored_hashes([*deleted, *absent, *(one.change.key for one in rendered)])
+                stored = await look_ups.stored_hashes([*deleted, *absent, *(one.change.key for one in rendered)])
+            if before is not None:
+                stored = before.hashes_after(stored)
         if changes.cleared:
             stored = {key: one for key, one in stored.items() if key[0] not in changes.cleared}
         kept = []
         changed = []
         for one in rendered:
-            if stored.get(one.change.key) == one.document.hash and not changes.rewrite:
+            if stored.get(one.change.key) == one.hash and not changes.rewrite:
                 kept.append(Kept(one.change.key, self._carried(one.change), one.change.lsn))
             else:
                 changed.append(one)
@@ -126,7 +145,7 @@ class Preparer:
             Document(
                 one.change.key,
                 self._carried(one.change),
-                one.document.hash,
+                one.hash,
                 cut,
                 one.change.lsn,
                 one.lane,
@@ -135,7 +154,7 @@ class Preparer:
             for one, cut in zip(changed, chunks, strict=True)
         ]
         self._dispatcher.tracing.follow((one.commit_lsn, chunk.hash) for one in documents for chunk in one.chunks)
-        vectors = await self._vectors_in_time(documents, writer)
+        vectors = await self._vectors_in_time(documents, look_ups)
         pages = {id(change.vectors): change.vectors for change, _ in upserts if isinstance(change, Prepared)}
         made = {one: vector for page in pages.values() for one, vector in page.items()}
         vectors |= {chunk.hash: made[chunk.hash] for one in documents for chunk in one.chunks if chunk.hash in made}
@@ -254,18 +273,25 @@ class Preparer:
         """Make documents; that of a row which fails is empty, and noted in `failed`."""
         render = self._spec.render
 
-        def all_of_them() -> list[_Rendered]:
+        def some(part: Sequence[tuple[Upsert, int]]) -> list[_Rendered]:
             rendered = []
-            for change, lane in upserts:
+            for change, lane in part:
                 try:
                     document = change.document if isinstance(change, Prepared) else render(change.row)
                 except DocumentError as error:
                     failed[change.key] = error
                     document = Rendering("")
-                rendered.append(_Rendered(change, lane, document))
+                rendered.append(_Rendered(change, lane, document, document.hash))
             return rendered
 
-        return await anyio.to_thread.run_sync(all_of_them) if self._spec.documents.by_code else all_of_them()
+        if self._spec.documents.by_code:
+            return await anyio.to_thread.run_sync(some, upserts)
+        rendered = []
+        for start in range(0, len(upserts), TURN_ROWS):
+            rendered += some(upserts[start : start + TURN_ROWS])
+            if start:
+                await anyio.lowlevel.checkpoint()
+        return rendered
 
     async def _split(self, rendered: Sequence[_Rendered], failed: dict[Key, DocumentError]) -> list[list[Chunk]]:
         """Cut documents; one that fails has no chunks, and is noted in `failed`."""
@@ -285,13 +311,13 @@ class Preparer:
         for error, rows in Counter(map(str, failed.values())).most_common(REPORTED_ERRORS):
             log.warning("document_failed", index=name, error=error, failed=rows, fix=f"cdcsync failures {name} list")
 
-    async def _vectors_in_time(self, documents: Sequence[Document], writer: IndexWriter) -> dict[bytes, FloatVector]:
+    async def _vectors_in_time(self, documents: Sequence[Document], look_ups: LookUps) -> dict[bytes, FloatVector]:
         """Embed a small live batch here and now, if the dispatcher is free and the budget allows."""
         texts = {chunk.hash: chunk.text for one in documents if one.lane == LIVE for chunk in one.chunks}
         budget_s = self._spec.config.inline_budget_ms / 1000
         if not 0 < len(texts) <= self._spec.config.inline_max_chunks or not self._dispatcher.free_within(budget_s / 2):
             return {}
         with speaking_of("target", where=f"index {self._spec.name}", index=self._spec.name):
-            for known in await writer.known_vectors(list(texts)):
+            for known in await look_ups.known_vectors(list(texts)):
                 del texts[known]
         return self._spec.usable(await self._dispatcher.embed_within(texts, budget_s))

@@ -34,12 +34,15 @@ from cdcsync.pgoutput.frames import Keepalive, XLogData
 from cdcsync.pgoutput.messages import (
     Begin,
     Commit,
+    Delete,
+    Insert,
     Message,
     PgoutputMessage,
     StreamAbort,
     StreamCommit,
     StreamStart,
     StreamStop,
+    Update,
 )
 from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
@@ -48,8 +51,9 @@ from cdcsync.tracing import PREFIX, Tracing
 PROMPT_STATUS_S = 1.0
 """A moved checkpoint is reported within this time, so that the source can recycle WAL."""
 
-TURN_MESSAGES = 500
-"""Messages handled before other tasks get a turn: a few milliseconds."""
+TURN_MESSAGES = 200
+"""Messages handled before other tasks get a turn: a millisecond or two, which the server may wait for the next
+statement of a batch."""
 
 
 class Passed(msgspec.Struct, frozen=True):
@@ -112,6 +116,11 @@ class Receiver:
         self._status_due = anyio.current_time()
         self._quiet = False
         self._handled = 0
+        self._came = False
+        self._bytes = 0
+        """What came since it was last accounted for: metrics and clock cost as much as the message itself."""
+        self._told = Lsn(0)
+        """The furthest position that the source told of."""
         self._spool.begin()
 
     async def events(self) -> AsyncGenerator[Sequence[Heard]]:
@@ -122,6 +131,7 @@ class Receiver:
         while True:
             frame = self._slot.poll()
             if frame is None:
+                self._account()
                 await self._report_when_due()
                 yield (Dry(self._lag.heard >= self._source_end),)
                 frame = await self._slot.receive(self._patience())
@@ -139,12 +149,13 @@ class Receiver:
                         )
             self._quiet = False
             self._open_batch.note_more()
-            self._lag.hear(frame.wal_end)
+            self._came = True
+            self._told = max(self._told, frame.wal_end)
             match frame:
                 case Keepalive():
                     yield self._keepalive(frame)
                 case XLogData():
-                    self._metrics.received_bytes.inc(len(frame.payload))
+                    self._bytes += len(frame.payload)
                     self._progress.receive(frame.wal_start)
                     for events in self._take(frame.payload):
                         if events:
@@ -155,6 +166,7 @@ class Receiver:
                             yield events
                         self._handled += 1
                         if self._handled % TURN_MESSAGES == 0:
+                            self._account()
                             await self._report_when_due()
                             await anyio.lowlevel.checkpoint()
                 case _:
@@ -168,6 +180,13 @@ class Receiver:
         await self._slot.send_status(self._progress.received, self._progress.acknowledge())
         crash_point("last status sent")
 
+    def _account(self) -> None:
+        """Tell lag and metrics of what came."""
+        if self._came:
+            self._lag.hear(self._told)
+            self._metrics.received_bytes.inc(self._bytes)
+            self._came, self._bytes = False, 0
+
     def _take(self, payload: bytes) -> Iterable[Sequence[Heard]]:
         """Return what each message of a payload means: nothing yet if its transaction is still open."""
         if self._spool.receiving and payload[:1] != b"E":
@@ -175,6 +194,8 @@ class Receiver:
             return NOTHING_YET
         message = decode(payload)
         match message:
+            case Insert() | Update() | Delete() | Begin() | Commit():
+                return (self._assembler.feed(message),)
             case StreamStart():
                 self._spool.enter(message.xid)
             case StreamStop():

@@ -200,11 +200,12 @@ class Stream:
     async def _apply_until_paused(self) -> list[SchemaChanged]:
         """Commit what comes until a pause and the end of its transaction are stored; returns why there was one."""
         paused: dict[str, SchemaChanged] = {}
+        following: Batch | None = None
         while True:
-            work = await self._open.next()
+            work = following or await self._open.next()
             match work:
                 case Batch():
-                    await self._apply(work)
+                    following = await self._apply(work)
                     paused.update(work.paused)
                     if paused and not work.partial:
                         # Faults found meanwhile in changes that are not stored will be found again.
@@ -215,16 +216,26 @@ class Stream:
                 case _:
                     assert_never(work)
 
-    async def _apply(self, batch: Batch) -> None:
+    async def _apply(self, batch: Batch) -> Batch | None:
+        """Apply a batch; returns the one that follows it, if that was full before this one was committed."""
         before = self._progress.checkpoint
-        for index, changes in batch.indexes.items():
-            changes.rewrite = changes.rewrite or self._deliveries[index].rewriting
-        outcome = await self._applier.apply(batch, caught_up=lambda: self._open.nothing_left)
+        self._note_rewriting(batch)
+        outcome = await self._applier.apply(batch, caught_up=lambda: self._open.nothing_left, following=self._following)
         if batch.end_lsn is not None:
             self._progress.commit(batch.end_lsn)
         self._accounts.note(batch, outcome, before=before, checkpoint=self._progress.checkpoint)
         self._applied(batch)
         self._open.done(batch)
+        return outcome.following
+
+    async def _following(self) -> Batch:
+        batch = await self._open.following()
+        self._note_rewriting(batch)
+        return batch
+
+    def _note_rewriting(self, batch: Batch) -> None:
+        for index, changes in batch.indexes.items():
+            changes.rewrite = changes.rewrite or self._deliveries[index].rewriting
 
     def _new_batch(self) -> OpenBatch:
         return OpenBatch(self._progress, self._limits, self._lag, self._tracing, self._stopping)

@@ -509,6 +509,25 @@ async def test_hashes_are_those_of_whole_documents_in_the_index(index: LiveIndex
     }
 
 
+@pytest.mark.parametrize("truncated", [False, True])
+async def test_the_hashes_after_an_apply_are_known_before_it(index: LiveIndex, truncated: bool) -> None:
+    keys = [(str(key),) for key in range(1, 8)]
+    await index.apply(changes(*(document(str(key), "a") for key in range(1, 6))))
+    before = await index.writer.stored_hashes(keys)
+    batch = changes(
+        document("1", "b", existed=True),
+        document("2", existed=True),
+        document("6", "c", "d"),
+        *([] if truncated else [kept("5", "7")]),
+        deleted=[] if truncated else ["3", "7"],
+        absent=[] if truncated else ["4"],
+        truncated=truncated,
+    )
+    after = batch.hashes_after(before)
+    await index.apply(batch)
+    assert after == await index.writer.stored_hashes(keys)
+
+
 # -- vectors ---------------------------------------------------------------------------------------------------------
 
 

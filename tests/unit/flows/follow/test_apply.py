@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import anyio
+import anyio.lowlevel
 import pytest
 
 from cdcsync.config import QualifiedName
@@ -35,19 +37,34 @@ class Target:
         self.prepared: list[str] = []
         self.opened = 0
         self.commits: list[tuple[set[str], Lsn | None, Mapping[str, Pause], bool]] = []
+        self.can_prepare_ahead = True
+        self.ahead: list[tuple[str, str]] = []
+        """By what was looked up, and behind what, for batches that were prepared while another was written."""
+        self.staged: list[Sequence[bytes] | None] = []
+        self.looked_ahead = 0
+        self.waits_for_all_ahead = False
 
     async def ensure(self, specs: Sequence[Any]) -> None:
         self.opened += 1
 
-    def writer(self, index: str) -> str:
-        return index
+    def writer(self, index: str) -> Target:
+        return self
 
-    async def prepare(self, changes: IndexChanges, writer: Any) -> ChangeSet:
+    def stage(self, changes: ChangeSet) -> Iterator[bytes]:
+        yield changes.deleted[0][0].encode()
+
+    async def look_ups(self, index: str) -> str:
+        return f"{index} beside"
+
+    async def prepare(self, changes: IndexChanges, look_ups: Any, before: ChangeSet | None = None) -> ChangeSet:
         index = changes.shape.index
         self.prepared.append(index)
+        if before is not None:
+            self.looked_ahead += 1
+            self.ahead.append((look_ups, before.deleted[0][0]))
         if index in self.refused:
             raise self.refused[index]
-        return cast(ChangeSet, index)
+        return ChangeSet(False, [(index,)], [], [], {})
 
     async def apply(
         self,
@@ -59,10 +76,18 @@ class Target:
         caught_up: bool,
         **_: Any,
     ) -> dict[str, Applied]:
+        before = self.looked_ahead
+        while self.waits_for_all_ahead and self.looked_ahead < before + len(changes):
+            await anyio.lowlevel.checkpoint()
         if self.failures:
             raise self.failures.pop(0)
         self.commits.append((set(changes), checkpoint, paused or {}, caught_up))
+        self.staged += [one.staged for one in changes.values()]
         return dict.fromkeys(changes, DONE)
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.can_prepare_ahead
 
 
 def applier(target: Target, metrics: Metrics | None = None) -> Applier:
@@ -126,3 +151,86 @@ async def test_a_position_is_committed_alone_or_not_at_all_while_the_target_is_a
     assert not await made.note_position(Lsn(30), caught_up=True)
     assert await made.note_position(Lsn(30), caught_up=True)
     assert target.commits == [(set(), Lsn(30), {}, True)]
+
+
+class Following:
+    """A full batch that follows the one in hand."""
+
+    def __init__(self) -> None:
+        self.batch = a_batch()
+        self.taken = 0
+
+    async def __call__(self) -> Batch:
+        self.taken += 1
+        return self.batch
+
+
+async def test_a_full_batch_is_prepared_while_the_one_before_it_is_written() -> None:
+    target = Target()
+    target.waits_for_all_ahead = True
+    made, following = applier(target), Following()
+    outcome = await made.apply(a_batch(), caught_up=lambda: False, following=following)
+    assert outcome.following is following.batch
+    assert target.ahead == [("articles beside", "articles"), ("notes beside", "notes")]
+    assert len(target.prepared) == 4
+    outcome = await made.apply(following.batch, caught_up=lambda: False)
+    assert (len(target.prepared), len(target.commits), outcome.following) == (4, 2, None)
+    assert target.staged == [None, None, [b"articles"], [b"notes"]]
+
+
+async def test_a_batch_that_does_not_follow_at_once_is_not_waited_for() -> None:
+    target = Target()
+    outcome = await applier(target).apply(a_batch(), caught_up=lambda: True)
+    assert (outcome.following, target.ahead) == (None, [])
+
+
+async def test_what_was_prepared_behind_a_batch_that_failed_is_prepared_again() -> None:
+    target = Target(TargetUnavailable("away"))
+    target.waits_for_all_ahead = True
+    made, following = applier(target), Following()
+    outcome = await made.apply(a_batch(), caught_up=lambda: False, following=following)
+    # The batch itself twice, and the one behind it each time.
+    assert (following.taken, len(target.prepared), len(target.ahead)) == (1, 8, 4)
+    assert outcome.following is following.batch
+
+
+async def test_what_an_index_that_is_paused_meanwhile_would_hold_is_not_relied_on() -> None:
+    target = Target(SchemaChanged("the target refuses a value", index="notes"))
+    target.waits_for_all_ahead = True
+    made, following = applier(target), Following()
+    await made.apply(a_batch(), caught_up=lambda: False, following=following)
+    assert target.ahead[2:] == [("articles beside", "articles")]
+
+
+async def test_a_batch_that_is_to_be_written_anew_by_now_is_prepared_again() -> None:
+    target = Target()
+    target.waits_for_all_ahead = True
+    made, following = applier(target), Following()
+    await made.apply(a_batch(), caught_up=lambda: False, following=following)
+    following.batch.indexes["notes"].rewrite = True
+    await made.apply(following.batch, caught_up=lambda: False)
+    assert len(target.prepared) == 6
+
+
+async def test_an_index_whose_equal_keys_may_be_written_differently_is_prepared_only_after_the_batch_before() -> None:
+    target = Target()
+    target.can_prepare_ahead = False
+    following = Following()
+    outcome = await applier(target).apply(a_batch(), caught_up=lambda: False, following=following)
+    assert (outcome.following, following.taken, target.ahead) == (None, 0, [])
+
+
+async def test_a_batch_that_cannot_be_prepared_ahead_is_prepared_after_the_one_before_it() -> None:
+    target = Target()
+    made, following = applier(target), Following()
+
+    async def away(index: str) -> str:
+        target.looked_ahead += len(SHAPES)
+        raise TargetUnavailable("no more connections")
+
+    target.waits_for_all_ahead = True
+    target.look_ups = away  # type: ignore[method-assign]
+    outcome = await made.apply(a_batch(), caught_up=lambda: False, following=following)
+    assert outcome.following is following.batch
+    await made.apply(following.batch, caught_up=lambda: False)
+    assert (len(target.prepared), len(target.commits)) == (4, 2)

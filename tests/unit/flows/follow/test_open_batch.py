@@ -251,3 +251,39 @@ async def test_nothing_is_left_if_all_was_heard_and_the_batch_in_hand_is_the_las
     assert opened.batch.nothing_left
     opened.transaction(30, "b")
     assert not opened.batch.nothing_left
+
+
+async def test_while_a_batch_is_in_hand_the_next_one_is_taken_only_once_it_is_full(opened: Opened) -> None:
+    opened.transaction(20, "a")
+    opened.batch.note_dry(heard_all=True)
+    first = await opened.take()
+    opened.transaction(30, "b", "c")
+    with anyio.move_on_after(0):
+        await opened.batch.following()
+        raise AssertionError("it could still grow")
+    taken: list[Batch] = []
+
+    async def take() -> None:
+        taken.append(await opened.batch.following())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(take)
+        await anyio.wait_all_tasks_blocked()
+        opened.transaction(40, "d")
+        await opened.batch.wait_for_applier(0)
+    (second,) = taken
+    assert (second.rows, second.end_lsn) == (3, Lsn(40))
+    assert not opened.batch.nothing_left
+    opened.apply(first)
+    assert opened.batch.applying
+    assert opened.batch.nothing_left
+    opened.apply(second)
+    assert not opened.batch.applying
+
+
+async def test_no_batch_is_prepared_ahead_once_the_worker_is_to_stop(opened: Opened) -> None:
+    opened.transaction(20, *"abc")
+    opened.stopping.set()
+    with anyio.move_on_after(0):
+        await opened.batch.following()
+        raise AssertionError

@@ -55,7 +55,9 @@ class FakeTarget:
 
     def writer(self, index: str) -> None: ...
 
-    async def prepare(self, changes: Any, writer: Any) -> Any:
+    looks_ahead = False
+
+    async def prepare(self, changes: Any, look_ups: Any) -> Any:
         return changes
 
     async def apply(self, changes: Any, pages: Any, checkpoint: Lsn | None, **rest: Any) -> dict[str, Any]:

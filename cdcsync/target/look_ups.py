@@ -1,0 +1,77 @@
+"""Look-ups in one index that tell what of a batch is new to it. They read what is committed and change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import psycopg
+from psycopg import sql
+
+from cdcsync.model.rows import Key
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.comparisons import comparisons
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.names import Names
+
+
+class LookUps:
+    """Looks up in one index over one connection; `open` prepares it."""
+
+    def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
+        self._connection = connection
+        self.spec = self._spec = spec
+        self._names = Names(schema, spec.name)
+        self._keys = [sql.Identifier(name) for name in spec.shape.key]
+        self._places = [sql.Identifier(f"k{at}") for at in range(len(self._keys))]
+        self._equal: list[sql.Composable] = []
+        """The key columns' operators."""
+        self._hashes = b""
+        """The statement that looks up documents, as it is sent."""
+
+    async def open(self) -> None:
+        """Ask how keys are compared; once per connection."""
+        self._equal = [one.equal for one in await comparisons(self._connection, self._spec.key_types)]
+        self._hashes = (
+            sql.SQL(
+                "SELECT s.place, c.chunk_id, c.document_hash FROM unnest({}) WITH ORDINALITY AS s({}, place)"
+                " JOIN {} AS c ON {} WHERE c.chunk_no = 0"
+            )
+            .format(
+                sql.SQL(", ").join(sql.SQL(f"${at}::text[]") for at in range(1, len(self._keys) + 1)),
+                sql.SQL(", ").join(self._places),
+                self._names.chunks,
+                sql.SQL(" AND ").join(
+                    sql.SQL("c.{} {} s.{}::" + type_).format(key, equal, place)
+                    for key, equal, place, type_ in zip(
+                        self._keys, self._equal, self._places, self._spec.key_types, strict=True
+                    )
+                ),
+            )
+            .as_bytes(self._connection)
+        )
+
+    async def stored_hashes(self, keys: Sequence[Key]) -> dict[Key, bytes]:
+        """Return the document hash of each key that the index holds, read outside the apply transaction.
+
+        Two of `keys` that the server takes for the same key have no hash here: their order decides, not their content.
+        """
+        if not keys:
+            return {}
+        # A raw cursor: a column's name may hold a % that is not a placeholder.
+        cursor = psycopg.AsyncRawCursor(self._connection)
+        await cursor.execute(self._hashes, [list(column) for column in zip(*keys, strict=True)])
+        by_chunk: dict[int, tuple[Key, bytes] | None] = {}
+        for place, chunk_id, document_hash in await cursor.fetchall():
+            by_chunk[chunk_id] = None if chunk_id in by_chunk else (keys[place - 1], document_hash)
+        return dict(entry for entry in by_chunk.values() if entry is not None)
+
+    async def known_vectors(self, hashes: Sequence[bytes]) -> set[bytes]:
+        """Return those hashes that some chunk has a vector of."""
+        cursor = await self._connection.execute(
+            sql.SQL(
+                "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {} v WHERE v.content_hash = h)"
+            ).format(self._names.vectors(self._spec.generation)),
+            [list(hashes)],
+        )
+        return {cast(bytes, row[0]) for row in await cursor.fetchall()}
