@@ -215,22 +215,28 @@ class SlotConnection:
         :raises SourceUnavailable: the connection or the server ended.
         :raises ProtocolError: the bytes are not of the protocol.
         """
-        frame = self._poll()
+        frame = self.poll()
         if frame is None and timeout_s > 0:
             with anyio.move_on_after(timeout_s):
                 while frame is None:
                     await anyio.wait_readable(self._pgconn.socket)
-                    self._consume()
-                    frame = self._poll()
+                    frame = self.poll()
         return frame
 
     def poll(self) -> XLogData | Keepalive | None:
         """Return the next frame that has arrived already, reading the socket once without waiting."""
-        frame = self._poll()
-        if frame is None:
-            self._consume()
-            frame = self._poll()
-        return frame
+        try:
+            size, data = self._pgconn.get_copy_data(1)
+            if not size:
+                self._pgconn.consume_input()
+                size, data = self._pgconn.get_copy_data(1)
+        except psycopg.Error as error:
+            raise self._lost(error) from error
+        if size > 0:
+            return decode_frame(data)
+        if size == 0:
+            return None
+        raise self._failure(self._pgconn.get_result(), decoding=True)
 
     async def send_status(self, received: Lsn, durable: Lsn, *, ask: bool = False) -> None:
         """Report what was received, and what is committed in the target: all before `durable` may be recycled.
@@ -259,23 +265,6 @@ class SlotConnection:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
-
-    def _poll(self) -> XLogData | Keepalive | None:
-        try:
-            size, data = self._pgconn.get_copy_data(1)
-        except psycopg.Error as error:
-            raise self._lost(error) from error
-        if size > 0:
-            return decode_frame(bytes(data))
-        if size == 0:
-            return None
-        raise self._failure(self._pgconn.get_result(), decoding=True)
-
-    def _consume(self) -> None:
-        try:
-            self._pgconn.consume_input()
-        except psycopg.Error as error:
-            raise self._lost(error) from error
 
     async def _flush(self) -> None:
         try:

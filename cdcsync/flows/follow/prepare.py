@@ -157,7 +157,8 @@ class Preparer:
         vectors = await self._vectors_in_time(documents, look_ups)
         pages = {id(change.vectors): change.vectors for change, _ in upserts if isinstance(change, Prepared)}
         made = {one: vector for page in pages.values() for one, vector in page.items()}
-        vectors |= {chunk.hash: made[chunk.hash] for one in documents for chunk in one.chunks if chunk.hash in made}
+        if made:
+            vectors |= {chunk.hash: made[chunk.hash] for one in documents for chunk in one.chunks if chunk.hash in made}
         return ChangeSet(
             truncated=changes.truncated,
             deleted=[] if changes.truncated else deleted,
@@ -313,7 +314,10 @@ class Preparer:
 
     async def _vectors_in_time(self, documents: Sequence[Document], look_ups: LookUps) -> dict[bytes, FloatVector]:
         """Embed a small live batch here and now, if the dispatcher is free and the budget allows."""
-        texts = {chunk.hash: chunk.text for one in documents if one.lane == LIVE for chunk in one.chunks}
+        live = [one for one in documents if one.lane == LIVE and one.chunks]
+        if len(live) > self._spec.config.inline_max_chunks:
+            return {}
+        texts = {chunk.hash: chunk.text for one in live for chunk in one.chunks}
         budget_s = self._spec.config.inline_budget_ms / 1000
         if not 0 < len(texts) <= self._spec.config.inline_max_chunks or not self._dispatcher.free_within(budget_s / 2):
             return {}

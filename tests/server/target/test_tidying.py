@@ -40,7 +40,7 @@ async def counted(index: LiveIndex) -> tuple[int, int]:
     return dead, pages
 
 
-async def test_what_is_dead_is_removed_once_it_is_more_than_what_is_alive(index: LiveIndex) -> None:
+async def test_what_is_dead_is_removed_once_it_is_much(index: LiveIndex) -> None:
     await churned(index, live=300, dead=900)
     before, _ = await counted(index)
     await tidy(index.connection, SCHEMA, index.spec)

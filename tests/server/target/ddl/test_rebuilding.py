@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -10,6 +12,7 @@ import msgspec
 import pytest
 
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl import rebuilding
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.ddl.generations import create_generations, drop_relations
 from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
@@ -164,6 +167,38 @@ async def test_a_rebuild_that_was_killed_is_dropped_by_the_next_one(
 
     assert await both.rows("SELECT count(*), min(tier) FROM {vectors}") == [(7, "settled")]
     assert await both.faults() == []
+
+
+class Killed(Exception):
+    """Ends a rebuild where a process would have been killed: its session ends, and the server rolls back."""
+
+
+@pytest.mark.parametrize("point", re.findall(r'crash_point\("(.+?)"\)', inspect.getsource(rebuilding)))
+async def test_wherever_a_rebuild_is_killed_each_vector_is_in_one_tier_and_the_next_one_succeeds(
+    both: LiveIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    before, made = await relations(both), await both.embedded()
+    left = await connect_target()
+    await Rebuild(left, SCHEMA, both.spec).record()  # so that there is something to drop at the start
+    await left.close()
+
+    def kill(reached: str) -> None:
+        if reached == point:
+            raise Killed
+
+    monkeypatch.setattr(rebuilding, "crash_point", kill)
+    session = await connect_target()
+    with pytest.raises(Killed):
+        await Rebuild(session, SCHEMA, both.spec).run()
+    await session.close()
+    assert await both.embedded() == made
+    assert await both.faults() == []
+
+    monkeypatch.setattr(rebuilding, "crash_point", lambda reached: None)
+    await Rebuild(await connect_target(), SCHEMA, both.spec).run()
+    assert [tier for _, tier in await both.rows(TIERS)] == ["settled"] * 8
+    assert await both.embedded() == made
+    assert await relations(both) == before
 
 
 async def test_searches_and_changes_go_on_while_it_is_built_and_exchanged(

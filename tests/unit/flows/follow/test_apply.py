@@ -173,6 +173,7 @@ async def test_a_full_batch_is_prepared_while_the_one_before_it_is_written() -> 
     assert outcome.following is following.batch
     assert target.ahead == [("articles beside", "articles"), ("notes beside", "notes")]
     assert len(target.prepared) == 4
+    target.waits_for_all_ahead = False
     outcome = await made.apply(following.batch, caught_up=lambda: False)
     assert (len(target.prepared), len(target.commits), outcome.following) == (4, 2, None)
     assert target.staged == [None, None, [b"articles"], [b"notes"]]
@@ -208,6 +209,7 @@ async def test_a_batch_that_is_to_be_written_anew_by_now_is_prepared_again() -> 
     made, following = applier(target), Following()
     await made.apply(a_batch(), caught_up=lambda: False, following=following)
     following.batch.indexes["notes"].rewrite = True
+    target.waits_for_all_ahead = False
     await made.apply(following.batch, caught_up=lambda: False)
     assert len(target.prepared) == 6
 
@@ -232,5 +234,6 @@ async def test_a_batch_that_cannot_be_prepared_ahead_is_prepared_after_the_one_b
     target.look_ups = away  # type: ignore[method-assign]
     outcome = await made.apply(a_batch(), caught_up=lambda: False, following=following)
     assert outcome.following is following.batch
+    target.waits_for_all_ahead = False
     await made.apply(following.batch, caught_up=lambda: False)
     assert (len(target.prepared), len(target.commits)) == (4, 2)
