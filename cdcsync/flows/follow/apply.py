@@ -17,7 +17,7 @@ import msgspec
 import structlog
 
 from cdcsync.backoff import Backoff, Failure
-from cdcsync.errors import SchemaChanged, TargetUnavailable, Unavailable, leading
+from cdcsync.errors import CdcsyncError, SchemaChanged, TargetUnavailable, Unavailable, leading
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
@@ -30,6 +30,10 @@ from cdcsync.target.session import ApplySession
 from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
+
+AHEAD_S = 1.0
+"""The preparation of the next batch may take so much longer than the commit: it may wait for the source, and what is
+committed is acknowledged only afterwards."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -175,6 +179,7 @@ class Applier:
                     tasks.start_soon(look_ahead)
                 applied = await self._commit(changes, batch, caught_up)
                 waiting.cancel()
+                tasks.cancel_scope.deadline = anyio.current_time() + AHEAD_S
         except BaseExceptionGroup as group:
             raise leading(group) from None
         return applied
@@ -187,8 +192,9 @@ class Applier:
                 changes = await self._preparers[index].prepare(of_index, look_ups, before.get(index))
                 prepared[index] = msgspec.structs.replace(changes, staged=await self._stage(index, changes))
             self._ahead.changes = prepared
-        except (SchemaChanged, Unavailable) as error:
-            # It is prepared again once the batch before it is written, and meets the same error if that stays.
+        except CdcsyncError as error:
+            # It is prepared again once the batch before it is written, and meets the same error if that stays. If the
+            # target has no connection to spare for the look-ups, that is all there is to it.
             log.debug("not_prepared_ahead", error=str(error))
 
     async def _stage(self, index: str, changes: ChangeSet) -> Sequence[bytes] | None:

@@ -10,7 +10,15 @@ import anyio.lowlevel
 import pytest
 
 from cdcsync.config import QualifiedName
-from cdcsync.errors import CdcsyncError, LeaseLost, SchemaChanged, SourceUnavailable, TargetRewound, TargetUnavailable
+from cdcsync.errors import (
+    CdcsyncError,
+    LeaseLost,
+    SchemaChanged,
+    SetupError,
+    SourceUnavailable,
+    TargetRewound,
+    TargetUnavailable,
+)
 from cdcsync.flows.follow.apply import Applier
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
@@ -228,10 +236,31 @@ async def test_a_batch_that_cannot_be_prepared_ahead_is_prepared_after_the_one_b
 
     async def away(index: str) -> str:
         target.looked_ahead += len(SHAPES)
-        raise TargetUnavailable("no more connections")
+        raise SetupError("too many connections for role")
 
     target.waits_for_all_ahead = True
     target.look_ups = away  # type: ignore[method-assign]
+    outcome = await made.apply(a_batch(), caught_up=lambda: False, following=following)
+    assert outcome.following is following.batch
+    target.waits_for_all_ahead = False
+    await made.apply(following.batch, caught_up=lambda: False)
+    assert (len(target.prepared), len(target.commits)) == (4, 2)
+
+
+async def test_what_is_committed_does_not_wait_for_long_for_the_next_batch_to_be_prepared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cdcsync.flows.follow.apply.AHEAD_S", 0.0)
+    target = Target()
+    made, following = applier(target), Following()
+
+    async def wait_for_the_source(index: str) -> str:
+        target.looked_ahead += len(SHAPES)
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    target.waits_for_all_ahead = True
+    target.look_ups = wait_for_the_source  # type: ignore[method-assign]
     outcome = await made.apply(a_batch(), caught_up=lambda: False, following=following)
     assert outcome.following is following.batch
     target.waits_for_all_ahead = False
