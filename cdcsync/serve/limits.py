@@ -1,7 +1,7 @@
 """How much a tenant may ask for: a token bucket, calls at the same time, and text a day.
 
 Two bounds hold for everybody together: how many calls work at the same time, and how many wait for that. Beyond them
-callers are told to come back at once, so that a storm costs the others nothing and no queue grows.
+callers are told at once to come back later, so that a storm costs the others little and no queue grows.
 
 Refusals stand in line: each account is told `REFUSALS_PER_S` of them. A caller that is refused once is told at once,
 and a thousand loops that call again without a pause are held back until they cost little. Each refusal says when its
