@@ -14,7 +14,7 @@ BIN := .venv/bin
 STAMP := .venv/.cdcsync-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test prove chaos mutants simulate soak fuzz image-test lock sbom lint audit type bench clean
+.PHONY: help setup demo docs pictures test prove chaos mutants simulate soak fuzz image-test lock sbom lint audit type bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ docs: setup ## build the documentation as a site, build/site/index.html; a broke
 	PYTHONPATH=. $(BIN)/python docs/reference.py
 	$(BIN)/python -m sphinx --quiet --nitpicky --fail-on-warning --keep-going --builder html docs build/site $(ARGS)
 	@echo "build/site/index.html"
+
+pictures: setup ## take the pictures of the documentation again; needs Chromium and chromedriver
+	PYTHONPATH=. $(BIN)/python docs/record.py
+	CDCSYNC_PICTURES=1 $(BIN)/python -m pytest -q tests/server/test_browser.py tests/server/serve/test_page.py $(ARGS)
 
 test: setup ## run all tests
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)

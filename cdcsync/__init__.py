@@ -25,6 +25,7 @@ _PLACES = {
     "UsageError": "cdcsync.errors",
     "SetupError": "cdcsync.errors",
     "EmbedderSetupError": "cdcsync.errors",
+    "ModelChanged": "cdcsync.errors",
     "RunError": "cdcsync.errors",
     "Unavailable": "cdcsync.errors",
     "SourceUnavailable": "cdcsync.errors",

@@ -84,17 +84,17 @@ class ConfigError(CdcsyncError):
 
 
 class UsageError(ConfigError):
-    """A command was called with the wrong arguments."""
+    """An argument of a command or a function cannot be used."""
 
 
 class SetupError(CdcsyncError):
-    """A server, table, slot, publication or privilege is not as the pipeline needs it."""
+    """A server, table, slot, publication, privilege or index is not as it has to be."""
 
     exit_code = EXIT_WRONG
 
 
 class EmbedderSetupError(SetupError):
-    """The configured model or provider cannot be used: missing package, missing model, wrong dimension."""
+    """A model or provider cannot be used as configured: a missing package or model, other dimensions."""
 
 
 class ModelChanged(SetupError):
@@ -104,7 +104,7 @@ class ModelChanged(SetupError):
 
 
 class RunError(CdcsyncError):
-    """A running worker cannot continue until someone acts; what is committed stays, and the next start continues there.
+    """A running worker cannot continue until someone acts; the next start resumes from what is committed.
 
     Examples are a full disk, a privilege that was revoked, and a row that the source cannot send.
     """
@@ -164,13 +164,13 @@ class MalformedMessage(ProtocolError):
 
 
 class Unavailable(CdcsyncError):
-    """A server cannot be reached or is shutting down; waiting helps."""
+    """A server cannot be reached now, or is shutting down; waiting helps."""
 
     retry = Retry.AUTOMATIC
 
 
 class SourceUnavailable(Unavailable):
-    """The source server cannot be reached just now."""
+    """The source server cannot be reached now."""
 
 
 class DecodingFailed(SourceUnavailable):
@@ -182,7 +182,7 @@ class SpoolUnusable(SourceUnavailable):
 
 
 class TargetUnavailable(Unavailable):
-    """The target server cannot be reached just now."""
+    """The target server cannot be reached now."""
 
 
 class SlotInUse(Unavailable):
@@ -210,7 +210,7 @@ class EmbedError(CdcsyncError):
 
 
 class EmbedderUnavailable(EmbedError):
-    """The embedder fails as a whole: outage, rate limit, not loaded yet.
+    """The embedder as a whole fails now: outage, rate limit, not loaded yet.
 
     :param retry_after_s: how long the provider asked us to wait, in seconds, when it said so.
     """
@@ -225,7 +225,10 @@ class EmbedderUnavailable(EmbedError):
 
 
 class TextRejected(EmbedError):
-    """The embedder refuses at least one text of the batch for what it is (too long, not allowed)."""
+    """The embedder will never embed one of these texts, which is too long or not allowed, for example.
+
+    Raise it in an embedder of your own, so that only this text is given up.
+    """
 
     retry = Retry.NEVER
 

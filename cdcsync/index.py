@@ -67,9 +67,9 @@ SWITCHES = 4
 
 
 class Hits(list[Hit]):
-    """The hits of a search, the best first.
+    """A list of `Hit`, the best first.
 
-    :ivar warning: what the search had to do without (the model, the reranker), for people; None if nothing.
+    :ivar warning: what the search had to do without (the model, the reranker), for people; `None` if nothing.
     :ivar generation: the generation of vectors that was searched; see `cdcsync migrate`.
     """
 
@@ -130,7 +130,11 @@ class _Shared:
 
 
 class Index:
-    """An index, searched by any number of tasks of one event loop. Use it in an `async with` block."""
+    """An index of the configuration, searched by any number of tasks of one event loop.
+
+    Use it in an `async with` block. It needs no worker in the same process. It keeps a few connections and the model
+    open, so open it once, at the start of the application, and not for each request.
+    """
 
     def __init__(self, shared: _Shared, name: str, *, owner: bool) -> None:
         self.name = name
@@ -150,17 +154,18 @@ class Index:
         model_timeout_s: float = MODEL_TIMEOUT_S,
         application_name: str = "cdcsync index",
     ) -> Self:
-        """Return the index of this name; entering it looks it up in the target and loads its model.
+        """Return the index of this name. Entering it looks it up in the target and loads its model.
 
         :param connections: the most searches at the same time.
-        :param model_timeout_s: how long a query may wait for its vector before it is searched for by words.
-        :param application_name: how its sessions are named in the target.
+        :param model_timeout_s: how long a query may wait for its vector before the search goes by words alone.
+        :param application_name: the name of its sessions in the target.
         :raises UsageError: the configuration has no such index.
+        :raises SetupError: on entering, if the target does not hold the index or its model cannot be used.
         """
         return cls(_Shared(config, connections, model_timeout_s, application_name), name, owner=True)
 
     def beside(self, name: str) -> Self:
-        """Return another index of the same configuration, which shares connections and models, and ends with this one.
+        """Return another index of the same configuration, which shares connections and models and ends with this one.
 
         :raises UsageError: the configuration has no such index.
         """
@@ -204,18 +209,27 @@ class Index:
     ) -> Hits:
         """Return the `k` best hits for a text, the best first.
 
-        :param mode: by nearness of meaning (`vector`), by words (`text`), or by both, fused by rank (`hybrid`).
-        :param filter: values for key and carried columns: `{"tenant": 3, "status": ["open", "new"], "at": {"gte": t}}`.
+        In the text, words are alternatives, `"quoted phrases"` have to occur, and a `-word` must not occur.
+
+        If the model is away, or does not answer in time, a hybrid search goes by words alone and `Hits.warning` says
+        so. A model that failed is left alone for five seconds. A reranker that is away is skipped with a warning, too.
+
+        :param k: how many hits.
+        :param mode: by nearness of meaning (`"vector"`), by words (`"text"`), or by both, fused by rank (`"hybrid"`).
+        :param filter: values for key and carried columns, never SQL: `{"tenant": 3, "status": ["open", "new"],
+            "created_at": {"gte": "2026-01-01"}, "closed_at": None}`. The operators are `eq`, `ne`, `in`, `lt`, `lte`,
+            `gt`, `gte`, `like` and `null`.
         :param per_document: return each document once, by its best chunk.
-        :param skip: leave out so many of the first hits: the next page.
-        :param weights: of vectors and of words, in `hybrid`.
-        :param rerank: have the index's reranker, if it has one, order the best hits anew.
-        :param vector: the query's vector, if the caller has it already; the model is not asked then.
-        :param headline: options of `ts_headline` for `Hit.headline`, "" for the server's own; None makes no headlines.
+        :param skip: leave out this many of the first hits, for the next page.
+        :param weights: of vectors and of words, in a hybrid search.
+        :param rerank: let the index's reranker, if it has one, order the best hits anew; `score` is then its.
+        :param vector: the query's vector, if you have it already; the model is not asked then.
+        :param headline: options of `ts_headline` for `Hit.headline`, `""` for the server's defaults; `None` makes no
+            headlines.
         :param settings: PostgreSQL settings for this search alone, such as one that a row-level security policy reads.
         :param timeout_s: how long the server may take.
-        :param generation: the generation of vectors that is searched, such as the one that `vector` was made for; None
-            is the live one.
+        :param generation: the generation of vectors to search, such as the one that `vector` was made for; `None` is
+            the live one. `Hits.generation` says which one was searched.
         :raises UsageError: an argument cannot be used.
         :raises ModelChanged: another generation has become live, and `vector` came without its generation: embed again.
         :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
@@ -289,9 +303,10 @@ class Index:
         return await once()
 
     async def rerank(self, text: str, hits: Sequence[Hit]) -> Hits:
-        """Return hits ordered by the index's reranker, with its scores; those beyond its `candidates` stay behind.
+        """Return hits ordered by the index's reranker, for hits that you have merged or filtered yourself.
 
-        As they were, with a warning, if the reranker is away.
+        The first `candidates` get its scores and come first; the others keep their order behind them. If the reranker
+        is away, all hits come back as they were, with a warning.
 
         :raises UsageError: the index has no reranker.
         :raises EmbedderSetupError: the reranker cannot be used as configured.
@@ -327,11 +342,13 @@ class Index:
         return await self._shared.model(spec).embed(texts), spec.generation
 
     async def wait_for(self, lsn: str | None = None, *, timeout_s: float = 10.0, vectors: bool = False) -> bool:
-        """Wait until the index holds everything that the source had committed up to an LSN; False at the timeout.
+        """Wait until the index holds everything that the source had committed up to an LSN; return whether it does.
 
-        Take the LSN after the commit, `SELECT pg_current_wal_lsn()` on the source, and hand it to whoever searches.
+        To read your own writes, take `SELECT pg_current_wal_lsn()` on the source after the commit, keep it (in a
+        session or a cookie), and wait for it before the search.
 
-        :param lsn: None takes the source's position now.
+        :param lsn: `None` takes the source's position now.
+        :param timeout_s: how long to wait before returning `False`.
         :param vectors: also wait until the texts up to there have their vectors.
         :raises SetupError: the target does not hold the index, or it is paused or no longer followed.
         :raises SourceUnavailable: `lsn` is None and the source does not answer.

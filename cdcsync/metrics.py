@@ -1,4 +1,4 @@
-"""Every metric, with its name, unit and labels. docs/metrics.md tells what each means; a test holds the two together.
+"""Every metric, with its name, unit, labels and meaning. docs/metrics.md is made of them.
 
 Label values come from closed sets: index and embedder names, and the words below. What a server said never becomes one.
 
@@ -7,8 +7,9 @@ Source: Prometheus, "Metric and label naming"; "Writing client libraries", proce
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from cdcsync import __version__
@@ -25,147 +26,316 @@ WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
 """The states that pg_replication_slots has for the WAL that a slot needs, from well to gone."""
 
 
+LABELS = {
+    "index": "the indexes of the configuration",
+    "embedder": "the embedders of the configuration",
+    "side": "`source`, `target`",
+    "operation": "`upsert`, `delete`, `truncate`",
+    "relation": "the names of the configured `[indexes.NAME.related.…]` sections, joined by dots",
+    "state": ", ".join(f"`{state}`" for state in STATES),
+    "status": ", ".join(f"`{status}`" for status in WAL_STATUSES) + ", as in `pg_replication_slots.wal_status`",
+    "lane": "`live` for changes, `backfill` for rows read from tables; live chunks are embedded first",
+    "way": "`reused` from an equal text, `inline` together with its chunk, `backlog` afterwards, `migration` for a"
+    " generation beside the live one",
+    "generation": "the number of a generation of vectors, as in `NAME_vectors_GENERATION`",
+    "reason": "`current`, `shared`, `remembered`, `under_way`, `superseded`",
+    "kind": "the class of the error: `EmbedderUnavailable`, `TextRejected`, `EmbedderSetupError`, `EmbedError`",
+    "problem": "kinds of differences, as `cdcsync verify` calls them, and `vectors_orphaned`",
+    "version": "the version that runs",
+}
+"""The values of each label."""
+
+
+class Described(msgspec.Struct, frozen=True):
+    """A metric as docs/metrics.md lists it. `part` is the section of the page."""
+
+    name: str
+    kind: str
+    unit: str
+    labels: tuple[str, ...]
+    meaning: str
+    part: str
+
+
 class Metrics:
     """The metrics of one worker, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._described: list[Described] = []
         # Memory, CPU time, open files and start time of the process, under the names that all exporters use.
         ProcessCollector(registry=self.registry)
-        Info("cdcsync_build", "The version that runs.", registry=self.registry).info({"version": __version__})
-        index = ("index",)
-        self.ready = self._gauge("ready", "1 while the worker does its work, as /readyz says.")
-        self.standby = self._gauge("standby", "1 while another worker holds the pipeline's lock.")
-        self.received_bytes = self._counter("received_bytes_total", "Bytes of replication messages received.")
+
+        index, embedder = ("index",), ("embedder",)
+
+        self._part = "worker"
+        version = "The version that runs; always 1."
+        Info("cdcsync_build", version, registry=self.registry).info({"version": __version__})
+        self._note("build_info", "gauge", "1", ("version",), version)
+        self.ready = self._gauge("ready", "0 or 1", "1 while the worker does its work; /readyz says why not.")
+        self.standby = self._gauge("standby", "0 or 1", "1 while another worker holds the pipeline's lock.")
+        self.connected = self._gauge(
+            "connected",
+            "0 or 1",
+            "Source: 1 while the stream flows. Target: 1 if it answered when it was last asked.",
+            ("side",),
+        )
+        self.reconnects = self._counter(
+            "reconnects_total", "connections", "How often the worker waited to connect again.", ("side",)
+        )
+
+        self._part = "lag"
+        self.lag_seconds = self._gauge(
+            "lag_seconds",
+            "seconds",
+            "Age of the oldest commit that was received and is not in the index; 0 when caught up. NaN while it is"
+            " unknown: the source is not connected, or has said nothing for half of its wal_sender_timeout.",
+        )
+        self.lag_bytes = self._gauge(
+            "lag_bytes",
+            "bytes",
+            "WAL between the checkpoint and the end of the source's WAL, including that of other databases; it is"
+            " seldom exactly 0.",
+        )
+        self.checkpoint_lsn = self._gauge(
+            "checkpoint_lsn_bytes",
+            "bytes",
+            "The checkpoint as a number. Its rate is how fast the worker moves through the WAL.",
+        )
+        self.slot_retained_bytes = self._gauge(
+            "slot_retained_bytes", "bytes", "WAL that the source keeps because of the slot."
+        )
+        self.slot_safe_bytes = self._gauge(
+            "slot_safe_bytes",
+            "bytes",
+            "WAL that may still be written before the slot is in danger; +Inf without max_slot_wal_keep_size, 0 once"
+            " the slot is lost.",
+        )
+        self.slot_retained_share = self._gauge(
+            "slot_retained_ratio",
+            "1",
+            "Share of max_slot_wal_keep_size that the slot holds; 0 without a limit. The worker logs 0.5 and 0.8, and"
+            " at 1 there is a gap. It is read while the target is away, too.",
+        )
+        self.slot_wal_status = self._gauge(
+            "slot_wal_status", "0 or 1", "1 for the state that the slot's WAL is in.", ("status",)
+        )
+
+        self._part = "stream"
+        self.received_bytes = self._counter(
+            "received_bytes_total",
+            "bytes",
+            "Replication messages received, including those for other tables of the publication.",
+        )
+        self.transactions = self._counter("transactions_total", "transactions", "Source transactions applied.")
         self.changes = self._counter(
             "changes_total",
-            "Row changes received, by index and operation (upsert, delete, truncate).",
+            "changes",
+            "Row changes applied. A row that changes twice in one batch counts once.",
             (*index, "operation"),
         )
         self.related_changes = self._counter(
             "related_changes_total",
-            "Changes of rows of related tables, each value once a batch, by index and relation.",
+            "changes",
+            "Changes of rows of related tables. Those that concern the same documents count once a batch.",
             (*index, "relation"),
         )
-        self.transactions = self._counter("transactions_total", "Source transactions applied.")
-        self.reconnects = self._counter("reconnects_total", "Connections made anew, by side.", ("side",))
-        self.connected = self._gauge("connected", "1 while the connection is up, by side.", ("side",))
-        self.checkpoint_lsn = self._gauge("checkpoint_lsn_bytes", "The checkpoint, as a byte position.")
-        self.lag_bytes = self._gauge("lag_bytes", "WAL between the checkpoint and the source's end of WAL.")
-        self.lag_seconds = self._gauge("lag_seconds", "Age of the oldest commit that is not applied; 0 when caught up.")
-        self.slot_retained_bytes = self._gauge("slot_retained_bytes", "WAL that the source keeps for the slot.")
-        self.slot_safe_bytes = self._gauge(
-            "slot_safe_bytes", "WAL that may be written before the slot is lost; +Inf without a limit."
+        self.batch_rows = self._histogram(
+            "batch_rows",
+            "rows",
+            "Rows of each applied batch: 1 when the source is quiet, up to worker.batch_rows when behind.",
+            BATCH_BUCKETS,
         )
-        self.slot_retained_share = self._gauge(
-            "slot_retained_ratio", "Share of max_slot_wal_keep_size that the slot holds; 0 without a limit."
+        self.apply_seconds = self._histogram(
+            "apply_seconds",
+            "seconds",
+            "Time to prepare and commit a batch: chunking, waiting for inline vectors, and the target's work.",
+            FRESHNESS_BUCKETS_S,
         )
-        self.slot_wal_status = self._gauge(
-            "slot_wal_status", "1 for the state of the slot's WAL: reserved, extended, unreserved, lost.", ("status",)
+        self.text_freshness = self._histogram(
+            "text_freshness_seconds",
+            "seconds",
+            "From a commit on the source to the commit of its chunks in the target, by the clocks of both machines.",
+            FRESHNESS_BUCKETS_S,
         )
+        self.vector_freshness = self._histogram(
+            "vector_freshness_seconds",
+            "seconds",
+            "From a commit on the source to the commit of a vector of its text in the target, for each vector that a"
+            " change brought: inline, reused or from the backlog, but not from a load or replay. A batch counts from"
+            " its last commit; one that also holds rows of a load is left out. Texts that waited since before the"
+            " worker started count from when they were applied.",
+            FRESHNESS_BUCKETS_S,
+        )
+        self.document_failures = self._counter(
+            "document_failures_total",
+            "documents",
+            "Times that no document could be made of a row, or no chunks of a document.",
+            index,
+        )
+        self.failed_documents = self._gauge(
+            "failed_documents",
+            "rows",
+            "Rows that are left out of the index now because no document could be made of them. At most 10,000 are"
+            " listed and counted; any beyond these count as one.",
+            index,
+        )
+        self.documents_unchanged = self._counter(
+            "documents_unchanged_total", "documents", "Documents that were not chunked again: same text.", index
+        )
+        self.rereads = self._counter(
+            "rereads_total",
+            "rows",
+            "Rows read again from the source because a large value came as unchanged; REPLICA IDENTITY FULL avoids it.",
+            index,
+        )
+        self.chunks = self._counter("chunks_total", "chunks", "Chunks written.", index)
+        self.chunks_deleted = self._counter("chunks_deleted_total", "chunks", "Chunks deleted.", index)
+
+        self._part = "vectors"
+        self.vectors = self._counter("vectors_total", "vectors", "Vectors stored.", (*index, "way"))
+        self.fresh = self._gauge(
+            "fresh_vectors",
+            "vectors",
+            "Vectors that every search compares one by one because they are not in the HNSW index yet.",
+            index,
+        )
+        self.fresh_scan = self._gauge(
+            "fresh_scan_seconds",
+            "seconds",
+            "What comparing them adds to a search, as the server last measured it. Above fresh_scan_budget_ms, moving"
+            " them takes precedence.",
+            index,
+        )
+        self.settled = self._counter(
+            "vectors_settled_total", "vectors", "Vectors moved into the HNSW index; the rate is the settle rate.", index
+        )
+        self.backlog = self._gauge(
+            "backlog_chunks",
+            "chunks",
+            "Chunks that wait for a vector; an estimate if there are very many.",
+            (*index, "lane"),
+        )
+        self.failed = self._gauge(
+            "failed_chunks", "chunks", "Chunks that could not be embedded and wait for an operator.", index
+        )
+        self.embed_texts = self._counter(
+            "embed_texts_total", "texts", "Texts embedded. Equal texts of a batch count once.", embedder
+        )
+        self.embed_tokens = self._counter(
+            "embed_tokens_total",
+            "tokens",
+            "Tokens of these texts, by the model's tokenizer; four characters a token if the model shows none.",
+            embedder,
+        )
+        self.embed_avoided = self._counter(
+            "embed_avoided_texts_total",
+            "texts",
+            "Texts that needed no call: current, because the chunk still has a vector of it; shared with another chunk"
+            " that waits; remembered from a recent call; under_way in another call; superseded while waiting. Unchanged"
+            " documents and reused vectors have counters of their own.",
+            (*embedder, "reason"),
+        )
+        self.embed_seconds = self._histogram(
+            "embed_seconds", "seconds", "Time of one call that succeeded.", FRESHNESS_BUCKETS_S, embedder
+        )
+        self.embed_errors = self._counter("embed_errors_total", "calls", "Calls that failed.", (*embedder, "kind"))
+        self.embedder_drift = self._gauge(
+            "embedder_drift",
+            "cosine distance",
+            "Between the vectors of a fixed text, now and when it was first embedded. Above 0.01 the provider serves"
+            " another model under the same name. Measured once a day, of providers over HTTP.",
+            embedder,
+        )
+        self.embedder_problem = self._gauge(
+            "embedder_problem",
+            "0 or 1",
+            "1 while the embedder makes no vectors; the status says why, and when it is asked again.",
+            embedder,
+        )
+
+        self._part = "indexes"
+        self.index_state = self._gauge(
+            "index_state", "0 or 1", "1 for the state that the index is in.", (*index, "state")
+        )
+        self.index_chunks = self._gauge(
+            "index_chunks", "chunks", "Chunks in the index; the planner's estimate if it is large.", index
+        )
+        self.index_vectors = self._gauge(
+            "index_vectors",
+            "vectors",
+            "Chunks that have a vector, current or stale; the planner's estimate if there are many.",
+            index,
+        )
+        self.generation_vectors = self._gauge(
+            "generation_vectors",
+            "vectors",
+            "Vectors of a generation beside the live one, which a migration fills or has left. Compare it with"
+            " cdcsync_index_chunks. Without a migration there is none.",
+            (*index, "generation"),
+        )
+        self.backfill_rows = self._counter("backfill_rows_total", "rows", "Rows read by backfills.", index)
+        self.backfill_overtaken = self._counter(
+            "backfill_overtaken_rows_total",
+            "rows",
+            "Rows among these that were dropped: the stream had newer ones.",
+            index,
+        )
+        self.backfill_done = self._gauge(
+            "backfill_done_rows", "rows", "Rows that the open backfill has read; 0 if none is open.", index
+        )
+        self.backfill_expected = self._gauge(
+            "backfill_expected_rows",
+            "rows",
+            "Rows that the open backfill will read, by the planner's estimate; 0 if none is open.",
+            index,
+        )
+
+        self._part = "recall"
+        self.recall = self._gauge(
+            "recall",
+            "1",
+            "Mean share of the ten nearest vectors that searches find, with the hnsw.ef_search of their sessions.",
+            index,
+        )
+        self.recall_finished = self._gauge(
+            "recall_finished_timestamp_seconds", "seconds since 1970", "When the recall was last measured.", index
+        )
+
+        self._part = "verification"
+        self.proven_equal = self._gauge(
+            "proven_equal_timestamp_seconds",
+            "seconds since 1970",
+            "When the last comparison of the whole index that found no difference ended.",
+            index,
+        )
+        self.audit_differences = self._counter(
+            "audit_differences_total",
+            "documents and vectors",
+            "Documents and vectors that the audit found to differ, and had read again.",
+            (*index, "problem"),
+        )
+        self.verify_differences = self._gauge(
+            "verify_differences",
+            "documents and vectors",
+            "Documents and vectors that differed from the source when last verified; it should be 0. Rows without a"
+            " document are not among them: see cdcsync_failed_documents.",
+            index,
+        )
+        self.verify_finished = self._gauge(
+            "verify_finished_timestamp_seconds", "seconds since 1970", "When the index was last verified.", index
+        )
+        self.verify_seconds = self._gauge("verify_seconds", "seconds", "How long that took.", index)
+
         self.recent_text: dict[str, Window] = {}
         """Text freshness of the last 15 minutes by index, for the status; it needs no server that scrapes."""
         self.recent_vectors: dict[str, Window] = {}
         """The same for vectors."""
-        self.batch_rows = self._histogram("batch_rows", "Rows of each applied batch.", BATCH_BUCKETS)
-        self.apply_seconds = self._histogram(
-            "apply_seconds", "Time to prepare and commit a batch.", FRESHNESS_BUCKETS_S
-        )
-        self.text_freshness = self._histogram(
-            "text_freshness_seconds", "Source commit to the chunks' commit in the target.", FRESHNESS_BUCKETS_S
-        )
-        self.vector_freshness = self._histogram(
-            "vector_freshness_seconds",
-            "Source commit to the vector's commit in the target, of texts that a change brought.",
-            FRESHNESS_BUCKETS_S,
-        )
-        self.chunks = self._counter("chunks_total", "Chunks written, by index.", index)
-        self.chunks_deleted = self._counter("chunks_deleted_total", "Chunks deleted, by index.", index)
-        self.documents_unchanged = self._counter(
-            "documents_unchanged_total", "Documents that were not chunked again, their text being unchanged.", index
-        )
-        self.document_failures = self._counter(
-            "document_failures_total", "Times that a row could not be made a document, or a document chunks.", index
-        )
-        self.failed_documents = self._gauge(
-            "failed_documents", "Rows that are left out of the index, as no document could be made of them.", index
-        )
-        self.rereads = self._counter("rereads_total", "Rows read again for an unchanged TOAST value.", index)
-        self.vectors = self._counter(
-            "vectors_total", "Vectors stored, by how they came: reused, inline, backlog, migration.", (*index, "way")
-        )
-        self.backlog = self._gauge("backlog_chunks", "Chunks without a current vector, by lane.", (*index, "lane"))
-        self.failed = self._gauge("failed_chunks", "Chunks that could not be embedded and wait for an operator.", index)
-        self.embed_texts = self._counter("embed_texts_total", "Texts given to the embedder.", ("embedder",))
-        self.embed_tokens = self._counter("embed_tokens_total", "Tokens of these texts.", ("embedder",))
-        self.embed_seconds = self._histogram(
-            "embed_seconds", "Time of one call of the embedder.", FRESHNESS_BUCKETS_S, ("embedder",)
-        )
-        self.embed_avoided = self._counter(
-            "embed_avoided_texts_total",
-            "Texts that needed no call: current, as the chunk had its vector; shared with another chunk that waits;"
-            " remembered from a recent call, under_way in another, or superseded while waiting. Unchanged documents"
-            " and reused vectors have counters of their own.",
-            ("embedder", "reason"),
-        )
-        self.embed_errors = self._counter(
-            "embed_errors_total", "Calls of the embedder that failed.", ("embedder", "kind")
-        )
-        self.embedder_problem = self._gauge(
-            "embedder_problem",
-            "1 while the embedder makes no vectors; the status says why and until when.",
-            ("embedder",),
-        )
-        self.embedder_drift = self._gauge(
-            "embedder_drift",
-            "Cosine distance between the vectors of a fixed text, now and when it was first embedded.",
-            ("embedder",),
-        )
-        self.index_state = self._gauge("index_state", "1 for the state the index is in.", (*index, "state"))
-        self.index_chunks = self._gauge("index_chunks", "Chunks in the index; an estimate for large ones.", index)
-        self.index_vectors = self._gauge("index_vectors", "Vectors in the index; an estimate for large ones.", index)
-        self.generation_vectors = self._gauge(
-            "generation_vectors", "Vectors of a generation beside the live one.", (*index, "generation")
-        )
-        self.fresh = self._gauge(
-            "fresh_vectors", "Vectors that searches compare one by one: not in the HNSW index yet.", index
-        )
-        self.fresh_scan = self._gauge(
-            "fresh_scan_seconds", "What comparing them adds to a search, as the server was last asked.", index
-        )
-        self.settled = self._counter("vectors_settled_total", "Vectors moved into the HNSW index.", index)
-        self.backfill_rows = self._counter("backfill_rows_total", "Rows read by backfills.", index)
-        self.backfill_overtaken = self._counter(
-            "backfill_overtaken_rows_total", "Rows of a backfill dropped because the stream had newer ones.", index
-        )
-        self.backfill_done = self._gauge(
-            "backfill_done_rows", "Rows that the open backfill has read; 0 when none is open.", index
-        )
-        self.backfill_expected = self._gauge(
-            "backfill_expected_rows", "Rows that the open backfill will read, by estimate; 0 when none is open.", index
-        )
 
-        self.verify_differences = self._gauge(
-            "verify_differences", "Documents and vectors that differed in the last scheduled verification.", index
-        )
-        self.verify_finished = self._gauge(
-            "verify_finished_timestamp_seconds", "When the last scheduled verification was done.", index
-        )
-        self.verify_seconds = self._gauge("verify_seconds", "Time that the last scheduled verification took.", index)
-        self.audit_differences = self._counter(
-            "audit_differences_total",
-            "Documents and vectors that the audit found to differ, and had read again.",
-            (*index, "problem"),
-        )
-        self.proven_equal = self._gauge(
-            "proven_equal_timestamp_seconds", "When the index was last proven equal to its source.", index
-        )
-        self.recall = self._gauge(
-            "recall", "Share of the ten nearest vectors that searches find, as last measured.", index
-        )
-        self.recall_finished = self._gauge(
-            "recall_finished_timestamp_seconds", "When the recall was last measured.", index
-        )
+    @property
+    def described(self) -> Sequence[Described]:
+        """Every metric, in the order of the page."""
+        return self._described
 
     def note_text_freshness(self, indexes: Iterable[str], seconds: float) -> None:
         """Note that texts of these indexes can be found, so long after their commit."""
@@ -180,11 +350,18 @@ class Metrics:
         if times:
             self.recent_vectors.setdefault(index, Window()).add(seconds, times)
 
-    def _counter(self, name: str, help_: str, labels: tuple[str, ...] = ()) -> Counter:
-        return Counter(f"cdcsync_{name}", help_, labels, registry=self.registry)
+    def _counter(self, name: str, unit: str, meaning: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(self._note(name, "counter", unit, labels, meaning), meaning, labels, registry=self.registry)
 
-    def _gauge(self, name: str, help_: str, labels: tuple[str, ...] = ()) -> Gauge:
-        return Gauge(f"cdcsync_{name}", help_, labels, registry=self.registry)
+    def _gauge(self, name: str, unit: str, meaning: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(self._note(name, "gauge", unit, labels, meaning), meaning, labels, registry=self.registry)
 
-    def _histogram(self, name: str, help_: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
-        return Histogram(f"cdcsync_{name}", help_, labels, buckets=buckets, registry=self.registry)
+    def _histogram(
+        self, name: str, unit: str, meaning: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()
+    ) -> Histogram:
+        full = self._note(name, "histogram", unit, labels, meaning)
+        return Histogram(full, meaning, labels, buckets=buckets, registry=self.registry)
+
+    def _note(self, name: str, kind: str, unit: str, labels: tuple[str, ...], meaning: str) -> str:
+        self._described.append(Described(f"cdcsync_{name}", kind, unit, labels, meaning, self._part))
+        return f"cdcsync_{name}"

@@ -12,11 +12,16 @@ from types import FrameType
 from typing import NoReturn, TypeVar, TypeVarTuple, Unpack
 
 T = TypeVar("T")
+
+SHOW_CURSOR = b"\x1b[?25h"
+"""What shows a terminal's cursor again, which bars and spinners hide."""
 Arguments = TypeVarTuple("Arguments")
 
 
 def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
     """End the process, as a signal's handler: neither the event loop nor threads nor connections are waited for."""
+    if os.isatty(2):
+        os.write(2, SHOW_CURSOR)
     os._exit(128 + number)
 
 

@@ -1,6 +1,6 @@
-"""Writes the pages of the reference that follow from the code: every key of the configuration, and every command.
+"""Writes the reference as it follows from the code: every key, command, metric, event and public name.
 
-    python docs/reference.py            write docs/configuration.md and docs/commands.md
+    python docs/reference.py            write configuration.md and commands.md, and fill metrics.md, logs.md and api.md
 
 `make docs` runs it, and a test fails if a page is not what the code says.
 """
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from typer.core import TyperGroup
 import cdcsync.cli.entry  # noqa: F401 - registers the commands
 from cdcsync import config
 from cdcsync.cli.commands import app
+from docs.filled import filled
 
 HERE = Path(__file__).parent
 MADE = "<!-- Made by docs/reference.py from the code: change it there. -->"
@@ -238,7 +240,11 @@ def _paragraphs(text: str) -> str:
     return "\n\n".join(re.sub(r"\s+", " ", part).strip() for part in re.split(r"\n\s*\n", inspect.cleandoc(text)))
 
 
-PAGES = {"configuration.md": configuration, "commands.md": commands}
+PAGES: dict[str, Callable[[], str]] = {
+    "configuration.md": configuration,
+    "commands.md": commands,
+    **{page: partial(filled, page) for page in ("metrics.md", "logs.md", "api.md")},
+}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():

@@ -44,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if arguments is None and "run" in sys.argv:
         # A service manager may end the worker while it still imports what it needs.
         signal.signal(signal.SIGTERM, end_before_the_start)
-    from cdcsync.cli.entry import main as run_command
-
+    try:
+        from cdcsync.cli.entry import main as run_command
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     run_command(arguments)
 
 

@@ -8,6 +8,7 @@ Source: docs/searching.md, "From the command line".
 from __future__ import annotations
 
 import http.client
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import anyio
@@ -16,6 +17,7 @@ import msgspec
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
+    from cdcsync.model.spec import IndexSpec
     from cdcsync.status import Status
 
 TIMEOUT_S = 5.0
@@ -44,6 +46,19 @@ async def embedded_by_worker(config: Config, embedder: str, model: str, text: st
     except msgspec.DecodeError:
         return None
     return answer.vector if answer is not None and answer.model == model else None
+
+
+async def questions_by_worker(
+    config: Config, spec: IndexSpec, questions: Mapping[str, str]
+) -> dict[str, list[float]] | None:
+    """Return the vectors of many queries by their ids; None if a worker does not make all of them."""
+    vectors = {}
+    for name, text in questions.items():
+        vector = await embedded_by_worker(config, spec.config.embedder, spec.model, text)
+        if vector is None:
+            return None
+        vectors[name] = vector
+    return vectors
 
 
 async def remembered_by_worker(config: Config, status: Status) -> Status:

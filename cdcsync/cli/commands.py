@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -144,6 +145,12 @@ def _load(context: typer.Context, config: Path | None) -> Config:
     return context.ensure_object(Invocation).load(config)
 
 
+def named(context: typer.Context, config: Path | None) -> str:
+    """Return what follows a command's name so that it reads the same file."""
+    file = config or context.ensure_object(Invocation).config
+    return "" if file is None else f" -c {shlex.quote(str(file))}"
+
+
 def _wait_for(function: Callable[[], Awaitable[T]]) -> T:
     import anyio
 
@@ -200,7 +207,8 @@ def check(
     from cdcsync.cli.plans import print_summary
 
     configuration = _load(context, config)
-    findings, plan = _wait_for(lambda: queries.examine_all(configuration, deep=deep))
+    with printing.waiting("checking models, servers and tables"):
+        findings, plan = _wait_for(lambda: queries.examine_all(configuration, deep=deep))
     wrong = any(finding.level == "error" for finding in findings)
     if as_json:
         printing.print_json({"ok": not wrong, "findings": msgspec.to_builtins(findings), "plan": plan})
@@ -208,6 +216,7 @@ def check(
         printing.print_findings(findings)
         if plan is not None:
             print_summary(plan)
+        printing.print_verdict(findings, named(context, config))
     if wrong:
         raise typer.Exit(EXIT_WRONG)
 
@@ -278,7 +287,7 @@ def status(
     from cdcsync.cli import printing, queries
 
     if watch and check:
-        raise UsageError("cannot be used together", where="--watch, --check", hint="run one without the other")
+        raise UsageError("--watch and --check cannot be combined", where="status", hint="leave one of them out")
     configuration = _load(context, config)
     if watch:
         _wait_for(lambda: queries.watch_status(configuration, as_json=as_json))

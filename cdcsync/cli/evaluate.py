@@ -125,16 +125,22 @@ def evaluate(
 
     configuration = context.ensure_object(Invocation).load(config)
     if judged is not None and from_audit is not None:
-        raise UsageError("there are two sets of questions", where="--from-audit", hint="leave --judged out")
+        raise UsageError(
+            "--judged and --from-audit cannot be combined", where="--from-audit", hint="leave one of them out"
+        )
     asked_for = judged or from_audit
     if asked_for is None and (measure or weights or least or against):
         raise UsageError(
-            "--measure, --weights, --min and --against are about judged questions",
+            "--measure, --weights, --min and --against apply to judged questions only",
             where="evaluate",
             hint="name the questions with --judged DIR or --from-audit DIR",
         )
     if asked_for is not None and where is not None:
-        raise UsageError("judged answers come from all rows", where="--where", hint="leave it out with --judged")
+        raise UsageError(
+            "judged questions are answered from all rows, so there can be no condition",
+            where="--where",
+            hint="leave it out with --judged",
+        )
     if plot is not None:
         _check_plot(plot)
     gathered = None
@@ -213,6 +219,7 @@ async def _gather(config: Config, name: str, directory: Path, most: int) -> Gath
 
 
 async def _measure_answers(config: Config, name: str, asked: _Judging) -> _Answers:
+    from cdcsync.cli.beside import questions_by_worker
     from cdcsync.flows.evaluate import gates, judged
     from cdcsync.flows.evaluate.collection import read_collection
     from cdcsync.postgres.sessions import speaking_of
@@ -237,7 +244,10 @@ async def _measure_answers(config: Config, name: str, asked: _Judging) -> _Answe
                 where="--against",
                 hint=f"the runs are in the table {schema}.judged_runs; LAST is the last of them",
             )
-        run = await judged.evaluate_index(connection, config, spec, collection, measures=measures, weights=weights)
+        vectors = await questions_by_worker(config, spec, collection.queries)
+        run = await judged.evaluate_index(
+            connection, config, spec, collection, measures=measures, weights=weights, vectors=vectors
+        )
         verdicts = gates.judge(run, floors, earlier)
         if asked.against is not None and earlier is None:
             verdicts.append(gates.Verdict(True, "there is no earlier run to compare with: this is the first"))

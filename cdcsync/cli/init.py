@@ -31,6 +31,7 @@ class Model(StrEnum):
     """The source of the vectors."""
 
     local = "local"
+    onnx = "onnx"
     openai = "openai"
     hash = "hash"
 
@@ -39,6 +40,11 @@ _EMBEDDERS = {
     Model.local: """# A model on this machine: pip install 'cdcsync[local]'
 [embedders.local]
 type = "sentence-transformers"
+model = "sentence-transformers/all-MiniLM-L6-v2"
+""",
+    Model.onnx: """# A model on this machine, without torch: pip install 'cdcsync[onnx]'
+[embedders.onnx]
+type = "onnx"
 model = "sentence-transformers/all-MiniLM-L6-v2"
 """,
     Model.openai: """# The key is read from the environment, so that it is not in this file.
@@ -77,7 +83,7 @@ def init(
     ] = None,
     embedder: Annotated[
         Model,
-        typer.Option(help="A model on this machine, OpenAI's, or feature hashing to try it out."),
+        typer.Option(help="A model on this machine (by torch, or by ONNX Runtime), OpenAI's, or hashing for a trial."),
     ] = Model.local,
     role: Annotated[str, typer.Option(help="The role that the worker will use; it need not exist yet.")] = WORKER_ROLE,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The file to write.")] = Path(
@@ -182,13 +188,9 @@ def _index_name(table: str) -> str:
 
 def _render(dsn: str, role: str, index: str, seen: Look, chosen: Proposal, embedder: Model) -> str:
     """Return the file's text."""
-    from psycopg import conninfo
-
     from cdcsync.config.rendering import toml_text
 
-    settings = conninfo.conninfo_to_dict(dsn)
-    settings.pop("password", None)
-    address = conninfo.make_conninfo("", **{**settings, "user": role})
+    address = _address(dsn, role)
     listed = [f"[{', '.join(map(toml_text, names))}]" for names in (chosen.columns, chosen.indexed)]
     return f"""# Written by `cdcsync init`. `cdcsync config example` explains every key; omitted keys have defaults.
 
@@ -211,6 +213,20 @@ columns = {listed[0]}
 indexed = {listed[1]}
 embedder = "{embedder.value}"
 """
+
+
+def _address(dsn: str, role: str) -> str:
+    """Return a DSN with the worker's role and without a password, as a URI if it was one."""
+    from urllib.parse import quote, urlsplit
+
+    from psycopg import conninfo
+
+    parts = urlsplit(dsn)
+    if parts.scheme in ("postgresql", "postgres") and not parts.query:
+        return f"{parts.scheme}://{quote(role)}@{parts.netloc.rpartition('@')[2]}{parts.path}"
+    settings = conninfo.conninfo_to_dict(dsn)
+    settings.pop("password", None)
+    return conninfo.make_conninfo("", **{**settings, "user": role})
 
 
 def _check(content: str, seen: Look, index: str) -> None:

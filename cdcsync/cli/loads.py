@@ -64,4 +64,4 @@ async def show_loads(worker: Worker, console: Console, host: str) -> None:
             await anyio.sleep(READ_EVERY_S)
     counts = ", ".join(f"{name} ({index.documents or 0:,} rows)" for name, index in status.indexes.items())
     shown = f"[{host}]" if ":" in host else host
-    console.print(f"searchable now: {counts}; http://{shown}:{worker.port}/ shows the progress", markup=False)
+    console.print(f"searchable now: {counts}; status page: http://{shown}:{worker.port}/", markup=False)

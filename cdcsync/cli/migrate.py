@@ -167,7 +167,7 @@ def _check_options(
             raise UsageError(f"{option} belongs to {of}, not to {action}", where=option, hint="leave it out")
     if not_worse and judged is None:
         raise UsageError(
-            "--not-worse is about judged questions", where="--not-worse", hint="name them with --judged DIR"
+            "--not-worse applies to judged questions only", where="--not-worse", hint="name them with --judged DIR"
         )
 
 

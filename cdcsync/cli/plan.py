@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
+from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption, named
 from cdcsync.errors import EXIT_WRONG
 from cdcsync.stopping import interruptible
 
@@ -62,6 +62,7 @@ def plan(
             printing.print_json({"ok": False, "findings": findings})
         else:
             printing.print_findings(findings)
+            printing.print_verdict(findings, named(context, config))
         raise typer.Exit(EXIT_WRONG)
     if as_json:
         printing.print_json(found)

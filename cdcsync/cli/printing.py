@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cdcsync.cli.streams import OutputLost
@@ -47,6 +47,17 @@ def console(*, errors: bool = False, wrap: bool = False) -> Console:
     return Console(stderr=errors, highlight=False, soft_wrap=not wrap)
 
 
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show on a terminal, while the block runs, that something is being waited for. It is gone afterwards."""
+    shown = console(errors=True)
+    if not shown.is_terminal or shown.is_dumb_terminal:
+        yield
+        return
+    with shown.status(text):
+        yield
+
+
 def print_json(value: Any, *, indent: bool = True) -> None:
     """Print a value as JSON on standard output; what JSON has no form for becomes its text."""
     import msgspec
@@ -81,7 +92,7 @@ def print_error(text: Text) -> None:
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Print each finding with its mark, and the fix of those that need one."""
+    """Print each finding with its mark, and the fix of those that need one; `print_verdict` sums them up."""
     from rich.text import Text
 
     out = console()
@@ -90,12 +101,24 @@ def print_findings(findings: Sequence[Finding]) -> None:
         out.print(Text.assemble((mark, style), " ", (plain(finding.where), "bold"), f": {plain(finding.message)}"))
         if finding.hint:
             out.print(Text.assemble(("  fix:", "green"), f" {plain(finding.hint)}"))
+
+
+def print_verdict(findings: Sequence[Finding], options: str) -> None:
+    """Print what the findings come to, and what to do next.
+
+    :param options: what follows the name of a command to name the same configuration.
+    """
+    from rich.text import Text
+
+    out = console()
     errors = sum(finding.level == "error" for finding in findings)
     warnings = sum(finding.level == "warning" for finding in findings)
     if errors:
-        out.print(Text(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}: `run` would not start", "bold red"))
+        counted = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
+        out.print(Text(f"{counted}. Correct the errors, then run again: cdcsync check{options}", "bold red"))
     else:
-        out.print(Text(f"nothing keeps `run` from starting; {_count(warnings, 'warning')}", "bold green"))
+        passed = f"No errors, {_count(warnings, 'warning')}" if warnings else "All checks passed"
+        out.print(Text(f"{passed}. Start the worker with: cdcsync run{options}", "bold green"))
 
 
 def print_status(status: Status) -> None:

@@ -27,6 +27,8 @@ async def examine_all(config: Config, *, deep: bool) -> tuple[list[Finding], Con
 
     :param deep: load local models too.
     """
+    import anyio
+
     from cdcsync.flows.dry_run import Bounds
     from cdcsync.flows.plan import read_plan
     from cdcsync.preflight import build_embedders, examine, examine_embedders, local_models, unpinned
@@ -36,9 +38,15 @@ async def examine_all(config: Config, *, deep: bool) -> tuple[list[Finding], Con
     plan = None
     embedders = build_embedders(config, findings)
     try:
-        findings += await examine_embedders(embedders, described=() if deep else local_models(config))
-        findings += unpinned(config, embedders)
-        report = await examine(config, embedders)
+        async with anyio.create_task_group() as tasks:
+
+            async def ask_models() -> None:
+                described = () if deep else local_models(config)
+                findings.extend(await examine_embedders(embedders, described=described))
+                findings.extend(unpinned(config, embedders))
+
+            tasks.start_soon(ask_models)
+            report = await examine(config, embedders)
         findings += report.findings
         if not any(finding.level == "error" for finding in findings):
             with noting(findings, "source", "plan"):

@@ -99,14 +99,16 @@ def replay(
     )
     if len(actions) > 1 or (actions and selects):
         raise UsageError(
-            f"--{actions[0]} stands alone", where="options", hint="ask for a replay, or change those that are open"
+            f"--{actions[0]} cannot be combined with options of a replay",
+            where="options",
+            hint="ask for a replay, or change those that are open",
         )
     if actions:
         anyio.run(interruptible, _change, configuration, index, actions[0], as_json)
         return
     if where is not None and key:
         raise UsageError(
-            "--where and --key exclude each other", where="options", hint="put the keys into the condition"
+            "--where and --key cannot be combined", where="options", hint="put the keys into the condition"
         )
     given = _keys(key) if key else None
     wanted = Replay(where, None, force_embed, rewrite, max_rows_per_s)
@@ -137,7 +139,9 @@ def _keys(given: list[str]) -> list[str]:
         try:
             lines = sys.stdin.buffer.read().decode().split("\n")
         except UnicodeDecodeError:
-            raise UsageError("standard input is not UTF-8", where="--key -", hint="one key a line, in UTF-8") from None
+            raise UsageError(
+                "standard input is not UTF-8", where="--key -", hint="write one key a line, in UTF-8"
+            ) from None
         keys += [line.removesuffix("\r") for line in lines if line.removesuffix("\r")]
     try:
         "".join(keys).encode()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 import typer
 
 from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption, Mode
-from cdcsync.cli.printing import MARKS
+from cdcsync.cli.printing import MARKS, waiting
 from cdcsync.errors import UsageError
 from cdcsync.stopping import interruptible
 
@@ -100,7 +100,7 @@ def search(
     *more, text = words
     names = list(dict.fromkeys([index, *more]))
     if not text.strip():
-        raise UsageError("the text is blank", where="TEXT", hint="say what to look for")
+        raise UsageError("the search text is empty", where="TEXT", hint="give the words to search for")
     answer = anyio.run(
         interruptible,
         lambda: find(
@@ -232,7 +232,8 @@ async def embed_query(config: Config, spec: IndexSpec, text: str) -> Sequence[fl
 
     embedder = embedder_of(config.embedders, spec.model, spec.config.embedder)
     try:
-        await embedder.open()
+        with waiting("loading the model, as no worker with it runs on this machine"):
+            await embedder.open()
         (made,) = await embedder.embed([text], kind="query")
         return cast("npt.NDArray[np.float32]", made)
     finally:

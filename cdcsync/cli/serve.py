@@ -99,7 +99,9 @@ def revoke(
 def _file(context: typer.Context, config: Path | None) -> Path:
     serve = context.ensure_object(Invocation).load(config).serve
     if serve.tokens_file is None:
-        raise UsageError("there is no file of tokens", where="serve.tokens_file", hint="name one, and run this again")
+        raise UsageError(
+            "no file of tokens is configured", where="serve.tokens_file", hint="set it, then run this again"
+        )
     return Path(serve.tokens_file)
 
 

@@ -60,7 +60,9 @@ def systemd(
 ) -> None:
     """Print a systemd unit, for the worker unless an option names another."""
     if template and serve:
-        raise UsageError("cannot be used together", where="--template, --serve", hint="print one unit at a time")
+        raise UsageError(
+            "--template and --serve cannot be combined", where="config systemd", hint="print one unit at a time"
+        )
     name = "cdcsync-serve" if serve else "cdcsync@" if template else "cdcsync"
     _print(f"config/{name}.service")
 

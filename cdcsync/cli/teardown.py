@@ -113,7 +113,9 @@ def confirm(what: str | None, *, needs: str) -> None:
     answer = sys.stdin.readline()
     if not answer:
         out.print()
-        raise UsageError(f"{needs} needs a yes, and there is nobody to ask", where=needs, hint="add --yes")
+        raise UsageError(
+            f"{needs} must be confirmed, and there is no terminal to ask on", where=needs, hint="add --yes"
+        )
     if answer.strip().lower() not in ("y", "yes"):
         out.print("nothing was changed")
         raise typer.Exit(1)

@@ -80,6 +80,29 @@ class SentenceTransformersEmbedder(
             yield "dtype", f'must be "auto" with backend = "{self.backend}", got "{self.dtype}"'
 
 
+class OnnxEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="onnx"):
+    """A local model run by ONNX Runtime on processors, without torch.
+
+    :param model: the model's name on its hub, or the path of a directory that holds it.
+    :param revision: the hub's commit, branch or tag; without one, the newest that is there.
+    :param file: the ONNX file in the model's directory; empty takes onnx/model.onnx, else model.onnx.
+    :param dimensions: cut vectors to this length, for models that were trained for it (Matryoshka); empty keeps all.
+    :param normalize: have vectors of length one also where the model's own steps do not make them so.
+    :param document_prompt: put before each chunk when it is embedded; empty takes the model's own.
+    :param query_prompt: put before each query when it is embedded; empty takes the model's own.
+    :param batch_size: the most texts in one forward pass; passes are bounded by their tokens, too.
+    """
+
+    model: Text
+    revision: Text | None = None
+    file: Text | None = None
+    dimensions: Dimensions | None = None
+    normalize: bool = False
+    document_prompt: str | None = None
+    query_prompt: str | None = None
+    batch_size: Annotated[int, Meta(ge=1, le=10_000)] = 32
+
+
 PerDay = Annotated[int, Meta(ge=1, le=10**15)]
 PerMinute = Annotated[int, Meta(ge=1, le=10**12)]
 InputTokens = Annotated[int, Meta(ge=8, le=1_000_000)]
@@ -206,7 +229,7 @@ class PythonEmbedder(Section, frozen=True, forbid_unknown_fields=True, kw_only=T
     options: dict[str, Option] = msgspec.field(default_factory=dict)
 
 
-OneEmbedder = HashEmbedder | SentenceTransformersEmbedder | OpenAIEmbedder | TeiEmbedder | PythonEmbedder
+OneEmbedder = HashEmbedder | SentenceTransformersEmbedder | OnnxEmbedder | OpenAIEmbedder | TeiEmbedder | PythonEmbedder
 """An embedder that one process runs."""
 
 

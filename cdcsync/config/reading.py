@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -21,10 +21,11 @@ from cdcsync.errors import ConfigError
 
 
 def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Config:
-    """Read the configuration file; see `parse`.
+    """Read a configuration file and return it as a `Config`.
 
-    :param environ: the environment variables; left out, those of this process.
-    :raises ConfigError: there is no such file, it cannot be read, is not UTF-8, or `parse` refuses it.
+    :param path: the file.
+    :param environ: the variables that replace `${NAME}` in it; by default the environment of this process.
+    :raises ConfigError: the file does not exist, cannot be read or is wrong; the message lists everything that is.
     """
     where = str(path)
     try:
@@ -33,7 +34,7 @@ def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Config:
         raise ConfigError(
             "there is no such file",
             where=where,
-            hint="name the file with -c FILE or CDCSYNC_CONFIG; `cdcsync config example` prints one to start from",
+            hint="name the file with -c FILE or CDCSYNC_CONFIG, or write one: cdcsync init DSN --table TABLE",
         ) from None
     except IsADirectoryError:
         raise ConfigError("is a directory", where=where, hint="name the file in it with -c FILE") from None
@@ -69,7 +70,9 @@ def parse(text: str, environ: Mapping[str, str], *, where: str) -> Config:
         raise _not_toml(text, str(error), where) from error
     except ValueError:
         # The interpreter's guard against slow conversions, which tomllib lets through; it suggests code to call.
-        raise ConfigError("holds a number of thousands of digits", where=where, hint="look for a stuck key") from None
+        raise ConfigError(
+            "contains a number with thousands of digits", where=where, hint="correct that number"
+        ) from None
     except RecursionError:
         raise ConfigError("is nested too deeply", where=where, hint="look for brackets that were left open") from None
     values = read_fields(cast("mi.StructType", mi.type_info(Config)), data, "", problems)
@@ -133,10 +136,6 @@ def _not_toml(text: str, message: str, where: str) -> ConfigError:
     """
     place = _PLACE.search(message)
     said = message[: place.start()] if place is not None else message
-    cause, hint = next(
-        ((cause, hint) for begin, cause, hint in _CAUSES if said.startswith(begin)),
-        ("the text is not as TOML has it", "correct the text at that place"),
-    )
     lines = text.splitlines() or [""]
     if place is None or place[1] is None:
         number, column = len(lines), len(lines[-1]) + 1
@@ -146,6 +145,7 @@ def _not_toml(text: str, message: str, where: str) -> ConfigError:
             # At a line break that is one too early or too late: the line before is meant.
             number = min(max(1, number - 1), len(lines))
             column = len(lines[number - 1]) + 1
+    cause, hint = _cause(said, lines[:number])
     shown = re.split(r"""(?<==)|["']|://""", lines[number - 1], maxsplit=1)[0].replace("\t", " ")
     if len(shown) < len(lines[number - 1].rstrip()):
         shown = f"{shown.rstrip()} …"
@@ -155,6 +155,25 @@ def _not_toml(text: str, message: str, where: str) -> ConfigError:
         f"is not TOML, line {number}, column {column}: {cause}\n{margin}{shown}\n{' ' * (len(margin) - 2)}| {caret}",
         where=where,
         hint=hint,
+    )
+
+
+def _cause(said: str, lines: Sequence[str]) -> tuple[str, str]:
+    """Return what a message of tomllib means, and the fix.
+
+    :param lines: those up to the one where reading failed, which may be after the mistake.
+    """
+    if said.startswith("Expected '='") and re.match(r"\s*[\w-]+\s*=\s*\{", lines[-1]):
+        return "this text is not in quotation marks, so its braces begin a section", 'write texts as "text"'
+    if said.startswith("Invalid value") and re.match(r"\s*([\w-]+\s*=|\[\w)", lines[-1]):
+        for number, line in reversed(list(enumerate(lines[:-1], 1))):
+            if re.match(r"\s*[\w-]+\s*=\s*\[[^\]]*$", line):
+                return f"the list that begins in line {number} is not closed", "write ] at its end"
+            if re.match(r"\s*[\w-]+\s*=", line):
+                break
+    return next(
+        ((cause, hint) for begin, cause, hint in _CAUSES if said.startswith(begin)),
+        ("the text is not as TOML has it", "correct the text at that place"),
     )
 
 

@@ -316,7 +316,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The whole file.
+    """A whole configuration file, as `load_config` returns it.
 
     :param source: where changes come from.
     :param target: where the index lives; left out, it is the source's database.

@@ -79,7 +79,7 @@ class Function:
                 raise ConfigError(
                     f"{self.path} has no source file and no version",
                     where=self._where,
-                    hint="set function.version, and change it whenever the function makes something else",
+                    hint="set function.version, and change it whenever the function's output changes",
                 ) from error
             version = hashlib.sha256(source).hexdigest()[:16]
         return f"{self.path} version {version}"
@@ -104,13 +104,13 @@ class Function:
         :raises DocumentError: it is not.
         """
         if not isinstance(value, str):
-            raise DocumentError(f"{self.path} gave {type(value).__name__}, not str")
+            raise DocumentError(f"{self.path} returned {type(value).__name__}, not str")
         if "\0" in value:
-            raise DocumentError(f"{self.path} gave a text with a NUL character")
+            raise DocumentError(f"{self.path} returned a text with a NUL character")
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise DocumentError(f"{self.path} gave a text that is not Unicode: it holds a lone surrogate") from None
+            raise DocumentError(f"{self.path} returned a text that is not Unicode: it holds a lone surrogate") from None
         return value
 
 
@@ -154,8 +154,8 @@ class ChunkFunction(Function):
         """
         made = self.call(document)
         if isinstance(made, str):
-            raise DocumentError(f"{self.path} gave str, not a list of texts")
+            raise DocumentError(f"{self.path} returned str, not a list of texts")
         try:
             return [self.text(piece) for piece in made]
         except TypeError:
-            raise DocumentError(f"{self.path} gave {type(made).__name__}, not a list of texts") from None
+            raise DocumentError(f"{self.path} returned {type(made).__name__}, not a list of texts") from None

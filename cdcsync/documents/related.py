@@ -261,7 +261,7 @@ def _make(
             text = Template.parse(config.text, where=f"{section}.text")
         elif name in used:
             raise ConfigError(
-                f"{{{name}}} is used, and nothing says what the text of one row is",
+                f"{{{name}}} is used, but its section does not define the text of a row",
                 where=f"{section}.text",
                 hint=f"give a template of the row's columns, or use one value: {{{name}.COLUMN}}",
             )
@@ -270,13 +270,15 @@ def _make(
             columns = config.columns or (text.columns if text is not None else ())
             if not columns:
                 raise ConfigError(
-                    "nothing says which columns of the rows the function gets",
+                    "the section does not say which columns the function gets",
                     where=f"{section}.columns",
                     hint="name them, or give a text whose columns they are",
                 )
         if not (values or columns or name in used):
             raise ConfigError(
-                "nothing uses it", where=section, hint=f"use {{{name}}} or {{{name}.COLUMN}}, or remove the section"
+                "no template uses this section",
+                where=section,
+                hint=f"use {{{name}}} or {{{name}.COLUMN}}, or remove the section",
             )
         for column in values:
             if len(f"{name}{ONE}{column}".encode()) > MAX_NAME_BYTES:

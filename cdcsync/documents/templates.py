@@ -176,7 +176,7 @@ def _column(token: re.Match[str], where: str | None) -> str:
     """Return the column that a token names."""
     if token["stray"] or (token["plain"] or "").lstrip().startswith('"'):
         raise ConfigError(
-            f"the brace at character {token.start() + 1} of the template has no partner",
+            f"the brace at character {token.start() + 1} of the template is not matched by another",
             where=where,
             hint='write {{ or }} for a literal brace, and {"name"} for a column name that holds braces',
         )

@@ -4,7 +4,10 @@
     hashing                 feature hashing, without a model
     model_files             where a local model's files are
     description             what they say about it
+    passes                  how local models share processors
     sentence_transformers   local models
+    pooling                 one vector of the vectors of a text's tokens
+    onnx                    local models without torch
     foreign                 what a provider sends: bytes that are decoded, words that are repeated
     sizes                   how large a call may be, learnt from calls that failed
     pacing                  budgets and rate limits of a provider
@@ -13,6 +16,7 @@
     openai, tei             providers
     python                  a class of the user's own
     ray, ray_pool           any of these on a Ray cluster: the worker's end, and the process that is connected
+    export                  an ONNX file of a model (a command)
     reranking               rerankers, local and by text-embeddings-inference
     queries                 models as searches use them: soon, or not at all
 
@@ -26,6 +30,7 @@ from typing import assert_never
 
 from cdcsync import config
 from cdcsync.embedders.hashing import HashEmbedder
+from cdcsync.embedders.onnx import OnnxEmbedder
 from cdcsync.embedders.openai import OpenAIEmbedder
 from cdcsync.embedders.protocol import Distance, Embedder, Kind, Vectors, require_model, validate
 from cdcsync.embedders.python import PythonEmbedder
@@ -73,6 +78,8 @@ def make_embedder(name: str, settings: config.Embedder) -> Embedder:
             return HashEmbedder(name, settings)
         case config.SentenceTransformersEmbedder():
             return SentenceTransformersEmbedder(name, settings)
+        case config.OnnxEmbedder():
+            return OnnxEmbedder(name, settings)
         case config.OpenAIEmbedder():
             return OpenAIEmbedder(name, settings)
         case config.TeiEmbedder():

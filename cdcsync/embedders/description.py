@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, assert_never
 
 import msgspec
 
 from cdcsync import config
-from cdcsync.embedders.model_files import INSTALL, ModelFiles, Module, fetch_weights
+from cdcsync.embedders.model_files import INSTALL, ModelFiles, Module, fetch_weights, onnx_files
+from cdcsync.embedders.pooling import pooling_modes
 from cdcsync.embedders.protocol import Distance
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 
@@ -37,19 +38,24 @@ _WIDTHS = ("hidden_size", "dim", "d_model", "n_embd")
 _DISTANCES: dict[str, Distance] = {"cosine": "cosine", "dot": "inner_product", "euclidean": "l2", "manhattan": "l2"}
 """pgvector's distance for each of sentence-transformers' similarities; Manhattan's is nearest to the Euclidean."""
 
-_LEGACY_POOLING = "pooling_mode_"
-"""How the keys begin by which older models say how they pool, one key a mode; today it is one key with the modes."""
+_IN_ONNX = {"Transformer", "Pooling", "Normalize", "Dropout"}
+"""The modules of a model that runs from an ONNX file: the transformer is in the file, the others are computed here."""
+
+LocalEmbedder = config.SentenceTransformersEmbedder | config.OnnxEmbedder
+"""The embedders of models that are known by their files."""
 
 
 class Description(msgspec.Struct, frozen=True):
     """The facts known about a model.
 
-    `reads` is the number of tokens of an input that the model sees, special tokens included; `max_input_tokens` is
-    what of this is left for a document. `prompts` are put before documents and queries. Vectors are made of length one
-    after all else if `normalize`. `weights` are the files that loading needs, `code` the Python files that it runs.
+    `kind` is the type of the embedder that runs it. `reads` is the number of tokens of an input that the model sees,
+    special tokens included; `max_input_tokens` is what of this is left for a document. `prompts` are put before
+    documents and queries. Vectors are made of length one after all else if `normalize`. `weights` are the files that
+    loading needs, `code` the Python files that it runs.
     `facts` are the settings that, with these files, decide what vectors come out.
     """
 
+    kind: str
     dimensions: int
     distance: Distance
     tokenizer_json: str
@@ -67,10 +73,10 @@ class Description(msgspec.Struct, frozen=True):
         if self.code:
             facts["code"] = {name: files.sha256(name) for name in self.code}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        return f"sentence-transformers:{self.dimensions}:{digest[:32]}"
+        return f"{self.kind}:{self.dimensions}:{digest[:32]}"
 
 
-def describe(files: ModelFiles, settings: config.SentenceTransformersEmbedder, *, where: str) -> Description:
+def describe(files: ModelFiles, settings: LocalEmbedder, *, where: str) -> Description:
     """Read what a model's files say, and what the configuration makes of it.
 
     :raises EmbedderSetupError: they cannot be read, or the model has modules that need to be loaded to be known.
@@ -81,26 +87,21 @@ def describe(files: ModelFiles, settings: config.SentenceTransformersEmbedder, *
         raise EmbedderSetupError(
             f"the model's files in {files.directory} cannot be read: {type(error).__name__}: {error}",
             where=f"{where}.model",
-            hint="see that the directory holds a whole model that sentence-transformers can load",
+            hint="check that the directory holds a whole model, as it is on the hub",
         ) from error
 
 
-def _describe(files: ModelFiles, settings: config.SentenceTransformersEmbedder, where: str) -> Description:
+def _describe(files: ModelFiles, settings: LocalEmbedder, where: str) -> Description:
     modules = files.modules()
-    weights: list[str] = []
-    for module in modules:
-        found = files.weights(module.folder) if module.has_weights else []
-        if module.has_weights and not found:
-            raise ValueError(f"there are no weights for {module.kind}")
-        if (other := [one for one in found if not one.endswith(".safetensors")]) and not settings.pickled_weights:
-            raise EmbedderSetupError(
-                f"the model's weights {', '.join(other)} are not in the format safetensors, and other formats can run"
-                " code",
-                where=f"{where}.pickled_weights",
-                hint=f"name a model or a revision with safetensors; if you trust the files ({files.origin}), set it to"
-                " true",
-            )
-        weights += found
+    match settings:
+        case config.SentenceTransformersEmbedder():
+            kind, code = "sentence-transformers", files.code() if settings.trust_remote_code else ()
+            weights = _weights(files, modules, settings, where)
+        case config.OnnxEmbedder():
+            kind, code = "onnx", ()
+            weights = _exported(files, modules, settings, where)
+        case unreachable:
+            assert_never(unreachable)
     first = modules[0]
     if first.kind == "StaticEmbedding":
         try:
@@ -138,6 +139,7 @@ def _describe(files: ModelFiles, settings: config.SentenceTransformersEmbedder, 
     }
     reads = None if first.kind == "StaticEmbedding" else _reads(files, first.folder, transformer)
     return Description(
+        kind=kind,
         dimensions=dimensions,
         distance=_DISTANCES[own.get("similarity_fn_name") or "cosine"],
         tokenizer_json=tokenizer_json,
@@ -146,7 +148,7 @@ def _describe(files: ModelFiles, settings: config.SentenceTransformersEmbedder, 
         prompts=prompts,
         normalize=normalize,
         weights=tuple(weights),
-        code=files.code() if settings.trust_remote_code else (),
+        code=code,
         facts={
             "modules": configs,
             "truncate_dim": shortened,
@@ -158,9 +160,49 @@ def _describe(files: ModelFiles, settings: config.SentenceTransformersEmbedder, 
     )
 
 
-def _options(settings: config.SentenceTransformersEmbedder, normalize: bool) -> dict[str, Any]:
+def _weights(
+    files: ModelFiles, modules: list[Module], settings: config.SentenceTransformersEmbedder, where: str
+) -> list[str]:
+    """Return the weight files of a model's modules."""
+    weights: list[str] = []
+    for module in modules:
+        found = files.weights(module.folder) if module.has_weights else []
+        if module.has_weights and not found:
+            raise ValueError(f"there are no weights for {module.kind}")
+        if (other := [one for one in found if not one.endswith(".safetensors")]) and not settings.pickled_weights:
+            raise EmbedderSetupError(
+                f"the model's weights {', '.join(other)} are not in the format safetensors, and other formats can run"
+                " code",
+                where=f"{where}.pickled_weights",
+                hint=f"name a model or a revision with safetensors; if you trust the files ({files.origin}), set it to"
+                " true",
+            )
+        weights += found
+    return weights
+
+
+def _exported(files: ModelFiles, modules: list[Module], settings: config.OnnxEmbedder, where: str) -> list[str]:
+    """Return the ONNX file of a model whose other modules can do without weights, and what lies beside the file."""
+    if other := [module.kind for module in modules if not module.official or module.kind not in _IN_ONNX]:
+        raise EmbedderSetupError(
+            f"the model has a module {other[0]}, which does not run from an ONNX file",
+            where=f"{where}.model",
+            hint='run the model with type = "sentence-transformers"',
+        )
+    if found := onnx_files(files, settings.file):
+        return list(found)
+    raise EmbedderSetupError(
+        f"the model has no file {settings.file or 'onnx/model.onnx'} ({files.origin})",
+        where=f"{where}.file",
+        hint='name the model\'s ONNX file, or export the model: docs/embedders.md, "ONNX Runtime alone"',
+    )
+
+
+def _options(settings: LocalEmbedder, normalize: bool) -> dict[str, Any]:
     """Return the options that change vectors and are not as the model's files have them."""
-    options = {"dtype": settings.dtype, "backend": settings.backend, "normalize": normalize}
+    options: dict[str, Any] = {"normalize": normalize}
+    if isinstance(settings, config.SentenceTransformersEmbedder):
+        options |= {"dtype": settings.dtype, "backend": settings.backend}
     usual = {"dtype": "auto", "backend": "torch", "normalize": False}
     return {name: value for name, value in options.items() if value != usual[name]}
 
@@ -188,7 +230,7 @@ def _width(files: ModelFiles, module: Module, settings: dict[str, Any], before: 
             case "StaticEmbedding":
                 return _rows_width(files, module)
             case "Pooling":
-                return before * _modes(settings)
+                return before * len(pooling_modes(settings))
             case "Dense":
                 return int(settings["out_features"])
             case "Normalize" | "LayerNorm" | "Dropout":
@@ -198,13 +240,6 @@ def _width(files: ModelFiles, module: Module, settings: dict[str, Any], before: 
         where=f"{where}.model",
         hint="use a model of the modules Transformer, Pooling, Dense, LayerNorm, Normalize or StaticEmbedding",
     )
-
-
-def _modes(settings: dict[str, Any]) -> int:
-    """Return how many ways of pooling a Pooling module puts one after the other."""
-    if (modes := settings.get("pooling_mode")) is not None:
-        return 1 if isinstance(modes, str) else len(modes)
-    return max(1, sum(bool(value) for key, value in settings.items() if key.startswith(_LEGACY_POOLING)))
 
 
 def _rows_width(files: ModelFiles, module: Module) -> int:
@@ -240,7 +275,7 @@ def _tokenizer_json(files: ModelFiles, folder: str, *, lowercase: bool, where: s
     tokenizer = files.json(f"{folder}/tokenizer.json" if folder else "tokenizer.json")
     if not tokenizer:
         raise EmbedderSetupError(
-            "the model has no tokenizer.json, so nobody could tell which chunks it reads whole",
+            "the model has no tokenizer.json, which is needed to cut texts into chunks that it reads whole",
             where=f"{where}.model",
             hint="load its tokenizer with transformers and save it into a copy of the model: that writes the file",
         )

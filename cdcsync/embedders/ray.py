@@ -350,5 +350,5 @@ class _Driver:
         return EmbedderUnavailable(
             "the connection to the Ray cluster was lost",
             where=self._where,
-            hint="see that the cluster's head and this machine's node are up (`ray status`); it is connected again",
+            hint="check that the cluster's head and this machine's node are up (`ray status`); it is connected again",
         )

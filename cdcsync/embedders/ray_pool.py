@@ -83,7 +83,7 @@ class Actor:
                 return Failure(
                     "setup",
                     f"a node has another model under this name: {found} instead of {identity}",
-                    "pin the model's revision, and see that all machines have the same files",
+                    "pin the model's revision, and check that all machines have the same files",
                 )
             await self._embedder.open()
         except CdcsyncError as error:

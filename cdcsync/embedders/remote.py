@@ -122,7 +122,7 @@ class RemoteEmbedder:
             raise EmbedError(
                 f"the provider gives vectors of {min(lengths)} dimensions, {self.dimensions} are configured",
                 where=f"{self._where}.dimensions",
-                hint="see that the model is the right one, and set dimensions to the length of its vectors",
+                hint="check that the model is the right one, and set dimensions to the length of its vectors",
             )
         return np.stack(rows).astype(np.float32, copy=False)
 

@@ -10,7 +10,7 @@ import gc
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, assert_never
@@ -24,14 +24,10 @@ from cdcsync import config
 from cdcsync.documents.chunks import Lengths
 from cdcsync.embedders.description import describe
 from cdcsync.embedders.model_files import INSTALL, ModelFiles, fetch_weights, locate, quiet
+from cdcsync.embedders.passes import MOST_CALLS, PASS_TOKENS, passes
 from cdcsync.embedders.processors import processors
 from cdcsync.embedders.protocol import Distance, Kind, Vectors
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
-
-MOST_CALLS = 8
-"""Calls that run at a time on processors, each on threads of its own. Threads that share one call wait for each other
-in busy loops, many times a call: measured with MiniLM, the same texts took two threads that share calls 14 s of
-processor time, and 6 s with a call each. Beyond this number, Python's own lock would be what calls wait for."""
 
 ON_ACCELERATOR = 2
 """Calls that run at a time on an accelerator: it computes one while the texts of the other are tokenised."""
@@ -39,11 +35,6 @@ ON_ACCELERATOR = 2
 SINGLE_THREAD_TEXTS = 8
 """Calls of up to so many texts always run on one thread: handing out such small work takes several threads longer than
 the work (measured: 14 ms against 110 ms and more)."""
-
-PASS_TOKENS = 1_024
-"""Tokens of one forward pass on a processor, padding counted: what it computes with then stays in its caches. Measured
-with MiniLM on documentation, in processor time for the same texts: 2.2 s, with twice as many tokens 2.5 s, and by
-passes of 8, 16 and 32 texts sorted by characters 2.3, 2.7 and 3.5 s."""
 
 NVIDIA = Path("/dev/nvidiactl")
 """Is there where NVIDIA's driver is."""
@@ -108,6 +99,11 @@ class SentenceTransformersEmbedder:
     def commit(self) -> str | None:
         """The hub's commit of the model; None for one that does not come from the hub."""
         return self._files.commit
+
+    @property
+    def missing_package(self) -> str | None:
+        """The library, if it is not installed: the model is known by its files all the same."""
+        return None if _installed("sentence_transformers") else "sentence-transformers"
 
     @property
     def dimensions(self) -> int:
@@ -237,7 +233,7 @@ class SentenceTransformersEmbedder:
         return EmbedderSetupError(
             f"sentence-transformers cannot load {settings.model}: {error}",
             where=self._where,
-            hint=f"see that its files are whole ({self._files.origin}) and that the device {settings.device!r} is"
+            hint=f"check that its files are whole ({self._files.origin}) and that the device {settings.device!r} is"
             " there",
         )
 
@@ -261,7 +257,7 @@ class SentenceTransformersEmbedder:
                 f"the loaded model has {dimensions} dimensions and reads {reads} tokens;"
                 f" its files say {described.dimensions} and {described.reads}",
                 where=self._where,
-                hint="see that the model's configuration files belong together",
+                hint="check that the model's configuration files belong together",
             )
 
     def _encode(self, texts: list[str], kind: Kind) -> Vectors:
@@ -305,19 +301,6 @@ class SentenceTransformersEmbedder:
             where=self._where,
             hint="if the device lacks memory, lower batch_size or free some",
         )
-
-
-def passes(lengths: Sequence[int], most_texts: int, most_tokens: int | None) -> Iterator[list[int]]:
-    """Yield the places of the texts of each forward pass: texts of about the same length, the longest first.
-
-    :param most_tokens: of one pass, padding counted; a text that alone has more is a pass of its own.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    start = 0
-    while start < len(order):
-        texts = most_texts if most_tokens is None else min(most_texts, most_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + max(1, texts)]
-        start += max(1, texts)
 
 
 def exported(files: ModelFiles, backend: str) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ class TeiEmbedder(RemoteEmbedder):
             raise EmbedderSetupError(
                 "the server's /info is not that of text-embeddings-inference",
                 where=self._where,
-                hint="see that base_url is right; a server with /v1/embeddings is of type openai",
+                hint="check that base_url is right; a server with /v1/embeddings is of type openai",
             ) from None
 
     def _check(self, info: _Info) -> None:

@@ -82,7 +82,7 @@ async def open_index(target: Connection, config: Config, name: str, *, even_paus
         raise SetupError(
             f"the index is paused: {entry.pause}",
             where=f"index {name}",
-            hint="fix what is said there: the worker then reads the whole table anew, and resumes the index by itself",
+            hint="correct that; the worker then reads the whole table again and resumes the index by itself",
         )
     return spec
 
@@ -138,7 +138,7 @@ def parse_key(text: str, spec: IndexSpec) -> Key:
     if not isinstance(values, list) or len(values) != len(names):
         raise UsageError(f"{text} does not have {len(names)} values", where="--key", hint=hint)
     if not all(isinstance(value, str | bool) for value in values):
-        raise UsageError(f"{text} holds something that is not a value of a key", where="--key", hint=hint)
+        raise UsageError(f"{text} contains something that cannot be part of a key", where="--key", hint=hint)
     return tuple(value if isinstance(value, str) else str(value).lower() for value in values)
 
 

@@ -42,7 +42,7 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
         r'role "(?P<role>[^"]*)" does not exist',
         Refusal(
             "there is no role {role}",
-            "create it (`cdcsync config roles`), or correct the role in the DSN",
+            "create it (`cdcsync init` and `cdcsync config roles` print the SQL), or correct the role in the DSN",
             lasting=True,
         ),
     ),

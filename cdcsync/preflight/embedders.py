@@ -11,12 +11,14 @@ import anyio
 from cdcsync.config import (
     Config,
     HashEmbedder,
+    OnnxEmbedder,
     RayEmbedder,
     RemoteEmbedder,
     SentenceTransformersEmbedder,
     SentenceTransformersReranker,
 )
 from cdcsync.embedders import Embedder, make_embedder, validate
+from cdcsync.embedders.model_files import INSTALL
 from cdcsync.embedders.protocol import harmless
 from cdcsync.errors import CdcsyncError, EmbedderSetupError
 from cdcsync.preflight.findings import Finding
@@ -65,7 +67,7 @@ def unpinned(config: Config, embedders: Mapping[str, Embedder]) -> Iterator[Find
             settings, key = settings.embedder, "embedder.revision"
         commit: str | None = getattr(embedder, "commit", None)
         if (
-            isinstance(settings, SentenceTransformersEmbedder)
+            isinstance(settings, SentenceTransformersEmbedder | OnnxEmbedder)
             and commit is not None
             and not _COMMIT.fullmatch(settings.revision or "")
         ):
@@ -89,6 +91,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def _describe(name: str, embedder: Embedder) -> Finding:
+    missing: str | None = getattr(embedder, "missing_package", None)
+    if missing is not None:
+        return Finding.error(f"embedders.{name}", f"{missing} is not installed", INSTALL)
     return Finding.ok(
         f"embedders.{name}",
         f"{embedder.identity} makes {embedder.dimensions} dimensions; `check --deep` loads it too",

@@ -22,9 +22,9 @@ def machine_findings(config: Config) -> Iterator[Finding]:
     if not is_loopback(host):
         yield Finding.warning(
             "worker.listen",
-            f"{host} can be reached from other machines: whoever gets there sees names of tables and counts, without a"
+            f"{host} is reachable from other machines: anyone who connects sees names of tables and counts, without a"
             " login",
-            "listen on 127.0.0.1 with a proxy in front of it, or see that only a scraper and probes are let in",
+            "listen on 127.0.0.1 behind a proxy, or let only the scraper and probes through",
         )
 
 

@@ -138,7 +138,7 @@ def identity_faults(table: Table, columns: Sequence[str]) -> Iterator[Finding]:
             )
         yield Finding.error(
             str(table.name),
-            f"its replica identity does not cover ({listed}): UPDATE and DELETE do not tell which documents the row"
+            f"its replica identity does not cover ({listed}): UPDATE and DELETE do not say which documents the row"
             " belonged to",
             f"ALTER TABLE {table.name} REPLICA IDENTITY FULL{smaller}",
         )

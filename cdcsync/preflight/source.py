@@ -119,8 +119,8 @@ def server_faults(server: Server, slot: Slot | None) -> Iterator[Finding]:
     if server.encoding == "SQL_ASCII":
         yield Finding.warning(
             "source",
-            "the database's encoding is SQL_ASCII: nothing holds its texts to UTF-8, and one that is not stops the"
-            " pipeline",
+            "the database's encoding is SQL_ASCII: nothing guarantees that its texts are UTF-8, and one that is"
+            " not stops the pipeline",
             "make sure that every writer sends UTF-8, or move to a database with ENCODING 'UTF8'",
         )
 
@@ -147,7 +147,7 @@ def sender_faults(error: CdcsyncError, server: Server, slot: Slot | None) -> Ite
     if server.max_senders == 0:
         yield Finding.error(
             "source",
-            "max_wal_senders is 0: the server sends its WAL to nobody",
+            "max_wal_senders is 0, so the server sends no WAL",
             "ALTER SYSTEM SET max_wal_senders = 10, then restart the server",
         )
     elif server.used_senders < server.max_senders:
@@ -212,7 +212,7 @@ def orphan_faults(slot: Slot, publication: str, *, followed: bool) -> Iterator[F
     if followed:
         yield Finding.warning(
             f"publication {publication}",
-            "was dropped: run creates it again, and compares source and index, as nothing was sent meanwhile",
+            "was dropped: run creates it again, and compares source and index, because nothing was sent meanwhile",
             "before PostgreSQL 18 the server cannot decode what was written until then, which is a gap:"
             ' docs/operations.md, "After a gap"',
         )

@@ -204,7 +204,7 @@ def read_faults(table: Table, needed: Sequence[Column], role: str) -> Iterator[F
 
 
 def key_faults(table: Table) -> Iterator[Finding]:
-    """Say why a change would not tell which row it is of."""
+    """Say why a change would not identify its row."""
     key = ", ".join(map(quote, table.key))
     alter = f"ALTER TABLE {table.name} REPLICA IDENTITY"
     if not table.key:
@@ -214,7 +214,7 @@ def key_faults(table: Table) -> Iterator[Finding]:
             fix = f"{alter} USING INDEX {quote(unique.name)}, or {alter} FULL with key = [{listed}] for the index"
         yield Finding.error(
             str(table.name),
-            "has no primary key, or a deferrable one: nothing identifies its rows at every moment",
+            "has no usable primary key (deferrable keys do not count)",
             f"ALTER TABLE {table.name} ADD PRIMARY KEY (…), or with a unique index on NOT NULL columns: {fix}",
         )
     elif not set(table.key) <= set(table.identity):
@@ -222,7 +222,7 @@ def key_faults(table: Table) -> Iterator[Finding]:
             "n": ("is NOTHING", f"{alter} DEFAULT"),
         }.get(table.identity_mode, ("is an index that was dropped", f"{alter} DEFAULT"))
         yield Finding.error(
-            str(table.name), f"its replica identity {why}: UPDATE and DELETE do not tell the key ({key})", fix
+            str(table.name), f"its replica identity {why}: UPDATE and DELETE do not send the key ({key})", fix
         )
     else:
         yield from leaf_faults(table, key)
@@ -247,14 +247,14 @@ def named_key_faults(name: str, table: Table) -> Iterator[Finding]:
     if nullable := [quote(column) for column in table.key if not table.columns[column].not_null]:
         yield Finding.error(
             where,
-            f"{named(nullable)} of {table.name} may be NULL, and NULL names no row",
+            f"{named(nullable)} of {table.name} may be NULL, so it cannot identify a row",
             f"ALTER TABLE {table.name} " + ", ".join(f"ALTER COLUMN {one} SET NOT NULL" for one in nullable),
         )
     if not table.proofs:
         yield Finding.error(
             where,
-            f"nothing proves that ({key}) names one row of {table.name}: that takes a unique index on these columns, or"
-            " on some of them, which is neither partial nor deferrable",
+            f"({key}) is not known to identify a row of {table.name}: that takes a unique index on these columns, or on"
+            " some of them, which is neither partial nor deferrable",
             f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.name} ({key})",
         )
     if table.identity_mode == "f" or set(table.identity) == set(table.key):
@@ -266,7 +266,7 @@ def named_key_faults(name: str, table: Table) -> Iterator[Finding]:
     yield Finding.error(
         where,
         f"the replica identity of {table.name} is {f'({identity})' if identity else 'nothing'}:"
-        f" UPDATE and DELETE do not tell the key ({key})",
+        f" UPDATE and DELETE do not send the key ({key})",
         f"{alter} USING INDEX {quote(exact)}, or {alter} FULL" if exact else f"{alter} FULL",
     )
 

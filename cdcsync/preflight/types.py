@@ -36,7 +36,7 @@ async def choose_types(
                 Finding.warning(
                     f"indexes.{name}",
                     f"the column {quote(column.name)} is carried as text: {problem}",
-                    f"create the type {column.type} in the target before the worker first starts, or leave it at that",
+                    f"create the type {column.type} in the target before the worker first starts, or leave it as text",
                 )
             )
         elif kept is not None and kept not in (column.type, column.base_type, type_, FALLBACK):

@@ -119,11 +119,13 @@ def revoke_tokens(path: Path, subject: str) -> int:
 
 
 def _write(path: Path, content: TokenFile) -> None:
-    """Replace the file in one step, readable for its owner alone."""
+    """Replace the file in one step. A new one is readable for its owner alone; one that exists keeps its mode."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), mode)
             file.write(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
             file.flush()
             os.fsync(file.fileno())

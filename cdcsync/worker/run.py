@@ -47,12 +47,16 @@ async def run(
     handle_signals: bool = True,
     listening: bool = True,
 ) -> None:
-    """Run the worker until it is told to stop (SIGTERM, SIGINT or `WorkerState.stop`).
+    """Run the worker as `cdcsync run` does, until SIGTERM or SIGINT.
 
-    :param reread: reads the configuration again, at SIGHUP; without it, that signal is the system's.
-    :param started: called with the state once HTTP answers and before the first change is applied.
-    :param shown: runs beside the worker and shows it to people; it must not raise.
-    :param listening: whether HTTP is served.
+    Inside an application, pass `handle_signals=False` and cancel the task to stop. Whenever that happens, the next
+    worker resumes from the last commit.
+
+    :param reread: reads the configuration again, at SIGHUP; without it, that signal keeps its usual meaning.
+    :param started: called with the worker's state once HTTP answers and before the first change is applied.
+    :param shown: a coroutine that runs beside the worker and shows its state to people; it must not raise.
+    :param handle_signals: stop on SIGTERM and SIGINT.
+    :param listening: serve the HTTP endpoints.
     :raises SetupError: a check before the start failed; nothing was created.
     :raises RunError: the worker cannot continue until someone acts; what is committed stays.
     :raises GapError: changes may have been lost.

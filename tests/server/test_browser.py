@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.browsers import Browser
 from tests.support.configs import configuration, hosted
-from tests.support.provider import FakeProvider
+from tests.support.provider import FakeProvider, status
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
@@ -98,7 +98,7 @@ def unexpected(browser: Browser) -> list[str]:
 
 
 def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
-    database: Database, pipeline: Pipeline, browser: Browser
+    database: Database, pipeline: Pipeline, provider: FakeProvider, browser: Browser
 ) -> None:
     page = Page(browser)
     worker = pipeline.start()
@@ -116,7 +116,7 @@ def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
     assert re.match(r"(articles|notes): loading", page.text("#headline"))
     assert page.tone() == "busy"
     assert "first load" in page.text("#events")
-    browser.screenshot("status-first-load")
+    browser.screenshot("status-loading")
     assert page.luminance() > 200
     assert page.fits()
 
@@ -138,7 +138,7 @@ def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
     assert re.search(r"\d+ for \d+ chunks", page.text("#vectors"))
     browser.look(DESKTOP, dark=True)
     assert page.luminance() < 50
-    browser.screenshot("status-busy-dark")
+    browser.screenshot("status-dark")
     until(lambda: "2 chunks have no vector" in page.text("#problems"), "the failures to be told")
     database.execute(
         "INSERT INTO cdcsync.failed_documents (index_name, key, error, commit_lsn)"
@@ -160,6 +160,19 @@ def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
         lambda: f"a recall; the page says: {page.card('articles')}",
     )
     assert unexpected(browser) == []
+    browser.look(DESKTOP, dark=False)
+    browser.screenshot("status-quiet")
+
+    provider.always = status(500)
+    database.execute("UPDATE articles SET title = 'changed ' || id WHERE id < 20")
+    until(
+        lambda: re.match(r"articles: \d+ texts wait for vectors: ", page.text("#headline")),
+        lambda: f"a failing embedder; the page says: {page.text('body')}",
+    )
+    assert page.tone() == "bad"
+    browser.screenshot("status-failing")
+    provider.always = None
+    until(lambda: page.tone() == "good", lambda: f"an embedder that is back: {page.text('body')}")
 
     database.execute("ALTER TABLE notes DROP COLUMN body")
     database.execute("INSERT INTO notes VALUES (5000)")
@@ -170,13 +183,12 @@ def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
     assert page.tone() == "bad"
     assert re.search(r"for [\d.]+ s\s+notes\s+paused: ", page.text("#events"))
     assert page.text("#problems").count("index notes is paused") == 1
-    assert page.state("articles") == "up to date"
-    browser.look(DESKTOP, dark=False)
+    assert page.state("articles").startswith("up to date")
     browser.screenshot("status-paused")
     for dark in (False, True):
         browser.look(PHONE, dark=dark, phone=True)
         assert page.fits()
-        browser.screenshot(f"status-phone-{'dark' if dark else 'light'}")
+        browser.screenshot(f"status-phone{'-dark' if dark else ''}")
     assert unexpected(browser) == []
 
     assert pipeline.stop(worker) == 0

@@ -46,6 +46,9 @@ NEVER_RUN = {
     "kubectl": "it needs a cluster",
     "ray": "it needs a cluster",
     "jq": "it is another project's",
+    "python3": "it makes a virtual environment",
+    "install": "it writes to system directories",
+    "chmod": "it changes system files",
 }
 """Programs of others that a page may name, and why the test does not run them."""
 
@@ -231,7 +234,7 @@ class Machine:
 
     def _shell(self, line: str, block: Block) -> None:
         words = shlex.split(line, comments=True)
-        program = words[0]
+        program = words[0].rpartition("/")[2]
         if program == "cdcsync":
             self._ours(words[1:], block)
         elif program == "curl":

@@ -75,6 +75,12 @@ def test_the_page_lists_every_value_of_a_closed_label() -> None:
     assert tuple(re.findall(r"`(\w+)`", listed["status"].partition(", as")[0])) == WAL_STATUSES
 
 
+def test_every_metric_of_the_registry_is_described_once() -> None:
+    described = Metrics().described
+    assert {one.name: Described(one.kind, one.labels) for one in described} == of_code()
+    assert len(described) == len(of_code())
+
+
 def test_every_label_is_explained() -> None:
     explained = set(re.findall(r"^\| `(\w+)` \| ", PAGE.read_text(), re.MULTILINE))
     assert {label for metric in of_code().values() for label in metric.labels} <= explained | {"version"}
@@ -93,7 +99,7 @@ def test_every_metric_is_set_somewhere() -> None:
     # Some are set by methods that also keep the last quarter of an hour.
     for method in (Metrics.note_text_freshness, Metrics.note_vector_freshness):
         used |= set(method.__code__.co_names)
-    assert {name for name in vars(Metrics()) if name != "registry"} <= used
+    assert {name for name in vars(Metrics()) if name != "registry" and not name.startswith("_")} <= used
 
 
 def test_the_memory_of_the_process_is_exposed() -> None:

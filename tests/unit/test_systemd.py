@@ -22,6 +22,7 @@ PER_INSTANCE = {
     "cdcsync: keeps": "cdcsync for %i: keeps",
     "/etc/cdcsync/cdcsync.toml": "/etc/cdcsync/%i.toml",
     "-/etc/cdcsync/environment": "-/etc/cdcsync/%i.environment",
+    "cdcsync.pgpass": "cdcsync-%i.pgpass",
     "CacheDirectory=cdcsync": "CacheDirectory=cdcsync-%i",
     "HF_HOME=%C/cdcsync/models TMPDIR=%C/cdcsync": "HF_HOME=%C/cdcsync-%i/models TMPDIR=%C/cdcsync-%i",
 }

@@ -83,27 +83,31 @@ async def evaluate_index(
     *,
     measures: Sequence[str] = MEASURES,
     weights: Sequence[float] = (),
+    vectors: Mapping[str, Sequence[float]] | None = None,
 ) -> Run:
     """Answer all questions in each mode that an index has, by its own model, and measure.
 
     :param connection: a session on the target, in autocommit.
     :param spec: the index as it is stored, see `stored_spec`.
     :param weights: also fuse the answers by words and by vectors with these weights of the words.
+    :param vectors: the questions' vectors by that model, if they are known; else it is loaded here.
     :raises UsageError: nothing that is found is judged, or a measure or weight cannot be taken.
     :raises SetupError: the index's vectors are of another model than the configuration's.
     :raises EmbedderUnavailable: the model is away.
     """
-    embedder = embedder_of(config.embedders, spec.model, spec.config.embedder)
     name = spec.config.reranker
     reranker = None if name is None else make_reranker(name, config.rerankers[name])
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(embedder.aclose)
-        await embedder.open()
+        known = {query: np.asarray(vector, np.float32) for query, vector in (vectors or {}).items()}
+        if vectors is None:
+            embedder = embedder_of(config.embedders, spec.model, spec.config.embedder)
+            stack.push_async_callback(embedder.aclose)
+            await embedder.open()
+            known = await embed_questions(embedder, collection.queries)
         if reranker is not None:
             stack.push_async_callback(reranker.aclose)
             await reranker.open()
-        vectors = await embed_questions(embedder, collection.queries)
-        searches = Searches(connection, config.target.schema, spec, collection, vectors, reranker)
+        searches = Searches(connection, config.target.schema, spec, collection, known, reranker)
         with speaking_of("target", where=f"index {spec.name}"):
             return await evaluate_judged(
                 spec.name,

@@ -219,7 +219,9 @@ def _check_start(
     if entry.unfollowed_at is not None or entry.state == "building":
         state = "building" if entry.unfollowed_at is None else "no longer followed"
         raise SetupError(
-            f"the index is {state}", where=where, hint=f"start a migration once it is live: cdcsync status -c … {index}"
+            f"the index is {state}",
+            where=where,
+            hint="start a migration once it is live; `cdcsync status` shows its state",
         )
     return True
 
@@ -283,7 +285,7 @@ def other_generation(entry: Entry, generations: Sequence[Generation]) -> Generat
     others = [one for one in generations if one.generation != entry.generation]
     if not others:
         raise SetupError(
-            f"the index has one generation of vectors alone, {entry.generation}",
+            f"the index has only one generation of vectors, {entry.generation}",
             where=f"index {entry.name}",
             hint=f"begin a migration with: cdcsync migrate {entry.name} start",
         )

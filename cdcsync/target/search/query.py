@@ -55,26 +55,27 @@ class Hit(msgspec.Struct, frozen=True):
     """A chunk that was found, or the best chunk of a document; the first hit is the best."""
 
     key: dict[str, Any]
-    """The source row's key, by column."""
+    """The key of the source row, by column."""
     carried: dict[str, Any]
     """The carried columns."""
     chunk_no: int
-    """The chunk's place in its document, from 0."""
+    """The number of the chunk in its document, from 0."""
     content: str
+    """The chunk's text."""
     score: float
-    """The sum of weight / (60 + place) over the legs that found it: higher is better, within one search."""
+    """Higher is better, within one search: the sum of weight / (60 + place) over the legs that found it."""
     distance: float | None
-    """From the query's vector by the index's distance, lower is nearer; None without a query vector or a stored one."""
+    """Distance from the query's vector, lower is nearer; `None` if query or chunk has no vector."""
     text_rank: int | None
-    """Its place among what the keyword leg found, from 1; None if that leg did not find it or was not asked."""
+    """Its place by words, from 1; `None` if it was not found by words."""
     stale: bool
-    """Whether the stored vector is of an older text, or there is none yet."""
+    """Whether its vector is of an older text, or there is none yet."""
     vector_rank: int | None = None
-    """Its place among what the vector leg found, from 1; None if that leg did not find it or was not asked."""
+    """Its place by vector, from 1; `None` if it was not found by vector."""
     text_score: float | None = None
     """How well the words match, by BM25: higher is better, within one search."""
     headline: str | None = None
-    """The parts of the text in which words were found, by ts_headline; None unless asked for."""
+    """The parts of the text in which words were found, by `ts_headline`; `None` unless asked for."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -233,7 +234,7 @@ def _check(
         raise UsageError("a search by vector needs the query's vector", where=where, hint="embed the query first")
     if vector is None and not searchable:
         raise UsageError(
-            "there is neither a vector nor keyword search to search by", where=where, hint="embed the query first"
+            "the query has no vector, and the index has no keyword search", where=where, hint="embed the query first"
         )
 
 

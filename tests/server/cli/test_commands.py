@@ -142,7 +142,7 @@ def test_a_check_that_fails_prints_the_fixes_and_exits_with_2(environment: dict[
     assert done.returncode == 2
     assert "✗ indexes.articles.table" in done.stdout
     assert "fix: " in done.stdout
-    assert "`run` would not start" in done.stdout
+    assert "Correct the errors" in done.stdout
     as_json = cdcsync_command(environment, "check", "--json")
     assert as_json.returncode == 2
     assert json.loads(as_json.stdout)["ok"] is False
@@ -338,7 +338,7 @@ def test_a_worker_on_a_terminal_shows_its_first_load_and_then_where_to_look(
         screen.wait_for("listening")
         screen.wait_for("rows")
         screen.wait_for("vectors")
-        screen.wait_for("searchable now: articles (20,000 rows); http://127.0.0.1:")
+        screen.wait_for("searchable now: articles (20,000 rows); status page: http://127.0.0.1:")
         screen.process.send_signal(signal.SIGINT)
         screen.wait_for("stopped")
         assert screen.process.wait(PATIENCE_S) == 0

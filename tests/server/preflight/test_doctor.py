@@ -75,7 +75,7 @@ CREATE PUBLICATION cdcsync FOR TABLE articles WITH (publish = 'insert')
 
 PLANTED = [
     ("source.spool_directory", "there is no directory", "mkdir -p"),
-    ("worker.listen", "can be reached from other machines", "127.0.0.1"),
+    ("worker.listen", "is reachable from other machines", "127.0.0.1"),
     ("embedders.away", "cannot be reached", "is up"),
     ("indexes.hidden.vector_type", "at most 2,000 dimensions", "halfvec"),
     ("source", "wal_level is replica", "ALTER SYSTEM SET wal_level"),
@@ -86,7 +86,7 @@ PLANTED = [
     ("publication cdcsync", "does not send public.loose", "ALTER PUBLICATION cdcsync ADD TABLE public.loose"),
     ("indexes.articles.columns", "no column nosuch", "its columns are"),
     ("indexes.articles.text", "no column boddy", 'did you mean "body"'),
-    ("public.loose", "has no primary key", "ADD PRIMARY KEY"),
+    ("public.loose", "has no usable primary key", "ADD PRIMARY KEY"),
     ("public.secret", "may not read", "GRANT SELECT ON public.secret TO sync"),
     ("public.hidden", "row-level security", "BYPASSRLS"),
     ("indexes.gone.table", "there is no table public.artikles", "did you mean public.articles"),

@@ -217,12 +217,12 @@ NAMED_KEY = 'table = "t"\ntext = "{body}"\nkey = ["a", "b"]'
     [
         (
             UNIQUE,
-            "the replica identity of public.t is nothing: UPDATE and DELETE do not tell the key (a, b)",
+            "the replica identity of public.t is nothing: UPDATE and DELETE do not send the key (a, b)",
             "ALTER TABLE public.t REPLICA IDENTITY USING INDEX u, or ALTER TABLE public.t REPLICA IDENTITY FULL",
         ),
         (
             WITHOUT,
-            "nothing proves that (a, b) names one row of public.t",
+            "(a, b) is not known to identify a row of public.t",
             "CREATE UNIQUE INDEX CONCURRENTLY ON public.t (a, b)",
         ),
         (
@@ -230,16 +230,16 @@ NAMED_KEY = 'table = "t"\ntext = "{body}"\nkey = ["a", "b"]'
             "b of public.t may be NULL",
             "ALTER TABLE public.t ALTER COLUMN b SET NOT NULL",
         ),
-        (f"{WITHOUT}; ALTER TABLE t ADD UNIQUE (a, b) DEFERRABLE", "nothing proves", "CREATE UNIQUE INDEX"),
+        (f"{WITHOUT}; ALTER TABLE t ADD UNIQUE (a, b) DEFERRABLE", "is not known to identify", "CREATE UNIQUE INDEX"),
         (
             f"{WITHOUT}; CREATE UNIQUE INDEX ON t (a, b) WHERE a > 0; CREATE UNIQUE INDEX ON t (a, b, lower(body));"
             " CREATE UNIQUE INDEX ON t (a, b, body); CREATE INDEX ON t (a, b)",
-            "nothing proves",
+            "is not known to identify",
             "CREATE UNIQUE INDEX CONCURRENTLY",
         ),
         (
             "CREATE TABLE t (a int PRIMARY KEY, b text NOT NULL, body text); CREATE UNIQUE INDEX ON t (b, a)",
-            "the replica identity of public.t is (a): UPDATE and DELETE do not tell the key (b, a)",
+            "the replica identity of public.t is (a): UPDATE and DELETE do not send the key (b, a)",
             "REPLICA IDENTITY FULL",
         ),
         (

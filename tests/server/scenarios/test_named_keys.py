@@ -94,7 +94,7 @@ def test_replay_and_verify_know_the_named_key(keyless: Scene) -> None:
 
 def test_an_index_is_paused_while_nothing_proves_its_key(keyless: Scene) -> None:
     keyless.execute("DROP INDEX wider_key")
-    assert "nothing proves that (station, taken) names one row" in keyless.paused("wider")
+    assert "(station, taken) is not known to identify a row" in keyless.paused("wider")
     keyless.execute("UPDATE wider SET title = 'meanwhile'")
     keyless.follows("full_identity")
     keyless.execute("CREATE UNIQUE INDEX wider_key ON wider (station)")

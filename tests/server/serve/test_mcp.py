@@ -85,11 +85,20 @@ async def test_tools_say_that_they_only_read(tickets: Office) -> None:
         ({"index": "tickets", "query": "a", "filter": {"author": "ana"}}, "The columns are"),
         ({"index": "tickets", "query": "a", "filter": {"opened": {"between": 1}}}, "The operators are"),
         ({"index": "tickets", "query": "a", "filter": {"opened": "soon"}}, "opened"),
+        ({"index": "tickets"}, "query is required"),
+        ({"index": "tickets", "query": 7}, "query must be a text"),
+        ({"index": "tickets", "query": "a", "k": "many"}, "k must be a whole number"),
+        ({"index": "tickets", "query": "a", "filter": "open"}, "filter must be an object"),
+        ({"index": "tickets", "query": "a", "mode": "both"}, "mode must be 'hybrid', 'vector' or 'text'"),
+        ({"index": "tickets", "query": "a", "limit": 3}, "There are: index, query, k, filter, mode, skip"),
     ],
 )
 async def test_a_wrong_call_is_told_what_to_change(tickets: Office, arguments: dict[str, Any], told: str) -> None:
     async with agent(tickets.serving(anonymous=True)) as client:
-        assert told in await refusal(client, "search", **arguments)
+        said = await refusal(client, "search", **arguments)
+    assert told in said
+    assert "pydantic" not in said
+    assert "validation error" not in said
 
 
 async def test_answers_keep_to_a_budget_and_say_what_was_left_out(tickets: Office) -> None:

@@ -40,7 +40,7 @@ def test_a_person_searches_filters_and_sees_why(served_address: str, browser: Br
     assert "printer" in first
     assert "by meaning" in first or "by words" in first
     assert "printer" in shown(browser, "#hits mark")
-    browser.screenshot("serve-light")
+    browser.screenshot("serve")
 
     fill(browser, "[data-column=status]", "open")
     fill(browser, "[data-column=id]", "7")

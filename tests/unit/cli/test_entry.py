@@ -17,7 +17,7 @@ import pytest
 import cdcsync
 from cdcsync import config
 from cdcsync.cli import main
-from cdcsync.cli.printing import excerpt, plain, print_findings, print_hits, print_json
+from cdcsync.cli.printing import excerpt, plain, print_findings, print_hits, print_json, print_verdict
 from cdcsync.errors import EmbedError
 from cdcsync.preflight import Finding
 from cdcsync.target.search import Hit
@@ -373,13 +373,16 @@ def test_findings_have_marks_and_fixes_and_a_verdict(capsys: pytest.CaptureFixtu
         Finding.error("target", "[vector] is missing", "CREATE EXTENSION vector"),
     ]
     print_findings(findings)
+    print_verdict(findings, " -c a.toml")
     assert capsys.readouterr().out.splitlines() == [
         "✓ source: wal_level is logical",
         "! slot cdcsync: is not there yet",
         "  fix: `run` creates it",
         "✗ target: [vector] is missing",
         "  fix: CREATE EXTENSION vector",
-        "1 error, 1 warning: `run` would not start",
+        "1 error, 1 warning. Correct the errors, then run again: cdcsync check -c a.toml",
     ]
-    print_findings(findings[:1])
-    assert capsys.readouterr().out.splitlines()[-1] == "nothing keeps `run` from starting; 0 warnings"
+    print_verdict(findings[:2], "")
+    assert capsys.readouterr().out == "No errors, 1 warning. Start the worker with: cdcsync run\n"
+    print_verdict(findings[:1], "")
+    assert capsys.readouterr().out.splitlines()[-1] == "All checks passed. Start the worker with: cdcsync run"

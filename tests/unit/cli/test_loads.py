@@ -50,4 +50,4 @@ async def test_bars_are_shown_until_the_load_is_done_and_then_where_the_page_is(
     shown = output.getvalue()
     assert "25% of 1,000" in shown
     assert "15 s left" in shown
-    assert shown.rstrip().endswith("searchable now: articles (1,000 rows); http://127.0.0.1:9477/ shows the progress")
+    assert shown.rstrip().endswith("searchable now: articles (1,000 rows); status page: http://127.0.0.1:9477/")

@@ -143,11 +143,12 @@ def test_an_unknown_key_deep_in_the_file_is_named_with_its_full_path() -> None:
     [
         (
             "[embedders.x]\ntype = 'hsh'",
-            'embedders.x.type: unknown type "hsh"; known types: hash, sentence-transformers, openai, tei, python, ray',
+            'embedders.x.type: unknown type "hsh"; known types: hash, sentence-transformers, onnx, openai, tei, python,'
+            " ray",
         ),
         (
             "[embedders.x]\nmodel = 'm'",
-            "embedders.x.type: is required; known types: hash, sentence-transformers, openai, tei, python, ray",
+            "embedders.x.type: is required; known types: hash, sentence-transformers, onnx, openai, tei, python, ray",
         ),
         ("[embedders.x]\ntype = 1", "embedders.x.type: expected text, got 1"),
         ("[embedders]\nx = 'hash'", "embedders.x: expected a section, got text"),

@@ -6,7 +6,14 @@ import re
 
 import pytest
 
-from cdcsync.config import OpenAIEmbedder, PythonEmbedder, SentenceTransformersEmbedder, TeiEmbedder, render
+from cdcsync.config import (
+    OnnxEmbedder,
+    OpenAIEmbedder,
+    PythonEmbedder,
+    SentenceTransformersEmbedder,
+    TeiEmbedder,
+    render,
+)
 from tests import ROOT
 from tests.unit.config.files import SECTIONS, problems, read
 
@@ -21,7 +28,7 @@ def test_the_examples_of_the_documentation_are_right() -> None:
     for example in examples:
         config = read(example + SECTIONS, OPENAI_API_KEY=KEY, AZURE_OPENAI_API_KEY=KEY)
         kinds.update(type(config.embedders[name]) for name in re.findall(r"\[embedders\.(\w+)\]", example))
-    assert kinds == {OpenAIEmbedder, TeiEmbedder, SentenceTransformersEmbedder, PythonEmbedder}
+    assert kinds == {OpenAIEmbedder, TeiEmbedder, SentenceTransformersEmbedder, OnnxEmbedder, PythonEmbedder}
 
 
 def test_a_key_is_never_shown_and_the_path_of_one_is() -> None:

@@ -156,7 +156,8 @@ def test_an_index_needs_an_embedder_that_is_declared() -> None:
 
 def test_a_faulty_embedder_is_a_declared_one_all_the_same() -> None:
     assert problems(SECTIONS.replace('"hash"', '"hush"')) == [
-        'embedders.test.type: unknown type "hush"; known types: hash, sentence-transformers, openai, tei, python, ray'
+        'embedders.test.type: unknown type "hush"; known types: hash, sentence-transformers, onnx, openai, tei, python,'
+        " ray"
     ]
 
 
@@ -237,7 +238,9 @@ def test_documents_are_made_by_a_template_or_a_function(keys: str, lines: list[s
         ("[source\n", r"is not TOML, line 1, column 8: a section's name is not closed"),
         ("a = 1\na = 2\n", r"is not TOML, line 2, column 6: this key stands there already"),
         ("a = {", r"is not TOML, line 1, column 6: "),
-        (f"a = {'9' * 5000}", "holds a number of thousands of digits"),
+        ("text = {title}\n", r"is not TOML, line 1, column 14: this text is not in quotation marks"),
+        ('columns = ["tenant",\nindexed = []\n', r"is not TOML, line 2, column 1: the list that begins in line 1"),
+        (f"a = {'9' * 5000}", "contains a number with thousands of digits"),
         ("a = " + "[" * 5000, "is nested too deeply"),
         ("a" + ".a" * 5000 + " = 1", "is nested too deeply"),
     ],

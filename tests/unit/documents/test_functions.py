@@ -67,7 +67,7 @@ def test_an_error_says_what_and_where_and_nothing_of_the_row(module: str) -> Non
 
 @pytest.mark.parametrize(
     ("title", "message"),
-    [("a", "gave object, not str"), ("b", "with a NUL character"), ("c", "holds a lone surrogate")],
+    [("a", "returned object, not str"), ("b", "with a NUL character"), ("c", "holds a lone surrogate")],
 )
 def test_what_postgresql_could_not_store_is_that_row_s_error(module: str, title: str, message: str) -> None:
     with pytest.raises(DocumentError, match=message):
@@ -76,9 +76,9 @@ def test_what_postgresql_could_not_store_is_that_row_s_error(module: str, title:
 
 def test_chunks_are_a_list_of_texts(module: str) -> None:
     assert ChunkFunction(f"{module}:halves", "w").cut("a|b") == ["a", "b"]
-    with pytest.raises(DocumentError, match="gave str, not a list of texts"):
+    with pytest.raises(DocumentError, match="returned str, not a list of texts"):
         ChunkFunction("builtins:str", "w").cut("a")
-    with pytest.raises(DocumentError, match="gave int, not a list of texts"):
+    with pytest.raises(DocumentError, match="returned int, not a list of texts"):
         ChunkFunction("builtins:len", "w").cut("a")
 
 

@@ -72,12 +72,12 @@ def test_any_text_can_be_a_literal_a_name_or_a_value(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{title", "the brace at character 1 of the template has no partner"),
-        ("title}", "the brace at character 6 of the template has no partner"),
-        ("{a} {b{c}}", "the brace at character 5 of the template has no partner"),
-        ("{a}}", "the brace at character 4 of the template has no partner"),
-        ('{"a}', "the brace at character 1 of the template has no partner"),
-        ('{"a" b}', "the brace at character 1 of the template has no partner"),
+        ("{title", "the brace at character 1 of the template is not matched by another"),
+        ("title}", "the brace at character 6 of the template is not matched by another"),
+        ("{a} {b{c}}", "the brace at character 5 of the template is not matched by another"),
+        ("{a}}", "the brace at character 4 of the template is not matched by another"),
+        ('{"a}', "the brace at character 1 of the template is not matched by another"),
+        ('{"a" b}', "the brace at character 1 of the template is not matched by another"),
         ("{a}{}", "the braces at character 4 of the template hold no column name"),
         ("{ \t}", "the braces at character 1 of the template hold no column name"),
         ('{""}', "the braces at character 1 of the template hold no column name"),

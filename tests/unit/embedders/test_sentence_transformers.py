@@ -22,7 +22,7 @@ from cdcsync.demo.corpus import docstrings
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders import make_embedder, validate
 from cdcsync.embedders.model_files import ModelFiles
-from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder, exported, passes
+from cdcsync.embedders.sentence_transformers import SentenceTransformersEmbedder, exported
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 
 pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning up <TemporaryDirectory:ResourceWarning")
@@ -625,12 +625,3 @@ async def test_calls_at_the_same_time_give_each_text_its_own_vector(monkeypatch:
     for number, vectors in together.items():
         assert np.allclose(vectors, alone[number::12], atol=1e-5)
     await made.aclose()
-
-
-def test_a_pass_has_texts_of_like_length_and_no_more_tokens_than_it_may() -> None:
-    lengths = [5, 100, 7, 90, 300, 6]
-
-    assert list(passes(lengths, 3, 200)) == [[4], [1, 3], [2, 5, 0]]
-    assert list(passes(lengths, 4, None)) == [[4, 1, 3, 2], [5, 0]]
-    assert list(passes([], 4, 200)) == []
-    assert list(passes([0, 0], 4, 200)) == [[0, 1]]

@@ -63,6 +63,13 @@ def test_the_file_holds_hashes_for_its_owner_alone(path: Path) -> None:
     assert [one.name for one in path.parent.iterdir()] == ["tokens.json"]
 
 
+def test_a_file_that_others_may_read_stays_so(path: Path) -> None:
+    new_token(path, "ana", {}, None)
+    path.chmod(0o644)
+    new_token(path, "ben", {}, None)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
 @pytest.mark.parametrize(
     "authorization",
     [None, "", "Bearer", "Bearer ", "Basic YTpi", "Bearer cdcsync_", "Bearer cdcsync_x", "Bearer \ud800", "x" * 10_000],

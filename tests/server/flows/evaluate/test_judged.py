@@ -158,7 +158,7 @@ def test_a_wrong_argument_is_told_before_anything_is_measured(
     judged = ("--judged", collection)
     for arguments, problem in (
         (("--min", "nDCG@10=0.4"), "name the questions with --judged DIR"),
-        ((*judged, "--where", "true"), "judged answers come from all rows"),
+        ((*judged, "--where", "true"), "judged questions are answered from all rows"),
         ((*judged, "--plot", "figures.pdf"), "only SVG and PNG can be drawn"),
         (("--judged", "nowhere"), "there is no such directory"),
         ((*judged, "--measure", "nonsense"), "nonsense is not a measure that can be taken"),

@@ -1,0 +1,132 @@
+"""The Grafana dashboard over a real Prometheus that scrapes a real worker: every panel has something to show."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cdcsync.demo.cluster import free_port
+from tests import ROOT
+from tests.support.configs import configuration, hosted
+from tests.support.provider import FakeProvider, status
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+DASHBOARD = ROOT / "config" / "dashboard.json"
+
+SCRAPING = """
+global: {{scrape_interval: 500ms}}
+scrape_configs:
+  - job_name: cdcsync
+    static_configs: [{{targets: ["127.0.0.1:{port}"]}}]
+"""
+
+VARIABLES = {"$job": ".*", "$instance": ".*", "$__rate_interval": "10s"}
+
+
+def expressions() -> list[str]:
+    """Return the panels' queries, with values for the dashboard's variables."""
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    found = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    for name, value in VARIABLES.items():
+        found = [expression.replace(name, value) for expression in found]
+    return found
+
+
+class Prometheus:
+    """A server that scrapes one worker."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def shows(self, expression: str) -> bool:
+        """Whether a query has a result now.
+
+        :raises AssertionError: the server does not take the query.
+        """
+        query = urllib.parse.urlencode({"query": expression})
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/query?{query}", timeout=10) as answer:
+                said = json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code == 503:
+                return False  # it is still starting
+            raise AssertionError(f"{expression}: {error.read().decode()}") from error
+        except OSError:
+            return False
+        assert said["status"] == "success", said
+        return bool(said["data"]["result"])
+
+
+@pytest.fixture
+def scrape(tmp_path: Path) -> Iterator[Callable[[int], Prometheus]]:
+    """Starts a Prometheus that scrapes a port."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("there is no prometheus: it is Debian's package prometheus")
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(target: int) -> Prometheus:
+        config, port = tmp_path / "prometheus.yml", free_port()
+        config.write_text(SCRAPING.format(port=target))
+        arguments = [f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}"]
+        started.append(
+            subprocess.Popen(
+                [program, *arguments, f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        )
+        return Prometheus(port)
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_every_panel_shows_something_of_a_worker_at_work(
+    database: Database,
+    make_pipeline: Callable[[str], Pipeline],
+    provider: FakeProvider,
+    scrape: Callable[[int], Prometheus],
+) -> None:
+    database.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
+    database.execute("INSERT INTO articles SELECT i, 'title ' || i FROM generate_series(1, 100) AS i")
+    pipeline = make_pipeline(
+        configuration(
+            database.dsn,
+            worker_lines="backfill_page_rows = 20\nbackfill_max_rows_per_s = 5\nevaluate_every_s = 0.5",
+            embedders={"hosted": hosted(provider.url)},
+            indexes={"articles": {}},
+        )
+    )
+    pipeline.start()
+    prometheus = scrape(pipeline.event("listening")["port"])
+    waiting, number = set(expressions()), 100
+
+    def shown() -> bool:
+        nonlocal number
+        number += 1
+        database.execute(f"INSERT INTO articles VALUES ({number}, 'new {number}')")
+        database.execute(f"UPDATE articles SET title = title WHERE id = {number}")
+        if number == 105:
+            provider.misdeeds.append(status(500))
+        if number == 110:
+            pipeline.path.write_text(pipeline.path.read_text().replace("backfill_max_rows_per_s = 5", ""))
+            pipeline.processes[-1].send_signal(signal.SIGHUP)  # the rest of the load need not take its time
+        waiting.difference_update([one for one in waiting if prometheus.shows(one)])
+        return not waiting
+
+    until(shown, lambda: "data for " + "\n".join(sorted(waiting)))
