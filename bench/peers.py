@@ -1,0 +1,389 @@
+"""The same work by cdcsync and by pgai: rows to vectors with HNSW, through one provider that takes 20 ms a request.
+
+- backfill: rows that are there before the first worker starts.
+- catch_up: updates in transactions of ten while no worker runs; the time begins with the worker's process.
+- live: the same updates while it runs; the time from the last commit to the last vector.
+- kills: the same updates while it runs, and it is killed with SIGKILL again and again; then what is lost, what is
+  there twice, what is wrong, and how many texts were embedded again.
+
+pgai keeps a queue by triggers, so the application's writes pay for it: what the updates themselves take is a figure
+too. It has an environment of its own; PGAI names its program (`pip install 'pgai[vectorizer-worker]'`). Without it the
+script says so, and measures one side.
+
+    PGAI=/path/to/bin/pgai python bench/peers.py [backfill] [catch_up] [live] [kills]
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+# A script imports from its own directory; a type checker names files by their place in the repository.
+if TYPE_CHECKING:
+    from bench._pipeline import PATIENCE_S, Pipeline, pipeline
+    from bench.report import report
+else:
+    from _pipeline import PATIENCE_S, Pipeline, pipeline
+    from report import report
+
+PGAI = os.environ.get("PGAI") or shutil.which("pgai")
+ROWS = int(os.environ.get("ROWS", "5000"))
+UPDATES = int(os.environ.get("UPDATES", "20000"))
+ROWS_OF_TRANSACTION = 10
+DIMENSIONS = 384
+LATENCY_S = 0.02
+CALLS, TEXTS = 4, 128
+"""Calls at a time and texts of a call, on both sides."""
+KILLS = 5
+KILL_AFTER_S = (1.0, 3.0)
+PARTS = ("backfill", "catch_up", "live", "kills")
+GOALS = {"backfill": 1.5, "catch_up": 5.0, "live": 10.0}
+"""How many times as fast as pgai cdcsync should be."""
+WORDS = [f"word{number}" for number in range(500)]
+
+
+class Provider(ThreadingHTTPServer):
+    """Embeddings over OpenAI's route and Ollama's: each text's vector follows from the text. Counts what it embeds."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self) -> None:
+        self.embedded: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    @property
+    def url(self) -> str:
+        """The address without a path."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def vectors(self, texts: list[str]) -> list[np.ndarray[Any, Any]]:
+        """Return the texts' vectors after the time that a request takes."""
+        time.sleep(LATENCY_S)
+        with self._lock:
+            self.embedded.update(texts)
+        return [vector_of(text) for text in texts]
+
+
+def vector_of(text: str) -> np.ndarray[Any, Any]:
+    """Return a text's vector."""
+    made = np.random.default_rng(np.frombuffer(text.encode(), np.uint8)).standard_normal(DIMENSIONS)
+    unit: np.ndarray[Any, Any] = (made / np.linalg.norm(made)).astype("<f4")
+    return unit
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Provider
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path.endswith("/api/show"):
+            return self._answer({"model_info": {"general.architecture": "bench", "bench.context_length": 8192}})
+        texts = asked["input"] if isinstance(asked["input"], list) else [asked["input"]]
+        vectors = self.server.vectors(texts)
+        if self.path.endswith("/api/embed"):
+            body = {
+                "model": asked["model"],
+                "prompt_eval_count": len(texts),
+                "embeddings": [one.tolist() for one in vectors],
+            }
+            return self._answer(body)
+        data = [
+            {"object": "embedding", "index": at, "embedding": base64.b64encode(vector.tobytes()).decode()}
+            for at, vector in enumerate(vectors)
+        ]
+        return self._answer({"object": "list", "data": data, "model": asked["model"], "usage": {}})
+
+    def do_GET(self) -> None:
+        self._answer({"models": []})
+
+    def _answer(self, body: dict[str, Any]) -> None:
+        encoded = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(encoded)))
+        self.end_headers()
+        self.wfile.write(encoded)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+class Side:
+    """One of the two programs on a database of its own.
+
+    :ivar chunks: a SELECT of each stored key, text and vector.
+    """
+
+    name: str
+    chunks: str
+
+    def __init__(self, made: Pipeline, provider: Provider) -> None:
+        self.made = made
+        self.provider = provider
+
+    def start(self) -> None:
+        """Start the worker."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Start the worker, and wait until every change is a vector."""
+        self.start()
+        self.wait()
+
+    def kill(self) -> None:
+        """End the worker with SIGKILL."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End the worker in an orderly way."""
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        """Wait until every change is a vector."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Leave nothing running."""
+
+
+class Ours(Side):
+    """cdcsync."""
+
+    name = "cdcsync"
+    chunks = "SELECT id, content, embedding::text FROM articles_index"
+
+    def start(self) -> None:
+        self.made.start()
+
+    def kill(self) -> None:
+        os.kill(self.made.pid, signal.SIGKILL)
+        assert self.made._process is not None
+        self.made._process.wait()
+        self.made._process = None
+
+    def stop(self) -> None:
+        self.made.stop()
+
+    def wait(self) -> None:
+        self.made.live()
+        self.made.text_in_step()
+        self.made.vectors_in_step(0.02)
+
+
+class Theirs(Side):
+    """pgai's vectorizer, its queue filled by triggers."""
+
+    name = "pgai"
+    chunks = "SELECT id, chunk, embedding::text FROM articles_embedding_store"
+
+    def __init__(self, made: Pipeline, provider: Provider) -> None:
+        super().__init__(made, provider)
+        assert PGAI is not None
+        subprocess.run([PGAI, "install", "-d", made.dsn], check=True, capture_output=True)
+        made.connection.execute(
+            "SELECT ai.create_vectorizer('articles'::regclass, name => 'articles',"
+            " loading => ai.loading_column('body'), chunking => ai.chunking_none(), scheduling => ai.scheduling_none(),"
+            f" embedding => ai.embedding_ollama('bench', {DIMENSIONS}, base_url => '{provider.url}'),"
+            f" processing => ai.processing_default(batch_size => {TEXTS}, concurrency => {CALLS}))"
+        )
+        made.connection.execute("CREATE INDEX ON articles_embedding_store USING hnsw (embedding vector_cosine_ops)")
+        self._log = tempfile.TemporaryFile(prefix="cdcsync-bench-pgai-")  # noqa: SIM115  (`close` closes it)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        assert PGAI is not None
+        command = [PGAI, "vectorizer", "worker", "-d", self.made.dsn, "-c", str(CALLS), "--poll-interval", "1"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True
+        )
+
+    def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        self._end(signal.SIGTERM)
+
+    def close(self) -> None:
+        self._end(signal.SIGKILL)
+        self._log.close()
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            process, self._process = self._process, None
+            os.killpg(process.pid, number)
+            process.wait()
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while self.made.value("SELECT ai.vectorizer_queue_pending('articles', true)"):
+            if time.monotonic() > deadline:
+                self._log.seek(0)
+                raise SystemExit(f"pgai does not empty its queue; it said:\n{self._log.read()[-2000:].decode()}")
+            time.sleep(0.02)
+
+
+SIDES: tuple[type[Side], ...] = (Ours, Theirs) if PGAI else (Ours,)
+
+
+@contextmanager
+def indexed(kind: type[Side], provider: Provider, rows: int) -> Iterator[Side]:
+    """Make a database with rows, and one of the two programs for it, which does not run yet."""
+    embedder = (
+        f'type = "openai"\nmodel = "bench"\ndimensions = {DIMENSIONS}\nbase_url = "{provider.url}/v1"\n'
+        f"batch_texts = {TEXTS}\nconcurrency = {CALLS}"
+    )
+    with pipeline(embedder, 'search = ""', shared_buffers="256MB", max_wal_size="4GB") as made:
+        with made.connection.cursor().copy("COPY articles FROM STDIN") as copy:
+            for key in range(1, rows + 1):
+                copy.write_row((key, key % 50, f"the first text of article {key}"))
+        side = kind(made, provider)
+        provider.embedded.clear()
+        try:
+            yield side
+        finally:
+            side.close()
+
+
+def change(made: Pipeline) -> set[str]:
+    """Update rows at random; returns the texts that they have in the end."""
+    chance = random.Random(1)
+    last: dict[int, str] = {}
+    for number in range(UPDATES // ROWS_OF_TRANSACTION):
+        with made.connection.transaction():
+            for key in sorted(chance.sample(range(1, ROWS + 1), ROWS_OF_TRANSACTION)):
+                last[key] = (
+                    f"article {key} as it was written in round {number}: {' '.join(chance.choices(WORDS, k=30))}"
+                )
+                made.connection.execute("UPDATE articles SET body = %s WHERE id = %s", [last[key], key])
+    return set(last.values())
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return how many seconds something takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def verify(side: Side) -> dict[str, float]:
+    """Compare what is stored with the table and with the provider's vectors; returns what is not as it should be."""
+    wanted: dict[int, str] = dict(side.made.connection.execute("SELECT id, body FROM articles").fetchall())
+    stored: dict[int, list[tuple[str, str]]] = {}
+    for key, text, vector in side.made.connection.execute(side.chunks.encode()).fetchall():
+        stored.setdefault(key, []).append((text, vector))
+    wrong = old = 0
+    for key, found in stored.items():
+        text, vector = found[0]
+        if text != wanted.get(key):
+            old += 1
+        elif not np.allclose(json.loads(vector), vector_of(text), atol=1e-5):
+            wrong += 1
+    return {
+        "lost_documents": len(wanted.keys() - stored.keys()),
+        "doubled_documents": sum(len(found) > 1 for found in stored.values()),
+        "old_texts": old,
+        "wrong_vectors": wrong,
+    }
+
+
+def backfill(kind: type[Side], provider: Provider) -> dict[str, float]:
+    """Measure the first load."""
+    with indexed(kind, provider, UPDATES) as side:
+        seconds = timed(side.begin)
+        side.stop()
+        return {"backfill_s": seconds, **{f"backfill_{name}": value for name, value in verify(side).items()}}
+
+
+def catch_up(kind: type[Side], provider: Provider) -> dict[str, float]:
+    """Measure what a worker does about the changes that came while it was away."""
+    with indexed(kind, provider, ROWS) as side:
+        side.begin()
+        side.stop()
+        provider.embedded.clear()
+        texts: set[str] = set()
+        writing = timed(lambda: texts.update(change(side.made)))
+        seconds = timed(side.begin)
+        side.stop()
+        waste = sum(provider.embedded.values()) / len(texts)
+        checked = {f"catch_up_{name}": value for name, value in verify(side).items()}
+        return {"updates_s": writing, "catch_up_s": seconds, "embedded_over_needed": waste, **checked}
+
+
+def live(kind: type[Side], provider: Provider) -> dict[str, float]:
+    """Measure how late the last change is."""
+    with indexed(kind, provider, ROWS) as side:
+        side.begin()
+        change(side.made)
+        seconds = timed(side.wait)
+        side.stop()
+        return {"live_s": seconds, **{f"live_{name}": value for name, value in verify(side).items()}}
+
+
+def kills(kind: type[Side], provider: Provider) -> dict[str, float]:
+    """Kill the worker again and again while rows change."""
+    chance = random.Random(2)
+    with indexed(kind, provider, ROWS) as side:
+        side.begin()
+        provider.embedded.clear()
+        texts: set[str] = set()
+        writer = threading.Thread(target=lambda: texts.update(change(side.made)))
+        writer.start()
+        for _ in range(KILLS):
+            time.sleep(chance.uniform(*KILL_AFTER_S))
+            side.kill()
+            side.start()
+        writer.join()
+        side.wait()
+        side.stop()
+        # A text that was embedded and changed afterwards was needed when it was embedded.
+        twice = sum(count - 1 for count in provider.embedded.values())
+        checked = {f"kills_{name}": value for name, value in verify(side).items()}
+        return {"kills_embedded_again_texts": twice, **checked}
+
+
+def main() -> None:
+    """Measure and report."""
+    parts = sys.argv[1:] or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        raise SystemExit(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if PGAI is None:
+        print("peers: pgai is not installed, so one side is measured alone; PGAI names its program")
+    measured = {"backfill": backfill, "catch_up": catch_up, "live": live, "kills": kills}
+    figures: dict[str, float] = {}
+    provider = Provider()
+    threading.Thread(target=provider.serve_forever, daemon=True).start()
+    for part in parts:
+        for kind in SIDES:
+            found = measured[part](kind, provider)
+            figures |= {f"{kind.name}_{name}": value for name, value in found.items()}
+            print(
+                f"{part}, {kind.name}: {', '.join(f'{name} {value:,.2f}' for name, value in found.items())}", flush=True
+            )
+    ratios = {}
+    for part in set(parts) & GOALS.keys() if PGAI else ():
+        ratios[f"pgai_over_cdcsync_{part}"] = figures[f"pgai_{part}_s"] / max(figures[f"cdcsync_{part}_s"], 1e-3)
+    report("peers", figures, ratios, {name: GOALS[name.removeprefix("pgai_over_cdcsync_")] for name in ratios})
+
+
+if __name__ == "__main__":
+    main()
