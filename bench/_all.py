@@ -32,6 +32,7 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "waste": ((), {}),
     "backfill": (("100000",), {}),
     "related": ((), {}),
+    "fan_out": ((), {}),
     "replay": ((), {}),
     "audit": ((), {}),
     "memory": ((), {"LARGE_ROWS": "300000"}),

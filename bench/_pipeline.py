@@ -82,11 +82,18 @@ class Pipeline:
             if process.wait(timeout=60) != 0:
                 raise SystemExit(f"the worker failed:\n{self._log.read_text()[-2000:]}")
 
+    def kill(self) -> None:
+        """End the worker at once, in whatever it does."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
     def event(self, name: str) -> dict[str, Any]:
         """Wait until the worker has logged `name`, and return that event."""
-        return self.until(lambda: next((one for one in self._events() if one.get("event") == name), None), name)
+        return self.until(lambda: next((one for one in self.events() if one.get("event") == name), None), name)
 
-    def _events(self) -> Iterator[dict[str, Any]]:
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield what the worker has logged."""
         for line in self._log.read_text().splitlines():
             if line.startswith("{"):
                 yield json.loads(line)

@@ -26,6 +26,7 @@ import msgspec
 
 from cdcsync.config import QualifiedName, Related
 from cdcsync.config.names import MAX_NAME_BYTES
+from cdcsync.config.names import quote as _name
 from cdcsync.documents.templates import Template, sql_text
 from cdcsync.errors import ConfigError
 
@@ -129,6 +130,16 @@ class RelatedRows(msgspec.Struct, frozen=True):
         below = computed_columns(self.related)
         outward = [theirs for one in self.related for _, theirs in one.steps[0].on]
         return tuple(dict.fromkeys([one for one in named if one not in below] + outward))
+
+    @property
+    def condition(self) -> str:
+        """The beginning of a condition on a row `t` that there are related rows, as people write it."""
+        last = f"{self.table} AS {_name(self.name)}"
+        if len(self.steps) == 1:
+            return f"EXISTS (SELECT FROM {last} WHERE {_equal(self.name, self.steps[0], 't')}"
+        between = self.steps[0]
+        joined = f"{between.table} AS {VIA} JOIN {last} ON {_equal(self.name, self.steps[-1], VIA)}"
+        return f"EXISTS (SELECT FROM {joined} WHERE {_equal(VIA, between, 't')}"
 
     def walk(self) -> Iterator[RelatedRows]:
         """Yield it, and the relations within it."""
@@ -338,6 +349,10 @@ def _row_sql(columns: Sequence[str], quote: Callable[[str], str]) -> str:
         for one in columns
     )
     return f"pg_catalog.json_object(ARRAY[{names}]::text[], ARRAY[{values}]::text[])"
+
+
+def _equal(alias: str, step: Step, before: str) -> str:
+    return " AND ".join(f"{_name(alias)}.{_name(mine)} = {_name(before)}.{_name(theirs)}" for mine, theirs in step.on)
 
 
 def _id(name: str) -> str:

@@ -9,6 +9,7 @@ its column's text; the key of several columns is a JSON array of their texts, in
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from typing import cast
 
@@ -172,7 +173,10 @@ async def check_where(source: Connection, spec: IndexSpec, where: str) -> None:
     try:
         await try_condition(source, tried.table, where, source=tried.source)
     except Refused as error:
-        raise UsageError(error.message, where=f"--where {where}", hint=error.hint) from None
+        named = next((one for one in spec.documents.related if re.search(rf"\b{re.escape(one.name)}\b", where)), None)
+        # A value of a related row is a column of the index, and none of its table.
+        hint = error.hint if named is None else f"ask for related rows by a query: {named.condition} AND …)"
+        raise UsageError(error.message, where=f"--where {where}", hint=hint) from None
 
 
 async def ask(target: Connection, schema: str, spec: IndexSpec, replay: Replay) -> int:

@@ -25,7 +25,13 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.documents.related import columns_read
 from cdcsync.errors import SchemaChanged, SetupError, SourceUnavailable, TablesChanged, Unavailable
 from cdcsync.flows.build import LOAD_CANCELLED
-from cdcsync.flows.setup.differences import ask_for, note_fingerprint, present_fingerprint, stored_fingerprint
+from cdcsync.flows.setup.differences import (
+    ask_for,
+    difference_of,
+    note_fingerprint,
+    present_fingerprint,
+    stored_fingerprint,
+)
 from cdcsync.flows.setup.start import outdated
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
@@ -37,7 +43,7 @@ from cdcsync.preflight import Finding
 from cdcsync.preflight.following import following_findings
 from cdcsync.preflight.indexes import Plan, vector_faults
 from cdcsync.source.catalog import Catalog, Slot, insert_lsn, read_catalog, read_slot
-from cdcsync.source.fingerprints import Difference, Fingerprint, difference, fingerprint_of
+from cdcsync.source.fingerprints import Emptied, Fingerprint, fingerprint_of
 from cdcsync.target.approvals import Approvals
 from cdcsync.target.ddl.missing import missing_relations
 from cdcsync.target.generations import Generation, Generations
@@ -138,9 +144,9 @@ class Watch:
         self._deliveries = deliveries
         self._received = received
         self._source_ends = source_ends
-        self._awaited: dict[str, tuple[int, Lsn]] = {}
-        """By index: the transaction that rewrote its table, and from where in the stream on that has come if it was a
-        TRUNCATE."""
+        self._awaited: dict[tuple[str, int | None], tuple[int, Lsn]] = {}
+        """By index, and the place of a related table's link or None: the transaction that rewrote the table, and from
+        where in the stream on that has come if it was a TRUNCATE."""
         self._unapproved = unapproved
         self._ailing = {plan.name for plan in plans if plan.unfit}
         """The indexes whose tables had a fault when they were last looked at."""
@@ -250,15 +256,15 @@ class Watch:
         now = present_fingerprint(catalog, spec)
         if now is None or now == stored_fingerprint(entry):
             return
-        found = difference(stored_fingerprint(entry), now, catalog.tables[spec.shape.table])
+        found = difference_of(catalog, spec, entry, now)
         if found.reread:
             raise TablesChanged(found.reread, where=f"index {spec.name}")
-        emptied = await self._emptied(source, spec.name, found)
-        if emptied is None:
+        said = [await self._truncated(source, spec, one) for one in found.emptied]
+        if None in said and False not in said:
             return
-        if emptied:
+        if said and all(said):
             found = msgspec.structs.replace(found, compare=None)
-        self._awaited.pop(spec.name, None)
+        self._awaited = {of: awaited for of, awaited in self._awaited.items() if of[0] != spec.name}
         schema = self._config.target.schema
         with speaking_of("target", where=f"index {spec.name}", index=spec.name):
             connection = await target.connection()
@@ -268,20 +274,22 @@ class Watch:
                 crash_point("difference written")
             crash_point("difference committed")
 
-    async def _emptied(self, source: Session, index: str, found: Difference) -> bool | None:
+    async def _truncated(self, source: Session, spec: IndexSpec, emptied: Emptied) -> bool | None:
         """Say whether a TRUNCATE that the stream has brought made a table's new files; None if it may still come."""
-        writer, deliveries = found.emptied_by, self._deliveries[index]
-        if writer is None:
-            return False
-        if deliveries.emptied_by(writer) and not found.at_its_end:
+        writer, deliveries = emptied.by, self._deliveries[spec.name]
+        # The same table by another link is truncated in the same message.
+        links = {link.table: link.place for link in spec.links}
+        place = None if emptied.table == spec.shape.table else links[emptied.table]
+        if deliveries.emptied_by(writer, place) and not emptied.at_its_end:
             return True
-        awaited = self._awaited.get(index)
-        if awaited is None or (awaited[0] != writer and deliveries.emptied_by(awaited[0])):
+        of = spec.name, place
+        awaited = self._awaited.get(of)
+        if awaited is None or (awaited[0] != writer and deliveries.emptied_by(awaited[0], place)):
             with speaking_of("source"):
-                awaited = self._awaited[index] = writer, await insert_lsn(await source.connection())
+                awaited = self._awaited[of] = writer, await insert_lsn(await source.connection())
         if self._received() <= awaited[1]:
             return None
-        return awaited[0] == writer and deliveries.emptied_by(writer, at_its_end=found.at_its_end)
+        return awaited[0] == writer and deliveries.emptied_by(writer, place, at_its_end=emptied.at_its_end)
 
     async def _look_at_paused(
         self, target: Session, plan: Plan, entry: Entry, catalog: Catalog, error: Finding | None

@@ -87,9 +87,11 @@ class IndexChanges:
         """The last change of the related rows of each link that have these values, or had them."""
         self.emptied: dict[int, Touch] = {}
         """The links whose tables were truncated."""
-        self.touched_by: set[int] = set()
-        """All transactions that touched related rows. They are not visible in the order of their commits, so that a
-        reading has to see each, whatever was touched or truncated later."""
+        self.touched_by: dict[int, int] = {}
+        """All transactions that touched related rows, and how often. They are not visible in the order of their
+        commits, so that a reading has to see each, whatever was touched or truncated later."""
+        self.resolved = False
+        """Whether all documents that these touches concern were read again when this was prepared."""
         self.overtaken: set[int] = set()
         """Transactions that touched related rows and that the reading of the backfilled rows did not see."""
         self.rewrite = False
@@ -118,7 +120,7 @@ class IndexChanges:
             case Upsert():
                 self._add_upsert(change)
             case Touch():
-                self.touched_by.add(change.xid)
+                self.touched_by[change.xid] = self.touched_by.get(change.xid, 0) + 1
                 if change.values is None:
                     self.emptied[change.place] = change
                 else:

@@ -18,9 +18,12 @@ The rules:
 5. Of no more than `MOST_KEYS` keys the transactions are remembered. Beyond that they become suspects: a page that does
    not see them has to be read again, and waits until it does.
 6. Which keys a change of a related row concerns is known only once the source has been asked. A page that it overtook
-   is not dropped: its rows are read again when it is applied, by a snapshot that sees the change.
+   until then is not dropped: its rows are read again when it is applied, by a snapshot that sees the change.
 7. Of no more than `MOST_SUSPECTS` suspects each is known. Beyond that they are taken for all ids from the oldest to the
    newest of them: a page then waits for transactions of others in between, too, and for none that began before.
+8. What a batch reads again may show more than was delivered. So it is remembered under which snapshot it was read: a
+   page's row is older if the page's snapshot does not see all that this one sees. Of no more than `MOST_KEYS` keys that
+   is remembered. Beyond that, a page has to see all that they were read under.
 
 Source: PostgreSQL, "System Information Functions" (pg_snapshot); src/backend/access/transam/xact.c
 (RecordTransactionCommit, then ProcArrayEndTransaction).
@@ -28,7 +31,7 @@ Source: PostgreSQL, "System Information Functions" (pg_snapshot); src/backend/ac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import msgspec
@@ -83,6 +86,10 @@ class Snapshot(msgspec.Struct, frozen=True):
         whole = self.widen(xid)
         return whole < self.xmin or (whole < self.xmax and whole not in self.running)
 
+    def includes(self, other: Snapshot) -> bool:
+        """Say whether it sees all that another snapshot of the same server sees."""
+        return other.xmax <= self.xmax and all(xid in other.running for xid in self.running if xid < other.xmax)
+
     def unseen_between(self, first: int, last: int) -> list[int]:
         """Return the ids from `first` to `last` (32 or 64 bits) that this snapshot does not see.
 
@@ -106,11 +113,17 @@ class Deliveries:
         self._truncated: int | None = None
         self._cleared: dict[str, int] = {}
         """The last TRUNCATE of each of many tables."""
-        self._emptied: dict[int, bool] = {}
-        """The transactions that emptied the table lately, and whether they changed nothing more afterwards."""
+        self._emptied: dict[tuple[int, int | None], bool] = {}
+        """The transactions that emptied the table, or the one of a link, lately, and whether they changed nothing of it
+        afterwards."""
         self._emptying: int | None = None
-        self._related: set[int] = set()
-        """While recording: transactions that changed related rows, of which nobody knows yet whose keys those are."""
+        self._related: dict[int, int] = {}
+        """While recording: transactions that changed related rows, and how many of these changes have been delivered of
+        which nobody knows yet whose keys those are."""
+        self._read: dict[Key, Snapshot] = {}
+        """While recording: what was read again, and under which snapshot last."""
+        self._read_under: Snapshot | None = None
+        """The newest snapshot of those that were too many."""
         self._seen: Snapshot | None = None
         self.rewriting = False
         """Whether pages that are read now have documents chunked again: what overtakes a row then has to, too."""
@@ -129,7 +142,7 @@ class Deliveries:
     def size(self) -> int:
         """How many keys and transactions are remembered."""
         spans = self._suspect_span is not None
-        related = len(self._related)
+        related = len(self._related) + len(self._read) + (self._read_under is not None)
         truncations = (self._truncated is not None) + len(self._cleared)
         return len(self._suspects) + spans + len(self._keys or ()) + related + truncations
 
@@ -143,6 +156,8 @@ class Deliveries:
         self._emptied.clear()
         self._emptying = None
         self._related.clear()
+        self._read.clear()
+        self._read_under = None
         if self._keys is not None:
             self._keys = {}
 
@@ -176,11 +191,13 @@ class Deliveries:
         self._truncated = None
         self._cleared.clear()
         self._related.clear()
+        self._read.clear()
+        self._read_under = None
 
     def touched(self, key: Key, xid: int) -> None:
         """Note that the stream delivered a change of `key` made by `xid`."""
         if xid == self._emptying:
-            self._emptied[xid] = False
+            self._emptied[xid, None] = False
         if self._seen is not None and self._seen.sees(xid):
             return
         if self._keys is None:
@@ -198,10 +215,7 @@ class Deliveries:
         :param source: the table, if the index is over many.
         """
         self._emptying = xid
-        self._emptied.pop(xid, None)
-        self._emptied[xid] = True
-        if len(self._emptied) > MOST_EMPTIED:
-            del self._emptied[next(iter(self._emptied))]
+        self._note_emptied(xid, None)
         if self._seen is not None and self._seen.sees(xid):
             return
         if self._keys is None:
@@ -211,25 +225,63 @@ class Deliveries:
         else:
             self._truncated = xid
 
-    def emptied_by(self, xid: int, *, at_its_end: bool = False) -> bool:
+    def _note_emptied(self, xid: int, place: int | None) -> None:
+        self._emptied.pop((xid, place), None)
+        self._emptied[xid, place] = True
+        if len(self._emptied) > MOST_EMPTIED:
+            del self._emptied[next(iter(self._emptied))]
+
+    def emptied_by(self, xid: int, place: int | None = None, *, at_its_end: bool = False) -> bool:
         """Say whether the stream has delivered a TRUNCATE made by `xid`.
 
-        :param at_its_end: whether it counts only if that transaction has changed nothing afterwards, which is known
-            once all of it has been delivered.
+        :param place: of the link whose table it is about; None for the index's own.
+        :param at_its_end: whether it counts only if that transaction has changed nothing of the table afterwards, which
+            is known once all of it has been delivered.
         """
-        return self._emptied.get(xid, False) or (xid in self._emptied and not at_its_end)
+        return self._emptied.get((xid, place), False) or ((xid, place) in self._emptied and not at_its_end)
 
-    def related(self, xid: int) -> None:
-        """Note that the stream delivered a change of a related row made by `xid`."""
+    def related(self, xid: int, place: int, *, emptied: bool = False) -> None:
+        """Note that the stream delivered a change of a related row made by `xid`, or the TRUNCATE of its table.
+
+        :param place: of the link that the row is in.
+        """
+        if emptied:
+            self._note_emptied(xid, place)
+        elif (xid, place) in self._emptied:
+            self._emptied[xid, place] = False
         if self._seen is not None and self._seen.sees(xid):
             return
         if self._keys is None:
             self.suspect((xid,))
             return
-        self._related.add(xid)
+        self._related[xid] = self._related.get(xid, 0) + 1
         if len(self._related) > self._most_suspects:
             self.suspect(self._related)
             self._related.clear()
+
+    def resolved(self, changes: Mapping[int, int]) -> None:
+        """Note that all keys that changes of related rows concern have been read again and are in the index.
+
+        :param changes: by transaction: how many of the changes that it made.
+        """
+        for xid, count in changes.items():
+            left = self._related.pop(xid, 0) - count
+            if left > 0:
+                self._related[xid] = left
+
+    def read_again(self, keys: Iterable[Key], snapshot: Snapshot, *, rewritten: bool = False) -> None:
+        """Note that what the index is to have of these keys next was read under a snapshot.
+
+        :param rewritten: whether their documents are chunked again; those that are not may not take the place of a
+            page's that are.
+        """
+        if self._keys is None or (self.rewriting and not rewritten):
+            return
+        self._read.update(dict.fromkeys(keys, snapshot))
+        if len(self._read) > self._most_keys:
+            # A batch reads after the one before it.
+            self._read.clear()
+            self._read_under = snapshot
 
     def overtaking(self, snapshot: Snapshot) -> frozenset[int]:
         """Return the transactions that changed related rows, were delivered, and are not in this snapshot."""
@@ -238,13 +290,17 @@ class Deliveries:
     def unseen(self, snapshot: Snapshot) -> list[int]:
         """Return the suspects that `snapshot` does not see: with any, the page has to be read again."""
         unseen = [xid for xid in self._suspects if not snapshot.sees(xid)]
+        if self._read_under is not None and not snapshot.includes(self._read_under):
+            unseen.append(self._read_under.xmax - 1)
         return unseen + (snapshot.unseen_between(*self._suspect_span) if self._suspect_span is not None else [])
 
     def hides(self, key: Key, snapshot: Snapshot) -> bool:
-        """Say whether the stream has already delivered something newer for `key` than `snapshot` shows."""
+        """Say whether something newer for `key` than `snapshot` shows was already delivered, or read again."""
         if self._truncated is not None and not snapshot.sees(self._truncated):
             return True
         if self._cleared and (cleared := self._cleared.get(key[0])) is not None and not snapshot.sees(cleared):
+            return True
+        if self._read and (read := self._read.get(key)) is not None and not snapshot.includes(read):
             return True
         xid = None if self._keys is None else self._keys.get(key)
         return xid is not None and not snapshot.sees(xid)
@@ -261,7 +317,12 @@ class Deliveries:
         if self._truncated is not None and snapshot.sees(self._truncated):
             self._truncated = None
         self._cleared = {source: xid for source, xid in self._cleared.items() if not snapshot.sees(xid)}
-        self._related = {xid for xid in self._related if not snapshot.sees(xid)}
+        self._related = {xid: count for xid, count in self._related.items() if not snapshot.sees(xid)}
+        if self._read:
+            newer = {read for read in set(self._read.values()) if not snapshot.includes(read)}
+            self._read = {key: read for key, read in self._read.items() if read in newer} if newer else {}
+        if self._read_under is not None and snapshot.includes(self._read_under):
+            self._read_under = None
 
     def forget_snapshot(self) -> None:
         """Go by no snapshot any more: one that grows as old as half the ids there are would seem to see new ones."""

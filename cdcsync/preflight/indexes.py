@@ -24,7 +24,8 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.target import TargetFacts
 from cdcsync.preflight.types import choose_types, sortable
-from cdcsync.source.relations import Column, Table
+from cdcsync.source.columns import Column
+from cdcsync.source.relations import Table
 from cdcsync.target.generations import Generation
 from cdcsync.target.registry import Entry
 

@@ -20,7 +20,8 @@ from cdcsync.config.names import quote
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.tables import key_faults, kind_faults, no_such_table
-from cdcsync.source.relations import Column, Table, read_table
+from cdcsync.source.columns import Column
+from cdcsync.source.relations import Table, read_table
 from cdcsync.target.ddl.relations import RESERVED
 
 SAMPLED_ROWS = 500

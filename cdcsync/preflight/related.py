@@ -22,8 +22,9 @@ from cdcsync.preflight.indexes import Plan
 from cdcsync.preflight.sending import sending_findings
 from cdcsync.preflight.tables import kind_faults, read_faults
 from cdcsync.source.catalog import Catalog
+from cdcsync.source.columns import Column
 from cdcsync.source.conditions import Refused, examine_condition, examine_order
-from cdcsync.source.relations import Column, Table
+from cdcsync.source.relations import Table
 from cdcsync.source.tables import SourceTable
 
 LARGE_ROWS = 1_000

@@ -18,6 +18,7 @@ from cdcsync.config.names import quote
 from cdcsync.preflight.findings import Finding, named
 from cdcsync.preflight.source import SourceFacts
 from cdcsync.source.catalog import Catalog
+from cdcsync.source.columns import Column
 from cdcsync.source.publications import (
     FILTERS_VERSION,
     GENERATED_COLUMNS_VERSION,
@@ -25,7 +26,7 @@ from cdcsync.source.publications import (
     Published,
     create_publication_statement,
 )
-from cdcsync.source.relations import Column, Table
+from cdcsync.source.relations import Table
 
 
 def creation_faults(tables: Iterable[Table], source: SourceFacts) -> Iterator[Finding]:

@@ -19,9 +19,10 @@ from cdcsync.model.conditions import Where
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, nearest
 from cdcsync.source.catalog import Catalog
+from cdcsync.source.columns import Column
 from cdcsync.source.conditions import Refused, examine_condition
 from cdcsync.source.publications import GENERATED_COLUMNS_VERSION, Published
-from cdcsync.source.relations import Column, Table, TableIndex, similar_tables
+from cdcsync.source.relations import Table, TableIndex, similar_tables
 from cdcsync.target.ddl.relations import RESERVED
 
 SYSTEM_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")

@@ -17,7 +17,7 @@ from psycopg import sql
 from cdcsync.config.names import quote
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named
-from cdcsync.source.relations import Column
+from cdcsync.source.columns import Column
 
 FALLBACK = "text"
 

@@ -17,8 +17,9 @@ import msgspec
 from cdcsync.config import QualifiedName
 from cdcsync.model.rows import SOURCE_TABLE
 from cdcsync.postgres.sessions import Connection
+from cdcsync.source.columns import Column
 from cdcsync.source.publications import Publication, Published
-from cdcsync.source.relations import Column, Partition, Table
+from cdcsync.source.relations import Partition, Table
 
 TEXT = 25
 """The OID of the type text."""

@@ -7,7 +7,7 @@ may have changed:
 
     reread      values may be others, or of other types: the table is read again
     compare     rows may have changed without being sent, or were rewritten: source and index are compared by digests,
-                unless a TRUNCATE that the stream brings is what rewrote them (`emptied_by`)
+                unless a TRUNCATE that the stream brings is what rewrote them (`emptied`)
     arrived     partitions brought rows that were never sent: the rows within their bounds are read
     left        partitions went, with their rows: the source is asked which of the index's keys it still has
 
@@ -27,8 +27,9 @@ from cdcsync.config import QualifiedName
 from cdcsync.model.conditions import Where
 from cdcsync.model.rows import SOURCE_TABLE
 from cdcsync.source.catalog import Catalog
+from cdcsync.source.columns import Type, reachable_types
 from cdcsync.source.publications import Publication
-from cdcsync.source.relations import Partition, Table, Type, reachable_types
+from cdcsync.source.relations import Partition, Table
 
 
 class TableValues(msgspec.Struct, frozen=True):
@@ -69,6 +70,25 @@ class Fingerprint(msgspec.Struct, frozen=True):
     sent_by: SentBy
 
 
+class Emptied(msgspec.Struct, frozen=True):
+    """A table, or partitions of it, whose new files a TRUNCATE may have made.
+
+    :ivar by: the transaction (32 bits) whose TRUNCATE the stream would have to bring.
+    :ivar at_its_end: whether only a TRUNCATE after which that transaction changed nothing is enough.
+    """
+
+    table: QualifiedName
+    by: int
+    at_its_end: bool = False
+
+
+class Doubt(msgspec.Struct, frozen=True):
+    """Why rows may have changed without being sent, and what would explain it otherwise."""
+
+    because: str
+    emptied: Emptied | None = None
+
+
 class Difference(msgspec.Struct, frozen=True):
     """The consequences of a difference between two fingerprints.
 
@@ -76,17 +96,15 @@ class Difference(msgspec.Struct, frozen=True):
     :ivar compare: why source and index have to be compared, if they have to.
     :ivar arrived: the partitions whose rows have to be read.
     :ivar left: whether partitions went.
-    :ivar emptied_by: a transaction (32 bits) whose TRUNCATE, if the stream brings one, is why they would have to be
-        compared, so that they do not have to be.
-    :ivar at_its_end: whether only a TRUNCATE after which that transaction changed nothing is enough.
+    :ivar emptied: if the stream brings a TRUNCATE of each of these, nothing else is why they would have to be compared,
+        so that they do not have to be.
     """
 
     reread: str | None = None
     compare: str | None = None
     arrived: tuple[Partition, ...] = ()
     left: bool = False
-    emptied_by: int | None = None
-    at_its_end: bool = False
+    emptied: tuple[Emptied, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.reread or self.compare or self.arrived or self.left)
@@ -146,37 +164,58 @@ def fingerprint_of(
     )
 
 
-def difference(before: Fingerprint | None, now: Fingerprint, table: Table) -> Difference:
+def difference(before: Fingerprint | None, now: Fingerprint, table: Table, related: Iterable[Table] = ()) -> Difference:
     """Return what has to be done for an index whose fingerprint was `before`.
 
     :param before: None if an earlier version stored none: anything may have happened.
     :param table: the index's own table.
+    :param related: the other tables that it reads.
     """
     if before is None:
         return Difference(compare="nothing is known of what its values were made of")
     name = str(table.name)
     was, is_ = before.made_of.tables.get(name), now.made_of.tables[name]
     reread = _reread(was, is_) or _retyped(before.made_of.types, now.made_of.types)
-    others = [other for other in now.made_of.tables if other != name]
-    reread = reread or next(filter(None, (_reread_related(other, before, now) for other in others)), None)
+    others = [other for other in related if other.name != table.name]
+    reread = reread or next(filter(None, (_reread_related(str(one.name), before, now) for one in others)), None)
     if reread is not None or was is None:
         return Difference(reread=reread or f"{name} was not read before")
-    compare = emptied_by = None
-    writers = _rewritten_by(was, is_, table)
-    if before.sent_by.publication != now.sent_by.publication:
-        compare = "the publication was edited"
-    elif before.sent_by.tables.get(name) != now.sent_by.tables.get(name):
-        compare = f"what the publication sends of {name} was edited"
-    elif writers:
-        compare = f"{name} was rewritten"
-        emptied_by = _emptied_by(writers, table, is_.columns)
-    if related := next(filter(None, (_compare_related(other, before, now) for other in others)), None):
-        compare, emptied_by = related, None
+    doubts = [Doubt("the publication was edited")] if before.sent_by.publication != now.sent_by.publication else []
+    doubts += [
+        one for one in (_doubt(table, before, now), *(_doubt_related(one, before, now) for one in others)) if one
+    ]
+    explained = tuple(one.emptied for one in doubts if one.emptied is not None)
+    emptied = explained if len(explained) == len(doubts) else ()
     arrived = tuple(
         leaf for leaf in table.leaves if was.leaves.get(str(leaf.oid), (0, ""))[1] != is_.leaves[str(leaf.oid)][1]
     )
     left = any(is_.leaves.get(leaf, (0, ""))[1] != attached for leaf, (_, attached) in was.leaves.items())
-    return Difference(None, compare, arrived, left, emptied_by, emptied_by is not None and bool(table.leaves))
+    return Difference(None, doubts[0].because if doubts else None, arrived, left, emptied)
+
+
+def _doubt(table: Table, before: Fingerprint, now: Fingerprint) -> Doubt | None:
+    """Say why rows of a table that was read before may have changed without being sent."""
+    name = str(table.name)
+    if before.sent_by.tables.get(name) != now.sent_by.tables.get(name):
+        return Doubt(f"what the publication sends of {name} was edited")
+    is_ = now.made_of.tables[name]
+    writers = _rewritten_by(before.made_of.tables[name], is_, table)
+    return Doubt(f"{name} was rewritten", _emptied_by(writers, table, is_.columns)) if writers else None
+
+
+def _doubt_related(table: Table, before: Fingerprint, now: Fingerprint) -> Doubt | None:
+    """Say the same of a related table, from whose partitions nothing tells which documents are to be read.
+
+    One that was not read before comes with another configuration, which asks for what it needs.
+    """
+    was, is_ = before.made_of.tables.get(str(table.name)), now.made_of.tables[str(table.name)]
+    if was is None:
+        return None
+    if {leaf: attached for leaf, (_, attached) in was.leaves.items()} != {
+        leaf: attached for leaf, (_, attached) in is_.leaves.items()
+    }:
+        return Doubt(f"partitions of {table.name} were attached or detached")
+    return _doubt(table, before, now)
 
 
 def _rewritten_by(was: TableValues, is_: TableValues, table: Table) -> set[int]:
@@ -187,8 +226,8 @@ def _rewritten_by(was: TableValues, is_: TableValues, table: Table) -> set[int]:
     }
 
 
-def _emptied_by(writers: set[int], table: Table, columns: Iterable[str]) -> int | None:
-    """Return the transaction whose TRUNCATE may have made all the new files, if nothing that it did contradicts that.
+def _emptied_by(writers: set[int], table: Table, columns: Iterable[str]) -> Emptied | None:
+    """Return the TRUNCATE that may have made all the new files, if nothing that its transaction did contradicts that.
 
     ALTER TABLE … USING after the TRUNCATE writes the column's entry, too. After the TRUNCATE of a partitioned table,
     which the stream brings, one of a partition by itself may follow, which it does not: so such a table must have been
@@ -196,28 +235,13 @@ def _emptied_by(writers: set[int], table: Table, columns: Iterable[str]) -> int 
     """
     (writer, *others) = writers
     altered = any(table.columns[name].written_by == writer for name in columns)
-    return None if others or altered else writer
+    return None if others or altered else Emptied(table.name, writer, bool(table.leaves))
 
 
 def _reread_related(name: str, before: Fingerprint, now: Fingerprint) -> str | None:
     """Say why a change of a related table asks for all of the index to be read again."""
     reread = _reread(before.made_of.tables.get(name), now.made_of.tables[name])
     return None if reread is None else f"{name}: {reread}"
-
-
-def _compare_related(name: str, before: Fingerprint, now: Fingerprint) -> str | None:
-    """Say why rows of a related table may have changed without being sent.
-
-    One that was not read before comes with another configuration, which asks for what it needs.
-    """
-    was, is_ = before.made_of.tables.get(name), now.made_of.tables[name]
-    if was is None:
-        return None
-    if (was.file, was.leaves) != (is_.file, is_.leaves):
-        return f"{name} was rewritten, or its partitions were changed"
-    if before.sent_by.tables.get(name) != now.sent_by.tables.get(name):
-        return f"what the publication sends of {name} was edited"
-    return None
 
 
 def _reread(was: TableValues | None, is_: TableValues) -> str | None:

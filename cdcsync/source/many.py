@@ -105,6 +105,10 @@ class SourceTables(SourceTable):
         """Return how many rows there are to read."""
         return sum([await _unless_dropped(one.count(connection, where), 0) for one in self._members.values()])
 
+    async def expected(self, connection: Connection, where: str | None = None) -> int:
+        """Return the planner's idea of how many rows there are to read."""
+        return sum([await _unless_dropped(one.expected(connection, where), 0) for one in self._members.values()])
+
 
 async def _unless_dropped(read: Awaitable[T], otherwise: T) -> T:
     try:

@@ -1,65 +1,20 @@
-"""The source's tables as its catalog describes them: columns, types, keys, replica identity, partitions.
+"""The source's tables as its catalog describes them: keys, indexes, replica identity, partitions.
 
 Only the tables that are asked for are read, with what they descend from and what they are divided into. Nothing is
 assumed of any other table in the database.
 
-Source: PostgreSQL, "System Catalogs" (pg_class, pg_attribute, pg_attrdef, pg_type, pg_enum, pg_range, pg_index);
-"ALTER TABLE" (REPLICA IDENTITY).
+Source: PostgreSQL, "System Catalogs" (pg_class, pg_index, pg_inherits); "ALTER TABLE" (REPLICA IDENTITY).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import msgspec
 
 from cdcsync.config import QualifiedName
 from cdcsync.postgres.sessions import Connection
-
-
-class Type(msgspec.Struct, frozen=True):
-    """The catalog facts that determine the text of a user-defined type's values.
-
-    :ivar name: as format_type prints it.
-    :ivar kind: pg_type.typtype: "e" enum, "c" composite, "d" domain, "r" range, "m" multirange, "b" array.
-    :ivar labels: an enum's, by the OID of each: a renamed label keeps its OID.
-    :ivar parts: attribute number, type and modifier of each attribute; of one thing for the other kinds.
-    """
-
-    name: str
-    kind: str
-    labels: dict[str, str] = {}
-    parts: tuple[tuple[int, int, int], ...] = ()
-
-
-class Column(msgspec.Struct, frozen=True):
-    """A column of a source table.
-
-    :ivar type: as format_type prints it, with its modifier.
-    :ivar generated: "s" (stored), "v" (virtual) or "" (not generated).
-    :ivar base_type: what a domain is made of; None for other types.
-    :ivar labels: an enum's.
-    :ivar wire_type: OID and modifier, as the stream tells them.
-    :ivar number: pg_attribute.attnum; a column that was dropped and added under its name has another one.
-    :ivar expression: the OID of a generated column's expression, which a new expression changes; else None.
-    :ivar written_by: the transaction that last wrote its entry in the catalog, as 32 bits.
-    :ivar collation: with its schema; "" if its type has none.
-    :ivar deterministic: whether that collation takes only the same text for equal.
-    """
-
-    name: str
-    type: str
-    not_null: bool
-    generated: str
-    readable: bool = True
-    base_type: str | None = None
-    labels: tuple[str, ...] = ()
-    wire_type: tuple[int, int] = (0, -1)
-    number: int = 0
-    expression: int | None = None
-    written_by: int = 0
-    collation: str = ""
-    deterministic: bool = True
+from cdcsync.source.columns import Column, Type, reachable_types, read_columns, read_types
 
 
 class TableIndex(msgspec.Struct, frozen=True):
@@ -232,10 +187,10 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
     )
     found = await cursor.fetchall()
     oids = [row[2] for row in found]
-    columns = await _columns(connection, oids)
+    columns = await read_columns(connection, oids)
     ancestors = await _ancestors(connection, oids)
     leaves = await _leaves(connection, [row[2] for row in found if row[3] == "p"])
-    types = await _types(connection, {one.wire_type[0] for of in columns.values() for one in of.values()})
+    types = await read_types(connection, {one.wire_type[0] for of in columns.values() for one in of.values()})
     tables = {}
     for schema, name, oid, kind, persistence, mode, *facts in found:
         readable, owned, row_security, estimate, reachable, children, file, xmin, primary_key, identity, indexes = facts
@@ -264,117 +219,6 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
             indexes=tuple(TableIndex(tuple(one["columns"]), one["unique"], one["name"]) for one in indexes or ()),
         )
     return tables
-
-
-def reachable_types(types: Mapping[int, Type], roots: Collection[int]) -> dict[int, Type]:
-    """Return the user-defined types that values of these types are made of, with these types themselves."""
-    found: dict[int, Type] = {}
-    left = list(roots)
-    while left:
-        oid = left.pop()
-        if oid in types and oid not in found:
-            found[oid] = types[oid]
-            left += [part for _, part, _ in types[oid].parts]
-    return found
-
-
-async def _columns(connection: Connection, oids: Collection[int]) -> dict[int, dict[str, Column]]:
-    cursor = await connection.execute(
-        """
-        SELECT a.attrelid::int8, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated::text,
-               coalesce(has_column_privilege(a.attrelid, a.attnum, 'SELECT'), false),
-               (WITH RECURSIVE domains(type, modifier) AS (
-                    SELECT typbasetype, typtypmod FROM pg_type WHERE oid = a.atttypid AND typtype = 'd'
-                    UNION ALL
-                    SELECT t.typbasetype, t.typtypmod FROM domains d JOIN pg_type t ON t.oid = d.type
-                    WHERE t.typtype = 'd'
-                )
-                SELECT format_type(d.type, d.modifier) FROM domains d JOIN pg_type t ON t.oid = d.type
-                WHERE t.typtype <> 'd'),
-               ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = a.atttypid ORDER BY enumsortorder),
-               a.atttypid::int8, a.atttypmod, a.attnum::int4,
-               CASE WHEN a.attgenerated <> '' THEN
-                   (SELECT d.oid::int8 FROM pg_attrdef d WHERE d.adrelid = a.attrelid AND d.adnum = a.attnum) END,
-               a.xmin::text::int8, coalesce(quote_ident(n.nspname) || '.' || quote_ident(l.collname), ''),
-               coalesce(l.collisdeterministic, true)
-        FROM pg_attribute a
-        LEFT JOIN pg_collation l ON l.oid = a.attcollation LEFT JOIN pg_namespace n ON n.oid = l.collnamespace
-        WHERE a.attrelid = ANY(%s::int8[]::oid[]) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum
-        """,
-        [list(oids)],
-    )
-    columns: dict[int, dict[str, Column]] = {}
-    for (
-        oid,
-        name,
-        type_,
-        not_null,
-        generated,
-        readable,
-        base,
-        labels,
-        of_type,
-        modifier,
-        number,
-        expression,
-        xmin,
-        collation,
-        deterministic,
-    ) in await cursor.fetchall():
-        columns.setdefault(oid, {})[name] = Column(
-            name,
-            type_,
-            not_null,
-            generated,
-            readable,
-            base,
-            tuple(labels),
-            (of_type, modifier),
-            number,
-            expression,
-            xmin,
-            collation,
-            deterministic,
-        )
-    return columns
-
-
-async def _types(connection: Connection, oids: Collection[int]) -> dict[int, Type]:
-    """Return what these types, and the types that they are made of, are; built-in scalar types are left out."""
-    cursor = await connection.execute(
-        """
-        WITH RECURSIVE used (oid) AS (
-            SELECT unnest(%s::int8[]::oid[])
-            UNION
-            SELECT part.oid FROM used JOIN pg_type t ON t.oid = used.oid CROSS JOIN LATERAL (
-                SELECT t.typelem WHERE t.typelem <> 0
-                UNION ALL SELECT t.typbasetype WHERE t.typtype = 'd'
-                UNION ALL SELECT a.atttypid FROM pg_attribute a
-                          WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
-                UNION ALL SELECT r.rngsubtype FROM pg_range r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
-            ) AS part (oid)
-        )
-        SELECT t.oid::int8, format_type(t.oid, NULL), t.typtype::text,
-               ARRAY(SELECT ARRAY[e.oid::text, e.enumlabel::text] FROM pg_enum e WHERE e.enumtypid = t.oid ORDER BY 1),
-               CASE t.typtype
-                   WHEN 'c' THEN ARRAY(
-                       SELECT ARRAY[a.attnum::int8, a.atttypid::int8, a.atttypmod::int8] FROM pg_attribute a
-                       WHERE a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum)
-                   WHEN 'd' THEN ARRAY[ARRAY[0::int8, t.typbasetype::int8, t.typtypmod::int8]]
-                   WHEN 'e' THEN '{}'
-                   WHEN 'b' THEN ARRAY[ARRAY[0::int8, t.typelem::int8, -1::int8]]
-                   ELSE ARRAY(SELECT ARRAY[0::int8, r.rngsubtype::int8, -1::int8] FROM pg_range r
-                              WHERE t.oid IN (r.rngtypid, r.rngmultitypid))
-               END
-        FROM used JOIN pg_type t USING (oid)
-        WHERE t.typtype <> 'b' AND t.oid >= 16384 OR t.typtype = 'b' AND t.typelem >= 16384 AND t.typlen = -1
-        """,
-        [list(oids)],
-    )
-    return {
-        oid: Type(name, kind, {label_oid: label for label_oid, label in labels}, tuple(tuple(part) for part in parts))
-        for oid, name, kind, labels, parts in await cursor.fetchall()
-    }
 
 
 async def _ancestors(connection: Connection, oids: Collection[int]) -> dict[int, tuple[QualifiedName, ...]]:

@@ -358,11 +358,22 @@ class SourceTable:
 
     async def count(self, connection: Connection, where: str | None = None) -> int:
         """Return how many rows there are to read."""
-        rows = sql.SQL(" AND ").join([self._named, _condition(where)]) if where else self._rows
-        statement = sql.SQL("SELECT count(*) FROM {}").format(rows)
+        statement = sql.SQL("SELECT count(*) FROM {}").format(self._fulfilling(where))
         async with _reading(connection):
             row = await fetch_one(connection, statement)
         return cast(int, row[0])
+
+    async def expected(self, connection: Connection, where: str | None = None) -> int:
+        """Return the planner's idea of how many rows there are to read; none is looked at."""
+        if where is None and self.all_rows:
+            return await self.estimate(connection)
+        statement = sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {}").format(self._fulfilling(where))
+        async with _reading(connection):
+            row = await fetch_one(connection, statement)
+        return int(row[0][0]["Plan"]["Plan Rows"])
+
+    def _fulfilling(self, where: str | None) -> sql.Composable:
+        return sql.SQL(" AND ").join([self._named, _condition(where)]) if where else self._rows
 
 
 @contextlib.asynccontextmanager

@@ -225,6 +225,9 @@ def _notes(status: Status) -> list[RenderableType]:
     grid.add_column()
     grid.add_column(overflow="fold")
     for name, index in status.indexes.items():
+        if index.related_tables:
+            tables = ", ".join([*filter(None, [index.table]), *index.related_tables])
+            grid.add_row("›", Text(f"{name}: made of the tables {tables}"))
         if index.backfill is not None and not any(part.what == "rows" for part in index.progress):
             grid.add_row("›", Text(f"{name}: {_backfill(index.backfill)}"))
         if index.text_freshness is not None or index.vector_freshness is not None:

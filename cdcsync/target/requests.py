@@ -149,6 +149,11 @@ class Request(msgspec.Struct, frozen=True):
         return self.kind == "initial" and not self.rewrite
 
     @property
+    def changes_texts(self) -> bool:
+        """Whether most documents that it reads are other ones than the index has, or are chunked again anyway."""
+        return self.new or self.rewrite or self.kind == "related"
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more comes of it."""
         return self.state not in OPEN

@@ -141,7 +141,9 @@ class Pipeline:
                 where=f"indexes.{spec.name}.chunking",
             )
             dispatcher = self.dispatchers[spec.config.embedder]
-            preparers[spec.name] = Preparer(spec, chunker, dispatcher, tables[spec.name], self.reads, metrics)
+            preparers[spec.name] = Preparer(
+                spec, chunker, dispatcher, tables[spec.name], self.reads, metrics, self.deliveries[spec.name]
+            )
             page_preparers[spec.name] = PagePreparer(spec, schema, chunker, dispatcher)
         embedder_of = {spec.name: spec.config.embedder for spec in specs}
         self.backfills = Backfills(

@@ -22,7 +22,7 @@ from cdcsync.metrics import Metrics
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
-from cdcsync.model.visibility import Deliveries, Snapshot
+from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.sessions import Connection, Session, connect, speaking_of
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.tables import SourceTable, emit_mark
@@ -183,7 +183,7 @@ class Backfills:
         last = False
         while not last:
             most = min(self._page_rows, pace.rows_per_s or self._page_rows)
-            if request.new or request.rewrite:
+            if request.changes_texts:
                 most = self._page_preparers[request.index].page_rows(most)
             page = await read(cursor, min(limit, most))
             cursor, last = page.cursor, page.last
@@ -192,8 +192,10 @@ class Backfills:
             made = await self._make(target, request, page)
             forced = tuple(key for key, row in page.entries if row is not None) if request.force_embed else ()
             end = PageEnd(request.id, request.phase, cursor, done, last and closes, request.index, forced)
+            while in_flight and self.marks.beside_live:
+                await in_flight.pop(0).wait()
             in_flight.append(await self._send(Pending(request, spec, page, end, anyio.Event(), made)))
-            while len(in_flight) >= (1 if last or self.marks.beside_live else PAGES_IN_FLIGHT):
+            while len(in_flight) >= (1 if last else PAGES_IN_FLIGHT):
                 await in_flight.pop(0).wait()
             if not last and not await self._may_go_on(target, request, pace.left_s(len(page.entries))):
                 for pending in in_flight:
@@ -205,7 +207,7 @@ class Backfills:
     async def _make(self, target: Connection, request: Request, page: Page) -> Made | None:
         """Make of a page's rows what they come to, where that is not just what the index has already."""
         rows = [row for _, row in page.entries if row is not None]
-        if not (request.new or request.rewrite) or len(rows) < len(page.entries) or not rows:
+        if not request.changes_texts or len(rows) < len(page.entries) or not rows:
             return None
         return await self._page_preparers[request.index].make(target, rows)
 
@@ -227,15 +229,12 @@ class Backfills:
     async def _check(self, target: Connection, request: Request, page: Page) -> list[tuple[Key, Problem]]:
         spec, deliveries = self._specs[request.index], self._deliveries[request.index]
 
-        def hides(key: Key, snapshot: Snapshot) -> bool:
-            return deliveries.hides(key, snapshot) or bool(deliveries.overtaking(snapshot))
-
         found: list[tuple[Key, Problem]] = []
         changed: list[Key] = []
         for attempt in range(CHECK_ROUNDS):
             sent = await self._send(Pending(request, spec, page, None, anyio.Event()))
             await sent.wait()
-            differ, changed = await check(target, self._schema, spec, page, hides)
+            differ, changed = await check(target, self._schema, spec, page, deliveries.hides)
             if differ and spec.documents.related:
                 with speaking_of("target"):
                     rebuilding = await self._requests.rebuilding(target, request)
@@ -262,14 +261,12 @@ class Backfills:
             await anyio.sleep(min(left, PAUSE_POLL_S))
 
     async def _estimate(self, table: SourceTable, request: Request) -> int | None:
-        """Return how many rows there are to read; None where finding out would cost too much."""
+        """Return how many rows there are to read, of a large table by the planner's estimate."""
         if request.rows_total is not None or request.keyed:
             return request.rows_total
         connection = await self._source.connection()
-        estimate = await table.estimate(connection)
-        if request.filter is None and table.all_rows and estimate > COUNT_UP_TO:
-            return estimate
-        return await table.count(connection, request.filter) if estimate <= COUNT_UP_TO else None
+        small = await table.estimate(connection) <= COUNT_UP_TO
+        return await (table.count if small else table.expected)(connection, request.filter)
 
     async def _send(self, pending: Pending) -> Pending:
         """Register a page and write its mark."""

@@ -25,7 +25,8 @@ from cdcsync.pgoutput.messages import UNCHANGED
 from cdcsync.target.requests import Request
 
 LIVE_RECENTLY_S = 1.0
-"""Changes are taken to come in for so long after the last one."""
+"""Changes are taken to come in while the last two batches of them are so recent. A single one does not say that more
+will follow: it may be what asked for the pages."""
 
 
 class Pending(msgspec.Struct):
@@ -58,12 +59,12 @@ class Marks:
         self._pending: dict[str, Pending] = {}
         self._run = secrets.token_hex(4)
         self._sequence = 0
-        self._live_at = float("-inf")
+        self._live_at = self._live_before = float("-inf")
 
     @property
     def beside_live(self) -> bool:
         """Whether changes come in, which are not to wait for a page."""
-        return anyio.current_time() - self._live_at < LIVE_RECENTLY_S
+        return anyio.current_time() - self._live_before < LIVE_RECENTLY_S
 
     def register(self, pending: Pending) -> str:
         """Expect a page's mark, and return what the mark is to say."""
@@ -115,7 +116,7 @@ class Marks:
     def note_applied(self, batch: Batch) -> None:
         """Note what is in the target: the pages of this batch, and whether changes come in."""
         if batch.oldest_us is not None:
-            self._live_at = anyio.current_time()
+            self._live_before, self._live_at = self._live_at, anyio.current_time()
         for mark in batch.marks:
             pending = self._pending.pop(mark, None)
             if pending is None:

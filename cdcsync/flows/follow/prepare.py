@@ -30,10 +30,10 @@ from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, FailedD
 from cdcsync.model.rows import Delete, Key, Row, Touched, Upsert, complete
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
-from cdcsync.model.visibility import Snapshot
+from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.pgoutput.messages import UNCHANGED
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
-from cdcsync.source.tables import SourceTable
+from cdcsync.source.tables import Page, SourceTable
 from cdcsync.target.look_ups import LookUps
 
 log = structlog.get_logger()
@@ -86,13 +86,19 @@ class Preparer:
         table: SourceTable,
         source: Session,
         metrics: Metrics,
+        deliveries: Deliveries,
     ) -> None:
+        """Make the preparer.
+
+        :param deliveries: is told what is read again, and under which snapshot.
+        """
         self._spec = spec
         self._chunker = chunker
         self._dispatcher = dispatcher
         self._table = table
         self._source = source
         self._metrics = metrics
+        self._deliveries = deliveries
         self._related = RelatedChanges(spec, source, metrics) if spec.documents.related else None
 
     @property
@@ -120,6 +126,7 @@ class Preparer:
                     assert_never(change)
         upserts += [(change, BACKFILL) for key, change in changes.filled.items() if key not in live]
         upserts = await self._complete(upserts, deleted, rebuilds, xids, rewrite=changes.rewrite)
+        changes.resolved = not (rebuilds or changes.truncated)
         failed: dict[Key, DocumentError] = {}
         rendered = await self._render(upserts, failed)
         stored: dict[Key, bytes] = {}
@@ -192,7 +199,7 @@ class Preparer:
             # Whatever the batch says of the row itself, the source says it too, or something newer.
             if not isinstance(live.get(key), Upsert):
                 live[key] = Touched(shape, key, (*key, *unread), touch.xid, touch.lsn)
-        return live, found.rebuilds, changes.overtaken | changes.touched_by
+        return live, found.rebuilds, changes.overtaken | changes.touched_by.keys()
 
     async def _complete(
         self,
@@ -232,7 +239,7 @@ class Preparer:
                     xids.add(change.xid)
         if not unknown:
             return ours
-        rows, left = await self._reread(list(unknown), xids)
+        rows, left = await self._reread(list(unknown), xids, rewrite=rewrite)
         self._metrics.rereads.labels(self._spec.name).inc(len(unknown))
         if left:
             rebuilds.append(Rebuild(None, None, left, rewrite))
@@ -247,25 +254,29 @@ class Preparer:
                 deleted.append(change.key)
         return completed
 
-    async def _reread(self, keys: Sequence[Key], xids: set[int]) -> tuple[dict[Key, Row], tuple[Key, ...]]:
+    async def _reread(
+        self, keys: Sequence[Key], xids: set[int], *, rewrite: bool
+    ) -> tuple[dict[Key, Row], tuple[Key, ...]]:
         """Return the rows that the source has for these keys, under a snapshot that sees these transactions.
 
         Rows with related ones are read in portions, each under a snapshot of its own and as large as the last one
         suggests; reading ends once they are large together, and the keys that are left are returned.
         """
 
-        async def read(connection: Connection) -> tuple[Snapshot, list[Row]]:
+        async def read(connection: Connection) -> tuple[Snapshot, Page]:
             page = await self._table.by_keys(connection, portion)
-            return page.snapshot, page.rows
+            return page.snapshot, page
 
         found: dict[Key, Row] = {}
         done = size = 0
         at_once = READ_AT_FIRST if self._related is not None else len(keys)
         while done < len(keys) and (size <= MOST_BYTES_READ or self._related is None):
             portion = keys[done : done + at_once]
-            rows = await seeing(xids, self._spec, self._source, read)
-            found |= {self._spec.shape.key_of(row): row for row in rows}
-            read_bytes = sum(len(value) for row in rows for value in row if isinstance(value, str))
+            page = await seeing(xids, self._spec, self._source, read)
+            rows = {self._spec.shape.key_of(row): row for row in page.rows}
+            self._deliveries.read_again((*portion, *rows), page.snapshot, rewritten=rewrite)
+            found |= rows
+            read_bytes = sum(len(value) for row in page.rows for value in row if isinstance(value, str))
             done, size = done + len(portion), size + read_bytes
             at_once = max(1, min(READ_AT_ONCE, 4 * at_once, at_once * READ_BYTES // max(1, read_bytes)))
         return found, tuple(keys[done:])

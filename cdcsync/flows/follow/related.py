@@ -9,7 +9,7 @@ concerns the document once more.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TypeVar
 
 import anyio
@@ -100,7 +100,7 @@ class RelatedChanges:
     def _rebuild(self, link: Link, condition: str | None) -> Rebuild:
         return Rebuild(link.relation, condition)
 
-    async def _keys(self, link: Link, values: Sequence[Values], xids: set[int]) -> dict[Values, list[Key]]:
+    async def _keys(self, link: Link, values: Sequence[Values], xids: Collection[int]) -> dict[Values, list[Key]]:
         async def read(connection: Connection) -> tuple[Snapshot, dict[Values, list[Key]]]:
             # The snapshot is older than the one of the look-up, which therefore sees all that this one sees.
             snapshot = await current_snapshot(connection)
@@ -118,7 +118,7 @@ async def _snapshot_only(connection: Connection) -> tuple[Snapshot, None]:
 
 
 async def seeing(
-    xids: set[int], spec: IndexSpec, source: Session, read: Callable[[Connection], Awaitable[tuple[Snapshot, T]]]
+    xids: Collection[int], spec: IndexSpec, source: Session, read: Callable[[Connection], Awaitable[tuple[Snapshot, T]]]
 ) -> T:
     """Read until the snapshot sees these transactions."""
     while True:

@@ -176,7 +176,7 @@ class Stream:
                 self._deliveries[heard.shape.index].touched(heard.key, heard.xid)
                 self._open.add(heard)
             case Touch():
-                self._deliveries[heard.shape.index].related(heard.xid)
+                self._deliveries[heard.shape.index].related(heard.xid, heard.place, emptied=heard.values is None)
                 self._open.add(heard)
             case Truncation():
                 self._deliveries[heard.shape.index].truncated(heard.xid, heard.shape.source)
@@ -221,6 +221,9 @@ class Stream:
         before = self._progress.checkpoint
         self._note_rewriting(batch)
         outcome = await self._applier.apply(batch, caught_up=lambda: self._open.nothing_left, following=self._following)
+        for index, changes in batch.indexes.items():
+            if changes.resolved:
+                self._deliveries[index].resolved(changes.touched_by)
         if batch.end_lsn is not None:
             self._progress.commit(batch.end_lsn)
         self._accounts.note(batch, outcome, before=before, checkpoint=self._progress.checkpoint)

@@ -19,14 +19,14 @@ from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import SetupError
 from cdcsync.flows.dry_run import Bounds, count, tokens_of
 from cdcsync.flows.replay import Replay
-from cdcsync.flows.setup.differences import present_fingerprint, stored_fingerprint
+from cdcsync.flows.setup.differences import difference_of, present_fingerprint
 from cdcsync.flows.setup.needs import AWAITS_APPROVAL, Need, need_of
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.source.catalog import Catalog
-from cdcsync.source.fingerprints import Difference, difference
+from cdcsync.source.fingerprints import Difference
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.ddl.names import Names
@@ -97,10 +97,8 @@ async def read_need(target: Connection, config: Config, spec: IndexSpec, catalog
             return Reading(None, need_of(spec, None, Difference()))
         missing = await missing_relations(target, schema, spec)
         begun = bool(missing.tables) or not await Requests(schema).still_to_begin(target, spec.name)
-    now, table = present_fingerprint(catalog, spec), catalog.tables.get(spec.shape.table)
-    found = Difference()
-    if now is not None and table is not None:
-        found = difference(stored_fingerprint(entry), now, table)
+    now = present_fingerprint(catalog, spec)
+    found = Difference() if now is None else difference_of(catalog, spec, entry, now)
     return Reading(entry, need_of(spec, entry, found, missing=missing, begun=begun), found, missing)
 
 

@@ -22,7 +22,7 @@ from cdcsync.documents.related import columns_read
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import Catalog
-from cdcsync.source.fingerprints import Difference, Fingerprint, fingerprint_of
+from cdcsync.source.fingerprints import Difference, Fingerprint, difference, fingerprint_of
 from cdcsync.source.relations import Partition
 from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.requests import Requests
@@ -43,6 +43,12 @@ def present_fingerprint(catalog: Catalog, spec: IndexSpec) -> Fingerprint | None
     if table is None or any(name not in catalog.tables for name in spec.tables):
         return None
     return fingerprint_of(catalog, table, spec.shape.own, spec.where, columns_read(spec.documents.related))
+
+
+def difference_of(catalog: Catalog, spec: IndexSpec, entry: Entry, now: Fingerprint) -> Difference:
+    """Return what has to be done for an index whose fingerprint is `now`, and is stored as it was before."""
+    tables = [catalog.tables[name] for name in spec.tables]
+    return difference(stored_fingerprint(entry), now, catalog.tables[spec.shape.table], tables)
 
 
 async def note_fingerprint(target: Connection, schema: str, index: str, fingerprint: Fingerprint) -> None:

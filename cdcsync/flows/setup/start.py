@@ -16,7 +16,7 @@ from cdcsync.config import Config, QualifiedName
 from cdcsync.crashpoints import crash_point
 from cdcsync.documents.related import TableFacts
 from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse, TablesChanged
-from cdcsync.flows.setup.differences import ask_for, note_fingerprint, present_fingerprint, stored_fingerprint
+from cdcsync.flows.setup.differences import ask_for, difference_of, note_fingerprint, present_fingerprint
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
 from cdcsync.flows.setup.needs import need_of
 from cdcsync.lsn import Lsn
@@ -33,7 +33,7 @@ from cdcsync.source.catalog import (
     running_transactions,
 )
 from cdcsync.source.families import rows_sent
-from cdcsync.source.fingerprints import Difference, difference
+from cdcsync.source.fingerprints import Difference
 from cdcsync.source.publications import create_publication_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target import evaluations
@@ -225,13 +225,13 @@ async def pause_indexes(target: Connection, config: Config, broken: Mapping[str,
 async def _register(target: Connection, config: Config, spec: IndexSpec, catalog: Catalog, missing: Missing) -> None:
     schema = config.target.schema
     registry, requests = Registry(schema), Requests(schema)
-    table, now = catalog.tables[spec.shape.table], present_fingerprint(catalog, spec)
+    now = present_fingerprint(catalog, spec)
     assert now is not None
     before = await registry.find(target, spec.name)
     begun = before is not None and not await requests.still_to_begin(target, spec.name)
     await registry.register(target, config.source.slot, spec)
     await Generations(schema).register(target, spec)
-    found = Difference() if before is None else difference(stored_fingerprint(before), now, table)
+    found = Difference() if before is None else difference_of(catalog, spec, before, now)
     need = need_of(spec, before, found, missing=missing, begun=begun)
     if begun and need is not None and need.embeds:
         # What others were said to embed was counted from what the index has been until now.
@@ -241,7 +241,7 @@ async def _register(target: Connection, config: Config, spec: IndexSpec, catalog
     if begun and missing and before is not None and before.state == "live":
         log.error("relations_missing", index=spec.name, tables=missing.tables, built=missing.built)
         await registry.load_again(target, spec.name)
-    if need is None and found.emptied_by is not None:
+    if need is None and found.emptied:
         return  # the stream may bring the TRUNCATE: the watch waits for it
     await note_fingerprint(target, schema, spec.name, now)
     if need is None:

@@ -163,24 +163,15 @@ def test_values_are_read_again_only_where_nothing_else_tells_them(toasted: Scene
             f"INSERT INTO {table} VALUES (100, 'c100', 'title', {BIG.format(seed=100)}) ON CONFLICT DO NOTHING"
         )
     toasted.follows()
-    before = rereads(toasted)
+    before = toasted.rereads()
     for table in ("identity_default", "identity_full", "unneeded"):
         toasted.execute(f"UPDATE {table} SET title = title || '?' WHERE id = 100")
     toasted.follows()
-    after = rereads(toasted)
+    after = toasted.rereads()
 
     assert after["identity_default"] == before["identity_default"] + 1
     assert after["identity_full"] == before["identity_full"]
     assert after["unneeded"] == before["unneeded"]
-
-
-def rereads(scene: Scene) -> dict[str, float]:
-    """Return how many rows were read again for each index."""
-    counted = dict.fromkeys(scene.pipeline.config.indexes, 0.0)
-    for line in scene.pipeline.get("/metrics")[1].decode().splitlines():
-        if line.startswith("cdcsync_rereads_total{"):
-            counted[line.split('index="')[1].split('"')[0]] = float(line.rsplit(" ", 1)[1])
-    return counted
 
 
 def test_a_table_whose_identity_is_nothing_is_refused_with_the_fix(make_scene: MakeScene) -> None:

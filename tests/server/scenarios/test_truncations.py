@@ -41,25 +41,6 @@ HIDING = {
 """A comparison is owed, or made in doubt: of a subtransaction, stream and catalog name different transactions."""
 
 
-def compared(scene: Scene, name: str) -> int:
-    """Return how many comparisons of an index have been asked for."""
-    row = scene.target.execute(
-        "SELECT count(*) FROM cdcsync.backfills WHERE index_name = %s AND kind = 'compare'", [name]
-    )
-    return int(row[0][0])
-
-
-def noted(scene: Scene, name: str) -> bool:
-    """Say whether the index's fingerprint has the files that its table has now."""
-    files = scene.source.execute(
-        "SELECT relfilenode::text FROM pg_class WHERE relkind = 'r' AND oid IN (SELECT relid FROM"
-        " pg_partition_tree(%s::regclass) UNION SELECT %s::regclass)",
-        [name, name],
-    )
-    (stored,) = scene.target.execute("SELECT made_of::text FROM cdcsync.indexes WHERE name = %s", [name])[0]
-    return all(file in stored for (file,) in files)
-
-
 @pytest.mark.parametrize("down", [False, True], ids=["worker up", "worker down"])
 def test_a_truncate_that_the_stream_carries_has_nothing_compared_and_whatever_may_hide_a_rewrite_has(
     make_scene: MakeScene, down: bool
@@ -83,8 +64,8 @@ def test_a_truncate_that_the_stream_carries_has_nothing_compared_and_whatever_ma
 
     scene.heals()
     for name, case in cases.items():
-        until(partial(noted, scene, name), partial(scene.described, name))
-        assert bool(compared(scene, name)) == (case in HIDING.values()), (name, case)
+        until(partial(scene.noted, name), partial(scene.described, name))
+        assert bool(scene.compared(name)) == (case in HIDING.values()), (name, case)
     assert scene.pipeline.times("index_paused") == 0
 
 
@@ -109,7 +90,7 @@ def test_a_first_load_ends_although_its_table_gets_new_files_again_and_again(
     for _ in range(3):
         for statement in statements:
             scene.execute(*statement.format(rows=rows).split("; "))
-        until(partial(noted, scene, "t"), partial(scene.described, "t"))
+        until(partial(scene.noted, "t"), partial(scene.described, "t"))
         until(partial(read_more, scene, loaded(scene)), scene.pipeline.tail)
     assert requests(scene)[0] == "initial running"
     scene.pipeline.path.write_text(whole)

@@ -197,10 +197,46 @@ async def test_new_files_name_the_transaction_whose_truncate_may_have_made_them(
     found = await done(source, edit, name)
 
     assert found.compare
-    assert (found.emptied_by is not None, found.at_its_end) == (explains, at_its_end)
-    if explains:
+    assert [(one.table, one.at_its_end) for one in found.emptied] == [(name, at_its_end)] * explains
+    for one in found.emptied:
         table = (await taken(source, name))[1].tables[name]
-        assert found.emptied_by in (table.written_by, *(leaf.written_by for leaf in table.leaves))
+        assert one.by in (table.written_by, *(leaf.written_by for leaf in table.leaves))
+
+
+RELATED = {
+    "one of them": ("TRUNCATE public.p", [P]),
+    "both at once": ("TRUNCATE public.p, public.t", [P, T]),
+    "both, one after the other": ("TRUNCATE public.p; TRUNCATE public.t", [P, T]),
+    "one, and the other rewritten": ("TRUNCATE public.p; VACUUM FULL public.t", [P, T]),
+    "a partition of one, and the other": ("TRUNCATE public.p1; TRUNCATE public.t", [P, T]),
+    "one, and the publication edited": ("TRUNCATE public.p; ALTER PUBLICATION p SET (publish = 'insert')", []),
+    "one, and a partition attached": ("TRUNCATE public.p; CREATE TABLE public.p9 PARTITION OF public.p DEFAULT", []),
+    "one, and its column rewritten": (
+        "BEGIN; TRUNCATE public.p; ALTER TABLE public.p ALTER title TYPE text USING upper(title); COMMIT",
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "emptied"), RELATED.values(), ids=RELATED)
+async def test_each_of_several_tables_has_to_be_explained_by_a_truncate(
+    source: Connection, edit: str, emptied: list[QualifiedName]
+) -> None:
+    """Index over `t` to which `p` is related."""
+    await lay_out(source)
+
+    async def read() -> tuple[Fingerprint, Catalog]:
+        catalog = await read_catalog(source, "p", [T, P])
+        return fingerprint_of(catalog, catalog.tables[T], COLUMNS, None, {P: PARTITIONED}), catalog
+
+    before, _ = await read()
+    for statement in edit.split("; "):
+        await source.execute(statement)
+    now, catalog = await read()
+    found = difference(before, now, catalog.tables[T], catalog.tables.values())
+
+    assert found.compare or (found.reread and not emptied)
+    assert {one.table for one in found.emptied} == set(emptied)
 
 
 @pytest.mark.parametrize(("publication", "edit"), OUT_AND_BACK, ids=map(": ".join, OUT_AND_BACK))

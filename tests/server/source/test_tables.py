@@ -439,6 +439,8 @@ async def test_the_estimate_is_the_planners_also_over_partitions(database: Datab
         database.execute(f"ANALYZE {name}")
     assert [await table.estimate(source) for table in tables] == [50, 50]
     assert [await table.count(source) for table in tables] == [50, 50]
+    assert [await table.expected(source) for table in tables] == [50, 50]
+    assert all([0 < await table.expected(source, "id <= 10") < 50 for table in tables])
     assert [len(await pages(table, source, 20)) for table in tables] == [3, 3]
 
 

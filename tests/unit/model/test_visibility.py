@@ -267,6 +267,87 @@ def test_transactions_that_emptied_the_table_are_told_from_those_that_filled_it_
     assert not any(deliveries.emptied_by(xid) for xid in range(9, 15))
 
 
+def test_a_snapshot_includes_another_of_which_it_sees_everything() -> None:
+    old = Snapshot(10, 14, frozenset({10, 12}))
+    for other, included in (
+        (old, True),
+        (Snapshot(10, 14, frozenset({10, 11, 12})), True),
+        (Snapshot(11, 14, frozenset({12})), False),  # sees 10
+        (Snapshot(10, 15, frozenset({10, 12})), False),  # sees 14
+        (Snapshot(10, 13, frozenset({10, 12})), True),
+    ):
+        assert old.includes(other) is included, other
+    assert Snapshot(20, 20, frozenset()).includes(old)
+
+
+def test_a_row_that_was_read_again_later_hides_that_of_a_page() -> None:
+    """It may show what is still to be delivered."""
+    deliveries = Deliveries()
+    deliveries.read_again([("1",)], Snapshot(30, 30, frozenset()))
+    assert deliveries.size == 0  # nobody reads pages
+    deliveries.record()
+    read = Snapshot(20, 22, frozenset({20}))
+    deliveries.read_again([("1",)], read)
+    before, after = Snapshot(20, 20, frozenset()), Snapshot(22, 22, frozenset())
+
+    assert [deliveries.hides(("1",), one) for one in (before, read, after)] == [True, False, False]
+    assert not deliveries.hides(("2",), Snapshot(5, 5, frozenset()))
+    deliveries.forget_seen(Snapshot(5, 5, frozenset()))
+    assert deliveries.size == 1
+    deliveries.forget_seen(after)
+    assert deliveries.size == 0
+
+
+def test_what_was_not_chunked_again_does_not_take_the_place_of_a_row_that_is_to_be() -> None:
+    deliveries = Deliveries()
+    deliveries.record(rewriting=True)
+    deliveries.read_again([("1",)], Snapshot(20, 20, frozenset()))
+    deliveries.read_again([("2",)], Snapshot(20, 20, frozenset()), rewritten=True)
+
+    assert [deliveries.hides((key,), Snapshot(5, 5, frozenset())) for key in "12"] == [False, True]
+
+
+def test_a_page_has_to_see_all_that_too_many_rows_were_read_under() -> None:
+    deliveries = Deliveries(most_keys=2)
+    deliveries.record()
+    read = Snapshot(20, 20, frozenset())
+    deliveries.read_again([(str(number),) for number in range(3)], read)
+
+    assert deliveries.unseen(Snapshot(10, 10, frozenset())) == [19]
+    assert deliveries.unseen(read) == []
+    assert not deliveries.hides(("1",), read)
+    deliveries.forget_seen(read)
+    assert deliveries.size == 0
+
+
+def test_changes_of_related_rows_overtake_a_page_until_their_documents_were_read_again() -> None:
+    deliveries = Deliveries()
+    deliveries.record()
+    before = Snapshot(10, 10, frozenset())
+    for xid in (11, 11, 11, 12):
+        deliveries.related(xid, 0)
+
+    deliveries.resolved({11: 2, 12: 1, 13: 5})
+    assert deliveries.overtaking(before) == {11}
+    deliveries.resolved({11: 1})
+    assert deliveries.overtaking(before) == frozenset()
+
+
+def test_each_related_table_is_emptied_by_itself() -> None:
+    deliveries = Deliveries()
+    deliveries.truncated(10)
+    deliveries.related(11, 0, emptied=True)
+    deliveries.related(11, 1)
+    deliveries.related(12, 1, emptied=True)
+    deliveries.related(12, 1)
+
+    def emptied(place: int | None, *, at_its_end: bool = False) -> list[int]:
+        return [xid for xid in (10, 11, 12) if deliveries.emptied_by(xid, place, at_its_end=at_its_end)]
+
+    assert [emptied(place) for place in (None, 0, 1)] == [[10], [11], [12]]
+    assert [emptied(place, at_its_end=True) for place in (None, 0, 1)] == [[10], [11], []]
+
+
 def test_only_the_last_transactions_that_emptied_the_table_are_remembered() -> None:
     deliveries = Deliveries()
     for xid in range(100, 101 + MOST_EMPTIED):

@@ -102,6 +102,12 @@ def test_json_has_every_field_even_without_a_value() -> None:
     assert msgspec.json.decode(msgspec.json.encode(STATUS), type=Status) == STATUS
 
 
+def test_all_tables_that_documents_are_made_of_are_named() -> None:
+    assert "made of" not in printed(STATUS)
+    told = printed(with_index(related_tables=["public.authors", "crm.tags"]))
+    assert "articles: made of the tables public.articles, public.authors, crm.tags" in told
+
+
 def test_a_workers_word_holds_until_an_idle_one_gives_the_next() -> None:
     assert FRESH.total_seconds() > IDLE_CHECKPOINT_S
 

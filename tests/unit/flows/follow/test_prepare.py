@@ -21,7 +21,7 @@ from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import ChangeSet
 from cdcsync.model.rows import Key, Upsert
-from cdcsync.model.visibility import Snapshot
+from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.pgoutput.messages import UNCHANGED
 from cdcsync.source.tables import Page
 from cdcsync.tracing import Tracing
@@ -51,7 +51,9 @@ async def prepared(*bodies: str, metrics: Metrics | None = None) -> ChangeSet:
     nothing: Any = None
     dispatcher: Any = SimpleNamespace(tracing=Tracing())
     chunker = make_chunker(chunking, None, None)
-    return await Preparer(spec, chunker, dispatcher, nothing, nothing, metrics or Metrics()).prepare(changes, nothing)
+    return await Preparer(spec, chunker, dispatcher, nothing, nothing, metrics or Metrics(), Deliveries()).prepare(
+        changes, nothing
+    )
 
 
 async def test_rows_that_cannot_be_rendered_or_cut_come_without_chunks_and_with_their_reason() -> None:
@@ -107,7 +109,7 @@ async def test_a_live_row_whose_document_is_unchanged_is_chunked_again_only_wher
     chunker = make_chunker(Chunking(strategy="characters", max_tokens=8, overlap_tokens=0), None, None)
     writer: Any = SimpleNamespace(stored_hashes=stored_hashes)
 
-    made = await Preparer(spec, chunker, dispatcher, nothing, nothing, Metrics()).prepare(changes, writer)
+    made = await Preparer(spec, chunker, dispatcher, nothing, nothing, Metrics(), Deliveries()).prepare(changes, writer)
 
     assert [one.key for one in made.documents] == [("key",)] * rewrite
     assert [one.key for one in made.kept] == [("key",)] * (not rewrite)
@@ -153,7 +155,7 @@ async def test_rows_with_related_ones_are_read_in_portions_as_large_as_the_last_
         return {}
 
     writer: Any = SimpleNamespace(stored_hashes=stored_hashes)
-    made = await Preparer(spec, chunker, dispatcher, table, table, Metrics()).prepare(changes, writer)
+    made = await Preparer(spec, chunker, dispatcher, table, table, Metrics(), Deliveries()).prepare(changes, writer)
 
     assert table.asked == asked
     assert len(made.documents) == 1000 - left
