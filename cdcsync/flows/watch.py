@@ -196,7 +196,7 @@ class Watch:
         with speaking_of("target"):
             entries = await Registry(config.target.schema).all(await target.connection())
             generations = await Generations(config.target.schema).all(await target.connection())
-        known = [entry.table_oid for entry in entries.values() if entry.table_oid is not None]
+        known = [oid for entry in entries.values() for oid in entry.oids.values()]
         wanted = {table for plan in self._plans for table in plan.index.followed}
         with speaking_of("source"):
             catalog = await read_catalog(await source.connection(), config.source.publication, wanted, known)

@@ -49,7 +49,7 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
             target_facts = await examine_target(target, config, on_target)
         stored = target_facts.stored if target_facts is not None else {}
         if source is not None:
-            known = [one.table_oid for one in stored.values() if one.table_oid is not None]
+            known = [oid for one in stored.values() for oid in one.oids.values()]
             begun = target_facts is not None and target_facts.begun
             source_facts = await examine_source(source, config, findings, known=known, begun=begun)
             if source_facts is not None:

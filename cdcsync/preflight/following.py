@@ -16,7 +16,7 @@ from cdcsync.preflight.indexes import Plan, key_faults
 from cdcsync.preflight.related import related_findings
 from cdcsync.preflight.sending import sending_findings
 from cdcsync.preflight.source import publication_faults
-from cdcsync.preflight.tables import column_faults, kind_faults, needed_columns, read_faults, table_faults
+from cdcsync.preflight.tables import column_faults, kind_faults, named_back, needed_columns, read_faults, table_faults
 from cdcsync.preflight.tables import key_faults as row_faults
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.relations import Table
@@ -46,7 +46,7 @@ def following_findings(
         *(publication_faults(publication) if publication is not None else ()),
         *table_faults(plan.name, plan.index, plan.documents, table, catalog.role),
         *sending_findings(table, needed, catalog, wanted),
-        *related_findings(plan, table, catalog, wanted),
+        *related_findings(plan, table, catalog, wanted, stored.oids if stored is not None else {}),
         *(key_faults(plan.name, stored, table) if stored is not None else ()),
     ]
 
@@ -135,14 +135,10 @@ def missing_findings(plan: Plan, catalog: Catalog, stored: Entry | None) -> list
                 f"create it again, or take [indexes.{plan.name}] out of the configuration",
             )
         ]
-    if called.schema == name.schema:
-        back = f"ALTER TABLE {called} RENAME TO {quote(name.name)}"
-    else:
-        back = f"ALTER TABLE {called} SET SCHEMA {quote(name.schema)}"
     return [
         Finding.error(
             where,
             f"the table {name} is called {called} now",
-            f"{back}, or configure a new index, as [indexes.OTHER], on {called}",
+            f"{named_back(called, name)}, or configure a new index, as [indexes.OTHER], on {called}",
         )
     ]

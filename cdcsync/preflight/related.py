@@ -7,7 +7,7 @@ Source: PostgreSQL, "ALTER TABLE" (REPLICA IDENTITY), "CREATE INDEX" (CONCURRENT
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import msgspec
 import psycopg
@@ -20,7 +20,7 @@ from cdcsync.postgres.sessions import Connection, first_line, passing, translate
 from cdcsync.preflight.findings import Finding, named, nearest
 from cdcsync.preflight.indexes import Plan
 from cdcsync.preflight.sending import sending_findings
-from cdcsync.preflight.tables import kind_faults, read_faults
+from cdcsync.preflight.tables import kind_faults, named_back, read_faults
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.columns import Column
 from cdcsync.source.conditions import Refused, examine_condition, examine_order
@@ -32,11 +32,12 @@ LARGE_ROWS = 1_000
 
 
 def related_findings(
-    plan: Plan, table: Table, catalog: Catalog, wanted: Collection[QualifiedName]
+    plan: Plan, table: Table, catalog: Catalog, wanted: Collection[QualifiedName], oids: Mapping[str, int]
 ) -> Iterator[Finding]:
     """Return everything that is to be said of the tables that are related to an index's own.
 
     :param wanted: the tables of all indexes.
+    :param oids: of the tables as the index has known them, by name.
     """
     related = plan.documents.related if plan.documents is not None else ()
     for one in related:
@@ -46,7 +47,7 @@ def related_findings(
                 f"{table.name} has a column of the same name, so {{{one.name}}} could be either",
                 "give the section another name",
             )
-        yield from _one_relation(f"indexes.{plan.name}", one, table, catalog)
+        yield from _one_relation(f"indexes.{plan.name}", one, table, catalog, oids)
     read = columns_read(related)
     for name, columns in read.items():
         other = catalog.tables.get(name)
@@ -60,7 +61,9 @@ def related_findings(
             yield from sending_findings(other, [other.columns[column] for column in sent], catalog, wanted)
 
 
-def _one_relation(where: str, one: RelatedRows, parent: Table, catalog: Catalog) -> Iterator[Finding]:
+def _one_relation(
+    where: str, one: RelatedRows, parent: Table, catalog: Catalog, oids: Mapping[str, int]
+) -> Iterator[Finding]:
     """Say what is wrong with a relation, and with those within it."""
     where = f"{where}.related.{one.name}"
     before = parent
@@ -69,11 +72,7 @@ def _one_relation(where: str, one: RelatedRows, parent: Table, catalog: Catalog)
         place = f"{where}.via" if between else where
         table = catalog.tables.get(step.table)
         if table is None:
-            yield Finding.error(
-                f"{place}.table",
-                f"there is no table {step.table} in the source database",
-                "create it, or correct the name; cdcsync does not create source tables",
-            )
+            yield _missing_table(f"{place}.table", step.table, catalog, oids)
             return
         if faults := kind_faults(f"{place}.table", table):
             yield from faults
@@ -98,7 +97,24 @@ def _one_relation(where: str, one: RelatedRows, parent: Table, catalog: Catalog)
             f"set {where}.limit = 1, and order_by to say which one; or use {{{one.name}}} for all of them",
         )
     for inner in one.related:
-        yield from _one_relation(where, inner, before, catalog)
+        yield from _one_relation(where, inner, before, catalog, oids)
+
+
+def _missing_table(where: str, name: QualifiedName, catalog: Catalog, oids: Mapping[str, int]) -> Finding:
+    """Say what became of a related table, as far as the index has known it."""
+    oid = oids.get(str(name))
+    called = None if oid is None else catalog.called.get(oid)
+    if called is not None:
+        return Finding.error(
+            where,
+            f"the table {name} is called {called} now",
+            f"{named_back(called, name)}, or name {called} in the configuration",
+        )
+    return Finding.error(
+        where,
+        f"there is no table {name} in the source database" if oid is None else f"the table {name} was dropped",
+        "create it, or correct the name; cdcsync does not create source tables",
+    )
 
 
 def _missing(where: str, table: Table, columns: Sequence[str]) -> Iterator[Finding]:
@@ -139,8 +155,8 @@ def identity_faults(table: Table, columns: Sequence[str]) -> Iterator[Finding]:
             )
         yield Finding.error(
             str(table.name),
-            f"its replica identity does not cover ({listed}): UPDATE and DELETE do not say which documents the row"
-            " belonged to",
+            f"the replica identity of {table.name} does not cover ({listed}): UPDATE and DELETE do not say which"
+            " documents the row belonged to",
             f"ALTER TABLE {table.name} REPLICA IDENTITY FULL{smaller}",
         )
         return
@@ -241,11 +257,36 @@ async def examine_statement(connection: Connection, plan: Plan, table: Table) ->
         except psycopg.Error as error:
             if passing(error) and error.sqlstate != "25006":
                 raise translate(error, "source", where=str(one.table)) from error
-            findings.append(
-                Finding.error(
-                    f"indexes.{plan.name}.related.{one.name}",
-                    f"its rows cannot be read: {first_line(error)}",
-                    error.diag.message_hint or "correct its where and order_by; they may only read",
-                )
-            )
+            findings.append(_unreadable(plan, one, table, error))
     return findings
+
+
+def _unreadable(plan: Plan, one: RelatedRows, table: Table, error: psycopg.Error) -> Finding:
+    """Say why the rows of a relation, or of those within it, cannot be read."""
+    where = f"indexes.{plan.name}.related.{one.name}"
+    if isinstance(error, psycopg.errors.UndefinedFunction):
+        unlike = next(_unlike(plan.facts, one, table.name), None)
+        if unlike is not None:
+            return Finding.error(f"{where}.on", *unlike)
+    return Finding.error(
+        where,
+        f"its rows cannot be read: {first_line(error)}",
+        error.diag.message_hint or "correct its where and order_by; they may only read",
+    )
+
+
+def _unlike(facts: Facts, one: RelatedRows, before: QualifiedName) -> Iterator[tuple[str, str]]:
+    """Yield the pairs of columns that have two types, with a fix."""
+    for step in one.steps:
+        for mine, theirs in step.on:
+            type_, other = facts[step.table].types[mine], facts[before].types[theirs]
+            if type_ != other:
+                yield (
+                    f"{step.table} has {quote(mine)} as {type_} and {before} has {quote(theirs)} as {other}, which"
+                    " cannot be compared",
+                    f"give both columns one type: ALTER TABLE {step.table} ALTER COLUMN {quote(mine)} TYPE {other}"
+                    f" USING {quote(mine)}::{other}, for one",
+                )
+        before = step.table
+    for inner in one.related:
+        yield from _unlike(facts, inner, before)

@@ -15,6 +15,7 @@ from psycopg import sql
 from cdcsync.config import Index, QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.documents.documents import Documents
+from cdcsync.documents.related import ONE
 from cdcsync.model.conditions import Where
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, nearest
@@ -140,11 +141,13 @@ def column_faults(name: str, index: Index, documents: Documents | None, table: T
     computed = documents.computed if documents is not None else frozenset()
     for key, columns in (("columns", index.columns), (named, read), ("chunk_text", around)):
         for column in dict.fromkeys(columns):
-            if column not in table.columns and column not in computed:
+            # Of a section that cannot be read it is unknown what it makes.
+            unread = documents is None and column.partition(ONE)[0] in index.related
+            if column not in table.columns and column not in computed and not unread:
                 yield Finding.error(
                     f"indexes.{name}.{key}",
                     f"{table.name} has no column {quote(column)}",
-                    _meant(column, table.columns, "its columns are"),
+                    _related_meant(name, index, column, table) or _meant(column, table.columns, "its columns are"),
                 )
     for column in dict.fromkeys(index.columns):
         if column in table.key:
@@ -160,7 +163,9 @@ def column_faults(name: str, index: Index, documents: Documents | None, table: T
             yield Finding.error(
                 str(table.name) if in_key else f"indexes.{name}.columns",
                 f"{quote(column)} is the name of a column of cdcsync's own in the index",
-                f"ALTER TABLE {table.name} RENAME COLUMN {quote(column)} TO …"
+                f"give [indexes.{name}.related.{column}] another name"
+                if column in index.related
+                else f"ALTER TABLE {table.name} RENAME COLUMN {quote(column)} TO …"
                 + ("" if in_key else f', or remove "{column}" from indexes.{name}.columns'),
             )
     for column in index.indexed:
@@ -172,6 +177,24 @@ def column_faults(name: str, index: Index, documents: Documents | None, table: T
                 if column in table.columns
                 else _meant(column, stored, "the index has"),
             )
+
+
+def named_back(called: QualifiedName, name: QualifiedName) -> str:
+    """Return the statement that gives a table the name back that it had."""
+    if called.schema == name.schema:
+        return f"ALTER TABLE {called} RENAME TO {quote(name.name)}"
+    return f"ALTER TABLE {called} SET SCHEMA {quote(name.schema)}"
+
+
+def _related_meant(name: str, index: Index, column: str, table: Table) -> str | None:
+    """Say which value of a related row was meant, or which section, by a name that is not nearly a column's."""
+    if nearest(column, table.columns):
+        return None
+    section, dot, of = column.partition(ONE)
+    best = nearest(section, index.related)
+    if best is not None:
+        return f'did you mean "{best}{dot}{of}"?'
+    return f"relate a table: [indexes.{name}.related.{section}]" if dot else None
 
 
 def _meant(word: str, known: Sequence[str] | dict[str, Column], listing: str) -> str:

@@ -117,6 +117,13 @@ class Entry(msgspec.Struct, frozen=True):
         return tuple(dict.fromkeys((self.source_table, *related)))
 
     @property
+    def oids(self) -> dict[str, int]:
+        """The OIDs that these tables had when they were last looked at."""
+        read = self.made_of["tables"] if self.made_of is not None else {}
+        own = {} if self.table_oid is None else {self.source_table: self.table_oid}
+        return {name: values["oid"] for name, values in read.items()} | own
+
+    @property
     def pause(self) -> Pause | None:
         """Why the index is paused, if it is."""
         if self.state != "paused":
