@@ -319,8 +319,10 @@ class Deliveries:
         self._cleared = {source: xid for source, xid in self._cleared.items() if not snapshot.sees(xid)}
         self._related = {xid: count for xid, count in self._related.items() if not snapshot.sees(xid)}
         if self._read:
-            newer = {read for read in set(self._read.values()) if not snapshot.includes(read)}
-            self._read = {key: read for key, read in self._read.items() if read in newer} if newer else {}
+            # Many keys were read under one snapshot, which takes long to hash.
+            each = {id(read): read for read in self._read.values()}
+            newer = {one for one, read in each.items() if not snapshot.includes(read)}
+            self._read = {key: read for key, read in self._read.items() if id(read) in newer} if newer else {}
         if self._read_under is not None and snapshot.includes(self._read_under):
             self._read_under = None
 
