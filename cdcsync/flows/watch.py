@@ -231,7 +231,7 @@ class Watch:
             raise TablesChanged("the index has other generations of vectors", where=f"index {spec.name}")
 
     def _note_problems(self, index: str, findings: Sequence[Finding]) -> None:
-        said = [f"{one.message}; {one.hint}" for one in findings if one.level == "warning"]
+        said = [f"{one.sentence}; {one.hint}" for one in findings if one.level == "warning"]
         if said and index not in self.problems:
             log.error("writes_fail", index=index, problems=said)
         self.problems.pop(index, None)
@@ -244,7 +244,7 @@ class Watch:
         if error is not None:
             if spec.name not in self._ailing:
                 where = str(spec.shape.table)
-                self._pause(SchemaChanged(error.message, index=spec.name, where=where, hint=error.hint, passing=True))
+                self._pause(SchemaChanged(error.sentence, index=spec.name, where=where, hint=error.hint, passing=True))
             return
         if outdated(catalog, [spec]):
             raise TablesChanged("the table, or how it is sent, is not what it was", where=f"index {spec.name}")
@@ -297,7 +297,7 @@ class Watch:
         """Resume an index whose cause is gone; where nothing tells that, try it from time to time."""
         now, name = anyio.current_time(), plan.name
         if error is not None:
-            pause = Pause(error.message, error.hint)
+            pause = Pause(error.sentence, error.hint)
             if name in self._specs or entry.reason == str(pause):
                 return
             # Only the present faults have to be corrected.

@@ -159,7 +159,7 @@ def _pause_broken(plans: Sequence[Plan], stored: Mapping[str, Entry]) -> dict[st
         as_before = errors == plan.unlike or _as_before(plan, stored.get(plan.name))
         if errors and not outage and as_before:
             plan.refused = True
-            broken[plan.name] = Pause(errors[0].message, errors[0].hint)
+            broken[plan.name] = Pause(errors[0].sentence, errors[0].hint)
             for error in errors:
                 plan.findings[plan.findings.index(error)] = Finding.warning(
                     error.where, f"{error.message}; the index {plan.name} is paused, the others continue", error.hint

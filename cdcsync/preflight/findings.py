@@ -54,6 +54,12 @@ class Finding(msgspec.Struct, frozen=True):
         """Return what stops the pipeline."""
         return cls("error", where, message, hint)
 
+    @property
+    def sentence(self) -> str:
+        """The message where `where` does not stand beside it: with the table or the publication that it is about."""
+        said = self.where.startswith("indexes.") or self.where in self.message
+        return self.message if said else f"{self.where}: {self.message}"
+
     @classmethod
     def of(cls, error: CdcsyncError, where: str) -> Self:
         """Return an error of our tree as a finding; its own place is the better known one."""
