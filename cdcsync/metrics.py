@@ -186,8 +186,8 @@ class Metrics:
         self.rereads = self._counter(
             "rereads_total",
             "rows",
-            "Rows read again from the source: a large value came as unchanged, which REPLICA IDENTITY FULL avoids; only the"
-            " source can decide on `where`; or rows of related tables take part.",
+            "Rows read again from the source: a large value came as unchanged, which REPLICA IDENTITY FULL avoids; only"
+            " the source can decide on `where`; or rows of related tables take part.",
             index,
         )
         self.chunks = self._counter("chunks_total", "chunks", "Chunks written.", index)
