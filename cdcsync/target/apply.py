@@ -48,6 +48,10 @@ STAGED_ROWS = 1_000
 """The temporary tables are emptied by DELETE, and by TRUNCATE once about so many rows went through them. TRUNCATE, and
 `ON COMMIT DELETE ROWS` with it, costs milliseconds of file operations, which at light load is more than all else."""
 
+FEW_ROWS = 200
+"""In a batch of no more rows, each row is looked up by an index. The server takes the temporary tables for as large as
+they were before they were emptied, and would rather read a table of a hundred thousand chunks for a single change."""
+
 TRUNCATE_LOCKS_MS = 500
 """Readers that take longer are not waited for, as searches queue up behind who waits for an exclusive lock; less than
 PostgreSQL's default `deadlock_timeout`, 1 s."""
@@ -125,7 +129,7 @@ class IndexWriter(LookUps):
 
     async def apply(self, changes: ChangeSet) -> Applied:
         """Write the changes inside the caller's transaction; the caller commits."""
-        await self._empty()
+        await self._begin(changes)
         others = self._spec.others
         if changes.new and not others and (loaded := await self._load(changes)) is not None:
             return loaded
@@ -205,13 +209,17 @@ class IndexWriter(LookUps):
         self._staged += len(left)
         return Applied(chunks, 0, reused, chunks - len(left), queued)
 
-    async def _empty(self) -> None:
-        """Empty the temporary tables of what the apply before left there."""
+    async def _begin(self, changes: ChangeSet) -> None:
+        """Empty the temporary tables of what the apply before left there, and say how rows are to be joined."""
+        chunks = sum(max(1, len(document.chunks)) for document in changes.documents)
+        few = len(changes.deleted) + len(changes.absent) + len(changes.kept) + chunks <= FEW_ROWS
+        joins = "off" if few else "on"
+        joins = f"SET LOCAL enable_hashjoin = {joins}; SET LOCAL enable_mergejoin = {joins}; "
         if self._staged > STAGED_ROWS:
-            await self._run("TRUNCATE {stage}, {gone}, {put}")
+            await self._run(joins + "TRUNCATE {stage}, {gone}, {put}")
             self._staged = 0
         else:
-            await self._run("WITH s AS (DELETE FROM {stage}), g AS (DELETE FROM {gone}) DELETE FROM {put}")
+            await self._run(joins + "WITH s AS (DELETE FROM {stage}), g AS (DELETE FROM {gone}) DELETE FROM {put}")
 
     async def _truncate(self) -> None:
         """Empty the index: quickly if nobody is in the way, else row by row.

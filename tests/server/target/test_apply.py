@@ -500,6 +500,26 @@ async def test_look_ups_by_key_use_the_index_whatever_the_type(target: Database,
         assert (name, after) == (name, before)
 
 
+async def test_a_small_batch_after_large_ones_reads_no_table_as_a_whole(index: LiveIndex) -> None:
+    for first in range(0, 3_600, 900):
+        await index.apply(changes(*[document(str(key), f"text {key}") for key in range(first, first + 900)]))
+    while await index.embed(1_000):
+        pass
+    await index.connection.execute("ANALYZE")
+    scanned = (
+        "SELECT relname, seq_scan FROM pg_stat_user_tables WHERE relname IN"
+        " ('articles_chunks', 'articles_vectors_1_fresh') ORDER BY 1"
+    )
+    # Its temporary tables are emptied once more than a thousand rows went through them.
+    await index.apply(changes(*[document(str(key), f"new {key}", existed=True) for key in range(900)]))
+    await index.connection.execute("SELECT pg_stat_force_next_flush()")
+    before = await index.rows(scanned)
+    await index.apply(changes(document("1", "b", existed=True), kept("2", "5"), deleted=["3"], inline=["b"]))
+    await index.apply(changes(document("1", "c", existed=True)))
+    await index.connection.execute("SELECT pg_stat_force_next_flush()")
+    assert await index.rows(scanned) == before
+
+
 async def test_hashes_are_those_of_whole_documents_in_the_index(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "a", "b"), document("2", "c"), document("3")))
     assert await index.writer.stored_hashes([]) == {}
