@@ -69,7 +69,8 @@ SWITCHES = 4
 class Hits(list[Hit]):
     """A list of `Hit`, the best first.
 
-    :ivar warning: what the search had to do without (the model, the reranker), for people; `None` if nothing.
+    :ivar warning: what the search had to do without (the model, the reranker), or that nothing keeps the index in step,
+        for people; `None` if nothing.
     :ivar generation: the generation of vectors that was searched; see `cdcsync migrate`.
     """
 
@@ -242,7 +243,8 @@ class Index:
         async def once() -> Hits:
             spec = await self._generation(generation)
             embedded: Sequence[float] | Vectors | None = vector
-            warning = None
+            warnings: list[str] = []
+            by_words = mode == "text"
             if mode != "text" and vector is None and text.strip():
                 try:
                     model = self._shared.model(spec)
@@ -251,7 +253,8 @@ class Index:
                 except EmbedError as error:
                     if mode == "vector" or self._config.search is None:
                         raise
-                    warning = f"searched by words alone: {error}"
+                    warnings.append(f"searched by words alone: {error}")
+                    by_words = True
 
             async def ask(connection: Connection) -> list[Hit]:
                 if generation is None:
@@ -263,7 +266,7 @@ class Index:
                     text=text,
                     vector=None if mode == "text" else embedded,
                     k=count,
-                    mode="text" if warning else mode,
+                    mode="text" if by_words else mode,
                     filter=filter,
                     per_document=per_document,
                     skip=first,
@@ -272,10 +275,12 @@ class Index:
                     settings=settings,
                     timeout_s=timeout_s,
                     traceparent=tracing.traceparent(),
+                    warnings=warnings,
                 )
 
             with tracing.span("cdcsync.statement", index=self.name):
-                return Hits(await self._with_connection(ask), warning, generation=spec.generation)
+                hits = await self._with_connection(ask)
+                return Hits(hits, "; ".join(dict.fromkeys(warnings)) or None, generation=spec.generation)
 
         found = await self._after_switches(once, unnamed=vector is not None and generation is None and mode != "text")
         if reranker is None:

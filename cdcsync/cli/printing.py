@@ -83,6 +83,13 @@ def three_lines(message: str, where: str | None, fix: str | None) -> Text:
     return Text("\n").join(lines)
 
 
+def print_warning(message: str) -> None:
+    """Print to standard error what should be known of what standard output gets."""
+    from rich.text import Text
+
+    console(errors=True).print(Text.assemble(("warning:", "bold yellow"), f" {plain(message)}"))
+
+
 def print_error(text: Text) -> None:
     """Print to standard error, after what standard output still holds."""
     # Lost output is not the first error.

@@ -50,6 +50,7 @@ class Answer:
     def __init__(self) -> None:
         self.found: list[Found] = []
         self.plans: dict[str, list[Plan]] = {}
+        self.warnings: list[str] = []
 
 
 def search(
@@ -116,6 +117,8 @@ def search(
             explain=explain,
         ),
     )
+    for warning in dict.fromkeys(answer.warnings):
+        printing.print_warning(warning)
     if as_json:
         import msgspec
 
@@ -211,6 +214,7 @@ async def find(
                 per_document=per_document,
                 headline=HEADLINE,
                 plans=plans if explain else None,
+                warnings=answer.warnings,
             )
             answer.found += [Found(name, hit) for hit in hits]
             if explain:

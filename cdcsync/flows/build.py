@@ -19,7 +19,7 @@ from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 from cdcsync.target.keys import delete_vectors_without_chunks
 from cdcsync.target.registry import Registry
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests import Request, Requests
 from cdcsync.target.search import count_words
 from cdcsync.target.settling import Settling
 
@@ -56,6 +56,16 @@ async def build_until_live(dsn: str, schema: str, specs: Sequence[IndexSpec]) ->
                 await anyio.sleep(POLL_S)
 
 
+def pause_after(load: Request) -> Pause | None:
+    """Return why an index is paused after a load that ended without success; None if it has not."""
+    if load.state == "cancelled":
+        return Pause(LOAD_CANCELLED, "start the worker again to load it")
+    if load.state == "failed":
+        because = f": {load.error}" if load.error else ""
+        return Pause(f"its load failed{because}", "correct that; it is tried again by itself, more and more rarely")
+    return None
+
+
 async def settle_all(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Move every vector to where HNSW is about to be built: while it is not there, that is quick."""
     settling = Settling(connection, schema, spec)
@@ -72,14 +82,7 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
     if entry is None or entry.state != "building":
         return True
     load = await Requests(schema).last_load(connection, spec.name)
-    if load is not None and load.state in ("failed", "cancelled"):
-        because = f": {load.error}" if load.error else ""
-        if load.state == "cancelled":
-            pause = Pause(LOAD_CANCELLED, "start the worker again to load it")
-        else:
-            pause = Pause(
-                f"its load failed{because}", "correct that; it is tried again by itself, more and more rarely"
-            )
+    if load is not None and (pause := pause_after(load)) is not None:
         await registry.pause(connection, spec.name, pause)
         crash_point("ended load noted")
         log.error("load_ended", index=spec.name, state=load.state)

@@ -22,6 +22,7 @@ from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.preflight import Report
+from cdcsync.preflight.dependents import dependents_findings
 from cdcsync.preflight.generations import wish_findings
 from cdcsync.preflight.indexes import Plan
 from cdcsync.source.catalog import Catalog, read_slot
@@ -225,7 +226,12 @@ class _Planning:
         )
 
     async def _remaining(self, spec: IndexSpec) -> list[str]:
-        """Say which vectors the configuration asks for, where the index has others; only a migration exchanges them."""
+        """Say what stays as it is: vectors that only a migration exchanges, and columns of views that others use."""
+        with speaking_of("target", where=f"index {spec.name}"):
+            kept = await dependents_findings(self._target, self._config.target.schema, spec)
+        return [f"{one.message}; {one.hint}" for one in kept] + await self._vectors_remaining(spec)
+
+    async def _vectors_remaining(self, spec: IndexSpec) -> list[str]:
         examined = self._plans[spec.name]
         wish, has = examined.wish, (spec.model, spec.dimensions, spec.config.vector_type, spec.distance)
         if wish is not None and wish.made_by != has:

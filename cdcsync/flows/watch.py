@@ -24,7 +24,7 @@ from cdcsync.config import Config
 from cdcsync.crashpoints import crash_point
 from cdcsync.documents.related import columns_read
 from cdcsync.errors import SchemaChanged, SetupError, SourceUnavailable, TablesChanged, Unavailable
-from cdcsync.flows.build import LOAD_CANCELLED
+from cdcsync.flows.build import LOAD_CANCELLED, pause_after
 from cdcsync.flows.setup.differences import (
     ask_for,
     difference_of,
@@ -45,9 +45,11 @@ from cdcsync.preflight.indexes import Plan, vector_faults
 from cdcsync.source.catalog import Catalog, Slot, insert_lsn, read_catalog, read_slot
 from cdcsync.source.fingerprints import Emptied, Fingerprint, fingerprint_of
 from cdcsync.target.approvals import Approvals
+from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.missing import missing_relations
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.requests import Request, Requests
 
 log = structlog.get_logger()
 
@@ -196,6 +198,7 @@ class Watch:
         with speaking_of("target"):
             entries = await Registry(config.target.schema).all(await target.connection())
             generations = await Generations(config.target.schema).all(await target.connection())
+            loads = await Requests(config.target.schema).last_loads(await target.connection())
         known = [oid for entry in entries.values() for oid in entry.oids.values()]
         wanted = {table for plan in self._plans for table in plan.index.followed}
         with speaking_of("source"):
@@ -208,6 +211,8 @@ class Watch:
             findings = following_findings(plan, catalog, wanted, entry)
             error = next((finding for finding in findings if finding.level == "error"), None)
             self._note_problems(plan.name, findings)
+            if plan.name in self._specs and entry.state == "live" and plan.name in loads:
+                entry = await self._look_at_load(target, entry, loads[plan.name])
             if plan.name in self._specs and entry.state != "paused":
                 self._look_at_generations(self._specs[plan.name], entry, generations.get(plan.name, []))
                 await self._look_at_followed(source, target, self._specs[plan.name], entry, catalog, error)
@@ -219,6 +224,21 @@ class Watch:
                 self._ailing.add(plan.name)
         if anyio.current_time() >= self._relations_due:
             self._relations_due = anyio.current_time() + RELATIONS_S
+
+    async def _look_at_load(self, target: Session, entry: Entry, load: Request) -> Entry:
+        """Pause a live index that was to be read again, after a gap for one, and that has not been; returns its entry.
+
+        One that is loaded for the first time is `flows/build`'s.
+        """
+        pause = pause_after(load)
+        if pause is None:
+            return entry
+        registry = Registry(self._config.target.schema)
+        with speaking_of("target", where=f"index {entry.name}", index=entry.name):
+            await registry.pause(await target.connection(), entry.name, pause)
+            crash_point("failed load noted")
+        log.error("load_ended", index=entry.name, state=load.state)
+        return msgspec.structs.replace(entry, state="paused", reason=str(pause))
 
     def _look_at_generations(self, spec: IndexSpec, entry: Entry, generations: Sequence[Generation]) -> None:
         """See that the index has the generations of vectors that this pipeline writes, and searches use the same one.
@@ -249,10 +269,14 @@ class Watch:
         if outdated(catalog, [spec]):
             raise TablesChanged("the table, or how it is sent, is not what it was", where=f"index {spec.name}")
         if entry.state == "live" and anyio.current_time() >= self._relations_due:
+            schema = self._config.target.schema
             with speaking_of("target", where=f"index {spec.name}", index=spec.name):
-                missing = await missing_relations(await target.connection(), self._config.target.schema, spec)
-            if missing:
-                raise TablesChanged(str(missing), where=f"index {spec.name}")
+                connection = await target.connection()
+                if missing := await missing_relations(connection, schema, spec):
+                    raise TablesChanged(str(missing), where=f"index {spec.name}")
+                settings = await settings_to_note(connection, schema, spec.name)
+                await Registry(schema).note_settings(connection, spec.name, settings)
+                crash_point("settings noted")
         now = present_fingerprint(catalog, spec)
         if now is None or now == stored_fingerprint(entry):
             return

@@ -16,7 +16,7 @@ from cdcsync.backoff import backoff_s
 from cdcsync.errors import CdcsyncError, Unavailable
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
-from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session, speaking_of
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.searching import words_name
 from cdcsync.target.search import count_words
@@ -38,7 +38,7 @@ async def count_words_for_ever(dsn: str, schema: str, specs: Sequence[IndexSpec]
     counted_at: dict[str, int] = {}
     searchable = [spec for spec in specs if spec.config.search is not None]
     attempt = 0
-    async with Session(dsn, "target", application_name="cdcsync words") as target:
+    async with Session(dsn, "target", application_name="cdcsync words", idle_s=IDLE_S) as target:
         while searchable:
             started = anyio.current_time()
             try:

@@ -6,6 +6,10 @@ connection, the server is asked whether the session is working on it. A statemen
 waits there for a lock, may take any time. One that the server knows nothing of never ends: its connection is hung up,
 and whoever waits for it sees the error of a connection that broke.
 
+The other way round, a server that is cut off from us keeps our session, and with it our locks. A session whose locks
+others wait for *beats*: it sends a statement now and then even if it has nothing to do. So whoever waits can tell a
+session that has nothing to do from one that nobody has any more (`Pipelines.end_silent`).
+
 Source: PostgreSQL, "The Cumulative Statistics System" (pg_stat_activity); "libpq - C Library", `tcp_user_timeout`.
 """
 
@@ -17,8 +21,9 @@ from typing import Any, TypeVar
 
 import anyio
 import psycopg
-from psycopg import conninfo
+from psycopg import conninfo, generators
 from psycopg.abc import PQGen
+from psycopg.pq import TransactionStatus
 
 from cdcsync.postgres.interrupts import hang_up
 
@@ -26,6 +31,9 @@ RV = TypeVar("RV")
 
 TCP_USER_TIMEOUT_MS = 60_000
 """How long a far end may be gone before that is noticed, where the DSN has no `tcp_user_timeout` of its own."""
+
+BEATS = 6
+"""So many beats in the time after which a session is taken for dead."""
 
 LOOKS = 2
 """So many looks in a row must find nothing: an answer may be under way during one."""
@@ -42,7 +50,12 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
 
     _watched: str = ""
     _patience_s: float = TCP_USER_TIMEOUT_MS / 2000
+    used_at: float = 0.0
+    """When it was last waited for, by the event loop's clock."""
     _look: asyncio.Task[None] | None = None
+    _beat: asyncio.Task[None] | None = None
+    _beats: bool = False
+    _next_beat: asyncio.TimerHandle | None = None
 
     def watch(self, dsn: str) -> None:
         """Look for statements from now on.
@@ -58,14 +71,56 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         }
         self._watched = conninfo.make_conninfo("", **settings)
 
+    @property
+    def patience_s(self) -> float:
+        """How long a far end may say nothing before somebody looks whether it is there."""
+        return self._patience_s
+
+    @property
+    def free(self) -> bool:
+        """Whether it is in no transaction, and does nothing but beat: what is asked of it now comes next."""
+        return self._beats or self.pgconn.transaction_status == TransactionStatus.IDLE
+
+    def beat(self) -> None:
+        """Show the server that we are there, from now on until the connection closes."""
+        self._next_beat = asyncio.get_running_loop().call_later(self._patience_s / BEATS, self._begin_to_beat)
+
+    def _begin_to_beat(self) -> None:
+        if not self.closed:
+            self._beat = asyncio.get_running_loop().create_task(self._be_heard())
+            self.beat()
+
+    async def _be_heard(self) -> None:
+        if self.lock.locked():
+            return
+        with contextlib.suppress(psycopg.Error, OSError):
+            async with self.lock:
+                # Whoever waited for the lock longer may have begun a transaction.
+                if self.pgconn.transaction_status == TransactionStatus.IDLE:
+                    self._beats = True
+                    try:
+                        self.pgconn.send_query(b"SELECT")
+                        await self.wait(generators.execute(self.pgconn))
+                    finally:
+                        self._beats = False
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._next_beat is not None:
+            self._next_beat.cancel()
+        await super().close()
+
     async def wait(self, gen: PQGen[RV], *arguments: Any, **options: Any) -> RV:
         """Wait for the server, and look for the statement if that takes long."""
+        loop = asyncio.get_running_loop()
+        self.used_at = loop.time()
         if not self._watched:
             return await super().wait(gen, *arguments, **options)
-        timer = asyncio.get_running_loop().call_later(self._patience_s, self._begin_to_look)
+        timer = loop.call_later(self._patience_s, self._begin_to_look)
         try:
             return await super().wait(gen, *arguments, **options)
         finally:
+            self.used_at = loop.time()
             timer.cancel()
             if self._look is not None:
                 self._look.cancel()

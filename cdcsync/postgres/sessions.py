@@ -8,6 +8,7 @@ Source: PostgreSQL, "Client Connection Defaults"; "PostgreSQL Error Codes".
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import Iterator
@@ -72,6 +73,9 @@ DURABILITY: dict[Side, LiteralString] = {
     "target": "SET synchronous_commit = on",
 }
 """Settings that only one side's sessions need."""
+
+IDLE_S = 20.0
+"""How long a session that is used now and then keeps its connection: a server has few, and a new one costs 10 ms."""
 
 CONNECT_TIMEOUT_S = 10
 """Long enough for a server that is starting, short enough that an operator waits for the message."""
@@ -158,8 +162,9 @@ def fault_of(index: str, error: psycopg.Error, side: Side, *, where: str | None 
         return SchemaChanged(f"the {side} says: {without_values(error)}", index=index, where=where, hint=hint)
     what = f"the {side} refuses a value: {type(error).__name__} ({error.sqlstate})"
     hint = "compare the types of the table's key and carried columns with those of the chunks table"
-    if isinstance(error, psycopg.errors.ProgramLimitExceeded) and error.diag.constraint_name:
-        what += f", too long for the index {error.diag.constraint_name}"
+    if isinstance(error, psycopg.errors.ProgramLimitExceeded):
+        # A value of more than 8 kB after compression is refused before the server says for which index.
+        what += f", too long for the index {error.diag.constraint_name or 'of a key or column'}"
         hint = 'docs/operations.md, "What is followed, and what pauses", says how long it may be, and what to do'
     return SchemaChanged(what, index=index, where=where, hint=hint)
 
@@ -201,7 +206,9 @@ def first_line(error: psycopg.Error) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-async def connect(dsn: str, side: Side, *, application_name: str = "cdcsync", autocommit: bool = True) -> Connection:
+async def connect(
+    dsn: str, side: Side, *, application_name: str = "cdcsync", autocommit: bool = True
+) -> WatchedConnection:
     """Open an SQL session with pinned rendering. The caller closes it.
 
     :raises SetupError: wrong password, database, host name or DSN: waiting does not help.
@@ -276,11 +283,17 @@ def connect_error(error: psycopg.Error, side: Side, where: str) -> CdcsyncError:
 class Session:
     """A connection that is opened when it is needed and again after it broke. For one task at a time."""
 
-    def __init__(self, dsn: str, side: Side, *, application_name: str) -> None:
+    def __init__(self, dsn: str, side: Side, *, application_name: str, idle_s: float | None = None) -> None:
+        """Make a session that has no connection yet.
+
+        :param idle_s: close the connection once it has not been used for so long; nothing may live in it between uses.
+        """
         self._dsn = dsn
         self._side: Side = side
         self._application_name = application_name
-        self._connection: Connection | None = None
+        self._idle_s = idle_s
+        self._rest: asyncio.TimerHandle | None = None
+        self._connection: WatchedConnection | None = None
 
     async def connection(self) -> Connection:
         """Return the open connection.
@@ -290,10 +303,26 @@ class Session:
         if self._connection is None or self._connection.info.transaction_status != TransactionStatus.IDLE:
             await self.aclose()
             self._connection = await connect(self._dsn, self._side, application_name=self._application_name)
+            if self._idle_s is not None:
+                self._rest = asyncio.get_running_loop().call_later(self._idle_s, self._close_if_idle)
         return self._connection
+
+    def _close_if_idle(self) -> None:
+        connection, loop = self._connection, asyncio.get_running_loop()
+        assert connection is not None
+        assert self._idle_s is not None
+        unused_s = loop.time() - connection.used_at
+        if unused_s < self._idle_s or connection.info.transaction_status != TransactionStatus.IDLE:
+            self._rest = loop.call_later(self._idle_s, self._close_if_idle)
+            return
+        self._connection = None
+        connection.pgconn.finish()
 
     async def aclose(self) -> None:
         """Close the connection, if one is open; the next use opens another."""
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
         if self._connection is not None:
             connection, self._connection = self._connection, None
             with contextlib.suppress(psycopg.Error):

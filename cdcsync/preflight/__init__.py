@@ -9,9 +9,11 @@
     indexes      each index: its model, what is stored of it, and its `IndexSpec`
     generations  the vectors that it has, where the configuration asks for others
     following    whether each index can follow its table; the watch asks it too
+    dependents   what users have built on an index whose columns change
     layout       where it is to lie: its tables, its view, its keyword search
     embedders    the models
     machine      this machine's disk and network
+    connections  how many connections the servers have left
     poolers      whether a pooler lies between us and a server, and whether that matters
     report       `Report`, `refuse`
     examination  `examine`, all of it in order

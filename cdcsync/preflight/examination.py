@@ -12,6 +12,8 @@ from cdcsync.errors import CdcsyncError
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, Side, connect, speaking_of
+from cdcsync.preflight.connections import needed, read_room, room_findings
+from cdcsync.preflight.dependents import dependents_findings
 from cdcsync.preflight.findings import Finding, noting
 from cdcsync.preflight.following import following_findings
 from cdcsync.preflight.generations import follow_generations, live_generation, wish_findings
@@ -63,6 +65,10 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
         if source_facts is not None and source_facts.catalog.publication is None:
             found = {plan.table.name: plan.table for plan in plans if plan.table is not None}
             findings += creation_faults(found.values(), source_facts)
+        if source_facts is not None and target_facts is not None:
+            assert source is not None
+            assert target is not None
+            findings += await _examine_connections(source, target, config, source_facts, target_facts)
     for plan in plans:
         findings += [finding for finding in plan.findings if finding not in findings]
     specs = [spec for spec in specs if spec.name not in broken]
@@ -120,6 +126,21 @@ async def _examine_tables(
             plan.members = rows_sent(publication, members)
             plan.oids |= {one: facts.catalog.tables[one].oid for one in members}
             plan.where = await examine_where(source, plan.name, plan.index, table, facts.catalog, plan.findings)
+
+
+async def _examine_connections(
+    source: Connection, target: Connection, config: Config, source_facts: SourceFacts, target_facts: TargetFacts
+) -> list[Finding]:
+    """Say whether a worker finds the connections that it opens, on one server or on two."""
+    findings: list[Finding] = []
+    wanted = needed(config)
+    with noting(findings, "source", "source"):
+        if source_facts.server.started == target_facts.server.started:
+            return list(room_findings("source and target", await read_room(source), sum(wanted.values())))
+        findings += room_findings("source", await read_room(source), wanted["source"])
+    with noting(findings, "target", "target"):
+        findings += room_findings("target", await read_room(target), wanted["target"])
+    return findings
 
 
 def _no_match(plan: Plan) -> Finding:
@@ -200,6 +221,8 @@ async def _examine_indexes(
         row_filter = published.row_filter if published is not None else None
         with noting(plan.findings, "target", f"indexes.{plan.name}"):
             spec = await make_spec(target, config.target.schema, plan, facts, row_filter, plan.findings)
+            if spec is not None and stored is not None:
+                plan.findings += await dependents_findings(target, config.target.schema, spec)
             if spec is not None and not any(finding.level == "error" for finding in plan.findings):
                 plan.findings.append(_summary(plan, spec))
                 specs.append(spec)

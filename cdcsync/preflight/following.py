@@ -44,10 +44,11 @@ def following_findings(
     publication = catalog.publication
     return [
         *(publication_faults(publication) if publication is not None else ()),
+        # First, because another key may make other faults, which are not the cause.
+        *(key_faults(plan.name, stored, table) if stored is not None else ()),
         *table_faults(plan.name, plan.index, plan.documents, table, catalog.role),
         *sending_findings(table, needed, catalog, wanted),
         *related_findings(plan, table, catalog, wanted, stored.oids if stored is not None else {}),
-        *(key_faults(plan.name, stored, table) if stored is not None else ()),
     ]
 
 

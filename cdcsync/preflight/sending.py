@@ -124,7 +124,7 @@ def published_findings(
         rows = f" WHERE ({sent.row_filter})" if sent.row_filter else ""
         yield Finding.error(
             where,
-            f"its column list for {table.name} lacks {named(map(quote, missing))}",
+            f"the publication's column list for {table.name} lacks {named(map(quote, missing))}",
             f"BEGIN; {alter} DROP TABLE {table.name}; {alter} ADD TABLE {table.name} ({wanted}){rows}; COMMIT",
         )
     if sent.row_filter:

@@ -111,9 +111,11 @@ def kind_faults(where: str, table: Table) -> list[Finding]:
     elif wrong is None and table.persistence == "t":
         wrong = ("is temporary", "index a table that lasts")
     elif wrong is None and table.children:
+        told = named(table.children)
         wrong = (
-            "has tables that inherit from it: their rows are read with it, but their changes come under other names",
-            "make it a partitioned table, or give each child an index of its own and this table no index",
+            f"is inherited from by {told}: their rows are read with it, but their changes come under other names",
+            f"ALTER TABLE {table.children[0]} NO INHERIT {table.name}; or make it a partitioned table, or give each"
+            " child an index of its own and this table no index",
         )
     return [Finding.error(where, f"{table.name} {wrong[0]}", wrong[1])] if wrong else []
 

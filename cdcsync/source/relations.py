@@ -60,7 +60,7 @@ class Table(msgspec.Struct, frozen=True):
     :ivar row_security: whether policies would hide rows from the role.
     :ivar reachable: whether the role may use the table's schema.
     :ivar ancestors: the partitioned tables that this one is a partition of, the nearest first.
-    :ivar children: whether other tables inherit from this one, which is not partitioned.
+    :ivar children: the tables that inherit from this one, which is not partitioned.
     :ivar leaves: a partitioned table's partitions that hold rows.
     :ivar file: its relfilenode; 0 if it is partitioned.
     :ivar types: the user-defined types that its columns are made of, by OID.
@@ -83,7 +83,7 @@ class Table(msgspec.Struct, frozen=True):
     estimated_rows: int
     reachable: bool = True
     ancestors: tuple[QualifiedName, ...] = ()
-    children: bool = False
+    children: tuple[str, ...] = ()
     leaves: tuple[Partition, ...] = ()
     file: int = 0
     types: dict[int, Type] = {}
@@ -176,7 +176,8 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
                c.relrowsecurity AND NOT (SELECT rolbypassrls OR rolsuper FROM pg_roles WHERE rolname = current_user)
                    AND (c.relforcerowsecurity OR NOT pg_has_role(c.relowner, 'USAGE')),
                greatest(c.reltuples, 0)::int8, has_schema_privilege(n.oid, 'USAGE'),
-               c.relkind <> 'p' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid),
+               array(SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = c.oid AND c.relkind <> 'p'
+                     ORDER BY 1),
                c.relfilenode::int8, c.xmin::text::int8, {_PRIMARY_KEY}, {_IDENTITY}, {_INDEXES}
         FROM unnest(%s::text[], %s::text[]) AS wanted (schema, name)
         JOIN pg_namespace n ON n.nspname = wanted.schema
@@ -211,7 +212,7 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
             estimated_rows=estimate,
             reachable=bool(reachable),
             ancestors=ancestors.get(oid, ()),
-            children=children,
+            children=tuple(children),
             leaves=leaves.get(oid, ()),
             file=file,
             types=reachable_types(types, [one.wire_type[0] for one in mine.values()]),

@@ -132,6 +132,21 @@ class Pipelines:
             [END_SESSION_MS, pid, application_name],
         )
 
+    async def end_silent(self, connection: Connection, application_name: str, silent_s: float) -> int | None:
+        """End the session that holds the lock if nothing has come from it for so long; returns its process if it did.
+
+        A worker's session is heard from all the time, see `postgres/liveness`. The host of one that is silent is down
+        or cut off, or its process is stopped; should it live after all, the fence keeps it from writing.
+        """
+        row = await fetch_row(
+            connection,
+            "SELECT a.pid, pg_terminate_backend(a.pid, %s) FROM pg_stat_activity AS a WHERE a.pid = %s"
+            " AND a.application_name = %s AND a.usename = current_user AND a.state <> 'active'"
+            " AND clock_timestamp() - a.state_change > %s * interval '1 s'",
+            [END_SESSION_MS, await self.holder(connection), application_name, silent_s],
+        )
+        return cast(int, row[0]) if row is not None and row[1] else None
+
     async def take_over(self, connection: Connection, worker: str) -> Lease:
         """Raise the fence; waits for a transaction of the predecessor that is still committing."""
         row = await fetch_row(

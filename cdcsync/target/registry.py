@@ -56,6 +56,9 @@ DDL: tuple[LiteralString, ...] = (
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS unfollowed_at timestamptz",
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS configuration jsonb",
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS last_generation int",
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS settings jsonb",
+    "COMMENT ON COLUMN {schema}.indexes.settings IS"
+    " 'Grants on the relations of the index and options of its views, for relations that are made again.'",
     "COMMENT ON COLUMN {schema}.indexes.last_generation IS"
     " 'The highest number that a generation had, also one that was dropped: no number is used again.'",
     "COMMENT ON COLUMN {schema}.indexes.configuration IS"
@@ -104,6 +107,7 @@ class Entry(msgspec.Struct, frozen=True):
     sent_by: dict[str, Any] | None = None
     configuration: dict[str, Any] | None = None
     last_generation: int | None = None
+    settings: dict[str, Any] | None = None
 
     @property
     def where(self) -> str | None:
@@ -250,6 +254,13 @@ class Registry:
         await connection.execute(
             sql.SQL("UPDATE {} SET made_of = %s, sent_by = %s WHERE name = %s").format(self._table),
             [Jsonb(made_of), Jsonb(sent_by), index],
+        )
+
+    async def note_settings(self, connection: Connection, index: str, settings: Mapping[str, Any]) -> None:
+        """Note what is granted on the relations of an index, and the options of its views."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET settings = %s WHERE name = %s AND settings IS DISTINCT FROM %s").format(self._table),
+            [Jsonb(settings), index, Jsonb(settings)],
         )
 
     async def load_again(self, connection: Connection, index: str) -> None:

@@ -430,6 +430,16 @@ class Requests:
         )
         return None if row is None else _request(row)
 
+    async def last_loads(self, connection: Connection) -> dict[str, Request]:
+        """Return `last_load` of every index that has one."""
+        cursor = await connection.execute(
+            sql.SQL(
+                f"SELECT DISTINCT ON (index_name) {_COLUMNS} FROM {{}} WHERE kind IN ('initial', 'resync')"
+                " ORDER BY index_name, id DESC"
+            ).format(self._table)
+        )
+        return {load.index: load for load in map(_request, await cursor.fetchall())}
+
     async def present(self, connection: Connection, indexes: Sequence[str]) -> list[Request]:
         """Return for each index the request that is served, or else the next one, or else the one that ended last."""
         cursor = await connection.execute(

@@ -16,7 +16,6 @@ from typing import Self
 import anyio
 import psycopg
 import structlog
-from psycopg.pq import TransactionStatus
 
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import RunError, SchemaChanged, TargetUnavailable
@@ -26,6 +25,7 @@ from cdcsync.model.changeset import Applied, ChangeSet, Document, Kept
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
+from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.sessions import REFUSALS, Connection, Session, connect, speaking_of
 from cdcsync.target.apply import IndexWriter
 from cdcsync.target.failures.documents import FailedDocuments, close_list
@@ -64,7 +64,7 @@ class ApplySession:
         self._proposed: Lease | None = None
         """The lease as a commit will have made it whose answer has not come yet."""
         self._ending = False
-        self._connection: Connection | None = None
+        self._connection: WatchedConnection | None = None
         self._pid: int | None = None
         """The server process of the last connection."""
         self._writers: dict[str, IndexWriter] = {}
@@ -109,7 +109,10 @@ class ApplySession:
         connection = await self._connect()
         with speaking_of("target"):
             try:
-                if await self._pipelines.try_lock(connection):
+                locked = await self._pipelines.try_lock(connection)
+                if not locked and await self._end_silent(connection):
+                    locked = await self._pipelines.try_lock(connection)
+                if locked:
                     self._lease = await self._pipelines.take_over(connection, worker_name())
                     crash_point("fence raised")
                     self._connection, self._pid = connection, connection.info.backend_pid
@@ -142,19 +145,29 @@ class ApplySession:
                         await self._pipelines.end_session(connection, holder, self._application_name)
                         locked = await self._pipelines.try_lock(connection)
                         state = await self._pipelines.read(connection)
+                    elif await self._end_silent(connection):
+                        locked = await self._pipelines.try_lock(connection)
+                        state = await self._pipelines.read(connection)
                 if locked:
                     self._continue(state)
                 else:
                     raise TargetUnavailable(
                         f"the pipeline's lock is still held by the session with pid {holder}",
                         where=f"slot {self._slot}",
-                        hint="it ends by itself within a minute if its client is gone",
+                        hint="it ends by itself within a minute if its client is gone, and is ended if it is silent",
                     )
                 self._connection, self._pid = connection, connection.info.backend_pid
             finally:
                 if self._connection is None:
                     await _close(connection)
         await self.prepare(specs)
+
+    async def _end_silent(self, connection: WatchedConnection) -> bool:
+        """End the session that holds the lock if its worker is gone without a word; returns whether that was so."""
+        pid = await self._pipelines.end_silent(connection, self._application_name, connection.patience_s)
+        if pid is not None:
+            log.warning("silent_session_ended", slot=self._slot, pid=pid, silent_s=connection.patience_s)
+        return pid is not None
 
     async def ensure(self, specs: Sequence[IndexSpec]) -> None:
         """Open the connection again if it is not usable; otherwise do nothing.
@@ -166,7 +179,7 @@ class ApplySession:
 
     @property
     def _usable(self) -> bool:
-        return self._connection is not None and self._connection.info.transaction_status == TransactionStatus.IDLE
+        return self._connection is not None and self._connection.free
 
     async def prepare(self, specs: Sequence[IndexSpec]) -> None:
         """Create the connection's stages for these indexes."""
@@ -353,8 +366,10 @@ class ApplySession:
     def _application_name(self) -> str:
         return f"cdcsync apply {self._slot}"
 
-    async def _connect(self) -> Connection:
-        return await connect(self._dsn, "target", application_name=self._application_name)
+    async def _connect(self) -> WatchedConnection:
+        connection = await connect(self._dsn, "target", application_name=self._application_name)
+        connection.beat()
+        return connection
 
     async def aclose(self) -> None:
         """End the session, which frees the lock."""

@@ -55,7 +55,7 @@ from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, cancelled_by, interrupted_by
-from cdcsync.postgres.sessions import Session, connect, speaking_of
+from cdcsync.postgres.sessions import IDLE_S, Session, connect, speaking_of
 from cdcsync.preflight.indexes import Plan
 from cdcsync.source.catalog import read_catalog, read_server, running_transactions
 from cdcsync.source.many import source_table
@@ -111,7 +111,7 @@ class Pipeline:
         metrics = state.metrics
         source_dsn, target_dsn, schema = config.source.dsn, config.target.dsn, config.target.schema
         self.session = ApplySession(target_dsn, schema, config.source.slot)
-        self.reads = Session(source_dsn, "source", application_name="cdcsync re-read")
+        self.reads = Session(source_dsn, "source", application_name="cdcsync re-read", idle_s=IDLE_S)
         self.streaming = anyio.Event()
         self.lag = Lag(time.time, anyio.current_time)
         self.limits = Limits(config.worker.batch_rows, config.worker.batch_bytes)
@@ -370,6 +370,7 @@ class Pipeline:
                         streaming=self.config.source.streaming and self.spool.usable,
                     )
                     await refuse_moved(source, self.config.source.slot, checkpoint)
+                    await control.aclose()
                     log.info("streaming", slot=self.config.source.slot, checkpoint=str(checkpoint))
                     self.state.connected(True)
                     self.streaming.set()

@@ -23,7 +23,7 @@ from cdcsync.flows.embed import Dispatcher
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
 from cdcsync.model.lag import Lag
-from cdcsync.postgres.sessions import Session, speaking_of
+from cdcsync.postgres.sessions import IDLE_S, Session, speaking_of
 from cdcsync.status import Headline, Paces, Status, read_status, with_headlines
 from cdcsync.worker.history import History, Memory
 
@@ -65,8 +65,8 @@ class WorkerState:
         self._dispatchers: Mapping[str, Dispatcher] = {}
         self._connected = False
         self._turned = anyio.current_time()
-        self._source = Session(config.source.dsn, "source", application_name="cdcsync status")
-        self._target = Session(config.target.dsn, "target", application_name="cdcsync status")
+        self._source = Session(config.source.dsn, "source", application_name="cdcsync status", idle_s=IDLE_S)
+        self._target = Session(config.target.dsn, "target", application_name="cdcsync status", idle_s=IDLE_S)
         self._reading = anyio.Lock()
         self._last: Status | None = None
         self._memory = Memory(self.metrics)

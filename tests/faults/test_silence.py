@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,77 @@ def test_a_connection_that_falls_silent_is_noticed_told_of_and_made_again(
     if side == "target" and how == "freeze":
         # The server had not noticed either, and held the pipeline's lock for the old session.
         assert pipeline.times("old_session_ended") > 0
+
+
+@pytest.mark.parametrize("how", ["the process stands still", "the host is cut off"])
+def test_a_standby_takes_over_from_a_worker_whose_sessions_nobody_has_any_more(
+    make_cluster: Callable[..., Cluster],
+    make_simple: MakeSimple,
+    make_pipeline: Callable[[str], Pipeline],
+    make_proxy: MakeProxy,
+    how: str,
+) -> None:
+    source = make_cluster(settings={"wal_sender_timeout": f"{NOTICED_WITHIN_MS}ms"})
+    target = make_cluster()
+    dsn = make_target(target)
+    near_source, near_target = make_proxy(source.port), make_proxy(target.port)
+    first = make_simple(source.dsn(), dsn, rows=200)
+    text = first.path.read_text()
+    direct = conninfo.make_conninfo(dsn, tcp_user_timeout=NOTICED_WITHIN_MS)
+    second = make_pipeline(text.replace(dsn, direct))
+    cut = text.replace(source.dsn(), through(near_source, source.dsn())).replace(dsn, through(near_target, dsn))
+    first.path.write_text(cut)
+    worker = first.start()
+    first.live()
+    first.in_step()
+    heir = second.start()
+    second.event("standby")
+
+    if how == "the process stands still":
+        worker.send_signal(signal.SIGSTOP)
+    else:
+        near_source.freeze()
+        near_target.freeze()
+    change(second, " meanwhile")
+
+    second.event("silent_session_ended")
+    second.in_step()
+    # Should it live after all, it writes nothing and ends.
+    if how == "the process stands still":
+        worker.send_signal(signal.SIGCONT)
+    near_source.heal()
+    near_target.heal()
+    assert worker.wait(timeout=PATIENCE_S) == 1
+    assert "another worker has taken over" in " ".join(first.tail().split())
+    change(second, " afterwards")
+    second.in_step()
+    assert heir.poll() is None
+
+
+def test_a_worker_that_has_nothing_to_do_keeps_its_place(
+    make_simple: MakeSimple, make_pipeline: Callable[[str], Pipeline], make_database: Callable[[], Database]
+) -> None:
+    source, target = make_database(), make_database()
+    dsn = conninfo.make_conninfo(target.dsn, tcp_user_timeout=1_000)
+    first = make_simple(source.dsn, dsn, slot=source.name)
+    worker = first.start()
+    first.live()
+    second = make_pipeline(first.path.read_text())
+    heir = second.start()
+    second.event("standby")
+
+    def heard() -> bool:
+        """Say whether it was heard from for longer than a silent session may last."""
+        name = f"cdcsync apply {source.name}"
+        row = first.target.execute(
+            "SELECT state_change FROM pg_stat_activity WHERE application_name = %s ORDER BY backend_start", [name]
+        ).fetchone()
+        beats.add(row)
+        return len(beats) > 6
+
+    beats: set[object] = set()
+    until(heard, first.tail)
+    assert (worker.poll(), heir.poll(), second.times("silent_session_ended")) == (None, None, 0)
 
 
 @pytest.mark.parametrize("side", ["source", "target"])

@@ -1,4 +1,4 @@
-"""Every row of the operations page on what is followed and what pauses is held by a test, which this names."""
+"""Every row of the operations page's tables on what happens is held by a test, which this names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ CHANGES, UNSENT, REFUSED, PARTITIONS = (
     f"{SCENARIOS}test_{name}.py" for name in ("schema_changes", "unsent_changes", "refused_values", "partitions")
 )
 
+PAUSES, SILENCE, GAPS = f"{SCENARIOS}test_pauses.py", "tests/faults/test_silence.py", "tests/faults/test_gaps.py"
+
 HELD = {
     "columns that it does not need are added, dropped, renamed, moved": (CHANGES, "a column renamed that no index"),
     "the replica identity becomes FULL, or an index on the same key": (CHANGES, "the identity made an index"),
     "labels are added to an enum type": (FINGERPRINTS, "a label is added"),
     "`TRUNCATE`": (f"{SCENARIOS}test_truncations.py", "with its rows"),
     "a key or carried column gets another type": (CHANGES, "carried columns of other types"),
+    "the same, where objects of yours": (CHANGES, "test_a_view_that_others_are_built_on_keeps_its_types"),
     "the key gets a type that its values cannot be converted to": (
         REFUSED,
         "test_a_key_that_cannot_be_converted_is_a_new_load",
@@ -39,36 +42,84 @@ HELD = {
     "other tables begin to inherit from it": (CHANGES, "a table that inherits"),
     "the publication stops sending a kind of change, or a column": (CHANGES, "test_a_publication_that_stops_sending"),
     "the worker's role may no longer read it": ("tests/server/preflight", "may not read"),
-    "the table has no column": (CHANGES, "a carried column dropped"),
-    "the table is called": (CHANGES, "the table renamed"),
-    "the replica identity is": (CHANGES, "the identity gone"),
-    "its key is": (CHANGES, "the primary key widened"),
+    "the table has no column": (PAUSES, "the table has no column"),
+    "the table is called": (PAUSES, "the table is called"),
+    "the replica identity is": (PAUSES, "the replica identity is"),
+    "its key is": (PAUSES, "its key is"),
     "the vectors of index": (f"{SCENARIOS}test_changed_models.py", "test_a_changed_embedder_without_the_one_before"),
-    "the table was dropped": (CHANGES, "the table dropped"),
-    "other tables inherit from the table now": (CHANGES, "a table that inherits"),
-    "the publication does not send": (CHANGES, "test_a_publication_that_stops_sending"),
-    "the role may not read": ("tests/server/preflight", "may not read"),
-    "the target refuses a value": (REFUSED, "test_an_index_is_paused_by_a_value_that_the_target_refuses"),
-    "the target refuses a value that is too long": (f"{SCENARIOS}test_values.py", "too long for the index"),
-    "the target says, or the source says": (REFUSED, "the target says"),
-    "its load failed": (REFUSED, "_load"),
+    "the table was dropped": (PAUSES, "the table was dropped"),
+    "other tables inherit from the table now": (PAUSES, "other tables inherit from the table now"),
+    "the publication does not send": (PAUSES, "the publication does not send"),
+    "the role may not read": (PAUSES, "the role may not read"),
+    "the target refuses a value": (PAUSES, "the target refuses a value"),
+    "the target refuses a value that is too long": (PAUSES, "the target refuses a value that is too long"),
+    "the target says, or the source says": (PAUSES, "the target says, or the source says"),
+    "its load failed": (PAUSES, "its load failed"),
     "its load was cancelled": (
         "tests/faults/test_schema_changes.py",
         "test_an_initial_load_that_was_cancelled_leaves_no_live_index",
     ),
-    "the view has to change a column's type": (
-        "tests/server/target/ddl/test_relations.py",
-        "DependentObjectsStillExist",
+    "column … of the chunks table, which": (
+        "tests/server/preflight/test_dependents.py",
+        "test_an_object_that_reads_the_chunks_table_itself",
     ),
+    # outages
+    "the source, or the connection to it": ("tests/faults/test_outages.py", "test_servers_that_restart_or_crash"),
+    "the source's primary": ("tests/faults/test_failover.py", "test_the_index_follows_a_standby_promoted"),
+    "the source, which is shut down": ("tests/faults/test_outages.py", "test_a_source_can_be_shut_down_while"),
+    "the target": ("tests/faults/test_outages.py", "test_the_source_hears_of_the_worker"),
+    "the embedder": ("tests/faults/test_provider.py", "test_an_outage_costs_vectors_their_freshness"),
+    # connections
+    "replication": (SILENCE, "test_a_connection_that_falls_silent"),
+    "every other one": (SILENCE, "test_a_connection_that_falls_silent"),
+    "the server's end": ("tests/server/postgres/test_sessions.py", "whose_host_is_gone_within_a_minute"),
+    "the session that holds the pipeline's lock": (SILENCE, "test_a_standby_takes_over_from_a_worker"),
+    "our own old session in the target": (SILENCE, "old_session_ended"),
+    # gaps
+    "the replication slot is gone": (GAPS, 'id="dropped"'),
+    "the replication slot has lost WAL": (GAPS, "test_a_slot_that_lost_its_wal_is_a_gap"),
+    "the slot is ahead of the index": (GAPS, 'id="recreated"'),
+    "the source's WAL ends": (GAPS, "files put back"),
+    "the source's timeline … branched off … before the checkpoint": (
+        "tests/faults/test_failover.py",
+        "test_a_promoted_standby_that_lacks_what_is_indexed",
+    ),
+    "the source's timeline … branched off … before …, of which parts": (
+        "tests/faults/test_failover.py",
+        "test_a_failover_that_loses_a_transaction_that_was_applied_in_part",
+    ),
+    "the source fails each time that it decodes": (f"{SCENARIOS}test_encodings.py", "are_a_gap"),
+    "the pipeline has no checkpoint": ("tests/faults/test_target_failover.py", "test_an_empty_checkpoint_beside"),
+    "this is another cluster than before": (GAPS, "test_another_cluster_is_a_gap"),
+    "the source is on timeline": ("tests/faults/test_failover.py", "and_not_the_primary_left_behind"),
 }
 """By how the row begins: the file, and words of the test or of its case in there."""
 
 
+SECTIONS = {
+    "## Outages": ("What is away",),
+    "## Servers that are away, and servers that say nothing": ("Connection",),
+    "### What is followed, and what pauses": ("What happens to the table", "Reason"),
+    "## After a gap": ("The worker says",),
+}
+"""The sections with such tables, and how the heads of these tables begin."""
+
+
 def rows() -> list[str]:
-    page = (ROOT / "docs/operations.md").read_text()
-    section = page[page.index("### What is followed, and what pauses") : page.index("## After a gap")]
-    cells = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")]
-    return [cell for cell in cells if cell not in ("What happens to the table", "Reason")]
+    page, found = (ROOT / "docs/operations.md").read_text(), []
+    for section, heads in SECTIONS.items():
+        counts = False
+        for line in page[page.index(f"\n{section}\n") + 1 :].splitlines()[1:]:
+            if line.startswith("## "):
+                break
+            if not line.startswith("|"):
+                counts = False
+                continue
+            cell = line.split("|")[1].strip()
+            if counts and not cell.startswith("---"):
+                found.append(cell)
+            counts = counts or cell in heads
+    return found
 
 
 def holder(row: str) -> tuple[str, str] | None:
@@ -87,3 +138,19 @@ def test_every_row_is_held_by_a_test(row: str) -> None:
 
 def test_no_row_is_named_that_is_not_there() -> None:
     assert {begin for begin in HELD if not any(row.startswith(begin) for row in rows())} == set()
+
+
+def test_every_row_of_the_table_of_pauses_has_a_case_of_two_indexes() -> None:
+    from tests.server.scenarios.test_pauses import CASES
+
+    page = (ROOT / "docs/operations.md").read_text()
+    table = page[page.index("| Reason | Remedy |") :].split("\n\n")[0]
+    reasons = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    elsewhere = {
+        "the vectors of index": "tests/server/scenarios/test_changed_models.py",
+        "its load was cancelled": "tests/faults/test_schema_changes.py",
+        "column …": "tests/server/preflight/test_dependents.py",
+    }
+    left = [one for one in reasons if not any(one.startswith(begin) for begin in (*CASES, *elsewhere))]
+    assert left == []
+    assert [begin for begin in CASES if not any(one.startswith(begin) for one in reasons)] == []

@@ -25,11 +25,11 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.errors import CdcsyncError, Retry
 from cdcsync.flows.audit.comparison import FAILED, REPEATED, START, UNDECIDED, compare_step, compared
 from cdcsync.flows.audit.digests import differing, source_digests
-from cdcsync.flows.audit.verification import Verification, repair_found
+from cdcsync.flows.audit.verification import Verification, as_a_whole, repair_found
 from cdcsync.metrics import Metrics
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session, speaking_of
 from cdcsync.source.many import source_table
 from cdcsync.target.audits import Audits, Place
 from cdcsync.target.registry import Registry
@@ -87,6 +87,8 @@ class _Comparison:
         """Rows looked at since the place was stored."""
         self.documents = self.candidates = self.waiting = self.orphaned = self.undecided = 0
         self.differences: dict[str, int] = {}
+        self.differing = 0
+        """Documents that differed, since the whole table was read again because of that."""
         self.examples: dict[str, list[Key]] = {}
 
 
@@ -111,8 +113,8 @@ class RollingAudit:
         :param every_s: begin a comparison so long after the last one began, at the full pace; 0 for the usual rest.
         :param busy: says whether changes come in.
         """
-        self._source = Session(source_dsn, "source", application_name="cdcsync audit")
-        self._target = Session(target_dsn, "target", application_name="cdcsync audit")
+        self._source = Session(source_dsn, "source", application_name="cdcsync audit", idle_s=IDLE_S)
+        self._target = Session(target_dsn, "target", application_name="cdcsync audit", idle_s=IDLE_S)
         self._schema = schema
         self._audits = Audits(schema)
         self._registry = Registry(schema)
@@ -235,7 +237,10 @@ class RollingAudit:
             crash_point("audit advanced")
         found.pop(REPEATED, None)  # reading again would not tell which of the rows is meant
         if found or one.orphaned:
-            await repair_found(target, self._schema, spec, found, vectors_orphaned=bool(one.orphaned))
+            one.differing += sum(differences.values())
+            whole = as_a_whole(one.differing, one.documents)
+            one.differing *= not whole
+            await repair_found(target, self._schema, spec, found, whole=whole, vectors_orphaned=bool(one.orphaned))
         one.suspects, one.faults, one.rows, one.orphaned, one.noted = [], {}, 0, 0, anyio.current_time()
 
     async def _looked_at_again(

@@ -10,6 +10,7 @@ from typing import Self
 
 import anyio
 import msgspec
+import structlog
 
 from cdcsync.crashpoints import crash_point
 from cdcsync.flows.audit.comparison import (
@@ -23,17 +24,26 @@ from cdcsync.flows.audit.comparison import (
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.source.many import source_table
 from cdcsync.target.audits import Place
 from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.keys import delete_vectors_without_chunks
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
 
+log = structlog.get_logger()
+
 PAGE_ROWS = 5_000
 """Rows compared at once: a tenth of a second on each server, and half a megabyte here."""
 
 SUSPECTS_AT_ONCE = 50_000
 """Suspects are compared at the latest when there are so many: their keys are in memory here."""
+
+MANY = 5_000
+SHARE = 0.5
+LOOKED_SHARE = 0.1
+"""If so many documents differ, and this share of those that were looked at, once that is this share of the table, the
+table is read again from its start. Its pages are read in order; single keys are found, compared and read one by one."""
 
 EXAMPLES = 20
 """Keys of each problem that a report names."""
@@ -82,6 +92,25 @@ async def missing_of(target: Connection, schema: str, index: IndexSpec) -> Missi
         return await missing_relations(target, schema, index)
 
 
+def as_a_whole(differing: int, looked: int, estimate: float = 0) -> bool:
+    """Say whether so much differs that the whole table should be read again.
+
+    :param looked: how many documents were compared, of which so many differ.
+    :param estimate: how many rows the table has, if there are more to be compared.
+    """
+    enough = looked >= min(SUSPECTS_AT_ONCE, LOOKED_SHARE * estimate)
+    return enough and differing >= max(MANY, SHARE * looked)
+
+
+class DiffersAsAWhole(Exception):
+    """So much of an index may differ that it is not worth finding out which documents do."""
+
+    def __init__(self, documents: int, suspects: int) -> None:
+        super().__init__(f"{suspects} of the first {documents} documents may differ")
+        self.documents = documents
+        self.suspects = suspects
+
+
 class Findings(msgspec.Struct, frozen=True):
     """A verification with every key that it found, for the repair."""
 
@@ -90,15 +119,25 @@ class Findings(msgspec.Struct, frozen=True):
 
 
 async def verify(
-    source: Connection, target: Connection, schema: str, spec: IndexSpec, *, ensure_worker: EnsureWorker = nullcontext
+    source: Connection,
+    target: Connection,
+    schema: str,
+    spec: IndexSpec,
+    *,
+    ensure_worker: EnsureWorker = nullcontext,
+    to_the_end: bool = True,
 ) -> Findings:
     """Compare an index with its source. Where something may differ, a worker has to run to say whether it does.
 
     :param spec: with the source's key types and the publication's row filter.
     :param ensure_worker: entered while a worker has to run.
+    :param to_the_end: whether to find out what differs even if it is most of the index.
     :raises SetupError: the comparison could not be made.
+    :raises DiffersAsAWhole: it is most of the index, as far as that was looked at.
     """
     started = anyio.current_time()
+    with speaking_of("source", where=str(spec.shape.table)):
+        estimate = await source_table(spec).estimate(source)
     keys: dict[str, list[Key]] = {}
     suspects: list[Key] = []
     documents = candidates = waiting = orphaned = 0
@@ -107,6 +146,8 @@ async def verify(
         step = await compare_step(source, target, schema, spec, place, PAGE_ROWS)
         documents += step.documents
         suspects += step.suspects
+        if not to_the_end and as_a_whole(candidates + len(suspects), documents, estimate):
+            raise DiffersAsAWhole(documents, candidates + len(suspects))
         waiting += step.waiting
         orphaned += step.vectors_orphaned
         _gather(keys, step.faults)
@@ -141,20 +182,32 @@ def _gather(keys: dict[str, list[Key]], found: dict[str, list[Key]]) -> None:
 
 
 async def repair(target: Connection, schema: str, spec: IndexSpec, findings: Findings) -> int:
-    """Repair the differences that were found, and only those; return the number of repaired documents."""
+    """Repair the differences that were found; return the number of repaired documents."""
     return await repair_found(
-        target, schema, spec, findings.keys, vectors_orphaned=bool(findings.verification.vectors_orphaned)
+        target,
+        schema,
+        spec,
+        findings.keys,
+        whole=as_a_whole(sum(map(len, findings.keys.values())), findings.verification.documents),
+        vectors_orphaned=bool(findings.verification.vectors_orphaned),
     )
 
 
 async def repair_found(
-    target: Connection, schema: str, spec: IndexSpec, keys: Mapping[str, Sequence[Key]], *, vectors_orphaned: bool
+    target: Connection,
+    schema: str,
+    spec: IndexSpec,
+    keys: Mapping[str, Sequence[Key]],
+    *,
+    whole: bool,
+    vectors_orphaned: bool,
 ) -> int:
     """Have these documents read again, by a replay of their keys; returns how many they are.
 
     Rows that are gone leave the index, the others are chunked anew; vectors that are unusable are made again.
 
     :param keys: by problem.
+    :param whole: whether to read all documents again instead.
     :param vectors_orphaned: whether there are vectors without a chunk.
     """
     requests = Requests(schema)
@@ -165,7 +218,10 @@ async def repair_found(
         if vectors_orphaned:
             await delete_vectors_without_chunks(target, schema, spec)
         async with target.transaction():
-            if chunked:
+            if whole:
+                log.warning("index_read_again", index=spec.name, differing=len(chunked))
+                asked.append(await requests.reload(target, spec.name, rewrite=True))
+            elif chunked:
                 asked.append(await requests.add(target, spec.name, "replay", rewrite=True, filter_=None, keys=chunked))
             if forced:
                 asked.append(

@@ -23,7 +23,7 @@ from cdcsync.model.batch import PageEnd
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
-from cdcsync.postgres.sessions import Connection, Session, connect, speaking_of
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session, connect, speaking_of
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.tables import SourceTable, emit_mark
 from cdcsync.target.requests import Problem, Request, Requests
@@ -70,7 +70,7 @@ class Backfills:
         :param max_rows_per_s: holds for every request, besides the request's own.
         :param forget_vectors: called when vectors of an index are to be made anew, so that none comes from memory.
         """
-        self._source = Session(source_dsn, "source", application_name="cdcsync backfill")
+        self._source = Session(source_dsn, "source", application_name="cdcsync backfill", idle_s=IDLE_S)
         self._target_dsn = target_dsn
         self._schema = schema
         self._requests = Requests(schema)

@@ -39,6 +39,7 @@ from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target import evaluations
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.generations import create_generations, drop_relations
+from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.locking import BRIEFLY, until_locked
 from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.ddl.policies import put_policy
@@ -148,6 +149,8 @@ async def set_up_indexes(
                     created = await create_generations(target, config.target.schema, spec)
                     await put_policy(target, config.target.schema, spec, config.serve)
                     await _register(target, config, spec, catalog, missing)
+                    settings = await settings_to_note(target, config.target.schema, spec.name)
+                    await Registry(config.target.schema).note_settings(target, spec.name, settings)
                     for generation in created:
                         await Generations(config.target.schema).begin_again(target, spec.name, generation)
                     if waiting and spec.name in waiting:

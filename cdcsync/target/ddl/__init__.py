@@ -1,9 +1,11 @@
 """The relations in the target: how they are created, upgraded and built.
 
     names         the names of an index's relations
-    grants        who may use a relation, when another takes its place
+    policies      row-level security for the tool server's role
+    grants        grants and options, which outlive the relation
     locking       exclusive locks that no search waits for
-    views         the search view, and following it when it is renamed
+    views         how views are made and follow their index
+    chunks_view   the view of all chunks
     tiers         one index's vectors, and the rules for writing them
     relations     one index's other tables
     generations   the vectors of other generations, and the switch from one to another

@@ -6,7 +6,7 @@ Source: PostgreSQL, "CREATE VIEW".
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import structlog
 from psycopg import sql
@@ -16,8 +16,8 @@ from cdcsync.config.names import MAX_NAME_BYTES
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.grants import replace_view, view_settings
 from cdcsync.target.ddl.names import Names
+from cdcsync.target.ddl.views import Column, put_view, release_columns
 
 log = structlog.get_logger()
 
@@ -37,58 +37,42 @@ def chunks_marker(spec: IndexSpec) -> str:
     return f"cdcsync chunks of index {spec.name}: "
 
 
-async def chunks_view_settings(connection: Connection, spec: IndexSpec) -> list[sql.Composed] | None:
-    """Return the statements that give the view of chunks its options and grants again.
+def chunks_view_columns(spec: IndexSpec) -> dict[str, Column]:
+    """Return the columns of the view of chunks, in their order."""
+    searchable = {} if spec.config.search is None else {"search": "tsvector"}
+    types = dict(zip(spec.shape.key + spec.shape.carried, spec.key_types + spec.carried_types, strict=True))
+    types |= {"chunk_no": "integer", "content": "text"} | searchable
+    return {name: Column(sql.Identifier("c", name), type_) for name, type_ in types.items()}
 
-    None where the name is another relation's.
-    """
+
+async def is_free(connection: Connection, spec: IndexSpec) -> bool:
+    """Say whether the view of chunks is there, or can be made: no other relation has its name."""
     view = chunks_view_name(spec.config.view_name)
     existing = await fetch_row(
         connection,
-        "SELECT c.oid, c.relkind = 'v' AND starts_with(obj_description(c.oid, 'pg_class'), %s) FROM pg_class c"
+        "SELECT c.relkind = 'v' AND starts_with(obj_description(c.oid, 'pg_class'), %s) FROM pg_class c"
         " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
         [chunks_marker(spec), view.schema, view.name],
     )
-    if existing is None:
-        return []
-    if not existing[1]:
-        return None
-    return await view_settings(connection, existing[0], sql.Identifier(view.schema, view.name))
+    return existing is None or bool(existing[0])
 
 
-async def drop_chunks_view(connection: Connection, spec: IndexSpec) -> None:
-    """Drop the view of chunks; `put_chunks_view` makes it again."""
-    view = chunks_view_name(spec.config.view_name)
-    await connection.execute(sql.SQL("DROP VIEW IF EXISTS {}").format(sql.Identifier(view.schema, view.name)))
-
-
-async def put_chunks_view(
-    connection: Connection, schema: str, spec: IndexSpec, settings: Sequence[sql.Composed] | None
-) -> None:
-    """Create the view of chunks, or give it the columns that the index has now. The caller's transaction commits.
-
-    :param settings: from `chunks_view_settings`; None leaves the relation of that name alone.
-    """
-    view = chunks_view_name(spec.config.view_name)
-    if settings is None:
+async def put_chunks_view(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Create the view of chunks, or give it the columns that the index has now. The caller's transaction commits."""
+    view, chunks = chunks_view_name(spec.config.view_name), Names(schema, spec.name).chunks
+    if not await is_free(connection, spec):
         log.warning("chunks_view_left_out", index=spec.name, view=str(view))
         return
-    identifier = sql.Identifier(view.schema, view.name)
-    searchable = () if spec.config.search is None else ("search",)
-    columns = [*spec.shape.key, *spec.shape.carried, "chunk_no", "content", *searchable]
-    present = await fetch_row(
-        connection,
-        "SELECT array(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 ORDER BY attnum)"
-        " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
-        [view.schema, view.name],
-    )
-    if present is not None and present[0] == columns:
-        return
-    statement = sql.SQL("CREATE OR REPLACE VIEW {} AS SELECT {} FROM {} AS c").format(
-        identifier,
-        sql.SQL(", ").join(sql.Identifier("c", name) for name in columns),
-        Names(schema, spec.name).chunks,
-    )
-    await replace_view(connection, identifier, statement, settings)
+    from_ = sql.SQL("{} AS c").format(chunks)
+    await put_view(connection, view, chunks_view_columns(spec), from_, chunks=chunks)
     comment = f"{chunks_marker(spec)}all chunks of {spec.shape.table}, also those without a vector"
+    identifier = sql.Identifier(view.schema, view.name)
     await connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(identifier, sql.Literal(comment)))
+
+
+async def release_chunks_view(connection: Connection, schema: str, spec: IndexSpec, columns: Collection[str]) -> None:
+    """Have the view of chunks no longer read these columns, so that their types can change."""
+    if await is_free(connection, spec):
+        view, chunks = chunks_view_name(spec.config.view_name), Names(schema, spec.name).chunks
+        from_ = sql.SQL("{} AS c").format(chunks)
+        await release_columns(connection, view, columns, chunks_view_columns(spec), from_, chunks=chunks)

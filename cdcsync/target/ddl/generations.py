@@ -16,7 +16,7 @@ from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.grants import grants_of, set_again
+from cdcsync.target.ddl.grants import grants_of, set_again, settings_kept
 from cdcsync.target.ddl.locking import BRIEFLY
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.rebuilding import Rebuild
@@ -49,9 +49,15 @@ async def switch_relations(connection: Connection, schema: str, spec: IndexSpec,
     :param before: the generation that they use now.
     :raises SetupError: something is built on the view, whose vectors have another type now.
     """
-    names, view = Names(schema, spec.name), spec.config.view_name
+    names = Names(schema, spec.name)
     await connection.execute(BRIEFLY)
     await _copy_grants(connection, names.vectors(before), names.vectors(spec.generation))
+    async with settings_kept(connection, schema, spec.name):
+        await _switch(connection, schema, spec)
+
+
+async def _switch(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    view = spec.config.view_name
     try:
         await create_view(connection, schema, spec)
     except psycopg.errors.DependentObjectsStillExist as error:
@@ -74,7 +80,8 @@ async def drop_relations(connection: Connection, schema: str, spec: IndexSpec, g
     names = Names(schema, spec.name)
     await connection.execute(BRIEFLY)
     # What searches are made of first: from here on none begins that could look for these vectors.
-    await put_search(connection, schema, spec)
+    async with settings_kept(connection, schema, spec.name):
+        await put_search(connection, schema, spec)
     await connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(names.vectors(generation)))
     await Rebuild(connection, schema, msgspec.structs.replace(spec, generation=generation)).forget()
     await connection.execute(

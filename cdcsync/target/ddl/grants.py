@@ -1,16 +1,161 @@
-"""What an operator has set on a relation, kept when another relation takes its place: grants, and options of views.
+"""What an operator has set on an index's relations: grants, and options of views. It outlives the relation.
 
-Source: PostgreSQL, "Privileges" (aclexplode), "CREATE VIEW".
+A relation may be dropped and made again by us, because a column of it changes, or by somebody's hand. `settings_kept`
+notices which relations of an index are others after a change than before it, and gives them the settings of their
+predecessors. Those of a relation that is gone already are known from the registry, where the watch notes them.
+
+A table with row-level security of the operator's own is the exception. Its policies are gone with it, and who was
+granted the table under them would see every row.
+
+Source: PostgreSQL, "Privileges" (aclexplode), "CREATE VIEW", "Row Security Policies".
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, Literal, cast
 
+import msgspec
 import psycopg
+import structlog
 from psycopg import sql
 
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.policies import POLICY
+from cdcsync.target.registry import Registry
+
+log = structlog.get_logger()
+
+_PRIVILEGE = re.compile("[A-Z ]+")
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """A privilege of a role on a relation, or on one column of it. No role is PUBLIC."""
+
+    privilege: str
+    role: str | None
+    column: str | None = None
+    grantable: bool = False
+
+    def on(self, relation: sql.Composable) -> sql.Composed:
+        """Return the statement that grants it on a relation."""
+        if not _PRIVILEGE.fullmatch(self.privilege):
+            raise ValueError("not the name of a privilege")
+        return sql.SQL("GRANT {}{} ON {} TO {}{}").format(
+            sql.SQL(self.privilege),
+            sql.SQL("") if self.column is None else sql.SQL(" ({})").format(sql.Identifier(self.column)),
+            relation,
+            sql.SQL("PUBLIC") if self.role is None else sql.Identifier(self.role),
+            sql.SQL(" WITH GRANT OPTION" if self.grantable else ""),
+        )
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """The settings of one relation.
+
+    :ivar oid: tells a relation from another that has its name later.
+    :ivar guarded: whether it has row-level security that is not ours.
+    """
+
+    oid: int
+    kind: Literal["table", "view", "function"]
+    grants: tuple[Grant, ...] = ()
+    options: dict[str, str] = {}
+    guarded: bool = False
+
+    def statements(self, relation: sql.Composable, present: Settings) -> list[sql.Composed]:
+        """Return the statements that give these settings to the relation that is there now."""
+        if self.kind == "function":
+            on = sql.SQL("FUNCTION {}").format(relation)
+            everybody = [one for one in present.grants if one.role is None and one not in self.grants]
+            revoked = [sql.SQL("REVOKE ALL ON {} FROM PUBLIC").format(on)] if everybody else []
+            return [*revoked, *(one.on(on) for one in self.grants)] if self.oid != present.oid else []
+        options = [
+            sql.SQL("ALTER VIEW {} SET ({} = {})").format(relation, sql.Identifier(name), sql.Literal(value))
+            for name, value in self.options.items()
+            if present.options.get(name) != value
+        ]
+        return [*options, *(one.on(relation) for one in self.grants)]
+
+
+@asynccontextmanager
+async def settings_kept(connection: Connection, schema: str, index: str) -> AsyncIterator[None]:
+    """Give the relations of an index that are made again inside the settings that their predecessors had.
+
+    All of it is in the caller's transaction.
+    """
+    entry = await Registry(schema).find(connection, index)
+    known = msgspec.convert(entry.settings or {}, dict[str, Settings]) if entry is not None else {}
+    before = known | await read_settings(connection, schema, index)
+    yield
+    for name, present in (await read_settings(connection, schema, index)).items():
+        settings = before.get(name)
+        if settings is None or settings.kind != present.kind:
+            continue
+        if settings.oid == present.oid:
+            # A view that replaces itself keeps its grants, and has no options.
+            settings = msgspec.structs.replace(settings, grants=())
+        if settings.guarded and settings.grants:
+            fix = "create its policies again, then grant again what roles may do with it"
+            log.error("grants_left_out", index=index, relation=name, fix=fix)
+            continue
+        await set_again(connection, settings.statements(sql.SQL(name), present))
+
+
+async def settings_to_note(connection: Connection, schema: str, index: str) -> dict[str, Any]:
+    """Return the settings of an index's relations, as the registry keeps them for the time when one of them is gone."""
+    return cast(dict[str, Any], msgspec.to_builtins(await read_settings(connection, schema, index)))
+
+
+async def read_settings(connection: Connection, schema: str, index: str) -> dict[str, Settings]:
+    """Return the settings of an index's relations and of its search function, by their names as SQL writes them.
+
+    They are known by their comments. What the owner may do is left out.
+    """
+    cursor = await connection.execute(
+        """
+        SELECT format('%%I.%%I', n.nspname, c.relname), c.oid::int8,
+               CASE c.relkind WHEN 'v' THEN 'view' ELSE 'table' END,
+               coalesce((SELECT jsonb_agg(jsonb_build_object('privilege', a.privilege_type, 'role', r.rolname,
+                                                   'column', t.attname, 'grantable', a.is_grantable))
+                         FROM (SELECT NULL::name AS attname, c.relacl AS acl
+                               UNION ALL SELECT attname, attacl FROM pg_attribute
+                               WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped) AS t
+                         CROSS JOIN aclexplode(t.acl) AS a LEFT JOIN pg_roles r ON r.oid = a.grantee
+                         WHERE a.grantee <> c.relowner AND (a.grantee = 0 OR r.oid IS NOT NULL)), '[]'),
+               CASE c.relkind WHEN 'v' THEN coalesce((SELECT jsonb_object_agg(o.option_name, o.option_value)
+                                                      FROM pg_options_to_table(c.reloptions) AS o), '{}') ELSE '{}' END,
+               c.relrowsecurity AND (SELECT count(*) <> 1 OR bool_or(p.polname <> %(policy)s)
+                                     FROM pg_policy p WHERE p.polrelid = c.oid)
+        FROM pg_description d JOIN pg_class c ON c.oid = d.objoid JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE d.classoid = 'pg_class'::regclass AND d.objsubid = 0 AND c.relkind IN ('r', 'p', 'v')
+            AND (starts_with(d.description, %(index)s) OR starts_with(d.description, %(chunks)s))
+        UNION ALL
+        SELECT format('%%I.%%I', n.nspname, p.proname), p.oid::int8, 'function',
+               coalesce((SELECT jsonb_agg(jsonb_build_object('privilege', a.privilege_type, 'role', r.rolname,
+                                                             'grantable', a.is_grantable))
+                         FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a
+                         LEFT JOIN pg_roles r ON r.oid = a.grantee
+                         WHERE a.grantee <> p.proowner AND (a.grantee = 0 OR r.oid IS NOT NULL)), '[]'), '{}', false
+        FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+        WHERE n.nspname = %(schema)s AND p.proname = %(function)s
+            AND starts_with(obj_description(p.oid, 'pg_proc'), %(index)s)
+        """,
+        {
+            "policy": POLICY,
+            "index": f"cdcsync index {index}: ",
+            "chunks": f"cdcsync chunks of index {index}: ",
+            "schema": schema,
+            "function": f"{index}_search",
+        },
+    )
+    fields = ("oid", "kind", "grants", "options", "guarded")
+    return {
+        name: msgspec.convert(dict(zip(fields, facts, strict=True)), Settings)
+        for name, *facts in await cursor.fetchall()
+    }
 
 
 async def grants_of(connection: Connection, oid: int, successor: sql.Identifier) -> list[sql.Composed]:
@@ -19,62 +164,24 @@ async def grants_of(connection: Connection, oid: int, successor: sql.Identifier)
     What they may do with some of its columns is among it.
     """
     cursor = await connection.execute(
-        "SELECT a.privilege_type, t.attname, r.rolname, a.is_grantable FROM pg_class c CROSS JOIN LATERAL ("
+        "SELECT a.privilege_type, r.rolname, t.attname, a.is_grantable FROM pg_class c CROSS JOIN LATERAL ("
         " SELECT NULL::name AS attname, c.relacl AS acl"
         " UNION ALL SELECT attname, attacl FROM pg_attribute"
         " WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped) AS t CROSS JOIN aclexplode(t.acl) AS a"
         " LEFT JOIN pg_roles r ON r.oid = a.grantee WHERE c.oid = %s AND a.grantee <> c.relowner",
         [oid],
     )
-    return [
-        sql.SQL("GRANT " + privilege + "{} ON {} TO {}" + (" WITH GRANT OPTION" if grantable else "")).format(
-            sql.SQL("") if column is None else sql.SQL(" ({})").format(sql.Identifier(column)),
-            successor,
-            sql.SQL("PUBLIC") if role is None else sql.Identifier(role),
-        )
-        for privilege, column, role, grantable in await cursor.fetchall()
-    ]
+    return [Grant(*row).on(successor) for row in await cursor.fetchall()]
 
 
-async def view_settings(connection: Connection, oid: int, view: sql.Identifier) -> list[sql.Composed]:
-    """Return the statements that give a view its options and grants again: one that replaces it has no options."""
-    cursor = await connection.execute(
-        "SELECT o.option_name, o.option_value FROM pg_class c CROSS JOIN pg_options_to_table(c.reloptions) AS o"
-        " WHERE c.oid = %s",
-        [oid],
-    )
-    options = [
-        sql.SQL("ALTER VIEW {} SET ({} = {})").format(view, sql.Identifier(name), sql.Literal(value))
-        for name, value in await cursor.fetchall()
-    ]
-    return [*options, *await grants_of(connection, oid, view)]
+async def set_again(connection: Connection, statements: Iterable[sql.Composed]) -> None:
+    """Run what gives a relation its settings, in the transaction that replaced it.
 
-
-async def replace_view(
-    connection: Connection, view: sql.Identifier, statement: sql.Composed, settings: Sequence[sql.Composed]
-) -> None:
-    """Run a view's CREATE OR REPLACE in the caller's transaction, and give it its options and grants again.
-
-    :param settings: what `view_settings` returned of the view before.
-    """
-    try:
-        async with connection.transaction():
-            await connection.execute(statement)
-    except psycopg.errors.InvalidTableDefinition:
-        # To replace a view keeps its grants, but cannot change the columns it has.
-        await connection.execute(sql.SQL("DROP VIEW {}").format(view))
-        await connection.execute(statement)
-    await set_again(connection, settings)
-
-
-async def set_again(connection: Connection, statements: Sequence[sql.Composed]) -> None:
-    """Run what `grants_of` or `view_settings` returned, in the transaction that replaced the relation.
-
-    Grants on a column that is no longer there are left out.
+    Grants on a column, and to a role, that is no longer there are left out.
     """
     for statement in statements:
         try:
             async with connection.transaction():
                 await connection.execute(statement)
-        except psycopg.errors.UndefinedColumn:
+        except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedObject):
             continue

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import msgspec
-from psycopg import sql
 
+from cdcsync.config import QualifiedName
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.names import Names
+from cdcsync.target.ddl.chunks_view import chunks_view_name
+from cdcsync.target.ddl.names import Names, b_tree_name
 
 
 class Missing(msgspec.Struct, frozen=True):
@@ -32,25 +33,36 @@ async def missing_relations(connection: Connection, schema: str, spec: IndexSpec
     """Return what is missing of an index that is loaded."""
     names, view = Names(schema, spec.name), spec.config.view_name
     tables = [f"{spec.name}_chunks", f"{spec.name}_backlog", f"{spec.name}_vectors_{spec.generation}"]
-    built = [names.hnsw_name(spec.generation), names.near_name(spec.generation)]
-    built += [] if spec.config.search is None else [names.search_name]
+    indexes = [names.hnsw_name(spec.generation), names.near_name(spec.generation)]
+    indexes += [b_tree_name(spec.name, column) for column in spec.config.indexed]
+    shown = [view, chunks_view_name(view)]
+    if spec.config.search is not None:
+        indexes.append(names.search_name)
+        shown.append(QualifiedName(schema, f"{spec.name}_words"))
     row = await fetch_one(
         connection,
-        sql.SQL(
-            """
-            SELECT ARRAY(
-                SELECT wanted FROM unnest(%(tables)s::text[]) AS wanted WHERE NOT EXISTS (
-                    SELECT FROM pg_class c WHERE c.relnamespace = n.oid AND c.relname = wanted)),
-            ARRAY(
-                SELECT wanted FROM unnest(%(built)s::text[]) AS wanted WHERE NOT EXISTS (
-                    SELECT FROM pg_class c JOIN pg_index i ON i.indexrelid = c.oid
-                    WHERE c.relnamespace = n.oid AND c.relname = wanted AND i.indisvalid)),
-            EXISTS (SELECT FROM pg_class c JOIN pg_namespace v ON v.oid = c.relnamespace
-                    WHERE v.nspname = %(schema)s AND c.relname = %(view)s)
-            FROM (SELECT (SELECT oid FROM pg_namespace WHERE nspname = %(ours)s) AS oid) AS n
-            """
-        ),
-        {"tables": tables, "built": built, "schema": view.schema, "view": view.name, "ours": schema},
+        """
+        SELECT array(SELECT wanted FROM unnest(%(tables)s::text[]) AS wanted WHERE NOT EXISTS (
+                   SELECT FROM pg_class c WHERE c.relnamespace = n.oid AND c.relname = wanted)),
+               array(SELECT wanted FROM unnest(%(indexes)s::text[]) AS wanted WHERE NOT EXISTS (
+                   SELECT FROM pg_class c JOIN pg_index i ON i.indexrelid = c.oid
+                   WHERE c.relnamespace = n.oid AND c.relname = wanted AND i.indisvalid)),
+               array(SELECT wanted.schema || '.' || wanted.name
+                     FROM unnest(%(schemas)s::text[], %(shown)s::text[]) AS wanted(schema, name) WHERE NOT EXISTS (
+                         SELECT FROM pg_class c JOIN pg_namespace v ON v.oid = c.relnamespace
+                         WHERE v.nspname = wanted.schema AND c.relname = wanted.name)),
+               array(SELECT %(function)s::text WHERE NOT EXISTS (
+                   SELECT FROM pg_proc p WHERE p.pronamespace = n.oid AND p.proname = %(function)s))
+        FROM (SELECT (SELECT oid FROM pg_namespace WHERE nspname = %(ours)s) AS oid) AS n
+        """,
+        {
+            "tables": tables,
+            "indexes": indexes,
+            "schemas": [one.schema for one in shown],
+            "shown": [one.name for one in shown],
+            "function": f"{spec.name}_search",
+            "ours": schema,
+        },
     )
-    absent, unbuilt, viewed = row
-    return Missing(tuple(absent), (*unbuilt, *(() if viewed else (str(view),))))
+    absent, *built = row
+    return Missing(tuple(absent), tuple(name for some in built for name in some))

@@ -5,10 +5,12 @@ Source: pgvector's README (operators, operator classes).
 
 from __future__ import annotations
 
+import hashlib
 from typing import cast
 
 from psycopg import sql
 
+from cdcsync.config.names import MAX_NAME_BYTES
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import Distance, IndexSpec
 from cdcsync.postgres.sessions import Connection
@@ -82,6 +84,14 @@ class Names:
     def hnsw_name(self, generation: int) -> str:
         """Return the bare name of a generation's HNSW index."""
         return f"{self._prefix[1]}_vectors_{generation}_hnsw"
+
+
+def b_tree_name(index: str, column: str) -> str:
+    """Return a name for a column's b-tree that no other has: PostgreSQL would cut a long one, and take two for one."""
+    name = f"{index}_chunks_by_{column}"
+    if len(name.encode()) > MAX_NAME_BYTES:
+        name = f"{index}_chunks_by_{hashlib.sha256(column.encode()).hexdigest()[:8]}"
+    return name
 
 
 async def opclass(connection: Connection, spec: IndexSpec) -> sql.Identifier:

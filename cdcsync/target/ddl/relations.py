@@ -9,34 +9,34 @@ Source: PostgreSQL, "Data Definition"; pgvector's README (operator classes, HNSW
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import psycopg
 from psycopg import sql
 
-from cdcsync.config.names import MAX_NAME_BYTES
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.chunks_view import (
     chunks_marker,
+    chunks_view_columns,
     chunks_view_name,
-    chunks_view_settings,
-    drop_chunks_view,
     put_chunks_view,
+    release_chunks_view,
 )
-from cdcsync.target.ddl.grants import replace_view, view_settings
+from cdcsync.target.ddl.grants import settings_kept
 from cdcsync.target.ddl.languages import search_expression
 from cdcsync.target.ddl.names import MAX_ATTEMPTS as MAX_ATTEMPTS
 from cdcsync.target.ddl.names import OPCLASSES as OPCLASSES
 from cdcsync.target.ddl.names import OPERATORS as OPERATORS
 from cdcsync.target.ddl.names import Names as Names
+from cdcsync.target.ddl.names import b_tree_name
 from cdcsync.target.ddl.names import vector_schema as vector_schema
+from cdcsync.target.ddl.policies import POLICY
 from cdcsync.target.ddl.searching import create_words, put_search
 from cdcsync.target.ddl.tiers import create_vectors as create_vectors
-from cdcsync.target.ddl.views import follow_name, read_view
+from cdcsync.target.ddl.views import Column, follow_name, put_view, release_columns
 
 RESERVED = frozenset(
     (
@@ -66,15 +66,20 @@ with all that is in its batch. No text of this many characters gets there."""
 async def create_index_relations(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Create or extend one index's tables and its view. The caller's transaction commits.
 
-    Where all is there and as it should be, no lock is taken that a search could be in the way of.
+    Where all is there and as it should be, no lock is taken that a search could be in the way of. What is made again
+    has the grants and options of what was there before.
 
     :raises SetupError: a relation of the view's name exists and is not ours, or an existing index differs in its key.
     """
+    async with settings_kept(connection, schema, spec.name):
+        await _create(connection, schema, spec)
+
+
+async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
     names = Names(schema, spec.name)
     await follow_name(connection, names.chunks, _view_marker(spec), spec.config.view_name)
-    settings = await _view_settings(connection, spec)
+    await _refuse_another(connection, spec)
     await follow_name(connection, names.chunks, chunks_marker(spec), chunks_view_name(spec.config.view_name))
-    chunks_settings = await chunks_view_settings(connection, spec)
     present = await _columns_present(connection, schema, spec)
     key = _definitions(spec.shape.key, spec.key_types, " NOT NULL")
     carried = _definitions(spec.shape.carried, spec.carried_types, "")
@@ -106,7 +111,7 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
         for column, definition in zip(spec.shape.carried, carried, strict=True):
             if column not in present:
                 await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN {}").format(names.chunks, definition))
-        await _follow_types(connection, spec, names, present)
+        await _follow_types(connection, schema, spec, present)
         if "chunk_total" not in present:
             await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN chunk_total int").format(names.chunks))
     if "search" not in present:
@@ -121,7 +126,7 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
     for column in spec.config.indexed:
         await connection.execute(
             sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} ({})").format(
-                sql.Identifier(_b_tree_name(spec.name, column)), names.chunks, sql.Identifier(column)
+                sql.Identifier(b_tree_name(spec.name, column)), names.chunks, sql.Identifier(column)
             )
         )
     await create_vectors(connection, schema, spec)
@@ -156,19 +161,11 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
         (names.backlog, f"cdcsync index {spec.name}: chunks without a current vector; lane 0 live, 1 backfill"),
     ):
         await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(relation, sql.Literal(comment)))
-    await _put_view(connection, schema, spec, settings)
-    await put_chunks_view(connection, schema, spec, chunks_settings)
+    await _put_view(connection, schema, spec)
+    await put_chunks_view(connection, schema, spec)
     if spec.config.search is not None:
         await create_words(connection, schema, spec)
     await put_search(connection, schema, spec)
-
-
-def _b_tree_name(index: str, column: str) -> str:
-    """Return a name for a column's b-tree that no other has: PostgreSQL would cut a long one, and take two for one."""
-    name = f"{index}_chunks_by_{column}"
-    if len(name.encode()) > MAX_NAME_BYTES:
-        name = f"{index}_chunks_by_{hashlib.sha256(column.encode()).hexdigest()[:8]}"
-    return name
 
 
 async def _columns_present(connection: Connection, schema: str, spec: IndexSpec) -> dict[str, str]:
@@ -195,21 +192,23 @@ async def _columns_present(connection: Connection, schema: str, spec: IndexSpec)
     return {column: type_ for column, type_, _ in found}
 
 
-async def _follow_types(connection: Connection, spec: IndexSpec, names: Names, present: Mapping[str, str]) -> None:
+async def _follow_types(connection: Connection, schema: str, spec: IndexSpec, present: Mapping[str, str]) -> None:
     """Give key and carried columns the types of the spec, where they have others.
 
     Values that cannot become ones of the new type are dropped, since the table is read again after it: of a carried
     column the column, of a key every chunk. The vectors stay for the texts that come again.
     """
+    names = Names(schema, spec.name)
     wanted = dict(zip(spec.shape.carried, spec.carried_types, strict=True))
     wanted |= dict(zip(spec.shape.key, spec.key_types, strict=True))
     changed = {column: type_ for column, type_ in wanted.items() if present.get(column, type_) != type_}
     if not changed:
         return
-    view = spec.config.view_name
-    await connection.execute(sql.SQL("DROP VIEW IF EXISTS {}").format(sql.Identifier(view.schema, view.name)))
-    if await chunks_view_settings(connection, spec) is not None:
-        await drop_chunks_view(connection, spec)
+    from_ = _view_from(names, spec)
+    await release_columns(connection, spec.config.view_name, changed, _view_columns(spec), from_, chunks=names.chunks)
+    await release_chunks_view(connection, schema, spec, changed)
+    # A policy that reads a column keeps its type; `put_policy` makes it again.
+    await connection.execute(sql.SQL("DROP POLICY IF EXISTS {} ON {}").format(sql.Identifier(POLICY), names.chunks))
     for column, type_ in changed.items():
         name = sql.Identifier(column)
         try:
@@ -246,31 +245,29 @@ async def create_view(connection: Connection, schema: str, spec: IndexSpec) -> N
 
     :raises SetupError: a relation that is not ours has the view's name.
     """
-    await _put_view(connection, schema, spec, await _view_settings(connection, spec))
+    async with settings_kept(connection, schema, spec.name):
+        await _refuse_another(connection, spec)
+        await _put_view(connection, schema, spec)
 
 
-async def _view_settings(connection: Connection, spec: IndexSpec) -> list[sql.Composed]:
-    """Return the statements that give the view its options and grants again; none when there is no view.
+async def _refuse_another(connection: Connection, spec: IndexSpec) -> None:
+    """Refuse to go on if a relation that is not ours has the view's name.
 
-    :raises SetupError: a relation that is not ours has the view's name.
+    :raises SetupError: one has.
     """
     view = spec.config.view_name
     existing = await fetch_row(
         connection,
-        "SELECT c.oid, c.relkind::text, obj_description(c.oid, 'pg_class') FROM pg_class c"
+        "SELECT c.relkind = 'v' AND starts_with(coalesce(obj_description(c.oid, 'pg_class'), ''), %s) FROM pg_class c"
         " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
-        [view.schema, view.name],
+        [_view_marker(spec), view.schema, view.name],
     )
-    if existing is None:
-        return []
-    oid, kind, description = existing
-    if kind != "v" or not str(description or "").startswith(_view_marker(spec)):
+    if existing is not None and not existing[0]:
         raise SetupError(
             "a relation of this name exists and is not the view of this index",
             where=str(view),
             hint=f"choose another name with [indexes.{spec.name}] view = …",
         )
-    return await view_settings(connection, oid, sql.Identifier(view.schema, view.name))
 
 
 def _view_marker(spec: IndexSpec) -> str:
@@ -278,36 +275,24 @@ def _view_marker(spec: IndexSpec) -> str:
     return f"cdcsync index {spec.name}: "
 
 
-async def _put_view(connection: Connection, schema: str, spec: IndexSpec, settings: Sequence[sql.Composed]) -> None:
-    """Create the view, or give it the columns of the spec.
+def _view_columns(spec: IndexSpec) -> dict[str, Column]:
+    return chunks_view_columns(spec) | {
+        "embedding": Column(sql.SQL("v.embedding"), stored=False),
+        "stale": Column(sql.SQL("v.content_hash <> c.content_hash AS stale"), stored=False),
+    }
 
-    A view that other objects are built on cannot be dropped under them. It keeps its columns in their order: new ones
-    are appended, and one that the index no longer carries is NULL from then on.
-    """
-    names = Names(schema, spec.name)
-    view = spec.config.view_name
-    identifier = sql.Identifier(view.schema, view.name)
-    searchable = () if spec.config.search is None else ("search",)
-    stored = (*spec.shape.key, *spec.shape.carried, "chunk_no", "content", *searchable)
-    columns: dict[str, sql.Composable] = {name: sql.Identifier("c", name) for name in stored}
-    columns["embedding"] = sql.SQL("v.embedding")
-    columns["stale"] = sql.SQL("v.content_hash <> c.content_hash AS stale")
-    vectors = names.vectors(spec.generation)
-    present = await read_view(connection, view, names.chunks, vectors)
-    if present is None or not present.shows(list(columns), stored):
-        listed = columns
-        if present is not None and present.built_on:
-            left_out = {
-                name: sql.SQL("NULL::" + type_ + " AS {}").format(sql.Identifier(name))
-                for name, type_ in present.columns.items()
-                if name not in columns
-            }
-            listed = {name: (columns | left_out)[name] for name in [*present.columns, *columns]}
-        statement = sql.SQL("CREATE OR REPLACE VIEW {} AS SELECT {} FROM {} AS c JOIN {} AS v USING (chunk_id)").format(
-            identifier, sql.SQL(", ").join(listed.values()), names.chunks, vectors
-        )
-        await replace_view(connection, identifier, statement, settings)
+
+def _view_from(names: Names, spec: IndexSpec) -> sql.Composable:
+    return sql.SQL("{} AS c JOIN {} AS v USING (chunk_id)").format(names.chunks, names.vectors(spec.generation))
+
+
+async def _put_view(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Create the view, or give it the columns of the spec."""
+    names, view = Names(schema, spec.name), spec.config.view_name
+    from_, vectors = _view_from(names, spec), names.vectors(spec.generation)
+    await put_view(connection, view, _view_columns(spec), from_, chunks=names.chunks, vectors=vectors)
     comment = f"{_view_marker(spec)}{spec.shape.table} with its vectors; stale says that the vector is of an older text"
+    identifier = sql.Identifier(view.schema, view.name)
     await connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(identifier, sql.Literal(comment)))
 
 

@@ -124,6 +124,15 @@ BEGIN
         RETURN; -- blank: somebody has typed nothing yet
     END IF;
 
+    -- An index that nothing keeps in step answers as it was, and says so. INFO reaches every client, and no log.
+    IF has_function_privilege(to_regprocedure({standing_signature}), 'EXECUTE') THEN
+        line := {standing}({index_name});
+        IF line IS NOT NULL THEN
+            RAISE INFO USING ERRCODE = '{not_followed}', MESSAGE = line,
+                HINT = 'It is as it was then; cdcsync status says why, and what to do.';
+        END IF;
+    END IF;
+
     -- The filter: values become literals of the columns' types, so that the planner can estimate them.
     FOR column_name, wish IN SELECT * FROM jsonb_each(coalesce(filter, '{{}}')) LOOP
         IF NOT facts ? column_name THEN

@@ -25,6 +25,7 @@ from cdcsync.target.ddl.filters import read_columns
 from cdcsync.target.ddl.languages import searched
 from cdcsync.target.ddl.names import Names, vector_schema
 from cdcsync.target.ddl.nearness import PAGE_DEPTH, RESCORED, distance, exactly_nearest, nearest
+from cdcsync.target.ddl.views import converted
 
 log = structlog.get_logger()
 
@@ -88,6 +89,9 @@ NO_GENERATION = "VG001"
 """The SQLSTATE of a search for a generation that the index does not have: its query was embedded for vectors that are
 gone. PostgreSQL leaves classes that begin with I to Z to others."""
 
+NOT_FOLLOWED = "VG002"
+"""The SQLSTATE of the INFO that a search of an index gives which is paused, or in no configuration any more."""
+
 WORK_MEMORY = "32MB"
 """Enough to sort the distances of some ten thousand rows in memory."""
 
@@ -135,16 +139,15 @@ def attribute_of(column: str) -> str:
 async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> bool:
     """Create an index's search function, or bring it up to date. The caller's transaction commits.
 
-    Where objects of users depend on the function, its hits keep the columns that they had, and a warning is logged.
+    Where objects of users depend on the function, its hits keep the columns that they had, and a warning is logged. The
+    caller keeps the grants: see `settings_kept`.
 
     :returns: whether it is up to date; False if it is of an earlier version that other objects depend on.
     """
     function, hit = function_name(schema, spec.name), hit_name(schema, spec.name)
-    grants: list[sql.Composed] = []
     present = await _attributes(connection, schema, spec)
     wanted = _wanted_attributes(spec)
     if present and any(wanted.get(name) != type_ for name, type_ in present.items()):
-        grants = await _grants(connection, schema, spec)
         try:
             async with connection.transaction():
                 await drop_search(connection, schema, spec.name)
@@ -164,10 +167,8 @@ async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> bo
         for name in added:
             await connection.execute(sql.SQL("ALTER TYPE {} ADD ATTRIBUTE {}").format(hit, definitions[name]))
         present |= {name: wanted[name] for name in added}
-    if await _lacks_generation(connection, schema, spec):
-        grants = grants or await _grants(connection, schema, spec)
-        if not await _drop_function(connection, schema, spec):
-            return False
+    if await _lacks_generation(connection, schema, spec) and not await _drop_function(connection, schema, spec):
+        return False
     statement = await compose(connection, schema, spec, present)
     digest = hashlib.sha256(statement.as_bytes(connection)).hexdigest()[:16]
     comment = f"cdcsync index {spec.name}: searches by words and by vector; docs/searching.md describes it ({digest})"
@@ -180,8 +181,6 @@ async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> bo
         return True
     await connection.execute(statement)
     await connection.execute(sql.SQL("COMMENT ON FUNCTION {} IS {}").format(function, sql.Literal(comment)))
-    for grant in grants:
-        await connection.execute(grant)
     return True
 
 
@@ -232,20 +231,6 @@ async def drop_search(connection: Connection, schema: str, index: str) -> None:
     """Drop an index's search function and its type. The caller's transaction commits."""
     await connection.execute(sql.SQL("DROP FUNCTION IF EXISTS {}").format(function_name(schema, index)))
     await connection.execute(sql.SQL("DROP TYPE IF EXISTS {}").format(hit_name(schema, index)))
-
-
-async def _grants(connection: Connection, schema: str, spec: IndexSpec) -> list[sql.Composed]:
-    """Return the statements that let those use the function again who may use it now."""
-    cursor = await connection.execute(
-        "SELECT r.rolname FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace"
-        " CROSS JOIN aclexplode(p.proacl) AS a JOIN pg_roles r ON r.oid = a.grantee"
-        " WHERE n.nspname = %s AND p.proname = %s AND a.grantee <> p.proowner",
-        [schema, f"{spec.name}_search"],
-    )
-    return [
-        sql.SQL("GRANT EXECUTE ON FUNCTION {} TO {}").format(function_name(schema, spec.name), sql.Identifier(role))
-        for (role,) in await cursor.fetchall()
-    ]
 
 
 async def _attributes(connection: Connection, schema: str, spec: IndexSpec) -> dict[str, str]:
@@ -313,6 +298,10 @@ async def compose(
             for one in spec.generations
         ),
         "no_generation": sql.SQL(NO_GENERATION),
+        "not_followed": sql.SQL(NOT_FOLLOWED),
+        "standing": sql.Identifier(schema, "standing"),
+        "standing_signature": sql.Literal(f"{sql.Identifier(schema, 'standing').as_string(connection)}(text)"),
+        "index_name": sql.Literal(spec.name),
         # An iterative scan continues past these candidates; an older pgvector returns no more than they are.
         "usual_ef": sql.SQL(f"greatest({EF_SEARCH}, {'wanted' if iterative else 'depth'}, rescored * depth)"),
         "of_chunks": _text(sql.SQL(" JOIN {} AS c USING (chunk_id) WHERE ").format(names.chunks), connection),
@@ -391,7 +380,9 @@ def _generation(
         " AS h(chunk_id, score, vector_rank, text_rank, text_score, place)"
         " JOIN {} AS c ON c.chunk_id = h.chunk_id LEFT JOIN {} AS v ON v.chunk_id = c.chunk_id ORDER BY h.place"
     ).format(
-        _results(spec, configuration, distance(schema_of_vectors, spec, sql.SQL("$6")), text_of_chunk, attributes),
+        _results(
+            connection, spec, configuration, distance(schema_of_vectors, spec, sql.SQL("$6")), text_of_chunk, attributes
+        ),
         names.chunks,
         vectors,
     )
@@ -415,13 +406,17 @@ def _generation(
 
 
 def _results(
+    connection: Connection,
     spec: IndexSpec,
     configuration: sql.Composable,
     distance: sql.Composable,
     text: sql.Composable,
     attributes: Mapping[str, str],
 ) -> sql.Composable:
-    """Return the expressions of a hit's attributes; one that the index no longer has is NULL."""
+    """Return the expressions of a hit's attributes.
+
+    One that the index no longer has is NULL, as is a value that an attribute's type of an earlier time cannot have.
+    """
     results: dict[str, sql.Composable] = {
         attribute_of(column): sql.Identifier("c", column) for column in spec.shape.key + spec.shape.carried
     }
@@ -438,8 +433,12 @@ def _results(
         ).format(configuration, text),
         "stale": sql.SQL("v.content_hash IS DISTINCT FROM c.content_hash"),
     }
+    wanted = _wanted_attributes(spec)
     return sql.SQL(", ").join(
-        sql.SQL("({})::" + type_).format(results.get(name, sql.SQL("NULL"))) for name, type_ in attributes.items()
+        converted(connection, results[name], type_)
+        if name in wanted and wanted[name] != type_
+        else sql.SQL("({})::" + type_).format(results.get(name, sql.SQL("NULL")))
+        for name, type_ in attributes.items()
     )
 
 

@@ -160,6 +160,24 @@ _WAIT_FOR: tuple[LiteralString, ...] = (
 )
 
 
+_STANDING: tuple[LiteralString, ...] = (
+    """
+    CREATE OR REPLACE FUNCTION {schema}.standing(index_name text)
+    RETURNS text LANGUAGE sql STABLE STRICT SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp SET row_security = off AS $body$
+        SELECT 'the index ' || quote_literal(i.name) || CASE
+            WHEN i.unfollowed_at IS NOT NULL THEN ' is no longer followed since ' || i.unfollowed_at::text
+            ELSE ' is paused' || coalesce(' since ' || i.paused_at::text, '') END
+        FROM {schema}.indexes i
+        WHERE i.name = index_name AND (i.unfollowed_at IS NOT NULL OR i.state = 'paused')
+    $body$
+    """,
+    "COMMENT ON FUNCTION {schema}.standing(text) IS"
+    " 'cdcsync: says that an index is paused or no longer followed, and since when; NULL if it is kept in step.'",
+)
+"""Runs as the worker's role, as `wait_for` does: every search asks it, and a reader need not see the table."""
+
+
 _SHARED: tuple[LiteralString, ...] = (
     """
     CREATE TABLE IF NOT EXISTS {schema}.pipelines (
@@ -294,4 +312,5 @@ _SHARED: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.tiers.scan_ms IS 'Milliseconds of the server that comparing them takes.'",
     "COMMENT ON COLUMN {schema}.tiers.settled_per_s IS 'Vectors that moved into the HNSW index in a second.'",
     *_WAIT_FOR,
+    *_STANDING,
 )

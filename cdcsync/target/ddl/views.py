@@ -1,51 +1,87 @@
-"""An index's view as it is, and what becomes of it when the configuration calls it by another name.
+"""The views of an index: how they are made, what becomes of them when a column changes, and when they are renamed.
 
-Source: PostgreSQL, "ALTER VIEW"; "System Catalogs" (pg_depend, pg_rewrite).
+A view that other objects are built on cannot be dropped under them, nor can a column of it get another type. It keeps
+what it has, so that its index is followed all the same:
+
+    a column that is new            is appended
+    a column that is gone           is NULL
+    a column that has another type  keeps its own, and a value that this type cannot have is NULL
+
+Once nothing is built on it, it becomes as a new one would be.
+
+Source: PostgreSQL, "CREATE VIEW", "ALTER VIEW"; "System Catalogs" (pg_depend, pg_rewrite); "Data Validity Checking
+Functions" (pg_input_is_valid).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
+import psycopg
+import structlog
 from psycopg import sql
 
 from cdcsync.config import QualifiedName
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 
+log = structlog.get_logger()
+
+CHECKED_INPUT = 160000
+"""The first version that can say whether a text is a value of a type."""
+
+
+class Column(msgspec.Struct, frozen=True):
+    """A column that a view is to have.
+
+    :ivar type: as SQL writes it; None if the view cannot be kept when it changes.
+    :ivar stored: whether it is a column of the chunks table.
+    """
+
+    expression: sql.Composable
+    type: str | None = None
+    stored: bool = True
+
 
 class View(msgspec.Struct, frozen=True):
-    """An index's view.
+    """An index's view as it is.
 
     :ivar columns: its columns in their order, with their types as SQL writes them.
     :ivar stored: those of the chunks table's columns that it reads.
     :ivar reads_vectors: whether it reads the vectors that it should.
-    :ivar built_on: whether other objects depend on it.
+    :ivar built_on: the objects that depend on it.
     """
 
     columns: dict[str, str]
     stored: frozenset[str]
     reads_vectors: bool
-    built_on: bool
+    built_on: tuple[str, ...]
 
-    def shows(self, columns: Sequence[str], stored: Sequence[str]) -> bool:
-        """Say whether it shows these columns, as far as what is built on it allows.
-
-        :param stored: those of them that are of the chunks table.
-        """
+    def shows(self, wanted: Mapping[str, Column]) -> bool:
+        """Say whether it shows these columns, as far as what is built on it allows."""
         if not self.reads_vectors:
             return False
+        stored = {name for name, column in wanted.items() if column.stored}
         if not self.built_on:
-            return list(self.columns) == list(columns)
-        left_out = self.columns.keys() - set(columns)
-        return self.columns.keys() >= set(columns) and self.stored >= set(stored) and not left_out & self.stored
+            return list(self.columns) == list(wanted) and not self.unlike(wanted)
+        left_out = self.columns.keys() - wanted.keys()
+        return self.columns.keys() >= wanted.keys() and self.stored >= stored and not left_out & self.stored
+
+    def unlike(self, wanted: Mapping[str, Column]) -> list[str]:
+        """Return those of its columns that have another type than they should."""
+        return [
+            name for name, type_ in self.columns.items() if name in wanted and wanted[name].type not in (None, type_)
+        ]
 
 
 async def read_view(
-    connection: Connection, view: QualifiedName, chunks: sql.Identifier, vectors: sql.Identifier
+    connection: Connection, view: QualifiedName, chunks: sql.Identifier, vectors: sql.Identifier | None = None
 ) -> View | None:
-    """Return a view; None if there is none."""
+    """Return a view; None if there is none.
+
+    :param vectors: the table of vectors that it should read.
+    """
     row = await fetch_row(
         connection,
         """
@@ -55,21 +91,121 @@ async def read_view(
                array(SELECT DISTINCT a.attname::text FROM pg_depend d
                      JOIN pg_rewrite r ON r.oid = d.objid AND r.ev_class = c.oid
                      JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
-                     WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%s)),
-               EXISTS (SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid AND r.ev_class = c.oid
-                       WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%s)),
-               EXISTS (SELECT FROM pg_depend d LEFT JOIN pg_rewrite r
-                           ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
-                       WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = c.oid AND d.deptype = 'n'
-                           AND r.ev_class IS DISTINCT FROM c.oid)
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s
+                     WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%(chunks)s)),
+               %(vectors)s::text IS NULL OR EXISTS (
+                   SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid AND r.ev_class = c.oid
+                   WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%(vectors)s)),
+               array(SELECT DISTINCT coalesce(r.ev_class::regclass::text,
+                                              pg_describe_object(d.classid, d.objid, d.objsubid))
+                     FROM pg_depend d LEFT JOIN pg_rewrite r
+                         ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+                     WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = c.oid AND d.deptype = 'n'
+                         AND r.ev_class IS DISTINCT FROM c.oid ORDER BY 1)
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = %(schema)s AND c.relname = %(view)s
         """,
-        [chunks.as_string(connection), vectors.as_string(connection), view.schema, view.name],
+        {
+            "chunks": chunks.as_string(connection),
+            "vectors": None if vectors is None else vectors.as_string(connection),
+            "schema": view.schema,
+            "view": view.name,
+        },
     )
     if row is None:
         return None
     names, types, stored, reads_vectors, built_on = row
-    return View(dict(zip(names, types, strict=True)), frozenset(stored), reads_vectors, built_on)
+    return View(dict(zip(names, types, strict=True)), frozenset(stored), reads_vectors, tuple(built_on))
+
+
+async def put_view(
+    connection: Connection,
+    view: QualifiedName,
+    wanted: Mapping[str, Column],
+    from_: sql.Composable,
+    *,
+    chunks: sql.Identifier,
+    vectors: sql.Identifier | None = None,
+) -> None:
+    """Create a view, or give it the columns that its index has now. The caller's transaction commits.
+
+    :param from_: the FROM clause.
+    """
+    present = await read_view(connection, view, chunks, vectors)
+    if present is not None and present.shows(wanted):
+        return
+    listed = {name: column.expression for name, column in wanted.items()}
+    if present is not None and present.built_on:
+        kept = {
+            name: sql.SQL("{} AS {}").format(
+                converted(connection, wanted[name].expression, present.columns[name]), sql.Identifier(name)
+            )
+            for name in present.unlike(wanted)
+        }
+        left_out = {name: _null(type_, name) for name, type_ in present.columns.items() if name not in wanted}
+        listed = {name: (listed | kept | left_out)[name] for name in [*present.columns, *listed]}
+        if kept:
+            fix = f"drop what is built on it, start the worker, and create that again: {', '.join(present.built_on)}"
+            log.warning("view_keeps_types", view=str(view), columns=sorted(kept), fix=fix)
+    await _replace(connection, view, list(listed.values()), from_)
+
+
+async def release_columns(
+    connection: Connection,
+    view: QualifiedName,
+    columns: Collection[str],
+    wanted: Mapping[str, Column],
+    from_: sql.Composable,
+    *,
+    chunks: sql.Identifier,
+) -> None:
+    """Have a view no longer read these columns of the chunks table, so that their types can change.
+
+    `put_view` has it read them again. The caller's transaction commits.
+    """
+    present = await read_view(connection, view, chunks)
+    if present is None:
+        return
+    if not present.built_on:
+        await connection.execute(sql.SQL("DROP VIEW {}").format(sql.Identifier(view.schema, view.name)))
+        return
+    listed = [
+        wanted[name].expression
+        if name in wanted and name not in columns and (name in present.stored or not wanted[name].stored)
+        else _null(type_, name)
+        for name, type_ in present.columns.items()
+    ]
+    await _replace(connection, view, listed, from_)
+
+
+async def _replace(
+    connection: Connection, view: QualifiedName, columns: Sequence[sql.Composable], from_: sql.Composable
+) -> None:
+    identifier = sql.Identifier(view.schema, view.name)
+    statement = sql.SQL("CREATE OR REPLACE VIEW {} AS SELECT {} FROM {}").format(
+        identifier, sql.SQL(", ").join(columns), from_
+    )
+    try:
+        async with connection.transaction():
+            await connection.execute(statement)
+    except psycopg.errors.InvalidTableDefinition:
+        # To replace a view cannot take a column from it, or give one another type.
+        await connection.execute(sql.SQL("DROP VIEW {}").format(identifier))
+        await connection.execute(statement)
+
+
+def _null(type_: str, name: str) -> sql.Composable:
+    return sql.SQL("NULL::" + type_ + " AS {}").format(sql.Identifier(name))
+
+
+def converted(connection: Connection, value: sql.Composable, type_: str) -> sql.Composable:
+    """Return SQL of a value in another type, NULL where the type cannot have it: a query must not fail at one row."""
+    if type_ == "text":
+        return sql.SQL("{}::pg_catalog.text").format(value)
+    if connection.info.server_version < CHECKED_INPUT:
+        return sql.SQL("NULL::" + type_)
+    return sql.SQL(
+        "CASE WHEN pg_catalog.pg_input_is_valid({0}::pg_catalog.text, {1}) THEN {0}::pg_catalog.text::" + type_ + " END"
+    ).format(value, sql.Literal(type_))
 
 
 async def follow_name(connection: Connection, chunks: sql.Identifier, marker: str, view: QualifiedName) -> None:

@@ -25,6 +25,7 @@ from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.searching import (
     MAX_HITS,
     NO_GENERATION,
+    NOT_FOLLOWED,
     OWN,
     Variant,
     attribute_of,
@@ -104,6 +105,7 @@ async def search(
     settings: Mapping[str, str] = NO_SETTINGS,
     traceparent: str | None = None,
     plans: list[Plan] | None = None,
+    warnings: list[str] | None = None,
 ) -> list[Hit]:
     """Return the best hits for a query, the best first.
 
@@ -126,6 +128,7 @@ async def search(
     :param traceparent: the trace context of the caller's span, a comment in the statement: it leads from the server's
         log of slow statements, and from pg_stat_activity, to the trace.
     :param plans: gets how the server executed each leg.
+    :param warnings: gets what the caller should know of the answer: that nothing keeps the index in step.
     :raises UsageError: `k`, `mode`, `filter`, `where` or another argument cannot be used.
     :raises ModelChanged: the vectors that `vector` was made for are gone; embed the query anew.
     :raises SetupError: the index is not in this database, or the vector is not of its dimension.
@@ -159,7 +162,7 @@ async def search(
         # Placeholders of the server's kind: a percent sign in a column's name is not a placeholder.
         cursor = psycopg.AsyncRawCursor(connection)
         _keep_infinity(cursor)
-        with _noting_plans(connection, plans):
+        with _noting(connection, plans, warnings):
             async with connection.transaction():
                 await connection.execute(_for_this_search(timeout_s, settings))
                 try:
@@ -254,22 +257,23 @@ async def _session_function(
 
 
 @contextmanager
-def _noting_plans(connection: Connection, plans: list[Plan] | None) -> Iterator[None]:
-    """Put the plans that the search function raises into `plans`, in their order."""
+def _noting(connection: Connection, plans: list[Plan] | None, warnings: list[str] | None) -> Iterator[None]:
+    """Take in what the search function raises: plans, in their order, and that nothing keeps the index in step."""
     lines: list[tuple[str, str]] = []
 
     def note(diagnostic: psycopg.errors.Diagnostic) -> None:
-        if diagnostic.severity_nonlocalized == "INFO":
+        if diagnostic.sqlstate == NOT_FOLLOWED:
+            if warnings is not None:
+                warnings.append(f"{diagnostic.message_primary}. {diagnostic.message_hint}")
+        elif diagnostic.severity_nonlocalized == "INFO":
             lines.append((diagnostic.message_hint or "", diagnostic.message_primary or ""))
 
-    if plans is None:
-        yield
-        return
     connection.add_notice_handler(note)
     try:
         yield
     finally:
         connection.remove_notice_handler(note)
+    if plans is not None:
         found: list[Plan] = []
         for leg, line in lines:
             if found and found[-1].leg == leg and not line.startswith("Aggregate"):

@@ -49,3 +49,23 @@ async def test_a_roles_own_time_limits_do_not_hold_for_our_sessions(database: Da
         assert await slot._command(f"SHOW {name}") == [("0",)]
     await slot.aclose()
     await connection.close()
+
+
+async def test_a_server_gives_up_every_session_whose_host_is_gone_within_a_minute(database: Database) -> None:
+    settings = conninfo.conninfo_to_dict(database.dsn)
+    if str(settings.get("host", "/")).startswith("/"):
+        pytest.skip("a Unix socket has no host")
+    names = ("tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count", "tcp_user_timeout")
+    shown = "SELECT " + ", ".join(f"current_setting('{name}')::int" for name in names)
+    connection = await connect(database.dsn, "target")
+    slot = await SlotConnection.connect(database.dsn)
+    # What the kernel has for the socket, not what was asked for.
+    cursor = await connection.execute(shown.encode())
+    row = await cursor.fetchone()
+    assert row is not None
+    idle, interval, count, unanswered_ms = row
+    assert idle + interval * count <= 60
+    assert unanswered_ms <= 60_000
+    assert [tuple(map(int, one)) for one in await slot._command(shown)] == [row]
+    await slot.aclose()
+    await connection.close()

@@ -166,30 +166,35 @@ DROPPED = {
     "chunks": "DROP TABLE cdcsync.{t}_chunks CASCADE",
     "vectors": "DROP TABLE cdcsync.{t}_vectors_1 CASCADE",
     "view": "DROP VIEW {t}_index",
+    "view of chunks": "DROP VIEW {t}_index_chunks",
+    "function": "DROP FUNCTION cdcsync.{t}_search",
+    "words": "DROP TABLE cdcsync.{t}_words",
+    "b-tree": "DROP INDEX cdcsync.{t}_chunks_by_title",
 }
+DROPS = {what.replace(" ", "_").replace("-", "_"): drop for what, drop in DROPPED.items()}
 
 
 def test_what_somebody_dropped_in_the_target_comes_back_with_a_start(make_scene: MakeScene) -> None:
     scene = make_scene(
         [
             statement
-            for name in DROPPED
+            for name in DROPS
             for statement in (
                 f"CREATE TABLE {name} (id int PRIMARY KEY, title text)",
                 f"INSERT INTO {name} SELECT i, 'title ' || i FROM generate_series(1, 9) i",
             )
         ],
-        {name: Followed(name) for name in DROPPED},
+        {name: Followed(name, columns=("title",), more='indexed = ["title"]') for name in DROPS},
     )
     scene.pipeline.stop(scene.pipeline.processes[-1])
-    for name, drop in DROPPED.items():
+    for name, drop in DROPS.items():
         scene.pipeline.target.execute(drop.format(t=name))
 
     scene.pipeline.start()
 
-    until(lambda: scene.pipeline.times("relations_missing") == len(DROPPED), scene.pipeline.tail)
+    until(lambda: scene.pipeline.times("relations_missing") == len(DROPS), scene.pipeline.tail)
     scene.heals()
-    for name in DROPPED:
+    for name in DROPS:
         found = scene.pipeline.target.execute(
             "SELECT count(*) FROM pg_indexes WHERE schemaname = 'cdcsync' AND indexname = ANY(%s)",
             [[f"{name}_vectors_1_hnsw", f"{name}_chunks_search"]],

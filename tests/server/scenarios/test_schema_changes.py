@@ -296,3 +296,33 @@ def test_writes_that_the_publication_makes_fail_are_told_until_they_succeed(make
     scene.execute("ALTER TABLE failing REPLICA IDENTITY DEFAULT")
     until(lambda: scene.pipeline.get("/readyz")[0] == 200, scene.pipeline.tail)
     scene.follows("beat", "failing")
+
+
+def test_a_view_that_others_are_built_on_keeps_its_types_and_its_index_is_followed(make_scene: MakeScene) -> None:
+    scene = make_scene(
+        [one.format(t="dependent") for one in (TABLE, ROWS)], {"dependent": Followed("dependent", columns=CARRIED)}
+    )
+    if scene.pipeline.target.info.server_version < 160000:
+        pytest.skip("before PostgreSQL 16 the column is NULL")
+    scene.pipeline.target.execute("CREATE VIEW report AS SELECT id, rating FROM dependent_index")
+
+    scene.execute(
+        "ALTER TABLE dependent ALTER rating TYPE text USING 'r' || rating",
+        "UPDATE dependent SET rating = '77' WHERE id = 2",
+    )
+
+    scene.pipeline.event("view_keeps_types")
+    statement = "SELECT rating FROM report WHERE id IN (2, 3) ORDER BY id"
+    until(lambda: scene.pipeline.target.execute(statement).fetchall() == [(77,), (None,)], scene.pipeline.tail)
+    until(lambda: scene.state("dependent")[0] == "live", scene.pipeline.tail)
+    checked = scene.command("check")
+    assert checked.returncode == 0
+
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    scene.execute("ALTER TABLE dependent ALTER rating TYPE bigint USING length(rating)")
+    planned = {one["index"]: one for one in scene.pipeline.answer("plan", status=3)["indexes"]}
+    assert "public.report is built on public.dependent_index" in planned["dependent"]["remaining"][0]
+    # Once nothing is built on it, the next start gives it the new type.
+    scene.pipeline.target.execute("DROP VIEW report")
+    scene.pipeline.start()
+    scene.heals()

@@ -159,7 +159,10 @@ def test_tables_that_cannot_be_followed_are_refused_and_once_they_can_be_the_sta
         "unlogged": ("CREATE UNLOGGED TABLE unlogged (id int PRIMARY KEY, title text)", "unlogged SET LOGGED"),
         "seen": ("CREATE VIEW seen AS SELECT 1 AS id, 'x' AS title", "public.seen is a view"),
         "keyless": ("CREATE TABLE keyless (id int, title text)", "ALTER TABLE public.keyless ADD PRIMARY KEY"),
-        "parent": ("CREATE TABLE parent (id int PRIMARY KEY, title text)", "public.parent has tables that inherit"),
+        "parent": (
+            "CREATE TABLE parent (id int PRIMARY KEY, title text)",
+            "public.parent is inherited from by public.child",
+        ),
         "virtual": (
             "CREATE TABLE virtual (id int PRIMARY KEY, title text GENERATED ALWAYS AS ('x')"
             f" {'VIRTUAL' if server_version >= 180000 else 'STORED'})",

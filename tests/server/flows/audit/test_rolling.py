@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from datetime import datetime
 
@@ -67,24 +68,30 @@ def test_what_differs_is_found_counted_by_kind_and_read_again_and_the_index_is_p
     assert status["indexes"]["articles"]["differed_at"] is not None
 
 
-def test_an_audit_that_is_killed_goes_on_where_it_was(
+def test_an_audit_whose_worker_is_killed_goes_on_where_it_was(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:
     source = make_database()
-    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, rows=3_000)
+    slowly = "audit_max_rows_per_s = 400\nverify_every_s = 0.5"
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, rows=3_000, worker_lines=slowly)
+    pipeline.hurry = {"cdcsync.flows.audit.rolling.NOTE_S": 0.5}
     worker = pipeline.start()
     pipeline.live()
-    assert pipeline.stop(worker) == 0
-    # As a worker leaves it that was killed in the midst: the first half has been compared.
-    pipeline.target.execute(
-        "INSERT INTO cdcsync.audits (index_name, phase, cursor, documents) VALUES ('articles', 'rows', '{1500}', 1500)"
-    )
+
+    def place() -> int:
+        row = pipeline.target.execute("SELECT cursor[1]::int FROM cdcsync.audits WHERE phase = 'rows'").fetchone()
+        return 0 if row is None or row[0] is None else int(row[0])
+
+    until(place, pipeline.tail)
+    assert pipeline.stop(worker, signal.SIGKILL) == -signal.SIGKILL
+    reached = place()
+    assert 0 < reached < 2_999
+    # What lies behind the place has been compared, and is again by the next comparison only.
     pipeline.target.execute(f"UPDATE {CHUNKS} SET tenant = 99 WHERE id IN (1, 2999)".encode())
-    text = pipeline.path.read_text()
-    pipeline.path.write_text(text.replace("[worker]", "[worker]\nverify_every_s = 0.5"))
+    verified = pipeline.times("verified")
+    pipeline.path.write_text(pipeline.path.read_text().replace("= 400", "= 100000"))
     pipeline.start()
-    until(lambda: pipeline.times("verified") > 0, pipeline.tail)
-    verified = pipeline.event("verified")
-    assert (verified["documents"], verified["differences"]) == (3_000, {"carried": 1})
-    # The first half is compared again by the next one.
+    until(lambda: pipeline.times("verified") > verified, pipeline.tail)
+    ended = [event for event in pipeline.events() if event["event"] == "verified"][verified]
+    assert (ended["documents"], ended["differences"]) == (3_000, {"carried": 1})
     until(pipeline.in_step_now, pipeline.tail)

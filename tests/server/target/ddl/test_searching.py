@@ -17,7 +17,7 @@ from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.searching import BUDGET
 from cdcsync.target.search import Plan, count_words, search
 from cdcsync.target.settling import Settling
-from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec
+from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -277,6 +277,55 @@ async def test_a_reader_searches_in_a_session_that_never_used_pgvector(articles:
         target.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("state = 'live'", None),
+        ("state = 'paused', paused_at = '2026-01-02'", "the index 'articles' is paused since 2026-01-02"),
+        ("unfollowed_at = '2026-01-02'", "the index 'articles' is no longer followed since 2026-01-02"),
+    ],
+)
+async def test_a_search_of_an_index_that_nothing_keeps_in_step_says_so_to_whoever_may_search(
+    articles: LiveIndex, target: Database, change: str, said: str | None
+) -> None:
+    await filled(articles, SHELF)
+    await articles.connection.execute("INSERT INTO cdcsync.pipelines (slot, publication) VALUES ('s', 'p')")
+    await register(articles.connection, articles.spec, slot="s")
+    await articles.connection.execute(f"UPDATE cdcsync.indexes SET {change}".encode())
+    role = f"reader_{target.name}"
+    grants = ("USAGE ON SCHEMA cdcsync", "SELECT ON cdcsync.articles_chunks, cdcsync.articles_words")
+    target.execute(sql.SQL("CREATE ROLE {}").format(sql.Identifier(role)))
+    told: list[tuple[str | None, str, str | None]] = []
+
+    def note(one: psycopg.errors.Diagnostic) -> None:
+        told.append((one.severity_nonlocalized, str(one.message_primary)[: len(said or "")], one.sqlstate))
+
+    try:
+        for grant in (*grants, "SELECT ON cdcsync.articles_vectors_1"):
+            target.execute(sql.SQL("GRANT " + grant + " TO {}").format(sql.Identifier(role)))
+        with target.connect() as reader:
+            reader.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(role)))
+            reader.add_notice_handler(note)
+            assert reader.execute("SELECT id FROM cdcsync.articles_search('hums')").fetchall() == [(3,)]
+    finally:
+        target.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
+        target.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+    assert told == ([("INFO", said, "VG002")] if said else [])
+    warnings: list[str] = []
+    hits = await search(
+        articles.connection, SCHEMA, articles.spec, text="hums", vector=None, warnings=warnings, plans=[]
+    )
+    assert [hit.key["id"] for hit in hits] == [3]
+    assert [one.startswith(said or "") for one in warnings] == ([True] if said else [])
+
+
+async def test_a_search_works_where_the_function_that_it_asks_was_dropped(articles: LiveIndex) -> None:
+    await filled(articles, SHELF)
+    await articles.connection.execute("DROP FUNCTION cdcsync.standing")
+    cursor = await articles.connection.execute("SELECT id FROM cdcsync.articles_search('hums')")
+    assert await cursor.fetchall() == [(3,)]
+
+
 async def test_the_function_leaves_the_sessions_settings_alone(articles: LiveIndex) -> None:
     await filled(articles, SHELF)
     names = ("hnsw.ef_search", "hnsw.iterative_scan", "search_path", "work_mem", "client_min_messages")
@@ -306,6 +355,10 @@ async def test_a_column_that_is_added_comes_to_the_function_and_views_on_it_stay
             await create_index_relations(index.connection, SCHEMA, other)
         cursor = await index.connection.execute("SELECT * FROM cdcsync.own")
         assert await cursor.fetchall() == [(3, 1)]
+        # A value that their type cannot have is NULL, rather than an error of every search that finds its row.
+        await index.connection.execute("UPDATE cdcsync.articles_chunks SET tenant = 1::bigint << 40 WHERE id = 3")
+        cursor = await index.connection.execute("SELECT * FROM cdcsync.own")
+        assert await cursor.fetchall() == [(3, None)]
 
 
 async def test_chunks_without_a_vector_are_in_the_view_of_chunks(articles: LiveIndex) -> None:

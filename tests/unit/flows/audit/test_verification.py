@@ -8,7 +8,7 @@ import pytest
 
 from cdcsync.flows.audit.comparison import FAILED
 from cdcsync.flows.audit.rolling import report
-from cdcsync.flows.audit.verification import Verification
+from cdcsync.flows.audit.verification import Verification, as_a_whole
 from cdcsync.metrics import Metrics
 
 
@@ -36,3 +36,20 @@ def test_rows_that_no_document_could_be_made_of_are_no_difference_to_be_called_f
     report(found, metrics)
 
     assert metrics.registry.get_sample_value("cdcsync_verify_differences", {"index": "articles"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("differing", "looked", "estimate", "whole"),
+    [
+        (4_999, 4_999, 0, False),  # few keys cost less than a table
+        (5_000, 5_000, 0, True),
+        (5_000, 10_001, 0, False),  # less than half
+        (5_000, 5_000, 60_000, False),  # the rest may be equal
+        (6_000, 6_000, 60_000, True),
+        (50_000, 50_000, 10**9, True),  # no more keys than these are kept in memory
+    ],
+)
+def test_a_table_is_read_as_a_whole_once_much_of_it_was_looked_at_and_half_of_that_differs(
+    differing: int, looked: int, estimate: int, whole: bool
+) -> None:
+    assert as_a_whole(differing, looked, estimate) is whole

@@ -1,0 +1,84 @@
+"""Connections: whether the servers have as many left as a worker opens.
+
+Source: PostgreSQL, "Connections and Authentication" (max_connections, reserved_connections), "CREATE ROLE" and "CREATE
+DATABASE" (CONNECTION LIMIT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from cdcsync.config import Config
+from cdcsync.config.names import quote
+from cdcsync.postgres.queries import fetch_one
+from cdcsync.postgres.sessions import Connection, Side
+from cdcsync.preflight.findings import Finding
+
+ON_SOURCE = 8
+"""Sessions of a worker on the source at most, besides the slot's own, which `max_wal_senders` counts: to connect,
+watch, read rows again, load, compare, audit, read the status, and send heartbeats."""
+
+ON_TARGET = 10
+"""Sessions of a worker on the target at most, besides those that embed and settle: to apply, look up, watch, load,
+compare, audit, build, rebuild, count words and read the status."""
+
+EMBEDDING_EACH, EMBEDDING_MOST = 2, 8
+"""Sessions that embed, for each index, and in all; see `flows/embed/pool`."""
+
+
+class Room(msgspec.Struct, frozen=True):
+    """The connections that are left on a server for our role, besides those that workers have already.
+
+    :ivar limited_by: the setting that leaves no more.
+    """
+
+    left: int
+    limited_by: str
+
+
+def needed(config: Config) -> dict[Side, int]:
+    """Return how many connections a worker of this configuration opens at most, on each side."""
+    embedding = min(EMBEDDING_EACH * len(config.indexes), EMBEDDING_MOST)
+    return {"source": ON_SOURCE, "target": ON_TARGET + embedding + config.worker.settle_connections}
+
+
+async def read_room(connection: Connection) -> Room:
+    """Return how many connections are left."""
+    row = await fetch_one(
+        connection,
+        """
+        WITH used AS (
+            SELECT usename, datname FROM pg_stat_activity
+            WHERE datid IS NOT NULL AND usesysid IS NOT NULL
+                AND NOT (usename = current_user AND application_name LIKE 'cdcsync%%')
+        )
+        SELECT current_setting('max_connections')::int - (SELECT count(*) FROM used)::int - CASE WHEN r.rolsuper THEN 0
+                   ELSE current_setting('superuser_reserved_connections')::int
+                       + coalesce(current_setting('reserved_connections', true)::int, 0) END,
+               CASE WHEN r.rolconnlimit >= 0 AND NOT r.rolsuper
+                   THEN r.rolconnlimit - (SELECT count(*) FROM used WHERE usename = current_user)::int END,
+               CASE WHEN d.datconnlimit >= 0 AND NOT r.rolsuper
+                   THEN d.datconnlimit - (SELECT count(*) FROM used WHERE datname = current_database())::int END,
+               current_user, current_database()
+        FROM pg_roles r, pg_database d WHERE r.rolname = current_user AND d.datname = current_database()
+        """,
+    )
+    server, role, database, role_name, database_name = row
+    rooms = [
+        Room(server, "max_connections"),
+        *([Room(role, f"the CONNECTION LIMIT of role {quote(role_name)}")] if role is not None else []),
+        *([Room(database, f"the CONNECTION LIMIT of database {quote(database_name)}")] if database is not None else []),
+    ]
+    return min(rooms, key=lambda room: room.left)
+
+
+def room_findings(side: str, room: Room, wanted: int) -> Iterator[Finding]:
+    """Say whether a worker finds as many connections as it opens."""
+    if room.left < wanted:
+        yield Finding.warning(
+            side,
+            f"a worker opens up to {wanted} connections here, and {room.limited_by} leaves {max(0, room.left)}",
+            f"raise {room.limited_by}, or close connections of others",
+        )

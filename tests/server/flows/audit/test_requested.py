@@ -1,0 +1,55 @@
+"""A comparison that was asked for: what differs is read again, and the whole table where most of it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from cdcsync.flows.audit.verification import MANY
+from tests.support.outages import MakeSimple
+from tests.support.servers import Database
+from tests.support.workers import until
+
+pytestmark = pytest.mark.server
+
+ROWS = MANY + 500
+
+
+@pytest.mark.parametrize(
+    ("using", "whole"), [("upper(title)", True), ("CASE WHEN id < 30 THEN upper(title) ELSE title END", False)]
+)
+def test_a_table_of_which_most_differs_is_read_as_one_and_not_key_by_key(
+    make_database: Callable[[], Database], make_simple: MakeSimple, using: str, whole: bool
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, rows=ROWS)
+    pipeline.start()
+    pipeline.live()
+
+    pipeline.source.execute(f"ALTER TABLE articles ALTER title TYPE text USING {using}".encode())
+
+    until(pipeline.in_step_now, pipeline.tail, progress=lambda: pipeline.times("batch_applied"))
+    assert bool(pipeline.times("index_read_again")) is whole
+    read = pipeline.target.execute(
+        "SELECT kind, keyed FROM cdcsync.backfills WHERE kind NOT IN ('compare', 'initial') ORDER BY id"
+    ).fetchall()
+    assert read == ([("resync", False)] if whole else [("verify", True), ("replay", True)])
+
+
+def test_a_repair_of_most_of_an_index_reads_it_as_one(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, rows=ROWS)
+    worker = pipeline.start()
+    pipeline.live()
+    assert pipeline.stop(worker) == 0
+    pipeline.target.execute("UPDATE cdcsync.articles_chunks SET tenant = tenant + 1")
+
+    found = pipeline.answer("verify", "articles", "--repair")
+
+    assert found["differences"] == {"carried": ROWS}
+    assert (found["repaired"], found["after_repair"]["equal"]) == (ROWS, True)
+    assert pipeline.target.execute("SELECT count(*) FROM cdcsync.backfills WHERE kind = 'resync'").fetchone() == (1,)
+    pipeline.compare()

@@ -1,0 +1,116 @@
+"""What administrators do to a source under a running worker: it is followed, or told of, and never missed."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from tests.support.scenes import Followed, MakeScene, Scene
+from tests.support.servers import Server
+from tests.support.workers import until
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+
+TABLE = "CREATE TABLE {t} (id int PRIMARY KEY, title text)"
+ROWS = "INSERT INTO {t} SELECT i, 'title ' || i FROM generate_series(1, 9) i"
+WRITE = ("UPDATE {t} SET title = title || '.' WHERE id % 3 = 0", "DELETE FROM {t} WHERE id = 4")
+
+
+def writes(scene: Scene, table: str) -> None:
+    scene.execute(*(one.format(t=table) for one in WRITE))
+
+
+def test_a_publication_that_is_renamed_is_made_again_under_its_name(make_scene: MakeScene) -> None:
+    scene = make_scene([one.format(t="named") for one in (TABLE, ROWS)], {"named": Followed("named")})
+    if scene.pipeline.source.info.server_version < 180000:
+        pytest.skip("before PostgreSQL 18 this is a gap")
+    scene.execute("ALTER PUBLICATION cdcsync RENAME TO another")
+    writes(scene, "named")
+    scene.heals()
+    writes(scene, "named")
+    scene.follows()
+
+
+def test_a_partition_that_is_detached_while_others_read_goes_once_it_is_gone(make_scene: MakeScene) -> None:
+    scene = make_scene(
+        [
+            "CREATE TABLE parted (id int PRIMARY KEY, title text) PARTITION BY RANGE (id)",
+            "CREATE TABLE low PARTITION OF parted FOR VALUES FROM (0) TO (5)",
+            "CREATE TABLE high PARTITION OF parted FOR VALUES FROM (5) TO (100)",
+            ROWS.format(t="parted"),
+        ],
+        {"parted": Followed("parted")},
+    )
+    with psycopg.connect(scene.source.dsn) as reader:
+        reader.execute("SELECT count(*) FROM parted")
+        with psycopg.connect(scene.source.dsn, autocommit=True) as other:
+            other.execute("SET statement_timeout = '1s'")
+            with pytest.raises(psycopg.errors.QueryCanceled):
+                other.execute("ALTER TABLE parted DETACH PARTITION low CONCURRENTLY")
+            # It is neither in nor out: nobody can read it through its parent any more.
+            scene.execute("UPDATE high SET title = title || ' meanwhile'", "UPDATE low SET title = title || ' alone'")
+            reader.rollback()
+            other.execute("SET statement_timeout = 0")
+            other.execute("ALTER TABLE parted DETACH PARTITION low FINALIZE")
+    scene.heals()
+    assert scene.pipeline.target.execute("SELECT min(id) FROM cdcsync.parted_chunks").fetchone() == (5,)
+    scene.execute("ALTER TABLE parted ATTACH PARTITION low FOR VALUES FROM (0) TO (5)")
+    scene.heals()
+
+
+def test_a_publication_that_stops_sending_generated_columns_pauses_the_index_that_needs_one(
+    make_scene: MakeScene, server: Server
+) -> None:
+    with server.connect() as connection:
+        if connection.info.server_version < 180000:
+            pytest.skip("before PostgreSQL 18 no generated column is sent")
+    scene = make_scene(
+        [
+            "CREATE TABLE made (id int PRIMARY KEY, title text, loud text GENERATED ALWAYS AS (upper(title)) STORED)",
+            "INSERT INTO made (id, title) SELECT i, 'title ' || i FROM generate_series(1, 9) i",
+        ],
+        {"made": Followed("made", "{loud}")},
+    )
+    scene.execute("ALTER PUBLICATION cdcsync SET (publish_generated_columns = none)")
+    assert "publish_generated_columns" in scene.paused("made")
+    scene.follows("beat")
+    scene.execute(
+        "UPDATE made SET title = title || '.' WHERE id < 4",
+        "ALTER PUBLICATION cdcsync SET (publish_generated_columns = stored)",
+    )
+    scene.heals()
+    assert len(scene.pipeline.processes) == 1
+
+
+def test_a_prepared_transaction_counts_once_it_commits(make_scene: MakeScene) -> None:
+    scene = make_scene([one.format(t="prepared") for one in (TABLE, ROWS)], {"prepared": Followed("prepared")})
+    if scene.pipeline.source.execute("SHOW max_prepared_transactions").fetchone() == ("0",):
+        pytest.skip("this server allows no prepared transactions (max_prepared_transactions = 0)")
+    names = [f"{scene.source.name}_{what}" for what in ("kept", "left")]
+    for number, name in enumerate(names):
+        with psycopg.connect(scene.source.dsn, autocommit=True) as connection:
+            connection.execute("BEGIN")
+            connection.execute(f"UPDATE prepared SET title = 'prepared' WHERE id = {1 + number}".encode())
+            connection.execute(sql.SQL("PREPARE TRANSACTION {}").format(sql.Literal(name)))
+    scene.follows()
+    scene.execute(f"COMMIT PREPARED '{names[0]}'", f"ROLLBACK PREPARED '{names[1]}'")
+    scene.follows()
+    found = scene.pipeline.target.execute("SELECT id FROM cdcsync.prepared_chunks WHERE content = 'prepared'")
+    assert found.fetchall() == [(1,)]
+
+
+def test_a_database_that_is_renamed_is_told_by_name(make_scene: MakeScene) -> None:
+    scene = make_scene([one.format(t="moved") for one in (TABLE, ROWS)], {"moved": Followed("moved")})
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    before = scene.pipeline.path.read_text()
+    scene.pipeline.path.write_text(before.replace(scene.source.name, f"{scene.source.name}_gone", 1))
+    worker = scene.pipeline.start()
+    assert worker.wait(timeout=60) == 2
+    assert "correct the database name in the DSN" in scene.pipeline.tail()
+    # With the name corrected it goes on where it was.
+    scene.pipeline.path.write_text(before)
+    writes(scene, "moved")
+    scene.pipeline.start()
+    until(lambda: scene.pipeline.times("streaming") > 1, scene.pipeline.tail)
+    scene.follows()

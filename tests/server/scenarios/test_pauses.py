@@ -1,0 +1,253 @@
+"""What pauses an index: a reason that names what is wrong, the remedy, and since when; the others go on meanwhile.
+
+Each case has a table and an index of its own, and one worker has them all beside a sound index. Its role owns the
+tables and has no other privileges. The remedies are typed as the reason or the operations page says; no worker is
+started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from functools import partial
+
+import msgspec
+import pytest
+from psycopg import conninfo, sql
+
+from cdcsync.source.conditions import TRIED_ROWS
+from tests.support.scenes import BEAT, Followed, Scene, scene
+from tests.support.servers import Server, fresh_database
+from tests.support.workers import until
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
+
+TABLE = "CREATE TABLE {t} (id int PRIMARY KEY, title text, rating int, label text, low public.low)"
+ROWS = "INSERT INTO {t} SELECT i, 'title ' || i, i, 'l' || i, 1 FROM generate_series(1, {rows}) i"
+MANY_ROWS = 2 * TRIED_ROWS
+"""A condition is tried on fewer rows before an index is loaded."""
+KEY = "ALTER TABLE {t} DROP CONSTRAINT {t}_pkey, ADD PRIMARY KEY (id{more})"
+LONG = "(SELECT string_agg(md5(i::text), '') FROM generate_series(1, 500) i)"
+
+REFUSING = """
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'not here'; END $$;
+    CREATE TRIGGER refusing BEFORE INSERT OR UPDATE ON cdcsync.{t}_chunks EXECUTE FUNCTION refuse()
+"""
+
+TYPED = "{remedy}"
+"""A remedy that is typed as the index's reason has it."""
+
+
+class Case(msgspec.Struct, frozen=True):
+    """What pauses an index and what ends that, in SQL on the source, and words of the reason.
+
+    :ivar there: what is done in the target before it.
+    :ivar loading: whether the cause is there before the index is loaded.
+    """
+
+    cause: str
+    says: tuple[str, ...]
+    remedy: str
+    columns: tuple[str, ...] = ("rating",)
+    more: str = ""
+    there: str = ""
+    remedy_there: str = ""
+    loading: bool = False
+
+
+CASES = {
+    "the table has no column": Case(
+        "ALTER TABLE {t} DROP COLUMN rating", ("rating",), "ALTER TABLE {t} ADD COLUMN rating int"
+    ),
+    "the table is called": Case(
+        "ALTER TABLE {t} RENAME TO {t}_away", ("{t}_away",), "ALTER TABLE {t}_away RENAME TO {t}"
+    ),
+    "the replica identity is": Case(
+        "ALTER TABLE {t} REPLICA IDENTITY NOTHING",
+        ("replica identity",),
+        "ALTER TABLE {t} REPLICA IDENTITY DEFAULT",
+    ),
+    "its key is": Case(KEY.replace("{more}", ", rating"), ("its key is (id, rating)",), KEY.replace("{more}", "")),
+    "the table was dropped": Case("DROP TABLE {t}", ("dropped",), f"{TABLE}; {ROWS.replace('{rows}', '9')}"),
+    "other tables inherit from the table now": Case(
+        "CREATE TABLE {t}_child () INHERITS ({t})", ("{t}_child",), "ALTER TABLE {t}_child NO INHERIT {t}"
+    ),
+    "the publication does not send": Case(
+        "ALTER PUBLICATION cdcsync DROP TABLE {t}; ALTER PUBLICATION cdcsync ADD TABLE {t} (id, title)",
+        ("column list", "rating"),
+        "ALTER PUBLICATION cdcsync DROP TABLE {t}; ALTER PUBLICATION cdcsync ADD TABLE {t}",
+    ),
+    "the role may not read": Case("REVOKE SELECT ON {t} FROM {role}", ("may not read", "GRANT SELECT"), TYPED),
+    "the target refuses a value": Case(
+        "INSERT INTO {t} VALUES (77, 'too high', 1, 'l', 500)",
+        ("refuses a value", "of the row 77"),
+        "ALTER TABLE {t} ALTER low TYPE int",
+        ("rating", "low"),
+    ),
+    "the target refuses a value that is too long": Case(
+        f"UPDATE {{t}} SET label = {LONG} WHERE id = 5",
+        ("too long for the index", "of the row 5"),
+        "UPDATE {t} SET label = 'short' WHERE id = 5",
+        ("label",),
+        'indexed = ["label"]',
+    ),
+    "the target says, or the source says": Case(
+        "UPDATE {t} SET title = 'refused' WHERE id = 5",
+        ("the target says: not here",),
+        "SELECT",
+        there=REFUSING,
+        remedy_there="DROP TRIGGER refusing ON cdcsync.{t}_chunks",
+    ),
+    "its load failed": Case(
+        "UPDATE {t} SET rating = 0 WHERE id = 5",
+        ("its load failed", "division by zero"),
+        "UPDATE {t} SET rating = 1 WHERE id = 5",
+        more='where = "10 / rating > 0"',
+        loading=True,
+    ),
+}
+"""By how the row of the operations page begins."""
+
+NAMES = {cause: f"c{at}" for at, cause in enumerate(CASES)}
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What became of an index: as it was paused, and whether its remedy healed it."""
+
+    reason: str
+    remedy: str | None
+    since: datetime
+    told: bool
+    healed: bool
+
+
+def narrow_role(server: Server, database: str, name: str) -> str:
+    """Make a role that may replicate and create, and no more; returns its DSN."""
+    password = secrets.token_hex(8)
+    parts = {"role": sql.Identifier(name), "password": sql.Literal(password), "database": sql.Identifier(database)}
+    with server.connect(database) as admin:
+        admin.execute(sql.SQL("CREATE ROLE {role} LOGIN REPLICATION PASSWORD {password}").format(**parts))
+        admin.execute(sql.SQL("GRANT CREATE ON DATABASE {database} TO {role}").format(**parts))
+        admin.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {role}").format(**parts))
+    return conninfo.make_conninfo(server.dsn, dbname=database, user=name, password=password)
+
+
+@pytest.fixture(scope="module")
+def outcomes(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Outcome]]:
+    """Have every cause pause its index, see that the sound one goes on, then type every remedy."""
+    with contextlib.ExitStack() as stack:
+        role = f"narrow_{secrets.token_hex(4)}"
+        admin = stack.enter_context(server.connect())
+        stack.callback(admin.execute, sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(role)))
+        database = stack.enter_context(fresh_database(server))
+        dsn = narrow_role(server, database.name, role)
+        loading = {NAMES[cause]: case for cause, case in CASES.items() if case.loading}
+        made = stack.enter_context(
+            scene(
+                server,
+                tmp_path_factory.mktemp("pauses"),
+                [
+                    "CREATE DOMAIN public.low AS int",
+                    *(
+                        one.format(t=name, rows=MANY_ROWS if name in loading else 9)
+                        for name in NAMES.values()
+                        for one in (TABLE, ROWS)
+                    ),
+                    *(case.cause.format(t=name) for name, case in loading.items()),
+                ],
+                {
+                    name: Followed(name, columns=CASES[cause].columns, more=CASES[cause].more)
+                    for cause, name in NAMES.items()
+                },
+                apart=True,
+                source=dsn,
+                started=False,
+                hurry={"cdcsync.model.pauses.FIRST_DELAY_S": 2.0, "cdcsync.model.pauses.MOST_DELAY_S": 12.0},
+            )
+        )
+        made.pipeline.target.execute("CREATE DOMAIN public.low AS int CHECK (VALUE < 10)")
+        made.pipeline.start()
+        yield gone_through(made, role)
+
+
+def gone_through(made: Scene, role: str) -> dict[str, Outcome]:
+    pipeline = made.pipeline
+    for name in [BEAT, *(NAMES[cause] for cause, case in CASES.items() if not case.loading)]:
+        until(partial(live, made, name), partial(described, made, name))
+    began = datetime.now(UTC) - timedelta(minutes=1)
+    for cause, case in CASES.items():
+        if case.there:
+            pipeline.target.execute(case.there.format(t=NAMES[cause]).encode())
+        if not case.loading:
+            for statement in case.cause.format(t=NAMES[cause], role=role).split("; "):
+                made.execute(statement)
+    found = {}
+    for cause, name in NAMES.items():
+        made.paused(name)
+        found[cause] = until(partial(paused_row, made, name), partial(described, made, name))[0]
+        assert found[cause][2] > began
+    made.follows(BEAT)
+
+    def readiness_names(index: str) -> bool:
+        return any(f"index {index} " in reason for reason in json.loads(pipeline.get("/readyz")[1])["reasons"])
+
+    told = {cause: comes_true(partial(readiness_names, name)) for cause, name in NAMES.items()}
+    for cause, case in CASES.items():
+        if case.remedy_there:
+            pipeline.target.execute(case.remedy_there.format(t=NAMES[cause]).encode())
+        typed = case.remedy.format(t=NAMES[cause], remedy=found[cause][1])
+        for statement in typed.split("; "):
+            made.execute(statement)
+    outcomes = {}
+    for cause, name in NAMES.items():
+        healed = comes_true(partial(made.healed, name))
+        reason, remedy, since = found[cause]
+        outcomes[cause] = Outcome(reason, remedy, since, told[cause], healed)
+    made.follows(BEAT)
+    assert len(pipeline.processes) == 1
+    assert pipeline.processes[0].poll() is None
+    return outcomes
+
+
+def paused_row(made: Scene, name: str) -> list[tuple[str, str | None, datetime]]:
+    """Return why an index is paused, what to do, and since when; nothing while it is being tried again."""
+    return made.pipeline.target.execute(
+        "SELECT reason, remedy, paused_at FROM cdcsync.indexes WHERE name = %s AND state = 'paused'", [name]
+    ).fetchall()
+
+
+def live(made: Scene, name: str) -> bool:
+    row = made.pipeline.target.execute("SELECT to_regclass('cdcsync.indexes') IS NOT NULL").fetchone()
+    found = (
+        row == (True,)
+        and made.pipeline.target.execute("SELECT state FROM cdcsync.indexes WHERE name = %s", [name]).fetchone()
+    )
+    return found == ("live",)
+
+
+def described(made: Scene, name: str) -> str:
+    return f"{name}: {made.pipeline.tail()}"
+
+
+def comes_true(probe: Callable[[], bool]) -> bool:
+    """Return whether the probe came true; a case that fails does not hide the others."""
+    try:
+        until(probe, "")
+    except pytest.fail.Exception:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("cause", CASES)
+def test_a_cause_pauses_its_index_alone_and_its_remedy_heals_it(outcomes: dict[str, Outcome], cause: str) -> None:
+    case, name, outcome = CASES[cause], NAMES[cause], outcomes[cause]
+    for words in case.says:
+        assert words.format(t=name) in outcome.reason
+    assert outcome.remedy
+    assert outcome.reason.endswith(outcome.remedy)
+    assert "start" not in outcome.remedy
+    assert outcome.told
+    assert outcome.healed
