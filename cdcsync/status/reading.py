@@ -313,7 +313,8 @@ async def _read_indexes(
         built = builds.get(f"{vectors}_settled")
         found[name] = msgspec.structs.replace(found[name], progress=progress(found[name], built))
     if new := [name for name in config.indexes if name not in found]:
-        problems.append(f"not set up yet: {', '.join(new)}; start the worker again with this configuration")
+        does = "start the worker again with this configuration" if found else "`cdcsync run` does it when it starts"
+        problems.append(f"not set up yet: {', '.join(new)}; {does}")
     return _Indexes(found, min((entry.created_at for entry in entries), default=None))
 
 

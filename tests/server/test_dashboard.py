@@ -102,31 +102,36 @@ def test_every_panel_shows_something_of_a_worker_at_work(
     provider: FakeProvider,
     scrape: Callable[[int], Prometheus],
 ) -> None:
-    database.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
-    database.execute("INSERT INTO articles SELECT i, 'title ' || i FROM generate_series(1, 100) AS i")
+    database.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, body text)")
+    database.execute("ALTER TABLE articles ALTER body SET STORAGE EXTERNAL")  # so large that changes leave it out
+    database.execute(
+        "INSERT INTO articles SELECT i, 'title ' || i, repeat('word ' || i || ' ', 500)"
+        " FROM generate_series(1, 100) AS i"
+    )
     pipeline = make_pipeline(
         configuration(
             database.dsn,
-            worker_lines="backfill_page_rows = 20\nbackfill_max_rows_per_s = 5\nevaluate_every_s = 0.5",
+            worker_lines="backfill_page_rows = 20\nbackfill_max_rows_per_s = 2\nevaluate_every_s = 0.5",
             embedders={"hosted": hosted(provider.url)},
-            indexes={"articles": {}},
+            indexes={"articles": {"text": "{title} {body}"}},
         )
     )
-    pipeline.start()
+    worker = pipeline.start()
     prometheus = scrape(pipeline.event("listening")["port"])
-    waiting, number = set(expressions()), 100
+    waiting, number, slow = set(expressions()), 100, True
 
     def shown() -> bool:
-        nonlocal number
+        nonlocal number, slow
         number += 1
-        database.execute(f"INSERT INTO articles VALUES ({number}, 'new {number}')")
-        database.execute(f"UPDATE articles SET title = title WHERE id = {number}")
-        if number == 105:
-            provider.misdeeds.append(status(500))
-        if number == 110:
-            pipeline.path.write_text(pipeline.path.read_text().replace("backfill_max_rows_per_s = 5", ""))
-            pipeline.processes[-1].send_signal(signal.SIGHUP)  # the rest of the load need not take its time
+        database.execute(f"INSERT INTO articles VALUES ({number}, 'new', 'short')")
+        database.execute(f"UPDATE articles SET title = 'changed {number}' WHERE id <= 3")
         waiting.difference_update([one for one in waiting if prometheus.shows(one)])
+        if slow and not any("backfill" in one for one in waiting):
+            slow = False
+            provider.misdeeds.append(status(500))
+            database.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_replication")
+            pipeline.path.write_text(pipeline.path.read_text().replace("backfill_max_rows_per_s = 2", ""))
+            worker.send_signal(signal.SIGHUP)  # the rest of the load need not take its time
         return not waiting
 
-    until(shown, lambda: "data for " + "\n".join(sorted(waiting)))
+    until(shown, lambda: "data for " + "\n".join(sorted(waiting)), progress=lambda: len(waiting))
