@@ -67,6 +67,12 @@ class Related(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         below = tuple(table for one in self.related.values() for table in one.tables)
         return (*between, QualifiedName.parse(self.table), *below)
 
+    @property
+    def expressions(self) -> tuple[str, ...]:
+        """The conditions and orders in SQL, those of its own related tables included."""
+        below = tuple(text for one in self.related.values() for text in one.expressions)
+        return (*filter(None, (self.where, self.order_by)), *below)
+
     def faults(self) -> Iterator[tuple[str, str]]:
         """A table that nothing is compared with would join every row with every other; text holds no NUL."""
         if not self.on:

@@ -275,6 +275,12 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return tuple(dict.fromkeys((self.table_name, *related)))
 
     @property
+    def expressions(self) -> tuple[str, ...]:
+        """The conditions and orders in SQL that the index is made by, those of related tables included."""
+        related = tuple(text for one in self.related.values() for text in one.expressions)
+        return (*filter(None, (self.where,)), *related)
+
+    @property
     def table_name(self) -> QualifiedName:
         """The source table's name, or the one that stands for all of `tables`.
 

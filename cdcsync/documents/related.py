@@ -155,11 +155,13 @@ class RelatedRows(msgspec.Struct, frozen=True):
         steps = [(str(step.table), step.on) for step in self.steps]
         return repr((own, steps, [one.definition for one in self.related]))
 
-    def lateral(self, parent: str, facts: Facts, types: Mapping[str, str], equal: Equal) -> str:
+    def lateral(self, parent: str, facts: Facts, types: Mapping[str, str], equal: Equal, *, apart: bool = False) -> str:
         """Return SQL that joins what its rows come to for each row of `parent`; none makes the texts NULL.
 
         :param parent: what the statement calls the table that it is related to.
         :param types: of that table's columns.
+        :param apart: whether the condition is not even asked of rows that do not belong to one of `parent`, for which
+            it may fail.
         """
         name = _id(self.name)
         mine = facts.get(self.table, TableFacts())
@@ -172,7 +174,7 @@ class RelatedRows(msgspec.Struct, frozen=True):
 
         rows = (
             f"SELECT {columns}{', ' if columns else ''}pg_catalog.row_number() OVER (ORDER BY {order}) AS {_id(PLACE)}"
-            f" FROM {self._tables(facts, equal)} WHERE {self._belongs(parent, facts, types, equal)}"
+            f" FROM {self._tables(facts, equal, self._belongs(parent, facts, types, equal), apart=apart)}"
             + f" ORDER BY {_id(PLACE)} LIMIT {1 if self.values else self.limit}"
         )
         made = [f"{name}.{_id(PLACE)}", *(f"{name}.{_id(column)}" for column in self.values)]
@@ -180,7 +182,7 @@ class RelatedRows(msgspec.Struct, frozen=True):
             made.append(f"{self.text.sql(quote)} AS {_id(TEXT)}")
         if self.listed:
             made.append(f"{_row_sql(self.listed, quote)} AS {_id(ROWS)}")
-        within = " ".join(one.lateral(self.name, facts, mine.types, equal) for one in self.related)
+        within = " ".join(one.lateral(self.name, facts, mine.types, equal, apart=apart) for one in self.related)
         one_by_one = f"SELECT {', '.join(made)} FROM ({rows}) AS {name} {within}"
         if not self.values:
             gathered = []
@@ -201,14 +203,22 @@ class RelatedRows(msgspec.Struct, frozen=True):
             )
         return f"LEFT JOIN LATERAL ({one_by_one}) AS {name} ON true"
 
-    def _tables(self, facts: Facts, equal: Equal) -> str:
-        """Return SQL of the related table, joined to the one between if there is one."""
+    def _tables(self, facts: Facts, equal: Equal, belongs: str, *, apart: bool) -> str:
+        """Return SQL of the related table, joined to the one between if there is one, and of which rows belong."""
         last = self.steps[-1]
-        tables = _rows_of(last.table, self.name, facts, self.where)
+        known = facts.get(last.table, TableFacts())
+        apart = apart and bool(self.where)
+        tables = _rows_of(last.table, self.name, facts, "" if apart else self.where)
         for step in self.steps[:-1]:
             on = _on(last, self.name, facts, VIA, facts.get(step.table, TableFacts()).types, equal)
             tables = f"{_rows_of(step.table, VIA, facts)} JOIN {tables} ON {on}"
-        return tables
+        if not apart:
+            return f"{tables} WHERE {belongs}"
+        name = _id(self.name)
+        columns = ", ".join(f"{name}.{_id(column)}" for column in known.readable)
+        # No planner moves a condition over OFFSET.
+        rows = f"SELECT * FROM (SELECT {columns} FROM {tables} WHERE {belongs} OFFSET 0) AS t WHERE ({self.where})"
+        return f"({rows}) AS {name}"
 
     def _belongs(self, parent: str, facts: Facts, types: Mapping[str, str], equal: Equal) -> str:
         alias = self.name if len(self.steps) == 1 else VIA

@@ -230,7 +230,7 @@ async def _pages(source: Connection, spec: IndexSpec, replay: Replay) -> AsyncIt
         yield listed, page.rows
         if len(page.rows) < limit and not page.more:
             return
-        after = listed[-1]
+        after = page.last or listed[-1]
 
 
 async def _with_vector(target: Connection, config: Config, spec: IndexSpec, hashes: Collection[bytes]) -> set[bytes]:

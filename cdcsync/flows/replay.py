@@ -103,6 +103,8 @@ async def as_on_source(source: Connection, publication: str, spec: IndexSpec) ->
     name = spec.shape.table
     with speaking_of("source", where=str(name)):
         catalog = await read_catalog(source, publication, spec.tables)
+    if spec.members:
+        catalog = catalog.limited(name, spec.members)
     table, published = catalog.tables.get(name), catalog.publication
     missing = [column for column in spec.shape.own if table is None or column not in table.columns]
     gone = [str(one) for one in spec.tables if one not in catalog.tables]
@@ -112,7 +114,7 @@ async def as_on_source(source: Connection, publication: str, spec: IndexSpec) ->
     sent = published.tables.get(name) if published is not None else None
     return msgspec.structs.replace(
         spec,
-        source_key_types=tuple(table.columns[column].type for column in spec.shape.key),
+        source_key_types=tuple(table.columns[column].value_type for column in spec.shape.key),
         row_filter=sent.row_filter if sent is not None else None,
         members=rows_sent(published, catalog.members.get(name, ())),
         facts=facts_of(catalog, table, spec.documents.related),

@@ -22,7 +22,6 @@ import structlog
 
 from cdcsync.config import Config
 from cdcsync.crashpoints import crash_point
-from cdcsync.documents.related import columns_read
 from cdcsync.errors import SchemaChanged, SetupError, SourceUnavailable, TablesChanged, Unavailable
 from cdcsync.flows.build import LOAD_CANCELLED, pause_after
 from cdcsync.flows.setup.differences import (
@@ -40,10 +39,11 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.sessions import Session, speaking_of
 from cdcsync.preflight import Finding
-from cdcsync.preflight.following import following_findings
+from cdcsync.preflight.families import followed_catalog
+from cdcsync.preflight.following import following_findings, seen_fingerprint
 from cdcsync.preflight.indexes import Plan, vector_faults
 from cdcsync.source.catalog import Catalog, Slot, insert_lsn, read_catalog, read_slot
-from cdcsync.source.fingerprints import Emptied, Fingerprint, fingerprint_of
+from cdcsync.source.fingerprints import Emptied
 from cdcsync.target.approvals import Approvals
 from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.missing import missing_relations
@@ -152,8 +152,6 @@ class Watch:
         self._unapproved = unapproved
         self._ailing = {plan.name for plan in plans if plan.unfit}
         """The indexes whose tables had a fault when they were last looked at."""
-        self._first: dict[str, Fingerprint | None] = {}
-        """How the tables of paused indexes were when they were first looked at."""
         self._noted: set[str] = set()
         """The followed indexes whose loads were found to have failed."""
         self._relations_due = anyio.current_time() + RELATIONS_S
@@ -202,22 +200,31 @@ class Watch:
         known = [oid for entry in entries.values() for oid in entry.oids.values()]
         wanted = {table for plan in self._plans for table in plan.index.followed}
         with speaking_of("source"):
-            catalog = await read_catalog(await source.connection(), config.source.publication, wanted, known)
+            expressions = {text for plan in self._plans for text in plan.index.expressions}
+            catalog = await read_catalog(
+                await source.connection(), config.source.publication, wanted, known, expressions
+            )
         wanted = set(catalog.single(wanted))
         for plan in self._plans:
             entry = entries.get(plan.name)
             if entry is None:
                 continue
-            findings = following_findings(plan, catalog, wanted, entry)
+            seen = followed_catalog(plan, catalog, wanted, entry)
+            findings = following_findings(plan, seen, wanted, entry)
             error = next((finding for finding in findings if finding.level == "error"), None)
             self._note_problems(plan.name, findings)
             if plan.name in self._specs and entry.state == "live" and plan.name in loads:
                 entry = await self._look_at_load(target, entry, loads[plan.name])
             if plan.name in self._specs and entry.state != "paused":
                 self._look_at_generations(self._specs[plan.name], entry, generations.get(plan.name, []))
-                await self._look_at_followed(source, target, self._specs[plan.name], entry, catalog, error)
+                members = set(seen.members.get(plan.index.table_name, ()))
+                if error is None and (
+                    members != self._specs[plan.name].members.keys() or plan.reasons != entry.left_out
+                ):
+                    raise TablesChanged("tables appeared or went", where=f"index {plan.name}")
+                await self._look_at_followed(source, target, self._specs[plan.name], entry, seen, error)
             elif entry.state == "paused":
-                await self._look_at_paused(target, plan, entry, catalog, error)
+                await self._look_at_paused(target, plan, entry, seen, error)
             if error is None:
                 self._ailing.discard(plan.name)
             else:
@@ -281,8 +288,8 @@ class Watch:
         if now is None or now == stored_fingerprint(entry):
             return
         found = difference_of(catalog, spec, entry, now)
-        if found.reread:
-            raise TablesChanged(found.reread, where=f"index {spec.name}")
+        if found.reread or found.called:
+            raise TablesChanged(found.reread or found.compare or "", where=f"index {spec.name}")
         said = [await self._truncated(source, spec, one) for one in found.emptied]
         if None in said and False not in said:
             return
@@ -335,14 +342,9 @@ class Watch:
                 if await approvals.given(await target.connection(), name, self._unapproved[name]):
                     raise TablesChanged("what it embeds is approved", where=f"index {name}")
             return
-        table = catalog.tables.get(plan.index.table_name)
-        documents = plan.documents
-        columns = (*entry.key, *entry.columns, *((*documents.columns, *documents.joined) if documents else ()))
-        read = columns_read(documents.related) if documents is not None else {}
-        present = fingerprint_of(catalog, table, columns, plan.where, read) if table is not None else None
-        first = self._first.setdefault(name, present)
+        present = seen_fingerprint(plan, catalog, entry)
         # The table as it was when the index was last tried; an examination that refuses it does not count as a try.
-        before = first if plan.refused else stored_fingerprint(entry)
+        before = plan.seen if plan.refused else stored_fingerprint(entry)
         migrated = bool(plan.unlike) and not any(vector_faults(plan, entry))
         if name in self._ailing or present != before or migrated:
             self._pauses.heal(name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import cast
+from typing import Self, cast
 
 import msgspec
 
@@ -90,6 +90,24 @@ class Upsert(msgspec.Struct, frozen=True, gc=False):
 
 class Touched(Upsert, frozen=True, gc=False):
     """A row of which only the key is known: its related rows changed. UNCHANGED in it says nothing of its values."""
+
+
+class Unread(msgspec.Struct, frozen=True):
+    """Why the source's server fails to read a row. It names no value."""
+
+    reason: str
+
+
+class UnreadRow(Upsert, frozen=True, gc=False):
+    """A row that the source's server fails to read; `row` holds its key, and NULL for all else."""
+
+    reason: str = ""
+
+    @classmethod
+    def of(cls, shape: Shape, key: Key, xid: int, lsn: int, why: Unread) -> Self:
+        """Return such a row as a change."""
+        row: Row = (*key, *[None] * (len(shape.columns) - len(shape.key)))
+        return cls(shape, key, row, xid, lsn, reason=why.reason)
 
 
 class Delete(msgspec.Struct, frozen=True, gc=False):
@@ -180,8 +198,11 @@ class Projection:
         self._key = picked(shape.key)
 
     def inserted(self, new: Tuple, xid: int, lsn: int) -> Upsert:
-        """Return the change that an INSERT makes."""
-        return Upsert(self.shape, cast(Key, self._key(new)), self._row(new), xid, lsn)
+        """Return the change that an INSERT makes.
+
+        :raises SchemaChanged: a column of the key is NULL, as it may be by now.
+        """
+        return Upsert(self.shape, self._whole(self._key(new)), self._row(new), xid, lsn)
 
     def updated(self, old_kind: str | None, old: Tuple | None, new: Tuple, xid: int, lsn: int) -> Upsert:
         """Return the change that an UPDATE makes.
@@ -200,14 +221,14 @@ class Projection:
                     where=str(self.shape.table),
                     hint=f"update the source to its latest minor release: old ones omit large keys; {AGAIN}",
                 )
-            return Upsert(self.shape, self.shape.key_of(row), row, xid, lsn)
+            return Upsert(self.shape, self._whole(self.shape.key_of(row)), row, xid, lsn)
         before = self._old_key(old, "an UPDATE")
         if old_kind == "O":
             row = fill(row, self._row(old))
         else:
             width = len(self.shape.key)
             row = fill(row[:width], before) + row[width:]
-        key = self.shape.key_of(row)
+        key = self._whole(self.shape.key_of(row))
         return Upsert(self.shape, key, row, xid, lsn, before if before != key else None)
 
     def truncated(self, xid: int, lsn: int) -> Truncation:
@@ -221,6 +242,17 @@ class Projection:
         """
         return Delete(self.shape, self._old_key(old, "a DELETE"), xid, lsn)
 
+    def _whole(self, key: Row) -> Key:
+        if None in key:
+            raise SchemaChanged(
+                f"a row arrived of which the key ({', '.join(self.shape.key)}) holds NULL, which names no row",
+                index=self.shape.index,
+                where=str(self.shape.table),
+                hint="remove such rows, and set the key's columns NOT NULL again",
+                passing=True,
+            )
+        return cast(Key, key)
+
     def _old_key(self, old: Tuple, operation: str) -> Key:
         key = self._key(old)
         if None in key:  # a partition may have another replica identity than the table that the stream names
@@ -230,6 +262,7 @@ class Projection:
                 where=str(self.shape.table),
                 hint=f"give {self.shape.table} and its partitions a replica identity that covers"
                 f" ({', '.join(self.shape.key)}); {AGAIN}",
+                passing=True,
             )
         return cast(Key, key)
 

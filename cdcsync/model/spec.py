@@ -52,6 +52,8 @@ class IndexSpec(msgspec.Struct, frozen=True):
 
     members: dict[QualifiedName, str | None] = {}
     """The tables of an index over many equal ones, each with the publication's condition on its rows."""
+    left_out: dict[str, str] = {}
+    """The tables that match as well and are unlike those, and why each is left out."""
     others: tuple[IndexSpec, ...] = ()
     """The same index with each other generation of vectors that it has, beside the one that searches use."""
     cutter: str | None = None
@@ -66,6 +68,11 @@ class IndexSpec(msgspec.Struct, frozen=True):
     def tables(self) -> tuple[QualifiedName, ...]:
         """The tables that are followed, the index's own first."""
         return tuple(dict.fromkeys((self.shape.table, *(link.table for link in self.links))))
+
+    @property
+    def single_tables(self) -> tuple[QualifiedName, ...]:
+        """The tables that the publication has to send."""
+        return tuple(self.members) if self.shape.many else self.tables
 
     @property
     def each(self) -> tuple[IndexSpec, ...]:

@@ -206,9 +206,15 @@ class Assembler:
             )
 
     def _lose(self, name: tuple[str, str], what: str) -> list[Event]:
+        """Say which indexes cannot follow a table any more that has another name, or whose name another one has.
+
+        One of an index's many tables may: what belongs under which name is found by looking at the catalog.
+        """
         events = []
         for shape in self._tables.get(name, ()):
-            if shape.index not in self._lost:
+            if isinstance(shape, Shape) and shape.source is not None:
+                self._described()
+            elif shape.index not in self._lost:
                 hint = f"give {shape.table} its name back: {AGAIN}; or configure a new index on the other one"
                 error = SchemaChanged(what, index=shape.index, where=str(shape.table), hint=hint, passing=True)
                 events.append(self._lost_event(shape, error))

@@ -14,8 +14,9 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, Side, connect, speaking_of
 from cdcsync.preflight.connections import needed, read_room, room_findings
 from cdcsync.preflight.dependents import dependents_findings
+from cdcsync.preflight.families import followed_catalog, left_out_findings
 from cdcsync.preflight.findings import Finding, noting
-from cdcsync.preflight.following import following_findings
+from cdcsync.preflight.following import following_findings, seen_fingerprint
 from cdcsync.preflight.generations import follow_generations, live_generation, wish_findings
 from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults, vector_faults
 from cdcsync.preflight.layout import examine_layout
@@ -96,10 +97,13 @@ async def _examine_tables(
     source: Connection, plans: Sequence[Plan], facts: SourceFacts, stored: Mapping[str, Entry]
 ) -> None:
     for plan in plans:
-        name = plan.index.table_name
-        plan.findings += following_findings(plan, facts.catalog, facts.wanted, stored.get(plan.name))
+        name, entry = plan.index.table_name, stored.get(plan.name)
+        plan.in_use = entry.conditions if entry is not None else frozenset()
+        catalog = followed_catalog(plan, facts.catalog, facts.wanted, entry)
+        plan.findings += following_findings(plan, catalog, facts.wanted, entry)
+        plan.findings += left_out_findings(plan)
         plan.unfit = any(finding.level == "error" for finding in plan.findings)
-        table = facts.catalog.tables.get(name)
+        table = catalog.tables.get(name)
         with noting(plan.findings, "source", str(name)):
             if table is None:
                 if not plan.findings and name.patterns:
@@ -109,23 +113,25 @@ async def _examine_tables(
                 continue
             if kind_faults(f"indexes.{plan.name}.table", table):
                 continue
-            plan.table = table = table.keyed_by(plan.index.key)
+            plan.table = table = table.keyed_by(plan.index.key, entry.key if entry is not None else ())
             related = plan.documents.related if plan.documents is not None else ()
-            plan.facts = facts_of(facts.catalog, table, related)
-            plan.oids = {one: facts.catalog.tables[one].oid for one in plan.facts}
-            plan.computed = computed_types(related, facts.catalog)
+            plan.facts = facts_of(catalog, table, related)
+            plan.oids = {one: catalog.tables[one].oid for one in plan.facts}
+            plan.computed = computed_types(related, catalog)
             if related and not plan.unfit:
                 plan.findings += await examine_statement(source, plan, table)
-            members = facts.catalog.members.get(name, ())
-            publication = facts.catalog.publication
+            members = catalog.members.get(name, ())
+            publication = catalog.publication
             for one in members or (name,):
                 sent = publication.tables.get(one) if publication is not None else None
                 if sent is not None:
-                    of = facts.catalog.tables[one]
-                    plan.findings += await examine_row_filter(source, of, sent, facts.catalog.role)
+                    of = catalog.tables[one]
+                    plan.findings += await examine_row_filter(source, of, sent, catalog.role)
             plan.members = rows_sent(publication, members)
-            plan.oids |= {one: facts.catalog.tables[one].oid for one in members}
-            plan.where = await examine_where(source, plan.name, plan.index, table, facts.catalog, plan.findings)
+            plan.oids |= {one: catalog.tables[one].oid for one in members}
+            plan.where = await examine_where(source, plan.name, plan.index, table, catalog, plan.in_use, plan.findings)
+            if entry is not None:
+                plan.seen = seen_fingerprint(plan, catalog, entry)
 
 
 async def _examine_connections(

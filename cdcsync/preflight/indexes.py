@@ -25,6 +25,7 @@ from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.target import TargetFacts
 from cdcsync.preflight.types import choose_types, sortable
 from cdcsync.source.columns import Column
+from cdcsync.source.fingerprints import Fingerprint
 from cdcsync.source.relations import Table
 from cdcsync.target.generations import Generation
 from cdcsync.target.registry import Entry
@@ -76,8 +77,12 @@ class Plan(msgspec.Struct):
     """The OIDs of related tables."""
     members: dict[QualifiedName, str | None] = {}
     """The tables of an index over many equal ones, each with the publication's condition on its rows."""
+    left_out: dict[QualifiedName, Finding] = {}
+    """Those of many equal tables that the index continues without, and why."""
     findings: list[Finding] = []
     """The findings about this index alone."""
+    seen: Fingerprint | None = None
+    """What the index was made of when it was examined; None if its table is missing, or the index does not exist."""
     refused: bool = False
     """Whether the index exists and cannot be kept up, for whatever reason."""
     unfit: bool = False
@@ -89,8 +94,15 @@ class Plan(msgspec.Struct):
     has, if the configuration has an embedder for that."""
     cutter: str | None = None
     """The embedder whose tokens the stored chunks are measured in, if they are as they would be cut now."""
+    in_use: frozenset[str] = frozenset()
+    """The conditions that the index goes by already: a row that one of them fails for is no reason to refuse it."""
     unlike: list[Finding] = []
     """Where the index has other vectors than the configuration asks for, so that it waits for a migration."""
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why tables are left out, by their names."""
+        return {str(name): f"{why.message}; {why.hint}" for name, why in self.left_out.items()}
 
 
 def make_plan(name: str, index: Index, embedder: Embedder | None, findings: list[Finding]) -> Plan:
@@ -234,7 +246,10 @@ async def make_spec(
     if index.where and plan.where is None:
         return None
     deciding = plan.where.deciding if plan.where is not None else ()
-    types = await choose_types(connection, schema, plan.name, [known[column] for column in columns], findings)
+    stored = target.stored.get(plan.name)
+    paused = stored is not None and stored.state == "paused"
+    columns_known = [known[column] for column in columns]
+    types = await choose_types(connection, schema, plan.name, columns_known, findings, paused=paused)
     findings += [
         Finding.error(
             f"indexes.{plan.name}.indexed",
@@ -253,7 +268,6 @@ async def make_spec(
                 "name a column of text that is in columns, and holds a language in each row",
             )
         )
-    stored = target.stored.get(plan.name)
     shape = Shape(
         plan.name,
         table.name,
@@ -271,7 +285,7 @@ async def make_spec(
         config=index,
         shape=msgspec.structs.replace(shape, types=wire_types),
         documents=documents,
-        source_key_types=tuple(table.columns[column].type for column in table.key),
+        source_key_types=tuple(table.columns[column].value_type for column in table.key),
         key_types=tuple(types[column] for column in table.key),
         carried_types=tuple(types[column] for column in index.columns),
         model=embedder.identity,
@@ -284,6 +298,7 @@ async def make_spec(
         table_oid=table.oid,
         facts=plan.facts,
         members=plan.members,
+        left_out=plan.reasons,
         oids=plan.oids,
         cutter=plan.cutter,
     )

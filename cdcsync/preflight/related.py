@@ -216,7 +216,9 @@ def computed_types(related: Sequence[RelatedRows], catalog: Catalog) -> dict[str
     return found
 
 
-async def _examine_conditions(connection: Connection, where: str, one: RelatedRows, facts: Facts) -> list[Finding]:
+async def _examine_conditions(
+    connection: Connection, where: str, one: RelatedRows, facts: Facts, in_use: Collection[str]
+) -> list[Finding]:
     """Say which conditions on related rows cannot be used, by the rules for the condition of an index."""
     where = f"{where}.related.{one.name}"
     findings = []
@@ -225,14 +227,14 @@ async def _examine_conditions(connection: Connection, where: str, one: RelatedRo
             continue
         try:
             if key == "where":
-                await examine_condition(connection, one.table, text, ())
+                await examine_condition(connection, one.table, text, (), in_use=text in in_use)
             else:
                 await examine_order(connection, one.table, text)
         except Refused as error:
             hint = f"GRANT SELECT ON {one.table} TO the role of source.dsn" if error.privilege else error.hint
             findings.append(Finding.error(f"{where}.{key}", f"it cannot be used: {error.message}", hint))
     for inner in one.related:
-        findings += await _examine_conditions(connection, where, inner, facts)
+        findings += await _examine_conditions(connection, where, inner, facts, in_use)
     return findings
 
 
@@ -250,8 +252,8 @@ async def examine_statement(connection: Connection, plan: Plan, table: Table) ->
             computed=frozenset(one.computed),
             joined=tuple(theirs for _, theirs in one.steps[0].on),
         )
-        findings += await _examine_conditions(connection, f"indexes.{plan.name}", one, plan.facts)
-        types = [table.columns[column].type for column in table.key]
+        findings += await _examine_conditions(connection, f"indexes.{plan.name}", one, plan.facts, plan.in_use)
+        types = [table.columns[column].value_type for column in table.key]
         try:
             await SourceTable(shape, types, related=(one,), facts=plan.facts).page(connection, None, 1)
         except psycopg.Error as error:

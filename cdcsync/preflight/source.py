@@ -54,7 +54,8 @@ async def examine_source(
         server = await read_server(connection)
         slot = await read_slot(connection, config.source.slot)
         wanted = frozenset(table for index in config.indexes.values() for table in index.followed)
-        catalog = await read_catalog(connection, config.source.publication, wanted, known)
+        expressions = {text for index in config.indexes.values() for text in index.expressions}
+        catalog = await read_catalog(connection, config.source.publication, wanted, known, expressions)
         publication = catalog.publication
         findings += or_ok(
             server_faults(server, slot),

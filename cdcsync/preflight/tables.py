@@ -7,7 +7,7 @@ Source: PostgreSQL, "Logical Replication" (Publication, Restrictions), "Row Secu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import psycopg
 from psycopg import sql
@@ -70,15 +70,25 @@ async def examine_row_filter(connection: Connection, table: Table, sent: Publish
 
 
 async def examine_where(
-    connection: Connection, name: str, index: Index, table: Table, catalog: Catalog, findings: list[Finding]
+    connection: Connection,
+    name: str,
+    index: Index,
+    table: Table,
+    catalog: Catalog,
+    in_use: Collection[str],
+    findings: list[Finding],
 ) -> Where | None:
-    """Return the index's condition on its rows; None if it has none, or one that cannot be used, which is noted."""
+    """Return the index's condition on its rows; None if it has none, or one that cannot be used, which is noted.
+
+    :param in_use: the conditions that the index goes by already.
+    """
     if not index.where or not table.reachable:
         return None
     try:
         # Of many equal tables, the first stands for all of them.
         tried = table.leaves[0].name if table.name.patterns else table.name
-        return await examine_condition(connection, tried, index.where, sendable(table, catalog))
+        sent = sendable(table, catalog)
+        return await examine_condition(connection, tried, index.where, sent, in_use=index.where in in_use)
     except Refused as error:
         role = quote(catalog.role)
         findings.append(

@@ -1,8 +1,10 @@
 """The types that key and carried columns have in the target.
 
-A column keeps its type where the target has it. A domain may become what it is made of, anything else text: values are
-copied as the source renders them, so text holds them all. An index that exists keeps the types it has, and
-follows a column that changed its type in the source.
+A column keeps its type where the target has it, and otherwise is text: values are copied as the source renders them, so
+text holds them all. A domain becomes what it is made of, because the source may hold values that its checks refuse: of
+before a check was added NOT VALID, or of another domain of that name. An index that exists keeps the types it has,
+unless it is paused, which the check of a domain may be the reason for; and it follows a column that changed its type in
+the source.
 
 Source: PostgreSQL, "Object Identifier Types" (to_regtype), "Operator Classes and Operator Families".
 """
@@ -23,14 +25,25 @@ FALLBACK = "text"
 
 
 async def choose_types(
-    connection: Connection, schema: str, name: str, columns: Sequence[Column], findings: list[Finding]
+    connection: Connection,
+    schema: str,
+    name: str,
+    columns: Sequence[Column],
+    findings: list[Finding],
+    *,
+    paused: bool = False,
 ) -> dict[str, str]:
-    """Return the type of each of an index's columns in the target, and note where it is not the source's."""
+    """Return the type of each of an index's columns in the target, and note where it is not the source's.
+
+    :param paused: whether the index exists and is paused.
+    """
     stored = await stored_types(connection, schema, name)
     chosen = {}
     for column in columns:
         type_, problem = await _best_type(connection, column)
         kept = stored.get(column.name)
+        if paused and column.base_type is not None and kept == column.type:
+            kept = type_
         if kept is None and problem is not None:
             findings.append(
                 Finding.warning(
@@ -67,6 +80,8 @@ async def stored_types(connection: Connection, schema: str, name: str) -> dict[s
 
 async def _best_type(connection: Connection, column: Column) -> tuple[str, str | None]:
     """Return the nearest type that the target has, and why it is text where it is."""
+    if column.base_type is not None and await _exists(connection, column.base_type):
+        return column.base_type, None
     if await _exists(connection, column.type):
         cursor = await connection.execute(
             "SELECT unnest(%s::text[]) EXCEPT SELECT enumlabel FROM pg_enum WHERE enumtypid = to_regtype(%s)",
@@ -76,8 +91,6 @@ async def _best_type(connection: Connection, column: Column) -> tuple[str, str |
         if missing:
             return FALLBACK, f"its type {column.type} lacks {named(map(repr, missing))} in the target"
         return column.type, None
-    if column.base_type is not None and await _exists(connection, column.base_type):
-        return column.base_type, None
     return FALLBACK, f"its type {column.type} does not exist in the target"
 
 

@@ -18,6 +18,7 @@ from cdcsync.model.visibility import XID_SPAN, Snapshot
 from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.families import as_one, members_of, sent_as_one
+from cdcsync.source.functions import functions_called
 from cdcsync.source.publications import Publication, read_publication
 from cdcsync.source.relations import Table, read_tables
 
@@ -81,6 +82,7 @@ class Catalog(msgspec.Struct, frozen=True):
     :ivar publication: None if there is none of that name.
     :ivar tables: those of the configured tables that exist.
     :ivar members: the tables of each family of many equal tables that was asked for.
+    :ivar functions: the digests of what each condition that was asked for calls, by name.
     :ivar called: the present names of the tables whose OIDs were asked for, as far as they exist.
     """
 
@@ -91,6 +93,25 @@ class Catalog(msgspec.Struct, frozen=True):
     tables: dict[QualifiedName, Table]
     called: dict[int, QualifiedName] = {}
     members: dict[QualifiedName, tuple[QualifiedName, ...]] = {}
+    functions: dict[str, dict[str, str]] = {}
+
+    def limited(self, family: QualifiedName, members: Collection[QualifiedName]) -> Catalog:
+        """Return the catalog as if a family had only these of its members."""
+        listed = self.members.get(family, ())
+        kept = tuple(one for one in listed if one in members)
+        if kept == listed:
+            return self
+        tables = {name: table for name, table in self.tables.items() if name != family}
+        publication = self.publication
+        if publication is not None:
+            sent = {name: one for name, one in publication.tables.items() if name != family}
+            publication = msgspec.structs.replace(publication, tables=sent)
+        if known := [tables[one] for one in kept if one in tables]:
+            publication = publication and sent_as_one(publication, family, known)
+            tables[family] = as_one(family, known)
+        return msgspec.structs.replace(
+            self, tables=tables, publication=publication, members={**self.members, family: kept}
+        )
 
     def single(self, names: Iterable[QualifiedName]) -> list[QualifiedName]:
         """Return these tables with the members in place of each family."""
@@ -98,11 +119,16 @@ class Catalog(msgspec.Struct, frozen=True):
 
 
 async def read_catalog(
-    connection: Connection, publication: str, names: Collection[QualifiedName], oids: Collection[int] = ()
+    connection: Connection,
+    publication: str,
+    names: Collection[QualifiedName],
+    oids: Collection[int] = (),
+    expressions: Collection[str] = (),
 ) -> Catalog:
     """Return what the catalog says of the publication and these tables, and of no others, under one snapshot.
 
     :param oids: tables whose present names are wanted.
+    :param expressions: conditions in SQL, of which it is asked what they call.
     """
     async with connection.transaction():
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
@@ -123,8 +149,9 @@ async def read_catalog(
             if known:
                 found = found and sent_as_one(found, name, known)
                 tables[name] = as_one(name, known)
+        functions = await functions_called(connection, expressions)
         role = await fetch_value(connection, "SELECT current_user::text")
-    return Catalog(connection.info.server_version, role, publication, found, tables, called, members)
+    return Catalog(connection.info.server_version, role, publication, found, tables, called, members, functions)
 
 
 def facts_of(catalog: Catalog, table: Table, related: Sequence[RelatedRows]) -> dict[QualifiedName, TableFacts]:
@@ -149,7 +176,7 @@ def facts_of(catalog: Catalog, table: Table, related: Sequence[RelatedRows]) -> 
             key=one.primary_key,
             readable=tuple(column.name for column in one.columns.values() if column.readable),
             row_filter=sent.row_filter if sent is not None else None,
-            types={column.name: column.type for column in typed},
+            types={column.name: column.value_type for column in typed},
         )
     return facts
 

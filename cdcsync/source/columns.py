@@ -56,6 +56,11 @@ class Column(msgspec.Struct, frozen=True):
     collation: str = ""
     deterministic: bool = True
 
+    @property
+    def value_type(self) -> str:
+        """The type that a stored value surely is of: what a domain is made of, as its checks may be newer than rows."""
+        return self.base_type or self.type
+
 
 def reachable_types(types: Mapping[int, Type], roots: Collection[int]) -> dict[int, Type]:
     """Return the user-defined types that values of these types are made of, with these types themselves."""

@@ -41,6 +41,7 @@ from cdcsync.model.conditions import (
 from cdcsync.model.rows import SOURCE_TABLE
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, passing, translate, without_values
+from cdcsync.source.unreadable import of_a_row
 
 TRIED_ROWS = 100
 """Rows that a condition is tried on: enough to see that it neither writes nor fails at once."""
@@ -113,12 +114,15 @@ async def try_condition(connection: Connection, table: QualifiedName, text: str,
         await _try(connection, relation, text)
 
 
-async def examine_condition(connection: Connection, table: QualifiedName, text: str, sent: Sequence[str]) -> Where:
+async def examine_condition(
+    connection: Connection, table: QualifiedName, text: str, sent: Sequence[str], *, in_use: bool = False
+) -> Where:
     """Return a condition that says which rows an index has, with how it can be decided.
 
     It is planned first, then what it calls is looked up, and only then it is tried: nothing volatile is ever called.
 
     :param sent: the columns whose values the stream brings.
+    :param in_use: whether an index goes by it already, so that a row for which it fails costs that row alone.
     :raises Refused: it cannot be used.
     """
     try:
@@ -140,7 +144,11 @@ async def examine_condition(connection: Connection, table: QualifiedName, text: 
         utf8 = await fetch_value(connection, "SELECT current_setting('server_encoding') = 'UTF8'")
         if understood(text, words, columns, utf8=utf8).terms is None:  # Otherwise its strings are compared with texts.
             _refuse_moments(words)
-        await _try(connection, sql.Identifier(table.schema, table.name), text)
+        try:
+            await _try(connection, sql.Identifier(table.schema, table.name), text)
+        except psycopg.Error as error:
+            if not (in_use and of_a_row(error)):
+                raise
     where = understood(text, words, {name: kind for name, kind in columns.items() if name in sent}, utf8=utf8)
     return msgspec.structs.replace(where, columns=named)
 

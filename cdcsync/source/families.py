@@ -9,7 +9,6 @@ Source: PostgreSQL, "System Catalogs" (pg_class, pg_namespace), "Pattern Matchin
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -26,7 +25,10 @@ TEXT = 25
 
 
 async def members_of(connection: Connection, family: QualifiedName) -> list[QualifiedName]:
-    """Return the tables that match one of a family's patterns, in the order of their names; partitions are not."""
+    """Return the tables that match one of a family's patterns, in the order of their names.
+
+    Partitions are not among them, nor are tables of ours, in whatever schema a pipeline keeps them.
+    """
     patterns = [(_like(one.schema), _like(one.name)) for one in family.patterns]
     cursor = await connection.execute(
         """
@@ -35,6 +37,8 @@ async def members_of(connection: Connection, family: QualifiedName) -> list[Qual
             ON n.nspname LIKE wanted.schema AND c.relname LIKE wanted.name
         WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND n.nspname NOT LIKE 'pg\\_%%'
             AND n.nspname <> 'information_schema'
+            AND NOT EXISTS (SELECT FROM pg_class o WHERE o.relnamespace = n.oid AND o.relname = 'pipelines'
+                AND obj_description(o.oid, 'pg_class') LIKE 'cdcsync:%%')
         """,
         [[schema for schema, _ in patterns], [name for _, name in patterns]],
     )
@@ -88,9 +92,7 @@ def as_one(family: QualifiedName, members: Sequence[Table]) -> Table:
 
 
 def _leaf(member: Table) -> Partition:
-    """Return a member as a leaf; a column of it that was made anew makes it another one."""
-    made = sorted((name, one.number, one.wire_type, one.expression) for name, one in member.columns.items())
-    digest = hashlib.sha256(repr(made).encode()).hexdigest()[:16]
+    """Return a member as a leaf; under another name it is another one."""
     name = str(member.name).replace("'", "''")
     return Partition(
         name=member.name,
@@ -100,9 +102,12 @@ def _leaf(member: Table) -> Partition:
         identity=(SOURCE_TABLE, *member.identity),
         oid=member.oid,
         file=member.file,
-        attached=f"{member.oid} {digest}",
+        attached=name,
         bounds=f"{SOURCE_TABLE} = '{name}'",
         written_by=member.written_by,
+        columns={
+            name: (column.number, *column.wire_type, column.expression) for name, column in member.columns.items()
+        },
     )
 
 

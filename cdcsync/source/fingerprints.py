@@ -18,6 +18,7 @@ Source: PostgreSQL, "System Catalogs"; "ALTER TABLE", "ALTER TYPE", "ALTER PUBLI
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
@@ -38,7 +39,8 @@ class TableValues(msgspec.Struct, frozen=True):
     :ivar columns: of each column that the index reads: attribute number, type, modifier, and the OID of the expression
         that generates it.
     :ivar file: the table's relfilenode.
-    :ivar leaves: a partitioned table's leaves by OID: the relfilenode, and the transactions that attached it.
+    :ivar leaves: a partitioned table's leaves by OID: the relfilenode, and the transactions that attached it. For one
+        of many equal tables, its name and a digest of its columns.
     :ivar where: the condition on the rows that are read.
     """
 
@@ -50,14 +52,23 @@ class TableValues(msgspec.Struct, frozen=True):
 
 
 class MadeOf(msgspec.Struct, frozen=True):
-    """The catalog facts that determine an index's values: tables by name, and user-defined types by OID."""
+    """The catalog facts that determine an index's values and rows.
+
+    :ivar tables: by name.
+    :ivar types: the user-defined types, by OID.
+    :ivar functions: digests of what its conditions call, by name.
+    """
 
     tables: dict[str, TableValues]
     types: dict[str, Type]
+    functions: dict[str, str] = {}
 
 
 class SentBy(msgspec.Struct, frozen=True):
-    """The reasons why an index's tables are sent: the publication as of its last edit, and what includes each table."""
+    """The reasons why an index's tables are sent: the publication as of its last edit, and what includes each table.
+
+    Of many equal tables, each is there by itself.
+    """
 
     publication: str
     tables: dict[str, tuple[str, ...]]
@@ -98,6 +109,8 @@ class Difference(msgspec.Struct, frozen=True):
     :ivar left: whether partitions went.
     :ivar emptied: if the stream brings a TRUNCATE of each of these, nothing else is why they would have to be compared,
         so that they do not have to be.
+    :ivar called: whether functions that its conditions call were changed, so that the conditions are to be examined
+        again.
     """
 
     reread: str | None = None
@@ -105,6 +118,7 @@ class Difference(msgspec.Struct, frozen=True):
     arrived: tuple[Partition, ...] = ()
     left: bool = False
     emptied: tuple[Emptied, ...] = ()
+    called: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.reread or self.compare or self.arrived or self.left)
@@ -123,18 +137,26 @@ def made_of(table: Table, columns: Iterable[str], where: Where | None = None) ->
         table.oid,
         {name: (column.number, *column.wire_type, column.expression) for name, column in used.items()},
         table.file,
-        {str(leaf.oid): (leaf.file, leaf.attached) for leaf in table.leaves},
+        {str(leaf.oid): (leaf.file, _attached(leaf, used)) for leaf in table.leaves},
         where.text if where is not None else None,
     )
     return MadeOf({str(table.name): values}, {str(oid): type_ for oid, type_ in types.items()})
+
+
+def _attached(leaf: Partition, columns: Iterable[str]) -> str:
+    if not leaf.columns:
+        return leaf.attached
+    read = [(name, leaf.columns.get(name)) for name in sorted(columns)]
+    return f"{leaf.attached} {hashlib.sha256(repr(read).encode()).hexdigest()[:16]}"
 
 
 def sent_by(publication: Publication | None, table: Table) -> SentBy:
     """Return what has a table sent."""
     if publication is None:
         return SentBy("", {})
-    brought_by = publication.brought_by.get(table.name, ())
-    return SentBy(f"{publication.oid} {publication.edited}", {str(table.name): brought_by})
+    names = [leaf.name for leaf in table.leaves] if table.name.patterns else [table.name]
+    brought_by = {str(name): publication.brought_by.get(name, ()) for name in names}
+    return SentBy(f"{publication.oid} {publication.edited}", brought_by)
 
 
 def fingerprint_of(
@@ -143,10 +165,12 @@ def fingerprint_of(
     columns: Iterable[str],
     where: Where | None = None,
     related: Mapping[QualifiedName, Iterable[str]] = MappingProxyType({}),
+    expressions: Iterable[str] = (),
 ) -> Fingerprint:
     """Return both fingerprints of an index that reads these columns of a table, of the rows that `where` holds for.
 
     :param related: what it reads of other tables, or of the same one besides.
+    :param expressions: its conditions in SQL, which the catalog was asked about.
     """
     made = [made_of(table, (*columns, *related.get(table.name, ())), where)]
     sent = [sent_by(catalog.publication, table)]
@@ -159,6 +183,7 @@ def fingerprint_of(
         MadeOf(
             {name: values for one in made for name, values in one.tables.items()},
             {oid: type_ for one in made for oid, type_ in one.types.items()},
+            {name: digest for text in expressions for name, digest in catalog.functions[text].items()},
         ),
         SentBy(sent[0].publication, {name: by for one in sent for name, by in one.tables.items()}),
     )
@@ -181,6 +206,8 @@ def difference(before: Fingerprint | None, now: Fingerprint, table: Table, relat
     if reread is not None or was is None:
         return Difference(reread=reread or f"{name} was not read before")
     doubts = [Doubt("the publication was edited")] if before.sent_by.publication != now.sent_by.publication else []
+    if called := _changed(before.made_of.functions, now.made_of.functions):
+        doubts.append(Doubt(f"what its conditions call was changed: {', '.join(called)}"))
     doubts += [
         one for one in (_doubt(table, before, now), *(_doubt_related(one, before, now) for one in others)) if one
     ]
@@ -190,14 +217,28 @@ def difference(before: Fingerprint | None, now: Fingerprint, table: Table, relat
         leaf for leaf in table.leaves if was.leaves.get(str(leaf.oid), (0, ""))[1] != is_.leaves[str(leaf.oid)][1]
     )
     left = any(is_.leaves.get(leaf, (0, ""))[1] != attached for leaf, (_, attached) in was.leaves.items())
-    return Difference(None, doubts[0].because if doubts else None, arrived, left, emptied)
+    return Difference(None, doubts[0].because if doubts else None, arrived, left, emptied, bool(called))
+
+
+def _changed(was: Mapping[str, str], is_: Mapping[str, str]) -> list[str]:
+    return sorted(name for name in was.keys() | is_.keys() if was.get(name) != is_.get(name))
+
+
+def _edited(was: SentBy, is_: SentBy, table: Table) -> str | None:
+    """Return the table, or the first of many, that the publication sends otherwise than before.
+
+    One of many tables that was not there before is not among these: all its rows are read.
+    """
+    many = bool(table.name.patterns)
+    names = sorted(was.tables.keys() & is_.tables.keys()) if many else [str(table.name)]
+    return next((name for name in names if was.tables.get(name) != is_.tables.get(name)), None)
 
 
 def _doubt(table: Table, before: Fingerprint, now: Fingerprint) -> Doubt | None:
     """Say why rows of a table that was read before may have changed without being sent."""
     name = str(table.name)
-    if before.sent_by.tables.get(name) != now.sent_by.tables.get(name):
-        return Doubt(f"what the publication sends of {name} was edited")
+    if edited := _edited(before.sent_by, now.sent_by, table):
+        return Doubt(f"what the publication sends of {edited} was edited")
     is_ = now.made_of.tables[name]
     writers = _rewritten_by(before.made_of.tables[name], is_, table)
     return Doubt(f"{name} was rewritten", _emptied_by(writers, table, is_.columns)) if writers else None

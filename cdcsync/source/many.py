@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Iterator, Sequence
 from typing import TypeVar
 
+import msgspec
 import psycopg
 
-from cdcsync.model.rows import Key, Row
+from cdcsync.model.rows import Key, Row, Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import current_snapshot
-from cdcsync.source.tables import Page, SourceTable
+from cdcsync.source.reads import Page
+from cdcsync.source.tables import SourceTable
 
 T = TypeVar("T")
 
@@ -43,8 +45,8 @@ class SourceTables(SourceTable):
         names = list(self._members)
         for name, member, start in self._from(after):
             page = await _unless_dropped(member.page(connection, start, limit, where), Page(snapshot, []))
-            if page.rows:
-                return Page(snapshot, page.rows, more=name != names[-1])
+            if page.rows or page.last is not None:
+                return msgspec.structs.replace(page, snapshot=snapshot, more=page.more or name != names[-1])
         return Page(snapshot, [])
 
     def _from(self, after: Key | None) -> Iterator[tuple[str, SourceTable, Key | None]]:
@@ -58,7 +60,7 @@ class SourceTables(SourceTable):
         """Return how many rows of a page are at most so large together, at least 1."""
         for _, member, start in self._from(after):
             page = await _unless_dropped(member.page(connection, start, 1, where), None)
-            if page is not None and page.rows:
+            if page is not None and (page.rows or page.last is not None):
                 fits = member.fitting(connection, start, limit, most_bytes, where)
                 return await _unless_dropped(fits, limit)
         return limit
@@ -76,9 +78,12 @@ class SourceTables(SourceTable):
         """Return the rows that exist now with these keys, in no order."""
         snapshot = await current_snapshot(connection)
         rows: list[Row] = []
+        unread: dict[Key, Unread] = {}
         for name, mine in self._by_table(keys).items():
-            rows += (await _unless_dropped(self._members[name].by_keys(connection, mine), Page(snapshot, []))).rows
-        return Page(snapshot, rows)
+            page = await _unless_dropped(self._members[name].by_keys(connection, mine), Page(snapshot, []))
+            rows += page.rows
+            unread |= page.unread
+        return Page(snapshot, rows, unread=unread)
 
     async def absent(self, connection: Connection, keys: Sequence[Key]) -> tuple[Snapshot, list[Key]]:
         """Return those of `keys` that the source does not write just so for any row now."""
@@ -101,9 +106,10 @@ class SourceTables(SourceTable):
         """Return the planner's idea of how many rows the tables have."""
         return sum([await _unless_dropped(one.estimate(connection), 0) for one in self._members.values()])
 
-    async def count(self, connection: Connection, where: str | None = None) -> int:
-        """Return how many rows there are to read."""
-        return sum([await _unless_dropped(one.count(connection, where), 0) for one in self._members.values()])
+    async def count(self, connection: Connection, where: str | None = None) -> int | None:
+        """Return how many rows there are to read; None if a condition fails for one of them."""
+        counts = [await _unless_dropped(one.count(connection, where), 0) for one in self._members.values()]
+        return None if None in counts else sum(filter(None, counts))
 
     async def expected(self, connection: Connection, where: str | None = None) -> int:
         """Return the planner's idea of how many rows there are to read."""

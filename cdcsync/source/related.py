@@ -44,11 +44,18 @@ def _unmodified(type_: str) -> str:
 
 
 def computed(
-    rows: sql.Composable, shape: Shape, related: Sequence[RelatedRows], facts: Facts, equal: Callable[[str, str], str]
+    rows: sql.Composable,
+    shape: Shape,
+    related: Sequence[RelatedRows],
+    facts: Facts,
+    equal: Callable[[str, str], str],
+    *,
+    apart: bool = False,
 ) -> sql.Composed:
     """Return a subquery of rows with all columns of a shape, those of related tables included.
 
     :param rows: a statement that gives the shape's own columns.
+    :param apart: whether conditions are not even asked of rows that are related to others only.
     """
     # The rows are settled first, and only then is anything looked up for each: no planner joins all of a table.
     types = facts.get(shape.table, TableFacts()).types
@@ -56,7 +63,7 @@ def computed(
     made = [
         sql.SQL("{} AS {}").format(sql.SQL(of), sql.Identifier(name)) for name, of in computed_columns(related).items()
     ]
-    joined = " ".join(one.lateral("t", facts, types, equal) for one in related)
+    joined = " ".join(one.lateral("t", facts, types, equal, apart=apart) for one in related)
     return sql.SQL("(WITH t AS MATERIALIZED ({}) SELECT {} FROM t {})").format(
         rows, sql.SQL(", ").join([*own, *made]), sql.SQL(joined)
     )

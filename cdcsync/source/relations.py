@@ -35,6 +35,8 @@ class Partition(msgspec.Struct, frozen=True):
     :ivar attached: the transactions that attached it and its ancestors.
     :ivar bounds: the condition that its rows fulfil; None if it takes all.
     :ivar written_by: the transaction that last wrote its entry in pg_class, as 32 bits.
+    :ivar columns: of one of many equal tables, which has columns of its own: attribute number, type, modifier, and the
+        OID of the expression.
     """
 
     name: QualifiedName
@@ -47,6 +49,7 @@ class Partition(msgspec.Struct, frozen=True):
     attached: str = ""
     bounds: str | None = None
     written_by: int = 0
+    columns: dict[str, tuple[int, int, int, int | None]] = {}
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -67,6 +70,7 @@ class Table(msgspec.Struct, frozen=True):
     :ivar written_by: the transaction that last wrote its entry in pg_class, as 32 bits.
     :ivar indexes: those by which rows can be looked up.
     :ivar named: the key that an index of ours names.
+    :ivar ordered: the same columns in the order in which that index has them already, if it does.
     """
 
     oid: int
@@ -90,14 +94,18 @@ class Table(msgspec.Struct, frozen=True):
     written_by: int = 0
     indexes: tuple[TableIndex, ...] = ()
     named: tuple[str, ...] = ()
+    ordered: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, ...]:
         """The columns that identify a row for the index.
 
         Those that it names, or else those of the replica identity's own index, or else the primary key. Named ones come
-        in the order of a unique index on them, so that pages in the order of the key need no sort.
+        in the order of a unique index on them, so that pages in the order of the key need no sort; but an index that
+        exists keeps its order, whatever becomes of that unique index.
         """
+        if self.named and set(self.ordered) == set(self.named):
+            return self.ordered
         if self.named:
             proven = next((one.columns for one in self.proofs), ())
             return (*proven, *(one for one in self.named if one not in proven))
@@ -111,9 +119,12 @@ class Table(msgspec.Struct, frozen=True):
         found = [one for one in self.indexes if one.unique and set(one.columns) <= set(self.named)]
         return sorted(found, key=lambda one: (-len(one.columns), one.name))
 
-    def keyed_by(self, columns: tuple[str, ...]) -> Table:
-        """Return the table as an index sees it that names its key; with no columns, the table itself."""
-        return msgspec.structs.replace(self, named=columns) if columns else self
+    def keyed_by(self, columns: tuple[str, ...], ordered: tuple[str, ...] = ()) -> Table:
+        """Return the table as an index sees it that names its key; with no columns, the table itself.
+
+        :param ordered: the key of that index, if it exists.
+        """
+        return msgspec.structs.replace(self, named=columns, ordered=ordered) if columns else self
 
 
 async def similar_tables(connection: Connection, name: QualifiedName) -> list[QualifiedName]:

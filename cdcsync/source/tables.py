@@ -5,50 +5,43 @@ Pages come in key order; single rows by key.
 Rows come as the shape's tuples with every value in the text that its type's output function renders, which is what
 the stream carries too.
 
-Each read is one short REPEATABLE READ transaction that writes nothing: no lock beyond ACCESS SHARE, no snapshot that
-outlives it.
-
 Source: PostgreSQL, "Transaction Isolation"; "System Administration Functions" (pg_logical_emit_message).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import MappingProxyType
 from typing import Any, Self, TypeVar, cast
 
-import anyio
 import msgspec
 import psycopg
 from psycopg import sql
 
 from cdcsync.documents.related import Facts, RelatedRows
-from cdcsync.model.rows import SOURCE_TABLE, Key, Row, Shape
+from cdcsync.model.rows import SOURCE_TABLE, Key, Shape, Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import MARK_PREFIX
 from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.comparisons import Comparison, comparisons, follows
-from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_texts
+from cdcsync.postgres.queries import fetch_one, fetch_texts
 from cdcsync.postgres.sessions import Connection
+from cdcsync.source.catalog import current_snapshot
+from cdcsync.source.reads import Page, read_rows, reading
 from cdcsync.source.related import computed, operators
+from cdcsync.source.unreadable import of_a_row, read_apart
 
 T = TypeVar("T")
 
 SOFT_ERRORS_VERSION = 160000
 """PostgreSQL 16: pg_input_is_valid."""
 
+PLACE = sql.Identifier("cdcsync place")
+"""The column that tells which of several keys is meant."""
+
 _NO_VALUE = (psycopg.DataError, psycopg.IntegrityError)
 """The errors by which a server refuses a text as a value of a type or domain."""
-
-
-class Page(msgspec.Struct, frozen=True):
-    """Rows in key order, and the snapshot they were read under."""
-
-    snapshot: Snapshot
-    rows: list[Row]
-    more: bool = False
-    """Whether more rows follow, although there are fewer than were asked for."""
 
 
 class SourceTable:
@@ -88,6 +81,8 @@ class SourceTable:
         # As a subquery, so that the condition's bare column names cannot be taken for those of what it is joined to; of
         # only the columns that the index needs, because the role may not be allowed to read the other columns.
         needed = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.own)
+        self._bare = sql.SQL("{} AS t WHERE true").format(table)
+        """All rows of the table, whether they belong to the index or not."""
         published = sql.SQL("(SELECT {} FROM {} AS t WHERE {})").format(needed, table, sent)
         self._rows = sql.SQL("{} AS t WHERE {}").format(table, sent)
         self._named = self._rows
@@ -101,20 +96,20 @@ class SourceTable:
         self._keys = keys
         self._key_types = tuple(key_types)
         self._comparisons: list[Comparison] = []
-        places = [sql.Identifier(f"k{at}") for at in range(len(keys))]
+        # A condition's bare names can be no column of these.
+        places = [f"cdcsync key {at}" for at in range(len(keys))]
         self._wanted = [
-            sql.SQL("{}::" + type_).format(sql.Identifier("wanted", f"k{at}")) for at, type_ in enumerate(key_types)
+            sql.SQL("{}::" + type_).format(sql.Identifier("wanted", place))
+            for place, type_ in zip(places, key_types, strict=True)
         ]
-        wanted = sql.SQL("unnest({}) WITH ORDINALITY AS wanted({}, place)").format(
+        self._wanted_from = sql.SQL("unnest({}) WITH ORDINALITY AS wanted({}, {})").format(
             sql.SQL(", ").join(sql.SQL(f"${at}::text[]") for at in range(1, len(keys) + 1)),
-            sql.SQL(", ").join(places),
+            sql.SQL(", ").join(map(sql.Identifier, places)),
+            PLACE,
         )
-        self._by_keys = sql.SQL("SELECT {} FROM {} AS t JOIN {} ON ").format(columns, published, wanted)
-        self._spellings = sql.SQL("SELECT wanted.place, {} FROM {} AS t JOIN {} ON ").format(
-            sql.SQL(", ").join(keys), published, wanted
-        )
+        self._table = table
+        self._sent = sent
         self._published = published
-        self._wanted_from = wanted
 
     @classmethod
     def of(cls, spec: IndexSpec) -> Self:
@@ -130,7 +125,34 @@ class SourceTable:
         statement += sql.SQL(" LIMIT {}").format(sql.Literal(limit))
         if self._related:
             statement = await self._with_related(connection, statement) + order
-        return await self._read(connection, statement, self._place(after))
+        try:
+            return await self._read(connection, statement, self._place(after))
+        except psycopg.Error as error:
+            if not of_a_row(error):
+                raise
+            return await self._page_apart(connection, after, limit, where, error)
+
+    async def _page_apart(
+        self, connection: Connection, after: Key | None, limit: int, where: str | None, error: psycopg.Error
+    ) -> Page:
+        """Return the same page although the server fails at a row of it, which is told apart by its key.
+
+        :param error: that failure; it is raised if `where` is the reason, which is nothing about the row.
+        """
+        snapshot = await current_snapshot(connection)
+        rows = sql.SQL(" AND ").join([self._bare, *await self._after(connection, after, None)])
+        statement = sql.SQL("SELECT {} FROM {} ORDER BY {} LIMIT {}").format(
+            sql.SQL(", ").join(self._keys), rows, sql.SQL(", ").join(self._ordered), sql.Literal(limit)
+        )
+        keys = cast(list[Key], (await self._read(connection, statement, self._place(after))).rows)
+        found = await self._by_keys(connection, keys, where)
+        if where and found.unread and (await self._by_keys(connection, list(found.unread))).rows:
+            raise error
+        place = {key: at for at, key in enumerate(keys)}
+        ordered = sorted(found.rows, key=lambda row: place.get(self.shape.key_of(row), 0))
+        return msgspec.structs.replace(
+            found, snapshot=snapshot, rows=ordered, more=len(keys) == limit, last=keys[-1] if keys else after
+        )
 
     @property
     def _ordered(self) -> Sequence[sql.Composable]:
@@ -141,13 +163,38 @@ class SourceTable:
         """Return the values of the ordering columns."""
         return list(after[self._fixed :]) if after is not None else []
 
-    async def _with_related(self, connection: Connection, rows: sql.Composed) -> sql.Composed:
+    async def _keyed(
+        self, connection: Connection, selected: sql.Composable, *, apart: bool, where: str | None = None
+    ) -> sql.Composed:
+        """Return a statement over the rows with wanted keys.
+
+        :param apart: whether the condition is not even asked of other rows, for which it may fail, whatever the
+            planner would do first.
+        :param where: a further condition; with it, they are always asked of these rows only.
+        """
+        same = await self._same(connection)
+        if not (apart or where):
+            of: sql.Composable = self._published
+            holds: sql.Composable = sql.SQL("true")
+        else:
+            of = self._table
+            if where and self.shape.source is not None:
+                of = sql.SQL("(SELECT {}::text AS {}, t.* FROM {} AS t)").format(
+                    sql.Literal(self.shape.source), sql.Identifier(SOURCE_TABLE), self._table
+                )
+            conditions = sql.SQL(" AND ").join([self._sent, *([_condition(where)] if where else [])])
+            holds = sql.SQL("CASE WHEN {} THEN {} END").format(same, conditions)
+        return sql.SQL("SELECT {} FROM {} AS t JOIN {} ON {} WHERE {}").format(
+            selected, of, self._wanted_from, same, holds
+        )
+
+    async def _with_related(self, connection: Connection, rows: sql.Composed, *, apart: bool = False) -> sql.Composed:
         """Return a statement that gives the same rows with all columns, those of related tables included."""
         if not self._related:
             return rows
         if self._equal is None:
             self._equal = await operators(connection, self._facts)
-        whole = computed(rows, self.shape, self._related, self._facts, self._equal)
+        whole = computed(rows, self.shape, self._related, self._facts, self._equal, apart=apart)
         return sql.SQL("SELECT {} FROM {} AS t").format(self._columns, whole)
 
     async def _after(self, connection: Connection, after: Key | None, where: str | None) -> list[sql.Composable]:
@@ -168,6 +215,24 @@ class SourceTable:
         """Return how many rows of a page are at most so large together, at least 1; no value is read for that."""
         if not await self._has_large_values(connection):
             return limit
+        of = self._named if where else self._rows
+        try:
+            return await self._fitting(connection, of, after, limit, most_bytes, where)
+        except psycopg.Error as error:
+            if not of_a_row(error):
+                raise
+            # Rows that do not fulfil the condition may be read, too, where it fails.
+            return await self._fitting(connection, self._bare, after, limit, most_bytes, None)
+
+    async def _fitting(
+        self,
+        connection: Connection,
+        of: sql.Composed,
+        after: Key | None,
+        limit: int,
+        most_bytes: int,
+        where: str | None,
+    ) -> int:
         # Our own aliases are names that no column is likely to have.
         statement = sql.SQL(
             'SELECT count(*), count(*) FILTER (WHERE "so far" <= {most}) FROM (SELECT'
@@ -178,12 +243,10 @@ class SourceTable:
             most=sql.Literal(most_bytes),
             keys=sql.SQL(", ").join(self._ordered),
             size=await self._size(connection),
-            rows=sql.SQL(" AND ").join(
-                [self._named if where else self._rows, *await self._after(connection, after, where)]
-            ),
+            rows=sql.SQL(" AND ").join([of, *await self._after(connection, after, where)]),
             limit=sql.Literal(limit),
         )
-        async with _reading(connection):
+        async with reading(connection):
             ((rows, fitting),) = await fetch_texts(connection, statement, self._place(after), prepare=False)
         return limit if rows == fitting else max(1, int(cast(str, fitting)))
 
@@ -191,17 +254,17 @@ class SourceTable:
         """Return how many of these keys, from the first on, have rows of at most so many bytes together; at least 1."""
         if not keys or not await self._has_large_values(connection):
             return len(keys)
-        statement = sql.SQL("SELECT wanted.place, {} FROM {} AS t JOIN {} ON ").format(
-            await self._size(connection), self._published, self._wanted_from
-        ) + await self._same(connection)
+        selected = sql.SQL("wanted.{}, {}").format(PLACE, await self._size(connection))
 
-        async def read(possible: Sequence[Key]) -> dict[Key, int]:
+        async def read(possible: Sequence[Key], apart: bool) -> dict[Key, int]:
             cursor = psycopg.AsyncRawCursor(connection)
-            async with _reading(connection):
+            statement = await self._keyed(connection, selected, apart=apart)
+            async with reading(connection):
                 await cursor.execute(statement, self._arrays(possible), prepare=False)
                 return {possible[place - 1]: size for place, size in await cursor.fetchall()}
 
-        sizes = await self._of_possible(connection, keys, read)
+        parts, _, _ = await self._read_keys(connection, keys, read)
+        sizes = {key: size for part in parts for key, size in part.items()}
         total = 0
         for place, key in enumerate(keys, start=1):
             total += sizes.get(key, 0)
@@ -236,68 +299,81 @@ class SourceTable:
 
     async def by_keys(self, connection: Connection, keys: Sequence[Key]) -> Page:
         """Return the rows that exist now with these keys, in no order."""
-        statement = await self._with_related(connection, self._by_keys + await self._same(connection))
+        return await self._by_keys(connection, keys)
 
-        async def read(possible: Sequence[Key]) -> Page:
+    async def _by_keys(self, connection: Connection, keys: Sequence[Key], where: str | None = None) -> Page:
+        """Return the rows with these keys that a condition holds for, too."""
+
+        async def read(possible: Sequence[Key], apart: bool) -> Page:
+            rows = await self._keyed(connection, self._selected, apart=apart, where=where)
+            statement = await self._with_related(connection, rows, apart=apart)
             return await self._read(connection, statement, self._arrays(possible))
 
-        return await self._of_possible(connection, keys, read)
+        pages, unread, snapshot = await self._read_keys(connection, keys, read)
+        if snapshot is None:
+            return pages[0]
+        return Page(snapshot, [row for page in pages for row in page.rows], unread=unread)
 
     async def absent(self, connection: Connection, keys: Sequence[Key]) -> tuple[Snapshot, list[Key]]:
         """Return those of `keys` that the source does not write just so for any row now.
 
         A key that equals a row's by the source's own equality and is written differently (by citext, abc for ABC) is
-        absent, too: the index has, or gets, that row under the key as it is written.
+        absent, too: the index has, or gets, that row under the key as it is written. One that cannot be read is not.
         """
-        statement = self._spellings + await self._same(connection)
+        selected = sql.SQL("wanted.{}, {}").format(PLACE, sql.SQL(", ").join(self._keys))
 
-        async def read(possible: Sequence[Key]) -> tuple[Snapshot, set[Key]]:
+        async def read(possible: Sequence[Key], apart: bool) -> tuple[Snapshot, set[Key]]:
+            statement = await self._keyed(connection, selected, apart=apart)
             page = await self._read(connection, statement, self._arrays(possible))
             return page.snapshot, {cast(Key, key) for _, *spelt in page.rows if (key := tuple(spelt)) in wanted}
 
         wanted = set(keys)
-        snapshot, found = await self._of_possible(connection, keys, read)
-        return snapshot, [key for key in keys if key not in found]
+        parts, unread, snapshot = await self._read_keys(connection, keys, read)
+        found = unread.keys() | {key for _, part in parts for key in part}
+        return snapshot or parts[0][0], [key for key in keys if key not in found]
 
-    async def _of_possible(
-        self, connection: Connection, keys: Sequence[Key], read: Callable[[Sequence[Key]], Awaitable[T]]
-    ) -> T:
-        """Read by keys; those that are no values of the key's types, and so no row's, are left out if there are any."""
+    async def _read_keys(
+        self, connection: Connection, keys: Sequence[Key], read: Callable[[Sequence[Key], bool], Awaitable[T]]
+    ) -> tuple[list[T], dict[Key, Unread], Snapshot | None]:
+        """Read by keys at once or, if a row or a key makes that fail, in parts.
+
+        Keys that are no values of the key's types, and so no row's, are left out then.
+
+        :param read: its second argument says whether conditions are to be asked of rows with these keys alone.
+        :returns: what was read, the keys whose rows cannot be read, and a snapshot of before it was read in parts.
+        """
         try:
-            return await read(keys)
-        except _NO_VALUE:
-            return await read(await self._possible(connection, keys))
+            return [await read(keys, False)], {}, None
+        except psycopg.Error as error:
+            if not of_a_row(error):
+                raise
+        snapshot = await current_snapshot(connection)
+        possible = await self._possible(connection, keys)
+        return *await read_apart(possible, lambda part: read(part, True)), snapshot
 
     async def _possible(self, connection: Connection, keys: Sequence[Key]) -> list[Key]:
         """Return those keys that are values of the key's types."""
         if connection.info.server_version >= SOFT_ERRORS_VERSION:
             valid = sql.SQL(" AND ").join(
-                sql.SQL("pg_catalog.pg_input_is_valid({}, {})").format(sql.Identifier("wanted", f"k{at}"), type_)
+                sql.SQL("pg_catalog.pg_input_is_valid({}, {})").format(
+                    sql.Identifier("wanted", f"cdcsync key {at}"), type_
+                )
                 for at, type_ in enumerate(map(sql.Literal, self._key_types))
             )
             # Not every type's input function can say so without an error.
             with contextlib.suppress(*_NO_VALUE):
                 said = await self._of_wanted(connection, valid, keys)
                 keys = [keys[place - 1] for place, valid in said if valid]
-        possible: list[Key] = []
-        halves = [list(keys)]
-        while halves:
-            half = halves.pop()
-            try:
-                await self._of_wanted(connection, sql.SQL(", ").join(self._wanted), half)
-            except _NO_VALUE:
-                if len(half) > 1:
-                    halves += [half[len(half) // 2 :], half[: len(half) // 2]]
-            else:
-                possible += half
-        return possible
+        cast_all = sql.SQL(", ").join(self._wanted)
+        _, impossible = await read_apart(keys, lambda part: self._of_wanted(connection, cast_all, part))
+        return [key for key in keys if key not in impossible]
 
     async def _of_wanted(
         self, connection: Connection, selected: sql.Composable, keys: Sequence[Key]
     ) -> list[tuple[Any, ...]]:
         """Return the place of each key with what is selected of it; no table is read."""
         cursor = psycopg.AsyncRawCursor(connection)
-        statement = sql.SQL("SELECT place, {} FROM {}").format(selected, self._wanted_from)
+        statement = sql.SQL("SELECT {}, {} FROM {}").format(PLACE, selected, self._wanted_from)
         await cursor.execute(statement, self._arrays(keys), prepare=False)
         return await cursor.fetchall()
 
@@ -316,31 +392,7 @@ class SourceTable:
         )
 
     async def _read(self, connection: Connection, statement: sql.Composed, arguments: Sequence[object]) -> Page:
-        while (page := await self._read_once(connection, statement, arguments)) is None:
-            pass
-        return page
-
-    async def _read_once(
-        self, connection: Connection, statement: sql.Composed, arguments: Sequence[object]
-    ) -> Page | None:
-        """Read under one snapshot; returns None when the table was made or rewritten after it and so looked empty.
-
-        To lock the table before would do as well, but needs more than the right to read some of its columns.
-        """
-        await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        try:
-            first = await fetch_one(connection, "SELECT pg_current_snapshot()::text")
-            # Never prepared: a plan that is kept fails once a column has another type.
-            rows = await fetch_texts(connection, statement, arguments, prepare=False)
-            page = Page(Snapshot.parse(cast(str, first[0])), rows)
-            rewritten = await fetch_row(connection, _REWRITTEN, {"tables": self._files})
-        except BaseException:
-            if not connection.closed:
-                with anyio.CancelScope(shield=True):
-                    await connection.rollback()
-            raise
-        await connection.execute("COMMIT")
-        return page if rewritten == (False,) else None
+        return await read_rows(connection, statement, arguments, self._files)
 
     def _arrays(self, keys: Sequence[Key]) -> list[list[str]]:
         return [[key[at] for key in keys] for at in range(len(self.shape.key))]
@@ -356,11 +408,16 @@ class SourceTable:
         )
         return cast(int, row[0])
 
-    async def count(self, connection: Connection, where: str | None = None) -> int:
-        """Return how many rows there are to read."""
+    async def count(self, connection: Connection, where: str | None = None) -> int | None:
+        """Return how many rows there are to read; None if a condition fails for one of them."""
         statement = sql.SQL("SELECT count(*) FROM {}").format(self._fulfilling(where))
-        async with _reading(connection):
-            row = await fetch_one(connection, statement)
+        try:
+            async with reading(connection):
+                row = await fetch_one(connection, statement)
+        except psycopg.Error as error:
+            if not of_a_row(error):
+                raise
+            return None
         return cast(int, row[0])
 
     async def expected(self, connection: Connection, where: str | None = None) -> int:
@@ -368,30 +425,12 @@ class SourceTable:
         if where is None and self.all_rows:
             return await self.estimate(connection)
         statement = sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {}").format(self._fulfilling(where))
-        async with _reading(connection):
+        async with reading(connection):
             row = await fetch_one(connection, statement)
         return int(row[0][0]["Plan"]["Plan Rows"])
 
     def _fulfilling(self, where: str | None) -> sql.Composable:
         return sql.SQL(" AND ").join([self._named, _condition(where)]) if where else self._rows
-
-
-@contextlib.asynccontextmanager
-async def _reading(connection: Connection) -> AsyncIterator[None]:
-    """Open a transaction in which no condition that someone wrote can write."""
-    async with connection.transaction():
-        await connection.execute("SET TRANSACTION READ ONLY")
-        yield
-
-
-_REWRITTEN = """
-    SELECT EXISTS (
-        SELECT FROM unnest(%(tables)s::text[]::regclass[]) AS read (oid) CROSS JOIN LATERAL
-            (SELECT read.oid UNION SELECT relid FROM pg_partition_tree(read.oid)) AS now (oid)
-        LEFT JOIN pg_class AS c ON c.oid = now.oid
-        WHERE c.relfilenode IS DISTINCT FROM coalesce(pg_relation_filenode(now.oid), 0))
-"""
-"""Compares the files of tables and their partitions: as they are, which functions tell, with what the snapshot sees."""
 
 
 def _condition(text: str) -> sql.Composable:

@@ -139,6 +139,8 @@ class IndexStatus(msgspec.Struct, frozen=True):
 
     `judged` are the last runs of `evaluate --judged`, the oldest first.
 
+    `where` is the condition on its rows. `tables` are the tables of an index over many, whose patterns are `table`.
+
     `since` is when it came into its state. `progress` is empty unless a load goes on. `text_freshness` and
     `vector_freshness` are known by the worker alone.
     """
@@ -174,6 +176,8 @@ class IndexStatus(msgspec.Struct, frozen=True):
     text_freshness: Freshness | None = None
     vector_freshness: Freshness | None = None
     related_tables: list[str] = []
+    where: str | None = None
+    tables: list[str] = []
 
 
 class Status(msgspec.Struct, frozen=True):

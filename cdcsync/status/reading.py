@@ -269,6 +269,8 @@ async def _read_indexes(
             judged=judged.get(name, []),
             embedder=config.indexes[name].embedder,
             related_tables=list(entry.tables[1:]),
+            where=entry.where,
+            tables=list(entry.members) if config.indexes[name].tables else [],
             since={"building": entry.created_at, "live": entry.live_at, "paused": entry.paused_at}[entry.state],
         )
         if (audit := audited.get(name)) is not None:
@@ -278,6 +280,7 @@ async def _read_indexes(
                     f"index {name}: the audit found documents that differed from the source, and had them read again;"
                     " the log says of which kind (audit_found). It has not proven the index equal since"
                 )
+        problems += [f"index {name}: a table is left out: {why}" for _, why in sorted(entry.left_out.items())]
         own = generations.get(name, [])
         live = next((one for one in own if one.generation == generation), None)
         if live is not None and live.embedder is not None:

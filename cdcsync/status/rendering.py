@@ -22,6 +22,9 @@ _WORK: dict[Work, str] = {"rows": "rows", "vectors": "vectors", "hnsw": "HNSW in
 _BAR = 24
 """Characters of a bar: with the longest figures beside it, 80 columns are enough."""
 
+_TABLES = 5
+"""Tables of an index over many that are named: `--json` and the page have all."""
+
 _EVENTS = 5
 """Events that are shown: the page has all."""
 
@@ -144,6 +147,18 @@ def _figures(index: IndexStatus) -> list[str | Text]:
     ]
 
 
+def _rows(index: IndexStatus) -> str:
+    """Say which tables an index over many is made of, and which rows it has, if not all of one table."""
+    parts = []
+    if index.tables:
+        named = ", ".join(index.tables[:_TABLES])
+        more = f" and {len(index.tables) - _TABLES:,} more" if len(index.tables) > _TABLES else ""
+        parts.append(f"{len(index.tables):,} tables match {index.table}: {named}{more}")
+    if index.where is not None:
+        parts.append(f"rows where {' '.join(index.where.split())}")
+    return "; ".join(parts)
+
+
 def _fresh(index: IndexStatus) -> str:
     """Say what vectors outside of the HNSW index cost, and how fast they move into it."""
     moving = f"; {index.settle_rate:,.0f} a second move into the HNSW index" if index.settle_rate else ""
@@ -228,6 +243,8 @@ def _notes(status: Status) -> list[RenderableType]:
         if index.related_tables:
             tables = ", ".join([*filter(None, [index.table]), *index.related_tables])
             grid.add_row("›", Text(f"{name}: made of the tables {tables}"))
+        if rows := _rows(index):
+            grid.add_row("›", Text(f"{name}: {rows}"))
         if index.backfill is not None and not any(part.what == "rows" for part in index.progress):
             grid.add_row("›", Text(f"{name}: {_backfill(index.backfill)}"))
         if index.text_freshness is not None or index.vector_freshness is not None:

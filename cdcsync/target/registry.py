@@ -59,6 +59,9 @@ DDL: tuple[LiteralString, ...] = (
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS settings jsonb",
     "COMMENT ON COLUMN {schema}.indexes.settings IS"
     " 'Grants on the relations of the index and options of its views, for relations that are made again.'",
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS left_out jsonb NOT NULL DEFAULT '{{}}'",
+    "COMMENT ON COLUMN {schema}.indexes.left_out IS"
+    " 'Which tables match the patterns of an index over many equal ones and are left out, and why.'",
     "COMMENT ON COLUMN {schema}.indexes.last_generation IS"
     " 'The highest number that a generation had, also one that was dropped: no number is used again.'",
     "COMMENT ON COLUMN {schema}.indexes.configuration IS"
@@ -108,11 +111,31 @@ class Entry(msgspec.Struct, frozen=True):
     configuration: dict[str, Any] | None = None
     last_generation: int | None = None
     settings: dict[str, Any] | None = None
+    left_out: dict[str, str] = {}
+
+    @property
+    def leaves(self) -> frozenset[str]:
+        """The OIDs of its table's partitions, or of its many tables."""
+        return frozenset(self._table_values.get("leaves", ()))
+
+    @property
+    def _table_values(self) -> dict[str, Any]:
+        return {} if self.made_of is None else self.made_of["tables"].get(self.source_table, {})
 
     @property
     def where(self) -> str | None:
         """The condition on the table's rows that the index was read under."""
-        return None if self.made_of is None else self.made_of["tables"].get(self.source_table, {}).get("where")
+        return self._table_values.get("where")
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """The conditions on its rows and on related rows that it was loaded by."""
+        found, sections = set(), [self.configuration or {}]
+        while sections:
+            section = sections.pop()
+            found.add(section.get("where"))
+            sections += (section.get("related") or {}).values()
+        return frozenset(filter(None, found))
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -126,6 +149,11 @@ class Entry(msgspec.Struct, frozen=True):
         read = self.made_of["tables"] if self.made_of is not None else {}
         own = {} if self.table_oid is None else {self.source_table: self.table_oid}
         return {name: values["oid"] for name, values in read.items()} | own
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The tables that an index over many equal tables is made of."""
+        return tuple(sorted(self.sent_by["tables"])) if self.sent_by is not None else ()
 
     @property
     def pause(self) -> Pause | None:
@@ -194,8 +222,9 @@ class Registry:
             "vector_type": spec.config.vector_type,
             "distance": spec.distance,
             "configuration": Jsonb(as_stored(spec.config)),
+            "left_out": Jsonb(spec.left_out),
         }
-        followed = ("slot", "view_name", "columns", "fingerprint", "table_oid", "configuration")
+        followed = ("left_out", "slot", "view_name", "columns", "fingerprint", "table_oid", "configuration")
         await connection.execute(
             sql.SQL(
                 "INSERT INTO {} AS i (name, state, {}) VALUES (%s, 'building', {}) ON CONFLICT (name) DO UPDATE SET {},"

@@ -253,9 +253,10 @@ class Pipeline:
             await let_go(target, config)
             specs = [*self.specs, *(one.spec for one in self.held.values() if one.new)]
             tables = sorted({table for spec in specs for table in spec.tables})
-            await set_up_publication(source, config, tables)
+            await set_up_publication(source, config, sorted({one for spec in specs for one in spec.single_tables}))
             with speaking_of("source"):
-                catalog = await read_catalog(source, config.source.publication, tables)
+                expressions = {text for spec in specs for text in spec.config.expressions}
+                catalog = await read_catalog(source, config.source.publication, tables, expressions=expressions)
                 server = await read_server(source)
             if outdated(catalog, specs):
                 return "outdated"

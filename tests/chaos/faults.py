@@ -438,6 +438,44 @@ def partition(history: History) -> None:
         history.settles_late = True
 
 
+@fault("table of many appears")
+def member_appears(history: History) -> None:
+    """Create another table of an index over many, and change it before anyone has seen it, or after."""
+    history.ensure_worker()
+    history.streaming()
+    shop = f"shop_4_{history.chance.randint(0, 10**9)}" if _shop(history, "shop_4") else "shop_4"
+    history.execute(history.source, "SELECT make_shop(%s)", shop)
+    if history.chance.random() < 0.5:
+        rest(history, 4, 6)
+    history.execute(history.source, f"UPDATE {shop}.items SET body = body || ' once more' WHERE id % 3 = 0")
+    history.fire("table of many appears")
+    history.settles_late = True
+
+
+@fault("table of many goes")
+def member_goes(history: History) -> None:
+    """Drop, or rename, one of an index's many tables, and perhaps make another under its name."""
+    history.ensure_worker()
+    history.streaming()
+    shop = f"shop_{history.chance.randint(2, 3)}"
+    if not _shop(history, shop):
+        return
+    gone = history.chance.choice(
+        (f"DROP SCHEMA {shop} CASCADE", f"ALTER SCHEMA {shop} RENAME TO shop_9_{history.chance.randint(0, 10**9)}")
+    )
+    if not _ddl(history, gone):
+        return
+    rest(history, 0, 1)
+    if history.chance.random() < 0.5:
+        history.execute(history.source, "SELECT make_shop(%s)", shop)
+    history.fire("table of many goes")
+    history.settles_late = True
+
+
+def _shop(history: History, name: str) -> bool:
+    return bool(history.execute(history.source, "SELECT FROM pg_namespace WHERE nspname = %s", name))
+
+
 @fault("publication edited")
 def publication(history: History) -> None:
     """Take a table out of the publication, change it, and put it back before anyone looks."""

@@ -30,6 +30,21 @@ CREATE TABLE posts (id bigint PRIMARY KEY,
 CREATE INDEX ON posts (thread_id);
 CREATE INDEX ON posts (author_id);
 ALTER TABLE posts REPLICA IDENTITY FULL;
+CREATE FUNCTION make_shop(shop text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN
+    EXECUTE format('CREATE SCHEMA %I', shop);
+    EXECUTE format('CREATE TABLE %I.items (id int PRIMARY KEY, n int NOT NULL, body text)', shop);
+    EXECUTE format('ALTER TABLE %I.items ALTER body SET STORAGE EXTERNAL', shop);
+    EXECUTE format('INSERT INTO %I.items SELECT i, i, %L || i FROM generate_series(1, 15) AS i', shop,
+        shop || md5(random()::text) || ' has ');
+END $$;
+CREATE FUNCTION all_items() RETURNS TABLE (source_table text, id int, document text) LANGUAGE plpgsql AS $$
+DECLARE shop text; BEGIN
+    FOR shop IN SELECT nspname FROM pg_namespace WHERE starts_with(nspname, 'shop_') LOOP
+        RETURN QUERY EXECUTE format('SELECT %L, id, concat(''item '', n, '': '', body) FROM %I.items'
+            ' WHERE n %% 4 <> 1', shop || '.items', shop);
+    END LOOP;
+END $$;
+SELECT make_shop('shop_' || i) FROM generate_series(1, 3) AS i;
 INSERT INTO articles SELECT i, i % 5, 'title ' || i, CASE WHEN i % 4 > 0 THEN
     (SELECT string_agg('first' || i || 'x' || j, ' ') FROM generate_series(1, i % 60) AS j) END
 FROM generate_series(1, 80) AS i;
@@ -87,6 +102,15 @@ embedder = "far"
 [indexes.shelf.chunking]
 strategy = "none"
 """,
+    "items": """
+[indexes.items]
+tables = ["shop_*.items"]
+where = "n % 4 <> 1"
+text = "item {n}: {body}"
+embedder = "far"
+[indexes.items.chunking]
+strategy = "none"
+""",
     "threads": """
 [indexes.threads]
 table = "threads"
@@ -107,7 +131,7 @@ on = { id = "author_id" }
 """,
 }
 
-RETURNING = ("shelved: ", "thread: ")
+RETURNING = ("shelved: ", "thread: ", "item ")
 """How texts begin that go and come back, because a condition or a related row says so. They are embedded again."""
 
 DOCUMENTS = {
@@ -116,6 +140,7 @@ DOCUMENTS = {
     "notes": (("lang", "no"), "SELECT lang, no, body FROM notes"),
     "events": (("id", "day"), "SELECT id, day, concat('on day ', day, ': ', payload) FROM events"),
     "shelf": (("id", "tenant"), "SELECT id, tenant, concat('shelved: ', title) FROM articles WHERE tenant <> 3"),
+    "items": (("source_table", "id"), "SELECT * FROM all_items()"),
     "threads": (
         ("id",),
         "SELECT id, concat('thread: ', subject, E'\\n',"
@@ -205,6 +230,7 @@ class Writer:
                 except (
                     psycopg.errors.UniqueViolation,
                     psycopg.errors.UndefinedTable,
+                    psycopg.errors.InvalidSchemaName,
                     psycopg.errors.CheckViolation,
                     psycopg.errors.ForeignKeyViolation,
                 ):
@@ -251,7 +277,12 @@ class Writer:
                 session.execute(f"{chance.choice(('COMMIT', 'COMMIT', 'ROLLBACK'))} PREPARED '{row[0]}'")
             case "truncated":
                 session.execute(
-                    chance.choice(("TRUNCATE articles", "TRUNCATE notes", "TRUNCATE events", "TRUNCATE posts"))
+                    chance.choice(
+                        (
+                            *("TRUNCATE articles", "TRUNCATE notes", "TRUNCATE events", "TRUNCATE posts"),
+                            "TRUNCATE shop_1.items",
+                        )
+                    )
                 )
             case "other":
                 session.execute(
@@ -271,7 +302,8 @@ class Writer:
         chance = self.chance
         key, lang, day = chance.randint(1, 200), chance.choice(("de", "en", "fr")), chance.randint(0, 19)
         thread, author = chance.randint(1, 40), chance.randint(1, 8)
-        match chance.randint(0, 23):
+        items = f"shop_{chance.randint(1, 4)}.items"
+        match chance.randint(0, 27):
             case 0 | 1 | 2:
                 session.execute(
                     "INSERT INTO articles (id, tenant, title, body) VALUES (%s, %s, %s, %s)"
@@ -337,6 +369,17 @@ class Writer:
                     [3000 + key, thread, author, self.text(1)],
                 )
                 session.execute("INSERT INTO threads VALUES (%s, %s, %s)", [thread, self.text(1), chance.randint(0, 4)])
+            case 24 | 25:
+                session.execute(
+                    f"INSERT INTO {items} VALUES (%s, %s, %s) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
+                    [key % 40, chance.randint(0, 9), self.text(chance.choice((1, 300)))],
+                )
+            case 26:
+                session.execute(
+                    f"UPDATE {items} SET n = n + 1, id = id + %s WHERE id = %s", [1000 * (key % 2), key % 40]
+                )
+            case 27:
+                session.execute(f"DELETE FROM {items} WHERE id = %s", [key % 40])
 
     def _streamed(self, session: Connection) -> None:
         """Write more than the server keeps in memory, with parts that are taken back."""

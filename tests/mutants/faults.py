@@ -196,6 +196,30 @@ MUTANTS = (
         "forgotten position committed",
     ),
     Mutant(
+        "a row that leaves the condition stays",
+        "flows/follow/prepare.py",
+        "            if holds is False:\n                deleted.append(change.key)\n",
+        "            if holds is False:\n",
+        "chaos",
+        "provider: error 500",
+    ),
+    Mutant(
+        "a condition that only the source decides is taken to hold",
+        "flows/follow/prepare.py",
+        "if holds is None or not complete(change.row):",
+        "if not complete(change.row):",
+        "chaos",
+        "provider: error 500",
+    ),
+    Mutant(
+        "a load reads the rows that the condition leaves out",
+        "model/spec.py",
+        "for one in (self.row_filter, self.where and self.where.text) if one]",
+        "for one in (self.row_filter,) if one]",
+        "chaos",
+        "kill -9",
+    ),
+    Mutant(
         "a vector is stored for whatever text the chunk has by now",
         "target/backlog.py",
         ' FROM {backlog} AS b JOIN {stage} USING (content_hash)"\n'

@@ -29,10 +29,16 @@ from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.related import computed
 from cdcsync.source.related import operators as related_operators
+from cdcsync.source.tables import SourceTable
+from cdcsync.source.unreadable import of_a_row
 from cdcsync.target.keys import stored_digests
 
 MADE_HERE_ROWS = 1_000
 """Rows of a page at most where documents are made by code: their texts are all in memory here."""
+
+
+NO_DOCUMENT = 0
+"""Stands for a document that no digest can be made of: what the index stores is not likely to have it."""
 
 
 class Digests(msgspec.Struct, frozen=True):
@@ -61,15 +67,35 @@ async def source_digests(
             continue
         start = after if source is None or after is None or source == after[0] else None
         try:
-            page = await _table_digests(connection, one, start, limit, mine)
+            page = await _digests_apart(connection, one, start, limit, mine)
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
             if source is None:
                 raise
             continue  # one of many was dropped meanwhile
-        if keys is None and page.by_key:
+        if keys is None and (page.by_key or not page.last):
             return msgspec.structs.replace(page, last=page.last and one is spec.each[-1])
         found = Digests(found.by_key | page.by_key, found.repeated + page.repeated, page.after or after, page.last)
     return found
+
+
+async def _digests_apart(
+    connection: Connection, spec: IndexSpec, after: Key | None, limit: int, keys: Sequence[Key] | None
+) -> Digests:
+    """Return the digests of one table.
+
+    If the server fails at a row, the whole page has digests of no document: its rows are compared one by one.
+    """
+    try:
+        return await _table_digests(connection, spec, after, limit, keys)
+    except psycopg.Error as error:
+        if not of_a_row(error):
+            raise
+    table = SourceTable.of(spec)
+    page = await (table.page(connection, after, limit) if keys is None else table.by_keys(connection, keys))
+    readable = [spec.shape.key_of(row) for row in page.rows]
+    following = page.last or (readable[-1] if readable else after)
+    last = len(readable) < limit and not page.more
+    return Digests(dict.fromkeys([*readable, *page.unread], NO_DOCUMENT), [], following, last)
 
 
 async def _table_digests(

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from cdcsync.documents.chunks.sizes import WHITE_SPACE
 from cdcsync.errors import DocumentError
-from cdcsync.flows.backfill.pages import Page
-from cdcsync.model.rows import Key, Row
+from cdcsync.flows.backfill.pages import Entry, Page
+from cdcsync.model.rows import Key, Row, Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.sessions import Connection, speaking_of
@@ -44,8 +44,10 @@ async def check(
     return found, changed
 
 
-def difference(spec: IndexSpec, row: Row | None, stored: tuple[Row, bytes] | None) -> Problem | None:
+def difference(spec: IndexSpec, row: Entry, stored: tuple[Row, bytes] | None) -> Problem | None:
     """Say how the index differs for one key; a document of white space alone has no place in it."""
+    if isinstance(row, Unread):
+        return "missing" if stored is None else "stale"
     try:
         made = None if row is None else spec.render(row)
     except DocumentError:  # left out of the index, where it should be

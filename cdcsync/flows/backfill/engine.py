@@ -190,7 +190,7 @@ class Backfills:
             done += len(page.entries)
             limit = next_limit(limit, most, page, beside_live=self.marks.beside_live)
             made = await self._make(target, request, page)
-            forced = tuple(key for key, row in page.entries if row is not None) if request.force_embed else ()
+            forced = tuple(key for key, row in page.entries if isinstance(row, tuple)) if request.force_embed else ()
             end = PageEnd(request.id, request.phase, cursor, done, last and closes, request.index, forced)
             while in_flight and self.marks.beside_live:
                 await in_flight.pop(0).wait()
@@ -206,7 +206,7 @@ class Backfills:
 
     async def _make(self, target: Connection, request: Request, page: Page) -> Made | None:
         """Make of a page's rows what they come to, where that is not just what the index has already."""
-        rows = [row for _, row in page.entries if row is not None]
+        rows = [row for _, row in page.entries if isinstance(row, tuple)]
         if not request.changes_texts or len(rows) < len(page.entries) or not rows:
             return None
         return await self._page_preparers[request.index].make(target, rows)

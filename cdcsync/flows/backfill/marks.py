@@ -17,7 +17,7 @@ from cdcsync.flows.backfill.pages import Page
 from cdcsync.flows.backfill.preparing import Made
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch, PageEnd, PageRows
-from cdcsync.model.rows import Delete, Upsert
+from cdcsync.model.rows import Delete, Unread, UnreadRow, Upsert
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import Mark
 from cdcsync.model.visibility import Deliveries, Snapshot
@@ -96,6 +96,8 @@ class Marks:
                 continue
             if row is None:
                 rows.append(Delete(shape, key, 0, mark.lsn, as_written=True))
+            elif isinstance(row, Unread):
+                rows.append(UnreadRow.of(shape, key, 0, mark.lsn, row))
             elif overtaken_by:
                 rows.append(Upsert(shape, key, (*key, *unread), 0, mark.lsn))
             elif pending.made is not None:

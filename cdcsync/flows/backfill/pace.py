@@ -22,7 +22,9 @@ def next_limit(limit: int, most: int, page: Page, *, beside_live: bool = False) 
 
     :param beside_live: whether changes come in, which are not to wait for a page.
     """
-    size = sum(len(value) for _, row in page.entries if row is not None for value in row if isinstance(value, str))
+    size = sum(
+        len(value) for _, row in page.entries if isinstance(row, tuple) for value in row if isinstance(value, str)
+    )
     fitting = len(page.entries) * (BESIDE_LIVE_BYTES if beside_live else PAGE_BYTES) // size if size else most
     return max(1, min(most, BESIDE_LIVE_ROWS if beside_live else limit * 2, fitting))
 

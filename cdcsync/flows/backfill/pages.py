@@ -14,11 +14,12 @@ import msgspec
 import structlog
 
 from cdcsync.backoff import backoff_s
-from cdcsync.model.rows import Key, Row
+from cdcsync.model.rows import Key, Row, Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.catalog import blockers, current_snapshot
+from cdcsync.source.reads import Page as Read
 from cdcsync.source.tables import SourceTable
 from cdcsync.target.keys import page_of_keys, written_keys
 from cdcsync.target.requests import Request, Requests
@@ -31,11 +32,15 @@ BLOCKED_REPORT_S = 10.0
 """How often it is said which open transactions a page waits for."""
 
 
+Entry: TypeAlias = Row | Unread | None
+"""A row, why it cannot be read, or None where there is none."""
+
+
 class Page(msgspec.Struct, frozen=True):
     """Keys with the rows that the snapshot shows, None where it shows none; `cursor` is where the next page begins."""
 
     snapshot: Snapshot
-    entries: list[tuple[Key, Row | None]]
+    entries: Sequence[tuple[Key, Entry]]
     cursor: Key | None
     last: bool
 
@@ -76,15 +81,17 @@ class Pages:
         """Return the reader of the source's rows in the order of their keys."""
 
         async def read(after: Key | None, limit: int) -> Page:
-            async def page(connection: Connection) -> tuple[Snapshot, tuple[list[Row], bool]]:
+            async def page(connection: Connection) -> tuple[Snapshot, Read]:
                 found = await self._table.page(connection, after, limit, filter_)
-                return found.snapshot, (found.rows, found.more)
+                return found.snapshot, found
 
             with speaking_of("source", where=str(self._spec.shape.table)):
                 limit = await self._table.fitting(await self._source.connection(), after, limit, PAGE_BYTES, filter_)
-            snapshot, (rows, more) = await self._under_a_complete_snapshot(page)
-            entries: list[tuple[Key, Row | None]] = [(self._spec.shape.key_of(row), row) for row in rows]
-            return Page(snapshot, entries, entries[-1][0] if entries else after, len(rows) < limit and not more)
+            snapshot, found = await self._under_a_complete_snapshot(page)
+            entries: list[tuple[Key, Entry]] = [(self._spec.shape.key_of(row), row) for row in found.rows]
+            cursor = found.last or (entries[-1][0] if entries else after)
+            last = len(found.rows) < limit and not found.more
+            return Page(snapshot, [*entries, *found.unread.items()], cursor, last)
 
         return read
 
@@ -117,7 +124,7 @@ class Pages:
             absent = [key for key, row in page.entries if row is None]
             with speaking_of("target", where=f"index {self._spec.name}", index=self._spec.name):
                 written = await written_keys(target, self._schema, self._spec, absent)
-            entries: list[tuple[Key, Row | None]] = [(written.get(key, key), None) for key in absent]
+            entries: list[tuple[Key, Entry]] = [(written.get(key, key), None) for key in absent]
             entries = [entry for entry in entries if entry[0] not in present]
             entries += [(key, row) for key, row in page.entries if row is not None]
             last = fitting == len(keys) < limit
@@ -128,13 +135,14 @@ class Pages:
     async def of_keys(self, keys: Sequence[Key]) -> Page:
         """Return the page of these keys."""
 
-        async def page(connection: Connection) -> tuple[Snapshot, list[Row]]:
+        async def page(connection: Connection) -> tuple[Snapshot, Read]:
             found = await self._table.by_keys(connection, keys)
-            return found.snapshot, found.rows
+            return found.snapshot, found
 
-        snapshot, rows = await self._under_a_complete_snapshot(page)
-        entries: dict[Key, Row | None] = dict.fromkeys(keys)
-        entries.update((self._spec.shape.key_of(row), row) for row in rows)
+        snapshot, found = await self._under_a_complete_snapshot(page)
+        entries: dict[Key, Entry] = dict.fromkeys(keys)
+        entries.update((self._spec.shape.key_of(row), row) for row in found.rows)
+        entries.update(found.unread)
         return Page(snapshot, list(entries.items()), None, True)
 
     async def _under_a_complete_snapshot(

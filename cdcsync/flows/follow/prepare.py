@@ -27,13 +27,14 @@ from cdcsync.flows.follow.related import RelatedChanges, seeing
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges, RowChange
 from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, FailedDocument, Kept, Rebuild
-from cdcsync.model.rows import Delete, Key, Row, Touched, Upsert, complete
+from cdcsync.model.rows import Delete, Key, Row, Touched, Unread, UnreadRow, Upsert, complete
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
 from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.pgoutput.messages import UNCHANGED
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
-from cdcsync.source.tables import Page, SourceTable
+from cdcsync.source.reads import Page
+from cdcsync.source.tables import SourceTable
 from cdcsync.target.look_ups import LookUps
 
 log = structlog.get_logger()
@@ -228,6 +229,9 @@ class Preparer:
         for change, lane in upserts:
             # A page has only rows that the source has decided on.
             decided = lane == BACKFILL or spec.where is None
+            if isinstance(change, UnreadRow):
+                ours.append((change, lane))
+                continue
             holds = decided or (None if isinstance(change, Touched) else spec.holds(change.row))
             if holds is False:
                 deleted.append(change.key)
@@ -248,7 +252,9 @@ class Preparer:
         for change, lane in ours:
             if change.key not in unknown:
                 completed.append((change, lane))
-            elif (row := rows.get(change.key)) is not None:
+            elif isinstance(row := rows.get(change.key), Unread):
+                completed.append((UnreadRow.of(change.shape, change.key, change.xid, change.lsn, row), lane))
+            elif row is not None:
                 completed.append((Upsert(change.shape, change.key, row, change.xid, change.lsn), lane))
             elif (spec.where is not None or change.shape.computed) and change.key not in unread:
                 deleted.append(change.key)
@@ -256,9 +262,10 @@ class Preparer:
 
     async def _reread(
         self, keys: Sequence[Key], xids: set[int], *, rewrite: bool
-    ) -> tuple[dict[Key, Row], tuple[Key, ...]]:
-        """Return the rows that the source has for these keys, under a snapshot that sees these transactions.
+    ) -> tuple[dict[Key, Row | Unread], tuple[Key, ...]]:
+        """Return the rows that the source has for these keys, or why they cannot be read.
 
+        They are read under a snapshot that sees these transactions.
         Rows with related ones are read in portions, each under a snapshot of its own and as large as the last one
         suggests; reading ends once they are large together, and the keys that are left are returned.
         """
@@ -267,15 +274,16 @@ class Preparer:
             page = await self._table.by_keys(connection, portion)
             return page.snapshot, page
 
-        found: dict[Key, Row] = {}
+        found: dict[Key, Row | Unread] = {}
         done = size = 0
         at_once = READ_AT_FIRST if self._related is not None else len(keys)
         while done < len(keys) and (size <= MOST_BYTES_READ or self._related is None):
             portion = keys[done : done + at_once]
             page = await seeing(xids, self._spec, self._source, read)
-            rows = {self._spec.shape.key_of(row): row for row in page.rows}
+            rows: dict[Key, Row | Unread] = {self._spec.shape.key_of(row): row for row in page.rows}
+            rows.update(page.unread)
             self._deliveries.read_again((*portion, *rows), page.snapshot, rewritten=rewrite)
-            found |= rows
+            found.update(rows)
             read_bytes = sum(len(value) for row in page.rows for value in row if isinstance(value, str))
             done, size = done + len(portion), size + read_bytes
             at_once = max(1, min(READ_AT_ONCE, 4 * at_once, at_once * READ_BYTES // max(1, read_bytes)))
@@ -289,6 +297,8 @@ class Preparer:
             rendered = []
             for change, lane in part:
                 try:
+                    if isinstance(change, UnreadRow):
+                        raise DocumentError(change.reason)
                     document = change.document if isinstance(change, Prepared) else render(change.row)
                 except DocumentError as error:
                     failed[change.key] = error

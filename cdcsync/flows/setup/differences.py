@@ -37,16 +37,24 @@ def stored_fingerprint(entry: Entry) -> Fingerprint | None:
     return msgspec.convert({"made_of": entry.made_of, "sent_by": entry.sent_by}, Fingerprint)
 
 
+def as_followed(catalog: Catalog, spec: IndexSpec) -> Catalog:
+    """Return the catalog as an index sees it: of many equal tables, with those that it follows."""
+    return catalog.limited(spec.shape.table, spec.members) if spec.shape.many else catalog
+
+
 def present_fingerprint(catalog: Catalog, spec: IndexSpec) -> Fingerprint | None:
     """Return the fingerprint of an index as the catalog has it; None if a table of it is gone."""
+    catalog = as_followed(catalog, spec)
     table = catalog.tables.get(spec.shape.table)
     if table is None or any(name not in catalog.tables for name in spec.tables):
         return None
-    return fingerprint_of(catalog, table, spec.shape.own, spec.where, columns_read(spec.documents.related))
+    related = columns_read(spec.documents.related)
+    return fingerprint_of(catalog, table, spec.shape.own, spec.where, related, spec.config.expressions)
 
 
 def difference_of(catalog: Catalog, spec: IndexSpec, entry: Entry, now: Fingerprint) -> Difference:
     """Return what has to be done for an index whose fingerprint is `now`, and is stored as it was before."""
+    catalog = as_followed(catalog, spec)
     tables = [catalog.tables[name] for name in spec.tables]
     return difference(stored_fingerprint(entry), now, catalog.tables[spec.shape.table], tables)
 

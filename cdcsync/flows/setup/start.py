@@ -16,7 +16,13 @@ from cdcsync.config import Config, QualifiedName
 from cdcsync.crashpoints import crash_point
 from cdcsync.documents.related import TableFacts
 from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse, TablesChanged
-from cdcsync.flows.setup.differences import ask_for, difference_of, note_fingerprint, present_fingerprint
+from cdcsync.flows.setup.differences import (
+    as_followed,
+    ask_for,
+    difference_of,
+    note_fingerprint,
+    present_fingerprint,
+)
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
 from cdcsync.flows.setup.needs import need_of
 from cdcsync.lsn import Lsn
@@ -95,9 +101,10 @@ async def set_up_shared(target: Connection, config: Config) -> None:
 
 def outdated(catalog: Catalog, specs: Sequence[IndexSpec]) -> bool:
     """Say whether a table is another one than when its index was examined, so that all has to be examined again."""
-    publication = catalog.publication
+    of_all = catalog
     for spec in specs:
-        table = catalog.tables.get(spec.shape.table)
+        catalog = as_followed(of_all, spec)
+        publication, table = catalog.publication, catalog.tables.get(spec.shape.table)
         if table is None or table.oid != spec.table_oid:
             return True
         if spec.shape.many and rows_sent(publication, catalog.members.get(spec.shape.table, ())) != spec.members:
@@ -119,7 +126,7 @@ def _related_outdated(spec: IndexSpec, name: QualifiedName, facts: TableFacts, c
     if table is None or table.oid != spec.oids.get(name, table.oid):
         return True
     sent = publication.tables.get(name) if publication is not None else None
-    types = {column: table.columns[column].type for column in facts.types if column in table.columns}
+    types = {column: table.columns[column].value_type for column in facts.types if column in table.columns}
     return sent is None or sent.row_filter != facts.row_filter or types != facts.types
 
 
@@ -233,6 +240,9 @@ async def _register(target: Connection, config: Config, spec: IndexSpec, catalog
     before = await registry.find(target, spec.name)
     begun = before is not None and not await requests.still_to_begin(target, spec.name)
     await registry.register(target, config.source.slot, spec)
+    for name, why in spec.left_out.items():
+        if before is None or before.left_out.get(name) != why:
+            log.warning("table_left_out", index=spec.name, table=name, because=why)
     await Generations(schema).register(target, spec)
     found = Difference() if before is None else difference_of(catalog, spec, before, now)
     need = need_of(spec, before, found, missing=missing, begun=begun)

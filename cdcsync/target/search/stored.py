@@ -8,7 +8,7 @@ from typing import cast
 import msgspec
 from psycopg import sql
 
-from cdcsync.config import Index
+from cdcsync.config import Index, QualifiedName
 from cdcsync.documents.documents import make_documents
 from cdcsync.errors import SetupError
 from cdcsync.model.conditions import Where
@@ -83,6 +83,7 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
         fingerprint=entry.fingerprint,
         where=None if entry.where is None else Where(entry.where),
         generation=entry.generation,
+        members={QualifiedName.parse(one): None for one in entry.members} if config.tables else {},
     )
     others = [one.spec(spec) for one in generations if one is not live and one.state != "dropping"]
     return msgspec.structs.replace(spec, others=tuple(others))

@@ -76,7 +76,7 @@ async def test_types_that_the_target_lacks_become_text_with_a_warning(make_datab
         "mood": "text",
         "same": "text",
         "pair": "text",
-        "known": "public.known",
+        "known": "integer",
         "many": "text",
         "price": "numeric(8,2)",
         "at": "timestamp(3) with time zone",

@@ -116,12 +116,3 @@ def test_commands_know_all_tables(tenants: Scene) -> None:
     assert verified["equal"], verified
     found = tenants.command("search", "everyones", "tenant_b", "--filter", "source_table=tenant_b.articles")
     assert found.returncode == 0, found.stderr
-
-
-def test_a_table_that_is_not_like_the_others_pauses_the_index_until_it_is_gone(tenants: Scene) -> None:
-    tenants.execute("CREATE SCHEMA tenant_odd", "CREATE TABLE tenant_odd.articles (id bigint PRIMARY KEY, title text)")
-    assert "tenant_odd.articles" in tenants.paused("everyones")
-    tenants.execute("UPDATE tenant_a.articles SET title = 'while paused' WHERE id = 12")
-    tenants.follows("ours")
-    tenants.execute("DROP SCHEMA tenant_odd CASCADE")
-    tenants.heals(*BOTH)

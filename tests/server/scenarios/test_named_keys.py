@@ -99,3 +99,143 @@ def test_an_index_is_paused_while_nothing_proves_its_key(keyless: Scene) -> None
     keyless.follows("full_identity")
     keyless.execute("CREATE UNIQUE INDEX wider_key ON wider (station)")
     keyless.heals("wider")
+
+
+NOTHING_PROVES = "nothing proves that (taken, station) names one row"
+CHANGES: dict[str, tuple[str, list[str], str, list[str]]] = {
+    "duplicates": (
+        "FULL",
+        ["DROP INDEX {t}_key", "INSERT INTO {t} SELECT * FROM {t} WHERE station IN ('s1', 's2')"],
+        NOTHING_PROVES,
+        [
+            "DELETE FROM {t} a USING {t} b WHERE a.ctid > b.ctid AND a.station = b.station",
+            "CREATE UNIQUE INDEX {t}_key ON {t} (taken, station)",
+        ],
+    ),
+    "no_longer_unique": (
+        "FULL",
+        ["DROP INDEX {t}_key", "CREATE INDEX {t}_key ON {t} (taken, station)"],
+        NOTHING_PROVES,
+        ["DROP INDEX {t}_key", "CREATE UNIQUE INDEX {t}_key ON {t} (taken, station)"],
+    ),
+    "partly_unique": (
+        "FULL",
+        ["DROP INDEX {t}_key", "CREATE UNIQUE INDEX {t}_key ON {t} (taken, station) WHERE taken > 0"],
+        NOTHING_PROVES,
+        ["DROP INDEX {t}_key", "CREATE UNIQUE INDEX {t}_key ON {t} (taken, station)"],
+    ),
+    "may_be_null": (
+        "FULL",
+        ["ALTER TABLE {t} ALTER station DROP NOT NULL", "INSERT INTO {t} VALUES (NULL, 1, 'a'), (NULL, 1, 'b')"],
+        "NULL",
+        ["DELETE FROM {t} WHERE station IS NULL", "ALTER TABLE {t} ALTER station SET NOT NULL"],
+    ),
+    "identity_index_dropped": (
+        "INDEX",
+        ["DROP INDEX {t}_key", "INSERT INTO {t} VALUES ('only inserts work', 1)"],
+        NOTHING_PROVES,
+        [
+            "CREATE UNIQUE INDEX {t}_key ON {t} (taken, station)",
+            "ALTER TABLE {t} REPLICA IDENTITY USING INDEX {t}_key",
+        ],
+    ),
+    "identity_of_another_index": (
+        "INDEX",
+        [
+            "ALTER TABLE {t} ADD other int GENERATED ALWAYS AS IDENTITY UNIQUE",
+            "ALTER TABLE {t} REPLICA IDENTITY USING INDEX {t}_other_key",
+            "UPDATE {t} SET station = station || 'x' WHERE taken = 1",
+        ],
+        "replica identity",
+        ["ALTER TABLE {t} REPLICA IDENTITY USING INDEX {t}_key"],
+    ),
+    "identity_nothing": (
+        "FULL",
+        ["ALTER TABLE {t} REPLICA IDENTITY NOTHING", "INSERT INTO {t} VALUES ('only inserts work', 1)"],
+        "replica identity",
+        ["ALTER TABLE {t} REPLICA IDENTITY FULL"],
+    ),
+    "widened": (
+        "FULL",
+        ["ALTER TABLE {t} ALTER taken TYPE bigint", "INSERT INTO {t} VALUES ('wide', 5000000000, 'wide')"],
+        "",
+        [],
+    ),
+    "widened_index": (
+        "INDEX",
+        ["ALTER TABLE {t} ALTER taken TYPE bigint", "UPDATE {t} SET taken = taken + 5000000000"],
+        "",
+        [],
+    ),
+    "to_text": ("FULL", ["ALTER TABLE {t} ALTER taken TYPE text", "UPDATE {t} SET taken = 'n' || taken"], "", []),
+    "full_to_index": (
+        "FULL",
+        ["ALTER TABLE {t} REPLICA IDENTITY USING INDEX {t}_key", "UPDATE {t} SET station = station || 'x'"],
+        "",
+        [],
+    ),
+    "index_to_full": (
+        "INDEX",
+        ["ALTER TABLE {t} REPLICA IDENTITY FULL", "UPDATE {t} SET station = station || 'x'"],
+        "",
+        [],
+    ),
+    "index_replaced": (
+        "FULL",
+        ["CREATE UNIQUE INDEX {t}_new ON {t} (station, taken)", "DROP INDEX {t}_key", "UPDATE {t} SET title = 'r'"],
+        "",
+        [],
+    ),
+    "primary_key_added": (
+        "FULL",
+        [
+            "ALTER TABLE {t} ADD PRIMARY KEY (station, taken)",
+            "ALTER TABLE {t} REPLICA IDENTITY DEFAULT",
+            "UPDATE {t} SET station = station || 'x' WHERE taken = 1",
+        ],
+        "",
+        [],
+    ),
+}
+"""What happens to a table whose index names its key: how it is identified, the statements, why the index is paused for
+it, if it is, and what heals it."""
+
+HOW = pytest.mark.parametrize("how", ["up", pytest.param("down", marks=pytest.mark.proof)])
+"""Whether the worker runs meanwhile."""
+
+
+@pytest.fixture(scope="module")
+def changing(make_scene: MakeScene) -> Scene:
+    """A table for each change, twice, and one that nothing happens to."""
+    statements = ["CREATE TABLE beside (id int PRIMARY KEY, title text)", "INSERT INTO beside VALUES (1, 'beside')"]
+    indexes = {"beside": Followed("beside")}
+    for change, (identity, *_) in CHANGES.items():
+        for how in ("up", "down"):
+            name = f"{change}_{how}"
+            statements += [
+                f"CREATE TABLE {name} ({COLUMNS})",
+                f"CREATE UNIQUE INDEX {name}_key ON {name} (taken, station)",
+                f"ALTER TABLE {name} REPLICA IDENTITY {'FULL' if identity == 'FULL' else f'USING INDEX {name}_key'}",
+                f"INSERT INTO {name} SELECT 's' || i, i % 4, 'the same' FROM generate_series(1, 9) i",
+            ]
+            indexes[name] = Followed(name, more='key = ["station", "taken"]')
+    return make_scene(statements, indexes)
+
+
+@HOW
+def test_an_index_goes_by_its_named_key_or_is_paused_whatever_becomes_of_the_table(changing: Scene, how: str) -> None:
+    if how == "down":
+        changing.pipeline.stop(changing.pipeline.processes[-1])
+    for change, (_, statements, _, _) in CHANGES.items():
+        changing.execute(*(one.format(t=f"{change}_{how}") for one in statements))
+    changing.execute("UPDATE beside SET title = title || '.'")
+    if how == "down":
+        changing.pipeline.start()
+    for change, (_, _, reason, healing) in CHANGES.items():
+        if reason:
+            said = changing.paused(f"{change}_{how}")
+            assert reason in said, said
+        changing.execute(*(one.format(t=f"{change}_{how}") for one in healing))
+    changing.heals()
+    paused = {event["index"] for event in changing.pipeline.events() if event["event"] == "index_paused"}
+    assert "beside" not in paused

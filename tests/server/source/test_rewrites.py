@@ -11,7 +11,8 @@ import pytest
 from cdcsync.config import QualifiedName
 from cdcsync.model.rows import Shape
 from cdcsync.postgres.sessions import connect
-from cdcsync.source.tables import Page, SourceTable
+from cdcsync.source.reads import Page
+from cdcsync.source.tables import SourceTable
 from tests.support.servers import Database
 
 pytestmark = pytest.mark.server

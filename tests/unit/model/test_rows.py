@@ -218,3 +218,13 @@ def test_a_complete_row_is_left_as_it_is() -> None:
 
     assert complete(row)
     assert fill(row, ("0", "0", "0")) is row
+
+
+@pytest.mark.parametrize("old", [None, key_only(id="2")])
+def test_a_row_with_null_in_its_key_is_an_error_that_passes(projection: Projection, old: Tuple | None) -> None:
+    with pytest.raises(SchemaChanged, match=r"the key \(tenant, id\) holds NULL") as updated:
+        projection.updated(None if old is None else "K", old, sent(id=None), XID, LSN)
+    with pytest.raises(SchemaChanged, match="holds NULL") as inserted:
+        projection.inserted(sent(tenant=None), XID, LSN)
+    assert updated.value.passing
+    assert inserted.value.passing

@@ -259,3 +259,10 @@ def test_generations_are_shown_side_by_side_with_what_is_left() -> None:
     shown = printed(with_index(generations=[old, new]), width=140)
     assert "articles: generation 1 live: minilm, vector(384), cosine, recall 0.990, 2.0 kB" in shown
     assert "generation 2 filling: e5, vector(768), cosine, 25% of 100 chunks, 15 s left, 1 failed, 1.0 kB" in shown
+
+
+def test_the_tables_and_the_condition_of_an_index_are_shown() -> None:
+    tables = [f"tenant_{at}.articles" for at in range(7)]
+    said = printed(with_index(table="tenant_*.articles", tables=tables, where="kind <> 'x'\n AND true"), width=200)
+    assert "7 tables match tenant_*.articles: tenant_0.articles" in said
+    assert "tenant_4.articles and 2 more; rows where kind <> 'x' AND true" in said

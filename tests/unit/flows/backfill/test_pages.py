@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import msgspec
 import pytest
 
 from cdcsync.flows.backfill.pace import BESIDE_LIVE_BYTES, BESIDE_LIVE_ROWS, next_limit
 from cdcsync.flows.backfill.pages import PAGE_BYTES, Page, Pages
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.visibility import Deliveries, Snapshot
+from cdcsync.source.reads import Page as Read
 from tests.support.indexes import make_spec
 
 
@@ -58,10 +58,10 @@ async def test_before_a_page_is_read_it_is_said_what_it_will_see(monkeypatch: py
             return None
 
     class Table:
-        async def by_keys(self, _connection: object, _keys: Sequence[Key]) -> msgspec.Struct:
+        async def by_keys(self, _connection: object, _keys: Sequence[Key]) -> Read:
             for xid in (*range(10, 100), 101):
                 deliveries.touched((str(xid),), xid)
-            return msgspec.defstruct("Found", ["snapshot", "rows"])(late, [])
+            return Read(late, [])
 
     async def now(_connection: object) -> Snapshot:
         return early

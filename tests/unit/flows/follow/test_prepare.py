@@ -23,7 +23,7 @@ from cdcsync.model.changeset import ChangeSet
 from cdcsync.model.rows import Key, Upsert
 from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.pgoutput.messages import UNCHANGED
-from cdcsync.source.tables import Page
+from cdcsync.source.reads import Page
 from cdcsync.tracing import Tracing
 from tests.support.indexes import make_spec
 

@@ -1,0 +1,129 @@
+"""The functions that conditions call, and digests of their definitions.
+
+The outcome of a condition may change with a function of the user's, and no row event tells: CREATE OR REPLACE FUNCTION,
+ALTER OPERATOR, another check of a domain. So whatever a condition may call outside of pg_catalog belongs to what an
+index is made of, together with what that calls in turn.
+
+A condition names things by their schema, because our sessions have no search path. A function's body may have a path of
+its own, so in bodies every function of a name counts, in whatever schema; so does one that only a comment mentions. A
+digest too many costs a comparison when that function is replaced.
+
+Source: PostgreSQL, "System Catalogs" (pg_proc, pg_operator, pg_cast, pg_constraint).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import LiteralString
+
+import msgspec
+
+from cdcsync.model.conditions import Token, Unreadable, tokens
+from cdcsync.postgres.sessions import Connection
+
+Name = tuple[str | None, str]
+"""A schema, None for any, and what is called there."""
+
+
+class Called(msgspec.Struct, frozen=True):
+    """A function, or the checks of a domain.
+
+    :ivar name: with its arguments, as a message shows it.
+    :ivar digest: of its definition, without its owner, its privileges and its cost.
+    :ivar body: its text, if it is in a language that may call others.
+    """
+
+    name: str
+    digest: str
+    body: str | None
+
+
+async def functions_called(connection: Connection, conditions: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return, for each condition, the digests of what it calls outside of pg_catalog, by name."""
+    named = {text: set(_named_in_condition(text)) for text in conditions}
+    known: dict[Name, list[Called]] = {}
+    found: dict[str, dict[str, str]] = {}
+    for text, left in named.items():
+        digests: dict[str, str] = {}
+        seen: set[Name] = set()
+        while left:
+            await _look_up(connection, known, left)
+            seen |= left
+            new = [one for name in left for one in known[name] if one.name not in digests]
+            digests |= {one.name: one.digest for one in new}
+            left = {name for one in new if one.body for name in _named_in_body(one.body)} - seen
+        found[text] = digests
+    return found
+
+
+def _named_in_condition(text: str) -> Iterator[Name]:
+    """Yield what a condition names by a schema: functions, operators, types."""
+    try:
+        words = tokens(text)
+    except Unreadable:
+        return  # It is refused for that.
+    for schema, dot, name in zip(words, words[1:], words[2:], strict=False):
+        if dot == Token("mark", ".") and schema.kind in ("name", "quoted") and name.kind != "mark":
+            yield schema.text, name.text
+
+
+_IN_BODY = re.compile(
+    r"""(?P<schema> [^\W\d][\w$]* | "[^"]+" ) \s* \. \s* (?P<name> [^\W\d][\w$]* | "[^"]+" )
+      | (?P<called> [^\W\d][\w$]* | "[^"]+" ) (?= \s* \( )
+      | (?P<operator> [-+*/<>=~!@\#%^&|`?]+ )""",
+    re.VERBOSE,
+)
+
+
+def _named_in_body(text: str) -> Iterator[Name]:
+    """Yield what a body may call; in a string or a comment, too."""
+    for match in _IN_BODY.finditer(text):
+        schema, name, called, operator = match.group("schema", "name", "called", "operator")
+        if name is not None:
+            yield None, _as_stored(name)
+        yield (None, operator) if operator is not None else (None, _as_stored(called or schema))
+
+
+def _as_stored(name: str) -> str:
+    return name[1:-1] if name.startswith('"') else name.lower()
+
+
+async def _look_up(connection: Connection, known: dict[Name, list[Called]], names: set[Name]) -> None:
+    """Add what has these names to what is known."""
+    wanted = list(names - known.keys())
+    known |= {name: [] for name in wanted}
+    if not wanted:
+        return
+    cursor = await connection.execute(_CALLED, [[schema for schema, _ in wanted], [name for _, name in wanted]])
+    for place, *facts in await cursor.fetchall():
+        known[wanted[place - 1]].append(Called(*facts))
+
+
+_CALLED: LiteralString = """
+    WITH wanted AS (
+        SELECT w.name, w.place, n.oid AS schema
+        FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS w (schema, name, place)
+        JOIN pg_namespace AS n ON n.nspname = w.schema OR w.schema IS NULL
+        WHERE n.nspname NOT IN ('pg_catalog', 'information_schema')
+    ), functions AS (
+        SELECT w.place, p.oid FROM wanted AS w JOIN pg_proc AS p ON p.proname = w.name AND p.pronamespace = w.schema
+        UNION SELECT w.place, o.oprcode FROM wanted AS w
+            JOIN pg_operator AS o ON o.oprname = w.name AND o.oprnamespace = w.schema
+        UNION SELECT w.place, c.castfunc FROM wanted AS w
+            JOIN pg_type AS t ON t.typname = w.name AND t.typnamespace = w.schema
+            JOIN pg_cast AS c ON t.oid IN (c.castsource, c.casttarget)
+    )
+    SELECT f.place, p.oid::regprocedure::text,
+        md5((to_jsonb(p) - ARRAY['oid', 'proowner', 'proacl', 'procost', 'prorows'])::text),
+        CASE WHEN l.lanname NOT IN ('c', 'internal') THEN concat_ws(' ', p.prosrc, pg_get_function_sqlbody(p.oid)) END
+    FROM functions AS f JOIN pg_proc AS p USING (oid) JOIN pg_language AS l ON l.oid = p.prolang
+    WHERE p.pronamespace <> 'pg_catalog'::regnamespace
+    UNION ALL
+    SELECT w.place, 'domain ' || format_type(t.oid, NULL), md5(string_agg(d.text, ' ' ORDER BY d.text)),
+        string_agg(d.text, ' ')
+    FROM wanted AS w JOIN pg_type AS t ON t.typname = w.name AND t.typnamespace = w.schema
+    JOIN pg_constraint AS c ON c.contypid = t.oid
+    CROSS JOIN LATERAL (SELECT pg_get_constraintdef(c.oid) AS text) AS d
+    GROUP BY w.place, t.oid
+"""

@@ -1,0 +1,62 @@
+"""Rows that the server fails to read, told apart from those beside them.
+
+One row can make a statement over many fail: a condition divides by zero or casts a text that is no number, a function
+raises, a value is damaged on disk or has no counterpart in UTF-8. Such a row costs itself alone. It is found by reading
+ever fewer keys at once, and whoever reads gets it with the reason in place of its values.
+
+Source: PostgreSQL, "PostgreSQL Error Codes".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import psycopg
+
+from cdcsync.model.rows import Key, Unread
+from cdcsync.postgres.sessions import without_values
+
+T = TypeVar("T")
+
+_CLASSES = ("21", "22", "23", "38", "39", "54", "P0")
+"""Cardinality (a subquery gives two rows), data, constraints (of a domain), functions in other languages, limits,
+PL/pgSQL."""
+
+_OWN_WORDS = ("38", "39", "P0")
+"""What a function says of its failure is its author's own, and may hold values."""
+
+_DAMAGED = "XX001"
+
+
+def of_a_row(error: psycopg.Error) -> bool:
+    """Say whether an error may be due to a single row that a statement reads, so that others can be read without it."""
+    code = error.sqlstate or ""
+    return code[:2] in _CLASSES or code == _DAMAGED
+
+
+async def read_apart(
+    keys: Sequence[Key], read: Callable[[Sequence[Key]], Awaitable[T]]
+) -> tuple[list[T], dict[Key, Unread]]:
+    """Read keys in ever smaller parts; returns what was read, and which keys have rows that cannot be."""
+    found: list[T] = []
+    unread: dict[Key, Unread] = {}
+    parts = [keys]
+    while parts:
+        part = parts.pop()
+        try:
+            found.append(await read(part))
+        except psycopg.Error as error:
+            if not of_a_row(error) or not part:
+                raise
+            if len(part) == 1:
+                unread[part[0]] = Unread(_reason(error))
+            else:
+                half = len(part) // 2
+                parts += [part[half:], part[:half]]
+    return found, unread
+
+
+def _reason(error: psycopg.Error) -> str:
+    said = f": {without_values(error)}" if (error.sqlstate or "")[:2] not in _OWN_WORDS else ""
+    return f"the source fails to read the row: {type(error).__name__} ({error.sqlstate}){said}"

@@ -1,0 +1,144 @@
+"""An index whose condition calls a function follows what that function says, also once it is another one."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.scenes import Followed, MakeScene, Scene
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
+
+SQL = "CREATE OR REPLACE FUNCTION {name}({arguments}) RETURNS {type} IMMUTABLE LANGUAGE {language} AS $$ {body} $$"
+
+
+def function(name: str, body: str, arguments: str = "s text", type_: str = "boolean", language: str = "sql") -> str:
+    return SQL.format(name=name, arguments=arguments, type=type_, language=language, body=body)
+
+
+CASES: dict[str, tuple[list[str], str, list[str]]] = {
+    "itself": (
+        [function("public.wanted", "SELECT s <> 'spam'")],
+        "public.wanted(status)",
+        [function("public.wanted", "SELECT s <> 'open'")],
+    ),
+    "procedural": (
+        [function("public.procedural", "BEGIN RETURN s <> 'spam'; END", language="plpgsql")],
+        "public.procedural(status)",
+        [function("public.procedural", "BEGIN RETURN s = 'spam'; END", language="plpgsql")],
+    ),
+    "behind_it": (
+        [
+            "CREATE SCHEMA inner_one",
+            function('inner_one."The Inner"', "SELECT upper(s)", type_="text"),
+            function("public.outer_one", "SELECT inner_one.\"The Inner\"(s) <> 'SPAM'"),
+        ],
+        "public.outer_one(status)",
+        [function('inner_one."The Inner"', "SELECT CASE s WHEN 'open' THEN 'SPAM' ELSE 'x' END", type_="text")],
+    ),
+    "parsed_body": (
+        [
+            function("public.parsed_inner", "SELECT s <> 'spam'"),
+            "CREATE FUNCTION public.parsed(s text) RETURNS boolean IMMUTABLE"
+            " BEGIN ATOMIC SELECT public.parsed_inner(s); END",
+        ],
+        "public.parsed(status)",
+        [function("public.parsed_inner", "SELECT s <> 'open'")],
+    ),
+    "operator": (
+        [
+            function("public.near", "SELECT a <> b", "a text, b text"),
+            "CREATE OPERATOR public.<~> (FUNCTION = public.near, LEFTARG = text, RIGHTARG = text)",
+        ],
+        "status OPERATOR(public.<~>) 'spam'",
+        [function("public.near", "SELECT a = b", "a text, b text")],
+    ),
+    "another_operator": (
+        [
+            function("public.one", "SELECT a <> b", "a text, b text"),
+            function("public.two", "SELECT a = b", "a text, b text"),
+            "CREATE OPERATOR public.|~| (FUNCTION = public.one, LEFTARG = text, RIGHTARG = text)",
+        ],
+        "status OPERATOR(public.|~|) 'spam'",
+        [
+            "BEGIN; DROP OPERATOR public.|~| (text, text);"
+            " CREATE OPERATOR public.|~| (FUNCTION = public.two, LEFTARG = text, RIGHTARG = text); COMMIT"
+        ],
+    ),
+    "domain": (
+        [
+            function("public.checked", "SELECT s <> 'spam'"),
+            "CREATE DOMAIN public.clean AS text CHECK (public.checked(VALUE) OR true)",
+            function("public.of_clean", "SELECT s <> 'spam'", "s public.clean"),
+        ],
+        "public.of_clean(status::public.clean)",
+        [function("public.of_clean", "SELECT s <> 'open'", "s public.clean")],
+    ),
+    "related": (
+        [function("public.shown", "SELECT s <> 'spam'")],
+        "",
+        [function("public.shown", "SELECT s <> 'open'")],
+    ),
+}
+RELATED = """[indexes.NAME.related.same]
+table = "related"
+on = { id = "id" }
+text = "{status}"
+where = "public.shown(status)"
+"""
+
+
+@pytest.fixture(scope="module")
+def calling(make_scene: MakeScene) -> Scene:
+    """A table for each case, and one beside them."""
+    tables = [
+        statement
+        for name in ("beside", "spoilt", *CASES)
+        for statement in (
+            f"CREATE TABLE {name} (id int PRIMARY KEY, title text, status text)",
+            f"INSERT INTO {name} SELECT i, 'title ' || i, (ARRAY['spam', 'open', 'done'])[1 + i % 3]"
+            " FROM generate_series(1, 30) i",
+        )
+    ]
+    functions = [one for made, _, _ in CASES.values() for one in made]
+    indexes = {
+        name: Followed(name, where=where, columns=("status",))
+        for name, (_, where, _) in CASES.items()
+        if name != "related"
+    }
+    scene = make_scene(
+        [*tables, *functions, function("public.spoilt", "SELECT s <> 'spam'")],
+        {
+            "beside": Followed("beside"),
+            "spoilt": Followed("spoilt", where="public.spoilt(status)"),
+            "related": Followed("related", "{title} {same}", more=RELATED),
+            **indexes,
+        },
+    )
+    scene.execute(
+        "CREATE VIEW expected AS SELECT id, title, CASE WHEN public.shown(status) THEN status END AS same FROM related"
+    )
+    scene.oracle_reads("related", "expected")
+    return scene
+
+
+def test_a_function_that_is_replaced_takes_rows_in_and_out(calling: Scene) -> None:
+    for made in (2, 0):
+        if made == 0:
+            calling.pipeline.stop(calling.pipeline.processes[-1])
+        for case in CASES.values():
+            for statement in case[made]:
+                if made == 2 or statement.startswith("CREATE OR REPLACE"):
+                    calling.execute(statement)
+        if made == 0:
+            calling.pipeline.start()
+        calling.heals(*CASES, "beside")
+    assert not calling.pipeline.times("index_paused")
+
+
+def test_a_function_that_may_read_tables_by_now_pauses_its_index_alone(calling: Scene) -> None:
+    calling.execute("ALTER FUNCTION public.spoilt(text) STABLE")
+    assert "public.spoilt, which is STABLE" in calling.paused("spoilt")
+    calling.execute("UPDATE spoilt SET status = 'spam' WHERE id < 9")
+    calling.follows("beside")
+    calling.execute("ALTER FUNCTION public.spoilt(text) IMMUTABLE")
+    calling.heals("spoilt")

@@ -1,0 +1,184 @@
+"""A row that the source fails to read costs that row alone: it is listed, and all others are indexed and stay so."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import msgspec
+import pytest
+
+from tests.support.scenes import Followed, MakeScene, Scene
+from tests.support.workers import until
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
+
+RELATED = """[indexes.NAME.related.parts]
+table = "parts"
+on = { item_id = "id" }
+text = "{name}"
+where = "10 / size > 0"
+"""
+
+
+class Case(msgspec.Struct):
+    """A condition that fails for some rows.
+
+    :ivar bad: makes a row such a row, and `good` makes it readable again.
+    """
+
+    where: str = ""
+    bad: str = ""
+    good: str = ""
+    more: str = ""
+    text: str = "{title}"
+
+
+CASES = {
+    "divided": Case("10 / n > 0", "UPDATE {t} SET n = 0", "UPDATE {t} SET n = 1"),
+    "casting": Case("note::int < 100", "UPDATE {t} SET note = 'many'", "UPDATE {t} SET note = '7'"),
+    "raising": Case("public.positive(n)", "UPDATE {t} SET n = -1", "UPDATE {t} SET n = 1"),
+    "two_rows": Case(
+        "(SELECT g FROM generate_series(1, n) AS g) = 1",
+        "UPDATE {t} SET n = 2",
+        "UPDATE {t} SET n = 1",
+    ),
+    "related": Case(
+        "",
+        "INSERT INTO parts SELECT id, 'broken', 0 FROM {t}",
+        "UPDATE parts SET size = 1",
+        RELATED,
+        "{title} {parts}",
+    ),
+}
+FUNCTION = """CREATE FUNCTION public.positive(n int) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS
+$$ BEGIN IF n < 0 THEN RAISE 'the secret is %', n; END IF; RETURN n > 0; END $$"""
+
+
+def table(name: str) -> list[str]:
+    return [
+        f"CREATE TABLE {name} (id int PRIMARY KEY, title text, n int, note text)",
+        f"INSERT INTO {name} SELECT i, 'title ' || i, 1, '1' FROM generate_series(1, 60) i",
+    ]
+
+
+@pytest.fixture(scope="module")
+def failing(make_scene: MakeScene) -> Scene:
+    """An index for each condition, and one beside them."""
+    return make_scene(
+        [
+            FUNCTION,
+            "CREATE TABLE parts (item_id int, name text, size int)",
+            "ALTER TABLE parts REPLICA IDENTITY FULL",
+            "CREATE INDEX ON parts (item_id)",
+            *(statement for name in ("beside", "again", *CASES) for statement in table(name)),
+        ],
+        {
+            "beside": Followed("beside"),
+            "again": Followed("again", where=CASES["casting"].where),
+            **{name: Followed(name, case.text, where=case.where, more=case.more) for name, case in CASES.items()},
+        },
+    )
+
+
+def found(scene: Scene, name: str) -> dict[str, str]:
+    rows = scene.pipeline.target.execute(
+        f"SELECT id::text, string_agg(content, '') FROM cdcsync.{name}_chunks GROUP BY 1"
+    )
+    return dict(rows.fetchall())
+
+
+def listed(scene: Scene, name: str) -> dict[str, str]:
+    rows = scene.pipeline.target.execute(
+        "SELECT key[1], error FROM cdcsync.failed_documents WHERE index_name = %s", [name]
+    )
+    return dict(rows.fetchall())
+
+
+def costs_only(scene: Scene, name: str, bad: set[str]) -> bool:
+    scene.settle()
+    ids = scene.pipeline.source.execute(f"SELECT id::text FROM {name}").fetchall()
+    expected = {one for (one,) in ids} - bad
+    seen = found(scene, name)
+    scene.pipeline.difference = f"{name}: {sorted(expected ^ seen.keys())}, listed {listed(scene, name)}"
+    return seen.keys() == expected and listed(scene, name).keys() == bad
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("divided", "raising", "related"),
+        *(pytest.param(name, marks=pytest.mark.proof) for name in ("casting", "two_rows")),
+    ],
+)
+def test_a_row_that_the_source_fails_to_read_is_listed_and_the_others_stay_right(failing: Scene, name: str) -> None:
+    case, scene = CASES[name], failing
+    for row in (7, 8, 33):
+        scene.execute(case.bad.format(t=name) + f" WHERE id = {row}")
+    scene.execute(f"UPDATE {name} SET title = 'changed beside them' WHERE id IN (6, 9, 40)")
+    bad = {"7", "8", "33"}
+    until(partial(costs_only, scene, name, bad), scene.pipeline.tail)
+    assert found(scene, name)["9"].startswith("changed")
+    said = listed(scene, name)["7"]
+    assert said.startswith("the source fails to read the row: ")
+    assert "secret" not in said
+    assert "many" not in said
+
+    replayed = scene.command("replay", name)
+    assert replayed.returncode == 0, replayed.stderr
+    assert costs_only(scene, name, bad), scene.pipeline.difference
+    verified = json.loads(scene.command("verify", name, "--json").stdout)
+    assert verified["differences"] == {"failed": 3}, verified
+    failures = scene.command("failures", name, "list")
+    assert "the source fails to read the row" in failures.stdout
+
+    scene.execute(
+        f"DELETE FROM {name} WHERE id = 33", case.good.format(t=name) + f" WHERE {'item_id' if case.more else 'id'} = 7"
+    )
+    until(partial(costs_only, scene, name, {"8"}), scene.pipeline.tail)
+    assert scene.state(name)[0] == "live"
+    scene.follows("beside")
+    assert not scene.pipeline.times("index_paused")
+
+
+def test_a_restart_does_not_refuse_a_condition_that_fails_for_a_row(failing: Scene) -> None:
+    scene = failing
+    scene.execute("UPDATE again SET note = 'none' WHERE id = 1")
+    until(lambda: "1" in listed(scene, "again"), scene.pipeline.tail)
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    scene.execute("UPDATE again SET title = 'meanwhile' WHERE id = 2")
+
+    scene.pipeline.start()
+
+    scene.settle()
+    until(lambda: found(scene, "again")["2"] == "meanwhile", scene.pipeline.tail)
+    assert scene.state("again")[0] == "live"
+
+
+def test_stored_values_that_a_new_check_of_their_domain_refuses_are_indexed(make_scene: MakeScene) -> None:
+    scene = make_scene(
+        [
+            "CREATE DOMAIN public.low AS int",
+            "CREATE DOMAIN public.name AS text",
+            "CREATE TABLE domains (k public.low, name public.name, v public.low, title text, PRIMARY KEY (k, name))",
+            "INSERT INTO domains SELECT i, 'n' || i, i, 'title ' || i FROM generate_series(1, 50) i",
+            "CREATE TABLE beside (id int PRIMARY KEY, title text)",
+        ],
+        {
+            "domains": Followed("domains", columns=("v",), where="length(title) > 0"),
+            "beside": Followed("beside"),
+        },
+    )
+    scene.execute(
+        "ALTER DOMAIN public.low ADD CONSTRAINT low CHECK (VALUE < 10) NOT VALID",
+        "ALTER DOMAIN public.name ADD CONSTRAINT name CHECK (VALUE < 'n2') NOT VALID",
+        "UPDATE domains SET title = 'changed' WHERE k > 20",
+        "DELETE FROM domains WHERE k = 30",
+    )
+    scene.follows("domains", "beside")
+    for arguments in ([], ["--key", json.dumps(["40", "n40"])]):
+        replayed = scene.command("replay", "domains", *arguments)
+        assert replayed.returncode == 0, replayed.stderr
+    assert json.loads(scene.command("verify", "domains", "--json").stdout)["equal"]
+    scene.heals("domains")
+    assert not scene.pipeline.times("index_paused")
