@@ -133,8 +133,8 @@ def measure(dsn: str, name: str, directory: Path, rows: int, dimensions: int) ->
             ).fetchone() or (None,)
             command(path, "drop", "--yes")
             command(path, "start")
-            wait(connection, "SELECT cursor > 0 FROM cdcsync.generations WHERE generation = 2")
-            filled = "SELECT filled_at IS NOT NULL FROM cdcsync.generations WHERE generation = 2"
+            wait(connection, "SELECT cursor > 0 FROM cdcsync.generations WHERE generation = 3")
+            filled = "SELECT filled_at IS NOT NULL FROM cdcsync.generations WHERE generation = 3"
             beside = freshness(connection, lambda: connection.execute(filled.encode()).fetchone() == (True,))
             worker.terminate()
     begun = event(log, "migration_fills")

@@ -105,6 +105,16 @@ ConfigOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
+def judged_option(help_: str) -> Any:
+    """Return the option that names a directory of judged questions."""
+    return typer.Option("--judged", metavar="DIR", help=help_, show_default=False)
+
+
+def least_option(metavar: str, help_: str) -> Any:
+    """Return the option for the least value of a measure."""
+    return typer.Option("--min", metavar=metavar, help=help_, show_default=False)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"cdcsync {__version__}")

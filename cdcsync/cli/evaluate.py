@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption
+from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption, judged_option, least_option
 from cdcsync.errors import EXIT_FAILED, UsageError
 from cdcsync.stopping import interruptible
 
@@ -59,11 +59,7 @@ def evaluate(
     ] = None,
     judged: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Answer the questions of a judged collection (BEIR or TREC layout) in every mode of search.",
-            show_default=False,
-        ),
+        judged_option("Answer the questions of a judged collection (BEIR or TREC layout) in every mode of search."),
     ] = None,
     from_audit: Annotated[
         Path | None,
@@ -90,11 +86,9 @@ def evaluate(
     ] = None,
     least: Annotated[
         list[str] | None,
-        typer.Option(
-            "--min",
-            metavar="[MODE] MEASURE=VALUE",
-            help="Fail if the index's own search, or that mode, reaches less; may be given several times.",
-            show_default=False,
+        least_option(
+            "[MODE] MEASURE=VALUE",
+            "Fail if the index's own search, or that mode, reaches less; may be given several times.",
         ),
     ] = None,
     against: Annotated[
@@ -221,16 +215,11 @@ async def _gather(config: Config, name: str, directory: Path, most: int) -> Gath
 async def _measure_answers(config: Config, name: str, asked: _Judging) -> _Answers:
     from cdcsync.cli.beside import questions_by_worker
     from cdcsync.flows.evaluate import gates, judged
-    from cdcsync.flows.evaluate.collection import read_collection
     from cdcsync.postgres.sessions import speaking_of
     from cdcsync.target import judged_runs
 
-    # Faulty arguments are reported before a model is loaded.
-    collection = read_collection(asked.directory)
-    floors = [gates.parse_floor(text) for text in asked.least]
+    collection, floors, measures = gates.read_questions(asked.directory, asked.least, asked.measures)
     weights = gates.parse_weights(asked.weights) if asked.weights else []
-    measures = list(dict.fromkeys([*(asked.measures or judged.MEASURES), *(floor.measure for floor in floors)]))
-    judged.parse_measures(measures)
     number = gates.parse_run(asked.against)
     schema = config.target.schema
     async with _opened(config, name) as (connection, spec):

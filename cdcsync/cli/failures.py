@@ -68,11 +68,11 @@ def failures(
         )
     match action:
         case Action.list:
-            found, listed = anyio.run(interruptible, _list, configuration, index, limit)
+            found, listed, several = anyio.run(interruptible, _list, configuration, index, limit)
             if as_json:
                 printing.print_json(found)
             else:
-                _print(index, found, listed, limit)
+                _print(index, found, listed, limit, several=several)
         case Action.retry:
             logs.configure("error", configuration.worker.log_format)
             if not anyio.run(interruptible, _retry, configuration, index, as_json):
@@ -90,13 +90,14 @@ async def _open(target: Connection, config: Config, name: str) -> tuple[IndexSpe
     return spec, Failures(target, config.target.schema, spec)
 
 
-async def _list(config: Config, name: str, limit: int) -> tuple[list[Failure], Listed]:
+async def _list(config: Config, name: str, limit: int) -> tuple[list[Failure], Listed, bool]:
+    """Return some failures, how many documents there are, and whether the index has several generations of vectors."""
     from cdcsync.postgres.sessions import connect, speaking_of
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
-        _, failed = await _open(target, config, name)
+        spec, failed = await _open(target, config, name)
         with speaking_of("target", where=f"index {name}"):
-            return await failed.some(limit), await failed.listed()
+            return await failed.some(limit), await failed.listed(), bool(spec.others)
 
 
 async def _discard(config: Config, name: str) -> int:
@@ -167,7 +168,7 @@ def _say(as_json: bool, value: dict[str, object], text: str) -> None:
         console().print(plain(text), markup=False)
 
 
-def _print(index: str, found: Sequence[Failure], listed: Listed, limit: int) -> None:
+def _print(index: str, found: Sequence[Failure], listed: Listed, limit: int, *, several: bool = False) -> None:
     from rich.text import Text
 
     from cdcsync.cli.printing import console, plain
@@ -179,6 +180,7 @@ def _print(index: str, found: Sequence[Failure], listed: Listed, limit: int) -> 
         key = ", ".join(f"{name}={plain(value)}" for name, value in failure.key.items())
         when = failure.next_attempt_at
         what = "no document" if failure.chunk_no is None else f"chunk {failure.chunk_no}"
+        what += f" in generation {failure.generation}" if several and failure.generation is not None else ""
         out.print(
             Text.assemble(
                 (key, "bold"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption
+from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption, judged_option, least_option
 from cdcsync.cli.teardown import confirm
 from cdcsync.errors import EXIT_FAILED, UsageError
 from cdcsync.stopping import interruptible
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
     from cdcsync.config import Config
     from cdcsync.flows.evaluate.gates import Verdict
-    from cdcsync.flows.migrate.commands import Started
     from cdcsync.flows.migrate.compare import Quality
+    from cdcsync.flows.migrate.start import Started
     from cdcsync.status.generations import GenerationStatus
+    from cdcsync.target.generations import Generation
     from cdcsync.target.judged_runs import Run
 
 EPILOG = """To what the configuration asks for now: `cdcsync migrate articles start`
@@ -55,21 +56,15 @@ def migrate(
     ] = None,
     least: Annotated[
         list[str] | None,
-        typer.Option(
-            "--min",
-            metavar="MEASURE=VALUE",
-            help="With activate: refuse to switch below this: recall, overlap, or with --judged a measure such as"
-            " nDCG@10. May be given several times.",
-            show_default=False,
+        least_option(
+            "MEASURE=VALUE",
+            "With activate: refuse to switch below this: recall, overlap, or with --judged a measure such as nDCG@10."
+            " May be given several times.",
         ),
     ] = None,
     judged: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="With activate: also answer these judged questions with both generations; see `evaluate`.",
-            show_default=False,
-        ),
+        judged_option("With activate: also answer these judged questions with both generations; see `evaluate`."),
     ] = None,
     not_worse: Annotated[
         bool, typer.Option("--not-worse", help="With --judged: refuse to switch if the answers are surely worse.")
@@ -101,7 +96,7 @@ def migrate(
 
     from cdcsync import logs
     from cdcsync.cli import printing
-    from cdcsync.flows.migrate import commands
+    from cdcsync.flows.migrate import drop, present, start
 
     asked = context.ensure_object(Invocation)
     _check_options(action, max_rows_per_s, least, judged, not_worse=not_worse, dry_run=dry_run, yes=yes)
@@ -112,11 +107,11 @@ def migrate(
         case Action.start:
             started = anyio.run(
                 interruptible,
-                lambda: commands.start(configuration, index, max_rows_per_s=max_rows_per_s, confirmed=yes),
+                lambda: start.start(configuration, index, max_rows_per_s=max_rows_per_s, confirmed=yes),
             )
             printing.print_json(started) if as_json else _print_started(started)
         case Action.status:
-            generations = anyio.run(interruptible, commands.status, configuration, index)
+            generations = anyio.run(interruptible, present.status, configuration, index)
             printing.print_json(generations) if as_json else _print_generations(generations)
         case Action.activate:
             outcome = anyio.run(
@@ -132,12 +127,16 @@ def migrate(
             before, now = anyio.run(interruptible, lambda: _roll_back(configuration, index, yes=yes))
             _say(as_json, {"index": index, "live": now, "before": before}, f"generation {now} is live again")
         case Action.drop:
+            spare = anyio.run(interruptible, present.spare, configuration, index)
             if not yes:
-                confirm(
-                    f"removes the generation of {index} that searches do not use, with all its vectors.", needs="drop"
-                )
-            gone = anyio.run(interruptible, commands.drop, configuration, index)
+                confirm(_what_goes(spare), needs="drop")
+            gone = anyio.run(interruptible, drop.drop, configuration, index, spare.generation)
             _say(as_json, {"index": index, "dropped": gone}, f"generation {gone} is dropped")
+
+
+def _what_goes(spare: Generation) -> str:
+    made = f"{spare.embedder or spare.model}, {spare.vector_type}({spare.dimensions})"
+    return f"removes generation {spare.generation} of {spare.index_name} ({made}, {spare.state}) with all its vectors."
 
 
 def _check_options(
@@ -208,14 +207,12 @@ async def _activate(
     config: Config, index: str, least: Sequence[str], judged: Path | None, *, not_worse: bool, dry_run: bool, yes: bool
 ) -> _Outcome:
     from cdcsync.flows.evaluate import gates
-    from cdcsync.flows.evaluate.collection import read_collection
-    from cdcsync.flows.evaluate.judged import MEASURES, evaluate_index
-    from cdcsync.flows.migrate import commands
+    from cdcsync.flows.evaluate.judged import evaluate_index
+    from cdcsync.flows.migrate import switch
     from cdcsync.flows.migrate.compare import compare, parse_floors
     from cdcsync.postgres.sessions import connect
     from cdcsync.target import judged_runs
 
-    # Wrong arguments are told before anything is measured.
     own, of_answers = parse_floors(least)
     if of_answers and judged is None:
         raise UsageError(
@@ -223,15 +220,14 @@ async def _activate(
             where="--min",
             hint="name the questions with --judged DIR",
         )
-    floors = [gates.parse_floor(text) for text in of_answers]
-    collection = None if judged is None else read_collection(judged)
-    live, other = await commands.candidates(config, index)
+    questions = None if judged is None else gates.read_questions(judged, of_answers)
+    live, other = await switch.candidates(config, index)
     async with await connect(config.target.dsn, "target", application_name="cdcsync migrate") as connection:
         quality = await compare(connection, config.target.schema, live, other)
         verdicts = quality.judge(other.generation, own)
         runs = None
-        if collection is not None:
-            measures = list(dict.fromkeys([*MEASURES, *(floor.measure for floor in floors)]))
+        if questions is not None:
+            collection, floors, measures = questions
             first = await evaluate_index(connection, config, live, collection, measures=measures)
             second = await evaluate_index(connection, config, other, collection, measures=measures)
             for run in (first, second):
@@ -240,21 +236,21 @@ async def _activate(
             verdicts += gates.judge(second, floors, first if not_worse else None)
     before = None
     if not dry_run and all(verdict.passed for verdict in verdicts):
-        before = await commands.switch(config, index, other.generation, confirmed=yes)
+        before = await switch.switch(config, index, other.generation, confirmed=yes)
     return _Outcome(index, live.generation, other.generation, quality, runs, verdicts, before)
 
 
 async def _roll_back(config: Config, index: str, *, yes: bool) -> tuple[int, int]:
-    from cdcsync.flows.migrate import commands
+    from cdcsync.flows.migrate import switch
 
-    live, other = await commands.candidates(config, index)
+    live, other = await switch.candidates(config, index)
     if other.generation > live.generation:
         raise UsageError(
             f"generation {live.generation} is live, which is the older one of the two",
             where=f"index {index}",
             hint=f"to switch to generation {other.generation}: cdcsync migrate {index} activate",
         )
-    return await commands.switch(config, index, other.generation, confirmed=yes), other.generation
+    return await switch.switch(config, index, other.generation, confirmed=yes), other.generation
 
 
 def _say(as_json: bool, facts: dict[str, Any], text: str) -> None:
@@ -307,7 +303,12 @@ def _print_generations(generations: Sequence[GenerationStatus]) -> None:
             _size(one.bytes),
             "" if one.recall is None else f"{one.recall:.3f}",
         )
-    console().print(table)
+    out = console()
+    out.print(table)
+    for one in generations:
+        if one.reason is not None:
+            text = f"generation {one.generation} could not be filled, which is tried again: {plain(one.reason)}"
+            out.print(text, markup=False, highlight=False)
 
 
 def _size(amount: float) -> str:

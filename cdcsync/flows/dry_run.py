@@ -7,7 +7,8 @@ Of the embedding a single batch is done, to see how long that takes.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+import math
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from itertools import islice
 
 import anyio
@@ -18,14 +19,19 @@ from cdcsync.config import Config, price_per_million_tokens
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.documents.chunks.sizes import CHARACTERS_PER_TOKEN
 from cdcsync.documents.templates import Rendering
-from cdcsync.embedders import embedder_of
+from cdcsync.embedders import embedder_of as require_embedder
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import DocumentError, EmbedError
 from cdcsync.flows.replay import Replay
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.preflight import build_embedders
+from cdcsync.preflight.generations import cuts, embedder_of
 from cdcsync.source.many import source_table
+from cdcsync.target.ddl.names import Names
+from cdcsync.target.generations import Generation
 from cdcsync.target.keys import stored_documents, texts_with_vector
 
 PAGE_ROWS = 1_000
@@ -44,8 +50,8 @@ class Estimate(msgspec.Struct, frozen=True):
 
     :ivar gone: keys that the source has no row of: they would leave the index.
     :ivar changed: documents whose text is another than the index's, or that the index lacks.
-    :ivar embeddings: chunks whose vector would have to be made.
-    :ivar price: of these embeddings, in the currency of the embedder's `price_per_million_tokens`.
+    :ivar embeddings: vectors that would have to be made, of all generations together.
+    :ivar price: of these embeddings, in the currency of the embedders' `price_per_million_tokens`.
     """
 
     index: str
@@ -92,28 +98,67 @@ class Count(msgspec.Struct):
 
 
 async def estimate(source: Connection, target: Connection, config: Config, spec: IndexSpec, replay: Replay) -> Estimate:
-    """Say what a replay would do, by doing all of it but the writing; of the embedding, one batch."""
-    embedder = embedder_of(config.embedders, spec.model, spec.config.embedder)
+    """Say what a replay would do, by doing all of it but the writing; of the embedding, one batch by each model."""
+    embedders = build_embedders(config, [])
+    live = embedder_of(Generation.of(spec, "ready"), embedders, spec.config.embedder)
+    if live is None:
+        require_embedder(config.embedders, spec.model, spec.config.embedder)
+    assert live is not None
+    spec = msgspec.structs.replace(spec, config=msgspec.structs.replace(spec.config, embedder=live))
+    of_tokens = cuts(spec.documents.fingerprint, spec.config.chunking, embedders, live)
+    cutter = embedders[next((name for name, own in of_tokens if own == spec.fingerprint), live)]
+    counts: list[Count] = []
+    tokens, price, longest_s = 0, None, 0.0
     try:
-        found = await count(source, target, config, spec, replay, embedder)
-        each_s = await seconds_for_each(embedder, list(found.sample.values())) if found.sample else 0.0
+        for one, embedder in await embedded_generations(target, config.target.schema, spec, embedders):
+            found = await count(source, target, config, one, replay, cutter)
+            counts.append(found)
+            each_s = await seconds_for_each(embedder, list(found.sample.values())) if found.sample else 0.0
+            # The models work side by side.
+            longest_s = math.inf if each_s is None else max(longest_s, each_s * found.texts)
+            own_tokens, each = (
+                tokens_of(found.text_characters),
+                price_per_million_tokens(config.embedders[embedder.name]),
+            )
+            tokens += own_tokens
+            price = price if each is None else (price or 0.0) + own_tokens * each / 1_000_000
     finally:
         with anyio.CancelScope(shield=True):
-            await embedder.aclose()
-    tokens = tokens_of(found.text_characters)
-    each = price_per_million_tokens(config.embedders[embedder.name])
+            for embedder in embedders.values():
+                await embedder.aclose()
+    first = counts[0]
     return Estimate(
         index=spec.name,
-        rows=found.rows,
-        gone=found.gone,
-        changed=found.changed,
-        chunks=found.chunks,
-        tokens=tokens_of(found.characters),
-        embeddings=found.texts,
+        rows=first.rows,
+        gone=first.gone,
+        changed=first.changed,
+        chunks=first.chunks,
+        tokens=tokens_of(first.characters),
+        embeddings=sum(found.texts for found in counts),
         embedding_tokens=tokens,
-        seconds=None if each_s is None else round(_at_pace(found, replay) + each_s * found.texts, 3),
-        price=None if each is None else tokens * each / 1_000_000,
+        seconds=round(_at_pace(first, replay) + longest_s, 3) if math.isfinite(longest_s) else None,
+        price=price,
     )
+
+
+async def embedded_generations(
+    target: Connection, schema: str, spec: IndexSpec, embedders: Mapping[str, Embedder]
+) -> list[tuple[IndexSpec, Embedder]]:
+    """Return the index with each generation that new texts get vectors in, and what makes them; the live one first.
+
+    They get none where the configuration lacks the embedder. One without tables is yet to be filled, which whoever
+    began the migration has confirmed.
+    """
+    names, embedded = Names(schema, spec.name), [(spec, embedders[spec.config.embedder])]
+    for one in spec.others:
+        name = embedder_of(Generation.of(one, "ready"), embedders, one.config.embedder)
+        if name is None:
+            continue
+        with speaking_of("target", where=f"index {spec.name}"):
+            table = names.vectors(one.generation).as_string(target)
+            if await fetch_value(target, "SELECT to_regclass(%s) IS NOT NULL", [table]):
+                embedded.append((one, embedders[name]))
+    return embedded
 
 
 def tokens_of(characters: int) -> int:
@@ -134,7 +179,7 @@ async def count(
 ) -> Count:
     """Read rows and make chunks of them as a replay would, and count what would be embedded.
 
-    :param embedder: the index's; it need not be open.
+    :param embedder: the one whose tokens chunks are measured in; it need not be open.
     :param stored: whether the index has tables that rows can be compared with.
     """
     chunker = make_chunker(spec.config.chunking, embedder.tokenizer_json, embedder.max_input_tokens)

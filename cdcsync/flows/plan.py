@@ -151,7 +151,7 @@ async def read_plan(
             indexes,
             await _created(source, config, catalog, report.specs, stored),
             _unfollowed(config, entries, sizes),
-            _unused(config, entries, sizes, generations),
+            _unused(config, entries, sizes, generations, plans),
         )
 
 
@@ -320,15 +320,23 @@ def _unused(
     entries: Mapping[str, Entry],
     sizes: Mapping[str, Mapping[int, int]],
     generations: Mapping[str, Sequence[Generation]],
+    plans: Mapping[str, Plan],
 ) -> list[Spare]:
-    """Return the generations that are neither live nor on their way to it: those that were live, and leftovers."""
-    coming = {(one.index_name, one.generation) for of in generations.values() for one in of if one.live_at is None}
+    """Return the generations that are neither live nor what the configuration asks for: leftovers."""
+
+    def wanted(name: str, generation: int) -> bool:
+        plan = plans[name]
+        if plan.embedder is None:
+            return True  # nobody can tell
+        of = (one for one in generations.get(name, ()) if one.generation == generation)
+        return plan.wish is not None and any(plan.wish.is_met_by(one) for one in of)
+
     return [
         Spare(name, generation, size, None, f"cdcsync migrate {name} drop")
         for name, entry in entries.items()
         if entry.slot == config.source.slot and name in config.indexes
         for generation, size in sorted(sizes.get(name, {}).items())
-        if generation != entry.generation and (name, generation) not in coming
+        if generation != entry.generation and not wanted(name, generation)
     ]
 
 

@@ -79,6 +79,8 @@ class _Seen:
         """Whether leftovers of a rebuild that was killed have been looked for: they note every change for nobody."""
         self.not_before = -math.inf
         """No rebuild before this time: the last one failed."""
+        self.built = False
+        """Whether the settled tier had its HNSW index: until it has, everything may be fresh, and nothing is moved."""
         self.tidy_at = -math.inf
         """When fresh is tidied again."""
 
@@ -165,10 +167,11 @@ class Settle:
         if not seen.cleared:
             await Rebuild(await self._sessions[0].connection(), self._schema, spec).clear()
             seen.cleared = True
-        if (began := anyio.current_time()) >= seen.tidy_at:
+        if seen.built and (began := anyio.current_time()) >= seen.tidy_at:
             await tidy(await self._sessions[0].connection(), self._schema, spec)
             seen.tidy_at = anyio.current_time() + (anyio.current_time() - began) / TIDY_SHARE
         tiers = await settling.look()
+        seen.built = tiers.built
         scan_ms = seen.scan_ms(tiers)
         await self._note(settling, spec, tiers, scan_ms)
         pressing = scan_ms > spec.config.fresh_scan_budget_ms

@@ -1,7 +1,7 @@
 """The watch: what the stream does not tell, asked of the source from time to time while it flows.
 
     tables     can each index follow its table, and is the table, and what has it sent, what it was
-    relations  has the target all that each index should have there
+    relations  has the target all that each index should have there, and are our tables still of our version
     slot       how much of `max_slot_wal_keep_size` does it hold, before that is a gap
     heartbeat  a message now and then, for those who want an idle source to show that the pipeline moves
 
@@ -22,7 +22,7 @@ import structlog
 
 from cdcsync.config import Config
 from cdcsync.crashpoints import crash_point
-from cdcsync.errors import SchemaChanged, SetupError, SourceUnavailable, TablesChanged, Unavailable
+from cdcsync.errors import RunError, SchemaChanged, SetupError, SourceUnavailable, TablesChanged, Unavailable
 from cdcsync.flows.build import LOAD_CANCELLED, pause_after
 from cdcsync.flows.setup.differences import (
     ask_for,
@@ -50,6 +50,7 @@ from cdcsync.target.ddl.missing import missing_relations
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.requests import Request, Requests
+from cdcsync.target.version import read_version, refusal
 
 log = structlog.get_logger()
 
@@ -167,6 +168,7 @@ class Watch:
         """Watch tables and slot until cancelled.
 
         :raises TablesChanged: an index needs to be examined again, or can be followed again.
+        :raises RunError: a newer version of cdcsync has upgraded our tables.
         """
         retention, away = Retention(), 0
         async with (
@@ -194,6 +196,9 @@ class Watch:
     async def _look_at_tables(self, source: Session, target: Session) -> None:
         config = self._config
         with speaking_of("target"):
+            stored = await read_version(await target.connection(), config.target.schema)
+            if (newer := refusal(config.target.schema, stored)) is not None:
+                raise RunError.of(newer)
             entries = await Registry(config.target.schema).all(await target.connection())
             generations = await Generations(config.target.schema).all(await target.connection())
             loads = await Requests(config.target.schema).last_loads(await target.connection())

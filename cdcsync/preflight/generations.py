@@ -11,6 +11,7 @@ from typing import cast
 
 import msgspec
 
+from cdcsync.config.sections import Chunking
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Distance, Embedder
 from cdcsync.errors import ConfigError
@@ -75,17 +76,30 @@ def _recognise_chunks(plan: Plan, stored: Entry, wish: Wish, embedders: Mapping[
     if plan.documents is None:
         return
     found: dict[str, str] = {}
-    for name in dict.fromkeys([plan.index.embedder, wish.index.embedder, *embedders]):
-        embedder = embedders[name]
-        try:
-            chunker = make_chunker(plan.index.chunking, embedder.tokenizer_json, embedder.max_input_tokens)
-        except ConfigError:
-            continue
-        found[name] = fingerprint(plan.documents.fingerprint, chunker.fingerprint)
-        if found[name] == stored.fingerprint:
-            plan.cutter, plan.fingerprint = name, found[name]
+    names = [plan.index.embedder, wish.index.embedder]
+    for name, own in cuts(plan.documents.fingerprint, plan.index.chunking, embedders, *names):
+        found[name] = own
+        if own == stored.fingerprint:
+            plan.cutter, plan.fingerprint = name, own
             return
     plan.cutter, plan.fingerprint = None, found.get(plan.index.embedder, plan.fingerprint)
+
+
+def cuts(
+    documents: str, chunking: Chunking, embedders: Mapping[str, Embedder], *first: str
+) -> Iterator[tuple[str, str]]:
+    """Yield the names of embedders, with the fingerprint of an index whose chunks are measured in that one's tokens.
+
+    :param documents: the fingerprint of the index's documents.
+    :param first: names that come first.
+    """
+    for name in dict.fromkeys([*first, *embedders]):
+        embedder = embedders[name]
+        try:
+            chunker = make_chunker(chunking, embedder.tokenizer_json, embedder.max_input_tokens)
+        except ConfigError:
+            continue
+        yield name, fingerprint(documents, chunker.fingerprint)
 
 
 def wish_findings(plan: Plan, live: Generation) -> Iterator[Finding]:

@@ -20,7 +20,8 @@ class GenerationStatus(msgspec.Struct, frozen=True):
 
     `state` is `live`, or else `filling`, `ready` or `dropping`. Of `chunks`, `vectors` have a vector, `waiting` wait
     for one, and `failed` cannot have one. `rate` is in chunks a second over the whole fill, `eta_s` in seconds; both
-    are None unless it is being filled. `bytes` is the disk space of its tables and indexes.
+    are None unless it is being filled. `bytes` is the disk space of its tables and indexes. `reason` says why it could
+    not be filled when that was last tried.
     """
 
     generation: int
@@ -41,6 +42,7 @@ class GenerationStatus(msgspec.Struct, frozen=True):
     quantise: str = "none"
     rate: float | None = None
     eta_s: float | None = None
+    reason: str | None = None
 
 
 async def read_generations(
@@ -92,4 +94,5 @@ async def _read(
         recall=None if recall is None else recall.recall,
         rate=None if rate is None else round(rate, 1),
         eta_s=None if rate is None else round(max(0, chunks - vectors - failed) / rate, 1),
+        reason=one.reason,
     )

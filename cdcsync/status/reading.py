@@ -330,6 +330,11 @@ def _of_other_generations(config: Config, name: str, live: int, generations: Seq
                 f"index {name}: no [embedders] section makes the vectors of generation {one.generation} ({one.model}),"
                 f" so what changes gets none there; put it back, or free it: cdcsync migrate {name} drop"
             )
+        if one.reason is not None:
+            yield (
+                f"index {name}: generation {one.generation} could not be filled, which is tried again: {one.reason}; to"
+                f" give it up: cdcsync migrate {name} drop"
+            )
     if names.get(live) not in (None, wanted) and wanted not in names.values():
         yield (
             f"index {name}: the configuration asks for the embedder {wanted}, and the index goes on with"

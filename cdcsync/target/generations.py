@@ -68,6 +68,9 @@ DDL: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.generations.queued IS 'How many chunks that were.'",
     "ALTER TABLE {schema}.generations ADD COLUMN IF NOT EXISTS quantise text NOT NULL DEFAULT 'none'",
     "COMMENT ON COLUMN {schema}.generations.quantise IS 'What the HNSW index keeps of numbers: binary, a bit.'",
+    "ALTER TABLE {schema}.generations ADD COLUMN IF NOT EXISTS reason text",
+    "COMMENT ON COLUMN {schema}.generations.reason IS"
+    " 'Why the generation could not be filled or built when it was last tried; the worker tries again.'",
     # Those of the versions before this table.
     """
     INSERT INTO {schema}.generations
@@ -105,6 +108,7 @@ class Generation(msgspec.Struct, frozen=True):
     filled_at: datetime | None = None
     ready_at: datetime | None = None
     live_at: datetime | None = None
+    reason: str | None = None
 
     @classmethod
     def of(cls, spec: IndexSpec, state: State) -> Generation:
@@ -256,7 +260,7 @@ class Generations:
         """Note that the fill of a generation is so far; returns whether it is still wanted."""
         row = await connection.execute(
             sql.SQL(
-                "UPDATE {} SET cursor = %s, queued = queued + %s"
+                "UPDATE {} SET cursor = %s, queued = queued + %s, reason = NULL"
                 " WHERE index_name = %s AND generation = %s AND state = 'filling'"
             ).format(self._table),
             [cursor, chunks, index, generation],
@@ -277,10 +281,18 @@ class Generations:
         """Note that something was reached now; a generation that is ready says so in its state too."""
         await connection.execute(
             sql.SQL(
-                "UPDATE {} SET {} = clock_timestamp(), state = CASE WHEN %s AND state = 'filling' THEN 'ready'"
-                " ELSE state END WHERE index_name = %s AND generation = %s"
+                "UPDATE {} SET {} = clock_timestamp(), reason = NULL,"
+                " state = CASE WHEN %s AND state = 'filling' THEN 'ready' ELSE state END"
+                " WHERE index_name = %s AND generation = %s"
             ).format(self._table, sql.Identifier(column)),
             [column == "ready_at", index, generation],
+        )
+
+    async def note_reason(self, connection: Connection, index: str, generation: int, reason: str) -> None:
+        """Note why a generation cannot be filled or built now."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET reason = %s WHERE index_name = %s AND generation = %s").format(self._table),
+            [reason, index, generation],
         )
 
     async def remove(self, connection: Connection, index: str, generation: int) -> None:

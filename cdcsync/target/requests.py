@@ -57,6 +57,9 @@ DDL: tuple[LiteralString, ...] = (
     # Earlier versions held the kinds to a list that could not be added to.
     "ALTER TABLE {schema}.backfills DROP CONSTRAINT IF EXISTS backfills_kind_check",
     "ALTER TABLE {schema}.backfills ADD COLUMN IF NOT EXISTS through text",
+    "ALTER TABLE {schema}.backfills ADD COLUMN IF NOT EXISTS owed boolean NOT NULL DEFAULT false",
+    "COMMENT ON COLUMN {schema}.backfills.owed IS"
+    " 'Whether the worker asked for it because the index would be out of date without it: it cannot be cancelled.'",
     "COMMENT ON COLUMN {schema}.backfills.through IS"
     " 'The related table whose change asks for documents to be rebuilt.'",
     "COMMENT ON TABLE {schema}.backfills IS 'cdcsync: requests to read source tables, and how far each is.'",
@@ -105,7 +108,8 @@ _ACTIONS: Mapping[RequestAction, tuple[str, tuple[str, ...]]] = {
 OPEN = ("requested", "running", "paused")
 
 OWED = ("compare", "related")
-"""What the worker asks for once and needs, for the index to stay equal: nobody may cancel it."""
+"""Kinds that the worker alone asks for, once, and needs for the index to stay equal: nobody may cancel them. Of a
+replay, the column `owed` says it."""
 
 MOST_REBUILDS = 50
 """Rebuilds of an index that wait; more of them read most of the table one by one."""
@@ -184,20 +188,22 @@ class Requests:
         max_rows_per_s: int | None = None,
         phase: Phase = "rows",
         through: str | None = None,
+        owed: bool = False,
     ) -> int:
         """Ask for a backfill and wake the worker; takes effect when the caller commits.
 
         :param keys: needs a transaction around it, so that the worker does not see the request without them.
         :param through: the related table whose change asks for it.
         :param phase: where it begins: what begins at "orphans" only removes what the source no longer has.
+        :param owed: whether the index would be out of date without it, so that nobody may cancel it.
         """
         row = await fetch_one(
             connection,
             sql.SQL(
-                "INSERT INTO {} (index_name, kind, rewrite, filter, force_embed, keyed, max_rows_per_s, phase, through)"
-                " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s) RETURNING id"
+                "INSERT INTO {} (index_name, kind, rewrite, filter, force_embed, keyed, max_rows_per_s, phase, through,"
+                " owed) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) RETURNING id"
             ).format(self._table),
-            [index, kind, rewrite, filter_, force_embed, keys is not None, max_rows_per_s, phase, through],
+            [index, kind, rewrite, filter_, force_embed, keys is not None, max_rows_per_s, phase, through, owed],
         )
         id_ = cast(int, row[0])
         if keys is not None:
@@ -253,6 +259,36 @@ class Requests:
         await connection.execute(
             sql.SQL("UPDATE {} SET error = %s WHERE id = ANY(%s)").format(self._table),
             [f"replaced by request {id_}", [one for one, _ in replaced]],
+        )
+        return id_
+
+    async def follow_configuration(self, connection: Connection, index: str, *, rewrite: bool) -> int:
+        """Ask for all rows to be read again, as the configuration asks for other contents.
+
+        Needs a transaction around it. It takes the place of those that were asked for so before: it reads all that they
+        would have read.
+        """
+        cursor = await connection.execute(
+            sql.SQL(
+                "UPDATE {} SET state = 'cancelled', finished_at = now() WHERE index_name = %s AND kind = 'replay'"
+                " AND owed AND filter IS NULL AND NOT keyed AND phase = 'rows' AND state = ANY(%s)"
+                " RETURNING id, rewrite, max_rows_per_s"
+            ).format(self._table),
+            [index, list(OPEN)],
+        )
+        replaced = sorted(cast(list[tuple[int, bool, int | None]], await cursor.fetchall()))
+        id_ = await self.add(
+            connection,
+            index,
+            "replay",
+            rewrite=rewrite or any(was for _, was, _ in replaced),
+            filter_=None,
+            max_rows_per_s=replaced[-1][2] if replaced else None,
+            owed=True,
+        )
+        await connection.execute(
+            sql.SQL("UPDATE {} SET error = %s WHERE id = ANY(%s)").format(self._table),
+            [f"replaced by request {id_}", [one for one, *_ in replaced]],
         )
         return id_
 
@@ -471,7 +507,7 @@ class Requests:
             sql.SQL(
                 "UPDATE {} SET state = %s, finished_at = CASE WHEN %s = 'cancelled' THEN now() END"
                 " WHERE index_name = %s AND state = ANY(%s) AND (%s::bigint IS NULL OR id = %s)"
-                " AND NOT (%s = 'cancelled' AND kind = ANY(%s)) RETURNING id"
+                " AND NOT (%s = 'cancelled' AND (owed OR kind = ANY(%s))) RETURNING id"
             ).format(self._table),
             [state, state, index, list(before), id_, id_, state, list(OWED)],
         )
@@ -483,7 +519,7 @@ class Requests:
         """Return the open requests of an index that cannot be cancelled."""
         cursor = await connection.execute(
             sql.SQL(
-                "SELECT id FROM {} WHERE index_name = %s AND kind = ANY(%s) AND state = ANY(%s) ORDER BY id"
+                "SELECT id FROM {} WHERE index_name = %s AND (owed OR kind = ANY(%s)) AND state = ANY(%s) ORDER BY id"
             ).format(self._table),
             [index, list(OWED), list(OPEN)],
         )

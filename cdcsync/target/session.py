@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Self
 
@@ -101,9 +101,10 @@ class ApplySession:
                 self._look_ups[1][index] = found
         return found
 
-    async def try_open(self) -> bool:
+    async def try_open(self, once_locked: Callable[[], Awaitable[None]] | None = None) -> bool:
         """Connect and take the pipeline's lock and a new fence; False when another worker holds the lock.
 
+        :param once_locked: called between the two: what only the lock's holder may do, and the fence needs.
         :raises TargetUnavailable: the target does not answer now.
         """
         connection = await self._connect()
@@ -113,6 +114,8 @@ class ApplySession:
                 if not locked and await self._end_silent(connection):
                     locked = await self._pipelines.try_lock(connection)
                 if locked:
+                    if once_locked is not None:
+                        await once_locked()
                     self._lease = await self._pipelines.take_over(connection, worker_name())
                     crash_point("fence raised")
                     self._connection, self._pid = connection, connection.info.backend_pid

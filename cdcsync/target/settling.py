@@ -30,6 +30,10 @@ NOTED_S = 60.0
 """Figures older than this say nothing about the present."""
 
 
+COUNTED = 10_000
+"""So many fresh vectors are counted while the settled tier has no HNSW index: some ten megabytes."""
+
+
 class Noted(msgspec.Struct, frozen=True):
     """The milliseconds that fresh adds to a search of an index, and the number of vectors that settle in a second."""
 
@@ -51,7 +55,7 @@ async def noted(connection: Connection, schema: str) -> dict[str, Noted]:
 class Tiers(msgspec.Struct, frozen=True):
     """How the vectors of an index are distributed.
 
-    :ivar fresh: how many are fresh.
+    :ivar fresh: how many are fresh; `COUNTED` at most while the settled tier has no HNSW index.
     :ivar settled: how many are settled, about.
     :ivar scan_ms: milliseconds of the server that fresh adds to a search now.
     :ivar built: whether the settled tier has its HNSW index.
@@ -80,17 +84,26 @@ class Settling:
         }
 
     async def look(self) -> Tiers:
-        """Return how the vectors are distributed, and what that costs a search: one is made."""
-        fresh, settled, built = await fetch_one(
+        """Return how the vectors are distributed, and what that costs a search: one is made.
+
+        Before HNSW is built nothing settles, and everything may be fresh: then no search is made, and counting ends at
+        `COUNTED`.
+        """
+        settled, built = await fetch_one(
             self._connection,
-            self._sql(
-                "SELECT (SELECT count(*) FROM {fresh}), (SELECT greatest(reltuples, 0)::int8 FROM pg_class"
-                " WHERE oid = %s::regclass), coalesce((SELECT indisvalid FROM pg_index"
-                " WHERE indexrelid = to_regclass(%s)), false)"
-            ),
+            "SELECT (SELECT greatest(reltuples, 0)::int8 FROM pg_class WHERE oid = %s::regclass),"
+            " coalesce((SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)), false)",
             [self._name("settled"), self._hnsw],
         )
-        return Tiers(fresh, settled, await self._scan_ms() if fresh else 0.0, built)
+        fresh = cast(
+            int,
+            await fetch_value(
+                self._connection,
+                self._sql("SELECT count(*) FROM (SELECT FROM {fresh} LIMIT %s) AS f"),
+                [None if built else COUNTED],
+            ),
+        )
+        return Tiers(fresh, settled, await self._scan_ms() if fresh and built else 0.0, built)
 
     async def _scan_ms(self) -> float:
         """Return how long the server takes to find the ten nearest fresh vectors to one of them."""

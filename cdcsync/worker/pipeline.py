@@ -233,8 +233,8 @@ class Pipeline:
             await connect(config.source.dsn, "source") as source,
             interrupted_by(self.state.stopping, target, source),
         ):
-            await set_up_shared(target, config)
-            while not await self.session.try_open():
+            # A standby may be of a newer version than the worker that it waits for, whose tables they still are.
+            while not await self.session.try_open(lambda: set_up_shared(target, config)):
                 if not self.state.standby:
                     with speaking_of("target"):
                         holder = await Pipelines(config.target.schema, config.source.slot).holder(target)

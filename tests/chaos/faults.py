@@ -14,6 +14,7 @@ import psycopg
 
 from tests.chaos.history import Broken, History
 from tests.chaos.servers import Side, until
+from tests.chaos.tables import FAR, WISHES
 from tests.support import provider as misdeeds
 
 Fault = Callable[[History], None]
@@ -512,3 +513,50 @@ def verify(history: History) -> None:
     history.repair("titles")
     if damaged[0][0]:
         history.fire("verify --repair in between")
+
+
+@fault("migration")
+def migration(history: History) -> None:
+    """Exchange the vectors of an index, in steps and with kills at random."""
+    history.ensure_worker()
+    history.streaming()
+    _wishes(history, history.chance.choice(list(WISHES.values())))
+    live = "SELECT FROM cdcsync.indexes WHERE name = 'titles' AND state = 'live'"
+    with contextlib.suppress(TimeoutError):
+        until(lambda: history.execute(history.target, live), "a live index")
+    if history.command("migrate", "titles", "start", "--yes") == 0:
+        history.fire("migration")
+    for _ in range(history.chance.randint(3, 7)):
+        step = history.chance.choice(("wait", "wait", "kill", "start", "activate", "activate", "rollback", "drop"))
+        if step == "wait":
+            rest(history, 1, 4)
+        elif step == "kill":
+            history.kill()
+            history.start()
+        elif (status := history.command("migrate", "titles", step, "--yes")) not in (0, 2):
+            raise Broken(f"migrate titles {step} ended with {status}")
+    if history.wish == WISHES["another model"]:
+        end_migration(history)
+
+
+def _wishes(history: History, wish: str) -> None:
+    """Have the configuration ask for other vectors, and a worker that knows it."""
+    history.wish = wish
+    history.write_config()
+    stop(history)
+    history.ensure_worker()
+    history.streaming()
+
+
+def end_migration(history: History) -> None:
+    """Go back to the vectors of the provider, and forget about others."""
+    history.ensure_worker()
+    history.streaming()
+    live = "SELECT embedder FROM cdcsync.generations JOIN cdcsync.indexes USING (generation) WHERE name = 'titles'"
+    if history.execute(history.target, f"{live} AND index_name = name") == [("words",)]:
+        status = history.command("migrate", "titles", "rollback", "--yes")
+        if status != 0:
+            raise Broken(f"migrate titles rollback ended with {status}")
+    if history.command("migrate", "titles", "drop", "--yes") not in (0, 2):
+        raise Broken("migrate titles drop failed")
+    _wishes(history, FAR)

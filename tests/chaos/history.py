@@ -23,7 +23,7 @@ from cdcsync.crashpoints import VARIABLE
 from tests.chaos.oracle import differences
 from tests.chaos.provider import Provider
 from tests.chaos.servers import Side, until
-from tests.chaos.tables import INDEXES, TABLES, Writer
+from tests.chaos.tables import FAR, INDEXES, TABLES, Writer
 from tests.chaos.worker import Worker
 
 CONFIG = """
@@ -51,6 +51,9 @@ distance = "l2"
 timeout_s = 4
 concurrency = 2
 batch_texts = 32
+[embedders.words]
+type = "hash"
+dimensions = 8
 """
 
 LOSS_S = 20.0
@@ -91,6 +94,8 @@ class History:
             "heartbeat": 0,
             "evaluate": 0,
         }
+        self.wish = FAR
+        """What the configuration asks for of the vectors of `titles`."""
         self.workers: list[Worker] = []
         self.fired: Counter[str] = Counter()
         self.hit: set[str] = set()
@@ -163,7 +168,8 @@ class History:
             provider=self.provider.url,
             **self.settings,
         )
-        (self.directory / "cdcsync.toml").write_text(text + "".join(INDEXES[name] for name in self.indexes))
+        sections = {**INDEXES, "titles": INDEXES["titles"].replace(FAR, self.wish)}
+        (self.directory / "cdcsync.toml").write_text(text + "".join(sections[name] for name in self.indexes))
 
     def start(self, crash_at: str | None = None) -> Worker:
         """Start a worker."""

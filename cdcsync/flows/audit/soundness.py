@@ -2,14 +2,15 @@
 
 Every committed state of the index holds to these: a chunk's hash is that of its text; the chunks of a document are
 numbered without a gap, are as many as each of them says, and agree on what the document is; each chunk has a vector of
-its text, or waits for one; each vector belongs to a chunk, is of the model's dimensions and finite.
+its text in every generation, or waits for one; each vector belongs to a chunk, is of the model's dimensions and finite.
 
 Source: pgvector's README (vector_norm, l2_norm, vector_dims).
 """
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from collections.abc import Mapping
+from typing import Literal, LiteralString, cast
 
 import msgspec
 import psycopg
@@ -22,6 +23,7 @@ from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.queries import fetch_one, fetch_texts
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
+from cdcsync.target.generations import Generations
 
 Fault = Literal["damaged", "vector_missing", "vector_stale", "vector_dimensions", "vector_not_finite", "vector_twice"]
 
@@ -43,13 +45,15 @@ class Soundness(msgspec.Struct, frozen=True):
 
 
 async def examine_chunks(connection: Connection, schema: str, spec: IndexSpec, after: int, limit: int) -> Soundness:
-    """Look at up to `limit` chunks with numbers above `after`, and at their vectors."""
-    names, extension = Names(schema, spec.name), sql.Identifier(await vector_schema(connection))
+    """Look at up to `limit` chunks with numbers above `after`, and at their vectors.
+
+    Of the generations beside the live one, those that are ready are looked at: one that is being filled lacks vectors,
+    and proves at its end that it has all.
+    """
+    names = Names(schema, spec.name)
     equal = await comparisons(connection, spec.key_types)
     parts: dict[str, sql.Composable] = {
         "chunks": names.chunks,
-        "vectors": names.vectors(spec.generation),
-        **names.tiers(spec.generation),
         "keys": sql.SQL(", ").join(sql.Identifier("c", name) for name in spec.shape.key),
         "same_key": sql.SQL(" AND ").join(
             sql.SQL("{} {} {}").format(sql.Identifier("c", name), one.equal, sql.Identifier("p", name))
@@ -57,50 +61,13 @@ async def examine_chunks(connection: Connection, schema: str, spec: IndexSpec, a
         ),
         "carried": sql.SQL(", ").join(sql.Identifier("c", name) for name in spec.shape.carried),
         "carried_before": sql.SQL(", ").join(sql.Identifier("p", name) for name in spec.shape.carried),
-        "waits": sql.SQL(
-            "EXISTS (SELECT FROM {} AS b WHERE b.chunk_id = c.chunk_id AND b.generation = {} AND b.attempts < {})"
-        ).format(names.backlog, sql.Literal(spec.generation), sql.Literal(MAX_ATTEMPTS)),
-        "dimensions": sql.SQL("{}.vector_dims(v.embedding)").format(extension),
-        "norm": sql.SQL("{}." + ("l2_norm" if spec.config.vector_type == "halfvec" else "vector_norm")).format(
-            extension
-        ),
-        "right": sql.Literal(spec.dimensions),
         "limit": sql.Literal(MOST),
         "after": sql.Literal(after),
         "hash": sql.SQL(sql_hash("c.content")),
     }
-    statements: dict[Fault, str] = {
-        "damaged": (
-            "SELECT {keys} FROM {chunks} AS c WHERE {between} AND (c.content_hash <> {hash}"
-            " OR c.chunk_no > 0 AND NOT EXISTS"
-            " (SELECT FROM {chunks} AS p WHERE {same_key} AND p.chunk_no = c.chunk_no - 1"
-            " AND p.document_hash = c.document_hash AND p.chunk_total IS NOT DISTINCT FROM c.chunk_total"
-            " AND ROW({carried_before})::text = ROW({carried})::text)"
-            " OR c.chunk_no >= c.chunk_total OR c.chunk_no = 0 AND c.chunk_total > 1 AND NOT EXISTS"
-            " (SELECT FROM {chunks} AS p WHERE {same_key} AND p.chunk_no = c.chunk_total - 1))"
-        ),
-        "vector_missing": (
-            "SELECT {keys} FROM {chunks} AS c LEFT JOIN {vectors} AS v USING (chunk_id)"
-            " WHERE v.chunk_id IS NULL AND {between} AND NOT {waits}"
-        ),
-        "vector_stale": (
-            "SELECT {keys} FROM {chunks} AS c JOIN {vectors} AS v USING (chunk_id)"
-            " WHERE v.content_hash <> c.content_hash AND {between} AND NOT {waits}"
-        ),
-        "vector_dimensions": (
-            "SELECT {keys} FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id)"
-            " WHERE {between} AND {dimensions} <> {right}"
-        ),
-        "vector_not_finite": (
-            "SELECT {keys} FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id)"
-            " WHERE {between} AND NOT {norm}(v.embedding) < 'Infinity'::float8"
-        ),
-        "vector_twice": (
-            "SELECT {keys} FROM {fresh} AS v JOIN {settled} USING (chunk_id) JOIN {chunks} AS c USING (chunk_id)"
-            " WHERE {between}"
-        ),
-    }
+    extension = await vector_schema(connection)
     faults: dict[Fault, list[Key]] = {}
+    waiting = orphaned = 0
     await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
     try:
         count, last = await fetch_one(
@@ -116,21 +83,82 @@ async def examine_chunks(connection: Connection, schema: str, spec: IndexSpec, a
         parts["last"] = sql.Literal(last)
         parts["between"] = sql.SQL(between.replace("{0}", "c")).format(**parts)
         parts["vectors_between"] = sql.SQL(between.replace("{0}", "v")).format(**parts)
-        for fault, statement in statements.items():
-            found = await fetch_texts(connection, sql.SQL(statement + " LIMIT {limit}").format(**parts))
+
+        async def look(fault: Fault, statement: LiteralString, values: Mapping[str, sql.Composable]) -> None:
+            found = await fetch_texts(connection, sql.SQL(statement + " LIMIT {limit}").format(**values))
             if found:
-                faults[fault] = list(dict.fromkeys(cast(list[Key], found)))
-        row = await fetch_one(
-            connection,
-            sql.SQL(
-                "SELECT (SELECT count(*) FROM {chunks} AS c WHERE {between} AND {waits}),"
-                " (SELECT count(*) FROM {vectors} AS v WHERE {vectors_between}"
-                " AND NOT EXISTS (SELECT FROM {chunks} AS c WHERE c.chunk_id = v.chunk_id))"
-            ).format(**parts),
-        )
+                faults[fault] = list(dict.fromkeys([*faults.get(fault, ()), *cast(list[Key], found)]))
+
+        await look("damaged", DAMAGED, parts)
+        whole = {one.generation for one in await Generations(schema).of(connection, spec.name) if one.state == "ready"}
+        for one in spec.generations:
+            if one is not spec and one.generation not in whole:
+                continue
+            of = parts | _parts_of(names, extension, one)
+            for fault, statement in VECTORS.items():
+                await look(fault, statement, of)
+            waits, lost = await fetch_one(connection, sql.SQL(COUNTED).format(**of))
+            waiting, orphaned = waiting + cast(int, waits), orphaned + cast(int, lost)
         await connection.execute("COMMIT")
     except psycopg.Error:
         if not connection.closed:
             await connection.rollback()
         raise
-    return Soundness(faults, cast(int, row[0]), cast(int, row[1]), last, cast(int, count))
+    return Soundness(faults, waiting, orphaned, last, cast(int, count))
+
+
+def _parts_of(names: Names, extension: str, one: IndexSpec) -> dict[str, sql.Composable]:
+    """Return what the statements about the vectors of a generation need."""
+    norm = "l2_norm" if one.config.vector_type == "halfvec" else "vector_norm"
+    return {
+        "vectors": names.vectors(one.generation),
+        **names.tiers(one.generation),
+        "waits": sql.SQL(
+            "EXISTS (SELECT FROM {} AS b WHERE b.chunk_id = c.chunk_id AND b.generation = {} AND b.attempts < {})"
+        ).format(names.backlog, sql.Literal(one.generation), sql.Literal(MAX_ATTEMPTS)),
+        "dimensions": sql.SQL("{}.vector_dims(v.embedding)").format(sql.Identifier(extension)),
+        "norm": sql.SQL("{}." + norm).format(sql.Identifier(extension)),
+        "right": sql.Literal(one.dimensions),
+    }
+
+
+DAMAGED: LiteralString = (
+    "SELECT {keys} FROM {chunks} AS c WHERE {between} AND (c.content_hash <> {hash}"
+    " OR c.chunk_no > 0 AND NOT EXISTS"
+    " (SELECT FROM {chunks} AS p WHERE {same_key} AND p.chunk_no = c.chunk_no - 1"
+    " AND p.document_hash = c.document_hash AND p.chunk_total IS NOT DISTINCT FROM c.chunk_total"
+    " AND ROW({carried_before})::text = ROW({carried})::text)"
+    " OR c.chunk_no >= c.chunk_total OR c.chunk_no = 0 AND c.chunk_total > 1 AND NOT EXISTS"
+    " (SELECT FROM {chunks} AS p WHERE {same_key} AND p.chunk_no = c.chunk_total - 1))"
+)
+
+VECTORS: dict[Fault, LiteralString] = {
+    "vector_missing": (
+        "SELECT {keys} FROM {chunks} AS c LEFT JOIN {vectors} AS v USING (chunk_id)"
+        " WHERE v.chunk_id IS NULL AND {between} AND NOT {waits}"
+    ),
+    "vector_stale": (
+        "SELECT {keys} FROM {chunks} AS c JOIN {vectors} AS v USING (chunk_id)"
+        " WHERE v.content_hash <> c.content_hash AND {between} AND NOT {waits}"
+    ),
+    "vector_dimensions": (
+        "SELECT {keys} FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id)"
+        " WHERE {between} AND {dimensions} <> {right}"
+    ),
+    "vector_not_finite": (
+        "SELECT {keys} FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id)"
+        " WHERE {between} AND NOT {norm}(v.embedding) < 'Infinity'::float8"
+    ),
+    "vector_twice": (
+        "SELECT {keys} FROM {fresh} AS v JOIN {settled} USING (chunk_id) JOIN {chunks} AS c USING (chunk_id)"
+        " WHERE {between}"
+    ),
+}
+"""What can be wrong with the vectors of one generation."""
+
+COUNTED: LiteralString = (
+    "SELECT (SELECT count(*) FROM {chunks} AS c WHERE {between} AND {waits}),"
+    " (SELECT count(*) FROM {vectors} AS v WHERE {vectors_between}"
+    " AND NOT EXISTS (SELECT FROM {chunks} AS c WHERE c.chunk_id = v.chunk_id))"
+)
+"""How many chunks wait for their vector, and how many vectors belong to no chunk."""

@@ -305,6 +305,11 @@ class Dispatcher:
         self._small_seconds_per_text *= SKIPPED
         return False
 
+    @property
+    def measured(self) -> bool:
+        """Whether a call has told how quick the model is."""
+        return self._seconds_per_text > 0
+
     def texts_within(self, seconds: float) -> int:
         """Return how many texts are likely to take no longer than this; 0 before the first call: nobody knows."""
         if not self.ready.is_set() or not self._seconds_per_text or self.waits_until(load=True) is not None:

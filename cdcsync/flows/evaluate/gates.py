@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import msgspec
 
 from cdcsync.errors import UsageError
+from cdcsync.flows.evaluate.collection import Collection, read_collection
 from cdcsync.flows.evaluate.intervals import difference
-from cdcsync.flows.evaluate.judged import parse_measures
+from cdcsync.flows.evaluate.judged import MEASURES, parse_measures
 from cdcsync.target.judged_runs import MODES, Figure, JudgedMode, Run
 
 _FLOOR = re.compile(r"(?:(\w+)\s+)?(\S+?)\s*=\s*(\d*\.?\d+)")
@@ -34,6 +36,29 @@ class Verdict(NamedTuple):
 
     passed: bool
     text: str
+
+
+class Questions(NamedTuple):
+    """Judged questions, with what is asked of the answers.
+
+    :ivar measures: those of the floors are among them.
+    """
+
+    collection: Collection
+    floors: list[Floor]
+    measures: list[str]
+
+
+def read_questions(directory: Path, least: Sequence[str], measures: Sequence[str] = ()) -> Questions:
+    """Read a collection and the arguments about it; what is wrong with them is told before a model is loaded.
+
+    :param measures: those that are asked for; the usual ones if none is.
+    :raises UsageError: an argument or the collection is malformed.
+    """
+    floors = [parse_floor(text) for text in least]
+    wanted = list(dict.fromkeys([*(measures or MEASURES), *(floor.measure for floor in floors)]))
+    parse_measures(wanted)
+    return Questions(read_collection(directory), floors, wanted)
 
 
 def parse_floor(text: str) -> Floor:

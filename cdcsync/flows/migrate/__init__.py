@@ -5,7 +5,9 @@
 The worker fills and drops generations, as it writes all of them; a command asks for both through the table
 `generations`. Which of them is live changes in one transaction, by a command.
 
-    fill       the vectors of a generation, from the stored chunks; and its HNSW index
-    compare    two generations beside each other
-    commands   what `cdcsync migrate` does
+    present   the generations that an index has
+    compare   two generations beside each other
+    start, switch, drop   what `cdcsync migrate` does: each checks, changes something in one transaction, and returns
+              what an operator sees; done twice, it finds its work done or does the rest
+    fill      the vectors of a generation, from the stored chunks; and its HNSW index
 """

@@ -12,14 +12,19 @@ While it goes on, and after it, whoever applies changes writes all generations (
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Mapping
+from itertools import islice
 
 import anyio
+import msgspec
 import structlog
 from psycopg import sql
 
 from cdcsync.backoff import Backoff
 from cdcsync.crashpoints import crash_point
+from cdcsync.errors import CdcsyncError, leading
 from cdcsync.flows.build import settle_all
 from cdcsync.flows.embed import Dispatcher, EmbedLoop
 from cdcsync.flows.embed.pages import page_vectors
@@ -44,11 +49,32 @@ QUICK_S = 0.25
 """A page whose texts the model takes longer for goes to the backlog, as the pages of a first load do: the embed flow
 keeps several calls of a provider under way, and knows what to do about texts that fail."""
 
+PAGE_S = QUICK_S / 2
+"""Pages are made small enough for this: in the backlog, vectors cost several times as much."""
+
+TRIED_TEXTS = 32
+"""Texts of the first call of a model that nobody has called yet."""
+
 POLL_S = 0.2
 """How often it is looked whether the backlog has room again, or is empty."""
 
 WINDOWS = 4
 """So many windows of the embed loop wait in the backlog: it never runs dry, and nothing waits there for long."""
+
+
+class _Page(msgspec.Struct):
+    """A page on its way.
+
+    :ivar lacking: those of its chunks that had no vector of their text when it was read.
+    :ivar last: the number of its last chunk.
+    :ivar few: whether live changes come in.
+    """
+
+    lacking: list[Stored]
+    last: int
+    chunks: int
+    few: bool
+    vectors: Mapping[bytes, FloatVector] = {}
 
 
 class Fill:
@@ -81,17 +107,35 @@ class Fill:
         self._generations = Generations(schema)
 
     async def run(self) -> None:
-        """Return once the generation is ready, or is not to be filled any more."""
+        """Return once the generation is ready, or is not to be filled any more.
+
+        Whatever fails is tried again, more and more rarely, and `status` says why: what is wrong with one generation
+        is not to stop the index, nor any other.
+        """
         where = f"index {self._spec.name}"
-        backoff = Backoff(lambda failure: log.warning("migration_waits", index=where, error=str(failure.error)))
+        backoff = Backoff(
+            lambda failure: log.warning(
+                "migration_waits", index=where, error=str(failure.error), fix=failure.error.hint
+            ),
+            errors=CdcsyncError,
+        )
         async with Session(self._dsn, "target", application_name="cdcsync migrate") as session:
             while True:
                 async with backoff:
-                    with speaking_of("target", where=where):
-                        connection = await session.connection()
-                        backoff.succeeded()
-                        await self._fill_and_build(connection)
+                    try:
+                        with speaking_of("target", where=where):
+                            await self._fill_and_build(await session.connection())
+                    except CdcsyncError as error:
+                        await self._note(session, error)
+                        raise
                     return
+
+    async def _note(self, session: Session, error: CdcsyncError) -> None:
+        """Say in the target why the generation cannot be filled now, if the target can be asked."""
+        with contextlib.suppress(CdcsyncError), speaking_of("target"):
+            connection = await session.connection()
+            await self._generations.note_reason(connection, self._spec.name, self._spec.generation, error.message)
+            crash_point("reason of a migration noted")
 
     async def _entry(self, connection: Connection) -> Generation | None:
         """Return the generation's row if it is still to be filled."""
@@ -129,33 +173,65 @@ class Fill:
         log.info("migration_ready", index=name, generation=generation)
 
     async def _pages(self, connection: Connection, filling: Filling) -> bool:
-        """Write page after page until there are no more; False if the generation is not wanted any more."""
+        """Write page after page until there are no more; False if the generation is not wanted any more.
+
+        The model is at one page while the page before it is written.
+        """
+        made: _Page | None = None
         while (entry := await self._entry(connection)) is not None:
             await self._wait_for_room(filling)
             began = anyio.current_time()
-            few = self._loop.beside_live
-            page = await filling.page(entry.cursor, FEW_CHUNKS if few else PAGE_CHUNKS)
-            if not page:
+            pace = self._pace(entry.max_rows_per_s)
+            page = await self._read(filling, entry.cursor if made is None else made.last, pace)
+            try:
+                async with anyio.create_task_group() as tasks:
+                    if made is not None:
+                        tasks.start_soon(self._write, filling, made)
+                    if page is not None and not filling.takes_over:
+                        page.vectors = await self._vectors(page.lacking)
+            except BaseExceptionGroup as group:
+                raise leading(group) from None
+            if page is None:
                 return True
-            last, lacking = page[-1].chunk_id, await filling.without_vector(page)
-            table = f"{self._spec.name}_vectors_{self._spec.generation}"
-            if filling.takes_over:
-                await until_locked(lambda: filling.take_over(lacking, last), table=table)  # noqa: B023 - awaited here
-            else:
-                vectors = await self._vectors(lacking)
-                await until_locked(lambda: filling.store(lacking, vectors, last), table=table)  # noqa: B023
-            self._loop.notify(live=False)
-            if few:
+            made = page
+            if page.few:
                 await anyio.sleep(anyio.current_time() - began)  # half of the time is for others
-            await self._pace(len(page), began, entry.max_rows_per_s)
+            await anyio.sleep(max(0.0, page.chunks / pace - (anyio.current_time() - began)))
         return False
 
+    async def _read(self, filling: Filling, after: int, pace: float) -> _Page | None:
+        few = self._loop.beside_live
+        limit = FEW_CHUNKS if few else self._page_chunks
+        page = await filling.page(after, max(1, min(limit, int(min(pace, PAGE_CHUNKS)))))
+        if not page:
+            return None
+        return _Page(await filling.without_vector(page), page[-1].chunk_id, len(page), few)
+
+    @property
+    def _page_chunks(self) -> int:
+        """How many chunks a page should have, so that a quick model can embed it at once, though it slows down."""
+        fitting = self._dispatcher.texts_within(PAGE_S)
+        return min(PAGE_CHUNKS, fitting) if fitting >= FEW_CHUNKS else PAGE_CHUNKS
+
+    async def _write(self, filling: Filling, page: _Page) -> None:
+        async def write() -> bool:
+            if filling.takes_over:
+                return await filling.take_over(page.lacking, page.last)
+            return await filling.store(page.lacking, page.vectors, page.last)
+
+        await until_locked(write, table=f"{self._spec.name}_vectors_{self._spec.generation}")
+        self._loop.notify(live=False)
+
     async def _vectors(self, page: list[Stored]) -> Mapping[bytes, FloatVector]:
-        """Return the vectors of a page if the model makes them quickly."""
+        """Return the vectors of a page if the model makes them quickly; a first call tells whether it does."""
         texts = {one.hash: one.text for one in page}
-        if not texts or len(texts) > self._dispatcher.texts_within(QUICK_S):
-            return {}
-        return await page_vectors(self._dispatcher, self._spec, texts)
+        vectors: dict[bytes, FloatVector] = {}
+        if not self._dispatcher.measured and self._dispatcher.waits_until(load=True) is None:
+            vectors |= await page_vectors(self._dispatcher, self._spec, dict(islice(texts.items(), TRIED_TEXTS)))
+        left = {one: text for one, text in texts.items() if one not in vectors}
+        if len(left) <= self._dispatcher.texts_within(QUICK_S):
+            vectors |= await page_vectors(self._dispatcher, self._spec, left)
+        return vectors
 
     async def _wait_for_room(self, filling: Filling) -> None:
         """Wait while the stream is late, and while enough texts wait for the embed loop."""
@@ -163,10 +239,9 @@ class Fill:
         while self._dispatcher.far_behind or await filling.waiting(most) >= most:  # noqa: ASYNC110 - the target tells
             await anyio.sleep(POLL_S)
 
-    async def _pace(self, chunks: int, began: float, own: int | None) -> None:
-        limits = [float(one) for one in (own or 0, self._most_rows_per_s()) if one]
-        if limits:
-            await anyio.sleep(max(0.0, chunks / min(limits) - (anyio.current_time() - began)))
+    def _pace(self, own: int | None) -> float:
+        """Return how many chunks may be filled a second: those that the command and the configuration allow."""
+        return min([float(one) for one in (own or 0, self._most_rows_per_s()) if one], default=math.inf)
 
     async def _drain(self, filling: Filling) -> None:
         """Wait until no text of the fill waits for its vector."""

@@ -17,19 +17,17 @@ import structlog
 from cdcsync.config import Config, price_per_million_tokens
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import SetupError
-from cdcsync.flows.dry_run import Bounds, count, tokens_of
+from cdcsync.flows.dry_run import Bounds, count, embedded_generations, tokens_of
 from cdcsync.flows.replay import Replay
 from cdcsync.flows.setup.differences import difference_of, present_fingerprint
 from cdcsync.flows.setup.needs import AWAITS_APPROVAL, Need, need_of
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.fingerprints import Difference
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.missing import Missing, missing_relations
-from cdcsync.target.ddl.names import Names
 from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.requests import Requests
 
@@ -115,22 +113,20 @@ async def cost_of(
     """Return what the load that an index needs would embed, by reading its table once for each generation."""
     assert reading.need is not None
     replay, table = Replay(rewrite=reading.need.rewrite), catalog.tables.get(spec.shape.table)
-    embedded = await _embedded(target, config, spec, embedders)
+    embedded = await embedded_generations(target, config.target.schema, spec, embedders)
     seconds = None if bounds.seconds is None else bounds.seconds / len(embedded)
     rows = documents = tokens = 0
     texts_by: dict[str, int] = {}
     prices: list[float] = []
     sample: tuple[str, ...] = ()
     whole = True
-    for one in embedded:
+    for one, embedder in embedded:
         left = None if bounds.texts is None else max(0, bounds.texts - sum(texts_by.values()))
-        # Every generation has the chunks that are cut for the live one.
-        cutter = embedders[spec.config.embedder]
-        within = Bounds(left, seconds)
+        cutter, within = embedders[spec.cut_by], Bounds(left, seconds)
         found = await count(source, target, config, one, replay, cutter, stored=reading.stored, bounds=within)
         read = found.rows if found.whole or table is None else max(found.rows, table.estimated_rows)
         share = read / found.rows if found.rows else 1.0
-        its_tokens, name = round(tokens_of(found.text_characters) * share), one.config.embedder
+        its_tokens, name = round(tokens_of(found.text_characters) * share), embedder.name
         rows, documents, tokens = max(rows, read), max(documents, round(found.documents * share)), tokens + its_tokens
         texts_by[name] = texts_by.get(name, 0) + round(found.texts * share)
         each = price_per_million_tokens(config.embedders[name])
@@ -146,26 +142,6 @@ async def cost_of(
         texts_by=texts_by,
         sample=sample,
     )
-
-
-async def _embedded(
-    target: Connection, config: Config, spec: IndexSpec, embedders: Mapping[str, Embedder]
-) -> list[IndexSpec]:
-    """Return the index with each generation that new texts get vectors in.
-
-    They get none where the configuration lacks the embedder. One without tables is yet to be filled, which whoever
-    began the migration has confirmed.
-    """
-    names, embedded = Names(config.target.schema, spec.name), [spec]
-    for one in spec.others:
-        embedder = embedders.get(one.config.embedder)
-        if embedder is None or embedder.identity != one.model:
-            continue
-        with speaking_of("target", where=f"index {spec.name}"):
-            table = names.vectors(one.generation).as_string(target)
-            if await fetch_value(target, "SELECT to_regclass(%s) IS NOT NULL", [table]):
-                embedded.append(one)
-    return embedded
 
 
 def confirm_above(config: Config, spec: IndexSpec) -> int | None:

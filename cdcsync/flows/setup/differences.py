@@ -77,10 +77,10 @@ async def ask_for(target: Connection, schema: str, index: str, found: Difference
             await requests.compare(target, index)
         log.warning("index_doubted", index=index, because=found.compare)
     if found.arrived:
-        await requests.add(target, index, "replay", rewrite=False, filter_=_within(found.arrived))
+        await requests.add(target, index, "replay", rewrite=False, filter_=_within(found.arrived), owed=True)
     if found.left:
         # Not a resync: whether an index is whole is told by its last load, and this is not a load.
-        await requests.add(target, index, "replay", rewrite=False, filter_=None, phase="orphans")
+        await requests.add(target, index, "replay", rewrite=False, filter_=None, phase="orphans", owed=True)
     if found.arrived or found.left:
         log.info("partitions_changed", index=index, arrived=len(found.arrived), left=found.left)
 

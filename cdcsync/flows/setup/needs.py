@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from cdcsync.config import Index
 from cdcsync.config.differences import KeyChange, index_changes
 from cdcsync.model.spec import IndexSpec
 from cdcsync.source.fingerprints import Difference
@@ -66,7 +67,7 @@ def need_of(
     if not begun:
         return Need("initial", False, ("its first load has not begun",))
     lost = missing.tables if missing is not None else ()
-    changed = content_changes(before, spec)
+    changed = content_changes(before, spec.config)
     rewrite = before.fingerprint != spec.fingerprint
     asked_for = any(change.key != "columns" for change in changed)
     because = []
@@ -87,8 +88,11 @@ def need_of(
     return Need("replay", rewrite, tuple(because), rewrite) if rewrite or added else None
 
 
-def content_changes(before: Entry, spec: IndexSpec) -> list[KeyChange]:
-    """Return which keys that decide an index's chunks are others than when it was loaded, if that was stored."""
+def content_changes(before: Entry, index: Index) -> list[KeyChange]:
+    """Return which keys that decide an index's chunks are others than when it was loaded, if that was stored.
+
+    :param index: the index's section as it is now.
+    """
     if before.configuration is None:
         return []
-    return [one for one in index_changes(before.configuration, spec.config) if one.key.split(".")[0] in CONTENTS]
+    return [one for one in index_changes(before.configuration, index) if one.key.split(".")[0] in CONTENTS]

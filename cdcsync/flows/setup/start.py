@@ -267,7 +267,10 @@ async def _register(target: Connection, config: Config, spec: IndexSpec, catalog
         await requests.reload(target, spec.name, rewrite=need.rewrite)
         await registry.load_again(target, spec.name)
     else:
-        await requests.add(target, spec.name, need.kind, rewrite=need.rewrite, filter_=None)
+        if need.kind == "initial":
+            await requests.add(target, spec.name, need.kind, rewrite=need.rewrite, filter_=None)
+        else:
+            await requests.follow_configuration(target, spec.name, rewrite=need.rewrite)
         await ask_for(target, schema, spec.name, found)
     log.info("backfill_requested", index=spec.name, kind=need.kind, rewrite=need.rewrite, because=need.because)
 

@@ -1,8 +1,8 @@
 """Lists failures that wait in an index: texts that could not be embedded, rows that no document could be made of.
 
-A text is a row of the backlog with an error. Below `MAX_ATTEMPTS` it is tried again by itself; from there on it waits
-for an operator. A document waits for one at once, in the list of `failed_documents`: what made it fail once does so
-again, until the row changes. Nothing here shows a text.
+A text is a row of the backlog with an error, of any generation of vectors. Below `MAX_ATTEMPTS` it is tried again by
+itself; from there on it waits for an operator. A document waits for one at once, in the list of `failed_documents`:
+what made it fail once does so again, until the row changes. Nothing here shows a text.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Failure(msgspec.Struct, frozen=True):
     """One thing that failed; `next_attempt_at` is none when nobody will try again.
 
     :ivar chunk_no: which chunk of the row's document could not be embedded; none where there is no document.
+    :ivar generation: the generation of vectors that lacks it; none where there is no document.
     """
 
     key: dict[str, str]
@@ -33,6 +34,7 @@ class Failure(msgspec.Struct, frozen=True):
     attempts: int
     next_attempt_at: datetime | None
     kind: Literal["text", "document"] = "text"
+    generation: int | None = None
 
 
 class Failures:
@@ -43,12 +45,13 @@ class Failures:
         self._schema = schema
         self._index = spec.name
         self._key = spec.shape.key
+        self._generations = [one.generation for one in spec.generations]
         names = Names(schema, spec.name)
+        self._tiers = {one: names.tiers(one) for one in self._generations}
         self._parts: dict[str, sql.Composable] = {
             "backlog": names.backlog,
             "chunks": names.chunks,
-            **names.tiers(spec.generation),
-            "generation": sql.Literal(spec.generation),
+            "generations": sql.Literal(self._generations),
             "most": sql.Literal(MAX_ATTEMPTS),
             "key": sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier("c", name)) for name in self._key),
             "documents": sql.Identifier(schema, TABLE),
@@ -60,15 +63,18 @@ class Failures:
         cursor = psycopg.AsyncRawCursor(self._connection)
         await cursor.execute(
             self._sql(
-                "SELECT c.chunk_no, b.error, b.attempts,"
+                "SELECT b.generation, c.chunk_no, b.error, b.attempts,"
                 " CASE WHEN b.attempts < {most} THEN b.next_attempt_at END, {key}"
                 " FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
-                " WHERE b.generation = {generation} AND b.error IS NOT NULL"
-                " ORDER BY b.attempts >= {most} DESC, b.chunk_id LIMIT $1"
+                " WHERE b.generation = ANY({generations}::int[]) AND b.error IS NOT NULL"
+                " ORDER BY b.attempts >= {most} DESC, b.chunk_id, b.generation LIMIT $1"
             ),
             [limit],
         )
-        texts = [Failure(dict(zip(self._key, row[4:], strict=True)), *row[:4]) for row in await cursor.fetchall()]
+        texts = [
+            Failure(dict(zip(self._key, key, strict=True)), chunk_no, error, attempts, next_, "text", generation)
+            for generation, chunk_no, error, attempts, next_, *key in await cursor.fetchall()
+        ]
         return [*await self._documents(limit), *texts]
 
     async def _documents(self, limit: int) -> list[Failure]:
@@ -108,7 +114,7 @@ class Failures:
         done = await self._connection.execute(
             self._sql(
                 "UPDATE {backlog} SET attempts = 0, error = NULL, next_attempt_at = now()"
-                " WHERE generation = {generation} AND error IS NOT NULL"
+                " WHERE generation = ANY({generations}::int[]) AND error IS NOT NULL"
             )
         )
         return done.rowcount
@@ -123,19 +129,25 @@ class Failures:
         async with self._connection.transaction():
             done = await self._connection.execute(
                 self._sql(
-                    "DELETE FROM {backlog} WHERE generation = {generation} AND attempts >= {most} RETURNING chunk_id"
+                    "DELETE FROM {backlog} WHERE generation = ANY({generations}::int[]) AND attempts >= {most}"
+                    " RETURNING generation, chunk_id"
                 )
             )
-            chunks = [row[0] for row in await done.fetchall()]
-            await self._connection.execute(self._sql("LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE"))
-            for tier in ("fresh", "settled"):
+            given_up = cast(list[tuple[int, int]], await done.fetchall())
+            for generation, tiers in self._tiers.items():
+                tables = list(tiers.values())
+                chunks = [chunk for of, chunk in given_up if of == generation]
                 await self._connection.execute(
-                    self._sql("DELETE FROM {" + tier + "} WHERE chunk_id = ANY(%s)"), [chunks]
+                    sql.SQL("LOCK TABLE {} IN ROW EXCLUSIVE MODE").format(sql.SQL(", ").join(tables))
                 )
+                for table in tables:
+                    await self._connection.execute(
+                        sql.SQL("DELETE FROM {} WHERE chunk_id = ANY(%s)").format(table), [chunks]
+                    )
         documents = 0
         if await has_list(self._connection, self._schema):
             documents = await forget_failed(self._connection, self._schema, self._index)
-        return len(chunks) + documents
+        return len(given_up) + documents
 
     def _sql(self, statement: str) -> sql.Composed:
         return sql.SQL(statement).format(**self._parts)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -79,20 +81,25 @@ def test_the_walk_works_as_it_is_written(database: Database, make_pipeline: Call
 
 
 def test_what_cannot_begin_is_refused_with_what_to_do(
-    database: Database, make_pipeline: Callable[[str], Pipeline]
+    database: Database, make_pipeline: Callable[[str], Pipeline], tmp_path: Path
 ) -> None:
     pipeline = loaded(make_pipeline, database)
 
     def refused(*arguments: str) -> str:
         done = pipeline.command("migrate", "articles", *arguments)
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
-        return done.stderr
+        return " ".join(done.stderr.split())
 
     assert "has the vectors that [indexes.articles] asks for" in refused("start")
-    assert "one generation of vectors alone" in refused("activate")
-    assert "one generation of vectors alone" in refused("drop", "--yes")
+    assert "only one generation of vectors" in refused("activate")
+    assert "only one generation of vectors" in refused("drop", "--yes")
     assert "--min belongs to activate" in refused("start", "--min", "recall=0.9")
     assert "--judged DIR" in refused("activate", "--not-worse")
+    before = blocks("toml")[0]
+    written(pipeline, database, before.replace('"{title}"', '"a {title}"'))
+    told = refused("start")
+    assert "a migration exchanges vectors alone; what differs is what chunks are made of: text" in told
+    assert "cdcsync plan says what that embeds" in told
     written(pipeline, database, blocks("toml")[1].replace('[embedders.old]\ntype = "hash"\ndimensions = 32\n', ""))
     assert "keep the old section beside the new one" in refused("start")
     written(pipeline, database, blocks("toml")[1] + "confirm_above_texts = 59\n")
@@ -105,5 +112,19 @@ def test_what_cannot_begin_is_refused_with_what_to_do(
     pipeline.start()
     state = "SELECT state = 'ready' FROM cdcsync.generations WHERE generation = 2"
     until(lambda: pipeline.target.execute(state).fetchone() == (True,), pipeline.tail)
+    (tmp_path / "judgments.jsonl").write_text(
+        "".join(
+            json.dumps({"query": f"q{i}", "text": f"which is article {i}", "document": str(i), "grade": 1}) + "\n"
+            for i in range(7, 50, 7)
+        )
+    )
+    judged = ("--judged", str(tmp_path))
+    outcome = pipeline.answer(
+        "migrate", "articles", "activate", "--dry-run", *judged, "--min", "nDCG@10=0.1", "--not-worse"
+    )
+    assert (outcome["switched"], [one["passed"] for one in outcome["gates"]]) == (False, [True] * 4)
+    assert [one["generation"] for one in outcome["judged"].values()] == [1, 2]
+    assert "nDCQ@10 is not a measure" in refused("activate", *judged, "--min", "nDCQ@10=0.1")
     assert "mine" in refused("activate")
     assert pipeline.answer("status")["indexes"]["articles"]["generation"] == 1
+    assert "drop removes generation 2 of articles (new, vector(64), ready) with all its vectors." in refused("drop")

@@ -271,6 +271,13 @@ def test_a_generation_that_lacks_more_vectors_becomes_live_with_a_yes_only(
     told = refused(pipeline, "activate")
     assert "generation 2 lacks the vectors of 20 of 20 chunks (20 failed, 0 wait), and the live one of 0" in told
     assert "cdcsync failures articles list" in told
+    failed = pipeline.answer("failures", "articles", "list", PYTHONPATH=str(ROOT))
+    assert [one["generation"] for one in failed] == [2] * 20
+    assert pipeline.answer("failures", "articles", "retry", PYTHONPATH=str(ROOT)) == {"retry": 20}
+    until(
+        lambda: "20 failed" in refused(pipeline, "activate"),
+        lambda: f"the texts to have failed again; {pipeline.tail()}",
+    )
     assert migrate(pipeline, "activate", index="notes")["live"] == 2
     assert "generation 1 lacks the vectors of 20" in refused(pipeline, "rollback", index="notes")
     assert [one["generation"] for one in pipeline.answer("status")["indexes"].values()] == [1, 2]
@@ -442,6 +449,9 @@ def test_what_a_change_embeds_is_counted_in_every_generation(
     asks_for(pipeline, text("new"))
     migrate(pipeline, "start")
     ready(pipeline, 2)
+    estimate = pipeline.answer("replay", "articles", "--dry-run", "--force-embed", PYTHONPATH=str(ROOT))
+    assert (estimate["rows"], estimate["changed"], estimate["chunks"], estimate["embeddings"]) == (60, 0, 60, 120)
+    assert pipeline.answer("replay", "articles", "--dry-run", PYTHONPATH=str(ROOT))["embeddings"] == 0
 
     asks_for(pipeline, text("new", text="other {title}", confirm_above_texts=100))
 
@@ -456,10 +466,68 @@ def test_what_a_change_embeds_is_counted_in_every_generation(
     assert planned["embedding"]["seconds"] is not None
 
 
+@pytest.mark.timeout(180)
+def test_a_dry_run_cuts_documents_as_they_are_cut_though_another_model_makes_the_vectors(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    worded: Section = {"type": "python", "class": "tests.support.turned:Worded", "options": {"way": "a"}}
+    chunking = {"chunking": {"max_tokens": 8, "overlap_tokens": 0}}
+
+    def text(embedder: str) -> str:
+        embedders = {"old": worded, "new": turned(NEW)}
+        return configuration(
+            database.dsn, embedders=embedders, indexes={"articles": {"embedder": embedder, **chunking}}
+        )
+
+    pipeline = make_pipeline(text("old"))
+    pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
+    pipeline.source.execute("INSERT INTO articles SELECT i, repeat('a b ', 10) || i FROM generate_series(1, 20) i")
+    pipeline.start(PYTHONPATH=str(ROOT))
+    pipeline.live()
+    row = pipeline.target.execute("SELECT count(*) FROM cdcsync.articles_chunks").fetchone()
+    assert row == (60,), "21 tokens, of which 8 fit; characters would make two chunks of each"
+    asks_for(pipeline, text("new"))
+    migrate(pipeline, "start")
+    ready(pipeline, 2)
+    migrate(pipeline, "activate")
+
+    estimate = pipeline.answer("replay", "articles", "--dry-run", "--rewrite", PYTHONPATH=str(ROOT))
+
+    assert (estimate["chunks"], estimate["embeddings"]) == (60, 0)
+
+
+def test_a_generation_whose_graph_the_target_refuses_is_tried_again_and_stops_nobody(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    both = {"old": hashed(8), "new": hashed(12)}
+    now: dict[str, Section] = {"articles": {"embedder": "old"}, "notes": {"embedder": "old"}}
+    pipeline = make_pipeline(configuration(database.dsn, embedders=both, indexes=now))
+    loaded(pipeline, "articles", "notes", rows=20)
+    wanted: dict[str, Section] = {"articles": {"embedder": "new"}, "notes": {"embedder": "old"}}
+    asks_for(pipeline, configuration(database.dsn, embedders=both, indexes=wanted))
+    pipeline.target.execute("CREATE TABLE cdcsync.articles_vectors_2_hnsw ()")
+    migrate(pipeline, "start")
+
+    refusal = 'relation "articles_vectors_2_hnsw" already exists'
+    until(lambda: migrate(pipeline, "status")[1]["reason"] == refusal, pipeline.tail)
+    assert any(refusal in problem for problem in pipeline.answer("status")["problems"])
+    pipeline.source.execute("UPDATE articles SET title = title || ' changed'")
+    pipeline.source.execute("UPDATE notes SET title = title || ' changed'")
+    pipeline.in_step("notes")
+    pipeline.target.execute("DROP TABLE cdcsync.articles_vectors_2_hnsw")
+    ready(pipeline, 2)
+    assert migrate(pipeline, "status")[1]["reason"] is None
+    complete(pipeline, 2)
+    assert pipeline.answer("plan", status=3)["generations"] == []
+
+    asks_for(pipeline, configuration(database.dsn, embedders=both, indexes=now))
+    (spare,) = pipeline.answer("plan")["generations"]
+    assert (spare["generation"], spare["command"]) == (2, "cdcsync migrate articles drop"), "nobody asks for it now"
+
+
 ON_THE_WAY = (
     "page of a generation written",
     "page of a generation committed#2",
-    "vectors written",
     "generation filled",
     "generation ready",
 )

@@ -13,23 +13,21 @@ import msgspec
 import pytest
 
 from cdcsync.documents.templates import hash_text
-from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.backlog import Backlog
-from cdcsync.target.ddl.generations import create_generations
 from cdcsync.target.ddl.locking import until_locked
 from cdcsync.target.filling import Filling, Stored
-from cdcsync.target.generations import Generation, Generations
+from cdcsync.target.generations import Generations
 from cdcsync.target.keys import discard_vectors
-from cdcsync.target.pipelines import Pipelines
 from tests.support.indexes import (
     SCHEMA,
     LiveIndex,
+    begin_generations,
     changes,
     document,
     live_index,
     make_spec,
-    register,
+    two_generations,
     until_blocked,
     vector_of,
     vector_text,
@@ -39,13 +37,6 @@ if TYPE_CHECKING:
     from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
-
-
-def two_generations(**other: Any) -> IndexSpec:
-    """Return an index with a second generation of vectors, by another model unless it is said to be the same."""
-    spec = make_spec()
-    second = msgspec.structs.replace(spec, generation=2, **({"model": "another"} | other))
-    return msgspec.structs.replace(spec, others=(second,))
 
 
 class Migration:
@@ -92,21 +83,13 @@ class Migration:
 async def migration(database: Database) -> AsyncIterator[Migration]:
     async with AsyncExitStack() as stack:
         live = await stack.enter_async_context(live_index(database, two_generations()))
-        await _begin(live)
+        await begin_generations(live)
         connection, embedding = await connect(database.dsn, "target"), await connect(database.dsn, "target")
         for one in (connection, embedding):
             stack.push_async_callback(one.close)
         backlog = Backlog(embedding, SCHEMA, live.spec.others[0])
         await backlog.open()
         yield Migration(live, connection, backlog)
-
-
-async def _begin(live: LiveIndex) -> None:
-    await Pipelines(SCHEMA, "s").ensure(live.connection, "p")
-    await register(live.connection, live.spec, slot="s")
-    await create_generations(live.connection, SCHEMA, live.spec)
-    for one, state in zip(live.spec.generations, ("ready", "filling"), strict=True):
-        await Generations(SCHEMA).add(live.connection, Generation.of(one, state))  # type: ignore[arg-type]
 
 
 async def test_a_page_gives_vectors_to_some_chunks_and_queues_the_others(migration: Migration) -> None:
@@ -154,7 +137,7 @@ async def test_the_vectors_of_the_same_model_are_taken_over(database: Database) 
     )
     spec = msgspec.structs.replace(spec, others=(second,))
     async with live_index(database, spec) as live, await connect(database.dsn, "target") as connection:
-        await _begin(live)
+        await begin_generations(live)
         await live.apply(changes(document("1", "one"), document("2", "two"), inline=["one"]))
         # What comes along with a change is of both.
         assert await live.rows("SELECT count(*) FROM cdcsync.articles_vectors_2") == [(1,)]

@@ -236,6 +236,29 @@ async def test_a_reload_is_as_slow_as_the_load_that_it_replaces_which_names_it(c
     assert (after.max_rows_per_s, after.error) == (50, None)
 
 
+async def test_a_replay_that_the_configuration_asks_for_cannot_be_cancelled_and_is_replaced_by_the_next(
+    connection: Connection,
+) -> None:
+    async with connection.transaction():
+        first = await REQUESTS.follow_configuration(connection, "articles", rewrite=True)
+    of_an_operator, elsewhere = await add(connection), await add(connection, "notes")
+    async with connection.transaction():
+        partitions = await REQUESTS.add(
+            connection, "articles", "replay", rewrite=False, filter_=None, phase="orphans", owed=True
+        )
+        second = await REQUESTS.follow_configuration(connection, "articles", rewrite=False)
+
+    before, after = await REQUESTS.one(connection, first), await REQUESTS.one(connection, second)
+    assert before is not None
+    assert after is not None
+    assert (before.state, before.error) == ("cancelled", f"replaced by request {second}")
+    assert (after.kind, after.rewrite) == ("replay", True)
+    assert await REQUESTS.owed(connection, "articles") == [partitions, second]
+    assert await REQUESTS.action(connection, "articles", "cancel") == [of_an_operator]
+    assert await REQUESTS.action(connection, "articles", "pause") == [partitions, second]
+    assert await REQUESTS.action(connection, "notes", "cancel") == [elsewhere]
+
+
 async def test_a_comparison_waits_for_the_load_of_its_index_and_is_asked_for_once(connection: Connection) -> None:
     load = await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
     for index in ("articles", "articles", "notes"):

@@ -213,6 +213,16 @@ async def test_a_look_tells_how_many_vectors_are_where_and_what_fresh_costs(
     assert found.scan_ms > 0
 
 
+async def test_before_hnsw_is_built_a_look_searches_nothing_and_counts_no_more_than_it_has_to(
+    index: LiveIndex, settling: Settling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdcsync.target.settling.COUNTED", 1)
+
+    found = await settling.look()
+
+    assert (found.fresh, found.scan_ms, found.built) == (1, 0.0, False)
+
+
 # -- all at once -----------------------------------------------------------------------------------------------------
 
 KEYS, TEXTS, ROUNDS = 40, 25, 60

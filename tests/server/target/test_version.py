@@ -127,6 +127,25 @@ def test_a_worker_refuses_tables_of_a_newer_version_and_names_both(earlier: Pipe
     assert version(earlier) == (99, "9.9")
 
 
+def test_a_standby_of_a_newer_version_leaves_the_tables_to_the_worker_that_runs(earlier: Pipeline) -> None:
+    with psycopg.connect(earlier.config.target.dsn, autocommit=True) as running:
+        lock = f"cdcsync pipeline cdcsync {earlier.config.source.slot}"
+        running.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [lock])
+        earlier.start()
+        earlier.event("standby")
+        assert version(earlier) is None
+    until(lambda: version(earlier) == (VERSION, __version__), earlier.tail)
+    until(lambda: in_step(earlier), lambda: earlier.difference or earlier.tail())
+
+
+def test_a_worker_stops_with_the_reason_once_a_newer_version_has_upgraded_its_tables(earlier: Pipeline) -> None:
+    worker = earlier.start()
+    earlier.event("streaming")
+    earlier.target.execute("UPDATE cdcsync.schema_version SET version = 99, cdcsync = '9.9'")
+    assert worker.wait(timeout=60) == 1
+    assert f"are of version 99, which cdcsync 9.9 made them; this is cdcsync {__version__}" in earlier.tail()
+
+
 def test_tables_made_here_have_our_version(earlier: Pipeline, database: Database) -> None:
     with psycopg.connect(database.dsn, autocommit=True) as connection:
         connection.execute("DROP SCHEMA cdcsync CASCADE")

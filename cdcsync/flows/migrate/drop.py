@@ -1,0 +1,52 @@
+"""`migrate drop`: asks for the end of the generation that searches do not use, and waits for it."""
+
+from __future__ import annotations
+
+import anyio
+
+from cdcsync.config import Config
+from cdcsync.crashpoints import crash_point
+from cdcsync.errors import SetupError
+from cdcsync.flows.migrate.present import opened, other_generation
+from cdcsync.flows.setup.start import drop_generations
+from cdcsync.postgres.sessions import speaking_of
+from cdcsync.target.generations import Generations
+from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.registry import Registry
+from cdcsync.target.search import stored_spec
+
+POLL_S = 0.2
+"""How often it is looked whether the worker has dropped a generation."""
+
+
+async def drop(config: Config, index: str, generation: int) -> int:
+    """Drop a generation that is not live, and return its number once it is gone.
+
+    A running worker has to let go of it first; without one, it is dropped here.
+
+    :raises SetupError: there is no such generation, or it is live by now.
+    """
+    schema = config.target.schema
+    async with opened(config, index) as (connection, _):
+        with speaking_of("target", where=f"index {index}"):
+            async with connection.transaction():
+                entry = await Registry(schema).find(connection, index, lock=True)
+                assert entry is not None
+                other = other_generation(entry, await Generations(schema).of(connection, index, lock=True))
+                if other.generation != generation:
+                    raise SetupError(
+                        f"generation {generation} is not the one that searches do not use any more",
+                        where=f"index {index}",
+                        hint=f"see what is there now: cdcsync migrate {index} status",
+                    )
+                await Generations(schema).drop_asked(connection, index, other.generation)
+                crash_point("end of a generation asked for")
+            crash_point("end of a generation committed")
+            pipelines = Pipelines(schema, config.source.slot)
+            while any(one.generation == other.generation for one in await Generations(schema).of(connection, index)):
+                if await pipelines.try_lock(connection):
+                    spec = await stored_spec(connection, schema, index, config.index_named(index))
+                    await drop_generations(connection, schema, spec)
+                else:
+                    await anyio.sleep(POLL_S)
+    return other.generation

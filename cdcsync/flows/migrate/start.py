@@ -1,0 +1,242 @@
+"""`migrate start`: adds the generation that the configuration asks for, which the worker then fills.
+
+The configuration says what the index should become; the target says what it is. This takes the difference. A second
+`start` finds its work done, and may only change the pace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+from psycopg import sql
+
+from cdcsync.config import Config
+from cdcsync.crashpoints import crash_point
+from cdcsync.documents.chunks import estimate, make_chunker
+from cdcsync.embedders import Embedder
+from cdcsync.errors import SetupError, UsageError
+from cdcsync.flows.migrate.present import opened
+from cdcsync.flows.setup.approval import confirm_above
+from cdcsync.flows.setup.needs import content_changes
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_one
+from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.preflight import build_embedders
+from cdcsync.preflight.findings import Finding
+from cdcsync.preflight.generations import embedder_of, live_generation
+from cdcsync.preflight.indexes import Wish, distance_of, model_faults
+from cdcsync.target.ddl.names import Names
+from cdcsync.target.generations import Generation, Generations
+from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.search import stored_spec
+
+
+class Started(msgspec.Struct, frozen=True):
+    """A migration that has begun, or goes on.
+
+    :ivar begun: whether this command began it.
+    :ivar chunks: how many vectors there will be.
+    :ivar tokens: of the texts that will be embedded; 0 where the vectors only have to be converted.
+    :ivar price: of these tokens, in the currency of the embedder's `price_per_million_tokens`.
+    :ivar warnings: what the operator should know.
+    """
+
+    index: str
+    generation: int
+    live: int
+    embedder: str
+    begun: bool
+    chunks: int
+    tokens: int
+    price: float | None
+    warnings: list[str]
+
+
+async def start(config: Config, index: str, *, max_rows_per_s: int | None = None, confirmed: bool = True) -> Started:
+    """Begin a migration to the vectors that the configuration asks for.
+
+    :param confirmed: whether it may embed more texts than `confirm_above_texts`.
+    :raises UsageError: it would, and may not; nothing was changed.
+    :raises SetupError: it cannot begin; nothing was changed.
+    """
+    schema, where = config.target.schema, f"index {index}"
+    findings: list[Finding] = []
+    embedders = build_embedders(config, findings)
+    async with opened(config, index) as (connection, entry):
+        with speaking_of("target", where=where):
+            generations = await Generations(schema).of(connection, index)
+            wish = _wish(config, index, embedders, findings)
+            live = live_generation(entry, generations)
+            others = [one for one in generations if one.generation != live.generation]
+            begun = _check_start(config, entry, live, others, wish, embedders)
+            if not begun:
+                if others[0].state == "filling":
+                    await Generations(schema).limit(connection, index, others[0].generation, max_rows_per_s)
+                    crash_point("limit of a migration set")
+                return await _started(connection, config, entry, live, others[0], wish, begun=False)
+            hnsw, number = wish.index.hnsw, _next_number(entry, generations)
+            new = Generation(
+                *(index, number, wish.index.embedder, wish.embedder.identity, wish.embedder.dimensions),
+                *(wish.index.vector_type, wish.distance, "filling", hnsw.m, hnsw.ef_construction),
+                quantise=hnsw.quantise,
+                max_rows_per_s=max_rows_per_s,
+            )
+            spec = await stored_spec(connection, schema, index, config.index_named(index))
+            started = await _started(connection, config, entry, live, new, wish, begun=True)
+            if not confirmed:
+                _refuse_unconfirmed(config, spec, wish, started)
+            async with connection.transaction():
+                now = await Registry(schema).find(connection, index, lock=True)
+                same = now is not None and now.last_generation == entry.last_generation
+                if not same or await Generations(schema).of(connection, index) != generations:
+                    raise SetupError(
+                        "somebody else began or ended a migration just now",
+                        where=where,
+                        hint=f"cdcsync migrate {index} status",
+                    )
+                if not generations:
+                    await Generations(schema).add(connection, Generation.of(spec, "ready"))
+                await Generations(schema).add(connection, new)
+                await Registry(schema).note_generation(connection, index, number)
+                crash_point("migration asked for")
+            crash_point("migration begun")
+            return started
+
+
+def _next_number(entry: Entry, generations: Sequence[Generation]) -> int:
+    """Return a number that no generation of the index has had: an application may still name one that was dropped."""
+    return max(entry.generation, entry.last_generation or 0, *(one.generation for one in generations)) + 1
+
+
+def _refuse_unconfirmed(config: Config, spec: IndexSpec, wish: Wish, started: Started) -> None:
+    """Refuse to embed more texts than the configuration allows without a yes.
+
+    :raises UsageError: it would.
+    """
+    limit = confirm_above(config, msgspec.structs.replace(spec, config=wish.index, others=()))
+    if limit is None or not started.tokens or started.chunks <= limit:
+        return
+    price = "" if started.price is None else f" at a price of about {started.price:,.2f}"
+    raise UsageError(
+        f"this embeds {started.chunks:,} chunks, about {started.tokens:,} tokens{price};"
+        f" confirm_above_texts is {limit:,}",
+        where=f"index {spec.name}",
+        hint=f"if that is what you want: cdcsync migrate {spec.name} start --yes",
+    )
+
+
+def _wish(config: Config, index: str, embedders: dict[str, Embedder], findings: Sequence[Finding]) -> Wish:
+    section = config.index_named(index)
+    embedder = embedders.get(section.embedder)
+    faults = [] if embedder is None else list(model_faults(index, section, embedder))
+    faults += [one for one in findings if one.where.startswith(f"embedders.{section.embedder}")]
+    if faults:
+        raise SetupError(faults[0].message, where=faults[0].where, hint=faults[0].hint)
+    assert embedder is not None
+    return Wish(section, embedder, distance_of(section, embedder))
+
+
+def _check_start(
+    config: Config,
+    entry: Entry,
+    live: Generation,
+    others: Sequence[Generation],
+    wish: Wish,
+    embedders: dict[str, Embedder],
+) -> bool:
+    """Return whether a migration has to be begun; False if it is under way already.
+
+    :raises SetupError: it cannot.
+    """
+    index, where = entry.name, f"index {entry.name}"
+    if others and wish.is_met_by(others[0]) and others[0].state != "dropping":
+        return False
+    if wish.is_met_by(live) and (changed := _changed_contents(entry, wish)):
+        raise SetupError(
+            f"the index has the vectors that [indexes.{index}] asks for, and a migration exchanges vectors alone; what"
+            f" differs is what chunks are made of: {changed}",
+            where=where,
+            hint=f"start the worker with this file: it cuts the documents again in place, one after the other, while"
+            f" searches go on (cdcsync plan says what that embeds). To compare before you switch, put the new section"
+            f" beside [indexes.{index}] under another name, which loads an index of its own",
+        )
+    if wish.is_met_by(live):
+        raise SetupError(
+            f"the index has the vectors that [indexes.{index}] asks for, so there is nothing to migrate to",
+            where=where,
+            hint="change embedder, vector_type, distance or hnsw there first, and keep the [embedders] section of the"
+            " vectors that are in use",
+        )
+    if others:
+        raise SetupError(
+            f"the index has another generation already, {others[0].generation}, which is {others[0].state}",
+            where=where,
+            hint=f"drop it first: cdcsync migrate {index} drop",
+        )
+    if embedder_of(live, embedders) is None:
+        raise SetupError(
+            f"no [embedders] section makes the vectors that are in use, by {live.model} ({live.dimensions} dimensions):"
+            " searches need it until the switch",
+            where=f"indexes.{index}.embedder",
+            hint="keep the old section beside the new one, under another name",
+        )
+    if entry.unfollowed_at is not None or entry.state == "building":
+        state = "building" if entry.unfollowed_at is None else "no longer followed"
+        raise SetupError(
+            f"the index is {state}",
+            where=where,
+            hint="start a migration once it is live; `cdcsync status` shows its state",
+        )
+    return True
+
+
+async def _started(
+    connection: Connection,
+    config: Config,
+    entry: Entry,
+    live: Generation,
+    new: Generation,
+    wish: Wish,
+    *,
+    begun: bool,
+) -> Started:
+    names = Names(config.target.schema, entry.name)
+    chunks, characters = await fetch_one(
+        connection,
+        sql.SQL(
+            "SELECT CASE WHEN c.reltuples > 1000000 THEN c.reltuples::int8 ELSE (SELECT count(*) FROM {}) END,"
+            " coalesce((SELECT avg(length(s.content)) FROM (SELECT content FROM {} LIMIT 10000) AS s), 0)::float8"
+            " FROM pg_class AS c WHERE c.oid = %s::regclass"
+        ).format(names.chunks, names.chunks),
+        [names.chunks.as_string(connection)],
+    )
+    same = (live.model, live.dimensions) == (new.model, new.dimensions)
+    converted = same and not (live.vector_type == "halfvec" and new.vector_type == "vector")
+    tokens = 0 if converted else round(chunks * estimate("x" * round(characters)))
+    each = getattr(config.embedders[wish.index.embedder], "price_per_million_tokens", None)
+    price = None if each is None else tokens * each / 1_000_000
+    return Started(
+        *(entry.name, new.generation, live.generation, new.embedder or wish.index.embedder, begun, chunks),
+        *(tokens, price, list(_warnings(entry, wish))),
+    )
+
+
+def _changed_contents(entry: Entry, wish: Wish) -> str:
+    """Return the keys that chunks are made by and that are others than when the index was loaded."""
+    return ", ".join(dict.fromkeys(one.key.split(".")[0] for one in content_changes(entry, wish.index)))
+
+
+def _warnings(entry: Entry, wish: Wish) -> Iterator[str]:
+    if changed := _changed_contents(entry, wish):
+        yield (
+            f"{changed} changed too: a worker that starts with this file cuts the documents again in place, for both"
+            " generations, and `rollback` brings back the vectors, not the chunks"
+        )
+    reads = wish.embedder.max_input_tokens
+    chunker = make_chunker(wish.index.chunking, wish.embedder.tokenizer_json, None)
+    if reads is not None and chunker.capacity is not None and chunker.capacity > reads:
+        yield (
+            f"chunks have up to {chunker.capacity} tokens, and {wish.index.embedder} reads {reads}: what is beyond is"
+            " not in the vector"
+        )

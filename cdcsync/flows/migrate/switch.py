@@ -1,0 +1,138 @@
+"""`migrate activate` and `rollback`: make the other generation the live one.
+
+View, search function and registry change in one transaction. Whether the generation is good enough is measured before
+(`compare`); here it is only seen that searches will find as much with it, and that it can be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from cdcsync.config import Config
+from cdcsync.crashpoints import crash_point
+from cdcsync.embedders import Embedder
+from cdcsync.errors import SetupError
+from cdcsync.flows.migrate.present import opened, other_generation
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.preflight import build_embedders
+from cdcsync.preflight.findings import Finding
+from cdcsync.preflight.generations import embedder_of
+from cdcsync.status.counting import Counts, count_index
+from cdcsync.target.ddl.generations import switch_relations
+from cdcsync.target.ddl.locking import until_locked
+from cdcsync.target.ddl.names import Names
+from cdcsync.target.generations import Generation, Generations
+from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.search import stored_spec
+
+UNDER_WAY = 0.001
+"""The share of chunks that may wait for a vector when their generation becomes live: changes of the last moments, which
+an index whose table is written to always has."""
+
+
+async def candidates(config: Config, index: str) -> tuple[IndexSpec, IndexSpec]:
+    """Return the index with its live generation, and with the one that can be made live.
+
+    :raises SetupError: there is none, or it is not ready.
+    """
+    async with opened(config, index) as (connection, entry):
+        with speaking_of("target", where=f"index {index}"):
+            generations = await Generations(config.target.schema).of(connection, index)
+            other = _require_ready(entry, other_generation(entry, generations))
+            spec = await stored_spec(connection, config.target.schema, index, config.index_named(index))
+    return spec, next(one for one in spec.others if one.generation == other.generation)
+
+
+def _require_ready(entry: Entry, other: Generation) -> Generation:
+    if other.state != "ready":
+        raise SetupError(
+            f"generation {other.generation} is {other.state}: searches would find less with it",
+            where=f"index {entry.name}",
+            hint=f"wait until it is ready; cdcsync migrate {entry.name} status shows how far it is",
+        )
+    return other
+
+
+async def _require_complete(connection: Connection, schema: str, entry: Entry, generation: int) -> None:
+    """Refuse a generation with which searches would find less than with the live one.
+
+    :raises SetupError: more of its chunks have no vector of their text.
+    """
+    names = Names(schema, entry.name)
+    live, other = [await count_index(connection, names, one) for one in (entry.generation, generation)]
+    if _lacking(other) - _lacking(live) <= min(other.backlog, UNDER_WAY * other.chunks):
+        return
+    remedies = [f"see why: cdcsync failures {entry.name} list"] if other.failed else []
+    remedies += ["wait for the worker"] if _lacking(other) > other.failed else []
+    raise SetupError(
+        f"generation {generation} lacks the vectors of {_lacking(other):,} of {other.chunks:,} chunks"
+        f" ({other.failed:,} failed, {other.backlog:,} wait), and the live one of {_lacking(live):,}: searches would"
+        " find less with it",
+        where=f"index {entry.name}",
+        hint=f"{', or '.join(remedies)}; --yes switches all the same",
+    )
+
+
+def _require_embedder(one: Generation, embedders: dict[str, Embedder], findings: Sequence[Finding]) -> None:
+    """Refuse a generation that could not be kept: the index would be paused with the switch.
+
+    :raises SetupError: the configuration has no embedder that makes its vectors.
+    """
+    if embedder_of(one, embedders) is not None:
+        return
+    unusable = "".join(f"; {one.where} cannot be used: {one.message}" for one in findings)
+    raise SetupError(
+        f"no [embedders] section makes the vectors of generation {one.generation}, by {one.model} ({one.dimensions}"
+        " dimensions): the index would be paused",
+        where=f"index {one.index_name}",
+        hint=f"put its section back beside the other, under any name, and start the worker again{unusable}",
+    )
+
+
+def _lacking(counts: Counts) -> int:
+    """Return how many chunks have no vector of their text; of a large index, those that are known by the backlog."""
+    known = counts.backlog + counts.failed
+    return known if counts.estimated else max(known, counts.chunks - counts.vectors)
+
+
+async def switch(config: Config, index: str, generation: int, *, confirmed: bool = False) -> int:
+    """Make a generation the live one, in one transaction; returns which was live before.
+
+    :param confirmed: whether it may have fewer vectors than the one that is live.
+    :raises SetupError: it is not ready, no embedder makes its vectors, it has fewer vectors and may not, or something
+        is built on the view that would have to be dropped; nothing was changed.
+    """
+    schema = config.target.schema
+    findings: list[Finding] = []
+    embedders = build_embedders(config, findings)
+
+    async def once(connection: Connection) -> int:
+        async with connection.transaction():
+            entry = await Registry(schema).find(connection, index, lock=True)
+            generations = await Generations(schema).of(connection, index, lock=True)
+            assert entry is not None
+            before = entry.generation
+            if before == generation:
+                return before
+            one = next((one for one in generations if one.generation == generation), None)
+            one = _require_ready(entry, one or other_generation(entry, generations))
+            _require_embedder(one, embedders, findings)
+            if not confirmed:
+                await _require_complete(connection, schema, entry, generation)
+            live = await stored_spec(connection, schema, index, config.index_named(index))
+            spec = next(one for one in live.others if one.generation == generation)
+            others = (msgspec.structs.replace(live, others=()), *(one for one in live.others if one is not spec))
+            spec = msgspec.structs.replace(spec, others=tuple(others))
+            await switch_relations(connection, schema, spec, before)
+            await Registry(schema).switch(connection, spec)
+            await Generations(schema).stamp(connection, index, generation, "live_at")
+            crash_point("switch written")
+        crash_point("switch committed")
+        return before
+
+    async with opened(config, index) as (connection, _):
+        with speaking_of("target", where=f"index {index}"):
+            return await until_locked(lambda: once(connection), table=str(config.index_named(index).view_name))

@@ -1,0 +1,57 @@
+"""The internal consistency of an index: of all its generations of vectors that claim to be whole."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from cdcsync.flows.audit.soundness import Soundness, examine_chunks
+from cdcsync.target.generations import Generations
+from tests.support.indexes import (
+    SCHEMA,
+    LiveIndex,
+    begin_generations,
+    changes,
+    document,
+    live_index,
+    two_generations,
+)
+from tests.support.servers import Database
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+
+@pytest.fixture
+async def index(database: Database) -> AsyncIterator[LiveIndex]:
+    """An index of three documents, with a second generation that has no vector and nothing that waits for one."""
+    async with live_index(database, two_generations()) as live:
+        await begin_generations(live)
+        await live.apply(changes(*(document(key, f"text {key}") for key in "123"), inline=[f"text {i}" for i in "123"]))
+        await live.rows("DELETE FROM {backlog} RETURNING 1")
+        yield live
+
+
+async def looked_at(index: LiveIndex) -> Soundness:
+    return await examine_chunks(index.connection, SCHEMA, index.spec, -1, 100)
+
+
+async def test_a_generation_that_is_being_filled_may_lack_vectors(index: LiveIndex) -> None:
+    assert await looked_at(index) == Soundness({}, 0, 0, None, 3)
+
+
+async def test_every_generation_that_is_ready_is_looked_at(index: LiveIndex) -> None:
+    await Generations(SCHEMA).stamp(index.connection, "articles", 2, "ready_at")
+    faults = (await looked_at(index)).faults
+    assert {fault: sorted(keys) for fault, keys in faults.items()} == {"vector_missing": [("1",), ("2",), ("3",)]}
+
+    await index.rows(
+        "INSERT INTO cdcsync.articles_vectors_2_fresh (chunk_id, content_hash, embedding)"
+        " SELECT chunk_id, CASE id WHEN '2' THEN '\\x00' ELSE content_hash END, '[1,2,3]'::public.vector FROM {chunks}"
+        " UNION ALL SELECT 1000, '\\x00', '[1,2,3]'::public.vector RETURNING 1"
+    )
+    await index.rows(
+        "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
+        " SELECT 2, chunk_id, content_hash, 0 FROM {chunks} WHERE id = '3' RETURNING 1"
+    )
+    assert await looked_at(index) == Soundness({"vector_stale": [("2",)]}, 1, 1, None, 3)
