@@ -14,7 +14,7 @@ BIN := .venv/bin
 STAMP := .venv/.cdcsync-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs pictures test prove chaos mutants simulate soak fuzz image-test lock sbom lint audit type bench clean
+.PHONY: help setup demo docs pictures test prove chaos mutants simulate soak fuzz image-test lock pin-images sbom lint audit type bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ image-test: setup ## build the container images and run them; needs docker or po
 lock: setup ## write docker/requirements.txt: what the image installs, each package with its hashes
 	$(BIN)/uv pip compile pyproject.toml --extra serve --quiet --generate-hashes --no-header --no-annotate -c constraints.txt \
 		--python-version 3.13 -o docker/requirements.txt $(ARGS)
+
+pin-images: setup ## write docker/images.env: the container images by digest, as an engine finds them now
+	$(BIN)/python docker/pin.py
 
 sbom: setup ## write build/sbom.json, a CycloneDX bill of the packages that an install brings
 	@mkdir -p build

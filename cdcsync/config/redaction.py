@@ -16,7 +16,9 @@ from urllib.parse import unquote
 REDACTED = "***"
 """Stands for a secret. It needs no quoting in a URI, in key=value form or in TOML."""
 
-_SECRET_KEY = re.compile(r"key|secret|token|password|passwd|authorization|credential", re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    r"key|secret|token|password|passwd|authorization|credential|^(?:code|sig|signature)$", re.IGNORECASE
+)
 _SECRET_PARAMETER = re.compile(r"password|secret|token|scram_\w+_key")
 """libpq's own secrets. `sslkey` and `passfile` are paths, and worth seeing when one is wrong."""
 

@@ -96,6 +96,8 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the process runs.
 
     :param listen: host:port of /livez, /readyz, /metrics, /status and the status page; port 0 takes any free one.
+    :param hosts: names by which a proxy on this machine may ask while `listen` is loopback, besides localhost; any
+        other name is refused, because a web page could lead a browser here by it.
     :param log_level: the least severity that is logged.
     :param log_format: "json", "console" for people, or "auto": console on a terminal and json elsewhere.
     :param batch_rows: the most changed rows in one target transaction.
@@ -123,6 +125,7 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """
 
     listen: Address = "127.0.0.1:9477"
+    hosts: tuple[str, ...] = ()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
     batch_rows: Rows = 5_000

@@ -8,7 +8,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from cdcsync.config.shape import Section
-from cdcsync.config.values import Address, Dsn, Name, parse_address
+from cdcsync.config.values import Address, Dsn, Name, is_loopback, parse_address
 
 
 class Tenant(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -26,6 +26,7 @@ class Serve(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The tool server, `cdcsync serve`.
 
     :param listen: host:port of the HTTP API, MCP, /livez, /readyz, /metrics and the search page; port 0 takes any.
+    :param hosts: names by which a proxy on this machine may ask while `listen` is loopback, besides localhost.
     :param dsn: connection string of the target for searches; left out, it is target.dsn. Use a role that only reads.
     :param role: the name of that role. With a tenant, row-level security holds it to its callers' rows.
     :param indexes: the indexes to offer; left out, all.
@@ -52,6 +53,7 @@ class Serve(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """
 
     listen: Address = "127.0.0.1:9478"
+    hosts: tuple[str, ...] = ()
     dsn: Dsn = ""
     role: Name | None = None
     indexes: tuple[str, ...] = ()
@@ -90,8 +92,7 @@ class Serve(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             yield "jwks", "needs issuer and audience: a token that was made for another service must not be accepted"
         if self.jwks is not None and self.jwks.startswith("http://"):
             yield "jwks", "must be an https:// address or a file: whoever answers in its place could sign tokens"
-        loopback = self.listen_address[0] in ("127.0.0.1", "::1", "localhost")
-        if self.anonymous and not loopback:
+        if self.anonymous and not is_loopback(self.listen_address[0]):
             yield "anonymous", "is for loopback only; give callers tokens (`cdcsync token new`)"
         if self.anonymous and self.tenant.column is not None:
             yield "anonymous", "cannot be combined with a tenant: a caller without a token has no claim"

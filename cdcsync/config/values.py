@@ -41,6 +41,20 @@ _MAX_MEMORY_KB = 2**31 - 1
 """The most it holds anywhere: the setting is an int32 of kilobytes."""
 
 
+def is_address(host: str) -> bool:
+    """Say whether a host is written as an address, without brackets."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a host is this machine alone; a name other than `localhost` may be anything."""
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
 def parse_address(text: str) -> tuple[str, int]:
     """Read `host:port` into the host, an IPv6 one without its brackets, and the port.
 

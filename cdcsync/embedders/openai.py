@@ -21,19 +21,18 @@ from cdcsync.errors import EmbedError
 LEARNING = 0.2
 """How fast the estimate of tokens follows what the provider counts."""
 
+OTHER_TOKENS = 64
+"""The most tokens that a provider may count for a text besides one for each byte: special ones, and an instruction."""
+
 
 class _Item(msgspec.Struct):
     embedding: list[float] | str
     index: int | None = None
 
 
-class _Usage(msgspec.Struct):
-    total_tokens: int = 0
-
-
 class _Answer(msgspec.Struct):
     data: list[_Item]
-    usage: _Usage | None = None
+    usage: Any = None
 
 
 _DECODER = msgspec.json.Decoder(_Answer)
@@ -78,13 +77,22 @@ class OpenAIEmbedder(RemoteEmbedder):
                 rows = [_vector(item.embedding) for item in read.data]
         except MALFORMED:
             raise EmbedError(f"the provider's answer is not {expected}") from None
-        if read.usage is not None and read.usage.total_tokens > 0:
-            self._provider.correct(read.usage.total_tokens - tokens)
-            self._tokens_per_byte += LEARNING * (read.usage.total_tokens / max(1, size) - self._tokens_per_byte)
+        if counted := _counted(read.usage, size + OTHER_TOKENS * len(rows)):
+            self._provider.correct(counted - tokens)
+            self._tokens_per_byte += LEARNING * (counted / max(1, size) - self._tokens_per_byte)
         places = [item.index if item.index is not None else at for at, item in enumerate(read.data)]
         if sorted(places) != list(range(len(rows))):
             raise EmbedError("the provider's answer numbers its vectors in another way than the texts")
         return [row for _, row in sorted(zip(places, rows, strict=True), key=lambda pair: pair[0])]
+
+
+def _counted(usage: Any, most: int) -> float | None:
+    """Return how many tokens the provider says a request had; None if it says nothing that can be believed."""
+    match usage:
+        case {"total_tokens": int() | float() as total} if 0 < total <= most:
+            return float(total)
+        case _:
+            return None
 
 
 def _vector(embedding: list[float] | str) -> Vectors:

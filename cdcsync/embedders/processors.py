@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
+from cdcsync.memory import GROUPS, OWN, control_groups
 
 
-def processors(groups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
+def processors(groups: Path = GROUPS, own: Path = OWN) -> int:
     """Return how many processors this process may use, at least 1.
 
     That is OMP_NUM_THREADS where it is set, by which all numeric libraries go; else the processors it may run on, and
@@ -26,17 +26,9 @@ def processors(groups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) ->
 
 def _shares(groups: Path, own: Path) -> list[int]:
     """Return the limits of the control groups that this process is in, rounded up to whole processors."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return []
     found = []
-    for path in [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]:
-        for group in [groups / path, *(groups / path).parents]:
-            try:
-                quota, period = (group / "cpu.max").read_text().split()
-            except (OSError, ValueError):
-                continue
-            if quota.isdecimal():
-                found.append(-(-int(quota) // int(period)))
+    for said in control_groups("cpu.max", groups, own):
+        quota, _, period = said.partition(" ")
+        if quota.isdecimal() and period.isdecimal():
+            found.append(-(-int(quota) // int(period)))
     return found

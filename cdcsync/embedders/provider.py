@@ -11,6 +11,7 @@ something else. Messages never hold the key, nor a text.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -48,6 +49,9 @@ AGAIN_S = 0.1
 
 KEEP_IDLE_S = 30.0
 """Idle connections are closed before common servers and load balancers do so (60 s), in the middle of a request."""
+
+
+PROXIES = "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -95,18 +99,30 @@ class Provider:
         return self._client is not None
 
     def open(self) -> None:
-        """Make the pool of connections; the first request opens one."""
+        """Make the pool of connections; the first request opens one.
+
+        :raises EmbedderSetupError: the key's file cannot be read, or the environment names proxies or certificates that
+            cannot be used.
+        """
         if self._client is not None:
             return
         self._key()
         connections = self._settings.concurrency
-        self._client = httpx2.AsyncClient(
-            headers={"user-agent": f"cdcsync/{__version__}", "accept": "application/json"},
-            timeout=httpx2.Timeout(self._settings.timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
-            limits=httpx2.Limits(
-                max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=KEEP_IDLE_S
-            ),
-        )
+        try:
+            self._client = httpx2.AsyncClient(
+                headers={"user-agent": f"cdcsync/{__version__}", "accept": "application/json"},
+                timeout=httpx2.Timeout(self._settings.timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
+                limits=httpx2.Limits(
+                    max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=KEEP_IDLE_S
+                ),
+            )
+        except Exception as error:
+            # The library reads them. Its words may repeat a proxy's password.
+            raise EmbedderSetupError(
+                f"the environment's settings for HTTP cannot be used ({type(error).__name__})",
+                where=self.where,
+                hint=f"correct {PROXIES}, and SSL_CERT_FILE; a proxy's address begins with http:// or https://",
+            ) from None
         requests, tokens = self._budgets
         self._pace = Pace(self._clock(), requests_per_minute=requests, tokens_per_minute=tokens)
 
@@ -143,12 +159,13 @@ class Provider:
         told = Told()
         while True:
             await self._admission(tokens)
-            problem = await self._attempt(path, body, at_most)
+            sent = [*texts, *self._secrets()]
+            problem = await self._attempt(path, body, at_most, sent)
             if isinstance(problem, Answer):
                 answer = problem
                 if answer.status == httpx2.codes.OK:
                     return answer.body
-                problem = f"{answer.status} {reason(answer.body, [*texts, *self._secrets()])}".strip()
+                problem = f"{answer.status} {reason(answer.body, sent)}".strip()
                 if answer.status in (429, 503):
                     self._wait(answer, problem, told)
                     continue
@@ -177,8 +194,11 @@ class Provider:
             if (waited := WAITED.get()) is not None:
                 waited.seconds += self._clock() - now
 
-    async def _attempt(self, path: str, body: bytes | None, at_most: int) -> Answer | str:
-        """Send the request once; returns the answer, or what went wrong on the way."""
+    async def _attempt(self, path: str, body: bytes | None, at_most: int, sent: Sequence[str]) -> Answer | str:
+        """Send the request once; returns the answer, or what went wrong on the way.
+
+        :param sent: what must not be repeated.
+        """
         assert self._pace is not None
         try:
             with anyio.fail_after(self._settings.timeout_s):
@@ -187,12 +207,16 @@ class Provider:
             self._failed_to_connect(repeatable(str(error)))
         except httpx2.ConnectTimeout:
             self._failed_to_connect("the connection timed out")
+        except httpx2.ProxyError as error:
+            self._failed_to_connect(f"the proxy answers {repeatable(str(error), sent)}")
         except (TimeoutError, httpx2.TimeoutException):
             return f"no answer within {self._settings.timeout_s:g} s"
         except EmbedderSetupError:  # the key cannot be read
             raise
         except Exception as error:  # whatever the HTTP library makes of bytes that are not HTTP
-            return f"the connection broke: {repeatable(str(error)) or type(error).__name__}"
+            # Bytes that it stumbled over may be anything, escaped or not, so they are left out.
+            words = str(error).partition("bytearray(")[0].rstrip(" :")
+            return f"the connection broke: {repeatable(words, sent) or type(error).__name__}"
         if answer is None:
             return f"the answer is larger than {at_most} bytes"
         self._pace.heard(self._clock(), answer.headers)
@@ -220,7 +244,7 @@ class Provider:
         raise EmbedderUnavailable(
             f"the provider cannot be reached: {problem}",
             where=self.where,
-            hint=f"check that {self._url} is up and can be reached from here",
+            hint=f"check that {self._url} is up and can be reached from here{_by_proxy()}",
         )
 
     def _wait(self, answer: Answer, problem: str, told: Told) -> None:
@@ -253,6 +277,8 @@ class Provider:
             )
         if status in (401, 403):
             raise EmbedderSetupError(message, where=self.where, hint="check that the key is right and may do this")
+        if status == httpx2.codes.PROXY_AUTHENTICATION_REQUIRED:
+            raise EmbedderSetupError(message, where=self.where, hint=f"check {PROXIES}, and the password in them")
         if 300 <= status < 400 or status in (404, 405):
             raise EmbedderSetupError(message, where=self.where, hint="check that base_url and model are right")
 
@@ -284,6 +310,14 @@ class Provider:
                 f"the file {path} holds no key", where=f"{self.where}.api_key_file", hint="put the key alone into it"
             )
         return key
+
+
+def _by_proxy() -> str:
+    """Say for a hint that requests may take the way through a proxy."""
+    for name in PROXIES.replace(" and", ",").split(", "):
+        if os.environ.get(name) or os.environ.get(name.lower()):
+            return f"; requests go through the proxy that {name} names, but to hosts that NO_PROXY lists"
+    return ""
 
 
 def spread(bound_s: float) -> float:

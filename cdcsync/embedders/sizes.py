@@ -4,9 +4,10 @@ Additive increase, multiplicative decrease, as TCP does: a size that fails is ha
 limit raises it by a thirty-second of the size that failed, so that some sixteen calls succeed before the next one is
 likely to fail. Past the size that failed, growth is faster: what was in the way is gone.
 
-Providers limit texts, bytes or calls at a time, and do not say which. What has worked lately is not suspected: a call
-of three texts that fails, after one of five that did not, had too many bytes. If nothing is to be suspected, the
-failure is taken for an accident, and the next one is not.
+Providers limit texts, bytes or calls at a time, and do not say which. Whether it was the calls at a time is tried: the
+call is made again while no other runs. What has worked lately is not suspected: a call of three texts that fails, after
+one of five that did not, had too many bytes. If nothing is to be suspected, the failure is taken for an accident, and
+the next one is not.
 
 Pure: no clock.
 """
@@ -107,14 +108,17 @@ class CallSizes:
         self._bytes.restore(before.bytes)
         self._calls.restore(before.calls)
 
-    def fails(self, texts: int, size: int, beside: int) -> None:
-        """Note that a call failed, at no text's fault as far as is known.
+    def crowded(self, beside: int) -> None:
+        """Note that a call failed while so many were running, itself included, and may work while no other is."""
+        if beside > 1:
+            self._blame([(self._calls, beside)])
 
-        :param beside: how many calls were running, this one included.
-        """
-        measured = [(self._calls, beside)]
-        if texts > 1:
-            measured += [(self._texts, texts), (self._bytes, size)]
+    def fails(self, texts: int, size: int) -> None:
+        """Note that a call of several texts failed, at no text's fault as far as is known."""
+        self._blame([(self._texts, texts), (self._bytes, size)])
+
+    @staticmethod
+    def _blame(measured: list[tuple[Limit, int]]) -> None:
         suspects = [(limit, value) for limit, value in measured if limit.suspected(value)]
         for limit, value in suspects:
             limit.fails(value)

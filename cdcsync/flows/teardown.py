@@ -27,6 +27,7 @@ from cdcsync.source.catalog import Slot, read_server, read_slot
 from cdcsync.source.families import single_names
 from cdcsync.source.publications import Publication, published_names, read_publication
 from cdcsync.target.approvals import Approvals
+from cdcsync.target.embedders import forget_embedders
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.search import drop_search
@@ -132,6 +133,8 @@ async def drop_index(config: Config, index: str) -> list[Step]:
                 await _drop_functions(target, schema, f"cdcsync index {index}: ")
                 await Registry(schema).remove(target, index)
                 await Approvals(schema).remove(target, index)
+                used = {one.embedder for name, one in config.indexes.items() if name != index}
+                await forget_embedders(target, schema, config.source.slot, keep=used)
         steps = [Step(f"index {index} in the target", "dropped")]
         if index in config.indexes:
             steps.append(
@@ -282,6 +285,7 @@ async def _purge(target: Connection, config: Config, belongings: Belongings) -> 
             for index in belongings.indexes:
                 await _drop_functions(target, schema, f"cdcsync index {index}: ")
             await Registry(schema).forget(target, config.source.slot)
+            await forget_embedders(target, schema, config.source.slot)
             await target.execute(
                 sql.SQL("DELETE FROM {} WHERE slot = %s").format(sql.Identifier(schema, "pipelines")),
                 [config.source.slot],

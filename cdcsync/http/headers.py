@@ -1,8 +1,9 @@
-"""Headers on every answer, which shut off what a browser could be tricked into.
+"""What a browser could be tricked into is shut off, by headers on every answer and by the host that a request names.
 
-A page of ours loads nothing from elsewhere and runs no script but its own, whose hash is in the policy.
+A page of ours loads nothing from elsewhere and runs no script but its own, whose hash is in the policy. And a page of
+somebody else's, whose name leads to this machine by DNS, reads nothing of a server that listens on loopback.
 
-Source: Content Security Policy Level 3; OWASP, "HTTP Headers Cheat Sheet".
+Source: Content Security Policy Level 3; OWASP, "HTTP Headers Cheat Sheet"; RFC 9110, section 7.2 (Host).
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import base64
 import contextlib
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import anyio
-from starlette.datastructures import MutableHeaders
-from starlette.responses import Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cdcsync.config.values import is_address, is_loopback
 
 
 def security_headers(page: str) -> dict[str, str]:
@@ -40,21 +43,32 @@ def _inline_hashes(page: str, tag: str) -> str:
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
+FOREIGN = (
+    "this server listens on loopback, and the request names another host: ask for localhost or an address, or list the"
+    " name under `hosts` in the configuration\n"
+)
+
+
 class Secured:
     """Puts headers on every answer, those of errors too, and answers a request that the server's stop cuts short.
 
     :param headers: those that an answer has unless the application sets others.
     :param stopping: the answer to a request that is cut short.
+    :param hosts: names that requests over loopback may ask for, besides localhost and addresses; None for any.
     """
 
-    def __init__(self, app: ASGIApp, headers: Mapping[str, str], stopping: Response) -> None:
+    def __init__(
+        self, app: ASGIApp, headers: Mapping[str, str], stopping: Response, hosts: Collection[str] | None = None
+    ) -> None:
         self._app = app
         self._headers = headers
         self._stopping = stopping
+        self._hosts = None if hosts is None else {"localhost", *(name.lower().rstrip(".") for name in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         begun = False
+        answering = self._app if self._named(scope) else PlainTextResponse(FOREIGN, 403)
 
         async def secured(message: Message) -> None:
             nonlocal begun
@@ -66,10 +80,20 @@ class Secured:
             await send(message)
 
         try:
-            await self._app(scope, receive, secured)
+            await answering(scope, receive, secured)
         except anyio.get_cancelled_exc_class():
             # The task is this request's own, and only the server cancels it, when it stops. Raised further, it would be
             # logged as a bug. The client may be gone.
             if not begun:
                 with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
                     await self._stopping(scope, receive, secured)
+
+    def _named(self, scope: Scope) -> bool:
+        """Whether a request may name the host that it names."""
+        server = scope.get("server")
+        if self._hosts is None or scope["type"] != "http" or server is None or not is_loopback(server[0]):
+            return True
+        host = Headers(scope=scope).get("host", "").lower()
+        # Without the port, and an address of IPv6 without its brackets.
+        name, closed, _ = host.removeprefix("[").partition("]" if host.startswith("[") else ":")
+        return name.rstrip(".") in self._hosts or (is_address(name) and (":" not in name or closed == "]"))

@@ -93,7 +93,14 @@ _HINTS: dict[str, tuple[str, str]] = {
     "28000": ("the server refuses this role or host", "allow the role in pg_hba.conf, or use another role"),
     "3D000": ("the database does not exist", "create it, or correct the database name in the DSN"),
     "42501": ("the role lacks a privilege", "grant it; `cdcsync config roles` lists what each role needs"),
+    "53100": ("the disk is full", "free disk space on the server, or make it larger"),
+    "53200": ("the server is out of memory", "give the server more memory, or lower work_mem and maintenance_work_mem"),
+    "53300": ("too many connections", "raise max_connections, or close some"),
+    "53400": ("a limit of the configuration is reached", "raise it: the server's log names it"),
 }
+
+_SHARED_MEMORY = "give the server more shared memory: /dev/shm of a container has 64 MB (docker run --shm-size)"
+"""What to do where 53100 is not about a disk: parallel workers keep what they share in a file in /dev/shm."""
 
 
 _PASSING = ("55P03", "25006", "57014", "25P03", "25P04")
@@ -129,9 +136,11 @@ def passing(error: psycopg.Error) -> bool:
 def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> CdcsyncError:
     """Return the error of our tree that says what a driver's error means for the pipeline."""
     message = without_values(error)
-    if passing(error):
-        return unavailable(side, message, where=where, sqlstate=error.sqlstate)
     _, hint = _HINTS.get(error.sqlstate or "", (message, None))
+    if error.sqlstate == "53100" and "shared memory" in message:
+        hint = _SHARED_MEMORY
+    if passing(error):
+        return unavailable(side, message, where=where, hint=hint, sqlstate=error.sqlstate)
     return SetupError(message, where=where or side, hint=hint or error.diag.message_hint, sqlstate=error.sqlstate)
 
 
@@ -247,13 +256,13 @@ def conninfo_for(dsn: str, **settings: str | int) -> str:
         raise SetupError(fault, where=describe(dsn), hint="correct the DSN")
     try:
         own = conninfo.conninfo_to_dict(dsn)
-    except psycopg.ProgrammingError as error:
+    except psycopg.ProgrammingError:
         # libpq's own words would repeat the part that it stumbled over, which may be the password.
         raise SetupError(
             "not a connection string",
             where=describe(dsn),
             hint="write postgresql://user@host/database, or key=value pairs",
-        ) from error
+        ) from None
     defaults = {"connect_timeout": CONNECT_TIMEOUT_S, "client_encoding": "UTF8", **_DEAD_PEER}
     merged: dict[str, Any] = {**defaults, **own, **settings}
     return conninfo.make_conninfo("", **merged)

@@ -14,6 +14,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, Side, connect, speaking_of
 from cdcsync.preflight.connections import needed, read_room, room_findings
 from cdcsync.preflight.dependents import dependents_findings
+from cdcsync.preflight.expressions import examine_expressions
 from cdcsync.preflight.families import followed_catalog, left_out_findings
 from cdcsync.preflight.findings import Finding, noting
 from cdcsync.preflight.following import following_findings, seen_fingerprint
@@ -129,6 +130,7 @@ async def _examine_tables(
                     plan.findings += await examine_row_filter(source, of, sent, catalog.role)
             plan.members = rows_sent(publication, members)
             plan.oids |= {one: catalog.tables[one].oid for one in members}
+            plan.findings += await examine_expressions(source, plan.name, [table.oid, *plan.oids.values()])
             plan.where = await examine_where(source, plan.name, plan.index, table, catalog, plan.in_use, plan.findings)
             if entry is not None:
                 plan.seen = seen_fingerprint(plan, catalog, entry)

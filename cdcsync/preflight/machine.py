@@ -5,12 +5,12 @@ Source: Python, `tempfile`; RFC 5735, RFC 4291, loopback addresses.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from cdcsync.config import Config
+from cdcsync.config.values import is_loopback
 from cdcsync.preflight.findings import Finding
 
 
@@ -43,11 +43,3 @@ def spool_faults(directory: Path) -> Iterator[Finding]:
             f"this user may not create files in {directory}",
             "give it to the worker's user, or name another directory",
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is of this machine alone; a name other than `localhost` may be anything."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -35,6 +35,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cdcsync.config.values import is_loopback
 from cdcsync.errors import CdcsyncError, leading
 from cdcsync.http.headers import Secured, security_headers
 from cdcsync.serve.messages import EmbedRequest, Indexes, SearchRequest
@@ -130,7 +131,8 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
         Route("/", page, methods=["GET"]),
         *more,
     ]
-    middleware = [Middleware(Secured, headers=HEADERS, stopping=_problem(STOPPING))]
+    hosts = serve.hosts if is_loopback(serve.listen_address[0]) else None
+    middleware = [Middleware(Secured, headers=HEADERS, stopping=_problem(STOPPING), hosts=hosts)]
     if serve.cors_origins:
         middleware.append(
             Middleware(

@@ -5,7 +5,7 @@ A note, like the evaluations: nothing that the index holds goes by it, so it nee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import msgspec
 from psycopg import sql
@@ -57,6 +57,16 @@ async def note_embedders(connection: Connection, schema: str, slot: str, states:
                 *(*trouble, state.loads_wait_until, state.texts_per_s),
             ],
         )
+
+
+async def forget_embedders(connection: Connection, schema: str, slot: str, keep: Collection[str] = ()) -> None:
+    """Forget a pipeline's embedders but for those to keep; the caller commits."""
+    table = sql.Identifier(schema, TABLE)
+    if await fetch_row(connection, "SELECT WHERE to_regclass(%s) IS NOT NULL", [table.as_string(connection)]) is None:
+        return
+    await connection.execute(
+        sql.SQL("DELETE FROM {} WHERE slot = %s AND name <> ALL(%s::text[])").format(table), [slot, list(keep)]
+    )
 
 
 async def rate_of(connection: Connection, schema: str, slot: str, name: str) -> float | None:

@@ -18,8 +18,7 @@ Source: Kubernetes API health endpoints; Prometheus, "Exposition formats"; Conte
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 from typing import Protocol
 
@@ -32,6 +31,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from cdcsync.config.values import is_loopback
 from cdcsync.errors import CdcsyncError
 from cdcsync.http.headers import Secured, security_headers
 from cdcsync.http.listening import Bounds
@@ -134,10 +134,11 @@ class _Query(msgspec.Struct, frozen=True):
     text: str
 
 
-def make_app(view: WorkerView, *, embed: EmbedQuery | None = None) -> Starlette:
+def make_app(view: WorkerView, *, embed: EmbedQuery | None = None, hosts: Sequence[str] | None = None) -> Starlette:
     """Return the application that shows one worker.
 
     :param embed: also answer POST /embed by it, to programs on this machine.
+    :param hosts: names that requests over loopback may ask for, besides localhost and addresses; None for any.
     """
     readings = _Readings(view)
 
@@ -209,9 +210,10 @@ def make_app(view: WorkerView, *, embed: EmbedQuery | None = None) -> Starlette:
     routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in endpoints.items()]
     if embed is not None:
         routes.append(Route("/embed", embedded, methods=["POST"]))
+    stopping = PlainTextResponse("the worker is stopping\n", 503)
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Secured, headers=HEADERS, stopping=PlainTextResponse("the worker is stopping\n", 503))],
+        middleware=[Middleware(Secured, headers=HEADERS, stopping=stopping, hosts=hosts)],
         exception_handlers={Exception: _broken},
     )
     app.router.redirect_slashes = False
@@ -222,13 +224,13 @@ def _is_local(request: Request) -> bool:
     """Whether a program on this machine asks, and neither a page in a browser nor a name that leads here by DNS."""
     host = (request.url.hostname or "").strip("[]")
     peer = request.client.host if request.client is not None else ""
-    try:
-        local = ipaddress.ip_address(peer).is_loopback
-        named = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
     headers = request.headers
-    return local and named and headers.get("content-type") == "application/json" and "origin" not in headers
+    return (
+        is_loopback(peer)
+        and is_loopback(host)
+        and headers.get("content-type") == "application/json"
+        and "origin" not in headers
+    )
 
 
 def _json(content: object, code: int) -> Response:

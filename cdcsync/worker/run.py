@@ -18,6 +18,7 @@ import structlog
 
 from cdcsync.backoff import Backoff
 from cdcsync.config import Config
+from cdcsync.config.values import is_loopback
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import SchemaChanged, TablesChanged, TargetRewound, Unavailable, leading
 from cdcsync.flows.setup.approval import Held, hold_unapproved
@@ -237,4 +238,5 @@ async def _serve(
         log.info("listening", host=host, port=actual)
         task_status.started()
 
-    await serve(http.make_app(state, embed=state.embed_query), host, port, bounds=http.BOUNDS, started=bound)
+    app = http.make_app(state, embed=state.embed_query, hosts=config.worker.hosts if is_loopback(host) else None)
+    await serve(app, host, port, bounds=http.BOUNDS, started=bound)

@@ -16,6 +16,7 @@ from tests.chaos.history import Broken, History
 from tests.chaos.servers import Side, until
 from tests.chaos.tables import FAR, WISHES
 from tests.support import provider as misdeeds
+from tests.support.disks import CannotMount, tight_disk
 
 Fault = Callable[[History], None]
 
@@ -342,6 +343,26 @@ def disk_full(history: History) -> None:
 
 FULL_DISK_IS_SURVIVED = True
 """Whether a worker whose spool cannot be written goes on without it."""
+
+
+@fault("disk full under the target")
+def target_disk_full(history: History) -> None:
+    """Have the tables of an index lie on a disk that is full while changes come in."""
+    worker = history.ensure_worker()
+    history.streaming()
+    tables = ["cdcsync.titles_chunks", "cdcsync.titles_backlog"]
+    try:
+        with tight_disk(history.target.primary, history.name, tables) as disk:
+            disk.fill()
+            history.writer.allow(300)
+            try:
+                until(lambda: "No space left" in worker.log.read_text() or not worker.alive, "the disk to be full", 20)
+            except TimeoutError:
+                return
+            history.fire("disk full under the target")
+            rest(history)
+    except CannotMount as error:
+        history.note(f"no file system can be mounted: {error}")
 
 
 def _provider(name: str, *misdeed: misdeeds.Misdeed) -> None:

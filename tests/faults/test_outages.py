@@ -12,8 +12,10 @@ from datetime import datetime, timedelta
 
 import psycopg
 import pytest
+from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster
+from tests.support.disks import tight_disk_or_skip
 from tests.support.outages import MakeSimple, frozen, make_target, metric
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -268,3 +270,28 @@ def test_a_second_worker_takes_over_from_one_that_was_killed(
 def server_version(database: Database) -> int:
     with database.connect() as connection:
         return connection.info.server_version
+
+
+def test_a_target_whose_disk_is_full_is_waited_for_and_the_reason_is_told(
+    make_cluster: Callable[..., Cluster], make_simple: MakeSimple
+) -> None:
+    source, target = make_cluster(), make_cluster()
+    pipeline = make_simple(source.dsn(), make_target(target))
+    worker = pipeline.start()
+    pipeline.live()
+    database = conninfo.conninfo_to_dict(pipeline.config.target.dsn)["dbname"]
+    with tight_disk_or_skip(target, str(database), ["cdcsync.articles_chunks"]) as disk:
+        disk.fill()
+        pipeline.source.execute(
+            "INSERT INTO articles SELECT i, 1, repeat('much of it ', 50) FROM generate_series(10001, 12000) AS i"
+        )
+        waits = pipeline.event("apply_waits")
+        assert "No space left on device" in waits["error"]
+        assert waits["side"] == "target"
+        until(lambda: metric(pipeline, "cdcsync_lag_seconds") > 0, "the changes to wait")
+        disk.free()
+        pipeline.in_step()
+    change(pipeline, "after")
+    pipeline.in_step()
+    assert worker.poll() is None
+    assert not [event for event in pipeline.events() if event.get("level") == "error"]

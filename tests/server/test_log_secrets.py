@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import pytest
 from psycopg import conninfo, sql
 
+from cdcsync.config.redaction import dsn_fault, redact_dsn
+from cdcsync.errors import CdcsyncError
+from cdcsync.postgres.sessions import connect
+from cdcsync.source.slot import SlotConnection
 from tests.support.configs import FAKE, Section, configuration
 from tests.support.provider import FakeProvider, status
 from tests.support.servers import Database, Server
@@ -250,3 +258,169 @@ def test_rows_that_no_document_can_be_made_of_are_logged_without_key_and_value_a
     assert "ValueError in telling_documents.py, line 3" in stored(database)
     until(lambda: "2 rows are left out" in pipeline.get("/status")[1].decode(), "the rows to be counted")
     assert PLANTED not in said(pipeline) + stored(database) + shown(pipeline, PYTHONPATH=str(tmp_path))
+
+
+# -- passwords and keys, in every form ------------------------------------------------------------------------------
+
+ANY = [chr(code) for code in range(1, 127)] + [
+    "\x7f",
+    "\x85",
+    "\xa0",
+    "\xad",
+    "\xe9",
+    "\u200b",
+    "\u202e",
+    "\u6771",
+    "\U0001f600",
+]
+"""All of ASCII, and some of what is beyond: spaces that look like none, accents, other scripts."""
+
+
+def quoted(password: str) -> str:
+    return "'" + password.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+FORMS: dict[str, Callable[[str], str]] = {
+    "URI, escaped": lambda password: f"postgresql://role:{quote(password, safe='')}@127.0.0.1:1/db",
+    "URI, as it is": lambda password: f"postgresql://role:{password}@127.0.0.1:1/db",
+    "URI, as a parameter": lambda password: f"postgresql://127.0.0.1:1/db?password={password}",
+    "pairs, quoted": lambda password: f"host=127.0.0.1 port=1 password={quoted(password)}",
+    "pairs, as it is": lambda password: f"host=127.0.0.1 port=1 password={password}",
+    "pairs, badly quoted": lambda password: f"host=127.0.0.1 port=1 password='{password}",
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.anyio
+async def test_no_message_or_traceback_holds_any_part_of_a_password_whatever_is_in_it(
+    form: Callable[[str], str],
+) -> None:
+    for character in ANY:
+        dsn = form(f"xyzzy{character}plugh")
+        told = [redact_dsn(dsn), dsn_fault(dsn) or ""]
+        for opened in (connect(dsn, "source"), SlotConnection.connect(dsn)):
+            with pytest.raises(CdcsyncError) as raised:
+                await opened
+            error: BaseException | None = raised.value
+            told += [str(raised.value), str(raised.value.hint)]
+            while error is not None:  # what a traceback would show
+                told += traceback.format_exception_only(error)
+                error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        for text in told:
+            assert "plugh" not in text, (character, text)
+            assert "xyzzy" not in text, (character, text)
+
+
+NASTY = "x%y'z z\\y \"$ {}@:/?#[]&=+,;`~|<>*!^\u00e9\u6771\U0001f600"
+"""A password that every notation has to quote in its own way."""
+
+WAYS = ("URI", "pairs", "service file", "password file", "environment")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_password_may_be_anything_and_is_shown_nowhere_however_it_is_given(
+    login: Login,
+    server: Server,
+    make_database: Callable[[], Database],
+    make_pipeline: Callable[[str], Pipeline],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    login.password = PLANTED + NASTY
+    with server.connect() as admin:
+        admin.execute(
+            sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(login.name), sql.Literal(login.password))
+        )
+    database = make_database()
+    database.execute("CREATE TABLE articles (id text PRIMARY KEY, author text, title text, body text)")
+    given: dict[str, Any] = {**conninfo.conninfo_to_dict(database.dsn), "user": login.name}
+    given.pop("password", None)
+    environment = {}
+    match way:
+        case "URI":
+            host = f"{given['host']}:{given['port']}"
+            dsn = f"postgresql://{login.name}:{quote(login.password, safe='')}@{host}/{given['dbname']}"
+        case "pairs":
+            dsn = conninfo.make_conninfo(**given, password=login.password)
+        case "service file":
+            file = tmp_path / "services"
+            keys = {**given, "password": login.password}
+            file.write_text("[ours]\n" + "".join(f"{key}={value}\n" for key, value in keys.items()))
+            dsn, environment = "service=ours", {"PGSERVICEFILE": str(file)}
+        case "password file":
+            file = tmp_path / "passwords"
+            escaped = login.password.replace("\\", "\\\\").replace(":", "\\:")
+            file.write_text(f"*:*:*:*:{escaped}\n")
+            file.chmod(0o600)
+            dsn = conninfo.make_conninfo(**given, passfile=str(file))
+        case _:
+            dsn, environment = conninfo.make_conninfo(**given), {"PGPASSWORD": login.password}
+    text = talkative(database.dsn).replace(
+        json.dumps(database.dsn), json.dumps(dsn.replace("$", "$$"), ensure_ascii=False)
+    )
+    for name, value in environment.items():  # this process connects, too
+        monkeypatch.setenv(name, value)
+    pipeline = make_pipeline(text)
+    worker = pipeline.start(**environment)
+    pipeline.live()
+    database.execute("INSERT INTO articles VALUES ('1', 'a', 'b', 'c')")
+    until(lambda: database.execute("SELECT FROM articles_index"), pipeline.tail)
+    told = said(pipeline) + stored(database) + shown(pipeline, **environment)
+    told += Path(f"/proc/{worker.pid}/cmdline").read_text()
+    assert pipeline.stop(worker) == 0
+
+    # And once it is refused: the server, and every command, speak of the attempt.
+    with server.connect() as admin:
+        admin.execute(sql.SQL("ALTER ROLE {} PASSWORD 'another'").format(sql.Identifier(login.name)))
+    told += said_of_refusals(pipeline, environment)
+    for part in (PLANTED, "z z", quote(NASTY, safe="")[:12], "{}@:", "[]&=", "`~|"):
+        assert part not in told, part
+
+
+def said_of_refusals(pipeline: Pipeline, environment: dict[str, str]) -> str:
+    told = []
+    for command in (["status"], ["check"], ["search", "articles", "word"], ["teardown", "--yes"], ["run"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "cdcsync", *command, "-c", str(pipeline.path)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+            timeout=60,
+        )
+        told += [done.stdout, done.stderr]
+    return "\n".join(told)
+
+
+def test_what_goes_into_headers_and_addresses_of_a_provider_is_shown_nowhere(
+    login: Login,
+    make_database: Callable[[], Database],
+    make_pipeline: Callable[[str], Pipeline],
+    provider: FakeProvider,
+) -> None:
+    database = make_database()
+    fill(database)
+    secrets_ = {name: f"{PLANTED}-{name}-0123456789" for name in ("gateway", "team", "code")}
+
+    def echo(exchange: Any, texts: list[str]) -> None:
+        """Answer with all that came."""
+        exchange.answer(500, {"error": {"message": f"{exchange.path} {dict(exchange.headers)}"}})
+
+    provider.always = echo
+    hosted = {
+        **{"type": "openai", "model": "m", "base_url": provider.url, "dimensions": 16},
+        "headers": {"X-Gateway": secrets_["gateway"], "X-Team": secrets_["team"]},
+        "query": {"code": secrets_["code"], "api-version": "2026-01-01"},
+    }
+    pipeline = make_pipeline(talkative(login.dsn(database), embedder=hosted))
+    pipeline.start()
+
+    pipeline.event("embedder_unavailable")
+
+    sent, headers, _ = provider.requests[0]
+    assert secrets_["code"] in sent
+    assert headers["x-gateway"] == secrets_["gateway"]
+    until(lambda: "not shown" in pipeline.get("/status")[1].decode(), pipeline.tail)
+    told = said(pipeline) + stored(database) + shown(pipeline)
+    assert PLANTED not in told
+    assert "2026-01-01" in told  # what is no secret is shown

@@ -67,6 +67,57 @@ def test_the_image_installs_what_the_tests_ran_with_by_its_hash() -> None:
     assert wanted <= {name for name, _, _ in locked}, "run make lock"
 
 
+ENGINE = """#!/bin/sh
+image=$(for last in "$@"; do :; done; echo "$last")
+case "$1 $image" in
+    "pull gone/"*) echo "denied" >&2; exit 1 ;;
+    "pull "*) ;;
+    "image "*) echo "${image%:*}@sha256:$(printf %s "$image" | sha256sum | cut -c1-64)" ;;
+esac
+"""
+"""An engine that knows every image but those of `gone`."""
+
+
+def pinned(directory: Path, replace: tuple[str, str] = ("", "")) -> subprocess.CompletedProcess[str]:
+    """Run `make pin-images` on a copy of the files, with an engine that answers without a registry."""
+    for name in ("Dockerfile", "compose.yaml", "pin.py"):
+        (directory / name).write_text((DOCKER / name).read_text().replace(*replace))
+    engine = directory / "engine"
+    engine.write_text(ENGINE)
+    engine.chmod(0o755)
+    return subprocess.run(
+        [sys.executable, str(directory / "pin.py")],
+        env={**os.environ, "CDCSYNC_ENGINE": str(engine)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_every_image_can_be_taken_by_its_digest(tmp_path: Path, compose: dict[str, Any]) -> None:
+    done = pinned(tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    pins = dict(line.split("=", 1) for line in (tmp_path / "images.env").read_text().splitlines()[1:])
+    assert all(re.fullmatch(r"[^@]+@sha256:[0-9a-f]{64}", pin) for pin in pins.values())
+    named = {"PYTHON_IMAGE", "PGVECTOR_IMAGE", "PROMETHEUS_IMAGE", "GRAFANA_IMAGE"}
+    assert pins.keys() == named
+    images = {service["image"] for service in compose["services"].values()}
+    assert {re.match(r"\$\{(\w+):-", image)[1] for image in images} == named - {"PYTHON_IMAGE"} | {"CDCSYNC_IMAGE"}  # type: ignore[index]
+    assert all(base.startswith("${PYTHON_IMAGE}") for base in instructions("FROM") if ":" in base or "$" in base)
+    assert pins["PYTHON_IMAGE"].partition("@")[0] in compose["services"]["cdcsync"]["build"]["args"]["PYTHON_IMAGE"]
+
+
+def test_an_image_that_no_registry_has_leaves_the_pins_as_they_are(tmp_path: Path) -> None:
+    done = pinned(tmp_path, ("pgvector/pgvector", "gone/pgvector"))
+
+    assert done.returncode == 1
+    assert "denied" in done.stderr
+    assert "fix:" in done.stderr
+    assert not (tmp_path / "images.env").exists()
+
+
 # -- compose.yaml -----------------------------------------------------------------------------------------------
 
 
@@ -89,10 +140,10 @@ def test_everything_that_is_mounted_exists_or_is_a_volume(compose: dict[str, Any
 def test_every_image_has_a_version_of_its_own(compose: dict[str, Any]) -> None:
     images = [service["image"] for service in compose["services"].values() if "build" not in service]
     assert len(images) == 3
-    assert all(re.fullmatch(r"[a-z/]+:[a-z]*v?\d[\w.]*", image) for image in images)
+    assert all(re.fullmatch(r"\$\{\w+_IMAGE:-[a-z/]+:[a-z]*v?\d[\w.]*\}", image) for image in images)
     stages = [line.split(" AS ") for line in instructions("FROM")]
-    (foreign,) = {base for base, _ in stages} - {stage for _, stage in stages}
-    assert re.fullmatch(r"python:\d\.\d+-slim-\w+", foreign)
+    assert {base for base, _ in stages} - {stage for _, stage in stages} == {"${PYTHON_IMAGE}"}
+    assert re.fullmatch(r"PYTHON_IMAGE=python:\d\.\d+-slim-\w+", instructions("ARG")[0])
 
 
 def test_passwords_come_from_the_environment_and_have_no_default(compose: dict[str, Any]) -> None:

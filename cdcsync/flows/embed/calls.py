@@ -1,8 +1,10 @@
 """Calls of one embedder, and whose fault it is when one fails.
 
-    a call fails ─► the harmless word fails too    ─► the embedder's: nobody calls until the word works (`Health`)
-                 └► the word works, several texts  ─► the call is halved, and the size that failed is remembered
-                                    one text       ─► once more, alone, between two words: the text's if it fails again
+    a call fails ─► the harmless word fails too   ─► the embedder's: nobody calls until the word works (`Health`)
+                 └► the word works ─► once more, while no other call runs
+                                         it works      ─► too many calls at a time: fewer run from now on
+                                         several texts ─► the call is halved, and the size that failed is remembered
+                                         one text      ─► the text's
 
 The unit is the call, whatever happened within it. What the embedder says of itself (a status, an exception) is shown to
 operators; it decides nothing but the time of the next attempt, and whether a text is worth another one later.
@@ -19,7 +21,7 @@ import msgspec
 from cdcsync.embedders.pacing import WAITED, Waited
 from cdcsync.embedders.protocol import UNUSABLE_HINT, Embedder, check_shape
 from cdcsync.embedders.sizes import CallSizes
-from cdcsync.errors import CdcsyncError, EmbedError, TextRejected
+from cdcsync.errors import CdcsyncError, EmbedderUnavailable, EmbedError, TextRejected
 from cdcsync.flows.embed.health import Health, known
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import Learnt
@@ -38,6 +40,20 @@ class Made(msgspec.Struct, frozen=True):
 
     vectors: dict[bytes, FloatVector]
     failed: dict[bytes, EmbedError]
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """A call that failed.
+
+    :ivar texts: those without a vector: all of them, unless only some vectors cannot be used.
+    :ivar at: when it ended, by the clock.
+    :ivar beside: how many calls were running, this one included.
+    """
+
+    error: EmbedError
+    texts: Texts
+    at: float
+    beside: int
 
 
 class Calls:
@@ -79,17 +95,19 @@ class Calls:
         self.sizes = CallSizes(self._embedder.concurrency, learnt)
         self._adjust()
 
-    async def make(self, texts: Texts, made: Made) -> bool:
+    async def make(self, texts: Texts, made: Callable[[Made], None], *, halved: bool = False) -> bool:
         """Embed texts in as few calls as is known to work, and in smaller ones if those fail.
 
         Returns whether a text is at fault.
 
-        :raises EmbedderUnavailable: the embedder fails as a whole; what was made before that is in `made`.
+        :param made: is given the results of each call as soon as it ends.
+        :param halved: whether the texts are a part of a call that failed while no other ran.
+        :raises EmbedderUnavailable: the embedder fails as a whole; `made` has what was made before that.
         """
         at_fault = False
         while texts:
             count = self.fitting(texts.values())
-            at_fault |= await self._make(dict(islice(texts.items(), count)), made)
+            at_fault |= await self._make(dict(islice(texts.items(), count)), made, halved=halved)
             texts = dict(islice(texts.items(), count, None))
         return at_fault
 
@@ -121,55 +139,78 @@ class Calls:
         vector: FloatVector = vectors[0]
         return vector
 
-    async def _make(self, texts: Texts, made: Made) -> bool:
+    async def _make(self, texts: Texts, made: Callable[[Made], None], *, halved: bool) -> bool:
         before = self.sizes.learnt
-        outcome = await self._call(texts, made)
-        if outcome is None:
+        failed = await self._call(texts, made)
+        if failed is None:
             return False
-        failure, rest, failed_at = outcome
-        await self.health.confirm(failure, failed_at)
-        at_fault = False
-        if len(rest) < len(texts):
+        try:
+            await self.health.confirm(failed.error, failed.at)
+        except EmbedderUnavailable:
+            # The word may have failed because others were running, too.
+            self.sizes.crowded(failed.beside)
+            self._adjust()
+            raise
+        if len(failed.texts) < len(texts):
             # The others have their vectors: no size is in the way.
-            for one, text in rest.items():
-                at_fault |= await self._judge(one, text, made)
-        elif len(rest) == 1:
-            ((one, text),) = rest.items()
-            at_fault = await self._judge(one, text, made)
+            at_fault = await self._judge_each(failed.texts, made)
+        elif len(texts) == 1 or (failed.beside > 1 and not halved):
+            at_fault = await self._judge(texts, made, beside=failed.beside)
         else:
-            items = list(rest.items())
-            middle = len(items) // 2
-            for part in (items[:middle], items[middle:]):
-                at_fault |= await self.make(dict(part), made)
+            at_fault = await self._halve(texts, made)
         if at_fault:
             self.sizes.restore(before)
             self._adjust()
         return at_fault
 
-    async def _judge(self, one: bytes, text: str, made: Made) -> bool:
-        """Call for a text that failed once more, alone; returns whether it is at fault.
+    async def _judge(self, texts: Texts, made: Callable[[Made], None], *, beside: int) -> bool:
+        """Call once more for texts that failed, while no other call runs; returns whether one of them is at fault.
 
-        Alone, because an embedder that is too busy fails at texts that it would take otherwise.
+        An embedder that is too busy fails at what it takes otherwise, and says so in no way that others could not mean.
 
+        :param beside: how many calls ran when it failed, this one included.
         :raises EmbedderUnavailable: the embedder fails as a whole.
         """
         async with self._alone:
-            self._adjust()
-            try:
-                outcome = await self._call({one: text}, made)
-                if outcome is None:
-                    return False
-                failure, _, failed_at = outcome
-                await self.health.confirm(failure, failed_at)
-                made.failed[one] = failure
-                return True
-            finally:
-                self._adjust(alone=False)
+            if self.fitting(texts.values()) < len(texts):
+                rest = texts  # another call has shown meanwhile that so many are too many
+            else:
+                self._adjust()
+                try:
+                    failed = await self._call(texts, made)
+                    if failed is None:
+                        self.sizes.crowded(beside)
+                        return False
+                    await self.health.confirm(failed.error, failed.at)
+                finally:
+                    self._adjust(alone=False)
+                if len(texts) == 1:
+                    made(Made({}, dict.fromkeys(texts, failed.error)))
+                    return True
+                rest = failed.texts
+        return await self._halve(rest, made) if len(rest) == len(texts) else await self._judge_each(rest, made)
 
-    async def _call(self, texts: Texts, made: Made) -> tuple[EmbedError, Texts, float] | None:
-        """Call the embedder once there is a place; adds the vectors that can be used to `made`.
+    async def _judge_each(self, texts: Texts, made: Callable[[Made], None]) -> bool:
+        """Call once more for each of some texts that have no vector while others of their call do."""
+        at_fault = False
+        for one, text in texts.items():
+            at_fault |= await self._judge({one: text}, made, beside=1)
+        return at_fault
 
-        Returns None if there is one for each text, else the error, the texts without one, and when that was.
+    async def _halve(self, texts: Texts, made: Callable[[Made], None]) -> bool:
+        """Embed texts in two calls that failed in one; returns whether a text is at fault."""
+        self.sizes.fails(len(texts), _bytes(texts))
+        items = list(texts.items())
+        middle = len(items) // 2
+        at_fault = False
+        for part in (items[:middle], items[middle:]):
+            at_fault |= await self.make(dict(part), made, halved=True)
+        return at_fault
+
+    async def _call(self, texts: Texts, made: Callable[[Made], None]) -> Failed | None:
+        """Call the embedder once there is a place; gives the vectors that can be used to `made`.
+
+        Returns None if there is one for each text.
 
         :raises EmbedderUnavailable: the embedder is left alone for now.
         """
@@ -188,30 +229,31 @@ class Calls:
             except Exception as error:
                 self._failures += 1
                 # The call that was too much for the provider may have begun before this one or after it.
-                self.sizes.fails(len(texts), _bytes(texts), max(beside, self._free.borrowed_tokens))
-                self._adjust()
+                beside = max(beside, self._free.borrowed_tokens)
                 if isinstance(error, TimeoutError):
                     error = EmbedError(f"no answer within {CALL_S:g} s", where=f"embedders.{name}")
-                return self._note_failure(known(error, list(texts.values()), name), texts, started)
+                return self._note_failure(known(error, list(texts.values()), name), texts, started, beside)
             finally:
                 self.health.ends(call)
                 beside = max(beside, self._free.borrowed_tokens)
         faults = unusable_rows(vectors)
         usable = {one: vector for at, (one, vector) in enumerate(zip(texts, vectors, strict=True)) if at not in faults}
-        made.vectors.update(usable)
         if usable:
             # A call that succeeds because others failed does not show that so many can run at a time.
             self.sizes.works(len(texts), _bytes(texts), beside if failures == self._failures else 1)
             self._adjust()
             self._succeeded({one: texts[one] for one in usable}, usable, self._clock() - started - waited.seconds)
+            made(Made(usable, {}))
         if not faults:
             return None
         fault = TextRejected(
             f"the text's vector {next(iter(faults.values()))}", where=f"embedders.{name}", hint=UNUSABLE_HINT
         )
-        return self._note_failure(fault, {one: text for one, text in texts.items() if one not in usable}, started)
+        return self._note_failure(
+            fault, {one: text for one, text in texts.items() if one not in usable}, started, beside
+        )
 
-    def _note_failure(self, error: Exception, texts: Texts, started: float) -> tuple[EmbedError, Texts, float]:
+    def _note_failure(self, error: Exception, texts: Texts, started: float, beside: int) -> Failed:
         now = self._clock()
         self._metrics.embed_errors.labels(self._embedder.name, type(error).__name__).inc()
         self._failed(len(texts), now - started)
@@ -219,7 +261,7 @@ class Calls:
             # The key, the address or the model: the word tells whether that is so for every text.
             assert isinstance(error, CdcsyncError)
             error = EmbedError(error.message, where=error.where, hint=error.hint)
-        return error, texts, now
+        return Failed(error, texts, now, beside)
 
     def _adjust(self, *, alone: bool | None = None) -> None:
         """Let as many calls run at a time as there should be."""

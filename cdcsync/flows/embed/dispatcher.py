@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
@@ -247,23 +249,42 @@ class Dispatcher:
 
         :raises EmbedderUnavailable: the model or provider fails as a whole; what was made before that is remembered.
         """
-        await self.ready.wait()
         made = Made({}, {})
+        async with contextlib.aclosing(self.parts(texts)) as parts:
+            async for part in parts:
+                made.vectors.update(part.vectors)
+                made.failed.update(part.failed)
+        return made
+
+    async def parts(self, texts: Mapping[bytes, str]) -> AsyncGenerator[Made]:
+        """Yield what becomes of texts as soon as it is known, call by call.
+
+        Calls go on while the caller deals with a part, so that it can store what has been paid for before the next one
+        is lost or waits for an embedder that fails.
+
+        :raises EmbedderUnavailable: the model or provider fails as a whole.
+        """
+        await self.ready.wait()
+        missing = dict(texts)
         waited: set[bytes] = set()
-        while missing := {one: text for one, text in texts.items() if one not in made.vectors | made.failed}:
-            recent = self.remembered(missing)
-            made.vectors.update(recent)
-            self.avoided("remembered", len(recent.keys() - waited))
-            self.avoided("under_way", len(recent.keys() & waited))
+        while missing:
+            if recent := self.remembered(missing):
+                self.avoided("remembered", len(recent.keys() - waited))
+                self.avoided("under_way", len(recent.keys() & waited))
+                missing = {one: text for one, text in missing.items() if one not in recent}
+                yield Made(recent, {})
             others = {one: self._under_way[one] for one in missing if one in self._under_way}
             waited.update(others)
-            ours = {one: text for one, text in missing.items() if one not in recent and one not in others}
+            ours = {one: text for one, text in missing.items() if one not in others}
             if ours:
-                await self._claim(ours, made)
+                async with contextlib.aclosing(self._claim(ours)) as parts:
+                    async for part in parts:
+                        for one in (*part.vectors, *part.failed):
+                            del missing[one]
+                        yield part
             elif others:
                 # Whoever called for these has no call of ours to wait for: a caller's own calls come first.
                 await next(iter(others.values())).wait()
-        return made
 
     async def embed_within(self, texts: Mapping[bytes, str], budget_s: float) -> dict[bytes, FloatVector]:
         """Return what can be embedded within the budget; nothing when the dispatcher is busy or would take longer.
@@ -325,8 +346,8 @@ class Dispatcher:
         if texts > 0:
             self._metrics.embed_avoided.labels(self.embedder.name, reason).inc(texts)
 
-    async def _claim(self, texts: Texts, made: Made) -> None:
-        """Embed texts that nobody else is calling for.
+    async def _claim(self, texts: Texts) -> AsyncGenerator[Made]:
+        """Embed texts that nobody else is calling for, and yield what each call makes.
 
         If the caller is cancelled, because a table has changed, the calls are finished all the same, and what they make
         is remembered for whoever asks next.
@@ -334,6 +355,11 @@ class Dispatcher:
         done = anyio.Event()
         self._under_way.update(dict.fromkeys(texts, done))
         failures: list[Exception] = []
+        making, parts = anyio.create_memory_object_stream[Made](math.inf)
+
+        def made(part: Made) -> None:
+            with contextlib.suppress(anyio.BrokenResourceError):  # nobody waits any more
+                making.send_nowait(part)
 
         async def call() -> None:
             try:
@@ -344,10 +370,13 @@ class Dispatcher:
                 for one in [one for one, event in self._under_way.items() if event is done]:
                     del self._under_way[one]
                 done.set()
+                making.close()
 
         assert self._tasks is not None
         self._tasks.start_soon(call)
-        await done.wait()
+        with parts:
+            async for part in parts:
+                yield part
         if failures:
             raise failures[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime
 from itertools import takewhile
 
@@ -14,6 +15,7 @@ import structlog
 from cdcsync.backoff import Backoff, Failure, backoff_s
 from cdcsync.embedders.protocol import UNUSABLE_HINT
 from cdcsync.errors import EmbedderUnavailable, EmbedError, TextRejected, leading
+from cdcsync.flows.embed.calls import Made
 from cdcsync.flows.embed.commits import Commits
 from cdcsync.flows.embed.dispatcher import Dispatcher
 from cdcsync.flows.embed.pool import Pool
@@ -164,20 +166,25 @@ class EmbedLoop:
             slots.release()
 
     async def _batch(self, batch: Sequence[Waiting]) -> None:
-        """Embed and store texts; notes those that cannot be embedded."""
-        made = await self._dispatcher.embed({one.hash: one.text for one in batch})
+        """Embed and store texts, each as soon as the call that it was in has ended."""
+        waiting = {one.hash: one for one in batch}
+        async with aclosing(self._dispatcher.parts({one.hash: one.text for one in batch})) as parts:
+            async for made in parts:
+                await self._keep(waiting, made)
+
+    async def _keep(self, waiting: Mapping[bytes, Waiting], made: Made) -> None:
+        """Store vectors; notes texts that cannot be embedded."""
         unusable = self._spec.unusable(made.vectors)
-        for one in batch:
-            if (error := made.failed.get(one.hash)) is not None:
-                await self._postpone(one.hash, error, one.attempts)
-            elif (fault := unusable.get(one.hash)) is not None:
-                await self._postpone(one.hash, TextRejected(f"the text's vector {fault}", hint=UNUSABLE_HINT))
+        for one, error in made.failed.items():
+            await self._postpone(one, error, waiting[one].attempts)
+        for one, fault in unusable.items():
+            await self._postpone(one, TextRejected(f"the text's vector {fault}", hint=UNUSABLE_HINT))
         vectors = {one: vector for one, vector in made.vectors.items() if one not in unusable}
         await self._store(vectors)
         now = datetime.now(UTC)
-        for one in batch if self._searched else ():
-            if one.lane == LIVE and one.hash in vectors:
-                committed = self.commits.of(one.commit_lsn) or one.applied_at
+        for text in map(waiting.__getitem__, vectors) if self._searched else ():
+            if text.lane == LIVE:
+                committed = self.commits.of(text.commit_lsn) or text.applied_at
                 self._metrics.note_vector_freshness(self._spec.name, max(0.0, (now - committed).total_seconds()))
 
     async def _postpone(self, one: bytes, error: EmbedError, attempts: int = 0) -> None:

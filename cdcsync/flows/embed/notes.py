@@ -17,7 +17,11 @@ from cdcsync.target.embedders import note_embedders, read_embedders
 log = structlog.get_logger()
 
 NOTE_S = 10.0
-"""How often sizes and tokens are noted where they changed. Trouble is noted at once."""
+"""How often sizes and tokens are noted where they changed. Trouble is noted at once. A killed worker forgets the tokens
+of so many seconds."""
+
+LAST_NOTE_S = 2.0
+"""How long a worker that stops may take to note what it used: less than it is given to finish what is in hand."""
 
 
 async def recall(connection: Connection, schema: str, slot: str, dispatchers: Mapping[str, Dispatcher]) -> None:
@@ -28,12 +32,10 @@ async def recall(connection: Connection, schema: str, slot: str, dispatchers: Ma
 
 
 async def note_for_ever(pool: Pool, schema: str, slot: str, dispatchers: Mapping[str, Dispatcher]) -> None:
-    """Note what changes, until cancelled."""
+    """Note what changes, until cancelled, and once more then: a restart does not forget tokens that were used."""
     noted: dict[str, EmbedderState] = {}
-    while True:
-        changed = anyio.Event()
-        for dispatcher in dispatchers.values():
-            dispatcher.health.changed = changed.set
+
+    async def note() -> None:
         states = {name: dispatcher.state for name, dispatcher in dispatchers.items()}
         news = {name: state for name, state in states.items() if noted.get(name) != state}
         if news:
@@ -41,8 +43,18 @@ async def note_for_ever(pool: Pool, schema: str, slot: str, dispatchers: Mapping
                 with speaking_of("target"):
                     async with pool.connection() as connection:
                         await note_embedders(connection, schema, slot, news)
-                noted |= news
+                noted.update(news)
             except Unavailable as error:
                 log.debug("embedders_not_noted", error=str(error))
-        with anyio.move_on_after(NOTE_S):
-            await changed.wait()
+
+    try:
+        while True:
+            changed = anyio.Event()
+            for dispatcher in dispatchers.values():
+                dispatcher.health.changed = changed.set
+            await note()
+            with anyio.move_on_after(NOTE_S):
+                await changed.wait()
+    finally:
+        with anyio.move_on_after(LAST_NOTE_S, shield=True):
+            await note()

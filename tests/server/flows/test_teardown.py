@@ -194,6 +194,7 @@ def test_the_other_pipeline_of_the_schema_goes_on(
 
     assert done["publication cdcsync"] == "kept"
     assert slots(database) == [f"b_{database.name}"]
+    assert set(database.execute("SELECT slot FROM cdcsync.embedders")) == {(f"b_{database.name}",)}
     assert not [name for name in relations(database) if "articles_" in name]
     database.execute("INSERT INTO articles VALUES (100, 'still followed')")
     worker = other.start()
@@ -257,7 +258,7 @@ def test_an_index_that_left_the_configuration_is_unfollowed_says_so_and_can_be_d
     source.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text)")
     pipeline = make(make_pipeline, source, target)
     both = pipeline.path.read_text()
-    more = '[indexes.notes]\ntable = "notes"\ntext = "{title}"\nembedder = "fake"\n'
+    more = '[embedders.other]\ntype = "hash"\n[indexes.notes]\ntable = "notes"\ntext = "{title}"\nembedder = "other"\n'
     pipeline.path.write_text(both + more)
     worker = pipeline.start()
     until(
@@ -294,6 +295,7 @@ def test_an_index_that_left_the_configuration_is_unfollowed_says_so_and_can_be_d
     }
     assert not [one for one in relations(target) if "notes" in one]
     assert target.execute("SELECT FROM cdcsync.approvals") == []
+    assert target.execute("SELECT name FROM cdcsync.embedders") == [("fake",)]
     assert target.execute("SELECT FROM pg_proc WHERE proname LIKE 'notes%'") == []
     assert "there is no index notes" in drop(pipeline, "notes", "--yes").stderr
     # The other index goes on.

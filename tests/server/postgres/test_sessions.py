@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from psycopg import conninfo, sql
 
-from cdcsync.postgres.sessions import connect
+from cdcsync.errors import SourceUnavailable, Unavailable
+from cdcsync.postgres.sessions import Session, Side, connect, speaking_of
 from cdcsync.source.slot import SlotConnection
+from tests.support.expiries import EXPIRIES, expire
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -69,3 +71,29 @@ async def test_a_server_gives_up_every_session_whose_host_is_gone_within_a_minut
     assert [tuple(map(int, one)) for one in await slot._command(shown)] == [row]
     await slot.aclose()
     await connection.close()
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("code", EXPIRIES)
+async def test_a_session_that_a_time_limit_ended_is_away_and_then_opened_again(
+    database: Database, code: str, side: Side
+) -> None:
+    async with Session(database.dsn, side, application_name="cdcsync test") as session:
+        connection = await session.connection()
+        await expire(connection, code)
+        with pytest.raises(Unavailable) as raised, speaking_of(side):
+            await connection.execute("SELECT 1")
+        assert raised.value.sqlstate in (code, None)  # None where the connection was found closed
+        cursor = await (await session.connection()).execute("SELECT 1")
+        assert await cursor.fetchone() == (1,)
+
+
+async def test_a_replication_connection_that_a_time_limit_ended_is_away(database: Database) -> None:
+    slot = await SlotConnection.connect(database.dsn)
+    ((pid,),) = await slot._command("SELECT pg_backend_pid()")
+    await slot._command("SET idle_session_timeout = 1")
+    while database.execute("SELECT FROM pg_stat_activity WHERE pid = %s", [int(pid)]):
+        pass
+    with pytest.raises(SourceUnavailable):
+        await slot.identify()
+    await slot.aclose()

@@ -26,6 +26,7 @@ from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.requests import Requests
 from cdcsync.target.session import ApplySession, worker_name
+from tests.support.expiries import EXPIRIES, expire
 from tests.support.indexes import SCHEMA, changes, document, make_spec, register, until, until_blocked, vector_text
 
 if TYPE_CHECKING:
@@ -397,6 +398,20 @@ async def test_a_session_that_broke_is_opened_again_under_the_same_fence(pipelin
     assert await pipeline.rows("SELECT id FROM cdcsync.articles_chunks ORDER BY id") == [(1,), (2,)]
     assert await pipeline.checkpoint() == 20
     assert not await pipeline.session().try_open()
+
+
+@pytest.mark.parametrize("code", EXPIRIES)
+async def test_a_session_that_a_time_limit_ended_is_opened_again_under_the_same_fence(
+    pipeline: Pipeline, code: str
+) -> None:
+    session = await pipeline.open()
+    fence = (await session.state()).fence
+    await expire(session.connection, code)
+    with pytest.raises(TargetUnavailable):
+        await session.apply({}, (), Lsn(7), commit_time=None, caught_up=True)
+    await session.ensure(SPECS)
+    await session.apply({}, (), Lsn(7), commit_time=None, caught_up=True)
+    assert ((await session.state()).fence, (await session.state()).checkpoint) == (fence, Lsn(7))
 
 
 async def test_a_transaction_that_was_left_open_is_never_gone_on_with(pipeline: Pipeline) -> None:

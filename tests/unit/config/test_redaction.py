@@ -148,12 +148,12 @@ def test_what_libpq_would_refuse_is_hidden_whole_and_never_quoted(dsn: str) -> N
 
 
 @pytest.mark.parametrize(
-    "key", ["api_key", "APIKey", "client_secret", "token", "hub_token", "password", "authorization"]
+    "key", ["api_key", "APIKey", "client_secret", "token", "hub_token", "password", "authorization", "code", "sig"]
 )
 def test_keys_that_sound_secret_are(key: str) -> None:
     assert is_secret_key(key)
 
 
-@pytest.mark.parametrize("key", ["dsn", "model", "table", "text", "schema"])
+@pytest.mark.parametrize("key", ["dsn", "model", "table", "text", "schema", "encoding", "api-version"])
 def test_keys_that_do_not_sound_secret_are_not(key: str) -> None:
     assert not is_secret_key(key)

@@ -23,6 +23,7 @@ from tests.support.provider import (
     cut_in_the_middle,
     endless,
     html,
+    raw,
     slow,
     status,
     wrong_count,
@@ -391,3 +392,70 @@ async def test_a_header_is_a_secret_that_no_message_repeats(make: Any, provider:
         provider.misdeeds.append(status(400, {"error": {"message": f"Incorrect key: {quoted}"}}))
         with pytest.raises(TextRejected, match="not shown"):
             await embedder.embed(["a"])
+
+
+@pytest.mark.parametrize("what", [KEY, "a text that nobody may see", "ein Text, den niemand sehen d\u00fcrfte"])
+async def test_what_is_no_http_is_not_repeated_either(make: Any, provider: FakeProvider, what: str) -> None:
+    embedder = await make()
+    provider.misdeeds.append(raw(b"HTTP/1.1 200 OK\r\nx: \x00" + what.encode() + b"\r\n\r\n"))
+
+    with pytest.raises(EmbedError, match="the connection broke") as failure:
+        await embedder.embed([what])
+    shown = str(failure.value)
+    assert what[-12:] not in shown
+    assert repr(what.encode())[2:-1][-12:] not in shown
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [{"total_tokens": 10**300}, {"total_tokens": 10**400}, {"total_tokens": 1e300}, {"total_tokens": "7"}, 7, [], None],
+)
+async def test_a_provider_that_counts_wildly_is_not_believed_and_its_vectors_are_taken(
+    make: Any, provider: FakeProvider, usage: Any
+) -> None:
+    embedder = await make(tokens_per_minute=1_000)
+
+    def counts(exchange: Any, texts: list[str]) -> None:
+        data = [{"embedding": row} for row in provider.vectors(texts)]
+        exchange.answer(200, {"data": data, "usage": usage})
+
+    for _ in range(3):
+        provider.misdeeds.append(counts)
+        with anyio.fail_after(30):
+            np.testing.assert_allclose(await embedder.embed(TEXTS), expected(TEXTS), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HTTP_PROXY", "http://ann:s3cret@@:port"),
+        ("ALL_PROXY", "socks5://ann:s3cret@127.0.0.1:9"),
+        ("ALL_PROXY", "ftp://ann:s3cret@127.0.0.1:9"),
+        ("SSL_CERT_FILE", "/nowhere/s3cret"),
+    ],
+)
+async def test_an_environment_that_cannot_be_used_is_the_operators(
+    make: Any, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(EmbedderSetupError, match="the environment's settings for HTTP") as wrong:
+        await make()
+    assert "s3cret" not in f"{wrong.value}{wrong.value.hint}"
+
+
+async def test_a_proxy_that_is_in_the_way_is_named_by_its_variable(
+    make: Any, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://ann:s3cret@127.0.0.1:9")
+    embedder = await make()
+    with pytest.raises(EmbedderUnavailable) as away:
+        await embedder.embed(["a"])
+    assert "HTTP_PROXY" in str(away.value.hint)
+    assert "s3cret" not in f"{away.value}{away.value.hint}"
+
+    monkeypatch.setenv("HTTP_PROXY", provider.url.removesuffix("/v1").replace("//", "//ann:s3cret@"))
+    embedder = await make()
+    provider.misdeeds.append(status(407))
+    with pytest.raises(EmbedderSetupError, match="407") as refused:
+        await embedder.embed(["a"])
+    assert "HTTP_PROXY" in str(refused.value.hint)

@@ -20,7 +20,7 @@ def send(sizes: CallSizes, rows: int, works: Callable[[int, int], bool], *, size
             rows -= texts
             good += 1
         else:
-            sizes.fails(texts, texts * size, 1)
+            sizes.fails(texts, texts * size)
             bad += 1
     return good, bad
 
@@ -53,22 +53,22 @@ def test_a_limit_that_goes_away_is_forgotten() -> None:
 def test_what_worked_lately_is_not_suspected() -> None:
     sizes = CallSizes(4)
     sizes.works(5, 100, 1)
-    sizes.fails(3, 9_000, 1)
+    sizes.fails(3, 9_000)
     assert (sizes.texts, sizes.bytes, sizes.calls) == (10_000, 4_500, 4)
 
 
 def test_a_first_failure_of_sizes_that_work_is_an_accident_and_the_next_is_not() -> None:
     sizes = CallSizes(1)
     sizes.works(8, 800, 1)
-    sizes.fails(8, 800, 1)
+    sizes.fails(8, 800)
     assert sizes.learnt == Learnt()
-    sizes.fails(8, 800, 1)
+    sizes.fails(8, 800)
     assert (sizes.texts, sizes.bytes) == (4, 400)
 
 
 def test_calls_at_a_time_are_limited_too() -> None:
     sizes = CallSizes(8)
-    sizes.fails(1, 10, 8)
+    sizes.crowded(8)
     assert sizes.calls == 4
 
 
@@ -81,7 +81,7 @@ def test_sizes_survive_a_restart_and_never_pass_the_configuration() -> None:
 def test_an_earlier_limit_is_restored_if_a_text_was_at_fault() -> None:
     sizes = CallSizes(2)
     before = sizes.learnt
-    sizes.fails(10, 1_000, 2)
+    sizes.fails(10, 1_000)
     assert sizes.learnt != before
     sizes.restore(before)
     assert sizes.learnt == before

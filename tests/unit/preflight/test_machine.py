@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from cdcsync.config import Config, HashEmbedder, Index, Source, Worker
-from cdcsync.preflight.machine import is_loopback, machine_findings, spool_faults
+from cdcsync.config.values import is_loopback
+from cdcsync.preflight.machine import machine_findings, spool_faults
 
 CONFIG = Config(
     embedders={"words": HashEmbedder()}, indexes={"articles": Index(table="articles", text="{title}", embedder="words")}

@@ -459,6 +459,38 @@ async def test_scrapers_that_come_together_are_given_one_exposition(
     assert b"cdcsync_transactions_total 1.0" in openmetrics.body
 
 
+@pytest.mark.parametrize(
+    ("host", "code"),
+    [
+        ("127.0.0.1:9477", 200),
+        ("localhost", 200),
+        ("LocalHost.:80", 200),
+        ("[::1]:9477", 200),
+        ("10.0.0.7", 200),
+        ("status.example.org", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example:9477", 403),
+        ("[::1", 403),
+        ("", 403),
+    ],
+)
+async def test_a_name_that_leads_a_browser_here_by_dns_reads_nothing(view: View, host: str, code: int) -> None:
+    async with serving(view, app=endpoints.make_app(view, hosts=["Status.example.org"])) as client:
+
+        def ask(path: str) -> int:
+            connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
+            try:
+                connection.request("GET", path, headers={"Host": host})
+                answer = connection.getresponse()
+                assert answer.headers["X-Content-Type-Options"] == "nosniff"
+                return answer.status
+            finally:
+                connection.close()
+
+        for path in ("/status", "/metrics", "/", "/livez"):
+            assert await anyio.to_thread.run_sync(ask, path) == code, path
+
+
 # -- queries --------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from cdcsync.flows.embed import Pool
 from cdcsync.flows.embed.pool import MOST, PER_INDEX
+from cdcsync.postgres.sessions import passing
+from tests.support.expiries import EXPIRIES, expire
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document
 from tests.support.servers import Database
 
@@ -103,3 +105,17 @@ async def _all_closed(target: Database) -> bool:
         while opened(target):
             await anyio.lowlevel.checkpoint()
     return True
+
+
+@pytest.mark.parametrize("code", EXPIRIES)
+async def test_one_that_a_time_limit_ended_is_replaced(index: LiveIndex, target: Database, code: str) -> None:
+    await index.apply(changes(document("1", "a")))
+    pool = Pool(target.dsn, SCHEMA, 1)
+    async with pool.backlog(index.spec) as backlog:
+        await expire(backlog._connection, code)
+        with pytest.raises(psycopg.Error) as raised:
+            await backlog.window(10)
+    assert passing(raised.value)
+    async with pool.backlog(index.spec) as backlog:
+        assert [one.text for one in await backlog.window(10)] == ["a"]
+    await pool.aclose()
