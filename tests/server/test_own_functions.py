@@ -27,6 +27,21 @@ def document(row):
 document.version = 1
 """
 
+SLOW = """
+import pathlib
+import time
+
+def document(row):
+    if row["title"] == "slow":
+        time.sleep(0.03)
+        with pathlib.Path(__file__).with_name("called").open("a") as called:
+            called.write(row["body"] + "\\n")
+    return row["body"]
+
+document.version = 1
+"""
+"""Takes longer for 50 rows than the server takes to write them."""
+
 TABLE = (
     "CREATE TABLE notes (id int PRIMARY KEY, title text, tags text, body text, draft boolean NOT NULL DEFAULT false)"
 )
@@ -52,11 +67,11 @@ OWN: Section = {
 """Those of `FUNCTION`."""
 
 
-def make(make_pipeline: Callable[[str], Pipeline], database: Database, index: Section) -> Pipeline:
+def make(make_pipeline: Callable[[str], Pipeline], database: Database, index: Section, *worker_lines: str) -> Pipeline:
     return make_pipeline(
         configuration(
             database.dsn,
-            worker_lines='log_level = "debug"',
+            worker_lines="\n".join(['log_level = "debug"', *worker_lines]),
             embedders={"fake": {"type": "hash", "dimensions": 16}},
             indexes={"notes": index},
         )
@@ -218,3 +233,22 @@ def test_a_function_that_is_not_there_is_a_wrong_configuration(
     said = " ".join((done.stdout + done.stderr).split())
     assert "own_documents:document cannot be imported" in said
     assert "PYTHONPATH" in said
+
+
+def test_a_function_is_called_once_for_each_row_however_long_the_rows_of_a_batch_take(
+    make_pipeline: Callable[[str], Pipeline], database: Database, tmp_path: Path
+) -> None:
+    (tmp_path / "own_documents.py").write_text(SLOW)
+    pipeline = make(make_pipeline, database, OWN, "batch_rows = 50")
+    pipeline.source.execute(TABLE)
+    pipeline.source.execute("INSERT INTO notes (id, title, body) SELECT i, 'quick', 'a' FROM generate_series(1, 200) i")
+    worker = pipeline.start(PYTHONPATH=str(tmp_path))
+    pipeline.live()
+
+    pipeline.source.execute("UPDATE notes SET title = 'slow', body = id::text")
+    pipeline.reach("notes")
+
+    assert sorted(map(int, (tmp_path / "called").read_text().split())) == list(range(1, 201))
+    stored = pipeline.target.execute("SELECT count(*) FROM cdcsync.notes_chunks WHERE content = 'slow: ' || id")
+    assert stored.fetchone() == (200,)
+    assert pipeline.stop(worker) == 0

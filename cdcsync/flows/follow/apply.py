@@ -4,7 +4,8 @@ It owns the session that holds the pipeline's lock, so it is the only writer of 
 
 While the server writes a batch, the worker prepares the next one if that is full already. The index will then hold what
 it holds now, as another connection sees it, but for the documents of the batch that is being written. If writing that
-batch fails, the next one is prepared again.
+batch fails, the next one is prepared again. If preparing takes longer than writing, it is neither given up nor waited
+for by what is committed.
 """
 
 from __future__ import annotations
@@ -31,21 +32,17 @@ from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
 
-AHEAD_S = 1.0
-"""The preparation of the next batch may take so much longer than the commit: it may wait for the source, and what is
-committed is acknowledged only afterwards."""
+CONNECT_S = 1.0
+"""How long the next batch waits for the connection for its look-ups. Where a pooler has none to spare, it is prepared
+over the connection that writes."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """The result of applying a batch: `changes` and `applied` by index, without those that the batch pauses.
-
-    :ivar following: the next batch, if it was taken meanwhile.
-    """
+    """The result of applying a batch: `changes` and `applied` by index, without those that the batch pauses."""
 
     changes: Mapping[str, ChangeSet]
     applied: Mapping[str, Applied]
     seconds: float
-    following: Batch | None
 
 
 class _Ahead:
@@ -104,23 +101,35 @@ class Applier:
         self._backoff = Backoff(self._waits, first=first_wait_s, most=10)
         self._ahead = _Ahead(_nothing_follows)
 
+    @property
+    def following(self) -> Batch | None:
+        """The batch to be applied next, if it was taken while the last one was written."""
+        return self._ahead.batch
+
     async def apply(
         self,
         batch: Batch,
         *,
         caught_up: Callable[[], bool],
         following: Callable[[], Awaitable[Batch]] = _nothing_follows,
-    ) -> Outcome:
-        """Commit a batch, trying again for as long as a server is away.
+        committed: Callable[[Outcome], None] = lambda _: None,
+    ) -> None:
+        """Commit a batch, trying again for as long as a server is away, and finish preparing the next one if it began.
 
         An index that cannot take its changes is paused with the batch: `batch.paused` has it then, and the others'
         changes are committed.
 
         :param caught_up: asked just before the commit, whether nothing is left to be applied after this batch.
         :param following: returns the next batch once that is full; it is prepared during the commit.
+        :param committed: called at once when the batch is in the target, which may be long before this returns.
         :raises LeaseLost, TargetRewound: this worker must not, or cannot, write what it has in hand.
         """
         started = anyio.current_time()
+
+        def done(changes: Mapping[str, ChangeSet], applied: Mapping[str, Applied]) -> None:
+            self._backoff.succeeded()
+            committed(Outcome(changes, applied, anyio.current_time() - started))
+
         changes = self._ahead.changes_of(batch)
         self._ahead = _Ahead(following)
         with self._tracing.batch(batch.origins, rows=batch.rows, transactions=batch.transactions):
@@ -129,8 +138,7 @@ class Applier:
                     await self._session.ensure(self._specs)
                     if changes is None:
                         changes = await self._prepare(batch)
-                    with self._tracing.span("cdcsync.commit"):
-                        applied = await self._commit_and_prepare(changes, batch, caught_up())
+                    await self._commit_and_prepare(changes, batch, caught_up(), done)
                 except SchemaChanged as error:
                     # Rows left out of this batch are read again when the index is resumed.
                     batch.indexes.pop(error.index, None)
@@ -138,8 +146,7 @@ class Applier:
                 except Unavailable as error:
                     await self._backoff.wait(error)
                 else:
-                    self._backoff.succeeded()
-                    return Outcome(changes, applied, anyio.current_time() - started, self._ahead.batch)
+                    return
                 changes = self._ahead.changes = None
 
     async def note_position(self, position: Lsn, *, caught_up: bool) -> bool:
@@ -162,9 +169,13 @@ class Applier:
         return changes
 
     async def _commit_and_prepare(
-        self, changes: Mapping[str, ChangeSet], batch: Batch, caught_up: bool
-    ) -> Mapping[str, Applied]:
-        """Commit a batch; meanwhile, prepare the one that follows if there is one."""
+        self,
+        changes: Mapping[str, ChangeSet],
+        batch: Batch,
+        caught_up: bool,
+        done: Callable[[Mapping[str, ChangeSet], Mapping[str, Applied]], None],
+    ) -> None:
+        """Commit a batch; meanwhile, and to the end, prepare the one that follows if there is one."""
         waiting = anyio.CancelScope()
 
         async def look_ahead() -> None:
@@ -177,22 +188,26 @@ class Applier:
             async with anyio.create_task_group() as tasks:
                 if all(self._preparers[index].looks_ahead for index in changes):
                     tasks.start_soon(look_ahead)
-                applied = await self._commit(changes, batch, caught_up)
+                with self._tracing.span("cdcsync.commit"):
+                    applied = await self._commit(changes, batch, caught_up)
+                # Nothing is waited for in between: whoever cancels this finds what is committed accounted for.
+                done(changes, applied)
                 waiting.cancel()
-                tasks.cancel_scope.deadline = anyio.current_time() + AHEAD_S
+                if batch.paused:
+                    tasks.cancel_scope.cancel()  # what follows is delivered again, mostly
         except BaseExceptionGroup as group:
             raise leading(group) from None
-        return applied
 
     async def _prepare_ahead(self, batch: Batch, before: Mapping[str, ChangeSet]) -> None:
         try:
             prepared = {}
             for index, of_index in batch.indexes.items():
-                look_ups = await self._session.look_ups(index)
+                with anyio.fail_after(CONNECT_S):
+                    look_ups = await self._session.look_ups(index)
                 changes = await self._preparers[index].prepare(of_index, look_ups, before.get(index))
                 prepared[index] = msgspec.structs.replace(changes, staged=await self._stage(index, changes))
             self._ahead.changes = prepared
-        except CdcsyncError as error:
+        except (CdcsyncError, TimeoutError) as error:
             # It is prepared again once the batch before it is written, and meets the same error if that stays. If the
             # target has no connection to spare for the look-ups, that is all there is to it.
             log.debug("not_prepared_ahead", error=str(error))

@@ -17,7 +17,7 @@ import anyio
 
 from cdcsync.errors import SchemaChanged, SourceUnavailable, leading
 from cdcsync.flows.follow.accounts import Accounts
-from cdcsync.flows.follow.apply import Applier
+from cdcsync.flows.follow.apply import Applier, Outcome
 from cdcsync.flows.follow.open_batch import Limits, OpenBatch
 from cdcsync.flows.follow.receive import Dry, Heard, Passed, Receiver
 from cdcsync.lsn import Lsn
@@ -217,19 +217,27 @@ class Stream:
                     assert_never(work)
 
     async def _apply(self, batch: Batch) -> Batch | None:
-        """Apply a batch; returns the one that follows it, if that was full before this one was committed."""
+        """Apply a batch; returns the one that follows it, if that was full before this one was committed.
+
+        By then that one is prepared, as far as it can be.
+        """
         before = self._progress.checkpoint
         self._note_rewriting(batch)
-        outcome = await self._applier.apply(batch, caught_up=lambda: self._open.nothing_left, following=self._following)
-        for index, changes in batch.indexes.items():
-            if changes.resolved:
-                self._deliveries[index].resolved(changes.touched_by)
-        if batch.end_lsn is not None:
-            self._progress.commit(batch.end_lsn)
-        self._accounts.note(batch, outcome, before=before, checkpoint=self._progress.checkpoint)
-        self._applied(batch)
-        self._open.done(batch)
-        return outcome.following
+
+        def committed(outcome: Outcome) -> None:
+            for index, changes in batch.indexes.items():
+                if changes.resolved:
+                    self._deliveries[index].resolved(changes.touched_by)
+            if batch.end_lsn is not None:
+                self._progress.commit(batch.end_lsn)
+            self._accounts.note(batch, outcome, before=before, checkpoint=self._progress.checkpoint)
+            self._applied(batch)
+            self._open.done(batch)
+
+        await self._applier.apply(
+            batch, caught_up=lambda: self._open.nothing_left, following=self._following, committed=committed
+        )
+        return self._applier.following
 
     async def _following(self) -> Batch:
         batch = await self._open.following()

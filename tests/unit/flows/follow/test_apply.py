@@ -19,7 +19,7 @@ from cdcsync.errors import (
     TargetRewound,
     TargetUnavailable,
 )
-from cdcsync.flows.follow.apply import Applier
+from cdcsync.flows.follow.apply import Applier, Outcome
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch, IndexChanges
@@ -113,8 +113,10 @@ def a_batch() -> Batch:
 
 async def test_a_batch_is_committed_with_its_position_and_what_it_did_is_returned() -> None:
     target = Target()
-    outcome = await applier(target).apply(a_batch(), caught_up=lambda: True)
+    outcomes: list[Outcome] = []
+    await applier(target).apply(a_batch(), caught_up=lambda: True, committed=outcomes.append)
     assert target.commits == [({"articles", "notes"}, Lsn(20), {}, True)]
+    (outcome,) = outcomes
     assert outcome.applied == {"articles": DONE, "notes": DONE}
     assert set(outcome.changes) == {"articles", "notes"}
 
@@ -132,10 +134,11 @@ async def test_an_index_that_cannot_take_its_changes_is_paused_with_the_batch_an
     target = Target()
     target.refused["articles"] = error = SchemaChanged("its key is gone", index="articles", hint="put it back")
     batch = a_batch()
-    outcome = await applier(target).apply(batch, caught_up=lambda: True)
+    outcomes: list[Outcome] = []
+    await applier(target).apply(batch, caught_up=lambda: True, committed=outcomes.append)
     assert target.commits == [({"notes"}, Lsn(20), {"articles": Pause("its key is gone", "put it back")}, True)]
     assert batch.paused == {"articles": error}
-    assert set(outcome.applied) == {"notes"}
+    assert [set(one.applied) for one in outcomes] == [{"notes"}]
 
 
 async def test_a_value_that_the_target_refuses_pauses_its_index_too() -> None:
@@ -177,30 +180,31 @@ async def test_a_full_batch_is_prepared_while_the_one_before_it_is_written() -> 
     target = Target()
     target.waits_for_all_ahead = True
     made, following = applier(target), Following()
-    outcome = await made.apply(a_batch(), caught_up=lambda: False, following=following)
-    assert outcome.following is following.batch
+    await made.apply(a_batch(), caught_up=lambda: False, following=following)
+    assert made.following is following.batch
     assert target.ahead == [("articles beside", "articles"), ("notes beside", "notes")]
     assert len(target.prepared) == 4
     target.waits_for_all_ahead = False
-    outcome = await made.apply(following.batch, caught_up=lambda: False)
-    assert (len(target.prepared), len(target.commits), outcome.following) == (4, 2, None)
+    await made.apply(following.batch, caught_up=lambda: False)
+    assert (len(target.prepared), len(target.commits)) == (4, 2)
     assert target.staged == [None, None, [b"articles"], [b"notes"]]
 
 
 async def test_a_batch_that_does_not_follow_at_once_is_not_waited_for() -> None:
     target = Target()
-    outcome = await applier(target).apply(a_batch(), caught_up=lambda: True)
-    assert (outcome.following, target.ahead) == (None, [])
+    made = applier(target)
+    await made.apply(a_batch(), caught_up=lambda: True)
+    assert (made.following, target.ahead) == (None, [])
 
 
 async def test_what_was_prepared_behind_a_batch_that_failed_is_prepared_again() -> None:
     target = Target(TargetUnavailable("away"))
     target.waits_for_all_ahead = True
     made, following = applier(target), Following()
-    outcome = await made.apply(a_batch(), caught_up=lambda: False, following=following)
+    await made.apply(a_batch(), caught_up=lambda: False, following=following)
     # The batch itself twice, and the one behind it each time.
     assert (following.taken, len(target.prepared), len(target.ahead)) == (1, 8, 4)
-    assert outcome.following is following.batch
+    assert made.following is following.batch
 
 
 async def test_what_an_index_that_is_paused_meanwhile_would_hold_is_not_relied_on() -> None:
@@ -225,9 +229,9 @@ async def test_a_batch_that_is_to_be_written_anew_by_now_is_prepared_again() -> 
 async def test_an_index_whose_equal_keys_may_be_written_differently_is_prepared_only_after_the_batch_before() -> None:
     target = Target()
     target.can_prepare_ahead = False
-    following = Following()
-    outcome = await applier(target).apply(a_batch(), caught_up=lambda: False, following=following)
-    assert (outcome.following, following.taken, target.ahead) == (None, 0, [])
+    made, following = applier(target), Following()
+    await made.apply(a_batch(), caught_up=lambda: False, following=following)
+    assert (made.following, following.taken, target.ahead) == (None, 0, [])
 
 
 async def test_a_batch_that_cannot_be_prepared_ahead_is_prepared_after_the_one_before_it() -> None:
@@ -240,29 +244,64 @@ async def test_a_batch_that_cannot_be_prepared_ahead_is_prepared_after_the_one_b
 
     target.waits_for_all_ahead = True
     target.look_ups = away  # type: ignore[method-assign]
-    outcome = await made.apply(a_batch(), caught_up=lambda: False, following=following)
-    assert outcome.following is following.batch
+    await made.apply(a_batch(), caught_up=lambda: False, following=following)
+    assert made.following is following.batch
     target.waits_for_all_ahead = False
     await made.apply(following.batch, caught_up=lambda: False)
     assert (len(target.prepared), len(target.commits)) == (4, 2)
 
 
-async def test_what_is_committed_does_not_wait_for_long_for_the_next_batch_to_be_prepared(
+async def test_what_is_committed_is_told_of_before_the_next_batch_is_prepared_and_that_is_not_done_twice() -> None:
+    target = Target()
+    made, following = applier(target), Following()
+    told = anyio.Event()
+
+    async def slow(index: str) -> str:
+        target.looked_ahead += len(SHAPES)
+        await told.wait()
+        await anyio.lowlevel.checkpoint()
+        return f"{index} beside"
+
+    target.waits_for_all_ahead = True
+    target.look_ups = slow  # type: ignore[method-assign]
+    with anyio.fail_after(10):
+        await made.apply(a_batch(), caught_up=lambda: False, following=following, committed=lambda _: told.set())
+    assert (len(target.prepared), len(target.commits)) == (4, 1)
+    target.waits_for_all_ahead = False
+    await made.apply(following.batch, caught_up=lambda: False)
+    assert (len(target.prepared), len(target.commits)) == (4, 2)
+
+
+async def test_a_connection_for_look_ups_that_nobody_has_to_spare_is_not_waited_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cdcsync.flows.follow.apply.AHEAD_S", 0.0)
+    monkeypatch.setattr("cdcsync.flows.follow.apply.CONNECT_S", 0.0)
     target = Target()
     made, following = applier(target), Following()
 
-    async def wait_for_the_source(index: str) -> str:
+    async def wait_for_a_pooler(index: str) -> str:
         target.looked_ahead += len(SHAPES)
         await anyio.sleep_forever()
         raise AssertionError
 
     target.waits_for_all_ahead = True
-    target.look_ups = wait_for_the_source  # type: ignore[method-assign]
-    outcome = await made.apply(a_batch(), caught_up=lambda: False, following=following)
-    assert outcome.following is following.batch
+    target.look_ups = wait_for_a_pooler  # type: ignore[method-assign]
+    await made.apply(a_batch(), caught_up=lambda: False, following=following)
+    assert made.following is following.batch
     target.waits_for_all_ahead = False
     await made.apply(following.batch, caught_up=lambda: False)
     assert (len(target.prepared), len(target.commits)) == (4, 2)
+
+
+async def test_what_is_committed_is_told_of_even_if_everything_is_cancelled_meanwhile() -> None:
+    target = Target()
+    told: list[Outcome] = []
+    with anyio.CancelScope() as scope:
+
+        async def committed_as_the_source_goes(*arguments: Any, **named: Any) -> dict[str, Applied]:
+            scope.cancel()
+            return await Target.apply(target, *arguments, **named)
+
+        target.apply = committed_as_the_source_goes  # type: ignore[method-assign]
+        await applier(target).apply(a_batch(), caught_up=lambda: False, following=Following(), committed=told.append)
+    assert (len(target.commits), len(told)) == (1, 1)
