@@ -9,6 +9,7 @@ Source: RFC 6750 (bearer tokens), RFC 7519 (JWT), RFC 7517 (JWKS).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -43,7 +44,8 @@ LEEWAY_S = 30
 
 KEYS_GOOD_S = 600.0
 KEYS_AGAIN_S = 10.0
-"""Keys are fetched again after ten minutes, and for an unknown key at most every ten seconds."""
+"""Keys are fetched again after ten minutes, or for an unknown key, and never more often than every ten seconds: a
+provider that does not answer costs each attempt five."""
 
 
 class Principal(msgspec.Struct, frozen=True):
@@ -119,13 +121,14 @@ def revoke_tokens(path: Path, subject: str) -> int:
 
 
 def _write(path: Path, content: TokenFile) -> None:
-    """Replace the file in one step. A new one is readable for its owner alone; one that exists keeps its mode."""
+    """Replace the file in one step. A new one is readable for its owner alone; one that exists is for whom it was."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+        before = path.stat() if path.exists() else None
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), mode)
+            if before is not None:
+                _keep_access(file.fileno(), before)
             file.write(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -133,6 +136,25 @@ def _write(path: Path, content: TokenFile) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise SetupError(f"the tokens cannot be written: {error.strerror}", where=str(path)) from error
+
+
+def _keep_access(descriptor: int, before: os.stat_result) -> None:
+    """Give a file the owner, group and mode of the one that it replaces.
+
+    Root may add a token for a server that runs as somebody else. Whoever may not give files away keeps the new one, and
+    a group that it cannot have gets no access by way of another one.
+    """
+    mode = before.st_mode & 0o777
+    now = os.fstat(descriptor)
+    if now.st_gid != before.st_gid:
+        try:
+            os.fchown(descriptor, -1, before.st_gid)
+        except PermissionError:
+            mode &= ~0o070
+    os.fchmod(descriptor, mode)
+    if now.st_uid != before.st_uid:
+        with contextlib.suppress(PermissionError):
+            os.fchown(descriptor, before.st_uid, -1)
 
 
 def _digest(token: str) -> str:
@@ -240,25 +262,36 @@ class _Keys:
     def __init__(self, place: str) -> None:
         self._place = place
         self._keys: dict[str | None, jwt.PyJWK] = {}
-        self._read_at = float("-inf")
+        self._read_at = self._tried_at = float("-inf")
         self._reading = anyio.Lock()
 
     async def key_of(self, token: str) -> jwt.PyJWK:
         """Return the key that a token names.
 
+        A call whose key is known does not wait while another one has the keys fetched.
+
         :raises jwt.PyJWTError: it names none that is published.
         :raises Problem: 503, the keys cannot be fetched.
         """
         name = jwt.get_unverified_header(token).get("kid")
-        async with self._reading:
-            age = anyio.current_time() - self._read_at
-            if age > KEYS_GOOD_S or (name not in self._keys and age > KEYS_AGAIN_S):
-                await self._read()
-        if name not in self._keys:
-            raise jwt.InvalidKeyError("unknown key")
-        return self._keys[name]
+        if self._due(name) and not (name in self._keys and self._reading.locked()):
+            async with self._reading:
+                if self._due(name):
+                    await self._read()
+        if name in self._keys:
+            return self._keys[name]
+        if not self._keys:
+            raise Problem(503, "Signed tokens cannot be checked", "the keys cannot be read", retry_after_s=5)
+        raise jwt.InvalidKeyError("unknown key")
+
+    def _due(self, name: str | None) -> bool:
+        """Say whether to fetch the keys before a token is checked by the one of this name."""
+        now = anyio.current_time()
+        outdated = name not in self._keys or now - self._read_at > KEYS_GOOD_S
+        return outdated and now - self._tried_at > KEYS_AGAIN_S
 
     async def _read(self) -> None:
+        """Fetch the keys. The last ones are good for longer than an outage of the provider."""
         try:
             if self._place.startswith("https://"):
                 async with httpx2.AsyncClient(timeout=5, follow_redirects=False) as client:
@@ -270,8 +303,7 @@ class _Keys:
             keys = jwt.PyJWKSet.from_dict(json.loads(text)).keys
         except (OSError, httpx2.HTTPError, ValueError, jwt.PyJWTError) as error:
             log.error("keys_unreadable", where=self._place, error=type(error).__name__)
-            if self._keys:
-                return  # the last ones are good for longer than an outage of the provider
-            raise Problem(503, "Signed tokens cannot be checked", "the keys cannot be read", retry_after_s=5) from None
-        self._keys = {key.key_id: key for key in keys}
-        self._read_at = anyio.current_time()
+        else:
+            self._keys = {key.key_id: key for key in keys}
+            self._read_at = anyio.current_time()
+        self._tried_at = anyio.current_time()

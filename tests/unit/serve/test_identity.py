@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import anyio
+import httpx2
+import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from cdcsync.config.serving import Serve, Tenant
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.serve.identity import (
+    KEYS_AGAIN_S,
+    KEYS_GOOD_S,
     PREFIX,
     REFUSED,
     Authenticator,
     Principal,
+    _Keys,
     new_token,
     read_tokens,
     revoke_tokens,
@@ -68,6 +76,38 @@ def test_a_file_that_others_may_read_stays_so(path: Path) -> None:
     path.chmod(0o644)
     new_token(path, "ben", {}, None)
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_token_that_root_adds_leaves_the_file_to_its_owner(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_token(path, "ana", {}, None)
+    path.chmod(0o640)
+    given: list[tuple[int, int]] = []
+    owned_by(path, monkeypatch, 4_321, 4_322)
+    monkeypatch.setattr(os, "fchown", lambda _, user, group: given.append((user, group)))
+    new_token(path, "ben", {}, None)
+    assert given == [(-1, 4_322), (4_321, -1)]
+    assert os.stat(path).st_mode & 0o777 == 0o640
+
+
+def test_a_group_that_cannot_be_kept_is_not_replaced_by_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_token(path, "ana", {}, None)
+    path.chmod(0o640)
+
+    def refused(*_: int) -> None:
+        raise PermissionError
+
+    owned_by(path, monkeypatch, 4_321, 4_322)
+    monkeypatch.setattr(os, "fchown", refused)
+    new_token(path, "ben", {}, None)
+    assert os.stat(path).st_mode & 0o777 == 0o600
+
+
+def owned_by(path: Path, monkeypatch: pytest.MonkeyPatch, user: int, group: int) -> None:
+    """Have the file look as if it were somebody else's."""
+    before = path.stat()
+    facts = os.stat_result([*before[:4], user, group, *before[6:]])
+    stat = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda self, **more: facts if self == path else stat(self, **more))
 
 
 @pytest.mark.parametrize(
@@ -134,6 +174,87 @@ async def test_anonymous_callers_are_let_in_where_the_configuration_says_so(path
     assert await made.principal(None) == Principal("anonymous")
     with pytest.raises(Problem):
         await made.principal("Bearer cdcsync_x")
+
+
+class IdentityProvider:
+    """A key of an identity provider, and the provider that publishes it; a fetch waits for `answers`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        key = ec.generate_private_key(ec.SECP256R1())
+        self._published = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key())) | {"kid": "one"}
+        self.token, self.unknown = (
+            jwt.encode({"sub": "ana"}, key, algorithm="ES256", headers={"kid": kid}) for kid in ("one", "two")
+        )
+        self.fetches = 0
+        self.up = True
+        self.answers = anyio.Event()
+        self.asked = anyio.Event()
+        self.now = 1_000.0
+        transport = httpx2.MockTransport(self._answer)
+        client = httpx2.AsyncClient
+        monkeypatch.setattr(httpx2, "AsyncClient", lambda **options: client(transport=transport, **options))
+        monkeypatch.setattr(anyio, "current_time", lambda: self.now)
+        self.keys = _Keys("https://id.example/keys")
+
+    async def _answer(self, request: httpx2.Request) -> httpx2.Response:
+        self.fetches += 1
+        self.asked.set()
+        await self.answers.wait()
+        if not self.up:
+            raise httpx2.ConnectTimeout("no answer", request=request)
+        return httpx2.Response(200, json={"keys": [self._published]})
+
+
+@pytest.fixture
+async def provider(monkeypatch: pytest.MonkeyPatch) -> IdentityProvider:
+    return IdentityProvider(monkeypatch)
+
+
+async def test_a_provider_that_is_away_is_asked_again_after_a_while_and_not_by_each_call(
+    provider: IdentityProvider,
+) -> None:
+    provider.answers.set()
+    await provider.keys.key_of(provider.token)
+    provider.up = False
+    provider.now += KEYS_GOOD_S + 1
+    for _ in range(3):
+        await provider.keys.key_of(provider.token)
+    assert provider.fetches == 2
+    provider.now += KEYS_AGAIN_S + 1
+    await provider.keys.key_of(provider.token)
+    assert provider.fetches == 3
+
+
+async def test_without_any_key_callers_are_told_to_come_back_and_the_provider_is_not_asked_for_each(
+    provider: IdentityProvider,
+) -> None:
+    provider.answers.set()
+    provider.up = False
+    for _ in range(3):
+        with pytest.raises(Problem) as refused:
+            await provider.keys.key_of(provider.token)
+        assert (refused.value.status, refused.value.retry_after_s) == (503, 5)
+    assert provider.fetches == 1
+
+
+async def test_a_caller_whose_key_is_known_does_not_wait_while_somebody_else_s_is_looked_for(
+    provider: IdentityProvider,
+) -> None:
+    provider.answers.set()
+    await provider.keys.key_of(provider.token)
+    provider.answers, provider.asked = anyio.Event(), anyio.Event()
+    provider.now += KEYS_GOOD_S + 1
+
+    async def looked_for() -> None:
+        with pytest.raises(jwt.PyJWTError):
+            await provider.keys.key_of(provider.unknown)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(looked_for)
+        await provider.asked.wait()
+        await provider.keys.key_of(provider.token)
+        provider.answers.set()
+    assert provider.fetches == 2
 
 
 def test_a_server_that_nobody_could_call_does_not_start() -> None:
