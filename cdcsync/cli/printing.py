@@ -179,10 +179,15 @@ def print_hits(hits: Sequence[Hit], *, indexes: Sequence[str] | None = None, exp
 
 
 def shares(hit: Hit) -> list[str | tuple[str, str]]:
-    """Return a bar of how much of a score comes from the vector leg and from the keyword leg; empty for one leg."""
+    """Return a bar of how much of a score comes from the vector leg and from the keyword leg; empty for one leg.
+
+    Both weigh the same, as in all searches from the command line.
+    """
+    from cdcsync.target.search import FUSION
+
     if hit.vector_rank is None or hit.text_rank is None:
         return []
-    by_vector, by_text = 1 / (60 + hit.vector_rank), 1 / (60 + hit.text_rank)
+    by_vector, by_text = 1 / (FUSION + hit.vector_rank), 1 / (FUSION + hit.text_rank)
     width = round(BAR * by_vector / (by_vector + by_text))
     return ["  meaning ", ("█" * width, "blue"), ("█" * (BAR - width), "magenta"), " words"]
 

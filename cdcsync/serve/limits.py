@@ -209,5 +209,5 @@ class Limits:
                 retry_after_s=1,
             )
         if self._waiting >= self._serve.waiting and self._room.available_tokens < 1:
-            return Refused(503, "The server is busy", "too many calls wait", retry_after_s=1)
+            return Refused(503, "The server is busy", "too many calls wait", "call again later", retry_after_s=1)
         return None

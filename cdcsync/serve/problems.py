@@ -52,7 +52,7 @@ class Problem(Exception):
         """Headers that go with it."""
         headers = {}
         if self.retry_after_s is not None:
-            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+            headers["Retry-After"] = str(self._wait_s(self.retry_after_s))
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return headers
@@ -66,8 +66,15 @@ class Problem(Exception):
         return body
 
     def __str__(self) -> str:
+        """Say all of it in sentences, for those who do not see headers."""
         sentences = [self.detail, self.fix[0].upper() + self.fix[1:]] if self.fix else [self.detail]
+        if self.retry_after_s is not None:
+            sentences.append(f"Retry after {self._wait_s(self.retry_after_s)} s")
         return " ".join(one.rstrip(".") + "." for one in sentences)
+
+    @staticmethod
+    def _wait_s(seconds: float) -> int:
+        return max(1, math.ceil(seconds))
 
 
 def problem_of(error: CdcsyncError) -> Problem:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from cdcsync.cli.printing import MARKS, excerpt, plain, print_findings, print_hits, print_json, shares, three_lines
+from cdcsync.cli.printing import MARKS, excerpt, plain, print_hits, print_json, print_verdict, shares, three_lines
 from cdcsync.preflight import Finding
 from cdcsync.target.search import Hit
 
@@ -33,15 +33,15 @@ def test_an_error_has_what_where_and_the_fix_as_far_as_it_has_them() -> None:
 @pytest.mark.parametrize(
     ("levels", "last"),
     [
-        (["ok"], "nothing keeps `run` from starting; 0 warnings"),
-        (["ok", "warning"], "nothing keeps `run` from starting; 1 warning"),
-        (["error", "warning", "error"], "2 errors, 1 warning: `run` would not start"),
+        (["ok"], "All checks passed. Start the worker with: cdcsync run"),
+        (["ok", "warning"], "No errors, 1 warning. Start the worker with: cdcsync run"),
+        (["error", "warning", "error"], "2 errors, 1 warning. Correct the errors, then run again: cdcsync check"),
     ],
 )
 def test_findings_end_with_whether_run_would_start(
     levels: list[Any], last: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_findings([Finding(level, f"part {at}", "message", "hint") for at, level in enumerate(levels)])
+    print_verdict([Finding(level, f"part {at}", "message", "hint") for at, level in enumerate(levels)], "")
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 

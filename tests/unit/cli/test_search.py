@@ -9,6 +9,7 @@ import pytest
 from cdcsync.cli.printing import MARKS, matched, print_hits, shares
 from cdcsync.cli.search import parse_filters
 from cdcsync.errors import UsageError
+from cdcsync.target import search as target_search
 from cdcsync.target.search import Hit
 
 
@@ -50,6 +51,12 @@ def test_the_bar_shows_how_much_each_leg_gave() -> None:
     assert shares(make_hit(text_rank=1)) == []
     bar = shares(make_hit(text_rank=1, vector_rank=1))
     assert [part for part in bar if isinstance(part, tuple)] == [("█" * 5, "blue"), ("█" * 5, "magenta")]
+
+
+def test_the_bar_goes_by_the_constant_that_the_score_is_made_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_search, "FUSION", 0)
+    bar = shares(make_hit(text_rank=9, vector_rank=1))
+    assert [part for part in bar if isinstance(part, tuple)] == [("█" * 9, "blue"), ("█", "magenta")]
 
 
 def test_hits_of_several_indexes_say_which(capsys: pytest.CaptureFixture[str]) -> None:
