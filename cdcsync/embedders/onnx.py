@@ -66,7 +66,10 @@ class OnnxEmbedder:
         self._opening = anyio.Lock()
         self._session: Any = None
         self._tokenizer: Any = None
-        self._pad_id = int(self._files.json("config.json").get("pad_token_id") or 0)
+        folder = self._files.modules()[0].folder
+        prefix = f"{folder}/" if folder else ""
+        self._pad_id = int(self._files.json(f"{prefix}config.json").get("pad_token_id") or 0)
+        self._truncation_side = self._files.json(f"{prefix}tokenizer_config.json").get("truncation_side", "right")
 
     def _is_whole(self, files: ModelFiles) -> bool:
         return files.described() and bool(onnx_files(files, self._settings.file))
@@ -158,7 +161,7 @@ class OnnxEmbedder:
             ) from error
         tokenizer = tokenizers.Tokenizer.from_str(self._description.tokenizer_json)
         if (reads := self._description.reads) is not None:
-            tokenizer.enable_truncation(max_length=reads)
+            tokenizer.enable_truncation(max_length=reads, direction=self._truncation_side)
         self._check(session)
         self._session, self._tokenizer = session, tokenizer
         try:

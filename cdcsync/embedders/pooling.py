@@ -45,9 +45,11 @@ def pooling_modes(settings: Mapping[str, Any]) -> tuple[Mode, ...]:
 def pool(tokens: Vectors, mask: npt.NDArray[np.int64], modes: Sequence[Mode]) -> Vectors:
     """Return the texts' vectors, `float32[texts, modes x width]`.
 
-    :param tokens: `float32[texts, tokens, width]`, padded at the end.
+    :param tokens: `float32[texts, tokens, width]`, padded at the end; a model of halves makes `float16`, in which the
+        length of a vector overflows.
     :param mask: `int64[texts, tokens]`, 1 for a token and 0 for padding.
     """
+    tokens = tokens.astype(np.float32, copy=False)
     return np.concatenate([_pooled(tokens, mask, mode) for mode in modes], axis=1)
 
 

@@ -105,6 +105,21 @@ async def test_pooling_prompts_and_cuts_are_those_of_torch(
 
 
 @pytest.mark.model
+async def test_a_model_that_reads_the_end_of_a_long_text_reads_the_end(exported: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MINILM, model)
+    shutil.copytree(exported / "onnx", model / "onnx")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"truncation_side": "left"}))
+    texts = ["word " * 600 + "and a replication slot"]
+
+    by_torch = config.SentenceTransformersEmbedder(model=str(model), device="cpu")
+    made = await vectors_of(embedder(model), texts)
+    assert np.abs(made - await vectors_of(make_embedder("m", by_torch), texts)).max() < 1e-5
+    assert np.abs(made - await vectors_of(embedder(exported), texts)).max() > 1e-3
+
+
+@pytest.mark.model
 async def test_calls_at_the_same_time_do_not_disturb_each_other(minilm: OnnxEmbedder) -> None:
     alone = await minilm.embed(TEXTS)
     together: dict[int, Any] = {}

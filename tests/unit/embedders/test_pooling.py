@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,11 @@ MASK = np.array([[1, 1, 1], [1, 0, 0]], np.int64)
 )
 def test_padding_takes_no_part(mode: Mode, vectors: list[list[float]]) -> None:
     assert np.allclose(pool(TOKENS, MASK, [mode]), vectors)
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_tokens_of_halves_make_vectors_of_whole_floats(mode: Mode) -> None:
+    assert pool(TOKENS.astype(np.float16), MASK, [mode]).dtype == np.float32
 
 
 def test_several_modes_are_joined_in_their_order() -> None:
