@@ -162,6 +162,15 @@ class Pipelines:
         fence, checkpoint, commits = row
         return Lease(fence, _lsn(checkpoint), commits)
 
+    async def shows(self, connection: Connection, lease: Lease) -> bool:
+        """Say whether what a connection reads holds all that was committed under a lease: a standby may be behind."""
+        row = await fetch_row(
+            connection,
+            sql.SQL("SELECT fence = %s AND commits >= %s FROM {} WHERE slot = %s").format(self._table),
+            [lease.fence, lease.commits, self._slot],
+        )
+        return row == (True,)
+
     def continued(self, lease: Lease, state: PipelineState | None, proposed: Lease | None = None) -> Lease:
         """Return the lease for a row that was read again, once nobody else can be writing it.
 

@@ -86,12 +86,22 @@ class ApplySession:
         return self._writers[index]
 
     async def look_ups(self, index: str) -> LookUps:
-        """Return look-ups in one index that do not wait for what is being written, and do not see it.
+        """Return look-ups in one index that do not wait for what is being written, and see all that is committed.
 
-        :raises TargetUnavailable: the target does not answer now.
+        A DSN of several hosts leads to the next one if the first has no connection to spare. On a standby that is
+        behind, a document that has changed since would seem to be what it was.
+
+        :raises TargetUnavailable: the target does not answer now, or is another server.
         """
         with speaking_of("target"):
             connection = await self._beside.connection()
+            if not await self._pipelines.shows(connection, self._held):
+                await self._beside.aclose()
+                raise TargetUnavailable(
+                    "the connection for look-ups does not show what was committed last",
+                    where=f"slot {self._slot}",
+                    hint="if target.dsn names several hosts, add target_session_attrs=read-write",
+                )
             if self._look_ups[0] is not connection:
                 self._look_ups = connection, {}
             found = self._look_ups[1].get(index)
