@@ -21,7 +21,7 @@ import msgspec
 from cdcsync.errors import SchemaChanged
 from cdcsync.lsn import Lsn
 from cdcsync.model.links import Touch, Values
-from cdcsync.model.rows import Change, Delete, Key, Shape, Truncation, Upsert, complete, fill
+from cdcsync.model.rows import Change, Delete, Key, Shape, Truncation, UnreadRow, Upsert, complete, fill
 from cdcsync.model.transactions import Committed
 
 ROW_OVERHEAD_BYTES = 200
@@ -147,7 +147,8 @@ class IndexChanges:
         # Related rows may be others by now, so that such a row is read again anyway.
         if not complete(row) and not change.shape.computed:
             before = self.live.get(before_key) or self.filled.get(before_key)
-            if isinstance(before, Upsert):
+            # Of a row that could not be read, the batch has no values.
+            if isinstance(before, Upsert) and not isinstance(before, UnreadRow):
                 row = fill(row, before.row)
         if change.moved_from is not None:
             self._put(Delete(change.shape, change.moved_from, change.xid, change.lsn))

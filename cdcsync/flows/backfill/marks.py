@@ -96,10 +96,10 @@ class Marks:
                 continue
             if row is None:
                 rows.append(Delete(shape, key, 0, mark.lsn, as_written=True))
-            elif isinstance(row, Unread):
-                rows.append(UnreadRow.of(shape, key, 0, mark.lsn, row))
             elif overtaken_by:
                 rows.append(Upsert(shape, key, (*key, *unread), 0, mark.lsn))
+            elif isinstance(row, Unread):
+                rows.append(UnreadRow.of(shape, key, 0, mark.lsn, row))
             elif pending.made is not None:
                 rows.append(pending.made.place(shape, place, key, row, mark.lsn))
             else:

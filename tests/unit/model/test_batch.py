@@ -11,7 +11,7 @@ from cdcsync.errors import SchemaChanged
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import ROW_OVERHEAD_BYTES, UNCHANGED_BYTES, Batch, IndexChanges, PageEnd, PageRows, RowChange
 from cdcsync.model.links import Touch
-from cdcsync.model.rows import Change, Delete, Key, Row, Shape, Truncation, Upsert
+from cdcsync.model.rows import Change, Delete, Key, Row, Shape, Truncation, Unread, UnreadRow, Upsert
 from cdcsync.model.transactions import Committed
 from cdcsync.pgoutput.messages import UNCHANGED, Value
 
@@ -77,6 +77,12 @@ def outcome(changes: dict[Key, RowChange] | dict[Key, Upsert]) -> dict[str, Row 
         ),
         pytest.param(
             [put("a", "1", None), put("a", "2", UNCHANGED)], {"a": ("a", "2", None)}, {}, id="an unchanged NULL is NULL"
+        ),
+        pytest.param(
+            [page(UnreadRow.of(SHAPE, ("a",), 0, 5, Unread("it is damaged"))), put("a", "2", UNCHANGED)],
+            {"a": ("a", "2", UNCHANGED)},
+            {},
+            id="an unchanged value of a row that could not be read is not known",
         ),
         pytest.param(
             [put("a", "1", UNCHANGED), put("a", "2", UNCHANGED)],

@@ -10,9 +10,10 @@ from cdcsync.flows.backfill.marks import Marks, Pending
 from cdcsync.flows.backfill.pages import Page
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch, PageEnd
-from cdcsync.model.rows import Delete, Key, Row, Upsert
+from cdcsync.model.rows import Delete, Key, Row, Unread, UnreadRow, Upsert
 from cdcsync.model.transactions import Mark
 from cdcsync.model.visibility import Deliveries, Snapshot
+from cdcsync.pgoutput.messages import UNCHANGED
 from cdcsync.target.requests import Kind, Request
 from tests.support.indexes import make_spec
 
@@ -78,6 +79,23 @@ async def test_a_key_that_the_source_lacks_is_deleted_as_it_is_written(marked: M
     assert page is not None
     assert page.rows[0] == Delete(SPEC.shape, ("a",), 0, 5, as_written=True)
     assert not page.new
+
+
+async def test_a_row_that_could_not_be_read_is_read_again_if_a_change_of_related_rows_overtook_it(
+    marked: Marked,
+) -> None:
+    def sent() -> str:
+        page = Page(SNAPSHOT, [(("a",), Unread("it divides by zero"))], ("a",), False)
+        return marked.marks.register(Pending(request(), SPEC, page, END, anyio.Event()))
+
+    page = marked.marks.page_at(Mark(sent(), 5))
+    assert page is not None
+    assert [type(one) for one in page.rows] == [UnreadRow]
+    marked.deliveries.related(25, 0)  # a transaction that the snapshot does not see
+    page = marked.marks.page_at(Mark(sent(), 5))
+    assert page is not None
+    assert page.rows == [Upsert(SPEC.shape, ("a",), ("a", UNCHANGED), 0, 5)]
+    assert page.overtaken_by == {25}
 
 
 async def test_of_a_page_that_is_only_compared_nothing_is_applied(marked: Marked) -> None:
