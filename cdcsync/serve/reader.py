@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from psycopg import sql
 from cdcsync.config import Config
 from cdcsync.config.serving import Serve
 from cdcsync.embedders import Vectors
-from cdcsync.errors import CdcsyncError
+from cdcsync.errors import CdcsyncError, EmbedError, TextRejected
 from cdcsync.index import Index
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
@@ -104,27 +104,41 @@ class Offered(Index):
         """
         return await self._embed(texts)
 
-    async def document(self, who: Principal, key: Sequence[str]) -> Document:
-        """Return a document by its key, as texts in the order of the key's columns.
+    def _without_model(self, what: str, error: EmbedError) -> str:
+        """Return the warning of a search that does without a model. Why is the operator's matter: it may name hosts."""
+        if isinstance(error, TextRejected):
+            return f"{what}: the model refuses this query"
+        log.warning("model_away", index=self.name, error=str(error))
+        return f"{what}: the model is away"
+
+    async def document(self, who: Principal, key: Sequence[str] | Mapping[str, str]) -> Document:
+        """Return a document by its key, as texts in the order of the key's columns or by their names.
+
+        A bound column in the key has the caller's value, and is not among them.
 
         :raises Problem: 404, there is none, or the caller may not see it; 403, the index does not have the tenants.
         """
         missing = Problem(404, "No such document", "the index has no document of this key")
-        if any("\0" in part for part in key):
+        if any("\0" in part for part in (key.values() if isinstance(key, Mapping) else key)):
             raise missing
         async with self._session(who) as (connection, spec):
             mine = self.visible.condition(who, spec)
-            if len(key) != len(spec.shape.key):
-                raise Problem(
-                    422,
-                    "The key is not whole",
-                    f"the key has the columns {', '.join(spec.shape.key)}",
+            names = self.visible.shown(spec.shape.key)
+            if isinstance(key, Mapping):
+                values_of, fix = key, "give a value for each"
+            else:
+                values_of, fix = (
+                    dict(zip(names, key, strict=False)),
                     "give a value for each, in this order, separated by commas",
                 )
-            equal = await comparisons(connection, spec.key_types)
+            if len(key) != len(names) or set(values_of) != set(names):
+                raise Problem(422, "The key is not whole", f"the key has the columns {', '.join(names)}", fix)
+            types = dict(zip(spec.shape.key, spec.key_types, strict=True))
+            equal = await comparisons(connection, [types[name] for name in names])
             conditions = [
-                sql.SQL("{} {} {}::").format(sql.Identifier(name), one.equal, sql.Literal(value)) + sql.SQL(type_)
-                for name, one, value, type_ in zip(spec.shape.key, equal, key, spec.key_types, strict=True)
+                sql.SQL("{} {} {}::").format(sql.Identifier(name), one.equal, sql.Literal(values_of[name]))
+                + sql.SQL(types[name])
+                for name, one in zip(names, equal, strict=True)
             ]
             shown = self.visible.shown(spec.shape.key + spec.shape.carried)
             statement = sql.SQL(

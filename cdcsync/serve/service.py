@@ -144,7 +144,9 @@ class Service:
 
         return await self._call("search", caller, noted, work)
 
-    async def fetch(self, caller: Caller, index: str, key: Sequence[str], *, cut: bool = False) -> Document:
+    async def fetch(
+        self, caller: Caller, index: str, key: Sequence[str] | Mapping[str, str], *, cut: bool = False
+    ) -> Document:
         """Return a document."""
         noted = _Noted(index)
 

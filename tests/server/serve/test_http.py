@@ -14,6 +14,8 @@ import anyio.to_thread
 import httpx2
 import jwt
 import pytest
+import structlog
+import structlog.testing
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from cdcsync.config import Config
@@ -109,7 +111,7 @@ async def test_reading_ones_own_writes_waits_for_the_position(tickets: Office) -
 async def test_without_the_model_words_are_searched_and_the_answer_says_so(tickets: Office) -> None:
     class Away:
         async def embed_one(self, text: str) -> object:
-            raise EmbedderUnavailable("nobody is at home")
+            raise EmbedderUnavailable("10.0.0.7 refuses the connection", where="embedders.fake")
 
         async def open(self) -> None:
             raise EmbedderUnavailable("nobody is at home")
@@ -123,11 +125,14 @@ async def test_without_the_model_words_are_searched_and_the_answer_says_so(ticke
         away.embedder = make_embedder("fake", shared.config.embedders["fake"])
         shared._models[away.embedder.identity] = away
 
-    async with served(tickets.serving(anonymous=True), before=without_model) as client:
-        found = (await ask(client, "printer")).json()
-        refused = await ask(client, "printer", mode="vector")
+    with structlog.testing.capture_logs() as logs:
+        async with served(tickets.serving(anonymous=True), before=without_model) as client:
+            found = (await ask(client, "printer")).json()
+            refused = await ask(client, "printer", mode="vector")
     assert found["hits"]
-    assert "by words alone" in found["warning"]
+    assert found["warning"] == "searched by words alone: the model is away"  # why is for the operator
+    told = [line["error"] for line in logs if line["event"] == "model_away"]
+    assert told == ["embedders.fake: 10.0.0.7 refuses the connection"]
     assert refused.status_code == 503
 
 

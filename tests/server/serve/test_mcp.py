@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,13 @@ from mcp.client.streamable_http import streamable_http_client
 from psycopg import conninfo
 
 from cdcsync.config import Config
+from cdcsync.config.serving import Serve
 from cdcsync.serve.identity import new_token
 from tests import ROOT
+from tests.support.configs import configuration
+from tests.support.servers import Database
 from tests.support.serving import Office, served, tenant
+from tests.support.workers import Pipeline
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -120,6 +124,38 @@ async def test_an_agent_sees_its_tenant_alone(tickets: Office, tmp_path: Path) -
     async with served(config) as plain:
         stranger = await plain.post("/mcp", json={})
     assert (stranger.status_code, stranger.headers["www-authenticate"]) == (401, "Bearer")
+
+
+async def test_keys_of_several_columns_go_by_name_and_a_tenant_among_them_is_the_callers(
+    database: Database, make_pipeline: Callable[[str], Pipeline], tmp_path: Path
+) -> None:
+    database.execute(
+        "CREATE TABLE notes (tenant text, id int, title text, PRIMARY KEY (tenant, id));"
+        " INSERT INTO notes SELECT 't' || t, i, format('note %s of t%s', i, t)"
+        " FROM generate_series(1, 2) AS t, generate_series(1, 3) AS i"
+    )
+    pipeline = make_pipeline(configuration(database.dsn, indexes={"notes": {"search": "english"}}))
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.stop(worker)
+    path = tmp_path / "tokens.json"
+    token = new_token(path, "ana", {"tenant": "t1"}, None)
+    for_all = Serve(listen="127.0.0.1:0", dsn=database.dsn, anonymous=True)
+    for_tenants = Serve(listen="127.0.0.1:0", dsn=database.dsn, tokens_file=str(path), tenant=tenant())
+    async with agent(msgspec.structs.replace(pipeline.config, serve=for_all)) as client:
+        found = await called(client, "fetch", index="notes", key={"id": 2, "tenant": "t2"})
+        assert found["chunks"] == ["note 2 of t2"]
+        assert "the key has the columns tenant, id" in await refusal(
+            client, "fetch", index="notes", key={"id": 2, "owner": "t2"}
+        )
+    async with agent(msgspec.structs.replace(pipeline.config, serve=for_tenants), token) as client:
+        hit = (await called(client, "search", index="notes", query="note 3"))["hits"][0]
+        assert hit["key"] == {"id": 3}
+        assert (await called(client, "fetch", index="notes", key=hit["key"]))["chunks"] == ["note 3 of t1"]
+        refused = [
+            await refusal(client, "fetch", index="notes", key=key) for key in ({"id": 3, "tenant": "t2"}, {"no": 3})
+        ]
+    assert all(one.endswith("the key has the columns id. Give a value for each.") for one in refused)
 
 
 async def test_over_standard_input_and_output_the_token_is_in_the_environment(tickets: Office, tmp_path: Path) -> None:
