@@ -10,6 +10,7 @@ for by what is committed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import anyio
@@ -27,6 +28,7 @@ from cdcsync.model.changeset import Applied, ChangeSet
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.pgoutput.wire import to_datetime
+from cdcsync.target.look_ups import LookUps
 from cdcsync.target.session import ApplySession
 from cdcsync.tracing import Tracing
 
@@ -35,6 +37,9 @@ log = structlog.get_logger()
 CONNECT_S = 1.0
 """How long the next batch waits for the connection for its look-ups. Where a pooler has none to spare, it is prepared
 over the connection that writes."""
+
+CONNECT_AGAIN_S = 60.0
+"""How soon that connection is tried for again: with such a wait for each batch, nothing would be gained by it."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -100,6 +105,8 @@ class Applier:
         self._tracing = tracing
         self._backoff = Backoff(self._waits, first=first_wait_s, most=10)
         self._ahead = _Ahead(_nothing_follows)
+        self._looks_ahead_at = -math.inf
+        """When the connection for look-ups is tried for again."""
 
     @property
     def following(self) -> Batch | None:
@@ -176,7 +183,7 @@ class Applier:
         done: Callable[[Mapping[str, ChangeSet], Mapping[str, Applied]], None],
     ) -> None:
         """Commit a batch; meanwhile, and to the end, prepare the one that follows if there is one."""
-        waiting = anyio.CancelScope()
+        started, waiting = anyio.current_time(), anyio.CancelScope()
 
         async def look_ahead() -> None:
             with waiting:
@@ -186,7 +193,7 @@ class Applier:
 
         try:
             async with anyio.create_task_group() as tasks:
-                if all(self._preparers[index].looks_ahead for index in changes):
+                if started >= self._looks_ahead_at and all(self._preparers[one].looks_ahead for one in changes):
                     tasks.start_soon(look_ahead)
                 with self._tracing.span("cdcsync.commit"):
                     applied = await self._commit(changes, batch, caught_up)
@@ -202,15 +209,28 @@ class Applier:
         try:
             prepared = {}
             for index, of_index in batch.indexes.items():
-                with anyio.fail_after(CONNECT_S):
-                    look_ups = await self._session.look_ups(index)
+                look_ups = await self._look_ups(index)
                 changes = await self._preparers[index].prepare(of_index, look_ups, before.get(index))
                 prepared[index] = msgspec.structs.replace(changes, staged=await self._stage(index, changes))
             self._ahead.changes = prepared
-        except (CdcsyncError, TimeoutError) as error:
+        except CdcsyncError as error:
             # It is prepared again once the batch before it is written, and meets the same error if that stays. If the
             # target has no connection to spare for the look-ups, that is all there is to it.
             log.debug("not_prepared_ahead", error=str(error))
+
+    async def _look_ups(self, index: str) -> LookUps:
+        """Return look-ups beside the connection that writes.
+
+        :raises TargetUnavailable, SetupError: there are none; nobody tries for some time.
+        """
+        try:
+            with anyio.fail_after(CONNECT_S):
+                return await self._session.look_ups(index)
+        except (CdcsyncError, TimeoutError) as error:
+            self._looks_ahead_at = anyio.current_time() + CONNECT_AGAIN_S
+            if isinstance(error, CdcsyncError):
+                raise
+            raise TargetUnavailable("no connection for look-ups came in time", where="target") from None
 
     async def _stage(self, index: str, changes: ChangeSet) -> Sequence[bytes] | None:
         if changes.new:

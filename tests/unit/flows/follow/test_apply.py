@@ -272,25 +272,34 @@ async def test_what_is_committed_is_told_of_before_the_next_batch_is_prepared_an
     assert (len(target.prepared), len(target.commits)) == (4, 2)
 
 
-async def test_a_connection_for_look_ups_that_nobody_has_to_spare_is_not_waited_for_long(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("away", [SetupError("too many connections for role"), None], ids=["refused", "a pooler waits"])
+async def test_a_connection_for_look_ups_that_is_not_to_be_had_is_tried_for_again_only_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, away: CdcsyncError | None
 ) -> None:
     monkeypatch.setattr("cdcsync.flows.follow.apply.CONNECT_S", 0.0)
     target = Target()
     made, following = applier(target), Following()
+    tried = []
 
-    async def wait_for_a_pooler(index: str) -> str:
+    async def not_to_be_had(index: str) -> str:
+        tried.append(index)
         target.looked_ahead += len(SHAPES)
+        if away is not None:
+            raise away
         await anyio.sleep_forever()
         raise AssertionError
 
     target.waits_for_all_ahead = True
-    target.look_ups = wait_for_a_pooler  # type: ignore[method-assign]
+    target.look_ups = not_to_be_had  # type: ignore[method-assign]
     await made.apply(a_batch(), caught_up=lambda: False, following=following)
     assert made.following is following.batch
     target.waits_for_all_ahead = False
-    await made.apply(following.batch, caught_up=lambda: False)
-    assert (len(target.prepared), len(target.commits)) == (4, 2)
+    await made.apply(following.batch, caught_up=lambda: False, following=following)
+    assert (len(tried), len(target.prepared), len(target.commits)) == (1, 4, 2)
+    monkeypatch.setattr(made, "_looks_ahead_at", anyio.current_time())
+    target.waits_for_all_ahead = True
+    await made.apply(a_batch(), caught_up=lambda: False, following=following)
+    assert len(tried) == 2
 
 
 async def test_what_is_committed_is_told_of_even_if_everything_is_cancelled_meanwhile() -> None:
