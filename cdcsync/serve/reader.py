@@ -39,6 +39,12 @@ EXAMPLES = 3
 """Values of each column that `list_indexes` shows, so that an agent sees how they are written."""
 
 
+UNHELD = (
+    "have serve.dsn log in as serve.role, not as the owner of the tables, and start the worker with this [serve] too"
+)
+"""What to do where row-level security does not concern this server's sessions."""
+
+
 class _Known(msgspec.Struct, frozen=True):
     """What is known of an index, and since when."""
 
@@ -244,6 +250,24 @@ class Offered(Index):
         """
         await self._shared.model(await self._live()).open()
 
+    async def is_held(self) -> bool:
+        """Say whether the database holds this server to its callers' tenants, where the configuration says so.
+
+        :raises TargetUnavailable, SetupError: it does not answer.
+        """
+        role = self.serve.role
+        if self.serve.tenant.column is None or role is None:
+            return True
+        async with self._shared.pool.connection() as connection:
+            with speaking_of("target", where=f"index {self.name}"):
+                return bool(
+                    await fetch_value(
+                        connection,
+                        "SELECT current_user = %s AND row_security_active(to_regclass(%s))",
+                        [role, Names(self.schema, self.name).chunks.as_string(connection)],
+                    )
+                )
+
     async def ping(self) -> None:
         """Ask the target anything.
 
@@ -342,9 +366,14 @@ class Reader:
         await self._first.ping()
 
     async def load(self) -> None:
-        """Load the models, so that no call waits for that; one that cannot be loaded is tried again by a call."""
+        """Load the models, so that no call waits for that; one that cannot be loaded is tried again by a call.
+
+        Also tells where tenants are kept apart by the server's own filter alone.
+        """
         for index in self.indexes.values():
             try:
+                if not await index.is_held():
+                    log.warning("tenants_not_held", index=index.name, fix=UNHELD)
                 await index.load()
             except CdcsyncError as error:
                 log.warning("model_not_loaded", index=index.name, error=str(error))

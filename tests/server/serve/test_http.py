@@ -13,10 +13,12 @@ import anyio
 import anyio.to_thread
 import httpx2
 import jwt
+import msgspec
 import pytest
 import structlog
 import structlog.testing
 from cryptography.hazmat.primitives.asymmetric import rsa
+from psycopg import conninfo
 
 from cdcsync.config import Config
 from cdcsync.config.serving import Tenant
@@ -24,7 +26,9 @@ from cdcsync.embedders import make_embedder
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.serve import limits
 from cdcsync.serve.identity import Principal, new_token, revoke_tokens
+from cdcsync.serve.reader import UNHELD, Reader
 from cdcsync.serve.service import Service
+from cdcsync.tracing import Tracing
 from tests.support.serving import Office, served, tenant
 from tests.support.workers import until
 
@@ -158,6 +162,22 @@ async def test_a_tenant_finds_its_own_rows_and_never_sees_the_column(tickets: Of
     assert named.json()["fix"] == absent.json()["fix"] == "the columns are id, opened, status"
     assert (own.status_code, other.status_code) == (200, 404)
     assert "tenant" not in [column["name"] for column in index["columns"]]
+
+
+@pytest.mark.parametrize("logs_in_as", ["the role", "another role", "the owner"])
+async def test_a_server_that_row_level_security_does_not_concern_says_so(
+    tickets: Office, tokens: Path, logs_in_as: str
+) -> None:
+    serve = with_tokens(tickets, tokens, role="somebody_else" if logs_in_as == "another role" else tickets.reader).serve
+    if logs_in_as == "the owner":
+        owner = conninfo.conninfo_to_dict(tickets.database.dsn)["user"]
+        serve = msgspec.structs.replace(serve, dsn=tickets.database.dsn, role=owner)
+    reader = Reader(msgspec.structs.replace(tickets.config, serve=serve), Tracing())
+    with structlog.testing.capture_logs() as logs:
+        await reader.load()
+    await reader.aclose()
+    told = [(line["index"], line["fix"]) for line in logs if line["event"] == "tenants_not_held"]
+    assert told == ([] if logs_in_as == "the role" else [("tickets", UNHELD)])
 
 
 async def test_nothing_is_shown_while_the_index_does_not_have_the_bound_column_yet(
