@@ -67,7 +67,6 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
     :param more: routes of MCP.
     """
     serve = service.serve
-    most = serve.max_body_bytes
     described = msgspec.json.encode(describe(serve))
 
     async def indexes(request: Request, _: bytes) -> Response:
@@ -120,10 +119,10 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
         return HTMLResponse(_PAGE)
 
     routes: list[BaseRoute] = [
-        Route("/v1/indexes", _guarded(indexes, most), methods=["GET"]),
-        Route("/v1/indexes/{index}/search", _guarded(search, most), methods=["POST"]),
-        Route("/v1/indexes/{index}/documents/{key:path}", _guarded(document, most), methods=["GET"]),
-        Route("/v1/embed", _guarded(embed, most), methods=["POST"]),
+        Route("/v1/indexes", _guarded(indexes, service), methods=["GET"]),
+        Route("/v1/indexes/{index}/search", _guarded(search, service), methods=["POST"]),
+        Route("/v1/indexes/{index}/documents/{key:path}", _guarded(document, service), methods=["GET"]),
+        Route("/v1/embed", _guarded(embed, service), methods=["POST"]),
         Route("/openapi.json", openapi, methods=["GET"]),
         Route("/livez", livez, methods=["GET"]),
         Route("/readyz", readyz, methods=["GET"]),
@@ -184,22 +183,23 @@ def _called(path: str) -> tuple[Tool, str | None] | None:
     return tool and (tool, None)
 
 
-def _guarded(endpoint: Endpoint, most: int) -> Callable[[Request], Awaitable[Response]]:
+class Unreadable(Problem):
+    """A request whose body is too large, or not of the form that it should have."""
+
+
+def _guarded(endpoint: Endpoint, service: Service) -> Callable[[Request], Awaitable[Response]]:
     """Read the body, answer problems, and end the work of a client that went away."""
 
     async def guarded(request: Request) -> Response:
         response = Response(status_code=499)
         try:
-            body = await _read(request, most)
+            body = await _read(request, service.serve.max_body_bytes)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_cancel_on_disconnect, request, tasks.cancel_scope)
-                try:
-                    response = await endpoint(request, body)
-                except Problem as problem:
-                    response = _problem(problem)
+                response = await _answered(endpoint, service, request, body)
                 tasks.cancel_scope.cancel()
-        except Problem as problem:
-            response = _problem(problem)
+        except Unreadable as unreadable:
+            response = _problem(await _counted(service, request, unreadable))
         except ClientDisconnect:
             pass
         except BaseExceptionGroup as group:
@@ -207,6 +207,21 @@ def _guarded(endpoint: Endpoint, most: int) -> Callable[[Request], Awaitable[Res
         return response
 
     return guarded
+
+
+async def _answered(endpoint: Endpoint, service: Service, request: Request, body: bytes) -> Response:
+    try:
+        return await endpoint(request, body)
+    except Unreadable as unreadable:
+        return _problem(await _counted(service, request, unreadable))
+    except Problem as problem:
+        return _problem(problem)
+
+
+async def _counted(service: Service, request: Request, unreadable: Unreadable) -> Problem:
+    """Return what to tell of a request that cannot be read: strangers, and those beyond their share, learn no more."""
+    called = _called(request.url.path)
+    return unreadable if called is None else await service.unreadable(caller_of(request.headers), *called, unreadable)
 
 
 async def _cancel_on_disconnect(request: Request, scope: anyio.CancelScope) -> None:
@@ -218,30 +233,32 @@ async def _cancel_on_disconnect(request: Request, scope: anyio.CancelScope) -> N
 async def _read(request: Request, most: int) -> bytes:
     """Return the request's body.
 
-    :raises Problem: it is too large.
+    :raises Unreadable: it is too large.
     """
     body = b""
     async for part in request.stream():
         body += part
         if len(body) > most:
-            raise Problem(413, "Too large", f"the request has more than {most} bytes", "send less")
+            raise Unreadable(413, "Too large", f"the request has more than {most} bytes", "send less")
     return body
 
 
 def _decoded(request: Request, body: bytes, kind: type[T]) -> T:
     """Return a request's body as one of our structs.
 
-    :raises Problem: it is not JSON, or not of this form.
+    :raises Unreadable: it is not JSON, or not of this form.
     """
     media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media != "application/json":
-        raise Problem(415, "Not JSON", "the request's Content-Type is another", "send Content-Type: application/json")
+        raise Unreadable(
+            415, "Not JSON", "the request's Content-Type is another", "send Content-Type: application/json"
+        )
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise Problem(422, "Not of this form", str(error), "GET /openapi.json describes it") from None
+        raise Unreadable(422, "Not of this form", str(error), "GET /openapi.json describes it") from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise Problem(400, "Not JSON", str(error)[:200], "send a JSON object") from None
+        raise Unreadable(400, "Not JSON", str(error)[:200], "send a JSON object") from None
 
 
 def _json(content: object, headers: dict[str, str] | None = None) -> Response:

@@ -162,17 +162,29 @@ class Service:
 
     async def embed(self, caller: Caller, index: str, texts: Sequence[str]) -> Vectors:
         """Return the vectors of queries, and the generation that they can be compared with."""
-        if not 1 <= len(texts) <= MAX_TEXTS or any(len(one) > self.serve.max_query_characters for one in texts):
-            limit = self.serve.max_query_characters
-            raise Problem(
-                422, "The call cannot be answered", f"send 1 to {MAX_TEXTS} texts of up to {limit} characters"
-            )
 
         async def work(_: Principal) -> Vectors:
+            limit = self.serve.max_query_characters
+            if not 1 <= len(texts) <= MAX_TEXTS or any(len(one) > limit for one in texts):
+                raise Problem(
+                    422, "The call cannot be answered", f"send 1 to {MAX_TEXTS} texts of up to {limit} characters"
+                )
             vectors, generation = await self.reader.index(index).embed_queries(texts)
             return Vectors([[float(value) for value in vector] for vector in vectors], generation)
 
         return await self._call("embed", caller, _Noted(index), work)
+
+    async def unreadable(self, caller: Caller, tool: Tool, index: str | None, problem: Problem) -> Problem:
+        """Count a call whose request cannot be read as a call; returns what to tell its caller."""
+
+        async def work(_: Principal) -> None:
+            raise problem
+
+        try:
+            await self._call(tool, caller, _Noted(index), work)
+        except Problem as told:
+            return told
+        return problem
 
     async def shed(self, caller: Caller, tool: Tool, index: str | None) -> Problem | None:
         """Refuse a call by its headers alone if many calls of its caller are refused just now; None lets it pass.

@@ -318,6 +318,30 @@ def stormy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Service, str], None]:
     return storm
 
 
+@pytest.mark.parametrize(
+    ("status", "content", "kind"),
+    [
+        (400, b"{", "application/json"),
+        (413, b" " * 2_000, "application/json"),
+        (415, b"{}", "text/plain"),
+        (422, b'{"query": 7}', "application/json"),
+    ],
+)
+async def test_a_request_that_cannot_be_read_is_a_call_as_any_other(
+    tickets: Office, tokens: Path, status: int, content: bytes, kind: str
+) -> None:
+    token = new_token(tokens, "ana", {"tenant": "t1"}, None)
+    config = with_tokens(tickets, tokens, burst=2, requests_per_s=0.01, max_body_bytes=1_000)
+    async with served(config) as client:
+
+        async def send(headers: dict[str, str]) -> int:
+            headers = {"Content-Type": kind, **headers}
+            return (await client.post(SEARCH, content=content, headers=headers)).status_code
+
+        answers = [await send(headers) for headers in ({}, *[bearer(token)] * 3)]
+    assert answers == [401, status, status, 429]
+
+
 async def test_calls_of_a_storm_are_refused_before_they_are_read(
     tickets: Office, tokens: Path, stormy: Callable[[Service, str], None]
 ) -> None:
