@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 import typer
@@ -97,6 +97,7 @@ def search(
 
     from cdcsync.cli import printing
 
+    _refuse_undecoded({"TEXT": words, "--filter": filters or (), "--where": [where] if where else ()})
     configuration = context.ensure_object(Invocation).load(config)
     *more, text = words
     names = list(dict.fromkeys([index, *more]))
@@ -134,6 +135,18 @@ def search(
     for name, plans_ in answer.plans.items():
         for plan in plans_:
             printing.print_plan(f"{name}: {plan.leg}", plan.lines)
+
+
+def _refuse_undecoded(given: Mapping[str, Sequence[str]]) -> None:
+    """Refuse bytes that the terminal's encoding has no characters for: the target cannot take them.
+
+    :raises UsageError: there are some.
+    """
+    for where, texts in given.items():
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            raise UsageError(
+                "holds bytes that are no characters", where=where, hint="write it in UTF-8, and use a UTF-8 locale"
+            )
 
 
 def parse_filters(given: Sequence[str]) -> dict[str, Any]:

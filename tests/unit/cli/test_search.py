@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cdcsync.cli import main
 from cdcsync.cli.printing import MARKS, matched, print_hits, shares
 from cdcsync.cli.search import parse_filters
 from cdcsync.errors import UsageError
@@ -37,6 +38,16 @@ def test_what_is_not_a_filter_is_refused_with_the_form_of_one(given: list[str]) 
     with pytest.raises(UsageError) as refused:
         parse_filters(given)
     assert refused.value.hint
+
+
+@pytest.mark.parametrize(("arguments", "where"), [(["a \udcff"], "TEXT"), (["a", "--filter", "b=\udcff"], "--filter")])
+def test_bytes_that_are_no_characters_are_refused_by_where_they_are(
+    arguments: list[str], where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["search", "articles", *arguments])
+    assert ended.value.code == UsageError.exit_code
+    assert f"where: {where}\n" in capsys.readouterr().err
 
 
 def test_words_that_matched_are_bold_and_nothing_else_of_the_text_acts_on_a_terminal() -> None:
