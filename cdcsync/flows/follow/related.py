@@ -25,7 +25,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.catalog import current_snapshot
-from cdcsync.source.related import LookUps
+from cdcsync.source.related import MOST_FILTERED, LookUps
 
 log = structlog.get_logger()
 
@@ -38,8 +38,14 @@ request rebuilds them page by page, behind live changes."""
 MOST_OF_A_BATCH = 5_000
 """The same for all changed rows of a batch together, as many as a batch has rows."""
 
+VALUES_AT_FIRST = 20
+"""Changed rows that are asked for in the first query, while nobody knows how many documents each has."""
+
 VALUES_AT_ONCE = 500
-"""Changed rows that are asked for in one query, so that its answer has a bound."""
+"""Changed rows that are asked for in one query at most."""
+
+KEYS_AT_ONCE = 10_000
+"""What such a query is to return, going by the one before it: some 3 MB."""
 
 VISIBILITY_POLL_S = 0.05
 """How often a reading is repeated while the source still hides the transaction: mostly it is a matter of
@@ -84,14 +90,18 @@ class RelatedChanges:
             link, left = self._links[place], list(touches)
             self._metrics.related_changes.labels(self._spec.name, link.relation).inc(len(left))
             too_many: list[Values] = []
-            while left and len(documents) < MOST_OF_A_BATCH:
-                asked, left = left[:VALUES_AT_ONCE], left[VALUES_AT_ONCE:]
+            at_once = VALUES_AT_FIRST
+            # If a condition names too many values, all documents are rebuilt, and there is nothing more to ask.
+            while left and len(documents) < MOST_OF_A_BATCH and len(too_many) <= MOST_FILTERED:
+                asked, left = left[:at_once], left[at_once:]
                 found = await self._keys(link, asked, changes.touched_by)
                 for values, keys in found.items():
                     if len(keys) > MOST_OF_ONE or len(documents) + len(keys) > MOST_OF_A_BATCH:
                         too_many.append(values)
                     else:
                         documents.update(dict.fromkeys(keys, touches[values]))
+                keys_found = sum(map(len, found.values()))
+                at_once = max(1, min(VALUES_AT_ONCE, 4 * at_once, at_once * KEYS_AT_ONCE // max(1, keys_found)))
             if too_many or left:
                 condition = await self._condition(link, [*too_many, *left])
                 rebuilds.append(self._rebuild(link, condition))

@@ -1,0 +1,89 @@
+"""Which documents the changes of related rows concern: how much is asked of the source for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+
+from cdcsync.config import QualifiedName
+from cdcsync.documents.related import Step
+from cdcsync.flows.follow import related
+from cdcsync.flows.follow.related import KEYS_AT_ONCE, MOST_OF_ONE, VALUES_AT_FIRST, RelatedChanges
+from cdcsync.metrics import Metrics
+from cdcsync.model.batch import IndexChanges
+from cdcsync.model.changeset import Rebuild
+from cdcsync.model.links import Link, Touch, Values
+from cdcsync.model.rows import Key
+from cdcsync.model.visibility import Snapshot
+from cdcsync.source.related import MOST_FILTERED
+from tests.support.indexes import make_spec
+
+pytestmark = pytest.mark.anyio
+
+SPEC = make_spec(carried={})
+LINK = Link(SPEC.shape, "customer", 0, (Step(QualifiedName("public", "customers"), (("id", "customer_id"),)),))
+
+
+class Source:
+    """Has so many documents of each customer."""
+
+    def __init__(self, each: int) -> None:
+        self.each = each
+        self.answers: list[int] = []
+
+    async def connection(self) -> None:
+        return None
+
+    async def keys(self, _: Any, link: Link, values: Sequence[Values], most: int) -> dict[Values, list[Key]]:
+        found = min(self.each, most)
+        self.answers.append(len(values) * found)
+        return {value: [(f"{value[0]}.{at}",) for at in range(found)] for value in values}
+
+    async def condition(self, _: Any, link: Link, values: Sequence[Values]) -> str | None:
+        return f"{len(values)} customers" if len(values) <= MOST_FILTERED else None
+
+
+def changed(rows: int) -> IndexChanges:
+    changes = IndexChanges(SPEC.shape)
+    for row in range(rows):
+        changes.add(Touch(SPEC.shape, 0, ((str(row),),), 5, 10))
+    return changes
+
+
+async def now(_: Any) -> Snapshot:
+    return Snapshot(10, 20, frozenset())
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def of(source: Source) -> RelatedChanges:
+        monkeypatch.setattr(related, "LookUps", lambda *_: source)
+        monkeypatch.setattr(related, "current_snapshot", now)
+        made = RelatedChanges(SPEC, cast(Any, source), Metrics())
+        made._links = (LINK,)
+        return made
+
+    return of
+
+
+async def test_rows_with_few_documents_each_are_asked_for_by_the_hundred(asked: Any) -> None:
+    source = Source(each=1)
+    found = await asked(source).concerned(changed(4_000))
+    assert (len(found.documents), found.rebuilds) == (4_000, [])
+    assert len(source.answers) < 12
+
+
+async def test_an_answer_has_a_bound_and_nothing_is_asked_once_all_documents_are_to_be_rebuilt(asked: Any) -> None:
+    source = Source(each=100_000)
+    found = await asked(source).concerned(changed(5_000))
+    assert (found.documents, found.rebuilds) == ({}, [Rebuild("customer", None)])
+    assert max(source.answers[1:]) <= KEYS_AT_ONCE
+    assert source.answers[0] <= VALUES_AT_FIRST * (MOST_OF_ONE + 1)
+    assert sum(source.answers) <= (MOST_FILTERED + VALUES_AT_FIRST) * (MOST_OF_ONE + 1)
+
+
+async def test_rows_with_many_documents_each_become_a_request_that_names_them(asked: Any) -> None:
+    found = await asked(Source(each=100_000)).concerned(changed(50))
+    assert (found.documents, found.rebuilds) == ({}, [Rebuild("customer", "50 customers")])
