@@ -569,15 +569,22 @@ def _wishes(history: History, wish: str) -> None:
     history.streaming()
 
 
+def _back(history: History) -> None:
+    """Migrate to the vectors of the provider again: those that there were have been dropped."""
+    _wishes(history, FAR)
+    if history.command("migrate", "titles", "start", "--yes") != 0:
+        raise Broken("no migration back begins")
+    until(lambda: history.command("migrate", "titles", "activate", "--yes") == 0, "the migration back", 300)
+
+
 def end_migration(history: History) -> None:
     """Go back to the vectors of the provider, and forget about others."""
     history.ensure_worker()
     history.streaming()
     live = "SELECT embedder FROM cdcsync.generations JOIN cdcsync.indexes USING (generation) WHERE name = 'titles'"
-    if history.execute(history.target, f"{live} AND index_name = name") == [("words",)]:
-        status = history.command("migrate", "titles", "rollback", "--yes")
-        if status != 0:
-            raise Broken(f"migrate titles rollback ended with {status}")
+    by_words = history.execute(history.target, f"{live} AND index_name = name") == [("words",)]
+    if by_words and history.command("migrate", "titles", "rollback", "--yes") != 0:
+        _back(history)
     if history.command("migrate", "titles", "drop", "--yes") not in (0, 2):
         raise Broken("migrate titles drop failed")
     _wishes(history, FAR)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 from tests.chaos.faults import end_migration
 from tests.chaos.history import History
@@ -118,9 +119,16 @@ def bad_request(history: History, point: str) -> None:
 
 
 def text_refused(history: History, point: str) -> None:
-    """Have the provider answer for one text with too few vectors, again and again."""
+    """Have the provider answer for some texts with too few vectors, again and again, and properly for all others."""
+
+    def answer(exchange: Any, texts: list[str]) -> None:
+        if any(text.endswith("7") for text in texts):
+            misdeeds.wrong_count(exchange, texts)
+        else:
+            exchange.embed(exchange.provider.vectors(texts))
+
     history.start(point).until_said("streaming")
-    history.provider.always = misdeeds.wrong_count
+    history.provider.always = answer
     reached(history)
     history.provider.always = None
 
