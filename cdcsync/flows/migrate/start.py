@@ -158,8 +158,8 @@ def _check_start(
             f" differs is what chunks are made of: {changed}",
             where=where,
             hint=f"start the worker with this file: it cuts the documents again in place, one after the other, while"
-            f" searches go on (cdcsync plan says what that embeds). To compare before you switch, put the new section"
-            f" beside [indexes.{index}] under another name, which loads an index of its own",
+            f" searches continue (cdcsync plan says what that embeds). To compare before you switch, put the new"
+            f" section beside [indexes.{index}] under another name, which loads an index of its own",
         )
     if wish.is_met_by(live):
         raise SetupError(
