@@ -75,7 +75,7 @@ EXEMPT = {
     ("target/requests.py", "end_page"): "runs in the transaction of its batch",
     ("target/requests.py", "action"): "asked for by commands",
     ("source/tables.py", "emit_mark"): "its caller has the point",
-    ("source/tables.py", "_reading"): "reads only",
+    ("source/reads.py", "reading"): "reads only",
     ("postgres/sessions.py", "connect"): "settings of the session",
     ("target/session.py", "_takes"): "always rolled back",
 }
