@@ -127,8 +127,7 @@ async def examine_target(connection: Connection, config: Config, findings: list[
         if not faults:
             entries = await Registry(schema).all(connection)
             generations = await Generations(schema).all(connection)
-            pipeline = await Pipelines(schema, config.source.slot).read(connection) if present else None
-            begun = pipeline is not None and pipeline.checkpoint is not None
+            begun = present and await Pipelines(schema, config.source.slot).begun(connection)
             facts = TargetFacts(server, entries, generations, begun=begun)
     return facts
 

@@ -96,6 +96,11 @@ class Pipelines:
         checkpoint, ahead, commits, *rest = row
         return PipelineState(_lsn(checkpoint), _lsn(ahead), commits, *rest)
 
+    async def begun(self, connection: Connection) -> bool:
+        """Say whether there is a checkpoint; tables of every earlier version tell."""
+        statement = sql.SQL("SELECT FROM {} WHERE slot = %s AND checkpoint IS NOT NULL").format(self._table)
+        return await fetch_row(connection, statement, [self._slot]) is not None
+
     async def try_lock(self, connection: Connection) -> bool:
         """Take the pipeline's lock for this session, if no other session holds it."""
         row = await fetch_one(connection, "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", [self._lock])

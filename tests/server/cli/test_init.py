@@ -111,7 +111,7 @@ def test_the_key_of_a_table_without_a_primary_key_is_a_unique_index(database: Da
     [
         (["--table", "nosuch"], "there is no table public.nosuch"),
         (["--table", "a view"], "expected a name"),
-        (["--table", "heap"], "identifies its rows"),
+        (["--table", "heap"], "has no usable primary key"),
         (["--table", "numbers"], "no column of public.numbers looks like text"),
         (["--table", "numbers", "--text", "{nosuch}"], "has no column nosuch"),
         (["--table", "numbers", "--text", "{n"], "text"),

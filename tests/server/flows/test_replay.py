@@ -303,7 +303,7 @@ def test_ctrl_c_leaves_the_request_or_cancels_it_as_asked(live: Pipeline, choice
         (["articles", "--where", "nextval('public.s') > 0"], "read-only transaction"),
         (["articles", "--key", "seven"], 'invalid input syntax for type bigint: "seven"'),
         (["articles", "--key", "99999999999999999999"], "out of range"),
-        (["articles", "--key", "1", "--where", "true"], "exclude each other"),
+        (["articles", "--key", "1", "--where", "true"], "cannot be combined"),
         (["articles", "--pause", "--cancel"], "cannot be combined"),
         (["articles", "--pause", "--force-embed"], "cannot be combined"),
         (["articles", "--pause"], "nothing to pause"),

@@ -189,7 +189,7 @@ async def test_an_index_without_keyword_search_is_searched_by_vector_alone(datab
         with pytest.raises(UsageError, match="no keyword search") as refused:
             await search(connection, SCHEMA, spec, text="balloons", vector=EAST, mode="text")
         assert "search =" in (refused.value.hint or "")
-        with pytest.raises(UsageError, match="neither a vector nor"):
+        with pytest.raises(UsageError, match="the query has no vector, and the index has no keyword search"):
             await search(connection, SCHEMA, spec, text="balloons", vector=None)
 
 

@@ -72,8 +72,8 @@ def test_whatever_decides_the_text_is_part_of_the_definition() -> None:
 @pytest.mark.parametrize(
     ("related", "used", "listed", "where", "message"),
     [
-        ({"tags": TAGS}, [], [], "related.tags", "nothing uses it"),
-        ({"comments": relation()}, ["comments"], [], "related.comments.text", "nothing says what the text"),
+        ({"tags": TAGS}, [], [], "related.tags", "no template uses this section"),
+        ({"comments": relation()}, ["comments"], [], "related.comments.text", "does not define the text of a row"),
         ({"comments": relation()}, [], ["comments"], "related.comments.columns", "which columns"),
         (
             {"a": relation(text="{a}", related={"a": relation(text="{b}")})},

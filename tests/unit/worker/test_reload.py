@@ -150,6 +150,6 @@ async def test_the_signal_has_it_read_again_however_often(logged: Callable[[], l
 
 def test_the_operations_page_lists_the_live_keys() -> None:
     page = (ROOT / "docs" / "operations.md").read_text()
-    paragraph = next(part for part in page.split("\n\n") if part.startswith("SIGHUP"))
+    paragraph = next(part for part in page.split("\n\n") if part.startswith("On SIGHUP"))
     listed, _, _ = paragraph.partition("The log names")
     assert set(re.findall(r"`(\w+)`", listed)) == set(LIVE)

@@ -94,4 +94,4 @@ def test_a_record_without_texts_says_what_keeps_them(
     assert evaluate(tickets, tmp_path) == 2
     assert "serve.audit_queries = true" in capsys.readouterr().err
     assert evaluate(tickets, tmp_path, "--judged", str(tmp_path)) == 2
-    assert "two sets" in capsys.readouterr().err
+    assert "cannot be combined" in capsys.readouterr().err
