@@ -213,6 +213,9 @@ class Stream:
                 case Lsn():
                     if await self._applier.note_position(work, caught_up=self._open.nothing_left):
                         self._progress.commit(work)
+                        if paused:
+                            # The end of the transaction had come alone before the batch that paused was written.
+                            return list(paused.values())
                 case _:
                     assert_never(work)
 

@@ -101,7 +101,7 @@ def test_an_index_is_paused_while_nothing_proves_its_key(keyless: Scene) -> None
     keyless.heals("wider")
 
 
-NOTHING_PROVES = "nothing proves that (taken, station) names one row"
+NOTHING_PROVES = "(taken, station) is not known to identify a row"
 CHANGES: dict[str, tuple[str, list[str], str, list[str]]] = {
     "duplicates": (
         "FULL",
