@@ -1,7 +1,7 @@
 """A source whose database has no encoding: its texts are followed as UTF-8, and one that is not is told of.
 
-The server cannot send such a row at all, so nobody gets past it: that is a gap. After it one index alone waits for its
-row to be corrected.
+The server cannot send such a row at all, so nobody gets past it: that is a gap. After it the row alone is
+listed, until it is corrected.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def ascii_scene(server: Server, tmp_path: Path) -> Iterator[Scene]:
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
-def test_bytes_that_are_not_utf_8_are_a_gap_and_after_it_the_pause_of_one_index(ascii_scene: Scene) -> None:
+def test_bytes_that_are_not_utf_8_are_a_gap_and_after_it_cost_their_row(ascii_scene: Scene) -> None:
     made = ascii_scene
     made.execute("INSERT INTO notes VALUES (2, 'größer')")
     made.follows()
@@ -57,11 +57,15 @@ def test_bytes_that_are_not_utf_8_are_a_gap_and_after_it_the_pause_of_one_index(
 
     made.reconfigured(lambda text: text.replace("[source]", '[source]\non_gap = "resync"'))
     made.pipeline.start()
-    reason = made.paused("notes")
-    assert "invalid byte sequence" in reason
+    failed = "SELECT key, error FROM cdcsync.failed_documents"
+    until(lambda: made.pipeline.target.execute(failed).fetchall(), made.pipeline.tail)
+    ((key, error),) = made.pipeline.target.execute(failed).fetchall()
+    assert key == ["3"]
+    assert "invalid byte sequence" in error
     until(lambda: made.healed(BEAT), made.pipeline.tail)
     made.settle()
 
     made.execute("UPDATE notes SET title = 'größer' WHERE id = 3")
     made.heals()
+    until(lambda: not made.pipeline.target.execute(failed).fetchall(), made.pipeline.tail)
     assert len(made.pipeline.processes) == 2

@@ -320,8 +320,6 @@ def test_a_view_that_others_are_built_on_keeps_its_types_and_its_index_is_follow
 
     scene.pipeline.stop(scene.pipeline.processes[-1])
     scene.execute("ALTER TABLE dependent ALTER rating TYPE bigint USING length(rating)")
-    planned = {one["index"]: one for one in scene.pipeline.answer("plan", status=3)["indexes"]}
-    assert "public.report is built on public.dependent_index" in planned["dependent"]["remaining"][0]
     # Once nothing is built on it, the next start gives it the new type.
     scene.pipeline.target.execute("DROP VIEW report")
     scene.pipeline.start()

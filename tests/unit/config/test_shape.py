@@ -37,7 +37,9 @@ def sections(kind: type[Section]) -> set[type[Section]]:
     return {one for each in below for one in sections(each)} if below else {kind}
 
 
-@pytest.mark.parametrize("section", sorted((one for one in sections(Section) if one.__module__.startswith("cdcsync.")), key=str), ids=str)
+@pytest.mark.parametrize(
+    "section", sorted((one for one in sections(Section) if one.__module__.startswith("cdcsync.")), key=str), ids=str
+)
 def test_every_key_of_every_section_is_described(section: type[Section]) -> None:
     assert summary(section)
     assert set(section.__struct_fields__) == set(descriptions(section))
