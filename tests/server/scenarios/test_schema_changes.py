@@ -306,6 +306,13 @@ def test_a_view_that_others_are_built_on_keeps_its_types_and_its_index_is_follow
         pytest.skip("before PostgreSQL 16 the column is NULL")
     scene.pipeline.target.execute("CREATE VIEW report AS SELECT id, rating FROM dependent_index")
 
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    scene.execute("ALTER TABLE dependent ALTER rating TYPE bigint")
+    planned = {one["index"]: one for one in scene.pipeline.answer("plan", status=3)["indexes"]}
+    assert "public.report is built on public.dependent_index" in planned["dependent"]["remaining"][0]
+    scene.pipeline.start()
+    until(lambda: scene.state("dependent")[0] == "live", scene.pipeline.tail)
+
     scene.execute(
         "ALTER TABLE dependent ALTER rating TYPE text USING 'r' || rating",
         "UPDATE dependent SET rating = '77' WHERE id = 2",
