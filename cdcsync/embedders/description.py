@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, assert_never
 
 import msgspec
@@ -74,6 +75,48 @@ class Description(msgspec.Struct, frozen=True):
             facts["code"] = {name: files.sha256(name) for name in self.code}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         return f"{self.kind}:{self.dimensions}:{digest[:32]}"
+
+
+class Described:
+    """What embedders of local models have in common: they are known by their files, whatever runs them."""
+
+    def __init__(self, files: ModelFiles, description: Description) -> None:
+        self._files = files
+        self._description = description
+
+    @property
+    def origin(self) -> str:
+        """Where the model comes from, for people."""
+        return self._files.origin
+
+    @property
+    def commit(self) -> str | None:
+        """The hub's commit of the model; None for one that does not come from the hub."""
+        return self._files.commit
+
+    @property
+    def dimensions(self) -> int:
+        """Length of the vectors, once they are cut."""
+        return self._description.dimensions
+
+    @property
+    def distance(self) -> Distance:
+        """The distance that the model was made for; cosine where it does not say."""
+        return self._description.distance
+
+    @property
+    def tokenizer_json(self) -> str | None:
+        """The model's tokenizer, without truncation and padding."""
+        return self._description.tokenizer_json
+
+    @property
+    def max_input_tokens(self) -> int | None:
+        """How many tokens of a document the model reads, special tokens and prompt not counted."""
+        return self._description.max_input_tokens
+
+    def fitting(self, texts: Sequence[str]) -> int:
+        """Return the number of texts: a call cuts them into passes itself."""
+        return len(texts)
 
 
 def describe(files: ModelFiles, settings: LocalEmbedder, *, where: str) -> Description:

@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cdcsync import config
-from cdcsync.embedders.description import describe
+from cdcsync.embedders.description import Described, describe
 from cdcsync.embedders.model_files import ModelFiles, fetch_weights, locate, onnx_files, quiet
 from cdcsync.embedders.passes import MOST_CALLS, PASS_TOKENS, passes
 from cdcsync.embedders.pooling import pool, pooling_modes
 from cdcsync.embedders.processors import processors
-from cdcsync.embedders.protocol import WORD, Distance, Kind, Vectors
+from cdcsync.embedders.protocol import WORD, Kind, Vectors
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 
 INSTALL = "pip install 'cdcsync[onnx]'"
@@ -34,7 +34,7 @@ _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 """What a model may want to have of its texts."""
 
 
-class OnnxEmbedder:
+class OnnxEmbedder(Described):
     """Embeds with an ONNX file; `float32[n, dimensions]`, L2-normalised if the model normalises.
 
     Calls run in threads, about as many at a time as there are processors. A thread cannot be stopped, so a cancelled
@@ -50,8 +50,9 @@ class OnnxEmbedder:
         self._settings = settings
         if missing := [package for package in ("onnxruntime", "tokenizers") if not importlib.util.find_spec(package)]:
             raise EmbedderSetupError(f"{' and '.join(missing)} not installed", where=self._where, hint=INSTALL)
-        self._files = locate(settings.model, settings.revision, where=self._where, whole=self._is_whole)
-        self._description = described = describe(self._files, settings, where=self._where)
+        files = locate(settings.model, settings.revision, where=self._where, whole=self._is_whole)
+        described = describe(files, settings, where=self._where)
+        super().__init__(files, described)
         modules = dict(described.facts["modules"])
         self._modes = pooling_modes(modules.get("Pooling", {}))
         self._of_length_one = "Normalize" in modules
@@ -79,36 +80,6 @@ class OnnxEmbedder:
         """A name for everything that determines the vectors. The first call blocks, if the file has to be hashed."""
         return self._description.identity(self._files)
 
-    @property
-    def origin(self) -> str:
-        """Where the model comes from, for people."""
-        return self._files.origin
-
-    @property
-    def commit(self) -> str | None:
-        """The hub's commit of the model; None for one that does not come from the hub."""
-        return self._files.commit
-
-    @property
-    def dimensions(self) -> int:
-        """Length of the vectors, once they are cut."""
-        return self._description.dimensions
-
-    @property
-    def distance(self) -> Distance:
-        """The distance that the model was made for; cosine where it does not say."""
-        return self._description.distance
-
-    @property
-    def tokenizer_json(self) -> str | None:
-        """The model's tokenizer, without truncation and padding."""
-        return self._description.tokenizer_json
-
-    @property
-    def max_input_tokens(self) -> int | None:
-        """How many tokens of a document the model reads, special tokens and prompt not counted."""
-        return self._description.max_input_tokens
-
     async def open(self) -> None:
         """Load the model, downloading its file if need be. Calling it again does nothing.
 
@@ -117,10 +88,6 @@ class OnnxEmbedder:
         """
         async with self._opening:
             await anyio.to_thread.run_sync(self._load, limiter=self._turn)
-
-    def fitting(self, texts: Sequence[str]) -> int:
-        """Return the number of texts: they are cut into passes here."""
-        return len(texts)
 
     async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
         """Return the texts' vectors, in their order. What the model does not read of a text is left out.

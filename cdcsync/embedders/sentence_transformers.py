@@ -22,11 +22,11 @@ import numpy as np
 
 from cdcsync import config
 from cdcsync.documents.chunks import Lengths
-from cdcsync.embedders.description import describe
+from cdcsync.embedders.description import Described, describe
 from cdcsync.embedders.model_files import INSTALL, ModelFiles, fetch_weights, locate, quiet
 from cdcsync.embedders.passes import MOST_CALLS, PASS_TOKENS, passes
 from cdcsync.embedders.processors import processors
-from cdcsync.embedders.protocol import Distance, Kind, Vectors
+from cdcsync.embedders.protocol import Kind, Vectors
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 
 ON_ACCELERATOR = 2
@@ -55,7 +55,7 @@ _PRECISION = "f32"
 so that one model gives other vectors on other machines: by up to 0.001 a component, measured with MiniLM."""
 
 
-class SentenceTransformersEmbedder:
+class SentenceTransformersEmbedder(Described):
     """Embeds with a local model; `float32[n, dimensions]`, L2-normalised if the model normalises.
 
     Calls run in threads: on processors about as many at a time as there are, on an accelerator two, so that texts of
@@ -71,8 +71,8 @@ class SentenceTransformersEmbedder:
         self._where = f"embedders.{name}"
         self._settings = settings
         self._need_backend()
-        self._files = locate(settings.model, settings.revision, where=self._where, code=settings.trust_remote_code)
-        self._description = describe(self._files, settings, where=self._where)
+        files = locate(settings.model, settings.revision, where=self._where, code=settings.trust_remote_code)
+        super().__init__(files, describe(files, settings, where=self._where))
         self.concurrency = _calls(settings)
         self._lengths = Lengths(self._description.tokenizer_json)
         self._turn = anyio.CapacityLimiter(self.concurrency)
@@ -91,39 +91,9 @@ class SentenceTransformersEmbedder:
         return msgspec.structs.replace(described, weights=loaded).identity(self._files)
 
     @property
-    def origin(self) -> str:
-        """Where the model comes from, for people."""
-        return self._files.origin
-
-    @property
-    def commit(self) -> str | None:
-        """The hub's commit of the model; None for one that does not come from the hub."""
-        return self._files.commit
-
-    @property
     def missing_package(self) -> str | None:
         """The library, if it is not installed: the model is known by its files all the same."""
         return None if _installed("sentence_transformers") else "sentence-transformers"
-
-    @property
-    def dimensions(self) -> int:
-        """Length of the vectors, once they are cut."""
-        return self._description.dimensions
-
-    @property
-    def distance(self) -> Distance:
-        """The distance that the model was made for; cosine where it does not say."""
-        return self._description.distance
-
-    @property
-    def tokenizer_json(self) -> str | None:
-        """The model's tokenizer, without truncation and padding."""
-        return self._description.tokenizer_json
-
-    @property
-    def max_input_tokens(self) -> int | None:
-        """How many tokens of a document the model reads, special tokens and prompt not counted."""
-        return self._description.max_input_tokens
 
     async def open(self) -> None:
         """Load the model, downloading its weights if need be; takes some 10 s. Calling it again does nothing.
@@ -135,10 +105,6 @@ class SentenceTransformersEmbedder:
             await anyio.to_thread.run_sync(self._load, limiter=self._turn)
             if self._threads is None:  # devices other than processors and NVIDIA's are known only now
                 self._turn.total_tokens = min(ON_ACCELERATOR, self._turn.total_tokens)
-
-    def fitting(self, texts: Sequence[str]) -> int:
-        """Return the number of texts: the model cuts them into passes itself."""
-        return len(texts)
 
     async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
         """Return the texts' vectors, in their order. What the model does not read of a text is left out.
