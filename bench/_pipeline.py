@@ -124,12 +124,12 @@ class Pipeline:
             lambda: not self.value("SELECT EXISTS (SELECT FROM cdcsync.articles_backlog)"), "empty backlog", poll_s
         )
 
-    def live(self) -> None:
-        """Wait until the index is complete."""
+    def live(self, indexes: int = 1) -> None:
+        """Wait until so many indexes are complete."""
         self.until(
             lambda: (
                 self.value("SELECT to_regclass('cdcsync.indexes') IS NOT NULL")
-                and self.value("SELECT count(*) > 0 FROM cdcsync.indexes WHERE state = 'live'")
+                and self.value("SELECT count(*) >= %s FROM cdcsync.indexes WHERE state = 'live'", indexes)
             ),
             "live index",
         )

@@ -63,9 +63,9 @@ def encode(model: Any, texts: list[str], size: int) -> float:
 
 def follow(made: Pipeline, first: int, texts: list[str]) -> float:
     """Return how many seconds it takes from the commit of these rows to their last vector."""
-    with made.connection.transaction(), made.connection.cursor() as cursor:
-        rows = [(number, text) for number, text in enumerate(texts, start=first)]
-        cursor.executemany("INSERT INTO articles VALUES (%s, 1, %s)", rows)
+    with made.connection.cursor().copy("COPY articles FROM STDIN") as copy:
+        for number, text in enumerate(texts, start=first):
+            copy.write_row((number, 1, text))
     started = time.perf_counter()
     made.text_in_step()
     made.vectors_in_step(POLL_S)
@@ -76,32 +76,43 @@ def follow(made: Pipeline, first: int, texts: list[str]) -> float:
     return elapsed
 
 
+def in_turns(
+    made: Pipeline, model: Any, batch: int, texts: list[str], round_texts: int
+) -> tuple[list[float], list[float]]:
+    """Return the seconds that model and worker take, round by round over texts of their own; who begins alternates.
+
+    :param texts: a sample first, which the worker gets before the rounds, then those of the rounds.
+    """
+    sample = len(texts) - ROUNDS * round_texts
+    alone: list[float] = []
+    worker: list[float] = []
+    made.start()
+    made.live()
+    made.event("embedder_ready")
+    follow(made, 0, texts[:sample])
+    for number in range(ROUNDS):
+        first = sample + number * round_texts
+        part = texts[first : first + round_texts]
+        turns: list[Callable[[], None]] = [
+            lambda part=part: alone.append(encode(model, part, batch)),  # type: ignore[misc]
+            lambda part=part, first=first: worker.append(follow(made, first, part)),  # type: ignore[misc]
+        ]
+        for turn in turns if number % 2 else reversed(turns):
+            turn()
+        print(f"round {number + 1}: encode {alone[-1]:.2f} s, pipeline {worker[-1]:.2f} s", flush=True)
+    made.stop()
+    return alone, worker
+
+
 def main() -> None:
     """Measure and report."""
     documents = dict.fromkeys(entry.doc[:MOST_CHARACTERS].strip() for entry in docstrings())
     model = load()
     lengths = zip(documents, model.tokenizer(list(documents), verbose=False)["input_ids"], strict=True)
     texts = [text for text, tokens in lengths if text and len(tokens) <= MOST_TOKENS]
-    sample, texts = texts[:SAMPLE], texts[SAMPLE:]
-    best = best_batch(model, sample)
-    alone: list[float] = []
-    worker: list[float] = []
+    best = best_batch(model, texts[:SAMPLE])
     with pipeline(f'type = "sentence-transformers"\nmodel = "{MODEL}"') as made:
-        made.start()
-        made.live()
-        made.event("embedder_ready")
-        follow(made, 0, sample)
-        for number in range(ROUNDS):
-            part = texts[number * ROUND_TEXTS : (number + 1) * ROUND_TEXTS]
-            first = SAMPLE + number * ROUND_TEXTS
-            turns: list[Callable[[], None]] = [
-                lambda part=part: alone.append(encode(model, part, best)),  # type: ignore[misc]
-                lambda part=part, first=first: worker.append(follow(made, first, part)),  # type: ignore[misc]
-            ]
-            for turn in turns if number % 2 else reversed(turns):
-                turn()
-            print(f"round {number + 1}: encode {alone[-1]:.2f} s, pipeline {worker[-1]:.2f} s", flush=True)
-        made.stop()
+        alone, worker = in_turns(made, model, best, texts[: SAMPLE + ROUNDS * ROUND_TEXTS], ROUND_TEXTS)
     report(
         "embed",
         {

@@ -137,14 +137,7 @@ def main() -> None:
         made.connection.execute(LOAD, [rows, rows + others, last])
         made.connection.execute("ANALYZE")
         made.start()
-        made.until(
-            lambda: (
-                made.value("SELECT to_regclass('cdcsync.indexes') IS NOT NULL")
-                and made.value("SELECT count(*) = 2 FROM cdcsync.indexes WHERE state = 'live'")
-            ),
-            "two live indexes",
-            0.1,
-        )
+        made.live(2)
         live = Live(made, range(rows + others + 1, last + 1))
         live.some(20)
         alone = live.some(ALONE)

@@ -13,23 +13,22 @@ import argparse
 import importlib
 import random
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cdcsync.demo.corpus import docstrings
 
 # A script imports from its own directory; a type checker names files by their place in the repository.
 if TYPE_CHECKING:
-    from bench._pipeline import Pipeline, pipeline
+    from bench._pipeline import pipeline
+    from bench.embed import ROUNDS, encode, in_turns
     from bench.report import report
 else:
-    from _pipeline import Pipeline, pipeline
+    from _pipeline import pipeline
+    from embed import ROUNDS, encode, in_turns
     from report import report
 
-ROUNDS = 3
 WORDS = (5, 120)
 """The fewest and the most words of a text."""
 LONGEST = 16
@@ -37,7 +36,6 @@ LONGEST = 16
 SAMPLE = 2_048
 """Texts by which the best batch size is found, and which the worker embeds before the clock starts."""
 BATCH_SIZES = (32, 128, 512)
-POLL_S = 0.02
 VOCABULARY = 8_000
 READS = 256
 """Tokens that the models read."""
@@ -100,28 +98,6 @@ def written(corpus: list[str], count: int) -> list[str]:
     return [text(number) for number in range(count)]
 
 
-def encode(model: Any, texts: list[str], size: int) -> float:
-    """Return how many seconds one call takes."""
-    started = time.perf_counter()
-    model.encode(texts, batch_size=size, show_progress_bar=False, convert_to_numpy=True)
-    return time.perf_counter() - started
-
-
-def follow(made: Pipeline, first: int, texts: list[str]) -> float:
-    """Return how many seconds it takes from the commit of these rows to their last vector."""
-    with made.connection.cursor().copy("COPY articles FROM STDIN") as copy:
-        for number, text in enumerate(texts, start=first):
-            copy.write_row((number, 1, text))
-    started = time.perf_counter()
-    made.text_in_step()
-    made.vectors_in_step(POLL_S)
-    elapsed = time.perf_counter() - started
-    found = made.value("SELECT count(*) FROM articles_index WHERE NOT stale")
-    if found != first + len(texts):
-        raise SystemExit(f"{found} vectors for {first + len(texts)} texts")
-    return elapsed
-
-
 def measure(shape: str, device: str, texts: list[str], round_texts: int, directory: Path) -> dict[str, float]:
     """Return texts a second of both sides, and the ratio, for one model."""
     make_model(directory, SHAPES[shape], texts)
@@ -129,25 +105,10 @@ def measure(shape: str, device: str, texts: list[str], round_texts: int, directo
     model = importlib.import_module("sentence_transformers").SentenceTransformer(str(path), device=device)
     encode(model, texts[:64], 32)  # what only the first call costs
     best = min(BATCH_SIZES, key=lambda size: min(encode(model, texts[:SAMPLE], size) for _ in range(2)))
-    alone: list[float] = []
-    worker: list[float] = []
     embedder = f'type = "sentence-transformers"\nmodel = "{path}"\ndevice = "{device}"\nbatch_size = {best}'
+    print(f"{shape}:", flush=True)
     with pipeline(embedder, shared_buffers="512MB", max_wal_size="8GB") as made:
-        made.start()
-        made.live()
-        made.event("embedder_ready")
-        follow(made, 0, texts[:SAMPLE])
-        for number in range(ROUNDS):
-            first = SAMPLE + number * round_texts
-            part = texts[first : first + round_texts]
-            turns: list[Callable[[], None]] = [
-                lambda part=part: alone.append(encode(model, part, best)),  # type: ignore[misc]
-                lambda part=part, first=first: worker.append(follow(made, first, part)),  # type: ignore[misc]
-            ]
-            for turn in turns if number % 2 else reversed(turns):
-                turn()
-            print(f"{shape} round {number + 1}: encode {alone[-1]:.2f} s, pipeline {worker[-1]:.2f} s", flush=True)
-        made.stop()
+        alone, worker = in_turns(made, model, best, texts, round_texts)
     return {
         f"{shape}_encode_texts_per_s": round_texts / median(alone),
         f"{shape}_encode_best_batch_texts": best,

@@ -118,13 +118,7 @@ def main() -> None:
             made.connection.execute(statement, [rows])
         made.connection.execute("ANALYZE")
         made.start()
-        made.until(
-            lambda: (
-                made.value("SELECT to_regclass('cdcsync.indexes') IS NOT NULL")
-                and made.value("SELECT count(*) = 2 FROM cdcsync.indexes WHERE state = 'live'")
-            ),
-            "two live indexes",
-        )
+        made.live(2)
         bulk_s = seconds(made, "UPDATE notes SET body = 'another note of ' || id")
         drained(made)
         fan_out_s = seconds(made, "UPDATE tenants SET name = 'renamed'")
