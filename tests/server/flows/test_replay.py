@@ -185,7 +185,7 @@ def test_large_rows_are_read_a_few_at_a_time(live: Pipeline) -> None:
 
 def few_at_a_time(pipeline: Pipeline, seen: int) -> bool:
     """Say whether the ten large rows were applied by three at most, since so many events, and all pages are told of."""
-    applied = [event["rows"] for event in pipeline.events()[seen:] if event.get("event") == "batch_applied"]
+    applied = [int(event["rows"]) for event in pipeline.events()[seen:] if event.get("event") == "batch_applied"]
     return sum(applied) >= 100 and sum(rows <= 3 for rows in applied) >= 4
 
 
