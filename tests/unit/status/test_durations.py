@@ -20,6 +20,8 @@ from cdcsync.status.durations import human_bytes, human_seconds
         (1000 * 1024, "1.0 MB"),
         (3 * 1024**4, "3.0 TB"),
         (2**63, "8192 PB"),
+        (5 * 1024**3, "5.0 GB"),
+        (2**60, "1024 PB"),
     ],
 )
 def test_a_size_is_told_in_the_largest_unit_that_fits(count: int, words: str) -> None:
@@ -39,6 +41,10 @@ def test_a_size_is_told_in_the_largest_unit_that_fits(count: int, words: str) ->
         (3599.6, "1 h 0 min"),
         (7800, "2 h 10 min"),
         (99 * 3600, "4 d 3 h"),
+        (0.094, "94 ms"),
+        (0.44, "0.4 s"),
+        (59.4, "59 s"),
+        (47 * 3600, "47 h 0 min"),
     ],
 )
 def test_a_duration_is_told_by_its_two_largest_units(seconds: float, words: str) -> None:

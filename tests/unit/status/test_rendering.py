@@ -24,7 +24,6 @@ from cdcsync.status import (
     WorkerStatus,
     render_table,
 )
-from cdcsync.status.durations import human_bytes, human_seconds
 from cdcsync.status.generations import GenerationStatus
 from cdcsync.status.model import EmbedderStatus
 from cdcsync.status.reading import FRESH
@@ -110,41 +109,6 @@ def test_all_tables_that_documents_are_made_of_are_named() -> None:
 
 def test_a_workers_word_holds_until_an_idle_one_gives_the_next() -> None:
     assert FRESH.total_seconds() > IDLE_CHECKPOINT_S
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 bytes"),
-        (1023, "1023 bytes"),
-        (1024, "1.0 kB"),
-        (10 * 1024, "10 kB"),
-        (1000 * 1024, "1.0 MB"),
-        (5 * 1024**3, "5.0 GB"),
-        (2**60, "1024 PB"),
-    ],
-)
-def test_sizes_are_short(count: int, text: str) -> None:
-    assert human_bytes(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (0.0001, "1 ms"),
-        (0.094, "94 ms"),
-        (0.44, "0.4 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 0 s"),
-        (185, "3 min 5 s"),
-        (7_800, "2 h 10 min"),
-        (47 * 3600, "47 h 0 min"),
-        (99 * 3600, "4 d 3 h"),
-    ],
-)
-def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
-    assert human_seconds(seconds) == text
 
 
 def test_a_healthy_pipeline_is_told_in_a_few_lines() -> None:
