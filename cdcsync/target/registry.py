@@ -17,6 +17,7 @@ import msgspec
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
+from cdcsync.config import QualifiedName
 from cdcsync.config.differences import as_stored
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
@@ -112,6 +113,11 @@ class Entry(msgspec.Struct, frozen=True):
     last_generation: int | None = None
     settings: dict[str, Any] | None = None
     left_out: dict[str, str] = {}
+
+    @property
+    def view(self) -> QualifiedName:
+        """The name of its view."""
+        return QualifiedName.parse(self.view_name)
 
     @property
     def leaves(self) -> frozenset[str]:

@@ -89,7 +89,7 @@ async def missing_of(target: Connection, schema: str, index: IndexSpec) -> Missi
         entry = await Registry(schema).find(target, index.name)
         if entry is None or entry.state != "live":
             return Missing()
-        return await missing_relations(target, schema, index)
+        return await missing_relations(target, schema, index, view=entry.view)
 
 
 def as_a_whole(differing: int, looked: int, estimate: float = 0) -> bool:

@@ -18,10 +18,13 @@ log = structlog.get_logger()
 async def page_vectors(
     dispatcher: Dispatcher, spec: IndexSpec, texts: Mapping[bytes, str]
 ) -> Mapping[bytes, FloatVector]:
-    """Return the vectors of texts by their hash, call after call; those that a failure leaves out are missing."""
+    """Return the vectors of a load's texts by their hash, call after call.
+
+    Those that a failure leaves out are missing, and those that wait for `tokens_per_day`.
+    """
     vectors: dict[bytes, FloatVector] = {}
     try:
-        while texts:
+        while texts and dispatcher.waits_until(load=True) is None:
             call = dict(islice(texts.items(), dispatcher.batch(texts)))
             vectors |= spec.usable((await dispatcher.embed(call)).vectors)
             texts = dict(islice(texts.items(), len(call), None))

@@ -93,7 +93,7 @@ async def read_need(target: Connection, config: Config, spec: IndexSpec, catalog
         entry = await Registry(schema).find(target, spec.name)
         if entry is None:
             return Reading(None, need_of(spec, None, Difference()))
-        missing = await missing_relations(target, schema, spec)
+        missing = await missing_relations(target, schema, spec, view=entry.view)
         begun = bool(missing.tables) or not await Requests(schema).still_to_begin(target, spec.name)
     now = present_fingerprint(catalog, spec)
     found = Difference() if now is None else difference_of(catalog, spec, entry, now)

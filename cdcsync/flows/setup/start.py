@@ -54,7 +54,7 @@ from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.ddl.upgrading import upgrade_vectors
 from cdcsync.target.generations import Generations
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.registry import Registry
+from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.requests import Requests
 from cdcsync.target.session import ApplySession
 
@@ -150,8 +150,9 @@ async def set_up_indexes(
                 await upgrade_vectors(target, config.target.schema, spec)
                 await drop_generations(target, config.target.schema, spec)
                 async with target.transaction():
-                    missing = await missing_relations(target, config.target.schema, spec)
-                    await _refuse_switched(target, config.target.schema, spec)
+                    before = await _as_examined(target, config.target.schema, spec)
+                    view = None if before is None else before.view
+                    missing = await missing_relations(target, config.target.schema, spec, view=view)
                     await create_index_relations(target, config.target.schema, spec)
                     created = await create_generations(target, config.target.schema, spec)
                     await put_policy(target, config.target.schema, spec, config.serve)
@@ -177,18 +178,19 @@ async def set_up_indexes(
                 ) from error
 
 
-async def _refuse_switched(target: Connection, schema: str, spec: IndexSpec) -> None:
-    """See that the index still has the generations that it was examined with, and that it keeps them meanwhile.
+async def _as_examined(target: Connection, schema: str, spec: IndexSpec) -> Entry | None:
+    """Return the index's row if it still has the generations that it was examined with, and see that it keeps them.
 
     :raises TablesChanged: somebody switched from one to another, or began or ended a migration.
     """
     entry = await Registry(schema).find(target, spec.name, lock=True)
     if entry is None:
-        return
+        return None
     wanted = {one.generation for one in await Generations(schema).of(target, spec.name) if one.state != "dropping"}
     wanted.add(entry.generation)
     if entry.generation != spec.generation or wanted != {one.generation for one in spec.generations}:
         raise TablesChanged("the index has other generations of vectors", where=f"index {spec.name}")
+    return entry
 
 
 async def drop_generations(target: Connection, schema: str, spec: IndexSpec) -> None:

@@ -29,9 +29,14 @@ class Missing(msgspec.Struct, frozen=True):
         return bool(self.tables or self.built)
 
 
-async def missing_relations(connection: Connection, schema: str, spec: IndexSpec) -> Missing:
-    """Return what is missing of an index that is loaded."""
-    names, view = Names(schema, spec.name), spec.config.view_name
+async def missing_relations(
+    connection: Connection, schema: str, spec: IndexSpec, *, view: QualifiedName | None = None
+) -> Missing:
+    """Return what is missing of an index that is loaded.
+
+    :param view: the name that its view has, where the configuration gives it another one by now.
+    """
+    names, view = Names(schema, spec.name), view or spec.config.view_name
     tables = [f"{spec.name}_chunks", f"{spec.name}_backlog", f"{spec.name}_vectors_{spec.generation}"]
     indexes = [names.hnsw_name(spec.generation), names.near_name(spec.generation)]
     indexes += [b_tree_name(spec.name, column) for column in spec.config.indexed]

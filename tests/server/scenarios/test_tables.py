@@ -223,3 +223,4 @@ def test_an_index_whose_view_has_another_name_now_keeps_it_and_who_may_read_it(m
         assert views == [(view.removeprefix("public."),)]
         assert target.execute("SELECT has_table_privilege('pg_monitor', %s, 'SELECT')", [view]).fetchone() == (True,)
     assert target.execute("SELECT count(*) FROM built_on").fetchone() == (3,)
+    assert "relations_missing" not in {event["event"] for event in scene.pipeline.events()}
