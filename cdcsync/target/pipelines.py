@@ -63,11 +63,17 @@ class Lease(msgspec.Struct, frozen=True):
     commits: int
 
 
+def waiters_lock(schema: str) -> str:
+    """Return how the name of the lock begins that `wait_for` shares while it waits; the slot's name follows."""
+    return f"cdcsync waits {schema} "
+
+
 class Pipelines:
     """The pipelines table, for one slot."""
 
     def __init__(self, schema: str, slot: str) -> None:
         self._table = sql.Identifier(schema, "pipelines")
+        self._schema = schema
         self._slot = slot
         self._lock = f"cdcsync pipeline {schema} {slot}"
 
@@ -104,6 +110,15 @@ class Pipelines:
     async def try_lock(self, connection: Connection) -> bool:
         """Take the pipeline's lock for this session, if no other session holds it."""
         row = await fetch_one(connection, "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", [self._lock])
+        return bool(row[0])
+
+    async def awaited(self, connection: Connection) -> bool:
+        """Say whether `wait_for` waits in some transaction for a checkpoint of this pipeline, or has waited in it."""
+        row = await fetch_one(
+            connection,
+            "SELECT NOT pg_try_advisory_xact_lock(hashtextextended(%s, 0))",
+            [waiters_lock(self._schema) + self._slot],
+        )
         return bool(row[0])
 
     async def lock_within(self, connection: Connection, seconds: float) -> bool:

@@ -182,6 +182,14 @@ class ApplySession:
             log.warning("silent_session_ended", slot=self._slot, pid=pid, silent_s=connection.patience_s)
         return pid is not None
 
+    async def awaited(self) -> bool:
+        """Say whether somebody waits until the index holds a position.
+
+        :raises TargetUnavailable: the target does not answer.
+        """
+        with speaking_of("target"):
+            return await self._pipelines.awaited(self.connection)
+
     async def ensure(self, specs: Sequence[IndexSpec]) -> None:
         """Open the connection again if it is not usable; otherwise do nothing.
 

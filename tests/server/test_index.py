@@ -305,6 +305,24 @@ async def test_wait_for_is_true_once_the_checkpoint_is_there_and_false_at_the_ti
             await articles.wait_for("nonsense")
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "insert_position", "holds"),
+    [
+        ("0/2000", "0/2018", True),
+        ("0/1FF8", "0/2018", False),
+        ("0/2000", "0/2020", False),
+        ("0/2000", "0/2000", True),
+        ("0/2000", "0/2008", False),
+    ],
+)
+async def test_the_start_of_a_page_holds_no_more_than_the_end_of_the_page_before(
+    database: Database, checkpoint: str, insert_position: str, holds: bool
+) -> None:
+    async with indexed(database) as (index, config), cdcsync.Index.open(config, "articles") as articles:
+        await index.connection.execute("UPDATE cdcsync.pipelines SET checkpoint = %s", [checkpoint])
+        assert await articles.wait_for(insert_position, timeout_s=0.01) is holds
+
+
 # -- for threads ----------------------------------------------------------------------------------------------------
 
 

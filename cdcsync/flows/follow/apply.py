@@ -156,6 +156,15 @@ class Applier:
                     return
                 changes = self._ahead.changes = None
 
+    async def awaited(self) -> bool:
+        """Say whether a reader waits for a position; False if the target is away."""
+        try:
+            await self._session.ensure(self._specs)
+            return await self._session.awaited()
+        except TargetUnavailable as error:
+            await self._backoff.wait(error)
+            return False
+
     async def note_position(self, position: Lsn, *, caught_up: bool) -> bool:
         """Commit a position up to which there is nothing to apply; False if the target is away."""
         try:

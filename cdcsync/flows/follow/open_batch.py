@@ -8,7 +8,7 @@ The rules:
 2. What needs no apply (transactions of other tables, keepalives) moves the checkpoint only while nothing is in
    flight. It is then written at once after real work, so that readers who wait for an LSN continue, and less and less
    often from there, down to every `IDLE_CHECKPOINT_S`: each such write is itself WAL if source and target are one
-   server.
+   server. In between it is offered, to be written if a reader waits.
 3. Once a pause is stored, the transaction under way is taken to its end, and nothing after it.
 4. An open batch belongs to one connection and goes with it: everything after the checkpoint is delivered again.
 """
@@ -35,6 +35,9 @@ IDLE_CHECKPOINT_S = 10.0
 PROMPT_CHECKPOINT_S = 0.25
 """How soon after real work the position is written again; the pause doubles from there."""
 
+OFFER_S = 0.25
+"""How often a position is offered that is not due yet: so long a reader may wait for it."""
+
 
 class Limits(msgspec.Struct):
     """How large a batch may grow: it is full at so many rows, or so many bytes."""
@@ -43,12 +46,23 @@ class Limits(msgspec.Struct):
     bytes: int
 
 
+class Position(msgspec.Struct, frozen=True):
+    """A position up to which there is nothing to apply.
+
+    :ivar due: whether it is to be written even if no reader waits for it.
+    """
+
+    lsn: Lsn
+    due: bool
+
+
 class IdlePace:
     """How often the position is written while there is nothing to apply."""
 
     def __init__(self) -> None:
         self._pause_s = 0.0
         self._written_at = 0.0
+        self._offered_at = 0.0
 
     def hasten(self) -> None:
         """Write the position at the next opportunity."""
@@ -56,7 +70,7 @@ class IdlePace:
 
     def written(self) -> None:
         """Note that the position is being written; the next time is later."""
-        self._written_at = anyio.current_time()
+        self._written_at = self._offered_at = anyio.current_time()
         self._pause_s = min(IDLE_CHECKPOINT_S, max(PROMPT_CHECKPOINT_S, 2 * self._pause_s))
 
     def due(self, *, dry: bool) -> bool:
@@ -64,10 +78,13 @@ class IdlePace:
         rested_s = anyio.current_time() - self._written_at
         return rested_s >= IDLE_CHECKPOINT_S or (dry and rested_s >= self._pause_s)
 
-    @property
-    def left_s(self) -> float:
-        """How long to wait before asking again."""
-        return max(PROMPT_CHECKPOINT_S, self._pause_s + self._written_at - anyio.current_time())
+    def offers(self) -> bool:
+        """Say whether to offer it now, and note that it is."""
+        now = anyio.current_time()
+        if now - self._offered_at < OFFER_S:
+            return False
+        self._offered_at = now
+        return True
 
 
 class OpenBatch:
@@ -175,7 +192,7 @@ class OpenBatch:
 
     # -- applying -----------------------------------------------------------------------------------------------
 
-    async def next(self) -> Batch | Lsn:
+    async def next(self) -> Batch | Position:
         """Return what is to be committed next, once there is something: a batch, or just a position.
 
         The caller calls `done` with a batch that is in the target.
@@ -183,11 +200,13 @@ class OpenBatch:
         while True:
             if self._ready:
                 return self._take()
-            if self._position_due:
+            if self._moved and self._pace.due(dry=self._dry):
                 self._pace.written()
-                return self._passed
+                return Position(self._passed, due=True)
+            if self._moved and self._pace.offers():
+                return Position(self._passed, due=False)
             self._for_applier = anyio.Event()
-            with anyio.move_on_after(self._pace.left_s):
+            with anyio.move_on_after(OFFER_S):
                 await self._for_applier.wait()
 
     async def following(self) -> Batch:
@@ -232,9 +251,9 @@ class OpenBatch:
         return self._dry and not self._filling.partial and (bool(self._filling) or ends)
 
     @property
-    def _position_due(self) -> bool:
-        waits = self._passed > self._progress.checkpoint and not self._filling and self._transaction is None
-        return waits and self._pace.due(dry=self._dry)
+    def _moved(self) -> bool:
+        """Whether there is nothing to apply up to a position beyond the checkpoint."""
+        return self._passed > self._progress.checkpoint and not self._filling and self._transaction is None
 
     def _note_passed(self, lsn: Lsn) -> None:
         self._passed = max(self._passed, lsn)

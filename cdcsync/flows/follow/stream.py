@@ -18,7 +18,7 @@ import anyio
 from cdcsync.errors import SchemaChanged, SourceUnavailable, leading
 from cdcsync.flows.follow.accounts import Accounts
 from cdcsync.flows.follow.apply import Applier, Outcome
-from cdcsync.flows.follow.open_batch import Limits, OpenBatch
+from cdcsync.flows.follow.open_batch import Limits, OpenBatch, Position
 from cdcsync.flows.follow.receive import Dry, Heard, Passed, Receiver
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
@@ -210,9 +210,11 @@ class Stream:
                     if paused and not work.partial:
                         # Faults found meanwhile in changes that are not stored will be found again.
                         return list(paused.values())
-                case Lsn():
-                    if await self._applier.note_position(work, caught_up=self._open.nothing_left):
-                        self._progress.commit(work)
+                case Position():
+                    if not work.due and not paused and not await self._applier.awaited():
+                        continue
+                    if await self._applier.note_position(work.lsn, caught_up=self._open.nothing_left):
+                        self._progress.commit(work.lsn)
                         if paused:
                             # The end of the transaction had come alone before the batch that paused was written.
                             return list(paused.values())

@@ -18,6 +18,7 @@ from psycopg import sql
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target import approvals, audits, calls, generations, registry, requests, version
 from cdcsync.target.ddl.names import MAX_ATTEMPTS
+from cdcsync.target.pipelines import waiters_lock
 
 log = structlog.get_logger()
 
@@ -34,6 +35,7 @@ async def create_shared(connection: Connection, schema: str) -> None:
         **names,
         indexes=sql.Literal(sql.Identifier(schema, registry.TABLE).as_string(connection)),
         attempts=sql.SQL(str(MAX_ATTEMPTS)),
+        waiters=sql.Literal(waiters_lock(schema)),
     )
     names["definition"] = sql.Literal(wait_for.as_string(connection))
     await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdcsync schema ' || %s, 0))", [schema])
@@ -74,9 +76,14 @@ WAIT_FOR: LiteralString = """
         pause float8 := 0.002;
         entry {schema}.indexes;
         reached boolean;
+        waits boolean := false;
     BEGIN
         IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
             RAISE EXCEPTION 'wait_for needs READ COMMITTED: in this transaction every query sees the same moment';
+        END IF;
+        IF mod(lsn - '0/0'::pg_lsn, 8192) = 24 THEN
+            -- The place after a page's header is where the next record begins, and nobody has written that page yet.
+            lsn := lsn - 24::numeric;
         END IF;
         LOOP
             SELECT i.* INTO entry FROM {schema}.indexes i WHERE i.name = wait_for.index_name;
@@ -113,6 +120,11 @@ WAIT_FOR: LiteralString = """
             END IF;
             IF clock_timestamp() >= deadline THEN
                 RETURN false;
+            END IF;
+            IF NOT waits THEN
+                -- The worker sees this lock, and writes where it is as soon as nothing is left to apply.
+                PERFORM pg_advisory_xact_lock_shared(hashtextextended({waiters} || entry.slot, 0));
+                waits := true;
             END IF;
             PERFORM pg_sleep(pause);
             pause := least(pause * 1.5, 0.05);

@@ -29,6 +29,20 @@ def notes(make_scene: MakeScene, request: pytest.FixtureRequest) -> Scene:
     )
 
 
+@pytest.fixture(scope="module")
+def idle(make_scene: MakeScene) -> Scene:
+    """A pipeline that writes its position once after each change, and for a reader who waits; else as good as never."""
+    seldom = {
+        f"cdcsync.flows.follow.open_batch.{name}": 3600.0 for name in ("PROMPT_CHECKPOINT_S", "IDLE_CHECKPOINT_S")
+    }
+    return make_scene(
+        ["CREATE TABLE notes (id int PRIMARY KEY, title text, n int)", "INSERT INTO notes VALUES (1, 'one', 1)"],
+        {"notes": Followed("notes", where="n > 0")},
+        apart=True,
+        hurry=seldom,
+    )
+
+
 @pytest.fixture
 def writer(notes: Scene) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
     """A connection that is not in autocommit."""
@@ -53,6 +67,25 @@ def test_a_prepared_transaction_counts_once_it_is_committed(
 
     notes.follows()
     assert notes.pipeline.target.execute("SELECT content FROM notes_index WHERE id = 104").fetchall() == [("prepared",)]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TABLE IF NOT EXISTS elsewhere AS SELECT 1 AS one",
+        "INSERT INTO notes VALUES (200, 'is left out', -1)",
+        "SELECT pg_logical_emit_message(true, 'of somebody', 'else')",
+    ],
+    ids=["another table", "a row that no index has", "a message"],
+)
+def test_whoever_waits_for_what_changes_no_index_does_not_wait_for_the_next_change(idle: Scene, statement: str) -> None:
+    idle.execute(statement)
+    position = idle.pipeline.source.execute("SELECT pg_current_wal_insert_lsn()").fetchone()
+    assert position is not None
+
+    held = idle.pipeline.target.execute("SELECT cdcsync.wait_for('notes', %s, '40 s')", position)
+
+    assert held.fetchone() == (True,), idle.pipeline.tail()
 
 
 def test_what_was_rolled_back_to_a_savepoint_never_was(

@@ -7,7 +7,7 @@ import pytest
 
 from cdcsync.config import QualifiedName
 from cdcsync.errors import SchemaChanged
-from cdcsync.flows.follow.open_batch import Limits, OpenBatch
+from cdcsync.flows.follow.open_batch import Limits, OpenBatch, Position
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import Batch, PageEnd, PageRows
 from cdcsync.model.lag import Lag
@@ -47,11 +47,18 @@ class Opened:
         self.change(*keys)
         self.commit(end_lsn)
 
-    async def next(self) -> Batch | Lsn | None:
-        """Return what is to be committed now; None if there is nothing."""
+    async def offered(self) -> Batch | Position | None:
+        """Return what the applier gets now; None if there is nothing."""
         with anyio.move_on_after(0):
             return await self.batch.next()
         return None
+
+    async def next(self) -> Batch | Lsn | None:
+        """Return what is to be committed now, whoever waits for it; None if there is nothing."""
+        found = await self.offered()
+        if isinstance(found, Position):
+            return found.lsn if found.due else None
+        return found
 
     async def take(self) -> Batch:
         taken = await self.next()
@@ -123,7 +130,7 @@ async def test_the_receiver_waits_while_there_is_no_room_and_is_woken_when_the_b
 
 
 async def test_the_applier_is_woken_when_there_is_something_to_do(opened: Opened) -> None:
-    taken: list[Batch | Lsn] = []
+    taken: list[Batch | Position] = []
 
     async def apply() -> None:
         taken.append(await opened.batch.next())
@@ -172,6 +179,24 @@ async def test_positions_are_written_less_and_less_often_unless_the_source_waits
     assert await opened.next() is None
     opened.batch.pass_by(Lsn(31), promptly=True)
     assert await opened.next() == Lsn(31)
+
+
+async def test_a_position_that_is_not_due_is_offered_to_whoever_waits_for_it(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened.batch.pass_by(Lsn(20), promptly=True)
+    opened.batch.note_dry(heard_all=True)
+    assert await opened.offered() == Position(Lsn(20), due=True)
+    opened.progress.commit(Lsn(20))
+    monkeypatch.setattr("cdcsync.flows.follow.open_batch.OFFER_S", 0.0)
+    assert await opened.offered() is None
+
+    opened.batch.pass_by(Lsn(30), promptly=False)
+    assert await opened.offered() == Position(Lsn(30), due=False)
+    assert await opened.offered() == Position(Lsn(30), due=False)
+
+    opened.begin(40)
+    assert await opened.offered() is None
 
 
 async def test_a_pause_goes_with_the_next_batch_even_if_that_has_no_changes(opened: Opened) -> None:
