@@ -84,6 +84,8 @@ class Stream:
                 self._known[oid] = table.schema, table.name
         self.described: Callable[[], None] = lambda: None
         """Called when the source describes a table again."""
+        self._pauses_asked: dict[str, SchemaChanged] = {}
+        """The pauses from outside that are not stored yet: no other connection would deliver their reasons again."""
         self._progress = Progress(Lsn(0))
         self._open = self._new_batch()
         self._leaving = anyio.Event()
@@ -99,7 +101,11 @@ class Stream:
         return self._progress.received
 
     def pause(self, error: SchemaChanged) -> None:
-        """Pause an index with the next commit; `follow` returns the error once that is stored."""
+        """Pause an index with the next commit, of this connection or a later one.
+
+        `follow` returns the error once that is stored.
+        """
+        self._pauses_asked[error.index] = error
         self._open.pause(error)
 
     def leave(self) -> None:
@@ -119,6 +125,8 @@ class Stream:
         self._progress = Progress(checkpoint)
         self._lag.begin(checkpoint, silence_s)
         self._open = self._new_batch()
+        for error in self._pauses_asked.values():
+            self._open.pause(error)
         self._leaving = leaving = anyio.Event()
         receiver = Receiver(
             slot,

@@ -232,3 +232,31 @@ async def test_a_connection_that_breaks_ends_the_following_and_the_next_one_begi
     async with followed.following() as until:
         await until(lambda: followed.target.keys)
     assert followed.target.keys == ["b"]
+
+
+@pytest.mark.parametrize("when", ["before the first connection", "while it breaks"])
+async def test_a_pause_from_outside_outlives_the_connection_whose_batch_was_to_store_it(
+    tmp_path: Path, when: str
+) -> None:
+    followed = Followed(tmp_path)
+    gone = SchemaChanged("the table was dropped", index="articles")
+    if when == "while it breaks":
+        followed.slot.frames.extend(transaction(30, insert("a"))[:-1])
+        async with anyio.create_task_group() as tasks:
+
+            async def follow() -> None:
+                with pytest.raises(SourceUnavailable):
+                    await followed.follow()
+
+            tasks.start_soon(follow)
+            await anyio.wait_all_tasks_blocked()
+            followed.stream.pause(gone)
+            followed.stream.leave()
+    else:
+        followed.stream.pause(gone)
+
+    followed.slot.frames.extend(transaction(40, insert("b")))
+    with anyio.fail_after(20):
+        assert await followed.follow() == [gone]
+
+    assert followed.target.paused == ["articles"]
