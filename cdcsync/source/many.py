@@ -7,23 +7,23 @@ dropped meanwhile has no rows.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TypeVar
 
 import msgspec
 import psycopg
 
+from cdcsync.config import QualifiedName
 from cdcsync.model.rows import Key, Row, Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Snapshot
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.reads import Page
 from cdcsync.source.tables import SourceTable
 
 T = TypeVar("T")
-
-DROPPED = (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)
 
 
 def source_table(spec: IndexSpec) -> SourceTable:
@@ -42,12 +42,12 @@ class SourceTables(SourceTable):
     async def page(self, connection: Connection, after: Key | None, limit: int, where: str | None = None) -> Page:
         """Return rows of the first table that has any after a key; `more` says whether another table follows."""
         snapshot = await current_snapshot(connection)
-        names = list(self._members)
+        nothing, names = Page(snapshot, []), list(self._members)
         for name, member, start in self._from(after):
-            page = await _unless_dropped(member.page(connection, start, limit, where), Page(snapshot, []))
+            page = await _of(member, nothing, member.page, connection, start, limit, where)
             if page.rows or page.last is not None:
                 return msgspec.structs.replace(page, snapshot=snapshot, more=page.more or name != names[-1])
-        return Page(snapshot, [])
+        return nothing
 
     def _from(self, after: Key | None) -> Iterator[tuple[str, SourceTable, Key | None]]:
         for name, member in self._members.items():
@@ -58,18 +58,19 @@ class SourceTables(SourceTable):
         self, connection: Connection, after: Key | None, limit: int, most_bytes: int, where: str | None = None
     ) -> int:
         """Return how many rows of a page are at most so large together, at least 1."""
+        nothing = Page(await current_snapshot(connection), [])
         for _, member, start in self._from(after):
-            page = await _unless_dropped(member.page(connection, start, 1, where), None)
-            if page is not None and (page.rows or page.last is not None):
-                fits = member.fitting(connection, start, limit, most_bytes, where)
-                return await _unless_dropped(fits, limit)
+            page = await _of(member, nothing, member.page, connection, start, 1, where)
+            if page.rows or page.last is not None:
+                return await _of(member, limit, member.fitting, connection, start, limit, most_bytes, where)
         return limit
 
     async def fitting_keys(self, connection: Connection, keys: Sequence[Key], most_bytes: int) -> int:
         """Return how many of these keys, from the first on, have rows of at most so many bytes together."""
         fitting = len(keys)
         for name, mine in self._by_table(keys).items():
-            fits = await _unless_dropped(self._members[name].fitting_keys(connection, mine, most_bytes), len(mine))
+            member = self._members[name]
+            fits = await _of(member, len(mine), member.fitting_keys, connection, mine, most_bytes)
             if fits < len(mine):
                 fitting = min(fitting, keys.index(mine[fits]))
         return max(1, fitting) if keys else 0
@@ -80,7 +81,8 @@ class SourceTables(SourceTable):
         rows: list[Row] = []
         unread: dict[Key, Unread] = {}
         for name, mine in self._by_table(keys).items():
-            page = await _unless_dropped(self._members[name].by_keys(connection, mine), Page(snapshot, []))
+            member = self._members[name]
+            page = await _of(member, Page(snapshot, []), member.by_keys, connection, mine)
             rows += page.rows
             unread |= page.unread
         return Page(snapshot, rows, unread=unread)
@@ -91,7 +93,8 @@ class SourceTables(SourceTable):
         by_table = self._by_table(keys)
         gone = [key for key in keys if key[0] not in self._members]
         for name, mine in by_table.items():
-            gone += (await _unless_dropped(self._members[name].absent(connection, mine), (snapshot, mine)))[1]
+            member = self._members[name]
+            gone += (await _of(member, (snapshot, mine), member.absent, connection, mine))[1]
         missing = set(gone)
         return snapshot, [key for key in keys if key in missing]
 
@@ -104,20 +107,37 @@ class SourceTables(SourceTable):
 
     async def estimate(self, connection: Connection) -> int:
         """Return the planner's idea of how many rows the tables have."""
-        return sum([await _unless_dropped(one.estimate(connection), 0) for one in self._members.values()])
+        return sum([await _of(one, 0, one.estimate, connection) for one in self._members.values()])
 
     async def count(self, connection: Connection, where: str | None = None) -> int | None:
         """Return how many rows there are to read; None if a condition fails for one of them."""
-        counts = [await _unless_dropped(one.count(connection, where), 0) for one in self._members.values()]
+        none: int | None = 0
+        counts = [await _of(one, none, one.count, connection, where) for one in self._members.values()]
         return None if None in counts else sum(filter(None, counts))
 
     async def expected(self, connection: Connection, where: str | None = None) -> int:
         """Return the planner's idea of how many rows there are to read."""
-        return sum([await _unless_dropped(one.expected(connection, where), 0) for one in self._members.values()])
+        return sum([await _of(one, 0, one.expected, connection, where) for one in self._members.values()])
 
 
-async def _unless_dropped(read: Awaitable[T], otherwise: T) -> T:
+async def _of(
+    member: SourceTable, otherwise: T, read: Callable[..., Awaitable[T]], connection: Connection, *arguments: object
+) -> T:
+    return await unless_dropped(member.shape.table, otherwise, read, connection, *arguments)
+
+
+async def unless_dropped(
+    table: QualifiedName, otherwise: T, read: Callable[..., Awaitable[T]], connection: Connection, *arguments: object
+) -> T:
+    """Return what is read of one of many tables, or `otherwise` if that table was dropped.
+
+    :param read: takes the connection and the arguments.
+    :raises psycopg.Error: it fails in another way: a function that a condition calls may miss a table of its own.
+    """
     try:
-        return await read
-    except DROPPED:
-        return otherwise
+        return await read(connection, *arguments)
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+        if not await fetch_value(connection, "SELECT to_regclass(%s) IS NOT NULL", [str(table)]):
+            return otherwise
+    # Another table may just have got its name.
+    return await read(connection, *arguments)

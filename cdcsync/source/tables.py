@@ -151,7 +151,7 @@ class SourceTable:
         place = {key: at for at, key in enumerate(keys)}
         ordered = sorted(found.rows, key=lambda row: place.get(self.shape.key_of(row), 0))
         return msgspec.structs.replace(
-            found, snapshot=snapshot, rows=ordered, more=len(keys) == limit, last=keys[-1] if keys else after
+            found, snapshot=snapshot, rows=ordered, more=len(keys) == limit, last=keys[-1] if keys else None
         )
 
     @property

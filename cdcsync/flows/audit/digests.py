@@ -27,6 +27,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons, follows
 from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Connection
+from cdcsync.source.many import unless_dropped
 from cdcsync.source.related import computed
 from cdcsync.source.related import operators as related_operators
 from cdcsync.source.tables import SourceTable
@@ -66,12 +67,11 @@ async def source_digests(
         if (keys is not None and not mine) or (source is not None and after is not None and source < after[0]):
             continue
         start = after if source is None or after is None or source == after[0] else None
-        try:
+        if source is None:
             page = await _digests_apart(connection, one, start, limit, mine)
-        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
-            if source is None:
-                raise
-            continue  # one of many was dropped meanwhile
+        else:
+            nothing = Digests({}, [], None, last=True)
+            page = await unless_dropped(one.shape.table, nothing, _digests_apart, connection, one, start, limit, mine)
         if keys is None and (page.by_key or not page.last):
             return msgspec.structs.replace(page, last=page.last and one is spec.each[-1])
         found = Digests(found.by_key | page.by_key, found.repeated + page.repeated, page.after or after, page.last)
