@@ -296,7 +296,7 @@ class Metrics:
         self.recall = self._gauge(
             "recall",
             "1",
-            "Mean share of the ten nearest vectors that searches find, with the hnsw.ef_search of their sessions.",
+            "Mean share of the ten nearest vectors that searches find.",
             index,
         )
         self.recall_finished = self._gauge(

@@ -47,7 +47,7 @@ def evaluate(
             metavar="N",
             min=1,
             max=1000,
-            help="How far HNSW looks; may be given several times. Else as far as sessions do without asking.",
+            help="How far HNSW looks, as in a query of the view; may be given several times. [as far as searches do]",
             show_default=False,
         ),
     ] = None,

@@ -64,6 +64,9 @@ def print_recall(found: Evaluation, where: str | None, not_stored: str | None) -
     out.print(table)
     if not all(one.by_hnsw for one in found.measured):
         out.print("where it says so, the planner found it cheaper to read the whole table: nothing is missed then")
+    if found.undirected:
+        vectors = "1 vector is" if found.undirected == 1 else f"{found.undirected:,} vectors are"
+        out.print(f"{vectors} all zeros: by cosine no search by vector finds them, searches by words do", markup=False)
     if not_stored is not None:
         out.print(f"not stored: {not_stored}", markup=False)
 

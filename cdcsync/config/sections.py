@@ -227,6 +227,8 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param indexed: columns of the index that get a b-tree each, for searches that filter on them selectively.
     :param search: the text search configuration of keyword search, or one of `columns` in braces that names the
         language of each row: "{language}"; "cjk" for Chinese, Japanese and Korean; empty for none.
+    :param ranking: how keyword search ranks; "auto" takes BM25 of the extension pg_textsearch where the target has it,
+        for a `search` of one configuration, "sql" never does.
     :param distance: how nearness is measured; "auto" takes what the model was trained for.
     :param vector_type: pgvector's column type; "halfvec" halves the space and allows twice the dimensions.
     :param inline_budget_ms: milliseconds that a small batch may wait for its vectors, so that both commit together;
@@ -255,6 +257,7 @@ class Index(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     columns: tuple[Name, ...] = ()
     indexed: tuple[Name, ...] = ()
     search: Searched | None = "english"
+    ranking: Literal["auto", "sql"] = "auto"
     distance: Literal["auto", "cosine", "l2", "inner_product"] = "auto"
     vector_type: Literal["vector", "halfvec"] = "vector"
     inline_budget_ms: Milliseconds = 50.0

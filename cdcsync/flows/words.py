@@ -2,6 +2,9 @@
 
 Searches weight words by how rare they are. A count that is some tenths off changes no order, so an index is counted
 again only after a tenth of it changed, and counting takes a bounded share of the time.
+
+Where the target has the extension pg_textsearch, each live index gets an index of that, and searches rank by it. An
+administrator may install or drop the extension at any time; the search function ranks by the counts meanwhile.
 """
 
 from __future__ import annotations
@@ -17,8 +20,11 @@ from cdcsync.errors import CdcsyncError, Unavailable
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session, speaking_of
+from cdcsync.target.ddl.bm25 import bm25_option
+from cdcsync.target.ddl.building import keep_bm25
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.searching import words_name
+from cdcsync.target.registry import Registry
 from cdcsync.target.search import count_words
 
 log = structlog.get_logger()
@@ -46,6 +52,7 @@ async def count_words_for_ever(dsn: str, schema: str, specs: Sequence[IndexSpec]
                     connection = await target.connection()
                     with speaking_of("target", where=f"index {spec.name}"):
                         await _count_if_changed(connection, schema, spec, counted_at)
+                        await _keep_ranking(connection, schema, spec)
                 attempt = 0
             except CdcsyncError as error:
                 log.warning("words_not_counted", error=str(error), fix=error.hint)
@@ -77,3 +84,13 @@ async def _count_if_changed(connection: Connection, schema: str, spec: IndexSpec
         looked_at = await count_words(connection, schema, spec)
         counted_at[spec.name] = written
         log.info("words_counted", index=spec.name, chunks=looked_at)
+
+
+async def _keep_ranking(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Have a live index ranked by pg_textsearch where the target has it, and by its counts where it has not."""
+    entry = await Registry(schema).find(connection, spec.name)
+    if entry is None or entry.state != "live":
+        return
+    if await keep_bm25(connection, schema, spec):
+        by = "pg_textsearch" if await bm25_option(connection, schema, spec) else "sql"
+        log.info("words_ranked", index=spec.name, by=by)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 
+import anyio
+
 from cdcsync.config import Config
 from cdcsync.config.names import quote
 from cdcsync.embedders import Embedder
@@ -45,8 +47,7 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
     specs: list[IndexSpec] = []
     plans = [make_plan(name, index, embedders.get(index.embedder), findings) for name, index in config.indexes.items()]
     async with AsyncExitStack() as stack:
-        source = await _connect(stack, config.source.dsn, "source", findings)
-        target = await _connect(stack, config.target.dsn, "target", findings)
+        source, target = await _connect_both(stack, config, findings)
         source_facts = target_facts = None
         on_target: list[Finding] = []
         if target is not None:
@@ -75,6 +76,25 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
         findings += [finding for finding in plan.findings if finding not in findings]
     specs = [spec for spec in specs if spec.name not in broken]
     return Report(findings, specs, broken, plans, source_facts.catalog if source_facts is not None else None)
+
+
+async def _connect_both(
+    stack: AsyncExitStack, config: Config, findings: list[Finding]
+) -> tuple[Connection | None, Connection | None]:
+    """Connect to both servers at the same time: one that is away, or far, is waited for once."""
+    dsns: dict[Side, str] = {"source": config.source.dsn, "target": config.target.dsn}
+    connections: dict[Side, Connection | None] = {}
+    found: dict[Side, list[Finding]] = {side: [] for side in dsns}
+
+    async def enter(side: Side) -> None:
+        connections[side] = await _connect(stack, dsns[side], side, found[side])
+
+    async with anyio.create_task_group() as tasks:
+        for side in dsns:
+            tasks.start_soon(enter, side)
+    for side in dsns:
+        findings += found[side]
+    return connections["source"], connections["target"]
 
 
 async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[Finding]) -> Connection | None:

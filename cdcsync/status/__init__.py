@@ -14,7 +14,7 @@ Code outside this package imports from here. A file in it imports only from line
 
 from __future__ import annotations
 
-from cdcsync.status.headline import with_headlines
+from cdcsync.status.headline import as_starting, with_headlines, without_problems
 from cdcsync.status.model import (
     VERSION,
     BackfillStatus,
@@ -45,8 +45,10 @@ __all__ = [
     "Status",
     "Tone",
     "WorkerStatus",
+    "as_starting",
     "read_status",
     "render_bars",
     "render_table",
     "with_headlines",
+    "without_problems",
 ]

@@ -47,6 +47,24 @@ def with_headlines(status: Status, late_s: float, reasons: Sequence[str] = ()) -
     return msgspec.structs.replace(status, indexes=indexes, headline=whole or worst)
 
 
+def without_problems(status: Status) -> Status:
+    """Return the status with the problems of paused indexes alone."""
+    paused = tuple(f"index {name} is paused" for name, index in status.indexes.items() if index.state == "paused")
+    return msgspec.structs.replace(status, problems=[one for one in status.problems if one.startswith(paused)])
+
+
+def as_starting(status: Status) -> Status:
+    """Return the status with the headline of a worker that has just begun, unless an index is paused."""
+    indexes = {
+        name: msgspec.structs.replace(index, headline=Headline("not set up yet", "busy", name))
+        if index.state == "absent"
+        else index
+        for name, index in status.indexes.items()
+    }
+    paused = [index.headline for index in indexes.values() if index.state == "paused"]
+    return msgspec.structs.replace(status, indexes=indexes, headline=(*paused, Headline("starting", "busy"))[0])
+
+
 def _of_worker(status: Status) -> Headline | None:
     """Return what concerns all indexes, if anything does."""
     if not status.worker.running:

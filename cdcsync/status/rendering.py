@@ -5,7 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -33,7 +35,7 @@ _STATE_STYLES = {"live": "green", "building": "yellow", "paused": "red", "absent
 
 def render_table(status: Status) -> RenderableType:
     """Return the status as what `rich` prints: the headline, the pipeline, its indexes and loads, and the problems."""
-    parts = [*_head(status), _pipeline(status), "", _indexes(status), ""]
+    parts = [*_head(status), _pipeline(status), "", _Indexes(status), ""]
     if bars := render_bars(status):
         parts += [bars, ""]
     return Group(*parts, *_notes(status), *_events(status))
@@ -123,15 +125,36 @@ def _slot(status: Status) -> Text:
     return Text.assemble((slot.wal_status or UNKNOWN, "green" if good else "red"), ", ", ", ".join(words))
 
 
-def _indexes(status: Status) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for heading in ("index", "state"):
-        table.add_column(heading)
-    for heading in ("documents", "chunks", "vectors", "backlog", "failed"):
-        table.add_column(heading, justify="right")
-    for name, index in status.indexes.items():
-        table.add_row(name, Text(index.state, _STATE_STYLES[index.state]), *_figures(index))
-    return table
+_FIGURES = ("documents", "chunks", "vectors", "backlog", "failed")
+
+
+class _Indexes:
+    """The indexes as a table, or where it would not fit, each by itself: a heading that is cut says nothing."""
+
+    def __init__(self, status: Status) -> None:
+        self._indexes = status.indexes
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self._table()
+        if Measurement.get(console, options.update(max_width=10_000), table).maximum <= options.max_width:
+            yield table
+            return
+        for name, index in self._indexes.items():
+            yield Text.assemble((name, "bold"), "  ", (index.state, _STATE_STYLES[index.state]))
+            told = [
+                Text.assemble(f"{heading} ", figure) for heading, figure in zip(_FIGURES, _figures(index), strict=True)
+            ]
+            yield Padding(Text(", ").join(told), (0, 0, 0, 2))
+
+    def _table(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+        for heading in ("index", "state"):
+            table.add_column(heading, no_wrap=True)
+        for heading in _FIGURES:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, index in self._indexes.items():
+            table.add_row(name, Text(index.state, _STATE_STYLES[index.state]), *_figures(index))
+        return table
 
 
 def _figures(index: IndexStatus) -> list[str | Text]:

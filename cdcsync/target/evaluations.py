@@ -26,7 +26,7 @@ class Measured(msgspec.Struct, frozen=True):
     """Recall and latency of searches with one `ef_search`.
 
     :ivar recall: the mean share, 0 to 1, of the k nearest that were found.
-    :ivar usual: whether sessions have this ef_search without asking for another.
+    :ivar usual: whether it is as far as the search function looks.
     :ivar by_hnsw: whether HNSW was searched; if every vector was compared, nothing can be missed.
     :ivar mean_ms: milliseconds of a search, as this client sees it.
     :ivar settled_recall: the recall among settled vectors alone, which is what the graph is worth: fresh vectors are
@@ -45,7 +45,10 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True):
-    """One evaluation of an index: `queries` of its vectors, the `k` nearest of each."""
+    """One evaluation of an index: `queries` of its vectors, the `k` nearest of each.
+
+    :ivar undirected: the vectors that no search by vector finds: by cosine, those of zeros.
+    """
 
     index: str
     generation: int
@@ -55,10 +58,11 @@ class Evaluation(msgspec.Struct, frozen=True):
     exact_p95_ms: float
     measured: list[Measured]
     evaluated_at: datetime
+    undirected: int = 0
 
 
 class Recall(msgspec.Struct, frozen=True):
-    """The last recall that was measured for the usual k, with the ef_search that sessions have."""
+    """The last recall that was measured for the usual k, as far as the search function looks."""
 
     recall: float
     k: int

@@ -24,7 +24,7 @@ from cdcsync.lsn import Lsn
 from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
 from cdcsync.model.lag import Lag
 from cdcsync.postgres.sessions import IDLE_S, Session, speaking_of
-from cdcsync.status import Headline, Paces, Status, read_status, with_headlines
+from cdcsync.status import Headline, Paces, Status, as_starting, read_status, with_headlines, without_problems
 from cdcsync.worker.history import History, Memory
 
 log = structlog.get_logger()
@@ -37,6 +37,9 @@ GAUGES_SHARE = 0.05
 
 QUERY_S = 4.0
 """How long a query may wait for its vector behind the worker's own texts; whoever asks can load the model instead."""
+
+STARTING_S = 15.0
+"""How long a worker may take to follow its source before that is a problem; a start takes a second or two."""
 
 ALIVE_WITHIN_S = 30.0
 """The loop is alive if it turned within this time; the longest uninterrupted step is a batch being decoded."""
@@ -64,6 +67,8 @@ class WorkerState:
         self._reconfigure: Callable[[Config], None] = lambda config: None
         self._dispatchers: Mapping[str, Dispatcher] = {}
         self._connected = False
+        self._followed = False
+        self._begun = anyio.current_time()
         self._turned = anyio.current_time()
         self._source = Session(config.source.dsn, "source", application_name="cdcsync status", idle_s=IDLE_S)
         self._target = Session(config.target.dsn, "target", application_name="cdcsync status", idle_s=IDLE_S)
@@ -97,12 +102,19 @@ class WorkerState:
     def connected(self, up: bool) -> None:
         """Note whether the stream flows."""
         self._connected = up
+        self._followed = self._followed or up
         self.metrics.connected.labels("source").set(up)
 
     @property
     def streaming(self) -> bool:
         """Whether changes flow."""
         return self._connected
+
+    @property
+    def starting(self) -> bool:
+        """Whether the worker began so lately that it need not follow its source yet."""
+        waits = self._followed or self.standby or self.waiting_for is not None
+        return not waits and anyio.current_time() - self._begun < STARTING_S
 
     def stop(self) -> None:
         """Ask for an orderly end: the batch in hand is finished, or abandoned whole."""
@@ -220,8 +232,13 @@ class WorkerState:
             status = msgspec.structs.replace(status, lag_seconds=seconds, caught_up=caught_up)
         self._last = status
         reasons = self.not_ready()
+        if starting := self.starting:
+            # Of a pipeline that is not set up yet, or not followed, all of this is as it should be.
+            status, reasons = without_problems(status), []
         status = self._memory.noted(self._paces.told(status), reasons)
         status = with_headlines(status, self.config.worker.ready_max_lag_s, reasons)
+        if starting:
+            status = as_starting(status)
         if self.standby:
             status = msgspec.structs.replace(status, headline=Headline("standby: another worker runs", "busy"))
         self._last = status

@@ -14,6 +14,7 @@ from tests import ROOT
 
 CONFIG = ROOT / "config"
 UNIT, TEMPLATE = CONFIG / "cdcsync.service", CONFIG / "cdcsync@.service"
+SERVE = CONFIG / "cdcsync-serve.service"
 
 EXPOSURE = 2.0
 """The most that systemd's own scale of 0 to 10 may say."""
@@ -26,6 +27,12 @@ PER_INSTANCE = {
     "CacheDirectory=cdcsync": "CacheDirectory=cdcsync-%i",
     "HF_HOME=%C/cdcsync/models TMPDIR=%C/cdcsync": "HF_HOME=%C/cdcsync-%i/models TMPDIR=%C/cdcsync-%i",
 }
+
+EACH_ITS_OWN = {
+    *("Description", "ExecStart", "ExecReload", "Type", "WatchdogSec", "RestartSec", "TimeoutStopSec"),
+    *("CacheDirectory", "Environment", "LimitNOFILE"),
+}
+"""What the tool server's unit says in its own way, or has no use for."""
 
 
 def directives(path: Path) -> list[str]:
@@ -65,6 +72,13 @@ def test_it_has_the_time_to_stop_and_the_watchdog_is_more_patient_than_the_worke
     assert float(value("WatchdogSec")) > ALIVE_WITHIN_S
 
 
+def test_the_tool_server_is_restricted_as_the_worker_is() -> None:
+    of_the_worker, of_the_server = (
+        {line for line in directives(path) if line.partition("=")[0] not in EACH_ITS_OWN} for path in (UNIT, SERVE)
+    )
+    assert of_the_worker == of_the_server
+
+
 def test_a_reload_is_the_signal_that_the_worker_takes_for_one() -> None:
     assert value("ExecReload").split()[1:] == ["-HUP", "$MAINPID"]
     assert value("Type") == "notify"
@@ -88,7 +102,7 @@ def systemd_analyze() -> str:
     return found
 
 
-@pytest.fixture(params=[UNIT, TEMPLATE], ids=lambda path: path.name)
+@pytest.fixture(params=[UNIT, TEMPLATE, SERVE], ids=lambda path: path.name)
 def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A unit whose program exists, which systemd wants; an instance of the template."""
     source: Path = request.param

@@ -125,6 +125,7 @@ def _settings(spec: IndexSpec) -> dict[str, Any]:
         "model": spec.model,
         "dimensions": spec.dimensions,
         "vector_type": spec.config.vector_type,
+        "hnsw": msgspec.to_builtins(spec.config.hnsw),
         "search": spec.config.search,
         "text": spec.config.text or spec.config.documents,
         "chunk_text": spec.config.chunk_text,

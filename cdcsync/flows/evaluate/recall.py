@@ -10,6 +10,10 @@ as it would be found for nothing. Both read both tiers, as every search does. On
 there are fresh ones too, the settled tier is measured again by itself. Distances are compared and not ids: what is as
 near as the last of the k nearest is a hit, whichever of the equals an exact search happens to return.
 
+Unless told how far, a search looks as the search function does: `usual_effort` is that function's own figure, and what
+finds too few vectors is searched exactly in the end. With an `ef_search`, it looks as a query of the view does in a
+session that has set it.
+
 All answers to one query are of one snapshot, and nothing is written but the outcome.
 
 Source: pgvector's README (HNSW query options; monitoring recall); PostgreSQL, "Query Planning", enable_indexscan.
@@ -41,7 +45,7 @@ from cdcsync.target import evaluations
 from cdcsync.target.ddl.relations import OPERATORS, Names, vector_schema
 from cdcsync.target.evaluations import USUAL_K, Evaluation, Measured
 from cdcsync.target.registry import Registry
-from cdcsync.target.search import check_where, nearest_statement, refusal, stored_spec, tune
+from cdcsync.target.search import Effort, check_where, nearest_statement, refusal, stored_spec, tune, usual_effort
 
 log = structlog.get_logger()
 
@@ -102,18 +106,19 @@ class _Measuring:
     """The searches of some vectors of an index: of both tiers, or of the settled one."""
 
     def __init__(
-        self, statement: sql.Composed, exact: sql.Composed, ef_search: Sequence[int], hnsw: str | None, k: int
+        self, statement: sql.Composed, exact: sql.Composed, efforts: Sequence[Effort], hnsw: str | None, k: int
     ) -> None:
         """Begin.
 
         :param exact: the statement that compares all.
+        :param efforts: how far to look, each with an `ef_search` of its own.
         :param hnsw: the name of the HNSW index, None if it is empty.
         """
         self.statement = statement
         self.exact = exact
         self.hnsw = hnsw
         self.k = k
-        self.answers = {one: _Answers() for one in dict.fromkeys(ef_search)}
+        self.answers = {one: _Answers() for one in efforts}
         self.exact_ms: list[float] = []
 
 
@@ -133,7 +138,7 @@ async def evaluate(
     :param connection: a session on the target, in autocommit.
     :param spec: the index as it is stored, see `stored_spec`.
     :param queries: how many stored vectors are searched with; all, where there are no more.
-    :param ef_search: how far HNSW looks, one measurement for each; without any, as far as this session does anyway.
+    :param ef_search: how far HNSW looks, one measurement for each; without any, as far as searches do.
     :param where: an SQL condition on key and carried columns of what is found, as a search has it.
     :raises UsageError: `queries`, `k`, `ef_search` or `where` cannot be used.
     :raises SetupError: there is nothing to evaluate yet, or a search took longer than it may.
@@ -152,17 +157,17 @@ async def evaluate(
                 where=f"index {spec.name}",
                 hint="`cdcsync status` tells what it waits for",
             )
-        # Known to the server from here on, as the sample had it load the extension.
-        cursor = await connection.execute("SELECT current_setting('hnsw.ef_search')::int")
-        usual = cast(tuple[int], await cursor.fetchone())[0]
+        async with _snapshot(connection, spec, None, budget):
+            undirected = await _undirected(connection, names, extension, spec)
+        usual = await usual_effort(connection, spec, k + 1)
+        efforts = [Effort(ef, usual.depth if ef == usual.ef_search else k + 1) for ef in dict.fromkeys(ef_search)]
         fresh, settled = await _tiers_filled(connection, names, spec)
         hnsw = names.hnsw_name(spec.generation) if settled else None
-        far = ef_search or (usual,)
         both, graph = (
             _Measuring(
                 nearest_statement(schema, extension, spec, where, settled=alone),
                 nearest_statement(schema, extension, spec, where, settled=alone, exact=True),
-                *(far, hnsw, k),
+                *(efforts or [usual], hnsw, k),
             )
             for alone in (False, True)
         )
@@ -196,18 +201,19 @@ async def evaluate(
         exact_p95_ms=_p95(both.exact_ms),
         measured=[
             Measured(
-                ef_search=ef,
+                ef_search=effort.ef_search,
                 recall=one.recall,
-                usual=ef == usual,
+                usual=effort == usual,
                 by_hnsw=one.by_hnsw,
                 mean_ms=_mean(one.milliseconds),
                 p95_ms=_p95(one.milliseconds),
-                settled_recall=graph.answers[ef].recall if settled and graph.exact_ms else None,
-                settled_mean_ms=_mean(graph.answers[ef].milliseconds) if settled and graph.exact_ms else None,
+                settled_recall=graph.answers[effort].recall if settled and graph.exact_ms else None,
+                settled_mean_ms=_mean(graph.answers[effort].milliseconds) if settled and graph.exact_ms else None,
             )
-            for ef, one in both.answers.items()
+            for effort, one in both.answers.items()
         ],
         evaluated_at=datetime.now(UTC),
+        undirected=undirected,
     )
 
 
@@ -324,29 +330,50 @@ async def _tiers_filled(connection: Connection, names: Names, spec: IndexSpec) -
     )
 
 
+async def _undirected(connection: Connection, names: Names, extension: str, spec: IndexSpec) -> int:
+    """Return how many vectors have no distance from anything; reads all of them, as an exact search does."""
+    if spec.distance != "cosine":
+        return 0
+    statement = sql.SQL(
+        "SELECT count(*) FROM {} AS v WHERE v.embedding OPERATOR({}.<=>) v.embedding = 'NaN'::float8"
+    ).format(names.vectors(spec.generation), sql.Identifier(extension))
+    return cast(int, await fetch_value(connection, statement))
+
+
 async def _search_all_ways(
     connection: Connection, searched: _Measuring, query: tuple[int, str], where: str | None
 ) -> None:
-    """Search for what is near one stored vector, with each ef_search and exactly, and add what came of it."""
+    """Search for what is near one stored vector, by each effort and exactly, and add what came of it."""
     own, vector = query
-    statement, arguments = searched.statement, [vector, searched.k + 1]  # one of them may be the vector itself
+    wanted = searched.k + 1  # one of them may be the vector itself
     found = {}
-    for ef_search, one in searched.answers.items():
-        await tune(connection, ef_search, filtered=where is not None)
+    for effort, one in searched.answers.items():
+        await tune(connection, effort.ef_search, filtered=where is not None)
+        arguments: list[object] = [vector, effort.depth]
         if not searched.exact_ms:
-            one.by_hnsw = await _reads_index(connection, statement, arguments, searched.hnsw)
-        found[ef_search] = await _search(connection, statement, arguments)
+            one.by_hnsw = await _reads_index(connection, searched.statement, arguments, searched.hnsw)
+        rows, milliseconds = await _search(connection, searched.statement, arguments)
+        # As the search function does, if it finds too few: look further, but not among the few rows of a condition, and
+        # then compare all.
+        if len(rows) < wanted < effort.depth and where is None:
+            await tune(connection, MAX_EF_SEARCH, filtered=False)
+            rows, more = await _search(connection, searched.statement, arguments)
+            milliseconds += more
+        if len(rows) < wanted < effort.depth:
+            rows, more = await _search(connection, searched.exact, arguments)
+            milliseconds += more
+        found[effort] = rows, milliseconds
     # A session that has these off would take another way, which is not the usual exact one.
     await connection.execute("SET LOCAL enable_seqscan = on; SET LOCAL enable_sort = on")
-    rows, milliseconds = await _search(connection, searched.exact, arguments)
+    rows, milliseconds = await _search(connection, searched.exact, [vector, wanted])
     nearest = _distances(rows, own)[: searched.k]
     if not nearest:
         return
     searched.exact_ms.append(milliseconds)
-    for ef_search, (rows, milliseconds) in found.items():
+    for effort, (rows, milliseconds) in found.items():
         hits = sum(distance <= nearest[-1] for distance in _distances(rows, own)[: searched.k])
-        searched.answers[ef_search].recalls.append(hits / len(nearest))
-        searched.answers[ef_search].milliseconds.append(milliseconds)
+        searched.answers[effort].recalls.append(hits / len(nearest))
+        searched.answers[effort].milliseconds.append(milliseconds)
 
 
 async def _search(

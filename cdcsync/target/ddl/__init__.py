@@ -1,6 +1,7 @@
 """The relations in the target: how they are created, upgraded and built.
 
     names         the names of an index's relations
+    bm25          the index by which pg_textsearch ranks words
     policies      row-level security for the tool server's role
     grants        grants and options, which outlive the relation
     locking       exclusive locks that no search waits for

@@ -22,6 +22,7 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection, first_line
+from cdcsync.target.ddl.bm25 import bm25_of, bm25_option
 from cdcsync.target.ddl.names import Names, opclass, signs, vector_schema
 
 log = structlog.get_logger()
@@ -46,6 +47,27 @@ async def build_search(connection: Connection, schema: str, spec: IndexSpec) -> 
         return False
     names = Names(schema, spec.name)
     return await _build(connection, schema, names.search_name, names.chunks, sql.SQL("gin (search)"), spec)
+
+
+async def keep_bm25(connection: Connection, schema: str, spec: IndexSpec) -> bool:
+    """Build the index by which pg_textsearch ranks words, or drop it, as the extension and the configuration have it.
+
+    Searches rank by the words' counts meanwhile. Needs a connection in autocommit.
+
+    :returns: whether there was something to do.
+    """
+    names = Names(schema, spec.name)
+    wanted, built_with = await bm25_of(connection, spec), await bm25_option(connection, schema, spec)
+    if built_with == (None if wanted is None else wanted.option):
+        return False
+    if built_with:
+        await connection.execute(
+            sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(schema, names.bm25_name))
+        )
+        crash_point("outdated BM25 index dropped")
+    if wanted is not None:
+        await _build(connection, schema, names.bm25_name, names.chunks, wanted.method, spec)
+    return True
 
 
 async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec) -> bool:

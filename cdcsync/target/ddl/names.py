@@ -81,6 +81,11 @@ class Names:
         """The bare name of the index for keyword search."""
         return f"{self._prefix[1]}_chunks_search"
 
+    @property
+    def bm25_name(self) -> str:
+        """The bare name of the index by which pg_textsearch ranks words."""
+        return f"{self._prefix[1]}_chunks_bm25"
+
     def hnsw_name(self, generation: int) -> str:
         """Return the bare name of a generation's HNSW index."""
         return f"{self._prefix[1]}_vectors_{generation}_hnsw"

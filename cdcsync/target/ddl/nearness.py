@@ -9,17 +9,72 @@ Source: pgvector's README (HNSW; Binary Quantization).
 
 from __future__ import annotations
 
+from typing import LiteralString
+
 from psycopg import sql
 
 from cdcsync.model.spec import IndexSpec
 from cdcsync.target.ddl.names import OPERATORS, Names, signs
 
-PAGE_DEPTH = 200
-"""The candidates that a search by vector asks for; see `ddl/searching`."""
+FUSION = 60
+"""Added to each place before its reciprocal is taken. The paper's value: results were near their best there, and
+changed little around it. Smaller lets the first hit of one leg outweigh agreement of both, larger makes all places
+alike."""
+
+MAX_HITS = 1_000
+"""The last place that a search can be asked for: pgvector's upper bound of hnsw.ef_search."""
+
+PAGE_HITS = 70
+"""Each leg returns `PAGE_DEPTH` chunks, FUSION + 2 * PAGE_HITS, for any page of the first `PAGE_HITS` hits. What both
+legs place below that scores less than 2 / (2 * FUSION + 2 * PAGE_HITS), which so many chunks of either leg alone reach
+already. As the number does not depend on the page, one page continues the other."""
+
+PAGE_DEPTH = FUSION + 2 * PAGE_HITS
+"""The chunks that each leg of a search returns, for pages of the first hits."""
+
+EF_SEARCH = 100
+"""How many candidates HNSW looks at, where pgvector's default is 40: who searches the view can tune that, a search
+should not miss a near neighbour to save a fraction of a millisecond."""
+
+ITERATIVE = (0, 8)
+"""The first version of pgvector that scans iteratively."""
+
+WORK_MEMORY = "32MB"
+"""Enough to sort the distances of some ten thousand rows in memory; an iterative scan may use as much."""
 
 RESCORED = 4
 """By signs alone, so many times the wanted vectors are found and then compared; at least `PAGE_DEPTH`, so this many
 times."""
+
+
+DEPTH: LiteralString = f"CASE WHEN wanted <= {PAGE_HITS} THEN {PAGE_DEPTH} ELSE {MAX_HITS} END"
+"""How many chunks each leg returns for the first `wanted` hits, as an expression."""
+
+
+def effort(*, iterative: bool) -> LiteralString:
+    """Return the `hnsw.ef_search` of a search, as an expression of `wanted`, `depth` and `rescored`.
+
+    An iterative scan continues past these candidates; an older pgvector returns no more than they are.
+
+    :param iterative: whether pgvector scans iteratively.
+    """
+    least: LiteralString = "wanted" if iterative else "depth"
+    return f"least(greatest({EF_SEARCH}, {least}, rescored * depth), {MAX_HITS})"
+
+
+def rescored(spec: IndexSpec) -> int:
+    """Return how many times the chunks that the vector leg returns are found by signs; 0 where whole vectors are."""
+    return RESCORED if spec.config.hnsw.quantise == "binary" else 0
+
+
+def settings(*, iterative: bool) -> dict[str, str]:
+    """Return the server's settings that a search by vector has, but for how far it looks."""
+    found = {"work_mem": WORK_MEMORY, "jit": "off", "plan_cache_mode": "force_custom_plan"}
+    if iterative:
+        # Scan on until enough rows are found: past the entries of rows that were updated or deleted since, and past
+        # rows that a filter leaves out.
+        found["hnsw.iterative_scan"] = "relaxed_order"
+    return found
 
 
 def distance(extension: sql.Identifier, spec: IndexSpec, vector: sql.Composable) -> sql.Composed:
@@ -29,6 +84,13 @@ def distance(extension: sql.Identifier, spec: IndexSpec, vector: sql.Composable)
     """
     return sql.SQL("v.embedding OPERATOR({}." + OPERATORS[spec.distance] + ") {}").format(
         extension, _typed(extension, spec, vector)
+    )
+
+
+def measured(extension: sql.Identifier, spec: IndexSpec, vector: sql.Composable, other: sql.Composable) -> sql.Composed:
+    """Return the distance of two vectors, neither of which is stored; see `distance`."""
+    return sql.SQL("{1} OPERATOR({0}." + OPERATORS[spec.distance] + ") {2}").format(
+        extension, _typed(extension, spec, vector), _typed(extension, spec, other)
     )
 
 

@@ -15,7 +15,8 @@
 --
 --     vector leg   the nearest vectors, by HNSW; exactly where that finds too few          ids, distances
 --     keyword leg  chunks with the rarest words of the query, within a budget of rows,
---                  ordered by idf * ts_rank, and the best of them by BM25                   ids, scores
+--                  ordered by idf * ts_rank, and the best of them by BM25; or the best by
+--                  the BM25 index of pg_textsearch                                          ids, scores
 --     fusion       the sum of weight / ({fusion} + place) over both legs
 --
 -- Vectors are those of the generation that the embedding was made for: one model's are never compared with another's.
@@ -28,6 +29,7 @@ DECLARE
     asked CONSTANT text := left(query, {query_characters});
     by_vector boolean := embedding IS NOT NULL AND mode <> 'text';
     by_words boolean := {searchable} AND query IS NOT NULL AND mode <> 'vector';
+    ranker text;
     conditions text := {condition};
     filtered boolean := {filtered};
     configurations regconfig[] := {configurations};
@@ -78,6 +80,7 @@ DECLARE
     line text;
     made_by int := coalesce(CASE WHEN embedding IS NOT NULL THEN generation END, {live_generation});
     dimensions int;
+    directed boolean;
     model text;
     nearest_leg text;
     exact_leg text;
@@ -119,6 +122,14 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = format(
                 'the embedding has %s dimensions, the index has %s', {extension}.vector_dims(embedding), dimensions),
             HINT = format('Embed the query with the model of the index, %s.', model);
+    END IF;
+    IF by_vector AND NOT directed THEN
+        IF mode = 'vector' OR NOT by_words THEN
+            RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = {undirected},
+                HINT = format('Embed the query with the model of the index, %s.', model);
+        END IF;
+        by_vector := false;
+        RAISE INFO USING ERRCODE = '{by_words_alone}', MESSAGE = {undirected}, HINT = 'It was searched by words alone.';
     END IF;
     IF query !~ '\S' AND mode <> 'vector' THEN
         RETURN; -- blank: somebody has typed nothing yet
@@ -232,6 +243,8 @@ BEGIN
         ) AS w;
     END IF;
     by_words := by_words AND words IS NOT NULL;
+    -- BM25 of pg_textsearch, where its index is there; not of text that somebody pasted.
+    ranker := CASE WHEN by_words AND cardinality(words) < {max_words} THEN ({bm25_usable}) END;
     IF excluded IS NOT NULL THEN
         conditions := conditions || format(' AND NOT c.search OPERATOR(pg_catalog.@@) %L::pg_catalog.tsquery', excluded);
         filtered := true;
@@ -249,13 +262,13 @@ BEGIN
     END IF;
 
     -- Pages of up to {page_hits} hits look equally deep, so that one continues the other.
-    depth := CASE WHEN wanted <= {page_hits} THEN {page_depth} ELSE {max_hits} END;
+    depth := {depth_of_wanted};
     LOOP
         IF by_vector THEN
             FOR effort IN 1 .. 3 LOOP
                 CONTINUE WHEN effort = 2 AND filtered; -- among few rows an exact search costs less than a wider one
                 PERFORM set_config('hnsw.ef_search',
-                                   (CASE effort WHEN 1 THEN least({usual_ef}, {max_hits}) ELSE {max_hits} END)::text, true);
+                                   (CASE effort WHEN 1 THEN {usual_ef} ELSE {max_hits} END)::text, true);
                 statement := replace(CASE WHEN effort = 3 THEN exact_leg ELSE nearest_leg END, '<rows>',
                     CASE WHEN filtered THEN {of_chunks} || conditions ELSE '' END);
                 {enter_condition}
@@ -265,7 +278,15 @@ BEGIN
                 EXIT WHEN cardinality(vector_ids) >= wanted;
             END LOOP;
         END IF;
-        IF by_words THEN
+        IF ranker IS NOT NULL THEN
+            statement := replace(replace({bm25_leg}, '<ranker>', ranker), '<rows>',
+                CASE WHEN required IS NULL THEN conditions ELSE conditions
+                    || format(' AND c.search OPERATOR(pg_catalog.@@) %L::pg_catalog.tsquery', required) END);
+            {enter_condition}
+            {explain_bm25}
+            EXECUTE statement INTO text_ids, text_scores USING bare, depth;
+            {leave_condition}
+        ELSIF by_words THEN
             statement := format({words_leg}, ranking,
                 CASE WHEN required IS NULL THEN conditions ELSE conditions
                     || format(' AND c.search OPERATOR(pg_catalog.@@) %L::pg_catalog.tsquery', required) END);

@@ -21,30 +21,28 @@ from psycopg import sql
 
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.bm25 import best_by_words, usable
 from cdcsync.target.ddl.filters import read_columns
 from cdcsync.target.ddl.languages import searched
 from cdcsync.target.ddl.names import Names, vector_schema
-from cdcsync.target.ddl.nearness import PAGE_DEPTH, RESCORED, distance, exactly_nearest, nearest
+from cdcsync.target.ddl.nearness import (
+    DEPTH,
+    EF_SEARCH,
+    FUSION,
+    ITERATIVE,
+    MAX_HITS,
+    PAGE_HITS,
+    distance,
+    effort,
+    exactly_nearest,
+    measured,
+    nearest,
+    rescored,
+    settings,
+)
 from cdcsync.target.ddl.views import converted
 
 log = structlog.get_logger()
-
-FUSION = 60
-"""Added to each place before its reciprocal is taken. The paper's value: results were near their best there, and
-changed little around it. Smaller lets the first hit of one leg outweigh agreement of both, larger makes all places
-alike."""
-
-MAX_HITS = 1_000
-"""The last place that a search can be asked for: pgvector's upper bound of hnsw.ef_search."""
-
-PAGE_HITS = 70
-"""Each leg returns `PAGE_DEPTH` chunks, FUSION + 2 * PAGE_HITS, for any page of the first `PAGE_HITS` hits. What both
-legs place below that scores less than 2 / (2 * FUSION + 2 * PAGE_HITS), which so many chunks of either leg alone reach
-already. As the number does not depend on the page, one page continues the other."""
-
-EF_SEARCH = 100
-"""How many candidates HNSW looks at, where pgvector's default is 40: who searches the view can tune that, this function
-should not miss a near neighbour to save a fraction of a millisecond."""
 
 DEEPEST = 16_000
 """Looking for documents ends here, even if all that was found are chunks of fewer documents than were asked for."""
@@ -92,8 +90,10 @@ gone. PostgreSQL leaves classes that begin with I to Z to others."""
 NOT_FOLLOWED = "VG002"
 """The SQLSTATE of the INFO that a search of an index gives which is paused, or in no configuration any more."""
 
-WORK_MEMORY = "32MB"
-"""Enough to sort the distances of some ten thousand rows in memory."""
+BY_WORDS_ALONE = "VG003"
+"""The SQLSTATE of the INFO that a hybrid search gives whose vector has no direction."""
+
+UNDIRECTED = "the query's vector is all zeros, or so short that by cosine no vector is near to it"
 
 FUNCTION = resources.files(__package__).joinpath("search.sql").read_text(encoding="utf-8")
 
@@ -299,11 +299,13 @@ async def compose(
         ),
         "no_generation": sql.SQL(NO_GENERATION),
         "not_followed": sql.SQL(NOT_FOLLOWED),
+        "by_words_alone": sql.SQL(BY_WORDS_ALONE),
+        "undirected": sql.Literal(UNDIRECTED),
         "standing": sql.Identifier(schema, "standing"),
         "standing_signature": sql.Literal(f"{sql.Identifier(schema, 'standing').as_string(connection)}(text)"),
         "index_name": sql.Literal(spec.name),
-        # An iterative scan continues past these candidates; an older pgvector returns no more than they are.
-        "usual_ef": sql.SQL(f"greatest({EF_SEARCH}, {'wanted' if iterative else 'depth'}, rescored * depth)"),
+        "depth_of_wanted": sql.SQL(DEPTH),
+        "usual_ef": sql.SQL(effort(iterative=iterative)),
         "of_chunks": _text(sql.SQL(" JOIN {} AS c USING (chunk_id) WHERE ").format(names.chunks), connection),
         "embed_hint": sql.Literal(f"Embed the query with {spec.model}: generation {spec.generation} is of it."),
         "headline_options": sql.Literal(HEADLINE),
@@ -330,6 +332,9 @@ async def compose(
             ).format(names.chunks),
             connection,
         ),
+        "bm25_usable": usable(schema, spec),
+        "bm25_leg": _text(best_by_words(schema, spec), connection),
+        "explain_bm25": _explaining(own, "keyword leg", "bare, depth"),
         "enter_condition": _path_change(own, own.path),
         "leave_condition": _path_change(own, "pg_catalog, pg_temp"),
         "explain_vector": _explaining(own, "vector leg", "embedding, depth"),
@@ -339,7 +344,6 @@ async def compose(
         "fusion": FUSION,
         "max_hits": MAX_HITS,
         "page_hits": PAGE_HITS,
-        "page_depth": PAGE_DEPTH,
         "deepest": DEEPEST,
         "budget": BUDGET,
         "visits": VISITS,
@@ -392,13 +396,23 @@ def _generation(
         **{
             name: _text(
                 sql.SQL(
-                    "SELECT pg_catalog.array_agg(n.chunk_id ORDER BY n.distance, n.chunk_id) FROM ({}) AS n"
+                    # An iterative scan comes upon some near vectors late. The sum has them sorted all the same: the
+                    # planner takes the distance itself for sorted, as it is the order of the index.
+                    "SELECT pg_catalog.array_agg(n.chunk_id ORDER BY"
+                    " n.distance OPERATOR(pg_catalog.+) 0::pg_catalog.float8, n.chunk_id) FROM ({}) AS n"
+                    # By cosine a vector of zeros has no distance from anything. It is in no HNSW index either.
+                    " WHERE n.distance OPERATOR(pg_catalog.<>) 'NaN'::pg_catalog.float8"
                 ).format(leg),
                 connection,
             )
             for name, leg in legs.items()
         },
-        "rescored": sql.SQL(str(RESCORED if spec.config.hnsw.quantise == "binary" else 0)),
+        "rescored": sql.SQL(str(rescored(spec))),
+        "directed": sql.SQL("{0} <> 'NaN'::float8").format(
+            measured(schema_of_vectors, spec, sql.SQL("embedding"), sql.SQL("embedding"))
+        )
+        if spec.distance == "cosine"
+        else sql.SQL("true"),
         "result": _text(result, connection),
     }
     assignments = sql.SQL(" ").join(sql.SQL(name + " := {};").format(value) for name, value in chosen.items())
@@ -424,7 +438,7 @@ def _results(
         "chunk_no": sql.SQL("c.chunk_no"),
         "content": sql.SQL("c.content"),
         "score": sql.SQL("h.score"),
-        "distance": distance,
+        "distance": sql.SQL("nullif({}, 'NaN'::float8)").format(distance),
         "vector_rank": sql.SQL("h.vector_rank"),
         "text_rank": sql.SQL("h.text_rank"),
         "text_score": sql.SQL("h.text_score"),
@@ -444,25 +458,14 @@ def _results(
 
 def _settings(iterative: bool) -> dict[str, str]:
     """Return what holds while the function runs."""
-    settings = {
+    return {
         "search_path": "pg_catalog, pg_temp",
-        "hnsw.ef_search": str(EF_SEARCH),
-        "work_mem": WORK_MEMORY,
-        "jit": "off",
-        "plan_cache_mode": "force_custom_plan",
         "standard_conforming_strings": "on",
         # The server's NOTICE that a query consists of stop words helps nobody.
         "client_min_messages": "warning",
-    }
-    if iterative:
-        # Scan on until enough rows are found: past the entries of rows that were updated or deleted since, and past
-        # rows that a filter leaves out.
-        settings["hnsw.iterative_scan"] = "relaxed_order"
-    return settings
-
-
-ITERATIVE = (0, 8)
-"""The first version of pgvector that scans iteratively."""
+        # The body sets it again; named here, it is the caller's own again afterwards.
+        "hnsw.ef_search": str(EF_SEARCH),
+    } | settings(iterative=iterative)
 
 
 async def pgvector_version(connection: Connection) -> tuple[int, ...]:

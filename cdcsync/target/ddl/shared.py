@@ -249,7 +249,7 @@ _SHARED: tuple[LiteralString, ...] = (
     " 'cdcsync: the last measurement of how well searches by HNSW find what exact ones find.'",
     "COMMENT ON COLUMN {schema}.evaluations.recall IS"
     " 'Mean share, 0 to 1, of the k nearest that a search with this ef_search found.'",
-    "COMMENT ON COLUMN {schema}.evaluations.usual IS 'Whether sessions had this ef_search without asking for another.'",
+    "COMMENT ON COLUMN {schema}.evaluations.usual IS 'Whether searches look so far without being told.'",
     "COMMENT ON COLUMN {schema}.evaluations.by_hnsw IS"
     " 'Whether the planner used HNSW; false where it read the whole table.'",
     """

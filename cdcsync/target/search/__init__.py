@@ -11,9 +11,10 @@ Code outside this package imports from here. A file in it imports only from line
 
 from __future__ import annotations
 
-from cdcsync.target.ddl.searching import FUSION, MAX_HITS, drop_search, put_search
+from cdcsync.target.ddl.nearness import FUSION, MAX_HITS
+from cdcsync.target.ddl.searching import drop_search, put_search
 from cdcsync.target.search.conditions import check_where
-from cdcsync.target.search.nearest import nearest_statement, tune
+from cdcsync.target.search.nearest import Effort, nearest_statement, tune, usual_effort
 from cdcsync.target.search.query import (
     NO_SETTINGS,
     TIMEOUT_S,
@@ -33,6 +34,7 @@ __all__ = [
     "MAX_HITS",
     "NO_SETTINGS",
     "TIMEOUT_S",
+    "Effort",
     "Filter",
     "Hit",
     "Mode",
@@ -48,4 +50,5 @@ __all__ = [
     "search",
     "stored_spec",
     "tune",
+    "usual_effort",
 ]

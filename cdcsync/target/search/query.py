@@ -22,8 +22,9 @@ from cdcsync.errors import CdcsyncError, ModelChanged, SetupError, UsageError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, first_line, passing, speaking_of, translate, without_values
 from cdcsync.target.ddl.names import Names
+from cdcsync.target.ddl.nearness import MAX_HITS
 from cdcsync.target.ddl.searching import (
-    MAX_HITS,
+    BY_WORDS_ALONE,
     NO_GENERATION,
     NOT_FOLLOWED,
     OWN,
@@ -66,7 +67,8 @@ class Hit(msgspec.Struct, frozen=True):
     score: float
     """Higher is better, within one search: the sum of weight / (60 + place) over the legs that found it."""
     distance: float | None
-    """Distance from the query's vector, lower is nearer; `None` if query or chunk has no vector."""
+    """Distance from the query's vector, lower is nearer; `None` if query or chunk has no vector, or one without a
+    direction: by cosine, a vector of zeros."""
     text_rank: int | None
     """Its place by words, from 1; `None` if it was not found by words."""
     stale: bool
@@ -128,7 +130,8 @@ async def search(
     :param traceparent: the trace context of the caller's span, a comment in the statement: it leads from the server's
         log of slow statements, and from pg_stat_activity, to the trace.
     :param plans: gets how the server executed each leg.
-    :param warnings: gets what the caller should know of the answer: that nothing keeps the index in step.
+    :param warnings: gets what the caller should know of the answer: that nothing keeps the index in step, or that the
+        vector has no direction.
     :raises UsageError: `k`, `mode`, `filter`, `where` or another argument cannot be used.
     :raises ModelChanged: the vectors that `vector` was made for are gone; embed the query anew.
     :raises SetupError: the index is not in this database, or the vector is not of its dimension.
@@ -258,11 +261,11 @@ async def _session_function(
 
 @contextmanager
 def _noting(connection: Connection, plans: list[Plan] | None, warnings: list[str] | None) -> Iterator[None]:
-    """Take in what the search function raises: plans, in their order, and that nothing keeps the index in step."""
+    """Take in what the search function raises: plans, in their order, and what the caller should know of the answer."""
     lines: list[tuple[str, str]] = []
 
     def note(diagnostic: psycopg.errors.Diagnostic) -> None:
-        if diagnostic.sqlstate == NOT_FOLLOWED:
+        if diagnostic.sqlstate in (NOT_FOLLOWED, BY_WORDS_ALONE):
             if warnings is not None:
                 warnings.append(f"{diagnostic.message_primary}. {diagnostic.message_hint}")
         elif diagnostic.severity_nonlocalized == "INFO":

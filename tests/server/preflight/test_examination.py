@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
+import anyio
 import pytest
+from anyio.abc import SocketAttribute, SocketStream
 from psycopg import conninfo
 
 from cdcsync.config import HashEmbedder as HashSettings
@@ -74,6 +77,29 @@ async def test_the_fingerprint_follows_template_and_chunking_and_nothing_else(da
     same, one, *others = (spec.fingerprint for spec in report.specs)
     assert same == one
     assert len({one, *others}) == 3
+
+
+async def test_both_servers_are_connected_to_at_the_same_time() -> None:
+    there, met = [], anyio.Event()
+
+    async def silent(stream: SocketStream) -> None:
+        """Say nothing until the other server has been asked too."""
+        async with stream:
+            there.append(stream)
+            if len(there) == 2:
+                met.set()
+            await met.wait()
+
+    async with AsyncExitStack() as stack, anyio.create_task_group() as tasks:
+        dsns = []
+        for _ in range(2):
+            listener = await stack.enter_async_context(await anyio.create_tcp_listener(local_host="127.0.0.1"))
+            dsns.append(f"host=127.0.0.1 port={listener.extra(SocketAttribute.local_port)} dbname=d user=u")
+            tasks.start_soon(listener.serve, silent)
+        report = await examined(configured(*dsns))
+        assert met.is_set()
+        tasks.cancel_scope.cancel()
+    assert [error.where.split()[0] for error in report.errors] == ["source", "target"]
 
 
 @pytest.mark.parametrize("lines", ["", 'columns = ["nosuch"]'], ids=["sound", "faulty"])

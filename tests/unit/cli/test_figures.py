@@ -54,6 +54,9 @@ def test_recall_is_told_by_ef_search_beside_the_exact_search(capsys: pytest.Capt
     assert "40 settled alone 0.9000 1.20 HNSW" in printed
     assert "exact 1.0000 5.00 6.00 whole table" in printed
     assert "the planner found it cheaper" not in printed
+    assert "zeros" not in printed
+    print_recall(msgspec.structs.replace(EVALUATION, undirected=2), None, None)
+    assert "2 vectors are all zeros" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_search_that_read_the_whole_table_is_told(capsys: pytest.CaptureFixture[str]) -> None:

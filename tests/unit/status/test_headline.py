@@ -8,7 +8,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from cdcsync.status import BackfillStatus, Freshness, IndexStatus, Status, WorkerStatus, with_headlines
+from cdcsync.status import (
+    BackfillStatus,
+    Freshness,
+    IndexStatus,
+    Status,
+    WorkerStatus,
+    as_starting,
+    with_headlines,
+    without_problems,
+)
 from cdcsync.status.model import EmbedderStatus, Progress
 
 NOW = datetime(2026, 5, 4, 12, 0, tzinfo=UTC)
@@ -109,3 +118,21 @@ def test_what_concerns_the_worker_goes_before_its_indexes(fields: dict[str, Any]
 
 def test_a_worker_that_is_not_ready_is_never_said_to_be_well() -> None:
     assert head(index(), reasons=("nothing heard",)) == ("not ready: nothing heard", "bad", None)
+
+
+def test_a_worker_that_has_just_begun_has_no_problems_but_those_of_paused_indexes() -> None:
+    absent = msgspec.structs.replace(LIVE, state="absent")
+    problems = ["the schema holds no pipeline: run `cdcsync run` first", "worker w is not reading slot p"]
+    found = as_starting(with_headlines(without_problems(status(absent, problems=problems)), LATE_S))
+    assert found.problems == []
+    assert found.headline is not None
+    assert (found.headline.words, found.headline.tone) == ("starting", "busy")
+    assert found.indexes["a"].headline is not None
+    assert found.indexes["a"].headline.tone == "busy"
+
+    paused = msgspec.structs.replace(LIVE, state="paused", reason="no column x")
+    problems.append("index b is paused: no column x")
+    found = as_starting(with_headlines(without_problems(status(absent, paused, problems=problems)), LATE_S))
+    assert found.problems == ["index b is paused: no column x"]
+    assert found.headline is not None
+    assert (found.headline.words, found.headline.tone) == ("paused: no column x", "bad")

@@ -189,6 +189,16 @@ def test_eighty_columns_are_enough_for_millions() -> None:
     assert "…" not in text
 
 
+@pytest.mark.parametrize("width", [30, 60, 79])
+def test_a_narrow_terminal_gets_each_index_by_itself_and_every_heading_whole(width: int) -> None:
+    narrow = with_index(state="building", estimated=True, chunks=2_900_000, vectors=2_800_000, backlog=1_700_000)
+    shown = printed(narrow, width=width)
+    for word in ("articles", "building", "documents", "chunks", "vectors", "backlog", "failed", "~1,700,000"):
+        assert re.search(rf"(?<!\w){word}(?!\w)", shown), word
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+
+
 @pytest.mark.parametrize(("state", "code"), [("live", "32"), ("building", "33"), ("paused", "31"), ("absent", "31")])
 def test_colour_says_how_an_index_is(state: str, code: str) -> None:
     assert f"\x1b[{code}m{state}" in printed(with_index(state=state), colours=True)

@@ -96,6 +96,7 @@ def test_modes_are_measured_stored_compared_gated_and_drawn(
     assert (first["run"], first["not_stored"], first["queries"], first["collection"]) == (1, None, 3, "animals")
     assert list(first["modes"]) == ["text", "vector", "hybrid"]
     hybrid, vector = first["modes"]["hybrid"], first["modes"]["vector"]
+    assert first["settings"]["hnsw"]["quantise"] == "none"
     assert set(hybrid["figures"]) == {"nDCG@10", "R@100", "RR@10"}
     assert hybrid["scores"]["nDCG@10"].keys() == QUESTIONS.keys()
     assert vector["figures"]["R@100"]["mean"] == 1.0

@@ -22,8 +22,10 @@ from cdcsync.cli import main
 from cdcsync.config.sections import Hnsw
 from cdcsync.documents.templates import hash_text
 from cdcsync.errors import SetupError, UsageError
+from cdcsync.flows.evaluate import recall
 from cdcsync.flows.evaluate.recall import Budget, evaluate, evaluate_for_ever, sample_vectors
 from cdcsync.model.spec import Distance, IndexSpec
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.building import build_hnsw
@@ -120,8 +122,8 @@ async def test_one_side_is_searched_by_hnsw_and_the_other_reads_the_whole_table(
         scans, reads = await counted(index.connection)
         found = await evaluate(index.connection, SCHEMA, spec, queries=7, ef_search=[20, 40])
         assert [one.by_hnsw for one in found.measured] == [True, True]
-        # Once more to see whether there are any, and the end of the table for what changed last.
-        assert await counted(index.connection) == (scans + 2 * 7, reads + 7 + 2)
+        # Once more to see whether there are any, for those without a direction, and for what changed last.
+        assert await counted(index.connection) == (scans + 2 * 7, reads + 7 + 3)
 
         statement = nearest_statement(SCHEMA, "public", spec, None)
         text = statement.as_string(index.connection).replace("$1", f"'{[0.5] * 16}'").replace("$2", "11")
@@ -225,17 +227,64 @@ async def test_no_search_goes_by_hnsw_while_nothing_has_settled(database: Databa
     assert (one.recall, one.by_hnsw, one.settled_recall) == (1.0, False, None)
 
 
-async def test_searches_look_as_far_as_the_session_does_unless_told_otherwise(database: Database) -> None:
+@pytest.mark.parametrize("quantise", ["none", "binary"])
+@pytest.mark.parametrize(("k", "where"), [(10, None), (3, "tenant = 3"), (100, None)])
+async def test_what_is_measured_is_what_the_search_function_finds(
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    quantise: Literal["none", "binary"],
+    k: int,
+    where: str | None,
+) -> None:
+    vectors = crowd()
+    async with indexed(database, vectors, m=2, quantise=quantise) as (index, spec):
+        names = Names(SCHEMA, spec.name)
+        sample = (await sample_vectors(index.connection, names, "public", spec, 400))[:12]
+
+        async def drawn(*_: object) -> list[tuple[int, str]]:
+            return sample
+
+        monkeypatch.setattr(recall, "sample_vectors", drawn)
+        await index.connection.execute("SET hnsw.ef_search = 1")
+        (measured,) = (await evaluate(index.connection, SCHEMA, spec, k=k, where=where)).measured
+        shares = []
+        for own, text in sample:
+            key = await fetch_value(
+                index.connection, "SELECT id FROM cdcsync.articles_chunks WHERE chunk_id = %s", [own]
+            )
+            vector = [float(value) for value in text.strip("[]").split(",")]
+            hits = await search(
+                index.connection,
+                SCHEMA,
+                spec,
+                text=None,
+                vector=vector,
+                k=k + 1,
+                mode="vector",
+                per_document=False,
+                where=where,
+            )
+            found = {hit.key["id"] for hit in hits} - {key}
+            near = np.argsort(-(vectors @ vector) / np.linalg.norm(vectors, axis=1), kind="stable")
+            nearest = [at for at in near.tolist() if at != key and (where is None or at % 10 == 3)][:k]
+            shares.append(len(found.intersection(nearest)) / k)
+    assert measured.usual
+    assert measured.recall == pytest.approx(sum(shares) / len(shares), abs=1e-5)
+    if where is None and quantise == "none":
+        assert measured.recall < 1  # else nothing would tell it from an exact search
+
+
+async def test_searches_look_as_far_as_the_search_function_unless_told_otherwise(database: Database) -> None:
     async with indexed(database, crowd(300)) as (index, spec):
-        (default,) = (await evaluate(index.connection, SCHEMA, spec, queries=2)).measured
         await index.connection.execute("SET hnsw.ef_search = 77")
-        (own,) = (await evaluate(index.connection, SCHEMA, spec, queries=2)).measured
-        told = (await evaluate(index.connection, SCHEMA, spec, queries=2, ef_search=[40, 77, 40])).measured
+        (default,) = (await evaluate(index.connection, SCHEMA, spec, queries=2)).measured
+        (many,) = (await evaluate(index.connection, SCHEMA, spec, queries=2, k=200)).measured
+        told = (await evaluate(index.connection, SCHEMA, spec, queries=2, ef_search=[40, 100, 40])).measured
         cursor = await index.connection.execute("SHOW hnsw.ef_search")
         assert await cursor.fetchone() == ("77",)
-    assert (default.ef_search, default.usual) == (40, True)
-    assert (own.ef_search, own.usual) == (77, True)
-    assert [(one.ef_search, one.usual) for one in told] == [(40, False), (77, True)]
+    assert (default.ef_search, default.usual) == (100, True)
+    assert (many.ef_search, many.usual) == (201, True)
+    assert [(one.ef_search, one.usual) for one in told] == [(40, False), (100, True)]
 
 
 async def test_equals_at_the_same_distance_are_hits_whichever_is_returned(database: Database) -> None:
@@ -245,7 +294,7 @@ async def test_equals_at_the_same_distance_are_hits_whichever_is_returned(databa
         for way in ("seqscan", "bitmapscan", "hashjoin", "mergejoin"):
             await index.connection.execute(sql.SQL(f"SET enable_{way} = off"))
         scans, _ = await counted(index.connection)
-        found = await evaluate(index.connection, SCHEMA, spec, queries=30, ef_search=[100])
+        found = await evaluate(index.connection, SCHEMA, spec, queries=30, ef_search=[99])
         assert (await counted(index.connection))[0] == scans + 30
     assert [(one.recall, one.by_hnsw) for one in found.measured] == [(1.0, True)]
 
@@ -278,7 +327,7 @@ async def test_a_small_index_is_read_whole_and_misses_nothing(
         found = await evaluate(index.connection, SCHEMA, spec, k=50)
     (one,) = found.measured
     assert (one.recall, one.by_hnsw) == (1.0, False)
-    assert found.queries == (30 if distance == "cosine" else 31)
+    assert (found.queries, found.undirected) == ((30, 1) if distance == "cosine" else (31, 0))
 
 
 async def test_the_sample_is_as_large_as_asked_for_though_ids_have_gaps(database: Database) -> None:
@@ -367,20 +416,20 @@ async def stored(connection: Connection, schema: str = SCHEMA) -> Sequence[tuple
 async def test_the_last_outcome_of_each_kind_is_kept_and_the_usual_one_shown(database: Database) -> None:
     async with indexed(database, crowd(60)) as (index, spec):
         connection = index.connection
-        found = await evaluate(connection, SCHEMA, spec, queries=9, ef_search=[20, 40])
+        found = await evaluate(connection, SCHEMA, spec, queries=9, ef_search=[20, 100])
         assert await evaluations.store(connection, SCHEMA, found) is None
         again = await evaluate(connection, SCHEMA, spec, queries=8)
         assert await evaluations.store(connection, SCHEMA, again) is None
         other = await evaluate(connection, SCHEMA, spec, queries=7, k=3)
         assert await evaluations.store(connection, SCHEMA, other) is None
         assert await stored(connection) == [
-            (1, 3, 40, True, 7, 1.0),
+            (1, 3, 100, True, 7, 1.0),
             (1, 10, 20, False, 9, 1.0),
-            (1, 10, 40, True, 8, 1.0),
+            (1, 10, 100, True, 8, 1.0),
         ]
 
         (shown,) = (await evaluations.latest(connection, SCHEMA, {"articles": 1, "notes": 1})).values()
-        assert (shown.recall, shown.k, shown.ef_search, shown.queries, shown.by_hnsw) == (1.0, 10, 40, 8, False)
+        assert (shown.recall, shown.k, shown.ef_search, shown.queries, shown.by_hnsw) == (1.0, 10, 100, 8, False)
         assert timedelta() <= datetime.now(UTC) - shown.evaluated_at < timedelta(minutes=5)
 
         # Of another generation's vectors it says nothing.
@@ -467,7 +516,7 @@ def test_the_worker_measures_by_itself_and_the_command_tells(
     assert status["notes"]["recall"]["queries"] == 30
     assert status["nothing"]["recall"] is None
     logged = pipeline.event("evaluated")
-    assert (logged["recall"], logged["k"], logged["ef_search"]) == (1.0, 10, 40)
+    assert (logged["recall"], logged["k"], logged["ef_search"]) == (1.0, 10, 100)
     assert not [event for event in pipeline.events() if event["event"].startswith("evaluation_")]
 
     # A change is searchable by its meaning at once, or soon after: both count, what a load brought does not.
@@ -495,7 +544,7 @@ def test_the_worker_measures_by_itself_and_the_command_tells(
     assert "condition" in found["not_stored"]
     assert pipeline.target.execute(
         "SELECT k, ef_search FROM cdcsync.evaluations WHERE index_name = 'articles' ORDER BY 1, 2"
-    ).fetchall() == [(10, 10), (10, 40)]
+    ).fetchall() == [(10, 10), (10, 40), (10, 100)]
 
     for arguments, words in (
         (("artikles",), "did you mean articles?"),
@@ -517,4 +566,4 @@ async def test_a_failed_measurement_is_told_and_does_not_keep_others_from_theirs
             tasks.start_soon(lambda: evaluate_for_ever(database.dsn, SCHEMA, [lost, spec], every_s=0.01))
             await until_true(lambda: stored(index.connection))
             tasks.cancel_scope.cancel()
-        assert [row[:3] for row in await stored(index.connection)] == [(1, 10, 40)]
+        assert [row[:3] for row in await stored(index.connection)] == [(1, 10, 100)]

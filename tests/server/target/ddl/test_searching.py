@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -11,11 +12,13 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from cdcsync.errors import UsageError
+from cdcsync.model.spec import Distance
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.searching import BUDGET
-from cdcsync.target.search import Plan, count_words, search
+from cdcsync.target.search import Mode, Plan, count_words, search
 from cdcsync.target.settling import Settling
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register
 from tests.support.servers import Database
@@ -253,6 +256,54 @@ async def test_pages_continue_each_other_though_all_hits_are_equal(articles: Liv
     pages = [await find(articles.connection, "page", embedding="[1,1,1]", mode=mode, skip=n) for n in range(0, 50, 10)]
     assert [len(page) for page in pages] == [10, 10, 10, 10, 5]
     assert len({id_ for page in pages for id_ in page}) == 45
+
+
+@pytest.mark.parametrize("built", [False, True])
+async def test_a_stored_vector_of_zeros_is_found_by_words_alone(articles: LiveIndex, built: bool) -> None:
+    await filled(articles, SHELF)
+    await articles.embed()
+    await articles.connection.execute(
+        "UPDATE cdcsync.articles_vectors_1 SET embedding = '[0,0,0]' WHERE chunk_id ="
+        " (SELECT chunk_id FROM cdcsync.articles_chunks WHERE id = 3)"
+    )
+    if built:
+        settling = Settling(articles.connection, SCHEMA, articles.spec)
+        await settling.settle(await settling.rested(100, rest_s=0))
+        await build_hnsw(articles.connection, SCHEMA, articles.spec)
+    ask = partial(search, articles.connection, SCHEMA, articles.spec, vector=(1.0, 1.0, 1.0))
+    by_vector = await ask(text=None, mode="vector")
+    assert sorted(hit.key["id"] for hit in by_vector) == [1, 2, 4, 5]
+    (hums,) = [hit for hit in await ask(text="hums") if hit.key["id"] == 3]
+    assert (hums.text_rank, hums.vector_rank, hums.distance, hums.stale) == (1, None, None, False)
+
+
+async def test_a_query_without_a_direction_is_searched_by_words_alone_and_told(articles: LiveIndex) -> None:
+    await filled(articles, SHELF)
+    await articles.embed()
+    warnings: list[str] = []
+    ask = partial(search, articles.connection, SCHEMA, articles.spec, vector=(0.0, 0.0, 0.0), warnings=warnings)
+    hits = await ask(text="hums")
+    assert [(hit.key["id"], hit.vector_rank, hit.distance) for hit in hits] == [(3, None, None)]
+    assert [one.endswith("It was searched by words alone.") for one in warnings] == [True]
+    assert len(await ask(text="hums", mode="text")) == 1
+    modes: tuple[tuple[str | None, Mode], ...] = (("hums", "vector"), (None, "vector"), (None, "hybrid"))
+    for text, mode in modes:
+        with pytest.raises(UsageError, match="all zeros") as refused:
+            await ask(text=text, mode=mode)
+        assert refused.value.hint == "Embed the query with the model of the index, three-numbers."
+
+
+@pytest.mark.parametrize("distance", ["l2", "inner_product"])
+async def test_zeros_are_a_place_like_any_other_where_nearness_is_not_an_angle(
+    target: Database, distance: Distance
+) -> None:
+    async with live_index(target, make_spec(distance=distance)) as articles:
+        await filled(articles, SHELF)
+        await articles.embed()
+        zeros = (0.0, 0.0, 0.0)
+        hits = await search(articles.connection, SCHEMA, articles.spec, text=None, vector=zeros, mode="vector")
+    assert len(hits) == 5
+    assert all(hit.distance is not None for hit in hits)
 
 
 # -- servers, roles and upgrades ------------------------------------------------------------------------------------
