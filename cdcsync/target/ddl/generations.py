@@ -16,7 +16,7 @@ from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.grants import grants_of, set_again, settings_kept
+from cdcsync.target.ddl.grants import grants_of, set_again, settings_kept, succeed
 from cdcsync.target.ddl.locking import BRIEFLY
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.rebuilding import Rebuild
@@ -36,10 +36,13 @@ async def create_generations(connection: Connection, schema: str, spec: IndexSpe
     created = []
     for one in spec.others:
         table = names.vectors(one.generation).as_string(connection)
-        if await fetch_value(connection, "SELECT to_regclass(%s) IS NULL", [table]):
-            created.append(one.generation)
+        missing = await fetch_value(connection, "SELECT to_regclass(%s) IS NULL", [table])
         await create_vectors(connection, schema, one)
-        await _copy_grants(connection, names.vectors(spec.generation), names.vectors(one.generation))
+        if missing:
+            created.append(one.generation)
+        await _copy_grants(
+            connection, names.vectors(spec.generation), names.vectors(one.generation), others_too=not missing
+        )
     return created
 
 
@@ -89,7 +92,15 @@ async def drop_relations(connection: Connection, schema: str, spec: IndexSpec, g
     )
 
 
-async def _copy_grants(connection: Connection, old: sql.Identifier, new: sql.Identifier) -> None:
-    oid = await fetch_value(connection, "SELECT to_regclass(%s)::oid::int8", [old.as_string(connection)])
-    if oid is not None:
-        await set_again(connection, await grants_of(connection, oid, new))
+async def _copy_grants(
+    connection: Connection, old: sql.Identifier, new: sql.Identifier, *, others_too: bool = True
+) -> None:
+    """Grant on a table what is granted on another.
+
+    :param others_too: whether it keeps the grants that it has besides.
+    """
+    grants = await grants_of(connection, old)
+    if others_too:
+        await set_again(connection, [one.on(new) for one in grants])
+    else:
+        await succeed(connection, new, grants)

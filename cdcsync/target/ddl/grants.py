@@ -2,7 +2,8 @@
 
 A relation may be dropped and made again by us, because a column of it changes, or by somebody's hand. `settings_kept`
 notices which relations of an index are others after a change than before it, and gives them the settings of their
-predecessors. Those of a relation that is gone already are known from the registry, where the watch notes them.
+predecessors. A grant that comes from default privileges, and that the predecessor did not have, is revoked. The
+settings of a relation that is gone already are known from the registry, where the watch notes them.
 
 A table with row-level security of the operator's own is the exception. Its policies are gone with it, and who was
 granted the table under them would see every row.
@@ -13,7 +14,7 @@ Source: PostgreSQL, "Privileges" (aclexplode), "CREATE VIEW", "Row Security Poli
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, cast
 
@@ -41,15 +42,31 @@ class Grant(msgspec.Struct, frozen=True):
 
     def on(self, relation: sql.Composable) -> sql.Composed:
         """Return the statement that grants it on a relation."""
+        option = sql.SQL(" WITH GRANT OPTION" if self.grantable else "")
+        return sql.SQL("GRANT {} ON {} TO {}{}").format(self._what, relation, self._whom, option)
+
+    def off(self, relation: sql.Composable) -> sql.Composed:
+        """Return the statement that revokes it."""
+        return sql.SQL("REVOKE {} ON {} FROM {}").format(self._what, relation, self._whom)
+
+    @property
+    def _what(self) -> sql.Composable:
         if not _PRIVILEGE.fullmatch(self.privilege):
             raise ValueError("not the name of a privilege")
-        return sql.SQL("GRANT {}{} ON {} TO {}{}").format(
-            sql.SQL(self.privilege),
-            sql.SQL("") if self.column is None else sql.SQL(" ({})").format(sql.Identifier(self.column)),
-            relation,
-            sql.SQL("PUBLIC") if self.role is None else sql.Identifier(self.role),
-            sql.SQL(" WITH GRANT OPTION" if self.grantable else ""),
-        )
+        column = sql.SQL("") if self.column is None else sql.SQL(" ({})").format(sql.Identifier(self.column))
+        return sql.SQL(self.privilege) + column
+
+    @property
+    def _whom(self) -> sql.Composable:
+        return sql.SQL("PUBLIC") if self.role is None else sql.Identifier(self.role)
+
+
+def instead(present: Sequence[Grant], wanted: Sequence[Grant], relation: sql.Composable) -> list[sql.Composed]:
+    """Return the statements after which a new relation has these grants and no others.
+
+    :param present: those that it was created with, as default privileges say.
+    """
+    return [*(one.off(relation) for one in present if one not in wanted), *(one.on(relation) for one in wanted)]
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -67,17 +84,15 @@ class Settings(msgspec.Struct, frozen=True):
 
     def statements(self, relation: sql.Composable, present: Settings) -> list[sql.Composed]:
         """Return the statements that give these settings to the relation that is there now."""
-        if self.kind == "function":
-            on = sql.SQL("FUNCTION {}").format(relation)
-            everybody = [one for one in present.grants if one.role is None and one not in self.grants]
-            revoked = [sql.SQL("REVOKE ALL ON {} FROM PUBLIC").format(on)] if everybody else []
-            return [*revoked, *(one.on(on) for one in self.grants)] if self.oid != present.oid else []
+        on = sql.SQL("FUNCTION {}").format(relation) if self.kind == "function" else relation
+        # One that replaces itself keeps its grants, and a view has no options then.
+        grants = instead(present.grants, self.grants, on) if self.oid != present.oid else []
         options = [
             sql.SQL("ALTER VIEW {} SET ({} = {})").format(relation, sql.Identifier(name), sql.Literal(value))
             for name, value in self.options.items()
             if present.options.get(name) != value
         ]
-        return [*options, *(one.on(relation) for one in self.grants)]
+        return [*options, *grants]
 
 
 @asynccontextmanager
@@ -94,13 +109,10 @@ async def settings_kept(connection: Connection, schema: str, index: str) -> Asyn
         settings = before.get(name)
         if settings is None or settings.kind != present.kind:
             continue
-        if settings.oid == present.oid:
-            # A view that replaces itself keeps its grants, and has no options.
-            settings = msgspec.structs.replace(settings, grants=())
-        if settings.guarded and settings.grants:
+        if settings.guarded and settings.grants and settings.oid != present.oid:
             fix = "create its policies again, then grant again what roles may do with it"
             log.error("grants_left_out", index=index, relation=name, fix=fix)
-            continue
+            settings = msgspec.structs.replace(settings, grants=())
         await set_again(connection, settings.statements(sql.SQL(name), present))
 
 
@@ -158,20 +170,23 @@ async def read_settings(connection: Connection, schema: str, index: str) -> dict
     }
 
 
-async def grants_of(connection: Connection, oid: int, successor: sql.Identifier) -> list[sql.Composed]:
-    """Return the statements that grant on `successor` what roles other than the owner may do with a relation.
-
-    What they may do with some of its columns is among it.
-    """
+async def grants_of(connection: Connection, relation: sql.Identifier) -> list[Grant]:
+    """Return what roles other than the owner may do with a relation, or with some of its columns."""
     cursor = await connection.execute(
         "SELECT a.privilege_type, r.rolname, t.attname, a.is_grantable FROM pg_class c CROSS JOIN LATERAL ("
         " SELECT NULL::name AS attname, c.relacl AS acl"
         " UNION ALL SELECT attname, attacl FROM pg_attribute"
         " WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped) AS t CROSS JOIN aclexplode(t.acl) AS a"
-        " LEFT JOIN pg_roles r ON r.oid = a.grantee WHERE c.oid = %s AND a.grantee <> c.relowner",
-        [oid],
+        " LEFT JOIN pg_roles r ON r.oid = a.grantee WHERE c.oid = to_regclass(%s) AND a.grantee <> c.relowner"
+        " AND (a.grantee = 0 OR r.oid IS NOT NULL)",
+        [relation.as_string(connection)],
     )
-    return [Grant(*row).on(successor) for row in await cursor.fetchall()]
+    return [Grant(*row) for row in await cursor.fetchall()]
+
+
+async def succeed(connection: Connection, relation: sql.Identifier, grants: Sequence[Grant]) -> None:
+    """Give a relation the grants of the one that it replaces, in the transaction that does so, and no others."""
+    await set_again(connection, instead(await grants_of(connection, relation), grants, relation))
 
 
 async def set_again(connection: Connection, statements: Iterable[sql.Composed]) -> None:

@@ -16,7 +16,7 @@ Time).
 
 from __future__ import annotations
 
-from typing import Any, LiteralString, cast
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg import sql
@@ -26,7 +26,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.building import build_settings, hnsw_method
-from cdcsync.target.ddl.grants import grants_of, set_again
+from cdcsync.target.ddl.grants import grants_of, succeed
 from cdcsync.target.ddl.locking import BRIEFLY, until_locked
 from cdcsync.target.ddl.names import SETTLED, Names
 from cdcsync.target.ddl.tiers import COLUMNS, OPTIONS, describe_vectors, vector_type
@@ -190,11 +190,7 @@ class Rebuild:
                 raise Emptied
             await self._take_out()
             moved = await self._run("DELETE FROM {fresh} AS f USING {copy} AS c WHERE c.chunk_id = f.chunk_id")
-            grants = await grants_of(
-                connection,
-                cast(int, await fetch_value(connection, self._sql("SELECT {name}::regclass::oid::int8"))),
-                names.settled(spec.generation),
-            )
+            grants = await grants_of(connection, names.settled(spec.generation))
             # From here on searches wait. They lock the parent first, so it comes first here.
             await self._run("LOCK TABLE {vectors} IN ACCESS EXCLUSIVE MODE")
             await self._run(
@@ -214,7 +210,7 @@ class Rebuild:
                     schema=names.schema,
                     new=sql.Identifier(new),
                 )
-            await set_again(connection, grants)
+            await succeed(connection, names.settled(spec.generation), grants)
             await describe_vectors(connection, self._schema, spec)
             crash_point("tiers exchanged")
         crash_point("exchange committed")
@@ -233,5 +229,4 @@ class Rebuild:
         return await self._connection.execute(self._sql(statement, **parts), arguments)
 
     def _sql(self, statement: LiteralString, **parts: sql.Composable) -> sql.Composed:
-        name = sql.Literal(self._parts["settled"].as_string(self._connection))
-        return sql.SQL(statement).format(**self._parts, name=name, **parts)
+        return sql.SQL(statement).format(**self._parts, **parts)

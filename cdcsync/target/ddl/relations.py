@@ -71,15 +71,17 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
 
     :raises SetupError: a relation of the view's name exists and is not ours, or an existing index differs in its key.
     """
+    chunks, view = Names(schema, spec.name).chunks, spec.config.view_name
+    await follow_name(connection, chunks, _view_marker(spec), view)
+    await _refuse_another(connection, spec)
+    await follow_name(connection, chunks, chunks_marker(spec), chunks_view_name(view))
+    # Settings are kept by name: a view that is made again has its new one already.
     async with settings_kept(connection, schema, spec.name):
         await _create(connection, schema, spec)
 
 
 async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
     names = Names(schema, spec.name)
-    await follow_name(connection, names.chunks, _view_marker(spec), spec.config.view_name)
-    await _refuse_another(connection, spec)
-    await follow_name(connection, names.chunks, chunks_marker(spec), chunks_view_name(spec.config.view_name))
     present = await _columns_present(connection, schema, spec)
     key = _definitions(spec.shape.key, spec.key_types, " NOT NULL")
     carried = _definitions(spec.shape.carried, spec.carried_types, "")

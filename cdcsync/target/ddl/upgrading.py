@@ -14,7 +14,7 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.grants import grants_of, set_again
+from cdcsync.target.ddl.grants import grants_of, succeed
 from cdcsync.target.ddl.locking import BRIEFLY, until_locked
 from cdcsync.target.ddl.names import FRESH, SETTLED, Names
 from cdcsync.target.ddl.relations import create_view
@@ -85,7 +85,7 @@ async def _exchange(connection: Connection, schema: str, spec: IndexSpec, oid: i
                 sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.Identifier(view.schema, view.name))
             )
         await connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(vectors))
-        grants = await grants_of(connection, oid, vectors)
+        grants = await grants_of(connection, vectors)
         dependents = await _dependents(connection, spec, oid)
         await connection.execute(
             sql.SQL("ALTER TABLE {} RENAME TO {}").format(vectors, sql.Identifier(names.settled_name(spec.generation)))
@@ -102,7 +102,7 @@ async def _exchange(connection: Connection, schema: str, spec: IndexSpec, oid: i
         )
         await connection.execute(sql.SQL("ALTER TABLE {} DROP CONSTRAINT {}").format(settled, PROOF))
         await create_vectors(connection, schema, spec)
-        await set_again(connection, grants)
+        await succeed(connection, vectors, grants)
         await create_view(connection, schema, spec)
         crash_point("tiers written")
     crash_point("tiers committed")

@@ -161,6 +161,67 @@ async def test_nobody_is_granted_a_table_whose_policies_of_the_operators_own_are
     assert [(one["event"], one["relation"]) for one in logged] == [("grants_left_out", "cdcsync.articles_chunks")]
 
 
+@pytest.mark.parametrize("what", [*DROPPED, "search function"])
+async def test_default_privileges_give_nobody_what_was_revoked_before_a_relation_was_made_again(
+    index: LiveIndex, role: str, what: str
+) -> None:
+    for schema in ("cdcsync", "public"):
+        for objects, privilege in (("TABLES", "SELECT"), ("FUNCTIONS", "EXECUTE")):
+            await run(index, f"ALTER DEFAULT PRIVILEGES IN SCHEMA {schema} GRANT {privilege} ON {objects} TO {role}")
+    await run(index, "REVOKE ALL ON FUNCTION cdcsync.articles_search FROM PUBLIC")
+    await note(index)
+    if what == "search function":
+        await run(index, "DROP FUNCTION cdcsync.articles_search CASCADE")
+    else:
+        await run(index, DROPPED[what][1])
+
+    await start(index)
+
+    if what == "search function":
+        assert await index.rows(
+            "SELECT has_function_privilege(%s, 'cdcsync.articles_search'::regproc::oid, 'EXECUTE')", role
+        ) == [(False,)]
+    else:
+        assert not await may(index, role, DROPPED[what][0])
+
+
+async def test_default_privileges_open_no_table_whose_policies_of_the_operators_own_are_gone(
+    index: LiveIndex, role: str
+) -> None:
+    await run(
+        index,
+        f"ALTER DEFAULT PRIVILEGES IN SCHEMA cdcsync GRANT SELECT ON TABLES TO {role}",
+        f"GRANT SELECT ON cdcsync.articles_chunks TO {role}",
+        "ALTER TABLE cdcsync.articles_chunks ENABLE ROW LEVEL SECURITY",
+        f"CREATE POLICY own ON cdcsync.articles_chunks TO {role} USING (tenant = 1)",
+    )
+    await note(index)
+    await run(index, "DROP TABLE cdcsync.articles_chunks CASCADE")
+
+    await start(index)
+
+    assert not await may(index, role, "cdcsync.articles_chunks")
+
+
+@pytest.mark.parametrize("view", ["articles_index", "articles_index_chunks"])
+async def test_a_view_that_gets_another_name_and_another_type_at_once_keeps_its_grants(
+    index: LiveIndex, role: str, view: str
+) -> None:
+    await run(
+        index,
+        f"GRANT SELECT ON public.{view} TO {role}",
+        f"ALTER VIEW public.{view} SET (security_barrier = true)",
+    )
+
+    await start(index, carried={"tenant": "bigint"}, view="public.renamed")
+
+    renamed = f"public.{view.replace('articles_index', 'renamed')}"
+    assert await may(index, role, renamed)
+    assert await index.rows("SELECT reloptions FROM pg_class WHERE oid = %s::regclass", renamed) == [
+        (["security_barrier=true"],)
+    ]
+
+
 async def test_a_role_that_is_gone_keeps_nothing_from_coming_back(index: LiveIndex, role: str) -> None:
     await run(index, f"GRANT SELECT ON public.articles_index TO {role}, PUBLIC")
     await note(index)
