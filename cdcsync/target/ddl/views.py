@@ -50,7 +50,7 @@ class View(msgspec.Struct, frozen=True):
     :ivar columns: its columns in their order, with their types as SQL writes them.
     :ivar stored: those of the chunks table's columns that it reads.
     :ivar reads_vectors: whether it reads the vectors that it should.
-    :ivar built_on: the objects that depend on it.
+    :ivar built_on: the objects that depend on it, or on the type of its rows, as a function that returns them does.
     """
 
     columns: dict[str, str]
@@ -99,9 +99,10 @@ async def read_view(
                                               pg_describe_object(d.classid, d.objid, d.objsubid))
                      FROM pg_depend d LEFT JOIN pg_rewrite r
                          ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
-                     WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = c.oid AND d.deptype = 'n'
-                         AND r.ev_class IS DISTINCT FROM c.oid ORDER BY 1)
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                     WHERE (d.refclassid = 'pg_class'::regclass AND d.refobjid = c.oid
+                            OR d.refclassid = 'pg_type'::regclass AND d.refobjid IN (t.oid, t.typarray))
+                         AND d.deptype = 'n' AND r.ev_class IS DISTINCT FROM c.oid ORDER BY 1)
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_type t ON t.oid = c.reltype
         WHERE n.nspname = %(schema)s AND c.relname = %(view)s
         """,
         {

@@ -410,6 +410,33 @@ async def test_a_column_whose_type_changes_keeps_its_type_in_views_that_others_a
         assert await rows(index.connection, f"SELECT pg_typeof(tenant)::text FROM public.{view}") == [(type_,)]
 
 
+@pytest.mark.parametrize(
+    "built",
+    [
+        "FUNCTION cdcsync.mine() RETURNS SETOF public.{view} LANGUAGE sql AS 'SELECT * FROM public.{view}'",
+        "FUNCTION cdcsync.mine(hits public.{view}[]) RETURNS int LANGUAGE sql AS 'SELECT cardinality(hits)'",
+        "TABLE cdcsync.mine (hit public.{view})",
+        "MATERIALIZED VIEW cdcsync.mine AS SELECT a FROM public.{view} AS a",
+    ],
+)
+@pytest.mark.parametrize("view", ["articles_index", "articles_index_chunks"])
+async def test_a_view_whose_rows_are_the_type_of_something_is_kept_too(index: LiveIndex, built: str, view: str) -> None:
+    await index.connection.execute(f"CREATE {built.format(view=view)}".encode())
+    before = await index.rows("SELECT %s::regclass::oid::int8", f"public.{view}")
+    wider = make_spec(carried={"tenant": "bigint", "author": "text"}, search=None)
+
+    await create(index.connection, wider)
+
+    assert await index.rows("SELECT %s::regclass::oid::int8", f"public.{view}") == before
+    assert await index.rows(
+        "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = %s::regclass"
+        " AND attname IN ('tenant', 'author') ORDER BY attnum",
+        f"public.{view}",
+    ) == [("tenant", "integer"), ("author", "text")]
+    await index.apply(changes(document("1", "a"), inline=["a"]))
+    assert await index.rows(f"SELECT id, tenant FROM public.{view}") == [(1, 1)]
+
+
 async def test_the_view_can_be_swapped_to_vectors_of_another_width(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "a"), inline=["a"]))
     wider = make_spec(generation=2, dimensions=5, vector_type="halfvec", search=None)
