@@ -320,7 +320,8 @@ class Metrics:
             "verify_differences",
             "documents and vectors",
             "Documents and vectors that differed from the source when last verified; it should be 0. Rows without a"
-            " document are not among them: see cdcsync_failed_documents.",
+            " document, and texts that were given up, are not among them: see cdcsync_failed_documents and"
+            " cdcsync_failed_chunks.",
             index,
         )
         self.verify_finished = self._gauge(

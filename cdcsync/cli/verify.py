@@ -19,7 +19,7 @@ EPILOG = """Is the index what it should be? `cdcsync verify articles`
 
 MEANINGS = {
     "missing": "the source has the row, the index does not",
-    "failed": "no document could be made of the row; `cdcsync failures` says why",
+    "failed": "no document could be made of the row, or no vector of a text; `cdcsync failures` says why",
     "stale": "the index has another text",
     "orphaned": "the index has the document, the source has no row",
     "carried": "a carried column differs",
@@ -137,6 +137,6 @@ def _print(found: Verification) -> None:
     if found.equal:
         out.print(Text.assemble(("✓ ", "green"), "the index equals the source"))
     elif found.differences.keys() == {"failed"} and not found.vectors_orphaned:
-        out.print(Text(f"some rows are left out; `cdcsync failures {found.index} list` says why", "bold red"))
+        out.print(Text(f"some rows have failed; `cdcsync failures {found.index} list` says why", "bold red"))
     elif found.differences or found.vectors_orphaned:
         out.print(Text(f"they differ; `cdcsync verify {found.index} --repair` repairs them", "bold red"))

@@ -34,7 +34,7 @@ FOLLOW_S = 0.2
 """How often a request is looked at until it has ended."""
 
 FAILED = "failed"
-"""The problem of rows that are missing because no document could be made of them."""
+"""The problem of rows of which no document could be made, and of documents with a text that cannot be embedded."""
 
 REPEATED = "repeated"
 """The problem of keys that several rows of the source have."""

@@ -2,7 +2,8 @@
 
 Every committed state of the index holds to these: a chunk's hash is that of its text; the chunks of a document are
 numbered without a gap, are as many as each of them says, and agree on what the document is; each chunk has a vector of
-its text in every generation, or waits for one; each vector belongs to a chunk, is of the model's dimensions and finite.
+its text in every generation, or is in the backlog; each vector belongs to a chunk, is of the model's dimensions and
+finite. A chunk in the backlog waits for its vector, or its text has been given up, which is listed as a failure.
 
 Source: pgvector's README (vector_norm, l2_norm, vector_dims).
 """
@@ -25,7 +26,9 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
 from cdcsync.target.generations import Generations
 
-Fault = Literal["damaged", "vector_missing", "vector_stale", "vector_dimensions", "vector_not_finite", "vector_twice"]
+Fault = Literal[
+    "damaged", "failed", "vector_missing", "vector_stale", "vector_dimensions", "vector_not_finite", "vector_twice"
+]
 
 MOST = 100_000
 """Keys listed for each fault: with more, read the index again instead of repairing it by key. Held in memory."""
@@ -110,12 +113,16 @@ async def examine_chunks(connection: Connection, schema: str, spec: IndexSpec, a
 def _parts_of(names: Names, extension: str, one: IndexSpec) -> dict[str, sql.Composable]:
     """Return what the statements about the vectors of a generation need."""
     norm = "l2_norm" if one.config.vector_type == "halfvec" else "vector_norm"
+    of_chunk = sql.SQL("SELECT FROM {} AS b WHERE b.chunk_id = c.chunk_id AND b.generation = {}").format(
+        names.backlog, sql.Literal(one.generation)
+    )
+    tried = sql.Literal(MAX_ATTEMPTS)
     return {
         "vectors": names.vectors(one.generation),
         **names.tiers(one.generation),
-        "waits": sql.SQL(
-            "EXISTS (SELECT FROM {} AS b WHERE b.chunk_id = c.chunk_id AND b.generation = {} AND b.attempts < {})"
-        ).format(names.backlog, sql.Literal(one.generation), sql.Literal(MAX_ATTEMPTS)),
+        "queued": sql.SQL("EXISTS ({})").format(of_chunk),
+        "waits": sql.SQL("EXISTS ({} AND b.attempts < {})").format(of_chunk, tried),
+        "given_up": sql.SQL("EXISTS ({} AND b.attempts >= {})").format(of_chunk, tried),
         "dimensions": sql.SQL("{}.vector_dims(v.embedding)").format(sql.Identifier(extension)),
         "norm": sql.SQL("{}." + norm).format(sql.Identifier(extension)),
         "right": sql.Literal(one.dimensions),
@@ -133,13 +140,14 @@ DAMAGED: LiteralString = (
 )
 
 VECTORS: dict[Fault, LiteralString] = {
+    "failed": "SELECT {keys} FROM {chunks} AS c WHERE {between} AND {given_up}",
     "vector_missing": (
         "SELECT {keys} FROM {chunks} AS c LEFT JOIN {vectors} AS v USING (chunk_id)"
-        " WHERE v.chunk_id IS NULL AND {between} AND NOT {waits}"
+        " WHERE v.chunk_id IS NULL AND {between} AND NOT {queued}"
     ),
     "vector_stale": (
         "SELECT {keys} FROM {chunks} AS c JOIN {vectors} AS v USING (chunk_id)"
-        " WHERE v.content_hash <> c.content_hash AND {between} AND NOT {waits}"
+        " WHERE v.content_hash <> c.content_hash AND {between} AND NOT {queued}"
     ),
     "vector_dimensions": (
         "SELECT {keys} FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id)"

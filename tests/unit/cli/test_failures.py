@@ -89,7 +89,7 @@ def test_nothing_that_failed_is_said_too(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("differences", "said"),
     [
-        ({"failed": 2}, "some rows are left out; `cdcsync failures articles list` says why"),
+        ({"failed": 2}, "some rows have failed; `cdcsync failures articles list` says why"),
         ({"failed": 2, "stale": 1}, "`cdcsync verify articles --repair` repairs them"),
     ],
 )

@@ -55,3 +55,18 @@ async def test_every_generation_that_is_ready_is_looked_at(index: LiveIndex) -> 
         " SELECT 2, chunk_id, content_hash, 0 FROM {chunks} WHERE id = '3' RETURNING 1"
     )
     assert await looked_at(index) == Soundness({"vector_stale": [("2",)]}, 1, 1, None, 3)
+
+
+@pytest.mark.parametrize("present", ["no vector", "the vector of an older text"])
+async def test_a_text_that_was_given_up_has_failed_and_is_not_missing_its_vector(
+    index: LiveIndex, present: str
+) -> None:
+    if present == "no vector":
+        await index.rows("DELETE FROM cdcsync.articles_vectors_1 RETURNING 1")
+    else:
+        await index.rows("UPDATE cdcsync.articles_vectors_1 SET content_hash = '\\x00' RETURNING 1")
+    await index.rows(
+        "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane, attempts)"
+        " SELECT 1, chunk_id, content_hash, 0, CASE id WHEN '2' THEN 8 ELSE 7 END FROM {chunks} RETURNING 1"
+    )
+    assert await looked_at(index) == Soundness({"failed": [("2",)]}, 2, 0, None, 3)
