@@ -95,7 +95,7 @@ DDL: tuple[LiteralString, ...] = (
 
 _COLUMNS = (
     "id, index_name, kind, rewrite, filter, state, phase, cursor, rows_done, rows_total, started_at,"
-    " force_embed, keyed, max_rows_per_s, error, through"
+    " force_embed, keyed, max_rows_per_s, error, through, finished_at"
 )
 
 _ACTIONS: Mapping[RequestAction, tuple[str, tuple[str, ...]]] = {
@@ -140,6 +140,7 @@ class Request(msgspec.Struct, frozen=True):
     max_rows_per_s: int | None = None
     error: str | None = None
     through: str | None = None
+    finished_at: datetime | None = None
 
     @property
     def read_all(self) -> bool:

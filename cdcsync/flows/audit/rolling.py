@@ -7,7 +7,8 @@ is killed loses at most the last seconds of it.
 1. A suspect is looked at again a moment later. Only what differs twice goes to the backfill engine, which tells for
    certain: beside changes that come in, most suspects were changing.
 2. The place is stored once everything before it has been compared.
-3. An index is proven equal when a comparison ends that found nothing. A difference is counted by kind, logged as an
+3. An index is proven equal when a comparison ends that found nothing. It begins anew after a load of the index: what a
+   load has written was compared by none before. A difference is counted by kind, logged as an
    error and read again; the next comparison then begins at once.
 """
 
@@ -75,6 +76,8 @@ class _Comparison:
         self.due = anyio.current_time() + FIRST_S
         self.anew = False
         """Whether to begin from the start, whatever place is stored."""
+        self.loaded_at: datetime | None = None
+        """When the last load of the index ended: what was compared before that is to be compared again."""
         self.restart()
 
     def restart(self) -> None:
@@ -161,6 +164,10 @@ class RollingAudit:
             one.restart()  # until it is loaded, all differences are known ones
             one.due = anyio.current_time() + NOT_LIVE_S
             return
+        loaded_at = load.finished_at if load is not None else None
+        if loaded_at != one.loaded_at:
+            one.restart()
+            one.loaded_at = loaded_at
         if one.place is None and not await self._resume(target, one):
             return
         assert one.place is not None
@@ -194,7 +201,8 @@ class RollingAudit:
                 if 0 < left <= rest_s:
                     one.due = anyio.current_time() + left
                     return False
-            if audit is None or audit.finished_at is not None or one.anew:
+            loaded_since = audit is not None and one.loaded_at is not None and audit.began_at < one.loaded_at
+            if audit is None or audit.finished_at is not None or loaded_since or one.anew:
                 one.anew = False
                 await self._audits.begin(target, one.spec.name)
                 crash_point("audit begun")
@@ -289,7 +297,7 @@ class RollingAudit:
 
 def report(found: Verification, metrics: Metrics) -> None:
     """Show in metrics and log what a comparison found."""
-    # Rows that no document could be made of have a gauge of their own: the index is as right as it can be.
+    # Rows and texts that have failed have gauges of their own: the index is as right as it can be.
     failed = found.differences.get(FAILED, 0)
     differences = sum(found.differences.values()) - failed + found.vectors_orphaned
     metrics.verify_differences.labels(found.index).set(differences)

@@ -95,3 +95,60 @@ def test_an_audit_whose_worker_is_killed_goes_on_where_it_was(
     ended = [event for event in pipeline.events() if event["event"] == "verified"][verified]
     assert (ended["documents"], ended["differences"]) == (3_000, {"carried": 1})
     until(pipeline.in_step_now, pipeline.tail)
+
+
+def test_a_text_that_was_given_up_is_not_tried_again_and_the_index_is_proven_equal_beside_it(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(
+        source.dsn, make_database().dsn, slot=source.name, rows=60, worker_lines="verify_every_s = 0.5"
+    )
+    pipeline.start()
+    pipeline.live()
+    with pipeline.target.transaction():
+        pipeline.target.execute(f"DELETE FROM cdcsync.articles_vectors_1 WHERE {OF} = 11)".encode())
+        pipeline.target.execute(
+            "INSERT INTO cdcsync.articles_backlog (generation, chunk_id, content_hash, lane, attempts, error)"
+            f" SELECT 1, chunk_id, content_hash, 0, 8, 'refused' FROM {CHUNKS} WHERE id = 11".encode()
+        )
+    given_up = "SELECT attempts, error FROM cdcsync.articles_backlog"
+
+    def verified() -> list[dict[str, object]]:
+        ended = [event for event in pipeline.events() if event["event"] == "verified"]
+        return [event for event in ended if event["differences"] == {"failed": 1}]
+
+    until(lambda: len(verified()) > 1, pipeline.tail)
+    assert {event["level"] for event in verified()} == {"warning"}
+    assert not pipeline.times("audit_found")
+    assert pipeline.target.execute(given_up).fetchall() == [(8, "refused")]
+    first = proven(pipeline)
+    until(lambda: (proven(pipeline) or first) != first, pipeline.tail)
+
+
+def test_a_comparison_that_a_load_has_overtaken_begins_anew(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    slowly = "audit_max_rows_per_s = 400\nverify_every_s = 0.5"
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, rows=3_000, worker_lines=slowly)
+    pipeline.hurry = {"cdcsync.flows.audit.rolling.NOTE_S": 0.5}
+    worker = pipeline.start()
+    pipeline.live()
+    under_way = "SELECT FROM cdcsync.audits WHERE phase = 'rows' AND cursor[1]::int > 0 AND finished_at IS NULL"
+    until(lambda: pipeline.target.execute(under_way).fetchone() is not None, pipeline.tail)
+    assert pipeline.stop(worker, signal.SIGKILL) == -signal.SIGKILL
+
+    pipeline.source.execute("ALTER TABLE articles ALTER title TYPE varchar(200)")
+    verified = pipeline.times("verified")
+    pipeline.path.write_text(pipeline.path.read_text().replace("= 400", "= 100000"))
+    pipeline.start()
+    until(lambda: pipeline.times("verified") > verified, pipeline.tail)
+
+    began_anew = pipeline.target.execute(
+        "SELECT min(a.began_at) >= max(b.finished_at) FROM cdcsync.audits AS a, cdcsync.backfills AS b"
+        " WHERE b.kind = 'resync' AND b.state = 'done'"
+    ).fetchone()
+    assert began_anew == (True,)
+    ended = [event for event in pipeline.events() if event["event"] == "verified"][verified]
+    assert (ended["documents"], ended["differences"]) == (3_000, {})
