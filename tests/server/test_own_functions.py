@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests import ROOT
-from tests.support.configs import Section, configuration
+from tests.support.configs import NO_AUDIT, Section, configuration
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
@@ -71,7 +71,7 @@ def make(make_pipeline: Callable[[str], Pipeline], database: Database, index: Se
     return make_pipeline(
         configuration(
             database.dsn,
-            worker_lines="\n".join(['log_level = "debug"', *worker_lines]),
+            worker_lines="\n".join(['log_level = "debug"', NO_AUDIT, *worker_lines]),
             embedders={"fake": {"type": "hash", "dimensions": 16}},
             indexes={"notes": index},
         )

@@ -20,6 +20,7 @@ from cdcsync.config import Config, Serve
 from cdcsync.demo.programs import embedded_bin_dir
 from cdcsync.errors import SetupError
 from tests import ROOT
+from tests.support.configs import NO_AUDIT
 from tests.support.servers import Database, Server
 from tests.support.serving import served
 from tests.support.workers import Pipeline, until
@@ -38,6 +39,7 @@ feedback_every_s = 1
 dsn = "{target}"
 [worker]
 listen = "127.0.0.1:0"
+{audit}
 [embedders.fake]
 type = "hash"
 dimensions = 16
@@ -140,7 +142,7 @@ def answered(pipeline: Pipeline, *arguments: str) -> Any:
 
 
 def config(source: str, target: str, slot: str, *, publication: str = "cdcsync", view: str) -> str:
-    return CONFIG.format(source=source, target=target, slot=slot, publication=publication, view=view)
+    return CONFIG.format(source=source, target=target, slot=slot, publication=publication, view=view, audit=NO_AUDIT)
 
 
 def test_a_worker_runs_end_to_end_under_roles_with_the_least_privilege(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.support.configs import Section, configuration
+from tests.support.configs import NO_AUDIT, Section, configuration
 from tests.support.servers import Database
 from tests.support.workers import Pipeline
 
@@ -25,7 +25,7 @@ def articles(
     return configuration(
         source.dsn,
         target=(target or source).dsn,
-        worker_lines=f'backfill_page_rows = {page_rows}\nlog_level = "debug"\n{worker_lines}',
+        worker_lines=f'{NO_AUDIT}\nbackfill_page_rows = {page_rows}\nlog_level = "debug"\n{worker_lines}',
         embedders={"fake": {"type": "hash", "dimensions": 16}},
         indexes={"articles": {**INDEX, **changes}},
     )

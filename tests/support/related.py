@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from tests.support.configs import NO_AUDIT
 from tests.support.scenes import BEAT, Followed, MakeScene, Scene
 from tests.support.workers import until
 
@@ -139,6 +140,7 @@ def make_tickets(make_scene: MakeScene, source: str | None) -> Scene:
             "comments": Followed("comments", "{body}"),
         },
         options="streaming = true",
+        worker_lines=NO_AUDIT,
         source=source,
     )
     scene.oracle_reads("tickets", "tickets_expected")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from cdcsync.flows.audit.verification import MANY
+from tests.support.configs import NO_AUDIT
 from tests.support.outages import MakeSimple
 from tests.support.servers import Database
 from tests.support.workers import until
@@ -23,7 +24,7 @@ def test_a_table_of_which_most_differs_is_read_as_one_and_not_key_by_key(
     make_database: Callable[[], Database], make_simple: MakeSimple, using: str, whole: bool
 ) -> None:
     source = make_database()
-    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, rows=ROWS)
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, rows=ROWS, worker_lines=NO_AUDIT)
     pipeline.start()
     pipeline.live()
 
