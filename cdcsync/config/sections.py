@@ -117,7 +117,8 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param settle_share: the share of its time that each of them works, while searches are within
         `fresh_scan_budget_ms`.
     :param settle_after_s: seconds that a vector must not have changed before it moves, likewise.
-    :param stop_timeout_s: seconds that a stopping worker may take to finish the batch in hand.
+    :param stop_timeout_s: seconds that a stopping worker may take to finish the batch that it is writing, and the next
+        one if that is being prepared.
     :param ready_max_lag_s: /readyz says no while the index is more than this many seconds behind the source.
     :param ready_max_lag_bytes: /readyz says no while the source has more than this many bytes of WAL that it has not
         sent yet.

@@ -77,6 +77,8 @@ class ChangeSet(msgspec.Struct, frozen=True):
     failed: Sequence[FailedDocument] = ()
     """Which of `documents` could not be made, and why; they have no chunks."""
     rebuilds: Sequence[Rebuild] = ()
+    touched: Mapping[str, int] = {}
+    """How many changes of rows of related tables it follows from, by relation."""
     staged: Sequence[bytes] | None = None
     """Its rows as they are copied to the target, if they were written down ahead."""
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import psycopg
 
 from tests.chaos.history import Broken, History
+from tests.chaos.provider import Loss
 from tests.chaos.servers import Side, until
 from tests.chaos.tables import FAR, WISHES
 from tests.support import provider as misdeeds
@@ -76,7 +77,7 @@ def overtake(history: History) -> None:
     history.streaming()
     rest(history)
     frozen.freeze()
-    history.losses.append(time.monotonic())
+    history.losses.append(Loss())
     for side in (history.source, history.target):
         side.proxy.cut()
     successor = history.start()
@@ -127,9 +128,9 @@ def _wire(name: str, side_of: Callable[[History], Side]) -> None:
         history.streaming()
         rest(history)
         proxy = side_of(history).proxy
-        if not proxy.freeze():
+        if not (frozen := proxy.freeze()):
             return
-        history.losses.append(time.monotonic())
+        history.losses.append(Loss(frozen))
         try:
             until(lambda: proxy.withheld > 0, "bytes to be withheld", 10)
         except TimeoutError:
@@ -220,7 +221,7 @@ def source_fails_over_with_loss(history: History) -> None:
     history.start().until_said("streaming")
     _cut_off(history.source)
     rest(history, 0.3, 1)
-    history.source.promote()
+    history.source.promote(history.rewound)
     history.fire("source fails over with loss")
 
 
@@ -306,9 +307,10 @@ def target_fails_over_with_loss(history: History) -> None:
     history.worker.stop()
     history.worker.killed = True
     history.start().until_said("streaming")
-    _cut_off(side)
-    rest(history, 0.5, 1.5)
-    side.promote()
+    with history.losing():
+        _cut_off(side)
+        rest(history, 0.5, 1.5)
+        side.promote(history.rewound)
     history.fire("target fails over with loss")
     rest(history)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 
 import msgspec
 
 from cdcsync.embedders.protocol import WORD
+from tests.chaos.proxy import Link
 from tests.chaos.tables import RETURNING
 from tests.support.provider import FakeProvider
 
@@ -28,25 +29,63 @@ class Call(msgspec.Struct, frozen=True):
     texts: tuple[str, ...]
 
 
+class Repeat(msgspec.Struct, frozen=True):
+    """A text that was embedded twice, and when."""
+
+    text: str
+    first: float
+    again: float
+
+
+class Loss:
+    """A time in which the results of calls under way may be lost: a moment, unless it is prolonged.
+
+    :param links: connections that forward nothing from now on; it lasts until the worker has given them up.
+    """
+
+    def __init__(self, links: Sequence[Link] = ()) -> None:
+        self.since = self.until = time.monotonic()
+        self._links = links
+
+    def prolong(self) -> None:
+        """Have it last until now."""
+        self.until = time.monotonic()
+
+    def concerns(self, at: float, within_s: float) -> bool:
+        """Say whether the results of a call at that time may be lost."""
+        ends = [self.until, *(link.ended_at or time.monotonic() for link in self._links)]
+        return self.since - within_s <= at <= max(ends) + within_s
+
+
+class Rewound(msgspec.Struct, frozen=True):
+    """A server went back: what the target had no vector of at that time may be embedded again, however old it is."""
+
+    at: float
+    held: frozenset[str]
+
+    def concerns(self, text: str, first: float, again: float) -> bool:
+        """Say whether that explains why a text was embedded twice."""
+        return first <= self.at <= again and text not in self.held
+
+
 class Provider(FakeProvider):
     """A provider whose vectors belong to their texts beyond doubt."""
 
     def __init__(self) -> None:
         super().__init__(DIMENSIONS)
         self.calls: list[Call] = []
+        self.rewound: list[Rewound] = []
 
     def vectors(self, texts: list[str]) -> list[list[float]]:
         """Return the vectors, and remember the call."""
         self.calls.append(Call(time.monotonic(), tuple(texts)))
         return [[float(byte + 1) for byte in hashlib.md5(text.encode()).digest()[:DIMENSIONS]] for text in texts]
 
-    def repeated(self, losses: Iterable[float], *, within_s: float) -> list[str]:
+    def repeated(self, losses: Collection[Loss], *, within_s: float) -> list[Repeat]:
         """Return the texts that were embedded again although nothing was lost since.
 
-        :param losses: when something happened that may lose the result of a call under way.
         :param within_s: how long after a call its result may still be lost.
         """
-        times = sorted(losses)
         before: dict[str, float] = {}
         found = []
         for call in self.calls:
@@ -54,7 +93,9 @@ class Provider(FakeProvider):
                 if text == WORD or text.startswith(RETURNING):
                     continue
                 last = before.get(text)
-                if last is not None and not any(last - within_s <= at <= last + within_s for at in times):
-                    found.append(text)
                 before[text] = call.at
+                if last is None or any(one.concerns(last, within_s) for one in losses):
+                    continue
+                if not any(one.concerns(text, last, call.at) for one in self.rewound):
+                    found.append(Repeat(text, last, call.at))
         return found

@@ -6,17 +6,19 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER on, of no seconds: closing sends a reset, as a router does that forgot a connection."""
 
 
-class _Link:
+class Link:
     """One connection through the proxy, as two threads that copy bytes."""
 
     def __init__(self, proxy: Proxy, near: socket.socket, far: socket.socket) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.ended_at: float | None = None
         self._proxy = proxy
         self._sockets = (near, far)
         for source, sink in ((near, far), (far, near)):
@@ -32,6 +34,8 @@ class _Link:
         self.end()
 
     def end(self, *, reset: bool = False) -> None:
+        if self.ended_at is None:
+            self.ended_at = time.monotonic()
         self._proxy.links.discard(self)
         self.gate.set()
         for one in self._sockets:
@@ -49,7 +53,7 @@ class Proxy:
 
     def __init__(self, upstream: int) -> None:
         self.upstream = upstream
-        self.links: set[_Link] = set()
+        self.links: set[Link] = set()
         self.withheld = 0
         """Bytes that came in while nothing was forwarded."""
         self._refusing = False
@@ -72,7 +76,7 @@ class Proxy:
                 near.close()
                 continue
             far.settimeout(None)
-            self.links.add(_Link(self, near, far))
+            self.links.add(Link(self, near, far))
 
     def cut(self) -> int:
         """Reset every connection and return how many there were; new ones are taken at once."""
@@ -86,13 +90,13 @@ class Proxy:
         self._refusing = True
         return self.cut()
 
-    def freeze(self) -> int:
-        """Stop forwarding on the connections that are open, without closing them; returns how many there are."""
+    def freeze(self) -> list[Link]:
+        """Stop forwarding on the connections that are open, without closing them; returns them."""
         self.withheld = 0
         links = list(self.links)
         for link in links:
             link.gate.clear()
-        return len(links)
+        return links
 
     def heal(self) -> None:
         """Take new connections. What is frozen stays frozen: a half-open connection never comes back."""

@@ -117,13 +117,17 @@ class Side:
         """The slot of the standby."""
         return f"near_{self._generation}"
 
-    def promote(self) -> None:
-        """End the primary as a crash does and make the standby the primary, at the same address."""
+    def promote(self, unseen: Callable[[], object] = lambda: None) -> None:
+        """End the primary as a crash does and make the standby the primary, at the same address.
+
+        :param unseen: called once it is the primary, before anyone else finds it there.
+        """
         assert self.standby is not None
         old, self.primary, self.standby = self.primary, self.standby, None
         old.kill()
         self.proxy.cut()
         self.primary.promote()
+        unseen()
         self.proxy.upstream = self.primary.port
         self.configure(synchronized_standby_slots="", synchronous_standby_names="", primary_conninfo="")
         old.remove()

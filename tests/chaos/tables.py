@@ -181,6 +181,8 @@ class Writer:
         self.chance = random.Random(seed)
         self.committed = 0
         self.kinds: dict[str, int] = {}
+        self.moved: list[str] = []
+        """What rows are that were given another key, without white space."""
         self._connect = connect
         self._session: Connection | None = None
         self._number = 0
@@ -327,18 +329,24 @@ class Writer:
             case 7:
                 session.execute("DELETE FROM articles WHERE id = %s", [key])
             case 8:
-                session.execute(
+                moved = session.execute(
                     "UPDATE articles SET id = id + 1000 WHERE id = %s"
-                    " AND NOT EXISTS (SELECT FROM articles WHERE id = %s)",
+                    " AND NOT EXISTS (SELECT FROM articles WHERE id = %s)"
+                    " RETURNING concat_ws(' ', 'titled:', title, title, body)",
                     [key, key + 1000],
                 )
+                self.moved += ["".join(row[0].split()) for row in moved.fetchall()]
             case 9 | 10:
                 session.execute(
                     "INSERT INTO notes VALUES (%s, %s, %s) ON CONFLICT (lang, no) DO UPDATE SET body = excluded.body",
                     [lang, key % 70, self.text(3) if key % 9 else None],
                 )
             case 11:
-                session.execute("UPDATE notes SET no = no + 1000 WHERE lang = %s AND no = %s", [lang, key % 70])
+                moved = session.execute(
+                    "UPDATE notes SET no = no + 1000 WHERE lang = %s AND no = %s RETURNING coalesce(body, '')",
+                    [lang, key % 70],
+                )
+                self.moved += ["".join(row[0].split()) for row in moved.fetchall()]
             case 12:
                 session.execute("DELETE FROM notes WHERE lang = %s AND no = %s", [lang, key % 70])
             case 13:

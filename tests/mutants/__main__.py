@@ -38,7 +38,9 @@ def find(mutant: Mutant, minutes: float) -> tuple[int | None, str]:
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None, ""
-    found = re.search(r"(?:FAIL )?seed (\d+)[^\n]*", done.stdout)
+    # A campaign also names the histories in which nothing was wrong.
+    failed = "FAIL seed" if mutant.found_by == "chaos" else "seed"
+    found = re.search(rf"{failed} (\d+)[^\n]*", done.stdout)
     if found is None:
         raise RuntimeError(f"{mutant.name}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
     said = found[0] if mutant.found_by == "simulation" else done.stdout[found.start() :].splitlines()[1].strip()

@@ -197,6 +197,51 @@ def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
     browser.screenshot("status-no-answer")
 
 
+def test_the_page_shows_both_generations_of_an_index_whichever_of_them_searches_use(
+    pipeline: Pipeline, browser: Browser
+) -> None:
+    page = Page(browser)
+    once = pipeline.path.read_text().replace("backfill_max_rows_per_s = 20", "")
+    pipeline.path.write_text(once)
+    worker = pipeline.start()
+    pipeline.live()
+    assert pipeline.stop(worker) == 0
+    pipeline.path.write_text(once.replace("[indexes.notes]", '[indexes.notes]\nvector_type = "halfvec"'))
+    worker = pipeline.start()
+    until(lambda: pipeline.times("listening") == 2, pipeline.tail)
+    port = [event for event in pipeline.events() if event["event"] == "listening"][-1]["port"]
+    browser.look(DESKTOP, dark=False)
+    browser.driver.get(f"http://127.0.0.1:{port}/")
+    until(lambda: "generation 1" in page.card("notes"), lambda: page.text("body"))
+    assert "generation 2" not in page.card("notes")
+
+    assert pipeline.command("migrate", "notes", "start", "--yes").returncode == 0
+    beside = r"generation {}\s+ready\s*hosted, {}\(16\), recall 1\.000 beside 1\.000"
+    until(
+        lambda: re.search(beside.format(2, "halfvec"), page.card("notes")),
+        lambda: f"the second generation; the page says: {page.card('notes')}",
+    )
+    assert "16 dimensions, generation 1" in page.card("notes")
+    assert "generation 2" not in page.card("articles")
+    assert page.fits()
+    browser.screenshot("status-generations")
+
+    assert pipeline.command("migrate", "notes", "activate").returncode == 0
+    until(
+        lambda: re.search(beside.format(1, "vector"), page.card("notes")),
+        lambda: f"the first generation beside the second; the page says: {page.card('notes')}",
+    )
+    assert "16 dimensions, generation 2" in page.card("notes")
+    browser.look(PHONE, dark=True, phone=True)
+    assert page.fits()
+    browser.screenshot("status-generations-phone")
+
+    assert pipeline.command("migrate", "notes", "drop", "--yes").returncode == 0
+    until(lambda: "generation 1" not in page.card("notes"), lambda: page.card("notes"))
+    assert unexpected(browser) == []
+    assert pipeline.stop(worker) == 0
+
+
 def test_a_page_that_breaks_its_policy_would_be_noticed(pipeline: Pipeline, browser: Browser) -> None:
     pipeline.start()
     port = pipeline.event("listening")["port"]

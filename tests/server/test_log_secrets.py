@@ -253,6 +253,7 @@ def test_rows_that_no_document_can_be_made_of_are_logged_without_key_and_value_a
     database.execute("UPDATE articles SET body = 'xyzzy xyzzy xyzzy xyzzy xyzzy xyzzy xyzzy' WHERE id = 'xyzzy8'")
     pipeline.reach("articles")
 
+    until(lambda: pipeline.times("document_failed") == 2, "both failures to be logged")
     assert [event["failed"] for event in pipeline.events() if event["event"] == "document_failed"] == [1, 1]
     assert pipeline.left_out("articles") == {("xyzzy7",), ("xyzzy8",)}
     assert "ValueError in telling_documents.py, line 3" in stored(database)

@@ -148,6 +148,7 @@ def test_a_row_that_a_function_fails_for_is_left_out_and_named_and_comes_back_wi
     pipeline.reach("notes")
 
     assert stored() == [(key, "secret: GOOD") for key in range(1, 7)] + [(9, "secret: BETTER")]
+    until(lambda: pipeline.times("document_failed") == 2, "both failures to be logged")
     failures = [event for event in pipeline.events() if event["event"] == "document_failed"]
     errors = [event["error"] for event in failures]
     assert errors[0] == "own_documents:document failed with ValueError in own_documents.py, line 4"

@@ -1,7 +1,12 @@
-"""Tells metrics and embedders about a batch that is in the target."""
+"""Tells metrics, log and embedders about a batch that is in the target.
+
+A batch may be prepared several times, because a server was away or the batch before it was not written. It is accounted
+for once, when it is committed.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
@@ -12,11 +17,14 @@ from cdcsync.flows.follow.apply import Outcome
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch
-from cdcsync.model.changeset import LIVE
+from cdcsync.model.changeset import LIVE, FailedDocument
 from cdcsync.model.rows import Upsert
 from cdcsync.pgoutput.wire import to_datetime
 
 log = structlog.get_logger()
+
+REPORTED_ERRORS = 10
+"""Errors of a batch that are logged: what fails for all rows may say something else of each."""
 
 
 class Accounts:
@@ -52,13 +60,18 @@ class Accounts:
             metrics.changes.labels(index, "delete").inc(len(of_index.live) - upserts)
             metrics.changes.labels(index, "truncate").inc(of_index.truncated)
         for index, result in outcome.applied.items():
+            changes = outcome.changes[index]
+            for relation, touched in changes.touched.items():
+                metrics.related_changes.labels(index, relation).inc(touched)
+            metrics.documents_unchanged.labels(index).inc(len(changes.kept))
+            self._report(index, changes.failed)
             metrics.chunks.labels(index).inc(result.chunks)
             metrics.chunks_deleted.labels(index).inc(result.deleted)
             metrics.vectors.labels(index, "reused").inc(result.reused)
             metrics.vectors.labels(index, "inline").inc(result.inline)
             current = result.chunks - result.reused - result.inline - result.queued
             self._embed_loops[index].avoided("current", current)
-            live = any(one.lane == LIVE for one in outcome.changes[index].documents)
+            live = any(one.lane == LIVE for one in changes.documents)
             if result.queued:
                 self._embed_loops[index].notify(live=live)
             if result.beside:
@@ -71,6 +84,12 @@ class Accounts:
             checkpoint=str(checkpoint),
             milliseconds=round(outcome.seconds * 1000, 1),
         )
+
+    def _report(self, index: str, failed: Sequence[FailedDocument]) -> None:
+        """Say why rows have no place in the index now; which rows they are, the target knows."""
+        self._metrics.document_failures.labels(index).inc(len(failed))
+        for error, rows in Counter(one.error for one in failed).most_common(REPORTED_ERRORS):
+            log.warning("document_failed", index=index, error=error, failed=rows, fix=f"cdcsync failures {index} list")
 
     def _note_freshness(
         self, outcome: Outcome, changed: Sequence[str], before: Lsn, end: Lsn, committed: datetime

@@ -16,7 +16,6 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import msgspec
-import structlog
 
 from cdcsync.documents.chunks import Chunk, Chunker
 from cdcsync.documents.templates import Rendering
@@ -37,13 +36,8 @@ from cdcsync.source.reads import Page
 from cdcsync.source.tables import SourceTable
 from cdcsync.target.look_ups import LookUps
 
-log = structlog.get_logger()
-
 THREAD_CHARACTERS = 20_000
 """More text than this is chunked in a thread: below it, the hand-over costs more than the splitting."""
-
-REPORTED_ERRORS = 10
-"""Errors of a batch that are logged: what fails for all rows may say something else of each."""
 
 ONE_TEXT = frozenset({"smallint", "integer", "bigint", "oid", "uuid", "boolean", "date", "text"})
 """Types whose equal values the server writes alike. Not so numeric (1.0 and 1.00), citext, or a domain over them."""
@@ -100,7 +94,7 @@ class Preparer:
         self._source = source
         self._metrics = metrics
         self._deliveries = deliveries
-        self._related = RelatedChanges(spec, source, metrics) if spec.documents.related else None
+        self._related = RelatedChanges(spec, source) if spec.documents.related else None
 
     @property
     def looks_ahead(self) -> bool:
@@ -145,9 +139,7 @@ class Preparer:
                 kept.append(Kept(one.change.key, self._carried(one.change), one.change.lsn))
             else:
                 changed.append(one)
-        self._metrics.documents_unchanged.labels(self._spec.name).inc(len(kept))
         split = iter(await self._split([one for one in changed if not isinstance(one.change, Prepared)], failed))
-        self._report(failed)
         chunks = [one.change.chunks if isinstance(one.change, Prepared) else next(split) for one in changed]
         documents = [
             Document(
@@ -180,6 +172,7 @@ class Preparer:
             failed=[
                 FailedDocument(one.key, str(failed[one.key]), one.commit_lsn) for one in documents if one.key in failed
             ],
+            touched=Counter(self._spec.links[place].relation for place, _ in changes.touched),
         )
 
     def _carried(self, change: Upsert) -> Row:
@@ -325,13 +318,6 @@ class Preparer:
         if sum(len(document.text) for document in documents) < THREAD_CHARACTERS and not self._chunker.by_code:
             return self._chunker.split_all(documents, fail)
         return await anyio.to_thread.run_sync(self._chunker.split_all, documents, fail)
-
-    def _report(self, failed: Mapping[Key, DocumentError]) -> None:
-        """Say why rows have no place in the index now; which they are, the target knows from the next commit on."""
-        name = self._spec.name
-        self._metrics.document_failures.labels(name).inc(len(failed))
-        for error, rows in Counter(map(str, failed.values())).most_common(REPORTED_ERRORS):
-            log.warning("document_failed", index=name, error=error, failed=rows, fix=f"cdcsync failures {name} list")
 
     async def _vectors_in_time(self, documents: Sequence[Document], look_ups: LookUps) -> dict[bytes, FloatVector]:
         """Embed a small live batch here and now, if the dispatcher is free and the budget allows."""

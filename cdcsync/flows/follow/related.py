@@ -16,7 +16,6 @@ import anyio
 import msgspec
 import structlog
 
-from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import Rebuild
 from cdcsync.model.links import Link, Touch, Values
@@ -66,10 +65,9 @@ class Concerned(msgspec.Struct, frozen=True):
 class RelatedChanges:
     """Finds the documents of one index that changes of related rows concern."""
 
-    def __init__(self, spec: IndexSpec, source: Session, metrics: Metrics) -> None:
+    def __init__(self, spec: IndexSpec, source: Session) -> None:
         self._spec = spec
         self._source = source
-        self._metrics = metrics
         self._links = spec.links
         self._look_ups = LookUps(spec.shape, self._links, spec.facts)
 
@@ -88,7 +86,6 @@ class RelatedChanges:
             by_link.setdefault(place, {})[values] = touch
         for place, touches in by_link.items():
             link, left = self._links[place], list(touches)
-            self._metrics.related_changes.labels(self._spec.name, link.relation).inc(len(left))
             too_many: list[Values] = []
             at_once = VALUES_AT_FIRST
             # If a condition names too many values, all documents are rebuilt, and there is nothing more to ask.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from cdcsync.config import parse
 from tests.support.configs import configuration
 from tests.support.servers import Database
-from tests.support.workers import Pipeline, until
+from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = pytest.mark.server
 
@@ -174,7 +175,7 @@ def test_a_new_index_and_a_changed_one_wait_for_their_approval_while_another_goe
     reason = str(state(pipeline, "articles")[1])
     assert 'text: "{title}" → "{body}"' in reason
     pipeline.stop(pipeline.processes[-1])
-    pipeline.start()
+    killed = pipeline.start(CDCSYNC_CRASH_AT="approvals removed")
     pipeline.in_step("notes")
     assert state(pipeline, "articles") == ("paused", reason)
     texts = pipeline.target.execute("SELECT content FROM cdcsync.articles_chunks WHERE id = 5").fetchall()
@@ -182,6 +183,9 @@ def test_a_new_index_and_a_changed_one_wait_for_their_approval_while_another_goe
 
     pipeline.source.execute("DELETE FROM articles WHERE id = 5")
     assert pipeline.command("plan", "--approve", "articles").returncode == 0
+    # A worker that dies while it takes the approval leaves it to the next one.
+    assert killed.wait(PATIENCE_S) == -signal.SIGKILL, pipeline.tail()
+    pipeline.start()
     until(lambda: state(pipeline, "articles")[0] == "live", pipeline.tail)
     pipeline.in_step()
 
@@ -201,7 +205,8 @@ def test_an_approval_of_a_first_load_outlasts_a_start_that_did_not_get_to_it(
     worker = pipeline.start()
     pipeline.event("streaming")
     pipeline.stop(worker)
-    assert pipeline.command("plan", "--approve", "articles").returncode == 0
+    killed_command = pipeline.command("plan", "--approve", "articles", CDCSYNC_CRASH_AT="approval given")
+    assert killed_command.returncode == -signal.SIGKILL
     killed = pipeline.start(CDCSYNC_CRASH_AT="index relations committed")
     killed.wait(30)
     assert state(pipeline, "articles") == ("building", None)

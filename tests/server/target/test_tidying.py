@@ -7,9 +7,11 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target import tidying
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.tidying import tidy
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document
+from tests.support.kills import Killed, kill_at, points
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -85,3 +87,27 @@ async def test_a_search_that_runs_for_long_is_not_waited_for_and_not_disturbed(
         await searcher.execute("SELECT count(*) FROM cdcsync.articles_vectors_1")
     await tidy(index.connection, SCHEMA, index.spec)
     assert (await counted(index))[1] < pages / 4
+
+
+@pytest.mark.parametrize("point", points(tidying))
+async def test_wherever_tidying_is_killed_the_vectors_are_there_and_the_next_look_finishes_it(
+    index: LiveIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    monkeypatch.setattr("cdcsync.target.tidying.SPARE_PAGES", 10)
+    await churned(index, live=300, dead=9_000)
+    found = await index.rows("SELECT chunk_id, embedding::text FROM {vectors} ORDER BY 1")
+    _, pages = await counted(index)
+
+    kill_at(monkeypatch, tidying, point)
+    session = await connect_target()
+    with pytest.raises(Killed):
+        await tidy(session, SCHEMA, index.spec)
+    await session.close()
+    assert await index.rows("SELECT chunk_id, embedding::text FROM {vectors} ORDER BY 1") == found
+
+    kill_at(monkeypatch, tidying, None)
+    await tidy(index.connection, SCHEMA, index.spec)
+    dead, left = await counted(index)
+    assert dead == 0
+    assert left < pages / 4
+    assert await index.rows("SELECT chunk_id, embedding::text FROM {vectors} ORDER BY 1") == found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from cdcsync.flows.audit.verification import MANY
 from tests.support.configs import NO_AUDIT
 from tests.support.outages import MakeSimple
 from tests.support.servers import Database
-from tests.support.workers import until
+from tests.support.workers import PATIENCE_S, until
 
 pytestmark = pytest.mark.server
 
@@ -36,6 +37,25 @@ def test_a_table_of_which_most_differs_is_read_as_one_and_not_key_by_key(
         "SELECT kind, keyed FROM cdcsync.backfills WHERE kind NOT IN ('compare', 'initial') ORDER BY id"
     ).fetchall()
     assert read == ([("resync", False)] if whole else [("verify", True), ("replay", True)])
+
+
+def test_a_worker_that_dies_as_it_reads_a_table_in_place_of_comparing_it_leaves_that_to_the_next_one(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, rows=ROWS)
+    worker = pipeline.start()
+    pipeline.live()
+    assert pipeline.stop(worker) == 0
+    pipeline.source.execute("ALTER TABLE articles ALTER title TYPE text USING upper(title)")
+
+    for point in ("reading in place of a comparison asked for", "reading in place of a comparison begun"):
+        worker = pipeline.start(CDCSYNC_CRASH_AT=point)
+        assert worker.wait(PATIENCE_S) == -signal.SIGKILL, pipeline.tail()
+    pipeline.start()
+
+    until(pipeline.in_step_now, pipeline.tail, progress=lambda: pipeline.times("batch_applied"))
+    assert pipeline.target.execute("SELECT count(*) FROM cdcsync.backfills WHERE kind = 'resync'").fetchone() == (1,)
 
 
 def test_a_repair_of_most_of_an_index_reads_it_as_one(

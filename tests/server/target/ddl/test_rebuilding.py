@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -19,6 +17,7 @@ from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
 from cdcsync.target.keys import discard_vectors
 from cdcsync.target.settling import Settling
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document
+from tests.support.kills import Killed, kill_at, points
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -169,11 +168,7 @@ async def test_a_rebuild_that_was_killed_is_dropped_by_the_next_one(
     assert await both.faults() == []
 
 
-class Killed(Exception):
-    """Ends a rebuild where a process would have been killed: its session ends, and the server rolls back."""
-
-
-@pytest.mark.parametrize("point", re.findall(r'crash_point\("(.+?)"\)', inspect.getsource(rebuilding)))
+@pytest.mark.parametrize("point", points(rebuilding))
 async def test_wherever_a_rebuild_is_killed_each_vector_is_in_one_tier_and_the_next_one_succeeds(
     both: LiveIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
@@ -182,11 +177,7 @@ async def test_wherever_a_rebuild_is_killed_each_vector_is_in_one_tier_and_the_n
     await Rebuild(left, SCHEMA, both.spec).record()  # so that there is something to drop at the start
     await left.close()
 
-    def kill(reached: str) -> None:
-        if reached == point:
-            raise Killed
-
-    monkeypatch.setattr(rebuilding, "crash_point", kill)
+    kill_at(monkeypatch, rebuilding, point)
     session = await connect_target()
     with pytest.raises(Killed):
         await Rebuild(session, SCHEMA, both.spec).run()
@@ -194,7 +185,7 @@ async def test_wherever_a_rebuild_is_killed_each_vector_is_in_one_tier_and_the_n
     assert await both.embedded() == made
     assert await both.faults() == []
 
-    monkeypatch.setattr(rebuilding, "crash_point", lambda reached: None)
+    kill_at(monkeypatch, rebuilding, None)
     await Rebuild(await connect_target(), SCHEMA, both.spec).run()
     assert [tier for _, tier in await both.rows(TIERS)] == ["settled"] * 8
     assert await both.embedded() == made

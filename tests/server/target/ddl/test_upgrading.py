@@ -8,9 +8,11 @@ import anyio
 import pytest
 
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl import upgrading
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.upgrading import upgrade_vectors
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, until_blocked, vector_text
+from tests.support.kills import Killed, kill_at, points
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -106,25 +108,23 @@ async def test_an_upgraded_index_is_as_one_that_is_made_now(open_index: OpenInde
     assert await catalog(index) == made
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-async def test_an_upgrade_that_was_interrupted_is_finished_by_the_next_start(
-    open_index: OpenIndex, monkeypatch: pytest.MonkeyPatch, steps: int
+@pytest.mark.parametrize("point", points(upgrading))
+async def test_wherever_an_upgrade_is_killed_searches_find_all_and_the_next_start_finishes_it(
+    open_index: OpenIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     index = await earlier(open_index)
-    points = iter(range(10))
 
-    def die(point: str) -> None:
-        if point in ("tier columns committed", "tier proven") and next(points) + 1 == steps:
-            raise KeyboardInterrupt(point)
-
-    monkeypatch.setattr("cdcsync.target.ddl.upgrading.crash_point", die)
-    with pytest.raises(KeyboardInterrupt):
-        await upgrade(index.connection, index)
+    kill_at(monkeypatch, upgrading, point)
+    session = await connect_target()
+    with pytest.raises(Killed):
+        await upgrade(session, index)
+    await session.close()
     assert len(await index.rows(SEARCH)) == 10
-    monkeypatch.undo()
 
-    assert await upgrade(index.connection, index)
+    kill_at(monkeypatch, upgrading, None)
+    left = await upgrade(index.connection, index)
 
+    assert left is (point != "tiers committed")
     assert await index.rows("SELECT count(*), min(tier) FROM {vectors}") == [(50, "settled")]
 
 

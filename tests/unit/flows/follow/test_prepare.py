@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import msgspec
 import pytest
-from structlog.testing import capture_logs
 
 from cdcsync.config import Chunking, QualifiedName
 from cdcsync.documents.chunks import make_chunker
@@ -16,7 +15,7 @@ from cdcsync.documents.documents import Documents
 from cdcsync.documents.functions import DocumentFunction
 from cdcsync.documents.related import RelatedRows, Step
 from cdcsync.errors import DocumentError
-from cdcsync.flows.follow.prepare import MOST_BYTES_READ, READ_BYTES, REPORTED_ERRORS, Preparer
+from cdcsync.flows.follow.prepare import MOST_BYTES_READ, READ_BYTES, Preparer
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import ChangeSet
@@ -40,7 +39,7 @@ class Failing(DocumentFunction):
         return body
 
 
-async def prepared(*bodies: str, metrics: Metrics | None = None) -> ChangeSet:
+async def prepared(*bodies: str) -> ChangeSet:
     """Return what rows with the keys 0, 1, … come to, read by the first load; chunks are of 8 tokens, at most 2."""
     spec = make_spec(carried={})
     spec = msgspec.structs.replace(spec, documents=Documents(Failing("m:f", ("body",), "documents")))
@@ -51,7 +50,7 @@ async def prepared(*bodies: str, metrics: Metrics | None = None) -> ChangeSet:
     nothing: Any = None
     dispatcher: Any = SimpleNamespace(tracing=Tracing())
     chunker = make_chunker(chunking, None, None)
-    return await Preparer(spec, chunker, dispatcher, nothing, nothing, metrics or Metrics(), Deliveries()).prepare(
+    return await Preparer(spec, chunker, dispatcher, nothing, nothing, Metrics(), Deliveries()).prepare(
         changes, nothing
     )
 
@@ -69,26 +68,6 @@ async def test_rows_that_cannot_be_rendered_or_cut_come_without_chunks_and_with_
     assert (first.key, first.error, first.commit_lsn) == (("key 1",), "no such thing", 0x11)
     assert second.key == ("key 2",)
     assert "max_chunks is 2" in second.error
-
-
-async def test_the_log_says_how_many_rows_failed_for_each_of_the_commonest_reasons_and_which_they_are_nowhere() -> None:
-    metrics = Metrics()
-    reasons = [f"reason {number}" for number in range(REPORTED_ERRORS + 3)]
-    with capture_logs() as events:
-        await prepared(*(f"!{reason}" for reason in reasons), "!usual", "!usual", "good", metrics=metrics)
-
-    assert len(events) == REPORTED_ERRORS
-    assert events[0] == {
-        "event": "document_failed",
-        "log_level": "warning",
-        "index": "articles",
-        "error": "usual",
-        "failed": 2,
-        "fix": "cdcsync failures articles list",
-    }
-    assert "key" not in str(events)
-    counted = metrics.registry.get_sample_value("cdcsync_document_failures_total", {"index": "articles"})
-    assert counted == len(reasons) + 2
 
 
 @pytest.mark.parametrize("rewrite", [True, False])

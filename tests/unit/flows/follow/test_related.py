@@ -11,7 +11,6 @@ from cdcsync.config import QualifiedName
 from cdcsync.documents.related import Step
 from cdcsync.flows.follow import related
 from cdcsync.flows.follow.related import KEYS_AT_ONCE, MOST_OF_ONE, VALUES_AT_FIRST, RelatedChanges
-from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import Rebuild
 from cdcsync.model.links import Link, Touch, Values
@@ -61,7 +60,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
     def of(source: Source) -> RelatedChanges:
         monkeypatch.setattr(related, "LookUps", lambda *_: source)
         monkeypatch.setattr(related, "current_snapshot", now)
-        made = RelatedChanges(SPEC, cast(Any, source), Metrics())
+        made = RelatedChanges(SPEC, cast(Any, source))
         made._links = (LINK,)
         return made
 

@@ -19,6 +19,7 @@ from cdcsync.flows.follow.stream import Stream
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch, PageEnd, PageRows
+from cdcsync.model.changeset import ChangeSet
 from cdcsync.model.lag import Lag
 from cdcsync.model.rows import Upsert
 from cdcsync.model.transactions import MARK_PREFIX, Mark
@@ -72,12 +73,39 @@ class FakeTarget:
         return {}
 
 
+class Preparing(FakeTarget):
+    """One beside which the next batch is prepared while a batch is written."""
+
+    looks_ahead = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prepared = 0
+
+    async def look_ups(self, index: str) -> None: ...
+
+    async def prepare(self, changes: Any, look_ups: Any, before: Any = None) -> Any:
+        self.prepared += 1
+        return ChangeSet(False, list(changes.live), [], [], {}, new=True)
+
+    async def apply(self, changes: Any, pages: Any, checkpoint: Lsn | None, **rest: Any) -> dict[str, Any]:
+        await self.released.wait()
+        self.keys += [key for of_index in changes.values() for (key,) in of_index.deleted]
+        return {}
+
+
 class Followed:
     """A stream over a fake connection into a fake target."""
 
-    def __init__(self, directory: Path, *frames: XLogData | Keepalive) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *frames: XLogData | Keepalive,
+        target: FakeTarget | None = None,
+        batch_rows: int = 100,
+    ) -> None:
         self.slot = FakeSlot(*frames)
-        self.target = FakeTarget()
+        self.target = target or FakeTarget()
         self.stopping = anyio.Event()
         self.deliveries = Deliveries()
         self.deliveries.record()
@@ -97,7 +125,7 @@ class Followed:
             metrics=metrics,
             tracing=tracing,
             lag=self.lag,
-            limits=Limits(100, 10**6),
+            limits=Limits(batch_rows, 10**6),
             stopping=self.stopping,
         )
 
@@ -215,6 +243,25 @@ async def test_a_worker_that_is_to_stop_finishes_the_batch_in_hand_and_reports_i
         assert followed.target.checkpoints == []
         followed.target.released.set()
     assert followed.slot.statuses[-1] == (Lsn(31), Lsn(31))
+
+
+async def test_a_worker_that_is_to_stop_also_finishes_the_batch_that_is_being_prepared_and_takes_no_other(
+    tmp_path: Path,
+) -> None:
+    changes = [frame for number, key in enumerate("abcde") for frame in transaction(30 + 10 * number, insert(key))]
+    target = Preparing()
+    followed = Followed(tmp_path, *changes, target=target, batch_rows=1)
+    target.released = anyio.Event()
+    async with followed.following() as until:
+        await until(lambda: target.prepared == 2)
+        await anyio.wait_all_tasks_blocked()
+        followed.stopping.set()
+        await anyio.wait_all_tasks_blocked()
+        assert target.keys == []
+        target.released.set()
+    assert target.keys == ["a", "b"]
+    assert target.prepared == 2
+    assert followed.slot.statuses[-1][1] == followed.stream.checkpoint
 
 
 async def test_a_connection_that_breaks_ends_the_following_and_the_next_one_begins_with_an_empty_batch(
