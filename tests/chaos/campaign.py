@@ -1,4 +1,8 @@
-"""A campaign: many histories on a few pairs of servers, and what they add up to."""
+"""A campaign: many histories on a few pairs of servers, and what they add up to.
+
+The outcome of each history is a line of `outcomes.jsonl`, and what came beside what is in `coverage.tsv`: of a campaign
+that was interrupted, `--report DIRECTORY` makes both tables of the histories that ended.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +10,30 @@ import argparse
 import contextlib
 import multiprocessing
 import random
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
 
-import msgspec
-
-from tests.chaos import commits
+from tests.chaos.coverage import TABLE, Outcome, forget, note, read, report, write_table
 from tests.chaos.faults import FAULTS
 from tests.chaos.history import History
-from tests.chaos.scenes import SCENES
+from tests.chaos.scenes import SCENES, reachable
 from tests.chaos.servers import Side
 
 ONE_SERVER = 0.15
 """Share of histories whose source is the target too."""
 
 
-class Outcome(msgspec.Struct):
-    """What became of a seed."""
-
-    seed: int
-    seconds: float
-    plan: list[str]
-    fired: dict[str, int]
-    hit: set[str]
-    transactions: int
-    problem: str | None = None
-
-
 def plan(seed: int, faults: Sequence[str], points: Sequence[str]) -> tuple[str | None, list[str], bool]:
     """Return the crash point, the faults and whether there is one server: all from the seed.
+
+    :param points: those that a history can come to.
 
     Every fault and every point comes once in as many seeds as there are of them; the rest is chance.
     """
@@ -57,7 +49,7 @@ def run_seed(seed: int, source: Side, target: Side, directory: Path, only: str |
 
     :param only: a fault or a crash point, in place of the seed's plan.
     """
-    point, faults, one_server = plan(seed, sorted(FAULTS), sorted(commits.points()))
+    point, faults, one_server = plan(seed, sorted(FAULTS), reachable())
     if only is not None:
         point, faults, one_server = (None, [only], False) if only in FAULTS else (only, [], False)
     history = History(seed, source, target, directory / f"seed{seed}", one_server=one_server)
@@ -94,35 +86,43 @@ def run_seed(seed: int, source: Side, target: Side, directory: Path, only: str |
 def run(
     seeds: Iterable[int], *, jobs: int, directory: Path, only: str | None = None, until_failure: bool = False
 ) -> list[Outcome]:
-    """Run histories, several at a time, each in a process with a pair of servers that it has to itself meanwhile."""
+    """Run histories, several at a time, each in a process with a pair of servers that it has to itself meanwhile.
+
+    Interrupted, it returns the outcomes of the histories that have ended.
+    """
     context = multiprocessing.get_context("spawn")
-    waiting, done = context.Queue(), context.Queue()
+    waiting = context.Queue()
     wanted = list(seeds)
-    count = len(wanted)
     for seed in wanted:
         waiting.put(seed)
-    processes = [context.Process(target=_serve, args=(waiting, done, directory, only)) for _ in range(min(jobs, count))]
+    directory.mkdir(parents=True, exist_ok=True)
+    forget(directory, wanted)
+    processes = [context.Process(target=_serve, args=(waiting, directory, only)) for _ in range(min(jobs, len(wanted)))]
     for process in processes:
         process.start()
-    outcomes: list[Outcome] = []
-    while len(outcomes) < count and (any(process.is_alive() for process in processes) or not done.empty()):
-        with contextlib.suppress(Empty):
-            outcomes.append(msgspec.msgpack.decode(done.get(timeout=1), type=Outcome))
-        if until_failure and any(outcome.problem for outcome in outcomes):
-            with contextlib.suppress(Empty):
-                while True:
-                    waiting.get_nowait()
-            break
+    try:
+        while any(process.is_alive() for process in processes):
+            time.sleep(0.5)
+            if until_failure and any(one.problem for one in read(directory, wanted)):
+                with contextlib.suppress(Empty):
+                    while True:
+                        waiting.get_nowait()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        for process in processes:
+            process.terminate()
     for process in processes:
         process.join()
-    return sorted(outcomes, key=lambda outcome: outcome.seed)
+    waiting.cancel_join_thread()
+    return read(directory, wanted)
 
 
-def _serve(waiting: Queue[int], done: Queue[bytes], directory: Path, only: str | None) -> None:
+def _serve(waiting: Queue[int], directory: Path, only: str | None) -> None:
     """Run the histories that are waiting; one that failed leaves its servers behind."""
     # A proxy's hop should not wait for another thread's time to be up.
     sys.setswitchinterval(0.0005)
-    with contextlib.ExitStack() as stack:
+    _end_once()
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         source, target = _pair(stack)
         while True:
             try:
@@ -131,16 +131,29 @@ def _serve(waiting: Queue[int], done: Queue[bytes], directory: Path, only: str |
                 return
             outcome = run_seed(seed, source, target, directory, only)
             said = "ok  " if outcome.problem is None else "FAIL"
+            missed = outcome.plan[0] and outcome.plan[0] not in outcome.hit
             print(
                 f"{said} seed {seed:<4} {outcome.seconds:5.1f} s, {outcome.transactions} transactions;"
-                f" {'; '.join(outcome.plan)}",
+                f" {'; '.join(outcome.plan)}{' (not hit)' if missed else ''}",
                 flush=True,
             )
-            done.put(msgspec.msgpack.encode(outcome))
+            note(directory, outcome)
             if outcome.problem is not None:
                 print(f"     {outcome.problem[:1500]}\n     {directory}/seed{seed}", flush=True)
                 stack.close()
                 source, target = _pair(stack)
+
+
+def _end_once() -> None:
+    """Have the first SIGINT or SIGTERM end the history at hand, and no other one disturb the taking down."""
+
+    def interrupt(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited by what is started
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
 
 
 def _pair(stack: contextlib.ExitStack) -> tuple[Side, Side]:
@@ -149,38 +162,6 @@ def _pair(stack: contextlib.ExitStack) -> tuple[Side, Side]:
     target = Side("target")
     stack.callback(target.close)
     return source, target
-
-
-def report(outcomes: Sequence[Outcome], *, whole: bool) -> list[str]:
-    """Print what fired and what was hit; returns what fails the campaign.
-
-    :param whole: whether every fault and every crash point has to have come.
-    """
-    fired: Counter[str] = Counter()
-    hit: Counter[str] = Counter()
-    for outcome in outcomes:
-        fired.update(outcome.fired)
-        hit.update(outcome.hit)
-    print(f"\n{'fault':<42} fired")
-    for name in sorted({*FAULTS, *fired}):
-        print(f"{name:<42} {fired[name]:>5}")
-    points = sorted(set(commits.points()))
-    print(f"\n{'crash point':<42}   hit")
-    for name in points:
-        print(f"{name:<42} {hit[name]:>5}")
-    failed = [f"seed {outcome.seed}: {outcome.problem}" for outcome in outcomes if outcome.problem]
-    if whole:
-        failed += [f"never fired: {name}" for name in sorted(FAULTS) if not fired[name]]
-        failed += [f"never hit: {name}" for name in points if not hit[name]]
-    total = sum(outcome.transactions for outcome in outcomes)
-    print(
-        f"\n{len(outcomes)} histories, {total} transactions, {sum(fired.values())} faults fired,"
-        f" {sum(1 for name in points if hit[name])} of {len(points)} crash points hit,"
-        f" {sum(outcome.seconds for outcome in outcomes):.0f} s of histories; {len(failed)} failures"
-    )
-    for line in failed:
-        print(f"FAIL {line[:300]}")
-    return failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -193,9 +174,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--until-failure", action="store_true", help="stop at the first history that fails")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("--directory", type=Path, help="where logs and histories go")
+    parser.add_argument("--report", type=Path, metavar="DIRECTORY", help="only tell of the histories that ended there")
     options = parser.parse_args(arguments)
+    points = reachable()
+    if options.report is not None:
+        outcomes = read(options.report)
+        write_table(options.report, outcomes, FAULTS, points)
+        return 1 if report(outcomes, FAULTS, points) else 0
     directory = options.directory or Path(tempfile.mkdtemp(prefix="cdcsync-chaos-"))
     seeds = [options.seed] if options.seed is not None else range(options.first, options.first + options.seeds)
+    _end_once()
     began = time.monotonic()
     outcomes = run(
         seeds,
@@ -204,6 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         only=options.only,
         until_failure=options.until_failure,
     )
-    failed = report(outcomes, whole=len(seeds) >= 200 and options.only is None)
-    print(f"{time.monotonic() - began:.0f} s; logs are in {directory}")
-    return 1 if failed else 0
+    write_table(directory, outcomes, FAULTS, points)
+    failed = report(outcomes, FAULTS, points, whole=len(seeds) >= 200 and options.only is None)
+    if len(outcomes) < len(seeds):
+        print(f"{len(seeds) - len(outcomes)} of {len(seeds)} histories did not end")
+    print(f"{time.monotonic() - began:.0f} s; logs and {TABLE} are in {directory}")
+    return 1 if failed or (len(outcomes) < len(seeds) and not options.until_failure) else 0

@@ -14,6 +14,7 @@ import msgspec
 
 from tests.chaos import commits
 from tests.chaos.faults import FAULTS
+from tests.chaos.scenes import ELSEWHERE
 from tests.mutants.faults import MUTANTS
 
 ROOT = Path(__file__).parents[2]
@@ -339,7 +340,10 @@ def page() -> str:
     lines += ["", "## Faults of the chaos harness", ""]
     lines += [f"- {name}" for name in sorted(FAULTS)]
     lines += ["", "## Crash points", "", "A worker is killed directly after each of these (`CDCSYNC_CRASH_AT`).", ""]
-    lines += [f"- {name}" for name in sorted(set(commits.points()))]
+    lines += [
+        f"- {name}" + (f", by `{ELSEWHERE[name]}`" if name in ELSEWHERE else "")
+        for name in sorted(set(commits.points()))
+    ]
     lines += ["", "## Known faults put back", "", "| Fault | Found by |", "|---|---|"]
     lines += [f"| {one.name} | {one.found_by}{': ' + one.fault if one.fault else ''} |" for one in MUTANTS]
     return "\n".join(lines) + "\n"

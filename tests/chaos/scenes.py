@@ -10,6 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
+
+from tests.chaos import commits
 from tests.chaos.faults import end_migration
 from tests.chaos.history import History
 from tests.chaos.servers import until
@@ -104,6 +107,69 @@ def load_cancelled(history: History, point: str) -> None:
     history.write_config()
     history.kill()
     history.pause_expected = True
+
+
+def reload_cancelled(history: History, point: str) -> None:
+    """Cancel the reload of an index that is live."""
+    _live(history)
+    history.start(point).until_said("streaming")
+    history.execute(
+        history.target,
+        "INSERT INTO cdcsync.backfills (index_name, kind, state, finished_at)"
+        " VALUES ('notes', 'resync', 'cancelled', now())",
+    )
+    reached(history)
+    history.kill()
+    history.pause_expected = True
+
+
+def another_fault(history: History, point: str) -> None:
+    """Have a paused index broken by something else than what paused it."""
+    _live(history)
+    history.writer.stop()
+    history.writer.finish()
+    history.execute(history.source, "ALTER TABLE articles RENAME tenant TO tenancy")
+    history.start(point).until_said("streaming")
+    with history.source.connect(history.name) as session, session.transaction():
+        session.execute("ALTER TABLE articles RENAME tenancy TO tenant")
+        session.execute("ALTER TABLE articles RENAME title TO heading")
+    reached(history)
+    history.execute(history.source, "ALTER TABLE articles RENAME heading TO title")
+    history.writer.start()
+    history.pause_expected = True
+
+
+def audits(history: History, point: str) -> None:
+    """Compare every index all the time."""
+    history.settings["verify"] = 0.5
+    history.write_config()
+    history.start(f"{point}#{history.chance.randint(1, 4)}")
+    reached(history)
+
+
+def compared(history: History, point: str) -> None:
+    """Have an index compared as a whole."""
+    _live(history)
+    history.start(point).until_said("streaming")
+    history.execute(history.target, COMPARE)
+    reached(history)
+
+
+def incomparable(history: History, point: str) -> None:
+    """Have an index compared whose table has just lost a column that the comparison reads."""
+    _live(history)
+    history.writer.stop()
+    history.writer.finish()
+    history.start(point).until_said("streaming")
+    history.execute(history.source, "ALTER TABLE notes RENAME body TO words")
+    history.execute(history.target, COMPARE)
+    reached(history)
+    history.execute(history.source, "ALTER TABLE notes RENAME words TO body")
+    history.writer.start()
+    history.pause_expected = True
+
+
+COMPARE = "INSERT INTO cdcsync.backfills (index_name, kind) VALUES ('notes', 'compare')"
 
 
 def bad_request(history: History, point: str) -> None:
@@ -280,6 +346,29 @@ def migration(history: History, point: str) -> None:
         end_migration(history)
 
 
+def filled_again(history: History, point: str) -> None:
+    """Delete vectors of a generation behind the cursor of its fill."""
+    _live(history)
+    history.wish = WISHES["another model"]
+    history.write_config()
+    history.start(point).until_said("streaming")
+    _migrate(history, "start", "--max-rows-per-s", "20")
+    vectors = "cdcsync.titles_vectors_2"
+    first = f"SELECT chunk_id FROM {vectors} ORDER BY chunk_id LIMIT 5"
+
+    def deleted() -> bool:
+        try:
+            gone = f"DELETE FROM {vectors} WHERE chunk_id IN ({first}) RETURNING 1"
+            return len(history.execute(history.target, gone)) == 5
+        except psycopg.errors.UndefinedTable:
+            return False
+
+    until(deleted, "the first vectors of the generation", HIT_S)
+    _migrate(history, "start", "--max-rows-per-s", "10000")
+    reached(history)
+    end_migration(history)
+
+
 def _migrate(history: History, step: str, *options: str, crash_at: str | None = None) -> None:
     history.command("migrate", "titles", step, "--yes", *options, crash_at=crash_at)
 
@@ -317,7 +406,15 @@ SCENES: dict[str, Scene] = defaultdict(
         "publication extended": table_added,
         "broken index paused": broken_table,
         "ended load noted": load_cancelled,
-        "request failed": bad_request,
+        "failed load noted": reload_cancelled,
+        "reason of a pause corrected": another_fault,
+        **dict.fromkeys(("audit begun", "audit advanced", "audit finished"), audits),
+        "comparison ended": compared,
+        **dict.fromkeys(("comparison given up", "reading in place of a comparison committed"), incomparable),
+        **dict.fromkeys(
+            ("request failed", "request given up", "request that was given up committed"),
+            bad_request,
+        ),
         "failure of a text noted": text_refused,
         "heartbeat written": heartbeats,
         "evaluation written": evaluation,
@@ -337,6 +434,40 @@ SCENES: dict[str, Scene] = defaultdict(
         "difference written": partitions,
         "difference committed": partitions,
         **dict.fromkeys((*STEPS, *FILL), migration),
+        "fill begun again": filled_again,
     },
 )
 """The scene of each crash point."""
+
+REBUILDING = "tests/server/target/ddl/test_rebuilding.py"
+TIDYING = "tests/server/target/test_tidying.py"
+UPGRADING = "tests/server/target/ddl/test_upgrading.py"
+REQUESTED = "tests/server/flows/audit/test_requested.py"
+PLAN = "tests/server/flows/test_plan.py"
+
+ELSEWHERE: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("rebuild dropped", "rebuild gone", "rebuild written", "rebuild begun", "tiers copied"),
+            *("copy has its key", "copy has its hashes", "copy has its graph", "changes taken out", "copy follows"),
+            *("tiers exchanged", "exchange committed"),
+        ),
+        REBUILDING,
+    ),
+    **dict.fromkeys(("fresh vacuumed", "fresh list written", "fresh list rebuilt"), TIDYING),
+    **dict.fromkeys(
+        ("tier columns written", "tier columns committed", "tier proven", "tiers written", "tiers committed"),
+        UPGRADING,
+    ),
+    **dict.fromkeys(
+        ("reading in place of a comparison asked for", "reading in place of a comparison begun"), REQUESTED
+    ),
+    **dict.fromkeys(("approval given", "approvals removed"), PLAN),
+}
+"""Crash points that a history does not come to, and the tests that kill at them: they need thousands of rows or of
+changes, an index of an earlier version, or an operator's approval."""
+
+
+def reachable() -> list[str]:
+    """Return the crash points that a history can come to."""
+    return sorted(set(commits.points()) - ELSEWHERE.keys())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from tests import ROOT
 from tests.chaos import commits
+from tests.chaos.scenes import ELSEWHERE, SCENES
 
 
 def test_every_place_that_commits_or_acknowledges_has_a_crash_point() -> None:
@@ -18,6 +20,16 @@ def test_every_place_that_commits_or_acknowledges_has_a_crash_point() -> None:
 
 def test_no_two_crash_points_have_the_same_name() -> None:
     assert [name for name, times in Counter(commits.points()).items() if times > 1] == []
+
+
+def test_a_point_that_no_history_comes_to_is_one_that_a_test_kills_at() -> None:
+    assert set(ELSEWHERE) <= set(commits.points())
+    assert not ELSEWHERE.keys() & SCENES.keys()
+    for point, file in ELSEWHERE.items():
+        text = (ROOT / file).read_text()
+        module = file.rpartition("test_")[2].removesuffix(".py")
+        # By its name, or with all the points of the module that it tests.
+        assert point in text or f"points({module})" in text, (point, file)
 
 
 def test_a_crash_point_that_is_taken_away_is_missed() -> None:

@@ -28,7 +28,7 @@ from cdcsync.flows.setup.needs import need_of
 from cdcsync.lsn import Lsn
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.sessions import Connection, first_line, speaking_of
 from cdcsync.source.catalog import (
     FAILOVER_VERSION,
     Catalog,
@@ -282,19 +282,24 @@ async def set_up_publication(source: Connection, config: Config, tables: Sequenc
 
     It must exist before the slot does: a slot looks its publication up in the catalog of the past. And it is put right
     before the tables' fingerprints are taken, which tell that it was not.
+
+    :raises TablesChanged: one of the tables was dropped meanwhile.
     """
     name = config.source.publication
     with speaking_of("source", where=f"publication {name}"):
         catalog = await read_catalog(source, name, tables)
         publication, tables = catalog.publication, catalog.single(tables)
-        if publication is None and tables:
-            await source.execute(create_publication_statement(name, tables, version=source.info.server_version))
-            crash_point("publication created")
-            log.info("publication_created", publication=name, tables=[str(table) for table in tables])
-        elif publication is not None and (missing := [table for table in tables if table not in publication.tables]):
-            await source.execute(publish_statement(name, missing))
-            crash_point("publication extended")
-            log.info("publication_extended", publication=name, tables=[str(table) for table in missing])
+        try:
+            if publication is None and tables:
+                await source.execute(create_publication_statement(name, tables, version=source.info.server_version))
+                crash_point("publication created")
+                log.info("publication_created", publication=name, tables=[str(table) for table in tables])
+            elif publication is not None and (missing := [one for one in tables if one not in publication.tables]):
+                await source.execute(publish_statement(name, missing))
+                crash_point("publication extended")
+                log.info("publication_extended", publication=name, tables=[str(table) for table in missing])
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
+            raise TablesChanged(f"a table went: {first_line(error)}", where=f"publication {name}") from error
 
 
 async def refuse_early(source: Connection, session: ApplySession, config: Config) -> None:
