@@ -17,6 +17,7 @@ from psycopg import conninfo, sql
 from cdcsync.demo.cluster import Cluster
 from cdcsync.postgres.sessions import Connection, connect
 from tests.support.browsers import Browser, open_browser
+from tests.support.clusters import OTHER_VERSIONS
 from tests.support.collectors import Collector
 from tests.support.decoding import TABLES, DecodingSlot
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, live_index, make_spec
@@ -186,11 +187,37 @@ async def connect_target(target: Database) -> AsyncIterator[Callable[[], Awaitab
 
 
 @pytest.fixture
+async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> Connection:
+    """A session on a target that has nothing of ours."""
+    return await connect_target()
+
+
+@pytest.fixture
 def decoding_slot(database: Database) -> Iterator[DecodingSlot]:
     """A slot in a database of its own."""
     with database.connect() as connection:
         connection.execute(TABLES)
         yield DecodingSlot(connection)
+
+
+@pytest.fixture(scope="session", params=[18, 15])
+def source_dsn(request: pytest.FixtureRequest, server: Server) -> Iterator[str]:
+    """A database of the tests' own server, and one of PostgreSQL 15."""
+    if request.param == 18:
+        with fresh_database(server) as database:
+            yield database.dsn
+        return
+    if not OTHER_VERSIONS[15].exists():
+        pytest.skip("PostgreSQL 15 is not installed")
+    with Cluster(bin_dir=OTHER_VERSIONS[15]) as cluster:
+        yield cluster.dsn()
+
+
+@pytest.fixture
+async def source(source_dsn: str) -> AsyncIterator[Connection]:
+    """A session on it."""
+    async with await connect(source_dsn, "source") as connection:
+        yield connection
 
 
 @pytest.fixture

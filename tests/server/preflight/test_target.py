@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.indexes import make_spec
-from tests.support.preflight import ARTICLES, Role, configured, examined, lay_out, the_error, warnings
+from tests.support.preflight import ARTICLES, Role, configured, examined, lay_out, the_error
 from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
@@ -122,58 +122,3 @@ async def test_a_read_only_target_is_refused(make_database: Callable[[], Databas
     config = configured(source.dsn, target.dsn)
     error = the_error(await examined(config))
     assert "transactions are read-only" in error.message
-
-
-async def test_the_schema_of_a_view_must_exist_unless_it_is_ours(database: Database) -> None:
-    database.execute(ARTICLES)
-    error = the_error(await examined(configured(database.dsn, articles='view = "search.articles"')))
-    assert (error.where, error.hint) == ("indexes.articles.view", "CREATE SCHEMA search")
-    assert (await examined(configured(database.dsn, articles='view = "cdcsync.articles"'))).errors == []
-
-
-@pytest.mark.parametrize(
-    ("create", "view"),
-    [
-        ("CREATE TABLE articles_index ()", "articles_index"),
-        ("CREATE VIEW articles_index AS SELECT 1", "articles_index"),
-        ("CREATE VIEW v AS SELECT 1; COMMENT ON VIEW v IS 'cdcsync index other: x'", "v"),
-        ("SELECT 1", "cdcsync.articles_chunks"),
-        ("SELECT 1", "cdcsync.pipelines"),
-    ],
-)
-async def test_a_view_whose_name_is_taken_is_refused(database: Database, create: str, view: str) -> None:
-    database.execute(f"{ARTICLES}; {create}")
-    error = the_error(await examined(configured(database.dsn, articles=f'view = "{view}"')))
-    assert error.where == "indexes.articles.view"
-
-
-@pytest.mark.parametrize(
-    ("search", "hint"),
-    [("englsh", 'did you mean "english"?'), ("own", 'did you mean "public.own"?'), ("klingon", "simple")],
-)
-async def test_an_unknown_text_search_configuration_is_told_with_the_one_that_was_meant(
-    database: Database, search: str, hint: str
-) -> None:
-    database.execute(f"{ARTICLES}; CREATE TEXT SEARCH CONFIGURATION own (COPY = english)")
-    error = the_error(await examined(configured(database.dsn, articles=f'search = "{search}"')))
-    assert error.where == "indexes.articles.search"
-    assert hint in str(error.hint)
-
-
-@pytest.mark.parametrize("search", ["german", "pg_catalog.german", "public.own", ""])
-async def test_a_text_search_configuration_of_the_target_is_taken(database: Database, search: str) -> None:
-    database.execute(f"{ARTICLES}; CREATE TEXT SEARCH CONFIGURATION own (COPY = english)")
-    assert (await examined(configured(database.dsn, articles=f'search = "{search}"'))).errors == []
-
-
-async def test_a_changed_text_search_configuration_is_warned_of_with_the_way_to_change_it(database: Database) -> None:
-    database.execute(ARTICLES)
-    spec = make_spec(search="english")
-    await lay_out(database, spec)
-    (warning,) = warnings(await examined(configured(database.dsn, articles='search = "german"\ncolumns = ["tenant"]')))
-    assert warning.where == "indexes.articles.search"
-    assert "not by german" in warning.message
-    assert warning.hint is not None
-    database.execute(warning.hint.partition(",")[0])
-    await lay_out(database, make_spec(search="german"))
-    assert warnings(await examined(configured(database.dsn, articles='search = "german"\ncolumns = ["tenant"]'))) == []

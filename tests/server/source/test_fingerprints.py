@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-
 import msgspec
-import psycopg
 import pytest
 
 from cdcsync.config import QualifiedName
-from cdcsync.demo.cluster import Cluster
-from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import Catalog, read_catalog
 from cdcsync.source.fingerprints import Difference, Fingerprint, difference, fingerprint_of
-from tests.support.clusters import OTHER_VERSIONS
-from tests.support.servers import Server, fresh_database
+from tests.support.publications import PUBLICATIONS, P, T, lay_out
 
 pytestmark = pytest.mark.server
 
-T = QualifiedName("public", "t")
-P = QualifiedName("public", "p")
 COLUMNS = ("id", "title", "mood", "spot", "more", "days", "twice", "moods")
 PARTITIONED = ("id", "at", "title")
 
-LAYOUT = """
-    DROP SCHEMA IF EXISTS public CASCADE; DROP SCHEMA IF EXISTS other CASCADE; DROP PUBLICATION IF EXISTS p;
-    CREATE SCHEMA public; CREATE SCHEMA other; CREATE SCHEMA IF NOT EXISTS attic;
-    CREATE TYPE public.mood AS ENUM ('sad', 'ok', 'happy');
-    CREATE TYPE public.inner_point AS (x int, y int);
-    CREATE TYPE public.point3 AS (at public.inner_point, z int);
-    CREATE DOMAIN public.short AS varchar(10);
-    CREATE TYPE public.days AS RANGE (subtype = date);
-    CREATE TABLE public.t (id int PRIMARY KEY, title text, mood public.mood, spot public.point3, more public.short,
-        days public.days, moods public.mood[], extra text, twice int GENERATED ALWAYS AS (id * 2) STORED);
-    CREATE TABLE public.nothing ();
-    CREATE TABLE public.p (id int, at date, title text, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
-    CREATE TABLE public.p1 PARTITION OF public.p FOR VALUES FROM ('2025-01-01') TO ('2026-01-01');
-    CREATE TABLE public.p2 PARTITION OF public.p FOR VALUES FROM ('2026-01-01') TO ('2027-01-01');
-    CREATE TABLE public.apart (id int NOT NULL, at date NOT NULL, title text);
-    INSERT INTO public.t (id, title, mood) VALUES (1, 'a', 'sad');
-    INSERT INTO public.p VALUES (1, '2025-05-05', 'a');
-"""
-PUBLICATIONS = {
-    "table": "CREATE PUBLICATION p FOR TABLE public.t, public.p WITH (publish_via_partition_root = true)",
-    "all": "CREATE PUBLICATION p FOR ALL TABLES WITH (publish_via_partition_root = true)",
-    "schema": "CREATE PUBLICATION p FOR TABLES IN SCHEMA public WITH (publish_via_partition_root = true)",
-}
 
 NOTHING = {
     "a row changes": "UPDATE public.t SET title = 'b'; UPDATE public.p SET title = 'b'",
@@ -104,30 +74,6 @@ OUT_AND_BACK = {
     ("schema", "moved and moved back"): "ALTER TABLE {t} SET SCHEMA attic; ALTER TABLE attic.{bare} SET SCHEMA public",
     ("schema", "made anew"): "DROP PUBLICATION p; {make}",
 }
-
-
-@pytest.fixture(scope="module", params=[18, 15])
-def dsn(request: pytest.FixtureRequest, server: Server) -> Iterator[str]:
-    """A database of the tests' own server, and one of PostgreSQL 15."""
-    if request.param == 18:
-        with fresh_database(server) as database:
-            yield database.dsn
-        return
-    if not OTHER_VERSIONS[15].exists():
-        pytest.skip("PostgreSQL 15 is not installed")
-    with Cluster(bin_dir=OTHER_VERSIONS[15]) as cluster:
-        yield cluster.dsn()
-
-
-@pytest.fixture
-async def source(dsn: str) -> AsyncIterator[Connection]:
-    async with await connect(dsn, "source") as connection:
-        yield connection
-
-
-async def lay_out(source: Connection, publication: str = "table") -> None:
-    await source.execute(LAYOUT)
-    await source.execute(PUBLICATIONS[publication])
 
 
 async def taken(source: Connection, name: QualifiedName = T) -> tuple[Fingerprint, Catalog]:
@@ -295,87 +241,3 @@ async def test_an_index_that_an_earlier_version_made_is_compared_once(source: Co
 
     assert difference(None, now, catalog.tables[T]).compare
     assert not difference(now, now, catalog.tables[T])
-
-
-async def test_nothing_is_read_of_other_tables_whatever_they_are(source: Connection) -> None:
-    await lay_out(source, "all")
-    await source.execute(
-        "CREATE SCHEMA odd; CREATE TABLE odd.t (); CREATE TABLE odd.child () INHERITS (public.nothing)"
-    )
-    await source.execute('CREATE TABLE odd."a.b""c" (id int PRIMARY KEY, "%s" text)')
-    try:
-        catalog = await read_catalog(source, "p", [T, QualifiedName("public", "absent")])
-    finally:
-        await source.execute("DROP SCHEMA odd CASCADE")
-
-    assert set(catalog.tables) == {T}
-    assert catalog.publication is not None
-    assert set(catalog.publication.tables) == {T}
-
-
-async def test_a_table_without_columns_is_read_like_any_other(source: Connection) -> None:
-    await lay_out(source, "all")
-    nothing = QualifiedName("public", "nothing")
-
-    catalog = await read_catalog(source, "p", [nothing])
-
-    assert catalog.tables[nothing].columns == {}
-    assert catalog.publication is not None
-    assert catalog.publication.tables[nothing].columns == ()
-
-
-@pytest.mark.parametrize("publication", PUBLICATIONS)
-async def test_what_is_said_of_a_publication_is_what_the_server_says_of_it(
-    source: Connection, publication: str
-) -> None:
-    await lay_out(source, publication)
-    if publication == "table":
-        await source.execute("ALTER PUBLICATION p SET TABLE public.t (title, id) WHERE (id > 3), public.p")
-    for via_root in ("true", "false"):
-        await source.execute(f"ALTER PUBLICATION p SET (publish_via_partition_root = {via_root})")
-        leaf = QualifiedName("public", "p1")
-        catalog = await read_catalog(source, "p", [T, P, leaf])
-        cursor = await source.execute(
-            "SELECT schemaname, tablename, attnames::text[], rowfilter FROM pg_publication_tables"
-            " WHERE schemaname = 'public' AND tablename IN ('t', 'p', 'p1')"
-        )
-        # PostgreSQL 15 lists generated columns, which it does not send.
-        unsent = {"twice"} if catalog.version < 180000 else set()
-        expected = {
-            QualifiedName(schema, name): (sorted({*columns} - unsent), filter_)
-            for schema, name, columns, filter_ in await cursor.fetchall()
-        }
-        assert catalog.publication is not None
-        sent = catalog.publication.tables.items()
-        found = {name: (sorted(one.columns), one.row_filter) for name, one in sent if name in expected}
-        partitioned_by_leaves = {name for name, _ in sent} - expected.keys()
-
-        assert found == expected
-        # A root that is sent under the names of its leaves is still one that the publication sends.
-        assert partitioned_by_leaves <= ({P} if via_root == "false" else set())
-
-
-async def test_the_columns_of_a_row_filter_are_told_from_those_of_a_column_list(source: Connection) -> None:
-    await lay_out(source)
-    await source.execute(
-        "ALTER PUBLICATION p SET TABLE public.t (id, title, extra) WHERE (id > 3 AND extra <> ':varattno 2')"
-    )
-    catalog = await read_catalog(source, "p", [T])
-
-    assert catalog.publication is not None
-    assert catalog.publication.tables[T].filter_columns == ("extra", "id")
-
-
-async def test_a_table_is_found_by_its_oid_under_the_name_that_it_has_now(source: Connection) -> None:
-    await lay_out(source)
-    _, catalog = await taken(source)
-    oid = catalog.tables[T].oid
-    await source.execute("ALTER TABLE public.t SET SCHEMA attic")
-    try:
-        moved = await read_catalog(source, "p", [T], [oid])
-    finally:
-        with psycopg.connect(source.info.dsn, autocommit=True) as admin:
-            admin.execute("DROP TABLE attic.t")
-
-    assert moved.tables == {}
-    assert moved.called == {oid: QualifiedName("attic", "t")}

@@ -382,34 +382,6 @@ async def test_a_policy_that_hides_rows_is_an_error_and_not_missing_rows(
 # -- snapshots -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_page_says_which_transactions_it_saw(database: Database, source: Connection) -> None:
-    database.execute("CREATE TABLE t (id int PRIMARY KEY)")
-    table = source_table({"id": "integer"})
-    with database.connect() as writing:
-        writing.execute("BEGIN")
-        writing.execute("INSERT INTO t VALUES (1)")
-        ((xid,),) = writing.execute("SELECT pg_current_xact_id()::text").fetchall()
-        before = await table.page(source, None, 10)
-        writing.execute("COMMIT")
-        after = await table.page(source, None, 10)
-
-    assert (before.rows, before.snapshot.sees(int(xid))) == ([], False)
-    assert (after.rows, after.snapshot.sees(int(xid))) == ([("1",)], True)
-
-
-async def test_a_read_holds_nothing_once_it_is_done(database: Database, source: Connection) -> None:
-    database.execute("CREATE TABLE t (id int PRIMARY KEY)")
-    await source_table({"id": "integer"}).page(source, None, 10)
-    held = await rows(
-        source,
-        "SELECT backend_xmin IS NULL OR pid = pg_backend_pid(), xact_start = query_start"
-        " FROM pg_stat_activity WHERE pid = pg_backend_pid()",
-    )
-    assert held == [(True, True)]
-    database.execute("SET lock_timeout = '500ms'")
-    database.execute("DROP TABLE t")
-
-
 async def test_a_column_may_change_its_type_between_two_pages(database: Database, source: Connection) -> None:
     """As many pages are read before as it takes the driver to keep a plan."""
     database.execute("CREATE TABLE t (id int PRIMARY KEY, n int)")

@@ -2,175 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, LiteralString
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import pytest
 from psycopg import pq, sql
 
-from cdcsync.config import Config, HashEmbedder, Index, QualifiedName, Source, Target
+from cdcsync.config import Config, HashEmbedder, Index, Source, Target
 from cdcsync.demo.cluster import Cluster
-from cdcsync.documents.documents import Documents
-from cdcsync.documents.templates import Template
 from cdcsync.errors import SetupError, TargetUnavailable
 from cdcsync.lsn import Lsn
-from cdcsync.model.rows import Shape
-from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, connect
-from cdcsync.status import Status, counting, read_status
+from cdcsync.postgres.sessions import connect
+from cdcsync.status import read_status
 from cdcsync.status.reading import FRESH
-from cdcsync.target.ddl.relations import MAX_ATTEMPTS, create_index_relations
-from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.requests import Requests
 from cdcsync.worker.state import WorkerState
+from tests.support.statuses import ARTICLES, Pipeline, begun, pipelines, problem
 
 if TYPE_CHECKING:
     from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
-ARTICLES = Index(table="articles", text="{title}", embedder="e", view="public.articles_index")
-
-
-class Pipeline:
-    """A pipeline's two sides, set up as a worker does it, without the worker."""
-
-    def __init__(self, config: Config, source: Connection, target: Connection, dsn: str) -> None:
-        self.config = config
-        self.source = source
-        self.target = target
-        self.dsn = dsn
-        self.pipelines = Pipelines("cdcsync", config.source.slot)
-
-    async def status(self) -> Status:
-        return await read_status(self.config, self.source, self.target)
-
-    async def set_up(self, *indexes: str) -> None:
-        await create_shared(self.target, "cdcsync")
-        await self.pipelines.ensure(self.target, "cdcsync")
-        for name in indexes:
-            await create_index_relations(self.target, "cdcsync", spec(name))
-            await self.target.execute(
-                "INSERT INTO cdcsync.indexes (name, slot, source_table, view_name, key, columns, fingerprint,"
-                " generation, model, dimensions, vector_type, distance, state) VALUES (%s, %s, 'public.articles', %s,"
-                " '{id}', '{}', '', 1, 'feature hashing', 3, 'vector', 'cosine', 'live')",
-                [name, self.config.source.slot, f"public.{name}_index"],
-            )
-
-    async def begin(self) -> Lsn:
-        """Create the slot, and let the pipeline begin where it does."""
-        await self.source.execute(
-            "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [self.config.source.slot]
-        )
-        begin = await self.one("SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s")
-        await self.checkpoint(Lsn.parse(begin))
-        return Lsn.parse(begin)
-
-    async def one(self, statement: LiteralString) -> Any:
-        cursor = await self.source.execute(statement, [self.config.source.slot])
-        row = await cursor.fetchone()
-        assert row is not None
-        return row[0]
-
-    async def checkpoint(self, lsn: Lsn, *, caught_up: bool = True) -> None:
-        lease = await self.pipelines.take_over(self.target, "host:42")
-        await self.pipelines.commit(self.target, lease, lsn, caught_up=caught_up)
-
-    async def reach_the_end(self) -> None:
-        """Put the checkpoint where the WAL ends once this is written, or after it: nobody else is quiet for us."""
-        end = await self.one("SELECT pg_current_wal_lsn()::text FROM (SELECT %s) AS slot")
-        await self.checkpoint(Lsn(Lsn.parse(end) + 1_000_000))
-
-    @asynccontextmanager
-    async def worker(self) -> AsyncIterator[None]:
-        """Hold the pipeline's lock as a running worker does."""
-        async with await connect(self.dsn, "target") as session:
-            assert await self.pipelines.try_lock(session)
-            yield
-
-    async def age(self, seconds: float) -> None:
-        """Let time pass for the pipeline's row."""
-        await self.target.execute(
-            "UPDATE cdcsync.pipelines SET caught_up_at = caught_up_at - make_interval(secs => %s),"
-            " updated_at = updated_at - make_interval(secs => %s)",
-            [seconds, seconds],
-        )
-
-
-def spec(name: str) -> IndexSpec:
-    return IndexSpec(
-        name=name,
-        config=Index(table="articles", text="{title}", embedder="e", view=f"public.{name}_index"),
-        shape=Shape(name, QualifiedName("public", "articles"), ("id",), (), ("title",)),
-        documents=Documents(Template.parse("{title}")),
-        source_key_types=("bigint",),
-        key_types=("bigint",),
-        carried_types=(),
-        model="feature hashing",
-        dimensions=3,
-        distance="cosine",
-        fingerprint="",
-    )
-
 
 @pytest.fixture
-async def make(database: Database) -> AsyncIterator[Callable[..., Any]]:
-    async with AsyncExitStack() as stack:
-
-        async def made(**indexes: Index) -> Pipeline:
-            config = Config(
-                source=Source(dsn=database.dsn, slot=database.name),  # slots belong to the server, databases to a test
-                target=Target(dsn=database.dsn),
-                embedders={"e": HashEmbedder(dimensions=3)},
-                indexes=indexes or {"articles": ARTICLES},
-            )
-            source = await stack.enter_async_context(await connect(database.dsn, "source"))
-            target = await stack.enter_async_context(await connect(database.dsn, "target"))
-            return Pipeline(config, source, target, database.dsn)
-
+async def make(database: Database) -> AsyncIterator[Callable[..., Awaitable[Pipeline]]]:
+    async with pipelines(database) as made:
         yield made
 
 
 @pytest.fixture
-async def pipeline(make: Callable[..., Any]) -> Pipeline:
-    """A pipeline with one live, empty index, that has begun."""
-    pipeline: Pipeline = await make()
-    await pipeline.set_up("articles")
-    await pipeline.begin()
-    return pipeline
-
-
-def problem(status: Status, words: str) -> str:
-    """Return the one problem with these words."""
-    (found,) = [one for one in status.problems if words in one]
-    return found
-
-
-async def fill(pipeline: Pipeline, chunks: int, *, after: int = 0) -> None:
-    """Store documents of two chunks."""
-    await pipeline.target.execute(
-        "INSERT INTO cdcsync.articles_chunks (id, chunk_no, content, content_hash, document_hash, commit_lsn)"
-        " SELECT n / 2, n %% 2, 'text', int8send(n), 'd', '0/1' FROM generate_series(%s::int, %s - 1) AS n",
-        [after, after + chunks],
-    )
-
-
-async def queue(pipeline: Pipeline, chunks: int, *, lane: int = 0, attempts: int = 0) -> None:
-    """Put so many chunks, which there need not be, at the end of the backlog."""
-    await pipeline.target.execute(
-        "INSERT INTO cdcsync.articles_backlog (generation, chunk_id, content_hash, lane, attempts)"
-        " SELECT 1, (SELECT count(*) FROM cdcsync.articles_backlog) + n, int8send(n), %s, %s"
-        " FROM generate_series(1, %s) AS n",
-        [lane, attempts, chunks],
-    )
+async def pipeline(make: Callable[..., Awaitable[Pipeline]]) -> Pipeline:
+    return await begun(await make())
 
 
 # -- before and after set-up ------------------------------------------------------------------------------------
 
 
-async def test_before_the_first_start_everything_is_absent(make: Callable[..., Any]) -> None:
+async def test_before_the_first_start_everything_is_absent(make: Callable[..., Awaitable[Pipeline]]) -> None:
     status = await (await make()).status()
     assert status.problems == [
         f"schema cdcsync of the target holds no pipeline {status.pipeline}: run `cdcsync run` first"
@@ -182,14 +52,14 @@ async def test_before_the_first_start_everything_is_absent(make: Callable[..., A
     assert (index.table, index.view, index.model) == ("public.articles", "public.articles_index", None)
 
 
-async def test_another_pipelines_tables_are_not_ours(make: Callable[..., Any]) -> None:
+async def test_another_pipelines_tables_are_not_ours(make: Callable[..., Awaitable[Pipeline]]) -> None:
     pipeline = await make()
     await pipeline.set_up()
     await pipeline.target.execute("UPDATE cdcsync.pipelines SET slot = 'other'")
     assert problem(await pipeline.status(), "run `cdcsync run` first")
 
 
-async def test_a_pipeline_that_has_not_begun_is_not_caught_up(make: Callable[..., Any]) -> None:
+async def test_a_pipeline_that_has_not_begun_is_not_caught_up(make: Callable[..., Awaitable[Pipeline]]) -> None:
     pipeline = await make()
     await pipeline.set_up("articles")
     status = await pipeline.status()
@@ -224,7 +94,7 @@ async def test_the_last_recall_is_told_for_as_long_as_its_vectors_are_in_use(pip
     await handle.aclose()
 
 
-async def test_an_index_that_is_new_in_the_configuration_is_absent(make: Callable[..., Any]) -> None:
+async def test_an_index_that_is_new_in_the_configuration_is_absent(make: Callable[..., Awaitable[Pipeline]]) -> None:
     pipeline = await make(articles=ARTICLES, notes=Index(table="notes", text="{t}", embedder="e", view="notes_index"))
     await pipeline.set_up("articles")
     status = await pipeline.status()
@@ -232,7 +102,7 @@ async def test_an_index_that_is_new_in_the_configuration_is_absent(make: Callabl
     assert problem(status, "not set up yet: notes; start the worker again")
 
 
-async def test_an_index_that_left_the_configuration_is_told(make: Callable[..., Any]) -> None:
+async def test_an_index_that_left_the_configuration_is_told(make: Callable[..., Awaitable[Pipeline]]) -> None:
     pipeline = await make()
     await pipeline.set_up("articles", "old")
     status = await pipeline.status()
@@ -489,63 +359,6 @@ async def test_a_target_of_before_the_list_of_failed_documents_has_none(pipeline
     await pipeline.target.execute("DROP TABLE cdcsync.failed_documents")
     status = await pipeline.status()
     assert (status.indexes["articles"].failed_documents, status.indexes["articles"].state) == (0, "live")
-
-
-async def test_small_tables_are_counted(pipeline: Pipeline) -> None:
-    await fill(pipeline, 6)
-    await pipeline.target.execute(
-        "INSERT INTO cdcsync.articles_vectors_1 SELECT chunk_id, content_hash, '[1,2,3]'::public.vector"
-        " FROM cdcsync.articles_chunks LIMIT 2"
-    )
-    await queue(pipeline, 3, lane=0)
-    await queue(pipeline, 2, lane=1)
-    await queue(pipeline, 1, lane=0, attempts=MAX_ATTEMPTS)
-    await pipeline.target.execute("INSERT INTO cdcsync.articles_backlog VALUES (2, 1, 'other generation', 0)")
-    status = await pipeline.status()
-    index = status.indexes["articles"]
-    assert (index.documents, index.chunks, index.vectors) == (3, 6, 2)
-    assert (index.backlog, index.backlog_live, index.failed) == (5, 3, 1)
-    assert not index.estimated
-    assert problem(status, "index articles: 1 chunk has no vector, see `cdcsync failures articles list`")
-
-
-async def test_large_tables_are_estimated(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counting, "COUNT_UP_TO", 20)
-    await fill(pipeline, 60)
-    await queue(pipeline, 30, lane=1)
-    await queue(pipeline, 4, lane=1, attempts=MAX_ATTEMPTS)
-    for table in ("chunks", "backlog"):
-        await pipeline.target.execute(sql.SQL("ANALYZE {}").format(sql.Identifier("cdcsync", f"articles_{table}")))
-    index = (await pipeline.status()).indexes["articles"]
-    assert (index.documents, index.chunks) == (None, 60)
-    assert (index.backlog, index.backlog_live, index.failed) == (30, 0, 4)
-    assert index.estimated
-
-
-async def test_what_was_never_analysed_is_counted_however_large_the_planner_takes_it_for(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(counting, "COUNT_UP_TO", 50)
-    await pipeline.target.execute("ALTER TABLE cdcsync.articles_chunks SET (autovacuum_enabled = off)")
-    await fill(pipeline, 40)
-    few = (await pipeline.status()).indexes["articles"]
-    await fill(pipeline, 20, after=40)
-    many = (await pipeline.status()).indexes["articles"]
-    assert (few.chunks, few.documents, few.estimated) == (40, 20, False)
-    assert many.chunks > 50
-    assert (many.documents, many.estimated) == (None, True)
-
-
-async def test_an_emptied_backlog_is_empty_whatever_the_planner_believes(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(counting, "COUNT_UP_TO", 2_000)
-    await queue(pipeline, 5_000)
-    await pipeline.target.execute("ANALYZE cdcsync.articles_backlog")
-    assert (await pipeline.status()).indexes["articles"].backlog == 5_000
-    await pipeline.target.execute("DELETE FROM cdcsync.articles_backlog")
-    index = (await pipeline.status()).indexes["articles"]
-    assert (index.backlog, index.backlog_live, index.failed) == (0, 0, 0)
 
 
 async def test_a_running_backfill_has_rate_and_time_left(pipeline: Pipeline) -> None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import anyio
-import numpy as np
 import psycopg
 import pytest
 
 from cdcsync.documents.templates import hash_text
-from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet
-from cdcsync.model.rows import Key, Row
+from cdcsync.model.changeset import BACKFILL, LIVE
+from cdcsync.model.rows import Row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.apply import IndexWriter
-from cdcsync.target.keys import written_keys
 from tests.support.indexes import (
-    SCHEMA,
     LiveIndex,
     OpenIndex,
     Waits,
@@ -378,127 +374,6 @@ async def test_columns_may_have_any_names(open_index: OpenIndex) -> None:
 
 # -- keys ------------------------------------------------------------------------------------------------------------
 
-KEYS: list[tuple[dict[str, str], list[Key]]] = [
-    ({"a": "integer", "b": "text"}, [("1", "x"), ("1", "y"), ("2", "x")]),
-    ({"id": "uuid"}, [("a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11",), ("00000000-0000-0000-0000-000000000000",)]),
-    ({"id": "numeric"}, [("1.10",), ("-0.5",), ("NaN",), ("Infinity",)]),
-    ({"id": "text"}, [("",), ("\\N",), ("é",)]),
-    ({"id": "character(4)"}, [("ab  ",), ("    ",)]),
-    ({"id": "timestamp with time zone"}, [("2024-01-01 00:00:00+00",), ("infinity",)]),
-    ({"id": "bytea"}, [("\\x00",), ("\\x",)]),
-    ({"id": "double precision"}, [("0.1",), ("NaN",)]),
-    ({"id": "integer[]", "at": "date"}, [("{1,2}", "2024-01-01"), ("{}", "2024-01-01")]),
-    ({"id": "public.citext", "at": "date"}, [("Ab", "2024-01-01"), ("cd", "2024-01-01")]),
-    ({"id": "public.ltree"}, [("a.b",), ("a",)]),
-]
-
-
-@pytest.mark.parametrize(("key", "values"), KEYS, ids=[", ".join(key.values()) for key, _ in KEYS])
-async def test_keys_may_be_of_any_type_and_composite(
-    target: Database, open_index: OpenIndex, key: dict[str, str], values: list[Key]
-) -> None:
-    for type_ in key.values():
-        if type_.startswith("public."):
-            target.execute(f"CREATE EXTENSION IF NOT EXISTS {type_.removeprefix('public.')}")
-    index = await open_index(key=key)
-    await index.apply(changes(*[document(value, f"text {at}", "more") for at, value in enumerate(values)]))
-
-    stored = await index.writer.stored_hashes(values)
-    await index.apply(changes(*[kept(value, "5") for value in values]))
-    await index.apply(changes(document(values[0], "new", existed=True), deleted=values[1:]))
-
-    assert stored == {value: hash_text(f"text {at}\nmore") for at, value in enumerate(values)}
-    assert await index.rows("SELECT content, tenant, chunk_no FROM {chunks}") == [("new", 1, 0)]
-    assert list(await index.writer.stored_hashes(values)) == [values[0]]
-    assert await index.faults() == []
-
-
-async def test_two_texts_of_one_key_in_a_batch_leave_the_row_that_came_last(open_index: OpenIndex) -> None:
-    """UPDATE t SET id = 1.00 WHERE id = 1.0 moves the row from one text to another, and it is the same key."""
-    index = await open_index(key={"id": "numeric"})
-    await index.apply(changes(document("1.0", "a", "b"), document("2", "c"), inline=["a", "b", "c"]))
-
-    assert await index.writer.stored_hashes([("1.0",), ("1.00",), ("2.000",)]) == {("2.000",): hash_text("c")}
-    await index.apply(changes(document("1.00", "a"), deleted=["1.0"]))
-
-    assert await index.texts() == {("1.00",): ["a"], ("2",): ["c"]}
-    assert await index.embedded() == {"a": [vector_text("a")], "c": [vector_text("c")]}
-    assert await index.waiting() == []
-    assert await index.faults() == []
-
-
-async def test_a_key_found_absent_takes_only_the_row_that_is_written_so(open_index: OpenIndex) -> None:
-    """1.0 is not at the source, as a page found; 1.00 came since."""
-    index = await open_index(key={"id": "numeric", "region": "text"})
-    await index.apply(
-        changes(document(("1.00", "eu"), "a", "b"), document(("2.0", "eu"), "c", "d"), inline=["a", "b", "c", "d"])
-    )
-
-    applied = await index.apply(changes(absent=[("1.0", "eu"), ("2.0", "eu"), ("3", "eu")]))
-
-    assert applied.deleted == 2
-    assert await index.texts() == {("1.00", "eu"): ["a", "b"]}
-    assert await index.faults() == []
-    await index.apply(changes(document(("1.000", "eu"), "e"), absent=[("1.00", "eu")]))
-    assert await index.texts() == {("1.000", "eu"): ["e"]}
-    assert await index.faults() == []
-
-
-@pytest.mark.parametrize("carried", [{}, {"tenant": "integer"}])
-async def test_a_document_that_did_not_change_is_written_under_its_key_of_now(
-    open_index: OpenIndex, carried: dict[str, str]
-) -> None:
-    index = await open_index(key={"id": "numeric"}, carried=carried)
-    values = ("3",) * len(carried)
-    await index.apply(changes(document("1.0", "a", "b", carried=values)))
-
-    await index.apply(changes(kept("1.00", *values)))
-
-    assert await index.texts() == {("1.00",): ["a", "b"]}
-    keys = [("1",), ("2",)]
-    assert await written_keys(index.connection, SCHEMA, index.spec, keys) == {("1",): ("1.00",)}
-
-
-async def test_an_upsert_under_another_text_of_the_key_takes_the_row_over(open_index: OpenIndex) -> None:
-    index = await open_index(key={"id": "numeric"})
-    await index.apply(changes(document("1.0", "a", "b")))
-    await index.apply(changes(document("1.00", "c", existed=True)))
-    assert await index.texts() == {("1.00",): ["c"]}
-    assert await index.faults() == []
-
-
-async def test_keys_that_their_own_type_takes_for_equal_are_one_document(
-    target: Database, open_index: OpenIndex
-) -> None:
-    """Our sessions have no search path: `=` alone would compare citext as text, and see two keys."""
-    target.execute("CREATE EXTENSION IF NOT EXISTS citext")
-    index = await open_index(key={"id": "public.citext"})
-    await index.apply(changes(document("Foo", "a", "b")))
-
-    assert await index.writer.stored_hashes([("FOO",)]) == {("FOO",): hash_text("a\nb")}
-    await index.apply(changes(document("foo", "c", existed=True)))
-    assert await index.texts() == {("foo",): ["c"]}
-    await index.apply(changes(deleted=["fOO"]))
-    assert await index.texts() == {}
-
-
-async def test_look_ups_by_key_use_the_index_whatever_the_type(target: Database, open_index: OpenIndex) -> None:
-    target.execute("CREATE EXTENSION IF NOT EXISTS citext")
-    for name, type_ in (("plain", "text"), ("folded", "public.citext")):
-        index = await open_index(name=name, key={"id": type_}, search=None)
-        await index.apply(changes(*[document(f"Key {number}", "a") for number in range(2_000)]))
-        for table in ("chunks", "vectors_1", "backlog"):  # but not the session's own stage: nobody could
-            await index.connection.execute(f"ANALYZE cdcsync.{name}_{table}")
-        await index.connection.execute("SELECT pg_stat_force_next_flush()")
-        (before,) = await index.rows(f"SELECT seq_scan FROM pg_stat_user_tables WHERE relname = '{name}_chunks'")
-
-        await index.writer.stored_hashes([("Key 7",)])
-        await index.apply(changes(document("Key 7", "b", existed=True), kept("Key 8", "5"), deleted=["Key 9"]))
-
-        await index.connection.execute("SELECT pg_stat_force_next_flush()")
-        (after,) = await index.rows(f"SELECT seq_scan FROM pg_stat_user_tables WHERE relname = '{name}_chunks'")
-        assert (name, after) == (name, before)
-
 
 async def test_a_small_batch_after_large_ones_reads_no_table_as_a_whole(index: LiveIndex) -> None:
     for first in range(0, 3_600, 900):
@@ -518,15 +393,6 @@ async def test_a_small_batch_after_large_ones_reads_no_table_as_a_whole(index: L
     await index.apply(changes(document("1", "c", existed=True)))
     await index.connection.execute("SELECT pg_stat_force_next_flush()")
     assert await index.rows(scanned) == before
-
-
-async def test_hashes_are_those_of_whole_documents_in_the_index(index: LiveIndex) -> None:
-    await index.apply(changes(document("1", "a", "b"), document("2", "c"), document("3")))
-    assert await index.writer.stored_hashes([]) == {}
-    assert await index.writer.stored_hashes([("2",), ("1",), ("3",), ("4",)]) == {
-        ("1",): hash_text("a\nb"),
-        ("2",): hash_text("c"),
-    }
 
 
 @pytest.mark.parametrize("truncated", [False, True])
@@ -625,16 +491,6 @@ async def test_vectors_that_come_with_the_batch_serve_every_chunk_of_their_text(
     assert (applied.inline, applied.queued) == (4, 1)
     assert await index.embedded() == {"a": [vector_text("a")] * 4}
     assert await index.faults() == []
-
-
-@pytest.mark.parametrize("vector_type", ["vector", "halfvec"])
-async def test_vectors_are_stored_to_the_last_bit_of_their_type(open_index: OpenIndex, vector_type: str) -> None:
-    index = await open_index(vector_type=vector_type)
-    batch = changes(document("1", "a"))
-    numbers = "[0.1,-3.4028235e+38,1e-45]" if vector_type == "vector" else "[0.099975586,-65504,5.9604645e-08]"
-    vector = np.array(json.loads(numbers), dtype=np.float32)
-    await index.apply(ChangeSet(False, [], [], batch.documents, {hash_text("a"): vector}))
-    assert await index.embedded() == {"a": [numbers]}
 
 
 async def test_what_a_backfill_brings_waits_behind_what_is_live(index: LiveIndex) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
@@ -14,58 +13,16 @@ from psycopg import sql
 
 from cdcsync.errors import UsageError
 from cdcsync.model.spec import Distance
-from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.postgres.sessions import connect
 from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import create_index_relations
-from cdcsync.target.ddl.searching import BUDGET
-from cdcsync.target.search import Mode, Plan, count_words, search
+from cdcsync.target.search import Mode, Plan, search
 from cdcsync.target.settling import Settling
-from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register
+from tests.support.indexes import SCHEMA, LiveIndex, live_index, make_spec, register
+from tests.support.searching import CARRIED, ROWS, SHELF, filled, find
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
-
-CARRIED = {
-    "tenant": "integer",
-    "state": "text",
-    "made": "timestamp with time zone",
-    "score": "numeric(6,2)",
-    "code": "character(4)",
-    "open": "boolean",
-    "extra": "json",
-}
-
-Wanted = dict[str, Any]
-
-
-async def find(connection: Connection, query: str | None, **arguments: Any) -> list[str]:
-    """Return the ids that the function finds, best first."""
-    if "filter" in arguments:
-        arguments["filter"] = json.dumps(arguments["filter"])
-    names = "".join(f", {name} => %({name})s" for name in arguments)
-    cursor = await connection.execute(
-        f"SELECT id FROM cdcsync.articles_search(%(query)s{names})".encode(), {"query": query, **arguments}
-    )
-    return [str(row[0]) for row in await cursor.fetchall()]
-
-
-async def filled(
-    index: LiveIndex, texts: Sequence[str | Sequence[str]], carried: Sequence[tuple[Any, ...]] = ()
-) -> None:
-    """Put documents into an index, by ids from 1, and count their words; a list is a document of several chunks."""
-    await index.apply(
-        changes(
-            *(
-                document(
-                    str(id_),
-                    *((text,) if isinstance(text, str) else text),
-                    carried=tuple(carried[id_ - 1]) if carried else ("1",),
-                )
-                for id_, text in enumerate(texts, 1)
-            )
-        )
-    )
-    await count_words(index.connection, SCHEMA, index.spec)
 
 
 @pytest.fixture
@@ -75,14 +32,6 @@ async def articles(target: Database) -> AsyncIterator[LiveIndex]:
 
 
 # -- words ----------------------------------------------------------------------------------------------------------
-
-SHELF = (
-    "the printer says E-716 and stops",
-    "how to reset a forgotten password of the printer",
-    "the printer prints, the printer hums, what does a printer mean?",
-    "resetting the password policy",
-    "forgotten things and a policy for the password reset",
-)
 
 
 @pytest.mark.parametrize(
@@ -125,25 +74,7 @@ async def test_a_long_text_is_no_query_and_quotes_in_it_are_punctuation(articles
     assert await find(articles.connection, pasted, mode="text") == ["3"]
 
 
-async def test_a_word_that_is_in_every_chunk_still_finds_them(articles: LiveIndex) -> None:
-    await filled(articles, [f"common text {n}" for n in range(BUDGET + 500)])
-    assert len(await find(articles.connection, "common", mode="text", k=50)) == 50
-    assert await find(articles.connection, "common 1234", mode="text", k=1) == ["1235"]
-
-
-async def test_words_are_found_before_they_were_ever_counted(articles: LiveIndex) -> None:
-    await articles.apply(changes(*(document(str(n), text) for n, text in enumerate(SHELF, 1))))
-    assert await find(articles.connection, "hums", mode="text") == ["3"]
-
-
 # -- filters --------------------------------------------------------------------------------------------------------
-
-ROWS = (
-    ("3", "open", "2026-01-05 10:00:00+00", "1.50", "ab  ", "t", '{"a": 1}'),
-    ("3", "new", "2026-02-05 10:00:00+00", "10.00", "b   ", "f", None),
-    ("4", "closed'; --", "2026-03-05 10:00:00+00", "1.51", "abcd", None, None),
-    ("5", None, None, None, None, "t", None),
-)
 
 
 @pytest.fixture
@@ -152,59 +83,6 @@ async def rows(target: Database) -> AsyncIterator[LiveIndex]:
         await filled(index, ["a page"] * len(ROWS), ROWS)
         await index.embed()
         yield index
-
-
-@pytest.mark.parametrize(
-    ("wanted", "found"),
-    [
-        ({}, "1234"),
-        ({"tenant": 3}, "12"),
-        ({"tenant": "3"}, "12"),
-        ({"tenant": 3, "state": ["open", "closed'; --"]}, "1"),
-        ({"state": "closed'; --"}, "3"),
-        ({"state": []}, ""),
-        ({"tenant": {"in": [4, 5]}}, "34"),
-        ({"tenant": {"ne": 3}}, "34"),
-        ({"state": {"ne": "new"}}, "13"),
-        ({"made": {"gte": "2026-02-05 11:00+01", "lt": "2026-03-05 10:00Z"}}, "2"),
-        ({"score": {"gt": 1.5, "lte": 10}}, "23"),
-        ({"score": 1.505}, ""),  # and not what the column's scale would make of it
-        ({"code": "ab"}, "1"),
-        ({"code": "abcde"}, ""),
-        ({"open": True}, "14"),
-        ({"open": {"null": True}}, "3"),
-        ({"extra": {"null": False}}, "1"),
-        ({"state": None}, "4"),
-        ({"state": {"like": "%e%"}}, "123"),
-        ({"id": {"gte": 2, "ne": 3}}, "24"),
-    ],
-)
-async def test_a_filter_holds_in_both_legs(rows: LiveIndex, wanted: Wanted, found: str) -> None:
-    for mode in ("text", "vector", "hybrid"):
-        hits = await find(rows.connection, "page", embedding="[1,2,3]", mode=mode, filter=wanted)
-        assert sorted(hits) == list(found), mode
-
-
-@pytest.mark.parametrize(
-    ("wanted", "problem", "hint"),
-    [
-        ({"tenat": 3}, "does not have: tenat", "code, extra, id, made, open, score, state, tenant"),
-        ({"tenant": {"above": 3}}, "tenant has no operator 'above'", "eq, ne, in, lt, lte, gt, gte, like, null"),
-        ({"extra": "x"}, "extra has no operator 'eq'", "like, null"),
-        ({"tenant": "x"}, "filter on tenant: invalid input syntax", "integer"),
-        ({"tenant": {"eq": [3]}}, "tenant: eq cannot take", "one value"),
-        ({"tenant": {"in": 3}}, "tenant: in cannot take", "list"),
-        ({"tenant": [None]}, "tenant: in cannot take", "list"),
-        ({"tenant": {"null": 1}}, "tenant: null cannot take", "true or false"),
-        ({"tenant": {"gt": None}}, "tenant: gt cannot take", "one value"),
-    ],
-)
-async def test_a_wrong_filter_names_the_column_and_what_it_allows(
-    rows: LiveIndex, wanted: Wanted, problem: str, hint: str
-) -> None:
-    with pytest.raises(psycopg.errors.InvalidParameterValue, match=problem) as refused:
-        await find(rows.connection, "page", filter=wanted)
-    assert hint in (refused.value.diag.message_hint or "")
 
 
 @pytest.mark.parametrize(
@@ -410,16 +288,6 @@ async def test_a_column_that_is_added_comes_to_the_function_and_views_on_it_stay
         await index.connection.execute("UPDATE cdcsync.articles_chunks SET tenant = 1::bigint << 40 WHERE id = 3")
         cursor = await index.connection.execute("SELECT * FROM cdcsync.own")
         assert await cursor.fetchall() == [(3, None)]
-
-
-async def test_chunks_without_a_vector_are_in_the_view_of_chunks(articles: LiveIndex) -> None:
-    await filled(articles, SHELF)
-    cursor = await articles.connection.execute(
-        "SELECT id FROM public.articles_index_chunks WHERE search @@ to_tsquery('english', 'hums')"
-    )
-    assert await cursor.fetchall() == [(3,)]
-    cursor = await articles.connection.execute("SELECT count(*) FROM public.articles_index")
-    assert await cursor.fetchone() == (0,)
 
 
 async def test_hnsw_gin_and_the_filter_are_used_in_both_legs(target: Database) -> None:

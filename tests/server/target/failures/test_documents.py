@@ -2,73 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import string
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import anyio
-import msgspec
 import psycopg
 import pytest
 
 import cdcsync.target.failures.documents as module
 from cdcsync.errors import LeaseLost
 from cdcsync.model.batch import PageEnd
-from cdcsync.model.changeset import ChangeSet, FailedDocument
+from cdcsync.model.changeset import ChangeSet
 from cdcsync.model.rows import Key
-from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.relations import create_index_relations
-from cdcsync.target.ddl.shared import create_shared
-from cdcsync.target.failures.documents import Listed, count_failed, failed_among, forget_failed
+from cdcsync.target.failures.documents import Listed, failed_among
 from cdcsync.target.failures.listing import Failures
 from cdcsync.target.keys import page_of_keys
-from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.requests import Requests
-from cdcsync.target.session import ApplySession
-from tests.support.indexes import SCHEMA, changes, document, kept, live_index, make_spec, register, until_blocked
+from tests.support.failures import ARTICLES, NOTES, Target, failing, listing
+from tests.support.indexes import SCHEMA, changes, document, kept
 
 if TYPE_CHECKING:
     from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
-
-SLOT = "slot"
-ARTICLES = make_spec(search=None, key={"id": "numeric"}, carried={})
-NOTES = make_spec(name="notes", key={"region": "text", "id": "bigint"}, carried={}, search=None)
-
-
-class Target:
-    """Two indexes, the session that applies, and a connection of someone else's."""
-
-    def __init__(self, session: ApplySession, connection: Connection) -> None:
-        self.session = session
-        self.connection = connection
-
-    async def apply(self, *pages: PageEnd, **of_index: ChangeSet) -> None:
-        await self.session.apply(of_index, pages, None, commit_time=None, caught_up=False)
-
-    async def listed(self, index: str = "articles") -> dict[Key, tuple[str, int, str]]:
-        """Return error, attempts and position of each row that is listed."""
-        cursor = await self.connection.execute(
-            "SELECT key, error, attempts, commit_lsn::text FROM cdcsync.failed_documents WHERE index_name = %s", [index]
-        )
-        return {tuple(key): (error, attempts, lsn) for key, error, attempts, lsn in await cursor.fetchall()}
-
-    async def counted(self) -> Listed:
-        return (await count_failed(self.connection, SCHEMA)).get("articles", Listed())
-
-
-def failing(*keys: str | Key, lsn: int = 0x10, error: str = "it fails", besides: ChangeSet | None = None) -> ChangeSet:
-    """Return a change set in which no document could be made of these rows; they follow what is `besides`."""
-    given = changes() if besides is None else besides
-    rows = [(key,) if isinstance(key, str) else key for key in keys]
-    return msgspec.structs.replace(
-        given,
-        documents=[*given.documents, *(document(key, carried=(), lsn=lsn) for key in rows)],
-        failed=[FailedDocument(key, error, lsn) for key in rows],
-    )
 
 
 def good(*keys: str | Key, **settings: Any) -> ChangeSet:
@@ -76,27 +33,10 @@ def good(*keys: str | Key, **settings: Any) -> ChangeSet:
 
 
 @pytest.fixture
-async def opened(
-    target: Database, connect_target: Callable[[], Awaitable[Connection]]
-) -> AsyncIterator[Callable[[], Awaitable[Target]]]:
+async def opened(target: Database) -> AsyncIterator[Callable[[], Awaitable[Target]]]:
     """Opens the indexes, each time by another worker."""
-    connection = await connect_target()
-    async with connection.transaction():
-        await create_shared(connection, SCHEMA)
-        await Pipelines(SCHEMA, SLOT).ensure(connection, "publication")
-        for spec in (ARTICLES, NOTES):
-            await create_index_relations(connection, SCHEMA, spec)
-            await register(connection, spec, slot=SLOT)
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def open_() -> Target:
-            session = ApplySession(target.dsn, SCHEMA, SLOT)
-            stack.push_async_callback(session.aclose)
-            assert await session.try_open()
-            await session.prepare([ARTICLES, NOTES])
-            return Target(session, connection)
-
-        yield open_
+    async with listing(target.dsn) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -357,51 +297,6 @@ async def test_the_keys_of_an_index_are_those_of_documents_and_of_failures_in_or
     for limit in (1, 2, 100):
         assert await pages(limit) == [("1",), ("2",), ("3",), ("10",), ("11",)]
     assert await page_of_keys(indexes.connection, SCHEMA, NOTES, None, 5) == [("b", "1")]
-
-
-async def test_failures_show_rows_by_their_key_and_give_them_up(narrow: Target) -> None:
-    await narrow.apply(articles=failing(*"1234"), notes=failing(("b", "1")))
-    failures = Failures(narrow.connection, SCHEMA, NOTES)
-
-    (one,) = await failures.some(10)
-
-    assert (one.kind, one.key, one.chunk_no, one.error) == ("document", {"region": "b", "id": "1"}, None, "it fails")
-    assert (one.attempts, one.next_attempt_at) == (1, None)
-    assert await Failures(narrow.connection, SCHEMA, ARTICLES).discard() == 3
-    assert await narrow.counted() == Listed()
-    assert await failures.listed() == Listed(1, 0)
-
-
-async def test_rows_that_a_worker_is_writing_are_not_given_up_and_not_waited_for(
-    indexes: Target, connect_target: Callable[[], Awaitable[Connection]]
-) -> None:
-    await indexes.apply(articles=failing("1", "2"))
-    worker = await connect_target()
-    async with worker.transaction():
-        await worker.execute("UPDATE cdcsync.failed_documents SET attempts = 2 WHERE key = '{1}'")
-        assert await forget_failed(indexes.connection, SCHEMA, "articles") == 1
-    assert (await indexes.listed()).keys() == {("1",)}
-
-
-async def test_a_row_that_is_being_given_up_is_listed_anew_when_it_fails_again(
-    indexes: Target, connect_target: Callable[[], Awaitable[Connection]]
-) -> None:
-    await indexes.apply(articles=failing("1", "2"))
-    operator = await connect_target()
-    async with anyio.create_task_group() as tasks, operator.transaction():
-        await forget_failed(operator, SCHEMA, "articles")
-        tasks.start_soon(lambda: indexes.apply(articles=failing("1", lsn=0x20)))
-        await until_blocked(indexes.connection, indexes.session.connection)
-    assert await indexes.listed() == {("1",): ("it fails", 1, "0/20")}
-
-
-async def test_texts_that_fail_are_shown_by_a_key_whose_column_has_any_name(database: Database) -> None:
-    spec = make_spec(key={"Key %s": "text"})
-    async with live_index(database, spec) as index:
-        await index.apply(changes(document("100 %", "text")))
-        await index.rows("UPDATE {backlog} SET error = 'refused', attempts = 1 RETURNING 1")
-
-        assert [one.key for one in await Failures(index.connection, SCHEMA, spec).some(10)] == [{"Key %s": "100 %"}]
 
 
 async def test_a_target_of_before_the_list_has_no_failed_documents(indexes: Target) -> None:

@@ -24,7 +24,7 @@ from cdcsync.target.apply import IndexWriter
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.shared import create_shared
-from cdcsync.target.search import Hit, Mode, check_condition, search, stored_spec
+from cdcsync.target.search import Hit, Mode, check_condition, search
 
 if TYPE_CHECKING:
     from tests.support.servers import Database
@@ -324,27 +324,3 @@ async def test_a_selective_condition_still_fills_the_list(database: Database) ->
         await connection.execute("SET enable_seqscan = off; SET enable_sort = off")
         hits = await search(connection, SCHEMA, spec, text="", vector=EAST, mode="vector", k=10, where='"tenant %" = 7')
     assert ids(hits) == [7 + 100 * at for at in range(10)]
-
-
-async def test_the_stored_index_is_what_the_target_says_and_not_the_configuration(database: Database) -> None:
-    async with indexed(database, COMPASS) as (connection, spec):
-        with pytest.raises(SetupError, match="no such index"):
-            await stored_spec(connection, SCHEMA, "articles", spec.config)
-        await connection.execute("INSERT INTO cdcsync.pipelines (slot, publication) VALUES ('s', 'p')")
-        await connection.execute(
-            "INSERT INTO cdcsync.indexes VALUES ('articles', 's', 'public.articles', 'public.articles_index', '{id}',"
-            " '{tenant %}', 'f', 1, 'three-directions', 3, 'vector', 'cosine', 'live')"
-        )
-        changed = msgspec.structs.replace(spec.config, vector_type="halfvec", columns=())
-        found = await stored_spec(connection, SCHEMA, "articles", changed)
-    assert found == spec
-
-
-async def test_a_target_without_any_index_says_what_to_do(database: Database) -> None:
-    connection = await connect(database.dsn, "target")
-    try:
-        with pytest.raises(SetupError, match="no such index") as refused:
-            await stored_spec(connection, SCHEMA, "articles", make_spec().config)
-    finally:
-        await connection.close()
-    assert "cdcsync run" in (refused.value.hint or "")

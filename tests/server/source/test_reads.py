@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -10,7 +12,7 @@ import pytest
 
 from cdcsync.config import QualifiedName
 from cdcsync.model.rows import Shape
-from cdcsync.postgres.sessions import connect
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.source.reads import Page
 from cdcsync.source.tables import SourceTable
 from tests.support.servers import Database
@@ -86,3 +88,51 @@ async def test_the_right_to_read_the_columns_that_are_used_is_enough(database: D
     assert again.rows == [("1", "x")]
     assert counted == 5
     assert absent == [("7",)]
+
+
+@pytest.fixture
+async def source(database: Database) -> AsyncIterator[Connection]:
+    """A session as backfills have it."""
+    connection = await connect(database.dsn, "source")
+    yield connection
+    await connection.close()
+
+
+def source_table(
+    key: dict[str, str], carried: Sequence[str] = (), row_filter: str | None = None, *, name: str = "t"
+) -> SourceTable:
+    shape = Shape("index", QualifiedName("public", name), tuple(key), tuple(carried), ())
+    return SourceTable(shape, tuple(key.values()), row_filter)
+
+
+async def rows(connection: Connection, statement: str) -> list[tuple[Any, ...]]:
+    cursor = await connection.execute(statement.encode())
+    return await cursor.fetchall()
+
+
+async def test_a_page_says_which_transactions_it_saw(database: Database, source: Connection) -> None:
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    table = source_table({"id": "integer"})
+    with database.connect() as writing:
+        writing.execute("BEGIN")
+        writing.execute("INSERT INTO t VALUES (1)")
+        ((xid,),) = writing.execute("SELECT pg_current_xact_id()::text").fetchall()
+        before = await table.page(source, None, 10)
+        writing.execute("COMMIT")
+        after = await table.page(source, None, 10)
+
+    assert (before.rows, before.snapshot.sees(int(xid))) == ([], False)
+    assert (after.rows, after.snapshot.sees(int(xid))) == ([("1",)], True)
+
+
+async def test_a_read_holds_nothing_once_it_is_done(database: Database, source: Connection) -> None:
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    await source_table({"id": "integer"}).page(source, None, 10)
+    held = await rows(
+        source,
+        "SELECT backend_xmin IS NULL OR pid = pg_backend_pid(), xact_start = query_start"
+        " FROM pg_stat_activity WHERE pid = pg_backend_pid()",
+    )
+    assert held == [(True, True)]
+    database.execute("SET lock_timeout = '500ms'")
+    database.execute("DROP TABLE t")

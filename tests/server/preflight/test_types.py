@@ -1,0 +1,90 @@
+"""The types that columns have in the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.support.preflight import ARTICLES, SLOT, configured, examined, lay_out, stored_spec, warnings
+from tests.support.servers import Database
+
+pytestmark = pytest.mark.server
+
+
+async def test_types_that_the_target_lacks_become_text_with_a_warning(make_database: Callable[[], Database]) -> None:
+    source, target = make_database(), make_database()
+    create = "CREATE TYPE mood AS ENUM ('calm', 'cross'); CREATE TYPE same AS ENUM ('a'); CREATE DOMAIN known AS int"
+    source.execute(f"{create}; CREATE TYPE pair AS (a int, b int); ALTER TYPE same ADD VALUE 'b'")
+    source.execute("CREATE DOMAIN label AS varchar(9); CREATE DOMAIN tag AS label NOT NULL")
+    source.execute(
+        "CREATE TABLE t (id tag PRIMARY KEY, mood mood, same same, pair pair, known known, many mood[],"
+        " price numeric(8,2), at timestamptz(3), place vector(3), body text)"
+    )
+    target.execute(f"{create}; DROP TYPE mood")
+    columns = ["mood", "same", "pair", "known", "many", "price", "at", "place"]
+    report = await examined(
+        configured(source.dsn, target.dsn, t=f'table = "t"\ntext = "{{body}}"\ncolumns = {columns}')
+    )
+    assert report.errors == []
+    (spec,) = report.specs
+    assert dict(zip(columns, spec.carried_types, strict=True)) == {
+        "mood": "text",
+        "same": "text",
+        "pair": "text",
+        "known": "integer",
+        "many": "text",
+        "price": "numeric(8,2)",
+        "at": "timestamp(3) with time zone",
+        "place": "public.vector(3)",
+    }
+    assert (spec.source_key_types, spec.key_types) == (("character varying(9)",), ("character varying(9)",))
+    told = "\n".join(finding.message for finding in warnings(report))
+    assert [line.partition(" is carried as text")[0] for line in told.splitlines()] == [
+        "the column mood",
+        "the column same",
+        "the column pair",
+        "the column many",
+    ]
+    assert "public.same lacks 'b'" in told
+    assert "public.pair does not exist" in told
+
+
+async def test_another_type_of_the_same_name_is_not_taken_for_the_columns(
+    make_database: Callable[[], Database],
+) -> None:
+    source, target = make_database(), make_database()
+    source.execute("CREATE TABLE t (id int PRIMARY KEY, place vector(3), body text)")
+    target.execute("CREATE SCHEMA tools; ALTER EXTENSION vector SET SCHEMA tools; CREATE TYPE vector AS (x float)")
+    report = await examined(configured(source.dsn, target.dsn, t='table = "t"\ntext = "{body}"\ncolumns = ["place"]'))
+    assert report.errors == []
+    assert report.specs[0].carried_types == ("text",)
+
+
+async def test_in_one_database_every_type_is_kept(database: Database) -> None:
+    database.execute("CREATE TYPE mood AS ENUM ('calm'); CREATE TABLE t (id int PRIMARY KEY, mood mood, body text)")
+    report = await examined(configured(database.dsn, t='table = "t"\ntext = "{body}"\ncolumns = ["mood"]'))
+    assert report.specs[0].carried_types == ("public.mood",)
+    assert warnings(report) == []
+
+
+async def test_a_b_tree_on_what_cannot_be_sorted_is_refused(database: Database) -> None:
+    database.execute(f"{ARTICLES}; ALTER TABLE articles ADD facts json, ADD spot point")
+    columns = 'columns = ["facts", "spot", "tenant"]\nindexed = ["facts", "spot", "tenant", "id"]'
+    report = await examined(configured(database.dsn, articles=columns))
+    assert [finding.hint for finding in report.errors] == [
+        'remove "facts" from indexes.articles.indexed',
+        'remove "spot" from indexes.articles.indexed',
+    ]
+
+
+async def test_a_column_that_grew_in_the_source_is_warned_of_and_followed(database: Database) -> None:
+    database.execute(f"{ARTICLES}; ALTER TABLE articles ALTER tenant TYPE bigint")
+    await lay_out(database, stored_spec(carried={"tenant": "integer"}), slot=SLOT)
+    config = configured(database.dsn, slot=SLOT, articles='columns = ["tenant"]\nsearch = ""')
+    report = await examined(config)
+    (warning,) = warnings(report)
+    assert "tenant is bigint in the source and integer in the existing index" in warning.message
+    assert report.specs[0].carried_types == ("bigint",)
+    await lay_out(database, report.specs[0])
+    assert warnings(await examined(config)) == []

@@ -1,0 +1,84 @@
+"""The catalog as it is read: the tables that are asked about, and the transactions that are open."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from cdcsync.config import QualifiedName
+from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.source.catalog import blockers, current_snapshot, read_catalog, running_transactions
+from tests.support.publications import T, lay_out
+from tests.support.servers import Database
+
+pytestmark = pytest.mark.server
+
+
+async def test_the_newest_open_transaction_is_among_those_that_run(database: Database) -> None:
+    """A snapshot alone does not list it: its id is above all that have finished."""
+    with database.connect() as writer, writer.transaction():
+        row = writer.execute("SELECT pg_current_xact_id()::text::int8").fetchone()
+        assert row is not None
+        async with await connect(database.dsn, "source") as connection:
+            assert not (await current_snapshot(connection)).sees(row[0])
+            assert row[0] in await running_transactions(connection)
+
+
+async def test_a_prepared_transaction_that_is_in_the_way_is_named(database: Database) -> None:
+    gid = f"{database.name} it's"
+    with database.connect() as writer:
+        if writer.execute("SHOW max_prepared_transactions").fetchone() == ("0",):
+            pytest.skip("max_prepared_transactions is 0 on this server")
+        writer.execute("CREATE TABLE t (id int)")
+        writer.execute("BEGIN")
+        writer.execute("INSERT INTO t VALUES (1)")
+        writer.execute(sql.SQL("PREPARE TRANSACTION {}").format(gid))
+        async with await connect(database.dsn, "source") as connection:
+            xids = await running_transactions(connection)
+            described = await blockers(connection, xids)
+        writer.execute(sql.SQL("ROLLBACK PREPARED {}").format(gid))
+
+    assert any(f"'{database.name} it''s'" in one for one in described)
+
+
+async def test_nothing_is_read_of_other_tables_whatever_they_are(source: Connection) -> None:
+    await lay_out(source, "all")
+    await source.execute(
+        "CREATE SCHEMA odd; CREATE TABLE odd.t (); CREATE TABLE odd.child () INHERITS (public.nothing)"
+    )
+    await source.execute('CREATE TABLE odd."a.b""c" (id int PRIMARY KEY, "%s" text)')
+    try:
+        catalog = await read_catalog(source, "p", [T, QualifiedName("public", "absent")])
+    finally:
+        await source.execute("DROP SCHEMA odd CASCADE")
+
+    assert set(catalog.tables) == {T}
+    assert catalog.publication is not None
+    assert set(catalog.publication.tables) == {T}
+
+
+async def test_a_table_without_columns_is_read_like_any_other(source: Connection) -> None:
+    await lay_out(source, "all")
+    nothing = QualifiedName("public", "nothing")
+
+    catalog = await read_catalog(source, "p", [nothing])
+
+    assert catalog.tables[nothing].columns == {}
+    assert catalog.publication is not None
+    assert catalog.publication.tables[nothing].columns == ()
+
+
+async def test_a_table_is_found_by_its_oid_under_the_name_that_it_has_now(source: Connection) -> None:
+    await lay_out(source)
+    catalog = await read_catalog(source, "p", [T])
+    oid = catalog.tables[T].oid
+    await source.execute("ALTER TABLE public.t SET SCHEMA attic")
+    try:
+        moved = await read_catalog(source, "p", [T], [oid])
+    finally:
+        with psycopg.connect(source.info.dsn, autocommit=True) as admin:
+            admin.execute("DROP TABLE attic.t")
+
+    assert moved.tables == {}
+    assert moved.called == {oid: QualifiedName("attic", "t")}

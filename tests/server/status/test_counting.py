@@ -1,0 +1,97 @@
+"""How many rows a status counts, and which it estimates."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from psycopg import sql
+
+from cdcsync.status import counting
+from cdcsync.target.ddl.relations import MAX_ATTEMPTS
+from tests.support.servers import Database
+from tests.support.statuses import Pipeline, begun, pipelines, problem
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+
+@pytest.fixture
+async def pipeline(database: Database) -> AsyncIterator[Pipeline]:
+    async with pipelines(database) as make:
+        yield await begun(await make())
+
+
+async def fill(pipeline: Pipeline, chunks: int, *, after: int = 0) -> None:
+    """Store documents of two chunks."""
+    await pipeline.target.execute(
+        "INSERT INTO cdcsync.articles_chunks (id, chunk_no, content, content_hash, document_hash, commit_lsn)"
+        " SELECT n / 2, n %% 2, 'text', int8send(n), 'd', '0/1' FROM generate_series(%s::int, %s - 1) AS n",
+        [after, after + chunks],
+    )
+
+
+async def queue(pipeline: Pipeline, chunks: int, *, lane: int = 0, attempts: int = 0) -> None:
+    """Put so many chunks, which there need not be, at the end of the backlog."""
+    await pipeline.target.execute(
+        "INSERT INTO cdcsync.articles_backlog (generation, chunk_id, content_hash, lane, attempts)"
+        " SELECT 1, (SELECT count(*) FROM cdcsync.articles_backlog) + n, int8send(n), %s, %s"
+        " FROM generate_series(1, %s) AS n",
+        [lane, attempts, chunks],
+    )
+
+
+async def test_small_tables_are_counted(pipeline: Pipeline) -> None:
+    await fill(pipeline, 6)
+    await pipeline.target.execute(
+        "INSERT INTO cdcsync.articles_vectors_1 SELECT chunk_id, content_hash, '[1,2,3]'::public.vector"
+        " FROM cdcsync.articles_chunks LIMIT 2"
+    )
+    await queue(pipeline, 3, lane=0)
+    await queue(pipeline, 2, lane=1)
+    await queue(pipeline, 1, lane=0, attempts=MAX_ATTEMPTS)
+    await pipeline.target.execute("INSERT INTO cdcsync.articles_backlog VALUES (2, 1, 'other generation', 0)")
+    status = await pipeline.status()
+    index = status.indexes["articles"]
+    assert (index.documents, index.chunks, index.vectors) == (3, 6, 2)
+    assert (index.backlog, index.backlog_live, index.failed) == (5, 3, 1)
+    assert not index.estimated
+    assert problem(status, "index articles: 1 chunk has no vector, see `cdcsync failures articles list`")
+
+
+async def test_large_tables_are_estimated(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "COUNT_UP_TO", 20)
+    await fill(pipeline, 60)
+    await queue(pipeline, 30, lane=1)
+    await queue(pipeline, 4, lane=1, attempts=MAX_ATTEMPTS)
+    for table in ("chunks", "backlog"):
+        await pipeline.target.execute(sql.SQL("ANALYZE {}").format(sql.Identifier("cdcsync", f"articles_{table}")))
+    index = (await pipeline.status()).indexes["articles"]
+    assert (index.documents, index.chunks) == (None, 60)
+    assert (index.backlog, index.backlog_live, index.failed) == (30, 0, 4)
+    assert index.estimated
+
+
+async def test_what_was_never_analysed_is_counted_however_large_the_planner_takes_it_for(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting, "COUNT_UP_TO", 50)
+    await pipeline.target.execute("ALTER TABLE cdcsync.articles_chunks SET (autovacuum_enabled = off)")
+    await fill(pipeline, 40)
+    few = (await pipeline.status()).indexes["articles"]
+    await fill(pipeline, 20, after=40)
+    many = (await pipeline.status()).indexes["articles"]
+    assert (few.chunks, few.documents, few.estimated) == (40, 20, False)
+    assert many.chunks > 50
+    assert (many.documents, many.estimated) == (None, True)
+
+
+async def test_an_emptied_backlog_is_empty_whatever_the_planner_believes(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting, "COUNT_UP_TO", 2_000)
+    await queue(pipeline, 5_000)
+    await pipeline.target.execute("ANALYZE cdcsync.articles_backlog")
+    assert (await pipeline.status()).indexes["articles"].backlog == 5_000
+    await pipeline.target.execute("DELETE FROM cdcsync.articles_backlog")
+    index = (await pipeline.status()).indexes["articles"]
+    assert (index.backlog, index.backlog_live, index.failed) == (0, 0, 0)
