@@ -8,10 +8,10 @@ import anyio
 import httpx2
 import pytest
 
-from cdcsync.config import Config, HashEmbedder, parse
-from cdcsync.errors import SetupError
+from cdcsync.config import Config
 from cdcsync.testing import Work, cdcsync_worker
 from tests import ROOT
+from tests.support.articles import read
 from tests.support.configs import configuration
 from tests.support.servers import Database
 
@@ -25,10 +25,6 @@ TICKETS = {
     3: "The printer prints only in blue",
 }
 COMMENTS = {10: "Asked for the login by mail", 11: "A new toner for the printer has been ordered"}
-
-
-def read(text: str) -> Config:
-    return parse(text, {}, where="test")
 
 
 def helpdesk(database: Database) -> Config:
@@ -96,26 +92,3 @@ def test_users_of_the_web_application_find_what_they_have_just_written(
         answers = anyio.run(use, worker.config)
     assert [answer["notes"][0] for answer in answers] == ["buy oranges", "call the plumber", "water the roses"]
     assert [answer["current"] for answer in answers] == [True, True, True]
-
-
-def test_the_worker_of_a_test_takes_no_model_and_leaves_nothing_behind(
-    database: Database, cdcsync_worker: Work
-) -> None:
-    database.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
-    model = {"type": "sentence-transformers", "model": "no/such-model"}
-    config = read(configuration(database.dsn, embedders={"minilm": model}))
-    with cdcsync_worker(config) as worker:
-        assert isinstance(worker.config.embedders["minilm"], HashEmbedder)
-    with pytest.raises(ZeroDivisionError), cdcsync_worker(config):
-        raise ZeroDivisionError  # what a test raises comes out
-    left = database.execute(
-        "SELECT (SELECT count(*) FROM pg_replication_slots WHERE database = current_database()),"
-        " (SELECT count(*) FROM pg_publication), to_regnamespace('cdcsync') IS NULL"
-    )
-    assert left == [(0, 0, True)]
-
-
-def test_a_table_that_is_not_there_is_told_as_run_tells_it(database: Database, cdcsync_worker: Work) -> None:
-    config = read(configuration(database.dsn))
-    with pytest.raises(SetupError, match="articles"), cdcsync_worker(config):
-        pass

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import threading
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import anyio
 import msgspec
@@ -17,13 +12,11 @@ from psycopg import sql
 
 import cdcsync
 import cdcsync.sync
-from cdcsync.config import Config, HashEmbedder, PythonEmbedder, Source, Target, TeiReranker
-from cdcsync.documents.templates import hash_text
+from cdcsync.config import Target, TeiReranker
 from cdcsync.embedders import queries
-from cdcsync.embedders.hashing import HashEmbedder as Hashing
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, SetupError, TargetUnavailable, UsageError
-from cdcsync.target.pipelines import Pipelines
-from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register, until
+from tests.support.indexes import changes, document, until
+from tests.support.searched import HASHING, Model, indexed, keys
 
 if TYPE_CHECKING:
     from tests.support.provider import FakeProvider
@@ -31,71 +24,11 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
-TEXTS = {
-    "1": ("the cat sleeps on the warm sofa", "a cat dreams"),
-    "2": ("the dog guards the house",),
-    "3": ("the night train to the coast",),
-}
-HASHING = Hashing("hash", HashEmbedder(dimensions=32))
-
-
-class Model:
-    """Embeds by hashing, unless it is told to be away or to be slow."""
-
-    identity = "model:1"
-    dimensions = 32
-    away: ClassVar[bool] = False
-    slow: ClassVar[bool] = False
-    opened: ClassVar[int] = 0
-    asked: ClassVar[list[str]] = []
-
-    async def open(self) -> None:
-        if Model.away:
-            raise EmbedderUnavailable("nobody is at home")
-        Model.opened += 1
-
-    async def aclose(self) -> None:
-        Model.opened -= 1
-
-    async def embed(self, texts: Sequence[str], *, kind: str) -> object:
-        assert kind == "query"
-        if Model.away:
-            raise EmbedderUnavailable("nobody is at home")
-        if Model.slow:
-            await anyio.sleep_forever()
-        Model.asked.extend(texts)
-        return HASHING.vectors(texts)
-
 
 @pytest.fixture(autouse=True)
 def _model(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"away": False, "slow": False, "opened": 0, "asked": []}.items():
         monkeypatch.setattr(Model, name, value)
-
-
-@asynccontextmanager
-async def indexed(database: Database, **settings: object) -> AsyncIterator[tuple[LiveIndex, Config]]:
-    """Make an index of the texts, a document each, as a worker leaves it."""
-    spec = make_spec(dimensions=32, **settings)  # type: ignore[arg-type]
-    spec = msgspec.structs.replace(spec, model="python:model:1")
-    async with live_index(database, spec) as index:
-        await Pipelines(SCHEMA, "s").ensure(index.connection, "p")
-        await register(index.connection, spec, slot="s")
-        texts = [text for chunks in TEXTS.values() for text in chunks]
-        vectors = {hash_text(text): vector for text, vector in zip(texts, HASHING.vectors(texts), strict=True)}
-        documents = [document(key, *chunks, carried=(key,)) for key, chunks in TEXTS.items()]
-        await index.apply(msgspec.structs.replace(changes(*documents), vectors=vectors))
-        config = Config(
-            source=Source(dsn=database.dsn),
-            target=Target(dsn=database.dsn),
-            embedders={"model": PythonEmbedder(class_=f"{__name__}:Model")},
-            indexes={"articles": msgspec.structs.replace(spec.config, embedder="model")},
-        )
-        yield index, config
-
-
-def keys(hits: Sequence[cdcsync.Hit]) -> list[object]:
-    return [hit.key["id"] for hit in hits]
 
 
 async def test_hits_are_typed_documents_the_best_first(database: Database) -> None:
@@ -324,34 +257,3 @@ async def test_the_start_of_a_page_holds_no_more_than_the_end_of_the_page_before
 
 
 # -- for threads ----------------------------------------------------------------------------------------------------
-
-
-def test_the_twin_has_the_same_methods_with_the_same_parameters() -> None:
-    def public(kind: type) -> dict[str, list[str]]:
-        found = {name: inspect.signature(value) for name, value in vars(kind).items() if callable(value)}
-        return {name: list(signature.parameters) for name, signature in found.items() if not name.startswith("_")}
-
-    assert public(cdcsync.sync.Index) == public(cdcsync.Index)
-    assert cdcsync.sync.Index.search.__doc__ == cdcsync.Index.search.__doc__
-
-
-async def test_threads_search_at_the_same_time_and_a_closed_index_says_so(database: Database) -> None:
-    async with indexed(database) as (_, config):
-
-        def use() -> None:
-            with cdcsync.sync.Index.open(config, "articles") as articles, articles.beside("articles") as other:
-                with ThreadPoolExecutor(8) as threads:
-                    found = list(threads.map(lambda _: keys(articles.search("dog house", k=1)), range(24)))
-                assert found == [[2]] * 24
-                assert keys(other.search("dog house", mode="text")) == [2]
-                assert articles.wait_for("0/0") is True or articles.wait_for("0/0", timeout_s=0) is False
-                assert articles.embed(["one"]).shape == (1, 32)
-            for index in (articles, other):
-                with pytest.raises(UsageError, match="closed"):
-                    index.search("dog")
-            assert not [thread for thread in threading.enumerate() if "cdcsync" in thread.name]
-            with pytest.raises(UsageError, match="no index nowhere"):
-                cdcsync.sync.Index.open(config, "nowhere")
-
-        await anyio.to_thread.run_sync(use)
-    assert Model.opened == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cdcsync.config import Config, parse
 from tests.support.configs import NO_AUDIT, Section, configuration
 from tests.support.servers import Database
 from tests.support.workers import Pipeline
@@ -39,3 +40,16 @@ def fill(pipeline: Pipeline, rows: int, table: str = TABLE) -> None:
         " FROM generate_series(1, %s) AS i",
         [rows],
     )
+
+
+def live_articles(pipeline: Pipeline, rows: int = 100) -> Pipeline:
+    """Have a worker load the table, and return its pipeline once the index equals it."""
+    fill(pipeline, rows)
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    return pipeline
+
+
+def read(text: str) -> Config:
+    return parse(text, {}, where="test")

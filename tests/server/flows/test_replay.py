@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.articles import TABLE, articles, fill
-from tests.support.configs import configuration, hosted
-from tests.support.provider import FakeProvider
+from tests.support.articles import TABLE, articles, fill, live_articles
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
@@ -49,12 +47,7 @@ def damage(pipeline: Pipeline) -> None:
 @pytest.fixture
 def live(make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
     """A pipeline of 100 rows in two databases, with its worker."""
-    pipeline = make(make_pipeline, make_database(), make_database())
-    fill(pipeline, 100)
-    pipeline.start()
-    pipeline.live()
-    pipeline.in_step()
-    return pipeline
+    return live_articles(make(make_pipeline, make_database(), make_database()))
 
 
 def test_a_replay_of_all_rows_mends_what_differs_while_the_worker_runs(live: Pipeline) -> None:
@@ -136,39 +129,6 @@ def test_without_a_worker_the_command_takes_its_place_until_all_vectors_are_ther
     worker = live.start()
     live.in_step()
     assert live.stop(worker) == 0
-
-
-def test_a_dry_run_counts_and_changes_nothing(live: Pipeline) -> None:
-    rows = live.target.execute("SELECT count(*), count(DISTINCT content_hash) FROM cdcsync.articles_chunks").fetchone()
-    assert rows is not None
-    found = live.answer("replay", "articles", "--dry-run")
-    assert (found["rows"], found["changed"], found["embeddings"], found["chunks"]) == (100, 0, 0, rows[0])
-    found = live.answer("replay", "articles", "--dry-run", "--force-embed")
-    assert found["embeddings"] == rows[0]
-    assert found["seconds"] is not None
-    found = live.answer("replay", "articles", "--dry-run", "--key", "7", "--key", "4711")
-    assert (found["rows"], found["gone"]) == (1, 0)
-    assert live.target.execute("SELECT count(*) FROM cdcsync.backfills").fetchone() == (1,)
-    assert "nothing was changed" in live.command("replay", "articles", "--dry-run").stdout
-
-
-def test_a_dry_run_says_the_price_where_the_configuration_does(
-    live: Pipeline, database: Database, make_pipeline: Callable[[str], Pipeline], provider: FakeProvider
-) -> None:
-    assert live.answer("replay", "articles", "--dry-run")["price"] is None
-    priced = {**hosted(provider.url), "price_per_million_tokens": 2.5}
-    pipeline = make_pipeline(configuration(database.dsn, embedders={"hosted": priced}))
-    fill(pipeline, 20)
-    worker = pipeline.start()
-    pipeline.live()
-    pipeline.stop(worker)
-
-    found = pipeline.answer("replay", "articles", "--dry-run", "--force-embed")
-
-    assert found["price"] == pytest.approx(found["embedding_tokens"] * 2.5 / 1_000_000)
-    assert found["price"] > 0
-    assert found["seconds"] is not None
-    assert "price" in pipeline.command("replay", "articles", "--dry-run").stdout
 
 
 def test_large_rows_are_read_a_few_at_a_time(live: Pipeline) -> None:

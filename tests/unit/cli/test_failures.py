@@ -9,8 +9,6 @@ import pytest
 
 from cdcsync.cli import main
 from cdcsync.cli.failures import _print
-from cdcsync.cli.verify import _print as print_verification
-from cdcsync.flows.audit import Verification
 from cdcsync.target.failures.documents import Listed
 from cdcsync.target.failures.listing import Failure
 
@@ -84,32 +82,3 @@ def test_rows_that_are_not_listed_are_said_to_be_there(capsys: pytest.CaptureFix
 
 def test_nothing_that_failed_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown([], Listed(), capsys) == "nothing has failed"
-
-
-@pytest.mark.parametrize(
-    ("differences", "said"),
-    [
-        ({"failed": 2}, "some rows have failed; `cdcsync failures articles list` says why"),
-        ({"failed": 2, "stale": 1}, "`cdcsync verify articles --repair` repairs them"),
-    ],
-)
-def test_a_verification_sends_whoever_only_lacks_such_rows_to_their_list(
-    differences: dict[str, int], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = Verification(
-        index="articles",
-        equal=False,
-        documents=10,
-        candidates=2,
-        differences=differences,
-        examples={problem: [("7",)] for problem in differences},
-        undecided=0,
-        waiting=0,
-        vectors_orphaned=0,
-        seconds=0.1,
-        finished_at=datetime(2026, 5, 4, tzinfo=UTC),
-    )
-    print_verification(found)
-    shown = " ".join(capsys.readouterr().out.split())
-    assert said in shown
-    assert "2 failed: no document could be made of the row" in shown

@@ -18,9 +18,8 @@ import pytest
 
 from cdcsync import config
 from cdcsync.embedders import Embedder, make_embedder, validate
-from cdcsync.embedders.export import export
 from cdcsync.embedders.onnx import OnnxEmbedder
-from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, UsageError
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 from tests import ROOT
 
 pytest.importorskip("onnxruntime")
@@ -194,8 +193,3 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EmbedderSetupError, match="onnxruntime not installed") as caught:
         embedder(MINILM)
     assert caught.value.hint == "pip install 'cdcsync[onnx]'"
-
-
-def test_an_export_does_not_write_into_a_directory_that_is_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="exists already"):
-        export(str(MINILM), tmp_path)

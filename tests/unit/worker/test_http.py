@@ -2,147 +2,27 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import http.client
-import json
-import logging
 import re
-import signal
-import socket
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import anyio
 import msgspec
 import pytest
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from cdcsync.errors import EmbedderUnavailable, SetupError, TargetUnavailable
-from cdcsync.http.listening import Bounds, serve
+from cdcsync.errors import EmbedderUnavailable, TargetUnavailable
 from cdcsync.metrics import Metrics
-from cdcsync.status import BackfillStatus, IndexStatus, SlotStatus, Status, WorkerStatus
+from cdcsync.status import BackfillStatus, IndexStatus, SlotStatus, Status
 from cdcsync.target.evaluations import Recall
 from cdcsync.worker import http as endpoints
-from cdcsync.worker.history import History
+from tests.support.endpoints import STATUS, Answer, Client, View, serving
 
 pytestmark = pytest.mark.anyio
 
 PATHS = ("/livez", "/readyz", "/metrics", "/status", "/history", "/")
 PAGE = (Path(endpoints.__file__).parent / "page.html").read_text()
-
-STATUS = Status(
-    version=1,
-    read_at=datetime(2026, 5, 4, 12, 0, tzinfo=UTC),
-    pipeline="cdcsync",
-    publication="cdcsync",
-    checkpoint="0/1A2B",
-    lag_bytes=0,
-    lag_seconds=0.0,
-    caught_up=True,
-    slot=None,
-    worker=WorkerStatus("host:42", True, None),
-    indexes={"articles": IndexStatus("live", None, "public.articles", "public.articles_index")},
-    problems=[],
-)
-
-
-class View:
-    """A worker as the endpoints see it, with its answers laid open."""
-
-    def __init__(self) -> None:
-        self.metrics = Metrics()
-        self.standby = False
-        self.turning = True
-        self.reasons: list[str] = []
-        self.loading: list[str] = []
-        self.failure: Exception | None = None
-        self.readings = 0
-        self.reading = anyio.Event()
-        self.answering = anyio.Event()
-        self.answering.set()
-
-    def alive(self) -> bool:
-        return self.turning
-
-    def not_loaded(self) -> list[str]:
-        return self.loading
-
-    def not_ready(self) -> list[str]:
-        return self.reasons
-
-    def history(self) -> History:
-        return History(10, [])
-
-    async def status(self) -> Status:
-        self.readings += 1
-        self.reading.set()
-        await self.answering.wait()
-        if self.failure is not None:
-            raise self.failure
-        return STATUS
-
-
-class Answer(msgspec.Struct, frozen=True):
-    code: int
-    headers: http.client.HTTPMessage
-    body: bytes
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-class Client:
-    def __init__(self, port: int) -> None:
-        self.port = port
-
-    async def ask(self, path: str, method: str = "GET", **headers: str) -> Answer:
-        return await anyio.to_thread.run_sync(self._ask, path, method, headers)
-
-    def _ask(self, path: str, method: str, headers: dict[str, str]) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        try:
-            connection.request(method, path, headers=headers)
-            answer = connection.getresponse()
-            return Answer(answer.status, answer.headers, answer.read())
-        finally:
-            connection.close()
-
-
-@asynccontextmanager
-async def serving(
-    view: View,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    *,
-    app: ASGIApp | None = None,
-    bounds: Bounds = endpoints.BOUNDS,
-) -> AsyncIterator[Client]:
-    """Serve a view for the length of the block."""
-    bound: list[int] = []
-    listening = anyio.Event()
-
-    def started(actual: int) -> None:
-        bound.append(actual)
-        listening.set()
-
-    async def run() -> None:
-        await serve(app or endpoints.make_app(view), host, port, bounds=bounds, started=started)
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run)
-        await listening.wait()
-        try:
-            yield Client(bound[0])
-        finally:
-            tasks.cancel_scope.cancel()
-
-
-def unexpected(port: int) -> None:
-    pytest.fail(f"listens on port {port}")
 
 
 @pytest.fixture
@@ -283,31 +163,7 @@ async def test_head_is_get_without_a_body(client: Client, path: str) -> None:
     assert head.headers["Content-Type"] == (await client.ask(path)).headers["Content-Type"]
 
 
-@pytest.mark.parametrize("path", [*PATHS, "/nothing", "/status/"])
-async def test_every_answer_has_the_security_headers(client: Client, path: str) -> None:
-    answer = await client.ask(path)
-    assert answer.code == (200 if path in PATHS else 404)
-    assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    assert answer.headers["X-Frame-Options"] == "DENY"
-    assert answer.headers["Referrer-Policy"] == "no-referrer"
-    assert answer.headers["Cache-Control"] == "no-store"
-    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
-    assert "Server" not in answer.headers
-
-
 # -- page -------------------------------------------------------------------------------------------------------
-
-
-async def test_the_policy_allows_the_pages_own_blocks_and_nothing_else(client: Client) -> None:
-    answer = await client.ask("/")
-    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
-    policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
-    for tag in ("script", "style"):
-        (block,) = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>".encode(), answer.body, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(block).digest()).decode()
-        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
-    assert policy["connect-src"] == "'self'"
-    assert "unsafe" not in str(policy)
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
@@ -344,108 +200,7 @@ def test_the_page_reads_only_counters_that_there_are() -> None:
 # -- server -----------------------------------------------------------------------------------------------------
 
 
-async def test_port_zero_takes_a_free_port_and_tells_it(view: View) -> None:
-    async with serving(view) as one, serving(view) as other:
-        assert 0 not in (one.port, other.port)
-        assert one.port != other.port
-        assert (await other.ask("/livez")).code == 200
-
-
-async def test_localhost_is_served_on_every_address_it_has(view: View) -> None:
-    async with serving(view, "localhost") as client:
-        assert (await client.ask("/livez")).code == 200
-
-
-async def test_a_port_in_use_is_named_with_its_setting(view: View) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(SetupError, match="another process listens there") as refused:
-            await serve(endpoints.make_app(view), "127.0.0.1", port, bounds=endpoints.BOUNDS, started=unexpected)
-    assert refused.value.where == f"worker.listen 127.0.0.1:{port}"
-    assert "worker.listen" in str(refused.value.hint)
-
-
-@pytest.mark.parametrize(
-    ("host", "problem"),
-    [
-        ("192.0.2.1", "this machine has no such address"),  # reserved for documentation
-        ("no..name", "the host name is not known here"),
-    ],
-)
-async def test_an_address_of_others_cannot_be_listened_on(view: View, host: str, problem: str) -> None:
-    with pytest.raises(SetupError, match=problem) as refused:
-        await serve(endpoints.make_app(view), host, 9477, bounds=endpoints.BOUNDS, started=unexpected)
-    assert refused.value.where == f"worker.listen {host}:9477"
-
-
-async def test_cancelled_it_frees_the_port_even_of_idle_connections(view: View) -> None:
-    async with serving(view) as client:
-        idle = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
-        await anyio.to_thread.run_sync(idle.request, "GET", "/livez")
-        await anyio.to_thread.run_sync(lambda: idle.getresponse().read())
-    with idle.sock as left:
-        assert await anyio.to_thread.run_sync(left.recv, 1) == b""
-    async with serving(view, port=client.port) as again:
-        assert (await again.ask("/livez")).code == 200
-
-
-async def test_stopped_in_the_middle_of_an_answer_it_says_so(view: View, caplog: pytest.LogCaptureFixture) -> None:
-    view.answering = anyio.Event()
-    answers: list[Answer] = []
-
-    async with anyio.create_task_group() as tasks, serving(view) as client:
-
-        async def ask() -> None:
-            answers.append(await client.ask("/status"))
-
-        tasks.start_soon(ask)
-        await view.reading.wait()
-    assert [(answer.code, answer.body) for answer in answers] == [(503, b"the worker is stopping\n")]
-    assert [record for record in caplog.records if record.exc_info] == []
-
-
-async def test_signals_stay_the_programs_own(view: View) -> None:
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
-    async with serving(view):
-        assert [signal.getsignal(number) for number in numbers] == before
-
-
-async def test_requests_are_not_logged(client: Client, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG):
-        await client.ask("/livez")
-    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
-
-
 # -- limits -----------------------------------------------------------------------------------------------------
-
-
-async def closed_by_the_server(stream: anyio.abc.SocketStream) -> None:
-    with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)), anyio.fail_after(30):
-        await stream.receive()
-
-
-async def test_connections_beyond_the_limit_are_refused_and_the_others_are_served(
-    view: View,
-) -> None:
-    async with AsyncExitStack() as stack:
-        client = await stack.enter_async_context(serving(view, bounds=Bounds(connections=3, request_s=10)))
-        idle = [await stack.enter_async_context(await anyio.connect_tcp("127.0.0.1", client.port)) for _ in range(3)]
-        async with await anyio.connect_tcp("127.0.0.1", client.port) as one_too_many:
-            await closed_by_the_server(one_too_many)
-        await idle[0].send(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        assert (await idle[0].receive()).startswith(b"HTTP/1.1 200")
-
-
-async def test_a_connection_that_sends_no_request_in_time_is_closed(view: View) -> None:
-    async with serving(view, bounds=Bounds(connections=64, request_s=0.05)) as client:
-        for begun in (b"", b"GET /livez HTTP/1.1\r\n"):
-            async with await anyio.connect_tcp("127.0.0.1", client.port) as stream:
-                if begun:
-                    await stream.send(begun)
-                await closed_by_the_server(stream)
 
 
 async def test_scrapers_that_come_together_are_given_one_exposition(
@@ -457,38 +212,6 @@ async def test_scrapers_that_come_together_are_given_one_exposition(
     assert (await client.ask("/metrics")).body == before.body
     openmetrics = await client.ask("/metrics", accept="application/openmetrics-text; version=1.0.0")
     assert b"cdcsync_transactions_total 1.0" in openmetrics.body
-
-
-@pytest.mark.parametrize(
-    ("host", "code"),
-    [
-        ("127.0.0.1:9477", 200),
-        ("localhost", 200),
-        ("LocalHost.:80", 200),
-        ("[::1]:9477", 200),
-        ("10.0.0.7", 200),
-        ("status.example.org", 200),
-        ("evil.example", 403),
-        ("localhost.evil.example:9477", 403),
-        ("[::1", 403),
-        ("", 403),
-    ],
-)
-async def test_a_name_that_leads_a_browser_here_by_dns_reads_nothing(view: View, host: str, code: int) -> None:
-    async with serving(view, app=endpoints.make_app(view, hosts=["Status.example.org"])) as client:
-
-        def ask(path: str) -> int:
-            connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
-            try:
-                connection.request("GET", path, headers={"Host": host})
-                answer = connection.getresponse()
-                assert answer.headers["X-Content-Type-Options"] == "nosniff"
-                return answer.status
-            finally:
-                connection.close()
-
-        for path in ("/status", "/metrics", "/", "/livez"):
-            assert await anyio.to_thread.run_sync(ask, path) == code, path
 
 
 # -- queries --------------------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
-from psycopg import conninfo, sql
+from psycopg import sql
 
 from cdcsync.cli import main
 from cdcsync.config.sections import Hnsw
@@ -30,7 +30,6 @@ from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.ddl.names import Names
-from cdcsync.target.ddl.relations import create_vectors
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.search import Plan, nearest_statement, search, stored_spec
 from cdcsync.target.settling import Settling
@@ -411,33 +410,6 @@ async def stored(connection: Connection, schema: str = SCHEMA) -> Sequence[tuple
         )
     )
     return await cursor.fetchall()
-
-
-async def test_the_last_outcome_of_each_kind_is_kept_and_the_usual_one_shown(database: Database) -> None:
-    async with indexed(database, crowd(60)) as (index, spec):
-        connection = index.connection
-        found = await evaluate(connection, SCHEMA, spec, queries=9, ef_search=[20, 100])
-        assert await evaluations.store(connection, SCHEMA, found) is None
-        again = await evaluate(connection, SCHEMA, spec, queries=8)
-        assert await evaluations.store(connection, SCHEMA, again) is None
-        other = await evaluate(connection, SCHEMA, spec, queries=7, k=3)
-        assert await evaluations.store(connection, SCHEMA, other) is None
-        assert await stored(connection) == [
-            (1, 3, 100, True, 7, 1.0),
-            (1, 10, 20, False, 9, 1.0),
-            (1, 10, 100, True, 8, 1.0),
-        ]
-
-        (shown,) = (await evaluations.latest(connection, SCHEMA, {"articles": 1, "notes": 1})).values()
-        assert (shown.recall, shown.k, shown.ef_search, shown.queries, shown.by_hnsw) == (1.0, 10, 100, 8, False)
-        assert timedelta() <= datetime.now(UTC) - shown.evaluated_at < timedelta(minutes=5)
-
-        # Of another generation's vectors it says nothing.
-        await create_vectors(connection, SCHEMA, msgspec.structs.replace(spec, generation=2))
-        await connection.execute("UPDATE cdcsync.indexes SET generation = 2")
-        assert await evaluations.latest(connection, SCHEMA, {"articles": 2}) == {}
-        await connection.execute("DELETE FROM cdcsync.indexes")
-        assert await stored(connection) == []
 
 
 async def test_where_nothing_can_be_written_it_is_measured_all_the_same(database: Database) -> None:

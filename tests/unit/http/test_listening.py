@@ -1,0 +1,132 @@
+"""A server within another program: its ports, its end, and how much it takes."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import anyio
+import pytest
+
+from cdcsync.errors import SetupError
+from cdcsync.http.listening import Bounds, serve
+from cdcsync.worker import http as endpoints
+from tests.support.endpoints import Answer, Client, View, serving, unexpected
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def view() -> View:
+    return View()
+
+
+@pytest.fixture
+async def client(view: View) -> AsyncIterator[Client]:
+    async with serving(view) as client:
+        yield client
+
+
+async def test_port_zero_takes_a_free_port_and_tells_it(view: View) -> None:
+    async with serving(view) as one, serving(view) as other:
+        assert 0 not in (one.port, other.port)
+        assert one.port != other.port
+        assert (await other.ask("/livez")).code == 200
+
+
+async def test_localhost_is_served_on_every_address_it_has(view: View) -> None:
+    async with serving(view, "localhost") as client:
+        assert (await client.ask("/livez")).code == 200
+
+
+async def test_a_port_in_use_is_named_with_its_setting(view: View) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SetupError, match="another process listens there") as refused:
+            await serve(endpoints.make_app(view), "127.0.0.1", port, bounds=endpoints.BOUNDS, started=unexpected)
+    assert refused.value.where == f"worker.listen 127.0.0.1:{port}"
+    assert "worker.listen" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("host", "problem"),
+    [
+        ("192.0.2.1", "this machine has no such address"),  # reserved for documentation
+        ("no..name", "the host name is not known here"),
+    ],
+)
+async def test_an_address_of_others_cannot_be_listened_on(view: View, host: str, problem: str) -> None:
+    with pytest.raises(SetupError, match=problem) as refused:
+        await serve(endpoints.make_app(view), host, 9477, bounds=endpoints.BOUNDS, started=unexpected)
+    assert refused.value.where == f"worker.listen {host}:9477"
+
+
+async def test_cancelled_it_frees_the_port_even_of_idle_connections(view: View) -> None:
+    async with serving(view) as client:
+        idle = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
+        await anyio.to_thread.run_sync(idle.request, "GET", "/livez")
+        await anyio.to_thread.run_sync(lambda: idle.getresponse().read())
+    with idle.sock as left:
+        assert await anyio.to_thread.run_sync(left.recv, 1) == b""
+    async with serving(view, port=client.port) as again:
+        assert (await again.ask("/livez")).code == 200
+
+
+async def test_stopped_in_the_middle_of_an_answer_it_says_so(view: View, caplog: pytest.LogCaptureFixture) -> None:
+    view.answering = anyio.Event()
+    answers: list[Answer] = []
+
+    async with anyio.create_task_group() as tasks, serving(view) as client:
+
+        async def ask() -> None:
+            answers.append(await client.ask("/status"))
+
+        tasks.start_soon(ask)
+        await view.reading.wait()
+    assert [(answer.code, answer.body) for answer in answers] == [(503, b"the worker is stopping\n")]
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+async def test_signals_stay_the_programs_own(view: View) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    async with serving(view):
+        assert [signal.getsignal(number) for number in numbers] == before
+
+
+async def test_requests_are_not_logged(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        await client.ask("/livez")
+    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
+
+
+async def closed_by_the_server(stream: anyio.abc.SocketStream) -> None:
+    with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)), anyio.fail_after(30):
+        await stream.receive()
+
+
+async def test_connections_beyond_the_limit_are_refused_and_the_others_are_served(
+    view: View,
+) -> None:
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(serving(view, bounds=Bounds(connections=3, request_s=10)))
+        idle = [await stack.enter_async_context(await anyio.connect_tcp("127.0.0.1", client.port)) for _ in range(3)]
+        async with await anyio.connect_tcp("127.0.0.1", client.port) as one_too_many:
+            await closed_by_the_server(one_too_many)
+        await idle[0].send(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert (await idle[0].receive()).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_connection_that_sends_no_request_in_time_is_closed(view: View) -> None:
+    async with serving(view, bounds=Bounds(connections=64, request_s=0.05)) as client:
+        for begun in (b"", b"GET /livez HTTP/1.1\r\n"):
+            async with await anyio.connect_tcp("127.0.0.1", client.port) as stream:
+                if begun:
+                    await stream.send(begun)
+                await closed_by_the_server(stream)
