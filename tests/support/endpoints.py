@@ -6,7 +6,6 @@ import http.client
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from typing import Any
 
 import anyio
@@ -16,24 +15,10 @@ from starlette.types import ASGIApp
 
 from cdcsync.http.listening import Bounds, serve
 from cdcsync.metrics import Metrics
-from cdcsync.status import IndexStatus, Status, WorkerStatus
+from cdcsync.status import Status
 from cdcsync.worker import http as endpoints
 from cdcsync.worker.history import History
-
-STATUS = Status(
-    version=1,
-    read_at=datetime(2026, 5, 4, 12, 0, tzinfo=UTC),
-    pipeline="cdcsync",
-    publication="cdcsync",
-    checkpoint="0/1A2B",
-    lag_bytes=0,
-    lag_seconds=0.0,
-    caught_up=True,
-    slot=None,
-    worker=WorkerStatus("host:42", True, None),
-    indexes={"articles": IndexStatus("live", None, "public.articles", "public.articles_index")},
-    problems=[],
-)
+from tests.support.statuses import STATUS
 
 
 class View:

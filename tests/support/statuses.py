@@ -1,9 +1,10 @@
-"""A pipeline without a worker, whose status is read."""
+"""Statuses: one that is made up, and a pipeline without a worker whose status is read."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any, LiteralString
 
 from cdcsync.config import Config, HashEmbedder, Index, QualifiedName, Source, Target
@@ -13,11 +14,28 @@ from cdcsync.lsn import Lsn
 from cdcsync.model.rows import Shape
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, connect
-from cdcsync.status import Status, read_status
+from cdcsync.status import IndexStatus, Status, WorkerStatus, read_status
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines
 from tests.support.servers import Database
+
+LIVE = IndexStatus("live", None, "public.articles", "public.articles_index")
+STATUS = Status(
+    version=1,
+    read_at=datetime(2026, 5, 4, 12, 0, tzinfo=UTC),
+    pipeline="cdcsync",
+    publication="cdcsync",
+    checkpoint="0/100",
+    lag_bytes=0,
+    lag_seconds=0.0,
+    caught_up=True,
+    slot=None,
+    worker=WorkerStatus("host:42", True, None),
+    indexes={"articles": LIVE},
+    problems=[],
+)
+"""A pipeline that has nothing to do."""
 
 ARTICLES = Index(table="articles", text="{title}", embedder="e", view="public.articles_index")
 

@@ -48,6 +48,10 @@ class Names:
         """Return the tier of vectors that have rested, which has the HNSW index."""
         return self._of_vectors(generation, "_settled")
 
+    def searched(self, generation: int, *, settled: bool) -> sql.Identifier:
+        """Return the table that a search reads: the settled tier alone, or both."""
+        return self.settled(generation) if settled else self.vectors(generation)
+
     def settled_name(self, generation: int) -> str:
         """Return the bare name of the settled tier."""
         return f"{self._prefix[1]}_vectors_{generation}_settled"

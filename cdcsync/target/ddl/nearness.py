@@ -114,7 +114,7 @@ def nearest(
         "away": away,
         "rows": rows,
         "limit": limit,
-        "vectors": names.settled(spec.generation) if settled else names.vectors(spec.generation),
+        "vectors": names.searched(spec.generation, settled=settled),
     }
     if spec.config.hnsw.quantise == "none":
         return sql.SQL(
@@ -161,7 +161,7 @@ def exactly_nearest(
         away=away,
         rows=rows,
         limit=limit,
-        vectors=names.settled(spec.generation) if settled else names.vectors(spec.generation),
+        vectors=names.searched(spec.generation, settled=settled),
     )
 
 

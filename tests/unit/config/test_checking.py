@@ -196,21 +196,6 @@ def test_a_required_key_says_what_belongs_there() -> None:
     assert "indexes.articles.embedder: is required" in error.message
 
 
-def test_an_index_over_many_tables_names_them_alone() -> None:
-    many = 'tables = ["tenant_*.articles"]'
-    assert (
-        "must be left out where tables"
-        in refusal(SECTIONS.replace('table = "articles"', f'{many}\ntable = "a"')).message
-    )
-    assert (
-        "must be left out where tables"
-        in refusal(SECTIONS.replace('table = "articles"', f'{many}\nkey = ["a"]')).message
-    )
-    for wrong in ("articles", "Tenant.articles", "a.b.c", 'a."b"', "a.b; c"):
-        error = refusal(SECTIONS.replace('table = "articles"', f"tables = ['{wrong}']"))
-        assert "SCHEMA.TABLE in lower-case letters" in error.message
-
-
 class _Everything(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One field of each type that a section may use.
 

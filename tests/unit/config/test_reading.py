@@ -207,32 +207,6 @@ def test_all_problems_of_a_file_are_reported_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "lines"),
-    [
-        ("", ["indexes.b.text: is required, unless documents names a function; it is the template of a document"]),
-        (
-            'documents = "m:f"',
-            ["indexes.b.document_columns: names the columns of the function in documents: give both"],
-        ),
-        (
-            'text = "{a}"\ndocuments = "m:f"\ndocument_columns = ["a", "a"]',
-            [
-                "indexes.b.text: must be left out where documents names a function",
-                "indexes.b.document_columns: 'a' is there more than once",
-            ],
-        ),
-        ('text = "{a}"\ndocument_columns = ["a"]', ["indexes.b.document_columns: names the columns of the function"]),
-        ('documents = "f"', ['indexes.b.documents: expected a function as "package.module:function"']),
-    ],
-)
-def test_documents_are_made_by_a_template_or_a_function(keys: str, lines: list[str]) -> None:
-    found = problems(SECTIONS + f'[indexes.b]\ntable = "b"\nembedder = "test"\n{keys}\n')
-
-    assert len(found) == len(lines)
-    assert all(one.startswith(line) for one, line in zip(found, lines, strict=True)), found
-
-
-@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[source\n", r"is not TOML, line 1, column 8: a section's name is not closed"),

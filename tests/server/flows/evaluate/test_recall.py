@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -440,6 +440,15 @@ async def test_where_nothing_can_be_written_it_is_measured_all_the_same(database
 
 
 # -- the command and the worker -------------------------------------------------------------------------------------
+
+
+async def stored(connection: Connection, schema: str = SCHEMA) -> Sequence[tuple[Any, ...]]:
+    cursor = await connection.execute(
+        sql.SQL("SELECT generation, k, ef_search, usual, queries, recall FROM {} ORDER BY 1, 2, 3").format(
+            sql.Identifier(schema, "evaluations")
+        )
+    )
+    return await cursor.fetchall()
 
 
 def command(*arguments: str | Path) -> int:

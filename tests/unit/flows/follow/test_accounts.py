@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -15,16 +16,16 @@ from cdcsync.flows.follow.apply import Applier, Outcome
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch
-from cdcsync.model.changeset import Applied, ChangeSet, FailedDocument, Kept
-from cdcsync.model.rows import Upsert
+from cdcsync.model.changeset import LIVE, Applied, ChangeSet, FailedDocument, Kept
+from cdcsync.model.rows import Delete, Upsert
 from cdcsync.model.transactions import Committed
 from cdcsync.tracing import Tracing
-from tests.support.indexes import make_spec
+from tests.support.indexes import changes, document, make_spec
 
 pytestmark = pytest.mark.anyio
 
 SPEC = make_spec(carried={})
-NOTHING_WRITTEN = Applied(chunks=0, deleted=0, reused=0, inline=0, queued=0)
+NOTHING = Applied(chunks=0, deleted=0, reused=0, inline=0, queued=0)
 
 
 class Target:
@@ -49,7 +50,7 @@ class Target:
         if self.away:
             self.away -= 1
             raise TargetUnavailable("gone", where="target")
-        return dict.fromkeys(changes, NOTHING_WRITTEN)
+        return dict.fromkeys(changes, NOTHING)
 
 
 async def accounted(target: Target) -> Callable[..., float | None]:
@@ -112,3 +113,87 @@ async def test_the_log_says_how_many_rows_failed_for_each_of_the_commonest_reaso
     }
     assert "key" not in str(events)
     assert counted("document_failures") == len(reasons) + 2
+
+
+class Loop:
+    """An embed loop that only listens."""
+
+    def __init__(self) -> None:
+        self.heard: list[bool] = []
+        self.saved: list[tuple[str, int]] = []
+        self.commits = SimpleNamespace(note=lambda *facts: self.noted.append(facts))
+        self.noted: list[Any] = []
+
+    def notify(self, *, live: bool) -> None:
+        self.heard.append(live)
+
+    def avoided(self, reason: str, count: int) -> None:
+        self.saved.append((reason, count))
+
+
+def accounts(metrics: Metrics, loop: Loop, *beside: Loop) -> Accounts:
+    loops: Any = {"articles": loop}
+    others: Any = {"articles": beside}
+    return Accounts(metrics, loops, others)
+
+
+def batch(*changed: Upsert | Delete, committed: bool = True) -> Batch:
+    made = Batch()
+    if committed:
+        made.commit_time_us, made.end_lsn = 0, Lsn(0x20)
+    for change in changed:
+        made.of(SPEC.shape).live[change.key] = change
+    return made
+
+
+def upsert(key: str) -> Upsert:
+    return Upsert(SPEC.shape, (key,), (key, "text"), 1, 0x10)
+
+
+def note(accounts: Accounts, batch: Batch, applied: Applied, *, lane: int = LIVE) -> None:
+    outcome = Outcome({"articles": changes(document("1", "text", lane=lane))}, {"articles": applied}, 0.25)
+    accounts.note(batch, outcome, before=Lsn(0x10), checkpoint=Lsn(0x20))
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"cdcsync_{name}", labels)
+
+
+def test_changes_chunks_and_vectors_are_counted_by_kind() -> None:
+    metrics = Metrics()
+    applied = Applied(chunks=10, deleted=2, reused=3, inline=1, queued=4)
+    note(accounts(metrics, Loop()), batch(upsert("1"), upsert("2"), Delete(SPEC.shape, ("3",), 1, 0x10)), applied)
+    for kind, times in (("upsert", 2), ("delete", 1), ("truncate", 0)):
+        assert sample(metrics, "changes_total", index="articles", operation=kind) == times
+    assert sample(metrics, "chunks_total", index="articles") == 10
+    assert sample(metrics, "chunks_deleted_total", index="articles") == 2
+
+
+def test_chunks_whose_vector_is_current_are_embeddings_avoided() -> None:
+    loop = Loop()
+    note(accounts(Metrics(), loop), batch(), Applied(chunks=10, deleted=0, reused=3, inline=1, queued=4))
+    assert loop.saved == [("current", 2)]
+
+
+@pytest.mark.parametrize("lane", [LIVE, LIVE + 1])
+def test_the_embed_loop_hears_of_texts_that_wait_and_whether_they_are_live(lane: int) -> None:
+    loop, beside = Loop(), Loop()
+    told = accounts(Metrics(), loop, beside)
+    note(told, batch(), NOTHING, lane=lane)
+    assert (loop.heard, beside.heard) == ([], [])
+    note(told, batch(), msgspec.structs.replace(NOTHING, queued=1), lane=lane)
+    assert (loop.heard, beside.heard) == ([lane == LIVE], [])
+    note(told, batch(), msgspec.structs.replace(NOTHING, beside=1), lane=lane)
+    assert (len(loop.heard), beside.heard) == (1, [lane == LIVE])
+
+
+def test_text_is_as_old_as_its_commit_and_a_batch_without_one_has_no_age() -> None:
+    metrics, loop = Metrics(), Loop()
+    told = accounts(metrics, loop)
+    note(told, batch(upsert("1"), committed=False), NOTHING)
+    assert sample(metrics, "text_freshness_seconds_count") == 0
+    assert loop.noted == []
+    note(told, batch(upsert("1")), NOTHING)
+    assert sample(metrics, "text_freshness_seconds_count") == 1
+    ((before, end, committed),) = loop.noted
+    assert (before, end, committed.year) == (Lsn(0x10), Lsn(0x20), 2000)

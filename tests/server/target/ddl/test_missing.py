@@ -1,0 +1,70 @@
+"""Which relations of an index are missing, and whether its table has to be read again for them."""
+
+from __future__ import annotations
+
+import pytest
+
+from cdcsync.config import QualifiedName
+from cdcsync.target.ddl.building import build_hnsw, build_search
+from cdcsync.target.ddl.missing import Missing, missing_relations
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+DROPPED = {
+    "DROP TABLE cdcsync.articles_chunks CASCADE": Missing(
+        ("articles_chunks",),
+        *[
+            (
+                "articles_chunks_by_tenant",
+                "articles_chunks_search",
+                "public.articles_index",
+                "public.articles_index_chunks",
+            )
+        ],
+    ),
+    "DROP TABLE cdcsync.articles_backlog": Missing(("articles_backlog",)),
+    "DROP INDEX cdcsync.articles_vectors_1_hnsw": Missing(built=("articles_vectors_1_hnsw",)),
+    "DROP INDEX cdcsync.articles_vectors_1_fresh_near": Missing(built=("articles_vectors_1_fresh_near",)),
+    "DROP INDEX cdcsync.articles_chunks_search": Missing(built=("articles_chunks_search",)),
+    "DROP INDEX cdcsync.articles_chunks_by_tenant": Missing(built=("articles_chunks_by_tenant",)),
+    "DROP VIEW public.articles_index": Missing(built=("public.articles_index",)),
+    "DROP VIEW public.articles_index_chunks": Missing(built=("public.articles_index_chunks",)),
+    "DROP TABLE cdcsync.articles_words": Missing(built=("cdcsync.articles_words",)),
+    "DROP FUNCTION cdcsync.articles_search": Missing(built=("articles_search",)),
+    "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'cdcsync.articles_vectors_1_hnsw'::regclass": Missing(
+        built=("articles_vectors_1_hnsw",)
+    ),
+}
+
+
+@pytest.fixture
+async def loaded(open_index: OpenIndex) -> LiveIndex:
+    """An index with all relations that an index can have."""
+    index = await open_index(indexed=("tenant",))
+    await build_search(index.connection, SCHEMA, index.spec)
+    await build_hnsw(index.connection, SCHEMA, index.spec)
+    return index
+
+
+async def test_of_a_whole_index_nothing_is_missing(loaded: LiveIndex) -> None:
+    missing = await missing_relations(loaded.connection, SCHEMA, loaded.spec)
+    assert missing == Missing()
+    assert not missing
+
+
+@pytest.mark.parametrize("statement", DROPPED)
+async def test_what_was_dropped_or_is_invalid_is_named(loaded: LiveIndex, statement: str) -> None:
+    await loaded.connection.execute(statement.encode())
+    missing = await missing_relations(loaded.connection, SCHEMA, loaded.spec)
+    expected = DROPPED[statement]
+    assert missing.tables == expected.tables
+    assert set(expected.built) <= set(missing.built)
+    assert bool(missing.tables) or missing == expected
+    assert str(missing).startswith("missing in the target: ")
+
+
+async def test_a_view_is_looked_for_under_the_name_that_it_has(loaded: LiveIndex) -> None:
+    elsewhere = QualifiedName("public", "not_yet")
+    missing = await missing_relations(loaded.connection, SCHEMA, loaded.spec, view=elsewhere)
+    assert missing == Missing(built=("public.not_yet", "public.not_yet_chunks"))

@@ -1,0 +1,62 @@
+"""How far the audit of an index is, and when the index was last proven equal."""
+
+from __future__ import annotations
+
+import pytest
+
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.audits import START, Audits, Place
+from cdcsync.target.pipelines import Pipelines
+from tests.support.indexes import SCHEMA, make_spec, register
+from tests.support.relations import create
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+AUDITS = Audits(SCHEMA)
+
+
+@pytest.fixture
+async def registered(connection: Connection) -> Connection:
+    """A session on a target that has two indexes."""
+    await create(connection, make_spec(search=None))
+    await Pipelines(SCHEMA, "s").ensure(connection, "p")
+    for name in ("articles", "notes"):
+        await register(connection, make_spec(name=name), slot="s")
+    return connection
+
+
+async def test_an_index_that_was_never_audited_has_no_audit(registered: Connection) -> None:
+    assert await AUDITS.read(registered, "articles") is None
+    assert await AUDITS.all(registered) == {}
+
+
+async def test_a_comparison_is_continued_at_the_place_where_it_was_left(registered: Connection) -> None:
+    await AUDITS.begin(registered, "articles")
+    for place in (Place("rows", ("eu", "7")), Place("orphans", None), Place("chunks", ("4711",))):
+        await AUDITS.advance(registered, "articles", place, documents=10, differences=0)
+        found = await AUDITS.read(registered, "articles")
+        assert found is not None
+        assert found.place == place
+    assert (found.documents, found.finished_at, found.proven_at, found.found_at) == (30, None, None, None)
+    assert set(await AUDITS.all(registered)) == {"articles"}
+
+
+async def test_an_index_is_proven_equal_by_a_whole_comparison_that_finds_nothing(registered: Connection) -> None:
+    await AUDITS.begin(registered, "articles")
+    await AUDITS.finish(registered, "articles")
+    equal = await AUDITS.read(registered, "articles")
+    assert equal is not None
+    assert equal.finished_at == equal.proven_at is not None
+
+    await AUDITS.begin(registered, "articles")
+    begun = await AUDITS.read(registered, "articles")
+    assert begun is not None
+    assert (begun.place, begun.documents, begun.finished_at, begun.proven_at) == (START, 0, None, equal.proven_at)
+    await AUDITS.advance(registered, "articles", Place("orphans", None), documents=10, differences=2)
+    await AUDITS.advance(registered, "articles", Place("chunks", None), documents=0, differences=1)
+    await AUDITS.finish(registered, "articles")
+    differs = await AUDITS.read(registered, "articles")
+    assert differs is not None
+    assert (differs.differences, differs.proven_at) == (3, equal.proven_at)
+    assert differs.finished_at is not None
+    assert differs.found_at is not None

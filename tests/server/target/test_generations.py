@@ -1,0 +1,72 @@
+"""The table of generations, and what a generation says of an index."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from cdcsync.config.sections import Hnsw
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.generations import Generation, Generations
+from cdcsync.target.pipelines import Pipelines
+from tests.support.indexes import SCHEMA, make_spec, register
+from tests.support.relations import create
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+GENERATIONS = Generations(SCHEMA)
+FIRST = Generation.of(make_spec(), "ready")
+SECOND = msgspec.structs.replace(FIRST, generation=2, model="another", state="filling", max_rows_per_s=50)
+
+
+@pytest.fixture
+async def registered(connection: Connection) -> Connection:
+    """A session on a target that has an index with two generations."""
+    await create(connection, make_spec(search=None))
+    await Pipelines(SCHEMA, "s").ensure(connection, "p")
+    await register(connection, make_spec(), slot="s")
+    for one in (SECOND, FIRST):
+        await GENERATIONS.add(connection, one)
+    return connection
+
+
+async def test_before_the_first_start_there_are_none(connection: Connection) -> None:
+    assert await GENERATIONS.all(connection) == {}
+    assert await GENERATIONS.of(connection, "articles") == []
+
+
+async def test_generations_come_back_in_the_order_of_their_numbers(registered: Connection) -> None:
+    first, second = await GENERATIONS.of(registered, "articles")
+    assert (first.generation, first.made_by) == (1, FIRST.made_by)
+    assert (second.generation, second.made_by, second.max_rows_per_s) == (2, SECOND.made_by, 50)
+    assert await GENERATIONS.all(registered) == {"articles": [first, second]}
+    await GENERATIONS.remove(registered, "articles", 1)
+    assert await GENERATIONS.of(registered, "articles") == [second]
+
+
+async def test_a_fill_moves_forward_only_and_ends_with_the_wish_to_drop_it(registered: Connection) -> None:
+    assert await GENERATIONS.advance(registered, "articles", 2, cursor=100, chunks=40)
+    (_, second) = await GENERATIONS.of(registered, "articles")
+    assert second.cursor == 100
+    await GENERATIONS.begin_again(registered, "articles", 2)
+    (_, second) = await GENERATIONS.of(registered, "articles")
+    assert second.cursor == 0
+    await GENERATIONS.limit(registered, "articles", 2, None)
+    await GENERATIONS.drop_asked(registered, "articles", 2)
+    assert not await GENERATIONS.advance(registered, "articles", 2, cursor=200, chunks=40)
+    (_, second) = await GENERATIONS.of(registered, "articles")
+    assert (second.state, second.max_rows_per_s, second.cursor) == ("dropping", None, 0)
+
+
+def test_an_index_with_another_generation_has_its_vectors_and_its_graph() -> None:
+    spec = make_spec(hnsw=Hnsw(m=8, ef_construction=32), distance="l2")
+    other = msgspec.structs.replace(
+        Generation.of(spec, "ready"),
+        **{"generation": 2, "model": "another", "dimensions": 5, "vector_type": "halfvec", "m": 24},
+    )
+    found = other.spec(spec)
+    assert (found.generation, found.model, found.dimensions, found.vector_type) == (2, "another", 5, "halfvec")
+    assert (found.config.hnsw.m, found.config.hnsw.ef_construction) == (24, 32)
+    assert other.built_like(found.config.hnsw)
+    assert not other.built_like(spec.config.hnsw)
+    assert found.shape == spec.shape

@@ -1,0 +1,79 @@
+"""Stored runs by judged collections."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from psycopg import conninfo
+
+import cdcsync.target.judged_runs as module
+from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.target import judged_runs
+from cdcsync.target.judged_runs import Figure, ModeRun, Run, Weighed
+from cdcsync.target.pipelines import Pipelines
+from tests.support.indexes import SCHEMA, make_spec, register
+from tests.support.relations import create
+from tests.support.servers import Database
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+NOW = datetime(2026, 5, 4, 12, 0, tzinfo=UTC)
+
+
+def run(index: str = "articles", collection: str = "cisi", mean: float = 0.4, minute: int = 0) -> Run:
+    figure = Figure(mean, mean - 0.1, mean + 0.1)
+    mode = ModeRun({"nDCG@10": figure, "R@100": figure}, None, 1.0, 2.0, {"nDCG@10": {"q1": mean}})
+    return Run(
+        *(index, 1, collection, 1, ["nDCG@10", "R@100"], {"model": "m"}, {"text": mode, "hybrid": mode}),
+        *([Weighed(0.5, {"nDCG@10": figure})], NOW + timedelta(minutes=minute)),
+    )
+
+
+@pytest.fixture
+async def registered(connection: Connection) -> Connection:
+    """A session on a target that has two indexes."""
+    await create(connection, make_spec(search=None))
+    await Pipelines(SCHEMA, "s").ensure(connection, "p")
+    for name in ("articles", "notes"):
+        await register(connection, make_spec(name=name), slot="s")
+    return connection
+
+
+async def test_a_run_comes_back_as_it_was_stored_by_its_number_or_as_the_last(registered: Connection) -> None:
+    numbers = [await judged_runs.store(registered, SCHEMA, run(mean=mean)) for mean in (0.3, 0.4)]
+    await judged_runs.store(registered, SCHEMA, run(collection="other"))
+    first, second = (number for number, problem in numbers if problem is None)
+    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", None) == run(mean=0.4)
+    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", first) == run(mean=0.3)
+    assert await judged_runs.read(registered, SCHEMA, "notes", "cisi", second) is None
+    assert run().own_mode == "hybrid"
+
+
+async def test_the_newest_runs_of_each_index_stay(registered: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT", 2)
+    await judged_runs.store(registered, SCHEMA, run("notes"))
+    for minute in range(4):
+        await judged_runs.store(registered, SCHEMA, run(minute=minute))
+    charts = await judged_runs.outcomes(registered, SCHEMA, ["articles", "notes"])
+    assert {name: len(outcomes) for name, outcomes in charts.items()} == {"articles": 2, "notes": 1}
+    assert [one.evaluated_at for one in charts["articles"]] == [NOW + timedelta(minutes=at) for at in (2, 3)]
+
+
+async def test_a_chart_has_the_means_of_the_measure_that_decides_the_oldest_first(registered: Connection) -> None:
+    for mean in (0.1, 0.2, 0.3):
+        await judged_runs.store(registered, SCHEMA, run(mean=mean))
+    (charted,) = (await judged_runs.outcomes(registered, SCHEMA, ["articles"], most=2)).values()
+    assert [one.means for one in charted] == [{"text": 0.2, "hybrid": 0.2}, {"text": 0.3, "hybrid": 0.3}]
+    assert {(one.measure, one.collection) for one in charted} == {("nDCG@10", "cisi")}
+
+
+async def test_where_nothing_can_be_written_the_reason_is_told(registered: Connection, target: Database) -> None:
+    reading = conninfo.make_conninfo(target.dsn, options="-c default_transaction_read_only=on")
+    async with await connect(reading, "target") as session:
+        assert await judged_runs.store(session, SCHEMA, run()) == (None, "this server or session only reads")
+    await registered.execute("DROP TABLE cdcsync.judged_runs")
+    number, problem = await judged_runs.store(registered, SCHEMA, run())
+    assert number is None
+    assert "a worker of this version creates it" in str(problem)
+    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", None) is None

@@ -1,0 +1,144 @@
+"""A running worker as others see it: whether it is ready, and why not."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from cdcsync import config
+from cdcsync.config import parse
+from cdcsync.embedders.hashing import HashEmbedder
+from cdcsync.errors import EmbedderUnavailable
+from cdcsync.lsn import Lsn
+from cdcsync.model.embedding import Problem
+from cdcsync.model.lag import Lag
+from cdcsync.worker.state import ALIVE_WITHIN_S, QUERY_S, WorkerState
+from tests.support.configs import configuration
+from tests.support.gates import Gated
+from tests.support.statuses import LIVE, STATUS
+from tests.support.virtual import in_virtual_time
+
+pytestmark = pytest.mark.anyio
+
+CONFIG = parse(configuration("dbname=nowhere"), {}, where="the test's configuration")
+
+
+@pytest.fixture
+async def lag() -> Lag:
+    return Lag(lambda: 1_000.0, lambda: 0.0)
+
+
+@pytest.fixture
+async def streaming(lag: Lag) -> WorkerState:
+    """A worker that follows the stream and has nothing to do."""
+    state = WorkerState(CONFIG)
+    lag.begin(Lsn(0x100), 60.0)
+    lag.note(None, caught_up=True)
+    state.attach(lag, lambda: Lsn(0x100), {}, lambda _: None)
+    state.connected(True)
+    return state
+
+
+async def test_a_worker_that_follows_its_stream_is_ready(streaming: WorkerState) -> None:
+    assert streaming.not_ready() == []
+    assert streaming.lag_seconds == 0.0
+    assert streaming.metrics.registry.get_sample_value("cdcsync_ready") == 1
+
+
+async def test_before_it_follows_anything_a_worker_tells_what_it_waits_for() -> None:
+    state = WorkerState(CONFIG)
+    assert state.not_ready() == ["the replication stream is not connected"]
+    assert math.isnan(state.lag_seconds)
+    state.standby = True
+    assert state.not_ready() == ["standby: another worker holds the pipeline"]
+    state.waiting_for = "the source starts up"
+    assert state.not_ready() == ["the start waits: the source starts up"]
+
+
+async def test_a_source_that_is_not_heard_leaves_the_lag_unknown(streaming: WorkerState, lag: Lag) -> None:
+    lag.end()
+    assert streaming.not_ready() == ["nothing has been heard from the source lately, so the lag is unknown"]
+
+
+async def test_a_late_stream_is_told_by_its_setting(streaming: WorkerState, lag: Lag) -> None:
+    lag.note(1_000.0 - CONFIG.worker.ready_max_lag_s - 1, caught_up=False)
+    assert streaming.not_ready() == ["lag of 61 s is above worker.ready_max_lag_s"]
+
+
+@pytest.mark.parametrize(("behind", "told"), [(2**30, False), (2**30 + 1, True)])
+async def test_wal_that_was_never_sent_is_told_though_the_stream_is_not_late(
+    streaming: WorkerState, behind: int, told: bool
+) -> None:
+    streaming._last = msgspec.structs.replace(STATUS, lag_bytes=behind)
+    assert ["worker.ready_max_lag_bytes" in reason for reason in streaming.not_ready()] == [True] * told
+
+
+async def test_trouble_of_embedders_and_of_indexes_is_named(streaming: WorkerState, lag: Lag) -> None:
+    problem = Problem("nobody is at home", "start it", datetime.now(UTC), None)
+    dispatchers: Any = {"e": SimpleNamespace(problem=problem)}
+    streaming.attach(lag, lambda: Lsn(0), dispatchers, lambda _: None)
+    streaming.problems = {"articles": "its updates fail"}
+    paused = msgspec.structs.replace(LIVE, state="paused", reason="its key is gone")
+    streaming._last = msgspec.structs.replace(STATUS, indexes={"notes": paused})
+    assert streaming.not_ready() == [
+        "embedder e: nobody is at home (start it)",
+        "index articles: its updates fail",
+        "index notes is paused: its key is gone",
+    ]
+    assert streaming.metrics.registry.get_sample_value("cdcsync_embedder_problem", {"embedder": "e"}) == 1
+
+
+@pytest.mark.parametrize(
+    ("facts", "reasons"),
+    [
+        ({}, []),
+        ({"state": "building"}, ["index articles is building, not live"]),
+        ({"backlog": 1_500, "backlog_live": 500}, ["index articles: 1,000 loaded texts have no vector yet"]),
+        ({"backlog": 500, "backlog_live": 500}, []),
+    ],
+)
+async def test_an_index_is_loaded_once_its_loads_have_their_vectors(facts: dict[str, Any], reasons: list[str]) -> None:
+    state = WorkerState(CONFIG)
+    assert state.not_loaded() == ["the indexes have not been looked at yet"]
+    state._last = msgspec.structs.replace(STATUS, indexes={"articles": msgspec.structs.replace(LIVE, **facts)})
+    assert state.not_loaded() == reasons
+
+
+def test_a_loop_that_does_not_turn_is_not_alive() -> None:
+    async def main() -> list[bool]:
+        state, seen = WorkerState(CONFIG), []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(state.turn)
+            await anyio.sleep(2 * ALIVE_WITHIN_S)
+            seen.append(state.alive())
+            tasks.cancel_scope.cancel()
+        await anyio.sleep(ALIVE_WITHIN_S)
+        return [*seen, state.alive()]
+
+    assert in_virtual_time(main) == [True, False]
+
+
+def test_a_query_that_waits_behind_the_workers_own_texts_for_too_long_is_refused() -> None:
+    busy, hashing = Gated(), HashEmbedder("h", config.HashEmbedder(dimensions=8))
+
+    async def main() -> float:
+        state = WorkerState(CONFIG)
+        dispatchers: Any = {
+            "busy": SimpleNamespace(problem=None, embedder=busy),
+            "idle": SimpleNamespace(problem=None, embedder=hashing),
+        }
+        state.attach(Lag(lambda: 0.0, lambda: 0.0), lambda: Lsn(0), dispatchers, lambda _: None)
+        identity, vector = await state.embed_query("idle", "a query")
+        assert (identity, len(vector)) == (hashing.identity, 8)
+        for name in ("busy", "unknown"):
+            with pytest.raises(EmbedderUnavailable, match="cannot embed this query now"):
+                await state.embed_query(name, "a query")
+        return anyio.current_time()
+
+    assert in_virtual_time(main) == QUERY_S
