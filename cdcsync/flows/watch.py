@@ -31,7 +31,7 @@ from cdcsync.flows.setup.differences import (
     present_fingerprint,
     stored_fingerprint,
 )
-from cdcsync.flows.setup.start import outdated
+from cdcsync.flows.setup.indexes import outdated
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.pauses import Pause, Pauses

@@ -1,8 +1,7 @@
 """Apply: what one index takes from a batch, written in the caller's target transaction.
 
-The changed rows are copied as text into a temporary stage, so that values pass through as the source rendered them; the
-stage's column `op` says what to do with each. A few set-based statements then bring chunks, vectors and backlog to the
-new state. The order matters:
+The changed rows are copied to a temporary table, the stage. A few set-based statements then bring chunks, vectors and
+backlog to the new state. The order matters:
 
 1. chunks that go are deleted, and remembered in `gone`; before the upserts, because two texts can be the same key
    to the server (1.0 and 1.00 as numeric) and the deletion is always of the older one;
@@ -26,31 +25,21 @@ Every statement can be repeated with the same result.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from enum import IntEnum
 from typing import LiteralString
 
 import psycopg
 from psycopg import sql
 
 from cdcsync.model.changeset import BACKFILL, Applied, ChangeSet
-from cdcsync.model.rows import Row
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import vector_schema
-from cdcsync.target.loading import CHUNK_COLUMNS, blocks, copy_text, line, load, lsn_text
+from cdcsync.target.loading import CHUNK_COLUMNS, blocks, load
 from cdcsync.target.look_ups import LookUps
+from cdcsync.target.stage import Op, Stage
 from cdcsync.target.vectors import register_vectors, wire_form
-
-STAGED_ROWS = 1_000
-"""The temporary tables are emptied by DELETE, and by TRUNCATE once about so many rows went through them. TRUNCATE, and
-`ON COMMIT DELETE ROWS` with it, costs milliseconds of file operations, which at light load is more than all else."""
-
-FEW_ROWS = 200
-"""In a batch of no more rows, each row is looked up by an index. The server takes the temporary tables for as large as
-they were before they were emptied, and would rather read a table of a hundred thousand chunks for a single change."""
 
 TRUNCATE_LOCKS_MS = 500
 """Readers that take longer are not waited for, as searches queue up behind who waits for an exclusive lock; less than
@@ -65,78 +54,39 @@ SUPERSEDE: LiteralString = (
 )
 
 
-class Op(IntEnum):
-    """The action of apply on a row of the stage."""
-
-    KEEP = 0
-    """Bring the carried columns up to date: the document has not changed."""
-    PUT = 1
-    """Write a chunk, and delete the chunks beyond the document's last."""
-    REPLACE = 4
-    """The same for a chunk of a document that the index holds."""
-    DELETE = 2
-    DELETE_AS_WRITTEN = 3
-    """Delete only what the index writes in just this way: see `ChangeSet.absent`."""
-
-
 class IndexWriter(LookUps):
     """Writes one index over one connection; `open` prepares the connection's temporary tables."""
 
     def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
         super().__init__(connection, schema, spec)
         self._schema = schema
-        types = "\0".join((str(len(spec.key_types)), *spec.key_types, *spec.carried_types))
-        self._stage_name = f"stage_{hashlib.sha256(types.encode()).hexdigest()[:16]}"
-        self._stage = sql.Identifier("pg_temp", self._stage_name)
-        self._gone = sql.Identifier("pg_temp", "gone")
-        self._put = sql.Identifier("pg_temp", "put")
+        self._stage = Stage(connection, spec)
         self._carried = [sql.Identifier(name) for name in spec.shape.carried]
-        self._slots = [sql.Identifier(f"c{at}") for at in range(len(self._carried))]
+        self._slots = self._stage.carried
         self._composed: dict[tuple[str, int], bytes] = {}
         """The statements as they are sent, by their templates and the generation that they are about."""
-        self._staged = 0
-        """Rows that went through the temporary tables since they were last truncated."""
         self._parts: dict[int, dict[str, sql.Composable]] = {}
         """By generation, the values of the names in braces in the statements."""
 
     async def open(self) -> None:
-        """Create the stage; once per connection.
-
-        Each apply empties what it uses, so indexes with the same types share a stage.
-        """
+        """Create the stage; once per connection."""
         await super().open()
         extension = await vector_schema(self._connection)
         await register_vectors(self._connection)
         common = self._compose(extension)
         self._parts = {one.generation: common | self._of_generation(one) for one in self._spec.generations}
-        columns = [
-            sql.SQL("{} AS {}").format(column, place)
-            for column, place in zip(self._keys + self._carried, self._places + self._slots, strict=True)
-        ]
-        await self._connection.execute(
-            sql.SQL(
-                "CREATE TEMP TABLE IF NOT EXISTS {} AS SELECT {}, chunk_no, 0 AS chunk_total,"
-                " content, content_hash, document_hash, commit_lsn, 0::smallint AS lane, 0::smallint AS op"
-                " FROM {} WITH NO DATA"
-            ).format(sql.Identifier(self._stage_name), sql.SQL(", ").join(columns), self._names.chunks)
-        )
-        for name in ("gone", "put"):
-            await self._connection.execute(
-                sql.SQL("CREATE TEMP TABLE IF NOT EXISTS {} (chunk_id bigint, content_hash bytea)").format(
-                    sql.Identifier(name)
-                )
-            )
+        await self._stage.create(self._names.chunks)
 
     async def apply(self, changes: ChangeSet) -> Applied:
         """Write the changes inside the caller's transaction; the caller commits."""
-        await self._begin(changes)
+        await self._stage.empty(changes)
         others = self._spec.others
         if changes.new and not others and (loaded := await self._load(changes)) is not None:
             return loaded
         if changes.truncated:
             await self._truncate()
         deleted = await self._clear(changes.cleared) if changes.cleared else 0
-        await self._copy(changes)
+        await self._stage.copy(changes)
         chunks = sum(len(document.chunks) for document in changes.documents)
         replaced = any(document.existed for document in changes.documents)
         if changes.deleted or changes.absent or changes.new or replaced:
@@ -163,7 +113,7 @@ class IndexWriter(LookUps):
                     await self._run(
                         "DELETE FROM {" + tier + "} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id", of=one
                     )
-        self._staged += len(changes.deleted) + len(changes.absent) + len(changes.kept) + chunks + deleted
+        self._stage.used(len(changes.deleted) + len(changes.absent) + len(changes.kept) + chunks + deleted)
         return Applied(chunks, deleted, reused, inline, queued, beside)
 
     async def _give_vectors(self, one: IndexSpec, changes: ChangeSet, chunks: int) -> tuple[int, int, int]:
@@ -193,7 +143,7 @@ class IndexWriter(LookUps):
                 await self._run("LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE")
                 left = await load(self._connection, self._schema, self._spec, changes.documents, changes.vectors)
                 if left:
-                    statement = sql.SQL("COPY {} (chunk_id, content_hash) FROM STDIN").format(self._put)
+                    statement = sql.SQL("COPY {} (chunk_id, content_hash) FROM STDIN").format(self._stage.put)
                     async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
                         for block in blocks(f"{id_}\t\\\\x{one.hex()}\n" for id_, one in left):
                             await copy.write(block)
@@ -206,20 +156,12 @@ class IndexWriter(LookUps):
         except psycopg.errors.UniqueViolation:
             return None
         chunks = sum(len(document.chunks) for document in changes.documents)
-        self._staged += len(left)
+        self._stage.used(len(left))
         return Applied(chunks, 0, reused, chunks - len(left), queued)
 
-    async def _begin(self, changes: ChangeSet) -> None:
-        """Empty the temporary tables of what the apply before left there, and say how rows are to be joined."""
-        chunks = sum(max(1, len(document.chunks)) for document in changes.documents)
-        few = len(changes.deleted) + len(changes.absent) + len(changes.kept) + chunks <= FEW_ROWS
-        joins = "off" if few else "on"
-        joins = f"SET LOCAL enable_hashjoin = {joins}; SET LOCAL enable_mergejoin = {joins}; "
-        if self._staged > STAGED_ROWS:
-            await self._run(joins + "TRUNCATE {stage}, {gone}, {put}")
-            self._staged = 0
-        else:
-            await self._run(joins + "WITH s AS (DELETE FROM {stage}), g AS (DELETE FROM {gone}) DELETE FROM {put}")
+    def stage(self, changes: ChangeSet) -> Iterator[bytes]:
+        """Return blocks of what is copied to the stage, to be written down ahead as `ChangeSet.staged`."""
+        return self._stage.blocks(changes)
 
     async def _truncate(self) -> None:
         """Empty the index: quickly if nobody is in the way, else row by row.
@@ -249,38 +191,8 @@ class IndexWriter(LookUps):
         statement = sql.SQL(
             "WITH gone AS (DELETE FROM {} WHERE {}::text = ANY(%s) RETURNING chunk_id)"
             " INSERT INTO {} (chunk_id) SELECT chunk_id FROM gone"
-        ).format(self._names.chunks, self._keys[0], self._gone)
+        ).format(self._names.chunks, self._keys[0], self._stage.gone)
         return (await self._connection.execute(statement, [list(tables)])).rowcount
-
-    async def _copy(self, changes: ChangeSet) -> None:
-        columns = [*self._places, *self._slots, *map(sql.Identifier, _STAGE_COLUMNS)]
-        statement = sql.SQL("COPY {} ({}) FROM STDIN").format(self._stage, sql.SQL(", ").join(columns))
-        async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
-            for block in changes.staged or self.stage(changes):
-                await copy.write(block)
-
-    def stage(self, changes: ChangeSet) -> Iterator[bytes]:
-        """Return blocks of what is copied to the stage."""
-        return blocks(self._lines(changes))
-
-    def _lines(self, changes: ChangeSet) -> Iterator[str]:
-        no_carried: Row = (None,) * len(self._carried)
-        gone = [(key, Op.DELETE) for key in changes.deleted]
-        gone += [(key, Op.DELETE_AS_WRITTEN) for key in changes.absent]
-        gone += [(document.key, Op.DELETE) for document in changes.documents if not document.chunks]
-        for key, op in gone:
-            yield line((*key, *no_carried), f"{op}\t0\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
-        for kept in changes.kept:
-            rest = f"{Op.KEEP}\t0\t0\t\\N\t\\N\t\\N\t{lsn_text(kept.commit_lsn)}\t0\n"
-            yield line((*kept.key, *kept.carried), rest)
-        for document in changes.documents:
-            op = Op.REPLACE if document.existed else Op.PUT
-            row = line((*document.key, *document.carried), f"{op}\t")
-            total = len(document.chunks)
-            tail = f"\\\\x{document.hash.hex()}\t{lsn_text(document.commit_lsn)}\t{document.lane}\n"
-            for chunk in document.chunks:
-                text = copy_text(chunk.text)
-                yield f"{row}{chunk.number}\t{total}\t{text}\t\\\\x{chunk.hash.hex()}\t{tail}"
 
     async def _delete_surplus(self) -> int:
         """Delete the chunks of deleted and absent keys, and of documents that have fewer chunks now."""
@@ -398,9 +310,9 @@ class IndexWriter(LookUps):
             "chunks": self._names.chunks,
             "backlog": self._names.backlog,
             **tables,
-            "stage": self._stage,
-            "gone": self._gone,
-            "put": self._put,
+            "stage": self._stage.table,
+            "gone": self._stage.gone,
+            "put": self._stage.put,
             "backfill": sql.Literal(BACKFILL),
             "keep": sql.Literal(int(Op.KEEP)),
             "put_op": sql.Literal(int(Op.PUT)),
@@ -431,6 +343,3 @@ class IndexWriter(LookUps):
                 comma.join(sql.SQL("s.{}").format(slot) for _, slot in pairs),
             ),
         }
-
-
-_STAGE_COLUMNS = ("op", "chunk_no", "chunk_total", "content", "content_hash", "document_hash", "commit_lsn", "lane")

@@ -36,16 +36,8 @@ from cdcsync.flows.migrate.fill import Fill
 from cdcsync.flows.settle import Settle
 from cdcsync.flows.setup.approval import Held
 from cdcsync.flows.setup.gaps import refuse_moved
-from cdcsync.flows.setup.start import (
-    let_go,
-    outdated,
-    pause_indexes,
-    refuse_early,
-    set_up_indexes,
-    set_up_publication,
-    set_up_shared,
-    starting_point,
-)
+from cdcsync.flows.setup.indexes import let_go, outdated, pause_indexes, set_up_indexes
+from cdcsync.flows.setup.start import refuse_early, set_up_publication, set_up_shared, starting_point
 from cdcsync.flows.watch import Watch, send_heartbeats
 from cdcsync.flows.words import count_words_for_ever
 from cdcsync.lsn import Lsn

@@ -40,6 +40,7 @@ COMMANDS = (
 INSIDE = (
     "target/apply.py",
     "target/keys.py",
+    "target/stage.py",
     "target/failures/documents.py",
     "target/ddl/chunks_view.py",
     "target/ddl/relations.py",

@@ -8,7 +8,7 @@ from cdcsync.config import Config
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import opened, other_generation
-from cdcsync.flows.setup.start import drop_generations
+from cdcsync.flows.setup.indexes import drop_generations
 from cdcsync.postgres.sessions import speaking_of
 from cdcsync.target.generations import Generations
 from cdcsync.target.pipelines import Pipelines

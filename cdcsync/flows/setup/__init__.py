@@ -3,7 +3,8 @@
     gaps          a slot or server that is not where we left it
     differences   what an index needs once its fingerprint is another one
     needs         which load an index needs once its configuration or its table is another one, and why
-    start         publication, slot, tables and the starting point
+    indexes       the relations of each index, its row, and the load that it asks for
+    start         shared tables, publication, slot and the starting point
 
 A file imports only from lines above its own.
 """

@@ -1,11 +1,11 @@
-"""Set-up: what `run` creates once every check has passed, and where in the stream the pipeline begins or resumes.
+"""Set-up of a pipeline: shared tables, publication and slot, and where in the stream it begins or resumes.
 
-Target first, then publication, then slot: a crash anywhere in between is picked up where it was by the next start.
+Target first (`indexes` comes between), then publication, then slot: the next start resumes after a crash at any point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import anyio
 import msgspec
@@ -14,48 +14,23 @@ import structlog
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.crashpoints import crash_point
-from cdcsync.documents.related import TableFacts
-from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse, TablesChanged
-from cdcsync.flows.setup.differences import (
-    as_followed,
-    ask_for,
-    difference_of,
-    note_fingerprint,
-    present_fingerprint,
-)
+from cdcsync.errors import DecodingFailed, GapError, SlotInUse, TablesChanged
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
-from cdcsync.flows.setup.needs import need_of
 from cdcsync.lsn import Lsn
-from cdcsync.model.pauses import Pause
-from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, first_line, speaking_of
 from cdcsync.source.catalog import (
     FAILOVER_VERSION,
-    Catalog,
     Slot,
     blockers,
     read_catalog,
     read_slot,
     running_transactions,
 )
-from cdcsync.source.families import rows_sent
-from cdcsync.source.fingerprints import Difference
 from cdcsync.source.publications import create_publication_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
-from cdcsync.target import evaluations
-from cdcsync.target.approvals import Approvals, change_of
-from cdcsync.target.ddl.generations import create_generations, drop_relations
-from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.locking import BRIEFLY, until_locked
-from cdcsync.target.ddl.missing import Missing, missing_relations
-from cdcsync.target.ddl.policies import put_policy
-from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.shared import create_shared
-from cdcsync.target.ddl.upgrading import upgrade_vectors
-from cdcsync.target.generations import Generations
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.registry import Entry, Registry
-from cdcsync.target.requests import Requests
 from cdcsync.target.session import ApplySession
 
 log = structlog.get_logger()
@@ -97,184 +72,6 @@ async def set_up_shared(target: Connection, config: Config) -> None:
 
     with speaking_of("target"):
         await until_locked(create, table=f"{config.target.schema}.*")
-
-
-def outdated(catalog: Catalog, specs: Sequence[IndexSpec]) -> bool:
-    """Say whether a table is another one than when its index was examined, so that all has to be examined again."""
-    of_all = catalog
-    for spec in specs:
-        catalog = as_followed(of_all, spec)
-        publication, table = catalog.publication, catalog.tables.get(spec.shape.table)
-        if table is None or table.oid != spec.table_oid:
-            return True
-        if spec.shape.many and rows_sent(publication, catalog.members.get(spec.shape.table, ())) != spec.members:
-            return True
-        columns = [table.columns.get(name) for name in spec.shape.own]
-        if tuple(one.wire_type for one in columns if one is not None) != spec.shape.types:
-            return True
-        sent = publication.tables.get(table.name) if publication is not None else None
-        if sent is None or sent.row_filter != spec.row_filter:
-            return True
-        if any(_related_outdated(spec, name, facts, catalog) for name, facts in spec.facts.items()):
-            return True
-    return False
-
-
-def _related_outdated(spec: IndexSpec, name: QualifiedName, facts: TableFacts, catalog: Catalog) -> bool:
-    """Say whether a table of an index with related tables is another one than the statements were made for."""
-    table, publication = catalog.tables.get(name), catalog.publication
-    if table is None or table.oid != spec.oids.get(name, table.oid):
-        return True
-    sent = publication.tables.get(name) if publication is not None else None
-    types = {column: table.columns[column].value_type for column in facts.types if column in table.columns}
-    return sent is None or sent.row_filter != facts.row_filter or types != facts.types
-
-
-async def set_up_indexes(
-    target: Connection,
-    config: Config,
-    specs: Sequence[IndexSpec],
-    catalog: Catalog,
-    waiting: Mapping[str, Pause] | None = None,
-) -> None:
-    """Create or extend each index's relations, and ask for what its state calls for.
-
-    The relations, the index's row, its fingerprint and the request commit together.
-
-    :param catalog: the tables as they are now, which have been read since they were published.
-    :param waiting: why new indexes are not loaded yet.
-    """
-    for spec in specs:
-        with speaking_of("target", where=f"index {spec.name}", index=spec.name):
-            try:
-                await upgrade_vectors(target, config.target.schema, spec)
-                await drop_generations(target, config.target.schema, spec)
-                async with target.transaction():
-                    before = await _as_examined(target, config.target.schema, spec)
-                    view = None if before is None else before.view
-                    missing = await missing_relations(target, config.target.schema, spec, view=view)
-                    await create_index_relations(target, config.target.schema, spec)
-                    created = await create_generations(target, config.target.schema, spec)
-                    await put_policy(target, config.target.schema, spec, config.serve)
-                    await _register(target, config, spec, catalog, missing)
-                    settings = await settings_to_note(target, config.target.schema, spec.name)
-                    await Registry(config.target.schema).note_settings(target, spec.name, settings)
-                    for generation in created:
-                        await Generations(config.target.schema).begin_again(target, spec.name, generation)
-                    if waiting and spec.name in waiting:
-                        await Registry(config.target.schema).pause(target, spec.name, waiting[spec.name])
-                    crash_point("index relations written")
-                crash_point("index relations committed")
-            except SetupError as error:
-                if await Registry(config.target.schema).find(target, spec.name) is None:
-                    raise
-                raise SchemaChanged(error.message, index=spec.name, where=error.where, hint=error.hint) from error
-            except psycopg.errors.DependentObjectsStillExist as error:
-                raise SchemaChanged(
-                    f"the view {spec.config.view_name} has to change, and other objects depend on it",
-                    index=spec.name,
-                    where=str(spec.config.view_name),
-                    hint=f"drop them, then create them anew: {error.diag.message_detail}",
-                ) from error
-
-
-async def _as_examined(target: Connection, schema: str, spec: IndexSpec) -> Entry | None:
-    """Return the index's row if it still has the generations that it was examined with, and see that it keeps them.
-
-    :raises TablesChanged: somebody switched from one to another, or began or ended a migration.
-    """
-    entry = await Registry(schema).find(target, spec.name, lock=True)
-    if entry is None:
-        return None
-    wanted = {one.generation for one in await Generations(schema).of(target, spec.name) if one.state != "dropping"}
-    wanted.add(entry.generation)
-    if entry.generation != spec.generation or wanted != {one.generation for one in spec.generations}:
-        raise TablesChanged("the index has other generations of vectors", where=f"index {spec.name}")
-    return entry
-
-
-async def drop_generations(target: Connection, schema: str, spec: IndexSpec) -> None:
-    """Drop the generations of an index that somebody asked to be dropped.
-
-    Only the holder of the pipeline's lock may, and only before it writes: see `target/generations`.
-    """
-    generations = Generations(schema)
-    kept = {one.generation for one in spec.generations}
-
-    async def drop(generation: int) -> None:
-        async with target.transaction():
-            await drop_relations(target, schema, spec, generation)
-            await generations.remove(target, spec.name, generation)
-            await evaluations.forget(target, schema, spec.name, generation)
-            crash_point("generation dropped")
-        crash_point("dropped generation committed")
-
-    for one in await generations.of(target, spec.name):
-        if one.state == "dropping" and one.generation not in kept:
-            table = f"{spec.name}_vectors_{one.generation}"
-            await until_locked(lambda: drop(one.generation), table=table)  # noqa: B023 - awaited here
-            log.info("generation_dropped", index=spec.name, generation=one.generation)
-
-
-async def let_go(target: Connection, config: Config) -> None:
-    """Note which indexes of this pipeline the configuration no longer has: nothing keeps them in step from now on."""
-    with speaking_of("target"):
-        registry = Registry(config.target.schema)
-        gone = await registry.note_followed(target, config.source.slot, list(config.indexes))
-        crash_point("indexes let go")
-        for index in gone:
-            log.warning("index_unfollowed", index=index, fix=f"put it back, or remove it: cdcsync drop {index}")
-
-
-async def pause_indexes(target: Connection, config: Config, broken: Mapping[str, Pause]) -> None:
-    """Note why these indexes, which exist, cannot be followed."""
-    with speaking_of("target"):
-        for index, pause in broken.items():
-            await Registry(config.target.schema).pause(target, index, pause)
-            crash_point("broken index paused")
-
-
-async def _register(target: Connection, config: Config, spec: IndexSpec, catalog: Catalog, missing: Missing) -> None:
-    schema = config.target.schema
-    registry, requests = Registry(schema), Requests(schema)
-    now = present_fingerprint(catalog, spec)
-    assert now is not None
-    before = await registry.find(target, spec.name)
-    begun = before is not None and not await requests.still_to_begin(target, spec.name)
-    await registry.register(target, config.source.slot, spec)
-    for name, why in spec.left_out.items():
-        if before is None or before.left_out.get(name) != why:
-            log.warning("table_left_out", index=spec.name, table=name, because=why)
-    await Generations(schema).register(target, spec)
-    found = Difference() if before is None else difference_of(catalog, spec, before, now)
-    need = need_of(spec, before, found, missing=missing, begun=begun)
-    if begun and need is not None and need.embeds:
-        # What others were said to embed was counted from what the index has been until now.
-        await Approvals(schema).remove(target, spec.name)
-    elif begun:
-        await Approvals(schema).spend(target, spec.name, change_of(spec))
-    if begun and missing and before is not None and before.state == "live":
-        log.error("relations_missing", index=spec.name, tables=missing.tables, built=missing.built)
-        await registry.load_again(target, spec.name)
-    if need is None and found.emptied:
-        return  # the stream may bring the TRUNCATE: the watch waits for it
-    await note_fingerprint(target, schema, spec.name, now)
-    if need is None:
-        await ask_for(target, schema, spec.name, found)
-        return
-    if before is not None and not begun:
-        return  # the first load is asked for, and what it reads is the table as it is now
-    if need.kind == "resync":
-        # Chunks as much as vectors are made of the rows.
-        await requests.reload(target, spec.name, rewrite=need.rewrite)
-        await registry.load_again(target, spec.name)
-    else:
-        if need.kind == "initial":
-            await requests.add(target, spec.name, need.kind, rewrite=need.rewrite, filter_=None)
-        else:
-            await requests.follow_configuration(target, spec.name, rewrite=need.rewrite)
-        await ask_for(target, schema, spec.name, found)
-    log.info("backfill_requested", index=spec.name, kind=need.kind, rewrite=need.rewrite, because=need.because)
 
 
 async def set_up_publication(source: Connection, config: Config, tables: Sequence[QualifiedName]) -> None:

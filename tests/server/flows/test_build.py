@@ -11,7 +11,7 @@ import pytest
 from cdcsync.config import parse
 from cdcsync.flows.build import _advance
 from cdcsync.flows.setup.differences import ask_for
-from cdcsync.flows.setup.start import pause_indexes, set_up_indexes
+from cdcsync.flows.setup.indexes import pause_indexes, set_up_indexes
 from cdcsync.model.pauses import Pause
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import read_catalog

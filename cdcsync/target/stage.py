@@ -1,0 +1,143 @@
+"""The stage: the temporary table through which the changed rows of a batch come to one index.
+
+Rows are copied as text, so that values pass through as the source rendered them; the column `op` says what apply does
+with each. Beside the stage are two tables of chunks, which apply's statements hand on to each other: `gone`, those that
+were deleted, and `put`, those that were written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from enum import IntEnum
+
+from psycopg import sql
+
+from cdcsync.model.changeset import ChangeSet
+from cdcsync.model.rows import Row
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.loading import blocks, copy_text, line, lsn_text
+
+STAGED_ROWS = 1_000
+"""The temporary tables are emptied by DELETE, and by TRUNCATE once about so many rows went through them. TRUNCATE, and
+`ON COMMIT DELETE ROWS` with it, costs milliseconds of file operations, which at light load is more than all else."""
+
+FEW_ROWS = 200
+"""In a batch of no more rows, each row is looked up by an index. The server takes the temporary tables for as large as
+they were before they were emptied, and would rather read a table of a hundred thousand chunks for a single change."""
+
+_COLUMNS = ("op", "chunk_no", "chunk_total", "content", "content_hash", "document_hash", "commit_lsn", "lane")
+
+
+class Op(IntEnum):
+    """The action of apply on a row of the stage."""
+
+    KEEP = 0
+    """Bring the carried columns up to date: the document has not changed."""
+    PUT = 1
+    """Write a chunk, and delete the chunks beyond the document's last."""
+    REPLACE = 4
+    """The same for a chunk of a document that the index holds."""
+    DELETE = 2
+    DELETE_AS_WRITTEN = 3
+    """Delete only what the index writes in just this way: see `ChangeSet.absent`."""
+
+
+class Stage:
+    """The temporary tables of one connection, as one index uses them; indexes with the same types share a stage.
+
+    :ivar keys: the stage's columns for those of the key, in their order; `carried` are those for the carried ones.
+    """
+
+    gone = sql.Identifier("pg_temp", "gone")
+    put = sql.Identifier("pg_temp", "put")
+
+    def __init__(self, connection: Connection, spec: IndexSpec) -> None:
+        types = "\0".join((str(len(spec.key_types)), *spec.key_types, *spec.carried_types))
+        self._connection = connection
+        self._spec = spec
+        self._name = f"stage_{hashlib.sha256(types.encode()).hexdigest()[:16]}"
+        self.table = sql.Identifier("pg_temp", self._name)
+        self.keys = [sql.Identifier(f"k{at}") for at in range(len(spec.shape.key))]
+        self.carried = [sql.Identifier(f"c{at}") for at in range(len(spec.shape.carried))]
+        self._no_carried: Row = (None,) * len(self.carried)
+        columns = [*self.keys, *self.carried, *map(sql.Identifier, _COLUMNS)]
+        self._copying = sql.SQL("COPY {} ({}) FROM STDIN").format(self.table, sql.SQL(", ").join(columns))
+        tables = {"stage": self.table, "gone": self.gone, "put": self.put}
+        self._truncating = sql.SQL("TRUNCATE {stage}, {gone}, {put}").format(**tables).as_string(connection)
+        self._deleting = (
+            sql.SQL("WITH s AS (DELETE FROM {stage}), g AS (DELETE FROM {gone}) DELETE FROM {put}")
+            .format(**tables)
+            .as_string(connection)
+        )
+        self._used = 0
+        """Rows that went through the tables since they were last truncated."""
+
+    async def create(self, chunks: sql.Identifier) -> None:
+        """Create the tables that are missing; once per connection.
+
+        :param chunks: the index's table, whose types the stage takes.
+        """
+        shape = self._spec.shape
+        columns = [
+            sql.SQL("{} AS {}").format(sql.Identifier(column), place)
+            for column, place in zip((*shape.key, *shape.carried), self.keys + self.carried, strict=True)
+        ]
+        await self._connection.execute(
+            sql.SQL(
+                "CREATE TEMP TABLE IF NOT EXISTS {} AS SELECT {}, chunk_no, 0 AS chunk_total,"
+                " content, content_hash, document_hash, commit_lsn, 0::smallint AS lane, 0::smallint AS op"
+                " FROM {} WITH NO DATA"
+            ).format(sql.Identifier(self._name), sql.SQL(", ").join(columns), chunks)
+        )
+        for name in ("gone", "put"):
+            await self._connection.execute(
+                sql.SQL("CREATE TEMP TABLE IF NOT EXISTS {} (chunk_id bigint, content_hash bytea)").format(
+                    sql.Identifier(name)
+                )
+            )
+
+    async def empty(self, changes: ChangeSet) -> None:
+        """Empty the tables of what the apply before left there, and say how rows are to be joined."""
+        chunks = sum(max(1, len(document.chunks)) for document in changes.documents)
+        few = len(changes.deleted) + len(changes.absent) + len(changes.kept) + chunks <= FEW_ROWS
+        joins = "off" if few else "on"
+        emptying = self._deleting if self._used <= STAGED_ROWS else self._truncating
+        await self._connection.execute(
+            f"SET LOCAL enable_hashjoin = {joins}; SET LOCAL enable_mergejoin = {joins}; {emptying}".encode()
+        )
+        if emptying is self._truncating:
+            self._used = 0
+
+    def used(self, rows: int) -> None:
+        """Note that so many rows went through the tables."""
+        self._used += rows
+
+    async def copy(self, changes: ChangeSet) -> None:
+        """Copy the changes to the stage."""
+        async with self._connection.cursor() as cursor, cursor.copy(self._copying) as copy:
+            for block in changes.staged or self.blocks(changes):
+                await copy.write(block)
+
+    def blocks(self, changes: ChangeSet) -> Iterator[bytes]:
+        """Return blocks of what is copied to the stage."""
+        return blocks(self._lines(changes))
+
+    def _lines(self, changes: ChangeSet) -> Iterator[str]:
+        gone = [(key, Op.DELETE) for key in changes.deleted]
+        gone += [(key, Op.DELETE_AS_WRITTEN) for key in changes.absent]
+        gone += [(document.key, Op.DELETE) for document in changes.documents if not document.chunks]
+        for key, op in gone:
+            yield line((*key, *self._no_carried), f"{op}\t0\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
+        for kept in changes.kept:
+            rest = f"{Op.KEEP}\t0\t0\t\\N\t\\N\t\\N\t{lsn_text(kept.commit_lsn)}\t0\n"
+            yield line((*kept.key, *kept.carried), rest)
+        for document in changes.documents:
+            op = Op.REPLACE if document.existed else Op.PUT
+            row = line((*document.key, *document.carried), f"{op}\t")
+            total = len(document.chunks)
+            tail = f"\\\\x{document.hash.hex()}\t{lsn_text(document.commit_lsn)}\t{document.lane}\n"
+            for chunk in document.chunks:
+                text = copy_text(chunk.text)
+                yield f"{row}{chunk.number}\t{total}\t{text}\t\\\\x{chunk.hash.hex()}\t{tail}"

@@ -1,0 +1,79 @@
+"""Words are counted by a worker once enough of an index has changed, and not before."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, MutableMapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import anyio
+import pytest
+import structlog
+
+import cdcsync.flows.words as module
+from cdcsync.flows.words import count_words_for_ever
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, until
+from tests.support.servers import Database
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+
+@asynccontextmanager
+async def counting(target: Database, *indexes: LiveIndex) -> AsyncIterator[Sequence[MutableMapping[str, Any]]]:
+    """Count words beside the block; yields what is logged."""
+    with structlog.testing.capture_logs() as logged:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(count_words_for_ever, target.dsn, SCHEMA, [one.spec for one in indexes])
+            yield logged
+            tasks.cancel_scope.cancel()
+
+
+async def counted(index: LiveIndex) -> int | None:
+    rows = await index.rows(f"SELECT chunks FROM cdcsync.{index.spec.name}_words WHERE lexeme = ''")
+    return rows[0][0] if rows else None
+
+
+async def written(index: LiveIndex, first: int, count: int) -> None:
+    """Write documents, and have the server's statistics know of them at once."""
+    await index.apply(changes(*(document(str(at), f"text number {at}") for at in range(first, first + count))))
+    await index.connection.execute("SELECT pg_stat_force_next_flush()")
+
+
+@pytest.fixture
+async def filled(open_index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> LiveIndex:
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(module, "SHARE", 1.0)
+    index = await open_index()
+    await written(index, 0, 100)
+    return index
+
+
+async def test_an_index_is_counted_at_first_and_again_when_a_tenth_of_it_was_written(
+    filled: LiveIndex, target: Database
+) -> None:
+    async def is_(chunks: int) -> bool:
+        return await counted(filled) == chunks
+
+    async with counting(target, filled):
+        await until(lambda: is_(100))
+        await written(filled, 100, 11)
+        await until(lambda: is_(111))
+
+
+async def test_what_a_worker_before_it_counted_is_not_counted_again(
+    filled: LiveIndex, target: Database, open_index: OpenIndex
+) -> None:
+    notes = await open_index(name="notes")
+    async with counting(target, filled):
+        await until(partial(counted, filled))
+    await written(notes, 0, 100)
+    async with counting(target, filled, notes) as logged:
+        await until(partial(counted, notes))  # which is looked at after the other
+    assert [one["index"] for one in logged if one["event"] == "words_counted"] == ["notes"]
+
+
+async def test_an_index_without_keyword_search_has_no_words_to_count(target: Database, open_index: OpenIndex) -> None:
+    index = await open_index(search=None)
+    with anyio.fail_after(60):
+        await count_words_for_ever(target.dsn, SCHEMA, [index.spec])
