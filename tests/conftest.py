@@ -23,8 +23,9 @@ from tests.support.decoding import TABLES, DecodingSlot
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, live_index, make_spec
 from tests.support.outages import CONFIG, MakeSimple
 from tests.support.preflight import LOCKED, Role
-from tests.support.provider import FakeProvider
+from tests.support.provider import FakeProvider, MakeEmbedder, asking
 from tests.support.proxies import Proxy
+from tests.support.roles import Roles
 from tests.support.scenes import MakeScene, scene
 from tests.support.servers import Database, Server, container, docker_answers, fresh_database
 from tests.support.serving import Office, office, served_in_a_thread
@@ -63,6 +64,14 @@ def server() -> Iterator[Server]:
         if level != ("logical",):
             pytest.fail(f"the server from {found.origin} has wal_level {level}; these tests need logical")
         yield found
+
+
+@pytest.fixture
+def roles(server: Server) -> Iterator[Roles]:
+    """Roles for one test, which names them before `make_database`: databases go first, with what a role was granted."""
+    made = Roles(server)
+    yield made
+    made.drop()
 
 
 @pytest.fixture
@@ -254,6 +263,14 @@ def provider() -> Iterator[FakeProvider]:
         yield fake
     finally:
         fake.stop()
+
+
+@pytest.fixture
+async def make_openai(provider: FakeProvider, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MakeEmbedder]:
+    """Makes open embedders that ask the provider, and again without a pause when it fails."""
+    monkeypatch.setattr("cdcsync.embedders.provider.FIRST_RETRY_S", 0.001)
+    async with asking(provider) as made:
+        yield made
 
 
 @pytest.fixture

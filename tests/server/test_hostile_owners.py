@@ -10,11 +10,9 @@ import pytest
 from psycopg import sql
 
 from cdcsync.postgres.sessions import connect
-from tests.server.test_roles import Roles, answered, config, grant, roles
+from tests.support.roles import Roles, answered, config, grant
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
-
-__all__ = ["roles"]
 
 pytestmark = pytest.mark.server
 
@@ -61,6 +59,28 @@ END $do$
 that finds them by a search path, rather than by a qualified name, runs them with the privileges of its session."""
 
 
+def followed(
+    roles: Roles,
+    make_pipeline: Callable[[str], Pipeline],
+    source: Database,
+    target: Database,
+    *tables: str,
+    worker_lines: str = "",
+) -> Pipeline:
+    """Have a worker follow tables of the schema `shop`, under roles with the least privilege, until they are live."""
+    replicator, writer = roles.name("source"), roles.name("target")
+    grant(source, source_role=replicator, tables=", ".join(f"shop.{table}" for table in tables))
+    grant(target, target_role=writer, view_schema="search")
+    text = config(roles.dsn(source, replicator), roles.dsn(target, writer), f"s_{source.name}", view="search.articles")
+    index = text[text.index("[indexes.articles]") :]
+    for table in tables[1:]:
+        text += index.replace("articles", table)
+    pipeline = make_pipeline(text.replace("[worker]", f"[worker]\n{worker_lines}"))
+    pipeline.start()
+    pipeline.live()
+    return pipeline
+
+
 def calls(database: Database) -> int:
     called, last = database.execute("SELECT is_called, last_value FROM public.calls")[0]
     return int(last) if called else 0
@@ -74,16 +94,7 @@ def test_operators_and_functions_of_others_are_never_called(
     target.execute("CREATE DOMAIN public.code AS text")
     for database in (source, target):
         database.execute(OPERATORS)
-    replicator, writer = roles.name("source"), roles.name("target")
-    grant(source, source_role=replicator, tables="shop.articles")
-    grant(target, target_role=writer, view_schema="search")
-    pipeline = make_pipeline(
-        config(
-            roles.dsn(source, replicator), roles.dsn(target, writer), f"s_{source.name}", view="search.articles"
-        ).replace("[worker]", "[worker]\nevaluate_every_s = 60")
-    )
-    worker = pipeline.start()
-    pipeline.live()
+    pipeline = followed(roles, make_pipeline, source, target, "articles", worker_lines="evaluate_every_s = 60")
     source.execute("UPDATE shop.articles SET title = title || ' changed' WHERE tenant = 1")
     source.execute("DELETE FROM shop.articles WHERE tenant = 2")
     pipeline.in_step()
@@ -99,9 +110,11 @@ def test_operators_and_functions_of_others_are_never_called(
         ["failures", "articles", "list"],
     ):
         answered(pipeline, *command, "--json")
-    with psycopg.connect(roles.dsn(target, writer), autocommit=True) as application:  # with the search path of its role
+    with psycopg.connect(
+        roles.dsn(target, roles.name("target")), autocommit=True
+    ) as application:  # with the search path of its role
         application.execute("SELECT * FROM cdcsync.articles_search('title changed', NULL, filter => '{\"tenant\": 1}')")
-    assert pipeline.stop(worker) == 0
+    assert pipeline.stop(pipeline.processes[-1]) == 0
     answered(pipeline, "teardown", "--purge", "--yes", "--json")
 
     assert (calls(source), calls(target)) == (0, 0)
@@ -134,14 +147,7 @@ def test_a_table_that_becomes_a_view_does_not_run_its_functions_as_the_source_ro
     target.execute("CREATE DOMAIN public.code AS text")
     source.execute("CREATE TABLE shop.notes (id int PRIMARY KEY, tenant int, title text)")
     source.execute("CREATE SEQUENCE public.calls; GRANT USAGE ON SEQUENCE public.calls TO PUBLIC")
-    replicator, writer = roles.name("source"), roles.name("target")
-    grant(source, source_role=replicator, tables="shop.articles, shop.notes")
-    grant(target, target_role=writer, view_schema="search")
-    text = config(roles.dsn(source, replicator), roles.dsn(target, writer), f"s_{source.name}", view="search.articles")
-    notes = text[text.index("[indexes.articles]") :].replace("articles", "notes")
-    pipeline = make_pipeline(text + notes)
-    pipeline.start()
-    pipeline.live()
+    pipeline = followed(roles, make_pipeline, source, target, "articles", "notes")
     source.execute(SWAP)
     until(
         lambda: target.execute("SELECT 1 FROM cdcsync.indexes WHERE name = 'articles' AND state = 'paused'"),
@@ -213,14 +219,7 @@ def test_what_owners_put_beside_their_tables_does_not_run_as_our_roles(
         " CREATE FOREIGN DATA WRAPPER nothing; CREATE SERVER nowhere FOREIGN DATA WRAPPER nothing;"
         " CREATE FOREIGN TABLE shop.elsewhere (id int NOT NULL, tenant int, title text) SERVER nowhere"
     )
-    replicator, writer = roles.name("source"), roles.name("target")
-    grant(source, source_role=replicator, tables="shop.articles, shop.notes")
-    grant(target, target_role=writer, view_schema="search")
-    text = config(roles.dsn(source, replicator), roles.dsn(target, writer), f"s_{source.name}", view="search.articles")
-    notes = text[text.index("[indexes.articles]") :].replace("articles", "notes")
-    pipeline = make_pipeline(text + notes)
-    pipeline.start()
-    pipeline.live()
+    pipeline = followed(roles, make_pipeline, source, target, "articles", "notes")
 
     with contextlib.suppress(psycopg.Error):  # PostgreSQL itself refuses some
         source.execute(ATTACKS[attack])

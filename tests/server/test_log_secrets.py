@@ -55,24 +55,28 @@ def login(server: Server) -> Iterator[Login]:
         admin.execute(sql.SQL("DROP ROLE {}").format(role))
 
 
-def fill(database: Database) -> None:
-    database.execute("CREATE TABLE articles (id text PRIMARY KEY, author text, title text, body text)")
-    database.execute(
+@pytest.fixture
+def database(login: Login, make_database: Callable[[], Database]) -> Database:
+    """A database whose table holds the planted word in every cell; it goes before the role does."""
+    made = make_database()
+    made.execute("CREATE TABLE articles (id text PRIMARY KEY, author text, title text, body text)")
+    made.execute(
         "INSERT INTO articles SELECT %(x)s || i, %(x)s, %(x)s, repeat(%(x)s || ' ', i)"
         " FROM generate_series(1, 30) AS i",
         {"x": PLANTED},
     )
+    return made
 
 
-def start(
-    make_pipeline: Callable[[str], Pipeline],
-    login: Login,
-    database: Database,
-    format_: str = "json",
+@pytest.fixture
+def pipeline(
+    login: Login, database: Database, make_pipeline: Callable[[str], Pipeline], request: pytest.FixtureRequest
 ) -> Pipeline:
-    pipeline = make_pipeline(talkative(login.dsn(database), format_))
-    pipeline.start()
-    return pipeline
+    """A pipeline that is live, with a worker that logs all it can; a parameter is the format of its log."""
+    made = make_pipeline(talkative(login.dsn(database), getattr(request, "param", "json")))
+    made.start()
+    made.live()
+    return made
 
 
 def talkative(dsn: str, format_: str = "json", embedder: Section = FAKE["fake"]) -> str:
@@ -120,14 +124,8 @@ def said(pipeline: Pipeline) -> str:
 
 
 def test_a_run_with_every_kind_of_change_and_broken_connections_gives_nothing_away(
-    login: Login,
-    make_database: Callable[[], Database],
-    make_pipeline: Callable[[str], Pipeline],
+    pipeline: Pipeline, database: Database
 ) -> None:
-    database = make_database()
-    fill(database)
-    pipeline = start(make_pipeline, login, database)
-    pipeline.live()
     for statement in (
         "UPDATE articles SET author = author || '1' WHERE id < 'xyzzy2'",
         "UPDATE articles SET id = id || 'moved' WHERE id = 'xyzzy3'",
@@ -150,17 +148,8 @@ def test_a_run_with_every_kind_of_change_and_broken_connections_gives_nothing_aw
     assert PLANTED.encode() not in status + metrics
 
 
-@pytest.mark.parametrize("format_", ["json", "console"])
-def test_a_row_that_the_target_refuses_is_not_shown(
-    login: Login,
-    make_database: Callable[[], Database],
-    make_pipeline: Callable[[str], Pipeline],
-    format_: str,
-) -> None:
-    database = make_database()
-    fill(database)
-    pipeline = start(make_pipeline, login, database, format_)
-    pipeline.live()
+@pytest.mark.parametrize("pipeline", ["json", "console"], indirect=True)
+def test_a_row_that_the_target_refuses_is_not_shown(pipeline: Pipeline, database: Database) -> None:
     database.execute("ALTER TABLE cdcsync.articles_chunks ADD CONSTRAINT short CHECK (length(author) < 20)")
 
     database.execute("UPDATE articles SET author = repeat(author, 9) WHERE id = 'xyzzy7'")
@@ -169,15 +158,7 @@ def test_a_row_that_the_target_refuses_is_not_shown(
     assert PLANTED not in said(pipeline)
 
 
-def test_a_password_that_is_refused_is_not_shown(
-    login: Login,
-    make_database: Callable[[], Database],
-    make_pipeline: Callable[[str], Pipeline],
-) -> None:
-    database = make_database()
-    fill(database)
-    pipeline = start(make_pipeline, login, database)
-    pipeline.live()
+def test_a_password_that_is_refused_is_not_shown(login: Login, pipeline: Pipeline, database: Database) -> None:
     pipeline.stop(pipeline.processes[-1])
     path = pipeline.path
     path.write_text(path.read_text().replace(f"user={login.name}", "user=cdcsync_test_nobody"))
@@ -189,15 +170,7 @@ def test_a_password_that_is_refused_is_not_shown(
     assert PLANTED not in said(pipeline)
 
 
-def test_an_error_that_quotes_a_value_is_stored_and_shown_without_it(
-    login: Login,
-    make_database: Callable[[], Database],
-    make_pipeline: Callable[[str], Pipeline],
-) -> None:
-    database = make_database()
-    fill(database)
-    pipeline = start(make_pipeline, login, database)
-    pipeline.live()
+def test_an_error_that_quotes_a_value_is_stored_and_shown_without_it(pipeline: Pipeline, database: Database) -> None:
     # The condition is sound, and fails at the first row that it is asked of: "invalid input syntax for type integer".
     database.execute(
         "INSERT INTO cdcsync.backfills (index_name, kind, filter) VALUES ('articles', 'replay', 'author::int = 1')"
@@ -213,12 +186,10 @@ def test_an_error_that_quotes_a_value_is_stored_and_shown_without_it(
 
 def test_what_a_provider_says_of_a_text_is_stored_and_shown_without_text_and_key(
     login: Login,
-    make_database: Callable[[], Database],
+    database: Database,
     make_pipeline: Callable[[str], Pipeline],
     provider: FakeProvider,
 ) -> None:
-    database = make_database()
-    fill(database)
     provider.rejects = lambda text: text.count(PLANTED) == 9
     provider.misdeeds.append(status(500, {"error": {"message": f"no such key: {PLANTED}-key"}}))
     key = f"{PLANTED}-key"
@@ -234,7 +205,7 @@ def test_what_a_provider_says_of_a_text_is_stored_and_shown_without_text_and_key
 
 def test_rows_that_no_document_can_be_made_of_are_logged_without_key_and_value_and_listed_by_key(
     login: Login,
-    make_database: Callable[[], Database],
+    database: Database,
     make_pipeline: Callable[[str], Pipeline],
     tmp_path: Path,
 ) -> None:
@@ -242,8 +213,6 @@ def test_rows_that_no_document_can_be_made_of_are_logged_without_key_and_value_a
         "def document(row):\n    if row['body'].count('xyzzy') == 7:\n        raise ValueError(row)\n"
         "    return row['body']\n"
     )
-    database = make_database()
-    fill(database)
     text = talkative(login.dsn(database)).replace(
         'text = "{title}: {body}"', 'documents = "telling_documents:document"\ndocument_columns = ["body"]'
     )
@@ -322,7 +291,7 @@ WAYS = ("URI", "pairs", "service file", "password file", "environment")
 def test_a_password_may_be_anything_and_is_shown_nowhere_however_it_is_given(
     login: Login,
     server: Server,
-    make_database: Callable[[], Database],
+    database: Database,
     make_pipeline: Callable[[str], Pipeline],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -333,8 +302,7 @@ def test_a_password_may_be_anything_and_is_shown_nowhere_however_it_is_given(
         admin.execute(
             sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(login.name), sql.Literal(login.password))
         )
-    database = make_database()
-    database.execute("CREATE TABLE articles (id text PRIMARY KEY, author text, title text, body text)")
+    database.execute("TRUNCATE articles")
     given: dict[str, Any] = {**conninfo.conninfo_to_dict(database.dsn), "user": login.name}
     given.pop("password", None)
     environment = {}
@@ -395,12 +363,10 @@ def said_of_refusals(pipeline: Pipeline, environment: dict[str, str]) -> str:
 
 def test_what_goes_into_headers_and_addresses_of_a_provider_is_shown_nowhere(
     login: Login,
-    make_database: Callable[[], Database],
+    database: Database,
     make_pipeline: Callable[[str], Pipeline],
     provider: FakeProvider,
 ) -> None:
-    database = make_database()
-    fill(database)
     secrets_ = {name: f"{PLANTED}-{name}-0123456789" for name in ("gateway", "team", "code")}
 
     def echo(exchange: Any, texts: list[str]) -> None:

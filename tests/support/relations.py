@@ -8,7 +8,8 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.shared import create_shared
-from tests.support.indexes import SCHEMA
+from cdcsync.target.pipelines import Pipelines
+from tests.support.indexes import SCHEMA, make_spec, register
 
 
 async def rows(connection: Connection, statement: str, *arguments: object) -> list[tuple[Any, ...]]:
@@ -23,6 +24,16 @@ async def create(connection: Connection, *specs: IndexSpec, schema: str = SCHEMA
         await create_shared(connection, schema)
         for spec in specs:
             await create_index_relations(connection, schema, spec)
+
+
+async def registered(connection: Connection, *names: str) -> Connection:
+    """Create the first of these indexes, and register all of them under the slot `s`."""
+    specs = [make_spec(name=name, search=None) for name in names or ("articles",)]
+    await create(connection, specs[0])
+    await Pipelines(SCHEMA, "s").ensure(connection, "p")
+    for spec in specs:
+        await register(connection, spec, slot="s")
+    return connection
 
 
 async def catalog(connection: Connection) -> list[tuple[Any, ...]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.server.preflight.test_indexes import SLOT, stored_spec
-from tests.support.preflight import ARTICLES, configured, examined, lay_out, warnings
+from tests.support.preflight import ARTICLES, SLOT, configured, examined, lay_out, stored_spec, warnings
 from tests.support.servers import Database
 
 pytestmark = pytest.mark.server

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator
 
 import anyio
 import anyio.lowlevel
@@ -15,6 +14,7 @@ from cdcsync.model.rows import Shape
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.source.reads import Page
 from cdcsync.source.tables import SourceTable
+from tests.support.relations import rows
 from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
@@ -98,21 +98,9 @@ async def source(database: Database) -> AsyncIterator[Connection]:
     await connection.close()
 
 
-def source_table(
-    key: dict[str, str], carried: Sequence[str] = (), row_filter: str | None = None, *, name: str = "t"
-) -> SourceTable:
-    shape = Shape("index", QualifiedName("public", name), tuple(key), tuple(carried), ())
-    return SourceTable(shape, tuple(key.values()), row_filter)
-
-
-async def rows(connection: Connection, statement: str) -> list[tuple[Any, ...]]:
-    cursor = await connection.execute(statement.encode())
-    return await cursor.fetchall()
-
-
 async def test_a_page_says_which_transactions_it_saw(database: Database, source: Connection) -> None:
     database.execute("CREATE TABLE t (id int PRIMARY KEY)")
-    table = source_table({"id": "integer"})
+    table = SourceTable(Shape("i", QualifiedName("public", "t"), ("id",), (), ()), ("integer",))
     with database.connect() as writing:
         writing.execute("BEGIN")
         writing.execute("INSERT INTO t VALUES (1)")
@@ -127,7 +115,7 @@ async def test_a_page_says_which_transactions_it_saw(database: Database, source:
 
 async def test_a_read_holds_nothing_once_it_is_done(database: Database, source: Connection) -> None:
     database.execute("CREATE TABLE t (id int PRIMARY KEY)")
-    await source_table({"id": "integer"}).page(source, None, 10)
+    await SourceTable(Shape("i", QualifiedName("public", "t"), ("id",), (), ()), ("integer",)).page(source, None, 10)
     held = await rows(
         source,
         "SELECT backend_xmin IS NULL OR pid = pg_backend_pid(), xact_start = query_start"

@@ -21,6 +21,7 @@ from cdcsync.postgres.conditions import check_filter
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.source.slot import SlotConnection
 from cdcsync.source.tables import SourceTable, emit_mark
+from tests.support.relations import rows
 
 if TYPE_CHECKING:
     from tests.support.preflight import Role
@@ -42,11 +43,6 @@ def source_table(
 ) -> SourceTable:
     shape = Shape("index", QualifiedName("public", name), tuple(key), tuple(carried), ())
     return SourceTable(shape, tuple(key.values()), row_filter)
-
-
-async def rows(connection: Connection, statement: str) -> list[tuple[Any, ...]]:
-    cursor = await connection.execute(statement.encode())
-    return await cursor.fetchall()
 
 
 async def pages(table: SourceTable, connection: Connection, limit: int, where: str | None = None) -> list[list[Row]]:

@@ -6,9 +6,8 @@ import pytest
 
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.audits import START, Audits, Place
-from cdcsync.target.pipelines import Pipelines
-from tests.support.indexes import SCHEMA, make_spec, register
-from tests.support.relations import create
+from tests.support import relations
+from tests.support.indexes import SCHEMA
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -18,11 +17,7 @@ AUDITS = Audits(SCHEMA)
 @pytest.fixture
 async def registered(connection: Connection) -> Connection:
     """A session on a target that has two indexes."""
-    await create(connection, make_spec(search=None))
-    await Pipelines(SCHEMA, "s").ensure(connection, "p")
-    for name in ("articles", "notes"):
-        await register(connection, make_spec(name=name), slot="s")
-    return connection
+    return await relations.registered(connection, "articles", "notes")
 
 
 async def test_an_index_that_was_never_audited_has_no_audit(registered: Connection) -> None:

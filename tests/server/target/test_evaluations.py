@@ -10,9 +10,9 @@ from psycopg import conninfo, sql
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target import evaluations
 from cdcsync.target.evaluations import Evaluation, Measured
-from cdcsync.target.pipelines import Pipelines
-from tests.support.indexes import SCHEMA, make_spec, register
-from tests.support.relations import create, rows
+from tests.support import relations
+from tests.support.indexes import SCHEMA
+from tests.support.relations import rows
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -29,10 +29,7 @@ def measured(*ef_search: int, k: int = 10, queries: int = 9, recall: float = 1.0
 @pytest.fixture
 async def registered(connection: Connection) -> Connection:
     """A session on a target that has one index."""
-    await create(connection, make_spec(search=None))
-    await Pipelines(SCHEMA, "s").ensure(connection, "p")
-    await register(connection, make_spec(search=None), slot="s")
-    return connection
+    return await relations.registered(connection)
 
 
 async def stored(connection: Connection) -> list[tuple[object, ...]]:

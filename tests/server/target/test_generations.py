@@ -8,9 +8,8 @@ import pytest
 from cdcsync.config.sections import Hnsw
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.generations import Generation, Generations
-from cdcsync.target.pipelines import Pipelines
-from tests.support.indexes import SCHEMA, make_spec, register
-from tests.support.relations import create
+from tests.support import relations
+from tests.support.indexes import SCHEMA, make_spec
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -22,9 +21,7 @@ SECOND = msgspec.structs.replace(FIRST, generation=2, model="another", state="fi
 @pytest.fixture
 async def registered(connection: Connection) -> Connection:
     """A session on a target that has an index with two generations."""
-    await create(connection, make_spec(search=None))
-    await Pipelines(SCHEMA, "s").ensure(connection, "p")
-    await register(connection, make_spec(), slot="s")
+    await relations.registered(connection)
     for one in (SECOND, FIRST):
         await GENERATIONS.add(connection, one)
     return connection

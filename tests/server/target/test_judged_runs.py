@@ -11,9 +11,8 @@ import cdcsync.target.judged_runs as module
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target import judged_runs
 from cdcsync.target.judged_runs import Figure, ModeRun, Run, Weighed
-from cdcsync.target.pipelines import Pipelines
-from tests.support.indexes import SCHEMA, make_spec, register
-from tests.support.relations import create
+from tests.support import relations
+from tests.support.indexes import SCHEMA
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -33,11 +32,7 @@ def run(index: str = "articles", collection: str = "cisi", mean: float = 0.4, mi
 @pytest.fixture
 async def registered(connection: Connection) -> Connection:
     """A session on a target that has two indexes."""
-    await create(connection, make_spec(search=None))
-    await Pipelines(SCHEMA, "s").ensure(connection, "p")
-    for name in ("articles", "notes"):
-        await register(connection, make_spec(name=name), slot="s")
-    return connection
+    return await relations.registered(connection, "articles", "notes")
 
 
 async def test_a_run_comes_back_as_it_was_stored_by_its_number_or_as_the_last(registered: Connection) -> None:

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
 import numpy as np
 import pytest
 
-from cdcsync.embedders import provider as provider_module
 from cdcsync.embedders import validate
 from tests.support.provider import (
     KEY,
     TEXTS,
     FakeProvider,
-    MakeEmbedder,
-    asking,
     expected,
 )
 
 
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provider_module, "FIRST_RETRY_S", 0.001)
-
-
-@pytest.fixture
-async def make(provider: FakeProvider) -> AsyncIterator[MakeEmbedder]:
-    async with asking(provider) as made:
-        yield made
-
-
 @pytest.mark.parametrize("encoding", ["float", "base64"])
-async def test_vectors_come_in_the_order_of_the_texts_in_either_encoding(make: Any, encoding: str) -> None:
-    embedder = await make(encoding=encoding)
+async def test_vectors_come_in_the_order_of_the_texts_in_either_encoding(make_openai: Any, encoding: str) -> None:
+    embedder = await make_openai(encoding=encoding)
 
     vectors = await embedder.embed(TEXTS)
 
@@ -42,9 +27,9 @@ async def test_vectors_come_in_the_order_of_the_texts_in_either_encoding(make: A
     np.testing.assert_allclose(vectors, expected(TEXTS), rtol=1e-6)
 
 
-async def test_the_request_is_what_the_interface_asks_for(make: Any, provider: FakeProvider) -> None:
-    await (await make(api_key=KEY)).embed(TEXTS)
-    await (await make(request_dimensions=True, encoding="base64")).embed(TEXTS)
+async def test_the_request_is_what_the_interface_asks_for(make_openai: Any, provider: FakeProvider) -> None:
+    await (await make_openai(api_key=KEY)).embed(TEXTS)
+    await (await make_openai(request_dimensions=True, encoding="base64")).embed(TEXTS)
 
     (path, headers, body), (_, keyless, more) = provider.requests
     assert path == "/v1/embeddings"
@@ -59,9 +44,9 @@ async def test_the_request_is_what_the_interface_asks_for(make: Any, provider: F
     [{"total_tokens": 10**300}, {"total_tokens": 10**400}, {"total_tokens": 1e300}, {"total_tokens": "7"}, 7, [], None],
 )
 async def test_a_provider_that_counts_wildly_is_not_believed_and_its_vectors_are_taken(
-    make: Any, provider: FakeProvider, usage: Any
+    make_openai: Any, provider: FakeProvider, usage: Any
 ) -> None:
-    embedder = await make(tokens_per_minute=1_000)
+    embedder = await make_openai(tokens_per_minute=1_000)
 
     def counts(exchange: Any, texts: list[str]) -> None:
         data = [{"embedding": row} for row in provider.vectors(texts)]

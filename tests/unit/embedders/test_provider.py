@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ from tests.support.provider import (
     KEY,
     TEXTS,
     FakeProvider,
-    MakeEmbedder,
     Misdeed,
-    asking,
     cut,
     cut_in_the_middle,
     expected,
@@ -27,19 +24,8 @@ from tests.support.provider import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provider_module, "FIRST_RETRY_S", 0.001)
-
-
-@pytest.fixture
-async def make(provider: FakeProvider) -> AsyncIterator[MakeEmbedder]:
-    async with asking(provider) as made:
-        yield made
-
-
-async def test_connections_are_kept_and_shared(make: Any, provider: FakeProvider) -> None:
-    embedder = await make(concurrency=2)
+async def test_connections_are_kept_and_shared(make_openai: Any, provider: FakeProvider) -> None:
+    embedder = await make_openai(concurrency=2)
 
     for _ in range(5):
         await embedder.embed(["a"])
@@ -52,10 +38,12 @@ async def test_connections_are_kept_and_shared(make: Any, provider: FakeProvider
     assert provider.most_at_once <= 2
 
 
-async def test_the_key_may_be_in_a_file_and_change_there(make: Any, provider: FakeProvider, tmp_path: Path) -> None:
+async def test_the_key_may_be_in_a_file_and_change_there(
+    make_openai: Any, provider: FakeProvider, tmp_path: Path
+) -> None:
     file = tmp_path / "key"
     file.write_text("first\n")
-    embedder = await make(api_key_file=str(file))
+    embedder = await make_openai(api_key_file=str(file))
 
     await embedder.embed(["a"])
     file.write_text("second\n")
@@ -67,7 +55,7 @@ async def test_the_key_may_be_in_a_file_and_change_there(make: Any, provider: Fa
         await embedder.embed(["a"])
     file.unlink()
     with pytest.raises(EmbedderSetupError, match="cannot be read") as missing:
-        await make(api_key_file=str(file))
+        await make_openai(api_key_file=str(file))
     assert missing.value.where == "embedders.fake.api_key_file"
 
 
@@ -84,9 +72,9 @@ async def test_the_key_may_be_in_a_file_and_change_there(make: Any, provider: Fa
     ids=["500", "502", "503", "429", "cut", "cut in the middle"],
 )
 async def test_a_query_is_tried_again_as_a_person_waits_for_it(
-    make: Any, provider: FakeProvider, misdeed: Misdeed
+    make_openai: Any, provider: FakeProvider, misdeed: Misdeed
 ) -> None:
-    embedder = await make()
+    embedder = await make_openai()
     await embedder.embed(["a"])
     provider.misdeeds.append(misdeed)
 
@@ -96,8 +84,8 @@ async def test_a_query_is_tried_again_as_a_person_waits_for_it(
     assert len(provider.requests) == 3
 
 
-async def test_being_told_to_wait_costs_no_attempt(make: Any, provider: FakeProvider) -> None:
-    embedder = await make()
+async def test_being_told_to_wait_costs_no_attempt(make_openai: Any, provider: FakeProvider) -> None:
+    embedder = await make_openai()
     provider.misdeeds.extend([status(429, retry_after_ms="1")] * 5)
 
     np.testing.assert_allclose(await embedder.embed(TEXTS), expected(TEXTS), rtol=1e-6)
@@ -105,10 +93,10 @@ async def test_being_told_to_wait_costs_no_attempt(make: Any, provider: FakeProv
 
 
 async def test_a_provider_that_asks_for_no_wait_for_ever_is_not_asked_for_ever(
-    make: Any, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+    make_openai: Any, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(provider_module, "PATIENCE_S", 0.5)
-    embedder = await make()
+    embedder = await make_openai()
     provider.always = status(503, retry_after="0")
 
     with pytest.raises(EmbedderUnavailable):
@@ -116,8 +104,8 @@ async def test_a_provider_that_asks_for_no_wait_for_ever_is_not_asked_for_ever(
     assert len(provider.requests) <= 10
 
 
-async def test_a_wait_longer_than_our_patience_is_the_callers(make: Any, provider: FakeProvider) -> None:
-    embedder = await make()
+async def test_a_wait_longer_than_our_patience_is_the_callers(make_openai: Any, provider: FakeProvider) -> None:
+    embedder = await make_openai()
     provider.misdeeds.append(status(429, retry_after="1800"))
 
     with pytest.raises(EmbedderUnavailable) as told:
@@ -130,8 +118,8 @@ async def test_a_wait_longer_than_our_patience_is_the_callers(make: Any, provide
     assert len(provider.requests) == 1
 
 
-async def test_rate_limit_headers_are_heeded_before_they_become_429s(make: Any, provider: FakeProvider) -> None:
-    embedder = await make()
+async def test_rate_limit_headers_are_heeded_before_they_become_429s(make_openai: Any, provider: FakeProvider) -> None:
+    embedder = await make_openai()
     provider.headers = {"x_ratelimit_remaining_requests": "0", "x_ratelimit_reset_requests": "10m0s"}
     await embedder.embed(TEXTS)
 
@@ -140,8 +128,8 @@ async def test_rate_limit_headers_are_heeded_before_they_become_429s(make: Any, 
     assert len(provider.requests) == 1
 
 
-async def test_our_own_budget_is_kept(make: Any, provider: FakeProvider) -> None:
-    embedder = await make(requests_per_minute=6)
+async def test_our_own_budget_is_kept(make_openai: Any, provider: FakeProvider) -> None:
+    embedder = await make_openai(requests_per_minute=6)
     await embedder.embed(TEXTS)
     with anyio.move_on_after(0.05) as waiting:
         await embedder.embed(TEXTS)
@@ -149,8 +137,8 @@ async def test_our_own_budget_is_kept(make: Any, provider: FakeProvider) -> None
     assert len(provider.requests) == 1
 
 
-async def test_a_provider_that_is_away_is_an_outage(make: Any, provider: FakeProvider) -> None:
-    embedder = await make()
+async def test_a_provider_that_is_away_is_an_outage(make_openai: Any, provider: FakeProvider) -> None:
+    embedder = await make_openai()
     provider.stop()
     with pytest.raises(EmbedderUnavailable, match="cannot be reached"):
         await embedder.embed(TEXTS)
@@ -160,8 +148,8 @@ async def test_a_provider_that_is_away_is_an_outage(make: Any, provider: FakePro
 
 
 @pytest.mark.parametrize("number", [400, 413, 422])
-async def test_a_refusal_says_which_status_and_why(make: Any, provider: FakeProvider, number: int) -> None:
-    embedder = await make()
+async def test_a_refusal_says_which_status_and_why(make_openai: Any, provider: FakeProvider, number: int) -> None:
+    embedder = await make_openai()
     provider.misdeeds.append(status(number, {"error": {"message": "too many tokens", "code": "too_long"}}))
 
     with pytest.raises(TextRejected, match=f"{number} too_long: too many tokens"):
@@ -169,8 +157,8 @@ async def test_a_refusal_says_which_status_and_why(make: Any, provider: FakeProv
 
 
 @pytest.mark.parametrize("number", [301, 401, 403, 404])
-async def test_a_wrong_key_or_address_is_the_operators(make: Any, provider: FakeProvider, number: int) -> None:
-    embedder = await make(api_key=KEY)
+async def test_a_wrong_key_or_address_is_the_operators(make_openai: Any, provider: FakeProvider, number: int) -> None:
+    embedder = await make_openai(api_key=KEY)
     provider.always = status(number, {"error": {"message": f"Incorrect API key provided: {KEY}"}}, location="/x")
 
     with pytest.raises(EmbedderSetupError) as wrong:
@@ -195,9 +183,9 @@ HOSTILE = {
 @pytest.mark.parametrize("number", [200, 400, 401, 500, 418])
 @pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
 async def test_whatever_bytes_come_back_are_an_error_of_ours_in_one_printable_line(
-    make: Any, provider: FakeProvider, number: int, body: bytes
+    make_openai: Any, provider: FakeProvider, number: int, body: bytes
 ) -> None:
-    embedder = await make()
+    embedder = await make_openai()
     provider.misdeeds.append(status(number, body))
 
     with pytest.raises((EmbedError, EmbedderSetupError)) as failure:
@@ -217,10 +205,10 @@ async def test_whatever_bytes_come_back_are_an_error_of_ours_in_one_printable_li
     ],
 )
 async def test_no_wait_that_a_provider_asks_for_is_longer_than_an_hour(
-    make: Any, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch, asked: str
+    make_openai: Any, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
     monkeypatch.setattr(provider_module, "PATIENCE_S", 0.0)
-    embedder = await make()
+    embedder = await make_openai()
     provider.misdeeds.append(status(429, retry_after=asked))
 
     with pytest.raises(EmbedderUnavailable) as told:
@@ -228,8 +216,8 @@ async def test_no_wait_that_a_provider_asks_for_is_longer_than_an_hour(
     assert 0 < (told.value.retry_after_s or 0) <= 3600
 
 
-async def test_a_header_is_a_secret_that_no_message_repeats(make: Any, provider: FakeProvider) -> None:
-    embedder = await make(headers={"api-key": KEY}, query={"token": "tk-9876543210-abc"})
+async def test_a_header_is_a_secret_that_no_message_repeats(make_openai: Any, provider: FakeProvider) -> None:
+    embedder = await make_openai(headers={"api-key": KEY}, query={"token": "tk-9876543210-abc"})
     for quoted in (KEY, "tk-9876543210-abc"):
         provider.misdeeds.append(status(400, {"error": {"message": f"Incorrect key: {quoted}"}}))
         with pytest.raises(TextRejected, match="not shown"):
@@ -237,8 +225,8 @@ async def test_a_header_is_a_secret_that_no_message_repeats(make: Any, provider:
 
 
 @pytest.mark.parametrize("what", [KEY, "a text that nobody may see", "ein Text, den niemand sehen d\u00fcrfte"])
-async def test_what_is_no_http_is_not_repeated_either(make: Any, provider: FakeProvider, what: str) -> None:
-    embedder = await make()
+async def test_what_is_no_http_is_not_repeated_either(make_openai: Any, provider: FakeProvider, what: str) -> None:
+    embedder = await make_openai()
     provider.misdeeds.append(raw(b"HTTP/1.1 200 OK\r\nx: \x00" + what.encode() + b"\r\n\r\n"))
 
     with pytest.raises(EmbedError, match="the connection broke") as failure:
@@ -258,26 +246,26 @@ async def test_what_is_no_http_is_not_repeated_either(make: Any, provider: FakeP
     ],
 )
 async def test_an_environment_that_cannot_be_used_is_the_operators(
-    make: Any, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+    make_openai: Any, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(EmbedderSetupError, match="the environment's settings for HTTP") as wrong:
-        await make()
+        await make_openai()
     assert "s3cret" not in f"{wrong.value}{wrong.value.hint}"
 
 
 async def test_a_proxy_that_is_in_the_way_is_named_by_its_variable(
-    make: Any, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+    make_openai: Any, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://ann:s3cret@127.0.0.1:9")
-    embedder = await make()
+    embedder = await make_openai()
     with pytest.raises(EmbedderUnavailable) as away:
         await embedder.embed(["a"])
     assert "HTTP_PROXY" in str(away.value.hint)
     assert "s3cret" not in f"{away.value}{away.value.hint}"
 
     monkeypatch.setenv("HTTP_PROXY", provider.url.removesuffix("/v1").replace("//", "//ann:s3cret@"))
-    embedder = await make()
+    embedder = await make_openai()
     provider.misdeeds.append(status(407))
     with pytest.raises(EmbedderSetupError, match="407") as refused:
         await embedder.embed(["a"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -11,15 +10,12 @@ import pytest
 
 from cdcsync import config
 from cdcsync.embedders import make_embedder
-from cdcsync.embedders import provider as provider_module
 from cdcsync.errors import EmbedderUnavailable, EmbedError, TextRejected
 from tests.support.provider import (
     KEY,
     TEXTS,
     FakeProvider,
-    MakeEmbedder,
     Misdeed,
-    asking,
     cut,
     endless,
     expected,
@@ -30,23 +26,11 @@ from tests.support.provider import (
     wrong_dimension,
 )
 
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provider_module, "FIRST_RETRY_S", 0.001)
-
-
-@pytest.fixture
-async def make(provider: FakeProvider) -> AsyncIterator[MakeEmbedder]:
-    async with asking(provider) as made:
-        yield made
-
-
 # -- what is sent and read --------------------------------------------------------------------------------------------
 
 
-async def test_documents_and_queries_get_their_prefixes(make: Any, provider: FakeProvider) -> None:
-    embedder = await make(document_prefix="passage: ", query_prefix="query: ")
+async def test_documents_and_queries_get_their_prefixes(make_openai: Any, provider: FakeProvider) -> None:
+    embedder = await make_openai(document_prefix="passage: ", query_prefix="query: ")
 
     await embedder.embed(["a"])
     await embedder.embed(["a"], kind="query")
@@ -54,13 +38,13 @@ async def test_documents_and_queries_get_their_prefixes(make: Any, provider: Fak
     assert [body["input"] for _, _, body in provider.requests] == [["passage: a"], ["query: a"]]
 
 
-async def test_texts_are_cut_into_requests_by_count_and_tokens(make: Any, provider: FakeProvider) -> None:
-    embedder = await make(batch_texts=3)
+async def test_texts_are_cut_into_requests_by_count_and_tokens(make_openai: Any, provider: FakeProvider) -> None:
+    embedder = await make_openai(batch_texts=3)
     vectors = await embedder.embed([f"text {number}" for number in range(7)])
     np.testing.assert_allclose(vectors, expected([f"text {number}" for number in range(7)]), rtol=1e-6)
     assert [len(body["input"]) for _, _, body in provider.requests] == [3, 3, 1]
 
-    small = await make(batch_tokens=40)
+    small = await make_openai(batch_tokens=40)
     assert small.fitting(["x" * 100, "y" * 40, "z"]) == 1
     assert small.fitting(["x" * 10_000]) == 1
     assert (await small.embed([])).shape == (0, 16)
@@ -93,9 +77,9 @@ async def test_an_embedder_that_is_not_open_says_so() -> None:
     ids=["500", "cut", "html", "endless", "wrong count", "wrong dimension", "silence"],
 )
 async def test_a_request_that_gives_nothing_usable_is_one_request_and_an_error(
-    make: Any, provider: FakeProvider, misdeed: Misdeed
+    make_openai: Any, provider: FakeProvider, misdeed: Misdeed
 ) -> None:
-    embedder = await make(timeout_s=1.0)
+    embedder = await make_openai(timeout_s=1.0)
     provider.misdeeds.append(misdeed)
 
     with pytest.raises(EmbedError) as failure:
@@ -114,8 +98,8 @@ async def test_a_request_that_gives_nothing_usable_is_one_request_and_an_error(
         {"error": "word of the day: tiny", "error_type": "validation"},
     ],
 )
-async def test_messages_do_not_quote_the_text(make: Any, provider: FakeProvider, body: Any) -> None:
-    embedder = await make()
+async def test_messages_do_not_quote_the_text(make_openai: Any, provider: FakeProvider, body: Any) -> None:
+    embedder = await make_openai()
     await embedder.embed(["a"])
     provider.misdeeds.append(status(400, body))
 
@@ -124,8 +108,8 @@ async def test_messages_do_not_quote_the_text(make: Any, provider: FakeProvider,
     assert "not shown" in str(refusal.value)
 
 
-async def test_a_cancelled_request_leaves_the_embedder_usable(make: Any, provider: FakeProvider) -> None:
-    embedder = await make(concurrency=1)
+async def test_a_cancelled_request_leaves_the_embedder_usable(make_openai: Any, provider: FakeProvider) -> None:
+    embedder = await make_openai(concurrency=1)
     provider.misdeeds.append(slow)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(embedder.embed, TEXTS)
@@ -140,11 +124,11 @@ async def test_a_cancelled_request_leaves_the_embedder_usable(make: Any, provide
 
 
 async def test_headers_query_and_bodies_are_sent_and_only_the_bodies_are_part_of_the_identity(
-    make: Any, provider: FakeProvider
+    make_openai: Any, provider: FakeProvider
 ) -> None:
     gateway = {"headers": {"api-key": KEY, "X-Team": "search"}, "query": {"api-version": "2024-10-21"}}
     bodies = {"document_body": {"input_type": "document"}, "query_body": {"input_type": "query"}}
-    plain, behind, typed = await make(), await make(**gateway), await make(**gateway, **bodies)
+    plain, behind, typed = await make_openai(), await make_openai(**gateway), await make_openai(**gateway, **bodies)
 
     await typed.embed(["a"])
     await typed.embed(["b"], kind="query")

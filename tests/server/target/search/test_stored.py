@@ -10,7 +10,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.search import live_generation, stored_spec
 from tests.support.indexes import SCHEMA, make_spec, register
-from tests.support.relations import create
+from tests.support.relations import create, registered
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -34,10 +34,7 @@ async def test_a_target_without_any_index_says_what_to_do(connection: Connection
 
 
 async def test_an_index_without_its_table_is_told_from_one_that_never_was(connection: Connection) -> None:
-    spec = make_spec()
-    await create(connection, spec)
-    await Pipelines(SCHEMA, "s").ensure(connection, "p")
-    await register(connection, spec, slot="s")
+    await registered(connection)
     await connection.execute("DROP TABLE cdcsync.articles_chunks CASCADE")
     with pytest.raises(SetupError, match=r"cdcsync\.articles_chunks is missing"):
-        await stored_spec(connection, SCHEMA, "articles", spec.config)
+        await stored_spec(connection, SCHEMA, "articles", make_spec().config)
