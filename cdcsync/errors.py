@@ -202,7 +202,7 @@ class TablesChanged(CdcsyncError):
 
 
 class DocumentError(CdcsyncError):
-    """A row cannot be made a document, or a document chunks: that one is left out of the index, and it is said why."""
+    """A row cannot be made a document, or a document chunks. The row is left out of the index, with the reason."""
 
 
 class EmbedError(CdcsyncError):

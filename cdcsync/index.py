@@ -8,8 +8,8 @@ event loop; `cdcsync.sync.Index` is the same for threads.
 
 The rules:
 
-1. A search needs the target and nothing else. A model, or a reranker, that is away is said in `Hits.warning`, and the
-   search does without.
+1. A search needs only the target. If a model or a reranker is away, the search continues without it, and
+   `Hits.warning` says so.
 2. A connection that broke while nobody used it is replaced without anybody noticing: searches only read, so one is
    simply made again.
 3. The target says what the index is made of (model, dimensions, generation). A search names the generation that its

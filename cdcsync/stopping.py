@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar, TypeVarTuple, Unpack
 T = TypeVar("T")
 
 SHOW_CURSOR = b"\x1b[?25h"
-"""What shows a terminal's cursor again, which bars and spinners hide."""
+"""The escape sequence that shows a terminal's cursor again, which bars and spinners hide."""
 Arguments = TypeVarTuple("Arguments")
 
 

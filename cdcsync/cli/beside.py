@@ -24,7 +24,7 @@ TIMEOUT_S = 5.0
 """A worker on this machine answers at once; one that is busy is not waited for longer than loading the model takes."""
 
 STATUS_S = 1.0
-"""What the worker remembers is not worth a longer wait: the status itself is read from the servers."""
+"""The worker's memory is not worth a longer wait: the status itself is read from the servers."""
 
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what a worker listens on # noqa: S104 # nosec B104
 

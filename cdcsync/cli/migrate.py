@@ -1,4 +1,4 @@
-"""`cdcsync migrate`: another model, precision, distance or graph for an index, while searches go on."""
+"""`cdcsync migrate`: another model, precision, distance or graph for an index, while searches continue."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _check_options(
 
 
 class _Outcome(NamedTuple):
-    """What `activate` measured and did.
+    """The result of `activate`.
 
     :ivar before: the generation that was live before; None where nothing was switched.
     """

@@ -70,7 +70,7 @@ def _action(one: IndexPlan) -> str:
         case "unchanged":
             return "as it is"
         case "changed" if one.remaining and not one.rebuilt:
-            return "goes on as it is"
+            return "continues as it is"
         case "changed":
             return "changed without reading its table"
         case "created" if one.rows is not None:

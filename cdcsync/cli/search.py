@@ -145,7 +145,9 @@ def _refuse_undecoded(given: Mapping[str, Sequence[str]]) -> None:
     for where, texts in given.items():
         if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
             raise UsageError(
-                "holds bytes that are no characters", where=where, hint="write it in UTF-8, and use a UTF-8 locale"
+                "is not valid text in this locale's encoding",
+                where=where,
+                hint="write it in UTF-8, and use a UTF-8 locale",
             )
 
 

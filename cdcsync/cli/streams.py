@@ -23,7 +23,7 @@ class OutputLost(CdcsyncError):
 
 
 class ReaderGone(OutputLost):
-    """Whoever read the output has seen enough, as `head` has after its lines."""
+    """The reader of the output has closed it, as `head` does after its lines."""
 
 
 class _Stream:

@@ -45,7 +45,7 @@ class Serve(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param requests_per_s: calls a second of one tenant, or of one subject where there is no tenant.
     :param burst: calls that it may make at once before that.
     :param concurrency: calls of one tenant that run at the same time.
-    :param answer_tokens: the most tokens of text in one answer to an agent; what is cut is said.
+    :param answer_tokens: the most tokens of text in one answer to an agent; the answer says if it was cut.
     :param tokens_per_day: the most tokens of text that one tenant is answered with a day, by each replica; 0 for any.
     :param cors_origins: origins of web pages that may call the API from a browser.
     :param audit_days: how long the record of each call is kept; 0 keeps none.

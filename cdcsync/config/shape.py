@@ -1,6 +1,6 @@
 """The base of the configuration file's sections: a Struct whose docstring describes its keys.
 
-What several values must be together is said in a section's `faults`; what one must be, in its type.
+A section's `faults` checks rules about several values together; the type of a key checks that key alone.
 Constructing a section in code checks neither; `cdcsync.config.parse` does. The `:param` lines are also the
 descriptions that `cdcsync config schema` shows.
 """

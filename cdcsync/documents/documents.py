@@ -1,4 +1,4 @@
-"""What a row comes to in one index: its document, and what stands around each chunk of it.
+"""The document of a row in one index, and the line around each of its chunks.
 
 The document comes from a template or from a function of the user's; rows of related tables are computed columns of the
 row, see `related`. A function's documents cannot be said in SQL; `verify` then renders rows itself.

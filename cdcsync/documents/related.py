@@ -31,7 +31,7 @@ from cdcsync.documents.templates import Template, sql_text
 from cdcsync.errors import ConfigError
 
 VIA = "via"
-"""What conditions call the table between."""
+"""The name of the table between in conditions."""
 
 TEXT, ROWS, PLACE = "cdcsync text", "cdcsync rows", "cdcsync place"
 """Names of our own in the statement, which no column of a related table is likely to have."""
@@ -61,7 +61,7 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class TableFacts(msgspec.Struct, frozen=True):
-    """What the statement has to know of a related table from the catalog.
+    """Facts about a related table from the catalog, for the statement.
 
     :ivar key: the columns that identify a row; none if nothing does.
     :ivar readable: the columns that the role may read.
@@ -103,7 +103,7 @@ class RelatedRows(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """What templates call it."""
+        """Its name in templates."""
         return self.path[-1]
 
     @property

@@ -78,7 +78,7 @@ class Description(msgspec.Struct, frozen=True):
 
 
 class Described:
-    """What embedders of local models have in common: they are known by their files, whatever runs them."""
+    """The common part of embedders of local models, which are identified by their files."""
 
     def __init__(self, files: ModelFiles, description: Description) -> None:
         self._files = files

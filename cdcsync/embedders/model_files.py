@@ -264,7 +264,7 @@ def _cached(hub: Any, repository: str, revision: str | None, whole: Callable[[Mo
 
 
 def _packaged(repository: str, revision: str | None, whole: Callable[[ModelFiles], bool]) -> ModelFiles | None:
-    """Return the installed copy of a model. Nobody says of which revision it is, so it is none that was asked for."""
+    """Return the installed copy of a model. Its revision is unknown, so it does not serve if one is asked for."""
     if repository != PACKAGED_MODEL or revision is not None or importlib.util.find_spec(PACKAGED_MODULE) is None:
         return None
     directory = importlib.import_module(PACKAGED_MODULE).get_model_path()

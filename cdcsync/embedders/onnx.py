@@ -31,7 +31,7 @@ from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 INSTALL = "pip install 'cdcsync[onnx]'"
 
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
-"""What a model may want to have of its texts."""
+"""The inputs that a model may take."""
 
 
 class OnnxEmbedder(Described):

@@ -140,7 +140,7 @@ class PythonEmbedder:
             ) from None
 
     async def aclose(self) -> None:
-        """Have the class let go of what it loaded, if it has an `aclose`."""
+        """Have the class release what it loaded, if it has an `aclose`."""
         if self._opened:
             self._opened = False
             await self._call("aclose")

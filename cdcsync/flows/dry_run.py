@@ -1,4 +1,4 @@
-"""The dry run of a replay: says what it would do by doing all of it but the writing.
+"""The dry run of a replay: does everything but write, and counts.
 
     pages of rows ─► documents ─► those that differ ─► chunks ─► those without a vector ─► time and price
 
@@ -46,7 +46,7 @@ SAMPLE_TEXTS = 32
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """What a replay would do; tokens are estimated from characters, None means unknown.
+    """The effects of a replay; tokens are estimated from characters, None means unknown.
 
     :ivar gone: keys that the source has no row of: they would leave the index.
     :ivar changed: documents whose text is another than the index's, or that the index lacks.
@@ -77,7 +77,7 @@ UNBOUNDED = Bounds()
 
 
 class Count(msgspec.Struct):
-    """What reading a table comes to.
+    """The counts of a reading of a table.
 
     :ivar documents: those with a text that would be embedded.
     :ivar texts: distinct texts without a vector, of `text_characters` together; `sample` are the first of them.

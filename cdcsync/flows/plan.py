@@ -35,11 +35,11 @@ from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.version import VERSION, Stored, read_version
 
 Action = Literal["created", "read again", "compared", "changed", "paused", "unchanged"]
-"""What becomes of an index; "read again" is of all its rows or of those of new partitions."""
+"""The action on an index; "read again" is of all its rows or of those of new partitions."""
 
 
 class Embedding(msgspec.Struct, frozen=True):
-    """What a load embeds.
+    """The texts that a load embeds.
 
     :ivar documents: those of which at least one text has no vector yet.
     :ivar texts: distinct texts without a vector, in each generation of the index; equal ones are embedded once.
@@ -57,7 +57,7 @@ class Embedding(msgspec.Struct, frozen=True):
 
 
 class IndexPlan(msgspec.Struct, frozen=True):
-    """What `run` would do with one index.
+    """The effects of `run` on one index.
 
     :ivar changes: the keys of its section that are others than when it was last loaded.
     :ivar because: why it is read again, compared or paused.
@@ -95,7 +95,7 @@ class Spare(msgspec.Struct, frozen=True):
 
 
 class ConfigurationPlan(msgspec.Struct, frozen=True):
-    """What `run` would do.
+    """The effects of `run`.
 
     :ivar created: what it creates that is of no single index: publication, slot, tables.
     :ivar unfollowed: indexes of this pipeline that the configuration does not have.
@@ -161,7 +161,7 @@ def paused(index: str, pause: Pause) -> IndexPlan:
 
 
 class _Planning:
-    """What the plans of all indexes have in common."""
+    """The part that the plans of all indexes share."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class _Planning:
         need, entry, found = reading.need, reading.entry, reading.found
         changes = []
         if entry is not None and entry.configuration is not None:
-            # The file's section: that of the spec has the vectors that the index goes on with.
+            # The file's section: that of the spec has the vectors that the index keeps.
             changes = index_changes(entry.configuration, self._config.indexes[spec.name])
         rebuilt = list(reading.missing.built) if entry is not None and entry.state == "live" else []
         if need is None:

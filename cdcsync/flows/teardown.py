@@ -101,7 +101,7 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
 async def drop_index(config: Config, index: str) -> list[Step]:
     """Drop one index: its view, its tables and its entry in the target, and its table's place in our publication.
 
-    Slot and pipeline stay. A worker that still follows the index must have let go of it first.
+    Slot and pipeline stay. A worker that still follows the index must have released it first.
 
     :raises SetupError: there is no such index, a worker follows it, or something depends on it; nothing was dropped.
     :raises SourceUnavailable, TargetUnavailable: a server does not answer; dropping again continues from there.

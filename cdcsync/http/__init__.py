@@ -1,4 +1,4 @@
-"""What the HTTP servers of this package share: the worker's endpoints and the tool server.
+"""The common part of this package's HTTP servers, which are the worker's endpoints and the tool server.
 
     headers      headers that shut off what a browser could be tricked into, on every answer
     listening    addresses, bounded connections, and a server inside of another program

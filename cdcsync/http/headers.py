@@ -1,4 +1,4 @@
-"""What a browser could be tricked into is shut off, by headers on every answer and by the host that a request names.
+"""Protects browsers from being tricked, by headers on every answer and by checking the host that a request names.
 
 A page of ours loads nothing from elsewhere and runs no script but its own, whose hash is in the policy. And a page of
 somebody else's, whose name leads to this machine by DNS, reads nothing of a server that listens on loopback.

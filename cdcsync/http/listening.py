@@ -26,11 +26,11 @@ STOP_TIMEOUT_S = 1
 """How long answers that are being given may take when the program stops."""
 
 ACCEPTED_AT_ONCE = 8
-"""Connections that the event loop accepts in one turn: in between, the calls that are being answered go on."""
+"""Connections that the event loop accepts in one turn; between turns it continues with calls in progress."""
 
 
 class Bounds(msgspec.Struct, frozen=True):
-    """What a server gives to its clients.
+    """The limits of a server's clients.
 
     :ivar connections: connections at a time; further ones are closed at once.
     :ivar request_s: how long a connection may take for a request, from its first byte to the last of the answer, and

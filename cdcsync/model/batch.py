@@ -78,7 +78,7 @@ class IndexChanges:
         self.shape = shape
         self.truncated = False
         self.cleared: set[str] = set()
-        """Those of many tables that were truncated."""
+        """Names of tables that were truncated, of an index over many."""
         self.live: dict[Key, RowChange] = {}
         """The last change of each key that came through the stream."""
         self.filled: dict[Key, Upsert] = {}

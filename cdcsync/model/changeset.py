@@ -73,7 +73,8 @@ class ChangeSet(msgspec.Struct, frozen=True):
     """Keys that the source was found to lack. A row that has since come may be equal to the server and written
     differently (1.00 for 1.0): only what the index writes just so is deleted."""
     cleared: Sequence[str] = ()
-    """Those of many source tables that were truncated: their documents go before anything else is written."""
+    """Names of source tables that were truncated, of an index over many. Their documents are deleted before anything
+    else is written."""
     failed: Sequence[FailedDocument] = ()
     """Which of `documents` could not be made, and why; they have no chunks."""
     rebuilds: Sequence[Rebuild] = ()

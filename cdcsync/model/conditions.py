@@ -29,8 +29,8 @@ from cdcsync.pgoutput.messages import UNCHANGED, Value
 Kind = Literal["name", "quoted", "string", "number", "operator", "mark", "other"]
 
 ColumnKind = Literal["text", "integer", "boolean", "plain", "row"]
-"""What a column's values are to a condition: `text` values are equal if their bytes are, and `plain` ones can at least
-be told from NULL; a `row` can be NULL in each of its parts."""
+"""How a condition can compare a column's values: `text` values are equal if their bytes are, of `plain` ones it only
+tells whether they are NULL, and a `row` can be NULL in each of its parts."""
 
 
 class Token(msgspec.Struct, frozen=True):
@@ -81,7 +81,7 @@ WORDS_WITH_A_VALUE = frozenset(
         "user",
     )
 )
-"""Words that are no column's name unless they are quoted, because they have a value themselves."""
+"""Words that name a column only if they are quoted, because they have a value themselves."""
 
 
 class Unreadable(Exception):

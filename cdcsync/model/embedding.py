@@ -57,7 +57,7 @@ on other machines, differs by less than a tenth of it, other models by many time
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """What an embedder makes of a fixed text, as compared with what it made of it first.
+    """An embedder's vector of a fixed text, compared with the first one that it made.
 
     :ivar vector: the first one, of `made_at`.
     :ivar drift: the cosine distance between that and the one of `checked_at`.

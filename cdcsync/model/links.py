@@ -19,7 +19,7 @@ from cdcsync.model.rows import AGAIN, Shape, picker, positions_in
 from cdcsync.pgoutput.messages import UNCHANGED, Relation, Tuple
 
 Values = tuple[str, ...]
-"""What a row has in a link's columns, as the server renders them."""
+"""A row's values in a link's columns, as the server renders them."""
 
 
 class Link(msgspec.Struct, frozen=True):

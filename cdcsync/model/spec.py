@@ -46,7 +46,7 @@ class IndexSpec(msgspec.Struct, frozen=True):
     table_oid: int = 0
     """The table's OID on the source: a table that was made anew under the same name has another one."""
     facts: dict[QualifiedName, TableFacts] = {}
-    """What the statements have to know of the index's table and of related ones, if there are related ones."""
+    """Facts about the index's table and related ones for the statements, if there are related ones."""
     oids: dict[QualifiedName, int] = {}
     """The OIDs of related tables."""
 

@@ -107,7 +107,7 @@ def encode_status_update(
 def decode_status_update(data: bytes | memoryview) -> StatusUpdate:
     """Read a frame that `encode_status_update` or another client wrote.
 
-    :raises MalformedMessage: the bytes are no status update.
+    :raises MalformedMessage: the bytes are not a status update.
     """
     if not data:
         raise MalformedMessage("", 0, "the frame is empty")

@@ -100,7 +100,7 @@ _HINTS: dict[str, tuple[str, str]] = {
 }
 
 _SHARED_MEMORY = "give the server more shared memory: /dev/shm of a container has 64 MB (docker run --shm-size)"
-"""What to do where 53100 is not about a disk: parallel workers keep what they share in a file in /dev/shm."""
+"""The fix if 53100 is not about a disk: parallel workers keep shared data in a file in /dev/shm."""
 
 
 _PASSING = ("55P03", "25006", "57014", "25P03", "25P04")

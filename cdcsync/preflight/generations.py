@@ -1,6 +1,6 @@
 """The vectors that an index has, and those that the configuration asks for: two things, until a migration is done.
 
-The configuration says what an index should be; the target says what it is. While they differ, the index goes on with
+The configuration says what an index should be; the target says what it is. While they differ, the index keeps
 the vectors that it has, as long as the configuration still has the embedder that makes them.
 """
 

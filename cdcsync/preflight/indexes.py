@@ -47,7 +47,7 @@ class Wish(msgspec.Struct, frozen=True):
 
     @property
     def made_by(self) -> tuple[object, ...]:
-        """What makes the vectors, and how they are stored and compared; see `Generation.made_by`."""
+        """The facts that decide which vectors these are; see `Generation.made_by`."""
         return self.embedder.identity, self.embedder.dimensions, self.index.vector_type, self.distance
 
     def is_met_by(self, one: Generation) -> bool:
@@ -78,11 +78,11 @@ class Plan(msgspec.Struct):
     members: dict[QualifiedName, str | None] = {}
     """The tables of an index over many equal ones, each with the publication's condition on its rows."""
     left_out: dict[QualifiedName, Finding] = {}
-    """Those of many equal tables that the index continues without, and why."""
+    """Tables that an index over many continues without, and why."""
     findings: list[Finding] = []
     """The findings about this index alone."""
     seen: Fingerprint | None = None
-    """What the index was made of when it was examined; None if its table is missing, or the index does not exist."""
+    """The index's fingerprint when it was examined; None if its table is missing, or the index does not exist."""
     refused: bool = False
     """Whether the index exists and cannot be kept up, for whatever reason."""
     unfit: bool = False

@@ -1,6 +1,6 @@
 """The source: server, role, slot and publication.
 
-Facts are read first; what they mean is said by functions that know no server.
+Facts are read first; pure functions interpret them.
 
 Source: PostgreSQL, "Logical Replication" (Configuration Settings, Security), "Logical Decoding Concepts".
 """

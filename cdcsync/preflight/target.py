@@ -1,6 +1,6 @@
 """The target: server, pgvector, our schema and what lies in it already.
 
-Facts are read first; what they mean is said by functions that know no server.
+Facts are read first; pure functions interpret them.
 
 Source: PostgreSQL, "CREATE EXTENSION", "Privileges"; pgvector's README and changelog.
 """

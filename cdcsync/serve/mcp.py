@@ -47,7 +47,7 @@ _WANTED = {
     "int_from_float": "must be a whole number",
     "dict_type": "must be an object, with a member for each column",
 }
-"""What to say of an argument that is refused, by the kind of fault that Pydantic finds."""
+"""Messages about arguments that are refused, by the kind of fault that Pydantic finds."""
 
 
 class _Server(MCPServer):

@@ -42,11 +42,11 @@ EXAMPLES = 3
 UNHELD = (
     "have serve.dsn log in as serve.role, not as the owner of the tables, and start the worker with this [serve] too"
 )
-"""What to do where row-level security does not concern this server's sessions."""
+"""The fix if row-level security does not apply to this server's sessions."""
 
 
 class _Known(msgspec.Struct, frozen=True):
-    """What is known of an index, and since when."""
+    """Facts about an index, and when they were read."""
 
     read_at: float
     spec: IndexSpec

@@ -1,4 +1,4 @@
-"""What a caller may see: the rows of its tenant, and never the column that tells tenants apart.
+"""The rows and columns that a caller may see: the rows of its tenant, and never the column that tells tenants apart.
 
 The tenant of a caller is held twice: by a condition that is added to every statement, and by row-level security in the
 target (`target/ddl/policies`), for which the caller's tenant is set in each transaction.

@@ -59,7 +59,7 @@ _SESSION = (
     *("inet_server_port", "row_security_active", "session_user", "system_user", "user", "version"),
 )
 CHANGING = frozenset((*_NOW, *_SESSION))
-"""What has another value at another time or in another session, though the server calls it stable."""
+"""Functions whose value depends on the time or the session, although the server calls them stable."""
 
 _MOMENT = re.compile(
     r"(?:[a-z]'|\$\w*\$)?[\s\d:.+,/\[({\"-]*(now|today|tomorrow|yesterday)(?![^\W\d])", re.ASCII | re.IGNORECASE
@@ -69,7 +69,7 @@ _MOMENT = re.compile(
 Source: PostgreSQL, "Date/Time Types" (Special Values)."""
 
 _BEFORE_TEXT = frozenset(("->", "->>", "?", "~", "~*", "like", "ilike"))
-"""A string after one of these is no date."""
+"""A string after one of these is not a date."""
 
 READING = (
     *("pg_", "has_", "to_reg", "txid_", "col_description", "obj_description", "shobj_description"),

@@ -1,8 +1,8 @@
 """Rows that the server fails to read, told apart from those beside them.
 
-One row can make a statement over many fail: a condition divides by zero or casts a text that is no number, a function
-raises, a value is damaged on disk or has no counterpart in UTF-8. Such a row costs itself alone. It is found by reading
-ever fewer keys at once, and whoever reads gets it with the reason in place of its values.
+One row can make a statement over many fail: a condition divides by zero or casts a text that is not a number, a
+function raises, a value is damaged on disk or has no counterpart in UTF-8. No other row is affected: the row is found
+by reading ever fewer keys at once, and the caller gets it with the reason in place of its values.
 
 Source: PostgreSQL, "PostgreSQL Error Codes".
 """
@@ -24,7 +24,7 @@ _CLASSES = ("21", "22", "23", "38", "39", "54", "P0")
 PL/pgSQL."""
 
 _OWN_WORDS = ("38", "39", "P0")
-"""What a function says of its failure is its author's own, and may hold values."""
+"""The message of a function's failure is its author's own, and may hold values."""
 
 _DAMAGED = "XX001"
 

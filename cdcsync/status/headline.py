@@ -1,7 +1,7 @@
 """How an index and the whole pipeline are, in a few words: what the page's head, `status` and the window's title say.
 
 The head is that of the index that is worst off. What concerns the worker, such as a source that does not answer, goes
-before all indexes, because it makes what is said of them old.
+before all indexes, because it makes their figures stale.
 """
 
 from __future__ import annotations

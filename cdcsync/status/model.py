@@ -141,7 +141,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
 
     `where` is the condition on its rows. `tables` are the tables of an index over many, whose patterns are `table`.
 
-    `since` is when it came into its state. `progress` is empty unless a load goes on. `text_freshness` and
+    `since` is when it came into its state. `progress` is empty unless a load is in progress. `text_freshness` and
     `vector_freshness` are known by the worker alone.
     """
 

@@ -72,7 +72,7 @@ def progress(index: IndexStatus, hnsw: tuple[int, int] | None = None) -> list[Pr
 
 
 def _chunks_in_the_end(index: IndexStatus) -> int | None:
-    """Return how many chunks there will be; while a first load goes on, by those of the rows that were read."""
+    """Return how many chunks there will be; during a first load, estimated from the rows that were read."""
     load = index.backfill
     if load is None or load.kind != "initial" or load.phase != "rows":
         return index.chunks

@@ -42,7 +42,7 @@ def render_table(status: Status) -> RenderableType:
 
 
 def render_bars(status: Status) -> RenderableType | None:
-    """Return a bar for each part of each load that goes on, with what is left; None when nothing is being loaded."""
+    """Return a bar for each part of each load in progress, with the time left; None when nothing is being loaded."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True, overflow="ellipsis")
     grid.add_column(no_wrap=True)

@@ -122,7 +122,7 @@ class Generation(msgspec.Struct, frozen=True):
 
     @property
     def made_by(self) -> tuple[object, ...]:
-        """What makes the vectors, and how they are stored and compared."""
+        """The facts that decide which vectors these are, and how they are stored and compared."""
         return self.model, self.dimensions, self.vector_type, self.distance
 
     def built_like(self, hnsw: Hnsw) -> bool:
@@ -304,4 +304,4 @@ class Generations:
 
 
 Stamp = Literal["filled_at", "ready_at", "live_at"]
-"""What is reached of a generation."""
+"""The milestones of a generation."""

@@ -71,7 +71,7 @@ class ApplySession:
         self._beside = Session(dsn, "target", application_name=f"cdcsync look-up {slot}")
         """Looks up for the next batch while this one is written."""
         self._look_ups: tuple[Connection | None, dict[str, LookUps]] = None, {}
-        """What looks up over that connection, by index."""
+        """The look-ups over that connection, by index."""
         self._failed: dict[str, FailedDocuments] = {}
 
     @property

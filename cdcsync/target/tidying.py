@@ -31,16 +31,16 @@ LIST_ROWS = 5_000
 """Searches wait while the list is built: for so many rows of 384 dimensions some 30 ms. A larger one is left alone."""
 
 PAGE_BYTES = 8_100
-"""What a page has for vectors."""
+"""Bytes of a page that vectors can use."""
 
 ENTRY_BYTES = 24
-"""What an entry of the list takes beside its values."""
+"""Bytes of an entry of the list besides its values."""
 
 VALUE_BYTES = {"vector": 4, "halfvec": 2}
 
 
 class Untidy(msgspec.Struct, frozen=True):
-    """What the fresh tier has that it does not need.
+    """Parts of the fresh tier that it does not need.
 
     :ivar live: rows, as the server counts them.
     :ivar dead: rows that VACUUM would remove, unless an old transaction still sees them.

@@ -1,4 +1,4 @@
-"""What a worker remembers of itself: its rates of the last hour, what happened lately, and how fresh its indexes are.
+"""A worker's memory of itself: its rates of the last hour, recent events, and how fresh its indexes are.
 
 The page draws these. The worker holds them, so that the page shows the last hour as soon as it is opened, and everyone
 who opens it sees the same.
@@ -32,11 +32,11 @@ BRIEF = timedelta(seconds=2)
 """A problem that ended sooner is not remembered."""
 
 GONE_AFTER = timedelta(seconds=5)
-"""What is not told for so long has ended. Sources of problems are read at different moments, and some flicker."""
+"""A problem that was not reported for so long has ended. Its sources are read at different times, and some flicker."""
 
 
 _FIGURES = re.compile(r"[\d.,]+ \w+ (?:has|have|is|are)\b|[\d.,]+")
-"""What may change of a problem's words while it stays the same problem."""
+"""The parts of a problem's words that may change while it stays the same problem."""
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -59,7 +59,7 @@ class History(msgspec.Struct, frozen=True):
 
 
 class _Totals(msgspec.Struct, frozen=True):
-    """What the next point is the difference to."""
+    """The counters at the last point; the next one is the difference."""
 
     at: datetime
     wal: int | None
@@ -163,7 +163,7 @@ class Memory:
 
 
 def _matters(status: Status, reasons: Iterable[str]) -> Iterable[tuple[str, Event]]:
-    """Yield what goes on now, each with a key that stays the same while it does."""
+    """Yield the current events, each with a key that stays the same while it lasts."""
     for name, index in status.indexes.items():
         yield from _of_index(name, index, status.read_at)
     paused = {name for name, index in status.indexes.items() if index.state == "paused"}

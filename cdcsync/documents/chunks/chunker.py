@@ -19,7 +19,7 @@ from cdcsync.documents.templates import Rendering, hash_text
 from cdcsync.errors import ConfigError, DocumentError
 
 Failed = Callable[[int, DocumentError], None]
-"""Is told of a document that has no chunks for a reason: its place among those given, and why."""
+"""Called for a document that cannot be cut, with its place among those given and the reason."""
 
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):

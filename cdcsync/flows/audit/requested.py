@@ -32,7 +32,7 @@ BLOCKED_POLL_S = 0.5
 """How often it is looked whether the transactions that a comparison waits for are over."""
 
 BLOCKED_REPORT_S = 10.0
-"""How often it is said which transactions those are."""
+"""How often those transactions are logged."""
 
 
 async def compare_for_ever(

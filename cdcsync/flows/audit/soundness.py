@@ -162,7 +162,7 @@ VECTORS: dict[Fault, LiteralString] = {
         " WHERE {between}"
     ),
 }
-"""What can be wrong with the vectors of one generation."""
+"""The faults that vectors of one generation can have."""
 
 COUNTED: LiteralString = (
     "SELECT (SELECT count(*) FROM {chunks} AS c WHERE {between} AND {waits}),"

@@ -29,7 +29,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 BLOCKED_REPORT_S = 10.0
-"""How often it is said which open transactions a page waits for."""
+"""How often the open transactions that a page waits for are logged."""
 
 
 Entry: TypeAlias = Row | Unread | None

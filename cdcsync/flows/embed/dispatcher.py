@@ -107,7 +107,7 @@ class Dispatcher:
         self._seconds_per_text = 0.0
         self._small_seconds_per_text = 0.0
         self._noted_rate: float | None = None
-        """What a worker before a restart noted."""
+        """The state that a worker noted before a restart."""
         self.ready = anyio.Event()
         self.lag: Lag | None = None
         """How late the stream is."""

@@ -33,7 +33,7 @@ SHOWN = 400
 
 
 class Gathered(NamedTuple):
-    """What is in the file now: its path, questions, and lines with and without a grade."""
+    """The state of the file: its path, questions, and lines with and without a grade."""
 
     path: Path
     questions: int

@@ -206,7 +206,7 @@ class Applier:
                     tasks.start_soon(look_ahead)
                 with self._tracing.span("cdcsync.commit"):
                     applied = await self._commit(changes, batch, caught_up)
-                # Nothing is waited for in between: whoever cancels this finds what is committed accounted for.
+                # No await in between: if this is cancelled, everything that is committed has been accounted for.
                 done(changes, applied)
                 waiting.cancel()
                 if batch.paused:

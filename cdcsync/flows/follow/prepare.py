@@ -54,7 +54,7 @@ READ_AT_ONCE = 500
 """Rows with related ones that are read in one query at most."""
 
 READ_BYTES = 4 * 1024 * 1024
-"""What such a query is to return, going by the rows of the one before it."""
+"""The target size of such a query's result, estimated from the rows of the query before it."""
 
 MOST_BYTES_READ = 32 * 1024 * 1024
 """What rows with related ones that are read for a batch may have together, as nobody knows before how large they are.

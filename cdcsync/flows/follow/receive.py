@@ -118,7 +118,7 @@ class Receiver:
         self._handled = 0
         self._came = False
         self._bytes = 0
-        """What came since it was last accounted for: metrics and clock cost as much as the message itself."""
+        """Counts since metrics were last updated: updating them costs as much as decoding a message."""
         self._told = Lsn(0)
         """The furthest position that the source told of."""
         self._spool.begin()

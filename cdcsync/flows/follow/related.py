@@ -44,7 +44,7 @@ VALUES_AT_ONCE = 500
 """Changed rows that are asked for in one query at most."""
 
 KEYS_AT_ONCE = 10_000
-"""What such a query is to return, going by the one before it: some 3 MB."""
+"""The target size of such a query's result, estimated from the query before it: some 3 MB."""
 
 VISIBILITY_POLL_S = 0.05
 """How often a reading is repeated while the source still hides the transaction: mostly it is a matter of
@@ -52,7 +52,7 @@ microseconds."""
 
 
 class Concerned(msgspec.Struct, frozen=True):
-    """What the changes of related rows in a batch ask for.
+    """The documents that the changes of related rows in a batch concern.
 
     :ivar documents: the keys to read again, with what touched them last.
     :ivar rebuilds: requests for the documents that are too many for a batch.

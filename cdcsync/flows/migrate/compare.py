@@ -33,7 +33,7 @@ QUERIES = 100
 
 
 class Quality(msgspec.Struct, frozen=True):
-    """What was measured of two generations.
+    """The measurements of two generations.
 
     :ivar k: how many of the nearest are looked at.
     :ivar recall: of each generation by its number, None where it has too few vectors to tell.

@@ -22,7 +22,7 @@ POLL_S = 0.2
 async def drop(config: Config, index: str, generation: int) -> int:
     """Drop a generation that is not live, and return its number once it is gone.
 
-    A running worker has to let go of it first; without one, it is dropped here.
+    A running worker has to release it first; without one, it is dropped here.
 
     :raises SetupError: there is no such generation, or it is live by now.
     """

@@ -1,4 +1,4 @@
-"""What an index has at present: its generations, which of them is live, and which is not."""
+"""The present generations of an index: which of them is live, and which is not."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from cdcsync.target.search import stored_spec
 
 
 class Started(msgspec.Struct, frozen=True):
-    """A migration that has begun, or goes on.
+    """A migration that has begun, or is in progress.
 
     :ivar begun: whether this command began it.
     :ivar chunks: how many vectors there will be.

@@ -1,4 +1,4 @@
-"""What a change of the configuration costs, and which changes wait until somebody approves them.
+"""The cost of a change of the configuration, and which changes wait until somebody approves them.
 
     what the index needs ─► rows read, chunks made, those without a vector counted ─► more than confirm_above_texts?
                                                           yes, and not approved: the index is paused and says why
@@ -59,7 +59,7 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """What a load embeds, for all generations of the index together; tokens are estimated from characters.
+    """The texts that a load embeds, for all generations of the index together; tokens are estimated from characters.
 
     :ivar texts: distinct texts that no vector is stored of, in each generation; the documents with one are `documents`.
     :ivar price: in the currency of the embedders' `price_per_million_tokens`; None if none has any.

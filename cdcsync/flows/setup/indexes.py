@@ -1,4 +1,4 @@
-"""What an index has in the target, as a start makes it: its relations, its row, and the load that its state calls for.
+"""The set-up of indexes in the target: relations, the row in `indexes`, and the load that each state calls for.
 
 Everything of one index commits together, so that a crash between two indexes is picked up by the next start. Only the
 holder of the pipeline's lock calls these, before it writes.

@@ -1,4 +1,4 @@
-"""What an index needs to become what its configuration says: which load, and why.
+"""Decides which load an index needs to match its configuration, and why.
 
 Asked at every start, which then asks for that load, and by `cdcsync plan`, which only tells. Nothing here reads or
 writes.

@@ -36,7 +36,7 @@ from cdcsync.target.session import ApplySession
 log = structlog.get_logger()
 
 WRITERS_REPORT_S = 5.0
-"""How often it is said which open transactions the creation of the slot waits for."""
+"""How often the open transactions that the creation of the slot waits for are logged."""
 
 
 class StartingPoint(msgspec.Struct, frozen=True):

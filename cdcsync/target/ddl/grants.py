@@ -1,4 +1,4 @@
-"""What an operator has set on an index's relations: grants, and options of views. It outlives the relation.
+"""An operator's settings on an index's relations, grants and options of views, which outlive the relation.
 
 A relation may be dropped and made again by us, because a column of it changes, or by somebody's hand. `settings_kept`
 notices which relations of an index are others after a change than before it, and gives them the settings of their

@@ -253,7 +253,7 @@ async def create_view(connection: Connection, schema: str, spec: IndexSpec) -> N
 
 
 async def _refuse_another(connection: Connection, spec: IndexSpec) -> None:
-    """Refuse to go on if a relation that is not ours has the view's name.
+    """Refuse to continue if a relation that is not ours has the view's name.
 
     :raises SetupError: one has.
     """

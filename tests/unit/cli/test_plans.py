@@ -31,7 +31,7 @@ def test_what_is_embedded_is_told_with_its_cost() -> None:
         ({"action": "read again", "rows": 9, "because": ["text"]}, ["~ docs: 9 rows read again: text"]),
         ({"action": "compared", "because": ["a", "b"]}, ["~ docs: compared: a; b"]),
         ({"action": "changed", "rebuilt": ["view x"]}, ["built again: view x"]),
-        ({"action": "changed", "remaining": ["distance"]}, ["~ docs: goes on as it is", "distance"]),
+        ({"action": "changed", "remaining": ["distance"]}, ["~ docs: continues as it is", "distance"]),
         (
             {"action": "paused", "because": ["no table"], "remedy": "create it"},
             ["! docs: paused: no table", "fix: create it"],

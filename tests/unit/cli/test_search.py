@@ -41,7 +41,7 @@ def test_what_is_not_a_filter_is_refused_with_the_form_of_one(given: list[str]) 
 
 
 @pytest.mark.parametrize(("arguments", "where"), [(["a \udcff"], "TEXT"), (["a", "--filter", "b=\udcff"], "--filter")])
-def test_bytes_that_are_no_characters_are_refused_by_where_they_are(
+def test_bytes_that_are_not_text_are_refused_by_where_they_are(
     arguments: list[str], where: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
