@@ -1,4 +1,4 @@
-"""docs/architecture.md against the tree: its floors, and the files that it names."""
+"""docs/architecture.md and CONTRIBUTING.md against the tree: floors, named files, and a test file for each module."""
 
 from __future__ import annotations
 
@@ -41,3 +41,13 @@ def test_the_files_that_the_page_names_exist() -> None:
         if not any((place / name).exists() or (place / f"{name.split('.')[0]}.py").exists() for place in places)
     ]
     assert not gone
+
+
+def test_each_module_has_a_test_file_of_its_name_or_a_word_about_where_it_runs() -> None:
+    section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Find your way")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    listed = {name for cell in cells for name in re.findall(r"`([\w/]+)`", cell)}
+    tested = {path.name.removeprefix("test_") for path in (ROOT / "tests").rglob("test_*.py")}
+    modules = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
+    untested = {str(path.with_suffix("")) for path in modules if path.name not in tested and path.stem not in INTERNAL}
+    assert untested == listed

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from tests import ROOT
 from tests.support.articles import articles, fill, live_articles
 from tests.support.configs import Section, configuration, hosted
 from tests.support.migrations import (
     NEW,
     OLD,
-    ROOT,
     asks_for,
     loaded,
     migrate,

@@ -24,11 +24,11 @@ from cdcsync.errors import ModelChanged
 from cdcsync.serve.messages import SearchRequest
 from cdcsync.serve.problems import Problem
 from cdcsync.serve.service import Caller, Service
+from tests import ROOT
 from tests.support.configs import configuration
 from tests.support.migrations import (
     NEW,
     OLD,
-    ROOT,
     asks_for,
     complete,
     filled,

@@ -27,11 +27,14 @@ async def test_an_index_that_was_never_audited_has_no_audit(registered: Connecti
 
 async def test_a_comparison_is_continued_at_the_place_where_it_was_left(registered: Connection) -> None:
     await AUDITS.begin(registered, "articles")
-    for place in (Place("rows", ("eu", "7")), Place("orphans", None), Place("chunks", ("4711",))):
+    places = (Place("rows", ("eu", "7")), Place("orphans", None), Place("chunks", ("4711",)))
+    found = None
+    for place in places:
         await AUDITS.advance(registered, "articles", place, documents=10, differences=0)
         found = await AUDITS.read(registered, "articles")
         assert found is not None
         assert found.place == place
+    assert found is not None
     assert (found.documents, found.finished_at, found.proven_at, found.found_at) == (30, None, None, None)
     assert set(await AUDITS.all(registered)) == {"articles"}
 

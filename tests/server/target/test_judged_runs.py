@@ -24,8 +24,15 @@ def run(index: str = "articles", collection: str = "cisi", mean: float = 0.4, mi
     figure = Figure(mean, mean - 0.1, mean + 0.1)
     mode = ModeRun({"nDCG@10": figure, "R@100": figure}, None, 1.0, 2.0, {"nDCG@10": {"q1": mean}})
     return Run(
-        *(index, 1, collection, 1, ["nDCG@10", "R@100"], {"model": "m"}, {"text": mode, "hybrid": mode}),
-        *([Weighed(0.5, {"nDCG@10": figure})], NOW + timedelta(minutes=minute)),
+        index=index,
+        generation=1,
+        collection=collection,
+        queries=1,
+        measures=["nDCG@10", "R@100"],
+        settings={"model": "m"},
+        modes={"text": mode, "hybrid": mode},
+        weights=[Weighed(0.5, {"nDCG@10": figure})],
+        evaluated_at=NOW + timedelta(minutes=minute),
     )
 
 

@@ -21,12 +21,21 @@ def look(columns: dict[str, str], *, sampled: dict[str, Sampled] | None = None, 
     key = facts.pop("key", ("id",))
     of_table = {"id": "bigint", **columns}
     table = Table(
-        *(1, NAME, "r", "p"),
-        {name: Column(name, type_, True, "", number=at) for at, (name, type_) in enumerate(of_table.items())},
-        *(key, "d", key, True, True, False, 0),
+        oid=1,
+        name=NAME,
+        kind="r",
+        persistence="p",
+        columns={name: Column(name, type_, True, "", number=at) for at, (name, type_) in enumerate(of_table.items())},
+        primary_key=key,
+        identity_mode="d",
+        identity=key,
+        readable=True,
+        owned=True,
+        row_security=False,
+        estimated_rows=0,
     )
-    found = {"filtered": (), "identity_index": None, "identity_columns": (), "sampled": sampled or {}}
-    return Look(table=table, **found | facts)  # type: ignore[arg-type]
+    found: dict[str, Any] = {"filtered": (), "identity_index": None, "identity_columns": (), "sampled": sampled or {}}
+    return Look(table=table, **found | facts)
 
 
 def test_titles_come_first_and_then_prose_in_the_order_of_the_table() -> None:

@@ -17,7 +17,8 @@ from cdcsync.metrics import Metrics
 from cdcsync.status import BackfillStatus, IndexStatus, SlotStatus, Status
 from cdcsync.target.evaluations import Recall
 from cdcsync.worker import http as endpoints
-from tests.support.endpoints import STATUS, Answer, Client, View, serving
+from tests.support.endpoints import Answer, Client, View, serving
+from tests.support.statuses import STATUS
 
 pytestmark = pytest.mark.anyio
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
+from tests import ROOT
 from tests.support.configs import Section, configuration
 from tests.support.migrations import (
     BOTH,
     OLD,
-    ROOT,
     asks_for,
     filled,
     loaded,

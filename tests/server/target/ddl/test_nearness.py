@@ -54,7 +54,7 @@ async def found(index: LiveIndex, how: Any, limit: int, condition: str = "true",
         index.spec,
         vector=sql.SQL("$1"),
         limit=sql.SQL("$2"),
-        rows=sql.SQL(" JOIN {} AS c USING (chunk_id) WHERE {}").format(index.names.chunks, sql.SQL(condition)),  # type: ignore[arg-type]
+        rows=sql.SQL(" JOIN {} AS c USING (chunk_id) WHERE {}").format(index.names.chunks, sql.SQL(condition)),
         **options,
     )
     cursor = psycopg.AsyncRawCursor(index.connection)

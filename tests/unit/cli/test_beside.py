@@ -1,0 +1,96 @@
+"""What commands ask of a worker on the same machine, and do without if it does not answer."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from cdcsync.cli.beside import embedded_by_worker, questions_by_worker, remembered_by_worker
+from cdcsync.config import Config, parse
+from cdcsync.errors import EmbedderUnavailable
+from cdcsync.status import Event, WorkerStatus
+from cdcsync.worker import http as endpoints
+from tests.support.configs import configuration
+from tests.support.endpoints import View, serving
+from tests.support.indexes import make_spec
+from tests.support.statuses import STATUS
+
+pytestmark = pytest.mark.anyio
+
+SPEC = make_spec()
+
+
+def config_of(port: int, host: str = "127.0.0.1") -> Config:
+    text = configuration("dbname=nowhere").replace("127.0.0.1:0", f"{host}:{port}")
+    return parse(text, {}, where="the test's configuration")
+
+
+async def embed(name: str, text: str) -> tuple[str, list[float]]:
+    if text == "refused":
+        raise EmbedderUnavailable("busy")
+    return SPEC.model, [float(len(text)), 0.5]
+
+
+async def test_a_worker_embeds_a_query_for_an_index_of_its_model() -> None:
+    async with serving(View(), app=endpoints.make_app(View(), embed=embed)) as client:
+        config = config_of(client.port)
+        assert await embedded_by_worker(config, "fake", SPEC.model, "four") == [4.0, 0.5]
+        assert await embedded_by_worker(config, "fake", "another model", "four") is None
+        assert await embedded_by_worker(config, "fake", SPEC.model, "refused") is None
+        everywhere = config_of(client.port, "0.0.0.0")
+        assert await embedded_by_worker(everywhere, "fake", SPEC.model, "four") == [4.0, 0.5]
+
+
+async def test_questions_are_embedded_by_a_worker_that_embeds_all_of_them() -> None:
+    async with serving(View(), app=endpoints.make_app(View(), embed=embed)) as client:
+        config = config_of(client.port)
+        vectors = await questions_by_worker(config, SPEC, {"q1": "one", "q2": "three"})
+        assert vectors == {"q1": [3.0, 0.5], "q2": [5.0, 0.5]}
+        assert await questions_by_worker(config, SPEC, {"q1": "one", "q2": "refused"}) is None
+
+
+async def test_without_a_worker_that_answers_there_is_no_vector_and_nothing_remembered() -> None:
+    for port in (0, 1):  # any free port, which nobody knows; and one where nobody listens
+        assert await embedded_by_worker(config_of(port), "fake", SPEC.model, "four") is None
+        assert await remembered_by_worker(config_of(port), STATUS) == STATUS
+
+
+async def test_a_status_has_what_the_worker_that_runs_remembers() -> None:
+    async with serving(View()) as client:
+        found = await remembered_by_worker(config_of(client.port), STATUS)
+        assert found.page == f"http://127.0.0.1:{client.port}/"
+        other = msgspec.structs.replace(STATUS, worker=WorkerStatus("other:1", True, None))
+        assert await remembered_by_worker(config_of(client.port), other) == other
+        stopped = msgspec.structs.replace(STATUS, worker=WorkerStatus("host:42", False, None))
+        assert await remembered_by_worker(config_of(client.port), stopped) == stopped
+
+
+@pytest.mark.parametrize("content", [b"not JSON", b"{}", b"[1, 2]"])
+async def test_an_answer_of_something_else_on_that_port_is_no_answer(content: bytes) -> None:
+    async def answer(request: Request) -> Response:
+        return Response(content, media_type="application/json")
+
+    app: Any = Starlette(routes=[Route("/{path}", answer, methods=["GET", "POST"])])
+    async with serving(View(), app=app) as client:
+        assert await embedded_by_worker(config_of(client.port), "fake", SPEC.model, "four") is None
+        assert await remembered_by_worker(config_of(client.port), STATUS) == STATUS
+
+
+async def test_events_of_the_worker_are_shown_and_indexes_that_it_does_not_know_stay_as_they_are() -> None:
+    event = Event("it was paused", "bad", datetime.now(UTC))
+    told = msgspec.structs.replace(STATUS, events=[event], indexes={})
+
+    async def answer(request: Request) -> Response:
+        return Response(msgspec.json.encode(told), media_type="application/json")
+
+    app: Any = Starlette(routes=[Route("/status", answer)])
+    async with serving(View(), app=app) as client:
+        found = await remembered_by_worker(config_of(client.port), STATUS)
+    assert (found.events, found.indexes) == ([event], STATUS.indexes)
