@@ -192,10 +192,12 @@ def column_faults(name: str, index: Index, documents: Documents | None, table: T
 
 
 def named_back(called: QualifiedName, name: QualifiedName) -> str:
-    """Return the statement that gives a table the name back that it had."""
-    if called.schema == name.schema:
-        return f"ALTER TABLE {called} RENAME TO {quote(name.name)}"
-    return f"ALTER TABLE {called} SET SCHEMA {quote(name.schema)}"
+    """Return the statements that give a table the name back that it had."""
+    renamed = QualifiedName(called.schema, name.name)
+    statements = [] if called == renamed else [f"ALTER TABLE {called} RENAME TO {quote(name.name)}"]
+    if called.schema != name.schema:
+        statements.append(f"ALTER TABLE {renamed} SET SCHEMA {quote(name.schema)}")
+    return "; ".join(statements)
 
 
 def _related_meant(name: str, index: Index, column: str, table: Table) -> str | None:
