@@ -62,7 +62,7 @@ def test_an_index_with_another_generation_has_its_vectors_and_its_graph() -> Non
         **{"generation": 2, "model": "another", "dimensions": 5, "vector_type": "halfvec", "m": 24},
     )
     found = other.spec(spec)
-    assert (found.generation, found.model, found.dimensions, found.vector_type) == (2, "another", 5, "halfvec")
+    assert (found.generation, found.model, found.dimensions, found.vector_type) == (2, "another", 5, "halfvec(5)")
     assert (found.config.hnsw.m, found.config.hnsw.ef_construction) == (24, 32)
     assert other.built_like(found.config.hnsw)
     assert not other.built_like(spec.config.hnsw)
