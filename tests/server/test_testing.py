@@ -6,10 +6,12 @@ import pytest
 
 from cdcsync.config import HashEmbedder
 from cdcsync.errors import SetupError
-from cdcsync.testing import Work
+from cdcsync.testing import Work, cdcsync_worker
 from tests.support.articles import read
 from tests.support.configs import configuration
 from tests.support.servers import Database
+
+__all__ = ["cdcsync_worker"]
 
 pytestmark = pytest.mark.server
 

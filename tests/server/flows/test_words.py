@@ -57,8 +57,8 @@ async def test_an_index_is_counted_at_first_and_again_when_a_tenth_of_it_was_wri
 
     async with counting(target, filled):
         await until(lambda: is_(100))
-        await written(filled, 100, 11)
-        await until(lambda: is_(111))
+        await written(filled, 100, 20)
+        await until(lambda: is_(120))
 
 
 async def test_what_a_worker_before_it_counted_is_not_counted_again(

@@ -5,15 +5,13 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from psycopg import conninfo, sql
 
-from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.postgres.sessions import Connection
 from cdcsync.target import evaluations
 from cdcsync.target.evaluations import Evaluation, Measured
 from tests.support import relations
 from tests.support.indexes import SCHEMA
 from tests.support.relations import rows
-from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -63,25 +61,3 @@ async def test_what_was_measured_of_a_generation_is_forgotten_with_it(registered
     assert len(await stored(registered)) == 2
     await evaluations.forget(registered, SCHEMA, "articles", 1)
     assert await stored(registered) == []
-
-
-async def test_where_nothing_can_be_written_the_reason_is_told(registered: Connection, target: Database) -> None:
-    reading = conninfo.make_conninfo(target.dsn, options="-c default_transaction_read_only=on")
-    async with await connect(reading, "target") as session:
-        assert await evaluations.store(session, SCHEMA, measured(40)) == "this server or session only reads"
-
-    role = sql.Identifier(f"{target.name}_reader")
-    await registered.execute(sql.SQL("CREATE ROLE {}").format(role))
-    try:
-        await registered.execute(sql.SQL("GRANT USAGE ON SCHEMA cdcsync TO {}").format(role))
-        await registered.execute(sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA cdcsync TO {}").format(role))
-        async with await connect(target.dsn, "target") as session:
-            await session.execute(sql.SQL("SET ROLE {}").format(role))
-            note = await evaluations.store(session, SCHEMA, measured(40))
-        assert note == "this role may not write cdcsync.evaluations"
-    finally:
-        await registered.execute(sql.SQL("DROP OWNED BY {}").format(role))
-        await registered.execute(sql.SQL("DROP ROLE {}").format(role))
-
-    await registered.execute("DROP TABLE cdcsync.evaluations")  # as an older version left it
-    assert "a worker of this version creates it" in str(await evaluations.store(registered, SCHEMA, measured(40)))

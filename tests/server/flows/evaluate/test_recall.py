@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
-from psycopg import sql
+from psycopg import conninfo, sql
 
 from cdcsync.cli import main
 from cdcsync.config.sections import Hnsw
@@ -440,15 +440,6 @@ async def test_where_nothing_can_be_written_it_is_measured_all_the_same(database
 
 
 # -- the command and the worker -------------------------------------------------------------------------------------
-
-
-async def stored(connection: Connection, schema: str = SCHEMA) -> Sequence[tuple[Any, ...]]:
-    cursor = await connection.execute(
-        sql.SQL("SELECT generation, k, ef_search, usual, queries, recall FROM {} ORDER BY 1, 2, 3").format(
-            sql.Identifier(schema, "evaluations")
-        )
-    )
-    return await cursor.fetchall()
 
 
 def command(*arguments: str | Path) -> int:
