@@ -12,7 +12,7 @@ from cdcsync.flows.setup.indexes import drop_generations
 from cdcsync.postgres.sessions import speaking_of
 from cdcsync.target.generations import Generations
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.registry import Registry
+from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.search import stored_spec
 
 POLL_S = 0.2
@@ -24,7 +24,8 @@ async def drop(config: Config, index: str, generation: int) -> int:
 
     A running worker has to release it first; without one, it is dropped here.
 
-    :raises SetupError: there is no such generation, or it is live by now.
+    :raises SetupError: there is no such generation, or it is live by now; or the index is paused, so that a running
+        worker lets go of it only later.
     """
     schema = config.target.schema
     async with opened(config, index) as (connection, _):
@@ -48,5 +49,19 @@ async def drop(config: Config, index: str, generation: int) -> int:
                     spec = await stored_spec(connection, schema, index, config.index_named(index))
                     await drop_generations(connection, schema, spec)
                 else:
+                    _require_followed(await Registry(schema).find(connection, index), generation)
                     await anyio.sleep(POLL_S)
     return other.generation
+
+
+def _require_followed(entry: Entry | None, generation: int) -> None:
+    """Refuse to wait for a worker that has nothing to do with an index until it is resumed.
+
+    :raises SetupError: it is paused.
+    """
+    if entry is not None and entry.state == "paused":
+        raise SetupError(
+            f"the index is paused; the worker drops generation {generation} once it follows the index again",
+            where=f"index {entry.name}",
+            hint="correct what `cdcsync status` says of it; or stop the worker, and run this again",
+        )

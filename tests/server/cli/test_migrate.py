@@ -128,3 +128,11 @@ def test_what_cannot_begin_is_refused_with_what_to_do(
     assert "mine" in refused("activate")
     assert pipeline.answer("status")["indexes"]["articles"]["generation"] == 1
     assert "drop removes generation 2 of articles (new, vector(64), ready) with all its vectors." in refused("drop")
+    # The worker has nothing to do with an index that is paused: the command does not wait for it without an end.
+    pipeline.source.execute("ALTER TABLE articles RENAME TO away")
+    paused = "SELECT state = 'paused' FROM cdcsync.indexes"
+    until(lambda: pipeline.target.execute(paused).fetchone() == (True,), pipeline.tail)
+    assert "the worker drops generation 2 once it follows the index again" in refused("drop", "--yes")
+    pipeline.source.execute("ALTER TABLE away RENAME TO articles")
+    gone = "SELECT count(*) = 0 FROM cdcsync.generations WHERE generation = 2"
+    until(lambda: pipeline.target.execute(gone).fetchone() == (True,), pipeline.tail)
