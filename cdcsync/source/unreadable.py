@@ -28,11 +28,14 @@ _OWN_WORDS = ("38", "39", "P0")
 
 _DAMAGED = "XX001"
 
+_SYNTAX = "42601"
+"""Of a text that is read as a tsquery or an ltree, which the message quotes. A condition's own syntax was examined."""
+
 
 def of_a_row(error: psycopg.Error) -> bool:
     """Say whether an error may be due to a single row that a statement reads, so that others can be read without it."""
     code = error.sqlstate or ""
-    return code[:2] in _CLASSES or code == _DAMAGED
+    return code[:2] in _CLASSES or code in (_DAMAGED, _SYNTAX)
 
 
 async def read_apart(
@@ -58,5 +61,6 @@ async def read_apart(
 
 
 def _reason(error: psycopg.Error) -> str:
-    said = f": {without_values(error)}" if (error.sqlstate or "")[:2] not in _OWN_WORDS else ""
-    return f"the source fails to read the row: {type(error).__name__} ({error.sqlstate}){said}"
+    code = error.sqlstate or ""
+    said = "" if code[:2] in _OWN_WORDS or code == _SYNTAX else f": {without_values(error)}"
+    return f"the source fails to read the row: {type(error).__name__} ({code}){said}"

@@ -43,6 +43,7 @@ CASES = {
         "UPDATE {t} SET n = 2",
         "UPDATE {t} SET n = 1",
     ),
+    "parsing": Case("note::tsquery IS NOT NULL", "UPDATE {t} SET note = 'two words'", "UPDATE {t} SET note = 'word'"),
     "related": Case(
         "",
         "INSERT INTO parts SELECT id, 'broken', 0 FROM {t}",
@@ -108,7 +109,7 @@ def costs_only(scene: Scene, name: str, bad: set[str]) -> bool:
     "name",
     [
         *("divided", "raising", "related"),
-        *(pytest.param(name, marks=pytest.mark.proof) for name in ("casting", "two_rows")),
+        *(pytest.param(name, marks=pytest.mark.proof) for name in ("casting", "two_rows", "parsing")),
     ],
 )
 def test_a_row_that_the_source_fails_to_read_is_listed_and_the_others_stay_right(failing: Scene, name: str) -> None:
