@@ -15,6 +15,7 @@
     machine      this machine's disk and network
     connections  how many connections the servers have left
     poolers      whether a pooler lies between us and a server, and whether that matters
+    hosts        whether a DSN of several hosts leads to the primary only
     report       `Report`, `refuse`
     examination  `examine`, all of it in order
 

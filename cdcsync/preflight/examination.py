@@ -21,6 +21,7 @@ from cdcsync.preflight.families import followed_catalog, left_out_findings
 from cdcsync.preflight.findings import Finding, noting
 from cdcsync.preflight.following import following_findings, seen_fingerprint
 from cdcsync.preflight.generations import follow_generations, live_generation, wish_findings
+from cdcsync.preflight.hosts import connection_options, host_faults
 from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults, vector_faults
 from cdcsync.preflight.layout import examine_layout
 from cdcsync.preflight.machine import machine_findings
@@ -98,6 +99,7 @@ async def _connect_both(
 
 
 async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[Finding]) -> Connection | None:
+    findings += host_faults(side, connection_options(dsn))
     try:
         connection = await stack.enter_async_context(await connect(dsn, side, application_name="cdcsync check"))
         with speaking_of(side):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
 from tests.support.outages import MakeSimple, configure, stops_at_the_gap_and_heals
+from tests.support.proxies import Proxy
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
 
@@ -158,27 +159,29 @@ def test_a_promoted_standby_that_lacks_what_is_indexed_is_a_gap(
     stops_at_the_gap_and_heals(pipeline, "branched off at")
 
 
-def test_a_worker_waits_for_the_promotion_of_a_standby_that_it_reaches_first(
+def test_a_worker_waits_for_the_promotion_of_a_standby_that_its_address_leads_to(
     make_pair: MakePair, database: Database, make_simple: MakeSimple
 ) -> None:
-    # As with an address that moves to the standby before it is promoted: what it says of the slot is not a gap.
+    # The address moves to the standby before that is promoted: what it says of the slot is not a gap.
     primary, standby = make_pair({"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": ""})
-    dsn = f"host=127.0.0.1,127.0.0.1 port={primary.port},{standby.port} user=postgres dbname=postgres"
-    pipeline = make_simple(dsn, database.dsn)
-    worker = pipeline.start()
-    pipeline.live()
-    until_the_standby_has_the_slot(pipeline, standby)
-    primary.kill()
-    until(
-        lambda: any("is a standby just now" in event.get("error", "") for event in pipeline.events()),
-        pipeline.tail,
-    )
-    standby.promote()
-    pipeline.connect_source()
-    pipeline.source.execute("UPDATE articles SET title = 'after the failover' WHERE id % 2 = 0")
+    with closing(Proxy(primary.port)) as address:
+        pipeline = make_simple(f"host=127.0.0.1 port={address.port} user=postgres dbname=postgres", database.dsn)
+        worker = pipeline.start()
+        pipeline.live()
+        until_the_standby_has_the_slot(pipeline, standby)
+        address.move(standby.port)
+        primary.kill()
+        until(
+            lambda: any("is a standby just now" in event.get("error", "") for event in pipeline.events()),
+            pipeline.tail,
+        )
+        standby.promote()
+        pipeline.connect_source()
+        pipeline.source.execute("UPDATE articles SET title = 'after the failover' WHERE id % 2 = 0")
 
-    pipeline.in_step()
-    assert worker.poll() is None
+        pipeline.in_step()
+        assert worker.poll() is None
+        pipeline.stop(worker)
 
 
 def test_a_backfill_does_not_wait_for_transactions_that_a_failover_lost(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import psycopg
 import pytest
-from psycopg import pq
+from psycopg import conninfo, pq
 
 from cdcsync.demo.cluster import Cluster
 from cdcsync.postgres.sessions import connect
@@ -55,6 +55,20 @@ async def test_a_standby_is_refused_as_source_and_as_target(cluster: Cluster) ->
         ("source", True),
         ("target", True),
     ]
+
+
+async def test_a_dsn_of_several_hosts_that_lets_a_standby_in_is_refused_whichever_answers(cluster: Cluster) -> None:
+    with psycopg.connect(cluster.dsn(), autocommit=True) as connection:
+        connection.execute(f"{ARTICLES}; CREATE EXTENSION IF NOT EXISTS vector")
+    with cluster.standby() as standby:
+        ports = f"{cluster.port},{standby.port}"
+        dsn = conninfo.make_conninfo(cluster.dsn(), host="127.0.0.1,127.0.0.1", port=ports)
+        refused = await examined(configured(dsn, f"{dsn} target_session_attrs=prefer-standby"))
+        primary = f"{dsn} target_session_attrs=read-write"
+        accepted = await examined(configured(primary, primary))
+    assert [finding.where for finding in refused.errors if finding.where.endswith(".dsn")] == ["source.dsn", "target.dsn"]
+    assert all("target_session_attrs=read-write" in str(one.hint) for one in refused.errors[:1])
+    assert accepted.errors == []
 
 
 async def test_a_role_without_replication_is_told_how_to_get_it(lone_database: Database, role: Role) -> None:

@@ -1,0 +1,43 @@
+"""Which DSNs may lead to a standby although the primary can be reached."""
+
+from __future__ import annotations
+
+import pytest
+
+from cdcsync.preflight.hosts import connection_options, host_faults
+
+SEVERAL = "postgresql://a,b/app"
+
+
+@pytest.mark.parametrize(
+    ("dsn", "refused"),
+    [
+        pytest.param(SEVERAL, True, id="several hosts"),
+        pytest.param("host=a,b dbname=app", True, id="several hosts as pairs"),
+        pytest.param("hostaddr=127.0.0.1,127.0.0.2 dbname=app", True, id="several addresses"),
+        pytest.param(f"{SEVERAL}?target_session_attrs=any", True, id="any"),
+        pytest.param(f"{SEVERAL}?target_session_attrs=prefer-standby", True, id="a standby rather"),
+        pytest.param(f"{SEVERAL}?target_session_attrs=standby", True, id="a standby only"),
+        pytest.param(f"{SEVERAL}?target_session_attrs=read-only", True, id="read-only"),
+        pytest.param(f"{SEVERAL}?target_session_attrs=read-write", False, id="read-write"),
+        pytest.param(f"{SEVERAL}?target_session_attrs=primary", False, id="a primary only"),
+        pytest.param("postgresql://a/app", False, id="one host"),
+        pytest.param("", False, id="no host"),
+        pytest.param("not a dsn", False, id="a faulty one, which has an error of its own"),
+    ],
+)
+def test_several_hosts_need_an_attribute_that_only_a_primary_has(dsn: str, refused: bool) -> None:
+    found = list(host_faults("target", connection_options(dsn)))
+
+    assert bool(found) is refused
+    for one in found:
+        assert one.where == "target.dsn"
+        assert "target_session_attrs=read-write in target.dsn" in str(one.hint)
+
+
+def test_the_environment_names_hosts_and_attributes_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGHOST", "a,b")
+    assert list(host_faults("source", connection_options("dbname=app")))
+    assert not list(host_faults("source", connection_options("host=c")))
+    monkeypatch.setenv("PGTARGETSESSIONATTRS", "read-write")
+    assert not list(host_faults("source", connection_options("dbname=app")))
