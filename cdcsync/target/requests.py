@@ -28,8 +28,9 @@ Kind = Literal["initial", "replay", "resync", "verify", "compare", "related"]
 A comparison compares the whole index with its source, and replays the differences."""
 Phase = Literal["rows", "orphans"]
 RequestAction = Literal["pause", "resume", "cancel"]
-Problem = Literal["missing", "stale", "orphaned", "carried", "undecided"]
-"""How a document can differ from its row; undecided is what changed each time that it was looked at."""
+Problem = Literal["missing", "stale", "orphaned", "carried", "failed", "undecided"]
+"""How a document can differ from its row: failed is one that cannot be made, and is not there; undecided what changed
+each time that it was looked at."""
 
 DDL: tuple[LiteralString, ...] = (
     """
@@ -83,10 +84,12 @@ DDL: tuple[LiteralString, ...] = (
     CREATE TABLE IF NOT EXISTS {schema}.differences (
         backfill_id bigint NOT NULL REFERENCES {schema}.backfills ON DELETE CASCADE,
         key text[] NOT NULL,
-        problem text NOT NULL CHECK (problem IN ('missing', 'stale', 'orphaned', 'carried', 'undecided')),
+        problem text NOT NULL,
         PRIMARY KEY (backfill_id, key)
     )
     """,
+    # Earlier versions held the problems to a list that could not be added to.
+    "ALTER TABLE {schema}.differences DROP CONSTRAINT IF EXISTS differences_problem_check",
     "COMMENT ON TABLE {schema}.differences IS 'cdcsync: what a verification found to differ from the source.'",
     "CREATE INDEX IF NOT EXISTS backfills_open ON {schema}.backfills (index_name, id) "
     "WHERE state IN ('requested', 'running', 'paused')",

@@ -81,10 +81,8 @@ async def source_digests(
 async def _digests_apart(
     connection: Connection, spec: IndexSpec, after: Key | None, limit: int, keys: Sequence[Key] | None
 ) -> Digests:
-    """Return the digests of one table.
-
-    If the server fails at a row, the whole page has digests of no document: its rows are compared one by one.
-    """
+    """Return the digests of one table. Rows at which the server fails have digests of no document."""
+    limit = min(limit, MADE_HERE_ROWS) if spec.documents.by_code and keys is None else limit
     try:
         return await _table_digests(connection, spec, after, limit, keys)
     except psycopg.Error as error:
@@ -95,14 +93,32 @@ async def _digests_apart(
     readable = [spec.shape.key_of(row) for row in page.rows]
     following = page.last or (readable[-1] if readable else after)
     last = len(readable) < limit and not page.more
-    return Digests(dict.fromkeys([*readable, *page.unread], NO_DOCUMENT), [], following, last)
+    found = Digests(dict.fromkeys([*readable, *page.unread], NO_DOCUMENT), [], following, last)
+    if not readable:
+        return found
+    try:
+        whole = await _table_digests(connection, spec, None, len(readable), list(dict.fromkeys(readable)), apart=True)
+    except psycopg.Error as error:
+        if not of_a_row(error):
+            raise
+        return found  # another row fails by now, or the digest itself: all are compared one by one
+    return msgspec.structs.replace(found, by_key=found.by_key | whole.by_key)
 
 
 async def _table_digests(
-    connection: Connection, spec: IndexSpec, after: Key | None, limit: int, keys: Sequence[Key] | None
+    connection: Connection,
+    spec: IndexSpec,
+    after: Key | None,
+    limit: int,
+    keys: Sequence[Key] | None,
+    *,
+    apart: bool = False,
 ) -> Digests:
+    """Return the digests of one table's rows.
+
+    :param apart: whether conditions are not even asked of rows without one of these keys, each of which is one row's.
+    """
     by_code = spec.documents.by_code
-    limit = min(limit, MADE_HERE_ROWS) if by_code and keys is None else limit
     columns: list[sql.Composable] = [sql.Identifier("t", name) for name in spec.shape.key]
     types = list(enumerate(spec.source_key_types, start=1))
     operators = await comparisons(connection, spec.source_key_types)
@@ -113,26 +129,33 @@ async def _table_digests(
     arguments: list[object] = []
     arguments += (after or ())[fixed:]
     above: sql.Composable = sql.SQL("")
+    rows_of = published(spec)
     if keys is not None:
         arguments = [[key[at] for key in keys] for at in range(len(columns))]
-        above = sql.SQL("WHERE EXISTS (SELECT FROM unnest({}) AS w({}) WHERE {})").format(
+        # A condition's bare names can be no column of these.
+        places = [sql.Identifier("w", f"cdcsync key {at}") for at, _ in types]
+        wanted = sql.SQL("unnest({}) AS w({})").format(
             sql.SQL(", ").join(sql.SQL(f"${at}::text[]") for at, _ in types),
-            sql.SQL(", ").join(sql.SQL(f"k{at}") for at, _ in types),
-            sql.SQL(" AND ").join(
-                sql.SQL("{} {} w.k" + f"{at}::{type_}").format(column, one.equal)
-                for column, one, (at, type_) in zip(columns, operators, types, strict=True)
-            ),
+            sql.SQL(", ").join(sql.Identifier(f"cdcsync key {at}") for at, _ in types),
         )
+        same = sql.SQL(" AND ").join(
+            sql.SQL("{} {} {}::" + type_).format(column, one.equal, place)
+            for column, one, place, (_, type_) in zip(columns, operators, places, types, strict=True)
+        )
+        if apart:
+            rows_of = published(spec, sql.SQL("JOIN {} ON {}").format(wanted, same), same)
+        else:
+            above = sql.SQL("WHERE EXISTS (SELECT FROM {} WHERE {})").format(wanted, same)
     elif after is not None:
         values = [sql.SQL(f"${at - fixed}::text::{type_}") for at, type_ in types[fixed:]]
         above = sql.SQL("WHERE {}").format(follows(columns[fixed:], values, operators[fixed:]))
     ordered = sql.SQL(", ").join(columns[fixed:])
-    read = sql.SQL("{} AS t {} ORDER BY {} LIMIT {}").format(published(spec), above, ordered, sql.Literal(limit))
+    read = sql.SQL("{} AS t {} ORDER BY {} LIMIT {}").format(rows_of, above, ordered, sql.Literal(limit))
     if spec.documents.related:
         own = sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.own)
         equal = await related_operators(connection, spec.facts)
         rows_read = sql.SQL("SELECT {} FROM {}").format(own, read)
-        whole = computed(rows_read, spec.shape, spec.documents.related, spec.facts, equal)
+        whole = computed(rows_read, spec.shape, spec.documents.related, spec.facts, equal, apart=apart)
         read = sql.SQL("{} AS t ORDER BY {}").format(whole, ordered)
     parts: dict[str, sql.Composable] = {
         "ordered": ordered,
@@ -151,7 +174,7 @@ async def _table_digests(
         found = await anyio.to_thread.run_sync(_made_here, spec, rows)
     else:
         blank = WHITE_SPACE if connection.info.parameter_status("server_encoding") == "UTF8" else " \t\n\v\f\r"
-        places = [sql.Identifier(f"k{at}") for at in range(len(columns))]
+        named = [sql.Identifier(f"k{at}") for at in range(len(columns))]
         rows = await fetch_texts(
             connection,
             sql.SQL(
@@ -164,9 +187,9 @@ async def _table_digests(
                 **parts,
                 blank=sql.Literal(blank),
                 digest=digest("r.key_text", "r.carried_text", "r.document_hash"),
-                listed=sql.SQL(", ").join(sql.SQL("r.{}").format(place) for place in places),
+                listed=sql.SQL(", ").join(sql.SQL("r.{}").format(name) for name in named),
                 keys=sql.SQL(", ").join(
-                    sql.SQL("{} AS {}").format(key, place) for key, place in zip(columns, places, strict=True)
+                    sql.SQL("{} AS {}").format(key, name) for key, name in zip(columns, named, strict=True)
                 ),
                 document=sql.SQL(spec.documents.sql(lambda name: f"t.{quote(name)}")),
                 document_hash=sql.SQL(spec.documents.hash_sql(lambda name: f"t.{quote(name)}")),
@@ -208,12 +231,20 @@ async def differing(target: Connection, schema: str, spec: IndexSpec, source: Di
     return [key for key, one in source.by_key.items() if stored.get(key) != one]
 
 
-def published(spec: IndexSpec) -> sql.Composable:
-    """Return SQL of the rows that the index has, as a subquery; the role may be allowed no other columns."""
-    filter_ = sql.SQL("(" + spec.condition + ")") if spec.condition else sql.SQL("true")
+def published(
+    spec: IndexSpec, joined: sql.Composable = sql.SQL(""), apart: sql.Composable | None = None
+) -> sql.Composable:
+    """Return SQL of the rows that the index has, as a subquery; the role may be allowed no other columns.
+
+    :param joined: what the table is joined to.
+    :param apart: the condition of that; nothing else is asked of rows that it does not hold for.
+    """
+    filter_: sql.Composable = sql.SQL("(" + spec.condition + ")") if spec.condition else sql.SQL("true")
+    if apart is not None:
+        filter_ = sql.SQL("CASE WHEN {} THEN {} END").format(apart, filter_)
     table = sql.Identifier(spec.shape.table.schema, spec.shape.table.name)
     columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.own)
-    return sql.SQL("(SELECT {} FROM {} AS t WHERE {})").format(columns, table, filter_)
+    return sql.SQL("(SELECT {} FROM {} AS t {} WHERE {})").format(columns, table, joined, filter_)
 
 
 def _selected(spec: IndexSpec, key: Sequence[sql.Composable]) -> list[sql.Composable]:

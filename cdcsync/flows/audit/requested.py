@@ -114,7 +114,8 @@ async def _compare(source: Connection, target: Connection, schema: str, spec: In
     findings = await verify(source, target, schema, spec, to_the_end=False)
     found = findings.verification
     if not found.equal:
-        log.error("index_differed", index=spec.name, differences=found.differences)
+        say = log.error if found.wrong else log.warning
+        say("index_differed", index=spec.name, differences=found.differences)
         await repair(target, schema, spec, findings)
     log.info("compared", index=spec.name, documents=found.documents, seconds=found.seconds)
     return found.documents

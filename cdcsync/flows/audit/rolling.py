@@ -33,6 +33,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session, speaking_of
 from cdcsync.source.many import source_table
 from cdcsync.target.audits import Audits, Place
+from cdcsync.target.failures.documents import unlisted_among
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
 
@@ -223,7 +224,8 @@ class RollingAudit:
         """Find out about the suspects so far, have what differs read again, and store the place."""
         spec, found = one.spec, one.faults
         suspects = await self._looked_at_again(source, target, spec, one.suspects)
-        for problem, keys in (await compared(target, self._schema, spec, suspects)).items():
+        compared_now = await compared(target, self._schema, spec, suspects)
+        for problem, keys in compared_now.items():
             found.setdefault(problem, []).extend(keys)
         one.candidates += len(suspects)
         one.undecided += len(found.pop(UNDECIDED, ()))
@@ -244,12 +246,21 @@ class RollingAudit:
             )
             crash_point("audit advanced")
         found.pop(REPEATED, None)  # reading again would not tell which of the rows is meant
+        await self._list(target, spec, compared_now.get(FAILED, []))
         if found or one.orphaned:
             one.differing += sum(differences.values())
             whole = as_a_whole(one.differing, one.documents)
             one.differing *= not whole
             await repair_found(target, self._schema, spec, found, whole=whole, vectors_orphaned=bool(one.orphaned))
         one.suspects, one.faults, one.rows, one.orphaned, one.noted = [], {}, 0, 0, anyio.current_time()
+
+    async def _list(self, target: Connection, spec: IndexSpec, failed: Sequence[Key]) -> None:
+        """See that rows without a document are listed, where `status` and `failures` find them."""
+        with speaking_of("target"):
+            unlisted = await unlisted_among(target, self._schema, spec.name, failed)
+        if unlisted:
+            log.warning("failures_unlisted", index=spec.name, rows=len(unlisted))
+            await repair_found(target, self._schema, spec, {FAILED: unlisted}, whole=False, vectors_orphaned=False)
 
     async def _looked_at_again(
         self, source: Connection, target: Connection, spec: IndexSpec, suspects: Sequence[Key]
@@ -298,12 +309,10 @@ class RollingAudit:
 def report(found: Verification, metrics: Metrics) -> None:
     """Show in metrics and log what a comparison found."""
     # Rows and texts that have failed have gauges of their own: the index is as right as it can be.
-    failed = found.differences.get(FAILED, 0)
-    differences = sum(found.differences.values()) - failed + found.vectors_orphaned
-    metrics.verify_differences.labels(found.index).set(differences)
+    metrics.verify_differences.labels(found.index).set(found.wrong)
     metrics.verify_finished.labels(found.index).set(found.finished_at.timestamp())
     metrics.verify_seconds.labels(found.index).set(found.seconds)
-    say = log.error if differences else log.warning if failed else log.info
+    say = log.error if found.wrong else log.warning if found.differences else log.info
     say(
         "verified",
         index=found.index,

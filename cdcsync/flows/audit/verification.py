@@ -14,6 +14,7 @@ import structlog
 
 from cdcsync.crashpoints import crash_point
 from cdcsync.flows.audit.comparison import (
+    FAILED,
     START,
     UNDECIDED,
     EnsureWorker,
@@ -76,6 +77,12 @@ class Verification(msgspec.Struct, frozen=True):
     seconds: float
     finished_at: datetime
     missing: tuple[str, ...] = ()
+
+    @property
+    def wrong(self) -> int:
+        """How many documents and vectors are not as they can be: what has failed is."""
+        failed = self.differences.get(FAILED, 0)
+        return sum(self.differences.values()) - failed + self.vectors_orphaned
 
     @classmethod
     def of_nothing(cls, index: str, missing: tuple[str, ...]) -> Self:

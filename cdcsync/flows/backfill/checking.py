@@ -45,13 +45,16 @@ async def check(
 
 
 def difference(spec: IndexSpec, row: Entry, stored: tuple[Row, bytes] | None) -> Problem | None:
-    """Say how the index differs for one key; a document of white space alone has no place in it."""
+    """Say how the index differs for one key; a document of white space alone has no place in it.
+
+    Nor has a row that no document can be made of: that it is not there is all that can be done, and no difference.
+    """
     if isinstance(row, Unread):
-        return "missing" if stored is None else "stale"
+        return "failed" if stored is None else "stale"
     try:
         made = None if row is None else spec.render(row)
-    except DocumentError:  # left out of the index, where it should be
-        return "missing" if stored is None else "stale"
+    except DocumentError:
+        return "failed" if stored is None else "stale"
     if row is None or made is None or not made.text.strip(WHITE_SPACE):
         return None if stored is None else "orphaned"
     if stored is None:

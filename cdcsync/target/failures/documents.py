@@ -199,6 +199,15 @@ async def failed_among(connection: Connection, schema: str, index: str, keys: Se
     return {key for row in await cursor.fetchall() if (key := tuple(cast(list[str], row[0]))) in wanted}
 
 
+async def unlisted_among(connection: Connection, schema: str, index: str, keys: Sequence[Key]) -> list[Key]:
+    """Return those keys of failed documents that the index does not list, although it has room for them."""
+    listed = await failed_among(connection, schema, index, keys)
+    left = [key for key in keys if key not in listed]
+    if left and (await count_failed(connection, schema)).get(index, Listed()).unlisted:
+        return []
+    return left
+
+
 async def count_failed(connection: Connection, schema: str) -> dict[str, Listed]:
     """Return what each index of a schema lists, those that list nothing left out."""
     cursor = await connection.execute(
