@@ -22,7 +22,7 @@ from cdcsync.errors import SchemaChanged
 from cdcsync.lsn import Lsn
 from cdcsync.model.links import Touch, Values
 from cdcsync.model.rows import Change, Delete, Key, Shape, Truncation, UnreadRow, Upsert, complete, fill
-from cdcsync.model.transactions import Committed
+from cdcsync.model.transactions import Committed, Part
 
 ROW_OVERHEAD_BYTES = 200
 """Memory that a row takes besides its text: two tuples, the change, a dictionary entry, string headers."""
@@ -185,6 +185,9 @@ class Batch:
         self.marks: list[str] = []
         self.paused: dict[str, SchemaChanged] = {}
         """Why indexes stop following their tables here; committed with the position, so that it cannot be forgotten."""
+        self.parts: set[Part] = set()
+        """Partitions that have rows here, or had some before; committed with the rows, and nothing to apply by
+        themselves."""
         self.rows = 0
         self.bytes = 0
         self.transactions = 0

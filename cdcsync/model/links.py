@@ -102,6 +102,7 @@ class LinkProjection:
                 passing=True,
             )
         self.shape = link.shape
+        self.table = link.table
         self._link = link
         self._values = picker([positions[name] for name in link.columns])
 

@@ -186,6 +186,7 @@ class Projection:
                 passing=True,
             )
         self.shape = shape
+        self.table = shape.table
         made = {*shape.computed, SOURCE_TABLE} if shape.many else shape.computed
         positions |= dict.fromkeys(made, len(relation.columns))
         constant = shape.source if shape.many else UNCHANGED

@@ -8,7 +8,10 @@ The rules:
 3. Relation messages belong to the connection. A new connection needs a new assembler.
 4. The stream tells tables apart by OID and the configuration by name. When a name passes from one to another, or a
    table loses what an index needs, that index is lost: it would miss changes, or mix two tables. The others continue.
-5. Marks are logical messages under our prefix, written inside a transaction of their own: each is delivered after every
+5. The rows of a partition come under its root's OID. That it is one is told by what precedes its first row: the
+   descriptions of the root and of the partition. An index remembers it as a part of its table, as it may be gone by the
+   time that somebody looks at the catalog.
+6. Marks are logical messages under our prefix, written inside a transaction of their own: each is delivered after every
    transaction that committed before it.
 
 Source: PostgreSQL, "Logical Streaming Replication Protocol"; src/backend/replication/pgoutput/pgoutput.c.
@@ -16,7 +19,7 @@ Source: PostgreSQL, "Logical Streaming Replication Protocol"; src/backend/replic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -87,7 +90,15 @@ class Lost(msgspec.Struct, frozen=True):
     error: SchemaChanged
 
 
-Event = Began | Change | Touch | Mark | Committed | Lost
+class Part(msgspec.Struct, frozen=True):
+    """A partition of a table that an index reads has rows in the stream."""
+
+    index: str
+    table: QualifiedName
+    oid: int
+
+
+Event = Began | Change | Touch | Mark | Committed | Lost | Part
 
 NOTHING: tuple[Event, ...] = ()
 
@@ -116,6 +127,8 @@ class Assembler:
         self._oids: dict[tuple[str, str], int] = {}
         self._types: dict[tuple[str, int | None], dict[str, tuple[int, int]]] = {}
         self._lost: set[str] = set()
+        self._newest: tuple[int | None, int] | None = None
+        """The last two tables that were described, while no change followed."""
         self._xid: int | None = None
         self._lsn = 0
         self._skipping = False
@@ -142,6 +155,7 @@ class Assembler:
                 return self._describe(message)
             case Truncate():
                 xid = self._inside("Truncate")
+                self._newest = None
                 if not self._skipping:
                     return [
                         projection.truncated(xid, self._lsn)
@@ -160,6 +174,7 @@ class Assembler:
     def _describe(self, relation: Relation) -> Sequence[Event]:
         """Find each index's columns in a table, or say why an index cannot follow it any more."""
         name = (relation.namespace, relation.name)
+        self._newest = None if self._newest is None else self._newest[1], relation.oid
         lost: list[Event] = []
         if relation.oid in self._projections:
             self._described()
@@ -229,6 +244,10 @@ class Assembler:
     def _row(self, message: Insert | Update | Delete) -> Sequence[Event]:
         xid = self._inside(type(message).__name__)
         projections = self._of(message.relation_oid)
+        if self._newest is not None:
+            (root, part), self._newest = self._newest, None
+            if root == message.relation_oid != part:
+                return [*self._parts(part, projections), *self._row(message)]
         if self._skipping or not projections:
             return NOTHING
         try:
@@ -236,6 +255,12 @@ class Assembler:
         except SchemaChanged as error:
             # A row without its key: of two indexes on the table, the other one meets the same row.
             return [*self._lost_by(error, projections), *self._row(message)]
+
+    def _parts(self, oid: int, projections: Sequence[Projection | LinkProjection]) -> Iterator[Part]:
+        """Yield for which indexes a table is a part of theirs: one of many tables is no partition."""
+        for one in projections:
+            if one.shape.source is None:
+                yield Part(one.shape.index, one.table, oid)
 
     def _change(self, projection: Projection | LinkProjection, message: Insert | Update | Delete, xid: int) -> Event:
         if isinstance(message, Insert):

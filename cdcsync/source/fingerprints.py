@@ -9,7 +9,8 @@ may have changed:
     compare     rows may have changed without being sent, or were rewritten: source and index are compared by digests,
                 unless a TRUNCATE that the stream brings is what rewrote them (`emptied`)
     arrived     partitions brought rows that were never sent: the rows within their bounds are read
-    left        partitions went, with their rows: the source is asked which of the index's keys it still has
+    left        partitions went, with their rows: the source is asked which of the index's keys it still has. The
+                stream tells of those that came and went between two looks at the catalog
 
 Nothing here reads a server: see `catalog.read_catalog`.
 
@@ -40,7 +41,8 @@ class TableValues(msgspec.Struct, frozen=True):
         that generates it.
     :ivar file: the table's relfilenode.
     :ivar leaves: a partitioned table's leaves by OID: the relfilenode, and the transactions that attached it. For one
-        of many equal tables, its name and a digest of its columns.
+        of many equal tables, its name and a digest of its columns. 0 and nothing for one whose rows the stream has
+        brought before anybody saw it in the catalog.
     :ivar where: the condition on the rows that are read.
     """
 
@@ -216,8 +218,13 @@ def difference(before: Fingerprint | None, now: Fingerprint, table: Table, relat
     arrived = tuple(
         leaf for leaf in table.leaves if was.leaves.get(str(leaf.oid), (0, ""))[1] != is_.leaves[str(leaf.oid)][1]
     )
-    left = any(is_.leaves.get(leaf, (0, ""))[1] != attached for leaf, (_, attached) in was.leaves.items())
+    left = any(_left(is_.leaves.get(leaf), attached) for leaf, (_, attached) in was.leaves.items())
     return Difference(None, doubts[0].because if doubts else None, arrived, left, emptied, bool(called))
+
+
+def _left(now: tuple[int, str] | None, attached: str) -> bool:
+    """Say whether a leaf went that was attached by these transactions, or that only the stream has told of."""
+    return now is None or (attached != "" and now[1] != attached)
 
 
 def _changed(was: Mapping[str, str], is_: Mapping[str, str]) -> list[str]:
@@ -263,7 +270,9 @@ def _rewritten_by(was: TableValues, is_: TableValues, table: Table) -> set[int]:
     """Return which transactions last wrote the entries of the table and its partitions that have other files now."""
     writers = {table.written_by} if was.file != is_.file else set()
     return writers | {
-        leaf.written_by for leaf in table.leaves if was.leaves.get(str(leaf.oid), (leaf.file, ""))[0] != leaf.file
+        leaf.written_by
+        for leaf in table.leaves
+        if (was.leaves.get(str(leaf.oid)) or (0, ""))[0] not in (0, leaf.file)
     }
 
 

@@ -283,12 +283,34 @@ class Registry:
         )
 
     async def note_fingerprint(
-        self, connection: Connection, index: str, made_of: Mapping[str, Any], sent_by: Mapping[str, Any]
-    ) -> None:
-        """Note what an index's values are made of, and what has its table sent."""
+        self,
+        connection: Connection,
+        index: str,
+        made_of: Mapping[str, Any],
+        sent_by: Mapping[str, Any],
+        *,
+        before: Entry | None = None,
+    ) -> bool:
+        """Note what an index's values are made of, and what has its table sent.
+
+        :param before: only if it is still noted as it is there; returns whether it was.
+        """
+        unchanged = sql.SQL("" if before is None else " AND made_of IS NOT DISTINCT FROM %s")
+        known = [] if before is None else [None if before.made_of is None else Jsonb(before.made_of)]
+        cursor = await connection.execute(
+            sql.SQL("UPDATE {} SET made_of = %s, sent_by = %s WHERE name = %s{}").format(self._table, unchanged),
+            [Jsonb(made_of), Jsonb(sent_by), index, *known],
+        )
+        return cursor.rowcount > 0
+
+    async def note_part(self, connection: Connection, index: str, table: str, oid: int) -> None:
+        """Note a partition of a table that an index is made of, if it is not noted yet; nothing else is known of it."""
         await connection.execute(
-            sql.SQL("UPDATE {} SET made_of = %s, sent_by = %s WHERE name = %s").format(self._table),
-            [Jsonb(made_of), Jsonb(sent_by), index],
+            sql.SQL(
+                "UPDATE {} SET made_of = jsonb_set(made_of, %(leaf)s::text[], '[0, \"\"]') WHERE name = %(index)s"
+                " AND made_of #> %(leaves)s::text[] IS NOT NULL AND made_of #> %(leaf)s::text[] IS NULL"
+            ).format(self._table),
+            {"index": index, "leaves": ["tables", table, "leaves"], "leaf": ["tables", table, "leaves", str(oid)]},
         )
 
     async def note_settings(self, connection: Connection, index: str, settings: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Self
 
@@ -24,6 +24,7 @@ from cdcsync.model.batch import PageEnd
 from cdcsync.model.changeset import Applied, ChangeSet, Document, Kept
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
+from cdcsync.model.transactions import Part
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
 from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.sessions import REFUSALS, Connection, Session, connect, speaking_of
@@ -289,6 +290,7 @@ class ApplySession:
         checkpoint: Lsn | None,
         *,
         ahead: Lsn | None = None,
+        parts: Collection[Part] = (),
         paused: Mapping[str, Pause] | None = None,
         commit_time: datetime | None,
         caught_up: bool,
@@ -296,13 +298,21 @@ class ApplySession:
         """Commit a batch: changes, page cursors and checkpoint in one transaction.
 
         :param ahead: the position just after the commit record of a transaction that the batch has a part of.
+        :param parts: the partitions that rows of the batch are of, as far as they are noted nowhere yet.
         :raises TargetUnavailable: nothing or everything was committed; applying again is safe.
         :raises LeaseLost: nothing was committed.
         :raises SchemaChanged: the target refuses a value of one index; nothing was committed.
         """
         try:
             return await self._apply(
-                changes, pages, checkpoint, ahead, paused=paused or {}, commit_time=commit_time, caught_up=caught_up
+                changes,
+                pages,
+                checkpoint,
+                ahead,
+                parts=parts,
+                paused=paused or {},
+                commit_time=commit_time,
+                caught_up=caught_up,
             )
         except SchemaChanged as error:
             if isinstance(error.__cause__, REFUSALS):
@@ -339,6 +349,7 @@ class ApplySession:
         checkpoint: Lsn | None,
         ahead: Lsn | None,
         *,
+        parts: Collection[Part],
         paused: Mapping[str, Pause],
         commit_time: datetime | None,
         caught_up: bool,
@@ -352,12 +363,16 @@ class ApplySession:
                     with speaking_of("target", where=f"index {index}", index=index):
                         applied[index] = await self._writers[index].apply(change_set)
                         await self._failed[index].apply(change_set)
-                        for rebuild in change_set.rebuilds:
-                            await self._requests.rebuild(self.connection, index, rebuild)
+                for part in parts:
+                    await self._registry.note_part(self.connection, part.index, str(part.table), part.oid)
                 for index, pause in paused.items():
                     await self._registry.pause(self.connection, index, pause)
                 for page in pages:
                     await self._end_page(page)
+                # After the pages: a request asks how far the one that is being served has come.
+                for index, change_set in changes.items():
+                    for rebuild in change_set.rebuilds:
+                        await self._requests.rebuild(self.connection, index, rebuild)
                 self._proposed = await self._pipelines.commit(
                     self.connection, self._held, checkpoint, ahead=ahead, commit_time=commit_time, caught_up=caught_up
                 )

@@ -163,6 +163,7 @@ class Backfills:
                 if rows is not None and request.kind == "resync":
                     request = msgspec.structs.replace(request, phase="orphans", cursor=None, rows_done=rows)
             if request.phase == "orphans":
+                await self._delivered(request)
                 finished = await self._send_all(target, request, pages.orphans(target)) is not None
         if finished:
             log.info("backfill_done", index=request.index, backfill=request.id)
@@ -225,6 +226,14 @@ class Backfills:
             if not last and not await self._may_go_on(target, request, pace.left_s(len(page.entries))):
                 return False
         return True
+
+    async def _delivered(self, request: Request) -> None:
+        """Return once the index has what the stream was still to bring, of which a key may be an orphan, too.
+
+        The rows of a partition that went are in the stream before what took it away.
+        """
+        page = await self._pages[request.index].of_keys([])
+        await (await self._send(Pending(request, self._specs[request.index], page, None, anyio.Event()))).wait()
 
     async def _check(self, target: Connection, request: Request, page: Page) -> list[tuple[Key, Problem]]:
         spec, deliveries = self._specs[request.index], self._deliveries[request.index]

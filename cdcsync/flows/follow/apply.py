@@ -260,6 +260,7 @@ class Applier:
                     batch.pages,
                     batch.end_lsn,
                     ahead=batch.ahead,
+                    parts=batch.parts,
                     paused={index: Pause.of(error) for index, error in batch.paused.items()},
                     commit_time=to_datetime(batch.commit_time_us) if batch.commit_time_us is not None else None,
                     caught_up=caught_up,

@@ -25,7 +25,7 @@ from cdcsync.model.lag import Lag
 from cdcsync.model.links import Touch
 from cdcsync.model.progress import Progress
 from cdcsync.model.rows import Change
-from cdcsync.model.transactions import Began, Committed
+from cdcsync.model.transactions import Began, Committed, Part
 from cdcsync.pgoutput.wire import to_datetime
 from cdcsync.tracing import Tracing
 
@@ -122,6 +122,10 @@ class OpenBatch:
         if batch.oldest_us is None and self._transaction is not None:
             batch.oldest_us = self._transaction.commit_time_us
             self._note_lag()
+
+    def add_part(self, part: Part) -> None:
+        """Add a partition whose rows follow."""
+        self._filling.parts.add(part)
 
     def add_page(self, page: PageRows) -> None:
         """Add the rows that belong at a mark."""

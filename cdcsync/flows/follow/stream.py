@@ -28,7 +28,7 @@ from cdcsync.model.links import Link, Touch
 from cdcsync.model.progress import Progress
 from cdcsync.model.rows import Delete, Shape, Truncation, Upsert
 from cdcsync.model.spec import IndexSpec
-from cdcsync.model.transactions import Assembler, Began, Committed, Lost, Mark
+from cdcsync.model.transactions import Assembler, Began, Committed, Lost, Mark, Part
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.interrupts import cancelled_by
 from cdcsync.source.slot import SlotConnection
@@ -202,6 +202,8 @@ class Stream:
                     self._open.add_page(page)
             case Lost():
                 self._open.pause(heard.error)
+            case Part():
+                self._open.add_part(heard)
             case _:
                 assert_never(heard)
 

@@ -59,10 +59,15 @@ def difference_of(catalog: Catalog, spec: IndexSpec, entry: Entry, now: Fingerpr
     return difference(stored_fingerprint(entry), now, catalog.tables[spec.shape.table], tables)
 
 
-async def note_fingerprint(target: Connection, schema: str, index: str, fingerprint: Fingerprint) -> None:
-    """Store an index's fingerprint in the caller's transaction."""
+async def note_fingerprint(
+    target: Connection, schema: str, index: str, fingerprint: Fingerprint, *, before: Entry | None = None
+) -> bool:
+    """Store an index's fingerprint in the caller's transaction.
+
+    :param before: only if the stored one is still what it is there; returns whether it was.
+    """
     stored = msgspec.to_builtins(fingerprint)
-    await Registry(schema).note_fingerprint(target, index, stored["made_of"], stored["sent_by"])
+    return await Registry(schema).note_fingerprint(target, index, stored["made_of"], stored["sent_by"], before=before)
 
 
 async def ask_for(target: Connection, schema: str, index: str, found: Difference) -> None:

@@ -172,3 +172,140 @@ def test_partitions_that_are_sent_under_their_own_names_can_be_indexed_one_by_on
     ).command("run")
     assert refused.returncode == 2
     assert "SET (publish_via_partition_root = true)" in refused.stderr
+
+
+PASSING = {
+    "attached_and_detached": [
+        "CREATE TABLE {t}_apart (LIKE {t} INCLUDING ALL)",
+        "ALTER TABLE {t} ATTACH PARTITION {t}_apart FOR VALUES FROM ('2030-01-01') TO ('2031-01-01')",
+        "INSERT INTO {t} VALUES (100, '2030-02-02', 'passing by'), (101, '2030-03-03', 'too')",
+        "UPDATE {t} SET title = 'stays' WHERE id = 1",
+        "ALTER TABLE {t} DETACH PARTITION {t}_apart",
+    ],
+    "created_and_dropped": [
+        "CREATE TABLE {t}_new PARTITION OF {t} DEFAULT",
+        "INSERT INTO {t} VALUES (100, '2031-02-02', 'passing by')",
+        "DROP TABLE {t}_new",
+    ],
+    "at_once": [
+        "BEGIN; CREATE TABLE {t}_new PARTITION OF {t} DEFAULT; INSERT INTO {t} VALUES (100, '2031-02-02', 'unseen');"
+        " COMMIT",
+        "UPDATE {t} SET title = 'seen' WHERE id = 100; DROP TABLE {t}_new",
+    ],
+    "moved_there": [
+        "CREATE TABLE {t}_new PARTITION OF {t} DEFAULT",
+        "UPDATE {t} SET day = day + 3650 WHERE id IN (2, 3)",
+        "ALTER TABLE {t} DETACH PARTITION {t}_new",
+    ],
+    "nested": [
+        "CREATE TABLE {t}_deep PARTITION OF {t} DEFAULT PARTITION BY RANGE (id)",
+        "CREATE TABLE {t}_deeper PARTITION OF {t}_deep DEFAULT",
+        "INSERT INTO {t} VALUES (100, '2031-02-02', 'deep')",
+        "DROP TABLE {t}_deeper",
+    ],
+    "twice": [
+        "CREATE TABLE {t}_new PARTITION OF {t} DEFAULT; INSERT INTO {t} VALUES (100, '2031-02-02', 'once')",
+        "DROP TABLE {t}_new",
+        "CREATE TABLE {t}_new PARTITION OF {t} DEFAULT; INSERT INTO {t} VALUES (101, '2031-02-02', 'twice')",
+        "DROP TABLE {t}_new",
+    ],
+    "and_stays": [
+        "CREATE TABLE {t}_new PARTITION OF {t} DEFAULT",
+        "INSERT INTO {t} VALUES (100, '2031-02-02', 'stays')",
+    ],
+}
+RELATED = """[indexes.NAME.related.parts]
+table = "parts"
+on = { item_id = "id" }
+text = "{name}"
+"""
+
+
+@pytest.fixture(scope="module")
+def passing(make_scene: MakeScene) -> Scene:
+    """A table for each way in which a partition comes and goes; nothing but the stream and the watch sees that."""
+    return make_scene(
+        [
+            *(
+                statement
+                for table in (*PASSING, "behind", "killed")
+                for statement in (
+                    f"CREATE TABLE {table} {KEYED} PARTITION BY RANGE (day)",
+                    *(year(table, number) for number in YEARS),
+                    rows(table),
+                )
+            ),
+            "CREATE TABLE items (id int PRIMARY KEY, title text)",
+            "INSERT INTO items SELECT i, 'item ' || i FROM generate_series(1, 9) i",
+            "CREATE TABLE parts (item_id int, name text) PARTITION BY RANGE (item_id)",
+            "CREATE TABLE parts_low PARTITION OF parts FOR VALUES FROM (1) TO (5)",
+            "ALTER TABLE parts REPLICA IDENTITY FULL; ALTER TABLE parts_low REPLICA IDENTITY FULL",
+            "CREATE INDEX ON parts (item_id)",
+            "CREATE TABLE beside (id int PRIMARY KEY, title text)",
+        ],
+        {
+            "beside": Followed("beside"),
+            "items": Followed("items", "{title} {parts}", more=RELATED),
+            **{table: Followed(table, "{title} {day}") for table in (*PASSING, "behind", "killed")},
+        },
+        hurry={"cdcsync.flows.audit.rolling.FIRST_S": 3600.0},
+    )
+
+
+def test_a_partition_that_comes_and_goes_between_two_looks_leaves_nothing_behind(passing: Scene) -> None:
+    for table, statements in PASSING.items():
+        passing.execute(*(statement.format(t=table) for statement in statements))
+    passing.execute("INSERT INTO beside VALUES (1, 'beside')")
+    passing.heals(*PASSING)
+    passing.follows("beside")
+    assert not passing.pipeline.times("index_paused")
+
+
+def test_a_partition_of_a_related_table_that_comes_and_goes_leaves_nothing_in_documents(passing: Scene) -> None:
+    passing.execute(
+        "CREATE TABLE parts_high PARTITION OF parts FOR VALUES FROM (5) TO (10)",
+        "ALTER TABLE parts_high REPLICA IDENTITY FULL",
+        "INSERT INTO parts VALUES (3, 'low'), (7, 'passing by'), (8, 'too')",
+    )
+    until(lambda: "passing by" in content(passing, "items", 7), passing.pipeline.tail)
+    passing.execute("DROP TABLE parts_high")
+    passing.heals("items")
+    passing.follows("beside")
+
+
+def content(scene: Scene, index: str, id_: int) -> str:
+    row = scene.pipeline.target.execute(f"SELECT content FROM cdcsync.{index}_chunks WHERE id = %s", [id_]).fetchone()
+    return "" if row is None else str(row[0])
+
+
+def test_rows_of_a_partition_that_went_before_they_arrived_leave_the_index(passing: Scene) -> None:
+    locked, seen = passing.pipeline.target, passing.pipeline.times("partitions_changed")
+    with locked.transaction():
+        locked.execute("LOCK TABLE cdcsync.behind_chunks IN SHARE MODE")
+        passing.execute(
+            "UPDATE behind SET title = 'waits' WHERE id = 1",
+            "INSERT INTO behind VALUES (100, '2025-02-02', 'arrives late')",
+            "UPDATE behind SET title = 'arrives late' WHERE day >= '2025-01-01' AND day < '2026-01-01'",
+            "DROP TABLE behind_2025",
+        )
+        until(lambda: passing.pipeline.times("partitions_changed") > seen, passing.pipeline.tail)
+    passing.heals("behind")
+    passing.follows("beside")
+
+
+def test_a_worker_that_is_killed_before_it_looks_finds_what_came_and_went(passing: Scene) -> None:
+    pipeline = passing.pipeline
+    pipeline.stop(pipeline.processes[-1])
+    # This one looks at nothing after its start.
+    pipeline.hurry |= {"cdcsync.flows.watch.WATCH_S": 3600.0}
+    worker, streamed = pipeline.start(), pipeline.times("streaming")
+    until(lambda: pipeline.times("streaming") > streamed, pipeline.tail)
+    passing.settle()
+    passing.execute(*(statement.format(t="killed") for statement in PASSING["created_and_dropped"]))
+    passing.settle()
+    worker.kill()
+    worker.wait()
+    del pipeline.hurry["cdcsync.flows.watch.WATCH_S"]
+    pipeline.start()
+    passing.heals("killed")
+    passing.follows("beside")

@@ -131,3 +131,19 @@ async def test_the_entries_of_one_pipeline_are_forgotten_together(connection: Co
     await REGISTRY.register(connection, "t", make_spec(name="notes"))
     await REGISTRY.forget(connection, "s")
     assert set(await REGISTRY.all(connection)) == {"notes"}
+
+
+async def test_a_partition_is_noted_once_and_what_is_known_of_it_stays(connection: Connection) -> None:
+    await REGISTRY.register(connection, "s", SPEC)
+    known = {"tables": {"public.articles": {"leaves": {"7": [70, "500"]}}}}
+    await REGISTRY.note_fingerprint(connection, "articles", known, {})
+    before = await REGISTRY.find(connection, "articles")
+    for oid in (7, 8, 8):
+        await REGISTRY.note_part(connection, "articles", "public.articles", oid)
+    await REGISTRY.note_part(connection, "articles", "public.unknown", 9)
+    entry = await REGISTRY.find(connection, "articles")
+    assert entry is not None
+    assert entry.made_of == {"tables": {"public.articles": {"leaves": {"7": [70, "500"], "8": [0, ""]}}}}
+
+    assert not await REGISTRY.note_fingerprint(connection, "articles", known, {}, before=before)
+    assert await REGISTRY.note_fingerprint(connection, "articles", known, {}, before=entry)

@@ -11,7 +11,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.errors import ProtocolError
 from cdcsync.lsn import Lsn
 from cdcsync.model.rows import Change, Delete, Shape, Truncation, Upsert
-from cdcsync.model.transactions import MARK_PREFIX, Assembler, Began, Committed, Event, Lost, Mark
+from cdcsync.model.transactions import MARK_PREFIX, Assembler, Began, Committed, Event, Lost, Mark, Part
 from cdcsync.pgoutput import messages as pg
 
 ARTICLES = Shape(
@@ -50,6 +50,7 @@ def relation(
 R_ARTICLES = relation(1, "articles")
 R_NOTES = relation(2, "Notes", "id title", namespace="Other")
 R_FOREIGN = relation(3, "unindexed")
+R_ANOTHER = relation(4, "unindexed_too")
 BEGIN = pg.Begin(final_lsn=COMMIT_LSN, commit_time_us=TIME_US, xid=XID)
 COMMIT = pg.Commit(flags=0, commit_lsn=COMMIT_LSN, end_lsn=END_LSN, commit_time_us=TIME_US)
 COMMITTED = Committed(END_LSN, TIME_US)
@@ -112,7 +113,7 @@ CHANGES: list[tuple[pg.PgoutputMessage, list[Change]]] = [
     (delete(3, "x"), []),
     (truncate(3), []),
 ]
-DESCRIBED = [R_ARTICLES, R_NOTES, R_FOREIGN]
+DESCRIBED = [R_ARTICLES, R_NOTES, R_FOREIGN, R_ANOTHER]
 
 
 @pytest.fixture
@@ -411,3 +412,28 @@ def test_a_row_without_its_key_loses_the_indexes_of_its_table_and_no_other(assem
 
     assert sorted(event.index for event in events if isinstance(event, Lost)) == ["articles", "titles"]
     assert events_of(assembler, [insert(2, "n", "N"), COMMIT]) == [upsert(NOTES, "n", "N"), COMMITTED]
+
+
+def test_a_table_that_is_described_between_its_root_and_a_row_of_that_is_a_partition(assembler: Assembler) -> None:
+    leaf = relation(8, "articles_2026")
+    assert told(assembler, R_ARTICLES, TYPE, leaf, insert(1, "5", "a", "b")) == ["articles", "titles"]
+    assert told(assembler, insert(1, "6", "a", "b"), R_FOREIGN, insert(3, "x"), R_ARTICLES, delete(1, "6")) == []
+    assert told(assembler, R_ARTICLES, R_FOREIGN, truncate(1, 3), insert(1, "8", "a", "b")) == []
+
+
+def test_a_partition_is_told_of_although_its_first_rows_are_skipped() -> None:
+    made = Assembler(TABLES, checkpoint=END_LSN)
+    assert told(made, BEGIN, R_ARTICLES, relation(8, "articles_2026"), insert(1, "5", "a", "b"), COMMIT) == [
+        "articles",
+        "titles",
+    ]
+
+
+def told(made: Assembler, *messages: pg.PgoutputMessage) -> list[str]:
+    """Return the indexes that are told of the partition with the OID 8."""
+    if not made.in_transaction and not isinstance(messages[0], pg.Begin):
+        made.feed(BEGIN)
+    events = [event for message in messages for event in made.feed(message)]
+    parts = [event for event in events if isinstance(event, Part)]
+    assert {(part.table, part.oid) for part in parts} <= {(ARTICLES.table, 8)}
+    return [part.index for part in parts]
