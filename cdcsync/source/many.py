@@ -12,9 +12,10 @@ from typing import TypeVar
 
 import msgspec
 import psycopg
+from psycopg import sql
 
 from cdcsync.config import QualifiedName
-from cdcsync.model.rows import Key, Row, Unread
+from cdcsync.model.rows import SOURCE_TABLE, Key, Row, Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.queries import fetch_value
@@ -48,6 +49,15 @@ class SourceTables(SourceTable):
             if page.rows or page.last is not None:
                 return msgspec.structs.replace(page, snapshot=snapshot, more=page.more or name != names[-1])
         return nothing
+
+    async def up_to(self, connection: Connection, key: Key) -> str:
+        """Return the condition of the rows up to a key in the order of pages, in SQL on the row `t`."""
+        parts = {"table": sql.Identifier("t", SOURCE_TABLE), "name": sql.Literal(key[0])}
+        before = sql.SQL('{table} < {name} COLLATE pg_catalog."C"').format(**parts).as_string(connection)
+        if key[0] not in self._members:
+            return before
+        same = sql.SQL("{table} = {name}").format(**parts).as_string(connection)
+        return f"({before} OR {same} AND {await self._members[key[0]].up_to(connection, key)})"
 
     def _from(self, after: Key | None) -> Iterator[tuple[str, SourceTable, Key | None]]:
         for name, member in self._members.items():

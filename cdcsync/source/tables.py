@@ -209,6 +209,13 @@ class SourceTable:
             conditions.append(_condition(where))
         return conditions
 
+    async def up_to(self, connection: Connection, key: Key) -> str:
+        """Return the condition of the rows up to a key in the order of pages, in SQL on the row `t`."""
+        typed = zip(self._place(key), self._key_types[self._fixed :], strict=True)
+        values = [sql.SQL("{}::text::" + type_).format(sql.Literal(value)) for value, type_ in typed]
+        compared = (await self._compared(connection))[self._fixed :]
+        return sql.SQL("NOT ({})").format(follows(self._ordered, values, compared)).as_string(connection)
+
     async def fitting(
         self, connection: Connection, after: Key | None, limit: int, most_bytes: int, where: str | None = None
     ) -> int:

@@ -59,6 +59,9 @@ DDL: tuple[LiteralString, ...] = (
     "ALTER TABLE {schema}.backfills DROP CONSTRAINT IF EXISTS backfills_kind_check",
     "ALTER TABLE {schema}.backfills ADD COLUMN IF NOT EXISTS through text",
     "ALTER TABLE {schema}.backfills ADD COLUMN IF NOT EXISTS owed boolean NOT NULL DEFAULT false",
+    "ALTER TABLE {schema}.backfills ADD COLUMN IF NOT EXISTS up_to text[]",
+    "COMMENT ON COLUMN {schema}.backfills.up_to IS"
+    " 'The key after which it ends, if another request had yet to read what follows when this one was asked for.'",
     "COMMENT ON COLUMN {schema}.backfills.owed IS"
     " 'Whether the worker asked for it because the index would be out of date without it: it cannot be cancelled.'",
     "COMMENT ON COLUMN {schema}.backfills.through IS"
@@ -100,6 +103,10 @@ _COLUMNS = (
     "id, index_name, kind, rewrite, filter, state, phase, cursor, rows_done, rows_total, started_at,"
     " force_embed, keyed, max_rows_per_s, error, through, finished_at"
 )
+"""What commands read too, which may be newer than the worker and its tables."""
+
+_SERVED = f"{_COLUMNS}, up_to"
+"""What the worker reads of requests that it serves."""
 
 _ACTIONS: Mapping[RequestAction, tuple[str, tuple[str, ...]]] = {
     "pause": ("paused", ("requested", "running")),
@@ -125,7 +132,10 @@ KEPT_S = 7 * 24 * 3_600
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A backfill; `cursor` is the key of the last row applied, or the place of the last key of a keyed one."""
+    """A backfill; `cursor` is the key of the last row applied, or the place of the last key of a keyed one.
+
+    :ivar up_to: the key after which it ends; None if it reads the table to its end.
+    """
 
     id: int
     index: str
@@ -144,11 +154,12 @@ class Request(msgspec.Struct, frozen=True):
     error: str | None = None
     through: str | None = None
     finished_at: datetime | None = None
+    up_to: Key | None = None
 
     @property
     def read_all(self) -> bool:
         """Whether it is done and has read the whole table."""
-        whole = not self.keyed and self.filter is None and (self.phase == "rows" or self.kind == "resync")
+        whole = not self.keyed and self.filter is None and self.up_to is None and (self.phase == "rows" or self.kind == "resync")
         return self.state == "done" and whole
 
     @property
@@ -193,6 +204,7 @@ class Requests:
         phase: Phase = "rows",
         through: str | None = None,
         owed: bool = False,
+        up_to: Key | None = None,
     ) -> int:
         """Ask for a backfill and wake the worker; takes effect when the caller commits.
 
@@ -200,14 +212,18 @@ class Requests:
         :param through: the related table whose change asks for it.
         :param phase: where it begins: what begins at "orphans" only removes what the source no longer has.
         :param owed: whether the index would be out of date without it, so that nobody may cancel it.
+        :param up_to: the key after which it ends.
         """
         row = await fetch_one(
             connection,
             sql.SQL(
                 "INSERT INTO {} (index_name, kind, rewrite, filter, force_embed, keyed, max_rows_per_s, phase, through,"
-                " owed) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) RETURNING id"
+                " owed, up_to) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s::text[]) RETURNING id"
             ).format(self._table),
-            [index, kind, rewrite, filter_, force_embed, keys is not None, max_rows_per_s, phase, through, owed],
+            [
+                *(index, kind, rewrite, filter_, force_embed, keys is not None, max_rows_per_s, phase, through, owed),
+                None if up_to is None else list(up_to),
+            ],
         )
         id_ = cast(int, row[0])
         if keys is not None:
@@ -299,21 +315,45 @@ class Requests:
     async def rebuild(self, connection: Connection, index: str, rebuild: Rebuild) -> None:
         """Ask for documents to be rebuilt, in the caller's transaction.
 
-        A request for the same, or for more, that has not begun takes it over. If too many wait, one for all documents
-        takes their place.
+        A request for the same, or for more, that has not begun takes it over. One that is being served has yet to read
+        the documents behind its cursor, so that only those before it are asked for: its pages that are under way are
+        read again as they were overtaken. If too many requests wait, one for all documents takes their place.
         """
         unbegun = sql.SQL("index_name = %s AND state = 'requested' AND started_at IS NULL AND NOT keyed")
+        up_to: Key | None = None
         if rebuild.keys is None:
+            covering = sql.SQL(
+                "(filter IS NULL OR filter = %s) AND kind IN ('related', 'initial', 'resync') AND phase = 'rows'"
+            )
             row = await fetch_row(
                 connection,
                 # Locked, so that it does not begin before this commits.
-                sql.SQL(
-                    "SELECT id FROM {} WHERE {} AND (filter IS NULL OR filter = %s)"
-                    " AND kind IN ('related', 'initial', 'resync') AND phase = 'rows' LIMIT 1 FOR UPDATE"
-                ).format(self._table, unbegun),
+                sql.SQL("SELECT FROM {} WHERE {} AND {} AND up_to IS NULL LIMIT 1 FOR UPDATE").format(
+                    self._table, unbegun, covering
+                ),
                 [index, rebuild.condition],
             )
             if row is not None:
+                return
+            served = await fetch_row(
+                connection,
+                sql.SQL(
+                    "SELECT cursor FROM {} WHERE index_name = %s AND state = 'running' AND NOT keyed AND {}"
+                    " AND up_to IS NULL ORDER BY id LIMIT 1 FOR UPDATE"
+                ).format(self._table, covering),
+                [index, rebuild.condition],
+            )
+            if served == (None,):
+                return  # nothing that it has read is in the index
+            up_to = None if served is None else tuple(cast(list[str], served[0]))
+            cursor = await connection.execute(
+                sql.SQL(
+                    "UPDATE {} SET up_to = %s::text[] WHERE {} AND kind = 'related' AND up_to IS NOT NULL"
+                    " AND filter IS NOT DISTINCT FROM %s"
+                ).format(self._table, unbegun),
+                [None if up_to is None else list(up_to), index, rebuild.condition],
+            )
+            if cursor.rowcount:
                 return
         cursor = await connection.execute(
             sql.SQL("SELECT id, rewrite FROM {} WHERE {} AND kind = 'related' FOR UPDATE").format(self._table, unbegun),
@@ -329,9 +369,16 @@ class Requests:
                 ),
                 [list(waiting)],
             )
-        filter_, keys = (None, None) if all_of_them else (rebuild.condition, rebuild.keys)
+        filter_, keys, up_to = (None, None, None) if all_of_them else (rebuild.condition, rebuild.keys, up_to)
         await self.add(
-            connection, index, "related", rewrite=rewrite, filter_=filter_, keys=keys, through=rebuild.relation
+            connection,
+            index,
+            "related",
+            rewrite=rewrite,
+            filter_=filter_,
+            keys=keys,
+            through=rebuild.relation,
+            up_to=up_to,
         )
 
     async def _wake(self, connection: Connection, index: str) -> None:
@@ -342,7 +389,7 @@ class Requests:
         row = await fetch_row(
             connection,
             sql.SQL(
-                f"SELECT {_COLUMNS} FROM {{}} WHERE state IN ('requested', 'running') AND index_name = ANY(%s)"
+                f"SELECT {_SERVED} FROM {{}} WHERE state IN ('requested', 'running') AND index_name = ANY(%s)"
                 " AND kind <> 'compare' AND index_name NOT IN {} ORDER BY id LIMIT 1"
             ).format(self._table, self._registry.paused),
             [indexes],
@@ -621,7 +668,7 @@ class Requests:
                 "UPDATE {} SET phase = %s, cursor = %s::text[], rows_done = %s,"
                 " state = CASE WHEN %s AND state <> 'cancelled' THEN 'done' ELSE state END,"
                 " finished_at = CASE WHEN %s AND state <> 'cancelled' THEN clock_timestamp() ELSE finished_at END"
-                f" WHERE id = %s RETURNING {_COLUMNS}"
+                f" WHERE id = %s RETURNING {_SERVED}"
             ).format(self._table),
             [
                 page.phase,
@@ -645,4 +692,5 @@ class Requests:
 def _request(row: tuple[Any, ...]) -> Request:
     values = list(row)
     values[7] = None if values[7] is None else tuple(values[7])
+    values[17:] = [None if key is None else tuple(key) for key in values[17:]]
     return Request(*values)

@@ -100,6 +100,36 @@ def test_a_second_change_of_the_same_row_joins_the_request_that_has_not_begun(ti
     until(tickets.in_step_now, lambda: tickets.difference)
 
 
+def test_a_second_change_while_a_request_is_served_asks_only_for_what_that_has_read(tickets: Pipeline) -> None:
+    worker = tickets.start()
+    tickets.live()
+    assert tickets.stop(worker) == 0
+    text = tickets.path.read_text()
+    tickets.path.write_text(text.replace("[worker]", "[worker]\nbackfill_max_rows_per_s = 100"))
+    slow = tickets.start()
+    tickets.source.execute("UPDATE customers SET name = 'once' WHERE id = 1")
+    until(partial(under_way, tickets, 100), tickets.tail)
+    for number in range(3):
+        tickets.source.execute("UPDATE customers SET name = %s WHERE id = 1", [f"again {number}"])
+        tickets.source.execute("UPDATE tickets SET subject = %s WHERE id = 1", [f"marks the place {number}"])
+        until(partial(says, tickets, f"marks the place {number}"), tickets.tail)
+    slow.kill()
+    slow.wait()
+    bounds = tickets.target.execute(
+        "SELECT state, up_to[1]::int FROM cdcsync.backfills WHERE kind = 'related' ORDER BY id"
+    ).fetchall()
+    assert [state for state, _ in bounds] == ["running", "requested"]
+    bound = bounds[1][1]
+    assert bound < ROWS
+    tickets.path.write_text(text)
+    tickets.start()
+
+    tickets.reach("tickets")
+
+    assert tickets.target.execute(REQUESTS).fetchall() == [("done", ROWS), ("done", bound)]
+    until(tickets.in_step_now, lambda: tickets.difference)
+
+
 def says(pipeline: Pipeline, words: str) -> bool:
     """Say whether a document begins with these words."""
     found = pipeline.target.execute(

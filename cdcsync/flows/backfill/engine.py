@@ -140,6 +140,10 @@ class Backfills:
     async def _serve(self, target: Connection, request: Request) -> None:
         spec, table, pages = self._specs[request.index], self._tables[request.index], self._pages[request.index]
         with speaking_of("source", where=str(spec.shape.table)):
+            if request.up_to is not None:
+                bound = await table.up_to(await self._source.connection(), request.up_to)
+                bound = bound if request.filter is None else f"({request.filter}) AND ({bound})"
+                request = msgspec.structs.replace(request, filter=bound)
             total = await self._estimate(table, request)
         with speaking_of("target"):
             await self._requests.start(target, request, total)

@@ -121,3 +121,43 @@ async def test_a_condition_that_misses_a_table_of_its_own_is_not_taken_for_table
     await source.execute(f"DROP {missing}".encode())
 
     assert await everything(source, spec) == ["error"] * 6
+
+
+OF_SCHEMAS = ("B.items", "a.items", "b.items", "ä.items")
+"""Their names' order by code points is another one than that of most languages."""
+
+
+async def keys_of(table: SourceTables, connection: Connection, where: str | None = None) -> list[Key]:
+    """Read all tables, page after page, as a backfill does."""
+    found: list[Key] = []
+    after: Key | None = None
+    while True:
+        page = await table.page(connection, after, 4, where)
+        found += [table.shape.key_of(row) for row in page.rows]
+        if len(page.rows) < 4 and not page.more:
+            return found
+        after = found[-1]
+
+
+async def test_rows_up_to_a_key_are_those_before_it_in_the_order_of_pages(
+    database: Database, source: Connection
+) -> None:
+    for name in OF_SCHEMAS:
+        schema, _, table = name.partition(".")
+        database.execute(
+            f'CREATE SCHEMA "{schema}"; CREATE TABLE "{schema}".{table} (id bigint PRIMARY KEY, tenant int, body text);'
+            f' INSERT INTO "{schema}".{table} SELECT i, 1, \'x\' FROM generate_series(1, 6) i'
+        )
+    spec = make_spec(key={"source_table": "text", "id": "bigint"})
+    members = {QualifiedName(*name.split(".")): None for name in OF_SCHEMAS}
+    family = SourceTables(
+        msgspec.structs.replace(spec, shape=msgspec.structs.replace(spec.shape, many=True), members=members)
+    )
+    every = await keys_of(family, source)
+    assert len(every) == 6 * len(OF_SCHEMAS)
+
+    for at, key in enumerate(every):
+        assert await keys_of(family, source, await family.up_to(source, key)) == every[: at + 1]
+    gone = "b.a_table_that_is_gone"
+    before = [key for key in every if key[0] < gone]
+    assert await keys_of(family, source, await family.up_to(source, (gone, "3"))) == before

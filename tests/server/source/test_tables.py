@@ -193,6 +193,10 @@ async def test_pages_follow_the_servers_own_order_whatever_the_key(database: Dat
             assert (name, [row for page in found for row in page]) == (name, expected)
         by_key = await table.by_keys(source, [tuple(str(value) for value in row) for row in expected])
         assert (name, sorted(by_key.rows)) == (name, sorted(expected))
+        for at in (0, len(expected) // 2, len(expected) - 1):
+            bound = await table.up_to(source, tuple(str(value) for value in expected[at]))
+            found = await pages(table, source, 5, bound)
+            assert (name, [row for page in found for row in page]) == (name, expected[: at + 1])
         database.execute("DROP TABLE t")
 
 

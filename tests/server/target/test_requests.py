@@ -294,3 +294,45 @@ async def test_a_rebuild_that_chunks_again_still_does_in_the_place_of_many(conne
     whole = await REQUESTS.oldest_open(connection, ["articles"])
     assert whole is not None
     assert (whole.kind, whole.filter, whole.keyed, whole.rewrite) == ("related", None, False, True)
+
+
+async def test_a_rebuild_asks_for_what_the_request_that_is_served_has_read_already(connection: Connection) -> None:
+    wanted = Rebuild("customer", "t.customer_id = 1")
+
+    async def bounds() -> list[tuple[str, list[str] | None]]:
+        cursor = await connection.execute("SELECT state, up_to FROM cdcsync.backfills ORDER BY id")
+        return await cursor.fetchall()
+
+    async def served_to(key: list[str] | None) -> None:
+        await connection.execute("UPDATE cdcsync.backfills SET state = 'running', cursor = %s WHERE id = 1", [key])
+
+    await REQUESTS.rebuild(connection, "articles", wanted)
+    await served_to(None)
+    await REQUESTS.rebuild(connection, "articles", wanted)
+    assert await bounds() == [("running", None)]
+
+    for key in (["5"], ["8"]):
+        await served_to(key)
+        await REQUESTS.rebuild(connection, "articles", wanted)
+        assert await bounds() == [("running", None), ("requested", key)]
+    await REQUESTS.rebuild(connection, "articles", Rebuild("customer", "t.customer_id = 2"))
+    assert (await bounds())[2:] == [("requested", None)]
+
+    # What was read while it was served is not read again, and so has to be asked for once it is through.
+    await end(connection, 1, "done")
+    await REQUESTS.rebuild(connection, "articles", wanted)
+    assert await bounds() == [("done", None), ("requested", None), ("requested", None)]
+
+
+async def test_a_rebuild_does_not_rely_on_a_request_that_reads_a_part(connection: Connection) -> None:
+    wanted = Rebuild("customer", "t.customer_id = 1")
+    await REQUESTS.add(connection, "articles", "related", rewrite=False, filter_=wanted.condition, up_to=("9",))
+    served = await next_one(connection)
+    assert served is not None
+    assert (served.up_to, served.read_all) == (("9",), False)
+    await connection.execute("UPDATE cdcsync.backfills SET state = 'running', cursor = '{5}'")
+
+    await REQUESTS.rebuild(connection, "articles", wanted)
+
+    cursor = await connection.execute("SELECT up_to FROM cdcsync.backfills ORDER BY id")
+    assert await cursor.fetchall() == [(["9"],), (None,)]
