@@ -9,6 +9,7 @@ Source: PostgreSQL, "PostgreSQL Error Codes".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -19,11 +20,11 @@ from cdcsync.postgres.sessions import without_values
 
 T = TypeVar("T")
 
-_CLASSES = ("21", "22", "23", "38", "39", "54", "P0")
-"""Cardinality (a subquery gives two rows), data, constraints (of a domain), functions in other languages, limits,
-PL/pgSQL."""
+_OTHERS = re.compile("0.|10|2[04-8BDF]|3[4BDF]|4[024]|5[3578]|72|F0|HV|XX")
+"""Classes of errors that are not about a row. Left are cardinality (a subquery gives two rows), data, constraints (of a
+domain), limits, functions of all languages, and codes that a function chose itself."""
 
-_OWN_WORDS = ("38", "39", "P0")
+_SERVERS_WORDS = ("21", "22", "23", "54")
 """The message of a function's failure is its author's own, and may hold values."""
 
 _DAMAGED = "XX001"
@@ -34,8 +35,8 @@ _SYNTAX = "42601"
 
 def of_a_row(error: psycopg.Error) -> bool:
     """Say whether an error may be due to a single row that a statement reads, so that others can be read without it."""
-    code = error.sqlstate or ""
-    return code[:2] in _CLASSES or code in (_DAMAGED, _SYNTAX)
+    code = error.sqlstate
+    return code is not None and (_OTHERS.match(code) is None or code in (_DAMAGED, _SYNTAX))
 
 
 async def read_apart(
@@ -62,5 +63,5 @@ async def read_apart(
 
 def _reason(error: psycopg.Error) -> str:
     code = error.sqlstate or ""
-    said = "" if code[:2] in _OWN_WORDS or code == _SYNTAX else f": {without_values(error)}"
+    said = f": {without_values(error)}" if code[:2] in _SERVERS_WORDS or code == _DAMAGED else ""
     return f"the source fails to read the row: {type(error).__name__} ({code}){said}"

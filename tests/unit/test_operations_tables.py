@@ -54,7 +54,7 @@ HELD = {
     "the target refuses a value": (PAUSES, "the target refuses a value"),
     "the target refuses a value that is too long": (PAUSES, "the target refuses a value that is too long"),
     "the target says, or the source says": (PAUSES, "the target says, or the source says"),
-    "its load failed": ("tests/unit/flows/test_build.py", "test_a_load_that_failed_pauses_its_index_with_the_cause"),
+    "its load failed": (PAUSES, "test_a_load_that_the_source_ends_pauses_its_index_alone"),
     "its load was cancelled": (
         "tests/faults/test_schema_changes.py",
         "test_an_initial_load_that_was_cancelled_leaves_no_live_index",
@@ -148,7 +148,7 @@ def test_every_row_of_the_table_of_pauses_has_a_case_of_two_indexes() -> None:
     reasons = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     elsewhere = {
         "the vectors of index": "tests/server/scenarios/test_changed_models.py",
-        "its load failed": "tests/unit/flows/test_build.py",
+        "its load failed": PAUSES,
         "its load was cancelled": "tests/faults/test_schema_changes.py",
         "column …": "tests/server/preflight/test_dependents.py",
     }

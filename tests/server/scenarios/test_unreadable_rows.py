@@ -38,6 +38,7 @@ CASES = {
     "divided": Case("10 / n > 0", "UPDATE {t} SET n = 0", "UPDATE {t} SET n = 1"),
     "casting": Case("note::int < 100", "UPDATE {t} SET note = 'many'", "UPDATE {t} SET note = '7'"),
     "raising": Case("public.positive(n)", "UPDATE {t} SET n = -1", "UPDATE {t} SET n = 1"),
+    "raising_a_code": Case("public.allowed(n)", "UPDATE {t} SET n = -1", "UPDATE {t} SET n = 1"),
     "two_rows": Case(
         "(SELECT g FROM generate_series(1, n) AS g) = 1",
         "UPDATE {t} SET n = 2",
@@ -55,6 +56,8 @@ CASES = {
 FUNCTION = """CREATE FUNCTION public.positive(n int) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS
 $$ BEGIN IF n < 0 THEN RAISE 'the secret is %', n; END IF; RETURN n > 0; END $$"""
 
+CODED = FUNCTION.replace("positive", "allowed").replace("n;", "n USING ERRCODE = '45000';", 1)
+
 
 def table(name: str) -> list[str]:
     return [
@@ -69,6 +72,7 @@ def failing(make_scene: MakeScene) -> Scene:
     return make_scene(
         [
             FUNCTION,
+            CODED,
             "CREATE TABLE parts (item_id int, name text, size int)",
             "ALTER TABLE parts REPLICA IDENTITY FULL",
             "CREATE INDEX ON parts (item_id)",
@@ -108,7 +112,7 @@ def costs_only(scene: Scene, name: str, bad: set[str]) -> bool:
 @pytest.mark.parametrize(
     "name",
     [
-        *("divided", "raising", "related"),
+        *("divided", "raising", "raising_a_code", "related"),
         *(pytest.param(name, marks=pytest.mark.proof) for name in ("casting", "two_rows", "parsing")),
     ],
 )

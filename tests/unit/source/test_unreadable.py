@@ -15,6 +15,13 @@ from cdcsync.source.unreadable import of_a_row, read_apart
 KEYS = [(str(at),) for at in range(40)]
 
 
+def chosen(code: str, words: str) -> psycopg.Error:
+    """Return an error with a code that a function chose."""
+    error = psycopg.DatabaseError(words)
+    error.sqlstate = code
+    return error
+
+
 @given(st.sets(st.sampled_from(KEYS)))
 async def test_exactly_the_rows_that_fail_are_left_out(failing: set[Key]) -> None:
     async def read(keys: Sequence[Key]) -> list[Key]:
@@ -55,6 +62,9 @@ async def test_nothing_to_read_is_read_once() -> None:
         (psycopg.errors.CheckViolation('value for domain low violates check constraint "low"'), True),
         (psycopg.errors.SyntaxError('syntax error in tsquery: "secret"'), True),
         (psycopg.errors.DataCorrupted("missing chunk number 0 for toast value 1"), True),
+        (chosen("45000", "the secret is 7"), True),
+        (chosen("MY001", "the secret is 7"), True),
+        (chosen("55000", "materialized view has not been populated"), False),
         (psycopg.errors.UndefinedColumn("column t.x does not exist"), False),
         (psycopg.errors.QueryCanceled("canceling statement"), False),
         (psycopg.errors.DiskFull("no space left"), False),
