@@ -270,9 +270,7 @@ def _rewritten_by(was: TableValues, is_: TableValues, table: Table) -> set[int]:
     """Return which transactions last wrote the entries of the table and its partitions that have other files now."""
     writers = {table.written_by} if was.file != is_.file else set()
     return writers | {
-        leaf.written_by
-        for leaf in table.leaves
-        if (was.leaves.get(str(leaf.oid)) or (0, ""))[0] not in (0, leaf.file)
+        leaf.written_by for leaf in table.leaves if (was.leaves.get(str(leaf.oid)) or (0, ""))[0] not in (0, leaf.file)
     }
 
 

@@ -159,7 +159,12 @@ class Request(msgspec.Struct, frozen=True):
     @property
     def read_all(self) -> bool:
         """Whether it is done and has read the whole table."""
-        whole = not self.keyed and self.filter is None and self.up_to is None and (self.phase == "rows" or self.kind == "resync")
+        whole = (
+            not self.keyed
+            and self.filter is None
+            and self.up_to is None
+            and (self.phase == "rows" or self.kind == "resync")
+        )
         return self.state == "done" and whole
 
     @property

@@ -143,7 +143,7 @@ async def _table_digests(
             for column, one, place, (_, type_) in zip(columns, operators, places, types, strict=True)
         )
         if apart:
-            rows_of = published(spec, sql.SQL("JOIN {} ON {}").format(wanted, same), same)
+            rows_of = published(spec, wanted, same)
         else:
             above = sql.SQL("WHERE EXISTS (SELECT FROM {} WHERE {})").format(wanted, same)
     elif after is not None:
@@ -232,19 +232,20 @@ async def differing(target: Connection, schema: str, spec: IndexSpec, source: Di
 
 
 def published(
-    spec: IndexSpec, joined: sql.Composable = sql.SQL(""), apart: sql.Composable | None = None
+    spec: IndexSpec, wanted: sql.Composable | None = None, same: sql.Composable | None = None
 ) -> sql.Composable:
     """Return SQL of the rows that the index has, as a subquery; the role may be allowed no other columns.
 
-    :param joined: what the table is joined to.
-    :param apart: the condition of that; nothing else is asked of rows that it does not hold for.
+    :param wanted: only rows for which `same` holds with a row of this; nothing else is asked of others.
     """
     filter_: sql.Composable = sql.SQL("(" + spec.condition + ")") if spec.condition else sql.SQL("true")
-    if apart is not None:
-        filter_ = sql.SQL("CASE WHEN {} THEN {} END").format(apart, filter_)
-    table = sql.Identifier(spec.shape.table.schema, spec.shape.table.name)
+    of: sql.Composable = sql.Identifier(spec.shape.table.schema, spec.shape.table.name)
+    of = sql.SQL("{} AS t").format(of)
+    if wanted is not None and same is not None:
+        of = sql.SQL("{} JOIN {} ON {}").format(of, wanted, same)
+        filter_ = sql.SQL("CASE WHEN {} THEN {} END").format(same, filter_)
     columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.own)
-    return sql.SQL("(SELECT {} FROM {} AS t {} WHERE {})").format(columns, table, joined, filter_)
+    return sql.SQL("(SELECT {} FROM {} WHERE {})").format(columns, of, filter_)
 
 
 def _selected(spec: IndexSpec, key: Sequence[sql.Composable]) -> list[sql.Composable]:

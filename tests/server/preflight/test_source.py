@@ -66,7 +66,10 @@ async def test_a_dsn_of_several_hosts_that_lets_a_standby_in_is_refused_whicheve
         refused = await examined(configured(dsn, f"{dsn} target_session_attrs=prefer-standby"))
         primary = f"{dsn} target_session_attrs=read-write"
         accepted = await examined(configured(primary, primary))
-    assert [finding.where for finding in refused.errors if finding.where.endswith(".dsn")] == ["source.dsn", "target.dsn"]
+    assert [finding.where for finding in refused.errors if finding.where.endswith(".dsn")] == [
+        "source.dsn",
+        "target.dsn",
+    ]
     assert all("target_session_attrs=read-write" in str(one.hint) for one in refused.errors[:1])
     assert accepted.errors == []
 
