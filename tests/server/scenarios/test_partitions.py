@@ -263,8 +263,8 @@ def test_a_partition_that_comes_and_goes_between_two_looks_leaves_nothing_behind
 
 def test_a_partition_of_a_related_table_that_comes_and_goes_leaves_nothing_in_documents(passing: Scene) -> None:
     passing.execute(
-        "CREATE TABLE parts_high PARTITION OF parts FOR VALUES FROM (5) TO (10)",
-        "ALTER TABLE parts_high REPLICA IDENTITY FULL",
+        "CREATE TABLE parts_high PARTITION OF parts FOR VALUES FROM (5) TO (10);"
+        " ALTER TABLE parts_high REPLICA IDENTITY FULL",
         "INSERT INTO parts VALUES (3, 'low'), (7, 'passing by'), (8, 'too')",
     )
     until(lambda: "passing by" in content(passing, "items", 7), passing.pipeline.tail)
