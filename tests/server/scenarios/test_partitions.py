@@ -224,7 +224,7 @@ text = "{name}"
 @pytest.fixture(scope="module")
 def passing(make_scene: MakeScene) -> Scene:
     """A table for each way in which a partition comes and goes; nothing but the stream and the watch sees that."""
-    return make_scene(
+    made = make_scene(
         [
             *(
                 statement
@@ -241,6 +241,7 @@ def passing(make_scene: MakeScene) -> Scene:
             "CREATE TABLE parts_low PARTITION OF parts FOR VALUES FROM (1) TO (5)",
             "ALTER TABLE parts REPLICA IDENTITY FULL; ALTER TABLE parts_low REPLICA IDENTITY FULL",
             "CREATE INDEX ON parts (item_id)",
+            "CREATE VIEW expected_items AS SELECT i.*, p.name AS parts FROM items i LEFT JOIN parts p ON item_id = id",
             "CREATE TABLE beside (id int PRIMARY KEY, title text)",
         ],
         {
@@ -250,6 +251,8 @@ def passing(make_scene: MakeScene) -> Scene:
         },
         hurry={"cdcsync.flows.audit.rolling.FIRST_S": 3600.0},
     )
+    made.oracle_reads("items", "expected_items")
+    return made
 
 
 def test_a_partition_that_comes_and_goes_between_two_looks_leaves_nothing_behind(passing: Scene) -> None:
