@@ -202,14 +202,15 @@ def test_verify_the_audit_and_status_agree_about_rows_that_became_unreadable_wit
             *table("quiet"),
             *table("beside"),
             "UPDATE quiet SET n = -1 WHERE id IN (7, 8)",
-            "CREATE TABLE tenant_a (LIKE quiet INCLUDING ALL)",
-            "CREATE TABLE tenant_b (LIKE quiet INCLUDING ALL)",
-            "INSERT INTO tenant_a TABLE quiet",
-            "INSERT INTO tenant_b TABLE quiet",
+            *(
+                f"CREATE SCHEMA {name}; CREATE TABLE {name}.items (LIKE quiet INCLUDING ALL);"
+                f" INSERT INTO {name}.items TABLE quiet"
+                for name in ("tenant_a", "tenant_b")
+            ),
         ],
         {
             "quiet": Followed("quiet", where="public.fits(n)"),
-            "many": Followed("tenant_*", where="public.fits(n)"),
+            "many": Followed("tenant_*.items", where="public.fits(n)"),
             "beside": Followed("beside"),
         },
         hurry={"cdcsync.flows.audit.rolling.FIRST_S": 1.0, "cdcsync.flows.audit.rolling.REST_S": 1.0},
