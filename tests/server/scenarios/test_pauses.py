@@ -266,12 +266,17 @@ def test_a_load_that_the_source_ends_pauses_its_index_alone_and_is_made_once_it_
             made.execute(EMPTIED, *(f"ALTER PUBLICATION cdcsync SET (publish = '{kinds}')" for kinds in edits))
         until(partial(failed_load, made), partial(described, made, "loaded"))
         made.follows("sound")
-        problems = json.loads(made.pipeline.get("/readyz")[1])["reasons"]
-        assert any("index loaded " in reason and "has not been populated" in reason for reason in problems)
+        until(partial(tells_of_load, made), partial(described, made, "loaded"))
         made.execute(FILLED, f"UPDATE loaded SET title = 'changed {doubt}' WHERE id IN (5, 505)")
         made.heals("loaded")
     made.follows()
     assert len(made.pipeline.processes) == 1
+
+
+def tells_of_load(made: Scene) -> bool:
+    """Say whether readiness names the index; not while it is being tried again."""
+    reasons = json.loads(made.pipeline.get("/readyz")[1])["reasons"]
+    return any("index loaded " in reason and "has not been populated" in reason for reason in reasons)
 
 
 def failed_load(made: Scene) -> bool:

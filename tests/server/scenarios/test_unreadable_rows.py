@@ -218,7 +218,7 @@ def test_verify_the_audit_and_status_agree_about_rows_that_became_unreadable_wit
 
     def agree() -> bool:
         status = json.loads(scene.command("status", "--json").stdout)
-        said = {one["name"]: one["failed_documents"] for one in status["indexes"]}
+        said = {name: one["failed_documents"] for name, one in status["indexes"].items()}
         for name, rows in (("quiet", 2), ("many", 4)):
             verified = json.loads(scene.command("verify", name, "--json").stdout)
             scene.pipeline.difference = f"{name}: {verified}, status {said}"
