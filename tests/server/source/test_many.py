@@ -1,4 +1,4 @@
-"""Reading many equal tables: rows that cannot be read, and tables that go, cost themselves and nothing else."""
+"""Reading many equal tables: page by page; rows that cannot be read, and tables that go, cost themselves alone."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ async def test_rows_up_to_a_key_are_those_before_it_in_the_order_of_pages(
         schema, _, table = name.partition(".")
         database.execute(
             f'CREATE SCHEMA "{schema}"; CREATE TABLE "{schema}".{table} (id bigint PRIMARY KEY, tenant int, body text);'
-            f' INSERT INTO "{schema}".{table} SELECT i, 1, \'x\' FROM generate_series(1, 6) i'
+            f" INSERT INTO \"{schema}\".{table} SELECT i, 1, 'x' FROM generate_series(1, 6) i"
         )
     spec = make_spec(key={"source_table": "text", "id": "bigint"})
     members = {QualifiedName(*name.split(".")): None for name in OF_SCHEMAS}
