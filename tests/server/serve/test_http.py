@@ -11,7 +11,6 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
-import httpx2
 import jwt
 import pytest
 import structlog
@@ -380,10 +379,17 @@ async def test_the_statement_of_a_client_that_left_is_cancelled(tickets: Office)
         " AND query LIKE '%wait_for%'"
     )
     async with served(config) as client:
-        with pytest.raises(httpx2.TimeoutException):
-            await client.post(SEARCH, json={"query": "a", "after_lsn": "FFFFFFFF/0"}, timeout=1)
-        ended = partial(until, lambda: tickets.database.execute(running) == [(0,)], "the statement to end")
-        await anyio.to_thread.run_sync(ended)
+
+        async def statements(count: int) -> None:
+            counted = partial(until, lambda: tickets.database.execute(running) == [(count,)], f"{count} statements")
+            await anyio.to_thread.run_sync(counted)
+
+        async with anyio.create_task_group() as tasks:
+            body = {"query": "a", "after_lsn": "FFFFFFFF/0"}
+            tasks.start_soon(partial(client.post, SEARCH, json=body, timeout=120))
+            await statements(1)
+            tasks.cancel_scope.cancel()
+        await statements(0)
 
 
 # -- the record -------------------------------------------------------------------------------------------------
