@@ -376,5 +376,5 @@ class Reader:
                     log.warning("tenants_not_held", index=index.name, fix=UNHELD)
                 await index.load()
             except CdcsyncError as error:
-                log.warning("model_not_loaded", index=index.name, error=str(error))
+                log.warning("model_not_loaded", index=index.name, error=str(error), fix=error.hint)
         self.loaded = True

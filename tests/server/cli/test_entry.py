@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,4 +121,25 @@ def test_a_mistake_is_told_with_its_fix_and_nothing_is_created(
     assert "fix:" in said
     assert "Traceback" not in said
     assert "wrong" not in said.replace("wrong_password", "")
+    assert lone_database.execute("SELECT FROM pg_namespace WHERE nspname = 'cdcsync'") == []
+
+
+@pytest.mark.parametrize(("command", "section"), [("run", "worker"), ("serve", "serve")])
+def test_a_port_that_is_taken_is_told_with_the_key_that_names_another(
+    lone_database: Database, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, section: str
+) -> None:
+    lone_database.execute(ARTICLES)
+    path = tmp_path / "cdcsync.toml"
+    text = CONFIG.format(source=lone_database.dsn, target=lone_database.dsn)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        serving = f'[serve]\nanonymous = true\nlisten = "{address}"\n[embedders.hash]'
+        path.write_text(text.replace("127.0.0.1:0", address).replace("[embedders.hash]", serving))
+        with pytest.raises(SystemExit) as exited:
+            main([command, "-c", str(path)])
+    told = capsys.readouterr().err
+    assert exited.value.code == 2
+    assert "error: cannot listen: another process listens there" in told
+    assert address in told
+    assert f"fix:   stop it, or give {section}.listen another port; 0 is any free one" in told
     assert lone_database.execute("SELECT FROM pg_namespace WHERE nspname = 'cdcsync'") == []
