@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 import atheris
@@ -13,6 +14,8 @@ with atheris.instrument_imports(include=["cdcsync"]):
 def main() -> None:
     """Run the target that the first argument names; the others are libFuzzer's."""
     name = sys.argv.pop(1)
+    # libFuzzer runs this again, by a shell, to merge inputs.
+    sys.argv[0] = shlex.join([sys.executable, "-m", "fuzz.with_atheris", name])
     atheris.Setup(sys.argv, TARGETS[name])
     atheris.Fuzz()
 

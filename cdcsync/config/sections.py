@@ -101,7 +101,9 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param log_level: the least severity that is logged.
     :param log_format: "json", "console" for people, or "auto": console on a terminal and json elsewhere.
     :param batch_rows: the most changed rows in one target transaction.
-    :param batch_bytes: the most bytes of changed rows in one target transaction; this is what bounds memory.
+    :param batch_bytes: the most bytes of changed rows in one target transaction; this is what bounds memory. While the
+        worker catches up, one batch is written, one prepared and one filled, each as rows, documents and chunks, which
+        takes up to twenty times as much in all.
     :param backfill_page_rows: rows read at a time when a whole table is read, each page under its own snapshot.
     :param backfill_max_rows_per_s: the most rows a second that backfills read from the source; 0 leaves it to apply.
     :param live_wait_ms: milliseconds that a live change may wait for its vector behind older texts that are under way;

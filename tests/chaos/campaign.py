@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         until_failure=options.until_failure,
     )
     write_table(directory, outcomes, FAULTS, points)
-    failed = report(outcomes, FAULTS, points, whole=len(seeds) >= 200 and options.only is None)
+    failed = report(outcomes, FAULTS, points, whole=len(outcomes) >= 200 and options.only is None)
     if len(outcomes) < len(seeds):
         print(f"{len(seeds) - len(outcomes)} of {len(seeds)} histories did not end")
     print(f"{time.monotonic() - began:.0f} s; logs and {TABLE} are in {directory}")

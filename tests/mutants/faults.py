@@ -175,15 +175,15 @@ MUTANTS = (
         '", commits = commits + 1 WHERE slot = %s AND fence = %s"\n'
         '                " AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING',
         '", commits = commits + 1 WHERE slot = %s AND %s::bigint IS NOT NULL"\n'
-        '                " AND (%s::bigint, %s::pg_lsn) IS NOT NULL RETURNING',
+        '                " AND concat(%s::bigint, %s::pg_lsn) IS NOT NULL RETURNING',
         "chaos",
         "frozen worker overtaken",
     ),
     Mutant(
-        "the checkpoint is moved from whatever it is",
+        "a target that went back is taken for what this worker left",
         "target/pipelines.py",
-        '" AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING',
-        '" AND (%s::bigint, %s::pg_lsn) IS NOT NULL RETURNING',
+        "        if found not in (lease, proposed):\n",
+        "        if False:\n",
         "chaos",
         "target fails over with loss",
     ),
