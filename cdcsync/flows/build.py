@@ -8,9 +8,11 @@ from typing import cast
 import anyio
 import structlog
 from psycopg import sql
+from psycopg.pq import TransactionStatus
 
 from cdcsync.backoff import Backoff
 from cdcsync.crashpoints import crash_point
+from cdcsync.errors import TargetUnavailable
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_value
@@ -43,17 +45,38 @@ async def build_until_live(dsn: str, schema: str, specs: Sequence[IndexSpec]) ->
     growing it.
     """
     left = list(specs)
-    backoff = Backoff(lambda failure: log.warning("build_waits", error=str(failure.error)))
+    backoff = Backoff(lambda failure: log.warning("build_waits", error=str(failure.error), fix=failure.error.hint))
     async with Session(dsn, "target", application_name="cdcsync build") as session:
         while left:
             async with backoff:
-                connection = await session.connection()
-                for spec in list(left):
-                    with speaking_of("target", where=f"index {spec.name}", index=spec.name):
-                        if await _advance(connection, schema, spec):
-                            left.remove(spec)
+                await _advance_all(await session.connection(), schema, left)
                 backoff.succeeded()
                 await anyio.sleep(POLL_S)
+
+
+async def _advance_all(connection: Connection, schema: str, left: list[IndexSpec]) -> None:
+    """Build the indexes whose loads have drained, and take those off the list for which nothing is left to do.
+
+    One that the target lacks memory or disk for waits, with the cause in its entry, and the others are built.
+
+    :raises TargetUnavailable: one waits, or the target is away.
+    """
+    lacking: list[TargetUnavailable] = []
+    for spec in list(left):
+        try:
+            with speaking_of("target", where=f"index {spec.name}", index=spec.name):
+                if await _advance(connection, schema, spec):
+                    left.remove(spec)
+        except TargetUnavailable as error:
+            if connection.info.transaction_status != TransactionStatus.IDLE:
+                raise
+            lacking.append(error)
+            reason = f"{error.message}; {error.hint}" if error.hint else error.message
+            with speaking_of("target"):
+                await Registry(schema).note_wait(connection, spec.name, reason)
+            crash_point("cause of a wait noted")
+    if lacking:
+        raise lacking[0]
 
 
 def pause_after(load: Request) -> Pause | None:

@@ -87,6 +87,8 @@ def _of_index(status: Status, name: str, index: IndexStatus, late_s: float) -> H
     embedder = status.embedders.get(index.embedder or "")
     if index.backlog and embedder is not None and embedder.problem is not None:
         return Headline(f"{_texts(index.backlog)} for vectors: {embedder.problem}", "bad", name)
+    if index.state == "building" and index.reason:
+        return Headline(f"waits to be built: {index.reason}", "bad", name)
     if index.progress or index.state == "building":
         return Headline(_loading(index), "busy", name)
     lag = status.lag_seconds

@@ -42,7 +42,7 @@ from cdcsync.target.ddl.relations import Names
 from cdcsync.target.failures.documents import TABLE, Listed, count_failed
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.pipelines import Pipelines, PipelineState
-from cdcsync.target.registry import Registry
+from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.requests import Requests
 from cdcsync.target.version import require_upgraded
 
@@ -289,6 +289,11 @@ async def _read_indexes(
         if entry.pause is not None:
             problems.append(f"index {name} is paused: {entry.pause}")
         vectors = f"{name}_vectors_{generation}"
+        under_way = [builds[table] for table in (f"{vectors}_settled", f"{name}_chunks") if table in builds]
+        if entry.state == "building":
+            status = msgspec.structs.replace(status, reason=_waits(entry, under_way))
+            if status.reason is not None:
+                problems.append(f"index {name} waits to be built: {status.reason}")
         wanted = {f"{name}_chunks", vectors, f"{vectors}_fresh", f"{vectors}_settled", f"{name}_backlog"}
         if missing := sorted(wanted - present):
             lost = f"tables are missing: {', '.join(missing)}"
@@ -313,8 +318,8 @@ async def _read_indexes(
             fresh_scan_ms=None if seen is None else _rounded(seen.scan_ms),
             settle_rate=None if seen is None else _rounded(seen.per_s),
         )
-        built = builds.get(f"{vectors}_settled")
-        found[name] = msgspec.structs.replace(found[name], progress=progress(found[name], built))
+        built = builds.get(f"{vectors}_settled", _Build())
+        found[name] = msgspec.structs.replace(found[name], progress=progress(found[name], built.blocks))
     if new := [name for name in config.indexes if name not in found]:
         does = "start the worker again with this configuration" if found else "`cdcsync run` does it when it starts"
         problems.append(f"not set up yet: {', '.join(new)}; {does}")
@@ -342,19 +347,45 @@ def _of_other_generations(config: Config, name: str, live: int, generations: Seq
         )
 
 
-async def _builds(target: Connection, schema: str) -> dict[str, tuple[int, int]]:
-    """Return how many blocks the build of each table's index has read, of how many; by the table's name.
+class _Build(msgspec.Struct, frozen=True):
+    """The build of a search index that is under way.
+
+    :ivar blocks: how many blocks it has read, and how many there are.
+    :ivar waits_for: the process ID of the session whose transaction it waits for.
+    """
+
+    blocks: tuple[int, int] | None = None
+    waits_for: int | None = None
+
+
+def _waits(entry: Entry, builds: Sequence[_Build]) -> str | None:
+    """Return why a building index cannot be built right now, and how to help."""
+    for build in builds:
+        if build.waits_for is not None:
+            return (
+                f"the build waits for the open transaction of the target's session with pid {build.waits_for}; end"
+                " that transaction, or wait for it"
+            )
+    return None if builds else entry.reason
+
+
+async def _builds(target: Connection, schema: str) -> dict[str, _Build]:
+    """Return the builds of search indexes that are under way, by the name of the table.
 
     Source: PostgreSQL, "CREATE INDEX Progress Reporting"; pgvector, "Indexing Progress".
     """
     cursor = await target.execute(
-        "SELECT c.relname, p.blocks_done, p.blocks_total FROM pg_stat_progress_create_index AS p"
-        " JOIN pg_class AS c ON c.oid = p.relid"
-        " WHERE p.datname = current_database() AND p.blocks_total > 0"
+        "SELECT c.relname, p.blocks_done, p.blocks_total,"
+        " CASE WHEN starts_with(p.phase, 'waiting for ') THEN nullif(p.current_locker_pid, 0) END"
+        " FROM pg_stat_progress_create_index AS p JOIN pg_class AS c ON c.oid = p.relid"
+        " WHERE p.datname = current_database()"
         " AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)",
         [schema],
     )
-    return {cast(str, name): (cast(int, done), cast(int, total)) for name, done, total in await cursor.fetchall()}
+    return {
+        cast(str, name): _Build((done, total) if total else None, pid)
+        for name, done, total, pid in await cursor.fetchall()
+    }
 
 
 async def _read_embedders(

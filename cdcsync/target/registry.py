@@ -68,7 +68,7 @@ DDL: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.indexes.configuration IS"
     " 'The section of the configuration that the index was last loaded by.'",
     "COMMENT ON TABLE {schema}.indexes IS 'cdcsync: one row per index, with what its chunks and vectors were made by.'",
-    "COMMENT ON COLUMN {schema}.indexes.reason IS 'Why the index is paused, with the remedy.'",
+    "COMMENT ON COLUMN {schema}.indexes.reason IS 'Why the index is paused, or cannot be built now, with the remedy.'",
     "COMMENT ON COLUMN {schema}.indexes.remedy IS 'What to do so that a paused index can be followed again.'",
     "COMMENT ON COLUMN {schema}.indexes.paused_at IS 'Since when the index is paused.'",
     "COMMENT ON COLUMN {schema}.indexes.unfollowed_at IS"
@@ -260,10 +260,17 @@ class Registry:
     async def declare_live(self, connection: Connection, index: str) -> None:
         """Note that a building index is loaded, and has all that searches need."""
         await connection.execute(
-            sql.SQL("UPDATE {} SET state = 'live', live_at = now() WHERE name = %s AND state = 'building'").format(
-                self._table
-            ),
+            sql.SQL(
+                "UPDATE {} SET state = 'live', live_at = now(), reason = NULL WHERE name = %s AND state = 'building'"
+            ).format(self._table),
             [index],
+        )
+
+    async def note_wait(self, connection: Connection, index: str, reason: str) -> None:
+        """Note why a building index waits; being live, paused or registered anew ends that."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET reason = %s WHERE name = %s AND state = 'building'").format(self._table),
+            [reason, index],
         )
 
     async def switch(self, connection: Connection, spec: IndexSpec) -> None:

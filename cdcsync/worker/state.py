@@ -182,6 +182,11 @@ class WorkerState:
                 for name, index in self._last.indexes.items()
                 if index.state == "paused"
             ]
+            reasons += [
+                f"index {name} waits to be built: {index.reason}"
+                for name, index in self._last.indexes.items()
+                if index.state == "building" and index.reason
+            ]
         return reasons
 
     def not_loaded(self) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import msgspec
+import psycopg
 import pytest
 
 from cdcsync.config import parse
@@ -18,10 +20,10 @@ from cdcsync.source.catalog import read_catalog
 from cdcsync.source.fingerprints import Difference
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.requests import Requests
+from tests.support.configs import configuration
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, register
-
-if TYPE_CHECKING:
-    pass
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -158,3 +160,53 @@ async def test_a_load_that_has_read_nothing_yet_needs_no_comparison(
 
     cursor = await connection.execute("SELECT id FROM cdcsync.backfills")
     assert await cursor.fetchall() == [(load,)]
+
+
+LACKS_MEMORY = """
+CREATE FUNCTION public.lacks_memory() RETURNS event_trigger LANGUAGE plpgsql AS $f$
+BEGIN
+    IF pg_catalog.current_query() LIKE '%articles_vectors_1_hnsw%' THEN
+        RAISE EXCEPTION 'out of memory' USING ERRCODE = '53200';
+    END IF;
+END $f$;
+CREATE EVENT TRIGGER lacks_memory ON ddl_command_start WHEN TAG IN ('CREATE INDEX')
+    EXECUTE FUNCTION public.lacks_memory()
+"""
+"""The server runs out of memory whenever the one index is built, however little it is given."""
+
+
+def problems(pipeline: Pipeline) -> str:
+    return " ".join(json.loads(pipeline.get("/status")[1])["problems"])
+
+
+def test_an_index_that_cannot_be_built_says_why_everywhere_and_others_go_live(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    for name in ("articles", "notes"):
+        database.execute(f"CREATE TABLE {name} (id int PRIMARY KEY, title text)")
+        database.execute(f"INSERT INTO {name} SELECT i, 'title ' || i FROM generate_series(1, 20) AS i")
+    database.execute(LACKS_MEMORY)
+    pipeline = make_pipeline(configuration(database.dsn, indexes={"articles": {}, "notes": {}}))
+    pipeline.start()
+    until(lambda: "index articles waits to be built: out of memory" in problems(pipeline), pipeline.tail)
+
+    until(lambda: any(one.get("index") == "notes" for one in logged(pipeline, "index_live")), pipeline.tail)
+    status, answer = pipeline.get("/readyz")
+    assert status == 503
+    (reason,) = json.loads(answer)["reasons"]
+    assert reason.startswith("index articles waits to be built: out of memory; give the server more memory")
+    assert json.loads(pipeline.get("/status")[1])["headline"]["words"].startswith("waits to be built: out of memory")
+
+    # Now there is memory, and a transaction that the build has to wait for.
+    with psycopg.connect(database.dsn) as holding:
+        holding.execute("LOCK TABLE cdcsync.articles_vectors_1_settled IN ROW EXCLUSIVE MODE")
+        database.execute("DROP EVENT TRIGGER lacks_memory")
+        held = f"the build waits for the open transaction of the target's session with pid {holding.info.backend_pid};"
+        until(lambda: held in problems(pipeline), pipeline.tail)
+    pipeline.live()
+    until(lambda: not problems(pipeline), pipeline.tail)
+    assert database.execute("SELECT reason FROM cdcsync.indexes") == [(None,), (None,)]
+
+
+def logged(pipeline: Pipeline, event: str) -> list[dict[str, Any]]:
+    return [one for one in pipeline.events() if one.get("event") == event]
