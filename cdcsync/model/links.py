@@ -16,7 +16,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.documents.related import Facts, RelatedRows, Step, TableFacts
 from cdcsync.errors import SchemaChanged
 from cdcsync.model.rows import AGAIN, Shape, picker, positions_in
-from cdcsync.pgoutput.messages import UNCHANGED, Relation, Tuple
+from cdcsync.pgoutput.messages import TOO_LARGE, UNCHANGED, Relation, Tuple
 
 Values = tuple[str, ...]
 """A row's values in a link's columns, as the server renders them."""
@@ -124,6 +124,15 @@ class LinkProjection:
 
     def _touch(self, rows: Sequence[Tuple], xid: int, lsn: int) -> Touch:
         found = dict.fromkeys(self._values(row) for row in rows)
+        if any(TOO_LARGE in values for values in found):
+            raise SchemaChanged(
+                f"a value of the columns ({', '.join(self._link.columns)}) is larger than a sixteenth of the worker's"
+                " memory, so the documents that it belongs to cannot be looked up",
+                index=self._link.index,
+                where=str(self._link.table),
+                hint=f"give the worker more memory; {AGAIN}",
+                passing=True,
+            )
         if any(UNCHANGED in values for values in found):
             if len(found) == 1:
                 raise SchemaChanged(

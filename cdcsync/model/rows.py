@@ -16,7 +16,7 @@ import msgspec
 
 from cdcsync.config import QualifiedName
 from cdcsync.errors import SchemaChanged
-from cdcsync.pgoutput.messages import UNCHANGED, Relation, Tuple, Value
+from cdcsync.pgoutput.messages import TOO_LARGE, UNCHANGED, Relation, Tuple, Value
 
 SOURCE_TABLE = "source_table"
 """The column of the key that says which of many tables a row is of."""
@@ -93,13 +93,16 @@ class Touched(Upsert, frozen=True, gc=False):
 
 
 class Unread(msgspec.Struct, frozen=True):
-    """Why the source's server fails to read a row. It names no value."""
+    """Why a row cannot be read, or taken in. It names no value."""
 
     reason: str
 
 
+OVERSIZED = Unread("a value of the row is larger than a sixteenth of the worker's memory")
+
+
 class UnreadRow(Upsert, frozen=True, gc=False):
-    """A row that the source's server fails to read; `row` holds its key, and NULL for all else."""
+    """A row that cannot be read, or taken in; `row` holds its key, and NULL for all else."""
 
     reason: str = ""
 
@@ -273,6 +276,11 @@ def fill(row: Row, known: Row) -> Row:
     if UNCHANGED not in row:
         return row
     return tuple(before if now is UNCHANGED else now for now, before in zip(row, known, strict=True))
+
+
+def oversized(row: Row) -> bool:
+    """Say whether a value of `row` was too large to be taken in."""
+    return TOO_LARGE in row
 
 
 def complete(row: Row) -> bool:

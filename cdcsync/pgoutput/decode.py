@@ -21,6 +21,7 @@ from typing import Final, TypeAlias
 from cdcsync.errors import MalformedMessage
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.messages import (
+    TOO_LARGE,
     UNCHANGED,
     Begin,
     BeginPrepare,
@@ -60,6 +61,9 @@ _UNCHANGED: Final = ord("u")
 _BINARY: Final = ord("b")
 _LENGTH = struct.Struct(">I")
 
+ANY_SIZE: Final = 2**32
+"""No value is larger than this, as its length has four bytes."""
+
 _COLUMN_KEY: Final = 1
 _MESSAGE_TRANSACTIONAL: Final = 1
 _FIRST_SEGMENT: Final = 1
@@ -89,19 +93,22 @@ _ROLLBACK_PREPARED = struct.Struct(">BQQqqI")
 _BYTE = struct.Struct(">B")
 
 
-def decode(data: bytes, *, streamed: bool = False, abort_info: bool = False) -> PgoutputMessage:
+def decode(
+    data: bytes, *, streamed: bool = False, abort_info: bool = False, largest: int = ANY_SIZE
+) -> PgoutputMessage:
     """Read one message.
 
     :param data: the payload of one `XLogData` frame, or one row of `pg_logical_slot_get_binary_changes`.
     :param streamed: whether it came after a StreamStart and before its StreamStop.
     :param abort_info: whether the connection uses protocol 4 (or later) with `streaming 'parallel'`.
+    :param largest: values of more bytes are `TOO_LARGE`.
     :raises MalformedMessage: the bytes are no such message, or it has bytes left over.
     """
     if not data:
         raise MalformedMessage("", 0, "the message is empty")
     tag = data[0]
     if (row := _ROWS.get(tag)) is not None:
-        return row(data, streamed)
+        return row(data, streamed, largest)
     cursor = Cursor(data)
     message: PgoutputMessage
     if (other := _OTHERS.get(tag)) is not None:
@@ -119,17 +126,17 @@ def decode(data: bytes, *, streamed: bool = False, abort_info: bool = False) -> 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def _insert(data: bytes, streamed: bool) -> Insert:
+def _insert(data: bytes, streamed: bool, largest: int) -> Insert:
     xid, relation_oid, kind, at = _row_head(data, streamed)
     if kind != _NEW:
         raise _misfit(data, at - 1, "an Insert without a new tuple")
-    new, at = _tuple(data, at)
+    new, at = _tuple(data, at, largest)
     if at != len(data):
         raise _uneven(data, at)
     return Insert(xid, relation_oid, new)
 
 
-def _update(data: bytes, streamed: bool) -> Update:
+def _update(data: bytes, streamed: bool, largest: int) -> Update:
     xid, relation_oid, kind, at = _row_head(data, streamed)
     old_kind: OldKind | None = None
     old: Tuple | None = None
@@ -137,24 +144,24 @@ def _update(data: bytes, streamed: bool) -> Update:
         old_kind = _OLD_KINDS.get(kind)
         if old_kind is None:
             raise _misfit(data, at - 1, "an Update whose first tuple is neither old nor new")
-        old, at = _tuple(data, at)
+        old, at = _tuple(data, at, largest)
         if at >= len(data):
             raise _uneven(data, at)
         if data[at] != _NEW:
             raise _misfit(data, at, "an Update without a new tuple")
         at += 1
-    new, at = _tuple(data, at)
+    new, at = _tuple(data, at, largest)
     if at != len(data):
         raise _uneven(data, at)
     return Update(xid, relation_oid, old_kind, old, new)
 
 
-def _delete(data: bytes, streamed: bool) -> Delete:
+def _delete(data: bytes, streamed: bool, largest: int) -> Delete:
     xid, relation_oid, kind, at = _row_head(data, streamed)
     old_kind = _OLD_KINDS.get(kind)
     if old_kind is None:
         raise _misfit(data, at - 1, "a Delete without an old tuple")
-    old, at = _tuple(data, at)
+    old, at = _tuple(data, at, largest)
     if at != len(data):
         raise _uneven(data, at)
     return Delete(xid, relation_oid, old_kind, old)
@@ -172,7 +179,7 @@ def _row_head(data: bytes, streamed: bool) -> tuple[int | None, int, int, int]:
     return None, relation_oid, kind, _ROW_HEAD.size
 
 
-def _tuple(data: bytes, at: int) -> tuple[Tuple, int]:
+def _tuple(data: bytes, at: int, largest: int) -> tuple[Tuple, int]:
     """Read the tuple at `at`, and return it with the offset behind it.
 
     That offset lies past the end of `data` when the last value is cut short: the caller has to compare them.
@@ -192,7 +199,7 @@ def _tuple(data: bytes, at: int) -> tuple[Tuple, int]:
             if kind == _TEXT:
                 start = at + 4
                 at = start + length_at(data, at)[0]
-                append(data[start:at].decode())
+                append(data[start:at].decode() if at - start <= largest else TOO_LARGE)
             elif kind == _NULL:
                 append(None)
             elif kind == _UNCHANGED:
@@ -200,7 +207,7 @@ def _tuple(data: bytes, at: int) -> tuple[Tuple, int]:
             elif kind == _BINARY:
                 start = at + 4
                 at = start + length_at(data, at)[0]
-                append(data[start:at])
+                append(data[start:at] if at - start <= largest else TOO_LARGE)
             else:
                 raise _misfit(data, at - 1, "a value of an unknown kind")
     except UnicodeDecodeError as error:
@@ -343,7 +350,7 @@ def _no_flags(cursor: Cursor, flags: int) -> int:
     return _flags(cursor, flags, 0)
 
 
-_RowReader: TypeAlias = Callable[[bytes, bool], PgoutputMessage]
+_RowReader: TypeAlias = Callable[[bytes, bool, int], PgoutputMessage]
 _ChangeReader: TypeAlias = Callable[[Cursor, int | None], PgoutputMessage]
 _OtherReader: TypeAlias = Callable[[Cursor], PgoutputMessage]
 

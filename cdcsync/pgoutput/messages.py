@@ -38,8 +38,21 @@ class Unchanged(enum.Enum):
 UNCHANGED: Final = Unchanged.UNCHANGED
 """Stands where the server left out a large value (TOAST) that an UPDATE did not touch. Not NULL; compare with `is`."""
 
-Value: TypeAlias = str | bytes | Unchanged | None
-"""One column: text as the server renders it, bytes in the type's binary form, None for NULL, or `UNCHANGED`."""
+
+class TooLarge(enum.Enum):
+    """The type of `TOO_LARGE`."""
+
+    TOO_LARGE = "too large"
+
+    def __repr__(self) -> str:
+        return "TOO_LARGE"
+
+
+TOO_LARGE: Final = TooLarge.TOO_LARGE
+"""Stands where a value was too large to be taken in. Compare with `is`."""
+
+Value: TypeAlias = str | bytes | Unchanged | TooLarge | None
+"""One column: text as the server renders it, bytes in the type's binary form, None for NULL, or one of those above."""
 Tuple: TypeAlias = tuple[Value, ...]
 """One version of a row, in the order of its relation's columns."""
 

@@ -18,6 +18,7 @@ Source: PostgreSQL, "Streaming Replication Protocol"; "libpq - C Library", Funct
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -230,10 +231,12 @@ class SlotConnection:
             if not size:
                 self._pgconn.consume_input()
                 size, data = self._pgconn.get_copy_data(1)
+            if size > 0:
+                return decode_frame(data)
         except psycopg.Error as error:
             raise self._lost(error) from error
-        if size > 0:
-            return decode_frame(data)
+        except MemoryError as error:
+            raise self._does_not_fit() from error
         if size == 0:
             return None
         raise self._failure(self._pgconn.get_result(), decoding=True)
@@ -358,7 +361,16 @@ class SlotConnection:
             return DecodingFailed(message, where=where, hint=_undecodable(code, message))
         return translate(error, "source", where=where)
 
+    def _does_not_fit(self) -> DecodingFailed:
+        return DecodingFailed(
+            "a change does not fit into the worker's memory",
+            where=self._where,
+            hint="give the worker more memory (some eight times the size of the largest row), or make the row smaller",
+        )
+
     def _lost(self, error: psycopg.Error) -> SourceUnavailable:
+        if re.search("out of memory|cannot allocate memory", str(error)):  # the client library's words
+            return self._does_not_fit()
         return SourceUnavailable(
             f"the replication connection broke: {first_line(error)}",
             where=self._where,

@@ -20,7 +20,8 @@ import psycopg
 from psycopg import sql
 
 from cdcsync.documents.related import Facts, RelatedRows
-from cdcsync.model.rows import SOURCE_TABLE, Key, Shape, Unread
+from cdcsync.memory import largest_value
+from cdcsync.model.rows import OVERSIZED, SOURCE_TABLE, Key, Row, Shape, Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import MARK_PREFIX
 from cdcsync.model.visibility import Snapshot
@@ -30,6 +31,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.reads import Page, read_rows, reading
 from cdcsync.source.related import computed, operators
+from cdcsync.source.sizes import read_within
 from cdcsync.source.unreadable import of_a_row, read_apart
 
 T = TypeVar("T")
@@ -68,15 +70,15 @@ class SourceTable:
             )
         )
         table = sql.Identifier(shape.table.schema, shape.table.name)
-        self._columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.columns)
-        columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.own) if related else self._columns
         # In the table of one of many, its name is not a column.
         self._fixed = 0 if shape.source is None else 1
         keys: list[sql.Composable] = [sql.Identifier("t", name) for name in shape.key]
         if shape.source is not None:
             keys[0] = sql.SQL("{}::text").format(sql.Literal(shape.source))
-            selected = [*keys[:1], *(sql.Identifier("t", name) for name in shape.columns[1:])]
-            columns = self._columns = sql.SQL(", ").join(selected)
+        values = [sql.Identifier("t", name) for name in shape.columns[len(keys) :]]
+        self._columns = sql.SQL(", ").join([*keys, *read_within(values, largest_value())])
+        """What is read of a row: of too large values nothing, and whether there are any."""
+        columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.own) if related else self._columns
         sent = _condition(condition) if condition else sql.SQL("true")
         # As a subquery, so that the condition's bare column names cannot be taken for those of what it is joined to; of
         # only the columns that the index needs, because the role may not be allowed to read the other columns.
@@ -126,11 +128,16 @@ class SourceTable:
         if self._related:
             statement = await self._with_related(connection, statement) + order
         try:
-            return await self._read(connection, statement, self._place(after))
+            page = await self._read(connection, statement, self._place(after))
         except psycopg.Error as error:
             if not of_a_row(error):
                 raise
             return await self._page_apart(connection, after, limit, where, error)
+        found = self._within(page)
+        if found.unread:
+            last = self.shape.key_of(page.rows[-1])
+            return msgspec.structs.replace(found, more=len(page.rows) == limit, last=last)
+        return found
 
     async def _page_apart(
         self, connection: Connection, after: Key | None, limit: int, where: str | None, error: psycopg.Error
@@ -259,7 +266,7 @@ class SourceTable:
 
     async def fitting_keys(self, connection: Connection, keys: Sequence[Key], most_bytes: int) -> int:
         """Return how many of these keys, from the first on, have rows of at most so many bytes together; at least 1."""
-        if not keys or not await self._has_large_values(connection):
+        if len(keys) < 2 or not await self._has_large_values(connection):
             return len(keys)
         selected = sql.SQL("wanted.{}, {}").format(PLACE, await self._size(connection))
 
@@ -314,11 +321,13 @@ class SourceTable:
         async def read(possible: Sequence[Key], apart: bool) -> Page:
             rows = await self._keyed(connection, self._selected, apart=apart, where=where)
             statement = await self._with_related(connection, rows, apart=apart)
-            return await self._read(connection, statement, self._arrays(possible))
+            return self._within(await self._read(connection, statement, self._arrays(possible)))
 
         pages, unread, snapshot = await self._read_keys(connection, keys, read)
         if snapshot is None:
             return pages[0]
+        for page in pages:
+            unread |= page.unread
         return Page(snapshot, [row for page in pages for row in page.rows], unread=unread)
 
     async def absent(self, connection: Connection, keys: Sequence[Key]) -> tuple[Snapshot, list[Key]]:
@@ -400,6 +409,20 @@ class SourceTable:
 
     async def _read(self, connection: Connection, statement: sql.Composed, arguments: Sequence[object]) -> Page:
         return await read_rows(connection, statement, arguments, self._files)
+
+    def _within(self, page: Page) -> Page:
+        """Return a page with the rows that have too large values among those that cannot be read."""
+        width = len(self.shape.columns)
+        if not page.rows or len(page.rows[0]) == width:
+            return page
+        rows: list[Row] = []
+        unread: dict[Key, Unread] = {}
+        for row in page.rows:
+            if row[width] == "t":
+                unread[self.shape.key_of(row)] = OVERSIZED
+            else:
+                rows.append(row[:width])
+        return msgspec.structs.replace(page, rows=rows, unread=unread)
 
     def _arrays(self, keys: Sequence[Key]) -> list[list[str]]:
         return [[key[at] for key in keys] for at in range(len(self.shape.key))]

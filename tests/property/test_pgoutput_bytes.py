@@ -24,6 +24,7 @@ from cdcsync.pgoutput.frames import (
     encode_status_update,
 )
 from cdcsync.pgoutput.messages import (
+    TOO_LARGE,
     UNCHANGED,
     Begin,
     BeginPrepare,
@@ -139,6 +140,8 @@ def cells(row: Tuple) -> bytes:
             written += b"u"
         elif isinstance(value, str):
             written += b"t" + u32(len(value.encode())) + value.encode()
+        elif value is TOO_LARGE:
+            raise AssertionError("only a reader that asks for small values gets this")
         else:
             written += b"b" + u32(len(value)) + value
     return written

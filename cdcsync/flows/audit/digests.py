@@ -22,6 +22,7 @@ from psycopg import sql
 from cdcsync.config.names import quote
 from cdcsync.documents.chunks.sizes import WHITE_SPACE
 from cdcsync.errors import DocumentError
+from cdcsync.memory import largest_value
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons, follows
@@ -30,12 +31,16 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.source.many import unless_dropped
 from cdcsync.source.related import computed
 from cdcsync.source.related import operators as related_operators
+from cdcsync.source.sizes import read_within
 from cdcsync.source.tables import SourceTable
 from cdcsync.source.unreadable import of_a_row
 from cdcsync.target.keys import stored_digests
 
 MADE_HERE_ROWS = 1_000
 """Rows of a page at most where documents are made by code: their texts are all in memory here."""
+
+MADE_HERE_BYTES = 4 * 1024 * 1024
+"""How large a page is at most whose rows are read here, unless a single row is larger."""
 
 
 NO_DOCUMENT = 0
@@ -82,13 +87,16 @@ async def _digests_apart(
     connection: Connection, spec: IndexSpec, after: Key | None, limit: int, keys: Sequence[Key] | None
 ) -> Digests:
     """Return the digests of one table. Rows at which the server fails have digests of no document."""
-    limit = min(limit, MADE_HERE_ROWS) if spec.documents.by_code and keys is None else limit
+    table = SourceTable.of(spec)
+    if spec.documents.by_code and keys is None:
+        limit = await table.fitting(connection, after, min(limit, MADE_HERE_ROWS), MADE_HERE_BYTES)
     try:
         return await _table_digests(connection, spec, after, limit, keys)
     except psycopg.Error as error:
-        if not of_a_row(error):
+        if not _of_a_row(error):
             raise
-    table = SourceTable.of(spec)
+    if keys is None:
+        limit = await table.fitting(connection, after, limit, MADE_HERE_BYTES)
     page = await (table.page(connection, after, limit) if keys is None else table.by_keys(connection, keys))
     readable = [spec.shape.key_of(row) for row in page.rows]
     following = page.last or (readable[-1] if readable else after)
@@ -99,10 +107,18 @@ async def _digests_apart(
     try:
         whole = await _table_digests(connection, spec, None, len(readable), list(dict.fromkeys(readable)), apart=True)
     except psycopg.Error as error:
-        if not of_a_row(error):
+        if not _of_a_row(error):
             raise
         return found  # another row fails by now, or the digest itself: all are compared one by one
     return msgspec.structs.replace(found, by_key=found.by_key | whole.by_key)
+
+
+def _of_a_row(error: psycopg.Error) -> bool:
+    """Say whether a digest may have failed for a single row.
+
+    The server's functions fail with an internal error for texts of more than some hundred million characters.
+    """
+    return of_a_row(error) or isinstance(error, psycopg.errors.InternalError_)
 
 
 async def _table_digests(
@@ -164,10 +180,13 @@ async def _table_digests(
         "read": read,
     }
     if by_code:
+        others = [sql.Identifier("t", name) for name in spec.shape.columns[len(columns) :]]
+        within = read_within(others, largest_value())
+        parts["carried"] = sql.SQL(", ").join(within[: len(spec.shape.carried)])
         rows = await fetch_texts(
             connection,
             sql.SQL("SELECT ROW({key})::text, ROW({carried})::text, {columns} FROM {read}").format(
-                **parts, columns=sql.SQL(", ").join(_selected(spec, columns))
+                **parts, columns=sql.SQL(", ").join([*columns, *within])
             ),
             arguments,
         )
@@ -205,11 +224,16 @@ async def _table_digests(
 def _made_here(spec: IndexSpec, page: Sequence[Row]) -> list[tuple[Key, int | None]]:
     """Return what the server's SQL would, for documents that are made by code.
 
-    A row that a function fails for should have a document: its digest is of no document that the index could hold.
+    A row that a function fails for, or that has a value too large to be read, should have a document: its digest is of
+    no document that the index could hold.
     """
     found: list[tuple[Key, int | None]] = []
+    width = len(spec.shape.columns)
     for key_text, carried_text, *values in cast(Sequence[Sequence[str | None]], page):
-        row: Row = tuple(values)
+        row: Row = tuple(values[:width])
+        if values[width:] == ["t"]:
+            found.append((spec.shape.key_of(row), NO_DOCUMENT))
+            continue
         try:
             made = spec.render(row)
             document_hash: bytes | None = made.hash if made.text.strip(WHITE_SPACE) else None
@@ -246,11 +270,6 @@ def published(
         filter_ = sql.SQL("CASE WHEN {} THEN {} END").format(same, filter_)
     columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.own)
     return sql.SQL("(SELECT {} FROM {} WHERE {})").format(columns, of, filter_)
-
-
-def _selected(spec: IndexSpec, key: Sequence[sql.Composable]) -> list[sql.Composable]:
-    """Return a row's columns."""
-    return [*key, *(sql.Identifier("t", name) for name in spec.shape.columns[len(key) :])]
 
 
 def digest(key: str, carried: str, document_hash: str) -> sql.Composable:

@@ -26,7 +26,7 @@ from cdcsync.flows.follow.related import RelatedChanges, seeing
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges, RowChange
 from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, FailedDocument, Kept, Rebuild
-from cdcsync.model.rows import Delete, Key, Row, Touched, Unread, UnreadRow, Upsert, complete
+from cdcsync.model.rows import OVERSIZED, Delete, Key, Row, Touched, Unread, UnreadRow, Upsert, complete, oversized
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
 from cdcsync.model.visibility import Deliveries, Snapshot
@@ -51,14 +51,14 @@ READ_AT_FIRST = 16
 """Rows with related ones that are read in the first query, while nobody knows how large they are."""
 
 READ_AT_ONCE = 500
-"""Rows with related ones that are read in one query at most."""
+"""Rows that are read in one query at most."""
 
 READ_BYTES = 4 * 1024 * 1024
-"""The target size of such a query's result, estimated from the rows of the query before it."""
+"""What one query is to return. The sizes of rows are known before; those of documents with related rows are not, and
+the query before suggests how many to read."""
 
 MOST_BYTES_READ = 32 * 1024 * 1024
-"""What rows with related ones that are read for a batch may have together, as nobody knows before how large they are.
-The others are left to a request."""
+"""What is read for one batch at most. The other rows are left to a request."""
 
 
 class _Rendered(msgspec.Struct, frozen=True, gc=False):
@@ -229,6 +229,9 @@ class Preparer:
             if holds is False:
                 deleted.append(change.key)
                 continue
+            if holds and oversized(change.row):
+                ours.append((UnreadRow.of(change.shape, change.key, change.xid, change.lsn, OVERSIZED), lane))
+                continue
             ours.append((change, lane))
             if holds is None or not complete(change.row):
                 unknown[change.key] = None
@@ -258,9 +261,8 @@ class Preparer:
     ) -> tuple[dict[Key, Row | Unread], tuple[Key, ...]]:
         """Return the rows that the source has for these keys, or why they cannot be read.
 
-        They are read under a snapshot that sees these transactions.
-        Rows with related ones are read in portions, each under a snapshot of its own and as large as the last one
-        suggests; reading ends once they are large together, and the keys that are left are returned.
+        They are read in portions, each under a snapshot of its own that sees these transactions. Reading ends once the
+        rows are large together; the keys that are left are returned.
         """
 
         async def read(connection: Connection) -> tuple[Snapshot, Page]:
@@ -269,9 +271,13 @@ class Preparer:
 
         found: dict[Key, Row | Unread] = {}
         done = size = 0
-        at_once = READ_AT_FIRST if self._related is not None else len(keys)
-        while done < len(keys) and (size <= MOST_BYTES_READ or self._related is None):
+        at_once = READ_AT_FIRST if self._related is not None else READ_AT_ONCE
+        while done < len(keys) and size <= MOST_BYTES_READ:
             portion = keys[done : done + at_once]
+            if self._related is None:
+                with speaking_of("source", where=str(self._spec.shape.table), index=self._spec.name):
+                    connection = await self._source.connection()
+                    portion = portion[: await self._table.fitting_keys(connection, portion, READ_BYTES)]
             page = await seeing(xids, self._spec, self._source, read)
             rows: dict[Key, Row | Unread] = {self._spec.shape.key_of(row): row for row in page.rows}
             rows.update(page.unread)
@@ -279,7 +285,8 @@ class Preparer:
             found.update(rows)
             read_bytes = sum(len(value) for row in page.rows for value in row if isinstance(value, str))
             done, size = done + len(portion), size + read_bytes
-            at_once = max(1, min(READ_AT_ONCE, 4 * at_once, at_once * READ_BYTES // max(1, read_bytes)))
+            if self._related is not None:
+                at_once = max(1, min(READ_AT_ONCE, 4 * at_once, at_once * READ_BYTES // max(1, read_bytes)))
         return found, tuple(keys[done:])
 
     async def _render(self, upserts: Sequence[tuple[Upsert, int]], failed: dict[Key, DocumentError]) -> list[_Rendered]:

@@ -25,6 +25,7 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SourceUnavailable
 from cdcsync.flows.follow.open_batch import OpenBatch
 from cdcsync.lsn import Lsn
+from cdcsync.memory import largest_value
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import Lag
 from cdcsync.model.progress import Progress
@@ -121,6 +122,7 @@ class Receiver:
         """Counts since metrics were last updated: updating them costs as much as decoding a message."""
         self._told = Lsn(0)
         """The furthest position that the source told of."""
+        self._largest = largest_value()
         self._spool.begin()
 
     async def events(self) -> AsyncGenerator[Sequence[Heard]]:
@@ -192,7 +194,7 @@ class Receiver:
         if self._spool.receiving and payload[:1] != b"E":
             self._spool.append(int.from_bytes(payload[1:5], "big"), payload)
             return NOTHING_YET
-        message = decode(payload)
+        message = decode(payload, largest=self._largest)
         match message:
             case Insert() | Update() | Delete() | Begin() | Commit():
                 return (self._assembler.feed(message),)
@@ -216,7 +218,7 @@ class Receiver:
         """Yield a spooled transaction as if it had been sent whole at its commit."""
         yield Begin(final_lsn=commit.commit_lsn, commit_time_us=commit.commit_time_us, xid=commit.xid)
         for payload in self._spool.replay(commit.xid):
-            yield decode(payload, streamed=True)
+            yield decode(payload, streamed=True, largest=self._largest)
         yield Commit(
             flags=0, commit_lsn=commit.commit_lsn, end_lsn=commit.end_lsn, commit_time_us=commit.commit_time_us
         )

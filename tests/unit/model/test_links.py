@@ -9,7 +9,7 @@ from cdcsync.documents.related import RelatedRows, Step, TableFacts
 from cdcsync.errors import SchemaChanged
 from cdcsync.model.links import Link, LinkProjection, links_of
 from cdcsync.model.rows import Shape
-from cdcsync.pgoutput.messages import UNCHANGED, Column, Relation
+from cdcsync.pgoutput.messages import TOO_LARGE, UNCHANGED, Column, Relation
 
 TICKETS = QualifiedName("public", "tickets")
 COMMENTS, PEOPLE = QualifiedName("public", "comments"), QualifiedName("public", "people")
@@ -69,6 +69,14 @@ def test_what_a_new_row_leaves_out_is_as_in_the_old_one(projection: LinkProjecti
     assert projection.updated("O", ("9", "1", "t", "a"), ("9", UNCHANGED, "t", "a"), 7, 8).values == (("1", "a"),)
     with pytest.raises(SchemaChanged, match="without the columns"):
         projection.updated(None, None, ("9", UNCHANGED, "t", "a"), 7, 8)
+
+
+def test_a_value_too_large_to_look_documents_up_by_pauses_the_index_and_another_large_one_does_not(
+    projection: LinkProjection,
+) -> None:
+    assert projection.inserted(("9", "1", TOO_LARGE, "a"), 7, 8).values == (("1", "a"),)
+    with pytest.raises(SchemaChanged, match="larger than a sixteenth of the worker's memory"):
+        projection.updated("O", ("9", "1", "t", "a"), ("9", TOO_LARGE, "t", "a"), 7, 8)
 
 
 @pytest.mark.parametrize(

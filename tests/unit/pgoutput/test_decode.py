@@ -9,6 +9,7 @@ from cdcsync.errors import MalformedMessage
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.decode import decode
 from cdcsync.pgoutput.messages import (
+    TOO_LARGE,
     UNCHANGED,
     Begin,
     BeginPrepare,
@@ -220,6 +221,19 @@ def test_bytes_become_their_message(data: bytes, options: Mapping[str, bool], me
 
     assert decoded == message
     assert type(decoded) is type(message)
+
+
+def test_a_value_that_is_larger_than_wanted_is_left_out_and_the_others_are_read() -> None:
+    def value(text: bytes) -> bytes:
+        return b"t" + len(text).to_bytes(4, "big") + text
+
+    row = b"\x00\x03" + value(b"four") + value(b"fives") + value(b"")
+    data = b"U" + OID + b"O" + row + b"N" + row
+
+    assert decode(data, largest=4) == Update(None, oid, "O", ("four", TOO_LARGE, ""), ("four", TOO_LARGE, ""))
+    assert decode(data, largest=5) == decode(data)
+    with pytest.raises(MalformedMessage):
+        decode(data[:-8], largest=4)
 
 
 @every_case

@@ -7,6 +7,7 @@ import pytest
 
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.messages import (
+    TOO_LARGE,
     UNCHANGED,
     Begin,
     Column,
@@ -74,11 +75,16 @@ def test_unchanged_is_neither_null_nor_text() -> None:
     assert repr(UNCHANGED) == "UNCHANGED"
 
 
-@pytest.mark.parametrize(("value", "kind"), [("t", "text"), (b"b", "binary"), (None, "null"), (UNCHANGED, "unchanged")])
-def test_a_type_checker_tells_the_four_kinds_of_value_apart(value: Value, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [("t", "text"), (b"b", "binary"), (None, "null"), (UNCHANGED, "unchanged"), (TOO_LARGE, "too large")],
+)
+def test_a_type_checker_tells_the_kinds_of_value_apart(value: Value, kind: str) -> None:
     def kind_of(value: Value) -> str:
         if value is UNCHANGED:
             return "unchanged"
+        if value is TOO_LARGE:
+            return "too large"
         if value is None:
             return "null"
         if isinstance(value, str):

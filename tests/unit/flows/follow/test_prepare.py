@@ -19,9 +19,11 @@ from cdcsync.flows.follow.prepare import MOST_BYTES_READ, READ_BYTES, Preparer
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import ChangeSet
-from cdcsync.model.rows import Key, Upsert
+from cdcsync.model.conditions import Term, Where
+from cdcsync.model.rows import OVERSIZED, Key, Row, Unread, Upsert
+from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries, Snapshot
-from cdcsync.pgoutput.messages import UNCHANGED
+from cdcsync.pgoutput.messages import TOO_LARGE, UNCHANGED
 from cdcsync.source.reads import Page
 from cdcsync.tracing import Tracing
 from tests.support.indexes import make_spec
@@ -95,11 +97,17 @@ async def test_a_live_row_whose_document_is_unchanged_is_chunked_again_only_wher
 
 
 class Sized:
-    """A table of rows with related ones, each of so many bytes, that notes how many were asked for at a time."""
+    """A table of rows, each of so many bytes, that notes how many were asked for at a time.
+
+    It tells how large they are before they are read only if there are no related rows.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.asked: list[int] = []
+
+    async def fitting_keys(self, connection: object, keys: Sequence[Key], most_bytes: int) -> int:
+        return max(1, min(len(keys), most_bytes // self.size))
 
     async def by_keys(self, connection: object, keys: Sequence[Key]) -> Page:
         self.asked.append(len(keys))
@@ -123,6 +131,26 @@ async def test_rows_with_related_ones_are_read_in_portions_as_large_as_the_last_
     step = Step(QualifiedName("public", "comments"), (("article_id", "id"),))
     comments = RelatedRows(("comments",), (step,), None, (), (), "", 100, " ", "")
     spec = msgspec.structs.replace(spec, documents=msgspec.structs.replace(spec.documents, related=(comments,)))
+
+    assert await read_again(spec, size) == (asked, 1000 - left, left)
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "left"),
+    [
+        (10, [500, 500], 0),
+        (READ_BYTES // 32, [32] * 8, 1000 - 256),
+        (READ_BYTES * 2, [1] * 4, 1000 - 4),
+    ],
+)
+async def test_rows_without_related_ones_are_read_in_portions_by_their_sizes(
+    size: int, asked: list[int], left: int
+) -> None:
+    assert await read_again(make_spec(carried={}), size) == (asked, 1000 - left, left)
+
+
+async def read_again(spec: IndexSpec, size: int) -> tuple[list[int], int, int]:
+    """Prepare 1000 incomplete rows; returns how many were read at a time, how many came, and how many were left."""
     changes = IndexChanges(spec.shape)
     for at in range(1000):
         changes.add(Upsert(spec.shape, (f"{at}",), (f"{at}", UNCHANGED), 1, 0x10))
@@ -136,6 +164,47 @@ async def test_rows_with_related_ones_are_read_in_portions_as_large_as_the_last_
     writer: Any = SimpleNamespace(stored_hashes=stored_hashes)
     made = await Preparer(spec, chunker, dispatcher, table, table, Metrics(), Deliveries()).prepare(changes, writer)
 
-    assert table.asked == asked
-    assert len(made.documents) == 1000 - left
-    assert sum(len(one.keys or ()) for one in made.rebuilds) == left
+    return table.asked, len(made.documents), sum(len(one.keys or ()) for one in made.rebuilds)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((TOO_LARGE, "wanted"), "failed"),
+        ((TOO_LARGE, "other"), "deleted"),
+        (("text", TOO_LARGE), "deleted"),
+        ((TOO_LARGE, UNCHANGED), "read again"),
+    ],
+)
+async def test_a_row_with_a_value_that_is_too_large_is_left_out_and_listed_if_the_index_has_it(
+    values: Row, expected: str
+) -> None:
+    """As the constant of a condition is small, a value that is too large is another one."""
+    spec = make_spec(carried={})
+    where = Where("kind = 'wanted'", ("kind",), ("kind",), (Term(0, frozenset(["wanted"]), inside=True, null=False),))
+    shape = msgspec.structs.replace(spec.shape, deciding=("kind",))
+    spec = msgspec.structs.replace(spec, where=where, shape=shape)
+    changes = IndexChanges(shape)
+    changes.add(Upsert(shape, ("1",), ("1", *values), 7, 0x10))
+
+    class Table:
+        async def connection(self) -> None: ...
+
+        async def fitting_keys(self, connection: object, keys: Sequence[Key], most_bytes: int) -> int:
+            return len(keys)
+
+        async def by_keys(self, connection: object, keys: Sequence[Key]) -> Page:
+            return Page(Snapshot(10, 10, frozenset()), [], unread=dict.fromkeys(keys, Unread("read again")))
+
+    async def stored_hashes(keys: Sequence[Key]) -> dict[Key, bytes]:
+        return {}
+
+    table, look_ups = cast(Any, Table()), cast(Any, SimpleNamespace(stored_hashes=stored_hashes))
+    dispatcher: Any = SimpleNamespace(tracing=Tracing(), free_within=lambda budget_s: False)
+    chunker = make_chunker(Chunking(strategy="characters", max_tokens=8, overlap_tokens=0), None, None)
+    made = await Preparer(spec, chunker, dispatcher, table, table, Metrics(), Deliveries()).prepare(changes, look_ups)
+
+    assert made.deleted == ([("1",)] if expected == "deleted" else [])
+    errors = {"failed": [OVERSIZED.reason], "read again": ["read again"]}.get(expected, [])
+    assert [one.error for one in made.failed] == errors
+    assert all(one.chunks == [] and "larger" not in str(one.carried) for one in made.documents)
