@@ -119,13 +119,17 @@ class GapError(CdcsyncError):
     """Changes may have been lost between the checkpoint and what the slot can still send."""
 
 
+SHOWN_CHARACTERS = 60
+"""So much of a key's value is shown: enough to find it by."""
+
+
 class SchemaChanged(CdcsyncError):
     """A source table no longer has what an index is built on; that index is paused, the others continue.
 
     :param index: the index concerned.
     :param passing: the stream has moved past the cause, so that another look at the table may end the pause at once,
         however often that happens.
-    :ivar row: the key of a row that is the cause, where one is; for the index's reason, not for a log.
+    :ivar key: the key of a row that is the cause, where one is.
     """
 
     def __init__(
@@ -134,7 +138,14 @@ class SchemaChanged(CdcsyncError):
         super().__init__(message, where=where, hint=hint)
         self.index = index
         self.passing = passing
-        self.row: str | None = None
+        self.key: tuple[str, ...] | None = None
+
+    @property
+    def row(self) -> str | None:
+        """The key, cut to what is needed to find the row: for the index's reason, not for a log."""
+        if self.key is None:
+            return None
+        return ", ".join(part if len(part) <= SHOWN_CHARACTERS else f"{part[:SHOWN_CHARACTERS]}…" for part in self.key)
 
 
 class LeaseLost(CdcsyncError):

@@ -21,7 +21,7 @@ import msgspec
 from cdcsync.errors import SchemaChanged
 from cdcsync.lsn import Lsn
 from cdcsync.model.links import Touch, Values
-from cdcsync.model.rows import Change, Delete, Key, Shape, Truncation, UnreadRow, Upsert, complete, fill
+from cdcsync.model.rows import Change, Delete, Key, Shape, Truncation, Unread, UnreadRow, Upsert, complete, fill
 from cdcsync.model.transactions import Committed, Part
 
 ROW_OVERHEAD_BYTES = 200
@@ -170,6 +170,15 @@ class IndexChanges:
                     self.filled[row.key] = row
                 case _:
                     assert_never(row)
+
+    def leave_out(self, key: Key, why: Unread) -> bool:
+        """Have a row count as one that cannot be read; False if the batch has no values of such a row."""
+        for changes in (self.live, self.filled):
+            change = changes.get(key)
+            if isinstance(change, Upsert) and not isinstance(change, UnreadRow):
+                changes[key] = UnreadRow.of(change.shape, key, change.xid, change.lsn, why)
+                return True
+        return False
 
     def _put(self, change: RowChange) -> None:
         self.filled.pop(change.key, None)

@@ -23,6 +23,7 @@ from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.changeset import Applied, ChangeSet, Document, Kept
 from cdcsync.model.pauses import Pause
+from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import Part
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
@@ -40,10 +41,6 @@ log = structlog.get_logger()
 
 OLD_SESSION_S = 2.0
 """A server needs a moment to end a session whose client is gone, and to free its lock."""
-
-
-SHOWN_KEY_CHARACTERS = 60
-"""So much of a key's value is shown: enough to find it by."""
 
 
 def worker_name() -> str:
@@ -317,20 +314,16 @@ class ApplySession:
         except SchemaChanged as error:
             if isinstance(error.__cause__, REFUSALS):
                 with speaking_of("target"):
-                    error.row = await self._refused(self._writers[error.index], changes[error.index])
+                    error.key = await self._refused(self._writers[error.index], changes[error.index])
             raise
 
-    async def _refused(self, writer: IndexWriter, changes: ChangeSet) -> str | None:
+    async def _refused(self, writer: IndexWriter, changes: ChangeSet) -> Key | None:
         """Return the key of a row that the target refuses, by trying halves; None where no single one is at fault."""
         rows: list[Kept | Document] = [*changes.kept, *changes.documents]
         while len(rows) > 1:
             half = rows[: len(rows) // 2]
             rows = rows[len(half) :] if await self._takes(writer, half) else half
-        if not rows or await self._takes(writer, rows):
-            return None
-        return ", ".join(
-            value if len(value) <= SHOWN_KEY_CHARACTERS else f"{value[:SHOWN_KEY_CHARACTERS]}…" for value in rows[0].key
-        )
+        return None if not rows or await self._takes(writer, rows) else rows[0].key
 
     async def _takes(self, writer: IndexWriter, rows: Sequence[Kept | Document]) -> bool:
         kept = [row for row in rows if isinstance(row, Kept)]

@@ -11,11 +11,13 @@ for by what is committed.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import anyio
 import anyio.lowlevel
 import msgspec
+import psycopg
 import structlog
 
 from cdcsync.backoff import Backoff, Failure
@@ -26,6 +28,7 @@ from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch
 from cdcsync.model.changeset import Applied, ChangeSet
 from cdcsync.model.pauses import Pause
+from cdcsync.model.rows import Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.pgoutput.wire import to_datetime
 from cdcsync.target.look_ups import LookUps
@@ -40,6 +43,10 @@ over the connection that writes."""
 
 CONNECT_AGAIN_S = 60.0
 """How soon that connection is tried for again: with such a wait for each batch, nothing would be gained by it."""
+
+MOST_REFUSED = 8
+"""How many rows of an index a batch may leave out because the target cannot hold a value of theirs. Each takes some
+attempts to find; if there are more, their common cause needs an operator."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -139,6 +146,7 @@ class Applier:
 
         changes = self._ahead.changes_of(batch)
         self._ahead = _Ahead(following)
+        left_out = Counter[str]()
         with self._tracing.batch(batch.origins, rows=batch.rows, transactions=batch.transactions):
             while True:
                 try:
@@ -147,9 +155,12 @@ class Applier:
                         changes = await self._prepare(batch)
                     await self._commit_and_prepare(changes, batch, caught_up(), done)
                 except SchemaChanged as error:
-                    # Rows left out of this batch are read again when the index is resumed.
-                    batch.indexes.pop(error.index, None)
-                    batch.paused[error.index] = error
+                    if left_out[error.index] < MOST_REFUSED and _leave_out(error, batch):
+                        left_out[error.index] += 1
+                    else:
+                        # Rows left out of this batch are read again when the index is resumed.
+                        batch.indexes.pop(error.index, None)
+                        batch.paused[error.index] = error
                 except Unavailable as error:
                     await self._backoff.wait(error)
                 else:
@@ -212,7 +223,8 @@ class Applier:
                 if batch.paused:
                     tasks.cancel_scope.cancel()  # what follows is delivered again, mostly
         except BaseExceptionGroup as group:
-            raise leading(group) from None
+            error = leading(group)
+            raise error from error.__cause__
 
     async def _prepare_ahead(self, batch: Batch, before: Mapping[str, ChangeSet]) -> None:
         try:
@@ -275,3 +287,15 @@ class Applier:
         log.warning(
             "apply_waits", side=side, error=str(failure.error), attempt=failure.attempt, delay_s=failure.delay_s
         )
+
+
+def _leave_out(error: SchemaChanged, batch: Batch) -> bool:
+    """Leave out the row that has a value which the target cannot hold, if that is what happened; say whether it was.
+
+    Such values (class 22) are characters that the target's encoding lacks, labels that its enum lacks, and numbers
+    beyond its type.
+    """
+    changes = batch.indexes.get(error.index)
+    if changes is None or error.key is None or not isinstance(error.__cause__, psycopg.DataError):
+        return False
+    return changes.leave_out(error.key, Unread(error.message))

@@ -28,8 +28,13 @@ TYPES = {
 }
 """By name: how each side makes the type, its name, a value that both sides take, one that only the source takes."""
 ROLES = ("key", "carried")
-MET = {"label": ("stream",), "relation": ("load", "stream")}
-"""Where each is met: a type whose labels the target lacks from the start is carried as text."""
+MET = {
+    ("label", "key"): ("stream",),
+    ("relation", "key"): ("load", "stream"),
+    ("relation", "carried"): ("load", "stream"),
+}
+"""Where each is met. A type whose labels the target lacks from the start is stored as text; a label that comes later
+costs its row where it is carried, and cannot even be looked up where it is in the key."""
 
 
 def layout(name: str, type_: str, role: str, value: str) -> list[str]:
@@ -49,7 +54,7 @@ def refusing(make_scene: MakeScene) -> Scene:
     for type_, (here, _, sql_type, good, bad) in TYPES.items():
         statements.append(here)
         for role in ROLES:
-            for met in MET[type_]:
+            for met in MET.get((type_, role), ()):
                 name = f"{type_}_{role}_{met}"
                 statements += layout(name, sql_type, role, bad if met == "load" else good)
                 indexes[name] = Followed(name, columns=("v",))
@@ -57,14 +62,12 @@ def refusing(make_scene: MakeScene) -> Scene:
     for _, there, *_ in TYPES.values():
         scene.pipeline.target.execute(there)
     scene.pipeline.start()
-    for role in ROLES:
-        until(partial(followed, scene, f"label_{role}_stream"), scene.pipeline.tail, progress=scene.steps)
+    until(partial(followed, scene, "label_key_stream"), scene.pipeline.tail, progress=scene.steps)
     scene.execute("ALTER TYPE public.mood ADD VALUE 'new'")
-    for type_, (_, _, _, _, bad) in TYPES.items():
-        for role in ROLES:
-            name = f"{type_}_{role}_stream"
-            until(partial(followed, scene, name), partial(scene.described, name), progress=scene.steps)
-            scene.execute(insert(name, role, bad, 2))
+    for type_, role in MET:
+        name, bad = f"{type_}_{role}_stream", TYPES[type_][-1]
+        until(partial(followed, scene, name), partial(scene.described, name), progress=scene.steps)
+        scene.execute(insert(name, role, bad, 2))
     return scene
 
 

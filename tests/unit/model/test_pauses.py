@@ -17,7 +17,7 @@ def test_a_pause_says_what_is_wrong_and_what_to_do() -> None:
 
 def test_a_pause_names_the_row_that_is_the_cause() -> None:
     error = changed()
-    error.row = "4711"
+    error.key = ("4711",)
     assert Pause.of(error).reason == "the column body is gone, of the row 4711"
 
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import anyio
 import anyio.lowlevel
+import psycopg
 import pytest
 
 from cdcsync.config import QualifiedName
@@ -19,13 +20,13 @@ from cdcsync.errors import (
     TargetRewound,
     TargetUnavailable,
 )
-from cdcsync.flows.follow.apply import Applier, Outcome
+from cdcsync.flows.follow.apply import MOST_REFUSED, Applier, Outcome
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch, IndexChanges
 from cdcsync.model.changeset import Applied, ChangeSet
 from cdcsync.model.pauses import Pause
-from cdcsync.model.rows import Shape, Upsert
+from cdcsync.model.rows import Shape, UnreadRow, Upsert
 from cdcsync.model.transactions import Committed
 from cdcsync.tracing import Tracing
 
@@ -145,6 +146,50 @@ async def test_a_value_that_the_target_refuses_pauses_its_index_too() -> None:
     target = Target(SchemaChanged("the target refuses a value", index="notes"))
     batch = a_batch()
     await applier(target).apply(batch, caught_up=lambda: True)
+    assert [(indexes, set(paused)) for indexes, _, paused, _ in target.commits] == [({"articles"}, {"notes"})]
+
+
+def refused(key: str, cause: Exception) -> SchemaChanged:
+    error = SchemaChanged("the target refuses a value", index="notes")
+    error.key, error.__cause__ = (key,), cause
+    return error
+
+
+@pytest.mark.parametrize("more", [0, 1])
+async def test_rows_with_values_that_the_target_cannot_hold_are_left_out_unless_there_are_many(more: int) -> None:
+    keys = [f"row {at}" for at in range(MOST_REFUSED + 1)]
+    target = Target(*(refused(key, psycopg.errors.UntranslatableCharacter()) for key in keys[: MOST_REFUSED + more]))
+    batch = a_batch()
+    for key in keys:
+        batch.add(Upsert(SHAPES[1], (key,), (key, "text"), 1, 10))
+    notes = batch.indexes["notes"]
+    await applier(target).apply(batch, caught_up=lambda: True)
+
+    out = [change for change in notes.live.values() if isinstance(change, UnreadRow)]
+    assert [(one.key, one.row, one.reason) for one in out] == [
+        ((key,), (key, None), "the target refuses a value") for key in keys[:MOST_REFUSED]
+    ]
+    assert [(indexes, set(paused)) for indexes, _, paused, _ in target.commits] == [
+        ({"articles"}, {"notes"}) if more else ({"articles", "notes"}, set())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "cause"),
+    [
+        ("a", psycopg.errors.CheckViolation()),  # a constraint may concern every row
+        ("elsewhere", psycopg.errors.UntranslatableCharacter()),
+    ],
+)
+async def test_what_is_no_matter_of_a_row_of_the_batch_pauses_the_index(key: str, cause: Exception) -> None:
+    target = Target(refused(key, cause))
+    await applier(target).apply(a_batch(), caught_up=lambda: True)
+    assert [(indexes, set(paused)) for indexes, _, paused, _ in target.commits] == [({"articles"}, {"notes"})]
+
+
+async def test_a_row_that_is_refused_even_without_its_values_pauses_the_index() -> None:
+    target = Target(*[refused("a", psycopg.errors.UntranslatableCharacter())] * 2)
+    await applier(target).apply(a_batch(), caught_up=lambda: True)
     assert [(indexes, set(paused)) for indexes, _, paused, _ in target.commits] == [({"articles"}, {"notes"})]
 
 
