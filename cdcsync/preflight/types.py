@@ -6,13 +6,17 @@ before a check was added NOT VALID, or of another domain of that name. An index 
 unless it is paused, which the check of a domain may be the reason for; and it follows a column that changed its type in
 the source.
 
-Source: PostgreSQL, "Object Identifier Types" (to_regtype), "Operator Classes and Operator Families".
+A type can run code: its owner may define casts at any time, which PostgreSQL then uses in whatever statement of the
+worker converts a value. So a type of the target is used only if its owner is trusted there anyway.
+
+Source: PostgreSQL, "Object Identifier Types" (to_regtype), "Operator Classes and Operator Families", CREATE CAST.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import psycopg
 from psycopg import sql
 
@@ -22,6 +26,14 @@ from cdcsync.preflight.findings import Finding, named
 from cdcsync.source.columns import Column
 
 FALLBACK = "text"
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    """A type for a column and, if it is text in place of the column's own, why, and how to have that."""
+
+    type: str
+    problem: str | None = None
+    hint: str | None = None
 
 
 async def choose_types(
@@ -40,16 +52,17 @@ async def choose_types(
     stored = await stored_types(connection, schema, name)
     chosen = {}
     for column in columns:
-        type_, problem = await _best_type(connection, column)
+        best = await _best_type(connection, column)
+        type_ = best.type
         kept = stored.get(column.name)
         if paused and column.base_type is not None and kept == column.type:
             kept = type_
-        if kept is None and problem is not None:
+        if kept is None and best.problem is not None:
             findings.append(
                 Finding.warning(
                     f"indexes.{name}",
-                    f"the column {quote(column.name)} is carried as text: {problem}",
-                    f"create the type {column.type} in the target before the worker first starts, or leave it as text",
+                    f"the column {quote(column.name)} is carried as text: {best.problem}",
+                    best.hint,
                 )
             )
         elif kept is not None and kept not in (column.type, column.base_type, type_, FALLBACK):
@@ -78,20 +91,48 @@ async def stored_types(connection: Connection, schema: str, name: str) -> dict[s
     return dict(await cursor.fetchall())
 
 
-async def _best_type(connection: Connection, column: Column) -> tuple[str, str | None]:
-    """Return the nearest type that the target has, and why it is text where it is."""
+async def _best_type(connection: Connection, column: Column) -> _Choice:
+    """Return the nearest type that the target has."""
     if column.base_type is not None and await _exists(connection, column.base_type):
-        return column.base_type, None
-    if await _exists(connection, column.type):
-        cursor = await connection.execute(
-            "SELECT unnest(%s::text[]) EXCEPT SELECT enumlabel FROM pg_enum WHERE enumtypid = to_regtype(%s)",
-            [list(column.labels), column.type],
+        return _Choice(column.base_type)
+    create = f"create the type {column.type} in the target before the worker first starts, or leave it as text"
+    if not await _exists(connection, column.type):
+        return _Choice(FALLBACK, f"its type {column.type} does not exist in the target", create)
+    cursor = await connection.execute(
+        "SELECT unnest(%s::text[]) EXCEPT SELECT enumlabel FROM pg_enum WHERE enumtypid = to_regtype(%s)",
+        [list(column.labels), column.type],
+    )
+    if missing := sorted(row[0] for row in await cursor.fetchall()):
+        return _Choice(FALLBACK, f"its type {column.type} lacks {named(map(repr, missing))} in the target", create)
+    if (owners := await _strangers(connection, column)) is not None:
+        owner, of_database = map(quote, owners)
+        return _Choice(
+            FALLBACK,
+            f"its type {column.type} belongs to {owner} in the target, who could have it run code as the worker's role",
+            f"if {owner} may do that: ALTER TYPE {column.type} OWNER TO {of_database}; before the worker first starts;"
+            " or leave it as text",
         )
-        missing = sorted(row[0] for row in await cursor.fetchall())
-        if missing:
-            return FALLBACK, f"its type {column.type} lacks {named(map(repr, missing))} in the target"
-        return column.type, None
-    return FALLBACK, f"its type {column.type} does not exist in the target"
+    return _Choice(column.type)
+
+
+async def _strangers(connection: Connection, column: Column) -> tuple[str, str] | None:
+    """Return the owners of a column's type and of the target's database; None if the type's owner is trusted there.
+
+    Trusted are superusers, the owners of the database and of the type's schema, and roles that the worker's is a member
+    of. The type of a table in the same database is the table's own: its owner is trusted as the table's is.
+    """
+    cursor = await connection.execute(
+        """
+        SELECT r.rolname, pg_get_userbyid(d.datdba)
+        FROM pg_type AS t JOIN pg_roles AS r ON r.oid = t.typowner JOIN pg_namespace AS n ON n.oid = t.typnamespace
+        JOIN pg_database AS d ON d.datname = current_database() JOIN pg_roles AS me ON me.rolname = current_user
+        WHERE t.oid = to_regtype(%s) AND t.oid <> %s::int8::oid AND NOT (
+            r.rolsuper OR r.oid = d.datdba OR pg_has_role(r.oid, n.nspowner, 'USAGE')
+            OR (NOT me.rolsuper AND pg_has_role(r.oid, 'USAGE')))
+        """,
+        [column.type, column.wire_type[0]],
+    )
+    return await cursor.fetchone()
 
 
 async def _exists(connection: Connection, type_: str) -> bool:

@@ -326,7 +326,8 @@ class IndexWriter(LookUps):
                 for key, equal, place in zip(self._keys, self._equal, self._places, strict=True)
             ),
             "as_written": both.join(
-                sql.SQL('c.{}::text COLLATE "C" = s.{}::text COLLATE "C"').format(key, place)
+                # By the types' output functions: a cast to text may be a function of the type's owner.
+                sql.SQL('concat(c.{}) COLLATE "C" = concat(s.{}) COLLATE "C"').format(key, place)
                 for key, place in zip(self._keys, self._places, strict=True)
             ),
             "targets": comma.join(targets),

@@ -232,3 +232,56 @@ def test_what_owners_put_beside_their_tables_does_not_run_as_our_roles(
         pipeline.command(*command, "--json")
 
     assert said_that_it_ran(pipeline, source, target) == []
+
+
+def test_a_type_that_somebody_plants_in_the_target_runs_nothing_as_the_target_role(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    """It has the name of a type of the source's: a domain whose conditions its owner decides, an enum with casts."""
+    source, target = make_database(), make_database()
+    source.execute(
+        "CREATE SCHEMA shop; CREATE DOMAIN public.code AS int; CREATE TYPE public.mood AS ENUM ('sad', 'happy');"
+        " CREATE TABLE shop.articles (id public.code, mood public.mood, tenant int, title text,"
+        " PRIMARY KEY (id, mood));"
+        " INSERT INTO shop.articles SELECT i, 'sad', i % 3, 'title ' || i FROM generate_series(1, 9) AS i"
+    )
+    target.execute(SPY)
+    stranger = roles.name("stranger")
+    target.execute(sql.SQL("CREATE ROLE {0}; GRANT CREATE ON SCHEMA public TO {0}").format(sql.Identifier(stranger)))
+    with target.connect() as session:
+        session.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(stranger)))
+        session.execute(
+            "CREATE DOMAIN public.code AS int CHECK (public.spy(VALUE));"
+            " CREATE TYPE public.mood AS ENUM ('sad', 'happy');"
+            " CREATE FUNCTION public.told(public.mood) RETURNS text LANGUAGE sql AS"
+            " 'SELECT CASE WHEN public.spy(1) THEN ''sad'' END';"
+            " CREATE FUNCTION public.read(text) RETURNS public.mood LANGUAGE sql AS"
+            " 'SELECT CASE WHEN public.spy(1) THEN ''sad''::public.mood END';"
+            " CREATE CAST (public.mood AS text) WITH FUNCTION public.told(public.mood) AS IMPLICIT;"
+            " CREATE CAST (text AS public.mood) WITH FUNCTION public.read(text) AS IMPLICIT"
+        )
+    replicator, writer = roles.name("source"), roles.name("target")
+    grant(source, source_role=replicator, tables="shop.articles")
+    grant(target, target_role=writer, view_schema="search")
+    pipeline = make_pipeline(
+        config(roles.dsn(source, replicator), roles.dsn(target, writer), f"s_{source.name}", view="search.articles")
+    )
+    pipeline.start()
+    pipeline.live()
+    source.execute("UPDATE shop.articles SET title = title || ' changed' WHERE id < 5")
+    source.execute("UPDATE shop.articles SET mood = 'happy' WHERE id = 7")
+    source.execute("DELETE FROM shop.articles WHERE id = 9")
+    pipeline.in_step()
+    for command in (
+        ["verify", "articles"],
+        ["replay", "articles"],
+        ["search", "articles", "title", "--filter", "tenant=1"],
+    ):
+        answered(pipeline, *command, "--json")
+    assert said_that_it_ran(pipeline, source, target) == []
+    assert target.execute(
+        "SELECT format_type(atttypid, NULL) FROM pg_attribute"
+        " WHERE attrelid = 'cdcsync.articles_chunks'::regclass AND attname IN ('id', 'mood') ORDER BY attname"
+    ) == [("integer",), ("text",)]
+    warned = [one["problem"] for one in pipeline.events() if one["event"] == "preflight"]
+    assert any(f"its type public.mood belongs to {stranger} in the target" in one for one in warned), warned

@@ -53,7 +53,7 @@ class Failures:
             "chunks": names.chunks,
             "generations": sql.Literal(self._generations),
             "most": sql.Literal(MAX_ATTEMPTS),
-            "key": sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier("c", name)) for name in self._key),
+            "key": sql.SQL(", ").join(sql.SQL("concat({})").format(sql.Identifier("c", name)) for name in self._key),
             "documents": sql.Identifier(schema, TABLE),
         }
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from psycopg import conninfo, sql
 
+from cdcsync.postgres.sessions import connect
+from cdcsync.preflight import Finding
+from cdcsync.preflight.types import choose_types
+from cdcsync.source.columns import Column
 from tests.support.preflight import ARTICLES, SLOT, configured, examined, lay_out, stored_spec, warnings
 from tests.support.servers import Database
 
@@ -88,3 +93,50 @@ async def test_a_column_that_grew_in_the_source_is_warned_of_and_followed(databa
     assert report.specs[0].carried_types == ("bigint",)
     await lay_out(database, report.specs[0])
     assert warnings(await examined(config)) == []
+
+
+OWNERS = {
+    "a stranger": ("SELECT", "text"),
+    "the database's": ("ALTER DATABASE {database} OWNER TO {owner}", "public.mood"),
+    "the schema's": ("ALTER SCHEMA public OWNER TO {owner}", "public.mood"),
+    "one of the worker's roles": ("GRANT {owner} TO {worker}", "public.mood"),
+}
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+async def test_a_type_of_the_target_is_used_if_its_owner_is_trusted_there(
+    make_database: Callable[[], Database], owner: str
+) -> None:
+    source, target = make_database(), make_database()
+    source.execute("CREATE TYPE mood AS ENUM ('calm'); CREATE TABLE t (id int PRIMARY KEY, mood mood, body text)")
+    names = {"owner": f"{target.name}_owner", "worker": f"{target.name}_worker", "database": target.name}
+    made, type_ = OWNERS[owner]
+    roles = {name: sql.Identifier(value) for name, value in names.items()}
+    column = Column("mood", "public.mood", not_null=False, generated="", labels=("calm",))
+    with target.connect() as admin:
+        try:
+            admin.execute("CREATE TYPE mood AS ENUM ('calm')")
+            for statement in (
+                "CREATE ROLE {owner}; CREATE ROLE {worker} LOGIN PASSWORD 'w'; ALTER TYPE mood OWNER TO {owner}",
+                made,
+            ):
+                admin.execute(sql.SQL(statement).format(**roles))
+            dsn = conninfo.make_conninfo(target.dsn, user=names["worker"], password="w")
+            findings: list[Finding] = []
+            async with await connect(dsn, "target") as connection:
+                chosen = await choose_types(connection, "cdcsync", "t", [column], findings)
+        finally:
+            admin.execute("DROP TYPE mood")
+            admin.execute(sql.SQL("ALTER DATABASE {database} OWNER TO CURRENT_USER").format(**roles))
+            admin.execute("ALTER SCHEMA public OWNER TO pg_database_owner")
+            admin.execute(sql.SQL("DROP ROLE {owner}, {worker}").format(**roles))
+
+    assert chosen == {"mood": type_}
+    assert [one.message for one in findings] == (
+        [
+            f"the column mood is carried as text: its type public.mood belongs to {names['owner']} in the target, who"
+            " could have it run code as the worker's role"
+        ]
+        if type_ == "text"
+        else []
+    )
