@@ -11,7 +11,7 @@ conninfo_uri_parse_options and conninfo_uri_parse_params.
 from __future__ import annotations
 
 import re
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 REDACTED = "***"
 """Stands for a secret. It needs no quoting in a URI, in key=value form or in TOML."""
@@ -42,6 +42,22 @@ def redact_dsn(dsn: str) -> str:
     """
     readable = _redacted(dsn)
     return REDACTED if readable is None else readable
+
+
+def redact_url(url: str) -> str:
+    """Return the address without user and password, and without those values of its query that may be secrets.
+
+    What is no address of HTTP is returned as it is.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        return url
+    query = [
+        f"{name}={REDACTED}" if value and is_secret_key(unquote(name)) else f"{name}{equals}{value}"
+        for name, equals, value in (one.partition("=") for one in parts.query.split("&"))
+    ]
+    _, at, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{REDACTED if at else ''}{at}{host}", query="&".join(query)))
 
 
 def dsn_fault(dsn: str) -> str | None:

@@ -11,7 +11,7 @@ import msgspec
 
 from cdcsync.config import embedders, related, rerankers, sections, serving
 from cdcsync.config.checking import join
-from cdcsync.config.redaction import REDACTED, is_secret_key, redact_dsn
+from cdcsync.config.redaction import REDACTED, is_secret_key, redact_dsn, redact_url
 from cdcsync.config.sections import Config
 from cdcsync.config.shape import descriptions, summary
 
@@ -58,6 +58,8 @@ def _toml(key: str, value: Any) -> str:
 def _shown(key: str, text: str) -> str:
     if key == "dsn":
         return redact_dsn(text)
+    if key == "jwks":
+        return redact_url(text)
     return REDACTED if text and is_secret_key(key) else text
 
 

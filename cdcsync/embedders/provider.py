@@ -289,8 +289,11 @@ class Provider:
 
     def _secrets(self) -> list[str]:
         """Return what no message may repeat."""
-        query = [value for name, value in self._settings.query.items() if is_secret_key(name)]
-        return [self._key(), *self._settings.headers.values(), *query]
+        settings = self._settings
+        named: list[tuple[str, object]] = [*settings.query.items()]
+        if not isinstance(settings, config.TeiReranker):
+            named += [*settings.document_body.items(), *settings.query_body.items()]
+        return [self._key(), *settings.headers.values(), *(str(value) for name, value in named if is_secret_key(name))]
 
     def _key(self) -> str:
         path = self._settings.api_key_file

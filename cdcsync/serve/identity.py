@@ -27,6 +27,7 @@ import jwt
 import msgspec
 import structlog
 
+from cdcsync.config.redaction import redact_url
 from cdcsync.config.serving import Serve
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.serve.problems import Problem
@@ -302,7 +303,7 @@ class _Keys:
                 text = await anyio.to_thread.run_sync(Path(self._place).read_text)
             keys = jwt.PyJWKSet.from_dict(json.loads(text)).keys
         except (OSError, httpx2.HTTPError, ValueError, jwt.PyJWTError) as error:
-            log.error("keys_unreadable", where=self._place, error=type(error).__name__)
+            log.error("keys_unreadable", where=redact_url(self._place), error=type(error).__name__)
         else:
             self._keys = {key.key_id: key for key in keys}
             self._read_at = anyio.current_time()

@@ -263,3 +263,44 @@ def test_a_file_that_cannot_be_read_is_said_with_the_fix(tmp_path: Path) -> None
         assert refused.value.message == message
         assert refused.value.where == str(path)
         assert refused.value.hint
+
+
+SECRET_KEYS = {
+    "source": ("dsn",),
+    "target": ("dsn",),
+    "serve": ("dsn", "jwks"),
+    "embedders.hosted": (
+        *("api_key", "headers.X-Key", 'headers."X Key"', "query.code", "document_body.key", "base_url"),
+        *("api_kay", "token", "password"),  # which there are not
+    ),
+    "rerankers.fine": ("api_key", "headers.X-Key", "query.code", "base_url", "key"),
+}
+WRONG = {
+    "with a space": '"xyzzy plugh"',
+    "over two lines": '"xyzzy\\nplugh"',
+    "in a list": '["xyzzy plugh"]',
+    "in a list in a list": '[["xyzzy plugh"]]',
+    "in a table": '{ a = "xyzzy plugh" }',
+    "not closed": '"xyzzy plugh',
+    "without quotation marks": "xyzzy plugh",
+    "beside a variable that is not set": '"xyzzy${NOT_SET}plugh"',
+    "beside a name that is none": '"xyzzy${plugh xyzzy}"',
+    "in an address": '"http://xyzzy:plugh@127.0.0.1:1/?code=xyzzy#plugh"',
+    "beside a number": '"xyzzy"\ndimensions = "plugh"',
+}
+
+
+@pytest.mark.parametrize("value", WRONG.values(), ids=WRONG)
+def test_no_error_repeats_a_secret(value: str) -> None:
+    refused = 0
+    for section, keys in SECRET_KEYS.items():
+        type_ = {"embedders.hosted": 'type = "openai"\nmodel = "m"', "rerankers.fine": 'type = "tei"'}.get(section, "")
+        for key in keys:
+            try:
+                read(f"{SECTIONS}\n[{section}]\n{type_}\n{key} = {value}\n")
+            except ConfigError as error:
+                refused += 1
+                told = f"{error} {error.where} {error.hint}"
+                assert "xyzzy" not in told, (section, key, told)
+                assert "plugh" not in told, (section, key, told)
+    assert refused > 2

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from cdcsync.config import redact_dsn
-from cdcsync.config.redaction import REDACTED, dsn_fault, is_secret_key
+from cdcsync.config.redaction import REDACTED, dsn_fault, is_secret_key, redact_url
 
 # Letters that stand nowhere else in the strings below, mixed with what makes passwords hard to delimit.
 PASSWORDS = st.text(st.sampled_from("QZÜ \\'\"@/:?&=#%[],\t"), min_size=1, max_size=12).filter(
@@ -157,3 +157,23 @@ def test_keys_that_sound_secret_are(key: str) -> None:
 @pytest.mark.parametrize("key", ["dsn", "model", "table", "text", "schema", "encoding", "api-version"])
 def test_keys_that_do_not_sound_secret_are_not(key: str) -> None:
     assert not is_secret_key(key)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://a.example/keys", "https://a.example/keys"),
+        ("https://a.example:8443/keys?p=policy", "https://a.example:8443/keys?p=policy"),
+        ("https://ann:QZ@a.example/keys", "https://***@a.example/keys"),
+        ("https://QZ@a.example/keys", "https://***@a.example/keys"),
+        ("https://ann:Q@Z@a.example/keys", "https://***@a.example/keys"),
+        (
+            "https://a.example/keys?code=QZ&p=policy&api%5Fkey=Q",
+            "https://a.example/keys?code=***&p=policy&api%5Fkey=***",
+        ),
+        ("/etc/keys.json", "/etc/keys.json"),
+    ],
+)
+def test_an_address_is_shown_without_user_password_and_keys(url: str, shown: str) -> None:
+    assert redact_url(url) == shown
+    assert redact_url(shown) == shown
