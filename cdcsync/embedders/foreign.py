@@ -1,12 +1,14 @@
 """Everything that comes in from a provider passes through here: bytes that are decoded, and text that is repeated.
 
-A provider may send any bytes and any words. `decoded` turns bytes into a value or fails with an `EmbedError`;
-`repeatable` turns words into one line that may go to a log or a table: no control characters (PostgreSQL stores no NUL,
-and a terminal obeys escape sequences), a bounded length, and nothing of what was sent, which providers like to quote.
+A provider may send any bytes and any words. `Body` takes bytes in, and no more than an answer may have; `decoded` turns
+them into a value or fails with an `EmbedError`; `repeatable` turns words into one line that may go to a log or a table:
+no control characters (PostgreSQL stores no NUL, and a terminal obeys escape sequences), a bounded length, and nothing
+of what was sent, which providers like to quote.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +26,44 @@ HIDDEN = "(its message repeats what was sent, and is not shown)"
 
 MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, TypeError)
 """The errors that reading foreign data may raise; ValueError covers UnicodeDecodeError and binascii.Error."""
+
+
+PACKED = "gzip"
+"""The compression that requests ask for. The other ones that HTTP knows save no more on numbers."""
+
+
+class Body:
+    """The body of an answer while it comes in.
+
+    A few compressed bytes can stand for gigabytes, all the more if they are compressed several times. So nothing is
+    unpacked beyond what an answer may have, and nothing that was not asked for.
+
+    :param coding: what the answer says it is compressed by.
+    :param at_most: how many bytes it may have, unpacked.
+    :raises EmbedError: it is compressed in another way than was asked for.
+    """
+
+    def __init__(self, coding: str, at_most: int) -> None:
+        if coding.strip().lower() not in ("", "identity", PACKED):
+            raise EmbedError("the provider's answer is compressed in a way that was not asked for")
+        self._unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16) if coding.strip().lower() == PACKED else None
+        self._at_most = at_most
+        self.received = bytearray()
+
+    def add(self, part: bytes) -> bool:
+        """Take the next bytes in; False once there are too many.
+
+        :raises EmbedError: they are not what the answer says.
+        """
+        room = self._at_most - len(self.received)
+        if self._unpacker is None:
+            self.received += part[: room + 1]
+        else:
+            try:
+                self.received += self._unpacker.decompress(part, room + 1)
+            except zlib.error:
+                raise EmbedError("the provider's answer is not compressed as it says") from None
+        return len(self.received) <= self._at_most
 
 
 T_co = TypeVar("T_co", covariant=True)

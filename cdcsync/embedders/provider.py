@@ -25,7 +25,7 @@ import structlog
 
 from cdcsync import __version__, config
 from cdcsync.config.redaction import is_secret_key
-from cdcsync.embedders.foreign import reason, repeatable
+from cdcsync.embedders.foreign import PACKED, Body, reason, repeatable
 from cdcsync.embedders.pacing import WAITED, Pace, retry_after_s
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
 
@@ -110,7 +110,11 @@ class Provider:
         connections = self._settings.concurrency
         try:
             self._client = httpx2.AsyncClient(
-                headers={"user-agent": f"cdcsync/{__version__}", "accept": "application/json"},
+                headers={
+                    "user-agent": f"cdcsync/{__version__}",
+                    "accept": "application/json",
+                    "accept-encoding": PACKED,
+                },
                 timeout=httpx2.Timeout(self._settings.timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
                 limits=httpx2.Limits(
                     max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=KEEP_IDLE_S
@@ -213,6 +217,8 @@ class Provider:
             return f"no answer within {self._settings.timeout_s:g} s"
         except EmbedderSetupError:  # the key cannot be read
             raise
+        except EmbedError as error:
+            return error.message
         except Exception as error:  # whatever the HTTP library makes of bytes that are not HTTP
             # Bytes that it stumbled over may be anything, escaped or not, so they are left out.
             words = str(error).partition("bytearray(")[0].rstrip(" :")
@@ -222,23 +228,22 @@ class Provider:
         self._pace.heard(self._clock(), answer.headers)
         return answer
 
-    async def _send(self, path: str, body: bytes | None, at_most: int) -> Answer | None:
+    async def _send(self, path: str, sent: bytes | None, at_most: int) -> Answer | None:
         assert self._client is not None
-        headers = {"content-type": "application/json"} if body is not None else {}
+        headers = {"content-type": "application/json"} if sent is not None else {}
         if key := self._key():
             headers["authorization"] = f"Bearer {key}"
-        method = "GET" if body is None else "POST"
-        received = bytearray()
+        method = "GET" if sent is None else "POST"
         headers |= self._settings.headers
         query = self._settings.query or None
         async with self._client.stream(
-            method, self._url + path, content=body, headers=headers, params=query
+            method, self._url + path, content=sent, headers=headers, params=query
         ) as response:
-            async for part in response.aiter_bytes():
-                received += part
-                if len(received) > at_most:
+            body = Body(response.headers.get("content-encoding", ""), at_most)
+            async for part in response.aiter_raw():
+                if not body.add(part):
                     return None
-            return Answer(response.status_code, response.headers, bytes(received))
+            return Answer(response.status_code, response.headers, bytes(body.received))
 
     def _failed_to_connect(self, problem: str) -> NoReturn:
         raise EmbedderUnavailable(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import tracemalloc
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +275,41 @@ async def test_a_proxy_that_is_in_the_way_is_named_by_its_variable(
     with pytest.raises(EmbedderSetupError, match="407") as refused:
         await embedder.embed(["a"])
     assert "HTTP_PROXY" in str(refused.value.hint)
+
+
+BLANKS = b" " * 20_000_000
+BOMBS: dict[str, tuple[str, Callable[[], bytes], str]] = {
+    "gzip": ("gzip", lambda: gzip.compress(BLANKS), "larger than"),
+    "gzip of gzip": ("gzip, gzip", lambda: gzip.compress(gzip.compress(BLANKS)), "in a way that was not asked for"),
+    "deflate": ("deflate", lambda: zlib.compress(BLANKS), "in a way that was not asked for"),
+    "another": ("zstd", lambda: b"(\xb5/\xfd", "in a way that was not asked for"),
+    "not compressed at all": ("gzip", lambda: b'{"data": []}', "not compressed as it says"),
+}
+
+
+@pytest.mark.parametrize("number", [200, 500])
+@pytest.mark.parametrize("bomb", BOMBS)
+async def test_a_small_answer_that_stands_for_a_huge_one_is_not_unpacked(
+    make_openai: Any, provider: FakeProvider, bomb: str, number: int
+) -> None:
+    coding, body, problem = BOMBS[bomb]
+    embedder = await make_openai()
+    provider.misdeeds.append(status(number, body(), content_encoding=coding))
+    tracemalloc.start()
+    try:
+        with pytest.raises(EmbedError, match=problem):
+            await embedder.embed(["a"])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < len(BLANKS) / 4
+
+
+async def test_a_compressed_answer_is_read(make_openai: Any, provider: FakeProvider) -> None:
+    def answer(exchange: Any, texts: list[str]) -> None:
+        data = [{"index": at, "embedding": row} for at, row in enumerate(provider.vectors(texts))]
+        exchange.answer(200, gzip.compress(json.dumps({"data": data}).encode()), content_encoding="gzip")
+
+    provider.misdeeds.append(answer)
+    assert np.allclose(await (await make_openai(encoding="float")).embed(TEXTS), expected(TEXTS))
+    assert provider.requests[-1][1]["accept-encoding"] == "gzip"
