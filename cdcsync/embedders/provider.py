@@ -15,6 +15,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import NoReturn
 
@@ -115,6 +116,8 @@ class Provider:
                     "accept": "application/json",
                     "accept-encoding": PACKED,
                 },
+                # One that takes no cookies: they would grow for as long as the provider makes up new ones.
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
                 timeout=httpx2.Timeout(self._settings.timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
                 limits=httpx2.Limits(
                     max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=KEEP_IDLE_S

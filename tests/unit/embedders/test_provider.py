@@ -305,6 +305,14 @@ async def test_a_small_answer_that_stands_for_a_huge_one_is_not_unpacked(
     assert peak < len(BLANKS) / 4
 
 
+async def test_no_cookie_of_a_provider_is_kept(make_openai: Any, provider: FakeProvider) -> None:
+    embedder = await make_openai()
+    for at in range(3):
+        provider.headers = {"set_cookie": f"session{at}={'x' * 4_000}; Path=/; Max-Age=99999"}
+        await embedder.embed([f"text {at}"])
+    assert all("cookie" not in headers for _, headers, _ in provider.requests)
+
+
 async def test_a_compressed_answer_is_read(make_openai: Any, provider: FakeProvider) -> None:
     def answer(exchange: Any, texts: list[str]) -> None:
         data = [{"index": at, "embedding": row} for at, row in enumerate(provider.vectors(texts))]
