@@ -5,6 +5,9 @@ to `warnings` comes out in the same form, but only from warning on: what librari
 cells. For the same reason tracebacks come without local variables, and of an exception's message only the first line is
 shown: PostgreSQL puts the rows concerned into the lines below it. What it quotes in the first line of a data exception
 is a value too, and is left out.
+
+Names of tables and columns are somebody else's, and may hold characters that a terminal acts on or that look like
+another line of the log: they become dots, and only a traceback has lines.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from typing import Literal, TextIO
 
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
+
+from cdcsync.terminals import harmless
 
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "json", "console"]
@@ -59,6 +64,7 @@ def configure(level: Level = "info", format_: Format = "auto", stream: TextIO | 
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.ExceptionRenderer(_format_exception),
+        _harmless,
     ]
     structlog.configure(
         processors=[*shared, _ordered, renderer],
@@ -87,6 +93,13 @@ def without_quoted(message: str, sqlstate: str | None) -> str:
     Source: PostgreSQL, "PostgreSQL Error Codes", class 22, data exception.
     """
     return _QUOTED.sub('"…"', message) if sqlstate is not None and sqlstate.startswith("22") else message
+
+
+def _harmless(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    return {
+        key: harmless(value, lines=key == "exception") if isinstance(value, str) else value
+        for key, value in event.items()
+    }
 
 
 def _ordered(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -1,6 +1,7 @@
 """The command line.
 
     streams     standard output and standard error: full, closed, or without a reader
+    consoles    the console that everything is printed on
     printing    findings, hits, statuses and errors, for people and as JSON
     queries     what the commands ask of both servers and of a model
     loads       the first load as `run` shows it on a terminal

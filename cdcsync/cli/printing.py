@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdcsync.cli.streams import OutputLost
 from cdcsync.errors import CdcsyncError
+from cdcsync.terminals import harmless
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,9 +43,9 @@ def console(*, errors: bool = False, wrap: bool = False) -> Console:
 
     :param wrap: fit the terminal's width, for tables; else lines stay whole, for searching in what was printed.
     """
-    from rich.console import Console
+    from cdcsync.cli.consoles import Harmless
 
-    return Console(stderr=errors, highlight=False, soft_wrap=not wrap)
+    return Harmless(stderr=errors, highlight=False, soft_wrap=not wrap)
 
 
 @contextlib.contextmanager
@@ -227,4 +228,4 @@ def excerpt(content: str, *, indent: str = "", lines: int = SHOWN_LINES) -> str:
 
 def plain(text: str) -> str:
     """Return the text without characters that a terminal would act on; line breaks stay."""
-    return "".join(character if character.isprintable() or character == "\n" else "·" for character in text)
+    return harmless(text, lines=True)

@@ -63,7 +63,7 @@ SECRETS = {
 }
 """By where each is; that of a caller's token is made when the file of tokens is."""
 
-REFUSED = "is not permitted to log in"
+REFUSED = "may not log in"
 
 CLASS = """
 class Own:

@@ -51,6 +51,25 @@ def test_an_event_is_a_line_of_json_that_begins_with_its_name() -> None:
     assert "Zürich" in stream.getvalue()
 
 
+@pytest.mark.parametrize("format_", ["json", "console"])
+def test_a_name_can_neither_take_over_a_terminal_nor_look_like_another_line(format_: Any) -> None:
+    stream = io.StringIO()
+    logs.configure("info", format_, stream)
+    hostile = "a\x1b[2Jb\x9b31mc\u202ed\n2026-01-01 [info] forged\r\x07"
+    structlog.get_logger().info("index_paused", index=hostile, error="of " + hostile)
+    logging.getLogger("library").warning("of %s", hostile)
+    try:
+        raise ValueError(hostile)
+    except ValueError:
+        structlog.get_logger().exception("failed", index=hostile)
+
+    written = stream.getvalue()
+    assert all(line.isprintable() for line in written.splitlines())
+    assert not [line for line in written.splitlines() if line.startswith("2026-01-01")]
+    assert written.count("forged") == 4
+    assert "a·[2Jb·31mc·d" in written
+
+
 def test_events_below_the_level_are_left_out() -> None:
     stream = io.StringIO()
     logs.configure("warning", "json", stream)
