@@ -220,6 +220,7 @@ def source_fails_over_with_loss(history: History) -> None:
     history.worker.killed = True
     history.start().until_said("streaming")
     _cut_off(history.source)
+    history.writer.allow()  # by now it has written all it might, and there would be nothing to lose
     rest(history, 0.3, 1)
     history.source.promote(history.rewound)
     history.fire("source fails over with loss")
@@ -309,6 +310,7 @@ def target_fails_over_with_loss(history: History) -> None:
     history.start().until_said("streaming")
     with history.losing():
         _cut_off(side)
+        history.writer.allow()
         rest(history, 0.5, 1.5)
         side.promote(history.rewound)
     history.fire("target fails over with loss")
