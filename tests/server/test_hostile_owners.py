@@ -110,9 +110,8 @@ def test_operators_and_functions_of_others_are_never_called(
         ["failures", "articles", "list"],
     ):
         answered(pipeline, *command, "--json")
-    with psycopg.connect(
-        roles.dsn(target, roles.name("target")), autocommit=True
-    ) as application:  # with the search path of its role
+    # With the search path of its role.
+    with psycopg.connect(pipeline.config.target.dsn, autocommit=True) as application:
         application.execute("SELECT * FROM cdcsync.articles_search('title changed', NULL, filter => '{\"tenant\": 1}')")
     assert pipeline.stop(pipeline.processes[-1]) == 0
     answered(pipeline, "teardown", "--purge", "--yes", "--json")
