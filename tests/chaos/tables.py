@@ -247,7 +247,8 @@ class Writer:
                     psycopg.errors.ForeignKeyViolation,
                 ):
                     assert self._session is not None
-                    self._session.rollback()
+                    with contextlib.suppress(psycopg.Error):  # away in the same moment: the next one notices
+                        self._session.rollback()
                 time.sleep(PACE_S)
         except BaseException as error:
             self.failure = error
