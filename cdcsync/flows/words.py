@@ -43,24 +43,37 @@ async def count_words_for_ever(dsn: str, schema: str, specs: Sequence[IndexSpec]
     """Keep the counts of words of these indexes current, until cancelled."""
     counted_at: dict[str, int] = {}
     searchable = [spec for spec in specs if spec.config.search is not None]
-    attempt = 0
+    failures = {spec.name: _Failures() for spec in searchable}
     async with Session(dsn, "target", application_name="cdcsync words", idle_s=IDLE_S) as target:
         while searchable:
             started = anyio.current_time()
-            try:
-                for spec in searchable:
+            for spec in searchable:
+                # One index may lack what another has: memory for its index, or a text search configuration.
+                if anyio.current_time() < failures[spec.name].until:
+                    continue
+                try:
                     connection = await target.connection()
                     with speaking_of("target", where=f"index {spec.name}"):
                         await _count_if_changed(connection, schema, spec, counted_at)
                         await _keep_ranking(connection, schema, spec)
-                attempt = 0
-            except CdcsyncError as error:
-                log.warning("words_not_counted", error=str(error), fix=error.hint)
-                attempt += 1
-                if not isinstance(error, Unavailable):
-                    attempt += 4  # nothing that passes by itself
+                    failures[spec.name] = _Failures()
+                except CdcsyncError as error:
+                    log.warning("words_not_counted", index=spec.name, error=str(error), fix=error.hint)
+                    failures[spec.name].add(error)
             took = anyio.current_time() - started
-            await anyio.sleep(max(LOOK_EVERY_S, took / SHARE, backoff_s(attempt, most=3600) if attempt else 0))
+            await anyio.sleep(max(LOOK_EVERY_S, took / SHARE))
+
+
+class _Failures:
+    """The failures of one index in a row, and until when it is left alone."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.until = 0.0
+
+    def add(self, error: CdcsyncError) -> None:
+        self._count += 1 if isinstance(error, Unavailable) else 5  # which does not pass by itself
+        self.until = anyio.current_time() + backoff_s(self._count, most=3600)
 
 
 async def _count_if_changed(connection: Connection, schema: str, spec: IndexSpec, counted_at: dict[str, int]) -> None:

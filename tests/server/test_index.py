@@ -246,6 +246,11 @@ async def test_wait_for_is_true_once_the_checkpoint_is_there_and_false_at_the_ti
         ("0/2000", "0/2020", False),
         ("0/2000", "0/2000", True),
         ("0/2000", "0/2008", False),
+        # The first page of a segment has a longer header.
+        ("0/2000000", "0/2000028", True),
+        ("0/1FFFFF8", "0/2000028", False),
+        ("0/2000000", "0/2000030", False),
+        ("0/2000", "0/2028", False),
     ],
 )
 async def test_the_start_of_a_page_holds_no_more_than_the_end_of_the_page_before(

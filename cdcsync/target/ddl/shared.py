@@ -81,9 +81,10 @@ WAIT_FOR: LiteralString = """
         IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
             RAISE EXCEPTION 'wait_for needs READ COMMITTED: in this transaction every query sees the same moment';
         END IF;
-        IF mod(lsn - '0/0'::pg_lsn, 8192) = 24 THEN
-            -- The place after a page's header is where the next record begins, and nobody has written that page yet.
-            lsn := lsn - 24::numeric;
+        IF mod(lsn - '0/0'::pg_lsn, 8192) = 24 OR mod(lsn - '0/0'::pg_lsn, 1048576) = 40 THEN
+            -- The place after a page's header, which is longer on the first page of a segment, is where the next record
+            -- begins, and nobody has written that page yet. A record that ends there begins on the page before.
+            lsn := lsn - mod(lsn - '0/0'::pg_lsn, 8192);
         END IF;
         LOOP
             SELECT i.* INTO entry FROM {schema}.indexes i WHERE i.name = wait_for.index_name;
@@ -123,8 +124,8 @@ WAIT_FOR: LiteralString = """
             END IF;
             IF NOT waits THEN
                 -- The worker sees this lock, and writes where it is as soon as nothing is left to apply.
-                PERFORM pg_advisory_xact_lock_shared(hashtextextended({waiters} || entry.slot, 0));
-                waits := true;
+                -- It is only tried: any role could hold it exclusively, and the timeout has to be kept.
+                waits := pg_try_advisory_xact_lock_shared(hashtextextended({waiters} || entry.slot, 0));
             END IF;
             PERFORM pg_sleep(pause);
             pause := least(pause * 1.5, 0.05);

@@ -69,8 +69,23 @@ async def test_what_a_worker_before_it_counted_is_not_counted_again(
         await until(partial(counted, filled))
     await written(notes, 0, 100)
     async with counting(target, filled, notes) as logged:
-        await until(partial(counted, notes))  # which is looked at after the other
-    assert [one["index"] for one in logged if one["event"] == "words_counted"] == ["notes"]
+
+        async def told() -> list[str]:
+            return [one["index"] for one in logged if one["event"] == "words_counted"]
+
+        await until(told)  # of the notes, which are looked at after the other
+    assert await told() == ["notes"]
+
+
+async def test_an_index_whose_words_cannot_be_counted_keeps_no_other_from_it(
+    filled: LiveIndex, target: Database, open_index: OpenIndex
+) -> None:
+    notes = await open_index(name="notes")
+    await written(notes, 0, 100)
+    await filled.connection.execute("ALTER TABLE cdcsync.articles_words RENAME TO elsewhere")
+    async with counting(target, filled, notes) as logged:
+        await until(partial(counted, notes))
+    assert {one["index"] for one in logged if one["event"] == "words_not_counted"} == {"articles"}
 
 
 async def test_an_index_without_keyword_search_has_no_words_to_count(target: Database, open_index: OpenIndex) -> None:

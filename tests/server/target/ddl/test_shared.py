@@ -13,7 +13,7 @@ import pytest
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.shared import create_shared
-from cdcsync.target.pipelines import Lease, Pipelines
+from cdcsync.target.pipelines import Lease, Pipelines, waiters_lock
 from tests.support.indexes import (
     SCHEMA,
     make_spec,
@@ -88,6 +88,17 @@ async def test_waiting_ends_when_the_checkpoint_gets_there(
         assert answers == []
         await pipelines.commit(connection, lease, Lsn(0x30))
     assert answers == [(True,)]
+
+
+async def test_waiting_ends_in_time_whoever_holds_the_lock_that_tells_of_it(
+    connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    """Any role may take an advisory lock."""
+    await followed(connection, Lsn(0x10))
+    holder = await connect_target()
+    await holder.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [waiters_lock(SCHEMA) + "slot"])
+    await connection.execute("SET statement_timeout = '20s'")
+    assert await rows(connection, "SELECT cdcsync.wait_for('articles', '0/11', '20 ms')") == [(False,)]
 
 
 async def test_waiting_for_an_unknown_index_is_an_error_that_says_where_to_look(connection: Connection) -> None:
