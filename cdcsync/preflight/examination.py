@@ -181,9 +181,13 @@ def _no_match(plan: Plan) -> Finding:
     )
 
 
+def one_database(source: SourceFacts, target: TargetFacts) -> bool:
+    """Say whether source and target are one database of one server."""
+    return (source.server.started, source.server.database) == (target.server.started, target.server.database)
+
+
 def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list[Finding]:
     """Say which indexes would be of our own tables, when source and target are one database."""
-    ours = (source.server.started, source.server.database) == (target.server.started, target.server.database)
     return [
         Finding.error(
             f"indexes.{name}.table",
@@ -192,7 +196,7 @@ def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list
         )
         for name, index in config.indexes.items()
         for table in index.followed
-        if ours and table.schema == config.target.schema
+        if one_database(source, target) and table.schema == config.target.schema
     ]
 
 
@@ -235,6 +239,7 @@ async def _examine_indexes(
     embedders: Mapping[str, Embedder],
 ) -> list[IndexSpec]:
     publication = source_facts.catalog.publication if source_facts is not None else None
+    shared = source_facts is not None and one_database(source_facts, facts)
     specs = []
     for plan in plans:
         stored = facts.stored.get(plan.name)
@@ -250,7 +255,7 @@ async def _examine_indexes(
         published = publication.tables.get(plan.index.table_name) if publication is not None else None
         row_filter = published.row_filter if published is not None else None
         with noting(plan.findings, "target", f"indexes.{plan.name}"):
-            spec = await make_spec(target, config.target.schema, plan, facts, row_filter, plan.findings)
+            spec = await make_spec(target, config.target.schema, plan, facts, row_filter, plan.findings, shared=shared)
             if spec is not None and stored is not None:
                 plan.findings += await dependents_findings(target, config.target.schema, spec)
             if spec is not None and not any(finding.level == "error" for finding in plan.findings):

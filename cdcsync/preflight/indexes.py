@@ -231,10 +231,13 @@ async def make_spec(
     target: TargetFacts,
     row_filter: str | None,
     findings: list[Finding],
+    *,
+    shared: bool,
 ) -> IndexSpec | None:
     """Return the index as it is to be; None when the plan has a hole, whose reason is noted already.
 
     :param schema: that of our own tables, where an existing index tells which types it has.
+    :param shared: whether source and target are one database.
     """
     table, documents, embedder, index = plan.table, plan.documents, plan.embedder, plan.index
     if table is None or documents is None or embedder is None or plan.fingerprint is None:
@@ -249,7 +252,7 @@ async def make_spec(
     stored = target.stored.get(plan.name)
     paused = stored is not None and stored.state == "paused"
     columns_known = [known[column] for column in columns]
-    types = await choose_types(connection, schema, plan.name, columns_known, findings, paused=paused)
+    types = await choose_types(connection, schema, plan.name, columns_known, findings, paused=paused, shared=shared)
     findings += [
         Finding.error(
             f"indexes.{plan.name}.indexed",

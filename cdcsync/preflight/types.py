@@ -44,15 +44,17 @@ async def choose_types(
     findings: list[Finding],
     *,
     paused: bool = False,
+    shared: bool = False,
 ) -> dict[str, str]:
     """Return the type of each of an index's columns in the target, and note where it is not the source's.
 
     :param paused: whether the index exists and is paused.
+    :param shared: whether source and target are one database.
     """
     stored = await stored_types(connection, schema, name)
     chosen = {}
     for column in columns:
-        best = await _best_type(connection, column)
+        best = await _best_type(connection, column, shared=shared)
         type_ = best.type
         kept = stored.get(column.name)
         if paused and column.base_type is not None and kept == column.type:
@@ -91,7 +93,7 @@ async def stored_types(connection: Connection, schema: str, name: str) -> dict[s
     return dict(await cursor.fetchall())
 
 
-async def _best_type(connection: Connection, column: Column) -> _Choice:
+async def _best_type(connection: Connection, column: Column, *, shared: bool) -> _Choice:
     """Return the nearest type that the target has."""
     if column.base_type is not None and await _exists(connection, column.base_type):
         return _Choice(column.base_type)
@@ -104,7 +106,7 @@ async def _best_type(connection: Connection, column: Column) -> _Choice:
     )
     if missing := sorted(row[0] for row in await cursor.fetchall()):
         return _Choice(FALLBACK, f"its type {column.type} lacks {named(map(repr, missing))} in the target", create)
-    if (owners := await _strangers(connection, column)) is not None:
+    if (owners := await _strangers(connection, column, shared=shared)) is not None:
         owner, of_database = map(quote, owners)
         return _Choice(
             FALLBACK,
@@ -115,7 +117,7 @@ async def _best_type(connection: Connection, column: Column) -> _Choice:
     return _Choice(column.type)
 
 
-async def _strangers(connection: Connection, column: Column) -> tuple[str, str] | None:
+async def _strangers(connection: Connection, column: Column, *, shared: bool) -> tuple[str, str] | None:
     """Return the owners of a column's type and of the target's database; None if the type's owner is trusted there.
 
     Trusted are superusers, the owners of the database and of the type's schema, and roles that the worker's is a member
@@ -130,7 +132,8 @@ async def _strangers(connection: Connection, column: Column) -> tuple[str, str] 
             r.rolsuper OR r.oid = d.datdba OR pg_has_role(r.oid, n.nspowner, 'USAGE')
             OR (NOT me.rolsuper AND pg_has_role(r.oid, 'USAGE')))
         """,
-        [column.type, column.wire_type[0]],
+        # In another database, somebody may have made a type with the OID of the column's.
+        [column.type, column.wire_type[0] if shared else 0],
     )
     return await cursor.fetchone()
 

@@ -112,10 +112,12 @@ async def test_a_type_of_the_target_is_used_if_its_owner_is_trusted_there(
     names = {"owner": f"{target.name}_owner", "worker": f"{target.name}_worker", "database": target.name}
     made, type_ = OWNERS[owner]
     roles = {name: sql.Identifier(value) for name, value in names.items()}
-    column = Column("mood", "public.mood", not_null=False, generated="", labels=("calm",))
     with target.connect() as admin:
         try:
             admin.execute("CREATE TYPE mood AS ENUM ('calm')")
+            # Another database may give its type the same OID.
+            (oid,) = admin.execute("SELECT 'mood'::regtype::oid::int8").fetchall()[0]
+            column = Column("mood", "public.mood", not_null=False, generated="", labels=("calm",), wire_type=(oid, -1))
             for statement in (
                 "CREATE ROLE {owner}; CREATE ROLE {worker} LOGIN PASSWORD 'w'; ALTER TYPE mood OWNER TO {owner}",
                 made,
