@@ -87,14 +87,15 @@ async def bm25_option(connection: Connection, schema: str, spec: IndexSpec) -> s
 def usable(schema: str, spec: IndexSpec) -> sql.Composed:
     """Return the statement that has a row while the extension's index can be asked: the schema of its operators.
 
-    `configurations` is the search function's variable. Neither extension nor index may be there: it is asked each time.
+    `configurations` is the search function's variable. Neither extension nor index may be there, and the caller may
+    lack the extension's schema: it is asked each time.
     """
     if not rankable(spec):
         return sql.SQL("SELECT NULL WHERE false").format()
     return sql.SQL(
         "SELECT quote_ident(n.nspname) FROM pg_index AS i JOIN pg_class AS o ON o.oid = i.indexrelid"
         " JOIN pg_opclass AS p ON p.oid = i.indclass[0] JOIN pg_namespace AS n ON n.oid = p.opcnamespace"
-        " WHERE i.indexrelid = to_regclass({}) AND i.indisvalid AND "
+        " WHERE i.indexrelid = to_regclass({}) AND i.indisvalid AND has_schema_privilege(n.oid, 'USAGE') AND "
         + _READY
         + " AND EXISTS (SELECT FROM pg_options_to_table(o.reloptions) AS c"
         " WHERE c.option_name = 'text_config' AND c.option_value::regconfig = configurations[1])"

@@ -84,6 +84,31 @@ async def test_a_server_without_the_extension_has_nothing_to_keep(database: Data
         assert [hit.key["id"] for hit in await found(index, "hums")] == [3]
 
 
+async def test_a_reader_who_may_not_use_the_extensions_schema_is_ranked_for_by_sql(database: Database) -> None:
+    """The extension is not needed: an index and a setting look like those that it would have."""
+    reader = sql.Identifier(f"{database.name}_reader")
+    async with live_index(database, make_spec()) as index:
+        await filled(index, *SHELF)
+        for statement in (
+            "CREATE SCHEMA ranking",
+            "CREATE OPERATOR CLASS ranking.text_bm25_ops FOR TYPE text USING btree AS OPERATOR 1 <, OPERATOR 2 <=,"
+            " OPERATOR 3 =, OPERATOR 4 >=, OPERATOR 5 >, FUNCTION 1 bttextcmp(text, text)",
+            "CREATE INDEX articles_chunks_bm25 ON cdcsync.articles_chunks (content ranking.text_bm25_ops)",
+            "UPDATE pg_class SET reloptions = ARRAY['text_config=pg_catalog.english']"
+            " WHERE relname = 'articles_chunks_bm25'",
+            "CREATE ROLE {reader}; GRANT USAGE ON SCHEMA cdcsync TO {reader}",
+            "GRANT SELECT ON ALL TABLES IN SCHEMA cdcsync TO {reader}",
+        ):
+            await index.connection.execute(sql.SQL(statement).format(reader=reader))
+        try:
+            await index.connection.execute(sql.SQL("SET ROLE {}").format(reader))
+            await index.connection.execute("SET pg_textsearch.default_limit = 1000")
+            assert [hit.key["id"] for hit in await found(index, "hums")] == [3]
+        finally:
+            await index.connection.execute("RESET ROLE")
+            await index.connection.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(reader))
+
+
 @pytest.mark.parametrize(
     ("query", "ids"),
     [
