@@ -219,16 +219,18 @@ class Requests:
         :param owed: whether the index would be out of date without it, so that nobody may cancel it.
         :param up_to: the key after which it ends.
         """
+        columns = "index_name, kind, rewrite, filter, force_embed, keyed, max_rows_per_s, phase, through, owed"
+        values: list[object] = [index, kind, rewrite, filter_, force_embed, keys is not None, max_rows_per_s, phase]
+        values += [through, owed]
+        if up_to is not None:  # commands may be newer than the worker and its tables, and never ask for this
+            columns += ", up_to"
+            values.append(list(up_to))
         row = await fetch_one(
             connection,
-            sql.SQL(
-                "INSERT INTO {} (index_name, kind, rewrite, filter, force_embed, keyed, max_rows_per_s, phase, through,"
-                " owed, up_to) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s::text[]) RETURNING id"
-            ).format(self._table),
-            [
-                *(index, kind, rewrite, filter_, force_embed, keys is not None, max_rows_per_s, phase, through, owed),
-                None if up_to is None else list(up_to),
-            ],
+            sql.SQL(f"INSERT INTO {{}} ({columns}) VALUES ({{}}) RETURNING id").format(
+                self._table, sql.SQL(", ").join([sql.Placeholder()] * len(values))
+            ),
+            values,
         )
         id_ = cast(int, row[0])
         if keys is not None:
@@ -581,16 +583,21 @@ class Requests:
         )
         return [cast(int, row[0]) for row in await cursor.fetchall()]
 
-    async def start(self, connection: Connection, request: Request, rows_total: int | None) -> None:
-        """Note that a request is being served."""
-        await connection.execute(
+    async def start(self, connection: Connection, request: Request, rows_total: int | None) -> bool:
+        """Note that a request is being served; False if it is not to be: it was paused or cancelled, or reads more now.
+
+        Until it has begun, a change may ask for more to be read by it.
+        """
+        cursor = await connection.execute(
             sql.SQL(
                 "UPDATE {} SET state = 'running', started_at = coalesce(started_at, now()),"
                 " rows_total = coalesce(rows_total, %s) WHERE id = %s AND state IN ('requested', 'running')"
+                " AND up_to IS NOT DISTINCT FROM %s::text[]"
             ).format(self._table),
-            [rows_total, request.id],
+            [rows_total, request.id, None if request.up_to is None else list(request.up_to)],
         )
         crash_point("request started")
+        return cursor.rowcount > 0
 
     async def state(self, connection: Connection, request: Request) -> str | None:
         """Return a request's state now: someone may have paused or cancelled it."""

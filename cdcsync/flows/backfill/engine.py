@@ -146,7 +146,8 @@ class Backfills:
                 request = msgspec.structs.replace(request, filter=bound)
             total = await self._estimate(table, request)
         with speaking_of("target"):
-            await self._requests.start(target, request, total)
+            if not await self._requests.start(target, request, total):
+                return  # the next look finds what it is now
         log.info(
             "backfill_started",
             index=request.index,

@@ -104,7 +104,7 @@ async def test_a_request_cancelled_before_it_begins_stays_cancelled(connection: 
     request = await next_one(connection)
     assert request is not None
     await end(connection, request.id, "cancelled")
-    await REQUESTS.start(connection, request, 1)
+    assert not await REQUESTS.start(connection, request, 1)
     assert await REQUESTS.state(connection, request) == "cancelled"
 
 
@@ -336,3 +336,40 @@ async def test_a_rebuild_does_not_rely_on_a_request_that_reads_a_part(connection
 
     cursor = await connection.execute("SELECT up_to FROM cdcsync.backfills ORDER BY id")
     assert await cursor.fetchall() == [(["9"],), (None,)]
+
+
+@pytest.mark.parametrize("served", ["done", "running"])
+async def test_a_request_that_is_to_read_more_than_when_it_was_looked_at_is_not_begun_as_it_was(
+    connection: Connection, served: str
+) -> None:
+    wanted = Rebuild("customer", "t.customer_id = 1")
+    await REQUESTS.rebuild(connection, "articles", wanted)
+    await connection.execute("UPDATE cdcsync.backfills SET state = 'running', cursor = '{5}'")
+    await REQUESTS.rebuild(connection, "articles", wanted)
+    await end(connection, 1, "done")
+    looked_at = await next_one(connection)
+    assert looked_at is not None
+    assert (looked_at.id, looked_at.up_to) == (2, ("5",))
+
+    # It waits meanwhile for its rows to be counted, and a change comes that relies on it.
+    await connection.execute("UPDATE cdcsync.backfills SET state = %s, cursor = '{8}' WHERE id = 1", [served])
+    await REQUESTS.rebuild(connection, "articles", wanted)
+    assert not await REQUESTS.start(connection, looked_at, 5)
+    await end(connection, 1, "done")
+
+    now = await next_one(connection)
+    assert now is not None
+    assert (now.id, now.state, now.up_to) == (2, "requested", None if served == "done" else ("8",))
+    assert await REQUESTS.start(connection, now, 8)
+    assert await REQUESTS.state(connection, now) == "running"
+
+
+async def test_a_command_asks_for_a_request_of_a_worker_of_the_version_before(connection: Connection) -> None:
+    await connection.execute("ALTER TABLE cdcsync.backfills DROP COLUMN up_to")
+
+    async with connection.transaction():
+        id_ = await REQUESTS.add(connection, "articles", "verify", rewrite=False, filter_=None, keys=[("1",)])
+
+    request = await REQUESTS.one(connection, id_)
+    assert request is not None
+    assert (request.kind, request.keyed, await REQUESTS.keys(connection, request, 0, 5)) == ("verify", True, [("1",)])
