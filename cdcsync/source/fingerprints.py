@@ -218,13 +218,19 @@ def difference(before: Fingerprint | None, now: Fingerprint, table: Table, relat
     arrived = tuple(
         leaf for leaf in table.leaves if was.leaves.get(str(leaf.oid), (0, ""))[1] != is_.leaves[str(leaf.oid)][1]
     )
-    left = any(_left(is_.leaves.get(leaf), attached) for leaf, (_, attached) in was.leaves.items())
+    left = any(_left(leaf, attached, is_.leaves.get(leaf)) for leaf, (_, attached) in was.leaves.items())
     return Difference(None, doubts[0].because if doubts else None, arrived, left, emptied, bool(called))
 
 
-def _left(now: tuple[int, str] | None, attached: str) -> bool:
-    """Say whether a leaf went that was attached by these transactions, or that only the stream has told of."""
-    return now is None or (attached != "" and now[1] != attached)
+def _left(leaf: str, attached: str, now: tuple[int, str] | None) -> bool:
+    """Say whether a leaf went, or rows of it may have.
+
+    Of one that only the stream has told of, nobody has seen the file. A table's first one has the table's OID for its
+    number; another one may come from a TRUNCATE of that partition, which is not sent.
+    """
+    if now is None:
+        return True
+    return now[1] != attached if attached else now[0] != int(leaf)
 
 
 def _changed(was: Mapping[str, str], is_: Mapping[str, str]) -> list[str]:
