@@ -172,13 +172,18 @@ class IndexChanges:
                     assert_never(row)
 
     def leave_out(self, key: Key, why: Unread) -> bool:
-        """Have a row count as one that cannot be read; False if the batch has no values of such a row."""
+        """Have a row count as one that cannot be read; False if the batch has nothing that could bring such a row."""
         for changes in (self.live, self.filled):
             change = changes.get(key)
             if isinstance(change, Upsert) and not isinstance(change, UnreadRow):
                 changes[key] = UnreadRow.of(change.shape, key, change.xid, change.lsn, why)
                 return True
-        return False
+        if not self.touched or isinstance(self.live.get(key), UnreadRow):
+            return False
+        # It is read again because related rows changed.
+        touch = max(self.touched.values(), key=lambda one: one.lsn)
+        self.live[key] = UnreadRow.of(self.shape, key, touch.xid, touch.lsn, why)
+        return True
 
     def _put(self, change: RowChange) -> None:
         self.filled.pop(change.key, None)

@@ -25,6 +25,7 @@ from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch, IndexChanges
 from cdcsync.model.changeset import Applied, ChangeSet
+from cdcsync.model.links import Touch
 from cdcsync.model.pauses import Pause
 from cdcsync.model.rows import Shape, UnreadRow, Upsert
 from cdcsync.model.transactions import Committed
@@ -171,6 +172,25 @@ async def test_rows_with_values_that_the_target_cannot_hold_are_left_out_unless_
     ]
     assert [(indexes, set(paused)) for indexes, _, paused, _ in target.commits] == [
         ({"articles"}, {"notes"}) if more else ({"articles", "notes"}, set())
+    ]
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_document_is_left_out_as_well_if_a_related_row_has_such_a_value(
+    again: bool,
+) -> None:
+    target = Target(*[refused("of the customer", psycopg.errors.UntranslatableCharacter())] * (1 + again))
+    batch = a_batch()
+    for lsn in (30, 20):
+        batch.add(Touch(SHAPES[1], 0, ((str(lsn),),), 7, lsn))
+    notes = batch.indexes["notes"]
+    await applier(target).apply(batch, caught_up=lambda: True)
+
+    change = notes.live["of the customer",]
+    assert isinstance(change, UnreadRow)
+    assert (change.row, change.lsn, change.reason) == (("of the customer", None), 30, "the target refuses a value")
+    assert [(indexes, set(paused)) for indexes, _, paused, _ in target.commits] == [
+        ({"articles"}, {"notes"}) if again else ({"articles", "notes"}, set())
     ]
 
 
