@@ -20,9 +20,10 @@ from cdcsync.postgres.sessions import without_values
 
 T = TypeVar("T")
 
-_OTHERS = re.compile("0.|10|2[04-8BDF]|3[4BDF]|4[024]|5[3578]|72|F0|HV|XX")
+_OTHERS = re.compile("0.|10|2[4-8BD]|3[4BDF]|4[024]|5[3578]|72|F0|HV|XX")
 """Classes of errors that are not about a row. Left are cardinality (a subquery gives two rows), data, constraints (of a
-domain), limits, functions of all languages, and codes that a function chose itself."""
+domain), limits, functions of all languages (of PL/pgSQL: 20 if no branch of a CASE fits, 2F if no RETURN is reached),
+and codes that a function chose itself."""
 
 _SERVERS_WORDS = ("21", "22", "23", "54")
 """The message of a function's failure is its author's own, and may hold values."""

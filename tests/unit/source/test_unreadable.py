@@ -60,6 +60,8 @@ async def test_nothing_to_read_is_read_once() -> None:
         (psycopg.errors.InvalidTextRepresentation('invalid input syntax for type integer: "secret"'), True),
         (psycopg.errors.RaiseException("the secret is 7"), True),
         (psycopg.errors.CheckViolation('value for domain low violates check constraint "low"'), True),
+        (psycopg.errors.CaseNotFound("case not found"), True),
+        (psycopg.errors.FunctionExecutedNoReturnStatement("control reached end of function without RETURN"), True),
         (psycopg.errors.SyntaxError('syntax error in tsquery: "secret"'), True),
         (psycopg.errors.DataCorrupted("missing chunk number 0 for toast value 1"), True),
         (chosen("45000", "the secret is 7"), True),
