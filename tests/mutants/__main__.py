@@ -14,15 +14,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import get_args
 
-from tests.mutants.faults import MUTANTS, PACKAGE, Mutant
+from tests.mutants.faults import MUTANTS, PACKAGE, Finder, Mutant
 
 CHAOS_SEEDS = 6
 """Histories in which chaos has to find a fault that it is pointed at."""
 
 
 def find(mutant: Mutant, minutes: float) -> tuple[int | None, str]:
-    """Return the number of seeds that finding a fault took, None if it was not found, and what was seen."""
+    """Return the number of seeds that finding a fault took, None if it was not found, and what was seen.
+
+    Tests have no seeds: 0.
+    """
     with tempfile.TemporaryDirectory(prefix="cdcsync-mutant-") as name:
         tree = Path(name)
         shutil.copytree(PACKAGE, tree / "cdcsync", ignore=shutil.ignore_patterns("__pycache__"))
@@ -31,6 +35,9 @@ def find(mutant: Mutant, minutes: float) -> tuple[int | None, str]:
         command = [sys.executable, "-m"]
         if mutant.found_by == "simulation":
             command += ["tests.simulation", "--minutes", str(minutes)]
+        elif mutant.found_by == "tests":
+            command += ["pytest", "-q", "-x", "-p", "no:cacheprovider", "-c", str(PACKAGE.parent / "pyproject.toml")]
+            command += ["-o", f"pythonpath={tree}", str(PACKAGE.parent / mutant.fault)]
         else:
             command += ["tests.chaos", "--only", mutant.fault, "--seeds", str(CHAOS_SEEDS), "--jobs", "1"]
             command += ["--until-failure", "--directory", str(tree / "histories")]
@@ -38,6 +45,10 @@ def find(mutant: Mutant, minutes: float) -> tuple[int | None, str]:
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None, ""
+    if mutant.found_by == "tests":
+        if done.returncode != 1:  # neither failed nor passed
+            raise RuntimeError(f"{mutant.name}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+        return 0, next(line for line in done.stdout.splitlines() if line.startswith("FAILED"))
     # A campaign also names the histories in which nothing was wrong.
     failed = "FAIL seed" if mutant.found_by == "chaos" else "seed"
     found = re.search(rf"{failed} (\d+)[^\n]*", done.stdout)
@@ -51,7 +62,7 @@ def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--only", default="", help="words of the name")
-    parser.add_argument("--finder", choices=("simulation", "chaos"))
+    parser.add_argument("--finder", choices=get_args(Finder))
     parser.add_argument("--minutes", type=float, default=1.0, help="how long the simulation may look for each")
     options = parser.parse_args()
     missed = 0
@@ -61,7 +72,7 @@ def main() -> int:
         began = time.monotonic()
         seeds, said = find(mutant, options.minutes)
         missed += seeds is None
-        took = "NOT FOUND" if seeds is None else f"{seeds} seeds"
+        took = "NOT FOUND" if seeds is None else f"{seeds} seeds" if seeds else "found"
         print(
             f"{took:>10} {time.monotonic() - began:6.1f} s  {mutant.found_by:<10} {mutant.name}\n{'':>31}{said[:150]}",
             flush=True,

@@ -12,14 +12,15 @@ import msgspec
 
 PACKAGE = Path(__file__).parents[2] / "cdcsync"
 
-Finder = Literal["simulation", "chaos"]
+Finder = Literal["simulation", "chaos", "tests"]
 
 
 class Mutant(msgspec.Struct, frozen=True):
     """A fault: what stands in a file in place of what.
 
     :param found_by: what has to notice it.
-    :param fault: of chaos, the fault or the crash point that brings it out.
+    :param fault: of chaos, the fault or the crash point that brings it out; of tests, the one that fails. Tests are
+        for what a second safeguard hides from histories, so that only the first one's own test can tell.
     """
 
     name: str
@@ -176,8 +177,8 @@ MUTANTS = (
         '                " AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING',
         '", commits = commits + 1 WHERE slot = %s AND %s::bigint IS NOT NULL"\n'
         '                " AND concat(%s::bigint, %s::pg_lsn) IS NOT NULL RETURNING',
-        "chaos",
-        "frozen worker overtaken",
+        "tests",
+        "tests/server/target/test_pipelines.py::test_nothing_is_written_under_an_older_fence",
     ),
     Mutant(
         "a target that went back is taken for what this worker left",
@@ -200,8 +201,8 @@ MUTANTS = (
         "flows/follow/prepare.py",
         "            if holds is False:\n                deleted.append(change.key)\n",
         "            if holds is False:\n",
-        "chaos",
-        "provider: error 500",
+        "tests",
+        "tests/server/scenarios/test_where.py",
     ),
     Mutant(
         "a condition that only the source decides is taken to hold",

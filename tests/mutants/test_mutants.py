@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import shutil
 from pathlib import Path
+from typing import assert_never
 
 import pytest
 
@@ -23,7 +24,16 @@ def test_a_known_fault_can_be_put_back(mutant: Mutant, tmp_path: Path) -> None:
     mutant.apply(tmp_path)
 
     ast.parse(path.read_text())
-    assert mutant.found_by == "simulation" or mutant.fault in {*FAULTS, *commits.points()}
+    match mutant.found_by:
+        case "simulation":
+            assert not mutant.fault
+        case "chaos":
+            assert mutant.fault in {*FAULTS, *commits.points()}
+        case "tests":
+            file, _, test = mutant.fault.partition("::")
+            assert f"def {test}" in (PACKAGE.parent / file).read_text()
+        case _:
+            assert_never(mutant.found_by)
 
 
 def test_a_fault_whose_place_is_gone_cannot_be_put_back(tmp_path: Path) -> None:

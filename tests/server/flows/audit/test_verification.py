@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,6 +75,18 @@ DAMAGE = {
     " SELECT chunk_id, content_hash, embedding FROM cdcsync.articles_vectors_1_settled WHERE chunk_id ="
     " (SELECT min(chunk_id) FROM cdcsync.articles_chunks WHERE id = 15)",
 }
+
+
+def test_a_worker_that_dies_while_an_index_is_verified_is_stood_in_for(live: Pipeline) -> None:
+    (worker,) = live.processes
+    worker.send_signal(signal.SIGSTOP)  # it has the lock, and serves nothing
+    live.target.execute(DAMAGE["carried"])
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(verify, live, status=1)
+        asked = "SELECT EXISTS (SELECT FROM cdcsync.backfills WHERE kind = 'verify')"
+        until(lambda: live.target.execute(asked).fetchone() == (True,), live.tail)
+        assert live.stop(worker, signal.SIGKILL) == -signal.SIGKILL
+        assert found.result()["differences"] == {"carried": 1}
 
 
 def test_an_index_that_equals_its_source_verifies(live: Pipeline) -> None:
