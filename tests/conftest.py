@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import settings
 from psycopg import conninfo, sql
 
@@ -47,6 +48,13 @@ settings.load_profile("cdcsync")
 def anyio_backend() -> str:
     """Psycopg's async connections run on asyncio only."""
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command that ran in this process has its log go where that test's output went, which is closed by now."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,9 @@ from tests.support.workers import Pipeline
 pytestmark = [pytest.mark.server, pytest.mark.faults, pytest.mark.streaming]
 
 
-@pytest.mark.parametrize("version", OTHER_VERSIONS)
+@pytest.mark.parametrize(
+    "version", [pytest.param(one, marks=[pytest.mark.proof] * (one != min(OTHER_VERSIONS))) for one in OTHER_VERSIONS]
+)
 def test_a_source_of_another_version_is_followed_from_its_first_load_to_a_gap(
     make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple, version: int
 ) -> None:

@@ -272,8 +272,7 @@ def test_an_index_that_left_the_configuration_is_unfollowed_says_so_and_can_be_d
     pipeline.path.write_text(both)
     pipeline.start()
     assert pipeline.event("index_unfollowed")["index"] == "notes"
-    status = json.loads(pipeline.get("/status")[1])
-    assert [problem for problem in status["problems"] if "cdcsync drop notes" in problem]
+    until(lambda: "cdcsync drop notes" in str(json.loads(pipeline.get("/status")[1])["problems"]), pipeline.tail)
     with pytest.raises(psycopg.errors.RaiseException, match="no longer followed"):
         target.execute("SELECT cdcsync.wait_for('notes', '0/1')")
 

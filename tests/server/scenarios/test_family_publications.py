@@ -61,7 +61,10 @@ def made(table: str) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module", params=PUBLICATIONS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.proof] * (name != "row filters")) for name in PUBLICATIONS],
+)
 def kind(request: pytest.FixtureRequest, server: Server) -> str:
     """The kind of publication."""
     with server.connect() as connection:
