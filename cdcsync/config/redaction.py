@@ -47,7 +47,7 @@ def redact_dsn(dsn: str) -> str:
 def redact_url(url: str) -> str:
     """Return the address without user and password, and without those values of its query that may be secrets.
 
-    What is no address of HTTP is returned as it is.
+    Anything but an HTTP address is returned as it is.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):

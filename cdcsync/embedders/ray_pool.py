@@ -179,7 +179,7 @@ class Pool:
             self._give_up()
 
     def _give_up(self) -> None:
-        """Fail the calls that wait, with the reason why there is no actor."""
+        """Fail the waiting calls with the reason why there is no actor."""
         failure = self._failure or Failure(
             "unavailable",
             "no actor is running",

@@ -257,7 +257,7 @@ class Assembler:
             return [*self._lost_by(error, projections), *self._row(message)]
 
     def _parts(self, oid: int, projections: Sequence[Projection | LinkProjection]) -> Iterator[Part]:
-        """Yield for which indexes a table is a part of theirs: one of many tables is no partition."""
+        """Yield the indexes of whose table this one is a partition; one of many equal tables is not."""
         for one in projections:
             if one.shape.source is None:
                 yield Part(one.shape.index, one.table, oid)

@@ -51,6 +51,12 @@ async def filled(
     await count_words(index.connection, SCHEMA, index.spec)
 
 
+async def filled_with_rows(index: LiveIndex) -> None:
+    """Write `ROWS`, all of one text, with their vectors."""
+    await filled(index, ["a page"] * len(ROWS), ROWS)
+    await index.embed()
+
+
 SHELF = (
     "the printer says E-716 and stops",
     "how to reset a forgotten password of the printer",

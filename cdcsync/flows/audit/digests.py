@@ -42,7 +42,6 @@ MADE_HERE_ROWS = 1_000
 MADE_HERE_BYTES = 4 * 1024 * 1024
 """How large a page is at most whose rows are read here, unless a single row is larger."""
 
-
 NO_DOCUMENT = 0
 """Stands for a document that no digest can be made of: what the index stores is not likely to have it."""
 

@@ -11,7 +11,7 @@ from cdcsync.flows.audit.verification import MANY
 from tests.support.configs import NO_AUDIT
 from tests.support.outages import MakeSimple
 from tests.support.servers import Database
-from tests.support.workers import PATIENCE_S, until
+from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = pytest.mark.server
 
@@ -39,14 +39,20 @@ def test_a_table_of_which_most_differs_is_read_as_one_and_not_key_by_key(
     assert read == ([("resync", False)] if whole else [("verify", True), ("replay", True)])
 
 
-def test_a_worker_that_dies_as_it_reads_a_table_in_place_of_comparing_it_leaves_that_to_the_next_one(
-    make_database: Callable[[], Database], make_simple: MakeSimple
-) -> None:
+def loaded(make_database: Callable[[], Database], make_simple: MakeSimple) -> Pipeline:
+    """Return a pipeline that was live, and whose worker has stopped."""
     source = make_database()
     pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, rows=ROWS)
     worker = pipeline.start()
     pipeline.live()
     assert pipeline.stop(worker) == 0
+    return pipeline
+
+
+def test_a_worker_that_dies_as_it_reads_a_table_in_place_of_comparing_it_leaves_that_to_the_next_one(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    pipeline = loaded(make_database, make_simple)
     pipeline.source.execute("ALTER TABLE articles ALTER title TYPE text USING upper(title)")
 
     for point in ("reading in place of a comparison asked for", "reading in place of a comparison begun"):
@@ -61,11 +67,7 @@ def test_a_worker_that_dies_as_it_reads_a_table_in_place_of_comparing_it_leaves_
 def test_a_repair_of_most_of_an_index_reads_it_as_one(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:
-    source = make_database()
-    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, rows=ROWS)
-    worker = pipeline.start()
-    pipeline.live()
-    assert pipeline.stop(worker) == 0
+    pipeline = loaded(make_database, make_simple)
     pipeline.target.execute("UPDATE cdcsync.articles_chunks SET tenant = tenant + 1")
 
     found = pipeline.answer("verify", "articles", "--repair")

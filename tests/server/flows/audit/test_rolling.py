@@ -37,15 +37,21 @@ def proven(pipeline: Pipeline) -> datetime | None:
     return None if at is None else datetime.fromisoformat(at)
 
 
-def test_what_differs_is_found_counted_by_kind_and_read_again_and_the_index_is_proven_equal(
-    make_database: Callable[[], Database], make_simple: MakeSimple
-) -> None:
+def audited(make_database: Callable[[], Database], make_simple: MakeSimple) -> Pipeline:
+    """Return a live pipeline of 60 rows that is compared all the time."""
     source = make_database()
     pipeline = make_simple(
         source.dsn, make_database().dsn, slot=source.name, rows=60, worker_lines="verify_every_s = 0.5"
     )
     pipeline.start()
     pipeline.live()
+    return pipeline
+
+
+def test_what_differs_is_found_counted_by_kind_and_read_again_and_the_index_is_proven_equal(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    pipeline = audited(make_database, make_simple)
     first = until(lambda: proven(pipeline), pipeline.tail)
     assert first is not None
     for statement in DAMAGE.values():
@@ -100,12 +106,7 @@ def test_an_audit_whose_worker_is_killed_goes_on_where_it_was(
 def test_a_text_that_was_given_up_is_not_tried_again_and_the_index_is_proven_equal_beside_it(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:
-    source = make_database()
-    pipeline = make_simple(
-        source.dsn, make_database().dsn, slot=source.name, rows=60, worker_lines="verify_every_s = 0.5"
-    )
-    pipeline.start()
-    pipeline.live()
+    pipeline = audited(make_database, make_simple)
     with pipeline.target.transaction():
         pipeline.target.execute(f"DELETE FROM cdcsync.articles_vectors_1 WHERE {OF} = 11)".encode())
         pipeline.target.execute(

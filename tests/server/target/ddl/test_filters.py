@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from tests.support.indexes import LiveIndex, live_index, make_spec
-from tests.support.searching import CARRIED, ROWS, filled, find
+from tests.support.searching import CARRIED, filled_with_rows, find
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -21,8 +21,7 @@ Wanted = dict[str, Any]
 @pytest.fixture
 async def rows(target: Database) -> AsyncIterator[LiveIndex]:
     async with live_index(target, make_spec(carried=CARRIED)) as index:
-        await filled(index, ["a page"] * len(ROWS), ROWS)
-        await index.embed()
+        await filled_with_rows(index)
         yield index
 
 

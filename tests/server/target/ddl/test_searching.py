@@ -19,7 +19,7 @@ from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.search import Mode, Plan, search
 from cdcsync.target.settling import Settling
 from tests.support.indexes import SCHEMA, LiveIndex, live_index, make_spec, register
-from tests.support.searching import CARRIED, ROWS, SHELF, filled, find
+from tests.support.searching import CARRIED, SHELF, filled, filled_with_rows, find
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -80,8 +80,7 @@ async def test_a_long_text_is_no_query_and_quotes_in_it_are_punctuation(articles
 @pytest.fixture
 async def rows(target: Database) -> AsyncIterator[LiveIndex]:
     async with live_index(target, make_spec(carried=CARRIED)) as index:
-        await filled(index, ["a page"] * len(ROWS), ROWS)
-        await index.embed()
+        await filled_with_rows(index)
         yield index
 
 
