@@ -55,7 +55,11 @@ def machine() -> str:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Run one script, and return what its last line says."""
+    """Run one script, and return what its last line says.
+
+    Raises:
+        ChildProcessError: The script failed.
+    """
     arguments, environment = RUNS[name]
     began, load = time.perf_counter(), os.getloadavg()[0]
     done = subprocess.run(
@@ -68,7 +72,7 @@ def measure(name: str) -> dict[str, Any]:
     )
     print(done.stdout, end="", flush=True)
     if done.returncode:
-        raise SystemExit(f"bench/{name}.py ended with {done.returncode}")
+        raise ChildProcessError(f"bench/{name}.py ended with {done.returncode}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found | {
         "seconds": round(time.perf_counter() - began, 1),
@@ -141,11 +145,18 @@ def main() -> None:
     }
     # What is not measured now stays as it was.
     benches = dict(last["benches"]) if last.get("machine") == run["machine"] else {}
+    failed: list[str] = []
     for name in names:
-        benches[name] = measure(name)
+        try:
+            benches[name] = measure(name)
+        except (ChildProcessError, subprocess.TimeoutExpired) as error:
+            failed.append(str(error))
+            continue
         run["benches"] = {one: benches[one] for one in RUNS if one in benches}
         (DOCS / "benchmarks.md").write_text(written(run, last))
-    store.write_text(json.dumps(run, indent=1) + "\n")
+        store.write_text(json.dumps(run, indent=1) + "\n")
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -141,6 +141,8 @@ def copy(connection: psycopg.Connection[Any], directory: Path) -> float:
             for block in source:
                 file.write(block)
         connection.execute(f"CREATE TABLE public.{part} (LIKE cdcsync.{tables[part]} INCLUDING GENERATED)")
+    # Vectors in a bare table have no tiers, and no time of their own.
+    connection.execute("ALTER TABLE public.vectors DROP COLUMN tier, DROP COLUMN stored_at")
     connection.execute("CHECKPOINT")
     started = time.perf_counter()
     for part, listed in parts.items():

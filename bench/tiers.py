@@ -351,7 +351,8 @@ def main() -> None:
         add("steady_one_tier", one)
         ratios["steady_goal_over_text_p99"] = (0.1 / two["text_p99_s"], 1.0)
         ratios["steady_goal_over_vectors_p99"] = (0.25 / two["vectors_p99_s"], 1.0)
-        growth = (two["backlog_second_half"] + 10) / (two["backlog_first_half"] + 10)
+        # A tenth of a second's changes are always under way.
+        growth = (two["backlog_second_half"] + STEADY_PER_S / 10) / (two["backlog_first_half"] + STEADY_PER_S / 10)
         ratios["steady_backlog_flat"] = (1.5 / growth, 1.0)
     if "hot" in parts:
         found = {"recall": hot(tiers=True), "one_tier_recall": hot(tiers=False)}
