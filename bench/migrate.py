@@ -33,7 +33,7 @@ else:
 
 ROWS = 100_000
 DIMENSIONS = 64
-ALONE_S = 10.0
+ALONE_S = 40.0
 RATE_GOAL = 0.9
 FRESHNESS_GOAL = 0.5
 """Twice the time that changes take alone."""
