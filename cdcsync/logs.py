@@ -1,10 +1,10 @@
 """The process's log: one event a line on standard error, JSON for collectors or in colour for people.
 
-Our own modules log events with names (`structlog.get_logger()`). What others write to the standard library's logging or
-to `warnings` comes out in the same form, but only from warning on: what libraries say below that can hold the values of
-cells. For the same reason tracebacks come without local variables, and of an exception's message only the first line is
-shown: PostgreSQL puts the rows concerned into the lines below it. What it quotes in the first line of a data exception
-is a value too, and is left out.
+Our own modules log events with names: by `structlog.get_logger()` or, where commands import them that log nothing, by
+`get_logger` below. What others write to the standard library's logging or to `warnings` comes out in the same form, but
+only from warning on: what libraries say below that can hold the values of cells. For the same reason tracebacks come
+without local variables, and of an exception's message only the first line is shown: PostgreSQL puts the rows concerned
+into the lines below it. What it quotes in the first line of a data exception is a value too, and is left out.
 
 Names of tables and columns are somebody else's, and may hold characters that a terminal acts on or that look like
 another line of the log: they become dots, and only a traceback has lines.
@@ -18,12 +18,12 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Literal, TextIO
-
-import structlog
-from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from cdcsync.terminals import harmless
+
+if TYPE_CHECKING:
+    from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "json", "console"]
@@ -48,6 +48,8 @@ def configure(level: Level = "info", format_: Format = "auto", stream: TextIO | 
     :param level: the least severity of our own events; of other libraries' it is at least warning.
     :param format_: "auto" is console on a terminal and json elsewhere. Times are UTC in ISO 8601.
     """
+    import structlog
+
     stream = stream or sys.stderr
     on_terminal = stream.isatty()
     console = format_ == "console" or (format_ == "auto" and on_terminal)
@@ -85,6 +87,18 @@ def configure(level: Level = "info", format_: Format = "auto", stream: TextIO | 
     # The driver warns whenever a wait for a server is given up, which we do on purpose: at the end of a worker, and
     # when a table has changed. What else it says is in our errors.
     logging.getLogger("psycopg").setLevel(logging.NOTSET if level == "debug" else logging.CRITICAL)
+
+
+def get_logger() -> Any:
+    """Return a logger that imports structlog with its first event: that takes as long as a short command."""
+    return _Logger()
+
+
+class _Logger:
+    def __getattr__(self, name: str) -> Any:
+        import structlog
+
+        return getattr(structlog.get_logger(), name)
 
 
 def without_quoted(message: str, sqlstate: str | None) -> str:

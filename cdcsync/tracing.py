@@ -35,11 +35,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-import structlog
-
 from cdcsync import __version__
+from cdcsync.logs import get_logger
 
-log = structlog.get_logger()
+log = get_logger()
 
 PREFIX = "traceparent"
 """The prefix of the logical messages that applications write."""

@@ -14,12 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import typer.main
 from typer.core import TyperGroup
 
-import cdcsync.cli.entry  # noqa: F401 - registers the commands
 from cdcsync import config
-from cdcsync.cli.commands import app
+from cdcsync.cli.entry import command_line
 from docs.filled import filled
 
 HERE = Path(__file__).parent
@@ -175,8 +173,7 @@ def _toml(value: Any) -> str:
 
 def commands() -> str:
     """Return the page of the command line."""
-    group = typer.main.get_command(app)
-    assert isinstance(group, TyperGroup)
+    group = command_line()
     lines = [
         "# Commands",
         "",
@@ -219,12 +216,13 @@ def _parameters(command: Any) -> Iterator[str]:
         if one.param_type_name == "option":
             names = ", ".join(f"`{name}`" for name in (*one.opts, *one.secondary_opts))
             if not one.is_flag and one.metavar:
-                names += f" `{one.metavar}`"
+                names += f" `{one.metavar}`".replace("|", "\\|")
         else:
             names = f"`{one.metavar or one.name.upper()}`"
         meaning = re.sub(r"\s+", " ", one.help or "").replace("|", "\\|")
-        many = ", may be repeated" if one.multiple or one.nargs == -1 else ""
-        yield f"| {names} | {_preset(one)} | {meaning}{many} |"
+        if one.multiple and not re.search("repeat|several", meaning):
+            meaning += " May be repeated."
+        yield f"| {names} | {_preset(one)} | {meaning} |"
 
 
 def _preset(parameter: Any) -> str:
@@ -233,7 +231,7 @@ def _preset(parameter: Any) -> str:
     default = parameter.default
     if default in (None, False, (), []) or callable(default):
         return ""
-    return f"`{getattr(default, 'value', default)}`"
+    return f"`{parameter.opts[0] if default is True else getattr(default, 'value', default)}`"
 
 
 def _paragraphs(text: str) -> str:

@@ -5,9 +5,9 @@
     printing    findings, hits, statuses and errors, for people and as JSON
     queries     what the commands ask of both servers and of a model
     loads       the first load as `run` shows it on a terminal
-    commands    the commands, their options and their help
+    commands    what all commands share; `demo`, `check`, `run` and `status`
     init        the command `init`
-    shipped     the commands of `config` that hand out examples, roles, units, alerts and manifests
+    shipped     the commands of `config`
     beside      what a command asks of a worker on this machine
     search      the command `search`
     teardown    the commands `teardown` and `drop`
@@ -17,6 +17,7 @@
     evaluate    the command `evaluate`
     failures    the command `failures`
     migrate     the command `migrate`
+    values      from the text of an option to its value
     entry       `main`: runs a command and turns what it raises into an exit status
 
 The exit status is 0 when all is well, 1 when a command ran and failed, 2 when configuration, set-up or usage is wrong

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -70,8 +69,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-config_commands = typer.Typer(help="Show the configuration in effect, or describe every key of one.")
-app.add_typer(config_commands, name="config")
+commands = typer.Typer()
 
 
 def index_names(context: typer.Context, incomplete: str) -> list[str]:
@@ -136,16 +134,10 @@ def _before_a_command(
     invocation.config = config
     invocation.debug = invocation.debug or debug
     if context.invoked_subcommand is None:
-        _print_help_instead(context)
+        print_help_instead(context)
 
 
-@config_commands.callback(invoke_without_command=True)
-def _before_a_config_command(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        _print_help_instead(context)
-
-
-def _print_help_instead(context: typer.Context) -> NoReturn:
+def print_help_instead(context: typer.Context) -> NoReturn:
     """Show what commands there are, for someone who named none."""
     print(context.get_help())
     raise typer.Exit(EXIT_WRONG)
@@ -169,7 +161,7 @@ def _wait_for(function: Callable[[], Awaitable[T]]) -> T:
     return anyio.run(interruptible, function)
 
 
-@app.command(
+@commands.command(
     epilog="""Watch it: `cdcsync demo`
 
     Look around in it afterwards: `cdcsync demo --stay`"""
@@ -191,7 +183,7 @@ def demo(
     _wait_for(lambda: demonstration.run(rows=rows, stay=stay))
 
 
-@app.command(
+@commands.command(
     epilog="""Before the first run: `cdcsync check -c cdcsync.toml`
 
     In a deployment, by its exit status: `cdcsync check --json`"""
@@ -231,7 +223,7 @@ def check(
         raise typer.Exit(EXIT_WRONG)
 
 
-@app.command(
+@commands.command(
     epilog="""In the foreground: `cdcsync run -c cdcsync.toml`
 
     Is it ready, at the address that `worker.listen` names: `curl http://127.0.0.1:9477/readyz`"""
@@ -272,7 +264,7 @@ def _ends_with_its_terminal() -> bool:
     return signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
 
 
-@app.command(
+@commands.command(
     epilog="""Follow the first load: `cdcsync status --watch`
 
     How far behind, for a script: `cdcsync status --json | jq .lag_seconds`
@@ -309,19 +301,3 @@ def status(
         printing.print_status(found)
     if check and (found.problems or (found.lag_seconds or 0) > configuration.worker.ready_max_lag_s):
         raise typer.Exit(EXIT_FAILED)
-
-
-@config_commands.command()
-def show(context: typer.Context, config: ConfigOption = None) -> None:
-    """Print the file in effect: every key, defaults filled in, secrets hidden."""
-    from cdcsync.config import render
-
-    print(render(_load(context, config)), end="")
-
-
-@config_commands.command(epilog="For completion in an editor: `cdcsync config schema > cdcsync.schema.json`")
-def schema() -> None:
-    """Print the JSON schema of a configuration file, which describes every key."""
-    from cdcsync import config
-
-    print(json.dumps(config.schema(), indent=2, ensure_ascii=False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import os
 import sys
 import traceback
@@ -13,9 +15,9 @@ import typer
 import typer.main
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
-from cdcsync.cli import evaluate, failures, init, migrate, plan, replay, search, serve, shipped, teardown, verify
-from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app, config_commands
+from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app
 from cdcsync.cli.streams import ReaderGone, guarded
+from cdcsync.cli.values import convert_here
 from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
 
 INTERRUPTED = 130
@@ -25,20 +27,27 @@ READER_GONE = 141
 """The status that shells report for a program that a closed pipe ended: 128 + SIGPIPE. A status of 1 would say
 that the command failed, as `verify | head` does when the index differs."""
 
-config_commands.add_typer(shipped.commands)
-app.command(epilog=init.EPILOG)(init.init)
-app.command(epilog=plan.EPILOG)(plan.plan)
-app.command(epilog=search.EPILOG)(search.search)
-app.command(epilog=replay.EPILOG)(replay.replay)
-app.command(epilog=verify.EPILOG)(verify.verify)
-app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
-app.command(epilog=failures.EPILOG)(failures.failures)
-app.command(epilog=migrate.EPILOG)(migrate.migrate)
-app.command(epilog=teardown.EPILOG)(teardown.teardown)
-app.command(epilog=teardown.DROP_EPILOG)(teardown.drop)
-app.command(epilog=serve.EPILOG)(serve.serve)
-app.add_typer(serve.token_commands, name="token")
-app.command()(serve.audit)
+MODULES = {
+    "demo": "commands",
+    "init": "init",
+    "check": "commands",
+    "run": "commands",
+    "status": "commands",
+    "plan": "plan",
+    "search": "search",
+    "replay": "replay",
+    "verify": "verify",
+    "evaluate": "evaluate",
+    "failures": "failures",
+    "migrate": "migrate",
+    "teardown": "teardown",
+    "drop": "teardown",
+    "serve": "serve",
+    "audit": "serve",
+    "config": "shipped",
+    "token": "serve",  # a command # nosec B105
+}
+"""The module of each command, in the order in which the help lists them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -50,9 +59,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(_status(sys.argv[1:] if arguments is None else arguments))
 
 
-def command_line() -> TyperGroup:
-    """Return the command line, with all commands."""
-    command = typer.main.get_command(app)
+def command_line(arguments: Sequence[str] = ()) -> TyperGroup:
+    """Return the command line.
+
+    :param arguments: with the commands that these words can mean, or else with all: making all takes as long as a
+        short command.
+    """
+    line = copy.copy(app)
+    line.registered_commands, line.registered_groups = [], []
+    for name in [name for name in MODULES if name in arguments] or MODULES:
+        commands: typer.Typer = importlib.import_module(f"cdcsync.cli.{MODULES[name]}").commands
+        line.registered_commands += [
+            one for one in commands.registered_commands if one.callback is not None and one.callback.__name__ == name
+        ]
+        line.registered_groups += [one for one in commands.registered_groups if one.name == name]
+    command = typer.main.get_command(line)
     assert isinstance(command, TyperGroup)
     _describe_parameters(command)
     return command
@@ -67,6 +88,8 @@ def _describe_parameters(command: TyperCommand | TyperGroup, parent: typer.Conte
             parameter.metavar = "" if parameter.is_flag else _metavar(parameter)
         elif isinstance(parameter, TyperArgument):
             parameter.display_type_rich = lambda ctx: None  # type: ignore[method-assign]
+        if isinstance(parameter, TyperOption | TyperArgument):
+            convert_here(parameter)
     if isinstance(command, TyperGroup):
         for one in command.commands.values():
             _describe_parameters(one, context)  # type: ignore[arg-type]
@@ -83,7 +106,8 @@ def _status(arguments: Sequence[str]) -> int:
     invocation = Invocation(debug=bool(os.environ.get(DEBUG_VARIABLE)))
     try:
         try:
-            status = command_line()(list(arguments), prog_name="cdcsync", standalone_mode=False, obj=invocation)
+            words = list(arguments)
+            status = command_line(words)(words, prog_name="cdcsync", standalone_mode=False, obj=invocation)
             sys.stdout.flush()
         except BaseExceptionGroup as group:
             raise leading(group) from group

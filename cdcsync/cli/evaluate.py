@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from cdcsync.target.evaluations import Evaluation
     from cdcsync.target.judged_runs import Run
 
+commands = typer.Typer()
+
 EPILOG = """How much of what is nearest is found? `cdcsync evaluate articles`
 
     What does it cost to look further? `cdcsync evaluate articles --ef-search 40 --ef-search 100 --ef-search 400`
@@ -33,6 +35,7 @@ EPILOG = """How much of what is nearest is found? `cdcsync evaluate articles`
     In a pipeline: `cdcsync evaluate articles --judged questions/ --min "nDCG@10=0.40" --against LAST`"""
 
 
+@commands.command(epilog=EPILOG)
 def evaluate(
     context: typer.Context,
     index: IndexArgument,

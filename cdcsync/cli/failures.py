@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from cdcsync.target.failures.listing import Failure, Failures
     from cdcsync.target.requests import Request
 
+commands = typer.Typer()
+
 EPILOG = """List failures and their reasons: `cdcsync failures articles list`
 
     After the cause was fixed: `cdcsync failures articles retry`
@@ -36,6 +38,7 @@ class Action(StrEnum):
     discard = "discard"
 
 
+@commands.command(epilog=EPILOG)
 def failures(
     context: typer.Context,
     index: IndexArgument,

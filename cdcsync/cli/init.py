@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from cdcsync.preflight.administration import Prepared
     from cdcsync.preflight.proposal import Look, Proposal
 
+commands = typer.Typer()
+
 EPILOG = """In a terminal, with questions: `cdcsync init postgresql://postgres@localhost/shop --table articles`
 
     In a script: `cdcsync init postgresql://postgres@localhost/shop --table articles --text '{title}' > prepare.sql`"""
@@ -61,6 +63,7 @@ type = "hash"
 }
 
 
+@commands.command(epilog=EPILOG)
 def init(
     dsn: Annotated[
         str, typer.Argument(metavar="DSN", help="The database with the table, as someone who may see its catalog.")

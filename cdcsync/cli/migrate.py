@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from cdcsync.target.generations import Generation
     from cdcsync.target.judged_runs import Run
 
+commands = typer.Typer()
+
 EPILOG = """To what the configuration asks for now: `cdcsync migrate articles start`
 
     How far is it? `cdcsync migrate articles status`
@@ -45,6 +47,7 @@ class Action(StrEnum):
     drop = "drop"
 
 
+@commands.command(epilog=EPILOG)
 def migrate(
     context: typer.Context,
     index: IndexArgument,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from cdcsync.flows.plan import ConfigurationPlan
     from cdcsync.preflight import Finding
 
+commands = typer.Typer()
+
 EPILOG = """Before a deployment, by its exit status: `cdcsync plan`
 
     Let an index embed what the plan says: `cdcsync plan --approve articles`"""
@@ -26,6 +28,7 @@ COUNTED_S = 60.0
 """How long texts of an index are counted before the rest of its table is estimated."""
 
 
+@commands.command(epilog=EPILOG)
 def plan(
     context: typer.Context,
     config: ConfigOption = None,

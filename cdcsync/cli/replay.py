@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from cdcsync.postgres.sessions import Connection
     from cdcsync.target.requests import Request, RequestAction
 
+commands = typer.Typer()
+
 EPILOG = """All rows; what has not changed costs no embedding: `cdcsync replay articles`
 
     Some of them: `cdcsync replay articles --where "tenant = 7"`
@@ -40,6 +42,7 @@ class OnInterrupt(StrEnum):
     cancel = "cancel"
 
 
+@commands.command(epilog=EPILOG)
 def replay(
     context: typer.Context,
     index: IndexArgument,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 import typer
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from cdcsync.config import Config
     from cdcsync.model.spec import IndexSpec
     from cdcsync.target.search import Hit, Plan
+
+    Vector = Sequence[float] | npt.NDArray[np.float32]
+
+commands = typer.Typer()
 
 EPILOG = """By meaning and by words: `cdcsync search articles "how do I reset my password"`
 
@@ -53,6 +58,7 @@ class Answer:
         self.warnings: list[str] = []
 
 
+@commands.command(epilog=EPILOG)
 def search(
     context: typer.Context,
     index: IndexArgument,
@@ -194,33 +200,50 @@ async def find(
     :raises UsageError: there is no such index, or an argument cannot be used.
     :raises SetupError: the target does not hold an index, or its embedder cannot be used or is of another model.
     """
+    from cdcsync.errors import EmbedError
     from cdcsync.postgres.sessions import connect
     from cdcsync.target.search import check_condition, live_generation, search, stored_spec
 
     schema = config.target.schema
     answer = Answer()
-    vectors: dict[str, Sequence[float] | npt.NDArray[np.float32]] = {}
+    vectors: dict[str, Vector | None] = {}
     indexes = {name: config.index_named(name) for name in names}
     async with await connect(config.target.dsn, "target", application_name="cdcsync search") as connection:
+
+        async def embed(spec: IndexSpec) -> None:
+            """Have the vector of the query by the model of an index; None if that is away and words will do."""
+            if mode == "text" or spec.model in vectors:
+                return
+            try:
+                vectors[spec.model] = await embed_query(config, spec, text, partial(try_filter, spec))
+            except EmbedError as error:
+                if mode == "vector" or spec.config.search is None:
+                    raise
+                vectors[spec.model] = None
+                answer.warnings.append(f"searched by words alone: {error}")
+
+        async def try_filter(spec: IndexSpec) -> None:
+            if filter_:
+                anywhere = [1.0, *[0.0] * (spec.dimensions - 1)]
+                await search(connection, schema, spec, text=None, vector=anywhere, k=1, mode="vector", filter=filter_)
+
         specs = {name: await stored_spec(connection, schema, name, index) for name, index in indexes.items()}
         for spec in specs.values():
             # A wrong condition is told before a model is loaded, which takes seconds.
             await check_condition(connection, schema, spec, where)
         for name, spec in specs.items():
-            if mode != "text" and spec.model not in vectors:
-                vectors[spec.model] = await embed_query(config, spec, text)
+            await embed(spec)
             if mode != "text" and await live_generation(connection, schema, name) != spec.generation:
                 # It was switched while the model was loaded.
                 spec = await stored_spec(connection, schema, name, indexes[name])
-                if spec.model not in vectors:
-                    vectors[spec.model] = await embed_query(config, spec, text)
+                await embed(spec)
             plans: list[Plan] = []
             hits = await search(
                 connection,
                 schema,
                 spec,
                 text=text,
-                vector=None if mode == "text" else vectors[spec.model],
+                vector=vectors.get(spec.model),
                 k=k if len(specs) == 1 else k + skip,
                 skip=skip if len(specs) == 1 else 0,
                 mode=mode,
@@ -240,8 +263,14 @@ async def find(
     return answer
 
 
-async def embed_query(config: Config, spec: IndexSpec, text: str) -> Sequence[float] | npt.NDArray[np.float32]:
-    """Return the query's vector, by the model that made the index's vectors: a running worker's, or one loaded here."""
+async def embed_query(
+    config: Config, spec: IndexSpec, text: str, before_loading: Callable[[], Awaitable[None]]
+) -> Vector:
+    """Return the query's vector, by the model that made the index's vectors: a running worker's, or one loaded here.
+
+    :param before_loading: looks at what can be wrong with the search, as loading a model takes seconds.
+    :raises EmbedError: the model is away, or refuses the text.
+    """
     from cdcsync.cli.beside import embedded_by_worker
 
     vector = await embedded_by_worker(config, spec.config.embedder, spec.model, text)
@@ -249,6 +278,7 @@ async def embed_query(config: Config, spec: IndexSpec, text: str) -> Sequence[fl
         return vector
     from cdcsync.embedders import embedder_of
 
+    await before_loading()
     embedder = embedder_of(config.embedders, spec.model, spec.config.embedder)
     try:
         with waiting("loading the model, as no worker with it runs on this machine"):

@@ -14,9 +14,12 @@ from cdcsync.errors import SetupError, UsageError
 
 EPILOG = "docs/serve.md describes the API, docs/agents.md how an agent uses it."
 
+commands = typer.Typer()
 token_commands = typer.Typer(help="Make, list and revoke the tokens of callers.", no_args_is_help=True)
+commands.add_typer(token_commands, name="token")
 
 
+@commands.command(epilog=EPILOG)
 def serve(
     context: typer.Context,
     config: ConfigOption = None,
@@ -105,6 +108,7 @@ def _file(context: typer.Context, config: Path | None) -> Path:
     return Path(serve.tokens_file)
 
 
+@commands.command()
 def audit(
     context: typer.Context,
     config: ConfigOption = None,

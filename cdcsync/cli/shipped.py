@@ -1,12 +1,13 @@
-"""The commands of `config` that hand out what a deployment is made of: examples, roles, units, alerts, manifests.
+"""The commands of `config`: the file in effect, and what a deployment is made of.
 
-In a checkout these files stand at its root; a wheel holds them below `cdcsync/shipped` (setup.py). Single files go to
-standard output; what consists of several is written into a directory, under the paths by which the files name each
-other.
+Examples, roles, units, alerts and manifests stand at the root of a checkout; a wheel holds them below `cdcsync/shipped`
+(setup.py). Single files go to standard output; several files are written into a directory, under the paths by which
+they name each other.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from typing import Annotated
 import typer
 
 import cdcsync
+from cdcsync.cli.commands import ConfigOption, Invocation, print_help_instead
 from cdcsync.errors import UsageError
 
 COMPOSE = ("config/alerts.yml", "config/dashboard.json", "config/roles.sql", "docker")
@@ -22,6 +24,8 @@ COMPOSE = ("config/alerts.yml", "config/dashboard.json", "config/roles.sql", "do
 KUBERNETES = ("config/alerts.yml", "config/roles.sql", "deploy/kubernetes")
 
 commands = typer.Typer()
+config_commands = typer.Typer(help="Show the configuration in effect, or describe every key of one.")
+commands.add_typer(config_commands, name="config")
 
 DirectoryArgument = Annotated[
     Path, typer.Argument(metavar="DIRECTORY", help="Where to write the files; it is made if need be.")
@@ -35,13 +39,35 @@ def shipped(name: str) -> Path:
     return (packaged if packaged.is_dir() else package.parent) / name
 
 
-@commands.command(epilog="Start from it: `cdcsync config example > cdcsync.toml`")
+@config_commands.callback(invoke_without_command=True)
+def _before_a_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print_help_instead(context)
+
+
+@config_commands.command()
+def show(context: typer.Context, config: ConfigOption = None) -> None:
+    """Print the file in effect: every key, defaults filled in, secrets hidden."""
+    from cdcsync.config import render
+
+    print(render(context.ensure_object(Invocation).load(config)), end="")
+
+
+@config_commands.command(epilog="For completion in an editor: `cdcsync config schema > cdcsync.schema.json`")
+def schema() -> None:
+    """Print the JSON schema of a configuration file, which describes every key."""
+    from cdcsync import config
+
+    print(json.dumps(config.schema(), indent=2, ensure_ascii=False))
+
+
+@config_commands.command(epilog="Start from it: `cdcsync config example > cdcsync.toml`")
 def example() -> None:
     """Print an example of a configuration file, which explains every key."""
     _print("config/cdcsync.example.toml")
 
 
-@commands.command(
+@config_commands.command(
     epilog="""`cdcsync config roles > roles.sql`
 
     `psql -d shop -v source_role=cdcsync -v target_role=cdcsync -v tables=public.articles -f roles.sql`"""
@@ -51,7 +77,7 @@ def roles() -> None:
     _print("config/roles.sql")
 
 
-@commands.command(epilog="`cdcsync config systemd > /etc/systemd/system/cdcsync.service`")
+@config_commands.command(epilog="`cdcsync config systemd > /etc/systemd/system/cdcsync.service`")
 def systemd(
     template: Annotated[
         bool, typer.Option("--template", help="The unit cdcsync@.service, for several pipelines on one machine.")
@@ -67,25 +93,25 @@ def systemd(
     _print(f"config/{name}.service")
 
 
-@commands.command(epilog="`cdcsync config alerts > /etc/prometheus/cdcsync.yml`, named there under `rule_files`")
+@config_commands.command(epilog="`cdcsync config alerts > /etc/prometheus/cdcsync.yml`, named there under `rule_files`")
 def alerts() -> None:
     """Print alert rules for Prometheus."""
     _print("config/alerts.yml")
 
 
-@commands.command(epilog="To import it in Grafana: `cdcsync config dashboard > cdcsync.json`")
+@config_commands.command(epilog="To import it in Grafana: `cdcsync config dashboard > cdcsync.json`")
 def dashboard() -> None:
     """Print a dashboard for Grafana."""
     _print("config/dashboard.json")
 
 
-@commands.command(epilog="`cdcsync config compose shop`; the first lines of shop/docker/compose.yaml continue")
+@config_commands.command(epilog="`cdcsync config compose shop`; the first lines of shop/docker/compose.yaml continue")
 def compose(directory: DirectoryArgument) -> None:
     """Write a compose file with PostgreSQL, the worker, Prometheus and Grafana, and all that it mounts."""
     _write(COMPOSE, directory)
 
 
-@commands.command(epilog="`cdcsync config kubernetes .`; deploy/kubernetes/README.md continues")
+@config_commands.command(epilog="`cdcsync config kubernetes .`; deploy/kubernetes/README.md continues")
 def kubernetes(directory: DirectoryArgument) -> None:
     """Write manifests for Kubernetes: a worker with a standby, probes, disruption budget, PodMonitor."""
     _write(KUBERNETES, directory)

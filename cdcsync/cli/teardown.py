@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from cdcsync.flows.teardown import Belongings, Step
 
+commands = typer.Typer()
+
 EPILOG = """Let the source go, and keep the index as it is: `cdcsync teardown`
 
     Leave nothing behind: `cdcsync teardown --purge`"""
@@ -23,6 +25,7 @@ EPILOG = """Let the source go, and keep the index as it is: `cdcsync teardown`
 _MARKS = {"dropped": ("✓", "green"), "absent": ("·", "dim"), "kept": ("!", "yellow")}
 
 
+@commands.command(epilog=EPILOG)
 def teardown(
     context: typer.Context,
     config: ConfigOption = None,
@@ -56,6 +59,7 @@ def teardown(
 DROP_EPILOG = """Remove an index that left the configuration: `cdcsync drop articles`"""
 
 
+@commands.command(epilog=DROP_EPILOG)
 def drop(
     context: typer.Context,
     index: Annotated[str, typer.Argument(help="The index, as the target knows it.")],

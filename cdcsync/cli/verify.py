@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from cdcsync.config import Config
     from cdcsync.flows.audit import Verification
 
+commands = typer.Typer()
+
 EPILOG = """Is the index what it should be? `cdcsync verify articles`
 
     Repair the differences: `cdcsync verify articles --repair`"""
@@ -33,6 +35,7 @@ MEANINGS = {
 }
 
 
+@commands.command(epilog=EPILOG)
 def verify(
     context: typer.Context,
     index: IndexArgument,

@@ -22,15 +22,15 @@ from typing import NoReturn
 import anyio
 import httpx2
 import msgspec
-import structlog
 
 from cdcsync import __version__, config
 from cdcsync.config.redaction import is_secret_key
 from cdcsync.embedders.foreign import PACKED, Body, reason, repeatable
 from cdcsync.embedders.pacing import WAITED, Pace, retry_after_s
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
+from cdcsync.logs import get_logger
 
-log = structlog.get_logger()
+log = get_logger()
 
 QUERY_TRIES = 3
 """Attempts at a request that a person waits for. Documents have one: what is above knows better what to ask next."""

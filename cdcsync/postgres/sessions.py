@@ -226,7 +226,7 @@ async def connect(
     where = f"{side} ({describe(dsn)})"
     settings = conninfo_for(dsn, application_name=application_name)
     try:
-        connection = await WatchedConnection.connect(settings, autocommit=autocommit)
+        connection = await WatchedConnection.connect(settings, autocommit=True)
     except psycopg.Error as error:
         raise connect_error(error, side, where) from error
     connection.watch(settings)
@@ -234,16 +234,12 @@ async def connect(
     # ALTER TABLE is an error.
     connection.prepare_threshold = None
     with speaking_of(side, where=where):
-        await connection.execute(RENDERING)
-        await connection.execute(SAFETY)
-        await connection.execute(DURABILITY[side])
-        if side == "source":
-            await connection.execute(TABLES_ONLY)
+        # Together, because each statement of its own would take the time of the way there and back.
+        ours = [RENDERING, SAFETY, DURABILITY[side], *([TABLES_ONLY] if side == "source" else [])]
+        await connection.execute("; ".join(ours))
         with contextlib.suppress(psycopg.errors.InvalidParameterValue):
-            async with connection.transaction():
-                await connection.execute(LEAVING)
-        if not autocommit:
-            await connection.commit()
+            await connection.execute(LEAVING)
+        await connection.set_autocommit(autocommit)
     return connection
 
 

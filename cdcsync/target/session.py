@@ -15,10 +15,10 @@ from typing import Self
 
 import anyio
 import psycopg
-import structlog
 
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import RunError, SchemaChanged, TargetUnavailable
+from cdcsync.logs import get_logger
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.changeset import Applied, ChangeSet, Document, Kept
@@ -37,7 +37,7 @@ from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests import Requests
 
-log = structlog.get_logger()
+log = get_logger()
 
 OLD_SESSION_S = 2.0
 """A server needs a moment to end a session whose client is gone, and to free its lock."""

@@ -21,11 +21,10 @@ from typing import Any
 
 import msgspec
 import psycopg
-import typer.main
+import typer
 from typer.core import TyperCommand, TyperGroup
 
-import cdcsync.cli.entry  # noqa: F401 - registers the commands
-from cdcsync.cli.commands import app
+from cdcsync.cli.entry import command_line
 from cdcsync.config import parse, render
 from tests import ROOT
 from tests.support.servers import Database
@@ -102,7 +101,7 @@ def parse_command(arguments: list[str], *, whole: bool = True) -> None:
     :param whole: false where a sentence names a command with some of its options, and leaves out arguments.
     :raises typer.TyperException: there is no such command, option or argument.
     """
-    command: Any = typer.main.get_command(app)
+    command: Any = command_line()
     context = typer.Context(command, info_name="cdcsync")
     left = list(arguments)
     while isinstance(command, TyperGroup):
@@ -271,6 +270,7 @@ class Machine:
         else:
             if name == "teardown":
                 self.close()
+                arguments = [*arguments, "--yes"]
             answer = subprocess.run(
                 [sys.executable, "-m", "cdcsync", *arguments],
                 cwd=self.directory,

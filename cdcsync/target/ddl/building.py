@@ -15,17 +15,17 @@ from typing import cast
 
 import anyio
 import psycopg
-import structlog
 from psycopg import sql
 
 from cdcsync.crashpoints import crash_point
+from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection, first_line
 from cdcsync.target.ddl.bm25 import bm25_of, bm25_option
 from cdcsync.target.ddl.names import Names, opclass, signs, vector_schema
 
-log = structlog.get_logger()
+log = get_logger()
 
 FRUGAL: tuple[Mapping[str, str], ...] = (
     {},

@@ -8,18 +8,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 
-import structlog
 from psycopg import sql
 
 from cdcsync.config import QualifiedName
 from cdcsync.config.names import MAX_NAME_BYTES
+from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.views import Column, put_view, release_columns
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 def chunks_view_name(view: QualifiedName) -> QualifiedName:

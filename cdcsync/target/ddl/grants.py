@@ -20,14 +20,14 @@ from typing import Any, Literal, cast
 
 import msgspec
 import psycopg
-import structlog
 from psycopg import sql
 
+from cdcsync.logs import get_logger
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.policies import POLICY
 from cdcsync.target.registry import Registry
 
-log = structlog.get_logger()
+log = get_logger()
 
 _PRIVILEGE = re.compile("[A-Z ]+")
 

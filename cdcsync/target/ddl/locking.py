@@ -13,11 +13,11 @@ from typing import TypeVar
 
 import anyio
 import psycopg
-import structlog
 
 from cdcsync.backoff import backoff_s
+from cdcsync.logs import get_logger
 
-log = structlog.get_logger()
+log = get_logger()
 
 T = TypeVar("T")
 

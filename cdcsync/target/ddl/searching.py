@@ -16,9 +16,9 @@ from typing import Any, LiteralString
 
 import msgspec
 import psycopg
-import structlog
 from psycopg import sql
 
+from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.bm25 import best_by_words, usable
@@ -42,7 +42,7 @@ from cdcsync.target.ddl.nearness import (
 )
 from cdcsync.target.ddl.views import converted
 
-log = structlog.get_logger()
+log = get_logger()
 
 DEEPEST = 16_000
 """Looking for documents ends here, even if all that was found are chunks of fewer documents than were asked for."""

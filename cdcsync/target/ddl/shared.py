@@ -12,15 +12,15 @@ from __future__ import annotations
 import re
 from typing import LiteralString
 
-import structlog
 from psycopg import sql
 
+from cdcsync.logs import get_logger
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target import approvals, audits, calls, generations, registry, requests, version
 from cdcsync.target.ddl.names import MAX_ATTEMPTS
 from cdcsync.target.pipelines import waiters_lock
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 async def create_shared(connection: Connection, schema: str) -> None:

@@ -7,10 +7,10 @@ belong to that tier, which reads the table and excludes nobody; and the exchange
 
 from __future__ import annotations
 
-import structlog
 from psycopg import sql
 
 from cdcsync.crashpoints import crash_point
+from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
@@ -20,7 +20,7 @@ from cdcsync.target.ddl.names import FRESH, SETTLED, Names
 from cdcsync.target.ddl.relations import create_view
 from cdcsync.target.ddl.tiers import COLUMNS, OPTIONS, create_vectors, stored_type, vector_type
 
-log = structlog.get_logger()
+log = get_logger()
 
 PROOF_NAME = "cdcsync_tier"
 """The constraint by which the server knows, without looking, that the table is a partition of the settled tier."""

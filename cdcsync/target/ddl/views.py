@@ -19,14 +19,14 @@ from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 import psycopg
-import structlog
 from psycopg import sql
 
 from cdcsync.config import QualifiedName
+from cdcsync.logs import get_logger
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 
-log = structlog.get_logger()
+log = get_logger()
 
 CHECKED_INPUT = 160000
 """The first version that can say whether a text is a value of a type."""

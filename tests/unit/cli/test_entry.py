@@ -31,6 +31,9 @@ COMMANDS = [
 HEAVY = {"starlette", "uvicorn", "numpy", "torch", "psycopg", "structlog", "msgspec", "anyio", "prometheus_client"}
 """What no one should wait for who only wants help."""
 
+SLOW = {"pydantic", "structlog", "numpy", "torch", "starlette", "prometheus_client"}
+"""What would take longer to import than a search takes."""
+
 PACKAGES = str(Path(cdcsync.__file__).parents[1])
 """Where the package is, for processes that run elsewhere: it need not be installed."""
 
@@ -130,6 +133,26 @@ def test_help_waits_for_no_heavy_import() -> None:
     )
     assert done.stdout.count("Usage: ") == len(COMMANDS) + 1
     assert HEAVY.isdisjoint(done.stderr.split())
+
+
+def test_a_search_imports_nothing_that_takes_longer_than_itself(config_file: Path) -> None:
+    script = (
+        "import sys\n"
+        "from cdcsync.cli import main\n"
+        "try:\n"
+        f"    main(['search', 'articles', 'word', '-k', '3', '-c', {str(config_file)!r}])\n"
+        "finally:\n"
+        "    print(*sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": PACKAGES},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "no server listens" in done.stderr  # it came as far as the target
+    assert SLOW.isdisjoint(done.stdout.split())
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
