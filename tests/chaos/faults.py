@@ -136,9 +136,6 @@ def _wire(name: str, side_of: Callable[[History], Side]) -> None:
         except TimeoutError:
             return
         history.fire(f"{name} half-open")
-        if not HALF_OPEN_IS_NOTICED:
-            rest(history, 0.5, 2)
-            proxy.cut()
 
     @fault(f"{name} sessions ended")
     def terminate(history: History) -> None:
@@ -154,9 +151,6 @@ def _wire(name: str, side_of: Callable[[History], Side]) -> None:
         if ended[0][0]:
             history.fire(f"{name} sessions ended")
 
-
-HALF_OPEN_IS_NOTICED = True
-"""Whether the worker gives up a connection on which nothing comes any more."""
 
 _wire("source", lambda history: history.source)
 _wire("target", lambda history: history.target)
@@ -296,7 +290,7 @@ def target_fails_over(history: History) -> None:
 @fault("target fails over with loss")
 def target_fails_over_with_loss(history: History) -> None:
     """Promote a standby of the target that lacks what was confirmed: the worker must not build on what is gone."""
-    if history.one_server or not LOST_CHECKPOINT_IS_A_GAP:
+    if history.one_server:
         return
     history.ensure_worker()
     history.streaming()
@@ -317,18 +311,12 @@ def target_fails_over_with_loss(history: History) -> None:
     rest(history)
 
 
-LOST_CHECKPOINT_IS_A_GAP = True
-"""Whether a target that went back while the worker runs is noticed."""
-
-
 # -- disk and provider --------------------------------------------------------------------------------------------
 
 
 @fault("disk full under the spool")
 def disk_full(history: History) -> None:
     """Have writes to the spool fail while a large transaction is streamed."""
-    if not FULL_DISK_IS_SURVIVED:
-        return
     worker = history.ensure_worker()
     history.streaming()
     if not worker.alive:
@@ -343,10 +331,6 @@ def disk_full(history: History) -> None:
         if worker.alive:
             worker.limit_files(None)
     history.fire("disk full under the spool")
-
-
-FULL_DISK_IS_SURVIVED = True
-"""Whether a worker whose spool cannot be written goes on without it."""
 
 
 @fault("disk full under the target")

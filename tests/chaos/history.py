@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,9 +19,10 @@ import psycopg
 from cdcsync.crashpoints import VARIABLE
 from tests.chaos.oracle import differences
 from tests.chaos.provider import Loss, Provider, Rewound
-from tests.chaos.servers import Side, until
+from tests.chaos.servers import FIRST_LOOK_S, RAREST_LOOK_S, Side, until
 from tests.chaos.tables import FAR, INDEXES, TABLES, Writer
 from tests.chaos.worker import Worker
+from tests.support import forked
 
 CONFIG = """
 [source]
@@ -67,8 +65,8 @@ CONVERGE_S = 180.0
 """How long the index may take without any progress, once everything works again, on a busy machine."""
 
 
-AWAY_AT_A_START_IS_WAITED_FOR = True
-"""Whether a worker that starts while a server is away waits for it."""
+TOLD = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s"
+HELD = "SELECT checkpoint::text, checkpoint >= %s::pg_lsn FROM cdcsync.pipelines"
 
 
 class Broken(AssertionError):
@@ -244,9 +242,6 @@ class History:
             self.fire("crash at a named point")
             self.note(f"died at {worker.crash_at}")
             return
-        if not AWAY_AT_A_START_IS_WAITED_FOR and not worker.said("streaming") and "is reachable" in worker.tail():
-            worker.killed = True
-            return
         if worker.process.returncode != 0:
             raise Broken(f"a worker ended by itself with {worker.process.returncode}:\n{worker.tail()}")
 
@@ -263,17 +258,11 @@ class History:
     def command(self, *arguments: str, crash_at: str | None = None, patience_s: float = 300.0) -> int:
         """Run a command of cdcsync to its end and return its exit status."""
         self.note(f"cdcsync {' '.join(arguments)}" + (f", to die at {crash_at}" if crash_at else ""))
-        environment = {**os.environ, "NO_COLOR": "1"} | ({VARIABLE: crash_at} if crash_at else {})
-        with (self.directory / "commands.log").open("ab") as log:
-            done = subprocess.run(
-                [sys.executable, "-m", "cdcsync", *arguments, "-c", str(self.directory / "cdcsync.toml")],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                timeout=patience_s,
-                check=False,
-            )
+        armed = {VARIABLE: crash_at} if crash_at else {}
+        given = (*arguments, "-c", str(self.directory / "cdcsync.toml"))
+        done = forked.run(*given, more=armed, timeout_s=patience_s)
+        with (self.directory / "commands.log").open("a") as log:
+            log.write(done.stdout + done.stderr)
         if crash_at and done.returncode == -signal.SIGKILL:
             self.hit.add(crash_at.partition("#")[0])
             self.fire("crash at a named point")
@@ -316,9 +305,7 @@ class History:
                 found = self._compare(source, target)
             if found:
                 raise Broken("; ".join(found) + f"\n{self.worker.tail()}")
-            row = source.execute(
-                "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s", [self.name]
-            ).fetchone()
+            row = source.execute(TOLD, [self.name]).fetchone()
             (checkpoint,) = target.execute("SELECT checkpoint FROM cdcsync.pipelines").fetchone() or (None,)
             (kept,) = target.execute("SELECT %s::pg_lsn <= %s::pg_lsn", [row and row[0], checkpoint]).fetchone() or (0,)
             if not kept:
@@ -366,7 +353,7 @@ class History:
 
     def _wait_for_progress(self, target: psycopg.Connection[Any], lsn: str) -> None:
         reached: object = None
-        deadline = time.monotonic() + CONVERGE_S
+        deadline, pause_s = time.monotonic() + CONVERGE_S, FIRST_LOOK_S
         while True:
             if not self.worker.alive:
                 self.settle_crash()
@@ -378,7 +365,8 @@ class History:
                 reached, deadline = now, time.monotonic() + CONVERGE_S
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the index does not get on: {now}")
-            time.sleep(0.05)
+            time.sleep(pause_s)
+            pause_s = min(RAREST_LOOK_S, 1.3 * pause_s)
 
     def _state(self, target: psycopg.Connection[Any], lsn: str) -> object:
         """Return True once the worker claims to be through, else how far it is."""
@@ -407,26 +395,27 @@ class History:
 
     def _watch(self, ended: threading.Event) -> None:
         """See all the time that nothing is acknowledged before it is in the target."""
-        while not ended.wait(0.1):
-            if self.gap_expected:
-                continue
-            try:
-                told = self.execute(
-                    self.source,
-                    "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s",
-                    self.name,
-                )
-                if not told or told[0][0] is None:
+        with contextlib.ExitStack() as stack:
+            sessions: dict[int, psycopg.Connection[tuple[Any, ...]]] = {}
+
+            def ask(side: Side, statement: str, value: str) -> tuple[Any, ...]:
+                port = side.primary.port
+                if port not in sessions or sessions[port].closed:
+                    sessions[port] = stack.enter_context(contextlib.closing(side.connect(self.name)))
+                return sessions[port].execute(statement, [value]).fetchone() or (None, None)
+
+            while not ended.wait(0.1):
+                if self.gap_expected:
                     continue
-                row = self.execute(
-                    self.target,
-                    "SELECT checkpoint::text, checkpoint >= %s::pg_lsn FROM cdcsync.pipelines",
-                    told[0][0],
-                )
-            except (psycopg.Error, OSError):
-                continue
-            if row and row[0][1] is False and not self.gap_expected:
-                self._watched = f"the slot was told {told[0][0]} while the checkpoint was {row[0][0]}"
+                try:
+                    (told,) = ask(self.source, TOLD, self.name)[:1]
+                    if told is None:
+                        continue
+                    checkpoint, holds = ask(self.target, HELD, told)
+                except (psycopg.Error, OSError):
+                    continue
+                if holds is False and not self.gap_expected:
+                    self._watched = f"the slot was told {told} while the checkpoint was {checkpoint}"
 
     def _events(self) -> list[dict[str, Any]]:
         return [event for worker in self.workers for event in worker.events()]

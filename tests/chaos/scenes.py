@@ -216,7 +216,7 @@ def evaluation(history: History, point: str) -> None:
 
 
 def gap(history: History, point: str) -> None:
-    """Move the slot behind the worker's back."""
+    """Move the slot behind the worker's back, past changes and deletions."""
     history.settings["on_gap"] = "resync"
     history.gap_expected = True
     history.write_config()
@@ -229,6 +229,8 @@ def gap(history: History, point: str) -> None:
         ),
         "the slot to be free",
     )
+    history.writer_finishes()
+    history.execute(history.source, "DELETE FROM notes WHERE no % 5 = 2")
     history.execute(history.source, "SELECT pg_logical_emit_message(true, 'x', 'y')")
     history.execute(history.source, "SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", history.name)
     history.start(point)

@@ -23,6 +23,9 @@ SETTINGS: Mapping[str, str] = {
 
 PATIENCE_S = 180.0
 
+FIRST_LOOK_S, RAREST_LOOK_S = 0.01, 0.25
+"""A condition is looked at less and less often: most looks cost a session and a process of the server."""
+
 
 def until(probe: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> None:
     """Return once `probe` is true.
@@ -30,10 +33,12 @@ def until(probe: Callable[[], object], what: str, patience_s: float = PATIENCE_S
     :raises TimeoutError: it does not become true in time.
     """
     deadline = time.monotonic() + patience_s
+    pause_s = FIRST_LOOK_S
     while not probe():
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {patience_s:.0f} s in vain for {what}")
-        time.sleep(0.02)
+        time.sleep(pause_s)
+        pause_s = min(RAREST_LOOK_S, 1.3 * pause_s)
 
 
 class Side:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from cdcsync.crashpoints import VARIABLE
 from tests.chaos.servers import until
+from tests.support import forked
 
 
 class Worker:
@@ -21,20 +20,15 @@ class Worker:
     def __init__(self, config: Path, log: Path, *, crash_at: str | None = None) -> None:
         self.log = log
         self.crash_at = crash_at
-        environment = {**os.environ, "NO_COLOR": "1"}
-        environment.pop(VARIABLE, None)
-        if crash_at is not None:
-            environment[VARIABLE] = crash_at
+        armed = {VARIABLE: crash_at} if crash_at is not None else {}
         with log.open("ab") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "cdcsync", "run", "-c", str(config)],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env=environment,
-            )
+            streams = (subprocess.DEVNULL, out, out)
+            self.process = forked.start("cdcsync", ["run", "-c", str(config)], streams, more=armed)
         self.killed = False
         """Whether the harness ended it."""
+        self._events: list[dict[str, Any]] = []
+        self._read = 0
+        """How many bytes of the log have been read."""
 
     @property
     def alive(self) -> bool:
@@ -86,8 +80,13 @@ class Worker:
 
     def events(self) -> list[dict[str, Any]]:
         """Return what the process logged."""
-        text = self.log.read_text(errors="replace")
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.startswith("{")]
+        with self.log.open("rb") as log:
+            log.seek(self._read)
+            new = log.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read += len(whole)
+        self._events += [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
+        return self._events
 
     def said(self, *names: str) -> bool:
         """Say whether the process has logged one of these events."""

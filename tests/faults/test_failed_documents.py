@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import forked
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
@@ -78,7 +78,7 @@ class Notes:
             [list(BODIES), rows],
         )
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> forked.Process:
         return self.pipeline.start(PYTHONPATH=str(self.directory))
 
     def write(self, seed: int, transactions: int) -> None:

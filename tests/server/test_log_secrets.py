@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +17,7 @@ from cdcsync.config.redaction import dsn_fault, redact_dsn
 from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.sessions import connect
 from cdcsync.source.slot import SlotConnection
+from tests.support import forked
 from tests.support.configs import FAKE, Section, configuration
 from tests.support.provider import FakeProvider, status
 from tests.support.servers import Database, Server
@@ -107,12 +105,7 @@ def shown(pipeline: Pipeline, **environment: str) -> str:
     """Return what the endpoints and the commands that operators use show."""
     asked = [pipeline.get(path)[1].decode() for path in ("/status", "/readyz", "/metrics")]
     for command in (["status"], ["check"], ["config", "show"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "cdcsync", *command, "-c", str(pipeline.path)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, **environment},
-        )
+        done = forked.run(*command, "-c", str(pipeline.path), more=environment)
         asked += [done.stdout, done.stderr]
     return "\n".join(asked)
 
@@ -333,6 +326,7 @@ def test_a_password_may_be_anything_and_is_shown_nowhere_however_it_is_given(
     for name, value in environment.items():  # this process connects, too
         monkeypatch.setenv(name, value)
     pipeline = make_pipeline(text)
+    pipeline.copied = False
     worker = pipeline.start(**environment)
     pipeline.live()
     database.execute("INSERT INTO articles VALUES ('1', 'a', 'b', 'c')")
@@ -352,13 +346,7 @@ def test_a_password_may_be_anything_and_is_shown_nowhere_however_it_is_given(
 def said_of_refusals(pipeline: Pipeline, environment: dict[str, str]) -> str:
     told = []
     for command in (["status"], ["check"], ["search", "articles", "word"], ["teardown", "--yes"], ["run"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "cdcsync", *command, "-c", str(pipeline.path)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, **environment},
-            timeout=60,
-        )
+        done = forked.run(*command, "-c", str(pipeline.path), more=environment)
         told += [done.stdout, done.stderr]
     return "\n".join(told)
 

@@ -30,6 +30,7 @@ from cdcsync.config.redaction import is_secret_key
 from cdcsync.config.shape import Section
 from cdcsync.config.values import ApiKey, Dsn, Header, Option, Text
 from cdcsync.serve.identity import new_token
+from tests.support import forked
 from tests.support.provider import FakeProvider
 from tests.support.servers import Database, Server
 from tests.support.workers import PATIENCE_S, Pipeline, until
@@ -155,14 +156,7 @@ class Scene:
 
     def command(self, *arguments: str) -> None:
         """Run a command, however it ends."""
-        done = subprocess.run(
-            [sys.executable, "-m", "cdcsync", *arguments, "-c", str(self.pipeline.path)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "NO_COLOR": "1", **self.environment},
-            stdin=subprocess.DEVNULL,
-            timeout=PATIENCE_S,
-        )
+        done = forked.run(*arguments, "-c", str(self.pipeline.path), more=self.environment)
         self.add(f"cdcsync {arguments[0]}", done.stdout + done.stderr)
 
     def commands(self) -> None:

@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 import urllib.error
 import urllib.request
@@ -27,6 +26,7 @@ from typer.core import TyperCommand, TyperGroup
 from cdcsync.cli.entry import command_line
 from cdcsync.config import parse, render
 from tests import ROOT
+from tests.support import forked
 from tests.support.servers import Database
 from tests.support.workers import until
 
@@ -132,7 +132,7 @@ class Machine:
         self.ports = ports
         self.follow = follow
         self.variables: dict[str, str] = {}
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[forked.Process] = []
         self.output = ""
 
     @property
@@ -271,15 +271,7 @@ class Machine:
             if name == "teardown":
                 self.close()
                 arguments = [*arguments, "--yes"]
-            answer = subprocess.run(
-                [sys.executable, "-m", "cdcsync", *arguments],
-                cwd=self.directory,
-                env={**os.environ, "NO_COLOR": "1"},
-                capture_output=True,
-                text=True,
-                timeout=90,
-                check=False,
-            )
+            answer = forked.run(*arguments, more={}, directory=self.directory)
             self.output = answer.stdout
             assert answer.returncode == 0, f"{block}: cdcsync {shlex.join(arguments)}\n{answer.stdout}{answer.stderr}"
             if arguments[:2] == ["token", "new"]:
@@ -291,15 +283,9 @@ class Machine:
         path = "readyz?loaded=1" if arguments[0] == "run" else "healthz"
         log = self.directory / f"{arguments[0]}.log"
         with log.open("ab") as file:
+            streams = (subprocess.DEVNULL, file, file)
             self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "cdcsync", *arguments],
-                    cwd=self.directory,
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=file,
-                    start_new_session=True,
-                )
+                forked.start("cdcsync", arguments, streams, more={}, directory=self.directory, session=True)
             )
 
         def answers() -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from psycopg import conninfo, sql
 
+from tests.support import forked
 from tests.support.servers import Database, Server
 from tests.support.workers import Pipeline
 
@@ -43,14 +44,7 @@ def role(server: Server) -> Iterator[tuple[str, str]]:
 
 
 def cdcsync(where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cdcsync", *arguments],
-        cwd=where,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return forked.run(*arguments, more={}, directory=where)
 
 
 def written(where: Path) -> dict[str, Any]:
