@@ -98,9 +98,11 @@ class Pipeline:
             if line.startswith("{"):
                 yield json.loads(line)
 
-    def until(self, probe: Callable[[], T | None], what: str, poll_s: float = POLL_S) -> T:
-        """Return the first true answer of `probe`, asked every `poll_s` seconds."""
-        deadline = time.monotonic() + PATIENCE_S
+    def until(
+        self, probe: Callable[[], T | None], what: str, poll_s: float = POLL_S, patience_s: float = PATIENCE_S
+    ) -> T:
+        """Return the first true answer of `probe`, asked every `poll_s` seconds for at most `patience_s`."""
+        deadline = time.monotonic() + patience_s
         while not (answer := probe()):
             ended = self._process is not None and self._process.poll() is not None
             if ended or time.monotonic() > deadline:
@@ -124,7 +126,7 @@ class Pipeline:
             lambda: not self.value("SELECT EXISTS (SELECT FROM cdcsync.articles_backlog)"), "empty backlog", poll_s
         )
 
-    def live(self, indexes: int = 1) -> None:
+    def live(self, indexes: int = 1, patience_s: float = PATIENCE_S) -> None:
         """Wait until so many indexes are complete."""
         self.until(
             lambda: (
@@ -132,7 +134,14 @@ class Pipeline:
                 and self.value("SELECT count(*) >= %s FROM cdcsync.indexes WHERE state = 'live'", indexes)
             ),
             "live index",
+            patience_s=patience_s,
         )
+
+    def status(self) -> dict[str, Any]:
+        """Return what `cdcsync status --json` says."""
+        command = [sys.executable, "-m", "cdcsync", "status", "--json", "-c", str(self._config)]
+        found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
+        return found
 
     def metrics(self) -> dict[str, float]:
         """Return the worker's metrics by name and labels, as they are exposed."""

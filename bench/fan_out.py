@@ -1,10 +1,10 @@
 """One row of a related table is in very many documents and changes: what does that do to everything else?
 
-One customer has almost all tickets. The name changes, while tickets of another customer change one at a time, each
-after the one before it was found. The same row changes twice more before its request begins, and half-way the worker is
-killed and started again. The bench tells how many documents a second are rebuilt, how long the other changes took
-before and beside it, how much more memory than at rest the worker took, where the second worker resumed, and how many
-requests there were.
+One customer has almost all tickets. The name changes, while tickets of another customer change one at a time for some
+time, each after the one before it was found. The same row changes twice more before its request begins, and half-way
+the worker is killed with SIGKILL and started again. The bench tells how many documents a second are rebuilt, how long
+the other changes took before and beside it, how much more memory than at rest the worker took, what `cdcsync status`
+said of the progress, where the second worker resumed, and how many requests there were.
 
     python bench/fan_out.py [ROWS]
 """
@@ -22,10 +22,10 @@ import psycopg
 
 # A script imports from its own directory; a type checker names files by their place in the repository.
 if TYPE_CHECKING:
-    from bench._pipeline import Pipeline, percentile, pipeline
+    from bench._pipeline import PATIENCE_S, Pipeline, percentile, pipeline
     from bench.report import report
 else:
-    from _pipeline import Pipeline, percentile, pipeline
+    from _pipeline import PATIENCE_S, Pipeline, percentile, pipeline
     from report import report
 
 ROWS = 200_000
@@ -33,8 +33,13 @@ OTHERS = 20_000
 """Tickets of another customer, whose own request is served first: meanwhile the large one has not begun."""
 ALONE = 200
 """Changes that are timed before."""
+BESIDE = 300
+"""Changes that are timed beside each half of the request: after them the request has the servers to itself."""
 PAUSE_S = 0.02
 """Between two changes: some 30 a second come in."""
+
+SLOWEST_PER_S = 500
+"""So many documents a second are loaded and rebuilt at least, or the bench gives up."""
 
 GOAL_MORE_MB = 100.0
 GOAL_P99 = 1 / 3
@@ -96,11 +101,12 @@ class Live:
         return self.taken_ms
 
     def begin(self) -> None:
-        """Make changes until `end`."""
+        """Make `BESIDE` changes, or fewer if `end` comes before."""
+        until = len(self.taken_ms) + BESIDE
 
         def run() -> None:
             with psycopg.connect(self._dsn, autocommit=True) as connection:
-                while not self._stopping.wait(PAUSE_S):
+                while len(self.taken_ms) < until and not self._stopping.wait(PAUSE_S):
                     self.one(connection)
 
         self._stopping.clear()
@@ -126,18 +132,27 @@ def rows_done(made: Pipeline, others: int) -> int:
     return int(made.value(f"SELECT coalesce(max(rows_done), 0) {REQUESTS} AND rows_total > %s", others * 2))
 
 
+def told(made: Pipeline, at_least: int) -> float:
+    """Return which share of the large request is done, as `cdcsync status` says."""
+    backfill = made.status()["indexes"]["tickets"]["backfill"]
+    if backfill is None or backfill["kind"] != "related" or backfill["rows_done"] < at_least or not backfill["eta_s"]:
+        raise SystemExit(f"status shows no progress of the request: {backfill}")
+    return float(backfill["rows_done"] / backfill["rows_total"])
+
+
 def main() -> None:
     """Measure and report."""
     rows = int(sys.argv[1]) if len(sys.argv) > 1 else ROWS
     others = min(OTHERS, rows // 4)
     last = rows + others + 1_000
+    patience_s = max(PATIENCE_S, last / SLOWEST_PER_S)
     with pipeline(EMBEDDER, TICKETS, max_wal_size="8GB") as made:
         for statement in TABLES:
             made.connection.execute(statement)
         made.connection.execute(LOAD, [rows, rows + others, last])
         made.connection.execute("ANALYZE")
         made.start()
-        made.live(2)
+        made.live(2, patience_s)
         live = Live(made, range(rows + others + 1, last + 1))
         live.some(20)
         alone = live.some(ALONE)
@@ -150,7 +165,8 @@ def main() -> None:
         for name in ("once", "twice", "thrice"):
             made.connection.execute("UPDATE customers SET name = %s WHERE id = 1", [name])
             time.sleep(0.1)
-        made.until(lambda: rows_done(made, others) > rows // 2, "half of the documents", 0.05)
+        made.until(lambda: rows_done(made, others) > rows // 2, "half of the documents", 0.05, patience_s)
+        shares = [told(made, rows // 2)]
         live.end()
         half = rows_done(made, others)
         took_s = made.value(f"SELECT extract(epoch FROM clock_timestamp() - min(started_at))::float8 {REQUESTS}")
@@ -163,7 +179,9 @@ def main() -> None:
         live.begin()
         done = f"SELECT NOT EXISTS (SELECT {REQUESTS} AND state <> 'done')"
         again = time.perf_counter()
-        made.until(lambda: made.value(done), "the end of the requests", 0.1)
+        made.until(lambda: rows_done(made, others) > rows * 3 // 4, "three quarters of the documents", 0.05, patience_s)
+        shares.append(told(made, rows * 3 // 4))
+        made.until(lambda: made.value(done), "the end of the requests", 0.1, patience_s)
         again_s = time.perf_counter() - again
         live.end()
         peak = max(peak, memory_mb(made, "VmHWM"))
@@ -182,6 +200,8 @@ def main() -> None:
             "documents_per_s": (rows + others) / (took_s + again_s),
             "requests": requests,
             "resumed_at_rows": resumed,
+            "status_said_at_half": shares[0],
+            "status_said_at_three_quarters": shares[1],
             "live_changes": len(live.taken_ms),
             "live_p50_before_ms": percentile(alone, 0.5),
             "live_p50_beside_ms": percentile(live.taken_ms, 0.5),

@@ -440,10 +440,6 @@ class Pipeline:
         if every_s := self.config.worker.evaluate_every_s:
             await evaluate_for_ever(target.dsn, target.schema, self.specs, every_s=every_s)
 
-    async def count_words_on_schedule(self) -> None:
-        """Keep the counts current that keyword search weights words by."""
-        await count_words_for_ever(self.config.target.dsn, self.config.target.schema, self.specs)
-
     async def end_in_time(self, scope: anyio.CancelScope) -> None:
         """Once told to stop, abandon what is not done by `worker.stop_timeout_s`."""
         await self.state.stopping.wait()

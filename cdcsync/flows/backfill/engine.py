@@ -194,7 +194,7 @@ class Backfills:
             page = await read(cursor, min(limit, most))
             cursor, last = page.cursor, page.last
             done += len(page.entries)
-            limit = next_limit(limit, most, page, beside_live=self.marks.beside_live)
+            limit = next_limit(limit, most, page, beside_live=self.marks.rows_beside_live)
             made = await self._make(target, request, page)
             forced = tuple(key for key, row in page.entries if isinstance(row, tuple)) if request.force_embed else ()
             end = PageEnd(request.id, request.phase, cursor, done, last and closes, request.index, forced)

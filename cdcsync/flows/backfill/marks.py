@@ -13,6 +13,7 @@ import anyio
 import msgspec
 
 from cdcsync.errors import SourceUnavailable
+from cdcsync.flows.backfill.pace import Fit
 from cdcsync.flows.backfill.pages import Page
 from cdcsync.flows.backfill.preparing import Made
 from cdcsync.metrics import Metrics
@@ -25,8 +26,10 @@ from cdcsync.pgoutput.messages import UNCHANGED
 from cdcsync.target.requests import Request
 
 LIVE_RECENTLY_S = 1.0
-"""Changes are taken to come in while the last two batches of them are so recent. A single one does not say that more
-will follow: it may be what asked for the pages."""
+"""Changes are taken to come in while the last two batches of them are so recent, the time not counted in which pages
+were applied: none could be applied then, and a client that waits for each of its changes sends none. If it were
+counted, large pages would make changes rare, which makes pages large. A single batch does not say that more will
+follow: it may be what asked for the pages."""
 
 
 class Pending(msgspec.Struct):
@@ -60,11 +63,23 @@ class Marks:
         self._run = secrets.token_hex(4)
         self._sequence = 0
         self._live_at = self._live_before = float("-inf")
+        self._applying_s = 0.0
+        """The time that applying pages has taken."""
+        self._fit = Fit()
 
     @property
     def beside_live(self) -> bool:
         """Whether changes come in, which are not to wait for a page."""
-        return anyio.current_time() - self._live_before < LIVE_RECENTLY_S
+        return self._now() - self._live_before < LIVE_RECENTLY_S
+
+    @property
+    def rows_beside_live(self) -> int | None:
+        """How many rows a page may have that changes wait for; None if none come in."""
+        return self._fit.rows if self.beside_live else None
+
+    def _now(self) -> float:
+        """Return the time on a clock that stands still while pages are applied."""
+        return anyio.current_time() - self._applying_s
 
     def register(self, pending: Pending) -> str:
         """Expect a page's mark, and return what the mark is to say."""
@@ -115,17 +130,29 @@ class Marks:
             overtaken_by=overtaken_by,
         )
 
-    def note_applied(self, batch: Batch) -> None:
-        """Note what is in the target: the pages of this batch, and whether changes come in."""
+    def note_applied(self, batch: Batch, seconds: float) -> None:
+        """Note what is in the target: the pages of this batch, and whether changes come in.
+
+        :param seconds: how long applying it took.
+        """
+        if batch.marks:
+            self._applying_s += seconds
         if batch.oldest_us is not None:
-            self._live_before, self._live_at = self._live_at, anyio.current_time()
+            self._live_before, self._live_at = self._live_at, self._now()
+            if not batch.marks:
+                self._fit.change_took(seconds)
+        rows = 0
         for mark in batch.marks:
             pending = self._pending.pop(mark, None)
             if pending is None:
                 continue
+            if pending.end is not None:
+                rows += len(pending.page.entries)
             self.forget(pending.page.snapshot)
             self._metrics.backfill_rows.labels(pending.spec.name).inc(len(pending.page.entries))
             pending.applied.set()
+        if rows and batch.oldest_us is None:
+            self._fit.page_took(rows, seconds)
 
     def interrupt(self) -> None:
         """Give up the pages under way: the stream began anew, and their marks may never come.

@@ -47,7 +47,7 @@ class Stream:
         accounts: Accounts,
         deliveries: Mapping[str, Deliveries],
         page_at: Callable[[Mark], PageRows | None],
-        applied: Callable[[Batch], None],
+        applied: Callable[[Batch, float], None],
         spool: Spool,
         metrics: Metrics,
         tracing: Tracing,
@@ -58,7 +58,7 @@ class Stream:
         """Put the parts together.
 
         :param page_at: returns the rows of a backfill that belong at a mark.
-        :param applied: called with each batch that is in the target.
+        :param applied: called with each batch that is in the target, and the seconds that applying it took.
         :param limits: may change at any time.
         :param stopping: ends the following in order: the batch in hand is finished, the last status is sent.
         """
@@ -246,7 +246,7 @@ class Stream:
             if batch.end_lsn is not None:
                 self._progress.commit(batch.end_lsn)
             self._accounts.note(batch, outcome, before=before, checkpoint=self._progress.checkpoint)
-            self._applied(batch)
+            self._applied(batch, outcome.seconds)
             self._open.done(batch)
 
         await self._applier.apply(

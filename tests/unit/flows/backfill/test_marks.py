@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from cdcsync.errors import SourceUnavailable
-from cdcsync.flows.backfill.marks import Marks, Pending
+from cdcsync.flows.backfill.marks import LIVE_RECENTLY_S, Marks, Pending
 from cdcsync.flows.backfill.pages import Page
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch, PageEnd
@@ -115,7 +115,7 @@ async def test_a_page_is_waited_for_until_its_batch_is_in_the_target(marked: Mar
         tasks.start_soon(sent.wait)
         await anyio.wait_all_tasks_blocked()
         assert not sent.applied.is_set()
-        marked.marks.note_applied(batch)
+        marked.marks.note_applied(batch, 0.0)
     assert marked.metrics.backfill_rows.labels("articles")._value.get() == 2
     assert marked.marks.page_at(Mark(page.mark, 5)) is None
 
@@ -142,6 +142,28 @@ async def test_changes_come_in_for_a_moment_after_two_batches_that_had_some(mark
     batch.oldest_us = 7
     live = []
     for applied in (Batch(), batch, Batch(), batch, Batch()):
-        marked.marks.note_applied(applied)
+        marked.marks.note_applied(applied, 0.0)
         live.append(marked.marks.beside_live)
     assert live == [False, False, False, True, True]
+
+
+async def test_changes_still_come_in_while_pages_take_so_long_that_few_of_them_fit_between(
+    marked: Marked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(anyio, "current_time", lambda: now)
+    change, paged = Batch(), Batch()
+    change.oldest_us = 7
+    live = []
+    for _ in range(4):
+        page = marked.marks.page_at(Mark(marked.marks.register(pending()), 5))
+        assert page is not None
+        paged = Batch()
+        paged.add_page(page)
+        now += 5 * LIVE_RECENTLY_S
+        marked.marks.note_applied(paged, 5 * LIVE_RECENTLY_S)
+        marked.marks.note_applied(change, 0.0)
+        live.append(marked.marks.beside_live)
+    assert live == [False, True, True, True]
+    now += LIVE_RECENTLY_S
+    assert not marked.marks.beside_live

@@ -43,7 +43,7 @@ def test_a_page_grows_until_its_bytes_or_its_rows_are_enough(rows: int, bytes_ea
     ],
 )
 def test_a_page_is_small_while_changes_come_in(rows: int, bytes_each: int, wanted: int) -> None:
-    assert next_limit(1_000, 1_000, page(rows, bytes_each), beside_live=True) == wanted
+    assert next_limit(1_000, 1_000, page(rows, bytes_each), beside_live=BESIDE_LIVE_ROWS) == wanted
 
 
 @pytest.mark.anyio
