@@ -1,4 +1,8 @@
-"""The build flow: once an index's first load has drained, builds what searches need and declares the index live."""
+"""The build flow: builds what searches need as soon as an index's first load lets it, and declares the index live.
+
+Words need no vectors: keyword search is built and counted once every text is there. HNSW is built once every text has
+its vector, which may be hours later.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +103,7 @@ async def settle_all(connection: Connection, schema: str, spec: IndexSpec) -> No
 
 
 async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool:
-    """Build one index if its load has drained; returns whether nothing is left to do for it."""
+    """Build what the load of one index lets be built; returns whether nothing is left to do for it."""
     names, registry = Names(schema, spec.name), Registry(schema)
     entry = await registry.find(connection, spec.name)
     if entry is None or entry.state != "building":
@@ -110,20 +114,19 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
         crash_point("ended load noted")
         log.error("load_ended", index=spec.name, state=load.state)
         return True
-    if load is None or load.state != "done" or await _loading(connection, names, spec):
+    if load is None or load.state != "done" or await Requests(schema).doubted(connection, load):
         return False
-    if await Requests(schema).doubted(connection, load):
+    if await build_search(connection, schema, spec):
+        await count_words(connection, schema, spec)
+    if await _loading(connection, names, spec):
         return False
     # Left by chunks that had to go whose texts might have come again.
     await delete_vectors_without_chunks(connection, schema, spec)
-    await build_search(connection, schema, spec)
     await settle_all(connection, schema, spec)
     log.info("hnsw_building", index=spec.name)
     await build_hnsw(connection, schema, spec)
     await connection.execute(sql.SQL("ANALYZE {}").format(names.chunks))
     await connection.execute(sql.SQL("ANALYZE {}").format(names.vectors(spec.generation)))
-    if spec.config.search is not None:
-        await count_words(connection, schema, spec)
     await registry.declare_live(connection, spec.name)
     crash_point("index declared live")
     log.info("index_live", index=spec.name)

@@ -21,7 +21,7 @@ from cdcsync.source.fingerprints import Difference
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.requests import Requests
 from tests.support.configs import configuration
-from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, register
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, register
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
@@ -149,6 +149,29 @@ async def test_an_index_is_live_once_what_its_load_may_have_read_too_early_is_co
     await _advance(connection, SCHEMA, building.spec)
 
     assert await state(connection) == then
+
+
+async def test_words_are_found_by_their_index_while_vectors_of_the_load_are_still_made(
+    open_index: OpenIndex, connection: Connection
+) -> None:
+    index = await open_index()
+    await Pipelines(SCHEMA, "s").ensure(connection, "p")
+    await register(connection, index.spec, slot="s", state="building")
+    await index.apply(changes(document("1", "a rare word"), document("2", "another word")))
+    await connection.execute("UPDATE cdcsync.articles_backlog SET lane = 1")
+    load = await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
+    await connection.execute("UPDATE cdcsync.backfills SET state = 'done', finished_at = now() WHERE id = %s", [load])
+
+    assert not await _advance(connection, SCHEMA, index.spec)
+
+    assert await state(connection) == "building"
+    assert await index.rows("SELECT chunks FROM cdcsync.articles_words WHERE lexeme = ''") == [(2,)]
+    (built,) = await index.rows("SELECT indexdef FROM pg_indexes WHERE indexname = 'articles_chunks_search'")
+    assert built[0].endswith("USING gin (search)")
+
+    await connection.execute("DELETE FROM cdcsync.articles_backlog")
+    assert await _advance(connection, SCHEMA, index.spec)
+    assert await state(connection) == "live"
 
 
 async def test_a_load_that_has_read_nothing_yet_needs_no_comparison(
