@@ -310,6 +310,12 @@ class Metrics:
             "When the last comparison of the whole index that found no difference ended.",
             index,
         )
+        self.undecided = self._gauge(
+            "undecided_documents",
+            "documents",
+            "Documents that this comparison could not judge, as they changed each time it looked at them.",
+            index,
+        )
         self.audit_differences = self._counter(
             "audit_differences_total",
             "documents and vectors",

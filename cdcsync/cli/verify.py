@@ -45,10 +45,11 @@ def verify(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare an index with its source while both are in use. Exit status 1 when they differ.
+    """Compare an index with its source while both are in use. Exit status 1 if they differ.
 
     Both servers add up hashes of what they have; only where the sums differ are single documents compared, by the
-    worker, as of one place in the stream. Where no worker runs, this command takes its place for that. With --repair
+    worker, as of one place in the stream. Where no worker runs, this command takes its place for that. A document that
+    changes each time it is looked at stays undecided, which is no difference. With --repair
     the status is 1 only if something still differs afterwards.
     """
     import anyio
@@ -70,7 +71,7 @@ def verify(
         if last is not first:
             printing.console().print(f"repaired {repaired:,} documents; compared once more:")
             _print(last)
-    if not last.equal:
+    if last.differs:
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -107,7 +108,7 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
         found = msgspec.structs.replace(
             findings.verification, missing=lacks, equal=findings.verification.equal and not lacks
         )
-        if findings.verification.equal or not repair:
+        if not findings.verification.differs or not repair:
             return found, found, 0
         async with ensure_worker():
             repaired = await flow.repair(target, schema, spec, findings)
@@ -134,11 +135,18 @@ def _print(found: Verification) -> None:
             Text.assemble(("✗ ", "bold red"), f"missing in the target: {names}; the worker makes them again by itself")
         )
     if found.undecided:
-        out.print(Text.assemble(("! ", "yellow"), f"{found.undecided:,} changed each time they were compared"))
+        many = "documents" if found.undecided > 1 else "document"
+        out.print(
+            Text.assemble(("! ", "yellow"), f"{found.undecided:,} {many} changed at every look: nothing is known")
+        )
     if found.waiting:
         out.print(Text.assemble(("· ", "dim"), f"{found.waiting:,} chunks wait for their vector"))
     if found.equal:
         out.print(Text.assemble(("✓ ", "green"), "the index equals the source"))
+    elif not found.differs:
+        out.print(
+            Text.assemble(("✓ ", "green"), "everything else equals the source; start the command again for the rest")
+        )
     elif found.differences.keys() == {"failed"} and not found.vectors_orphaned:
         out.print(Text(f"some rows have failed; `cdcsync failures {found.index} list` says why", "bold red"))
     elif found.differences or found.vectors_orphaned:

@@ -132,7 +132,8 @@ class IndexStatus(msgspec.Struct, frozen=True):
     """One index. `backlog_live` is part of `backlog`, `failed` is not; `recall` is of this generation's vectors.
 
     `proven_equal_at` is when the last audit of the whole index ended that found nothing to differ, `differed_at` when
-    one last found something, which was read again.
+    one last found something, which was read again. `undecided` documents are left out of that proof: they changed
+    each time the audit looked at them.
 
     `fresh` is part of `vectors`: those that searches compare one by one, because they are not in the HNSW index yet.
     That adds `fresh_scan_ms` to a search, and `settle_rate` of them leave in a second, as the worker last saw.
@@ -163,6 +164,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
     backfill: BackfillStatus | None = None
     recall: Recall | None = None
     proven_equal_at: datetime | None = None
+    undecided: int = 0
     differed_at: datetime | None = None
     fresh: int = 0
     fresh_scan_ms: float | None = None

@@ -274,7 +274,12 @@ async def _read_indexes(
             since={"building": entry.created_at, "live": entry.live_at, "paused": entry.paused_at}[entry.state],
         )
         if (audit := audited.get(name)) is not None:
-            status = msgspec.structs.replace(status, proven_equal_at=audit.proven_at, differed_at=audit.found_at)
+            status = msgspec.structs.replace(
+                status,
+                proven_equal_at=audit.proven_at,
+                undecided=audit.proven_without,
+                differed_at=audit.found_at,
+            )
             if audit.found_at is not None and (audit.proven_at is None or audit.proven_at < audit.found_at):
                 problems.append(
                     f"index {name}: the audit found documents that differed from the source, and had them read again;"

@@ -257,6 +257,13 @@ def _when(event: Event, now: datetime) -> str:
     return f"{ago} ago" if took < 1 else f"{ago} ago, for {human_seconds(took)}"
 
 
+def _but_for(undecided: int) -> str:
+    """Return what a proof does not hold for, as the end of a sentence."""
+    if not undecided:
+        return ""
+    return f", but for {undecided:,} document{'s' * (undecided > 1)} that changed each time the audit looked"
+
+
 def _notes(status: Status) -> list[RenderableType]:
     """Return what needs a sentence: the backfills that are open, how well searches find, and the problems."""
     grid = Table.grid(padding=(0, 1))
@@ -274,7 +281,7 @@ def _notes(status: Status) -> list[RenderableType]:
             grid.add_row("›", Text(f"{name}: {_freshness(index)}"))
         if index.proven_equal_at is not None:
             age = human_seconds(max(0.0, (status.read_at - index.proven_equal_at).total_seconds()))
-            grid.add_row("›", Text(f"{name}: proven equal to the source {age} ago"))
+            grid.add_row("›", Text(f"{name}: proven equal to the source {age} ago{_but_for(index.undecided)}"))
         if index.fresh_scan_ms is not None:
             grid.add_row("›", Text(f"{name}: {_fresh(index)}"))
         if index.recall is not None:

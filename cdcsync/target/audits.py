@@ -38,6 +38,12 @@ DDL: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.audits.proven_at IS"
     " 'When the last comparison of the whole index ended that found nothing to differ.'",
     "COMMENT ON COLUMN {schema}.audits.found_at IS 'When something was last found to differ; it was read again.'",
+    "ALTER TABLE {schema}.audits ADD COLUMN IF NOT EXISTS undecided bigint NOT NULL DEFAULT 0",
+    "COMMENT ON COLUMN {schema}.audits.undecided IS"
+    " 'How many documents this comparison could not judge so far, as they changed each time it looked at them.'",
+    "ALTER TABLE {schema}.audits ADD COLUMN IF NOT EXISTS proven_without bigint NOT NULL DEFAULT 0",
+    "COMMENT ON COLUMN {schema}.audits.proven_without IS"
+    " 'How many documents the comparison that ended at proven_at could not judge: it proves nothing of these.'",
 )
 """Needs the table `indexes`."""
 
@@ -59,6 +65,8 @@ class Audit(msgspec.Struct, frozen=True):
     :ivar differences: how many documents and vectors it found to differ.
     :ivar began_at: when this comparison began.
     :ivar finished_at: when the last one ended.
+    :ivar undecided: how many documents it could not judge so far.
+    :ivar proven_without: how many documents the comparison that ended at `proven_at` could not judge.
     """
 
     place: Place
@@ -68,6 +76,8 @@ class Audit(msgspec.Struct, frozen=True):
     finished_at: datetime | None
     proven_at: datetime | None
     found_at: datetime | None
+    undecided: int
+    proven_without: int
 
 
 class Audits:
@@ -81,7 +91,7 @@ class Audits:
         await connection.execute(
             sql.SQL(
                 "INSERT INTO {} AS a (index_name) VALUES (%s) ON CONFLICT (index_name) DO UPDATE SET phase = 'rows',"
-                " cursor = NULL, documents = 0, differences = 0, began_at = now(), finished_at = NULL"
+                " cursor = NULL, documents = 0, differences = 0, undecided = 0, began_at = now(), finished_at = NULL"
             ).format(self._table),
             [index],
         )
@@ -97,31 +107,36 @@ class Audits:
         return {row[0]: _audit(row[1:]) for row in await cursor.fetchall()}
 
     async def advance(
-        self, connection: Connection, index: str, place: Place, *, documents: int, differences: int
+        self, connection: Connection, index: str, place: Place, *, documents: int, differences: int, undecided: int
     ) -> None:
-        """Note how far a comparison is, and what it has found since it was last noted."""
+        """Note how far a comparison is, and what it has found since it was last noted.
+
+        :param undecided: how many documents it could not judge so far, in all.
+        """
         await connection.execute(
             sql.SQL(
                 "UPDATE {} SET phase = %s, cursor = %s::text[], documents = documents + %s,"
-                " differences = differences + %s, found_at = CASE WHEN %s > 0 THEN clock_timestamp() ELSE found_at END"
-                " WHERE index_name = %s"
+                " differences = differences + %s, undecided = %s,"
+                " found_at = CASE WHEN %s > 0 THEN clock_timestamp() ELSE found_at END WHERE index_name = %s"
             ).format(self._table),
             [
                 place.phase,
                 None if place.after is None else list(place.after),
                 documents,
                 differences,
+                undecided,
                 differences,
                 index,
             ],
         )
 
     async def finish(self, connection: Connection, index: str) -> None:
-        """Note that a comparison has reached its end: the index is proven equal if nothing was found."""
+        """Note that a comparison has reached its end: if nothing was found, all that it could judge is proven equal."""
         await connection.execute(
             sql.SQL(
                 "UPDATE {} SET finished_at = clock_timestamp(),"
-                " proven_at = CASE WHEN differences = 0 THEN clock_timestamp() ELSE proven_at END"
+                " proven_at = CASE WHEN differences = 0 THEN clock_timestamp() ELSE proven_at END,"
+                " proven_without = CASE WHEN differences = 0 THEN undecided ELSE proven_without END"
                 " WHERE index_name = %s"
             ).format(self._table),
             [index],
@@ -129,7 +144,8 @@ class Audits:
 
 
 _SELECT: LiteralString = (
-    "SELECT index_name, phase, cursor, documents, differences, began_at, finished_at, proven_at, found_at FROM {}"
+    "SELECT index_name, phase, cursor, documents, differences, began_at, finished_at, proven_at, found_at,"
+    " undecided, proven_without FROM {}"
 )
 
 

@@ -297,6 +297,7 @@ class WorkerState:
                     metrics.generation_vectors.labels(name, str(one.generation)).set(one.vectors)
             if index.proven_equal_at is not None:
                 metrics.proven_equal.labels(name).set(index.proven_equal_at.timestamp())
+                metrics.undecided.labels(name).set(index.undecided)
             if index.recall is not None:
                 metrics.recall.labels(name).set(index.recall.recall)
                 metrics.recall_finished.labels(name).set(index.recall.evaluated_at.timestamp())

@@ -205,9 +205,9 @@ def test_rows_that_fail_are_told_of_read_again_and_given_up(notes: Notes) -> Non
     assert notes.command("failures", "coded", "list") == []
     assert notes.command("verify", "coded")["equal"]
 
-    # Those of the other index are given up: nobody knows any more why they are missing.
+    # Those of the other index are given up: they still have no document.
     assert notes.command("failures", "cut", "discard") == {"discard": 4}
-    assert notes.command("verify", "cut", status=1)["differences"] == {"missing": 4}
+    assert notes.command("verify", "cut", status=1)["differences"] == {"failed": 4}
     repaired = notes.command("verify", "cut", "--repair", status=1)
     assert (repaired["repaired"], repaired["after_repair"]["differences"]) == (0, {"failed": 4})
     assert pipeline.stop(worker) == 0

@@ -52,7 +52,7 @@ HELD = {
     "the publication does not send": (PAUSES, "the publication does not send"),
     "the role may not read": (PAUSES, "the role may not read"),
     "the target refuses a value": (PAUSES, "the target refuses a value"),
-    "the target refuses a value that is too long": (PAUSES, "the target refuses a value that is too long"),
+    "the target refuses a value …, too long": (f"{SCENARIOS}test_values.py", "test_a_key_that_the_target_cannot_take"),
     "the target says, or the source says": (PAUSES, "the target says, or the source says"),
     "its load failed": (PAUSES, "test_a_load_that_the_source_ends_pauses_its_index_alone"),
     "its load was cancelled": (
@@ -148,6 +148,7 @@ def test_every_row_of_the_table_of_pauses_has_a_case_of_two_indexes() -> None:
     reasons = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     elsewhere = {
         "the vectors of index": "tests/server/scenarios/test_changed_models.py",
+        "the target refuses a value …, too long": "tests/server/scenarios/test_values.py",
         "its load failed": PAUSES,
         "its load was cancelled": "tests/faults/test_schema_changes.py",
         "column …": "tests/server/preflight/test_dependents.py",

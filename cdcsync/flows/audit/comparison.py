@@ -42,6 +42,13 @@ REPEATED = "repeated"
 UNDECIDED = "undecided"
 """The problem of documents that changed each time they were read; it is not a difference."""
 
+LATER_TIMES = 3
+"""How often an undecided document is compared once more, each time with as many looks as at first. What is undecided
+even then has been changing dozens of times a second all the time."""
+
+LATER_S = 1.0
+"""The first pause before that; each is three times as long as the one before, so that a burst of changes is over."""
+
 EnsureWorker: TypeAlias = Callable[[], AbstractAsyncContextManager[object]]
 """Sees to it that a worker runs, for as long as it takes."""
 
@@ -141,6 +148,27 @@ async def compared(
     return {problem: keys for problem, keys in (found | parted).items() if keys}
 
 
+async def looked_at_later(
+    target: Connection,
+    schema: str,
+    spec: IndexSpec,
+    undecided: Sequence[Key],
+    ensure_worker: EnsureWorker = nullcontext,
+) -> dict[str, list[Key]]:
+    """Compare documents again that changed each time they were looked at; returns the keys, by problem.
+
+    :raises SetupError: the comparison could not be made.
+    """
+    found: dict[str, list[Key]] = {UNDECIDED: list(undecided)}
+    for time in range(LATER_TIMES):
+        if not (left := found.pop(UNDECIDED, [])):
+            break
+        await anyio.sleep(LATER_S * 3**time)
+        for problem, keys in (await compared(target, schema, spec, left, ensure_worker)).items():
+            found.setdefault(problem, []).extend(keys)
+    return found
+
+
 async def done(target: Connection, requests: Requests, id_: int, spec: IndexSpec) -> Request:
     """Return when a request has been served.
 
@@ -157,4 +185,15 @@ async def done(target: Connection, requests: Requests, id_: int, spec: IndexSpec
         await anyio.sleep(FOLLOW_S)
 
 
-__all__ = ["FAILED", "REPEATED", "START", "UNDECIDED", "EnsureWorker", "Step", "compare_step", "compared", "done"]
+__all__ = [
+    "FAILED",
+    "REPEATED",
+    "START",
+    "UNDECIDED",
+    "EnsureWorker",
+    "Step",
+    "compare_step",
+    "compared",
+    "done",
+    "looked_at_later",
+]

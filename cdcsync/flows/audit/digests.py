@@ -42,6 +42,10 @@ MADE_HERE_ROWS = 1_000
 MADE_HERE_BYTES = 4 * 1024 * 1024
 """How large a page is at most whose rows are read here, unless a single row is larger."""
 
+TOO_LARGE = 64 * 1024 * 1024
+"""The size in bytes above which no digest is made of a value: the server's functions need up to eight times as much
+memory and fail beyond a gigabyte, and reading the value takes seconds. Such documents are compared one by one."""
+
 NO_DOCUMENT = 0
 """Stands for a document that no digest can be made of: what the index stores is not likely to have it."""
 
@@ -191,18 +195,26 @@ async def _table_digests(
         )
         found = await anyio.to_thread.run_sync(_made_here, spec, rows)
     else:
+        own, others = (sql.Identifier("t", name) for name in spec.shape.key[fixed:]), spec.shape.columns[len(columns) :]
+        bounded = read_within([sql.Identifier("t", name) for name in others], TOO_LARGE)
+        large = sql.Identifier("t", "cdcsync too large") if others else sql.SQL("false")
+        within = [*own, *map(_named, bounded, (*others, "cdcsync too large"))]
         blank = WHITE_SPACE if connection.info.parameter_status("server_encoding") == "UTF8" else " \t\n\v\f\r"
         named = [sql.Identifier(f"k{at}") for at in range(len(columns))]
         rows = await fetch_texts(
             connection,
             sql.SQL(
-                "SELECT CASE WHEN btrim(r.document, {blank}) <> '' THEN {digest} END, {listed} FROM ("
+                "SELECT CASE WHEN r.too_large THEN {none} WHEN btrim(r.document, {blank}) <> '' THEN {digest} END,"
+                " {listed} FROM ("
                 " SELECT {keys}, row_number() OVER (ORDER BY {ordered}) AS place,"
                 " ROW({key})::text AS key_text, ROW({carried})::text AS carried_text,"
-                " {document} AS document, {document_hash} AS document_hash"
-                " FROM {read}) AS r ORDER BY r.place"
+                " {document} AS document, {document_hash} AS document_hash, {too_large} AS too_large"
+                " FROM (SELECT {within} FROM {read}) AS t) AS r ORDER BY r.place"
             ).format(
                 **parts,
+                none=sql.Literal(NO_DOCUMENT),
+                too_large=large,
+                within=sql.SQL(", ").join(within),
                 blank=sql.Literal(blank),
                 digest=digest("r.key_text", "r.carried_text", "r.document_hash"),
                 listed=sql.SQL(", ").join(sql.SQL("r.{}").format(name) for name in named),
@@ -218,6 +230,10 @@ async def _table_digests(
     by_key = dict(found)
     repeated = [key for key, times in Counter(key for key, _ in found).items() if times > 1]
     return Digests(by_key, repeated, found[-1][0] if found else after, len(rows) < limit)
+
+
+def _named(value: sql.Composable, name: str) -> sql.Composable:
+    return sql.SQL("{} AS {}").format(value, sql.Identifier(name))
 
 
 def _made_here(spec: IndexSpec, page: Sequence[Row]) -> list[tuple[Key, int | None]]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import anyio
+import msgspec
 import structlog
 
 from cdcsync.backoff import Backoff, Failure
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import CdcsyncError, Retry, leading
+from cdcsync.flows.audit.comparison import UNDECIDED
 from cdcsync.flows.audit.verification import DiffersAsAWhole, repair, verify
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
@@ -113,10 +115,13 @@ async def _compare(source: Connection, target: Connection, schema: str, spec: In
     await _outlast(source, spec.name, deliveries)
     findings = await verify(source, target, schema, spec, to_the_end=False)
     found = findings.verification
-    if not found.equal:
+    if found.differs:
         say = log.error if found.wrong else log.warning
         say("index_differed", index=spec.name, differences=found.differences)
-        await repair(target, schema, spec, findings)
+    if found.differs or findings.undecided:
+        # An undecided document may lack a change that was not sent, so it is read again as well.
+        undecided = {UNDECIDED: [*findings.undecided]} if findings.undecided else {}
+        await repair(target, schema, spec, msgspec.structs.replace(findings, keys=findings.keys | undecided))
     log.info("compared", index=spec.name, documents=found.documents, seconds=found.seconds)
     return found.documents
 

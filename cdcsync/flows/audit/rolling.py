@@ -9,7 +9,9 @@ is killed loses at most the last seconds of it.
 2. The place is stored once everything before it has been compared.
 3. An index is proven equal when a comparison ends that found nothing. It begins anew after a load of the index: what a
    load has written was compared by none before. A difference is counted by kind, logged as an
-   error and read again; the next comparison then begins at once.
+   error and read again; the next comparison then begins at once, unless the one before it found differences, too.
+4. A document that changed each time it was looked at is looked at again later. One that is undecided at the end of the
+   comparison is counted: the index is proven equal but for those.
 """
 
 from __future__ import annotations
@@ -24,7 +26,15 @@ import structlog
 from cdcsync.backoff import Backoff, Failure
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import CdcsyncError, Retry
-from cdcsync.flows.audit.comparison import FAILED, REPEATED, START, UNDECIDED, compare_step, compared
+from cdcsync.flows.audit.comparison import (
+    FAILED,
+    REPEATED,
+    START,
+    UNDECIDED,
+    compare_step,
+    compared,
+    looked_at_later,
+)
 from cdcsync.flows.audit.digests import differing, source_digests
 from cdcsync.flows.audit.verification import Verification, as_a_whole, repair_found
 from cdcsync.metrics import Metrics
@@ -77,6 +87,8 @@ class _Comparison:
         self.due = anyio.current_time() + FIRST_S
         self.anew = False
         """Whether to begin from the start, whatever place is stored."""
+        self.differed = False
+        """Whether the comparison before this one found differences, which were read again."""
         self.loaded_at: datetime | None = None
         """When the last load of the index ended: what was compared before that is to be compared again."""
         self.restart()
@@ -89,7 +101,11 @@ class _Comparison:
         self.faults: dict[str, list[Key]] = {}
         self.rows = 0
         """Rows looked at since the place was stored."""
-        self.documents = self.candidates = self.waiting = self.orphaned = self.undecided = 0
+        self.documents = self.candidates = self.waiting = self.orphaned = 0
+        self.undecided: list[Key] = []
+        """Documents that changed each time they were looked at so far."""
+        self.forgotten = 0
+        """How many others a worker before this one could not judge: which these are is not stored."""
         self.differences: dict[str, int] = {}
         self.differing = 0
         """Documents that differed, since the whole table was read again because of that."""
@@ -187,7 +203,7 @@ class RollingAudit:
         one.due = now + step.looked / rows_per_s
         ended = step.following is None
         if ended or len(one.suspects) >= SUSPECTS_AT_ONCE or now - one.noted > NOTE_S:
-            await self._conclude(source, target, one, step.following or one.place)
+            await self._conclude(source, target, one, step.following or one.place, ended=ended)
         one.place = step.following
         if ended:
             await self._finish(target, one)
@@ -209,7 +225,7 @@ class RollingAudit:
                 crash_point("audit begun")
                 one.place = START
             else:
-                one.place = audit.place
+                one.place, one.forgotten = audit.place, audit.undecided
         return True
 
     async def _rows_per_s(self, source: Connection, spec: IndexSpec) -> float:
@@ -220,15 +236,22 @@ class RollingAudit:
             looks = 3 * await table.estimate(source)  # rows, keys and chunks
         return min(self._most_rows_per_s, max(BUSY_ROWS_PER_S, looks / WITHIN_S))
 
-    async def _conclude(self, source: Connection, target: Connection, one: _Comparison, place: Place) -> None:
+    async def _conclude(
+        self, source: Connection, target: Connection, one: _Comparison, place: Place, *, ended: bool
+    ) -> None:
         """Find out about the suspects so far, have what differs read again, and store the place."""
         spec, found = one.spec, one.faults
         suspects = await self._looked_at_again(source, target, spec, one.suspects)
         compared_now = await compared(target, self._schema, spec, suspects)
+        one.candidates += len(suspects)
+        one.undecided = list(dict.fromkeys([*one.undecided, *compared_now.pop(UNDECIDED, [])]))
+        if ended and one.undecided:
+            later = await looked_at_later(target, self._schema, spec, one.undecided)
+            one.undecided = later.pop(UNDECIDED, [])
+            for problem, keys in later.items():
+                compared_now.setdefault(problem, []).extend(keys)
         for problem, keys in compared_now.items():
             found.setdefault(problem, []).extend(keys)
-        one.candidates += len(suspects)
-        one.undecided += len(found.pop(UNDECIDED, ()))
         failed = found.pop(FAILED, [])
         if failed:
             one.differences[FAILED] = one.differences.get(FAILED, 0) + len(failed)
@@ -242,7 +265,12 @@ class RollingAudit:
                 one.differences[problem] = one.differences.get(problem, 0) + count
         with speaking_of("target"):
             await self._audits.advance(
-                target, spec.name, place, documents=one.rows, differences=sum(differences.values())
+                target,
+                spec.name,
+                place,
+                documents=one.rows,
+                differences=sum(differences.values()),
+                undecided=one.forgotten + len(one.undecided),
             )
             crash_point("audit advanced")
         found.pop(REPEATED, None)  # reading again would not tell which of the rows is meant
@@ -289,12 +317,12 @@ class RollingAudit:
         report(
             Verification(
                 index=one.spec.name,
-                equal=not audit.differences and not one.differences,
+                equal=not audit.differences and not one.differences and not audit.undecided,
                 documents=audit.documents,
                 candidates=one.candidates,
                 differences=differences,
                 examples={},
-                undecided=one.undecided,
+                undecided=audit.undecided,
                 waiting=one.waiting,
                 vectors_orphaned=one.differences.get("vectors_orphaned", 0),
                 seconds=round(max(0.0, (datetime.now(UTC) - audit.began_at).total_seconds()), 3),
@@ -302,8 +330,10 @@ class RollingAudit:
             ),
             self._metrics,
         )
+        at_once = bool(audit.differences) and not one.differed
         one.restart()
-        one.due = anyio.current_time() + (0.0 if audit.differences else self._every_s or REST_S)
+        one.differed = bool(audit.differences)
+        one.due = anyio.current_time() + (0.0 if at_once else self._every_s or REST_S)
 
 
 def report(found: Verification, metrics: Metrics) -> None:

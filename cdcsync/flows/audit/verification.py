@@ -21,6 +21,7 @@ from cdcsync.flows.audit.comparison import (
     compare_step,
     compared,
     done,
+    looked_at_later,
 )
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
@@ -58,9 +59,10 @@ class Verification(msgspec.Struct, frozen=True):
 
     :ivar documents: how many documents the source's rows come to.
     :ivar candidates: documents that were compared one by one.
+    :ivar equal: whether nothing differs, which is claimed only if every document could be judged.
     :ivar differences: how many documents differ, by problem.
     :ivar examples: some of their keys, by problem.
-    :ivar undecided: documents that changed each time they were looked at.
+    :ivar undecided: documents that changed each time they were looked at, so that nothing is known of them.
     :ivar waiting: chunks that wait for their vector; that is not a difference.
     :ivar missing: relations that a live index lacks in the target.
     """
@@ -77,6 +79,11 @@ class Verification(msgspec.Struct, frozen=True):
     seconds: float
     finished_at: datetime
     missing: tuple[str, ...] = ()
+
+    @property
+    def differs(self) -> bool:
+        """Whether anything was found that is not as the source has it; an undecided document was not."""
+        return bool(self.differences or self.vectors_orphaned or self.missing)
 
     @property
     def wrong(self) -> int:
@@ -123,6 +130,7 @@ class Findings(msgspec.Struct, frozen=True):
 
     verification: Verification
     keys: dict[str, list[Key]]
+    undecided: Sequence[Key] = ()
 
 
 async def verify(
@@ -163,10 +171,12 @@ async def verify(
             candidates += len(suspects)
             _gather(keys, await compared(target, schema, spec, suspects, ensure_worker))
             suspects = []
-    undecided = keys.pop(UNDECIDED, [])
+    if undecided := keys.pop(UNDECIDED, []):
+        _gather(keys, await looked_at_later(target, schema, spec, undecided, ensure_worker))
+        undecided = keys.pop(UNDECIDED, [])
     verification = Verification(
         index=spec.name,
-        equal=not keys and not orphaned,
+        equal=not keys and not orphaned and not undecided,
         documents=documents,
         candidates=candidates,
         differences={problem: len(found) for problem, found in keys.items()},
@@ -177,7 +187,7 @@ async def verify(
         seconds=round(anyio.current_time() - started, 3),
         finished_at=datetime.now(UTC),
     )
-    return Findings(verification, keys)
+    return Findings(verification, keys, undecided)
 
 
 _CHUNKS = Place("chunks", None)

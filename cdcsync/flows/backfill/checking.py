@@ -8,8 +8,11 @@ hold has been delivered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import anyio.to_thread
+
+from cdcsync.documents.chunks import Chunker
 from cdcsync.documents.chunks.sizes import WHITE_SPACE
 from cdcsync.errors import DocumentError
 from cdcsync.flows.backfill.pages import Entry, Page
@@ -22,10 +25,16 @@ from cdcsync.target.requests import Problem
 
 
 async def check(
-    target: Connection, schema: str, spec: IndexSpec, page: Page, hides: Callable[[Key, Snapshot], bool]
+    target: Connection,
+    schema: str,
+    spec: IndexSpec,
+    chunker: Chunker,
+    page: Page,
+    hides: Callable[[Key, Snapshot], bool],
 ) -> tuple[list[tuple[Key, Problem]], list[Key]]:
     """Compare the documents of a page whose mark is in the target.
 
+    :param chunker: what cuts documents, which can fail for one that is missing therefore.
     :param hides: whether something was delivered for a key that the snapshot does not see.
     :returns: the differences, and the keys that cannot be judged because they have changed since.
     """
@@ -41,7 +50,19 @@ async def check(
             changed.append(key)
         else:
             found.append((key, problem))
+    missing = {key for key, problem in found if problem == "missing"} if chunker.fallible else set()
+    if missing:
+        rows = [(key, row) for key, row in page.entries if key in missing and isinstance(row, tuple)]
+        uncut = await anyio.to_thread.run_sync(_uncut, spec, chunker, rows)
+        found = [(key, "failed" if key in uncut else problem) for key, problem in found]
     return found, changed
+
+
+def _uncut(spec: IndexSpec, chunker: Chunker, rows: Sequence[tuple[Key, Row]]) -> set[Key]:
+    """Return the keys of rows whose documents cannot be cut into chunks."""
+    failed: set[Key] = set()
+    chunker.split_all([spec.render(row) for _, row in rows], lambda place, _: failed.add(rows[place][0]))
+    return failed
 
 
 def difference(spec: IndexSpec, row: Entry, stored: tuple[Row, bytes] | None) -> Problem | None:

@@ -242,13 +242,13 @@ class Backfills:
 
     async def _check(self, target: Connection, request: Request, page: Page) -> list[tuple[Key, Problem]]:
         spec, deliveries = self._specs[request.index], self._deliveries[request.index]
-
+        chunker = self._page_preparers[request.index].chunker
         found: list[tuple[Key, Problem]] = []
-        changed: list[Key] = []
+        changed = [key for key, _ in page.entries]
         for attempt in range(CHECK_ROUNDS):
             sent = await self._send(Pending(request, spec, page, None, anyio.Event()))
             await sent.wait()
-            differ, changed = await check(target, self._schema, spec, page, deliveries.hides)
+            differ, changed = await check(target, self._schema, spec, chunker, page, deliveries.hides)
             if differ and spec.documents.related:
                 with speaking_of("target"):
                     rebuilding = await self._requests.rebuilding(target, request)

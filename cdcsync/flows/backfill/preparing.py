@@ -61,12 +61,15 @@ class Made(msgspec.Struct, frozen=True):
 
 
 class PagePreparer:
-    """Prepares the pages of one index."""
+    """Prepares the pages of one index.
+
+    :ivar chunker: what cuts its documents.
+    """
 
     def __init__(self, spec: IndexSpec, schema: str, chunker: Chunker, dispatcher: Dispatcher) -> None:
         self._spec = spec
         self._schema = schema
-        self._chunker = chunker
+        self.chunker = chunker
         self._dispatcher = dispatcher
         self._texts_per_row = 1.0
 
@@ -80,7 +83,7 @@ class PagePreparer:
 
         :param target: to see which texts have a vector already.
         """
-        if self._spec.documents.by_code or self._chunker.fallible:
+        if self._spec.documents.by_code or self.chunker.fallible:
             return None
         documents, cut = await anyio.to_thread.run_sync(self._cut, rows)
         texts = {chunk.hash: chunk.text for chunks in cut for chunk in chunks}
@@ -89,7 +92,7 @@ class PagePreparer:
 
     def _cut(self, rows: Sequence[Row]) -> tuple[list[Rendering], list[list[Chunk]]]:
         documents = [self._spec.render(row) for row in rows]
-        return documents, self._chunker.split_all(documents, _cannot_fail)
+        return documents, self.chunker.split_all(documents, _cannot_fail)
 
     async def _vectors(self, target: Connection, texts: dict[bytes, str]) -> Mapping[bytes, FloatVector]:
         if not texts or len(texts) > self._dispatcher.texts_within(QUICK_S):

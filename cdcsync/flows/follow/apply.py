@@ -31,6 +31,7 @@ from cdcsync.model.pauses import Pause
 from cdcsync.model.rows import Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.pgoutput.wire import to_datetime
+from cdcsync.target.failures.documents import listable
 from cdcsync.target.look_ups import LookUps
 from cdcsync.target.session import ApplySession
 from cdcsync.tracing import Tracing
@@ -43,6 +44,9 @@ over the connection that writes."""
 
 CONNECT_AGAIN_S = 60.0
 """How soon that connection is tried for again: with such a wait for each batch, nothing would be gained by it."""
+
+COSTS_A_ROW = (psycopg.DataError, psycopg.errors.ProgramLimitExceeded)
+"""The refusals of a value that leave out its row."""
 
 MOST_REFUSED = 8
 """How many rows of an index a batch may leave out because the target cannot hold a value of theirs. Each takes some
@@ -292,10 +296,11 @@ class Applier:
 def _leave_out(error: SchemaChanged, batch: Batch) -> bool:
     """Leave out the row that has a value which the target cannot hold, if that is what happened; say whether it was.
 
-    Such values (class 22) are characters that the target's encoding lacks, labels that its enum lacks, and numbers
-    beyond its type.
+    Such values are characters that the target's encoding lacks, labels that its enum lacks, and numbers beyond its type
+    (class 22), and what is too long for a b-tree, a tsvector or a row (54000). A key that is too long cannot be listed
+    either, so that nobody would learn which row is missing: it pauses the index.
     """
     changes = batch.indexes.get(error.index)
-    if changes is None or error.key is None or not isinstance(error.__cause__, psycopg.DataError):
+    if changes is None or error.key is None or not isinstance(error.__cause__, COSTS_A_ROW) or not listable(error.key):
         return False
     return changes.leave_out(error.key, Unread(error.message))

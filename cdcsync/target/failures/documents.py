@@ -111,7 +111,7 @@ class FailedDocuments:
 
     async def _add(self, failed: Sequence[FailedDocument]) -> None:
         """List these rows; one that is delivered once more has not failed once more."""
-        short = [one for one in failed if sum(len(part.encode()) for part in one.key) <= KEY_BYTES]
+        short = [one for one in failed if listable(one.key)]
         row = await fetch_one(
             self._connection,
             self._sql(
@@ -146,6 +146,11 @@ class FailedDocuments:
 
     def _sql(self, statement: str) -> sql.Composed:
         return sql.SQL(statement).format(**self._parts)
+
+
+def listable(key: Key) -> bool:
+    """Say whether a key is short enough to be listed."""
+    return sum(len(part.encode()) for part in key) <= KEY_BYTES
 
 
 def _settled(changes: ChangeSet) -> Iterator[Key]:

@@ -28,7 +28,6 @@ TABLE = "CREATE TABLE {t} (id int PRIMARY KEY, title text, rating int, label tex
 ROWS = "INSERT INTO {t} SELECT i, 'title ' || i, i, 'l' || i, 1 FROM generate_series(1, {rows}) i"
 """A condition is tried on fewer rows before an index is loaded."""
 KEY = "ALTER TABLE {t} DROP CONSTRAINT {t}_pkey, ADD PRIMARY KEY (id{more})"
-LONG = "(SELECT string_agg(md5(i::text), '') FROM generate_series(1, 500) i)"
 
 REFUSING = """
     CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'not here'; END $$;
@@ -83,13 +82,6 @@ CASES = {
         "SELECT",
         there="ALTER TABLE cdcsync.{t}_chunks ADD CONSTRAINT small CHECK (rating < 100)",
         remedy_there="ALTER TABLE cdcsync.{t}_chunks DROP CONSTRAINT small",
-    ),
-    "the target refuses a value that is too long": Case(
-        f"UPDATE {{t}} SET label = {LONG} WHERE id = 5",
-        ("too long for the index", "of the row 5"),
-        "UPDATE {t} SET label = 'short' WHERE id = 5",
-        ("label",),
-        'indexed = ["label"]',
     ),
     "the target says, or the source says": Case(
         "UPDATE {t} SET title = 'refused' WHERE id = 5",

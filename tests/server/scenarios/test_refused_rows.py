@@ -108,3 +108,37 @@ def test_a_value_that_the_stream_brings_costs_its_row_and_the_rows_beside_it_are
     pipeline.in_step()
     assert worker.poll() is None
     assert not [one for one in pipeline.events() if one["event"] == "index_paused"]
+
+
+LONG = "(SELECT string_agg(md5(n::text), '') FROM generate_series(1, {pieces}) n)"
+"""Some text that hardly becomes smaller: 200 pieces are too long for a b-tree, 500 for any page of it."""
+
+
+def test_a_value_too_long_for_a_b_tree_costs_its_row(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, label text)")
+    database.execute("CREATE TABLE notes (id int PRIMARY KEY, title text)")
+    database.execute("INSERT INTO articles SELECT i, 'title ' || i, 'label' FROM generate_series(1, 20) AS i")
+    database.execute(f"UPDATE articles SET label = {LONG.format(pieces=200)} WHERE id = 7")
+    articles = {"columns": ["label"], "indexed": ["label"]}
+    pipeline = make_pipeline(configuration(database.dsn, indexes={"articles": articles, "notes": {}}))
+    worker = pipeline.start()
+    pipeline.live()
+    assert pipeline.left_out("articles") == {("7",)}
+
+    database.execute(f"UPDATE articles SET label = {LONG.format(pieces=500)} WHERE id = 8")  # its text is as it was
+    database.execute(f"INSERT INTO articles VALUES (21, 'another', {LONG.format(pieces=200)})")
+    database.execute("UPDATE articles SET label = repeat('x', 100000) WHERE id = 9")  # is short once it is compressed
+    pipeline.reach("articles")
+    assert pipeline.left_out("articles") == {("7",), ("8",), ("21",)}
+    assert len(database.execute("SELECT FROM articles_index_chunks WHERE label = repeat('x', 100000)")) == 1
+    assert "too long for the index" in str(pipeline.answer("failures", "articles", "list"))
+    assert pipeline.answer("verify", "articles", status=1)["differences"] == {"failed": 3}
+
+    database.execute("UPDATE articles SET label = 'short' WHERE id IN (7, 8, 21)")
+    database.execute("INSERT INTO notes VALUES (1, 'still followed')")
+    pipeline.in_step()
+    assert pipeline.left_out("articles") == set()
+    assert not pipeline.times("index_paused")
+    assert worker.poll() is None

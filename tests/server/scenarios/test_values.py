@@ -140,7 +140,7 @@ def test_values_are_the_same_whatever_a_role_or_database_renders_them_by(make_sc
     scene.follows()
 
 
-def test_a_value_that_the_target_cannot_take_pauses_its_index_and_names_the_row_where_no_log_does(
+def test_a_key_that_the_target_cannot_take_pauses_its_index_and_names_the_row_where_no_log_does(
     make_scene: MakeScene,
 ) -> None:
     """A key may be so long that it fits the table's own index, and not with a chunk's number beside it."""

@@ -18,6 +18,31 @@ def shown(found: list[Failure], listed: Listed, capsys: pytest.CaptureFixture[st
     return " ".join(capsys.readouterr().out.split())
 
 
+def found_to_be(differences: dict[str, int], undecided: int = 0) -> Verification:
+    return Verification(
+        index="articles",
+        equal=False,
+        documents=10,
+        candidates=2,
+        differences=differences,
+        examples={problem: [("7",)] for problem in differences},
+        undecided=undecided,
+        waiting=0,
+        vectors_orphaned=0,
+        seconds=0.1,
+        finished_at=datetime(2026, 5, 4, tzinfo=UTC),
+    )
+
+
+def test_an_index_is_not_called_equal_while_a_document_is_undecided(capsys: pytest.CaptureFixture[str]) -> None:
+    print_verification(found_to_be({}, undecided=1))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "! 1 document changed at every look: nothing is known" in shown
+    assert "the index equals" not in shown
+    assert "everything else equals the source" in shown
+    assert not found_to_be({}, undecided=1).differs
+
+
 @pytest.mark.parametrize(
     ("differences", "said"),
     [
@@ -28,20 +53,7 @@ def shown(found: list[Failure], listed: Listed, capsys: pytest.CaptureFixture[st
 def test_a_verification_sends_whoever_only_lacks_such_rows_to_their_list(
     differences: dict[str, int], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = Verification(
-        index="articles",
-        equal=False,
-        documents=10,
-        candidates=2,
-        differences=differences,
-        examples={problem: [("7",)] for problem in differences},
-        undecided=0,
-        waiting=0,
-        vectors_orphaned=0,
-        seconds=0.1,
-        finished_at=datetime(2026, 5, 4, tzinfo=UTC),
-    )
-    print_verification(found)
+    print_verification(found_to_be(differences))
     shown = " ".join(capsys.readouterr().out.split())
     assert said in shown
     assert "2 failed: no document could be made of the row" in shown

@@ -9,7 +9,16 @@ import pytest
 
 import cdcsync.flows.audit.comparison as module
 from cdcsync.errors import SetupError
-from cdcsync.flows.audit.comparison import REPEATED, START, Step, compare_step, compared, done
+from cdcsync.flows.audit.comparison import (
+    REPEATED,
+    START,
+    UNDECIDED,
+    Step,
+    compare_step,
+    compared,
+    done,
+    looked_at_later,
+)
 from cdcsync.model.rows import Key
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.source.tables import SourceTable
@@ -115,6 +124,23 @@ async def test_suspects_are_compared_by_a_request_and_nothing_is_asked_for_witho
             "stale": [("2",)],
             "missing": [("4",)],
         }
+
+
+@pytest.mark.parametrize("judged_at", [2, 9])
+async def test_an_undecided_document_is_looked_at_again_a_few_times(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch, judged_at: int
+) -> None:
+    looks = 0
+
+    async def answer(*_: object) -> dict[str, list[Key]]:
+        nonlocal looks
+        looks += 1
+        return {"stale": [("2",)]} if looks == judged_at else {UNDECIDED: [("2",)]}
+
+    monkeypatch.setattr(module, "compared", answer)
+    monkeypatch.setattr(module, "LATER_S", 0.0)
+    found = await looked_at_later(sides.index.connection, SCHEMA, SPEC, [("2",)])
+    assert (looks, found) == ((2, {"stale": [("2",)]}) if judged_at == 2 else (3, {UNDECIDED: [("2",)]}))
 
 
 async def test_a_comparison_that_is_cancelled_or_whose_index_goes_is_an_error(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import cdcsync.flows.audit.digests as module
 from cdcsync.documents.chunks import Chunk
 from cdcsync.documents.templates import hash_text
 from cdcsync.flows.audit.digests import Digests, differing, source_digests
@@ -123,6 +124,19 @@ async def test_rows_are_digested_by_their_keys_however_these_are_written(sides: 
     whole = await sides.digests()
     found = await sides.digests(keys=[("eu", "1.0"), ("eu", "1.50"), ("eu", "4711")])
     assert found.by_key == {key: whole.by_key[key] for key in (("eu", "1"), ("eu", "1.5"))}
+
+
+async def test_a_value_too_large_for_a_digest_makes_its_document_a_suspect_and_no_other(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides.database.execute("UPDATE articles SET body = repeat('large ', 1000) WHERE id = 1.5")
+    monkeypatch.setattr(module, "TOO_LARGE", 5_999)
+    whole = await sides.digests()
+    assert whole.by_key["eu", "1.5"] == module.NO_DOCUMENT
+    assert await sides.differing() == [("eu", "1.5")]
+    assert (await sides.digests(keys=list(whole.by_key))).by_key == whole.by_key
+    monkeypatch.setattr(module, "TOO_LARGE", 6_000)
+    assert (await sides.digests()).by_key["eu", "1.5"] not in (module.NO_DOCUMENT, None)
 
 
 @pytest.fixture

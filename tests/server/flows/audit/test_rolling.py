@@ -127,6 +127,38 @@ def test_a_text_that_was_given_up_is_not_tried_again_and_the_index_is_proven_equ
     until(lambda: (proven(pipeline) or first) != first, pipeline.tail)
 
 
+def test_what_changes_at_every_look_is_left_out_of_the_proof_and_counted_until_it_can_be_judged(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(
+        source.dsn, make_database().dsn, slot=source.name, rows=60, worker_lines="verify_every_s = 0.5"
+    )
+    # As if each look came too late, whatever this machine is at.
+    pipeline.hurry = {"cdcsync.flows.backfill.engine.CHECK_ROUNDS": 0, "cdcsync.flows.audit.comparison.LATER_S": 0.01}
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.target.execute(DAMAGE["carried"].encode())
+
+    def left_out() -> int:
+        return int(json.loads(pipeline.get("/status")[1])["indexes"]["articles"]["undecided"])
+
+    until(lambda: left_out() == 1, pipeline.tail)
+    assert proven(pipeline) is not None
+    assert "but for 1 document that changed" in pipeline.command("status").stdout
+    until(lambda: 'cdcsync_undecided_documents{index="articles"} 1.0' in pipeline.metrics(), pipeline.tail)
+    last = [event for event in pipeline.events() if event["event"] == "verified"][-1]
+    assert (last["equal"], last["undecided"], last["differences"]) == (False, 1, {})
+    assert not pipeline.times("audit_found")
+
+    assert pipeline.stop(worker, signal.SIGKILL) == -signal.SIGKILL
+    pipeline.hurry = {}
+    pipeline.start()
+    until(pipeline.in_step_now, pipeline.tail)
+    assert pipeline.event("audit_found")["differences"] == {"carried": 1}
+    until(lambda: left_out() == 0, pipeline.tail)
+
+
 def test_a_comparison_that_a_load_has_overtaken_begins_anew(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:
