@@ -75,8 +75,7 @@ class SourceTable:
         keys: list[sql.Composable] = [sql.Identifier("t", name) for name in shape.key]
         if shape.source is not None:
             keys[0] = sql.SQL("{}::text").format(sql.Literal(shape.source))
-        values = [sql.Identifier("t", name) for name in shape.columns[len(keys) :]]
-        self._columns = sql.SQL(", ").join([*keys, *read_within(values, largest_value())])
+        self._columns = sql.SQL(", ").join([*keys, *read_within(shape.columns[len(keys) :], shape, largest_value())])
         """What is read of a row: of too large values nothing, and whether there are any."""
         columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.own) if related else self._columns
         sent = _condition(condition) if condition else sql.SQL("true")

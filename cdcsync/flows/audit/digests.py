@@ -183,8 +183,7 @@ async def _table_digests(
         "read": read,
     }
     if by_code:
-        others = [sql.Identifier("t", name) for name in spec.shape.columns[len(columns) :]]
-        within = read_within(others, largest_value())
+        within = read_within(spec.shape.columns[len(columns) :], spec.shape, largest_value())
         parts["carried"] = sql.SQL(", ").join(within[: len(spec.shape.carried)])
         rows = await fetch_texts(
             connection,
@@ -195,10 +194,10 @@ async def _table_digests(
         )
         found = await anyio.to_thread.run_sync(_made_here, spec, rows)
     else:
-        own, others = (sql.Identifier("t", name) for name in spec.shape.key[fixed:]), spec.shape.columns[len(columns) :]
-        bounded = read_within([sql.Identifier("t", name) for name in others], TOO_LARGE)
+        others = [name for name in dict.fromkeys(spec.shape.columns) if name not in spec.shape.key]
+        bounded = read_within(others, spec.shape, TOO_LARGE)
         large = sql.Identifier("t", "cdcsync too large") if others else sql.SQL("false")
-        within = [*own, *map(_named, bounded, (*others, "cdcsync too large"))]
+        within = [*columns[fixed:], *map(_named, bounded, (*others, "cdcsync too large"))]
         blank = WHITE_SPACE if connection.info.parameter_status("server_encoding") == "UTF8" else " \t\n\v\f\r"
         named = [sql.Identifier(f"k{at}") for at in range(len(columns))]
         rows = await fetch_texts(

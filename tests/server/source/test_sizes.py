@@ -43,9 +43,10 @@ async def source(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
     await connection.close()
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["types unknown", "types known"])
 @pytest.mark.parametrize("value", VALUES)
 async def test_a_value_is_read_up_to_the_largest_size_and_its_row_told_apart_above_it(
-    database: Database, source: Connection, value: str
+    database: Database, source: Connection, value: str, known: bool
 ) -> None:
     type_, written = VALUES[value]
     sizes = (10, LARGEST, LARGEST + 2)
@@ -55,7 +56,10 @@ async def test_a_value_is_read_up_to_the_largest_size_and_its_row_told_apart_abo
     database.execute("INSERT INTO t VALUES (3, NULL, 3)")
     made = database.execute("SELECT octet_length(v::text) FROM t WHERE id < 3 ORDER BY id")
     assert [size for (size,) in made] == list(sizes)
-    table = SourceTable(Shape("index", QualifiedName("public", "t"), ("id",), ("v", "w"), ("v",)), ("integer",))
+    ((oid,),) = database.execute("SELECT %s::regtype::oid::int", [type_])
+    types = ((23, -1), (oid, -1), (23, -1)) if known else ()
+    shape = Shape("index", QualifiedName("public", "t"), ("id",), ("v", "w"), ("v",), types)
+    table = SourceTable(shape, ("integer",))
     keys: list[Key] = [("0",), ("1",), ("2",), ("3",)]
 
     first = await table.page(source, None, 3)

@@ -30,7 +30,7 @@ async def test_a_comparison_is_continued_at_the_place_where_it_was_left(register
     places = (Place("rows", ("eu", "7")), Place("orphans", None), Place("chunks", ("4711",)))
     found = None
     for place in places:
-        await AUDITS.advance(registered, "articles", place, documents=10, differences=0)
+        await AUDITS.advance(registered, "articles", place, documents=10, differences=0, undecided=0)
         found = await AUDITS.read(registered, "articles")
         assert found is not None
         assert found.place == place
@@ -50,11 +50,25 @@ async def test_an_index_is_proven_equal_by_a_whole_comparison_that_finds_nothing
     begun = await AUDITS.read(registered, "articles")
     assert begun is not None
     assert (begun.place, begun.documents, begun.finished_at, begun.proven_at) == (START, 0, None, equal.proven_at)
-    await AUDITS.advance(registered, "articles", Place("orphans", None), documents=10, differences=2)
-    await AUDITS.advance(registered, "articles", Place("chunks", None), documents=0, differences=1)
+    await AUDITS.advance(registered, "articles", Place("orphans", None), documents=10, differences=2, undecided=1)
+    await AUDITS.advance(registered, "articles", Place("chunks", None), documents=0, differences=1, undecided=1)
     await AUDITS.finish(registered, "articles")
     differs = await AUDITS.read(registered, "articles")
     assert differs is not None
     assert (differs.differences, differs.proven_at) == (3, equal.proven_at)
     assert differs.finished_at is not None
     assert differs.found_at is not None
+
+
+async def test_what_a_proof_leaves_out_is_kept_while_the_next_comparison_goes_on(registered: Connection) -> None:
+    await AUDITS.begin(registered, "articles")
+    await AUDITS.advance(registered, "articles", Place("chunks", None), documents=10, differences=0, undecided=2)
+    await AUDITS.finish(registered, "articles")
+    await AUDITS.begin(registered, "articles")
+    begun = await AUDITS.read(registered, "articles")
+    assert begun is not None
+    assert (begun.undecided, begun.proven_without) == (0, 2)
+    await AUDITS.finish(registered, "articles")
+    ended = await AUDITS.read(registered, "articles")
+    assert ended is not None
+    assert ended.proven_without == 0
