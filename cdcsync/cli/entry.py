@@ -140,7 +140,10 @@ def _status(arguments: Sequence[str]) -> int:
 def _help_of(error: typer.TyperException) -> str:
     """Return how to find out what the command takes."""
     context = getattr(error, "ctx", None)
-    return f"`{context.command_path if context else 'cdcsync'} --help` shows what it takes"
+    taken = f"`{context.command_path if context else 'cdcsync'} --help` shows what it takes"
+    if context is not None and context.info_name == "search" and hasattr(error, "option_name"):
+        return f"{taken}; write -- before a text that begins with a dash: cdcsync search articles -- '-word another'"
+    return taken
 
 
 def _report(message: str, where: str | None, fix: str | None, status: int) -> int:

@@ -259,6 +259,8 @@ async def _opened(config: Config, name: str) -> AsyncIterator[tuple[Connection, 
 
 def _check_plot(plot: Path) -> None:
     """Refuse a picture that could not be drawn, before anything is measured."""
+    if not plot.parent.is_dir():
+        raise UsageError("there is no such directory", where=f"--plot {plot}", hint="name a file in one that exists")
     match plot.suffix.lower():
         case ".svg":
             pass

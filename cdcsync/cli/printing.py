@@ -7,6 +7,7 @@ are, except that control characters, with which a text could take over the termi
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,9 @@ SHOWN_LINES = 4
 
 SHOWN_CHARACTERS = 400
 """Characters of a chunk that are shown, for text without line breaks."""
+
+_VECTOR = re.compile(r"\[[-+.,e\d]{40,}\]")
+"""A vector in a plan, which would fill the screen."""
 
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
 
@@ -190,7 +194,8 @@ def shares(hit: Hit) -> list[str | tuple[str, str]]:
         return []
     by_vector, by_text = 1 / (FUSION + hit.vector_rank), 1 / (FUSION + hit.text_rank)
     width = round(BAR * by_vector / (by_vector + by_text))
-    return ["  meaning ", ("█" * width, "blue"), ("█" * (BAR - width), "magenta"), " words"]
+    # Of two characters: there may be no colours.
+    return ["  meaning ", ("█" * width, "blue"), ("▒" * (BAR - width), "magenta"), " words"]
 
 
 def matched(hit: Hit) -> Text:
@@ -215,7 +220,7 @@ def print_plan(title: str, lines: Sequence[str]) -> None:
 
     out = console()
     out.print(Text(f"\n{title}", "bold"))
-    out.print(Text("\n".join(f"     {line}" for line in lines), "dim"))
+    out.print(Text("\n".join(f"     {_VECTOR.sub('[…]', line)}" for line in lines), "dim"))
 
 
 def excerpt(content: str, *, indent: str = "", lines: int = SHOWN_LINES) -> str:

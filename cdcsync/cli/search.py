@@ -38,8 +38,9 @@ EPILOG = """By meaning and by words: `cdcsync search articles "how do I reset my
 
 HEADLINE = f"StartSel={MARKS[0]}, StopSel={MARKS[1]}, MaxFragments=2, MaxWords=30, MinWords=12"
 
-_OPERATORS = {"=": "eq", "!=": "ne", "<": "lt", "<=": "lte", ">": "gt", ">=": "gte", "~": "like"}
-_FILTER = re.compile(r"([^=<>!~]+?)\s*(!=|<=|>=|=|<|>|~)\s*(.*)", re.DOTALL)
+_OPERATORS = {"!=": "ne", "<>": "ne", "<": "lt", "<=": "lte", ">": "gt", ">=": "gte", "~": "like"}
+_FILTER = re.compile(r"([^=<>!~]+?)\s*(!=|<>|<=|>=|==?|<|>|~)\s*(.*)", re.DOTALL)
+_NULL = re.compile(r"(\S+)\s+is\s+(not\s+)?null", re.IGNORECASE)
 
 
 class Found(NamedTuple):
@@ -76,8 +77,8 @@ def search(
         typer.Option(
             "--filter",
             metavar="COLUMN=VALUE",
-            help="Only rows with this value; also !=, <, <=, >, >= and ~ (LIKE). Several must all hold; a column that"
-            " is given several values with = may have any of them.",
+            help="Only rows with this value; also !=, <, <=, >, >=, ~ (LIKE) and 'COLUMN is null'. Several must all"
+            " hold; a column that is given several values with = may have any of them.",
             show_default=False,
         ),
     ] = None,
@@ -164,16 +165,20 @@ def parse_filters(given: Sequence[str]) -> dict[str, Any]:
     """
     parsed: dict[str, Any] = {}
     for one in given:
+        if (null := _NULL.fullmatch(one.strip())) is not None:
+            parsed.setdefault(null[1], {})["null"] = null[2] is None
+            continue
         match = _FILTER.fullmatch(one.strip())
         if match is None:
             raise UsageError(
                 "a filter is a column, an operator and a value",
                 where=f"--filter {one}",
-                hint='write tenant=3, "created_at>=2026-01-01" or "title~%login%"',
+                hint='write tenant=3, "created_at>=2026-01-01", "title~%login%" or "closed_at is null";'
+                " for any of several values, give the option several times",
             )
         column, sign, value = match.groups()
         operators = parsed.setdefault(column, {})
-        if sign == "=":
+        if sign in ("=", "=="):
             operators.setdefault("in", []).append(value)
         elif _OPERATORS[sign] in operators:
             raise UsageError(f"{column} has {sign} twice", where=f"--filter {one}", hint="leave one of them out")
@@ -202,8 +207,14 @@ async def find(
     """
     from cdcsync.errors import EmbedError
     from cdcsync.postgres.sessions import connect
-    from cdcsync.target.search import check_condition, live_generation, search, stored_spec
+    from cdcsync.target.search import MAX_HITS, check_condition, live_generation, search, stored_spec
 
+    if skip + k > MAX_HITS:
+        raise UsageError(
+            f"cannot return {k} hits after skipping {skip}",
+            where="--skip" if skip else "-k",
+            hint=f"ask for hits within the first {MAX_HITS}",
+        )
     schema = config.target.schema
     answer = Answer()
     vectors: dict[str, Vector | None] = {}

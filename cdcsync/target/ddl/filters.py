@@ -25,11 +25,13 @@ class Column(msgspec.Struct, frozen=True):
     :ivar type: its type as SQL, without a length: a value is compared whole, and not cut to fit.
     :ivar shown: its type as people write it.
     :ivar operators: SQL for each operator of a filter.
+    :ivar array: whether it holds arrays.
     """
 
     type: str
     shown: str
     operators: dict[str, str]
+    array: bool = False
 
 
 async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Column]:
@@ -42,7 +44,7 @@ async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Col
             UNION ALL
             SELECT m.place, t.typbasetype FROM made_of m JOIN pg_type t USING (oid) WHERE t.typtype = 'd'
         ), base AS (
-            SELECT m.place, t.oid, format('%%I.%%I', n.nspname, t.typname) AS type, t.typtype, t.typelem,
+            SELECT m.place, t.oid, format('%%I.%%I', n.nspname, t.typname) AS type, t.typtype, t.typelem, t.typcategory,
                 (SELECT array_agg(c.oid) FROM pg_opclass c JOIN pg_am a ON a.oid = c.opcmethod AND a.amname = 'btree'
                  WHERE c.opcdefault AND c.opcintype = t.oid) AS own,
                 EXISTS (SELECT FROM pg_cast k JOIN pg_opclass c ON c.opcintype = k.casttarget AND c.opcdefault
@@ -63,14 +65,15 @@ async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Col
                  AND x.amoplefttype = b.oid AND x.amoprighttype = b.oid
              JOIN pg_operator e ON e.oid = x.amopopr JOIN pg_operator o ON o.oid = e.oprnegate
              JOIN pg_namespace n ON n.oid = o.oprnamespace
-             WHERE c.oid = ANY(b.own) LIMIT 1)
+             WHERE c.oid = ANY(b.own) LIMIT 1),
+            b.typcategory = 'A'
         FROM base b
         """,
         [list(columns.values())],
     )
     found: dict[str, Column] = {}
     names = list(columns)
-    for place, type_, comparable, own, differs in await cursor.fetchall():
+    for place, type_, comparable, own, differs, array in await cursor.fetchall():
         operators = {"like": "", "null": ""}
         if comparable:
             for name, (strategy, sign) in STRATEGIES.items():
@@ -78,5 +81,5 @@ async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Col
             operators["ne"] = differs or "OPERATOR(pg_catalog.<>)"
             operators["in"] = operators["eq"]
         column = names[place - 1]
-        found[column] = Column(cast(str, type_), columns[column], operators)
+        found[column] = Column(cast(str, type_), columns[column], operators, bool(array))
     return found

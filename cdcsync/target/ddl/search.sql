@@ -48,6 +48,7 @@ DECLARE
     bare text;
     total float8;
     mean_length float8;
+    never_counted boolean;
     words text[];
     seen float8[];
     weights float8[];
@@ -194,8 +195,13 @@ BEGIN
             conditions := conditions || CASE operator_name
                 WHEN 'null' THEN format(' AND c.%I IS %sNULL', column_name, CASE value WHEN 'true' THEN '' ELSE 'NOT ' END)
                 WHEN 'like' THEN format(' AND c.%I::pg_catalog.text OPERATOR(pg_catalog.~~) %L', column_name, literals[1])
-                WHEN 'in' THEN CASE WHEN literals = '{{}}' THEN ' AND false' ELSE format(' AND c.%I %s ANY (ARRAY[%s])',
-                    column_name, facts -> column_name -> 'operators' ->> 'in', array_to_string(literals, ', ')) END
+                WHEN 'in' THEN CASE
+                    WHEN literals = '{{}}' THEN ' AND false'
+                    WHEN (facts -> column_name -> 'array')::boolean THEN ( -- an array of arrays would be another thing
+                        SELECT format(' AND (%s)', string_agg(format('c.%I %s %s', column_name,
+                                      facts -> column_name -> 'operators' ->> 'in', l), ' OR ')) FROM unnest(literals) AS l)
+                    ELSE format(' AND c.%I %s ANY (ARRAY[%s])', column_name,
+                                facts -> column_name -> 'operators' ->> 'in', array_to_string(literals, ', ')) END
                 ELSE format(' AND c.%I %s %s',
                     column_name, facts -> column_name -> 'operators' ->> operator_name, literals[1])
             END;
@@ -225,21 +231,29 @@ BEGIN
         END IF;
         SELECT s.chunks, s.occurrences / greatest(s.chunks, 1)::float8 INTO total, mean_length
         FROM {words} AS s WHERE s.lexeme = '';
+        never_counted := total IS NULL;
         total := coalesce(total, {assumed_chunks});
         mean_length := coalesce(nullif(mean_length, 0), {assumed_length});
-        -- A word that the query repeats weighs more, up to {k3} + 1 times as much.
+        -- A word that the query repeats weighs more, up to {k3} + 1 times as much. Words that have never been counted are
+        -- the rarest, but most of those in a long query are in no chunk at all: only some of them take part.
         SELECT array_agg(w.lexeme ORDER BY w.seen, w.lexeme), array_agg(w.seen ORDER BY w.seen, w.lexeme),
                array_agg(w.weight ORDER BY w.seen, w.lexeme),
                array_agg(('''' || replace(replace(w.lexeme, '\', '\\'), '''', '''''') || '''')::tsquery
                          ORDER BY w.seen, w.lexeme)
         INTO words, seen, weights, word_queries
         FROM (
-            SELECT l.lexeme, l.seen, ln(1 + (greatest(total, l.seen) - l.seen + 0.5) / (l.seen + 0.5))
-                                     * l.times * ({k3} + 1) / (l.times + {k3}) AS weight
-            FROM (SELECT u.lexeme, sum(coalesce(cardinality(u.positions), 1))::float8 AS times,
-                         coalesce(min(s.chunks), 1)::float8 AS seen
-                  FROM {lexemes} AS u LEFT JOIN {words} AS s USING (lexeme) GROUP BY u.lexeme) AS l
-            ORDER BY weight DESC, l.lexeme LIMIT {max_words}
+            SELECT p.* FROM (
+                SELECT e.*, row_number() OVER (PARTITION BY e.counted ORDER BY e.weight DESC, e.lexeme) AS place
+                FROM (
+                    SELECT l.*, ln(1 + (greatest(total, l.seen) - l.seen + 0.5) / (l.seen + 0.5))
+                                * l.times * ({k3} + 1) / (l.times + {k3}) AS weight
+                    FROM (SELECT u.lexeme, sum(coalesce(cardinality(u.positions), 1))::float8 AS times,
+                                 coalesce(min(s.chunks), 1)::float8 AS seen, min(s.chunks) IS NOT NULL AS counted
+                          FROM {lexemes} AS u LEFT JOIN {words} AS s USING (lexeme) GROUP BY u.lexeme) AS l
+                ) AS e
+            ) AS p
+            WHERE p.counted OR p.place <= {uncounted_words} OR never_counted
+            ORDER BY p.weight DESC, p.lexeme LIMIT {max_words}
         ) AS w;
     END IF;
     by_words := by_words AND words IS NOT NULL;

@@ -61,6 +61,10 @@ MAX_WORDS = 64
 """The keyword leg goes by so many different words of a query, the rarest ones: text that somebody pasted has its rare
 words among them."""
 
+UNCOUNTED_WORDS = 8
+"""Of these, so many may be words that the worker has not counted: a word that is new to the index, or a name that is in
+no chunk. A text that somebody pasted can have hundreds of the latter, and they would take the places of all others."""
+
 RANKED_WORDS = 16
 """The candidates are ordered by the rarest words alone before the best are scored by all: the others weigh little."""
 
@@ -349,6 +353,7 @@ async def compose(
         "visits": VISITS,
         "sampled": SAMPLED,
         "max_words": MAX_WORDS,
+        "uncounted_words": UNCOUNTED_WORDS,
         "ranked_words": RANKED_WORDS,
         "syntax_words": SYNTAX_WORDS,
         "query_characters": QUERY_CHARACTERS,

@@ -20,7 +20,15 @@ from psycopg.types.datetime import DateLoader, TimestampLoader, TimestamptzLoade
 
 from cdcsync.errors import CdcsyncError, ModelChanged, SetupError, UsageError
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, first_line, passing, speaking_of, translate, without_values
+from cdcsync.postgres.sessions import (
+    Connection,
+    first_line,
+    passing,
+    speaking_of,
+    translate,
+    unavailable,
+    without_values,
+)
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.nearness import MAX_HITS
 from cdcsync.target.ddl.searching import (
@@ -292,7 +300,16 @@ def refusal(error: psycopg.Error, spec: IndexSpec, where: str | None) -> Cdcsync
         return UsageError(first_line(error), where=f"index {spec.name}", hint=error.diag.message_hint)
     if error.sqlstate == NO_GENERATION:
         return ModelChanged(first_line(error), where=f"index {spec.name}", hint=error.diag.message_hint)
-    if error.sqlstate == "42883" and where is None:
+    if error.sqlstate == "57014":
+        return unavailable(
+            "target",
+            "the search took too long, so the server cancelled it",
+            where=f"index {spec.name}",
+            hint="see with `cdcsync search --explain` what takes the time; filters on a column that is listed under"
+            " `indexed` are quick",
+            sqlstate=error.sqlstate,
+        )
+    if error.sqlstate == "42883" and where is None and not error.diag.context:  # not raised in the function
         return SetupError(
             "the target has no search function for this index, or that of an earlier version",
             where=f"index {spec.name}",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cdcsync.cli import main
-from cdcsync.cli.printing import MARKS, matched, print_hits, shares
+from cdcsync.cli.printing import MARKS, matched, print_hits, print_plan, shares
 from cdcsync.cli.search import parse_filters
 from cdcsync.errors import UsageError
 from cdcsync.target import search as target_search
@@ -27,6 +28,8 @@ def make_hit(**more: Any) -> Hit:
         (["made>=2026-01-01", "made < 2026-02-01"], {"made": {"gte": "2026-01-01", "lt": "2026-02-01"}}),
         (["title~%a=b%", "n!=4"], {"title": {"like": "%a=b%"}, "n": {"ne": "4"}}),
         (["name="], {"name": {"in": [""]}}),
+        (["n<>4", "tenant==3"], {"n": {"ne": "4"}, "tenant": {"in": ["3"]}}),
+        (["closed is null", "opened IS NOT NULL"], {"closed": {"null": True}, "opened": {"null": False}}),
     ],
 )
 def test_filters_are_columns_operators_and_values(given: list[str], wanted: dict[str, Any]) -> None:
@@ -50,6 +53,33 @@ def test_bytes_that_are_not_text_are_refused_by_where_they_are(
     assert f"where: {where}\n" in capsys.readouterr().err
 
 
+def test_a_text_that_begins_with_a_dash_is_told_how_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["search", "articles", "-word another"])
+    assert ended.value.code == UsageError.exit_code
+    assert "articles -- '-word another'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "where"), [(["-k", "1000", "--skip", "1"], "--skip"), (["-k", "1001"], "-k")])
+def test_hits_past_the_thousandth_are_refused_before_anything_is_asked(
+    more: list[str], where: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "cdcsync.toml"
+    file.write_text(
+        '[source]\ndsn = "postgresql://127.0.0.1:1/db"\n[embedders.words]\ntype = "hash"\n'
+        '[indexes.a]\ntable = "a"\ntext = "{t}"\nembedder = "words"\n'
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["search", "a", "word", *more, "-c", str(file)])
+    assert ended.value.code == UsageError.exit_code
+    assert where in capsys.readouterr().err
+
+
+def test_a_vector_in_a_plan_does_not_fill_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan("articles: vector leg", [f"Sort Key: (v.embedding <=> '[{','.join(['-0.0123'] * 384)}]'::vector)"])
+    assert capsys.readouterr().out.splitlines()[-1].strip() == "Sort Key: (v.embedding <=> '[…]'::vector)"
+
+
 def test_words_that_matched_are_bold_and_nothing_else_of_the_text_acts_on_a_terminal() -> None:
     opening, closing = MARKS
     text = matched(make_hit(headline=f"forgot my {opening}login{closing}\x1b[2J now"))
@@ -61,13 +91,13 @@ def test_words_that_matched_are_bold_and_nothing_else_of_the_text_acts_on_a_term
 def test_the_bar_shows_how_much_each_leg_gave() -> None:
     assert shares(make_hit(text_rank=1)) == []
     bar = shares(make_hit(text_rank=1, vector_rank=1))
-    assert [part for part in bar if isinstance(part, tuple)] == [("█" * 5, "blue"), ("█" * 5, "magenta")]
+    assert [part for part in bar if isinstance(part, tuple)] == [("█" * 5, "blue"), ("▒" * 5, "magenta")]
 
 
 def test_the_bar_goes_by_the_constant_that_the_score_is_made_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_search, "FUSION", 0)
     bar = shares(make_hit(text_rank=9, vector_rank=1))
-    assert [part for part in bar if isinstance(part, tuple)] == [("█" * 9, "blue"), ("█", "magenta")]
+    assert [part for part in bar if isinstance(part, tuple)] == [("█" * 9, "blue"), ("▒", "magenta")]
 
 
 def test_hits_of_several_indexes_say_which(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from tests.support.indexes import LiveIndex, live_index, make_spec
-from tests.support.searching import CARRIED, filled_with_rows, find
+from tests.support.searching import CARRIED, filled, filled_with_rows, find
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -76,3 +76,21 @@ async def test_a_wrong_filter_names_the_column_and_what_it_allows(
     with pytest.raises(psycopg.errors.InvalidParameterValue, match=problem) as refused:
         await find(rows.connection, "page", filter=wanted)
     assert hint in (refused.value.diag.message_hint or "")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ({"tags": "{a}"}, "1"),
+        ({"tags": {"in": ["{a}", "{a,b}"]}}, "12"),
+        ({"tags": {"in": []}}, ""),
+        ({"tags": {"ne": "{a}"}}, "23"),
+        ({"tags": {"like": "%b%"}}, "23"),
+        ({"tags": None}, "4"),
+    ],
+    ids=str,
+)
+async def test_an_array_is_compared_whole(target: Database, wanted: Wanted, found: str) -> None:
+    async with live_index(target, make_spec(carried={"tags": "text[]"})) as index:
+        await filled(index, ["a page"] * 4, [("{a}",), ("{a,b}",), ("{b}",), (None,)])
+        assert sorted(await find(index.connection, "page", mode="text", filter=wanted)) == list(found)

@@ -18,7 +18,7 @@ from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.search import Mode, Plan, search
 from cdcsync.target.settling import Settling
-from tests.support.indexes import SCHEMA, LiveIndex, live_index, make_spec, register
+from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register
 from tests.support.searching import CARRIED, SHELF, filled, filled_with_rows, find
 from tests.support.servers import Database
 
@@ -71,7 +71,23 @@ async def test_an_excluded_word_is_in_nothing_that_is_found_by_vector_either(art
 async def test_a_long_text_is_no_query_and_quotes_in_it_are_punctuation(articles: LiveIndex) -> None:
     await filled(articles, SHELF)
     pasted = 'He said "no such phrase" and then -policy ' + " ".join(f"word{n}" for n in range(5_000)) + " hums"
-    assert await find(articles.connection, pasted, mode="text") == ["3"]
+    assert await find(articles.connection, pasted, mode="text") == [
+        "3",
+        "4",
+        "5",
+    ]  # hums; policy, which is not excluded
+
+
+async def test_words_that_are_in_no_chunk_do_not_take_the_places_of_those_that_are(articles: LiveIndex) -> None:
+    await filled(articles, [*SHELF, *["the printer prints"] * 20])
+    pasted = " ".join(f"aa{n}" for n in range(200)) + " printer"
+    assert len(await find(articles.connection, pasted, mode="text", k=50)) == 23
+
+
+async def test_a_word_that_is_newer_than_the_counts_is_found(articles: LiveIndex) -> None:
+    await filled(articles, ["the printer prints"] * 20)
+    await articles.apply(changes(document("99", "the printer says E-716", carried=("1",))))
+    assert (await find(articles.connection, "printer aa bb cc E-716", mode="text"))[0] == "99"
 
 
 # -- filters --------------------------------------------------------------------------------------------------------
