@@ -17,11 +17,12 @@ from psycopg import conninfo, sql
 
 from cdcsync.demo.cluster import Cluster
 from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.target.ddl.shared import create_shared
 from tests.support.browsers import Browser, open_browser
 from tests.support.clusters import OTHER_VERSIONS
 from tests.support.collectors import Collector
 from tests.support.decoding import TABLES, DecodingSlot
-from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, live_index, make_spec
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, live_index, make_spec, register
 from tests.support.outages import CONFIG, MakeSimple
 from tests.support.preflight import LOCKED, Role
 from tests.support.provider import FakeProvider, MakeEmbedder, asking
@@ -207,6 +208,15 @@ async def connect_target(target: Database) -> AsyncIterator[Callable[[], Awaitab
 async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> Connection:
     """A session on a target that has nothing of ours."""
     return await connect_target()
+
+
+@pytest.fixture
+async def articles_and_notes(connection: Connection) -> None:
+    """The session's target has two indexes of one pipeline."""
+    await create_shared(connection, SCHEMA)
+    await connection.execute("INSERT INTO cdcsync.pipelines (slot, publication) VALUES ('s', 'p')")
+    for name in ("articles", "notes"):
+        await register(connection, make_spec(name=name), slot="s")
 
 
 @pytest.fixture

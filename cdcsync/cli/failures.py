@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cdcsync.config import Config
+    from cdcsync.model.requests import Request
     from cdcsync.model.spec import IndexSpec
     from cdcsync.postgres.sessions import Connection
     from cdcsync.target.failures.documents import Listed
     from cdcsync.target.failures.listing import Failure, Failures
-    from cdcsync.target.requests import Request
 
 commands = typer.Typer()
 

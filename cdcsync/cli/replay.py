@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from cdcsync.config import Config
     from cdcsync.flows.dry_run import Estimate
     from cdcsync.flows.replay import Replay
+    from cdcsync.model.requests import Request, RequestAction
     from cdcsync.model.spec import IndexSpec
     from cdcsync.postgres.sessions import Connection
-    from cdcsync.target.requests import Request, RequestAction
 
 commands = typer.Typer()
 
@@ -248,7 +248,7 @@ async def _replay(
 
     from cdcsync.flows.replay import ask, backlog_left, follow
     from cdcsync.postgres.sessions import connect
-    from cdcsync.target.requests import Requests
+    from cdcsync.target.requests.submission import Requests
     from cdcsync.worker.substitute import worker_ensured
 
     schema = config.target.schema

@@ -18,6 +18,7 @@ from cdcsync.backoff import Backoff
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import TargetUnavailable
 from cdcsync.model.pauses import Pause
+from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
@@ -25,7 +26,7 @@ from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 from cdcsync.target.keys import delete_vectors_without_chunks
 from cdcsync.target.registry import Registry
-from cdcsync.target.requests import Request, Requests
+from cdcsync.target.requests.history import History
 from cdcsync.target.search import count_words
 from cdcsync.target.settling import Settling
 
@@ -108,13 +109,13 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
     entry = await registry.find(connection, spec.name)
     if entry is None or entry.state != "building":
         return True
-    load = await Requests(schema).last_load(connection, spec.name)
+    load = await History(schema).last_load(connection, spec.name)
     if load is not None and (pause := pause_after(load)) is not None:
         await registry.pause(connection, spec.name, pause)
         crash_point("ended load noted")
         log.error("load_ended", index=spec.name, state=load.state)
         return True
-    if load is None or load.state != "done" or await Requests(schema).doubted(connection, load):
+    if load is None or load.state != "done" or await History(schema).doubted(connection, load):
         return False
     if await build_search(connection, schema, spec):
         await count_words(connection, schema, spec)

@@ -21,6 +21,7 @@ from psycopg import sql
 from cdcsync.config import Config
 from cdcsync.config.names import quote
 from cdcsync.errors import SetupError, UsageError
+from cdcsync.model.requests import Request, RequestAction
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one
@@ -33,7 +34,8 @@ from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 from cdcsync.target.keys import canonical
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
-from cdcsync.target.requests import Request, RequestAction, Requests
+from cdcsync.target.requests.history import History
+from cdcsync.target.requests.submission import Requests
 from cdcsync.target.search import stored_spec
 from cdcsync.target.version import require_upgraded
 
@@ -226,10 +228,10 @@ async def follow(target: Connection, schema: str, id_: int, show: Callable[[Requ
 
     :raises SetupError: it went with its index.
     """
-    requests = Requests(schema)
+    history = History(schema)
     while True:
         with speaking_of("target"):
-            request = await requests.one(target, id_)
+            request = await history.one(target, id_)
         if request is None:
             raise SetupError(
                 "the index was dropped", where=f"request {id_}", hint="`cdcsync status` shows what is there"

@@ -35,6 +35,7 @@ from cdcsync.flows.setup.indexes import outdated
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.pauses import Pause, Pauses
+from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.sessions import Session, speaking_of
@@ -49,7 +50,7 @@ from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.missing import missing_relations
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Entry, Registry
-from cdcsync.target.requests import Request, Requests
+from cdcsync.target.requests.history import History
 from cdcsync.target.version import read_version, refusal
 
 log = structlog.get_logger()
@@ -201,7 +202,7 @@ class Watch:
                 raise RunError.of(newer)
             entries = await Registry(config.target.schema).all(await target.connection())
             generations = await Generations(config.target.schema).all(await target.connection())
-            loads = await Requests(config.target.schema).last_loads(await target.connection())
+            loads = await History(config.target.schema).last_loads(await target.connection())
         known = [oid for entry in entries.values() for oid in entry.oids.values()]
         wanted = {table for plan in self._plans for table in plan.index.followed}
         with speaking_of("source"):

@@ -11,10 +11,10 @@ from typing import Literal
 
 import msgspec
 
+from cdcsync.model.requests import Kind, Phase
 from cdcsync.status.generations import GenerationStatus
 from cdcsync.target.evaluations import Recall
 from cdcsync.target.judged_runs import Outcome
-from cdcsync.target.requests import Kind, Phase
 
 VERSION = 1
 """Raised when a field goes or changes its meaning. New fields come without."""

@@ -43,7 +43,7 @@ from cdcsync.target.failures.documents import TABLE, Listed, count_failed
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.pipelines import Pipelines, PipelineState
 from cdcsync.target.registry import Entry, Registry
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests.history import History
 from cdcsync.target.version import require_upgraded
 
 FRESH = timedelta(seconds=15)
@@ -466,7 +466,7 @@ async def _read_backfills(
 ) -> dict[str, BackfillStatus]:
     """Return each index's backfill that runs, or else the next one."""
     found = {}
-    for one in await Requests(schema).present(target, indexes):
+    for one in await History(schema).present(target, indexes):
         if not one.ended:
             rate = None
             if one.state == "running" and one.phase == "rows" and one.rows_done and one.started_at is not None:

@@ -35,7 +35,9 @@ from cdcsync.target.keys import discard_vectors
 from cdcsync.target.look_ups import LookUps
 from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
 from cdcsync.target.registry import Registry
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests.queue import Queue
+from cdcsync.target.requests.rebuilds import Rebuilds
+from cdcsync.target.requests.submission import Requests
 
 log = get_logger()
 
@@ -58,6 +60,8 @@ class ApplySession:
         self._pipelines = Pipelines(schema, slot)
         self._registry = Registry(schema)
         self._requests = Requests(schema)
+        self._rebuilds = Rebuilds(schema)
+        self._queue = Queue(schema)
         self._lease: Lease | None = None
         self._proposed: Lease | None = None
         """The lease as a commit will have made it whose answer has not come yet."""
@@ -365,7 +369,7 @@ class ApplySession:
                 # After the pages: a request asks how far the one that is being served has come.
                 for index, change_set in changes.items():
                     for rebuild in change_set.rebuilds:
-                        await self._requests.rebuild(self.connection, index, rebuild)
+                        await self._rebuilds.ask(self.connection, index, rebuild)
                 self._proposed = await self._pipelines.commit(
                     self.connection, self._held, checkpoint, ahead=ahead, commit_time=commit_time, caught_up=caught_up
                 )
@@ -376,7 +380,7 @@ class ApplySession:
     async def _end_page(self, page: PageEnd) -> None:
         if page.force_embed and page.index in self._writers:
             await discard_vectors(self.connection, self._schema, self._writers[page.index].spec, page.force_embed)
-        request = await self._requests.end_page(self.connection, page)
+        request = await self._queue.end_page(self.connection, page)
         if request is not None and page.done and request.read_all:
             await close_list(self.connection, self._schema, request.index, request.started_at)
 

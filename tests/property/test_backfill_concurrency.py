@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests.queue import Queue
 from tests.support.configs import configuration
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -132,7 +132,7 @@ def ask(pipeline: Pipeline, kind: str, *, max_rows_per_s: int | None = None) -> 
         [kind, max_rows_per_s],
     ).fetchone()
     assert row is not None
-    pipeline.target.execute("SELECT pg_notify(%s, 'notes')", [Requests("cdcsync").channel])
+    pipeline.target.execute("SELECT pg_notify(%s, 'notes')", [Queue("cdcsync").channel])
     return int(row[0])
 
 

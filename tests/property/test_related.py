@@ -34,9 +34,9 @@ IDS = 12
 
 FEW = """
 import cdcsync.flows.follow.related as related, cdcsync.flows.follow.prepare as prepare
-import cdcsync.target.requests as requests
+import cdcsync.target.requests.rebuilds as rebuilds
 related.MOST_OF_ONE, related.MOST_OF_A_BATCH, related.VALUES_AT_FIRST, related.VALUES_AT_ONCE = 2, 6, 2, 3
-prepare.READ_AT_ONCE, prepare.MOST_BYTES_READ, requests.MOST_REBUILDS = 3, 300, 3
+prepare.READ_AT_ONCE, prepare.MOST_BYTES_READ, rebuilds.MOST_REBUILDS = 3, 300, 3
 """
 """Runs in a worker whose bounds are to be met all the time."""
 

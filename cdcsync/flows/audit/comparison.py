@@ -21,6 +21,7 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SetupError
 from cdcsync.flows.audit.digests import differing, source_digests
 from cdcsync.flows.audit.soundness import examine_chunks
+from cdcsync.model.requests import Request
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
@@ -28,7 +29,8 @@ from cdcsync.source.many import source_table
 from cdcsync.target.audits import START, Place
 from cdcsync.target.failures.documents import failed_among
 from cdcsync.target.keys import page_of_keys
-from cdcsync.target.requests import Request, Requests
+from cdcsync.target.requests.history import History
+from cdcsync.target.requests.submission import Requests
 
 FOLLOW_S = 0.2
 """How often a request is looked at until it has ended."""
@@ -118,7 +120,7 @@ async def compared(
     """
     if not suspects:
         return {}
-    requests = Requests(schema)
+    requests, history = Requests(schema), History(schema)
     with speaking_of("target"):
         async with target.transaction():
             id_ = await requests.add(
@@ -128,7 +130,7 @@ async def compared(
         crash_point("request for a comparison committed")
     try:
         async with ensure_worker():
-            await done(target, requests, id_, spec)
+            await done(target, history, id_, spec)
     except BaseException:
         with anyio.CancelScope(shield=True, deadline=anyio.current_time() + 5):
             if not target.closed and not target.broken:
@@ -136,7 +138,7 @@ async def compared(
         raise
     found: dict[str, list[Key]] = {}
     with speaking_of("target"):
-        for key, problem in await requests.found(target, id_):
+        for key, problem in await history.found(target, id_):
             found.setdefault(problem, []).append(key)
         # Cutting a text can fail, too, which nobody tried to see how a document differs.
         missing = found.pop("missing", [])
@@ -169,14 +171,14 @@ async def looked_at_later(
     return found
 
 
-async def done(target: Connection, requests: Requests, id_: int, spec: IndexSpec) -> Request:
+async def done(target: Connection, history: History, id_: int, spec: IndexSpec) -> Request:
     """Return when a request has been served.
 
     :raises SetupError: it failed, or someone cancelled it.
     """
     while True:
         with speaking_of("target"):
-            request = await requests.one(target, id_)
+            request = await history.one(target, id_)
         if request is not None and request.state == "done":
             return request
         if request is None or request.ended:

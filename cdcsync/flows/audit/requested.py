@@ -19,11 +19,13 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.errors import CdcsyncError, Retry, leading
 from cdcsync.flows.audit.comparison import UNDECIDED
 from cdcsync.flows.audit.verification import DiffersAsAWhole, repair, verify
+from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.catalog import blockers, current_snapshot, running_transactions
-from cdcsync.target.requests import Request, Requests
+from cdcsync.target.requests.queue import Queue
+from cdcsync.target.requests.submission import Requests
 
 log = structlog.get_logger()
 
@@ -45,7 +47,7 @@ async def compare_for_ever(
     deliveries: Mapping[str, Deliveries],
 ) -> None:
     """Make the comparisons that are asked for, until cancelled."""
-    requests = Requests(schema)
+    queue = Queue(schema)
     backoff = Backoff(_waits)
     async with (
         Session(source_dsn, "source", application_name="cdcsync compare") as source,
@@ -54,7 +56,7 @@ async def compare_for_ever(
         while True:
             async with backoff:
                 with speaking_of("target"):
-                    request = await requests.oldest_comparison(await target.connection(), list(specs))
+                    request = await queue.oldest_comparison(await target.connection(), list(specs))
                 if request is None:
                     await source.aclose()
                     await anyio.sleep(POLL_S)
@@ -76,16 +78,16 @@ async def _serve(
     deliveries: Deliveries,
     request: Request,
 ) -> None:
-    requests = Requests(schema)
+    queue, requests = Queue(schema), Requests(schema)
     with speaking_of("target"):
-        await requests.start(target, request, None)
+        await queue.start(target, request, None)
     try:
         rows = await _compare(source, target, schema, spec, deliveries)
     except DiffersAsAWhole as found:
         log.warning("index_read_again", index=spec.name, differing=found.suspects)
         with speaking_of("target"):
             async with target.transaction():
-                await requests.compared(target, request, found.documents)
+                await queue.compared(target, request, found.documents)
                 await requests.reload(target, spec.name, rewrite=False)
                 crash_point("reading in place of a comparison asked for")
             crash_point("reading in place of a comparison begun")
@@ -96,7 +98,7 @@ async def _serve(
         error = one
     else:
         with speaking_of("target"):
-            await requests.compared(target, request, rows)
+            await queue.compared(target, request, rows)
         return
     if not isinstance(error, CdcsyncError) or error.retry is Retry.AUTOMATIC:
         raise error
@@ -104,7 +106,7 @@ async def _serve(
     log.error("comparison_failed", index=spec.name, error=str(error))
     with speaking_of("target"):
         async with target.transaction():
-            await requests.fail(target, request, str(error))
+            await queue.fail(target, request, str(error))
             await requests.reload(target, spec.name, rewrite=False)
             crash_point("comparison given up")
         crash_point("reading in place of a comparison committed")

@@ -45,7 +45,7 @@ from cdcsync.source.many import source_table
 from cdcsync.target.audits import Audits, Place
 from cdcsync.target.failures.documents import unlisted_among
 from cdcsync.target.registry import Registry
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests.history import History
 
 log = structlog.get_logger()
 
@@ -138,7 +138,7 @@ class RollingAudit:
         self._schema = schema
         self._audits = Audits(schema)
         self._registry = Registry(schema)
-        self._requests = Requests(schema)
+        self._history = History(schema)
         self._metrics = metrics
         self._most_rows_per_s = most_rows_per_s
         self._every_s = every_s
@@ -176,7 +176,7 @@ class RollingAudit:
         source, target, spec = await self._source.connection(), await self._target.connection(), one.spec
         with speaking_of("target"):
             entry = await self._registry.find(target, spec.name)
-            load = await self._requests.last_load(target, spec.name)
+            load = await self._history.last_load(target, spec.name)
         if entry is None or entry.state != "live" or (load is not None and not load.ended):
             one.restart()  # until it is loaded, all differences are known ones
             one.due = anyio.current_time() + NOT_LIVE_S

@@ -31,7 +31,8 @@ from cdcsync.target.audits import Place
 from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.keys import delete_vectors_without_chunks
 from cdcsync.target.registry import Registry
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests.history import History
+from cdcsync.target.requests.submission import Requests
 
 log = structlog.get_logger()
 
@@ -249,5 +250,5 @@ async def repair_found(
             crash_point("repair asked for")
         crash_point("request for a repair committed")
     for id_ in asked:
-        await done(target, requests, id_, spec)
+        await done(target, History(schema), id_, spec)
     return len(chunked)

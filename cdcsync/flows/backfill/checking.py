@@ -16,12 +16,12 @@ from cdcsync.documents.chunks import Chunker
 from cdcsync.documents.chunks.sizes import WHITE_SPACE
 from cdcsync.errors import DocumentError
 from cdcsync.flows.backfill.pages import Entry, Page
+from cdcsync.model.requests import Problem
 from cdcsync.model.rows import Key, Row, Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.target.keys import stored_documents
-from cdcsync.target.requests import Problem
 
 
 async def check(

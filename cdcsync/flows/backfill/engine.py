@@ -20,13 +20,15 @@ from cdcsync.flows.backfill.pages import Page, PageReader, Pages
 from cdcsync.flows.backfill.preparing import Made, PagePreparer
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import PageEnd
+from cdcsync.model.requests import Problem, Request
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session, connect, speaking_of
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.tables import SourceTable, emit_mark
-from cdcsync.target.requests import Problem, Request, Requests
+from cdcsync.target.requests.queue import Queue
+from cdcsync.target.requests.submission import Requests
 
 log = structlog.get_logger()
 
@@ -73,6 +75,7 @@ class Backfills:
         self._source = Session(source_dsn, "source", application_name="cdcsync backfill", idle_s=IDLE_S)
         self._target_dsn = target_dsn
         self._schema = schema
+        self._queue = Queue(schema)
         self._requests = Requests(schema)
         self._specs = specs
         self._tables = tables
@@ -101,14 +104,14 @@ class Backfills:
                 target = await connect(self._target_dsn, "target", application_name="cdcsync backfill")
                 stack.push_async_callback(target.close)
                 with speaking_of("target"):
-                    await target.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._requests.channel)))
+                    await target.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._queue.channel)))
                 backoff.succeeded()
                 while True:
                     await self._serve_next(target)
 
     async def _serve_next(self, target: Connection) -> None:
         with speaking_of("target"):
-            request = await self._requests.oldest_open(target, list(self._specs))
+            request = await self._queue.oldest_open(target, list(self._specs))
         if request is None:
             await self._prune()
             with speaking_of("target"):
@@ -125,7 +128,7 @@ class Backfills:
             log.error("backfill_failed", index=request.index, backfill=request.id, error=str(error))
             with speaking_of("target"):
                 async with target.transaction():
-                    await self._requests.fail(target, request, str(error))
+                    await self._queue.fail(target, request, str(error))
                     if request.kind == "related":
                         # Nobody asks again for what changed.
                         await self._requests.reload(target, request.index, rewrite=False)
@@ -135,7 +138,7 @@ class Backfills:
             self.marks.drop(request)
             deliveries.stop()
         with speaking_of("target"):
-            await self._requests.prune(target)
+            await self._queue.prune(target)
 
     async def _serve(self, target: Connection, request: Request) -> None:
         spec, table, pages = self._specs[request.index], self._tables[request.index], self._pages[request.index]
@@ -146,7 +149,7 @@ class Backfills:
                 request = msgspec.structs.replace(request, filter=bound)
             total = await self._estimate(table, request)
         with speaking_of("target"):
-            if not await self._requests.start(target, request, total):
+            if not await self._queue.start(target, request, total):
                 return  # the next look finds what it is now
         log.info(
             "backfill_started",
@@ -157,7 +160,7 @@ class Backfills:
         )
         if request.force_embed:
             self._forget_vectors(request.index)
-        read = pages.keyed(target, self._requests, request) if request.keyed else pages.rows(request.filter)
+        read = pages.keyed(target, self._queue, request) if request.keyed else pages.rows(request.filter)
         if request.kind == "verify":
             finished = await self._checks(target, request, read)
         else:
@@ -227,7 +230,7 @@ class Backfills:
             done += len(page.entries)
             found = await self._check(target, request, page)
             with speaking_of("target"):
-                await self._requests.note(target, request, found, cursor=cursor, rows_done=done, done=last)
+                await self._queue.note(target, request, found, cursor=cursor, rows_done=done, done=last)
             if not last and not await self._may_go_on(target, request, pace.left_s(len(page.entries))):
                 return False
         return True
@@ -251,7 +254,7 @@ class Backfills:
             differ, changed = await check(target, self._schema, spec, chunker, page, deliveries.hides)
             if differ and spec.documents.related:
                 with speaking_of("target"):
-                    rebuilding = await self._requests.rebuilding(target, request)
+                    rebuilding = await self._queue.rebuilding(target, request)
                 if rebuilding:
                     differ, changed = [], changed + [key for key, _ in differ]
             found += differ
@@ -266,7 +269,7 @@ class Backfills:
         until = anyio.current_time() + wait_s
         while True:
             with speaking_of("target"):
-                state = await self._requests.state(target, request)
+                state = await self._queue.state(target, request)
             if state not in ("requested", "running"):
                 return False
             left = until - anyio.current_time()

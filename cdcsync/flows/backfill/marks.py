@@ -18,12 +18,12 @@ from cdcsync.flows.backfill.pages import Page
 from cdcsync.flows.backfill.preparing import Made
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch, PageEnd, PageRows
+from cdcsync.model.requests import Request
 from cdcsync.model.rows import Delete, Unread, UnreadRow, Upsert
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import Mark
 from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.pgoutput.messages import UNCHANGED
-from cdcsync.target.requests import Request
 
 LIVE_RECENTLY_S = 1.0
 """Changes are taken to come in while the last two batches of them are so recent, the time not counted in which pages

@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from cdcsync.backoff import backoff_s
+from cdcsync.model.requests import Request
 from cdcsync.model.rows import Key, Row, Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries, Snapshot
@@ -22,7 +23,7 @@ from cdcsync.source.catalog import blockers, current_snapshot
 from cdcsync.source.reads import Page as Read
 from cdcsync.source.tables import SourceTable
 from cdcsync.target.keys import page_of_keys, written_keys
-from cdcsync.target.requests import Request, Requests
+from cdcsync.target.requests.queue import Queue
 
 log = structlog.get_logger()
 
@@ -110,13 +111,13 @@ class Pages:
 
         return read
 
-    def keyed(self, target: Connection, requests: Requests, request: Request) -> PageReader:
+    def keyed(self, target: Connection, queue: Queue, request: Request) -> PageReader:
         """Return the reader of the keys that a request names; its cursor is the place of the last one."""
 
         async def read(after: Key | None, limit: int) -> Page:
             place = int(after[0]) if after else 0
             with speaking_of("target"):
-                keys = await requests.keys(target, request, place, limit)
+                keys = await queue.keys(target, request, place, limit)
             with speaking_of("source", where=str(self._spec.shape.table)):
                 fitting = await self._table.fitting_keys(await self._source.connection(), keys, PAGE_BYTES)
             page = await self.of_keys(keys[:fitting])

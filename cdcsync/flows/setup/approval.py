@@ -29,7 +29,7 @@ from cdcsync.source.fingerprints import Difference
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.registry import Entry, Registry
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests.history import History
 
 log = structlog.get_logger()
 
@@ -94,7 +94,7 @@ async def read_need(target: Connection, config: Config, spec: IndexSpec, catalog
         if entry is None:
             return Reading(None, need_of(spec, None, Difference()))
         missing = await missing_relations(target, schema, spec, view=entry.view)
-        begun = bool(missing.tables) or not await Requests(schema).still_to_begin(target, spec.name)
+        begun = bool(missing.tables) or not await History(schema).still_to_begin(target, spec.name)
     now = present_fingerprint(catalog, spec)
     found = Difference() if now is None else difference_of(catalog, spec, entry, now)
     return Reading(entry, need_of(spec, entry, found, missing=missing, begun=begun), found, missing)

@@ -25,7 +25,8 @@ from cdcsync.source.catalog import Catalog
 from cdcsync.source.fingerprints import Difference, Fingerprint, difference, fingerprint_of
 from cdcsync.source.relations import Partition
 from cdcsync.target.registry import Entry, Registry
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests.history import History
+from cdcsync.target.requests.submission import Requests
 
 log = structlog.get_logger()
 
@@ -77,7 +78,7 @@ async def ask_for(target: Connection, schema: str, index: str, found: Difference
     """
     requests = Requests(schema)
     if found.compare:
-        load = await requests.last_load(target, index)
+        load = await History(schema).last_load(target, index)
         if load is None or load.ended or load.started_at is not None:
             await requests.compare(target, index)
         log.warning("index_doubted", index=index, because=found.compare)

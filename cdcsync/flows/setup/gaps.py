@@ -17,7 +17,7 @@ from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import Slot, read_slot, why_lost
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.pipelines import PipelineState
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests.history import History
 from cdcsync.target.session import ApplySession
 
 _RESYNC = (
@@ -70,7 +70,7 @@ async def refuse_forgotten(session: ApplySession, schema: str, name: str, indexe
     :raises GapError: there are some.
     """
     with speaking_of("target"):
-        begun = await Requests(schema).begun(session.connection, indexes)
+        begun = await History(schema).begun(session.connection, indexes)
     if begun:
         raise GapError(
             f"the pipeline has no checkpoint, and the index {', '.join(begun)} was loaded before: the checkpoint was"

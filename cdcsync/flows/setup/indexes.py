@@ -42,7 +42,8 @@ from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.upgrading import upgrade_vectors
 from cdcsync.target.generations import Generations
 from cdcsync.target.registry import Entry, Registry
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests.history import History
+from cdcsync.target.requests.submission import Requests
 
 log = structlog.get_logger()
 
@@ -188,7 +189,7 @@ async def _register(target: Connection, config: Config, spec: IndexSpec, catalog
     now = present_fingerprint(catalog, spec)
     assert now is not None
     before = await registry.find(target, spec.name)
-    begun = before is not None and not await requests.still_to_begin(target, spec.name)
+    begun = before is not None and not await History(schema).still_to_begin(target, spec.name)
     await registry.register(target, config.source.slot, spec)
     for name, why in spec.left_out.items():
         if before is None or before.left_out.get(name) != why:

@@ -10,11 +10,11 @@ import msgspec
 
 from cdcsync.config import Index
 from cdcsync.config.differences import KeyChange, index_changes
+from cdcsync.model.requests import Kind
 from cdcsync.model.spec import IndexSpec
 from cdcsync.source.fingerprints import Difference
 from cdcsync.target.ddl.missing import Missing
 from cdcsync.target.registry import Entry
-from cdcsync.target.requests import Kind
 
 CONTENTS = ("text", "documents", "document_columns", "chunk_text", "chunking", "related", "where", "columns")
 """The keys of an index's section, and its tables, that decide what its chunks are."""

@@ -16,9 +16,10 @@ from psycopg import sql
 
 from cdcsync.logs import get_logger
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target import approvals, audits, calls, generations, registry, requests, version
+from cdcsync.target import approvals, audits, calls, generations, registry, version
 from cdcsync.target.ddl.names import MAX_ATTEMPTS
 from cdcsync.target.pipelines import waiters_lock
+from cdcsync.target.requests import tables as requests
 
 log = get_logger()
 

@@ -16,7 +16,7 @@ from cdcsync.postgres.sessions import connect
 from cdcsync.status import read_status
 from cdcsync.status.reading import FRESH
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests.submission import Requests
 from cdcsync.worker.state import WorkerState
 from tests.support.statuses import ARTICLES, Pipeline, begun, pipelines, problem
 

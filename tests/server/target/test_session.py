@@ -24,7 +24,7 @@ from cdcsync.target.apply import IndexWriter
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests.submission import Requests
 from cdcsync.target.session import ApplySession, worker_name
 from tests.support.expiries import EXPIRIES, expire
 from tests.support.indexes import SCHEMA, changes, document, make_spec, register, until, until_blocked, vector_text

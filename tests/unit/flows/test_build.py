@@ -6,7 +6,7 @@ import pytest
 
 from cdcsync.flows.build import pause_after
 from cdcsync.model.pauses import Pause
-from cdcsync.target.requests import Request
+from cdcsync.model.requests import Request
 
 
 def load(state: str, error: str | None = None) -> Request:

@@ -24,7 +24,9 @@ from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.source.tables import SourceTable
 from cdcsync.target.audits import Place
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests.history import History
+from cdcsync.target.requests.queue import Queue
+from cdcsync.target.requests.submission import Requests
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register, until
 from tests.support.servers import Database
 
@@ -106,18 +108,18 @@ async def test_a_key_of_several_rows_is_a_fault(sides: Sides) -> None:
 
 
 async def test_suspects_are_compared_by_a_request_and_nothing_is_asked_for_without_any(sides: Sides) -> None:
-    target, requests = sides.index.connection, Requests(SCHEMA)
+    target, queue = sides.index.connection, Queue(SCHEMA)
     assert await compared(target, SCHEMA, SPEC, []) == {}
-    assert await requests.present(target, ["articles"]) == []
+    assert await History(SCHEMA).present(target, ["articles"]) == []
     async with anyio.create_task_group() as tasks, await connect(sides.database.dsn, "target") as worker:
 
         async def serve() -> None:
-            request = await until(lambda: requests.oldest_open(worker, ["articles"]))
+            request = await until(lambda: queue.oldest_open(worker, ["articles"]))
             assert request is not None
-            assert (request.kind, await requests.keys(worker, request, 0, 10)) == ("verify", [("2",), ("4",)])
-            await requests.start(worker, request, 2)
+            assert (request.kind, await queue.keys(worker, request, 0, 10)) == ("verify", [("2",), ("4",)])
+            await queue.start(worker, request, 2)
             found = [(("2",), "stale"), (("4",), "missing")]
-            await requests.note(worker, request, found, cursor=None, rows_done=2, done=True)  # type: ignore[arg-type]
+            await queue.note(worker, request, found, cursor=None, rows_done=2, done=True)  # type: ignore[arg-type]
 
         tasks.start_soon(serve)
         assert await compared(target, SCHEMA, SPEC, [("2",), ("4",), ("2",)]) == {
@@ -152,7 +154,7 @@ async def test_a_comparison_that_is_cancelled_or_whose_index_goes_is_an_error(
         id_ = await requests.add(target, "articles", "verify", rewrite=False, filter_=None, keys=[("1",)])
     await requests.action(target, "articles", "cancel", id_=id_)
     with pytest.raises(SetupError, match=f"request {id_} cancelled: by request"):
-        await done(target, requests, id_, SPEC)
+        await done(target, History(SCHEMA), id_, SPEC)
     await target.execute("DELETE FROM cdcsync.indexes")
     with pytest.raises(SetupError, match=f"request {id_} went with its index"):
-        await done(target, requests, id_, SPEC)
+        await done(target, History(SCHEMA), id_, SPEC)

@@ -18,7 +18,9 @@ from cdcsync.model.rows import Key
 from cdcsync.target.failures.documents import Listed, failed_among
 from cdcsync.target.failures.listing import Failures
 from cdcsync.target.keys import page_of_keys
-from cdcsync.target.requests import Requests
+from cdcsync.target.requests.history import History
+from cdcsync.target.requests.queue import Queue
+from cdcsync.target.requests.submission import Requests
 from tests.support.failures import ARTICLES, NOTES, Target, failing, listing
 from tests.support.indexes import SCHEMA, changes, document, kept
 
@@ -204,9 +206,9 @@ async def request(target: Target, **settings: Any) -> int:
     arguments = {"rewrite": False, "filter_": None, **settings}
     async with connection.transaction():
         id_ = await requests.add(connection, "articles", arguments.pop("kind", "replay"), **arguments)
-    one = await requests.one(connection, id_)
+    one = await History(SCHEMA).one(connection, id_)
     assert one is not None
-    await requests.start(connection, one, None)
+    await Queue(SCHEMA).start(connection, one, None)
     return id_
 
 
@@ -255,10 +257,10 @@ async def test_a_resync_ends_with_its_orphans_and_begins_with_an_empty_list(narr
     async with narrow.connection.transaction():
         id_ = await Requests(SCHEMA).reload(narrow.connection, "articles", rewrite=False)
     assert await narrow.counted() == Listed()
-    one = await Requests(SCHEMA).one(narrow.connection, id_)
+    one = await History(SCHEMA).one(narrow.connection, id_)
     assert one is not None
     await narrow.apply(articles=failing(*"1234"))
-    await Requests(SCHEMA).start(narrow.connection, one, None)
+    await Queue(SCHEMA).start(narrow.connection, one, None)
 
     await narrow.apply(PageEnd(id_, "orphans", None, 4, True))
 

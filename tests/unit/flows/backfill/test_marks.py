@@ -10,11 +10,11 @@ from cdcsync.flows.backfill.marks import LIVE_RECENTLY_S, Marks, Pending
 from cdcsync.flows.backfill.pages import Page
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch, PageEnd
+from cdcsync.model.requests import Kind, Request
 from cdcsync.model.rows import Delete, Key, Row, Unread, UnreadRow, Upsert
 from cdcsync.model.transactions import Mark
 from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.pgoutput.messages import UNCHANGED
-from cdcsync.target.requests import Kind, Request
 from tests.support.indexes import make_spec
 
 pytestmark = pytest.mark.anyio

@@ -1,0 +1,95 @@
+"""Asking for documents to be rebuilt because rows of related tables changed, and how such requests come together."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from psycopg import sql
+
+from cdcsync.model.changeset import Rebuild
+from cdcsync.model.rows import Key
+from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.requests.submission import Requests
+from cdcsync.target.requests.tables import Tables
+
+MOST_REBUILDS = 50
+"""Rebuilds of an index that wait; more of them read most of the table one by one."""
+
+
+class Rebuilds:
+    """Requests of the kind "related"."""
+
+    def __init__(self, schema: str) -> None:
+        tables = Tables(schema)
+        self._table = tables.requests
+        self._requests = Requests(schema)
+
+    async def ask(self, connection: Connection, index: str, rebuild: Rebuild) -> None:
+        """Ask for documents to be rebuilt, in the caller's transaction.
+
+        A request for the same, or for more, that has not begun takes it over. One that is being served has yet to read
+        the documents behind its cursor, so that only those before it are asked for: its pages that are under way are
+        read again as they were overtaken. If too many requests wait, one for all documents takes their place.
+        """
+        unbegun = sql.SQL("index_name = %s AND state = 'requested' AND started_at IS NULL AND NOT keyed")
+        up_to: Key | None = None
+        if rebuild.keys is None:
+            covering = sql.SQL(
+                "(filter IS NULL OR filter = %s) AND kind IN ('related', 'initial', 'resync') AND phase = 'rows'"
+            )
+            row = await fetch_row(
+                connection,
+                # Locked, so that it does not begin before this commits.
+                sql.SQL("SELECT FROM {} WHERE {} AND {} AND up_to IS NULL LIMIT 1 FOR UPDATE").format(
+                    self._table, unbegun, covering
+                ),
+                [index, rebuild.condition],
+            )
+            if row is not None:
+                return
+            served = await fetch_row(
+                connection,
+                sql.SQL(
+                    "SELECT cursor FROM {} WHERE index_name = %s AND state = 'running' AND NOT keyed AND {}"
+                    " AND up_to IS NULL ORDER BY id LIMIT 1 FOR UPDATE"
+                ).format(self._table, covering),
+                [index, rebuild.condition],
+            )
+            if served == (None,):
+                return  # nothing that it has read is in the index
+            up_to = None if served is None else tuple(cast(list[str], served[0]))
+            cursor = await connection.execute(
+                sql.SQL(
+                    "UPDATE {} SET up_to = %s::text[] WHERE {} AND kind = 'related' AND up_to IS NOT NULL"
+                    " AND filter IS NOT DISTINCT FROM %s"
+                ).format(self._table, unbegun),
+                [None if up_to is None else list(up_to), index, rebuild.condition],
+            )
+            if cursor.rowcount:
+                return
+        cursor = await connection.execute(
+            sql.SQL("SELECT id, rewrite FROM {} WHERE {} AND kind = 'related' FOR UPDATE").format(self._table, unbegun),
+            [index],
+        )
+        waiting = {cast(int, row[0]): cast(bool, row[1]) for row in await cursor.fetchall()}
+        all_of_them = len(waiting) >= MOST_REBUILDS
+        rewrite = rebuild.rewrite or (all_of_them and any(waiting.values()))
+        if all_of_them:
+            await connection.execute(
+                sql.SQL("UPDATE {} SET state = 'cancelled', finished_at = now() WHERE id = ANY(%s)").format(
+                    self._table
+                ),
+                [list(waiting)],
+            )
+        filter_, keys, up_to = (None, None, None) if all_of_them else (rebuild.condition, rebuild.keys, up_to)
+        await self._requests.add(
+            connection,
+            index,
+            "related",
+            rewrite=rewrite,
+            filter_=filter_,
+            keys=keys,
+            through=rebuild.relation,
+            up_to=up_to,
+        )
