@@ -22,8 +22,7 @@ from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session, speaking_of
 from cdcsync.target.ddl.bm25 import bm25_option
 from cdcsync.target.ddl.building import keep_bm25
-from cdcsync.target.ddl.names import Names
-from cdcsync.target.ddl.searching import words_name
+from cdcsync.target.ddl.names import Names, words_name
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import count_words
 

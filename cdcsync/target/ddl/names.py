@@ -133,3 +133,25 @@ async def vector_schema(connection: Connection) -> str:
             "pgvector is not installed in the target database", where="target", hint="CREATE EXTENSION vector"
         )
     return cast(str, row[0])
+
+
+def function_name(schema: str, index: str) -> sql.Identifier:
+    """Return the name of an index's search function."""
+    return sql.Identifier(schema, f"{index}_search")
+
+
+def hit_name(schema: str, index: str) -> sql.Identifier:
+    """Return the name of the type of an index's hits."""
+    return sql.Identifier(schema, f"{index}_hit")
+
+
+def words_name(schema: str, index: str) -> sql.Identifier:
+    """Return the name of the table of an index's words."""
+    return sql.Identifier(schema, f"{index}_words")
+
+
+async def pgvector_version(connection: Connection) -> tuple[int, ...]:
+    """Return the version of pgvector in this database, major and minor."""
+    cursor = await connection.execute("SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'vector'")
+    row = await cursor.fetchone()
+    return tuple(int(part) for part in str(row[0] if row else "0").split(".")[:2] if part.isdigit())

@@ -11,9 +11,8 @@ from psycopg import sql
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.names import Names
+from cdcsync.target.ddl.names import Names, pgvector_version
 from cdcsync.target.ddl.nearness import DEPTH, ITERATIVE, effort, exactly_nearest, nearest, rescored, settings
-from cdcsync.target.ddl.searching import pgvector_version
 
 
 class Effort(msgspec.Struct, frozen=True):

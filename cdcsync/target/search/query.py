@@ -29,18 +29,10 @@ from cdcsync.postgres.sessions import (
     unavailable,
     without_values,
 )
-from cdcsync.target.ddl.names import Names
+from cdcsync.target.ddl.hits import OWN, attribute_of
+from cdcsync.target.ddl.names import Names, function_name
 from cdcsync.target.ddl.nearness import MAX_HITS
-from cdcsync.target.ddl.searching import (
-    BY_WORDS_ALONE,
-    NO_GENERATION,
-    NOT_FOLLOWED,
-    OWN,
-    Variant,
-    attribute_of,
-    compose,
-    function_name,
-)
+from cdcsync.target.ddl.search_function import BY_WORDS_ALONE, NO_GENERATION, NOT_FOLLOWED, Variant, compose
 from cdcsync.target.search.conditions import check_where
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from psycopg import sql
 from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.names import Names
-from cdcsync.target.ddl.searching import words_name
+from cdcsync.target.ddl.names import Names, words_name
 
 SAMPLE_CHUNKS = 50_000
 """Words are counted in about this many chunks. The share of chunks with a word that is in one of a hundred is then

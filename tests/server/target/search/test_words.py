@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cdcsync.target.ddl.searching import BUDGET
+from cdcsync.target.ddl.search_function import BUDGET
 from tests.support.indexes import LiveIndex, changes, document, live_index, make_spec
 from tests.support.searching import SHELF, filled, find
 from tests.support.servers import Database
