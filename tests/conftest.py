@@ -31,6 +31,8 @@ from tests.support.roles import Roles
 from tests.support.scenes import MakeScene, scene
 from tests.support.servers import Database, Server, container, docker_answers, fresh_database
 from tests.support.serving import Office, office, served_in_a_thread
+from tests.support.statuses import Pipeline as Stopped
+from tests.support.statuses import begun, pipelines
 from tests.support.workers import Pipeline
 
 # What a shell starts in the background cannot hear Ctrl-C, nor can what that starts in turn: and tests send it.
@@ -349,6 +351,19 @@ def served_address(tickets: Office) -> Iterator[str]:
     """The address of a server in a thread of its own."""
     with served_in_a_thread(tickets.serving(anonymous=True, requests_per_s=10**6, burst=10**6)) as address:
         yield address
+
+
+@pytest.fixture
+async def make_stopped(database: Database) -> AsyncIterator[Callable[..., Awaitable[Stopped]]]:
+    """Makes pipelines without a worker, whose status can be read."""
+    async with pipelines(database) as made:
+        yield made
+
+
+@pytest.fixture
+async def stopped(make_stopped: Callable[..., Awaitable[Stopped]]) -> Stopped:
+    """A pipeline that has begun, and whose worker does not run."""
+    return await begun(await make_stopped())
 
 
 @pytest.fixture

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
 from psycopg import sql
 
 from cdcsync.status import counting
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS
-from tests.support.servers import Database
-from tests.support.statuses import Pipeline, begun, pipelines, problem
+from tests.support.statuses import Pipeline, problem
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
-
-
-@pytest.fixture
-async def pipeline(database: Database) -> AsyncIterator[Pipeline]:
-    async with pipelines(database) as make:
-        yield await begun(await make())
 
 
 async def fill(pipeline: Pipeline, chunks: int, *, after: int = 0) -> None:
@@ -40,17 +31,17 @@ async def queue(pipeline: Pipeline, chunks: int, *, lane: int = 0, attempts: int
     )
 
 
-async def test_small_tables_are_counted(pipeline: Pipeline) -> None:
-    await fill(pipeline, 6)
-    await pipeline.target.execute(
+async def test_small_tables_are_counted(stopped: Pipeline) -> None:
+    await fill(stopped, 6)
+    await stopped.target.execute(
         "INSERT INTO cdcsync.articles_vectors_1 SELECT chunk_id, content_hash, '[1,2,3]'::public.vector"
         " FROM cdcsync.articles_chunks LIMIT 2"
     )
-    await queue(pipeline, 3, lane=0)
-    await queue(pipeline, 2, lane=1)
-    await queue(pipeline, 1, lane=0, attempts=MAX_ATTEMPTS)
-    await pipeline.target.execute("INSERT INTO cdcsync.articles_backlog VALUES (2, 1, 'other generation', 0)")
-    status = await pipeline.status()
+    await queue(stopped, 3, lane=0)
+    await queue(stopped, 2, lane=1)
+    await queue(stopped, 1, lane=0, attempts=MAX_ATTEMPTS)
+    await stopped.target.execute("INSERT INTO cdcsync.articles_backlog VALUES (2, 1, 'other generation', 0)")
+    status = await stopped.status()
     index = status.indexes["articles"]
     assert (index.documents, index.chunks, index.vectors) == (3, 6, 2)
     assert (index.backlog, index.backlog_live, index.failed) == (5, 3, 1)
@@ -58,40 +49,40 @@ async def test_small_tables_are_counted(pipeline: Pipeline) -> None:
     assert problem(status, "index articles: 1 chunk has no vector, see `cdcsync failures articles list`")
 
 
-async def test_large_tables_are_estimated(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_large_tables_are_estimated(stopped: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting, "COUNT_UP_TO", 20)
-    await fill(pipeline, 60)
-    await queue(pipeline, 30, lane=1)
-    await queue(pipeline, 4, lane=1, attempts=MAX_ATTEMPTS)
+    await fill(stopped, 60)
+    await queue(stopped, 30, lane=1)
+    await queue(stopped, 4, lane=1, attempts=MAX_ATTEMPTS)
     for table in ("chunks", "backlog"):
-        await pipeline.target.execute(sql.SQL("ANALYZE {}").format(sql.Identifier("cdcsync", f"articles_{table}")))
-    index = (await pipeline.status()).indexes["articles"]
+        await stopped.target.execute(sql.SQL("ANALYZE {}").format(sql.Identifier("cdcsync", f"articles_{table}")))
+    index = (await stopped.status()).indexes["articles"]
     assert (index.documents, index.chunks) == (None, 60)
     assert (index.backlog, index.backlog_live, index.failed) == (30, 0, 4)
     assert index.estimated
 
 
 async def test_what_was_never_analysed_is_counted_however_large_the_planner_takes_it_for(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+    stopped: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(counting, "COUNT_UP_TO", 50)
-    await pipeline.target.execute("ALTER TABLE cdcsync.articles_chunks SET (autovacuum_enabled = off)")
-    await fill(pipeline, 40)
-    few = (await pipeline.status()).indexes["articles"]
-    await fill(pipeline, 20, after=40)
-    many = (await pipeline.status()).indexes["articles"]
+    await stopped.target.execute("ALTER TABLE cdcsync.articles_chunks SET (autovacuum_enabled = off)")
+    await fill(stopped, 40)
+    few = (await stopped.status()).indexes["articles"]
+    await fill(stopped, 20, after=40)
+    many = (await stopped.status()).indexes["articles"]
     assert (few.chunks, few.documents, few.estimated) == (40, 20, False)
     assert many.chunks > 50
     assert (many.documents, many.estimated) == (None, True)
 
 
 async def test_an_emptied_backlog_is_empty_whatever_the_planner_believes(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+    stopped: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(counting, "COUNT_UP_TO", 2_000)
-    await queue(pipeline, 5_000)
-    await pipeline.target.execute("ANALYZE cdcsync.articles_backlog")
-    assert (await pipeline.status()).indexes["articles"].backlog == 5_000
-    await pipeline.target.execute("DELETE FROM cdcsync.articles_backlog")
-    index = (await pipeline.status()).indexes["articles"]
+    await queue(stopped, 5_000)
+    await stopped.target.execute("ANALYZE cdcsync.articles_backlog")
+    assert (await stopped.status()).indexes["articles"].backlog == 5_000
+    await stopped.target.execute("DELETE FROM cdcsync.articles_backlog")
+    index = (await stopped.status()).indexes["articles"]
     assert (index.backlog, index.backlog_live, index.failed) == (0, 0, 0)

@@ -21,7 +21,7 @@ from cdcsync.status import (
     render_table,
 )
 from cdcsync.status.generations import GenerationStatus
-from cdcsync.status.reading import FRESH
+from cdcsync.status.stream import FRESH
 from cdcsync.target.evaluations import Recall
 
 NOW = datetime(2026, 5, 4, 12, 0, tzinfo=UTC)

@@ -1,0 +1,251 @@
+"""The indexes as the target has them: their states, tables, backfills, builds and what an operator should do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import cast
+
+import msgspec
+
+from cdcsync.config import Config
+from cdcsync.postgres.sessions import Connection
+from cdcsync.status.counting import count_index
+from cdcsync.status.generations import read_generations
+from cdcsync.status.model import (
+    BackfillState,
+    BackfillStatus,
+    IndexStatus,
+)
+from cdcsync.status.progress import progress
+from cdcsync.status.tables import may_read
+from cdcsync.target import evaluations, judged_runs, settling
+from cdcsync.target.audits import TABLE as AUDITS
+from cdcsync.target.audits import Audits
+from cdcsync.target.ddl.relations import Names
+from cdcsync.target.failures.documents import TABLE, Listed, count_failed
+from cdcsync.target.generations import Generation, Generations
+from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.requests.history import History
+
+
+class Indexes(msgspec.Struct, frozen=True):
+    """The indexes that are stored, and when the oldest of them was made."""
+
+    found: dict[str, IndexStatus] = {}
+    oldest: datetime | None = None
+
+
+async def read_indexes(
+    target: Connection, config: Config, present: set[str], now: datetime, problems: list[str]
+) -> Indexes:
+    """Return the status of each index of the configuration that is stored, and add their problems to `problems`.
+
+    :param present: the names of the relations in our schema.
+    """
+    schema, slot = config.target.schema, config.source.slot
+    stored = (await Registry(schema).all(target)).values()
+    entries = [entry for entry in stored if entry.slot == slot or entry.name in config.indexes]
+    backfills = await _read_backfills(target, schema, list(config.indexes), now, problems)
+    notes = {TABLE, evaluations.TABLE, judged_runs.TABLE, settling.TABLE, AUDITS}
+    readable = await may_read(target, schema, notes & present, problems)
+    tiers = await settling.noted(target, schema) if settling.TABLE in readable else {}
+    left_out = await count_failed(target, schema) if TABLE in readable else {}
+    recalls = {}
+    if evaluations.TABLE in readable:
+        recalls = await evaluations.latest(target, schema, {entry.name: entry.generation for entry in entries})
+    judged: dict[str, list[judged_runs.Outcome]] = {}
+    if judged_runs.TABLE in readable:
+        judged = await judged_runs.outcomes(target, schema, list(config.indexes))
+    audited = await Audits(schema).all(target) if AUDITS in readable else {}
+    generations = await Generations(schema).all(target)
+    builds = {}
+    if any(entry.state == "building" for entry in entries):
+        builds = await _builds(target, schema)
+    found: dict[str, IndexStatus] = {}
+    for entry in entries:
+        name, generation = entry.name, entry.generation
+        if name not in config.indexes:
+            since = "" if entry.unfollowed_at is None else f" since {entry.unfollowed_at:%Y-%m-%d %H:%M} UTC"
+            problems.append(
+                f"index {name} is not in the configuration, so nothing keeps it in step{since}: put it back, or remove"
+                f" it with `cdcsync drop {name}`"
+            )
+            continue
+        if entry.slot != slot:
+            problems.append(
+                f"index {name} belongs to the pipeline of slot {entry.slot}: give one of the two another name"
+            )
+        status = IndexStatus(
+            *(entry.state, entry.reason, entry.source_table, entry.view_name),
+            *(entry.model, entry.dimensions, generation),
+            backfill=backfills.get(name),
+            recall=recalls.get(name),
+            judged=judged.get(name, []),
+            embedder=config.indexes[name].embedder,
+            related_tables=list(entry.tables[1:]),
+            where=entry.where,
+            tables=list(entry.members) if config.indexes[name].tables else [],
+            since={"building": entry.created_at, "live": entry.live_at, "paused": entry.paused_at}[entry.state],
+        )
+        if (audit := audited.get(name)) is not None:
+            status = msgspec.structs.replace(
+                status,
+                proven_equal_at=audit.proven_at,
+                undecided=audit.proven_without,
+                differed_at=audit.found_at,
+            )
+            if audit.found_at is not None and (audit.proven_at is None or audit.proven_at < audit.found_at):
+                problems.append(
+                    f"index {name}: the audit found documents that differed from the source, and had them read again;"
+                    " the log says of which kind (audit_found). It has not proven the index equal since"
+                )
+        problems += [f"index {name}: a table is left out: {why}" for _, why in sorted(entry.left_out.items())]
+        own = generations.get(name, [])
+        live = next((one for one in own if one.generation == generation), None)
+        if live is not None and live.embedder is not None:
+            status = msgspec.structs.replace(status, embedder=live.embedder)
+        problems += _of_other_generations(config, name, generation, own)
+        if entry.pause is not None:
+            problems.append(f"index {name} is paused: {entry.pause}")
+        vectors = f"{name}_vectors_{generation}"
+        under_way = [builds[table] for table in (f"{vectors}_settled", f"{name}_chunks") if table in builds]
+        if entry.state == "building":
+            status = msgspec.structs.replace(status, reason=_waits(entry, under_way))
+            if status.reason is not None:
+                problems.append(f"index {name} waits to be built: {status.reason}")
+        wanted = {f"{name}_chunks", vectors, f"{vectors}_fresh", f"{vectors}_settled", f"{name}_backlog"}
+        if missing := sorted(wanted - present):
+            lost = f"tables are missing: {', '.join(missing)}"
+            problems.append(f"index {name}: {lost}; `cdcsync run` creates them, `cdcsync replay {name}` fills them")
+            found[name] = msgspec.structs.replace(status, state="absent", reason=lost)
+            continue
+        if len(own) > 1:
+            measured = evaluations.TABLE in readable
+            found_of = await read_generations(target, schema, entry, own, evaluated=measured)
+            status = msgspec.structs.replace(status, generations=found_of)
+        counts = await count_index(target, Names(schema, name), generation)
+        if counts.failed:
+            failed = "1 chunk has" if counts.failed == 1 else f"{counts.failed} chunks have"
+            problems.append(f"index {name}: {failed} no vector, see `cdcsync failures {name} list`")
+        listed = left_out.get(name, Listed())
+        seen = tiers.get(name, settling.Noted(0.0, 0.0)) if counts.fresh else None
+        problems += _left_out(name, listed)
+        found[name] = msgspec.structs.replace(
+            status,
+            **msgspec.structs.asdict(counts),
+            failed_documents=listed.at_least,
+            fresh_scan_ms=None if seen is None else _rounded(seen.scan_ms),
+            settle_rate=None if seen is None else _rounded(seen.per_s),
+        )
+        built = builds.get(f"{vectors}_settled", _Build())
+        found[name] = msgspec.structs.replace(found[name], progress=progress(found[name], built.blocks))
+    if new := [name for name in config.indexes if name not in found]:
+        does = "start the worker again with this configuration" if found else "`cdcsync run` does it when it starts"
+        problems.append(f"not set up yet: {', '.join(new)}; {does}")
+    return Indexes(found, min((entry.created_at for entry in entries), default=None))
+
+
+def _of_other_generations(config: Config, name: str, live: int, generations: Sequence[Generation]) -> Iterator[str]:
+    """Say what an operator should do about the vectors that an index has beside those that searches use."""
+    wanted, names = config.indexes[name].embedder, {one.generation: one.embedder for one in generations}
+    for one in generations:
+        if one.generation != live and one.embedder not in config.embedders and one.state != "dropping":
+            yield (
+                f"index {name}: no [embedders] section makes the vectors of generation {one.generation} ({one.model}),"
+                f" so what changes gets none there; put it back, or free it: cdcsync migrate {name} drop"
+            )
+        if one.reason is not None:
+            yield (
+                f"index {name}: generation {one.generation} could not be filled, which is tried again: {one.reason}; to"
+                f" give it up: cdcsync migrate {name} drop"
+            )
+    if names.get(live) not in (None, wanted) and wanted not in names.values():
+        yield (
+            f"index {name}: the configuration asks for the embedder {wanted}, and the index goes on with"
+            f" {names[live]}; to migrate: cdcsync migrate {name} start"
+        )
+
+
+class _Build(msgspec.Struct, frozen=True):
+    """The build of a search index that is under way.
+
+    :ivar blocks: how many blocks it has read, and how many there are.
+    :ivar waits_for: the process ID of the session whose transaction it waits for.
+    """
+
+    blocks: tuple[int, int] | None = None
+    waits_for: int | None = None
+
+
+def _waits(entry: Entry, builds: Sequence[_Build]) -> str | None:
+    """Return why a building index cannot be built right now, and how to help."""
+    for build in builds:
+        if build.waits_for is not None:
+            return (
+                f"the build waits for the open transaction of the target's session with pid {build.waits_for}; end"
+                " that transaction, or wait for it"
+            )
+    return None if builds else entry.reason
+
+
+async def _builds(target: Connection, schema: str) -> dict[str, _Build]:
+    """Return the builds of search indexes that are under way, by the name of the table.
+
+    Source: PostgreSQL, "CREATE INDEX Progress Reporting"; pgvector, "Indexing Progress".
+    """
+    cursor = await target.execute(
+        "SELECT c.relname, p.blocks_done, p.blocks_total,"
+        " CASE WHEN starts_with(p.phase, 'waiting for ') THEN nullif(p.current_locker_pid, 0) END"
+        " FROM pg_stat_progress_create_index AS p JOIN pg_class AS c ON c.oid = p.relid"
+        " WHERE p.datname = current_database()"
+        " AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)",
+        [schema],
+    )
+    return {
+        cast(str, name): _Build((done, total) if total else None, pid)
+        for name, done, total, pid in await cursor.fetchall()
+    }
+
+
+def _left_out(name: str, listed: Listed) -> Iterator[str]:
+    if listed.documents or listed.unlisted:
+        rows = "1 row is" if listed.documents == 1 else f"{listed.documents} rows are"
+        more = ", and more than are listed" if listed.unlisted else ""
+        yield f"index {name}: {rows} left out{more}: no document could be made; see `cdcsync failures {name} list`"
+
+
+def absent(config: Config, name: str) -> IndexStatus:
+    """Return the status of an index that `run` has yet to set up."""
+    index = config.indexes[name]
+    return IndexStatus(
+        *("absent", "not set up yet: `cdcsync run` does it", str(index.table_name), str(index.view_name)),
+        embedder=index.embedder,
+    )
+
+
+async def _read_backfills(
+    target: Connection, schema: str, indexes: list[str], now: datetime, problems: list[str]
+) -> dict[str, BackfillStatus]:
+    """Return each index's backfill that runs, or else the next one."""
+    found = {}
+    for one in await History(schema).present(target, indexes):
+        if not one.ended:
+            rate = None
+            if one.state == "running" and one.phase == "rows" and one.rows_done and one.started_at is not None:
+                rate = one.rows_done / max(1e-6, (now - one.started_at).total_seconds())
+            eta_s = max(0, one.rows_total - one.rows_done) / rate if rate and one.rows_total is not None else None
+            found[one.index] = BackfillStatus(
+                *(one.id, one.kind, cast(BackfillState, one.state), one.phase, one.rows_done, one.rows_total),
+                *(_rounded(rate), _rounded(eta_s)),
+            )
+        elif one.state == "failed":
+            problems.append(
+                f"index {one.index}: its last {one.kind} failed ({one.error});"
+                f" `cdcsync replay {one.index}` starts another"
+            )
+    return found
+
+
+def _rounded(figure: float | None) -> float | None:
+    return None if figure is None else round(figure, 1)
