@@ -250,6 +250,13 @@ async def source(source_dsn: str) -> AsyncIterator[Connection]:
 
 
 @pytest.fixture
+async def source_session(database: Database) -> AsyncIterator[Connection]:
+    """A session as backfills have it, on a source of the newest version."""
+    async with await connect(database.dsn, "source") as connection:
+        yield connection
+
+
+@pytest.fixture
 def two_phase_slot(database: Database) -> Iterator[DecodingSlot]:
     """A slot that sends transactions when they are prepared, where the server can do that."""
     with database.connect() as connection:

@@ -75,7 +75,7 @@ EXEMPT = {
     ("target/search/query.py", "_session_function"): "makes a function of its own session",
     ("target/requests/queue.py", "end_page"): "runs in the transaction of its batch",
     ("target/requests/submission.py", "action"): "asked for by commands",
-    ("source/tables.py", "emit_mark"): "its caller has the point",
+    ("source/marks.py", "emit_mark"): "its caller has the point",
     ("source/reads.py", "reading"): "reads only",
     ("postgres/sessions.py", "connect"): "settings of the session",
     ("target/session.py", "_takes"): "always rolled back",

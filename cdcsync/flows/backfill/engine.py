@@ -26,7 +26,8 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session, connect, speaking_of
 from cdcsync.source.catalog import current_snapshot
-from cdcsync.source.tables import SourceTable, emit_mark
+from cdcsync.source.marks import emit_mark
+from cdcsync.source.tables import SourceTable
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.submission import Requests
 

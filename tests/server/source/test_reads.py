@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
 
 import anyio
 import anyio.lowlevel
@@ -90,34 +89,28 @@ async def test_the_right_to_read_the_columns_that_are_used_is_enough(database: D
     assert absent == [("7",)]
 
 
-@pytest.fixture
-async def source(database: Database) -> AsyncIterator[Connection]:
-    """A session as backfills have it."""
-    connection = await connect(database.dsn, "source")
-    yield connection
-    await connection.close()
-
-
-async def test_a_page_says_which_transactions_it_saw(database: Database, source: Connection) -> None:
+async def test_a_page_says_which_transactions_it_saw(database: Database, source_session: Connection) -> None:
     database.execute("CREATE TABLE t (id int PRIMARY KEY)")
     table = SourceTable(Shape("i", QualifiedName("public", "t"), ("id",), (), ()), ("integer",))
     with database.connect() as writing:
         writing.execute("BEGIN")
         writing.execute("INSERT INTO t VALUES (1)")
         ((xid,),) = writing.execute("SELECT pg_current_xact_id()::text").fetchall()
-        before = await table.page(source, None, 10)
+        before = await table.page(source_session, None, 10)
         writing.execute("COMMIT")
-        after = await table.page(source, None, 10)
+        after = await table.page(source_session, None, 10)
 
     assert (before.rows, before.snapshot.sees(int(xid))) == ([], False)
     assert (after.rows, after.snapshot.sees(int(xid))) == ([("1",)], True)
 
 
-async def test_a_read_holds_nothing_once_it_is_done(database: Database, source: Connection) -> None:
+async def test_a_read_holds_nothing_once_it_is_done(database: Database, source_session: Connection) -> None:
     database.execute("CREATE TABLE t (id int PRIMARY KEY)")
-    await SourceTable(Shape("i", QualifiedName("public", "t"), ("id",), (), ()), ("integer",)).page(source, None, 10)
+    await SourceTable(Shape("i", QualifiedName("public", "t"), ("id",), (), ()), ("integer",)).page(
+        source_session, None, 10
+    )
     held = await rows(
-        source,
+        source_session,
         "SELECT backend_xmin IS NULL OR pid = pg_backend_pid(), xact_start = query_start"
         " FROM pg_stat_activity WHERE pid = pg_backend_pid()",
     )

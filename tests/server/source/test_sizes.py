@@ -10,7 +10,7 @@ import pytest
 from cdcsync.config import QualifiedName
 from cdcsync.model.rows import OVERSIZED, Key, Shape
 from cdcsync.postgres.sessions import Connection, connect
-from cdcsync.source import tables
+from cdcsync.source import statements
 from cdcsync.source.tables import SourceTable
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ VALUES = {
 @pytest.fixture
 async def source(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Connection]:
     """A session as backfills have it, where values of 50,000 bytes are the largest that are read."""
-    monkeypatch.setattr(tables, "largest_value", lambda: LARGEST)
+    monkeypatch.setattr(statements, "largest_value", lambda: LARGEST)
     connection = await connect(database.dsn, "source")
     yield connection
     await connection.close()
