@@ -26,7 +26,7 @@ from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
 from cdcsync.flows.build import build_until_live
 from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool, note_for_ever, probe_for_ever, recall
-from cdcsync.flows.evaluate.recall import evaluate_for_ever
+from cdcsync.flows.evaluate.periodic import evaluate_for_ever
 from cdcsync.flows.follow.accounts import Accounts
 from cdcsync.flows.follow.apply import Applier
 from cdcsync.flows.follow.open_batch import Limits

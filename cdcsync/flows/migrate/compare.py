@@ -18,7 +18,8 @@ from psycopg import sql
 
 from cdcsync.errors import UsageError
 from cdcsync.flows.evaluate.gates import Verdict
-from cdcsync.flows.evaluate.recall import evaluate, sample_vectors
+from cdcsync.flows.evaluate.recall import evaluate
+from cdcsync.flows.evaluate.sampling import sample_vectors
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.target import evaluations

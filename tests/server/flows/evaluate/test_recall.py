@@ -2,104 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import anyio
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import pytest
 from psycopg import conninfo, sql
 
-from cdcsync.cli import main
-from cdcsync.config.sections import Hnsw
 from cdcsync.documents.templates import hash_text
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.flows.evaluate import recall
-from cdcsync.flows.evaluate.recall import Budget, evaluate, evaluate_for_ever, sample_vectors
-from cdcsync.model.spec import Distance, IndexSpec
+from cdcsync.flows.evaluate.recall import Budget, evaluate
+from cdcsync.flows.evaluate.sampling import sample_vectors
+from cdcsync.model.spec import Distance
 from cdcsync.postgres.queries import fetch_value
-from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.postgres.sessions import connect
 from cdcsync.target import evaluations
-from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.ddl.names import Names
-from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.search import Plan, nearest_statement, search, stored_spec
-from cdcsync.target.settling import Settling
-from tests.support.configs import configuration
-from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register
-from tests.support.indexes import until as until_true
-from tests.support.workers import until
+from cdcsync.target.search import Plan, nearest_statement, search
+from tests.support.indexes import SCHEMA, changes, document
+from tests.support.recalls import CROWD, counted, crowd, indexed
 
 if TYPE_CHECKING:
     from tests.support.servers import Database
-    from tests.support.workers import Pipeline
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
-
-Vectors = npt.NDArray[np.float64]
-
-CROWD = 2_500
-"""Rows that the planner does not read one by one for ten of them."""
-
-
-def crowd(count: int = CROWD) -> Vectors:
-    """Return vectors among which HNSW gets lost when it looks at few: scattered, in 16 dimensions."""
-    return np.random.default_rng(5).normal(size=(count, 16)).round(4)
-
-
-@asynccontextmanager
-async def indexed(
-    database: Database,
-    vectors: Vectors,
-    *,
-    hnsw: bool = True,
-    state: str = "live",
-    distance: Distance = "cosine",
-    vector_type: str = "vector",
-    m: int = 4,
-    quantise: Literal["none", "binary"] = "none",
-) -> AsyncIterator[tuple[LiveIndex, IndexSpec]]:
-    """Make an index that holds these vectors, a document each; the second value is it as it is stored."""
-    spec = make_spec(
-        dimensions=vectors.shape[1],
-        distance=distance,
-        hnsw=Hnsw(m=m, ef_construction=4 * m, quantise=quantise),
-        vector_type=vector_type,
-    )
-    async with live_index(database, spec) as index:
-        await Pipelines(SCHEMA, "s").ensure(index.connection, "p")
-        await register(index.connection, spec, slot="s", state=state)
-        texts = [f"text {at}" for at in range(len(vectors))]
-        documents = [document(str(at), text, carried=(str(at % 10),)) for at, text in enumerate(texts)]
-        made = {hash_text(text): vector.astype(np.float32) for text, vector in zip(texts, vectors, strict=True)}
-        await index.apply(msgspec.structs.replace(changes(*documents), vectors=made))
-        # HNSW holds what is settled: among fresh vectors, which a search compares each, nothing is missed.
-        settling = Settling(index.connection, SCHEMA, spec)
-        await settling.settle(await settling.rested(len(vectors), rest_s=0))
-        if hnsw:
-            await build_hnsw(index.connection, SCHEMA, spec)
-        await index.connection.execute("ANALYZE")
-        yield index, await stored_spec(index.connection, SCHEMA, spec.name, spec.config)
-
-
-async def counted(connection: Connection) -> tuple[int, int]:
-    """Return how often the HNSW index was scanned, and how often the vectors were read one by one."""
-    await connection.execute("SELECT pg_stat_force_next_flush()")
-    cursor = await connection.execute(
-        "SELECT i.idx_scan, t.seq_scan FROM pg_stat_user_indexes AS i JOIN pg_stat_user_tables AS t USING (relid)"
-        " WHERE i.indexrelname = 'articles_vectors_1_hnsw'"
-    )
-    row = await cursor.fetchone()
-    assert row is not None
-    return int(row[0]), int(row[1])
 
 
 # -- recall ---------------------------------------------------------------------------------------------------------
@@ -171,27 +99,6 @@ async def test_candidates_by_signs_are_compared_by_their_whole_vectors(
     assert any("Index Scan using articles_vectors_1_hnsw" in line for plan in seen for line in plan.lines)
     assert len(filtered) == 200
     assert {hit.carried["tenant"] for hit in filtered} == {7}
-
-
-async def test_a_part_of_the_queries_are_vectors_that_changed_last(database: Database) -> None:
-    async with indexed(database, crowd()) as (index, spec):
-        names = Names(SCHEMA, spec.name)
-
-        async def sampled() -> set[int]:
-            return {id_ for id_, _ in await sample_vectors(index.connection, names, "public", spec, 20)}
-
-        ((last,),) = await index.rows("SELECT max(chunk_id) FROM cdcsync.articles_vectors_1")
-        await index.connection.execute(
-            "UPDATE cdcsync.articles_vectors_1_settled SET stored_at = now() WHERE chunk_id <= 3"
-        )
-        assert {1, 2, 3} <= await sampled()
-        texts = [f"fresh {at}" for at in range(2)]
-        documents = [document(str(10_000 + at), text, carried=("1",)) for at, text in enumerate(texts)]
-        made = {hash_text(text): np.ones(16, np.float32) for text in texts}
-        await index.apply(msgspec.structs.replace(changes(*documents), vectors=made))
-        chosen = await sampled()
-    assert {1, 2, 3, last + 1, last + 2} <= chosen
-    assert len(chosen) == 20
 
 
 async def test_the_settled_tier_is_measured_by_itself_beside_both_tiers(database: Database) -> None:
@@ -286,35 +193,6 @@ async def test_searches_look_as_far_as_the_search_function_unless_told_otherwise
     assert [(one.ef_search, one.usual) for one in told] == [(40, False), (100, True)]
 
 
-async def test_equals_at_the_same_distance_are_hits_whichever_is_returned(database: Database) -> None:
-    # All are equally far from each other, and HNSW comes upon them in another order than who reads the table.
-    async with indexed(database, np.eye(60), m=32) as (index, spec):
-        # So few are searched by HNSW where the planner likes nothing else; the exact search is exact even then.
-        for way in ("seqscan", "bitmapscan", "hashjoin", "mergejoin"):
-            await index.connection.execute(sql.SQL(f"SET enable_{way} = off"))
-        scans, _ = await counted(index.connection)
-        found = await evaluate(index.connection, SCHEMA, spec, queries=30, ef_search=[99])
-        assert (await counted(index.connection))[0] == scans + 30
-    assert [(one.recall, one.by_hnsw) for one in found.measured] == [(1.0, True)]
-
-
-async def test_the_exact_search_is_exact_whatever_the_session_has_off(database: Database) -> None:
-    async with indexed(database, crowd()) as (index, spec):
-        await index.connection.execute("SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_sort = off")
-        scans, _ = await counted(index.connection)
-        found = await evaluate(index.connection, SCHEMA, spec, queries=20, ef_search=[12])
-        assert (await counted(index.connection))[0] == scans + 20
-    assert found.measured[0].by_hnsw
-    assert found.measured[0].recall < 0.9
-
-
-async def test_a_vector_does_not_find_itself(database: Database) -> None:
-    async with indexed(database, crowd()) as (index, spec):
-        # A vector that found itself would never miss.
-        found = await evaluate(index.connection, SCHEMA, spec, queries=40, k=1, ef_search=[1])
-    assert found.measured[0].recall < 0.9
-
-
 @pytest.mark.parametrize(
     ("distance", "vector_type"), [("cosine", "vector"), ("l2", "vector"), ("inner_product", "halfvec")]
 )
@@ -327,15 +205,6 @@ async def test_a_small_index_is_read_whole_and_misses_nothing(
     (one,) = found.measured
     assert (one.recall, one.by_hnsw) == (1.0, False)
     assert (found.queries, found.undirected) == ((30, 1) if distance == "cosine" else (31, 0))
-
-
-async def test_the_sample_is_as_large_as_asked_for_though_ids_have_gaps(database: Database) -> None:
-    async with indexed(database, crowd(500)) as (index, spec):
-        await index.connection.execute("DELETE FROM cdcsync.articles_vectors_1 WHERE chunk_id % 7 <> 0")
-        found = await evaluate(index.connection, SCHEMA, spec, queries=30)
-        every = await evaluate(index.connection, SCHEMA, spec, queries=400)
-    assert found.queries == 30
-    assert every.queries == 500 // 7
 
 
 async def test_a_condition_is_met_by_all_that_is_compared(database: Database) -> None:
@@ -403,15 +272,6 @@ async def test_a_single_vector_has_nothing_to_be_compared_with(database: Databas
 # -- what is stored -------------------------------------------------------------------------------------------------
 
 
-async def stored(connection: Connection, schema: str = SCHEMA) -> Sequence[tuple[Any, ...]]:
-    cursor = await connection.execute(
-        sql.SQL("SELECT generation, k, ef_search, usual, queries, recall FROM {} ORDER BY 1, 2, 3").format(
-            sql.Identifier(schema, "evaluations")
-        )
-    )
-    return await cursor.fetchall()
-
-
 async def test_where_nothing_can_be_written_it_is_measured_all_the_same(database: Database) -> None:
     async with indexed(database, crowd(60)) as (index, spec):
         reading = conninfo.make_conninfo(database.dsn, options="-c default_transaction_read_only=on")
@@ -437,105 +297,3 @@ async def test_where_nothing_can_be_written_it_is_measured_all_the_same(database
         await admin.execute("DROP TABLE cdcsync.evaluations")  # as an older version left it
         found = await evaluate(admin, SCHEMA, spec, queries=3)
         assert "a worker of this version creates it" in str(await evaluations.store(admin, SCHEMA, found))
-
-
-# -- the command and the worker -------------------------------------------------------------------------------------
-
-
-def command(*arguments: str | Path) -> int:
-    """Run the command in this process and return its exit status."""
-    with pytest.raises(SystemExit) as exited:
-        main(["evaluate", *map(str, arguments)])
-    assert isinstance(exited.value.code, int)
-    return exited.value.code
-
-
-def metrics(pipeline: Pipeline) -> dict[str, float]:
-    lines = pipeline.get("/metrics")[1].decode().splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
-
-
-def test_the_worker_measures_by_itself_and_the_command_tells(
-    database: Database, make_pipeline: Callable[[str], Pipeline], capsys: pytest.CaptureFixture[str]
-) -> None:
-    for table in ("articles", "notes", "nothing"):
-        database.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, tenant int, body text)")
-    words = "chr(97 + i % 26) || ' ' || chr(97 + i / 26 % 26) || ' word ' || i"
-    for table in ("articles", "notes"):
-        database.execute(f"INSERT INTO {table} SELECT i, i % 5, {words} FROM generate_series(1, 30) AS i")
-    pipeline = make_pipeline(
-        configuration(
-            database.dsn,
-            worker_lines="evaluate_every_s = 0.5",
-            indexes={
-                "articles": {"text": "{body}", "columns": ["tenant"]},
-                "notes": {"text": "{body}", "inline_budget_ms": 0},
-                "nothing": {"text": "{body}"},
-            },
-        )
-    )
-    pipeline.start()
-    pipeline.live()
-
-    until(lambda: metrics(pipeline).get('cdcsync_recall{index="notes"}') == 1.0, "a recall in the metrics")
-    exposed = metrics(pipeline)
-    assert exposed['cdcsync_recall{index="articles"}'] == 1.0
-    assert 'cdcsync_recall{index="nothing"}' not in exposed
-    age_s = datetime.now(UTC).timestamp() - exposed['cdcsync_recall_finished_timestamp_seconds{index="notes"}']
-    assert 0 <= age_s < 600
-    status = json.loads(pipeline.get("/status")[1])["indexes"]
-    assert (status["notes"]["generation"], status["notes"]["recall"]["k"]) == (1, 10)
-    assert status["notes"]["recall"]["queries"] == 30
-    assert status["nothing"]["recall"] is None
-    logged = pipeline.event("evaluated")
-    assert (logged["recall"], logged["k"], logged["ef_search"]) == (1.0, 10, 100)
-    assert not [event for event in pipeline.events() if event["event"].startswith("evaluation_")]
-
-    # A change is searchable by its meaning at once, or soon after: both count, what a load brought does not.
-    assert exposed["cdcsync_vector_freshness_seconds_count"] == 0
-    database.execute("INSERT INTO articles VALUES (1000, 1, 'a text of its own')")
-    until(lambda: metrics(pipeline)["cdcsync_vector_freshness_seconds_count"] == 1, "the freshness of an article")
-    database.execute("INSERT INTO notes VALUES (1000, 1, 'a text of its own'), (1001, 1, 'and another')")
-    until(lambda: metrics(pipeline)["cdcsync_vector_freshness_seconds_count"] == 3, "the freshness of notes")
-    # The first one was remembered, and so came along with its text.
-    from_backlog = 'cdcsync_vectors_total{index="notes",way="backlog"}'
-    assert metrics(pipeline)[from_backlog] > exposed.get(from_backlog, 0)
-    assert 0 < metrics(pipeline)["cdcsync_vector_freshness_seconds_sum"] < 300
-
-    capsys.readouterr()
-    config = ("-c", pipeline.path)
-    assert command("articles", *config, "--queries", "20", "--ef-search", "10", "--ef-search", "40") == 0
-    told = capsys.readouterr()
-    assert "the 10 nearest of 20 stored vectors" in told.out
-    assert re.search(r"^ *10 +1\.0000 +[\d.]+ +[\d.]+ +whole table$", told.out, re.MULTILINE)
-    assert re.search(r"^ *exact +1\.0000", told.out, re.MULTILINE)
-    assert "not stored" not in told.out
-    assert command("articles", *config, "--json", "-k", "3", "--where", "tenant = 2") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["k"], found["where"], found["measured"][0]["recall"]) == (3, "tenant = 2", 1.0)
-    assert "condition" in found["not_stored"]
-    assert pipeline.target.execute(
-        "SELECT k, ef_search FROM cdcsync.evaluations WHERE index_name = 'articles' ORDER BY 1, 2"
-    ).fetchall() == [(10, 10), (10, 40), (10, 100)]
-
-    for arguments, words in (
-        (("artikles",), "did you mean articles?"),
-        (("nothing",), "the index has no vectors to search with"),
-        (("articles", "--ef-search", "5000"), "--ef-search"),
-        (("articles", "--where", "nosuch = 1"), "nosuch"),
-    ):
-        assert command(*arguments, *config) == 2
-        told = capsys.readouterr()
-        assert told.out == ""
-        assert words in told.err
-
-
-async def test_a_failed_measurement_is_told_and_does_not_keep_others_from_theirs(database: Database) -> None:
-    async with indexed(database, crowd(20)) as (index, spec):
-        lost = msgspec.structs.replace(spec, name="lost")
-        await register(index.connection, lost, slot="s")  # with a row and no tables
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(lambda: evaluate_for_ever(database.dsn, SCHEMA, [lost, spec], every_s=0.01))
-            await until_true(lambda: stored(index.connection))
-            tasks.cancel_scope.cancel()
-        assert [row[:3] for row in await stored(index.connection)] == [(1, 10, 100)]

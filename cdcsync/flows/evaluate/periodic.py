@@ -1,0 +1,76 @@
+"""The worker's own measurements of recall, from time to time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import anyio
+import structlog
+from psycopg import sql
+
+from cdcsync.backoff import Backoff
+from cdcsync.errors import CdcsyncError, Unavailable
+from cdcsync.flows.evaluate.recall import Budget, evaluate
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_value
+from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.target import evaluations
+from cdcsync.target.ddl.relations import Names
+from cdcsync.target.registry import Registry
+from cdcsync.target.search import stored_spec
+
+log = structlog.get_logger()
+
+UNHURRIED = Budget(statement_s=30.0, most_s=60.0, share=0.2)
+"""For the worker: it has time, and an exact search reads the whole table. Where one takes longer than that, an operator
+evaluates when the target is idle."""
+
+
+async def evaluate_for_ever(
+    dsn: str, schema: str, specs: Sequence[IndexSpec], *, every_s: float, budget: Budget = UNHURRIED
+) -> None:
+    """Evaluate each live index once in `every_s` seconds, one after the other, and store the outcome; until cancelled.
+
+    The status and the metrics show what is stored.
+    """
+    async with Session(dsn, "target", application_name="cdcsync evaluate") as target:
+        backoff = Backoff(first=1.0, most=every_s)
+        await anyio.sleep(every_s)
+        while True:
+            async with backoff:
+                for spec in specs:
+                    try:
+                        await _evaluate_live(await target.connection(), schema, spec, budget)
+                    except CdcsyncError as error:
+                        log.warning("evaluation_failed", index=spec.name, error=str(error), fix=error.hint)
+                        if isinstance(error, Unavailable):
+                            raise
+                backoff.succeeded()
+                await anyio.sleep(every_s)
+
+
+async def _evaluate_live(connection: Connection, schema: str, spec: IndexSpec, budget: Budget) -> None:
+    """Evaluate an index that is live and has vectors, as it is stored now."""
+    with speaking_of("target", where=f"index {spec.name}"):
+        entry = await Registry(schema).find(connection, spec.name)
+        if entry is None or entry.state != "live":
+            return
+        vectors = Names(schema, spec.name).vectors(entry.generation)
+        if not await fetch_value(connection, sql.SQL("SELECT EXISTS (SELECT FROM {} OFFSET 1)").format(vectors)):
+            return
+        found = await evaluate(
+            connection, schema, await stored_spec(connection, schema, spec.name, spec.config), budget=budget
+        )
+        not_stored = await evaluations.store(connection, schema, found)
+    (measured,) = found.measured
+    log.info(
+        "evaluated",
+        index=spec.name,
+        recall=measured.recall,
+        k=found.k,
+        ef_search=measured.ef_search,
+        queries=found.queries,
+        by_hnsw=measured.by_hnsw,
+    )
+    if not_stored is not None:
+        log.warning("evaluation_not_stored", index=spec.name, reason=not_stored)
