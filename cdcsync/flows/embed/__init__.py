@@ -11,7 +11,9 @@ While the stream is far behind, embedding waits for a moment: what a text is now
 
     health      whether an embedder works as a whole, and until when it is left alone
     calls       one embedder's calls, and whose fault it is when one fails
+    pace        how quick an embedder is, and how large its calls should be
     dispatcher  one embedder and its queue
+    pages       a page's texts, embedded before it is applied
     pool        the connections that all loops share
     commits     when the source committed what waits
     loop        one index's backlog

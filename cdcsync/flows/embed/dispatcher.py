@@ -19,6 +19,7 @@ from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import CdcsyncError
 from cdcsync.flows.embed.calls import Calls, Made, Texts
 from cdcsync.flows.embed.health import Health, known
+from cdcsync.flows.embed.pace import LIVE_WAIT_S, MOST_WINDOWS, SMALL_CALL_TEXTS, WINDOW_TEXTS, Pace
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import DailyTokens, EmbedderState, Problem
 from cdcsync.model.lag import Lag
@@ -27,48 +28,9 @@ from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
 
-WINDOW_TEXTS = 512
-"""Texts read at once, to be sorted by length: large enough that batches have little padding, small enough to keep
-in memory."""
-
-LIVE_WAIT_S = 0.5
-"""How long a live change may wait behind texts of the backfill that are under way, where nobody says otherwise."""
-
-CALLS_AHEAD = 2
-"""Calls under way when a live change comes, on a model that takes one call at a time: one call that runs and one that
-is next. Together they take no longer than the change may wait."""
-
-FIRST_TOKENS = 1_024
-"""Tokens of a call before anything was measured: what a processor takes a fraction of a second for, and enough to keep
-its vector units busy."""
-
-MOST_CALL_TOKENS = 10**7
-"""No call grows beyond this, however fast an embedder is."""
-
-MOST_GROWTH = 2.0
-"""Calls grow and shrink by this factor at most from one to the next: a single measurement may be an accident."""
-
-WINDOW_S = 1.0
-"""How long a window should last: long beside the time in which the next one is read."""
-
-MOST_WINDOWS = 16
-"""A window grows with the number of concurrent calls, and with their speed, up to this many times its size, so that all
-have work: clusters have dozens. Some 10 MB of texts."""
-
-LONGEST_CALLS = 4
-"""A call may take so many times longer where several run at a time, at most."""
-
 REMEMBERED_VECTORS = 4_096
 """Vectors kept for texts that come back at once: rows skipped while apply held them, late inline results. 6 MB at
 384 dimensions."""
-
-
-SMALL_CALL_TEXTS = 16
-"""Calls up to this size are timed apart: what a text costs in a large call says little of what it costs alone."""
-
-SKIPPED = 0.9
-"""Each small call that is skipped as too slow lowers its estimate by this, so that a passing slowness is not held
-for ever."""
 
 
 class Dispatcher:
@@ -93,21 +55,14 @@ class Dispatcher:
         """How many calls may run at the same time."""
         self._metrics = metrics
         self._day = DailyTokens(tokens_per_day)
-        self._calls = Calls(embedder, metrics, clock, self._note_success, self._note_failure, tracing)
         self._under_way: dict[bytes, anyio.Event] = {}
         self._made: OrderedDict[bytes, FloatVector] = OrderedDict()
         self._tasks: anyio.abc.TaskGroup | None = None
         self._lengths = Lengths(embedder.tokenizer_json)
         self._tokens: OrderedDict[bytes, int] = OrderedDict()
         """Of texts that were measured; others are estimated."""
-        # Where several calls run at a time, one of them ends soon, and each costs a journey to the provider.
-        self._call_s = live_wait_s / CALLS_AHEAD * min(self.places, LONGEST_CALLS)
-        self.call_tokens = float(FIRST_TOKENS)
-        """How many tokens a call may have, so that it takes no longer than its share of what a live change may wait."""
-        self._seconds_per_text = 0.0
-        self._small_seconds_per_text = 0.0
-        self._noted_rate: float | None = None
-        """The state that a worker noted before a restart."""
+        self.pace = Pace(self.places, live_wait_s)
+        self._calls = Calls(embedder, metrics, clock, self._note_success, self.pace.failed, tracing)
         self.ready = anyio.Event()
         self.lag: Lag | None = None
         """How late the stream is."""
@@ -175,15 +130,8 @@ class Dispatcher:
             self._day.used,
             self.problem,
             self.waits_until(load=True),
-            self._texts_per_s,
+            self.pace.texts_per_s,
         )
-
-    @property
-    def _texts_per_s(self) -> float | None:
-        """How many texts a second it makes vectors of; to two digits, so that it changes seldom."""
-        if not self._seconds_per_text:
-            return self._noted_rate
-        return float(f"{self.places / self._seconds_per_text:.2g}")
 
     def recall(self, state: EmbedderState) -> None:
         """Resume from what was known before a restart; once, as what is known later is newer."""
@@ -191,6 +139,7 @@ class Dispatcher:
             self._recalled = True
             self._calls.recall(state.learnt)
             self._day.recall(state.day, state.tokens)
+            self.pace.recall(state.texts_per_s)
 
     def waits_until(self, *, load: bool) -> datetime | None:
         """Return until when texts of loads, or of live changes, wait for `tokens_per_day`; None while they do not."""
@@ -204,7 +153,7 @@ class Dispatcher:
     def free_within(self, seconds: float) -> bool:
         """Whether a call could begin now, or after what is under way has likely ended in this time."""
         loaded = self.ready.is_set() and self._tasks is not None and self.problem is None
-        return self.idle or (loaded and self._seconds_per_text * len(self._under_way) <= seconds)
+        return self.idle or (loaded and self.pace.seconds_per_text * len(self._under_way) <= seconds)
 
     async def measure(self, texts: Mapping[bytes, str]) -> dict[bytes, int]:
         """Return each text's number of tokens by its hash; what is in a window is measured once."""
@@ -223,22 +172,13 @@ class Dispatcher:
         share = max(SMALL_CALL_TEXTS, -(-len(texts) // self.places))
         for one, text in islice(texts.items(), min(share, WINDOW_TEXTS)):
             tokens += self._size(one, text)
-            if wanted and tokens > self.call_tokens:
+            if wanted and tokens > self.pace.call_tokens:
                 break
             wanted.append(text)
         return self._calls.fitting(wanted)
 
     def _size(self, one: bytes, text: str) -> int:
         return self._tokens.get(one) or estimate(text)
-
-    @property
-    def window_texts(self) -> int:
-        """How many texts a window should have: enough for every call, and for a second of an embedder as fast as this.
-
-        Between two windows nothing is embedded, which an accelerator would notice.
-        """
-        enough = max(WINDOW_TEXTS * self.places, int((self._texts_per_s or 0.0) * WINDOW_S))
-        return min(enough, WINDOW_TEXTS * MOST_WINDOWS)
 
     def remembered(self, hashes: Iterable[bytes]) -> dict[bytes, FloatVector]:
         """Return the vectors that were made recently for these texts."""
@@ -296,7 +236,7 @@ class Dispatcher:
         if (
             not missing
             or not self.free_within(budget_s / 2)
-            or not self._in_time(len(missing), budget_s)
+            or not self.pace.fits(len(missing), budget_s)
             or self._calls.fitting(missing.values()) < len(missing)
             or self.far_behind
         ):
@@ -319,23 +259,11 @@ class Dispatcher:
             await done.wait()
         return dict(made)
 
-    def _in_time(self, texts: int, budget_s: float) -> bool:
-        """Say whether a small call is likely to fit; what did not fit is tried again after some that were skipped."""
-        if self._small_seconds_per_text * texts <= budget_s:
-            return True
-        self._small_seconds_per_text *= SKIPPED
-        return False
-
-    @property
-    def measured(self) -> bool:
-        """Whether a call has told how quick the model is."""
-        return self._seconds_per_text > 0
-
     def texts_within(self, seconds: float) -> int:
         """Return how many texts are likely to take no longer than this; 0 before the first call: nobody knows."""
-        if not self.ready.is_set() or not self._seconds_per_text or self.waits_until(load=True) is not None:
+        if not self.ready.is_set() or not self.pace.measured or self.waits_until(load=True) is not None:
             return 0
-        return int(seconds / self._seconds_per_text)
+        return int(seconds / self.pace.seconds_per_text)
 
     def forget(self) -> None:
         """Forget the vectors made recently: someone wants them made anew."""
@@ -380,36 +308,14 @@ class Dispatcher:
         if failures:
             raise failures[0]
 
-    def _note_failure(self, texts: int, elapsed: float) -> None:
-        # An embedder that hangs before it fails is not quick, whatever it was before.
-        self._seconds_per_text = max(self._seconds_per_text, elapsed / texts)
-
     def _note_success(self, texts: Texts, vectors: dict[bytes, FloatVector], elapsed: float) -> None:
         name = self.embedder.name
         self._metrics.embed_texts.labels(name).inc(len(texts))
         self._metrics.embed_seconds.labels(name).observe(elapsed)
-        each = elapsed / len(texts)
-        self._seconds_per_text = _smoothed(self._seconds_per_text, each)
-        if len(texts) <= SMALL_CALL_TEXTS:
-            self._small_seconds_per_text = _smoothed(self._small_seconds_per_text, each)
         tokens = sum(self._size(one, text) for one, text in texts.items())
         self._metrics.embed_tokens.labels(name).inc(tokens)
         self._day.use(datetime.now(UTC), tokens)
-        self._pace(tokens, elapsed)
+        self.pace.succeeded(len(texts), tokens, elapsed)
         self._made.update(vectors)
         while len(self._made) > REMEMBERED_VECTORS:
             self._made.popitem(last=False)
-
-    def _pace(self, tokens: int, elapsed: float) -> None:
-        """Learn from a call how large the next ones may be.
-
-        A call that had fewer tokens than it might have says little, unless it took too long all the same.
-        """
-        if elapsed > self._call_s or tokens >= self.call_tokens / 2:
-            wanted = tokens * self._call_s / max(elapsed, 1e-6)
-            least, most = self.call_tokens / MOST_GROWTH, self.call_tokens * MOST_GROWTH
-            self.call_tokens = max(1.0, min(most, max(least, wanted), float(MOST_CALL_TOKENS)))
-
-
-def _smoothed(before: float, now: float) -> float:
-    return now if not before else 0.8 * before + 0.2 * now

@@ -125,7 +125,7 @@ class EmbedLoop:
     async def _window(self, *, lane: int | None) -> int:
         """Embed one window of due texts and return how many there were."""
         async with self._pool.backlog(self._spec) as backlog:
-            window = await backlog.window(self._dispatcher.window_texts, lane=lane)
+            window = await backlog.window(self._dispatcher.pace.window_texts, lane=lane)
         self._target_outage.succeeded()
         # Texts of about the same length together: a batch is padded to its longest.
         tokens = await self._dispatcher.measure({waiting.hash: waiting.text for waiting in window})

@@ -226,7 +226,7 @@ class Fill:
         """Return the vectors of a page if the model makes them quickly; a first call tells whether it does."""
         texts = {one.hash: one.text for one in page}
         vectors: dict[bytes, FloatVector] = {}
-        if not self._dispatcher.measured and self._dispatcher.waits_until(load=True) is None:
+        if not self._dispatcher.pace.measured and self._dispatcher.waits_until(load=True) is None:
             vectors |= await page_vectors(self._dispatcher, self._spec, dict(islice(texts.items(), TRIED_TEXTS)))
         left = {one: text for one, text in texts.items() if one not in vectors}
         if len(left) <= self._dispatcher.texts_within(QUICK_S):
@@ -235,7 +235,7 @@ class Fill:
 
     async def _wait_for_room(self, filling: Filling) -> None:
         """Wait while the stream is late, and while enough texts wait for the embed loop."""
-        most = WINDOWS * self._dispatcher.window_texts
+        most = WINDOWS * self._dispatcher.pace.window_texts
         while self._dispatcher.far_behind or await filling.waiting(most) >= most:  # noqa: ASYNC110 - the target tells
             await anyio.sleep(POLL_S)
 

@@ -17,7 +17,7 @@ from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.embedders.protocol import WORD, Kind, Vectors
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.flows.embed import Dispatcher
-from cdcsync.flows.embed.dispatcher import MOST_WINDOWS, WINDOW_TEXTS
+from cdcsync.flows.embed.pace import MOST_WINDOWS, WINDOW_TEXTS
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import Lag
 from tests.support.gates import Gated
@@ -120,7 +120,7 @@ async def test_no_more_calls_run_at_a_time_than_the_embedder_serves(places: int)
 async def test_a_small_call_waits_for_a_short_one_and_not_for_a_long_one() -> None:
     embedder = Gated()
     async with opened(embedder) as dispatcher, anyio.create_task_group() as tasks:
-        dispatcher._seconds_per_text = 0.01
+        dispatcher.pace.seconds_per_text = 0.01
         tasks.start_soon(dispatcher.embed, named("a", "b"))
         await embedder.next_call(1)
         assert dispatcher.free_within(0.025)
@@ -268,7 +268,7 @@ async def test_calls_fit_the_embedder() -> None:
     dispatcher = Small(1e-6).dispatcher(0.5)
     assert dispatcher.batch(numbered(1000, 5)) == 20
     assert dispatcher.batch(numbered(5, 5)) == 5
-    assert dispatcher.window_texts == WINDOW_TEXTS
+    assert dispatcher.pace.window_texts == WINDOW_TEXTS
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,9 @@ async def test_a_window_lasts_a_second_within_bounds(token_s: float, windows: in
 
     await learn(dispatcher, numbered(1000, 5))
 
-    assert dispatcher.window_texts == pytest.approx(windows * WINDOW_TEXTS, rel=0.05)  # speed is noted by two digits
+    assert dispatcher.pace.window_texts == pytest.approx(
+        windows * WINDOW_TEXTS, rel=0.05
+    )  # speed is noted by two digits
 
 
 async def test_tokens_of_a_window_are_those_of_the_models_own_tokenizer() -> None:
