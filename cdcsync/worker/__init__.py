@@ -3,6 +3,8 @@
     history       what it remembers of the last hour
     state         the worker as others see it
     systemd       readiness, reload and watchdog messages
+    descriptors   as many open files as the system allows
+    streaming     following the slot, over any number of connections
     pipeline      the parts of a pipeline and how they are connected
     http          health, status, metrics and the status page
     reload        reading the configuration again

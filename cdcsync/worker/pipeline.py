@@ -8,19 +8,17 @@ table that changed.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import anyio
 import structlog
 
-from cdcsync.backoff import Backoff, Failure
 from cdcsync.config import Config, RemoteEmbedder, tokens_per_day
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import DecodingFailed, RunError, SchemaChanged, SetupError, SpoolUnusable, leading
+from cdcsync.errors import RunError, SchemaChanged, SetupError, leading
 from cdcsync.flows.audit import RollingAudit, compare_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
@@ -35,27 +33,25 @@ from cdcsync.flows.follow.stream import Stream
 from cdcsync.flows.migrate.fill import Fill
 from cdcsync.flows.settle import Settle
 from cdcsync.flows.setup.approval import Held
-from cdcsync.flows.setup.gaps import refuse_moved
 from cdcsync.flows.setup.indexes import let_go, outdated, pause_indexes, set_up_indexes
-from cdcsync.flows.setup.start import refuse_early, set_up_publication, set_up_shared, starting_point
+from cdcsync.flows.setup.start import refuse_early, set_up_publication, set_up_shared
 from cdcsync.flows.watch import Watch, send_heartbeats
 from cdcsync.flows.words import count_words_for_ever
-from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
-from cdcsync.model.lag import SILENCE_S, Lag
+from cdcsync.model.lag import Lag
 from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
-from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, cancelled_by, interrupted_by
+from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupted_by
 from cdcsync.postgres.sessions import IDLE_S, Session, connect, speaking_of
 from cdcsync.preflight.indexes import Plan
-from cdcsync.source.catalog import read_catalog, read_server, running_transactions
+from cdcsync.source.catalog import read_catalog, read_server
 from cdcsync.source.many import source_table
-from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.session import ApplySession
 from cdcsync.worker.state import WorkerState
+from cdcsync.worker.streaming import Streaming
 
 log = structlog.get_logger()
 
@@ -104,7 +100,6 @@ class Pipeline:
         source_dsn, target_dsn, schema = config.source.dsn, config.target.dsn, config.target.schema
         self.session = ApplySession(target_dsn, schema, config.source.slot)
         self.reads = Session(source_dsn, "source", application_name="cdcsync re-read", idle_s=IDLE_S)
-        self.streaming = anyio.Event()
         self.lag = Lag(time.time, anyio.current_time)
         self.limits = Limits(config.worker.batch_rows, config.worker.batch_bytes)
         self.dispatchers = dispatchers
@@ -167,8 +162,9 @@ class Pipeline:
             limits=self.limits,
             stopping=state.stopping,
         )
-        self.status_every_s = config.source.feedback_every_s
-        self.silence_s = SILENCE_S
+        self.streaming = Streaming(
+            config, state, self.session, specs, self.stream, self.backfills.marks, self.deliveries, self.spool
+        )
         self.watch = Watch(
             config,
             plans,
@@ -183,10 +179,6 @@ class Pipeline:
         )
         self.stream.described = self.watch.look
         state.problems = self.watch.problems
-        self._failed_at: tuple[str, Lsn] | None = None
-        """The source's last failure to decode a change, and the checkpoint at that time."""
-        self._stuck: DecodingFailed | None = None
-        """Why the source cannot decode what follows the checkpoint, once it has failed there twice."""
         state.attach(self.lag, lambda: self.stream.checkpoint, self.dispatchers, self.reconfigure)
 
     def _look_after_others(self, spec: IndexSpec, metrics: Metrics) -> None:
@@ -254,9 +246,7 @@ class Pipeline:
                 return "outdated"
             await recall(target, *self._pipeline, self.dispatchers)
             await set_up_indexes(target, config, specs, catalog, waiting)
-        if server.wal_sender_timeout_s > 0:
-            self.status_every_s = min(config.source.feedback_every_s, server.wal_sender_timeout_s / 3)
-            self.silence_s = server.wal_sender_timeout_s
+        self.streaming.fit(server.wal_sender_timeout_s)
         async with interrupted_by(self.state.stopping, self.session.connection):
             await self.session.prepare(self.specs)
         return "ready"
@@ -291,7 +281,7 @@ class Pipeline:
                     tasks.start_soon(self.watch_once_streaming)
                     tasks.start_soon(send_heartbeats, self.config)
                     tasks.start_soon(self.state.gauges_for_ever)
-                    paused = await self.stream_for_ever()
+                    paused = await self.streaming.run()
                     tasks.cancel_scope.cancel()
                 ending.cancel_scope.cancel()
         except BaseExceptionGroup as group:
@@ -312,95 +302,17 @@ class Pipeline:
 
     async def watch_once_streaming(self) -> None:
         """Ask the source what the stream does not tell."""
-        await self.streaming.wait()
+        await self.streaming.begun.wait()
         await self.watch.run()
-
-    async def stream_for_ever(self) -> list[SchemaChanged]:
-        """Follow the slot over any number of connections until told to stop, or until indexes are paused.
-
-        :returns: why they are.
-        """
-        backoff = Backoff(self._stream_waits, until=self.state.stopping)
-        control = Session(self.config.source.dsn, "source", application_name="cdcsync control")
-        followed: int | None = None
-        """The timeline that what is remembered of deliveries belongs to."""
-        while not self.state.stopping.is_set():
-            async with backoff, control, self._disconnected_at_its_end():
-                await self.session.ensure(self.specs)
-                async with await SlotConnection.connect(self.config.source.dsn) as slot:
-                    source = await control.connection()
-                    async with cancelled_by(self.state.stopping):
-                        start = await starting_point(
-                            slot,
-                            source,
-                            self.session,
-                            self.config,
-                            [spec.name for spec in self.specs],
-                            stuck=self._stuck,
-                        )
-                        self._stuck = None
-                    if self.state.stopping.is_set():
-                        return []
-                    # The marks of pages under way may lie before what this connection will deliver.
-                    self.backfills.marks.interrupt()
-                    checkpoint, timeline = start.checkpoint, start.server.timeline
-                    if start.anew or timeline != followed:
-                        # On a new timeline, ids that were delivered may never have been given out: no snapshot would
-                        # see them. What counts is delivered again.
-                        followed = None
-                        # What these did before the slot or the publication took notice of their tables may never be
-                        # delivered.
-                        with speaking_of("source"):
-                            running = await running_transactions(source)
-                        for deliveries in self.deliveries.values():
-                            deliveries.begin_anew()
-                            deliveries.suspect(running)
-                        followed = timeline
-                    await slot.start(
-                        self.config.source.slot,
-                        [self.config.source.publication],
-                        checkpoint,
-                        streaming=self.config.source.streaming and self.spool.usable,
-                    )
-                    await refuse_moved(source, self.config.source.slot, checkpoint)
-                    await control.aclose()
-                    log.info("streaming", slot=self.config.source.slot, checkpoint=str(checkpoint))
-                    self.state.connected(True)
-                    self.streaming.set()
-                    backoff.succeeded()
-                    return await self.stream.follow(
-                        slot,
-                        checkpoint,
-                        start.server.lsn,
-                        status_every_s=self.status_every_s,
-                        silence_s=self.silence_s,
-                    )
-        return []
-
-    def _stream_waits(self, failure: Failure) -> None:
-        self.state.metrics.reconnects.labels("source").inc()
-        log.warning("stream_waits", error=str(failure.error), attempt=failure.attempt, delay_s=failure.delay_s)
-        if isinstance(failure.error, SpoolUnusable):
-            log.warning("spool_unusable", error=str(failure.error), fix=failure.error.hint)
-        if isinstance(failure.error, DecodingFailed):
-            here = (failure.error.message, self.stream.checkpoint)
-            self._failed_at, self._stuck = here, failure.error if here == self._failed_at else None
-
-    @contextlib.asynccontextmanager
-    async def _disconnected_at_its_end(self) -> AsyncIterator[None]:
-        try:
-            yield
-        finally:
-            self.state.connected(False)
 
     async def backfill_once_streaming(self) -> None:
         """Serve backfills: not before the slot exists, which would never deliver a mark written earlier."""
-        await self.streaming.wait()
+        await self.streaming.begun.wait()
         await self.backfills.run()
 
     async def compare_once_streaming(self) -> None:
         """Compare the indexes whose rows may have changed without the stream telling it."""
-        await self.streaming.wait()
+        await self.streaming.begun.wait()
         specs = {spec.name: spec for spec in self.specs}
         config = self.config
         await compare_for_ever(
@@ -412,7 +324,7 @@ class Pipeline:
         worker = self.config.worker
         if not (worker.audit_max_rows_per_s or worker.verify_every_s):
             return
-        await self.streaming.wait()
+        await self.streaming.begun.wait()
         audit = RollingAudit(
             self.config.source.dsn,
             self.config.target.dsn,

@@ -1,0 +1,149 @@
+"""Following the slot, over any number of connections.
+
+the target's session ─► the slot's connection ─► where to begin ─► the stream, until the connection breaks
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+import anyio
+import structlog
+
+from cdcsync.backoff import Backoff, Failure
+from cdcsync.config import Config
+from cdcsync.errors import DecodingFailed, SchemaChanged, SpoolUnusable
+from cdcsync.flows.backfill.marks import Marks
+from cdcsync.flows.follow.stream import Stream
+from cdcsync.flows.setup.gaps import refuse_moved
+from cdcsync.flows.setup.start import starting_point
+from cdcsync.lsn import Lsn
+from cdcsync.model.lag import SILENCE_S
+from cdcsync.model.spec import IndexSpec
+from cdcsync.model.visibility import Deliveries
+from cdcsync.postgres.interrupts import cancelled_by
+from cdcsync.postgres.sessions import Session, speaking_of
+from cdcsync.source.catalog import running_transactions
+from cdcsync.source.slot import SlotConnection
+from cdcsync.source.spool import Spool
+from cdcsync.target.session import ApplySession
+from cdcsync.worker.state import WorkerState
+
+log = structlog.get_logger()
+
+
+class Streaming:
+    """The connection to the slot, made again whenever it breaks."""
+
+    def __init__(
+        self,
+        config: Config,
+        state: WorkerState,
+        session: ApplySession,
+        specs: Sequence[IndexSpec],
+        stream: Stream,
+        marks: Marks,
+        deliveries: Mapping[str, Deliveries],
+        spool: Spool,
+    ) -> None:
+        self._config = config
+        self._state = state
+        self._session = session
+        self._specs = specs
+        self._stream = stream
+        self._marks = marks
+        self._deliveries = deliveries
+        self._spool = spool
+        self.begun = anyio.Event()
+        """Set once the slot is followed: before that, a mark would never be delivered."""
+        self._status_every_s = config.source.feedback_every_s
+        self._silence_s = SILENCE_S
+        self._failed_at: tuple[str, Lsn] | None = None
+        """The source's last failure to decode a change, and the checkpoint at that time."""
+        self._stuck: DecodingFailed | None = None
+        """Why the source cannot decode what follows the checkpoint, once it has failed there twice."""
+
+    def fit(self, wal_sender_timeout_s: float) -> None:
+        """Send statuses often enough for the source's timeout, and take longer silence for its end; 0 means none."""
+        if wal_sender_timeout_s > 0:
+            self._status_every_s = min(self._config.source.feedback_every_s, wal_sender_timeout_s / 3)
+            self._silence_s = wal_sender_timeout_s
+
+    async def run(self) -> list[SchemaChanged]:
+        """Follow the slot over any number of connections until told to stop, or until indexes are paused.
+
+        :returns: why they are.
+        """
+        backoff = Backoff(self._stream_waits, until=self._state.stopping)
+        control = Session(self._config.source.dsn, "source", application_name="cdcsync control")
+        followed: int | None = None
+        """The timeline that what is remembered of deliveries belongs to."""
+        while not self._state.stopping.is_set():
+            async with backoff, control, self._disconnected_at_its_end():
+                await self._session.ensure(self._specs)
+                async with await SlotConnection.connect(self._config.source.dsn) as slot:
+                    source = await control.connection()
+                    async with cancelled_by(self._state.stopping):
+                        start = await starting_point(
+                            slot,
+                            source,
+                            self._session,
+                            self._config,
+                            [spec.name for spec in self._specs],
+                            stuck=self._stuck,
+                        )
+                        self._stuck = None
+                    if self._state.stopping.is_set():
+                        return []
+                    # The marks of pages under way may lie before what this connection will deliver.
+                    self._marks.interrupt()
+                    checkpoint, timeline = start.checkpoint, start.server.timeline
+                    if start.anew or timeline != followed:
+                        # On a new timeline, ids that were delivered may never have been given out: no snapshot would
+                        # see them. What counts is delivered again.
+                        followed = None
+                        # What these did before the slot or the publication took notice of their tables may never be
+                        # delivered.
+                        with speaking_of("source"):
+                            running = await running_transactions(source)
+                        for deliveries in self._deliveries.values():
+                            deliveries.begin_anew()
+                            deliveries.suspect(running)
+                        followed = timeline
+                    await slot.start(
+                        self._config.source.slot,
+                        [self._config.source.publication],
+                        checkpoint,
+                        streaming=self._config.source.streaming and self._spool.usable,
+                    )
+                    await refuse_moved(source, self._config.source.slot, checkpoint)
+                    await control.aclose()
+                    log.info("streaming", slot=self._config.source.slot, checkpoint=str(checkpoint))
+                    self._state.connected(True)
+                    self.begun.set()
+                    backoff.succeeded()
+                    return await self._stream.follow(
+                        slot,
+                        checkpoint,
+                        start.server.lsn,
+                        status_every_s=self._status_every_s,
+                        silence_s=self._silence_s,
+                    )
+        return []
+
+    def _stream_waits(self, failure: Failure) -> None:
+        self._state.metrics.reconnects.labels("source").inc()
+        log.warning("stream_waits", error=str(failure.error), attempt=failure.attempt, delay_s=failure.delay_s)
+        if isinstance(failure.error, SpoolUnusable):
+            log.warning("spool_unusable", error=str(failure.error), fix=failure.error.hint)
+        if isinstance(failure.error, DecodingFailed):
+            here = (failure.error.message, self._stream.checkpoint)
+            self._failed_at, self._stuck = here, failure.error if here == self._failed_at else None
+
+    @contextlib.asynccontextmanager
+    async def _disconnected_at_its_end(self) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            self._state.connected(False)
