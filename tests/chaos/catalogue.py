@@ -220,7 +220,7 @@ CATALOGUE = (
     P(
         "servers may restart",
         "The worker outlives either server and finds it again.",
-        "worker/pipeline.py:Pipeline.stream_for_ever",
+        "worker/streaming.py:Streaming.run",
         (
             "test_servers_that_restart_or_crash_are_found_again",
             "source restarts",
