@@ -1,24 +1,27 @@
 """The command line.
 
-    streams     standard output and standard error: full, closed, or without a reader
-    consoles    the console that everything is printed on
-    printing    findings, hits, statuses and errors, for people and as JSON
-    queries     what the commands ask of both servers and of a model
-    loads       the first load as `run` shows it on a terminal
-    commands    what all commands share; `demo`, `check`, `run` and `status`
-    init        the command `init`
-    shipped     the commands of `config`
-    beside      what a command asks of a worker on this machine
-    search      the command `search`
-    teardown    the commands `teardown` and `drop`
-    replay      the command `replay`
-    verify      the command `verify`
-    figures     what `evaluate` measured, as tables
-    evaluate    the command `evaluate`
-    failures    the command `failures`
-    migrate     the command `migrate`
-    values      from the text of an option to its value
-    entry       `main`: runs a command and turns what it raises into an exit status
+    values     from the text of an option to its value
+    streams    standard output and standard error: full, closed, or without a reader
+    consoles   the console that everything is printed on
+    beside     asks a worker on this machine
+    printing   findings, hits, statuses and errors, for people and as JSON
+    figures    the figures of `evaluate`, as tables
+    plans      plans, for `plan` and `check`
+    queries    questions to both servers and to a model
+    loads      the first load as `run` shows it on a terminal
+    commands   what all commands share; `demo`, `check`, `run` and `status`
+    shipped    the commands of `config`
+    init       the command `init`
+    plan       the command `plan`
+    search     the command `search`
+    teardown   the commands `teardown` and `drop`
+    replay     the command `replay`
+    verify     the command `verify`
+    evaluate   the command `evaluate`
+    failures   the command `failures`
+    migrate    the command `migrate`
+    serve      the commands `serve`, `token` and `audit`
+    entry      `main`: runs a command and turns what it raises into an exit status
 
 The exit status is 0 when all is well, 1 when a command ran and failed, 2 when configuration, set-up or usage is wrong
 and nothing was changed, 130 after Ctrl-C, 141 when nobody reads the output any more. A file here imports only from

@@ -1,11 +1,20 @@
 """The configuration file: one TOML document, typed, with a default for everything a careful operator would choose.
 
-    names, redaction     what a name and a connection string may be, and what of it may be shown
-    values, shape        what values may be, and what a section is
-    embedders, related, rerankers, sections  the file: `Config` and the sections in it
-    problems, checking   plain data into sections, reporting all problems in plain words
-    environment          ${NAME} in texts
-    reading, rendering   `load` and `parse`; `render` and `schema`
+    names         names of PostgreSQL objects as the file writes them
+    redaction     what may be shown of a connection string
+    values        the types of single values, with their ranges
+    shape         the base of the sections: a Struct whose docstring describes its keys
+    embedders     the sections of embedders
+    related       related tables of an index
+    rerankers     the sections of rerankers
+    serving       the section of the tool server
+    sections      `Config` and its other sections
+    problems      collects the problems of a file
+    checking      plain data into sections, reporting all problems in plain words
+    environment   ${NAME} in texts
+    reading       `load` and `parse`
+    rendering     `render` and `schema`
+    differences   how two configurations differ
 
 Code outside this package imports from here. A file in it imports only from lines above its own.
 """

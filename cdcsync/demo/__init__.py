@@ -2,10 +2,13 @@
 
     server ─► a table of docstrings ─► the worker, in this process ─► first load ─► searches ─► live changes, measured
 
-    material       what it is about: the rows, the model, the configuration, the questions and the changes
-    judged         questions with known answers: first lines of docstrings
-    stage          the acts: follow the load, search, change rows and watch searches follow
-    performance    `run`: sets the stage, goes through the acts, and clears everything away
+    corpus        the text: the documentation inside Python's standard library
+    programs      PostgreSQL's own programs
+    cluster       throwaway servers
+    material      what it is about: the rows, the model, the configuration, the questions and the changes
+    judged        questions with known answers: first lines of docstrings
+    stage         the acts: follow the load, search, change rows and watch searches follow
+    performance   `run`: sets the stage, goes through the acts, and clears everything away
 
 Only the server and the text are made for the occasion: the worker is the one that `cdcsync run` runs. Server, data,
 configuration and log are in one temporary directory, which goes at the end, after Ctrl-C, and after SIGKILL too (see

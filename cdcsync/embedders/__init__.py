@@ -1,26 +1,31 @@
 """Embedding models and providers, each kind in a file of its own.
 
-    protocol                what an embedder is; what its answers are checked for
+    protocol                the interface of embedders, and the checks of their answers
     hashing                 feature hashing, without a model
     model_files             where a local model's files are
-    description             what they say about it
-    passes                  how local models share processors
+    pooling                 one vector from the vectors of a text's tokens
+    description             what those files say about a model
+    processors              how many processors this process may use
+    passes                  how local models share them
     sentence_transformers   local models
-    pooling                 one vector of the vectors of a text's tokens
     onnx                    local models without torch
-    foreign                 what a provider sends: bytes that are decoded, words that are repeated
+    foreign                 decodes what a provider sends, and what of it may be repeated
     sizes                   how large a call may be, learnt from calls that failed
     pacing                  budgets and rate limits of a provider
     provider                requests over HTTP
-    remote                  what embedders over HTTP share
-    openai, tei             providers
-    python                  a class of the user's own
-    ray, ray_pool           any of these on a Ray cluster: the worker's end, and the process that is connected
+    remote                  shared by the embedders over HTTP
+    openai                  providers with OpenAI's interface
+    tei                     Hugging Face's text-embeddings-inference
+    python                  a class of the user's
+    ray                     any other embedder on a Ray cluster: the worker's end
+    ray_pool                the process that is connected to Ray
     export                  an ONNX file of a model (a command)
     reranking               rerankers, local and by text-embeddings-inference
     queries                 models as searches use them: soon, or not at all
 
 Making an embedder is cheap and never imports torch; `open` loads what is heavy.
+
+A file imports only from lines above its own.
 """
 
 from __future__ import annotations

@@ -1,13 +1,19 @@
 """The terms in which the worker reasons: rows, transactions, batches, positions. No socket, no clock, no event loop.
 
-    rows          the columns an index needs of a row, and the changes of rows
-    conditions    which rows an index has, as far as their own values tell
-    transactions  messages of pgoutput into whole transactions
-    batch         the changes that are applied together, the last one of each key
-    progress      received, checkpoint, acknowledged: three positions and the rules between them
-    visibility    which rows of a page are older than what the stream has delivered
-    spec          one index as it is to be
-    changeset     what one batch changes in one index
+    rows           the columns an index needs of a row, and the changes of rows
+    conditions     which rows an index has, as far as their own values tell
+    vectors        vectors that a search can find
+    links          how a row of a related table tells its documents
+    transactions   pgoutput messages into whole transactions
+    batch          the changes that are applied together, the last one of each key
+    progress       received, checkpoint, acknowledged: three positions and the rules between them
+    visibility     which rows of a page are older than what the stream has delivered
+    lag            how long the oldest commit has been waiting
+    pauses         why an index does not follow its table, and whether it may resume
+    requests       requests to read a source table
+    embedding      facts about an embedder that are kept in the target
+    spec           a complete description of an index
+    changeset      what one batch changes in one index
 
 A file imports only from lines above its own.
 """

@@ -1,23 +1,28 @@
 """Preflight: proves that a configuration can work before anything is created or changed.
 
-    findings     `Finding`; how a failed check becomes one
-    source       the source's server, role, slot and publication
-    tables       each index's table, its columns and its key
-    sending      what the publication sends of them, and which of the application's writes it makes fail
-    target       the target's server, pgvector and our schema
-    types        the columns' types in the target
-    indexes      each index: its model, what is stored of it, and its `IndexSpec`
-    generations  the vectors that it has, where the configuration asks for others
-    following    whether each index can follow its table; the watch asks it too
-    dependents   what users have built on an index whose columns change
-    layout       where it is to lie: its tables, its view, its keyword search
-    embedders    the models
-    machine      this machine's disk and network
-    connections  how many connections the servers have left
-    poolers      whether a pooler lies between us and a server, and whether that matters
-    hosts        whether a DSN of several hosts leads to the primary only
-    report       `Report`, `refuse`
-    examination  `examine`, all of it in order
+    findings         `Finding`; how a failed check becomes one
+    administration   the SQL that prepares a database for a worker
+    source           the source's server, role, slot and publication
+    tables           each index's table, its columns and its key
+    proposal         an index over a table, for `init`
+    expressions      functions that reading a table runs
+    sending          what the publication sends, and which of the application's writes it makes fail
+    target           the target's server, pgvector and our schema
+    types            the columns' types in the target
+    indexes          each index: its model, what is stored of it, and its `IndexSpec`
+    families         an index over many equal tables
+    related          an index's related tables
+    generations      the vectors of an index, if the configuration asks for others
+    following        whether each index can follow its table; the watch asks it too
+    dependents       objects of users on an index whose columns change
+    layout           where an index lies: its tables, its view, its keyword search
+    embedders        the models
+    machine          this machine's disk and network
+    connections      how many connections the servers have left
+    poolers          whether there is a pooler before a server, and whether that matters
+    hosts            whether a DSN of several hosts leads to the primary only
+    report           `Report`, `refuse`
+    examination      `examine`, all of it in order
 
 Every check only reads. A failed check does not keep the next from running, so that one run reports all there is to fix.
 Code outside this package imports from here. A file in it imports only from lines above its own.

@@ -1,1 +1,30 @@
-"""The index in the target: its tables, what is written to them, and how they are searched."""
+"""The index in the target: its tables, what is written to them, and how they are searched.
+
+    version       the version of our tables
+    registry      the table `indexes`
+    pipelines     the table `pipelines`: lease, fence, checkpoint
+    generations   the table `generations`
+    approvals     the table `approvals`
+    audits        the table `audits`
+    calls         the record of calls of the tool server
+    embedders     the table `embedders`
+    evaluations   the table `evaluations`
+    judged_runs   the table `judged_runs`
+    requests/     the table `backfills`
+    ddl/          relations: how they are created, upgraded and built
+    vectors       vectors in pgvector's binary form
+    loading       documents of a new index, copied straight into its tables
+    failures/     rows and texts that failed
+    look_ups      what of a batch is new to an index
+    search/       searches
+    settling      from the fresh tier into HNSW
+    tidying       what changed vectors leave behind in the fresh tier
+    backlog       the queue of the embed loop
+    filling       the vectors of another generation
+    stage         the temporary table of a batch's rows
+    keys          the keys that an index holds
+    apply         what one index takes from a batch
+    session       the connection that writes, under lock and fence
+
+A file imports only from lines above its own.
+"""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
+from pathlib import Path
+
+import pytest
 
 from tests import ROOT
 
@@ -41,6 +45,39 @@ def test_the_files_that_the_page_names_exist() -> None:
         if not any((place / name).exists() or (place / f"{name.split('.')[0]}.py").exists() for place in places)
     ]
     assert not gone
+
+
+def siblings(folder: Path) -> dict[str, list[Path]]:
+    """Return the modules and folders of a folder, and their files."""
+    modules = {path.stem: [path] for path in folder.glob("*.py") if path.stem not in INTERNAL}
+    return modules | {path.parent.name: [*path.parent.rglob("*.py")] for path in folder.glob("*/__init__.py")}
+
+
+def imported(files: list[Path], package: str) -> set[str]:
+    """Return the modules of a package that these files import, by their names in it."""
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    found = [f"{node.module}.{one.name}" for node in nodes if isinstance(node, ast.ImportFrom) for one in node.names]
+    found += [one.name for node in nodes if isinstance(node, ast.Import) for one in node.names]
+    return {name.removeprefix(f"{package}.").split(".")[0] for name in found if name.startswith(f"{package}.")}
+
+
+@pytest.mark.parametrize(
+    "folder",
+    sorted(path.parent for path in PACKAGE.rglob("*/__init__.py")),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_each_folder_lists_its_files_in_the_order_in_which_they_import(folder: Path) -> None:
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    listed = re.findall(r"^ {4}(\w+)/? {2,}\S", text, re.MULTILINE)
+    files = siblings(folder)
+    assert sorted(listed) == sorted(files)
+    package = ".".join(folder.relative_to(ROOT).parts)
+    upwards = [
+        (name, other)
+        for place, name in enumerate(listed)
+        for other in imported(files[name], package) & set(listed[place + 1 :])
+    ]
+    assert not upwards
 
 
 def test_each_module_has_a_test_file_of_its_name_or_a_word_about_where_it_runs() -> None:

@@ -7,7 +7,11 @@ The worker fills and drops generations, as it writes all of them; a command asks
 
     present   the generations that an index has
     compare   two generations beside each other
-    start, switch, drop   what `cdcsync migrate` does: each checks, changes something in one transaction, and returns
-              what an operator sees; done twice, it finds its work done or does the rest
+    start     `migrate start`
+    switch    `migrate activate` and `rollback`
+    drop      `migrate drop`
     fill      the vectors of a generation, from the stored chunks; and its HNSW index
+
+The commands check, change something in one transaction, and return what an operator sees. Done twice, they find their
+work done or do the rest. A file imports only from lines above its own.
 """
