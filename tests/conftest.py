@@ -19,9 +19,12 @@ from cdcsync.demo.cluster import Cluster
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.ddl.shared import create_shared
 from tests.support.browsers import Browser, open_browser
+from tests.support.clocks import Clock
 from tests.support.clusters import OTHER_VERSIONS
 from tests.support.collectors import Collector
 from tests.support.decoding import TABLES, DecodingSlot
+from tests.support.endpoints import Client, View, serving
+from tests.support.failures import Target, listing
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, live_index, make_spec, register
 from tests.support.outages import CONFIG, MakeSimple
 from tests.support.preflight import LOCKED, Role
@@ -29,6 +32,7 @@ from tests.support.provider import FakeProvider, MakeEmbedder, asking
 from tests.support.proxies import Proxy
 from tests.support.roles import Roles
 from tests.support.scenes import MakeScene, scene
+from tests.support.searching import CARRIED, filled_with_rows
 from tests.support.servers import Database, Server, container, docker_answers, fresh_database
 from tests.support.serving import Office, office, served_in_a_thread
 from tests.support.statuses import Pipeline as Stopped
@@ -222,6 +226,27 @@ async def articles_and_notes(connection: Connection) -> None:
 
 
 @pytest.fixture
+async def open_listing(target: Database) -> AsyncIterator[Callable[[], Awaitable[Target]]]:
+    """Opens indexes whose failures are listed, each time by another worker."""
+    async with listing(target.dsn) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def indexes(open_listing: Callable[[], Awaitable[Target]]) -> Target:
+    """Indexes whose failures are listed."""
+    return await open_listing()
+
+
+@pytest.fixture
+async def shelf(target: Database) -> AsyncIterator[LiveIndex]:
+    """An index with carried columns, and rows of one text to tell apart by them."""
+    async with live_index(target, make_spec(carried=CARRIED)) as index:
+        await filled_with_rows(index)
+        yield index
+
+
+@pytest.fixture
 def decoding_slot(database: Database) -> Iterator[DecodingSlot]:
     """A slot in a database of its own."""
     with database.connect() as connection:
@@ -279,6 +304,25 @@ def make_proxy() -> Iterator[Callable[[int], Proxy]]:
             return proxy
 
         yield make
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that a test sets."""
+    return Clock()
+
+
+@pytest.fixture
+async def view() -> View:
+    """The state of a worker that endpoints show."""
+    return View()
+
+
+@pytest.fixture
+async def client(view: View) -> AsyncIterator[Client]:
+    """A client of those endpoints."""
+    async with serving(view) as client:
+        yield client
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The configuration file: one TOML document, typed, with a default for everything a careful operator would choose.
 
+    imports       functions and classes that are named as `package.module:Name`
     names         names of PostgreSQL objects as the file writes them
     redaction     what may be shown of a connection string
     values        the types of single values, with their ranges

@@ -11,7 +11,6 @@ change of the template.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from cdcsync.config.imports import import_named
 from cdcsync.errors import ConfigError, DocumentError
 
 RelatedRow = Mapping[str, str | None]
@@ -50,18 +50,8 @@ class Function:
 
     @cached_property
     def _function(self) -> Callable[..., Any]:
-        module_name, _, name = self.path.partition(":")
-        try:
-            found = importlib.import_module(module_name)
-            for part in name.split("."):
-                found = getattr(found, part)
-        except Exception as error:  # whatever the module does when it is imported
-            raise ConfigError(
-                f"{self.path} cannot be imported: {type(error).__name__}: {error}",
-                where=self._where,
-                hint="install the module where cdcsync runs, or name its directory in PYTHONPATH",
-            ) from error
-        if not callable(found):
+        found = import_named(self.path, ConfigError, self._where)
+        if found is None:
             raise ConfigError(f"{self.path} is not a function", where=self._where, hint="name one that can be called")
         return found
 

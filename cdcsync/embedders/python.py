@@ -10,7 +10,6 @@ own (`TextRejected`, `EmbedderUnavailable`) keeps its meaning, any other counts 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 
 from cdcsync import config
 from cdcsync.config.embedders import MAX_DIMENSIONS
+from cdcsync.config.imports import import_named
 from cdcsync.embedders.protocol import WORD, Distance, Kind, Vectors
 from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
 
@@ -62,18 +62,8 @@ class PythonEmbedder:
         self._opened = False
 
     def _make(self, settings: config.PythonEmbedder) -> Any:
-        module, _, path = settings.class_.partition(":")
-        try:
-            made = importlib.import_module(module)
-            for part in path.split("."):
-                made = getattr(made, part)
-        except Exception as error:  # whatever the module does when it is imported
-            raise EmbedderSetupError(
-                f"{self.origin} cannot be imported: {type(error).__name__}: {error}",
-                where=f"{self._where}.class",
-                hint="install the module where cdcsync runs, or name its directory in PYTHONPATH",
-            ) from error
-        if not callable(made):
+        made = import_named(self.origin, EmbedderSetupError, f"{self._where}.class")
+        if made is None:
             raise self._faulty("it is not a class", "name a class, or a function that returns an embedder")
         try:
             return made(**settings.options)
@@ -84,7 +74,7 @@ class PythonEmbedder:
             raise EmbedderSetupError(
                 f"{self.origin} failed with {_place(error)}",
                 where=self._where,
-                hint=f"check [{self._where}.options] against the arguments of {path}",
+                hint=f"check [{self._where}.options] against the arguments of {self.origin.partition(':')[2]}",
             ) from error
 
     def _faulty(self, problem: str, hint: str) -> EmbedderSetupError:

@@ -20,7 +20,7 @@ from cdcsync.postgres.sessions import Connection, first_line, passing, translate
 from cdcsync.preflight.findings import Finding, named, nearest
 from cdcsync.preflight.indexes import Plan
 from cdcsync.preflight.sending import sending_findings
-from cdcsync.preflight.tables import kind_faults, named_back, read_faults
+from cdcsync.preflight.tables import kind_faults, named_back, read_faults, unsent_faults, unsent_leaves
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.columns import Column
 from cdcsync.source.conditions import Refused, examine_condition, examine_order
@@ -160,13 +160,8 @@ def identity_faults(table: Table, columns: Sequence[str]) -> Iterator[Finding]:
             f"ALTER TABLE {table.name} REPLICA IDENTITY FULL{smaller}",
         )
         return
-    unsent = [leaf for leaf in table.leaves if leaf.kind != "r" or leaf.persistence != "p"]
-    if unsent:
-        yield Finding.error(
-            str(table.name),
-            f"the changes of foreign and unlogged partitions are not sent: {named(str(one.name) for one in unsent)}",
-            f"ALTER TABLE {table.name} DETACH PARTITION {unsent[0].name} and so on, or make them ordinary tables",
-        )
+    unsent = unsent_leaves(table)
+    yield from unsent_faults(table, unsent)
     # An old row is announced as whole when the root says FULL, and the NULLs of a leaf that logs only its key would be
     # taken for values.
     blind = [

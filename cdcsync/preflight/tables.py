@@ -23,7 +23,7 @@ from cdcsync.source.catalog import Catalog
 from cdcsync.source.columns import Column
 from cdcsync.source.conditions import Refused, examine_condition
 from cdcsync.source.publications import GENERATED_COLUMNS_VERSION, Published
-from cdcsync.source.relations import Table, TableIndex, similar_tables
+from cdcsync.source.relations import Partition, Table, TableIndex, similar_tables
 from cdcsync.target.ddl.relations import RESERVED
 
 SYSTEM_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
@@ -309,15 +309,25 @@ def named_key_faults(name: str, table: Table) -> Iterator[Finding]:
     )
 
 
-def leaf_faults(table: Table, key: str) -> Iterator[Finding]:
-    """Say which partitions would not send their changes, or not as the root promises."""
-    unsent = [leaf for leaf in table.leaves if leaf.kind != "r" or leaf.persistence != "p"]
+def unsent_leaves(table: Table) -> list[Partition]:
+    """Return the partitions whose changes are not sent: foreign and unlogged ones."""
+    return [leaf for leaf in table.leaves if leaf.kind != "r" or leaf.persistence != "p"]
+
+
+def unsent_faults(table: Table, unsent: Sequence[Partition]) -> Iterator[Finding]:
+    """Say which partitions would not send their changes."""
     if unsent:
         yield Finding.error(
             str(table.name),
             f"the changes of foreign and unlogged partitions are not sent: {named(str(one.name) for one in unsent)}",
             f"ALTER TABLE {table.name} DETACH PARTITION {unsent[0].name} and so on, or make them ordinary tables",
         )
+
+
+def leaf_faults(table: Table, key: str) -> Iterator[Finding]:
+    """Say which partitions would not send their changes, or not as the root promises."""
+    unsent = unsent_leaves(table)
+    yield from unsent_faults(table, unsent)
     blind = [leaf for leaf in table.leaves if leaf not in unsent and not set(table.key) <= set(leaf.identity)]
     if blind:
         yield Finding.error(

@@ -101,38 +101,9 @@ async def read_columns(connection: Connection, oids: Collection[int]) -> dict[in
         [list(oids)],
     )
     columns: dict[int, dict[str, Column]] = {}
-    for (
-        oid,
-        name,
-        type_,
-        not_null,
-        generated,
-        readable,
-        base,
-        labels,
-        of_type,
-        modifier,
-        number,
-        expression,
-        xmin,
-        collation,
-        deterministic,
-    ) in await cursor.fetchall():
-        columns.setdefault(oid, {})[name] = Column(
-            name,
-            type_,
-            not_null,
-            generated,
-            readable,
-            base,
-            tuple(labels),
-            (of_type, modifier),
-            number,
-            expression,
-            xmin,
-            collation,
-            deterministic,
-        )
+    for oid, *told, labels, type_oid, modifier, number, expression, xmin, collation, equal in await cursor.fetchall():
+        column = Column(*told, tuple(labels), (type_oid, modifier), number, expression, xmin, collation, equal)
+        columns.setdefault(oid, {})[column.name] = column
     return columns
 
 

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
+from tests.support.clusters import cut_off
 from tests.support.outages import MakeSimple, configure, stops_at_the_gap_and_heals
 from tests.support.proxies import Proxy
 from tests.support.servers import Database
@@ -273,21 +274,6 @@ BLOCKED = (
     " AND cardinality(pg_blocking_pids(pid)) > 0"
 )
 """The session that a lock of ours keeps from writing."""
-
-
-def cut_off(standby: Cluster, *, after: str) -> None:
-    """Let a standby have what its primary wrote up to here, and nothing more."""
-    with psycopg.connect(standby.dsn(), autocommit=True) as connection:
-        until(
-            lambda: connection.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", [after]).fetchone() == (True,),
-            "the standby to have what is indexed",
-        )
-        connection.execute("ALTER SYSTEM SET primary_conninfo = ''")
-        connection.execute("SELECT pg_reload_conf()")
-        until(
-            lambda: connection.execute("SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)").fetchone() == (True,),
-            "the standby to be cut off",
-        )
 
 
 def load(pipeline: Pipeline) -> None:

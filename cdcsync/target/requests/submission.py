@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import LiteralString, cast
 
 from psycopg import sql
 
@@ -91,15 +91,7 @@ class Requests:
         Needs a transaction around it. Documents are chunked again where a load that did not get through was to do so.
         The new request is as slow as the newest of those that it replaces, which name it.
         """
-        cursor = await connection.execute(
-            sql.SQL(
-                "UPDATE {} SET state = 'cancelled', finished_at = now() WHERE index_name = %s"
-                " AND kind IN ('initial', 'resync') AND filter IS NULL AND state = ANY(%s)"
-                " RETURNING id, max_rows_per_s"
-            ).format(self._table),
-            [index, list(OPEN)],
-        )
-        replaced = sorted(cast(list[tuple[int, int | None]], await cursor.fetchall()))
+        replaced = await self._cancel(connection, index, "kind IN ('initial', 'resync')")
         # Rows that fail again are listed again; the source may write a key differently by now.
         await connection.execute(
             sql.SQL("DELETE FROM {} WHERE index_name = %s").format(sql.Identifier(self._schema, "failed_documents")),
@@ -123,10 +115,7 @@ class Requests:
             filter_=None,
             max_rows_per_s=replaced[-1][1] if replaced else None,
         )
-        await connection.execute(
-            sql.SQL("UPDATE {} SET error = %s WHERE id = ANY(%s)").format(self._table),
-            [f"replaced by request {id_}", [one for one, _ in replaced]],
-        )
+        await self._name_successor(connection, replaced, id_)
         return id_
 
     async def follow_configuration(self, connection: Connection, index: str, *, rewrite: bool) -> int:
@@ -135,29 +124,39 @@ class Requests:
         Needs a transaction around it. It takes the place of those that were asked for so before: it reads all that they
         would have read.
         """
-        cursor = await connection.execute(
-            sql.SQL(
-                "UPDATE {} SET state = 'cancelled', finished_at = now() WHERE index_name = %s AND kind = 'replay'"
-                " AND owed AND filter IS NULL AND NOT keyed AND phase = 'rows' AND state = ANY(%s)"
-                " RETURNING id, rewrite, max_rows_per_s"
-            ).format(self._table),
-            [index, list(OPEN)],
-        )
-        replaced = sorted(cast(list[tuple[int, bool, int | None]], await cursor.fetchall()))
+        replaced = await self._cancel(connection, index, "kind = 'replay' AND owed AND NOT keyed AND phase = 'rows'")
         id_ = await self.add(
             connection,
             index,
             "replay",
-            rewrite=rewrite or any(was for _, was, _ in replaced),
+            rewrite=rewrite or any(was for *_, was in replaced),
             filter_=None,
-            max_rows_per_s=replaced[-1][2] if replaced else None,
+            max_rows_per_s=replaced[-1][1] if replaced else None,
             owed=True,
         )
+        await self._name_successor(connection, replaced, id_)
+        return id_
+
+    async def _cancel(
+        self, connection: Connection, index: str, condition: LiteralString
+    ) -> list[tuple[int, int | None, bool]]:
+        """Cancel the open requests about all rows that fulfil a condition; return their ids, paces and `rewrite`."""
+        cursor = await connection.execute(
+            sql.SQL(
+                "UPDATE {} SET state = 'cancelled', finished_at = now() WHERE index_name = %s AND filter IS NULL"
+                " AND state = ANY(%s) AND " + condition + " RETURNING id, max_rows_per_s, rewrite"
+            ).format(self._table),
+            [index, list(OPEN)],
+        )
+        return sorted(await cursor.fetchall())
+
+    async def _name_successor(
+        self, connection: Connection, replaced: Sequence[tuple[int, int | None, bool]], id_: int
+    ) -> None:
         await connection.execute(
             sql.SQL("UPDATE {} SET error = %s WHERE id = ANY(%s)").format(self._table),
             [f"replaced by request {id_}", [one for one, *_ in replaced]],
         )
-        return id_
 
     async def compare(self, connection: Connection, index: str) -> None:
         """Ask for a comparison, in the caller's transaction; one that has not begun yet sees the present, too."""

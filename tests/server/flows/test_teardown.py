@@ -39,6 +39,17 @@ def run_and_stop(pipeline: Pipeline) -> None:
     assert pipeline.stop(worker) == 0
 
 
+def set_up(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> tuple[Database, Pipeline]:
+    """Return a database that is source and target, and its pipeline, which has loaded its index and was stopped."""
+    database = make_database()
+    fill(database)
+    pipeline = make(make_pipeline, database, database)
+    run_and_stop(pipeline)
+    return database, pipeline
+
+
 def teardown(pipeline: Pipeline, *arguments: str, answer: str = "") -> subprocess.CompletedProcess[str]:
     return pipeline.command("teardown", *arguments, answer=answer)
 
@@ -91,10 +102,7 @@ def test_slot_and_publication_go_and_the_index_stays_searchable(
 def test_a_purge_leaves_nothing_behind_and_can_be_repeated(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
-    database = make_database()
-    fill(database)
-    pipeline = make(make_pipeline, database, database)
-    run_and_stop(pipeline)
+    database, pipeline = set_up(make_database, make_pipeline)
 
     first = outcomes(teardown(pipeline, "--purge", "--yes", "--json"))
     again = outcomes(teardown(pipeline, "--purge", "--yes", "--json"))
@@ -110,10 +118,7 @@ def test_a_purge_leaves_nothing_behind_and_can_be_repeated(
 def test_a_pipeline_that_was_torn_down_can_be_set_up_again(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
-    database = make_database()
-    fill(database)
-    pipeline = make(make_pipeline, database, database)
-    run_and_stop(pipeline)
+    _, pipeline = set_up(make_database, make_pipeline)
     outcomes(teardown(pipeline, "--purge", "--yes", "--json"))
 
     run_and_stop(pipeline)
@@ -125,10 +130,7 @@ def test_a_pipeline_that_was_torn_down_can_be_set_up_again(
 def test_without_a_yes_nothing_is_changed(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], answer: str, status: int
 ) -> None:
-    database = make_database()
-    fill(database)
-    pipeline = make(make_pipeline, database, database)
-    run_and_stop(pipeline)
+    database, pipeline = set_up(make_database, make_pipeline)
     before = relations(database)
 
     done = teardown(pipeline, "--purge", answer=answer)
@@ -163,10 +165,7 @@ def test_it_refuses_while_a_worker_runs(
 def test_what_a_user_built_on_the_index_is_not_dropped_with_it(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
-    database = make_database()
-    fill(database)
-    pipeline = make(make_pipeline, database, database)
-    run_and_stop(pipeline)
+    database, pipeline = set_up(make_database, make_pipeline)
     database.execute("CREATE VIEW mine AS SELECT id FROM articles_index")
 
     done = teardown(pipeline, "--purge", "--yes")

@@ -6,11 +6,19 @@ from typing import Any
 
 import pytest
 
-from cdcsync.preflight import build_embedders, examine
+from cdcsync.preflight import Report, build_embedders, examine
 from tests.support.preflight import ARTICLES, SLOT, configured, examined, lay_out, stored_spec, warnings
 from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
+
+
+async def with_other_vectors(database: Database, **changes: Any) -> Report:
+    """Return the examination of an index that is stored with such vectors, which nobody configured."""
+    database.execute(ARTICLES)
+    await lay_out(database, stored_spec(**changes), slot=SLOT)
+    config = configured(database.dsn, slot=SLOT, articles='search = ""')
+    return await examine(config, build_embedders(config, []))
 
 
 @pytest.mark.parametrize(
@@ -24,10 +32,7 @@ pytestmark = pytest.mark.server
 async def test_an_index_whose_vectors_nobody_can_make_is_paused_and_told_to_migrate(
     database: Database, changes: dict[str, Any], sign: str
 ) -> None:
-    database.execute(ARTICLES)
-    await lay_out(database, stored_spec(**changes), slot=SLOT)
-    config = configured(database.dsn, slot=SLOT, articles='search = ""')
-    report = await examine(config, build_embedders(config, []))
+    report = await with_other_vectors(database, **changes)
     assert (report.errors, report.specs) == ([], [])
     pause = report.broken["articles"]
     assert sign in pause.reason
@@ -45,10 +50,7 @@ async def test_an_index_whose_vectors_nobody_can_make_is_paused_and_told_to_migr
 async def test_an_index_keeps_the_vectors_that_it_has_until_a_migration(
     database: Database, changes: dict[str, Any], sign: str
 ) -> None:
-    database.execute(ARTICLES)
-    await lay_out(database, stored_spec(**changes), slot=SLOT)
-    config = configured(database.dsn, slot=SLOT, articles='search = ""')
-    report = await examine(config, build_embedders(config, []))
+    report = await with_other_vectors(database, **changes)
     assert (report.errors, report.broken) == ([], {})
     (spec,) = report.specs
     assert {"vector_type": spec.config.vector_type, "distance": spec.distance}.items() >= changes.items()

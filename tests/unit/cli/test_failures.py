@@ -11,17 +11,7 @@ from cdcsync.cli import main
 from cdcsync.cli.failures import _print
 from cdcsync.target.failures.documents import Listed
 from cdcsync.target.failures.listing import Failure
-
-CONFIG = """
-[source]
-dsn = "postgresql://me@127.0.0.1:1/db"
-[embedders.words]
-type = "hash"
-[indexes.articles]
-table = "articles"
-text = "{title}"
-embedder = "words"
-"""
+from tests.support.configs import NO_SERVER
 
 
 @pytest.mark.parametrize(
@@ -38,7 +28,7 @@ def test_what_cannot_be_done_is_said(
     arguments: list[str], status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "cdcsync.toml"
-    path.write_text(CONFIG)
+    path.write_text(NO_SERVER)
 
     with pytest.raises(SystemExit) as exited:
         main(["failures", *arguments, "-c", str(path)])

@@ -14,22 +14,12 @@ import pytest
 import cdcsync
 from cdcsync import config
 from cdcsync.cli import main
+from tests.support.configs import NO_SERVER
 
 FULL = Path("/dev/full")
 
 PACKAGES = str(Path(cdcsync.__file__).parents[1])
 """Where the package is, for processes that run elsewhere: it need not be installed."""
-
-NO_SERVER = """
-[source]
-dsn = "postgresql://me@127.0.0.1:1/db"
-[embedders.words]
-type = "hash"
-[indexes.articles]
-table = "articles"
-text = "{title}"
-embedder = "words"
-"""
 
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import http.client
 import re
-from collections.abc import AsyncIterator
 
 import anyio
 import pytest
@@ -18,17 +17,6 @@ pytestmark = pytest.mark.anyio
 
 
 PATHS = ("/livez", "/readyz", "/metrics", "/status", "/history", "/")
-
-
-@pytest.fixture
-async def view() -> View:
-    return View()
-
-
-@pytest.fixture
-async def client(view: View) -> AsyncIterator[Client]:
-    async with serving(view) as client:
-        yield client
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/nothing", "/status/"])

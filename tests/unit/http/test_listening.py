@@ -6,7 +6,6 @@ import http.client
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import anyio
@@ -18,17 +17,6 @@ from cdcsync.worker import http as endpoints
 from tests.support.endpoints import Answer, Client, View, serving, unexpected
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def view() -> View:
-    return View()
-
-
-@pytest.fixture
-async def client(view: View) -> AsyncIterator[Client]:
-    async with serving(view) as client:
-        yield client
 
 
 async def test_port_zero_takes_a_free_port_and_tells_it(view: View) -> None:

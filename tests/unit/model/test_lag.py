@@ -4,22 +4,9 @@ from __future__ import annotations
 
 import math
 
-import pytest
-
 from cdcsync.lsn import Lsn
 from cdcsync.model.lag import CLOSE_S, FAR_BEHIND_S, Lag
-
-
-class Clock:
-    now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+from tests.support.clocks import Clock
 
 
 def test_the_lag_is_the_age_of_the_oldest_commit_that_waits(clock: Clock) -> None:

@@ -12,20 +12,9 @@ from cdcsync.config.serving import Serve
 from cdcsync.serve import limits as module
 from cdcsync.serve.limits import COMING_BACK_S, CROWD, DAY_S, HELD_S, MESSAGES, REFUSALS_PER_S, Limits
 from cdcsync.serve.problems import Problem
+from tests.support.clocks import Clock
 
 pytestmark = pytest.mark.anyio
-
-
-class Clock:
-    now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 def limits(clock: Clock, **settings: Any) -> Limits:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import anyio
@@ -24,17 +23,6 @@ pytestmark = pytest.mark.anyio
 
 PATHS = ("/livez", "/readyz", "/metrics", "/status", "/history", "/")
 PAGE = (Path(endpoints.__file__).parent / "page.html").read_text()
-
-
-@pytest.fixture
-async def view() -> View:
-    return View()
-
-
-@pytest.fixture
-async def client(view: View) -> AsyncIterator[Client]:
-    async with serving(view) as client:
-        yield client
 
 
 # -- endpoints --------------------------------------------------------------------------------------------------

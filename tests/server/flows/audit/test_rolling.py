@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 from collections.abc import Callable
 from datetime import datetime
 
@@ -74,15 +75,23 @@ def test_what_differs_is_found_counted_by_kind_and_read_again_and_the_index_is_p
     assert status["indexes"]["articles"]["differed_at"] is not None
 
 
-def test_an_audit_whose_worker_is_killed_goes_on_where_it_was(
+def audited_slowly(
     make_database: Callable[[], Database], make_simple: MakeSimple
-) -> None:
+) -> tuple[Pipeline, subprocess.Popen[bytes]]:
+    """Return a live pipeline whose audit takes some seconds for all rows, and its worker."""
     source = make_database()
     slowly = "audit_max_rows_per_s = 400\nverify_every_s = 0.5"
     pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, rows=3_000, worker_lines=slowly)
     pipeline.hurry = {"cdcsync.flows.audit.rolling.NOTE_S": 0.5}
     worker = pipeline.start()
     pipeline.live()
+    return pipeline, worker
+
+
+def test_an_audit_whose_worker_is_killed_goes_on_where_it_was(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    pipeline, worker = audited_slowly(make_database, make_simple)
 
     def place() -> int:
         row = pipeline.target.execute("SELECT cursor[1]::int FROM cdcsync.audits WHERE phase = 'rows'").fetchone()
@@ -162,12 +171,7 @@ def test_what_changes_at_every_look_is_left_out_of_the_proof_and_counted_until_i
 def test_a_comparison_that_a_load_has_overtaken_begins_anew(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:
-    source = make_database()
-    slowly = "audit_max_rows_per_s = 400\nverify_every_s = 0.5"
-    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, rows=3_000, worker_lines=slowly)
-    pipeline.hurry = {"cdcsync.flows.audit.rolling.NOTE_S": 0.5}
-    worker = pipeline.start()
-    pipeline.live()
+    pipeline, worker = audited_slowly(make_database, make_simple)
     under_way = "SELECT FROM cdcsync.audits WHERE phase = 'rows' AND cursor[1]::int > 0 AND finished_at IS NULL"
     until(lambda: pipeline.target.execute(under_way).fetchone() is not None, pipeline.tail)
     assert pipeline.stop(worker, signal.SIGKILL) == -signal.SIGKILL

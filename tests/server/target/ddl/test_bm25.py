@@ -17,18 +17,11 @@ from cdcsync.target.ddl.building import build_search, keep_bm25
 from cdcsync.target.search import Hit, Plan, count_words, search
 from tests.support.configs import configuration
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec
+from tests.support.searching import SHELF
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
-
-SHELF = (
-    "the printer says E-716 and stops",
-    "how to reset a forgotten password of the printer",
-    "the printer prints, the printer hums, what does a printer mean?",
-    "resetting the password policy",
-    "forgotten things and a policy for the password reset",
-)
 
 LOADED = """
 SELECT current_setting('pg_textsearch.default_limit', true) IS NOT NULL

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import psycopg
 import pytest
 
 from tests.support.indexes import LiveIndex, live_index, make_spec
-from tests.support.searching import CARRIED, filled, filled_with_rows, find
+from tests.support.searching import filled, find
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
 
 Wanted = dict[str, Any]
-
-
-@pytest.fixture
-async def rows(target: Database) -> AsyncIterator[LiveIndex]:
-    async with live_index(target, make_spec(carried=CARRIED)) as index:
-        await filled_with_rows(index)
-        yield index
 
 
 @pytest.mark.parametrize(
@@ -50,9 +42,9 @@ async def rows(target: Database) -> AsyncIterator[LiveIndex]:
         ({"id": {"gte": 2, "ne": 3}}, "24"),
     ],
 )
-async def test_a_filter_holds_in_both_legs(rows: LiveIndex, wanted: Wanted, found: str) -> None:
+async def test_a_filter_holds_in_both_legs(shelf: LiveIndex, wanted: Wanted, found: str) -> None:
     for mode in ("text", "vector", "hybrid"):
-        hits = await find(rows.connection, "page", embedding="[1,2,3]", mode=mode, filter=wanted)
+        hits = await find(shelf.connection, "page", embedding="[1,2,3]", mode=mode, filter=wanted)
         assert sorted(hits) == list(found), mode
 
 
@@ -71,10 +63,10 @@ async def test_a_filter_holds_in_both_legs(rows: LiveIndex, wanted: Wanted, foun
     ],
 )
 async def test_a_wrong_filter_names_the_column_and_what_it_allows(
-    rows: LiveIndex, wanted: Wanted, problem: str, hint: str
+    shelf: LiveIndex, wanted: Wanted, problem: str, hint: str
 ) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue, match=problem) as refused:
-        await find(rows.connection, "page", filter=wanted)
+        await find(shelf.connection, "page", filter=wanted)
     assert hint in (refused.value.diag.message_hint or "")
 
 

@@ -18,7 +18,7 @@ from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.search import Mode, Plan, search
 from cdcsync.target.settling import Settling
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register
-from tests.support.searching import CARRIED, SHELF, filled, filled_with_rows, find
+from tests.support.searching import SHELF, filled, find
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -92,13 +92,6 @@ async def test_a_word_that_is_newer_than_the_counts_is_found(articles: LiveIndex
 # -- filters --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-async def rows(target: Database) -> AsyncIterator[LiveIndex]:
-    async with live_index(target, make_spec(carried=CARRIED)) as index:
-        await filled_with_rows(index)
-        yield index
-
-
 @pytest.mark.parametrize(
     "arguments",
     [{"mode": "both"}, {"k": 0}, {"skip": -1}, {"k": 900, "skip": 200}, {"vector_weight": -1.0}, {"mode": "vector"}],
@@ -112,8 +105,8 @@ async def test_an_argument_that_cannot_be_used_is_refused(articles: LiveIndex, a
 # -- hits -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_hit_has_its_columns_places_score_and_headline(rows: LiveIndex) -> None:
-    cursor = await rows.connection.execute(
+async def test_a_hit_has_its_columns_places_score_and_headline(shelf: LiveIndex) -> None:
+    cursor = await shelf.connection.execute(
         "SELECT * FROM cdcsync.articles_search('page', '[1,2,3]', 1, text_weight => 2) AS hit"
     )
     assert cursor.description is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -21,29 +21,17 @@ from cdcsync.target.keys import page_of_keys
 from cdcsync.target.requests.history import History
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.submission import Requests
-from tests.support.failures import ARTICLES, NOTES, Target, failing, listing
+from tests.support.failures import ARTICLES, NOTES, Target, failing
 from tests.support.indexes import SCHEMA, changes, document, kept
 
 if TYPE_CHECKING:
-    from tests.support.servers import Database
+    pass
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
 
 def good(*keys: str | Key, **settings: Any) -> ChangeSet:
     return changes(*(document(key, "text", carried=()) for key in keys), **settings)
-
-
-@pytest.fixture
-async def opened(target: Database) -> AsyncIterator[Callable[[], Awaitable[Target]]]:
-    """Opens the indexes, each time by another worker."""
-    async with listing(target.dsn) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def indexes(opened: Callable[[], Awaitable[Target]]) -> Target:
-    return await opened()
 
 
 # -- what is listed --------------------------------------------------------------------------------------------------
@@ -136,9 +124,9 @@ async def test_a_key_that_is_written_otherwise_is_another(indexes: Target) -> No
 
 
 async def test_nothing_is_listed_or_struck_off_by_a_batch_that_is_not_committed(
-    opened: Callable[[], Awaitable[Target]],
+    open_listing: Callable[[], Awaitable[Target]],
 ) -> None:
-    first = await opened()
+    first = await open_listing()
     await first.apply(articles=failing("1"))
     await first.connection.execute("UPDATE cdcsync.pipelines SET fence = fence + 1")
     for batch in (failing("2"), good("1"), changes(truncated=True)):
@@ -147,7 +135,7 @@ async def test_nothing_is_listed_or_struck_off_by_a_batch_that_is_not_committed(
     assert (await first.listed()).keys() == {("1",)}
 
     await first.session.aclose()
-    second = await opened()
+    second = await open_listing()
     await second.apply(articles=good("1"))
 
     assert await second.listed() == {}
@@ -194,10 +182,10 @@ async def test_the_list_costs_no_statement_while_it_is_empty(indexes: Target, mo
 
 
 @pytest.fixture
-async def narrow(opened: Callable[[], Awaitable[Target]], monkeypatch: pytest.MonkeyPatch) -> Target:
+async def narrow(open_listing: Callable[[], Awaitable[Target]], monkeypatch: pytest.MonkeyPatch) -> Target:
     """Indexes that list three rows."""
     monkeypatch.setattr(module, "MOST", 3)
-    return await opened()
+    return await open_listing()
 
 
 async def request(target: Target, **settings: Any) -> int:

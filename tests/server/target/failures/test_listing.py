@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 import anyio
 import pytest
@@ -11,7 +11,7 @@ import cdcsync.target.failures.documents as module
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.failures.documents import Listed, forget_failed
 from cdcsync.target.failures.listing import Failures
-from tests.support.failures import ARTICLES, NOTES, Target, failing, listing
+from tests.support.failures import ARTICLES, NOTES, Target, failing
 from tests.support.indexes import SCHEMA, changes, document, live_index, make_spec, until_blocked
 from tests.support.servers import Database
 
@@ -19,22 +19,10 @@ pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
 
 @pytest.fixture
-async def opened(target: Database) -> AsyncIterator[Callable[[], Awaitable[Target]]]:
-    """Opens the indexes, each time by another worker."""
-    async with listing(target.dsn) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def indexes(opened: Callable[[], Awaitable[Target]]) -> Target:
-    return await opened()
-
-
-@pytest.fixture
-async def narrow(opened: Callable[[], Awaitable[Target]], monkeypatch: pytest.MonkeyPatch) -> Target:
+async def narrow(open_listing: Callable[[], Awaitable[Target]], monkeypatch: pytest.MonkeyPatch) -> Target:
     """Indexes that list three rows."""
     monkeypatch.setattr(module, "MOST", 3)
-    return await opened()
+    return await open_listing()
 
 
 async def test_failures_show_rows_by_their_key_and_give_them_up(narrow: Target) -> None:
