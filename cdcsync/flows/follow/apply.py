@@ -1,16 +1,10 @@
 """The applier: it brings a batch to the target, whatever is away meanwhile, and returns what it did.
 
 It owns the session that holds the pipeline's lock, so it is the only writer of chunks and checkpoint.
-
-While the server writes a batch, the worker prepares the next one if that is full already. The index will then hold what
-it holds now, as another connection sees it, but for the documents of the batch that is being written. If writing that
-batch fails, the next one is prepared again. If preparing takes longer than writing, it is neither given up nor waited
-for by what is committed.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -21,7 +15,8 @@ import psycopg
 import structlog
 
 from cdcsync.backoff import Backoff, Failure
-from cdcsync.errors import CdcsyncError, SchemaChanged, TargetUnavailable, Unavailable, leading
+from cdcsync.errors import SchemaChanged, TargetUnavailable, Unavailable, leading
+from cdcsync.flows.follow.next_batch import NextBatch, nothing_follows
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
@@ -32,18 +27,10 @@ from cdcsync.model.rows import Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.pgoutput.wire import to_datetime
 from cdcsync.target.failures.documents import listable
-from cdcsync.target.look_ups import LookUps
 from cdcsync.target.session import ApplySession
 from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
-
-CONNECT_S = 1.0
-"""How long the next batch waits for the connection for its look-ups. Where a pooler has none to spare, it is prepared
-over the connection that writes."""
-
-CONNECT_AGAIN_S = 60.0
-"""How soon that connection is tried for again: with such a wait for each batch, nothing would be gained by it."""
 
 COSTS_A_ROW = (psycopg.DataError, psycopg.errors.ProgramLimitExceeded)
 """The refusals of a value that leave out its row."""
@@ -59,37 +46,6 @@ class Outcome(msgspec.Struct, frozen=True):
     changes: Mapping[str, ChangeSet]
     applied: Mapping[str, Applied]
     seconds: float
-
-
-class _Ahead:
-    """The batch after the one that is being written."""
-
-    def __init__(self, following: Callable[[], Awaitable[Batch]]) -> None:
-        self._following = following
-        self.batch: Batch | None = None
-        self.changes: Mapping[str, ChangeSet] | None = None
-        """Its changes, once they are prepared."""
-        self._rewriting: set[str] = set()
-
-    async def take(self) -> Batch:
-        """Return the batch once it is full."""
-        if self.batch is None:
-            self.batch = await self._following()
-            self._rewriting = _rewriting(self.batch)
-        return self.batch
-
-    def changes_of(self, batch: Batch) -> Mapping[str, ChangeSet] | None:
-        """Return what was prepared of a batch; None if it was another one, or is to be written anew by now."""
-        return self.changes if batch is self.batch and _rewriting(batch) == self._rewriting else None
-
-
-def _rewriting(batch: Batch) -> set[str]:
-    return {index for index, changes in batch.indexes.items() if changes.rewrite}
-
-
-async def _nothing_follows() -> Batch:
-    await anyio.sleep_forever()
-    raise AssertionError
 
 
 class Applier:
@@ -115,21 +71,19 @@ class Applier:
         self._metrics = metrics
         self._tracing = tracing
         self._backoff = Backoff(self._waits, first=first_wait_s, most=10)
-        self._ahead = _Ahead(_nothing_follows)
-        self._looks_ahead_at = -math.inf
-        """When the connection for look-ups is tried for again."""
+        self._next = NextBatch(session, preparers)
 
     @property
     def following(self) -> Batch | None:
         """The batch to be applied next, if it was taken while the last one was written."""
-        return self._ahead.batch
+        return self._next.batch
 
     async def apply(
         self,
         batch: Batch,
         *,
         caught_up: Callable[[], bool],
-        following: Callable[[], Awaitable[Batch]] = _nothing_follows,
+        following: Callable[[], Awaitable[Batch]] = nothing_follows,
         committed: Callable[[Outcome], None] = lambda _: None,
     ) -> None:
         """Commit a batch, trying again for as long as a server is away, and finish preparing the next one if it began.
@@ -148,8 +102,8 @@ class Applier:
             self._backoff.succeeded()
             committed(Outcome(changes, applied, anyio.current_time() - started))
 
-        changes = self._ahead.changes_of(batch)
-        self._ahead = _Ahead(following)
+        changes = self._next.changes_of(batch)
+        self._next.await_from(following)
         left_out = Counter[str]()
         with self._tracing.batch(batch.origins, rows=batch.rows, transactions=batch.transactions):
             while True:
@@ -169,7 +123,7 @@ class Applier:
                     await self._backoff.wait(error)
                 else:
                     return
-                changes = self._ahead.changes = None
+                changes = self._next.changes = None
 
     async def awaited(self) -> bool:
         """Say whether a reader waits for a position; False if the target is away."""
@@ -207,18 +161,11 @@ class Applier:
         done: Callable[[Mapping[str, ChangeSet], Mapping[str, Applied]], None],
     ) -> None:
         """Commit a batch; meanwhile, and to the end, prepare the one that follows if there is one."""
-        started, waiting = anyio.current_time(), anyio.CancelScope()
-
-        async def look_ahead() -> None:
-            with waiting:
-                await self._ahead.take()
-            if self._ahead.batch is not None:
-                await self._prepare_ahead(self._ahead.batch, changes)
-
+        waiting = anyio.CancelScope()
         try:
             async with anyio.create_task_group() as tasks:
-                if started >= self._looks_ahead_at and all(self._preparers[one].looks_ahead for one in changes):
-                    tasks.start_soon(look_ahead)
+                if self._next.possible_beside(changes):
+                    tasks.start_soon(self._next.prepare, changes, waiting)
                 with self._tracing.span("cdcsync.commit"):
                     applied = await self._commit(changes, batch, caught_up)
                 # No await in between: if this is cancelled, everything that is committed has been accounted for.
@@ -229,42 +176,6 @@ class Applier:
         except BaseExceptionGroup as group:
             error = leading(group)
             raise error from error.__cause__
-
-    async def _prepare_ahead(self, batch: Batch, before: Mapping[str, ChangeSet]) -> None:
-        try:
-            prepared = {}
-            for index, of_index in batch.indexes.items():
-                look_ups = await self._look_ups(index)
-                changes = await self._preparers[index].prepare(of_index, look_ups, before.get(index))
-                prepared[index] = msgspec.structs.replace(changes, staged=await self._stage(index, changes))
-            self._ahead.changes = prepared
-        except CdcsyncError as error:
-            # It is prepared again once the batch before it is written, and meets the same error if that stays. If the
-            # target has no connection to spare for the look-ups, that is all there is to it.
-            log.debug("not_prepared_ahead", error=str(error))
-
-    async def _look_ups(self, index: str) -> LookUps:
-        """Return look-ups beside the connection that writes.
-
-        :raises TargetUnavailable, SetupError: there are none; nobody tries for some time.
-        """
-        try:
-            with anyio.fail_after(CONNECT_S):
-                return await self._session.look_ups(index)
-        except (CdcsyncError, TimeoutError) as error:
-            self._looks_ahead_at = anyio.current_time() + CONNECT_AGAIN_S
-            if isinstance(error, CdcsyncError):
-                raise
-            raise TargetUnavailable("no connection for look-ups came in time", where="target") from None
-
-    async def _stage(self, index: str, changes: ChangeSet) -> Sequence[bytes] | None:
-        if changes.new:
-            return None
-        staged = []
-        for block in self._session.writer(index).stage(changes):
-            staged.append(block)
-            await anyio.lowlevel.checkpoint()
-        return staged
 
     async def _commit(self, changes: Mapping[str, ChangeSet], batch: Batch, caught_up: bool) -> Mapping[str, Applied]:
         # Cancelled in the middle, the driver could leave the transaction open: one that has begun is finished.
