@@ -82,7 +82,7 @@ class Described:
 
     def __init__(self, files: ModelFiles, description: Description) -> None:
         self._files = files
-        self._description = description
+        self.description = description
 
     @property
     def origin(self) -> str:
@@ -97,22 +97,22 @@ class Described:
     @property
     def dimensions(self) -> int:
         """Length of the vectors, once they are cut."""
-        return self._description.dimensions
+        return self.description.dimensions
 
     @property
     def distance(self) -> Distance:
         """The distance that the model was made for; cosine where it does not say."""
-        return self._description.distance
+        return self.description.distance
 
     @property
     def tokenizer_json(self) -> str | None:
         """The model's tokenizer, without truncation and padding."""
-        return self._description.tokenizer_json
+        return self.description.tokenizer_json
 
     @property
     def max_input_tokens(self) -> int | None:
         """How many tokens of a document the model reads, special tokens and prompt not counted."""
-        return self._description.max_input_tokens
+        return self.description.max_input_tokens
 
     def fitting(self, texts: Sequence[str]) -> int:
         """Return the number of texts: a call cuts them into passes itself."""

@@ -49,7 +49,7 @@ def export(model: str, directory: Path, *, revision: str | None = None) -> float
         "model", config.SentenceTransformersEmbedder(model=model, revision=revision, device="cpu")
     )
     files = locate(model, revision, where="model")
-    fetch_weights(files, with_torch._description.weights, where="model")
+    fetch_weights(files, with_torch.description.weights, where="model")
     for path in sorted(files.directory.rglob("*")):
         if path.suffix in (".json", ".txt", ".model"):
             copy = directory / path.relative_to(files.directory)

@@ -78,7 +78,7 @@ class OnnxEmbedder(Described):
     @cached_property
     def identity(self) -> str:
         """A name for everything that determines the vectors. The first call blocks, if the file has to be hashed."""
-        return self._description.identity(self._files)
+        return self.description.identity(self._files)
 
     async def open(self) -> None:
         """Load the model, downloading its file if need be. Calling it again does nothing.
@@ -103,7 +103,7 @@ class OnnxEmbedder(Described):
     def _load(self) -> None:
         if self._session is not None:
             return
-        names = self._description.weights
+        names = self.description.weights
         fetch_weights(self._files, names, where=self._where)
         quiet()
         try:
@@ -126,8 +126,8 @@ class OnnxEmbedder(Described):
                 where=self._where,
                 hint=f"check that the file is whole ({self._files.origin})",
             ) from error
-        tokenizer = tokenizers.Tokenizer.from_str(self._description.tokenizer_json)
-        if (reads := self._description.reads) is not None:
+        tokenizer = tokenizers.Tokenizer.from_str(self.description.tokenizer_json)
+        if (reads := self.description.reads) is not None:
             tokenizer.enable_truncation(max_length=reads, direction=self._truncation_side)
         self._check(session)
         self._session, self._tokenizer = session, tokenizer
@@ -167,7 +167,7 @@ class OnnxEmbedder(Described):
         vectors = np.empty((len(texts), self.dimensions), np.float32)
         if not texts:
             return vectors
-        prompt = self._description.prompts[kind]
+        prompt = self.description.prompts[kind]
         wanted = [one.name for one in session.get_inputs()]
         try:
             encoded = tokenizer.encode_batch([prompt + text for text in texts])
@@ -201,7 +201,7 @@ class OnnxEmbedder(Described):
         if self._of_length_one:
             pooled = _of_length_one(pooled)
         pooled = pooled[:, : self.dimensions]
-        return _of_length_one(pooled) if self._description.normalize else pooled
+        return _of_length_one(pooled) if self.description.normalize else pooled
 
 
 def _of_length_one(vectors: npt.NDArray[np.float32]) -> Vectors:

@@ -68,7 +68,7 @@ class Budget:
 
 
 class Pace:
-    """One provider's budgets and its own wishes."""
+    """One provider's budgets, and the waits that it asks for."""
 
     def __init__(self, now: float, *, requests_per_minute: float | None, tokens_per_minute: float | None) -> None:
         self._requests = None if requests_per_minute is None else Budget(requests_per_minute, now)

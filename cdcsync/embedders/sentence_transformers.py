@@ -74,7 +74,7 @@ class SentenceTransformersEmbedder(Described):
         files = locate(settings.model, settings.revision, where=self._where, code=settings.trust_remote_code)
         super().__init__(files, describe(files, settings, where=self._where))
         self.concurrency = _calls(settings)
-        self._lengths = Lengths(self._description.tokenizer_json)
+        self._lengths = Lengths(self.description.tokenizer_json)
         self._turn = anyio.CapacityLimiter(self.concurrency)
         self._pass_tokens: int | None = None
         """How many tokens one forward pass may have; None on an accelerator."""
@@ -86,7 +86,7 @@ class SentenceTransformersEmbedder(Described):
     @cached_property
     def identity(self) -> str:
         """A name for everything that determines the vectors. The first call blocks, if weights have to be hashed."""
-        described = self._description
+        described = self.description
         loaded = described.weights + exported(self._files, self._settings.backend)
         return msgspec.structs.replace(described, weights=loaded).identity(self._files)
 
@@ -120,7 +120,7 @@ class SentenceTransformersEmbedder(Described):
     def _load(self) -> None:
         if self._model is not None:
             return
-        fetch_weights(self._files, self._description.weights, where=self._where)
+        fetch_weights(self._files, self.description.weights, where=self._where)
         quiet()
         if self._settings.backend == "openvino":
             _keep_usage_private()
@@ -217,7 +217,7 @@ class SentenceTransformersEmbedder(Described):
         if self._settings.dimensions is not None:
             dimensions = min(dimensions, self._settings.dimensions)
         reads = model.max_seq_length
-        described = self._description
+        described = self.description
         if dimensions != described.dimensions or (described.reads is not None and reads < described.reads):
             raise EmbedderSetupError(
                 f"the loaded model has {dimensions} dimensions and reads {reads} tokens;"
@@ -241,10 +241,10 @@ class SentenceTransformersEmbedder(Described):
             for places in passes(lengths, self._settings.batch_size, self._pass_tokens):
                 vectors[places] = self._model.encode(
                     [texts[place] for place in places],
-                    prompt=self._description.prompts[kind],
+                    prompt=self.description.prompts[kind],
                     batch_size=len(places),
                     truncate_dim=self._settings.dimensions,
-                    normalize_embeddings=self._description.normalize,
+                    normalize_embeddings=self.description.normalize,
                     convert_to_numpy=True,
                     show_progress_bar=False,
                 )

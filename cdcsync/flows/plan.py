@@ -23,7 +23,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.preflight import Report
 from cdcsync.preflight.dependents import dependents_findings
-from cdcsync.preflight.generations import wish_findings
+from cdcsync.preflight.generations import vector_findings
 from cdcsync.preflight.indexes import Plan
 from cdcsync.source.catalog import Catalog, read_slot
 from cdcsync.target.approvals import Approvals, change_of
@@ -233,9 +233,9 @@ class _Planning:
 
     async def _vectors_remaining(self, spec: IndexSpec) -> list[str]:
         examined = self._plans[spec.name]
-        wish, has = examined.wish, (spec.model, spec.dimensions, spec.config.vector_type, spec.distance)
-        if wish is not None and wish.made_by != has:
-            told = wish_findings(examined, Generation.of(spec, "ready"))
+        wanted, has = examined.wanted, (spec.model, spec.dimensions, spec.config.vector_type, spec.distance)
+        if wanted is not None and wanted.made_by != has:
+            told = vector_findings(examined, Generation.of(spec, "ready"))
             return [f"{one.message}; {one.hint}" if one.hint else one.message for one in told]
         with speaking_of("target", where=f"index {spec.name}"):
             built: dict[str, object] = {
@@ -243,11 +243,11 @@ class _Planning:
                 **await hnsw_options(self._target, self._config.target.schema, spec),
             }
         hnsw = self._config.indexes[spec.name].hnsw
-        wanted = {"m": hnsw.m, "ef_construction": hnsw.ef_construction, "quantise": hnsw.quantise}
+        settings = {"m": hnsw.m, "ef_construction": hnsw.ef_construction, "quantise": hnsw.quantise}
         return [
             f"hnsw.{name} is {built[name]} in the index and {value} in the configuration:"
             f" cdcsync migrate {spec.name} start builds it again"
-            for name, value in wanted.items()
+            for name, value in settings.items()
             if name in built and built[name] != value
         ]
 
@@ -329,7 +329,7 @@ def _unused(
         if plan.embedder is None:
             return True  # nobody can tell
         of = (one for one in generations.get(name, ()) if one.generation == generation)
-        return plan.wish is not None and any(plan.wish.is_met_by(one) for one in of)
+        return plan.wanted is not None and any(plan.wanted.is_met_by(one) for one in of)
 
     return [
         Spare(name, generation, size, None, f"cdcsync migrate {name} drop")

@@ -20,7 +20,7 @@ from cdcsync.preflight.expressions import examine_expressions
 from cdcsync.preflight.families import followed_catalog, left_out_findings
 from cdcsync.preflight.findings import Finding, noting
 from cdcsync.preflight.following import following_findings, seen_fingerprint
-from cdcsync.preflight.generations import follow_generations, live_generation, wish_findings
+from cdcsync.preflight.generations import follow_generations, live_generation, vector_findings
 from cdcsync.preflight.hosts import connection_options, host_faults
 from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults, vector_faults
 from cdcsync.preflight.layout import examine_layout
@@ -249,7 +249,7 @@ async def _examine_indexes(
             follow_generations(plan, stored, facts.generations.get(plan.name, []), embedders)
             plan.unlike = list(vector_faults(plan, stored))
             if not plan.unlike:
-                plan.findings += wish_findings(plan, live_generation(stored, facts.generations.get(plan.name, [])))
+                plan.findings += vector_findings(plan, live_generation(stored, facts.generations.get(plan.name, [])))
             plan.findings += plan.unlike
         await examine_layout(target, config, plan.name, facts, plan.findings)
         published = publication.tables.get(plan.index.table_name) if publication is not None else None

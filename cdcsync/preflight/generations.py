@@ -16,7 +16,7 @@ from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Distance, Embedder
 from cdcsync.errors import ConfigError
 from cdcsync.preflight.findings import Finding
-from cdcsync.preflight.indexes import Plan, Wish, distance_of, fingerprint
+from cdcsync.preflight.indexes import Plan, WantedVectors, distance_of, fingerprint
 from cdcsync.target.generations import Generation
 from cdcsync.target.registry import Entry
 
@@ -47,7 +47,7 @@ def embedder_of(one: Generation, embedders: Mapping[str, Embedder], *first: str)
 def follow_generations(
     plan: Plan, stored: Entry, generations: Sequence[Generation], embedders: Mapping[str, Embedder]
 ) -> None:
-    """Have a plan go by the vectors that the index has; what the configuration asks for is left in `plan.wish`.
+    """Have a plan go by the vectors that the index has; what the configuration asks for is left in `plan.wanted`.
 
     The plan stays as it is where the configuration has no embedder for the vectors that searches use.
     """
@@ -59,24 +59,24 @@ def follow_generations(
     ]
     if plan.embedder is None:
         return
-    wish = Wish(plan.index, plan.embedder, distance_of(plan.index, plan.embedder))
+    wanted = WantedVectors(plan.index, plan.embedder, distance_of(plan.index, plan.embedder))
     name = embedder_of(live, embedders, plan.index.embedder)
-    plan.wish = None if wish.is_met_by(live) else wish
+    plan.wanted = None if wanted.is_met_by(live) else wanted
     if name is None:
         return
     plan.embedder = embedders[name]
     plan.index = msgspec.structs.replace(live, embedder=name).settings(plan.index)
     if distance_of(plan.index, plan.embedder) != live.distance:
         plan.index = msgspec.structs.replace(plan.index, distance=cast(Distance, live.distance))
-    _recognise_chunks(plan, stored, wish, embedders)
+    _recognise_chunks(plan, stored, wanted, embedders)
 
 
-def _recognise_chunks(plan: Plan, stored: Entry, wish: Wish, embedders: Mapping[str, Embedder]) -> None:
+def _recognise_chunks(plan: Plan, stored: Entry, wanted: WantedVectors, embedders: Mapping[str, Embedder]) -> None:
     """Find the embedder whose tokens the stored chunks are measured in; else they are cut anew, by the live one's."""
     if plan.documents is None:
         return
     found: dict[str, str] = {}
-    names = [plan.index.embedder, wish.index.embedder]
+    names = [plan.index.embedder, wanted.index.embedder]
     for name, own in cuts(plan.documents.fingerprint, plan.index.chunking, embedders, *names):
         found[name] = own
         if own == stored.fingerprint:
@@ -102,23 +102,24 @@ def cuts(
         yield name, fingerprint(documents, chunker.fingerprint)
 
 
-def wish_findings(plan: Plan, live: Generation) -> Iterator[Finding]:
+def vector_findings(plan: Plan, live: Generation) -> Iterator[Finding]:
     """Say that an index has other vectors than the configuration asks for, and how it gets them.
 
     :param live: the generation that searches use.
     """
-    wish, where = plan.wish, f"indexes.{plan.name}"
-    if wish is None:
+    wanted, where = plan.wanted, f"indexes.{plan.name}"
+    if wanted is None:
         return
-    hnsw = wish.index.hnsw
-    asked = f"{wish.index.embedder} ({wish.embedder.dimensions} dimensions, {wish.index.vector_type}, {wish.distance})"
+    hnsw = wanted.index.hnsw
+    described = f"{wanted.embedder.dimensions} dimensions, {wanted.index.vector_type}, {wanted.distance}"
+    asked = f"{wanted.index.embedder} ({described})"
     has = f"{live.model} ({live.dimensions} dimensions, {live.vector_type}, {live.distance})"
-    if wish.made_by == live.made_by:
+    if wanted.made_by == live.made_by:
         asked, has = (
             f"{asked} with hnsw.m {hnsw.m}, hnsw.ef_construction {hnsw.ef_construction}, hnsw.quantise {hnsw.quantise}",
             f"{has} with {live.m}, {live.ef_construction}, {live.quantise}",
         )
-    met = next((one for one in plan.generations if wish.is_met_by(one)), None)
+    met = next((one for one in plan.generations if wanted.is_met_by(one)), None)
     if met is not None:
         if met.state == "filling":
             yield Finding.ok(where, f"generation {met.generation}, by {asked}, is being filled beside the live one")

@@ -37,7 +37,7 @@ FINGERPRINT_DIGITS = 32
 """128 bits in hexadecimal, as for the hashes of documents."""
 
 
-class Wish(msgspec.Struct, frozen=True):
+class WantedVectors(msgspec.Struct, frozen=True):
     """The vectors that the configuration asks for, where the index has others."""
 
     index: Index
@@ -89,7 +89,7 @@ class Plan(msgspec.Struct):
     """Whether the catalog tells that the table is not fit for the index, so that the watch sees when it is."""
     generations: list[Generation] = []
     """The index's other generations of vectors, besides the live one."""
-    wish: Wish | None = None
+    wanted: WantedVectors | None = None
     """The vectors that the configuration asks for, where the index has others; `index` and `embedder` are then what it
     has, if the configuration has an embedder for that."""
     cutter: str | None = None

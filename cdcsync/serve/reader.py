@@ -20,13 +20,15 @@ from cdcsync.errors import CdcsyncError, EmbedError, TextRejected
 from cdcsync.index import Index
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
-from cdcsync.postgres.queries import fetch_row, fetch_value
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.messages import Answer, ColumnInfo, Document, Found, IndexInfo, SearchRequest
 from cdcsync.serve.problems import Problem
 from cdcsync.serve.visibility import Visibility
 from cdcsync.target.ddl.names import Names
+from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.registry import Registry
 from cdcsync.target.search import Hit
 from cdcsync.tracing import Tracing
 
@@ -175,21 +177,15 @@ class Offered(Index):
         """Return what a filter can say of the index, and how fresh it is."""
         known = await self._facts()
         async with self._session(who) as (connection, spec):
-            state = await fetch_value(
-                connection,
-                sql.SQL("SELECT state FROM {} WHERE name = %s").format(sql.Identifier(self.schema, "indexes")),
-                [self.name],
-            )
+            stored = await Registry(self.schema).find(connection, self.name)
             examples = await self._examples(connection, who, spec)
         types = dict(zip(spec.shape.key + spec.shape.carried, spec.key_types + spec.carried_types, strict=True))
         key, columns = (
             [ColumnInfo(one, types[one], examples[one]) for one in self.visible.shown(names)]
             for names in (spec.shape.key, spec.shape.carried)
         )
-        keywords = spec.config.search is not None
-        return IndexInfo(
-            self.name, str(spec.config.table_name), key, columns, keywords, str(state), known.lsn, known.lag_s
-        )
+        keywords, state = spec.config.search is not None, "gone" if stored is None else stored.state
+        return IndexInfo(self.name, str(spec.config.table_name), key, columns, keywords, state, known.lsn, known.lag_s)
 
     def _found(self, hit: Hit) -> Found:
         key, columns = (
@@ -207,6 +203,10 @@ class Offered(Index):
             hit.stale,
             hit.headline,
         )
+
+    def trace(self, tracing: Tracing) -> None:
+        """Send spans of this index, and of those beside it, there."""
+        self._shared.tracing = tracing
 
     # -- the target -----------------------------------------------------------------------------------------------
 
@@ -231,15 +231,13 @@ class Offered(Index):
         now = anyio.current_time()
         known = self._known
         if known is None or now - known.read_at > FRESHNESS_S:
-            statement = sql.SQL(
-                "SELECT p.checkpoint::text, extract(epoch FROM now() - greatest(p.commit_time, p.caught_up_at))::float8"
-                " FROM {} i JOIN {} p USING (slot) WHERE i.name = %s"
-            ).format(sql.Identifier(self.schema, "indexes"), sql.Identifier(self.schema, "pipelines"))
+            lsn, lag_s = None, None
             async with self._shared.pool.connection() as connection:
                 with speaking_of("target", where=f"index {self.name}"):
                     spec = await self._spec(connection)
-                    lsn, lag_s = await fetch_row(connection, statement, [self.name]) or (None, None)
-            lag_s = None if lag_s is None else round(max(0.0, lag_s), 3)
+                    stored = await Registry(self.schema).find(connection, self.name)
+                    if stored is not None:
+                        lsn, lag_s = await Pipelines(self.schema, stored.slot).freshness(connection)
             self._known = known = _Known(now, spec, lsn, lag_s)
         return known
 
@@ -338,7 +336,7 @@ class Reader:
             application_name="cdcsync serve",
         )
         self.indexes = {name: self._first} | {one: self._first.beside(one) for one in others}
-        self._first._shared.tracing = tracing
+        self._first.trace(tracing)
         for index in self.indexes.values():
             index.serve, index.visible = serve, Visibility(serve)
         self.loaded = False

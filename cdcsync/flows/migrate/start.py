@@ -25,7 +25,7 @@ from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.preflight import build_embedders
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.generations import embedder_of, live_generation
-from cdcsync.preflight.indexes import Wish, distance_of, model_faults
+from cdcsync.preflight.indexes import WantedVectors, distance_of, model_faults
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Entry, Registry
@@ -66,26 +66,26 @@ async def start(config: Config, index: str, *, max_rows_per_s: int | None = None
     async with opened(config, index) as (connection, entry):
         with speaking_of("target", where=where):
             generations = await Generations(schema).of(connection, index)
-            wish = _wish(config, index, embedders, findings)
+            wanted = _wanted_vectors(config, index, embedders, findings)
             live = live_generation(entry, generations)
             others = [one for one in generations if one.generation != live.generation]
-            begun = _check_start(config, entry, live, others, wish, embedders)
+            begun = _check_start(config, entry, live, others, wanted, embedders)
             if not begun:
                 if others[0].state == "filling":
                     await Generations(schema).limit(connection, index, others[0].generation, max_rows_per_s)
                     crash_point("limit of a migration set")
-                return await _started(connection, config, entry, live, others[0], wish, begun=False)
-            hnsw, number = wish.index.hnsw, _next_number(entry, generations)
+                return await _started(connection, config, entry, live, others[0], wanted, begun=False)
+            hnsw, number = wanted.index.hnsw, _next_number(entry, generations)
             new = Generation(
-                *(index, number, wish.index.embedder, wish.embedder.identity, wish.embedder.dimensions),
-                *(wish.index.vector_type, wish.distance, "filling", hnsw.m, hnsw.ef_construction),
+                *(index, number, wanted.index.embedder, wanted.embedder.identity, wanted.embedder.dimensions),
+                *(wanted.index.vector_type, wanted.distance, "filling", hnsw.m, hnsw.ef_construction),
                 quantise=hnsw.quantise,
                 max_rows_per_s=max_rows_per_s,
             )
             spec = await stored_spec(connection, schema, index, config.index_named(index))
-            started = await _started(connection, config, entry, live, new, wish, begun=True)
+            started = await _started(connection, config, entry, live, new, wanted, begun=True)
             if not confirmed:
-                _refuse_unconfirmed(config, spec, wish, started)
+                _refuse_unconfirmed(config, spec, wanted, started)
             async with connection.transaction():
                 now = await Registry(schema).find(connection, index, lock=True)
                 same = now is not None and now.last_generation == entry.last_generation
@@ -109,12 +109,12 @@ def _next_number(entry: Entry, generations: Sequence[Generation]) -> int:
     return max(entry.generation, entry.last_generation or 0, *(one.generation for one in generations)) + 1
 
 
-def _refuse_unconfirmed(config: Config, spec: IndexSpec, wish: Wish, started: Started) -> None:
+def _refuse_unconfirmed(config: Config, spec: IndexSpec, wanted: WantedVectors, started: Started) -> None:
     """Refuse to embed more texts than the configuration allows without a yes.
 
     :raises UsageError: it would.
     """
-    limit = confirm_above(config, msgspec.structs.replace(spec, config=wish.index, others=()))
+    limit = confirm_above(config, msgspec.structs.replace(spec, config=wanted.index, others=()))
     if limit is None or not started.tokens or started.chunks <= limit:
         return
     price = "" if started.price is None else f" at a price of about {started.price:,.2f}"
@@ -126,7 +126,9 @@ def _refuse_unconfirmed(config: Config, spec: IndexSpec, wish: Wish, started: St
     )
 
 
-def _wish(config: Config, index: str, embedders: dict[str, Embedder], findings: Sequence[Finding]) -> Wish:
+def _wanted_vectors(
+    config: Config, index: str, embedders: dict[str, Embedder], findings: Sequence[Finding]
+) -> WantedVectors:
     section = config.index_named(index)
     embedder = embedders.get(section.embedder)
     faults = [] if embedder is None else list(model_faults(index, section, embedder))
@@ -134,7 +136,7 @@ def _wish(config: Config, index: str, embedders: dict[str, Embedder], findings: 
     if faults:
         raise SetupError(faults[0].message, where=faults[0].where, hint=faults[0].hint)
     assert embedder is not None
-    return Wish(section, embedder, distance_of(section, embedder))
+    return WantedVectors(section, embedder, distance_of(section, embedder))
 
 
 def _check_start(
@@ -142,7 +144,7 @@ def _check_start(
     entry: Entry,
     live: Generation,
     others: Sequence[Generation],
-    wish: Wish,
+    wanted: WantedVectors,
     embedders: dict[str, Embedder],
 ) -> bool:
     """Return whether a migration has to be begun; False if it is under way already.
@@ -150,9 +152,9 @@ def _check_start(
     :raises SetupError: it cannot.
     """
     index, where = entry.name, f"index {entry.name}"
-    if others and wish.is_met_by(others[0]) and others[0].state != "dropping":
+    if others and wanted.is_met_by(others[0]) and others[0].state != "dropping":
         return False
-    if wish.is_met_by(live) and (changed := _changed_contents(entry, wish)):
+    if wanted.is_met_by(live) and (changed := _changed_contents(entry, wanted)):
         raise SetupError(
             f"the index has the vectors that [indexes.{index}] asks for, and a migration exchanges vectors alone; what"
             f" differs is what chunks are made of: {changed}",
@@ -161,7 +163,7 @@ def _check_start(
             f" searches continue (cdcsync plan says what that embeds). To compare before you switch, put the new"
             f" section beside [indexes.{index}] under another name, which loads an index of its own",
         )
-    if wish.is_met_by(live):
+    if wanted.is_met_by(live):
         raise SetupError(
             f"the index has the vectors that [indexes.{index}] asks for, so there is nothing to migrate to",
             where=where,
@@ -197,7 +199,7 @@ async def _started(
     entry: Entry,
     live: Generation,
     new: Generation,
-    wish: Wish,
+    wanted: WantedVectors,
     *,
     begun: bool,
 ) -> Started:
@@ -214,29 +216,29 @@ async def _started(
     same = (live.model, live.dimensions) == (new.model, new.dimensions)
     converted = same and not (live.vector_type == "halfvec" and new.vector_type == "vector")
     tokens = 0 if converted else round(chunks * estimate("x" * round(characters)))
-    each = getattr(config.embedders[wish.index.embedder], "price_per_million_tokens", None)
+    each = getattr(config.embedders[wanted.index.embedder], "price_per_million_tokens", None)
     price = None if each is None else tokens * each / 1_000_000
     return Started(
-        *(entry.name, new.generation, live.generation, new.embedder or wish.index.embedder, begun, chunks),
-        *(tokens, price, list(_warnings(entry, wish))),
+        *(entry.name, new.generation, live.generation, new.embedder or wanted.index.embedder, begun, chunks),
+        *(tokens, price, list(_warnings(entry, wanted))),
     )
 
 
-def _changed_contents(entry: Entry, wish: Wish) -> str:
+def _changed_contents(entry: Entry, wanted: WantedVectors) -> str:
     """Return the keys that chunks are made by and that are others than when the index was loaded."""
-    return ", ".join(dict.fromkeys(one.key.split(".")[0] for one in content_changes(entry, wish.index)))
+    return ", ".join(dict.fromkeys(one.key.split(".")[0] for one in content_changes(entry, wanted.index)))
 
 
-def _warnings(entry: Entry, wish: Wish) -> Iterator[str]:
-    if changed := _changed_contents(entry, wish):
+def _warnings(entry: Entry, wanted: WantedVectors) -> Iterator[str]:
+    if changed := _changed_contents(entry, wanted):
         yield (
             f"{changed} changed too: a worker that starts with this file cuts the documents again in place, for both"
             " generations, and `rollback` brings back the vectors, not the chunks"
         )
-    reads = wish.embedder.max_input_tokens
-    chunker = make_chunker(wish.index.chunking, wish.embedder.tokenizer_json, None)
+    reads = wanted.embedder.max_input_tokens
+    chunker = make_chunker(wanted.index.chunking, wanted.embedder.tokenizer_json, None)
     if reads is not None and chunker.capacity is not None and chunker.capacity > reads:
         yield (
-            f"chunks have up to {chunker.capacity} tokens, and {wish.index.embedder} reads {reads}: what is beyond is"
+            f"chunks have up to {chunker.capacity} tokens, and {wanted.index.embedder} reads {reads}: what is beyond is"
             " not in the vector"
         )

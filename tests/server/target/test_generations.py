@@ -41,7 +41,7 @@ async def test_generations_come_back_in_the_order_of_their_numbers(registered: C
     assert await GENERATIONS.of(registered, "articles") == [second]
 
 
-async def test_a_fill_moves_forward_only_and_ends_with_the_wish_to_drop_it(registered: Connection) -> None:
+async def test_a_fill_moves_forward_only_and_ends_with_the_request_to_drop_it(registered: Connection) -> None:
     assert await GENERATIONS.advance(registered, "articles", 2, cursor=100, chunks=40)
     (_, second) = await GENERATIONS.of(registered, "articles")
     assert second.cursor == 100

@@ -345,7 +345,7 @@ async def test_a_pipeline_begins_where_it_is_told_also_further_back(pipeline: Pi
         assert (state.checkpoint, state.system_identifier, state.timeline) == (position, "system", timeline)
 
 
-async def test_a_position_is_forgotten_together_with_the_wish_for_resyncs(pipeline: Pipeline) -> None:
+async def test_a_position_is_forgotten_together_with_the_request_for_resyncs(pipeline: Pipeline) -> None:
     session = await pipeline.open()
     await session.begin_at(Lsn(50), "system", 2)
     await session.forget_position(["articles", "notes"])
