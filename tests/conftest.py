@@ -18,6 +18,7 @@ from psycopg import conninfo, sql
 from cdcsync.demo.cluster import Cluster
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.ddl.shared import create_shared
+from cdcsync.target.pipelines import Pipelines
 from tests.support.browsers import Browser, open_browser
 from tests.support.clocks import Clock
 from tests.support.clusters import OTHER_VERSIONS
@@ -30,11 +31,14 @@ from tests.support.outages import CONFIG, MakeSimple
 from tests.support.preflight import LOCKED, Role
 from tests.support.provider import FakeProvider, MakeEmbedder, asking
 from tests.support.proxies import Proxy
+from tests.support.relations import create
 from tests.support.roles import Roles
 from tests.support.scenes import MakeScene, scene
 from tests.support.searching import CARRIED, filled_with_rows
 from tests.support.servers import Database, Server, container, docker_answers, fresh_database
 from tests.support.serving import Office, office, served_in_a_thread
+from tests.support.sessions import SLOT, SPECS
+from tests.support.sessions import Pipeline as Locked
 from tests.support.statuses import Pipeline as Stopped
 from tests.support.statuses import begun, pipelines
 from tests.support.workers import Pipeline
@@ -214,6 +218,17 @@ async def connect_target(target: Database) -> AsyncIterator[Callable[[], Awaitab
 async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> Connection:
     """A session on a target that has nothing of ours."""
     return await connect_target()
+
+
+@pytest.fixture
+async def locked(target: Database, connection: Connection) -> AsyncIterator[Locked]:
+    """Opens sessions under one pipeline's lock, on a target that is set up for two indexes."""
+    await create(connection, *SPECS)
+    await Pipelines(SCHEMA, SLOT).ensure(connection, "publication")
+    for spec in SPECS:
+        await register(connection, spec, slot=SLOT)
+    async with contextlib.AsyncExitStack() as stack:
+        yield Locked(target, connection, stack)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@
     stage         the temporary table of a batch's rows
     keys          the keys that an index holds
     apply         what one index takes from a batch
+    locked_session   a connection that holds the pipeline's lock
     session       the connection that writes, under lock and fence
 
 A file imports only from lines above its own.

@@ -68,7 +68,7 @@ SENDING = ("execute", "fetch_row", "_run")
 
 EXEMPT = {
     ("flows/evaluate/recall.py", "_snapshot"): "reads only",
-    ("target/session.py", "_chain"): "its callers have the points",
+    ("target/locked_session.py", "_chain"): "its callers have the points",
     ("source/catalog.py", "read_catalog"): "reads only",
     ("target/search/query.py", "search"): "reads only",
     ("target/search/query.py", "check_condition"): "reads only",

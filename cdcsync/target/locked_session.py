@@ -1,0 +1,224 @@
+"""A session that holds the pipeline's lock, through broken connections, for as long as nobody else took over.
+
+Whatever moves the pipeline's row does so in `chain`: from the row that this worker last saw committed, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Self
+
+import anyio
+import psycopg
+
+from cdcsync.crashpoints import crash_point
+from cdcsync.errors import RunError, TargetUnavailable
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
+from cdcsync.postgres.liveness import WatchedConnection
+from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
+
+log = get_logger()
+
+OLD_SESSION_S = 2.0
+"""A server needs a moment to end a session whose client is gone, and to free its lock."""
+
+
+def worker_name() -> str:
+    """Return what an operator finds this process by."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+class LockedSession:
+    """One connection under lock and fence; opened by `try_open`, and by `reopen` after it broke."""
+
+    def __init__(self, dsn: str, schema: str, slot: str) -> None:
+        self._dsn = dsn
+        self._schema = schema
+        self._slot = slot
+        self._pipelines = Pipelines(schema, slot)
+        self._lease: Lease | None = None
+        self._proposed: Lease | None = None
+        """The lease as a commit will have made it whose answer has not come yet."""
+        self._ending = False
+        self._connection: WatchedConnection | None = None
+        self._pid: int | None = None
+        """The server process of the last connection."""
+
+    @property
+    def connection(self) -> Connection:
+        """The session's connection, for reading what only the lock's holder may rely on."""
+        if self._connection is None:
+            raise TargetUnavailable("the apply connection is closed", where="target", hint="it is opened again")
+        return self._connection
+
+    async def try_open(self, once_locked: Callable[[], Awaitable[None]] | None = None) -> bool:
+        """Connect and take the pipeline's lock and a new fence; False when another worker holds the lock.
+
+        :param once_locked: called between the two: what only the lock's holder may do, and the fence needs.
+        :raises TargetUnavailable: the target does not answer now.
+        """
+        connection = await self._connect()
+        with speaking_of("target"):
+            try:
+                locked = await self._pipelines.try_lock(connection)
+                if not locked and await self._end_silent(connection):
+                    locked = await self._pipelines.try_lock(connection)
+                if locked:
+                    if once_locked is not None:
+                        await once_locked()
+                    self._lease = await self._pipelines.take_over(connection, worker_name())
+                    crash_point("fence raised")
+                    self._connection, self._pid = connection, connection.info.backend_pid
+            finally:
+                if self._connection is None:
+                    await _close(connection)
+        return self._connection is not None
+
+    async def reopen(self, specs: Sequence[IndexSpec]) -> None:
+        """Connect again under the same fence, after the connection broke.
+
+        :raises TargetUnavailable: the target does not answer now, or still holds the old session's lock.
+        :raises LeaseLost: another worker took over meanwhile.
+        :raises TargetRewound: the target is not as this worker last committed it.
+        """
+        await self.aclose()
+        if self._ending:
+            raise TargetUnavailable("the worker is ending", where=f"slot {self._slot}")
+        connection = await self._connect()
+        with speaking_of("target"):
+            try:
+                locked = await self._pipelines.lock_within(connection, OLD_SESSION_S)
+                holder = None if locked else await self._pipelines.holder(connection)
+                state = await self._pipelines.read(connection)
+                if not locked:
+                    self._pipelines.refuse_successor(self._held, state)
+                    if holder is not None and holder == self._pid:
+                        # A server that was cut off from us keeps our own old session until TCP gives it up.
+                        log.warning("old_session_ended", slot=self._slot, pid=holder)
+                        await self._pipelines.end_session(connection, holder, self._application_name)
+                        locked = await self._pipelines.try_lock(connection)
+                        state = await self._pipelines.read(connection)
+                    elif await self._end_silent(connection):
+                        locked = await self._pipelines.try_lock(connection)
+                        state = await self._pipelines.read(connection)
+                if locked:
+                    self._continue(state)
+                else:
+                    raise TargetUnavailable(
+                        f"the pipeline's lock is still held by the session with pid {holder}",
+                        where=f"slot {self._slot}",
+                        hint="it ends by itself within a minute if its client is gone, and is ended if it is silent",
+                    )
+                self._connection, self._pid = connection, connection.info.backend_pid
+            finally:
+                if self._connection is None:
+                    await _close(connection)
+        await self.prepare(specs)
+
+    async def _end_silent(self, connection: WatchedConnection) -> bool:
+        """End the session that holds the lock if its worker is gone without a word; returns whether that was so."""
+        pid = await self._pipelines.end_silent(connection, self._application_name, connection.patience_s)
+        if pid is not None:
+            log.warning("silent_session_ended", slot=self._slot, pid=pid, silent_s=connection.patience_s)
+        return pid is not None
+
+    async def awaited(self) -> bool:
+        """Say whether somebody waits until the index holds a position.
+
+        :raises TargetUnavailable: the target does not answer.
+        """
+        with speaking_of("target"):
+            return await self._pipelines.awaited(self.connection)
+
+    async def ensure(self, specs: Sequence[IndexSpec]) -> None:
+        """Open the connection again if it is not usable; otherwise do nothing.
+
+        :raises TargetUnavailable, LeaseLost: as `reopen`.
+        """
+        if not self._usable:
+            await self.reopen(specs)
+
+    async def prepare(self, specs: Sequence[IndexSpec]) -> None:
+        """Prepare a new connection for these indexes."""
+
+    @property
+    def _usable(self) -> bool:
+        return self._connection is not None and self._connection.free
+
+    async def state(self) -> PipelineState:
+        """Return the stored state of the pipeline."""
+        with speaking_of("target"):
+            state = await self._pipelines.read(self.connection)
+        if state is None:
+            raise RunError("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
+        self._continue(state)
+        return state
+
+    def _continue(self, state: PipelineState | None) -> None:
+        """See that the row is as this worker last committed it.
+
+        :raises LeaseLost: another worker took over.
+        :raises TargetRewound: the target went back.
+        """
+        self._lease, self._proposed = self._pipelines.continued(self._held, state, self._proposed), None
+
+    @property
+    def _held(self) -> Lease:
+        assert self._lease is not None
+        return self._lease
+
+    @contextlib.asynccontextmanager
+    async def _chain(self) -> AsyncIterator[None]:
+        """Run a transaction that moves the pipeline's row: `_proposed` becomes the lease once it has committed."""
+        connection = self.connection
+        try:
+            async with connection.transaction():
+                yield
+        except BaseException:
+            if not connection.closed:
+                self._proposed = None  # it was rolled back
+            raise
+        assert self._proposed is not None
+        self._lease, self._proposed = self._proposed, None
+
+    async def interrupt(self) -> None:
+        """Have what runs in this session fail and roll back, until cancelled: for a worker whose time is up.
+
+        From now on the session is not opened again.
+        """
+        self._ending = True
+        while True:
+            if self._connection is not None:
+                await interrupt(self._connection)
+            await anyio.sleep(INTERRUPT_EVERY_S)
+
+    @property
+    def _application_name(self) -> str:
+        return f"cdcsync apply {self._slot}"
+
+    async def _connect(self) -> WatchedConnection:
+        connection = await connect(self._dsn, "target", application_name=self._application_name)
+        connection.beat()
+        return connection
+
+    async def aclose(self) -> None:
+        """End the session, which frees the lock."""
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            await _close(connection)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+async def _close(connection: Connection) -> None:
+    with anyio.CancelScope(shield=True), contextlib.suppress(psycopg.Error):
+        await connection.close()

@@ -1,0 +1,160 @@
+"""The session under the pipeline's lock: one worker at a time, through broken connections and successors."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+import cdcsync.target.locked_session as session_module
+from cdcsync.errors import LeaseLost, RunError, TargetUnavailable
+from cdcsync.lsn import Lsn
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.locked_session import worker_name
+from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.session import ApplySession
+from tests.support.expiries import EXPIRIES, expire
+from tests.support.indexes import SCHEMA, changes, document, until
+from tests.support.sessions import SLOT, SPECS, Pipeline, apply
+
+if TYPE_CHECKING:
+    pass
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+
+async def test_a_session_is_open_to_one_worker_at_a_time(locked: Pipeline) -> None:
+    first, second = locked.session(), locked.session()
+    assert await first.try_open()
+    assert not await second.try_open()
+    assert (await first.state()).fence == 1
+    assert (await first.state()).worker == worker_name()
+
+    await first.aclose()
+
+    assert await second.try_open()
+    assert (await second.state()).fence == 2
+
+
+async def test_who_does_not_get_the_lock_leaves_no_session_behind(locked: Pipeline) -> None:
+    first = await locked.open()
+    for _ in range(3):
+        assert not await locked.session().try_open()
+    # A session that was closed may still be ending; one that was not would stay for ever.
+
+    async def alone() -> bool:
+        found = await locked.rows("SELECT pid FROM pg_stat_activity WHERE application_name = 'cdcsync apply slot'")
+        return found == [(first.connection.info.backend_pid,)]
+
+    await until(alone)
+
+
+async def test_a_pipeline_that_was_not_set_up_cannot_be_opened_and_stays_unlocked(locked: Pipeline) -> None:
+    await locked.connection.execute("DELETE FROM cdcsync.indexes; DELETE FROM cdcsync.pipelines")
+    session = locked.session()
+    with pytest.raises(LeaseLost, match="row is gone"):
+        await session.try_open()
+    await locked.connection.execute("INSERT INTO cdcsync.pipelines (slot, publication) VALUES ('slot', 'p')")
+    other = locked.session()
+    # The refused session's end takes the server a moment.
+    await until(other.try_open)
+    assert (await other.state()).fence == 1
+
+
+async def test_a_session_that_broke_is_opened_again_under_the_same_fence(locked: Pipeline) -> None:
+    session = await locked.open()
+    await apply(session, Lsn(10), articles=changes(document("1", "a")))
+    await locked.terminate(session)
+
+    with pytest.raises(TargetUnavailable):
+        await apply(session, Lsn(20), articles=changes(document("2", "b")))
+    with pytest.raises(TargetUnavailable, match="not usable"):
+        await apply(session, Lsn(20), articles=changes(document("2", "b")))
+    await session.reopen(SPECS)
+
+    assert (await session.state()).fence == 1
+    assert await session.writer("articles").stored_hashes([("2",)]) == {}
+    await apply(session, Lsn(20), articles=changes(document("2", "b")))
+    assert await locked.rows("SELECT id FROM cdcsync.articles_chunks ORDER BY id") == [(1,), (2,)]
+    assert await locked.checkpoint() == 20
+    assert not await locked.session().try_open()
+
+
+@pytest.mark.parametrize("code", EXPIRIES)
+async def test_a_session_that_a_time_limit_ended_is_opened_again_under_the_same_fence(
+    locked: Pipeline, code: str
+) -> None:
+    session = await locked.open()
+    fence = (await session.state()).fence
+    await expire(session.connection, code)
+    with pytest.raises(TargetUnavailable):
+        await session.apply({}, (), Lsn(7), commit_time=None, caught_up=True)
+    await session.ensure(SPECS)
+    await session.apply({}, (), Lsn(7), commit_time=None, caught_up=True)
+    assert ((await session.state()).fence, (await session.state()).checkpoint) == (fence, Lsn(7))
+
+
+async def test_a_session_is_not_opened_again_behind_a_successor(
+    locked: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "OLD_SESSION_S", 0.1)
+    first = await locked.open()
+    await locked.broken(first)
+    second = await locked.open()
+    with pytest.raises(LeaseLost, match="taken over"):
+        await first.reopen(SPECS)
+
+    # Nor when the successor has come and gone.
+    await second.aclose()
+    with pytest.raises(LeaseLost, match="taken over"):
+        await first.reopen(SPECS)
+    # What was refused holds no lock.
+    third = locked.session()
+    await until(third.try_open)
+    assert (await third.state()).fence == 3
+
+
+async def test_a_lock_that_the_server_has_not_freed_yet_is_waited_for(
+    locked: Pipeline,
+    connect_target: Callable[[], Awaitable[Connection]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session_module, "OLD_SESSION_S", 0.1)
+    session = await locked.open()
+    await locked.broken(session)
+    lingering = await connect_target()
+    assert await Pipelines(SCHEMA, SLOT).try_lock(lingering)
+
+    with pytest.raises(TargetUnavailable, match="still held"):
+        await session.reopen(SPECS)
+    await lingering.execute("SELECT pg_advisory_unlock_all()")
+    await session.reopen(SPECS)
+    await apply(session, Lsn(10))
+    assert await locked.checkpoint() == 10
+
+
+async def test_a_pipeline_whose_row_is_gone_says_so(locked: Pipeline) -> None:
+    session = await locked.open()
+    await locked.connection.execute("DELETE FROM cdcsync.indexes; DELETE FROM cdcsync.pipelines")
+    with pytest.raises(RunError, match="row is gone"):
+        await session.state()
+    with pytest.raises(LeaseLost):
+        await apply(session, Lsn(10))
+
+
+async def test_a_closed_session_may_be_closed_again_and_frees_the_lock(locked: Pipeline) -> None:
+    async with locked.session() as session:
+        assert await session.try_open()
+    await session.aclose()
+    with pytest.raises(TargetUnavailable, match="not usable"):
+        await apply(session, Lsn(10))
+    again = locked.session()
+    await until(again.try_open)
+    assert (await again.state()).fence == 2
+
+
+async def test_a_target_that_is_away_is_waited_for() -> None:
+    session = ApplySession("postgresql://postgres@127.0.0.1:1/nowhere", SCHEMA, SLOT)
+    with pytest.raises(TargetUnavailable):
+        await session.try_open()
