@@ -99,7 +99,7 @@ class Tracing:
         return None
 
     def follow(self, texts: Iterable[tuple[int, bytes]]) -> None:
-        """Remember, of the batch in hand, which text (by its hash) came with which transaction (by its LSN)."""
+        """Remember for the current batch which text (by its hash) came with which transaction (by its LSN)."""
 
     @contextlib.contextmanager
     def call(self, embedder: str, texts: Collection[bytes]) -> Iterator[None]:

@@ -231,7 +231,7 @@ def check(
 def run(context: typer.Context, config: ConfigOption = None) -> None:
     """Run the worker: create what is missing, load the tables, then follow every change.
 
-    Runs until SIGTERM or Ctrl-C, then finishes the batch in hand. It can be killed at any moment and started again: it
+    Runs until SIGTERM or Ctrl-C, then finishes the current batch. It can be killed at any moment and started again: it
     resumes from where the index is. A second worker for the same slot waits as a standby. SIGHUP has it read its
     configuration again. Logs go to standard error; health, metrics and status are served at `worker.listen`.
     """

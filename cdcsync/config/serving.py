@@ -91,7 +91,7 @@ class Serve(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         if self.jwks is not None and (self.issuer is None or self.audience is None):
             yield "jwks", "needs issuer and audience: a token that was made for another service must not be accepted"
         if self.jwks is not None and self.jwks.startswith("http://"):
-            yield "jwks", "must be an https:// address or a file: whoever answers in its place could sign tokens"
+            yield "jwks", "must be an https:// address or a file: a server that answers in its place could sign tokens"
         if self.anonymous and not is_loopback(self.listen_address[0]):
             yield "anonymous", "is for loopback only; give callers tokens (`cdcsync token new`)"
         if self.anonymous and self.tenant.column is not None:

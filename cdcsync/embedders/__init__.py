@@ -48,7 +48,7 @@ __all__ = ["Distance", "Embedder", "Kind", "Vectors", "embedder_of", "make_embed
 
 
 def embedder_of(sections: Mapping[str, config.Embedder], model: str, named: str) -> Embedder:
-    """Return the embedder of a configuration that makes vectors of a model, under whatever name it is there.
+    """Return the configured embedder that makes vectors of a model, under any name.
 
     :param model: the identity of the model.
     :param named: the section that is looked at first.

@@ -69,7 +69,7 @@ class Description(msgspec.Struct, frozen=True):
     facts: dict[str, Any]
 
     def identity(self, files: ModelFiles) -> str:
-        """Return the model's identity: equal wherever the same model lies, and by whatever name it goes."""
+        """Return the model's identity: the same for the same model under any name and in any directory."""
         facts = self.facts | {"weights": {name: files.sha256(name) for name in self.weights}}
         if self.code:
             facts["code"] = {name: files.sha256(name) for name in self.code}

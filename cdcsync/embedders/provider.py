@@ -56,7 +56,7 @@ PROXIES = "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """A provider's response, whatever its status."""
+    """A provider's response, of any status."""
 
     status: int
     headers: httpx2.Headers

@@ -116,7 +116,7 @@ class QueryEmbedder(OnCall):
     async def embed_one(self, text: str) -> Vectors:
         """Return a query's vector, `float32[dimensions]`; see `embed`.
 
-        The last ones are remembered, and whoever asks for the same text at the same time shares one call.
+        The last ones are remembered, and callers that ask for the same text at the same time share one call.
         """
         async with self._turn(text):
             now = anyio.current_time()

@@ -50,7 +50,7 @@ END_S = 4.0
 """How long this process may take to give its actors back once nobody listens any more."""
 
 MOST_DEATHS = 3
-"""Actors that may die with a call in hand before the call is suspected: nodes die without any text's fault."""
+"""How many actors may die during a call before the call is suspected: nodes also die for other reasons."""
 
 PATIENCE_S = 30.0
 """How long calls wait while no actor runs: a replacement on another node takes some 10 s, with its model."""
@@ -370,7 +370,7 @@ def _end_with_the_worker() -> None:
 def main() -> None:
     """Run the driver. It takes no arguments: the first frame says what to do."""
     threading.Thread(target=_end_with_the_worker, daemon=True).start()
-    # Standard output is for frames alone; whatever a library prints goes where errors go.
+    # Standard output is for frames alone; anything that a library prints goes to standard error.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     (length,) = LENGTH.unpack(_exactly(LENGTH.size))

@@ -3,7 +3,7 @@
     tables     can each index follow its table, and is the table, and what has it sent, what it was
     relations  has the target all that each index should have there, and are our tables still of our version
     slot       how much of `max_slot_wal_keep_size` does it hold, before that is a gap
-    heartbeat  a message now and then, for those who want an idle source to show that the pipeline moves
+    heartbeat  a message now and then, which shows on an idle source that the pipeline moves
 
 The tables are read all at once, and judged by the functions that `check` uses: an index that `check` would refuse is
 paused, and one that was paused is resumed once `check` would accept it.

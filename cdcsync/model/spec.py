@@ -44,7 +44,7 @@ class IndexSpec(msgspec.Struct, frozen=True):
     """The index's condition on the rows that it has."""
     generation: int = 1
     table_oid: int = 0
-    """The table's OID on the source: a table that was made anew under the same name has another one."""
+    """The table's OID on the source: a table that was dropped and created again under its name has another one."""
     facts: dict[QualifiedName, TableFacts] = {}
     """Facts about the index's table and related ones for the statements, if there are related ones."""
     oids: dict[QualifiedName, int] = {}

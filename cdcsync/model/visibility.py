@@ -13,7 +13,7 @@ The rules:
 3. A transaction delivered while the index was *not* recorded is a *suspect*: its keys are unknown, so no page may be
    read by a snapshot that does not see it. So is every transaction that was running when the pipeline began to
    receive, or when a table joined the publication: what it did before may never be delivered.
-4. What a snapshot sees, every later snapshot sees. Whatever the oldest snapshot that still matters sees is forgotten,
+4. What a snapshot sees, every later snapshot sees. What the oldest snapshot that still matters sees is forgotten,
    and not remembered when it is delivered only afterwards: a stream that is hours late brings nothing else.
 5. Of no more than `MOST_KEYS` keys the transactions are remembered. Beyond that they become suspects: a page that does
    not see them has to be read again, and waits until it does.

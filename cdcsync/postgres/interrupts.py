@@ -29,9 +29,10 @@ HANG_UP_AFTER = 8
 
 
 async def interrupt(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Have whatever runs on a connection fail, statement after statement, until cancelled or the connection is closed.
+    """Make each statement on a connection fail, one after the other, until cancelled or the connection is closed.
 
-    One that does not listen is hung up on. Whoever waits for the statement sees an error for which a retry helps.
+    A server that does not react is disconnected. The task that waits for the statement gets an error for which a
+    retry helps.
     """
     requests = 0
     while not connection.closed:
@@ -46,7 +47,7 @@ async def interrupt(connection: psycopg.AsyncConnection[Any]) -> None:
 
 
 def hang_up(descriptor: int) -> None:
-    """Shut a connection's socket down: whoever waits for it is woken, and finds it closed."""
+    """Shut a connection's socket down: a task that waits for it is woken, and finds it closed."""
     with socket.socket(fileno=os.dup(descriptor)) as duplicate:
         duplicate.shutdown(socket.SHUT_RDWR)
 

@@ -4,11 +4,11 @@ A proxy or a firewall may keep a connection open and forward nothing. TCP does n
 us acknowledges every packet. So a statement that has not been answered for a while is looked for: over another
 connection, the server is asked whether the session is working on it. A statement that the server works on, or that
 waits there for a lock, may take any time. One that the server knows nothing of never ends: its connection is hung up,
-and whoever waits for it sees the error of a connection that broke.
+and the task that waits for it gets the error of a broken connection.
 
 The other way round, a server that is cut off from us keeps our session, and with it our locks. A session whose locks
-others wait for *beats*: it sends a statement now and then even if it has nothing to do. So whoever waits can tell a
-session that has nothing to do from one that nobody has any more (`Pipelines.end_silent`).
+others wait for *beats*: it sends a statement now and then even if it has nothing to do. So a session that waits can
+tell a session that has nothing to do from one that nobody has any more (`Pipelines.end_silent`).
 
 Source: PostgreSQL, "The Cumulative Statistics System" (pg_stat_activity); "libpq - C Library", `tcp_user_timeout`.
 """
@@ -95,7 +95,7 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
             return
         with contextlib.suppress(psycopg.Error, OSError):
             async with self.lock:
-                # Whoever waited for the lock longer may have begun a transaction.
+                # A session that waited longer for the lock may have begun a transaction.
                 if self.pgconn.transaction_status == TransactionStatus.IDLE:
                     self._beats = True
                     try:

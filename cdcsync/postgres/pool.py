@@ -14,8 +14,8 @@ from cdcsync.postgres.sessions import Connection, Session, Side
 class Pool:
     """Up to `size` sessions, opened when they are needed and kept. For any number of tasks of one event loop.
 
-    A session that broke is opened again by whoever takes it next; the session that was used last is taken first, so
-    that no more stay busy than are needed.
+    A session that broke is opened again by the next task that takes it. The session that was used last is taken
+    first, so that no more stay busy than are needed.
     """
 
     def __init__(self, dsn: str, side: Side, *, size: int, application_name: str) -> None:

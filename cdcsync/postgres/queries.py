@@ -44,7 +44,7 @@ async def fetch_value(connection: Connection, statement: Statement, arguments: A
 async def fetch_texts(
     connection: Connection, statement: Statement, arguments: Sequence[object] = (), *, prepare: bool | None = None
 ) -> list[Row]:
-    """Run a statement and return its rows as the server writes them, whatever the types of their values.
+    """Run a statement and return its rows as text, for values of any type.
 
     Parameters are written `$1`, because the name of a column, or a condition of the user's, may hold a % that is not a
     placeholder.

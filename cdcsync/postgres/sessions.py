@@ -1,7 +1,7 @@
 """Sessions on either server, and what their errors mean.
 
 Every session pins how values are rendered, so that the stream, a backfill page and a comparison show the same text
-for the same value whatever the role's or database's own settings are.
+for the same value under any settings of the role or database.
 
 Source: PostgreSQL, "Client Connection Defaults"; "PostgreSQL Error Codes".
 """

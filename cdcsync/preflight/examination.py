@@ -244,7 +244,7 @@ async def _examine_indexes(
     for plan in plans:
         stored = facts.stored.get(plan.name)
         if stored is not None:
-            # Of another index than the one that exists: that is for whoever wrote the configuration.
+            # This concerns another index than the existing one: the author of the configuration has to decide.
             findings += stored_faults(plan.name, plan.index, stored, config.source.slot)
             follow_generations(plan, stored, facts.generations.get(plan.name, []), embedders)
             plan.unlike = list(vector_faults(plan, stored))

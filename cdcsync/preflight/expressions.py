@@ -1,8 +1,9 @@
 """Functions that reading a table runs: those in expressions of its indexes, extended statistics and check constraints.
 
-The planner evaluates calls with constant arguments in such expressions with the privileges of whoever reads the table,
-and no setting keeps it from that. So the owner of a table could have code run as the source's role. A table that has
-such an expression is warned of, unless the function belongs to somebody who may do more than that role anyway.
+The planner evaluates calls with constant arguments in such expressions with the privileges of the role that reads the
+table, and no setting keeps it from that. So the owner of a table could have code run as the source's role. A table
+that has such an expression is warned of, unless the function belongs to somebody who may do more than that role
+anyway.
 
 Source: PostgreSQL, src/backend/utils/cache/relcache.c, RelationGetIndexExpressions; "Function Volatility Categories".
 """

@@ -84,7 +84,7 @@ class Plan(msgspec.Struct):
     seen: Fingerprint | None = None
     """The index's fingerprint when it was examined; None if its table is missing, or the index does not exist."""
     refused: bool = False
-    """Whether the index exists and cannot be kept up, for whatever reason."""
+    """Whether the index exists and cannot follow its table, for any reason."""
     unfit: bool = False
     """Whether the catalog tells that the table is not fit for the index, so that the watch sees when it is."""
     generations: list[Generation] = []

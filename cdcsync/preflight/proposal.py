@@ -25,7 +25,7 @@ from cdcsync.source.relations import Table, read_table
 from cdcsync.target.ddl.relations import RESERVED
 
 SAMPLED_ROWS = 500
-"""Enough to tell prose from labels; a sample is one page or a few of the table, whatever its size."""
+"""Enough to tell prose from labels; a sample is one page or a few of a table of any size."""
 
 PROSE_CHARACTERS = 20
 """The mean length from which on a column of different values is taken for prose."""

@@ -137,7 +137,7 @@ def needed_columns(index: Index, documents: Documents | None, table: Table) -> l
 
 
 def table_faults(name: str, index: Index, documents: Documents | None, table: Table, role: str) -> list[Finding]:
-    """Say what the table lacks of what the index asks for, whatever the publication sends."""
+    """Say what the index needs and the table lacks, independently of the publication."""
     return [
         *column_faults(name, index, documents, table),
         *read_faults(table, needed_columns(index, documents, table), role),

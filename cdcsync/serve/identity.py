@@ -122,7 +122,7 @@ def revoke_tokens(path: Path, subject: str) -> int:
 
 
 def _write(path: Path, content: TokenFile) -> None:
-    """Replace the file in one step. A new one is readable for its owner alone; one that exists is for whom it was."""
+    """Replace the file in one step. A new file is readable only by its owner; an existing one keeps its mode."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         before = path.stat() if path.exists() else None
@@ -142,8 +142,8 @@ def _write(path: Path, content: TokenFile) -> None:
 def _keep_access(descriptor: int, before: os.stat_result) -> None:
     """Give a file the owner, group and mode of the one that it replaces.
 
-    Root may add a token for a server that runs as somebody else. Whoever may not give files away keeps the new one, and
-    a group that it cannot have gets no access by way of another one.
+    Root may add a token for a server that runs as another user. A user who may not give files away keeps the new one,
+    and a group that it cannot have gets no access by way of another one.
     """
     mode = before.st_mode & 0o777
     now = os.fstat(descriptor)

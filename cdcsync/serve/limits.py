@@ -5,7 +5,7 @@ callers are told at once to come back later, so that a storm costs the others li
 
 Refusals stand in line: each account is told `REFUSALS_PER_S` of them. A caller that is refused once is told at once,
 and a thousand loops that call again without a pause are held back until they cost little. Each refusal says when its
-caller may come back, which is later than what the one before it in the line was told: those who wait as long as they
+caller may come back, which is later than what the one before it in the line was told: callers that wait as long as they
 are told do not come back together.
 
 Counts are kept by each replica; with n of them a tenant has up to n times its share.
@@ -41,7 +41,7 @@ MESSAGES = 5
 """Messages of MCP that an account may send for each call: a client that connects anew sends three before it calls."""
 
 STRANGERS = ""
-"""The account of callers who are not known."""
+"""The account of unknown callers."""
 
 FORGET_AFTER = 10_000
 """Accounts that are kept; those that have been quiet go first."""
@@ -151,7 +151,7 @@ class Limits:
         return told_until - self._now() > CROWD / REFUSALS_PER_S
 
     def message(self, account: str) -> Refused | None:
-        """Count a message of MCP, whatever it asks for; returns why it may not be read, None if it may."""
+        """Count a message of MCP of any kind; returns why it may not be read, None if it may."""
         mine = self._account(account)
         if wait_s := mine.messages.wait_s(self._now()):
             return self._in_line(account, self._too_many(MESSAGES * self._serve.requests_per_s, "messages", wait_s))
@@ -180,7 +180,7 @@ class Limits:
         return told_at - now
 
     def _spread(self, account: _Account, refused: Refused) -> None:
-        """Have a caller come back after those who were told before it."""
+        """Return when a caller may come back: after the callers that were told before it."""
         told_at = self._now() + refused.held_s
         soonest = told_at + max(0.0, (refused.retry_after_s or 0.0) - refused.held_s)
         behind = min(account.back_until + 1 / self._serve.requests_per_s, told_at + COMING_BACK_S)

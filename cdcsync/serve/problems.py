@@ -66,7 +66,7 @@ class Problem(Exception):
         return body
 
     def __str__(self) -> str:
-        """Say all of it in sentences, for those who do not see headers."""
+        """Say all of it in sentences, for readers that do not see headers."""
         sentences = [self.detail, self.fix[0].upper() + self.fix[1:]] if self.fix else [self.detail]
         if self.retry_after_s is not None:
             sentences.append(f"Retry after {self._wait_s(self.retry_after_s)} s")

@@ -156,7 +156,7 @@ async def examine_condition(
 async def examine_order(connection: Connection, table: QualifiedName, text: str) -> None:
     """See that an order of rows, written as after ORDER BY, is the same each time.
 
-    That it works at all is for whoever runs the statement that it is of, as it may name columns of joined tables.
+    Whether it works at all is left to the statement that it belongs to, as it may name columns of joined tables.
 
     :raises Refused: it reads other rows, or calls what answers something else each time.
     """

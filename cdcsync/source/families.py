@@ -27,7 +27,7 @@ TEXT = 25
 async def members_of(connection: Connection, family: QualifiedName) -> list[QualifiedName]:
     """Return the tables that match one of a family's patterns, in the order of their names.
 
-    Partitions are not among them, nor are tables of ours, in whatever schema a pipeline keeps them.
+    Partitions are not among them, nor are our own tables, in any pipeline's schema.
     """
     patterns = [(_like(one.schema), _like(one.name)) for one in family.patterns]
     cursor = await connection.execute(

@@ -1,8 +1,8 @@
 """The functions that conditions call, and digests of their definitions.
 
-The outcome of a condition may change with a function of the user's, and no row event tells: CREATE OR REPLACE FUNCTION,
-ALTER OPERATOR, another check of a domain. So whatever a condition may call outside of pg_catalog belongs to what an
-index is made of, together with what that calls in turn.
+The outcome of a condition may change with a function of the user's, and no row event tells: CREATE OR REPLACE
+FUNCTION, ALTER OPERATOR, another check of a domain. So everything that a condition may call outside of pg_catalog
+belongs to what an index is made of, together with what that calls in turn.
 
 A condition names things by their schema, because our sessions have no search path. A function's body may have a path of
 its own, so in bodies every function of a name counts, in whatever schema; so does one that only a comment mentions. A

@@ -4,7 +4,7 @@ The rules:
 
 1. One task owns the connection and does both directions on it: what it may do is read what has come, wait, and send.
 2. Only what is committed in the target is ever reported as flushed: the source then throws that WAL away.
-3. A status goes out at least every third of the server's `wal_sender_timeout`, whatever else is busy. The timer is the
+3. A status is sent at least every third of the server's `wal_sender_timeout`, however busy it is. The timer is the
    caller's; `receive` takes the time that is left until then. A status may ask for a reply: an idle server says nothing
    by itself for half of that time, and so a dead one would not be told from it.
 4. Relation messages belong to the connection: after a reconnect nothing of the old one is remembered.
@@ -111,7 +111,7 @@ class SlotConnection:
         return slot
 
     async def identify(self) -> ServerIdentity:
-        """Ask the server who it is."""
+        """Ask the server for its identity: system identifier, timeline and position."""
         rows = await self._command("IDENTIFY_SYSTEM")
         system, timeline, position, database = rows[0]
         return ServerIdentity(str(system), int(timeline), Lsn.parse(position), str(database))

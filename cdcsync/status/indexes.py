@@ -162,7 +162,7 @@ def _of_other_generations(config: Config, name: str, live: int, generations: Seq
             )
     if names.get(live) not in (None, wanted) and wanted not in names.values():
         yield (
-            f"index {name}: the configuration asks for the embedder {wanted}, and the index goes on with"
+            f"index {name}: the configuration asks for the embedder {wanted}, and the index continues with"
             f" {names[live]}; to migrate: cdcsync migrate {name} start"
         )
 

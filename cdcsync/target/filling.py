@@ -1,4 +1,4 @@
-"""Filling a generation: its vectors are made from the stored chunks, a page at a time, beside whoever applies changes.
+"""Filling a generation: its vectors are made from the stored chunks, a page at a time, while apply writes changes.
 
 A page is either written at once, with its vectors, or queued in the backlog, where the embed flow finds it. In both
 cases a chunk may change while the page is under way. Apply looks after every chunk that it writes, for all generations;
@@ -9,7 +9,7 @@ so a page only has to stand back where apply was:
 2. An apply that had its lock before has committed, and the page sees what it did: a chunk that is gone, has another
    text, waits in the backlog or has a fresh vector is left alone.
 3. An apply that gets its lock later deletes what the page left in the backlog for its chunks, and replaces their
-   vectors, as it does with anybody's.
+   vectors, as it does with all others.
 
 The vectors of a page go to the settled tier, which has no HNSW index yet.
 

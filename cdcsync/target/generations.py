@@ -3,7 +3,7 @@
 The table `generations` has one row a generation; `indexes.generation` says which of them is *live*: the one that
 searches use. Every statement on the table is here. The rules:
 
-1. A generation is created and dropped by the holder of the pipeline's lock, because whoever applies writes all of them.
+1. A generation is created and dropped by the holder of the pipeline's lock, because apply writes all of them.
    A command only asks for it: it adds the row, or marks it `dropping`.
 2. Which generation is live changes in one transaction, with the view and the search function, under the lock of the
    index's row in `indexes`. Any process may do that: a worker writes the same to all generations but the first vectors

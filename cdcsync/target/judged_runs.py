@@ -64,7 +64,7 @@ class Run(msgspec.Struct, frozen=True):
 
     :ivar collection: its name.
     :ivar measures: what was measured; the first one decides.
-    :ivar settings: what the index was like: whatever may explain a difference to another run.
+    :ivar settings: the settings of the index that may explain a difference to another run.
     :ivar weights: hybrid search by weight of the words, where that was asked for.
     """
 

@@ -1,6 +1,6 @@
 """A session that holds the pipeline's lock, through broken connections, for as long as nobody else took over.
 
-Whatever moves the pipeline's row does so in `chain`: from the row that this worker last saw committed, or not at all.
+The pipeline's row moves only in `_chain`: from the row that this worker last saw committed, or not at all.
 """
 
 from __future__ import annotations

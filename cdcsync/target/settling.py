@@ -185,7 +185,7 @@ class Settling:
         return {row[0] for row in await cursor.fetchall()}
 
     async def note(self, scan_ms: float, per_s: float) -> None:
-        """Write down what fresh adds to a search and how fast it settles, for whoever asks for the status."""
+        """Write down what fresh adds to a search and how fast it settles, for the status."""
         await self._connection.execute(
             self._sql(
                 "INSERT INTO {noted} (index_name, generation, scan_ms, settled_per_s, measured_at)"

@@ -26,7 +26,7 @@ KEPT = 360
 """Points: one hour."""
 
 EVENTS = 50
-"""Events that are kept: what an operator wants to know who comes back after a night, in some 10 kB."""
+"""How many events are kept: enough for an operator who comes back after a night, in about 10 kB."""
 
 BRIEF = timedelta(seconds=2)
 """A problem that ended sooner is not remembered."""

@@ -47,7 +47,7 @@ READING_SHARE = 0.1
 to keep to that."""
 
 METRICS_GOOD_S = 0.2
-"""How long an exposition is given to all who ask: writing it takes milliseconds that the stream would wait for."""
+"""How long an exposition is reused for all clients: writing it takes milliseconds for which the stream would wait."""
 
 BOUNDS = Bounds(connections=64, request_s=10.0)
 """Far more connections than a scraper, two probes and a few browsers open, and far from the limit of descriptors.
@@ -95,7 +95,7 @@ class WorkerView(Protocol):
 
 
 class _Readings:
-    """Reads the status once for all who ask at about the same time."""
+    """Reads the status once for all clients that ask at about the same time."""
 
     def __init__(self, view: WorkerView) -> None:
         self._view = view

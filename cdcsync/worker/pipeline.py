@@ -78,7 +78,7 @@ def make_dispatchers(config: Config, state: WorkerState, embedders: Mapping[str,
 
 
 class Pipeline:
-    """The parts of a pipeline and how they are wired; use `set_up`, then `work`, and `aclose` whatever comes of it."""
+    """The parts of a pipeline and how they are connected; call `set_up`, then `work`, and `aclose` in any case."""
 
     def __init__(
         self,

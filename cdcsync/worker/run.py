@@ -133,7 +133,7 @@ async def _work_through_schema_changes(
 ) -> None:
     """Work until told to stop; whenever an index is paused, examine its table again and continue with the result.
 
-    An index whose table still has all it needs (a type changed, the table was made anew) is resumed by reading the
+    An index whose table still has all it needs (a type changed, the table was created again) is resumed by reading the
     table again. The others stay paused, and their changes are skipped, until the configuration or the table is fixed.
     """
     pauses = Pauses()
@@ -218,7 +218,7 @@ async def _stop_on_signal(
         number = await anext(signals)
         log.info("stopping", signal=signal.Signals(number).name)
         state.stop()
-    # Whoever asks again does not want to wait for the batch in hand.
+    # A second signal means: do not wait for the current batch.
     signal.signal(signal.SIGINT, end_at_once)
     signal.signal(signal.SIGTERM, end_at_once)
     try:

@@ -1,4 +1,4 @@
-"""A running worker as others see it: whoever started it, and its HTTP endpoints.
+"""A running worker as others see it: the process that started it, and its HTTP endpoints.
 
 Nothing here does the worker's work; it is asked how that goes, over connections of its own.
 """
@@ -36,7 +36,7 @@ GAUGES_SHARE = 0.05
 """How much of the time they may be read, which takes the longer the more indexes there are."""
 
 QUERY_S = 4.0
-"""How long a query may wait for its vector behind the worker's own texts; whoever asks can load the model instead."""
+"""How long a query may wait for its vector behind the worker's own texts; the client can load the model instead."""
 
 STARTING_S = 15.0
 """How long a worker may take to follow its source before that is a problem; a start takes a second or two."""
@@ -46,7 +46,7 @@ ALIVE_WITHIN_S = 30.0
 
 
 class WorkerState:
-    """A running worker, as seen by whoever started it, and by its HTTP endpoints."""
+    """A running worker, as seen by the process that started it and by its HTTP endpoints."""
 
     def __init__(self, config: Config) -> None:
         self.metrics = Metrics()
@@ -117,7 +117,7 @@ class WorkerState:
         return not waits and anyio.current_time() - self._begun < STARTING_S
 
     def stop(self) -> None:
-        """Ask for an orderly end: the batch in hand is finished, or abandoned whole."""
+        """Ask for an orderly end: the current batch is finished, or abandoned whole."""
         self.stopping.set()
 
     def reconfigure(self, config: Config) -> None:

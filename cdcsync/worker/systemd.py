@@ -111,7 +111,7 @@ class ServiceManager:
             self.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
 
     def reloaded(self) -> None:
-        """Say that reading the configuration again is over, whatever came of it."""
+        """Say that reading the configuration again has ended, in success or failure."""
         if self._ready:
             self.tell(READY=1)
 
@@ -149,7 +149,7 @@ async def keep_informed(manager: ServiceManager, view: WorkerView) -> None:
 
 def _status(view: WorkerView) -> str:
     if view.stopping.is_set():
-        return "stopping: the batch in hand is being finished"
+        return "stopping: the current batch is being finished"
     if reasons := view.not_ready():
         return "; ".join(reasons)
     return f"streaming, {view.lag_seconds:.0f} s behind"

@@ -5,7 +5,8 @@
 1. Each server computes a digest of every document of a page over its own rows. Keys whose digests differ, and keys of
    the index that the source does not have, are suspects: they may differ, or be changing just now.
 2. Suspects go to the backfill engine as a request. It compares each under the snapshot-and-mark rule, as of a place in
-   the stream: what it reports differs, whatever is written meanwhile. What was equal at 1 needs no second look.
+   the stream: what it reports does differ, although rows are written meanwhile. What was equal at 1 needs no second
+   look.
 3. What the index must be in itself, vectors above all, is read in ranges of chunks, each under one snapshot of the
    target.
 4. What differs is read again: `verify --repair` does so when asked, and the rolling audit by itself.

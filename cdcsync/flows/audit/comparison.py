@@ -59,7 +59,7 @@ class Step(msgspec.Struct, frozen=True):
     """The findings of one step.
 
     :ivar suspects: keys of documents that may differ.
-    :ivar faults: keys of documents that are wrong whatever the source says, by problem.
+    :ivar faults: keys of documents that are wrong independently of the source, by problem.
     :ivar looked: how many rows, keys or chunks it looked at.
     :ivar documents: how many of them are rows of the source that a document is made of.
     :ivar following: where the next step begins; None after the last one.

@@ -86,7 +86,7 @@ class _Comparison:
         self.spec = spec
         self.due = anyio.current_time() + FIRST_S
         self.anew = False
-        """Whether to begin from the start, whatever place is stored."""
+        """Whether to begin from the start, despite a stored place."""
         self.differed = False
         """Whether the comparison before this one found differences, which were read again."""
         self.loaded_at: datetime | None = None

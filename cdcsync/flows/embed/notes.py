@@ -21,7 +21,7 @@ NOTE_S = 10.0
 of so many seconds."""
 
 LAST_NOTE_S = 2.0
-"""How long a worker that stops may take to note what it used: less than it is given to finish what is in hand."""
+"""How long a stopping worker may take to note what it used: less than it has for finishing its batch."""
 
 
 async def recall(connection: Connection, schema: str, slot: str, dispatchers: Mapping[str, Dispatcher]) -> None:

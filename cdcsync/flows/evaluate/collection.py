@@ -38,7 +38,7 @@ JUDGMENTS = "judgments.jsonl"
 class Judgment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One document's grade for a question.
 
-    :ivar content: the passage that was found, for whoever grades it.
+    :ivar content: the passage that was found, for the person who grades it.
     :ivar grade: None if nobody has judged it; 0 if it does not answer the question.
     """
 

@@ -1,4 +1,4 @@
-"""The applier: it brings a batch to the target, whatever is away meanwhile, and returns what it did.
+"""The applier: it commits a batch in the target, however long a server is away, and returns what it did.
 
 It owns the session that holds the pipeline's lock, so it is the only writer of chunks and checkpoint.
 """
@@ -94,7 +94,7 @@ class Applier:
         :param caught_up: asked just before the commit, whether nothing is left to be applied after this batch.
         :param following: returns the next batch once that is full; it is prepared during the commit.
         :param committed: called at once when the batch is in the target, which may be long before this returns.
-        :raises LeaseLost, TargetRewound: this worker must not, or cannot, write what it has in hand.
+        :raises LeaseLost, TargetRewound: this worker must not, or cannot, write its batch.
         """
         started = anyio.current_time()
 

@@ -182,7 +182,7 @@ class OpenBatch:
 
     @property
     def applying(self) -> bool:
-        """Whether the applier has a batch in hand."""
+        """Whether the applier is working on a batch."""
         return bool(self._taken)
 
     async def wait_for_applier(self, timeout_s: float) -> None:
@@ -214,9 +214,9 @@ class OpenBatch:
                 await self._for_applier.wait()
 
     async def following(self) -> Batch:
-        """Return the batch after the one in hand, once it is full.
+        """Return the batch after the current one, once it is full.
 
-        The caller calls `done` with it after the one in hand.
+        The caller calls `done` with it after the current one.
         """
         while not self.full or self._stopping.is_set():
             self._for_applier = anyio.Event()
@@ -241,7 +241,7 @@ class OpenBatch:
 
     @property
     def nothing_left(self) -> bool:
-        """Whether the source has sent everything, and no more than the batch in hand is to be applied."""
+        """Whether the source has sent everything, and only the current batch is left to apply."""
         return self._dry and self._heard_all and not self._filling and len(self._taken) <= 1
 
     @property

@@ -60,7 +60,7 @@ class Stream:
         :param page_at: returns the rows of a backfill that belong at a mark.
         :param applied: called with each batch that is in the target, and the seconds that applying it took.
         :param limits: may change at any time.
-        :param stopping: ends the following in order: the batch in hand is finished, the last status is sent.
+        :param stopping: ends in an orderly way: the current batch is finished, and the last status is sent.
         """
         self._applier = applier
         self._accounts = accounts
@@ -109,7 +109,7 @@ class Stream:
         self._open.pause(error)
 
     def leave(self) -> None:
-        """Give up the connection, and the batch in hand with it: the source waits for both, and they for the source."""
+        """Give up the connection and the current batch: the source waits for both, and they wait for the source."""
         self._leaving.set()
 
     async def follow(

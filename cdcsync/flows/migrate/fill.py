@@ -7,7 +7,7 @@ It is a load like a first one: texts are in the backfill lane, so that live chan
 it first, and a page that a quick model can embed at once is written with its vectors. Every page commits with the place
 that it reached; after any crash the flow continues there.
 
-While it goes on, and after it, whoever applies changes writes all generations (`target/apply`).
+Meanwhile and afterwards, apply writes changes to all generations (`target/apply`).
 """
 
 from __future__ import annotations

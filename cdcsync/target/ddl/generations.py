@@ -28,7 +28,7 @@ from cdcsync.target.ddl.tiers import create_vectors
 async def create_generations(connection: Connection, schema: str, spec: IndexSpec) -> list[int]:
     """Create the vectors tables of the generations beside the live one, where they are missing.
 
-    Whoever may read the live vectors may read these. The caller's transaction commits.
+    Roles that may read the live vectors may read these. The caller's transaction commits.
 
     :returns: the generations whose tables were missing.
     """

@@ -1,6 +1,6 @@
 """Locks that exclude searches, taken so that no search waits for long and none ever fails.
 
-Whoever waits for an exclusive lock has every later search wait behind it. So such a lock is waited for only briefly,
+Every later search waits behind a session that waits for an exclusive lock. So such a lock is waited for only briefly,
 then everything is given up, and tried again a little later.
 
 Source: PostgreSQL, "Explicit Locking"; "Client Connection Defaults" (lock_timeout).

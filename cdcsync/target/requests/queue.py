@@ -20,7 +20,7 @@ FOUND_KEPT_S = 3_600
 """How long the findings of a verification are kept: only the command that asked for it reads them, at once."""
 
 KEPT_S = 7 * 24 * 3_600
-"""How long replays and verifications that have ended are kept, for whoever wants to know what was done."""
+"""How long replays and verifications that have ended are kept, so that somebody can see what was done."""
 
 
 class Queue:

@@ -1,4 +1,4 @@
-"""An index as the target has it, whatever the configuration would make of it; needs no source."""
+"""An index as it is stored in the target, which may differ from the configuration; needs no source."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cdcsync.target.registry import TABLE, Registry
 
 
 async def stored_spec(connection: Connection, schema: str, name: str, config: Index) -> IndexSpec:
-    """Return an index as it is in the target now, whatever the configuration would make of it; needs no source.
+    """Return an index as it is stored in the target now, which may differ from the configuration; needs no source.
 
     The types of keys are the target's; the source's are taken to be the same, as nothing here asks it.
 
