@@ -80,7 +80,7 @@ def command_line(arguments: Sequence[str] = ()) -> TyperGroup:
 
 
 def _describe_parameters(command: TyperCommand | TyperGroup, parent: typer.Context | None = None) -> None:
-    """Have the help name what a parameter takes as people do: `N`, not `<int range>`, and nothing for a flag."""
+    """Make the help name a parameter's values as people do: `N`, not `<int range>`, and nothing for a flag."""
     # What the help option is called is a setting of the whole command line, which a context takes from its parent.
     context = typer.Context(command, parent=parent, **command.context_settings)
     for parameter in [*command.params, command.get_help_option(context)]:

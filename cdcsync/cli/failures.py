@@ -113,7 +113,7 @@ async def _discard(config: Config, name: str) -> int:
 
 
 async def _retry(config: Config, name: str, as_json: bool) -> bool:
-    """Have everything tried again, and follow what is read again; returns whether that was read."""
+    """Request another attempt for everything, and follow the rows that are read again; returns whether that worked."""
     from cdcsync.flows.replay import open_index
     from cdcsync.postgres.sessions import connect, speaking_of
 
@@ -150,7 +150,7 @@ async def _retry(config: Config, name: str, as_json: bool) -> bool:
 
 
 async def _read_again(target: Connection, config: Config, spec: IndexSpec, failed: Failures, listed: Listed) -> Request:
-    """Have the rows read again, or all rows where not all that failed are listed, and return when that has ended."""
+    """Request that the rows, or all rows if not every failed one is listed, are read again; returns when that ended."""
     from cdcsync.flows.replay import Replay, ask, follow
     from cdcsync.postgres.sessions import speaking_of
     from cdcsync.worker.substitute import worker_ensured

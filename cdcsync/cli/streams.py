@@ -49,7 +49,7 @@ class _Stream:
             self._failed(error)
 
     def give_up(self) -> None:
-        """Let what was not written go, and all that follows: at its end the interpreter would try again, and say so."""
+        """Discard unwritten and all further output: at its end the interpreter would try to write it, and complain."""
         with contextlib.suppress(OSError), open(os.devnull, "wb") as null:
             os.dup2(null.fileno(), self._stream.fileno())
 

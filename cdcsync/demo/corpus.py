@@ -29,7 +29,7 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One documented thing; `(module, name)` is unique."""
+    """A documented object; `(module, name)` is unique."""
 
     module: str
     """Dotted, as imported."""

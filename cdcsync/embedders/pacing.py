@@ -101,7 +101,7 @@ class Pace:
             self._tokens.take(now, tokens)
 
     def hold(self, now: float, wait_s: float) -> None:
-        """Let nobody ask for so long."""
+        """Block all requests for so long."""
         self._not_before = max(self._not_before, now + min(wait_s, MOST_ASKED_S))
 
     def heard(self, now: float, headers: Mapping[str, str]) -> None:

@@ -98,7 +98,7 @@ class PythonEmbedder:
         return len(texts) if own is None else max(1, int(own(texts)))
 
     async def open(self) -> None:
-        """Have the class load what it needs, if it has an `open`. Calling it again does nothing.
+        """Call the class's `open`, if it has one, so that it can load what it needs. A second call does nothing.
 
         :raises EmbedderUnavailable: it failed.
         """
@@ -130,7 +130,7 @@ class PythonEmbedder:
             ) from None
 
     async def aclose(self) -> None:
-        """Have the class release what it loaded, if it has an `aclose`."""
+        """Call the class's `aclose`, if it has one, so that it can release what it loaded."""
         if self._opened:
             self._opened = False
             await self._call("aclose")

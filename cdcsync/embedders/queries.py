@@ -131,7 +131,7 @@ class QueryEmbedder(OnCall):
 
     @asynccontextmanager
     async def _turn(self, text: str) -> AsyncIterator[None]:
-        """Let one caller at a time ask for a text: the next one finds it remembered, unless the first was cancelled."""
+        """Admit one caller at a time for a text: the next one finds it remembered, unless the first was cancelled."""
         lock, callers = self._asking.get(text, (anyio.Lock(), 0))
         self._asking[text] = lock, callers + 1
         try:

@@ -169,7 +169,7 @@ async def canonical_keys(target: Connection, spec: IndexSpec, given: Iterable[st
 
 
 async def check_where(source: Connection, spec: IndexSpec, where: str) -> None:
-    """Have the source read the condition, and try it on some rows, in a transaction that cannot write.
+    """Ask the source to parse the condition and to try it on some rows, in a transaction that cannot write.
 
     :raises UsageError: it is none, or does not work.
     """

@@ -37,7 +37,7 @@ OURS = "cdcsync: "
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One thing that a teardown is about, and what became of it. `note` says why it was kept, and what to do."""
+    """The outcome of a teardown for one object. `note` says why it was kept, and what to do."""
 
     what: str
     outcome: Literal["dropped", "absent", "kept"]

@@ -99,7 +99,7 @@ async def _count_if_changed(connection: Connection, schema: str, spec: IndexSpec
 
 
 async def _keep_ranking(connection: Connection, schema: str, spec: IndexSpec) -> None:
-    """Have a live index ranked by pg_textsearch where the target has it, and by its counts where it has not."""
+    """Rank a live index by pg_textsearch if the target has that extension, else by the index's counts."""
     entry = await Registry(schema).find(connection, spec.name)
     if entry is None or entry.state != "live":
         return

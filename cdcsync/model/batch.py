@@ -31,7 +31,7 @@ UNCHANGED_BYTES = 64 * 1024
 """The assumed size of a value that has to be read again, until it is read: TOAST holds values from 2 kB to 1 GB."""
 
 RELATED_BYTES = 1024
-"""What the related rows of a row, which are read when the batch is applied, are taken for until then. That reading is
+"""The assumed size of a row's related rows, which are read only when the batch is applied. That reading is
 bounded by itself."""
 
 RowChange = Upsert | Delete
@@ -172,7 +172,7 @@ class IndexChanges:
                     assert_never(row)
 
     def leave_out(self, key: Key, why: Unread) -> bool:
-        """Have a row count as one that cannot be read; False if the batch has nothing that could bring such a row."""
+        """Treat a row as one that cannot be read; returns False if nothing in the batch could bring such a row."""
         for changes in (self.live, self.filled):
             change = changes.get(key)
             if isinstance(change, Upsert) and not isinstance(change, UnreadRow):

@@ -36,7 +36,7 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class EmbedderState(msgspec.Struct, frozen=True):
-    """One embedder's, as the worker notes it.
+    """The state of one embedder, as the worker stores it.
 
     :ivar tokens: embedded on `day` (UTC).
     :ivar loads_wait_until: until when texts of loads wait, for `tokens_per_day`; None while they do not.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class IndexSpec(msgspec.Struct, frozen=True):
-    """One index as it is to be: configuration, table facts and model facts put together."""
+    """The specification of one index: its configuration with the facts of its table and its model."""
 
     name: str
     config: Index

@@ -54,7 +54,7 @@ def hang_up(descriptor: int) -> None:
 
 @asynccontextmanager
 async def interrupted_by(event: anyio.Event, *connections: psycopg.AsyncConnection[Any]) -> AsyncIterator[None]:
-    """Have the statements of a block fail once an event is set."""
+    """Make the statements of a block fail once an event is set."""
     try:
         async with anyio.create_task_group() as tasks:
 

@@ -24,7 +24,7 @@ MAX_NAMES = 8
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that a check found.
+    """The finding of a check.
 
     :ivar level: with an "error" the pipeline cannot work; a "warning" may surprise later; "ok" is good news.
     :ivar where: the configuration's key, the table, the slot or the server concerned.

@@ -47,7 +47,7 @@ def embedder_of(one: Generation, embedders: Mapping[str, Embedder], *first: str)
 def follow_generations(
     plan: Plan, stored: Entry, generations: Sequence[Generation], embedders: Mapping[str, Embedder]
 ) -> None:
-    """Have a plan go by the vectors that the index has; what the configuration asks for is left in `plan.wanted`.
+    """Base a plan on the vectors that the index has, and keep what the configuration asks for in `plan.wanted`.
 
     The plan stays as it is where the configuration has no embedder for the vectors that searches use.
     """

@@ -234,7 +234,7 @@ async def _examine_conditions(
 
 
 async def examine_statement(connection: Connection, plan: Plan, table: Table) -> list[Finding]:
-    """Have the source run the statement that reads a document, each relation by itself, on a row if there is one."""
+    """Run the statement that reads a document on the source, for each relation by itself, on a row if there is one."""
     findings = []
     assert plan.documents is not None
     for one in plan.documents.related:

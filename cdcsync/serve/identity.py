@@ -163,7 +163,7 @@ def _digest(token: str) -> str:
 
 
 REFUSED = Problem(401, "Not signed in", "the token is unknown, expired or revoked", "send Authorization: Bearer TOKEN")
-"""One answer for every reason: a caller learns nothing about other tokens."""
+"""The same answer for every reason, so that a caller learns nothing about other tokens."""
 
 
 class Authenticator:

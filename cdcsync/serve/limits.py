@@ -106,7 +106,7 @@ class Limits:
 
     @asynccontextmanager
     async def admitted(self, account: str) -> AsyncIterator[None]:
-        """Let a call in for the time of the block.
+        """Admit a call for the duration of the block.
 
         :raises Refused: 429, this tenant has used up its share; 503, too many calls wait.
         """

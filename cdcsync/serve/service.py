@@ -1,4 +1,4 @@
-"""One call, however it came: who calls, whether it may, a deadline, the work, a timer, a row in the record.
+"""One call over HTTP or MCP: its caller, permission, deadline, work, timer, and row in the record.
 
 HTTP and MCP differ in how they read a call and write its answer, and in nothing else.
 """

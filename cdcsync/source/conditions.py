@@ -97,7 +97,7 @@ class Refused(Exception):
 
 
 async def try_condition(connection: Connection, table: QualifiedName, text: str, *, source: str | None = None) -> None:
-    """Have the source read a condition, and try it on some rows, in a transaction that cannot write.
+    """Ask the source to parse a condition and to try it on some rows, in a transaction that cannot write.
 
     It is tried in brackets and without them: what is right in both places is one expression. And it is planned after
     WHERE, where aggregates and window functions are refused.

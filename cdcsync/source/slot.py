@@ -159,7 +159,7 @@ class SlotConnection:
         return Lsn.parse(rows[0][1])
 
     async def _notice_our_end(self) -> None:
-        """Have the walsender look for us while the next command runs.
+        """Make the walsender notice, while the next command runs, if this process ends.
 
         Otherwise it would wait for the transactions on behalf of a process that was killed, and hold the slot against
         its successor. The server's timer begins with an ordinary statement; commands of replication only keep it
@@ -170,7 +170,7 @@ class SlotConnection:
         await self._command("SELECT 1")
 
     async def set_failover(self, name: str) -> None:
-        """Let standbys have a slot that exists (PostgreSQL 17 and later).
+        """Turn an existing slot into a failover slot, which standbys synchronise (PostgreSQL 17 and later).
 
         :raises SlotInUse: another connection reads the slot.
         """

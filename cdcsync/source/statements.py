@@ -53,7 +53,7 @@ class Statements:
         if shape.source is not None:
             keys[0] = sql.SQL("{}::text").format(sql.Literal(shape.source))
         self._columns = sql.SQL(", ").join([*keys, *read_within(shape.columns[len(keys) :], shape, largest_value())])
-        """What is read of a row: of too large values nothing, and whether there are any."""
+        """The expressions that are read of a row: NULL for a value that is too large, and whether there is one."""
         self._sent = _condition(condition) if condition else sql.SQL("true")
         # As a subquery, so that the condition's bare column names cannot be taken for those of what it is joined to; of
         # only the columns that the index needs, because the role may not be allowed to read the other columns.

@@ -268,7 +268,7 @@ class Generations:
         return row.rowcount > 0
 
     async def begin_again(self, connection: Connection, index: str, generation: int) -> None:
-        """Have a generation filled from its beginning: chunks that have their vector are passed over."""
+        """Start filling a generation from the beginning: chunks that have their vector are skipped."""
         await connection.execute(
             sql.SQL(
                 "UPDATE {} SET cursor = 0, queued = 0, state = 'filling', filled_at = NULL, ready_at = NULL"

@@ -132,7 +132,7 @@ async def texts_with_vector(
 
 
 async def discard_vectors(connection: Connection, schema: str, spec: IndexSpec, keys: Sequence[Key]) -> int:
-    """Have the vectors of these documents made again, in every generation; the caller commits. Returns how many.
+    """Queue the vectors of these documents to be made again, in every generation; the caller commits. Returns how many.
 
     The present vectors stay searchable, as stale ones, until their successors are stored.
     """

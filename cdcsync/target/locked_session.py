@@ -187,7 +187,7 @@ class LockedSession:
         self._lease, self._proposed = self._proposed, None
 
     async def interrupt(self) -> None:
-        """Have what runs in this session fail and roll back, until cancelled: for a worker whose time is up.
+        """Make the statements of this session fail and roll back, until cancelled: for a worker whose time is up.
 
         From now on the session is not opened again.
         """

@@ -22,7 +22,7 @@ from cdcsync.target.ddl.names import vector_schema
 
 
 async def register_vectors(connection: Connection) -> None:
-    """Have a connection take what `wire_form` makes as a parameter.
+    """Let a connection accept the results of `wire_form` as parameters.
 
     The types are looked up by their qualified names: a search path, even for a moment, would let operators of others
     run as our role.

@@ -114,7 +114,7 @@ async def compare_step(
 async def compared(
     target: Connection, schema: str, spec: IndexSpec, suspects: Sequence[Key], ensure_worker: EnsureWorker = nullcontext
 ) -> dict[str, list[Key]]:
-    """Have the engine compare these documents; returns the keys that differ, by problem.
+    """Request that the engine compares these documents; returns the keys that differ, by problem.
 
     :raises SetupError: the comparison could not be made.
     """

@@ -220,7 +220,7 @@ async def repair_found(
     whole: bool,
     vectors_orphaned: bool,
 ) -> int:
-    """Have these documents read again, by a replay of their keys; returns how many they are.
+    """Request that these documents are read again, by a replay of their keys; returns how many they are.
 
     Rows that are gone leave the index, the others are chunked anew; vectors that are unusable are made again.
 

@@ -264,7 +264,7 @@ class Calls:
         return Failed(error, texts, now, beside)
 
     def _adjust(self, *, alone: bool | None = None) -> None:
-        """Let as many calls run at a time as there should be."""
+        """Set how many calls may run at a time: one while a call has to be alone, else as many as have worked."""
         alone = self._alone.locked() if alone is None else alone
         self._free.total_tokens = 1 if alone else self.sizes.calls
 

@@ -46,7 +46,7 @@ SLOW_S = 300.0
 
 
 class Health:
-    """One embedder's: use `usable` before a call, `confirm` after one failed, and run `recover` beside them.
+    """One embedder's health: use `usable` before a call, `confirm` after a failed one, and run `recover` beside them.
 
     :param clock: the time in seconds.
     :param free: limits how many calls run at a time; the word is one of them.

@@ -114,7 +114,7 @@ class EmbedLoop:
                     await self._wake.wait()
 
     async def _hold_while_far_behind(self) -> None:
-        """Let the stream catch up, once for each time that it falls behind."""
+        """Wait for the stream to catch up, once each time that it falls behind."""
         if self._dispatcher.far_behind and not self._held:
             for _ in range(round(HOLD_S / HOLD_POLL_S)):
                 await anyio.sleep(HOLD_POLL_S)

@@ -199,7 +199,7 @@ async def _refuse_without_hnsw(connection: Connection, schema: str, spec: IndexS
 
 @asynccontextmanager
 async def _snapshot(connection: Connection, spec: IndexSpec, where: str | None, budget: Budget) -> AsyncIterator[None]:
-    """Have everything inside see one moment, and read only.
+    """Run the block under one snapshot that can only read.
 
     :raises SetupError: a search took longer than it may.
     :raises UsageError: the server refuses the condition.

@@ -12,7 +12,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import OPERATORS, Names
 
 CHANGED = 4
-"""One query of so many is among the vectors that changed last."""
+"""One in so many queries is among the vectors that changed last."""
 
 LAST_BLOCKS = 16
 """The end of the settled tier that is looked at for what came there last: some hundred vectors."""

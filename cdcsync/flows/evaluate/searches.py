@@ -1,4 +1,4 @@
-"""One stored vector's search: by HNSW with each effort, and exactly, which tells what it missed."""
+"""Searches with one stored vector: by HNSW with each effort, and exactly, which shows what HNSW missed."""
 
 from __future__ import annotations
 

@@ -54,11 +54,11 @@ READ_AT_ONCE = 500
 """Rows that are read in one query at most."""
 
 READ_BYTES = 4 * 1024 * 1024
-"""What one query is to return. The sizes of rows are known before; those of documents with related rows are not, and
-the query before suggests how many to read."""
+"""The most bytes that one query should return. The sizes of rows are known before. Those of documents with related rows
+are not, and the query before suggests how many to read."""
 
 MOST_BYTES_READ = 32 * 1024 * 1024
-"""What is read for one batch at most. The other rows are left to a request."""
+"""The most bytes that are read for one batch. The other rows are left to a request."""
 
 
 class _Rendered(msgspec.Struct, frozen=True, gc=False):

@@ -41,7 +41,7 @@ COUNTED_S = 60.0
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """One index as it is, beside what the configuration makes of it.
+    """An index as it is stored, beside what the configuration would make of it.
 
     :ivar need: the load that it needs; None if it needs none.
     :ivar found: how its table differs from what it was.

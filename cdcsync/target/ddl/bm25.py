@@ -44,7 +44,7 @@ class Bm25(msgspec.Struct, frozen=True):
 
     @property
     def method(self) -> sql.Composed:
-        """What the index is made of, as CREATE INDEX has it after USING."""
+        """The definition of the index, as it follows USING in CREATE INDEX."""
         return sql.SQL("bm25 (content {}.text_bm25_ops) WITH (text_config = {})").format(
             sql.Identifier(self.extension), sql.Literal(self.configuration)
         )

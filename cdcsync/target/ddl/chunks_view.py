@@ -71,7 +71,7 @@ async def put_chunks_view(connection: Connection, schema: str, spec: IndexSpec) 
 
 
 async def release_chunks_view(connection: Connection, schema: str, spec: IndexSpec, columns: Collection[str]) -> None:
-    """Have the view of chunks no longer read these columns, so that their types can change."""
+    """Stop the view of chunks from reading these columns, so that their types can change."""
     if await is_free(connection, spec):
         view, chunks = chunks_view_name(spec.config.view_name), Names(schema, spec.name).chunks
         from_ = sql.SQL("{} AS c").format(chunks)

@@ -47,7 +47,7 @@ async def create_generations(connection: Connection, schema: str, spec: IndexSpe
 
 
 async def switch_relations(connection: Connection, schema: str, spec: IndexSpec, before: int) -> None:
-    """Have view and search function use the spec's generation. The caller's transaction commits.
+    """Point view and search function to the spec's generation. The caller's transaction commits.
 
     :param before: the generation that they use now.
     :raises SetupError: something is built on the view, whose vectors have another type now.

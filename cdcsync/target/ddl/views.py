@@ -159,7 +159,7 @@ async def release_columns(
     *,
     chunks: sql.Identifier,
 ) -> None:
-    """Have a view no longer read these columns of the chunks table, so that their types can change.
+    """Stop a view from reading these columns of the chunks table, so that their types can change.
 
     `put_view` has it read them again. The caller's transaction commits.
     """

@@ -22,7 +22,7 @@ from cdcsync.target.failures.documents import TABLE, Listed, count_failed, forge
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """One thing that failed; `next_attempt_at` is none when nobody will try again.
+    """A row or text that failed; `next_attempt_at` is None if there will be no further attempt.
 
     :ivar chunk_no: which chunk of the row's document could not be embedded; none where there is no document.
     :ivar generation: the generation of vectors that lacks it; none where there is no document.
@@ -107,7 +107,7 @@ class Failures:
         return [tuple(cast(list[str], row[0])) for row in await cursor.fetchall()]
 
     async def retry_texts(self) -> int:
-        """Have all texts tried again now, their attempts forgotten; returns how many there are.
+        """Schedule all texts for another attempt now, as if they had had none; returns how many there are.
 
         A running worker notices within some seconds.
         """

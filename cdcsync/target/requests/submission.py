@@ -26,7 +26,7 @@ replay, the column `owed` says it."""
 
 
 class Requests:
-    """What may be asked of the worker; it takes effect when the caller commits."""
+    """Requests to the worker; they take effect when the caller commits."""
 
     def __init__(self, schema: str) -> None:
         self._schema = schema

@@ -83,10 +83,10 @@ COLUMNS = (
     "id, index_name, kind, rewrite, filter, state, phase, cursor, rows_done, rows_total, started_at,"
     " force_embed, keyed, max_rows_per_s, error, through, finished_at"
 )
-"""What commands read too, which may be newer than the worker and its tables."""
+"""The columns that commands read too, which may be newer than the worker and its tables."""
 
 SERVED = f"{COLUMNS}, up_to"
-"""What the worker reads of requests that it serves."""
+"""The columns that the worker reads of the requests that it serves."""
 
 
 class Tables:

@@ -191,7 +191,7 @@ def _for_this_search(timeout_s: float | None, settings: Mapping[str, str]) -> sq
 
 
 async def check_condition(connection: Connection, schema: str, spec: IndexSpec, where: str | None) -> None:
-    """Have the server look at a condition, before anything costly is done for the search.
+    """Ask the server to check a condition, before anything costly is done for the search.
 
     :raises UsageError: it is not a condition on the index's columns.
     """
@@ -344,7 +344,7 @@ def _or_text(load: Any, data: Any) -> Any:
 
 
 def _keep_infinity(cursor: psycopg.AsyncRawCursor[Any]) -> None:
-    """Have dates that Python cannot hold (`infinity`, the year 20000) come as the server's text, instead of failing."""
+    """Load dates that Python cannot represent (`infinity`, the year 20000) as the server's text, instead of failing."""
     for type_, loader in (("date", _Date), ("timestamp", _Timestamp), ("timestamptz", _Timestamptz)):
         cursor.adapters.register_loader(type_, loader)
 
