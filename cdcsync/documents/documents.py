@@ -38,9 +38,9 @@ class Frame(msgspec.Struct, frozen=True):
         names = [whole.columns[slot] for slot in whole.slots]
         if names.count(CHUNK) != 1:
             raise ConfigError(
-                f"{{{CHUNK}}} is there {names.count(CHUNK)} times",
+                f"{{{CHUNK}}} is used {names.count(CHUNK)} times",
                 where=where,
-                hint=f"say once where the chunk stands, as in {{title}}: {{{CHUNK}}}",
+                hint=f"use it once, in the place of the chunk, as in {{title}}: {{{CHUNK}}}",
             )
         at = names.index(CHUNK)
         return cls(

@@ -90,7 +90,7 @@ def pause_after(load: Request) -> Pause | None:
         return Pause(LOAD_CANCELLED, "start the worker again to load it")
     if load.state == "failed":
         because = f": {load.error}" if load.error else ""
-        return Pause(f"its load failed{because}", "correct that; it is tried again by itself, more and more rarely")
+        return Pause(f"its load failed{because}", "correct that; the worker tries again by itself, less and less often")
     return None
 
 

@@ -136,7 +136,7 @@ class Truncation(msgspec.Struct, frozen=True, gc=False):
 
 Change = Upsert | Delete | Truncation
 
-AGAIN = "the worker then reads the table anew and resumes the index by itself"
+AGAIN = "the worker then reads the table again and resumes the index by itself"
 """How a pause ends."""
 
 
@@ -249,7 +249,7 @@ class Projection:
     def _whole(self, key: Row) -> Key:
         if None in key:
             raise SchemaChanged(
-                f"a row arrived of which the key ({', '.join(self.shape.key)}) holds NULL, which names no row",
+                f"a row arrived of which the key ({', '.join(self.shape.key)}) contains NULL, which identifies no row",
                 index=self.shape.index,
                 where=str(self.shape.table),
                 hint="remove such rows, and set the key's columns NOT NULL again",

@@ -220,7 +220,7 @@ def key_faults(name: str, stored: Entry, table: Table) -> Iterator[Finding]:
         yield Finding.error(
             str(table.name),
             f"its key is ({now}), and the index {name} exists with the key ({then})",
-            f"restore the old key, or load an index anew: configure it as [indexes.OTHER] and not as [indexes.{name}]",
+            f"restore the old key, or load a new index: configure it as [indexes.OTHER] and not as [indexes.{name}]",
         )
 
 

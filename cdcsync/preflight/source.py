@@ -186,10 +186,10 @@ def slot_faults(slot: Slot, server: Server, *, resync: bool) -> Iterator[Finding
             " its changes cannot be received any more"
         )
         if resync:
-            yield Finding.warning(where, f"{lost}; run makes a new slot and loads the indexes anew")
+            yield Finding.warning(where, f"{lost}; run creates a new slot and reads the tables again")
         else:
             yield Finding.error(
-                where, lost, 'set source.on_gap = "resync" to load the indexes anew: docs/operations.md, "After a gap"'
+                where, lost, 'set source.on_gap = "resync" to read the tables again: docs/operations.md, "After a gap"'
             )
     elif slot.wal_status == "unreserved":
         yield Finding.warning(

@@ -140,7 +140,7 @@ class Offered(Index):
                     "give a value for each, in this order, separated by commas",
                 )
             if len(key) != len(names) or set(values_of) != set(names):
-                raise Problem(422, "The key is not whole", f"the key has the columns {', '.join(names)}", fix)
+                raise Problem(422, "The key is incomplete", f"the key has the columns {', '.join(names)}", fix)
             types = dict(zip(spec.shape.key, spec.key_types, strict=True))
             equal = await comparisons(connection, [types[name] for name in names])
             conditions = [

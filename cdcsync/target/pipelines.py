@@ -216,7 +216,7 @@ class Pipelines:
                 f" committed {lease.checkpoint} (commit {lease.commits}): a standby was promoted before it had"
                 " everything, a backup was restored, or the row was edited",
                 where=f"slot {self._slot}",
-                hint="the worker begins anew from the target's position, unless what follows it is lost",
+                hint="the worker starts again from the target's position, unless what follows it is lost",
             )
         return found
 

@@ -71,7 +71,7 @@ HELD = {
     "the embedder": ("tests/faults/test_provider.py", "test_an_outage_costs_vectors_their_freshness"),
     # connections
     "replication": (SILENCE, "test_a_connection_that_falls_silent"),
-    "every other one": (SILENCE, "test_a_connection_that_falls_silent"),
+    "every other connection": (SILENCE, "test_a_connection_that_falls_silent"),
     "the server's end": ("tests/server/postgres/test_sessions.py", "whose_host_is_gone_within_a_minute"),
     "the session that holds the pipeline's lock": (SILENCE, "test_a_standby_takes_over_from_a_worker"),
     "our own old session in the target": (SILENCE, "old_session_ended"),

@@ -88,7 +88,7 @@ class Sizes:
         return ConfigError(
             f"the model's tokenizer.json cannot be read: {error}",
             where=self._where,
-            hint="use a model that comes with a complete tokenizer.json, or save its tokenizer anew",
+            hint="use a model that comes with a complete tokenizer.json, or save its tokenizer again",
         )
 
 

@@ -70,7 +70,7 @@ def parse_floor(text: str) -> Floor:
     mode = match and match[1]
     if match is None or (mode is not None and mode not in MODES):
         raise UsageError(
-            f"{text!r} is not a least value",
+            f"{text!r} is not a minimum",
             where="--min",
             hint=f'write it as "nDCG@10=0.40", or with a mode ({", ".join(MODES)}) as "text nDCG@10=0.32"',
         )

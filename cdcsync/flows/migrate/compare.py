@@ -77,7 +77,7 @@ def parse_floors(texts: Sequence[str]) -> tuple[dict[str, float], list[str]]:
         except ValueError:
             own[name] = -1.0
         if not 0 <= own[name] <= 1:
-            raise UsageError(f"{text!r} is not a least value", where="--min", hint=f"write it as {name}=0.95")
+            raise UsageError(f"{text!r} is not a minimum", where="--min", hint=f"write it as {name}=0.95")
     return own, others
 
 

@@ -123,7 +123,7 @@ async def set_up_indexes(
                     f"the view {spec.config.view_name} has to change, and other objects depend on it",
                     index=spec.name,
                     where=str(spec.config.view_name),
-                    hint=f"drop them, then create them anew: {error.diag.message_detail}",
+                    hint=f"drop them, then create them again: {error.diag.message_detail}",
                 ) from error
 
 

@@ -189,7 +189,7 @@ async def _columns_present(connection: Connection, schema: str, spec: IndexSpec)
             f"the index exists with the key ({', '.join(sorted(key))}), and the table has the key"
             f" ({', '.join(spec.shape.key)})",
             where=f"index {spec.name}",
-            hint="give the index another name in the configuration, which builds it anew, and drop the old one",
+            hint="give the index another name in the configuration, which builds a new index, and drop the old one",
         )
     return {column: type_ for column, type_, _ in found}
 

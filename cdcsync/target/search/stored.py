@@ -46,7 +46,7 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
             raise SetupError(
                 f"its table {schema}.{name}_chunks is missing in the target",
                 where=f"index {name}",
-                hint="a worker that runs makes it again within a minute, and reads the source",
+                hint="a running worker creates it again within a minute, and fills it from the source",
             )
         generations = await Generations(schema).of(connection, name)
     documents = make_documents(config, where=f"indexes.{name}")

@@ -182,7 +182,7 @@ def test_a_relation_that_lacks_columns_is_an_error_that_names_them_once() -> Non
 
     assert (caught.value.index, caught.value.where) == ("articles", "public.articles")
     assert caught.value.hint is not None
-    assert caught.value.hint.startswith("restore the column: the worker then reads the table anew")
+    assert caught.value.hint.startswith("restore the column: the worker then reads the table again")
 
 
 @pytest.mark.parametrize("identity", ["d", "i", "n", "f"])
@@ -222,9 +222,9 @@ def test_a_complete_row_is_left_as_it_is() -> None:
 
 @pytest.mark.parametrize("old", [None, key_only(id="2")])
 def test_a_row_with_null_in_its_key_is_an_error_that_passes(projection: Projection, old: Tuple | None) -> None:
-    with pytest.raises(SchemaChanged, match=r"the key \(tenant, id\) holds NULL") as updated:
+    with pytest.raises(SchemaChanged, match=r"the key \(tenant, id\) contains NULL") as updated:
         projection.updated(None if old is None else "K", old, sent(id=None), XID, LSN)
-    with pytest.raises(SchemaChanged, match="holds NULL") as inserted:
+    with pytest.raises(SchemaChanged, match="contains NULL") as inserted:
         projection.inserted(sent(tenant=None), XID, LSN)
     assert updated.value.passing
     assert inserted.value.passing

@@ -139,7 +139,7 @@ def test_a_chunk_text_may_use_columns_that_the_document_does_not() -> None:
 
 @pytest.mark.parametrize(("text", "times"), [("{title}", 0), ("{chunk} {chunk}", 2)])
 def test_a_chunk_text_holds_the_chunk_once(text: str, times: int) -> None:
-    with pytest.raises(ConfigError, match=f"is there {times} times") as caught:
+    with pytest.raises(ConfigError, match=f"is used {times} times") as caught:
         make_documents(index(chunk_text=text), where="indexes.a")
     assert caught.value.where == "indexes.a.chunk_text"
 

@@ -28,7 +28,7 @@ async def test_a_floor_is_for_the_search_that_the_index_gives_or_for_a_named_mod
 
 @pytest.mark.parametrize("text", ["nDCG@10", "nDCG@10=x", "=0.4", "nowhere nDCG@10=0.4", ""])
 def test_a_floor_that_cannot_be_read_is_a_wrong_argument(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a least value"):
+    with pytest.raises(UsageError, match="is not a minimum"):
         parse_floor(text)
 
 

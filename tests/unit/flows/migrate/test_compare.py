@@ -18,7 +18,7 @@ def test_recall_and_overlap_have_gates_of_their_own_and_the_rest_is_for_judged_q
 
 @pytest.mark.parametrize("text", ["recall=1.5", "overlap=-0.1", "recall=much", "recall", "recall=nan"])
 def test_a_least_value_is_a_share(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a least value") as refused:
+    with pytest.raises(UsageError, match="is not a minimum") as refused:
         parse_floors([text])
     assert refused.value.where == "--min"
 
