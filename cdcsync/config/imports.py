@@ -6,13 +6,13 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from cdcsync.errors import SetupError
+from cdcsync.errors import CdcsyncError
 
 
-def import_named(path: str, error: type[SetupError], where: str) -> Callable[..., Any] | None:
+def import_named(path: str, error: type[CdcsyncError], where: str) -> Callable[..., Any] | None:
     """Return the function or class of this name; None if it is something that cannot be called.
 
-    :raises SetupError: it cannot be imported; as `error`.
+    :raises CdcsyncError: it cannot be imported; of the class `error`.
     """
     module, _, name = path.partition(":")
     try:

@@ -102,7 +102,8 @@ async def read_columns(connection: Connection, oids: Collection[int]) -> dict[in
     )
     columns: dict[int, dict[str, Column]] = {}
     for oid, *told, labels, type_oid, modifier, number, expression, xmin, collation, equal in await cursor.fetchall():
-        column = Column(*told, tuple(labels), (type_oid, modifier), number, expression, xmin, collation, equal)
+        rest = tuple(labels), (type_oid, modifier), number, expression, xmin, collation, equal
+        column = Column(*[*told, *rest])
         columns.setdefault(oid, {})[column.name] = column
     return columns
 

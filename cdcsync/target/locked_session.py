@@ -16,6 +16,7 @@ import psycopg
 
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import RunError, TargetUnavailable
+from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
 from cdcsync.postgres.liveness import WatchedConnection

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cdcsync.config.imports import import_named
-from cdcsync.errors import ConfigError, EmbedderSetupError, SetupError
+from cdcsync.errors import CdcsyncError, ConfigError, EmbedderSetupError
 
 
 def test_a_name_may_lie_inside_of_a_class() -> None:
@@ -21,7 +21,7 @@ def test_what_cannot_be_called_is_nothing() -> None:
 @pytest.mark.parametrize("path", ["nosuchmodule:make", "pathlib:NoSuchClass"])
 @pytest.mark.parametrize("error", [ConfigError, EmbedderSetupError])
 def test_a_name_that_is_not_there_is_the_callers_error_with_the_place_and_a_fix(
-    path: str, error: type[SetupError]
+    path: str, error: type[CdcsyncError]
 ) -> None:
     with pytest.raises(error, match=f"{path} cannot be imported") as raised:
         import_named(path, error, "embedders.mine.class")
