@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from collections.abc import Callable
 from datetime import datetime
 
 import pytest
 
+from tests.support.forked import Process
 from tests.support.outages import MakeSimple
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -75,9 +75,7 @@ def test_what_differs_is_found_counted_by_kind_and_read_again_and_the_index_is_p
     assert status["indexes"]["articles"]["differed_at"] is not None
 
 
-def audited_slowly(
-    make_database: Callable[[], Database], make_simple: MakeSimple
-) -> tuple[Pipeline, subprocess.Popen[bytes]]:
+def audited_slowly(make_database: Callable[[], Database], make_simple: MakeSimple) -> tuple[Pipeline, Process]:
     """Return a live pipeline whose audit takes some seconds for all rows, and its worker."""
     source = make_database()
     slowly = "audit_max_rows_per_s = 400\nverify_every_s = 0.5"
