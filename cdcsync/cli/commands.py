@@ -50,7 +50,9 @@ class Invocation:
         :raises ConfigError: there is no such file, or it is wrong.
         """
         from cdcsync.config import load
+        from cdcsync.postgres.passfile import take_credential
 
+        take_credential(os.environ)
         return load(config or self.config or Path(os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG), os.environ)
 
 

@@ -1,5 +1,6 @@
 """Sessions with a PostgreSQL server, source or target.
 
+    passfile      libpq's password file where systemd hands it over
     refusals      why a connection could not be opened, in plain words
     interrupts    statements that end when the worker is told to stop
     liveness      connections whose far end is gone although the socket is open

@@ -31,7 +31,7 @@ def pipeline(database: Database, make_pipeline: Callable[[str], Pipeline]) -> Pi
     database.execute("CREATE TABLE notes (id int PRIMARY KEY, title text)")
     database.execute("INSERT INTO articles SELECT i, 'title ' || i, 'body ' || i FROM generate_series(1, 5) AS i")
     database.execute("INSERT INTO notes SELECT i, 'note ' || i FROM generate_series(1, 5) AS i")
-    articles = {"text": "{body}", "columns": ["title"], "chunking": {"max_chunks": 3}}
+    articles = {"text": "{body}", "columns": ["title"], "chunking": {"max_chunks": 3, "on_too_many": "truncate"}}
     return make_pipeline(configuration(database.dsn, indexes={"articles": articles, "notes": {}}))
 
 
