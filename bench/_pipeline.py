@@ -68,6 +68,12 @@ class Pipeline:
                 env=os.environ,
             )
 
+    def configure(self, old: str, new: str) -> None:
+        """Replace a part of the configuration; a worker reads it when it starts."""
+        text = self._config.read_text()
+        assert old in text
+        self._config.write_text(text.replace(old, new))
+
     @property
     def pid(self) -> int:
         """The worker's process."""

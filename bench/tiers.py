@@ -77,7 +77,7 @@ def indexed(made: Pipeline, rows: int, *, tiers: bool, settings: str = "") -> No
     if not tiers:
         made.connection.execute(ONE_TIER.encode())
         settings += "\nsettle_connections = 0"
-    made._config.write_text(made._config.read_text().replace("[worker]", f"[worker]\n{settings}"))
+    made.configure("[worker]", f"[worker]\n{settings}")
 
 
 def catch_up(*, tiers: bool) -> dict[str, float]:

@@ -1,9 +1,9 @@
 """Documents of several tables: whatever is written to any of them, each is what one SQL statement says at rest.
 
 A seed makes a schema of two to four tables that are related in some way (children, parents, tables between, relations
-of relations), writers that change it at random in transactions with savepoints, cascades, moves and truncates, beside
-the first load or after it, and kills of the worker. The statement that says what the documents are is written here, in
-other SQL than the product's.
+of relations), writers that change it at random in transactions with savepoints, cascades, moves, truncates and DDL,
+beside the first load or after it, and kills of the worker. The statement that says what the documents are is written
+here, in other SQL than the product's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -168,16 +167,45 @@ def statements(root: Node, chance: random.Random) -> Iterator[str]:
 class Writer:
     """Changes everything at random."""
 
-    def __init__(self, dsn: str, root: Node, seed: int) -> None:
+    def __init__(self, dsn: str, root: Node, seed: int, *, ddl: bool = False) -> None:
         self._dsn = dsn
+        self._root = root
         self._nodes = list(root.walk())
         self._chance = random.Random(seed)
+        self._ddl = ddl
+
+    def one_definition(self, connection: psycopg.Connection) -> None:
+        """Change a table in a way that an index of it allows."""
+        chance = self._chance
+        name, part = chance.choice(self._nodes).name, chance.randint(0, 1)
+        bounds = f"FOR VALUES WITH (MODULUS 2, REMAINDER {part})"
+        changes = (
+            [f"ALTER TABLE {name} ADD COLUMN more int DEFAULT 7"],
+            [f"ALTER TABLE {name} DROP COLUMN more"],
+            [f"CREATE INDEX ON {name} (up)"],
+            [f"ALTER TABLE {name} RENAME word TO other", f"ALTER TABLE {name} RENAME other TO word"],
+            # A view stands in the way of another type, with which the table is rewritten.
+            ["DROP VIEW expected", f"ALTER TABLE {name} ALTER rank TYPE {chance.choice(('bigint', 'int'))}"],
+            ["DROP VIEW expected", f"ALTER TABLE {name} ALTER word TYPE {chance.choice(('text', 'varchar(99)'))}"],
+            [f"CLUSTER {name} USING {name}_pkey"],
+            [f"ALTER TABLE IF EXISTS {one} REPLICA IDENTITY FULL" for one in (name, f"{name}_0", f"{name}_1")],
+            [f"ALTER TABLE {name} DETACH PARTITION {name}_{part}"],
+            [f"ALTER TABLE {name} ATTACH PARTITION {name}_{part} {bounds}"],
+        )
+        chosen = chance.choice(changes)
+        for statement in chosen:
+            connection.execute(statement)
+        if "DROP VIEW expected" in chosen:
+            connection.execute(self._root.view())
 
     def one_change(self, connection: psycopg.Connection) -> None:
         chance = self._chance
         node = chance.choice(self._nodes)
         name, id_, other = node.name, str(chance.randint(1, IDS)), str(chance.randint(1, IDS))
         word = chance.choice(("x", "alpha", "beta", "gamma", None)) if node.kind else f"doc {chance.randint(1, 99)}"
+        if self._ddl and chance.random() < 0.03:
+            self.one_definition(connection)
+            return
         match chance.randint(0, 10):
             case 0 | 1 | 2:
                 connection.execute(
@@ -232,7 +260,7 @@ def documents_follow(
     make_pipeline: Callable[[str], Pipeline], database: Database, directory: Path, seed: int, transactions: int
 ) -> None:
     chance = random.Random(seed)
-    root = made_schema(chance)
+    root, ddl = made_schema(chance), chance.random() < 0.5
     text = configuration(
         database.dsn,
         worker_lines=f'batch_rows = {chance.choice((7, 200))}\nbackfill_page_rows = 3\nlog_level = "debug"',
@@ -251,7 +279,7 @@ def documents_follow(
     worker = pipeline.start(**environment)
     if chance.random() < 0.5:
         pipeline.live()
-    writers = [Writer(database.dsn, root, seed * 10 + number) for number in range(2)]
+    writers = [Writer(database.dsn, root, seed * 10 + number, ddl=ddl) for number in range(2)]
     threads = [
         threading.Thread(target=one.run, args=(transactions, most)) for one, most in zip(writers, (3, 25), strict=True)
     ]
@@ -266,8 +294,8 @@ def documents_follow(
     pipeline.live()
     pipeline.reach("docs")
     until(pipeline.in_step_now, lambda: f"seed {seed}: {pipeline.difference}; {pipeline.tail()}")
-    paused = partial(pipeline.times, "index_paused")
-    assert paused() == 0, f"seed {seed}: {pipeline.tail()}"
+    if not ddl:
+        assert pipeline.times("index_paused") == 0, f"seed {seed}: {pipeline.tail()}"
 
 
 @pytest.mark.parametrize("seed", range(3))
