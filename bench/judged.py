@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -77,7 +78,7 @@ WAYS: dict[str, tuple[str, str, str]] = {
 
 
 def loaded(made: Pipeline, corpus: Path, indexes: Mapping[str, tuple[str, str]]) -> None:
-    """Index the documents of a collection, and leave the worker stopped and the words counted.
+    """Index the documents of a collection, and leave the worker running and the words counted.
 
     :param indexes: the template and the settings of each.
     """
@@ -94,7 +95,6 @@ def loaded(made: Pipeline, corpus: Path, indexes: Mapping[str, tuple[str, str]])
     for name in indexes:
         for what in (f"NOT EXISTS (SELECT FROM cdcsync.{name}_backlog)", f"EXISTS (SELECT FROM cdcsync.{name}_words)"):
             made.until(partial(made.value, f"SELECT {what}"), what, 0.5)
-    made.stop()
 
 
 def evaluated(made: Pipeline, directory: Path, name: str) -> dict[str, Any]:
@@ -115,7 +115,14 @@ def compare_ways(directory: Path) -> None:
         name: (text, settings or ("" if name == BASE else f'chunking = {{ chunks = "pieces:{name}" }}'))
         for name, (_, text, settings) in WAYS.items()
     }
-    with pipeline(MODEL) as made:
+    with (
+        pipeline('type = "python"\nclass = "pieces:Remembering"') as made,
+        socket.create_server(("127.0.0.1", 0)) as free,
+    ):
+        # The worker embeds the questions, at a port that the command knows.
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        free.close()
+        made._config.write_text(made._config.read_text().replace("127.0.0.1:0", address))
         loaded(made, directory / "corpus.jsonl", indexes)
         runs = {name: evaluated(made, directory, name)["modes"] for name in indexes}
         counts = {name: made.value(f"SELECT count(*) FROM cdcsync.{name}_chunks") for name in indexes}
@@ -148,6 +155,7 @@ def main() -> None:
         return
     with pipeline(MODEL) as made:
         loaded(made, directory / "corpus.jsonl", {"pages": (TEXT, SETTINGS)})
+        made.stop()
         judged = evaluated(made, directory, "pages")
         chunks = made.value("SELECT count(*) FROM cdcsync.pages_chunks")
     figures: dict[str, float] = {"queries": judged["queries"], "chunks": chunks}

@@ -1,22 +1,23 @@
-"""Other ways to cut documents, for `bench/judged.py --chunks`: pieces of equal size, and no small ones.
+"""What `bench/judged.py --chunks` cuts and embeds with: other ways to cut documents, and one model for many indexes.
 
-They are functions as `chunking.chunks` names them (docs/chunking.md): `each_equal_254` makes pieces of equal size, each
-with the title, of up to 254 tokens. A document is a title, an empty line and a body. Sizes are tokens of MiniLM's
+The ways are functions as `chunking.chunks` names them (docs/chunking.md): `each_equal_254` makes pieces of equal size,
+each with the title, of up to 254 tokens. A document is a title, an empty line and a body. Sizes are tokens of MiniLM's
 tokenizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 from cdcsync.config import Chunking, SentenceTransformersEmbedder
 from cdcsync.documents.chunks import Chunker, make_chunker
 from cdcsync.documents.chunks.lengths import Lengths
 from cdcsync.documents.functions import ChunksOfDocument
-from cdcsync.embedders import make_embedder
+from cdcsync.embedders import Kind, make_embedder
 
-MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+SECTION = SentenceTransformersEmbedder(model="sentence-transformers/all-MiniLM-L6-v2")
 
 STEP = 4
 """The accuracy of equal sizes, in tokens."""
@@ -25,9 +26,36 @@ Cut = Callable[[str, int], list[str]]
 """Cuts a text into pieces of at most so many tokens."""
 
 
+class Remembering:
+    """MiniLM, which is asked for each text once, however many indexes have it."""
+
+    def __init__(self) -> None:
+        self._model = make_embedder("model", SECTION)
+        self._known: dict[str, Any] = {}
+        self.identity = f"remembered {self._model.identity}"
+        self.dimensions = self._model.dimensions
+        self.max_input_tokens = self._model.max_input_tokens
+        self.tokenizer_json = self._model.tokenizer_json
+
+    async def open(self) -> None:
+        """Load the model."""
+        await self._model.open()
+
+    async def aclose(self) -> None:
+        """Let go of the model."""
+        await self._model.aclose()
+
+    async def embed(self, texts: Sequence[str], *, kind: Kind) -> list[Any]:
+        """Return the vectors, those of texts that were there before from memory."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known.update(zip(new, await self._model.embed(new, kind=kind), strict=True))
+        return [self._known[text] for text in texts]
+
+
 @lru_cache(1)
 def _tokenizer() -> str | None:
-    return make_embedder("model", SentenceTransformersEmbedder(model=MODEL)).tokenizer_json
+    return make_embedder("model", SECTION).tokenizer_json
 
 
 @lru_cache(None)
