@@ -128,7 +128,12 @@ def _print(found: Verification) -> None:
         keys = ", ".join(plain(" | ".join(key)) for key in found.examples[problem][:5])
         out.print(Text.assemble(("✗ ", "bold red"), f"{count:,} {problem}: {MEANINGS[problem]}; {keys}"))
     if found.vectors_orphaned:
-        out.print(Text.assemble(("✗ ", "bold red"), f"{found.vectors_orphaned:,} vectors belong to no chunk"))
+        out.print(
+            Text.assemble(
+                ("✗ ", "bold red"),
+                f"{found.vectors_orphaned:,} vectors, or texts that wait for one, belong to no chunk",
+            )
+        )
     if found.missing:
         names = ", ".join(map(plain, found.missing))
         out.print(

@@ -169,13 +169,17 @@ async def discard_vectors(connection: Connection, schema: str, spec: IndexSpec, 
 
 
 async def delete_vectors_without_chunks(connection: Connection, schema: str, spec: IndexSpec) -> int:
-    """Delete the vectors that belong to no chunk; returns how many. Searches never see them, HNSW does."""
+    """Delete the vectors, and the places in the backlog, that belong to no chunk; returns how many.
+
+    Searches never see such vectors, HNSW does; a text that no chunk has would be waited for without an end.
+    """
     names = Names(schema, spec.name)
+    tiers = [tier for one in spec.generations for tier in names.tiers(one.generation).values()]
     deleted = 0
-    for tier in [tier for one in spec.generations for tier in names.tiers(one.generation).values()]:
+    for table in (names.backlog, *tiers):
         cursor = await connection.execute(
             sql.SQL("DELETE FROM {} AS v WHERE NOT EXISTS (SELECT FROM {} AS c WHERE c.chunk_id = v.chunk_id)").format(
-                tier, names.chunks
+                table, names.chunks
             )
         )
         deleted += cursor.rowcount

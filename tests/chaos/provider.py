@@ -74,6 +74,8 @@ class Provider(FakeProvider):
     def __init__(self) -> None:
         super().__init__(DIMENSIONS)
         self.calls: list[Call] = []
+        self.returning = list(RETURNING)
+        """How texts begin whose documents go and come back."""
         self.rewound: list[Rewound] = []
 
     def vectors(self, texts: list[str]) -> list[list[float]]:
@@ -90,7 +92,7 @@ class Provider(FakeProvider):
         found = []
         for call in self.calls:
             for text in call.texts:
-                if text == WORD or text.startswith(RETURNING):
+                if text == WORD or text.startswith(tuple(self.returning)):
                     continue
                 last = before.get(text)
                 before[text] = call.at

@@ -3,7 +3,8 @@
 Every committed state of the index holds to these: a chunk's hash is that of its text; the chunks of a document are
 numbered without a gap, are as many as each of them says, and agree on what the document is; each chunk has a vector of
 its text in every generation, or is in the backlog; each vector belongs to a chunk, is of the model's dimensions and
-finite. A chunk in the backlog waits for its vector, or its text has been given up, which is listed as a failure.
+finite; each row of the backlog belongs to a chunk. Such a chunk waits for its vector, or its text has been given up,
+which is listed as a failure.
 
 Source: pgvector's README (vector_norm, l2_norm, vector_dims).
 """
@@ -35,8 +36,9 @@ MOST = 100_000
 
 
 class Soundness(msgspec.Struct, frozen=True):
-    """Keys by what is wrong with their chunks or vectors; what waits for its vector; vectors of no chunk.
+    """Keys by what is wrong with their chunks or vectors; what waits for its vector; what belongs to no chunk.
 
+    :ivar vectors_orphaned: vectors of no chunk, and rows of the backlog of no chunk, which would wait for ever.
     :ivar last: the number of the last chunk that was looked at, None when there are no more.
     """
 
@@ -118,6 +120,8 @@ def _parts_of(names: Names, extension: str, one: IndexSpec) -> dict[str, sql.Com
     )
     tried = sql.Literal(MAX_ATTEMPTS)
     return {
+        "backlog": names.backlog,
+        "generation": sql.Literal(one.generation),
         "vectors": names.vectors(one.generation),
         **names.tiers(one.generation),
         "queued": sql.SQL("EXISTS ({})").format(of_chunk),
@@ -166,7 +170,8 @@ VECTORS: dict[Fault, LiteralString] = {
 
 COUNTED: LiteralString = (
     "SELECT (SELECT count(*) FROM {chunks} AS c WHERE {between} AND {waits}),"
-    " (SELECT count(*) FROM {vectors} AS v WHERE {vectors_between}"
+    " (SELECT count(*) FROM (SELECT chunk_id FROM {vectors} UNION ALL"
+    " SELECT chunk_id FROM {backlog} WHERE generation = {generation}) AS v WHERE {vectors_between}"
     " AND NOT EXISTS (SELECT FROM {chunks} AS c WHERE c.chunk_id = v.chunk_id))"
 )
-"""How many chunks wait for their vector, and how many vectors belong to no chunk."""
+"""How many chunks wait for their vector, and how many vectors, or places in the backlog, belong to no chunk."""

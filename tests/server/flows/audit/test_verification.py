@@ -154,6 +154,19 @@ def test_a_last_chunk_that_is_missing_or_one_too_many_is_found_and_mended(live: 
     live.in_step()
 
 
+def test_a_place_in_the_backlog_of_a_chunk_that_is_gone_is_found_and_given_up(live: Pipeline) -> None:
+    live.target.execute(
+        "INSERT INTO cdcsync.articles_backlog (generation, chunk_id, content_hash, lane)"
+        " SELECT 1, 10 * max(chunk_id), '\\x00', 0 FROM cdcsync.articles_chunks"
+    )
+
+    found = verify(live, status=1)
+
+    assert (found["differences"], found["vectors_orphaned"]) == ({}, 1)
+    assert verify(live, "--repair")["after_repair"]["equal"] is True
+    assert live.target.execute("SELECT count(*) FROM cdcsync.articles_backlog").fetchone() == (0,)
+
+
 def test_without_a_worker_what_was_not_applied_yet_is_no_difference(live: Pipeline) -> None:
     live.stop(live.processes[-1])
     live.source.execute("UPDATE articles SET title = 'changed while nothing ran' WHERE id < 9")
