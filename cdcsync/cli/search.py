@@ -40,7 +40,7 @@ HEADLINE = f"StartSel={MARKS[0]}, StopSel={MARKS[1]}, MaxFragments=2, MaxWords=3
 
 _OPERATORS = {"!=": "ne", "<>": "ne", "<": "lt", "<=": "lte", ">": "gt", ">=": "gte", "~": "like"}
 _FILTER = re.compile(r"([^=<>!~]+?)\s*(!=|<>|<=|>=|==?|<|>|~)\s*(.*)", re.DOTALL)
-_NULL = re.compile(r"(\S+)\s+is\s+(not\s+)?null", re.IGNORECASE)
+_NULL = re.compile(r"([^\s=<>!~]+)\s+is\s+(not\s+)?null", re.IGNORECASE)
 
 
 class Found(NamedTuple):
@@ -166,7 +166,8 @@ def parse_filters(given: Sequence[str]) -> dict[str, Any]:
     parsed: dict[str, Any] = {}
     for one in given:
         if (null := _NULL.fullmatch(one.strip())) is not None:
-            parsed.setdefault(null[1], {})["null"] = null[2] is None
+            if parsed.setdefault(null[1], {}).setdefault("null", null[2] is None) is not (null[2] is None):
+                raise UsageError(f"{null[1]} cannot be both", where=f"--filter {one}", hint="leave one of them out")
             continue
         match = _FILTER.fullmatch(one.strip())
         if match is None:

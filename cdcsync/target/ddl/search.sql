@@ -49,6 +49,7 @@ DECLARE
     total float8;
     mean_length float8;
     never_counted boolean;
+    late boolean[];
     words text[];
     seen float8[];
     weights float8[];
@@ -234,15 +235,16 @@ BEGIN
         never_counted := total IS NULL;
         total := coalesce(total, {assumed_chunks});
         mean_length := coalesce(nullif(mean_length, 0), {assumed_length});
-        -- A word that the query repeats weighs more, up to {k3} + 1 times as much. Words that have never been counted are
-        -- the rarest, but most of those in a long query are in no chunk at all: only some of them take part.
+        -- A word that the query repeats weighs more, up to {k3} + 1 times as much. A word that is not among the counts is
+        -- the rarest, but most of those in a long query are in no chunk at all: only some of them go before other words.
         SELECT array_agg(w.lexeme ORDER BY w.seen, w.lexeme), array_agg(w.seen ORDER BY w.seen, w.lexeme),
                array_agg(w.weight ORDER BY w.seen, w.lexeme),
                array_agg(('''' || replace(replace(w.lexeme, '\', '\\'), '''', '''''') || '''')::tsquery
-                         ORDER BY w.seen, w.lexeme)
-        INTO words, seen, weights, word_queries
+                         ORDER BY w.seen, w.lexeme),
+               array_agg(w.late ORDER BY w.seen, w.lexeme)
+        INTO words, seen, weights, word_queries, late
         FROM (
-            SELECT p.* FROM (
+            SELECT p.*, NOT (p.counted OR p.place <= {uncounted_words} OR never_counted) AS late FROM (
                 SELECT e.*, row_number() OVER (PARTITION BY e.counted ORDER BY e.weight DESC, e.lexeme) AS place
                 FROM (
                     SELECT l.*, ln(1 + (greatest(total, l.seen) - l.seen + 0.5) / (l.seen + 0.5))
@@ -252,8 +254,7 @@ BEGIN
                           FROM {lexemes} AS u LEFT JOIN {words} AS s USING (lexeme) GROUP BY u.lexeme) AS l
                 ) AS e
             ) AS p
-            WHERE p.counted OR p.place <= {uncounted_words} OR never_counted
-            ORDER BY p.weight DESC, p.lexeme LIMIT {max_words}
+            ORDER BY late, p.weight DESC, p.lexeme LIMIT {max_words}
         ) AS w;
     END IF;
     by_words := by_words AND words IS NOT NULL;
@@ -272,7 +273,8 @@ BEGIN
             SELECT string_agg(format('(%s::pg_catalog.float8 OPERATOR(pg_catalog.*)'
                 ' pg_catalog.ts_rank(c.search, %L::pg_catalog.tsquery, 1))', weights[n], word_queries[n]),
                 ' OPERATOR(pg_catalog.+) ')
-            FROM (SELECT n FROM generate_subscripts(words, 1) AS n ORDER BY weights[n] DESC LIMIT {ranked_words}) AS h);
+            FROM (SELECT n FROM generate_subscripts(words, 1) AS n
+                  ORDER BY late[n], weights[n] DESC LIMIT {ranked_words}) AS h);
     END IF;
 
     -- Pages of up to {page_hits} hits look equally deep, so that one continues the other.

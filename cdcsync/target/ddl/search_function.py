@@ -55,8 +55,9 @@ MAX_WORDS = 64
 words among them."""
 
 UNCOUNTED_WORDS = 8
-"""Of these, so many may be words that the worker has not counted: a word that is new to the index, or a name that is in
-no chunk. A text that somebody pasted can have hundreds of the latter, and they would take the places of all others."""
+"""So many words that are not among the counts go before others: a word that is new to the index or in a single chunk,
+or a name that is in none. A text that somebody pasted can have hundreds of the latter; the rest of them take the places
+that other words leave free."""
 
 RANKED_WORDS = 16
 """The candidates are ordered by the rarest words alone before the best are scored by all: the others weigh little."""

@@ -30,13 +30,17 @@ def make_hit(**more: Any) -> Hit:
         (["name="], {"name": {"in": [""]}}),
         (["n<>4", "tenant==3"], {"n": {"ne": "4"}, "tenant": {"in": ["3"]}}),
         (["closed is null", "opened IS NOT NULL"], {"closed": {"null": True}, "opened": {"null": False}}),
+        (
+            ["title=this is null", "body~%this is not null"],
+            {"title": {"in": ["this is null"]}, "body": {"like": "%this is not null"}},
+        ),
     ],
 )
 def test_filters_are_columns_operators_and_values(given: list[str], wanted: dict[str, Any]) -> None:
     assert parse_filters(given) == wanted
 
 
-@pytest.mark.parametrize("given", [["tenant"], ["=3"], ["n>1", "n>2"]])
+@pytest.mark.parametrize("given", [["tenant"], ["=3"], ["n>1", "n>2"], ["n is null", "n is not null"]])
 def test_what_is_not_a_filter_is_refused_with_the_form_of_one(given: list[str]) -> None:
     with pytest.raises(UsageError) as refused:
         parse_filters(given)

@@ -83,6 +83,12 @@ async def test_words_that_are_in_no_chunk_do_not_take_the_places_of_those_that_a
     assert len(await find(articles.connection, pasted, mode="text", k=50)) == 23
 
 
+async def test_a_word_of_a_single_chunk_is_found_beside_many_that_are_in_none(articles: LiveIndex) -> None:
+    await filled(articles, SHELF)
+    asked = " ".join(f"aa{n}" for n in range(20)) + " hums"
+    assert await find(articles.connection, asked, mode="text") == ["3"]
+
+
 async def test_a_word_that_is_newer_than_the_counts_is_found(articles: LiveIndex) -> None:
     await filled(articles, ["the printer prints"] * 20)
     await articles.apply(changes(document("99", "the printer says E-716", carried=("1",))))
