@@ -47,8 +47,10 @@ def read_within(columns: Sequence[str], shape: Shape, largest: int) -> list[sql.
 def _larger(value: sql.Composable, type_: int, largest: int) -> sql.Composable:
     """Return SQL that says whether a value is too large."""
     most = sql.Literal(largest)
-    if type_ in (TEXT, VARCHAR):
-        return sql.SQL("COALESCE(pg_catalog.octet_length({}) OPERATOR(pg_catalog.>) {}, false)").format(value, most)
+    if type_ in (TEXT, VARCHAR):  # the cast does nothing, unless the type has changed since it was looked up
+        return sql.SQL("COALESCE(pg_catalog.octet_length({}::text) OPERATOR(pg_catalog.>) {}, false)").format(
+            value, most
+        )
     if type_ == BYTEA:  # as hexadecimal digits
         return sql.SQL("COALESCE(pg_catalog.octet_length({}) OPERATOR(pg_catalog.>) {}, false)").format(
             value, sql.Literal(largest // 2 - 1)

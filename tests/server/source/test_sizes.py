@@ -74,6 +74,20 @@ async def test_a_value_is_read_up_to_the_largest_size_and_its_row_told_apart_abo
     assert all(row[1] == row[3] for row in named.rows)
 
 
+async def test_a_column_whose_type_has_changed_since_it_was_looked_up_is_read(
+    database: Database, source: Connection
+) -> None:
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, v text, w text); INSERT INTO t VALUES (0, '12', '{}')")
+    types = ((23, -1), (25, -1), (25, -1))
+    shape = Shape("index", QualifiedName("public", "t"), ("id",), ("v", "w"), (), types)
+    table = SourceTable(shape, ("integer",))
+    database.execute("ALTER TABLE t ALTER v TYPE int USING v::int, ALTER w TYPE jsonb USING w::jsonb")
+
+    page = await table.page(source, None, 3)
+
+    assert page.rows == [("0", "12", "{}")]
+
+
 def read_of(value: str) -> list[int]:
     return [LARGEST // 2 if value.startswith("char") else LARGEST]
 
