@@ -67,7 +67,9 @@ def command_line(arguments: Sequence[str] = ()) -> TyperGroup:
     """
     line = copy.copy(app)
     line.registered_commands, line.registered_groups = [], []
-    for name in [name for name in MODULES if name in arguments] or MODULES:
+    # Help that is asked for before a command is that of all.
+    words = [*arguments, "--help"][: [*arguments, "--help"].index("--help")]
+    for name in [name for name in MODULES if name in words] or MODULES:
         commands: typer.Typer = importlib.import_module(f"cdcsync.cli.{MODULES[name]}").commands
         line.registered_commands += [
             one for one in commands.registered_commands if one.callback is not None and one.callback.__name__ == name

@@ -102,6 +102,10 @@ _HINTS: dict[str, tuple[str, str]] = {
 _SHARED_MEMORY = "give the server more shared memory: /dev/shm of a container has 64 MB (docker run --shm-size)"
 """The fix if 53100 is not about a disk: parallel workers keep shared data in a file in /dev/shm."""
 
+_EARLIER_TABLES = (
+    "if our tables are those of an earlier cdcsync, start `cdcsync run` of this one: it adds what they lack"
+)
+"""The fix if a column is missing: a command may read columns that a worker which still runs did not add."""
 
 _PASSING = ("55P03", "25006", "57014", "25P03", "25P04")
 
@@ -139,6 +143,8 @@ def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> 
     _, hint = _HINTS.get(error.sqlstate or "", (message, None))
     if error.sqlstate == "53100" and "shared memory" in message:
         hint = _SHARED_MEMORY
+    if error.sqlstate == "42703" and side == "target":
+        hint = _EARLIER_TABLES
     if passing(error):
         return unavailable(side, message, where=where, hint=hint, sqlstate=error.sqlstate)
     return SetupError(message, where=where or side, hint=hint or error.diag.message_hint, sqlstate=error.sqlstate)

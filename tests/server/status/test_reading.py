@@ -57,6 +57,13 @@ async def test_a_role_that_may_not_read_our_tables_is_told_to_be_granted_that(st
     assert "config roles" in str(refused.value.hint)
 
 
+async def test_tables_that_lack_a_newer_column_are_told_to_be_upgraded(stopped: Pipeline) -> None:
+    await stopped.target.execute("ALTER TABLE cdcsync.audits DROP COLUMN proven_without")
+    with pytest.raises(SetupError, match="proven_without") as refused:
+        await stopped.status()
+    assert "start `cdcsync run` of this one" in str(refused.value.hint)
+
+
 async def test_reading_writes_nothing_and_leaves_no_transaction(stopped: Pipeline) -> None:
     for connection in (stopped.source, stopped.target):
         await connection.execute("SET default_transaction_read_only = on")

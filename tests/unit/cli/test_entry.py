@@ -99,8 +99,9 @@ def test_the_help_shows_how_the_command_is_used(command: str, capsys: pytest.Cap
     assert f"cdcsync {command}" in " ".join(after_options.split())
 
 
-def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_status("--help") == 0
+@pytest.mark.parametrize("arguments", [["--help"], ["--help", "search"]], ids=str)
+def test_the_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(*arguments) == 0
     printed = capsys.readouterr().out
     assert all(f"│ {command.split()[0]} " in printed for command in COMMANDS)
 
