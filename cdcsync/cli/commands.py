@@ -238,7 +238,9 @@ def run(context: typer.Context, config: ConfigOption = None) -> None:
     configuration again. Logs go to standard error; health, metrics and status are served at `worker.listen`.
     """
     from cdcsync import logs
+    from cdcsync.memory import share_arena
 
+    share_arena()
     configuration = _load(context, config)
     settings = configuration.worker
     shown: Callable[[WorkerState], Coroutine[Any, Any, None]] | None = None

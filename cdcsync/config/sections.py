@@ -132,7 +132,7 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
     batch_rows: Rows = 5_000
-    batch_bytes: BatchBytes = 8 * 1024 * 1024
+    batch_bytes: BatchBytes = 4 * 1024 * 1024
     backfill_page_rows: Rows = 2_000
     backfill_max_rows_per_s: Annotated[int, Meta(ge=0, le=10**9)] = 0
     live_wait_ms: Annotated[float, Meta(ge=10, le=600_000)] = 500.0

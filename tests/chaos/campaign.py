@@ -20,11 +20,14 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
 
-from tests.chaos.coverage import TABLE, Outcome, forget, note, read, report, write_table
+from tests.chaos.coverage import RECORD, TABLE, Outcome, forget, note, read, record, report, write_table
 from tests.chaos.faults import FAULTS
 from tests.chaos.history import History
 from tests.chaos.scenes import SCENES, reachable
 from tests.chaos.servers import Side
+
+WHOLE = 200
+"""In a campaign of so many histories, every fault has to have fired and every crash point to have been hit."""
 
 ONE_SERVER = 0.15
 """Share of histories whose source is the target too."""
@@ -175,12 +178,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("--directory", type=Path, help="where logs and histories go")
     parser.add_argument("--report", type=Path, metavar="DIRECTORY", help="only tell of the histories that ended there")
+    parser.add_argument("--record", action="store_true", help=f"keep what came of it in {RECORD.name}")
     options = parser.parse_args(arguments)
     points = reachable()
     if options.report is not None:
         outcomes = read(options.report)
         write_table(options.report, outcomes, FAULTS, points)
-        return 1 if report(outcomes, FAULTS, points) else 0
+        if options.record:
+            record(outcomes)
+        return 1 if report(outcomes, FAULTS, points, whole=len(outcomes) >= WHOLE) else 0
     directory = options.directory or Path(tempfile.mkdtemp(prefix="cdcsync-chaos-"))
     seeds = [options.seed] if options.seed is not None else range(options.first, options.first + options.seeds)
     _end_once()
@@ -193,7 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         until_failure=options.until_failure,
     )
     write_table(directory, outcomes, FAULTS, points)
-    failed = report(outcomes, FAULTS, points, whole=len(outcomes) >= 200 and options.only is None)
+    failed = report(outcomes, FAULTS, points, whole=len(outcomes) >= WHOLE and options.only is None)
+    if options.record:
+        record(outcomes)
     if len(outcomes) < len(seeds):
         print(f"{len(seeds) - len(outcomes)} of {len(seeds)} histories did not end")
     print(f"{time.monotonic() - began:.0f} s; logs and {TABLE} are in {directory}")

@@ -13,9 +13,10 @@ from pathlib import Path
 import msgspec
 
 from tests.chaos import commits
+from tests.chaos.coverage import recorded
 from tests.chaos.faults import FAULTS
 from tests.chaos.scenes import ELSEWHERE
-from tests.mutants.faults import MUTANTS
+from tests.mutants.faults import MUTANTS, found
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
@@ -337,15 +338,34 @@ def page() -> str:
         attackers = [f"`{known[name]}::{name}`" if name in known else f"chaos: {name}" for name in one.attackers]
         attackers = ["the simulation" if name == "chaos: simulation" else name for name in attackers]
         lines.append(f"| **{one.name}**: {one.says} | `cdcsync/{one.keeper}` | {'<br>'.join(attackers)} |")
-    lines += ["", "## Faults of the chaos harness", ""]
-    lines += [f"- {name}" for name in sorted(FAULTS)]
-    lines += ["", "## Crash points", "", "A worker is killed directly after each of these (`CDCSYNC_CRASH_AT`).", ""]
+    campaign = recorded()
     lines += [
-        f"- {name}" + (f", by `{ELSEWHERE[name]}`" if name in ELSEWHERE else "")
+        "",
+        "## Faults of the chaos harness",
+        "",
+        f"The last campaign on record ran {campaign.histories} histories with {campaign.transactions:,} transactions;"
+        f" {campaign.failures or 'none'} failed. The number is of the histories in which the fault took effect.",
+        "",
+    ]
+    lines += [f"- {name}: {campaign.fired.get(name, 0)}" for name in sorted(FAULTS)]
+    lines += [
+        "",
+        "## Crash points",
+        "",
+        "A worker is killed directly after each of these (`CDCSYNC_CRASH_AT`). The number is of the histories of that"
+        " campaign in which one died there.",
+        "",
+    ]
+    lines += [
+        f"- {name}" + (f", by `{ELSEWHERE[name]}`" if name in ELSEWHERE else f": {campaign.hit.get(name, 0)}")
         for name in sorted(set(commits.points()))
     ]
-    lines += ["", "## Known faults put back", "", "| Fault | Found by |", "|---|---|"]
-    lines += [f"| {one.name} | {one.found_by}{': ' + one.fault if one.fault else ''} |" for one in MUTANTS]
+    took = found()
+    lines += ["", "## Known faults put back", "", "| Fault | Found by | Seeds |", "|---|---|---|"]
+    lines += [
+        f"| {one.name} | {one.found_by}{': ' + one.fault if one.fault else ''} | {took.get(one.name) or ''} |"
+        for one in MUTANTS
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,9 @@ import msgspec
 OUTCOMES = "outcomes.jsonl"
 """The outcomes of a campaign, each on a line, in the order in which the histories ended."""
 
+RECORD = Path(__file__).with_name("campaign.json")
+"""What the last campaign that was recorded came to, for docs/reliability.md."""
+
 TABLE = "coverage.tsv"
 """In how many histories each fault fired beside each crash point that was hit."""
 
@@ -83,6 +86,33 @@ def report(
     for line in failed:
         print(f"FAIL {line[:300]}")
     return failed
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What a campaign came to: in how many of its histories each fault fired, and each crash point was hit."""
+
+    histories: int
+    transactions: int
+    failures: int
+    fired: dict[str, int]
+    hit: dict[str, int]
+
+
+def record(outcomes: Sequence[Outcome], path: Path = RECORD) -> None:
+    """Keep what a campaign came to."""
+    kept = Record(
+        len(outcomes),
+        sum(one.transactions for one in outcomes),
+        sum(one.problem is not None for one in outcomes),
+        dict(sorted(Counter(name for one in outcomes for name in one.fired).items())),
+        dict(sorted(Counter(name for one in outcomes for name in one.hit).items())),
+    )
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
+
+
+def recorded(path: Path = RECORD) -> Record:
+    """Return what the last campaign that was recorded came to."""
+    return msgspec.json.decode(path.read_bytes(), type=Record)
 
 
 def beside(outcomes: Sequence[Outcome]) -> Counter[tuple[str, str]]:

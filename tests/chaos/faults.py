@@ -304,11 +304,19 @@ def target_fails_over_with_loss(history: History) -> None:
     history.start().until_said("streaming")
     with history.losing():
         _cut_off(side)
+        before = _commits(history)
         history.writer.allow()
-        rest(history, 0.5, 1.5)
+        with contextlib.suppress(TimeoutError):
+            until(lambda: _commits(history) >= before + 3, "commits to be lost", 20)
+        rest(history, 0.2, 0.8)
         side.promote(history.rewound)
     history.fire("target fails over with loss")
     rest(history)
+
+
+def _commits(history: History) -> int:
+    """Return how often the worker has committed."""
+    return int(history.execute(history.target, "SELECT commits FROM cdcsync.pipelines")[0][0])
 
 
 # -- disk and provider --------------------------------------------------------------------------------------------

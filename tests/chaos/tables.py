@@ -229,6 +229,12 @@ class Writer:
                 try:
                     self.write_one()
                     self._left -= 1
+                except psycopg.errors.ReadOnlySqlTransaction:
+                    # A standby that is just being promoted: nothing was written.
+                    if self._session is not None:
+                        self._session.close()
+                        self._session = None
+                    time.sleep(0.1)
                 except (psycopg.OperationalError, psycopg.InterfaceError):
                     # Away, or a row is locked; whether a commit got through, the tables say.
                     if self._session is not None and (self._session.closed or self._session.broken):

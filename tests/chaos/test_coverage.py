@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from tests.chaos.campaign import main
-from tests.chaos.coverage import TABLE, Outcome, beside, note, read, report, write_table
+from tests.chaos.coverage import TABLE, Outcome, Record, beside, note, read, record, recorded, report, write_table
 
 KILLED = Outcome(3, 7.0, ["batch committed", "kill -9", "kill -9"], {"kill -9": 2}, {"batch committed"}, 50)
 CUT = Outcome(4, 5.0, ["slot created", "target unreachable"], {"target unreachable": 1}, set(), 20, "Broken: lost")
@@ -65,3 +65,11 @@ def test_a_campaign_that_was_interrupted_is_told_of_by_its_directory(
     assert "2 histories" in said
     assert "FAIL seed 4: Broken: lost" in said
     assert (campaign / TABLE).exists()
+
+
+def test_what_a_campaign_came_to_is_kept_by_histories(campaign: Path, tmp_path: Path) -> None:
+    record(read(campaign), tmp_path / "kept.json")
+
+    assert recorded(tmp_path / "kept.json") == Record(
+        2, 70, 1, {"kill -9": 1, "target unreachable": 1}, {"batch committed": 1}
+    )

@@ -5,12 +5,16 @@ A place that has moved or changed makes the patch fail, loudly: the fault has to
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 PACKAGE = Path(__file__).parents[2] / "cdcsync"
+
+FOUND = Path(__file__).with_name("found.json")
+"""How many seeds finding each fault took when that was last recorded; 0 where tests found it."""
 
 Finder = Literal["simulation", "chaos", "tests"]
 
@@ -190,9 +194,9 @@ MUTANTS = (
     ),
     Mutant(
         "rows that are gone stay after a gap",
-        "flows/backfill/engine.py",
-        'if rows is not None and request.kind == "resync":',
-        "if False:",
+        "flows/backfill/pages.py",
+        "return Page(snapshot, [(key, None) for key in absent],",
+        "return Page(snapshot, [],",
         "chaos",
         "forgotten position committed",
     ),
@@ -221,7 +225,7 @@ MUTANTS = (
         "kill -9",
     ),
     Mutant(
-        "a vector is stored for whatever text the chunk has by now",
+        "a vector that is stored ends the wait of other texts too",
         "target/backlog.py",
         ' FROM {backlog} AS b JOIN {stage} USING (content_hash)"\n'
         '                    " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"',
@@ -232,3 +236,9 @@ MUTANTS = (
     ),
 )
 """All of them."""
+
+
+def found() -> dict[str, int | None]:
+    """Return how many seeds finding each fault took when that was last recorded, by name."""
+    kept: dict[str, int | None] = json.loads(FOUND.read_text())
+    return kept

@@ -12,7 +12,7 @@ import pytest
 from tests.chaos import commits
 from tests.chaos.faults import FAULTS
 from tests.mutants.__main__ import find
-from tests.mutants.faults import MUTANTS, PACKAGE, Mutant
+from tests.mutants.faults import MUTANTS, PACKAGE, Mutant, found
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda one: one.name)
@@ -34,6 +34,13 @@ def test_a_known_fault_can_be_put_back(mutant: Mutant, tmp_path: Path) -> None:
             assert f"def {test}" in (PACKAGE.parent / file).read_text()
         case _:
             assert_never(mutant.found_by)
+
+
+def test_what_is_recorded_is_of_known_faults_that_were_found() -> None:
+    took = found()
+
+    assert took.keys() <= {one.name for one in MUTANTS}
+    assert None not in took.values()
 
 
 def test_a_fault_whose_place_is_gone_cannot_be_put_back(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +59,41 @@ def test_a_value_may_have_a_part_of_it_but_ordinary_rows_are_always_taken(
         assert largest_value() == largest
     finally:
         largest_value.cache_clear()
+
+
+SHARING = """
+import ctypes, threading
+from cdcsync.memory import share_arena
+shared = share_arena()
+done = threading.Event()
+
+def hold():
+    kept = [bytes(1000) for _ in range(100)]
+    ready.wait()
+    done.wait()
+
+ready = threading.Barrier(6)
+for _ in range(5):
+    threading.Thread(target=hold, daemon=True).start()
+ready.wait()
+libc = ctypes.CDLL(None)
+libc.malloc_stats()  # to standard error
+done.set()
+print(shared)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="glibc"
+)
+@pytest.mark.parametrize(("chosen", "arenas"), [(None, 1), ("3", 3)])
+def test_all_threads_allocate_from_one_arena_unless_the_environment_says_otherwise(
+    chosen: str | None, arenas: int
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != memory.ARENAS_VARIABLE}
+    environment |= {} if chosen is None else {memory.ARENAS_VARIABLE: chosen}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARING], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == f"{chosen is None}\n"
+    assert done.stderr.count("Arena ") == arenas
