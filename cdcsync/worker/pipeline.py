@@ -154,6 +154,7 @@ class Pipeline:
             accounts=Accounts(metrics, self.embed_loops, self.beside),
             deliveries=self.deliveries,
             page_at=self.backfills.marks.page_at,
+            applying=self.backfills.marks.note_applying,
             applied=self.backfills.marks.note_applied,
             spool=self.spool,
             metrics=metrics,

@@ -65,6 +65,8 @@ class Marks:
         self._live_at = self._live_before = float("-inf")
         self._applying_s = 0.0
         """The time that applying pages has taken."""
+        self._applying_since: float | None = None
+        """When the page began that is being applied; None if none is."""
         self._fit = Fit()
 
     @property
@@ -79,7 +81,8 @@ class Marks:
 
     def _now(self) -> float:
         """Return the time on a clock that stands still while pages are applied."""
-        return anyio.current_time() - self._applying_s
+        now = anyio.current_time() if self._applying_since is None else self._applying_since
+        return now - self._applying_s
 
     def register(self, pending: Pending) -> str:
         """Expect a page's mark, and return what the mark is to say."""
@@ -130,13 +133,23 @@ class Marks:
             overtaken_by=overtaken_by,
         )
 
+    def note_applying(self, batch: Batch) -> None:
+        """Note that a batch is about to be applied."""
+        self._no_longer_applying()
+        if batch.marks:
+            self._applying_since = anyio.current_time()
+
+    def _no_longer_applying(self) -> None:
+        if self._applying_since is not None:
+            self._applying_s += anyio.current_time() - self._applying_since
+            self._applying_since = None
+
     def note_applied(self, batch: Batch, seconds: float) -> None:
         """Note what is in the target: the pages of this batch, and whether changes come in.
 
         :param seconds: how long applying it took.
         """
-        if batch.marks:
-            self._applying_s += seconds
+        self._no_longer_applying()
         if batch.oldest_us is not None:
             self._live_before, self._live_at = self._live_at, self._now()
             if not batch.marks:
@@ -159,6 +172,7 @@ class Marks:
 
         The request is served again from its stored cursor.
         """
+        self._no_longer_applying()
         self.lose(None)
 
     def lose(self, request: Request | None) -> None:

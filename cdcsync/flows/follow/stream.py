@@ -47,6 +47,7 @@ class Stream:
         accounts: Accounts,
         deliveries: Mapping[str, Deliveries],
         page_at: Callable[[Mark], PageRows | None],
+        applying: Callable[[Batch], None],
         applied: Callable[[Batch, float], None],
         spool: Spool,
         metrics: Metrics,
@@ -58,6 +59,7 @@ class Stream:
         """Put the parts together.
 
         :param page_at: returns the rows of a backfill that belong at a mark.
+        :param applying: called with each batch before it is applied.
         :param applied: called with each batch that is in the target, and the seconds that applying it took.
         :param limits: may change at any time.
         :param stopping: ends in an orderly way: the current batch is finished, and the last status is sent.
@@ -66,6 +68,7 @@ class Stream:
         self._accounts = accounts
         self._deliveries = deliveries
         self._page_at = page_at
+        self._applying = applying
         self._applied = applied
         self._spool = spool
         self._metrics = metrics
@@ -238,6 +241,7 @@ class Stream:
         """
         before = self._progress.checkpoint
         self._note_rewriting(batch)
+        self._applying(batch)
 
         def committed(outcome: Outcome) -> None:
             for index, changes in batch.indexes.items():

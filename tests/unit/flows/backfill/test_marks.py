@@ -160,10 +160,13 @@ async def test_changes_still_come_in_while_pages_take_so_long_that_few_of_them_f
         assert page is not None
         paged = Batch()
         paged.add_page(page)
+        marked.marks.note_applying(paged)
         now += 5 * LIVE_RECENTLY_S
-        marked.marks.note_applied(paged, 5 * LIVE_RECENTLY_S)
-        marked.marks.note_applied(change, 0.0)
         live.append(marked.marks.beside_live)
-    assert live == [False, True, True, True]
+        marked.marks.note_applied(paged, 5 * LIVE_RECENTLY_S)
+        marked.marks.note_applying(change)
+        marked.marks.note_applied(change, 0.0)
+    assert live == [False, False, True, True]
+    assert marked.marks.beside_live
     now += LIVE_RECENTLY_S
     assert not marked.marks.beside_live

@@ -120,6 +120,7 @@ class Followed:
             accounts=Accounts(metrics, loops),
             deliveries={"articles": self.deliveries},
             page_at=lambda mark: self.pages.get(mark.content),
+            applying=lambda _: None,
             applied=lambda batch, _: self.applied.append(batch),
             spool=Spool(str(directory), 10**6),
             metrics=metrics,
