@@ -134,6 +134,8 @@ async def _build(
     """
     frugal = 0
     while True:
+        if await _validity(connection, schema, name):
+            return False  # whatever somebody else builds on that table
         await _others_through(connection, table)
         valid = await _validity(connection, schema, name)
         if valid:

@@ -146,6 +146,20 @@ async def test_a_build_that_a_killed_worker_left_running_is_waited_for_and_taken
     assert await rows(connection, valid) == [(True,)]
 
 
+async def test_an_index_that_is_there_is_not_kept_waiting_for_one_that_a_user_builds(
+    open_index: OpenIndex, connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    index = await open_index()
+    assert await build_search(connection, SCHEMA, index.spec)
+    old, user = await connect_target(), await connect_target()
+    async with anyio.create_task_group() as tasks, old.transaction():
+        await old.execute("LOCK TABLE cdcsync.articles_chunks IN ROW EXCLUSIVE MODE")
+        tasks.start_soon(user.execute, "CREATE INDEX CONCURRENTLY ON cdcsync.articles_chunks (content_hash)")
+        await until_blocked(connection, user)
+        with anyio.fail_after(30):
+            assert not await build_search(connection, SCHEMA, index.spec)
+
+
 async def test_two_builds_that_wait_for_the_table_at_once_come_to_one_index(
     index: LiveIndex, connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
 ) -> None:
