@@ -78,7 +78,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--only", default="", help="words of the name")
     parser.add_argument("--finder", choices=get_args(Finder))
-    parser.add_argument("--minutes", type=float, default=1.0, help="how long the simulation may look for each")
+    parser.add_argument("--minutes", type=float, default=3.0, help="how long the simulation may look for each")
     parser.add_argument("--jobs", type=int, default=2, help="how many are looked for at a time")
     parser.add_argument("--record", action="store_true", help=f"keep the seeds that each took in {FOUND.name}")
     options = parser.parse_args()
