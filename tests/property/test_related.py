@@ -15,6 +15,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -184,10 +185,9 @@ class Writer:
             [f"ALTER TABLE {name} DROP COLUMN more"],
             [f"CREATE INDEX ON {name} (up)"],
             [f"ALTER TABLE {name} RENAME word TO other", f"ALTER TABLE {name} RENAME other TO word"],
-            # A view stands in the way of another type, with which the table is rewritten.
-            ["DROP VIEW expected", f"ALTER TABLE {name} ALTER rank TYPE {chance.choice(('bigint', 'int'))}"],
-            ["DROP VIEW expected", f"ALTER TABLE {name} ALTER word TYPE {chance.choice(('text', 'varchar(99)'))}"],
-            [f"CLUSTER {name} USING {name}_pkey"],
+            # A view stands in the way of another type. No table is rewritten: PostgreSQL cannot always decode a
+            # transaction that rewrites one, undoes that to a savepoint, and changes it ("could not map filenumber").
+            ["DROP VIEW expected", f"ALTER TABLE {name} ALTER word TYPE {chance.choice(('text', 'varchar'))}"],
             [f"ALTER TABLE IF EXISTS {one} REPLICA IDENTITY FULL" for one in (name, f"{name}_0", f"{name}_1")],
             [f"ALTER TABLE {name} DETACH PARTITION {name}_{part}"],
             [f"ALTER TABLE {name} ATTACH PARTITION {name}_{part} {bounds}"],
@@ -292,7 +292,12 @@ def documents_follow(
     for thread in threads:
         thread.join()
     pipeline.live()
-    pipeline.reach("docs")
+    # A column's other type may pause the index still; the worker resumes it by itself.
+    until(
+        partial(pipeline.reached, "docs", pipeline.position()),
+        pipeline.tail,
+        progress=partial(pipeline.times, "batch_applied"),
+    )
     until(pipeline.in_step_now, lambda: f"seed {seed}: {pipeline.difference}; {pipeline.tail()}")
     if not ddl:
         assert pipeline.times("index_paused") == 0, f"seed {seed}: {pipeline.tail()}"
