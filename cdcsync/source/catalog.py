@@ -6,6 +6,7 @@ Source: PostgreSQL, "System Catalogs", "System Views" (pg_replication_slots).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from typing import LiteralString, cast
 
 import msgspec
@@ -15,6 +16,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.documents.related import RelatedRows, TableFacts, columns_read
 from cdcsync.lsn import Lsn
 from cdcsync.model.visibility import XID_SPAN, Snapshot
+from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.families import as_one, members_of, sent_as_one
@@ -130,8 +132,20 @@ async def read_catalog(
     :param oids: tables whose present names are wanted.
     :param expressions: conditions in SQL, of which it is asked what they call.
     """
+    once = partial(_read_once, connection, publication, names, oids, expressions)
+    return await until_locked(once, table="partitions of the source")
+
+
+async def _read_once(
+    connection: Connection,
+    publication: str,
+    names: Collection[QualifiedName],
+    oids: Collection[int],
+    expressions: Collection[str],
+) -> Catalog:
     async with connection.transaction():
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        await connection.execute(BRIEFLY)
         families = [name for name in names if name.patterns]
         members = {name: tuple(await members_of(connection, name)) for name in families}
         single = {*(name for name in names if not name.patterns), *(one for of in members.values() for one in of)}

@@ -16,9 +16,9 @@ from psycopg import sql
 
 from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.locking import BRIEFLY
 from cdcsync.target.ddl.names import Names
 
 DEAD_ROWS = 1_000

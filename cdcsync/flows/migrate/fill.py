@@ -30,9 +30,9 @@ from cdcsync.flows.embed import Dispatcher, EmbedLoop
 from cdcsync.flows.embed.pages import page_vectors
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
+from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.target.ddl.building import build_hnsw
-from cdcsync.target.ddl.locking import until_locked
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.filling import Filling, Stored
 from cdcsync.target.generations import Generation, Generations

@@ -16,13 +16,13 @@ from cdcsync.embedders import Embedder
 from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import opened, other_generation
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.preflight import build_embedders
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.generations import embedder_of
 from cdcsync.status.counting import Counts, count_index
 from cdcsync.target.ddl.generations import switch_relations
-from cdcsync.target.ddl.locking import until_locked
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Entry, Registry

@@ -25,6 +25,7 @@ from cdcsync.flows.setup.differences import (
 from cdcsync.flows.setup.needs import need_of
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import (
     Catalog,
@@ -35,7 +36,6 @@ from cdcsync.target import evaluations
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.generations import create_generations, drop_relations
 from cdcsync.target.ddl.grants import settings_to_note
-from cdcsync.target.ddl.locking import until_locked
 from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.ddl.policies import put_policy
 from cdcsync.target.ddl.relations import create_index_relations

@@ -17,6 +17,7 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.errors import DecodingFailed, GapError, SlotInUse, TablesChanged
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
 from cdcsync.lsn import Lsn
+from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.sessions import Connection, first_line, speaking_of
 from cdcsync.source.catalog import (
     FAILOVER_VERSION,
@@ -28,7 +29,6 @@ from cdcsync.source.catalog import (
 )
 from cdcsync.source.publications import create_publication_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
-from cdcsync.target.ddl.locking import BRIEFLY, until_locked
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.session import ApplySession
@@ -54,7 +54,7 @@ class StartingPoint(msgspec.Struct, frozen=True):
 async def set_up_shared(target: Connection, config: Config) -> None:
     """Create pgvector, our schema and the pipeline's row, as far as they are missing.
 
-    A column that is added to a shared table excludes searches, which read it: see `target/ddl/locking`.
+    A column that is added to a shared table excludes searches, which read it: see `postgres/locking`.
     """
 
     async def create() -> None:

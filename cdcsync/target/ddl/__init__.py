@@ -8,7 +8,6 @@
     nearness          the nearest vectors, as SQL
     policies          row-level security for the tool server's role
     grants            grants and options, which outlive the relation
-    locking           exclusive locks that no search waits for
     views             how views are made and follow their index
     chunks_view       the view of all chunks
     hits              the type of a search's rows

@@ -14,10 +14,10 @@ from psycopg import sql
 
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.grants import grants_of, set_again, settings_kept, succeed
-from cdcsync.target.ddl.locking import BRIEFLY
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.rebuilding import Rebuild
 from cdcsync.target.ddl.relations import create_view

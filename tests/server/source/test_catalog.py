@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anyio
 import psycopg
 import pytest
 from psycopg import sql
@@ -9,6 +10,7 @@ from psycopg import sql
 from cdcsync.config import QualifiedName
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.source.catalog import blockers, current_snapshot, read_catalog, running_transactions
+from tests.support.indexes import until_blocked
 from tests.support.publications import T, lay_out
 from tests.support.servers import Database
 
@@ -82,3 +84,24 @@ async def test_a_table_is_found_by_its_oid_under_the_name_that_it_has_now(source
 
     assert moved.tables == {}
     assert moved.called == {oid: QualifiedName("attic", "t")}
+
+
+async def test_a_statement_that_locks_a_table_before_its_partitions_is_not_failed_by_a_look_at_the_catalog(
+    source: Connection,
+) -> None:
+    await source.execute("CREATE TABLE public.parted (id bigint PRIMARY KEY) PARTITION BY LIST (id)")
+    await source.execute("CREATE TABLE public.part_1 PARTITION OF public.parted FOR VALUES IN (1)")
+    name = QualifiedName("public", "parted")
+    async with (
+        await connect(source.info.dsn, "source", application_name="catalog") as looking,
+        await connect(source.info.dsn, "source", application_name="application") as application,
+        anyio.create_task_group() as tasks,
+        application.transaction(),
+    ):
+        await application.execute("LOCK TABLE ONLY public.parted IN ACCESS EXCLUSIVE MODE")
+        tasks.start_soon(read_catalog, looking, "none", [name])
+        await until_blocked(source, looking)
+        await application.execute("LOCK TABLE ONLY public.part_1 IN ACCESS EXCLUSIVE MODE")
+
+    assert (await read_catalog(source, "none", [name])).tables[name].leaves
+    await source.execute("DROP TABLE public.parted")

@@ -13,9 +13,9 @@ import msgspec
 import pytest
 
 from cdcsync.documents.templates import hash_text
+from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.backlog import Backlog
-from cdcsync.target.ddl.locking import until_locked
 from cdcsync.target.filling import Filling, Stored
 from cdcsync.target.generations import Generations
 from cdcsync.target.keys import discard_vectors

@@ -1,7 +1,8 @@
-"""Locks that exclude searches, taken so that no search waits for long and none ever fails.
+"""Locks that others want, taken so that no statement of theirs waits for long and none ever fails.
 
-Every later search waits behind a session that waits for an exclusive lock. So such a lock is waited for only briefly,
-then everything is given up, and tried again a little later.
+On the target every later search waits behind a session that waits for an exclusive lock. On the source the catalog's
+functions lock a partition before its parent, and ALTER TABLE locks the parent first. So a lock is waited for only
+briefly, then everything is given up, and tried again a little later.
 
 Source: PostgreSQL, "Explicit Locking"; "Client Connection Defaults" (lock_timeout).
 """
@@ -29,7 +30,7 @@ somebody's statement, we give up."""
 async def until_locked(change: Callable[[], Awaitable[T]], *, table: str) -> T:
     """Do a change that begins with `BRIEFLY`, in a transaction of its own, again and again until nobody is in its way.
 
-    :param table: the name of the locked table, for the log.
+    :param table: what is locked, for the log.
     """
     attempt = 0
     while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from cdcsync.target.ddl.locking import until_locked
+from cdcsync.postgres.locking import until_locked
 from tests.support.virtual import in_virtual_time
 
 
