@@ -401,7 +401,7 @@ class Index:
         :raises ModelChanged: there is no such generation.
         """
         spec = await self._with_connection(self._spec)
-        for one in spec.generations:
+        for one in spec.searchable:
             if generation in (None, one.generation):
                 return one
         raise ModelChanged(

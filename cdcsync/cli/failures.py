@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -12,7 +12,7 @@ from cdcsync.errors import EXIT_FAILED, UsageError
 from cdcsync.stopping import interruptible
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from cdcsync.config import Config
     from cdcsync.model.requests import Request
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from cdcsync.target.failures.listing import Failure, Failures
 
 commands = typer.Typer()
+
+T = TypeVar("T")
 
 EPILOG = """List failures and their reasons: `cdcsync failures articles list`
 
@@ -93,23 +95,41 @@ async def _open(target: Connection, config: Config, name: str) -> tuple[IndexSpe
     return spec, Failures(target, config.target.schema, spec)
 
 
+async def _of_beside(
+    target: Connection, config: Config, spec: IndexSpec, ask: Callable[[Failures], Awaitable[T]], nothing: T
+) -> T:
+    """Ask for the failures of the chunks that stand beside an index, where there are any."""
+    from cdcsync.target.failures.listing import Failures
+
+    if spec.beside is None:
+        return nothing
+    return await ask(Failures(target, config.target.schema, spec.beside))
+
+
 async def _list(config: Config, name: str, limit: int) -> tuple[list[Failure], Listed, bool]:
     """Return some failures, how many documents there are, and whether the index has several generations of vectors."""
+    import msgspec
+
     from cdcsync.postgres.sessions import connect, speaking_of
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
         spec, failed = await _open(target, config, name)
         with speaking_of("target", where=f"index {name}"):
-            return await failed.some(limit), await failed.listed(), bool(spec.others)
+            found = await failed.some(limit)
+            nothing: list[Failure] = []
+            for one in await _of_beside(target, config, spec, lambda other: other.some(limit), nothing):
+                # A document that has failed there too is another one.
+                found.append(msgspec.structs.replace(one, generation=spec.beside and spec.beside.generation))
+            return found, await failed.listed(), len(spec.searchable) > 1
 
 
 async def _discard(config: Config, name: str) -> int:
     from cdcsync.postgres.sessions import connect, speaking_of
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
-        _, failed = await _open(target, config, name)
+        spec, failed = await _open(target, config, name)
         with speaking_of("target", where=f"index {name}"):
-            return await failed.discard()
+            return await failed.discard() + await _of_beside(target, config, spec, lambda other: other.discard(), 0)
 
 
 async def _retry(config: Config, name: str, as_json: bool) -> bool:
@@ -125,6 +145,7 @@ async def _retry(config: Config, name: str, as_json: bool) -> bool:
             await open_index(target, config, name)  # a paused one reads nothing
         with speaking_of("target", where=f"index {name}"):
             texts = await failed.retry_texts()
+            texts += await _of_beside(target, config, spec, lambda other: other.retry_texts(), 0)
         if not (before.documents or before.unlisted):
             _say(as_json, {"retry": texts}, f"{texts} to be tried again")
             return True

@@ -1,4 +1,4 @@
-"""`cdcsync migrate`: another model, precision, distance or graph for an index, while searches continue."""
+"""`cdcsync migrate`: another model, precision, distance or graph for an index, or other chunks; searches continue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cdcsync.config import Config
     from cdcsync.flows.evaluate.gates import Verdict
     from cdcsync.flows.migrate.compare import Quality
-    from cdcsync.flows.migrate.start import Started
+    from cdcsync.flows.migrate.present import Started
     from cdcsync.status.generations import GenerationStatus
     from cdcsync.target.generations import Generation
     from cdcsync.target.judged_runs import Run
@@ -83,13 +83,17 @@ def migrate(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Exchange the vectors of an index for those of another model, precision, distance or graph, without a gap.
+    """Exchange the vectors of an index, or its chunks too, without a gap.
 
     Change embedder, vector_type, distance or hnsw of [indexes.INDEX] in the configuration, and keep the [embedders]
     section of the vectors that are in use. Then `start` has a running worker make a second generation of vectors from
     the stored chunks, while both follow all changes. Searches use the live generation until `activate`, which switches
     view, search function and the model of queries in one transaction; `rollback` switches back as quickly. `drop` frees
     the generation that is not live.
+
+    If text, chunk_text, chunking or another key changes that chunks are made by, the generation has chunks of its own,
+    which are read from the table. Run `start` before the worker starts with that file: it would cut the documents again
+    in place.
 
     The worker has to know both models: start it again with the changed configuration. The exit status of `activate` is
     1 if --min or --not-worse refuses. A generation that lacks more vectors than the live one becomes live with --yes
@@ -138,8 +142,12 @@ def migrate(
 
 
 def _what_goes(spare: Generation) -> str:
+    from cdcsync.config.names import own_name
+
     made = f"{spare.embedder or spare.model}, {spare.vector_type}({spare.dimensions})"
-    return f"removes generation {spare.generation} of {spare.index_name} ({made}, {spare.state}) with all its vectors."
+    all_its = "chunks and vectors" if spare.of_other_chunks else "vectors"
+    index = own_name(spare.index_name)
+    return f"removes generation {spare.generation} of {index} ({made}, {spare.state}) with all its {all_its}."
 
 
 def _check_options(
@@ -271,7 +279,17 @@ def _print_started(started: Started) -> None:
     out = console()
     verb = "begins" if started.begun else "is under way"
     lines = [f"the migration of {started.index} {verb}: generation {started.generation}, by {started.embedder}"]
-    if started.tokens:
+    if started.own_chunks is not None:
+        lines += [f"  with chunks of its own: {change}" for change in started.own_chunks]
+    if started.own_chunks is not None and not started.begun:
+        lines.append("  it reads the table, as a first load does")
+    elif started.own_chunks is not None:
+        price = "" if started.price is None else f", at a price of about {started.price:,.2f}"
+        about = "about " if started.estimated else ""
+        lines.append(
+            f"  reads the table, and embeds {about}{started.chunks:,} texts, some {started.tokens:,} tokens{price}"
+        )
+    elif started.tokens:
         price = "" if started.price is None else f", at a price of about {started.price:,.2f}"
         lines.append(f"  embeds {started.chunks:,} chunks, about {started.tokens:,} tokens{price}")
     else:
@@ -293,6 +311,7 @@ def _print_generations(generations: Sequence[GenerationStatus]) -> None:
     table.add_column("recall")
     for one in generations:
         share = one.vectors / one.chunks if one.chunks else float(one.state != "filling")
+        share *= 1.0 if one.read is None else one.read
         table.add_row(
             str(one.generation),
             one.state,
@@ -308,6 +327,10 @@ def _print_generations(generations: Sequence[GenerationStatus]) -> None:
         )
     out = console()
     out.print(table)
+    for one in generations:
+        for change in one.own_chunks:
+            text = f"generation {one.generation} has chunks of its own: {plain(change)}"
+            out.print(text, markup=False, highlight=False)
     for one in generations:
         if one.reason is not None:
             text = f"generation {one.generation} could not be filled, which is tried again: {plain(one.reason)}"

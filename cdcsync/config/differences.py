@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from cdcsync.config.sections import Index
+
+CONTENTS = ("text", "documents", "document_columns", "chunk_text", "chunking", "related", "where", "columns")
+"""The keys of an index's section, and its tables, that decide what its chunks are."""
+
+OF_A_GENERATION = (
+    *("text", "documents", "document_columns", "chunk_text", "chunking", "related", "where"),
+    *("embedder", "vector_type", "distance", "hnsw"),
+)
+"""The keys in which an index that stands beside another one may be unlike it."""
 
 SHOWN_CHARACTERS = 60
 """How much of a value a message shows."""
@@ -39,6 +48,19 @@ def as_stored(index: Index) -> dict[str, Any]:
     """Return an index's section as JSON holds it."""
     stored: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(index))
     return stored
+
+
+def contents_of(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a section, as JSON holds it, that a migration to other chunks changes."""
+    return {key: section[key] for key in CONTENTS if key != "columns" and key in section}
+
+
+def made_as(index: Index, stored: Mapping[str, Any], keys: Sequence[str] = OF_A_GENERATION) -> Index:
+    """Return an index's section with some keys as they are stored.
+
+    :param stored: from `as_stored`, perhaps of an earlier version, which did not have all keys.
+    """
+    return msgspec.convert(as_stored(index) | {key: stored[key] for key in keys if key in stored}, Index)
 
 
 def index_changes(stored: Mapping[str, Any], index: Index) -> list[KeyChange]:

@@ -23,6 +23,10 @@ MAX_NAME_BYTES = 63
 DEFAULT_SCHEMA = "public"
 """Where an unqualified table or view lives. The session's search_path is not asked: it differs between roles."""
 
+BESIDE = "~other"
+"""How the name of the index ends that stands beside another one, with chunks of its own; see docs/decisions/0012. No
+name in a configuration has such a letter."""
+
 _RESERVED = """
     all analyse analyze and any array as asc asymmetric authorization binary both case cast check collate collation
     column concurrently constraint create cross current_catalog current_date current_role current_schema
@@ -95,6 +99,16 @@ def _unquote(part: str) -> str:
     if part.startswith('"'):
         return part[1:-1].replace('""', '"')
     return part.translate(_ASCII_LOWER)
+
+
+def beside_name(index: str) -> str:
+    """Return the name of the index that stands beside an index."""
+    return index + BESIDE
+
+
+def own_name(index: str) -> str:
+    """Return the name that an index is searched by: of one that stands beside another, that of the other."""
+    return index.removesuffix(BESIDE)
 
 
 def quote(name: str) -> str:

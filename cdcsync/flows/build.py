@@ -24,6 +24,7 @@ from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
+from cdcsync.target.generations import Generations
 from cdcsync.target.keys import delete_vectors_without_chunks
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests.history import History
@@ -105,7 +106,7 @@ async def settle_all(connection: Connection, schema: str, spec: IndexSpec) -> No
 
 async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool:
     """Build what the load of one index lets be built; returns whether nothing is left to do for it."""
-    names, registry = Names(schema, spec.name), Registry(schema)
+    names, registry = Names(schema, spec.relations), Registry(schema)
     entry = await registry.find(connection, spec.name)
     if entry is None or entry.state != "building":
         return True
@@ -128,7 +129,11 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
     await build_hnsw(connection, schema, spec)
     await connection.execute(sql.SQL("ANALYZE {}").format(names.chunks))
     await connection.execute(sql.SQL("ANALYZE {}").format(names.vectors(spec.generation)))
-    await registry.declare_live(connection, spec.name)
+    async with connection.transaction():
+        if spec.hidden:
+            await Generations(schema).stamp(connection, spec.name, spec.generation, "ready_at")
+        await registry.declare_live(connection, spec.name)
+        crash_point("index to be live")
     crash_point("index declared live")
     log.info("index_live", index=spec.name)
     return True

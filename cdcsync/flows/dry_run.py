@@ -149,7 +149,7 @@ async def embedded_generations(
     They get none where the configuration lacks the embedder. One without tables is yet to be filled, which whoever
     began the migration has confirmed.
     """
-    names, embedded = Names(schema, spec.name), [(spec, embedders[spec.config.embedder])]
+    names, embedded = Names(schema, spec.relations), [(spec, embedders[spec.config.embedder])]
     for one in spec.others:
         name = embedder_of(Generation.of(one, "ready"), embedders, one.config.embedder)
         if name is None:

@@ -6,27 +6,31 @@ what the target holds besides: indexes that nothing follows, generations that no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Literal
 
 import msgspec
 
 from cdcsync.config import Config
-from cdcsync.config.differences import KeyChange, index_changes
+from cdcsync.config.differences import CONTENTS, KeyChange, index_changes
+from cdcsync.config.names import beside_name, own_name
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import SetupError
 from cdcsync.flows.dry_run import Bounds, seconds_for_each
 from cdcsync.flows.setup.approval import Cost, Reading, confirm_above, cost_of, pause_for, read_need
+from cdcsync.flows.setup.needs import Need
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.preflight import Report
+from cdcsync.preflight.beside import beside_findings
 from cdcsync.preflight.dependents import dependents_findings
 from cdcsync.preflight.generations import vector_findings
 from cdcsync.preflight.indexes import Plan
 from cdcsync.source.catalog import Catalog, read_slot
 from cdcsync.target.approvals import Approvals, change_of
+from cdcsync.target.beside import is_met_by
 from cdcsync.target.ddl.building import hnsw_options
 from cdcsync.target.ddl.sizes import stored_generations
 from cdcsync.target.embedders import rate_of
@@ -145,7 +149,9 @@ async def read_plan(
         with speaking_of("target"):
             entries = await Registry(config.target.schema).all(target)
             stored = await read_version(target, config.target.schema)
-            sizes = await stored_generations(target, config.target.schema, list(entries))
+            sizes = await stored_generations(
+                target, config.target.schema, {name: one.relations for name, one in entries.items()}
+            )
             generations = await Generations(config.target.schema).all(target)
         return ConfigurationPlan(
             indexes,
@@ -198,7 +204,7 @@ class _Planning:
             action: Action = "read again" if found.arrived or found.left else "compared" if found.compare else "changed"
             if not because and not changes and not rebuilt:
                 action = "unchanged"
-            remaining = await self._remaining(spec) if entry is not None else []
+            remaining = await self._remaining(spec, entry) if entry is not None else []
             return IndexPlan(spec.name, action, changes, because, rebuilt=rebuilt, remaining=remaining)
         cost = await cost_of(
             self._source, self._target, self._config, spec, reading, self._embedders, self._catalog, self._bounds
@@ -220,16 +226,22 @@ class _Planning:
             rows=cost.rows,
             embedding=embedding,
             rebuilt=rebuilt,
-            remaining=await self._remaining(spec) if entry is not None else [],
+            remaining=await self._remaining(spec, entry) + list(_instead(need, changes, spec))
+            if entry is not None
+            else [],
             approval="needed" if awaits == "needed" else "given" if awaits else None,
             remedy=pause_for(spec, need, limit).remedy if awaits == "needed" and limit is not None else None,
         )
 
-    async def _remaining(self, spec: IndexSpec) -> list[str]:
-        """Say what stays as it is: vectors that only a migration exchanges, and columns of views that others use."""
+    async def _remaining(self, spec: IndexSpec, entry: Entry) -> list[str]:
+        """Say what stays as it is: what only a migration exchanges, and columns of views that others use."""
+        schema = self._config.target.schema
         with speaking_of("target", where=f"index {spec.name}"):
-            kept = await dependents_findings(self._target, self._config.target.schema, spec)
-        return [f"{one.message}; {one.hint}" for one in kept] + await self._vectors_remaining(spec)
+            kept = await dependents_findings(self._target, schema, spec)
+            other = await Registry(schema).find(self._target, beside_name(spec.name))
+        kept += beside_findings(spec.name, self._config.indexes[spec.name], entry, other)
+        said = [f"{one.message}; {one.hint}" if one.hint else one.message for one in kept]
+        return said + (await self._vectors_remaining(spec) if other is None else [])
 
     async def _vectors_remaining(self, spec: IndexSpec) -> list[str]:
         examined = self._plans[spec.name]
@@ -276,6 +288,15 @@ class _Planning:
         return self._seconds[name]
 
 
+def _instead(need: Need, changes: Sequence[KeyChange], spec: IndexSpec) -> Iterator[str]:
+    """Say how other chunks could be had without documents being cut again in place."""
+    if need.rewrite and spec.beside is None and any(one.key.split(".")[0] in CONTENTS for one in changes):
+        yield (
+            "documents are cut again in place, while searches go on; to fill the new chunks beside those that are"
+            f" searched, and switch: cdcsync migrate {spec.name} start, before the worker starts with this file"
+        )
+
+
 def _partial(reading: Reading) -> list[str]:
     """Say what is to be done for an index short of reading its table again."""
     found = reading.found
@@ -311,7 +332,7 @@ def _unfollowed(config: Config, entries: Mapping[str, Entry], sizes: Mapping[str
     return [
         Spare(name, None, sum(sizes.get(name, {}).values()), entry.unfollowed_at, f"cdcsync drop {name}")
         for name, entry in entries.items()
-        if entry.slot == config.source.slot and name not in config.indexes
+        if entry.slot == config.source.slot and name not in config.indexes and not entry.hidden
     ]
 
 
@@ -331,7 +352,12 @@ def _unused(
         of = (one for one in generations.get(name, ()) if one.generation == generation)
         return plan.wanted is not None and any(plan.wanted.is_met_by(one) for one in of)
 
-    return [
+    beside = [
+        Spare(index, one.generation, sum(sizes.get(one.name, {}).values()), None, f"cdcsync migrate {index} drop")
+        for one in entries.values()
+        if one.hidden and (index := own_name(one.name)) in config.indexes and not is_met_by(config.indexes[index], one)
+    ]
+    return beside + [
         Spare(name, generation, size, None, f"cdcsync migrate {name} drop")
         for name, entry in entries.items()
         if entry.slot == config.source.slot and name in config.indexes

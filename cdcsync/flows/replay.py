@@ -248,7 +248,7 @@ async def backlog_left(target: Connection, schema: str, spec: IndexSpec) -> int:
         row = await fetch_one(
             target,
             sql.SQL("SELECT count(*) FROM {} WHERE generation = {} AND attempts < {}").format(
-                Names(schema, spec.name).backlog, sql.Literal(spec.generation), sql.Literal(MAX_ATTEMPTS)
+                Names(schema, spec.relations).backlog, sql.Literal(spec.generation), sql.Literal(MAX_ATTEMPTS)
             ),
         )
     return cast(int, row[0])

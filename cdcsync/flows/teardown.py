@@ -20,7 +20,7 @@ import psycopg
 from psycopg import sql
 
 from cdcsync.config import Config
-from cdcsync.config.names import quote
+from cdcsync.config.names import beside_name, quote
 from cdcsync.errors import SetupError, SlotInUse
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.catalog import Slot, read_server, read_slot
@@ -115,23 +115,30 @@ async def drop_index(config: Config, index: str) -> list[Step]:
         with speaking_of("target"):
             entries = await Registry(schema).all(target)
             entry = entries.get(index)
-            if entry is None or entry.slot != config.source.slot:
+            if entry is None or entry.hidden or entry.slot != config.source.slot:
                 owner = "" if entry is None else f" of this pipeline: it belongs to slot {entry.slot}"
-                known = ", ".join(name for name, one in entries.items() if one.slot == config.source.slot) or "none"
+                known = (
+                    ", ".join(
+                        name for name, one in entries.items() if one.slot == config.source.slot and not one.hidden
+                    )
+                    or "none"
+                )
                 raise SetupError(
                     f"there is no index {index}{owner}", where=f"schema {schema}", hint=f"those there are: {known}"
                 )
             await _let_go(target, config, entry)
-            tables = await _rows(target, _TABLES, [f"cdcsync index {index}: "], schema)
+            both = [index, beside_name(index)]
+            tables = await _rows(target, _TABLES, [f"cdcsync index {name}: " for name in both], schema)
             views = await _rows(target, _VIEWS, [oid for oid, _ in tables])
-            others = {table for name, one in entries.items() if name != index for table in one.tables}
+            others = {table for name, one in entries.items() if name not in both for table in one.tables}
         with _own_dependents(), speaking_of("target"):
             async with target.transaction():
                 await drop_search(target, schema, index)
                 await _drop(target, "VIEW", [name for (name,) in views])
                 await _drop(target, "TABLE", [name for _, name in tables])
                 await _drop_functions(target, schema, f"cdcsync index {index}: ")
-                await Registry(schema).remove(target, index)
+                for name in both:
+                    await Registry(schema).remove(target, name)
                 await Approvals(schema).remove(target, index)
                 used = {one.embedder for name, one in config.indexes.items() if name != index}
                 await forget_embedders(target, schema, config.source.slot, keep=used)

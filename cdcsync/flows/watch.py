@@ -21,6 +21,7 @@ import msgspec
 import structlog
 
 from cdcsync.config import Config
+from cdcsync.config.names import beside_name
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import RunError, SchemaChanged, SetupError, SourceUnavailable, TablesChanged, Unavailable
 from cdcsync.flows.build import LOAD_CANCELLED, pause_after
@@ -215,6 +216,7 @@ class Watch:
             entry = entries.get(plan.name)
             if entry is None:
                 continue
+            self._look_beside(plan.name, entries, generations)
             seen = followed_catalog(plan, catalog, wanted, entry)
             findings = following_findings(plan, seen, wanted, entry)
             error = next((finding for finding in findings if finding.level == "error"), None)
@@ -260,8 +262,23 @@ class Watch:
         """
         wanted = {one.generation for one in generations if one.state != "dropping"} | {entry.generation}
         dropping = any(one.state == "dropping" for one in generations)
-        if entry.generation != spec.generation or wanted != {one.generation for one in spec.generations} or dropping:
+        other = (entry.generation, entry.stem) != (spec.generation, spec.stem)
+        if other or wanted != {one.generation for one in spec.generations} or dropping:
             raise TablesChanged("the index has other generations of vectors", where=f"index {spec.name}")
+
+    def _look_beside(
+        self, index: str, entries: Mapping[str, Entry], generations: Mapping[str, Sequence[Generation]]
+    ) -> None:
+        """See that what stands beside an index is followed, and that nobody asks for its activation, or its end.
+
+        :raises TablesChanged: it is not, or somebody does.
+        """
+        name = beside_name(index)
+        other, known = entries.get(name), any(plan.name == name for plan in self._plans)
+        asked = other is not None and other.activation_asked_at is not None
+        ends = other is not None and any(one.state == "dropping" for one in generations.get(name, ()))
+        if (other is not None) != known or asked or ends:
+            raise TablesChanged("a migration to other chunks goes on", where=f"index {index}")
 
     def _note_problems(self, index: str, findings: Sequence[Finding]) -> None:
         said = [f"{one.sentence}; {one.hint}" for one in findings if one.level == "warning"]

@@ -83,8 +83,8 @@ async def _count_if_changed(connection: Connection, schema: str, spec: IndexSpec
             "SELECT s.n_tup_ins + s.n_tup_upd + s.n_tup_del, s.n_live_tup,"
             " (SELECT w.chunks FROM {} AS w WHERE w.lexeme = '')"
             " FROM pg_stat_user_tables AS s WHERE s.relid = to_regclass(%s)"
-        ).format(words_name(schema, spec.name)),
-        [Names(schema, spec.name).chunks.as_string(connection)],
+        ).format(words_name(schema, spec.relations)),
+        [Names(schema, spec.relations).chunks.as_string(connection)],
     )
     if row is None:
         return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cdcsync.config import Index, QualifiedName
+from cdcsync.config.names import own_name
 from cdcsync.config.values import Distance as Distance
 from cdcsync.documents.documents import Documents
 from cdcsync.documents.related import TableFacts
@@ -58,6 +59,26 @@ class IndexSpec(msgspec.Struct, frozen=True):
     """The same index with each other generation of vectors that it has, beside the one that searches use."""
     cutter: str | None = None
     """The embedder whose tokens chunks are measured in, where it is not the one that makes the vectors."""
+    stem: str | None = None
+    """How the names of its relations begin, if not with its own name."""
+
+    beside: IndexSpec | None = None
+    """The index with the other chunks that it has, where it has chunks of two generations."""
+
+    @property
+    def searched_as(self) -> str:
+        """The name that the index is searched by: of one that stands beside another, that of the other."""
+        return own_name(self.name)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether it stands beside the index that is searched by its name: it has neither views nor a function."""
+        return self.searched_as != self.name
+
+    @property
+    def relations(self) -> str:
+        """How the names of its relations in the target begin."""
+        return self.stem or self.name
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -110,6 +131,18 @@ class IndexSpec(msgspec.Struct, frozen=True):
     def generations(self) -> tuple[IndexSpec, ...]:
         """The index with each generation of its vectors; the one that searches use comes first."""
         return (self, *self.others)
+
+    @property
+    def searchable(self) -> tuple[IndexSpec, ...]:
+        """The index with each generation that a search can name, those of other chunks included."""
+        return self.generations if self.beside is None else (*self.generations, *self.beside.generations)
+
+    @property
+    def equal_vectors(self) -> IndexSpec | None:
+        """The index beside this one, if a text has the same vector there."""
+        other = self.beside
+        facts = [(one.model, one.dimensions, one.config.vector_type) for one in (self, other) if one is not None]
+        return other if len(facts) == 2 and facts[0] == facts[1] else None
 
     @property
     def cut_by(self) -> str:

@@ -13,6 +13,7 @@
     families         an index over many equal tables
     related          an index's related tables
     generations      the vectors of an index, if the configuration asks for others
+    beside           its chunks, likewise, and those that stand beside them
     following        whether each index can follow its table; the watch asks it too
     dependents       objects of users on an index whose columns change
     layout           where an index lies: its tables, its view, its keyword search

@@ -23,14 +23,14 @@ from cdcsync.target.ddl.views import read_view
 
 async def dependents_findings(connection: Connection, schema: str, spec: IndexSpec) -> list[Finding]:
     """Say what is built on columns whose types change with the next start."""
-    stored = await stored_types(connection, schema, spec.name)
+    stored = await stored_types(connection, schema, spec.relations)
     columns, types = spec.shape.key + spec.shape.carried, spec.key_types + spec.carried_types
     wanted = dict(zip(columns, types, strict=True))
     changed = {name: type_ for name, type_ in wanted.items() if stored.get(name, type_) != type_}
     if not changed:
         return []
     views = [spec.config.view_name, chunks_view_name(spec.config.view_name)]
-    chunks = Names(schema, spec.name).chunks
+    chunks = Names(schema, spec.relations).chunks
     findings = []
     for view in views:
         present = await read_view(connection, view, chunks)

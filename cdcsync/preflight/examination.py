@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 
 import anyio
+import msgspec
 
-from cdcsync.config import Config
-from cdcsync.config.names import quote
+from cdcsync.config import Config, Index
+from cdcsync.config.names import beside_name, own_name, quote
 from cdcsync.embedders import Embedder
 from cdcsync.errors import CdcsyncError
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, Side, connect, speaking_of
+from cdcsync.preflight.beside import beside_findings
 from cdcsync.preflight.connections import needed, read_room, room_findings
 from cdcsync.preflight.dependents import dependents_findings
 from cdcsync.preflight.expressions import examine_expressions
@@ -34,6 +36,7 @@ from cdcsync.preflight.tables import examine_row_filter, examine_where, kind_fau
 from cdcsync.preflight.target import TargetFacts, examine_target
 from cdcsync.source.catalog import facts_of
 from cdcsync.source.families import rows_sent
+from cdcsync.target.beside import with_beside
 from cdcsync.target.registry import Entry
 
 
@@ -45,8 +48,8 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
     :param embedders: those that could be made; one that is missing has its finding already.
     """
     findings: list[Finding] = list(machine_findings(config))
+    before = len(findings)
     specs: list[IndexSpec] = []
-    plans = [make_plan(name, index, embedders.get(index.embedder), findings) for name, index in config.indexes.items()]
     async with AsyncExitStack() as stack:
         source, target = await _connect_both(stack, config, findings)
         source_facts = target_facts = None
@@ -54,6 +57,10 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
         if target is not None:
             target_facts = await examine_target(target, config, on_target)
         stored = target_facts.stored if target_facts is not None else {}
+        asked, config = config.indexes, with_beside(config, stored)
+        made: list[Finding] = []
+        plans = [_make_plan(name, one, embedders, made) for name, one in config.indexes.items()]
+        findings[before:before] = made
         if source is not None:
             known = [oid for one in stored.values() for oid in one.oids.values()]
             begun = target_facts is not None and target_facts.begun
@@ -65,6 +72,8 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
             if source_facts is not None:
                 findings += own_tables(config, source_facts, target_facts)
             specs = await _examine_indexes(target, config, plans, source_facts, target_facts, findings, embedders)
+            for name in asked.keys() & stored.keys():
+                findings += beside_findings(name, asked[name], stored[name], stored.get(beside_name(name)))
         broken = _pause_broken(plans, stored)
         if source_facts is not None and source_facts.catalog.publication is None:
             found = {plan.table.name: plan.table for plan in plans if plan.table is not None}
@@ -75,8 +84,24 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
             findings += await _examine_connections(source, target, config, source_facts, target_facts)
     for plan in plans:
         findings += [finding for finding in plan.findings if finding not in findings]
-    specs = [spec for spec in specs if spec.name not in broken]
-    return Report(findings, specs, broken, plans, source_facts.catalog if source_facts is not None else None)
+    specs = _paired([spec for spec in specs if spec.name not in broken])
+    catalog = source_facts.catalog if source_facts is not None else None
+    return Report(findings, specs, broken, plans, catalog, config.indexes)
+
+
+def _make_plan(name: str, index: Index, embedders: Mapping[str, Embedder], findings: list[Finding]) -> Plan:
+    """Check what the configuration says of an index; a fault of one that stands beside another is that one's alone."""
+    found: list[Finding] = []
+    plan = make_plan(name, index, embedders.get(index.embedder), found)
+    (plan.findings if own_name(name) != name else findings).extend(found)
+    return plan
+
+
+def _paired(specs: Sequence[IndexSpec]) -> list[IndexSpec]:
+    """Return the indexes, each with the one that has other chunks for the same name, where there is one."""
+    found = {spec.name: spec for spec in specs}
+    names = {spec.name: own_name(spec.name) if spec.hidden else beside_name(spec.name) for spec in specs}
+    return [msgspec.structs.replace(spec, beside=found.get(names[spec.name])) for spec in specs]
 
 
 async def _connect_both(
@@ -211,7 +236,8 @@ def _pause_broken(plans: Sequence[Plan], stored: Mapping[str, Entry]) -> dict[st
         errors = [finding for finding in plan.findings if finding.level == "error"]
         outage = any(error.passes for error in errors)
         # Other vectors are not an error of the configuration: a migration may be on its way to them.
-        as_before = errors == plan.unlike or _as_before(plan, stored.get(plan.name))
+        hidden = own_name(plan.name) != plan.name
+        as_before = hidden or errors == plan.unlike or _as_before(plan, stored.get(plan.name))
         if errors and not outage and as_before:
             plan.refused = True
             broken[plan.name] = Pause(errors[0].sentence, errors[0].hint)
@@ -256,7 +282,7 @@ async def _examine_indexes(
         row_filter = published.row_filter if published is not None else None
         with noting(plan.findings, "target", f"indexes.{plan.name}"):
             spec = await make_spec(target, config.target.schema, plan, facts, row_filter, plan.findings, shared=shared)
-            if spec is not None and stored is not None:
+            if spec is not None and stored is not None and not spec.hidden:
                 plan.findings += await dependents_findings(target, config.target.schema, spec)
             if spec is not None and not any(finding.level == "error" for finding in plan.findings):
                 plan.findings.append(_summary(plan, spec))
@@ -271,8 +297,8 @@ def _summary(plan: Plan, spec: IndexSpec) -> Finding:
     if spec.where is not None:
         who = "the worker" if spec.where.terms is not None else "the source, by reading each changed row again"
         rows += f", those where {spec.where.text} (decided by {who})"
+    into = f"beside {spec.searched_as}" if spec.hidden else f"into {spec.config.view_name}"
     return Finding.ok(
         f"indexes.{plan.name}",
-        f"{spec.shape.table} by ({key}){rows}, into {spec.config.view_name};"
-        f" {spec.config.embedder} makes {spec.dimensions} dimensions",
+        f"{spec.shape.table} by ({key}){rows}, {into}; {spec.config.embedder} makes {spec.dimensions} dimensions",
     )

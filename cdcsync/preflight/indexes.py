@@ -251,8 +251,11 @@ async def make_spec(
     deciding = plan.where.deciding if plan.where is not None else ()
     stored = target.stored.get(plan.name)
     paused = stored is not None and stored.state == "paused"
+    stem = None if stored is None else stored.stem
     columns_known = [known[column] for column in columns]
-    types = await choose_types(connection, schema, plan.name, columns_known, findings, paused=paused, shared=shared)
+    types = await choose_types(
+        connection, schema, plan.name, columns_known, findings, stem=stem, paused=paused, shared=shared
+    )
     findings += [
         Finding.error(
             f"indexes.{plan.name}.indexed",
@@ -304,6 +307,7 @@ async def make_spec(
         left_out=plan.reasons,
         oids=plan.oids,
         cutter=plan.cutter,
+        stem=stem,
     )
     others = [one.spec(spec) for one in plan.generations if one.state != "dropping"]
     return msgspec.structs.replace(spec, others=tuple(others))

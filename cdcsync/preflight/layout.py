@@ -6,7 +6,7 @@ Source: PostgreSQL, "Text Search" (Configurations), "Generated Columns".
 from __future__ import annotations
 
 from cdcsync.config import Config
-from cdcsync.config.names import quote
+from cdcsync.config.names import own_name, quote
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, nearest, noting
@@ -30,17 +30,19 @@ async def examine_layout(
     where = f"indexes.{name}"
     schema, view = config.target.schema, index.view_name
     stored = target.stored.get(name)
-    vectors = f"{name}_vectors_{stored.generation if stored else 1}"
-    own = [f"{name}_chunks", f"{name}_backlog", vectors, f"{vectors}_fresh", f"{vectors}_settled"]
+    stem = name if stored is None else stored.relations
+    vectors = f"{stem}_vectors_{stored.generation if stored else 1}"
+    own = [f"{stem}_chunks", f"{stem}_backlog", vectors, f"{vectors}_fresh", f"{vectors}_settled"]
     with noting(findings, "target", where):
         relations = await read_relations(connection, schema, own)
         findings += relation_faults("target.schema", relations, target.server)
-        access = await read_access(connection, view.schema)
-        findings += access_faults(f"{where}.view", access, target.server, created=view.schema == schema)
-        findings += await _view_faults(connection, config, name, target)
+        if own_name(name) == name:
+            access = await read_access(connection, view.schema)
+            findings += access_faults(f"{where}.view", access, target.server, created=view.schema == schema)
+            findings += await _view_faults(connection, config, name, target)
         if index.search is not None:
             built = any(relation.name.name == own[0] and relation.of(OURS) for relation in relations)
-            findings += await _search_faults(connection, config, name, built=built)
+            findings += await _search_faults(connection, config, name, own[0], built=built)
 
 
 async def _view_faults(connection: Connection, config: Config, name: str, target: TargetFacts) -> list[Finding]:
@@ -62,8 +64,13 @@ def _form(expression: str) -> list[bool]:
     return [sign in expression for sign in ("CASE lower(", "regexp_replace(")]
 
 
-async def _search_faults(connection: Connection, config: Config, name: str, *, built: bool) -> list[Finding]:
-    """Say whether the text search configuration exists, and whether it is the one that an existing index has."""
+async def _search_faults(
+    connection: Connection, config: Config, name: str, chunks: str, *, built: bool
+) -> list[Finding]:
+    """Say whether the text search configuration exists, and whether it is the one that an existing index has.
+
+    :param chunks: the name of its chunks table.
+    """
     index = config.indexes[name]
     wanted = str(index.search)
     where = f"indexes.{name}.search"
@@ -94,7 +101,7 @@ async def _search_faults(connection: Connection, config: Config, name: str, *, b
         ]
     if not built:
         return []
-    table = f"{quote(config.target.schema)}.{name}_chunks"
+    table = f"{quote(config.target.schema)}.{quote(chunks)}"
     expression = await fetch_row(
         connection,
         "SELECT pg_get_expr(d.adbin, d.adrelid) FROM pg_attrdef d JOIN pg_attribute a"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from cdcsync.config import Index
 from cdcsync.errors import SetupError
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
@@ -20,6 +21,7 @@ class Report(msgspec.Struct):
         keep no other index from going on.
     :ivar plans: what is known of each configured index, the broken ones included.
     :ivar catalog: the reading of the source that everything rests on; None if there is none.
+    :ivar indexes: the sections that the indexes are made by, those beside others included; see `target/beside`.
     """
 
     findings: list[Finding]
@@ -27,6 +29,7 @@ class Report(msgspec.Struct):
     broken: dict[str, Pause] = {}
     plans: list[Plan] = []
     catalog: Catalog | None = None
+    indexes: dict[str, Index] = {}
 
     @property
     def errors(self) -> list[Finding]:

@@ -43,15 +43,17 @@ async def choose_types(
     columns: Sequence[Column],
     findings: list[Finding],
     *,
+    stem: str | None = None,
     paused: bool = False,
     shared: bool = False,
 ) -> dict[str, str]:
     """Return the type of each of an index's columns in the target, and note where it is not the source's.
 
+    :param stem: how the names of its relations begin, if not with its own name.
     :param paused: whether the index exists and is paused.
     :param shared: whether source and target are one database.
     """
-    stored = await stored_types(connection, schema, name)
+    stored = await stored_types(connection, schema, stem or name)
     chosen = {}
     for column in columns:
         best = await _best_type(connection, column, shared=shared)
@@ -80,15 +82,18 @@ async def choose_types(
     return chosen
 
 
-async def stored_types(connection: Connection, schema: str, name: str) -> dict[str, str]:
-    """Return the types of the columns that an existing index has; none when there is no index of that name."""
+async def stored_types(connection: Connection, schema: str, stem: str) -> dict[str, str]:
+    """Return the types of the columns that an existing index has; none when there is no index of that name.
+
+    :param stem: how the names of its relations begin.
+    """
     cursor = await connection.execute(
         """
         SELECT a.attname, format_type(a.atttypid, a.atttypmod)
         FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 AND NOT a.attisdropped
         """,
-        [schema, f"{name}_chunks"],
+        [schema, f"{stem}_chunks"],
     )
     return dict(await cursor.fetchall())
 

@@ -153,7 +153,7 @@ class Offered(Index):
                 "SELECT {}, content, encode(document_hash, 'hex'), commit_lsn::text FROM {} WHERE {} ORDER BY chunk_no"
             ).format(
                 sql.SQL(", ").join(map(sql.Identifier, shown)),
-                Names(self.schema, self.name).chunks,
+                Names(self.schema, spec.relations).chunks,
                 sql.SQL(" AND ").join([*conditions, mine]),
             )
             try:
@@ -258,11 +258,13 @@ class Offered(Index):
             return True
         async with self._shared.pool.connection() as connection:
             with speaking_of("target", where=f"index {self.name}"):
+                entry = await Registry(self.schema).find(connection, self.name)
+                stem = self.name if entry is None else entry.relations
                 return bool(
                     await fetch_value(
                         connection,
                         "SELECT current_user = %s AND row_security_active(to_regclass(%s))",
-                        [role, Names(self.schema, self.name).chunks.as_string(connection)],
+                        [role, Names(self.schema, stem).chunks.as_string(connection)],
                     )
                 )
 
@@ -283,7 +285,7 @@ class Offered(Index):
         condition = self.visible.condition(who, spec)
         cursor = await connection.execute(
             sql.SQL("SELECT {} FROM {} WHERE {} LIMIT 20").format(
-                sql.SQL(", ").join(map(sql.Identifier, names)), Names(self.schema, self.name).chunks, condition
+                sql.SQL(", ").join(map(sql.Identifier, names)), Names(self.schema, spec.relations).chunks, condition
             )
         )
         seen: dict[str, list[Any]] = {name: [] for name in names}
@@ -296,7 +298,7 @@ class Offered(Index):
 
 def _dimensions(spec: IndexSpec, generation: int | None) -> int | None:
     """Return the dimensions of a generation's vectors, by default of the live one; None if there is no such one."""
-    return next((one.dimensions for one in spec.generations if generation in (None, one.generation)), None)
+    return next((one.dimensions for one in spec.searchable if generation in (None, one.generation)), None)
 
 
 def _refuse_costly(request: SearchRequest, serve: Serve) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from cdcsync.config.differences import KeyChange, contents_of, differences
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
 from cdcsync.status.counting import count_index
@@ -13,15 +14,18 @@ from cdcsync.target import evaluations
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.generations import Generation
 from cdcsync.target.registry import Entry
+from cdcsync.target.requests.history import History
 
 
 class GenerationStatus(msgspec.Struct, frozen=True):
     """One generation of an index.
 
-    `state` is `live`, or else `filling`, `ready` or `dropping`. Of `chunks`, `vectors` have a vector, `waiting` wait
-    for one, and `failed` cannot have one. `rate` is in chunks a second over the whole fill, `eta_s` in seconds; both
-    are None unless it is being filled. `bytes` is the disk space of its tables and indexes. `reason` says why it could
-    not be filled when that was last tried.
+    `state` is `live`, or else `filling`, `ready`, `activating` or `dropping`. Of `chunks`, `vectors` have a vector,
+    `waiting` wait for one, and `failed` cannot have one. `rate` is in chunks a second over the whole fill, `eta_s` in
+    seconds; both are None unless it is being filled. `bytes` is the disk space of its tables and indexes. `reason` says
+    why it could not be filled when that was last tried. `own_chunks` says in which keys a generation that has chunks of
+    its own is unlike the live one; it is empty for one that shares the live one's chunks. `read` is the share of the
+    table's rows that it was made of so far, while it is filled.
     """
 
     generation: int
@@ -43,23 +47,65 @@ class GenerationStatus(msgspec.Struct, frozen=True):
     rate: float | None = None
     eta_s: float | None = None
     reason: str | None = None
+    own_chunks: list[str] = []
+    read: float | None = None
 
 
 async def read_generations(
-    connection: Connection, schema: str, entry: Entry, generations: Sequence[Generation], *, evaluated: bool = True
+    connection: Connection,
+    schema: str,
+    entry: Entry,
+    generations: Sequence[Generation],
+    *,
+    other: Entry | None = None,
+    evaluated: bool = True,
 ) -> list[GenerationStatus]:
     """Return the state of these generations of an index, in their order.
 
+    :param other: the index that stands beside it, where there is one.
     :param evaluated: whether this role may read what was measured of them.
     """
-    return [await _read(connection, schema, entry, one, evaluated=evaluated) for one in generations]
+    found = []
+    for one in generations:
+        of = other if other is not None and one.of_other_chunks else entry
+        status = await _read(connection, schema, of, one, live=one.generation == entry.generation, evaluated=evaluated)
+        if other is not None and of is other:
+            load = await History(schema).last_load(connection, other.name)
+            share = None if load is None or not load.rows_total else min(1.0, load.rows_done / load.rows_total)
+            status = msgspec.structs.replace(
+                status,
+                eta_s=None,
+                read=round(share, 4) if share is not None and status.state == "filling" else None,
+                state=_state_beside(other, status.state),
+                own_chunks=[str(change) for change in _unlike(entry, other)],
+                reason=other.reason or status.reason,
+            )
+        found.append(status)
+    return found
+
+
+def _state_beside(other: Entry, state: str) -> str:
+    if other.activation_asked_at is not None and state == "ready":
+        return "activating"
+    # One that is read again, after a gap for one, is not whole until that is through.
+    return "filling" if state == "ready" and other.state != "live" else state
+
+
+def _unlike(entry: Entry, other: Entry) -> list[KeyChange]:
+    """Return in which keys the chunks that stand beside an index are made in another way."""
+    if entry.configuration is None or other.configuration is None:
+        return []
+    return list(differences(contents_of(entry.configuration), contents_of(other.configuration)))
 
 
 async def _read(
-    connection: Connection, schema: str, entry: Entry, one: Generation, *, evaluated: bool
+    connection: Connection, schema: str, entry: Entry, one: Generation, *, live: bool, evaluated: bool
 ) -> GenerationStatus:
-    names, number = Names(schema, entry.name), one.generation
-    tiers = [table.as_string(connection) for table in names.tiers(number).values()]
+    names, number = Names(schema, entry.relations), one.generation
+    tables = list(names.tiers(number).values())
+    if one.of_other_chunks:
+        tables += [names.chunks, names.backlog]
+    tiers = [table.as_string(connection) for table in tables]
     there, size, seconds = await fetch_one(
         connection,
         "SELECT bool_and(to_regclass(t) IS NOT NULL), coalesce(sum(pg_total_relation_size(to_regclass(t))), 0)::int8,"
@@ -73,7 +119,6 @@ async def _read(
     recall = None
     if evaluated:
         recall = (await evaluations.latest(connection, schema, {entry.name: number})).get(entry.name)
-    live = number == entry.generation
     rate = vectors / seconds if one.state == "filling" and not live and vectors and seconds else None
     return GenerationStatus(
         generation=number,

@@ -9,6 +9,7 @@ from typing import cast
 import msgspec
 
 from cdcsync.config import Config
+from cdcsync.config.names import own_name
 from cdcsync.postgres.sessions import Connection
 from cdcsync.status.counting import count_index
 from cdcsync.status.generations import read_generations
@@ -45,7 +46,8 @@ async def read_indexes(
     """
     schema, slot = config.target.schema, config.source.slot
     stored = (await Registry(schema).all(target)).values()
-    entries = [entry for entry in stored if entry.slot == slot or entry.name in config.indexes]
+    entries = [entry for entry in stored if not entry.hidden and (entry.slot == slot or entry.name in config.indexes)]
+    beside = {own_name(entry.name): entry for entry in stored if entry.hidden}
     backfills = await _read_backfills(target, schema, list(config.indexes), now, problems)
     notes = {TABLE, evaluations.TABLE, judged_runs.TABLE, settling.TABLE, AUDITS}
     readable = await may_read(target, schema, notes & present, problems)
@@ -101,20 +103,26 @@ async def read_indexes(
                     " the log says of which kind (audit_found). It has not proven the index equal since"
                 )
         problems += [f"index {name}: a table is left out: {why}" for _, why in sorted(entry.left_out.items())]
-        own = generations.get(name, [])
+        own, other = generations.get(name, []), beside.get(name)
+        if other is not None:
+            own = own + generations.get(other.name, [])
+            if other.pause is not None:
+                which = f"generation {other.generation}, which has chunks of its own,"
+                problems.append(f"index {name}: {which} is paused: {other.pause}")
         live = next((one for one in own if one.generation == generation), None)
         if live is not None and live.embedder is not None:
             status = msgspec.structs.replace(status, embedder=live.embedder)
         problems += _of_other_generations(config, name, generation, own)
         if entry.pause is not None:
             problems.append(f"index {name} is paused: {entry.pause}")
-        vectors = f"{name}_vectors_{generation}"
-        under_way = [builds[table] for table in (f"{vectors}_settled", f"{name}_chunks") if table in builds]
+        stem = entry.relations
+        vectors = f"{stem}_vectors_{generation}"
+        under_way = [builds[table] for table in (f"{vectors}_settled", f"{stem}_chunks") if table in builds]
         if entry.state == "building":
             status = msgspec.structs.replace(status, reason=_waits(entry, under_way))
             if status.reason is not None:
                 problems.append(f"index {name} waits to be built: {status.reason}")
-        wanted = {f"{name}_chunks", vectors, f"{vectors}_fresh", f"{vectors}_settled", f"{name}_backlog"}
+        wanted = {f"{stem}_chunks", vectors, f"{vectors}_fresh", f"{vectors}_settled", f"{stem}_backlog"}
         if missing := sorted(wanted - present):
             lost = f"tables are missing: {', '.join(missing)}"
             problems.append(f"index {name}: {lost}; `cdcsync run` creates them, `cdcsync replay {name}` fills them")
@@ -122,9 +130,9 @@ async def read_indexes(
             continue
         if len(own) > 1:
             measured = evaluations.TABLE in readable
-            found_of = await read_generations(target, schema, entry, own, evaluated=measured)
+            found_of = await read_generations(target, schema, entry, own, other=other, evaluated=measured)
             status = msgspec.structs.replace(status, generations=found_of)
-        counts = await count_index(target, Names(schema, name), generation)
+        counts = await count_index(target, Names(schema, stem), generation)
         if counts.failed:
             failed = "1 chunk has" if counts.failed == 1 else f"{counts.failed} chunks have"
             problems.append(f"index {name}: {failed} no vector, see `cdcsync failures {name} list`")

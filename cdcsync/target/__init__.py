@@ -10,6 +10,7 @@
     embedders     the table `embedders`
     evaluations   the table `evaluations`
     judged_runs   the table `judged_runs`
+    beside        indexes with chunks of two generations, and the sections that they are made by
     requests/     the table `backfills`
     ddl/          relations: how they are created, upgraded and built
     vectors       vectors in pgvector's binary form

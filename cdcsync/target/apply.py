@@ -35,7 +35,7 @@ from cdcsync.model.changeset import BACKFILL, Applied, ChangeSet
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.names import vector_schema
+from cdcsync.target.ddl.names import Names, vector_schema
 from cdcsync.target.loading import CHUNK_COLUMNS, blocks, load
 from cdcsync.target.look_ups import LookUps
 from cdcsync.target.stage import Op, Stage
@@ -244,7 +244,7 @@ class IndexWriter(LookUps):
         return await self._run(
             "INSERT INTO {fresh} AS mine (chunk_id, content_hash, embedding)"
             " SELECT p.chunk_id, p.content_hash, equal.embedding FROM {put} AS p CROSS JOIN LATERAL"
-            " (SELECT v.embedding FROM {vectors} AS v WHERE v.content_hash = p.content_hash LIMIT 1) AS equal"
+            " (SELECT v.embedding FROM {vectors} AS v WHERE v.content_hash = p.content_hash{beside} LIMIT 1) AS equal"
             " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id"
             " AND v.content_hash = p.content_hash)"
             " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED,
@@ -292,7 +292,18 @@ class IndexWriter(LookUps):
             "vectors": self._names.vectors(one.generation),
             **self._names.tiers(one.generation),
             "generation": sql.Literal(one.generation),
+            "beside": self._beside(one),
         }
+
+    def _beside(self, one: IndexSpec) -> sql.Composable:
+        """Return what has vectors of equal texts come from the chunks that stand beside these, too."""
+        other = self._spec.equal_vectors
+        if other is None or one is not self._spec:
+            return sql.SQL("")
+        vectors = Names(self._schema, other.relations).vectors(other.generation)
+        return sql.SQL(" UNION ALL SELECT b.embedding FROM {} AS b WHERE b.content_hash = p.content_hash").format(
+            vectors
+        )
 
     def _compose(self, vector_schema: str) -> dict[str, sql.Composable]:
         """Return what stands for the names in braces in all statements."""

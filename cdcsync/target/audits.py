@@ -23,7 +23,7 @@ Phase = Literal["rows", "orphans", "chunks"]
 DDL: tuple[LiteralString, ...] = (
     """
     CREATE TABLE IF NOT EXISTS {schema}.audits (
-        index_name text PRIMARY KEY REFERENCES {schema}.indexes ON DELETE CASCADE,
+        index_name text PRIMARY KEY REFERENCES {schema}.indexes ON DELETE CASCADE ON UPDATE CASCADE,
         phase text NOT NULL DEFAULT 'rows' CHECK (phase IN ('rows', 'orphans', 'chunks')),
         cursor text[],
         documents bigint NOT NULL DEFAULT 0,

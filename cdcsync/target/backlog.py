@@ -56,7 +56,7 @@ class Backlog:
     def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
         self._connection = connection
         self._spec = spec
-        names = Names(schema, spec.name)
+        names = Names(schema, spec.relations)
         self._stage = f"{spec.name}_made_{spec.generation}"
         self._parts: dict[str, sql.Composable] = {
             "backlog": names.backlog,

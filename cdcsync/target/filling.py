@@ -55,7 +55,7 @@ class Filling:
 
     def __init__(self, connection: Connection, schema: str, spec: IndexSpec, live: IndexSpec) -> None:
         """Fill the generation of `spec`, beside the one of `live`."""
-        names = Names(schema, spec.name)
+        names = Names(schema, spec.relations)
         self._connection = connection
         self._schema = schema
         self._spec = spec

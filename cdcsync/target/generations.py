@@ -24,6 +24,7 @@ import msgspec
 from psycopg import sql
 
 from cdcsync.config import Index
+from cdcsync.config.names import beside_name, own_name
 from cdcsync.config.sections import Hnsw
 from cdcsync.model.spec import Distance, IndexSpec
 from cdcsync.postgres.queries import fetch_row
@@ -40,7 +41,7 @@ State = Literal["filling", "ready", "dropping"]
 DDL: tuple[LiteralString, ...] = (
     """
     CREATE TABLE IF NOT EXISTS {schema}.generations (
-        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
+        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE ON UPDATE CASCADE,
         generation int NOT NULL,
         embedder text,
         model text NOT NULL,
@@ -119,6 +120,11 @@ class Generation(msgspec.Struct, frozen=True):
             *(spec.config.vector_type, spec.distance, state, hnsw.m, hnsw.ef_construction),
             quantise=hnsw.quantise,
         )
+
+    @property
+    def of_other_chunks(self) -> bool:
+        """Whether it has chunks of its own, which stand beside those that are searched."""
+        return own_name(self.index_name) != self.index_name
 
     @property
     def made_by(self) -> tuple[object, ...]:
@@ -202,6 +208,11 @@ class Generations:
         )
         return [msgspec.convert(row[0], Generation) for row in await cursor.fetchall()]
 
+    async def around(self, connection: Connection, index: str, *, lock: bool = False) -> list[Generation]:
+        """Return the generations of an index, those of the chunks that stand beside it included, by their numbers."""
+        found = await self.of(connection, index, lock=lock) + await self.of(connection, beside_name(index), lock=lock)
+        return sorted(found, key=lambda one: one.generation)
+
     async def _present(self, connection: Connection) -> bool:
         row = await fetch_row(
             connection,
@@ -246,6 +257,16 @@ class Generations:
         """Ask the holder of the pipeline's lock to drop a generation."""
         await connection.execute(
             sql.SQL("UPDATE {} SET state = 'dropping' WHERE index_name = %s AND generation = %s").format(self._table),
+            [index, generation],
+        )
+
+    async def keep(self, connection: Connection, index: str, generation: int) -> None:
+        """Note that a generation that was to be dropped stays."""
+        await connection.execute(
+            sql.SQL(
+                "UPDATE {} SET state = CASE WHEN ready_at IS NULL THEN 'filling' ELSE 'ready' END"
+                " WHERE index_name = %s AND generation = %s AND state = 'dropping'"
+            ).format(self._table),
             [index, generation],
         )
 

@@ -19,6 +19,7 @@ from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import Names
 from cdcsync.target.failures.documents import TABLE
+from cdcsync.target.look_ups import texts_known
 
 DISCARDED = sql.SQL("''::bytea")
 """The content hash of a vector that is to be made anew: no text has it, so the vector is searched, and not reused."""
@@ -44,7 +45,7 @@ async def page_of_keys(
             " WHERE true{above} ORDER BY {listed} LIMIT {limit}) ORDER BY {listed} LIMIT {limit}"
         ).format(
             listed=listed,
-            chunks=Names(schema, spec.name).chunks,
+            chunks=Names(schema, spec.relations).chunks,
             above=sql.SQL("") if after is None else above,
             limit=sql.Literal(limit),
             failed=sql.SQL(", ").join(
@@ -125,7 +126,7 @@ async def texts_with_vector(
     cursor = await connection.execute(
         sql.SQL(
             "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {} AS v WHERE v.content_hash = h)"
-        ).format(Names(schema, spec.name).vectors(spec.generation)),
+        ).format(texts_known(schema, spec)),
         [list(hashes)],
     )
     return {cast(bytes, row[0]) for row in await cursor.fetchall()}
@@ -136,7 +137,7 @@ async def discard_vectors(connection: Connection, schema: str, spec: IndexSpec, 
 
     The present vectors stay searchable, as stale ones, until their successors are stored.
     """
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     cursor = psycopg.AsyncRawCursor(connection)
     # The backlog before the vectors: the embed loop locks in this order too.
     await cursor.execute(
@@ -173,7 +174,7 @@ async def delete_vectors_without_chunks(connection: Connection, schema: str, spe
 
     Searches never see such vectors, HNSW does; a text that no chunk has would be waited for without an end.
     """
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     tiers = [tier for one in spec.generations for tier in names.tiers(one.generation).values()]
     deleted = 0
     for table in (names.backlog, *tiers):
@@ -209,7 +210,7 @@ async def _joined(connection: Connection, schema: str, spec: IndexSpec) -> sql.C
         )
     ]
     return sql.SQL("{} JOIN {} AS c ON true WHERE {}").format(
-        _given(spec), Names(schema, spec.name).chunks, sql.SQL(" AND ").join(same)
+        _given(spec), Names(schema, spec.relations).chunks, sql.SQL(" AND ").join(same)
     )
 
 

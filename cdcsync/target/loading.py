@@ -41,7 +41,7 @@ async def load(
     :returns: number and hash of each chunk that has no vector yet.
     :raises psycopg.errors.UniqueViolation: the index has one of the documents.
     """
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     hashes = [chunk.hash for document in documents for chunk in document.chunks]
     if not hashes:
         return []
@@ -82,7 +82,7 @@ async def copy_vectors(
     :param vectors: by hash.
     """
     statement = sql.SQL("COPY {} (chunk_id, content_hash, embedding) FROM STDIN (FORMAT binary)").format(
-        Names(schema, spec.name).settled(spec.generation)
+        Names(schema, spec.relations).settled(spec.generation)
     )
     block_rows = max(1, BLOCK_BYTES // (4 * spec.dimensions))
     async with connection.cursor() as writer, writer.copy(statement) as copy:

@@ -15,13 +15,24 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import Names
 
 
+def texts_known(schema: str, spec: IndexSpec) -> sql.Composable:
+    """Return the vectors that a text of an index may have already, as a table of their `content_hash`."""
+    names, other = Names(schema, spec.relations), spec.equal_vectors
+    if other is None:
+        return names.vectors(spec.generation)
+    return sql.SQL("(SELECT content_hash FROM {} UNION ALL SELECT content_hash FROM {})").format(
+        names.vectors(spec.generation), Names(schema, other.relations).vectors(other.generation)
+    )
+
+
 class LookUps:
     """Looks up in one index over one connection; `open` prepares it."""
 
     def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
         self._connection = connection
+        self._schema = schema
         self.spec = self._spec = spec
-        self._names = Names(schema, spec.name)
+        self._names = Names(schema, spec.relations)
         self._keys = [sql.Identifier(name) for name in spec.shape.key]
         self._places = [sql.Identifier(f"k{at}") for at in range(len(self._keys))]
         self._equal: list[sql.Composable] = []
@@ -70,8 +81,8 @@ class LookUps:
         """Return those hashes that some chunk has a vector of."""
         cursor = await self._connection.execute(
             sql.SQL(
-                "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {} v WHERE v.content_hash = h)"
-            ).format(self._names.vectors(self._spec.generation)),
+                "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {} AS v WHERE v.content_hash = h)"
+            ).format(texts_known(self._schema, self._spec)),
             [list(hashes)],
         )
         return {cast(bytes, row[0]) for row in await cursor.fetchall()}

@@ -17,8 +17,9 @@ import msgspec
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from cdcsync.config import QualifiedName
+from cdcsync.config import Index, QualifiedName
 from cdcsync.config.differences import as_stored
+from cdcsync.config.names import beside_name, own_name
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
@@ -27,6 +28,9 @@ from cdcsync.postgres.sessions import Connection
 TABLE = "indexes"
 
 State = Literal["building", "live", "paused"]
+
+Facts = tuple[int, str, int, str, str]
+"""A generation's number, model, dimensions, vector type and distance."""
 
 DDL: tuple[LiteralString, ...] = (
     """
@@ -63,6 +67,15 @@ DDL: tuple[LiteralString, ...] = (
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS left_out jsonb NOT NULL DEFAULT '{{}}'",
     "COMMENT ON COLUMN {schema}.indexes.left_out IS"
     " 'Which tables match the patterns of an index over many equal ones and are left out, and why.'",
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS stem text",
+    "COMMENT ON COLUMN {schema}.indexes.stem IS"
+    " 'How the names of the relations that hold its chunks and vectors begin; NULL: with its own name.'",
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS activation_asked_at timestamptz",
+    "COMMENT ON COLUMN {schema}.indexes.activation_asked_at IS"
+    " 'Of an index that stands beside another: since when it is to be the one that is searched.'",
+    "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS declined jsonb",
+    "COMMENT ON COLUMN {schema}.indexes.declined IS"
+    " 'What the chunks were made of that were dropped last: the worker does not make these in place.'",
     "COMMENT ON COLUMN {schema}.indexes.last_generation IS"
     " 'The highest number that a generation had, also one that was dropped: no number is used again.'",
     "COMMENT ON COLUMN {schema}.indexes.configuration IS"
@@ -79,7 +92,8 @@ DDL: tuple[LiteralString, ...] = (
     " 'What has the table sent: the publication and what brings the table in, each as of its last edit.'",
     "COMMENT ON COLUMN {schema}.indexes.table_oid IS"
     " 'The table''s OID on the source: another one under the same name is another table.'",
-    "COMMENT ON COLUMN {schema}.indexes.generation IS 'The vectors table in use: NAME_vectors_GENERATION.'",
+    "COMMENT ON COLUMN {schema}.indexes.generation IS"
+    " 'The vectors table in use: NAME_vectors_GENERATION, with the stem in place of NAME where there is one.'",
 )
 """Needs the table `pipelines`."""
 
@@ -113,6 +127,19 @@ class Entry(msgspec.Struct, frozen=True):
     last_generation: int | None = None
     settings: dict[str, Any] | None = None
     left_out: dict[str, str] = {}
+    stem: str | None = None
+    activation_asked_at: datetime | None = None
+    declined: dict[str, Any] | None = None
+
+    @property
+    def hidden(self) -> bool:
+        """Whether it stands beside another index; see `IndexSpec.hidden`."""
+        return own_name(self.name) != self.name
+
+    @property
+    def relations(self) -> str:
+        """How the names of its relations begin; see `IndexSpec.relations`."""
+        return self.stem or self.name
 
     @property
     def view(self) -> QualifiedName:
@@ -189,6 +216,17 @@ class Registry:
         statement = sql.SQL("SELECT to_jsonb(i) FROM {} AS i WHERE name = %s" + (" FOR UPDATE" if lock else ""))
         row = await fetch_row(connection, statement.format(self._table), [index])
         return None if row is None else msgspec.convert(row[0], Entry)
+
+    async def both(self, connection: Connection, index: str) -> tuple[Entry | None, Entry | None]:
+        """Return the entries of an index and of the one that stands beside it, as they are at one moment."""
+        if not await self._present(connection):
+            return None, None
+        names = [index, beside_name(index)]
+        cursor = await connection.execute(
+            sql.SQL("SELECT to_jsonb(i) FROM {} AS i WHERE name = ANY(%s)").format(self._table), [names]
+        )
+        found = {one.name: one for one in [msgspec.convert(row[0], Entry) for row in await cursor.fetchall()]}
+        return found.get(index), found.get(beside_name(index))
 
     async def all(self, connection: Connection) -> dict[str, Entry]:
         """Return every entry by name, those of other pipelines included, in the order of their names."""
@@ -281,6 +319,78 @@ class Registry:
                 " WHERE name = %s"
             ).format(self._table),
             [spec.generation, spec.model, spec.dimensions, spec.config.vector_type, spec.distance, spec.name],
+        )
+
+    async def add_beside(self, connection: Connection, index: str, index_section: Index, generation: Facts) -> None:
+        """Add an index that stands beside another one, of the same tables, and is still to be made.
+
+        :param index: the name of the one that is there.
+        :param index_section: what the new one is made by.
+        """
+        number, model, dimensions, vector_type, distance = generation
+        await connection.execute(
+            sql.SQL(
+                "INSERT INTO {table} (name, stem, slot, source_table, view_name, key, columns, table_oid, fingerprint,"
+                " configuration, generation, last_generation, model, dimensions, vector_type, distance, state)"
+                " SELECT %(beside)s, %(stem)s, slot, source_table, view_name, key, columns, table_oid, '', %(section)s,"
+                " %(number)s, %(number)s, %(model)s, %(dimensions)s, %(vector_type)s, %(distance)s, 'building'"
+                " FROM {table} WHERE name = %(index)s"
+            ).format(table=self._table),
+            {
+                "index": index,
+                "beside": beside_name(index),
+                "stem": f"{index}~{number}",
+                "section": Jsonb(as_stored(index_section)),
+                "number": number,
+                "model": model,
+                "dimensions": dimensions,
+                "vector_type": vector_type,
+                "distance": distance,
+            },
+        )
+
+    async def ask_for_activation(self, connection: Connection, index: str) -> None:
+        """Ask the holder of the pipeline's lock to have searches use the chunks that stand beside an index."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET activation_asked_at = now(), reason = NULL WHERE name = %s").format(self._table),
+            [beside_name(index)],
+        )
+
+    async def withdraw(self, connection: Connection, index: str, reason: str) -> None:
+        """Note that what was asked of an index that stands beside another cannot be done, and why."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET activation_asked_at = NULL, reason = %s WHERE name = %s").format(self._table),
+            [reason, index],
+        )
+
+    async def exchange(self, connection: Connection, index: str) -> None:
+        """Exchange the names of an index and of the one that stands beside it, and with these all that refers to them.
+
+        Whoever follows either of them would write to the other from then on: only the holder of the pipeline's lock may
+        do this, before it writes.
+        """
+        passing = f"{index}~passing"
+        for before, after in ((index, passing), (beside_name(index), index), (passing, beside_name(index))):
+            await connection.execute(
+                sql.SQL(
+                    "UPDATE {} SET name = %s, stem = coalesce(stem, name), activation_asked_at = NULL, declined = NULL,"
+                    " reason = CASE state WHEN 'paused' THEN reason END WHERE name = %s"
+                ).format(self._table),
+                [after, before],
+            )
+        await connection.execute(
+            sql.SQL(
+                "UPDATE {0} SET last_generation = (SELECT max(coalesce(last_generation, generation)) FROM {0}"
+                " WHERE name = ANY(%(both)s)) WHERE name = ANY(%(both)s)"
+            ).format(self._table),
+            {"both": [index, beside_name(index)]},
+        )
+
+    async def decline(self, connection: Connection, index: str, contents: Mapping[str, Any] | None) -> None:
+        """Note what chunks were made of that nobody wants any more; None if that is no longer so."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET declined = %s WHERE name = %s").format(self._table),
+            [None if contents is None else Jsonb(contents), index],
         )
 
     async def note_generation(self, connection: Connection, index: str, generation: int) -> None:

@@ -71,7 +71,7 @@ class Settling:
     """Moves the vectors of one index, over one connection in autocommit."""
 
     def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
-        names = Names(schema, spec.name)
+        names = Names(schema, spec.relations)
         self._connection = connection
         self._spec = spec
         self._hnsw = sql.Identifier(schema, names.hnsw_name(spec.generation)).as_string(connection)

@@ -65,7 +65,7 @@ class Untidy(msgspec.Struct, frozen=True):
 
 async def tidy(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Vacuum the fresh tier and build its list anew, each if it is worth it. Needs a connection in autocommit."""
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     fresh = names.fresh(spec.generation)
     near = sql.Identifier(schema, names.near_name(spec.generation))
     if (await _look(connection, fresh, near)).vacuum:

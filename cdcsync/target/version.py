@@ -5,7 +5,8 @@ or a column would write as if it were not there. Raise `VERSION` with every chan
 worker must not write to them, or would read them wrongly; a column that it may ignore needs no new version.
 
     1   before there was a version: one table of vectors for each index
-    2   vectors in two tiers; what an index is made of and was configured by; approvals
+    2   vectors in two tiers; what an index is made of and was configured by; approvals; tables that are not named
+        after their index
 """
 
 from __future__ import annotations

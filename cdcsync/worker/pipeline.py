@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import anyio
+import msgspec
 import structlog
 
 from cdcsync.config import Config, RemoteEmbedder, tokens_per_day
@@ -33,6 +34,7 @@ from cdcsync.flows.follow.stream import Stream
 from cdcsync.flows.migrate.fill import Fill
 from cdcsync.flows.settle import Settle
 from cdcsync.flows.setup.approval import Held
+from cdcsync.flows.setup.exchange import do_what_was_asked
 from cdcsync.flows.setup.indexes import let_go, outdated, pause_indexes, set_up_indexes
 from cdcsync.flows.setup.start import refuse_early, set_up_publication, set_up_shared
 from cdcsync.flows.watch import Watch, send_heartbeats
@@ -203,7 +205,7 @@ class Pipeline:
 
     def reconfigure(self, config: Config) -> None:
         """Go by another configuration, in what may change while the worker works."""
-        self.config = config
+        self.config = msgspec.structs.replace(config, indexes=self.config.indexes)
         self.limits.rows, self.limits.bytes = config.worker.batch_rows, config.worker.batch_bytes
         self.backfills.limit(config.worker.backfill_page_rows, config.worker.backfill_max_rows_per_s or None)
 
@@ -231,6 +233,8 @@ class Pipeline:
             if self.state.standby:
                 # The tables examined before the wait may be long gone.
                 self.state.standby = False
+                return "outdated"
+            if await do_what_was_asked(target, config):
                 return "outdated"
             await refuse_early(source, self.session, config)
             waiting = {name: one.pause for name, one in self.held.items()}

@@ -14,6 +14,7 @@ from typing import Any, assert_never
 
 import anyio
 import anyio.abc
+import msgspec
 import structlog
 
 from cdcsync.backoff import Backoff
@@ -145,13 +146,14 @@ async def _work_through_schema_changes(
         for plan in report.plans:
             if plan.name in report.broken and not plan.unfit:
                 pauses.note_standing(plan.name, anyio.current_time())
+        examined = msgspec.structs.replace(state.config, indexes=report.indexes)
         held = await _hold(state, report, [spec for spec in report.specs if spec.name not in broken], embedders)
         if held is None:
             report = await _examine_again(config, state, embedders)
             continue
         specs = [spec for spec in report.specs if spec.name not in broken and spec.name not in held]
         pipeline = Pipeline(
-            state.config, state, specs, embedders, dispatchers, plans=report.plans, pauses=pauses, held=held
+            examined, state, specs, embedders, dispatchers, plans=report.plans, pauses=pauses, held=held
         )
         paused: list[SchemaChanged] = []
         try:

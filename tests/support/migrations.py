@@ -120,8 +120,8 @@ def of_model(pipeline: Pipeline, generation: int, model: Turned) -> None:
     assert np.allclose(stored, model.vectors([text for text, _ in rows]), atol=1e-5)
 
 
-def refused(pipeline: Pipeline, action: str, index: str = "articles") -> str:
+def refused(pipeline: Pipeline, action: str, *options: str, index: str = "articles") -> str:
     """Run `cdcsync migrate`, which is refused, and return what it says."""
-    done = pipeline.command("migrate", index, action, PYTHONPATH=str(ROOT))
+    done = pipeline.command("migrate", index, action, *options, PYTHONPATH=str(ROOT))
     assert (done.returncode, done.stdout) == (2, ""), done.stderr + done.stdout
     return " ".join(done.stderr.split())

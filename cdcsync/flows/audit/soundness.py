@@ -55,7 +55,7 @@ async def examine_chunks(connection: Connection, schema: str, spec: IndexSpec, a
     Of the generations beside the live one, those that are ready are looked at: one that is being filled lacks vectors,
     and proves at its end that it has all.
     """
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     equal = await comparisons(connection, spec.key_types)
     parts: dict[str, sql.Composable] = {
         "chunks": names.chunks,

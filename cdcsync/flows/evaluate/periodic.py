@@ -55,7 +55,7 @@ async def _evaluate_live(connection: Connection, schema: str, spec: IndexSpec, b
         entry = await Registry(schema).find(connection, spec.name)
         if entry is None or entry.state != "live":
             return
-        vectors = Names(schema, spec.name).vectors(entry.generation)
+        vectors = Names(schema, spec.relations).vectors(entry.generation)
         if not await fetch_value(connection, sql.SQL("SELECT EXISTS (SELECT FROM {} OFFSET 1)").format(vectors)):
             return
         found = await evaluate(

@@ -92,7 +92,7 @@ async def evaluate(
     """
     _check(queries, k, ef_search)
     check_where(where)
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     with speaking_of("target", where=f"index {spec.name}"):
         await _refuse_without_hnsw(connection, schema, spec)
         extension = await vector_schema(connection)
@@ -185,7 +185,7 @@ async def _refuse_without_hnsw(connection: Connection, schema: str, spec: IndexS
         "SELECT EXISTS (SELECT FROM pg_index AS x JOIN pg_class AS c ON c.oid = x.indexrelid"
         " JOIN pg_am AS a ON a.oid = c.relam"
         " WHERE a.amname = 'hnsw' AND x.indisvalid AND x.indrelid = to_regclass(%s))",
-        [Names(schema, spec.name).settled(spec.generation).as_string(connection)],
+        [Names(schema, spec.relations).settled(spec.generation).as_string(connection)],
     )
     if built:
         return

@@ -7,6 +7,7 @@ The worker fills and drops generations, as it writes all of them; a command asks
 
     present   the generations that an index has
     compare   two generations beside each other
+    beside    `migrate start` to other chunks
     start     `migrate start`
     switch    `migrate activate` and `rollback`
     drop      `migrate drop`

@@ -9,7 +9,7 @@ change little; where they do not, only judged questions tell which of them is ri
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 import msgspec
@@ -29,6 +29,11 @@ from cdcsync.target.search import nearest_statement, tune
 EF_SEARCH = 200
 """How far HNSW looks for the neighbours that are compared: recall is measured apart, and should not count here."""
 
+SEPARATOR = "\x1f"
+"""Between the values of a key, where they are compared as one text."""
+
+Key = tuple[str, ...]
+
 QUERIES = 100
 """Chunks whose neighbours are compared: the mean overlap is good to some hundredths."""
 
@@ -38,7 +43,8 @@ class Quality(msgspec.Struct, frozen=True):
 
     :ivar k: how many of the nearest are looked at.
     :ivar recall: of each generation by its number, None where it has too few vectors to tell.
-    :ivar overlap: mean share of the k nearest chunks of the one that are among those of the other; None without any.
+    :ivar overlap: mean share of the k nearest chunks of the one that are among those of the other, or of the nearest
+        documents if they have other chunks; None without any.
     """
 
     k: int
@@ -103,7 +109,7 @@ async def compare(
 
 
 async def _enough(connection: Connection, schema: str, spec: IndexSpec) -> bool:
-    vectors = Names(schema, spec.name).vectors(spec.generation)
+    vectors = Names(schema, spec.relations).vectors(spec.generation)
     with speaking_of("target", where=f"index {spec.name}"):
         cursor = await connection.execute(sql.SQL("SELECT FROM {} OFFSET 1 LIMIT 1").format(vectors))
         return await cursor.fetchone() is not None
@@ -114,7 +120,9 @@ async def _overlaps(
 ) -> list[float]:
     """Return for each of some chunks which share of its neighbours both generations agree on."""
     extension = await vector_schema(connection)
-    names = Names(schema, specs[0].name)
+    if specs[0].relations != specs[1].relations:
+        return await _document_overlaps(connection, schema, extension, specs, k, queries)
+    names = Names(schema, specs[0].relations)
     drawn = await sample_vectors(connection, names, extension, specs[0], queries)
     cursor = await connection.execute(
         sql.SQL("SELECT chunk_id, embedding::text FROM {} WHERE chunk_id = ANY(%s)").format(
@@ -133,12 +141,78 @@ async def _overlaps(
     return shares
 
 
+async def _document_overlaps(
+    connection: Connection, schema: str, extension: str, specs: tuple[IndexSpec, IndexSpec], k: int, queries: int
+) -> list[float]:
+    """Return for each of some documents which share of the nearest others both generations agree on.
+
+    Their chunks are not the same: the first one of a document stands for it.
+    """
+    names = Names(schema, specs[0].relations)
+    drawn = await sample_vectors(connection, names, extension, specs[0], queries)
+    documents = set(await _documents(connection, schema, specs[0], [chunk for chunk, _ in drawn]))
+    firsts = [await _first_vectors(connection, schema, spec, documents) for spec in specs]
+    statements = [nearest_statement(schema, extension, spec, None) for spec in specs]
+    shares = []
+    for own in firsts[0].keys() & firsts[1].keys():
+        near = []
+        for spec, statement, vectors in zip(specs, statements, firsts, strict=True):
+            chunks = await _nearest_chunks(connection, statement, vectors[own], EF_SEARCH)
+            found = dict.fromkeys(await _documents(connection, schema, spec, chunks))
+            near.append(set([one for one in found if one != own][:k]))
+        if near[0]:
+            shares.append(len(near[0] & near[1]) / len(near[0]))
+    return shares
+
+
+async def _documents(connection: Connection, schema: str, spec: IndexSpec, chunks: Sequence[int]) -> list[Key]:
+    """Return the keys of the documents that chunks are of, in the order of these."""
+    cursor = psycopg.AsyncRawCursor(connection)
+    await cursor.execute(
+        sql.SQL(
+            "SELECT {} FROM unnest($1::bigint[]) WITH ORDINALITY AS n (chunk_id, place) JOIN {} AS c USING (chunk_id)"
+            " ORDER BY n.place"
+        ).format(_key(spec), Names(schema, spec.relations).chunks),
+        [list(chunks)],
+    )
+    return [tuple(key) for (key,) in await cursor.fetchall()]
+
+
+async def _first_vectors(
+    connection: Connection, schema: str, spec: IndexSpec, documents: Collection[Key]
+) -> dict[Key, str]:
+    """Return the vector of the first chunk of each of these documents."""
+    names = Names(schema, spec.relations)
+    cursor = psycopg.AsyncRawCursor(connection)
+    await cursor.execute(
+        sql.SQL(
+            "SELECT {key}, v.embedding::text FROM {chunks} AS c JOIN {vectors} AS v USING (chunk_id)"
+            " WHERE c.chunk_no = 0 AND array_to_string({key}, $2) = ANY($1::text[])"
+        ).format(key=_key(spec), chunks=names.chunks, vectors=names.vectors(spec.generation)),
+        [[SEPARATOR.join(one) for one in documents], SEPARATOR],
+    )
+    return {tuple(key): vector for key, vector in await cursor.fetchall()}
+
+
+def _key(spec: IndexSpec) -> sql.Composed:
+    """Return the key of a chunk `c` as an array of texts."""
+    # By the output functions of the types: a cast to text may be a function of a type's owner.
+    columns = [sql.SQL("pg_catalog.concat({})").format(sql.Identifier("c", column)) for column in spec.shape.key]
+    return sql.SQL("ARRAY[{}]").format(sql.SQL(", ").join(columns))
+
+
 async def _nearest(connection: Connection, statement: sql.Composed, vector: str, k: int, own: int) -> set[int]:
     """Return the k chunks nearest to a vector, without its own."""
+    found = await _nearest_chunks(connection, statement, vector, k + 1)
+    return set([id_ for id_ in found if id_ != own][:k])
+
+
+async def _nearest_chunks(connection: Connection, statement: sql.Composed, vector: str, count: int) -> list[int]:
+    """Return the chunks nearest to a vector, the nearest first."""
     raw = psycopg.AsyncRawCursor(connection)
     async with connection.transaction(force_rollback=True):
         await connection.execute("SET TRANSACTION READ ONLY")
         await tune(connection, EF_SEARCH, filtered=False)
-        await raw.execute(statement, [vector, k + 1], prepare=False)
+        await raw.execute(statement, [vector, count], prepare=False)
         found = cast(Sequence[tuple[int, float]], await raw.fetchall())
-    return set([id_ for id_, _ in found if id_ != own][:k])
+    return [id_ for id_, _ in found]

@@ -8,6 +8,7 @@ from cdcsync.config import Config
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import opened, other_generation
+from cdcsync.flows.setup.exchange import do_what_was_asked
 from cdcsync.flows.setup.indexes import drop_generations
 from cdcsync.postgres.sessions import speaking_of
 from cdcsync.target.generations import Generations
@@ -33,23 +34,35 @@ async def drop(config: Config, index: str, generation: int) -> int:
             async with connection.transaction():
                 entry = await Registry(schema).find(connection, index, lock=True)
                 assert entry is not None
-                other = other_generation(entry, await Generations(schema).of(connection, index, lock=True))
+                other = other_generation(entry, await Generations(schema).around(connection, index, lock=True))
                 if other.generation != generation:
                     raise SetupError(
                         f"generation {generation} is not the one that searches do not use any more",
                         where=f"index {index}",
                         hint=f"see what is there now: cdcsync migrate {index} status",
                     )
-                await Generations(schema).drop_asked(connection, index, other.generation)
+                await Generations(schema).drop_asked(connection, other.index_name, other.generation)
                 crash_point("end of a generation asked for")
             crash_point("end of a generation committed")
-            pipelines = Pipelines(schema, config.source.slot)
-            while any(one.generation == other.generation for one in await Generations(schema).of(connection, index)):
+            pipelines, generations = Pipelines(schema, config.source.slot), Generations(schema)
+            while left := [
+                one for one in await generations.around(connection, index) if one.generation == other.generation
+            ]:
+                if left[0].state != "dropping":
+                    entry = await Registry(schema).find(connection, other.index_name)
+                    raise SetupError(
+                        f"generation {generation} could not be dropped: {entry.reason if entry is not None else ''}",
+                        where=f"index {index}",
+                        hint=f"see what is there now: cdcsync migrate {index} status",
+                    )
                 if await pipelines.try_lock(connection):
+                    await do_what_was_asked(connection, config)
                     spec = await stored_spec(connection, schema, index, config.index_named(index))
                     await drop_generations(connection, schema, spec)
                 else:
-                    _require_followed(await Registry(schema).find(connection, index), generation)
+                    # A worker looks for other chunks that are to go even where it does not follow the index.
+                    if not other.of_other_chunks:
+                        _require_followed(await Registry(schema).find(connection, index), generation)
                     await anyio.sleep(POLL_S)
     return other.generation
 

@@ -166,7 +166,7 @@ class Fill:
         await settle_all(connection, self._schema, self._spec)
         log.info("hnsw_building", index=name, generation=generation)
         await build_hnsw(connection, self._schema, self._spec)
-        vectors = Names(self._schema, name).vectors(generation)
+        vectors = Names(self._schema, self._spec.relations).vectors(generation)
         await connection.execute(sql.SQL("ANALYZE {}").format(vectors))
         await self._generations.stamp(connection, name, generation, "ready_at")
         crash_point("generation ready")
@@ -219,7 +219,7 @@ class Fill:
                 return await filling.take_over(page.lacking, page.last)
             return await filling.store(page.lacking, page.vectors, page.last)
 
-        await until_locked(write, table=f"{self._spec.name}_vectors_{self._spec.generation}")
+        await until_locked(write, table=f"{self._spec.relations}_vectors_{self._spec.generation}")
         self._loop.notify(live=False)
 
     async def _vectors(self, page: list[Stored]) -> Mapping[bytes, FloatVector]:

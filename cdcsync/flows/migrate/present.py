@@ -5,13 +5,41 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import msgspec
+
 from cdcsync.config import Config
+from cdcsync.config.names import beside_name
 from cdcsync.errors import SetupError
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.preflight.generations import live_generation
 from cdcsync.status.generations import GenerationStatus, read_generations
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Entry, Registry
+
+
+class Started(msgspec.Struct, frozen=True):
+    """A migration that has begun, or is in progress.
+
+    :ivar begun: whether this command began it.
+    :ivar chunks: how many vectors there will be; of a generation with chunks of its own, how many texts are embedded.
+    :ivar tokens: of the texts that will be embedded; 0 where the vectors only have to be converted.
+    :ivar price: of these tokens, in the currency of the embedder's `price_per_million_tokens`.
+    :ivar warnings: what the operator should know.
+    :ivar own_chunks: the keys that make other chunks, of a generation that has chunks of its own; else None.
+    :ivar estimated: whether only a part of the table was read to count them.
+    """
+
+    index: str
+    generation: int
+    live: int
+    embedder: str
+    begun: bool
+    chunks: int
+    tokens: int
+    price: float | None
+    warnings: list[str]
+    own_chunks: list[str] | None = None
+    estimated: bool = False
 
 
 @asynccontextmanager
@@ -45,8 +73,9 @@ async def status(config: Config, index: str) -> list[GenerationStatus]:
     async with opened(config, index) as (connection, entry):
         with speaking_of("target", where=f"index {index}"):
             schema = config.target.schema
-            generations = await Generations(schema).of(connection, index) or [live_generation(entry, ())]
-            return await read_generations(connection, schema, entry, generations)
+            generations = await Generations(schema).around(connection, index) or [live_generation(entry, ())]
+            other = await Registry(schema).find(connection, beside_name(index))
+            return await read_generations(connection, schema, entry, generations, other=other)
 
 
 def other_generation(entry: Entry, generations: Sequence[Generation]) -> Generation:
@@ -71,4 +100,4 @@ async def spare(config: Config, index: str) -> Generation:
     """
     async with opened(config, index) as (connection, entry):
         with speaking_of("target", where=f"index {index}"):
-            return other_generation(entry, await Generations(config.target.schema).of(connection, index))
+            return other_generation(entry, await Generations(config.target.schema).around(connection, index))

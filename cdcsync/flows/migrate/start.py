@@ -6,17 +6,20 @@ The configuration says what the index should become; the target says what it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 from psycopg import sql
 
 from cdcsync.config import Config
+from cdcsync.config.differences import KeyChange
+from cdcsync.config.names import beside_name
 from cdcsync.crashpoints import crash_point
-from cdcsync.documents.chunks import estimate, make_chunker
+from cdcsync.documents.chunks import estimate
 from cdcsync.embedders import Embedder
 from cdcsync.errors import SetupError, UsageError
-from cdcsync.flows.migrate.present import opened
+from cdcsync.flows.migrate.beside import reading_warnings, start_beside, under_way
+from cdcsync.flows.migrate.present import Started, opened
 from cdcsync.flows.setup.approval import confirm_above
 from cdcsync.flows.setup.needs import content_changes
 from cdcsync.model.spec import IndexSpec
@@ -32,27 +35,6 @@ from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.search import stored_spec
 
 
-class Started(msgspec.Struct, frozen=True):
-    """A migration that has begun, or is in progress.
-
-    :ivar begun: whether this command began it.
-    :ivar chunks: how many vectors there will be.
-    :ivar tokens: of the texts that will be embedded; 0 where the vectors only have to be converted.
-    :ivar price: of these tokens, in the currency of the embedder's `price_per_million_tokens`.
-    :ivar warnings: what the operator should know.
-    """
-
-    index: str
-    generation: int
-    live: int
-    embedder: str
-    begun: bool
-    chunks: int
-    tokens: int
-    price: float | None
-    warnings: list[str]
-
-
 async def start(config: Config, index: str, *, max_rows_per_s: int | None = None, confirmed: bool = True) -> Started:
     """Begin a migration to the vectors that the configuration asks for.
 
@@ -66,9 +48,21 @@ async def start(config: Config, index: str, *, max_rows_per_s: int | None = None
     async with opened(config, index) as (connection, entry):
         with speaking_of("target", where=where):
             generations = await Generations(schema).of(connection, index)
+            other = await Registry(schema).find(connection, beside_name(index))
             wanted = _wanted_vectors(config, index, embedders, findings)
             live = live_generation(entry, generations)
             others = [one for one in generations if one.generation != live.generation]
+            if other is not None:
+                return under_way(entry, other, wanted, max_rows_per_s=max_rows_per_s)
+            if changed := _changed_contents(entry, wanted):
+                _refuse_third(entry, others)
+                _require_startable(entry, live, embedders)
+                number = _next_number(entry, generations)
+                return await start_beside(
+                    *(connection, config, entry, live, wanted, embedders, changed, number),
+                    max_rows_per_s=max_rows_per_s,
+                    confirmed=confirmed,
+                )
             begun = _check_start(config, entry, live, others, wanted, embedders)
             if not begun:
                 if others[0].state == "filling":
@@ -154,15 +148,6 @@ def _check_start(
     index, where = entry.name, f"index {entry.name}"
     if others and wanted.is_met_by(others[0]) and others[0].state != "dropping":
         return False
-    if wanted.is_met_by(live) and (changed := _changed_contents(entry, wanted)):
-        raise SetupError(
-            f"the index has the vectors that [indexes.{index}] asks for, and a migration exchanges vectors alone; what"
-            f" differs is what chunks are made of: {changed}",
-            where=where,
-            hint=f"start the worker with this file: it cuts the documents again in place, one after the other, while"
-            f" searches continue (cdcsync plan says what that embeds). To compare before you switch, put the new"
-            f" section beside [indexes.{index}] under another name, which loads an index of its own",
-        )
     if wanted.is_met_by(live):
         raise SetupError(
             f"the index has the vectors that [indexes.{index}] asks for, so there is nothing to migrate to",
@@ -170,12 +155,30 @@ def _check_start(
             hint="change embedder, vector_type, distance or hnsw there first, and keep the [embedders] section of the"
             " vectors that are in use",
         )
+    _refuse_third(entry, others)
+    _require_startable(entry, live, embedders)
+    return True
+
+
+def _refuse_third(entry: Entry, others: Sequence[Generation]) -> None:
+    """Refuse another generation beside two.
+
+    :raises SetupError: there are two.
+    """
     if others:
         raise SetupError(
             f"the index has another generation already, {others[0].generation}, which is {others[0].state}",
-            where=where,
-            hint=f"drop it first: cdcsync migrate {index} drop",
+            where=f"index {entry.name}",
+            hint=f"drop it first: cdcsync migrate {entry.name} drop",
         )
+
+
+def _require_startable(entry: Entry, live: Generation, embedders: dict[str, Embedder]) -> None:
+    """Refuse to migrate an index that is not searched as it should be.
+
+    :raises SetupError: it is not.
+    """
+    index, where = entry.name, f"index {entry.name}"
     if embedder_of(live, embedders) is None:
         raise SetupError(
             f"no [embedders] section makes the vectors that are in use, by {live.model} ({live.dimensions} dimensions):"
@@ -190,7 +193,6 @@ def _check_start(
             where=where,
             hint="start a migration once it is live; `cdcsync status` shows its state",
         )
-    return True
 
 
 async def _started(
@@ -203,7 +205,7 @@ async def _started(
     *,
     begun: bool,
 ) -> Started:
-    names = Names(config.target.schema, entry.name)
+    names = Names(config.target.schema, entry.relations)
     chunks, characters = await fetch_one(
         connection,
         sql.SQL(
@@ -220,25 +222,10 @@ async def _started(
     price = None if each is None else tokens * each / 1_000_000
     return Started(
         *(entry.name, new.generation, live.generation, new.embedder or wanted.index.embedder, begun, chunks),
-        *(tokens, price, list(_warnings(entry, wanted))),
+        *(tokens, price, list(reading_warnings(wanted))),
     )
 
 
-def _changed_contents(entry: Entry, wanted: WantedVectors) -> str:
+def _changed_contents(entry: Entry, wanted: WantedVectors) -> list[KeyChange]:
     """Return the keys that chunks are made by and that are others than when the index was loaded."""
-    return ", ".join(dict.fromkeys(one.key.split(".")[0] for one in content_changes(entry, wanted.index)))
-
-
-def _warnings(entry: Entry, wanted: WantedVectors) -> Iterator[str]:
-    if changed := _changed_contents(entry, wanted):
-        yield (
-            f"{changed} changed too: a worker that starts with this file cuts the documents again in place, for both"
-            " generations, and `rollback` brings back the vectors, not the chunks"
-        )
-    reads = wanted.embedder.max_input_tokens
-    chunker = make_chunker(wanted.index.chunking, wanted.embedder.tokenizer_json, None)
-    if reads is not None and chunker.capacity is not None and chunker.capacity > reads:
-        yield (
-            f"chunks have up to {chunker.capacity} tokens, and {wanted.index.embedder} reads {reads}: what is beyond is"
-            " not in the vector"
-        )
+    return [one for one in content_changes(entry, wanted.index) if one.key != "columns"]

@@ -1,6 +1,7 @@
 """`migrate activate` and `rollback`: make the other generation the live one.
 
-View, search function and registry change in one transaction. Whether the generation is good enough is measured before
+View, search function and registry change in one transaction; where the generation has chunks of its own, the holder of
+the pipeline's lock makes it (`flows/setup/exchange`). Whether the generation is good enough is measured before
 (`compare`); here it is only seen that searches will find as much with it, and that it can be kept.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import anyio
 import msgspec
 
 from cdcsync.config import Config
@@ -15,6 +17,7 @@ from cdcsync.crashpoints import crash_point
 from cdcsync.embedders import Embedder
 from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import opened, other_generation
+from cdcsync.flows.setup.exchange import do_what_was_asked
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, speaking_of
@@ -24,9 +27,14 @@ from cdcsync.preflight.generations import embedder_of
 from cdcsync.status.counting import Counts, count_index
 from cdcsync.target.ddl.generations import switch_relations
 from cdcsync.target.ddl.names import Names
+from cdcsync.target.failures.documents import Listed, count_failed
 from cdcsync.target.generations import Generation, Generations
+from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.search import stored_spec
+
+POLL_S = 0.05
+"""How often it is looked whether a running worker has let go of an index."""
 
 UNDER_WAY = 0.001
 """The share of chunks that may wait for a vector when their generation becomes live: changes of the last moments, which
@@ -40,10 +48,10 @@ async def candidates(config: Config, index: str) -> tuple[IndexSpec, IndexSpec]:
     """
     async with opened(config, index) as (connection, entry):
         with speaking_of("target", where=f"index {index}"):
-            generations = await Generations(config.target.schema).of(connection, index)
+            generations = await Generations(config.target.schema).around(connection, index)
             other = _require_ready(entry, other_generation(entry, generations))
             spec = await stored_spec(connection, config.target.schema, index, config.index_named(index))
-    return spec, next(one for one in spec.others if one.generation == other.generation)
+    return spec, next(one for one in spec.searchable if one.generation == other.generation)
 
 
 def _require_ready(entry: Entry, other: Generation) -> Generation:
@@ -56,13 +64,19 @@ def _require_ready(entry: Entry, other: Generation) -> Generation:
     return other
 
 
-async def _require_complete(connection: Connection, schema: str, entry: Entry, generation: int) -> None:
+async def _require_complete(
+    connection: Connection, schema: str, entry: Entry, generation: int, beside: Entry | None = None
+) -> None:
     """Refuse a generation with which searches would find less than with the live one.
 
-    :raises SetupError: more of its chunks have no vector of their text.
+    :param beside: the index with the chunks of that generation, if it has chunks of its own.
+    :raises SetupError: more of its chunks have no vector of their text, or more rows made no document.
     """
-    names = Names(schema, entry.name)
-    live, other = [await count_index(connection, names, one) for one in (entry.generation, generation)]
+    names = Names(schema, entry.relations)
+    live = await count_index(connection, names, entry.generation)
+    other = await count_index(connection, Names(schema, (beside or entry).relations), generation)
+    if beside is not None:
+        await _require_documents(connection, schema, entry, beside)
     if _lacking(other) - _lacking(live) <= min(other.backlog, UNDER_WAY * other.chunks):
         return
     remedies = [f"see why: cdcsync failures {entry.name} list"] if other.failed else []
@@ -74,6 +88,18 @@ async def _require_complete(connection: Connection, schema: str, entry: Entry, g
         where=f"index {entry.name}",
         hint=f"{', or '.join(remedies)}; --yes switches all the same",
     )
+
+
+async def _require_documents(connection: Connection, schema: str, entry: Entry, beside: Entry) -> None:
+    listed = await count_failed(connection, schema)
+    live, other = listed.get(entry.name, Listed()), listed.get(beside.name, Listed())
+    if other.at_least > live.at_least:
+        raise SetupError(
+            f"of {other.at_least:,} rows no document of generation {beside.generation} could be made, and of"
+            f" {live.at_least:,} none of the live one: searches would find less with it",
+            where=f"index {entry.name}",
+            hint="correct template or function, drop the generation and begin anew; --yes switches all the same",
+        )
 
 
 def _require_embedder(one: Generation, embedders: dict[str, Embedder], findings: Sequence[Finding]) -> None:
@@ -112,7 +138,7 @@ async def switch(config: Config, index: str, generation: int, *, confirmed: bool
     async def once(connection: Connection) -> int:
         async with connection.transaction():
             entry = await Registry(schema).find(connection, index, lock=True)
-            generations = await Generations(schema).of(connection, index, lock=True)
+            generations = await Generations(schema).around(connection, index, lock=True)
             assert entry is not None
             before = entry.generation
             if before == generation:
@@ -120,8 +146,14 @@ async def switch(config: Config, index: str, generation: int, *, confirmed: bool
             one = next((one for one in generations if one.generation == generation), None)
             one = _require_ready(entry, one or other_generation(entry, generations))
             _require_embedder(one, embedders, findings)
+            beside = await Registry(schema).find(connection, one.index_name) if one.of_other_chunks else None
             if not confirmed:
-                await _require_complete(connection, schema, entry, generation)
+                await _require_complete(connection, schema, entry, generation, beside)
+            if beside is not None:
+                _require_live(beside)
+                await Registry(schema).ask_for_activation(connection, index)
+                crash_point("other chunks asked for")
+                return before
             live = await stored_spec(connection, schema, index, config.index_named(index))
             spec = next(one for one in live.others if one.generation == generation)
             others = (msgspec.structs.replace(live, others=()), *(one for one in live.others if one is not spec))
@@ -135,4 +167,44 @@ async def switch(config: Config, index: str, generation: int, *, confirmed: bool
 
     async with opened(config, index) as (connection, _):
         with speaking_of("target", where=f"index {index}"):
-            return await until_locked(lambda: once(connection), table=str(config.index_named(index).view_name))
+            before = await until_locked(lambda: once(connection), table=str(config.index_named(index).view_name))
+        await _answered(connection, config, index, generation)
+        return before
+
+
+def _require_live(beside: Entry) -> None:
+    if beside.state != "live":
+        raise SetupError(
+            f"generation {beside.generation} is {beside.state}"
+            + (f": {beside.pause}" if beside.pause is not None else ""),
+            where=f"index {beside.name}",
+            hint="wait until it is ready, or correct why it is not",
+        )
+
+
+async def _answered(connection: Connection, config: Config, index: str, generation: int) -> None:
+    """Return once a generation is live that was asked for: at once, but for one that has chunks of its own.
+
+    A running worker has to let go of the index first; it sees the request within seconds, or does what it says.
+
+    :raises SetupError: it could not become live.
+    """
+    schema = config.target.schema
+    pipelines = Pipelines(schema, config.source.slot)
+    while True:
+        with speaking_of("target", where=f"index {index}"):
+            entry, other = await Registry(schema).both(connection, index)
+            if entry is None or entry.generation == generation:
+                return
+            if other is None or other.activation_asked_at is None:
+                why = "nobody asks for it any more" if other is None or other.reason is None else other.reason
+                raise SetupError(
+                    f"generation {generation} did not become live: {why}",
+                    where=f"index {index}",
+                    hint=f"see what is there now: cdcsync migrate {index} status",
+                )
+            locked = await pipelines.try_lock(connection)
+        if locked:
+            await do_what_was_asked(connection, config)
+        else:
+            await anyio.sleep(POLL_S)

@@ -94,7 +94,7 @@ async def read_need(target: Connection, config: Config, spec: IndexSpec, catalog
         if entry is None:
             return Reading(None, need_of(spec, None, Difference()))
         missing = await missing_relations(target, schema, spec, view=entry.view)
-        begun = bool(missing.tables) or not await History(schema).still_to_begin(target, spec.name)
+        begun = bool(missing.tables) or not await History(schema).still_to_begin(target, spec)
     now = present_fingerprint(catalog, spec)
     found = Difference() if now is None else difference_of(catalog, spec, entry, now)
     return Reading(entry, need_of(spec, entry, found, missing=missing, begun=begun), found, missing)
@@ -162,7 +162,10 @@ async def hold_unapproved(
 
     :raises SourceUnavailable, TargetUnavailable: a server does not answer now.
     """
-    guarded = [(spec, limit) for spec in specs if (limit := confirm_above(config, spec)) is not None]
+    # What stands beside an index was confirmed when its migration began.
+    guarded = [
+        (spec, limit) for spec in specs if not spec.hidden and (limit := confirm_above(config, spec)) is not None
+    ]
     held: dict[str, Held] = {}
     if not guarded or catalog is None:
         return held

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
 import psycopg
 import structlog
 
 from cdcsync.config import Config, QualifiedName
+from cdcsync.config.names import beside_name
 from cdcsync.crashpoints import crash_point
 from cdcsync.documents.related import TableFacts
 from cdcsync.errors import SchemaChanged, SetupError, TablesChanged
@@ -34,7 +36,7 @@ from cdcsync.source.families import rows_sent
 from cdcsync.source.fingerprints import Difference
 from cdcsync.target import evaluations
 from cdcsync.target.approvals import Approvals, change_of
-from cdcsync.target.ddl.generations import create_generations, drop_relations
+from cdcsync.target.ddl.generations import create_generations, drop_relations, open_beside
 from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.ddl.policies import put_policy
@@ -93,18 +95,22 @@ async def set_up_indexes(
     :param catalog: the tables as they are now, which have been read since they were published.
     :param waiting: why new indexes are not loaded yet.
     """
-    for spec in specs:
+    # The search function of an index looks into what stands beside it, too.
+    for spec in sorted(specs, key=lambda one: not one.hidden):
         with speaking_of("target", where=f"index {spec.name}", index=spec.name):
             try:
                 await upgrade_vectors(target, config.target.schema, spec)
                 await drop_generations(target, config.target.schema, spec)
                 async with target.transaction():
-                    before = await _as_examined(target, config.target.schema, spec)
+                    before = await _as_examined(target, config, spec)
                     view = None if before is None else before.view
                     missing = await missing_relations(target, config.target.schema, spec, view=view)
                     await create_index_relations(target, config.target.schema, spec)
                     created = await create_generations(target, config.target.schema, spec)
                     await put_policy(target, config.target.schema, spec, config.serve)
+                    if spec.hidden and spec.beside is not None:
+                        searched = msgspec.structs.replace(spec.beside, beside=spec)
+                        await open_beside(target, config.target.schema, searched, created=bool(missing.tables))
                     await _register(target, config, spec, catalog, missing)
                     settings = await settings_to_note(target, config.target.schema, spec.name)
                     await Registry(config.target.schema).note_settings(target, spec.name, settings)
@@ -127,17 +133,25 @@ async def set_up_indexes(
                 ) from error
 
 
-async def _as_examined(target: Connection, schema: str, spec: IndexSpec) -> Entry | None:
+async def _as_examined(target: Connection, config: Config, spec: IndexSpec) -> Entry | None:
     """Return the index's row if it still has the generations that it was examined with, and see that it keeps them.
 
+    :param config: with the indexes that stood beside others then.
     :raises TablesChanged: somebody switched from one to another, or began or ended a migration.
     """
+    schema = config.target.schema
     entry = await Registry(schema).find(target, spec.name, lock=True)
+    beside = beside_name(spec.name)
+    stands = await Registry(schema).find(target, beside, lock=True) is not None
+    if (stands, spec.hidden and entry is None) != (beside in config.indexes, False):
+        raise TablesChanged("a migration to other chunks began or ended", where=f"index {spec.name}")
     if entry is None:
         return None
     wanted = {one.generation for one in await Generations(schema).of(target, spec.name) if one.state != "dropping"}
     wanted.add(entry.generation)
-    if entry.generation != spec.generation or wanted != {one.generation for one in spec.generations}:
+    if (entry.generation, entry.stem) != (spec.generation, spec.stem) or wanted != {
+        one.generation for one in spec.generations
+    }:
         raise TablesChanged("the index has other generations of vectors", where=f"index {spec.name}")
     return entry
 
@@ -160,7 +174,7 @@ async def drop_generations(target: Connection, schema: str, spec: IndexSpec) -> 
 
     for one in await generations.of(target, spec.name):
         if one.state == "dropping" and one.generation not in kept:
-            table = f"{spec.name}_vectors_{one.generation}"
+            table = f"{spec.relations}_vectors_{one.generation}"
             await until_locked(lambda: drop(one.generation), table=table)  # noqa: B023 - awaited here
             log.info("generation_dropped", index=spec.name, generation=one.generation)
 
@@ -189,7 +203,7 @@ async def _register(target: Connection, config: Config, spec: IndexSpec, catalog
     now = present_fingerprint(catalog, spec)
     assert now is not None
     before = await registry.find(target, spec.name)
-    begun = before is not None and not await History(schema).still_to_begin(target, spec.name)
+    begun = before is not None and not await History(schema).still_to_begin(target, spec)
     await registry.register(target, config.source.slot, spec)
     for name, why in spec.left_out.items():
         if before is None or before.left_out.get(name) != why:

@@ -9,15 +9,12 @@ from __future__ import annotations
 import msgspec
 
 from cdcsync.config import Index
-from cdcsync.config.differences import KeyChange, index_changes
+from cdcsync.config.differences import CONTENTS, KeyChange, index_changes
 from cdcsync.model.requests import Kind
 from cdcsync.model.spec import IndexSpec
 from cdcsync.source.fingerprints import Difference
 from cdcsync.target.ddl.missing import Missing
 from cdcsync.target.registry import Entry
-
-CONTENTS = ("text", "documents", "document_columns", "chunk_text", "chunking", "related", "where", "columns")
-"""The keys of an index's section, and its tables, that decide what its chunks are."""
 
 BY_OTHER_RULES = (
     "the same keys make other chunks: the model reads its texts in another way, or this version of cdcsync, or the"

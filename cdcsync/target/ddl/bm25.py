@@ -117,9 +117,9 @@ def best_by_words(schema: str, spec: IndexSpec) -> sql.Composed:
         " pg_catalog.array_agg(OPERATOR(pg_catalog.-) m.score ORDER BY m.score, m.chunk_id)"
         " FROM (SELECT c.chunk_id, {score} AS score FROM {chunks} AS c WHERE <rows> ORDER BY {score} LIMIT $2) AS m"
         " WHERE m.score OPERATOR(pg_catalog.<) 0"
-    ).format(score=score, chunks=Names(schema, spec.name).chunks)
+    ).format(score=score, chunks=Names(schema, spec.relations).chunks)
 
 
 def _index_name(schema: str, spec: IndexSpec) -> str:
     """Return the index's name as SQL writes it."""
-    return sql.Identifier(schema, Names(schema, spec.name).bm25_name).as_string()
+    return sql.Identifier(schema, Names(schema, spec.relations).bm25_name).as_string()

@@ -45,7 +45,7 @@ async def build_search(connection: Connection, schema: str, spec: IndexSpec) -> 
     """
     if spec.config.search is None:
         return False
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     return await _build(connection, schema, names.search_name, names.chunks, sql.SQL("gin (search)"), spec)
 
 
@@ -56,7 +56,7 @@ async def keep_bm25(connection: Connection, schema: str, spec: IndexSpec) -> boo
 
     :returns: whether there was something to do.
     """
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     wanted, built_with = await bm25_of(connection, spec), await bm25_option(connection, schema, spec)
     if built_with == (None if wanted is None else wanted.option):
         return False
@@ -75,7 +75,7 @@ async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec) -> bo
 
     Needs a connection in autocommit.
     """
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     method = await hnsw_method(connection, spec)
     settled = names.settled(spec.generation)
     return await _build(connection, schema, names.hnsw_name(spec.generation), settled, method, spec)
@@ -97,7 +97,7 @@ async def hnsw_method(connection: Connection, spec: IndexSpec) -> sql.Composed:
 
 async def hnsw_options(connection: Connection, schema: str, spec: IndexSpec) -> dict[str, int]:
     """Return the parameters that the generation's HNSW index was built by; none if it is not there."""
-    name = sql.Identifier(schema, Names(schema, spec.name).hnsw_name(spec.generation)).as_string(connection)
+    name = sql.Identifier(schema, Names(schema, spec.relations).hnsw_name(spec.generation)).as_string(connection)
     cursor = await connection.execute(
         "SELECT o.option_name, o.option_value::int FROM pg_class c, pg_options_to_table(c.reloptions) AS o"
         " WHERE c.oid = to_regclass(%s) AND o.option_name IN ('m', 'ef_construction')",

@@ -59,7 +59,7 @@ async def is_free(connection: Connection, spec: IndexSpec) -> bool:
 
 async def put_chunks_view(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Create the view of chunks, or give it the columns that the index has now. The caller's transaction commits."""
-    view, chunks = chunks_view_name(spec.config.view_name), Names(schema, spec.name).chunks
+    view, chunks = chunks_view_name(spec.config.view_name), Names(schema, spec.relations).chunks
     if not await is_free(connection, spec):
         log.warning("chunks_view_left_out", index=spec.name, view=str(view))
         return
@@ -73,6 +73,6 @@ async def put_chunks_view(connection: Connection, schema: str, spec: IndexSpec) 
 async def release_chunks_view(connection: Connection, schema: str, spec: IndexSpec, columns: Collection[str]) -> None:
     """Stop the view of chunks from reading these columns, so that their types can change."""
     if await is_free(connection, spec):
-        view, chunks = chunks_view_name(spec.config.view_name), Names(schema, spec.name).chunks
+        view, chunks = chunks_view_name(spec.config.view_name), Names(schema, spec.relations).chunks
         from_ = sql.SQL("{} AS c").format(chunks)
         await release_columns(connection, view, columns, chunks_view_columns(spec), from_, chunks=chunks)

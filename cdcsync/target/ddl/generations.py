@@ -12,13 +12,16 @@ import msgspec
 import psycopg
 from psycopg import sql
 
+from cdcsync.config.names import beside_name
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.chunks_view import put_chunks_view
 from cdcsync.target.ddl.grants import grants_of, set_again, settings_kept, succeed
-from cdcsync.target.ddl.names import Names
+from cdcsync.target.ddl.names import Names, words_name
+from cdcsync.target.ddl.policies import POLICY
 from cdcsync.target.ddl.rebuilding import Rebuild
 from cdcsync.target.ddl.relations import create_view
 from cdcsync.target.ddl.searching import put_search
@@ -32,7 +35,7 @@ async def create_generations(connection: Connection, schema: str, spec: IndexSpe
 
     :returns: the generations whose tables were missing.
     """
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     created = []
     for one in spec.others:
         table = names.vectors(one.generation).as_string(connection)
@@ -52,7 +55,7 @@ async def switch_relations(connection: Connection, schema: str, spec: IndexSpec,
     :param before: the generation that they use now.
     :raises SetupError: something is built on the view, whose vectors have another type now.
     """
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     await connection.execute(BRIEFLY)
     await _copy_grants(connection, names.vectors(before), names.vectors(spec.generation))
     async with settings_kept(connection, schema, spec.name):
@@ -80,7 +83,7 @@ async def _switch(connection: Connection, schema: str, spec: IndexSpec) -> None:
 
 async def drop_relations(connection: Connection, schema: str, spec: IndexSpec, generation: int) -> None:
     """Drop the vectors of a generation that the spec does not have any more. The caller's transaction commits."""
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     await connection.execute(BRIEFLY)
     # What searches are made of first: from here on none begins that could look for these vectors.
     async with settings_kept(connection, schema, spec.name):
@@ -90,6 +93,116 @@ async def drop_relations(connection: Connection, schema: str, spec: IndexSpec, g
     await connection.execute(
         sql.SQL("DELETE FROM {} WHERE generation = {}").format(names.backlog, sql.Literal(generation))
     )
+
+
+async def open_beside(connection: Connection, schema: str, spec: IndexSpec, *, created: bool) -> None:
+    """Let whoever may read the tables of an index read those that stand beside it. The caller's transaction commits.
+
+    Where an operator's own row-level security holds on its chunks, and not on those beside, nobody may yet.
+
+    :param created: whether the tables are new, and have the grants that default privileges say.
+    """
+    assert spec.beside is not None
+    await _copy_all(connection, schema, spec, spec.beside, others_too=not created)
+
+
+async def exchange_relations(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Have views and search function use the chunks of a spec. The caller's transaction commits.
+
+    :param spec: the index as it is to be; those that it is searched by until now stand beside it.
+    :raises SetupError: something is built on the view, whose vectors have another type now; or the chunks are not
+        held to the row-level security that an operator gave those which are searched.
+    """
+    before = spec.beside
+    assert before is not None
+    chunks = Names(schema, spec.relations).chunks
+    if await _guarded(connection, schema, before) and not await _guarded(connection, schema, spec):
+        raise SetupError(
+            f"{Names(schema, before.relations).chunks.as_string(connection)} has row-level security of your own, and"
+            f" {chunks.as_string(connection)} has not: who searches would see every row",
+            where=f"index {spec.name}",
+            hint="create the same policies there, and enable row-level security; then activate again",
+        )
+    await connection.execute(BRIEFLY)
+    await _copy_all(connection, schema, before, spec, others_too=True)
+    async with settings_kept(connection, schema, spec.name):
+        await _switch(connection, schema, spec)
+        await put_chunks_view(connection, schema, spec)
+    for one, other in ((spec, before), (before, spec)):
+        await _describe(connection, schema, one.relations, other.name, one.name)
+
+
+async def drop_beside(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Drop the chunks that stand beside an index, with all that is theirs. The caller's transaction commits.
+
+    :param spec: the index without them.
+    :raises SetupError: something is built on their tables.
+    """
+    await connection.execute(BRIEFLY)
+    # What searches are made of first, as for vectors.
+    async with settings_kept(connection, schema, spec.name):
+        await put_search(connection, schema, spec)
+    cursor = await connection.execute(
+        "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = %s AND c.relkind IN ('r', 'p') AND NOT c.relispartition"
+        " AND starts_with(obj_description(c.oid, 'pg_class'), %s) ORDER BY c.relname",
+        [schema, f"cdcsync index {beside_name(spec.name)}: "],
+    )
+    if tables := [sql.Identifier(*one) for one in await cursor.fetchall()]:
+        try:
+            await connection.execute(sql.SQL("DROP TABLE {}").format(sql.SQL(", ").join(tables)))
+        except psycopg.errors.DependentObjectsStillExist as error:
+            detail = " ".join((error.diag.message_detail or "").split())
+            raise SetupError(
+                "something of your own is built on its tables", where=f"index {spec.name}", hint=f"drop it: {detail}"
+            ) from error
+
+
+async def _describe(connection: Connection, schema: str, stem: str, before: str, after: str) -> None:
+    """Have the tables of an index say that they are of an index of another name, as their comments do."""
+    cursor = await connection.execute(
+        "SELECT c.relname, d.description FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " JOIN pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = c.oid AND d.objsubid = 0"
+        " WHERE n.nspname = %s AND c.relkind IN ('r', 'p') AND starts_with(c.relname::text, %s)"
+        " AND starts_with(d.description, %s)",
+        [schema, f"{stem}_", f"cdcsync index {before}: "],
+    )
+    for name, comment in await cursor.fetchall():
+        said = f"cdcsync index {after}: {comment.removeprefix(f'cdcsync index {before}: ')}"
+        await connection.execute(
+            sql.SQL("COMMENT ON TABLE {} IS {}").format(sql.Identifier(schema, name), sql.Literal(said))
+        )
+
+
+async def _guarded(connection: Connection, schema: str, spec: IndexSpec) -> bool:
+    """Say whether the chunks of an index have row-level security that is not ours."""
+    chunks = Names(schema, spec.relations).chunks.as_string(connection)
+    return bool(
+        await fetch_value(
+            connection,
+            "SELECT c.relrowsecurity AND (SELECT count(*) <> 1 OR bool_or(p.polname <> %s) FROM pg_policy p"
+            " WHERE p.polrelid = c.oid) FROM pg_class c WHERE c.oid = to_regclass(%s)",
+            [POLICY, chunks],
+        )
+    )
+
+
+async def _copy_all(connection: Connection, schema: str, one: IndexSpec, other: IndexSpec, *, others_too: bool) -> None:
+    """Grant on the tables of an index what is granted on those of the one that stands beside it."""
+    closed = await _guarded(connection, schema, one) and not await _guarded(connection, schema, other)
+    mine, its = Names(schema, one.relations), Names(schema, other.relations)
+    pairs = [
+        (mine.chunks, its.chunks),
+        (mine.backlog, its.backlog),
+        (mine.vectors(one.generation), its.vectors(other.generation)),
+        (words_name(schema, one.relations), words_name(schema, other.relations)),
+    ]
+    for old, new in pairs:
+        if await fetch_value(connection, "SELECT to_regclass(%s) IS NOT NULL", [new.as_string(connection)]):
+            if not closed:
+                await _copy_grants(connection, old, new, others_too=others_too)
+            elif not others_too:
+                await succeed(connection, new, [])
 
 
 async def _copy_grants(

@@ -36,7 +36,7 @@ async def attributes(connection: Connection, schema: str, spec: IndexSpec) -> di
         " FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE n.nspname = %s AND c.relname = %s AND c.relkind = 'c' AND a.attnum > 0"
         " AND NOT a.attisdropped ORDER BY a.attnum",
-        [schema, f"{spec.name}_hit"],
+        [schema, f"{spec.searched_as}_hit"],
     )
     return dict(await cursor.fetchall())
 

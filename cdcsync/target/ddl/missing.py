@@ -36,14 +36,15 @@ async def missing_relations(
 
     :param view: the name that its view has, where the configuration gives it another one by now.
     """
-    names, view = Names(schema, spec.name), view or spec.config.view_name
-    tables = [f"{spec.name}_chunks", f"{spec.name}_backlog", f"{spec.name}_vectors_{spec.generation}"]
+    names, view = Names(schema, spec.relations), view or spec.config.view_name
+    stem = spec.relations
+    tables = [f"{stem}_chunks", f"{stem}_backlog", f"{stem}_vectors_{spec.generation}"]
     indexes = [names.hnsw_name(spec.generation), names.near_name(spec.generation)]
-    indexes += [b_tree_name(spec.name, column) for column in spec.config.indexed]
-    shown = [view, chunks_view_name(view)]
+    indexes += [b_tree_name(stem, column) for column in spec.config.indexed]
+    shown = [] if spec.hidden else [view, chunks_view_name(view)]
     if spec.config.search is not None:
         indexes.append(names.search_name)
-        shown.append(QualifiedName(schema, f"{spec.name}_words"))
+        shown.append(QualifiedName(schema, f"{stem}_words"))
     row = await fetch_one(
         connection,
         """
@@ -56,7 +57,7 @@ async def missing_relations(
                      FROM unnest(%(schemas)s::text[], %(shown)s::text[]) AS wanted(schema, name) WHERE NOT EXISTS (
                          SELECT FROM pg_class c JOIN pg_namespace v ON v.oid = c.relnamespace
                          WHERE v.nspname = wanted.schema AND c.relname = wanted.name)),
-               array(SELECT %(function)s::text WHERE NOT EXISTS (
+               array(SELECT %(function)s::text WHERE %(function)s::text IS NOT NULL AND NOT EXISTS (
                    SELECT FROM pg_proc p WHERE p.pronamespace = n.oid AND p.proname = %(function)s))
         FROM (SELECT (SELECT oid FROM pg_namespace WHERE nspname = %(ours)s) AS oid) AS n
         """,
@@ -65,7 +66,7 @@ async def missing_relations(
             "indexes": indexes,
             "schemas": [one.schema for one in shown],
             "shown": [one.name for one in shown],
-            "function": f"{spec.name}_search",
+            "function": None if spec.hidden else f"{spec.name}_search",
             "ours": schema,
         },
     )

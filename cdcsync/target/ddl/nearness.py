@@ -109,7 +109,7 @@ def nearest(
     :param rows: what follows the vectors, `v`, in FROM: nothing, or the chunks with a condition.
     :param settled: look in the settled tier alone.
     """
-    names, away = Names(schema, spec.name), distance(extension, spec, vector)
+    names, away = Names(schema, spec.relations), distance(extension, spec, vector)
     parts: dict[str, sql.Composable] = {
         "away": away,
         "rows": rows,
@@ -152,7 +152,7 @@ def exactly_nearest(
     settled: bool = False,
 ) -> sql.Composed:
     """Return the statement that finds the nearest vectors by comparing all of them; see `nearest`."""
-    names, away = Names(schema, spec.name), distance(extension, spec, vector)
+    names, away = Names(schema, spec.relations), distance(extension, spec, vector)
     # An order that no index has.
     return sql.SQL(
         "SELECT v.chunk_id, {away} AS distance FROM {vectors} AS v{rows}"

@@ -23,12 +23,12 @@ POLICY = "cdcsync_tenant"
 
 async def put_policy(connection: Connection, schema: str, spec: IndexSpec, serve: Serve) -> None:
     """Create, replace or remove the policy, as the configuration says. The caller's transaction commits."""
-    chunks = Names(schema, spec.name).chunks
+    chunks = Names(schema, spec.relations).chunks
     cursor = await connection.execute(
         "SELECT c.relrowsecurity, obj_description(p.oid, 'pg_policy') FROM pg_class c"
         " JOIN pg_namespace n ON n.oid = c.relnamespace"
         " LEFT JOIN pg_policy p ON p.polrelid = c.oid AND p.polname = %s WHERE n.nspname = %s AND c.relname = %s",
-        [POLICY, schema, f"{spec.name}_chunks"],
+        [POLICY, schema, f"{spec.relations}_chunks"],
     )
     row = await cursor.fetchone()
     enabled, described = row if row is not None else (False, None)

@@ -46,7 +46,7 @@ class Rebuild:
     """One rebuild of an index's settled tier, over a connection in autocommit that nobody else uses meanwhile."""
 
     def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
-        names = Names(schema, spec.name)
+        names = Names(schema, spec.relations)
         self._connection = connection
         self._schema = schema
         self._spec = spec

@@ -71,7 +71,10 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
 
     :raises SetupError: a relation of the view's name exists and is not ours, or an existing index differs in its key.
     """
-    chunks, view = Names(schema, spec.name).chunks, spec.config.view_name
+    if spec.hidden:
+        await _create(connection, schema, spec)
+        return
+    chunks, view = Names(schema, spec.relations).chunks, spec.config.view_name
     await follow_name(connection, chunks, _view_marker(spec), view)
     await _refuse_another(connection, spec)
     await follow_name(connection, chunks, chunks_marker(spec), chunks_view_name(view))
@@ -81,7 +84,7 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
 
 
 async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     present = await _columns_present(connection, schema, spec)
     key = _definitions(spec.shape.key, spec.key_types, " NOT NULL")
     carried = _definitions(spec.shape.carried, spec.carried_types, "")
@@ -128,7 +131,7 @@ async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
     for column in spec.config.indexed:
         await connection.execute(
             sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} ({})").format(
-                sql.Identifier(b_tree_name(spec.name, column)), names.chunks, sql.Identifier(column)
+                sql.Identifier(b_tree_name(spec.relations, column)), names.chunks, sql.Identifier(column)
             )
         )
     await create_vectors(connection, schema, spec)
@@ -155,7 +158,7 @@ async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
     ):
         await connection.execute(
             sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} " + columns).format(
-                sql.Identifier(f"{spec.name}_backlog_{suffix}"), names.backlog
+                sql.Identifier(f"{spec.relations}_backlog_{suffix}"), names.backlog
             )
         )
     for relation, comment in (
@@ -163,10 +166,12 @@ async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
         (names.backlog, f"cdcsync index {spec.name}: chunks without a current vector; lane 0 live, 1 backfill"),
     ):
         await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(relation, sql.Literal(comment)))
-    await _put_view(connection, schema, spec)
-    await put_chunks_view(connection, schema, spec)
     if spec.config.search is not None:
         await create_words(connection, schema, spec)
+    if spec.hidden:
+        return
+    await _put_view(connection, schema, spec)
+    await put_chunks_view(connection, schema, spec)
     await put_search(connection, schema, spec)
 
 
@@ -180,7 +185,7 @@ async def _columns_present(connection: Connection, schema: str, spec: IndexSpec)
         " WHERE k.conrelid = c.oid AND k.contype = 'u' AND a.attnum = ANY(k.conkey) AND a.attname <> 'chunk_no')"
         " FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 AND NOT a.attisdropped",
-        [schema, f"{spec.name}_chunks"],
+        [schema, f"{spec.relations}_chunks"],
     )
     found = await cursor.fetchall()
     key = {column for column, _, is_key in found if is_key}
@@ -200,15 +205,17 @@ async def _follow_types(connection: Connection, schema: str, spec: IndexSpec, pr
     Values that cannot become ones of the new type are dropped, since the table is read again after it: of a carried
     column the column, of a key every chunk. The vectors stay for the texts that come again.
     """
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     wanted = dict(zip(spec.shape.carried, spec.carried_types, strict=True))
     wanted |= dict(zip(spec.shape.key, spec.key_types, strict=True))
     changed = {column: type_ for column, type_ in wanted.items() if present.get(column, type_) != type_}
     if not changed:
         return
     from_ = _view_from(names, spec)
-    await release_columns(connection, spec.config.view_name, changed, _view_columns(spec), from_, chunks=names.chunks)
-    await release_chunks_view(connection, schema, spec, changed)
+    if not spec.hidden:
+        view = spec.config.view_name
+        await release_columns(connection, view, changed, _view_columns(spec), from_, chunks=names.chunks)
+        await release_chunks_view(connection, schema, spec, changed)
     # A policy that reads a column keeps its type; `put_policy` makes it again.
     await connection.execute(sql.SQL("DROP POLICY IF EXISTS {} ON {}").format(sql.Identifier(POLICY), names.chunks))
     for column, type_ in changed.items():
@@ -290,7 +297,7 @@ def _view_from(names: Names, spec: IndexSpec) -> sql.Composable:
 
 async def _put_view(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Create the view, or give it the columns of the spec."""
-    names, view = Names(schema, spec.name), spec.config.view_name
+    names, view = Names(schema, spec.relations), spec.config.view_name
     from_, vectors = _view_from(names, spec), names.vectors(spec.generation)
     await put_view(connection, view, _view_columns(spec), from_, chunks=names.chunks, vectors=vectors)
     comment = f"{_view_marker(spec)}{spec.shape.table} with its vectors; stale says that the vector is of an older text"

@@ -23,6 +23,7 @@
 --
 -- Operators in statements that hold a condition are qualified: a condition may need the caller's search_path.
 #variable_conflict use_variable
+-- the block
 DECLARE
     wanted CONSTANT int := skip + k;
     facts CONSTANT jsonb := {columns};
@@ -415,4 +416,3 @@ BEGIN
     USING hit_ids[skip + 1:wanted], hit_scores[skip + 1:wanted], hit_vector_ranks[skip + 1:wanted],
           hit_text_ranks[skip + 1:wanted], hit_text_scores[skip + 1:wanted], embedding, any_word, headline;
 END
-$cdcsync_search$

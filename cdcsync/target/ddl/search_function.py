@@ -93,7 +93,18 @@ BY_WORDS_ALONE = "VG003"
 
 UNDIRECTED = "the query's vector is all zeros, or so short that by cosine no vector is near to it"
 
-FUNCTION = resources.files(__package__).joinpath("search.sql").read_text(encoding="utf-8")
+HEAD, BLOCK = resources.files(__package__).joinpath("search.sql").read_text(encoding="utf-8").split("-- the block\n")
+"""The function's declaration, and its body: a block of PL/pgSQL that searches one index's chunks."""
+
+EITHER: LiteralString = """BEGIN
+-- Chunks of two generations: a search that names one of these is of the chunks that stand beside.
+IF generation = ANY ({generations}) THEN
+{beside};
+RETURN;
+END IF;
+{own};
+END
+"""
 
 
 class Variant(msgspec.Struct, frozen=True):
@@ -121,27 +132,43 @@ async def compose(
     :param attributes: the attributes of the index's hits and their types, in their order.
     :param variant: for a function in `pg_temp`, what it has more than the installed one.
     """
+    attributes = attributes or await present_attributes(connection, schema, spec)
+    parts = await _parts(connection, schema, spec, attributes, variant)
+    body = sql.SQL(BLOCK).format(**parts)
+    if spec.beside is not None and variant is None:
+        of_beside = await _parts(connection, schema, spec.beside, attributes, None)
+        body = sql.SQL(EITHER).format(
+            generations=sql.Literal([one.generation for one in spec.beside.generations]),
+            beside=sql.SQL(BLOCK).format(**of_beside),
+            own=body,
+        )
+    return sql.SQL(HEAD).format(**parts) + body + sql.SQL("$cdcsync_search$\n")
+
+
+async def _parts(
+    connection: Connection, schema: str, spec: IndexSpec, attributes: Mapping[str, str], variant: Variant | None
+) -> dict[str, sql.Composable]:
+    """Return what replaces the names in braces in `search.sql`."""
     extension = await vector_schema(connection)
     # A role that is not a superuser may set parameters of pgvector only after its library is loaded.
     await connection.execute(sql.SQL("SELECT '[0]'::{}.vector").format(sql.Identifier(extension)))
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     columns = await read_columns(connection, spec)
-    attributes = attributes or await present_attributes(connection, schema, spec)
     own = variant or Variant()
     iterative = await pgvector_version(connection) >= ITERATIVE
-    words = words_name(schema, spec.name)
+    words = words_name(schema, spec.relations)
     by_language = searched(spec.config, names.chunks, words, SAMPLED)
     parts: dict[str, sql.Composable] = {
         "create": sql.SQL("CREATE OR REPLACE"),
-        "function": function_name(schema, spec.name) if variant is None else sql.Identifier("pg_temp", "search"),
-        "hit": hit_name(schema, spec.name),
+        "function": function_name(schema, spec.searched_as) if variant is None else sql.Identifier("pg_temp", "search"),
+        "hit": hit_name(schema, spec.searched_as),
         "extension": sql.Identifier(extension),
         "volatility": sql.SQL("VOLATILE" if own.explain else "STABLE"),
         "settings": sql.SQL(" ").join(
             sql.SQL("SET {} = {}").format(sql.SQL(name), sql.Literal(value))
             for name, value in _settings(iterative).items()
         ),
-        "index_comment": sql.SQL(spec.name),
+        "index_comment": sql.SQL(spec.searched_as),
         "chunks": names.chunks,
         "words": words,
         "key": sql.SQL(", ").join(sql.Identifier("c", name) for name in spec.shape.key),
@@ -214,8 +241,7 @@ async def compose(
         "assumed_chunks": ASSUMED_CHUNKS,
         "assumed_length": ASSUMED_LENGTH,
     }
-    parts |= {name: sql.SQL(str(number)) for name, number in numbers.items()}
-    return sql.SQL(FUNCTION).format(**parts)
+    return parts | {name: sql.SQL(str(number)) for name, number in numbers.items()}
 
 
 def _generation(
@@ -227,7 +253,7 @@ def _generation(
     attributes: Mapping[str, str],
 ) -> sql.Composed:
     """Return the branch of the function's body that chooses the vectors of one generation."""
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     vectors, schema_of_vectors = names.vectors(spec.generation), sql.Identifier(extension)
     asked: dict[str, Any] = {"vector": sql.SQL("$1"), "limit": sql.SQL("$2"), "rows": sql.SQL("<rows>")}
     legs = {

@@ -100,7 +100,7 @@ def _tell_kept(spec: IndexSpec, error: psycopg.Error) -> None:
 
 async def create_words(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Create the table of an index's words. The caller's transaction commits."""
-    table = words_name(schema, spec.name)
+    table = words_name(schema, spec.relations)
     await connection.execute(
         sql.SQL(
             'CREATE TABLE IF NOT EXISTS {} (lexeme text COLLATE "C" PRIMARY KEY, chunks bigint NOT NULL,'

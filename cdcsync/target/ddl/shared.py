@@ -38,6 +38,7 @@ async def create_shared(connection: Connection, schema: str) -> None:
         attempts=sql.SQL(str(MAX_ATTEMPTS)),
         waiters=sql.Literal(waiters_lock(schema)),
     )
+    names["registry"] = sql.Literal(sql.Identifier(schema, registry.TABLE).as_string(connection))
     names["definition"] = sql.Literal(wait_for.as_string(connection))
     await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdcsync schema ' || %s, 0))", [schema])
     before = await version.read_version(connection, schema)
@@ -114,7 +115,8 @@ WAIT_FOR: LiteralString = """
                 EXECUTE format(
                     'SELECT NOT EXISTS (SELECT FROM %1$I.%2$I b JOIN %1$I.%3$I c USING (chunk_id)'
                     ' WHERE b.generation = $1 AND b.attempts < {attempts} AND c.commit_lsn < $2)',
-                    {literal}, entry.name || '_backlog', entry.name || '_chunks')
+                    {literal}, coalesce(entry.stem, entry.name) || '_backlog',
+                    coalesce(entry.stem, entry.name) || '_chunks')
                 INTO reached USING entry.generation, wait_for.lsn;
             END IF;
             IF reached THEN
@@ -231,7 +233,7 @@ _SHARED: tuple[LiteralString, ...] = (
     *approvals.DDL,
     """
     CREATE TABLE IF NOT EXISTS {schema}.evaluations (
-        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
+        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE ON UPDATE CASCADE,
         generation int NOT NULL,
         k int NOT NULL,
         ef_search int NOT NULL,
@@ -257,7 +259,7 @@ _SHARED: tuple[LiteralString, ...] = (
     """
     CREATE TABLE IF NOT EXISTS {schema}.judged_runs (
         id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
+        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE ON UPDATE CASCADE,
         generation int NOT NULL,
         collection text NOT NULL,
         evaluated_at timestamptz NOT NULL,
@@ -270,7 +272,7 @@ _SHARED: tuple[LiteralString, ...] = (
     " 'Figures of each mode of search with their intervals, and the scores of each question.'",
     """
     CREATE TABLE IF NOT EXISTS {schema}.failed_documents (
-        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE,
+        index_name text NOT NULL REFERENCES {schema}.indexes ON DELETE CASCADE ON UPDATE CASCADE,
         key text[] NOT NULL,
         error text NOT NULL,
         attempts int NOT NULL DEFAULT 1,
@@ -315,7 +317,7 @@ _SHARED: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.embedders.problem IS 'Why it makes no vectors now; NULL while it does.'",
     """
     CREATE TABLE IF NOT EXISTS {schema}.tiers (
-        index_name text PRIMARY KEY REFERENCES {schema}.indexes ON DELETE CASCADE,
+        index_name text PRIMARY KEY REFERENCES {schema}.indexes ON DELETE CASCADE ON UPDATE CASCADE,
         generation int NOT NULL,
         scan_ms float8 NOT NULL,
         settled_per_s float8 NOT NULL,
@@ -325,6 +327,25 @@ _SHARED: tuple[LiteralString, ...] = (
     "COMMENT ON TABLE {schema}.tiers IS 'cdcsync: what the fresh vectors of each index cost a search, as last seen.'",
     "COMMENT ON COLUMN {schema}.tiers.scan_ms IS 'Milliseconds of the server that comparing them takes.'",
     "COMMENT ON COLUMN {schema}.tiers.settled_per_s IS 'Vectors that moved into the HNSW index in a second.'",
+    # Tables of earlier versions: what refers to an index follows when its name is exchanged (`Registry.exchange`).
+    """
+    DO $outer$
+    DECLARE
+        one record;
+    BEGIN
+        FOR one IN SELECT k.conrelid::regclass AS referring, k.confrelid::regclass AS referred, k.conname
+            FROM pg_constraint AS k JOIN pg_class AS c ON c.oid = k.conrelid
+            JOIN pg_namespace AS n ON n.oid = c.relnamespace
+            WHERE k.contype = 'f' AND k.confupdtype <> 'c' AND k.confrelid = to_regclass({registry})
+                AND n.nspname = {literal}
+        LOOP
+            EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I, ADD CONSTRAINT %I FOREIGN KEY (index_name)'
+                ' REFERENCES %s ON DELETE CASCADE ON UPDATE CASCADE',
+                one.referring, one.conname, one.conname, one.referred);
+        END LOOP;
+    END
+    $outer$
+    """,
     *_WAIT_FOR,
     *_STANDING,
 )

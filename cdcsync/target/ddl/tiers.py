@@ -59,7 +59,7 @@ async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -
 
     :raises SetupError: it exists, for other vectors.
     """
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     vectors = names.vectors(spec.generation)
     await connection.execute(
         sql.SQL("CREATE TABLE IF NOT EXISTS {} (" + COLUMNS + ") PARTITION BY LIST (tier)").format(
@@ -105,7 +105,7 @@ async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -
 
 async def describe_vectors(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Say in comments what the tables are. The caller's transaction commits."""
-    names = Names(schema, spec.name)
+    names = Names(schema, spec.relations)
     tiers = names.tiers(spec.generation)
     for table, comment in (
         (

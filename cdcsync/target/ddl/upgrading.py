@@ -32,7 +32,7 @@ async def upgrade_vectors(connection: Connection, schema: str, spec: IndexSpec) 
 
     Needs a connection in autocommit. Returns whether there was anything to do.
     """
-    vectors = Names(schema, spec.name).vectors(spec.generation)
+    vectors = Names(schema, spec.relations).vectors(spec.generation)
     name = vectors.as_string(connection)
     row = await fetch_row(
         connection, "SELECT oid::int8 FROM pg_class WHERE oid = to_regclass(%s) AND relkind = 'r'", [name]
@@ -69,7 +69,7 @@ async def _add_columns(connection: Connection, vectors: sql.Identifier) -> None:
 
 
 async def _exchange(connection: Connection, schema: str, spec: IndexSpec, oid: int) -> None:
-    names, view = Names(schema, spec.name), spec.config.view_name
+    names, view = Names(schema, spec.relations), spec.config.view_name
     vectors, settled = names.vectors(spec.generation), names.settled(spec.generation)
     async with connection.transaction():
         await connection.execute(BRIEFLY)

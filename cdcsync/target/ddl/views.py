@@ -49,18 +49,18 @@ class View(msgspec.Struct, frozen=True):
 
     :ivar columns: its columns in their order, with their types as SQL writes them.
     :ivar stored: those of the chunks table's columns that it reads.
-    :ivar reads_vectors: whether it reads the vectors that it should.
+    :ivar reads_its_own: whether it reads the chunks and vectors that it should.
     :ivar built_on: the objects that depend on it, or on the type of its rows, as a function that returns them does.
     """
 
     columns: dict[str, str]
     stored: frozenset[str]
-    reads_vectors: bool
+    reads_its_own: bool
     built_on: tuple[str, ...]
 
     def shows(self, wanted: Mapping[str, Column]) -> bool:
         """Say whether it shows these columns, as far as what is built on it allows."""
-        if not self.reads_vectors:
+        if not self.reads_its_own:
             return False
         stored = {name for name, column in wanted.items() if column.stored}
         if not self.built_on:
@@ -92,9 +92,12 @@ async def read_view(
                      JOIN pg_rewrite r ON r.oid = d.objid AND r.ev_class = c.oid
                      JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
                      WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%(chunks)s)),
-               %(vectors)s::text IS NULL OR EXISTS (
+               EXISTS (
                    SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid AND r.ev_class = c.oid
-                   WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%(vectors)s)),
+                   WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%(chunks)s)
+               ) AND (%(vectors)s::text IS NULL OR EXISTS (
+                   SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid AND r.ev_class = c.oid
+                   WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%(vectors)s))),
                array(SELECT DISTINCT coalesce(r.ev_class::regclass::text,
                                               pg_describe_object(d.classid, d.objid, d.objsubid))
                      FROM pg_depend d LEFT JOIN pg_rewrite r
@@ -114,8 +117,8 @@ async def read_view(
     )
     if row is None:
         return None
-    names, types, stored, reads_vectors, built_on = row
-    return View(dict(zip(names, types, strict=True)), frozenset(stored), reads_vectors, tuple(built_on))
+    names, types, stored, reads_its_own, built_on = row
+    return View(dict(zip(names, types, strict=True)), frozenset(stored), reads_its_own, tuple(built_on))
 
 
 async def put_view(

@@ -46,7 +46,7 @@ class Failures:
         self._index = spec.name
         self._key = spec.shape.key
         self._generations = [one.generation for one in spec.generations]
-        names = Names(schema, spec.name)
+        names = Names(schema, spec.relations)
         self._tiers = {one: names.tiers(one) for one in self._generations}
         self._parts: dict[str, sql.Composable] = {
             "backlog": names.backlog,

@@ -9,6 +9,7 @@ from psycopg import sql
 
 from cdcsync.model.requests import OPEN, Problem, Request
 from cdcsync.model.rows import Key
+from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.registry import Registry
@@ -56,7 +57,7 @@ class History:
         )
         return [cast(str, row[0]) for row in await cursor.fetchall()]
 
-    async def still_to_begin(self, connection: Connection, index: str) -> bool:
+    async def still_to_begin(self, connection: Connection, spec: IndexSpec) -> bool:
         """Say whether an index holds nothing, and its first load is still to come."""
         # `plan` asks this of tables of earlier versions, too, which lack columns.
         load = await fetch_row(
@@ -65,17 +66,17 @@ class History:
                 "SELECT kind = 'initial' AND cursor IS NULL AND state = ANY(%s) FROM {} WHERE index_name = %s"
                 " AND kind IN ('initial', 'resync') ORDER BY id DESC LIMIT 1"
             ).format(self._table),
-            [list(OPEN), index],
+            [list(OPEN), spec.name],
         )
         if load != (True,):
             return False
         row = await fetch_one(
             connection,
             sql.SQL("SELECT EXISTS (SELECT FROM {}) OR EXISTS (SELECT FROM {} WHERE index_name = %s)").format(
-                sql.Identifier(self._schema, f"{index}_chunks"),
+                sql.Identifier(self._schema, f"{spec.relations}_chunks"),
                 sql.Identifier(self._schema, "failed_documents"),
             ),
-            [index],
+            [spec.name],
         )
         return not row[0]
 

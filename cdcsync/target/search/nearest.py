@@ -53,7 +53,7 @@ def nearest_statement(
     if where:
         # On a line of its own, so that nothing of ours can become part of it.
         rows = sql.SQL(" JOIN {} AS c USING (chunk_id) WHERE (\n" + where + "\n)").format(
-            Names(schema, spec.name).chunks
+            Names(schema, spec.relations).chunks
         )
     return (exactly_nearest if exact else nearest)(
         schema,

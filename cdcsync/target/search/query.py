@@ -141,7 +141,7 @@ async def search(
     check_where(where)
     attributes = [attribute_of(name) for name in spec.shape.key + spec.shape.carried]
     with speaking_of("target", where=f"index {spec.name}"):
-        function = function_name(schema, spec.name)
+        function = function_name(schema, spec.searched_as)
         if where is not None or plans is not None:
             function = await _session_function(connection, schema, spec, where, explain=plans is not None)
         # The parameters have the types that the function says.
@@ -199,7 +199,7 @@ async def check_condition(connection: Connection, schema: str, spec: IndexSpec, 
     if where is None:
         return
     statement = sql.SQL("EXPLAIN SELECT FROM {} AS c WHERE (\n{}\n)").format(
-        Names(schema, spec.name).chunks, sql.SQL(where)
+        Names(schema, spec.relations).chunks, sql.SQL(where)
     )
     with speaking_of("target", where=f"index {spec.name}"):
         try:

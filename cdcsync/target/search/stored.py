@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import msgspec
@@ -16,8 +16,9 @@ from cdcsync.model.rows import Shape
 from cdcsync.model.spec import Distance, IndexSpec
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.target.beside import as_kept, made_by
 from cdcsync.target.generations import Generations
-from cdcsync.target.registry import TABLE, Registry
+from cdcsync.target.registry import TABLE, Entry, Registry
 
 
 async def stored_spec(connection: Connection, schema: str, name: str, config: Index) -> IndexSpec:
@@ -28,27 +29,49 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
     :raises SetupError: the target holds no such index yet.
     """
     with speaking_of("target", where=f"index {name}"):
-        entry = await Registry(schema).find(connection, name)
+        entry, other = await Registry(schema).both(connection, name)
         if entry is None:
             raise SetupError(
                 "the target holds no such index",
                 where=f"index {name}, schema {schema}",
                 hint="`cdcsync run` creates and fills it; check target.dsn and target.schema",
             )
-        cursor = await connection.execute(
-            "SELECT attname::text, format_type(atttypid, atttypmod) FROM pg_attribute"
-            " WHERE attrelid = (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-            " WHERE n.nspname = %s AND c.relname = %s) AND attnum > 0 AND NOT attisdropped",
-            [schema, f"{name}_chunks"],
-        )
-        types = cast(dict[str, str], dict(await cursor.fetchall()))
+        types = await _columns(connection, schema, entry)
         if not types:
             raise SetupError(
-                f"its table {schema}.{name}_chunks is missing in the target",
+                f"its table {schema}.{entry.relations}_chunks is missing in the target",
                 where=f"index {name}",
                 hint="a running worker creates it again within a minute, and fills it from the source",
             )
-        generations = await Generations(schema).of(connection, name)
+        spec = await _spec_of(connection, schema, entry, as_kept(config, entry, other), types)
+        # What is beside it comes into being when the worker has seen that it is asked for.
+        if other is None or not (types := await _columns(connection, schema, other)):
+            return spec
+        return msgspec.structs.replace(
+            spec, beside=await _spec_of(connection, schema, other, made_by(config, other), types)
+        )
+
+
+async def _columns(connection: Connection, schema: str, entry: Entry) -> dict[str, str]:
+    """Return the columns of an index's chunks, and their types; none if the table is missing."""
+    cursor = await connection.execute(
+        "SELECT attname::text, format_type(atttypid, atttypmod) FROM pg_attribute"
+        " WHERE attrelid = (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = %s AND c.relname = %s) AND attnum > 0 AND NOT attisdropped",
+        [schema, f"{entry.relations}_chunks"],
+    )
+    return cast(dict[str, str], dict(await cursor.fetchall()))
+
+
+async def _spec_of(
+    connection: Connection, schema: str, entry: Entry, config: Index, types: Mapping[str, str]
+) -> IndexSpec:
+    """Return a stored index.
+
+    :param types: of the columns of its chunks.
+    """
+    name = entry.name
+    generations = await Generations(schema).of(connection, name)
     documents = make_documents(config, where=f"indexes.{name}")
     searchable = config.search if "search" in types else None
     live = next((one for one in generations if one.generation == entry.generation), None)
@@ -84,6 +107,7 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
         where=None if entry.where is None else Where(entry.where),
         generation=entry.generation,
         members={QualifiedName.parse(one): None for one in entry.members} if config.tables else {},
+        stem=entry.stem,
     )
     others = [one.spec(spec) for one in generations if one is not live and one.state != "dropping"]
     return msgspec.structs.replace(spec, others=tuple(others))
@@ -101,5 +125,5 @@ async def live_generation(connection: Connection, schema: str, name: str) -> int
     )
 
 
-def _types_of(types: dict[str, str], names: Iterable[str]) -> tuple[str, ...]:
+def _types_of(types: Mapping[str, str], names: Iterable[str]) -> tuple[str, ...]:
     return tuple(types[name] for name in names)

@@ -28,7 +28,7 @@ async def count_words(connection: Connection, schema: str, spec: IndexSpec) -> i
 
     :param connection: a session on the target, in autocommit.
     """
-    chunks = Names(schema, spec.name).chunks
+    chunks = Names(schema, spec.relations).chunks
     cursor = await connection.execute(
         "SELECT greatest(c.reltuples, 0) FROM pg_class c WHERE c.oid = to_regclass(%s)", [chunks.as_string(connection)]
     )
@@ -65,12 +65,12 @@ async def count_words(connection: Connection, schema: str, spec: IndexSpec) -> i
                 "INSERT INTO {table} AS w SELECT * FROM pg_temp.counted ON CONFLICT (lexeme) DO UPDATE"
                 " SET chunks = excluded.chunks, occurrences = excluded.occurrences"
                 " WHERE abs(w.chunks - excluded.chunks) > w.chunks / 10 OR w.lexeme = ''"
-            ).format(table=words_name(schema, spec.name))
+            ).format(table=words_name(schema, spec.relations))
         )
         await connection.execute(
             sql.SQL(
                 "DELETE FROM {} AS w WHERE NOT EXISTS (SELECT FROM pg_temp.counted AS c WHERE c.lexeme = w.lexeme)"
-            ).format(words_name(schema, spec.name))
+            ).format(words_name(schema, spec.relations))
         )
         cursor = await connection.execute("SELECT chunks FROM pg_temp.counted WHERE lexeme = ''")
         row = await cursor.fetchone()

@@ -18,12 +18,13 @@ from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 
-WALK = (ROOT / "docs" / "migration.md").read_text().split("## The walk")[1].split("\n## ")[0]
+PAGE = (ROOT / "docs" / "migration.md").read_text()
 
 
-def blocks(kind: str) -> list[str]:
-    """Return the blocks of the walk in a language, without their indentation."""
-    found = re.findall(rf"^( *)```{kind}\n(.*?)^ *```$", WALK, re.MULTILINE | re.DOTALL)
+def blocks(kind: str, section: str = "The walk") -> list[str]:
+    """Return the blocks of a section of the page in a language, without their indentation."""
+    text = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    found = re.findall(rf"^( *)```{kind}\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
     return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
 
 
@@ -38,8 +39,8 @@ def loaded(make_pipeline: Callable[[str], Pipeline], database: Database) -> Pipe
     """Return a pipeline whose worker has loaded the index of the walk."""
     before, _ = blocks("toml")
     pipeline = make_pipeline(configuration(database.dsn, embedders={}, indexes={}) + before)
-    pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
-    pipeline.source.execute("INSERT INTO articles SELECT i, 'article ' || i FROM generate_series(1, 60) i")
+    pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, body text)")
+    pipeline.source.execute("INSERT INTO articles SELECT i, 'article ' || i, 'of old' FROM generate_series(1, 60) i")
     pipeline.start()
     pipeline.live()
     return pipeline
@@ -80,6 +81,51 @@ def test_the_walk_works_as_it_is_written(database: Database, make_pipeline: Call
     pipeline.in_step()
 
 
+@pytest.mark.timeout(180)
+def test_the_walk_to_other_chunks_works_as_it_is_written(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = loaded(make_pipeline, database)
+    written(pipeline, database, blocks("toml", "Other chunks")[0])
+    commands = [shlex.split(line)[1:] for block in blocks("sh", "Other chunks") for line in block.splitlines()]
+    assert [command[2] for command in commands] == ["start", "status", "activate", "rollback", "activate", "drop"]
+    said = []
+    for command in commands:
+        if command[2] == "status":
+            planned = pipeline.command("plan")
+            assert "has chunks of its own" in planned.stdout, planned.stdout + planned.stderr
+            state = "SELECT state = 'ready' FROM cdcsync.generations WHERE generation = 2"
+            until(lambda: pipeline.target.execute(state).fetchone() == (True,), pipeline.tail)  # noqa: B023
+            until(
+                lambda: (
+                    pipeline.target.execute("SELECT bool_and(state = 'live') FROM cdcsync.indexes").fetchone()
+                    == (True,)
+                ),
+                pipeline.tail,
+            )
+        done = pipeline.command(*command)
+        assert done.returncode == 0, done.stderr + done.stdout
+        said.append(done.stdout)
+        if command[2] == "start":
+            pipeline.stop(pipeline.processes[-1])
+            pipeline.start()
+    start, status, activated, back, again, dropped = said
+    assert "with chunks of its own: text" in start
+    assert "reads the table, and embeds 60 texts" in start
+    assert ("live" in status, "ready" in status, "vector(64)" in status) == (True, True, True)
+    assert "generation 2 has chunks of its own: text" in status
+    assert "overlap@10" in activated
+    assert "generation 2 is live" in activated
+    assert "generation 1 is live again" in back
+    assert "generation 2 is live" in again
+    assert "generation 1 is dropped" in dropped
+    shown = pipeline.answer("status")["indexes"]["articles"]
+    assert (shown["generation"], shown["dimensions"], shown["embedder"], shown["chunks"]) == (2, 64, "new", 60)
+    pipeline.source.execute("UPDATE articles SET body = 'of new' WHERE id = 7")
+    seventh = "SELECT content FROM articles_index_chunks WHERE id = 7"
+    until(lambda: pipeline.target.execute(seventh).fetchone() == ("article 7\n\nof new",), pipeline.tail)
+
+
 def test_what_cannot_begin_is_refused_with_what_to_do(
     database: Database, make_pipeline: Callable[[str], Pipeline], tmp_path: Path
 ) -> None:
@@ -91,15 +137,13 @@ def test_what_cannot_begin_is_refused_with_what_to_do(
         return " ".join(done.stderr.split())
 
     assert "has the vectors that [indexes.articles] asks for" in refused("start")
-    assert "only one generation of vectors" in refused("activate")
-    assert "only one generation of vectors" in refused("drop", "--yes")
+    assert "only one generation of vectors, 1" in refused("activate")
+    assert "only one generation of vectors, 1" in refused("drop", "--yes")
     assert "--min belongs to activate" in refused("start", "--min", "recall=0.9")
     assert "--judged DIR" in refused("activate", "--not-worse")
     before = blocks("toml")[0]
-    written(pipeline, database, before.replace('"{title}"', '"a {title}"'))
-    told = refused("start")
-    assert "a migration exchanges vectors alone; what differs is what chunks are made of: text" in told
-    assert "cdcsync plan says what that embeds" in told
+    written(pipeline, database, before.replace('"{title}"', '"a {titel}"'))
+    assert "titel" in refused("start")
     written(pipeline, database, blocks("toml")[1].replace('[embedders.old]\ntype = "hash"\ndimensions = 32\n', ""))
     assert "keep the old section beside the new one" in refused("start")
     written(pipeline, database, blocks("toml")[1] + "confirm_above_texts = 59\n")

@@ -1,0 +1,121 @@
+"""The chunks that stand beside an index: they become those that are searched, or are dropped.
+
+A command asks for either through the registry. Both exchange or remove a name that whoever follows the index writes by,
+so the holder of the pipeline's lock does it, before it writes: a worker that begins, or the command itself where no
+worker runs, or once a running one has let go of the lock because the watch saw the request.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from cdcsync.config import Config
+from cdcsync.config.names import beside_name, own_name
+from cdcsync.crashpoints import crash_point
+from cdcsync.errors import SetupError
+from cdcsync.logs import get_logger
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.locking import until_locked
+from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.target.beside import contents_asked_for
+from cdcsync.target.ddl.generations import drop_beside, exchange_relations
+from cdcsync.target.ddl.grants import settings_to_note
+from cdcsync.target.generations import Generations
+from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.search import stored_spec
+
+log = get_logger()
+
+
+async def do_what_was_asked(connection: Connection, config: Config) -> bool:
+    """Exchange and drop the chunks beside the indexes of a configuration, as commands asked; says whether any were.
+
+    Only the holder of the pipeline's lock may, and only before it writes.
+    """
+    schema, done = config.target.schema, False
+    with speaking_of("target"):
+        entries = await Registry(schema).all(connection)
+        generations = await Generations(schema).all(connection)
+    for other in entries.values():
+        index = own_name(other.name)
+        if not other.hidden or other.slot != config.source.slot or index not in config.indexes:
+            continue
+        ends = any(one.state == "dropping" for one in generations.get(other.name, ()))
+        if not ends and other.activation_asked_at is None:
+            continue
+        done, change = True, _drop if ends else _exchange
+        try:
+            with speaking_of("target", where=f"index {index}"):
+                await until_locked(
+                    lambda: change(connection, config, index),  # noqa: B023 - awaited here
+                    table=f"{other.relations}_chunks",
+                )
+            if ends:
+                log.info("generation_dropped", index=index, generation=other.generation)
+            else:
+                log.info("generation_live", index=index, generation=other.generation)
+        except SetupError as error:
+            # Nothing of it was done. The worker goes on with both, and the command says why.
+            log.error("migration_refused", index=index, error=error.message, fix=error.hint)
+            with speaking_of("target", where=f"index {index}"):
+                reason = f"{error.message}; {error.hint}" if error.hint else error.message
+                await _withdraw(connection, config, other, reason)
+    return done
+
+
+async def _withdraw(connection: Connection, config: Config, other: Entry, reason: str) -> None:
+    """Note that what was asked of the chunks beside an index cannot be done, and why."""
+    schema = config.target.schema
+    async with connection.transaction():
+        await Registry(schema).withdraw(connection, other.name, reason)
+        await Generations(schema).keep(connection, other.name, other.generation)
+        crash_point("request withdrawn")
+    crash_point("withdrawn request committed")
+
+
+def exchanged(spec: IndexSpec) -> IndexSpec:
+    """Return an index as it is once it is searched by the chunks beside it, and those of before stand beside."""
+    assert spec.beside is not None
+    before = msgspec.structs.replace(spec, name=spec.beside.name, stem=spec.relations, beside=None)
+    return msgspec.structs.replace(spec.beside, name=spec.name, beside=before)
+
+
+async def _exchange(connection: Connection, config: Config, index: str) -> None:
+    schema = config.target.schema
+    registry = Registry(schema)
+    async with connection.transaction():
+        await registry.find(connection, index, lock=True)
+        other = await registry.find(connection, beside_name(index), lock=True)
+        if other is None or other.activation_asked_at is None:
+            return
+        if other.state != "live":
+            raise SetupError(
+                f"generation {other.generation} is {other.state} by now: searches would find less with it",
+                where=f"index {index}",
+                hint=f"cdcsync migrate {index} status shows how far it is",
+            )
+        spec = exchanged(await stored_spec(connection, schema, index, config.indexes[index]))
+        await exchange_relations(connection, schema, spec)
+        await registry.exchange(connection, index)
+        await Generations(schema).stamp(connection, index, spec.generation, "live_at")
+        await registry.note_settings(connection, index, await settings_to_note(connection, schema, index))
+        crash_point("chunks exchanged")
+    crash_point("exchange of chunks committed")
+
+
+async def _drop(connection: Connection, config: Config, index: str) -> None:
+    schema = config.target.schema
+    registry = Registry(schema)
+    async with connection.transaction():
+        await registry.find(connection, index, lock=True)
+        other = await registry.find(connection, beside_name(index), lock=True)
+        if other is None:
+            return
+        spec = await stored_spec(connection, schema, index, config.indexes[index])
+        await drop_beside(connection, schema, msgspec.structs.replace(spec, beside=None))
+        await registry.remove(connection, other.name)
+        # A configuration may ask for them still: the old one of a running worker, or that of a migration that was given
+        # up. Nobody wants them in place of those that are searched.
+        await registry.decline(connection, index, contents_asked_for(other))
+        crash_point("chunks dropped")
+    crash_point("dropped chunks committed")

@@ -1,0 +1,80 @@
+"""What is in the way of other chunks becoming those that are searched, or of going, and who may read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import psycopg
+import pytest
+
+from cdcsync.config import parse
+from tests.support.configs import configuration
+from tests.support.migrations import loaded, migrate, refused
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
+
+pytestmark = pytest.mark.server
+
+
+def beside(make_pipeline: Callable[[str], Pipeline], database: Database) -> Pipeline:
+    """Return an index with other chunks beside it, which are ready; a worker runs with the file of before."""
+    pipeline = make_pipeline(configuration(database.dsn))
+    loaded(pipeline, "articles", rows=20)
+    text = configuration(database.dsn, indexes={"articles": {"text": "about: {title}"}})
+    pipeline.path.write_text(text)
+    pipeline.config = parse(text, {}, where=str(pipeline.path))
+    return pipeline
+
+
+def begun(pipeline: Pipeline) -> None:
+    migrate(pipeline, "start")
+    until(lambda: [one["state"] for one in migrate(pipeline, "status")] == ["live", "ready"], pipeline.tail)
+
+
+def test_what_is_built_on_the_tables_is_in_the_way_and_nothing_else_changes(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = beside(make_pipeline, database)
+    reader = f"reader_{pipeline.target.info.dbname}"
+    execute = pipeline.target.execute
+    execute(f"CREATE ROLE {reader} LOGIN")
+    try:
+        execute(f"GRANT USAGE ON SCHEMA cdcsync TO {reader}")
+        execute(
+            "GRANT SELECT ON articles_index, articles_index_chunks, cdcsync.articles_chunks, cdcsync.articles_words,"
+            f" cdcsync.articles_vectors_1 TO {reader}"
+        )
+        begun(pipeline)
+        execute("CREATE VIEW mine AS SELECT content FROM articles_index_chunks")
+        execute("ALTER TABLE cdcsync.articles_chunks ENABLE ROW LEVEL SECURITY")
+        execute(f"CREATE POLICY few ON cdcsync.articles_chunks TO {reader} USING (id < 10)")
+        told = refused(pipeline, "activate")
+        assert 'cdcsync"."articles~2_chunks" has not: who searches would see every row' in told
+        assert [one["state"] for one in migrate(pipeline, "status")] == ["live", "ready"]
+        pipeline.source.execute("INSERT INTO articles VALUES (21, 'one more')")
+        until(lambda: execute("SELECT count(*) FROM mine").fetchone() == (21,), pipeline.tail)
+        execute('ALTER TABLE cdcsync."articles~2_chunks" ENABLE ROW LEVEL SECURITY')
+        execute(f'CREATE POLICY few ON cdcsync."articles~2_chunks" TO {reader} USING (id < 10)')
+        assert migrate(pipeline, "activate")["live"] == 2
+        # What is built on the views of an index sees the other chunks; a role sees what it saw.
+        found = execute("SELECT count(*), bool_and(content LIKE 'about: %') FROM mine").fetchone()
+        assert found == (21, True)
+        with psycopg.connect(pipeline.config.target.dsn, autocommit=True) as connection:
+            connection.execute(f"SET ROLE {reader}")
+            rows = connection.execute(
+                "SELECT id, content FROM cdcsync.articles_search('article', k => 50, mode => 'text')"
+            ).fetchall()
+        assert {id_ for id_, _ in rows} == set(range(1, 10))
+        assert all(content.startswith("about: ") for _, content in rows)
+
+        execute("CREATE VIEW old AS SELECT content FROM cdcsync.articles_chunks")
+        told = refused(pipeline, "drop", "--yes")
+        assert "generation 1 could not be dropped" in told
+        assert "old depends on" in told
+        pipeline.source.execute("INSERT INTO articles VALUES (1000, 'a new one')")
+        until(lambda: execute("SELECT count(*) FROM mine").fetchone() == (22,), pipeline.tail)
+        execute("DROP VIEW old")
+        assert migrate(pipeline, "drop", "--yes")["dropped"] == 1
+    finally:
+        execute(f"DROP OWNED BY {reader}")
+        execute(f"DROP ROLE {reader}")

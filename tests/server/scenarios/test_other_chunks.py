@@ -1,0 +1,333 @@
+"""Migrations to other chunks, which are filled beside those that are searched."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import psycopg
+import pytest
+
+import cdcsync
+from cdcsync.config import parse
+from tests import ROOT
+from tests.support.configs import Section, configuration
+from tests.support.migrations import BOTH, NEW, OLD, hashed, loaded, migrate, refused
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
+
+pytestmark = pytest.mark.server
+
+SEARCHES_PER_S = 20
+
+FRAMED = "about: {title}\n\n{title}"
+"""A template whose chunks nobody can take for those of `{title}`."""
+
+PIECES = {"strategy": "characters", "max_tokens": 15, "overlap_tokens": 0}
+
+
+def asked(pipeline: Pipeline, text: str) -> None:
+    """Write a configuration for commands; the worker goes on with the one that it has."""
+    pipeline.path.write_text(text)
+    pipeline.config = parse(text, {}, where=str(pipeline.path))
+
+
+def ready(pipeline: Pipeline, generation: int = 2, index: str = "articles") -> None:
+    """Wait until a generation with chunks of its own is filled."""
+
+    def filled() -> bool:
+        found = {one["generation"]: one["state"] for one in migrate(pipeline, "status", index=index)}
+        return found.get(generation) == "ready"
+
+    until(filled, lambda: f"chunks beside {index}; {pipeline.tail()}")
+
+
+def made(pipeline: Pipeline, stem: str, generation: int, contents: Callable[[int, str], set[str]]) -> None:
+    """Wait until the chunks of a stem are what its rows come to, each with one vector of its text."""
+
+    def whole() -> bool:
+        rows = dict(pipeline.source.execute("SELECT id, title FROM articles").fetchall())
+        found: dict[int, set[str]] = {}
+        for id_, content in pipeline.target.execute(f'SELECT id, content FROM cdcsync."{stem}_chunks"').fetchall():
+            found.setdefault(id_, set()).add(content)
+        lacking = pipeline.target.execute(
+            f'SELECT count(*) FROM cdcsync."{stem}_chunks" AS c WHERE 1 <> (SELECT count(*) FROM'
+            f' cdcsync."{stem}_vectors_{generation}" AS v WHERE v.chunk_id = c.chunk_id'
+            " AND v.content_hash = c.content_hash)"
+        ).fetchone()
+        return found == {id_: contents(id_, title) for id_, title in rows.items()} and lacking == (0,)
+
+    until(whole, lambda: f"the chunks of {stem} to be whole; {pipeline.tail()}")
+
+
+def plain(_: int, title: str) -> set[str]:
+    return {title}
+
+
+def framed(_: int, title: str) -> set[str]:
+    return {f"about: {title}\n\n{title}"}
+
+
+class Searches:
+    """Searches all the time, and holds every answer against model and template of its generation."""
+
+    QUERY = "which article is about 11 and 7"
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.models = {1: OLD, 2: NEW}
+        self.answers: Counter[tuple[str, int]] = Counter()
+        """By who asked, and by generation."""
+        self._pipeline = pipeline
+        self._over = False
+
+    def check(self, who: str, generation: int, found: Sequence[tuple[str, float | None, bool]]) -> None:
+        assert found, f"{who} found nothing in generation {generation}"
+        model = self.models[generation]
+        query, texts = model.vectors([self.QUERY])[0], model.vectors([text for text, _, _ in found])
+        for (text, distance, stale), expected in zip(found, 1 - texts @ query, strict=True):
+            assert text.startswith("about: ") == (generation == 2), f"{who}, generation {generation}: {text!r}"
+            near = distance is None or abs(distance - expected) < 1e-3
+            assert stale or near, f"{who}, generation {generation}: {text!r}"
+        self.answers[who, generation] += 1
+
+    async def by_sql(self) -> None:
+        """As an application that embeds by itself, and by words, and through the view."""
+        dsn = self._pipeline.config.target.dsn
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+            while not self._over:
+                cursor = await connection.execute("SELECT generation FROM cdcsync.indexes WHERE name = 'articles'")
+                (generation,) = await cursor.fetchone() or (0,)
+                vector = json.dumps(self.models[generation].vectors([self.QUERY])[0].tolist())
+                for mode in ("vector", "hybrid"):
+                    cursor = await connection.execute(
+                        "SELECT content, distance, stale FROM cdcsync.articles_search(%s, %s::text::vector, k => 5,"
+                        " mode => %s, generation => %s)",
+                        [self.QUERY, vector, mode, generation],
+                    )
+                    self.check("sql", generation, await cursor.fetchall())
+                for statement in (
+                    "SELECT content FROM cdcsync.articles_search('article', k => 50, mode => 'text')",
+                    "SELECT content FROM articles_index LIMIT 500",
+                    "SELECT content FROM articles_index_chunks LIMIT 500",
+                ):
+                    cursor = await connection.execute(statement)
+                    kinds = {content.startswith("about: ") for (content,) in await cursor.fetchall()}
+                    assert len(kinds) == 1, (statement, kinds)
+                await anyio.sleep(1 / SEARCHES_PER_S)
+
+    async def by_python(self) -> None:
+        async with cdcsync.Index.open(self._pipeline.config, "articles") as articles:
+            while not self._over:
+                hits = await articles.search(self.QUERY, k=5)
+                assert hits.warning is None
+                assert hits.generation is not None
+                self.check("python", hits.generation, [(hit.content, hit.distance, hit.stale) for hit in hits])
+                await anyio.sleep(1 / SEARCHES_PER_S)
+
+    async def by_command(self) -> None:
+        ask = partial(self._pipeline.answer, "search", "articles", self.QUERY, "--mode", "vector", PYTHONPATH=str(ROOT))
+        while not self._over:
+            hits = await anyio.to_thread.run_sync(ask)
+            assert hits
+            generation = 2 if hits[0]["content"].startswith("about: ") else 1
+            self.check("command", generation, [(hit["content"], hit["distance"], hit["stale"]) for hit in hits])
+
+    @asynccontextmanager
+    async def going_on(self) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as tasks:
+            for search in (self.by_sql, self.by_python, self.by_command):
+                tasks.start_soon(search)
+            yield
+            self._over = True
+
+    async def some_more(self, generation: int) -> None:
+        """Wait until each has searched a generation several times more."""
+        before = dict(self.answers)
+        for who, times in (("sql", 5), ("python", 5), ("command", 1)):
+            with anyio.fail_after(60):
+                while self.answers[who, generation] < before.get((who, generation), 0) + times:  # noqa: ASYNC110
+                    await anyio.sleep(0.05)
+
+
+def whole_way(pipeline: Pipeline, more_searches: Callable[[int], None]) -> None:
+    """Migrate, and back, and forth again, while rows change; then drop the chunks of before."""
+    execute = pipeline.source.execute
+    begun = migrate(pipeline, "start")
+    assert (begun["generation"], begun["live"], begun["begun"], begun["chunks"]) == (2, 1, True, 100)
+    assert [one.split(":")[0] for one in begun["own_chunks"]] == ["text"]
+    assert migrate(pipeline, "start")["begun"] is False
+    more_searches(1)
+    ready(pipeline)
+    execute("UPDATE articles SET title = title || ', changed' WHERE id % 3 = 0")
+    execute("DELETE FROM articles WHERE id % 10 = 1")
+    execute("INSERT INTO articles VALUES (1000, 'an article that is new')")
+    made(pipeline, "articles", 1, plain)
+    made(pipeline, "articles~2", 2, framed)
+    more_searches(1)
+
+    gated = migrate(pipeline, "activate", "--min", "overlap=1", status=1)
+    assert (gated["switched"], gated["live"]) == (False, 1)
+    done = migrate(pipeline, "activate", "--min", "recall=0.9")
+    assert (done["switched"], done["before"], done["live"]) == (True, 1, 2)
+    assert 0 < done["quality"]["overlap"] < 1
+    more_searches(2)
+    execute("UPDATE articles SET title = title || ', again' WHERE id % 4 = 0")
+    made(pipeline, "articles", 1, plain)
+    made(pipeline, "articles~2", 2, framed)
+
+    back = migrate(pipeline, "rollback")
+    assert (back["live"], back["before"]) == (1, 2)
+    more_searches(1)
+    assert migrate(pipeline, "activate")["live"] == 2
+    assert [one["state"] for one in migrate(pipeline, "status")] == ["ready", "live"]
+    assert migrate(pipeline, "drop", "--yes")["dropped"] == 1
+    more_searches(2)
+    execute("UPDATE articles SET title = title || ', once more' WHERE id % 5 = 0")
+    made(pipeline, "articles~2", 2, framed)
+    assert pipeline.target.execute("SELECT to_regclass('cdcsync.articles_chunks')").fetchone() == (None,)
+    (only,) = migrate(pipeline, "status")
+    assert (only["generation"], only["state"], only["vectors"]) == (2, "live", only["chunks"])
+
+
+@pytest.mark.anyio
+@pytest.mark.timeout(240)
+async def test_searches_go_on_and_never_mix_chunks_while_an_index_migrates_and_rolls_back(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    def begin() -> Pipeline:
+        pipeline = make_pipeline(configuration(database.dsn, embedders=BOTH, indexes={"articles": {}, "notes": {}}))
+        loaded(pipeline, "articles", "notes", rows=100)
+        wanted: Mapping[str, Section] = {"articles": {"text": FRAMED, "embedder": "new"}, "notes": {}}
+        asked(pipeline, configuration(database.dsn, embedders=BOTH, indexes=wanted))
+        return pipeline
+
+    pipeline = await anyio.to_thread.run_sync(begin)
+    searches = Searches(pipeline)
+    async with searches.going_on():
+        await anyio.to_thread.run_sync(
+            lambda: whole_way(pipeline, lambda generation: anyio.from_thread.run(searches.some_more, generation))
+        )
+    assert {who for who, _ in searches.answers} == {"sql", "python", "command"}
+    await anyio.to_thread.run_sync(lambda: _the_other_index_is_as_it_was(pipeline))
+
+
+def _the_other_index_is_as_it_was(pipeline: Pipeline) -> None:
+    pipeline.source.execute("UPDATE notes SET title = title || ', too' WHERE id = 7")
+    pipeline.in_step("notes")
+    status = pipeline.answer("status", PYTHONPATH=str(ROOT))["indexes"]
+    assert set(status) == {"articles", "notes"}
+    # The file that asks for what is live changes nothing.
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.start(PYTHONPATH=str(ROOT))
+    pipeline.source.execute("INSERT INTO articles VALUES (2000, 'the last one')")
+    made(pipeline, "articles~2", 2, framed)
+    plan: Any = pipeline.answer("plan", PYTHONPATH=str(ROOT))
+    assert [one["action"] for one in plan["indexes"]] == ["unchanged", "unchanged"]
+
+
+def test_a_migration_to_other_chunks_goes_on_after_a_kill_at_every_step(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    embedders = {"fake": hashed(8)}
+    pipeline = make_pipeline(configuration(database.dsn, embedders=embedders))
+    loaded(pipeline, "articles", rows=300)
+    asked(pipeline, configuration(database.dsn, embedders=embedders, indexes={"articles": {"text": FRAMED}}))
+
+    def killed(point: str) -> None:
+        process = pipeline.start(CDCSYNC_CRASH_AT=point)
+        until(lambda: process.poll() is not None, lambda: f"a kill at {point!r}; {pipeline.tail()}")
+        assert process.returncode == -signal.SIGKILL, pipeline.tail()
+
+    def command_killed(action: str, point: str, *options: str) -> None:
+        done = pipeline.command("migrate", "articles", action, "--json", *options, CDCSYNC_CRASH_AT=point)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+
+    command_killed("start", "migration to other chunks asked for")
+    assert migrate(pipeline, "status")[-1]["generation"] == 1
+    command_killed("start", "migration to other chunks begun")
+    pipeline.stop(pipeline.processes[-1])
+    for point in ("index relations written#2", "index relations committed", "index to be live", "index declared live"):
+        killed(point)
+    pipeline.start()
+    ready(pipeline)
+    made(pipeline, "articles~2", 2, framed)
+    made(pipeline, "articles", 1, plain)
+
+    command_killed("activate", "other chunks asked for")
+    assert [one["state"] for one in migrate(pipeline, "status")] == ["live", "ready"]
+    pipeline.stop(pipeline.processes[-1])
+    command_killed("activate", "chunks exchanged")
+    assert [one["state"] for one in migrate(pipeline, "status")] == ["live", "activating"]
+    killed("chunks exchanged")
+    killed("exchange of chunks committed")
+    assert [one["state"] for one in migrate(pipeline, "status")] == ["ready", "live"]
+    pipeline.start()
+    pipeline.source.execute("UPDATE articles SET title = title || ', changed' WHERE id % 50 = 0")
+    made(pipeline, "articles~2", 2, framed)
+    made(pipeline, "articles", 1, plain)
+
+    command_killed("drop", "end of a generation committed", "--yes")
+    until(lambda: len(migrate(pipeline, "status")) == 1, pipeline.tail)
+    pipeline.source.execute("UPDATE articles SET title = title || ', again' WHERE id % 50 = 1")
+    made(pipeline, "articles~2", 2, framed)
+
+
+def test_chunks_that_are_given_up_are_not_made_in_place(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    embedders = {"fake": hashed(8)}
+    pipeline = make_pipeline(configuration(database.dsn, embedders=embedders))
+    loaded(pipeline, "articles", rows=30)
+    asked(pipeline, configuration(database.dsn, embedders=embedders, indexes={"articles": {"text": FRAMED}}))
+    migrate(pipeline, "start")
+    ready(pipeline)
+    # The worker knows neither of the two by the file now: searches keep what they have.
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.start()
+    pipeline.source.execute("INSERT INTO articles VALUES (1000, 'an article that is new')")
+    made(pipeline, "articles", 1, plain)
+    made(pipeline, "articles~2", 2, framed)
+    assert migrate(pipeline, "drop", "--yes")["dropped"] == 2
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.start()
+    pipeline.source.execute("INSERT INTO articles VALUES (2000, 'another one')")
+    made(pipeline, "articles", 1, plain)
+    plan = pipeline.answer("plan", status=3)
+    assert "were dropped (text)" in plan["indexes"][0]["remaining"][0]
+    assert migrate(pipeline, "start")["generation"] == 3
+    ready(pipeline, 3)
+    made(pipeline, "articles~3", 3, framed)
+    asked(pipeline, configuration(database.dsn, embedders=embedders, indexes={"articles": {"text": "{id} {title}"}}))
+    assert "not those that the configuration asks for" in refused(pipeline, "start")
+    pipeline.stop(pipeline.processes[-1])
+    dropped = pipeline.command("drop", "articles", "--yes")
+    assert dropped.returncode == 0, dropped.stderr
+    left = pipeline.target.execute(
+        "SELECT relname FROM pg_class WHERE relnamespace = 'cdcsync'::regnamespace AND relname LIKE 'articles%'"
+    ).fetchall()
+    assert left == []
+
+
+def test_texts_that_both_have_are_not_embedded_again(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = make_pipeline(configuration(database.dsn))
+    loaded(pipeline, "articles", rows=30)
+    asked(pipeline, configuration(database.dsn, indexes={"articles": {"chunking": PIECES}}))
+    pipeline.source.execute("INSERT INTO articles VALUES (1000, repeat('a long one of many words ', 10))")
+    pipeline.reach("articles")
+    begun = migrate(pipeline, "start")
+    assert 0 < begun["chunks"] <= 5, begun
+    ready(pipeline)
+    shared = pipeline.target.execute(
+        'SELECT count(*) FROM cdcsync.articles_vectors_1 AS a JOIN cdcsync."articles~2_vectors_2" AS b'
+        " USING (content_hash) WHERE a.embedding = b.embedding"
+    ).fetchone()
+    assert shared == (30,)
