@@ -166,7 +166,7 @@ def test_a_wrong_argument_is_told_before_anything_is_measured(
         ((*judged, "--weights", "1:0:1"), "'1:0:1' is not a range of weights"),
         ((*judged, "--against", "17"), "there is no run 17 of pages by animals"),
         ((*judged, "--against", "FIRST"), "'FIRST' is not a run"),
-        ((*judged, "--plot", f"{collection}/no/figures.svg"), "cannot be written"),
+        ((*judged, "--plot", f"{collection}/no/figures.svg"), "where: --plot"),
     ):
         assert evaluate(followed, "pages", *arguments) == 2
         told = capsys.readouterr()
