@@ -131,6 +131,7 @@ async def drop_index(config: Config, index: str) -> list[Step]:
             tables = await _rows(target, _TABLES, [f"cdcsync index {name}: " for name in both], schema)
             views = await _rows(target, _VIEWS, [oid for oid, _ in tables])
             others = {table for name, one in entries.items() if name not in both for table in one.tables}
+            own = {table for name in both if name in entries for table in entries[name].tables}
         with _own_dependents(), speaking_of("target"):
             async with target.transaction():
                 await drop_search(target, schema, index)
@@ -154,7 +155,7 @@ async def drop_index(config: Config, index: str) -> list[Step]:
         others |= {str(table) for name, one in config.indexes.items() if name != index for table in one.followed}
         with speaking_of("source"):
             others = await single_names(source, others)
-            mine = await single_names(source, entry.tables)
+            mine = await single_names(source, own)
         steps += [await _unpublish(source, config, table, others) for table in sorted(mine)]
         return steps
 

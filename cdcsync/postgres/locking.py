@@ -27,10 +27,12 @@ BRIEFLY = "SET LOCAL lock_timeout = '400ms'"
 somebody's statement, we give up."""
 
 
-async def until_locked(change: Callable[[], Awaitable[T]], *, table: str) -> T:
+async def until_locked(change: Callable[[], Awaitable[T]], *, table: str, attempts: int | None = None) -> T:
     """Do a change that begins with `BRIEFLY`, in a transaction of its own, again and again until nobody is in its way.
 
     :param table: what is locked, for the log.
+    :param attempts: how many times it is tried at most, where others wait for the caller meanwhile.
+    :raises LockNotAvailable, DeadlockDetected: somebody was in its way each time.
     """
     attempt = 0
     while True:
@@ -38,5 +40,7 @@ async def until_locked(change: Callable[[], Awaitable[T]], *, table: str) -> T:
             return await change()
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
             log.info("lock_waits", table=table, attempt=attempt + 1)
+            if attempt + 1 == attempts:
+                raise
             await anyio.sleep(backoff_s(attempt, first=0.1, most=5))
             attempt += 1

@@ -18,10 +18,10 @@ def beside_findings(name: str, section: Index, own: Entry, other: Entry | None) 
     """
     where = f"indexes.{name}"
     if other is None:
-        if declines(section, own) and own.configuration is not None:
+        if declines(section, own):
             yield Finding.warning(
                 where,
-                "the configuration asks for chunks of a generation that were dropped"
+                "the configuration asks for other chunks, as it did when some were dropped"
                 f" ({_changes(own, section)}); the index keeps those that it has",
                 f"write these keys as the index has them; or, to have such chunks again: cdcsync migrate {name} start",
             )

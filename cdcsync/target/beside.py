@@ -53,8 +53,13 @@ def made_by(section: Index, one: Entry | None) -> Index:
 
 
 def declines(section: Index, own: Entry) -> bool:
-    """Say whether the file asks for chunks that were dropped by `cdcsync migrate`."""
-    return own.declined is not None and own.declined == contents_of(as_stored(section))
+    """Say whether the file asks for other chunks than an index has, as it did when `cdcsync migrate` dropped some."""
+    return asks_for_others(section, own) and contents_of(as_stored(section)) in (own.declined or ())
+
+
+def asks_for_others(section: Index, own: Entry) -> bool:
+    """Say whether the file asks for other chunks than a stored index has."""
+    return own.configuration is not None and made_as(section, contents_of(own.configuration)) != section
 
 
 def contents_asked_for(one: Entry) -> dict[str, Any] | None:

@@ -75,7 +75,7 @@ DDL: tuple[LiteralString, ...] = (
     " 'Of an index that stands beside another: since when it is to be the one that is searched.'",
     "ALTER TABLE {schema}.indexes ADD COLUMN IF NOT EXISTS declined jsonb",
     "COMMENT ON COLUMN {schema}.indexes.declined IS"
-    " 'What the chunks were made of that were dropped last: the worker does not make these in place.'",
+    " 'What chunks were made of, or were to be, when some were dropped: the worker does not make these in place.'",
     "COMMENT ON COLUMN {schema}.indexes.last_generation IS"
     " 'The highest number that a generation had, also one that was dropped: no number is used again.'",
     "COMMENT ON COLUMN {schema}.indexes.configuration IS"
@@ -129,7 +129,7 @@ class Entry(msgspec.Struct, frozen=True):
     left_out: dict[str, str] = {}
     stem: str | None = None
     activation_asked_at: datetime | None = None
-    declined: dict[str, Any] | None = None
+    declined: list[dict[str, Any]] | None = None
 
     @property
     def hidden(self) -> bool:
@@ -386,11 +386,11 @@ class Registry:
             {"both": [index, beside_name(index)]},
         )
 
-    async def decline(self, connection: Connection, index: str, contents: Mapping[str, Any] | None) -> None:
-        """Note what chunks were made of that nobody wants any more; None if that is no longer so."""
+    async def decline(self, connection: Connection, index: str, contents: Sequence[Mapping[str, Any]] | None) -> None:
+        """Note what chunks are made of that are not to be made in place; None if that is no longer so."""
         await connection.execute(
             sql.SQL("UPDATE {} SET declined = %s WHERE name = %s").format(self._table),
-            [None if contents is None else Jsonb(contents), index],
+            [None if contents is None else Jsonb(list(contents)), index],
         )
 
     async def note_generation(self, connection: Connection, index: str, generation: int) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import anyio
 
 from cdcsync.config import Config
+from cdcsync.config.differences import as_stored, contents_of
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import opened, other_generation
 from cdcsync.flows.setup.exchange import do_what_was_asked
 from cdcsync.flows.setup.indexes import drop_generations
 from cdcsync.postgres.sessions import speaking_of
+from cdcsync.target.beside import asks_for_others
 from cdcsync.target.generations import Generations
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Entry, Registry
@@ -42,6 +44,10 @@ async def drop(config: Config, index: str, generation: int) -> int:
                         hint=f"see what is there now: cdcsync migrate {index} status",
                     )
                 await Generations(schema).drop_asked(connection, other.index_name, other.generation)
+                section = config.index_named(index)
+                if other.of_other_chunks and asks_for_others(section, entry):
+                    # Once nothing stands beside it any more, a worker with this file would make these in place.
+                    await Registry(schema).decline(connection, index, [contents_of(as_stored(section))])
                 crash_point("end of a generation asked for")
             crash_point("end of a generation committed")
             pipelines, generations = Pipelines(schema, config.source.slot), Generations(schema)
@@ -60,9 +66,10 @@ async def drop(config: Config, index: str, generation: int) -> int:
                     spec = await stored_spec(connection, schema, index, config.index_named(index))
                     await drop_generations(connection, schema, spec)
                 else:
-                    # A worker looks for other chunks that are to go even where it does not follow the index.
-                    if not other.of_other_chunks:
-                        _require_followed(await Registry(schema).find(connection, index), generation)
+                    # A worker looks for other chunks that are to go even where the index is paused.
+                    entry = await Registry(schema).find(connection, index)
+                    if not other.of_other_chunks or (entry is not None and entry.unfollowed_at is not None):
+                        _require_followed(entry, generation)
                     await anyio.sleep(POLL_S)
     return other.generation
 
@@ -70,8 +77,14 @@ async def drop(config: Config, index: str, generation: int) -> int:
 def _require_followed(entry: Entry | None, generation: int) -> None:
     """Refuse to wait for a worker that has nothing to do with an index until it is resumed.
 
-    :raises SetupError: it is paused.
+    :raises SetupError: it is paused, or the worker's file does not have it.
     """
+    if entry is not None and entry.unfollowed_at is not None:
+        raise SetupError(
+            f"no worker follows the index; one drops generation {generation} once it does",
+            where=f"index {entry.name}",
+            hint="start the worker with a file that has the index; or stop the worker, and run this again",
+        )
     if entry is not None and entry.state == "paused":
         raise SetupError(
             f"the index is paused; the worker drops generation {generation} once it follows the index again",

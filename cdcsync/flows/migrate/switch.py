@@ -173,6 +173,13 @@ async def switch(config: Config, index: str, generation: int, *, confirmed: bool
 
 
 def _require_live(beside: Entry) -> None:
+    if beside.unfollowed_at is not None:
+        raise SetupError(
+            f"no worker follows generation {beside.generation} any more: it is as it was at"
+            f" {beside.unfollowed_at:%Y-%m-%d %H:%M} UTC",
+            where=f"index {beside.name}",
+            hint="start the worker with a file that has the index, and wait until it is ready",
+        )
     if beside.state != "live":
         raise SetupError(
             f"generation {beside.generation} is {beside.state}"

@@ -8,6 +8,7 @@ worker runs, or once a running one has let go of the lock because the watch saw 
 from __future__ import annotations
 
 import msgspec
+import psycopg
 
 from cdcsync.config import Config
 from cdcsync.config.names import beside_name, own_name
@@ -25,6 +26,9 @@ from cdcsync.target.registry import Entry, Registry
 from cdcsync.target.search import stored_spec
 
 log = get_logger()
+
+ATTEMPTS = 6
+"""How often an exchange is tried, some seconds together: no index of the pipeline is followed meanwhile."""
 
 
 async def do_what_was_asked(connection: Connection, config: Config) -> bool:
@@ -46,10 +50,18 @@ async def do_what_was_asked(connection: Connection, config: Config) -> bool:
         done, change = True, _drop if ends else _exchange
         try:
             with speaking_of("target", where=f"index {index}"):
-                await until_locked(
-                    lambda: change(connection, config, index),  # noqa: B023 - awaited here
-                    table=f"{other.relations}_chunks",
-                )
+                try:
+                    await until_locked(
+                        lambda: change(connection, config, index),  # noqa: B023 - awaited here
+                        table=f"{other.relations}_chunks",
+                        attempts=ATTEMPTS,
+                    )
+                except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+                    raise SetupError(
+                        "other transactions have locked its view or tables for some seconds, a dump for one",
+                        where=f"index {index}",
+                        hint="see pg_locks and pg_stat_activity; when they are over, try again",
+                    ) from error
             if ends:
                 log.info("generation_dropped", index=index, generation=other.generation)
             else:
@@ -107,15 +119,16 @@ async def _drop(connection: Connection, config: Config, index: str) -> None:
     schema = config.target.schema
     registry = Registry(schema)
     async with connection.transaction():
-        await registry.find(connection, index, lock=True)
+        own = await registry.find(connection, index, lock=True)
         other = await registry.find(connection, beside_name(index), lock=True)
-        if other is None:
+        if own is None or other is None:
             return
         spec = await stored_spec(connection, schema, index, config.indexes[index])
         await drop_beside(connection, schema, msgspec.structs.replace(spec, beside=None))
         await registry.remove(connection, other.name)
         # A configuration may ask for them still: the old one of a running worker, or that of a migration that was given
         # up. Nobody wants them in place of those that are searched.
-        await registry.decline(connection, index, contents_asked_for(other))
+        dropped = contents_asked_for(other)
+        await registry.decline(connection, index, [*(own.declined or ()), *([] if dropped is None else [dropped])])
         crash_point("chunks dropped")
     crash_point("dropped chunks committed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import anyio
+import psycopg
 import pytest
 
 from tests.support.indexes import make_spec
@@ -64,3 +66,17 @@ async def test_a_changed_text_search_configuration_is_warned_of_with_the_way_to_
     database.execute(warning.hint.partition(",")[0])
     await lay_out(database, make_spec(search="german"))
     assert warnings(await examined(configured(database.dsn, articles='search = "german"\ncolumns = ["tenant"]'))) == []
+
+
+async def test_a_table_that_goes_while_it_is_examined_is_no_mistake_of_ours(database: Database) -> None:
+    database.execute(ARTICLES)
+    await lay_out(database, make_spec(search="english"))
+    configuration = configured(database.dsn, articles='search = "english"\ncolumns = ["tenant"]')
+    waiting = "SELECT FROM pg_locks AS l JOIN pg_database AS d ON d.oid = l.database AND d.datname = current_database()"
+    async with await psycopg.AsyncConnection.connect(database.dsn) as other, anyio.create_task_group() as tasks:
+        await other.execute("DROP TABLE cdcsync.articles_chunks CASCADE")
+        tasks.start_soon(examined, configuration)
+        with anyio.fail_after(60):
+            while not database.execute(f"{waiting} WHERE NOT l.granted"):  # noqa: ASYNC110 - the server tells nobody
+                await anyio.sleep(0.02)
+        await other.commit()

@@ -306,6 +306,13 @@ def test_chunks_that_are_given_up_are_not_made_in_place(
     made(pipeline, "articles~3", 3, framed)
     asked(pipeline, configuration(database.dsn, embedders=embedders, indexes={"articles": {"text": "{id} {title}"}}))
     assert "not those that the configuration asks for" in refused(pipeline, "start")
+    # Nor are those of a file that asks for neither, which is told to drop one.
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.start()
+    migrate(pipeline, "drop", "--yes")
+    pipeline.source.execute("INSERT INTO articles VALUES (3000, 'a third one')")
+    made(pipeline, "articles", 1, plain)
+    assert "were dropped (text)" in pipeline.answer("plan", status=3)["indexes"][0]["remaining"][0]
     pipeline.stop(pipeline.processes[-1])
     dropped = pipeline.command("drop", "articles", "--yes")
     assert dropped.returncode == 0, dropped.stderr

@@ -39,8 +39,8 @@ OWN, OTHER = entry("t", OLD, 1), entry("t~other", NEW, 2)
         (NEW, OWN, OTHER, "warning", "cdcsync migrate t activate"),
         (NEW, OWN, msgspec.structs.replace(OTHER, state="building"), "ok", "is being filled beside the live one"),
         (THIRD, OWN, OTHER, "warning", "(text); both stay as they are"),
-        (NEW, entry("t", OLD, 1, declined=contents_asked_for(OTHER)), None, "warning", "were dropped (text)"),
-        (THIRD, entry("t", OLD, 1, declined=contents_asked_for(OTHER)), None, None, ""),
+        (NEW, entry("t", OLD, 1, declined=[contents_asked_for(OTHER)]), None, "warning", "were dropped (text)"),
+        (THIRD, entry("t", OLD, 1, declined=[contents_asked_for(OTHER)]), None, None, ""),
     ],
 )
 def test_what_the_file_asks_for_and_what_to_do_is_said(

@@ -55,7 +55,7 @@ def test_an_embedder_that_the_file_lacks_is_that_of_the_file() -> None:
 
 
 def test_chunks_that_were_given_up_are_not_made_in_place() -> None:
-    declined = contents_asked_for(entry("t~other", NEW))
+    declined = [contents_asked_for(entry("t~other", NEW))]
     own = entry("t", OLD, declined=declined)
     assert declines(NEW, own)
     made = with_beside(config(NEW), {"t": own}).indexes["t"]

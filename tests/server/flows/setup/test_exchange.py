@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from cdcsync.config import parse
-from tests.support.configs import configuration
+from tests.support.configs import Section, configuration
 from tests.support.migrations import loaded, migrate, refused
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -16,13 +16,17 @@ from tests.support.workers import Pipeline, until
 pytestmark = pytest.mark.server
 
 
-def beside(make_pipeline: Callable[[str], Pipeline], database: Database) -> Pipeline:
-    """Return an index with other chunks beside it, which are ready; a worker runs with the file of before."""
-    pipeline = make_pipeline(configuration(database.dsn))
-    loaded(pipeline, "articles", rows=20)
-    text = configuration(database.dsn, indexes={"articles": {"text": "about: {title}"}})
+def asked(pipeline: Pipeline, text: str) -> None:
     pipeline.path.write_text(text)
     pipeline.config = parse(text, {}, where=str(pipeline.path))
+
+
+def beside(make_pipeline: Callable[[str], Pipeline], database: Database, *others: str) -> Pipeline:
+    """Return an index that is to have other chunks, beside other indexes; a worker runs with the file of before."""
+    indexes: dict[str, Section] = {name: {} for name in ("articles", *others)}
+    pipeline = make_pipeline(configuration(database.dsn, indexes=indexes))
+    loaded(pipeline, *indexes, rows=20)
+    asked(pipeline, configuration(database.dsn, indexes=indexes | {"articles": {"text": "about: {title}"}}))
     return pipeline
 
 
@@ -78,3 +82,32 @@ def test_what_is_built_on_the_tables_is_in_the_way_and_nothing_else_changes(
     finally:
         execute(f"DROP OWNED BY {reader}")
         execute(f"DROP ROLE {reader}")
+
+
+def test_a_reader_in_the_way_holds_up_no_other_index(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = beside(make_pipeline, database, "notes")
+    begun(pipeline)
+    with psycopg.connect(pipeline.config.target.dsn) as dump:
+        dump.execute("SELECT FROM articles_index")
+        assert "other transactions have locked its view or tables" in refused(pipeline, "activate")
+        pipeline.source.execute("INSERT INTO notes VALUES (21, 'one more')")
+        until(lambda: pipeline.target.execute("SELECT count(*) FROM notes_index").fetchone() == (21,), pipeline.tail)
+    assert migrate(pipeline, "activate")["live"] == 2
+
+
+def test_nobody_waits_for_a_worker_whose_file_lacks_the_index(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = beside(make_pipeline, database, "notes")
+    begun(pipeline)
+    text = pipeline.path.read_text()
+    asked(pipeline, configuration(database.dsn, indexes={"notes": {}}))
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.start()
+    unfollowed = "SELECT count(*) FROM cdcsync.indexes WHERE unfollowed_at IS NOT NULL"
+    until(lambda: pipeline.target.execute(unfollowed).fetchone() == (2,), pipeline.tail)
+    asked(pipeline, text)
+    assert "no worker follows generation 2 any more" in refused(pipeline, "activate")
+    assert "no worker follows the index" in refused(pipeline, "drop", "--yes")
