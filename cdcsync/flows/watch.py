@@ -278,7 +278,7 @@ class Watch:
         asked = other is not None and other.activation_asked_at is not None
         ends = other is not None and any(one.state == "dropping" for one in generations.get(name, ()))
         if (other is not None) != known or asked or ends:
-            raise TablesChanged("a migration to other chunks goes on", where=f"index {index}")
+            raise TablesChanged("a migration to other chunks has moved on", where=f"index {index}")
 
     def _note_problems(self, index: str, findings: Sequence[Finding]) -> None:
         said = [f"{one.sentence}; {one.hint}" for one in findings if one.level == "warning"]
