@@ -152,15 +152,14 @@ async def switch(config: Config, index: str, generation: int, *, confirmed: bool
             if beside is not None:
                 _require_live(beside)
                 await Registry(schema).ask_for_activation(connection, index)
-                crash_point("other chunks asked for")
-                return before
-            live = await stored_spec(connection, schema, index, config.index_named(index))
-            spec = next(one for one in live.others if one.generation == generation)
-            others = (msgspec.structs.replace(live, others=()), *(one for one in live.others if one is not spec))
-            spec = msgspec.structs.replace(spec, others=tuple(others))
-            await switch_relations(connection, schema, spec, before)
-            await Registry(schema).switch(connection, spec)
-            await Generations(schema).stamp(connection, index, generation, "live_at")
+            else:
+                live = await stored_spec(connection, schema, index, config.index_named(index))
+                spec = next(one for one in live.others if one.generation == generation)
+                others = (msgspec.structs.replace(live, others=()), *(one for one in live.others if one is not spec))
+                spec = msgspec.structs.replace(spec, others=tuple(others))
+                await switch_relations(connection, schema, spec, before)
+                await Registry(schema).switch(connection, spec)
+                await Generations(schema).stamp(connection, index, generation, "live_at")
             crash_point("switch written")
         crash_point("switch committed")
         return before

@@ -47,15 +47,22 @@ async def do_what_was_asked(connection: Connection, config: Config) -> bool:
         ends = any(one.state == "dropping" for one in generations.get(other.name, ()))
         if not ends and other.activation_asked_at is None:
             continue
-        done, change = True, _drop if ends else _exchange
+        done, table = True, f"{other.relations}_chunks"
         try:
             with speaking_of("target", where=f"index {index}"):
                 try:
-                    await until_locked(
-                        lambda: change(connection, config, index),  # noqa: B023 - awaited here
-                        table=f"{other.relations}_chunks",
-                        attempts=ATTEMPTS,
-                    )
+                    if ends:
+                        await until_locked(
+                            lambda: _drop(connection, config, index),  # noqa: B023 - awaited here
+                            table=table,
+                            attempts=ATTEMPTS,
+                        )
+                    else:
+                        await until_locked(
+                            lambda: _exchange(connection, config, index),  # noqa: B023 - awaited here
+                            table=table,
+                            attempts=ATTEMPTS,
+                        )
                 except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
                     raise SetupError(
                         "other transactions have locked its view or tables for some seconds, a dump for one",

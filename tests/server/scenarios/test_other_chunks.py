@@ -260,7 +260,7 @@ def test_a_migration_to_other_chunks_goes_on_after_a_kill_at_every_step(
     made(pipeline, "articles~2", 2, framed)
     made(pipeline, "articles", 1, plain)
 
-    command_killed("activate", "other chunks asked for")
+    command_killed("activate", "switch written")
     assert [one["state"] for one in migrate(pipeline, "status")] == ["live", "ready"]
     pipeline.stop(pipeline.processes[-1])
     command_killed("activate", "chunks exchanged")
