@@ -6,7 +6,8 @@ everything else. A larger one costs its row, which is listed, and not the proces
 
 Texts are made in one thread and freed in another. glibc gives each thread an arena of its own, up to eight for a
 processor, and keeps what is free in one from all others. As only one thread at a time runs Python, one arena for all
-costs nothing: a transaction of 90,000 rows of 2,000 bytes took 84 MB with it, and 100 MB without.
+costs nothing where no model runs in the process: a transaction of 90,000 rows of 2,000 bytes took 84 MB with it, and
+100 MB without.
 
 Source: Linux, cgroup v2, "Memory Interface Files" (memory.max); getrlimit(2); mallopt(3).
 """

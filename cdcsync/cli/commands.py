@@ -238,10 +238,13 @@ def run(context: typer.Context, config: ConfigOption = None) -> None:
     configuration again. Logs go to standard error; health, metrics and status are served at `worker.listen`.
     """
     from cdcsync import logs
+    from cdcsync.config.embedders import HashEmbedder, RayEmbedder, RemoteEmbedder
     from cdcsync.memory import share_arena
 
-    share_arena()
     configuration = _load(context, config)
+    # A model in this process has threads of its own, which allocate all the time.
+    if all(isinstance(one, HashEmbedder | RayEmbedder | RemoteEmbedder) for one in configuration.embedders.values()):
+        share_arena()
     settings = configuration.worker
     shown: Callable[[WorkerState], Coroutine[Any, Any, None]] | None = None
     stream: TextIO | None = None
