@@ -134,8 +134,8 @@ class Audits:
         """Note that a comparison has reached its end: if nothing was found, all that it could judge is proven equal."""
         await connection.execute(
             sql.SQL(
-                "UPDATE {} SET finished_at = clock_timestamp(),"
-                " proven_at = CASE WHEN differences = 0 THEN clock_timestamp() ELSE proven_at END,"
+                "UPDATE {} SET finished_at = statement_timestamp(),"
+                " proven_at = CASE WHEN differences = 0 THEN statement_timestamp() ELSE proven_at END,"
                 " proven_without = CASE WHEN differences = 0 THEN undecided ELSE proven_without END"
                 " WHERE index_name = %s"
             ).format(self._table),
