@@ -76,6 +76,11 @@ class CdcsyncError(Exception):
     def __str__(self) -> str:
         return f"{self.where}: {self.message}" if self.where else self.message
 
+    @property
+    def with_fix(self) -> str:
+        """The fault and its fix in one line, for a table that says why something waits."""
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
 
 class ConfigError(CdcsyncError):
     """A configuration file, key or value is wrong."""

@@ -77,9 +77,8 @@ async def _advance_all(connection: Connection, schema: str, left: list[IndexSpec
             if connection.info.transaction_status != TransactionStatus.IDLE:
                 raise
             lacking.append(error)
-            reason = f"{error.message}; {error.hint}" if error.hint else error.message
             with speaking_of("target"):
-                await Registry(schema).note_wait(connection, spec.name, reason)
+                await Registry(schema).note_wait(connection, spec.name, error.with_fix)
             crash_point("cause of a wait noted")
     if lacking:
         raise lacking[0]

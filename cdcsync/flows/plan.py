@@ -240,7 +240,7 @@ class _Planning:
             kept = await dependents_findings(self._target, schema, spec)
             other = await Registry(schema).find(self._target, beside_name(spec.name))
         kept += beside_findings(spec.name, self._config.indexes[spec.name], entry, other)
-        said = [f"{one.message}; {one.hint}" if one.hint else one.message for one in kept]
+        said = [one.with_fix for one in kept]
         return said + (await self._vectors_remaining(spec) if other is None else [])
 
     async def _vectors_remaining(self, spec: IndexSpec) -> list[str]:
@@ -248,7 +248,7 @@ class _Planning:
         wanted, has = examined.wanted, (spec.model, spec.dimensions, spec.config.vector_type, spec.distance)
         if wanted is not None and wanted.made_by != has:
             told = vector_findings(examined, Generation.of(spec, "ready"))
-            return [f"{one.message}; {one.hint}" if one.hint else one.message for one in told]
+            return [one.with_fix for one in told]
         with speaking_of("target", where=f"index {spec.name}"):
             built: dict[str, object] = {
                 "quantise": spec.config.hnsw.quantise,

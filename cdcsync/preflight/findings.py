@@ -55,6 +55,11 @@ class Finding(msgspec.Struct, frozen=True):
         return cls("error", where, message, hint)
 
     @property
+    def with_fix(self) -> str:
+        """The message and its fix in one line."""
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+    @property
     def sentence(self) -> str:
         """The message where `where` does not stand beside it: with the table or the publication that it is about."""
         said = self.where.startswith("indexes.") or self.where in self.message

@@ -102,7 +102,7 @@ class Plan(msgspec.Struct):
     @property
     def reasons(self) -> dict[str, str]:
         """Why tables are left out, by their names."""
-        return {str(name): f"{why.message}; {why.hint}" for name, why in self.left_out.items()}
+        return {str(name): why.with_fix for name, why in self.left_out.items()}
 
 
 def make_plan(name: str, index: Index, embedder: Embedder | None, findings: list[Finding]) -> Plan:

@@ -10,7 +10,7 @@ from psycopg import sql
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.reads import reading
-from cdcsync.source.statements import Statements
+from cdcsync.source.statements import RELATIONS, Statements
 from cdcsync.source.unreadable import of_a_row
 
 
@@ -18,9 +18,9 @@ async def estimate(table: Statements, connection: Connection) -> int:
     """Return the planner's idea of how many rows the table has."""
     row = await fetch_one(
         connection,
-        # A partition tree is empty for a table that has no part in partitioning, and a root repeats its leaves.
+        # A root repeats its leaves.
         "SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::int8 FROM pg_class c WHERE c.relkind <> 'p'"
-        " AND (c.oid = %(table)s::regclass OR c.oid IN (SELECT relid FROM pg_partition_tree(%(table)s::regclass)))",
+        f" AND c.oid IN {RELATIONS}",
         {"table": str(table.shape.table)},
     )
     return cast(int, row[0])

@@ -13,7 +13,7 @@ from cdcsync.postgres.queries import fetch_one, fetch_texts
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.keys import read_keys
 from cdcsync.source.reads import reading
-from cdcsync.source.statements import PLACE, Statements
+from cdcsync.source.statements import PLACE, RELATIONS, Statements
 from cdcsync.source.unreadable import of_a_row
 
 
@@ -88,7 +88,7 @@ async def _has_large_values(table: Statements, connection: Connection) -> bool:
     row = await fetch_one(
         connection,
         "SELECT EXISTS (SELECT FROM pg_class WHERE reltoastrelid <> 0 AND pg_relation_size(reltoastrelid) > 0"
-        " AND (oid = %(table)s::regclass OR oid IN (SELECT relid FROM pg_partition_tree(%(table)s::regclass))))",
+        f" AND oid IN {RELATIONS})",
         {"table": str(table.shape.table)},
     )
     return bool(row[0])

@@ -37,7 +37,6 @@ class SourceTables(SourceTable):
 
     def __init__(self, spec: IndexSpec) -> None:
         self.shape = spec.shape
-        self.all_rows = all(one.condition is None for one in spec.each)
         self._members = {str(one.shape.table): SourceTable.of(one) for one in spec.each}
 
     async def page(self, connection: Connection, after: Key | None, limit: int, where: str | None = None) -> Page:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
+from typing import LiteralString
 
 from psycopg import sql
 
@@ -21,6 +22,11 @@ from cdcsync.source.sizes import read_within
 
 PLACE = sql.Identifier("cdcsync place")
 """The column that tells which of several keys is meant."""
+
+RELATIONS: LiteralString = (
+    "(SELECT %(table)s::regclass::oid UNION SELECT relid FROM pg_partition_tree(%(table)s::regclass))"
+)
+"""A table with its partitions. A partition tree is empty for a table that has no part in partitioning."""
 
 
 class Statements:

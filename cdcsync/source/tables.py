@@ -41,8 +41,6 @@ class SourceTable:
         facts: Facts = MappingProxyType({}),
     ) -> None:
         self.shape = shape
-        self.all_rows = condition is None
-        """Whether the index has every row of the table."""
         self._sql = Statements(shape, key_types, condition, related=related, facts=facts)
 
     @classmethod

@@ -47,39 +47,36 @@ async def do_what_was_asked(connection: Connection, config: Config) -> bool:
         ends = any(one.state == "dropping" for one in generations.get(other.name, ()))
         if not ends and other.activation_asked_at is None:
             continue
-        done, table = True, f"{other.relations}_chunks"
+        done = True
         try:
-            with speaking_of("target", where=f"index {index}"):
-                try:
-                    if ends:
-                        await until_locked(
-                            lambda: _drop(connection, config, index),  # noqa: B023 - awaited here
-                            table=table,
-                            attempts=ATTEMPTS,
-                        )
-                    else:
-                        await until_locked(
-                            lambda: _exchange(connection, config, index),  # noqa: B023 - awaited here
-                            table=table,
-                            attempts=ATTEMPTS,
-                        )
-                except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
-                    raise SetupError(
-                        "other transactions have locked its view or tables for some seconds, a dump for one",
-                        where=f"index {index}",
-                        hint="see pg_locks and pg_stat_activity; when they are over, try again",
-                    ) from error
-            if ends:
-                log.info("generation_dropped", index=index, generation=other.generation)
-            else:
-                log.info("generation_live", index=index, generation=other.generation)
+            await _do(connection, config, other, ends=ends)
         except SetupError as error:
             # Nothing of it was done. The worker goes on with both, and the command says why.
             log.error("migration_refused", index=index, error=error.message, fix=error.hint)
             with speaking_of("target", where=f"index {index}"):
-                reason = f"{error.message}; {error.hint}" if error.hint else error.message
-                await _withdraw(connection, config, other, reason)
+                await _withdraw(connection, config, other, error.with_fix)
     return done
+
+
+async def _do(connection: Connection, config: Config, other: Entry, *, ends: bool) -> None:
+    """Drop the chunks beside an index, or have it searched by them.
+
+    :raises SetupError: that cannot be done; nothing was changed.
+    """
+    index, table = own_name(other.name), f"{other.relations}_chunks"
+    with speaking_of("target", where=f"index {index}"):
+        try:
+            if ends:
+                await until_locked(lambda: _drop(connection, config, index), table=table, attempts=ATTEMPTS)
+            else:
+                await until_locked(lambda: _exchange(connection, config, index), table=table, attempts=ATTEMPTS)
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+            raise SetupError(
+                "other transactions have locked its view or tables for some seconds, a dump for one",
+                where=f"index {index}",
+                hint="see pg_locks and pg_stat_activity; when they are over, try again",
+            ) from error
+    log.info("generation_dropped" if ends else "generation_live", index=index, generation=other.generation)
 
 
 async def _withdraw(connection: Connection, config: Config, other: Entry, reason: str) -> None:
