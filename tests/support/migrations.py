@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from cdcsync.config import parse
 from tests import ROOT
 from tests.support.configs import Section, configuration
 from tests.support.servers import Database
@@ -45,8 +44,7 @@ def loaded(pipeline: Pipeline, *tables: str, rows: int = 200) -> Pipeline:
 
 def asks_for(pipeline: Pipeline, text: str) -> None:
     """Have the configuration ask for other vectors, and start the worker again with it."""
-    pipeline.path.write_text(text)
-    pipeline.config = parse(text, {}, where=str(pipeline.path))
+    pipeline.configure(text)
     pipeline.stop(pipeline.processes[-1])
     pipeline.start(PYTHONPATH=str(ROOT))
 

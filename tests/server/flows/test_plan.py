@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from cdcsync.config import parse
 from tests.support.configs import configuration
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
@@ -26,9 +25,7 @@ def plan(pipeline: Pipeline, status: int = 3) -> dict[str, Any]:
 
 def write(pipeline: Pipeline, database: Database, **indexes: Mapping[str, object]) -> None:
     """Write another configuration; the worker reads it at its next start."""
-    text = configuration(database.dsn, indexes=indexes)
-    pipeline.path.write_text(text)
-    pipeline.config = parse(text, {}, where="the test's configuration")
+    pipeline.configure(configuration(database.dsn, indexes=indexes))
 
 
 def state(pipeline: Pipeline, index: str) -> tuple[str, str | None]:

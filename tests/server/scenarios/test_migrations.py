@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,6 @@ from cdcsync.errors import ModelChanged
 from cdcsync.serve.messages import SearchRequest
 from cdcsync.serve.problems import Problem
 from cdcsync.serve.service import Caller, Service
-from tests import ROOT
 from tests.support.configs import configuration
 from tests.support.migrations import (
     NEW,
@@ -39,39 +37,21 @@ from tests.support.migrations import (
     of_the_old_model,
     ready,
 )
+from tests.support.searches import SEARCHES_PER_S, Searches
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 
-SEARCHES_PER_S = 20
 
-
-class Searches:
-    """Searches all the time, as applications do, and holds every answer against the model of its generation."""
-
-    QUERY = "which article is about 11 and 7"
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.models = {1: OLD, 2: NEW}
-        self.answers: Counter[tuple[str, int]] = Counter()
-        """By who asked, and by generation."""
-        self._pipeline = pipeline
-        self._over = False
-
-    def check(self, who: str, generation: int, found: Sequence[tuple[str, float, bool]]) -> None:
-        assert found, f"{who} found nothing in generation {generation}"
-        model = self.models[generation]
-        query, texts = model.vectors([self.QUERY])[0], model.vectors([text for text, _, _ in found])
-        for (text, distance, stale), expected in zip(found, 1 - texts @ query, strict=True):
-            assert stale or abs(distance - expected) < 1e-3, f"{who}, generation {generation}: {text!r}"
-        self.answers[who, generation] += 1
+class ByModel(Searches):
+    """Searches of an index of which only the model changes."""
 
     async def by_sql(self) -> None:
         """As an application that embeds by itself, and asks the registry which model to do it by."""
-        dsn = self._pipeline.config.target.dsn
+        dsn = self.pipeline.config.target.dsn
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
-            while not self._over:
+            while not self.over:
                 cursor = await connection.execute("SELECT generation FROM cdcsync.indexes WHERE name = 'articles'")
                 (generation,) = await cursor.fetchone() or (0,)
                 vector = json.dumps(self.models[generation].vectors([self.QUERY])[0].tolist())
@@ -83,25 +63,11 @@ class Searches:
                 self.check("sql", generation, await cursor.fetchall())
                 await anyio.sleep(1 / SEARCHES_PER_S)
 
-    async def by_python(self) -> None:
-        async with cdcsync.Index.open(self._pipeline.config, "articles") as articles:
-            while not self._over:
-                hits = await articles.search(self.QUERY, k=5)
-                assert hits.warning is None
-                assert hits.generation is not None
-                found = [(hit.content, hit.distance or 0.0, hit.stale or hit.distance is None) for hit in hits]
-                self.check("python", hits.generation, found)
-                await anyio.sleep(1 / SEARCHES_PER_S)
-
-    async def by_command(self) -> None:
-        ask = partial(self._pipeline.answer, "search", "articles", self.QUERY, "--mode", "vector", PYTHONPATH=str(ROOT))
-        while not self._over:
-            hits = await anyio.to_thread.run_sync(ask)
-            assert hits
-            # A command does not say which generation it asked: its distances do.
-            fitting = [one for one in self.models if self.fits(one, hits)]
-            assert fitting, hits
-            self.answers["command", fitting[0]] += 1
+    def check_hits(self, hits: Sequence[dict[str, Any]]) -> None:
+        # Its distances say it.
+        fitting = [one for one in self.models if self.fits(one, hits)]
+        assert fitting, hits
+        self.answers["command", fitting[0]] += 1
 
     def fits(self, generation: int, hits: Sequence[dict[str, Any]]) -> bool:
         query = self.models[generation].vectors([self.QUERY])[0]
@@ -110,22 +76,6 @@ class Searches:
             hit["stale"] or abs(hit["distance"] - expected) < 1e-3
             for hit, expected in zip(hits, distances, strict=True)
         )
-
-    @asynccontextmanager
-    async def going_on(self) -> AsyncIterator[None]:
-        async with anyio.create_task_group() as tasks:
-            for search in (self.by_sql, self.by_python, self.by_command):
-                tasks.start_soon(search)
-            yield
-            self._over = True
-
-    async def some_more(self, generation: int) -> None:
-        """Wait until each has searched a generation several times more."""
-        before = dict(self.answers)
-        for who, times in (("sql", 5), ("python", 5), ("command", 1)):
-            with anyio.fail_after(60):
-                while self.answers[who, generation] < before.get((who, generation), 0) + times:  # noqa: ASYNC110
-                    await anyio.sleep(0.05)
 
 
 def whole_way(pipeline: Pipeline, more_searches: Callable[[int], None]) -> None:
@@ -174,7 +124,7 @@ async def test_searches_go_on_and_never_mix_models_while_an_index_migrates_and_r
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     pipeline = await anyio.to_thread.run_sync(lambda: of_the_old_model(make_pipeline, database, rows=200))
-    searches = Searches(pipeline)
+    searches = ByModel(pipeline)
     async with searches.going_on():
         await anyio.to_thread.run_sync(
             lambda: whole_way(pipeline, lambda generation: anyio.from_thread.run(searches.some_more, generation))

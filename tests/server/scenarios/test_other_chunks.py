@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -15,28 +12,19 @@ import anyio.to_thread
 import psycopg
 import pytest
 
-import cdcsync
-from cdcsync.config import parse
 from tests import ROOT
 from tests.support.configs import Section, configuration
-from tests.support.migrations import BOTH, NEW, OLD, hashed, loaded, migrate, refused
+from tests.support.migrations import BOTH, hashed, loaded, migrate, refused
+from tests.support.searches import SEARCHES_PER_S, Searches
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 
-SEARCHES_PER_S = 20
-
 FRAMED = "about: {title}\n\n{title}"
 """A template whose chunks nobody can take for those of `{title}`."""
 
 PIECES = {"strategy": "characters", "max_tokens": 15, "overlap_tokens": 0}
-
-
-def asked(pipeline: Pipeline, text: str) -> None:
-    """Write a configuration for commands; the worker goes on with the one that it has."""
-    pipeline.path.write_text(text)
-    pipeline.config = parse(text, {}, where=str(pipeline.path))
 
 
 def ready(pipeline: Pipeline, generation: int = 2, index: str = "articles") -> None:
@@ -75,33 +63,23 @@ def framed(_: int, title: str) -> set[str]:
     return {f"about: {title}\n\n{title}"}
 
 
-class Searches:
-    """Searches all the time, and holds every answer against model and template of its generation."""
+class ByChunks(Searches):
+    """Searches of an index of which model and template change: no answer has texts of both templates."""
 
-    QUERY = "which article is about 11 and 7"
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.models = {1: OLD, 2: NEW}
-        self.answers: Counter[tuple[str, int]] = Counter()
-        """By who asked, and by generation."""
-        self._pipeline = pipeline
-        self._over = False
-
-    def check(self, who: str, generation: int, found: Sequence[tuple[str, float | None, bool]]) -> None:
-        assert found, f"{who} found nothing in generation {generation}"
-        model = self.models[generation]
-        query, texts = model.vectors([self.QUERY])[0], model.vectors([text for text, _, _ in found])
-        for (text, distance, stale), expected in zip(found, 1 - texts @ query, strict=True):
+    def check(self, who: str, generation: int, found: Sequence[tuple[str, float, bool]]) -> None:
+        for text, _, _ in found:
             assert text.startswith("about: ") == (generation == 2), f"{who}, generation {generation}: {text!r}"
-            near = distance is None or abs(distance - expected) < 1e-3
-            assert stale or near, f"{who}, generation {generation}: {text!r}"
-        self.answers[who, generation] += 1
+        super().check(who, generation, found)
+
+    def check_hits(self, hits: Sequence[dict[str, Any]]) -> None:
+        generation = 2 if hits[0]["content"].startswith("about: ") else 1
+        self.check("command", generation, [(hit["content"], hit["distance"], hit["stale"]) for hit in hits])
 
     async def by_sql(self) -> None:
         """As an application that embeds by itself, and by words, and through the view."""
-        dsn = self._pipeline.config.target.dsn
+        dsn = self.pipeline.config.target.dsn
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
-            while not self._over:
+            while not self.over:
                 cursor = await connection.execute("SELECT generation FROM cdcsync.indexes WHERE name = 'articles'")
                 (generation,) = await cursor.fetchone() or (0,)
                 vector = json.dumps(self.models[generation].vectors([self.QUERY])[0].tolist())
@@ -111,7 +89,9 @@ class Searches:
                         " mode => %s, generation => %s)",
                         [self.QUERY, vector, mode, generation],
                     )
-                    self.check("sql", generation, await cursor.fetchall())
+                    rows = await cursor.fetchall()
+                    found = [(text, near or 0.0, stale or near is None) for text, near, stale in rows]
+                    self.check("sql", generation, found)
                 for statement in (
                     "SELECT content FROM cdcsync.articles_search('article', k => 50, mode => 'text')",
                     "SELECT content FROM articles_index LIMIT 500",
@@ -121,39 +101,6 @@ class Searches:
                     kinds = {content.startswith("about: ") for (content,) in await cursor.fetchall()}
                     assert len(kinds) == 1, (statement, kinds)
                 await anyio.sleep(1 / SEARCHES_PER_S)
-
-    async def by_python(self) -> None:
-        async with cdcsync.Index.open(self._pipeline.config, "articles") as articles:
-            while not self._over:
-                hits = await articles.search(self.QUERY, k=5)
-                assert hits.warning is None
-                assert hits.generation is not None
-                self.check("python", hits.generation, [(hit.content, hit.distance, hit.stale) for hit in hits])
-                await anyio.sleep(1 / SEARCHES_PER_S)
-
-    async def by_command(self) -> None:
-        ask = partial(self._pipeline.answer, "search", "articles", self.QUERY, "--mode", "vector", PYTHONPATH=str(ROOT))
-        while not self._over:
-            hits = await anyio.to_thread.run_sync(ask)
-            assert hits
-            generation = 2 if hits[0]["content"].startswith("about: ") else 1
-            self.check("command", generation, [(hit["content"], hit["distance"], hit["stale"]) for hit in hits])
-
-    @asynccontextmanager
-    async def going_on(self) -> AsyncIterator[None]:
-        async with anyio.create_task_group() as tasks:
-            for search in (self.by_sql, self.by_python, self.by_command):
-                tasks.start_soon(search)
-            yield
-            self._over = True
-
-    async def some_more(self, generation: int) -> None:
-        """Wait until each has searched a generation several times more."""
-        before = dict(self.answers)
-        for who, times in (("sql", 5), ("python", 5), ("command", 1)):
-            with anyio.fail_after(60):
-                while self.answers[who, generation] < before.get((who, generation), 0) + times:  # noqa: ASYNC110
-                    await anyio.sleep(0.05)
 
 
 def whole_way(pipeline: Pipeline, more_searches: Callable[[int], None]) -> None:
@@ -205,11 +152,11 @@ async def test_searches_go_on_and_never_mix_chunks_while_an_index_migrates_and_r
         pipeline = make_pipeline(configuration(database.dsn, embedders=BOTH, indexes={"articles": {}, "notes": {}}))
         loaded(pipeline, "articles", "notes", rows=100)
         wanted: Mapping[str, Section] = {"articles": {"text": FRAMED, "embedder": "new"}, "notes": {}}
-        asked(pipeline, configuration(database.dsn, embedders=BOTH, indexes=wanted))
+        pipeline.configure(configuration(database.dsn, embedders=BOTH, indexes=wanted))
         return pipeline
 
     pipeline = await anyio.to_thread.run_sync(begin)
-    searches = Searches(pipeline)
+    searches = ByChunks(pipeline)
     async with searches.going_on():
         await anyio.to_thread.run_sync(
             lambda: whole_way(pipeline, lambda generation: anyio.from_thread.run(searches.some_more, generation))
@@ -238,7 +185,7 @@ def test_a_migration_to_other_chunks_goes_on_after_a_kill_at_every_step(
     embedders = {"fake": hashed(8)}
     pipeline = make_pipeline(configuration(database.dsn, embedders=embedders))
     loaded(pipeline, "articles", rows=300)
-    asked(pipeline, configuration(database.dsn, embedders=embedders, indexes={"articles": {"text": FRAMED}}))
+    pipeline.configure(configuration(database.dsn, embedders=embedders, indexes={"articles": {"text": FRAMED}}))
 
     def killed(point: str) -> None:
         process = pipeline.start(CDCSYNC_CRASH_AT=point)
@@ -285,7 +232,7 @@ def test_chunks_that_are_given_up_are_not_made_in_place(
     embedders = {"fake": hashed(8)}
     pipeline = make_pipeline(configuration(database.dsn, embedders=embedders))
     loaded(pipeline, "articles", rows=30)
-    asked(pipeline, configuration(database.dsn, embedders=embedders, indexes={"articles": {"text": FRAMED}}))
+    pipeline.configure(configuration(database.dsn, embedders=embedders, indexes={"articles": {"text": FRAMED}}))
     migrate(pipeline, "start")
     ready(pipeline)
     # The worker knows neither of the two by the file now: searches keep what they have.
@@ -304,7 +251,7 @@ def test_chunks_that_are_given_up_are_not_made_in_place(
     assert migrate(pipeline, "start")["generation"] == 3
     ready(pipeline, 3)
     made(pipeline, "articles~3", 3, framed)
-    asked(pipeline, configuration(database.dsn, embedders=embedders, indexes={"articles": {"text": "{id} {title}"}}))
+    pipeline.configure(configuration(database.dsn, embedders=embedders, indexes={"articles": {"text": "{id} {title}"}}))
     assert "not those that the configuration asks for" in refused(pipeline, "start")
     # Nor are those of a file that asks for neither, which is told to drop one.
     pipeline.stop(pipeline.processes[-1])
@@ -327,7 +274,7 @@ def test_texts_that_both_have_are_not_embedded_again(
 ) -> None:
     pipeline = make_pipeline(configuration(database.dsn))
     loaded(pipeline, "articles", rows=30)
-    asked(pipeline, configuration(database.dsn, indexes={"articles": {"chunking": PIECES}}))
+    pipeline.configure(configuration(database.dsn, indexes={"articles": {"chunking": PIECES}}))
     pipeline.source.execute("INSERT INTO articles VALUES (1000, repeat('a long one of many words ', 10))")
     pipeline.reach("articles")
     begun = migrate(pipeline, "start")

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from cdcsync.config import parse
 from tests.support.scenes import Followed, MakeScene, Scene
 from tests.support.workers import Pipeline, until
 
@@ -218,8 +217,7 @@ def test_an_index_that_cannot_follow_is_paused_alone_until_its_table_is_fit_agai
     # Where the configuration is what has to change, the worker has to be restarted, or a replay takes its place.
     pipeline.stop(pipeline.processes[-1])
     before, after = pipeline.path.read_text().split(f"[indexes.{renamed}]")
-    pipeline.path.write_text(f"{before}[indexes.{renamed}]{after.replace('{title}', '{headline}', 1)}")
-    pipeline.config = parse(pipeline.path.read_text(), {}, where="the test's configuration")
+    pipeline.configure(f"{before}[indexes.{renamed}]{after.replace('{title}', '{headline}', 1)}")
     done = scene.command("replay", renamed)
     assert done.returncode == 0, done.stderr + done.stdout
     pipeline.compare_one(renamed)

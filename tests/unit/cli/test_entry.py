@@ -114,6 +114,17 @@ def test_without_a_command_the_help_is_shown_and_the_status_is_2(
     assert "Commands" in capsys.readouterr().out
 
 
+def of_its_own(script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process that has imported nothing."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": PACKAGES},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def test_help_waits_for_no_heavy_import() -> None:
     script = (
         "import sys\n"
@@ -125,13 +136,8 @@ def test_help_waits_for_no_heavy_import() -> None:
         "        pass\n"
         "print(*sys.modules, file=sys.stderr)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": PACKAGES},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = of_its_own(script)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage: ") == len(COMMANDS) + 1
     assert HEAVY.isdisjoint(done.stderr.split())
 
@@ -145,13 +151,7 @@ def test_a_search_imports_nothing_that_takes_longer_than_itself(config_file: Pat
         "finally:\n"
         "    print(*sys.modules)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": PACKAGES},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = of_its_own(script)
     assert "no server listens" in done.stderr  # it came as far as the target
     assert SLOW.isdisjoint(done.stdout.split())
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from cdcsync.config import parse
 from tests.support.configs import Section, configuration
 from tests.support.migrations import loaded, migrate, refused
 from tests.support.servers import Database
@@ -16,17 +15,12 @@ from tests.support.workers import Pipeline, until
 pytestmark = pytest.mark.server
 
 
-def asked(pipeline: Pipeline, text: str) -> None:
-    pipeline.path.write_text(text)
-    pipeline.config = parse(text, {}, where=str(pipeline.path))
-
-
 def beside(make_pipeline: Callable[[str], Pipeline], database: Database, *others: str) -> Pipeline:
     """Return an index that is to have other chunks, beside other indexes; a worker runs with the file of before."""
     indexes: dict[str, Section] = {name: {} for name in ("articles", *others)}
     pipeline = make_pipeline(configuration(database.dsn, indexes=indexes))
     loaded(pipeline, *indexes, rows=20)
-    asked(pipeline, configuration(database.dsn, indexes=indexes | {"articles": {"text": "about: {title}"}}))
+    pipeline.configure(configuration(database.dsn, indexes=indexes | {"articles": {"text": "about: {title}"}}))
     return pipeline
 
 
@@ -103,11 +97,11 @@ def test_nobody_waits_for_a_worker_whose_file_lacks_the_index(
     pipeline = beside(make_pipeline, database, "notes")
     begun(pipeline)
     text = pipeline.path.read_text()
-    asked(pipeline, configuration(database.dsn, indexes={"notes": {}}))
+    pipeline.configure(configuration(database.dsn, indexes={"notes": {}}))
     pipeline.stop(pipeline.processes[-1])
     pipeline.start()
     unfollowed = "SELECT count(*) FROM cdcsync.indexes WHERE unfollowed_at IS NOT NULL"
     until(lambda: pipeline.target.execute(unfollowed).fetchone() == (2,), pipeline.tail)
-    asked(pipeline, text)
+    pipeline.configure(text)
     assert "no worker follows generation 2 any more" in refused(pipeline, "activate")
     assert "no worker follows the index" in refused(pipeline, "drop", "--yes")
