@@ -76,7 +76,10 @@ async def _do(connection: Connection, config: Config, other: Entry, *, ends: boo
                 where=f"index {index}",
                 hint="see pg_locks and pg_stat_activity; when they are over, try again",
             ) from error
-    log.info("generation_dropped" if ends else "generation_live", index=index, generation=other.generation)
+    if ends:
+        log.info("generation_dropped", index=index, generation=other.generation)
+    else:
+        log.info("generation_live", index=index, generation=other.generation)
 
 
 async def _withdraw(connection: Connection, config: Config, other: Entry, reason: str) -> None:
