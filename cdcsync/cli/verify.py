@@ -105,6 +105,7 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
             found = flow.Verification.of_nothing(index, lacks)
             return found, found, 0
         findings = await flow.verify(source, target, schema, spec, ensure_worker=ensure_worker)
+        await flow.require_still_searched(target, schema, spec)
         found = msgspec.structs.replace(
             findings.verification, missing=lacks, equal=findings.verification.equal and not lacks
         )
@@ -113,6 +114,7 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
         async with ensure_worker():
             repaired = await flow.repair(target, schema, spec, findings)
             again = (await flow.verify(source, target, schema, spec)).verification
+            await flow.require_still_searched(target, schema, spec)
             return found, again, max(0, repaired - again.differences.get(flow.FAILED, 0))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import cast
 
@@ -62,7 +62,7 @@ async def read_indexes(
     audited = await Audits(schema).all(target) if AUDITS in readable else {}
     generations = await Generations(schema).all(target)
     builds = {}
-    if any(entry.state == "building" for entry in entries):
+    if any(entry.state == "building" for entry in (*entries, *beside.values())):
         builds = await _builds(target, schema)
     found: dict[str, IndexStatus] = {}
     for entry in entries:
@@ -106,9 +106,11 @@ async def read_indexes(
         own, other = generations.get(name, []), beside.get(name)
         if other is not None:
             own = own + generations.get(other.name, [])
+            which = f"generation {other.generation}, which has chunks of its own,"
             if other.pause is not None:
-                which = f"generation {other.generation}, which has chunks of its own,"
                 problems.append(f"index {name}: {which} is paused: {other.pause}")
+            elif other.state == "building" and (why := _waits(other, _builds_of(builds, other))) is not None:
+                problems.append(f"index {name}: {which} waits to be built: {why}")
         live = next((one for one in own if one.generation == generation), None)
         if live is not None and live.embedder is not None:
             status = msgspec.structs.replace(status, embedder=live.embedder)
@@ -117,9 +119,8 @@ async def read_indexes(
             problems.append(f"index {name} is paused: {entry.pause}")
         stem = entry.relations
         vectors = f"{stem}_vectors_{generation}"
-        under_way = [builds[table] for table in (f"{vectors}_settled", f"{stem}_chunks") if table in builds]
         if entry.state == "building":
-            status = msgspec.structs.replace(status, reason=_waits(entry, under_way))
+            status = msgspec.structs.replace(status, reason=_waits(entry, _builds_of(builds, entry)))
             if status.reason is not None:
                 problems.append(f"index {name} waits to be built: {status.reason}")
         wanted = {f"{stem}_chunks", vectors, f"{vectors}_fresh", f"{vectors}_settled", f"{stem}_backlog"}
@@ -184,6 +185,12 @@ class _Build(msgspec.Struct, frozen=True):
 
     blocks: tuple[int, int] | None = None
     waits_for: int | None = None
+
+
+def _builds_of(builds: Mapping[str, _Build], entry: Entry) -> list[_Build]:
+    """Return the builds of an index's tables that are under way."""
+    tables = f"{entry.relations}_vectors_{entry.generation}_settled", f"{entry.relations}_chunks"
+    return [builds[table] for table in tables if table in builds]
 
 
 def _waits(entry: Entry, builds: Sequence[_Build]) -> str | None:

@@ -19,7 +19,7 @@ async def add(connection: Connection, index: str = "articles") -> int:
 
 async def next_one(connection: Connection, *indexes: str) -> Request | None:
     """Return the request that a worker would serve now."""
-    return await QUEUE.oldest_open(connection, list(indexes or ("articles", "notes")))
+    return await QUEUE.next_open(connection, list(indexes or ("articles", "notes")))
 
 
 async def end(connection: Connection, request: int, state: str) -> None:

@@ -29,6 +29,15 @@ from __future__ import annotations
 from cdcsync.flows.audit.comparison import FAILED
 from cdcsync.flows.audit.requested import compare_for_ever
 from cdcsync.flows.audit.rolling import RollingAudit
-from cdcsync.flows.audit.verification import Verification, missing_of, repair, verify
+from cdcsync.flows.audit.verification import Verification, missing_of, repair, require_still_searched, verify
 
-__all__ = ["FAILED", "RollingAudit", "Verification", "compare_for_ever", "missing_of", "repair", "verify"]
+__all__ = [
+    "FAILED",
+    "RollingAudit",
+    "Verification",
+    "compare_for_ever",
+    "missing_of",
+    "repair",
+    "require_still_searched",
+    "verify",
+]

@@ -177,8 +177,13 @@ class RollingAudit:
         with speaking_of("target"):
             entry = await self._registry.find(target, spec.name)
             load = await self._history.last_load(target, spec.name)
+            read = await self._history.reads_table(target, spec.name)
         if entry is None or entry.state != "live" or (load is not None and not load.ended):
             one.restart()  # until it is loaded, all differences are known ones
+            one.due = anyio.current_time() + NOT_LIVE_S
+            return
+        if read:
+            # Its suspects would be compared only after that, and the other indexes wait for no index.
             one.due = anyio.current_time() + NOT_LIVE_S
             return
         loaded_at = load.finished_at if load is not None else None
@@ -279,7 +284,9 @@ class RollingAudit:
             one.differing += sum(differences.values())
             whole = as_a_whole(one.differing, one.documents)
             one.differing *= not whole
-            await repair_found(target, self._schema, spec, found, whole=whole, vectors_orphaned=bool(one.orphaned))
+            await repair_found(
+                *(target, self._schema, spec, found), whole=whole, vectors_orphaned=bool(one.orphaned), until_read=False
+            )
         one.suspects, one.faults, one.rows, one.orphaned, one.noted = [], {}, 0, 0, anyio.current_time()
 
     async def _list(self, target: Connection, spec: IndexSpec, failed: Sequence[Key]) -> None:

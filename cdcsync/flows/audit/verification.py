@@ -13,6 +13,7 @@ import msgspec
 import structlog
 
 from cdcsync.crashpoints import crash_point
+from cdcsync.errors import SetupError
 from cdcsync.flows.audit.comparison import (
     FAILED,
     START,
@@ -105,6 +106,21 @@ async def missing_of(target: Connection, schema: str, index: IndexSpec) -> Missi
         if entry is None or entry.state != "live":
             return Missing()
         return await missing_relations(target, schema, index, view=entry.view)
+
+
+async def require_still_searched(target: Connection, schema: str, index: IndexSpec) -> None:
+    """Refuse to conclude from a comparison of chunks and vectors that searches use no more.
+
+    :raises SetupError: they use another generation by now, or the index was dropped.
+    """
+    with speaking_of("target", where=f"index {index.name}"):
+        entry = await Registry(schema).find(target, index.name)
+    if entry is None or (entry.relations, entry.generation) != (index.relations, index.generation):
+        raise SetupError(
+            "the index was dropped or switched to another generation while it was compared, so nothing is known of it",
+            where=f"index {index.name}",
+            hint="start the command again",
+        )
 
 
 def as_a_whole(differing: int, looked: int, estimate: float = 0) -> bool:
@@ -219,6 +235,7 @@ async def repair_found(
     *,
     whole: bool,
     vectors_orphaned: bool,
+    until_read: bool = True,
 ) -> int:
     """Request that these documents are read again, by a replay of their keys; returns how many they are.
 
@@ -227,6 +244,7 @@ async def repair_found(
     :param keys: by problem.
     :param whole: whether to read all documents again instead.
     :param vectors_orphaned: whether there are vectors without a chunk.
+    :param until_read: whether to wait for that if all documents are read.
     """
     requests = Requests(schema)
     chunked = dict.fromkeys(itertools.chain.from_iterable(keys.values()))
@@ -238,7 +256,9 @@ async def repair_found(
         async with target.transaction():
             if whole:
                 log.warning("index_read_again", index=spec.name, differing=len(chunked))
-                asked.append(await requests.reload(target, spec.name, rewrite=True))
+                reload = await requests.reload(target, spec.name, rewrite=True)
+                if until_read:
+                    asked.append(reload)
             elif chunked:
                 asked.append(await requests.add(target, spec.name, "replay", rewrite=True, filter_=None, keys=chunked))
             if forced:

@@ -9,14 +9,15 @@ the stream had newer ones. What is delivered after the mark is applied after the
 with the rows, so a crash repeats at most the pages in flight.
 
 One engine serves every kind of request, one at a time: the initial load, a replay of all rows, of some or of given
-keys, a resync, and the part of a verification that compares single documents.
+keys, a resync, and the part of a verification that compares single documents. Between two pages, a request that reads a
+table gives way to shorter ones of other indexes.
 
     preparing  documents, chunks and vectors of a page, made before its mark arrives
     pages      the readers of pages: rows in key order, given keys, keys of the index
     checking   what a verification says of a document
     pace       how large a page may be, and how soon the next one may follow
     marks      pages on their way to the target, between the engine and the stream
-    engine     `Backfills`: requests, one after the other
+    engine     `Backfills`: takes requests, and reads what they ask for
 
 A file here imports only from lines above its own.
 """

@@ -40,7 +40,8 @@ POLL_S = 5.0
 """How often requests are looked for without being notified of one."""
 
 PAUSE_POLL_S = 0.5
-"""How soon a slowed-down backfill notices that it was paused or cancelled; others look after each page."""
+"""How soon a slowed-down backfill notices that it was paused or cancelled, or has to give way; others look after each
+page."""
 
 CHECK_ROUNDS = 8
 """How often a document that changes just then is compared, over some two seconds; one that changed each time is
@@ -51,7 +52,7 @@ COUNT_UP_TO = 200_000
 
 
 class Backfills:
-    """Serves backfill requests one after the other for ever."""
+    """Serves backfill requests for ever, one at a time."""
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class Backfills:
 
     async def _serve_next(self, target: Connection) -> None:
         with speaking_of("target"):
-            request = await self._queue.oldest_open(target, list(self._specs))
+            request = await self._queue.next_open(target, list(self._specs))
         if request is None:
             await self._prune()
             with speaking_of("target"):
@@ -159,7 +160,7 @@ class Backfills:
             kind=request.kind,
             resumed_at=request.rows_done,
         )
-        if request.force_embed:
+        if request.force_embed and not request.rows_done:
             self._forget_vectors(request.index)
         read = pages.keyed(target, self._queue, request) if request.keyed else pages.rows(request.filter)
         if request.kind == "verify":
@@ -183,7 +184,7 @@ class Backfills:
     async def _send_all(self, target: Connection, request: Request, read: PageReader) -> int | None:
         """Send every page of a phase and wait until all are applied.
 
-        :returns: the rows of the request so far; None when someone paused or cancelled it.
+        :returns: the rows of the request so far; None if it was paused or cancelled, or gives way to another one.
         """
         spec, pace = self._specs[request.index], self._pace(request)
         limit = FIRST_PAGE_ROWS
@@ -222,7 +223,7 @@ class Backfills:
         return await self._page_preparers[request.index].make(target, rows)
 
     async def _checks(self, target: Connection, request: Request, read: PageReader) -> bool:
-        """Compare every page of a verification at its mark, one at a time; False when someone paused or cancelled."""
+        """Compare every page of a verification at its mark, one at a time; False if it does not go on for now."""
         pace = self._pace(request)
         cursor, done, last = request.cursor, request.rows_done, False
         while not last:
@@ -266,12 +267,12 @@ class Backfills:
         return found + [(key, "undecided") for key in changed]
 
     async def _may_go_on(self, target: Connection, request: Request, wait_s: float) -> bool:
-        """Wait as long as the pace asks for; False as soon as someone has paused or cancelled."""
+        """Wait as long as the pace asks for; False as soon as it was paused or cancelled, or another one goes first."""
         until = anyio.current_time() + wait_s
         while True:
             with speaking_of("target"):
-                state = await self._queue.state(target, request)
-            if state not in ("requested", "running"):
+                following = await self._queue.next_open(target, list(self._specs))
+            if following is None or following.id != request.id:
                 return False
             left = until - anyio.current_time()
             if left <= 0:

@@ -92,6 +92,18 @@ class History:
         )
         return None if row is None else to_request(row)
 
+    async def reads_table(self, connection: Connection, index: str) -> bool:
+        """Say whether a request of an index is under way, or next, that may read its whole table."""
+        row = await fetch_row(
+            connection,
+            sql.SQL(
+                "SELECT FROM {} WHERE index_name = %s AND NOT keyed AND kind IN ('initial', 'resync', 'replay')"
+                " AND state IN ('requested', 'running') LIMIT 1"
+            ).format(self._table),
+            [index],
+        )
+        return row is not None
+
     async def last_loads(self, connection: Connection) -> dict[str, Request]:
         """Return `last_load` of every index that has one."""
         cursor = await connection.execute(

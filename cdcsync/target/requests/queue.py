@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import LiteralString, cast
 
 from psycopg import sql
 
@@ -23,6 +23,13 @@ KEPT_S = 7 * 24 * 3_600
 """How long replays and verifications that have ended are kept, so that somebody can see what was done."""
 
 
+_PRECEDENCE: LiteralString = (
+    "CASE WHEN keyed THEN 0 WHEN kind = 'related' OR owed AND (filter IS NOT NULL OR phase = 'orphans') THEN 1"
+    " ELSE 2 END"
+)
+"""Single documents come first, then what changed by related rows and partitions, then whatever reads a table."""
+
+
 class Queue:
     """The requests that the worker serves."""
 
@@ -34,13 +41,17 @@ class Queue:
         self.channel = tables.channel
         self._registry = Registry(schema)
 
-    async def oldest_open(self, connection: Connection, indexes: list[str]) -> Request | None:
-        """Return the request to serve next for these indexes; those of paused indexes wait."""
+    async def next_open(self, connection: Connection, indexes: list[str]) -> Request | None:
+        """Return the request to serve now for these indexes: of the oldest of each, one that somebody waits for.
+
+        So no index waits for the load of another one, which may take hours. Requests of paused indexes wait.
+        """
         row = await fetch_row(
             connection,
             sql.SQL(
-                f"SELECT {SERVED} FROM {{}} WHERE state IN ('requested', 'running') AND index_name = ANY(%s)"
-                " AND kind <> 'compare' AND index_name NOT IN {} ORDER BY id LIMIT 1"
+                f"SELECT {SERVED} FROM (SELECT DISTINCT ON (index_name) * FROM {{}}"
+                " WHERE state IN ('requested', 'running') AND index_name = ANY(%s) AND kind <> 'compare'"
+                f" AND index_name NOT IN {{}} ORDER BY index_name, id) AS b ORDER BY {_PRECEDENCE}, id LIMIT 1"
             ).format(self._table, self._registry.paused),
             [indexes],
         )
@@ -77,13 +88,6 @@ class Queue:
         )
         crash_point("request started")
         return cursor.rowcount > 0
-
-    async def state(self, connection: Connection, request: Request) -> str | None:
-        """Return a request's state now: someone may have paused or cancelled it."""
-        row = await fetch_row(
-            connection, sql.SQL("SELECT state FROM {} WHERE id = %s").format(self._table), [request.id]
-        )
-        return None if row is None else cast(str, row[0])
 
     async def rebuilding(self, connection: Connection, request: Request) -> bool:
         """Say whether documents of the request's index wait to be rebuilt, because rows of related tables changed."""

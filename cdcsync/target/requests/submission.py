@@ -175,16 +175,17 @@ class Requests:
     ) -> list[int]:
         """Pause, resume or cancel the open requests of an index, or only one of them; returns those that it changed.
 
-        What the index is owed is not cancelled.
+        What the index is owed is not cancelled. A verification is not paused: it is short, and somebody waits for it.
         """
         state, before = _ACTIONS[action]
         cursor = await connection.execute(
             sql.SQL(
                 "UPDATE {} SET state = %s, finished_at = CASE WHEN %s = 'cancelled' THEN now() END"
                 " WHERE index_name = %s AND state = ANY(%s) AND (%s::bigint IS NULL OR id = %s)"
-                " AND NOT (%s = 'cancelled' AND (owed OR kind = ANY(%s))) RETURNING id"
+                " AND NOT (%s = 'cancelled' AND (owed OR kind = ANY(%s)))"
+                " AND NOT (%s = 'paused' AND kind = 'verify') RETURNING id"
             ).format(self._table),
-            [state, state, index, list(before), id_, id_, state, list(OWED)],
+            [state, state, index, list(before), id_, id_, state, list(OWED), state],
         )
         changed = sorted(cast(int, row[0]) for row in await cursor.fetchall())
         await self._wake(connection, index)

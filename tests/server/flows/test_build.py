@@ -82,7 +82,7 @@ async def test_a_partition_that_goes_does_not_hide_a_load_that_did_not_get_throu
     request = await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
     await ask_for(connection, SCHEMA, "articles", Difference(left=True))
     await connection.execute("UPDATE cdcsync.backfills SET state = %s WHERE id = %s", [load, request])
-    orphans = await Queue(SCHEMA).oldest_open(connection, ["articles"])
+    orphans = await Queue(SCHEMA).next_open(connection, ["articles"])
     assert orphans is not None
     assert (orphans.phase, orphans.filter) == ("orphans", None)
     await connection.execute("UPDATE cdcsync.backfills SET state = 'done' WHERE id = %s", [orphans.id])

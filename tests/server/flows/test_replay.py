@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from tests.support.articles import TABLE, articles, fill, live_articles
+from tests.support.configs import NO_AUDIT, configuration
+from tests.support.migrations import loaded
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
@@ -226,6 +228,30 @@ def test_a_paused_request_goes_on_where_it_was(live: Pipeline) -> None:
     until(lambda: live.target.execute(how_far, [request]).fetchone() == (100, "done"), "the rest")
     begun = [event for event in live.events() if event.get("backfill") == request and "resumed_at" in event]
     assert [event["resumed_at"] for event in begun] == [0, done]
+
+
+def test_a_replay_gives_way_to_single_documents_of_another_index_and_resumes_after_them(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    both = configuration(database.dsn, worker_lines=NO_AUDIT, indexes={"articles": {}, "notes": {}})
+    pipeline = make_pipeline(both)
+    loaded(pipeline, "articles", "notes", rows=300)
+    slow = pipeline.answer("replay", "articles", "--detach", "--max-rows-per-s", "1")["request"]
+    how_far = "SELECT rows_done, state FROM cdcsync.backfills WHERE id = %s"
+    until(lambda: (pipeline.target.execute(how_far, [slow]).fetchone() or (0,))[0] >= 2, "a first page")
+
+    pipeline.target.execute("UPDATE cdcsync.notes_chunks SET document_hash = '\\x00' WHERE id = 7")
+    assert pipeline.answer("verify", "notes", "--repair", status=0)["repaired"] == 1
+    done, state = pipeline.target.execute(how_far, [slow]).fetchone() or (0, "")
+    assert (state, done < 300) == ("running", True)
+
+    pipeline.target.execute("UPDATE cdcsync.backfills SET max_rows_per_s = NULL")
+    assert pipeline.answer("replay", "notes", "--key", "8")["rows"] == 1
+    until(lambda: pipeline.target.execute(how_far, [slow]).fetchone() == (300, "done"), pipeline.tail)
+    begun = [event for event in pipeline.events() if event.get("backfill") == slow and "resumed_at" in event]
+    places = [event["resumed_at"] for event in begun]
+    assert places[0] == 0
+    assert places == sorted(set(places))
 
 
 FOLLOWING = """

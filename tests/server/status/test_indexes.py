@@ -82,6 +82,19 @@ async def test_a_paused_index_says_why(stopped: Pipeline) -> None:
     assert problem(status, "index articles is paused: column body is gone")
 
 
+async def test_chunks_beside_an_index_that_wait_to_be_built_say_why(stopped: Pipeline) -> None:
+    await stopped.target.execute(
+        "INSERT INTO cdcsync.indexes SELECT (jsonb_populate_record(i, jsonb_build_object("
+        "'name', 'articles~other', 'stem', 'articles~2', 'generation', 2, 'state', 'building',"
+        " 'reason', 'out of memory'))).* FROM cdcsync.indexes AS i"
+    )
+    status = await stopped.status()
+    assert (status.indexes["articles"].state, status.indexes["articles"].reason) == ("live", None)
+    assert problem(
+        status, "index articles: generation 2, which has chunks of its own, waits to be built: out of memory"
+    )
+
+
 async def test_an_index_names_its_model(stopped: Pipeline) -> None:
     index = (await stopped.status()).indexes["articles"]
     assert (index.state, index.model, index.dimensions) == ("live", "feature hashing", 3)

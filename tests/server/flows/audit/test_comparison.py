@@ -114,7 +114,7 @@ async def test_suspects_are_compared_by_a_request_and_nothing_is_asked_for_witho
     async with anyio.create_task_group() as tasks, await connect(sides.database.dsn, "target") as worker:
 
         async def serve() -> None:
-            request = await until(lambda: queue.oldest_open(worker, ["articles"]))
+            request = await until(lambda: queue.next_open(worker, ["articles"]))
             assert request is not None
             assert (request.kind, await queue.keys(worker, request, 0, 10)) == ("verify", [("2",), ("4",)])
             await queue.start(worker, request, 2)

@@ -9,7 +9,9 @@ from datetime import datetime
 
 import pytest
 
+from tests.support.configs import configuration
 from tests.support.forked import Process
+from tests.support.migrations import loaded
 from tests.support.outages import MakeSimple
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -32,9 +34,9 @@ DAMAGE = {
 }
 
 
-def proven(pipeline: Pipeline) -> datetime | None:
+def proven(pipeline: Pipeline, index: str = "articles") -> datetime | None:
     code, body = pipeline.get("/status")
-    at = json.loads(body)["indexes"]["articles"]["proven_equal_at"] if code == 200 else None
+    at = json.loads(body)["indexes"][index]["proven_equal_at"] if code == 200 else None
     return None if at is None else datetime.fromisoformat(at)
 
 
@@ -73,6 +75,24 @@ def test_what_differs_is_found_counted_by_kind_and_read_again_and_the_index_is_p
     status = json.loads(body)
     until(lambda: not json.loads(pipeline.get("/status")[1])["problems"], pipeline.tail)
     assert status["indexes"]["articles"]["differed_at"] is not None
+
+
+def test_an_index_is_proven_equal_while_another_that_differs_is_being_read(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    both = configuration(database.dsn, worker_lines="verify_every_s = 0.5", indexes={"articles": {}, "notes": {}})
+    pipeline = loaded(make_pipeline(both), "articles", "notes", rows=200)
+    pipeline.answer("replay", "articles", "--detach", "--max-rows-per-s", "1")
+    pipeline.event("backfill_started")
+    pipeline.target.execute(DAMAGE["damaged"].encode())  # which that does not repair
+    for _ in range(2):
+        before = proven(pipeline, "notes")
+        until(lambda: proven(pipeline, "notes") != before, pipeline.tail)  # noqa: B023 - called in the loop
+
+    pipeline.target.execute("UPDATE cdcsync.backfills SET max_rows_per_s = NULL")
+    pipeline.answer("replay", "notes", "--key", "1")  # the other one gives way, and then reads at that pace
+    until(pipeline.in_step_now, pipeline.tail)
+    assert pipeline.event("audit_found")["index"] == "articles"
 
 
 def audited_slowly(make_database: Callable[[], Database], make_simple: MakeSimple) -> tuple[Pipeline, Process]:

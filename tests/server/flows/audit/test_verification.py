@@ -13,7 +13,9 @@ from typing import Any
 import psycopg
 import pytest
 
+from tests import ROOT
 from tests.support.articles import articles
+from tests.support.migrations import filled, migrate
 from tests.support.servers import Database, Server
 from tests.support.workers import Pipeline, until
 
@@ -87,6 +89,24 @@ def test_a_worker_that_dies_while_an_index_is_verified_is_stood_in_for(live: Pip
         until(lambda: live.target.execute(asked).fetchone() == (True,), live.tail)
         assert live.stop(worker, signal.SIGKILL) == -signal.SIGKILL
         assert found.result()["differences"] == {"carried": 1}
+
+
+def test_nothing_is_said_of_an_index_that_is_switched_while_it_is_verified(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = filled(make_pipeline, database)
+    worker = pipeline.processes[-1]
+    worker.send_signal(signal.SIGSTOP)
+    pipeline.target.execute("UPDATE cdcsync.articles_chunks SET document_hash = '\\x00' WHERE id = 7")
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(pipeline.command, "verify", "articles", "--json", PYTHONPATH=str(ROOT))
+        asked = "SELECT EXISTS (SELECT FROM cdcsync.backfills WHERE kind = 'verify')"
+        until(lambda: pipeline.target.execute(asked).fetchone() == (True,), pipeline.tail)
+        assert migrate(pipeline, "activate")["live"] == 2
+        worker.send_signal(signal.SIGCONT)
+        done = found.result()
+    assert (done.returncode, done.stdout) == (2, ""), done.stdout
+    assert "switched to another generation while it was compared" in " ".join(done.stderr.split())
 
 
 def test_an_index_that_equals_its_source_verifies(live: Pipeline) -> None:

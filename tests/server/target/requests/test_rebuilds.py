@@ -8,7 +8,7 @@ from cdcsync.model.changeset import Rebuild
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.requests.rebuilds import MOST_REBUILDS, Rebuilds
 from tests.support.indexes import SCHEMA
-from tests.support.requests import QUEUE, REQUESTS, end, next_one
+from tests.support.requests import HISTORY, QUEUE, REQUESTS, end, next_one
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio, pytest.mark.usefixtures("articles_and_notes")]
 
@@ -20,13 +20,13 @@ async def test_a_rebuild_that_chunks_again_still_does_in_the_place_of_many(conne
     for at in range(MOST_REBUILDS):
         wanted = Rebuild("comments", f"t.id = {at}", rewrite=at == 3)
         await REBUILDS.ask(connection, "articles", wanted)
-    first = await QUEUE.oldest_open(connection, ["articles"])
+    first = await QUEUE.next_open(connection, ["articles"])
     assert first is not None
     assert not first.rewrite
 
     await REBUILDS.ask(connection, "articles", Rebuild(None, None, (("1",),)))
 
-    whole = await QUEUE.oldest_open(connection, ["articles"])
+    whole = await QUEUE.next_open(connection, ["articles"])
     assert whole is not None
     assert (whole.kind, whole.filter, whole.keyed, whole.rewrite) == ("related", None, False, True)
 
@@ -96,4 +96,6 @@ async def test_a_request_that_is_to_read_more_than_when_it_was_looked_at_is_not_
     assert now is not None
     assert (now.id, now.state, now.up_to) == (2, "requested", None if served == "done" else ("8",))
     assert await QUEUE.start(connection, now, 8)
-    assert await QUEUE.state(connection, now) == "running"
+    begun = await HISTORY.one(connection, now.id)
+    assert begun is not None
+    assert begun.state == "running"

@@ -120,7 +120,11 @@ async def test_a_replay_that_the_configuration_asks_for_cannot_be_cancelled_and_
     assert await REQUESTS.owed(connection, "articles") == [partitions, second]
     assert await REQUESTS.action(connection, "articles", "cancel") == [of_an_operator]
     assert await REQUESTS.action(connection, "articles", "pause") == [partitions, second]
-    assert await REQUESTS.action(connection, "notes", "cancel") == [elsewhere]
+
+    async with connection.transaction():
+        short = await REQUESTS.add(connection, "notes", "verify", rewrite=False, filter_=None, keys=[("1",)])
+    assert await REQUESTS.action(connection, "notes", "pause") == [elsewhere]
+    assert await REQUESTS.action(connection, "notes", "cancel") == [elsewhere, short]
 
 
 async def test_a_command_asks_for_a_request_of_a_worker_of_the_version_before(connection: Connection) -> None:
