@@ -115,12 +115,14 @@ async def _list(config: Config, name: str, limit: int) -> tuple[list[Failure], L
     async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
         spec, failed = await _open(target, config, name)
         with speaking_of("target", where=f"index {name}"):
-            found = await failed.some(limit)
+            found, listed = await failed.some(limit), await failed.listed()
             nothing: list[Failure] = []
             for one in await _of_beside(target, config, spec, lambda other: other.some(limit), nothing):
                 # A document that has failed there too is another one.
                 found.append(msgspec.structs.replace(one, generation=spec.beside and spec.beside.generation))
-            return found, await failed.listed(), len(spec.searchable) > 1
+            unlisted = await _of_beside(target, config, spec, lambda other: other.listed(), listed)
+            listed = msgspec.structs.replace(listed, unlisted=max(listed.unlisted, unlisted.unlisted))
+            return found, listed, len(spec.searchable) > 1
 
 
 async def _discard(config: Config, name: str) -> int:
@@ -134,40 +136,50 @@ async def _discard(config: Config, name: str) -> int:
 
 async def _retry(config: Config, name: str, as_json: bool) -> bool:
     """Request another attempt for everything, and follow the rows that are read again; returns whether that worked."""
-    from cdcsync.flows.replay import open_index
+    from cdcsync.flows.replay import open_index, require_followed
     from cdcsync.postgres.sessions import connect, speaking_of
+    from cdcsync.target.failures.listing import Failures
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
-        spec, failed = await _open(target, config, name)
+        spec, _ = await _open(target, config, name)
+        texts, lacking = 0, []
+        for side in (spec, spec.beside):
+            if side is None:
+                continue
+            failed = Failures(target, config.target.schema, side)
+            with speaking_of("target", where=f"index {name}"):
+                before = await failed.listed()
+            if before.at_least:
+                lacking.append((side, failed, before))
+        for side, _, _ in lacking:  # a paused one reads nothing
+            await (require_followed(target, config, side) if side.hidden else open_index(target, config, name))
         with speaking_of("target", where=f"index {name}"):
-            before = await failed.listed()
-        if before.documents or before.unlisted:
-            await open_index(target, config, name)  # a paused one reads nothing
-        with speaking_of("target", where=f"index {name}"):
-            texts = await failed.retry_texts()
-            texts += await _of_beside(target, config, spec, lambda other: other.retry_texts(), 0)
-        if not (before.documents or before.unlisted):
+            for side in (spec, spec.beside):
+                texts += 0 if side is None else await Failures(target, config.target.schema, side).retry_texts()
+        if not lacking:
             _say(as_json, {"retry": texts}, f"{texts} to be tried again")
             return True
-        request = await _read_again(target, config, spec, failed, before)
+        requests = [await _read_again(target, config, side, failed, before) for side, failed, before in lacking]
         with speaking_of("target", where=f"index {name}"):
-            after = await failed.listed()
+            after = sum([(await failed.listed()).documents for _, failed, _ in lacking])
+    last = next((one for one in requests if one.state != "done"), requests[0])
     _say(
         as_json,
         {
-            "retry": texts + before.documents,
+            "retry": texts + sum(before.documents for _, _, before in lacking),
             "documents": {
-                "request": request.id,
-                "state": request.state,
-                "rows": request.rows_done,
-                "failed": after.documents,
-                "error": request.error,
+                "request": last.id,
+                "state": last.state,
+                "rows": sum(one.rows_done for one in requests),
+                "failed": after,
+                "error": last.error,
             },
         },
-        f"{texts} texts to be tried again; request {request.id} {request.state}: {request.rows_done:,} rows read"
-        f" again, {after.documents:,} are left out" + (f": {request.error}" if request.error else ""),
+        f"{texts} texts to be tried again; request {', '.join(str(one.id) for one in requests)} {last.state}:"
+        f" {sum(one.rows_done for one in requests):,} rows read again, {after:,} are left out"
+        + (f": {last.error}" if last.error else ""),
     )
-    return request.state == "done"
+    return last.state == "done"
 
 
 async def _read_again(target: Connection, config: Config, spec: IndexSpec, failed: Failures, listed: Listed) -> Request:

@@ -119,7 +119,7 @@ def migrate(
             printing.print_json(started) if as_json else _print_started(started)
         case Action.status:
             generations = anyio.run(interruptible, present.status, configuration, index)
-            printing.print_json(generations) if as_json else _print_generations(generations)
+            printing.print_json(generations) if as_json else _print_generations(index, generations)
         case Action.activate:
             outcome = anyio.run(
                 interruptible,
@@ -300,7 +300,7 @@ def _print_started(started: Started) -> None:
         out.print(plain(line), markup=False, highlight=False)
 
 
-def _print_generations(generations: Sequence[GenerationStatus]) -> None:
+def _print_generations(index: str, generations: Sequence[GenerationStatus]) -> None:
     from rich.table import Table
 
     from cdcsync.cli.printing import console, plain
@@ -330,6 +330,14 @@ def _print_generations(generations: Sequence[GenerationStatus]) -> None:
     for one in generations:
         for change in one.own_chunks:
             text = f"generation {one.generation} has chunks of its own: {plain(change)}"
+            out.print(text, markup=False, highlight=False)
+    for one in generations:
+        if one.failed_documents:
+            rows = "1 row is" if one.failed_documents == 1 else f"{one.failed_documents:,} rows are"
+            text = (
+                f"{rows} left out of generation {one.generation}, as no document could be made; see why: cdcsync"
+                f" failures {index} list"
+            )
             out.print(text, markup=False, highlight=False)
     for one in generations:
         if one.reason is not None:

@@ -18,6 +18,9 @@ OF_A_GENERATION = (
 )
 """The keys in which an index that stands beside another one may be unlike it."""
 
+BOUND_TOGETHER = (("text", "documents", "document_columns", "chunk_text", "related"), ("chunking",), ("where",))
+"""Those that a migration to other chunks changes, in groups of keys that make sense only together."""
+
 SHOWN_CHARACTERS = 60
 """How much of a value a message shows."""
 

@@ -147,17 +147,21 @@ async def embedded_generations(
     """Return the index with each generation that new texts get vectors in, and what makes them; the live one first.
 
     They get none where the configuration lacks the embedder. One without tables is yet to be filled, which whoever
-    began the migration has confirmed.
+    began the migration has confirmed; there is nothing to find in it either.
     """
-    names, embedded = Names(schema, spec.relations), [(spec, embedders[spec.config.embedder])]
-    for one in spec.others:
-        name = embedder_of(Generation.of(one, "ready"), embedders, one.config.embedder)
-        if name is None:
-            continue
+    made: list[IndexSpec] = []
+    for one in spec.searchable[1:]:
         with speaking_of("target", where=f"index {spec.name}"):
-            table = names.vectors(one.generation).as_string(target)
+            table = Names(schema, one.relations).vectors(one.generation).as_string(target)
             if await fetch_value(target, "SELECT to_regclass(%s) IS NOT NULL", [table]):
-                embedded.append((one, embedders[name]))
+                made.append(one)
+    others = tuple(one for one in spec.others if one in made)
+    spec = msgspec.structs.replace(spec, others=others, beside=spec.beside if spec.beside in made else None)
+    embedded = [(spec, embedders[spec.config.embedder])]
+    for one in others:
+        name = embedder_of(Generation.of(one, "ready"), embedders, one.config.embedder)
+        if name is not None:
+            embedded.append((one, embedders[name]))
     return embedded
 
 

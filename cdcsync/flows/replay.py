@@ -90,6 +90,24 @@ async def open_index(target: Connection, config: Config, name: str, *, even_paus
     return spec
 
 
+async def require_followed(target: Connection, config: Config, beside: IndexSpec) -> None:
+    """Refuse to have rows read again for chunks that stand beside an index, and that nobody follows now.
+
+    :raises SetupError: they are paused, or gone.
+    """
+    where = f"index {beside.searched_as}, generation {beside.generation}"
+    with speaking_of("target", where=where):
+        entry = await Registry(config.target.schema).find(target, beside.name)
+    if entry is None:
+        raise SetupError("the generation is gone", where=where, hint="`cdcsync status` shows what is there")
+    if entry.pause is not None:
+        raise SetupError(
+            f"the generation is paused: {entry.pause}",
+            where=where,
+            hint="correct that; the worker then reads the whole table again and resumes it by itself",
+        )
+
+
 async def _mended(target: Connection, config: Config, name: str) -> bool:
     """Say whether a worker that began now would resume a paused index; one that runs has the old configuration."""
     with speaking_of("target"):

@@ -21,7 +21,7 @@ import msgspec
 import structlog
 
 from cdcsync.config import Config
-from cdcsync.config.names import beside_name
+from cdcsync.config.names import beside_name, own_name
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import RunError, SchemaChanged, SetupError, SourceUnavailable, TablesChanged, Unavailable
 from cdcsync.flows.build import LOAD_CANCELLED, pause_after
@@ -282,6 +282,8 @@ class Watch:
 
     def _note_problems(self, index: str, findings: Sequence[Finding]) -> None:
         said = [f"{one.sentence}; {one.hint}" for one in findings if one.level == "warning"]
+        if index != own_name(index) and self.problems.get(own_name(index)) == "; ".join(said):
+            said = []  # of the table that both sides of the index have
         if said and index not in self.problems:
             log.error("writes_fail", index=index, problems=said)
         self.problems.pop(index, None)

@@ -137,12 +137,21 @@ class IndexSpec(msgspec.Struct, frozen=True):
         """The index with each generation that a search can name, those of other chunks included."""
         return self.generations if self.beside is None else (*self.generations, *self.beside.generations)
 
-    @property
-    def equal_vectors(self) -> IndexSpec | None:
-        """The index beside this one, if a text has the same vector there."""
-        other = self.beside
-        facts = [(one.model, one.dimensions, one.config.vector_type) for one in (self, other) if one is not None]
-        return other if len(facts) == 2 and facts[0] == facts[1] else None
+    def alike(self, one: IndexSpec) -> tuple[IndexSpec, ...]:
+        """Return the other generations whose vectors can serve as those of one, those of other chunks included."""
+        place = one.name, one.generation
+        return tuple(
+            other for other in self.searchable if (other.name, other.generation) != place and other.converts_to(one)
+        )
+
+    def siblings(self, one: IndexSpec) -> tuple[IndexSpec, ...]:
+        """Return those of them that have the same chunks."""
+        return tuple(other for other in self.alike(one) if other.name == one.name)
+
+    def converts_to(self, other: IndexSpec) -> bool:
+        """Say whether the vectors of another generation are those of this one: of the same model, and no more exact."""
+        same = (self.model, self.dimensions) == (other.model, other.dimensions)
+        return same and not (self.config.vector_type == "halfvec" and other.config.vector_type == "vector")
 
     @property
     def cut_by(self) -> str:

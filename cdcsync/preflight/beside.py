@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from cdcsync.config import Index
-from cdcsync.config.differences import CONTENTS, index_changes
+from cdcsync.config.differences import CONTENTS, as_stored, index_changes
 from cdcsync.preflight.findings import Finding
-from cdcsync.target.beside import declines, is_met_by
+from cdcsync.target.beside import is_met_by, without_declined
 from cdcsync.target.registry import Entry
 
 
@@ -18,11 +19,11 @@ def beside_findings(name: str, section: Index, own: Entry, other: Entry | None) 
     """
     where = f"indexes.{name}"
     if other is None:
-        if declines(section, own):
+        if (kept := without_declined(section, own)) != section:
             yield Finding.warning(
                 where,
                 "the configuration asks for other chunks, as it did when some were dropped"
-                f" ({_changes(own, section)}); the index keeps those that it has",
+                f" ({_changes(as_stored(kept), section)}); the index keeps those that it has",
                 f"write these keys as the index has them; or, to have such chunks again: cdcsync migrate {name} start",
             )
         return
@@ -43,11 +44,12 @@ def beside_findings(name: str, section: Index, own: Entry, other: Entry | None) 
         yield Finding.warning(
             where,
             f"the configuration asks for other chunks or vectors than generation {own.generation}, which is live, and"
-            f" generation {other.generation} beside it have ({_changes(own, section)}); both stay as they are",
+            f" generation {other.generation} beside it have ({_changes(own.configuration or {}, section)});"
+            " both stay as they are",
             f"to give one up: cdcsync migrate {name} drop; then to begin anew: cdcsync migrate {name} start",
         )
 
 
-def _changes(own: Entry, section: Index) -> str:
-    changed = index_changes(own.configuration or {}, section)
+def _changes(has: Mapping[str, Any], section: Index) -> str:
+    changed = index_changes(has, section)
     return ", ".join(dict.fromkeys(one.key.split(".")[0] for one in changed if one.key.split(".")[0] in CONTENTS))

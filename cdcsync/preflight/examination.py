@@ -83,7 +83,7 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
             assert target is not None
             findings += await _examine_connections(source, target, config, source_facts, target_facts)
     for plan in plans:
-        findings += [finding for finding in plan.findings if finding not in findings]
+        findings += [finding for finding in plan.findings if not _said(finding, plan, findings)]
     specs = _paired([spec for spec in specs if spec.name not in broken])
     catalog = source_facts.catalog if source_facts is not None else None
     return Report(findings, specs, broken, plans, catalog, config.indexes)
@@ -95,6 +95,16 @@ def _make_plan(name: str, index: Index, embedders: Mapping[str, Embedder], findi
     plan = make_plan(name, index, embedders.get(index.embedder), found)
     (plan.findings if own_name(name) != name else findings).extend(found)
     return plan
+
+
+def _said(finding: Finding, plan: Plan, findings: Sequence[Finding]) -> bool:
+    """Say whether a finding is among others; what is wrong with a table is so for both sides of an index."""
+    own = msgspec.structs.replace(
+        finding,
+        where=finding.where.replace(plan.name, own_name(plan.name)),
+        message=finding.message.replace(plan.name, own_name(plan.name)),
+    )
+    return finding in findings or (own in findings and finding.level != "ok")
 
 
 def _paired(specs: Sequence[IndexSpec]) -> list[IndexSpec]:

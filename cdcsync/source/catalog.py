@@ -295,6 +295,25 @@ async def running_transactions(connection: Connection) -> frozenset[int]:
     return (await current_snapshot(connection)).running
 
 
+async def next_transaction(connection: Connection) -> int:
+    """Return an id (of 64 bits) that every transaction which begins from now on has, or a later one."""
+    return cast(int, await fetch_value(connection, "SELECT pg_current_xact_id()::text::bigint"))
+
+
+async def tables_defined_since(connection: Connection, transaction: int) -> bool:
+    """Say whether tables of this database were created, altered or rewritten by transactions from this one on.
+
+    Temporary tables, whose changes are in no WAL, do not count.
+
+    Source: PostgreSQL, "System Columns" (xmin); `age(xid)`.
+    """
+    defined = (
+        "SELECT EXISTS (SELECT FROM pg_class WHERE relkind IN ('r', 'p', 'm', 't') AND relpersistence <> 't'"
+        " AND age(xmin) <= age(%s::text::xid))"
+    )
+    return cast(bool, await fetch_value(connection, defined, [transaction % XID_SPAN]))
+
+
 async def blockers(connection: Connection, xids: Iterable[int]) -> list[str]:
     """Describe for an operator whose transactions are among `xids`: session or prepared transaction, role, age."""
     cursor = await connection.execute(

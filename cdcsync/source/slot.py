@@ -387,6 +387,11 @@ def _undecodable(code: str | None, message: str) -> str:
             "the publication was dropped and created again: before PostgreSQL 18 the server cannot send what was"
             " written in between"
         )
+    if re.search("could not map filen|could not open relation with OID|catalog is missing .* attribute", message):
+        return (
+            "a table was created or altered while the slot was being made, which PostgreSQL takes no note of: this slot"
+            " gets past it never"
+        )
     if code in ("22021", "22P05"):
         return "a row holds bytes that are not text in UTF-8: correct the row, and the database's encoding"
     return "the source's log says more"

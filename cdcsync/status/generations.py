@@ -12,9 +12,12 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.status.counting import count_index
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.names import Names
+from cdcsync.target.failures.documents import Listed
 from cdcsync.target.generations import Generation
 from cdcsync.target.registry import Entry
 from cdcsync.target.requests.history import History
+
+NONE_LEFT_OUT = Listed()
 
 
 class GenerationStatus(msgspec.Struct, frozen=True):
@@ -25,7 +28,8 @@ class GenerationStatus(msgspec.Struct, frozen=True):
     seconds; both are None unless it is being filled. `bytes` is the disk space of its tables and indexes. `reason` says
     why it could not be filled when that was last tried. `own_chunks` says in which keys a generation that has chunks of
     its own is unlike the live one; it is empty for one that shares the live one's chunks. `read` is the share of the
-    table's rows that it was made of so far, while it is filled.
+    table's rows that it was made of so far, while it is filled. `failed_documents` is how many rows at least no
+    document could be made of, in a generation that has chunks of its own.
     """
 
     generation: int
@@ -49,6 +53,7 @@ class GenerationStatus(msgspec.Struct, frozen=True):
     reason: str | None = None
     own_chunks: list[str] = []
     read: float | None = None
+    failed_documents: int = 0
 
 
 async def read_generations(
@@ -58,11 +63,13 @@ async def read_generations(
     generations: Sequence[Generation],
     *,
     other: Entry | None = None,
+    left_out: Listed = NONE_LEFT_OUT,
     evaluated: bool = True,
 ) -> list[GenerationStatus]:
     """Return the state of these generations of an index, in their order.
 
     :param other: the index that stands beside it, where there is one.
+    :param left_out: the rows that no document of that one could be made of.
     :param evaluated: whether this role may read what was measured of them.
     """
     found = []
@@ -77,6 +84,7 @@ async def read_generations(
                 eta_s=None,
                 read=round(share, 4) if share is not None and status.state == "filling" else None,
                 state=_state_beside(other, status.state),
+                failed_documents=left_out.at_least,
                 own_chunks=[str(change) for change in _unlike(entry, other)],
                 reason=other.reason or status.reason,
             )

@@ -106,11 +106,9 @@ async def read_indexes(
         own, other = generations.get(name, []), beside.get(name)
         if other is not None:
             own = own + generations.get(other.name, [])
-            which = f"generation {other.generation}, which has chunks of its own,"
-            if other.pause is not None:
-                problems.append(f"index {name}: {which} is paused: {other.pause}")
-            elif other.state == "building" and (why := _waits(other, _builds_of(builds, other))) is not None:
-                problems.append(f"index {name}: {which} waits to be built: {why}")
+            problems += _of_other_chunks(
+                name, entry, other, left_out.get(other.name, Listed()), _waits(other, _builds_of(builds, other))
+            )
         live = next((one for one in own if one.generation == generation), None)
         if live is not None and live.embedder is not None:
             status = msgspec.structs.replace(status, embedder=live.embedder)
@@ -131,7 +129,10 @@ async def read_indexes(
             continue
         if len(own) > 1:
             measured = evaluations.TABLE in readable
-            found_of = await read_generations(target, schema, entry, own, other=other, evaluated=measured)
+            of_other = left_out.get(other.name, Listed()) if other is not None else Listed()
+            found_of = await read_generations(
+                target, schema, entry, own, other=other, left_out=of_other, evaluated=measured
+            )
             status = msgspec.structs.replace(status, generations=found_of)
         counts = await count_index(target, Names(schema, stem), generation)
         if counts.failed:
@@ -223,11 +224,24 @@ async def _builds(target: Connection, schema: str) -> dict[str, _Build]:
     }
 
 
-def _left_out(name: str, listed: Listed) -> Iterator[str]:
+def _of_other_chunks(name: str, entry: Entry, other: Entry, listed: Listed, waits: str | None) -> Iterator[str]:
+    """Say what an operator should do about the chunks that stand beside an index; what both have is said once.
+
+    :param waits: why they cannot be built now.
+    """
+    which = f"generation {other.generation}, which has chunks of its own,"
+    if other.pause is not None and (entry.pause is None or other.pause.reason != entry.pause.reason):
+        yield f"index {name}: {which} is paused: {other.pause}"
+    elif other.state == "building" and waits is not None:
+        yield f"index {name}: {which} waits to be built: {waits}"
+    yield from _left_out(name, listed, of=f" of generation {other.generation}")
+
+
+def _left_out(name: str, listed: Listed, *, of: str = "") -> Iterator[str]:
     if listed.documents or listed.unlisted:
         rows = "1 row is" if listed.documents == 1 else f"{listed.documents} rows are"
         more = ", and more than are listed" if listed.unlisted else ""
-        yield f"index {name}: {rows} left out{more}: no document could be made; see `cdcsync failures {name} list`"
+        yield f"index {name}: {rows} left out{more}: no document{of} could be made; see `cdcsync failures {name} list`"
 
 
 def absent(config: Config, name: str) -> IndexStatus:

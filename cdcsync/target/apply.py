@@ -39,7 +39,7 @@ from cdcsync.target.ddl.names import Names, vector_schema
 from cdcsync.target.loading import CHUNK_COLUMNS, blocks, load
 from cdcsync.target.look_ups import LookUps
 from cdcsync.target.stage import Op, Stage
-from cdcsync.target.vectors import register_vectors, wire_form
+from cdcsync.target.vectors import converted, register_vectors, wire_form
 
 TRUNCATE_LOCKS_MS = 500
 """Readers that take longer are not waited for, as searches queue up behind who waits for an exclusive lock; less than
@@ -74,7 +74,10 @@ class IndexWriter(LookUps):
         extension = await vector_schema(self._connection)
         await register_vectors(self._connection)
         common = self._compose(extension)
-        self._parts = {one.generation: common | self._of_generation(one) for one in self._spec.generations}
+        self._parts = {
+            one.generation: common | self._of_generation(one, sql.Identifier(extension))
+            for one in self._spec.generations
+        }
         await self._stage.create(self._names.chunks)
 
     async def apply(self, changes: ChangeSet) -> Applied:
@@ -240,11 +243,11 @@ class IndexWriter(LookUps):
         )
 
     async def _reuse(self, one: IndexSpec) -> int:
-        """Give each chunk without a current vector that of an equal text, where one is stored."""
+        """Give each chunk without a current vector that of an equal text, in whichever generation one is stored."""
         return await self._run(
             "INSERT INTO {fresh} AS mine (chunk_id, content_hash, embedding)"
             " SELECT p.chunk_id, p.content_hash, equal.embedding FROM {put} AS p CROSS JOIN LATERAL"
-            " (SELECT v.embedding FROM {vectors} AS v WHERE v.content_hash = p.content_hash{beside} LIMIT 1) AS equal"
+            " (SELECT v.embedding FROM {vectors} AS v WHERE v.content_hash = p.content_hash{alike} LIMIT 1) AS equal"
             " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id"
             " AND v.content_hash = p.content_hash)"
             " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED,
@@ -286,23 +289,20 @@ class IndexWriter(LookUps):
         cursor = await self._connection.execute(composed, arguments)
         return cursor.rowcount
 
-    def _of_generation(self, one: IndexSpec) -> dict[str, sql.Composable]:
+    def _of_generation(self, one: IndexSpec, extension: sql.Identifier) -> dict[str, sql.Composable]:
         """Return what stands for the names of a generation's tables."""
         return {
             "vectors": self._names.vectors(one.generation),
             **self._names.tiers(one.generation),
             "generation": sql.Literal(one.generation),
-            "beside": self._beside(one),
+            "alike": sql.SQL("").join(self._of_alike(one, other, extension) for other in self._spec.alike(one)),
         }
 
-    def _beside(self, one: IndexSpec) -> sql.Composable:
-        """Return what has vectors of equal texts come from the chunks that stand beside these, too."""
-        other = self._spec.equal_vectors
-        if other is None or one is not self._spec:
-            return sql.SQL("")
-        vectors = Names(self._schema, other.relations).vectors(other.generation)
-        return sql.SQL(" UNION ALL SELECT b.embedding FROM {} AS b WHERE b.content_hash = p.content_hash").format(
-            vectors
+    def _of_alike(self, one: IndexSpec, other: IndexSpec, extension: sql.Identifier) -> sql.Composable:
+        """Return what has vectors of equal texts come from another generation, too."""
+        vector, fits = converted("a", other, one, extension)
+        return sql.SQL(" UNION ALL SELECT {} FROM {} AS a WHERE a.content_hash = p.content_hash AND {}").format(
+            vector, Names(self._schema, other.relations).vectors(other.generation), fits
         )
 
     def _compose(self, vector_schema: str) -> dict[str, sql.Composable]:

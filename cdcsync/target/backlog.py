@@ -6,7 +6,8 @@ text the vector was made from. Rows that apply is changing at that moment are sk
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import cast
 
@@ -20,7 +21,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
-from cdcsync.target.vectors import register_vectors, wire_form
+from cdcsync.target.vectors import converted, register_vectors, wire_form
 
 WINDOW_BYTES = 16 * 1024 * 1024
 """Text in one window: thousands of usual chunks, and a bound on memory where chunks are whole documents."""
@@ -53,10 +54,18 @@ class BacklogCounts(msgspec.Struct, frozen=True):
 class Backlog:
     """One index's backlog over one connection; `open` prepares the connection's temporary table."""
 
-    def __init__(self, connection: Connection, schema: str, spec: IndexSpec) -> None:
+    def __init__(
+        self, connection: Connection, schema: str, spec: IndexSpec, siblings: Sequence[IndexSpec] = ()
+    ) -> None:
+        """Serve the backlog of a generation.
+
+        :param siblings: other generations of the same chunks, whose vectors can serve as those of this one.
+        """
         self._connection = connection
         self._spec = spec
-        names = Names(schema, spec.relations)
+        self._siblings = siblings
+        self._names = Names(schema, spec.relations)
+        names = self._names
         self._stage = f"{spec.name}_made_{spec.generation}"
         self._parts: dict[str, sql.Composable] = {
             "backlog": names.backlog,
@@ -117,10 +126,7 @@ class Backlog:
         """Store vectors for every waiting chunk with one of these texts; returns how many chunks."""
         if not vectors:
             return 0
-        async with self._connection.transaction():
-            # A lost vector goes with its lost backlog deletion, so it would be made again: no need to wait for the
-            # disk.
-            await self._connection.execute("SET LOCAL synchronous_commit = off")
+        async with self._storing() as store:
             async with (
                 self._connection.cursor() as cursor,
                 cursor.copy(self._sql("COPY {stage} FROM STDIN (FORMAT binary)")) as copy,
@@ -128,27 +134,74 @@ class Backlog:
                 copy.set_types(["bytea", self._spec.config.vector_type])
                 for text_hash, vector in vectors.items():
                     await copy.write_row((text_hash, self._wire_form(vector)))
-            # The backlog first, as apply does; then the rules of `ddl/tiers`.
-            await self._connection.execute(self._sql("LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE"))
-            done = await self._connection.execute(
+            return await store()
+
+    async def take_over(self, hashes: Sequence[bytes]) -> int:
+        """Store the vectors that other generations have by now of chunks with these texts; returns how many chunks.
+
+        A text that waits in several generations is embedded once for all of them, also if the worker is killed between
+        the two. A vector that is itself to be made again is not taken.
+        """
+        if not self._siblings:
+            return 0
+        extension = sql.Identifier(await vector_schema(self._connection))
+        made = sql.SQL(" UNION ALL ").join(self._of_sibling(one, extension) for one in self._siblings)
+        async with self._storing() as store:
+            found = await self._connection.execute(
                 self._sql(
-                    "WITH due AS (SELECT b.chunk_id, b.content_hash"
-                    " FROM {backlog} AS b JOIN {stage} USING (content_hash)"
-                    " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"
-                    " done AS (DELETE FROM {backlog} AS b USING due"
-                    " WHERE b.generation = {generation} AND b.chunk_id = due.chunk_id)"
-                    " INSERT INTO {fresh} (chunk_id, content_hash, embedding)"
-                    " SELECT due.chunk_id, due.content_hash, s.embedding"
-                    " FROM due JOIN {stage} AS s USING (content_hash)"
-                    " ON CONFLICT (chunk_id) DO UPDATE"
-                    " SET content_hash = excluded.content_hash, embedding = excluded.embedding,"
-                    " stored_at = excluded.stored_at RETURNING chunk_id"
-                )
+                    "INSERT INTO {stage} SELECT DISTINCT ON (content_hash) content_hash, embedding FROM ({made}) AS m",
+                    made=made,
+                ),
+                {"hashes": list(hashes)},
             )
-            if chunks := [row[0] for row in await done.fetchall()]:
-                await self._connection.execute(self._sql("DELETE FROM {settled} WHERE chunk_id = ANY(%s)"), [chunks])
+            return await store() if found.rowcount else 0
+
+    def _of_sibling(self, one: IndexSpec, extension: sql.Identifier) -> sql.Composed:
+        """Return a query of the vectors of waiting chunks that another generation has, and keeps."""
+        vector, fits = converted("v", one, self._spec, extension)
+        return self._sql(
+            "SELECT b.content_hash, {vector} AS embedding FROM {backlog} AS b JOIN {vectors} AS v"
+            " ON v.chunk_id = b.chunk_id AND v.content_hash = b.content_hash"
+            " WHERE b.generation = {generation} AND b.content_hash = ANY(%(hashes)s::bytea[]) AND {fits}"
+            " AND NOT EXISTS (SELECT FROM {backlog} AS w WHERE w.generation = {other} AND w.chunk_id = b.chunk_id)",
+            vector=vector,
+            fits=fits,
+            vectors=self._names.vectors(one.generation),
+            other=sql.Literal(one.generation),
+        )
+
+    @contextlib.asynccontextmanager
+    async def _storing(self) -> AsyncIterator[Callable[[], Awaitable[int]]]:
+        """Yield what stores the vectors of the stage, in a transaction that commits behind this.
+
+        A lost vector goes with its lost backlog deletion, so it would be made again: no need to wait for the disk.
+        """
+        async with self._connection.transaction():
+            await self._connection.execute("SET LOCAL synchronous_commit = off")
+            yield self._store_staged
             crash_point("vectors written")
         crash_point("vectors committed")
+
+    async def _store_staged(self) -> int:
+        # The backlog first, as apply does; then the rules of `ddl/tiers`.
+        await self._connection.execute(self._sql("LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE"))
+        done = await self._connection.execute(
+            self._sql(
+                "WITH due AS (SELECT b.chunk_id, b.content_hash"
+                " FROM {backlog} AS b JOIN {stage} USING (content_hash)"
+                " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"
+                " done AS (DELETE FROM {backlog} AS b USING due"
+                " WHERE b.generation = {generation} AND b.chunk_id = due.chunk_id)"
+                " INSERT INTO {fresh} (chunk_id, content_hash, embedding)"
+                " SELECT due.chunk_id, due.content_hash, s.embedding"
+                " FROM due JOIN {stage} AS s USING (content_hash)"
+                " ON CONFLICT (chunk_id) DO UPDATE"
+                " SET content_hash = excluded.content_hash, embedding = excluded.embedding,"
+                " stored_at = excluded.stored_at RETURNING chunk_id"
+            )
+        )
+        if chunks := [row[0] for row in await done.fetchall()]:
+            await self._connection.execute(self._sql("DELETE FROM {settled} WHERE chunk_id = ANY(%s)"), [chunks])
         return done.rowcount
 
     async def postpone(self, hashes: Sequence[bytes], error: str, *, delay_s: float, final: bool = False) -> None:
@@ -178,5 +231,5 @@ class Backlog:
         )
         return BacklogCounts(*cast(tuple[int, int, int], row))
 
-    def _sql(self, statement: str) -> sql.Composed:
-        return sql.SQL(statement).format(**self._parts)
+    def _sql(self, statement: str, **more: sql.Composable) -> sql.Composed:
+        return sql.SQL(statement).format(**self._parts, **more)

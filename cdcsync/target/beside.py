@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from cdcsync.config import Config, Index
-from cdcsync.config.differences import as_stored, contents_of, made_as
+from cdcsync.config.differences import BOUND_TOGETHER, contents_of, made_as
 from cdcsync.config.names import beside_name
 from cdcsync.target.registry import Entry
 
@@ -42,9 +42,7 @@ def as_kept(section: Index, own: Entry | None, other: Entry | None) -> Index:
     """
     if own is None or own.configuration is None:
         return section
-    if other is not None:
-        return made_by(section, own)
-    return made_as(section, contents_of(own.configuration)) if declines(section, own) else section
+    return without_declined(section, own) if other is None else made_by(section, own)
 
 
 def made_by(section: Index, one: Entry | None) -> Index:
@@ -52,9 +50,19 @@ def made_by(section: Index, one: Entry | None) -> Index:
     return section if one is None or one.configuration is None else made_as(section, one.configuration)
 
 
-def declines(section: Index, own: Entry) -> bool:
-    """Say whether the file asks for other chunks than an index has, as it did when `cdcsync migrate` dropped some."""
-    return asks_for_others(section, own) and contents_of(as_stored(section)) in (own.declined or ())
+def without_declined(section: Index, own: Entry) -> Index:
+    """Return the section of an index, with the keys as it has them that ask again for what `cdcsync migrate` dropped.
+
+    Keys that ask for something else since then are as the file has them: only those were given up that were asked for
+    at that time. Keys that this version of cdcsync has and an earlier one had not say nothing of that.
+    """
+    kept, has = section, own.configuration
+    for dropped in own.declined or () if has is not None else ():
+        for keys in BOUND_TOGETHER:
+            asked, as_it_is = made_as(section, dropped, keys), made_as(section, has or {}, keys)
+            if asked == section != as_it_is:
+                kept = made_as(kept, has or {}, keys)
+    return kept
 
 
 def asks_for_others(section: Index, own: Entry) -> bool:

@@ -34,6 +34,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import MAX_ATTEMPTS, Names, vector_schema
 from cdcsync.target.generations import Generations
 from cdcsync.target.loading import copy_vectors
+from cdcsync.target.vectors import converted
 
 UNHURRIED: LiteralString = "SET LOCAL synchronous_commit = off; "
 """A page that is lost with a crash of the server is lost with its cursor: apply need not wait for the disk."""
@@ -75,8 +76,7 @@ class Filling:
     @property
     def takes_over(self) -> bool:
         """Whether the live vectors need only be converted: the same model made them, and as exactly."""
-        same = (self._live.model, self._live.dimensions) == (self._spec.model, self._spec.dimensions)
-        return same and not (self._live.config.vector_type == "halfvec" and self._spec.config.vector_type == "vector")
+        return self._live.converts_to(self._spec)
 
     async def page(self, after: int, limit: int) -> list[Stored]:
         """Return up to `limit` chunks with numbers above `after`, in their order; none if there are no more."""
@@ -147,6 +147,7 @@ class Filling:
         """
         ids = [one.chunk_id for one in page]
         extension = sql.Identifier(await vector_schema(self._connection))
+        vector, fits = converted("v", self._live, self._spec, extension)
         async with self._connection.transaction():
             await self._connection.execute(
                 self._sql(
@@ -157,13 +158,12 @@ class Filling:
             await self._connection.execute(
                 sql.SQL(
                     "INSERT INTO {settled} (chunk_id, content_hash, embedding)"
-                    " SELECT v.chunk_id, v.content_hash, v.embedding::{extension}."
-                    + self._spec.vector_type
-                    + " FROM {live} AS v JOIN {chunks} AS c"
-                    " ON c.chunk_id = v.chunk_id AND c.content_hash = v.content_hash WHERE c.chunk_id = ANY(%s)"
+                    " SELECT v.chunk_id, v.content_hash, {vector} FROM {live} AS v JOIN {chunks} AS c"
+                    " ON c.chunk_id = v.chunk_id AND c.content_hash = v.content_hash"
+                    " WHERE c.chunk_id = ANY(%s) AND {fits}"
                     " AND NOT EXISTS (SELECT FROM {vectors} AS n WHERE n.chunk_id = c.chunk_id) AND NOT EXISTS"
                     " (SELECT FROM {backlog} AS b WHERE b.chunk_id = c.chunk_id AND b.generation = {generation})"
-                ).format(**self._parts, extension=extension),
+                ).format(**self._parts, vector=vector, fits=fits),
                 [ids],
             )
             wanted = await self._end_page(ids, len(page), last)

@@ -17,11 +17,11 @@ from cdcsync.target.ddl.names import Names
 
 def texts_known(schema: str, spec: IndexSpec) -> sql.Composable:
     """Return the vectors that a text of an index may have already, as a table of their `content_hash`."""
-    names, other = Names(schema, spec.relations), spec.equal_vectors
-    if other is None:
-        return names.vectors(spec.generation)
-    return sql.SQL("(SELECT content_hash FROM {} UNION ALL SELECT content_hash FROM {})").format(
-        names.vectors(spec.generation), Names(schema, other.relations).vectors(other.generation)
+    tables = [Names(schema, one.relations).vectors(one.generation) for one in (spec, *spec.alike(spec))]
+    if len(tables) == 1:
+        return tables[0]
+    return sql.SQL("({})").format(
+        sql.SQL(" UNION ALL ").join(sql.SQL("SELECT content_hash FROM {}").format(table) for table in tables)
     )
 
 

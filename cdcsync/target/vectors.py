@@ -16,7 +16,7 @@ from psycopg import sql
 from psycopg.types import TypeInfo
 
 from cdcsync.model.spec import IndexSpec
-from cdcsync.model.vectors import FloatVector
+from cdcsync.model.vectors import MOST_HALF, FloatVector
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import vector_schema
 
@@ -36,3 +36,28 @@ async def register_vectors(connection: Connection) -> None:
 def wire_form(spec: IndexSpec) -> Callable[[FloatVector], Vector | HalfVector]:
     """Return what makes parameters of an index's vectors."""
     return HalfVector if spec.vector_type.startswith("halfvec") else Vector
+
+
+LEAST_NORM = 1e-3
+"""The length from which on a vector of at most 16,000 components is not all zeros as a halfvec."""
+
+
+def converted(
+    alias: str, one: IndexSpec, to: IndexSpec, extension: sql.Identifier
+) -> tuple[sql.Composed, sql.Composable]:
+    """Return the vector of a row as one of another generation, and the condition under which it can be one.
+
+    A model may make vectors that a halfvec cannot hold. These are made again, and judged as those of any text.
+
+    :param alias: of the vectors table of `one`.
+    :param extension: the schema of pgvector.
+    """
+    vector = sql.Identifier(alias, "embedding")
+    if one.config.vector_type == to.config.vector_type:
+        return sql.SQL("{}").format(vector), sql.SQL("true")
+    return (
+        sql.SQL("{}::{}.{}").format(vector, extension, sql.SQL(to.config.vector_type)),
+        sql.SQL("{}.vector_norm({}) BETWEEN {} AND {}").format(
+            extension, vector, sql.Literal(LEAST_NORM), sql.Literal(MOST_HALF)
+        ),
+    )

@@ -9,7 +9,7 @@ table that changed.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal
 
 import anyio
@@ -19,7 +19,7 @@ import structlog
 from cdcsync.config import Config, RemoteEmbedder, tokens_per_day
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import RunError, SchemaChanged, SetupError, leading
+from cdcsync.errors import RunError, SchemaChanged, SetupError, TablesChanged, leading
 from cdcsync.flows.audit import RollingAudit, compare_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
@@ -93,8 +93,14 @@ class Pipeline:
         plans: Sequence[Plan],
         pauses: Pauses,
         held: Mapping[str, Held],
+        look_again: Callable[[], Awaitable[None]],
     ) -> None:
+        """Make the parts.
+
+        :param look_again: examines everything for the next pipeline, while this one still works.
+        """
         self.config = config
+        self._look_again = look_again
         self.held = held
         self.state = state
         self.specs = specs
@@ -112,7 +118,13 @@ class Pipeline:
         self._pipeline = schema, config.source.slot
         self.embedding = Pool(target_dsn, schema, sum(len(spec.generations) for spec in specs))
         self.embed_loops = {
-            spec.name: EmbedLoop(self.embedding, spec, self.dispatchers[spec.config.embedder], metrics)
+            spec.name: EmbedLoop(
+                self.embedding,
+                spec,
+                self.dispatchers[spec.config.embedder],
+                metrics,
+                siblings=spec.siblings(spec),
+            )
             for spec in specs
         }
         self.beside: dict[str, list[EmbedLoop]] = {}
@@ -198,7 +210,7 @@ class Pipeline:
                     fix=f"put its [embedders] section back, or drop it: cdcsync migrate {one.name} drop",
                 )
                 continue
-            loop = EmbedLoop(self.embedding, one, dispatcher, metrics, searched=False)
+            loop = EmbedLoop(self.embedding, one, dispatcher, metrics, searched=False, siblings=spec.siblings(one))
             self.beside.setdefault(one.name, []).append(loop)
             limit = lambda: float(self.config.worker.backfill_max_rows_per_s)  # noqa: E731 - read anew at each page
             self.fills.append(Fill(target.dsn, target.schema, spec, one, dispatcher, loop, limit))
@@ -308,7 +320,12 @@ class Pipeline:
     async def watch_once_streaming(self) -> None:
         """Ask the source what the stream does not tell."""
         await self.streaming.begun.wait()
-        await self.watch.run()
+        try:
+            await self.watch.run()
+        except TablesChanged:
+            # The other indexes go on for as long as that takes.
+            await self._look_again()
+            raise
 
     async def backfill_once_streaming(self) -> None:
         """Serve backfills: not before the slot exists, which would never deliver a mark written earlier."""

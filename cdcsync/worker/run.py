@@ -141,6 +141,14 @@ async def _work_through_schema_changes(
     dispatchers = make_dispatchers(config, state, embedders)
     unopened = list(dispatchers.values())
     """A standby opens no model."""
+    ahead: list[Report] = []
+    """The examination for the next pipeline, if it was made while the one before still worked."""
+
+    async def look_again() -> None:
+        found = await examine(config, embedders)
+        if not found.errors:
+            ahead.append(found)
+
     while not state.stopping.is_set():
         broken = pauses.standing(report.broken, anyio.current_time())
         for plan in report.plans:
@@ -153,7 +161,11 @@ async def _work_through_schema_changes(
             continue
         specs = [spec for spec in report.specs if spec.name not in broken and spec.name not in held]
         pipeline = Pipeline(
-            examined, state, specs, embedders, dispatchers, plans=report.plans, pauses=pauses, held=held
+            *(examined, state, specs, embedders, dispatchers),
+            plans=report.plans,
+            pauses=pauses,
+            held=held,
+            look_again=look_again,
         )
         paused: list[SchemaChanged] = []
         try:
@@ -185,7 +197,8 @@ async def _work_through_schema_changes(
             pauses.note(why, anyio.current_time())
         if state.stopping.is_set():
             return
-        report = await _examine_again(config, state, embedders)
+        report = ahead.pop() if ahead and not paused else await _examine_again(config, state, embedders)
+        ahead.clear()
 
 
 async def _hold(

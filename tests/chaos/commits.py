@@ -79,6 +79,7 @@ EXEMPT = {
     ("source/reads.py", "reading"): "reads only",
     ("postgres/sessions.py", "connect"): "settings of the session",
     ("target/session.py", "_takes"): "always rolled back",
+    ("target/backlog.py", "take_over"): "its transaction, with the points, is that of `_storing`",
 }
 """Functions that commit nothing which outlives the session, or whose callers have the point."""
 

@@ -446,6 +446,8 @@ TIDYING = "tests/server/target/test_tidying.py"
 UPGRADING = "tests/server/target/ddl/test_upgrading.py"
 REQUESTED = "tests/server/flows/audit/test_requested.py"
 PLAN = "tests/server/flows/test_plan.py"
+OTHER_CHUNKS = "tests/server/scenarios/test_other_chunks.py"
+START = "tests/server/flows/setup/test_start.py"
 
 ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(
@@ -465,9 +467,19 @@ ELSEWHERE: dict[str, str] = {
         ("reading in place of a comparison asked for", "reading in place of a comparison begun"), REQUESTED
     ),
     **dict.fromkeys(("approval given", "approvals removed"), PLAN),
+    "slot that is made again dropped": START,
+    **dict.fromkeys(
+        (
+            *("migration to other chunks asked for", "migration to other chunks begun", "limit of a load set"),
+            *("chunks exchanged", "exchange of chunks committed", "chunks dropped", "dropped chunks committed"),
+            *("request withdrawn", "withdrawn request committed"),
+        ),
+        OTHER_CHUNKS,
+    ),
 }
 """Crash points that a history does not come to, and the tests that kill at them: they need thousands of rows or of
-changes, an index of an earlier version, or an operator's approval."""
+changes, an index of an earlier version, an operator's approval, a migration to other chunks, or a table that is
+created while the slot is."""
 
 
 def reachable() -> list[str]:

@@ -31,7 +31,8 @@ def hashed(dimensions: int) -> Section:
 
 
 def loaded(pipeline: Pipeline, *tables: str, rows: int = 200) -> Pipeline:
-    """Have a worker load tables of short texts."""
+    """Have a worker load tables of short texts; it notices each step of a migration soon."""
+    pipeline.hurry.setdefault("cdcsync.flows.watch.WATCH_S", 0.5)
     for table in tables:
         pipeline.source.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, title text)")
         pipeline.source.execute(

@@ -19,6 +19,9 @@ from tests.support.workers import Pipeline
 
 SEARCHES_PER_S = 20
 
+COMMANDS_PER_S = 2
+"""A command is a process: more of them would be most of the work, and what they ask they ask as often as it changes."""
+
 
 class Searches(ABC):
     """Searches all the time, and holds every answer against the model of its generation."""
@@ -65,6 +68,7 @@ class Searches(ABC):
             hits = await anyio.to_thread.run_sync(ask)
             assert hits
             self.check_hits(hits)
+            await anyio.sleep(1 / COMMANDS_PER_S)
 
     @asynccontextmanager
     async def going_on(self) -> AsyncIterator[None]:

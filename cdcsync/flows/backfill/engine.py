@@ -85,6 +85,8 @@ class Backfills:
         self._deliveries = deliveries
         self._page_rows = page_rows
         self._max_rows_per_s = max_rows_per_s
+        self._own_pace: int | None = None
+        """That of the request which is served."""
         self._forget_vectors = forget_vectors
         self.marks = Marks(deliveries, metrics)
         self._pages: dict[str, Pages] = {
@@ -179,7 +181,8 @@ class Backfills:
             log.info("backfill_done", index=request.index, backfill=request.id)
 
     def _pace(self, request: Request) -> Pace:
-        return Pace(lambda: min(filter(None, (self._max_rows_per_s, request.max_rows_per_s)), default=None))
+        self._own_pace = request.max_rows_per_s
+        return Pace(lambda: min(filter(None, (self._max_rows_per_s, self._own_pace)), default=None))
 
     async def _send_all(self, target: Connection, request: Request, read: PageReader) -> int | None:
         """Send every page of a phase and wait until all are applied.
@@ -274,6 +277,7 @@ class Backfills:
                 following = await self._queue.next_open(target, list(self._specs))
             if following is None or following.id != request.id:
                 return False
+            self._own_pace = following.max_rows_per_s
             left = until - anyio.current_time()
             if left <= 0:
                 return True

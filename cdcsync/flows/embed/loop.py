@@ -48,13 +48,22 @@ class EmbedLoop:
     """Empties one index's backlog for ever.
 
     :param searched: whether searches use what it makes; a migration's vectors say nothing about freshness.
+    :param siblings: other generations of the same chunks, whose vectors can serve as those of this one.
     """
 
     def __init__(
-        self, pool: Pool, spec: IndexSpec, dispatcher: Dispatcher, metrics: Metrics, *, searched: bool = True
+        self,
+        pool: Pool,
+        spec: IndexSpec,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        *,
+        searched: bool = True,
+        siblings: Sequence[IndexSpec] = (),
     ) -> None:
         self._pool = pool
         self._spec = spec
+        self._siblings = siblings
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._searched = searched
@@ -124,7 +133,7 @@ class EmbedLoop:
 
     async def _window(self, *, lane: int | None) -> int:
         """Embed one window of due texts and return how many there were."""
-        async with self._pool.backlog(self._spec) as backlog:
+        async with self._pool.backlog(self._spec, self._siblings) as backlog:
             window = await backlog.window(self._dispatcher.pace.window_texts, lane=lane)
         self._target_outage.succeeded()
         # Texts of about the same length together: a batch is padded to its longest.
@@ -153,8 +162,10 @@ class EmbedLoop:
 
     async def _one_batch(self, batch: Sequence[Waiting], slots: anyio.Semaphore) -> None:
         try:
-            # Texts that changed again while they waited in the window are not worth a call.
-            async with self._pool.backlog(self._spec) as backlog:
+            # Texts that changed again while they waited in the window are not worth a call, nor are those that another
+            # generation has by now.
+            async with self._pool.backlog(self._spec, self._siblings) as backlog:
+                await backlog.take_over([one.hash for one in batch])
                 waiting = await backlog.still_waiting([one.hash for one in batch])
             self._dispatcher.avoided("superseded", len(batch) - len(waiting))
             if (batch := [one for one in batch if one.hash in waiting]) and not self._broken:
@@ -190,7 +201,7 @@ class EmbedLoop:
     async def _postpone(self, one: bytes, error: EmbedError, attempts: int = 0) -> None:
         """Note that a text cannot be embedded: for ever if it was refused, else for a while."""
         log.warning("text_not_embedded", index=self._spec.name, attempts=attempts + 1, error=str(error))
-        async with self._pool.backlog(self._spec) as backlog:
+        async with self._pool.backlog(self._spec, self._siblings) as backlog:
             final = isinstance(error, TextRejected)
             await backlog.postpone([one], str(error), delay_s=backoff_s(attempts), final=final)
 
@@ -203,7 +214,7 @@ class EmbedLoop:
 
     async def _store_part(self, part: Mapping[bytes, FloatVector]) -> None:
         try:
-            async with self._pool.backlog(self._spec) as backlog:
+            async with self._pool.backlog(self._spec, self._siblings) as backlog:
                 stored = await backlog.store(part)
         except psycopg.DataError as error:
             # PostgreSQL has the last word on what it stores: the texts are at fault whose vectors it does not take.

@@ -6,7 +6,7 @@ A connection serves any index: what it needs for one, a stage for vectors, is ma
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -33,10 +33,10 @@ class _Session:
         self.connection = connection
         self._backlogs: dict[tuple[str, int], Backlog] = {}
 
-    async def backlog(self, schema: str, spec: IndexSpec) -> Backlog:
+    async def backlog(self, schema: str, spec: IndexSpec, siblings: Sequence[IndexSpec]) -> Backlog:
         one = spec.name, spec.generation
         if one not in self._backlogs:
-            backlog = Backlog(self.connection, schema, spec)
+            backlog = Backlog(self.connection, schema, spec, siblings)
             await backlog.open()
             self._backlogs[one] = backlog
         return self._backlogs[one]
@@ -55,13 +55,14 @@ class Pool:
         self._idle: list[_Session] = []
 
     @asynccontextmanager
-    async def backlog(self, spec: IndexSpec) -> AsyncIterator[Backlog]:
+    async def backlog(self, spec: IndexSpec, siblings: Sequence[IndexSpec] = ()) -> AsyncIterator[Backlog]:
         """Lend a connection to an index's backlog that nobody else uses meanwhile, as soon as there is one.
 
+        :param siblings: see `Backlog`; those of a generation are always the same.
         :raises TargetUnavailable, SetupError: as `connect`.
         """
         async with self._lent() as session:
-            yield await session.backlog(self._schema, spec)
+            yield await session.backlog(self._schema, spec, siblings)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:

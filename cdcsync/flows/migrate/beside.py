@@ -111,11 +111,18 @@ async def start_beside(
     return started
 
 
-def under_way(entry: Entry, other: Entry, wanted: WantedVectors, *, max_rows_per_s: int | None) -> Started:
-    """Return the migration to other chunks that is under way.
+async def under_way(
+    connection: Connection,
+    config: Config,
+    entry: Entry,
+    other: Entry,
+    wanted: WantedVectors,
+    *,
+    max_rows_per_s: int | None,
+) -> Started:
+    """Return the migration to other chunks that is under way, and have its load go at this pace.
 
     :raises SetupError: it is one to others than the configuration asks for.
-    :raises UsageError: its pace is to be another one.
     """
     index = entry.name
     if not is_met_by(wanted.index, other):
@@ -124,12 +131,9 @@ def under_way(entry: Entry, other: Entry, wanted: WantedVectors, *, max_rows_per
             where=f"index {index}",
             hint=f"drop it first: cdcsync migrate {index} drop",
         )
-    if max_rows_per_s is not None:
-        raise UsageError(
-            "chunks of their own are read from the table by a load, which keeps the pace that it began with",
-            where="--max-rows-per-s",
-            hint="set worker.backfill_max_rows_per_s, which holds for all loads, and send the worker SIGHUP",
-        )
+    with speaking_of("target", where=f"index {index}"):
+        await Requests(config.target.schema).limit(connection, other.name, max_rows_per_s)
+        crash_point("limit of a load set")
     return Started(
         *(index, other.generation, entry.generation, wanted.index.embedder, False, 0, 0, None, []),
         own_chunks=[],
@@ -145,6 +149,8 @@ async def _cost(
     embedders: Mapping[str, Embedder],
 ) -> tuple[Cost, IndexSpec]:
     """Return what the new chunks embed, by reading the table for a minute at most; and what they will be made by."""
+    # What is wrong with another index is not in the way of this one.
+    config = msgspec.structs.replace(config, indexes={entry.name: config.indexes[entry.name]})
     report = await examine(config, embedders)
     refuse(report)
     catalog, spec = report.catalog, next((one for one in report.specs if one.name == entry.name), None)

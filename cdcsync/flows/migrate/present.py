@@ -13,6 +13,7 @@ from cdcsync.errors import SetupError
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.preflight.generations import live_generation
 from cdcsync.status.generations import GenerationStatus, read_generations
+from cdcsync.target.failures.documents import Listed, count_failed, has_list
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Entry, Registry
 
@@ -75,7 +76,10 @@ async def status(config: Config, index: str) -> list[GenerationStatus]:
             schema = config.target.schema
             generations = await Generations(schema).around(connection, index) or [live_generation(entry, ())]
             other = await Registry(schema).find(connection, beside_name(index))
-            return await read_generations(connection, schema, entry, generations, other=other)
+            lost = Listed()
+            if other is not None and await has_list(connection, schema):
+                lost = (await count_failed(connection, schema)).get(other.name, lost)
+            return await read_generations(connection, schema, entry, generations, other=other, left_out=lost)
 
 
 def other_generation(entry: Entry, generations: Sequence[Generation]) -> Generation:

@@ -53,7 +53,7 @@ async def start(config: Config, index: str, *, max_rows_per_s: int | None = None
             live = live_generation(entry, generations)
             others = [one for one in generations if one.generation != live.generation]
             if other is not None:
-                return under_way(entry, other, wanted, max_rows_per_s=max_rows_per_s)
+                return await under_way(connection, config, entry, other, wanted, max_rows_per_s=max_rows_per_s)
             if changed := _changed_contents(entry, wanted):
                 _refuse_third(entry, others)
                 _require_startable(entry, live, embedders)

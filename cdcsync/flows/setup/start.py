@@ -23,9 +23,11 @@ from cdcsync.source.catalog import (
     FAILOVER_VERSION,
     Slot,
     blockers,
+    next_transaction,
     read_catalog,
     read_slot,
     running_transactions,
+    tables_defined_since,
 )
 from cdcsync.source.publications import create_publication_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
@@ -34,6 +36,10 @@ from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.session import ApplySession
 
 log = structlog.get_logger()
+
+CREATIONS = 3
+"""How often a slot is created at most, where tables are created or altered meanwhile: an application that does so all
+the time still gets one."""
 
 WRITERS_REPORT_S = 5.0
 """How often the open transactions that the creation of the slot waits for are logged."""
@@ -200,15 +206,30 @@ async def _first_position(
 
 
 async def _create_slot(slot_connection: SlotConnection, source: Connection, config: Config) -> Lsn:
-    """Create the slot, and say who is in the way while that waits for open write transactions."""
+    """Create the slot, and say who is in the way while that waits for open write transactions.
+
+    While it waits, PostgreSQL takes no note of tables that are created or altered: it may never be able to decode a
+    transaction that began shortly afterwards and writes to one of them. A slot that may be such a one is made again.
+    """
     name = config.source.slot
     failover = config.source.failover and slot_connection.version >= FAILOVER_VERSION
     log.info("slot_creating", slot=name)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_report_writers, source, name)
-        begin = await slot_connection.create_slot(name, failover=failover)
-        crash_point("slot created")
-        tasks.cancel_scope.cancel()
+    creations = 0
+    while True:
+        creations += 1
+        with speaking_of("source"):
+            first = await next_transaction(source)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_report_writers, source, name)
+            begin = await slot_connection.create_slot(name, failover=failover)
+            crash_point("slot created")
+            tasks.cancel_scope.cancel()
+        with speaking_of("source", where=f"slot {name}"):
+            if creations >= CREATIONS or not await tables_defined_since(source, first):
+                break
+            log.info("slot_made_again", slot=name, because="tables were created or altered while it was made")
+            await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
+            crash_point("slot that is made again dropped")
     log.info("slot_created", slot=name, lsn=str(begin))
     return begin
 

@@ -47,25 +47,50 @@ async def create_shared(connection: Connection, schema: str) -> None:
     cursor = await connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", [schema])
     if await cursor.fetchone() is None:
         await connection.execute(sql.SQL("CREATE SCHEMA {schema}").format(**names))
-    cursor = await connection.execute(
-        "SELECT c.relname, a.attname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace"
-        " JOIN pg_attribute AS a ON a.attrelid = c.oid WHERE n.nspname = %s AND c.relkind = 'r' AND NOT a.attisdropped",
-        [schema],
-    )
-    columns = set(await cursor.fetchall())
+    present = await _present(connection, schema)
     for statement in _SHARED:
-        # Adding a column locks out every reader, even if there is nothing to add; a reader of two of these tables and a
-        # start that alters both would wait for each other.
-        adds = _ADDS_COLUMN.match(statement)
-        if adds is None or adds.groups() not in columns:
+        if not _done(statement, present):
             await connection.execute(sql.SQL(statement).format(**names))
     await version.write_version(connection, schema)
     if before is not None and before.version < version.VERSION:
         log.info("schema_upgraded", schema=schema, before=before.version, now=version.VERSION)
 
 
-_ADDS_COLUMN = re.compile(r"ALTER TABLE \{schema\}\.(\w+) ADD COLUMN IF NOT EXISTS (\w+)")
-"""A statement that a later version added after its table's."""
+_ADDS = re.compile(
+    r"ALTER TABLE \{schema\}\.(?P<table>\w+) ADD COLUMN IF NOT EXISTS (?P<name>\w+)"
+    r"|CREATE INDEX IF NOT EXISTS (?P<index>\w+) ON \{schema\}\.(?P<of>\w+)"
+)
+_DROPS = re.compile(r"ALTER TABLE \{schema\}\.(?P<table>\w+) DROP CONSTRAINT IF EXISTS (?P<name>\w+)")
+"""Statements that a later version added after those of their tables."""
+
+
+def _done(statement: str, present: set[tuple[str, str]]) -> bool:
+    """Say whether there is nothing left to do for a statement that locks out readers or writers even then.
+
+    An application that waits in `wait_for` reads some of these tables for as long as that takes: a start that waited
+    for it would be what it waits for. And a reader of two of them and a start that alters both would wait for each
+    other.
+
+    :param present: by table, its columns, indexes and constraints.
+    """
+    if adds := _ADDS.match(statement):
+        return (adds["table"] or adds["of"], adds["name"] or adds["index"]) in present
+    drops = _DROPS.match(statement)
+    return drops is not None and (drops["table"], drops["name"]) not in present
+
+
+async def _present(connection: Connection, schema: str) -> set[tuple[str, str]]:
+    """Return the columns, indexes and constraints of each table of a schema, with the table's name."""
+    cursor = await connection.execute(
+        "SELECT c.relname, of.name FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace, LATERAL"
+        " (SELECT a.attname::text FROM pg_attribute AS a WHERE a.attrelid = c.oid AND NOT a.attisdropped"
+        " UNION ALL SELECT i.relname::text FROM pg_index AS x JOIN pg_class AS i ON i.oid = x.indexrelid"
+        " WHERE x.indrelid = c.oid"
+        " UNION ALL SELECT k.conname::text FROM pg_constraint AS k WHERE k.conrelid = c.oid) AS of (name)"
+        " WHERE n.nspname = %s AND c.relkind = 'r'",
+        [schema],
+    )
+    return set(await cursor.fetchall())
 
 
 WAIT_FOR: LiteralString = """

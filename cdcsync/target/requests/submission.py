@@ -158,6 +158,16 @@ class Requests:
             [f"replaced by request {id_}", [one for one, *_ in replaced]],
         )
 
+    async def limit(self, connection: Connection, index: str, max_rows_per_s: int | None) -> None:
+        """Set how many rows a second the load of an index reads at most, from its next page on."""
+        await connection.execute(
+            sql.SQL(
+                "UPDATE {} SET max_rows_per_s = %s WHERE index_name = %s AND kind IN ('initial', 'resync')"
+                " AND state = ANY(%s)"
+            ).format(self._table),
+            [max_rows_per_s, index, list(OPEN)],
+        )
+
     async def compare(self, connection: Connection, index: str) -> None:
         """Ask for a comparison, in the caller's transaction; one that has not begun yet sees the present, too."""
         row = await fetch_row(

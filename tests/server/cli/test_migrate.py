@@ -36,6 +36,7 @@ def loaded(make_pipeline: Callable[[str], Pipeline], database: Database) -> Pipe
     """Return a pipeline whose worker has loaded the index of the walk."""
     before, _ = blocks("toml")
     pipeline = make_pipeline(configuration(database.dsn, embedders={}, indexes={}) + before)
+    pipeline.hurry = {"cdcsync.flows.watch.WATCH_S": 0.5}
     pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, body text)")
     pipeline.source.execute("INSERT INTO articles SELECT i, 'article ' || i, 'of old' FROM generate_series(1, 60) i")
     pipeline.start()

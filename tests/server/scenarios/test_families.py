@@ -7,12 +7,16 @@ worker runs, and one that nothing happens to. All share a worker with an index o
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 
+import psycopg
 import pytest
 
+from tests.support.configs import configuration
 from tests.support.scenes import Followed, MakeScene, Scene
-from tests.support.workers import until
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
 
@@ -254,3 +258,33 @@ def test_a_worker_that_is_killed_while_tables_appear_and_go_reads_them_when_it_c
         families.pipeline.start()
         until(lambda streamed=streamed: families.pipeline.times("streaming") > streamed, families.pipeline.tail)  # type: ignore[misc]
     families.heals("appears", "beside")
+
+
+def test_other_indexes_go_on_while_a_table_that_appeared_is_examined(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    family = {"table": None, "tables": ["t_*.pages"], "where": "length(title) > 0"}
+    pipeline = make_pipeline(configuration(database.dsn, indexes={"pages": family, "notes": {}}))
+    pipeline.hurry = {"cdcsync.source.conditions.TRIAL_S": 60.0}
+    for table in ("t_a.pages", "notes"):
+        for statement in made(table):
+            pipeline.source.execute(statement)
+    pipeline.start()
+    pipeline.live()
+    with psycopg.connect(database.dsn) as other:
+        # Each examination tries the condition on a table of the family.
+        other.execute("LOCK TABLE t_a.pages IN ACCESS EXCLUSIVE MODE")
+        for statement in made("t_b.pages"):
+            pipeline.source.execute(statement)
+        examines = (
+            "SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = 'cdcsync check'"
+            " AND datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        until(lambda: pipeline.source.execute(examines).fetchone() == (True,), pipeline.tail)
+        pipeline.source.execute("UPDATE notes SET title = 'meanwhile' WHERE id = 1")
+        found = "SELECT content FROM notes_index_chunks WHERE id = 1"
+        until(lambda: pipeline.target.execute(found).fetchone() == ("meanwhile",), pipeline.tail)
+        assert pipeline.source.execute(examines).fetchone() == (True,)
+    new = "SELECT count(*) FROM pages_index_chunks WHERE source_table = 't_b.pages'"
+    until(lambda: pipeline.target.execute(new).fetchone() == (8,), pipeline.tail)
+    pipeline.in_step()

@@ -199,6 +199,7 @@ def test_a_migration_to_other_chunks_goes_on_after_a_kill_at_every_step(
     command_killed("start", "migration to other chunks asked for")
     assert migrate(pipeline, "status")[-1]["generation"] == 1
     command_killed("start", "migration to other chunks begun")
+    command_killed("start", "limit of a load set", "--max-rows-per-s", "5000")
     pipeline.stop(pipeline.processes[-1])
     for point in ("index relations written#2", "index relations committed", "index to be live", "index declared live"):
         killed(point)
@@ -210,9 +211,16 @@ def test_a_migration_to_other_chunks_goes_on_after_a_kill_at_every_step(
     command_killed("activate", "switch written")
     assert [one["state"] for one in migrate(pipeline, "status")] == ["live", "ready"]
     pipeline.stop(pipeline.processes[-1])
+    execute = pipeline.target.execute
+    execute("ALTER TABLE cdcsync.articles_chunks ENABLE ROW LEVEL SECURITY")
+    execute("CREATE POLICY few ON cdcsync.articles_chunks USING (id < 10)")
+    for point in ("request withdrawn", "withdrawn request committed"):
+        command_killed("activate", point)
+    assert [one["state"] for one in migrate(pipeline, "status")] == ["live", "ready"]
+    execute("DROP POLICY few ON cdcsync.articles_chunks")
+    execute("ALTER TABLE cdcsync.articles_chunks DISABLE ROW LEVEL SECURITY")
     command_killed("activate", "chunks exchanged")
     assert [one["state"] for one in migrate(pipeline, "status")] == ["live", "activating"]
-    killed("chunks exchanged")
     killed("exchange of chunks committed")
     assert [one["state"] for one in migrate(pipeline, "status")] == ["ready", "live"]
     pipeline.start()
@@ -221,6 +229,10 @@ def test_a_migration_to_other_chunks_goes_on_after_a_kill_at_every_step(
     made(pipeline, "articles", 1, plain)
 
     command_killed("drop", "end of a generation committed", "--yes")
+    pipeline.stop(pipeline.processes[-1])
+    command_killed("drop", "chunks dropped", "--yes")
+    killed("dropped chunks committed")
+    pipeline.start()
     until(lambda: len(migrate(pipeline, "status")) == 1, pipeline.tail)
     pipeline.source.execute("UPDATE articles SET title = title || ', again' WHERE id % 50 = 1")
     made(pipeline, "articles~2", 2, framed)
@@ -267,6 +279,34 @@ def test_chunks_that_are_given_up_are_not_made_in_place(
         "SELECT relname FROM pg_class WHERE relnamespace = 'cdcsync'::regnamespace AND relname LIKE 'articles%'"
     ).fetchall()
     assert left == []
+
+
+def test_rows_that_no_document_of_the_other_chunks_is_made_of_are_listed_counted_and_read_again(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = make_pipeline(configuration(database.dsn))
+    loaded(pipeline, "articles", rows=20)
+    pipeline.source.execute("INSERT INTO articles VALUES (1000, repeat('a long one of many words ', 10))")
+    pipeline.reach("articles")
+    pipeline.configure(configuration(database.dsn, indexes={"articles": {"chunking": {**PIECES, "max_chunks": 3}}}))
+    migrate(pipeline, "start", "--max-rows-per-s", "1")
+    migrate(pipeline, "start", "--max-rows-per-s", "5000")
+    ready(pipeline)
+    pace = pipeline.target.execute(
+        "SELECT max_rows_per_s FROM cdcsync.backfills WHERE index_name = 'articles~other'"
+    ).fetchone()
+    assert pace == (5000,)
+    (failure,) = pipeline.answer("failures", "articles", "list")
+    assert (failure["key"], failure["kind"], failure["generation"]) == ({"id": "1000"}, "document", 2)
+    assert [one["failed_documents"] for one in migrate(pipeline, "status")] == [0, 1]
+    said = pipeline.answer("status", status=0)["problems"]
+    assert any("1 row is left out: no document of generation 2 could be made" in one for one in said), said
+    assert "of 1 rows no document of generation 2 could be made" in refused(pipeline, "activate")
+    again = pipeline.answer("failures", "articles", "retry")
+    assert (again["retry"], again["documents"]["state"], again["documents"]["failed"]) == (1, "done", 1)
+    pipeline.source.execute("UPDATE articles SET title = 'a short one' WHERE id = 1000")
+    until(lambda: pipeline.answer("failures", "articles", "list") == [], pipeline.tail)
+    assert migrate(pipeline, "activate")["live"] == 2
 
 
 def test_texts_that_both_have_are_not_embedded_again(

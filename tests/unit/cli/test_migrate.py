@@ -29,5 +29,5 @@ def test_a_generation_whose_chunks_are_not_counted_yet_is_not_called_filled(
     shown: str,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    _print_generations([msgspec.structs.replace(LIVE, state=state, chunks=chunks, vectors=vectors)])
+    _print_generations("articles", [msgspec.structs.replace(LIVE, state=state, chunks=chunks, vectors=vectors)])
     assert f" {shown} " in capsys.readouterr().out

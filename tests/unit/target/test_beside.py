@@ -11,7 +11,7 @@ import pytest
 from cdcsync.config import Chunking, Config, Index
 from cdcsync.config.differences import as_stored, contents_of
 from cdcsync.config.sections import Hnsw
-from cdcsync.target.beside import contents_asked_for, declines, is_met_by, with_beside
+from cdcsync.target.beside import contents_asked_for, is_met_by, with_beside, without_declined
 from cdcsync.target.registry import Entry
 
 OLD = Index(table="public.t", text="{a}", embedder="one", view="public.t_index")
@@ -57,13 +57,40 @@ def test_an_embedder_that_the_file_lacks_is_that_of_the_file() -> None:
 def test_chunks_that_were_given_up_are_not_made_in_place() -> None:
     declined = [contents_asked_for(entry("t~other", NEW))]
     own = entry("t", OLD, declined=declined)
-    assert declines(NEW, own)
     made = with_beside(config(NEW), {"t": own}).indexes["t"]
     assert (made.text, made.chunking, made.embedder) == (OLD.text, OLD.chunking, NEW.embedder)
-    another = msgspec.structs.replace(NEW, text="{b}")
-    assert not declines(another, own)
-    assert with_beside(config(another), {"t": own}).indexes["t"] == another
     assert "columns" not in contents_of(as_stored(NEW))
+
+
+EDITS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "another template is asked for anew": ({"text": "{b}"}, {"text"}),
+    "so is one with other related tables": ({"text": "{b}", "chunk_text": "{c}"}, {"text", "chunk_text"}),
+    "a condition brings no template back": ({"where": "a > 1"}, {"where"}),
+    "nor do other chunks": ({"chunking": Chunking(max_tokens=32)}, {"chunking"}),
+    "nor does a column": ({"columns": ("d",)}, {"columns"}),
+    "what the index has is asked for by nobody": ({"text": OLD.text, "chunking": OLD.chunking}, set()),
+}
+
+
+@pytest.mark.parametrize(("edit", "followed"), EDITS.values(), ids=EDITS)
+def test_only_the_keys_that_changed_since_chunks_were_given_up_are_followed(
+    edit: dict[str, Any], followed: set[str]
+) -> None:
+    own = entry("t", OLD, declined=[contents_asked_for(entry("t~other", NEW))])
+    file = msgspec.structs.replace(NEW, **edit)
+    made = without_declined(file, own)
+    for key in ("text", "chunk_text", "chunking", "where"):
+        assert getattr(made, key) == getattr(file if key in followed else OLD, key), key
+    assert (made.columns, made.embedder) == (file.columns, file.embedder)
+
+
+def test_a_key_that_an_earlier_version_did_not_have_does_not_bring_chunks_back() -> None:
+    dropped = contents_of(as_stored(NEW))
+    del dropped["chunk_text"]
+    del dropped["chunking"]["overlap_tokens"]
+    own = entry("t", OLD, declined=[dropped])
+    assert without_declined(NEW, own).text == OLD.text
+    assert without_declined(NEW, own).chunking == OLD.chunking
 
 
 def test_what_a_build_may_use_is_not_what_is_asked_for() -> None:

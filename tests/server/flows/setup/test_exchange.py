@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import psycopg
@@ -82,6 +83,11 @@ def test_a_reader_in_the_way_holds_up_no_other_index(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     pipeline = beside(make_pipeline, database, "notes")
+    text = pipeline.path.read_text()
+    # Nor is another index of the file in the way, whose table is not there yet.
+    pipeline.configure(f'{text}\n[indexes.lacking]\ntable = "lacking"\ntext = "{{title}}"\nembedder = "fake"\n')
+    migrate(pipeline, "start")
+    pipeline.configure(text)
     begun(pipeline)
     with psycopg.connect(pipeline.config.target.dsn) as dump:
         dump.execute("SELECT FROM articles_index")
@@ -89,6 +95,23 @@ def test_a_reader_in_the_way_holds_up_no_other_index(
         pipeline.source.execute("INSERT INTO notes VALUES (21, 'one more')")
         until(lambda: pipeline.target.execute("SELECT count(*) FROM notes_index").fetchone() == (21,), pipeline.tail)
     assert migrate(pipeline, "activate")["live"] == 2
+
+
+def test_what_is_wrong_with_the_table_of_both_sides_is_said_once(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = beside(make_pipeline, database)
+    begun(pipeline)
+    pipeline.source.execute("ALTER TABLE articles RENAME title TO heading")
+    paused = "SELECT count(*) FROM cdcsync.indexes WHERE state = 'paused'"
+    until(lambda: pipeline.target.execute(paused).fetchone() == (2,), pipeline.tail)
+    problems = json.loads(pipeline.command("status", "--json").stdout)["problems"]
+    said = [one for one in problems if "is paused" in one]
+    assert len(said) == 1, said
+    checked = " ".join(pipeline.command("check").stdout.split())
+    assert checked.count("is paused") == 1, checked
+    pipeline.source.execute("ALTER TABLE articles RENAME heading TO title")
+    until(lambda: pipeline.target.execute(paused).fetchone() == (0,), pipeline.tail)
 
 
 def test_nobody_waits_for_a_worker_whose_file_lacks_the_index(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import anyio
+import psycopg
 import pytest
 
 from cdcsync.config import QualifiedName, parse
@@ -14,6 +17,7 @@ from cdcsync.postgres.sessions import connect
 from tests.support.configs import configuration
 from tests.support.indexes import until_blocked
 from tests.support.servers import Database
+from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -53,3 +57,103 @@ async def test_a_table_that_is_dropped_while_it_is_published_has_the_tables_exam
     assert published == [("public", "articles")]
     for connection in (source, other, watching):
         await connection.close()
+
+
+@contextmanager
+def open_transaction(database: Database, statement: str = "SELECT") -> Iterator[tuple[psycopg.Connection, str]]:
+    """Yield a session whose transaction has written, and the id of that."""
+    with psycopg.connect(database.dsn) as connection:
+        connection.execute(statement.encode())
+        (xid,) = connection.execute("SELECT pg_current_xact_id()::xid::text").fetchone() or ("",)
+        yield connection, xid
+
+
+def waited_for(pipeline: Pipeline, xid: str) -> None:
+    """Wait until the creation of the slot waits for a transaction."""
+    waits = (
+        "SELECT count(*) > 0 FROM pg_replication_slots AS s JOIN pg_locks AS l ON l.pid = s.active_pid"
+        " WHERE l.locktype = 'transactionid' AND NOT l.granted AND l.transactionid::text = %s"
+    )
+    until(lambda: pipeline.source.execute(waits, [xid]).fetchone() == (True,), pipeline.tail)
+
+
+@contextmanager
+def made_while_a_slot_is(pipeline: Pipeline, database: Database) -> Iterator[None]:
+    """Create a table while a slot is being created, and yield once a transaction writes to it that no slot decodes.
+
+    PostgreSQL takes no note of transactions that change tables until all have ended that were open when the creation
+    began. One that begins then, and ends after the slot was created, is decoded all the same.
+    """
+    with open_transaction(database) as (first, one):
+        waited_for(pipeline, one)
+        with open_transaction(database) as (second, two):
+            pipeline.source.execute("CREATE TABLE made_meanwhile (id int PRIMARY KEY)")
+            first.commit()
+            waited_for(pipeline, two)
+            with open_transaction(database, "INSERT INTO made_meanwhile VALUES (1)"):
+                second.commit()
+                yield
+
+
+def of_articles(database: Database, make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
+    pipeline = make_pipeline(configuration(database.dsn))
+    pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
+    pipeline.source.execute("INSERT INTO articles VALUES (1, 'the first')")
+    return pipeline
+
+
+def test_a_slot_is_made_again_if_a_table_was_created_meanwhile(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = of_articles(database, make_pipeline)
+    process = pipeline.start(CDCSYNC_CRASH_AT="slot that is made again dropped")
+    with made_while_a_slot_is(pipeline, database):
+        assert process.wait(timeout=PATIENCE_S) == -signal.SIGKILL, pipeline.tail()
+        pipeline.start()
+        until(lambda: pipeline.times("slot_creating") == 2, pipeline.tail)
+    pipeline.live()
+    pipeline.source.execute("INSERT INTO made_meanwhile VALUES (2)")
+    pipeline.source.execute("UPDATE articles SET title = 'changed'")
+    pipeline.in_step()
+    assert pipeline.times("stream_waits") == 0
+
+
+def test_a_slot_that_cannot_decode_a_table_is_a_gap_and_another_slot_takes_its_place(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = of_articles(database, make_pipeline)
+    pipeline.hurry = {"cdcsync.flows.setup.start.CREATIONS": 1}
+    process = pipeline.start()
+    with made_while_a_slot_is(pipeline, database):
+        pipeline.event("slot_created")
+    assert process.wait(timeout=PATIENCE_S) == 1
+    said = " ".join(pipeline.tail().split())
+    assert "the source fails each time that it decodes what follows the checkpoint" in said
+    assert "a table was created or altered while the slot was being made" in said
+    pipeline.configure(configuration(database.dsn, source_lines='on_gap = "resync"'))
+    pipeline.start()
+    pipeline.source.execute("UPDATE articles SET title = 'changed'")
+    until(lambda: pipeline.in_step_now(), lambda: f"{pipeline.difference}; {pipeline.tail()}")
+
+
+def test_a_start_waits_for_no_reader_of_our_tables(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = of_articles(database, make_pipeline)
+    pipeline.start()
+    pipeline.live()
+    pipeline.stop(pipeline.processes[-1])
+    with psycopg.connect(database.dsn) as reader:
+        # As a transaction does that has read them, and as one does that waits in `wait_for`.
+        ours = reader.execute(
+            "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " WHERE c.relkind IN ('r', 'p', 'v') AND (n.nspname = 'cdcsync'"
+            " OR starts_with(c.relname, 'articles_index'))"
+        ).fetchall()
+        assert len(ours) > 20
+        for (name,) in ours:
+            reader.execute(f"LOCK TABLE {name} IN ACCESS SHARE MODE".encode())
+        pipeline.start()
+        pipeline.source.execute("UPDATE articles SET title = 'changed'")
+        pipeline.in_step()
+    assert pipeline.times("lock_waits") == 0
