@@ -159,7 +159,7 @@ class Requests:
         )
 
     async def limit(self, connection: Connection, index: str, max_rows_per_s: int | None) -> None:
-        """Set how many rows a second the load of an index reads at most, from its next page on."""
+        """Set how many rows a second the load of an index reads at most, from its next page on. The caller commits."""
         await connection.execute(
             sql.SQL(
                 "UPDATE {} SET max_rows_per_s = %s WHERE index_name = %s AND kind IN ('initial', 'resync')"
