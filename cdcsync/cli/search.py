@@ -167,7 +167,9 @@ def parse_filters(given: Sequence[str]) -> dict[str, Any]:
     for one in given:
         if (null := _NULL.fullmatch(one.strip())) is not None:
             if parsed.setdefault(null[1], {}).setdefault("null", null[2] is None) is not (null[2] is None):
-                raise UsageError(f"{null[1]} cannot be both", where=f"--filter {one}", hint="leave one of them out")
+                raise UsageError(
+                    f"{null[1]} cannot be both null and not null", where=f"--filter {one}", hint="leave one of them out"
+                )
             continue
         match = _FILTER.fullmatch(one.strip())
         if match is None:

@@ -33,6 +33,9 @@ PROSE_CHARACTERS = 20
 MOST_LABELS = 0.5
 """The share of different values among rows up to which a column of text is a label, such as a status."""
 
+MOST_CARRIED = 8
+"""So many columns are proposed to be carried, as each chunk has a copy of them."""
+
 _TITLES = ("title", "subject", "headline", "name", "summary")
 _BODIES = ("body", "content", "text", "description", "message", "abstract", "question", "answer", "comment", "notes")
 _PRIVATE = re.compile(r"password|passwd|secret|token|hash|salt|api_?key|e?mail|phone|iban|ssn|ip_?address", re.I)
@@ -172,7 +175,8 @@ def propose(
         for column in table.columns.values()
         if column.name not in {*key, *used, *RESERVED} and _is_filter(column, seen)
     ]
-    columns = tuple(carried if columns is None else columns)
+    likely = sorted(carried, key=lambda name: name not in seen.filtered)[:MOST_CARRIED]
+    columns = tuple([name for name in carried if name in likely] if columns is None else columns)
     if indexed is None:
         indexed = [name for name in columns if name in seen.filtered]
     return Proposal(template, columns, tuple(indexed), key, seen.identity_index)
@@ -185,6 +189,8 @@ def _is_text(column: Column) -> bool:
 def _is_prose(column: Column, seen: Look) -> bool:
     """Say whether a column holds text that people would search."""
     if not _is_text(column) or _PRIVATE.search(column.name) or not _TEMPLATE_NAME.fullmatch(column.name):
+        return False
+    if not column.readable or column.generated == "v":  # a virtual column is never sent
         return False
     if column.name.lower() in (*_TITLES, *_BODIES):
         return True

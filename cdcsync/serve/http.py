@@ -36,11 +36,11 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cdcsync.config.values import is_loopback
-from cdcsync.errors import CdcsyncError, leading
+from cdcsync.errors import CdcsyncError, Unavailable, leading
 from cdcsync.http.headers import Secured, security_headers
 from cdcsync.serve.messages import EmbedRequest, Indexes, SearchRequest
 from cdcsync.serve.openapi import describe
-from cdcsync.serve.problems import Problem
+from cdcsync.serve.problems import SEE_LOG, Problem
 from cdcsync.serve.service import Service, Tool, caller_of
 
 log = structlog.get_logger()
@@ -101,8 +101,10 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
             with anyio.fail_after(PING_S):
                 await service.reader.ping()
         except CdcsyncError as error:
-            log.warning("not_ready", error=str(error))
-            reasons.append("the target does not answer")
+            log.warning("not_ready", error=str(error), fix=error.hint)
+            # Whoever may ask this need not learn names of hosts and roles; the log has them.
+            away = isinstance(error, Unavailable)
+            reasons.append("the target does not answer" if away else f"the target refuses this server; {SEE_LOG}")
         except TimeoutError:
             reasons.append("the target does not answer in time")
         return Response(

@@ -17,6 +17,9 @@ from cdcsync.errors import (
     UsageError,
 )
 
+SEE_LOG = "the server's log says why, and what to do"
+"""For what only the operator can change."""
+
 
 class Problem(Exception):
     """A call that is refused or failed.
@@ -98,6 +101,6 @@ def problem_of(error: CdcsyncError) -> Problem:
                 "embed the query again, or leave out the vector",
             )
         case SetupError():
-            return Problem(503, "The index cannot be searched", "it is not set up as this server needs it")
+            return Problem(503, "The index cannot be searched", f"it is not set up as this server needs it; {SEE_LOG}")
         case _:
             return Problem(500, "The call failed", "this should not happen; the server's log tells more")

@@ -16,7 +16,7 @@ from psycopg import sql
 from cdcsync.config import Config
 from cdcsync.config.serving import Serve
 from cdcsync.embedders import Vectors
-from cdcsync.errors import CdcsyncError, EmbedError, TextRejected
+from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedError, TextRejected
 from cdcsync.index import Index
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
@@ -375,6 +375,8 @@ class Reader:
                 if not await index.is_held():
                     log.warning("tenants_not_held", index=index.name, fix=UNHELD)
                 await index.load()
-            except CdcsyncError as error:
+            except (EmbedError, EmbedderSetupError) as error:
                 log.warning("model_not_loaded", index=index.name, error=str(error), fix=error.hint)
+            except CdcsyncError as error:
+                log.warning("index_not_searchable", index=index.name, error=str(error), fix=error.hint)
         self.loaded = True

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 
 import anyio
 import structlog
 
 from cdcsync.config import Config
+from cdcsync.errors import Unavailable
 from cdcsync.http.listening import Bounds, serve
 from cdcsync.serve.http import make_app
 from cdcsync.serve.mcp import make_mcp
@@ -40,7 +42,7 @@ async def run(
     :param started: called with the port once connections are accepted.
     :param prepared: called with the service before it serves.
     :param handle_signals: the process is this server's: signals end it, and the collector is set up for it.
-    :raises SetupError: the address cannot be listened on, or nobody could call.
+    :raises SetupError: the address cannot be listened on, nobody could call, or the target refuses the login.
     """
     service = Service(config)
     service.authenticator.check()
@@ -71,6 +73,7 @@ async def run(
 
 
 async def _load(service: Service, own_process: bool) -> None:
+    await _meet_target(service)
     await service.reader.load()
     if own_process:
         # All that is loaded by now stays: the collector need not look at it again, which would hold up calls.
@@ -79,15 +82,25 @@ async def _load(service: Service, own_process: bool) -> None:
         gc.set_threshold(*COLLECT)
 
 
+async def _meet_target(service: Service) -> None:
+    """See that the target lets this server in, as far as it answers now.
+
+    :raises SetupError: it refuses the login: a wrong password, no such role or database.
+    """
+    with suppress(Unavailable):  # it may come back, and /readyz says that it is away
+        await service.reader.ping()
+
+
 async def run_stdio(config: Config) -> None:
     """Serve MCP over standard input and output, to the one client that started this process.
 
-    :raises SetupError: nobody could call.
+    :raises SetupError: nobody could call, or the target refuses the login.
     """
     service = Service(config)
     service.authenticator.check()
     try:
         async with anyio.create_task_group() as tasks:
+            await _meet_target(service)
             tasks.start_soon(service.recorder.run)
             await make_mcp(service, stdio=True).run_stdio_async()
             tasks.cancel_scope.cancel()

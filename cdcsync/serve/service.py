@@ -244,7 +244,7 @@ class Service:
             told = problem_of(error)
             outcome = told.outcome
             if told.status >= 500:
-                log.warning("call_failed", tool=tool, error=str(error))
+                log.warning("call_failed", tool=tool, error=str(error), fix=error.hint)
             raise told from error
         finally:
             self._note(began, at, who, tool, caller, noted, outcome)

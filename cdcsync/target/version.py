@@ -68,7 +68,7 @@ def refusal(schema: str, stored: Stored | None) -> SetupError | None:
     if stored is None or stored.version <= VERSION:
         return None
     return SetupError(
-        f"the tables of schema {schema} are of version {stored.version}, which cdcsync {stored.cdcsync} made them;"
+        f"the tables of schema {schema} are of version {stored.version}, made by cdcsync {stored.cdcsync};"
         f" this is cdcsync {__version__}, which knows version {VERSION}",
         where="target.schema",
         hint=f"run cdcsync {stored.cdcsync} or later, or name another schema",

@@ -28,7 +28,7 @@ from cdcsync.config import parse, render
 from tests import ROOT
 from tests.support import forked
 from tests.support.servers import Database
-from tests.support.workers import until
+from tests.support.workers import PATIENCE_S, until
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
@@ -298,7 +298,9 @@ class Machine:
             except OSError:
                 return False
 
-        until(answers, lambda: f"cdcsync {arguments[0]}: {log.read_text()[-2000:]}")
+        # Patience begins anew with each line of its log, and loading a model, which logs nothing, takes the longest.
+        what, size = (lambda: f"cdcsync {arguments[0]}: {log.read_text()[-2000:]}"), (lambda: log.stat().st_size)
+        until(answers, what, patience_s=3 * PATIENCE_S, progress=size)
 
     def _curl(self, line: str, block: Block) -> None:
         if not self.follow:

@@ -168,7 +168,9 @@ async def evaluate_judged(
         )
     if weights and not answers.keys() >= {"text", "vector"}:
         raise UsageError(
-            "there are no two searches to weigh", where="--weights", hint=f"index {index} has only {', '.join(answers)}"
+            "there are not two searches to weigh",
+            where="--weights",
+            hint=f"index {index} has only {', '.join(answers)}",
         )
     fused = [Weighed(one, _figures(_measure(parsed, collection, _fused(answers, one)))) for one in weights]
     return Run(

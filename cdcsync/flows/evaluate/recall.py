@@ -135,7 +135,7 @@ async def evaluate(
             raise SetupError(
                 "the index has too few vectors: each is compared with the others",
                 where=f"index {spec.name}",
-                hint="evaluate it when more rows have come",
+                hint="evaluate it again when it has more rows",
             )
         raise UsageError("the condition leaves nothing to find", where=f"--where {where}", hint="check its values")
     return Evaluation(

@@ -102,7 +102,7 @@ async def set_up_publication(source: Connection, config: Config, tables: Sequenc
                 crash_point("publication extended")
                 log.info("publication_extended", publication=name, tables=[str(table) for table in missing])
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
-            raise TablesChanged(f"a table went: {first_line(error)}", where=f"publication {name}") from error
+            raise TablesChanged(f"a table is gone: {first_line(error)}", where=f"publication {name}") from error
 
 
 async def refuse_early(source: Connection, session: ApplySession, config: Config) -> None:

@@ -119,7 +119,7 @@ async def exchange_relations(connection: Connection, schema: str, spec: IndexSpe
     if await _guarded(connection, schema, before) and not await _guarded(connection, schema, spec):
         raise SetupError(
             f"{Names(schema, before.relations).chunks.as_string(connection)} has row-level security of your own, and"
-            f" {chunks.as_string(connection)} has not: who searches would see every row",
+            f" {chunks.as_string(connection)} has not: anyone who searches would see every row",
             where=f"index {spec.name}",
             hint="create the same policies there, and enable row-level security; then activate again",
         )

@@ -24,6 +24,9 @@ dsn = "{target}"
 [worker]
 listen = "127.0.0.1:0"
 start_timeout_s = 0.1
+[serve]
+anonymous = true
+listen = "127.0.0.1:0"
 [embedders.hash]
 type = "hash"
 dimensions = 16
@@ -87,7 +90,9 @@ TYPED = [
     *(
         (command, mistake, words)
         for mistake, words in EVERYWHERE.items()
-        for command in ("check", "run", "status", "search")
+        for command in ("check", "run", "status", "search", "serve")
+        # A tool server waits for a server that is away, as a worker does.
+        if (command, mistake) != ("serve", no_server)
     ),
     *((command, mistake, words) for mistake, words in AT_A_START.items() for command in ("check", "run")),
 ]
@@ -133,8 +138,7 @@ def test_a_port_that_is_taken_is_told_with_the_key_that_names_another(
     text = CONFIG.format(source=lone_database.dsn, target=lone_database.dsn)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        serving = f'[serve]\nanonymous = true\nlisten = "{address}"\n[embedders.hash]'
-        path.write_text(text.replace("127.0.0.1:0", address).replace("[embedders.hash]", serving))
+        path.write_text(text.replace("127.0.0.1:0", address))
         with pytest.raises(SystemExit) as exited:
             main([command, "-c", str(path)])
     told = capsys.readouterr().err

@@ -125,6 +125,91 @@ def test_what_cannot_be_indexed_is_refused_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+MANY = ", ".join(f"n{number} int" for number in range(58))
+
+
+@pytest.mark.parametrize(
+    ("created", "table", "text", "columns"),
+    [
+        pytest.param(
+            'CREATE SCHEMA "My ""S";'
+            'CREATE TABLE "My ""S"."Ti.ckets" ("The Id" int PRIMARY KEY, "Body" text, "from" int)',
+            '"My ""S"."Ti.ckets"',
+            "{Body}",
+            ["from"],
+            id="quoted names",
+        ),
+        pytest.param(
+            "CREATE TABLE t (id int PRIMARY KEY, body text, tags text[], payload jsonb, span int4range, at date)",
+            "t",
+            "{body}",
+            ["at"],
+            id="arrays, jsonb and ranges",
+        ),
+        pytest.param(f"CREATE TABLE t (id int PRIMARY KEY, body text, {MANY})", "t", "{body}", 8, id="sixty columns"),
+        pytest.param(
+            f"CREATE TABLE t (id int PRIMARY KEY, body text, {MANY}); CREATE INDEX ON t (n57)",
+            "t",
+            "{body}",
+            ["n0", "n1", "n2", "n3", "n4", "n5", "n6", "n57"],
+            id="sixty columns, one of them indexed",
+        ),
+        pytest.param(
+            "CREATE TABLE t (id int, region int, body text, PRIMARY KEY (id, region)) PARTITION BY LIST (region);"
+            "CREATE TABLE t1 PARTITION OF t FOR VALUES IN (1); CREATE TABLE t2 PARTITION OF t DEFAULT",
+            "t",
+            "{body}",
+            [],
+            id="a partitioned table",
+        ),
+        pytest.param(
+            "CREATE TABLE a (id uuid PRIMARY KEY); CREATE SCHEMA other; CREATE TABLE other.t (id int PRIMARY KEY);"
+            "CREATE TABLE t (id int PRIMARY KEY REFERENCES other.t, owner uuid REFERENCES a, body varchar(300))",
+            "t",
+            "{body}",
+            ["owner"],
+            id="foreign keys, and a table of that name in another schema",
+        ),
+        pytest.param(
+            "CREATE DOMAIN prose AS text; CREATE TYPE mood AS ENUM ('ok');"
+            "CREATE TABLE t (id int PRIMARY KEY, body prose, mood mood, email text, password_hash text)",
+            "t",
+            "{body}",
+            [],
+            id="domains, enums and private columns",
+        ),
+    ],
+)
+def test_check_accepts_what_is_proposed_for_an_awkward_table(
+    created: str, table: str, text: str, columns: list[str] | int, database: Database, tmp_path: Path
+) -> None:
+    for statement in created.split(";"):
+        database.execute(statement)
+    user = conninfo.conninfo_to_dict(database.dsn)["user"]
+    done = cdcsync(tmp_path, "init", database.dsn, "--table", table, "--embedder", "hash", "--role", str(user))
+    assert done.returncode == 0, done.stderr
+    (index,) = written(tmp_path)["indexes"].values()
+    carried = index["columns"]
+    assert (index["text"], carried if isinstance(columns, list) else len(carried)) == (text, columns)
+    with database.connect() as administrator:
+        administrator.execute(done.stdout.encode())
+    checked = cdcsync(tmp_path, "check")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_a_virtual_column_is_not_proposed(database: Database, tmp_path: Path) -> None:
+    if database.execute("SELECT current_setting('server_version_num')::int < 180000") == [(True,)]:
+        pytest.skip("virtual generated columns came with PostgreSQL 18")
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, body text, summary text GENERATED ALWAYS AS (left(body, 80)) VIRTUAL,"
+        " size int GENERATED ALWAYS AS (length(body)) VIRTUAL)"
+    )
+    done = cdcsync(tmp_path, "init", database.dsn, "--table", "t", "--embedder", "hash")
+    assert done.returncode == 0, done.stderr
+    index = written(tmp_path)["indexes"]["t"]
+    assert (index["text"], index["columns"]) == ("{body}", [])
+
+
 def test_a_file_that_is_there_is_kept(database: Database, tmp_path: Path) -> None:
     (tmp_path / "cdcsync.toml").write_text("mine")
     assert cdcsync(tmp_path, "init", database.dsn, "--table", "x").returncode == 2

@@ -16,6 +16,7 @@ import pytest
 import structlog
 import structlog.testing
 from cryptography.hazmat.primitives.asymmetric import rsa
+from psycopg import sql
 
 from cdcsync.embedders import make_embedder
 from cdcsync.errors import EmbedderUnavailable
@@ -424,6 +425,28 @@ async def test_metrics_count_by_tool_and_outcome_alone(tickets: Office) -> None:
     assert 'cdcsync_serve_empty_searches_total{index="tickets"} 1.0' in text
     assert "xyzzy" not in text
     assert ready.status_code == 200
+
+
+async def test_a_login_that_is_refused_later_is_told_with_its_fix_in_the_log_alone(
+    tickets: Office, tokens: Path
+) -> None:
+    role = sql.Identifier(tickets.reader)
+    async with served(with_tokens(tickets, tokens)) as client:
+        while not (await client.get("/readyz")).json()["ready"]:  # its start is over then
+            pass
+        try:
+            tickets.database.execute(sql.SQL("ALTER ROLE {} NOLOGIN").format(role))
+            ended = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = %s"
+            tickets.database.execute(ended, [tickets.reader])
+            with structlog.testing.capture_logs() as logs, anyio.fail_after(20):
+                # A session that has just ended is one that does not answer.
+                while (told := (await client.get("/readyz")).json()["reasons"]) == ["the target does not answer"]:
+                    pass
+        finally:
+            tickets.database.execute(sql.SQL("ALTER ROLE {} LOGIN").format(role))
+    assert told == ["the target refuses this server; the server's log says why, and what to do"]
+    (line,) = [line for line in logs if line["event"] == "not_ready" and "log in" in line["error"]][:1]
+    assert line["fix"] == f"ALTER ROLE {tickets.reader} LOGIN, or use another role"
 
 
 async def test_a_caller_of_no_tenant_is_counted_by_its_subject() -> None:

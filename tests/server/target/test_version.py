@@ -124,7 +124,7 @@ def test_a_worker_refuses_tables_of_a_newer_version_and_names_both(earlier: Pipe
         done = earlier.command(command)
         said = " ".join((done.stdout + done.stderr).split())
         assert done.returncode == 2, said
-        assert f"are of version 99, which cdcsync 9.9 made them; this is cdcsync {__version__}" in said
+        assert f"are of version 99, made by cdcsync 9.9; this is cdcsync {__version__}" in said
         assert f"which knows version {VERSION}" in said
     assert version(earlier) == (99, "9.9")
 
@@ -145,7 +145,7 @@ def test_a_worker_stops_with_the_reason_once_a_newer_version_has_upgraded_its_ta
     earlier.event("streaming")
     earlier.target.execute("UPDATE cdcsync.schema_version SET version = 99, cdcsync = '9.9'")
     assert worker.wait(timeout=60) == 1
-    assert f"are of version 99, which cdcsync 9.9 made them; this is cdcsync {__version__}" in earlier.tail()
+    assert f"are of version 99, made by cdcsync 9.9; this is cdcsync {__version__}" in earlier.tail()
 
 
 def test_tables_made_here_have_our_version(earlier: Pipeline, database: Database) -> None:

@@ -37,7 +37,7 @@ async def test_weights_fuse_the_ranks_of_both_legs() -> None:
     run = await evaluate_judged("pets", 1, COLLECTION, ranks, measures=["RR"], weights=[0, 0.5, 1])  # type: ignore[arg-type]
     # By vectors alone a is second and c first; both legs agree on a, which makes it first; by words alone it is third.
     assert [(one.weight, one.figures["RR"].mean) for one in run.weights] == [(0, 0.75), (0.5, 1), (1, 0.1667)]
-    with pytest.raises(UsageError, match="no two searches to weigh"):
+    with pytest.raises(UsageError, match="not two searches to weigh"):
         await evaluate_judged("pets", 1, COLLECTION, {"text": HALF}, weights=[0.5])
 
 
