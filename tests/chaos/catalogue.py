@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.chaos import commits
+from tests.chaos import commits, runs
 from tests.chaos.coverage import recorded
 from tests.chaos.faults import FAULTS
 from tests.chaos.scenes import ELSEWHERE
@@ -97,7 +97,12 @@ CATALOGUE = (
         "one writer",
         "A worker that lost its lock writes nothing behind its successor's back.",
         "target/pipelines.py:Pipelines.take_over",
-        ("test_nothing_is_written_under_an_older_fence", "frozen worker overtaken", "fence raised"),
+        (
+            "test_nothing_is_written_under_an_older_fence",
+            "frozen worker overtaken",
+            "standby takes over",
+            "fence raised",
+        ),
     ),
     P(
         "a gap is said",
@@ -171,6 +176,40 @@ CATALOGUE = (
         (
             "test_a_generation_is_whole_after_a_fill_beside_random_changes",
             "test_a_migration_goes_on_after_a_kill_at_every_step",
+        ),
+    ),
+    P(
+        "one set of chunks",
+        "A search finds chunks of one template alone, also while an index migrates to others.",
+        "flows/setup/exchange.py:do_what_was_asked",
+        (
+            "test_searches_go_on_and_never_mix_chunks_while_an_index_migrates_and_rolls_back",
+            "test_a_migration_to_other_chunks_goes_on_after_a_kill_at_every_step",
+            "migration to other chunks",
+            "exchange of chunks committed",
+        ),
+    ),
+    P(
+        "one vector in one tier",
+        "A chunk has one vector, fresh or settled, whoever writes at the same time and whoever is killed.",
+        "target/settling.py:Settling.settle",
+        (
+            "test_whoever_writes_at_the_same_time_each_chunk_has_one_vector_in_one_tier",
+            "test_each_vector_is_in_one_tier_after_a_kill_and_settles_in_the_end",
+            "test_wherever_a_rebuild_is_killed_each_vector_is_in_one_tier_and_the_next_one_succeeds",
+            "vectors moved",
+            "move committed",
+        ),
+    ),
+    P(
+        "wait_for keeps its word",
+        "Where it returns true, the index holds everything up to that position.",
+        "target/ddl/shared.py:create_shared",
+        (
+            "test_waiting_ends_when_the_checkpoint_gets_there",
+            "test_waiting_for_a_paused_or_an_unfollowed_index_is_an_error_with_the_reason",
+            "test_an_index_that_is_loading_is_not_there_yet",
+            "test_vectors_are_waited_for_on_request_up_to_the_same_position",
         ),
     ),
     P(
@@ -310,7 +349,7 @@ def page() -> str:
         "",
         "<!-- Made by `python -m tests.chaos.catalogue`; change tests/chaos/catalogue.py instead. -->",
         "",
-        "What must always hold, the code that keeps it, and what attacks it. There are five kinds of attack:",
+        "What must always hold, the code that keeps it, and what attacks it. There are seven kinds of attack:",
         "",
         "- **Tests** run with `make test`, on real PostgreSQL servers.",
         "- **Chaos** (`make chaos SEEDS=200`): histories from seeds with real worker processes, two servers that crash"
@@ -325,6 +364,8 @@ def page() -> str:
         " and none may grow: a line is fitted through each, with its error, and `build/soak.svg` shows them.",
         "- **Known faults put back** (`make mutants`): each of the faults listed at the end is put into a copy of the"
         " code, one at a time, and has to be found.",
+        "- **Fuzzing** (`make fuzz MINUTES=5`): arbitrary bytes for every parser, guided by the code that they reach.",
+        "- **Peers** (`python bench/peers.py kills`): the same changes and the same kills, to cdcsync and to pgai.",
         "",
         f"There are {len(CATALOGUE)} properties, {len(FAULTS)} faults, {len(set(commits.points()))} crash points and"
         f" {len(MUTANTS)} known faults.",
@@ -339,6 +380,20 @@ def page() -> str:
         attackers = ["the simulation" if name == "chaos: simulation" else name for name in attackers]
         lines.append(f"| **{one.name}**: {one.says} | `cdcsync/{one.keeper}` | {'<br>'.join(attackers)} |")
     campaign = recorded()
+    if rows := runs.table():
+        lines += ["", "## Last runs", "", "| Command | Day | Came to |", "|---|---|---|", *rows]
+    if rows := runs.peers():
+        lines += [
+            "",
+            "## The same kills, to another tool",
+            "",
+            "While 20,000 updates are written, the worker is killed with SIGKILL five times and started again at once."
+            " When the work is done, what is stored is compared with the table and with the provider's vectors.",
+            "",
+            f"| | {' | '.join(runs.SIDES)} |",
+            "|---|---|---|",
+            *rows,
+        ]
     lines += [
         "",
         "## Faults of the chaos harness",

@@ -15,7 +15,7 @@ import psycopg
 from tests.chaos.history import Broken, History
 from tests.chaos.provider import Loss
 from tests.chaos.servers import Side, until
-from tests.chaos.tables import FAR, WISHES
+from tests.chaos.tables import FAR, SMALLER, WISHES
 from tests.support import provider as misdeeds
 from tests.support.disks import CannotMount, tight_disk
 
@@ -94,6 +94,24 @@ def overtake(history: History) -> None:
     frozen.killed = True
     if successor.alive:
         history.fire("frozen worker overtaken")
+
+
+@fault("standby takes over")
+def take_over(history: History) -> None:
+    """Kill the worker while another one waits for its place."""
+    first = history.ensure_worker()
+    history.streaming()
+    if not first.alive:
+        return
+    second = history.start()
+    second.until_said("standby", "streaming")
+    rest(history)
+    taken = first.kill()
+    history.settle_crash(first)
+    history.losses.append(Loss())
+    history.streaming()
+    if taken and second.alive:
+        history.fire("standby takes over")
 
 
 # -- the wire -----------------------------------------------------------------------------------------------------
@@ -558,6 +576,36 @@ def migration(history: History) -> None:
         end_migration(history)
 
 
+@fault("migration to other chunks")
+def other_chunks(history: History) -> None:
+    """Cut an index's documents anew beside the chunks that are searched, in steps and with kills at random."""
+    history.ensure_worker()
+    history.streaming()
+    live = "SELECT FROM cdcsync.indexes WHERE name = 'articles' AND state = 'live'"
+    with contextlib.suppress(TimeoutError):
+        until(lambda: history.execute(history.target, live), "a live index")
+    ask_for_smaller_chunks(history)
+    if history.command("migrate", "articles", "start", "--yes") == 0:
+        history.fire("migration to other chunks")
+    for _ in range(history.chance.randint(3, 7)):
+        step = history.chance.choice(("wait", "wait", "kill", "activate", "activate", "rollback", "drop", "start"))
+        if step == "wait":
+            rest(history, 1, 4)
+        elif step == "kill":
+            history.kill()
+            history.start()
+        elif (status := history.command("migrate", "articles", step, "--yes")) not in (0, 2):
+            raise Broken(f"migrate articles {step} ended with {status}")
+        elif step == "drop":
+            history.provider.calls.clear()  # what was dropped may be made again
+
+
+def ask_for_smaller_chunks(history: History) -> None:
+    """Have the configuration ask for other chunks, which a worker that runs does not know of."""
+    history.cut = SMALLER
+    history.write_config()
+
+
 def _wishes(history: History, wish: str) -> None:
     """Have the configuration ask for other vectors, and a worker that knows it."""
     history.wish = wish
@@ -572,6 +620,9 @@ def _back(history: History) -> None:
     _wishes(history, FAR)
     if history.command("migrate", "titles", "start", "--yes") != 0:
         raise Broken("no migration back begins")
+    filled = "SELECT FROM cdcsync.generations AS g JOIN cdcsync.indexes AS i ON i.name = g.index_name"
+    filled += " WHERE i.name = 'titles' AND g.state = 'ready' AND g.generation <> i.generation"
+    until(lambda: history.execute(history.target, filled), "the generation to go back to", 300)
     until(lambda: history.command("migrate", "titles", "activate", "--yes") == 0, "the migration back", 300)
 
 

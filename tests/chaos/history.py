@@ -20,7 +20,7 @@ from cdcsync.crashpoints import VARIABLE
 from tests.chaos.oracle import differences
 from tests.chaos.provider import Loss, Provider, Rewound
 from tests.chaos.servers import FIRST_LOOK_S, RAREST_LOOK_S, Side, until
-from tests.chaos.tables import FAR, INDEXES, TABLES, Writer
+from tests.chaos.tables import FAR, INDEXES, TABLES, WHOLE, Writer
 from tests.chaos.worker import Worker
 from tests.support import forked
 
@@ -41,6 +41,7 @@ backfill_page_rows = {page_rows}
 evaluate_every_s = {evaluate}
 verify_every_s = {verify}
 stop_timeout_s = 10
+settle_after_s = {settle}
 [embedders.far]
 type = "openai"
 model = "chaos"
@@ -93,9 +94,12 @@ class History:
             "heartbeat": 0,
             "evaluate": 0,
             "verify": 0,
+            "settle": self.chance.choice((0, 1, 30)),
         }
         self.wish = FAR
         """What the configuration asks for of the vectors of `titles`."""
+        self.cut = WHOLE
+        """What the configuration asks for of the chunks of `articles`."""
         self.workers: list[Worker] = []
         self.fired: Counter[str] = Counter()
         self.hit: set[str] = set()
@@ -172,11 +176,13 @@ class History:
         )
         until(lambda: not self.execute(self.target, writing), "the worker to finish what it writes")
         held: set[str] = set()
-        for index, generation in self.execute(
-            self.target, "SELECT index_name, generation FROM cdcsync.generations WHERE embedder = 'far'"
+        for stem, generation in self.execute(
+            self.target,
+            "SELECT coalesce(i.stem, i.name), g.generation FROM cdcsync.generations AS g"
+            " JOIN cdcsync.indexes AS i ON i.name = g.index_name WHERE g.embedder = 'far'",
         ):
             statement = (
-                f"SELECT c.content FROM cdcsync.{index}_chunks AS c JOIN cdcsync.{index}_vectors_{generation} AS v"
+                f'SELECT c.content FROM cdcsync."{stem}_chunks" AS c JOIN cdcsync."{stem}_vectors_{generation}" AS v'
                 " USING (chunk_id, content_hash)"
             )
             held |= {row[0] for row in self.execute(self.target, statement)}
@@ -196,7 +202,11 @@ class History:
             provider=self.provider.url,
             **self.settings,
         )
-        sections = {**INDEXES, "titles": INDEXES["titles"].replace(FAR, self.wish)}
+        sections = {
+            **INDEXES,
+            "titles": INDEXES["titles"].replace(FAR, self.wish),
+            "articles": INDEXES["articles"].replace(WHOLE, self.cut),
+        }
         (self.directory / "cdcsync.toml").write_text(text + "".join(sections[name] for name in self.indexes))
 
     def start(self, crash_at: str | None = None) -> Worker:
@@ -230,9 +240,9 @@ class History:
             self.settle_crash()
         return self.start()
 
-    def settle_crash(self) -> None:
-        """See that a worker that ended was killed, by us or at its crash point."""
-        worker = self.worker
+    def settle_crash(self, worker: Worker | None = None) -> None:
+        """See that a worker that ended, the newest if none is named, was killed, by us or at its crash point."""
+        worker = worker or self.worker
         if worker.alive or worker.killed:
             return
         if worker.crashed:
@@ -374,13 +384,13 @@ class History:
             rows = target.execute(
                 "SELECT i.name, i.state, i.reason, p.checkpoint::text, p.checkpoint >= %s::pg_lsn,"
                 " (SELECT count(*) FROM cdcsync.backfills AS b WHERE b.index_name = i.name"
-                " AND b.state IN ('requested', 'running'))"
+                " AND b.state IN ('requested', 'running')), coalesce(i.stem, i.name)"
                 " FROM cdcsync.indexes AS i CROSS JOIN cdcsync.pipelines AS p ORDER BY 1",
                 [lsn],
             ).fetchall()
             waiting = [
-                (target.execute(f"SELECT count(*) FROM cdcsync.{name}_backlog").fetchone() or (0,))[0]
-                for name in self.indexes
+                (target.execute(f'SELECT count(*) FROM cdcsync."{row[-1]}_backlog"').fetchone() or (0,))[0]
+                for row in rows
             ]
         except (
             psycopg.errors.UndefinedTable,
@@ -389,7 +399,7 @@ class History:
         ) as error:
             return str(error)
         through = [row[1] == "live" and row[4] and row[5] == 0 for row in rows]
-        if len(rows) == len(self.indexes) and all(through) and not any(waiting):
+        if {row[0] for row in rows} >= set(self.indexes) and all(through) and not any(waiting):
             return True
         return rows, waiting
 

@@ -13,23 +13,39 @@ from tests.chaos.tables import DOCUMENTS
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
+BESIDE = "~other"
+"""How the names end under which chunks stand beside those that are searched."""
+
 SQUEEZED = "regexp_replace({text}, '\\s+', '', 'g')"
 """A text without white space: what cutting it into chunks may drop."""
 
 
 def differences(source: Connection, target: Connection, indexes: Iterable[str]) -> list[str]:
-    """Return what is wrong with the indexes, in words; nothing if all is well."""
-    return [problem for name in indexes for problem in _of_index(source, target, name)]
+    """Return what is wrong with the indexes, in words; nothing if all is well.
+
+    Chunks that stand beside those which are searched are compared like these.
+    """
+    found = []
+    for name in indexes:
+        stems = target.execute(
+            "SELECT name, coalesce(stem, name) FROM cdcsync.indexes WHERE name IN (%s, %s) ORDER BY name",
+            [name, name + BESIDE],
+        ).fetchall()
+        if not stems or stems[0][0] != name:
+            found.append(f"{name}: there is no such index")
+        found += [problem for one, stem in stems for problem in _of_index(source, target, one, stem)]
+    return found
 
 
-def _of_index(source: Connection, target: Connection, name: str) -> list[str]:
-    columns, rows = DOCUMENTS[name]
+def _of_index(source: Connection, target: Connection, name: str, stem: str) -> list[str]:
+    """Compare what the tables hold whose names begin with a stem."""
+    columns, rows = DOCUMENTS[name.removesuffix(BESIDE)]
     squeezed = SQUEEZED.format(text="document")
     names = ", ".join(columns)
     wanted = source.execute(
         f"SELECT {names}, {squeezed} FROM ({rows}) AS d ({names}, document) WHERE {squeezed} <> ''"
     ).fetchall()
-    chunks = sql.Identifier("cdcsync", f"{name}_chunks")
+    chunks = sql.Identifier("cdcsync", f"{stem}_chunks")
     key = columns[:1] if columns[-1] == "tenant" else columns
     joined = SQUEEZED.format(text="string_agg(content, '' ORDER BY chunk_no)")
     there = target.execute(
@@ -51,18 +67,18 @@ def _of_index(source: Connection, target: Connection, name: str) -> list[str]:
     ):
         if keys:
             found.append(f"{name}: {len(keys)} of {len(expected)} documents {what}, for instance {sorted(keys)[:4]}")
-    return found + _vectors(target, name, sql.SQL(", ").join(map(sql.Identifier, key)))
+    return found + _vectors(target, name, stem, sql.SQL(", ").join(map(sql.Identifier, key)))
 
 
-def _vectors(target: Connection, name: str, key: sql.Composable) -> list[str]:
+def _vectors(target: Connection, name: str, stem: str, key: sql.Composable) -> list[str]:
     """Compare what is stored beside the chunks."""
     row = target.execute("SELECT generation, state, reason FROM cdcsync.indexes WHERE name = %s", [name]).fetchone()
     if row is None:
         return [f"{name}: there is no such index"]
     generation, state, reason = row
     parts = {
-        "chunks": sql.Identifier("cdcsync", f"{name}_chunks"),
-        "backlog": sql.Identifier("cdcsync", f"{name}_backlog"),
+        "chunks": sql.Identifier("cdcsync", f"{stem}_chunks"),
+        "backlog": sql.Identifier("cdcsync", f"{stem}_backlog"),
         "view": sql.Identifier("public", f"{name}_index"),
         "key": key,
     }
@@ -74,8 +90,10 @@ def _vectors(target: Connection, name: str, key: sql.Composable) -> list[str]:
     if (generation,) not in whole:
         found.append(f"{name}: generation {generation} is live, and of the provider are {whole}")
     checks = [(what, statement, parts) for what, statement in CHECKS.items()]
+    if not name.endswith(BESIDE):
+        checks += [(what, statement, parts) for what, statement in OF_VIEWS.items()]
     for (one,) in whole:
-        vectors = {**parts, "vectors": sql.Identifier("cdcsync", f"{name}_vectors_{one}")}
+        vectors = {**parts, "vectors": sql.Identifier("cdcsync", f"{stem}_vectors_{one}")}
         checks += [(f"{what} in generation {one}", statement, vectors) for what, statement in OF_VECTORS.items()]
     for what, statement, names in checks:
         (count,) = target.execute(sql.SQL(statement).format(**names, name=sql.Literal(name))).fetchone() or (None,)
@@ -87,10 +105,16 @@ def _vectors(target: Connection, name: str, key: sql.Composable) -> list[str]:
 CHECKS = {
     "chunks twice": "SELECT count(*) - count(DISTINCT ({key}, chunk_no)) FROM {chunks}",
     "texts still waiting": "SELECT count(*) FROM {backlog}",
-    "chunks not in the view": "SELECT (SELECT count(*) FROM {chunks}) - (SELECT count(*) FROM {view})",
-    "stale rows in the view": "SELECT count(*) FROM {view} WHERE stale",
     "failed documents": "SELECT count(*) FROM cdcsync.failed_documents WHERE index_name = {name}",
 }
+
+OF_VIEWS = {
+    "chunks not in the view": "SELECT (SELECT count(*) FROM {chunks}) - (SELECT count(*) FROM {view})",
+    "chunks of others in the view": "SELECT count(*) FROM (SELECT {key}, chunk_no, content FROM {view}"
+    " EXCEPT SELECT {key}, chunk_no, content FROM {chunks}) AS others",
+    "stale rows in the view": "SELECT count(*) FROM {view} WHERE stale",
+}
+"""Of an index that is searched: those that stand beside it have no view."""
 
 OF_VECTORS = {
     "chunks without a vector": "SELECT count(*) FROM {chunks} AS c WHERE NOT EXISTS"

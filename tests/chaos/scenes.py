@@ -5,6 +5,7 @@ A scene arms a worker, does what leads to the point, and leaves the worker dead 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,11 +14,12 @@ from typing import Any
 import psycopg
 
 from tests.chaos import commits
-from tests.chaos.faults import end_migration
+from tests.chaos.faults import ask_for_smaller_chunks, end_migration
 from tests.chaos.history import History
 from tests.chaos.servers import until
 from tests.chaos.tables import WISHES
 from tests.support import provider as misdeeds
+from tests.support.disks import LACKS_MEMORY
 
 Scene = Callable[[History, str], None]
 
@@ -338,8 +340,10 @@ def migration(history: History, point: str) -> None:
     elif step == "end":
         history.kill()
         history.start(point).until_said("streaming")
-        _migrate(history, "drop")
-        reached(history)
+        # Whoever holds the pipeline's lock drops it: the worker, or the command while the worker begins anew.
+        _migrate(history, "drop", crash_at=point)
+        if point not in history.hit:
+            reached(history)
     elif step is None:
         reached(history)
     if point == REFUSED:
@@ -371,8 +375,77 @@ def filled_again(history: History, point: str) -> None:
     end_migration(history)
 
 
-def _migrate(history: History, step: str, *options: str, crash_at: str | None = None) -> None:
-    history.command("migrate", "titles", step, "--yes", *options, crash_at=crash_at)
+def _migrate(history: History, step: str, *options: str, index: str = "titles", crash_at: str | None = None) -> None:
+    history.command("migrate", index, step, "--yes", *options, crash_at=crash_at)
+
+
+def other_chunks(history: History, point: str) -> None:
+    """Migrate an index to smaller chunks, until a command dies, or the worker: whoever holds the pipeline's lock."""
+    _live(history)
+    step = CHUNKS[point]
+    history.start(None if step == "start" else point).until_said("streaming")
+    ask_for_smaller_chunks(history)
+    _migrate(history, "start", index="articles", crash_at=point if step == "start" else None)
+    if step == "start":
+        return
+    until(lambda: history.execute(history.target, BESIDE_READY), "chunks beside the others", 300)
+    with contextlib.ExitStack() as stack:
+        if step == "refused":
+            reader = stack.enter_context(history.target.connect(history.name))
+            stack.enter_context(reader.transaction())
+            reader.execute("LOCK TABLE public.articles_index IN ACCESS SHARE MODE")
+        _migrate(history, "drop" if step == "drop" else "activate", index="articles", crash_at=point)
+    if point not in history.hit:
+        reached(history)
+    if step == "drop":
+        history.provider.calls.clear()  # what is dropped may be made again
+
+
+BESIDE_READY = (
+    "SELECT FROM cdcsync.indexes AS i JOIN cdcsync.generations AS g ON g.index_name = i.name"
+    " WHERE i.name = 'articles~other' AND i.state = 'live' AND g.state = 'ready'"
+)
+
+CHUNKS = {
+    "migration to other chunks asked for": "start",
+    "migration to other chunks begun": "start",
+    "chunks exchanged": "activate",
+    "exchange of chunks committed": "activate",
+    "request withdrawn": "refused",
+    "withdrawn request committed": "refused",
+    "chunks dropped": "drop",
+    "dropped chunks committed": "drop",
+}
+"""The steps of a migration to other chunks that lead to its points; `refused` is one that a reader outlasts."""
+
+
+def settling(history: History, point: str) -> None:
+    """Let no vector rest before it moves into the graph."""
+    history.settings["settle"] = 0
+    history.write_config()
+    _live(history)
+    history.start(f"{point}#{history.chance.choice((1, 2, 3))}").until_said("streaming")
+    history.writer.allow()
+    reached(history)
+
+
+def lacking_memory(history: History, point: str) -> None:
+    """Have the target lack the memory for building an index, until the worker has died of it."""
+    history.execute(history.target, LACKS_MEMORY)
+    history.start(point)
+    reached(history)
+    history.execute(history.target, "DROP EVENT TRIGGER lacks_memory")
+
+
+def outdated_ranking(history: History, point: str) -> None:
+    """Leave an index for ranking words that was built with other options than the configuration asks for."""
+    _live(history)
+    history.execute(
+        history.target,
+        "CREATE INDEX articles_chunks_bm25 ON cdcsync.articles_chunks (content) WITH (fillfactor = 90)",
+    )
+    history.start(point)
+    reached(history)
 
 
 STEPS = {
@@ -437,6 +510,10 @@ SCENES: dict[str, Scene] = defaultdict(
         "difference committed": partitions,
         **dict.fromkeys((*STEPS, *FILL), migration),
         "fill begun again": filled_again,
+        **dict.fromkeys(CHUNKS, other_chunks),
+        **dict.fromkeys(("vectors moved", "move committed", "tiers noted"), settling),
+        "cause of a wait noted": lacking_memory,
+        "outdated BM25 index dropped": outdated_ranking,
     },
 )
 """The scene of each crash point."""

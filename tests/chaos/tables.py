@@ -141,6 +141,9 @@ another model makes, nobody here can tell, so it does not stay live."""
 
 FAR = 'embedder = "far"'
 
+WHOLE, SMALLER = "max_tokens = 40", "max_tokens = 25"
+"""How large the chunks of the index `articles` are, and what they may be migrated to; the documents stay the same."""
+
 RETURNING = ("shelved: ", "thread: ", "item ")
 """How texts begin that go and come back, because a condition or a related row says so. They are embedded again."""
 
@@ -218,7 +221,11 @@ class Writer:
             for (gid,) in session.execute(
                 "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY gid"
             ).fetchall():
-                session.execute(f"{self.chance.choice(('COMMIT', 'ROLLBACK'))} PREPARED '{gid}'")
+                # The writer's own thread may end it in the same moment.
+                with contextlib.suppress(
+                    psycopg.errors.UndefinedObject, psycopg.errors.ObjectNotInPrerequisiteState
+                ):
+                    session.execute(f"{self.chance.choice(('COMMIT', 'ROLLBACK'))} PREPARED '{gid}'")
 
     def _run(self) -> None:
         try:

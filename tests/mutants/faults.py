@@ -225,6 +225,38 @@ MUTANTS = (
         "kill -9",
     ),
     Mutant(
+        "vectors of one model are stored for another one too",
+        "target/apply.py",
+        "along = changes.vectors if one.model == self._spec.model else {}",
+        "along = changes.vectors",
+        "tests",
+        "tests/server/target/test_filling.py::test_a_page_gives_vectors_to_some_chunks_and_queues_the_others",
+    ),
+    Mutant(
+        "what the catalog says of changes that were not sent is ignored",
+        "source/fingerprints.py",
+        "    if before is None:\n        return Difference(compare=",
+        "    if True:\n        return Difference()\n    if before is None:\n        return Difference(compare=",
+        "chaos",
+        "partition detached and attached",
+    ),
+    Mutant(
+        "a move to the settled tier takes a vector that changed meanwhile",
+        "target/settling.py",
+        " AND f.xmin::text = c.version FOR UPDATE",
+        " AND c.version IS NOT NULL FOR UPDATE",
+        "tests",
+        "tests/server/target/test_settling.py::test_a_change_that_commits_during_a_move_wins",
+    ),
+    Mutant(
+        "a new vector leaves the one before it in the settled tier",
+        "target/backlog.py",
+        'await self._connection.execute(self._sql("DELETE FROM {settled} WHERE chunk_id = ANY(%s)"), [chunks])',
+        "pass",
+        "chaos",
+        "move committed",
+    ),
+    Mutant(
         "a vector that is stored ends the wait of other texts too",
         "target/backlog.py",
         ' FROM {backlog} AS b JOIN {stage} USING (content_hash)"\n'

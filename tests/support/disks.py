@@ -1,4 +1,4 @@
-"""A disk that is full: tables of a cluster lie on a small file system of their own, which can be filled and freed."""
+"""What a server can lack: a disk that is full, as tables lie on a small file system of their own; and memory."""
 
 from __future__ import annotations
 
@@ -18,6 +18,19 @@ from cdcsync.demo.cluster import Cluster
 NAME = "tight"
 SIZE = "16m"
 BLOCK = bytes(65_536)
+
+
+LACKS_MEMORY = """
+CREATE FUNCTION public.lacks_memory() RETURNS event_trigger LANGUAGE plpgsql AS $f$
+BEGIN
+    IF pg_catalog.current_query() LIKE '%articles_vectors_1_hnsw%' THEN
+        RAISE EXCEPTION 'out of memory' USING ERRCODE = '53200';
+    END IF;
+END $f$;
+CREATE EVENT TRIGGER lacks_memory ON ddl_command_start WHEN TAG IN ('CREATE INDEX')
+    EXECUTE FUNCTION public.lacks_memory()
+"""
+"""The server runs out of memory whenever the HNSW index of `articles` is built, however little it is given."""
 
 
 class CannotMount(Exception):

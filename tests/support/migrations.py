@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cdcsync.config.names import beside_name
 from tests import ROOT
 from tests.support.configs import Section, configuration
 from tests.support.servers import Database
@@ -24,6 +25,9 @@ def turned(model: Turned) -> Section:
 
 BOTH = {"old": turned(OLD), "new": turned(NEW)}
 
+WATCHFUL = {"cdcsync.flows.watch.WATCH_S": 0.5}
+"""A worker that sees ten times as soon what a command asked for: most steps of a migration wait for that."""
+
 
 def hashed(dimensions: int) -> Section:
     """Return the section of a model that needs no code of ours."""
@@ -38,6 +42,7 @@ def loaded(pipeline: Pipeline, *tables: str, rows: int = 200) -> Pipeline:
         pipeline.source.execute(
             f"INSERT INTO {table} SELECT i, 'article ' || i || ' is about ' || i % 17 FROM generate_series(1, {rows}) i"
         )
+    pipeline.hurry |= WATCHFUL
     pipeline.start(PYTHONPATH=str(ROOT))
     pipeline.live()
     return pipeline
@@ -77,9 +82,10 @@ def migrate(pipeline: Pipeline, action: str, *options: str, index: str = "articl
 
 
 def state(pipeline: Pipeline, generation: int, index: str = "articles") -> str | None:
-    """Return the state of a generation, None if there is none."""
+    """Return the state of a generation, which may have chunks of its own; None if there is none."""
     row = pipeline.target.execute(
-        "SELECT state FROM cdcsync.generations WHERE index_name = %s AND generation = %s", [index, generation]
+        "SELECT state FROM cdcsync.generations WHERE index_name IN (%s, %s) AND generation = %s",
+        [index, beside_name(index), generation],
     ).fetchone()
     return None if row is None else row[0]
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests import ROOT
 from tests.support.configs import configuration
+from tests.support.migrations import WATCHFUL
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
@@ -39,6 +40,7 @@ def loaded(make_pipeline: Callable[[str], Pipeline], database: Database) -> Pipe
     pipeline.hurry = {"cdcsync.flows.watch.WATCH_S": 0.5}
     pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, body text)")
     pipeline.source.execute("INSERT INTO articles SELECT i, 'article ' || i, 'of old' FROM generate_series(1, 60) i")
+    pipeline.hurry |= WATCHFUL
     pipeline.start()
     pipeline.live()
     return pipeline

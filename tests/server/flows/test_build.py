@@ -22,6 +22,7 @@ from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.submission import Requests
 from tests.support.configs import configuration
+from tests.support.disks import LACKS_MEMORY
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, register
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -184,19 +185,6 @@ async def test_a_load_that_has_read_nothing_yet_needs_no_comparison(
 
     cursor = await connection.execute("SELECT id FROM cdcsync.backfills")
     assert await cursor.fetchall() == [(load,)]
-
-
-LACKS_MEMORY = """
-CREATE FUNCTION public.lacks_memory() RETURNS event_trigger LANGUAGE plpgsql AS $f$
-BEGIN
-    IF pg_catalog.current_query() LIKE '%articles_vectors_1_hnsw%' THEN
-        RAISE EXCEPTION 'out of memory' USING ERRCODE = '53200';
-    END IF;
-END $f$;
-CREATE EVENT TRIGGER lacks_memory ON ddl_command_start WHEN TAG IN ('CREATE INDEX')
-    EXECUTE FUNCTION public.lacks_memory()
-"""
-"""The server runs out of memory whenever the one index is built, however little it is given."""
 
 
 def problems(pipeline: Pipeline) -> str:

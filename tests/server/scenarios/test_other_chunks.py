@@ -14,7 +14,7 @@ import pytest
 
 from tests import ROOT
 from tests.support.configs import Section, configuration
-from tests.support.migrations import BOTH, hashed, loaded, migrate, refused
+from tests.support.migrations import BOTH, hashed, loaded, migrate, ready, refused, state
 from tests.support.searches import SEARCHES_PER_S, Searches
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -25,16 +25,6 @@ FRAMED = "about: {title}\n\n{title}"
 """A template whose chunks nobody can take for those of `{title}`."""
 
 PIECES = {"strategy": "characters", "max_tokens": 15, "overlap_tokens": 0}
-
-
-def ready(pipeline: Pipeline, generation: int = 2, index: str = "articles") -> None:
-    """Wait until a generation with chunks of its own is filled."""
-
-    def filled() -> bool:
-        found = {one["generation"]: one["state"] for one in migrate(pipeline, "status", index=index)}
-        return found.get(generation) == "ready"
-
-    until(filled, lambda: f"chunks beside {index}; {pipeline.tail()}")
 
 
 def made(pipeline: Pipeline, stem: str, generation: int, contents: Callable[[int, str], set[str]]) -> None:
@@ -111,7 +101,7 @@ def whole_way(pipeline: Pipeline, more_searches: Callable[[int], None]) -> None:
     assert [one.split(":")[0] for one in begun["own_chunks"]] == ["text"]
     assert migrate(pipeline, "start")["begun"] is False
     more_searches(1)
-    ready(pipeline)
+    ready(pipeline, 2)
     execute("UPDATE articles SET title = title || ', changed' WHERE id % 3 = 0")
     execute("DELETE FROM articles WHERE id % 10 = 1")
     execute("INSERT INTO articles VALUES (1000, 'an article that is new')")
@@ -204,7 +194,7 @@ def test_a_migration_to_other_chunks_goes_on_after_a_kill_at_every_step(
     for point in ("index relations written#2", "index relations committed", "index to be live", "index declared live"):
         killed(point)
     pipeline.start()
-    ready(pipeline)
+    ready(pipeline, 2)
     made(pipeline, "articles~2", 2, framed)
     made(pipeline, "articles", 1, plain)
 
@@ -233,7 +223,7 @@ def test_a_migration_to_other_chunks_goes_on_after_a_kill_at_every_step(
     command_killed("drop", "chunks dropped", "--yes")
     killed("dropped chunks committed")
     pipeline.start()
-    until(lambda: len(migrate(pipeline, "status")) == 1, pipeline.tail)
+    until(lambda: state(pipeline, 1) is None, pipeline.tail)
     pipeline.source.execute("UPDATE articles SET title = title || ', again' WHERE id % 50 = 1")
     made(pipeline, "articles~2", 2, framed)
 
@@ -246,7 +236,7 @@ def test_chunks_that_are_given_up_are_not_made_in_place(
     loaded(pipeline, "articles", rows=30)
     pipeline.configure(configuration(database.dsn, embedders=embedders, indexes={"articles": {"text": FRAMED}}))
     migrate(pipeline, "start")
-    ready(pipeline)
+    ready(pipeline, 2)
     # The worker knows neither of the two by the file now: searches keep what they have.
     pipeline.stop(pipeline.processes[-1])
     pipeline.start()
@@ -319,7 +309,7 @@ def test_texts_that_both_have_are_not_embedded_again(
     pipeline.reach("articles")
     begun = migrate(pipeline, "start")
     assert 0 < begun["chunks"] <= 5, begun
-    ready(pipeline)
+    ready(pipeline, 2)
     shared = pipeline.target.execute(
         'SELECT count(*) FROM cdcsync.articles_vectors_1 AS a JOIN cdcsync."articles~2_vectors_2" AS b'
         " USING (content_hash) WHERE a.embedding = b.embedding"

@@ -49,6 +49,21 @@ async def test_small_tables_are_counted(stopped: Pipeline) -> None:
     assert problem(status, "index articles: 1 chunk has no vector, see `cdcsync failures articles list`")
 
 
+async def test_what_fresh_vectors_cost_a_search_is_told_for_as_long_as_it_is_known(stopped: Pipeline) -> None:
+    await fill(stopped, 6)
+    await stopped.target.execute(
+        "INSERT INTO cdcsync.articles_vectors_1 SELECT chunk_id, content_hash, '[1,2,3]'::public.vector"
+        " FROM cdcsync.articles_chunks LIMIT 2"
+    )
+    await stopped.target.execute("INSERT INTO cdcsync.tiers VALUES ('articles', 1, 1.5, 120, now())")
+    index = (await stopped.status()).indexes["articles"]
+    assert (index.vectors, index.fresh, index.fresh_scan_ms, index.settle_rate) == (2, 2, 1.5, 120.0)
+
+    await stopped.target.execute("UPDATE cdcsync.tiers SET measured_at = now() - interval '2 minutes'")
+    index = (await stopped.status()).indexes["articles"]
+    assert (index.fresh, index.fresh_scan_ms, index.settle_rate) == (2, 0.0, 0.0)
+
+
 async def test_large_tables_are_estimated(stopped: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting, "COUNT_UP_TO", 20)
     await fill(stopped, 60)

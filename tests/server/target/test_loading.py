@@ -33,6 +33,7 @@ async def test_what_is_loaded_is_what_would_have_been_applied(index: LiveIndex) 
         "one": [vector_text("one")],
     }
     assert await index.waiting() == [Waits("two", BACKFILL, 0)]
+    assert await index.rows("SELECT DISTINCT tier FROM {vectors}") == [("settled",)]
     assert await index.faults() == []
     await index.connection.execute(
         "TRUNCATE cdcsync.articles_chunks, cdcsync.articles_vectors_1, cdcsync.articles_backlog"

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from tests.support.configs import Section, configuration
-from tests.support.migrations import loaded, migrate, refused
+from tests.support.migrations import loaded, migrate, ready, refused
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
@@ -27,7 +27,7 @@ def beside(make_pipeline: Callable[[str], Pipeline], database: Database, *others
 
 def begun(pipeline: Pipeline) -> None:
     migrate(pipeline, "start")
-    until(lambda: [one["state"] for one in migrate(pipeline, "status")] == ["live", "ready"], pipeline.tail)
+    ready(pipeline, 2)
 
 
 def test_what_is_built_on_the_tables_is_in_the_way_and_nothing_else_changes(
