@@ -23,7 +23,7 @@ from tests.support.disks import LACKS_MEMORY
 
 Scene = Callable[[History, str], None]
 
-HIT_S = 60.0
+HIT_S = 120.0
 """How long a scene waits for its point."""
 
 
@@ -214,7 +214,7 @@ def evaluation(history: History, point: str) -> None:
     history.settings["evaluate"] = 1
     history.write_config()
     history.start(point)
-    reached(history, 60)
+    reached(history)
 
 
 def gap(history: History, point: str) -> None:
@@ -274,7 +274,7 @@ def failover_slot(history: History, point: str) -> None:
 def invalid_index(history: History, point: str) -> None:
     """Leave an index for searches invalid, as a build that was broken off does."""
     history.start("search index built#2")
-    reached(history, 60)
+    reached(history)
     history.execute(
         history.target,
         "UPDATE pg_index SET indisvalid = false WHERE indexrelid = (SELECT max(indexrelid) FROM pg_index AS i"
