@@ -222,9 +222,7 @@ class Writer:
                 "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY gid"
             ).fetchall():
                 # The writer's own thread may end it in the same moment.
-                with contextlib.suppress(
-                    psycopg.errors.UndefinedObject, psycopg.errors.ObjectNotInPrerequisiteState
-                ):
+                with contextlib.suppress(psycopg.errors.UndefinedObject, psycopg.errors.ObjectNotInPrerequisiteState):
                     session.execute(f"{self.chance.choice(('COMMIT', 'ROLLBACK'))} PREPARED '{gid}'")
 
     def _run(self) -> None:

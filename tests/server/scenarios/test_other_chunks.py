@@ -281,7 +281,7 @@ def test_rows_that_no_document_of_the_other_chunks_is_made_of_are_listed_counted
     pipeline.configure(configuration(database.dsn, indexes={"articles": {"chunking": {**PIECES, "max_chunks": 3}}}))
     migrate(pipeline, "start", "--max-rows-per-s", "1")
     migrate(pipeline, "start", "--max-rows-per-s", "5000")
-    ready(pipeline)
+    ready(pipeline, 2)
     pace = pipeline.target.execute(
         "SELECT max_rows_per_s FROM cdcsync.backfills WHERE index_name = 'articles~other'"
     ).fetchone()
