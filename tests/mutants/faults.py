@@ -260,9 +260,9 @@ MUTANTS = (
         "a vector that is stored ends the wait of other texts too",
         "target/backlog.py",
         ' FROM {backlog} AS b JOIN {stage} USING (content_hash)"\n'
-        '                    " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"',
+        '                " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"',
         ' FROM {backlog} AS b CROSS JOIN LATERAL (SELECT FROM {stage} LIMIT 1) AS s"\n'
-        '                    " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"',
+        '                " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"',
         "chaos",
         "vectors committed",
     ),
