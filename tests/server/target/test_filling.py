@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from cdcsync.documents.templates import hash_text
+from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.backlog import Backlog
@@ -149,6 +150,76 @@ async def test_the_vectors_of_the_same_model_are_taken_over(database: Database) 
         assert await filling.take_over(page, page[-1].chunk_id)
         assert await live.rows("SELECT embedding::text FROM cdcsync.articles_vectors_2") == [(vector_text("one"),)]
         assert await filling.waiting(10) == 1
+
+
+def in_two_precisions() -> IndexSpec:
+    """Return an index whose second generation is of the same model, at half the precision."""
+    spec = two_generations(model="three-numbers")
+    halves = msgspec.structs.replace(spec.config, vector_type="halfvec")
+    return msgspec.structs.replace(spec, others=(msgspec.structs.replace(spec.others[0], config=halves),))
+
+
+async def in_each(live: LiveIndex, text: str) -> list[tuple[Any, ...]]:
+    """Return how many chunks with a text have its vector in each generation, and how many wait in each."""
+    return await live.rows(
+        "SELECT g, (SELECT count(*) FROM (SELECT chunk_id, content_hash, 1 AS g, embedding::text FROM"
+        " cdcsync.articles_vectors_1 UNION ALL SELECT chunk_id, content_hash, 2, embedding::text FROM"
+        " cdcsync.articles_vectors_2) AS v (chunk_id, content_hash, of, embedding) JOIN {chunks} AS c"
+        " USING (chunk_id, content_hash) WHERE v.of = g AND c.content = %s AND v.embedding = %s),"
+        " (SELECT count(*) FROM {backlog} AS b WHERE b.generation = g) FROM generate_series(1, 2) AS g ORDER BY g",
+        *(text, vector_text(text)),
+    )
+
+
+async def test_a_text_that_any_generation_of_the_model_has_a_vector_of_waits_in_none(database: Database) -> None:
+    async with live_index(database, in_two_precisions()) as live:
+        await begin_generations(live)
+        await live.apply(changes(document("1", "one"), inline=["one"]))
+        # As before the fill comes to it.
+        await live.rows("DELETE FROM cdcsync.articles_vectors_2 RETURNING 1")
+        applied = await live.apply(changes(document("2", "one")))
+        assert (applied.reused, applied.queued, applied.beside) == (1, 0, 0)
+        assert await in_each(live, "one") == [(1, 2, 0), (2, 1, 0)]
+
+
+async def test_a_text_that_waits_in_two_generations_is_embedded_for_one(database: Database) -> None:
+    spec = in_two_precisions()
+    async with live_index(database, spec) as live, await connect(database.dsn, "target") as connection:
+        await begin_generations(live)
+        halves = Backlog(connection, SCHEMA, spec.others[0], spec.siblings(spec.others[0]))
+        await halves.open()
+        exact = Backlog(live.embedding, SCHEMA, spec, spec.siblings(spec))
+        await exact.open()
+        await live.apply(changes(document("1", "one"), document("2", "one"), document("3", "two")))
+        assert await halves.take_over([hash_text("one"), hash_text("two")]) == 0
+        await exact.store({hash_text("one"): vector_of("one")})
+        assert await exact.take_over([hash_text("two")]) == 0
+        assert await halves.take_over([hash_text("one"), hash_text("two")]) == 2
+        assert await in_each(live, "one") == [(1, 2, 1), (2, 2, 1)]
+        # What somebody wants to have made again is not taken from where it is to be made again, too.
+        async with live.connection.transaction():
+            await discard_vectors(live.connection, SCHEMA, spec, [("1",), ("2",)])
+        assert await halves.take_over([hash_text("one")]) == 0
+        await exact.store({hash_text("one"): vector_of("one")})
+        assert await halves.take_over([hash_text("one")]) == 2
+
+
+@pytest.mark.parametrize("vector", ["[70000, 1, 1]", "[1e-9, 0, 0]"])
+async def test_a_vector_that_a_halfvec_cannot_hold_is_made_again_and_judged_then(
+    database: Database, vector: str
+) -> None:
+    spec = in_two_precisions()
+    async with live_index(database, spec) as live, await connect(database.dsn, "target") as connection:
+        await begin_generations(live)
+        await live.apply(changes(document("1", "one"), inline=["one"]))
+        await live.rows("DELETE FROM cdcsync.articles_vectors_2 RETURNING 1")
+        await live.rows("UPDATE {vectors} SET embedding = %s RETURNING 1", vector)
+        await live.apply(changes(document("2", "one")))
+        assert await live.rows("SELECT generation, count(*) FROM {backlog} GROUP BY generation") == [(2, 1)]
+        filling = Filling(connection, SCHEMA, spec.others[0], spec)
+        page = await filling.page(0, 10)
+        assert await until_locked(lambda: filling.take_over(page, page[-1].chunk_id), table="vectors")
+        assert await live.rows("SELECT generation, count(*) FROM {backlog} GROUP BY generation") == [(2, 2)]
 
 
 def test_vectors_of_half_precision_cannot_become_exact_again() -> None:
