@@ -205,23 +205,20 @@ class Receiver:
             case StreamAbort():
                 self._spool.abort(message.xid, message.subxid)
             case StreamCommit():
-                return self._take_spooled(message)
+                return map(self._feed, self._replay(message))
             case _:
                 return (self._feed(message),)
         return NOTHING_YET
 
-    def _take_spooled(self, commit: StreamCommit) -> Iterator[Sequence[Heard]]:
-        yield from map(self._feed, self._replay(commit))
-        self._spool.drop(commit.xid)
-
     def _replay(self, commit: StreamCommit) -> Iterator[PgoutputMessage]:
-        """Yield a spooled transaction as if it had been sent whole at its commit."""
+        """Yield a spooled transaction as if it had been sent whole at its commit, and drop it then."""
         yield Begin(final_lsn=commit.commit_lsn, commit_time_us=commit.commit_time_us, xid=commit.xid)
         for payload in self._spool.replay(commit.xid):
             yield decode(payload, streamed=True, largest=self._largest)
         yield Commit(
             flags=0, commit_lsn=commit.commit_lsn, end_lsn=commit.end_lsn, commit_time_us=commit.commit_time_us
         )
+        self._spool.drop(commit.xid)
 
     def _feed(self, message: PgoutputMessage) -> Sequence[Heard]:
         if type(message) is Message and message.transactional and message.prefix == PREFIX:
