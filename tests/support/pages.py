@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -95,13 +96,19 @@ def shell_lines(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
+@functools.cache
+def whole_line() -> TyperGroup:
+    """Return the command line with all its commands, which takes a tenth of a second to make."""
+    return command_line()
+
+
 def parse_command(arguments: list[str], *, whole: bool = True) -> None:
     """Have the command line parse a command, without running it.
 
     :param whole: false where a sentence names a command with some of its options, and leaves out arguments.
     :raises typer.TyperException: there is no such command, option or argument.
     """
-    command: Any = command_line()
+    command: Any = whole_line()
     context = typer.Context(command, info_name="cdcsync")
     left = list(arguments)
     while isinstance(command, TyperGroup):
