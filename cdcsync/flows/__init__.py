@@ -8,6 +8,7 @@
     build       HNSW and keyword indexes after a load
     setup/      what is created before following starts; gaps; partitions
     plan        what `run` would do, and what that embeds
+    retention   how much WAL the slot holds of what it may
     watch       changes that the stream does not report
     settle      moves vectors into HNSW when they have not changed for a while
     words       how often words occur, for keyword search

@@ -2,7 +2,7 @@
 
     tables     can each index follow its table, and is the table, and what has it sent, what it was
     relations  has the target all that each index should have there, and are our tables still of our version
-    slot       how much of `max_slot_wal_keep_size` does it hold, before that is a gap
+    slot       how much of `max_slot_wal_keep_size` does it hold (`flows/retention`)
     heartbeat  a message now and then, which shows on an idle source that the pipeline moves
 
 The tables are read all at once, and judged by the functions that `check` uses: an index that `check` would refuse is
@@ -25,6 +25,7 @@ from cdcsync.config.names import beside_name, own_name
 from cdcsync.crashpoints import crash_point
 from cdcsync.errors import RunError, SchemaChanged, SetupError, SourceUnavailable, TablesChanged, Unavailable
 from cdcsync.flows.build import LOAD_CANCELLED, pause_after
+from cdcsync.flows.retention import Retention
 from cdcsync.flows.setup.differences import (
     ask_for,
     difference_of,
@@ -44,7 +45,7 @@ from cdcsync.preflight import Finding
 from cdcsync.preflight.families import followed_catalog
 from cdcsync.preflight.following import following_findings, seen_fingerprint
 from cdcsync.preflight.indexes import Plan, vector_faults
-from cdcsync.source.catalog import Catalog, Slot, insert_lsn, read_catalog, read_slot
+from cdcsync.source.catalog import Catalog, insert_lsn, read_catalog, read_slot
 from cdcsync.source.fingerprints import Emptied
 from cdcsync.target.approvals import Approvals
 from cdcsync.target.ddl.grants import settings_to_note
@@ -73,43 +74,8 @@ its session ended."""
 RELATIONS_S = 60.0
 """How often it is looked whether somebody dropped a relation of an index in the target."""
 
-RETENTION_MARKS = (0.5, 0.8)
-"""Shares of `max_slot_wal_keep_size` that are worth a word: half, while there is time; four fifths, while there is
-still some."""
-
-RETENTION_SLACK = 0.05
-"""How far below a mark the share must fall before the next crossing counts: WAL comes and goes by whole segments."""
-
 HEARTBEAT_PREFIX = "cdcsync heartbeat"
 """The prefix of the messages: not that of the marks, which are looked for."""
-
-
-class Retention:
-    """Remembers which marks the slot's share of `max_slot_wal_keep_size` has passed, to tell of each crossing once."""
-
-    def __init__(self) -> None:
-        self._passed = 0
-
-    def crossed(self, share: float) -> float | None:
-        """Return the highest mark that was passed since the last call, None when none was."""
-        above = sum(share >= mark for mark in RETENTION_MARKS)
-        if above > self._passed:
-            self._passed = above
-            return RETENTION_MARKS[above - 1]
-        while self._passed and share < RETENTION_MARKS[self._passed - 1] - RETENTION_SLACK:
-            self._passed -= 1
-        return None
-
-
-def retained_share(slot: Slot) -> float:
-    """Return how much of the WAL that it may hold a slot holds: 0.0 without a limit, from 1.0 on it may be lost."""
-    if slot.wal_status == "lost":
-        return 1.0
-    if slot.safe_bytes is None or slot.retained_bytes is None:
-        return 0.0
-    # Beyond the limit, what is safe is negative, and retained and safe together are still the limit.
-    limit = slot.retained_bytes + slot.safe_bytes
-    return slot.retained_bytes / limit if limit > 0 else 1.0
 
 
 class Watch:
@@ -172,7 +138,7 @@ class Watch:
         :raises TablesChanged: an index needs to be examined again, or can be followed again.
         :raises RunError: a newer version of cdcsync has upgraded our tables.
         """
-        retention, away = Retention(), 0
+        retention, away = Retention(self._metrics), 0
         async with (
             Session(self._config.source.dsn, "source", application_name="cdcsync watch") as source,
             Session(self._config.target.dsn, "target", application_name="cdcsync watch") as target,
@@ -183,7 +149,7 @@ class Watch:
                     with speaking_of("source"):
                         slot = await read_slot(await source.connection(), self._config.source.slot)
                     away = 0
-                    self._look_at_slot(slot, retention)
+                    retention.look_at(slot)
                     await self._look_at_tables(source, target)
                 except (Unavailable, SetupError) as error:
                     # A table that is dropped while its columns are read is an error too; the next look tells more.
@@ -380,26 +346,6 @@ class Watch:
             self._pauses.note_standing(name, now)
         if self._pauses.due(name, now) and not (entry.reason or "").startswith(LOAD_CANCELLED):
             raise TablesChanged("it may be followed again", where=f"index {name}")
-
-    def _look_at_slot(self, slot: Slot | None, retention: Retention) -> None:
-        if slot is None:
-            return
-        share = retained_share(slot)
-        self._metrics.slot_retained_share.set(share)
-        if (mark := retention.crossed(share)) is not None:
-            _tell(slot, share, mark)
-
-
-def _tell(slot: Slot, share: float, mark: float) -> None:
-    tell = log.warning if mark < RETENTION_MARKS[-1] else log.error
-    tell(
-        "slot_retention",
-        slot=slot.name,
-        percent=round(100 * share),
-        retained_bytes=slot.retained_bytes,
-        safe_bytes=slot.safe_bytes,
-        fix="let the index catch up: see why it is behind; or raise max_slot_wal_keep_size on the source",
-    )
 
 
 async def send_heartbeats(config: Config) -> None:

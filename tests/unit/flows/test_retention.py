@@ -1,10 +1,11 @@
-"""What the watch makes of a slot: how much it holds of what it may, and when that is worth a word."""
+"""A slot: how much it holds of what it may, and when that is worth a word."""
 
 from __future__ import annotations
 
 import pytest
 
-from cdcsync.flows.watch import Retention, retained_share
+from cdcsync.flows.retention import Retention, retained_share
+from cdcsync.metrics import Metrics
 from cdcsync.source.catalog import Slot
 
 
@@ -40,5 +41,5 @@ def test_the_share_is_of_what_the_slot_may_hold(facts: tuple[str, int | None, in
     ],
 )
 def test_each_crossing_is_told_once(shares: list[float], crossings: list[float | None]) -> None:
-    retention = Retention()
+    retention = Retention(Metrics())
     assert [retention.crossed(share) for share in shares] == crossings
