@@ -80,13 +80,14 @@ class Chunker:
             except DocumentError as error:
                 _tell(failed, place, error)
                 pieces.append([])
-        texts = self._within(rendered, pieces)
         most = self._chunking.max_chunks
+        # One more tells that there are too many.
+        texts = self._within(rendered, pieces, None if most is None else most + 1)
         for place, parts in enumerate(texts):
             if most is None or len(parts) <= most:
                 continue
             if self._chunking.on_too_many == "error":
-                _tell(failed, place, DocumentError(f"the document makes {len(parts)} chunks, max_chunks is {most}"))
+                _tell(failed, place, DocumentError(f"the document makes too many chunks, max_chunks is {most}"))
             texts[place] = parts[:most] if self._chunking.on_too_many == "truncate" else []
         return [[Chunk(number, text, hash_text(text)) for number, text in enumerate(parts)] for parts in texts]
 
@@ -96,16 +97,19 @@ class Chunker:
         cut = [piece.strip(WHITE_SPACE) for piece in self._function.cut(text)]
         return [piece for piece in cut if piece]
 
-    def _within(self, documents: Sequence[Rendering], pieces: Sequence[list[str]]) -> list[list[str]]:
-        """Return each document's chunks, none longer than the capacity, with what stands around each of them."""
-        flat = [(place, piece) for place, parts in enumerate(pieces) for piece in parts]
+    def _within(self, documents: Sequence[Rendering], pieces: Sequence[list[str]], most: int | None) -> list[list[str]]:
+        """Return each document's chunks, none longer than the capacity, with what stands around each of them.
+
+        :param most: how many chunks of a document are wanted; there may be more.
+        """
+        flat = [(place, piece) for place, parts in enumerate(pieces) for piece in parts[:most]]
         framed = any(document.before is not None for document in documents)
         if self.capacity is None:
             cut = [[documents[place].around(piece).strip(WHITE_SPACE)] for place, piece in flat]
         elif framed:
-            cut = cut_framed([(documents[place], piece) for place, piece in flat], self.capacity, self._cutter)
+            cut = cut_framed([(documents[place], piece) for place, piece in flat], self.capacity, self._cutter, most)
         else:
-            cut = self._cutter(self.capacity).cut([piece for _, piece in flat])
+            cut = self._cutter(self.capacity).cut([piece for _, piece in flat], most)
         texts: list[list[str]] = [[] for _ in documents]
         for (place, _), parts in zip(flat, cut, strict=True):
             texts[place] += parts

@@ -9,6 +9,7 @@ comes out is measured, and cut again with more room set aside where it does not 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import msgspec
 
@@ -46,14 +47,17 @@ class Cutter:
         self._surely_fits = surely_fits
         self._chunk_all = chunk_all
 
-    def cut(self, texts: Sequence[str]) -> list[list[str]]:
-        """Return the chunks of each text; what fits stays whole."""
+    def cut(self, texts: Sequence[str], most: int | None = None) -> list[list[str]]:
+        """Return the chunks of each text; what fits stays whole.
+
+        :param most: how many chunks of a text are wanted: of a long one, no more is cut than makes so many.
+        """
         cut = [[text] for text in texts]
         long = [
             (place, part)
             for place, text in enumerate(texts)
             if not self._surely_fits(text)
-            for part in portions(text, self._most_characters)
+            for part in islice(self._portions(text), most)
         ]
         for place, _ in long:
             cut[place] = []
@@ -62,9 +66,13 @@ class Cutter:
                 cut[place] += chunks
         return cut
 
+    def _portions(self, text: str) -> Iterator[str]:
+        """Yield the portions of a text, each of which makes at least one chunk."""
+        return (part for part in portions(text, self._most_characters) if part.strip(WHITE_SPACE))
+
     def fits(self, text: str) -> bool:
         """Say whether a trimmed text fits."""
-        return not text or self._surely_fits(text) or len(self.cut([text])[0]) == 1
+        return not text or self._surely_fits(text) or len(self.cut([text], 2)[0]) == 1
 
 
 def portions(text: str, most_characters: int) -> Iterator[str]:
@@ -94,12 +102,13 @@ class _Piece(msgspec.Struct):
 
 
 def cut_framed(
-    pieces: Sequence[tuple[Rendering, str]], capacity: int, cutter: Callable[[int], Cutter]
+    pieces: Sequence[tuple[Rendering, str]], capacity: int, cutter: Callable[[int], Cutter], most: int | None = None
 ) -> list[list[str]]:
     """Cut pieces of documents, each chunk with what stands around it and none longer than the capacity.
 
     :param pieces: each with the document that it is of.
     :param cutter: makes the cutter for a number of tokens.
+    :param most: how many chunks of a piece are wanted.
     """
     step = max(1, capacity // STEPS)
     whole = cutter(capacity)
@@ -118,7 +127,7 @@ def cut_framed(
         for steps in {piece.steps for piece in waiting.values()}:
             places = [place for place, piece in waiting.items() if piece.steps == steps]
             room = capacity - steps * step
-            cut = cutter(room).cut([waiting[place].text for place in places])
+            cut = cutter(room).cut([waiting[place].text for place in places], most)
             for place, parts in zip(places, cut, strict=True):
                 piece = waiting[place]
                 chunks = [piece.around.around(part).strip(WHITE_SPACE) for part in parts]

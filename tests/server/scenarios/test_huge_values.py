@@ -95,6 +95,7 @@ def test_a_row_whose_value_does_not_fit_into_memory_is_listed_and_all_others_go_
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(900)
 def test_many_large_values_that_have_to_be_read_again_are_read_in_portions(pipeline: Pipeline) -> None:
     """Each fits into memory, and all of them together do not."""
     pipeline.memory_bytes = MEMORY_BYTES
@@ -106,14 +107,10 @@ def test_many_large_values_that_have_to_be_read_again_are_read_in_portions(pipel
     pipeline.source.execute("UPDATE articles SET title = 'another title'")
     pipeline.reach("articles")
 
-    until(
-        lambda: (
-            pipeline.target.execute(
-                "SELECT count(*) FROM cdcsync.articles_chunks WHERE title <> 'another title'"
-            ).fetchone()
-            == (0,)
-        ),
-        pipeline.tail,
-    )
+    def left() -> object:
+        of_before = "SELECT count(*) FROM cdcsync.articles_chunks WHERE title <> 'another title'"
+        return pipeline.target.execute(of_before).fetchone()
+
+    until(lambda: left() == (0,), pipeline.tail, progress=left)
     assert left_out(pipeline) == {}
     assert worker.poll() is None

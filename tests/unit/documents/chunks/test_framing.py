@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from cdcsync.config import Chunking, Index
 from cdcsync.demo.corpus import docstrings
 from cdcsync.documents.chunks import Chunker, make_chunker
+from cdcsync.documents.chunks.framing import PORTION_CHARACTERS, Cutter
 from cdcsync.documents.documents import make_documents
 from cdcsync.documents.templates import Rendering
 from cdcsync.errors import ConfigError, DocumentError
@@ -80,8 +81,41 @@ def test_too_many_chunks_are_an_error_or_cut_off() -> None:
     assert texts(chunker(max_chunks=len(whole)), Rendering(TEXT)) == whole
 
     assert texts(chunker(max_chunks=3, on_too_many="truncate"), Rendering(TEXT)) == whole[:3]
-    with pytest.raises(DocumentError, match=f"the document makes {len(whole)} chunks, max_chunks is 3"):
+    with pytest.raises(DocumentError, match="the document makes too many chunks, max_chunks is 3"):
         chunker(max_chunks=3).split(TEXT)
+
+
+WORDS = "word " * (PORTION_CHARACTERS // 2)
+LONG = f"{WORDS}{' ' * 3 * PORTION_CHARACTERS}{WORDS}".strip()
+"""A text of many portions, of which some are blank."""
+
+
+def test_of_a_long_text_no_more_is_cut_than_is_wanted() -> None:
+    given: list[str] = []
+
+    def chunk_all(parts: list[str]) -> list[list[str]]:
+        given.extend(parts)
+        return [[part] for part in parts]
+
+    cutter = Cutter(lambda text: False, chunk_all, 64)
+    (whole,) = cutter.cut([LONG])
+    for most in (1, 4, len(whole) - 1, len(whole), len(whole) + 1):
+        given.clear()
+        assert cutter.cut([LONG], most) == [whole[:most]]
+        assert given == whole[:most]
+
+
+@pytest.mark.parametrize("document", [Rendering(LONG), Rendering(LONG, "title: ", "")])
+def test_the_first_chunks_of_a_long_document_are_those_that_it_has_whole(document: Rendering) -> None:
+    def chunked(**settings: Any) -> Chunker:
+        return make_chunker(Chunking(max_tokens=1_000, overlap_tokens=8, **settings), None, None)
+
+    whole = texts(chunked(), document)
+    for most in (2, len(whole) - 1):
+        assert texts(chunked(max_chunks=most, on_too_many="truncate"), document) == whole[:most]
+        with pytest.raises(DocumentError, match=f"too many chunks, max_chunks is {most}"):
+            chunked(max_chunks=most).split(document)
+    assert texts(chunked(max_chunks=len(whole)), document) == whole
 
 
 def test_a_document_that_cannot_be_cut_leaves_the_others_alone() -> None:
