@@ -233,14 +233,6 @@ MUTANTS = (
         "tests/server/target/test_filling.py::test_a_page_gives_vectors_to_some_chunks_and_queues_the_others",
     ),
     Mutant(
-        "what the catalog says of changes that were not sent is ignored",
-        "source/fingerprints.py",
-        "    if before is None:\n        return Difference(compare=",
-        "    if True:\n        return Difference()\n    if before is None:\n        return Difference(compare=",
-        "chaos",
-        "partition detached and attached",
-    ),
-    Mutant(
         "a move to the settled tier takes a vector that changed meanwhile",
         "target/settling.py",
         " AND f.xmin::text = c.version FOR UPDATE",
