@@ -90,8 +90,6 @@ def written(run: dict[str, Any], last: dict[str, Any]) -> str:
     """Return the page."""
     compared = last.get("machine") == run["machine"]
     lines = [
-        # No list of pages has it, as it is there only once it was written.
-        *("---", "orphan: true", "---", ""),
         "# Benchmarks",
         "",
         "`make bench` writes this page. Both sides of every ratio were measured in the same run; a ratio is better the",

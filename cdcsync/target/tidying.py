@@ -1,11 +1,16 @@
-"""Tidying the fresh tier: what changed vectors leave behind is removed before searches notice it.
+"""Tidying: what changes leave behind is removed before searches and the next changes pay for it.
 
 A vector that changes while it is fresh, or settles, leaves a dead row, and a dead entry in the tier's list that every
 search compares until VACUUM. Autovacuum looks once a minute by default, and a thousand changes a second make a search
 of 2,000 fresh vectors 50 times as slow in that minute. The list also keeps its empty pages for ever. So the worker
 vacuums the tier itself, and builds the list anew where most of its pages are empty.
 
-Source: PostgreSQL, "VACUUM", "REINDEX", "The Cumulative Statistics System" (pg_stat_get_dead_tuples).
+The words of changed chunks wait in the pending list of their GIN index, which every search reads whole. The insert that
+fills the list (`gin_pending_list_limit`, 4 MB by default) enters all of it into the index, and its transaction takes
+some tenths of a second for that. So the worker does it beside apply, while the list is short.
+
+Source: PostgreSQL, "VACUUM", "REINDEX", "The Cumulative Statistics System" (pg_stat_get_dead_tuples), "GIN Fast Update
+Technique", "System Administration Functions" (gin_clean_pending_list).
 """
 
 from __future__ import annotations
@@ -81,6 +86,15 @@ async def tidy(connection: Connection, schema: str, spec: IndexSpec) -> None:
             crash_point("fresh list rebuilt")
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
             return  # a long search: the next look tries again
+
+
+async def enter_words(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Enter the words that wait for it into the index for keyword search, if that is there and we act for its owner."""
+    await connection.execute(
+        "SELECT gin_clean_pending_list(c.oid) FROM pg_class AS c"
+        " WHERE c.oid = to_regclass(%s) AND pg_has_role(c.relowner, 'USAGE')",
+        [sql.Identifier(schema, Names(schema, spec.relations).search_name).as_string(connection)],
+    )
 
 
 async def _look(connection: Connection, fresh: sql.Identifier, near: sql.Identifier) -> Untidy:

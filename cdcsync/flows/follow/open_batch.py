@@ -4,7 +4,8 @@ The rules:
 
 1. The applier gets a batch when it is free and the stream is dry, or when the batch is full: so light load has no added
    wait, and heavy load makes its own large batches. While it commits a batch, it gets the next one to prepare once
-   that is full: before, it could still grow.
+   that is full: before, it could still grow. The first batches of a burst are smaller, so that the target has work
+   while the next ones arrive; they end with a transaction.
 2. What needs no apply (transactions of other tables, keepalives) moves the checkpoint only while nothing is in
    flight. It is then written at once after real work, so that readers who wait for an LSN continue, and less and less
    often from there, down to every `IDLE_CHECKPOINT_S`: each such write is itself WAL if source and target are one
@@ -37,6 +38,10 @@ PROMPT_CHECKPOINT_S = 0.25
 
 OFFER_S = 0.25
 """How often a position is offered that is not due yet: so long a reader may wait for it."""
+
+
+BURST_ROWS = 500
+"""The first batch of a burst is full with so many rows, and each after it with twice as many as the one before."""
 
 
 class Limits(msgspec.Struct):
@@ -98,6 +103,8 @@ class OpenBatch:
         self._stopping = stopping
         self._filling = Batch()
         self._taken: list[Batch] = []
+        self._enough = BURST_ROWS
+        """Rows with which a batch is full at the end of a transaction."""
         self._transaction: Began | None = None
         self._passed = progress.checkpoint
         self._dry = False
@@ -178,7 +185,9 @@ class OpenBatch:
     @property
     def full(self) -> bool:
         """Whether there is no room for more."""
-        return self._filling.rows >= self._limits.rows or self._filling.bytes >= self._limits.bytes
+        rows = self._filling.rows
+        enough = rows >= self._enough and self._transaction is None
+        return enough or rows >= self._limits.rows or self._filling.bytes >= self._limits.bytes
 
     @property
     def applying(self) -> bool:
@@ -224,6 +233,7 @@ class OpenBatch:
         return self._take()
 
     def _take(self) -> Batch:
+        self._enough = BURST_ROWS if self._dry else min(2 * self._enough, self._limits.rows)
         batch, self._filling = self._filling, Batch()
         self._taken.append(batch)
         if self._transaction is not None:

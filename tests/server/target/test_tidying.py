@@ -1,4 +1,4 @@
-"""Tidying the fresh tier: what is removed, and who is not waited for."""
+"""Tidying: what is removed from the fresh tier, who is not waited for, and words that wait to be entered."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target import tidying
-from cdcsync.target.ddl.building import build_hnsw
-from cdcsync.target.tidying import tidy
-from tests.support.indexes import SCHEMA, LiveIndex, changes, document
+from cdcsync.target.ddl.building import build_hnsw, build_search
+from cdcsync.target.tidying import enter_words, tidy
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document
 from tests.support.kills import Killed, kill_at, points
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -111,3 +111,36 @@ async def test_wherever_tidying_is_killed_the_vectors_are_there_and_the_next_loo
     assert dead == 0
     assert left < pages / 4
     assert await index.rows("SELECT chunk_id, embedding::text FROM {vectors} ORDER BY 1") == found
+
+
+async def pending(index: LiveIndex) -> int:
+    """Return how many rows' words wait in the list of the index for keyword search."""
+    await index.connection.execute("CREATE EXTENSION IF NOT EXISTS pgstattuple SCHEMA public")
+    ((rows,),) = await index.rows(
+        "SELECT pending_tuples::int FROM public.pgstatginindex('cdcsync.articles_chunks_search'::regclass)"
+    )
+    return int(rows)
+
+
+async def test_words_of_changed_chunks_are_entered_into_their_index(open_index: OpenIndex) -> None:
+    index = await open_index()
+    await build_search(index.connection, SCHEMA, index.spec)
+    texts = [f"text {at}" for at in range(20)]
+    await index.apply(changes(*[document(str(at), text) for at, text in enumerate(texts)], inline=texts))
+    assert await pending(index) == 20
+    await enter_words(index.connection, SCHEMA, index.spec)
+    assert await pending(index) == 0
+
+
+async def test_an_index_of_words_that_is_another_role_s_or_not_there_is_left_alone(open_index: OpenIndex) -> None:
+    index = await open_index()
+    await build_search(index.connection, SCHEMA, index.spec)
+    await index.apply(changes(document("1", "text"), inline=["text"]))
+    await index.connection.execute("CREATE ROLE stranger; GRANT USAGE ON SCHEMA cdcsync TO stranger; SET ROLE stranger")
+    try:
+        await enter_words(index.connection, SCHEMA, index.spec)
+    finally:
+        await index.connection.execute("RESET ROLE; DROP OWNED BY stranger; DROP ROLE stranger")
+    assert await pending(index) == 1
+    await index.connection.execute("DROP INDEX cdcsync.articles_chunks_search")
+    await enter_words(index.connection, SCHEMA, index.spec)

@@ -30,7 +30,8 @@ class Opened:
         self.progress = Progress(Lsn(10))
         self.lag = Lag(lambda: 0.0, lambda: 0.0)
         self.stopping = anyio.Event()
-        self.batch = OpenBatch(self.progress, Limits(ROWS, 10**6), self.lag, Tracing(), self.stopping)
+        self.limits = Limits(ROWS, 10**6)
+        self.batch = OpenBatch(self.progress, self.limits, self.lag, Tracing(), self.stopping)
 
     def begin(self, commit_lsn: int) -> None:
         self.batch.begin(Began(Lsn(commit_lsn), 5))
@@ -74,6 +75,32 @@ class Opened:
 @pytest.fixture
 async def opened() -> Opened:
     return Opened()
+
+
+async def test_the_first_batches_of_a_burst_end_with_a_transaction_and_grow_until_the_stream_is_dry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cdcsync.flows.follow.open_batch.BURST_ROWS", 1)
+    opened = Opened()
+    opened.limits.rows = 4
+    sizes = []
+    for position in range(20, 90, 10):
+        opened.batch.note_more()
+        opened.begin(position - 1)
+        opened.change(f"{position}a")
+        assert await opened.next() is None or opened.batch.full  # a transaction is not divided
+        opened.change(f"{position}b")
+        opened.commit(position)
+        if opened.batch.full:
+            taken = await opened.take()
+            sizes.append(taken.rows)
+            opened.apply(taken)
+    assert sizes == [2, 2, 4, 4]
+    opened.batch.note_dry(heard_all=True)
+    assert (await opened.take()).rows == 2
+    opened.batch.note_more()
+    opened.transaction(100, "a")
+    assert opened.batch.full
 
 
 async def test_a_transaction_is_taken_once_the_stream_is_dry(opened: Opened) -> None:
