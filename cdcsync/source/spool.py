@@ -68,6 +68,8 @@ class _Transaction:
         while self._starts and self._starts[-1] >= start:
             self._steps.pop()
             self._starts.pop()
+        if place < len(self._steps):  # it wrote after one with a higher id
+            del self._steps[place], self._starts[place]
         self._newest = None
         return start if start < self.size else None
 

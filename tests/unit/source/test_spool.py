@@ -114,6 +114,16 @@ def test_a_parent_takes_its_children_whatever_the_order_of_the_aborts(spool: Spo
     assert spool.bytes == 4 + 5 + 2 * RECORD_BYTES
 
 
+def test_a_second_abort_of_a_subtransaction_takes_nothing_of_what_came_after_the_first(spool: Spool) -> None:
+    receive(spool, 1, (101, b"kept"), (100, b"gone"))
+    spool.abort(1, 100)
+    receive(spool, 1, (104, b"after"))
+
+    spool.abort(1, 100)
+
+    assert replayed(spool, 1) == [b"kept", b"after"]
+
+
 def test_an_aborted_transaction_leaves_nothing(spool: Spool) -> None:
     receive(spool, 1, (1, b"one"), (2, b"two"))
 
