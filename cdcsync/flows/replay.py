@@ -204,8 +204,15 @@ async def check_where(source: Connection, spec: IndexSpec, where: str) -> None:
 async def ask(target: Connection, schema: str, spec: IndexSpec, replay: Replay) -> int:
     """Write the request down and wake the worker, if one runs; returns the request's number.
 
-    :raises SetupError: the index has been dropped meanwhile.
+    :raises SetupError: the index has been dropped meanwhile; or vectors of equal texts would be taken over from the
+        chunks beside it, of which nobody makes new ones.
     """
+    if replay.force_embed and spec.beside is not None:
+        raise SetupError(
+            "a migration to other chunks is under way, whose vectors would not be made anew",
+            where=f"index {spec.name}",
+            hint=f"end it first: cdcsync migrate {spec.name} drop",
+        )
     with speaking_of("target", where=f"index {spec.name}"):
         async with target.transaction():
             return await Requests(schema).add(

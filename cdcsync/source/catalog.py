@@ -303,13 +303,14 @@ async def next_transaction(connection: Connection) -> int:
 async def tables_defined_since(connection: Connection, transaction: int) -> bool:
     """Say whether tables of this database were created, altered or rewritten by transactions from this one on.
 
-    Temporary tables, whose changes are in no WAL, do not count.
+    Temporary tables, whose changes are in no WAL, do not count, nor does what changes columns alone (a new name).
+    A row that was frozen long ago keeps its id, whose age is negative once two billion more have been used.
 
     Source: PostgreSQL, "System Columns" (xmin); `age(xid)`.
     """
     defined = (
         "SELECT EXISTS (SELECT FROM pg_class WHERE relkind IN ('r', 'p', 'm', 't') AND relpersistence <> 't'"
-        " AND age(xmin) <= age(%s::text::xid))"
+        " AND age(xmin) BETWEEN 0 AND age(%s::text::xid))"
     )
     return cast(bool, await fetch_value(connection, defined, [transaction % XID_SPAN]))
 

@@ -35,6 +35,9 @@ SPARE_PAGES = 500
 LIST_ROWS = 5_000
 """Searches wait while the list is built: for so many rows of 384 dimensions some 30 ms. A larger one is left alone."""
 
+WORDS_MS = 2_000
+"""So long words are entered into their index at once."""
+
 PAGE_BYTES = 8_100
 """Bytes of a page that vectors can use."""
 
@@ -89,12 +92,20 @@ async def tidy(connection: Connection, schema: str, spec: IndexSpec) -> None:
 
 
 async def enter_words(connection: Connection, schema: str, spec: IndexSpec) -> None:
-    """Enter the words that wait for it into the index for keyword search, if that is there and we act for its owner."""
-    await connection.execute(
-        "SELECT gin_clean_pending_list(c.oid) FROM pg_class AS c"
-        " WHERE c.oid = to_regclass(%s) AND pg_has_role(c.relowner, 'USAGE')",
-        [sql.Identifier(schema, Names(schema, spec.relations).search_name).as_string(connection)],
-    )
+    """Enter the words that wait for it into the index for keyword search, if that is there and we act for its owner.
+
+    Whoever does so already, VACUUM for one, is not waited for, and no snapshot is kept for long.
+    """
+    try:
+        async with connection.transaction():
+            await connection.execute(f"{BRIEFLY}; SET LOCAL statement_timeout = {WORDS_MS}")
+            await connection.execute(
+                "SELECT gin_clean_pending_list(c.oid) FROM pg_class AS c JOIN pg_index AS i ON i.indexrelid = c.oid"
+                " WHERE c.oid = to_regclass(%s) AND i.indisvalid AND pg_has_role(c.relowner, 'USAGE')",
+                [sql.Identifier(schema, Names(schema, spec.relations).search_name).as_string(connection)],
+            )
+    except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled):
+        return  # what was entered stays entered
 
 
 async def _look(connection: Connection, fresh: sql.Identifier, near: sql.Identifier) -> Untidy:

@@ -43,6 +43,9 @@ PAUSE_POLL_S = 0.5
 """How soon a slowed-down backfill notices that it was paused or cancelled, or has to give way; others look after each
 page."""
 
+TURN_S = 5.0
+"""A request that gave way has so much time before it does so again."""
+
 CHECK_ROUNDS = 8
 """How often a document that changes just then is compared, over some two seconds; one that changed each time is
 reported as undecided."""
@@ -87,6 +90,12 @@ class Backfills:
         self._max_rows_per_s = max_rows_per_s
         self._own_pace: int | None = None
         """That of the request which is served."""
+        self._served: str | None = None
+        """The index of the request that was served last."""
+        self._gave_way = set[int]()
+        """Requests that stopped so that another one could be served."""
+        self._turn_ends = 0.0
+        """When the request that is served may have to give way."""
         self._forget_vectors = forget_vectors
         self.marks = Marks(deliveries, metrics)
         self._pages: dict[str, Pages] = {
@@ -114,8 +123,7 @@ class Backfills:
                     await self._serve_next(target)
 
     async def _serve_next(self, target: Connection) -> None:
-        with speaking_of("target"):
-            request = await self._queue.next_open(target, list(self._specs))
+        request = await self._next(target)
         if request is None:
             await self._prune()
             with speaking_of("target"):
@@ -143,6 +151,22 @@ class Backfills:
             deliveries.stop()
         with speaking_of("target"):
             await self._queue.prune(target)
+
+    async def _next(self, target: Connection) -> Request | None:
+        """Return the request to serve now: of another index than the last one, if any has one.
+
+        One that gave way has some time then, however many short ones keep coming.
+        """
+        others = [index for index in self._specs if index != self._served]
+        with speaking_of("target"):
+            request = await self._queue.next_open(target, others)
+            if request is None:
+                request = await self._queue.next_open(target, list(self._specs))
+        if request is not None:
+            self._served = request.index
+            self._turn_ends = anyio.current_time() + (TURN_S if request.id in self._gave_way else 0)
+            self._gave_way.discard(request.id)
+        return request
 
     async def _serve(self, target: Connection, request: Request) -> None:
         spec, table, pages = self._specs[request.index], self._tables[request.index], self._pages[request.index]
@@ -273,9 +297,11 @@ class Backfills:
         """Wait as long as the pace asks for; False as soon as it was paused or cancelled, or another one goes first."""
         until = anyio.current_time() + wait_s
         while True:
+            indexes = list(self._specs) if anyio.current_time() >= self._turn_ends else [request.index]
             with speaking_of("target"):
-                following = await self._queue.next_open(target, list(self._specs))
+                following = await self._queue.next_open(target, indexes)
             if following is None or following.id != request.id:
+                self._gave_way.add(request.id)
                 return False
             self._own_pace = following.max_rows_per_s
             left = until - anyio.current_time()

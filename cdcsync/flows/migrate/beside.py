@@ -120,7 +120,7 @@ async def under_way(
     *,
     max_rows_per_s: int | None,
 ) -> Started:
-    """Return the migration to other chunks that is under way, and have its load go at this pace.
+    """Return the migration to other chunks that is under way, and have its load go at this pace if one is given.
 
     :raises SetupError: it is one to others than the configuration asks for.
     """
@@ -131,9 +131,10 @@ async def under_way(
             where=f"index {index}",
             hint=f"drop it first: cdcsync migrate {index} drop",
         )
-    with speaking_of("target", where=f"index {index}"):
-        await Requests(config.target.schema).limit(connection, other.name, max_rows_per_s)
-        crash_point("limit of a load set")
+    if max_rows_per_s is not None:
+        with speaking_of("target", where=f"index {index}"):
+            await Requests(config.target.schema).limit(connection, other.name, max_rows_per_s)
+            crash_point("limit of a load set")
     return Started(
         *(index, other.generation, entry.generation, wanted.index.embedder, False, 0, 0, None, []),
         own_chunks=[],

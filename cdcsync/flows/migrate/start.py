@@ -65,7 +65,7 @@ async def start(config: Config, index: str, *, max_rows_per_s: int | None = None
                 )
             begun = _check_start(config, entry, live, others, wanted, embedders)
             if not begun:
-                if others[0].state == "filling":
+                if others[0].state == "filling" and max_rows_per_s is not None:
                     await Generations(schema).limit(connection, index, others[0].generation, max_rows_per_s)
                     crash_point("limit of a migration set")
                 return await _started(connection, config, entry, live, others[0], wanted, begun=False)

@@ -24,8 +24,8 @@ KEPT_S = 7 * 24 * 3_600
 
 
 _PRECEDENCE: LiteralString = (
-    "CASE WHEN keyed THEN 0 WHEN kind = 'related' OR owed AND (filter IS NOT NULL OR phase = 'orphans') THEN 1"
-    " ELSE 2 END"
+    "CASE WHEN keyed THEN 0 WHEN filter IS NOT NULL AND (kind = 'related' OR owed) OR owed AND phase = 'orphans'"
+    " THEN 1 ELSE 2 END"
 )
 """Single documents come first, then what changed by related rows and partitions, then whatever reads a table."""
 

@@ -254,6 +254,24 @@ def test_a_replay_gives_way_to_single_documents_of_another_index_and_resumes_aft
     assert places == sorted(set(places))
 
 
+def test_no_stream_of_short_requests_of_another_index_holds_a_replay_up(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    both = configuration(database.dsn, worker_lines=NO_AUDIT, indexes={"articles": {}, "notes": {}})
+    pipeline = make_pipeline(both)
+    loaded(pipeline, "articles", "notes", rows=300)
+    with pipeline.target.transaction():
+        pipeline.target.execute("INSERT INTO cdcsync.backfills (index_name, kind) VALUES ('articles', 'replay')")
+        pipeline.target.execute(
+            "INSERT INTO cdcsync.backfills (index_name, kind, filter, owed)"
+            " SELECT 'notes', 'replay', 'id = ' || i, true FROM generate_series(1, 100) AS i"
+        )
+    kinds = "SELECT index_name, count(*) FROM cdcsync.backfills WHERE kind = 'replay' AND state = 'done' GROUP BY 1"
+    until(lambda: dict(pipeline.target.execute(kinds).fetchall()) == {"articles": 1, "notes": 100}, pipeline.tail)
+    ended = [one["index"] for one in pipeline.events() if one["event"] == "backfill_done"][2:]
+    assert "articles" in ended[:10]
+
+
 FOLLOWING = """
 SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'cdcsync replay'
 AND query LIKE 'SELECT%backfills%WHERE id = %'

@@ -315,3 +315,7 @@ def test_texts_that_both_have_are_not_embedded_again(
         " USING (content_hash) WHERE a.embedding = b.embedding"
     ).fetchone()
     assert shared == (30,)
+
+    # A vector that is to be made anew would be taken from there.
+    done = pipeline.command("replay", "articles", "--force-embed")
+    assert (done.returncode, "cdcsync migrate articles drop" in done.stderr) == (2, True), done.stderr
