@@ -104,6 +104,8 @@ async def enter_words(connection: Connection, schema: str, spec: IndexSpec) -> N
                 " WHERE c.oid = to_regclass(%s) AND i.indisvalid AND pg_has_role(c.relowner, 'USAGE')",
                 [sql.Identifier(schema, Names(schema, spec.relations).search_name).as_string(connection)],
             )
+            crash_point("words entered")
+        crash_point("entered words committed")
     except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled):
         return  # what was entered stays entered
 

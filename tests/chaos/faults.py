@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import psycopg
 
@@ -552,26 +552,40 @@ def verify(history: History) -> None:
         history.fire("verify --repair in between")
 
 
+def _until_live(history: History, index: str) -> None:
+    live = f"SELECT FROM cdcsync.indexes WHERE name = '{index}' AND state = 'live'"
+    with contextlib.suppress(TimeoutError):
+        until(lambda: history.execute(history.target, live), "a live index")
+
+
+def _migrate(
+    history: History, index: str, name: str, steps: Sequence[str], *, dropped: Callable[[], None] = lambda: None
+) -> None:
+    """Start a migration of an index, and take some of these steps at random."""
+    if history.command("migrate", index, "start", "--yes") == 0:
+        history.fire(name)
+    for _ in range(history.chance.randint(3, 7)):
+        step = history.chance.choice(steps)
+        if step == "wait":
+            rest(history, 1, 4)
+        elif step == "kill":
+            history.kill()
+            history.start()
+        elif (status := history.command("migrate", index, step, "--yes")) not in (0, 2):
+            raise Broken(f"migrate {index} {step} ended with {status}")
+        elif step == "drop":
+            dropped()
+
+
 @fault("migration")
 def migration(history: History) -> None:
     """Exchange the vectors of an index, in steps and with kills at random."""
     history.ensure_worker()
     history.streaming()
     _wishes(history, history.chance.choice(list(WISHES.values())))
-    live = "SELECT FROM cdcsync.indexes WHERE name = 'titles' AND state = 'live'"
-    with contextlib.suppress(TimeoutError):
-        until(lambda: history.execute(history.target, live), "a live index")
-    if history.command("migrate", "titles", "start", "--yes") == 0:
-        history.fire("migration")
-    for _ in range(history.chance.randint(3, 7)):
-        step = history.chance.choice(("wait", "wait", "kill", "start", "activate", "activate", "rollback", "drop"))
-        if step == "wait":
-            rest(history, 1, 4)
-        elif step == "kill":
-            history.kill()
-            history.start()
-        elif (status := history.command("migrate", "titles", step, "--yes")) not in (0, 2):
-            raise Broken(f"migrate titles {step} ended with {status}")
+    steps = ("wait", "wait", "kill", "start", "activate", "activate", "rollback", "drop")
+    _until_live(history, "titles")
+    _migrate(history, "titles", "migration", steps)
     if history.wish == WISHES["another model"]:
         end_migration(history)
 
@@ -581,23 +595,11 @@ def other_chunks(history: History) -> None:
     """Cut an index's documents anew beside the chunks that are searched, in steps and with kills at random."""
     history.ensure_worker()
     history.streaming()
-    live = "SELECT FROM cdcsync.indexes WHERE name = 'articles' AND state = 'live'"
-    with contextlib.suppress(TimeoutError):
-        until(lambda: history.execute(history.target, live), "a live index")
+    steps = ("wait", "wait", "kill", "activate", "activate", "rollback", "drop", "start")
+    _until_live(history, "articles")
     ask_for_smaller_chunks(history)
-    if history.command("migrate", "articles", "start", "--yes") == 0:
-        history.fire("migration to other chunks")
-    for _ in range(history.chance.randint(3, 7)):
-        step = history.chance.choice(("wait", "wait", "kill", "activate", "activate", "rollback", "drop", "start"))
-        if step == "wait":
-            rest(history, 1, 4)
-        elif step == "kill":
-            history.kill()
-            history.start()
-        elif (status := history.command("migrate", "articles", step, "--yes")) not in (0, 2):
-            raise Broken(f"migrate articles {step} ended with {status}")
-        elif step == "drop":
-            history.provider.calls.clear()  # what was dropped may be made again
+    # What was dropped may be made again.
+    _migrate(history, "articles", "migration to other chunks", steps, dropped=lambda: history.provider.calls.clear())
 
 
 def ask_for_smaller_chunks(history: History) -> None:

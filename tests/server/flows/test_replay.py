@@ -230,45 +230,44 @@ def test_a_paused_request_goes_on_where_it_was(live: Pipeline) -> None:
     assert [event["resumed_at"] for event in begun] == [0, done]
 
 
-def test_a_replay_gives_way_to_single_documents_of_another_index_and_resumes_after_them(
-    database: Database, make_pipeline: Callable[[str], Pipeline]
-) -> None:
-    both = configuration(database.dsn, worker_lines=NO_AUDIT, indexes={"articles": {}, "notes": {}})
-    pipeline = make_pipeline(both)
+@pytest.fixture
+def both(database: Database, make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
+    """A worker with two indexes that are loaded."""
+    indexes: dict[str, dict[str, Any]] = {"articles": {}, "notes": {}}
+    pipeline = make_pipeline(configuration(database.dsn, worker_lines=NO_AUDIT, indexes=indexes))
     loaded(pipeline, "articles", "notes", rows=300)
-    slow = pipeline.answer("replay", "articles", "--detach", "--max-rows-per-s", "1")["request"]
-    how_far = "SELECT rows_done, state FROM cdcsync.backfills WHERE id = %s"
-    until(lambda: (pipeline.target.execute(how_far, [slow]).fetchone() or (0,))[0] >= 2, "a first page")
+    return pipeline
 
-    pipeline.target.execute("UPDATE cdcsync.notes_chunks SET document_hash = '\\x00' WHERE id = 7")
-    assert pipeline.answer("verify", "notes", "--repair", status=0)["repaired"] == 1
-    done, state = pipeline.target.execute(how_far, [slow]).fetchone() or (0, "")
+
+def test_a_replay_gives_way_to_single_documents_of_another_index_and_resumes_after_them(both: Pipeline) -> None:
+    slow = both.answer("replay", "articles", "--detach", "--max-rows-per-s", "1")["request"]
+    how_far = "SELECT rows_done, state FROM cdcsync.backfills WHERE id = %s"
+    until(lambda: (both.target.execute(how_far, [slow]).fetchone() or (0,))[0] >= 2, "a first page")
+
+    both.target.execute("UPDATE cdcsync.notes_chunks SET document_hash = '\\x00' WHERE id = 7")
+    assert both.answer("verify", "notes", "--repair", status=0)["repaired"] == 1
+    done, state = both.target.execute(how_far, [slow]).fetchone() or (0, "")
     assert (state, done < 300) == ("running", True)
 
-    pipeline.target.execute("UPDATE cdcsync.backfills SET max_rows_per_s = NULL")
-    assert pipeline.answer("replay", "notes", "--key", "8")["rows"] == 1
-    until(lambda: pipeline.target.execute(how_far, [slow]).fetchone() == (300, "done"), pipeline.tail)
-    begun = [event for event in pipeline.events() if event.get("backfill") == slow and "resumed_at" in event]
+    both.target.execute("UPDATE cdcsync.backfills SET max_rows_per_s = NULL")
+    assert both.answer("replay", "notes", "--key", "8")["rows"] == 1
+    until(lambda: both.target.execute(how_far, [slow]).fetchone() == (300, "done"), both.tail)
+    begun = [event for event in both.events() if event.get("backfill") == slow and "resumed_at" in event]
     places = [event["resumed_at"] for event in begun]
     assert places[0] == 0
     assert places == sorted(set(places))
 
 
-def test_no_stream_of_short_requests_of_another_index_holds_a_replay_up(
-    database: Database, make_pipeline: Callable[[str], Pipeline]
-) -> None:
-    both = configuration(database.dsn, worker_lines=NO_AUDIT, indexes={"articles": {}, "notes": {}})
-    pipeline = make_pipeline(both)
-    loaded(pipeline, "articles", "notes", rows=300)
-    with pipeline.target.transaction():
-        pipeline.target.execute("INSERT INTO cdcsync.backfills (index_name, kind) VALUES ('articles', 'replay')")
-        pipeline.target.execute(
+def test_no_stream_of_short_requests_of_another_index_holds_a_replay_up(both: Pipeline) -> None:
+    with both.target.transaction():
+        both.target.execute("INSERT INTO cdcsync.backfills (index_name, kind) VALUES ('articles', 'replay')")
+        both.target.execute(
             "INSERT INTO cdcsync.backfills (index_name, kind, filter, owed)"
             " SELECT 'notes', 'replay', 'id = ' || i, true FROM generate_series(1, 100) AS i"
         )
     kinds = "SELECT index_name, count(*) FROM cdcsync.backfills WHERE kind = 'replay' AND state = 'done' GROUP BY 1"
-    until(lambda: dict(pipeline.target.execute(kinds).fetchall()) == {"articles": 1, "notes": 100}, pipeline.tail)
-    ended = [one["index"] for one in pipeline.events() if one["event"] == "backfill_done"][2:]
+    until(lambda: dict(both.target.execute(kinds).fetchall()) == {"articles": 1, "notes": 100}, both.tail)
+    ended = [one["index"] for one in both.events() if one["event"] == "backfill_done"][2:]
     assert "articles" in ended[:10]
 
 

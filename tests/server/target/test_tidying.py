@@ -89,7 +89,7 @@ async def test_a_search_that_runs_for_long_is_not_waited_for_and_not_disturbed(
     assert (await counted(index))[1] < pages / 4
 
 
-@pytest.mark.parametrize("point", points(tidying))
+@pytest.mark.parametrize("point", [point for point in points(tidying) if point.startswith("fresh")])
 async def test_wherever_tidying_is_killed_the_vectors_are_there_and_the_next_look_finishes_it(
     index: LiveIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
@@ -128,6 +128,24 @@ async def test_words_of_changed_chunks_are_entered_into_their_index(open_index: 
     texts = [f"text {at}" for at in range(20)]
     await index.apply(changes(*[document(str(at), text) for at, text in enumerate(texts)], inline=texts))
     assert await pending(index) == 20
+    await enter_words(index.connection, SCHEMA, index.spec)
+    assert await pending(index) == 0
+
+
+@pytest.mark.parametrize("point", [point for point in points(tidying) if "words" in point])
+async def test_words_are_entered_after_a_kill(
+    open_index: OpenIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    index = await open_index()
+    await build_search(index.connection, SCHEMA, index.spec)
+    await index.apply(changes(document("1", "text"), inline=["text"]))
+    kill_at(monkeypatch, tidying, point)
+    session = await connect_target()
+    with pytest.raises(Killed):
+        await enter_words(session, SCHEMA, index.spec)
+    await session.close()
+
+    kill_at(monkeypatch, tidying, None)
     await enter_words(index.connection, SCHEMA, index.spec)
     assert await pending(index) == 0
 
