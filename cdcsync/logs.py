@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from cdcsync.terminals import harmless
+from cdcsync.process.terminals import harmless
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger

@@ -38,7 +38,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from cdcsync.stopping import end_before_the_start
+from cdcsync.process.stopping import end_before_the_start
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -158,7 +158,7 @@ def named(context: typer.Context, config: Path | None) -> str:
 def _wait_for(function: Callable[[], Awaitable[T]]) -> T:
     import anyio
 
-    from cdcsync.stopping import interruptible
+    from cdcsync.process.stopping import interruptible
 
     return anyio.run(interruptible, function)
 
@@ -239,7 +239,7 @@ def run(context: typer.Context, config: ConfigOption = None) -> None:
     """
     from cdcsync import logs
     from cdcsync.config.embedders import HashEmbedder, RayEmbedder, RemoteEmbedder
-    from cdcsync.memory import share_arena
+    from cdcsync.process.memory import share_arena
 
     configuration = _load(context, config)
     # A model in this process has threads of its own, which allocate all the time.

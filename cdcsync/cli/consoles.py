@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from cdcsync.terminals import harmless
+from cdcsync.process.terminals import harmless
 
 
 class Harmless(Console):

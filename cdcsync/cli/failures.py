@@ -9,7 +9,7 @@ import typer
 
 from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption
 from cdcsync.errors import EXIT_FAILED, UsageError
-from cdcsync.stopping import interruptible
+from cdcsync.process.stopping import interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -12,7 +12,7 @@ import typer
 
 from cdcsync.cli.commands import DEFAULT_CONFIG
 from cdcsync.errors import SetupError, UsageError
-from cdcsync.stopping import interruptible
+from cdcsync.process.stopping import interruptible
 
 if TYPE_CHECKING:
     from cdcsync.config import QualifiedName

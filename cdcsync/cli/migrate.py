@@ -11,7 +11,7 @@ import typer
 from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption, judged_option, least_option
 from cdcsync.cli.teardown import confirm
 from cdcsync.errors import EXIT_FAILED, UsageError
-from cdcsync.stopping import interruptible
+from cdcsync.process.stopping import interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ import typer
 
 from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption, named
 from cdcsync.errors import EXIT_WRONG
-from cdcsync.stopping import interruptible
+from cdcsync.process.stopping import interruptible
 
 if TYPE_CHECKING:
     from cdcsync.config import Config

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdcsync.cli.streams import OutputLost
 from cdcsync.errors import CdcsyncError
-from cdcsync.terminals import harmless
+from cdcsync.process.terminals import harmless
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,7 @@ import typer
 from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption, Mode
 from cdcsync.cli.printing import MARKS, waiting
 from cdcsync.errors import UsageError
-from cdcsync.stopping import interruptible
+from cdcsync.process.stopping import interruptible
 
 if TYPE_CHECKING:
     import numpy as np

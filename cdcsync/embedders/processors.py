@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cdcsync.memory import GROUPS, OWN, control_groups
+from cdcsync.process.memory import GROUPS, OWN, control_groups
 
 
 def processors(groups: Path = GROUPS, own: Path = OWN) -> int:

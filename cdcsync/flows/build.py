@@ -15,13 +15,13 @@ from psycopg import sql
 from psycopg.pq import TransactionStatus
 
 from cdcsync.backoff import Backoff
-from cdcsync.crashpoints import crash_point
 from cdcsync.errors import TargetUnavailable
 from cdcsync.model.pauses import Pause
 from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 from cdcsync.target.generations import Generations

@@ -22,7 +22,6 @@ import structlog
 
 from cdcsync.config import Config
 from cdcsync.config.names import beside_name, own_name
-from cdcsync.crashpoints import crash_point
 from cdcsync.errors import RunError, SchemaChanged, SetupError, SourceUnavailable, TablesChanged, Unavailable
 from cdcsync.flows.build import LOAD_CANCELLED, pause_after
 from cdcsync.flows.retention import Retention
@@ -45,6 +44,7 @@ from cdcsync.preflight import Finding
 from cdcsync.preflight.families import followed_catalog
 from cdcsync.preflight.following import following_findings, seen_fingerprint
 from cdcsync.preflight.indexes import Plan, vector_faults
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import Catalog, insert_lsn, read_catalog, read_slot
 from cdcsync.source.fingerprints import Emptied
 from cdcsync.target.approvals import Approvals

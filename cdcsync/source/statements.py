@@ -13,10 +13,10 @@ from typing import LiteralString
 from psycopg import sql
 
 from cdcsync.documents.related import Facts, RelatedRows
-from cdcsync.memory import largest_value
 from cdcsync.model.rows import SOURCE_TABLE, Key, Shape
 from cdcsync.postgres.comparisons import Comparison, comparisons, follows
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.memory import largest_value
 from cdcsync.source.related import computed, operators
 from cdcsync.source.sizes import read_within
 

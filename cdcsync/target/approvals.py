@@ -13,10 +13,10 @@ from typing import LiteralString
 
 from psycopg import sql
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 
 TABLE = "approvals"
 

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from psycopg import sql
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
 from cdcsync.target.vectors import converted, register_vectors, wire_form
 

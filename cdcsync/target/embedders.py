@@ -11,10 +11,10 @@ import msgspec
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.model.embedding import EmbedderState, Learnt, Probe, Problem
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 
 TABLE = "embedders"
 

@@ -13,8 +13,8 @@ import msgspec
 import psycopg
 from psycopg import sql
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 
 TABLE = "evaluations"
 

@@ -24,13 +24,13 @@ from typing import LiteralString
 import msgspec
 from psycopg import sql
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.model.changeset import BACKFILL
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_one, fetch_value
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.names import MAX_ATTEMPTS, Names, vector_schema
 from cdcsync.target.generations import Generations
 from cdcsync.target.loading import copy_vectors

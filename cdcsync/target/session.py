@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SchemaChanged, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
@@ -19,6 +18,7 @@ from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import Part
 from cdcsync.postgres.sessions import REFUSALS, Connection, Session, speaking_of
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.apply import IndexWriter
 from cdcsync.target.failures.documents import FailedDocuments, close_list
 from cdcsync.target.keys import discard_vectors

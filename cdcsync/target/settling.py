@@ -17,10 +17,10 @@ from typing import cast
 import msgspec
 from psycopg import sql
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one, fetch_value
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.names import OPERATORS, Names, vector_schema
 
 TABLE = "tiers"

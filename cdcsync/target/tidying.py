@@ -19,11 +19,11 @@ import msgspec
 import psycopg
 from psycopg import sql
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.names import Names
 
 DEAD_ROWS = 1_000

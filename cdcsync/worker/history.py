@@ -16,8 +16,8 @@ from prometheus_client import Counter
 
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
+from cdcsync.metrics.windows import SLOT_S, Window
 from cdcsync.status import Event, Freshness, IndexStatus, Status, Tone
-from cdcsync.windows import SLOT_S, Window
 
 EVERY_S = 10.0
 """The distance of two points: an hour is then 360 of them, about as many as the page has room for."""

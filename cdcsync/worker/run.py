@@ -28,7 +28,7 @@ from cdcsync.model.pauses import Pauses
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.interrupts import cancelled_by
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
-from cdcsync.stopping import end_at_once
+from cdcsync.process.stopping import end_at_once
 from cdcsync.target.locked_session import worker_name
 from cdcsync.worker import http
 from cdcsync.worker.descriptors import raise_descriptor_limit

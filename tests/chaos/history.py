@@ -16,7 +16,7 @@ from typing import Any
 
 import psycopg
 
-from cdcsync.crashpoints import VARIABLE
+from cdcsync.process.crashpoints import VARIABLE
 from tests.chaos.oracle import differences
 from tests.chaos.provider import Loss, Provider, Rewound
 from tests.chaos.servers import FIRST_LOOK_S, RAREST_LOOK_S, Side, until

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from cdcsync.crashpoints import VARIABLE
+from cdcsync.process.crashpoints import VARIABLE
 from tests.chaos.servers import until
 from tests.support import forked
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cdcsync.crashpoints import VARIABLE
+from cdcsync.process.crashpoints import VARIABLE
 from tests.support.configs import configuration
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until

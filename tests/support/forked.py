@@ -27,7 +27,7 @@ from typing import IO, NoReturn, Protocol
 import msgspec
 
 import cdcsync
-from cdcsync import crashpoints
+from cdcsync.process import crashpoints
 
 ROOT = Path(__file__).parents[2]
 

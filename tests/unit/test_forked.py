@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cdcsync.crashpoints import VARIABLE
+from cdcsync.process.crashpoints import VARIABLE
 from tests.support import forked
 
 AWAY = """
@@ -65,7 +65,7 @@ def test_a_copy_that_is_killed_tells_by_what(tmp_path: Path) -> None:
 def test_a_copy_dies_at_its_crash_point(tmp_path: Path) -> None:
     point = {VARIABLE: "publication created"}
     (tmp_path / "cdcsync.toml").write_text(AWAY)
-    code = "from cdcsync.crashpoints import crash_point; crash_point('publication created')"
+    code = "from cdcsync.process.crashpoints import crash_point; crash_point('publication created')"
     (tmp_path / "own.py").write_text(f"{code}\nclass Own:\n    identity, dimensions = 'own', 8\n")
     own = AWAY.replace('type = "hash"', 'type = "python"\nclass = "own:Own"')
     (tmp_path / "cdcsync.toml").write_text(own)

@@ -17,7 +17,6 @@ from typing import TypeAlias, assert_never
 import anyio
 import msgspec
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SetupError
 from cdcsync.flows.audit.digests import differing, source_digests
 from cdcsync.flows.audit.soundness import examine_chunks
@@ -25,6 +24,7 @@ from cdcsync.model.requests import Request
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.many import source_table
 from cdcsync.target.audits import START, Place
 from cdcsync.target.failures.documents import failed_among

@@ -22,12 +22,12 @@ from psycopg import sql
 from cdcsync.config.names import quote
 from cdcsync.documents.chunks.sizes import WHITE_SPACE
 from cdcsync.errors import DocumentError
-from cdcsync.memory import largest_value
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons, follows
 from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.memory import largest_value
 from cdcsync.source.many import unless_dropped
 from cdcsync.source.related import computed
 from cdcsync.source.related import operators as related_operators

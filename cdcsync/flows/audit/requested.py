@@ -15,7 +15,6 @@ import msgspec
 import structlog
 
 from cdcsync.backoff import Backoff, Failure
-from cdcsync.crashpoints import crash_point
 from cdcsync.errors import CdcsyncError, Retry, leading
 from cdcsync.flows.audit.comparison import UNDECIDED
 from cdcsync.flows.audit.verification import DiffersAsAWhole, repair, verify
@@ -23,6 +22,7 @@ from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import blockers, current_snapshot, running_transactions
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.submission import Requests

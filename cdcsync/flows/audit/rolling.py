@@ -24,7 +24,6 @@ import msgspec
 import structlog
 
 from cdcsync.backoff import Backoff, Failure
-from cdcsync.crashpoints import crash_point
 from cdcsync.errors import CdcsyncError, Retry
 from cdcsync.flows.audit.comparison import (
     FAILED,
@@ -41,6 +40,7 @@ from cdcsync.metrics import Metrics
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session, speaking_of
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.many import source_table
 from cdcsync.target.audits import Audits, Place
 from cdcsync.target.failures.documents import unlisted_among

@@ -12,7 +12,6 @@ import anyio
 import msgspec
 import structlog
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SetupError
 from cdcsync.flows.audit.comparison import (
     FAILED,
@@ -27,6 +26,7 @@ from cdcsync.flows.audit.comparison import (
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.many import source_table
 from cdcsync.target.audits import Place
 from cdcsync.target.ddl.missing import Missing, missing_relations

@@ -11,7 +11,6 @@ import structlog
 from psycopg import sql
 
 from cdcsync.backoff import Backoff, backoff_s
-from cdcsync.crashpoints import crash_point
 from cdcsync.errors import CdcsyncError, Retry
 from cdcsync.flows.backfill.checking import check
 from cdcsync.flows.backfill.marks import Marks, Pending
@@ -25,6 +24,7 @@ from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session, connect, speaking_of
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.marks import emit_mark
 from cdcsync.source.tables import SourceTable

@@ -21,11 +21,9 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SourceUnavailable
 from cdcsync.flows.follow.open_batch import OpenBatch
 from cdcsync.lsn import Lsn
-from cdcsync.memory import largest_value
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import Lag
 from cdcsync.model.progress import Progress
@@ -45,6 +43,8 @@ from cdcsync.pgoutput.messages import (
     StreamStop,
     Update,
 )
+from cdcsync.process.crashpoints import crash_point
+from cdcsync.process.memory import largest_value
 from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
 from cdcsync.tracing import PREFIX, Tracing

@@ -12,7 +12,6 @@ import msgspec
 from cdcsync.config import Config
 from cdcsync.config.differences import KeyChange
 from cdcsync.config.names import MAX_NAME_BYTES, beside_name
-from cdcsync.crashpoints import crash_point
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders import Embedder
 from cdcsync.errors import SetupError, UsageError
@@ -24,6 +23,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.preflight import examine, refuse
 from cdcsync.preflight.indexes import WantedVectors
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.beside import is_met_by
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Entry, Registry

@@ -23,7 +23,6 @@ import structlog
 from psycopg import sql
 
 from cdcsync.backoff import Backoff
-from cdcsync.crashpoints import crash_point
 from cdcsync.errors import CdcsyncError, leading
 from cdcsync.flows.build import settle_all
 from cdcsync.flows.embed import Dispatcher, EmbedLoop
@@ -32,6 +31,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.filling import Filling, Stored

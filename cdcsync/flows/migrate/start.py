@@ -14,7 +14,6 @@ from psycopg import sql
 from cdcsync.config import Config
 from cdcsync.config.differences import KeyChange
 from cdcsync.config.names import beside_name
-from cdcsync.crashpoints import crash_point
 from cdcsync.documents.chunks import estimate
 from cdcsync.embedders import Embedder
 from cdcsync.errors import SetupError, UsageError
@@ -29,6 +28,7 @@ from cdcsync.preflight import build_embedders
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.generations import embedder_of, live_generation
 from cdcsync.preflight.indexes import WantedVectors, distance_of, model_faults
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Entry, Registry

@@ -13,7 +13,6 @@ import anyio
 import msgspec
 
 from cdcsync.config import Config
-from cdcsync.crashpoints import crash_point
 from cdcsync.embedders import Embedder
 from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import opened, other_generation
@@ -24,6 +23,7 @@ from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.preflight import build_embedders
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.generations import embedder_of
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.status.counting import Counts, count_index
 from cdcsync.target.ddl.generations import switch_relations
 from cdcsync.target.ddl.names import Names

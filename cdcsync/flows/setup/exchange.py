@@ -12,12 +12,12 @@ import psycopg
 
 from cdcsync.config import Config
 from cdcsync.config.names import beside_name, own_name
-from cdcsync.crashpoints import crash_point
 from cdcsync.errors import SetupError
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.beside import contents_asked_for
 from cdcsync.target.ddl.generations import drop_beside, exchange_relations
 from cdcsync.target.ddl.grants import settings_to_note

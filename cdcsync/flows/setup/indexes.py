@@ -14,7 +14,6 @@ import structlog
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import beside_name
-from cdcsync.crashpoints import crash_point
 from cdcsync.documents.related import TableFacts
 from cdcsync.errors import SchemaChanged, SetupError, TablesChanged
 from cdcsync.flows.setup.differences import (
@@ -29,6 +28,7 @@ from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import (
     Catalog,
 )

@@ -13,12 +13,12 @@ import psycopg
 import structlog
 
 from cdcsync.config import Config, QualifiedName
-from cdcsync.crashpoints import crash_point
 from cdcsync.errors import DecodingFailed, GapError, SlotInUse, TablesChanged
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.sessions import Connection, first_line, speaking_of
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import (
     FAILOVER_VERSION,
     Slot,

@@ -17,11 +17,11 @@ import anyio
 import psycopg
 from psycopg import sql
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection, first_line
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.bm25 import bm25_of, bm25_option
 from cdcsync.target.ddl.names import Names, opclass, signs, vector_schema
 

@@ -21,11 +21,11 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg import sql
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.queries import fetch_one, fetch_value
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.building import build_settings, hnsw_method
 from cdcsync.target.ddl.grants import grants_of, succeed
 from cdcsync.target.ddl.names import SETTLED, Names

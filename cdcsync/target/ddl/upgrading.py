@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from psycopg import sql
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.grants import grants_of, succeed
 from cdcsync.target.ddl.names import FRESH, SETTLED, Names
 from cdcsync.target.ddl.relations import create_view

@@ -7,12 +7,12 @@ from typing import LiteralString, cast
 
 from psycopg import sql
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.requests import OPEN, Problem, Request
 from cdcsync.model.rows import Key
 from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests.tables import COLUMNS, SERVED, Tables, to_request
 

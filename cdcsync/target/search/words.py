@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from psycopg import sql
 
-from cdcsync.crashpoints import crash_point
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.names import Names, words_name
 
 SAMPLE_CHUNKS = 50_000

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cdcsync.memory import LEAST_BYTES
+from cdcsync.process.memory import LEAST_BYTES
 from tests.support.configs import configuration
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 MEMORY_BYTES = 1_500 * 1024**2
 """A worker reserves some 700 MB of address space when it is idle, of which it uses 80."""
 
-NO_SHARE = {"cdcsync.memory.SHARE": 1e12}
+NO_SHARE = {"cdcsync.process.memory.SHARE": 1e12}
 """Leaves the least that is taken in: a megabyte."""
 
 TOO_LARGE = LEAST_BYTES + 1

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdcsync.windows import LEAST_S, SLOT_S, SLOTS, Window
+from cdcsync.metrics.windows import LEAST_S, SLOT_S, SLOTS, Window
 
 
 class Clock:

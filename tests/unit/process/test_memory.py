@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cdcsync import memory
-from cdcsync.memory import LEAST_BYTES, SHARE, largest_value
+from cdcsync.process import memory
+from cdcsync.process.memory import LEAST_BYTES, SHARE, largest_value
 
 GIGABYTE = 1024**3
 
@@ -63,7 +63,7 @@ def test_a_value_may_have_a_part_of_it_but_ordinary_rows_are_always_taken(
 
 SHARING = """
 import ctypes, threading
-from cdcsync.memory import share_arena
+from cdcsync.process.memory import share_arena
 shared = share_arena()
 done = threading.Event()
 

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from cdcsync.crashpoints import VARIABLE
+from cdcsync.process.crashpoints import VARIABLE
 
 SCRIPT = """
-from cdcsync.crashpoints import crash_point
+from cdcsync.process.crashpoints import crash_point
 for number in range(1, 4):
     crash_point("another point")
     print(number, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cdcsync.terminals import harmless
+from cdcsync.process.terminals import harmless
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import cdcsync
 PROGRAM = """
 import time
 import anyio
-from cdcsync.stopping import interruptible
+from cdcsync.process.stopping import interruptible
 
 async def command(stuck):
     try:

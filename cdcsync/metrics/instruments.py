@@ -13,7 +13,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from cdcsync import __version__
-from cdcsync.windows import Window
+from cdcsync.metrics.windows import Window
 
 FRESHNESS_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 """From an inline embedding by a small model to an outage of half an hour."""

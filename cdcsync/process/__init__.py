@@ -1,0 +1,9 @@
+"""What concerns the process itself, in whichever command it runs.
+
+    crashpoints    named points at which tests kill it
+    memory         how much memory it may use, and how large a value may be
+    stopping       Ctrl-C, once and twice
+    terminals      text from elsewhere, made safe for a terminal
+
+None of these files imports another one.
+"""
