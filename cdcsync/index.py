@@ -29,10 +29,9 @@ import msgspec
 from psycopg import sql
 
 from cdcsync.config import Config
-from cdcsync.embedders import Vectors, embedder_of, make_embedder
-from cdcsync.embedders.queries import QueryEmbedder, QueryReranker
-from cdcsync.embedders.reranking import make_reranker
-from cdcsync.errors import EmbedderSetupError, EmbedError, ModelChanged, TargetUnavailable, UsageError
+from cdcsync.embedders import Vectors
+from cdcsync.embedders.queries import QueryModels
+from cdcsync.errors import EmbedError, ModelChanged, TargetUnavailable, UsageError
 from cdcsync.lsn import Lsn
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.pool import Pool
@@ -80,54 +79,29 @@ class Hits(list[Hit]):
         self.generation = generation
 
 
-class _Shared:
+class Resources:
     """Shared by the indexes of one application: connections and models."""
 
-    def __init__(self, config: Config, connections: int, model_timeout_s: float, application_name: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        connections: int = CONNECTIONS,
+        model_timeout_s: float = MODEL_TIMEOUT_S,
+        application_name: str = "cdcsync index",
+        tracing: Tracing | None = None,
+    ) -> None:
         self.config = config
-        self.tracing = Tracing()
+        self.models = QueryModels(config, model_timeout_s)
         self.pool = Pool(config.target.dsn, "target", size=connections, application_name=application_name)
-        self._model_timeout_s = model_timeout_s
-        self._models: dict[str, QueryEmbedder] = {}
-        self._rerankers: dict[str, QueryReranker] = {}
-
-    def model(self, spec: IndexSpec) -> QueryEmbedder:
-        """Return the model that made the vectors of an index.
-
-        :raises EmbedderSetupError: it cannot be used as configured, or the configuration does not have it.
-        """
-        if spec.model not in self._models:
-            embedder = embedder_of(self.config.embedders, spec.model, spec.config.embedder)
-            self._models[spec.model] = QueryEmbedder(embedder, timeout_s=self._model_timeout_s)
-        return self._models[spec.model]
-
-    async def open_model(self, spec: IndexSpec) -> None:
-        """Load the model that made the vectors of an index, if the configuration has it: searches say if it has not.
-
-        :raises EmbedderSetupError: it cannot be used as configured.
-        :raises EmbedderUnavailable: it failed for a reason that passes.
-        """
-        try:
-            model = self.model(spec)
-        except EmbedderSetupError:
-            if (section := self.config.embedders.get(spec.config.embedder)) is not None:
-                make_embedder(spec.config.embedder, section)
-            return
-        await model.open()
-
-    def reranker(self, name: str) -> QueryReranker:
-        """Return the reranker of a [rerankers] section."""
-        if name not in self._rerankers:
-            reranker = make_reranker(name, self.config.rerankers[name])
-            self._rerankers[name] = QueryReranker(reranker, name, timeout_s=self._model_timeout_s)
-        return self._rerankers[name]
+        self.tracing = tracing or Tracing()
 
     async def aclose(self) -> None:
+        """Close them."""
         with anyio.CancelScope(shield=True):
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(self.pool.aclose)
-                for model in [*self._models.values(), *self._rerankers.values()]:
-                    stack.push_async_callback(model.aclose)
+                stack.push_async_callback(self.models.aclose)
 
 
 class Index:
@@ -137,10 +111,10 @@ class Index:
     open, so open it once, at the start of the application, and not for each request.
     """
 
-    def __init__(self, shared: _Shared, name: str, *, owner: bool) -> None:
+    def __init__(self, resources: Resources, name: str, *, owner: bool) -> None:
         self.name = name
-        self._config = shared.config.index_named(name)
-        self._shared = shared
+        self._config = resources.config.index_named(name)
+        self._resources = resources
         self._owner = owner
         self._stored: IndexSpec | None = None
         self._stored_until = 0.0
@@ -163,14 +137,17 @@ class Index:
         :raises UsageError: the configuration has no such index.
         :raises SetupError: on entering, if the target does not hold the index or its model cannot be used.
         """
-        return cls(_Shared(config, connections, model_timeout_s, application_name), name, owner=True)
+        resources = Resources(
+            config, connections=connections, model_timeout_s=model_timeout_s, application_name=application_name
+        )
+        return cls(resources, name, owner=True)
 
     def beside(self, name: str) -> Self:
         """Return another index of the same configuration, which shares connections and models and ends with this one.
 
         :raises UsageError: the configuration has no such index.
         """
-        return type(self)(self._shared, name, owner=False)
+        return type(self)(self._resources, name, owner=False)
 
     async def __aenter__(self) -> Self:
         """Look the index up and load its model.
@@ -181,7 +158,7 @@ class Index:
         try:
             spec = await self._with_connection(self._spec)
             with suppress(EmbedError):  # searches go by words, and say so
-                await self._shared.open_model(spec)
+                await self._resources.models.open_embedder(spec)
         except BaseException:
             await self.__aexit__()
             raise
@@ -189,7 +166,7 @@ class Index:
 
     async def __aexit__(self, *_: object) -> None:
         if self._owner:
-            await self._shared.aclose()
+            await self._resources.aclose()
 
     async def search(
         self,
@@ -236,9 +213,9 @@ class Index:
         :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
         :raises TargetUnavailable: the target does not answer now.
         """
-        reranker = self._shared.reranker(self._config.reranker) if rerank and self._config.reranker else None
+        reranker = self._resources.models.reranker(self._config.reranker) if rerank and self._config.reranker else None
         first, count = (skip, k) if reranker is None else (0, max(skip + k, reranker.candidates))
-        schema, tracing = self._shared.config.target.schema, self._shared.tracing
+        schema, tracing = self._resources.config.target.schema, self._resources.tracing
 
         async def once() -> Hits:
             spec = await self._generation(generation)
@@ -247,13 +224,13 @@ class Index:
             by_words = mode == "text"
             if mode != "text" and vector is None and text.strip():
                 try:
-                    model = self._shared.model(spec)
+                    model = self._resources.models.embedder(spec)
                     with tracing.span("cdcsync.embed_query", embedder=model.embedder.name):
                         embedded = await model.embed_one(text)
                 except EmbedError as error:
                     if mode == "vector" or self._config.search is None:
                         raise
-                    warnings.append(self._without_model("searched by words alone", error))
+                    warnings.append(f"searched by words alone: {error}")
                     by_words = True
 
             async def ask(connection: Connection) -> list[Hit]:
@@ -321,21 +298,17 @@ class Index:
             raise UsageError(
                 "the index has no reranker", where=f"index {self.name}", hint="name a [rerankers.NAME] section in it"
             )
-        reranker = self._shared.reranker(self._config.reranker)
+        reranker = self._resources.models.reranker(self._config.reranker)
         best, others = hits[: reranker.candidates], hits[reranker.candidates :]
         if not best:
             return Hits(hits, warning, generation=generation)
         try:
             scores = await reranker.score(text, [hit.content for hit in best])
         except EmbedError as error:
-            missing = self._without_model("not reranked", error)
+            missing = f"not reranked: {error}"
             return Hits(hits, f"{warning}; {missing}" if warning else missing, generation=generation)
         scored = [msgspec.structs.replace(hit, score=float(score)) for hit, score in zip(best, scores, strict=True)]
         return Hits([*sorted(scored, key=lambda hit: -hit.score), *others], warning, generation=generation)
-
-    def _without_model(self, what: str, error: EmbedError) -> str:
-        """Return the warning of a search that does without a model."""
-        return f"{what}: {error}"
 
     async def embed(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of queries, `float32[n, dimensions]`, by the model of the generation that is live now.
@@ -348,7 +321,7 @@ class Index:
     async def _embed(self, texts: Sequence[str]) -> tuple[Vectors, int]:
         """Embed queries; returns the generation too, which the vectors can be compared with."""
         spec = await self._live()
-        return await self._shared.model(spec).embed(texts), spec.generation
+        return await self._resources.models.embedder(spec).embed(texts), spec.generation
 
     async def wait_for(self, lsn: str | None = None, *, timeout_s: float = 10.0, vectors: bool = False) -> bool:
         """Wait until the index holds everything that the source had committed up to an LSN; return whether it does.
@@ -368,7 +341,7 @@ class Index:
             raise UsageError(f"{lsn!r} is not an LSN", where="wait_for", hint="give it as pg_lsn prints it") from None
 
         async def ask(connection: Connection) -> bool:
-            function = sql.Identifier(self._shared.config.target.schema, "wait_for")
+            function = sql.Identifier(self._resources.config.target.schema, "wait_for")
             statement = sql.SQL("SELECT {}(%s, %s::pg_lsn, %s * interval '1 s', %s)").format(function)
             return bool(await fetch_value(connection, statement, [self.name, str(position), timeout_s, vectors]))
 
@@ -379,7 +352,9 @@ class Index:
 
         :raises SourceUnavailable, SetupError: the source cannot be asked.
         """
-        async with await connect(self._shared.config.source.dsn, "source", application_name="cdcsync index") as source:
+        async with await connect(
+            self._resources.config.source.dsn, "source", application_name="cdcsync index"
+        ) as source:
             with speaking_of("source"):
                 return str(await fetch_value(source, "SELECT pg_current_wal_lsn()::text"))
 
@@ -415,20 +390,20 @@ class Index:
 
         :raises ModelChanged: it is not.
         """
-        live = await live_generation(connection, self._shared.config.target.schema, self.name)
+        live = await live_generation(connection, self._resources.config.target.schema, self.name)
         if live not in (spec.generation, None):
             raise ModelChanged(f"generation {live} is live, not {spec.generation}", where=f"index {self.name}")
 
     async def _spec(self, connection: Connection) -> IndexSpec:
         if self._stored is None or anyio.current_time() > self._stored_until:
-            self._stored = await stored_spec(connection, self._shared.config.target.schema, self.name, self._config)
+            self._stored = await stored_spec(connection, self._resources.config.target.schema, self.name, self._config)
             self._stored_until = anyio.current_time() + STORED_S
         return self._stored
 
     async def _with_connection(self, ask: Callable[[Connection], Awaitable[T]]) -> T:
         """Ask the target; ask once more if the connection broke."""
         for last in (False, True):
-            async with self._shared.pool.connection() as connection:
+            async with self._resources.pool.connection() as connection:
                 try:
                     with speaking_of("target", where=f"index {self.name}"):
                         return await ask(connection)

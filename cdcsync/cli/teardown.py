@@ -96,7 +96,7 @@ def _ask(belongings: Belongings) -> None:
 
     out = console(errors=True)
     out.print("--purge drops from the target; this cannot be undone:")
-    for kind, names in (("view", belongings.views), ("table", belongings.tables)):
+    for kind, names in (("view", belongings.relations.views), ("table", belongings.relations.tables)):
         for name in names:
             out.print(f"  {kind} {plain(name)}", markup=False)
     confirm(None, needs="--purge")

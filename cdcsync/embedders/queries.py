@@ -7,14 +7,17 @@ answer in time, or failed a moment ago, is *away*: searches do without it until 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Protocol, TypeVar
 
 import anyio
 
+from cdcsync.config import Config
+from cdcsync.embedders import embedder_of, make_embedder
 from cdcsync.embedders.protocol import Embedder, Vectors, validate
-from cdcsync.embedders.reranking import Reranker, Scores
-from cdcsync.errors import EmbedderUnavailable
+from cdcsync.embedders.reranking import Reranker, Scores, make_reranker
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
+from cdcsync.model.spec import IndexSpec
 
 T = TypeVar("T")
 
@@ -161,3 +164,53 @@ class QueryReranker(OnCall):
         :raises EmbedError: it gave something else than a number for each text.
         """
         return await self._in_time(lambda: self._reranker.score(query, texts))
+
+
+class QueryModels:
+    """The models and rerankers of a configuration, each made when it is first asked for and kept open.
+
+    :param timeout_s: how long a call of one of them may take.
+    """
+
+    def __init__(self, config: Config, timeout_s: float) -> None:
+        self._config = config
+        self._timeout_s = timeout_s
+        self._embedders: dict[str, QueryEmbedder] = {}
+        self._rerankers: dict[str, QueryReranker] = {}
+
+    def embedder(self, spec: IndexSpec) -> QueryEmbedder:
+        """Return the model that made the vectors of an index.
+
+        :raises EmbedderSetupError: it cannot be used as configured, or the configuration does not have it.
+        """
+        if spec.model not in self._embedders:
+            embedder = embedder_of(self._config.embedders, spec.model, spec.config.embedder)
+            self._embedders[spec.model] = QueryEmbedder(embedder, timeout_s=self._timeout_s)
+        return self._embedders[spec.model]
+
+    async def open_embedder(self, spec: IndexSpec) -> None:
+        """Load the model that made the vectors of an index, if the configuration has it: searches say if it has not.
+
+        :raises EmbedderSetupError: it cannot be used as configured.
+        :raises EmbedderUnavailable: it failed for a reason that passes.
+        """
+        try:
+            embedder = self.embedder(spec)
+        except EmbedderSetupError:
+            if (section := self._config.embedders.get(spec.config.embedder)) is not None:
+                make_embedder(spec.config.embedder, section)
+            return
+        await embedder.open()
+
+    def reranker(self, name: str) -> QueryReranker:
+        """Return the reranker of a [rerankers] section."""
+        if name not in self._rerankers:
+            reranker = make_reranker(name, self._config.rerankers[name])
+            self._rerankers[name] = QueryReranker(reranker, name, timeout_s=self._timeout_s)
+        return self._rerankers[name]
+
+    async def aclose(self) -> None:
+        """Close all of them."""
+        async with AsyncExitStack() as stack:
+            for model in [*self._embedders.values(), *self._rerankers.values()]:
+                stack.push_async_callback(model.aclose)

@@ -34,8 +34,9 @@ from cdcsync.target.beside import is_met_by
 from cdcsync.target.ddl.building import hnsw_options
 from cdcsync.target.ddl.sizes import stored_generations
 from cdcsync.target.embedders import rate_of
+from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation, Generations
-from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.registry import Registry
 from cdcsync.target.version import VERSION, Stored, read_version
 
 Action = Literal["created", "read again", "compared", "changed", "paused", "unchanged"]

@@ -11,9 +11,7 @@ Source: PostgreSQL, "Replication Management Functions", "DROP PUBLICATION", "Dep
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any, Literal, LiteralString
+from typing import Literal
 
 import msgspec
 import psycopg
@@ -27,13 +25,19 @@ from cdcsync.source.catalog import Slot, read_server, read_slot
 from cdcsync.source.families import single_names
 from cdcsync.source.publications import Publication, published_names, read_publication
 from cdcsync.target.approvals import Approvals
+from cdcsync.target.belongings import (
+    Belongings,
+    belongings_of,
+    drop_pipeline,
+    drop_relations,
+    own_dependents,
+    pipelines_sharing,
+    relations_of,
+)
 from cdcsync.target.embedders import forget_embedders
+from cdcsync.target.entries import Entry
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.registry import Entry, Registry
-from cdcsync.target.search import drop_search
-
-OURS = "cdcsync: "
-"""How the comments of what all pipelines of a schema share begin."""
+from cdcsync.target.registry import Registry
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -44,17 +48,6 @@ class Step(msgspec.Struct, frozen=True):
     note: str | None = None
 
 
-class Belongings(msgspec.Struct, frozen=True):
-    """A pipeline's possessions in the target: its indexes by name, and their relations as SQL writes them."""
-
-    indexes: tuple[str, ...] = ()
-    views: tuple[str, ...] = ()
-    tables: tuple[str, ...] = ()
-    source_tables: tuple[str, ...] = ()
-    set_up: bool = False
-    """Whether the pipeline's row is there."""
-
-
 async def read_belongings(config: Config) -> Belongings:
     """Return what a purge would drop.
 
@@ -63,7 +56,7 @@ async def read_belongings(config: Config) -> Belongings:
     async with Session(config.target.dsn, "target", application_name="cdcsync teardown") as session:
         target = await session.connection()
         with speaking_of("target"):
-            return await _belongings(target, config)
+            return await belongings_of(target, config.target.schema, config.source.slot)
 
 
 async def tear_down(config: Config, *, purge: bool) -> list[Step]:
@@ -73,6 +66,7 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
     :raises SlotInUse: something else reads the slot; nothing was dropped.
     :raises SourceUnavailable, TargetUnavailable: a server does not answer; the next teardown resumes from there.
     """
+    schema, slot_name = config.target.schema, config.source.slot
     async with (
         Session(config.target.dsn, "target", application_name="cdcsync teardown") as target_session,
         Session(config.source.dsn, "source", application_name="cdcsync teardown") as source_session,
@@ -81,8 +75,8 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
         await _lock(target, config)
         source = await source_session.connection()
         with speaking_of("target"):
-            belongings = await _belongings(target, config)
-            sharing = await _sharing(target, config)
+            belongings = await belongings_of(target, schema, slot_name)
+            sharing = await pipelines_sharing(target, schema, slot_name, config.source.publication)
         with speaking_of("source"):
             slot = await read_slot(source, config.source.slot)
             server = await read_server(source)
@@ -128,16 +122,12 @@ async def drop_index(config: Config, index: str) -> list[Step]:
                 )
             await _let_go(target, config, entry)
             both = [index, beside_name(index)]
-            tables = await _rows(target, _TABLES, [f"cdcsync index {name}: " for name in both], schema)
-            views = await _rows(target, _VIEWS, [oid for oid, _ in tables])
+            relations = await relations_of(target, schema, both)
             others = {table for name, one in entries.items() if name not in both for table in one.tables}
             own = {table for name in both if name in entries for table in entries[name].tables}
-        with _own_dependents(), speaking_of("target"):
+        with own_dependents(), speaking_of("target"):
             async with target.transaction():
-                await drop_search(target, schema, index)
-                await _drop(target, "VIEW", [name for (name,) in views])
-                await _drop(target, "TABLE", [name for _, name in tables])
-                await _drop_functions(target, schema, f"cdcsync index {index}: ")
+                await drop_relations(target, schema, both, relations)
                 for name in both:
                     await Registry(schema).remove(target, name)
                 await Approvals(schema).remove(target, index)
@@ -207,141 +197,14 @@ def _refuse_slot(slot: Slot, database: str) -> None:
         )
 
 
-# -- target -----------------------------------------------------------------------------------------------------
-
-
-async def _belongings(target: Connection, config: Config) -> Belongings:
-    schema, slot = config.target.schema, config.source.slot
-    cursor = await target.execute(
-        "SELECT relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE nspname = %s",
-        [schema],
-    )
-    if "pipelines" not in {row[0] for row in await cursor.fetchall()}:
-        return Belongings()
-    entries = [entry for entry in (await Registry(schema).all(target)).values() if entry.slot == slot]
-    indexes = tuple(entry.name for entry in entries)
-    tables = await _rows(target, _TABLES, [f"cdcsync index {name}: " for name in indexes], schema)
-    views = await _rows(target, _VIEWS, [oid for oid, _ in tables])
-    present = await _rows(
-        target, sql.SQL("SELECT FROM {} WHERE slot = %s").format(sql.Identifier(schema, "pipelines")), slot
-    )
-    return Belongings(
-        indexes=indexes,
-        views=tuple(name for (name,) in views),
-        tables=tuple(name for _, name in tables),
-        source_tables=tuple(table for entry in entries for table in entry.tables),
-        set_up=bool(present),
-    )
-
-
-_TABLES: LiteralString = """
-    SELECT c.oid, format('%%I.%%I', n.nspname, c.relname)
-    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, unnest(%s::text[]) AS marker
-    WHERE n.nspname = %s AND c.relkind IN ('r', 'p') AND NOT c.relispartition
-        AND starts_with(obj_description(c.oid, 'pg_class'), marker)
-    ORDER BY 2
-"""
-"""Every table of an index says so in its comment: of all generations, whatever made it."""
-
-_VIEWS: LiteralString = """
-    SELECT DISTINCT format('%%I.%%I', n.nspname, c.relname)
-    FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class c ON c.oid = r.ev_class
-    JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = ANY(%s::oid[]) AND c.relkind = 'v'
-        AND obj_description(c.oid, 'pg_class') ~ '^cdcsync (index|chunks of index) '
-    ORDER BY 1
-"""
-"""Our views on those tables, under whatever name the configuration once gave them; not those of users."""
-
-
-async def _sharing(target: Connection, config: Config) -> list[str]:
-    """Return the other pipelines of the schema that use the same publication."""
-    table = sql.Identifier(config.target.schema, "pipelines")
-    (present,) = await _rows(target, "SELECT to_regclass(%s) IS NOT NULL", table.as_string(target))
-    if not present[0]:
-        return []
-    statement = sql.SQL("SELECT slot FROM {} WHERE publication = %s AND slot <> %s ORDER BY slot").format(table)
-    return [slot for (slot,) in await _rows(target, statement, config.source.publication, config.source.slot)]
-
-
-@contextlib.contextmanager
-def _own_dependents() -> Iterator[None]:
-    """Say what else has to go first, when something that is not ours depends on what is dropped."""
-    try:
-        yield
-    except SetupError as error:
-        if not isinstance(error.__cause__, psycopg.errors.DependentObjectsStillExist):
-            raise
-        detail = " ".join((error.__cause__.diag.message_detail or error.message).split())
-        raise SetupError(
-            "something that is not cdcsync's depends on the index", where="target", hint=f"drop that first: {detail}"
-        ) from error
-
-
 async def _purge(target: Connection, config: Config, belongings: Belongings) -> Step:
-    """Drop all that is the pipeline's, and with the last pipeline of the schema what they shared."""
-    schema = config.target.schema
     what = f"indexes {', '.join(belongings.indexes)}" if belongings.indexes else f"pipeline {config.source.slot}"
     if not belongings.set_up:
         return Step(f"{what} in the target", "absent")
-    with _own_dependents(), speaking_of("target"):
+    with own_dependents(), speaking_of("target"):
         async with target.transaction():
-            for index in belongings.indexes:
-                await drop_search(target, schema, index)
-            await _drop(target, "VIEW", belongings.views)
-            await _drop(target, "TABLE", belongings.tables)
-            for index in belongings.indexes:
-                await _drop_functions(target, schema, f"cdcsync index {index}: ")
-            await Registry(schema).forget(target, config.source.slot)
-            await forget_embedders(target, schema, config.source.slot)
-            await target.execute(
-                sql.SQL("DELETE FROM {} WHERE slot = %s").format(sql.Identifier(schema, "pipelines")),
-                [config.source.slot],
-            )
-            if not await _rows(target, sql.SQL("SELECT FROM {}").format(sql.Identifier(schema, "pipelines"))):
-                await _drop_shared(target, schema)
+            await drop_pipeline(target, config.target.schema, config.source.slot, belongings)
     return Step(f"{what} in the target", "dropped")
-
-
-async def _drop_shared(target: Connection, schema: str) -> None:
-    """Drop the tables and functions that say they are ours, and the schema where it is empty and could be made anew."""
-    tables = await _rows(target, _SHARED_TABLES, schema, OURS)
-    await _drop(target, "TABLE", [name for (name,) in tables])
-    await _drop_functions(target, schema, OURS)
-    # One that an administrator made for a role that may not make schemas stays.
-    ((empty,),) = await _rows(target, _SCHEMA_IS_SPARE, schema, schema)
-    if empty:
-        await target.execute(sql.SQL("DROP SCHEMA {}").format(sql.Identifier(schema)))
-
-
-_SHARED_TABLES: LiteralString = """
-    SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE n.nspname = %s AND c.relkind = 'r' AND starts_with(obj_description(c.oid, 'pg_class'), %s)
-"""
-_FUNCTIONS: LiteralString = """
-    SELECT p.oid::regprocedure::text FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-    WHERE n.nspname = %s AND starts_with(obj_description(p.oid, 'pg_proc'), %s)
-"""
-_SCHEMA_IS_SPARE: LiteralString = """
-    SELECT has_database_privilege(current_database(), 'CREATE')
-        AND EXISTS (SELECT FROM pg_namespace WHERE nspname = %s AND pg_has_role(nspowner, 'USAGE'))
-        AND NOT EXISTS (
-            SELECT FROM pg_depend WHERE refclassid = 'pg_namespace'::regclass AND deptype = 'n'
-                AND refobjid = (SELECT oid FROM pg_namespace WHERE nspname = %s))
-"""
-
-
-async def _drop_functions(target: Connection, schema: str, marker: str) -> None:
-    """Drop the functions that say whose they are; those of triggers need their tables dropped first."""
-    functions = await _rows(target, _FUNCTIONS, schema, marker)
-    await _drop(target, "FUNCTION", [name for (name,) in functions])
-
-
-async def _drop(target: Connection, kind: LiteralString, names: list[str] | tuple[str, ...]) -> None:
-    """Drop all at once, so that references among them do not matter. The names come quoted from the server."""
-    if names:
-        listed = sql.SQL(", ").join(sql.SQL(name) for name in names)
-        await target.execute(sql.SQL("DROP " + kind + " {}").format(listed))
 
 
 # -- source -----------------------------------------------------------------------------------------------------
@@ -395,8 +258,3 @@ async def _unpublish(source: Connection, config: Config, table: str, others: set
         except psycopg.errors.UndefinedObject:  # it is sent with its schema
             return Step(what, "kept", "it is sent with its schema")
     return Step(what, "dropped")
-
-
-async def _rows(connection: Connection, statement: LiteralString | sql.Composed, *arguments: object) -> list[Any]:
-    cursor = await connection.execute(statement, arguments or None)
-    return await cursor.fetchall()

@@ -50,8 +50,9 @@ from cdcsync.source.fingerprints import Emptied
 from cdcsync.target.approvals import Approvals
 from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.missing import missing_relations
+from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation, Generations
-from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.registry import Registry
 from cdcsync.target.requests.history import History
 from cdcsync.target.version import read_version, refusal
 

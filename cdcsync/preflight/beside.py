@@ -9,7 +9,7 @@ from cdcsync.config import Index
 from cdcsync.config.differences import CONTENTS, as_stored, index_changes
 from cdcsync.preflight.findings import Finding
 from cdcsync.target.beside import is_met_by, without_declined
-from cdcsync.target.registry import Entry
+from cdcsync.target.entries import Entry
 
 
 def beside_findings(name: str, section: Index, own: Entry, other: Entry | None) -> Iterator[Finding]:

@@ -37,7 +37,7 @@ from cdcsync.preflight.target import TargetFacts, examine_target
 from cdcsync.source.catalog import facts_of
 from cdcsync.source.families import rows_sent
 from cdcsync.target.beside import with_beside
-from cdcsync.target.registry import Entry
+from cdcsync.target.entries import Entry
 
 
 async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:

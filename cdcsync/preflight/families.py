@@ -23,7 +23,7 @@ from cdcsync.preflight.tables import column_faults, kind_faults, needed_columns,
 from cdcsync.preflight.tables import key_faults as row_faults
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.relations import Table
-from cdcsync.target.registry import Entry
+from cdcsync.target.entries import Entry
 
 
 def followed_catalog(plan: Plan, catalog: Catalog, wanted: Collection[QualifiedName], stored: Entry | None) -> Catalog:

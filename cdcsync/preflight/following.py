@@ -19,7 +19,7 @@ from cdcsync.preflight.source import publication_faults
 from cdcsync.preflight.tables import kind_faults, named_back, needed_columns, table_faults
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.fingerprints import Fingerprint, fingerprint_of
-from cdcsync.target.registry import Entry
+from cdcsync.target.entries import Entry
 
 
 def following_findings(

@@ -17,8 +17,8 @@ from cdcsync.embedders.protocol import Distance, Embedder
 from cdcsync.errors import ConfigError
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.indexes import Plan, WantedVectors, distance_of, fingerprint
+from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation
-from cdcsync.target.registry import Entry
 
 
 def live_generation(stored: Entry, generations: Sequence[Generation]) -> Generation:

@@ -27,8 +27,8 @@ from cdcsync.preflight.types import choose_types, sortable
 from cdcsync.source.columns import Column
 from cdcsync.source.fingerprints import Fingerprint
 from cdcsync.source.relations import Table
+from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation
-from cdcsync.target.registry import Entry
 
 MAX_HNSW_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000}
 """The most dimensions of an HNSW index, by the column's type: pgvector keeps an element on one page."""

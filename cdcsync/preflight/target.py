@@ -19,9 +19,10 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
 from cdcsync.source.catalog import Server, read_server
 from cdcsync.source.slot import MIN_VERSION
+from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.registry import Registry
 from cdcsync.target.version import read_version, refusal
 
 PGVECTOR_MINIMUM = (0, 7, 0)

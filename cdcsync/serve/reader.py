@@ -17,7 +17,7 @@ from cdcsync.config import Config
 from cdcsync.config.serving import Serve
 from cdcsync.embedders import Vectors
 from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedError, TextRejected
-from cdcsync.index import Index
+from cdcsync.index import Index, Resources
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.queries import fetch_value
@@ -59,9 +59,11 @@ class _Known(msgspec.Struct, frozen=True):
 class Offered(Index):
     """An index, as callers of the server may see it."""
 
-    serve: Serve
-    visible: Visibility
-    _known: _Known | None = None
+    def __init__(self, resources: Resources, name: str, *, owner: bool = False) -> None:
+        super().__init__(resources, name, owner=owner)
+        self.serve = resources.config.serve
+        self.visible = Visibility(self.serve)
+        self._known: _Known | None = None
 
     async def answer(self, who: Principal, request: SearchRequest) -> Answer:
         """Search for a caller.
@@ -204,21 +206,17 @@ class Offered(Index):
             hit.headline,
         )
 
-    def trace(self, tracing: Tracing) -> None:
-        """Send spans of this index, and of those beside it, there."""
-        self._shared.tracing = tracing
-
     # -- the target -----------------------------------------------------------------------------------------------
 
     @property
     def schema(self) -> str:
         """The schema of our tables."""
-        return self._shared.config.target.schema
+        return self._resources.config.target.schema
 
     @asynccontextmanager
     async def _session(self, who: Principal) -> AsyncIterator[tuple[Connection, IndexSpec]]:
         """Lend a session for reading as the caller, and what the index is made of now."""
-        async with self._shared.pool.connection() as connection:
+        async with self._resources.pool.connection() as connection:
             with speaking_of("target", where=f"index {self.name}"):
                 spec = await self._spec(connection)
                 async with connection.transaction():
@@ -232,7 +230,7 @@ class Offered(Index):
         known = self._known
         if known is None or now - known.read_at > FRESHNESS_S:
             lsn, lag_s = None, None
-            async with self._shared.pool.connection() as connection:
+            async with self._resources.pool.connection() as connection:
                 with speaking_of("target", where=f"index {self.name}"):
                     spec = await self._spec(connection)
                     stored = await Registry(self.schema).find(connection, self.name)
@@ -246,7 +244,7 @@ class Offered(Index):
 
         :raises EmbedderUnavailable, EmbedderSetupError: it cannot be loaded.
         """
-        await self._shared.model(await self._live()).open()
+        await self._resources.models.embedder(await self._live()).open()
 
     async def is_held(self) -> bool:
         """Say whether the database holds this server to its callers' tenants, where the configuration says so.
@@ -256,7 +254,7 @@ class Offered(Index):
         role = self.serve.role
         if self.serve.tenant.column is None or role is None:
             return True
-        async with self._shared.pool.connection() as connection:
+        async with self._resources.pool.connection() as connection:
             with speaking_of("target", where=f"index {self.name}"):
                 entry = await Registry(self.schema).find(connection, self.name)
                 stem = self.name if entry is None else entry.relations
@@ -267,15 +265,6 @@ class Offered(Index):
                         [role, Names(self.schema, stem).chunks.as_string(connection)],
                     )
                 )
-
-    async def ping(self) -> None:
-        """Ask the target anything.
-
-        :raises TargetUnavailable, SetupError: it does not answer.
-        """
-        async with self._shared.pool.connection() as connection:
-            with speaking_of("target"):
-                await fetch_value(connection, "SELECT 1")
 
     async def _examples(self, connection: Connection, who: Principal, spec: IndexSpec) -> dict[str, list[Any]]:
         """Return a few values of each column, out of the first rows."""
@@ -329,18 +318,14 @@ class Reader:
     def __init__(self, config: Config, tracing: Tracing) -> None:
         serve = config.serve
         target = msgspec.structs.replace(config.target, dsn=serve.dsn or config.target.dsn)
-        name, *others = serve.indexes or config.indexes
-        self._first = Offered.open(
+        self._resources = Resources(
             msgspec.structs.replace(config, target=target),
-            name,
             connections=serve.connections,
             model_timeout_s=serve.deadline_s / 2,
             application_name="cdcsync serve",
+            tracing=tracing,
         )
-        self.indexes = {name: self._first} | {one: self._first.beside(one) for one in others}
-        self._first.trace(tracing)
-        for index in self.indexes.values():
-            index.serve, index.visible = serve, Visibility(serve)
+        self.indexes = {name: Offered(self._resources, name) for name in serve.indexes or config.indexes}
         self.loaded = False
 
     def index(self, name: str) -> Offered:
@@ -356,14 +341,16 @@ class Reader:
 
     async def aclose(self) -> None:
         """Close sessions and models."""
-        await self._first.__aexit__()
+        await self._resources.aclose()
 
     async def ping(self) -> None:
         """Ask the target anything.
 
         :raises TargetUnavailable, SetupError: it does not answer.
         """
-        await self._first.ping()
+        async with self._resources.pool.connection() as connection:
+            with speaking_of("target"):
+                await fetch_value(connection, "SELECT 1")
 
     async def load(self) -> None:
         """Load the models, so that no call waits for that; one that cannot be loaded is tried again by a call.

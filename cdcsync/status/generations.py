@@ -12,9 +12,9 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.status.counting import count_index
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.names import Names
+from cdcsync.target.entries import Entry
 from cdcsync.target.failures.documents import Listed
 from cdcsync.target.generations import Generation
-from cdcsync.target.registry import Entry
 from cdcsync.target.requests.history import History
 
 NONE_LEFT_OUT = Listed()

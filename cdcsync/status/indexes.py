@@ -24,9 +24,10 @@ from cdcsync.target import evaluations, judged_runs, settling
 from cdcsync.target.audits import TABLE as AUDITS
 from cdcsync.target.audits import Audits
 from cdcsync.target.ddl.relations import Names
+from cdcsync.target.entries import Entry
 from cdcsync.target.failures.documents import TABLE, Listed, count_failed
 from cdcsync.target.generations import Generation, Generations
-from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.registry import Registry
 from cdcsync.target.requests.history import History
 
 

@@ -1,6 +1,7 @@
 """The index in the target: its tables, what is written to them, and how they are searched.
 
     version       the version of our tables
+    entries       a row of the table `indexes`
     registry      the table `indexes`
     pipelines     the table `pipelines`: lease, fence, checkpoint
     generations   the table `generations`
@@ -22,6 +23,7 @@
     tidying       what changed vectors leave behind in the fresh tier
     backlog       the queue of the embed loop
     filling       the vectors of another generation
+    belongings    what is whose, and how it is dropped
     stage         the temporary table of a batch's rows
     keys          the keys that an index holds
     apply         what one index takes from a batch

@@ -16,7 +16,7 @@ import msgspec
 from cdcsync.config import Config, Index
 from cdcsync.config.differences import BOUND_TOGETHER, contents_of, made_as
 from cdcsync.config.names import beside_name
-from cdcsync.target.registry import Entry
+from cdcsync.target.entries import Entry
 
 
 def with_beside(config: Config, stored: Mapping[str, Entry]) -> Config:

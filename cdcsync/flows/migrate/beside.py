@@ -25,8 +25,9 @@ from cdcsync.preflight import examine, refuse
 from cdcsync.preflight.indexes import WantedVectors
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.beside import is_met_by
+from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation, Generations
-from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.registry import Registry
 from cdcsync.target.requests.submission import Requests
 
 LONGEST_SUFFIX = len("~12_vectors_12_fresh_near")

@@ -13,9 +13,10 @@ from cdcsync.flows.setup.indexes import drop_generations
 from cdcsync.postgres.sessions import speaking_of
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.beside import asks_for_others
+from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generations
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
 
 POLL_S = 0.2

@@ -13,9 +13,10 @@ from cdcsync.errors import SetupError
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.preflight.generations import live_generation
 from cdcsync.status.generations import GenerationStatus, read_generations
+from cdcsync.target.entries import Entry
 from cdcsync.target.failures.documents import Listed, count_failed, has_list
 from cdcsync.target.generations import Generation, Generations
-from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.registry import Registry
 
 
 class Started(msgspec.Struct, frozen=True):

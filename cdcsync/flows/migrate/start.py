@@ -30,8 +30,9 @@ from cdcsync.preflight.generations import embedder_of, live_generation
 from cdcsync.preflight.indexes import WantedVectors, distance_of, model_faults
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.names import Names
+from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation, Generations
-from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
 
 

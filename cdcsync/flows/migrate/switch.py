@@ -27,10 +27,11 @@ from cdcsync.process.crashpoints import crash_point
 from cdcsync.status.counting import Counts, count_index
 from cdcsync.target.ddl.generations import switch_relations
 from cdcsync.target.ddl.names import Names
+from cdcsync.target.entries import Entry
 from cdcsync.target.failures.documents import Listed, count_failed
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
 
 POLL_S = 0.05

@@ -28,7 +28,8 @@ from cdcsync.source.catalog import Catalog
 from cdcsync.source.fingerprints import Difference
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.missing import Missing, missing_relations
-from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.entries import Entry
+from cdcsync.target.registry import Registry
 from cdcsync.target.requests.history import History
 
 log = structlog.get_logger()

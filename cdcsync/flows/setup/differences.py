@@ -24,7 +24,8 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.fingerprints import Difference, Fingerprint, difference, fingerprint_of
 from cdcsync.source.relations import Partition
-from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.entries import Entry
+from cdcsync.target.registry import Registry
 from cdcsync.target.requests.history import History
 from cdcsync.target.requests.submission import Requests
 

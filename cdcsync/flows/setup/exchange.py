@@ -21,8 +21,9 @@ from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.beside import contents_asked_for
 from cdcsync.target.ddl.generations import drop_beside, exchange_relations
 from cdcsync.target.ddl.grants import settings_to_note
+from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generations
-from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
 
 log = get_logger()

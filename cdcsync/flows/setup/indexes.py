@@ -42,8 +42,9 @@ from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.ddl.policies import put_policy
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.upgrading import upgrade_vectors
+from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generations
-from cdcsync.target.registry import Entry, Registry
+from cdcsync.target.registry import Registry
 from cdcsync.target.requests.history import History
 from cdcsync.target.requests.submission import Requests
 

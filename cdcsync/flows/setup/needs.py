@@ -14,7 +14,7 @@ from cdcsync.model.requests import Kind
 from cdcsync.model.spec import IndexSpec
 from cdcsync.source.fingerprints import Difference
 from cdcsync.target.ddl.missing import Missing
-from cdcsync.target.registry import Entry
+from cdcsync.target.entries import Entry
 
 BY_OTHER_RULES = (
     "the same keys make other chunks: the model reads its texts in another way, or this version of cdcsync, or the"

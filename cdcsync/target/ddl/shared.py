@@ -16,7 +16,7 @@ from psycopg import sql
 
 from cdcsync.logs import get_logger
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target import approvals, audits, calls, generations, registry, version
+from cdcsync.target import approvals, audits, calls, entries, generations, version
 from cdcsync.target.ddl.names import MAX_ATTEMPTS
 from cdcsync.target.pipelines import waiters_lock
 from cdcsync.target.requests import tables as requests
@@ -34,11 +34,11 @@ async def create_shared(connection: Connection, schema: str) -> None:
     names: dict[str, sql.Composable] = {"schema": sql.Identifier(schema), "literal": sql.Literal(schema)}
     wait_for = sql.SQL(WAIT_FOR).format(
         **names,
-        indexes=sql.Literal(sql.Identifier(schema, registry.TABLE).as_string(connection)),
+        indexes=sql.Literal(sql.Identifier(schema, entries.TABLE).as_string(connection)),
         attempts=sql.SQL(str(MAX_ATTEMPTS)),
         waiters=sql.Literal(waiters_lock(schema)),
     )
-    names["registry"] = sql.Literal(sql.Identifier(schema, registry.TABLE).as_string(connection))
+    names["registry"] = sql.Literal(sql.Identifier(schema, entries.TABLE).as_string(connection))
     names["definition"] = sql.Literal(wait_for.as_string(connection))
     await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdcsync schema ' || %s, 0))", [schema])
     before = await version.read_version(connection, schema)
@@ -250,7 +250,7 @@ _SHARED: tuple[LiteralString, ...] = (
     " 'When the source committed the last transaction that was applied.'",
     "COMMENT ON COLUMN {schema}.pipelines.caught_up_at IS 'When the worker last had nothing left to apply.'",
     *version.DDL,
-    *registry.DDL,
+    *entries.DDL,
     *generations.DDL,
     *requests.DDL,
     *audits.DDL,

@@ -17,8 +17,9 @@ from cdcsync.model.spec import Distance, IndexSpec
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.target.beside import as_kept, made_by
+from cdcsync.target.entries import TABLE, Entry
 from cdcsync.target.generations import Generations
-from cdcsync.target.registry import TABLE, Entry, Registry
+from cdcsync.target.registry import Registry
 
 
 async def stored_spec(connection: Connection, schema: str, name: str, config: Index) -> IndexSpec:

@@ -109,9 +109,9 @@ async def test_without_the_model_words_are_searched_and_the_answer_says_so(ticke
 
     def without_model(service: Service) -> None:
         away: Any = Away()
-        shared = service.reader.index("tickets")._shared
-        away.embedder = make_embedder("fake", shared.config.embedders["fake"])
-        shared._models[away.embedder.identity] = away
+        resources = service.reader.index("tickets")._resources
+        away.embedder = make_embedder("fake", resources.config.embedders["fake"])
+        resources.models._embedders[away.embedder.identity] = away
 
     with structlog.testing.capture_logs() as logs:
         async with served(tickets.serving(anonymous=True), before=without_model) as client:

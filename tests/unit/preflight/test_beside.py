@@ -12,7 +12,7 @@ from cdcsync.config import Index
 from cdcsync.config.differences import as_stored
 from cdcsync.preflight.beside import beside_findings
 from cdcsync.target.beside import contents_asked_for
-from cdcsync.target.registry import Entry
+from cdcsync.target.entries import Entry
 
 OLD = Index(table="public.t", text="{a}", embedder="one")
 NEW = msgspec.structs.replace(OLD, text="{a} {b}")

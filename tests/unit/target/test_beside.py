@@ -12,7 +12,7 @@ from cdcsync.config import Chunking, Config, Index
 from cdcsync.config.differences import as_stored, contents_of
 from cdcsync.config.sections import Hnsw
 from cdcsync.target.beside import contents_asked_for, is_met_by, with_beside, without_declined
-from cdcsync.target.registry import Entry
+from cdcsync.target.entries import Entry
 
 OLD = Index(table="public.t", text="{a}", embedder="one", view="public.t_index")
 NEW = msgspec.structs.replace(OLD, text="{a} {b}", embedder="two", chunking=Chunking(max_tokens=64), columns=("c",))

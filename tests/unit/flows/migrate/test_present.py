@@ -8,8 +8,8 @@ import pytest
 
 from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import other_generation
+from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation
-from cdcsync.target.registry import Entry
 from tests.support.indexes import make_spec
 
 SPEC = make_spec()

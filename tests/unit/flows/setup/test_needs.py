@@ -12,7 +12,7 @@ from cdcsync.config.differences import as_stored
 from cdcsync.flows.setup.needs import AWAITS_APPROVAL, BY_OTHER_RULES, need_of
 from cdcsync.source.fingerprints import Difference
 from cdcsync.target.ddl.missing import Missing
-from cdcsync.target.registry import Entry
+from cdcsync.target.entries import Entry
 from tests.support.indexes import make_spec
 
 SPEC = make_spec()

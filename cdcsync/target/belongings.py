@@ -1,0 +1,188 @@
+"""A pipeline's belongings in the target: which relations and functions are whose, by their comments, and how they go.
+
+The caller's transaction commits: all of it is dropped, or nothing.
+
+Source: PostgreSQL, "Dependency Tracking", "Comment Information Functions".
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, LiteralString
+
+import msgspec
+import psycopg
+from psycopg import sql
+
+from cdcsync.errors import SetupError
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.embedders import forget_embedders
+from cdcsync.target.registry import Registry
+from cdcsync.target.search import drop_search
+
+OURS = "cdcsync: "
+"""How the comments of what all pipelines of a schema share begin."""
+
+
+class Relations(msgspec.Struct, frozen=True):
+    """Relations as SQL writes their names."""
+
+    views: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+
+
+class Belongings(msgspec.Struct, frozen=True):
+    """A pipeline's possessions in the target: its indexes by name, and their relations."""
+
+    indexes: tuple[str, ...] = ()
+    relations: Relations = Relations()
+    source_tables: tuple[str, ...] = ()
+    set_up: bool = False
+    """Whether the pipeline's row is there."""
+
+
+async def belongings_of(target: Connection, schema: str, slot: str) -> Belongings:
+    """Return what a pipeline has in the target."""
+    (present,) = await _rows(target, "SELECT to_regclass(%s) IS NOT NULL", _pipelines(schema).as_string(target))
+    if not present[0]:
+        return Belongings()
+    entries = [entry for entry in (await Registry(schema).all(target)).values() if entry.slot == slot]
+    indexes = tuple(entry.name for entry in entries)
+    rows = await _rows(target, sql.SQL("SELECT FROM {} WHERE slot = %s").format(_pipelines(schema)), slot)
+    return Belongings(
+        indexes=indexes,
+        relations=await relations_of(target, schema, indexes),
+        source_tables=tuple(table for entry in entries for table in entry.tables),
+        set_up=bool(rows),
+    )
+
+
+async def pipelines_sharing(target: Connection, schema: str, slot: str, publication: str) -> list[str]:
+    """Return the other pipelines of the schema that use the same publication."""
+    (present,) = await _rows(target, "SELECT to_regclass(%s) IS NOT NULL", _pipelines(schema).as_string(target))
+    if not present[0]:
+        return []
+    statement = sql.SQL("SELECT slot FROM {} WHERE publication = %s AND slot <> %s ORDER BY slot").format(
+        _pipelines(schema)
+    )
+    return [slot for (slot,) in await _rows(target, statement, publication, slot)]
+
+
+async def relations_of(target: Connection, schema: str, indexes: Sequence[str]) -> Relations:
+    """Return the tables of indexes, of all generations, and our views on them."""
+    tables = await _rows(target, _TABLES, [_marker(name) for name in indexes], schema)
+    views = await _rows(target, _VIEWS, [oid for oid, _ in tables])
+    return Relations(tuple(name for (name,) in views), tuple(name for _, name in tables))
+
+
+_TABLES: LiteralString = """
+    SELECT c.oid, format('%%I.%%I', n.nspname, c.relname)
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, unnest(%s::text[]) AS marker
+    WHERE n.nspname = %s AND c.relkind IN ('r', 'p') AND NOT c.relispartition
+        AND starts_with(obj_description(c.oid, 'pg_class'), marker)
+    ORDER BY 2
+"""
+"""Every table of an index says so in its comment: of all generations, whatever made it."""
+
+_VIEWS: LiteralString = """
+    SELECT DISTINCT format('%%I.%%I', n.nspname, c.relname)
+    FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class c ON c.oid = r.ev_class
+    JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = ANY(%s::oid[]) AND c.relkind = 'v'
+        AND obj_description(c.oid, 'pg_class') ~ '^cdcsync (index|chunks of index) '
+    ORDER BY 1
+"""
+"""Our views on those tables, under whatever name the configuration once gave them; not those of users."""
+
+
+@contextlib.contextmanager
+def own_dependents() -> Iterator[None]:
+    """Say what else has to go first, when something that is not ours depends on what is dropped.
+
+    :raises SetupError: something does.
+    """
+    try:
+        yield
+    except SetupError as error:
+        if not isinstance(error.__cause__, psycopg.errors.DependentObjectsStillExist):
+            raise
+        detail = " ".join((error.__cause__.diag.message_detail or error.message).split())
+        raise SetupError(
+            "something that is not cdcsync's depends on the index", where="target", hint=f"drop that first: {detail}"
+        ) from error
+
+
+async def drop_relations(target: Connection, schema: str, indexes: Sequence[str], relations: Relations) -> None:
+    """Drop indexes' search functions, views, tables and triggers' functions."""
+    for index in indexes:
+        await drop_search(target, schema, index)
+    await _drop(target, "VIEW", relations.views)
+    await _drop(target, "TABLE", relations.tables)
+    for index in indexes:
+        await _drop_functions(target, schema, _marker(index))
+
+
+async def drop_pipeline(target: Connection, schema: str, slot: str, belongings: Belongings) -> None:
+    """Drop all that is the pipeline's, and with the last pipeline of the schema what they shared."""
+    await drop_relations(target, schema, belongings.indexes, belongings.relations)
+    await Registry(schema).forget(target, slot)
+    await forget_embedders(target, schema, slot)
+    await target.execute(sql.SQL("DELETE FROM {} WHERE slot = %s").format(_pipelines(schema)), [slot])
+    if not await _rows(target, sql.SQL("SELECT FROM {}").format(_pipelines(schema))):
+        await _drop_shared(target, schema)
+
+
+async def _drop_shared(target: Connection, schema: str) -> None:
+    """Drop the tables and functions that say they are ours, and the schema where it is empty and could be made anew."""
+    tables = await _rows(target, _SHARED_TABLES, schema, OURS)
+    await _drop(target, "TABLE", [name for (name,) in tables])
+    await _drop_functions(target, schema, OURS)
+    # One that an administrator made for a role that may not make schemas stays.
+    ((empty,),) = await _rows(target, _SCHEMA_IS_SPARE, schema, schema)
+    if empty:
+        await target.execute(sql.SQL("DROP SCHEMA {}").format(sql.Identifier(schema)))
+
+
+_SHARED_TABLES: LiteralString = """
+    SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = %s AND c.relkind = 'r' AND starts_with(obj_description(c.oid, 'pg_class'), %s)
+"""
+_FUNCTIONS: LiteralString = """
+    SELECT p.oid::regprocedure::text FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+    WHERE n.nspname = %s AND starts_with(obj_description(p.oid, 'pg_proc'), %s)
+"""
+_SCHEMA_IS_SPARE: LiteralString = """
+    SELECT has_database_privilege(current_database(), 'CREATE')
+        AND EXISTS (SELECT FROM pg_namespace WHERE nspname = %s AND pg_has_role(nspowner, 'USAGE'))
+        AND NOT EXISTS (
+            SELECT FROM pg_depend WHERE refclassid = 'pg_namespace'::regclass AND deptype = 'n'
+                AND refobjid = (SELECT oid FROM pg_namespace WHERE nspname = %s))
+"""
+
+
+async def _drop_functions(target: Connection, schema: str, marker: str) -> None:
+    """Drop the functions that say whose they are; those of triggers need their tables dropped first."""
+    functions = await _rows(target, _FUNCTIONS, schema, marker)
+    await _drop(target, "FUNCTION", [name for (name,) in functions])
+
+
+async def _drop(target: Connection, kind: LiteralString, names: Sequence[str]) -> None:
+    """Drop all at once, so that references among them do not matter. The names come quoted from the server."""
+    if names:
+        listed = sql.SQL(", ").join(sql.SQL(name) for name in names)
+        await target.execute(sql.SQL("DROP " + kind + " {}").format(listed))
+
+
+def _marker(index: str) -> str:
+    """Return how the comments of an index's tables and functions begin."""
+    return f"cdcsync index {index}: "
+
+
+def _pipelines(schema: str) -> sql.Identifier:
+    return sql.Identifier(schema, "pipelines")
+
+
+async def _rows(connection: Connection, statement: LiteralString | sql.Composed, *arguments: object) -> list[Any]:
+    cursor = await connection.execute(statement, arguments or None)
+    return await cursor.fetchall()
