@@ -230,7 +230,7 @@ class Index:
                 except EmbedError as error:
                     if mode == "vector" or self._config.search is None:
                         raise
-                    warnings.append(f"searched by words alone: {error}")
+                    warnings.append(self._without_model("searched by words alone", error))
                     by_words = True
 
             async def ask(connection: Connection) -> list[Hit]:
@@ -305,10 +305,14 @@ class Index:
         try:
             scores = await reranker.score(text, [hit.content for hit in best])
         except EmbedError as error:
-            missing = f"not reranked: {error}"
+            missing = self._without_model("not reranked", error)
             return Hits(hits, f"{warning}; {missing}" if warning else missing, generation=generation)
         scored = [msgspec.structs.replace(hit, score=float(score)) for hit, score in zip(best, scores, strict=True)]
         return Hits([*sorted(scored, key=lambda hit: -hit.score), *others], warning, generation=generation)
+
+    def _without_model(self, what: str, error: EmbedError) -> str:
+        """Return the warning of a search that does without a model; a server tells its callers less."""
+        return f"{what}: {error}"
 
     async def embed(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of queries, `float32[n, dimensions]`, by the model of the generation that is live now.

@@ -14,7 +14,8 @@ from cdcsync.process.stopping import interruptible
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cdcsync.flows.teardown import Belongings, Step
+    from cdcsync.flows.teardown import Step
+    from cdcsync.target.belongings import Belongings
 
 commands = typer.Typer()
 

@@ -86,5 +86,5 @@ async def test_what_is_not_ours_and_depends_on_an_index_is_named_and_nothing_is_
     with pytest.raises(SetupError, match="not cdcsync's") as refused, own_dependents(), speaking_of("target"):
         async with two.transaction():
             await drop_pipeline(two, SCHEMA, "s", await belongings_of(two, SCHEMA, "s"))
-    assert "view report" in str(refused.value.hint)
+    assert "view public.report" in str(refused.value.hint)
     assert await objects(two) == before
