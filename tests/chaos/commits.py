@@ -30,6 +30,7 @@ COMMANDS = (
     "target/approvals.py",
     "target/calls.py",
     "flows/teardown.py",
+    "target/belongings.py",
     "flows/replay.py",
     "flows/dry_run.py",
     "target/failures/listing.py",
