@@ -116,6 +116,16 @@ class Pipeline:
             time.sleep(poll_s)
         return answer
 
+    def load(self, rows: int) -> None:
+        """Insert so many short articles, start a worker and wait until its index holds all of them."""
+        self.connection.execute(
+            "INSERT INTO articles SELECT i, i %% 50, 'the first text of ' || i FROM generate_series(1, %s) AS i", [rows]
+        )
+        self.start()
+        self.live()
+        self.text_in_step()
+        self.vectors_in_step()
+
     def value(self, statement: str, *arguments: object) -> Any:
         """Return the one value that a statement gives."""
         row = self.connection.execute(statement, arguments or None).fetchone()

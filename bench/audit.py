@@ -118,13 +118,7 @@ def main() -> None:
     taken: dict[bool, list[float]] = {False: [], True: []}
     late = audited = 0
     with pipeline(HASH) as made:
-        made.connection.execute(
-            "INSERT INTO articles SELECT i, i %% 50, 'the first text of ' || i FROM generate_series(1, %s) AS i",
-            [ROWS + 100],
-        )
-        made.start()
-        made.live()
-        made.vectors_in_step(0.05)
+        made.load(ROWS + 100)
         made.stop()
         for round_, audit in enumerate((False, True, False)):
             if not audit:

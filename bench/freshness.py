@@ -67,13 +67,7 @@ def changes_ms(made: Pipeline, count: int) -> list[float]:
 def measure(embedder: str, count: int) -> tuple[list[float], float]:
     """Return the times and the share of vectors that came inline."""
     with pipeline(embedder) as made:
-        made.connection.execute(
-            "INSERT INTO articles SELECT i, i %% 50, 'the first text of ' || i FROM generate_series(1, %s) AS i", [ROWS]
-        )
-        made.start()
-        made.live()
-        made.text_in_step()
-        made.vectors_in_step()
+        made.load(ROWS)
         before = made.metrics()
         taken = changes_ms(made, count)
         after = made.metrics()

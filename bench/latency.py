@@ -205,13 +205,7 @@ def main() -> None:
     figures: dict[str, float] = {"load_at_start": os.getloadavg()[0]}
     ratios, goals = {}, {}
     with pipeline(EMBEDDER, shared_buffers="256MB") as made:
-        made.connection.execute(
-            "INSERT INTO articles SELECT i, i %% 50, 'the first text of ' || i FROM generate_series(1, %s) AS i", [ROWS]
-        )
-        made.start()
-        made.live()
-        made.text_in_step()
-        made.vectors_in_step()
+        made.load(ROWS)
         made.stop()
         peer = subscribe(made)
         if "light" in parts:

@@ -46,13 +46,7 @@ def measure(rows: int, text: str) -> tuple[float, float]:
     :param text: makes a row's text of its number `i`, in SQL.
     """
     with pipeline(EMBEDDER, 'search = ""', max_wal_size="8GB") as made:
-        made.connection.execute(
-            "INSERT INTO articles SELECT i, i %% 50, 'the first text of ' || i FROM generate_series(1, %s) AS i", [ROWS]
-        )
-        made.start()
-        made.live()
-        made.text_in_step()
-        made.vectors_in_step()
+        made.load(ROWS)
         rest = resident_mb(made, "VmRSS")
         made.connection.execute(
             f"INSERT INTO articles SELECT i, i %% 50, {text} FROM generate_series(%s::int, %s::int) AS i",

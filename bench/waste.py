@@ -46,14 +46,7 @@ WORDS = [f"word{number}" for number in range(500)]
 def main() -> None:
     """Measure and report."""
     with pipeline(EMBEDDER) as made:
-        made.connection.execute(
-            "INSERT INTO articles SELECT i, i %% 50, 'the first text of ' || i FROM generate_series(1, %s) AS i",
-            [ROWS],
-        )
-        made.start()
-        made.live()
-        made.text_in_step()
-        made.vectors_in_step()
+        made.load(ROWS)
         made.stop()
         made.connection.execute("CREATE TABLE known AS SELECT DISTINCT body FROM articles")
         change(made)
