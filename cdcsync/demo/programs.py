@@ -12,6 +12,7 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import TypedDict
@@ -76,15 +77,16 @@ class Programs:
         """
         program = self.bin_dir / name
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [str(program), *arguments],
                 stdin=subprocess.DEVNULL,
-                capture_output=True,
-                check=False,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
                 cwd="/",
                 env=self.environment,
+                start_new_session=True,
                 **self.identity,
             )
         except OSError as error:
@@ -93,14 +95,23 @@ class Programs:
                 where=str(program),
                 hint="name the bin directory of a PostgreSQL server that may be run from there",
             ) from error
-        if done.returncode != 0:
+        with process:
+            try:
+                printed, complaint = process.communicate()
+            except BaseException:
+                # With what it started: pg_basebackup has a process that receives WAL meanwhile, initdb a server.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
+        if process.returncode != 0:
             who = f"user {self.user.pw_name}" if self.user else "this user"
             raise SetupError(
-                f"{name} failed: {done.stderr.strip()}",
+                f"{name} failed: {complaint.strip()}",
                 where=str(program),
                 hint=f"do what the message asks; {who} must be able to reach and write the files it names",
             )
-        return done.stdout
+        return printed
 
     def give(self, tree: Path) -> None:
         """Make the programs' user the owner of a directory or file and of everything below."""

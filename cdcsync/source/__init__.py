@@ -1,5 +1,6 @@
 """The source server: its slot, its catalog and its tables.
 
+    definitions   whether what decoding looks up changed
     marks         our marks in the WAL
     sizes         values that are too large to be read
     unreadable    rows that the server fails to read, told apart from the others

@@ -75,6 +75,9 @@ class Slot(msgspec.Struct, frozen=True):
     failover: bool = False
     lost_because: str | None = None
     """Why it has lost its WAL, as the server says from version 17 on."""
+    catalog_xmin: int | None = None
+    """The oldest transaction (32 bits) whose effect on the catalogs it may still need: of a slot from which nothing was
+    read yet, no transaction that ran during its creation or began later is older."""
 
 
 class Catalog(msgspec.Struct, frozen=True):
@@ -240,7 +243,7 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
             SELECT slot_name, plugin, database, active_pid, confirmed_flush_lsn::text, restart_lsn::text, wal_status,
                    pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
                                         ELSE pg_current_wal_lsn() END, restart_lsn)::int8,
-                   safe_wal_size, {}, {}
+                   safe_wal_size, {}, {}, catalog_xmin::text::bigint
             FROM pg_replication_slots WHERE slot_name = %s
             """
         ).format(
@@ -264,6 +267,7 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
         safe_bytes=row[8],
         failover=row[9],
         lost_because=row[10],
+        catalog_xmin=row[11],
     )
 
 
@@ -298,21 +302,6 @@ async def running_transactions(connection: Connection) -> frozenset[int]:
 async def next_transaction(connection: Connection) -> int:
     """Return an id (of 64 bits) that every transaction which begins from now on has, or a later one."""
     return cast(int, await fetch_value(connection, "SELECT pg_current_xact_id()::text::bigint"))
-
-
-async def tables_defined_since(connection: Connection, transaction: int) -> bool:
-    """Say whether tables of this database were created, altered or rewritten by transactions from this one on.
-
-    Temporary tables, whose changes are in no WAL, do not count, nor does what changes columns alone (a new name).
-    A row that was frozen long ago keeps its id, whose age is negative once two billion more have been used.
-
-    Source: PostgreSQL, "System Columns" (xmin); `age(xid)`.
-    """
-    defined = (
-        "SELECT EXISTS (SELECT FROM pg_class WHERE relkind IN ('r', 'p', 'm', 't') AND relpersistence <> 't'"
-        " AND age(xmin) BETWEEN 0 AND age(%s::text::xid))"
-    )
-    return cast(bool, await fetch_value(connection, defined, [transaction % XID_SPAN]))
 
 
 async def blockers(connection: Connection, xids: Iterable[int]) -> list[str]:

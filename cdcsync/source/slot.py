@@ -65,6 +65,14 @@ _MISTAKEN = ("was not created in this database", "physical replication slot")
 """Of a slot that is not ours: the server's code is that of a slot that has lost WAL, but a resync would not help."""
 
 
+_UNNOTED = (
+    "could not map filen|could not open relation with OID|catalog is missing .* attribute|cache lookup failed for"
+    "|invalid internal value for enum"
+)
+"""The server's words where the catalogs by which it decodes lack a table, a column, a type or a label, see
+`source/definitions`."""
+
+
 class ServerIdentity(msgspec.Struct, frozen=True):
     """The answer to IDENTIFY_SYSTEM: the cluster, its timeline and the end of its flushed WAL."""
 
@@ -387,7 +395,7 @@ def _undecodable(code: str | None, message: str) -> str:
             "the publication was dropped and created again: before PostgreSQL 18 the server cannot send what was"
             " written in between"
         )
-    if re.search("could not map filen|could not open relation with OID|catalog is missing .* attribute", message):
+    if re.search(_UNNOTED, message):
         return (
             "a table was created or altered while the slot was being made, which PostgreSQL takes no note of: this slot"
             " gets past it never"

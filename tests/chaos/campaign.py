@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -16,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Sequence
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
@@ -31,6 +33,12 @@ WHOLE = 200
 
 ONE_SERVER = 0.15
 """Share of histories whose source is the target too."""
+
+GRACE_S = 90.0
+"""How long a job that was interrupted may take to end its workers and servers, on a busy machine."""
+
+SERVERS = ("postgres", "sh")
+"""Names of the processes that end by themselves if the job does: servers, and what watches over each."""
 
 
 def plan(seed: int, faults: Sequence[str], points: Sequence[str]) -> tuple[str | None, list[str], bool]:
@@ -101,9 +109,9 @@ def run(
     directory.mkdir(parents=True, exist_ok=True)
     forget(directory, wanted)
     processes = [context.Process(target=_serve, args=(waiting, directory, only)) for _ in range(min(jobs, len(wanted)))]
-    for process in processes:
-        process.start()
     try:
+        for process in processes:
+            process.start()
         while any(process.is_alive() for process in processes):
             time.sleep(0.5)
             if until_failure and any(one.problem for one in read(directory, wanted)):
@@ -112,12 +120,39 @@ def run(
                         waiting.get_nowait()
     except KeyboardInterrupt:
         print("interrupted", flush=True)
-        for process in processes:
-            process.terminate()
-    for process in processes:
-        process.join()
+        _end_jobs([process for process in processes if process.pid is not None])
     waiting.cancel_join_thread()
     return read(directory, wanted)
+
+
+def _end_jobs(processes: Sequence[BaseProcess]) -> None:
+    """Ask jobs to end, and end those that do not, with what they started."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive() and process.pid is not None:
+            print(f"job {process.pid} has not ended within {GRACE_S:.0f} s: killed", flush=True)
+            end_with_descendants(process.pid)
+            process.join()
+
+
+def end_with_descendants(pid: int) -> None:
+    """Kill a process and what it started, directly or not, but for servers: those see its end, and end in order."""
+    parents: dict[int, int] = {}
+    names: dict[int, str] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            named, _, rest = stat.read_text(errors="replace").rpartition(") ")
+            parents[int(stat.parent.name)] = int(rest.split()[1])
+            names[int(stat.parent.name)] = named.partition("(")[2]
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one and names[child] not in SERVERS]
+    for one in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
 
 
 def _serve(waiting: Queue[int], directory: Path, only: str | None) -> None:
@@ -127,7 +162,8 @@ def _serve(waiting: Queue[int], directory: Path, only: str | None) -> None:
     _end_once()
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         source, target = _pair(stack)
-        while True:
+        campaign = multiprocessing.parent_process()
+        while campaign is None or campaign.is_alive():
             try:
                 seed = waiting.get(timeout=0.5)
             except Empty:

@@ -115,6 +115,16 @@ CATALOGUE = (
         ),
     ),
     P(
+        "a slot decodes what was written",
+        "A slot that missed a change of tables while it was created is made again, also by the next worker.",
+        "source/definitions.py:definitions_changed_since",
+        (
+            "test_a_slot_is_made_again_if_tables_changed_meanwhile_also_after_a_kill",
+            "test_any_definition_that_decoding_looks_up_is_told_from_everything_else",
+            "slot created",
+        ),
+    ),
+    P(
         "no gap where none is",
         "After a crash, a restart or a clean failover nothing is read again.",
         "flows/setup/gaps.py:refuse_gap",

@@ -111,10 +111,9 @@ class Side:
     def add_standby(self) -> Cluster:
         """Make a standby that streams from the primary."""
         self._generation += 1
-        standby = self.primary.standby(slot=f"near_{self._generation}")
+        standby = self.standby = self.primary.standby(slot=f"near_{self._generation}")
         standby.create()
         standby.start()
-        self.standby = standby
         return standby
 
     @property
@@ -147,13 +146,21 @@ class Side:
         return row is not None
 
     def drop_standby(self) -> None:
-        """Remove a standby that is not needed any more."""
+        """Remove a standby that is not needed any more, also one that is only half made."""
         if self.standby is not None:
             self.configure(synchronized_standby_slots="", synchronous_standby_names="")
             self.standby.remove()
             self.standby = None
             with self.connect() as admin:
-                admin.execute("SELECT pg_drop_replication_slot(%s)", [self.near])
+                admin.execute(
+                    "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots"
+                    " WHERE slot_name = %s AND active_pid IS NOT NULL",
+                    [self.near],
+                )
+                admin.execute(
+                    "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s",
+                    [self.near],
+                )
 
     def close(self) -> None:
         """Remove everything."""

@@ -193,6 +193,25 @@ MUTANTS = (
         "target fails over with loss",
     ),
     Mutant(
+        "fingerprints are ignored",
+        "source/fingerprints.py",
+        '(compare="nothing is known of what its values were made of")\n    name = str(table.name)\n',
+        "()\n    return Difference()\n    name = str(table.name)\n",
+        "tests",
+        "tests/server/scenarios/test_unsent_changes.py"
+        "::test_what_a_publication_did_not_send_for_a_moment_reaches_the_index[schema]",
+    ),
+    Mutant(
+        "a slot is used though tables changed while it was created",
+        "flows/setup/start.py",
+        "            if not await definitions_changed_since(source, first):\n                break\n",
+        "            if True:\n                break\n",
+        "tests",
+        "tests/server/flows/setup/test_start.py"
+        "::test_a_slot_is_made_again_if_tables_changed_meanwhile_also_after_a_kill[columns renamed-slot that is made"
+        " again dropped]",
+    ),
+    Mutant(
         "rows that are gone stay after a gap",
         "flows/backfill/pages.py",
         "return Page(snapshot, [(key, None) for key in absent],",

@@ -27,8 +27,8 @@ from cdcsync.source.catalog import (
     read_catalog,
     read_slot,
     running_transactions,
-    tables_defined_since,
 )
+from cdcsync.source.definitions import definitions_changed_since
 from cdcsync.source.publications import create_publication_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.ddl.shared import create_shared
@@ -38,8 +38,8 @@ from cdcsync.target.session import ApplySession
 log = structlog.get_logger()
 
 CREATIONS = 3
-"""How often a slot is created at most, where tables are created or altered meanwhile: an application that does so all
-the time still gets one."""
+"""How often a start creates the slot at most if tables are created or altered meanwhile: an application that does so
+all the time still gets one."""
 
 WRITERS_REPORT_S = 5.0
 """How often the open transactions that the creation of the slot waits for are logged."""
@@ -185,34 +185,54 @@ async def _let_standbys_have(slot_connection: SlotConnection, slot: Slot, config
 async def _first_position(
     slot_connection: SlotConnection, source: Connection, slot: Slot | None, config: Config
 ) -> Lsn:
-    name = config.source.slot
-    if slot is not None and slot.wal_status == "lost":
-        with speaking_of("source", where=f"slot {name}"):
-            await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
-            crash_point("lost slot dropped")
-    elif slot is not None and slot.confirmed_flush is None:
-        raise SlotInUse(
-            "the slot is still being created by a session that was left behind",
-            where=f"slot {name}",
-            hint="it goes away with that session",
-        )
-    elif slot is not None:
-        # Nothing is indexed yet, so nothing can be missing: the initial load is still to come.
-        assert slot.confirmed_flush is not None
-        log.info("slot_adopted", slot=name, lsn=str(slot.confirmed_flush))
-        await _let_standbys_have(slot_connection, slot, config)
-        return slot.confirmed_flush
-    return await _create_slot(slot_connection, source, config)
+    """Return where a pipeline begins that has indexed nothing yet: at the slot as it is, or at a new one.
 
+    A slot from which nothing was read yet may have been left by a worker that was killed before it had seen whether the
+    slot can decode everything. That is looked up again, in everything since the oldest transaction that the slot needs.
+    A new slot in its place loses nothing, because the first load is still to come.
 
-async def _create_slot(slot_connection: SlotConnection, source: Connection, config: Config) -> Lsn:
-    """Create the slot, and say who is in the way while that waits for open write transactions.
-
-    While it waits, PostgreSQL takes no note of tables that are created or altered: it may never be able to decode a
-    transaction that began shortly afterwards and writes to one of them. A slot that may be such a one is made again.
+    :raises SlotInUse: another process is creating or reading the slot.
     """
     name = config.source.slot
-    failover = config.source.failover and slot_connection.version >= FAILOVER_VERSION
+    if slot is None:
+        return await _create_slot(slot_connection, source, config)
+    with speaking_of("source", where=f"slot {name}"):
+        if slot.wal_status == "lost":
+            await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
+            crash_point("lost slot dropped")
+            return await _create_slot(slot_connection, source, config)
+        if slot.confirmed_flush is None or slot.catalog_xmin is None:
+            raise SlotInUse(
+                "the slot is still being created by a session that was left behind",
+                where=f"slot {name}",
+                hint="it goes away with that session",
+            )
+        if slot.active_pid is not None:
+            raise SlotInUse(
+                f"a process of the source, {slot.active_pid}, reads the slot, and no worker has begun with it",
+                where=f"slot {name}",
+                hint="end it, or wait until the server has noticed that its client is gone",
+            )
+        doubtful = await definitions_changed_since(source, slot.catalog_xmin)
+    if doubtful:
+        await _drop_doubtful(source, name)
+        return await _create_slot(slot_connection, source, config, failover=slot.failover)
+    log.info("slot_adopted", slot=name, lsn=str(slot.confirmed_flush))
+    await _let_standbys_have(slot_connection, slot, config)
+    return slot.confirmed_flush
+
+
+async def _create_slot(
+    slot_connection: SlotConnection, source: Connection, config: Config, *, failover: bool = False
+) -> Lsn:
+    """Create the slot, and say who is in the way while that waits for open write transactions.
+
+    A slot that may never be able to decode some of the changes is created again, see `source/definitions`.
+
+    :param failover: whether standbys are to have it, though the configuration does not ask for that.
+    """
+    name = config.source.slot
+    failover = (config.source.failover or failover) and slot_connection.version >= FAILOVER_VERSION
     log.info("slot_creating", slot=name)
     creations = 0
     while True:
@@ -225,13 +245,28 @@ async def _create_slot(slot_connection: SlotConnection, source: Connection, conf
             crash_point("slot created")
             tasks.cancel_scope.cancel()
         with speaking_of("source", where=f"slot {name}"):
-            if creations >= CREATIONS or not await tables_defined_since(source, first):
+            if not await definitions_changed_since(source, first):
                 break
-            log.info("slot_made_again", slot=name, because="tables were created or altered while it was made")
-            await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
-            crash_point("slot that is made again dropped")
+        if creations >= CREATIONS:
+            log.warning(
+                "slot_doubtful",
+                slot=name,
+                because="tables were created or altered each time that it was created",
+                fix="when that is over, restart the worker and run cdcsync verify INDEX --repair; if the source cannot"
+                " decode a change, the worker reports a gap",
+            )
+            break
+        await _drop_doubtful(source, name)
     log.info("slot_created", slot=name, lsn=str(begin))
     return begin
+
+
+async def _drop_doubtful(source: Connection, name: str) -> None:
+    """Drop a slot that may not be able to decode everything, so that it is created again."""
+    log.info("slot_made_again", slot=name, because="tables were created or altered after its creation began")
+    with speaking_of("source", where=f"slot {name}"):
+        await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
+        crash_point("slot that is made again dropped")
 
 
 async def _report_writers(source: Connection, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import anyio
@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from cdcsync.config import QualifiedName, parse
+from cdcsync.demo.cluster import Cluster
 from cdcsync.errors import TablesChanged
 from cdcsync.flows.setup.start import set_up_publication
 from cdcsync.postgres.sessions import connect
@@ -78,8 +79,10 @@ def waited_for(pipeline: Pipeline, xid: str) -> None:
 
 
 @contextmanager
-def made_while_a_slot_is(pipeline: Pipeline, database: Database) -> Iterator[None]:
-    """Create a table while a slot is being created, and yield once a transaction writes to it that no slot decodes.
+def changed_while_a_slot_is_created(
+    pipeline: Pipeline, database: Database, change: Sequence[str], write: str
+) -> Iterator[None]:
+    """Alter tables while a slot is being created, and yield once a transaction writes that no slot decodes rightly.
 
     PostgreSQL takes no note of transactions that change tables until all have ended that were open when the creation
     began. One that begins then, and ends after the slot was created, is decoded all the same.
@@ -87,44 +90,71 @@ def made_while_a_slot_is(pipeline: Pipeline, database: Database) -> Iterator[Non
     with open_transaction(database) as (first, one):
         waited_for(pipeline, one)
         with open_transaction(database) as (second, two):
-            pipeline.source.execute("CREATE TABLE made_meanwhile (id int PRIMARY KEY)")
+            for statement in change:
+                pipeline.source.execute(statement)
             first.commit()
             waited_for(pipeline, two)
-            with open_transaction(database, "INSERT INTO made_meanwhile VALUES (1)"):
+            with open_transaction(database, write):
                 second.commit()
                 yield
 
 
-def of_articles(database: Database, make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
-    pipeline = make_pipeline(configuration(database.dsn))
-    pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
-    pipeline.source.execute("INSERT INTO articles VALUES (1, 'the first')")
+CREATED = ["CREATE TABLE made_meanwhile (id int PRIMARY KEY)"], "INSERT INTO made_meanwhile VALUES (1)"
+SWAPPED = (
+    [f"ALTER TABLE articles RENAME {old} TO {new}" for old, new in (("title", "x"), ("note", "title"), ("x", "note"))],
+    "INSERT INTO articles VALUES (2, 'a note', 'a title')",
+)
+"""After this the same names stand in another order: columns that are taken for those of before have wrong values."""
+
+
+def of_articles(dsn: str, make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
+    pipeline = make_pipeline(configuration(dsn))
+    pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text, note text)")
+    pipeline.source.execute("INSERT INTO articles VALUES (1, 'the first', 'its note')")
     return pipeline
 
 
-def test_a_slot_is_made_again_if_a_table_was_created_meanwhile(
-    database: Database, make_pipeline: Callable[[str], Pipeline]
+@pytest.mark.parametrize("killed_at", ["slot created", "slot that is made again dropped"])
+@pytest.mark.parametrize(("change", "write"), [CREATED, SWAPPED], ids=["a table created", "columns renamed"])
+def test_a_slot_is_made_again_if_tables_changed_meanwhile_also_after_a_kill(
+    database: Database,
+    make_pipeline: Callable[[str], Pipeline],
+    change: Sequence[str],
+    write: str,
+    killed_at: str,
 ) -> None:
-    pipeline = of_articles(database, make_pipeline)
-    process = pipeline.start(CDCSYNC_CRASH_AT="slot that is made again dropped")
-    with made_while_a_slot_is(pipeline, database):
+    pipeline = of_articles(database.dsn, make_pipeline)
+    process = pipeline.start(CDCSYNC_CRASH_AT=killed_at)
+    with changed_while_a_slot_is_created(pipeline, database, change, write):
         assert process.wait(timeout=PATIENCE_S) == -signal.SIGKILL, pipeline.tail()
         pipeline.start()
         until(lambda: pipeline.times("slot_creating") == 2, pipeline.tail)
     pipeline.live()
-    pipeline.source.execute("INSERT INTO made_meanwhile VALUES (2)")
-    pipeline.source.execute("UPDATE articles SET title = 'changed'")
+    pipeline.source.execute("INSERT INTO articles VALUES (3, 'the third', 'the third')")
     pipeline.in_step()
-    assert pipeline.times("stream_waits") == 0
+    assert [pipeline.times(one) for one in ("slot_made_again", "slot_doubtful", "stream_waits")] == [1, 0, 0]
 
 
-def test_a_slot_that_cannot_decode_a_table_is_a_gap_and_another_slot_takes_its_place(
+def test_a_slot_that_is_left_by_a_killed_worker_is_used_if_nothing_changed(
+    cluster: Cluster, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    """On a server of its own: a slot may need all that the oldest one needs, and counts what changed since then."""
+    pipeline = of_articles(cluster.dsn(), make_pipeline)
+    process = pipeline.start(CDCSYNC_CRASH_AT="slot created")
+    assert process.wait(timeout=PATIENCE_S) == -signal.SIGKILL, pipeline.tail()
+    pipeline.start()
+    pipeline.live()
+    assert [pipeline.times(one) for one in ("slot_adopted", "slot_made_again")] == [1, 0]
+
+
+def test_a_slot_that_cannot_decode_a_table_is_doubted_then_a_gap_and_another_slot_takes_its_place(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
-    pipeline = of_articles(database, make_pipeline)
+    pipeline = of_articles(database.dsn, make_pipeline)
     pipeline.hurry = {"cdcsync.flows.setup.start.CREATIONS": 1}
     process = pipeline.start()
-    with made_while_a_slot_is(pipeline, database):
+    with changed_while_a_slot_is_created(pipeline, database, *CREATED):
+        assert "cdcsync verify" in pipeline.event("slot_doubtful")["fix"]
         pipeline.event("slot_created")
     assert process.wait(timeout=PATIENCE_S) == 1
     said = " ".join(pipeline.tail().split())
@@ -139,7 +169,7 @@ def test_a_slot_that_cannot_decode_a_table_is_a_gap_and_another_slot_takes_its_p
 def test_a_start_waits_for_no_reader_of_our_tables(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
-    pipeline = of_articles(database, make_pipeline)
+    pipeline = of_articles(database.dsn, make_pipeline)
     pipeline.start()
     pipeline.live()
     pipeline.stop(pipeline.processes[-1])
