@@ -36,6 +36,10 @@ TRIGRAM_WEIGHT = 3 / 8
 WORDS_REMEMBERED = 131_072
 """Words whose components are kept: nearly all words of running text, in some 35 MB. With more, all are forgotten."""
 
+COMPONENTS_REMEMBERED = 8 * WORDS_REMEMBERED
+"""Components that are kept, as many as so many words of usual length have. Digests and identifiers are longer, and no
+two of them are alike: without this bound, 131,072 of them take 90 MB."""
+
 THREAD_TEXTS = 32
 """From this many texts on, work moves to a thread: it then takes long enough for the event loop to notice."""
 
@@ -84,7 +88,7 @@ class _Words(dict[str, int]):
             lie = np.repeat(starts - (np.cumsum(counts) - counts), counts)
             lie += np.arange(len(lie))
             found = counts, np.frombuffer(self._places, np.int64)[lie], np.frombuffer(self._weights)[lie]
-            if len(self) > WORDS_REMEMBERED:
+            if len(self) > WORDS_REMEMBERED or len(self._places) > COMPONENTS_REMEMBERED:
                 self.clear()
             return found
 

@@ -43,11 +43,13 @@ SAFETY: LiteralString = (
     "SELECT set_config(name, setting, false) FROM (VALUES ('statement_timeout', '0'), ('lock_timeout', '0'),"
     " ('transaction_timeout', '0'), ('idle_in_transaction_session_timeout', '0'), ('idle_session_timeout', '0'),"
     " ('tcp_keepalives_idle', '30'), ('tcp_keepalives_interval', '10'), ('tcp_keepalives_count', '3'),"
-    " ('tcp_user_timeout', '60000'), ('default_transaction_isolation', 'read committed')) AS ours (name, setting)"
+    " ('tcp_user_timeout', '60000'), ('default_transaction_isolation', 'read committed'), ('jit', 'off'))"
+    " AS ours (name, setting)"
     " WHERE current_setting(name, true) IS NOT NULL"
 )
 """A role's own limits are for its queries: a build, a slot or a large page takes the time that it takes. And a server
-whose client is gone without a word ends the session within a minute, rather than keep its locks for two hours. Not
+whose client is gone without a word ends the session within a minute, rather than keep its locks for two hours. Each
+statement is planned anew for the rows of its batch or page, and compiling it would take longer than running it. Not
 every version has all of these."""
 
 LEAVING: LiteralString = (

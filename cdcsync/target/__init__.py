@@ -26,6 +26,7 @@
     belongings    what is whose, and how it is dropped
     stage         the temporary table of a batch's rows
     keys          the keys that an index holds
+    statements    the statements of apply
     apply         what one index takes from a batch
     locked_session   a connection that holds the pipeline's lock
     session       the connection that writes, under lock and fence

@@ -25,8 +25,8 @@ Every statement can be repeated with the same result.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import LiteralString
 
 import psycopg
 from psycopg import sql
@@ -39,19 +39,28 @@ from cdcsync.target.ddl.names import Names, vector_schema
 from cdcsync.target.loading import CHUNK_COLUMNS, blocks, load
 from cdcsync.target.look_ups import LookUps
 from cdcsync.target.stage import Op, Stage
+from cdcsync.target.statements import (
+    CLEAR_BACKLOG,
+    DELETE_SURPLUS,
+    DROP_FRESH,
+    DROP_SETTLED,
+    LOCK,
+    LOCK_TIERS,
+    PUT_MORE,
+    PUT_NEW,
+    QUEUE,
+    QUEUE_LOADED,
+    REPLACE,
+    REPLACED,
+    REUSE,
+    SUPERSEDE,
+    UPDATE_KEPT,
+)
 from cdcsync.target.vectors import converted, register_vectors, wire_form
 
 TRUNCATE_LOCKS_MS = 500
 """Readers that take longer are not waited for, as searches queue up behind who waits for an exclusive lock; less than
 PostgreSQL's default `deadlock_timeout`, 1 s."""
-
-
-REPLACED: LiteralString = (
-    "content_hash = excluded.content_hash, embedding = excluded.embedding, stored_at = excluded.stored_at"
-)
-SUPERSEDE: LiteralString = (
-    "DELETE FROM {settled} AS v USING {put} AS p JOIN {fresh} AS f USING (chunk_id) WHERE v.chunk_id = p.chunk_id"
-)
 
 
 class IndexWriter(LookUps):
@@ -91,71 +100,72 @@ class IndexWriter(LookUps):
         deleted = await self._clear(changes.cleared) if changes.cleared else 0
         await self._stage.copy(changes)
         chunks = sum(len(document.chunks) for document in changes.documents)
-        replaced = any(document.existed for document in changes.documents)
-        if changes.deleted or changes.absent or changes.new or replaced:
-            deleted += await self._delete_surplus()
-        if changes.kept:
-            await self._update_kept()
+        deleted += await self._write(changes, chunks)
         reused = inline = queued = beside = 0
-        if changes.documents:
-            await self._write(changes, chunks)
         if changes.documents or deleted:
-            await self._run(
-                "LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE; DELETE FROM {backlog} AS b USING"
-                " (SELECT chunk_id FROM {gone} UNION ALL SELECT chunk_id FROM {put}) AS t WHERE b.chunk_id = t.chunk_id"
-            )
-            for other in others:
-                await self._run("LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE", of=other)
-        if changes.documents:
-            reused, inline, queued = await self._give_vectors(self._spec, changes, chunks)
-            for other in others:
-                beside += (await self._give_vectors(other, changes, chunks))[2]
+            first = [(LOCK, self._spec), (CLEAR_BACKLOG, self._spec), *((LOCK_TIERS, other) for other in others)]
+            if changes.documents:
+                reused, inline, queued = await self._give_vectors(self._spec, changes, chunks, first)
+                for other in others:
+                    beside += (await self._give_vectors(other, changes, chunks))[2]
+            else:
+                await self._run_all(first)
         if deleted:
-            for one in self._spec.generations:
-                for tier in ("fresh", "settled"):
-                    await self._run(
-                        "DELETE FROM {" + tier + "} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id", of=one
-                    )
+            await self._run_all([(drop, one) for one in self._spec.generations for drop in (DROP_FRESH, DROP_SETTLED)])
         self._stage.used(len(changes.deleted) + len(changes.absent) + len(changes.kept) + chunks + deleted)
         return Applied(chunks, deleted, reused, inline, queued, beside)
 
-    async def _give_vectors(self, one: IndexSpec, changes: ChangeSet, chunks: int) -> tuple[int, int, int]:
+    async def _write(self, changes: ChangeSet, chunks: int) -> int:
+        """Bring the chunks to the new state; `chunks` is how many are written. Returns how many were deleted."""
+        expected = sum(len(document.chunks) for document in changes.documents if document.existed)
+        replaced = any(document.existed for document in changes.documents)
+        wanted = {
+            DELETE_SURPLUS: changes.deleted or changes.absent or changes.new or replaced,
+            UPDATE_KEPT: changes.kept,
+            REPLACE: expected > 0,
+            PUT_NEW: expected < chunks,
+        }
+        rows = await self._run_all([(statement, self._spec) for statement, is_wanted in wanted.items() if is_wanted])
+        if rows[REPLACE] < expected:
+            # A document has more chunks than before.
+            await self._run(PUT_MORE)
+        return rows[DELETE_SURPLUS]
+
+    async def _give_vectors(
+        self, one: IndexSpec, changes: ChangeSet, chunks: int, first: Sequence[tuple[str, IndexSpec]] = ()
+    ) -> tuple[int, int, int]:
         """See that all chunks that were put have a vector of one generation, or wait for it.
 
+        :param first: statements to be run before.
         :returns: how many took that of an equal text, how many came along, and how many wait.
         """
         # The vectors that came along are of the live generation's model.
         along = changes.vectors if one.model == self._spec.model else {}
-        reused = inline = queued = 0
         # At light load every vector came along, and there is nothing to look for.
-        if not all(chunk.hash in along for document in changes.documents for chunk in document.chunks):
-            reused = await self._reuse(one)
-        if along:
-            inline = await self._store(one, along)
-        if reused or inline:
+        looks = not all(chunk.hash in along for document in changes.documents for chunk in document.chunks)
+        wanted = {REUSE: looks, QUEUE: looks and not along}
+        rows = await self._run_all([*first, *((statement, one) for statement in wanted if wanted[statement])])
+        inline = await self._store(one, along) if along else 0
+        if rows[REUSE] or inline:
             await self._run(SUPERSEDE, of=one)
-        if inline < chunks:
-            queued = await self._queue(one)
-        return reused, inline, queued
+        if along and inline < chunks:
+            rows[QUEUE] = await self._run(QUEUE, of=one)
+        return rows[REUSE], inline, rows[QUEUE]
 
     async def _load(self, changes: ChangeSet) -> Applied | None:
         """Write documents that the index does not have; None when it has one of them, with nothing written."""
         reused = queued = 0
         try:
             async with self._connection.transaction():
-                await self._run("LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE")
+                await self._run(LOCK)
                 left = await load(self._connection, self._schema, self._spec, changes.documents, changes.vectors)
                 if left:
                     statement = sql.SQL("COPY {} (chunk_id, content_hash) FROM STDIN").format(self._stage.put)
                     async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
                         for block in blocks(f"{id_}\t\\\\x{one.hex()}\n" for id_, one in left):
                             await copy.write(block)
-                    reused = await self._reuse(self._spec)
-                    queued = await self._run(
-                        "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
-                        " SELECT {generation}, p.chunk_id, p.content_hash, {backfill} FROM {put} AS p"
-                        " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id)"
-                    )
+                    reused = await self._run(REUSE)
+                    queued = await self._run(QUEUE_LOADED)
         except psycopg.errors.UniqueViolation:
             return None
         chunks = sum(len(document.chunks) for document in changes.documents)
@@ -197,63 +207,6 @@ class IndexWriter(LookUps):
         ).format(self._names.chunks, self._keys[0], self._stage.gone)
         return (await self._connection.execute(statement, [list(tables)])).rowcount
 
-    async def _delete_surplus(self) -> int:
-        """Delete the chunks of deleted and absent keys, and of documents that have fewer chunks now."""
-        return await self._run(
-            "WITH gone AS (DELETE FROM {chunks} AS c USING {stage} AS s"
-            " WHERE {same_key} AND (s.op = {delete} OR s.op = {delete_as_written} AND {as_written}"
-            " OR s.op IN ({put_op}, {replace}) AND s.chunk_no = 0)"
-            " AND c.chunk_no >= s.chunk_total RETURNING c.chunk_id)"
-            " INSERT INTO {gone} (chunk_id) SELECT chunk_id FROM gone"
-        )
-
-    async def _update_kept(self) -> int:
-        return await self._run(
-            "UPDATE {chunks} AS c SET {assignments}, commit_lsn = s.commit_lsn, applied_at = now()"
-            " FROM {stage} AS s WHERE s.op = {keep} AND {same_key} AND {differs}"
-        )
-
-    async def _write(self, changes: ChangeSet, chunks: int) -> None:
-        """Write the chunks of documents; `chunks` is how many they are."""
-        expected = sum(len(document.chunks) for document in changes.documents if document.existed)
-        replaced = await self._replace() if expected else 0
-        if replaced < expected:
-            # A document has more chunks than before.
-            await self._upsert(
-                "s.op = {put_op} OR s.op = {replace}"
-                " AND NOT EXISTS (SELECT FROM {chunks} AS c WHERE {same_key} AND c.chunk_no = s.chunk_no)"
-            )
-        elif expected < chunks:
-            await self._upsert("s.op = {put_op}")
-
-    async def _replace(self) -> int:
-        return await self._run(
-            "WITH put AS (UPDATE {chunks} AS c SET {replacements}, applied_at = now() FROM {stage} AS s"
-            " WHERE s.op = {replace} AND {same_key} AND c.chunk_no = s.chunk_no RETURNING c.chunk_id, c.content_hash)"
-            " INSERT INTO {put} SELECT chunk_id, content_hash FROM put"
-        )
-
-    async def _upsert(self, which: str) -> int:
-        return await self._run(
-            "WITH put AS (INSERT INTO {chunks} ({targets}) SELECT {sources} FROM {stage} AS s WHERE "
-            + which
-            + " ON CONFLICT ({keys}, chunk_no) DO UPDATE SET {updates}, applied_at = now()"
-            " RETURNING chunk_id, content_hash)"
-            " INSERT INTO {put} SELECT chunk_id, content_hash FROM put"
-        )
-
-    async def _reuse(self, one: IndexSpec) -> int:
-        """Give each chunk without a current vector that of an equal text, in whichever generation one is stored."""
-        return await self._run(
-            "INSERT INTO {fresh} AS mine (chunk_id, content_hash, embedding)"
-            " SELECT p.chunk_id, p.content_hash, equal.embedding FROM {put} AS p CROSS JOIN LATERAL"
-            " (SELECT v.embedding FROM {vectors} AS v WHERE v.content_hash = p.content_hash{alike} LIMIT 1) AS equal"
-            " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id"
-            " AND v.content_hash = p.content_hash)"
-            " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED,
-            of=one,
-        )
-
     async def _store(self, one: IndexSpec, vectors: Mapping[bytes, FloatVector]) -> int:
         """Store vectors that came with the batch."""
         return await self._run(
@@ -265,29 +218,32 @@ class IndexWriter(LookUps):
             of=one,
         )
 
-    async def _queue(self, one: IndexSpec) -> int:
-        """Put each chunk that still has no current vector into the backlog."""
-        return await self._run(
-            "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
-            " SELECT {generation}, p.chunk_id, p.content_hash, s.lane FROM {put} AS p"
-            " JOIN (SELECT content_hash, min(lane) AS lane FROM {stage} WHERE op IN ({put_op}, {replace})"
-            " GROUP BY content_hash) AS s USING (content_hash)"
-            " WHERE NOT EXISTS (SELECT FROM {vectors} AS v"
-            " WHERE v.chunk_id = p.chunk_id AND v.content_hash = p.content_hash)",
-            of=one,
-        )
-
     async def _run(
         self, statement: str, arguments: Sequence[object] | None = None, *, of: IndexSpec | None = None
     ) -> int:
         """Run a statement; `of` is the generation that it is about, the live one if it is not given."""
-        generation = (of or self._spec).generation
-        composed = self._composed.get((statement, generation))
+        return (await self._connection.execute(self._composed_of(statement, of or self._spec), arguments)).rowcount
+
+    async def _run_all(self, statements: Sequence[tuple[str, IndexSpec]]) -> Counter[str]:
+        """Run statements, each with the generation that it is about; returns how many rows each of them wrote.
+
+        They are sent together: each sees what those before it did, and none waits until this process gets round to
+        sending it, which prepares the next batch meanwhile.
+        """
+        rows = Counter[str]()
+        if statements:
+            cursor = await self._connection.execute(b"; ".join(self._composed_of(*one) for one in statements))
+            for statement, _ in statements:
+                rows[statement] += cursor.rowcount
+                cursor.nextset()
+        return rows
+
+    def _composed_of(self, statement: str, of: IndexSpec) -> bytes:
+        composed = self._composed.get((statement, of.generation))
         if composed is None:
-            composed = sql.SQL(statement).format(**self._parts[generation]).as_bytes(self._connection)
-            self._composed[statement, generation] = composed
-        cursor = await self._connection.execute(composed, arguments)
-        return cursor.rowcount
+            composed = sql.SQL(statement).format(**self._parts[of.generation]).as_bytes(self._connection)
+            self._composed[statement, of.generation] = composed
+        return composed
 
     def _of_generation(self, one: IndexSpec, extension: sql.Identifier) -> dict[str, sql.Composable]:
         """Return what stands for the names of a generation's tables."""

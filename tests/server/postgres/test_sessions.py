@@ -53,6 +53,14 @@ async def test_a_roles_own_time_limits_do_not_hold_for_our_sessions(database: Da
     await connection.close()
 
 
+@pytest.mark.parametrize("side", ["source", "target"])
+async def test_no_statement_of_ours_is_compiled(database: Database, side: Side) -> None:
+    connection = await connect(conninfo.make_conninfo(database.dsn, options="-c jit=on"), side)
+    cursor = await connection.execute("SHOW jit")
+    assert await cursor.fetchone() == ("off",)
+    await connection.close()
+
+
 async def test_a_server_gives_up_every_session_whose_host_is_gone_within_a_minute(database: Database) -> None:
     settings = conninfo.conninfo_to_dict(database.dsn)
     if str(settings.get("host", "/")).startswith("/"):

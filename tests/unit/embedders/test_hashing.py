@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cdcsync import config
 from cdcsync.embedders import make_embedder, validate
-from cdcsync.embedders.hashing import WORDS_REMEMBERED, HashEmbedder
+from cdcsync.embedders.hashing import COMPONENTS_REMEMBERED, WORDS_REMEMBERED, HashEmbedder
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=60)
 
@@ -125,9 +125,10 @@ def test_threads_that_learn_words_at_the_same_time_get_their_own_vectors() -> No
         assert np.array_equal(embedder(64).vectors(some), vectors)
 
 
-def test_memory_for_words_is_bounded() -> None:
+@pytest.mark.parametrize(("width", "fit"), [(1, WORDS_REMEMBERED), (64, COMPONENTS_REMEMBERED // 65)])
+def test_memory_for_words_is_bounded_however_long_they_are(width: int, fit: int) -> None:
     made = embedder(8)
-    for start in range(0, 2 * WORDS_REMEMBERED, 1024):
-        made.vectors([" ".join(f"word{number}" for number in range(start, start + 1024))])
+    for start in range(0, fit + fit // 4, 1024):
+        made.vectors([" ".join(f"{number:0{width}x}" for number in range(start, start + 1024))])
 
-    assert 0 < len(made._words) <= WORDS_REMEMBERED
+    assert 0 < len(made._words) <= fit

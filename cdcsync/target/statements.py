@@ -1,0 +1,91 @@
+"""The statements of apply: they bring chunks, vectors and backlog to what the stage says.
+
+The names in braces are those of an index's tables, its columns and its operators, see `IndexWriter`. No statement takes
+arguments, so that several can be sent together. Their order matters, and `apply` says why.
+"""
+
+from __future__ import annotations
+
+from typing import LiteralString
+
+DELETE_SURPLUS = (
+    "WITH gone AS (DELETE FROM {chunks} AS c USING {stage} AS s"
+    " WHERE {same_key} AND (s.op = {delete} OR s.op = {delete_as_written} AND {as_written}"
+    " OR s.op IN ({put_op}, {replace}) AND s.chunk_no = 0)"
+    " AND c.chunk_no >= s.chunk_total RETURNING c.chunk_id)"
+    " INSERT INTO {gone} (chunk_id) SELECT chunk_id FROM gone"
+)
+"""Deletes the chunks of deleted and absent keys, and of documents that have fewer chunks now."""
+
+UPDATE_KEPT = (
+    "UPDATE {chunks} AS c SET {assignments}, commit_lsn = s.commit_lsn, applied_at = now()"
+    " FROM {stage} AS s WHERE s.op = {keep} AND {same_key} AND {differs}"
+)
+
+REPLACE = (
+    "WITH put AS (UPDATE {chunks} AS c SET {replacements}, applied_at = now() FROM {stage} AS s"
+    " WHERE s.op = {replace} AND {same_key} AND c.chunk_no = s.chunk_no RETURNING c.chunk_id, c.content_hash)"
+    " INSERT INTO {put} SELECT chunk_id, content_hash FROM put"
+)
+
+_PUT = (
+    "WITH put AS (INSERT INTO {chunks} ({targets}) SELECT {sources} FROM {stage} AS s WHERE ",
+    " ON CONFLICT ({keys}, chunk_no) DO UPDATE SET {updates}, applied_at = now()"
+    " RETURNING chunk_id, content_hash)"
+    " INSERT INTO {put} SELECT chunk_id, content_hash FROM put",
+)
+
+PUT_NEW = "s.op = {put_op}".join(_PUT)
+"""Writes the chunks of documents that the index does not hold."""
+
+PUT_MORE = (
+    "s.op = {replace} AND NOT EXISTS (SELECT FROM {chunks} AS c WHERE {same_key} AND c.chunk_no = s.chunk_no)"
+).join(_PUT)
+"""Writes the chunks that documents have more than before."""
+
+LOCK_TIERS = "LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE"
+
+LOCK = "LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE"
+
+CLEAR_BACKLOG = (
+    "DELETE FROM {backlog} AS b USING"
+    " (SELECT chunk_id FROM {gone} UNION ALL SELECT chunk_id FROM {put}) AS t WHERE b.chunk_id = t.chunk_id"
+)
+
+REPLACED: LiteralString = (
+    "content_hash = excluded.content_hash, embedding = excluded.embedding, stored_at = excluded.stored_at"
+)
+
+REUSE = (
+    "INSERT INTO {fresh} AS mine (chunk_id, content_hash, embedding)"
+    " SELECT p.chunk_id, p.content_hash, equal.embedding FROM {put} AS p CROSS JOIN LATERAL"
+    " (SELECT v.embedding FROM {vectors} AS v WHERE v.content_hash = p.content_hash{alike} LIMIT 1) AS equal"
+    " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id"
+    " AND v.content_hash = p.content_hash)"
+    " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED
+)
+"""Gives each chunk without a current vector that of an equal text, in whichever generation one is stored."""
+
+SUPERSEDE = (
+    "DELETE FROM {settled} AS v USING {put} AS p JOIN {fresh} AS f USING (chunk_id) WHERE v.chunk_id = p.chunk_id"
+)
+
+QUEUE = (
+    "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
+    " SELECT {generation}, p.chunk_id, p.content_hash, s.lane FROM {put} AS p"
+    " JOIN (SELECT content_hash, min(lane) AS lane FROM {stage} WHERE op IN ({put_op}, {replace})"
+    " GROUP BY content_hash) AS s USING (content_hash)"
+    " WHERE NOT EXISTS (SELECT FROM {vectors} AS v"
+    " WHERE v.chunk_id = p.chunk_id AND v.content_hash = p.content_hash)"
+)
+"""Puts each chunk that still has no current vector into the backlog."""
+
+QUEUE_LOADED = (
+    "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
+    " SELECT {generation}, p.chunk_id, p.content_hash, {backfill} FROM {put} AS p"
+    " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id)"
+)
+"""The same for chunks that were copied in."""
+
+DROP_FRESH = "DELETE FROM {fresh} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id"
+DROP_SETTLED = "DELETE FROM {settled} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id"
