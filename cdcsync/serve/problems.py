@@ -80,8 +80,11 @@ class Problem(Exception):
         return max(1, math.ceil(seconds))
 
 
-def problem_of(error: CdcsyncError) -> Problem:
-    """Return what an error of ours means to a caller; what only the operator can change is not told in detail."""
+def problem_of(error: CdcsyncError, *, candid: bool = False) -> Problem:
+    """Return what an error of ours means to a caller.
+
+    :param candid: tell what only the operator can change in detail, with names of hosts and roles.
+    """
     match error:
         case UsageError():
             return Problem(422, "The call cannot be answered", error.message, error.hint)
@@ -91,6 +94,8 @@ def problem_of(error: CdcsyncError) -> Problem:
             return Problem(
                 503, "The model is away", "the query could not be embedded", "search by words", retry_after_s=5
             )
+        case Unavailable() if candid:
+            return Problem(503, "The index is away", str(error), error.hint, retry_after_s=2)
         case Unavailable():
             return Problem(503, "The index is away", "the database does not answer now", retry_after_s=2)
         case ModelChanged():
@@ -100,6 +105,8 @@ def problem_of(error: CdcsyncError) -> Problem:
                 "the index has the vectors of another model since the query was embedded",
                 "embed the query again, or leave out the vector",
             )
+        case SetupError() if candid:
+            return Problem(503, "The index cannot be searched", str(error), error.hint)
         case SetupError():
             return Problem(503, "The index cannot be searched", f"it is not set up as this server needs it; {SEE_LOG}")
         case _:

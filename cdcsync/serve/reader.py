@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
 import msgspec
 import psycopg
 import structlog
-from psycopg import sql
+from psycopg import conninfo, sql
 
 from cdcsync.config import Config
 from cdcsync.config.serving import Serve
@@ -21,7 +21,7 @@ from cdcsync.index import Index, Resources
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.queries import fetch_value
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.sessions import CONNECT_TIMEOUT_S, Connection, speaking_of
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.messages import Answer, ColumnInfo, Document, Found, IndexInfo, SearchRequest
 from cdcsync.serve.problems import Problem
@@ -309,6 +309,17 @@ def _refuse_costly(request: SearchRequest, serve: Serve) -> None:
         raise Problem(422, "The call cannot be answered", wrong, fix)
 
 
+def _given_up_within(dsn: str, deadline_s: float) -> str:
+    """Return a DSN whose server counts as away before a call's deadline, so that the call can say so.
+
+    A DSN that has a `connect_timeout` of its own is left as it is.
+    """
+    with suppress(psycopg.ProgrammingError):  # whoever connects says what is wrong with it
+        if "connect_timeout" not in conninfo.conninfo_to_dict(dsn):
+            return conninfo.make_conninfo(dsn, connect_timeout=min(CONNECT_TIMEOUT_S, max(2, int(deadline_s / 2))))
+    return dsn
+
+
 class Reader:
     """The indexes that the server offers, which share connections and models. For any number of tasks.
 
@@ -317,7 +328,8 @@ class Reader:
 
     def __init__(self, config: Config, tracing: Tracing) -> None:
         serve = config.serve
-        target = msgspec.structs.replace(config.target, dsn=serve.dsn or config.target.dsn)
+        dsn = _given_up_within(serve.dsn or config.target.dsn, serve.deadline_s)
+        target = msgspec.structs.replace(config.target, dsn=dsn)
         self._resources = Resources(
             msgspec.structs.replace(config, target=target),
             connections=serve.connections,

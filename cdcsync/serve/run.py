@@ -94,14 +94,16 @@ async def _meet_target(service: Service) -> None:
 async def run_stdio(config: Config) -> None:
     """Serve MCP over standard input and output, to the one client that started this process.
 
-    :raises SetupError: nobody could call, or the target refuses the login.
+    The client is answered at once, even if the target is away or refuses the login: the tools say so.
+
+    :raises SetupError: nobody could call.
     """
-    service = Service(config)
+    service = Service(config, candid=True)
     service.authenticator.check()
     try:
         async with anyio.create_task_group() as tasks:
-            await _meet_target(service)
             tasks.start_soon(service.recorder.run)
+            tasks.start_soon(service.reader.load)
             await make_mcp(service, stdio=True).run_stdio_async()
             tasks.cancel_scope.cancel()
     finally:

@@ -94,11 +94,15 @@ class _Noted(msgspec.Struct):
 
 
 class Service:
-    """The tools. Enter it before the first call; leaving it closes sessions and stores the record."""
+    """The tools. Enter it before the first call; leaving it closes sessions and stores the record.
 
-    def __init__(self, config: Config) -> None:
+    :param candid: callers are the operator's own, and are told what only an operator can change.
+    """
+
+    def __init__(self, config: Config, *, candid: bool = False) -> None:
         serve = config.serve
         self.serve = serve
+        self._candid = candid
         self.metrics = Metrics()
         self.tracing = tracing.from_environment(os.environ)
         self.reader = Reader(config, self.tracing)
@@ -241,7 +245,7 @@ class Service:
                 await self._hold(problem, STRANGERS if who is None else who.account)
             raise
         except CdcsyncError as error:
-            told = problem_of(error)
+            told = problem_of(error, candid=self._candid)
             outcome = told.outcome
             if told.status >= 500:
                 log.warning("call_failed", tool=tool, error=str(error), fix=error.hint)

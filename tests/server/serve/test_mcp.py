@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -158,22 +159,66 @@ async def test_keys_of_several_columns_go_by_name_and_a_tenant_among_them_is_the
     assert all(one.endswith("the key has the columns id. Give a value for each.") for one in refused)
 
 
+def never_answered_by(silent: socket.socket, dsn: str, **settings: int) -> str:
+    """Return a DSN that leads to a server which takes connections and says nothing."""
+    return conninfo.make_conninfo(dsn, host="127.0.0.1", port=silent.getsockname()[1], **settings)
+
+
+def over_stdio(tickets: Office, directory: Path, token: str | None = None, **serve: Any) -> StdioServerParameters:
+    """Return how a client starts the server, with these lines in its section."""
+    text = (tickets.directory / "cdcsync.toml").read_text()
+    path = directory / "cdcsync.toml"
+    lines = "".join(f"{name} = {msgspec.json.encode(value).decode()}\n" for name, value in serve.items())
+    path.write_text(text.replace("[serve]\n", f"[serve]\n{lines}"))
+    return StdioServerParameters(
+        command=sys.executable,
+        args=["-m", "cdcsync", "serve", "--stdio", "-c", str(path)],
+        env={"CDCSYNC_TOKEN": token} if token else {},
+    )
+
+
 async def test_over_standard_input_and_output_the_token_is_in_the_environment(tickets: Office, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.json"
     token = new_token(tokens, "desktop", {"tenant": "t1"}, None)
     dsn = conninfo.make_conninfo(tickets.database.dsn, user=tickets.reader, password="reader")
-    text = (tickets.directory / "cdcsync.toml").read_text()
-    path = tmp_path / "cdcsync.toml"
-    lines = f"dsn = {msgspec.json.encode(dsn).decode()}\ntokens_file = {msgspec.json.encode(str(tokens)).decode()}\n"
-    path.write_text(text.replace("[serve]\n", f"[serve]\n{lines}"))
-    server = StdioServerParameters(
-        command=sys.executable,
-        args=["-m", "cdcsync", "serve", "--stdio", "-c", str(path)],
-        env={"CDCSYNC_TOKEN": token},
-    )
+    server = over_stdio(tickets, tmp_path, token, dsn=dsn, tokens_file=str(tokens))
     async with Client(server) as client:
         found = await called(client, "search", index="tickets", query="printer", k=50)
     assert {hit["key"]["id"] % 3 for hit in found["hits"]} == {1}
+
+
+async def test_over_standard_input_and_output_a_client_is_answered_before_the_target_is(
+    tickets: Office, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        # Whoever waits for this server waits for longer than a test may take.
+        dsn = never_answered_by(silent, tickets.database.dsn, connect_timeout=3_600)
+        tokens = tmp_path / "tokens.json"
+        token = new_token(tokens, "desktop", {"tenant": "t1"}, None)
+        server = over_stdio(tickets, tmp_path, token, dsn=dsn, tokens_file=str(tokens), deadline_s=1.0)
+        async with Client(server) as client:
+            assert len((await client.list_tools()).tools) == 3
+            assert "ended after 1 s" in await refusal(client, "list_indexes")
+
+
+async def test_over_standard_input_and_output_the_tools_say_what_an_operator_can_change(
+    tickets: Office, tmp_path: Path
+) -> None:
+    dsn = conninfo.make_conninfo(tickets.database.dsn, dbname="no_such_database")
+    tokens = tmp_path / "tokens.json"
+    token = new_token(tokens, "desktop", {"tenant": "t1"}, None)
+    async with Client(over_stdio(tickets, tmp_path, token, dsn=dsn, tokens_file=str(tokens))) as client:
+        told = await refusal(client, "search", index="tickets", query="printer")
+    assert "no_such_database" in told
+    assert told.endswith("Create it, or correct the database name in the DSN.")
+
+
+async def test_a_target_that_does_not_answer_is_said_to_be_away_before_the_call_s_deadline(tickets: Office) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        dsn = never_answered_by(silent, tickets.database.dsn)
+        serve = Serve(listen="127.0.0.1:0", dsn=dsn, anonymous=True, deadline_s=8.0)
+        async with agent(msgspec.structs.replace(tickets.config, serve=serve)) as client:
+            assert "the database does not answer now" in await refusal(client, "list_indexes")
 
 
 # -- the page for people who connect agents -------------------------------------------------------------------------
