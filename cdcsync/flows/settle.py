@@ -7,8 +7,7 @@ each. So settling takes its time while the comparisons stay within the index's `
 vector has not changed for a while, leaves pauses, and stands back while the stream is late. Beyond the budget it takes
 precedence: no pauses, no rest, all its connections.
 
-What changed and moved vectors leave behind in fresh is removed before each look, and the words of changed chunks are
-entered into their index (`target/tidying`).
+What changed and moved vectors leave behind in fresh is removed before each look (`target/tidying`).
 
 Each move is a transaction, and nothing is remembered between two of them: the flow can be stopped at any moment and
 begun again.
@@ -32,7 +31,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Session, speaking_of
 from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
 from cdcsync.target.settling import Settling, Tiers
-from cdcsync.target.tidying import enter_words, tidy
+from cdcsync.target.tidying import tidy
 
 log = structlog.get_logger()
 
@@ -168,7 +167,6 @@ class Settle:
         if not seen.cleared:
             await Rebuild(await self._sessions[0].connection(), self._schema, spec).clear()
             seen.cleared = True
-        await enter_words(await self._sessions[0].connection(), self._schema, spec)
         if seen.built and (began := anyio.current_time()) >= seen.tidy_at:
             await tidy(await self._sessions[0].connection(), self._schema, spec)
             seen.tidy_at = anyio.current_time() + (anyio.current_time() - began) / TIDY_SHARE

@@ -1,15 +1,17 @@
-"""The words flow: counts the words of each index again when enough of its chunks have changed.
+"""The words flows: count the words of each index again when enough of its chunks have changed, and enter new words.
 
 Searches weight words by how rare they are. A count that is some tenths off changes no order, so an index is counted
 again only after a tenth of it changed, and counting takes a bounded share of the time.
 
 Where the target has the extension pg_textsearch, each live index gets an index of that, and searches rank by it. An
 administrator may install or drop the extension at any time; the search function ranks by the counts meanwhile.
+
+The words of changed chunks are entered into the index for keyword search each second (`target/tidying`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 import structlog
@@ -25,6 +27,7 @@ from cdcsync.target.ddl.building import keep_bm25
 from cdcsync.target.ddl.names import Names, words_name
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import count_words
+from cdcsync.target.tidying import enter_words
 
 log = structlog.get_logger()
 
@@ -38,29 +41,70 @@ SHARE = 0.01
 """How much of the time words may be counted: what took a second is not done again for a hundred."""
 
 
+ENTER_EVERY_S = 1.0
+"""How often the words of changed chunks are entered into their index; see `target/tidying`."""
+
+
 async def count_words_for_ever(dsn: str, schema: str, specs: Sequence[IndexSpec]) -> None:
     """Keep the counts of words of these indexes current, until cancelled."""
     counted_at: dict[str, int] = {}
+
+    async def count(connection: Connection, spec: IndexSpec) -> None:
+        await _count_if_changed(connection, schema, spec, counted_at)
+        await _keep_ranking(connection, schema, spec)
+
+    def failed(spec: IndexSpec, error: CdcsyncError) -> None:
+        log.warning("words_not_counted", index=spec.name, error=str(error), fix=error.hint)
+
+    async with Session(dsn, "target", application_name="cdcsync words", idle_s=IDLE_S) as target:
+        await _for_ever(target, specs, count, failed, lambda took_s: max(LOOK_EVERY_S, took_s / SHARE))
+
+
+async def enter_words_for_ever(dsn: str, schema: str, specs: Sequence[IndexSpec]) -> None:
+    """Keep the pending lists of the indexes for keyword search short, until cancelled.
+
+    Over a session of its own: a long list takes seconds, which nothing else has to wait for.
+    """
+
+    async def enter(connection: Connection, spec: IndexSpec) -> None:
+        await enter_words(connection, schema, spec)
+
+    def failed(spec: IndexSpec, error: CdcsyncError) -> None:
+        log.warning("words_not_entered", index=spec.name, error=str(error), fix=error.hint)
+
+    async with Session(dsn, "target", application_name="cdcsync pending words") as target:
+        await _for_ever(target, specs, enter, failed, lambda _: ENTER_EVERY_S)
+
+
+async def _for_ever(
+    target: Session,
+    specs: Sequence[IndexSpec],
+    work: Callable[[Connection, IndexSpec], Awaitable[None]],
+    failed: Callable[[IndexSpec, CdcsyncError], None],
+    pause_s: Callable[[float], float],
+) -> None:
+    """Work on each index that has words, one after the other, again and again.
+
+    :param failed: called with an index whose work failed, which is left alone for a while.
+    :param pause_s: how long to wait after a round that took so long.
+    """
     searchable = [spec for spec in specs if spec.config.search is not None]
     failures = {spec.name: _Failures() for spec in searchable}
-    async with Session(dsn, "target", application_name="cdcsync words", idle_s=IDLE_S) as target:
-        while searchable:
-            started = anyio.current_time()
-            for spec in searchable:
-                # One index may lack what another has: memory for its index, or a text search configuration.
-                if anyio.current_time() < failures[spec.name].until:
-                    continue
-                try:
-                    connection = await target.connection()
-                    with speaking_of("target", where=f"index {spec.name}"):
-                        await _count_if_changed(connection, schema, spec, counted_at)
-                        await _keep_ranking(connection, schema, spec)
-                    failures[spec.name] = _Failures()
-                except CdcsyncError as error:
-                    log.warning("words_not_counted", index=spec.name, error=str(error), fix=error.hint)
-                    failures[spec.name].add(error)
-            took = anyio.current_time() - started
-            await anyio.sleep(max(LOOK_EVERY_S, took / SHARE))
+    while searchable:
+        started = anyio.current_time()
+        for spec in searchable:
+            # One index may lack what another has: memory for its index, or a text search configuration.
+            if anyio.current_time() < failures[spec.name].until:
+                continue
+            try:
+                connection = await target.connection()
+                with speaking_of("target", where=f"index {spec.name}"):
+                    await work(connection, spec)
+                failures[spec.name] = _Failures()
+            except CdcsyncError as error:
+                failed(spec, error)
+                failures[spec.name].add(error)
+        await anyio.sleep(pause_s(anyio.current_time() - started))
 
 
 class _Failures:

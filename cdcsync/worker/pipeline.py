@@ -38,7 +38,7 @@ from cdcsync.flows.setup.exchange import do_what_was_asked
 from cdcsync.flows.setup.indexes import let_go, outdated, pause_indexes, set_up_indexes
 from cdcsync.flows.setup.start import refuse_early, set_up_publication, set_up_shared
 from cdcsync.flows.watch import Watch, send_heartbeats
-from cdcsync.flows.words import count_words_for_ever
+from cdcsync.flows.words import count_words_for_ever, enter_words_for_ever
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import Lag
 from cdcsync.model.pauses import Pause, Pauses
@@ -290,9 +290,8 @@ class Pipeline:
                     tasks.start_soon(self.compare_once_streaming)
                     tasks.start_soon(self.audit_once_streaming)
                     tasks.start_soon(self.evaluate_on_schedule)
-                    tasks.start_soon(
-                        count_words_for_ever, self.config.target.dsn, self.config.target.schema, self.specs
-                    )
+                    for words in (count_words_for_ever, enter_words_for_ever):
+                        tasks.start_soon(words, self.config.target.dsn, self.config.target.schema, self.specs)
                     tasks.start_soon(self.settle.run)
                     tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
                     tasks.start_soon(self.watch_once_streaming)

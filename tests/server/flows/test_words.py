@@ -12,7 +12,11 @@ import pytest
 import structlog
 
 import cdcsync.flows.words as module
-from cdcsync.flows.words import count_words_for_ever
+from cdcsync.flows.words import count_words_for_ever, enter_words_for_ever
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.building import build_search
+from cdcsync.target.tidying import enter_words
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, until
 from tests.support.servers import Database
 
@@ -92,3 +96,34 @@ async def test_an_index_without_keyword_search_has_no_words_to_count(target: Dat
     index = await open_index(search=None)
     with anyio.fail_after(60):
         await count_words_for_ever(target.dsn, SCHEMA, [index.spec])
+
+
+async def test_words_of_changed_chunks_are_entered_beside_an_index_that_cannot_be(
+    filled: LiveIndex, open_index: OpenIndex, target: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ENTER_EVERY_S", 0.01)
+    stuck = await open_index(name="stuck")
+    for one in (stuck, filled):
+        await build_search(one.connection, SCHEMA, one.spec)
+    entered = anyio.Event()
+
+    async def enter(connection: Connection, schema: str, spec: IndexSpec) -> None:
+        if spec.name == "stuck":
+            await connection.execute("SELECT 1 / 0")
+        await enter_words(connection, schema, spec)
+        entered.set()
+
+    monkeypatch.setattr(module, "enter_words", enter)
+    await filled.connection.execute("CREATE EXTENSION IF NOT EXISTS pgstattuple SCHEMA public")
+    await written(filled, 100, 20)
+    pending = "SELECT pending_tuples::int FROM public.pgstatginindex('cdcsync.articles_chunks_search'::regclass)"
+    assert await filled.rows(pending) == [(20,)]
+
+    with structlog.testing.capture_logs() as logged:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(enter_words_for_ever, target.dsn, SCHEMA, [stuck.spec, filled.spec])
+            await entered.wait()
+            tasks.cancel_scope.cancel()
+
+    assert await filled.rows(pending) == [(0,)]
+    assert {(one["event"], one["index"]) for one in logged} == {("words_not_entered", "stuck")}
