@@ -17,6 +17,7 @@ from psycopg import sql
 
 from cdcsync.errors import SetupError
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.marked import drop_all, drop_functions, marker, tables_of, views_on
 from cdcsync.target.embedders import forget_embedders
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import drop_search
@@ -71,29 +72,8 @@ async def pipelines_sharing(target: Connection, schema: str, slot: str, publicat
 
 async def relations_of(target: Connection, schema: str, indexes: Sequence[str]) -> Relations:
     """Return the tables of indexes, of all generations, and our views on them."""
-    tables = await _rows(target, _TABLES, [_marker(name) for name in indexes], schema)
-    views = await _rows(target, _VIEWS, [oid for oid, _ in tables])
-    return Relations(tuple(name for (name,) in views), tuple(name for _, name in tables))
-
-
-_TABLES: LiteralString = """
-    SELECT c.oid, format('%%I.%%I', n.nspname, c.relname)
-    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, unnest(%s::text[]) AS marker
-    WHERE n.nspname = %s AND c.relkind IN ('r', 'p') AND NOT c.relispartition
-        AND starts_with(obj_description(c.oid, 'pg_class'), marker)
-    ORDER BY 2
-"""
-"""Every table of an index says so in its comment: of all generations, whatever made it."""
-
-_VIEWS: LiteralString = """
-    SELECT DISTINCT format('%%I.%%I', n.nspname, c.relname)
-    FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class c ON c.oid = r.ev_class
-    JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = ANY(%s::oid[]) AND c.relkind = 'v'
-        AND obj_description(c.oid, 'pg_class') ~ '^cdcsync (index|chunks of index) '
-    ORDER BY 1
-"""
-"""Our views on those tables, under whatever name the configuration once gave them; not those of users."""
+    tables = await tables_of(target, schema, indexes)
+    return Relations(tuple(await views_on(target, list(tables))), tuple(tables.values()))
 
 
 @contextlib.contextmanager
@@ -117,10 +97,9 @@ async def drop_relations(target: Connection, schema: str, indexes: Sequence[str]
     """Drop indexes' search functions, views, tables and triggers' functions."""
     for index in indexes:
         await drop_search(target, schema, index)
-    await _drop(target, "VIEW", relations.views)
-    await _drop(target, "TABLE", relations.tables)
-    for index in indexes:
-        await _drop_functions(target, schema, _marker(index))
+    await drop_all(target, "VIEW", relations.views)
+    await drop_all(target, "TABLE", relations.tables)
+    await drop_functions(target, schema, *map(marker, indexes))
 
 
 async def drop_pipeline(target: Connection, schema: str, slot: str, belongings: Belongings) -> None:
@@ -136,8 +115,8 @@ async def drop_pipeline(target: Connection, schema: str, slot: str, belongings: 
 async def _drop_shared(target: Connection, schema: str) -> None:
     """Drop the tables and functions that say they are ours, and the schema where it is empty and could be made anew."""
     tables = await _rows(target, _SHARED_TABLES, schema, OURS)
-    await _drop(target, "TABLE", [name for (name,) in tables])
-    await _drop_functions(target, schema, OURS)
+    await drop_all(target, "TABLE", [name for (name,) in tables])
+    await drop_functions(target, schema, OURS)
     # One that an administrator made for a role that may not make schemas stays.
     ((empty,),) = await _rows(target, _SCHEMA_IS_SPARE, schema, schema)
     if empty:
@@ -148,10 +127,6 @@ _SHARED_TABLES: LiteralString = """
     SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = %s AND c.relkind = 'r' AND starts_with(obj_description(c.oid, 'pg_class'), %s)
 """
-_FUNCTIONS: LiteralString = """
-    SELECT p.oid::regprocedure::text FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-    WHERE n.nspname = %s AND starts_with(obj_description(p.oid, 'pg_proc'), %s)
-"""
 _SCHEMA_IS_SPARE: LiteralString = """
     SELECT has_database_privilege(current_database(), 'CREATE')
         AND EXISTS (SELECT FROM pg_namespace WHERE nspname = %s AND pg_has_role(nspowner, 'USAGE'))
@@ -159,24 +134,6 @@ _SCHEMA_IS_SPARE: LiteralString = """
             SELECT FROM pg_depend WHERE refclassid = 'pg_namespace'::regclass AND deptype = 'n'
                 AND refobjid = (SELECT oid FROM pg_namespace WHERE nspname = %s))
 """
-
-
-async def _drop_functions(target: Connection, schema: str, marker: str) -> None:
-    """Drop the functions that say whose they are; those of triggers need their tables dropped first."""
-    functions = await _rows(target, _FUNCTIONS, schema, marker)
-    await _drop(target, "FUNCTION", [name for (name,) in functions])
-
-
-async def _drop(target: Connection, kind: LiteralString, names: Sequence[str]) -> None:
-    """Drop all at once, so that references among them do not matter. The names come quoted from the server."""
-    if names:
-        listed = sql.SQL(", ").join(sql.SQL(name) for name in names)
-        await target.execute(sql.SQL("DROP " + kind + " {}").format(listed))
-
-
-def _marker(index: str) -> str:
-    """Return how the comments of an index's tables and functions begin."""
-    return f"cdcsync index {index}: "
 
 
 def _pipelines(schema: str) -> sql.Identifier:

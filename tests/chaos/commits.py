@@ -47,6 +47,7 @@ INSIDE = (
     "target/ddl/relations.py",
     "target/ddl/generations.py",
     "target/ddl/grants.py",
+    "target/ddl/marked.py",
     "target/ddl/shared.py",
     "target/ddl/tiers.py",
     "target/ddl/views.py",

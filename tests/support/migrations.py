@@ -6,9 +6,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import numpy as np
 
 from cdcsync.config.names import beside_name
+from cdcsync.postgres.sessions import connect
+from cdcsync.target.ddl.rebuilding import Rebuild
+from cdcsync.target.search import stored_spec
 from tests import ROOT
 from tests.support.configs import Section, configuration
 from tests.support.servers import Database
@@ -123,6 +127,38 @@ def of_model(pipeline: Pipeline, generation: int, model: Turned) -> None:
     ).fetchall()
     stored = np.array([json.loads(vector) for _, vector in rows], dtype=np.float32)
     assert np.allclose(stored, model.vectors([text for text, _ in rows]), atol=1e-5)
+
+
+def leave_rebuilds(pipeline: Pipeline, index: str = "articles") -> None:
+    """Leave of each set of vectors of an index what a kill leaves of a rebuild of its settled tier. No worker runs."""
+
+    async def record() -> None:
+        schema = pipeline.config.target.schema
+        async with await connect(pipeline.config.target.dsn, "target") as connection:
+            spec = await stored_spec(connection, schema, index, pipeline.config.index_named(index))
+            for one in spec.searchable:
+                await Rebuild(connection, schema, one).record()
+
+    anyio.run(record)
+
+
+def belongings(pipeline: Pipeline, stem: str) -> set[tuple[str, str]]:
+    """Return the relations, functions, types and triggers in our schema whose names begin with that of a stem."""
+    rows = pipeline.target.execute(
+        """
+        WITH named (kind, name, namespace) AS (
+            SELECT 'relation', relname::text, relnamespace FROM pg_class
+            UNION ALL SELECT 'function', proname::text, pronamespace FROM pg_proc
+            UNION ALL SELECT 'type', typname::text, typnamespace FROM pg_type
+            UNION ALL SELECT 'trigger of ' || relname, relname::text, relnamespace
+            FROM pg_trigger AS t JOIN pg_class AS c ON c.oid = t.tgrelid
+        )
+        SELECT kind, name FROM named
+        WHERE namespace = 'cdcsync'::regnamespace AND starts_with(ltrim(name, '_'), %s)
+        """,
+        [f"{stem}_"],
+    ).fetchall()
+    return set(rows)
 
 
 def refused(pipeline: Pipeline, action: str, *options: str, index: str = "articles") -> str:

@@ -9,6 +9,7 @@
     policies          row-level security for the tool server's role
     grants            grants and options, which outlive the relation
     views             how views are made and follow their index
+    marked            all that is one index's, found by comments
     chunks_view       the view of all chunks
     hits              the type of a search's rows
     search_function   the text of an index's search function

@@ -20,6 +20,7 @@ from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.chunks_view import put_chunks_view
 from cdcsync.target.ddl.grants import grants_of, set_again, settings_kept, succeed
+from cdcsync.target.ddl.marked import describe_again, drop_all, drop_functions, marker, tables_of
 from cdcsync.target.ddl.names import Names, words_name
 from cdcsync.target.ddl.policies import POLICY
 from cdcsync.target.ddl.rebuilding import Rebuild
@@ -129,7 +130,7 @@ async def exchange_relations(connection: Connection, schema: str, spec: IndexSpe
         await _switch(connection, schema, spec)
         await put_chunks_view(connection, schema, spec)
     for one, other in ((spec, before), (before, spec)):
-        await _describe(connection, schema, one.relations, other.name, one.name)
+        await describe_again(connection, schema, one.relations, other.name, one.name)
 
 
 async def drop_beside(connection: Connection, schema: str, spec: IndexSpec) -> None:
@@ -142,36 +143,16 @@ async def drop_beside(connection: Connection, schema: str, spec: IndexSpec) -> N
     # What searches are made of first, as for vectors.
     async with settings_kept(connection, schema, spec.name):
         await put_search(connection, schema, spec)
-    cursor = await connection.execute(
-        "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE n.nspname = %s AND c.relkind IN ('r', 'p') AND NOT c.relispartition"
-        " AND starts_with(obj_description(c.oid, 'pg_class'), %s) ORDER BY c.relname",
-        [schema, f"cdcsync index {beside_name(spec.name)}: "],
-    )
-    if tables := [sql.Identifier(*one) for one in await cursor.fetchall()]:
-        try:
-            await connection.execute(sql.SQL("DROP TABLE {}").format(sql.SQL(", ").join(tables)))
-        except psycopg.errors.DependentObjectsStillExist as error:
-            detail = " ".join((error.diag.message_detail or "").split())
-            raise SetupError(
-                "something of your own is built on its tables", where=f"index {spec.name}", hint=f"drop it: {detail}"
-            ) from error
-
-
-async def _describe(connection: Connection, schema: str, stem: str, before: str, after: str) -> None:
-    """Have the tables of an index say that they are of an index of another name, as their comments do."""
-    cursor = await connection.execute(
-        "SELECT c.relname, d.description FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " JOIN pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = c.oid AND d.objsubid = 0"
-        " WHERE n.nspname = %s AND c.relkind IN ('r', 'p') AND starts_with(c.relname::text, %s)"
-        " AND starts_with(d.description, %s)",
-        [schema, f"{stem}_", f"cdcsync index {before}: "],
-    )
-    for name, comment in await cursor.fetchall():
-        said = f"cdcsync index {after}: {comment.removeprefix(f'cdcsync index {before}: ')}"
-        await connection.execute(
-            sql.SQL("COMMENT ON TABLE {} IS {}").format(sql.Identifier(schema, name), sql.Literal(said))
-        )
+    beside = beside_name(spec.name)
+    tables = await tables_of(connection, schema, [beside])
+    try:
+        await drop_all(connection, "TABLE", list(tables.values()))
+    except psycopg.errors.DependentObjectsStillExist as error:
+        detail = " ".join((error.diag.message_detail or "").split())
+        raise SetupError(
+            "something of your own is built on its tables", where=f"index {spec.name}", hint=f"drop it: {detail}"
+        ) from error
+    await drop_functions(connection, schema, marker(beside))
 
 
 async def _guarded(connection: Connection, schema: str, spec: IndexSpec) -> bool:
