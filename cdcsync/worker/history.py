@@ -69,8 +69,30 @@ class _Totals(msgspec.Struct, frozen=True):
 
 
 class _Open(msgspec.Struct):
+    """An event that has not ended for certain."""
+
     event: Event
     seen: datetime
+    stored: bool
+    """Whether it is what the target says of an index, which does not flicker."""
+
+    @property
+    def lasted(self) -> bool:
+        """Whether it is worth remembering: a worker that connects again has a moment without a stream."""
+        return self.stored or self.seen - self.event.since >= BRIEF
+
+    @property
+    def ended(self) -> Event:
+        """The event, as it ended when it was seen for the last time."""
+        return msgspec.structs.replace(self.event, until=self.seen)
+
+    def shown(self, at: datetime) -> Event | None:
+        """Return the event as a reading of this time shows it; None if it does not."""
+        if self.seen >= at:
+            return self.event
+        if self.stored:
+            return self.ended
+        return self.event if self.lasted else None
 
 
 class Memory:
@@ -98,8 +120,8 @@ class Memory:
         """
         self._note_point(status)
         self._note_events(status, reasons)
-        open_ = [one.event for one in self._open.values()]
-        events = sorted([*open_, *self._ended], key=lambda event: event.since, reverse=True)[:EVENTS]
+        open_ = [one.shown(status.read_at) for one in self._open.values()]
+        events = sorted([*filter(None, open_), *self._ended], key=lambda event: event.since, reverse=True)[:EVENTS]
         indexes = {
             name: msgspec.structs.replace(
                 index,
@@ -142,10 +164,11 @@ class Memory:
 
     def _note_events(self, status: Status, reasons: Iterable[str]) -> None:
         at = status.read_at
-        for key, event in _matters(status, reasons):
+        stored = [one for name, index in status.indexes.items() for one in _of_index(name, index, at)]
+        for key, event in [*stored, *_problems(status, reasons)]:
             known = self._open.get(key)
             if known is None:
-                self._open[key] = _Open(event, at)
+                self._open[key] = _Open(event, at, (key, event) in stored)
             else:
                 # The words may hold figures that change.
                 known.event = msgspec.structs.replace(event, since=known.event.since)
@@ -153,19 +176,16 @@ class Memory:
         for key, one in list(self._open.items()):
             if at - one.seen > GONE_AFTER:
                 del self._open[key]
-                # A worker that connects again has a moment without a stream, which the log tells.
-                if one.event.tone != "bad" or one.seen - one.event.since >= BRIEF:
-                    self._ended.append(msgspec.structs.replace(one.event, until=one.seen))
+                if one.lasted:
+                    self._ended.append(one.ended)
         for name, index in status.indexes.items():
             if index.differed_at is not None and self._differed.get(name) != index.differed_at:
                 self._differed[name] = index.differed_at
                 self.happened("the audit found differences and read them again", index.differed_at, "warn", name)
 
 
-def _matters(status: Status, reasons: Iterable[str]) -> Iterable[tuple[str, Event]]:
-    """Yield the current events, each with a key that stays the same while it lasts."""
-    for name, index in status.indexes.items():
-        yield from _of_index(name, index, status.read_at)
+def _problems(status: Status, reasons: Iterable[str]) -> Iterable[tuple[str, Event]]:
+    """Yield the current problems, each with a key that stays the same while it lasts."""
     paused = {name for name, index in status.indexes.items() if index.state == "paused"}
     told = [*reasons, *status.problems]
     for text in dict.fromkeys(told):
@@ -183,6 +203,7 @@ _KINDS: Mapping[str, str] = {
 
 
 def _of_index(name: str, index: IndexStatus, at: datetime) -> Iterable[tuple[str, Event]]:
+    """Yield what an index goes through, likewise."""
     if index.state == "paused":
         yield f"paused {name}", Event(f"paused: {index.reason}", "bad", index.since or at, index=name)
     elif index.state == "building" and index.backfill is None:

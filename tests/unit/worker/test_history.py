@@ -118,6 +118,22 @@ def test_loads_are_events(index: IndexStatus, words: str) -> None:
     assert told(memory.noted(reading(20), [])) == [(words, 0, 10)]
 
 
+def test_a_load_that_a_reading_does_not_show_has_ended_and_may_go_on_after_all() -> None:
+    memory = Memory(Metrics())
+    loading = msgspec.structs.replace(LIVE, state="building")
+    memory.noted(reading(0, loading), [])
+    assert told(memory.noted(reading(2), [])) == [("first load: the last vectors", 0, 0)]
+    assert told(memory.noted(reading(4, loading), [])) == [("first load: the last vectors", 0, None)]
+
+
+def test_a_problem_of_a_moment_is_not_shown_once_it_is_gone() -> None:
+    memory = Memory(Metrics())
+    assert told(memory.noted(reading(0), ["x is wrong"])) == [("x is wrong", 0, None)]
+    assert told(memory.noted(reading(1), [])) == []
+    memory.noted(reading(2), ["x is wrong"])
+    assert told(memory.noted(reading(3), [])) == [("x is wrong", 0, None)]
+
+
 def test_what_the_audit_found_is_told_once() -> None:
     memory = Memory(Metrics())
     differed = msgspec.structs.replace(LIVE, differed_at=NOW)
