@@ -21,6 +21,7 @@ from cdcsync.errors import SetupError, UsageError
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.tables import key_faults, kind_faults, no_such_table
 from cdcsync.source.columns import Column
+from cdcsync.source.publications import GENERATED_COLUMNS_VERSION
 from cdcsync.source.relations import Table, read_table
 from cdcsync.target.ddl.relations import RESERVED
 
@@ -59,6 +60,7 @@ class Look(msgspec.Struct, frozen=True):
     :ivar filtered: columns that begin one of the table's indexes: those that its queries filter by.
     :ivar identity_index: a unique index on columns that are never NULL, where the table has no usable primary key.
     :ivar sampled: by column, if the role may read them.
+    :ivar sends_stored: whether the server can send stored generated columns, and not only plain ones.
     """
 
     table: Table
@@ -66,6 +68,11 @@ class Look(msgspec.Struct, frozen=True):
     identity_index: str | None
     identity_columns: tuple[str, ...]
     sampled: dict[str, Sampled]
+    sends_stored: bool = True
+
+    def sent(self, column: Column) -> bool:
+        """Say whether a publication can send a column; a virtual one is never sent."""
+        return not column.generated or (column.generated == "s" and self.sends_stored)
 
 
 class Proposal(msgspec.Struct, frozen=True):
@@ -114,6 +121,7 @@ async def look(connection: Connection, name: QualifiedName) -> Look:
         identity_index=needed[0] if needed else None,
         identity_columns=tuple(column for column in needed[1] if column) if needed else (),
         sampled=await _sample(connection, table),
+        sends_stored=connection.info.server_version >= GENERATED_COLUMNS_VERSION,
     )
 
 
@@ -190,7 +198,7 @@ def _is_prose(column: Column, seen: Look) -> bool:
     """Say whether a column holds text that people would search."""
     if not _is_text(column) or _PRIVATE.search(column.name) or not _TEMPLATE_NAME.fullmatch(column.name):
         return False
-    if not column.readable or column.generated == "v":  # a virtual column is never sent
+    if not column.readable or not seen.sent(column):
         return False
     if column.name.lower() in (*_TITLES, *_BODIES):
         return True
@@ -200,7 +208,7 @@ def _is_prose(column: Column, seen: Look) -> bool:
 
 def _is_filter(column: Column, seen: Look) -> bool:
     """Say whether searches might filter by a column: a plain value, and no text of its own for each row."""
-    if _PRIVATE.search(column.name) or not column.readable or column.generated == "v":
+    if _PRIVATE.search(column.name) or not column.readable or not seen.sent(column):
         return False
     if not _PLAIN_TYPES.match(column.type):
         return False

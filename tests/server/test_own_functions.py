@@ -175,6 +175,8 @@ def test_a_row_that_a_function_fails_for_is_left_out_and_named_and_comes_back_wi
 GATHERING = """
 def document(row):
     authors = [f"{one['author']}: {one['body']}" for one in row["remarks"]]
+    if any(one["author"] == "nobody" for one in row["remarks"]):
+        raise ValueError("a remark has no author")
     return f"{row['title']} by {row['owner.name']} ({len(authors)}) {authors}"
 
 document.version = 1
@@ -220,6 +222,16 @@ def test_a_function_gets_the_rows_of_related_tables_as_lists(
     pipeline.reach("notes")
 
     assert contents() == ["""one by Ada (1) ['Bea "B": 2.50']""", "two by None (1) ['None: 1.0']"]
+
+    pipeline.source.execute("UPDATE remarks SET author = 'nobody' WHERE id = 1")
+    pipeline.reach("notes")
+    assert contents() == ["two by None (1) ['None: 1.0']"]
+    (failure,) = pipeline.answer("failures", "notes", "list", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (failure["key"], failure["kind"]) == ({"id": "1"}, "document")
+    pipeline.source.execute("UPDATE remarks SET author = 'Bea' WHERE id = 1")
+    pipeline.reach("notes")
+    assert contents() == ["one by Ada (1) ['Bea: 2.50']", "two by None (1) ['None: 1.0']"]
+    assert pipeline.answer("failures", "notes", "list", PYTHONPATH=f"{tmp_path}:{ROOT}") == []
 
 
 def test_a_function_that_is_not_there_is_a_wrong_configuration(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from psycopg import conninfo, sql
 
@@ -105,6 +106,7 @@ def test_the_key_of_a_table_without_a_primary_key_is_a_unique_index(database: Da
     [
         (["--table", "nosuch"], "there is no table public.nosuch"),
         (["--table", "a view"], "expected a name"),
+        (["--table", "shown"], "public.shown is a view"),
         (["--table", "heap"], "has no usable primary key"),
         (["--table", "numbers"], "no column of public.numbers looks like text"),
         (["--table", "numbers", "--text", "{nosuch}"], "has no column nosuch"),
@@ -116,7 +118,10 @@ def test_the_key_of_a_table_without_a_primary_key_is_a_unique_index(database: Da
 def test_what_cannot_be_indexed_is_refused_and_nothing_is_written(
     arguments: list[str], said: str, database: Database, tmp_path: Path
 ) -> None:
-    database.execute("CREATE TABLE heap (body text); CREATE TABLE numbers (id int PRIMARY KEY, n int, m int)")
+    database.execute(
+        "CREATE TABLE heap (body text); CREATE TABLE numbers (id int PRIMARY KEY, n int, m int);"
+        " CREATE VIEW shown AS SELECT * FROM numbers"
+    )
     done = cdcsync(tmp_path, "init", database.dsn, *arguments, "--embedder", "hash")
     assert done.returncode == 2
     assert said in done.stderr
@@ -195,6 +200,28 @@ def test_check_accepts_what_is_proposed_for_an_awkward_table(
         administrator.execute(done.stdout.encode())
     checked = cdcsync(tmp_path, "check")
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_stored_generated_columns_are_proposed_if_the_server_can_send_them(source_dsn: str, tmp_path: Path) -> None:
+    schema = f"init_{secrets.token_hex(6)}"
+    user = str(conninfo.conninfo_to_dict(source_dsn)["user"])
+    with psycopg.connect(source_dsn, autocommit=True) as source:
+        source.execute(
+            f"CREATE SCHEMA {schema}; CREATE TABLE {schema}.t (id int PRIMARY KEY, body text,"
+            " summary text GENERATED ALWAYS AS (substr(body, 1, 80)) STORED,"
+            " size int GENERATED ALWAYS AS (length(body)) STORED)"
+        )
+        try:
+            done = cdcsync(tmp_path, "init", source_dsn, "--table", f"{schema}.t", "--embedder", "hash", "--role", user)
+            assert done.returncode == 0, done.stderr
+            index = written(tmp_path)["indexes"]["t"]
+            sends = source.info.server_version >= 180_000
+            expected = ("{summary}\n\n{body}", ["size"]) if sends else ("{body}", [])
+            assert (index["text"], index["columns"]) == expected
+            # Its target may lack pgvector; nothing is wrong with the columns.
+            assert "generated" not in cdcsync(tmp_path, "check").stdout
+        finally:
+            source.execute(f"DROP SCHEMA {schema} CASCADE")
 
 
 def test_a_virtual_column_is_not_proposed(database: Database, tmp_path: Path) -> None:

@@ -285,6 +285,26 @@ def test_a_replay_and_its_dry_run_read_related_rows(tickets: Scene) -> None:
     settled(tickets)
 
 
+def test_a_plan_counts_the_documents_that_another_text_of_a_related_table_changes(tickets: Scene) -> None:
+    path = tickets.pipeline.path
+    before = path.read_text()
+    path.write_text(before.replace('text = "<{author.name}> {body}"', 'text = "{author.name}: {body}"'))
+    try:
+        planned = tickets.command("plan", "--json")
+    finally:
+        path.write_text(before)
+
+    found = {one["index"]: one for one in json.loads(planned.stdout)["indexes"]}
+    changed, roots = (
+        tickets.source.execute(f"SELECT count(*) FROM tickets_expected WHERE comments <> '' AND ({condition})")[0][0]
+        for condition in ("true", "parent_id IS NULL AND id <> 3")
+    )
+    assert changed > roots > 0
+    for index, count in (("tickets", changed), ("roots", roots)):
+        assert found[index]["embedding"]["documents"] == count, planned.stdout
+    assert found["comments"]["action"] == "unchanged"
+
+
 @pytest.mark.parametrize(
     ("wrong", "right", "keys"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from cdcsync.config import QualifiedName
@@ -61,6 +62,23 @@ def test_labels_codes_numbers_and_secrets_are_no_text_to_search(
 ) -> None:
     seen = look({"title": "text", column: type_}, sampled={} if sampled is None else {column: sampled})
     assert propose(seen).text == "{title}"
+
+
+@pytest.mark.parametrize(
+    ("generated", "sends_stored", "proposed"),
+    [("s", True, True), ("s", False, False), ("v", True, False), ("v", False, False)],
+)
+def test_generated_columns_are_proposed_if_the_server_can_send_them(
+    generated: str, sends_stored: bool, proposed: bool
+) -> None:
+    seen = look({"body": "text", "summary": "text", "size": "integer"}, sends_stored=sends_stored)
+    columns = {
+        name: msgspec.structs.replace(column, generated=generated if name in ("summary", "size") else "")
+        for name, column in seen.table.columns.items()
+    }
+    table = msgspec.structs.replace(seen.table, columns=columns)
+    proposal = propose(msgspec.structs.replace(seen, table=table))
+    assert (proposal.text, proposal.columns) == (("{summary}\n\n{body}", ("size",)) if proposed else ("{body}", ()))
 
 
 def test_plain_values_and_labels_are_carried_and_those_that_queries_filter_by_indexed() -> None:
