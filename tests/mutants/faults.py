@@ -212,6 +212,15 @@ MUTANTS = (
         " again dropped]",
     ),
     Mutant(
+        "what others made meanwhile is not looked for again",
+        "flows/embed/dispatcher.py",
+        "                yield Made(recent, {})\n                continue  #",
+        "                yield Made(recent, {})\n                #",
+        "tests",
+        "tests/unit/flows/embed/test_dispatcher.py"
+        "::test_a_text_that_another_call_makes_while_its_caller_stores_others_is_not_asked_for_again",
+    ),
+    Mutant(
         "rows that are gone stay after a gap",
         "flows/backfill/pages.py",
         "return Page(snapshot, [(key, None) for key in absent],",

@@ -213,6 +213,7 @@ class Dispatcher:
                 self.avoided("under_way", len(recent.keys() & waited))
                 missing = {one: text for one, text in missing.items() if one not in recent}
                 yield Made(recent, {})
+                continue  # what others were calling for may have been made while the caller dealt with these
             others = {one: self._under_way[one] for one in missing if one in self._under_way}
             waited.update(others)
             ours = {one: text for one, text in missing.items() if one not in others}

