@@ -9,8 +9,8 @@ Reading the stored hashes outside the apply transaction is safe because the lock
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import assert_never
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TypeVar, assert_never
 
 import anyio
 import anyio.lowlevel
@@ -36,6 +36,8 @@ from cdcsync.source.reads import Page
 from cdcsync.source.tables import SourceTable
 from cdcsync.target.look_ups import LookUps
 
+T = TypeVar("T")
+
 THREAD_CHARACTERS = 20_000
 """More text than this is chunked in a thread: below it, the hand-over costs more than the splitting."""
 
@@ -44,8 +46,8 @@ ONE_TEXT = frozenset({"smallint", "integer", "bigint", "oid", "uuid", "boolean",
 
 VARCHAR = "character varying"
 
-TURN_ROWS = 500
-"""Rows rendered before other tasks get a turn: a millisecond or two."""
+TURN_ROWS = 200
+"""Rows handled before other tasks get a turn: half a millisecond, which the target may wait for the next statement."""
 
 READ_AT_FIRST = 16
 """Rows with related ones that are read in the first query, while nobody knows how large they are."""
@@ -68,6 +70,14 @@ class _Rendered(msgspec.Struct, frozen=True, gc=False):
     lane: int
     document: Rendering
     hash: bytes
+
+
+async def _in_turns(rows: Sequence[T]) -> AsyncIterator[Sequence[T]]:
+    """Yield rows by portions, with a turn for other tasks between two of them."""
+    for start in range(0, len(rows), TURN_ROWS):
+        if start:
+            await anyio.lowlevel.checkpoint()
+        yield rows[start : start + TURN_ROWS]
 
 
 class Preparer:
@@ -134,11 +144,12 @@ class Preparer:
             stored = {key: one for key, one in stored.items() if key[0] not in changes.cleared}
         kept = []
         changed = []
-        for one in rendered:
-            if stored.get(one.change.key) == one.hash and not changes.rewrite:
-                kept.append(Kept(one.change.key, self._carried(one.change), one.change.lsn))
-            else:
-                changed.append(one)
+        async for part in _in_turns(rendered):
+            for one in part:
+                if stored.get(one.change.key) == one.hash and not changes.rewrite:
+                    kept.append(Kept(one.change.key, self._carried(one.change), one.change.lsn))
+                else:
+                    changed.append(one)
         split = iter(await self._split([one for one in changed if not isinstance(one.change, Prepared)], failed))
         chunks = [one.change.chunks if isinstance(one.change, Prepared) else next(split) for one in changed]
         documents = [
@@ -151,7 +162,8 @@ class Preparer:
                 one.lane,
                 one.change.key in stored,
             )
-            for one, cut in zip(changed, chunks, strict=True)
+            async for part in _in_turns(list(zip(changed, chunks, strict=True)))
+            for one, cut in part
         ]
         self._dispatcher.tracing.follow((one.commit_lsn, chunk.hash) for one in documents for chunk in one.chunks)
         vectors = await self._vectors_in_time(documents, look_ups)
@@ -308,12 +320,7 @@ class Preparer:
 
         if self._spec.documents.by_code:
             return await anyio.to_thread.run_sync(some, upserts)
-        rendered = []
-        for start in range(0, len(upserts), TURN_ROWS):
-            rendered += some(upserts[start : start + TURN_ROWS])
-            if start:
-                await anyio.lowlevel.checkpoint()
-        return rendered
+        return [one async for part in _in_turns(upserts) for one in some(part)]
 
     async def _split(self, rendered: Sequence[_Rendered], failed: dict[Key, DocumentError]) -> list[list[Chunk]]:
         """Cut documents; one that fails has no chunks, and is noted in `failed`."""

@@ -52,9 +52,9 @@ from cdcsync.tracing import PREFIX, Tracing
 PROMPT_STATUS_S = 1.0
 """A moved checkpoint is reported within this time, so that the source can recycle WAL."""
 
-TURN_MESSAGES = 200
-"""Messages handled before other tasks get a turn: a millisecond or two, which the server may wait for the next
-statement of a batch."""
+TURN_MESSAGES = 50
+"""Messages handled before other tasks get a turn: half a millisecond, which the target may wait for the next statement
+of a batch. A turn costs some microseconds, a message five."""
 
 
 class Passed(msgspec.Struct, frozen=True):
