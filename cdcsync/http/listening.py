@@ -12,6 +12,7 @@ import functools
 import importlib
 import logging
 import socket
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, Literal
 
@@ -25,6 +26,12 @@ from cdcsync.errors import SetupError
 STOP_TIMEOUT_S = 1
 """How long answers that are being given may take when the program stops."""
 
+MOST_HEAD = 65_536
+"""Bytes of a request besides its body: its line, headers and trailers. As much as h11 takes."""
+
+MOST_PIPELINED = 32
+"""Requests that a client may send ahead of their answers: each costs some kilobytes, and hardly any client does it."""
+
 ACCEPTED_AT_ONCE = 8
 """Connections that the event loop accepts in one turn; between turns it continues with calls in progress."""
 
@@ -34,7 +41,8 @@ class Bounds(msgspec.Struct, frozen=True):
 
     :ivar connections: connections at a time; further ones are closed at once.
     :ivar request_s: how long a connection may take for a request, from its first byte to the last of the answer, and
-        for its first request.
+        for its first request. Of requests that were sent ahead, each one's time begins with the last answer's end. Then
+        the client has this time once more to take what it was sent.
     """
 
     connections: int
@@ -100,16 +108,20 @@ async def serve(
 def _bounded(parser: Parser) -> type[Any]:
     """Return uvicorn's protocol with bounds."""
     protocol = getattr(importlib.import_module(f"uvicorn.protocols.http.{parser}_impl"), _PROTOCOLS[parser])
-    return type("Bounded", (_Bounded, protocol), {})
+    bases = (_Bounded, protocol) if parser == "h11" else (_BoundedHeads, _Bounded, protocol)
+    return type("Bounded", bases, {})
 
 
 class _Bounded(asyncio.Protocol):
     """A connection that ends when it is one too many, or takes too long: someone may hold it open for nothing."""
 
     connections: set[Any]
+    cycle: Any
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
     _deadline: asyncio.TimerHandle | None = None
+    _answered = False
+    """Nothing is to be done before the deadline but that the client takes the rest of an answer."""
 
     def __init__(self, *arguments: Any, bounds: Bounds, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -125,27 +137,89 @@ class _Bounded(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take a part of a request."""
-        if self._deadline is None:
+        if self._deadline is None or self._answered:
             self._begin()
         super().data_received(data)
 
     def on_response_complete(self) -> None:
-        """Wait for the next request; how long, the server knows."""
+        """Begin with the next request if it is here already; otherwise the server knows how long to wait for it."""
         self._end()
         super().on_response_complete()  # type: ignore[misc]
+        if not self.cycle.response_complete:
+            self._begin()
+        elif self.transport.get_write_buffer_size():  # closing the connection would wait for that without an end
+            self._begin(answered=True)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._end()
         super().connection_lost(exc)
 
-    def _begin(self) -> None:
-        self._deadline = self.loop.call_later(self._bounds.request_s, self.transport.abort)
+    def _begin(self, *, answered: bool = False) -> None:
+        self._end()
+        self._answered = answered
+        self._deadline = self.loop.call_later(self._bounds.request_s, self._late)
 
     def _end(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _late(self) -> None:
+        self._deadline = None
+        if not self._answered or self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+
+class _BoundedHeads(asyncio.Protocol):
+    """A connection that ends when a request has too many bytes besides its body, or too many are sent ahead.
+
+    httptools keeps a header until it has all of it, however long it is. h11 has a bound of its own, and reads one
+    request after the other.
+    """
+
+    cycle: Any
+    pipeline: deque[Any]
+    transport: asyncio.Transport
+    _head = 0
+    """Bytes of the request that is being read, without its body and without those that came along with the last."""
+
+    def data_received(self, data: bytes) -> None:
+        """Take a part of a request."""
+        self._head += len(data)
+        super().data_received(data)
+        if self._head <= MOST_HEAD:
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.write(_TOO_LARGE)
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        """Begin with a request."""
+        self._head = 0
+        super().on_message_begin()  # type: ignore[misc]
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a body, which others bound."""
+        self._head -= len(body)
+        super().on_body(body)  # type: ignore[misc]
+
+    def on_message_complete(self) -> None:
+        """End a request."""
+        self._head = 0
+        super().on_message_complete()  # type: ignore[misc]
+
+    def on_headers_complete(self) -> None:
+        """Answer a request, or put it behind those before it."""
+        super().on_headers_complete()  # type: ignore[misc]
+        if len(self.pipeline) > MOST_PIPELINED:
+            self.transport.abort()
+            raise BufferError("too many requests are sent ahead")  # so that the parser reads no further
+
+
+_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 class _Server(uvicorn.Server):

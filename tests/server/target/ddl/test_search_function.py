@@ -140,6 +140,31 @@ async def test_documents_are_found_past_the_many_chunks_of_one(articles: LiveInd
     assert await find(articles.connection, "zebra", mode="text", k=2) == ["1", "2"]
 
 
+@pytest.mark.parametrize("mode", ["vector", "hybrid"])
+async def test_documents_are_found_past_rows_that_a_filter_excludes_though_hnsw_gives_up_among_them(
+    articles: LiveIndex, mode: str
+) -> None:
+    connection = articles.connection
+    texts = [[f"chunk {n}" for n in range(60)], *(f"other {n}" for n in range(400)), *(f"far {n}" for n in range(30))]
+    await filled(articles, texts, [("1",), *[("2",)] * 400, *[("1",)] * 30])
+    while await articles.embed(1_000):
+        pass
+    # One document is nearest by all of its chunks, then come rows of another tenant, and then the others of its own.
+    await connection.execute(
+        "UPDATE cdcsync.articles_vectors_1 AS v SET embedding = ('[1,0,' || 0.001 * c.id || ']')::public.vector"
+        " FROM cdcsync.articles_chunks AS c WHERE c.chunk_id = v.chunk_id"
+    )
+    settling = Settling(connection, SCHEMA, articles.spec)
+    await settling.settle(await settling.rested(1_000, rest_s=0))
+    await build_hnsw(connection, SCHEMA, articles.spec)
+    # In a large index the planner takes this plan by itself, and HNSW gives up after 20,000 vectors.
+    await connection.execute("SET hnsw.max_scan_tuples = 100")
+    for way in ("seqscan", "bitmapscan", "hashjoin", "mergejoin", "sort"):
+        await connection.execute(f"SET enable_{way} = off".encode())
+    ask = partial(find, connection, "nothing", embedding="[1,0,0]", mode=mode, k=10)
+    assert await ask(filter={"tenant": 1}) == ["1", *(str(n) for n in range(402, 411))]
+
+
 @pytest.mark.parametrize("mode", ["text", "vector", "hybrid"])
 async def test_pages_continue_each_other_though_all_hits_are_equal(articles: LiveIndex, mode: str) -> None:
     await filled(articles, ["the same page"] * 45)
