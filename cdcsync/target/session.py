@@ -18,6 +18,7 @@ from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import Part
 from cdcsync.postgres.sessions import REFUSALS, Connection, Session, speaking_of
+from cdcsync.postgres.temporary import TemporaryTables
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.apply import IndexWriter
 from cdcsync.target.failures.documents import FailedDocuments, close_list
@@ -40,6 +41,7 @@ class ApplySession(LockedSession):
         self._rebuilds = Rebuilds(schema)
         self._queue = Queue(schema)
         self._writers: dict[str, IndexWriter] = {}
+        self._stages: TemporaryTables | None = None
         self._beside = Session(dsn, "target", application_name=f"cdcsync look-up {slot}")
         """Looks up for the next batch while this one is written."""
         self._look_ups: tuple[Connection | None, dict[str, LookUps]] = None, {}
@@ -58,6 +60,7 @@ class ApplySession(LockedSession):
                 await self.aclose()  # half of them open is worse than none
                 raise
             self._writers = writers
+            self._stages = TemporaryTables(self.connection)
             self._failed = {
                 spec.name: FailedDocuments(self.connection, self._schema, spec.name, len(spec.shape.key))
                 for spec in specs
@@ -191,6 +194,8 @@ class ApplySession(LockedSession):
             raise TargetUnavailable("the apply connection is not usable", where="target", hint="it is opened again")
         applied = {}
         with speaking_of("target"):
+            if self._stages is not None:
+                await self._stages.freeze()
             async with self._chain():
                 for index, change_set in changes.items():
                     with speaking_of("target", where=f"index {index}", index=index):

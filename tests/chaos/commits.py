@@ -80,6 +80,7 @@ EXEMPT = {
     ("source/marks.py", "emit_mark"): "its caller has the point",
     ("source/reads.py", "reading"): "reads only",
     ("postgres/sessions.py", "connect"): "settings of the session",
+    ("postgres/temporary.py", "freeze"): "tables that end with the session",
     ("target/session.py", "_takes"): "always rolled back",
     ("target/backlog.py", "take_over"): "its transaction, with the points, is that of `_storing`",
 }

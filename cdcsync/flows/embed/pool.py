@@ -14,7 +14,8 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.postgres.temporary import TemporaryTables
 from cdcsync.target.backlog import Backlog
 
 PER_INDEX = 2
@@ -31,9 +32,12 @@ class _Session:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self._stages = TemporaryTables(connection)
         self._backlogs: dict[tuple[str, int], Backlog] = {}
 
     async def backlog(self, schema: str, spec: IndexSpec, siblings: Sequence[IndexSpec]) -> Backlog:
+        with speaking_of("target"):
+            await self._stages.freeze()
         one = spec.name, spec.generation
         if one not in self._backlogs:
             backlog = Backlog(self.connection, schema, spec, siblings)
@@ -76,7 +80,8 @@ class Pool:
     @asynccontextmanager
     async def _lent(self) -> AsyncIterator[_Session]:
         async with self._free:
-            session = self._idle.pop() if self._idle else await self._open()
+            # Each in its turn, so that none is left alone with its stages.
+            session = self._idle.pop(0) if self._idle else await self._open()
             try:
                 yield session
             finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import psycopg
@@ -16,16 +16,16 @@ from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetRewound, 
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.pauses import Pause
+from cdcsync.postgres import temporary
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.apply import IndexWriter
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.requests.submission import Requests
+from tests.support.ages import held_back, use_transactions
 from tests.support.indexes import SCHEMA, changes, document, make_spec, until, until_blocked, vector_text
+from tests.support.servers import Database
 from tests.support.sessions import SPECS, Pipeline, apply
-
-if TYPE_CHECKING:
-    pass
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -47,6 +47,18 @@ async def test_a_successor_ends_the_first_ones_writing_and_nothing_of_it_stays(l
     with pytest.raises(LeaseLost):
         await apply(first, Lsn(40))
     assert await locked.checkpoint() == 30
+
+
+async def test_its_stages_hold_no_transaction_ids_back(
+    locked: Pipeline, target: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await locked.open()
+    await apply(session, Lsn(10), articles=changes(document("1", "a")))
+    use_transactions(target)
+    assert held_back(target)
+    monkeypatch.setattr(temporary, "FREEZE_EVERY_S", 0.0)
+    await apply(session, Lsn(20))
+    assert held_back(target) == {}
 
 
 async def test_a_writer_that_waits_behind_its_successor_writes_nothing(

@@ -11,7 +11,9 @@ import pytest
 
 from cdcsync.flows.embed import Pool
 from cdcsync.flows.embed.pool import MOST, PER_INDEX
+from cdcsync.postgres import temporary
 from cdcsync.postgres.sessions import passing
+from tests.support.ages import held_back, use_transactions
 from tests.support.expiries import EXPIRIES, expire
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document
 from tests.support.servers import Database
@@ -57,6 +59,27 @@ async def test_none_is_open_before_it_is_needed_or_after_the_end(index: LiveInde
     assert opened(target) == 1
     await pool.aclose()
     assert await _all_closed(target)
+
+
+async def test_their_stages_hold_no_transaction_ids_back_not_even_of_those_that_few_need(
+    index: LiveIndex, target: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Pool(target.dsn, SCHEMA, 2)
+    try:
+        async with AsyncExitStack() as stack:
+            for _ in range(3):
+                await stack.enter_async_context(pool.backlog(index.spec))
+        use_transactions(target)
+        old = held_back(target)
+        monkeypatch.setattr(temporary, "FREEZE_EVERY_S", 0.0)
+        for _ in range(3):
+            async with pool.backlog(index.spec):
+                pass
+        left = held_back(target)
+        # The index' own session has stages of its own.
+        assert len([table for table in old if "made" in table]) >= len([table for table in left if "made" in table]) + 3
+    finally:
+        await pool.aclose()
 
 
 async def test_when_one_breaks_the_idle_ones_are_closed_too_and_others_opened(
