@@ -199,6 +199,12 @@ def server_faults(server: Server) -> Iterator[Finding]:
             f"ALTER DATABASE {quote(server.database)} RESET default_transaction_read_only,"
             f" or the same for the role {quote(server.role)}",
         )
+    if server.replica_role:
+        yield Finding.error(
+            "target",
+            "session_replication_role is replica here, so foreign keys and triggers of our tables would not act",
+            f"ALTER ROLE {quote(server.role)} RESET session_replication_role, or the same for the database",
+        )
     if not server.may_use_temporary:
         yield Finding.error(
             "target",

@@ -53,6 +53,8 @@ class Server(msgspec.Struct, frozen=True):
     started: str = ""
     may_use_temporary: bool = True
     read_only: bool = False
+    replica_role: bool = False
+    """Whether sessions act as those that apply another server's changes: no trigger and no foreign key acts then."""
 
     @property
     def version_text(self) -> str:
@@ -212,7 +214,8 @@ async def read_server(connection: Connection) -> Server:
                    OR EXISTS (SELECT FROM pg_roles WHERE rolname = ANY(%s) AND pg_has_role(oid, 'USAGE')),
                has_database_privilege(current_database(), 'CREATE'),
                current_setting('server_encoding'), pg_postmaster_start_time()::text,
-               has_database_privilege(current_database(), 'TEMPORARY'), current_setting('transaction_read_only')::bool
+               has_database_privilege(current_database(), 'TEMPORARY'), current_setting('transaction_read_only')::bool,
+               current_setting('session_replication_role') = 'replica'
         """,
         [list(REPLICATION_ROLES)],
     )

@@ -115,10 +115,19 @@ async def test_a_foreign_relation_where_ours_belong_is_never_touched(database: D
     assert f"cdcsync.{name}" in error.message
 
 
-async def test_a_read_only_target_is_refused(make_database: Callable[[], Database]) -> None:
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("default_transaction_read_only = on", "transactions are read-only"),
+        ("session_replication_role = replica", "triggers of our tables would not act"),
+    ],
+)
+async def test_a_target_whose_sessions_cannot_do_their_work_is_refused(
+    make_database: Callable[[], Database], setting: str, told: str
+) -> None:
     source, target = make_database(), make_database()
     source.execute(ARTICLES)
-    target.execute(f"ALTER DATABASE {target.name} SET default_transaction_read_only = on")
+    target.execute(f"ALTER DATABASE {target.name} SET {setting}")
     config = configured(source.dsn, target.dsn)
     error = the_error(await examined(config))
-    assert "transactions are read-only" in error.message
+    assert told in error.message
