@@ -72,22 +72,7 @@ class Registry:
 
         What its stored chunks and vectors depend on stays as it is: another key, model or distance is another index.
         """
-        facts: dict[str, object] = {
-            "slot": slot,
-            "source_table": str(spec.shape.table),
-            "table_oid": spec.table_oid,
-            "view_name": str(spec.config.view_name),
-            "key": list(spec.shape.key),
-            "columns": list(spec.shape.carried),
-            "fingerprint": spec.fingerprint,
-            "generation": spec.generation,
-            "model": spec.model,
-            "dimensions": spec.dimensions,
-            "vector_type": spec.config.vector_type,
-            "distance": spec.distance,
-            "configuration": Jsonb(as_stored(spec.config)),
-            "left_out": Jsonb(spec.left_out),
-        }
+        facts = {"slot": slot, **_facts_of(spec)}
         followed = ("left_out", "slot", "view_name", "columns", "fingerprint", "table_oid", "configuration")
         await connection.execute(
             sql.SQL(
@@ -102,7 +87,7 @@ class Registry:
                     sql.SQL("{0} = coalesce(excluded.{0}, i.{0})").format(sql.Identifier(column)) for column in followed
                 ),
             ),
-            [spec.name, *facts.values()],
+            [spec.name, *(Jsonb(one) if isinstance(one, dict) else one for one in facts.values())],
         )
 
     async def pause(self, connection: Connection, index: str, pause: Pause) -> None:
@@ -299,3 +284,27 @@ class Registry:
     def names(self) -> sql.Composed:
         """A subquery of the names of all indexes."""
         return sql.SQL("(SELECT name FROM {})").format(self._table)
+
+
+def made_by(entry: Entry, spec: IndexSpec) -> bool:
+    """Say whether registering a specification would change nothing of an entry."""
+    stored = msgspec.json.decode(msgspec.json.encode(entry))
+    return entry.stem == spec.stem and all(stored[name] == value for name, value in _facts_of(spec).items())
+
+
+def _facts_of(spec: IndexSpec) -> dict[str, object]:
+    return {
+        "source_table": str(spec.shape.table),
+        "table_oid": spec.table_oid,
+        "view_name": str(spec.config.view_name),
+        "key": list(spec.shape.key),
+        "columns": list(spec.shape.carried),
+        "fingerprint": spec.fingerprint,
+        "generation": spec.generation,
+        "model": spec.model,
+        "dimensions": spec.dimensions,
+        "vector_type": spec.config.vector_type,
+        "distance": spec.distance,
+        "configuration": as_stored(spec.config),
+        "left_out": spec.left_out,
+    }

@@ -93,15 +93,18 @@ class Pipeline:
         plans: Sequence[Plan],
         pauses: Pauses,
         held: Mapping[str, Held],
+        known: set[str],
         look_again: Callable[[], Awaitable[None]],
     ) -> None:
         """Make the parts.
 
+        :param known: the indexes that an earlier pipeline of this worker has set up; takes those that this one does.
         :param look_again: examines everything for the next pipeline, while this one still works.
         """
         self.config = config
         self._look_again = look_again
         self.held = held
+        self._known = known
         self.state = state
         self.specs = specs
         metrics = state.metrics
@@ -239,6 +242,7 @@ class Pipeline:
                         holder = await Pipelines(config.target.schema, config.source.slot).holder(target)
                     log.info("standby", slot=config.source.slot, holder_pid=holder)
                 self.state.standby = True
+                self._known.clear()  # another worker may do anything to them
                 with anyio.move_on_after(STANDBY_POLL_S):
                     await self.state.stopping.wait()
                     return "stopped"
@@ -262,7 +266,7 @@ class Pipeline:
             if outdated(catalog, specs):
                 return "outdated"
             await recall(target, *self._pipeline, self.dispatchers)
-            await set_up_indexes(target, config, specs, catalog, waiting)
+            await set_up_indexes(target, config, specs, catalog, waiting, known=self._known)
         self.streaming.fit(server.wal_sender_timeout_s)
         async with interrupted_by(self.state.stopping, self.session.connection):
             await self.session.prepare(self.specs)

@@ -141,6 +141,7 @@ async def _work_through_schema_changes(
     dispatchers = make_dispatchers(config, state, embedders)
     unopened = list(dispatchers.values())
     """A standby opens no model."""
+    known: set[str] = set()
     ahead: list[Report] = []
     """The examination for the next pipeline, if it was made while the one before still worked."""
 
@@ -165,6 +166,7 @@ async def _work_through_schema_changes(
             plans=report.plans,
             pauses=pauses,
             held=held,
+            known=known,
             look_again=look_again,
         )
         paused: list[SchemaChanged] = []
@@ -184,8 +186,10 @@ async def _work_through_schema_changes(
         except TablesChanged as error:
             log.info("tables_changed", where=error.where, because=error.message)
         except TargetRewound as error:
+            known.clear()
             log.error("target_rewound", error=str(error), fix=error.hint)
         except Unavailable as error:
+            known.clear()
             if not state.stopping.is_set():
                 log.warning("set_up_waits", error=str(error))
             with anyio.move_on_after(STANDBY_POLL_S):

@@ -22,6 +22,7 @@ from cdcsync.flows.setup.differences import (
     difference_of,
     note_fingerprint,
     present_fingerprint,
+    stored_fingerprint,
 )
 from cdcsync.flows.setup.needs import need_of
 from cdcsync.model.pauses import Pause
@@ -44,7 +45,7 @@ from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.upgrading import upgrade_vectors
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generations
-from cdcsync.target.registry import Registry
+from cdcsync.target.registry import Registry, made_by
 from cdcsync.target.requests.history import History
 from cdcsync.target.requests.submission import Requests
 
@@ -88,6 +89,8 @@ async def set_up_indexes(
     specs: Sequence[IndexSpec],
     catalog: Catalog,
     waiting: Mapping[str, Pause] | None = None,
+    *,
+    known: set[str] | None = None,
 ) -> None:
     """Create or extend each index's relations, and ask for what its state calls for.
 
@@ -95,10 +98,15 @@ async def set_up_indexes(
 
     :param catalog: the tables as they are now, which have been read since they were published.
     :param waiting: why new indexes are not loaded yet.
+    :param known: the indexes that this process has set up, which are added to. An index among them for which there is
+        nothing to do is left alone: a change of one table is not to hold up all the others for long.
     """
+    known = set() if known is None else known
     # The search function of an index looks into what stands beside it, too.
     for spec in sorted(specs, key=lambda one: not one.hidden):
         with speaking_of("target", where=f"index {spec.name}", index=spec.name):
+            if spec.name in known and spec.name not in (waiting or {}) and await _stands(target, config, spec, catalog):
+                continue
             try:
                 await upgrade_vectors(target, config.target.schema, spec)
                 await drop_generations(target, config.target.schema, spec)
@@ -121,6 +129,7 @@ async def set_up_indexes(
                         await Registry(config.target.schema).pause(target, spec.name, waiting[spec.name])
                     crash_point("index relations written")
                 crash_point("index relations committed")
+                known.add(spec.name)
             except SetupError as error:
                 if await Registry(config.target.schema).find(target, spec.name) is None:
                     raise
@@ -132,6 +141,21 @@ async def set_up_indexes(
                     where=str(spec.config.view_name),
                     hint=f"drop them, then create them again: {error.diag.message_detail}",
                 ) from error
+
+
+async def _stands(target: Connection, config: Config, spec: IndexSpec, catalog: Catalog) -> bool:
+    """Say whether an index that this process has set up before is as it should be, so that nothing is to be done."""
+    schema = config.target.schema
+    entry = await Registry(schema).find(target, spec.name)
+    if entry is None or entry.state != "live" or entry.unfollowed_at is not None:
+        return False
+    if spec.hidden or spec.beside is not None or not made_by(entry, spec):
+        return False
+    if present_fingerprint(catalog, spec) != stored_fingerprint(entry):
+        return False
+    if [one.generation for one in await Generations(schema).of(target, spec.name)] != [spec.generation]:
+        return False
+    return not await missing_relations(target, schema, spec)
 
 
 async def _as_examined(target: Connection, config: Config, spec: IndexSpec) -> Entry | None:

@@ -10,7 +10,7 @@ import pytest
 from cdcsync.model.pauses import Pause
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.shared import create_shared
-from cdcsync.target.registry import Registry
+from cdcsync.target.registry import Registry, made_by
 from tests.support.indexes import SCHEMA, make_spec
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -52,6 +52,23 @@ async def test_what_stored_vectors_depend_on_is_not_registered_anew(connection: 
     assert entry is not None
     assert (entry.model, entry.dimensions) == (SPEC.model, SPEC.dimensions)
     assert (entry.fingerprint, entry.table_oid) == ("g", 5)
+
+
+async def test_an_entry_says_whether_registering_would_change_it(connection: Connection) -> None:
+    await REGISTRY.register(connection, "s", SPEC)
+    entry = await REGISTRY.find(connection, "articles")
+    assert entry is not None
+    assert made_by(entry, make_spec())
+    for other in (
+        make_spec(text="{title}"),
+        make_spec(dimensions=9),
+        make_spec(carried={}),
+        make_spec(generation=2),
+        msgspec.structs.replace(SPEC, left_out={"public.notes": "it lacks a column"}),
+        msgspec.structs.replace(SPEC, table_oid=5),
+        msgspec.structs.replace(SPEC, stem="articles~2"),
+    ):
+        assert not made_by(entry, other)
 
 
 async def test_a_pause_is_stored_with_reason_remedy_and_when_it_began(connection: Connection) -> None:
