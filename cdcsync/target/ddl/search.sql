@@ -58,7 +58,8 @@ DECLARE
     any_word tsquery;
     ranking text;
     depth int;
-    effort int;
+    looked int := 3;
+    least_effort int := 1;
     statement text;
     vector_ids bigint[];
     budget int;
@@ -282,7 +283,7 @@ BEGIN
     depth := {depth_of_wanted};
     LOOP
         IF by_vector THEN
-            FOR effort IN 1 .. 3 LOOP
+            FOR effort IN least_effort .. 3 LOOP
                 CONTINUE WHEN effort = 2 AND filtered; -- among few rows an exact search costs less than a wider one
                 PERFORM set_config('hnsw.ef_search',
                                    (CASE effort WHEN 1 THEN {usual_ef} ELSE {max_hits} END)::text, true);
@@ -292,6 +293,7 @@ BEGIN
                 {explain_vector}
                 EXECUTE statement INTO vector_ids USING embedding, depth;
                 {leave_condition}
+                looked := effort;
                 EXIT WHEN cardinality(vector_ids) >= wanted;
             END LOOP;
         END IF;
@@ -407,9 +409,15 @@ BEGIN
                 ) AS d
             ) AS r
         ) AS h;
-        EXIT WHEN cardinality(hit_ids) >= wanted OR depth >= {deepest}
-            OR coalesce(cardinality(vector_ids), 0) < depth AND coalesce(cardinality(text_ids), 0) < depth;
-        depth := depth * 4; -- most of what was found are chunks of the same few documents
+        EXIT WHEN cardinality(hit_ids) >= wanted;
+        -- Most of what was found are chunks of the same few documents.
+        IF looked < 3 AND coalesce(cardinality(vector_ids), 0) < depth THEN
+            least_effort := 3; -- HNSW ended before it had seen all vectors
+        ELSE
+            EXIT WHEN depth >= {deepest}
+                OR coalesce(cardinality(vector_ids), 0) < depth AND coalesce(cardinality(text_ids), 0) < depth;
+            depth := depth * 4;
+        END IF;
     END LOOP;
 
     RETURN QUERY EXECUTE result
