@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from starlette.types import ASGIApp
 
-from cdcsync.http.listening import Bounds, serve
+from cdcsync.http.listening import Bounds, Parser, serve
 from cdcsync.metrics import Metrics
 from cdcsync.status import Status
 from cdcsync.worker import http as endpoints
@@ -91,6 +91,7 @@ async def serving(
     *,
     app: ASGIApp | None = None,
     bounds: Bounds = endpoints.BOUNDS,
+    parser: Parser = "h11",
 ) -> AsyncIterator[Client]:
     """Serve a view for the length of the block."""
     bound: list[int] = []
@@ -101,7 +102,7 @@ async def serving(
         listening.set()
 
     async def run() -> None:
-        await serve(app or endpoints.make_app(view), host, port, bounds=bounds, started=started)
+        await serve(app or endpoints.make_app(view), host, port, bounds=bounds, parser=parser, started=started)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run)

@@ -6,13 +6,15 @@ import http.client
 import logging
 import signal
 import socket
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 
 import anyio
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from cdcsync.errors import SetupError
-from cdcsync.http.listening import Bounds, serve
+from cdcsync.http.listening import Bounds, Parser, serve
 from cdcsync.worker import http as endpoints
 from tests.support.endpoints import Answer, Client, View, serving, unexpected
 
@@ -118,3 +120,101 @@ async def test_a_connection_that_sends_no_request_in_time_is_closed(view: View) 
                 if begun:
                     await stream.send(begun)
                 await closed_by_the_server(stream)
+
+
+@pytest.fixture(params=["h11", "httptools"])
+def parser(request: pytest.FixtureRequest) -> Parser:
+    named: Parser = request.param
+    return named
+
+
+GET = b"GET /large HTTP/1.1\r\nhost: localhost\r\n\r\n"
+LARGE = b"a" * 8_000_000  # more than both systems' buffers of a connection
+
+
+async def large_or_small(scope: Scope, receive: Receive, send: Send) -> None:
+    body = LARGE if scope["path"] == "/large" else b"small"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@contextmanager
+def deaf(port: int, requests: bytes) -> Iterator[socket.socket]:
+    """Send requests and take nothing; a stream of anyio would read on."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(requests)
+        yield connection
+
+
+async def is_answered(port: int) -> bool:
+    async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+        try:
+            await stream.send(b"GET /small HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            return (await stream.receive()).startswith(b"HTTP/1.1 200")
+        except (anyio.EndOfStream, anyio.BrokenResourceError):
+            return False
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [GET, GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"), 3 * GET],
+    ids=["one", "the last", "several sent ahead"],
+)
+async def test_a_client_that_does_not_take_its_answers_gives_its_place_back(
+    view: View, parser: Parser, requests: bytes
+) -> None:
+    bounds = Bounds(connections=1, request_s=0.3)
+    async with serving(view, app=large_or_small, bounds=bounds, parser=parser) as client:
+        with deaf(client.port, requests), anyio.fail_after(15):
+            while not await is_answered(client.port):  # noqa: ASYNC110 - only a new connection tells
+                await anyio.sleep(0.01)
+
+
+async def test_requests_that_are_sent_ahead_are_answered_in_order(view: View, parser: Parser) -> None:
+    small = GET.replace(b"large", b"small")
+    last = small.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
+    read = bytearray()
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(serving(view, app=large_or_small, parser=parser))
+        stream = await stack.enter_async_context(await anyio.connect_tcp("127.0.0.1", client.port))
+        await stream.send(GET + 3 * small + last)
+        with anyio.fail_after(30), suppress(anyio.EndOfStream):
+            while True:
+                read += await stream.receive(1_000_000)
+    answers = read.split(b"HTTP/1.1 200 OK\r\n")[1:]
+    assert [len(one.partition(b"\r\n\r\n")[2]) for one in answers] == [len(LARGE), 5, 5, 5, 5]
+
+
+async def closed_while_it_sends(stream: anyio.abc.SocketStream, part: bytes) -> None:
+    with anyio.fail_after(30), suppress(anyio.BrokenResourceError):
+        for _ in range(1_000):
+            await stream.send(part)
+        pytest.fail("the server takes everything")
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"GET /small HTTP/1.1\r\nhost: localhost\r\nx: ",
+        b"GET /",
+        b"",
+        b"POST /small HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx: ",
+    ],
+    ids=["a header", "the path", "between requests", "a trailer"],
+)
+async def test_a_request_whose_head_does_not_end_is_refused(view: View, parser: Parser, begun: bytes) -> None:
+    filling = b"a" if begun else b"\r\n"
+    async with serving(view, app=large_or_small, bounds=Bounds(connections=8, request_s=60), parser=parser) as client:
+        async with await anyio.connect_tcp("127.0.0.1", client.port) as stream:
+            await stream.send(begun)
+            await closed_while_it_sends(stream, filling * 32_768)
+        assert (await client.ask("/small")).code == 200
+
+
+async def test_a_client_that_sends_very_many_requests_ahead_is_refused(view: View) -> None:
+    async with serving(view, app=large_or_small, parser="httptools") as client:
+        async with await anyio.connect_tcp("127.0.0.1", client.port) as stream:
+            await closed_while_it_sends(stream, 32 * GET)
+        assert (await client.ask("/small")).code == 200
