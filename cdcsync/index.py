@@ -330,7 +330,7 @@ class Index:
     async def wait_for(self, lsn: str | None = None, *, timeout_s: float = 10.0, vectors: bool = False) -> bool:
         """Wait until the index holds everything that the source had committed up to an LSN; return whether it does.
 
-        To read your own writes, take `SELECT pg_current_wal_lsn()` on the source after the commit, keep it (in a
+        To read your own writes, take `SELECT pg_current_wal_insert_lsn()` on the source after the commit, keep it (in a
         session or a cookie), and wait for it before the search.
 
         :param lsn: `None` takes the source's position now.
@@ -360,7 +360,7 @@ class Index:
             self._resources.config.source.dsn, "source", application_name="cdcsync index"
         ) as source:
             with speaking_of("source"):
-                return str(await fetch_value(source, "SELECT pg_current_wal_lsn()::text"))
+                return str(await fetch_value(source, "SELECT pg_current_wal_insert_lsn()::text"))
 
     async def _live(self) -> IndexSpec:
         """Return the index with the generation that is live now."""

@@ -40,7 +40,7 @@ def make_app(config: Config) -> Starlette:
     async def write(request: Request) -> JSONResponse:
         async with await psycopg.AsyncConnection.connect(config.source.dsn) as connection:
             await connection.execute("INSERT INTO notes (title) VALUES (%s)", [request.query_params["title"]])
-        # The commit is done. A session that stays open could ask by itself: SELECT pg_current_wal_lsn().
+        # The commit is done. A session that stays open could ask by itself: SELECT pg_current_wal_insert_lsn().
         response = JSONResponse({"written": True}, 201)
         response.set_cookie(WRITTEN, await request.app.state.notes.lsn(), httponly=True, samesite="lax")
         return response

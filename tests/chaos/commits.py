@@ -78,6 +78,7 @@ EXEMPT = {
     ("target/requests/queue.py", "end_page"): "runs in the transaction of its batch",
     ("target/requests/submission.py", "action"): "asked for by commands",
     ("source/marks.py", "emit_mark"): "its caller has the point",
+    ("source/marks.py", "flush"): "writes what nobody reads",
     ("source/reads.py", "reading"): "reads only",
     ("postgres/sessions.py", "connect"): "settings of the session",
     ("postgres/temporary.py", "freeze"): "tables that end with the session",

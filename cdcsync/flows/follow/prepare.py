@@ -130,7 +130,10 @@ class Preparer:
                 case _:
                     assert_never(change)
         upserts += [(change, BACKFILL) for key, change in changes.filled.items() if key not in live]
-        upserts = await self._complete(upserts, deleted, rebuilds, xids, rewrite=changes.rewrite)
+        upserts, reread = await self._complete(upserts, deleted, rebuilds, xids, rewrite=changes.rewrite)
+        if reread or changes.touched_by:
+            with speaking_of("source", where=str(self._spec.shape.table), index=self._spec.name):
+                await self._table.flush(await self._source.connection())
         changes.resolved = not (rebuilds or changes.truncated)
         failed: dict[Key, DocumentError] = {}
         rendered = await self._render(upserts, failed)
@@ -215,8 +218,10 @@ class Preparer:
         xids: set[int],
         *,
         rewrite: bool,
-    ) -> list[tuple[Upsert, int]]:
+    ) -> tuple[list[tuple[Upsert, int]], bool]:
         """Return the rows that the index has, whole; the keys of those that it does not have go to `deleted`.
+
+        Besides, whether rows were read again.
 
         Rows are read again where only the source can tell whether the index has them, where unchanged TOAST values are
         not in the batch, and where values are made of related rows. What such a reading does not find is not in the
@@ -250,7 +255,7 @@ class Preparer:
                 if lane == LIVE:
                     xids.add(change.xid)
         if not unknown:
-            return ours
+            return ours, False
         rows, left = await self._reread(list(unknown), xids, rewrite=rewrite)
         self._metrics.rereads.labels(self._spec.name).inc(len(unknown))
         if left:
@@ -266,7 +271,7 @@ class Preparer:
                 completed.append((Upsert(change.shape, change.key, row, change.xid, change.lsn), lane))
             elif (spec.where is not None or change.shape.computed) and change.key not in unread:
                 deleted.append(change.key)
-        return completed
+        return completed, True
 
     async def _reread(
         self, keys: Sequence[Key], xids: set[int], *, rewrite: bool
