@@ -239,8 +239,10 @@ def run(context: typer.Context, config: ConfigOption = None) -> None:
     """
     from cdcsync import logs
     from cdcsync.config.embedders import HashEmbedder, RayEmbedder, RemoteEmbedder
+    from cdcsync.process import collector
     from cdcsync.process.memory import share_arena
 
+    collector.own()
     configuration = _load(context, config)
     # A model in this process has threads of its own, which allocate all the time.
     if all(isinstance(one, HashEmbedder | RayEmbedder | RemoteEmbedder) for one in configuration.embedders.values()):

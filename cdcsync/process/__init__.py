@@ -1,5 +1,6 @@
 """What concerns the process itself, in whichever command it runs.
 
+    collector      Python's garbage collector
     crashpoints    named points at which tests kill it
     memory         how much memory it may use, and how large a value may be
     stopping       Ctrl-C, once and twice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +12,7 @@ import structlog
 from cdcsync.config import Config
 from cdcsync.errors import Unavailable
 from cdcsync.http.listening import Bounds, serve
+from cdcsync.process import collector
 from cdcsync.serve.http import make_app
 from cdcsync.serve.mcp import make_mcp
 from cdcsync.serve.service import Service
@@ -22,9 +22,6 @@ log = structlog.get_logger()
 
 MOST_CONNECTIONS = 4_096
 """A connection costs some kilobytes. Who may call how often is decided once a request has been read."""
-
-COLLECT = (20_000, 20, 100)
-"""The collector's thresholds. A call makes some thousand objects, and hardly any that only the collector can free."""
 
 READING_S = 10.0
 """How long reading a request and writing its answer may take, besides the call's own deadline."""
@@ -76,10 +73,8 @@ async def _load(service: Service, own_process: bool) -> None:
     await _meet_target(service)
     await service.reader.load()
     if own_process:
-        # All that is loaded by now stays: the collector need not look at it again, which would hold up calls.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*COLLECT)
+        collector.own()
+        collector.keep()
 
 
 async def _meet_target(service: Service) -> None:

@@ -47,6 +47,7 @@ from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupted_by
 from cdcsync.postgres.sessions import IDLE_S, Session, connect, speaking_of
 from cdcsync.preflight.indexes import Plan
+from cdcsync.process import collector
 from cdcsync.source.catalog import read_catalog, read_server
 from cdcsync.source.many import source_table
 from cdcsync.source.spool import Spool
@@ -290,6 +291,7 @@ class Pipeline:
                         tasks.start_soon(fill.run)
                     tasks.start_soon(note_for_ever, self.embedding, *self._pipeline, self.dispatchers)
                     tasks.start_soon(self.probe_providers)
+                    tasks.start_soon(self.keep_what_is_loaded)
                     tasks.start_soon(self.backfill_once_streaming)
                     tasks.start_soon(self.compare_once_streaming)
                     tasks.start_soon(self.audit_once_streaming)
@@ -329,6 +331,14 @@ class Pipeline:
             # The other indexes go on for as long as that takes.
             await self._look_again()
             raise
+
+    async def keep_what_is_loaded(self) -> None:
+        """Spare the garbage collector what stays: the program, and then the models, which take seconds to load."""
+        await self.streaming.begun.wait()
+        collector.keep()
+        for dispatcher in self.dispatchers.values():
+            await dispatcher.ready.wait()
+        collector.keep()
 
     async def backfill_once_streaming(self) -> None:
         """Serve backfills: not before the slot exists, which would never deliver a mark written earlier."""
