@@ -124,6 +124,17 @@ def test_a_second_abort_of_a_subtransaction_takes_nothing_of_what_came_after_the
     assert replayed(spool, 1) == [b"kept", b"after"]
 
 
+def test_a_subtransaction_whose_part_an_abort_took_begins_anew_wherever_its_id_is_among_the_others(
+    spool: Spool,
+) -> None:
+    receive(spool, 1, (103, b"first"), (101, b"aborted"), (100, b"goes with it"))
+    spool.abort(1, 101)
+    receive(spool, 1, (103, b"second, and longer than both"), (100, b"begins anew"))
+    spool.abort(1, 100)
+
+    assert replayed(spool, 1) == [b"first", b"second, and longer than both"]
+
+
 def test_an_aborted_transaction_leaves_nothing(spool: Spool) -> None:
     receive(spool, 1, (1, b"one"), (2, b"two"))
 
