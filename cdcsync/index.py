@@ -43,6 +43,7 @@ from cdcsync.target.search import (
     Filter,
     Hit,
     Mode,
+    check_arguments,
     live_generation,
     search,
     stored_spec,
@@ -213,6 +214,15 @@ class Index:
         :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
         :raises TargetUnavailable: the target does not answer now.
         """
+        check_arguments(
+            texts=[text, headline],
+            k=k,
+            skip=skip,
+            filter=filter,
+            weights=weights,
+            timeout_s=timeout_s,
+            settings=settings,
+        )
         reranker = self._resources.models.reranker(self._config.reranker) if rerank and self._config.reranker else None
         first, count = (skip, k) if reranker is None else (0, max(skip + k, reranker.candidates))
         schema, tracing = self._resources.config.target.schema, self._resources.tracing

@@ -1,5 +1,6 @@
 """Search: the chunks or documents nearest to a query, by vector, by words, or by both.
 
+    arguments     what no search can use
     conditions    conditions in SQL that a caller writes
     words         how often words occur, which the keyword leg weights them by
     nearest       the search by vector alone, to measure recall with
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from cdcsync.target.ddl.nearness import FUSION, MAX_HITS
 from cdcsync.target.ddl.searching import drop_search, put_search
+from cdcsync.target.search.arguments import check_arguments
 from cdcsync.target.search.conditions import check_where
 from cdcsync.target.search.nearest import Effort, nearest_statement, tune, usual_effort
 from cdcsync.target.search.query import (
@@ -39,6 +41,7 @@ __all__ = [
     "Hit",
     "Mode",
     "Plan",
+    "check_arguments",
     "check_condition",
     "check_where",
     "count_words",

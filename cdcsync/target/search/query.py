@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -31,8 +32,8 @@ from cdcsync.postgres.sessions import (
 )
 from cdcsync.target.ddl.hits import OWN, attribute_of
 from cdcsync.target.ddl.names import Names, function_name
-from cdcsync.target.ddl.nearness import MAX_HITS
 from cdcsync.target.ddl.search_function import BY_WORDS_ALONE, NO_GENERATION, NOT_FOLLOWED, Variant, compose
+from cdcsync.target.search.arguments import check_arguments
 from cdcsync.target.search.conditions import check_where
 
 if TYPE_CHECKING:
@@ -137,7 +138,16 @@ async def search(
     :raises SetupError: the index is not in this database, or the vector is not of its dimension.
     :raises TargetUnavailable: the target does not answer now, or took longer than `timeout_s`.
     """
-    _check(spec, vector, k, mode, skip)
+    check_arguments(
+        texts=[text, headline],
+        k=k,
+        skip=skip,
+        filter=filter,
+        weights=weights,
+        timeout_s=timeout_s,
+        settings=settings,
+    )
+    _check(spec, vector, mode)
     check_where(where)
     attributes = [attribute_of(name) for name in spec.shape.key + spec.shape.carried]
     with speaking_of("target", where=f"index {spec.name}"):
@@ -212,23 +222,20 @@ async def check_condition(connection: Connection, schema: str, spec: IndexSpec, 
             raise refusal(error, spec, where) from error
 
 
-def _check(
-    spec: IndexSpec, vector: Sequence[float] | npt.NDArray[np.float32] | None, k: int, mode: Mode, skip: int
-) -> None:
+def _check(spec: IndexSpec, vector: Sequence[float] | npt.NDArray[np.float32] | None, mode: Mode) -> None:
     """Refuse what the index cannot do, in the words of those who configure it.
 
     :raises UsageError, SetupError: it cannot.
     """
     where = f"index {spec.name}"
-    if not (k >= 1 and skip >= 0 and skip + k <= MAX_HITS):
-        after = f" after skipping {skip}" if skip else ""
-        raise UsageError(f"cannot return {k} hits{after}", where="-k", hint=f"ask for hits within the first {MAX_HITS}")
     if vector is not None and len(vector) != spec.dimensions:
         raise SetupError(
             f"the query's vector has {len(vector)} dimensions, the index has {spec.dimensions}",
             where=where,
             hint=f"embed the query with {spec.model}",
         )
+    if vector is not None and not all(isfinite(number) for number in vector):
+        raise UsageError("the query's vector holds a number that is not finite", where=where, hint="embed the query")
     searchable = spec.config.search is not None
     if mode == "text" and not searchable:
         raise UsageError(

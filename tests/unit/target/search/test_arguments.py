@@ -1,0 +1,66 @@
+"""Arguments that no search can use are refused with what to do, before anything is spent on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cdcsync.errors import UsageError
+from cdcsync.target.search import MAX_HITS, check_arguments
+
+USUAL: dict[str, Any] = {
+    "texts": ["a query", None],
+    "k": 10,
+    "skip": 0,
+    "filter": None,
+    "weights": (1.0, 1.0),
+    "timeout_s": 30.0,
+    "settings": {},
+}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"k": np.int64(3), "skip": MAX_HITS - 3},
+        {"weights": (0, 2)},
+        {"timeout_s": None},
+        {"filter": {"tenant": 3, "status": ["open", None], "price": {"gte": 1.5}, "large": 10**400}},
+        {"texts": ["ünï \U0001f600 \u2028", ""]},
+    ],
+)
+def test_what_a_search_can_use_is_not_refused(arguments: dict[str, Any]) -> None:
+    check_arguments(**USUAL | arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"k": 0}, "cannot return 0 hits"),
+        ({"k": -1}, "cannot return -1 hits"),
+        ({"skip": -1}, "cannot return 10 hits after skipping -1"),
+        ({"skip": MAX_HITS}, "cannot return 10 hits after"),
+        ({"k": 2.0}, "2.0 is not a whole number"),
+        ({"skip": "3"}, "'3' is not a whole number"),
+        ({"weights": (1.0,)}, "the weights are"),
+        ({"weights": (1.0, 1.0, 1.0)}, "the weights are"),
+        ({"weights": (float("nan"), 1.0)}, "the weights are"),
+        ({"timeout_s": float("inf")}, "cannot take inf seconds"),
+        ({"timeout_s": float("nan")}, "cannot take nan seconds"),
+        ({"timeout_s": 0}, "cannot take 0 seconds"),
+        ({"texts": ["a\0b"]}, "no text can hold"),
+        ({"texts": ["a", "\ud800"]}, "no text can hold"),
+        ({"filter": {"name": {"in": ["fine", "a\udfffb"]}}}, "no text can hold"),
+        ({"filter": {"na\0me": 1}}, "no text can hold"),
+        ({"filter": {"price": float("nan")}}, "compares with nan"),
+        ({"filter": {"price": {"lt": [float("-inf")]}}}, "compares with -inf"),
+        ({"settings": {"app.tenant": "\0"}}, "no text can hold"),
+    ],
+)
+def test_what_it_cannot_is_a_usage_error_with_the_fix(arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told) as refused:
+        check_arguments(**USUAL | arguments)
+    assert refused.value.hint
