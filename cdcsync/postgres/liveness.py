@@ -2,9 +2,15 @@
 
 A proxy or a firewall may keep a connection open and forward nothing. TCP does not notice, because the machine next to
 us acknowledges every packet. So a statement that has not been answered for a while is looked for: over another
-connection, the server is asked whether the session is working on it. A statement that the server works on, or that
-waits there for a lock, may take any time. One that the server knows nothing of never ends: its connection is hung up,
-and the task that waits for it gets the error of a broken connection.
+connection, the server is asked what the session is doing. The rules:
+
+1. A statement that the server works on, or that waits there for a lock, may take any time.
+2. A connection is hung up if the server proves that the statement is lost (`lost`), or if nobody answers a login at
+   all. The task that waits for the statement gets the error of a broken connection.
+3. Everything else proves nothing, and the statement lives: the session's state is hidden or not tracked, another server
+   answers, the login is refused (no connection to spare, another password, a pooler that is full), or its address is
+   not known just now. Where a login is refused, nothing is gained by connecting again either; once it is accepted, the
+   server says whether the session still exists.
 
 The other way round, a server that is cut off from us keeps our session, and with it our locks. A session whose locks
 others wait for *beats*: it sends a statement now and then even if it has nothing to do. So a session that waits can
@@ -17,9 +23,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any, TypeVar
+from typing import Any, LiteralString, TypeVar
 
 import anyio
+import msgspec
 import psycopg
 from psycopg import conninfo, generators
 from psycopg.abc import PQGen
@@ -38,16 +45,69 @@ BEATS = 6
 LOOKS = 2
 """So many looks in a row must find nothing: an answer may be under way during one."""
 
-_WORKS = """
-    SELECT state = 'active' AND wait_event IS DISTINCT FROM 'ClientRead'
-    FROM pg_catalog.pg_stat_activity WHERE pid = %s
+SERVER: LiteralString = (
+    "SELECT pg_catalog.pg_backend_pid(), (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::int8,"
+    " pg_catalog.pg_is_in_recovery()"
+)
+"""The first three fields of `Backend`."""
+
+SYSTEM: LiteralString = "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
+"""The last field of `Backend`. Everybody may ask for it, unless an administrator has revoked that."""
+
+_SEEN: LiteralString = f"""
+    SELECT here.started, here.standby, a.pid IS NOT NULL, a.state, a.wait_event
+    FROM ({SERVER}) AS here (asking, started, standby) LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = %s
 """
-"""A session that waits for its client, while its client waits for it, has lost what was sent."""
+
+
+class Backend(msgspec.Struct, frozen=True):
+    """The server process that a session has, and the server to which it belongs.
+
+    :ivar pid: its number on the server; a pooler tells its clients another one.
+    :ivar started: when the server was started, in microseconds: of two servers behind one address, the one that it is.
+    :ivar standby: whether the server was a standby.
+    :ivar system: the system identifier of the server's cluster; None if we may not know it.
+    """
+
+    pid: int
+    started: int
+    standby: bool
+    system: str | None = None
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """What the server that answers says of a session.
+
+    :ivar exists: whether it has a session with that process.
+    :ivar state: of the session: None if it is hidden from our role, "disabled" where the server does not track it.
+    :ivar wait_event: what the session waits for, if for anything; None as well if it is hidden.
+    """
+
+    started: int
+    standby: bool
+    exists: bool
+    state: str | None = None
+    wait_event: str | None = None
+    system: str | None = None
+
+
+def lost(backend: Backend, seen: Seen) -> bool:
+    """Say whether a session whose statement has not been answered has certainly lost it."""
+    if seen.started != backend.started:
+        # A cluster has one primary at a time, so ours was restarted, or another server was promoted in its place.
+        primaries = not backend.standby and not seen.standby
+        return primaries and backend.system is not None and seen.system == backend.system
+    if not seen.exists:
+        return True
+    # A session that waits for its client, while its client waits for it, has lost what was sent.
+    return seen.wait_event == "ClientRead" or (seen.state or "").startswith("idle")
 
 
 class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     """A connection whose unanswered statements are looked for on the server."""
 
+    backend: Backend | None = None
+    """Its server process; None until the server has told."""
     _watched: str = ""
     _patience_s: float = TCP_USER_TIMEOUT_MS / 2000
     used_at: float = 0.0
@@ -132,20 +192,46 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     async def _look_until_answered(self) -> None:
         missed = 0
         while missed < LOOKS:
-            missed = 0 if await self._works() else missed + 1
+            missed = missed + 1 if await self.unanswerable() else 0
             await asyncio.sleep(self._patience_s / (LOOKS if missed else 1))
         with contextlib.suppress(psycopg.Error, OSError):
             hang_up(self.pgconn.socket)
 
-    async def _works(self) -> bool:
-        """Say whether the server works on this connection's statement; a server that answers nobody does not."""
-        pid = self.pgconn.backend_pid
+    async def unanswerable(self) -> bool:
+        """Say whether this connection's statement is lost, or the server is silent, so that no answer can come."""
+        asking = None
         try:
             with anyio.move_on_after(self._patience_s):
-                async with await psycopg.AsyncConnection.connect(self._watched, autocommit=True) as asking:
-                    cursor = await asking.execute(_WORKS, [pid])
-                    return await cursor.fetchone() == (True,)
-        except psycopg.OperationalError as error:
-            # With no connection to spare (53300), the server lives, and nothing is known about the statement.
-            return "connection slots" in str(error) or "too many" in str(error)
+                asking = await psycopg.AsyncConnection.connect(self._watched, autocommit=True)
+            if asking is None:
+                return True
+            with anyio.move_on_after(self._patience_s):
+                return self.backend is not None and lost(self.backend, await _look(asking, self.backend))
+        except psycopg.errors.ConnectionTimeout:
+            return True
+        except (psycopg.Error, OSError):
+            pass
+        finally:
+            if asking is not None:
+                asking.pgconn.finish()
         return False
+
+
+async def _look(asking: psycopg.AsyncConnection[tuple[Any, ...]], backend: Backend) -> Seen:
+    """Return what the server says of a session, asked as the role that logs in: its sessions are not hidden from it."""
+    await asking.execute("SET ROLE NONE")
+    row = await (await asking.execute(_SEEN, [backend.pid])).fetchone()
+    assert row is not None
+    seen = Seen(*row)
+    if seen.started == backend.started:
+        return seen
+    return msgspec.structs.replace(seen, system=await system_of(asking))
+
+
+async def system_of(connection: psycopg.AsyncConnection[tuple[Any, ...]]) -> str | None:
+    """Return the system identifier of a connection's cluster, None if we may not know it."""
+    try:
+        row = await (await connection.execute(SYSTEM)).fetchone()
+    except (psycopg.ProgrammingError, psycopg.NotSupportedError):
+        return None
+    return None if row is None else str(row[0])

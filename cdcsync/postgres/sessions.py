@@ -23,7 +23,7 @@ from cdcsync.config import redact_dsn
 from cdcsync.config.redaction import dsn_fault
 from cdcsync.errors import CdcsyncError, SchemaChanged, SetupError, SourceUnavailable, TargetUnavailable
 from cdcsync.logs import without_quoted
-from cdcsync.postgres.liveness import TCP_USER_TIMEOUT_MS, WatchedConnection
+from cdcsync.postgres.liveness import SERVER, TCP_USER_TIMEOUT_MS, Backend, WatchedConnection, system_of
 from cdcsync.postgres.refusals import explain
 
 Side = Literal["source", "target"]
@@ -243,8 +243,14 @@ async def connect(
     connection.prepare_threshold = None
     with speaking_of(side, where=where):
         # Together, because each statement of its own would take the time of the way there and back.
-        ours = [RENDERING, SAFETY, DURABILITY[side], *([TABLES_ONLY] if side == "source" else [])]
-        await connection.execute("; ".join(ours))
+        ours = [RENDERING, SAFETY, DURABILITY[side], *([TABLES_ONLY] if side == "source" else []), SERVER]
+        cursor = await connection.execute("; ".join(ours))
+        while cursor.nextset():
+            pass
+        row = await cursor.fetchone()
+        assert row is not None
+        pid, started, standby = row
+        connection.backend = Backend(pid, started, standby, await system_of(connection))
         with contextlib.suppress(psycopg.errors.InvalidParameterValue):
             await connection.execute(LEAVING)
         await connection.set_autocommit(autocommit)

@@ -52,17 +52,17 @@ async def read_room(connection: Connection) -> Room:
         WITH used AS (
             SELECT usename, datname FROM pg_stat_activity
             WHERE datid IS NOT NULL AND usesysid IS NOT NULL
-                AND NOT (usename = current_user AND application_name LIKE 'cdcsync%%')
+                AND NOT (usename = session_user AND application_name LIKE 'cdcsync%%')
         )
         SELECT current_setting('max_connections')::int - (SELECT count(*) FROM used)::int - CASE WHEN r.rolsuper THEN 0
                    ELSE current_setting('superuser_reserved_connections')::int
                        + coalesce(current_setting('reserved_connections', true)::int, 0) END,
                CASE WHEN r.rolconnlimit >= 0 AND NOT r.rolsuper
-                   THEN r.rolconnlimit - (SELECT count(*) FROM used WHERE usename = current_user)::int END,
+                   THEN r.rolconnlimit - (SELECT count(*) FROM used WHERE usename = session_user)::int END,
                CASE WHEN d.datconnlimit >= 0 AND NOT r.rolsuper
                    THEN d.datconnlimit - (SELECT count(*) FROM used WHERE datname = current_database())::int END,
-               current_user, current_database()
-        FROM pg_roles r, pg_database d WHERE r.rolname = current_user AND d.datname = current_database()
+               session_user, current_database()
+        FROM pg_roles r, pg_database d WHERE r.rolname = session_user AND d.datname = current_database()
         """,
     )
     server, role, database, role_name, database_name = row

@@ -74,7 +74,7 @@ class LockedSession:
                         await once_locked()
                     self._lease = await self._pipelines.take_over(connection, worker_name())
                     crash_point("fence raised")
-                    self._connection, self._pid = connection, connection.info.backend_pid
+                    self._hold(connection)
             finally:
                 if self._connection is None:
                     await _close(connection)
@@ -115,11 +115,15 @@ class LockedSession:
                         where=f"slot {self._slot}",
                         hint="it ends by itself within a minute if its client is gone, and is ended if it is silent",
                     )
-                self._connection, self._pid = connection, connection.info.backend_pid
+                self._hold(connection)
             finally:
                 if self._connection is None:
                     await _close(connection)
         await self.prepare(specs)
+
+    def _hold(self, connection: WatchedConnection) -> None:
+        self._connection = connection
+        self._pid = None if connection.backend is None else connection.backend.pid
 
     async def _end_silent(self, connection: WatchedConnection) -> bool:
         """End the session that holds the lock if its worker is gone without a word; returns whether that was so."""

@@ -18,7 +18,8 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import LiteralString, cast
 
@@ -155,11 +156,12 @@ class Pipelines:
 
     async def end_session(self, connection: Connection, pid: int, application_name: str) -> None:
         """End a session of our own that the server has not noticed to be gone, and wait until its locks are free."""
-        await connection.execute(
-            "SELECT pg_terminate_backend(pid, %s) FROM pg_stat_activity WHERE pid = %s AND application_name = %s"
-            " AND usename = current_user",
-            [END_SESSION_MS, pid, application_name],
-        )
+        async with _as_login(connection):
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid, %s) FROM pg_stat_activity WHERE pid = %s AND application_name = %s"
+                " AND usename = session_user",
+                [END_SESSION_MS, pid, application_name],
+            )
 
     async def end_silent(self, connection: Connection, application_name: str, silent_s: float) -> int | None:
         """End the session that holds the lock if nothing has come from it for so long; returns its process if it did.
@@ -167,13 +169,14 @@ class Pipelines:
         A worker's session is heard from all the time, see `postgres/liveness`. The host of one that is silent is down
         or cut off, or its process is stopped; should it live after all, the fence keeps it from writing.
         """
-        row = await fetch_row(
-            connection,
-            "SELECT a.pid, pg_terminate_backend(a.pid, %s) FROM pg_stat_activity AS a WHERE a.pid = %s"
-            " AND a.application_name = %s AND a.usename = current_user AND a.state <> 'active'"
-            " AND clock_timestamp() - a.state_change > %s * interval '1 s'",
-            [END_SESSION_MS, await self.holder(connection), application_name, silent_s],
-        )
+        async with _as_login(connection):
+            row = await fetch_row(
+                connection,
+                "SELECT a.pid, pg_terminate_backend(a.pid, %s) FROM pg_stat_activity AS a WHERE a.pid = %s"
+                " AND a.application_name = %s AND a.usename = session_user AND a.state <> 'active'"
+                " AND clock_timestamp() - a.state_change > %s * interval '1 s'",
+                [END_SESSION_MS, await self.holder(connection), application_name, silent_s],
+            )
         return cast(int, row[0]) if row is not None and row[1] else None
 
     async def take_over(self, connection: Connection, worker: str) -> Lease:
@@ -296,6 +299,17 @@ class Pipelines:
             self.continued(lease, await self.read(connection))
             raise TargetRewound("the pipeline's row changed while it was read", where=f"slot {self._slot}")
         return Lease(lease.fence, _lsn(row[0]), row[1])
+
+
+@contextlib.asynccontextmanager
+async def _as_login(connection: Connection) -> AsyncIterator[None]:
+    """Act as the role that logged in: sessions belong to it.
+
+    `ALTER ROLE ... SET role` may have put us in another one, which may neither see nor end them.
+    """
+    async with connection.transaction():
+        await connection.execute("SET LOCAL ROLE NONE")
+        yield
 
 
 def _lsn(text: str | None) -> Lsn | None:

@@ -1,13 +1,23 @@
-"""Sessions that beat: the server hears of them, and whoever uses them does not notice."""
+"""Sessions whose statements are looked for, and sessions that beat, which whoever uses them does not notice."""
 
 from __future__ import annotations
 
-import anyio
-import pytest
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import anyio
+import psycopg
+import pytest
+from psycopg import conninfo
+
+from cdcsync.demo.cluster import Cluster, free_port
 from cdcsync.postgres import liveness
 from cdcsync.postgres.sessions import connect
 from tests.support.indexes import until
+from tests.support.poolers import pooled
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -55,4 +65,115 @@ async def test_a_session_that_beats_can_be_used_at_any_moment(database: Database
                 await copy.write_row((number,))
         await anyio.sleep(0.001)
     assert await (await connection.execute("SELECT count(*) FROM taken")).fetchone() == (400,)
+    await connection.close()
+
+
+# -- looking for a statement -----------------------------------------------------------------------------------------
+
+ROLES = """
+    CREATE ROLE plain LOGIN;
+    CREATE ROLE owner;
+    CREATE ROLE switched LOGIN IN ROLE owner;
+    ALTER ROLE switched SET role = 'owner';
+    CREATE ROLE untracked LOGIN;
+    ALTER ROLE untracked SET track_activities = off;
+"""
+
+KINDS = ["plain", "switched", "untracked", "pooled"]
+"""Roles of a session; the last kind is behind a pool in session mode, which has numbers of its own for processes."""
+
+
+@pytest.fixture(scope="module")
+def roles() -> Iterator[Cluster]:
+    """A cluster with all of the roles."""
+    with Cluster() as cluster:
+        with psycopg.connect(cluster.dsn(), autocommit=True) as connection:
+            connection.execute(ROLES)
+        yield cluster
+
+
+@pytest.fixture
+def dsn_of(roles: Cluster) -> Iterator[Callable[[str], str]]:
+    """Tells how a session of a kind connects."""
+    with ExitStack() as stack:
+
+        def dsn(kind: str) -> str:
+            if kind != "pooled":
+                return roles.dsn(user=kind)
+            # Where an unprivileged user may read.
+            directory = Path(stack.enter_context(TemporaryDirectory(prefix="cdcsync-pooler-", dir=os.sep + "tmp")))
+            return stack.enter_context(pooled(roles.dsn(user="plain"), "session", directory))
+
+        yield dsn
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_statement_that_the_server_works_on_may_take_any_time(
+    roles: Cluster, dsn_of: Callable[[str], str], kind: str
+) -> None:
+    connection = await connect(dsn_of(kind), "target")
+    async with await psycopg.AsyncConnection.connect(roles.dsn(), autocommit=True) as blocking:
+        await blocking.execute("SELECT pg_advisory_lock(1)")
+
+        async def waits() -> bool:
+            cursor = await blocking.execute("SELECT FROM pg_locks WHERE NOT granted")
+            return cursor.rowcount > 0
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(connection.execute, "SELECT pg_advisory_lock(1)")
+            await until(waits)
+            assert not await connection.unanswerable()
+            await blocking.execute("SELECT pg_advisory_unlock(1)")
+    await connection.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_statement_of_which_the_server_knows_nothing_is_lost(
+    roles: Cluster, dsn_of: Callable[[str], str], kind: str
+) -> None:
+    connection = await connect(dsn_of(kind), "target")
+    # The server waits for a statement; were one on its way for so long, it would never come.
+    await until(connection.unanswerable)
+    assert connection.backend is not None
+    async with await psycopg.AsyncConnection.connect(roles.dsn(), autocommit=True) as administrator:
+        ended = await administrator.execute("SELECT pg_terminate_backend(%s, 10000)", [connection.backend.pid])
+        assert await ended.fetchone() == (True,)
+    assert await connection.unanswerable()
+    await connection.close()
+
+
+REFUSALS = {
+    "no connection to spare": "ALTER ROLE plain CONNECTION LIMIT 1",
+    "no right to log in": "ALTER ROLE plain NOLOGIN",
+    "a port that refuses": "",
+    "another server": "",
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+async def test_a_look_that_is_refused_or_ends_elsewhere_proves_nothing(
+    roles: Cluster, dsn_of: Callable[[str], str], database: Database, refusal: str
+) -> None:
+    dsn = dsn_of("plain")
+    connection = await connect(dsn, "target")
+    await until(connection.unanswerable)
+    with psycopg.connect(roles.dsn(), autocommit=True) as administrator:
+        # The session of the look that came before may still be ending, and counts.
+        administrator.execute(REFUSALS[refusal].encode())
+        if refusal == "a port that refuses":
+            connection.watch(conninfo.make_conninfo(dsn, port=free_port()))
+        if refusal == "another server":
+            connection.watch(database.dsn)
+        try:
+            assert not await connection.unanswerable()
+        finally:
+            administrator.execute("ALTER ROLE plain LOGIN CONNECTION LIMIT -1")
+    await connection.close()
+
+
+async def test_a_server_that_was_started_again_has_lost_every_statement(cluster: Cluster) -> None:
+    connection = await connect(cluster.dsn(), "target")
+    cluster.stop()
+    cluster.start()
+    assert await connection.unanswerable()
     await connection.close()

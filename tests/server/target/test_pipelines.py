@@ -6,14 +6,16 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
 import anyio
+import psycopg
 import pytest
 
+from cdcsync.demo.cluster import Cluster
 from cdcsync.errors import LeaseLost, TargetRewound
 from cdcsync.lsn import Lsn
-from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines, PipelineState
-from tests.support.indexes import SCHEMA, until_blocked
+from tests.support.indexes import SCHEMA, until, until_blocked
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -87,6 +89,37 @@ async def test_one_session_holds_the_lock_until_it_ends(
     await first.execute("SELECT pg_advisory_unlock_all()")
     assert await PIPELINES.try_lock(second)
     assert await PIPELINES.holder(connection) == second.info.backend_pid
+
+
+async def test_a_session_of_our_login_can_be_ended_also_in_a_role_to_which_it_was_switched(cluster: Cluster) -> None:
+    with psycopg.connect(cluster.dsn(), autocommit=True) as administrator:
+        administrator.execute(
+            "CREATE ROLE owner; CREATE ROLE plain LOGIN; CREATE ROLE switched LOGIN IN ROLE owner;"
+            " ALTER ROLE switched SET role = 'owner'"
+        )
+    name = "cdcsync apply slot"
+    for role in ("plain", "switched"):
+        asking = await connect(cluster.dsn(user=role), "target")
+
+        async def held(role: str = role) -> tuple[Connection, int]:
+            holding = await connect(cluster.dsn(user=role), "target", application_name=name)
+            assert await PIPELINES.try_lock(holding)
+            assert holding.backend is not None
+            return holding, holding.backend.pid
+
+        first, pid = await held()
+        await PIPELINES.end_session(asking, pid, name)
+        assert await PIPELINES.holder(asking) is None
+        second, pid = await held()
+
+        async def silent_ended(asking: Connection = asking) -> int | None:
+            return await PIPELINES.end_silent(asking, name, 0.0)
+
+        # It may still be busy for a moment with the statement that took the lock.
+        assert await until(silent_ended) == pid
+        assert await PIPELINES.holder(asking) is None
+        for connection in (first, second, asking):
+            await connection.close()
 
 
 # -- the fence -------------------------------------------------------------------------------------------------------
