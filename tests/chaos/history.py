@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import psycopg
 
 from cdcsync.process.crashpoints import VARIABLE
 from tests.chaos.oracle import differences
-from tests.chaos.provider import Loss, Provider, Rewound
+from tests.chaos.provider import Loss, Place, Provider, Rewound
 from tests.chaos.servers import FIRST_LOOK_S, RAREST_LOOK_S, Side, until
 from tests.chaos.tables import FAR, INDEXES, TABLES, WHOLE, Writer
 from tests.chaos.worker import Worker
@@ -175,19 +175,26 @@ class History:
             " AND datname = current_database()"
         )
         until(lambda: not self.execute(self.target, writing), "the worker to finish what it writes")
-        held: set[str] = set()
+        held: defaultdict[str, set[Place]] = defaultdict(set)
+        for text, place in self._held():
+            held[text].add(place)
+        self.provider.rewound.append(Rewound(time.monotonic(), held))
+        self.note(f"a server went back; the target has vectors of {len(held)} texts")
+
+    def _held(self) -> Iterator[tuple[str, Place]]:
+        """Yield the text and the place of each chunk that has a vector of the provider's."""
         for stem, generation in self.execute(
             self.target,
             "SELECT coalesce(i.stem, i.name), g.generation FROM cdcsync.generations AS g"
             " JOIN cdcsync.indexes AS i ON i.name = g.index_name WHERE g.embedder = 'far'",
         ):
             statement = (
-                f'SELECT c.content FROM cdcsync."{stem}_chunks" AS c JOIN cdcsync."{stem}_vectors_{generation}" AS v'
+                "SELECT c.content, c.chunk_id, c.applied_at::text"
+                f' FROM cdcsync."{stem}_chunks" AS c JOIN cdcsync."{stem}_vectors_{generation}" AS v'
                 " USING (chunk_id, content_hash)"
             )
-            held |= {row[0] for row in self.execute(self.target, statement)}
-        self.provider.rewound.append(Rewound(time.monotonic(), frozenset(held)))
-        self.note(f"a server went back; the target has vectors of {len(held)} texts")
+            for text, chunk, applied_at in self.execute(self.target, statement):
+                yield text, (stem, chunk, applied_at)
 
     def writer_finishes(self) -> None:
         """End the prepared transactions, whose locks would be in the way for ever."""
@@ -324,7 +331,8 @@ class History:
             raise Broken(self._watched)
         if not self.gap_expected and (gaps := [one for one in self._events() if one.get("event") == "gap"]):
             raise Broken(f"a gap was found where none was: {gaps[0]}")
-        repeated = self.provider.repeated(self.losses, within_s=LOSS_S)
+        kept = {place for _, place in self._held()} if self.provider.rewound else set()
+        repeated = self.provider.repeated(self.losses, kept, within_s=LOSS_S)
         if self.gap_expected:
             # When everything is read again, another row may have taken the old key, and the vector's place, before the
             # page is read on which the moved row is.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 
 import msgspec
 
@@ -57,15 +57,28 @@ class Loss:
         return self.since - within_s <= at <= max(ends) + within_s
 
 
+Place = tuple[str, int, str]
+"""A chunk as it was written: relation, id, and when."""
+
+
 class Rewound(msgspec.Struct, frozen=True):
-    """A server went back: what the target had no vector of at that time may be embedded again, however old it is."""
+    """A server went back: what the target had no vector of at that time may be embedded again, however old it is.
+
+    So may be what it lost directly afterwards: a batch that the worker still had in hand, of transactions which the
+    source has lost, may replace texts that are there again once everything is read again.
+
+    :ivar held: the chunks that had a vector, by their text.
+    """
 
     at: float
-    held: frozenset[str]
+    held: Mapping[str, Collection[Place]]
 
-    def concerns(self, text: str, first: float, again: float) -> bool:
-        """Say whether that explains why a text was embedded twice."""
-        return first <= self.at <= again and text not in self.held
+    def concerns(self, text: str, first: float, again: float, kept: Container[Place]) -> bool:
+        """Say whether that explains why a text was embedded twice.
+
+        :param kept: the chunks that are in the target in the end.
+        """
+        return first <= self.at <= again and not any(place in kept for place in self.held.get(text, ()))
 
 
 class Provider(FakeProvider):
@@ -83,9 +96,10 @@ class Provider(FakeProvider):
         self.calls.append(Call(time.monotonic(), tuple(texts)))
         return [[float(byte + 1) for byte in hashlib.md5(text.encode()).digest()[:DIMENSIONS]] for text in texts]
 
-    def repeated(self, losses: Collection[Loss], *, within_s: float) -> list[Repeat]:
+    def repeated(self, losses: Collection[Loss], kept: Container[Place], *, within_s: float) -> list[Repeat]:
         """Return the texts that were embedded again although nothing was lost since.
 
+        :param kept: the chunks that are in the target now.
         :param within_s: how long after a call its result may still be lost.
         """
         before: dict[str, float] = {}
@@ -98,6 +112,6 @@ class Provider(FakeProvider):
                 before[text] = call.at
                 if last is None or any(one.concerns(last, within_s) for one in losses):
                     continue
-                if not any(one.concerns(text, last, call.at) for one in self.rewound):
+                if not any(one.concerns(text, last, call.at, kept) for one in self.rewound):
                     found.append(Repeat(text, last, call.at))
         return found
