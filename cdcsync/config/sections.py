@@ -87,9 +87,11 @@ class Target(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     schema: Name = "cdcsync"
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """In our statements a per cent sign begins a placeholder."""
+        """In our statements a per cent sign begins a placeholder. The system's own schemas are not for tables of ours."""
         if "%" in self.schema:
             yield "schema", f'must have no "%", got "{self.schema}"'
+        elif self.schema.startswith("pg_") or self.schema == "information_schema":
+            yield "schema", f'must be a schema that is not the system\'s, such as cdcsync, got "{self.schema}"'
 
 
 class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -110,7 +110,7 @@ async def try_condition(connection: Connection, table: QualifiedName, text: str,
         relation = sql.SQL("(SELECT {}::text AS {}, t.* FROM {} AS t)").format(
             sql.Literal(source), sql.Identifier(SOURCE_TABLE), relation
         )
-    async with _trial(connection, table):
+    async with _trial(connection, table, text):
         await _try(connection, relation, text)
 
 
@@ -136,7 +136,7 @@ async def examine_condition(
             f"it reads the system column {system[0]}, which changes without a change of the row",
             "use the table's own columns",
         )
-    async with _trial(connection, table):
+    async with _trial(connection, table, text):
         columns = await _columns(connection, table)
         named = named_columns(words, columns)
         await _refuse_other_tables(connection, table, text)
@@ -167,12 +167,12 @@ async def examine_order(connection: Connection, table: QualifiedName, text: str)
     _refuse_moments(words)
     if any(_begins_query(words, at) for at in range(len(words))):
         raise Refused("it holds a query, whose tables' changes would not be noticed", "name columns of the related row")
-    async with _trial(connection, table):
+    async with _trial(connection, table, text):
         await _refuse_changing(connection, words, named_columns(words, await _columns(connection, table)))
 
 
 @contextlib.asynccontextmanager
-async def _trial(connection: Connection, table: QualifiedName) -> AsyncIterator[None]:
+async def _trial(connection: Connection, table: QualifiedName, text: str) -> AsyncIterator[None]:
     """Open a transaction that cannot write and does not take long; what goes wrong in it is the condition's fault."""
     try:
         await connection.execute("BEGIN READ ONLY")
@@ -187,8 +187,10 @@ async def _trial(connection: Connection, table: QualifiedName) -> AsyncIterator[
     except psycopg.Error as error:
         if passing(error) and error.sqlstate != "25006":
             raise translate(error, "source", where=str(table)) from error
+        # The bracket is ours.
+        ends = isinstance(error, psycopg.errors.SyntaxError) and ")" not in text and 'near ")"' in str(error)
         raise Refused(
-            without_values(error),
+            "it is not complete" if ends else without_values(error),
             error.diag.message_hint or f"give one condition on the columns of {table} that only reads",
             privilege=isinstance(error, psycopg.errors.InsufficientPrivilege),
         ) from None

@@ -69,7 +69,7 @@ async def source(laid_out: Database) -> AsyncIterator[Connection]:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("n = ", "syntax error"),
+        ("n = ", "it is not complete"),
         ("n", "must be type boolean"),
         ("nn = 1", 'column "nn" does not exist'),
         ("n = 1) OR (n = 2", "syntax error"),

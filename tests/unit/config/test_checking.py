@@ -41,6 +41,10 @@ def test_an_empty_text_is_none_where_none_is_allowed() -> None:
         ("[source]\nstreaming = 1", "source.streaming: expected true or false, got 1"),
         ("[source]\nslot = 1", "source.slot: expected text, got 1"),
         ('[target]\nschema = "a%b"', 'target.schema: must have no "%", got "a%b"'),
+        (
+            '[target]\nschema = "pg_catalog"',
+            'target.schema: must be a schema that is not the system\'s, such as cdcsync, got "pg_catalog"',
+        ),
         ("source = 1", "source: expected a section, got 1"),
         ("[[source]]", "source: expected a section, got a list"),
         (

@@ -29,7 +29,7 @@ from tests.unit.config.files import SECTIONS, read
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.strip)
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=15)
-SCHEMAS = NAMES.filter(lambda name: "%" not in name)
+SCHEMAS = NAMES.filter(lambda name: "%" not in name and not name.startswith("pg_") and name != "information_schema")
 RELATIONS = st.builds(QualifiedName, NAMES, NAMES).map(str)
 SECONDS = st.floats(min_value=0, max_value=86_400, exclude_min=True)
 CONFIGS = st.builds(
