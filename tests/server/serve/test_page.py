@@ -29,6 +29,29 @@ def shown(browser: Browser, selector: str = "#hits li") -> list[str]:
     return texts
 
 
+CONTRAST = """
+const light = colour => {
+    const [red, green, blue] = colour.match(/[\\d.]+/g).map(one => one / 255)
+        .map(one => one <= 0.03928 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05;
+};
+const ground = document.body.appendChild(document.createElement('div'));
+ground.style.background = 'Canvas';
+const of = (one, on) => {
+    const both = [light(getComputedStyle(one).color), light(getComputedStyle(on).backgroundColor)];
+    return Math.max(...both) / Math.min(...both);
+};
+const found = [...document.querySelectorAll('.meta, .note, label')].map(one => of(one, ground));
+found.push(of(document.querySelector('button'), document.querySelector('button')));
+ground.remove();
+return Math.min(...found);
+"""
+"""Returns the lowest contrast of small text and its ground, as WCAG counts it."""
+
+READABLE = 4.5
+"""WCAG 2.1, 1.4.3 (AA)."""
+
+
 def test_a_person_searches_filters_and_sees_why(served_address: str, browser: Browser) -> None:
     browser.look((1100, 800), dark=False)
     browser.driver.get(f"{served_address}/")
@@ -40,6 +63,7 @@ def test_a_person_searches_filters_and_sees_why(served_address: str, browser: Br
     assert "printer" in first
     assert "by meaning" in first or "by words" in first
     assert "printer" in shown(browser, "#hits mark")
+    assert browser.ask(CONTRAST) >= READABLE
     browser.screenshot("serve")
 
     fill(browser, "[data-column=status]", "open")
@@ -68,6 +92,7 @@ def test_a_person_searches_filters_and_sees_why(served_address: str, browser: Br
 
     browser.look((390, 800), dark=True, phone=True)
     assert browser.ask("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser.ask(CONTRAST) >= READABLE
     browser.screenshot("serve-dark-phone")
     assert browser.complaints() == []
 
