@@ -87,7 +87,7 @@ class Target(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     schema: Name = "cdcsync"
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """In our statements a per cent sign begins a placeholder. The system's own schemas are not for tables of ours."""
+        """In our statements a per cent sign begins a placeholder; and no table of ours belongs among the system's."""
         if "%" in self.schema:
             yield "schema", f'must have no "%", got "{self.schema}"'
         elif self.schema.startswith("pg_") or self.schema == "information_schema":
