@@ -216,6 +216,8 @@ async def _gather(config: Config, name: str, directory: Path, most: int) -> Gath
 
 
 async def _measure_answers(config: Config, name: str, asked: _Judging) -> _Answers:
+    import msgspec
+
     from cdcsync.cli.beside import questions_by_worker
     from cdcsync.flows.evaluate import gates, judged
     from cdcsync.postgres.sessions import speaking_of
@@ -229,7 +231,7 @@ async def _measure_answers(config: Config, name: str, asked: _Judging) -> _Answe
         earlier = None
         if asked.against is not None:
             with speaking_of("target", where=f"index {name}"):
-                earlier = await judged_runs.read(connection, schema, name, collection.name, number)
+                earlier = await judged_runs.read(connection, schema, name, collection.name, number, spec.generation)
         if asked.against is not None and earlier is None and number is not None:
             raise UsageError(
                 f"there is no run {number} of {name} by {collection.name}",
@@ -243,6 +245,7 @@ async def _measure_answers(config: Config, name: str, asked: _Judging) -> _Answe
         verdicts = gates.judge(run, floors, earlier)
         if asked.against is not None and earlier is None:
             verdicts.append(gates.Verdict(True, "there is no earlier run to compare with: this is the first"))
+        run = msgspec.structs.replace(run, passed=all(verdict.passed for verdict in verdicts))
         with speaking_of("target", where=f"index {name}"):
             return _Answers(run, *await judged_runs.store(connection, schema, run), verdicts)
 

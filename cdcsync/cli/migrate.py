@@ -217,6 +217,8 @@ class _Outcome(NamedTuple):
 async def _activate(
     config: Config, index: str, least: Sequence[str], judged: Path | None, *, not_worse: bool, dry_run: bool, yes: bool
 ) -> _Outcome:
+    import msgspec
+
     from cdcsync.flows.evaluate import gates
     from cdcsync.flows.evaluate.judged import evaluate_index
     from cdcsync.flows.migrate import switch
@@ -241,10 +243,11 @@ async def _activate(
             collection, floors, measures = questions
             first = await evaluate_index(connection, config, live, collection, measures=measures)
             second = await evaluate_index(connection, config, other, collection, measures=measures)
-            for run in (first, second):
-                await judged_runs.store(connection, config.target.schema, run)
-            runs = first, second
             verdicts += gates.judge(second, floors, first if not_worse else None)
+            second = msgspec.structs.replace(second, passed=all(verdict.passed for verdict in verdicts))
+            runs = first, second
+            for run in runs:
+                await judged_runs.store(connection, config.target.schema, run)
     before = None
     if not dry_run and all(verdict.passed for verdict in verdicts):
         before = await switch.switch(config, index, other.generation, confirmed=yes)

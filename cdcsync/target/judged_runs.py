@@ -66,6 +66,7 @@ class Run(msgspec.Struct, frozen=True):
     :ivar measures: what was measured; the first one decides.
     :ivar settings: the settings of the index that may explain a difference to another run.
     :ivar weights: hybrid search by weight of the words, where that was asked for.
+    :ivar passed: whether it was as good as was asked for; a later run is not compared with one that was not.
     """
 
     index: str
@@ -77,6 +78,7 @@ class Run(msgspec.Struct, frozen=True):
     modes: dict[JudgedMode, ModeRun]
     weights: list[Weighed]
     evaluated_at: datetime
+    passed: bool = True
 
     @property
     def own_mode(self) -> JudgedMode:
@@ -124,15 +126,23 @@ async def store(connection: Connection, schema: str, run: Run) -> tuple[int | No
         return None, f"there is no table {schema}.{TABLE} yet: a worker of this version creates it when it starts"
 
 
-async def read(connection: Connection, schema: str, index: str, collection: str, id_: int | None) -> Run | None:
-    """Return a run of an index by a collection; with `id_` None the last one."""
+async def read(
+    connection: Connection, schema: str, index: str, collection: str, id_: int | None, generation: int
+) -> Run | None:
+    """Return a run of an index by a collection.
+
+    :param id_: its number; None for the last run that passed.
+    :param generation: the live one: the last run is none of a newer generation, which a migration is filling or left.
+    """
     try:
         cursor = await connection.execute(
             sql.SQL(
-                "SELECT run FROM {} WHERE index_name = %s AND collection = %s AND id = coalesce(%s, id)"
-                " ORDER BY id DESC LIMIT 1"
+                "SELECT run FROM {} WHERE index_name = %(index)s AND collection = %(collection)s"
+                " AND CASE WHEN %(id)s::bigint IS NULL"
+                " THEN generation <= %(generation)s AND coalesce((run ->> 'passed')::boolean, true)"
+                " ELSE id = %(id)s END ORDER BY id DESC LIMIT 1"
             ).format(sql.Identifier(schema, TABLE)),
-            [index, collection, id_],
+            {"index": index, "collection": collection, "id": id_, "generation": generation},
         )
     except psycopg.errors.UndefinedTable:
         return None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from cdcsync.config import Config
-from cdcsync.embedders import make_embedder, require_model
+from cdcsync.embedders import embedder_of
 from cdcsync.errors import UsageError
 from cdcsync.flows.evaluate.collection import JUDGMENTS, Judgment, read_judgments
 from cdcsync.flows.evaluate.judged import document_id, embed_questions
@@ -61,8 +61,7 @@ async def gather(connection: Connection, config: Config, spec: IndexSpec, direct
         )
     there = {(one.query, one.document) for one in known}
     lines = list(known)
-    embedder = make_embedder(spec.config.embedder, config.embedders[spec.config.embedder])
-    require_model(embedder, spec.model)
+    embedder = embedder_of(config.embedders, spec.model, spec.config.embedder)
     try:
         await embedder.open()
         vectors = await embed_questions(embedder, dict(asked))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
+import msgspec
 import pytest
 from psycopg import conninfo
 
@@ -46,10 +48,22 @@ async def test_a_run_comes_back_as_it_was_stored_by_its_number_or_as_the_last(re
     numbers = [await judged_runs.store(registered, SCHEMA, run(mean=mean)) for mean in (0.3, 0.4)]
     await judged_runs.store(registered, SCHEMA, run(collection="other"))
     first, second = (number for number, problem in numbers if problem is None)
-    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", None) == run(mean=0.4)
-    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", first) == run(mean=0.3)
-    assert await judged_runs.read(registered, SCHEMA, "notes", "cisi", second) is None
+    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", None, 1) == run(mean=0.4)
+    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", first, 1) == run(mean=0.3)
+    assert await judged_runs.read(registered, SCHEMA, "notes", "cisi", second, 1) is None
     assert run().own_mode == "hybrid"
+
+
+async def test_the_last_run_is_one_that_passed_of_a_generation_that_searches_use(
+    registered: Connection,
+) -> None:
+    failed = msgspec.structs.replace(run(mean=0.1), passed=False)
+    candidate = msgspec.structs.replace(run(mean=0.9), generation=2)
+    for one in (run(mean=0.4), failed, candidate):
+        await judged_runs.store(registered, SCHEMA, one)
+    last = partial(judged_runs.read, registered, SCHEMA, "articles", "cisi", None)
+    assert await last(1) == run(mean=0.4)
+    assert await last(2) == candidate  # once searches use it
 
 
 async def test_the_newest_runs_of_each_index_stay(registered: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,4 +92,4 @@ async def test_where_nothing_can_be_written_the_reason_is_told(registered: Conne
     number, problem = await judged_runs.store(registered, SCHEMA, run())
     assert number is None
     assert "a worker of this version creates it" in str(problem)
-    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", None) is None
+    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", None, 1) is None

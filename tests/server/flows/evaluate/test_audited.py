@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from cdcsync.flows.evaluate.audited import gather
+from cdcsync.postgres.sessions import connect
+from cdcsync.target.search import stored_spec
 from tests.support.serving import Office
 
 pytestmark = pytest.mark.server
@@ -95,3 +99,13 @@ def test_a_record_without_texts_says_what_keeps_them(
     assert "serve.audit_queries = true" in capsys.readouterr().err
     assert evaluate(tickets, tmp_path, "--judged", str(tmp_path)) == 2
     assert "cannot be combined" in capsys.readouterr().err
+
+
+@pytest.mark.anyio
+async def test_the_model_is_found_under_whatever_name_its_section_has_now(asked: Office, tmp_path: Path) -> None:
+    config = asked.config
+    renamed = msgspec.structs.replace(config, embedders={"renamed": config.embedders["fake"]})
+    async with await connect(config.target.dsn, "target", application_name="test") as connection:
+        spec = await stored_spec(connection, config.target.schema, "tickets", config.index_named("tickets"))
+        gathered = await gather(connection, renamed, spec, tmp_path, most=10)
+    assert gathered.questions == 3
