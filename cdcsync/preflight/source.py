@@ -7,7 +7,7 @@ Source: PostgreSQL, "Logical Replication" (Configuration Settings, Security), "L
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import msgspec
 
@@ -16,8 +16,8 @@ from cdcsync.config.names import quote
 from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
-from cdcsync.source.catalog import Catalog, Server, Slot, read_catalog, read_server, read_slot, why_lost
-from cdcsync.source.publications import Publication
+from cdcsync.source.catalog import SENDS_PREPARED, Catalog, Server, Slot, read_catalog, read_server, read_slot, why_lost
+from cdcsync.source.publications import Publication, create_publication_statement, publish_statement
 from cdcsync.source.slot import MIN_VERSION, SlotConnection
 
 STANDBY_VERSION = 160000
@@ -67,12 +67,13 @@ async def examine_source(
         if slot is not None:
             confirmed = f"exists, and is confirmed up to {slot.confirmed_flush}"
             resync = config.source.on_gap == "resync" or not begun
-            findings += or_ok(slot_faults(slot, server, resync=resync), f"slot {slot.name}", confirmed)
+            findings += or_ok(slot_faults(slot, server, resync=resync, begun=begun), f"slot {slot.name}", confirmed)
         if publication is not None:
             where = f"publication {publication.name}"
             if not list(publication_faults(publication)):
                 findings.append(Finding.ok(where, "exists, and sends every kind of change"))
-        elif slot is not None:
+        findings += read_only_faults(server, catalog, catalog.single(wanted))
+        if publication is None and slot is not None:
             findings += orphan_faults(slot, config.source.publication, followed=bool(known))
         return SourceFacts(server, catalog, frozenset(catalog.single(wanted)))
     return None
@@ -162,10 +163,11 @@ def sender_faults(error: CdcsyncError, server: Server, slot: Slot | None) -> Ite
         )
 
 
-def slot_faults(slot: Slot, server: Server, *, resync: bool) -> Iterator[Finding]:
+def slot_faults(slot: Slot, server: Server, *, resync: bool, begun: bool = True) -> Iterator[Finding]:
     """Say whether the slot that exists can be read by us, and from where it was left.
 
     :param resync: a gap heals itself: `run` loads the indexes anew, or nothing is loaded yet.
+    :param begun: whether the pipeline has a checkpoint, and so the slot is its own.
     """
     where = f"slot {slot.name}"
     another = "name another slot with source.slot; run creates it"
@@ -180,6 +182,15 @@ def slot_faults(slot: Slot, server: Server, *, resync: bool) -> Iterator[Finding
             f"belongs to the database {slot.database}, and source.dsn leads to the database {server.database}",
             another,
         )
+    again = 'set source.on_gap = "resync" to read the tables again: docs/operations.md, "After a gap"'
+    if slot.two_phase:
+        if not begun:
+            drop = f"SELECT pg_drop_replication_slot('{slot.name}')"
+            yield Finding.error(where, SENDS_PREPARED, f"{another}; or, if nothing else reads this one, {drop}")
+        elif resync:
+            yield Finding.warning(where, f"{SENDS_PREPARED}; run creates a new slot and reads the tables again")
+        else:
+            yield Finding.error(where, SENDS_PREPARED, again)
     if slot.wal_status == "lost":
         lost = (
             f"the server has removed WAL that the slot still needed ({why_lost(slot)}):"
@@ -188,9 +199,7 @@ def slot_faults(slot: Slot, server: Server, *, resync: bool) -> Iterator[Finding
         if resync:
             yield Finding.warning(where, f"{lost}; run creates a new slot and reads the tables again")
         else:
-            yield Finding.error(
-                where, lost, 'set source.on_gap = "resync" to read the tables again: docs/operations.md, "After a gap"'
-            )
+            yield Finding.error(where, lost, again)
     elif slot.wal_status == "unreserved":
         yield Finding.warning(
             where,
@@ -226,12 +235,35 @@ def orphan_faults(slot: Slot, publication: str, *, followed: bool) -> Iterator[F
     )
 
 
+def read_only_faults(server: Server, catalog: Catalog, tables: Sequence[QualifiedName]) -> Iterator[Finding]:
+    """Say that the publication can be neither created nor extended because transactions are read-only by default.
+
+    That is all that `run` needs to write there: marks in the WAL, and slots, can be made in such transactions, too.
+    """
+    name, publication = catalog.publication_name, catalog.publication
+    missing = [one for one in tables if publication is None or one not in publication.tables]
+    if not missing or not server.read_only or server.in_recovery:
+        return
+    statement = (
+        create_publication_statement(name, missing, version=server.version)
+        if publication is None
+        else publish_statement(name, missing)
+    )
+    lack = "does not exist" if publication is None else f"does not send {named(map(str, missing))}"
+    yield Finding.error(
+        f"publication {name}",
+        f"{lack}, and transactions are read-only here, so that run cannot change that",
+        f"ALTER DATABASE {quote(server.database)} RESET default_transaction_read_only, or the same for the role"
+        f" {quote(server.role)}; or, as an owner of the tables: {statement.as_string(None)}",
+    )
+
+
 def publication_faults(publication: Publication) -> Iterator[Finding]:
     """Say which kinds of changes the publication that exists does not send."""
     missing = [operation for operation in OPERATIONS if operation not in publication.operations]
     if missing:
         yield Finding.error(
             f"publication {publication.name}",
-            f"does not send {named(missing)}: the index would drift from its table",
+            f"does not send {named(map(str, missing))}: the index would drift from its table",
             f"ALTER PUBLICATION {quote(publication.name)} SET (publish = '{', '.join(OPERATIONS)}')",
         )

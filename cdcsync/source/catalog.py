@@ -31,6 +31,10 @@ REPLICATION_ROLES = ("rds_replication",)
 """Roles of managed services whose members may replicate without having the attribute themselves."""
 
 
+SENDS_PREPARED = "sends prepared transactions before they are committed (two_phase = true), which cdcsync does not read"
+"""Why a slot is refused that is otherwise as ours."""
+
+
 class Server(msgspec.Struct, frozen=True):
     """The settings and privileges that replication depends on. The target's are of interest too.
 
@@ -77,6 +81,8 @@ class Slot(msgspec.Struct, frozen=True):
     failover: bool = False
     lost_because: str | None = None
     """Why it has lost its WAL, as the server says from version 17 on."""
+    two_phase: bool = False
+    """Whether it sends prepared transactions at once, before it is known whether they are committed."""
     catalog_xmin: int | None = None
     """The oldest transaction (32 bits) whose effect on the catalogs it may still need: of a slot from which nothing was
     read yet, no transaction that ran during its creation or began later is older."""
@@ -246,7 +252,7 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
             SELECT slot_name, plugin, database, active_pid, confirmed_flush_lsn::text, restart_lsn::text, wal_status,
                    pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
                                         ELSE pg_current_wal_lsn() END, restart_lsn)::int8,
-                   safe_wal_size, {}, {}, catalog_xmin::text::bigint
+                   safe_wal_size, {}, {}, catalog_xmin::text::bigint, two_phase
             FROM pg_replication_slots WHERE slot_name = %s
             """
         ).format(
@@ -271,6 +277,7 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
         failover=row[9],
         lost_because=row[10],
         catalog_xmin=row[11],
+        two_phase=row[12],
     )
 
 

@@ -242,7 +242,7 @@ class Pipeline:
                     with speaking_of("target"):
                         holder = await Pipelines(config.target.schema, config.source.slot).holder(target)
                     log.info("standby", slot=config.source.slot, holder_pid=holder)
-                self.state.standby = True
+                self.state.standby, self.state.waiting_for = True, None
                 self._known.clear()  # another worker may do anything to them
                 with anyio.move_on_after(STANDBY_POLL_S):
                     await self.state.stopping.wait()

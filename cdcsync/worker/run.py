@@ -116,7 +116,7 @@ async def _wait_for_servers(
     backoff = Backoff(first=0.5, most=5, until=state.stopping)
     with anyio.move_on_after(config.worker.start_timeout_s):
         while report.passes and not state.stopping.is_set():
-            away = "; ".join(f"{finding.where}: {finding.message}" for finding in report.errors)
+            away = _said(report)
             state.waiting_for = away
             log.warning("start_waits", error=away, most_s=config.worker.start_timeout_s)
             await backoff.wait()
@@ -172,6 +172,7 @@ async def _work_through_schema_changes(
         paused: list[SchemaChanged] = []
         try:
             ending = await pipeline.set_up(broken)
+            state.waiting_for = None
             match ending:
                 case "ready":
                     while unopened:
@@ -191,6 +192,7 @@ async def _work_through_schema_changes(
         except Unavailable as error:
             known.clear()
             if not state.stopping.is_set():
+                state.waiting_for = str(error)
                 log.warning("set_up_waits", error=str(error))
             with anyio.move_on_after(STANDBY_POLL_S):
                 await state.stopping.wait()
@@ -213,6 +215,7 @@ async def _hold(
         async with cancelled_by(state.stopping):
             return await hold_unapproved(state.config, specs, report.catalog, embedders)
     except Unavailable as error:
+        state.waiting_for = str(error)
         log.warning("set_up_waits", error=str(error))
         with anyio.move_on_after(STANDBY_POLL_S):
             await state.stopping.wait()
@@ -225,8 +228,13 @@ async def _examine_again(config: Config, state: WorkerState, embedders: dict[str
         report = await examine(config, embedders)
         if not report.errors or state.stopping.is_set():
             return report
+        state.waiting_for = _said(report)
         log.warning("examination_waits", problems=[finding.message for finding in report.errors])
         await backoff.wait()
+
+
+def _said(report: Report) -> str:
+    return "; ".join(f"{finding.where}: {finding.message}" for finding in report.errors)
 
 
 async def _stop_on_signal(

@@ -55,7 +55,7 @@ class WorkerState:
         self.standby = False
         """Whether another worker holds the pipeline's lock."""
         self.waiting_for: str | None = None
-        """The servers that a start waits for, and why."""
+        """The servers that a start or a set-up waits for, and why."""
         self.stopping = anyio.Event()
         """Set once the worker is asked to end."""
         self.config = config
@@ -155,7 +155,7 @@ class WorkerState:
         """Return why the worker is not doing its work just now; nothing when it is."""
         reasons = []
         if self.waiting_for is not None:
-            reasons.append(f"the start waits: {self.waiting_for}")
+            reasons.append(f"the {'set-up' if self._followed else 'start'} waits: {self.waiting_for}")
         elif self.standby:
             reasons.append("standby: another worker holds the pipeline")
         elif not self._connected:

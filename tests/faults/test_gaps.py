@@ -42,16 +42,23 @@ def recreate(pipeline: Pipeline) -> None:
     pipeline.source.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [pipeline.config.source.slot])
 
 
+def recreate_two_phase(pipeline: Pipeline) -> None:
+    drop(pipeline)
+    create = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput', false, true)"
+    pipeline.source.execute(create, [pipeline.config.source.slot])
+
+
 def advance(pipeline: Pipeline) -> None:
     pipeline.source.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [pipeline.released()])
 
 
 @pytest.mark.parametrize(
-    ("mishap", "reason"),
+    ("mishap", "reason", "status"),
     [
-        pytest.param(drop, "the replication slot is gone", id="dropped"),
-        pytest.param(recreate, "the slot is ahead of the index", id="recreated"),
-        pytest.param(advance, "the slot is ahead of the index", id="advanced by someone else"),
+        pytest.param(drop, "the replication slot is gone", 1, id="dropped"),
+        pytest.param(recreate, "the slot is ahead of the index", 1, id="recreated"),
+        pytest.param(recreate_two_phase, "sends prepared transactions", 2, id="made to send prepared transactions"),
+        pytest.param(advance, "the slot is ahead of the index", 1, id="advanced by someone else"),
     ],
 )
 def test_a_slot_that_cannot_send_all_is_a_gap(
@@ -59,6 +66,7 @@ def test_a_slot_that_cannot_send_all_is_a_gap(
     make_simple: MakeSimple,
     mishap: Callable[[Pipeline], None],
     reason: str,
+    status: int,
 ) -> None:
     source = make_database()
     pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name)
@@ -66,7 +74,7 @@ def test_a_slot_that_cannot_send_all_is_a_gap(
     change(pipeline)
     mishap(pipeline)
 
-    stops_at_the_gap_and_heals(pipeline, reason)
+    stops_at_the_gap_and_heals(pipeline, reason, status)
 
 
 def test_a_slot_that_was_moved_while_the_worker_was_cut_off_is_a_gap(

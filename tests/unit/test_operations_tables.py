@@ -78,6 +78,7 @@ HELD = {
     # gaps
     "the replication slot is gone": (GAPS, 'id="dropped"'),
     "the replication slot has lost WAL": (GAPS, "test_a_slot_that_lost_its_wal_is_a_gap"),
+    "the replication slot sends prepared transactions": (GAPS, 'id="made to send prepared transactions"'),
     "the slot is ahead of the index": (GAPS, 'id="recreated"'),
     "the source's WAL ends": (GAPS, "files put back"),
     "the source's timeline … branched off … before the checkpoint": (

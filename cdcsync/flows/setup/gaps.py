@@ -14,7 +14,7 @@ from cdcsync.errors import DecodingFailed, GapError, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection, speaking_of
-from cdcsync.source.catalog import Slot, read_slot, why_lost
+from cdcsync.source.catalog import SENDS_PREPARED, Slot, read_slot, why_lost
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.pipelines import PipelineState
 from cdcsync.target.requests.history import History
@@ -85,6 +85,8 @@ async def refuse_gap(
 ) -> None:
     """Refuse a server that is not the one we followed, or that is behind us, and a slot that is ahead of us or gone.
 
+    A slot that was made to send prepared transactions is refused, too.
+
     :raises GapError: changes after the checkpoint may be missing.
     """
     where = f"slot {name}, checkpoint {state.checkpoint}"
@@ -120,6 +122,8 @@ async def refuse_gap(
         raise GapError(
             f"the replication slot has lost WAL that it still needed ({why_lost(slot)})", where=where, hint=_RESYNC
         )
+    if slot.two_phase:
+        raise GapError(f"the replication slot {SENDS_PREPARED}", where=where, hint=_RESYNC)
     if slot.confirmed_flush is not None and slot.confirmed_flush > state.checkpoint:
         raise GapError(
             f"the slot is ahead of the index: it was advanced to {slot.confirmed_flush} by someone else, recreated,"

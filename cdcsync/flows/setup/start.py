@@ -13,7 +13,7 @@ import psycopg
 import structlog
 
 from cdcsync.config import Config, QualifiedName
-from cdcsync.errors import DecodingFailed, GapError, SlotInUse, TablesChanged
+from cdcsync.errors import DecodingFailed, GapError, SetupError, SlotInUse, TablesChanged
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.locking import BRIEFLY, until_locked
@@ -21,6 +21,7 @@ from cdcsync.postgres.sessions import Connection, first_line, speaking_of
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import (
     FAILOVER_VERSION,
+    SENDS_PREPARED,
     Slot,
     blockers,
     next_transaction,
@@ -192,6 +193,7 @@ async def _first_position(
     A new slot in its place loses nothing, because the first load is still to come.
 
     :raises SlotInUse: another process is creating or reading the slot.
+    :raises SetupError: it sends prepared transactions.
     """
     name = config.source.slot
     if slot is None:
@@ -201,6 +203,13 @@ async def _first_position(
             await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
             crash_point("lost slot dropped")
             return await _create_slot(slot_connection, source, config)
+        if slot.two_phase:
+            raise SetupError(
+                SENDS_PREPARED,
+                where=f"slot {name}",
+                hint="name another slot with source.slot, which run creates; or, if nothing else reads this one,"
+                f" SELECT pg_drop_replication_slot('{name}')",
+            )
         if slot.confirmed_flush is None or slot.catalog_xmin is None:
             raise SlotInUse(
                 "the slot is still being created by a session that was left behind",

@@ -183,6 +183,32 @@ async def test_a_slot_that_lost_wal_stops_the_pipeline_unless_it_may_resync_or_h
     assert "removed WAL" in told[0].message
 
 
+async def test_a_slot_that_sends_prepared_transactions_is_refused(database: Database) -> None:
+    database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
+    database.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput', false, true)", [database.name])
+    error = the_error(await examined(configured(database.dsn, slot=database.name)))
+    assert (error.where, "two_phase = true" in error.message) == (f"slot {database.name}", True)
+    assert "pg_drop_replication_slot" in str(error.hint)
+
+
+@pytest.mark.parametrize(
+    ("publication", "told"),
+    [
+        ("", "CREATE PUBLICATION cdcsync FOR TABLE"),
+        ("CREATE PUBLICATION cdcsync", "ALTER PUBLICATION cdcsync ADD TABLE"),
+        ("CREATE PUBLICATION cdcsync FOR TABLE articles", None),
+    ],
+)
+async def test_a_source_whose_transactions_are_read_only_needs_a_publication_that_is_complete(
+    make_database: Callable[[], Database], publication: str, told: str | None
+) -> None:
+    source, target = make_database(), make_database()
+    source.execute(f"{ARTICLES}; {publication}")
+    source.execute(f"ALTER DATABASE {source.name} SET default_transaction_read_only = on")
+    errors = (await examined(configured(source.dsn, target.dsn))).errors
+    assert [(told or "") in str(error.hint).replace('"', "") for error in errors] == [True] * (told is not None)
+
+
 async def test_a_slot_without_its_publication_is_refused(database: Database) -> None:
     database.execute(ARTICLES)
     database.execute(SLOT, [database.name])

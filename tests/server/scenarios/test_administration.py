@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import psycopg
 import pytest
 from psycopg import sql
 
+from tests.support.outages import MakeSimple
 from tests.support.scenes import Followed, MakeScene, Scene
-from tests.support.servers import Server
+from tests.support.servers import Database, Server
 from tests.support.workers import until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
@@ -114,3 +117,29 @@ def test_a_database_that_is_renamed_is_told_by_name(make_scene: MakeScene) -> No
     scene.pipeline.start()
     until(lambda: scene.pipeline.times("streaming") > 1, scene.pipeline.tail)
     scene.follows()
+
+
+def test_a_source_whose_transactions_are_read_only_is_followed_and_what_it_cannot_do_is_told(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name)
+    pipeline.source.execute("CREATE PUBLICATION cdcsync FOR TABLE articles")
+    with source.server.connect() as administrator:
+        database = sql.Identifier(source.name)
+        administrator.execute(sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = on").format(database))
+        worker = pipeline.start()
+        pipeline.live()
+        # Our own session is older than the setting.
+        pipeline.source.execute("UPDATE articles SET title = title || ' again'")
+        pipeline.in_step()
+
+        pipeline.source.execute("ALTER PUBLICATION cdcsync DROP TABLE articles")
+        until(lambda: "transactions are read-only here" in pipeline.get("/readyz")[1].decode(), pipeline.tail)
+
+        administrator.execute(sql.SQL("ALTER DATABASE {} RESET default_transaction_read_only").format(database))
+    pipeline.source.execute("UPDATE articles SET title = title || ' at last'")
+    # It may have been written while the publication did not send the table: then the table is read again.
+    until(pipeline.in_step_now, pipeline.tail)
+    until(lambda: pipeline.get("/readyz")[0] == 200, pipeline.tail)
+    assert worker.poll() is None

@@ -59,6 +59,8 @@ async def test_before_it_follows_anything_a_worker_tells_what_it_waits_for() -> 
     assert state.not_ready() == ["standby: another worker holds the pipeline"]
     state.waiting_for = "the source starts up"
     assert state.not_ready() == ["the start waits: the source starts up"]
+    state.connected(True)
+    assert state.not_ready() == ["the set-up waits: the source starts up"]
 
 
 async def test_a_source_that_is_not_heard_leaves_the_lag_unknown(streaming: WorkerState, lag: Lag) -> None:
