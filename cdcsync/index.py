@@ -48,6 +48,7 @@ from cdcsync.target.search import (
     search,
     stored_spec,
 )
+from cdcsync.target.waits import Waits
 from cdcsync.tracing import Tracing
 
 T = TypeVar("T")
@@ -95,6 +96,7 @@ class Resources:
         self.config = config
         self.models = QueryModels(config, model_timeout_s)
         self.pool = Pool(config.target.dsn, "target", size=connections, application_name=application_name)
+        self.waits = Waits(config.target.dsn, application_name=application_name)
         self.tracing = tracing or Tracing()
 
     async def aclose(self) -> None:
@@ -102,6 +104,7 @@ class Resources:
         with anyio.CancelScope(shield=True):
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(self.pool.aclose)
+                stack.push_async_callback(self.waits.aclose)
                 stack.push_async_callback(self.models.aclose)
 
 
@@ -341,7 +344,7 @@ class Index:
         """Wait until the index holds everything that the source had committed up to an LSN; return whether it does.
 
         To read your own writes, take `SELECT pg_current_wal_insert_lsn()` on the source after the commit, keep it (in a
-        session or a cookie), and wait for it before the search.
+        session or a cookie), and wait for it before the search. Tasks that wait keep no connection from searches.
 
         :param lsn: `None` takes the source's position now.
         :param timeout_s: how long to wait before returning `False`.
@@ -349,17 +352,24 @@ class Index:
         :raises SetupError: the target does not hold the index, or it is paused or no longer followed.
         :raises SourceUnavailable: `lsn` is None and the source does not answer.
         """
+        if lsn is None:
+            lsn = await self.lsn()
         try:
-            position = Lsn.parse(lsn or await self.lsn())
-        except ValueError:
-            raise UsageError(f"{lsn!r} is not an LSN", where="wait_for", hint="give it as pg_lsn prints it") from None
+            position = Lsn.parse(lsn)
+        except (ValueError, TypeError):
+            wrong = repr(lsn)[:80]
+            raise UsageError(f"{wrong} is not an LSN", where="wait_for", hint="give it as pg_lsn prints it") from None
 
-        async def ask(connection: Connection) -> bool:
+        async def reached(connection: Connection, within_s: float) -> bool:
             function = sql.Identifier(self._resources.config.target.schema, "wait_for")
             statement = sql.SQL("SELECT {}(%s, %s::pg_lsn, %s * interval '1 s', %s)").format(function)
-            return bool(await fetch_value(connection, statement, [self.name, str(position), timeout_s, vectors]))
+            with speaking_of("target", where=f"index {self.name}"):
+                return bool(await fetch_value(connection, statement, [self.name, str(position), within_s, vectors]))
 
-        return await self._with_connection(ask)
+        async def look() -> bool:
+            return await self._with_connection(lambda connection: reached(connection, 0))
+
+        return await self._resources.waits.wait(look, reached, timeout_s)
 
     async def lsn(self) -> str:
         """Return the source's position now: everything that was committed before is below it.

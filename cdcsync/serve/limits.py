@@ -14,7 +14,7 @@ Counts are kept by each replica; with n of them a tenant has up to n times its s
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import anyio
@@ -96,7 +96,7 @@ class Limits:
         self._now = now
         self._accounts: dict[str, _Account] = {}
         self._room = anyio.CapacityLimiter(serve.connections)
-        self._waiting = 0
+        self._waiting = self._before = 0
         self._told_until = float("-inf")
 
     @property
@@ -105,9 +105,10 @@ class Limits:
         return self._waiting
 
     @asynccontextmanager
-    async def admitted(self, account: str) -> AsyncIterator[None]:
+    async def admitted(self, account: str, first: Callable[[], Awaitable[None]] | None = None) -> AsyncIterator[None]:
         """Admit a call for the duration of the block.
 
+        :param first: what it waits for before its turn.
         :raises Refused: 429, this tenant has used up its share; 503, too many calls wait.
         """
         refused = self.refusal(account)
@@ -117,6 +118,8 @@ class Limits:
         mine.calls.take()
         mine.running += 1
         try:
+            if first is not None:
+                await self._early(account, first)
             self._waiting += 1
             try:
                 await self._room.acquire_on_behalf_of(turn := object())
@@ -128,6 +131,16 @@ class Limits:
                 self._room.release_on_behalf_of(turn)
         finally:
             mine.running -= 1
+
+    async def _early(self, account: str, first: Callable[[], Awaitable[None]]) -> None:
+        """Wait for what a call waits for before its turn; not too many may, as each asks the target now and then."""
+        if self._before >= max(self._serve.waiting, self._serve.connections):
+            raise self._in_line(account, self._busy())
+        self._before += 1
+        try:
+            await first()
+        finally:
+            self._before -= 1
 
     def spend(self, account: str, tokens: int) -> None:
         """Count text that was answered."""
@@ -209,5 +222,8 @@ class Limits:
                 retry_after_s=1,
             )
         if self._waiting >= self._serve.waiting and self._room.available_tokens < 1:
-            return Refused(503, "The server is busy", "too many calls wait", "call again later", retry_after_s=1)
+            return self._busy()
         return None
+
+    def _busy(self) -> Refused:
+        return Refused(503, "The server is busy", "too many calls wait", "call again later", retry_after_s=1)

@@ -16,12 +16,12 @@ from psycopg import conninfo, sql
 from cdcsync.config import Config
 from cdcsync.config.serving import Serve
 from cdcsync.embedders import Vectors
-from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedError, TextRejected
+from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedError, TargetUnavailable, TextRejected
 from cdcsync.index import Index, Resources
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.queries import fetch_value
-from cdcsync.postgres.sessions import CONNECT_TIMEOUT_S, Connection, speaking_of
+from cdcsync.postgres.sessions import CONNECT_TIMEOUT_S, IDLE_S, Connection, Session, speaking_of
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.messages import Answer, ColumnInfo, Document, Found, IndexInfo, SearchRequest
 from cdcsync.serve.problems import Problem
@@ -39,7 +39,6 @@ FRESHNESS_S = 0.2
 
 EXAMPLES = 3
 """Values of each column that `list_indexes` shows, so that an agent sees how they are written."""
-
 
 UNHELD = (
     "have serve.dsn log in as serve.role, not as the owner of the tables, and start the worker with this [serve] too"
@@ -65,11 +64,11 @@ class Offered(Index):
         self.visible = Visibility(self.serve)
         self._known: _Known | None = None
 
-    async def answer(self, who: Principal, request: SearchRequest) -> Answer:
-        """Search for a caller.
+    async def reach(self, request: SearchRequest) -> None:
+        """Wait until the index holds what a search asks for. Do so before `answer`.
 
-        :raises Problem: the request cannot be answered.
-        :raises CdcsyncError: the target or the model cannot answer it now.
+        :raises Problem: the request cannot be answered, or not yet.
+        :raises CdcsyncError: the target cannot answer it now.
         """
         _refuse_costly(request, self.serve)
         if request.after_lsn is not None:
@@ -78,6 +77,13 @@ class Offered(Index):
                     503, "Not yet", "the index has not reached after_lsn", "call again, or without it", retry_after_s=1
                 )
             self._known = None
+
+    async def answer(self, who: Principal, request: SearchRequest) -> Answer:
+        """Search for a caller.
+
+        :raises Problem: the request cannot be answered.
+        :raises CdcsyncError: the target or the model cannot answer it now.
+        """
         known = await self._facts()  # before the search, which sees at least as much
         if request.vector is not None and len(request.vector) != _dimensions(known.spec, request.generation):
             self._stored = self._known = None  # a generation may have become live, or be new
@@ -337,6 +343,9 @@ class Reader:
             application_name="cdcsync serve",
             tracing=tracing,
         )
+        # Of its own: calls may hold all connections of the pool, and the target answers all the same.
+        self._probe = Session(dsn, "target", application_name="cdcsync serve", idle_s=IDLE_S)
+        self._probing = anyio.Lock()
         self.indexes = {name: Offered(self._resources, name) for name in serve.indexes or config.indexes}
         self.loaded = False
 
@@ -353,16 +362,24 @@ class Reader:
 
     async def aclose(self) -> None:
         """Close sessions and models."""
+        await self._probe.aclose()
         await self._resources.aclose()
 
     async def ping(self) -> None:
-        """Ask the target anything.
+        """Ask the target anything, however many calls are being answered.
 
         :raises TargetUnavailable, SetupError: it does not answer.
         """
-        async with self._resources.pool.connection() as connection:
-            with speaking_of("target"):
-                await fetch_value(connection, "SELECT 1")
+        async with self._probing:
+            for last in (False, True):
+                connection = await self._probe.connection()
+                try:
+                    with speaking_of("target"):
+                        await fetch_value(connection, "SELECT 1")
+                    return
+                except TargetUnavailable:  # the session may have broken since the last time
+                    if last:
+                        raise
 
     async def load(self) -> None:
         """Load the models, so that no call waits for that; one that cannot be loaded is tried again by a call.

@@ -136,6 +136,9 @@ class Service:
         """
         noted = _Noted(index, request.query, sorted(request.filter))
 
+        async def reach() -> None:
+            await self.reader.index(index).reach(request)
+
         async def work(who: Principal) -> Answer:
             answer = await self.reader.index(index).answer(who, request)
             noted.hits = len(answer.hits)
@@ -146,7 +149,7 @@ class Service:
             self.limits.spend(who.account, sum(_tokens(hit.content) for hit in answer.hits))
             return answer
 
-        return await self._call("search", caller, noted, work)
+        return await self._call("search", caller, noted, work, first=reach)
 
     async def fetch(
         self, caller: Caller, index: str, key: Sequence[str] | Mapping[str, str], *, cut: bool = False
@@ -219,7 +222,19 @@ class Service:
         """Hold a refusal back until its turn."""
         await anyio.sleep(problem.held_s if isinstance(problem, Refused) else self.limits.held_s(account))
 
-    async def _call(self, tool: Tool, caller: Caller, noted: _Noted, work: Callable[[Principal], Awaitable[T]]) -> T:
+    async def _call(
+        self,
+        tool: Tool,
+        caller: Caller,
+        noted: _Noted,
+        work: Callable[[Principal], Awaitable[T]],
+        *,
+        first: Callable[[], Awaitable[None]] | None = None,
+    ) -> T:
+        """Answer a call.
+
+        :param first: what the call waits for before its turn, so that it keeps no other call from its own.
+        """
         began, at = time.perf_counter(), datetime.now(UTC)
         who: Principal | None = None
         outcome = "failed"
@@ -228,7 +243,7 @@ class Service:
             index = {} if noted.index not in self.reader.indexes else {"index": noted.index}
             with self.tracing.called(f"cdcsync.serve.{tool}", caller.traceparent, **index):
                 with anyio.move_on_after(self.serve.deadline_s):
-                    async with self.limits.admitted(who.account):
+                    async with self.limits.admitted(who.account, first):
                         answer = await work(who)
                     outcome = "ok"
                     return answer

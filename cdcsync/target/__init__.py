@@ -19,6 +19,7 @@
     failures/     rows and texts that failed
     look_ups      what of a batch is new to an index
     search/       searches
+    waits         an application's waits for positions
     settling      from the fresh tier into HNSW
     tidying       what changed vectors leave behind in the fresh tier
     backlog       the queue of the embed loop

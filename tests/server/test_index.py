@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import msgspec
@@ -12,9 +12,16 @@ from psycopg import sql
 
 import cdcsync
 import cdcsync.sync
-from cdcsync.config import Target, TeiReranker
+from cdcsync.config import Source, Target, TeiReranker
 from cdcsync.embedders import queries
-from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, SetupError, TargetUnavailable, UsageError
+from cdcsync.errors import (
+    EmbedderSetupError,
+    EmbedderUnavailable,
+    SetupError,
+    SourceUnavailable,
+    TargetUnavailable,
+    UsageError,
+)
 from tests.support.indexes import changes, document, until
 from tests.support.searched import HASHING, Model, indexed, keys
 
@@ -236,6 +243,17 @@ async def test_wait_for_is_true_once_the_checkpoint_is_there_and_false_at_the_ti
         assert await articles.wait_for("FFFFFFFF/0", timeout_s=0.01, vectors=True) is False
         with pytest.raises(UsageError, match="'nonsense' is not an LSN"):
             await articles.wait_for("nonsense")
+
+
+@pytest.mark.parametrize("lsn", ["nonsense", "", 5, b"0/1"])
+async def test_only_none_asks_the_source_for_a_position(database: Database, lsn: Any) -> None:
+    async with indexed(database) as (_, config):
+        config = msgspec.structs.replace(config, source=Source(dsn="host=/nowhere"))
+        async with cdcsync.Index.open(config, "articles") as articles:
+            with pytest.raises(UsageError, match="is not an LSN"):
+                await articles.wait_for(lsn)
+            with pytest.raises(SourceUnavailable):
+                await articles.wait_for(None)
 
 
 @pytest.mark.parametrize(

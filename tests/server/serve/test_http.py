@@ -90,10 +90,36 @@ async def test_reading_ones_own_writes_waits_for_the_position(tickets: Office) -
     async with served(tickets.serving(anonymous=True, deadline_s=2.0)) as client:
         reached = await ask(client, "printer", after_lsn="0/1")
         beyond = await ask(client, "printer", after_lsn="FFFFFFFF/0")
-        wrong = await ask(client, "printer", after_lsn="yesterday")
+        wrong = [await ask(client, "printer", after_lsn=lsn) for lsn in ("yesterday", "", 5)]
     assert reached.status_code == 200
     assert (beyond.status_code, beyond.headers["retry-after"]) == (503, "1")
-    assert wrong.status_code == 422
+    assert [answer.status_code for answer in wrong] == [422] * 3
+
+
+async def test_calls_that_wait_for_a_position_keep_others_from_nothing(tickets: Office, tokens: Path) -> None:
+    names = ("t0", "t1", "t2")
+    mine, theirs, third = (new_token(tokens, name, {"tenant": name}, None) for name in names)
+    config = with_tokens(tickets, tokens, connections=1, waiting=8, deadline_s=30.0)
+    services: list[Service] = []
+    async with served(config, before=services.append) as client, anyio.create_task_group() as tasks:
+        (service,) = services
+        for token in (mine, theirs):
+            for _ in range(2):
+                tasks.start_soon(partial(ask, client, "printer", token, after_lsn="FFFFFFFF/0"))
+
+        def waiting() -> bool:
+            accounts = service.limits._accounts
+            running = [accounts[f"tenant {name}"].running for name in names if f"tenant {name}" in accounts]
+            return running[:2] == [2, 2]
+
+        await anyio.to_thread.run_sync(until, waiting, "all of them wait")
+        answer = await ask(client, "printer", third, after_lsn="0/1")
+        assert waiting()  # in vain
+        async with service.reader._resources.pool.connection():
+            await service.reader.ping()
+        tasks.cancel_scope.cancel()
+    assert answer.status_code == 200
+    assert answer.json()["hits"]
 
 
 async def test_without_the_model_words_are_searched_and_the_answer_says_so(tickets: Office) -> None:
