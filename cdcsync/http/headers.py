@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Collection, Mapping
+from urllib.parse import urlsplit
 
 import anyio
 from starlette.datastructures import Headers, MutableHeaders
@@ -97,3 +98,23 @@ class Secured:
         # Without the port, and an address of IPv6 without its brackets.
         name, closed, _ = host.removeprefix("[").partition("]" if host.startswith("[") else ":")
         return name.rstrip(".") in self._hosts or (is_address(name) and (":" not in name or closed == "]"))
+
+
+FOREIGN_ORIGIN = "this request comes from a page of another site: list its origin under `cors_origins`\n"
+
+
+def of_known_origin(headers: Headers, allowed: Collection[str]) -> bool:
+    """Say whether a request comes from no page, from one of this server or machine, or from one of these origins."""
+    origin = headers.get("origin")
+    if origin is None or origin in allowed or "*" in allowed:
+        return True
+    try:
+        parts = urlsplit(origin.lower())
+        name = parts.hostname or ""
+    except ValueError:
+        return False
+    return (
+        name == "localhost"
+        or (is_address(name) and is_loopback(name))
+        or parts.netloc == headers.get("host", "").lower()
+    )

@@ -77,11 +77,10 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
         return _json(await service.search(caller_of(request.headers), request.path_params["index"], wanted))
 
     async def document(request: Request, _: bytes) -> Response:
-        raw = (request.scope.get("raw_path") or request.url.path.encode()).decode("ascii", "replace").split("?")[0]
-        key = [unquote(part) for part in raw.rpartition("/")[2].split(",")]
+        key = _key_of(request)
         found = await service.fetch(caller_of(request.headers), request.path_params["index"], key)
         headers = {"ETag": found.etag, "Cache-Control": "private, no-cache"}
-        if found.etag in [one.strip() for one in request.headers.get("if-none-match", "").split(",")]:
+        if _matches(request.headers.get("if-none-match", ""), found.etag):
             return Response(status_code=304, headers=headers)
         return _json(found, headers)
 
@@ -243,6 +242,29 @@ async def _read(request: Request, most: int) -> bytes:
         if len(body) > most:
             raise Unreadable(413, "Too large", f"the request has more than {most} bytes", "send less")
     return body
+
+
+def _key_of(request: Request) -> list[str]:
+    """Return the values of a key in a path: separated by commas before they are decoded, and with any slashes.
+
+    :raises Problem: a slash before the key is encoded, so that the path is none of ours.
+    """
+    raw = (request.scope.get("raw_path") or request.url.path.encode()).decode("ascii", "replace").split("?")[0]
+    _, version, indexes, _, documents, *key = raw.split("/", 5) + [""] * 5
+    if (version, indexes, documents) != ("v1", "indexes", "documents"):
+        raise Problem(404, "Not found", "there is nothing at this path", "GET /openapi.json lists the paths")
+    return [unquote(part) for part in key[0].split(",")]
+
+
+_ETAG = re.compile(r'(?:W/)?("[^"]*")')
+
+
+def _matches(condition: str, etag: str) -> bool:
+    """Say whether an `If-None-Match` names an ETag, compared weakly.
+
+    Source: RFC 9110, section 13.1.2.
+    """
+    return condition.strip() == "*" or etag in _ETAG.findall(condition)
 
 
 def _decoded(request: Request, body: bytes, kind: type[T]) -> T:

@@ -4,23 +4,30 @@ An error that the agent can correct is a tool error that says what to change. An
 and say what was left out. Text of documents is data that somebody wrote: it is marked as such, and is not an
 instruction to the agent.
 
-Source: Model Context Protocol, "Tools" (annotations, structured content, errors).
+Source: Model Context Protocol, "Tools" (annotations, structured content, errors) and "Transports" (Streamable HTTP).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
+from mcp.server.transport_security import TransportSecuritySettings
 from mcp.types import CallToolResult, InputRequiredResult, ToolAnnotations
 from pydantic import Field, ValidationError
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cdcsync import __version__
+from cdcsync.config.serving import Serve
+from cdcsync.http.headers import FOREIGN_ORIGIN, of_known_origin
 from cdcsync.serve.messages import SearchRequest
 from cdcsync.serve.problems import Problem
 from cdcsync.serve.service import Caller, Service, caller_of
@@ -149,6 +156,35 @@ def make_mcp(service: Service, *, stdio: bool = False) -> MCPServer:
         return {"note": UNTRUSTED, **_plain(document)}
 
     return server
+
+
+def mcp_route(server: MCPServer, serve: Serve) -> Route:
+    """Return the route of MCP over HTTP. Call this before the server's session manager runs.
+
+    Hosts are checked for all routes alike, so not by the SDK. The server is stateless and sends nothing by itself, so
+    there is no stream to GET and no session to DELETE: the answer to these is 405, as MCP asks for.
+    """
+    (route,) = server.streamable_http_app(
+        json_response=True,
+        stateless_http=True,
+        max_request_body_size=serve.max_body_bytes,
+        transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
+    ).routes
+    assert isinstance(route, Route)
+    return Route(route.path, _OfKnownOrigin(route.endpoint, serve.cors_origins), methods=["POST"])
+
+
+class _OfKnownOrigin:
+    """Refuses what pages of other sites send, as MCP asks of its servers."""
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self._app = app
+        self._allowed = allowed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        known = of_known_origin(Headers(scope=scope), self._allowed)
+        await (self._app if known else PlainTextResponse(FOREIGN_ORIGIN, 403))(scope, receive, send)
 
 
 def _plain(value: Any) -> Any:

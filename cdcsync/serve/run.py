@@ -14,7 +14,7 @@ from cdcsync.errors import Unavailable
 from cdcsync.http.listening import Bounds, serve
 from cdcsync.process import collector
 from cdcsync.serve.http import make_app
-from cdcsync.serve.mcp import make_mcp
+from cdcsync.serve.mcp import make_mcp, mcp_route
 from cdcsync.serve.service import Service
 from cdcsync.worker.descriptors import raise_descriptor_limit
 
@@ -48,7 +48,7 @@ async def run(
         prepared(service)
     host, port = config.serve.listen_address
     mcp = make_mcp(service)
-    routes = mcp.streamable_http_app(json_response=True, stateless_http=True, host=host).routes
+    routes = [mcp_route(mcp, config.serve)]
 
     def bound(actual: int) -> None:
         log.info("serving", host=host, port=actual, indexes=list(service.reader.indexes))

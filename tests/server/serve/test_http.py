@@ -74,6 +74,41 @@ async def test_a_document_has_an_etag_and_is_not_sent_again(tickets: Office) -> 
     assert [answer.status_code for answer in gone] == [404, 404, 404]
 
 
+@pytest.mark.parametrize(
+    ("condition", "status"),
+    [
+        ("{}", 304),
+        ("W/{}", 304),
+        ('"another", W/{}', 304),
+        ('"with, a comma",{}', 304),
+        ("*", 304),
+        ('"another"', 200),
+        ("nonsense", 200),
+    ],
+)
+async def test_a_document_that_a_client_has_is_known_by_its_mark(tickets: Office, condition: str, status: int) -> None:
+    path = "/v1/indexes/tickets/documents/7"
+    async with served(tickets.serving(anonymous=True)) as client:
+        etag = (await client.get(path)).headers["etag"]
+        again = await client.get(path, headers={"If-None-Match": condition.format(etag)})
+    assert (again.status_code, again.headers["etag"]) == (status, etag)
+
+
+async def test_a_key_is_the_whole_rest_of_the_path(tickets: Office) -> None:
+    async with served(tickets.serving(anonymous=True)) as client:
+        answers = [
+            await client.get(path)
+            for path in (
+                "/v1/indexes/tickets/documents/999999/7",
+                "/v1/indexes/tickets/documents/999999%2F7",
+                "/v1/indexes/tickets/documents/7/",
+                "/v1/indexes/tickets%2Fdocuments%2F7",
+                "/v1/indexes/tickets/documents/",
+            )
+        ]
+    assert [answer.status_code for answer in answers] == [404] * 5
+
+
 async def test_the_list_tells_what_a_filter_can_name(tickets: Office) -> None:
     async with served(tickets.serving(anonymous=True)) as client:
         (index,) = (await client.get("/v1/indexes")).json()["indexes"]

@@ -113,6 +113,53 @@ async def test_answers_keep_to_a_budget_and_say_what_was_left_out(tickets: Offic
     assert found["left_out"] == 50 - len(found["hits"])
 
 
+INITIALIZE = {
+    "jsonrpc": "2.0",
+    "id": 1,
+    "method": "initialize",
+    "params": {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}},
+}
+SPOKEN = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "search.example.org"}, 200),
+        ({"Host": "localhost"}, 200),
+        ({"Host": "elsewhere.example.org"}, 403),
+        ({"Origin": "https://app.example.org"}, 200),
+        ({"Origin": "http://localhost:6274"}, 200),
+        ({"Host": "search.example.org", "Origin": "http://search.example.org"}, 200),
+        ({"Origin": "https://elsewhere.example.org"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://[nonsense"}, 403),
+    ],
+)
+async def test_hosts_and_origins_of_the_configuration_are_answered(
+    tickets: Office, headers: dict[str, str], status: int
+) -> None:
+    config = tickets.serving(anonymous=True, hosts=("search.example.org",), cors_origins=("https://app.example.org",))
+    async with served(config) as plain:
+        answer = await plain.post("/mcp", json=INITIALIZE, headers={**SPOKEN, **headers})
+    assert answer.status_code == status
+
+
+async def test_a_message_is_bounded_as_every_request_is(tickets: Office) -> None:
+    async with served(tickets.serving(anonymous=True, max_body_bytes=2_000)) as plain:
+        answers = [
+            await plain.post("/mcp", json={**INITIALIZE, "more": "a" * size}, headers=SPOKEN) for size in (10, 3_000)
+        ]
+    assert [answer.status_code for answer in answers] == [200, 413]
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE", "PUT"])
+async def test_there_is_no_stream_to_listen_to_and_no_session_to_end(tickets: Office, method: str) -> None:
+    async with served(tickets.serving(anonymous=True)) as plain:
+        answer = await plain.request(method, "/mcp", headers=SPOKEN)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+
 async def test_an_agent_sees_its_tenant_alone(tickets: Office, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.json"
     token = new_token(tokens, "agent", {"tenant": "t2"}, None)

@@ -9,7 +9,9 @@ import re
 
 import anyio
 import pytest
+from starlette.datastructures import Headers
 
+from cdcsync.http.headers import of_known_origin
 from cdcsync.worker import http as endpoints
 from tests.support.endpoints import Client, View, serving
 
@@ -73,3 +75,25 @@ async def test_a_name_that_leads_a_browser_here_by_dns_reads_nothing(view: View,
 
         for path in ("/status", "/metrics", "/", "/livez"):
             assert await anyio.to_thread.run_sync(ask, path) == code, path
+
+
+@pytest.mark.parametrize(
+    ("origin", "known"),
+    [
+        (None, True),
+        ("http://search.example.org:9478", True),
+        ("http://search.example.org", False),
+        ("http://127.0.0.1:3000", True),
+        ("http://[::1]:3000", True),
+        ("http://10.0.0.7:3000", False),
+        ("https://app.example.org", True),
+        ("https://app.example.org.elsewhere.example", False),
+        ("null", False),
+        ("http://[", False),
+        ("", False),
+    ],
+)
+def test_origins_of_this_server_this_machine_and_the_configuration_are_known(origin: str | None, known: bool) -> None:
+    sent = {"host": "search.example.org:9478"} | ({} if origin is None else {"origin": origin})
+    assert of_known_origin(Headers(sent), ["https://app.example.org"]) is known
+    assert of_known_origin(Headers(sent), ["*"])
