@@ -281,6 +281,7 @@ class Pipeline:
         :raises RunError: the worker cannot continue until someone acts.
         """
         paused: list[SchemaChanged] = []
+        collector.keep()  # before changes come: it takes some time
         try:
             async with anyio.create_task_group() as ending:
                 async with anyio.create_task_group() as tasks:
@@ -291,7 +292,7 @@ class Pipeline:
                         tasks.start_soon(fill.run)
                     tasks.start_soon(note_for_ever, self.embedding, *self._pipeline, self.dispatchers)
                     tasks.start_soon(self.probe_providers)
-                    tasks.start_soon(self.keep_what_is_loaded)
+                    tasks.start_soon(self.keep_models)
                     tasks.start_soon(self.backfill_once_streaming)
                     tasks.start_soon(self.compare_once_streaming)
                     tasks.start_soon(self.audit_once_streaming)
@@ -332,13 +333,12 @@ class Pipeline:
             await self._look_again()
             raise
 
-    async def keep_what_is_loaded(self) -> None:
-        """Spare the garbage collector what stays: the program, and then the models, which take seconds to load."""
-        await self.streaming.begun.wait()
-        collector.keep()
-        for dispatcher in self.dispatchers.values():
-            await dispatcher.ready.wait()
-        collector.keep()
+    async def keep_models(self) -> None:
+        """Spare the garbage collector the models, too, which take seconds to load."""
+        if not all(dispatcher.ready.is_set() for dispatcher in self.dispatchers.values()):
+            for dispatcher in self.dispatchers.values():
+                await dispatcher.ready.wait()
+            collector.keep()
 
     async def backfill_once_streaming(self) -> None:
         """Serve backfills: not before the slot exists, which would never deliver a mark written earlier."""
