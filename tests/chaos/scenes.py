@@ -158,19 +158,35 @@ def compared(history: History, point: str) -> None:
 
 
 def incomparable(history: History, point: str) -> None:
-    """Have an index compared whose table has just lost a column that the comparison reads."""
+    """Have an index compared whose table has just lost a column that the comparison reads.
+
+    The comparison waits for a transaction that is open when it begins. If the worker looks at the catalog before it
+    goes on, the index is paused instead: once it is live, that is tried again.
+    """
     _live(history)
     history.writer.stop()
     history.writer.finish()
     history.start(point).until_said("streaming")
-    history.execute(history.source, "ALTER TABLE notes RENAME body TO words")
-    history.execute(history.target, COMPARE)
-    reached(history)
-    history.execute(history.source, "ALTER TABLE notes RENAME words TO body")
+    for _ in range(3):
+        with history.source.connect(history.name) as session, session.transaction():
+            session.execute("SELECT pg_current_xact_id()")
+            history.execute(history.target, COMPARE)
+            until(lambda: history.execute(history.target, COMPARING), "the comparison to begin")
+            history.execute(history.source, "ALTER TABLE notes RENAME body TO words")
+        hit = reached(history, 30.0)
+        history.execute(history.source, "ALTER TABLE notes RENAME words TO body")
+        if hit:
+            break
+        until(lambda: not history.execute(history.target, UNSETTLED), "the index to be live again")
     history.writer.start()
     history.pause_expected = True
 
 
+COMPARING = "SELECT FROM cdcsync.backfills WHERE index_name = 'notes' AND kind = 'compare' AND state = 'running'"
+UNSETTLED = (
+    "SELECT FROM cdcsync.indexes WHERE name = 'notes' AND state <> 'live'"
+    " UNION ALL SELECT FROM cdcsync.backfills WHERE index_name = 'notes' AND state IN ('requested', 'running')"
+)
 COMPARE = "INSERT INTO cdcsync.backfills (index_name, kind) VALUES ('notes', 'compare')"
 
 
