@@ -10,6 +10,7 @@ two skins of `Service`, which every call goes through.
     limits        how much a tenant may ask for, and when everybody is told to come back
     calls         the record of calls
     messages      requests and answers
+    budget        keeps the answers to agents short
     visibility    the rows and columns that a caller may see
     reader        searches and documents under a caller's claims
     service       one call: who, limits, deadline, timer, record

@@ -16,12 +16,13 @@ from psycopg import conninfo, sql
 from cdcsync.config import Config
 from cdcsync.config.serving import Serve
 from cdcsync.embedders import Vectors
-from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedError, TargetUnavailable, TextRejected
+from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedError, SetupError, TargetUnavailable, TextRejected
 from cdcsync.index import Index, Resources
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import CONNECT_TIMEOUT_S, IDLE_S, Connection, Session, speaking_of
+from cdcsync.serve.budget import shortened
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.messages import Answer, ColumnInfo, Document, Found, IndexInfo, SearchRequest
 from cdcsync.serve.problems import Problem
@@ -39,6 +40,11 @@ FRESHNESS_S = 0.2
 
 EXAMPLES = 3
 """Values of each column that `list_indexes` shows, so that an agent sees how they are written."""
+
+EXAMPLE_CHARACTERS = 100
+"""How much of a value is enough for that."""
+
+UNDEFINED_TABLE = "42P01"
 
 UNHELD = (
     "have serve.dsn log in as serve.role, not as the owner of the tables, and start the worker with this [serve] too"
@@ -63,6 +69,8 @@ class Offered(Index):
         self.serve = resources.config.serve
         self.visible = Visibility(self.serve)
         self._known: _Known | None = None
+        self._fault: str | None = None
+        """Why it could not be listed the last time."""
 
     async def reach(self, request: SearchRequest) -> None:
         """Wait until the index holds what a search asks for. Do so before `answer`.
@@ -182,7 +190,24 @@ class Offered(Index):
         )
 
     async def info(self, who: Principal) -> IndexInfo:
-        """Return what a filter can say of the index, and how fresh it is."""
+        """Return what a filter can say of the index, and how fresh it is; of one that cannot be read, its state alone.
+
+        :raises Problem: the caller may not see it.
+        :raises TargetUnavailable: the target does not answer now.
+        """
+        try:
+            info = await self._info(who)
+        except SetupError as error:
+            if str(error) != self._fault:
+                log.warning("index_not_searchable", index=self.name, error=str(error), fix=error.hint)
+            self._fault, self._stored, self._known = str(error), None, None
+            state = "gone" if error.sqlstate in (None, UNDEFINED_TABLE) else "unreadable"
+            keywords = self._config.search is not None
+            return IndexInfo(self.name, str(self._config.table_name), [], [], keywords, state, None, None)
+        self._fault = None
+        return info
+
+    async def _info(self, who: Principal) -> IndexInfo:
         known = await self._facts()
         async with self._session(who) as (connection, spec):
             stored = await Registry(self.schema).find(connection, self.name)
@@ -288,7 +313,7 @@ class Offered(Index):
             for name, value in zip(names, row, strict=True):
                 if value is not None and value not in seen[name] and len(seen[name]) < EXAMPLES:
                     seen[name].append(value)
-        return seen
+        return {name: [shortened(value, EXAMPLE_CHARACTERS) for value in values] for name, values in seen.items()}
 
 
 def _dimensions(spec: IndexSpec, generation: int | None) -> int | None:

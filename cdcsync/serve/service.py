@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from cdcsync import tracing
 from cdcsync.config import Config
 from cdcsync.errors import CdcsyncError
+from cdcsync.serve.budget import cut_answer, cut_document, tokens
 from cdcsync.serve.calls import Recorder, query_hash
 from cdcsync.serve.identity import Authenticator, Principal
 from cdcsync.serve.limits import STRANGERS, Limits, Refused
@@ -35,9 +36,6 @@ T = TypeVar("T")
 
 Tool = Literal["list_indexes", "search", "fetch", "embed", "mcp"]
 """The tools; `mcp` is a call of MCP that was refused before its body was read."""
-
-CHARACTERS_PER_TOKEN = 4
-"""The assumed length of a token: budgets are about orders of magnitude, and no model is asked for them."""
 
 BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -145,8 +143,8 @@ class Service:
             if not answer.hits:
                 self.metrics.empty.labels(index).inc()
             if cut:
-                answer = _cut(answer, self.serve.answer_tokens)
-            self.limits.spend(who.account, sum(_tokens(hit.content) for hit in answer.hits))
+                answer = cut_answer(answer, self.serve.answer_tokens)
+            self.limits.spend(who.account, tokens(answer.hits))
             return answer
 
         return await self._call("search", caller, noted, work, first=reach)
@@ -161,8 +159,8 @@ class Service:
             document = await self.reader.index(index).document(who, key)
             noted.hits = 1
             if cut:
-                document = _cut_document(document, self.serve.answer_tokens)
-            self.limits.spend(who.account, sum(map(_tokens, document.chunks)))
+                document = cut_document(document, self.serve.answer_tokens)
+            self.limits.spend(who.account, tokens(document))
             return document
 
         return await self._call("fetch", caller, noted, work)
@@ -301,37 +299,6 @@ class Service:
                 caller.trace_id,
             )
         )
-
-
-def _tokens(text: str) -> int:
-    return len(text) // CHARACTERS_PER_TOKEN + 1
-
-
-def _cut(answer: Answer, budget: int) -> Answer:
-    """Return the answer with as many of the first hits as fit; the first one is cut rather than left out."""
-    kept: list[Any] = []
-    for hit in answer.hits:
-        need = _tokens(hit.content)
-        if need > budget:
-            if kept:
-                break
-            hit = msgspec.structs.replace(hit, content=hit.content[: budget * CHARACTERS_PER_TOKEN] + " […]")
-        kept.append(hit)
-        budget -= need
-    return msgspec.structs.replace(answer, hits=kept, left_out=len(answer.hits) - len(kept))
-
-
-def _cut_document(document: Document, budget: int) -> Document:
-    kept: list[str] = []
-    for chunk in document.chunks:
-        need = _tokens(chunk)
-        if need > budget:
-            if not kept:
-                kept.append(chunk[: budget * CHARACTERS_PER_TOKEN] + " […]")
-            break
-        kept.append(chunk)
-        budget -= need
-    return msgspec.structs.replace(document, chunks=kept, left_out=len(document.chunks) - len(kept))
 
 
 def caller_of(headers: Mapping[str, str]) -> Caller:

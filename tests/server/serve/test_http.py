@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import jwt
+import msgspec
 import pytest
 import structlog
 import structlog.testing
@@ -107,6 +108,24 @@ async def test_a_key_is_the_whole_rest_of_the_path(tickets: Office) -> None:
             )
         ]
     assert [answer.status_code for answer in answers] == [404] * 5
+
+
+async def test_an_index_that_cannot_be_read_is_listed_with_its_state_beside_the_others(tickets: Office) -> None:
+    indexes = {**tickets.config.indexes, "later": tickets.config.indexes["tickets"]}
+    config = msgspec.structs.replace(tickets.serving(anonymous=True), indexes=indexes)
+    with structlog.testing.capture_logs() as logs:
+        async with served(config) as client:
+            await anyio.to_thread.run_sync(until, lambda: any(line.get("index") == "later" for line in logs), "a log")
+            logs.clear()
+            lists = [(await client.get("/v1/indexes")).json()["indexes"] for _ in range(2)]
+            found = await ask(client, "printer")
+    for listed in lists:
+        assert [(one["name"], one["state"], bool(one["columns"])) for one in listed] == [
+            ("tickets", "live", True),
+            ("later", "gone", False),
+        ]
+    assert found.status_code == 200
+    assert [line["index"] for line in logs if line["event"] == "index_not_searchable"] == ["later"]
 
 
 async def test_the_list_tells_what_a_filter_can_name(tickets: Office) -> None:
