@@ -64,9 +64,7 @@ class Waits:
             return False
         try:
             return await reached(await self._session.connection(), within_s)
-        except (
-            TargetUnavailable
-        ):  # the session broke, or there is no room for one more: looking says what is the matter
-            return False
+        except TargetUnavailable:
+            return False  # the session broke, or there is no room for one more: looking says what is the matter
         finally:
             self._turn.release()
