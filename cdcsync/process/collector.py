@@ -28,7 +28,8 @@ def own() -> None:
 
 
 def keep() -> None:
-    """Note that what is loaded by now stays; it may be said again when more has been loaded."""
+    """Note that what is loaded by now stays; say it again when more was loaded, or some of it was let go of."""
     if _ours:
+        gc.unfreeze()
         gc.collect()
         gc.freeze()

@@ -73,18 +73,18 @@ class Offered(Index):
         """Why it could not be listed the last time."""
 
     async def reach(self, request: SearchRequest) -> None:
-        """Wait until the index holds what a search asks for. Do so before `answer`.
+        """Wait until the index holds what a search asks for. Do so before `answer` if it names a position.
 
         :raises Problem: the request cannot be answered, or not yet.
         :raises CdcsyncError: the target cannot answer it now.
         """
         _refuse_costly(request, self.serve)
-        if request.after_lsn is not None:
-            if not await self.wait_for(request.after_lsn, timeout_s=self.serve.deadline_s / 2):
-                raise Problem(
-                    503, "Not yet", "the index has not reached after_lsn", "call again, or without it", retry_after_s=1
-                )
-            self._known = None
+        assert request.after_lsn is not None
+        if not await self.wait_for(request.after_lsn, timeout_s=self.serve.deadline_s / 2):
+            raise Problem(
+                503, "Not yet", "the index has not reached after_lsn", "call again, or without it", retry_after_s=1
+            )
+        self._known = None
 
     async def answer(self, who: Principal, request: SearchRequest) -> Answer:
         """Search for a caller.
@@ -92,6 +92,7 @@ class Offered(Index):
         :raises Problem: the request cannot be answered.
         :raises CdcsyncError: the target or the model cannot answer it now.
         """
+        _refuse_costly(request, self.serve)
         known = await self._facts()  # before the search, which sees at least as much
         if request.vector is not None and len(request.vector) != _dimensions(known.spec, request.generation):
             self._stored = self._known = None  # a generation may have become live, or be new

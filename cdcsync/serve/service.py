@@ -147,7 +147,8 @@ class Service:
             self.limits.spend(who.account, tokens(answer.hits))
             return answer
 
-        return await self._call("search", caller, noted, work, first=reach)
+        waits = request.after_lsn is not None
+        return await self._call("search", caller, noted, work, first=reach if waits else None)
 
     async def fetch(
         self, caller: Caller, index: str, key: Sequence[str] | Mapping[str, str], *, cut: bool = False

@@ -23,7 +23,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.source import counts, fitting
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.keys import read_keys
-from cdcsync.source.marks import flush
+from cdcsync.source.marks import flush, unflushed
 from cdcsync.source.reads import Page, read_rows
 from cdcsync.source.statements import PLACE, Statements
 from cdcsync.source.unreadable import of_a_row
@@ -96,9 +96,13 @@ class SourceTable:
         """Return the condition of the rows up to a key in the order of pages, in SQL on the row `t`."""
         return await self._sql.up_to(connection, key)
 
-    async def flush(self, connection: Connection) -> None:
-        """Have all that was read of it on the source's disk; see `source/marks`."""
-        await flush(connection)
+    async def unflushed(self, connection: Connection) -> str | None:
+        """Return up to where the WAL has to be flushed before what was read is on disk; see `source/marks`."""
+        return await unflushed(connection)
+
+    async def flush(self, connection: Connection, lsn: str) -> None:
+        """Have the WAL flushed up to there."""
+        await flush(connection, lsn)
 
     async def by_keys(self, connection: Connection, keys: Sequence[Key]) -> Page:
         """Return the rows that exist now with these keys, in no order."""

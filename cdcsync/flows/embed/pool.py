@@ -32,12 +32,10 @@ class _Session:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self._stages = TemporaryTables(connection)
+        self.stages = TemporaryTables(connection)
         self._backlogs: dict[tuple[str, int], Backlog] = {}
 
     async def backlog(self, schema: str, spec: IndexSpec, siblings: Sequence[IndexSpec]) -> Backlog:
-        with speaking_of("target"):
-            await self._stages.freeze()
         one = spec.name, spec.generation
         if one not in self._backlogs:
             backlog = Backlog(self.connection, schema, spec, siblings)
@@ -83,6 +81,8 @@ class Pool:
             # Each in its turn, so that none is left alone with its stages.
             session = self._idle.pop(0) if self._idle else await self._open()
             try:
+                with speaking_of("target"):
+                    await session.stages.freeze()
                 yield session
             finally:
                 self._idle.append(session)

@@ -8,6 +8,7 @@ Reading the stored hashes outside the apply transaction is safe because the lock
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TypeVar, assert_never
@@ -131,9 +132,10 @@ class Preparer:
                     assert_never(change)
         upserts += [(change, BACKFILL) for key, change in changes.filled.items() if key not in live]
         upserts, reread = await self._complete(upserts, deleted, rebuilds, xids, rewrite=changes.rewrite)
+        unflushed = None
         if reread or changes.touched_by:
-            with speaking_of("source", where=str(self._spec.shape.table), index=self._spec.name):
-                await self._table.flush(await self._source.connection())
+            with self._reading():
+                unflushed = await self._table.unflushed(await self._source.connection())
         changes.resolved = not (rebuilds or changes.truncated)
         failed: dict[Key, DocumentError] = {}
         rendered = await self._render(upserts, failed)
@@ -174,6 +176,9 @@ class Preparer:
         made = {one: vector for page in pages.values() for one, vector in page.items()}
         if made:
             vectors |= {chunk.hash: made[chunk.hash] for one in documents for chunk in one.chunks if chunk.hash in made}
+        if unflushed is not None:
+            with self._reading():
+                await self._table.flush(await self._source.connection(), unflushed)
         return ChangeSet(
             truncated=changes.truncated,
             deleted=[] if changes.truncated else deleted,
@@ -189,6 +194,9 @@ class Preparer:
             ],
             touched=Counter(self._spec.links[place].relation for place, _ in changes.touched),
         )
+
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
+        return speaking_of("source", where=str(self._spec.shape.table), index=self._spec.name)
 
     def _carried(self, change: Upsert) -> Row:
         return self._spec.shape.carried_of(change.row)
@@ -292,7 +300,7 @@ class Preparer:
         while done < len(keys) and size <= MOST_BYTES_READ:
             portion = keys[done : done + at_once]
             if self._related is None:
-                with speaking_of("source", where=str(self._spec.shape.table), index=self._spec.name):
+                with self._reading():
                     connection = await self._source.connection()
                     portion = portion[: await self._table.fitting_keys(connection, portion, READ_BYTES)]
             page = await seeing(xids, self._spec, self._source, read)

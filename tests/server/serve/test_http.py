@@ -150,10 +150,13 @@ async def test_reading_ones_own_writes_waits_for_the_position(tickets: Office) -
     assert [answer.status_code for answer in wrong] == [422] * 3
 
 
-async def test_calls_that_wait_for_a_position_keep_others_from_nothing(tickets: Office, tokens: Path) -> None:
+@pytest.mark.parametrize(("waiting", "position"), [(8, {"after_lsn": "0/1"}), (4, {})])
+async def test_calls_that_wait_for_a_position_keep_others_from_nothing(
+    tickets: Office, tokens: Path, waiting: int, position: dict[str, str]
+) -> None:
     names = ("t0", "t1", "t2")
     mine, theirs, third = (new_token(tokens, name, {"tenant": name}, None) for name in names)
-    config = with_tokens(tickets, tokens, connections=1, waiting=8, deadline_s=30.0)
+    config = with_tokens(tickets, tokens, connections=1, waiting=waiting, deadline_s=30.0)
     services: list[Service] = []
     async with served(config, before=services.append) as client, anyio.create_task_group() as tasks:
         (service,) = services
@@ -161,14 +164,14 @@ async def test_calls_that_wait_for_a_position_keep_others_from_nothing(tickets: 
             for _ in range(2):
                 tasks.start_soon(partial(ask, client, "printer", token, after_lsn="FFFFFFFF/0"))
 
-        def waiting() -> bool:
+        def all_wait() -> bool:
             accounts = service.limits._accounts
             running = [accounts[f"tenant {name}"].running for name in names if f"tenant {name}" in accounts]
             return running[:2] == [2, 2]
 
-        await anyio.to_thread.run_sync(until, waiting, "all of them wait")
-        answer = await ask(client, "printer", third, after_lsn="0/1")
-        assert waiting()  # in vain
+        await anyio.to_thread.run_sync(until, all_wait, "all of them wait")
+        answer = await ask(client, "printer", third, **position)
+        assert all_wait()  # in vain
         async with service.reader._resources.pool.connection():
             await service.reader.ping()
         tasks.cancel_scope.cancel()

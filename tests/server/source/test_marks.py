@@ -10,7 +10,7 @@ import pytest
 from cdcsync.demo.cluster import Cluster
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import connect
-from cdcsync.source.marks import flush
+from cdcsync.source.marks import flush, unflushed
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -28,8 +28,10 @@ async def test_what_was_committed_without_being_flushed_is_on_disk_afterwards(
     async with await connect(dsn, "source", application_name="reader") as reader:
         assert await fetch_value(reader, "SELECT to_regclass('public.seen') IS NOT NULL")
         assert not await fetch_value(reader, FLUSHED, [row[0]])
-        await flush(reader)
+        behind = await unflushed(reader)
+        assert behind is not None
+        await flush(reader, behind)
         assert await fetch_value(reader, FLUSHED, [row[0]])
         end = await fetch_value(reader, "SELECT pg_current_wal_insert_lsn()::text")
-        await flush(reader)
+        await flush(reader, behind)
         assert await fetch_value(reader, "SELECT pg_current_wal_insert_lsn()::text") == end  # nothing was left to do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -37,6 +38,18 @@ def test_what_is_loaded_is_not_looked_at_again_and_garbage_is_freed_before() -> 
     looked_at = {id(one) for one in gc.get_objects()}
     assert id(kept[0]) not in looked_at
     assert id(later) in looked_at
+
+
+def test_what_was_kept_and_let_go_of_is_freed_when_something_else_is_kept() -> None:
+    collector.own()
+    circle = Circle()
+    gone = weakref.ref(circle)
+    collector.keep()
+    del circle
+    gc.collect()
+    assert gone() is not None
+    collector.keep()
+    assert gone() is None
 
 
 def test_the_collector_of_an_application_is_left_alone() -> None:

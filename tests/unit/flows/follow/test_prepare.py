@@ -109,7 +109,7 @@ class Sized:
     async def fitting_keys(self, connection: object, keys: Sequence[Key], most_bytes: int) -> int:
         return max(1, min(len(keys), most_bytes // self.size))
 
-    async def flush(self, connection: object) -> None: ...
+    async def unflushed(self, connection: object) -> None: ...
 
     async def by_keys(self, connection: object, keys: Sequence[Key]) -> Page:
         self.asked.append(len(keys))
@@ -195,7 +195,7 @@ async def test_a_row_with_a_value_that_is_too_large_is_left_out_and_listed_if_th
         async def fitting_keys(self, connection: object, keys: Sequence[Key], most_bytes: int) -> int:
             return len(keys)
 
-        async def flush(self, connection: object) -> None: ...
+        async def unflushed(self, connection: object) -> None: ...
 
         async def by_keys(self, connection: object, keys: Sequence[Key]) -> Page:
             return Page(Snapshot(10, 10, frozenset()), [], unread=dict.fromkeys(keys, Unread("read again")))
