@@ -103,6 +103,12 @@ def lost(backend: Backend, seen: Seen) -> bool:
     return seen.wait_event == "ClientRead" or (seen.state or "").startswith("idle")
 
 
+def same_cluster(one: psycopg.AsyncConnection[Any], other: psycopg.AsyncConnection[Any]) -> bool:
+    """Say whether two sessions are certainly of one cluster: they share its WAL if both are of its primary."""
+    systems = [it.backend and it.backend.system for it in (one, other) if isinstance(it, WatchedConnection)]
+    return len(systems) == 2 and systems[0] is not None and systems[0] == systems[1]
+
+
 class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     """A connection whose unanswered statements are looked for on the server."""
 

@@ -11,6 +11,7 @@ from psycopg import sql
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
+from cdcsync.postgres.liveness import same_cluster
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import Names
 
@@ -39,6 +40,10 @@ class LookUps:
         """The key columns' operators."""
         self._hashes = b""
         """The statement that looks up documents, as it is sent."""
+
+    def flush_with(self, source: Connection) -> bool:
+        """Say whether a commit in the target flushes all that this session of the source has seen: they share a WAL."""
+        return same_cluster(self._connection, source)
 
     async def open(self) -> None:
         """Ask how keys are compared; once per connection."""

@@ -135,7 +135,9 @@ class Preparer:
         unflushed = None
         if reread or changes.touched_by:
             with self._reading():
-                unflushed = await self._table.unflushed(await self._source.connection())
+                connection = await self._source.connection()
+                if not look_ups.flush_with(connection):
+                    unflushed = await self._table.unflushed(connection)
         changes.resolved = not (rebuilds or changes.truncated)
         failed: dict[Key, DocumentError] = {}
         rendered = await self._render(upserts, failed)

@@ -46,9 +46,10 @@ VALUES_AT_ONCE = 500
 KEYS_AT_ONCE = 10_000
 """The target size of such a query's result, estimated from the query before it: some 3 MB."""
 
+FIRST_LOOK_S = 0.000_5
 VISIBILITY_POLL_S = 0.05
-"""How often a reading is repeated while the source still hides the transaction: mostly it is a matter of
-microseconds."""
+"""A reading is repeated while the source still hides the transaction: mostly that is a matter of microseconds, or as
+long as a synchronous standby takes. The pause grows from the first of these to the other."""
 
 
 class Concerned(msgspec.Struct, frozen=True):
@@ -128,6 +129,7 @@ async def seeing(
     xids: Collection[int], spec: IndexSpec, source: Session, read: Callable[[Connection], Awaitable[tuple[Snapshot, T]]]
 ) -> T:
     """Read until the snapshot sees these transactions."""
+    pause_s = FIRST_LOOK_S
     while True:
         with speaking_of("source", where=str(spec.shape.table), index=spec.name):
             snapshot, found = await read(await source.connection())
@@ -136,4 +138,5 @@ async def seeing(
             return found
         # Delivered before it is visible: it waits for a synchronous standby.
         log.debug("reread_waits", index=spec.name, transactions=len(hidden))
-        await anyio.sleep(VISIBILITY_POLL_S)
+        await anyio.sleep(pause_s)
+        pause_s = min(2 * pause_s, VISIBILITY_POLL_S)

@@ -8,9 +8,11 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
+from cdcsync.postgres.liveness import same_cluster
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import connect
 from cdcsync.source.marks import flush, unflushed
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -18,7 +20,7 @@ FLUSHED = "SELECT pg_current_wal_flush_lsn() >= %s::pg_lsn"
 
 
 async def test_what_was_committed_without_being_flushed_is_on_disk_afterwards(
-    make_cluster: Callable[..., Cluster],
+    make_cluster: Callable[..., Cluster], target: Database
 ) -> None:
     dsn = make_cluster(settings={"wal_writer_delay": "10s"}).dsn()
     with psycopg.connect(dsn, autocommit=True, options="-c synchronous_commit=off") as hurried:
@@ -35,3 +37,11 @@ async def test_what_was_committed_without_being_flushed_is_on_disk_afterwards(
         end = await fetch_value(reader, "SELECT pg_current_wal_insert_lsn()::text")
         await flush(reader, behind)
         assert await fetch_value(reader, "SELECT pg_current_wal_insert_lsn()::text") == end  # nothing was left to do
+    # A commit in the source's own cluster flushes what was seen there; one in another cluster does not.
+    async with (
+        await connect(dsn, "source", application_name="reader") as reader,
+        await connect(dsn, "target", application_name="beside") as beside,
+        await connect(target.dsn, "target", application_name="elsewhere") as elsewhere,
+    ):
+        assert same_cluster(beside, reader)
+        assert not same_cluster(elsewhere, reader)

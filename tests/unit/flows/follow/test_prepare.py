@@ -88,7 +88,7 @@ async def test_a_live_row_whose_document_is_unchanged_is_chunked_again_only_wher
     nothing: Any = None
     dispatcher: Any = SimpleNamespace(tracing=Tracing(), free_within=lambda budget_s: False)
     chunker = make_chunker(Chunking(strategy="characters", max_tokens=8, overlap_tokens=0), None, None)
-    writer: Any = SimpleNamespace(stored_hashes=stored_hashes)
+    writer: Any = SimpleNamespace(stored_hashes=stored_hashes, flush_with=lambda _: False)
 
     made = await Preparer(spec, chunker, dispatcher, nothing, nothing, Metrics(), Deliveries()).prepare(changes, writer)
 
@@ -163,7 +163,7 @@ async def read_again(spec: IndexSpec, size: int) -> tuple[list[int], int, int]:
     async def stored_hashes(keys: Sequence[Key]) -> dict[Key, bytes]:
         return {}
 
-    writer: Any = SimpleNamespace(stored_hashes=stored_hashes)
+    writer: Any = SimpleNamespace(stored_hashes=stored_hashes, flush_with=lambda _: False)
     made = await Preparer(spec, chunker, dispatcher, table, table, Metrics(), Deliveries()).prepare(changes, writer)
 
     return table.asked, len(made.documents), sum(len(one.keys or ()) for one in made.rebuilds)
@@ -203,7 +203,10 @@ async def test_a_row_with_a_value_that_is_too_large_is_left_out_and_listed_if_th
     async def stored_hashes(keys: Sequence[Key]) -> dict[Key, bytes]:
         return {}
 
-    table, look_ups = cast(Any, Table()), cast(Any, SimpleNamespace(stored_hashes=stored_hashes))
+    table, look_ups = (
+        cast(Any, Table()),
+        cast(Any, SimpleNamespace(stored_hashes=stored_hashes, flush_with=lambda _: False)),
+    )
     dispatcher: Any = SimpleNamespace(tracing=Tracing(), free_within=lambda budget_s: False)
     chunker = make_chunker(Chunking(strategy="characters", max_tokens=8, overlap_tokens=0), None, None)
     made = await Preparer(spec, chunker, dispatcher, table, table, Metrics(), Deliveries()).prepare(changes, look_ups)
