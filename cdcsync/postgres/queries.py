@@ -1,4 +1,4 @@
-"""The shapes in which statements are read: one row, one value, or rows in the text that the server sent."""
+"""The shapes in which statements are read: one row, one value, rows, or rows in the text that the server sent."""
 
 from __future__ import annotations
 
@@ -39,6 +39,14 @@ async def fetch_one(
 async def fetch_value(connection: Connection, statement: Statement, arguments: Arguments = None) -> Any:
     """Run a statement that always has a row, and return the first column of that row."""
     return (await fetch_one(connection, statement, arguments))[0]
+
+
+async def fetch_rows(
+    connection: Connection, statement: Statement, arguments: Arguments = None
+) -> list[tuple[Any, ...]]:
+    """Run a statement and return its rows."""
+    cursor = await connection.execute(statement, arguments)
+    return await cursor.fetchall()
 
 
 async def fetch_texts(

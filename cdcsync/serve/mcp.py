@@ -162,7 +162,7 @@ def mcp_route(server: MCPServer, serve: Serve) -> Route:
     """Return the route of MCP over HTTP. Call this before the server's session manager runs.
 
     Hosts are checked for all routes alike, so not by the SDK. The server is stateless and sends nothing by itself, so
-    there is no stream to GET and no session to DELETE: the answer to these is 405, as MCP asks for.
+    it offers no stream to GET and no session to DELETE. It answers both with 405, as MCP requires.
     """
     (route,) = server.streamable_http_app(
         json_response=True,

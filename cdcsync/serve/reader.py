@@ -346,7 +346,7 @@ def _given_up_within(dsn: str, deadline_s: float) -> str:
 
     A DSN that has a `connect_timeout` of its own is left as it is.
     """
-    with suppress(psycopg.ProgrammingError):  # whoever connects says what is wrong with it
+    with suppress(psycopg.ProgrammingError):  # connecting will tell what is wrong with it
         if "connect_timeout" not in conninfo.conninfo_to_dict(dsn):
             return conninfo.make_conninfo(dsn, connect_timeout=min(CONNECT_TIMEOUT_S, max(2, int(deadline_s / 2))))
     return dsn

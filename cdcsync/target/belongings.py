@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, LiteralString
+from typing import LiteralString
 
 import msgspec
 import psycopg
 from psycopg import sql
 
 from cdcsync.errors import SetupError
+from cdcsync.postgres.queries import fetch_row, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.marked import drop_all, drop_functions, marker, tables_of, views_on
 from cdcsync.target.embedders import forget_embedders
@@ -45,29 +46,27 @@ class Belongings(msgspec.Struct, frozen=True):
 
 async def belongings_of(target: Connection, schema: str, slot: str) -> Belongings:
     """Return what a pipeline has in the target."""
-    (present,) = await _rows(target, "SELECT to_regclass(%s) IS NOT NULL", _pipelines(schema).as_string(target))
-    if not present[0]:
+    if not await _has_pipelines(target, schema):
         return Belongings()
     entries = [entry for entry in (await Registry(schema).all(target)).values() if entry.slot == slot]
     indexes = tuple(entry.name for entry in entries)
-    rows = await _rows(target, sql.SQL("SELECT FROM {} WHERE slot = %s").format(_pipelines(schema)), slot)
+    row = await fetch_row(target, sql.SQL("SELECT FROM {} WHERE slot = %s").format(_pipelines(schema)), [slot])
     return Belongings(
         indexes=indexes,
         relations=await relations_of(target, schema, indexes),
         source_tables=tuple(table for entry in entries for table in entry.tables),
-        set_up=bool(rows),
+        set_up=row is not None,
     )
 
 
 async def pipelines_sharing(target: Connection, schema: str, slot: str, publication: str) -> list[str]:
     """Return the other pipelines of the schema that use the same publication."""
-    (present,) = await _rows(target, "SELECT to_regclass(%s) IS NOT NULL", _pipelines(schema).as_string(target))
-    if not present[0]:
+    if not await _has_pipelines(target, schema):
         return []
     statement = sql.SQL("SELECT slot FROM {} WHERE publication = %s AND slot <> %s ORDER BY slot").format(
         _pipelines(schema)
     )
-    return [slot for (slot,) in await _rows(target, statement, publication, slot)]
+    return [slot for (slot,) in await fetch_rows(target, statement, [publication, slot])]
 
 
 async def relations_of(target: Connection, schema: str, indexes: Sequence[str]) -> Relations:
@@ -108,18 +107,17 @@ async def drop_pipeline(target: Connection, schema: str, slot: str, belongings: 
     await Registry(schema).forget(target, slot)
     await forget_embedders(target, schema, slot)
     await target.execute(sql.SQL("DELETE FROM {} WHERE slot = %s").format(_pipelines(schema)), [slot])
-    if not await _rows(target, sql.SQL("SELECT FROM {}").format(_pipelines(schema))):
+    if await fetch_row(target, sql.SQL("SELECT FROM {} LIMIT 1").format(_pipelines(schema))) is None:
         await _drop_shared(target, schema)
 
 
 async def _drop_shared(target: Connection, schema: str) -> None:
     """Drop the tables and functions that say they are ours, and the schema where it is empty and could be made anew."""
-    tables = await _rows(target, _SHARED_TABLES, schema, OURS)
+    tables = await fetch_rows(target, _SHARED_TABLES, [schema, OURS])
     await drop_all(target, "TABLE", [name for (name,) in tables])
     await drop_functions(target, schema, OURS)
     # One that an administrator made for a role that may not make schemas stays.
-    ((empty,),) = await _rows(target, _SCHEMA_IS_SPARE, schema, schema)
-    if empty:
+    if await fetch_value(target, _SCHEMA_IS_SPARE, [schema, schema]):
         await target.execute(sql.SQL("DROP SCHEMA {}").format(sql.Identifier(schema)))
 
 
@@ -140,6 +138,7 @@ def _pipelines(schema: str) -> sql.Identifier:
     return sql.Identifier(schema, "pipelines")
 
 
-async def _rows(connection: Connection, statement: LiteralString | sql.Composed, *arguments: object) -> list[Any]:
-    cursor = await connection.execute(statement, arguments or None)
-    return await cursor.fetchall()
+async def _has_pipelines(target: Connection, schema: str) -> bool:
+    """Say whether a worker has ever set up this schema."""
+    found = "SELECT to_regclass(%s) IS NOT NULL"
+    return bool(await fetch_value(target, found, [_pipelines(schema).as_string(target)]))

@@ -65,6 +65,6 @@ class Waits:
         try:
             return await reached(await self._session.connection(), within_s)
         except TargetUnavailable:
-            return False  # the session broke, or there is no room for one more: looking says what is the matter
+            return False  # the session broke, or the target has no connection to spare: the next look tells which
         finally:
             self._turn.release()

@@ -1,4 +1,4 @@
-"""All that is one index's in the target, whatever created it: found by comments, and dropped.
+"""The tables, views and functions that belong to an index in the target: found by their comments, and dropped.
 
 Every table, view and function that belongs to an index says so in its comment. So nothing has to know the generations
 of an index, or what a worker left half done, to drop all of it. The caller's transaction commits.
@@ -9,10 +9,11 @@ Source: PostgreSQL, "COMMENT", "Dependency Tracking".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, LiteralString
+from typing import LiteralString
 
 from psycopg import sql
 
+from cdcsync.postgres.queries import fetch_rows
 from cdcsync.postgres.sessions import Connection
 
 _TABLES: LiteralString = """
@@ -44,17 +45,17 @@ def marker(index: str) -> str:
 
 async def tables_of(connection: Connection, schema: str, indexes: Sequence[str]) -> dict[int, str]:
     """Return the tables of indexes, of all generations: their names as SQL writes them, by oid."""
-    return dict(await _rows(connection, _TABLES, [marker(name) for name in indexes], schema))
+    return dict(await fetch_rows(connection, _TABLES, [[marker(name) for name in indexes], schema]))
 
 
 async def views_on(connection: Connection, tables: Sequence[int]) -> list[str]:
-    """Return our views on tables, under whatever name the configuration once gave them; not those of users."""
-    return [name for (name,) in await _rows(connection, _VIEWS, list(tables))]
+    """Return our views on tables, also under names that the configuration gave them before, but no views of users."""
+    return [name for (name,) in await fetch_rows(connection, _VIEWS, [list(tables)])]
 
 
 async def drop_functions(connection: Connection, schema: str, *markers: str) -> None:
     """Drop the functions whose comments begin so; those of triggers need their tables dropped first."""
-    functions = await _rows(connection, _FUNCTIONS, list(markers), schema)
+    functions = await fetch_rows(connection, _FUNCTIONS, [list(markers), schema])
     await drop_all(connection, "FUNCTION", [name for (name,) in functions])
 
 
@@ -68,7 +69,7 @@ async def drop_all(connection: Connection, kind: LiteralString, names: Sequence[
 async def describe_again(connection: Connection, schema: str, stem: str, before: str, after: str) -> None:
     """Have the tables of a stem, and the functions of their triggers, say that they are of an index of another name."""
     for kind, statement in (("TABLE", _COMMENTED_TABLES), ("FUNCTION", _COMMENTED_FUNCTIONS)):
-        for name, comment in await _rows(connection, statement, schema, f"{stem}_", marker(before)):
+        for name, comment in await fetch_rows(connection, statement, [schema, f"{stem}_", marker(before)]):
             said = marker(after) + comment.removeprefix(marker(before))
             await connection.execute(
                 sql.SQL("COMMENT ON " + kind + " {} IS {}").format(sql.SQL(name), sql.Literal(said))
@@ -89,8 +90,3 @@ _COMMENTED_FUNCTIONS: LiteralString = """
     WHERE n.nspname = %s AND p.prorettype = 'trigger'::regtype
         AND starts_with(p.proname::text, %s) AND starts_with(d.description, %s)
 """
-
-
-async def _rows(connection: Connection, statement: LiteralString, *arguments: object) -> list[Any]:
-    cursor = await connection.execute(statement, arguments)
-    return await cursor.fetchall()
