@@ -30,23 +30,21 @@ from cdcsync.target.ddl.tiers import create_vectors
 
 
 async def create_generations(connection: Connection, schema: str, spec: IndexSpec) -> list[int]:
-    """Create the vectors tables of the generations beside the live one, where they are missing.
+    """Create the vectors tables of the generations beside the live one, where they or tiers of them are missing.
 
     Roles that may read the live vectors may read these. The caller's transaction commits.
 
-    :returns: the generations whose tables were missing.
+    :returns: the generations of which a table was missing, and with it vectors.
     """
     names = Names(schema, spec.relations)
     created = []
     for one in spec.others:
-        table = names.vectors(one.generation).as_string(connection)
-        missing = await fetch_value(connection, "SELECT to_regclass(%s) IS NULL", [table])
+        table, tiers = names.vectors(one.generation), names.tiers(one.generation).values()
+        present = [await _exists(connection, relation) for relation in (table, *tiers)]
         await create_vectors(connection, schema, one)
-        if missing:
+        if not all(present):
             created.append(one.generation)
-        await _copy_grants(
-            connection, names.vectors(spec.generation), names.vectors(one.generation), others_too=not missing
-        )
+        await _copy_grants(connection, names.vectors(spec.generation), table, others_too=present[0])
     return created
 
 
@@ -179,11 +177,15 @@ async def _copy_all(connection: Connection, schema: str, one: IndexSpec, other: 
         (words_name(schema, one.relations), words_name(schema, other.relations)),
     ]
     for old, new in pairs:
-        if await fetch_value(connection, "SELECT to_regclass(%s) IS NOT NULL", [new.as_string(connection)]):
+        if await _exists(connection, new):
             if not closed:
                 await _copy_grants(connection, old, new, others_too=others_too)
             elif not others_too:
                 await succeed(connection, new, [])
+
+
+async def _exists(connection: Connection, relation: sql.Identifier) -> bool:
+    return bool(await fetch_value(connection, "SELECT to_regclass(%s) IS NOT NULL", [relation.as_string(connection)]))
 
 
 async def _copy_grants(

@@ -9,7 +9,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.chunks_view import chunks_view_name
-from cdcsync.target.ddl.names import Names, b_tree_name
+from cdcsync.target.ddl.names import FRESH, SETTLED, Names, b_tree_name
 
 
 class Missing(msgspec.Struct, frozen=True):
@@ -38,7 +38,8 @@ async def missing_relations(
     """
     names, view = Names(schema, spec.relations), view or spec.config.view_name
     stem = spec.relations
-    tables = [f"{stem}_chunks", f"{stem}_backlog", f"{stem}_vectors_{spec.generation}"]
+    vectors = f"{stem}_vectors_{spec.generation}"
+    tables = [f"{stem}_chunks", f"{stem}_backlog", vectors]
     indexes = [names.hnsw_name(spec.generation), names.near_name(spec.generation)]
     indexes += [b_tree_name(stem, column) for column in spec.config.indexed]
     shown = [] if spec.hidden else [view, chunks_view_name(view)]
@@ -48,7 +49,9 @@ async def missing_relations(
     row = await fetch_one(
         connection,
         """
-        SELECT array(SELECT wanted FROM unnest(%(tables)s::text[]) AS wanted WHERE NOT EXISTS (
+        SELECT array(SELECT wanted FROM unnest(%(tables)s::text[] || CASE WHEN EXISTS (
+                         SELECT FROM pg_class c WHERE c.relnamespace = n.oid AND c.relname = %(vectors)s
+                             AND c.relkind = 'p') THEN %(tiers)s::text[] END) AS wanted WHERE NOT EXISTS (
                    SELECT FROM pg_class c WHERE c.relnamespace = n.oid AND c.relname = wanted)),
                array(SELECT wanted FROM unnest(%(indexes)s::text[]) AS wanted WHERE NOT EXISTS (
                    SELECT FROM pg_class c JOIN pg_index i ON i.indexrelid = c.oid
@@ -63,6 +66,9 @@ async def missing_relations(
         """,
         {
             "tables": tables,
+            "vectors": vectors,
+            # Tables by themselves: somebody can drop one of them and leave the other.
+            "tiers": [f"{vectors}_{tier}" for tier in (FRESH, SETTLED)],
             "indexes": indexes,
             "schemas": [one.schema for one in shown],
             "shown": [one.name for one in shown],

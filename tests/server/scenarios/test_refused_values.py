@@ -188,6 +188,8 @@ DROPPED = {
     "keywords": "DROP INDEX cdcsync.{t}_chunks_search",
     "chunks": "DROP TABLE cdcsync.{t}_chunks CASCADE",
     "vectors": "DROP TABLE cdcsync.{t}_vectors_1 CASCADE",
+    "settled": "DROP TABLE cdcsync.{t}_vectors_1_settled",
+    "fresh": "DROP TABLE cdcsync.{t}_vectors_1_fresh",
     "view": "DROP VIEW {t}_index",
     "view of chunks": "DROP VIEW {t}_index_chunks",
     "function": "DROP FUNCTION cdcsync.{t}_search",

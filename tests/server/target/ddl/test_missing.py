@@ -24,6 +24,15 @@ DROPPED = {
         ],
     ),
     "DROP TABLE cdcsync.articles_backlog": Missing(("articles_backlog",)),
+    "DROP TABLE cdcsync.articles_vectors_1 CASCADE": Missing(
+        ("articles_vectors_1",), ("articles_vectors_1_hnsw", "articles_vectors_1_fresh_near", "public.articles_index")
+    ),
+    "DROP TABLE cdcsync.articles_vectors_1_settled": Missing(
+        ("articles_vectors_1_settled",), ("articles_vectors_1_hnsw",)
+    ),
+    "DROP TABLE cdcsync.articles_vectors_1_fresh": Missing(
+        ("articles_vectors_1_fresh",), ("articles_vectors_1_fresh_near",)
+    ),
     "DROP INDEX cdcsync.articles_vectors_1_hnsw": Missing(built=("articles_vectors_1_hnsw",)),
     "DROP INDEX cdcsync.articles_vectors_1_fresh_near": Missing(built=("articles_vectors_1_fresh_near",)),
     "DROP INDEX cdcsync.articles_chunks_search": Missing(built=("articles_chunks_search",)),
