@@ -168,10 +168,17 @@ def test_what_is_exposed_keeps_to_the_conventions(promtool: str) -> None:
 WORKER = 'job="cdcsync", instance="a:9477"'
 
 
+STARTED = f"process_start_time_seconds{{{WORKER}}}"
+
+
 @pytest.mark.parametrize(
     ("series", "expected"),
     [
         ({f"up{{{WORKER}}}": "0x30"}, {"CdcsyncWorkerDown"}),
+        ({f"up{{{WORKER}}}": "_x30"}, {"CdcsyncNoWorker"}),
+        # Fails within two minutes of every start; meanwhile it does not answer.
+        ({f"up{{{WORKER}}}": "1 0 1 0 " * 8, STARTED: "1 _ 2 _ 3 _ 4 _ " * 4}, {"CdcsyncRestarts"}),
+        ({STARTED: "1x9 2x9 3x9"}, set()),
         ({f"cdcsync_ready{{{WORKER}}}": "0x30", f"cdcsync_standby{{{WORKER}}}": "0x30"}, {"CdcsyncNotReady"}),
         ({f"cdcsync_ready{{{WORKER}}}": "0x30", f"cdcsync_standby{{{WORKER}}}": "1x30"}, set()),
         ({f"cdcsync_lag_seconds{{{WORKER}}}": "100x30"}, {"CdcsyncLag"}),
@@ -201,12 +208,39 @@ WORKER = 'job="cdcsync", instance="a:9477"'
 def test_an_alert_fires_when_it_should(
     promtool: str, tmp_path: Path, series: dict[str, str], expected: set[str]
 ) -> None:
+    evaluate_rules(promtool, tmp_path, {f"up{{{WORKER}}}": "1x30"} | series, expected, at="30m")
+
+
+DAYS = 'index="i", ' + WORKER
+LIVE = f'cdcsync_index_state{{{DAYS}, state="live"}}'
+PROVEN = f"cdcsync_proven_equal_timestamp_seconds{{{DAYS}}}"
+
+
+@pytest.mark.parametrize(
+    ("series", "expected"),
+    [
+        # Live for 55 hours, restarted on the way.
+        ({LIVE: "1x3000 _x30 1x270"}, {"CdcsyncNeverProvenEqual"}),
+        ({LIVE: "1x3300", PROVEN: "_x2000 120000x1300"}, set()),
+        ({LIVE: "_x1000 1x2300"}, set()),
+        ({LIVE: "1x3200 0x100"}, set()),
+        ({LIVE: "1x3300", PROVEN: "600x3300"}, {"CdcsyncNotProvenEqual"}),
+    ],
+)
+def test_an_index_that_is_not_proven_equal_for_two_days_is_told(
+    promtool: str, tmp_path: Path, series: dict[str, str], expected: set[str]
+) -> None:
+    evaluate_rules(promtool, tmp_path, {f"up{{{WORKER}}}": "1x3300"} | series, expected, at="55h")
+
+
+def evaluate_rules(promtool: str, tmp_path: Path, series: dict[str, str], expected: set[str], at: str) -> None:
+    """See which alerts fire at a time, of series with a sample a minute."""
     names = [rule["alert"] for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
     # What fires is read as a series, so that annotations need not be repeated here.
     fires = [
         {
             "expr": f'count(ALERTS{{alertname="{name}", alertstate="firing"}})',
-            "eval_time": "30m",
+            "eval_time": at,
             "exp_samples": [{"labels": "{}", "value": 1}] if name in expected else [],
         }
         for name in names

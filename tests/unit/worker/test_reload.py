@@ -148,6 +148,19 @@ async def test_the_signal_has_it_read_again_however_often(logged: Callable[[], l
             tasks.cancel_scope.cancel()
 
 
+def test_no_page_says_of_another_key_that_a_signal_has_it_read_again() -> None:
+    keys = {
+        (path.name, key)
+        for path in (ROOT / "docs").rglob("*.md")
+        for sentence in re.split(r"\. |\.?\n\n", path.read_text())
+        if "SIGHUP" in sentence or "systemctl reload" in sentence
+        for key in re.findall(r"`(?:worker\.)?(\w+)[^`]*`", sentence)
+        if key in Worker.__struct_fields__
+    }
+    assert ("operations.md", "settle_connections") in keys
+    assert {key for _, key in keys} <= set(LIVE)
+
+
 def test_the_operations_page_lists_the_live_keys() -> None:
     page = (ROOT / "docs" / "operations.md").read_text()
     paragraph = next(part for part in page.split("\n\n") if part.startswith("On SIGHUP"))
