@@ -98,8 +98,13 @@ class Tracing:
         """Return the trace context of the current span, for a statement's comment; None where there is none."""
         return None
 
+    @contextlib.contextmanager
+    def prepare(self, index: str, origins: Mapping[int, Origin]) -> Iterator[None]:
+        """Span how the changes of an index in a batch are prepared; the batch may be one that is not begun yet."""
+        yield
+
     def follow(self, texts: Iterable[tuple[int, bytes]]) -> None:
-        """Remember for the current batch which text (by its hash) came with which transaction (by its LSN)."""
+        """Remember which text (by its hash) of what is prepared came with which transaction (by its LSN)."""
 
     @contextlib.contextmanager
     def call(self, embedder: str, texts: Collection[bytes]) -> Iterator[None]:
@@ -126,6 +131,7 @@ class OpenTelemetry(Tracing):
         self._received_ns = 0
         self._noted: Any = None
         self._origins: Mapping[int, Origin] = {}
+        """Those of the batch that is being prepared: one at a time is."""
         self._followed: OrderedDict[bytes, Origin] = OrderedDict()
 
     def begin(self, lsn: int) -> None:
@@ -148,7 +154,6 @@ class OpenTelemetry(Tracing):
     @contextlib.contextmanager
     def batch(self, origins: Mapping[int, Origin], **attributes: Value) -> Iterator[None]:
         """Span the application of a batch, and in the traces of its applications that of their transactions."""
-        self._origins = origins
         contexts = [origin.context for origin in origins.values()]
         with self._spanning("cdcsync.batch", contexts, self._nowhere, attributes) as span:
             yield
@@ -176,6 +181,13 @@ class OpenTelemetry(Tracing):
     def _extracted(self, traceparent: str) -> Any:
         """Return the context of a caller; an empty one if it cannot be read."""
         return self._propagator.extract({PREFIX: traceparent}, context=self._nowhere)
+
+    @contextlib.contextmanager
+    def prepare(self, index: str, origins: Mapping[int, Origin]) -> Iterator[None]:
+        """Span how the changes of an index are prepared, and know meanwhile which transactions they are of."""
+        self._origins = origins
+        with self.span("cdcsync.prepare", index=index):
+            yield
 
     def follow(self, texts: Iterable[tuple[int, bytes]]) -> None:
         """Remember which text came with which transaction."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.collectors import Collector, Span
-from tests.support.configs import configuration
+from tests.support.configs import configuration, hosted
 from tests.support.provider import FakeProvider
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -25,9 +25,8 @@ def make(
     database: Database, make_pipeline: Callable[[str], Pipeline], provider: FakeProvider
 ) -> Callable[..., Pipeline]:
     def made(*, inline: int) -> Pipeline:
-        hosted = {"type": "openai", "model": "hashing", "dimensions": 16, "base_url": provider.url}
         articles = {"text": "{body}", "columns": ["tenant"], "inline_budget_ms": inline}
-        text = configuration(database.dsn, embedders={"hosted": hosted}, indexes={"articles": articles})
+        text = configuration(database.dsn, embedders={"hosted": hosted(provider.url)}, indexes={"articles": articles})
         pipeline = make_pipeline(text)
         pipeline.source.execute("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, body text)")
         return pipeline
@@ -83,6 +82,41 @@ def test_what_a_traced_transaction_causes_is_in_its_trace(
     assert [span.name for span in collector.spans if span.trace == OTHER_TRACE] == ["cdcsync.apply"]
     sent = b"".join(collector.bodies)
     assert not any(value in sent for value in (b"planted", b"424242", b"434343"))
+
+
+def test_a_change_of_a_related_row_has_the_spans_of_the_documents_that_it_belongs_to(
+    database: Database, make_pipeline: Callable[[str], Pipeline], provider: FakeProvider, collector: Collector
+) -> None:
+    relation = {"table": "comments", "on": {"ticket_id": "id"}, "text": "{body}", "order_by": "id"}
+    tickets = {"text": "{title} {comments}", "inline_budget_ms": 0, "related": {"comments": relation}}
+    text = configuration(database.dsn, embedders={"hosted": hosted(provider.url)}, indexes={"tickets": tickets})
+    pipeline = make_pipeline(text)
+    pipeline.source.execute("CREATE TABLE tickets (id bigint PRIMARY KEY, title text)")
+    pipeline.source.execute("CREATE TABLE comments (id bigint PRIMARY KEY, ticket_id bigint, body text)")
+    pipeline.source.execute("ALTER TABLE comments REPLICA IDENTITY FULL")
+    pipeline.source.execute("INSERT INTO tickets SELECT i, 'ticket ' || i FROM generate_series(1, 3) i")
+    pipeline.source.execute("INSERT INTO comments VALUES (1, 1, 'planted secret one')")
+    worker = pipeline.start(**environment(collector))
+    pipeline.live()
+    change(pipeline, f"00-{TRACE}-{PARENT}-01", "UPDATE comments SET ticket_id = 2, body = 'planted secret two'")
+    pipeline.reach("tickets")
+    until(lambda: of(collector, TRACE, "cdcsync.embed"), "the span of the embedding")
+    # Of a ticket that is not there, and so of no document.
+    change(pipeline, f"00-{OTHER_TRACE}-{OTHER_PARENT}-01", "INSERT INTO comments VALUES (424242, 434343, 'secret')")
+    until(lambda: of(collector, OTHER_TRACE, "cdcsync.apply"), "the span of the second application")
+    assert pipeline.stop(worker) == 0
+
+    (applied,) = of(collector, TRACE, "cdcsync.apply")
+    (embedded,) = of(collector, TRACE, "cdcsync.embed")
+    assert applied.parent == embedded.parent == PARENT
+    assert embedded.attributes == {"cdcsync.embedder": "hosted", "cdcsync.texts": 2}
+    (batch,) = (span for span in collector.named("cdcsync.batch") if (TRACE, PARENT) in span.links)
+    assert applied.links == ((batch.trace, batch.id),)
+    steps = {span.name: span for span in collector.spans if span.parent == batch.id}
+    assert steps["cdcsync.prepare"].attributes == {"cdcsync.index": "tickets"}
+    assert [span.name for span in collector.spans if span.trace == OTHER_TRACE] == ["cdcsync.apply"]
+    sent = b"".join(collector.bodies)
+    assert not any(value in sent for value in (b"planted", b"424242", b"434343", b"ticket 1"))
 
 
 def test_what_is_no_trace_context_is_as_if_it_were_not_there(

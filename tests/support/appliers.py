@@ -89,17 +89,17 @@ class Target:
         return self.can_prepare_ahead
 
 
-def applier(target: Target, metrics: Metrics | None = None) -> Applier:
+def applier(target: Target, metrics: Metrics | None = None, tracing: Tracing | None = None) -> Applier:
     """Return an applier over this session."""
     preparers = cast(Any, {shape.index: target for shape in SHAPES})
-    return Applier(cast(Any, target), [], preparers, metrics or Metrics(), Tracing(), first_wait_s=0.0)
+    return Applier(cast(Any, target), [], preparers, metrics or Metrics(), tracing or Tracing(), first_wait_s=0.0)
 
 
-def a_batch() -> Batch:
-    """Return a batch with a row of each index."""
+def a_batch(lsn: int = 10) -> Batch:
+    """Return a batch with a row of each index, of the transaction at `lsn`."""
     batch = Batch()
     for shape in SHAPES:
-        batch.add(Upsert(shape, ("a",), ("a", "text"), 1, 10))
+        batch.add(Upsert(shape, ("a",), ("a", "text"), 1, lsn))
     batch.commit(Committed(Lsn(20), 5))
     return batch
 
@@ -107,8 +107,8 @@ def a_batch() -> Batch:
 class Following:
     """A full batch that follows the one in hand."""
 
-    def __init__(self) -> None:
-        self.batch = a_batch()
+    def __init__(self, batch: Batch | None = None) -> None:
+        self.batch = batch or a_batch()
         self.taken = 0
 
     async def __call__(self) -> Batch:

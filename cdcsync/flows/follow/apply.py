@@ -71,7 +71,7 @@ class Applier:
         self._metrics = metrics
         self._tracing = tracing
         self._backoff = Backoff(self._waits, first=first_wait_s, most=10)
-        self._next = NextBatch(session, preparers)
+        self._next = NextBatch(session, preparers, tracing)
 
     @property
     def following(self) -> Batch | None:
@@ -149,7 +149,7 @@ class Applier:
     async def _prepare(self, batch: Batch) -> dict[str, ChangeSet]:
         changes = {}
         for index, of_index in batch.indexes.items():
-            with self._tracing.span("cdcsync.prepare", index=index):
+            with self._tracing.prepare(index, batch.origins):
                 changes[index] = await self._preparers[index].prepare(of_index, self._session.writer(index))
         return changes
 

@@ -21,6 +21,7 @@ from cdcsync.model.batch import Batch
 from cdcsync.model.changeset import ChangeSet
 from cdcsync.target.look_ups import LookUps
 from cdcsync.target.session import ApplySession
+from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
 
@@ -41,9 +42,10 @@ async def nothing_follows() -> Batch:
 class NextBatch:
     """The batch after the one that is being written."""
 
-    def __init__(self, session: ApplySession, preparers: Mapping[str, Preparer]) -> None:
+    def __init__(self, session: ApplySession, preparers: Mapping[str, Preparer], tracing: Tracing) -> None:
         self._session = session
         self._preparers = preparers
+        self._tracing = tracing
         self._tried_again_at = -math.inf
         """When the connection for look-ups is tried for again."""
         self.await_from(nothing_follows)
@@ -81,7 +83,8 @@ class NextBatch:
             prepared = {}
             for index, of_index in self.batch.indexes.items():
                 look_ups = await self._look_ups(index)
-                changes = await self._preparers[index].prepare(of_index, look_ups, before.get(index))
+                with self._tracing.prepare(index, self.batch.origins):
+                    changes = await self._preparers[index].prepare(of_index, look_ups, before.get(index))
                 prepared[index] = msgspec.structs.replace(changes, staged=await self._stage(index, changes))
             self.changes = prepared
         except CdcsyncError as error:

@@ -216,8 +216,11 @@ class Preparer:
         unread = (UNCHANGED,) * (len(shape.columns) - len(shape.key))
         for key, touch in found.documents.items():
             # Whatever the batch says of the row itself, the source says it too, or something newer.
-            if not isinstance(live.get(key), Upsert):
+            own = live.get(key)
+            if not isinstance(own, Upsert):
                 live[key] = Touched(shape, key, (*key, *unread), touch.xid, touch.lsn)
+            elif own.lsn < touch.lsn:
+                live[key] = msgspec.structs.replace(own, lsn=touch.lsn)
         return live, found.rebuilds, changes.overtaken | changes.touched_by.keys()
 
     async def _complete(

@@ -97,7 +97,10 @@ class RelatedChanges:
                     if len(keys) > MOST_OF_ONE or len(documents) + len(keys) > MOST_OF_A_BATCH:
                         too_many.append(values)
                     else:
-                        documents.update(dict.fromkeys(keys, touches[values]))
+                        touch = touches[values]
+                        for key in keys:
+                            if (other := documents.get(key)) is None or other.lsn < touch.lsn:
+                                documents[key] = touch
                 keys_found = sum(map(len, found.values()))
                 at_once = max(1, min(VALUES_AT_ONCE, 4 * at_once, at_once * KEYS_AT_ONCE // max(1, keys_found)))
             if too_many or left:

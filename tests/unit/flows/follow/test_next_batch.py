@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anyio
 import anyio.lowlevel
 import pytest
@@ -12,6 +14,8 @@ from cdcsync.errors import (
     SetupError,
     TargetUnavailable,
 )
+from cdcsync.model.batch import Batch, IndexChanges
+from cdcsync.model.changeset import ChangeSet
 from tests.support.appliers import SHAPES, Following, Target, a_batch, applier
 
 pytestmark = pytest.mark.anyio
@@ -29,6 +33,48 @@ async def test_a_full_batch_is_prepared_while_the_one_before_it_is_written() -> 
     await made.apply(following.batch, caught_up=lambda: False)
     assert (len(target.prepared), len(target.commits)) == (4, 2)
     assert target.staged == [None, None, [b"articles"], [b"notes"]]
+
+
+async def test_the_texts_of_a_batch_that_is_prepared_ahead_are_in_the_traces_of_its_own_transactions() -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from cdcsync.tracing import OpenTelemetry
+
+    spans, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    tracing = OpenTelemetry(provider)
+
+    class Traced(Target):
+        async def prepare(self, changes: IndexChanges, look_ups: Any, before: ChangeSet | None = None) -> ChangeSet:
+            tracing.follow((one.lsn, f"{one.lsn} {changes.shape.index}".encode()) for one in changes.live.values())
+            return await super().prepare(changes, look_ups, before)
+
+    def traced(lsn: int) -> Batch:
+        batch = a_batch(lsn)
+        tracing.begin(lsn)
+        tracing.note(f"00-{lsn:032x}-b7ad6b7169203331-01".encode())
+        tracing.end(batch.origins)
+        return batch
+
+    target = Traced()
+    target.waits_for_all_ahead = True
+    made, following = applier(target, tracing=tracing), Following(traced(2))
+    await made.apply(traced(1), caught_up=lambda: False, following=following)
+    target.waits_for_all_ahead = False
+    await made.apply(following.batch, caught_up=lambda: False)
+    with tracing.call("model", [b"1 articles", b"1 notes", b"2 articles", b"2 notes"]):
+        pass
+
+    texts = {
+        one.context.trace_id: dict(one.attributes or {})["cdcsync.texts"]
+        for one in spans.get_finished_spans()
+        if one.name == "cdcsync.embed"
+    }
+    assert texts == {1: 2, 2: 2}
+    assert sum(one.name == "cdcsync.prepare" for one in spans.get_finished_spans()) == 4
 
 
 async def test_a_batch_that_does_not_follow_at_once_is_not_waited_for() -> None:

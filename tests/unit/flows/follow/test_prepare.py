@@ -16,10 +16,12 @@ from cdcsync.documents.functions import DocumentFunction
 from cdcsync.documents.related import RelatedRows, Step
 from cdcsync.errors import DocumentError
 from cdcsync.flows.follow.prepare import MOST_BYTES_READ, READ_BYTES, Preparer
+from cdcsync.flows.follow.related import Concerned
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import ChangeSet
 from cdcsync.model.conditions import Term, Where
+from cdcsync.model.links import Touch
 from cdcsync.model.rows import OVERSIZED, Key, Row, Unread, Upsert
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries, Snapshot
@@ -167,6 +169,35 @@ async def read_again(spec: IndexSpec, size: int) -> tuple[list[int], int, int]:
     made = await Preparer(spec, chunker, dispatcher, table, table, Metrics(), Deliveries()).prepare(changes, writer)
 
     return table.asked, len(made.documents), sum(len(one.keys or ()) for one in made.rebuilds)
+
+
+@pytest.mark.parametrize(("own", "touched"), [(0x10, 0x20), (0x20, 0x10)])
+async def test_a_row_that_changed_as_well_as_its_related_ones_carries_the_position_of_the_last_change(
+    own: int, touched: int
+) -> None:
+    spec = make_spec(carried={})
+    step = Step(QualifiedName("public", "comments"), (("article_id", "id"),))
+    comments = RelatedRows(("comments",), (step,), None, (), (), "", 100, " ", "")
+    spec = msgspec.structs.replace(spec, documents=msgspec.structs.replace(spec.documents, related=(comments,)))
+    changes = IndexChanges(spec.shape)
+    changes.add(Upsert(spec.shape, ("1",), ("1", "text"), 1, own))
+    touch = Touch(spec.shape, 0, (("a",),), 2, touched)
+    changes.add(touch)
+
+    async def concerned(changes: IndexChanges) -> Concerned:
+        return Concerned({("1",): touch}, [])
+
+    async def stored_hashes(keys: Sequence[Key]) -> dict[Key, bytes]:
+        return {}
+
+    table: Any = Sized(10)
+    dispatcher: Any = SimpleNamespace(tracing=Tracing(), free_within=lambda budget_s: False)
+    chunker = make_chunker(Chunking(strategy="characters", max_tokens=8, overlap_tokens=0), None, None)
+    writer: Any = SimpleNamespace(stored_hashes=stored_hashes, flush_with=lambda _: False)
+    preparer = Preparer(spec, chunker, dispatcher, table, table, Metrics(), Deliveries())
+    preparer._related = cast(Any, SimpleNamespace(concerned=concerned))
+
+    assert [one.commit_lsn for one in (await preparer.prepare(changes, writer)).documents] == [0x20]
 
 
 @pytest.mark.parametrize(

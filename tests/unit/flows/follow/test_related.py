@@ -83,6 +83,18 @@ async def test_an_answer_has_a_bound_and_nothing_is_asked_once_all_documents_are
     assert sum(source.answers) <= (MOST_FILTERED + VALUES_AT_FIRST) * (MOST_OF_ONE + 1)
 
 
+async def test_a_document_of_several_rows_carries_the_position_of_the_last_change(asked: Any) -> None:
+    class One(Source):
+        async def keys(self, _: Any, link: Link, values: Sequence[Values], most: int) -> dict[Values, list[Key]]:
+            return {value: [("the one",)] for value in values}
+
+    changes = IndexChanges(SPEC.shape)
+    for row, lsn in [("a", 10), ("b", 20), ("a", 40), ("c", 30)]:
+        changes.add(Touch(SPEC.shape, 0, ((row,),), 5, lsn))
+    found = await asked(One(each=1)).concerned(changes)
+    assert {key: touch.lsn for key, touch in found.documents.items()} == {("the one",): 40}
+
+
 async def test_rows_with_many_documents_each_become_a_request_that_names_them(asked: Any) -> None:
     found = await asked(Source(each=100_000)).concerned(changed(50))
     assert (found.documents, found.rebuilds) == ({}, [Rebuild("customer", "50 customers")])
