@@ -212,6 +212,15 @@ MUTANTS = (
         " again dropped]",
     ),
     Mutant(
+        "a page follows one that was given up",
+        "flows/backfill/marks.py",
+        "            self._lost.add(pending.request.id)\n",
+        "",
+        "tests",
+        "tests/unit/flows/backfill/test_marks.py"
+        "::test_no_page_follows_one_that_was_given_up_until_the_request_is_served_again",
+    ),
+    Mutant(
         "what others made meanwhile is not looked for again",
         "flows/embed/dispatcher.py",
         "                yield Made(recent, {})\n                continue  #",

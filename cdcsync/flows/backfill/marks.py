@@ -50,7 +50,11 @@ class Pending(msgspec.Struct):
         """
         await self.applied.wait()
         if self.lost:
-            raise SourceUnavailable("a page has to be read again", where=str(self.spec.shape.table))
+            raise self.to_read_again()
+
+    def to_read_again(self) -> SourceUnavailable:
+        """Return the error that has the request served again from its stored cursor."""
+        return SourceUnavailable("a page has to be read again", where=str(self.spec.shape.table))
 
 
 class Marks:
@@ -60,6 +64,8 @@ class Marks:
         self._deliveries = deliveries
         self._metrics = metrics
         self._pending: dict[str, Pending] = {}
+        self._lost: set[int] = set()
+        """Requests of which a page was given up, while they are still being served."""
         self._run = secrets.token_hex(4)
         self._sequence = 0
         self._live_at = self._live_before = float("-inf")
@@ -85,7 +91,13 @@ class Marks:
         return now - self._applying_s
 
     def register(self, pending: Pending) -> str:
-        """Expect a page's mark, and return what the mark is to say."""
+        """Expect a page's mark, and return what the mark is to say.
+
+        :raises SourceUnavailable: a page of the same request was given up while this one was read. The cursor of this
+            one would pass over its rows.
+        """
+        if pending.request.id in self._lost:
+            raise pending.to_read_again()
         self._sequence += 1
         mark = f"{self._run}:{pending.request.id}:{self._sequence}"
         self._pending[mark] = pending
@@ -180,6 +192,7 @@ class Marks:
         lost = {mark: one for mark, one in self._pending.items() if request is None or one.request.id == request.id}
         for mark, pending in lost.items():
             del self._pending[mark]
+            self._lost.add(pending.request.id)
             pending.lost = True
             pending.applied.set()
 
@@ -195,5 +208,6 @@ class Marks:
 
     def drop(self, request: Request) -> None:
         """Forget the pages of a request that is not served any more."""
+        self._lost.discard(request.id)
         for mark in [mark for mark, one in self._pending.items() if one.request.id == request.id]:
             del self._pending[mark]

@@ -130,6 +130,18 @@ async def test_pages_of_a_stream_that_began_anew_are_to_be_read_again(marked: Ma
         assert marked.marks.page_at(Mark(mark, 5)) is None
 
 
+async def test_no_page_follows_one_that_was_given_up_until_the_request_is_served_again(marked: Marked) -> None:
+    """Its cursor, committed with it, would pass over the rows of the page before it."""
+    marked.marks.register(pending())
+    marked.marks.interrupt()
+    with pytest.raises(SourceUnavailable, match="read again"):
+        marked.marks.register(pending())
+    assert marked.marks.page_at(Mark(marked.marks.register(pending(request(id_=2))), 5)) is not None
+
+    marked.marks.drop(request())
+    assert marked.marks.page_at(Mark(marked.marks.register(pending()), 5)) is not None
+
+
 async def test_a_request_that_is_not_served_any_more_takes_its_pages_with_it_and_no_others(marked: Marked) -> None:
     ended, other = marked.marks.register(pending()), marked.marks.register(pending(request(id_=2)))
     marked.marks.drop(request())
