@@ -50,6 +50,8 @@ class IndexSpec(msgspec.Struct, frozen=True):
     """Facts about the index's table and related ones for the statements, if there are related ones."""
     oids: dict[QualifiedName, int] = {}
     """The OIDs of related tables."""
+    collations: dict[str, dict[str, str]] = {}
+    """By which collations the table's columns were compared when the condition was examined, by the table's OID."""
 
     members: dict[QualifiedName, str | None] = {}
     """The tables of an index over many equal ones, each with the publication's condition on its rows."""

@@ -136,7 +136,8 @@ def _of_one(
             f"the key of {member.name} is ({mine}), and that of the other tables is ({others})",
             "give all tables the same primary key, or narrow the pattern",
         )
-    yield from read_faults(member, needed, catalog.role)
+    too = [member.columns[column] for column in read if column in member.columns]
+    yield from read_faults(member, [*dict.fromkeys((*needed, *too))], catalog.role)
     yield from row_faults(member)
     yield from sending_findings(member, needed, catalog, wanted)
 

@@ -25,7 +25,7 @@ from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.target import TargetFacts
 from cdcsync.preflight.types import choose_types, sortable
 from cdcsync.source.columns import Column
-from cdcsync.source.fingerprints import Fingerprint
+from cdcsync.source.fingerprints import Fingerprint, collations_of
 from cdcsync.source.relations import Table
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation
@@ -302,6 +302,7 @@ async def make_spec(
         where=plan.where,
         generation=stored.generation if stored else 1,
         table_oid=table.oid,
+        collations=collations_of(table, (*shape.own, *(plan.where.columns if plan.where is not None else ()))),
         facts=plan.facts,
         members=plan.members,
         left_out=plan.reasons,

@@ -85,17 +85,17 @@ async def examine_where(
     if not index.where or not table.reachable:
         return None
     try:
-        # Of many equal tables, the first stands for all of them.
-        tried = table.leaves[0].name if table.name.patterns else table.name
         sent = sendable(table, catalog)
-        return await examine_condition(connection, tried, index.where, sent, in_use=index.where in in_use)
+        exact = [one.name for one in table.columns.values() if one.deterministic] if table.name.patterns else None
+        in_use_too = index.where in in_use
+        return await examine_condition(connection, table.example, index.where, sent, in_use=in_use_too, exact=exact)
     except Refused as error:
         role = quote(catalog.role)
         findings.append(
             Finding.error(
                 f"indexes.{name}.where",
                 f"the condition cannot be used: {error.message}",
-                f"GRANT SELECT ON {table.name} TO {role}" if error.privilege else error.hint,
+                f"GRANT SELECT ON {table.example} TO {role}" if error.privilege else error.hint,
             )
         )
         return None
@@ -177,7 +177,8 @@ def column_faults(name: str, index: Index, documents: Documents | None, table: T
                 f"{quote(column)} is the name of a column of cdcsync's own in the index",
                 f"give [indexes.{name}.related.{column}] another name"
                 if column in index.related
-                else f"ALTER TABLE {table.name} RENAME COLUMN {quote(column)} TO …"
+                else f"ALTER TABLE {table.example} RENAME COLUMN {quote(column)} TO …"
+                + (" and so for each table" if table.name.patterns else "")
                 + ("" if in_key else f', or remove "{column}" from indexes.{name}.columns'),
             )
     for column in index.indexed:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -115,7 +115,13 @@ async def try_condition(connection: Connection, table: QualifiedName, text: str,
 
 
 async def examine_condition(
-    connection: Connection, table: QualifiedName, text: str, sent: Sequence[str], *, in_use: bool = False
+    connection: Connection,
+    table: QualifiedName,
+    text: str,
+    sent: Sequence[str],
+    *,
+    in_use: bool = False,
+    exact: Collection[str] | None = None,
 ) -> Where:
     """Return a condition that says which rows an index has, with how it can be decided.
 
@@ -123,6 +129,7 @@ async def examine_condition(
 
     :param sent: the columns whose values the stream brings.
     :param in_use: whether an index goes by it already, so that a row for which it fails costs that row alone.
+    :param exact: if the table stands for many, the columns in which only the same text is equal in each of them.
     :raises Refused: it cannot be used.
     """
     try:
@@ -138,6 +145,8 @@ async def examine_condition(
         )
     async with _trial(connection, table, text):
         columns = await _columns(connection, table)
+        if exact is not None:
+            columns = {one: "plain" if kind == "text" and one not in exact else kind for one, kind in columns.items()}
         named = named_columns(words, columns)
         await _refuse_other_tables(connection, table, text)
         await _refuse_changing(connection, words, named)

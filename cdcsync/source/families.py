@@ -70,7 +70,10 @@ def as_one(family: QualifiedName, members: Sequence[Table]) -> Table:
         same = [one.columns.get(name) for one in others]
         if all(one is not None and one.wire_type == column.wire_type for one in same):
             readable = column.readable and all(one is not None and one.readable for one in same)
-            columns[name] = msgspec.structs.replace(column, number=0, expression=None, readable=readable)
+            exact = column.deterministic and all(one is not None and one.deterministic for one in same)
+            columns[name] = msgspec.structs.replace(
+                column, number=0, expression=None, readable=readable, deterministic=exact
+            )
     key = first.key if all(one.key == first.key for one in others) else ()
     return Table(
         oid=0,
@@ -108,6 +111,7 @@ def _leaf(member: Table) -> Partition:
         columns={
             name: (column.number, *column.wire_type, column.expression) for name, column in member.columns.items()
         },
+        collations={name: column.collation for name, column in member.columns.items()},
     )
 
 

@@ -29,7 +29,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.model.conditions import Where
 from cdcsync.model.rows import SOURCE_TABLE
 from cdcsync.source.catalog import Catalog
-from cdcsync.source.columns import Type, reachable_types
+from cdcsync.source.columns import DEFAULT_COLLATION, Type, reachable_types
 from cdcsync.source.publications import Publication
 from cdcsync.source.relations import Partition, Table
 
@@ -44,6 +44,8 @@ class TableValues(msgspec.Struct, frozen=True):
         of many equal tables, its name and a digest of its columns. 0 and nothing for one whose rows the stream has
         brought before anybody saw it in the catalog.
     :ivar where: the condition on the rows that are read.
+    :ivar collations: see `collations_of`. An earlier version stored none, so an index of a column that has another than
+        the usual one is compared once.
     """
 
     oid: int
@@ -51,6 +53,7 @@ class TableValues(msgspec.Struct, frozen=True):
     file: int
     leaves: dict[str, tuple[int, str]]
     where: str | None = None
+    collations: dict[str, dict[str, str]] = {}
 
 
 class MadeOf(msgspec.Struct, frozen=True):
@@ -141,8 +144,26 @@ def made_of(table: Table, columns: Iterable[str], where: Where | None = None) ->
         table.file,
         {str(leaf.oid): (leaf.file, _attached(leaf, used)) for leaf in table.leaves},
         where.text if where is not None else None,
+        collations_of(table, used),
     )
     return MadeOf({str(table.name): values}, {str(oid): type_ for oid, type_ in types.items()})
+
+
+def collations_of(table: Table, columns: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return by which collations these columns are compared, by the table's OID; of each of many tables by itself.
+
+    The usual one, and tables where all have that, are left out. A collation decides which values a condition takes for
+    equal and how they are ordered. Nothing else tells that a column has another one: its values stay as they are.
+    """
+    read = [*columns]
+    known = {leaf.oid: leaf.collations for leaf in table.leaves if leaf.collations} or {
+        table.oid: {name: column.collation for name, column in table.columns.items()}
+    }
+    found = {
+        str(oid): {name: of[name] for name in read if of.get(name, "") not in ("", DEFAULT_COLLATION)}
+        for oid, of in known.items()
+    }
+    return {oid: of for oid, of in found.items() if of}
 
 
 def _attached(leaf: Partition, columns: Iterable[str]) -> str:
@@ -252,9 +273,24 @@ def _doubt(table: Table, before: Fingerprint, now: Fingerprint) -> Doubt | None:
     name = str(table.name)
     if edited := _edited(before.sent_by, now.sent_by, table):
         return Doubt(f"what the publication sends of {edited} was edited")
-    is_ = now.made_of.tables[name]
-    writers = _rewritten_by(before.made_of.tables[name], is_, table)
+    was, is_ = before.made_of.tables[name], now.made_of.tables[name]
+    if compared := _compared_otherwise(was, is_):
+        return Doubt(f"{name} has other collations: {', '.join(compared)}")
+    writers = _rewritten_by(was, is_, table)
     return Doubt(f"{name} was rewritten", _emptied_by(writers, table, is_.columns)) if writers else None
+
+
+def _compared_otherwise(was: TableValues, is_: TableValues) -> list[str]:
+    """Return the columns that have another collation than before."""
+    tables = {str(is_.oid)} | (was.leaves.keys() & is_.leaves.keys())
+    return sorted(
+        {
+            column
+            for table in tables
+            for column in was.columns.keys() & is_.columns.keys()
+            if was.collations.get(table, {}).get(column) != is_.collations.get(table, {}).get(column)
+        }
+    )
 
 
 def _doubt_related(table: Table, before: Fingerprint, now: Fingerprint) -> Doubt | None:

@@ -37,6 +37,7 @@ class Partition(msgspec.Struct, frozen=True):
     :ivar written_by: the transaction that last wrote its entry in pg_class, as 32 bits.
     :ivar columns: of one of many equal tables, which has columns of its own: attribute number, type, modifier, and the
         OID of the expression.
+    :ivar collations: of the same, the collations of its columns.
     """
 
     name: QualifiedName
@@ -50,6 +51,7 @@ class Partition(msgspec.Struct, frozen=True):
     bounds: str | None = None
     written_by: int = 0
     columns: dict[str, tuple[int, int, int, int | None]] = {}
+    collations: dict[str, str] = {}
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -95,6 +97,11 @@ class Table(msgspec.Struct, frozen=True):
     indexes: tuple[TableIndex, ...] = ()
     named: tuple[str, ...] = ()
     ordered: tuple[str, ...] = ()
+
+    @property
+    def example(self) -> QualifiedName:
+        """A name for SQL: that of the table, or of the first of many."""
+        return self.leaves[0].name if self.name.patterns else self.name
 
     @property
     def key(self) -> tuple[str, ...]:

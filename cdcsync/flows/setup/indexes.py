@@ -34,7 +34,7 @@ from cdcsync.source.catalog import (
     Catalog,
 )
 from cdcsync.source.families import rows_sent
-from cdcsync.source.fingerprints import Difference
+from cdcsync.source.fingerprints import Difference, collations_of
 from cdcsync.target import evaluations
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.generations import create_generations, drop_relations, open_beside
@@ -64,6 +64,9 @@ def outdated(catalog: Catalog, specs: Sequence[IndexSpec]) -> bool:
             return True
         columns = [table.columns.get(name) for name in spec.shape.own]
         if tuple(one.wire_type for one in columns if one is not None) != spec.shape.types:
+            return True
+        compared = (*spec.shape.own, *(spec.where.columns if spec.where is not None else ()))
+        if collations_of(table, compared) != spec.collations:
             return True
         sent = publication.tables.get(table.name) if publication is not None else None
         if sent is None or sent.row_filter != spec.row_filter:

@@ -188,6 +188,38 @@ async def test_what_the_role_may_not_read_is_told_with_the_grant_that_lets_it(
     assert (await examined(config)).errors == []
 
 
+async def test_of_many_tables_each_that_the_role_may_not_read_is_named_in_its_grant(
+    lone_database: Database, role: Role
+) -> None:
+    for schema in ("one", "two"):
+        lone_database.execute(
+            f"CREATE SCHEMA {schema}; CREATE TABLE {schema}.items (id int PRIMARY KEY, title text, status text);"
+            f" GRANT USAGE ON SCHEMA {schema} TO {role.name}; GRANT SELECT (id, title) ON {schema}.items TO {role.name}"
+        )
+    lone_database.execute("CREATE PUBLICATION cdcsync FOR TABLE one.items, two.items")
+    items = """tables = ["*.items"]\ntext = "{title}"\nwhere = "status <> 'spam'\""""
+    config = configured(role.dsn, lone_database.dsn, items=items)
+
+    hints = {str(one.hint) for one in (await examined(config)).errors}
+
+    assert hints == {f"GRANT SELECT ON {schema}.items TO {role.name}" for schema in ("one", "two")}
+    for hint in hints:
+        lone_database.execute(hint)
+    assert (await examined(config)).errors == []
+
+
+async def test_a_column_of_many_tables_that_is_named_like_one_of_ours_is_refused_with_what_sql_can_do(
+    database: Database,
+) -> None:
+    for schema in ("one", "two"):
+        database.execute(
+            f"CREATE SCHEMA {schema}; CREATE TABLE {schema}.items (id int PRIMARY KEY, title text, stale text)"
+        )
+    items = 'tables = ["*.items"]\ntext = "{title}"\ncolumns = ["stale"]'
+    error = the_error(await examined(configured(database.dsn, items=items)))
+    assert str(error.hint).startswith("ALTER TABLE one.items RENAME COLUMN stale TO … and so for each table")
+
+
 async def test_grants_on_the_columns_that_are_used_are_enough(lone_database: Database, role: Role) -> None:
     lone_database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
     lone_database.execute(f"GRANT SELECT (id, title, body) ON articles TO {role.name}")

@@ -154,6 +154,14 @@ async def test_a_condition_on_the_row_alone_is_left_to_the_server_where_it_has_n
 
 
 @pytest.mark.anyio
+async def test_a_text_that_another_of_many_tables_compares_loosely_is_left_to_the_server(source: Connection) -> None:
+    text = "status <> 'spam' AND n = 1"
+    assert (await examine_condition(source, T, text, COLUMNS, exact=["status"])).terms is not None
+    assert (await examine_condition(source, T, text, COLUMNS, exact=["n"])).terms is None
+    assert (await examine_condition(source, T, "status IS NULL", COLUMNS, exact=[])).terms is not None
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("text", ["status = 'now'", "status IN ('today', 'tomorrow') AND deleted_at IS NULL"])
 async def test_a_text_that_is_compared_with_texts_alone_is_no_date(source: Connection, text: str) -> None:
     assert (await examine_condition(source, T, text, COLUMNS)).terms is not None

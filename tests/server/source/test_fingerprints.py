@@ -48,6 +48,7 @@ REREAD = {
 }
 COMPARED = {
     "values change by USING": "ALTER TABLE public.t ALTER title TYPE text USING upper(title)",
+    "a column has another collation": 'ALTER TABLE public.t ALTER title TYPE text COLLATE "C"',
     "the table is rewritten": "VACUUM FULL public.t",
     "the table is truncated": "TRUNCATE public.t",
     "an edit of the publication changes nothing": "ALTER PUBLICATION p SET"
