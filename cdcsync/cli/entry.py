@@ -19,6 +19,7 @@ from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app
 from cdcsync.cli.streams import ReaderGone, guarded
 from cdcsync.cli.values import convert_here
 from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
+from cdcsync.process.loading import end_process
 
 INTERRUPTED = 130
 """The status that shells report for a program that Ctrl-C ended: 128 + SIGINT."""
@@ -56,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     :param arguments: without the program's name; the process's own by default.
     """
     with guarded():
-        sys.exit(_status(sys.argv[1:] if arguments is None else arguments))
+        status = _status(sys.argv[1:] if arguments is None else arguments)
+        end_process(status)
+        sys.exit(status)
 
 
 def command_line(arguments: Sequence[str] = ()) -> TyperGroup:

@@ -27,6 +27,7 @@ from cdcsync.embedders.pooling import pool, pooling_modes
 from cdcsync.embedders.processors import processors
 from cdcsync.embedders.protocol import WORD, Kind, Vectors
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
+from cdcsync.process.loading import Loading
 
 INSTALL = "pip install 'cdcsync[onnx]'"
 
@@ -65,6 +66,7 @@ class OnnxEmbedder(Described):
         self.concurrency = min(processors(), MOST_CALLS)
         self._turn = anyio.CapacityLimiter(self.concurrency)
         self._opening = anyio.Lock()
+        self._loading = Loading()
         self._session: Any = None
         self._tokenizer: Any = None
         folder = self._files.modules()[0].folder
@@ -87,7 +89,7 @@ class OnnxEmbedder(Described):
         :raises EmbedderSetupError: ONNX Runtime cannot load it, or it is not a transformer's.
         """
         async with self._opening:
-            await anyio.to_thread.run_sync(self._load, limiter=self._turn)
+            await self._loading.run(self._load)
 
     async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
         """Return the texts' vectors, in their order. What the model does not read of a text is left out.

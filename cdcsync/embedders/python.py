@@ -25,6 +25,7 @@ from cdcsync.config.embedders import MAX_DIMENSIONS
 from cdcsync.config.imports import import_named
 from cdcsync.embedders.protocol import WORD, Distance, Kind, Vectors
 from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
+from cdcsync.process.loading import Loading
 
 DISTANCES = ("cosine", "l2", "inner_product")
 
@@ -59,6 +60,7 @@ class PythonEmbedder:
             raise self._faulty("it has no method embed", "define embed(self, texts, *, kind)")
         # Plain functions of one embedder never run at the same time, unless it says that they may.
         self._limiter = anyio.CapacityLimiter(self.concurrency)
+        self._loading = Loading()
         self._opened = False
 
     def _make(self, settings: config.PythonEmbedder) -> Any:
@@ -100,11 +102,17 @@ class PythonEmbedder:
     async def open(self) -> None:
         """Call the class's `open`, if it has one, so that it can load what it needs. A second call does nothing.
 
+        A cancelled call leaves a plain `open` to its thread, and the next call waits for it.
+
         :raises EmbedderUnavailable: it failed.
         """
         if not self._opened:
             await self._call("open")
             self._opened = True
+
+    def _open_here(self) -> None:
+        self._own.open()
+        self._opened = True
 
     async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
         """Return the texts' vectors, `float32[n, dimensions]`.
@@ -142,6 +150,9 @@ class PythonEmbedder:
         try:
             if inspect.iscoroutinefunction(method):
                 return await method(*arguments, **named)
+            if name == "open":
+                await self._loading.run(self._open_here)
+                return None
             return await anyio.to_thread.run_sync(lambda: method(*arguments, **named), limiter=self._limiter)
         except CdcsyncError:
             raise

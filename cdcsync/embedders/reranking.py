@@ -21,6 +21,7 @@ from cdcsync import config
 from cdcsync.embedders.foreign import decoded
 from cdcsync.embedders.provider import QUERY_TRIES, Provider
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, leading
+from cdcsync.process.loading import Loading
 
 Scores = npt.NDArray[np.float32]
 """`float32[n]`, one for each text: higher is better."""
@@ -75,21 +76,20 @@ class CrossEncoderReranker:
         self._settings = settings
         self._where = f"rerankers.{name}"
         self._turn = anyio.CapacityLimiter(1)  # a forward pass uses all processors
+        self._loading = Loading()
         self._model: Any = None
 
     async def open(self) -> None:
         """Load the model, in a thread."""
         if self._model is None:
-            self._model = await anyio.to_thread.run_sync(self._load, limiter=self._turn)
+            await self._loading.run(self._load)
 
-    def _load(self) -> Any:
-        if self._model is not None:
-            return self._model
+    def _load(self) -> None:
         settings = self._settings
         try:
             from sentence_transformers import CrossEncoder
 
-            return CrossEncoder(
+            self._model = CrossEncoder(
                 settings.model,
                 revision=settings.revision,
                 device=None if settings.device == "auto" else settings.device,

@@ -28,6 +28,7 @@ from cdcsync.embedders.passes import MOST_CALLS, PASS_TOKENS, passes
 from cdcsync.embedders.processors import processors
 from cdcsync.embedders.protocol import Kind, Vectors
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
+from cdcsync.process.loading import Loading
 
 ON_ACCELERATOR = 2
 """Calls that run at a time on an accelerator: it computes one while the texts of the other are tokenised."""
@@ -59,7 +60,7 @@ class SentenceTransformersEmbedder(Described):
     """Embeds with a local model; `float32[n, dimensions]`, L2-normalised if the model normalises.
 
     Calls run in threads: on processors about as many at a time as there are, on an accelerator two, so that texts of
-    one are tokenised while the device computes the other. A thread cannot be stopped, so a cancelled call holds on
+    one are tokenised while the device computes the other. A thread cannot be stopped, so a cancelled `embed` holds on
     until its texts are done.
 
     :param name: the section's name in the configuration.
@@ -79,6 +80,7 @@ class SentenceTransformersEmbedder(Described):
         self._pass_tokens: int | None = None
         """How many tokens one forward pass may have; None on an accelerator."""
         self._opening = anyio.Lock()
+        self._loading = Loading()
         self._model: Any = None
         self._threads: int | None = None
         """How many threads torch uses for a call on processors; None on an accelerator."""
@@ -98,11 +100,13 @@ class SentenceTransformersEmbedder(Described):
     async def open(self) -> None:
         """Load the model, downloading its weights if need be; takes some 10 s. Calling it again does nothing.
 
+        A cancelled call returns at once, and the next one waits for the load that it began.
+
         :raises EmbedderUnavailable: the weights cannot be downloaded now, or the device lacks memory now.
         :raises EmbedderSetupError: sentence-transformers is not installed, or cannot load the model on the device.
         """
         async with self._opening:
-            await anyio.to_thread.run_sync(self._load, limiter=self._turn)
+            await self._loading.run(self._load)
             if self._threads is None:  # devices other than processors and NVIDIA's are known only now
                 self._turn.total_tokens = min(ON_ACCELERATOR, self._turn.total_tokens)
 

@@ -8,10 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from cdcsync.demo.cluster import Cluster
+from tests import ROOT
+from tests.support import forked
+from tests.support.configs import configuration
 from tests.support.outages import MakeSimple, frozen, make_target, metric
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -183,6 +187,67 @@ def test_a_second_signal_ends_a_worker_at_once_that_waits_for_a_lock(
     assert "Traceback" not in pipeline.log.read_text()
     pipeline.start()
     pipeline.in_step()
+
+
+STUCK = """
+import os
+import threading
+from pathlib import Path
+
+class Stuck:
+    identity = "stuck"
+    dimensions = 2
+
+    def open(self):
+        if place := os.environ.get("STUCK"):
+            Path(place).touch()
+            threading.Event().wait()
+
+    def embed(self, texts, *, kind):
+        return [[1, len(text)] for text in texts]
+"""
+
+
+def test_whatever_loads_a_model_ends_at_the_first_signal_and_leaves_nothing_behind(
+    make_pipeline: Callable[[str], Pipeline], database: Database, tmp_path: Path
+) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK)
+    database.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
+    database.execute("INSERT INTO articles VALUES (1, 'one')")
+    own = {"type": "python", "class": "stuck:Stuck"}
+    pipeline = make_pipeline(configuration(database.dsn, embedders={"own": own}, worker_lines=FOR_EVER))
+    there = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loads = tmp_path / number.name
+        worker = pipeline.start(**there, STUCK=str(loads))
+        until(loads.exists, lambda: f"the model to be loaded; {pipeline.tail()}")
+        assert pipeline.stop(worker, number) == 0
+        # Not the former worker's: the session that held it has ended.
+        until(
+            lambda: not pipeline.target.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory'").fetchall(),
+            "the lock of the pipeline to be free",
+        )
+    assert "Traceback" not in pipeline.log.read_text()
+
+    worker = pipeline.start(**there)
+    pipeline.live()
+    pipeline.reach("articles")
+    until(lambda: pipeline.target.execute("SELECT id FROM articles_index").fetchall() == [(1,)], pipeline.tail)
+    assert pipeline.stop(worker) == 0
+
+    for arguments in (["search", "articles", "one"], ["check", "--deep"]):
+        loads = tmp_path / arguments[0]
+        with (tmp_path / "said").open("wb+") as said:
+            command = forked.start(
+                "cdcsync",
+                [*arguments, "-c", str(pipeline.path)],
+                (subprocess.DEVNULL, said, said),
+                more={**there, "STUCK": str(loads)},
+            )
+            until(loads.exists, f"{arguments[0]} to load the model")
+            assert pipeline.stop(command, signal.SIGINT) == 130
+            assert "stopping; Ctrl-C again ends at once" in (tmp_path / "said").read_text()
 
 
 def _takes(pid: int, number: signal.Signals) -> bool:
