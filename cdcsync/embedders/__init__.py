@@ -1,6 +1,7 @@
 """Embedding models and providers, each kind in a file of its own.
 
     protocol                the interface of embedders, and the checks of their answers
+    foreign                 decodes what a provider sends, and what of foreign words may be repeated
     hashing                 feature hashing, without a model
     model_files             where a local model's files are
     pooling                 one vector from the vectors of a text's tokens
@@ -9,7 +10,6 @@
     passes                  how local models share them
     sentence_transformers   local models
     onnx                    local models without torch
-    foreign                 decodes what a provider sends, and what of it may be repeated
     sizes                   how large a call may be, learnt from calls that failed
     pacing                  budgets and rate limits of a provider
     provider                requests over HTTP

@@ -2,12 +2,14 @@
 
 A provider may send any bytes and any words. `Body` takes bytes in, and no more than an answer may have; `decoded` turns
 them into a value or fails with an `EmbedError`; `repeatable` turns words into one line that may go to a log or a table:
-no control characters (PostgreSQL stores no NUL, and a terminal obeys escape sequences), a bounded length, and nothing
-of what was sent, which providers like to quote.
+no control characters (PostgreSQL stores no NUL, and a terminal obeys escape sequences), a bounded length, nothing of
+what was sent, which providers like to quote, and no login, which addresses may hold. Words of libraries take the same
+way.
 """
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
@@ -21,6 +23,9 @@ QUOTE_CHARACTERS = 12
 """A message that has this many characters in a row in common with a text may quote it, and is not repeated."""
 SHORT_TEXT = 3
 """Texts of so few characters are in every message, and tell nothing."""
+
+_LOGIN = re.compile(r"(?<=//)[^/\s'\"]*@")
+"""The login in an address: `robot:secret@` of `https://robot:secret@hub.internal/api`."""
 
 HIDDEN = "(its message repeats what was sent, and is not shown)"
 
@@ -107,12 +112,17 @@ def repeatable(words: str, sent: Sequence[str] = ()) -> str:
     :param sent: texts and keys; words that contain a part of one are replaced as a whole.
     """
     printable = "".join(character if character.isprintable() else " " for character in words[: 20 * REASON_CHARACTERS])
-    line = " ".join(printable.split())[:REASON_CHARACTERS]
+    line = _LOGIN.sub("***@", " ".join(printable.split()))[:REASON_CHARACTERS]
     pieces = {line[at : at + QUOTE_CHARACTERS] for at in range(len(line) - QUOTE_CHARACTERS + 1)}
     for text in sent:
         if len(text) > SHORT_TEXT and (text in line or any(piece in text for piece in pieces)):
             return HIDDEN
     return line
+
+
+def first_line(error: BaseException, sent: Sequence[str] = ()) -> str:
+    """Return what a library's error says, as `repeatable` does; the lines after the first are advice."""
+    return repeatable(str(error).strip().partition("\n")[0], sent)
 
 
 def _message(answer: Any) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from cdcsync.embedders.foreign import first_line
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 
 INSTALL = "pip install 'cdcsync[local]'"
@@ -221,7 +222,7 @@ def fetch_weights(files: ModelFiles, names: Iterable[str], *, where: str) -> Non
             _client(where).hf_hub_download(files.repository, name, revision=files.commit)
         except Exception as error:  # the client's network errors come from a library that it has changed before
             raise EmbedderUnavailable(
-                f"{name} of {files.repository} cannot be downloaded: {error}",
+                f"{name} of {files.repository} cannot be downloaded: {first_line(error)}",
                 where=where,
                 hint=f"check that the hub can be reached, or run `hf download {files.repository}` on this machine",
             ) from error
@@ -304,7 +305,7 @@ def _unobtainable(hub: Any, repository: str, revision: str | None, error: Except
             "correct the name; for a private one, set HF_TOKEN",
         )
     else:
-        why = re.sub(r"\[Errno -?\d+\] ", "", str(error))
+        why = re.sub(r"\[Errno -?\d+\] ", "", first_line(error))
         message = f"{repository} is not on this machine, and the Hugging Face hub cannot be asked: {why}"
         hint = f"run `hf download {repository}` where the hub can be reached, and give the directory as the model"
         if repository == PACKAGED_MODEL and revision is None:

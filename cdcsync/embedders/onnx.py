@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from cdcsync import config
 from cdcsync.embedders.description import Described, describe
+from cdcsync.embedders.foreign import first_line
 from cdcsync.embedders.model_files import ModelFiles, fetch_weights, locate, onnx_files, quiet
 from cdcsync.embedders.passes import MOST_CALLS, PASS_TOKENS, passes
 from cdcsync.embedders.pooling import pool, pooling_modes
@@ -180,7 +181,7 @@ class OnnxEmbedder(Described):
                 vectors[places] = self._finished(pool(tokens, given["attention_mask"], self._modes))
         except Exception as error:  # onnxruntime's errors have no class in common but this
             raise EmbedderUnavailable(
-                f"the model does not run: {error}",
+                f"the model does not run: {first_line(error, texts)}",
                 where=self._where,
                 hint="if the machine lacks memory, lower batch_size or free some",
             ) from error

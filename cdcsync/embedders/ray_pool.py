@@ -26,6 +26,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import anyio
@@ -34,6 +35,8 @@ import numpy as np
 
 from cdcsync import __version__, config
 from cdcsync.embedders import make_embedder
+from cdcsync.embedders.foreign import first_line
+from cdcsync.embedders.protocol import check_shape
 from cdcsync.embedders.ray import LENGTH, Answer, Call, Failure, Opening
 from cdcsync.errors import CdcsyncError
 
@@ -93,7 +96,9 @@ class Actor:
     async def embed(self, kind: Any, texts: list[str]) -> bytes | Failure:
         """Return the texts' vectors, `float32[n, dimensions]`, as bytes."""
         try:
-            return np.ascontiguousarray(await self._embedder.embed(texts, kind=kind), np.float32).tobytes()
+            vectors = np.ascontiguousarray(await self._embedder.embed(texts, kind=kind), np.float32)
+            check_shape(vectors, len(texts), self._embedder.dimensions)
+            return vectors.tobytes()
         except CdcsyncError as error:
             return Failure.of(error)
 
@@ -238,7 +243,7 @@ class Pool:
             try:
                 call = waiting.call
                 async with asyncio.timeout(self._settings.timeout_s):
-                    made = await self._of_actor(actor.embed.remote(call.kind, call.texts))
+                    made = await self._of_actor(actor.embed.remote(call.kind, call.texts), call.texts)
             except TimeoutError:
                 self._put_back(waiting)
                 raise Died(f"it did not answer in {self._settings.timeout_s:g} s") from None
@@ -266,16 +271,17 @@ class Pool:
         )
         self._answer(Answer(waiting.call.number, failure=failure))
 
-    async def _of_actor(self, reference: Any) -> Any:
+    async def _of_actor(self, reference: Any, texts: Sequence[str] = ()) -> Any:
         """Return what an actor answers.
 
+        :param texts: what it was given, and an error may quote.
         :raises Died: it will not: its process, its node or its answer is gone.
         """
         exceptions = self._ray.exceptions
         try:
             return await reference
         except exceptions.RayTaskError as error:
-            return Failure("failed", f"the embedder failed on an actor: {_first_line(error.cause or error)}")
+            return Failure("failed", f"the embedder failed on an actor: {_told(error.cause or error, texts)}")
         except exceptions.RayError as error:
             raise Died(type(error).__name__) from error
 
@@ -283,8 +289,8 @@ class Pool:
         _write(self._answers, answer)
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+def _told(error: BaseException, texts: Sequence[str] = ()) -> str:
+    return f"{type(error).__name__}: {first_line(error, texts)}"
 
 
 def _write(answers: BinaryIO, answer: Answer) -> None:
@@ -318,7 +324,7 @@ def _connect(address: str, answers: BinaryIO) -> Any:
         ray = importlib.import_module("ray")
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:  # whatever Ray finds wrong: versions, addresses, a machine that is not a node
-        return Failure("unavailable", f"Ray does not let this machine in: {_first_line(error)}", join)
+        return Failure("unavailable", f"Ray does not let this machine in: {_told(error)}", join)
     finally:
         timer.cancel()
     return ray

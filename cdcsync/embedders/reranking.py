@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdcsync import config
-from cdcsync.embedders.foreign import decoded
+from cdcsync.embedders.foreign import decoded, first_line
 from cdcsync.embedders.provider import QUERY_TRIES, Provider
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, leading
 from cdcsync.process.loading import Loading
@@ -103,7 +103,7 @@ class CrossEncoderReranker:
             ) from error
         except Exception as error:  # whatever the libraries raise for a model that they cannot load
             raise EmbedderSetupError(
-                f"{settings.model} cannot be loaded: {type(error).__name__}: {error}",
+                f"{settings.model} cannot be loaded: {type(error).__name__}: {first_line(error)}",
                 where=f"{self._where}.model",
                 hint="name a cross-encoder of the hub, or a directory that holds one, with safetensors weights",
             ) from error

@@ -23,6 +23,7 @@ import numpy as np
 from cdcsync import config
 from cdcsync.documents.chunks import Lengths
 from cdcsync.embedders.description import Described, describe
+from cdcsync.embedders.foreign import first_line
 from cdcsync.embedders.model_files import INSTALL, ModelFiles, fetch_weights, locate, quiet
 from cdcsync.embedders.passes import MOST_CALLS, PASS_TOKENS, passes
 from cdcsync.embedders.processors import processors
@@ -253,7 +254,7 @@ class SentenceTransformersEmbedder(Described):
                     show_progress_bar=False,
                 )
         except Exception as error:  # onnxruntime's errors have no class in common but this
-            raise self._failed("run", error) from error
+            raise self._failed("run", error, texts) from error
         return vectors
 
     def _unload(self) -> None:
@@ -265,9 +266,9 @@ class SentenceTransformersEmbedder(Described):
         if not on_cpu:
             importlib.import_module("torch").accelerator.empty_cache()
 
-    def _failed(self, what: str, error: BaseException) -> EmbedderUnavailable:
+    def _failed(self, what: str, error: BaseException, texts: Sequence[str] = ()) -> EmbedderUnavailable:
         return EmbedderUnavailable(
-            f"the model does not {what}: {error}",
+            f"the model does not {what}: {first_line(error, texts)}",
             where=self._where,
             hint="if the device lacks memory, lower batch_size or free some",
         )

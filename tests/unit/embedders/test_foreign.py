@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdcsync.embedders.foreign import HIDDEN, QUOTE_CHARACTERS, REASON_CHARACTERS, decoded, reason, repeatable
+from cdcsync.embedders.foreign import (
+    HIDDEN,
+    QUOTE_CHARACTERS,
+    REASON_CHARACTERS,
+    decoded,
+    first_line,
+    reason,
+    repeatable,
+)
 from cdcsync.errors import EmbedError
 
 NUMBERS = msgspec.json.Decoder(list[int])
@@ -54,6 +62,23 @@ def test_a_body_that_is_not_json_has_no_message(body: bytes) -> None:
 def test_words_become_one_printable_line_of_bounded_length() -> None:
     assert repeatable("bad\r\n  input\x1b[31m\0 here") == "bad input [31m here"
     assert len(repeatable("x" * 10**6)) == REASON_CHARACTERS
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://robot:s3cr3t@hub.internal/api", "https://***@hub.internal/api"),
+        ("'http://hf_token@hub.internal'", "'http://***@hub.internal'"),
+        ("https://robot:s3c@r3t@hub.internal", "https://***@hub.internal"),
+        ("https://hub.internal/a@b, https://x:y@z", "https://hub.internal/a@b, https://***@z"),
+    ],
+)
+def test_the_login_in_an_address_is_never_repeated(address: str, shown: str) -> None:
+    assert repeatable(f"Server error '500' for url {address}") == f"Server error '500' for url {shown}"
+
+
+def test_a_library_s_advice_after_its_first_line_is_left_out() -> None:
+    assert first_line(ValueError("\nno such file\nFor more information check: https://example.org")) == "no such file"
 
 
 @pytest.mark.parametrize(

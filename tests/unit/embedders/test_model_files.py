@@ -235,6 +235,20 @@ def test_weights_that_cannot_be_downloaded_make_the_embedder_unavailable(hub: Hu
     assert "hf download acme/mini" in hint
 
 
+@pytest.mark.parametrize("fetch", [False, True])
+def test_the_login_of_a_mirror_is_not_repeated(hub: Hub, machine: Machine, fetch: bool) -> None:
+    if fetch:
+        hub.withheld = "model.safetensors"
+    else:
+        hub.refusal = 500, ""
+
+    _, message, _ = machine.locate(hub.url.replace("//", "//robot:s3cr3tpassw0rd@"), fetch=fetch)
+
+    assert "s3cr3tpassw0rd" not in message
+    assert "robot" not in message
+    assert "\n" not in message
+
+
 def test_a_static_embedding_is_downloaded_to_be_known(hub: Hub, machine: Machine, model: Path) -> None:
     (model / "modules.json").write_text('[{"type": "sentence_transformers.models.StaticEmbedding", "path": ""}]')
     header = json.dumps({"embeddings": {"dtype": "F32", "shape": [30522, 32], "data_offsets": [0, 0]}}).encode()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import re
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
-from cdcsync.config import HashEmbedder, RayEmbedder, TeiEmbedder, parse
+from cdcsync import __version__
+from cdcsync.config import HashEmbedder, PythonEmbedder, RayEmbedder, TeiEmbedder, parse
 from cdcsync.embedders import make_embedder
-from cdcsync.embedders.ray import Failure
+from cdcsync.embedders.ray import Failure, Opening
+from cdcsync.embedders.ray_pool import Actor, Pool
 from cdcsync.errors import ConfigError, EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
 from tests import ROOT
 
@@ -140,3 +147,49 @@ def test_errors_cross_between_processes_as_what_they_are(error: EmbedError) -> N
     assert type(back) is type(error)
     assert (back.message, back.hint, back.where) == (error.message, error.hint, "embedders.fleet")
     assert getattr(back, "retry_after_s", None) == getattr(error, "retry_after_s", None)
+
+
+class Garbled:
+    """An embedder that gives as many numbers as it should, in another shape."""
+
+    identity = "garbled"
+    dimensions = 4
+
+    def embed(self, texts: list[str], *, kind: str) -> Any:
+        return np.ones((self.dimensions, len(texts)), np.float32)
+
+
+async def test_an_actor_gives_no_vectors_of_another_shape() -> None:
+    settings = PythonEmbedder(class_=f"{__name__}:Garbled")
+    actor = Actor("m", msgspec.msgpack.encode(settings))
+    assert await actor.open(__version__, "python:garbled") is None
+
+    assert isinstance(await actor.embed("document", list("abcd")), bytes)
+    failure = await actor.embed("document", ["a", "b"])
+
+    assert isinstance(failure, Failure)
+    assert "shape (4, 2) for 2 texts of 4 dimensions" in failure.message
+
+
+class _Lost(Exception):
+    pass
+
+
+class _Raised(_Lost):
+    cause = ValueError("cannot tokenise 'the secret diary of a patient'")
+
+
+async def test_what_an_actor_raises_is_not_repeated_if_it_quotes_a_text() -> None:
+    raising = SimpleNamespace(
+        remote=lambda actor: SimpleNamespace(options=lambda **_: actor),
+        exceptions=SimpleNamespace(RayTaskError=_Raised, RayError=_Lost),
+    )
+    pool = Pool(raising, Opening("m", "python:m", RayEmbedder(embedder=HashEmbedder())), io.BytesIO())
+
+    async def answer() -> None:
+        raise _Raised
+
+    failure = await pool._of_actor(answer(), ["the secret diary of a patient"])
+
+    assert "secret" not in failure.message
+    assert failure.message.startswith("the embedder failed on an actor: ValueError: ")

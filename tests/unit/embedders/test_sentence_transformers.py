@@ -164,9 +164,17 @@ async def test_a_failing_model_is_unavailable(
     def run_out(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
+    def quote(*_: object, **__: object) -> None:
+        raise RuntimeError(f"cannot tokenise {TEXTS[0]!r}")
+
     monkeypatch.setattr(minilm._model, "forward", run_out)
 
     with pytest.raises(EmbedderUnavailable, match="the model does not run: out of memory"):
+        await minilm.embed(TEXTS)
+
+    monkeypatch.setattr(minilm._model, "forward", quote)
+
+    with pytest.raises(EmbedderUnavailable, match="its message repeats what was sent"):
         await minilm.embed(TEXTS)
 
 
