@@ -62,18 +62,22 @@ async def questions_by_worker(
 
 
 async def remembered_by_worker(config: Config, status: Status) -> Status:
-    """Return the status with what the worker that runs remembers; as it is if none answers on this machine."""
-    from cdcsync.status import Status
+    """Return the status with what the worker that runs or waits remembers; as it is if none answers on this machine."""
+    from cdcsync.status import Status, as_waiting
 
     address = _address(config)
-    if address is None or not status.worker.running:
+    if address is None:
         return status
     content = await anyio.to_thread.run_sync(_ask, *address, "GET", "/status", None, STATUS_S)
     try:
         told = None if content is None else msgspec.json.decode(content, type=Status)
     except msgspec.DecodeError:
         return status
-    if told is None or (told.pipeline, told.worker) != (status.pipeline, status.worker):
+    if told is None or told.pipeline != status.pipeline:
+        return status
+    if told.worker.waits is not None and (not status.worker.running or told.worker.name == status.worker.name):
+        status = as_waiting(status, told.worker.name, told.worker.waits)
+    elif not status.worker.running or told.worker != status.worker:
         return status
     indexes = {
         name: msgspec.structs.replace(

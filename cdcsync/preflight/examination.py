@@ -239,22 +239,24 @@ def _pause_broken(plans: Sequence[Plan], stored: Mapping[str, Entry]) -> dict[st
     """Return the indexes that exist and cannot be kept up any more; their errors become warnings.
 
     If the configuration asks for something else than before, the configuration is wrong: that stays an error. So does
-    an outage, which is not a fault of any index.
+    an outage, which is not a fault of any index. Other vectors are a warning in any case: a migration may be on its way
+    to them.
     """
     broken = {}
     for plan in plans:
         errors = [finding for finding in plan.findings if finding.level == "error"]
         outage = any(error.passes for error in errors)
-        # Other vectors are not an error of the configuration: a migration may be on its way to them.
         hidden = own_name(plan.name) != plan.name
         as_before = hidden or errors == plan.unlike or _as_before(plan, stored.get(plan.name))
         if errors and not outage and as_before:
             plan.refused = True
             broken[plan.name] = Pause(errors[0].sentence, errors[0].hint)
-            for error in errors:
-                plan.findings[plan.findings.index(error)] = Finding.warning(
-                    error.where, f"{error.message}; the index {plan.name} is paused, the others continue", error.hint
-                )
+        else:
+            errors = plan.unlike
+        for error in errors:
+            plan.findings[plan.findings.index(error)] = Finding.warning(
+                error.where, f"{error.message}; the index {plan.name} is paused, the others continue", error.hint
+            )
     return broken
 
 

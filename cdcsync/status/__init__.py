@@ -18,7 +18,7 @@ Code outside this package imports from here. A file in it imports only from line
 
 from __future__ import annotations
 
-from cdcsync.status.headline import as_starting, with_headlines, without_problems
+from cdcsync.status.headline import as_starting, as_waiting, with_headlines, without_problems
 from cdcsync.status.model import (
     VERSION,
     BackfillStatus,
@@ -50,6 +50,7 @@ __all__ = [
     "Tone",
     "WorkerStatus",
     "as_starting",
+    "as_waiting",
     "read_status",
     "render_bars",
     "render_table",

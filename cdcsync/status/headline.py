@@ -53,6 +53,18 @@ def without_problems(status: Status) -> Status:
     return msgspec.structs.replace(status, problems=[one for one in status.problems if one.startswith(paused)])
 
 
+def as_waiting(status: Status, name: str | None, why: str) -> Status:
+    """Return the status of a worker that has to wait before it can follow its source.
+
+    :param name: the worker's own, which is not stored while it has no lock.
+    :param why: takes the place of what the servers let one suppose, that no worker runs.
+    """
+    guessed = ("no worker runs", f"worker {status.worker.name} runs and is not reading")
+    problems = [why, *(one for one in status.problems if not one.startswith(guessed))]
+    worker = msgspec.structs.replace(status.worker, name=name, waits=why)
+    return msgspec.structs.replace(status, worker=worker, problems=problems)
+
+
 def as_starting(status: Status) -> Status:
     """Return the status with the headline of a worker that has just begun, unless an index is paused."""
     indexes = {
@@ -67,6 +79,8 @@ def as_starting(status: Status) -> Status:
 
 def _of_worker(status: Status) -> Headline | None:
     """Return what concerns all indexes, if anything does."""
+    if status.worker.waits is not None:
+        return Headline(status.worker.waits, "bad")
     if not status.worker.running:
         return Headline("no worker runs", "bad")
     if status.slot is not None and status.slot.wal_status == "lost":

@@ -44,6 +44,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     name: str | None
     running: bool
     since: datetime | None
+    waits: str | None = None
 
 
 class BackfillStatus(msgspec.Struct, frozen=True):

@@ -18,6 +18,7 @@ from cdcsync.status.model import BackfillStatus, Event, Freshness, IndexStatus, 
 from cdcsync.target.evaluations import Recall
 
 UNKNOWN = "–"
+JUST_NOW = "just now"
 
 _TONES: dict[Tone, str] = {"good": "green", "busy": "cyan", "warn": "yellow", "bad": "red"}
 _WORK: dict[Work, str] = {"rows": "rows", "vectors": "vectors", "hnsw": "HNSW index"}
@@ -86,8 +87,11 @@ def _pipeline(status: Status) -> RenderableType:
     grid.add_column(overflow="fold")
     grid.add_row("pipeline", Text(f"{status.pipeline}, publication {status.publication}"))
     worker = status.worker
-    if worker.running:
-        age = "" if worker.since is None else f" for {human_seconds((status.read_at - worker.since).total_seconds())}"
+    if worker.waits is not None:
+        grid.add_row("worker", Text.assemble(worker.name or "", " ", ("waits, see below", "yellow")))
+    elif worker.running:
+        seconds = 0.0 if worker.since is None else (status.read_at - worker.since).total_seconds()
+        age = f" for {human_seconds(seconds)}" if seconds >= 1 else ""
         grid.add_row("worker", Text.assemble(worker.name or "starting", " ", (f"runs{age}", "green")))
     else:
         grid.add_row("worker", Text("does not run", "red"))
@@ -212,9 +216,8 @@ def _generation(one: GenerationStatus) -> str:
 
 
 def _recall(recall: Recall, now: datetime) -> str:
-    age = human_seconds(max(0.0, (now - recall.evaluated_at).total_seconds()))
     how = f"ef_search {recall.ef_search}" if recall.by_hnsw else "the whole table is read"
-    return f"recall@{recall.k} {recall.recall:.3f} ({how}), measured {age} ago"
+    return f"recall@{recall.k} {recall.recall:.3f} ({how}), measured {_ago(recall.evaluated_at, now)}"
 
 
 def _freshness(index: IndexStatus) -> str:
@@ -250,11 +253,16 @@ def _events(status: Status) -> list[RenderableType]:
 
 
 def _when(event: Event, now: datetime) -> str:
-    ago = human_seconds(max(0.0, (now - event.since).total_seconds()))
+    ago = _ago(event.since, now)
     if event.until is None:
-        return f"for {ago}"
+        return ago if ago == JUST_NOW else f"for {ago.removesuffix(' ago')}"
     took = (event.until - event.since).total_seconds()
-    return f"{ago} ago" if took < 1 else f"{ago} ago, for {human_seconds(took)}"
+    return ago if took < 1 else f"{ago}, for {human_seconds(took)}"
+
+
+def _ago(then: datetime, now: datetime) -> str:
+    seconds = (now - then).total_seconds()
+    return f"{human_seconds(seconds)} ago" if seconds >= 1 else JUST_NOW
 
 
 def _but_for(undecided: int) -> str:
@@ -280,8 +288,8 @@ def _notes(status: Status) -> list[RenderableType]:
         if index.text_freshness is not None or index.vector_freshness is not None:
             grid.add_row("›", Text(f"{name}: {_freshness(index)}"))
         if index.proven_equal_at is not None:
-            age = human_seconds(max(0.0, (status.read_at - index.proven_equal_at).total_seconds()))
-            grid.add_row("›", Text(f"{name}: proven equal to the source {age} ago{_but_for(index.undecided)}"))
+            age = _ago(index.proven_equal_at, status.read_at)
+            grid.add_row("›", Text(f"{name}: proven equal to the source {age}{_but_for(index.undecided)}"))
         if index.fresh_scan_ms is not None:
             grid.add_row("›", Text(f"{name}: {_fresh(index)}"))
         if index.recall is not None:

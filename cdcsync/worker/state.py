@@ -24,7 +24,17 @@ from cdcsync.lsn import Lsn
 from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
 from cdcsync.model.lag import Lag
 from cdcsync.postgres.sessions import IDLE_S, Session, speaking_of
-from cdcsync.status import Headline, Paces, Status, as_starting, read_status, with_headlines, without_problems
+from cdcsync.status import (
+    Headline,
+    Paces,
+    Status,
+    as_starting,
+    as_waiting,
+    read_status,
+    with_headlines,
+    without_problems,
+)
+from cdcsync.target.locked_session import worker_name
 from cdcsync.worker.history import History, Memory
 
 log = structlog.get_logger()
@@ -111,6 +121,12 @@ class WorkerState:
         return self._connected
 
     @property
+    def _waits(self) -> str | None:
+        """Why the start, or the set-up of another pipeline, has to wait."""
+        what = "set-up" if self._followed else "start"
+        return None if self.waiting_for is None else f"the {what} waits: {self.waiting_for}"
+
+    @property
     def starting(self) -> bool:
         """Whether the worker began so lately that it need not follow its source yet."""
         waits = self._followed or self.standby or self.waiting_for is not None
@@ -154,8 +170,8 @@ class WorkerState:
     def not_ready(self) -> list[str]:
         """Return why the worker is not doing its work just now; nothing when it is."""
         reasons = []
-        if self.waiting_for is not None:
-            reasons.append(f"the {'set-up' if self._followed else 'start'} waits: {self.waiting_for}")
+        if self._waits is not None:
+            reasons.append(self._waits)
         elif self.standby:
             reasons.append("standby: another worker holds the pipeline")
         elif not self._connected:
@@ -235,6 +251,9 @@ class WorkerState:
             seconds = None if math.isnan(self._lag.seconds) else self._lag.seconds
             caught_up = self._lag.caught_up if self._lag.heard_lately else None
             status = msgspec.structs.replace(status, lag_seconds=seconds, caught_up=caught_up)
+        by_another = status.worker.running and status.worker.name != worker_name()
+        if self._waits is not None and not by_another:
+            status = as_waiting(status, worker_name(), self._waits)
         self._last = status
         reasons = self.not_ready()
         if starting := self.starting:

@@ -64,3 +64,13 @@ async def test_other_vectors_excuse_nothing_else_that_is_wrong(database: Databas
     await lay_out(database, stored_spec(model="other"), slot=SLOT)
     report = await examined(configured(database.dsn, slot=SLOT, articles='text = "{lost}"\nsearch = ""'))
     assert any("lost" in error.message for error in report.errors)
+
+
+@pytest.mark.parametrize("broken", ['where = "lost = 1"', 'text = "{lost}"'])
+async def test_other_vectors_are_a_warning_whatever_else_is_wrong(database: Database, broken: str) -> None:
+    database.execute(ARTICLES)
+    await lay_out(database, stored_spec(model="other"), slot=SLOT)
+    report = await examined(configured(database.dsn, slot=SLOT, articles=f'{broken}\nsearch = ""'))
+    assert not any("are of other" in error.message for error in report.errors)
+    assert any("are of other" in warning.message for warning in warnings(report))
+    assert report.errors

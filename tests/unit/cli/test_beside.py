@@ -15,7 +15,7 @@ from starlette.routing import Route
 from cdcsync.cli.beside import embedded_by_worker, questions_by_worker, remembered_by_worker
 from cdcsync.config import Config, parse
 from cdcsync.errors import EmbedderUnavailable
-from cdcsync.status import Event, WorkerStatus
+from cdcsync.status import Event, Headline, WorkerStatus, as_waiting, with_headlines
 from cdcsync.worker import http as endpoints
 from tests.support.configs import configuration
 from tests.support.endpoints import View, serving
@@ -70,6 +70,27 @@ async def test_a_status_has_what_the_worker_that_runs_remembers() -> None:
         assert await remembered_by_worker(config_of(client.port), other) == other
         stopped = msgspec.structs.replace(STATUS, worker=WorkerStatus("host:42", False, None))
         assert await remembered_by_worker(config_of(client.port), stopped) == stopped
+
+
+async def test_a_worker_that_waits_says_why_also_while_it_holds_no_lock() -> None:
+    why = "the set-up waits: the source does not answer"
+    stopped = msgspec.structs.replace(
+        STATUS, worker=WorkerStatus("host:41", False, None), problems=["no worker runs for slot s: start `cdcsync run`"]
+    )
+    told = as_waiting(stopped, "host:42", why)
+
+    async def answer(request: Request) -> Response:
+        return Response(msgspec.json.encode(told), media_type="application/json")
+
+    app: Any = Starlette(routes=[Route("/status", answer)])
+    async with serving(View(), app=app) as client:
+        found = await remembered_by_worker(config_of(client.port), stopped)
+        assert found.worker == WorkerStatus("host:42", False, None, why)
+        assert found.problems == [why]
+        assert with_headlines(found, 60).headline == Headline(why, "bad")
+        assert found.page is not None
+        by_another = msgspec.structs.replace(STATUS, worker=WorkerStatus("other:1", True, None))
+        assert await remembered_by_worker(config_of(client.port), by_another) == by_another
 
 
 @pytest.mark.parametrize("content", [b"not JSON", b"{}", b"[1, 2]"])

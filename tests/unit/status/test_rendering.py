@@ -14,10 +14,12 @@ from rich.console import Console
 from cdcsync.flows.follow.open_batch import IDLE_CHECKPOINT_S
 from cdcsync.status import (
     BackfillStatus,
+    Event,
     IndexStatus,
     SlotStatus,
     Status,
     WorkerStatus,
+    as_waiting,
     render_table,
 )
 from cdcsync.status.generations import GenerationStatus
@@ -143,6 +145,34 @@ def test_a_backfill_has_a_line_of_its_own(backfill: BackfillStatus, text: str) -
 def test_a_recall_that_was_measured_has_a_line_of_its_own(by_hnsw: bool, text: str) -> None:
     recall = Recall(0.98734, 10, 40, 100, by_hnsw, NOW - timedelta(minutes=90))
     assert f"› {text}" in printed(with_index(recall=recall))
+
+
+@pytest.mark.parametrize(
+    ("began_s", "ended_s", "told"),
+    [
+        (0, None, "just now"),
+        (0.4, None, "just now"),
+        (65, None, "for 1 min 5 s"),
+        (0, 0, "just now"),
+        (65, 65, "1 min 5 s ago"),
+        (65, 5, "1 min 5 s ago, for 1 min 0 s"),
+        (-2, None, "just now"),  # by a clock that is ahead
+    ],
+)
+def test_an_event_says_when_it_was_or_for_how_long_it_lasts(began_s: float, ended_s: float | None, told: str) -> None:
+    until = None if ended_s is None else NOW - timedelta(seconds=ended_s)
+    event = Event("it was paused", "bad", NOW - timedelta(seconds=began_s), until)
+    (line,) = [line for line in printed(changed(events=[event])).splitlines() if "it was paused" in line]
+    assert line.split("it was paused")[0].strip() == told
+
+
+def test_a_worker_that_waits_says_why_and_not_that_none_runs() -> None:
+    stopped = changed(worker=WorkerStatus("host:41", False, None), problems=["no worker runs for slot s: start it"])
+    text = printed(as_waiting(stopped, "host:42", "the set-up waits: the source does not answer"))
+    assert "host:42 waits, see below" in text
+    assert "! the set-up waits: the source does not answer" in text
+    assert "no worker runs" not in text
+    assert "does not run" not in text
 
 
 def test_eighty_columns_are_enough_for_millions() -> None:

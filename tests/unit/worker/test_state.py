@@ -6,6 +6,7 @@ import math
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import anyio
 import msgspec
@@ -18,6 +19,8 @@ from cdcsync.errors import EmbedderUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.embedding import Problem
 from cdcsync.model.lag import Lag
+from cdcsync.status import Status, WorkerStatus
+from cdcsync.target.locked_session import worker_name
 from cdcsync.worker.state import ALIVE_WITHIN_S, QUERY_S, WorkerState
 from tests.support.configs import configuration
 from tests.support.gates import Gated
@@ -61,6 +64,31 @@ async def test_before_it_follows_anything_a_worker_tells_what_it_waits_for() -> 
     assert state.not_ready() == ["the start waits: the source starts up"]
     state.connected(True)
     assert state.not_ready() == ["the set-up waits: the source starts up"]
+
+
+@pytest.mark.parametrize(
+    ("running", "name", "told"),
+    [(False, "host:42", True), (True, worker_name(), True), (True, "other:1", False)],
+)
+async def test_the_status_says_why_a_worker_waits_unless_another_one_works(
+    streaming: WorkerState, monkeypatch: pytest.MonkeyPatch, running: bool, name: str, told: bool
+) -> None:
+    read = msgspec.structs.replace(STATUS, worker=WorkerStatus(name, running, None))
+    connected = AsyncMock()
+
+    async def read_status(*_: object) -> Status:
+        return read
+
+    monkeypatch.setattr("cdcsync.worker.state.read_status", read_status)
+    monkeypatch.setattr(streaming, "_target", connected)
+    monkeypatch.setattr(streaming, "_source", connected)
+    streaming.waiting_for = "the source does not answer"
+
+    status = await streaming.status()
+
+    why = "the set-up waits: the source does not answer"
+    assert (status.worker.waits == why, why in status.problems) == (told, told)
+    assert not told or (status.headline is not None and status.headline.words == why)
 
 
 async def test_a_source_that_is_not_heard_leaves_the_lag_unknown(streaming: WorkerState, lag: Lag) -> None:
