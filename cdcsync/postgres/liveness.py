@@ -14,7 +14,9 @@ connection, the server is asked what the session is doing. The rules:
 
 The other way round, a server that is cut off from us keeps our session, and with it our locks. A session whose locks
 others wait for *beats*: it sends a statement now and then even if it has nothing to do. So a session that waits can
-tell a session that has nothing to do from one that nobody has any more (`Pipelines.end_silent`).
+tell a session that has nothing to do from one that nobody has any more (`Pipelines.end_silent`). And if a connection
+breaks, or is given up, in a transaction, the server is asked later, over another connection, to end the session if it
+still waits there for what we had sent.
 
 Source: PostgreSQL, "The Cumulative Statistics System" (pg_stat_activity); "libpq - C Library", `tcp_user_timeout`.
 """
@@ -32,7 +34,10 @@ from psycopg import conninfo, generators
 from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 
+from cdcsync.logs import get_logger
 from cdcsync.postgres.interrupts import hang_up
+
+log = get_logger()
 
 RV = TypeVar("RV")
 
@@ -41,6 +46,9 @@ TCP_USER_TIMEOUT_MS = 60_000
 
 BEATS = 6
 """So many beats in the time after which a session is taken for dead."""
+
+UNFINISHED = (TransactionStatus.ACTIVE, TransactionStatus.UNKNOWN)
+"""The states of a connection whose statement was given up, or that broke."""
 
 LOOKS = 2
 """So many looks in a row must find nothing: an answer may be under way during one."""
@@ -58,6 +66,20 @@ _SEEN: LiteralString = f"""
     SELECT here.started, here.standby, a.pid IS NOT NULL, a.state, a.wait_event
     FROM ({SERVER}) AS here (asking, started, standby) LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = %s
 """
+
+
+_END: LiteralString = f"""
+    SELECT pg_catalog.pg_terminate_backend(a.pid)
+    FROM ({SERVER}) AS here (asking, started, standby) JOIN pg_catalog.pg_stat_activity AS a ON a.pid = %s
+    WHERE here.started = %s AND a.application_name = %s AND a.usename = session_user
+    AND pg_catalog.starts_with(a.state, 'idle in transaction')
+    AND pg_catalog.clock_timestamp() - a.state_change > %s * interval '1 s'
+"""
+"""Ends a session whose transaction waits for its client. A pooler may have given the process to another client by now:
+that one has not waited in a transaction for so long, under the same name."""
+
+_ENDING: set[asyncio.Task[None]] = set()
+"""Tasks that are to end sessions; the event loop itself holds tasks weakly."""
 
 
 class Backend(msgspec.Struct, frozen=True):
@@ -115,6 +137,8 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     backend: Backend | None = None
     """Its server process; None until the server has told."""
     _watched: str = ""
+    _name: str = ""
+    """The session's name on the server."""
     _patience_s: float = TCP_USER_TIMEOUT_MS / 2000
     used_at: float = 0.0
     """When it was last waited for, by the event loop's clock."""
@@ -129,6 +153,7 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         :param dsn: leads to the same server; its `tcp_user_timeout` is the time within which a dead end is noticed.
         """
         settings = conninfo.conninfo_to_dict(dsn)
+        self._name = str(settings.get("application_name") or "")
         limit_ms = int(settings.get("tcp_user_timeout") or TCP_USER_TIMEOUT_MS)
         self._patience_s = limit_ms / 2000
         settings |= {
@@ -183,8 +208,13 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         if not self._watched:
             return await super().wait(gen, *arguments, **options)
         timer = loop.call_later(self._patience_s, self._begin_to_look)
+        in_transaction = self.pgconn.transaction_status != TransactionStatus.IDLE
         try:
             return await super().wait(gen, *arguments, **options)
+        except BaseException:
+            if in_transaction and self.pgconn.transaction_status in UNFINISHED:
+                self._end_later()
+            raise
         finally:
             self.used_at = loop.time()
             timer.cancel()
@@ -202,6 +232,14 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
             await asyncio.sleep(self._patience_s / (LOOKS if missed else 1))
         with contextlib.suppress(psycopg.Error, OSError):
             hang_up(self.pgconn.socket)
+
+    def _end_later(self) -> None:
+        """Have the server end this session, if it still has it after the time in which it should notice by itself."""
+        if self.backend is not None:
+            ending = _end_left_behind(self._watched, self._name, self.backend, self._patience_s)
+            task = asyncio.get_running_loop().create_task(ending)
+            _ENDING.add(task)
+            task.add_done_callback(_ENDING.discard)
 
     async def unanswerable(self) -> bool:
         """Say whether this connection's statement is lost, or the server is silent, so that no answer can come."""
@@ -221,6 +259,23 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
             if asking is not None:
                 asking.pgconn.finish()
         return False
+
+
+async def _end_left_behind(dsn: str, name: str, backend: Backend, patience_s: float) -> None:
+    await asyncio.sleep(patience_s)
+    asking, ended = None, 0
+    try:
+        with anyio.move_on_after(patience_s):
+            asking = await psycopg.AsyncConnection.connect(dsn, autocommit=True)
+            await asking.execute("SET ROLE NONE")
+            ended = (await asking.execute(_END, [backend.pid, backend.started, name, patience_s])).rowcount
+    except (psycopg.Error, OSError):
+        pass  # the server may be away for long, and ends its sessions by then
+    finally:
+        if asking is not None:
+            asking.pgconn.finish()
+    if ended:
+        log.warning("lost_session_ended", session=name, pid=backend.pid)
 
 
 async def _look(asking: psycopg.AsyncConnection[tuple[Any, ...]], backend: Backend) -> Seen:

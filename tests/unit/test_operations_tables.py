@@ -75,6 +75,7 @@ HELD = {
     "the server's end": ("tests/server/postgres/test_sessions.py", "whose_host_is_gone_within_a_minute"),
     "the session that holds the pipeline's lock": (SILENCE, "test_a_standby_takes_over_from_a_worker"),
     "our own old session in the target": (SILENCE, "old_session_ended"),
+    "our own old sessions in transactions": ("tests/server/postgres/test_liveness.py", "lost_session_ended"),
     # gaps
     "the replication slot is gone": (GAPS, 'id="dropped"'),
     "the replication slot has lost WAL": (GAPS, "test_a_slot_that_lost_its_wal_is_a_gap"),

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import anyio
 import psycopg
 import pytest
+import structlog
 from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster, free_port
@@ -18,6 +19,7 @@ from cdcsync.postgres import liveness
 from cdcsync.postgres.sessions import connect
 from tests.support.indexes import until
 from tests.support.poolers import pooled
+from tests.support.proxies import Proxy
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -177,3 +179,69 @@ async def test_a_server_that_was_started_again_has_lost_every_statement(cluster:
     cluster.start()
     assert await connection.unanswerable()
     await connection.close()
+
+
+# -- sessions that are left behind -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["given up", "cancelled"])
+@pytest.mark.parametrize("kind", ["plain", "switched", "pooled"])
+async def test_a_session_that_is_left_behind_in_a_transaction_is_ended_on_the_server_with_its_locks(
+    roles: Cluster,
+    dsn_of: Callable[[str], str],
+    make_proxy: Callable[[int], Proxy],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    how: str,
+) -> None:
+    logged = structlog.testing.CapturingLogger()
+    monkeypatch.setattr(liveness, "log", logged)
+    dsn = conninfo.conninfo_to_dict(dsn_of(kind))
+    proxy = make_proxy(int(str(dsn["port"])))
+    dsn |= {"host": "127.0.0.1", "port": proxy.port, "tcp_user_timeout": 1_000}
+    connection = await connect(conninfo.make_conninfo("", **dsn), "target", application_name="cdcsync test")
+    async with (
+        await psycopg.AsyncConnection.connect(roles.dsn(), autocommit=True) as administrator,
+        anyio.create_task_group() as tasks,
+    ):
+
+        async def leave() -> None:
+            with pytest.raises(psycopg.OperationalError):
+                await connection.execute("SELECT")
+
+        async def free() -> bool:
+            cursor = await administrator.execute("SELECT pg_try_advisory_xact_lock(2)")
+            return await cursor.fetchone() == (True,)
+
+        async def told() -> bool:
+            return [(one.args, one.kwargs["session"]) for one in logged.calls] == [
+                (("lost_session_ended",), "cdcsync test")
+            ]
+
+        await connection.execute("BEGIN; SELECT pg_advisory_xact_lock(2)")
+        assert not await free()
+        proxy.freeze()
+        proxy.heal()
+        if how == "given up":
+            await leave()
+        else:
+            tasks.start_soon(connection.execute, "SELECT")
+            await anyio.wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        with anyio.CancelScope(shield=True):
+            await connection.close()
+            await until(free)
+            await until(told)
+
+
+async def test_a_session_that_is_left_behind_outside_of_a_transaction_is_left_to_the_server(
+    database: Database, make_proxy: Callable[[int], Proxy]
+) -> None:
+    proxy = make_proxy(int(str(conninfo.conninfo_to_dict(database.dsn)["port"])))
+    dsn = conninfo.make_conninfo(database.dsn, host="127.0.0.1", port=proxy.port, tcp_user_timeout=1_000)
+    connection = await connect(dsn, "target", application_name="cdcsync test")
+    proxy.freeze()
+    proxy.heal()
+    with pytest.raises(psycopg.OperationalError):
+        await connection.execute("SELECT")
+    assert not liveness._ENDING
