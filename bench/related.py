@@ -4,8 +4,8 @@ One worker keeps an index whose documents have a row of one table, notes of anot
 index of a third table alone, whose rows are as many and as long. Three things are measured in one run:
 
     rate        notes change in bulk: how many documents a second are rebuilt and have their new text
-    freshness   one row at a time, as in `freshness.py`: a note's change until it is found, against the change of a row
-                of the index of one table, which is in no other index
+    freshness   one row at a time, in turns, once nothing of the bulk is left to do: a note's change until it is found,
+                against the change of a row of the index of one table, which is in no other index
     fan-out     a tenant's name changes, which is in every document, against the backfill after a change of the
                 template, which changes every document, too: documents a second until all have their text, and until all
                 have their vectors, since a backfill embeds some texts at once and a fan-out leaves them to the embed
@@ -38,6 +38,8 @@ ROWS = 20_000
 CHANGES = 200
 WARM_UP = 20
 """Changes that are not counted."""
+LOOK_S = 0.000_3
+"""The pause between two looks for a change: much less than the difference that is measured."""
 
 GOAL_DOCUMENTS_PER_S = 3_000
 GOAL_FRESHNESS = 1 / 1.5
@@ -126,17 +128,26 @@ def found(reader: psycopg.Connection[Any], view: str, key: int, word: str) -> bo
     return row.fetchone() is not None
 
 
-def changes_ms(made: Pipeline, rows: int, table: str, view: str) -> list[float]:
-    """Change rows one at a time and return how long each took to be found."""
-    taken = []
+def at_rest(made: Pipeline) -> None:
+    """Wait until the vectors of what came before are settled, and no index is being built."""
+    busy = "SELECT pid FROM pg_stat_progress_create_index"
+    for index in ("single", "joined"):
+        busy += f" UNION ALL SELECT 0 FROM cdcsync.{index}_vectors_1_fresh"
+    made.until(lambda: not made.value(f"SELECT EXISTS ({busy})"), "a worker at rest", 0.1)
+
+
+def changes_ms(made: Pipeline, rows: int) -> tuple[list[float], list[float]]:
+    """Change rows of two tables in turns, one at a time, and return how long each took to be found."""
+    taken = dict[str, list[float]]()
     with psycopg.connect(made.dsn, autocommit=True) as reader:
         for number in range(CHANGES + WARM_UP):
-            key, word = (number * 7919) % rows + 1, f"{table}{number}."
-            made.connection.execute(f"UPDATE {table} SET body = %s WHERE id = %s", [f"now says {word}", key])
-            committed = time.perf_counter()
-            made.until(partial(found, reader, view, key, word), "new text")
-            taken.append((time.perf_counter() - committed) * 1000)
-    return taken[WARM_UP:]
+            for table, view in (("singles", "single_index"), ("notes", "joined_index")):
+                key, word = (number * 7919) % rows + 1, f"{table}{number}."
+                made.connection.execute(f"UPDATE {table} SET body = %s WHERE id = %s", [f"now says {word}", key])
+                committed = time.perf_counter()
+                made.until(partial(found, reader, view, key, word), "new text", LOOK_S)
+                taken.setdefault(table, []).append((time.perf_counter() - committed) * 1000)
+    return taken["singles"][WARM_UP:], taken["notes"][WARM_UP:]
 
 
 def main() -> None:
@@ -162,10 +173,8 @@ def main() -> None:
         asked = time.perf_counter()
         replay_s, _ = took_s(made, replay)
         backfill_s, backfill_vectors_s = took_s(made, template_changed(made, replay))
-        alone, joined = (
-            changes_ms(made, rows, "singles", "single_index"),
-            changes_ms(made, rows, "notes", "joined_index"),
-        )
+        at_rest(made)
+        alone, joined = changes_ms(made, rows)
         made.stop()
     one, several = percentile(alone, 0.5), percentile(joined, 0.5)
     report(

@@ -2,13 +2,14 @@
 
 A *link* is one table on the way from the index's table to a related one: its rows belong to rows of the table before
 it, by columns that are equal. A change of a row names, by those columns as they were and as they are, where the row was
-and where it is. The server finds the documents from there: on the way back there are only tables whose own changes are
-followed too, so what it finds later than the change is complete, or a change that is still to come completes it.
+and where it is. Often that is the document's key itself. Else the server finds the documents from there: on the way
+back there are only tables whose own changes are followed too, so what it finds later than the change is complete, or a
+change that is still to come completes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -20,6 +21,8 @@ from cdcsync.pgoutput.messages import TOO_LARGE, UNCHANGED, Relation, Tuple
 
 Values = tuple[str, ...]
 """A row's values in a link's columns, as the server renders them."""
+
+NUMBERS = frozenset({"smallint", "integer", "bigint"})
 
 
 class Link(msgspec.Struct, frozen=True):
@@ -36,6 +39,8 @@ class Link(msgspec.Struct, frozen=True):
     steps: tuple[Step, ...]
     types: dict[str, str] = {}
     """The types of the columns, as format_type prints them."""
+    key: tuple[int, ...] = ()
+    """Where in a row's values the key of its document stands, if they are that key; empty if the server has to tell."""
 
     @property
     def index(self) -> str:
@@ -69,6 +74,7 @@ class Touch(msgspec.Struct, frozen=True, gc=False):
 def links_of(shape: Shape, related: Sequence[RelatedRows], facts: Facts) -> tuple[Link, ...]:
     """Return the links of an index, each table on each way once."""
     links: list[Link] = []
+    own = facts.get(shape.table, TableFacts()).types
 
     def add(relations: Sequence[RelatedRows], way: tuple[Step, ...]) -> None:
         for one in relations:
@@ -76,11 +82,31 @@ def links_of(shape: Shape, related: Sequence[RelatedRows], facts: Facts) -> tupl
                 steps = (*way, *one.steps[:upto])
                 types = facts.get(steps[-1].table, TableFacts()).types
                 mine = {column: types.get(column, "text") for column in steps[-1].columns}
-                links.append(Link(shape, ".".join(one.path), len(links), steps, mine))
+                key = _key_in(shape, steps, mine, own)
+                links.append(Link(shape, ".".join(one.path), len(links), steps, mine, key))
             add(one.related, (*way, *one.steps))
 
     add(related, ())
     return tuple(links)
+
+
+def _key_in(shape: Shape, steps: Sequence[Step], types: Mapping[str, str], own: Mapping[str, str]) -> tuple[int, ...]:
+    """Return where in the values of a link's columns a document's key stands; see `Link.key`.
+
+    :param own: the types of the index's table.
+    """
+    (step, *further) = steps
+    places = {theirs: at for at, (_, theirs) in enumerate(step.on)}
+    if further or shape.source is not None or len(step.on) != len(shape.key) or places.keys() != set(shape.key):
+        return ()
+    if not all(_written_alike(types[mine], own.get(theirs, "")) for mine, theirs in step.on):
+        return ()
+    return tuple(places[column] for column in shape.key)
+
+
+def _written_alike(one: str, other: str) -> bool:
+    """Say whether values of two types are equal just where their texts are."""
+    return {one, other} <= NUMBERS or one == other == "uuid"
 
 
 class LinkProjection:

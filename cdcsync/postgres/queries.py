@@ -11,7 +11,7 @@ from psycopg import sql
 from cdcsync.model.rows import Row
 from cdcsync.postgres.sessions import Connection
 
-Statement = LiteralString | sql.SQL | sql.Composed
+Statement = LiteralString | sql.SQL | sql.Composed | bytes
 Arguments = Sequence[object] | Mapping[str, object] | None
 
 

@@ -14,11 +14,10 @@ from typing import cast
 
 import anyio
 import msgspec
-from psycopg import sql
 
 from cdcsync.model.rows import Key, Row, Unread
 from cdcsync.model.visibility import Snapshot
-from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_texts
+from cdcsync.postgres.queries import Statement, fetch_one, fetch_row, fetch_texts
 from cdcsync.postgres.sessions import Connection
 
 
@@ -38,7 +37,7 @@ class Page(msgspec.Struct, frozen=True):
 
 
 async def read_rows(
-    connection: Connection, statement: sql.Composed, arguments: Sequence[object], tables: Sequence[str]
+    connection: Connection, statement: Statement, arguments: Sequence[object], tables: Sequence[str]
 ) -> Page:
     """Return the rows of a statement, every value as text.
 
@@ -50,7 +49,7 @@ async def read_rows(
 
 
 async def _read_once(
-    connection: Connection, statement: sql.Composed, arguments: Sequence[object], tables: Sequence[str]
+    connection: Connection, statement: Statement, arguments: Sequence[object], tables: Sequence[str]
 ) -> Page | None:
     """Read under one snapshot; returns None when the table was made or rewritten after it and so looked empty.
 

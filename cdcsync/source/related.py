@@ -17,6 +17,7 @@ from psycopg import sql
 from cdcsync.documents.related import Facts, RelatedRows, TableFacts, computed_columns
 from cdcsync.model.links import Link, Values
 from cdcsync.model.rows import Key, Shape
+from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Connection
@@ -80,14 +81,18 @@ class LookUps:
 
     async def keys(
         self, connection: Connection, link: Link, values: Sequence[Values], most: int
-    ) -> dict[Values, list[Key]]:
-        """Return the keys of the documents that rows with these values belong to; of each value up to `most`."""
+    ) -> tuple[Snapshot, dict[Values, list[Key]]]:
+        """Return the keys of the documents that rows with these values belong to; of each value up to `most`.
+
+        Besides, the snapshot under which they were found.
+        """
         equal = await self._operators(connection)
         wanted = [f"wanted.v{at}::{link.types[column]}" for at, column in enumerate(link.columns)]
         listed = ", ".join(f"v{at}" for at in range(len(link.columns)))
         statement = sql.SQL(
-            "SELECT wanted.place, k.* FROM unnest({}) WITH ORDINALITY AS wanted({}, place) CROSS JOIN LATERAL"
-            " (SELECT {} FROM {} WHERE {} LIMIT {}) AS k"
+            "SELECT pg_current_snapshot(), found.* FROM (SELECT) AS always LEFT JOIN"
+            " (SELECT wanted.place, k.* FROM unnest({}) WITH ORDINALITY AS wanted({}, place) CROSS JOIN LATERAL"
+            " (SELECT {} FROM {} WHERE {} LIMIT {}) AS k) AS found ON true"
         ).format(
             sql.SQL(", ").join(sql.SQL(f"${at}::text[]") for at in range(1, len(link.columns) + 1)),
             sql.SQL(listed),
@@ -97,10 +102,12 @@ class LookUps:
             sql.Literal(most),
         )
         arguments = [[one[at] for one in values] for at in range(len(link.columns))]
+        rows = await fetch_texts(connection, statement, arguments, prepare=False)
         found: dict[Values, list[Key]] = {}
-        for place, *key in await fetch_texts(connection, statement, arguments, prepare=False):
-            found.setdefault(values[int(cast(str, place)) - 1], []).append(cast(Key, tuple(key)))
-        return found
+        for _, place, *key in rows:
+            if place is not None:
+                found.setdefault(values[int(cast(str, place)) - 1], []).append(cast(Key, tuple(key)))
+        return Snapshot.parse(cast(str, rows[0][0])), found
 
     async def condition(self, connection: Connection, link: Link, values: Sequence[Values]) -> str | None:
         """Return the condition of the rows `t` whose documents rows with these values belong to; None for all."""

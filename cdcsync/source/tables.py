@@ -19,6 +19,7 @@ from cdcsync.documents.related import Facts, RelatedRows
 from cdcsync.model.rows import OVERSIZED, Key, Row, Shape, Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Snapshot
+from cdcsync.postgres.queries import Statement
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source import counts, fitting
 from cdcsync.source.catalog import current_snapshot
@@ -43,6 +44,8 @@ class SourceTable:
     ) -> None:
         self.shape = shape
         self._sql = Statements(shape, key_types, condition, related=related, facts=facts)
+        self._by_key: bytes | None = None
+        """The statement that reads rows by their keys, once it was made: making it takes as long as sending it."""
 
     @classmethod
     def of(cls, spec: IndexSpec) -> Self:
@@ -112,8 +115,12 @@ class SourceTable:
         """Return the rows with these keys that a condition holds for, too."""
 
         async def read(possible: Sequence[Key], apart: bool) -> Page:
-            rows = await self._sql.keyed(connection, self._sql.selected, apart=apart, where=where)
-            statement = await self._sql.with_related(connection, rows, apart=apart)
+            statement = self._by_key
+            if apart or where or statement is None:
+                rows = await self._sql.keyed(connection, self._sql.selected, apart=apart, where=where)
+                statement = (await self._sql.with_related(connection, rows, apart=apart)).as_bytes(connection)
+            if not (apart or where):
+                self._by_key = statement
             return self._within(await self._read(connection, statement, self._sql.arrays(possible)))
 
         pages, unread, snapshot = await read_keys(self._sql, connection, keys, read)
@@ -141,7 +148,7 @@ class SourceTable:
         found = unread.keys() | {key for _, part in parts for key in part}
         return snapshot or parts[0][0], [key for key in keys if key not in found]
 
-    async def _read(self, connection: Connection, statement: sql.Composed, arguments: Sequence[object]) -> Page:
+    async def _read(self, connection: Connection, statement: Statement, arguments: Sequence[object]) -> Page:
         return await read_rows(connection, statement, arguments, self._sql.files)
 
     def _within(self, page: Page) -> Page:

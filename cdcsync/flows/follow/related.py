@@ -1,6 +1,6 @@
 """Which documents the changes of related rows concern: a part of preparing, for indexes of several tables only.
 
-    touched values ─► keys of documents, asked of the source ─► rows to read again
+    touched values ─► keys of documents: those values, or asked of the source ─► rows to read again
                  └──► more of them than one batch takes: a request of the backfill engine, committed with the batch
 
 The source is asked under a snapshot that sees what touched the rows. It may see more: that is still to come, and
@@ -19,7 +19,7 @@ import structlog
 from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import Rebuild
 from cdcsync.model.links import Link, Touch, Values
-from cdcsync.model.rows import Key
+from cdcsync.model.rows import Delete, Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
@@ -88,6 +88,12 @@ class RelatedChanges:
         for place, touches in by_link.items():
             link, left = self._links[place], list(touches)
             too_many: list[Values] = []
+            while link.key and left and len(documents) < MOST_OF_A_BATCH:
+                values = left.pop()
+                key = tuple([values[at] for at in link.key])
+                # A document that the batch deletes need not be read: one that has its key later is still to come.
+                if not isinstance(changes.live.get(key), Delete):
+                    documents[key] = touches[values]
             at_once = VALUES_AT_FIRST
             # If a condition names too many values, all documents are rebuilt, and there is nothing more to ask.
             while left and len(documents) < MOST_OF_A_BATCH and len(too_many) <= MOST_FILTERED:
@@ -113,9 +119,7 @@ class RelatedChanges:
 
     async def _keys(self, link: Link, values: Sequence[Values], xids: Collection[int]) -> dict[Values, list[Key]]:
         async def read(connection: Connection) -> tuple[Snapshot, dict[Values, list[Key]]]:
-            # The snapshot is older than the one of the look-up, which therefore sees all that this one sees.
-            snapshot = await current_snapshot(connection)
-            return snapshot, await self._look_ups.keys(connection, link, values, MOST_OF_ONE + 1)
+            return await self._look_ups.keys(connection, link, values, MOST_OF_ONE + 1)
 
         return await seeing(xids, self._spec, self._source, read)
 

@@ -43,6 +43,34 @@ def test_each_table_on_each_way_is_a_link_with_the_types_of_its_columns() -> Non
     assert second.steps == (WAY, Step(PEOPLE, (("id", "author_id"),)))
 
 
+@pytest.mark.parametrize(
+    ("on", "key", "of_link", "of_document", "places"),
+    [
+        ({"ticket_id": "id"}, ("id",), "integer", "bigint", (0,)),
+        ({"ticket_id": "id"}, ("id",), "uuid", "uuid", (0,)),
+        ({"b": "id", "a": "tenant"}, ("tenant", "id"), "bigint", "bigint", (1, 0)),
+        ({"ticket_id": "id"}, ("id", "tenant"), "bigint", "bigint", ()),
+        ({"id": "author"}, ("id",), "bigint", "bigint", ()),
+        ({"a": "id", "b": "tenant"}, ("id",), "bigint", "bigint", ()),
+        ({"a": "id", "b": "id"}, ("id",), "bigint", "bigint", ()),
+        ({"ticket_id": "id"}, ("id",), "numeric", "bigint", ()),
+        ({"ticket_id": "id"}, ("id",), "text", "text", ()),
+    ],
+)
+def test_the_values_of_a_link_are_the_key_of_a_document_where_they_name_all_of_it_and_are_written_alike(
+    on: dict[str, str], key: tuple[str, ...], of_link: str, of_document: str, places: tuple[int, ...]
+) -> None:
+    shape = Shape("tickets", TICKETS, key, (), ("title",))
+    step = Step(COMMENTS, tuple(on.items()))
+    facts = {
+        COMMENTS: TableFacts(types=dict.fromkeys(on, of_link)),
+        TICKETS: TableFacts(types=dict.fromkeys(on.values(), of_document)),
+    }
+    further = RelatedRows(("comments", "of"), (step,), *REST)
+    first, second = links_of(shape, [RelatedRows(("comments",), (step,), *REST, (further,))], facts)
+    assert (first.key, second.key) == (places, ())
+
+
 def test_an_insert_and_a_delete_touch_the_documents_of_the_row(projection: LinkProjection) -> None:
     row = ("9", "1", "text", "a")
     for touch in (projection.inserted(row, 7, 8), projection.deleted(row, 7, 8)):
