@@ -49,12 +49,14 @@ class Rebuild(msgspec.Struct, frozen=True):
     :ivar condition: which rows' documents, in SQL on the row `t`; None for all, unless there are keys.
     :ivar keys: the documents themselves, where they are known.
     :ivar rewrite: whether they are chunked again even where they are unchanged.
+    :ivar read: a request that is being served, and the last key that it had read when this was found; see `Deliveries`.
     """
 
     relation: str | None
     condition: str | None = None
     keys: tuple[Key, ...] | None = None
     rewrite: bool = False
+    read: tuple[int, Key] | None = None
 
 
 class ChangeSet(msgspec.Struct, frozen=True):

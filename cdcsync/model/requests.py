@@ -25,6 +25,7 @@ class Request(msgspec.Struct, frozen=True):
     """A backfill; `cursor` is the key of the last row applied, or the place of the last key of a keyed one.
 
     :ivar up_to: the key after which it ends; None if it reads the table to its end.
+    :ivar owed: whether the index would be out of date without it, so that nobody may cancel it; said of replays.
     """
 
     id: int
@@ -45,6 +46,12 @@ class Request(msgspec.Struct, frozen=True):
     through: str | None = None
     finished_at: datetime | None = None
     up_to: Key | None = None
+    owed: bool = False
+
+    @property
+    def once(self) -> bool:
+        """Whether nobody asks again for what it was to bring."""
+        return self.owed or self.kind == "related"
 
     @property
     def read_all(self) -> bool:

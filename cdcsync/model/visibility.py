@@ -127,6 +127,9 @@ class Deliveries:
         self._seen: Snapshot | None = None
         self.rewriting = False
         """Whether pages that are read now have documents chunked again: what overtakes a row then has to, too."""
+        self.read_to: tuple[int, Key] | None = None
+        """The request whose pages are read, and the last key that was: what is committed now, its next page sees. None
+        while a page is being read, of which nobody knows what it sees and where it ends, and if none is to follow."""
 
     @property
     def recording(self) -> bool:
@@ -181,6 +184,7 @@ class Deliveries:
     def stop(self) -> None:
         """End remembering keys; what was recorded and may still be unseen becomes suspect."""
         self.rewriting = False
+        self.read_to = None
         if self._keys is not None:
             self.suspect(self._keys.values())
         if self._truncated is not None:

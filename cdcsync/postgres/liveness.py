@@ -150,12 +150,13 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     def watch(self, dsn: str) -> None:
         """Look for statements from now on.
 
-        :param dsn: leads to the same server; its `tcp_user_timeout` is the time within which a dead end is noticed.
+        :param dsn: leads to the same server; its `tcp_user_timeout` is the time within which a dead end is noticed,
+            unless that is left to the system by a 0.
         """
         settings = conninfo.conninfo_to_dict(dsn)
         self._name = str(settings.get("application_name") or "")
-        limit_ms = int(settings.get("tcp_user_timeout") or TCP_USER_TIMEOUT_MS)
-        self._patience_s = limit_ms / 2000
+        limit_ms = int(settings.get("tcp_user_timeout") or 0)
+        self._patience_s = (limit_ms if limit_ms > 0 else TCP_USER_TIMEOUT_MS) / 2000
         settings |= {
             "application_name": "cdcsync liveness",
             "connect_timeout": max(2, round(self._patience_s / LOOKS)),  # libpq takes 1 for 2
@@ -276,6 +277,13 @@ async def _end_left_behind(dsn: str, name: str, backend: Backend, patience_s: fl
             asking.pgconn.finish()
     if ended:
         log.warning("lost_session_ended", session=name, pid=backend.pid)
+
+
+def at_its_host(connection: psycopg.AsyncConnection[Any], dsn: str) -> str:
+    """Return a DSN with the one of its hosts that a connection is with: a silent host before it says nothing of it."""
+    settings = conninfo.conninfo_to_dict(dsn)
+    own = {"host": connection.info.host, "hostaddr": connection.info.hostaddr or None, "port": connection.info.port}
+    return conninfo.make_conninfo("", **{**settings, **own, "target_session_attrs": "any"})
 
 
 async def _look(asking: psycopg.AsyncConnection[tuple[Any, ...]], backend: Backend) -> Seen:

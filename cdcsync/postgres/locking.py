@@ -10,7 +10,7 @@ Source: PostgreSQL, "Explicit Locking"; "Client Connection Defaults" (lock_timeo
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import LiteralString, TypeVar
 
 import anyio
 import psycopg
@@ -23,8 +23,11 @@ log = get_logger()
 T = TypeVar("T")
 
 BRIEFLY = "SET LOCAL lock_timeout = '400ms'"
-"""Less than PostgreSQL's default `deadlock_timeout`, 1 s: so that the server never breaks a circle by failing
-somebody's statement, we give up."""
+ALWAYS_BRIEFLY: LiteralString = "SET lock_timeout = '400ms'"
+"""In one transaction, and in all of a session.
+
+Less than PostgreSQL's default `deadlock_timeout`, 1 s: so that the server never breaks a circle by failing somebody's
+statement, we give up."""
 
 
 async def until_locked(change: Callable[[], Awaitable[T]], *, table: str, attempts: int | None = None) -> T:

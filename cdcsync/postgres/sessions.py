@@ -23,7 +23,7 @@ from cdcsync.config import redact_dsn
 from cdcsync.config.redaction import dsn_fault
 from cdcsync.errors import CdcsyncError, SchemaChanged, SetupError, SourceUnavailable, TargetUnavailable
 from cdcsync.logs import without_quoted
-from cdcsync.postgres.liveness import SERVER, TCP_USER_TIMEOUT_MS, Backend, WatchedConnection, system_of
+from cdcsync.postgres.liveness import SERVER, TCP_USER_TIMEOUT_MS, Backend, WatchedConnection, at_its_host, system_of
 from cdcsync.postgres.refusals import explain
 
 Side = Literal["source", "target"]
@@ -237,7 +237,7 @@ async def connect(
         connection = await WatchedConnection.connect(settings, autocommit=True)
     except psycopg.Error as error:
         raise connect_error(error, side, where) from error
-    connection.watch(settings)
+    connection.watch(at_its_host(connection, settings))
     # Planned anew each time: a plan made while a table was empty would scan it for ever, and one that is kept over an
     # ALTER TABLE is an error.
     connection.prepare_threshold = None
@@ -260,6 +260,8 @@ async def connect(
 def conninfo_for(dsn: str, **settings: str | int) -> str:
     """Return `dsn` with our settings added where it does not say otherwise itself.
 
+    The encoding is always ours: the stream and texts are read as UTF-8.
+
     :raises SetupError: it is not a DSN.
     """
     if fault := dsn_fault(dsn):
@@ -273,8 +275,8 @@ def conninfo_for(dsn: str, **settings: str | int) -> str:
             where=describe(dsn),
             hint="write postgresql://user@host/database, or key=value pairs",
         ) from None
-    defaults = {"connect_timeout": CONNECT_TIMEOUT_S, "client_encoding": "UTF8", **_DEAD_PEER}
-    merged: dict[str, Any] = {**defaults, **own, **settings}
+    defaults = {"connect_timeout": CONNECT_TIMEOUT_S, **_DEAD_PEER}
+    merged: dict[str, Any] = {**defaults, **own, "client_encoding": "UTF8", **settings}
     return conninfo.make_conninfo("", **merged)
 
 

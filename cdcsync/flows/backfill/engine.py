@@ -141,9 +141,8 @@ class Backfills:
             with speaking_of("target"):
                 async with target.transaction():
                     await self._queue.fail(target, request, str(error))
-                    if request.kind == "related":
-                        # Nobody asks again for what changed.
-                        await self._requests.reload(target, request.index, rewrite=False)
+                    if request.once:
+                        await self._requests.reload(target, request.index, rewrite=request.rewrite)
                     crash_point("request given up")
                 crash_point("request that was given up committed")
         finally:
@@ -214,6 +213,7 @@ class Backfills:
         :returns: the rows of the request so far; None if it was paused or cancelled, or gives way to another one.
         """
         spec, pace = self._specs[request.index], self._pace(request)
+        deliveries = self._deliveries[request.index]
         limit = FIRST_PAGE_ROWS
         cursor, done = request.cursor, request.rows_done
         closes = request.phase == "orphans" or request.kind != "resync"
@@ -223,8 +223,11 @@ class Backfills:
             most = min(self._page_rows, pace.rows_per_s or self._page_rows)
             if request.changes_texts:
                 most = self._page_preparers[request.index].page_rows(most)
+            deliveries.read_to = None
             page = await read(cursor, min(limit, most))
             cursor, last = page.cursor, page.last
+            if cursor is not None and not (last or request.keyed) and request.phase == "rows":
+                deliveries.read_to = request.id, cursor
             done += len(page.entries)
             limit = next_limit(limit, most, page, beside_live=self.marks.rows_beside_live)
             made = await self._make(target, request, page)

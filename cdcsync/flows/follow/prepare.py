@@ -105,7 +105,7 @@ class Preparer:
         self._source = source
         self._metrics = metrics
         self._deliveries = deliveries
-        self._related = RelatedChanges(spec, source) if spec.documents.related else None
+        self._related = RelatedChanges(spec, source, deliveries) if spec.documents.related else None
 
     @property
     def looks_ahead(self) -> bool:

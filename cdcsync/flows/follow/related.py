@@ -21,7 +21,7 @@ from cdcsync.model.changeset import Rebuild
 from cdcsync.model.links import Link, Touch, Values
 from cdcsync.model.rows import Delete, Key
 from cdcsync.model.spec import IndexSpec
-from cdcsync.model.visibility import Snapshot
+from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.related import MOST_FILTERED, LookUps
@@ -66,9 +66,10 @@ class Concerned(msgspec.Struct, frozen=True):
 class RelatedChanges:
     """Finds the documents of one index that changes of related rows concern."""
 
-    def __init__(self, spec: IndexSpec, source: Session) -> None:
+    def __init__(self, spec: IndexSpec, source: Session, deliveries: Deliveries) -> None:
         self._spec = spec
         self._source = source
+        self._deliveries = deliveries
         self._links = spec.links
         self._look_ups = LookUps(spec.shape, self._links, spec.facts)
 
@@ -78,10 +79,15 @@ class RelatedChanges:
         :raises SourceUnavailable: nothing is lost by asking again.
         """
         documents: dict[Key, Touch] = {}
+
+        def touched(key: Key, touch: Touch) -> None:
+            if (other := documents.get(key)) is None or other.lsn < touch.lsn:
+                documents[key] = touch
+
         if changes.truncated:
             # What was touched before is asked for no more, but rows that come in later are read as of then.
             await seeing(changes.touched_by, self._spec, self._source, _snapshot_only)
-        rebuilds = [self._rebuild(self._links[place], None) for place in changes.emptied]
+        rebuilds = [await self._rebuild(changes, self._links[place], None) for place in changes.emptied]
         by_link: dict[int, dict[Values, Touch]] = {}
         for (place, values), touch in changes.touched.items():
             by_link.setdefault(place, {})[values] = touch
@@ -93,7 +99,7 @@ class RelatedChanges:
                 key = tuple([values[at] for at in link.key])
                 # A document that the batch deletes need not be read: one that has its key later is still to come.
                 if not isinstance(changes.live.get(key), Delete):
-                    documents[key] = touches[values]
+                    touched(key, touches[values])
             at_once = VALUES_AT_FIRST
             # If a condition names too many values, all documents are rebuilt, and there is nothing more to ask.
             while left and len(documents) < MOST_OF_A_BATCH and len(too_many) <= MOST_FILTERED:
@@ -103,19 +109,19 @@ class RelatedChanges:
                     if len(keys) > MOST_OF_ONE or len(documents) + len(keys) > MOST_OF_A_BATCH:
                         too_many.append(values)
                     else:
-                        touch = touches[values]
                         for key in keys:
-                            if (other := documents.get(key)) is None or other.lsn < touch.lsn:
-                                documents[key] = touch
+                            touched(key, touches[values])
                 keys_found = sum(map(len, found.values()))
                 at_once = max(1, min(VALUES_AT_ONCE, 4 * at_once, at_once * KEYS_AT_ONCE // max(1, keys_found)))
             if too_many or left:
                 condition = await self._condition(link, [*too_many, *left])
-                rebuilds.append(self._rebuild(link, condition))
+                rebuilds.append(await self._rebuild(changes, link, condition))
         return Concerned(documents, rebuilds)
 
-    def _rebuild(self, link: Link, condition: str | None) -> Rebuild:
-        return Rebuild(link.relation, condition)
+    async def _rebuild(self, changes: IndexChanges, link: Link, condition: str | None) -> Rebuild:
+        # What a load reads from here on is as the changes left it.
+        await seeing(changes.touched_by, self._spec, self._source, _snapshot_only)
+        return Rebuild(link.relation, condition, read=self._deliveries.read_to)
 
     async def _keys(self, link: Link, values: Sequence[Values], xids: Collection[int]) -> dict[Values, list[Key]]:
         async def read(connection: Connection) -> tuple[Snapshot, dict[Values, list[Key]]]:

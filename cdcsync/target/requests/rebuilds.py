@@ -28,9 +28,10 @@ class Rebuilds:
     async def ask(self, connection: Connection, index: str, rebuild: Rebuild) -> None:
         """Ask for documents to be rebuilt, in the caller's transaction.
 
-        A request for the same, or for more, that has not begun takes it over. One that is being served has yet to read
-        the documents behind its cursor, so that only those before it are asked for: its pages that are under way are
-        read again as they were overtaken. If too many requests wait, one for all documents takes their place.
+        A request for the same, or for more, that has not begun takes it over. One that is being served reads the
+        documents that follow `rebuild.read` later, so that only those up to there are asked for: the rows of its pages
+        that are under way are read again as they were overtaken, but not what was inserted between them meanwhile. If
+        too many requests wait, one for all documents takes their place.
         """
         unbegun = sql.SQL("index_name = %s AND state = 'requested' AND started_at IS NULL AND NOT keyed")
         up_to: Key | None = None
@@ -48,17 +49,13 @@ class Rebuilds:
             )
             if row is not None:
                 return
-            served = await fetch_row(
-                connection,
-                sql.SQL(
-                    "SELECT cursor FROM {} WHERE index_name = %s AND state = 'running' AND NOT keyed AND {}"
-                    " AND up_to IS NULL ORDER BY id LIMIT 1 FOR UPDATE"
-                ).format(self._table, covering),
-                [index, rebuild.condition],
-            )
-            if served == (None,):
-                return  # nothing that it has read is in the index
-            up_to = None if served is None else tuple(cast(list[str], served[0]))
+            if rebuild.read is not None:
+                served = sql.SQL(
+                    "SELECT FROM {} WHERE id = %s AND state = 'running' AND {} AND up_to IS NULL FOR UPDATE"
+                )
+                arguments = [rebuild.read[0], rebuild.condition]
+                if await fetch_row(connection, served.format(self._table, covering), arguments) is not None:
+                    up_to = rebuild.read[1]
             cursor = await connection.execute(
                 sql.SQL(
                     "UPDATE {} SET up_to = %s::text[] WHERE {} AND kind = 'related' AND up_to IS NOT NULL"

@@ -85,7 +85,7 @@ COLUMNS = (
 )
 """The columns that commands read too, which may be newer than the worker and its tables."""
 
-SERVED = f"{COLUMNS}, up_to"
+SERVED = f"{COLUMNS}, up_to, owed"
 """The columns that the worker reads of the requests that it serves."""
 
 
@@ -104,5 +104,5 @@ def to_request(row: tuple[Any, ...]) -> Request:
     """Return the request that a row of `COLUMNS`, or of `SERVED`, stands for."""
     values = list(row)
     values[7] = None if values[7] is None else tuple(values[7])
-    values[17:] = [None if key is None else tuple(key) for key in values[17:]]
+    values[17:18] = [None if key is None else tuple(key) for key in values[17:18]]
     return Request(*values)

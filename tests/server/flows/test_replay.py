@@ -373,3 +373,17 @@ def test_the_key_of_several_columns_is_a_json_array(
     assert "integer" in refused(pipeline, "replay", "articles", "--key", '["eu", "x"]')
     pipeline.answer("replay", "articles")
     pipeline.in_step()
+
+
+@pytest.mark.parametrize("kind", ["related", "replay"])
+def test_what_the_index_is_owed_is_read_in_another_way_if_its_request_fails(both: Pipeline, kind: str) -> None:
+    both.target.execute("DELETE FROM cdcsync.articles_chunks WHERE id = 5")
+    both.target.execute(
+        "INSERT INTO cdcsync.backfills (index_name, kind, owed, filter)"
+        " VALUES ('articles', %s, true, 'no_such_column = 1')",
+        [kind],
+    )
+    both.event("backfill_failed")
+    last = "SELECT kind, state FROM cdcsync.backfills WHERE index_name = 'articles' ORDER BY id DESC LIMIT 1"
+    until(lambda: both.target.execute(last).fetchone() == ("resync", "done"), both.tail)
+    both.in_step("articles", "notes")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +18,7 @@ from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster, free_port
 from cdcsync.postgres import liveness
+from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.sessions import connect
 from tests.support.indexes import until
 from tests.support.poolers import pooled
@@ -29,6 +32,8 @@ pytestmark = [pytest.mark.server, pytest.mark.anyio]
 def beats_each_millisecond(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "BEATS", liveness.TCP_USER_TIMEOUT_MS / 2)
 
+
+LOOPBACK = "127.0.0.1"
 
 HEARD = "SELECT state_change::text FROM pg_stat_activity WHERE application_name = %s"
 
@@ -109,23 +114,30 @@ def dsn_of(roles: Cluster) -> Iterator[Callable[[str], str]]:
         yield dsn
 
 
-@pytest.mark.parametrize("kind", KINDS)
-async def test_a_statement_that_the_server_works_on_may_take_any_time(
-    roles: Cluster, dsn_of: Callable[[str], str], kind: str
-) -> None:
-    connection = await connect(dsn_of(kind), "target")
-    async with await psycopg.AsyncConnection.connect(roles.dsn(), autocommit=True) as blocking:
+@contextlib.asynccontextmanager
+async def waiting(connection: WatchedConnection, dsn: str) -> AsyncIterator[None]:
+    """Have a statement of the connection wait on the server for a lock."""
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as blocking:
         await blocking.execute("SELECT pg_advisory_lock(1)")
 
         async def waits() -> bool:
-            cursor = await blocking.execute("SELECT FROM pg_locks WHERE NOT granted")
+            cursor = await blocking.execute("SELECT FROM pg_locks WHERE NOT granted AND locktype = 'advisory'")
             return cursor.rowcount > 0
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(connection.execute, "SELECT pg_advisory_lock(1)")
             await until(waits)
-            assert not await connection.unanswerable()
+            yield
             await blocking.execute("SELECT pg_advisory_unlock(1)")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_statement_that_the_server_works_on_may_take_any_time(
+    roles: Cluster, dsn_of: Callable[[str], str], kind: str
+) -> None:
+    connection = await connect(dsn_of(kind), "target")
+    async with waiting(connection, roles.dsn()):
+        assert not await connection.unanswerable()
     await connection.close()
 
 
@@ -141,6 +153,27 @@ async def test_a_statement_of_which_the_server_knows_nothing_is_lost(
         ended = await administrator.execute("SELECT pg_terminate_backend(%s, 10000)", [connection.backend.pid])
         assert await ended.fetchone() == (True,)
     assert await connection.unanswerable()
+    await connection.close()
+
+
+async def test_hosts_of_the_dsn_that_are_silent_say_nothing_of_the_server_that_answered(database: Database) -> None:
+    ours = conninfo.conninfo_to_dict(database.dsn)
+    silent = [free_port(), free_port()]
+    hosts = {"host": ",".join([LOOPBACK] * 2 + [str(ours["host"])]), "port": f"{silent[0]},{silent[1]},{ours['port']}"}
+    several = {**ours, **hosts, "target_session_attrs": "read-write", "tcp_user_timeout": 4000}
+    # They refuse at first, which is quicker than to wait for them.
+    connection = await connect(conninfo.make_conninfo("", **several), "target")
+    with ExitStack() as stack:
+        for port in silent:
+            stack.enter_context(socket.create_server((LOOPBACK, port)))
+        async with waiting(connection, database.dsn):
+            assert not await connection.unanswerable()
+    await connection.close()
+
+
+async def test_a_dsn_that_leaves_the_time_limit_to_the_system_has_ours_for_statements(database: Database) -> None:
+    connection = await connect(conninfo.make_conninfo(database.dsn, tcp_user_timeout=0), "target")
+    assert connection.patience_s == liveness.TCP_USER_TIMEOUT_MS / 2000
     await connection.close()
 
 

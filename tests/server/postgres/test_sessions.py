@@ -6,6 +6,7 @@ import pytest
 from psycopg import conninfo, sql
 
 from cdcsync.errors import SourceUnavailable, Unavailable
+from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Session, Side, connect, speaking_of
 from cdcsync.source.slot import SlotConnection
 from tests.support.expiries import EXPIRIES, expire
@@ -38,6 +39,12 @@ LIMITS = (
     "idle_in_transaction_session_timeout",
     "idle_session_timeout",
 )
+
+
+async def test_texts_are_utf8_whatever_encoding_the_dsn_asks_for(database: Database) -> None:
+    connection = await connect(conninfo.make_conninfo(database.dsn, client_encoding="LATIN1"), "source")
+    assert await fetch_texts(connection, "SELECT 'caf\u00e9'") == [("caf\u00e9",)]
+    await connection.close()
 
 
 async def test_a_roles_own_time_limits_do_not_hold_for_our_sessions(database: Database) -> None:

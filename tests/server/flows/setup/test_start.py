@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import anyio
 import psycopg
 import pytest
+from structlog.testing import capture_logs
 
 from cdcsync.config import QualifiedName, parse
 from cdcsync.demo.cluster import Cluster
@@ -16,6 +17,7 @@ from cdcsync.errors import TablesChanged
 from cdcsync.flows.setup.start import set_up_publication
 from cdcsync.postgres.sessions import connect
 from tests.support.configs import configuration
+from tests.support.indexes import until as eventually
 from tests.support.indexes import until_blocked
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
@@ -23,6 +25,34 @@ from tests.support.workers import PATIENCE_S, Pipeline, until
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
 STAYS, GOES = QualifiedName("public", "articles"), QualifiedName("passing", "articles")
+
+
+@pytest.mark.parametrize("extended", [False, True], ids=["created", "extended"])
+async def test_a_table_that_somebody_has_locked_is_published_once_it_is_free_and_that_is_told_meanwhile(
+    make_database: Callable[[], Database], extended: bool
+) -> None:
+    database = make_database()
+    for table in ("articles", "vacuumed"):
+        database.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, title text)")
+    config = parse(configuration(database.dsn), {}, where="the test's configuration")
+    source, other = await connect(database.dsn, "source"), await connect(database.dsn, "source")
+    tables = [STAYS, QualifiedName("public", "vacuumed")]
+    if extended:
+        await set_up_publication(source, config, [STAYS])
+
+    async def told() -> bool:
+        return "lock_waits" in [event["event"] for event in logged]
+
+    with capture_logs() as logged:
+        async with anyio.create_task_group() as tasks, other.transaction():
+            await other.execute("LOCK TABLE public.vacuumed IN SHARE UPDATE EXCLUSIVE MODE")
+            tasks.start_soon(set_up_publication, source, config, tables)
+            await eventually(told)
+    assert next(event["table"] for event in logged if event["event"] == "lock_waits").endswith("public.vacuumed")
+    published = await (await other.execute("SELECT tablename FROM pg_publication_tables ORDER BY 1")).fetchall()
+    assert published == [("articles",), ("vacuumed",)]
+    for connection in (source, other):
+        await connection.close()
 
 
 @pytest.mark.parametrize("extended", [False, True], ids=["created", "extended"])

@@ -16,7 +16,7 @@ from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import Rebuild
 from cdcsync.model.links import Link, Touch, Values
 from cdcsync.model.rows import Delete, Key
-from cdcsync.model.visibility import Snapshot
+from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.source.related import MOST_FILTERED
 from tests.support.indexes import make_spec
 
@@ -59,11 +59,16 @@ def changed(rows: int, link: Link = LINK) -> IndexChanges:
 NOW = Snapshot(10, 20, frozenset())
 
 
+async def now(_: Any) -> Snapshot:
+    return NOW
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
     def of(source: Source) -> RelatedChanges:
         monkeypatch.setattr(related, "LookUps", lambda *_: source)
-        made = RelatedChanges(SPEC, cast(Any, source))
+        monkeypatch.setattr(related, "current_snapshot", now)
+        made = RelatedChanges(SPEC, cast(Any, source), Deliveries())
         made._links = (LINK, OF_THE_KEY)
         return made
 
@@ -88,8 +93,10 @@ async def test_an_answer_has_a_bound_and_nothing_is_asked_once_all_documents_are
 
 async def test_a_document_of_several_rows_carries_the_position_of_the_last_change(asked: Any) -> None:
     class One(Source):
-        async def keys(self, _: Any, link: Link, values: Sequence[Values], most: int) -> dict[Values, list[Key]]:
-            return {value: [("the one",)] for value in values}
+        async def keys(
+            self, _: Any, link: Link, values: Sequence[Values], most: int
+        ) -> tuple[Snapshot, dict[Values, list[Key]]]:
+            return NOW, {value: [("the one",)] for value in values}
 
     changes = IndexChanges(SPEC.shape)
     for row, lsn in [("a", 10), ("b", 20), ("a", 40), ("c", 30)]:
