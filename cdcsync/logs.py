@@ -101,6 +101,22 @@ class _Logger:
         return getattr(structlog.get_logger(), name)
 
 
+class Told:
+    """The last error of something that is done again and again: one that repeats is logged once."""
+
+    def __init__(self) -> None:
+        self._last: str | None = None
+
+    def anew(self, error: Exception) -> bool:
+        """Say whether this is another error than the last one, and remember it."""
+        last, self._last = self._last, repr(error)
+        return last != self._last
+
+    def over(self) -> None:
+        """Note that it succeeded, so that its next error is another one."""
+        self._last = None
+
+
 def without_quoted(message: str, sqlstate: str | None) -> str:
     """Return a server's message without what it quotes, where that is the value of a cell.
 

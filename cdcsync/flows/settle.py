@@ -24,7 +24,7 @@ import structlog
 
 from cdcsync.backoff import Backoff
 from cdcsync.config.sections import Worker
-from cdcsync.errors import CdcsyncError, TargetUnavailable, leading
+from cdcsync.errors import CdcsyncError, SetupError, TargetUnavailable, leading
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import CLOSE_S, Lag
 from cdcsync.model.spec import IndexSpec
@@ -244,8 +244,14 @@ class Settle:
             self._metrics.fresh_scan.labels(spec.name).set(scan_ms / 1000)
         now = anyio.current_time()
         if (tiers.fresh or seen.noted) and now - seen.noted_at >= NOTE_S:
-            await settling.note(scan_ms, seen.per_s)
-            seen.noted, seen.noted_at = bool(tiers.fresh), now
+            seen.noted_at = now
+            try:
+                with speaking_of("target"):
+                    await settling.note(scan_ms, seen.per_s)
+            except SetupError as error:
+                log.debug("tiers_not_noted", index=spec.name, error=str(error))
+            else:
+                seen.noted = bool(tiers.fresh)
 
     async def _on(self, number: int, spec: IndexSpec) -> Settling:
         """Return what settles an index over one of our connections."""

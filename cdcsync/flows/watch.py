@@ -22,7 +22,15 @@ import structlog
 
 from cdcsync.config import Config
 from cdcsync.config.names import beside_name, own_name
-from cdcsync.errors import RunError, SchemaChanged, SetupError, SourceUnavailable, TablesChanged, Unavailable
+from cdcsync.errors import (
+    CdcsyncError,
+    RunError,
+    SchemaChanged,
+    SetupError,
+    SourceUnavailable,
+    TablesChanged,
+    Unavailable,
+)
 from cdcsync.flows.build import LOAD_CANCELLED, pause_after
 from cdcsync.flows.retention import Retention
 from cdcsync.flows.setup.differences import (
@@ -33,6 +41,7 @@ from cdcsync.flows.setup.differences import (
     stored_fingerprint,
 )
 from cdcsync.flows.setup.indexes import outdated
+from cdcsync.logs import Told
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.pauses import Pause, Pauses
@@ -353,6 +362,7 @@ async def send_heartbeats(config: Config) -> None:
     """Write a message to the source's WAL every `source.heartbeat_every_s`, until cancelled; without it do nothing."""
     if not config.source.heartbeat_every_s:
         return
+    told = Told()
     async with Session(config.source.dsn, "source", application_name="cdcsync heartbeat") as session:
         while True:
             try:
@@ -362,6 +372,9 @@ async def send_heartbeats(config: Config) -> None:
                         "SELECT pg_logical_emit_message(false, %s, '')", [HEARTBEAT_PREFIX]
                     )
                     crash_point("heartbeat written")
-            except Unavailable as error:
-                log.debug("heartbeat_waits", error=str(error))
+                told.over()
+            except CdcsyncError as error:
+                say = log.debug if isinstance(error, Unavailable) else log.warning
+                if told.anew(error):
+                    say("heartbeat_waits", error=str(error), fix=error.hint)
             await anyio.sleep(config.source.heartbeat_every_s)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,14 @@ from psycopg.pq import TransactionStatus
 
 from cdcsync.config import redact_dsn
 from cdcsync.config.redaction import dsn_fault
-from cdcsync.errors import CdcsyncError, SchemaChanged, SetupError, SourceUnavailable, TargetUnavailable
+from cdcsync.errors import (
+    CdcsyncError,
+    SchemaChanged,
+    SetupError,
+    SourceUnavailable,
+    TargetUnavailable,
+    Unavailable,
+)
 from cdcsync.logs import without_quoted
 from cdcsync.postgres.liveness import SERVER, TCP_USER_TIMEOUT_MS, Backend, WatchedConnection, at_its_host, system_of
 from cdcsync.postgres.refusals import explain
@@ -90,6 +98,8 @@ _DEAD_PEER = {
 }
 """A peer that vanished without a word is noticed within a minute, not after the kernel's two hours."""
 
+_DAMAGE = 'docs/operations.md, "Damaged tables", says how to continue'
+
 _HINTS: dict[str, tuple[str, str]] = {
     "28P01": ("the password is wrong", "correct the password in the DSN, or PGPASSWORD, or ~/.pgpass"),
     "28000": ("the server refuses this role or host", "allow the role in pg_hba.conf, or use another role"),
@@ -99,6 +109,10 @@ _HINTS: dict[str, tuple[str, str]] = {
     "53200": ("the server is out of memory", "give the server more memory, or lower work_mem and maintenance_work_mem"),
     "53300": ("too many connections", "raise max_connections, or close some"),
     "53400": ("a limit of the configuration is reached", "raise it: the server's log names it"),
+    "55P03": ("another session holds a lock", "wait for that session, or end it: pg_locks names it"),
+    "58030": ("the server cannot read or write a file", _DAMAGE),
+    "XX001": ("data of the server is damaged", _DAMAGE),
+    "XX002": ("an index of the server is damaged", "find out what damaged it, then REINDEX it"),
 }
 
 _SHARED_MEMORY = "give the server more shared memory: /dev/shm of a container has 64 MB (docker run --shm-size)"
@@ -137,6 +151,14 @@ def passing(error: psycopg.Error) -> bool:
     if code is None:
         return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
     return code[:2] in ("08", "53", "40") or code.startswith("57P") or code in _PASSING
+
+
+def answers(connection: Connection, error: CdcsyncError) -> bool:
+    """Say whether a server answers although a statement failed, so that others may succeed on this connection."""
+    if not isinstance(error, Unavailable):
+        return not connection.closed
+    code = error.sqlstate
+    return code is not None and not connection.closed and code[:2] != "08" and not code.startswith("57P")
 
 
 def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> CdcsyncError:
@@ -315,6 +337,11 @@ class Session:
         self._idle_s = idle_s
         self._rest: asyncio.TimerHandle | None = None
         self._connection: WatchedConnection | None = None
+
+    @property
+    def used_at(self) -> float:
+        """When its connection was last waited for, by the event loop's clock; minus infinity if it has none."""
+        return -math.inf if self._connection is None else self._connection.used_at
 
     async def connection(self) -> Connection:
         """Return the open connection.

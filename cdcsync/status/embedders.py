@@ -10,7 +10,7 @@ from cdcsync.config import Config, model_name
 from cdcsync.model.embedding import EmbedderState, Probe
 from cdcsync.postgres.sessions import Connection
 from cdcsync.status.model import EmbedderStatus, WorkerStatus
-from cdcsync.status.tables import may_read
+from cdcsync.status.tables import Notes
 from cdcsync.target import embedders as noted_embedders
 
 
@@ -23,11 +23,14 @@ async def read_embedders(
     problems: list[str],
 ) -> dict[str, EmbedderStatus]:
     """Return the state of each embedder, by the word of the worker that runs."""
-    readable = await may_read(target, config.target.schema, {noted_embedders.TABLE} & present, problems)
-    noted = {}
-    if readable and worker.running:
-        noted = await noted_embedders.read_embedders(target, config.target.schema, config.source.slot)
-    probes = await noted_embedders.read_probes(target, config.target.schema, config.source.slot) if readable else {}
+    of = target, config.target.schema, config.source.slot
+
+    async def read() -> tuple[dict[str, EmbedderState], dict[str, Probe]]:
+        noted = await noted_embedders.read_embedders(*of) if worker.running else {}
+        return noted, await noted_embedders.read_probes(*of)
+
+    notes = Notes(target, config.target.schema, present, problems)
+    noted, probes = await notes.read(noted_embedders.TABLE, read) or ({}, {})
     found = {}
     for name in config.embedders:
         state = noted.get(name, EmbedderState())

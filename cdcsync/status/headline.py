@@ -98,6 +98,8 @@ def _of_index(status: Status, name: str, index: IndexStatus, late_s: float) -> H
             return Headline(f"paused: {index.reason or 'no reason is stored'}", "bad", name)
         case "building" | "live":
             pass
+    if index.unreadable is not None:
+        return Headline(f"cannot be read: {index.unreadable}", "bad", name)
     embedder = status.embedders.get(index.embedder or "")
     if index.backlog and embedder is not None and embedder.problem is not None:
         return Headline(f"{_texts(index.backlog)} for vectors: {embedder.problem}", "bad", name)

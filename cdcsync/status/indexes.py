@@ -10,6 +10,7 @@ import msgspec
 
 from cdcsync.config import Config
 from cdcsync.config.names import own_name
+from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.sessions import Connection
 from cdcsync.status.counting import count_index
 from cdcsync.status.generations import read_generations
@@ -19,12 +20,13 @@ from cdcsync.status.model import (
     IndexStatus,
 )
 from cdcsync.status.progress import progress
-from cdcsync.status.tables import may_read
+from cdcsync.status.tables import Notes, telling
 from cdcsync.target import evaluations, judged_runs, settling
 from cdcsync.target.audits import TABLE as AUDITS
-from cdcsync.target.audits import Audits
+from cdcsync.target.audits import Audit, Audits
 from cdcsync.target.ddl.relations import Names
 from cdcsync.target.entries import Entry
+from cdcsync.target.evaluations import Recall
 from cdcsync.target.failures.documents import TABLE, Listed, count_failed
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Registry
@@ -38,6 +40,26 @@ class Indexes(msgspec.Struct, frozen=True):
     oldest: datetime | None = None
 
 
+class _Noted(msgspec.Struct, frozen=True):
+    """What the tables that all indexes share tell of each; what cannot be read of them is empty.
+
+    :ivar beside: the entries of the chunks that stand beside an index, by the index's name.
+    :ivar left_out: rows without a document. The other chunks of an index have a name of their own.
+    :ivar recalls: None if this role may not know them.
+    :ivar builds: by the name of the table.
+    """
+
+    beside: dict[str, Entry]
+    backfills: dict[str, BackfillStatus]
+    tiers: dict[str, settling.Noted]
+    left_out: dict[str, Listed]
+    recalls: dict[str, Recall] | None
+    judged: dict[str, list[judged_runs.Outcome]]
+    audited: dict[str, Audit]
+    generations: dict[str, list[Generation]]
+    builds: dict[str, _Build]
+
+
 async def read_indexes(
     target: Connection, config: Config, present: set[str], now: datetime, problems: list[str]
 ) -> Indexes:
@@ -49,112 +71,159 @@ async def read_indexes(
     stored = (await Registry(schema).all(target)).values()
     entries = [entry for entry in stored if not entry.hidden and (entry.slot == slot or entry.name in config.indexes)]
     beside = {own_name(entry.name): entry for entry in stored if entry.hidden}
-    backfills = await _read_backfills(target, schema, list(config.indexes), now, problems)
-    notes = {TABLE, evaluations.TABLE, judged_runs.TABLE, settling.TABLE, AUDITS}
-    readable = await may_read(target, schema, notes & present, problems)
-    tiers = await settling.noted(target, schema) if settling.TABLE in readable else {}
-    left_out = await count_failed(target, schema) if TABLE in readable else {}
-    recalls = {}
-    if evaluations.TABLE in readable:
-        recalls = await evaluations.latest(target, schema, {entry.name: entry.generation for entry in entries})
-    judged: dict[str, list[judged_runs.Outcome]] = {}
-    if judged_runs.TABLE in readable:
-        judged = await judged_runs.outcomes(target, schema, list(config.indexes))
-    audited = await Audits(schema).all(target) if AUDITS in readable else {}
-    generations = await Generations(schema).all(target)
-    builds = {}
-    if any(entry.state == "building" for entry in (*entries, *beside.values())):
-        builds = await _builds(target, schema)
+    noted = await _read_noted(target, config, present, entries, beside, now, problems)
     found: dict[str, IndexStatus] = {}
     for entry in entries:
-        name, generation = entry.name, entry.generation
-        if name not in config.indexes:
+        if entry.name not in config.indexes:
             since = "" if entry.unfollowed_at is None else f" since {entry.unfollowed_at:%Y-%m-%d %H:%M} UTC"
             problems.append(
-                f"index {name} is not in the configuration, so nothing keeps it in step{since}: put it back, or remove"
-                f" it with `cdcsync drop {name}`"
+                f"index {entry.name} is not in the configuration, so nothing keeps it in step{since}: put it back, or"
+                f" remove it with `cdcsync drop {entry.name}`"
             )
             continue
-        if entry.slot != slot:
-            problems.append(
-                f"index {name} belongs to the pipeline of slot {entry.slot}: give one of the two another name"
-            )
-        status = IndexStatus(
-            *(entry.state, entry.reason, entry.source_table, entry.view_name),
-            *(entry.model, entry.dimensions, generation),
-            backfill=backfills.get(name),
-            recall=recalls.get(name),
-            judged=judged.get(name, []),
-            embedder=config.indexes[name].embedder,
-            related_tables=list(entry.tables[1:]),
-            where=entry.where,
-            tables=list(entry.members) if config.indexes[name].tables else [],
-            since={"building": entry.created_at, "live": entry.live_at, "paused": entry.paused_at}[entry.state],
-        )
-        if (audit := audited.get(name)) is not None:
-            status = msgspec.structs.replace(
-                status,
-                proven_equal_at=audit.proven_at,
-                undecided=audit.proven_without,
-                differed_at=audit.found_at,
-            )
-            if audit.found_at is not None and (audit.proven_at is None or audit.proven_at < audit.found_at):
-                problems.append(
-                    f"index {name}: the audit found documents that differed from the source, and had them read again;"
-                    " the log says of which kind (audit_found). It has not proven the index equal since"
-                )
-        problems += [f"index {name}: a table is left out: {why}" for _, why in sorted(entry.left_out.items())]
-        own, other = generations.get(name, []), beside.get(name)
-        if other is not None:
-            own = own + generations.get(other.name, [])
-            problems += _of_other_chunks(
-                name, entry, other, left_out.get(other.name, Listed()), _waits(other, _builds_of(builds, other))
-            )
-        live = next((one for one in own if one.generation == generation), None)
-        if live is not None and live.embedder is not None:
-            status = msgspec.structs.replace(status, embedder=live.embedder)
-        problems += _of_other_generations(config, name, generation, own)
-        if entry.pause is not None:
-            problems.append(f"index {name} is paused: {entry.pause}")
-        stem = entry.relations
-        vectors = f"{stem}_vectors_{generation}"
-        if entry.state == "building":
-            status = msgspec.structs.replace(status, reason=_waits(entry, _builds_of(builds, entry)))
-            if status.reason is not None:
-                problems.append(f"index {name} waits to be built: {status.reason}")
-        wanted = {f"{stem}_chunks", vectors, f"{vectors}_fresh", f"{vectors}_settled", f"{stem}_backlog"}
-        if missing := sorted(wanted - present):
-            lost = f"tables are missing: {', '.join(missing)}"
-            problems.append(f"index {name}: {lost}; `cdcsync run` creates them, `cdcsync replay {name}` fills them")
-            found[name] = msgspec.structs.replace(status, state="absent", reason=lost)
-            continue
-        if len(own) > 1:
-            measured = evaluations.TABLE in readable
-            of_other = left_out.get(other.name, Listed()) if other is not None else Listed()
-            found_of = await read_generations(
-                target, schema, entry, own, other=other, left_out=of_other, evaluated=measured
-            )
-            status = msgspec.structs.replace(status, generations=found_of)
-        counts = await count_index(target, Names(schema, stem), generation)
-        if counts.failed:
-            failed = "1 chunk has" if counts.failed == 1 else f"{counts.failed} chunks have"
-            problems.append(f"index {name}: {failed} no vector, see `cdcsync failures {name} list`")
-        listed = left_out.get(name, Listed())
-        seen = tiers.get(name, settling.Noted(0.0, 0.0)) if counts.fresh else None
-        problems += _left_out(name, listed)
-        found[name] = msgspec.structs.replace(
-            status,
-            **msgspec.structs.asdict(counts),
-            failed_documents=listed.at_least,
-            fresh_scan_ms=None if seen is None else _rounded(seen.scan_ms),
-            settle_rate=None if seen is None else _rounded(seen.per_s),
-        )
-        built = builds.get(f"{vectors}_settled", _Build())
-        found[name] = msgspec.structs.replace(found[name], progress=progress(found[name], built.blocks))
+        found[entry.name] = await _read_index(target, config, entry, noted, present, problems)
     if new := [name for name in config.indexes if name not in found]:
         does = "start the worker again with this configuration" if found else "`cdcsync run` does it when it starts"
         problems.append(f"not set up yet: {', '.join(new)}; {does}")
     return Indexes(found, min((entry.created_at for entry in entries), default=None))
+
+
+async def _read_noted(
+    target: Connection,
+    config: Config,
+    present: set[str],
+    entries: Sequence[Entry],
+    beside: dict[str, Entry],
+    now: datetime,
+    problems: list[str],
+) -> _Noted:
+    """Read the tables that all indexes share."""
+    schema, names = config.target.schema, list(config.indexes)
+    notes = Notes(target, schema, present, problems)
+    backfills: dict[str, BackfillStatus] = {}
+    generations: dict[str, list[Generation]] = {}
+    builds: dict[str, _Build] = {}
+
+    def tell(error: CdcsyncError) -> None:
+        problems.append(f"{error.where} cannot be read, and what it tells is left out: {error.with_fix}")
+
+    with telling(target, tell, where=f"{schema}.backfills"):
+        backfills = await _read_backfills(target, schema, names, now, problems)
+    with telling(target, tell, where=f"{schema}.generations"):
+        generations = await Generations(schema).all(target)
+    if any(entry.state == "building" for entry in (*entries, *beside.values())):
+        with telling(target, tell, where="pg_stat_progress_create_index"):
+            builds = await _builds(target, schema)
+    numbers = {entry.name: entry.generation for entry in entries}
+    return _Noted(
+        beside=beside,
+        backfills=backfills,
+        tiers=await notes.read(settling.TABLE, lambda: settling.noted(target, schema)) or {},
+        left_out=await notes.read(TABLE, lambda: count_failed(target, schema)) or {},
+        recalls=await notes.read(evaluations.TABLE, lambda: evaluations.latest(target, schema, numbers)),
+        judged=await notes.read(judged_runs.TABLE, lambda: judged_runs.outcomes(target, schema, names)) or {},
+        audited=await notes.read(AUDITS, lambda: Audits(schema).all(target)) or {},
+        generations=generations,
+        builds=builds,
+    )
+
+
+async def _read_index(
+    target: Connection, config: Config, entry: Entry, noted: _Noted, present: set[str], problems: list[str]
+) -> IndexStatus:
+    """Return the status of an index, and add its problems to `problems`: one is that its tables cannot be read."""
+    name, generation, schema = entry.name, entry.generation, config.target.schema
+    if entry.slot != config.source.slot:
+        problems.append(f"index {name} belongs to the pipeline of slot {entry.slot}: give one of the two another name")
+    listed = noted.left_out.get(name, Listed())
+    status = IndexStatus(
+        *(entry.state, entry.reason, entry.source_table, entry.view_name),
+        *(entry.model, entry.dimensions, generation),
+        backfill=noted.backfills.get(name),
+        recall=(noted.recalls or {}).get(name),
+        judged=noted.judged.get(name, []),
+        embedder=config.indexes[name].embedder,
+        related_tables=list(entry.tables[1:]),
+        where=entry.where,
+        tables=list(entry.members) if config.indexes[name].tables else [],
+        since={"building": entry.created_at, "live": entry.live_at, "paused": entry.paused_at}[entry.state],
+        failed_documents=listed.at_least,
+    )
+    if (audit := noted.audited.get(name)) is not None:
+        status = msgspec.structs.replace(
+            status,
+            proven_equal_at=audit.proven_at,
+            undecided=audit.proven_without,
+            differed_at=audit.found_at,
+        )
+        if audit.found_at is not None and (audit.proven_at is None or audit.proven_at < audit.found_at):
+            problems.append(
+                f"index {name}: the audit found documents that differed from the source, and had them read again;"
+                " the log says of which kind (audit_found). It has not proven the index equal since"
+            )
+    problems += [f"index {name}: a table is left out: {why}" for _, why in sorted(entry.left_out.items())]
+    own, other = noted.generations.get(name, []), noted.beside.get(name)
+    if other is not None:
+        own = own + noted.generations.get(other.name, [])
+        problems += _of_other_chunks(
+            name,
+            entry,
+            other,
+            noted.left_out.get(other.name, Listed()),
+            _waits(other, _builds_of(noted.builds, other)),
+        )
+    live = next((one for one in own if one.generation == generation), None)
+    if live is not None and live.embedder is not None:
+        status = msgspec.structs.replace(status, embedder=live.embedder)
+    problems += _of_other_generations(config, name, generation, own)
+    if entry.pause is not None:
+        problems.append(f"index {name} is paused: {entry.pause}")
+    if entry.state == "building":
+        status = msgspec.structs.replace(status, reason=_waits(entry, _builds_of(noted.builds, entry)))
+        if status.reason is not None:
+            problems.append(f"index {name} waits to be built: {status.reason}")
+    stem = entry.relations
+    vectors = f"{stem}_vectors_{generation}"
+    wanted = {f"{stem}_chunks", vectors, f"{vectors}_fresh", f"{vectors}_settled", f"{stem}_backlog"}
+    if missing := sorted(wanted - present):
+        lost = f"tables are missing: {', '.join(missing)}"
+        problems.append(f"index {name}: {lost}; `cdcsync run` creates them, `cdcsync replay {name}` fills them")
+        return msgspec.structs.replace(status, state="absent", reason=lost)
+    problems += _left_out(name, listed)
+    unreadable: list[CdcsyncError] = []
+    with telling(target, unreadable.append, where=f"index {name}"):
+        status = await _counted(target, schema, entry, status, own, noted)
+        if status.failed:
+            failed = "1 chunk has" if status.failed == 1 else f"{status.failed} chunks have"
+            problems.append(f"index {name}: {failed} no vector, see `cdcsync failures {name} list`")
+    for error in unreadable:
+        problems.append(f"index {name} cannot be read, so its figures are not known: {error.with_fix}")
+        status = msgspec.structs.replace(status, unreadable=error.with_fix)
+    return status
+
+
+async def _counted(
+    target: Connection, schema: str, entry: Entry, status: IndexStatus, own: Sequence[Generation], noted: _Noted
+) -> IndexStatus:
+    """Return the status of an index with the figures of its tables."""
+    if len(own) > 1:
+        other = noted.beside.get(entry.name)
+        of_other = noted.left_out.get(other.name, Listed()) if other is not None else Listed()
+        measured = noted.recalls is not None
+        generations = await read_generations(
+            target, schema, entry, own, other=other, left_out=of_other, evaluated=measured
+        )
+        status = msgspec.structs.replace(status, generations=generations)
+    counts = await count_index(target, Names(schema, entry.relations), entry.generation)
+    seen = noted.tiers.get(entry.name, settling.Noted(0.0, 0.0)) if counts.fresh else None
+    status = msgspec.structs.replace(
+        status,
+        **msgspec.structs.asdict(counts),
+        fresh_scan_ms=None if seen is None else _rounded(seen.scan_ms),
+        settle_rate=None if seen is None else _rounded(seen.per_s),
+    )
+    built = noted.builds.get(f"{entry.relations}_vectors_{entry.generation}_settled", _Build())
+    return msgspec.structs.replace(status, progress=progress(status, built.blocks))
 
 
 def _of_other_generations(config: Config, name: str, live: int, generations: Sequence[Generation]) -> Iterator[str]:

@@ -143,6 +143,9 @@ class IndexStatus(msgspec.Struct, frozen=True):
 
     `where` is the condition on its rows. `tables` are the tables of an index over many, whose patterns are `table`.
 
+    `unreadable` is why its tables could not be read and how to fix that: the figures from `documents` to `failed`,
+    `fresh` and `generations` are then not known, and have the values that they have without rows.
+
     `since` is when it came into its state. `progress` is empty unless a load is in progress. `text_freshness` and
     `vector_freshness` are known by the worker alone.
     """
@@ -181,6 +184,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
     related_tables: list[str] = []
     where: str | None = None
     tables: list[str] = []
+    unreadable: str | None = None
 
 
 class Status(msgspec.Struct, frozen=True):

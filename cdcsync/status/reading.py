@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import cast
 
 from cdcsync.config import Config
+from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.status.embedders import read_embedders
 from cdcsync.status.headline import with_headlines
@@ -22,25 +23,26 @@ from cdcsync.status.model import (
     WorkerStatus,
 )
 from cdcsync.status.stream import read_lag, read_source, slot_problems, slot_status, worker_problems
-from cdcsync.status.tables import relations
+from cdcsync.status.tables import BRIEFLY, relations
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.version import require_upgraded
 
 
-async def read_status(config: Config, source: Connection | None, target: Connection) -> Status:
+async def read_status(config: Config, source: Connection | CdcsyncError | None, target: Connection) -> Status:
     """Read the status from both servers.
 
-    :param source: None when the source cannot be reached; what only it knows is None then.
+    What cannot be read of the source, of an index or of a table in which workers note something is among the problems.
+
+    :param source: without a connection, what only the source knows is None, for the reason that the error tells.
     :param target: a connection in autocommit that nobody else uses meanwhile.
-    :raises TargetUnavailable: the target does not answer now.
-    :raises SetupError: the role may not read our tables, or the source's slots.
+    :raises TargetUnavailable: the target does not answer now, or the pipeline's tables are locked.
+    :raises SetupError: the role may not read the pipeline's tables.
     """
     problems: list[str] = []
-    end, slot = await read_source(config, source)
-    if end is None:
-        problems.append("the source cannot be reached, so lag and slot are unknown: check that it runs")
+    end, slot = await read_source(config, source, problems)
     schema, name = config.target.schema, config.source.slot
     with speaking_of("target"):
+        await target.execute(BRIEFLY)
         await require_upgraded(target, schema)
         present = await relations(target, schema)
         pipelines = Pipelines(schema, name)

@@ -162,7 +162,7 @@ class _Indexes:
 
 
 def _figures(index: IndexStatus) -> list[str | Text]:
-    if index.state == "absent":
+    if index.state == "absent" or index.unreadable is not None:
         return [UNKNOWN] * 5
     about = "~" if index.estimated else ""
     return [

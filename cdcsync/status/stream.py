@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 import msgspec
+import psycopg
 
 from cdcsync.config import Config
-from cdcsync.errors import SourceUnavailable
+from cdcsync.errors import CdcsyncError, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import Slot, current_lsn, read_slot, why_lost
@@ -24,15 +25,22 @@ SAME_WRITE = timedelta(milliseconds=1)
 _GAP_REMEDY = 'docs/operations.md, "After a gap", says how to continue'
 
 
-async def read_source(config: Config, source: Connection | None) -> tuple[Lsn | None, Slot | None]:
-    """Return the end of the source's WAL, None when it does not answer, and the slot."""
-    if source is None:
-        return None, None
-    try:
-        with speaking_of("source"):
-            return await current_lsn(source), await read_slot(source, config.source.slot)
-    except SourceUnavailable:
-        return None, None
+async def read_source(
+    config: Config, source: Connection | CdcsyncError | None, problems: list[str]
+) -> tuple[Lsn | None, Slot | None]:
+    """Return the end of the source's WAL, None if it cannot be read, and the slot."""
+    error = source
+    if isinstance(source, psycopg.AsyncConnection):
+        try:
+            with speaking_of("source"):
+                return await current_lsn(source), await read_slot(source, config.source.slot)
+        except CdcsyncError as why:
+            error = why
+    if isinstance(error, CdcsyncError) and not isinstance(error, SourceUnavailable):
+        problems.append(f"the source cannot be read, so lag and slot are unknown: {error.with_fix}")
+    else:
+        problems.append("the source cannot be reached, so lag and slot are unknown: check that it runs")
+    return None, None
 
 
 def slot_status(slot: Slot) -> SlotStatus:

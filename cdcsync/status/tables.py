@@ -1,12 +1,25 @@
-"""Our tables in the target: which there are, and which the role may read."""
+"""Our tables in the target: which there are, which the role may read, and what cannot be read of them.
+
+A status is for whoever looks for a fault, so a fault in one table must not hide the others: what cannot be read of it
+is told, and the reading goes on. Only a target that does not answer ends it.
+"""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import LiteralString, TypeVar, cast
 
 from psycopg import sql
 
-from cdcsync.postgres.sessions import Connection
+from cdcsync.errors import CdcsyncError
+from cdcsync.postgres.queries import fetch_value
+from cdcsync.postgres.sessions import Connection, answers, speaking_of
+
+T = TypeVar("T")
+
+BRIEFLY: LiteralString = "SET lock_timeout = '500ms'"
+"""How long a reading waits for a table that another session has locked, such as by VACUUM FULL, before it tells so."""
 
 
 async def relations(target: Connection, schema: str) -> set[str]:
@@ -17,14 +30,50 @@ async def relations(target: Connection, schema: str) -> set[str]:
     return {cast(str, row[0]) for row in await cursor.fetchall()}
 
 
-async def may_read(target: Connection, schema: str, tables: set[str], problems: list[str]) -> set[str]:
-    """Return which of these tables the role may read: one that was granted others by name need not have newer ones."""
-    readable = set()
-    for name in sorted(tables):
-        table = sql.Identifier(schema, name).as_string(target)
-        cursor = await target.execute("SELECT has_table_privilege(%s::regclass, 'SELECT')", [table])
-        if await cursor.fetchone() == (True,):
-            readable.add(name)
-        else:
-            problems.append(f"this role may not read {table}, and what it tells is left out: GRANT SELECT ON {table}")
-    return readable
+@contextmanager
+def telling(target: Connection, tell: Callable[[CdcsyncError], None], *, where: str) -> Iterator[None]:
+    """Tell why what is read inside cannot be read, instead of raising that.
+
+    :raises TargetUnavailable: the target does not answer.
+    """
+    try:
+        with speaking_of("target", where=where):
+            yield
+    except CdcsyncError as error:
+        if not answers(target, error):
+            raise
+        tell(error)
+
+
+class Notes:
+    """Reads the tables in which workers note what a status shows.
+
+    :param present: the names of the relations in our schema.
+    :param problems: takes what cannot be read, and what to do about it.
+    """
+
+    def __init__(self, target: Connection, schema: str, present: set[str], problems: list[str]) -> None:
+        self._target = target
+        self._schema = schema
+        self._present = present
+        self._problems = problems
+
+    async def read(self, name: str, reading: Callable[[], Awaitable[T]]) -> T | None:
+        """Return what a reading of a table gives; None if the table is not there or cannot be read.
+
+        A role that was granted tables by name need not have newer ones.
+        """
+        if name not in self._present:
+            return None
+        table = sql.Identifier(self._schema, name).as_string(self._target)
+
+        def tell(error: CdcsyncError) -> None:
+            self._problems.append(f"{table} cannot be read, and what it tells is left out: {error.with_fix}")
+
+        with telling(self._target, tell, where=table):
+            if await fetch_value(self._target, "SELECT has_table_privilege(%s::regclass, 'SELECT')", [table]):
+                return await reading()
+            self._problems.append(
+                f"this role may not read {table}, and what it tells is left out: GRANT SELECT ON {table}"
+            )
+        return None

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 
@@ -18,12 +19,13 @@ import structlog
 
 from cdcsync import tracing
 from cdcsync.config import Config
-from cdcsync.errors import EmbedderUnavailable, SourceUnavailable, Unavailable
+from cdcsync.errors import CdcsyncError, EmbedderUnavailable, Unavailable
 from cdcsync.flows.embed import Dispatcher
+from cdcsync.logs import Told
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
 from cdcsync.model.lag import Lag
-from cdcsync.postgres.sessions import IDLE_S, Session, speaking_of
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session, speaking_of
 from cdcsync.status import (
     Headline,
     Paces,
@@ -41,6 +43,9 @@ log = structlog.get_logger()
 
 GAUGES_S = 2.0
 """How often the gauges are read from both servers."""
+
+AWAY_S = 10.0
+"""How long the target may leave a reading without an answer before the worker is not ready: longer than a restart."""
 
 GAUGES_SHARE = 0.05
 """How much of the time they may be read, which takes the longer the more indexes there are."""
@@ -84,6 +89,12 @@ class WorkerState:
         self._target = Session(config.target.dsn, "target", application_name="cdcsync status", idle_s=IDLE_S)
         self._reading = anyio.Lock()
         self._last: Status | None = None
+        self._asked: float | None = None
+        """When the reading began that has not been answered yet; readings that failed since then count."""
+        self._unread: CdcsyncError | None = None
+        """Why the last reading failed."""
+        self._unreadable: dict[str, float] = {}
+        """Since when the tables of an index cannot be read."""
         self._memory = Memory(self.metrics)
         self._paces = Paces()
         # Asked when they are scraped: they have to tell the truth when a server is away and nothing else is read.
@@ -108,6 +119,8 @@ class WorkerState:
         for name, dispatcher in dispatchers.items():
             self.metrics.embedder_problem.labels(name).set_function(partial(_troubled, dispatcher))
         self._reconfigure = reconfigure
+        # Of readings, which are made from now on.
+        self.metrics.connected.labels("target").set_function(lambda: float(self._answered))
 
     def connected(self, up: bool) -> None:
         """Note whether the stream flows."""
@@ -178,6 +191,8 @@ class WorkerState:
             reasons.append("the replication stream is not connected")
         elif self._lag is not None and not self._lag.heard_lately:
             reasons.append("nothing has been heard from the source lately, so the lag is unknown")
+        if (why := self._why_unread) is not None:
+            reasons.append(why)
         reasons += [
             f"embedder {name}: {dispatcher.problem}"
             for name, dispatcher in self._dispatchers.items()
@@ -203,6 +218,11 @@ class WorkerState:
                 for name, index in self._last.indexes.items()
                 if index.state == "building" and index.reason
             ]
+            reasons += [
+                f"index {name} cannot be read: {index.unreadable}"
+                for name, index in self._last.indexes.items()
+                if anyio.current_time() - self._unreadable.get(name, math.inf) > self.config.worker.ready_max_lag_s
+            ]
         return reasons
 
     def not_loaded(self) -> list[str]:
@@ -217,6 +237,8 @@ class WorkerState:
             waiting = index.backlog - index.backlog_live
             if index.state != "live":
                 reasons.append(f"index {name} is {index.state}, not live")
+            elif index.unreadable is not None:
+                reasons.append(f"index {name} cannot be read: {index.unreadable}")
             elif waiting:
                 reasons.append(f"index {name}: {waiting:,} loaded texts have no vector yet")
         return reasons
@@ -225,6 +247,27 @@ class WorkerState:
     def lag_seconds(self) -> float:
         """The age of the oldest received commit that is not in the target; NaN while that is unknown."""
         return math.nan if self._lag is None else self._lag.seconds
+
+    @property
+    def _unanswered_s(self) -> float:
+        """How long the target has left a reading without an answer."""
+        # A reading of many indexes takes long, and each of its statements is answered.
+        return 0.0 if self._asked is None else anyio.current_time() - max(self._asked, self._target.used_at)
+
+    @property
+    def _answered(self) -> bool:
+        """Whether the target has answered the readings so far."""
+        return not isinstance(self._unread, Unavailable) and self._unanswered_s < AWAY_S
+
+    @property
+    def _why_unread(self) -> str | None:
+        """Why the status cannot be read, unless that is likely to pass in a moment."""
+        error = self._unread
+        if error is not None and not isinstance(error, Unavailable):
+            return f"the status cannot be read: {error.with_fix}"
+        if self._unanswered_s < AWAY_S:
+            return None
+        return f"the target does not answer: {error.message}" if error is not None else "the target does not answer"
 
     @property
     def _unheard_bytes(self) -> int:
@@ -237,15 +280,14 @@ class WorkerState:
         return max(0, Lsn.parse(checkpoint) + behind - self._lag.heard)
 
     async def status(self) -> Status:
-        """Return the status, read from both servers now."""
+        """Return the status, read from both servers now.
+
+        :raises TargetUnavailable: the target does not answer now.
+        :raises SetupError: it refuses the login, or the pipeline's own tables cannot be read.
+        """
         async with self._reading:
-            target = await self._target.connection()
-            try:
-                source = await self._source.connection()
-            except SourceUnavailable:
-                source = None
-            with speaking_of("target"):
-                status = await read_status(self.config, source, target)
+            with self._noting():
+                status = await self._read()
         if self._connected and self._lag is not None:
             # This process knows these figures exactly; the tables tell them to anyone to within some seconds.
             seconds = None if math.isnan(self._lag.seconds) else self._lag.seconds
@@ -254,6 +296,7 @@ class WorkerState:
         by_another = status.worker.running and status.worker.name != worker_name()
         if self._waits is not None and not by_another:
             status = as_waiting(status, worker_name(), self._waits)
+        self._note_unreadable(status)
         self._last = status
         reasons = self.not_ready()
         if starting := self.starting:
@@ -268,6 +311,44 @@ class WorkerState:
         self._last = status
         return status
 
+    async def _read(self) -> Status:
+        target = await self._target.connection()
+        source: Connection | CdcsyncError
+        try:
+            source = await self._source.connection()
+        except CdcsyncError as error:
+            source = error
+        with speaking_of("target"):
+            return await read_status(self.config, source, target)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Note whether the target answers a reading."""
+        began = self._asked
+        if began is None:
+            self._asked = anyio.current_time()
+        try:
+            yield
+        except Unavailable as error:
+            self._unread = error
+            raise
+        except CdcsyncError as error:
+            self._asked, self._unread = None, error
+            raise
+        except BaseException:
+            self._asked = began  # the reading was given up
+            raise
+        self._asked = self._unread = None
+
+    def _note_unreadable(self, status: Status) -> None:
+        """Note and log since when the tables of indexes cannot be read."""
+        for name, index in status.indexes.items():
+            if index.unreadable is None:
+                self._unreadable.pop(name, None)
+            elif name not in self._unreadable:
+                self._unreadable[name] = anyio.current_time()
+                log.warning("index_unreadable", index=name, error=index.unreadable)
+
     def history(self) -> History:
         """Return the rates of the last hour."""
         return self._memory.history()
@@ -279,16 +360,25 @@ class WorkerState:
         await anyio.to_thread.run_sync(self.tracing.close)
 
     async def gauges_for_ever(self) -> None:
-        """Keep the gauges current."""
+        """Keep the gauges current, until cancelled: nothing that fails here may end the worker."""
+        told = Told()
         while True:
             started = anyio.current_time()
+            pause = GAUGES_S
             try:
                 self._set_gauges(await self.status())
-                self.metrics.connected.labels("target").set(1)
+                told.over()
+                pause = max(GAUGES_S, (anyio.current_time() - started) / GAUGES_SHARE)
             except Unavailable as error:
-                self.metrics.connected.labels("target").set(0)
                 log.debug("gauges_wait", error=str(error))
-            await anyio.sleep(max(GAUGES_S, (anyio.current_time() - started) / GAUGES_SHARE))
+            except CdcsyncError as error:
+                if told.anew(error):
+                    log.warning("status_unreadable", error=str(error), fix=error.hint)
+            except Exception as error:
+                # A mistake of ours, which is no reason to let the indexes fall behind.
+                if told.anew(error):
+                    log.exception("status_failed")
+            await anyio.sleep(pause)
 
     def _set_gauges(self, status: Status) -> None:
         metrics = self.metrics
@@ -302,14 +392,15 @@ class WorkerState:
             for wal_status in WAL_STATUSES:
                 metrics.slot_wal_status.labels(wal_status).set(status.slot.wal_status == wal_status)
         for name, index in status.indexes.items():
-            metrics.backlog.labels(name, "live").set(index.backlog_live)
-            metrics.backlog.labels(name, "backfill").set(index.backlog - index.backlog_live)
-            metrics.failed.labels(name).set(index.failed)
+            unknown = 0.0 if index.unreadable is None else math.nan
+            metrics.backlog.labels(name, "live").set(index.backlog_live + unknown)
+            metrics.backlog.labels(name, "backfill").set(index.backlog - index.backlog_live + unknown)
+            metrics.failed.labels(name).set(index.failed + unknown)
             metrics.failed_documents.labels(name).set(index.failed_documents)
             for state in STATES:
                 metrics.index_state.labels(name, state).set(index.state == state)
-            metrics.index_chunks.labels(name).set(index.chunks)
-            metrics.index_vectors.labels(name).set(index.vectors)
+            metrics.index_chunks.labels(name).set(index.chunks + unknown)
+            metrics.index_vectors.labels(name).set(index.vectors + unknown)
             metrics.generation_vectors.remove_by_labels({"index": name})
             for one in index.generations:
                 if one.generation != index.generation:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import anyio
 import structlog
 
-from cdcsync.errors import Unavailable
+from cdcsync.errors import CdcsyncError, SetupError, Unavailable
 from cdcsync.flows.embed.dispatcher import Dispatcher
 from cdcsync.flows.embed.pool import Pool
+from cdcsync.logs import Told
 from cdcsync.model.embedding import EmbedderState
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.target.embedders import note_embedders, read_embedders
@@ -25,8 +26,17 @@ LAST_NOTE_S = 2.0
 
 
 async def recall(connection: Connection, schema: str, slot: str, dispatchers: Mapping[str, Dispatcher]) -> None:
-    """Let dispatchers resume from the state noted before a restart."""
-    for name, state in (await read_embedders(connection, schema, slot)).items():
+    """Let dispatchers resume from the state noted before a restart; without it they measure anew.
+
+    :raises TargetUnavailable: the target does not answer.
+    """
+    try:
+        with speaking_of("target"):
+            noted = await read_embedders(connection, schema, slot)
+    except SetupError as error:
+        log.warning("embedders_not_recalled", error=str(error), fix=error.hint)
+        return
+    for name, state in noted.items():
         if name in dispatchers:
             dispatchers[name].recall(state)
 
@@ -34,6 +44,7 @@ async def recall(connection: Connection, schema: str, slot: str, dispatchers: Ma
 async def note_for_ever(pool: Pool, schema: str, slot: str, dispatchers: Mapping[str, Dispatcher]) -> None:
     """Note what changes, until cancelled, and once more then: a restart does not forget tokens that were used."""
     noted: dict[str, EmbedderState] = {}
+    told = Told()
 
     async def note() -> None:
         states = {name: dispatcher.state for name, dispatcher in dispatchers.items()}
@@ -44,8 +55,11 @@ async def note_for_ever(pool: Pool, schema: str, slot: str, dispatchers: Mapping
                     async with pool.connection() as connection:
                         await note_embedders(connection, schema, slot, news)
                 noted.update(news)
-            except Unavailable as error:
-                log.debug("embedders_not_noted", error=str(error))
+                told.over()
+            except CdcsyncError as error:
+                say = log.debug if isinstance(error, Unavailable) else log.warning
+                if told.anew(error):
+                    say("embedders_not_noted", error=str(error), fix=error.hint)
 
     try:
         while True:

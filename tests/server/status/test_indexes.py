@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from cdcsync.config import Index
+from cdcsync.postgres.sessions import connect
+from cdcsync.status import Headline
 from cdcsync.target.requests.submission import Requests
 from cdcsync.worker.state import WorkerState
 from tests.support.statuses import ARTICLES, Pipeline, problem
@@ -188,3 +190,35 @@ async def test_a_failed_backfill_is_a_problem_until_another_follows(stopped: Pip
     assert problem(await stopped.status(), "its last replay failed (no such column); `cdcsync replay articles`")
     await Requests("cdcsync").add(stopped.target, "articles", "replay", rewrite=False, filter_=None)
     assert not [one for one in (await stopped.status()).problems if "failed" in one]
+
+
+UNREADABLE = {
+    "locked": "LOCK TABLE cdcsync.articles_chunks IN ACCESS EXCLUSIVE MODE",
+    "of another form": "ALTER TABLE cdcsync.articles_backlog RENAME COLUMN attempts TO tries",
+    "dropped meanwhile": "DROP TABLE cdcsync.articles_backlog",
+}
+
+
+@pytest.mark.parametrize("fault", UNREADABLE)
+async def test_an_index_that_cannot_be_read_is_told_and_the_others_are_shown(
+    make_stopped: Callable[..., Awaitable[Pipeline]], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr("cdcsync.status.reading.BRIEFLY", "SET lock_timeout = '20ms'")
+    notes = Index(table="notes", text="{t}", embedder="e", view="public.notes_index")
+    pipeline = await make_stopped(articles=ARTICLES, notes=notes)
+    await pipeline.set_up("articles", "notes")
+    await pipeline.target.execute(
+        "INSERT INTO cdcsync.notes_chunks (id, chunk_no, content, content_hash, document_hash, commit_lsn)"
+        " VALUES (1, 0, 'a note', '', '', '0/1')"
+    )
+    async with await connect(pipeline.dsn, "target", autocommit=False) as other:
+        await other.execute(UNREADABLE[fault])
+        if fault == "of another form":
+            await other.commit()
+        status = await pipeline.status()
+    index = status.indexes["articles"]
+    assert index.unreadable is not None
+    assert index.headline == Headline(f"cannot be read: {index.unreadable}", "bad", "articles")
+    assert problem(status, "index articles cannot be read, so its figures are not known").endswith(index.unreadable)
+    assert (status.indexes["notes"].unreadable, status.indexes["notes"].chunks) == (None, 1)
+    assert status.headline == index.headline or not status.worker.running

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from psycopg import sql
 
+from cdcsync.postgres.sessions import connect
 from tests.support.statuses import Pipeline, problem
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -30,3 +31,30 @@ async def test_what_the_role_may_not_read_is_left_out_and_told(stopped: Pipeline
         await stopped.target.execute("RESET ROLE")
         await stopped.target.execute(sql.SQL("DROP OWNED BY {}").format(reader))
         await stopped.target.execute(sql.SQL("DROP ROLE {}").format(reader))
+
+
+NOTES = ("audits", "backfills", "embedders", "evaluations", "failed_documents", "generations", "judged_runs", "tiers")
+
+
+@pytest.mark.parametrize("fault", ["locked", "of another form"])
+async def test_what_cannot_be_read_of_the_shared_tables_is_told_and_everything_else_is_shown(
+    stopped: Pipeline, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr("cdcsync.status.reading.BRIEFLY", "SET lock_timeout = '20ms'")
+    async with await connect(stopped.dsn, "target", autocommit=False) as other:
+        for name in NOTES:
+            table = sql.Identifier("cdcsync", name)
+            if fault == "locked":
+                await other.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(table))
+            else:
+                await other.execute(sql.SQL("ALTER TABLE {} RENAME TO {}").format(table, sql.Identifier(f"{name}_")))
+                await other.execute(sql.SQL("CREATE TABLE {} (other int)").format(table))
+                await other.execute(sql.SQL("INSERT INTO {} VALUES (1)").format(table))
+        if fault != "locked":
+            await other.commit()
+        status = await stopped.status()
+    for name in NOTES:
+        assert problem(status, name).split(" cannot be read, and what it tells is left out: ")[1]
+    assert (status.indexes["articles"].state, status.indexes["articles"].unreadable) == ("live", None)
+    assert status.caught_up is not None
+    assert status.slot is not None
