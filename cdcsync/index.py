@@ -194,7 +194,8 @@ class Index:
         In the text, words are alternatives, `"quoted phrases"` have to occur, and a `-word` must not occur.
 
         If the model is away, or does not answer in time, a hybrid search goes by words alone and `Hits.warning` says
-        so. A model that failed is left alone for five seconds. A reranker that is away is skipped with a warning, too.
+        so; the same if the provider refuses us, because a key has expired, say. A model that failed is left alone for
+        five seconds. A reranker that is away is skipped with a warning, too.
 
         :param k: how many hits.
         :param mode: by nearness of meaning (`"vector"`), by words (`"text"`), or by both, fused by rank (`"hybrid"`).
@@ -304,7 +305,7 @@ class Index:
         is away, all hits come back as they were, with a warning.
 
         :raises UsageError: the index has no reranker.
-        :raises EmbedderSetupError: the reranker cannot be used as configured.
+        :raises EmbedderSetupError: the reranker cannot be loaded on this machine.
         """
         warning, generation = (hits.warning, hits.generation) if isinstance(hits, Hits) else (None, None)
         if self._config.reranker is None:

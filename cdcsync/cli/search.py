@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -283,7 +284,8 @@ async def embed_query(
     """Return the query's vector, by the model that made the index's vectors: a running worker's, or one loaded here.
 
     :param before_loading: looks at what can be wrong with the search, as loading a model takes seconds.
-    :raises EmbedError: the model is away, or refuses the text.
+    :raises EmbedError: the model is away, the provider refuses us, or the model refuses the text.
+    :raises EmbedderSetupError: the configuration does not have the model, or it cannot be loaded on this machine.
     """
     from cdcsync.cli.beside import embedded_by_worker
 
@@ -291,13 +293,12 @@ async def embed_query(
     if vector is not None:
         return vector
     from cdcsync.embedders import embedder_of
+    from cdcsync.embedders.queries import QueryEmbedder
 
     await before_loading()
-    embedder = embedder_of(config.embedders, spec.model, spec.config.embedder)
+    model = QueryEmbedder(embedder_of(config.embedders, spec.model, spec.config.embedder), timeout_s=math.inf)
     try:
         with waiting("loading the model, as no worker with it runs on this machine"):
-            await embedder.open()
-        (made,) = await embedder.embed([text], kind="query")
-        return cast("npt.NDArray[np.float32]", made)
+            return cast("npt.NDArray[np.float32]", await model.embed_one(text))
     finally:
-        await embedder.aclose()
+        await model.aclose()

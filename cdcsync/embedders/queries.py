@@ -1,7 +1,8 @@
 """Models as searches use them: for one text at a time, beside others, and soon or not at all.
 
 A search can do without a vector and without a reranker, and nobody wants to wait for one. So a model that does not
-answer in time, or failed a moment ago, is *away*: searches do without it until it is back.
+answer in time, or failed a moment ago, is *away*: searches do without it until it is back. A provider that refuses us,
+because a key has expired or a firewall does not like the request, is away as well: it accepted us when it was set up.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import anyio
 from cdcsync.config import Config
 from cdcsync.embedders import embedder_of, make_embedder
 from cdcsync.embedders.protocol import Embedder, Vectors, validate
+from cdcsync.embedders.remote import RemoteEmbedder
 from cdcsync.embedders.reranking import Reranker, Scores, make_reranker
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 from cdcsync.model.spec import IndexSpec
@@ -41,12 +43,14 @@ class OnCall:
     :param where: the section that describes it, for messages.
     :param timeout_s: how long a call may take. Loading the model at first is not counted.
     :param concurrency: how many calls may run at the same time.
+    :param remote: whether a provider answers, also when the model is opened.
     """
 
-    def __init__(self, model: _Model, where: str, *, timeout_s: float, concurrency: int) -> None:
+    def __init__(self, model: _Model, where: str, *, timeout_s: float, concurrency: int, remote: bool = False) -> None:
         self._model = model
         self._where = where
         self._timeout_s = timeout_s
+        self._remote = remote
         self._room = anyio.CapacityLimiter(concurrency)
         self._opening = anyio.Lock()
         self._opened = False
@@ -73,10 +77,15 @@ class OnCall:
     async def _in_time(self, call: Callable[[], Awaitable[T]]) -> T:
         """Make a call of the open model.
 
-        :raises EmbedderUnavailable: the model is away, or does not answer in time.
+        :raises EmbedderUnavailable: the model is away, refuses us, or does not answer in time.
+        :raises EmbedderSetupError: the model cannot be loaded on this machine.
         """
-        await self.open()
-        with self._noticing_absence():
+        if self._remote:
+            with self._noticing_absence(), _refusing_is_absence():
+                await self.open()
+        else:
+            await self.open()
+        with self._noticing_absence(), _refusing_is_absence():
             with anyio.move_on_after(self._timeout_s):
                 async with self._room:
                     return await call()
@@ -95,12 +104,26 @@ class OnCall:
         self._why = None
 
 
+@contextmanager
+def _refusing_is_absence() -> Iterator[None]:
+    """Take a provider that refuses the key, the address or the model for one that is away, with the same words."""
+    try:
+        yield
+    except EmbedderSetupError as error:
+        raise EmbedderUnavailable(error.message, where=error.where, hint=error.hint) from error
+
+
 class QueryEmbedder(OnCall):
     """An embedder for queries."""
 
     def __init__(self, embedder: Embedder, *, timeout_s: float) -> None:
         where = f"embedders.{embedder.name}"
-        super().__init__(embedder, where, timeout_s=timeout_s, concurrency=embedder.concurrency)
+        super().__init__(
+            *(embedder, where),
+            timeout_s=timeout_s,
+            concurrency=embedder.concurrency,
+            remote=isinstance(embedder, RemoteEmbedder),
+        )
         self.embedder = embedder
         self._remembered: dict[str, tuple[float, Vectors]] = {}
         self._asking: dict[str, tuple[anyio.Lock, int]] = {}
@@ -108,9 +131,9 @@ class QueryEmbedder(OnCall):
     async def embed(self, texts: Sequence[str]) -> Vectors:
         """Return the queries' vectors, `float32[n, dimensions]`.
 
-        :raises EmbedderUnavailable: the model is away.
+        :raises EmbedderUnavailable: the model is away, or the provider refuses us.
         :raises TextRejected: one of these texts cannot be embedded.
-        :raises EmbedderSetupError: the model or provider cannot be used as configured.
+        :raises EmbedderSetupError: the model cannot be loaded on this machine.
         """
         vectors = await self._in_time(lambda: self.embedder.embed(texts, kind="query"))
         validate(vectors, len(texts), self.embedder.dimensions)
@@ -159,8 +182,8 @@ class QueryReranker(OnCall):
     async def score(self, query: str, texts: Sequence[str]) -> Scores:
         """Return how well each text answers the query.
 
-        :raises EmbedderUnavailable: the model is away.
-        :raises EmbedderSetupError: it cannot be used as configured.
+        :raises EmbedderUnavailable: the model is away, or the provider refuses us.
+        :raises EmbedderSetupError: it cannot be loaded on this machine.
         :raises EmbedError: it gave something else than a number for each text.
         """
         return await self._in_time(lambda: self._reranker.score(query, texts))

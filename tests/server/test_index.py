@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
 @pytest.fixture(autouse=True)
 def _model(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"away": False, "slow": False, "opened": 0, "asked": []}.items():
+    for name, value in {"away": False, "refuses": False, "slow": False, "opened": 0, "asked": []}.items():
         monkeypatch.setattr(Model, name, value)
 
 
@@ -77,20 +77,21 @@ async def test_pages_continue_each_other_and_embed_a_query_once(database: Databa
         assert np.array_equal(vectors, HASHING.vectors(["one", "two"]))
 
 
+@pytest.mark.parametrize(("fault", "words"), [("away", "nobody is at home"), ("refuses", "401 the key has expired")])
 async def test_while_the_model_is_away_words_are_searched_and_the_result_says_so(
-    database: Database, monkeypatch: pytest.MonkeyPatch
+    database: Database, monkeypatch: pytest.MonkeyPatch, fault: str, words: str
 ) -> None:
     monkeypatch.setattr(queries, "AWAY_S", 0.0)
     async with indexed(database) as (_, config):
-        Model.away = True
+        setattr(Model, fault, True)
         async with cdcsync.Index.open(config, "articles") as articles:
             hits = await articles.search("dog house")
             assert keys(hits) == [2]
-            assert hits.warning == "searched by words alone: nobody is at home"
-            with pytest.raises(EmbedderUnavailable, match="nobody"):
+            assert hits.warning == f"searched by words alone: {words}"
+            with pytest.raises(EmbedderUnavailable, match=words):
                 await articles.search("dog house", mode="vector")
             assert (await articles.search("dog house", mode="text")).warning is None
-            Model.away = False
+            setattr(Model, fault, False)
             assert (await articles.search("dog house")).warning is None
         assert Model.opened == 0
 

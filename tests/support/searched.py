@@ -14,7 +14,7 @@ import cdcsync.sync
 from cdcsync.config import Config, HashEmbedder, PythonEmbedder, Source, Target
 from cdcsync.documents.templates import hash_text
 from cdcsync.embedders.hashing import HashEmbedder as Hashing
-from cdcsync.errors import EmbedderUnavailable
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
 from cdcsync.target.pipelines import Pipelines
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register
 from tests.support.servers import Database
@@ -30,11 +30,12 @@ HASHING = Hashing("hash", HashEmbedder(dimensions=32))
 
 
 class Model:
-    """Embeds by hashing, unless it is told to be away or to be slow."""
+    """Embeds by hashing, unless it is told to be away, to refuse its callers or to be slow."""
 
     identity = "model:1"
     dimensions = 32
     away: ClassVar[bool] = False
+    refuses: ClassVar[bool] = False
     slow: ClassVar[bool] = False
     opened: ClassVar[int] = 0
     asked: ClassVar[list[str]] = []
@@ -51,6 +52,8 @@ class Model:
         assert kind == "query"
         if Model.away:
             raise EmbedderUnavailable("nobody is at home")
+        if Model.refuses:
+            raise EmbedderSetupError("401 the key has expired", hint="check that the key is right and may do this")
         if Model.slow:
             await anyio.sleep_forever()
         Model.asked.extend(texts)

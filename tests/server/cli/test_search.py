@@ -25,7 +25,7 @@ USUAL: Mapping[str, Any] = {
 
 @pytest.fixture
 async def config(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Config]:
-    for name, value in {"away": False, "slow": False, "opened": 0, "asked": []}.items():
+    for name, value in {"away": False, "refuses": False, "slow": False, "opened": 0, "asked": []}.items():
         monkeypatch.setattr(Model, name, value)
     async with indexed(database) as (_, made):
         yield msgspec.structs.replace(made, worker=Worker(listen="127.0.0.1:0"))
@@ -35,12 +35,15 @@ async def found(config: Config, text: str, **options: Any) -> Answer:
     return await find(config, ["articles"], text, **{**USUAL, **options})
 
 
-async def test_while_the_model_is_away_words_are_searched_and_a_warning_says_so(config: Config) -> None:
-    Model.away = True
+@pytest.mark.parametrize(("fault", "words"), [("away", "nobody is at home"), ("refuses", "401 the key has expired")])
+async def test_while_the_model_is_away_words_are_searched_and_a_warning_says_so(
+    config: Config, fault: str, words: str
+) -> None:
+    setattr(Model, fault, True)
     answer = await found(config, "dog house")
     assert [one.hit.key["id"] for one in answer.found] == [2]
-    assert answer.warnings == ["searched by words alone: nobody is at home"]
-    with pytest.raises(EmbedderUnavailable, match="nobody"):
+    assert answer.warnings == [f"searched by words alone: {words}"]
+    with pytest.raises(EmbedderUnavailable, match=words):
         await found(config, "dog house", mode="vector")
 
 

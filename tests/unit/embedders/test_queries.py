@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import anyio
 import numpy as np
 import pytest
 
-from cdcsync.config import HashEmbedder
-from cdcsync.embedders import queries
+from cdcsync.config import HashEmbedder, OpenAIEmbedder, TeiEmbedder, TeiReranker
+from cdcsync.embedders import make_embedder, queries
 from cdcsync.embedders.hashing import HashEmbedder as Hashing
 from cdcsync.embedders.protocol import Kind, Vectors
-from cdcsync.embedders.queries import QueryEmbedder
-from cdcsync.errors import EmbedderUnavailable
+from cdcsync.embedders.queries import QueryEmbedder, QueryReranker
+from cdcsync.embedders.reranking import make_reranker
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
+from tests.support.provider import FakeProvider, status
 
 pytestmark = pytest.mark.anyio
 
@@ -121,3 +123,53 @@ async def test_the_oldest_queries_are_forgotten_first(
     for text in ("one", "two", "one", "three", "one", "two"):
         await embedder.embed_one(text)
     assert model.asked == [["one"], ["two"], ["three"], ["two"]]
+
+
+def tei(provider: FakeProvider) -> QueryEmbedder:
+    settings = TeiEmbedder(base_url=provider.tei_url, model="hashing", dimensions=provider.dimensions)
+    return QueryEmbedder(make_embedder("tei", settings), timeout_s=5)
+
+
+def openai(provider: FakeProvider) -> QueryEmbedder:
+    settings = OpenAIEmbedder(base_url=provider.url, model="hashing", dimensions=provider.dimensions)
+    return QueryEmbedder(make_embedder("openai", settings), timeout_s=5)
+
+
+def reranker(provider: FakeProvider) -> QueryReranker:
+    return QueryReranker(make_reranker("fine", TeiReranker(base_url=provider.tei_url)), "fine", timeout_s=5)
+
+
+async def ask(model: QueryEmbedder | QueryReranker) -> None:
+    await (model.score("one", ["two"]) if isinstance(model, QueryReranker) else model.embed_one("one"))
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 405, 407, 307])
+@pytest.mark.parametrize("make", [openai, tei, reranker])
+async def test_a_provider_that_refuses_us_is_away_and_its_words_are_told(
+    provider: FakeProvider,
+    make: Callable[[FakeProvider], QueryEmbedder | QueryReranker],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A key that has expired, or a firewall that does not like a query, is no mistake of whoever searches."""
+    model = make(provider)
+    provider.always = status(code)
+    for _ in range(2):
+        with pytest.raises(EmbedderUnavailable, match=str(code)) as refused:
+            await ask(model)
+        assert refused.value.hint is not None
+    assert len(provider.requests) == 1  # it is left alone for a while
+    monkeypatch.setattr(queries, "AWAY_S", 0.0)
+    model._away_until = 0.0
+    provider.always = None
+    await ask(model)
+    await model.aclose()
+
+
+async def test_a_model_that_cannot_be_loaded_here_is_a_mistake_of_the_set_up() -> None:
+    class Broken(Held):
+        async def open(self) -> None:
+            raise EmbedderSetupError("torch is not installed")
+
+    with pytest.raises(EmbedderSetupError, match="torch"):
+        await QueryEmbedder(Broken(), timeout_s=30).embed_one("one")
