@@ -19,7 +19,7 @@ import anyio
 import msgspec
 
 from cdcsync.embedders.pacing import WAITED, Waited
-from cdcsync.embedders.protocol import UNUSABLE_HINT, Embedder, check_shape
+from cdcsync.embedders.protocol import UNUSABLE_HINT, Embedder, Vectors, check_shape
 from cdcsync.embedders.sizes import CallSizes
 from cdcsync.errors import CdcsyncError, EmbedderUnavailable, EmbedError, TextRejected
 from cdcsync.flows.embed.health import Health, known
@@ -125,19 +125,34 @@ class Calls:
     async def one(self, text: str) -> FloatVector:
         """Return the vector of a text, in a call of its own that nothing is learnt from.
 
-        :raises EmbedError: the call fails.
-        :raises TimeoutError: it takes too long.
+        :raises EmbedderUnavailable: the embedder fails as a whole.
+        :raises EmbedError, EmbedderSetupError: the call fails.
         """
-        async with self._free:
-            self.health.usable()
-            with anyio.fail_after(CALL_S):
-                try:
-                    vectors = await self._embedder.embed([text])
-                except Exception as error:
-                    raise known(error, [text], self._embedder.name) from None
-        check_shape(vectors, 1, self._embedder.dimensions)
+        try:
+            async with self._free:
+                self.health.usable()
+                vectors = await self._embed([text])
+        except CdcsyncError as error:
+            await self.health.confirm(error, self._clock())
+            raise
         vector: FloatVector = vectors[0]
         return vector
+
+    async def _embed(self, texts: list[str]) -> Vectors:
+        """Call the embedder; there is a place.
+
+        :raises CdcsyncError: it fails, and the message may be logged and stored.
+        """
+        name = self._embedder.name
+        try:
+            with self.health.running(), anyio.fail_after(CALL_S):
+                vectors = await self._embedder.embed(texts)
+            check_shape(vectors, len(texts), self._embedder.dimensions)
+        except TimeoutError:
+            raise EmbedError(f"no answer within {CALL_S:g} s", where=f"embedders.{name}") from None
+        except Exception as error:
+            raise known(error, texts, name) from None
+        return vectors
 
     async def _make(self, texts: Texts, made: Callable[[Made], None], *, halved: bool) -> bool:
         before = self.sizes.learnt
@@ -219,22 +234,17 @@ class Calls:
             self.health.usable()
             started = self._clock()
             beside, failures = self._free.borrowed_tokens, self._failures
-            call = self.health.begins()
             waited = Waited()
             WAITED.set(waited)
             try:
-                with self.tracing.call(name, texts.keys()), anyio.fail_after(CALL_S):
-                    vectors = await self._embedder.embed(list(texts.values()))
-                check_shape(vectors, len(texts), self._embedder.dimensions)
-            except Exception as error:
+                with self.tracing.call(name, texts.keys()):
+                    vectors = await self._embed(list(texts.values()))
+            except CdcsyncError as error:
                 self._failures += 1
                 # The call that was too much for the provider may have begun before this one or after it.
                 beside = max(beside, self._free.borrowed_tokens)
-                if isinstance(error, TimeoutError):
-                    error = EmbedError(f"no answer within {CALL_S:g} s", where=f"embedders.{name}")
-                return self._note_failure(known(error, list(texts.values()), name), texts, started, beside)
+                return self._note_failure(error, texts, started, beside)
             finally:
-                self.health.ends(call)
                 beside = max(beside, self._free.borrowed_tokens)
         faults = unusable_rows(vectors)
         usable = {one: vector for at, (one, vector) in enumerate(zip(texts, vectors, strict=True)) if at not in faults}

@@ -72,7 +72,8 @@ class Dispatcher:
         """Load the model, trying again while that may help, then hold the inline calls until cancelled."""
         while True:
             try:
-                await self.embedder.open()
+                with self.health.running("the model has been loading"):
+                    await self.embedder.open()
                 break
             except Exception as error:
                 # Text, metadata and deletes continue. What someone has to fix may be on the provider's side, so that
@@ -89,8 +90,7 @@ class Dispatcher:
     async def probe(self, text: str) -> FloatVector:
         """Return what the embedder itself makes of a text now, whatever is remembered.
 
-        :raises EmbedError: it fails.
-        :raises TimeoutError: it takes too long.
+        :raises EmbedError, EmbedderSetupError: it fails at this text, or as a whole; `problem` tells the latter.
         """
         return await self._calls.one(text)
 

@@ -13,10 +13,12 @@ Every wait has an end, and the end is known: it is in `problem`, which readiness
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import anyio
+import msgspec
 import structlog
 
 from cdcsync.backoff import backoff_s
@@ -42,11 +44,20 @@ PATIENCE_S = 90.0
 """Being told to wait for less is pacing and nobody's problem; for longer, the embedder is not working."""
 
 SLOW_S = 300.0
-"""A call that has been running for this long is a problem in itself. Nothing in a call is supposed to take minutes."""
+"""What the embedder has been doing for this long is a problem in itself: nothing in it is supposed to take minutes. A
+thread that hangs in a library cannot be ended by a time limit, so it has to be told."""
+
+
+class _Running(msgspec.Struct, frozen=True):
+    """Something that the embedder is doing: what, since when by the clock, and how long it may take."""
+
+    what: str
+    begun: float
+    most_s: float
 
 
 class Health:
-    """One embedder's health: use `usable` before a call, `confirm` after a failed one, and run `recover` beside them.
+    """One embedder's health: `usable` before a call, `running` around it, `confirm` after it failed, `recover` beside.
 
     :param clock: the time in seconds.
     :param free: limits how many calls run at a time; the word is one of them.
@@ -69,7 +80,7 @@ class Health:
         self._broken = anyio.Event()
         self._works = anyio.Event()
         self._works.set()
-        self._running: dict[object, float] = {}
+        self._running: set[_Running] = set()
         self.changed: Callable[[], None] = lambda: None
         """Called whenever `problem` may have changed."""
 
@@ -78,10 +89,13 @@ class Health:
         """Why there are no vectors now; None while the embedder works."""
         if self._error is not None:
             return Problem(self._error.message, self._error.hint, self._since, self._tried_again)
-        waited = self._clock() - min(self._running.values(), default=self._clock())
-        if waited > SLOW_S:
+        now = self._clock()
+        late = [one for one in self._running if now - one.begun > one.most_s]
+        if late:
+            longest = min(late, key=lambda one: one.begun)
+            waited = now - longest.begun
             since = datetime.now(UTC) - timedelta(seconds=waited)
-            return Problem(f"a call has been running for {waited:.0f} s", "see what the embedder is doing", since, None)
+            return Problem(f"{longest.what} for {waited:.0f} s", "see what the embedder is doing", since, None)
         return None
 
     async def works(self) -> None:
@@ -97,15 +111,18 @@ class Health:
         if self._error is not None:
             raise self._unavailable(self._error)
 
-    def begins(self) -> object:
-        """Note that a call begins; returns what `ends` wants."""
-        call = object()
-        self._running[call] = self._clock()
-        return call
+    @contextmanager
+    def running(self, what: str = "a call has been running", most_s: float = SLOW_S) -> Iterator[None]:
+        """Note that the embedder does something inside, which is a problem if it takes too long.
 
-    def ends(self, call: object) -> None:
-        """Note that a call has ended."""
-        del self._running[call]
+        Everything that waits for the embedder goes through here.
+        """
+        one = _Running(what, self._clock(), most_s)
+        self._running.add(one)
+        try:
+            yield
+        finally:
+            self._running.discard(one)
 
     async def confirm(self, error: CdcsyncError, failed: float) -> None:
         """Find out whose fault a failed call is; returns if it is not the embedder's.
@@ -189,7 +206,8 @@ class Health:
         try:
             async with self._free:
                 asked = self._clock()
-                with anyio.fail_after(WORD_S):
+                # All who failed wait for the word.
+                with self.running("the embedder has been trying a single word", WORD_S), anyio.fail_after(WORD_S):
                     validate(await self._embedder.embed([harmless(self._embedder)]), 1, self._embedder.dimensions)
         except TimeoutError:
             return EmbedderUnavailable(SILENCE, where=f"embedders.{self._embedder.name}")

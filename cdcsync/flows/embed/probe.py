@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 import anyio
 import structlog
 
+from cdcsync.backoff import backoff_s
 from cdcsync.errors import CdcsyncError
 from cdcsync.flows.embed.dispatcher import Dispatcher
 from cdcsync.flows.embed.pool import Pool
@@ -29,6 +30,9 @@ TEXT = "A quick brown fox jumps over 13 lazy dogs; nobody at Grünhof saw it, sa
 """The text: long enough that models differ in it, and never changed, because its vectors are kept."""
 
 EVERY = timedelta(days=1)
+
+MOST_PAUSE_S = 3_600.0
+"""The longest pause after a probe that failed: of an embedder that works otherwise, the text is refused."""
 
 LOOK_S = 60.0
 """How often it is looked whether a probe is due. The first look is as late, so that a short run asks for nothing."""
@@ -45,17 +49,25 @@ async def probe_for_ever(
 ) -> None:
     """Probe each of these embedders whenever that is due, until cancelled."""
     told: set[str] = set()
+    failures = dict.fromkeys(dispatchers, 0)
+    not_before = dict.fromkeys(dispatchers, 0.0)
     while dispatchers:
         await anyio.sleep(look_s)
         for name, dispatcher in dispatchers.items():
             if not dispatcher.ready.is_set() or dispatcher.problem is not None:
                 continue
+            if anyio.current_time() < not_before[name]:
+                continue
             try:
                 probe = await _look(pool, schema, slot, dispatcher)
-            except (CdcsyncError, TimeoutError) as error:
-                # An embedder that fails is seen by everything else that uses it.
+            except CdcsyncError as error:
+                # An embedder that fails as a whole is a problem of the dispatcher's from now on.
+                pause = backoff_s(failures[name], first=look_s, most=MOST_PAUSE_S)
+                failures[name] += 1
+                not_before[name] = anyio.current_time() + pause
                 log.debug("probe_waits", embedder=name, error=str(error))
                 continue
+            failures[name] = 0
             metrics.embedder_drift.labels(name).set(probe.drift)
             if not probe.changed:
                 told.discard(name)
@@ -67,7 +79,7 @@ async def probe_for_ever(
 async def _look(pool: Pool, schema: str, slot: str, dispatcher: Dispatcher) -> Probe:
     """Return the last probe of an embedder, a new one if that is due.
 
-    :raises CdcsyncError, TimeoutError: the embedder or the target fails now.
+    :raises CdcsyncError: the embedder or the target fails now.
     """
     name, identity, now = dispatcher.embedder.name, dispatcher.embedder.identity, datetime.now(UTC)
     async with pool.connection() as connection:

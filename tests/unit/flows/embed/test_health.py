@@ -138,16 +138,38 @@ def test_a_broken_embedder_is_tried_after_longer_and_longer_pauses_until_it_work
 
 def test_a_call_that_does_not_end_is_a_problem_in_itself() -> None:
     async def scene(health: Health) -> None:
-        call = health.begins()
-        await anyio.sleep(SLOW_S)
-        assert health.problem is None
-        await anyio.sleep(1)
-        assert health.problem is not None
-        assert "has been running for 301 s" in health.problem.message
-        health.ends(call)
+        with health.running():
+            await anyio.sleep(SLOW_S)
+            assert health.problem is None
+            await anyio.sleep(1)
+            assert health.problem is not None
+            assert "has been running for 301 s" in health.problem.message
         assert health.problem is None
 
     in_time(Told(), scene)
+
+
+def test_a_word_that_no_time_limit_ends_is_a_problem_for_as_long_as_it_runs() -> None:
+    class Stuck(Told):
+        """Hangs in a thread, which cannot be cancelled."""
+
+        async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(10 * WORD_S)
+            return self.vectors(texts)
+
+    async def scene(health: Health) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(health.confirm, EmbedError("CUDA error"), anyio.current_time())
+            await anyio.sleep(WORD_S)
+            assert health.problem is None
+            await anyio.sleep(WORD_S)
+            assert health.problem is not None
+            assert health.problem.message == "the embedder has been trying a single word for 120 s"
+            tasks.cancel_scope.cancel()
+        assert health.problem is None
+
+    in_time(Stuck(), scene)
 
 
 @pytest.mark.parametrize(
