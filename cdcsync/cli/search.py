@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -299,6 +299,6 @@ async def embed_query(
     model = QueryEmbedder(embedder_of(config.embedders, spec.model, spec.config.embedder), timeout_s=math.inf)
     try:
         with waiting("loading the model, as no worker with it runs on this machine"):
-            return cast("npt.NDArray[np.float32]", await model.embed_one(text))
+            return await model.embed_one(text)
     finally:
         await model.aclose()

@@ -124,6 +124,7 @@ async def test_a_provider_that_fails_is_a_problem_though_nothing_else_uses_it_an
     provider.fails = True
     async with probing(target, provider) as dispatcher:
         problem = await until(lambda: _problem(dispatcher))
+        assert problem is not None
         assert problem.message == "no"
         assert await probed(connection) is None
         provider.fails = False
