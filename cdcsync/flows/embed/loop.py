@@ -115,6 +115,7 @@ class EmbedLoop:
             if self._dispatcher.waits_until(load=False) is not None:
                 await anyio.sleep(POLL_S)  # and look again: the day may end, or the limit be raised
                 continue
+            self._broken = False
             # Loads stop first when the tokens of a day run out.
             lane = None if self._dispatcher.waits_until(load=True) is None else LIVE
             if await self._window(lane=lane) == 0:
@@ -145,11 +146,13 @@ class EmbedLoop:
         slots = anyio.Semaphore(self._dispatcher.places + 1)
         try:
             async with anyio.create_task_group() as tasks:
-                while window and not self._broken and self._dispatcher.waits_until(load=window[0].lane > LIVE) is None:
-                    if self._live and lane is None and window[0].lane > 0:
+                while window and self._goes_on(load=window[0].lane > LIVE):
+                    if self._live and lane is None and window[0].lane > LIVE:
                         self._live = False
-                        while await self._window(lane=0):
+                        while await self._window(lane=LIVE) and self._goes_on(load=False):
                             pass
+                        if not self._goes_on(load=True):
+                            break
                     fresh = takewhile(lambda one: not one.attempts, window)
                     size = self._dispatcher.batch({one.hash: one.text for one in fresh} or {window[0].hash: ""})
                     batch, window = window[:size], window[size:]
@@ -157,8 +160,11 @@ class EmbedLoop:
                     tasks.start_soon(self._one_batch, batch, slots)
         except BaseExceptionGroup as group:
             raise leading(group) from None
-        self._broken = False
         return found
+
+    def _goes_on(self, *, load: bool) -> bool:
+        """Say whether the embedder takes more texts of a load, or of live changes, in the windows that are open."""
+        return not self._broken and self._dispatcher.waits_until(load=load) is None
 
     async def _one_batch(self, batch: Sequence[Waiting], slots: anyio.Semaphore) -> None:
         try:

@@ -1,14 +1,22 @@
-"""A device is kept busy: while it computes, the next call is ready and the vectors of the last one are stored."""
+"""A device is kept busy: while it computes, the next call is ready and the vectors of the last one are stored.
+
+And while it cannot be asked, nobody asks the target again and again what waits for it."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 
 import anyio
 import pytest
 
+from cdcsync.embedders.protocol import WORD
 from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool
 from cdcsync.metrics import Metrics
+from cdcsync.model.changeset import BACKFILL
+from cdcsync.model.spec import IndexSpec
+from cdcsync.target.backlog import Backlog
 from tests.support.gates import Gated
 from tests.support.indexes import DIMENSIONS, SCHEMA, LiveIndex, changes, document, until
 from tests.support.servers import Database
@@ -38,3 +46,56 @@ async def test_vectors_are_stored_while_other_calls_are_under_way(index: LiveInd
             tasks.cancel_scope.cancel()
     await pool.aclose()
     assert max(embedder.texts.values()) == 1
+
+
+class Counted(Pool):
+    """A pool that counts how often it is asked."""
+
+    lent = 0
+
+    @asynccontextmanager
+    async def backlog(self, spec: IndexSpec, siblings: Sequence[IndexSpec] = ()) -> AsyncIterator[Backlog]:
+        self.lent += 1
+        async with super().backlog(spec, siblings) as backlog:
+            yield backlog
+
+
+async def test_an_embedder_that_breaks_between_a_load_and_a_live_change_is_waited_for_in_peace(
+    index: LiveIndex, target: Database
+) -> None:
+    await index.apply(changes(*(document(str(number), f"{number} {LONG}", lane=BACKFILL) for number in range(40))))
+    embedder = Gated(dimensions=DIMENSIONS)
+    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
+    pool = Counted(target.dsn, SCHEMA, 1)
+    loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(dispatcher.run)
+            tasks.start_soon(loop.run)
+            await embedder.next_call(1)
+            await index.apply(changes(document("99", "live")))
+            loop.notify(live=True)
+            # The live change is called for while calls of the load are under way, and then nothing works.
+            number = 0
+            while "live" not in embedder.texts:
+                embedder.gates[number].set()
+                number += 1
+                await embedder.next_call(number + 1)
+            embedder.failing = True
+            broke = None
+            while embedder.texts[WORD] < 4:
+                embedder.gates[-1].set()
+                await embedder.next_call(len(embedder.calls) + 1)
+                if dispatcher.health.problem is not None and broke is None:
+                    broke = pool.lent
+            assert broke is not None
+            assert pool.lent - broke <= 10
+            embedder.failing = False
+            for gate in embedder.gates:
+                gate.set()
+            while await index.rows("SELECT FROM {backlog} LIMIT 1"):
+                for gate in embedder.gates:
+                    gate.set()
+                await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+    await pool.aclose()
