@@ -22,7 +22,7 @@ from cdcsync.target.ddl.chunks_view import put_chunks_view
 from cdcsync.target.ddl.grants import grants_of, set_again, settings_kept, succeed
 from cdcsync.target.ddl.marked import describe_again, drop_all, drop_functions, marker, tables_of
 from cdcsync.target.ddl.names import Names, words_name
-from cdcsync.target.ddl.policies import POLICY
+from cdcsync.target.ddl.policies import GUARDED
 from cdcsync.target.ddl.rebuilding import Rebuild
 from cdcsync.target.ddl.relations import create_view
 from cdcsync.target.ddl.searching import put_search
@@ -159,9 +159,8 @@ async def _guarded(connection: Connection, schema: str, spec: IndexSpec) -> bool
     return bool(
         await fetch_value(
             connection,
-            "SELECT c.relrowsecurity AND (SELECT count(*) <> 1 OR bool_or(p.polname <> %s) FROM pg_policy p"
-            " WHERE p.polrelid = c.oid) FROM pg_class c WHERE c.oid = to_regclass(%s)",
-            [POLICY, chunks],
+            "SELECT c.relrowsecurity AND " + GUARDED + " FROM pg_class c WHERE c.oid = to_regclass(%s)",
+            [chunks],
         )
     )
 

@@ -24,7 +24,7 @@ from psycopg import sql
 
 from cdcsync.logs import get_logger
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.policies import POLICY
+from cdcsync.target.ddl.policies import GUARDED
 from cdcsync.target.registry import Registry
 
 log = get_logger()
@@ -139,8 +139,9 @@ async def read_settings(connection: Connection, schema: str, index: str) -> dict
                          WHERE a.grantee <> c.relowner AND (a.grantee = 0 OR r.oid IS NOT NULL)), '[]'),
                CASE c.relkind WHEN 'v' THEN coalesce((SELECT jsonb_object_agg(o.option_name, o.option_value)
                                                       FROM pg_options_to_table(c.reloptions) AS o), '{}') ELSE '{}' END,
-               c.relrowsecurity AND (SELECT count(*) <> 1 OR bool_or(p.polname <> %(policy)s)
-                                     FROM pg_policy p WHERE p.polrelid = c.oid)
+               c.relrowsecurity AND """
+        + GUARDED
+        + """
         FROM pg_description d JOIN pg_class c ON c.oid = d.objoid JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE d.classoid = 'pg_class'::regclass AND d.objsubid = 0 AND c.relkind IN ('r', 'p', 'v')
             AND (starts_with(d.description, %(index)s) OR starts_with(d.description, %(chunks)s))
@@ -156,7 +157,6 @@ async def read_settings(connection: Connection, schema: str, index: str) -> dict
             AND starts_with(obj_description(p.oid, 'pg_proc'), %(index)s)
         """,
         {
-            "policy": POLICY,
             "index": f"cdcsync index {index}: ",
             "chunks": f"cdcsync chunks of index {index}: ",
             "schema": schema,

@@ -8,47 +8,53 @@ Source: PostgreSQL, "Row Security Policies".
 
 from __future__ import annotations
 
+from typing import LiteralString
+
 from psycopg import sql
 
 from cdcsync.config.serving import Serve
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import Names
 
 SETTING = "cdcsync.tenant"
 """The setting that names the tenant of a session."""
 
-POLICY = "cdcsync_tenant"
+POLICY: LiteralString = "cdcsync_tenant"
+
+
+GUARDED: LiteralString = f"""(
+    c.relrowsecurity AND NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = '{POLICY}'
+        AND p.polpermissive)
+    OR EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname <> '{POLICY}'))"""
+"""Whether the relation `c` of a statement has row-level security of an operator's own.
+
+Without it our policy is permissive, so that other roles pass. Beside it a permissive one would let them pass theirs, so
+ours is restrictive there, and nothing that they are not shown by the operator's policies is shown to anyone.
+"""
 
 
 async def put_policy(connection: Connection, schema: str, spec: IndexSpec, serve: Serve) -> None:
     """Create, replace or remove the policy, as the configuration says. The caller's transaction commits."""
     chunks = Names(schema, spec.relations).chunks
-    cursor = await connection.execute(
-        "SELECT c.relrowsecurity, obj_description(p.oid, 'pg_policy') FROM pg_class c"
-        " JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " LEFT JOIN pg_policy p ON p.polrelid = c.oid AND p.polname = %s WHERE n.nspname = %s AND c.relname = %s",
-        [POLICY, schema, f"{spec.relations}_chunks"],
-    )
-    row = await cursor.fetchone()
-    enabled, described = row if row is not None else (False, None)
     bound = serve.tenant.column
     if bound is None or serve.role is None or bound not in spec.shape.key + spec.shape.carried:
-        if described is not None:
-            await connection.execute(sql.SQL("DROP POLICY {} ON {}").format(sql.Identifier(POLICY), chunks))
-            await connection.execute(sql.SQL("ALTER TABLE {} DISABLE ROW LEVEL SECURITY").format(chunks))
+        await release_policy(connection, schema, spec)
         return
     wanted = f"cdcsync: {serve.role} sees the rows whose {bound} is the setting {SETTING}"
-    if enabled and described == wanted:
+    enabled, guarded, present = await _read_policy(connection, schema, spec)
+    if enabled and present == (wanted, not guarded):
         return
     await connection.execute(sql.SQL("DROP POLICY IF EXISTS {} ON {}").format(sql.Identifier(POLICY), chunks))
     await connection.execute(
         sql.SQL(
-            "CREATE POLICY {policy} ON {chunks} USING (current_user OPERATOR(pg_catalog.<>) {role}"
+            "CREATE POLICY {policy} ON {chunks} AS {kind} USING (current_user OPERATOR(pg_catalog.<>) {role}"
             " OR {column}::pg_catalog.text OPERATOR(pg_catalog.=) pg_catalog.current_setting({setting}, true))"
         ).format(
             policy=sql.Identifier(POLICY),
             chunks=chunks,
+            kind=sql.SQL("RESTRICTIVE" if guarded else "PERMISSIVE"),
             role=sql.Literal(serve.role),
             column=sql.Identifier(bound),
             setting=sql.Literal(SETTING),
@@ -58,3 +64,33 @@ async def put_policy(connection: Connection, schema: str, spec: IndexSpec, serve
         sql.SQL("COMMENT ON POLICY {} ON {} IS {}").format(sql.Identifier(POLICY), chunks, sql.Literal(wanted))
     )
     await connection.execute(sql.SQL("ALTER TABLE {} ENABLE ROW LEVEL SECURITY").format(chunks))
+
+
+async def release_policy(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Remove the policy, and row-level security if nobody else had any. The caller's transaction commits."""
+    chunks = Names(schema, spec.relations).chunks
+    _, guarded, present = await _read_policy(connection, schema, spec)
+    if present is None:
+        return
+    await connection.execute(sql.SQL("DROP POLICY {} ON {}").format(sql.Identifier(POLICY), chunks))
+    if not guarded:
+        await connection.execute(sql.SQL("ALTER TABLE {} DISABLE ROW LEVEL SECURITY").format(chunks))
+
+
+async def _read_policy(
+    connection: Connection, schema: str, spec: IndexSpec
+) -> tuple[bool, bool, tuple[str | None, bool] | None]:
+    """Return whether row-level security is enabled, if an operator has any, and our policy: comment, permissive."""
+    row = await fetch_row(
+        connection,
+        sql.SQL(
+            "SELECT c.relrowsecurity, " + GUARDED + ", o.oid IS NOT NULL, obj_description(o.oid, 'pg_policy'),"
+            " o.polpermissive FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " LEFT JOIN pg_policy o ON o.polrelid = c.oid AND o.polname = {policy}"
+            " WHERE n.nspname = {schema} AND c.relname = {table}"
+        ).format(policy=sql.Literal(POLICY), schema=sql.Literal(schema), table=sql.Literal(f"{spec.relations}_chunks")),
+    )
+    if row is None:
+        return False, False, None
+    enabled, guarded, present, comment, permissive = row
+    return enabled, guarded, (comment, permissive) if present else None

@@ -33,7 +33,7 @@ from cdcsync.target.ddl.names import OPERATORS as OPERATORS
 from cdcsync.target.ddl.names import Names as Names
 from cdcsync.target.ddl.names import b_tree_name
 from cdcsync.target.ddl.names import vector_schema as vector_schema
-from cdcsync.target.ddl.policies import POLICY
+from cdcsync.target.ddl.policies import release_policy
 from cdcsync.target.ddl.searching import create_words, put_search
 from cdcsync.target.ddl.tiers import create_vectors as create_vectors
 from cdcsync.target.ddl.views import Column, follow_name, put_view, release_columns
@@ -217,7 +217,7 @@ async def _follow_types(connection: Connection, schema: str, spec: IndexSpec, pr
         await release_columns(connection, view, changed, _view_columns(spec), from_, chunks=names.chunks)
         await release_chunks_view(connection, schema, spec, changed)
     # A policy that reads a column keeps its type; `put_policy` makes it again.
-    await connection.execute(sql.SQL("DROP POLICY IF EXISTS {} ON {}").format(sql.Identifier(POLICY), names.chunks))
+    await release_policy(connection, schema, spec)
     for column, type_ in changed.items():
         name = sql.Identifier(column)
         try:

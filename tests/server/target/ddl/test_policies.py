@@ -5,12 +5,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 from psycopg import sql
 
 from cdcsync.config.serving import Serve, Tenant
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.grants import read_settings
 from cdcsync.target.ddl.policies import POLICY, SETTING, put_policy
+from cdcsync.target.ddl.relations import create_index_relations
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document
 from tests.support.servers import Database
 
@@ -50,6 +53,57 @@ async def test_others_see_what_they_saw(index: LiveIndex, serve: Serve) -> None:
     await index.connection.execute("GRANT USAGE ON SCHEMA cdcsync TO pg_monitor")
     assert await seen(index.connection, "pg_monitor", "0") == 4
     assert await seen(index.connection, None, "0") == 4
+
+
+OWN = "CREATE POLICY own ON cdcsync.articles_chunks USING (id < 3)"
+ENABLE = "ALTER TABLE cdcsync.articles_chunks ENABLE ROW LEVEL SECURITY"
+GUARDS: dict[str, tuple[list[str], int, list[int]]] = {
+    "a policy for all": ([OWN, ENABLE], 3, [2, 1, 0]),
+    "a policy for others": (
+        ["CREATE POLICY own ON cdcsync.articles_chunks TO pg_monitor USING (id < 3)", ENABLE],
+        3,
+        [0] * 3,
+    ),
+    "no policy, so that nobody sees anything": ([ENABLE], 0, [0] * 3),
+}
+"""What an operator did to the chunks, and then how many rows others see, and the role in sessions of each tenant."""
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("guard", GUARDS)
+async def test_row_level_security_of_an_operators_own_is_never_widened_nor_switched_off(
+    index: LiveIndex, serve: Serve, guard: str, late: bool
+) -> None:
+    statements, others, own = GUARDS[guard]
+    if late and len(statements) == 1:
+        pytest.skip("it is enabled by then, and nothing tells for whom")
+    await index.connection.execute("GRANT USAGE ON SCHEMA cdcsync TO pg_monitor")
+    if late:
+        await put_policy(index.connection, SCHEMA, index.spec, serve)
+    for statement in statements:
+        await index.connection.execute(statement.encode())
+    for _ in range(2):
+        await put_policy(index.connection, SCHEMA, index.spec, serve)
+        assert await seen(index.connection, "pg_monitor", "0") == others
+        assert [await seen(index.connection, serve.role, tenant) for tenant in ("0", "1", "2")] == own
+        assert (await read_settings(index.connection, SCHEMA, "articles"))["cdcsync.articles_chunks"].guarded
+
+    await put_policy(index.connection, SCHEMA, index.spec, Serve())
+
+    assert await seen(index.connection, "pg_monitor", "0") == others
+    assert await index.rows("SELECT FROM pg_policy WHERE polname = %s", POLICY) == []
+
+
+async def test_a_column_that_gets_another_type_keeps_its_policy_and_others_see_what_they_saw(
+    index: LiveIndex, serve: Serve
+) -> None:
+    await put_policy(index.connection, SCHEMA, index.spec, serve)
+    await index.connection.execute("GRANT USAGE ON SCHEMA cdcsync TO pg_monitor")
+    spec = msgspec.structs.replace(index.spec, carried_types=("text",))
+    await create_index_relations(index.connection, SCHEMA, spec)
+    await put_policy(index.connection, SCHEMA, spec, serve)
+    assert await seen(index.connection, "pg_monitor", "0") == 4
+    assert await seen(index.connection, serve.role, "0") == 2
 
 
 @pytest.mark.parametrize("later", [Serve(), Serve(tenant=Tenant(column="room"))])
