@@ -36,6 +36,14 @@ DDL: tuple[LiteralString, ...] = (
     )
     """,
     "COMMENT ON TABLE {schema}.calls IS 'cdcsync: calls of the tool server (cdcsync serve); cdcsync audit reads them.'",
+    # It has no key, and where a publication sends all tables, rows without an identity cannot be deleted.
+    """
+    DO $body$ BEGIN
+        IF (SELECT relreplident <> 'f' FROM pg_class WHERE oid = to_regclass(format('%I.calls', {literal}))) THEN
+            ALTER TABLE {schema}.calls REPLICA IDENTITY FULL;
+        END IF;
+    END $body$
+    """,
     "CREATE INDEX IF NOT EXISTS calls_at ON {schema}.calls USING brin (at)",
 )
 

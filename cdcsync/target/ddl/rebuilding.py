@@ -125,7 +125,8 @@ class Rebuild:
                 vector=await vector_type(self._connection, self._spec),
             )
             await self._run(
-                "CREATE TABLE {changed} (chunk_id bigint NOT NULL);"
+                # Unlogged, because a publication of all tables would refuse to have rows deleted that have no key.
+                "CREATE UNLOGGED TABLE {changed} (chunk_id bigint NOT NULL);"
                 # A vacuum of what is about to be dropped would only be in the way.
                 " ALTER TABLE {settled} SET (autovacuum_enabled = off);"
                 " COMMENT ON TABLE {copy} IS {marker}; COMMENT ON TABLE {changed} IS {marker};"

@@ -133,7 +133,8 @@ WAIT_FOR: LiteralString = """
             END IF;
             SELECT p.checkpoint >= wait_for.lsn AND NOT EXISTS (
                 SELECT FROM {schema}.backfills b WHERE b.index_name = entry.name
-                    AND (b.kind IN ('initial', 'resync') AND b.filter IS NULL OR b.kind = 'related')
+                    AND (b.kind IN ('initial', 'resync') AND b.filter IS NULL OR b.kind = 'related'
+                        OR b.owed AND NOT b.rewrite)
                     AND b.state IN ('requested', 'running', 'paused'))
             INTO reached FROM {schema}.pipelines p WHERE p.slot = entry.slot;
             IF reached AND vectors THEN
@@ -163,8 +164,9 @@ WAIT_FOR: LiteralString = """
 """
 """Waits for a position. It runs as its owner, the worker's role, so that it tells every role the truth: neither missing
 privileges on our tables nor row-level security on them make it say that there is no index. A paused index, and one that
-is no longer followed, are errors, because waiting does not help; one that is loading, or rebuilds documents whose
-related rows changed, is not there yet."""
+is no longer followed, are errors, because waiting does not help; one that is loading, rebuilds documents whose related
+rows changed, or is owed rows, as of a partition that was attached, or a column, is not there yet. One that rewrites
+documents because its template changed is: it holds what was committed, as it was cut before."""
 
 
 _WAIT_FOR: tuple[LiteralString, ...] = (

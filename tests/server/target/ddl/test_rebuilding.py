@@ -148,6 +148,25 @@ async def test_a_rebuild_of_an_index_that_is_emptied_is_worth_nothing(
     assert await both.rows(TIERS) == [("new", "settled")]
 
 
+async def test_a_publication_of_all_tables_of_the_target_is_in_nobodys_way(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    rebuild = Interrupted(await connect_target(), SCHEMA, both.spec)
+    rebuild.meanwhile = lambda: both.apply(changes(document("1", "new", existed=True), deleted=["5"], inline=["new"]))
+    await both.connection.execute("CREATE PUBLICATION everything FOR ALL TABLES")
+    try:
+        assert await rebuild.run() == 3
+        unnamed = await both.rows(
+            "SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " WHERE n.nspname = 'cdcsync' AND c.relkind = 'r' AND c.relpersistence = 'p' AND c.relreplident <> 'f'"
+            " AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary)"
+        )
+        assert unnamed == []
+    finally:
+        await both.connection.execute("DROP PUBLICATION everything")
+    assert await both.faults() == []
+
+
 async def test_a_rebuild_that_was_killed_is_dropped_by_the_next_one(
     both: LiveIndex, connect_target: ConnectTarget
 ) -> None:

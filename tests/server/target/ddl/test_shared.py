@@ -140,6 +140,28 @@ async def test_an_index_that_is_loading_is_not_there_yet(
     assert await rows(connection, "SELECT cdcsync.wait_for('articles', '0/1', '10 ms')") == [(there,)]
 
 
+@pytest.mark.parametrize(
+    ("owed", "rewrite", "state", "there"),
+    [
+        (True, False, "requested", False),
+        (True, False, "paused", False),
+        (True, False, "done", True),
+        (True, True, "running", True),
+        (False, False, "running", True),
+    ],
+)
+async def test_an_index_that_is_owed_rows_or_a_column_is_not_there_yet(
+    connection: Connection, owed: bool, rewrite: bool, state: str, there: bool
+) -> None:
+    await followed(connection, Lsn(0x10))
+    await connection.execute(
+        "INSERT INTO cdcsync.backfills (index_name, kind, state, owed, rewrite)"
+        " VALUES ('articles', 'replay', %s, %s, %s)",
+        [state, owed, rewrite],
+    )
+    assert await rows(connection, "SELECT cdcsync.wait_for('articles', '0/1', '10 ms')") == [(there,)]
+
+
 async def test_vectors_are_waited_for_on_request_up_to_the_same_position(connection: Connection) -> None:
     await followed(connection, Lsn(0x100))
     wait = "SELECT cdcsync.wait_for('articles', '0/50', timeout => '10 ms', vectors => true)"
