@@ -30,6 +30,10 @@ HELD = {
     "a text column gets another type, or is dropped": (UNSENT, "a column dropped and added"),
     "a label of an enum is renamed, or a composite": (UNSENT, "an attribute added"),
     "it is dropped and made anew, or renamed away and back": (CHANGES, "the table dropped and made anew"),
+    "a column gets another collation": (
+        f"{SCENARIOS}test_collations.py",
+        "test_a_column_that_gets_another_collation",
+    ),
     "it is rewritten": (UNSENT, "values by USING"),
     "the publication is edited, or the table leaves it and comes back": (UNSENT, "only inserts for a while"),
     "it leaves the publication": (CHANGES, "the table out of the publication"),
@@ -58,6 +62,10 @@ HELD = {
     "its load was cancelled": (
         "tests/faults/test_schema_changes.py",
         "test_an_initial_load_that_was_cancelled_leaves_no_live_index",
+    ),
+    "its tables or views in the target have to change": (
+        "tests/server/flows/setup/test_indexes.py",
+        "test_a_session_that_uses_a_view_keeps_neither",
     ),
     "column … of the chunks table, which": (
         "tests/server/preflight/test_dependents.py",
@@ -153,6 +161,7 @@ def test_every_row_of_the_table_of_pauses_has_a_case_of_two_indexes() -> None:
         "the target refuses a value …, too long": "tests/server/scenarios/test_values.py",
         "its load failed": PAUSES,
         "its load was cancelled": "tests/faults/test_schema_changes.py",
+        "its tables or views in the target": "tests/server/flows/setup/test_indexes.py",
         "column …": "tests/server/preflight/test_dependents.py",
     }
     left = [one for one in reasons if not any(one.startswith(begin) for begin in (*CASES, *elsewhere))]

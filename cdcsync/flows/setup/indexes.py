@@ -27,7 +27,7 @@ from cdcsync.flows.setup.differences import (
 from cdcsync.flows.setup.needs import need_of
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.locking import until_locked
+from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import (
@@ -50,6 +50,10 @@ from cdcsync.target.requests.history import History
 from cdcsync.target.requests.submission import Requests
 
 log = structlog.get_logger()
+
+LOCK_ATTEMPTS = 30
+"""How often a change of an index's relations is tried while somebody uses them: for two minutes. Then that index is
+paused, because no other one is followed meanwhile."""
 
 
 def outdated(catalog: Catalog, specs: Sequence[IndexSpec]) -> bool:
@@ -113,30 +117,25 @@ async def set_up_indexes(
             try:
                 await upgrade_vectors(target, config.target.schema, spec)
                 await drop_generations(target, config.target.schema, spec)
-                async with target.transaction():
-                    before = await _as_examined(target, config, spec)
-                    view = None if before is None else before.view
-                    missing = await missing_relations(target, config.target.schema, spec, view=view)
-                    await create_index_relations(target, config.target.schema, spec)
-                    created = await create_generations(target, config.target.schema, spec)
-                    await put_policy(target, config.target.schema, spec, config.serve)
-                    if spec.hidden and spec.beside is not None:
-                        searched = msgspec.structs.replace(spec.beside, beside=spec)
-                        await open_beside(target, config.target.schema, searched, created=bool(missing.tables))
-                    await _register(target, config, spec, catalog, missing)
-                    settings = await settings_to_note(target, config.target.schema, spec.name)
-                    await Registry(config.target.schema).note_settings(target, spec.name, settings)
-                    for generation in created:
-                        await Generations(config.target.schema).begin_again(target, spec.name, generation)
-                    if waiting and spec.name in waiting:
-                        await Registry(config.target.schema).pause(target, spec.name, waiting[spec.name])
-                    crash_point("index relations written")
-                crash_point("index relations committed")
+                pause = (waiting or {}).get(spec.name)
+                await until_locked(
+                    lambda: _set_up(target, config, spec, catalog, pause),  # noqa: B023 - awaited here
+                    table=f"{spec.relations}_chunks",
+                    attempts=LOCK_ATTEMPTS,
+                )
                 known.add(spec.name)
             except SetupError as error:
                 if await Registry(config.target.schema).find(target, spec.name) is None:
                     raise
                 raise SchemaChanged(error.message, index=spec.name, where=error.where, hint=error.hint) from error
+            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+                raise SchemaChanged(
+                    "its tables or views in the target have to change, and a session there does not let go of them",
+                    index=spec.name,
+                    where=str(spec.config.view_name),
+                    hint="end its transaction: SELECT pid, usename, application_name FROM pg_locks"
+                    f" JOIN pg_stat_activity USING (pid) WHERE relation = '{spec.config.view_name}'::regclass",
+                ) from error
             except psycopg.errors.DependentObjectsStillExist as error:
                 raise SchemaChanged(
                     f"the view {spec.config.view_name} has to change, and other objects depend on it",
@@ -144,6 +143,34 @@ async def set_up_indexes(
                     where=str(spec.config.view_name),
                     hint=f"drop them, then create them again: {error.diag.message_detail}",
                 ) from error
+
+
+async def _set_up(target: Connection, config: Config, spec: IndexSpec, catalog: Catalog, pause: Pause | None) -> None:
+    """Set up one index in a transaction; what locks out searches gives way to them.
+
+    :param pause: why it is not loaded yet, if it is new and waits.
+    :raises LockNotAvailable, DeadlockDetected: somebody uses what has to change.
+    """
+    async with target.transaction():
+        await target.execute(BRIEFLY)
+        before = await _as_examined(target, config, spec)
+        view = None if before is None else before.view
+        missing = await missing_relations(target, config.target.schema, spec, view=view)
+        await create_index_relations(target, config.target.schema, spec)
+        created = await create_generations(target, config.target.schema, spec)
+        await put_policy(target, config.target.schema, spec, config.serve)
+        if spec.hidden and spec.beside is not None:
+            searched = msgspec.structs.replace(spec.beside, beside=spec)
+            await open_beside(target, config.target.schema, searched, created=bool(missing.tables))
+        await _register(target, config, spec, catalog, missing)
+        settings = await settings_to_note(target, config.target.schema, spec.name)
+        await Registry(config.target.schema).note_settings(target, spec.name, settings)
+        for generation in created:
+            await Generations(config.target.schema).begin_again(target, spec.name, generation)
+        if pause is not None:
+            await Registry(config.target.schema).pause(target, spec.name, pause)
+        crash_point("index relations written")
+    crash_point("index relations committed")
 
 
 async def _stands(target: Connection, config: Config, spec: IndexSpec, catalog: Catalog) -> bool:

@@ -16,7 +16,7 @@ from psycopg import sql
 
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.queries import fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.chunks_view import (
     chunks_marker,
@@ -112,6 +112,14 @@ async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
             + ")"
         ).format(**identifiers)
     )
+    types = dict(zip(spec.shape.key + spec.shape.carried, spec.key_types + spec.carried_types, strict=True))
+    lacks = {
+        *spec.shape.carried,
+        "chunk_total",
+        *(["search"] if spec.config.search is not None else []),
+    } - present.keys()
+    if present and not spec.hidden and (lacks or any(present.get(one, type_) != type_ for one, type_ in types.items())):
+        await _lock_views(connection, spec)
     if present:
         for column, definition in zip(spec.shape.carried, carried, strict=True):
             if column not in present:
@@ -173,6 +181,25 @@ async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
     await _put_view(connection, schema, spec)
     await put_chunks_view(connection, schema, spec)
     await put_search(connection, schema, spec)
+
+
+async def _lock_views(connection: Connection, spec: IndexSpec) -> None:
+    """Lock the views before the chunks that they read, which is the order in which searches lock them.
+
+    A search that has locked the view would wait for us to let go of the chunks, while we wait for its view; and one of
+    them there always is. With a view, PostgreSQL locks what it reads.
+    """
+    view = spec.config.view_name
+    for one in (view, chunks_view_name(view)):
+        present = await fetch_value(
+            connection,
+            "SELECT EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " WHERE n.nspname = %s AND c.relname = %s AND c.relkind = 'v')",
+            [one.schema, one.name],
+        )
+        if present:
+            name = sql.Identifier(one.schema, one.name)
+            await connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(name))
 
 
 async def _columns_present(connection: Connection, schema: str, spec: IndexSpec) -> dict[str, str]:
