@@ -71,6 +71,7 @@ async def test_before_it_follows_anything_a_worker_tells_what_it_waits_for() -> 
 @pytest.mark.parametrize(
     ("running", "name", "told"),
     [(False, "host:42", True), (True, worker_name(), True), (True, "other:1", False)],
+    ids=["no worker", "this worker", "another worker"],
 )
 async def test_the_status_says_why_a_worker_waits_unless_another_one_works(
     streaming: WorkerState, monkeypatch: pytest.MonkeyPatch, running: bool, name: str, told: bool
