@@ -100,8 +100,9 @@ async def test_a_column_that_gets_another_type_keeps_its_policy_and_others_see_w
     await put_policy(index.connection, SCHEMA, index.spec, serve)
     await index.connection.execute("GRANT USAGE ON SCHEMA cdcsync TO pg_monitor")
     spec = msgspec.structs.replace(index.spec, carried_types=("text",))
-    await create_index_relations(index.connection, SCHEMA, spec)
-    await put_policy(index.connection, SCHEMA, spec, serve)
+    async with index.connection.transaction():
+        await create_index_relations(index.connection, SCHEMA, spec)
+        await put_policy(index.connection, SCHEMA, spec, serve)
     assert await seen(index.connection, "pg_monitor", "0") == 4
     assert await seen(index.connection, serve.role, "0") == 2
 
