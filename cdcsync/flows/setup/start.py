@@ -93,13 +93,16 @@ async def set_up_publication(source: Connection, config: Config, tables: Sequenc
     with speaking_of("source", where=f"publication {name}"):
         catalog = await read_catalog(source, name, tables)
         publication, tables = catalog.publication, catalog.single(tables)
+        missing = [one for one in tables if publication is None or one not in publication.tables]
+        if not missing:
+            return
 
         async def publish() -> None:
-            if publication is None and tables:
-                await source.execute(create_publication_statement(name, tables, version=source.info.server_version))
+            if publication is None:
+                await source.execute(create_publication_statement(name, missing, version=source.info.server_version))
                 crash_point("publication created")
-                log.info("publication_created", publication=name, tables=[str(table) for table in tables])
-            elif publication is not None and (missing := [one for one in tables if one not in publication.tables]):
+                log.info("publication_created", publication=name, tables=[str(table) for table in missing])
+            else:
                 await source.execute(publish_statement(name, missing))
                 crash_point("publication extended")
                 log.info("publication_extended", publication=name, tables=[str(table) for table in missing])
@@ -107,7 +110,7 @@ async def set_up_publication(source: Connection, config: Config, tables: Sequenc
         # VACUUM, CREATE INDEX CONCURRENTLY and the like are in the way for as long as they take.
         await source.execute(ALWAYS_BRIEFLY)
         try:
-            await until_locked(publish, table=", ".join(map(str, tables)))
+            await until_locked(publish, table=", ".join(map(str, missing)))
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
             raise TablesChanged(f"a table is gone: {first_line(error)}", where=f"publication {name}") from error
         finally:
