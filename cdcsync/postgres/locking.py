@@ -4,30 +4,36 @@ On the target every later search waits behind a session that waits for an exclus
 functions lock a partition before its parent, and ALTER TABLE locks the parent first. So a lock is waited for only
 briefly, then everything is given up, and tried again a little later.
 
-Source: PostgreSQL, "Explicit Locking"; "Client Connection Defaults" (lock_timeout).
+Nor do we wait for long where others hold a table: what is for other indexes would wait as well. `LockedOut` remembers
+that, and `exclusive_locks` tells who it is.
+
+Source: PostgreSQL, "Explicit Locking"; "Client Connection Defaults" (lock_timeout); "pg_locks", "pg_stat_activity".
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import LiteralString, TypeVar
 
 import anyio
+import msgspec
 import psycopg
 
 from cdcsync.backoff import backoff_s
+from cdcsync.config import QualifiedName
+from cdcsync.errors import CdcsyncError, SourceUnavailable
 from cdcsync.logs import get_logger
+from cdcsync.postgres.sessions import Connection, Session, locked_out, speaking_of
 
 log = get_logger()
 
 T = TypeVar("T")
 
 BRIEFLY = "SET LOCAL lock_timeout = '400ms'"
-ALWAYS_BRIEFLY: LiteralString = "SET lock_timeout = '400ms'"
-"""In one transaction, and in all of a session.
+"""In one transaction; for as long as `ALWAYS_BRIEFLY`."""
 
-Less than PostgreSQL's default `deadlock_timeout`, 1 s: so that the server never breaks a circle by failing somebody's
-statement, we give up."""
+LOCKED_OUT_S = 5.0
+"""How long a table that was found locked is not asked for: each attempt costs others the time that it waits."""
 
 
 async def until_locked(change: Callable[[], Awaitable[T]], *, table: str, attempts: int | None = None) -> T:
@@ -47,3 +53,103 @@ async def until_locked(change: Callable[[], Awaitable[T]], *, table: str, attemp
                 raise
             await anyio.sleep(backoff_s(attempt, first=0.1, most=5))
             attempt += 1
+
+
+class Lock(msgspec.Struct, frozen=True):
+    """A lock that keeps everybody from reading a table, or a request for one, behind which all others wait.
+
+    :ivar table: its name, as SQL writes it; of a partitioned table it may be a partition's.
+    :ivar pid: of the session; None for a prepared transaction, which `session` names.
+    :ivar session: its application and role.
+    :ivar age: how long its transaction has been open; None if we may not know.
+    :ivar granted: whether it has the lock; else it waits for others, and we behind it.
+    """
+
+    table: str
+    pid: int | None
+    session: str
+    age: str | None
+    granted: bool
+
+    def __str__(self) -> str:
+        holder = f"pid {self.pid} ({self.session})" if self.pid is not None else self.session
+        lasting = "" if self.age is None else f", whose transaction has been open for {self.age}"
+        if self.granted:
+            return f"{self.table} is locked by {holder}{lasting}"
+        return f"{self.table} cannot be read because {holder} waits for an exclusive lock on it{lasting}"
+
+    @property
+    def remedy(self) -> str:
+        """The fix, as an instruction."""
+        if self.pid is None:
+            return f"end the {self.session}: COMMIT PREPARED or ROLLBACK PREPARED"
+        return f"wait until that transaction ends, or end it: SELECT pg_terminate_backend({self.pid})"
+
+
+LOCKED: LiteralString = (
+    "(SELECT array_agg(relation) FROM pg_locks WHERE locktype = 'relation' AND mode = 'AccessExclusiveLock'"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
+)
+"""SQL for the relations that a statement would have to wait for.
+
+Functions that write an expression of a table (pg_get_expr and the like) lock it, as does pg_partition_tree."""
+
+_EXCLUSIVE: LiteralString = """
+    WITH RECURSIVE wanted (oid) AS (
+        SELECT c.oid FROM unnest(%s::text[], %s::text[]) AS named (schema, name)
+            JOIN pg_namespace AS n ON n.nspname = named.schema
+            JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = named.name
+        UNION SELECT i.inhrelid FROM wanted AS w JOIN pg_inherits AS i ON i.inhparent = w.oid
+    )
+    SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname), l.pid,
+        CASE WHEN l.pid IS NULL THEN format('prepared transaction %%L', p.gid)
+            ELSE concat_ws(', ', nullif(a.application_name, ''), 'role ' || a.usename) END,
+        date_trunc('second', clock_timestamp() - coalesce(a.xact_start, p.prepared))::text, l.granted
+    FROM pg_locks AS l JOIN wanted AS w ON w.oid = l.relation
+    JOIN pg_class AS c ON c.oid = w.oid JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+    LEFT JOIN pg_prepared_xacts AS p ON l.virtualtransaction = '-1/' || p.transaction::text
+    WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.pid IS DISTINCT FROM pg_backend_pid()
+        AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND coalesce(clock_timestamp() - coalesce(a.xact_start, p.prepared) >= make_interval(secs => %s), true)
+    ORDER BY l.granted DESC, 1
+"""
+
+
+async def exclusive_locks(
+    connection: Connection, tables: Collection[QualifiedName], *, open_for_s: float = 0.0
+) -> list[Lock]:
+    """Return who keeps everybody from reading these tables or partitions of them, those who do before those who will.
+
+    :param open_for_s: leave out transactions that were begun later than that. Nothing tells since when a lock is held.
+    """
+    schemas, names = [one.schema for one in tables], [one.name for one in tables]
+    cursor = await connection.execute(_EXCLUSIVE, [schemas, names, open_for_s])
+    return [Lock(*row) for row in await cursor.fetchall()]
+
+
+class LockedOut:
+    """Whether the tables of an index were found locked just now, for all who read them over one session."""
+
+    def __init__(self, index: str, tables: Sequence[QualifiedName]) -> None:
+        self._index = index
+        self._tables = tables
+        self._until = float("-inf")
+
+    @property
+    def lately(self) -> bool:
+        """Whether they were, so lately that nobody asks for them again."""
+        return anyio.current_time() < self._until
+
+    async def note(self, error: CdcsyncError, session: Session) -> bool:
+        """Note an error of reading them over a session, and log who holds the lock; False if it is another error."""
+        if not (isinstance(error, SourceUnavailable) and locked_out(error)):
+            return False
+        self._until = anyio.current_time() + LOCKED_OUT_S
+        try:
+            with speaking_of("source"):
+                locks = await exclusive_locks(await session.connection(), self._tables)
+        except CdcsyncError:
+            locks = []
+        log.warning("table_locked", index=self._index, error=str(error), locks=[str(one) for one in locks])
+        return True

@@ -75,10 +75,15 @@ TABLES_ONLY: LiteralString = (
 """The source's tables are read by name. If their owner replaces one by a view, the view's functions would run with our
 role's privileges; the server then refuses the statement instead. Supported since the minor releases of August 2024."""
 
+ALWAYS_BRIEFLY: LiteralString = "SET lock_timeout = '400ms'"
+"""In all of a session. Less than PostgreSQL's default `deadlock_timeout`, 1 s: so that the server never breaks a circle
+by failing somebody's statement, we give up."""
+
 DURABILITY: dict[Side, LiteralString] = {
     # Our writes on the source are marks and publications: flushed at commit, waiting for no standby. And
     # replication does not know row-level security: a policy that would hide rows from us must be an error.
-    "source": "SET synchronous_commit = local; SET row_security = off",
+    # And a table of an application may be locked for hours, which must not hold up what is for another index.
+    "source": "SET synchronous_commit = local; SET row_security = off; " + ALWAYS_BRIEFLY,
     # Changes acknowledged to the source must survive a crash of the target, whatever the role's default is.
     "target": "SET synchronous_commit = on",
 }
@@ -151,6 +156,13 @@ def passing(error: psycopg.Error) -> bool:
     if code is None:
         return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
     return code[:2] in ("08", "53", "40") or code.startswith("57P") or code in _PASSING
+
+
+def locked_out(error: BaseException) -> bool:
+    """Say whether a statement was given up because another session holds a lock on what it needs."""
+    if isinstance(error, psycopg.Error):
+        return isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected)
+    return isinstance(error, Unavailable) and error.sqlstate in ("55P03", "40P01")
 
 
 def answers(connection: Connection, error: CdcsyncError) -> bool:

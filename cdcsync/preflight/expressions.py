@@ -17,9 +17,9 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding
 
 _FOREIGN: LiteralString = """
-    WITH tables AS (
-        SELECT DISTINCT found.oid FROM unnest(%(tables)s::oid[]) AS root (oid) CROSS JOIN LATERAL
-            (SELECT root.oid UNION SELECT relid FROM pg_partition_tree(root.oid)) AS found (oid)
+    WITH RECURSIVE tables (oid) AS (
+        SELECT unnest(%(tables)s::oid[])
+        UNION SELECT i.inhrelid FROM tables AS t JOIN pg_inherits AS i ON i.inhparent = t.oid
     ), parts (of, classid, objid, what) AS (
         SELECT i.indrelid, 'pg_class'::regclass, i.indexrelid, 'an index' FROM pg_index AS i
             WHERE i.indexprs IS NOT NULL OR i.indpred IS NOT NULL

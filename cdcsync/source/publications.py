@@ -16,6 +16,7 @@ import msgspec
 from psycopg import sql
 
 from cdcsync.config import QualifiedName
+from cdcsync.postgres.locking import LOCKED
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 
@@ -31,6 +32,7 @@ class Published(msgspec.Struct, frozen=True):
 
     :ivar listed: whether the publication names these columns; otherwise they follow the table.
     :ivar filter_columns: the columns that the row filter reads.
+    :ivar locked: whether there is a row filter that could not be read, because the table is locked.
     """
 
     table: QualifiedName
@@ -38,6 +40,7 @@ class Published(msgspec.Struct, frozen=True):
     row_filter: str | None
     listed: bool = False
     filter_columns: tuple[str, ...] = ()
+    locked: bool = False
 
 
 class Publication(msgspec.Struct, frozen=True):
@@ -73,6 +76,7 @@ class _Relation(msgspec.Struct, frozen=True):
     row_filter: str | None
     listed: bool
     filter_columns: tuple[str, ...]
+    locked: bool
 
 
 async def read_publication(
@@ -138,7 +142,7 @@ def _published(
     mine = relations[table]
     if all_tables or mine.schema_row is not None:
         return Published(table, mine.columns, None)
-    return Published(table, mine.columns, mine.row_filter, mine.listed, mine.filter_columns)
+    return Published(table, mine.columns, mine.row_filter, mine.listed, mine.filter_columns, mine.locked)
 
 
 def _brought_by(line: Sequence[_Relation], *, all_tables: bool) -> tuple[str, ...]:
@@ -176,9 +180,10 @@ def _relation(
     row_filter: str | None,
     listed: bool | None,
     filter_columns: Sequence[str],
+    locked: bool,
 ) -> _Relation:
     return _Relation(
-        publishable, version, row, schema_row, tuple(columns), row_filter, bool(listed), tuple(filter_columns)
+        publishable, version, row, schema_row, tuple(columns), row_filter, bool(listed), tuple(filter_columns), locked
     )
 
 
@@ -200,14 +205,18 @@ _RELATIONS: LiteralString = (
           AND CASE WHEN r.prattrs IS NOT NULL THEN a.attnum = ANY(r.prattrs::int2[])
               ELSE a.attgenerated = '' OR a.attgenerated = 's' AND %(generated)s END
           ORDER BY a.attnum),
-    pg_get_expr(r.prqual, r.prrelid), r.prattrs IS NOT NULL,
+    CASE WHEN c.oid = ANY(locked.oids) THEN NULL ELSE pg_get_expr(r.prqual, r.prrelid) END, r.prattrs IS NOT NULL,
     ARRAY(SELECT DISTINCT a.attname::text
           FROM regexp_matches(r.prqual::text, ':varattno (\\d+)', 'g') AS used (number)
-          JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = used.number[1]::int2 ORDER BY 1)
+          JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = used.number[1]::int2 ORDER BY 1),
+    coalesce(r.prqual IS NOT NULL AND c.oid = ANY(locked.oids), false)
 """
     + _JOINED
     + """
     LEFT JOIN pg_publication_namespace s ON s.pnnspid = n.oid AND s.pnpubid = %(publication)s::int8::oid
+    CROSS JOIN (SELECT """
+    + LOCKED
+    + """ AS oids OFFSET 0) AS locked
 """
 )
 # The columns that a row filter reads: no function tells them, and pg_depend does not tell them from a column list.
@@ -217,7 +226,7 @@ _RELATIONS_BEFORE_15: LiteralString = (
     , NULL,
     ARRAY(SELECT attname::text FROM pg_attribute
           WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum),
-    NULL, false, '{}'::text[]
+    NULL, false, '{}'::text[], false
 """
     + _JOINED
 )

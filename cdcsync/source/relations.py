@@ -13,6 +13,7 @@ from collections.abc import Collection
 import msgspec
 
 from cdcsync.config import QualifiedName
+from cdcsync.postgres.locking import LOCKED
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.columns import Column, Type, reachable_types, read_columns, read_types
 
@@ -33,7 +34,7 @@ class Partition(msgspec.Struct, frozen=True):
 
     :ivar file: its relfilenode, which TRUNCATE changes, and so does everything that rewrites it.
     :ivar attached: the transactions that attached it and its ancestors.
-    :ivar bounds: the condition that its rows fulfil; None if it takes all.
+    :ivar bounds: the condition that its rows fulfil; None if it takes all, or cannot be asked because it is locked.
     :ivar written_by: the transaction that last wrote its entry in pg_class, as 32 bits.
     :ivar columns: of one of many equal tables, which has columns of its own: attribute number, type, modifier, and the
         OID of the expression.
@@ -262,14 +263,20 @@ async def _leaves(connection: Connection, roots: Collection[int]) -> dict[int, t
         return {}
     cursor = await connection.execute(
         f"""
-        SELECT root.oid::int8, n.nspname, c.relname, c.relkind::text, c.relpersistence::text, c.relreplident::text,
+        WITH RECURSIVE tree (root, oid) AS (
+            SELECT root, root FROM unnest(%s::int8[]::oid[]) AS root
+            UNION ALL SELECT t.root, i.inhrelid FROM tree AS t JOIN pg_inherits AS i ON i.inhparent = t.oid
+            WHERE NOT i.inhdetachpending
+        ), locked (oids) AS MATERIALIZED (SELECT {LOCKED})
+        SELECT tree.root::int8, n.nspname, c.relname, c.relkind::text, c.relpersistence::text, c.relreplident::text,
                {_IDENTITY}, c.oid::int8, c.relfilenode::int8,
                (SELECT string_agg(i.xmin::text, ' ' ORDER BY a.place)
                 FROM pg_partition_ancestors(c.oid) WITH ORDINALITY AS a (relid, place)
                 JOIN pg_inherits AS i ON i.inhrelid = a.relid),
-               pg_get_partition_constraintdef(c.oid), c.xmin::text::int8
-        FROM unnest(%s::int8[]::oid[]) AS root (oid), pg_partition_tree(root.oid) AS p
-        JOIN pg_class c ON c.oid = p.relid JOIN pg_namespace n ON n.oid = c.relnamespace
+               CASE WHEN NOT EXISTS (SELECT FROM pg_partition_ancestors(c.oid) AS a (oid), locked
+                                     WHERE a.oid = ANY(locked.oids)) THEN pg_get_partition_constraintdef(c.oid) END,
+               c.xmin::text::int8
+        FROM tree JOIN pg_class c ON c.oid = tree.oid JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE c.relkind <> 'p' ORDER BY 2, 3
         """,
         [list(roots)],

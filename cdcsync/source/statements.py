@@ -24,9 +24,10 @@ PLACE = sql.Identifier("cdcsync place")
 """The column that tells which of several keys is meant."""
 
 RELATIONS: LiteralString = (
-    "(SELECT %(table)s::regclass::oid UNION SELECT relid FROM pg_partition_tree(%(table)s::regclass))"
+    "(WITH RECURSIVE tree (oid) AS (SELECT %(table)s::regclass::oid UNION ALL SELECT i.inhrelid FROM tree"
+    " JOIN pg_inherits AS i ON i.inhparent = tree.oid WHERE NOT i.inhdetachpending) SELECT oid FROM tree)"
 )
-"""A table with its partitions. A partition tree is empty for a table that has no part in partitioning."""
+"""A table with its partitions. The server's own function for it would wait for one that is locked."""
 
 
 class Statements:

@@ -23,6 +23,7 @@ from cdcsync.model.requests import Problem, Request
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
+from cdcsync.postgres.locking import LockedOut
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session, connect, speaking_of
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import current_snapshot
@@ -97,6 +98,7 @@ class Backfills:
         self._turn_ends = 0.0
         """When the request that is served may have to give way."""
         self._forget_vectors = forget_vectors
+        self._locked = {name: LockedOut(name, spec.single_tables) for name, spec in specs.items()}
         self.marks = Marks(deliveries, metrics)
         self._pages: dict[str, Pages] = {
             name: Pages(self._source, schema, spec, tables[name], deliveries[name], self.marks.forget)
@@ -135,6 +137,8 @@ class Backfills:
         try:
             await self._serve(target, request)
         except CdcsyncError as error:
+            if await self._locked[request.index].note(error, self._source):
+                return  # others are served meanwhile
             if error.retry is Retry.AUTOMATIC:
                 raise
             log.error("backfill_failed", index=request.index, backfill=request.id, error=str(error))
@@ -156,16 +160,21 @@ class Backfills:
 
         One that gave way has some time then, however many short ones keep coming.
         """
-        others = [index for index in self._specs if index != self._served]
+        others = [index for index in self._readable if index != self._served]
         with speaking_of("target"):
             request = await self._queue.next_open(target, others)
             if request is None:
-                request = await self._queue.next_open(target, list(self._specs))
+                request = await self._queue.next_open(target, self._readable)
         if request is not None:
             self._served = request.index
             self._turn_ends = anyio.current_time() + (TURN_S if request.id in self._gave_way else 0)
             self._gave_way.discard(request.id)
         return request
+
+    @property
+    def _readable(self) -> list[str]:
+        """The indexes of which nobody is known to hold a table locked."""
+        return [index for index, locked in self._locked.items() if not locked.lately]
 
     async def _serve(self, target: Connection, request: Request) -> None:
         spec, table, pages = self._specs[request.index], self._tables[request.index], self._pages[request.index]
@@ -300,7 +309,7 @@ class Backfills:
         """Wait as long as the pace asks for; False as soon as it was paused or cancelled, or another one goes first."""
         until = anyio.current_time() + wait_s
         while True:
-            indexes = list(self._specs) if anyio.current_time() >= self._turn_ends else [request.index]
+            indexes = self._readable if anyio.current_time() >= self._turn_ends else [request.index]
             with speaking_of("target"):
                 following = await self._queue.next_open(target, indexes)
             if following is None or following.id != request.id:

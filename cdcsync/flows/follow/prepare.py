@@ -20,7 +20,7 @@ import msgspec
 
 from cdcsync.documents.chunks import Chunk, Chunker
 from cdcsync.documents.templates import Rendering
-from cdcsync.errors import DocumentError
+from cdcsync.errors import DocumentError, SourceUnavailable
 from cdcsync.flows.backfill.preparing import Prepared
 from cdcsync.flows.embed import Dispatcher
 from cdcsync.flows.follow.related import RelatedChanges, seeing
@@ -32,6 +32,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
 from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.pgoutput.messages import UNCHANGED
+from cdcsync.postgres.locking import LockedOut
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.reads import Page
 from cdcsync.source.tables import SourceTable
@@ -105,7 +106,8 @@ class Preparer:
         self._source = source
         self._metrics = metrics
         self._deliveries = deliveries
-        self._related = RelatedChanges(spec, source, deliveries) if spec.documents.related else None
+        self._locked = LockedOut(spec.name, spec.single_tables)
+        self._related = RelatedChanges(spec, source, deliveries, self._locked) if spec.documents.related else None
 
     @property
     def looks_ahead(self) -> bool:
@@ -241,7 +243,7 @@ class Preparer:
         index at that moment: it is gone, or does not fulfil the condition. If neither a condition nor a related row can
         be the reason, it is left out: the change that took it away is still to come.
 
-        :param rebuilds: takes the request for those that are too large to be read now.
+        :param rebuilds: takes the request for those that cannot be read now: they are too large, or a table is locked.
         :param xids: transactions that the reading has to see, besides those of the changes.
         :param rewrite: whether that request is to chunk documents again, too.
         """
@@ -292,7 +294,7 @@ class Preparer:
         """Return the rows that the source has for these keys, or why they cannot be read.
 
         They are read in portions, each under a snapshot of its own that sees these transactions. Reading ends once the
-        rows are large together; the keys that are left are returned.
+        rows are large together, or where somebody has locked a table; the keys that are left are returned.
         """
 
         async def read(connection: Connection) -> tuple[Snapshot, Page]:
@@ -302,13 +304,18 @@ class Preparer:
         found: dict[Key, Row | Unread] = {}
         done = size = 0
         at_once = READ_AT_FIRST if self._related is not None else READ_AT_ONCE
-        while done < len(keys) and size <= MOST_BYTES_READ:
+        while done < len(keys) and size <= MOST_BYTES_READ and not self._locked.lately:
             portion = keys[done : done + at_once]
-            if self._related is None:
-                with self._reading():
-                    connection = await self._source.connection()
-                    portion = portion[: await self._table.fitting_keys(connection, portion, READ_BYTES)]
-            page = await seeing(xids, self._spec, self._source, read)
+            try:
+                if self._related is None:
+                    with self._reading():
+                        connection = await self._source.connection()
+                        portion = portion[: await self._table.fitting_keys(connection, portion, READ_BYTES)]
+                page = await seeing(xids, self._spec, self._source, read)
+            except SourceUnavailable as error:
+                if await self._locked.note(error, self._source):
+                    break
+                raise
             rows: dict[Key, Row | Unread] = {self._spec.shape.key_of(row): row for row in page.rows}
             rows.update(page.unread)
             self._deliveries.read_again((*portion, *rows), page.snapshot, rewritten=rewrite)

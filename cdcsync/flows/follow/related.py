@@ -1,7 +1,8 @@
 """Which documents the changes of related rows concern: a part of preparing, for indexes of several tables only.
 
     touched values ─► keys of documents: those values, or asked of the source ─► rows to read again
-                 └──► more of them than one batch takes: a request of the backfill engine, committed with the batch
+                 └──► more of them than one batch takes, or a table that is locked: a request of the backfill engine,
+                      committed with the batch
 
 The source is asked under a snapshot that sees what touched the rows. It may see more: that is still to come, and
 concerns the document once more.
@@ -16,12 +17,14 @@ import anyio
 import msgspec
 import structlog
 
+from cdcsync.errors import SourceUnavailable
 from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import Rebuild
 from cdcsync.model.links import Link, Touch, Values
 from cdcsync.model.rows import Delete, Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries, Snapshot
+from cdcsync.postgres.locking import LockedOut
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.related import MOST_FILTERED, LookUps
@@ -66,8 +69,9 @@ class Concerned(msgspec.Struct, frozen=True):
 class RelatedChanges:
     """Finds the documents of one index that changes of related rows concern."""
 
-    def __init__(self, spec: IndexSpec, source: Session, deliveries: Deliveries) -> None:
+    def __init__(self, spec: IndexSpec, source: Session, deliveries: Deliveries, locked: LockedOut) -> None:
         self._spec = spec
+        self._locked = locked
         self._source = source
         self._deliveries = deliveries
         self._links = spec.links
@@ -102,9 +106,16 @@ class RelatedChanges:
                     touched(key, touches[values])
             at_once = VALUES_AT_FIRST
             # If a condition names too many values, all documents are rebuilt, and there is nothing more to ask.
-            while left and len(documents) < MOST_OF_A_BATCH and len(too_many) <= MOST_FILTERED:
-                asked, left = left[:at_once], left[at_once:]
-                found = await self._keys(link, asked, changes.touched_by)
+            while (
+                left and len(documents) < MOST_OF_A_BATCH and len(too_many) <= MOST_FILTERED and not self._locked.lately
+            ):
+                try:
+                    found = await self._keys(link, left[:at_once], changes.touched_by)
+                except SourceUnavailable as error:
+                    if await self._locked.note(error, self._source):
+                        break  # the request waits for the lock, and the stream does not
+                    raise
+                left = left[at_once:]
                 for values, keys in found.items():
                     if len(keys) > MOST_OF_ONE or len(documents) + len(keys) > MOST_OF_A_BATCH:
                         too_many.append(values)

@@ -16,7 +16,7 @@ from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import DecodingFailed, GapError, SetupError, SlotInUse, TablesChanged
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
 from cdcsync.lsn import Lsn
-from cdcsync.postgres.locking import ALWAYS_BRIEFLY, BRIEFLY, until_locked
+from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.sessions import Connection, first_line, speaking_of
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import (
@@ -108,14 +108,10 @@ async def set_up_publication(source: Connection, config: Config, tables: Sequenc
                 log.info("publication_extended", publication=name, tables=[str(table) for table in missing])
 
         # VACUUM, CREATE INDEX CONCURRENTLY and the like are in the way for as long as they take.
-        await source.execute(ALWAYS_BRIEFLY)
         try:
             await until_locked(publish, table=", ".join(map(str, missing)))
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
             raise TablesChanged(f"a table is gone: {first_line(error)}", where=f"publication {name}") from error
-        finally:
-            if not source.closed:
-                await source.execute("SET lock_timeout = 0")
 
 
 async def refuse_early(source: Connection, session: ApplySession, config: Config) -> None:

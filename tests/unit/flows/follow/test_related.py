@@ -17,6 +17,7 @@ from cdcsync.model.changeset import Rebuild
 from cdcsync.model.links import Link, Touch, Values
 from cdcsync.model.rows import Delete, Key
 from cdcsync.model.visibility import Deliveries, Snapshot
+from cdcsync.postgres.locking import LockedOut
 from cdcsync.source.related import MOST_FILTERED
 from tests.support.indexes import make_spec
 
@@ -68,7 +69,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
     def of(source: Source) -> RelatedChanges:
         monkeypatch.setattr(related, "LookUps", lambda *_: source)
         monkeypatch.setattr(related, "current_snapshot", now)
-        made = RelatedChanges(SPEC, cast(Any, source), Deliveries())
+        made = RelatedChanges(SPEC, cast(Any, source), Deliveries(), LockedOut("i", ()))
         made._links = (LINK, OF_THE_KEY)
         return made
 

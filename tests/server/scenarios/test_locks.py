@@ -1,0 +1,139 @@
+"""A table that somebody holds locked costs the index that needs it, and no other; then that index is right, too."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+import psycopg
+import pytest
+
+from tests.support.configs import NO_AUDIT
+from tests.support.scenes import Followed, MakeScene, Scene
+from tests.support.workers import until
+
+pytestmark = [pytest.mark.server]
+
+CUSTOMER = """
+[indexes.NAME.related.customer]
+table = "customers"
+on = { id = "customer_id" }
+"""
+
+TABLES = [
+    "CREATE TABLE sound (id int PRIMARY KEY, title text)",
+    "INSERT INTO sound SELECT i, 'title ' || i FROM generate_series(1, 20) i",
+    "CREATE TABLE big (id int PRIMARY KEY, title text, body text)",
+    "ALTER TABLE big ALTER COLUMN body SET STORAGE EXTERNAL",
+    "INSERT INTO big SELECT i, 'title ' || i, repeat('body ' || i || ' ', 500) FROM generate_series(1, 5) i",
+    "CREATE TABLE parted (id int PRIMARY KEY, title text, body text) PARTITION BY RANGE (id)",
+    "CREATE TABLE parted_low PARTITION OF parted FOR VALUES FROM (0) TO (100)",
+    "CREATE TABLE parted_high PARTITION OF parted FOR VALUES FROM (100) TO (200)",
+    "ALTER TABLE parted ALTER COLUMN body SET STORAGE EXTERNAL",
+    "INSERT INTO parted SELECT i, 'title ' || i, repeat('body ' || i || ' ', 500) FROM generate_series(98, 103) i",
+    "CREATE TABLE chosen (id int PRIMARY KEY, title text, stars int)",
+    "INSERT INTO chosen SELECT i, 'title ' || i, i FROM generate_series(1, 20) i",
+    "CREATE TABLE customers (id int PRIMARY KEY, name text)",
+    "CREATE TABLE orders (id int PRIMARY KEY, title text, customer_id int)",
+    "INSERT INTO customers SELECT i, 'customer ' || i FROM generate_series(1, 5) i",
+    "INSERT INTO orders SELECT i, 'order ' || i, 1 + i % 4 FROM generate_series(1, 30) i",
+    """CREATE VIEW orders_expected AS SELECT o.*, c.name AS "customer.name"
+       FROM orders o LEFT JOIN customers c ON c.id = o.customer_id""",
+]
+
+INDEXES = {
+    "sound": Followed("sound"),
+    "big": Followed("big", "{title} {body}"),
+    "parted": Followed("parted", "{title} {body}"),
+    "chosen": Followed("chosen", where="abs(stars) % 2 = 0"),
+    "orders": Followed("orders", "{title} of {customer.name}", more=CUSTOMER),
+}
+
+HURRY = {"cdcsync.postgres.locking.LOCKED_OUT_S": 0.5}
+
+
+@pytest.fixture(scope="module")
+def locked(make_scene: MakeScene) -> Scene:
+    made = make_scene(TABLES, INDEXES, worker_lines=NO_AUDIT, hurry=HURRY)
+    made.oracle_reads("orders", "orders_expected")
+    return made
+
+
+@contextlib.contextmanager
+def held(made: Scene, table: str, *changes: str) -> Iterator[psycopg.Connection]:
+    """Hold a table locked exclusively from the moment on that some changes are committed; nobody gets in between."""
+    dsn = made.pipeline.config.source.dsn
+    with (
+        psycopg.connect(dsn, application_name="migration") as holder,
+        psycopg.connect(dsn) as writer,
+    ):
+        for change in changes:
+            writer.execute(change)
+        locking = threading.Thread(target=holder.execute, args=[f"LOCK TABLE ONLY {table}"])
+        locking.start()
+        until(partial(asked, made, holder), "the lock to be asked for")
+        writer.commit()
+        locking.join()
+        try:
+            yield holder
+        finally:
+            holder.rollback()
+
+
+def asked(made: Scene, holder: psycopg.Connection) -> bool:
+    row = made.pipeline.source.execute(
+        "SELECT count(*) FROM pg_locks WHERE pid = %s AND mode = 'AccessExclusiveLock'", [holder.info.backend_pid]
+    ).fetchone()
+    return row != (0,)
+
+
+def owed(made: Scene, index: str) -> bool:
+    """Say whether documents of an index are still to be read."""
+    statement = "SELECT FROM cdcsync.backfills WHERE index_name = %s AND kind = 'related' AND finished_at IS NULL"
+    return made.pipeline.target.execute(statement, [index]).rowcount > 0
+
+
+CASES = {
+    "unsent values": ("big", "big", ["UPDATE big SET title = 'another' WHERE id < 3"]),
+    "unsent values of a partition": ("parted", "parted_high", ["UPDATE parted SET title = 'another' WHERE id > 99"]),
+    "unsent values beside a locked partition": (
+        "parted",
+        "parted_low",
+        ["UPDATE parted SET title = 'yet another' WHERE id > 99"],
+    ),
+    "a condition that the source decides": (
+        "chosen",
+        "chosen",
+        ["UPDATE chosen SET stars = stars + 1 WHERE id < 6", "DELETE FROM chosen WHERE id = 20"],
+    ),
+    "the table of documents with related rows": (
+        "orders",
+        "orders",
+        ["UPDATE customers SET name = 'one' WHERE id = 1", "DELETE FROM customers WHERE id = 3"],
+    ),
+    "the table of related rows": (
+        "orders",
+        "customers",
+        ["UPDATE orders SET title = 'anew' WHERE id < 4", "INSERT INTO orders VALUES (99, 'x', 2)"],
+    ),
+    "both, changed in one transaction": (
+        "orders",
+        "orders",
+        ["UPDATE customers SET name = 'two' WHERE id = 2", "UPDATE orders SET title = 'x' WHERE id = 9"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_stream_goes_on_without_what_is_to_be_read_from_a_locked_table(locked: Scene, case: str) -> None:
+    index, table, changes = CASES[case]
+    with held(locked, table, *changes):
+        for number in range(3):
+            locked.execute(f"UPDATE sound SET title = '{case} {number}' WHERE id = {number + 1}")
+            until(partial(locked.equal, "sound"), locked.pipeline.tail)
+        assert locked.state(index)[0] == "live"
+        until(partial(owed, locked, index), locked.pipeline.tail)
+    locked.follows()
+    assert locked.pipeline.times("stream_waits") == 0
