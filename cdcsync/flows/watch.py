@@ -48,6 +48,7 @@ from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
+from cdcsync.postgres.locking import exclusive_locks
 from cdcsync.postgres.sessions import Session, speaking_of
 from cdcsync.preflight import Finding
 from cdcsync.preflight.families import followed_catalog
@@ -190,12 +191,17 @@ class Watch:
         wanted = set(catalog.single(wanted))
         for plan in self._plans:
             entry = entries.get(plan.name)
+            if plan.locked:
+                await self._look_at_locks(source, catalog, plan)
             if entry is None:
+                self._look_at_new(plan.name)
                 continue
             self._look_beside(plan.name, entries, generations)
             seen = followed_catalog(plan, catalog, wanted, entry)
             findings = following_findings(plan, seen, wanted, entry)
             error = next((finding for finding in findings if finding.level == "error"), None)
+            if error is not None and error.locked:
+                continue  # nothing can be said of it now
             self._note_problems(plan.name, findings)
             if plan.name in self._specs and entry.state == "live" and plan.name in loads:
                 entry = await self._look_at_load(target, entry, loads[plan.name])
@@ -215,6 +221,25 @@ class Watch:
                 self._ailing.add(plan.name)
         if anyio.current_time() >= self._relations_due:
             self._relations_due = anyio.current_time() + RELATIONS_S
+
+    async def _look_at_locks(self, source: Session, catalog: Catalog, plan: Plan) -> None:
+        """See whether the tables of an index that could not be examined are still locked.
+
+        :raises TablesChanged: they are not.
+        """
+        with speaking_of("source"):
+            locks = await exclusive_locks(await source.connection(), catalog.single(plan.index.followed))
+        if not locks:
+            self._pauses.heal(plan.name)
+            raise TablesChanged("nobody holds its tables locked any more", where=f"index {plan.name}")
+
+    def _look_at_new(self, index: str) -> None:
+        """See that an index that could not be set up is tried again.
+
+        :raises TablesChanged: it is time for that.
+        """
+        if index not in self._specs and self._pauses.due(index, anyio.current_time()):
+            raise TablesChanged("it may be set up now", where=f"index {index}")
 
     async def _look_at_load(self, target: Session, entry: Entry, load: Request) -> Entry:
         """Pause a live index that was to be read again, after a gap for one, and that has not been; returns its entry.

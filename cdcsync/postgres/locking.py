@@ -86,6 +86,15 @@ class Lock(msgspec.Struct, frozen=True):
         return f"wait until that transaction ends, or end it: SELECT pg_terminate_backend({self.pid})"
 
 
+READERS_WAIT = ("AccessExclusiveLock",)
+"""The locks that keep everybody from reading a table."""
+
+PUBLISHING_WAITS = (
+    *READERS_WAIT,
+    *("ExclusiveLock", "ShareRowExclusiveLock", "ShareLock", "ShareUpdateExclusiveLock"),
+)
+"""Those that keep a table from being added to a publication. VACUUM and CREATE INDEX CONCURRENTLY take such, too."""
+
 LOCKED: LiteralString = (
     "(SELECT array_agg(relation) FROM pg_locks WHERE locktype = 'relation' AND mode = 'AccessExclusiveLock'"
     " AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
@@ -109,7 +118,7 @@ _EXCLUSIVE: LiteralString = """
     JOIN pg_class AS c ON c.oid = w.oid JOIN pg_namespace AS n ON n.oid = c.relnamespace
     LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
     LEFT JOIN pg_prepared_xacts AS p ON l.virtualtransaction = '-1/' || p.transaction::text
-    WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.pid IS DISTINCT FROM pg_backend_pid()
+    WHERE l.locktype = 'relation' AND l.mode = ANY(%s) AND l.pid IS DISTINCT FROM pg_backend_pid()
         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
         AND coalesce(clock_timestamp() - coalesce(a.xact_start, p.prepared) >= make_interval(secs => %s), true)
     ORDER BY l.granted DESC, 1
@@ -117,14 +126,19 @@ _EXCLUSIVE: LiteralString = """
 
 
 async def exclusive_locks(
-    connection: Connection, tables: Collection[QualifiedName], *, open_for_s: float = 0.0
+    connection: Connection,
+    tables: Collection[QualifiedName],
+    *,
+    modes: Collection[str] = READERS_WAIT,
+    open_for_s: float = 0.0,
 ) -> list[Lock]:
     """Return who keeps everybody from reading these tables or partitions of them, those who do before those who will.
 
+    :param modes: the locks in question.
     :param open_for_s: leave out transactions that were begun later than that. Nothing tells since when a lock is held.
     """
     schemas, names = [one.schema for one in tables], [one.name for one in tables]
-    cursor = await connection.execute(_EXCLUSIVE, [schemas, names, open_for_s])
+    cursor = await connection.execute(_EXCLUSIVE, [schemas, names, list(modes), open_for_s])
     return [Lock(*row) for row in await cursor.fetchall()]
 
 

@@ -14,7 +14,8 @@ from cdcsync.embedders import Embedder
 from cdcsync.errors import CdcsyncError
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, Side, connect, speaking_of
+from cdcsync.postgres.locking import exclusive_locks
+from cdcsync.postgres.sessions import ALWAYS_BRIEFLY, Connection, Side, connect, speaking_of
 from cdcsync.preflight.beside import beside_findings
 from cdcsync.preflight.connections import needed, read_room, room_findings
 from cdcsync.preflight.dependents import dependents_findings
@@ -34,7 +35,7 @@ from cdcsync.preflight.sending import creation_faults
 from cdcsync.preflight.source import SourceFacts, examine_source
 from cdcsync.preflight.tables import examine_row_filter, examine_where, kind_faults, no_such_table
 from cdcsync.preflight.target import TargetFacts, examine_target
-from cdcsync.source.catalog import facts_of
+from cdcsync.source.catalog import Catalog, facts_of
 from cdcsync.source.families import rows_sent
 from cdcsync.target.beside import with_beside
 from cdcsync.target.entries import Entry
@@ -139,6 +140,7 @@ async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[F
         connection = await stack.enter_async_context(await connect(dsn, side, application_name="cdcsync check"))
         with speaking_of(side):
             shared = await shares_sessions(connection, dsn, side)
+            await connection.execute(ALWAYS_BRIEFLY)
     except CdcsyncError as error:
         if refuses_transactions(error.__cause__):
             findings += sharing_faults(side)
@@ -177,7 +179,8 @@ async def _examine_tables(
             plan.oids = {one: catalog.tables[one].oid for one in plan.facts}
             plan.computed = computed_types(related, catalog)
             if related and not plan.unfit:
-                plan.findings += await examine_statement(source, plan, table)
+                in_use = entry is not None and _as_before(plan, entry)
+                plan.findings += await examine_statement(source, plan, table, in_use=in_use)
             members = catalog.members.get(name, ())
             publication = catalog.publication
             for one in members or (name,):
@@ -191,6 +194,19 @@ async def _examine_tables(
             plan.where = await examine_where(source, plan.name, plan.index, table, catalog, plan.in_use, plan.findings)
             if entry is not None:
                 plan.seen = seen_fingerprint(plan, catalog, entry)
+        if any(finding.locked for finding in plan.findings):
+            plan.locked = True
+            await _name_locks(source, plan, catalog)
+
+
+async def _name_locks(source: Connection, plan: Plan, catalog: Catalog) -> None:
+    """Say who holds the tables of an index, in place of what failed because of that."""
+    found: list[Finding] = []
+    with noting(found, "source", "source"):
+        locks = await exclusive_locks(source, catalog.single(plan.index.followed))
+        found = [Finding.of_lock(f"indexes.{plan.name}.table", lock) for lock in locks]
+    if found:
+        plan.findings = [finding for finding in plan.findings if not finding.locked] + found
 
 
 async def _examine_connections(
@@ -238,6 +254,8 @@ def own_tables(config: Config, source: SourceFacts, target: TargetFacts) -> list
 def _pause_broken(plans: Sequence[Plan], stored: Mapping[str, Entry]) -> dict[str, Pause]:
     """Return the indexes that exist and cannot be kept up any more; their errors become warnings.
 
+    So do those of an index whose tables somebody holds locked, whether it exists or not: it waits, and no other.
+
     If the configuration asks for something else than before, the configuration is wrong: that stays an error. So does
     an outage, which is not a fault of any index. Other vectors are a warning in any case: a migration may be on its way
     to them.
@@ -245,17 +263,19 @@ def _pause_broken(plans: Sequence[Plan], stored: Mapping[str, Entry]) -> dict[st
     broken = {}
     for plan in plans:
         errors = [finding for finding in plan.findings if finding.level == "error"]
-        outage = any(error.passes for error in errors)
+        outage = any(error.passes and not error.locked for error in errors)
         hidden = own_name(plan.name) != plan.name
-        as_before = hidden or errors == plan.unlike or _as_before(plan, stored.get(plan.name))
+        waits = all(error.locked for error in errors)
+        as_before = waits or hidden or errors == plan.unlike or _as_before(plan, stored.get(plan.name))
         if errors and not outage and as_before:
             plan.refused = True
             broken[plan.name] = Pause(errors[0].sentence, errors[0].hint)
         else:
             errors = plan.unlike
         for error in errors:
+            becomes = "is paused" if plan.name in stored else "waits"
             plan.findings[plan.findings.index(error)] = Finding.warning(
-                error.where, f"{error.message}; the index {plan.name} is paused, the others continue", error.hint
+                error.where, f"{error.message}; the index {plan.name} {becomes}, the others continue", error.hint
             )
     return broken
 
@@ -289,7 +309,8 @@ async def _examine_indexes(
             if not plan.unlike:
                 plan.findings += vector_findings(plan, live_generation(stored, facts.generations.get(plan.name, [])))
             plan.findings += plan.unlike
-        await examine_layout(target, config, plan.name, facts, plan.findings)
+        with noting(plan.findings, "target", f"indexes.{plan.name}"):
+            await examine_layout(target, config, plan.name, facts, plan.findings)
         published = publication.tables.get(plan.index.table_name) if publication is not None else None
         row_filter = published.row_filter if published is not None else None
         with noting(plan.findings, "target", f"indexes.{plan.name}"):

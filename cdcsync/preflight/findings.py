@@ -15,7 +15,8 @@ import msgspec
 import psycopg
 
 from cdcsync.errors import CdcsyncError, Retry
-from cdcsync.postgres.sessions import Side, translate
+from cdcsync.postgres.locking import Lock
+from cdcsync.postgres.sessions import Side, locked_out, translate
 
 Level = Literal["ok", "warning", "error"]
 
@@ -31,6 +32,7 @@ class Finding(msgspec.Struct, frozen=True):
     :ivar message: one sentence without a final full stop.
     :ivar hint: the fix as an instruction, with the exact SQL where there is one.
     :ivar passes: whether an error may go away by itself, as that of a server that is starting up does.
+    :ivar locked: whether it is that somebody holds a table locked, which concerns the indexes that need it alone.
     """
 
     level: Level
@@ -38,6 +40,7 @@ class Finding(msgspec.Struct, frozen=True):
     message: str
     hint: str | None = None
     passes: bool = False
+    locked: bool = False
 
     @classmethod
     def ok(cls, where: str, message: str) -> Self:
@@ -68,7 +71,13 @@ class Finding(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, error: CdcsyncError, where: str) -> Self:
         """Return an error of our tree as a finding; its own place is the better known one."""
-        return cls("error", error.where or where, error.message, error.hint, error.retry is Retry.AUTOMATIC)
+        passes, locked = error.retry is Retry.AUTOMATIC, locked_out(error)
+        return cls("error", error.where or where, error.message, error.hint, passes, locked)
+
+    @classmethod
+    def of_lock(cls, where: str, lock: Lock) -> Self:
+        """Return that somebody holds a table locked."""
+        return cls("error", where, str(lock), lock.remedy, passes=True, locked=True)
 
 
 @contextmanager

@@ -34,6 +34,8 @@ def following_findings(
     where = f"indexes.{plan.name}.table"
     if table is None:
         return missing_findings(plan, catalog, stored)
+    if locked := locked_findings(plan, catalog):
+        return locked
     if table.name.patterns:
         return list(family_findings(plan, table, catalog, wanted, stored))
     if faults := kind_faults(where, table):
@@ -48,6 +50,23 @@ def following_findings(
         *table_faults(plan.name, plan.index, plan.documents, table, catalog.role),
         *sending_findings(table, needed, catalog, wanted),
         *related_findings(plan, table, catalog, wanted, stored.oids if stored is not None else {}),
+    ]
+
+
+def locked_findings(plan: Plan, catalog: Catalog) -> list[Finding]:
+    """Say of which tables nobody can tell now which rows are sent; what is known else may be wrong without that."""
+    sent = catalog.publication.tables if catalog.publication is not None else {}
+    locked = [one for one in catalog.single(plan.index.followed) if one in sent and sent[one].locked]
+    return [
+        Finding(
+            "error",
+            f"indexes.{plan.name}.table",
+            f"{one} is locked, so the publication's condition on its rows cannot be read",
+            "wait until the transaction that holds the lock ends, or end it: pg_locks names it",
+            passes=True,
+            locked=True,
+        )
+        for one in locked
     ]
 
 

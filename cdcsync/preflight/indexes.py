@@ -87,6 +87,8 @@ class Plan(msgspec.Struct):
     """Whether the index exists and cannot follow its table, for any reason."""
     unfit: bool = False
     """Whether the catalog tells that the table is not fit for the index, so that the watch sees when it is."""
+    locked: bool = False
+    """Whether somebody held a table of it locked, so that it could not be examined."""
     generations: list[Generation] = []
     """The index's other generations of vectors, besides the live one."""
     wanted: WantedVectors | None = None

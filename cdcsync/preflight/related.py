@@ -16,7 +16,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.documents.related import LISTED, ONE, Facts, RelatedRows, columns_read
 from cdcsync.model.rows import Shape
-from cdcsync.postgres.sessions import Connection, first_line, passing, translate
+from cdcsync.postgres.sessions import Connection, first_line, locked_out, passing, translate
 from cdcsync.preflight.findings import Finding, named, nearest
 from cdcsync.preflight.indexes import Plan
 from cdcsync.preflight.sending import sending_findings
@@ -233,8 +233,11 @@ async def _examine_conditions(
     return findings
 
 
-async def examine_statement(connection: Connection, plan: Plan, table: Table) -> list[Finding]:
-    """Run the statement that reads a document on the source, for each relation by itself, on a row if there is one."""
+async def examine_statement(connection: Connection, plan: Plan, table: Table, *, in_use: bool = False) -> list[Finding]:
+    """Run the statement that reads a document on the source, for each relation by itself, on a row if there is one.
+
+    :param in_use: whether the index goes by these relations already, so that it does without while a table is locked.
+    """
     findings = []
     assert plan.documents is not None
     for one in plan.documents.related:
@@ -252,6 +255,8 @@ async def examine_statement(connection: Connection, plan: Plan, table: Table) ->
         try:
             await SourceTable(shape, types, related=(one,), facts=plan.facts).page(connection, None, 1)
         except psycopg.Error as error:
+            if in_use and locked_out(error):
+                continue
             if passing(error) and error.sqlstate != "25006":
                 raise translate(error, "source", where=str(one.table)) from error
             findings.append(_unreadable(plan, one, table, error))

@@ -18,7 +18,7 @@ class Report(msgspec.Struct):
 
     :ivar specs: complete, in the configuration's order, if there is no error; else those that could be made.
     :ivar broken: indexes that exist and cannot be kept up any more, with the reason; they are paused, and
-        keep no other index from going on.
+        keep no other index from going on. Also new ones that wait, because somebody holds their tables locked.
     :ivar plans: what is known of each configured index, the broken ones included.
     :ivar catalog: the reading of the source that everything rests on; None if there is none.
     :ivar indexes: the sections that the indexes are made by, those beside others included; see `target/beside`.

@@ -39,8 +39,9 @@ from cdcsync.model.conditions import (
     understood,
 )
 from cdcsync.model.rows import SOURCE_TABLE
+from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.queries import fetch_value
-from cdcsync.postgres.sessions import Connection, passing, translate, without_values
+from cdcsync.postgres.sessions import Connection, locked_out, passing, speaking_of, translate, without_values
 from cdcsync.source.unreadable import of_a_row
 
 TRIED_ROWS = 100
@@ -48,6 +49,10 @@ TRIED_ROWS = 100
 
 TRIAL_S = 10.0
 """How long trying may take. A condition that takes longer for these rows would hold up every page."""
+
+ATTEMPTS = 4
+"""How often a condition is tried on a table that somebody holds locked: for two seconds, as most statements that lock a
+table are over by then."""
 
 _NOW = (
     *("age", "clock_timestamp", "current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"),
@@ -104,14 +109,20 @@ async def try_condition(connection: Connection, table: QualifiedName, text: str,
 
     :param source: the value of `source_table`, if the table is one of many of an index.
     :raises Refused: it is none, or does not work.
+    :raises SourceUnavailable: somebody holds the table locked.
     """
     relation: sql.Composable = sql.Identifier(table.schema, table.name)
     if source is not None:
         relation = sql.SQL("(SELECT {}::text AS {}, t.* FROM {} AS t)").format(
             sql.Literal(source), sql.Identifier(SOURCE_TABLE), relation
         )
-    async with _trial(connection, table, text):
-        await _try(connection, relation, text)
+
+    async def attempt() -> None:
+        async with _trial(connection, table, text):
+            await _try(connection, relation, text)
+
+    with speaking_of("source", where=str(table)):
+        await until_locked(attempt, table=str(table), attempts=ATTEMPTS)
 
 
 async def examine_condition(
@@ -126,12 +137,31 @@ async def examine_condition(
     """Return a condition that says which rows an index has, with how it can be decided.
 
     It is planned first, then what it calls is looked up, and only then it is tried: nothing volatile is ever called.
+    If an index goes by it already, it is neither planned nor tried while somebody holds the table locked.
 
     :param sent: the columns whose values the stream brings.
     :param in_use: whether an index goes by it already, so that a row for which it fails costs that row alone.
     :param exact: if the table stands for many, the columns in which only the same text is equal in each of them.
     :raises Refused: it cannot be used.
+    :raises SourceUnavailable: somebody holds the table locked.
     """
+    with speaking_of("source", where=str(table)):
+        return await until_locked(
+            lambda: _examine(connection, table, text, sent, in_use=in_use, exact=exact),
+            table=str(table),
+            attempts=ATTEMPTS,
+        )
+
+
+async def _examine(
+    connection: Connection,
+    table: QualifiedName,
+    text: str,
+    sent: Sequence[str],
+    *,
+    in_use: bool,
+    exact: Collection[str] | None,
+) -> Where:
     try:
         words = tokens(text)
     except Unreadable as error:
@@ -148,13 +178,15 @@ async def examine_condition(
         if exact is not None:
             columns = {one: "plain" if kind == "text" and one not in exact else kind for one, kind in columns.items()}
         named = named_columns(words, columns)
-        await _refuse_other_tables(connection, table, text)
+        async with _unless_locked(connection, in_use=in_use):
+            await _refuse_other_tables(connection, table, text)
         await _refuse_changing(connection, words, named)
         utf8 = await fetch_value(connection, "SELECT current_setting('server_encoding') = 'UTF8'")
         if understood(text, words, columns, utf8=utf8).terms is None:  # Otherwise its strings are compared with texts.
             _refuse_moments(words)
         try:
-            await _try(connection, sql.Identifier(table.schema, table.name), text)
+            async with _unless_locked(connection, in_use=in_use):
+                await _try(connection, sql.Identifier(table.schema, table.name), text)
         except psycopg.Error as error:
             if not (in_use and of_a_row(error)):
                 raise
@@ -194,6 +226,8 @@ async def _trial(connection: Connection, table: QualifiedName, text: str) -> Asy
             "simplify it, or store its outcome in a column",
         ) from None
     except psycopg.Error as error:
+        if locked_out(error):
+            raise  # which says nothing about the condition
         if passing(error) and error.sqlstate != "25006":
             raise translate(error, "source", where=str(table)) from error
         # The bracket is ours.
@@ -206,6 +240,17 @@ async def _trial(connection: Connection, table: QualifiedName, text: str) -> Asy
     finally:
         if not connection.closed:
             await connection.rollback()
+
+
+@contextlib.asynccontextmanager
+async def _unless_locked(connection: Connection, *, in_use: bool) -> AsyncIterator[None]:
+    """Do without what is inside if somebody holds the table locked, and an index goes by the condition already."""
+    try:
+        async with connection.transaction():
+            yield
+    except psycopg.Error as error:
+        if not (in_use and locked_out(error)):
+            raise
 
 
 async def _try(connection: Connection, name: sql.Composable, text: str) -> None:

@@ -259,7 +259,8 @@ class Pipeline:
             await let_go(target, config)
             specs = [*self.specs, *(one.spec for one in self.held.values() if one.new)]
             tables = sorted({table for spec in specs for table in spec.tables})
-            await set_up_publication(source, config, sorted({one for spec in specs for one in spec.single_tables}))
+            index_of = {one: spec.name for spec in specs for one in spec.single_tables}
+            await set_up_publication(source, config, sorted(index_of), index_of=index_of)
             with speaking_of("source"):
                 expressions = {text for spec in specs for text in spec.config.expressions}
                 catalog = await read_catalog(source, config.source.publication, tables, expressions=expressions)

@@ -156,7 +156,12 @@ async def _work_through_schema_changes(
             if plan.name in report.broken and not plan.unfit:
                 pauses.note_standing(plan.name, anyio.current_time())
         examined = msgspec.structs.replace(state.config, indexes=report.indexes)
-        held = await _hold(state, report, [spec for spec in report.specs if spec.name not in broken], embedders)
+        try:
+            held = await _hold(state, report, [spec for spec in report.specs if spec.name not in broken], embedders)
+        except SchemaChanged as error:
+            log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
+            pauses.note(error, anyio.current_time())
+            held = None
         if held is None:
             report = await _examine_again(config, state, embedders)
             continue

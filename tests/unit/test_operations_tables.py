@@ -67,6 +67,10 @@ HELD = {
         "tests/server/flows/setup/test_indexes.py",
         "test_a_session_that_uses_a_view_keeps_neither",
     ),
+    "… is locked by": (
+        "tests/server/scenarios/test_locks.py",
+        "test_a_new_index_whose_table_is_locked_waits_alone",
+    ),
     "column … of the chunks table, which": (
         "tests/server/preflight/test_dependents.py",
         "test_an_object_that_reads_the_chunks_table_itself",
@@ -162,6 +166,7 @@ def test_every_row_of_the_table_of_pauses_has_a_case_of_two_indexes() -> None:
         "its load failed": PAUSES,
         "its load was cancelled": "tests/faults/test_schema_changes.py",
         "its tables or views in the target": "tests/server/flows/setup/test_indexes.py",
+        "… is locked by": "tests/server/scenarios/test_locks.py",
         "column …": "tests/server/preflight/test_dependents.py",
     }
     left = [one for one in reasons if not any(one.startswith(begin) for begin in (*CASES, *elsewhere))]

@@ -16,14 +16,14 @@ import structlog
 
 from cdcsync.config import Config, price_per_million_tokens
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import SetupError
+from cdcsync.errors import SchemaChanged, SetupError, Unavailable
 from cdcsync.flows.dry_run import Bounds, count, embedded_generations, tokens_of
 from cdcsync.flows.replay import Replay
 from cdcsync.flows.setup.differences import difference_of, present_fingerprint
 from cdcsync.flows.setup.needs import AWAITS_APPROVAL, Need, need_of
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.postgres.sessions import Connection, connect, locked_out, speaking_of
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.fingerprints import Difference
 from cdcsync.target.approvals import Approvals, change_of
@@ -162,6 +162,7 @@ async def hold_unapproved(
     An index whose rows cannot be read is not held: its load will fail in the same way, and say so.
 
     :raises SourceUnavailable, TargetUnavailable: a server does not answer now.
+    :raises SchemaChanged: somebody holds a table of an index locked.
     """
     # What stands beside an index was confirmed when its migration began.
     guarded = [
@@ -180,6 +181,15 @@ async def hold_unapproved(
             except SetupError as error:
                 log.warning("texts_not_counted", index=spec.name, error=str(error), fix=error.hint)
                 continue
+            except Unavailable as error:
+                if not locked_out(error):
+                    raise
+                raise SchemaChanged(
+                    f"what it would embed cannot be counted, because a table is locked: {error.message}",
+                    index=spec.name,
+                    where=error.where,
+                    hint=error.hint,
+                ) from error
             if one is not None:
                 held[spec.name] = one
                 log.warning("approval_awaited", index=spec.name, because=one.pause.reason, fix=one.pause.remedy)

@@ -230,7 +230,11 @@ async def drop_generations(target: Connection, schema: str, spec: IndexSpec) -> 
     for one in await generations.of(target, spec.name):
         if one.state == "dropping" and one.generation not in kept:
             table = f"{spec.relations}_vectors_{one.generation}"
-            await until_locked(lambda: drop(one.generation), table=table)  # noqa: B023 - awaited here
+            await until_locked(
+                lambda: drop(one.generation),  # noqa: B023 - awaited here
+                table=table,
+                attempts=LOCK_ATTEMPTS,
+            )
             log.info("generation_dropped", index=spec.name, generation=one.generation)
 
 

@@ -5,7 +5,8 @@ Target first (`indexes` comes between), then publication, then slot: the next st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import anyio
 import msgspec
@@ -13,10 +14,10 @@ import psycopg
 import structlog
 
 from cdcsync.config import Config, QualifiedName
-from cdcsync.errors import DecodingFailed, GapError, SetupError, SlotInUse, TablesChanged
+from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse, TablesChanged
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
 from cdcsync.lsn import Lsn
-from cdcsync.postgres.locking import BRIEFLY, until_locked
+from cdcsync.postgres.locking import BRIEFLY, PUBLISHING_WAITS, exclusive_locks, until_locked
 from cdcsync.postgres.sessions import Connection, first_line, speaking_of
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import (
@@ -41,6 +42,10 @@ log = structlog.get_logger()
 CREATIONS = 3
 """How often a start creates the slot at most if tables are created or altered meanwhile: an application that does so
 all the time still gets one."""
+
+PUBLISH_ATTEMPTS = 6
+"""How often a table is to be added to the publication while somebody holds it: for some four seconds, in which nothing
+else is followed. Then its index waits, and the others do not."""
 
 WRITERS_REPORT_S = 5.0
 """How often the open transactions that the creation of the slot waits for are logged."""
@@ -81,13 +86,21 @@ async def set_up_shared(target: Connection, config: Config) -> None:
         await until_locked(create, table=f"{config.target.schema}.*")
 
 
-async def set_up_publication(source: Connection, config: Config, tables: Sequence[QualifiedName]) -> None:
+async def set_up_publication(
+    source: Connection,
+    config: Config,
+    tables: Collection[QualifiedName],
+    *,
+    index_of: Mapping[QualifiedName, str] = MappingProxyType({}),
+) -> None:
     """Create the publication, or add those of the tables that it lacks.
 
     It must exist before the slot does: a slot looks its publication up in the catalog of the past. And it is put right
     before the tables' fingerprints are taken, which tell that it was not.
 
+    :param index_of: an index that needs each table.
     :raises TablesChanged: one of the tables was dropped meanwhile.
+    :raises SchemaChanged: somebody holds a table of an index, so that it cannot be added.
     """
     name = config.source.publication
     with speaking_of("source", where=f"publication {name}"):
@@ -109,7 +122,17 @@ async def set_up_publication(source: Connection, config: Config, tables: Sequenc
 
         # VACUUM, CREATE INDEX CONCURRENTLY and the like are in the way for as long as they take.
         try:
-            await until_locked(publish, table=", ".join(map(str, missing)))
+            await until_locked(publish, table=", ".join(map(str, missing)), attempts=PUBLISH_ATTEMPTS)
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+            locks = await exclusive_locks(source, missing, modes=PUBLISHING_WAITS)
+            held = {lock.table for lock in locks} or {str(one) for one in missing}
+            raise SchemaChanged(
+                f"a table cannot be added to the publication {name}"
+                + "".join(f": pid {lock.pid} ({lock.session}) holds {lock.table}" for lock in locks[:1]),
+                index=next(index_of[one] for one in missing if str(one) in held),
+                where=f"publication {name}",
+                hint=locks[0].remedy if locks else "wait for the session that holds the table: pg_locks names it",
+            ) from error
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
             raise TablesChanged(f"a table is gone: {first_line(error)}", where=f"publication {name}") from error
 

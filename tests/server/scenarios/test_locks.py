@@ -62,7 +62,7 @@ def locked(make_scene: MakeScene) -> Scene:
 
 
 @contextlib.contextmanager
-def held(made: Scene, table: str, *changes: str) -> Iterator[psycopg.Connection]:
+def held(made: Scene, table: str, *changes: str, mode: str = "ACCESS EXCLUSIVE") -> Iterator[psycopg.Connection]:
     """Hold a table locked exclusively from the moment on that some changes are committed; nobody gets in between."""
     dsn = made.pipeline.config.source.dsn
     with (
@@ -71,7 +71,7 @@ def held(made: Scene, table: str, *changes: str) -> Iterator[psycopg.Connection]
     ):
         for change in changes:
             writer.execute(change)
-        locking = threading.Thread(target=holder.execute, args=[f"LOCK TABLE ONLY {table}"])
+        locking = threading.Thread(target=holder.execute, args=[f"LOCK TABLE ONLY {table} IN {mode} MODE"])
         locking.start()
         until(partial(asked, made, holder), "the lock to be asked for")
         writer.commit()
@@ -84,7 +84,7 @@ def held(made: Scene, table: str, *changes: str) -> Iterator[psycopg.Connection]
 
 def asked(made: Scene, holder: psycopg.Connection) -> bool:
     row = made.pipeline.source.execute(
-        "SELECT count(*) FROM pg_locks WHERE pid = %s AND mode = 'AccessExclusiveLock'", [holder.info.backend_pid]
+        "SELECT count(*) FROM pg_locks WHERE pid = %s AND locktype = 'relation'", [holder.info.backend_pid]
     ).fetchone()
     return row != (0,)
 
@@ -137,3 +137,62 @@ def test_the_stream_goes_on_without_what_is_to_be_read_from_a_locked_table(locke
         until(partial(owed, locked, index), locked.pipeline.tail)
     locked.follows()
     assert locked.pipeline.times("stream_waits") == 0
+
+
+@pytest.mark.parametrize("table", ["big", "parted_low", "chosen", "orders", "customers"])
+def test_a_start_beside_a_locked_table_follows_every_index_at_once(locked: Scene, table: str) -> None:
+    pipeline = locked.pipeline
+    pipeline.stop(pipeline.processes[-1])
+    with held(locked, table):
+        streaming = pipeline.times("streaming")
+        pipeline.start()
+        until(lambda: pipeline.times("streaming") > streaming, pipeline.tail)
+        locked.execute(f"UPDATE sound SET title = 'beside {table}' WHERE id = 4")
+        until(partial(locked.equal, "sound"), pipeline.tail)
+        assert {locked.state(index)[0] for index in INDEXES} == {"live"}
+    locked.follows()
+
+
+NEW = {
+    "a condition cannot be tried": ("ACCESS EXCLUSIVE", "abs(stars) % 2 = 0"),
+    "a table cannot be published": ("SHARE UPDATE EXCLUSIVE", ""),
+}
+
+
+@pytest.mark.parametrize("why", NEW)
+def test_a_new_index_whose_table_is_locked_waits_alone_and_the_reason_is_the_lock(
+    make_scene: MakeScene, why: str
+) -> None:
+    mode, where = NEW[why]
+    made = make_scene(
+        TABLES,
+        {"sound": Followed("sound"), "chosen": Followed("chosen", where=where)},
+        started=False,
+        worker_lines=NO_AUDIT,
+        hurry={"cdcsync.model.pauses.FIRST_DELAY_S": 2.0},
+    )
+    with held(made, "chosen", mode=mode) as holder:
+        made.pipeline.start()
+        until(partial(live, made, "sound"), made.pipeline.tail)
+        made.execute("UPDATE sound SET title = 'meanwhile' WHERE id = 1")
+        until(partial(made.equal, "sound"), made.pipeline.tail)
+        assert made.pipeline.processes[0].poll() is None
+        if where:
+            said = made.command("check").stdout
+            assert f"public.chosen is locked by pid {holder.info.backend_pid} (migration" in said
+            assert "cannot be used" not in said
+            said = made.command("plan").stderr
+            assert "cannot be used" not in said
+        else:
+            assert "cannot be added to the publication" in made.pipeline.event("index_paused")["error"]
+    made.heals()
+    assert len(made.pipeline.processes) == 1
+
+
+def live(made: Scene, name: str) -> bool:
+    """Say whether an index is there and live."""
+    statement = "SELECT to_regclass('cdcsync.indexes') IS NOT NULL"
+    if made.pipeline.target.execute(statement).fetchone() == (False,):
+        return False
+    row = made.pipeline.target.execute("SELECT state FROM cdcsync.indexes WHERE name = %s", [name]).fetchone()
+    return row == ("live",)
