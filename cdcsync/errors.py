@@ -180,9 +180,13 @@ class MalformedMessage(ProtocolError):
 
 
 class Unavailable(CdcsyncError):
-    """A server cannot be reached now, or is shutting down; waiting helps."""
+    """A server cannot be reached now, or is shutting down; waiting helps.
+
+    :ivar index: the index whose tables somebody holds locked, where that is the reason.
+    """
 
     retry = Retry.AUTOMATIC
+    index: str | None = None
 
 
 class SourceUnavailable(Unavailable):

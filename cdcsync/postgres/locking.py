@@ -89,10 +89,10 @@ class Lock(msgspec.Struct, frozen=True):
 READERS_WAIT = ("AccessExclusiveLock",)
 """The locks that keep everybody from reading a table."""
 
-PUBLISHING_WAITS = (
-    *READERS_WAIT,
-    *("ExclusiveLock", "ShareRowExclusiveLock", "ShareLock", "ShareUpdateExclusiveLock"),
-)
+WRITERS_WAIT = (*READERS_WAIT, "ExclusiveLock", "ShareRowExclusiveLock", "ShareLock")
+"""The locks that keep everybody from writing to a table."""
+
+PUBLISHING_WAITS = (*WRITERS_WAIT, "ShareUpdateExclusiveLock")
 """Those that keep a table from being added to a publication. VACUUM and CREATE INDEX CONCURRENTLY take such, too."""
 
 LOCKED: LiteralString = (

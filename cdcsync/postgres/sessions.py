@@ -240,7 +240,10 @@ def speaking_of(side: Side, *, where: str | None = None, index: str | None = Non
             raise
         if index is not None and not passing(error):
             raise fault_of(index, error, side, where=where) from error
-        raise translate(error, side, where=where) from error
+        said = translate(error, side, where=where)
+        if isinstance(said, Unavailable) and locked_out(error):
+            said.index = index
+        raise said from error
 
 
 def without_values(error: psycopg.Error) -> str:

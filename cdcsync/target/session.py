@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
+from psycopg import sql
+
+from cdcsync.config import QualifiedName
 from cdcsync.errors import SchemaChanged, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
@@ -17,6 +20,7 @@ from cdcsync.model.pauses import Pause
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import Part
+from cdcsync.postgres.locking import WRITERS_WAIT, Lock, exclusive_locks
 from cdcsync.postgres.sessions import REFUSALS, Connection, Session, speaking_of
 from cdcsync.postgres.temporary import TemporaryTables
 from cdcsync.process.crashpoints import crash_point
@@ -29,6 +33,12 @@ from cdcsync.target.registry import Registry
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.rebuilds import Rebuilds
 from cdcsync.target.requests.submission import Requests
+
+_PATIENCE = sql.SQL("SET lock_timeout = {}")
+
+LOCK_WAIT_MS = 10_000
+"""How long a batch waits for a lock on the tables of one index: longer than anything of ours holds one, and short enough
+that the others can go on without that index."""
 
 
 class ApplySession(LockedSession):
@@ -51,6 +61,7 @@ class ApplySession(LockedSession):
     async def prepare(self, specs: Sequence[IndexSpec]) -> None:
         """Create the connection's stages for these indexes."""
         with speaking_of("target"):
+            await self.connection.execute(_PATIENCE.format(sql.Literal(LOCK_WAIT_MS)))
             writers = {spec.name: IndexWriter(self.connection, self._schema, spec) for spec in specs}
             try:
                 for index, writer in writers.items():
@@ -65,6 +76,15 @@ class ApplySession(LockedSession):
                 spec.name: FailedDocuments(self.connection, self._schema, spec.name, len(spec.shape.key))
                 for spec in specs
             }
+
+    async def lockers(self, index: str) -> list[Lock]:
+        """Return who keeps this session from writing to the tables of an index."""
+        spec = self._writers[index].spec
+        tables = [f"{spec.relations}_chunks", f"{spec.relations}_backlog"]
+        tables += [f"{spec.relations}_vectors_{one.generation}" for one in spec.generations]
+        with speaking_of("target"):
+            names = [QualifiedName(self._schema, table) for table in tables]
+            return await exclusive_locks(self.connection, names, modes=WRITERS_WAIT)
 
     def writer(self, index: str) -> IndexWriter:
         """Return the writer of one index, for its look-ups."""
@@ -88,6 +108,7 @@ class ApplySession(LockedSession):
                     hint="if target.dsn names several hosts, add target_session_attrs=read-write",
                 )
             if self._look_ups[0] is not connection:
+                await connection.execute(_PATIENCE.format(sql.Literal(LOCK_WAIT_MS)))
                 self._look_ups = connection, {}
             found = self._look_ups[1].get(index)
             if found is None:

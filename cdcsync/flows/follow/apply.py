@@ -40,6 +40,10 @@ MOST_REFUSED = 8
 attempts to find; if there are more, their common cause needs an operator."""
 
 
+LOCKED_ATTEMPTS = 12
+"""How often a batch is tried while somebody holds the tables of one index: for two minutes. Then that index is paused."""
+
+
 class Outcome(msgspec.Struct, frozen=True):
     """The result of applying a batch: `changes` and `applied` by index, without those that the batch pauses."""
 
@@ -104,7 +108,7 @@ class Applier:
 
         changes = self._next.changes_of(batch)
         self._next.await_from(following)
-        left_out = Counter[str]()
+        left_out, kept_out = Counter[str](), Counter[str]()
         with self._tracing.batch(batch.origins, rows=batch.rows, transactions=batch.transactions):
             while True:
                 try:
@@ -120,10 +124,30 @@ class Applier:
                         batch.indexes.pop(error.index, None)
                         batch.paused[error.index] = error
                 except Unavailable as error:
-                    await self._backoff.wait(error)
+                    index = error.index if isinstance(error, TargetUnavailable) else None
+                    if index is None or index not in batch.indexes:
+                        await self._backoff.wait(error)
+                    else:
+                        kept_out[index] += 1
+                        log.warning("target_locked", index=index, error=str(error), attempt=kept_out[index])
+                        if kept_out[index] >= LOCKED_ATTEMPTS:
+                            batch.indexes.pop(index)
+                            batch.paused[index] = await self._pause_of_lock(index)
                 else:
                     return
                 changes = self._next.changes = None
+
+    async def _pause_of_lock(self, index: str) -> SchemaChanged:
+        try:
+            locks = await self._session.lockers(index)
+        except TargetUnavailable:
+            locks = []
+        return SchemaChanged(
+            str(locks[0]) if locks else "its tables in the target are locked",
+            index=index,
+            where=f"index {index}",
+            hint=locks[0].remedy if locks else "end the session that holds the lock: pg_locks names it",
+        )
 
     async def awaited(self) -> bool:
         """Say whether a reader waits for a position; False if the target is away."""

@@ -196,3 +196,26 @@ def live(made: Scene, name: str) -> bool:
         return False
     row = made.pipeline.target.execute("SELECT state FROM cdcsync.indexes WHERE name = %s", [name]).fetchone()
     return row == ("live",)
+
+
+@pytest.mark.parametrize("relation", ["chunks", "backlog", "vectors_1_fresh"])
+def test_tables_of_one_index_in_the_target_that_stay_locked_pause_that_index_alone(
+    make_scene: MakeScene, relation: str
+) -> None:
+    made = make_scene(
+        TABLES,
+        {"sound": Followed("sound"), "chosen": Followed("chosen")},
+        worker_lines=NO_AUDIT,
+        hurry={
+            "cdcsync.target.session.LOCK_WAIT_MS": 200,
+            "cdcsync.flows.follow.apply.LOCKED_ATTEMPTS": 3,
+            "cdcsync.flows.setup.indexes.LOCK_ATTEMPTS": 2,
+            "cdcsync.model.pauses.FIRST_DELAY_S": 5.0,
+        },
+    )
+    with held(made, f"cdcsync.chosen_{relation}") as holder:
+        made.execute("UPDATE chosen SET title = 'held up' WHERE id = 1", "UPDATE sound SET title = 'x' WHERE id = 1")
+        assert f"is locked by pid {holder.info.backend_pid} (migration" in made.paused("chosen")
+        until(partial(made.equal, "sound"), made.pipeline.tail)
+    made.heals()
+    assert len(made.pipeline.processes) == 1
