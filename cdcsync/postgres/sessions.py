@@ -177,6 +177,8 @@ def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> 
     """Return the error of our tree that says what a driver's error means for the pipeline."""
     message = without_values(error)
     _, hint = _HINTS.get(error.sqlstate or "", (message, None))
+    if error.sqlstate == "55P03":
+        message = _HINTS["55P03"][0]  # in place of the limit that we ourselves have set
     if error.sqlstate == "53100" and "shared memory" in message:
         hint = _SHARED_MEMORY
     if error.sqlstate == "42703" and side == "target":

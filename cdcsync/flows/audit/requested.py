@@ -21,6 +21,7 @@ from cdcsync.flows.audit.verification import DiffersAsAWhole, repair, verify
 from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
+from cdcsync.postgres.locking import LockedOut
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import blockers, current_snapshot, running_transactions
@@ -49,6 +50,7 @@ async def compare_for_ever(
     """Make the comparisons that are asked for, until cancelled."""
     queue = Queue(schema)
     backoff = Backoff(_waits)
+    locked = {name: LockedOut(name, spec.single_tables) for name, spec in specs.items()}
     async with (
         Session(source_dsn, "source", application_name="cdcsync compare") as source,
         Session(target_dsn, "target", application_name="cdcsync compare") as target,
@@ -56,14 +58,19 @@ async def compare_for_ever(
         while True:
             async with backoff:
                 with speaking_of("target"):
-                    request = await queue.oldest_comparison(await target.connection(), list(specs))
+                    readable = [name for name in specs if not locked[name].lately]
+                    request = await queue.oldest_comparison(await target.connection(), readable)
                 if request is None:
                     await source.aclose()
                     await anyio.sleep(POLL_S)
                     continue
                 spec = specs[request.index]
                 comparing = await source.connection(), await target.connection()
-                await _serve(*comparing, schema, spec, deliveries[request.index], request)
+                try:
+                    await _serve(*comparing, schema, spec, deliveries[request.index], request)
+                except CdcsyncError as error:
+                    if not await locked[request.index].note(error, source):
+                        raise
 
 
 def _waits(failure: Failure) -> None:

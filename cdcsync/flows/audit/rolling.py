@@ -39,6 +39,7 @@ from cdcsync.flows.audit.verification import Verification, as_a_whole, repair_fo
 from cdcsync.metrics import Metrics
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.locking import LockedOut
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session, speaking_of
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.many import source_table
@@ -84,6 +85,7 @@ class _Comparison:
 
     def __init__(self, spec: IndexSpec) -> None:
         self.spec = spec
+        self.locked = LockedOut(spec.name, spec.single_tables)
         self.due = anyio.current_time() + FIRST_S
         self.anew = False
         """Whether to begin from the start, despite a stored place."""
@@ -168,6 +170,8 @@ class RollingAudit:
                         one.restart()
                         one.anew = error.retry is not Retry.AUTOMATIC
                         one.due = anyio.current_time() + NOT_LIVE_S
+                        if await one.locked.note(error, self._source):
+                            continue  # the others are compared meanwhile
                         raise
                     backoff.succeeded()
 
