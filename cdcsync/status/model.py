@@ -146,6 +146,8 @@ class IndexStatus(msgspec.Struct, frozen=True):
     `unreadable` is why its tables could not be read and how to fix that: the figures from `documents` to `failed`,
     `fresh` and `generations` are then not known, and have the values that they have without rows.
 
+    `locked` is who has kept everybody from reading one of its source tables for a while, if anybody has.
+
     `since` is when it came into its state. `progress` is empty unless a load is in progress. `text_freshness` and
     `vector_freshness` are known by the worker alone.
     """
@@ -185,6 +187,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
     where: str | None = None
     tables: list[str] = []
     unreadable: str | None = None
+    locked: str | None = None
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -11,6 +11,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import cast
 
+import psycopg
+
 from cdcsync.config import Config
 from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.sessions import Connection, speaking_of
@@ -22,7 +24,7 @@ from cdcsync.status.model import (
     Status,
     WorkerStatus,
 )
-from cdcsync.status.stream import read_lag, read_source, slot_problems, slot_status, worker_problems
+from cdcsync.status.stream import read_lag, read_locks, read_source, slot_problems, slot_status, worker_problems
 from cdcsync.status.tables import BRIEFLY, relations
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.version import require_upgraded
@@ -60,6 +62,9 @@ async def read_status(config: Config, source: Connection | CdcsyncError | None, 
                 problems += slot_problems(name, slot, state)
             stored = await read_indexes(target, config, present, now, problems)
         known = await read_embedders(target, config, present, worker, now, problems)
+    found = stored.found
+    if isinstance(source, psycopg.AsyncConnection) and end is not None:
+        found = await read_locks(config, source, found, problems)
     lag = read_lag(end, state, worker, stored.oldest, now)
     status = Status(
         version=VERSION,
@@ -73,7 +78,7 @@ async def read_status(config: Config, source: Connection | CdcsyncError | None, 
         slot=None if slot is None else slot_status(slot),
         worker=worker,
         embedders=known,
-        indexes={index: stored.found.get(index) or absent(config, index) for index in config.indexes},
+        indexes={index: found.get(index) or absent(config, index) for index in config.indexes},
         problems=problems,
     )
     return with_headlines(status, config.worker.ready_max_lag_s)

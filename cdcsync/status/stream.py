@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 
 import msgspec
 import psycopg
 
-from cdcsync.config import Config
+from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import CdcsyncError, SourceUnavailable
 from cdcsync.lsn import Lsn
+from cdcsync.postgres.locking import exclusive_locks
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.source.catalog import Slot, current_lsn, read_slot, why_lost
-from cdcsync.status.model import SlotStatus, WorkerStatus
+from cdcsync.status.model import IndexStatus, SlotStatus, WorkerStatus
 from cdcsync.target.pipelines import PipelineState
 
 FRESH = timedelta(seconds=15)
@@ -21,6 +22,9 @@ FRESH = timedelta(seconds=15)
 
 SAME_WRITE = timedelta(milliseconds=1)
 """Two readings of the clock in one UPDATE are microseconds apart, those of two commits are further."""
+
+LOCKED_S = 10.0
+"""How long a transaction has been open, at least, whose lock on a source table is told."""
 
 _GAP_REMEDY = 'docs/operations.md, "After a gap", says how to continue'
 
@@ -41,6 +45,36 @@ async def read_source(
     else:
         problems.append("the source cannot be reached, so lag and slot are unknown: check that it runs")
     return None, None
+
+
+async def read_locks(
+    config: Config, source: Connection, found: Mapping[str, IndexStatus], problems: list[str]
+) -> dict[str, IndexStatus]:
+    """Return the status of each index with who holds one of its source tables locked, and add that to `problems`.
+
+    What is to be read from such a table waits, and everything else goes on. A lock that comes and goes is not told.
+    """
+    tables = {
+        name: [
+            *(one for one in config.indexes[name].followed if not one.patterns),
+            *(QualifiedName.parse(one) for one in status.tables),
+        ]
+        for name, status in found.items()
+    }
+    told = dict(found)
+    try:
+        with speaking_of("source"):
+            every = {one for of in tables.values() for one in of}
+            if not every or not await exclusive_locks(source, every, open_for_s=LOCKED_S):
+                return told
+            for name, of in tables.items():
+                locks = await exclusive_locks(source, of, open_for_s=LOCKED_S)
+                if locks:
+                    told[name] = msgspec.structs.replace(found[name], locked=str(locks[0]))
+                    problems.append(f"index {name} cannot read a table: {locks[0]}; {locks[0].remedy}")
+    except CdcsyncError as error:
+        problems.append(f"the locks of the source cannot be read: {error.with_fix}")
+    return told
 
 
 def slot_status(slot: Slot) -> SlotStatus:

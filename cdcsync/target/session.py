@@ -37,7 +37,7 @@ from cdcsync.target.requests.submission import Requests
 _PATIENCE = sql.SQL("SET lock_timeout = {}")
 
 LOCK_WAIT_MS = 10_000
-"""How long a batch waits for a lock on the tables of one index: longer than anything of ours holds one, and short enough
+"""How long a batch waits for a lock on the tables of an index: longer than anything of ours holds one, and short enough
 that the others can go on without that index."""
 
 

@@ -219,6 +219,11 @@ class WorkerState:
                 if index.state == "building" and index.reason
             ]
             reasons += [
+                f"index {name} cannot read a table: {index.locked}"
+                for name, index in self._last.indexes.items()
+                if index.locked is not None
+            ]
+            reasons += [
                 f"index {name} cannot be read: {index.unreadable}"
                 for name, index in self._last.indexes.items()
                 if anyio.current_time() - self._unreadable.get(name, math.inf) > self.config.worker.ready_max_lag_s

@@ -41,7 +41,7 @@ attempts to find; if there are more, their common cause needs an operator."""
 
 
 LOCKED_ATTEMPTS = 12
-"""How often a batch is tried while somebody holds the tables of one index: for two minutes. Then that index is paused."""
+"""How often a batch is tried while somebody holds the tables of one index: for two minutes. Then it is paused."""
 
 
 class Outcome(msgspec.Struct, frozen=True):

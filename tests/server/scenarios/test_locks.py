@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -51,7 +52,7 @@ INDEXES = {
     "orders": Followed("orders", "{title} of {customer.name}", more=CUSTOMER),
 }
 
-HURRY = {"cdcsync.postgres.locking.LOCKED_OUT_S": 0.5}
+HURRY = {"cdcsync.postgres.locking.LOCKED_OUT_S": 0.5, "cdcsync.status.stream.LOCKED_S": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,23 @@ def test_the_stream_goes_on_without_what_is_to_be_read_from_a_locked_table(locke
         until(partial(owed, locked, index), locked.pipeline.tail)
     locked.follows()
     assert locked.pipeline.times("stream_waits") == 0
+
+
+@pytest.mark.parametrize(("index", "table"), [("big", "big"), ("parted", "parted_low"), ("orders", "customers")])
+def test_who_holds_a_table_locked_is_told_by_readiness_and_the_page(locked: Scene, index: str, table: str) -> None:
+    with held(locked, table) as holder:
+        told = f"public.{table} is locked by pid {holder.info.backend_pid} (migration"
+        until(lambda: any(told in one and f"index {index} " in one for one in reasons(locked)), locked.pipeline.tail)
+        shown = json.loads(locked.pipeline.get("/status")[1])
+        assert told in shown["indexes"][index]["locked"]
+        assert shown["indexes"]["sound"]["locked"] is None
+        assert any(told in one and "pg_terminate_backend" in one for one in shown["problems"])
+    until(lambda: not any("locked" in one for one in reasons(locked)), locked.pipeline.tail)
+
+
+def reasons(made: Scene) -> list[str]:
+    """Return why the worker is not ready."""
+    return list(json.loads(made.pipeline.get("/readyz")[1]).get("reasons", []))
 
 
 @pytest.mark.parametrize("table", ["big", "parted_low", "chosen", "orders", "customers"])
