@@ -80,6 +80,7 @@ EXEMPT = {
     ("source/marks.py", "emit_mark"): "its caller has the point",
     ("source/marks.py", "flush"): "writes what nobody reads",
     ("source/reads.py", "reading"): "reads only",
+    ("source/conditions.py", "_unless_locked"): "reads only",
     ("postgres/sessions.py", "connect"): "settings of the session",
     ("postgres/temporary.py", "freeze"): "tables that end with the session",
     ("target/session.py", "_takes"): "always rolled back",

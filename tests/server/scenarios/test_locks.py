@@ -74,7 +74,7 @@ def held(made: Scene, table: str, *changes: str, mode: str = "ACCESS EXCLUSIVE")
             writer.execute(change)
         locking = threading.Thread(target=holder.execute, args=[f"LOCK TABLE ONLY {table} IN {mode} MODE"])
         locking.start()
-        until(partial(asked, made, holder), "the lock to be asked for")
+        until(partial(asked, made, holder, table), "the lock to be asked for")
         writer.commit()
         locking.join()
         try:
@@ -83,11 +83,9 @@ def held(made: Scene, table: str, *changes: str, mode: str = "ACCESS EXCLUSIVE")
             holder.rollback()
 
 
-def asked(made: Scene, holder: psycopg.Connection) -> bool:
-    row = made.pipeline.source.execute(
-        "SELECT count(*) FROM pg_locks WHERE pid = %s AND locktype = 'relation'", [holder.info.backend_pid]
-    ).fetchone()
-    return row != (0,)
+def asked(made: Scene, holder: psycopg.Connection, table: str) -> bool:
+    statement = "SELECT FROM pg_locks WHERE pid = %s AND relation = %s::regclass"
+    return made.pipeline.source.execute(statement, [holder.info.backend_pid, table]).rowcount > 0
 
 
 def owed(made: Scene, index: str) -> bool:
@@ -183,18 +181,16 @@ def test_a_new_index_whose_table_is_locked_waits_alone_and_the_reason_is_the_loc
 ) -> None:
     mode, where = NEW[why]
     made = make_scene(
-        TABLES,
-        {"sound": Followed("sound"), "chosen": Followed("chosen", where=where)},
-        started=False,
-        worker_lines=NO_AUDIT,
-        hurry={"cdcsync.model.pauses.FIRST_DELAY_S": 2.0},
+        TABLES, {"sound": Followed("sound")}, worker_lines=NO_AUDIT, hurry={"cdcsync.model.pauses.FIRST_DELAY_S": 2.0}
     )
+    pipeline = made.pipeline
+    pipeline.stop(pipeline.processes[0])
+    made.reconfigured(lambda text: f"{text}\n{Followed('chosen', where=where).section('chosen')}\n")
     with held(made, "chosen", mode=mode) as holder:
-        made.pipeline.start()
-        until(partial(live, made, "sound"), made.pipeline.tail)
+        pipeline.start()
         made.execute("UPDATE sound SET title = 'meanwhile' WHERE id = 1")
-        until(partial(made.equal, "sound"), made.pipeline.tail)
-        assert made.pipeline.processes[0].poll() is None
+        until(partial(made.equal, "sound"), pipeline.tail)
+        assert pipeline.processes[-1].poll() is None
         if where:
             said = made.command("check").stdout
             assert f"public.chosen is locked by pid {holder.info.backend_pid} (migration" in said
@@ -203,15 +199,13 @@ def test_a_new_index_whose_table_is_locked_waits_alone_and_the_reason_is_the_loc
             assert "cannot be used" not in said
         else:
             assert "cannot be added to the publication" in made.pipeline.event("index_paused")["error"]
-    made.heals()
-    assert len(made.pipeline.processes) == 1
+    until(partial(live, made, "chosen"), pipeline.tail)
+    made.follows()
+    assert len(pipeline.processes) == 2
 
 
 def live(made: Scene, name: str) -> bool:
     """Say whether an index is there and live."""
-    statement = "SELECT to_regclass('cdcsync.indexes') IS NOT NULL"
-    if made.pipeline.target.execute(statement).fetchone() == (False,):
-        return False
     row = made.pipeline.target.execute("SELECT state FROM cdcsync.indexes WHERE name = %s", [name]).fetchone()
     return row == ("live",)
 
