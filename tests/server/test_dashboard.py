@@ -32,7 +32,15 @@ scrape_configs:
     static_configs: [{{targets: ["127.0.0.1:{port}"]}}]
 """
 
-VARIABLES = {"$job": ".*", "$instance": ".*", "$__rate_interval": "10s"}
+VARIABLES = {"$job": ".*", "$instance": ".*", "$__rate_interval": "10s", "$__range": "1m"}
+
+SELDOM = (
+    "cdcsync_verify_differences",
+    "cdcsync_audit_differences_total",
+    "cdcsync_proven_equal",
+    "cdcsync_slot_safe_bytes",
+)
+"""Metrics that do not exist before the first audit, or without a limit for WAL: their queries need only be valid."""
 
 
 def expressions() -> list[str]:
@@ -118,7 +126,8 @@ def test_every_panel_shows_something_of_a_worker_at_work(
     )
     worker = pipeline.start()
     prometheus = scrape(pipeline.event("listening")["port"])
-    waiting, number, slow = set(expressions()), 100, True
+    seldom = {one for one in expressions() if any(name in one for name in SELDOM)}
+    waiting, number, slow = set(expressions()) - seldom, 100, True
 
     def shown() -> bool:
         nonlocal number, slow
@@ -141,3 +150,5 @@ def test_every_panel_shows_something_of_a_worker_at_work(
         patience_s=5 * PATIENCE_S,
         progress=lambda: len(waiting),
     )
+    for one in seldom:
+        prometheus.shows(one)

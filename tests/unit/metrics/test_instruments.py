@@ -143,6 +143,24 @@ def test_the_panels_of_the_dashboard_do_not_overlap() -> None:
         taken |= cells
 
 
+def test_a_panel_that_is_asked_for_a_moment_says_what_it_means_when_there_is_nothing() -> None:
+    """Of a range, the last value that is known would be shown, long after the worker ended."""
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        if panel["type"] == "stat":
+            assert all(target["instant"] and not target["range"] for target in panel["targets"]), panel["title"]
+            assert panel["fieldConfig"]["defaults"]["noValue"], panel["title"]
+
+
+def test_gauges_count_once_with_a_standby_beside_the_worker() -> None:
+    """A standby reads the status too. Its counters stand still, so rates need no such condition."""
+    of_pipeline = {"lag", "slot", "backlog", "failed", "index", "backfill", "recall", "proven", "verify", "embedder"}
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for target in panel.get("targets", []):
+            named = re.findall(r"\bcdcsync_([a-z]+)\w*(?<!_total)(?<!_bucket)\{", target["expr"])
+            if of_pipeline & set(named):
+                assert "unless on (job, instance) cdcsync_standby" in target["expr"], (panel["title"], target["expr"])
+
+
 # -- promtool ---------------------------------------------------------------------------------------------------
 
 
