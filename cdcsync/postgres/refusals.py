@@ -5,9 +5,12 @@ Source: PostgreSQL, src/interfaces/libpq/fe-connect.c and src/backend/libpq/auth
 
 from __future__ import annotations
 
+import os
 import re
 
 import msgspec
+
+from cdcsync.postgres.passfile import to_edit
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -26,7 +29,7 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
         r"no password supplied",
         Refusal(
             "no password is given for this role",
-            "set PGPASSWORD, add a line to ~/.pgpass, or put ${NAME} into the DSN",
+            "set PGPASSWORD, add a line to {passwords}, or put ${NAME} into the DSN",
             lasting=True,
         ),
     ),
@@ -34,7 +37,7 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
         r'password authentication failed for user "(?P<role>[^"]*)"',
         Refusal(
             "the server refuses the password of role {role}",
-            "correct it in the DSN, PGPASSWORD or ~/.pgpass",
+            "correct it in the DSN, PGPASSWORD or {passwords}",
             lasting=True,
         ),
     ),
@@ -179,6 +182,7 @@ def explain(text: str) -> Refusal | None:
             found = {name: value for name, value in match.groupdict().items() if value is not None}
             if "name" in found:  # two versions of libpq say the same in two ways
                 found["host"] = found["name"]
+            found["passwords"] = to_edit(os.environ)
             hint = None if refusal.hint is None else _filled(refusal.hint, found)
             return msgspec.structs.replace(refusal, message=_filled(refusal.message, found), hint=hint)
     return None

@@ -106,7 +106,7 @@ _DEAD_PEER = {
 _DAMAGE = 'docs/operations.md, "Damaged tables", says how to continue'
 
 _HINTS: dict[str, tuple[str, str]] = {
-    "28P01": ("the password is wrong", "correct the password in the DSN, or PGPASSWORD, or ~/.pgpass"),
+    "28P01": ("the password is wrong", "correct the password in the DSN, in PGPASSWORD, or in the password file"),
     "28000": ("the server refuses this role or host", "allow the role in pg_hba.conf, or use another role"),
     "3D000": ("the database does not exist", "create it, or correct the database name in the DSN"),
     "42501": ("the role lacks a privilege", "grant it; `cdcsync config roles` lists what each role needs"),

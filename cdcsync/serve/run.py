@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from cdcsync.serve.http import make_app
 from cdcsync.serve.mcp import make_mcp, mcp_route
 from cdcsync.serve.service import Service
 from cdcsync.worker.descriptors import raise_descriptor_limit
+from cdcsync.worker.systemd import ServiceManager
 
 log = structlog.get_logger()
 
@@ -38,7 +40,8 @@ async def run(
 
     :param started: called with the port once connections are accepted.
     :param prepared: called with the service before it serves.
-    :param handle_signals: the process is this server's: signals end it, and the collector is set up for it.
+    :param handle_signals: the process is this server's: signals end it, systemd hears when it is ready, and the
+        collector is set up for it.
     :raises SetupError: the address cannot be listened on, nobody could call, or the target refuses the login.
     """
     service = Service(config)
@@ -49,9 +52,13 @@ async def run(
     host, port = config.serve.listen_address
     mcp = make_mcp(service)
     routes = [mcp_route(mcp, config.serve)]
+    manager = ServiceManager.from_environment(os.environ) if handle_signals else None
 
     def bound(actual: int) -> None:
         log.info("serving", host=host, port=actual, indexes=list(service.reader.indexes))
+        if manager is not None:
+            manager.ready()
+            manager.tell(STATUS=f"searches {', '.join(service.reader.indexes)} on port {actual}")
         if started is not None:
             started(actual)
 
@@ -60,12 +67,14 @@ async def run(
             tasks.start_soon(service.recorder.run)
             tasks.start_soon(_load, service, handle_signals)
             if handle_signals:
-                tasks.start_soon(_stop_on_signal, tasks.cancel_scope)
+                tasks.start_soon(_stop_on_signal, tasks.cancel_scope, manager)
             bounds = Bounds(MOST_CONNECTIONS, config.serve.deadline_s + READING_S)
             app = make_app(service, more=routes)
             await serve(app, host, port, bounds=bounds, setting="serve.listen", parser="httptools", started=bound)
             tasks.cancel_scope.cancel()
     finally:
+        if manager is not None:
+            manager.close()
         await service.aclose()
 
 
@@ -105,9 +114,11 @@ async def run_stdio(config: Config) -> None:
         await service.aclose()
 
 
-async def _stop_on_signal(scope: anyio.CancelScope) -> None:
+async def _stop_on_signal(scope: anyio.CancelScope, manager: ServiceManager | None) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("stopping", signal=signal.Signals(number).name)
+            if manager is not None:
+                manager.tell(STOPPING=1)
             scope.cancel()
             return

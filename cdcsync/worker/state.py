@@ -249,6 +249,14 @@ class WorkerState:
         return reasons
 
     @property
+    def headline(self) -> str | None:
+        """How the pipeline is, in a few words, as of the last reading; None before the first one."""
+        if self._last is None or self._last.headline is None:
+            return None
+        head = self._last.headline
+        return head.words if head.index is None else f"{head.index}: {head.words}"
+
+    @property
     def lag_seconds(self) -> float:
         """The age of the oldest received commit that is not in the target; NaN while that is unknown."""
         return math.nan if self._lag is None else self._lag.seconds

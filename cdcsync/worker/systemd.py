@@ -50,6 +50,11 @@ class WorkerView(Protocol):
         """How old the oldest change is that is not applied."""
         ...
 
+    @property
+    def headline(self) -> str | None:
+        """How it is, in a few words, as the status page says it; None until the status was read."""
+        ...
+
     def alive(self) -> bool:
         """Say whether the worker makes progress."""
         ...
@@ -152,4 +157,4 @@ def _status(view: WorkerView) -> str:
         return "stopping: the current batch is being finished"
     if reasons := view.not_ready():
         return "; ".join(reasons)
-    return f"streaming, {view.lag_seconds:.0f} s behind"
+    return view.headline or f"streaming, {view.lag_seconds:.0f} s behind"

@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import shlex
-import shutil
 import socket
 import subprocess
 import urllib.error
@@ -25,6 +24,7 @@ import pytest
 
 from cdcsync.demo.cluster import Cluster
 from tests import ROOT
+from tests.support.engines import engine
 from tests.support.workers import until
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
@@ -46,19 +46,6 @@ table = "public.articles"
 text = "{{title}}"
 embedder = "fake"
 """
-
-
-def engine() -> list[str]:
-    """Return the command of an engine that answers."""
-    named = os.environ.get("CDCSYNC_ENGINE")
-    candidates = (
-        [shlex.split(named)] if named else [[path] for one in ("docker", "podman") if (path := shutil.which(one))]
-    )
-    for command in candidates:
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            if subprocess.run([*command, "info"], capture_output=True, timeout=60).returncode == 0:
-                return command
-    pytest.skip("no container engine answers: install docker or podman, or name one in CDCSYNC_ENGINE")
 
 
 class Images:

@@ -79,6 +79,11 @@ def test_the_tool_server_is_restricted_as_the_worker_is() -> None:
     assert of_the_worker == of_the_server
 
 
+def test_systemd_waits_until_either_process_is_of_use() -> None:
+    for path in (UNIT, TEMPLATE, SERVE):
+        assert "Type=notify" in directives(path)
+
+
 def test_a_reload_is_the_signal_that_the_worker_takes_for_one() -> None:
     assert value("ExecReload").split()[1:] == ["-HUP", "$MAINPID"]
     assert value("Type") == "notify"

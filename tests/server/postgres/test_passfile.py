@@ -9,7 +9,8 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from cdcsync.postgres.passfile import VARIABLE, take_credential
+from cdcsync.postgres.passfile import VARIABLE, take_credential, to_edit
+from cdcsync.postgres.refusals import explain
 from tests.support.preflight import LOCKED
 from tests.support.servers import Server
 
@@ -52,3 +53,31 @@ def test_any_other_password_file_is_left_to_libpq(credential: Path, case: str) -
     before = dict(environment)
     take_credential(environment)
     assert environment == before
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        (None, "~/.pgpass"),
+        ("", "~/.pgpass"),
+        ("/root/passwords", "/root/passwords"),
+        ("/run/credentials/cdcsync@a.service/cdcsync-a.pgpass", "/etc/credstore/cdcsync-a.pgpass"),
+        ("/proc/1/fd/1000000", "/proc/1/fd/1000000"),
+    ],
+    ids=str,
+)
+def test_the_fix_names_the_file_that_is_read(monkeypatch: pytest.MonkeyPatch, file: str | None, named: str) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    if file is not None:
+        monkeypatch.setenv(VARIABLE, file)
+    for words in ("fe_sendauth: no password supplied", 'password authentication failed for user "ann"'):
+        refusal = explain(words)
+        assert refusal is not None
+        assert named in (refusal.hint or "")
+
+
+def test_the_fix_names_the_credential_of_which_the_worker_made_a_copy(credential: Path) -> None:
+    environment = {VARIABLE: str(credential), "CREDENTIALS_DIRECTORY": str(credential.parent)}
+    take_credential(environment)
+    assert environment[VARIABLE] != str(credential)
+    assert to_edit(environment) == "/etc/credstore/cdcsync.pgpass"

@@ -17,8 +17,9 @@ from cdcsync.worker.systemd import BEAT_S, ServiceManager, keep_informed
 class Manager:
     """A service manager that writes down what it hears."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, patience_s: float = 20) -> None:
         self.address = address
+        self._patience_s = patience_s
         self.heard: list[dict[str, str]] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
@@ -26,7 +27,7 @@ class Manager:
 
     async def hear(self, wanted: Callable[[dict[str, str]], bool]) -> dict[str, str]:
         """Return the next message that is wanted."""
-        with anyio.fail_after(20):
+        with anyio.fail_after(self._patience_s):
             while True:
                 await anyio.wait_readable(self._socket)
                 message = dict(line.split("=", 1) for line in self._socket.recv(4096).decode().splitlines())
@@ -55,6 +56,7 @@ class View:
         self.streaming = False
         self.stopping = anyio.Event()
         self.lag_seconds = 0.0
+        self.headline: str | None = None
         self.reasons: list[str] = []
         self.is_alive = True
 
@@ -98,6 +100,17 @@ async def test_it_is_ready_once_it_streams_and_asks_for_time_until_then(manager:
 
         assert await manager.hear(lambda message: "READY" in message) == {"READY": "1"}
         assert (await manager.hear(lambda message: "STATUS" in message))["STATUS"] == "streaming, 0 s behind"
+        tasks.cancel_scope.cancel()
+
+
+async def test_it_says_how_the_index_is_that_is_worst_off_unless_it_cannot_work(manager: Manager) -> None:
+    view = View()
+    view.streaming, view.headline = True, "articles: loading 42%"
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(keep_informed, told(manager), view)
+        await manager.hear(lambda message: message.get("STATUS") == "articles: loading 42%")
+        view.reasons = ["the replication stream is not connected"]
+        await manager.hear(lambda message: message.get("STATUS") == view.reasons[0])
         tasks.cancel_scope.cancel()
 
 
