@@ -115,6 +115,9 @@ class Index:
     open, so open it once, at the start of the application, and not for each request.
     """
 
+    _for_json = False
+    """Whether hits are written as JSON, which holds fewer kinds of values."""
+
     def __init__(self, resources: Resources, name: str, *, owner: bool) -> None:
         self.name = name
         self._config = resources.config.index_named(name)
@@ -201,9 +204,9 @@ class Index:
         :param mode: by nearness of meaning (`"vector"`), by words (`"text"`), or by both, fused by rank (`"hybrid"`).
         :param filter: values for key and carried columns, never SQL: `{"tenant": 3, "status": ["open", "new"],
             "created_at": {"gte": "2026-01-01"}, "closed_at": None}`. The operators are `eq`, `ne`, `in`, `lt`, `lte`,
-            `gt`, `gte`, `like` and `null`.
+            `gt`, `gte`, `like` and `null`. Values may be of any type that a hit's columns have.
         :param per_document: return each document once, by its best chunk.
-        :param skip: leave out this many of the first hits, for the next page.
+        :param skip: leave out this many of the first hits, for the next page: pages of the same `k` continue each other.
         :param weights: of vectors and of words, in a hybrid search.
         :param rerank: let the index's reranker, if it has one, order the best hits anew; `score` is then its.
         :param vector: the query's vector, if you have it already; the model is not asked then.
@@ -267,6 +270,7 @@ class Index:
                     timeout_s=timeout_s,
                     traceparent=tracing.traceparent(),
                     warnings=warnings,
+                    for_json=self._for_json,
                 )
 
             with tracing.span("cdcsync.statement", index=self.name):

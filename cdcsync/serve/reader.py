@@ -27,10 +27,11 @@ from cdcsync.serve.identity import Principal
 from cdcsync.serve.messages import Answer, ColumnInfo, Document, Found, IndexInfo, SearchRequest
 from cdcsync.serve.problems import Problem
 from cdcsync.serve.visibility import Visibility
+from cdcsync.target.ddl.filters import read_columns
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
-from cdcsync.target.search import Hit
+from cdcsync.target.search import Hit, load_values
 from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
@@ -63,6 +64,8 @@ class _Known(msgspec.Struct, frozen=True):
 
 class Offered(Index):
     """An index, as callers of the server may see it."""
+
+    _for_json = True
 
     def __init__(self, resources: Resources, name: str, *, owner: bool = False) -> None:
         super().__init__(resources, name, owner=owner)
@@ -173,8 +176,10 @@ class Offered(Index):
                 Names(self.schema, spec.relations).chunks,
                 sql.SQL(" AND ").join([*conditions, mine]),
             )
+            cursor = connection.cursor()
+            load_values(cursor, for_json=True)
             try:
-                cursor = await connection.execute(statement)
+                await cursor.execute(statement)
             except psycopg.DataError:
                 raise missing from None  # a text that is not a value of the key's type is not a key
             rows = await cursor.fetchall()
@@ -299,20 +304,26 @@ class Offered(Index):
                 )
 
     async def _examples(self, connection: Connection, who: Principal, spec: IndexSpec) -> dict[str, list[Any]]:
-        """Return a few values of each column, out of the first rows."""
+        """Return a few values of each column, out of the first rows: those that a filter takes as they are."""
         names = [*spec.shape.key, *spec.shape.carried]
         if not self.visible.divides(spec):
             return {name: [] for name in names}
         condition = self.visible.condition(who, spec)
-        cursor = await connection.execute(
+        cursor = connection.cursor()
+        load_values(cursor, for_json=True)
+        await cursor.execute(
             sql.SQL("SELECT {} FROM {} WHERE {} LIMIT 20").format(
                 sql.SQL(", ").join(map(sql.Identifier, names)), Names(self.schema, spec.relations).chunks, condition
             )
         )
+        rows = await cursor.fetchall()
+        comparable = {name for name, column in (await read_columns(connection, spec)).items() if column.takes_values}
         seen: dict[str, list[Any]] = {name: [] for name in names}
-        for row in await cursor.fetchall():
+        for row in rows:
             for name, value in zip(names, row, strict=True):
-                if value is not None and value not in seen[name] and len(seen[name]) < EXAMPLES:
+                if name not in comparable or value is None:
+                    continue
+                if value not in seen[name] and len(seen[name]) < EXAMPLES:
                     seen[name].append(value)
         return {name: [shortened(value, EXAMPLE_CHARACTERS) for value in values] for name, values in seen.items()}
 

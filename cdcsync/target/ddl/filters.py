@@ -33,6 +33,14 @@ class Column(msgspec.Struct, frozen=True):
     operators: dict[str, str]
     array: bool = False
 
+    @property
+    def takes_values(self) -> bool:
+        """Whether a value as JSON has it, such as an answer of the tool server names, can be compared for equality.
+
+        Arrays and jsonb are compared with their text.
+        """
+        return "eq" in self.operators and not self.array and self.type != "pg_catalog.jsonb"
+
 
 async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Column]:
     """Return what a filter can say of each key and carried column."""

@@ -2,6 +2,7 @@
 
     arguments     what no search can use
     conditions    conditions in SQL that a caller writes
+    values        the loaders for the values of an index's columns
     words         how often words occur, which the keyword leg weights them by
     nearest       the search by vector alone, to measure recall with
     stored        an index as the target has it
@@ -29,6 +30,7 @@ from cdcsync.target.search.query import (
     search,
 )
 from cdcsync.target.search.stored import live_generation, stored_spec
+from cdcsync.target.search.values import load_values
 from cdcsync.target.search.words import count_words
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "count_words",
     "drop_search",
     "live_generation",
+    "load_values",
     "nearest_statement",
     "put_search",
     "refusal",

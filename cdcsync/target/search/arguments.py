@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from typing import Any
+from uuid import UUID
+
+from psycopg.types.multirange import Multirange
+from psycopg.types.range import Range
 
 from cdcsync.errors import UsageError
 from cdcsync.target.ddl.nearness import MAX_HITS
@@ -30,10 +37,15 @@ def check_arguments(
     :raises UsageError: one of them cannot be used.
     """
     for number in (k, skip):
-        try:
-            operator.index(number)
-        except TypeError:
-            raise UsageError(f"{number!r} is not a whole number", where="-k", hint="k and skip are counts") from None
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            raise UsageError(f"{number!r} is not a whole number", where="-k", hint="k and skip are counts")
+    for words in texts:
+        if not isinstance(words, str | None):
+            raise UsageError(
+                f"the query or headline is {words!r}, not a text",
+                where="search",
+                hint='write it in quotes; headline takes the options of ts_headline, "" for the usual ones',
+            )
     if not (k >= 1 and skip >= 0 and skip + k <= MAX_HITS):
         after = f" after skipping {skip}" if skip else ""
         raise UsageError(f"cannot return {k} hits{after}", where="-k", hint=f"ask for hits within the first {MAX_HITS}")
@@ -45,7 +57,7 @@ def check_arguments(
         raise UsageError(
             f"a search cannot take {timeout_s} seconds", where="timeout_s", hint="give a number of seconds above 0"
         )
-    for value in _within([*texts, settings, filter]):
+    for value in _within([*texts, settings, plain_filter(filter)]):
         match value:
             case str() if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
                 raise UsageError(
@@ -57,6 +69,48 @@ def check_arguments(
                 raise UsageError(
                     f"the filter compares with {value}", where="filter", hint="compare with a number, or with a text"
                 )
+
+
+def plain_filter(filter: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a filter with its values as JSON has them; what JSON lacks is the text that the column's type reads.
+
+    :raises UsageError: it has a value that is none of a column.
+    """
+    if not isinstance(filter, Mapping | None):
+        raise UsageError(
+            f"the filter is {filter!r}", where="filter", hint='give values by column, such as {"tenant": 3}'
+        )
+    return {column: _plain(column, value) for column, value in (filter or {}).items()}
+
+
+def _plain(column: str, value: object) -> object:
+    match value:
+        case Enum():
+            return _plain(column, value.value)
+        case str() | bool() | int() | float() | None:
+            return value
+        case Mapping():
+            return {name: _plain(column, one) for name, one in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain(column, one) for one in value]
+        case bytes() | bytearray() | memoryview():
+            return f"\\x{bytes(value).hex()}"
+        case date() | time():
+            return value.isoformat()
+        case timedelta():
+            return f"{value.days} days {value.seconds} seconds {value.microseconds} microseconds"
+        case Decimal() | UUID() | Range() | Multirange():
+            return str(value)
+        case IPv4Address() | IPv6Address() | IPv4Network() | IPv6Network() | IPv4Interface() | IPv6Interface():
+            return str(value)
+        case _ if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+            return _plain(column, value.tolist())
+    raise UsageError(
+        f"the filter on {column} compares with an object of {type(value).__name__}",
+        where="filter",
+        hint="give None, or a bool, int, float, Decimal, str, bytes, date, time, datetime, timedelta, UUID, IP address,"
+        " range or Enum of these, or a list; write a value of any other type as text",
+    )
 
 
 def _within(value: object) -> Iterator[object]:

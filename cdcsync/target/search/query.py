@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import psycopg
 from psycopg import sql
-from psycopg.types.datetime import DateLoader, TimestampLoader, TimestamptzLoader
 
 from cdcsync.errors import CdcsyncError, ModelChanged, SetupError, UsageError
 from cdcsync.model.spec import IndexSpec
@@ -33,8 +32,9 @@ from cdcsync.postgres.sessions import (
 from cdcsync.target.ddl.hits import OWN, attribute_of
 from cdcsync.target.ddl.names import Names, function_name
 from cdcsync.target.ddl.search_function import BY_WORDS_ALONE, NO_GENERATION, NOT_FOLLOWED, Variant, compose
-from cdcsync.target.search.arguments import check_arguments
+from cdcsync.target.search.arguments import check_arguments, plain_filter
 from cdcsync.target.search.conditions import check_where
+from cdcsync.target.search.values import load_values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,6 +109,7 @@ async def search(
     traceparent: str | None = None,
     plans: list[Plan] | None = None,
     warnings: list[str] | None = None,
+    for_json: bool = False,
 ) -> list[Hit]:
     """Return the best hits for a query, the best first.
 
@@ -133,6 +134,7 @@ async def search(
     :param plans: gets how the server executed each leg.
     :param warnings: gets what the caller should know of the answer: that nothing keeps the index in step, or that the
         vector has no direction.
+    :param for_json: return values as an answer in JSON holds them; see `load_values`.
     :raises UsageError: `k`, `mode`, `filter`, `where` or another argument cannot be used.
     :raises ModelChanged: the vectors that `vector` was made for are gone; embed the query anew.
     :raises SetupError: the index is not in this database, or the vector is not of its dimension.
@@ -164,7 +166,7 @@ async def search(
             text,
             None if vector is None else "[" + ",".join([repr(float(value)) for value in vector]) + "]",
             k,
-            msgspec.json.encode(filter or {}, enc_hook=str).decode(),
+            msgspec.json.encode(plain_filter(filter)).decode(),
             mode,
             per_document,
             skip,
@@ -174,7 +176,7 @@ async def search(
         ]
         # Placeholders of the server's kind: a percent sign in a column's name is not a placeholder.
         cursor = psycopg.AsyncRawCursor(connection)
-        _keep_infinity(cursor)
+        load_values(cursor, for_json=for_json)
         with _noting(connection, plans, warnings):
             async with connection.transaction():
                 await connection.execute(_for_this_search(timeout_s, settings))
@@ -326,34 +328,6 @@ def refusal(error: psycopg.Error, spec: IndexSpec, where: str | None) -> Cdcsync
     columns = ", ".join([*spec.shape.key, *spec.shape.carried])
     hint = f"a condition may only read; the index has the columns {columns}"
     return UsageError(first_line(error), where=f"--where {where}", hint=error.diag.message_hint or hint)
-
-
-class _Date(DateLoader):
-    def load(self, data: Any) -> Any:
-        return _or_text(super().load, data)
-
-
-class _Timestamp(TimestampLoader):
-    def load(self, data: Any) -> Any:
-        return _or_text(super().load, data)
-
-
-class _Timestamptz(TimestamptzLoader):
-    def load(self, data: Any) -> Any:
-        return _or_text(super().load, data)
-
-
-def _or_text(load: Any, data: Any) -> Any:
-    try:
-        return load(data)
-    except psycopg.DataError:
-        return bytes(data).decode()
-
-
-def _keep_infinity(cursor: psycopg.AsyncRawCursor[Any]) -> None:
-    """Load dates that Python cannot represent (`infinity`, the year 20000) as the server's text, instead of failing."""
-    for type_, loader in (("date", _Date), ("timestamp", _Timestamp), ("timestamptz", _Timestamptz)):
-        cursor.adapters.register_loader(type_, loader)
 
 
 def _hit(spec: IndexSpec, row: Sequence[Any]) -> Hit:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from ipaddress import ip_address
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pytest
 
 from cdcsync.errors import UsageError
 from cdcsync.target.search import MAX_HITS, check_arguments
+from cdcsync.target.search.arguments import plain_filter
 
 USUAL: dict[str, Any] = {
     "texts": ["a query", None],
@@ -45,6 +51,11 @@ def test_what_a_search_can_use_is_not_refused(arguments: dict[str, Any]) -> None
         ({"skip": MAX_HITS}, "cannot return 10 hits after"),
         ({"k": 2.0}, "2.0 is not a whole number"),
         ({"skip": "3"}, "'3' is not a whole number"),
+        ({"k": True}, "True is not a whole number"),
+        ({"texts": ["a", 5]}, "the query or headline is 5, not a text"),
+        ({"filter": [3]}, r"the filter is \[3\]"),
+        ({"filter": {"colour": object()}}, "the filter on colour compares with an object of object"),
+        ({"filter": {"colour": {"in": [{3: range(2)}]}}}, "the filter on colour compares with an object of range"),
         ({"weights": (1.0,)}, "the weights are"),
         ({"weights": (1.0, 1.0, 1.0)}, "the weights are"),
         ({"weights": (float("nan"), 1.0)}, "the weights are"),
@@ -64,3 +75,30 @@ def test_what_it_cannot_is_a_usage_error_with_the_fix(arguments: dict[str, Any],
     with pytest.raises(UsageError, match=told) as refused:
         check_arguments(**USUAL | arguments)
     assert refused.value.hint
+
+
+class State(Enum):
+    OPEN = "open"
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (b"\0\x13", "\\x0013"),
+        (bytearray(b"\xff"), "\\xff"),
+        (memoryview(b"\xff"), "\\xff"),
+        ([b"\x01", "a"], ["\\x01", "a"]),
+        ({"gte": date(2026, 1, 2)}, {"gte": "2026-01-02"}),
+        (datetime(2026, 1, 2, 3, tzinfo=UTC), "2026-01-02T03:00:00+00:00"),
+        (time(3, 4), "03:04:00"),
+        (timedelta(days=-1, seconds=5), "-1 days 5 seconds 0 microseconds"),
+        (Decimal("1.50"), "1.50"),
+        (UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+        (ip_address("10.0.0.1"), "10.0.0.1"),
+        (State.OPEN, "open"),
+        (np.float32(1.5), 1.5),
+        ((1, None, True), [1, None, True]),
+    ],
+)
+def test_a_value_of_a_filter_is_written_as_its_column_reads_it(value: object, plain: object) -> None:
+    assert plain_filter({"column": value}) == {"column": plain}
