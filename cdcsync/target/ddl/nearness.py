@@ -24,13 +24,11 @@ alike."""
 MAX_HITS = 1_000
 """The last place that a search can be asked for: pgvector's upper bound of hnsw.ef_search."""
 
-PAGE_HITS = 70
-"""Each leg returns `PAGE_DEPTH` chunks, FUSION + 2 * PAGE_HITS, for any page of the first `PAGE_HITS` hits. What both
-legs place below that scores less than 2 / (2 * FUSION + 2 * PAGE_HITS), which so many chunks of either leg alone reach
-already. As the number does not depend on the page, one page continues the other."""
-
-PAGE_DEPTH = FUSION + 2 * PAGE_HITS
-"""The chunks that each leg of a search returns, for pages of the first hits."""
+PAGE_DEPTH = 200
+"""The chunks that each leg of a search returns at first, for any page: the order of hits depends on how deep the legs
+look, so one page continues the other only if both look equally deep. For the first 70 hits this is as good as any
+depth: what both legs place below 200 scores less than 2 / (FUSION + 200), which the first 70 chunks of either leg
+exceed alone. A page that lies deeper has the legs look deeper, and continues the hits that they had before."""
 
 EF_SEARCH = 100
 """How many candidates HNSW looks at, where pgvector's default is 40: who searches the view can tune that, a search
@@ -47,18 +45,18 @@ RESCORED = 4
 times."""
 
 
-DEPTH: LiteralString = f"CASE WHEN wanted <= {PAGE_HITS} THEN {PAGE_DEPTH} ELSE {MAX_HITS} END"
-"""How many chunks each leg returns for the first `wanted` hits, as an expression."""
+DEPTH: LiteralString = f"CASE WHEN k <= {PAGE_DEPTH} THEN {PAGE_DEPTH} ELSE {MAX_HITS} END"
+"""How many chunks each leg returns at first for pages of `k` hits, as an expression."""
 
 
 def effort(*, iterative: bool) -> LiteralString:
-    """Return the `hnsw.ef_search` of a search, as an expression of `wanted`, `depth` and `rescored`.
+    """Return the `hnsw.ef_search` of a search, as an expression of `k`, `depth` and `rescored`.
 
     An iterative scan continues past these candidates; an older pgvector returns no more than they are.
 
     :param iterative: whether pgvector scans iteratively.
     """
-    least: LiteralString = "wanted" if iterative else "depth"
+    least: LiteralString = "k" if iterative else "depth"
     return f"least(greatest({EF_SEARCH}, {least}, rescored * depth), {MAX_HITS})"
 
 

@@ -25,7 +25,7 @@
 #variable_conflict use_variable
 -- the block
 DECLARE
-    wanted CONSTANT int := skip + k;
+    wanted CONSTANT int := least(greatest(skip::bigint + k, 0), {max_hits} + 1);
     facts CONSTANT jsonb := {columns};
     asked CONSTANT text := left(query, {query_characters});
     by_vector boolean := embedding IS NOT NULL AND mode <> 'text';
@@ -61,6 +61,9 @@ DECLARE
     looked int := 3;
     least_effort int := 1;
     statement text;
+    near_ids bigint[];
+    word_ids bigint[];
+    word_scores float8[];
     vector_ids bigint[];
     budget int;
     visited float8;
@@ -81,6 +84,14 @@ DECLARE
     hit_vector_ranks bigint[];
     hit_text_ranks bigint[];
     hit_text_scores float8[];
+    kept_vector_ids bigint[] := '{{}}';
+    kept_text_ids bigint[] := '{{}}';
+    kept_text_scores float8[] := '{{}}';
+    kept_ids bigint[] := '{{}}';
+    kept_scores float8[] := '{{}}';
+    kept_vector_ranks bigint[] := '{{}}';
+    kept_text_ranks bigint[] := '{{}}';
+    kept_hit_text_scores float8[] := '{{}}';
     line text;
     made_by int := coalesce(CASE WHEN embedding IS NOT NULL THEN generation END, {live_generation});
     dimensions int;
@@ -104,7 +115,7 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = format('there is no mode %L', mode),
             HINT = 'The modes are hybrid, vector and text.';
     END IF;
-    IF wanted IS NULL OR k < 1 OR skip < 0 OR wanted > {max_hits} THEN
+    IF k IS NULL OR skip IS NULL OR k < 1 OR skip < 0 OR wanted > {max_hits} THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
             MESSAGE = format('cannot return %s hits after skipping %s', k, skip),
             HINT = 'k is at least 1, and skip + k at most {max_hits}.';
@@ -149,6 +160,10 @@ BEGIN
     END IF;
 
     -- The filter: values become literals of the columns' types, so that the planner can estimate them.
+    IF jsonb_typeof(filter) <> 'object' THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = format('the filter is %s', filter),
+            HINT = 'Give an object that names columns, such as {{"id": 1}}; {{}} or NULL filters nothing.';
+    END IF;
     FOR column_name, wish IN SELECT * FROM jsonb_each(coalesce(filter, '{{}}')) LOOP
         IF NOT facts ? column_name THEN
             RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
@@ -192,6 +207,11 @@ BEGIN
                             MESSAGE = format('the filter on %I: %s', column_name, SQLERRM),
                             HINT = format('The column is of the type %s.', facts -> column_name ->> 'shown');
                     END;
+                END IF;
+                IF operator_name = 'like' AND mod(length(substring(literal FROM '\\*$')), 2) = 1 THEN
+                    RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+                        MESSAGE = format('the filter on %I: the pattern of like ends in a backslash', column_name),
+                        HINT = 'A backslash takes the character behind it as it is; write two for a backslash itself.';
                 END IF;
                 literals := array_append(literals, literal);
             END LOOP;
@@ -279,8 +299,9 @@ BEGIN
                   ORDER BY late[n], weights[n] DESC LIMIT {ranked_words}) AS h);
     END IF;
 
-    -- Pages of up to {page_hits} hits look equally deep, so that one continues the other.
-    depth := {depth_of_wanted};
+    -- All pages of so many hits look equally deep at first, and keep what a page before them has shown: so one continues
+    -- the other. What is kept stays in front, also where the legs find something better when they look deeper.
+    depth := {first_depth};
     LOOP
         IF by_vector THEN
             FOR effort IN least_effort .. 3 LOOP
@@ -291,10 +312,10 @@ BEGIN
                     CASE WHEN filtered THEN {of_chunks} || conditions ELSE '' END);
                 {enter_condition}
                 {explain_vector}
-                EXECUTE statement INTO vector_ids USING embedding, depth;
+                EXECUTE statement INTO near_ids USING embedding, depth;
                 {leave_condition}
                 looked := effort;
-                EXIT WHEN cardinality(vector_ids) >= wanted;
+                EXIT WHEN cardinality(near_ids) >= least(k, depth);
             END LOOP;
         END IF;
         IF ranker IS NOT NULL THEN
@@ -303,7 +324,7 @@ BEGIN
                     || format(' AND c.search OPERATOR(pg_catalog.@@) %L::pg_catalog.tsquery', required) END);
             {enter_condition}
             {explain_bm25}
-            EXECUTE statement INTO text_ids, text_scores USING bare, depth;
+            EXECUTE statement INTO word_ids, word_scores USING bare, depth;
             {leave_condition}
         ELSIF by_words THEN
             statement := format({words_leg}, ranking,
@@ -367,7 +388,7 @@ BEGIN
                 ORDER BY f.rank DESC, f.id LIMIT depth) AS b;
             SELECT array_agg(b.chunk_id ORDER BY b.score DESC, b.chunk_id),
                    array_agg(b.score ORDER BY b.score DESC, b.chunk_id)
-            INTO text_ids, text_scores
+            INTO word_ids, word_scores
             FROM (
                 -- Of a chunk's words only those of the query are unnested: they are marked and filtered in C.
                 SELECT c.chunk_id, (
@@ -379,22 +400,35 @@ BEGIN
             ) AS b;
         END IF;
 
+        vector_ids := near_ids;
+        text_ids := word_ids;
+        text_scores := word_scores;
+        IF kept_ids <> '{{}}' THEN -- each leg's places continue, too
+            SELECT kept_vector_ids || array_agg(n.id ORDER BY n.place) INTO vector_ids
+            FROM unnest(near_ids) WITH ORDINALITY AS n(id, place) WHERE n.id <> ALL (kept_vector_ids);
+            SELECT kept_text_ids || array_agg(w.id ORDER BY w.place), kept_text_scores || array_agg(w.score ORDER BY w.place)
+            INTO text_ids, text_scores
+            FROM unnest(word_ids, word_scores) WITH ORDINALITY AS w(id, score, place) WHERE w.id <> ALL (kept_text_ids);
+        END IF;
+
         -- Fusion, of documents or of chunks. A document is shown by the chunk that its places are best for.
-        SELECT array_agg(h.chunk_id ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id),
-               array_agg(h.score ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id),
-               array_agg(h.vector_rank ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id),
-               array_agg(h.text_rank ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id),
-               array_agg(h.text_score ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id)
+        SELECT kept_ids || array_agg(h.chunk_id ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id),
+               kept_scores || array_agg(least(h.score, kept_scores[cardinality(kept_scores)])
+                                        ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id),
+               kept_vector_ranks || array_agg(h.vector_rank ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id),
+               kept_text_ranks || array_agg(h.text_rank ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id),
+               kept_hit_text_scores || array_agg(h.text_score ORDER BY h.score DESC, h.vector_rank NULLS LAST, h.chunk_id)
         INTO hit_ids, hit_scores, hit_vector_ranks, hit_text_ranks, hit_text_scores
         FROM (
             SELECT r.*, coalesce(vector_weight / ({fusion} + r.vector_rank), 0)
                         + coalesce(text_weight / ({fusion} + r.text_rank), 0) AS score
             FROM (
-                SELECT d.chunk_id, d.text_score,
+                SELECT d.chunk_id, d.text_score, d.kept,
                        CASE WHEN d.by_vector IS NOT NULL THEN row_number() OVER (ORDER BY d.by_vector) END AS vector_rank,
                        CASE WHEN d.by_text IS NOT NULL THEN row_number() OVER (ORDER BY d.by_text) END AS text_rank
                 FROM (
                     SELECT min(g.by_vector) AS by_vector, min(g.by_text) AS by_text, max(g.text_score) AS text_score,
+                           bool_or(g.chunk_id = ANY (kept_ids)) AS kept,
                            (array_agg(g.chunk_id ORDER BY coalesce(vector_weight / ({fusion} + g.by_vector), 0)
                                + coalesce(text_weight / ({fusion} + g.by_text), 0) DESC, g.chunk_id))[1] AS chunk_id
                     FROM (
@@ -407,15 +441,26 @@ BEGIN
                         ) AS f JOIN {chunks} AS c ON c.chunk_id = f.id
                     ) AS g GROUP BY g.document
                 ) AS d
-            ) AS r
+            ) AS r WHERE NOT r.kept
         ) AS h;
         EXIT WHEN cardinality(hit_ids) >= wanted;
-        -- Most of what was found are chunks of the same few documents.
-        IF looked < 3 AND coalesce(cardinality(vector_ids), 0) < depth THEN
+        -- This page lies deeper, or most of what was found are chunks of the same few documents. The first page alone would
+        -- have ended here if it is full.
+        IF cardinality(hit_ids) >= k THEN
+            kept_vector_ids := coalesce(vector_ids, '{{}}');
+            kept_text_ids := coalesce(text_ids, '{{}}');
+            kept_text_scores := coalesce(text_scores, '{{}}');
+            kept_ids := hit_ids;
+            kept_scores := hit_scores;
+            kept_vector_ranks := hit_vector_ranks;
+            kept_text_ranks := hit_text_ranks;
+            kept_hit_text_scores := hit_text_scores;
+        END IF;
+        IF looked < 3 AND coalesce(cardinality(near_ids), 0) < depth THEN
             least_effort := 3; -- HNSW ended before it had seen all vectors
         ELSE
             EXIT WHEN depth >= {deepest}
-                OR coalesce(cardinality(vector_ids), 0) < depth AND coalesce(cardinality(text_ids), 0) < depth;
+                OR coalesce(cardinality(near_ids), 0) < depth AND coalesce(cardinality(word_ids), 0) < depth;
             depth := depth * 4;
         END IF;
     END LOOP;

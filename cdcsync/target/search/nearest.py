@@ -30,8 +30,8 @@ async def usual_effort(connection: Connection, spec: IndexSpec, wanted: int) -> 
     """Return how far the search function looks for so many chunks; the server computes it, as it does there."""
     iterative = await pgvector_version(connection) >= ITERATIVE
     statement = sql.SQL(
-        "SELECT {effort}, depth FROM (SELECT wanted, rescored, {depth} AS depth"
-        " FROM (SELECT {wanted} AS wanted, {rescored} AS rescored) AS w) AS d"
+        "SELECT {effort}, depth FROM (SELECT k, rescored, {depth} AS depth"
+        " FROM (SELECT {wanted} AS k, {rescored} AS rescored) AS w) AS d"
     ).format(
         effort=sql.SQL(effort(iterative=iterative)),
         depth=sql.SQL(DEPTH),

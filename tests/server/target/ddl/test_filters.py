@@ -39,6 +39,7 @@ Wanted = dict[str, Any]
         ({"extra": {"null": False}}, "1"),
         ({"state": None}, "4"),
         ({"state": {"like": "%e%"}}, "123"),
+        ({"state": {"like": "%\\\\"}}, ""),
         ({"id": {"gte": 2, "ne": 3}}, "24"),
     ],
 )
@@ -60,6 +61,10 @@ async def test_a_filter_holds_in_both_legs(shelf: LiveIndex, wanted: Wanted, fou
         ({"tenant": [None]}, "tenant: in cannot take", "list"),
         ({"tenant": {"null": 1}}, "tenant: null cannot take", "true or false"),
         ({"tenant": {"gt": None}}, "tenant: gt cannot take", "one value"),
+        ({"state": {"like": "op\\"}}, "state: the pattern of like ends in a backslash", "write two"),
+        ({"state": {"like": "op\\\\\\"}}, "state: the pattern of like ends in a backslash", "write two"),
+        (None, "the filter is null", "an object that names columns"),
+        ([], r"the filter is \[\]", "an object that names columns"),
     ],
 )
 async def test_a_wrong_filter_names_the_column_and_what_it_allows(

@@ -100,7 +100,17 @@ async def test_a_word_that_is_newer_than_the_counts_is_found(articles: LiveIndex
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"mode": "both"}, {"k": 0}, {"skip": -1}, {"k": 900, "skip": 200}, {"vector_weight": -1.0}, {"mode": "vector"}],
+    [
+        {"mode": "both"},
+        {"k": 0},
+        {"skip": -1},
+        {"k": 900, "skip": 200},
+        {"skip": 2**31 - 1},
+        {"k": None},
+        {"skip": None},
+        {"vector_weight": -1.0},
+        {"mode": "vector"},
+    ],
 )
 async def test_an_argument_that_cannot_be_used_is_refused(articles: LiveIndex, arguments: dict[str, Any]) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue) as refused:

@@ -324,3 +324,24 @@ async def test_a_selective_condition_still_fills_the_list(database: Database) ->
         await connection.execute("SET enable_seqscan = off; SET enable_sort = off")
         hits = await search(connection, SCHEMA, spec, text="", vector=EAST, mode="vector", k=10, where='"tenant %" = 7')
     assert ids(hits) == [7 + 100 * at for at in range(10)]
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
+@pytest.mark.parametrize("k", [10, 50])
+async def test_pages_of_one_size_continue_each_other_to_the_last_hit(database: Database, mode: Mode, k: int) -> None:
+    """The legs disagree about every document, so that how deep they look decides the order of the fused hits."""
+    most = 650
+    docs = [
+        msgspec.structs.replace(doc, text="note " * (1 + at * 37 % most // 8) + f"pad{at} " * (at % 7))
+        for at, doc in enumerate(spiral(most))
+    ]
+    async with indexed(database, docs, hnsw=True) as (connection, spec):
+        walked: list[Hit] = []
+        for skip in range(0, most, k):
+            page = await search(connection, SCHEMA, spec, text="note", vector=EAST, mode=mode, k=k, skip=skip)
+            assert len(page) == min(k, most - skip)
+            walked += page
+        whole = await search(connection, SCHEMA, spec, text="note", vector=EAST, mode=mode, k=200)
+    assert sorted(ids(walked)) == [doc.id for doc in docs]
+    assert ids(walked)[:200] == ids(whole)
+    assert [hit.score for hit in walked] == sorted((hit.score for hit in walked), reverse=True)
