@@ -8,7 +8,7 @@ because a key has expired or a firewall does not like the request, is away as we
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
 import anyio
@@ -60,12 +60,12 @@ class OnCall:
     async def open(self) -> None:
         """Load or connect to the model. Calling it again does nothing.
 
-        :raises EmbedderUnavailable: it failed for a reason that passes.
-        :raises EmbedderSetupError: the model or provider cannot be used as configured.
+        :raises EmbedderUnavailable: it failed for a reason that passes, or its provider refuses us.
+        :raises EmbedderSetupError: the model cannot be loaded on this machine.
         """
         async with self._opening:
             if not self._opened:
-                with self._noticing_absence():
+                with self._noticing_absence(), _refusing_is_absence() if self._remote else nullcontext():
                     await self._model.open()
                 self._opened = True
 
@@ -80,11 +80,7 @@ class OnCall:
         :raises EmbedderUnavailable: the model is away, refuses us, or does not answer in time.
         :raises EmbedderSetupError: the model cannot be loaded on this machine.
         """
-        if self._remote:
-            with self._noticing_absence(), _refusing_is_absence():
-                await self.open()
-        else:
-            await self.open()
+        await self.open()
         with self._noticing_absence(), _refusing_is_absence():
             with anyio.move_on_after(self._timeout_s):
                 async with self._room:
@@ -215,7 +211,7 @@ class QueryModels:
         """Load the model that made the vectors of an index, if the configuration has it: searches say if it has not.
 
         :raises EmbedderSetupError: it cannot be used as configured.
-        :raises EmbedderUnavailable: it failed for a reason that passes.
+        :raises EmbedderUnavailable: it failed for a reason that passes, or its provider refuses us.
         """
         try:
             embedder = self.embedder(spec)

@@ -12,8 +12,8 @@ from psycopg import sql
 
 import cdcsync
 import cdcsync.sync
-from cdcsync.config import Source, Target, TeiReranker
-from cdcsync.embedders import queries
+from cdcsync.config import Source, Target, TeiEmbedder, TeiReranker
+from cdcsync.embedders import make_embedder, queries
 from cdcsync.errors import (
     EmbedderSetupError,
     EmbedderUnavailable,
@@ -94,6 +94,36 @@ async def test_while_the_model_is_away_words_are_searched_and_the_result_says_so
             setattr(Model, fault, False)
             assert (await articles.search("dog house")).warning is None
         assert Model.opened == 0
+
+
+@pytest.mark.parametrize("code", [401, 403])
+async def test_an_index_opens_while_its_provider_refuses_and_has_vectors_again_when_it_no_longer_does(
+    database: Database, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A server of text-embeddings-inference is asked at the start, by `/info`."""
+    monkeypatch.setattr(queries, "AWAY_S", 0.0)
+    from tests.support.provider import FakeProvider, status
+
+    provider = FakeProvider(dimensions=32)
+    provider.start()
+    try:
+        section = TeiEmbedder(base_url=provider.tei_url, model="hashing", dimensions=32)
+        model = make_embedder("model", section).identity
+        async with indexed(database) as (index, config):
+            await index.connection.execute("UPDATE cdcsync.indexes SET model = %s", [model])
+            config = msgspec.structs.replace(config, embedders={"model": section})
+            provider.always = status(code, b'{"error": "the key has expired"}')
+            async with cdcsync.Index.open(config, "articles") as articles:
+                hits = await articles.search("dog house")
+                assert keys(hits) == [2]
+                assert str(hits.warning).startswith("searched by words alone: ")
+                assert str(code) in str(hits.warning)
+                with pytest.raises(EmbedderUnavailable):
+                    await articles.search("dog house", mode="vector")
+                provider.always = None
+                assert (await articles.search("dog house")).warning is None
+    finally:
+        provider.stop()
 
 
 async def test_a_model_that_does_not_answer_in_time_is_left_alone_for_a_while(database: Database) -> None:
