@@ -3,13 +3,14 @@
     with Index.open(load_config("cdcsync.toml"), "tickets") as tickets:
         hits = tickets.search("forgot my login")
 
-Any number of threads may use one index at the same time. Their calls run on an event loop in a thread of its own, on
-the index that `cdcsync.Index` is.
+Any number of threads may use one index at the same time; each process opens its own. Their calls run on an event loop
+in a thread of its own, on the index that `cdcsync.Index` is.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from typing import Concatenate, ParamSpec, Self, TypeVar
@@ -19,6 +20,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from cdcsync import index as asynchronous
 from cdcsync.config import Config
 from cdcsync.errors import UsageError
+from cdcsync.postgres.pool import used_before_fork
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,6 +50,7 @@ class Index:
     def __init__(self, index: asynchronous.Index, parent: Index | None = None) -> None:
         self._index = index
         self._parent = parent
+        self._process = os.getpid()
         self._portal: BlockingPortal | None = None
         self._loop: AbstractContextManager[BlockingPortal] | None = None
         self._entered: AbstractContextManager[asynchronous.Index] | None = None
@@ -82,6 +85,7 @@ class Index:
         if self._parent is None:
             self._loop = start_blocking_portal(name="cdcsync.sync.Index")
             self._portal = self._loop.__enter__()
+            self._process = os.getpid()
         self._entered = self._running().wrap_async_context_manager(self._index)
         try:
             self._entered.__enter__()
@@ -92,6 +96,9 @@ class Index:
         return self
 
     def __exit__(self, *raised: object) -> None:
+        if self._inherited():  # the thread and the sessions are those of the process that opened it
+            self._entered = self._loop = self._portal = None
+            return
         try:
             if self._entered is not None:
                 self._entered.__exit__(None, None, None)
@@ -109,7 +116,15 @@ class Index:
         portal = self._portal if self._parent is None else self._parent._running()
         if portal is None:
             raise _closed()
+        if self._inherited():
+            raise used_before_fork("cdcsync.sync.Index")
         return portal
+
+    def _inherited(self) -> bool:
+        """Whether it was opened before a fork; the thread of its event loop is in the other process alone."""
+        if self._parent is not None:
+            return self._parent._inherited()
+        return self._portal is not None and self._process != os.getpid()
 
     def _stop(self) -> None:
         loop, self._loop, self._portal = self._loop, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -22,14 +23,19 @@ class Pool:
         self._room = anyio.CapacityLimiter(size)
         self._idle = [Session(dsn, side, application_name=application_name) for _ in range(size)]
         self._closed = False
+        self._process: int | None = None
+        """The process that has used it: a copy of that, by a fork, has its sockets, and must not write to them."""
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """Lend a connection in autocommit; waits while all are lent.
 
         :raises SourceUnavailable, TargetUnavailable, SetupError: a new one cannot be opened.
-        :raises UsageError: the pool is closed.
+        :raises UsageError: the pool is closed, or was used before a fork.
         """
+        if self._inherited():
+            raise used_before_fork("cdcsync.Index")
+        self._process = os.getpid()
         async with self._room:
             if self._closed:
                 raise UsageError("it is closed", where="cdcsync.Index", hint="use it inside of its `with` block")
@@ -43,7 +49,21 @@ class Pool:
                 self._idle.append(session)
 
     async def aclose(self) -> None:
-        """Close the idle connections now, and the others when they come back."""
+        """Close the idle connections now, and the others when they come back; after a fork, let go of them."""
         self._closed = True
+        if self._inherited():
+            return
         for session in self._idle:
             await session.aclose()
+
+    def _inherited(self) -> bool:
+        return self._process not in (None, os.getpid())
+
+
+def used_before_fork(where: str) -> UsageError:
+    """Return the error of a process that uses what its parent has opened."""
+    return UsageError(
+        "it was opened before this process was forked",
+        where=where,
+        hint="open it in each process, after the fork: in gunicorn's post_fork, or in the function that a worker runs",
+    )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
+import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import anyio
@@ -53,3 +56,58 @@ async def test_threads_search_at_the_same_time_and_a_closed_index_says_so(databa
 
         await anyio.to_thread.run_sync(use)
     assert Model.opened == 0
+
+
+def in_a_child(use: Callable[[], object]) -> str:
+    """Call a function in a copy of this process, which ends in any case, and return what it raised."""
+    reads, writes = os.pipe()
+    if (child := os.fork()) == 0:
+        signal.alarm(20)  # what hangs is killed
+        try:
+            use()
+        except BaseException as error:
+            os.write(writes, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads) as told:
+        raised = told.read()
+    os.waitpid(child, 0)
+    return raised
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+async def test_an_index_that_was_opened_before_a_fork_says_so_and_serves_its_own_process(database: Database) -> None:
+    async with indexed(database) as (_, config):
+
+        def use() -> None:
+            with cdcsync.sync.Index.open(config, "articles") as articles, articles.beside("articles") as other:
+                assert keys(articles.search("dog house", k=1)) == [2]
+                for index in (articles, other):
+                    raised = in_a_child(lambda index=index: index.search("dog"))  # type: ignore[misc]
+                    assert raised.startswith("UsageError: cdcsync.sync.Index: it was opened before this process was"), (
+                        raised
+                    )
+                    assert in_a_child(lambda index=index: index.__exit__()) == ""  # type: ignore[misc]
+                    assert keys(index.search("dog house", k=1)) == [2]
+
+        await anyio.to_thread.run_sync(use)
+        async with cdcsync.Index.open(config, "articles") as articles:
+            assert keys(await articles.search("dog house", k=1)) == [2]
+
+            def again() -> None:
+                async def search() -> None:
+                    async with articles:
+                        await articles.search("dog")
+
+                anyio.run(search)
+
+            raised = in_a_child(lambda: in_a_thread(again))
+            assert raised.startswith("UsageError: cdcsync.Index: it was opened before this process was forked"), raised
+            assert keys(await articles.search("dog house", k=1)) == [2]
+
+
+def in_a_thread(use: Callable[[], None]) -> None:
+    """Call a function where no event loop runs, and raise what it raises."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(use).result()
