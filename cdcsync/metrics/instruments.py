@@ -177,7 +177,7 @@ class Metrics:
             "failed_documents",
             "rows",
             "Rows that are left out of the index now because no document could be made of them. At most 10,000 are"
-            " listed and counted; any beyond these count as one.",
+            " listed and counted; any beyond these count as one. NaN while the list cannot be read.",
             index,
         )
         self.documents_unchanged = self._counter(

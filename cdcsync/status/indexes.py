@@ -44,7 +44,8 @@ class _Noted(msgspec.Struct, frozen=True):
     """What the tables that all indexes share tell of each; what cannot be read of them is empty.
 
     :ivar beside: the entries of the chunks that stand beside an index, by the index's name.
-    :ivar left_out: rows without a document. The other chunks of an index have a name of their own.
+    :ivar left_out: rows without a document; None if they cannot be read. The other chunks of an index have a name of
+        their own.
     :ivar recalls: None if this role may not know them.
     :ivar builds: by the name of the table.
     """
@@ -52,7 +53,7 @@ class _Noted(msgspec.Struct, frozen=True):
     beside: dict[str, Entry]
     backfills: dict[str, BackfillStatus]
     tiers: dict[str, settling.Noted]
-    left_out: dict[str, Listed]
+    left_out: dict[str, Listed] | None
     recalls: dict[str, Recall] | None
     judged: dict[str, list[judged_runs.Outcome]]
     audited: dict[str, Audit]
@@ -119,7 +120,7 @@ async def _read_noted(
         beside=beside,
         backfills=backfills,
         tiers=await notes.read(settling.TABLE, lambda: settling.noted(target, schema)) or {},
-        left_out=await notes.read(TABLE, lambda: count_failed(target, schema)) or {},
+        left_out=await notes.read(TABLE, lambda: count_failed(target, schema)) if TABLE in present else {},
         recalls=await notes.read(evaluations.TABLE, lambda: evaluations.latest(target, schema, numbers)),
         judged=await notes.read(judged_runs.TABLE, lambda: judged_runs.outcomes(target, schema, names)) or {},
         audited=await notes.read(AUDITS, lambda: Audits(schema).all(target)) or {},
@@ -135,7 +136,7 @@ async def _read_index(
     name, generation, schema = entry.name, entry.generation, config.target.schema
     if entry.slot != config.source.slot:
         problems.append(f"index {name} belongs to the pipeline of slot {entry.slot}: give one of the two another name")
-    listed = noted.left_out.get(name, Listed())
+    listed = (noted.left_out or {}).get(name, Listed())
     status = IndexStatus(
         *(entry.state, entry.reason, entry.source_table, entry.view_name),
         *(entry.model, entry.dimensions, generation),
@@ -147,7 +148,7 @@ async def _read_index(
         where=entry.where,
         tables=list(entry.members) if config.indexes[name].tables else [],
         since={"building": entry.created_at, "live": entry.live_at, "paused": entry.paused_at}[entry.state],
-        failed_documents=listed.at_least,
+        failed_documents=None if noted.left_out is None else listed.at_least,
     )
     if (audit := noted.audited.get(name)) is not None:
         status = msgspec.structs.replace(
@@ -169,7 +170,7 @@ async def _read_index(
             name,
             entry,
             other,
-            noted.left_out.get(other.name, Listed()),
+            (noted.left_out or {}).get(other.name, Listed()),
             _waits(other, _builds_of(noted.builds, other)),
         )
     live = next((one for one in own if one.generation == generation), None)
@@ -208,7 +209,7 @@ async def _counted(
     """Return the status of an index with the figures of its tables."""
     if len(own) > 1:
         other = noted.beside.get(entry.name)
-        of_other = noted.left_out.get(other.name, Listed()) if other is not None else Listed()
+        of_other = (noted.left_out or {}).get(other.name, Listed()) if other is not None else Listed()
         measured = noted.recalls is not None
         generations = await read_generations(
             target, schema, entry, own, other=other, left_out=of_other, evaluated=measured

@@ -141,6 +141,8 @@ class IndexStatus(msgspec.Struct, frozen=True):
 
     `judged` are the last runs of `evaluate --judged`, the oldest first.
 
+    `failed_documents` is None while the list of them cannot be read.
+
     `where` is the condition on its rows. `tables` are the tables of an index over many, whose patterns are `table`.
 
     `unreadable` is why its tables could not be read and how to fix that: the figures from `documents` to `failed`,
@@ -165,7 +167,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
     backlog: int = 0
     backlog_live: int = 0
     failed: int = 0
-    failed_documents: int = 0
+    failed_documents: int | None = 0
     estimated: bool = False
     backfill: BackfillStatus | None = None
     recall: Recall | None = None

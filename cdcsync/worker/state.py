@@ -409,7 +409,8 @@ class WorkerState:
             metrics.backlog.labels(name, "live").set(index.backlog_live + unknown)
             metrics.backlog.labels(name, "backfill").set(index.backlog - index.backlog_live + unknown)
             metrics.failed.labels(name).set(index.failed + unknown)
-            metrics.failed_documents.labels(name).set(index.failed_documents)
+            listed = index.failed_documents
+            metrics.failed_documents.labels(name).set(math.nan if listed is None else listed)
             for state in STATES:
                 metrics.index_state.labels(name, state).set(index.state == state)
             metrics.index_chunks.labels(name).set(index.chunks + unknown)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from psycopg import sql
 
 from cdcsync.postgres.sessions import connect
+from cdcsync.worker.state import WorkerState
 from tests.support.statuses import Pipeline, problem
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -23,7 +26,13 @@ async def test_what_the_role_may_not_read_is_left_out_and_told(stopped: Pipeline
 
         status = await stopped.status()
 
-        assert status.indexes["articles"].failed_documents == 0
+        assert status.indexes["articles"].failed_documents is None
+        handle = WorkerState(stopped.config)
+        handle._set_gauges(status)
+        told = handle.metrics.registry.get_sample_value("cdcsync_failed_documents", {"index": "articles"})
+        await handle.aclose()
+        assert told is not None
+        assert math.isnan(told)
         assert problem(status, 'this role may not read "cdcsync"."failed_documents"').endswith(
             'GRANT SELECT ON "cdcsync"."failed_documents"'
         )
