@@ -206,7 +206,8 @@ class Index:
             "created_at": {"gte": "2026-01-01"}, "closed_at": None}`. The operators are `eq`, `ne`, `in`, `lt`, `lte`,
             `gt`, `gte`, `like` and `null`. Values may be of any type that a hit's columns have.
         :param per_document: return each document once, by its best chunk.
-        :param skip: leave out this many of the first hits, for the next page: pages of the same `k` continue each other.
+        :param skip: leave out this many of the first hits, for the next page; pages of the same `k` continue each
+            other.
         :param weights: of vectors and of words, in a hybrid search.
         :param rerank: let the index's reranker, if it has one, order the best hits anew; `score` is then its.
         :param vector: the query's vector, if you have it already; the model is not asked then.
