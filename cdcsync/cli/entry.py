@@ -19,7 +19,7 @@ from cdcsync.cli.commands import DEBUG_VARIABLE, Invocation, app
 from cdcsync.cli.streams import ReaderGone, guarded
 from cdcsync.cli.values import convert_here
 from cdcsync.errors import EXIT_FAILED, CdcsyncError, leading
-from cdcsync.process.loading import end_process
+from cdcsync.process.threads import end_process
 
 INTERRUPTED = 130
 """The status that shells report for a program that Ctrl-C ended: 128 + SIGINT."""

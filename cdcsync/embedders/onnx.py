@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any, cast
 
 import anyio
-import anyio.to_thread
 import numpy as np
 import numpy.typing as npt
 
@@ -28,7 +27,7 @@ from cdcsync.embedders.pooling import pool, pooling_modes
 from cdcsync.embedders.processors import processors
 from cdcsync.embedders.protocol import WORD, Kind, Vectors
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
-from cdcsync.process.loading import Loading
+from cdcsync.process.threads import Calls, Loading
 
 INSTALL = "pip install 'cdcsync[onnx]'"
 
@@ -39,8 +38,8 @@ _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 class OnnxEmbedder(Described):
     """Embeds with an ONNX file; `float32[n, dimensions]`, L2-normalised if the model normalises.
 
-    Calls run in threads, about as many at a time as there are processors. A thread cannot be stopped, so a cancelled
-    call holds on until its texts are done.
+    Calls run in threads, about as many at a time as there are processors. A cancelled call returns
+    at once, and its thread keeps its place until its texts are done.
 
     :param name: the section's name in the configuration.
     :raises EmbedderSetupError: the model is not to be found or not supported, or a package is missing.
@@ -65,7 +64,7 @@ class OnnxEmbedder(Described):
                 hint='run the model with type = "sentence-transformers"',
             )
         self.concurrency = min(processors(), MOST_CALLS)
-        self._turn = anyio.CapacityLimiter(self.concurrency)
+        self._calls = Calls(self.concurrency)
         self._opening = anyio.Lock()
         self._loading = Loading()
         self._session: Any = None
@@ -97,10 +96,11 @@ class OnnxEmbedder(Described):
 
         :raises EmbedderUnavailable: the model is not open or failed, for example for want of memory.
         """
-        return await anyio.to_thread.run_sync(self._embed, list(texts), kind, limiter=self._turn)
+        return await self._calls.run(lambda: self._embed(list(texts), kind))
 
     async def aclose(self) -> None:
         """Give the model's memory back."""
+        self._calls.close()
         self._session = self._tokenizer = None
 
     def _load(self) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import anyio.to_thread
 import numpy as np
 
 from cdcsync import config
@@ -25,7 +24,10 @@ from cdcsync.config.embedders import MAX_DIMENSIONS
 from cdcsync.config.imports import import_named
 from cdcsync.embedders.protocol import WORD, Distance, Kind, Vectors
 from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedderUnavailable, EmbedError, TextRejected
-from cdcsync.process.loading import Loading
+from cdcsync.process.threads import Calls, Loading
+
+CLOSING_S = 5.0
+"""How long closing waits for calls of the user's class that nobody wants the result of any more."""
 
 DISTANCES = ("cosine", "l2", "inner_product")
 
@@ -59,7 +61,7 @@ class PythonEmbedder:
         if not callable(getattr(self._own, "embed", None)):
             raise self._faulty("it has no method embed", "define embed(self, texts, *, kind)")
         # Plain functions of one embedder never run at the same time, unless it says that they may.
-        self._limiter = anyio.CapacityLimiter(self.concurrency)
+        self._calls = Calls(self.concurrency)
         self._loading = Loading()
         self._opened = False
 
@@ -138,10 +140,15 @@ class PythonEmbedder:
             ) from None
 
     async def aclose(self) -> None:
-        """Call the class's `aclose`, if it has one, so that it can release what it loaded."""
+        """Call the class's `aclose`, if it has one, so that it can release what it loaded.
+
+        Plain functions never run at the same time, so it comes after the calls that still run, if they end soon.
+        """
         if self._opened:
             self._opened = False
-            await self._call("aclose")
+            with anyio.move_on_after(CLOSING_S):
+                await self._call("aclose")
+            self._calls.close()
 
     async def _call(self, name: str, *arguments: Any, **named: Any) -> Any:
         method: Callable[..., Any] | None = getattr(self._own, name, None)
@@ -153,7 +160,7 @@ class PythonEmbedder:
             if name == "open":
                 await self._loading.run(self._open_here)
                 return None
-            return await anyio.to_thread.run_sync(lambda: method(*arguments, **named), limiter=self._limiter)
+            return await self._calls.run(lambda: method(*arguments, **named))
         except CdcsyncError:
             raise
         except Exception as error:

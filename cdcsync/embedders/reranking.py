@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol, assert_never
 
 import anyio
-import anyio.to_thread
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ from cdcsync import config
 from cdcsync.embedders.foreign import decoded, first_line
 from cdcsync.embedders.provider import QUERY_TRIES, Provider
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, EmbedError, leading
-from cdcsync.process.loading import Loading
+from cdcsync.process.threads import Calls, Loading
 
 Scores = npt.NDArray[np.float32]
 """`float32[n]`, one for each text: higher is better."""
@@ -75,7 +74,7 @@ class CrossEncoderReranker:
         self.candidates = settings.candidates
         self._settings = settings
         self._where = f"rerankers.{name}"
-        self._turn = anyio.CapacityLimiter(1)  # a forward pass uses all processors
+        self._calls = Calls(1)  # a forward pass uses all processors
         self._loading = Loading()
         self._model: Any = None
 
@@ -109,18 +108,29 @@ class CrossEncoderReranker:
             ) from error
 
     async def score(self, query: str, texts: Sequence[str]) -> Scores:
-        """Return how well each text answers the query."""
+        """Return how well each text answers the query.
+
+        :raises EmbedderUnavailable: the model is not open or failed, for example for want of memory.
+        """
         if self._model is None:
             raise EmbedderUnavailable("the reranker is not open", where=self._where)
-        made = await anyio.to_thread.run_sync(self._predict, query, list(texts), limiter=self._turn)
+        made = await self._calls.run(lambda: self._predict(query, list(texts)))
         return _checked(made, len(texts), self._where)
 
     def _predict(self, query: str, texts: list[str]) -> Any:
         pairs = [(query, text) for text in texts]
-        return self._model.predict(pairs, batch_size=self._settings.batch_size, show_progress_bar=False)
+        try:
+            return self._model.predict(pairs, batch_size=self._settings.batch_size, show_progress_bar=False)
+        except Exception as error:  # whatever torch or a module's code may raise
+            raise EmbedderUnavailable(
+                f"the model does not run: {first_line(error, [query, *texts])}",
+                where=self._where,
+                hint="if the device lacks memory, lower batch_size or free some",
+            ) from error
 
     async def aclose(self) -> None:
         """Let go of the model."""
+        self._calls.close()
         self._model = None
 
 

@@ -29,7 +29,7 @@ from cdcsync.embedders.passes import MOST_CALLS, PASS_TOKENS, passes
 from cdcsync.embedders.processors import processors
 from cdcsync.embedders.protocol import Kind, Vectors
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
-from cdcsync.process.loading import Loading
+from cdcsync.process.threads import Calls, Loading
 
 ON_ACCELERATOR = 2
 """Calls that run at a time on an accelerator: it computes one while the texts of the other are tokenised."""
@@ -61,8 +61,8 @@ class SentenceTransformersEmbedder(Described):
     """Embeds with a local model; `float32[n, dimensions]`, L2-normalised if the model normalises.
 
     Calls run in threads: on processors about as many at a time as there are, on an accelerator two, so that texts of
-    one are tokenised while the device computes the other. A thread cannot be stopped, so a cancelled `embed` holds on
-    until its texts are done.
+    one are tokenised while the device computes the other. A cancelled `embed` returns at once, and its thread keeps its
+    place until its texts are done.
 
     :param name: the section's name in the configuration.
     :raises EmbedderSetupError: the model is not to be found or not supported.
@@ -77,7 +77,7 @@ class SentenceTransformersEmbedder(Described):
         super().__init__(files, describe(files, settings, where=self._where))
         self.concurrency = _calls(settings)
         self._lengths = Lengths(self.description.tokenizer_json)
-        self._turn = anyio.CapacityLimiter(self.concurrency)
+        self._calls = Calls(self.concurrency)
         self._pass_tokens: int | None = None
         """How many tokens one forward pass may have; None on an accelerator."""
         self._opening = anyio.Lock()
@@ -109,18 +109,19 @@ class SentenceTransformersEmbedder(Described):
         async with self._opening:
             await self._loading.run(self._load)
             if self._threads is None:  # devices other than processors and NVIDIA's are known only now
-                self._turn.total_tokens = min(ON_ACCELERATOR, self._turn.total_tokens)
+                self._calls.at_a_time = min(ON_ACCELERATOR, self._calls.at_a_time)
 
     async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
         """Return the texts' vectors, in their order. What the model does not read of a text is left out.
 
         :raises EmbedderUnavailable: the model is not open or failed, for example for want of memory.
         """
-        return await anyio.to_thread.run_sync(self._encode, list(texts), kind, limiter=self._turn)
+        return await self._calls.run(lambda: self._encode(list(texts), kind))
 
     async def aclose(self) -> None:
         """Give the model's memory back."""
-        await anyio.to_thread.run_sync(self._unload, limiter=self._turn)
+        self._calls.close()
+        await anyio.to_thread.run_sync(self._unload)
 
     def _load(self) -> None:
         if self._model is not None:

@@ -2,10 +2,10 @@
 
     collector      Python's garbage collector
     crashpoints    named points at which tests kill it
-    loading        loads, such as a model's, that nobody has to wait for
     memory         how much memory it may use, and how large a value may be
     stopping       Ctrl-C, once and twice
     terminals      text from elsewhere, made safe for a terminal
+    threads        threads that load or run a model, which nobody has to wait for
 
 None of these files imports another one.
 """

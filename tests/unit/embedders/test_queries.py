@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Sequence
 
 import anyio
 import numpy as np
 import pytest
 
-from cdcsync.config import HashEmbedder, OpenAIEmbedder, TeiEmbedder, TeiReranker
+from cdcsync.config import HashEmbedder, OpenAIEmbedder, PythonEmbedder, TeiEmbedder, TeiReranker
 from cdcsync.embedders import make_embedder, queries
 from cdcsync.embedders.hashing import HashEmbedder as Hashing
 from cdcsync.embedders.protocol import Kind, Vectors
@@ -164,6 +166,38 @@ async def test_a_provider_that_refuses_us_is_away_and_its_words_are_told(
     provider.always = None
     await ask(model)
     await model.aclose()
+
+
+class Stuck:
+    """A class of a user's whose calls end when they are let, in a thread."""
+
+    identity = "stuck:1"
+    dimensions = 2
+    reached, let = threading.Event(), threading.Event()
+
+    def embed(self, texts: Sequence[str], *, kind: str) -> list[list[int]]:
+        self.reached.set()
+        assert self.let.wait(60)
+        return [[1, len(text)] for text in texts]
+
+
+async def test_a_call_in_a_thread_that_does_not_end_is_not_waited_for_and_the_model_is_back_when_it_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(queries, "AWAY_S", 0.0)
+    settings = PythonEmbedder(class_=f"{Stuck.__module__}:{Stuck.__name__}")
+    embedder = QueryEmbedder(make_embedder("own", settings), timeout_s=0.2)
+    with anyio.fail_after(60):
+        for text in ("one", "two"):  # the second one never begins
+            with pytest.raises(EmbedderUnavailable, match=r"the model did not answer within 0\.2 s"):
+                await embedder.embed_one(text)
+        assert Stuck.reached.is_set()
+        Stuck.let.set()
+        answered = False
+        while not answered:
+            with contextlib.suppress(EmbedderUnavailable):
+                answered = list(await embedder.embed_one("three")) == [1, 5]
+        await embedder.aclose()
 
 
 async def test_a_model_that_cannot_be_loaded_here_is_a_mistake_of_the_set_up() -> None:

@@ -1,4 +1,4 @@
-"""A load that no one has to wait for, and that nobody does twice."""
+"""Threads that no one has to wait for: a load that nobody does twice, and calls that keep their place."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import anyio
 import pytest
 
 import cdcsync
-from cdcsync.process.loading import Loading, end_process
+from cdcsync.process.threads import Calls, Loading, end_process
 
 
 class Slow:
-    """A load that ends when it is told to."""
+    """A load, or a call, that ends when it is told to."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -32,8 +32,8 @@ class Slow:
             raise self.error
 
 
-async def leave(loads: Loading, slow: Slow) -> None:
-    """Begin to load, and be cancelled on the way."""
+async def leave(loads: Loading | Calls, slow: Slow) -> None:
+    """Begin it, and be cancelled on the way."""
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(loads.run, slow)
         await anyio.to_thread.run_sync(slow.began.wait)
@@ -87,6 +87,51 @@ async def test_a_load_that_fails_after_everyone_has_left_is_done_again() -> None
     assert slow.times == 2
 
 
+async def test_a_call_that_was_left_keeps_its_place_until_it_is_done() -> None:
+    calls, slow = Calls(1), Slow()
+    with anyio.fail_after(60):
+        await leave(calls, slow)
+        answers: list[int] = []
+
+        async def ask() -> None:
+            answers.append(await calls.run(lambda: 7))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask)
+            with anyio.move_on_after(0.05):
+                await calls.run(lambda: answers.append(0))  # waits behind it, and gives up
+            assert answers == []
+            slow.may_end.set()
+        assert answers == [7]
+    calls.close()
+
+
+async def test_as_many_calls_run_at_a_time_as_may_and_each_caller_has_its_own_answer() -> None:
+    calls, together = Calls(3), threading.Barrier(3)
+    answers: dict[int, int] = {}
+
+    async def ask(number: int) -> None:
+        def call() -> int:
+            together.wait(60)  # broken unless three are here
+            return number
+
+        answers[number] = await calls.run(call)
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            for number in range(9):
+                tasks.start_soon(ask, number)
+    assert answers == {number: number for number in range(9)}
+    calls.close()
+    with pytest.raises(ValueError, match="no such text"):
+        await calls.run(_fail)  # closed and used again
+    calls.close()
+
+
+def _fail() -> None:
+    raise ValueError("no such text")
+
+
 async def test_a_process_without_a_load_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
@@ -100,7 +145,7 @@ async def test_a_process_without_a_load_is_not_ended(monkeypatch: pytest.MonkeyP
 PROGRAM = """
 import threading
 import anyio
-from cdcsync.process.loading import Loading, end_process
+from cdcsync.process.threads import Calls, Loading, end_process
 
 began = threading.Event()
 
@@ -110,7 +155,7 @@ def load():
 
 async def command():
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(Loading().run, load)
+        tasks.start_soon(KIND.run, load)
         await anyio.to_thread.run_sync(began.wait)
         tasks.cancel_scope.cancel()
 
@@ -120,9 +165,10 @@ end_process(7)
 """
 
 
-def test_a_process_with_a_load_under_way_ends_without_it_and_loses_no_output() -> None:
+@pytest.mark.parametrize("kind", ["Loading()", "Calls(1)"])
+def test_a_process_with_a_thread_at_work_ends_without_it_and_loses_no_output(kind: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM.replace("KIND", kind)],
         env={**os.environ, "PYTHONPATH": str(Path(cdcsync.__file__).parents[1])},
         capture_output=True,
         text=True,
