@@ -4,6 +4,7 @@
     conditions     which rows an index has, as far as their own values tell
     vectors        vectors that a search can find
     links          how a row of a related table tells its documents
+    descriptions   which description of a table holds beside streamed transactions
     transactions   pgoutput messages into whole transactions
     batch          the changes that are applied together, the last one of each key
     progress       received, checkpoint, acknowledged: three positions and the rules between them

@@ -22,7 +22,8 @@ from cdcsync.pgoutput.messages import TOO_LARGE, UNCHANGED, Relation, Tuple
 Values = tuple[str, ...]
 """A row's values in a link's columns, as the server renders them."""
 
-NUMBERS = frozenset({"smallint", "integer", "bigint"})
+NUMBERS = ("smallint", "integer", "bigint")
+"""From the narrowest to the widest."""
 
 
 class Link(msgspec.Struct, frozen=True):
@@ -99,14 +100,19 @@ def _key_in(shape: Shape, steps: Sequence[Step], types: Mapping[str, str], own: 
     places = {theirs: at for at, (_, theirs) in enumerate(step.on)}
     if further or shape.source is not None or len(step.on) != len(shape.key) or places.keys() != set(shape.key):
         return ()
-    if not all(_written_alike(types[mine], own.get(theirs, "")) for mine, theirs in step.on):
+    if not all(_is_key(types[mine], own.get(theirs, "")) for mine, theirs in step.on):
         return ()
     return tuple(places[column] for column in shape.key)
 
 
-def _written_alike(one: str, other: str) -> bool:
-    """Say whether values of two types are equal just where their texts are."""
-    return {one, other} <= NUMBERS or one == other == "uuid"
+def _is_key(mine: str, key: str) -> bool:
+    """Say whether every value of a type is one of the key's type, and equal to it just where their texts are.
+
+    A number that is too large for the key belongs to no document, and the target would refuse it.
+    """
+    if mine in NUMBERS and key in NUMBERS:
+        return NUMBERS.index(mine) <= NUMBERS.index(key)
+    return mine == key == "uuid"
 
 
 class LinkProjection:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import msgspec
 
 from cdcsync.config import QualifiedName
-from cdcsync.errors import ProtocolError, SchemaChanged
+from cdcsync.errors import ProtocolError, SchemaChanged, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.links import Link, LinkProjection, Touch
 from cdcsync.model.rows import AGAIN, Change, Projection, Shape
@@ -125,6 +125,8 @@ class Assembler:
         self._checkpoint = checkpoint
         self._projections: dict[int, tuple[Projection | LinkProjection, ...]] = {}
         self._oids: dict[tuple[str, str], int] = {}
+        self._described_as: dict[int, tuple[tuple[str, str], int]] = {}
+        """By OID, the name that a table was last described by, and how many columns."""
         self._types: dict[tuple[str, int | None], dict[str, tuple[int, int]]] = {}
         self._lost: set[str] = set()
         self._newest: tuple[int | None, int] | None = None
@@ -178,9 +180,9 @@ class Assembler:
         lost: list[Event] = []
         if relation.oid in self._projections:
             self._described()
-        for followed, oid in list(self._oids.items()):
-            if oid == relation.oid and followed != name:
-                lost += self._lose(followed, f"the table is called {QualifiedName(*name)} now")
+        before, _ = self._described_as.get(relation.oid, (name, 0))
+        if before != name:
+            lost += self._lose(before, f"the table is called {QualifiedName(*name)} now")
         if self._oids.get(name, relation.oid) != relation.oid:
             lost += self._lose(name, "another table has this name now")
         shapes = self._tables.get(name) or self._tables.get(self._known.get(relation.oid, name), ())
@@ -195,8 +197,16 @@ class Assembler:
             except SchemaChanged as error:
                 lost.append(self._lost_event(shape, error))
         self._oids[name] = relation.oid
+        self._described_as[relation.oid] = name, len(relation.columns)
         self._projections[relation.oid] = tuple(one for one in projections if one.shape.index not in self._lost)
         return lost
+
+    def restore(self, relations: Sequence[Relation]) -> Sequence[Event]:
+        """Take descriptions, which came before, for those that hold from here on; see `model/descriptions`."""
+        events = [event for relation in relations for event in self._describe(relation)]
+        if relations:
+            self._newest = None
+        return events
 
     def _check_types(self, shape: Shape | Link, types: Mapping[str, tuple[int, int]]) -> None:
         """Notice that a column has another type than before: what that made of the old rows is not in the stream.
@@ -250,11 +260,26 @@ class Assembler:
                 return [*self._parts(part, projections), *self._row(message)]
         if self._skipping or not projections:
             return NOTHING
+        self._check_width(message)
         try:
             return [self._change(projection, message, xid) for projection in projections]
         except SchemaChanged as error:
             # A row without its key: of two indexes on the table, the other one meets the same row.
             return [*self._lost_by(error, projections), *self._row(message)]
+
+    def _check_width(self, message: Insert | Update | Delete) -> None:
+        """Refuse a row that does not have the columns of its description: values would be taken for others.
+
+        :raises SourceUnavailable: it has more or fewer. On a new connection every table is described again.
+        """
+        row = message.old if isinstance(message, Delete) else message.new
+        name, width = self._described_as[message.relation_oid]
+        if len(row) != width:
+            raise SourceUnavailable(
+                f"the source sent a row of {len(row)} columns, and had described the table with {width}",
+                where=f"table {QualifiedName(*name)}",
+                hint="the worker connects again, and the source then describes the table anew",
+            )
 
     def _parts(self, oid: int, projections: Sequence[Projection | LinkProjection]) -> Iterator[Part]:
         """Yield the indexes of whose table this one is a partition; one of many equal tables is not."""

@@ -23,6 +23,7 @@ from cdcsync.backoff import backoff_s
 from cdcsync.config import QualifiedName
 from cdcsync.errors import CdcsyncError, SourceUnavailable
 from cdcsync.logs import get_logger
+from cdcsync.postgres.autovacuums import Vacuumed, end_autovacuums
 from cdcsync.postgres.sessions import Connection, Session, locked_out, speaking_of
 
 log = get_logger()
@@ -36,11 +37,22 @@ LOCKED_OUT_S = 5.0
 """How long a table that was found locked is not asked for: each attempt costs others the time that it waits."""
 
 
-async def until_locked(change: Callable[[], Awaitable[T]], *, table: str, attempts: int | None = None) -> T:
+FIRST_NUDGE, NUDGE_EVERY = 2, 5
+"""The attempts after which an autovacuum is asked to let go: the third, and then each fifth, some 20 s apart."""
+
+
+async def until_locked(
+    change: Callable[[], Awaitable[T]],
+    *,
+    table: str,
+    attempts: int | None = None,
+    vacuumed: Vacuumed | None = None,
+) -> T:
     """Do a change that begins with `BRIEFLY`, in a transaction of its own, again and again until nobody is in its way.
 
     :param table: what is locked, for the log.
     :param attempts: how many times it is tried at most, where others wait for the caller meanwhile.
+    :param vacuumed: what autovacuums are asked to let go of.
     :raises LockNotAvailable, DeadlockDetected: somebody was in its way each time.
     """
     attempt = 0
@@ -51,6 +63,8 @@ async def until_locked(change: Callable[[], Awaitable[T]], *, table: str, attemp
             log.info("lock_waits", table=table, attempt=attempt + 1)
             if attempt + 1 == attempts:
                 raise
+            if vacuumed is not None and attempt % NUDGE_EVERY == FIRST_NUDGE:
+                await end_autovacuums(vacuumed)
             await anyio.sleep(backoff_s(attempt, first=0.1, most=5))
             attempt += 1
 

@@ -47,6 +47,8 @@ class _Transaction:
         self._steps = array("I")
         self._starts = array("Q")
         self._order = array("I")
+        self.descriptions: list[tuple[int, int]] = []
+        """Of each description of a table its place in the file, and its number."""
 
     def note(self, xid: int) -> None:
         """Remember that a record of `xid` comes at the end of the file."""
@@ -130,9 +132,10 @@ class Spool:
             transaction = self._open[xid] = _Transaction(xid, self._make_file())
         self._current = transaction
 
-    def append(self, xid: int, payload: bytes) -> None:
+    def append(self, xid: int, payload: bytes, *, description: int | None = None) -> None:
         """Keep a message of the present block; `xid` is the (sub)transaction that it belongs to.
 
+        :param description: its number if it describes a table.
         :raises SpoolUnusable: the spool would grow beyond its limit, or cannot be written.
         """
         transaction = self._current
@@ -146,6 +149,8 @@ class Spool:
                 hint="the source keeps them until the next start; to spool them here, raise source.spool_bytes",
             )
         transaction.note(xid)
+        if description is not None:
+            transaction.descriptions.append((transaction.size, description))
         try:
             transaction.file.write(_LENGTH.pack(len(payload)))
             transaction.file.write(payload)
@@ -184,6 +189,13 @@ class Spool:
             raise self._unusable(error) from error
         self.bytes -= transaction.size - start
         transaction.size = start
+        while transaction.descriptions and transaction.descriptions[-1][0] >= start:
+            transaction.descriptions.pop()
+
+    def descriptions(self, xid: int) -> list[int]:
+        """Return the numbers of the descriptions that `replay` yields, in their order."""
+        transaction = self._open.get(xid)
+        return [] if transaction is None else [number for _, number in transaction.descriptions]
 
     def replay(self, xid: int) -> Iterator[bytes]:
         """Yield the messages of a transaction in their order; the caller drops it afterwards.

@@ -27,6 +27,7 @@ from psycopg import sql
 from cdcsync.model.changeset import BACKFILL
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
+from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_one, fetch_value
 from cdcsync.postgres.sessions import Connection
@@ -77,6 +78,11 @@ class Filling:
     def takes_over(self) -> bool:
         """Whether the live vectors need only be converted: the same model made them, and as exactly."""
         return self._live.converts_to(self._spec)
+
+    @property
+    def vacuumed(self) -> Vacuumed:
+        """The tables that its transactions lock."""
+        return Vacuumed(self._connection, [(self._schema, self._spec.relations)])
 
     async def page(self, after: int, limit: int) -> list[Stored]:
         """Return up to `limit` chunks with numbers above `after`, in their order; none if there are no more."""

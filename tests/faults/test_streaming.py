@@ -14,7 +14,9 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
+from tests.support.clusters import OTHER_VERSIONS
 from tests.support.outages import MakeSimple, make_target
+from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.streaming, pytest.mark.faults]
@@ -266,3 +268,33 @@ def test_a_worker_without_descriptors_for_its_spool_goes_on_without_one(pipeline
     pipeline.in_step()
     assert "open transactions cannot be kept on disk" in pipeline.event("spool_unusable")["error"]
     assert worker.poll() is None
+
+
+@pytest.mark.parametrize("version", [None, *OTHER_VERSIONS])
+def test_columns_join_a_list_beside_a_transaction_that_is_streamed(
+    make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple, version: int | None
+) -> None:
+    """PostgreSQL 16.2 does not describe the table again after a commit that brought the older description."""
+    if version is not None and not OTHER_VERSIONS[version].exists():
+        pytest.skip(f"there is no PostgreSQL {version} here")
+    cluster = make_cluster(
+        settings={"logical_decoding_work_mem": "64kB"}, **({"bin_dir": OTHER_VERSIONS[version]} if version else {})
+    )
+    pipeline = make_simple(cluster.dsn(), database.dsn, create=False)
+    source = pipeline.source
+    source.execute("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, extra text, title text NOT NULL)")
+    source.execute("INSERT INTO articles SELECT i, 1, 'extra', 'title ' || i FROM generate_series(1, 20) i")
+    source.execute("CREATE PUBLICATION cdcsync FOR TABLE articles (id, tenant, title)")
+    pipeline.start()
+    pipeline.live()
+    with psycopg.connect(cluster.dsn()) as writer:
+        writer.execute("INSERT INTO articles SELECT i, 1, 'x', repeat('word ', 50) FROM generate_series(1000, 2000) i")
+        streamed = "SELECT coalesce(sum(stream_count), 0) > 0 FROM pg_stat_replication_slots"
+        until(lambda: source.execute(streamed).fetchone() == (True,), pipeline.tail)
+        source.execute("ALTER PUBLICATION cdcsync SET TABLE articles (id, tenant, extra, title)")
+        source.execute("INSERT INTO articles VALUES (100, 1, 'EXTRA', 'hundred')")
+        writer.commit()
+    source.execute("INSERT INTO articles VALUES (101, 1, 'EXTRA', 'one hundred and one')")
+    pipeline.in_step()
+    source.execute("UPDATE articles SET title = 'again' WHERE id = 5")
+    pipeline.in_step()

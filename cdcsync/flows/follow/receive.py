@@ -9,7 +9,7 @@ The rules:
 2. Silence is not health. While nothing comes, each status asks for a reply; a source that has not sent a frame for too
    long is away.
 3. Events come in the order of the stream; a transaction that was streamed while it was open comes whole, at its
-   commit.
+   commit. Its descriptions of tables hold for it, and afterwards those that came last.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from cdcsync.errors import SourceUnavailable
 from cdcsync.flows.follow.open_batch import OpenBatch
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
+from cdcsync.model.descriptions import Descriptions
 from cdcsync.model.lag import Lag
 from cdcsync.model.progress import Progress
 from cdcsync.model.transactions import Assembler, Event
@@ -37,6 +38,7 @@ from cdcsync.pgoutput.messages import (
     Insert,
     Message,
     PgoutputMessage,
+    Relation,
     StreamAbort,
     StreamCommit,
     StreamStart,
@@ -123,6 +125,7 @@ class Receiver:
         self._told = Lsn(0)
         """The furthest position that the source told of."""
         self._largest = largest_value()
+        self._descriptions = Descriptions()
         self._spool.begin()
 
     async def events(self) -> AsyncGenerator[Sequence[Heard]]:
@@ -192,7 +195,8 @@ class Receiver:
     def _take(self, payload: bytes) -> Iterable[Sequence[Heard]]:
         """Return what each message of a payload means: nothing yet if its transaction is still open."""
         if self._spool.receiving and payload[:1] != b"E":
-            self._spool.append(int.from_bytes(payload[1:5], "big"), payload)
+            number = self._descriptions.arrive() if payload[:1] == b"R" else None
+            self._spool.append(int.from_bytes(payload[1:5], "big"), payload, description=number)
             return NOTHING_YET
         message = decode(payload, largest=self._largest)
         match message:
@@ -205,19 +209,27 @@ class Receiver:
             case StreamAbort():
                 self._spool.abort(message.xid, message.subxid)
             case StreamCommit():
-                return map(self._feed, self._replay(message))
+                return self._replay(message)
+            case Relation():
+                self._descriptions.take(message, self._descriptions.arrive())
+                return (self._assembler.feed(message),)
             case _:
                 return (self._feed(message),)
         return NOTHING_YET
 
-    def _replay(self, commit: StreamCommit) -> Iterator[PgoutputMessage]:
-        """Yield a spooled transaction as if it had been sent whole at its commit, and drop it then."""
-        yield Begin(final_lsn=commit.commit_lsn, commit_time_us=commit.commit_time_us, xid=commit.xid)
+    def _replay(self, commit: StreamCommit) -> Iterator[Sequence[Heard]]:
+        """Yield what a spooled transaction means, as if it had been sent whole at its commit, and drop it then."""
+        yield self._feed(Begin(final_lsn=commit.commit_lsn, commit_time_us=commit.commit_time_us, xid=commit.xid))
+        numbers = iter(self._spool.descriptions(commit.xid))
         for payload in self._spool.replay(commit.xid):
-            yield decode(payload, streamed=True, largest=self._largest)
-        yield Commit(
-            flags=0, commit_lsn=commit.commit_lsn, end_lsn=commit.end_lsn, commit_time_us=commit.commit_time_us
+            message = decode(payload, streamed=True, largest=self._largest)
+            if type(message) is Relation:
+                self._descriptions.take(message, next(numbers))
+            yield self._feed(message)
+        yield self._feed(
+            Commit(flags=0, commit_lsn=commit.commit_lsn, end_lsn=commit.end_lsn, commit_time_us=commit.commit_time_us)
         )
+        yield self._assembler.restore(self._descriptions.overtaken())
         self._spool.drop(commit.xid)
 
     def _feed(self, message: PgoutputMessage) -> Sequence[Heard]:

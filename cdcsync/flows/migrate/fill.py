@@ -219,7 +219,8 @@ class Fill:
                 return await filling.take_over(page.lacking, page.last)
             return await filling.store(page.lacking, page.vectors, page.last)
 
-        await until_locked(write, table=f"{self._spec.relations}_vectors_{self._spec.generation}")
+        table = f"{self._spec.relations}_vectors_{self._spec.generation}"
+        await until_locked(write, table=table, vacuumed=filling.vacuumed)
         self._loop.notify(live=False)
 
     async def _vectors(self, page: list[Stored]) -> Mapping[bytes, FloatVector]:

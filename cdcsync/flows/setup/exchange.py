@@ -15,6 +15,7 @@ from cdcsync.config.names import beside_name, own_name
 from cdcsync.errors import SetupError
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.process.crashpoints import crash_point
@@ -66,11 +67,14 @@ async def _do(connection: Connection, config: Config, other: Entry, *, ends: boo
     """
     index, table = own_name(other.name), f"{other.relations}_chunks"
     with speaking_of("target", where=f"index {index}"):
+        vacuumed = Vacuumed(connection, [(config.target.schema, one) for one in (index, other.relations)])
         try:
-            if ends:
-                await until_locked(lambda: _drop(connection, config, index), table=table, attempts=ATTEMPTS)
-            else:
-                await until_locked(lambda: _exchange(connection, config, index), table=table, attempts=ATTEMPTS)
+            await until_locked(
+                lambda: (_drop if ends else _exchange)(connection, config, index),
+                table=table,
+                attempts=ATTEMPTS,
+                vacuumed=vacuumed,
+            )
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
             raise SetupError(
                 "other transactions have locked its view or tables for some seconds, a dump for one",

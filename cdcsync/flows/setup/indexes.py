@@ -27,6 +27,7 @@ from cdcsync.flows.setup.differences import (
 from cdcsync.flows.setup.needs import need_of
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.sessions import Connection, speaking_of
 from cdcsync.process.crashpoints import crash_point
@@ -122,6 +123,7 @@ async def set_up_indexes(
                     lambda: _set_up(target, config, spec, catalog, pause),  # noqa: B023 - awaited here
                     table=f"{spec.relations}_chunks",
                     attempts=LOCK_ATTEMPTS,
+                    vacuumed=Vacuumed(target, [(config.target.schema, spec.relations)]),
                 )
                 known.add(spec.name)
             except SetupError as error:
@@ -133,8 +135,9 @@ async def set_up_indexes(
                     "its tables or views in the target have to change, and a session there does not let go of them",
                     index=spec.name,
                     where=str(spec.config.view_name),
-                    hint="end its transaction: SELECT pid, usename, application_name FROM pg_locks"
-                    f" JOIN pg_stat_activity USING (pid) WHERE relation = '{spec.config.view_name}'::regclass",
+                    hint="end what it does: SELECT pid, usename, application_name, relation::regclass FROM pg_locks"
+                    f" JOIN pg_stat_activity USING (pid) WHERE relation = '{spec.config.view_name}'::regclass"
+                    f" OR relation IN (SELECT oid FROM pg_class WHERE starts_with(relname, '{spec.relations}_'))",
                 ) from error
             except psycopg.errors.DependentObjectsStillExist as error:
                 raise SchemaChanged(
@@ -234,6 +237,7 @@ async def drop_generations(target: Connection, schema: str, spec: IndexSpec) -> 
                 lambda: drop(one.generation),  # noqa: B023 - awaited here
                 table=table,
                 attempts=LOCK_ATTEMPTS,
+                vacuumed=Vacuumed(target, [(schema, table)]),
             )
             log.info("generation_dropped", index=spec.name, generation=one.generation)
 

@@ -17,6 +17,7 @@ from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse, TablesChanged
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
 from cdcsync.lsn import Lsn
+from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.locking import BRIEFLY, PUBLISHING_WAITS, exclusive_locks, until_locked
 from cdcsync.postgres.sessions import Connection, first_line, speaking_of
 from cdcsync.process.crashpoints import crash_point
@@ -122,7 +123,12 @@ async def set_up_publication(
 
         # VACUUM, CREATE INDEX CONCURRENTLY and the like are in the way for as long as they take.
         try:
-            await until_locked(publish, table=", ".join(map(str, missing)), attempts=PUBLISH_ATTEMPTS)
+            await until_locked(
+                publish,
+                table=", ".join(map(str, missing)),
+                attempts=PUBLISH_ATTEMPTS,
+                vacuumed=Vacuumed(source, [(one.schema, one.name) for one in missing]),
+            )
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
             locks = await exclusive_locks(source, missing, modes=PUBLISHING_WAITS)
             held = {lock.table for lock in locks} or {str(one) for one in missing}

@@ -14,6 +14,7 @@
     hits              the type of a search's rows
     search_function   the text of an index's search function
     searching         creates, upgrades and drops that function
+    standing          statements that are left out where they would change nothing
     tiers             one index's vectors, and the rules for writing them
     relations         one index's other tables
     building          HNSW and keyword indexes

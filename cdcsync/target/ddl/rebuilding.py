@@ -16,12 +16,14 @@ Time).
 
 from __future__ import annotations
 
-from typing import Any, LiteralString
+from collections.abc import Awaitable, Callable
+from typing import Any, LiteralString, TypeVar
 
 import psycopg
 from psycopg import sql
 
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.queries import fetch_one, fetch_value
 from cdcsync.postgres.sessions import Connection
@@ -30,6 +32,8 @@ from cdcsync.target.ddl.building import build_settings, hnsw_method
 from cdcsync.target.ddl.grants import grants_of, succeed
 from cdcsync.target.ddl.names import SETTLED, Names
 from cdcsync.target.ddl.tiers import COLUMNS, OPTIONS, describe_vectors, vector_type
+
+T = TypeVar("T")
 
 FEW = 500
 """Changes that may be left for the exchange: a few milliseconds."""
@@ -77,19 +81,23 @@ class Rebuild:
         :raises psycopg.Error: nothing has changed; what is left behind is dropped by the next rebuild or start.
         :raises Emptied: likewise.
         """
-        table = self._parts["settled"].as_string(self._connection)
         await self.clear()
-        await until_locked(self.record, table=table)
+        await self._until_locked(self.record)
         await self._fill()
         await self._build()
         for _ in range(ROUNDS):
             if await self._follow() < FEW:
                 break
-        return await until_locked(self.switch, table=table)
+        return await self._until_locked(self.switch)
 
     async def clear(self) -> None:
         """Drop what an earlier rebuild left behind, once nobody uses the tiers; see `abandon`."""
-        await until_locked(self.abandon, table=self._parts["settled"].as_string(self._connection))
+        await self._until_locked(self.abandon)
+
+    async def _until_locked(self, change: Callable[[], Awaitable[T]]) -> T:
+        table = self._parts["settled"].as_string(self._connection)
+        vacuumed = Vacuumed(self._connection, [(self._schema, self._spec.relations)])
+        return await until_locked(change, table=table, vacuumed=vacuumed)
 
     async def abandon(self) -> None:
         """Drop what an earlier rebuild left behind, if it did."""

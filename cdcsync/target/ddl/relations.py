@@ -35,6 +35,7 @@ from cdcsync.target.ddl.names import b_tree_name
 from cdcsync.target.ddl.names import vector_schema as vector_schema
 from cdcsync.target.ddl.policies import release_policy
 from cdcsync.target.ddl.searching import create_words, put_search
+from cdcsync.target.ddl.standing import create_index, describe_table
 from cdcsync.target.ddl.tiers import create_vectors as create_vectors
 from cdcsync.target.ddl.views import Column, follow_name, put_view, release_columns
 
@@ -137,11 +138,8 @@ async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
                 )
             )
     for column in spec.config.indexed:
-        await connection.execute(
-            sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} ({})").format(
-                sql.Identifier(b_tree_name(spec.relations, column)), names.chunks, sql.Identifier(column)
-            )
-        )
+        definition = sql.SQL("{} ({})").format(names.chunks, sql.Identifier(column))
+        await create_index(connection, schema, b_tree_name(spec.relations, column), definition)
     await create_vectors(connection, schema, spec)
     await connection.execute(
         sql.SQL(
@@ -164,16 +162,13 @@ async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
         ("hash", "(generation, content_hash)"),
         ("failed", f"(generation) WHERE attempts >= {MAX_ATTEMPTS}"),
     ):
-        await connection.execute(
-            sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} " + columns).format(
-                sql.Identifier(f"{spec.relations}_backlog_{suffix}"), names.backlog
-            )
-        )
+        definition = sql.SQL("{} " + columns).format(names.backlog)
+        await create_index(connection, schema, f"{spec.relations}_backlog_{suffix}", definition)
     for relation, comment in (
         (names.chunks, f"cdcsync index {spec.name}: the chunks of {spec.shape.table}, by key and number"),
         (names.backlog, f"cdcsync index {spec.name}: chunks without a current vector; lane 0 live, 1 backfill"),
     ):
-        await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(relation, sql.Literal(comment)))
+        await describe_table(connection, relation, comment)
     if spec.config.search is not None:
         await create_words(connection, schema, spec)
     if spec.hidden:

@@ -19,6 +19,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.hits import attributes, wanted_attributes
 from cdcsync.target.ddl.names import function_name, hit_name, words_name
 from cdcsync.target.ddl.search_function import compose
+from cdcsync.target.ddl.standing import describe_table
 
 log = get_logger()
 
@@ -111,7 +112,7 @@ async def create_words(connection: Connection, schema: str, spec: IndexSpec) -> 
         f"cdcsync index {spec.name}: in how many chunks each word is, which is what searches weight words by."
         " The row of the empty word counts all chunks, and their words, a word once in each"
     )
-    await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(comment)))
+    await describe_table(connection, table, comment)
 
 
 async def drop_search(connection: Connection, schema: str, index: str) -> None:

@@ -34,6 +34,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import FRESH, SETTLED, Names, opclass, vector_schema
+from cdcsync.target.ddl.standing import create_index, describe_table
 
 COLUMNS: LiteralString = """
     chunk_id bigint NOT NULL,
@@ -86,20 +87,14 @@ async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -
                 tier=sql.Literal(tier),
             )
         )
-        await connection.execute(
-            sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} (content_hash)").format(
-                sql.Identifier(names.hash_name(spec.generation, tier)), table
-            )
-        )
+        definition = sql.SQL("{} (content_hash)").format(table)
+        await create_index(connection, schema, names.hash_name(spec.generation, tier), definition)
     # To build it over vectors that are there takes a sample of them: 80 MB for 2,000 dimensions.
     await connection.execute("SELECT set_config('maintenance_work_mem', '256MB', true)")
-    await connection.execute(
-        sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} USING ivfflat (embedding {}) WITH (lists = 1)").format(
-            sql.Identifier(names.near_name(spec.generation)),
-            names.fresh(spec.generation),
-            await opclass(connection, spec),
-        )
+    definition = sql.SQL("{} USING ivfflat (embedding {}) WITH (lists = 1)").format(
+        names.fresh(spec.generation), await opclass(connection, spec)
     )
+    await create_index(connection, schema, names.near_name(spec.generation), definition)
     await describe_vectors(connection, schema, spec)
 
 
@@ -115,9 +110,7 @@ async def describe_vectors(connection: Connection, schema: str, spec: IndexSpec)
         (tiers[FRESH], "vectors that are new or changed lately; searches compare each of them"),
         (tiers[SETTLED], "vectors that have rested, with the HNSW index"),
     ):
-        await connection.execute(
-            sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(f"cdcsync index {spec.name}: {comment}"))
-        )
+        await describe_table(connection, table, f"cdcsync index {spec.name}: {comment}")
 
 
 async def vector_type(connection: Connection, spec: IndexSpec) -> sql.Composed:

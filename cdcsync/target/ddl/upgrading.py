@@ -11,6 +11,7 @@ from psycopg import sql
 
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
@@ -40,10 +41,11 @@ async def upgrade_vectors(connection: Connection, schema: str, spec: IndexSpec) 
     if row is None or await stored_type(connection, vectors) != spec.vector_type:
         return False
     log.info("tiers_begin", index=spec.name, table=name)
-    await until_locked(lambda: _add_columns(connection, vectors), table=name)
+    vacuumed = Vacuumed(connection, [(schema, spec.relations)])
+    await until_locked(lambda: _add_columns(connection, vectors), table=name, vacuumed=vacuumed)
     await connection.execute(sql.SQL("ALTER TABLE {} VALIDATE CONSTRAINT {}").format(vectors, PROOF))
     crash_point("tier proven")
-    await until_locked(lambda: _exchange(connection, schema, spec, row[0]), table=name)
+    await until_locked(lambda: _exchange(connection, schema, spec, row[0]), table=name, vacuumed=vacuumed)
     log.info("tiers_ready", index=spec.name, table=name)
     return True
 

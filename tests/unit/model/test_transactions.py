@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from cdcsync.config import QualifiedName
-from cdcsync.errors import ProtocolError
+from cdcsync.errors import ProtocolError, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.rows import Change, Delete, Shape, Truncation, Upsert
 from cdcsync.model.transactions import MARK_PREFIX, Assembler, Began, Committed, Event, Lost, Mark, Part
@@ -402,6 +402,28 @@ def test_a_table_that_no_index_follows_may_be_renamed_and_replaced(assembler: As
     renamed_and_replaced: list[pg.PgoutputMessage] = [BEGIN, R_FOREIGN, relation(3, "other"), relation(5, "other")]
 
     assert events_of(assembler, [*renamed_and_replaced, insert(3, "x", "y", "z"), COMMIT]) == [COMMITTED]
+
+
+def test_restored_descriptions_hold_again_and_make_no_table_a_partition(assembler: Assembler) -> None:
+    wider = relation(1, "articles", "id extra author title")
+    events_of(assembler, [R_NOTES, wider, BEGIN, R_ARTICLES, insert(1, "1", "A", "T"), COMMIT])
+
+    assert list(assembler.restore([wider, R_NOTES])) == []
+    assert events_of(assembler, [BEGIN, insert(1, "2", "E", "A", "T"), insert(2, "n", "N"), COMMIT]) == [
+        upsert(ARTICLES, "2", "A", "T"),
+        upsert(TITLES, "2", "T"),
+        upsert(NOTES, "n", "N"),
+        COMMITTED,
+    ]
+
+
+@pytest.mark.parametrize("row", [insert(1, "1", "A"), update(1, "1", "A", "T", "X"), delete(1, "1", width=2)])
+def test_a_row_that_is_not_as_its_table_was_described_is_never_read(
+    assembler: Assembler, row: pg.PgoutputMessage
+) -> None:
+    events_of(assembler, [*DESCRIBED, BEGIN])
+    with pytest.raises(SourceUnavailable, match=r"a row of \d columns, and had described the table with 3"):
+        assembler.feed(row)
 
 
 def test_a_row_without_its_key_loses_the_indexes_of_its_table_and_no_other(assembler: Assembler) -> None:

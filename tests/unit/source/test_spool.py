@@ -156,6 +156,17 @@ def test_an_abort_of_what_sent_nothing_changes_nothing(spool: Spool) -> None:
     assert (spool.transactions, spool.bytes) == (1, size)
 
 
+def test_the_numbers_of_descriptions_go_with_what_is_rolled_back(spool: Spool) -> None:
+    spool.enter(1)
+    for subxid, payload, number in ((1, b"R1", 4), (1, b"I", None), (2, b"R2", 7), (3, b"R3", 8)):
+        spool.append(subxid, payload, description=number)
+    spool.leave()
+
+    spool.abort(1, 2)
+
+    assert (replayed(spool, 1), spool.descriptions(1), spool.descriptions(9)) == ([b"R1", b"I"], [4], [])
+
+
 def test_an_unknown_transaction_replays_as_nothing_and_can_be_dropped(spool: Spool) -> None:
     spool.drop(9)
 

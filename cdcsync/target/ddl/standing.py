@@ -1,0 +1,34 @@
+"""Statements that are left out where they would change nothing.
+
+CREATE INDEX IF NOT EXISTS and COMMENT lock their table before they look. An autovacuum is in their way, which may take
+hours, and they would end it for nothing at each start. The caller's transaction commits.
+
+Source: PostgreSQL, "Explicit Locking"; "System Catalog Information Functions" (obj_description).
+"""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from cdcsync.postgres.queries import fetch_value
+from cdcsync.postgres.sessions import Connection
+
+
+async def create_index(connection: Connection, schema: str, name: str, definition: sql.Composable) -> None:
+    """Create an index unless it is there.
+
+    :param name: of the index, which is in the schema of its table.
+    :param definition: the table, and what is indexed of it, as they follow after ON.
+    """
+    index = sql.Identifier(schema, name).as_string(connection)
+    if await fetch_value(connection, "SELECT to_regclass(%s) IS NULL", [index]):
+        await connection.execute(sql.SQL("CREATE INDEX {} ON {}").format(sql.Identifier(name), definition))
+
+
+async def describe_table(connection: Connection, table: sql.Identifier, comment: str) -> None:
+    """Give a table its comment unless it has it."""
+    present = await fetch_value(
+        connection, "SELECT obj_description(to_regclass(%s), 'pg_class')", [table.as_string(connection)]
+    )
+    if present != comment:
+        await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(comment)))
