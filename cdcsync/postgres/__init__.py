@@ -5,9 +5,10 @@
     interrupts    statements that end when the worker is told to stop
     liveness      connections whose far end is gone although the socket is open
     sessions      connections that render every value the same way, and that come back after an outage
+    queries       one row, one value, or rows as text
+    autovacuums   autovacuums that are to give way
     locking       locks that nobody else has to suffer for
     temporary     temporary tables of sessions that live for weeks
-    queries       one row, one value, or rows as text
     pool          a few sessions shared by the tasks of an application
     comparisons   the operators that compare keys as the server does
     conditions    conditions that a user writes in SQL
