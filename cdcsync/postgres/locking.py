@@ -157,7 +157,7 @@ async def exclusive_locks(
 
 
 class LockedOut:
-    """Whether the tables of an index were found locked just now, for all who read them over one session."""
+    """Whether the tables of an index could not be read just now, for all who read them over one session."""
 
     def __init__(self, index: str, tables: Sequence[QualifiedName]) -> None:
         self._index = index
@@ -166,14 +166,18 @@ class LockedOut:
 
     @property
     def lately(self) -> bool:
-        """Whether they were, so lately that nobody asks for them again."""
+        """Whether that was so lately that nobody asks for them again."""
         return anyio.current_time() < self._until
+
+    def wait(self) -> None:
+        """Have nobody ask for them for a while."""
+        self._until = anyio.current_time() + LOCKED_OUT_S
 
     async def note(self, error: CdcsyncError, session: Session) -> bool:
         """Note an error of reading them over a session, and log who holds the lock; False if it is another error."""
         if not (isinstance(error, SourceUnavailable) and locked_out(error)):
             return False
-        self._until = anyio.current_time() + LOCKED_OUT_S
+        self.wait()
         try:
             with speaking_of("source"):
                 locks = await exclusive_locks(await session.connection(), self._tables)

@@ -17,7 +17,7 @@ from cdcsync.documents.related import RelatedRows, TableFacts, columns_read
 from cdcsync.lsn import Lsn
 from cdcsync.model.visibility import XID_SPAN, Snapshot
 from cdcsync.postgres.locking import BRIEFLY, until_locked
-from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_value
+from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.families import as_one, members_of, sent_as_one
 from cdcsync.source.functions import functions_called
@@ -307,6 +307,20 @@ async def running_transactions(connection: Connection) -> frozenset[int]:
     """
     await connection.execute("SELECT pg_current_xact_id()")
     return (await current_snapshot(connection)).running
+
+
+async def in_doubt(connection: Connection) -> set[int]:
+    """Return the transactions (32-bit ids) that may be delivered already although no snapshot shows them yet.
+
+    They wait for a synchronous standby. Of sessions of other roles it may not be seen whether they do.
+    """
+    rows = await fetch_rows(
+        connection,
+        "SELECT backend_xid::text::int8 FROM pg_stat_activity WHERE backend_xid IS NOT NULL"
+        " AND current_setting('synchronous_standby_names') <> ''"
+        " AND (wait_event = 'SyncRep' OR query = '<insufficient privilege>')",
+    )
+    return {xid for (xid,) in rows}
 
 
 async def next_transaction(connection: Connection) -> int:

@@ -83,7 +83,7 @@ class Statements:
         # A condition's bare names can be no column of these.
         places = [f"cdcsync key {at}" for at in range(len(keys))]
         self.wanted = [
-            sql.SQL("{}::" + type_).format(sql.Identifier("wanted", place))
+            sql.SQL("{}::{}").format(sql.Identifier("wanted", place), sql.SQL(type_))
             for place, type_ in zip(places, key_types, strict=True)
         ]
         self.wanted_from = sql.SQL("unnest({}) WITH ORDINALITY AS wanted({}, {})").format(
@@ -154,7 +154,7 @@ class Statements:
     async def up_to(self, connection: Connection, key: Key) -> str:
         """Return the condition of the rows up to a key in the order of pages, in SQL on the row `t`."""
         typed = zip(self.place(key), self.key_types[self._fixed :], strict=True)
-        values = [sql.SQL("{}::text::" + type_).format(sql.Literal(value)) for value, type_ in typed]
+        values = [sql.SQL("{}::text::{}").format(sql.Literal(value), sql.SQL(type_)) for value, type_ in typed]
         compared = (await self._compared(connection))[self._fixed :]
         return sql.SQL("NOT ({})").format(follows(self.ordered, values, compared)).as_string(connection)
 

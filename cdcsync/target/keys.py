@@ -49,7 +49,7 @@ async def page_of_keys(
             above=sql.SQL("") if after is None else above,
             limit=sql.Literal(limit),
             failed=sql.SQL(", ").join(
-                sql.SQL(f"key[{at}]::{type_} AS {{}}").format(column)
+                sql.SQL("key[{}]::{} AS {}").format(sql.Literal(at), sql.SQL(type_), column)
                 for at, (column, type_) in enumerate(zip(columns, spec.key_types, strict=True), start=1)
             ),
             table=sql.Identifier(schema, TABLE),
@@ -204,7 +204,9 @@ async def canonical(connection: Connection, spec: IndexSpec, keys: Sequence[Key]
 async def _joined(connection: Connection, schema: str, spec: IndexSpec) -> sql.Composable:
     """Return SQL of the given keys `k` with the chunks `c` under each; it ends in a WHERE that can be extended."""
     same = [
-        sql.SQL("{} {} k.{}::" + type_).format(sql.Identifier("c", name), comparison.equal, sql.Identifier(f"k{at}"))
+        sql.SQL("{} {} k.{}::{}").format(
+            sql.Identifier("c", name), comparison.equal, sql.Identifier(f"k{at}"), sql.SQL(type_)
+        )
         for at, (name, type_, comparison) in enumerate(
             zip(spec.shape.key, spec.key_types, await comparisons(connection, spec.key_types), strict=True)
         )

@@ -58,7 +58,7 @@ class LookUps:
                 sql.SQL(", ").join(self._places),
                 self._names.chunks,
                 sql.SQL(" AND ").join(
-                    sql.SQL("c.{} {} s.{}::" + type_).format(key, equal, place)
+                    sql.SQL("c.{} {} s.{}::{}").format(key, equal, place, sql.SQL(type_))
                     for key, equal, place, type_ in zip(
                         self._keys, self._equal, self._places, self._spec.key_types, strict=True
                     )

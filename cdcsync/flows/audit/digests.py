@@ -158,7 +158,7 @@ async def _table_digests(
             sql.SQL(", ").join(sql.Identifier(f"cdcsync key {at}") for at, _ in types),
         )
         same = sql.SQL(" AND ").join(
-            sql.SQL("{} {} {}::" + type_).format(column, one.equal, place)
+            sql.SQL("{} {} {}::{}").format(column, one.equal, place, sql.SQL(type_))
             for column, one, place, (_, type_) in zip(columns, operators, places, types, strict=True)
         )
         if apart:

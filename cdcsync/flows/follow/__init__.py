@@ -1,5 +1,6 @@
 """The stream flow: from the slot to the target, exactly once.
 
+    sight        readings of the source that see what was delivered
     related      the documents that a change of related rows concerns
     prepare      changes into documents, chunks and the vectors that are available already
     next_batch   prepares a batch while the one before it is written

@@ -5,7 +5,8 @@ The rules:
 1. The applier gets a batch when it is free and the stream is dry, or when the batch is full: so light load has no added
    wait, and heavy load makes its own large batches. While it commits a batch, it gets the next one to prepare once
    that is full: before, it could still grow. The first batches of a burst are smaller, so that the target has work
-   while the next ones arrive; they end with a transaction.
+   while the next ones arrive; they end with a transaction. And it gets what has waited for a second: a stream of what
+   no index reads may not be dry for hours.
 2. What needs no apply (transactions of other tables, keepalives) moves the checkpoint only while nothing is in
    flight. It is then written at once after real work, so that readers who wait for an LSN continue, and less and less
    often from there, down to every `IDLE_CHECKPOINT_S`: each such write is itself WAL if source and target are one
@@ -15,6 +16,8 @@ The rules:
 """
 
 from __future__ import annotations
+
+import math
 
 import anyio
 import msgspec
@@ -39,6 +42,9 @@ PROMPT_CHECKPOINT_S = 0.25
 OFFER_S = 0.25
 """How often a position is offered that is not due yet: so long a reader may wait for it."""
 
+
+HELD_S = 1.0
+"""How long a change waits for others at most, while the applier is free."""
 
 BURST_ROWS = 500
 """The first batch of a burst is full with so many rows, and each after it with twice as many as the one before."""
@@ -105,7 +111,11 @@ class OpenBatch:
         self._taken: list[Batch] = []
         self._enough = BURST_ROWS
         """Rows with which a batch is full at the end of a transaction."""
+        self._held_since = math.inf
+        """When the first change of the batch was added."""
         self._transaction: Began | None = None
+        self._mixed = False
+        """Whether changes of the transaction are in the batch."""
         self._passed = progress.checkpoint
         self._dry = False
         self._heard_all = False
@@ -119,12 +129,14 @@ class OpenBatch:
 
     def begin(self, transaction: Began) -> None:
         """Note that a transaction begins."""
-        self._transaction = transaction
+        self._transaction, self._mixed = transaction, False
         self._tracing.begin(transaction.commit_lsn)
 
     def add(self, change: Change | Touch) -> None:
         """Add a change of the transaction."""
-        batch = self._filling
+        batch, self._mixed = self._filling, True
+        if self._held_since == math.inf:
+            self._held_since = anyio.current_time()
         batch.add(change)
         if batch.oldest_us is None and self._transaction is not None:
             batch.oldest_us = self._transaction.commit_time_us
@@ -136,6 +148,9 @@ class OpenBatch:
 
     def add_page(self, page: PageRows) -> None:
         """Add the rows that belong at a mark."""
+        self._mixed = True
+        if self._held_since == math.inf:
+            self._held_since = anyio.current_time()
         self._filling.add_page(page)
 
     def commit(self, transaction: Committed) -> None:
@@ -235,8 +250,9 @@ class OpenBatch:
     def _take(self) -> Batch:
         self._enough = BURST_ROWS if self._dry else min(2 * self._enough, self._limits.rows)
         batch, self._filling = self._filling, Batch()
+        self._held_since = math.inf
         self._taken.append(batch)
-        if self._transaction is not None:
+        if self._transaction is not None and self._mixed:
             batch.ahead = self._transaction.ahead
         self._for_receiver.set()
         return batch
@@ -262,7 +278,9 @@ class OpenBatch:
             return True
         # The end of a transaction in the middle of which an index was paused is stored even if nothing came after it.
         ends = self._pausing and self._filling.end_lsn is not None
-        return self._dry and not self._filling.partial and (bool(self._filling) or ends)
+        whole = self._transaction is None or not self._mixed
+        held = whole and self._held_since + HELD_S <= anyio.current_time()
+        return (self._dry or held) and not self._filling.partial and (bool(self._filling) or ends)
 
     @property
     def _moved(self) -> bool:

@@ -20,10 +20,11 @@ import msgspec
 
 from cdcsync.documents.chunks import Chunk, Chunker
 from cdcsync.documents.templates import Rendering
-from cdcsync.errors import DocumentError, SourceUnavailable
+from cdcsync.errors import DocumentError
 from cdcsync.flows.backfill.preparing import Prepared
 from cdcsync.flows.embed import Dispatcher
-from cdcsync.flows.follow.related import RelatedChanges, seeing
+from cdcsync.flows.follow.related import RelatedChanges
+from cdcsync.flows.follow.sight import PutOff, Sight
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import IndexChanges, RowChange
 from cdcsync.model.changeset import BACKFILL, LIVE, ChangeSet, Document, FailedDocument, Kept, Rebuild
@@ -106,8 +107,8 @@ class Preparer:
         self._source = source
         self._metrics = metrics
         self._deliveries = deliveries
-        self._locked = LockedOut(spec.name, spec.single_tables)
-        self._related = RelatedChanges(spec, source, deliveries, self._locked) if spec.documents.related else None
+        self._sight = Sight(spec, source, LockedOut(spec.name, spec.single_tables))
+        self._related = RelatedChanges(spec, source, deliveries, self._sight) if spec.documents.related else None
 
     @property
     def looks_ahead(self) -> bool:
@@ -123,6 +124,7 @@ class Preparer:
         """
         deleted, absent = list[Key](), list[Key]()
         upserts = list[tuple[Upsert, int]]()
+        await self._sight.applied({change.xid for change in changes.live.values()})
         live, rebuilds, xids = await self._with_touched(changes)
         for change in live.values():
             match change:
@@ -243,7 +245,7 @@ class Preparer:
         index at that moment: it is gone, or does not fulfil the condition. If neither a condition nor a related row can
         be the reason, it is left out: the change that took it away is still to come.
 
-        :param rebuilds: takes the request for those that cannot be read now: they are too large, or a table is locked.
+        :param rebuilds: takes the request for those that cannot be read now: they are too large, or have to be put off.
         :param xids: transactions that the reading has to see, besides those of the changes.
         :param rewrite: whether that request is to chunk documents again, too.
         """
@@ -294,7 +296,7 @@ class Preparer:
         """Return the rows that the source has for these keys, or why they cannot be read.
 
         They are read in portions, each under a snapshot of its own that sees these transactions. Reading ends once the
-        rows are large together, or where somebody has locked a table; the keys that are left are returned.
+        rows are large together, or where it has to be put off; the keys that are left are returned.
         """
 
         async def read(connection: Connection) -> tuple[Snapshot, Page]:
@@ -304,18 +306,17 @@ class Preparer:
         found: dict[Key, Row | Unread] = {}
         done = size = 0
         at_once = READ_AT_FIRST if self._related is not None else READ_AT_ONCE
-        while done < len(keys) and size <= MOST_BYTES_READ and not self._locked.lately:
+        while done < len(keys) and size <= MOST_BYTES_READ and not self._sight.poor:
             portion = keys[done : done + at_once]
             try:
                 if self._related is None:
-                    with self._reading():
-                        connection = await self._source.connection()
-                        portion = portion[: await self._table.fitting_keys(connection, portion, READ_BYTES)]
-                page = await seeing(xids, self._spec, self._source, read)
-            except SourceUnavailable as error:
-                if await self._locked.note(error, self._source):
-                    break
-                raise
+                    async with self._sight.putting_off():
+                        with self._reading():
+                            connection = await self._source.connection()
+                            portion = portion[: await self._table.fitting_keys(connection, portion, READ_BYTES)]
+                page = await self._sight.read(xids, read)
+            except PutOff:
+                break
             rows: dict[Key, Row | Unread] = {self._spec.shape.key_of(row): row for row in page.rows}
             rows.update(page.unread)
             self._deliveries.read_again((*portion, *rows), page.snapshot, rewritten=rewrite)

@@ -10,23 +10,20 @@ concerns the document once more.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
-import anyio
 import msgspec
 import structlog
 
-from cdcsync.errors import SourceUnavailable
+from cdcsync.flows.follow.sight import PutOff, Sight, snapshot_only
 from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import Rebuild
 from cdcsync.model.links import Link, Touch, Values
 from cdcsync.model.rows import Delete, Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries, Snapshot
-from cdcsync.postgres.locking import LockedOut
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
-from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.related import MOST_FILTERED, LookUps
 
 log = structlog.get_logger()
@@ -49,11 +46,6 @@ VALUES_AT_ONCE = 500
 KEYS_AT_ONCE = 10_000
 """The target size of such a query's result, estimated from the query before it: some 3 MB."""
 
-FIRST_LOOK_S = 0.000_5
-VISIBILITY_POLL_S = 0.05
-"""A reading is repeated while the source still hides the transaction: mostly that is a matter of microseconds, or as
-long as a synchronous standby takes. The pause grows from the first of these to the other."""
-
 
 class Concerned(msgspec.Struct, frozen=True):
     """The documents that the changes of related rows in a batch concern.
@@ -69,9 +61,9 @@ class Concerned(msgspec.Struct, frozen=True):
 class RelatedChanges:
     """Finds the documents of one index that changes of related rows concern."""
 
-    def __init__(self, spec: IndexSpec, source: Session, deliveries: Deliveries, locked: LockedOut) -> None:
+    def __init__(self, spec: IndexSpec, source: Session, deliveries: Deliveries, sight: Sight) -> None:
         self._spec = spec
-        self._locked = locked
+        self._sight = sight
         self._source = source
         self._deliveries = deliveries
         self._links = spec.links
@@ -90,7 +82,7 @@ class RelatedChanges:
 
         if changes.truncated:
             # What was touched before is asked for no more, but rows that come in later are read as of then.
-            await seeing(changes.touched_by, self._spec, self._source, _snapshot_only)
+            await self._sight.applied(changes.touched_by)
         rebuilds = [await self._rebuild(changes, self._links[place], None) for place in changes.emptied]
         by_link: dict[int, dict[Values, Touch]] = {}
         for (place, values), touch in changes.touched.items():
@@ -106,15 +98,11 @@ class RelatedChanges:
                     touched(key, touches[values])
             at_once = VALUES_AT_FIRST
             # If a condition names too many values, all documents are rebuilt, and there is nothing more to ask.
-            while (
-                left and len(documents) < MOST_OF_A_BATCH and len(too_many) <= MOST_FILTERED and not self._locked.lately
-            ):
+            while left and len(documents) < MOST_OF_A_BATCH and len(too_many) <= MOST_FILTERED:
                 try:
                     found = await self._keys(link, left[:at_once], changes.touched_by)
-                except SourceUnavailable as error:
-                    if await self._locked.note(error, self._source):
-                        break  # the request waits for the lock, and the stream does not
-                    raise
+                except PutOff:
+                    break
                 left = left[at_once:]
                 for values, keys in found.items():
                     if len(keys) > MOST_OF_ONE or len(documents) + len(keys) > MOST_OF_A_BATCH:
@@ -130,37 +118,19 @@ class RelatedChanges:
         return Concerned(documents, rebuilds)
 
     async def _rebuild(self, changes: IndexChanges, link: Link, condition: str | None) -> Rebuild:
+        try:
+            await self._sight.read(changes.touched_by, snapshot_only)
+        except PutOff:
+            return Rebuild(link.relation, condition)
         # What a load reads from here on is as the changes left it.
-        await seeing(changes.touched_by, self._spec, self._source, _snapshot_only)
         return Rebuild(link.relation, condition, read=self._deliveries.read_to)
 
     async def _keys(self, link: Link, values: Sequence[Values], xids: Collection[int]) -> dict[Values, list[Key]]:
         async def read(connection: Connection) -> tuple[Snapshot, dict[Values, list[Key]]]:
             return await self._look_ups.keys(connection, link, values, MOST_OF_ONE + 1)
 
-        return await seeing(xids, self._spec, self._source, read)
+        return await self._sight.read(xids, read)
 
     async def _condition(self, link: Link, values: Sequence[Values]) -> str | None:
         with speaking_of("source", where=str(link.table), index=self._spec.name):
             return await self._look_ups.condition(await self._source.connection(), link, values)
-
-
-async def _snapshot_only(connection: Connection) -> tuple[Snapshot, None]:
-    return await current_snapshot(connection), None
-
-
-async def seeing(
-    xids: Collection[int], spec: IndexSpec, source: Session, read: Callable[[Connection], Awaitable[tuple[Snapshot, T]]]
-) -> T:
-    """Read until the snapshot sees these transactions."""
-    pause_s = FIRST_LOOK_S
-    while True:
-        with speaking_of("source", where=str(spec.shape.table), index=spec.name):
-            snapshot, found = await read(await source.connection())
-        hidden = {xid for xid in xids if not snapshot.sees(xid)}
-        if not hidden:
-            return found
-        # Delivered before it is visible: it waits for a synchronous standby.
-        log.debug("reread_waits", index=spec.name, transactions=len(hidden))
-        await anyio.sleep(pause_s)
-        pause_s = min(2 * pause_s, VISIBILITY_POLL_S)

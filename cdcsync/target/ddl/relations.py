@@ -245,19 +245,23 @@ async def _follow_types(connection: Connection, schema: str, spec: IndexSpec, pr
         try:
             async with connection.transaction():
                 await connection.execute(
-                    sql.SQL("ALTER TABLE {} ALTER COLUMN {} TYPE " + type_ + " USING {}::text::" + type_).format(
-                        names.chunks, name, name
+                    sql.SQL("ALTER TABLE {} ALTER COLUMN {} TYPE {type} USING {}::text::{type}").format(
+                        names.chunks, name, name, type=sql.SQL(type_)
                     )
                 )
         except (psycopg.DataError, psycopg.IntegrityError):
             if column in spec.shape.key:
                 await connection.execute(sql.SQL("TRUNCATE {}, {}").format(names.chunks, names.backlog))
                 await connection.execute(
-                    sql.SQL("ALTER TABLE {} ALTER COLUMN {} TYPE " + type_ + " USING NULL").format(names.chunks, name)
+                    sql.SQL("ALTER TABLE {} ALTER COLUMN {} TYPE {} USING NULL").format(
+                        names.chunks, name, sql.SQL(type_)
+                    )
                 )
                 continue
             await connection.execute(sql.SQL("ALTER TABLE {} DROP COLUMN {}").format(names.chunks, name))
-            await connection.execute(sql.SQL("ALTER TABLE {} ADD COLUMN {} " + type_).format(names.chunks, name))
+            await connection.execute(
+                sql.SQL("ALTER TABLE {} ADD COLUMN {} {}").format(names.chunks, name, sql.SQL(type_))
+            )
 
 
 async def _create_search(connection: Connection, spec: IndexSpec, names: Names) -> None:
@@ -329,6 +333,6 @@ async def _put_view(connection: Connection, schema: str, spec: IndexSpec) -> Non
 
 def _definitions(names: Sequence[str], types: Sequence[str], constraint: str) -> list[sql.Composable]:
     return [
-        sql.SQL("{} " + type_ + constraint).format(sql.Identifier(name))
+        sql.SQL("{} {}" + constraint).format(sql.Identifier(name), sql.SQL(type_))
         for name, type_ in zip(names, types, strict=True)
     ]

@@ -331,7 +331,7 @@ def _results(
     return sql.SQL(", ").join(
         converted(connection, results[name], type_)
         if name in wanted and wanted[name] != type_
-        else sql.SQL("({})::" + type_).format(results.get(name, sql.SQL("NULL")))
+        else sql.SQL("({})::{}").format(results.get(name, sql.SQL("NULL")), sql.SQL(type_))
         for name, type_ in attributes.items()
     )
 

@@ -42,7 +42,9 @@ async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> bo
             present = {}
         except psycopg.errors.DependentObjectsStillExist as error:
             _tell_kept(spec, error)
-    definitions = {name: sql.SQL("{} " + type_).format(sql.Identifier(name)) for name, type_ in wanted.items()}
+    definitions = {
+        name: sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(type_)) for name, type_ in wanted.items()
+    }
     if not present:
         await connection.execute(
             sql.SQL("CREATE TYPE {} AS ({})").format(hit, sql.SQL(", ").join(definitions.values()))

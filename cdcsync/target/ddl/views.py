@@ -198,7 +198,7 @@ async def _replace(
 
 
 def _null(type_: str, name: str) -> sql.Composable:
-    return sql.SQL("NULL::" + type_ + " AS {}").format(sql.Identifier(name))
+    return sql.SQL("NULL::{} AS {}").format(sql.SQL(type_), sql.Identifier(name))
 
 
 def converted(connection: Connection, value: sql.Composable, type_: str) -> sql.Composable:
@@ -208,8 +208,8 @@ def converted(connection: Connection, value: sql.Composable, type_: str) -> sql.
     if connection.info.server_version < CHECKED_INPUT:
         return sql.SQL("NULL::" + type_)
     return sql.SQL(
-        "CASE WHEN pg_catalog.pg_input_is_valid({0}::pg_catalog.text, {1}) THEN {0}::pg_catalog.text::" + type_ + " END"
-    ).format(value, sql.Literal(type_))
+        "CASE WHEN pg_catalog.pg_input_is_valid({0}::pg_catalog.text, {1}) THEN {0}::pg_catalog.text::{2} END"
+    ).format(value, sql.Literal(type_), sql.SQL(type_))
 
 
 async def follow_name(connection: Connection, chunks: sql.Identifier, marker: str, view: QualifiedName) -> None:

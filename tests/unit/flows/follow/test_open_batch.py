@@ -122,6 +122,25 @@ async def test_what_has_arrived_since_it_was_dry_is_waited_for(opened: Opened) -
     assert await opened.next() is None
 
 
+async def test_what_has_waited_long_enough_is_taken_though_more_keeps_coming_but_never_half_a_transaction(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened.batch.note_more()
+    opened.transaction(20, "a")
+    assert await opened.next() is None
+    monkeypatch.setattr("cdcsync.flows.follow.open_batch.HELD_S", 0.0)
+    opened.begin(29)
+    opened.change("b")
+    assert await opened.next() is None
+    opened.commit(30)
+    opened.begin(39)  # of tables that no index reads
+    taken = await opened.take()
+    assert (taken.end_lsn, taken.partial, taken.ahead, taken.rows) == (30, False, None, 2)
+    opened.apply(taken)
+    opened.commit(40)
+    assert await opened.next() == 40
+
+
 async def test_an_unfinished_transaction_is_not_taken_unless_there_is_no_more_room(opened: Opened) -> None:
     opened.begin(30)
     opened.change("a", "b")

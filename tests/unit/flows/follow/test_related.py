@@ -10,8 +10,9 @@ import pytest
 
 from cdcsync.config import QualifiedName
 from cdcsync.documents.related import Step
-from cdcsync.flows.follow import related
+from cdcsync.flows.follow import related, sight
 from cdcsync.flows.follow.related import KEYS_AT_ONCE, MOST_OF_A_BATCH, MOST_OF_ONE, VALUES_AT_FIRST, RelatedChanges
+from cdcsync.flows.follow.sight import Sight
 from cdcsync.model.batch import IndexChanges
 from cdcsync.model.changeset import Rebuild
 from cdcsync.model.links import Link, Touch, Values
@@ -68,8 +69,9 @@ async def now(_: Any) -> Snapshot:
 def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
     def of(source: Source) -> RelatedChanges:
         monkeypatch.setattr(related, "LookUps", lambda *_: source)
-        monkeypatch.setattr(related, "current_snapshot", now)
-        made = RelatedChanges(SPEC, cast(Any, source), Deliveries(), LockedOut("i", ()))
+        monkeypatch.setattr(sight, "current_snapshot", now)
+        seen = Sight(SPEC, cast(Any, source), LockedOut("i", ()))
+        made = RelatedChanges(SPEC, cast(Any, source), Deliveries(), seen)
         made._links = (LINK, OF_THE_KEY)
         return made
 

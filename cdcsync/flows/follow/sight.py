@@ -1,0 +1,132 @@
+"""Readings of the source that see what the stream has delivered.
+
+The rules:
+
+1. A reading that a change asks for sees the transaction that made the change. A commit is delivered before snapshots
+   show it: mostly for microseconds, with a synchronous standby for as long as that takes.
+2. Where documents have related rows, a reading also sees every transaction whose own rows were applied without one. A
+   deletion is applied at once; a related row that changes meanwhile would otherwise bring the document back.
+3. Nobody waits long, because all indexes of the stream would wait: what cannot be read soon is put off, to a request.
+   Its pages wait for the same transactions.
+
+Source: PostgreSQL, src/backend/access/transam/xact.c (RecordTransactionCommit, then ProcArrayEndTransaction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from contextlib import AbstractContextManager, asynccontextmanager
+from typing import TypeVar
+
+import anyio
+import structlog
+
+from cdcsync.errors import SourceUnavailable
+from cdcsync.model.spec import IndexSpec
+from cdcsync.model.visibility import Snapshot
+from cdcsync.postgres.locking import LockedOut
+from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.source.catalog import blockers, current_snapshot, in_doubt
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+FIRST_LOOK_S = 0.000_5
+VISIBILITY_POLL_S = 0.05
+"""A reading is repeated while the source still hides a transaction. The pause grows from the first of these to the
+other."""
+
+HIDDEN_S = 1.0
+"""How long that is done before the reading is put off."""
+
+MOST_UNREAD = 10_000
+"""Transactions that are remembered before the source is asked which of them are visible by now."""
+
+
+class PutOff(Exception):
+    """A reading is left to a request: a table is locked, or a transaction is not visible yet."""
+
+
+async def snapshot_only(connection: Connection) -> tuple[Snapshot, None]:
+    """Read nothing."""
+    return await current_snapshot(connection), None
+
+
+class Sight:
+    """The readings that batches of one index ask for."""
+
+    def __init__(self, spec: IndexSpec, source: Session, locked: LockedOut) -> None:
+        self._spec = spec
+        self._source = source
+        self._locked = locked
+        self._unread: set[int] | None = None
+        """The transactions of rule 2 that no reading has seen yet; None before those of an earlier worker are known."""
+
+    @property
+    def poor(self) -> bool:
+        """Whether a reading was put off just now, so that the next one is not worth an attempt."""
+        return self._locked.lately
+
+    async def applied(self, xids: Iterable[int]) -> None:
+        """Note transactions whose rows are applied, perhaps without a reading.
+
+        :raises SourceUnavailable: nothing is lost by noting them again.
+        """
+        if not self._spec.shape.computed:
+            return
+        if self._unread is None:
+            with self._speaking():
+                self._unread = await in_doubt(await self._source.connection())
+        self._unread.update(xids)
+        if len(self._unread) > MOST_UNREAD:
+            with self._speaking():
+                snapshot = await current_snapshot(await self._source.connection())
+            self._unread = {xid for xid in self._unread if not snapshot.sees(xid)}
+
+    async def read(self, xids: Collection[int], read: Callable[[Connection], Awaitable[tuple[Snapshot, T]]]) -> T:
+        """Read until the snapshot sees these transactions, and those of rule 2.
+
+        :raises PutOff: a table is locked, or one of the transactions stays hidden.
+        :raises SourceUnavailable: nothing is lost by reading again.
+        """
+        if self.poor:
+            raise PutOff
+        wanted, until, pause_s = {*xids, *(self._unread or ())}, anyio.current_time() + HIDDEN_S, FIRST_LOOK_S
+        while True:
+            async with self.putting_off():
+                with self._speaking():
+                    snapshot, found = await read(await self._source.connection())
+            hidden = {xid for xid in wanted if not snapshot.sees(xid)}
+            if not hidden:
+                if self._unread:
+                    self._unread.clear()
+                return found
+            log.debug("reread_waits", index=self._spec.name, transactions=len(hidden))
+            if anyio.current_time() >= until:
+                await self._put_off(snapshot, hidden)
+            await anyio.sleep(pause_s)
+            pause_s = min(2 * pause_s, VISIBILITY_POLL_S)
+
+    @asynccontextmanager
+    async def putting_off(self) -> AsyncIterator[None]:
+        """Put off what meets a locked table in a block.
+
+        :raises PutOff: it has met one.
+        """
+        try:
+            yield
+        except SourceUnavailable as error:
+            if await self._locked.note(error, self._source):
+                raise PutOff from error
+            raise
+
+    async def _put_off(self, snapshot: Snapshot, hidden: Collection[int]) -> None:
+        self._locked.wait()
+        with self._speaking():
+            sessions = await blockers(await self._source.connection(), map(snapshot.widen, hidden))
+        log.warning("reread_put_off", index=self._spec.name, transactions=len(hidden), sessions=sessions)
+        raise PutOff
+
+    def _speaking(self) -> AbstractContextManager[None]:
+        return speaking_of("source", where=str(self._spec.shape.table), index=self._spec.name)
