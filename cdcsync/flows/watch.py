@@ -89,6 +89,13 @@ HEARTBEAT_PREFIX = "cdcsync heartbeat"
 """The prefix of the messages: not that of the marks, which are looked for."""
 
 
+class _Stored(msgspec.Struct, frozen=True):
+    """The rows of the indexes, and the last load of each, as they are stored now."""
+
+    entries: dict[str, Entry]
+    loads: Mapping[str, Request]
+
+
 class Watch:
     """Watches the tables of all configured indexes, those that are followed and those that are paused."""
 
@@ -157,11 +164,18 @@ class Watch:
             while True:
                 self._nudged = anyio.Event()
                 try:
+                    # Whoever asks for something in the target need not wait for the source.
+                    stored = await self._look_at_target(target)
+                except (Unavailable, SetupError) as error:
+                    log.debug("watch_waits", error=str(error))
+                    stored = None
+                try:
                     with speaking_of("source"):
                         slot = await read_slot(await source.connection(), self._config.source.slot)
                     away = 0
                     retention.look_at(slot)
-                    await self._look_at_tables(source, target)
+                    if stored is not None:
+                        await self._look_at_tables(source, target, stored)
                 except (Unavailable, SetupError) as error:
                     # A table that is dropped while its columns are read is an error too; the next look tells more.
                     log.debug("watch_waits", error=str(error))
@@ -172,15 +186,29 @@ class Watch:
                     await self._nudged.wait()
                     await anyio.sleep(NUDGED_S)
 
-    async def _look_at_tables(self, source: Session, target: Session) -> None:
-        config = self._config
+    async def _look_at_target(self, target: Session) -> _Stored:
+        """Return what is stored of the indexes, and see that nobody asks for anything that only a start can do.
+
+        :raises TablesChanged: somebody does.
+        :raises RunError: a newer version of cdcsync has upgraded our tables.
+        """
+        schema = self._config.target.schema
         with speaking_of("target"):
-            stored = await read_version(await target.connection(), config.target.schema)
-            if (newer := refusal(config.target.schema, stored)) is not None:
+            connection = await target.connection()
+            if (newer := refusal(schema, await read_version(connection, schema))) is not None:
                 raise RunError.of(newer)
-            entries = await Registry(config.target.schema).all(await target.connection())
-            generations = await Generations(config.target.schema).all(await target.connection())
-            loads = await History(config.target.schema).last_loads(await target.connection())
+            entries = await Registry(schema).all(connection)
+            generations = await Generations(schema).all(connection)
+            loads = await History(schema).last_loads(connection)
+        for plan in self._plans:
+            if (entry := entries.get(plan.name)) is not None:
+                self._look_beside(plan.name, entries, generations)
+                if plan.name in self._specs and entry.state != "paused":
+                    self._look_at_generations(self._specs[plan.name], entry, generations.get(plan.name, []))
+        return _Stored(entries, loads)
+
+    async def _look_at_tables(self, source: Session, target: Session, stored: _Stored) -> None:
+        config, entries, loads = self._config, stored.entries, stored.loads
         known = [oid for entry in entries.values() for oid in entry.oids.values()]
         wanted = {table for plan in self._plans for table in plan.index.followed}
         with speaking_of("source"):
@@ -196,7 +224,6 @@ class Watch:
             if entry is None:
                 self._look_at_new(plan.name)
                 continue
-            self._look_beside(plan.name, entries, generations)
             seen = followed_catalog(plan, catalog, wanted, entry)
             findings = following_findings(plan, seen, wanted, entry)
             error = next((finding for finding in findings if finding.level == "error"), None)
@@ -206,7 +233,6 @@ class Watch:
             if plan.name in self._specs and entry.state == "live" and plan.name in loads:
                 entry = await self._look_at_load(target, entry, loads[plan.name])
             if plan.name in self._specs and entry.state != "paused":
-                self._look_at_generations(self._specs[plan.name], entry, generations.get(plan.name, []))
                 members = set(seen.members.get(plan.index.table_name, ()))
                 if error is None and (
                     members != self._specs[plan.name].members.keys() or plan.reasons != entry.left_out

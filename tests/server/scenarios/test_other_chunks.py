@@ -12,10 +12,12 @@ import anyio.to_thread
 import psycopg
 import pytest
 
+from cdcsync.demo.cluster import Cluster
 from tests import ROOT
 from tests.support.configs import Section, configuration
 from tests.support.migrations import (
     BOTH,
+    asks_for,
     belongings,
     hashed,
     leave_rebuilds,
@@ -344,3 +346,30 @@ def test_texts_that_both_have_are_not_embedded_again(
     # A vector that is to be made anew would be taken from there.
     done = pipeline.command("replay", "articles", "--force-embed")
     assert (done.returncode, "cdcsync migrate articles drop" in done.stderr) == (2, True), done.stderr
+
+
+def test_other_chunks_are_activated_rolled_back_and_dropped_while_the_source_is_away(
+    make_cluster: Callable[..., Cluster], database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    source = make_cluster()
+
+    def wanting(indexes: Mapping[str, Section]) -> str:
+        return configuration(source.dsn(), target=database.dsn, embedders=BOTH, indexes=indexes)
+
+    pipeline = make_pipeline(wanting({"articles": {}, "notes": {}}))
+    loaded(pipeline, "articles", "notes", rows=20)
+    asks_for(pipeline, wanting({"articles": {"text": FRAMED, "embedder": "new"}, "notes": {}}))
+    assert migrate(pipeline, "start")["generation"] == 2
+    ready(pipeline, 2)
+    source.stop("immediate")
+    assert migrate(pipeline, "activate")["live"] == 2
+    assert migrate(pipeline, "rollback")["live"] == 1
+    assert migrate(pipeline, "activate")["live"] == 2
+    assert migrate(pipeline, "drop", "--yes")["dropped"] == 1
+    source.start()
+    pipeline.source.close()
+    pipeline.source = psycopg.connect(source.dsn(), autocommit=True)
+    pipeline.source.execute("UPDATE articles SET title = 'back again' WHERE id = 7")
+    made(pipeline, "articles~2", 2, framed)
+    pipeline.source.execute("UPDATE notes SET title = 'too' WHERE id = 7")
+    pipeline.in_step("notes")
