@@ -359,7 +359,8 @@ class SlotConnection:
             return SetupError(
                 message, where=where, hint="give this pipeline a slot of its own, in the source's database: source.slot"
             )
-        if code in ("55000", "58P01"):
+        # A file of its own that a server lacks, such as a spilled transaction's, says nothing of the WAL that it has.
+        if code == "55000" or (code == "58P01" and "WAL" in message):
             return GapError(message, where=where, hint="the slot has lost WAL it needs: resync, see docs/operations.md")
         if code == "42501":
             return SetupError(message, where=where, hint="ALTER ROLE … REPLICATION for the role in the DSN")

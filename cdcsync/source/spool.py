@@ -15,6 +15,8 @@ Source: PostgreSQL, "Streaming of Large Transactions for Logical Decoding"; src/
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import struct
 import tempfile
 from array import array
@@ -200,7 +202,7 @@ class Spool:
     def replay(self, xid: int) -> Iterator[bytes]:
         """Yield the messages of a transaction in their order; the caller drops it afterwards.
 
-        :raises SpoolUnusable: the part of the file that is still in memory cannot be written.
+        :raises SpoolUnusable: the part of the file that is still in memory cannot be written, or a part cannot be read.
         """
         transaction = self._open.get(xid)
         if transaction is None:
@@ -210,9 +212,20 @@ class Spool:
             file.seek(0)
         except OSError as error:
             raise self._unusable(error) from error
-        while header := file.read(_LENGTH.size):
-            (length,) = _LENGTH.unpack(header)
-            yield file.read(length)
+        left = transaction.size
+        while left:
+            (length,) = _LENGTH.unpack(self._read(file, _LENGTH.size))
+            yield self._read(file, length)
+            left -= _LENGTH.size + length
+
+    def _read(self, file: BinaryIO, size: int) -> bytes:
+        try:
+            found = file.read(size)
+        except OSError as error:
+            raise self._unusable(error) from error
+        if len(found) < size:
+            raise self._unusable(OSError(errno.EIO, os.strerror(errno.EIO)))
+        return found
 
     def drop(self, xid: int) -> None:
         """Throw a transaction's file away."""

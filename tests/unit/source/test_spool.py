@@ -269,6 +269,17 @@ def test_a_directory_that_cannot_be_used_is_an_error_that_names_the_setting(tmp_
         assert (spool.receiving, spool.transactions) == (False, 0)
 
 
+def test_what_cannot_be_read_any_more_is_an_error_and_no_end_of_the_transaction(spool: Spool) -> None:
+    receive(spool, 1, (1, b"one"), (1, bytes(100)))
+    file = spool._open[1].file
+    replay = spool.replay(1)
+    assert next(replay) == b"one"
+    file.truncate(20)
+    with pytest.raises(SpoolUnusable, match="cannot be kept on disk: Input/output error"):
+        list(replay)
+    assert not spool.usable
+
+
 def test_a_full_disk_is_an_error_wherever_it_shows_and_the_spool_can_be_cleared(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
