@@ -49,6 +49,7 @@ INSIDE = (
     "target/ddl/grants.py",
     "target/ddl/marked.py",
     "target/ddl/shared.py",
+    "target/ddl/standing.py",
     "target/ddl/tiers.py",
     "target/ddl/views.py",
 )
@@ -81,6 +82,7 @@ EXEMPT = {
     ("source/marks.py", "flush"): "writes what nobody reads",
     ("source/reads.py", "reading"): "reads only",
     ("source/conditions.py", "_unless_locked"): "reads only",
+    ("postgres/autovacuums.py", "end_autovacuums"): "locks, and writes nothing",
     ("postgres/sessions.py", "connect"): "settings of the session",
     ("postgres/temporary.py", "freeze"): "tables that end with the session",
     ("target/session.py", "_takes"): "always rolled back",

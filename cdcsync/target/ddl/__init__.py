@@ -13,8 +13,8 @@
     chunks_view       the view of all chunks
     hits              the type of a search's rows
     search_function   the text of an index's search function
-    searching         creates, upgrades and drops that function
     standing          statements that are left out where they would change nothing
+    searching         creates, upgrades and drops that function
     tiers             one index's vectors, and the rules for writing them
     relations         one index's other tables
     building          HNSW and keyword indexes

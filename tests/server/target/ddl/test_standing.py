@@ -1,0 +1,36 @@
+"""Statements that are left out where they would change nothing: they would wait for whoever has the table."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from cdcsync.postgres.sessions import connect
+from cdcsync.target.ddl.standing import create_index, describe_table
+from tests.support.servers import Database
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+TABLE = sql.Identifier("public", "articles")
+OF_TITLE = sql.SQL("{} (title)").format(TABLE)
+
+
+async def test_what_stands_is_left_alone_and_what_does_not_is_made(database: Database) -> None:
+    database.execute("CREATE TABLE articles (id int, title text)")
+    target = await connect(database.dsn, "target")
+    await create_index(target, "public", "articles_title", OF_TITLE)
+    await describe_table(target, TABLE, "articles, by title")
+    with psycopg.connect(database.dsn) as vacuum:
+        vacuum.execute("LOCK TABLE articles IN SHARE UPDATE EXCLUSIVE MODE")
+        await target.execute("SET lock_timeout = '50ms'")
+        await create_index(target, "public", "articles_title", OF_TITLE)
+        await describe_table(target, TABLE, "articles, by title")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            await create_index(target, "public", "articles_title_again", OF_TITLE)
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            await describe_table(target, TABLE, "articles")
+    await describe_table(target, TABLE, "articles")
+    described = await target.execute("SELECT obj_description('articles'::regclass)")
+    assert await described.fetchone() == ("articles",)
+    await target.close()
