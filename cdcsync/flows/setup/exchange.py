@@ -69,12 +69,14 @@ async def _do(connection: Connection, config: Config, other: Entry, *, ends: boo
     with speaking_of("target", where=f"index {index}"):
         vacuumed = Vacuumed(connection, [(config.target.schema, one) for one in (index, other.relations)])
         try:
-            await until_locked(
-                lambda: (_drop if ends else _exchange)(connection, config, index),
-                table=table,
-                attempts=ATTEMPTS,
-                vacuumed=vacuumed,
-            )
+            if ends:
+                await until_locked(
+                    lambda: _drop(connection, config, index), table=table, attempts=ATTEMPTS, vacuumed=vacuumed
+                )
+            else:
+                await until_locked(
+                    lambda: _exchange(connection, config, index), table=table, attempts=ATTEMPTS, vacuumed=vacuumed
+                )
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
             raise SetupError(
                 "other transactions have locked its view or tables for some seconds, a dump for one",

@@ -31,6 +31,6 @@ async def test_what_stands_is_left_alone_and_what_does_not_is_made(database: Dat
         with pytest.raises(psycopg.errors.LockNotAvailable):
             await describe_table(target, TABLE, "articles")
     await describe_table(target, TABLE, "articles")
-    described = await target.execute("SELECT obj_description('articles'::regclass)")
+    described = await target.execute("SELECT obj_description('public.articles'::regclass)")
     assert await described.fetchone() == ("articles",)
     await target.close()
