@@ -84,8 +84,10 @@ DURABILITY: dict[Side, LiteralString] = {
     # replication does not know row-level security: a policy that would hide rows from us must be an error.
     # And a table of an application may be locked for hours, which must not hold up what is for another index.
     "source": "SET synchronous_commit = local; SET row_security = off; " + ALWAYS_BRIEFLY,
-    # Changes acknowledged to the source must survive a crash of the target, whatever the role's default is.
-    "target": "SET synchronous_commit = on",
+    # Changes acknowledged to the source must survive a crash of the target, whatever the role's default is. And if a
+    # proxy keeps a session open whose process has ended in the middle of a transaction, its locks must not stay: none
+    # of our transactions there waits for anything but the server.
+    "target": "SET synchronous_commit = on; SET idle_in_transaction_session_timeout = '120s'",
 }
 """Settings that only one side's sessions need."""
 

@@ -17,7 +17,7 @@ import structlog
 from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster, free_port
-from cdcsync.postgres import liveness
+from cdcsync.postgres import liveness, sessions
 from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.sessions import connect
 from tests.support.indexes import until
@@ -265,6 +265,26 @@ async def test_a_session_that_is_left_behind_in_a_transaction_is_ended_on_the_se
             await connection.close()
             await until(free)
             await until(told)
+
+
+async def test_the_server_ends_what_a_process_that_has_ended_left_behind_in_a_transaction(
+    database: Database, make_proxy: Callable[[int], Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soon = sessions.DURABILITY["target"].replace("120s", "100ms")
+    monkeypatch.setitem(sessions.DURABILITY, "target", soon)
+    dsn = conninfo.conninfo_to_dict(database.dsn)
+    proxy = make_proxy(int(str(dsn["port"])))
+    connection = await connect(conninfo.make_conninfo("", **dsn | {"host": "127.0.0.1", "port": proxy.port}), "target")
+    async with await psycopg.AsyncConnection.connect(database.dsn, autocommit=True) as administrator:
+
+        async def free() -> bool:
+            cursor = await administrator.execute("SELECT pg_try_advisory_xact_lock(3)")
+            return await cursor.fetchone() == (True,)
+
+        await connection.execute("BEGIN; SELECT pg_advisory_xact_lock(3)")
+        proxy.freeze()
+        connection.pgconn.finish()  # as the end of the process does, of which the server hears nothing
+        await until(free)
 
 
 async def test_a_session_that_is_left_behind_outside_of_a_transaction_is_left_to_the_server(

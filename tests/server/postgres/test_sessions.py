@@ -54,7 +54,7 @@ async def test_a_roles_own_time_limits_do_not_hold_for_our_sessions(database: Da
     slot = await SlotConnection.connect(dsn)
     for name in known:
         cursor = await connection.execute(f"SHOW {name}".encode())
-        assert await cursor.fetchone() == ("0",)
+        assert await cursor.fetchone() == ("2min" if name == "idle_in_transaction_session_timeout" else "0",)
         assert await slot._command(f"SHOW {name}") == [("0",)]
     await slot.aclose()
     await connection.close()
