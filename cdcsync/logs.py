@@ -6,8 +6,12 @@ only from warning on: what libraries say below that can hold the values of cells
 without local variables, and of an exception's message only the first line is shown: PostgreSQL puts the rows concerned
 into the lines below it. What it quotes in the first line of a data exception is a value too, and is left out.
 
+A line for systemd's journal begins with its priority, which the journal takes off: `journalctl -p warning` finds it.
+
 Names of tables and columns are somebody else's, and may hold characters that a terminal acts on or that look like
 another line of the log: they become dots, and only a traceback has lines.
+
+Source: systemd, sd-daemon(3); systemd.exec(5), $JOURNAL_STREAM.
 """
 
 from __future__ import annotations
@@ -35,6 +39,9 @@ _LEVELS: dict[Level, int] = {
     "error": logging.ERROR,
 }
 
+_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+"""The journal's numbers of the levels."""
+
 _QUOTED = re.compile(r'["“„«»].*["”“»«]')
 """From the first quotation mark to the last: a value may hold some itself. Servers speak other languages as well."""
 
@@ -61,6 +68,8 @@ def configure(level: Level = "info", format_: Format = "auto", stream: TextIO | 
         if console
         else structlog.processors.JSONRenderer(ensure_ascii=False, default=str)
     )
+    if _to_journal(stream):
+        renderer = _with_priority(renderer)
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -87,6 +96,22 @@ def configure(level: Level = "info", format_: Format = "auto", stream: TextIO | 
     # The driver warns whenever a wait for a server is given up, which we do on purpose: at the end of a worker, and
     # when a table has changed. What else it says is in our errors.
     logging.getLogger("psycopg").setLevel(logging.NOTSET if level == "debug" else logging.CRITICAL)
+
+
+def _to_journal(stream: TextIO) -> bool:
+    """Say whether what is written to a stream goes straight to systemd's journal."""
+    try:
+        file = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # a stream in memory
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{file.st_dev}:{file.st_ino}"
+
+
+def _with_priority(renderer: Processor) -> Processor:
+    def render(logger: WrappedLogger, method: str, event: EventDict) -> str:
+        return f"<{_PRIORITIES.get(str(event.get('level')), 6)}>{renderer(logger, method, event)!s}"
+
+    return render
 
 
 def get_logger() -> Any:

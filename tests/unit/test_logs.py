@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +39,27 @@ def _restored() -> Iterator[None]:
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize(("level", "priority"), [("debug", 7), ("info", 6), ("warning", 4), ("error", 3)])
+@pytest.mark.parametrize("own", [True, False], ids=["own", "a library's"])
+def test_a_line_for_the_journal_begins_with_its_priority_and_no_other_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str, priority: int, own: bool
+) -> None:
+    with (tmp_path / "journal").open("w+") as stream:
+        file = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{file.st_dev}:{file.st_ino}")
+        logs.configure("debug", "auto", stream)
+        logger = structlog.get_logger() if own else logging.getLogger("library")
+        getattr(logger, level)("happened")
+        monkeypatch.setenv("JOURNAL_STREAM", f"{file.st_dev}:{file.st_ino + 1}")
+        logs.configure("debug", "auto", stream)
+        structlog.get_logger().warning("elsewhere")
+        stream.seek(0)
+        *written, elsewhere = stream.read().splitlines()
+    assert [line[:3] for line in written] == ([f"<{priority}>"] if own or priority <= 4 else [])
+    assert json.loads(elsewhere)["event"] == "elsewhere"
+    assert all(json.loads(line[3:])["event"] == "happened" for line in written)
 
 
 def test_an_event_is_a_line_of_json_that_begins_with_its_name() -> None:
