@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, LiteralString, Self
 
+import anyio
 import psycopg
 from psycopg import conninfo
 from psycopg.pq import TransactionStatus
@@ -96,6 +97,9 @@ IDLE_S = 20.0
 
 CONNECT_TIMEOUT_S = 10
 """Long enough for a server that is starting, short enough that an operator waits for the message."""
+
+SETTINGS_S = 30.0
+"""How long a server that has accepted a login may take for the first statements, which wait for nothing."""
 
 _DEAD_PEER = {
     "keepalives_idle": 30,
@@ -282,20 +286,32 @@ async def connect(
     # Planned anew each time: a plan made while a table was empty would scan it for ever, and one that is kept over an
     # ALTER TABLE is an error.
     connection.prepare_threshold = None
-    with speaking_of(side, where=where):
-        # Together, because each statement of its own would take the time of the way there and back.
-        ours = [RENDERING, SAFETY, DURABILITY[side], *([TABLES_ONLY] if side == "source" else []), SERVER]
-        cursor = await connection.execute("; ".join(ours))
-        while cursor.nextset():
-            pass
-        row = await cursor.fetchone()
-        assert row is not None
-        pid, started, standby = row
-        connection.backend = Backend(pid, started, standby, await system_of(connection))
-        with contextlib.suppress(psycopg.errors.InvalidParameterValue):
-            await connection.execute(LEAVING)
-        await connection.set_autocommit(autocommit)
+    try:
+        with speaking_of(side, where=where), anyio.fail_after(SETTINGS_S):
+            await _set_up(connection, side)
+            await connection.set_autocommit(autocommit)
+    except TimeoutError:
+        connection.pgconn.finish()
+        raise unavailable(side, f"it let us in, and said nothing for {SETTINGS_S:g} s", where=where) from None
+    except BaseException:
+        connection.pgconn.finish()
+        raise
     return connection
+
+
+async def _set_up(connection: WatchedConnection, side: Side) -> None:
+    """Pin the settings of a session, and note which one it is: until then nobody could tell that it is lost."""
+    # Together, because each statement of its own would take the time of the way there and back.
+    ours = [RENDERING, SAFETY, DURABILITY[side], *([TABLES_ONLY] if side == "source" else []), SERVER]
+    cursor = await connection.execute("; ".join(ours))
+    while cursor.nextset():
+        pass
+    row = await cursor.fetchone()
+    assert row is not None
+    pid, started, standby = row
+    connection.backend = Backend(pid, started, standby, await system_of(connection))
+    with contextlib.suppress(psycopg.errors.InvalidParameterValue):
+        await connection.execute(LEAVING)
 
 
 def conninfo_for(dsn: str, **settings: str | int) -> str:

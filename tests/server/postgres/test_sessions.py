@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from psycopg import conninfo, sql
 
 from cdcsync.errors import SourceUnavailable, Unavailable
+from cdcsync.postgres import sessions
+from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Session, Side, connect, speaking_of
 from cdcsync.source.slot import SlotConnection
 from tests.support.expiries import EXPIRIES, expire
+from tests.support.proxies import Proxy
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -112,3 +118,26 @@ async def test_a_replication_connection_that_a_time_limit_ended_is_away(database
     with pytest.raises(SourceUnavailable):
         await slot.identify()
     await slot.aclose()
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+async def test_a_server_that_lets_us_in_and_falls_silent_is_away(
+    database: Database, make_proxy: Callable[[int], Proxy], monkeypatch: pytest.MonkeyPatch, side: Side
+) -> None:
+    dsn = conninfo.conninfo_to_dict(database.dsn)
+    proxy = make_proxy(int(str(dsn["port"])))
+    through = conninfo.make_conninfo("", **dsn | {"host": "127.0.0.1", "port": proxy.port})
+    log_in = WatchedConnection.connect
+
+    async def then_silence(*arguments: Any, **options: Any) -> Any:
+        connection = await log_in(*arguments, **options)
+        proxy.freeze()
+        return connection
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WatchedConnection, "connect", then_silence)
+        patched.setattr(sessions, "SETTINGS_S", 0.2)
+        with pytest.raises(Unavailable, match=r"it let us in, and said nothing for 0\.2 s"):
+            await connect(through, side)
+    proxy.heal()
+    await (await connect(through, side)).close()
