@@ -77,6 +77,7 @@ class Lock(msgspec.Struct, frozen=True):
     :ivar session: its application and role.
     :ivar age: how long its transaction has been open; None if we may not know.
     :ivar granted: whether it has the lock; else it waits for others, and we behind it.
+    :ivar of: the table that was asked about.
     """
 
     table: str
@@ -84,6 +85,7 @@ class Lock(msgspec.Struct, frozen=True):
     session: str
     age: str | None
     granted: bool
+    of: QualifiedName
 
     def __str__(self) -> str:
         holder = f"pid {self.pid} ({self.session})" if self.pid is not None else self.session
@@ -118,16 +120,17 @@ LOCKED: LiteralString = (
 Functions that write an expression of a table (pg_get_expr and the like) lock it, as does pg_partition_tree."""
 
 _EXCLUSIVE: LiteralString = """
-    WITH RECURSIVE wanted (oid) AS (
-        SELECT c.oid FROM unnest(%s::text[], %s::text[]) AS named (schema, name)
+    WITH RECURSIVE wanted (oid, place) AS (
+        SELECT c.oid, named.place FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS named (schema, name, place)
             JOIN pg_namespace AS n ON n.nspname = named.schema
             JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = named.name
-        UNION SELECT i.inhrelid FROM wanted AS w JOIN pg_inherits AS i ON i.inhparent = w.oid
+        UNION SELECT i.inhrelid, w.place FROM wanted AS w JOIN pg_inherits AS i ON i.inhparent = w.oid
     )
     SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname), l.pid,
         CASE WHEN l.pid IS NULL THEN format('prepared transaction %%L', p.gid)
             ELSE concat_ws(', ', nullif(a.application_name, ''), 'role ' || a.usename) END,
-        date_trunc('second', clock_timestamp() - coalesce(a.xact_start, p.prepared))::text, l.granted
+        date_trunc('second', clock_timestamp() - coalesce(a.xact_start, p.prepared))::text, l.granted,
+        w.place
     FROM pg_locks AS l JOIN wanted AS w ON w.oid = l.relation
     JOIN pg_class AS c ON c.oid = w.oid JOIN pg_namespace AS n ON n.oid = c.relnamespace
     LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
@@ -151,9 +154,10 @@ async def exclusive_locks(
     :param modes: the locks in question.
     :param open_for_s: leave out transactions that were begun later than that. Nothing tells since when a lock is held.
     """
-    schemas, names = [one.schema for one in tables], [one.name for one in tables]
+    asked = list(tables)
+    schemas, names = [one.schema for one in asked], [one.name for one in asked]
     cursor = await connection.execute(_EXCLUSIVE, [schemas, names, list(modes), open_for_s])
-    return [Lock(*row) for row in await cursor.fetchall()]
+    return [Lock(*row, of=asked[place - 1]) for *row, place in await cursor.fetchall()]
 
 
 class LockedOut:

@@ -131,11 +131,11 @@ async def set_up_publication(
             )
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
             locks = await exclusive_locks(source, missing, modes=PUBLISHING_WAITS)
-            held = {lock.table for lock in locks} or {str(one) for one in missing}
+            held = locks[0].of if locks else missing[0]
             raise SchemaChanged(
                 f"a table cannot be added to the publication {name}"
                 + "".join(f": pid {lock.pid} ({lock.session}) holds {lock.table}" for lock in locks[:1]),
-                index=next(index_of[one] for one in missing if str(one) in held),
+                index=index_of[held],
                 where=f"publication {name}",
                 hint=locks[0].remedy if locks else "wait for the session that holds the table: pg_locks names it",
             ) from error

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from cdcsync.config import QualifiedName, parse
 from cdcsync.demo.cluster import Cluster
-from cdcsync.errors import TablesChanged
+from cdcsync.errors import SchemaChanged, TablesChanged
 from cdcsync.flows.setup.start import set_up_publication
 from cdcsync.postgres.sessions import connect
 from tests.support.configs import configuration
@@ -51,6 +51,31 @@ async def test_a_table_that_somebody_has_locked_is_published_once_it_is_free_and
     assert next(event["table"] for event in logged if event["event"] == "lock_waits").endswith("public.vacuumed")
     published = await (await other.execute("SELECT tablename FROM pg_publication_tables ORDER BY 1")).fetchall()
     assert published == [("articles",), ("vacuumed",)]
+    for connection in (source, other):
+        await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "locked"),
+    [("plain", "public.plain"), ("values", 'public."values"'), ("a$b", "public.a$b"), ("parent", "public.child")],
+)
+async def test_the_index_of_a_table_that_stays_locked_waits_whatever_the_table_is_called(
+    make_database: Callable[[], Database], name: str, locked: str
+) -> None:
+    database = make_database()
+    free, held = QualifiedName("public", "free"), QualifiedName("public", name)
+    for table in (free, held):
+        database.execute(f'CREATE TABLE "{table.name}" (id int PRIMARY KEY)')
+    if name == "parent":
+        database.execute("CREATE TABLE child () INHERITS (parent)")
+    config = parse(configuration(database.dsn), {}, where="the test's configuration")
+    source, other = await connect(database.dsn, "source"), await connect(database.dsn, "source")
+    async with other.transaction():
+        await other.execute(f"LOCK TABLE ONLY {locked} IN SHARE UPDATE EXCLUSIVE MODE".encode())
+        with pytest.raises(SchemaChanged) as refused:
+            await set_up_publication(source, config, [free, held], index_of={free: "other", held: "waits"})
+    assert refused.value.index == "waits"
+    assert f"pid {other.info.backend_pid}" in refused.value.message
     for connection in (source, other):
         await connection.close()
 
