@@ -21,7 +21,7 @@ from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import Part
 from cdcsync.postgres.locking import WRITERS_WAIT, Lock, exclusive_locks
-from cdcsync.postgres.sessions import REFUSALS, Connection, Session, speaking_of
+from cdcsync.postgres.sessions import REFUSALS, Connection, Session, locked_out, speaking_of
 from cdcsync.postgres.temporary import TemporaryTables
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.apply import IndexWriter
@@ -51,6 +51,8 @@ class ApplySession(LockedSession):
         self._rebuilds = Rebuilds(schema)
         self._queue = Queue(schema)
         self._writers: dict[str, IndexWriter] = {}
+        self._closed: set[str] = set()
+        """The indexes whose writers could not be opened, because their tables were locked."""
         self._stages: TemporaryTables | None = None
         self._beside = Session(dsn, "target", application_name=f"cdcsync look-up {slot}")
         """Looks up for the next batch while this one is written."""
@@ -59,23 +61,36 @@ class ApplySession(LockedSession):
         self._failed: dict[str, FailedDocuments] = {}
 
     async def prepare(self, specs: Sequence[IndexSpec]) -> None:
-        """Create the connection's stages for these indexes."""
+        """Create the connection's stages for these indexes, except where tables are locked: see `open_writers`."""
         with speaking_of("target"):
             await self.connection.execute(_PATIENCE.format(sql.Literal(LOCK_WAIT_MS)))
-            writers = {spec.name: IndexWriter(self.connection, self._schema, spec) for spec in specs}
+            self._writers = {spec.name: IndexWriter(self.connection, self._schema, spec) for spec in specs}
+            self._closed = set(self._writers)
             try:
-                for index, writer in writers.items():
-                    with speaking_of("target", where=f"index {index}", index=index):
-                        await writer.open()
+                for index in self._writers:
+                    try:
+                        await self.open_writers([index])
+                    except TargetUnavailable as error:
+                        if not locked_out(error):
+                            raise
             except BaseException:
-                await self.aclose()  # half of them open is worse than none
+                await self.aclose()
                 raise
-            self._writers = writers
             self._stages = TemporaryTables(self.connection)
             self._failed = {
                 spec.name: FailedDocuments(self.connection, self._schema, spec.name, len(spec.shape.key))
                 for spec in specs
             }
+
+    async def open_writers(self, indexes: Collection[str]) -> None:
+        """Create the stages of these indexes that could not be created before.
+
+        :raises TargetUnavailable: the tables of one are still locked; the others' changes can be applied.
+        """
+        for index in sorted(self._closed.intersection(indexes)):
+            with speaking_of("target", where=f"index {index}", index=index):
+                await self._writers[index].open()
+            self._closed.discard(index)
 
     async def lockers(self, index: str) -> list[Lock]:
         """Return who keeps this session from writing to the tables of an index."""

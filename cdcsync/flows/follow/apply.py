@@ -113,6 +113,7 @@ class Applier:
             while True:
                 try:
                     await self._session.ensure(self._specs)
+                    await self._session.open_writers(batch.indexes)
                     if changes is None:
                         changes = await self._prepare(batch)
                     await self._commit_and_prepare(changes, batch, caught_up(), done)

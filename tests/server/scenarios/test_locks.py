@@ -210,9 +210,10 @@ def live(made: Scene, name: str) -> bool:
     return row == ("live",)
 
 
+@pytest.mark.parametrize("broken", [False, True], ids=["", "the connection breaks meanwhile"])
 @pytest.mark.parametrize("relation", ["chunks", "backlog", "vectors_1_fresh"])
 def test_tables_of_one_index_in_the_target_that_stay_locked_pause_that_index_alone(
-    make_scene: MakeScene, relation: str
+    make_scene: MakeScene, relation: str, broken: bool
 ) -> None:
     made = make_scene(
         TABLES,
@@ -226,6 +227,10 @@ def test_tables_of_one_index_in_the_target_that_stay_locked_pause_that_index_alo
         },
     )
     with held(made, f"cdcsync.chosen_{relation}") as holder:
+        if broken:
+            made.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'cdcsync %'"
+            )
         made.execute("UPDATE chosen SET title = 'held up' WHERE id = 1", "UPDATE sound SET title = 'x' WHERE id = 1")
         assert f"is locked by pid {holder.info.backend_pid} (migration" in made.paused("chosen")
         until(partial(made.equal, "sound"), made.pipeline.tail)
