@@ -157,7 +157,10 @@ async def exclusive_locks(
     asked = list(tables)
     schemas, names = [one.schema for one in asked], [one.name for one in asked]
     cursor = await connection.execute(_EXCLUSIVE, [schemas, names, list(modes), open_for_s])
-    return [Lock(*row, of=asked[place - 1]) for *row, place in await cursor.fetchall()]
+    return [
+        Lock(table, pid, session, age, granted, asked[place - 1])
+        for table, pid, session, age, granted, place in await cursor.fetchall()
+    ]
 
 
 class LockedOut:

@@ -309,17 +309,24 @@ async def running_transactions(connection: Connection) -> frozenset[int]:
     return (await current_snapshot(connection)).running
 
 
+_IN_DOUBT: LiteralString = """
+    WITH waiting AS (
+        SELECT backend_xid::text::int8 AS xid FROM pg_stat_activity
+        WHERE current_setting('synchronous_standby_names') <> ''
+            AND (wait_event = 'SyncRep' OR query = '<insufficient privilege>')
+    )
+    SELECT xid FROM waiting WHERE xid IS NOT NULL
+    UNION SELECT transaction::text::int8 FROM pg_prepared_xacts WHERE EXISTS (SELECT FROM waiting WHERE xid IS NULL)
+"""
+# The session of a COMMIT PREPARED has no id; the transaction is listed as prepared until it is visible.
+
+
 async def in_doubt(connection: Connection) -> set[int]:
     """Return the transactions (32-bit ids) that may be delivered already although no snapshot shows them yet.
 
     They wait for a synchronous standby. Of sessions of other roles it may not be seen whether they do.
     """
-    rows = await fetch_rows(
-        connection,
-        "SELECT backend_xid::text::int8 FROM pg_stat_activity WHERE backend_xid IS NOT NULL"
-        " AND current_setting('synchronous_standby_names') <> ''"
-        " AND (wait_event = 'SyncRep' OR query = '<insufficient privilege>')",
-    )
+    rows = await fetch_rows(connection, _IN_DOUBT)
     return {xid for (xid,) in rows}
 
 

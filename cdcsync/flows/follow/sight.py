@@ -69,7 +69,7 @@ class Sight:
         return self._locked.lately
 
     async def applied(self, xids: Iterable[int]) -> None:
-        """Note transactions whose rows are applied, perhaps without a reading.
+        """Note transactions whose rows are applied, perhaps without a reading; 0 is that of a page, which has none.
 
         :raises SourceUnavailable: nothing is lost by noting them again.
         """
@@ -78,7 +78,7 @@ class Sight:
         if self._unread is None:
             with self._speaking():
                 self._unread = await in_doubt(await self._source.connection())
-        self._unread.update(xids)
+        self._unread.update(xid for xid in xids if xid)
         if len(self._unread) > MOST_UNREAD:
             with self._speaking():
                 snapshot = await current_snapshot(await self._source.connection())

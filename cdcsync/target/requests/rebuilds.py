@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
+import msgspec
 from psycopg import sql
 
 from cdcsync.model.changeset import Rebuild
@@ -12,6 +14,9 @@ from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.requests.submission import Requests
 from cdcsync.target.requests.tables import Tables
+
+MOST_KEYS = 50_000
+"""Keys of one request: more begin another one, so that looking for those which it has stays quick."""
 
 MOST_REBUILDS = 50
 """Rebuilds of an index that wait; more of them read most of the table one by one."""
@@ -23,6 +28,7 @@ class Rebuilds:
     def __init__(self, schema: str) -> None:
         tables = Tables(schema)
         self._table = tables.requests
+        self._keys = tables.keys
         self._requests = Requests(schema)
 
     async def ask(self, connection: Connection, index: str, rebuild: Rebuild) -> None:
@@ -31,8 +37,10 @@ class Rebuilds:
         A request for the same, or for more, that has not begun takes it over. One that is being served reads the
         documents that follow `rebuild.read` later, so that only those up to there are asked for: the rows of its pages
         that are under way are read again as they were overtaken, but not what was inserted between them meanwhile. If
-        too many requests wait, one for all documents takes their place.
+        too many requests wait, one for all documents takes their place. Keys come together in one request.
         """
+        if rebuild.keys is not None and await self._joined(connection, index, rebuild.keys, rewrite=rebuild.rewrite):
+            return
         unbegun = sql.SQL("index_name = %s AND state = 'requested' AND started_at IS NULL AND NOT keyed")
         up_to: Key | None = None
         if rebuild.keys is None:
@@ -90,3 +98,31 @@ class Rebuilds:
             through=rebuild.relation,
             up_to=up_to,
         )
+
+    async def _joined(self, connection: Connection, index: str, keys: Sequence[Key], *, rewrite: bool) -> bool:
+        """Add keys to those of a request that has not begun; returns whether there is one that has room."""
+        row = await fetch_row(
+            connection,
+            sql.SQL(
+                "SELECT id, rows_total FROM {} WHERE index_name = %s AND kind = 'related' AND state = 'requested'"
+                " AND started_at IS NULL AND keyed AND rewrite = %s ORDER BY id DESC LIMIT 1 FOR UPDATE"
+            ).format(self._table),
+            [index, rewrite],
+        )
+        if row is None or row[1] + len(keys) > MOST_KEYS:
+            return False
+        id_, count = row
+        cursor = await connection.execute(
+            sql.SQL(
+                "INSERT INTO {keys} (backfill_id, place, key)"
+                " SELECT %(id)s, %(count)s + row_number() OVER (ORDER BY wanted.place), wanted.key FROM ("
+                "SELECT one.place, ARRAY(SELECT jsonb_array_elements_text(one.key)) AS key"
+                " FROM jsonb_array_elements(%(wanted)s::jsonb) WITH ORDINALITY AS one (key, place)) AS wanted"
+                " WHERE NOT EXISTS (SELECT FROM {keys} AS k WHERE k.backfill_id = %(id)s AND k.key = wanted.key)"
+            ).format(keys=self._keys),
+            {"id": id_, "count": count, "wanted": msgspec.json.encode(keys).decode()},
+        )
+        await connection.execute(
+            sql.SQL("UPDATE {} SET rows_total = %s WHERE id = %s").format(self._table), [count + cursor.rowcount, id_]
+        )
+        return True

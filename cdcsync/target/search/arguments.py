@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -99,8 +100,12 @@ def _plain(column: str, value: object) -> object:
             return value.isoformat()
         case timedelta():
             return f"{value.days} days {value.seconds} seconds {value.microseconds} microseconds"
-        case Decimal() | UUID() | Range() | Multirange():
+        case Decimal() | UUID():
             return str(value)
+        case Range():
+            return _range(column, value)
+        case Multirange():
+            return f"{{{','.join(_range(column, one) for one in value)}}}"
         case IPv4Address() | IPv6Address() | IPv4Network() | IPv6Network() | IPv4Interface() | IPv6Interface():
             return str(value)
         case _ if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
@@ -111,6 +116,17 @@ def _plain(column: str, value: object) -> object:
         hint="give None, or a bool, int, float, Decimal, str, bytes, date, time, datetime, timedelta, UUID, IP address,"
         " range or Enum of these, or a list; write a value of any other type as text",
     )
+
+
+def _range(column: str, value: Range[Any]) -> str:
+    """Return a range as the server reads it: a bound that is not there is empty, and every other one quoted."""
+    if value.isempty:
+        return "empty"
+    lower, upper = (
+        "" if bound is None else '"' + re.sub(r'(["\\])', r"\\\1", str(_plain(column, bound))) + '"'
+        for bound in (value.lower, value.upper)
+    )
+    return f"{value.bounds[0]}{lower},{upper}{value.bounds[1]}"
 
 
 def _within(value: object) -> Iterator[object]:

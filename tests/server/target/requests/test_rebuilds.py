@@ -97,3 +97,36 @@ async def test_a_request_that_is_to_read_more_than_when_it_was_looked_at_is_not_
     begun = await HISTORY.one(connection, now.id)
     assert begun is not None
     assert begun.state == "running"
+
+
+async def test_keys_come_together_in_a_request_that_has_not_begun(connection: Connection) -> None:
+    async def wanted() -> list[tuple[int, list[str], int]]:
+        cursor = await connection.execute(
+            "SELECT b.id, array_agg(k.key[1] || '/' || k.key[2] ORDER BY k.place), b.rows_total FROM cdcsync.backfills"
+            " AS b JOIN cdcsync.backfill_keys AS k ON k.backfill_id = b.id GROUP BY b.id ORDER BY b.id"
+        )
+        return await cursor.fetchall()
+
+    odd = 'quote " brace { back \\ é'
+    for keys in ((("1", "a"), ("2", "b")), (("2", "b"), ("3", odd)), (("1", "a"),)):
+        await REBUILDS.ask(connection, "articles", Rebuild(None, None, keys))
+    await REBUILDS.ask(connection, "notes", Rebuild(None, None, (("1", "a"),)))
+    together = ["1/a", "2/b", f"3/{odd}"]
+    assert await wanted() == [(1, together, 3), (2, ["1/a"], 1)]
+
+    # One that chunks documents again, and one that has begun, are other requests.
+    await REBUILDS.ask(connection, "articles", Rebuild(None, None, (("1", "a"),), rewrite=True))
+    await connection.execute("UPDATE cdcsync.backfills SET state = 'running', started_at = now() WHERE id = 1")
+    for key in ("8", "9"):
+        await REBUILDS.ask(connection, "articles", Rebuild(None, None, ((key, "x"),)))
+    assert await wanted() == [(1, together, 3), (2, ["1/a"], 1), (3, ["1/a"], 1), (4, ["8/x", "9/x"], 2)]
+
+
+async def test_more_keys_than_a_request_takes_begin_another_one(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdcsync.target.requests.rebuilds.MOST_KEYS", 2)
+    for key in ("1", "2", "3"):
+        await REBUILDS.ask(connection, "articles", Rebuild(None, None, ((key,),)))
+    cursor = await connection.execute("SELECT rows_total FROM cdcsync.backfills ORDER BY id")
+    assert await cursor.fetchall() == [(2,), (1,)]

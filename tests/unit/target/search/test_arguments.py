@@ -11,6 +11,8 @@ from uuid import UUID
 
 import numpy as np
 import pytest
+from psycopg.types.multirange import Multirange
+from psycopg.types.range import Range
 
 from cdcsync.errors import UsageError
 from cdcsync.target.search import MAX_HITS, check_arguments
@@ -102,3 +104,18 @@ class State(Enum):
 )
 def test_a_value_of_a_filter_is_written_as_its_column_reads_it(value: object, plain: object) -> None:
     assert plain_filter({"column": value}) == {"column": plain}
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (Range(date(2026, 1, 1), None), '["2026-01-01",)'),
+        (Range(None, 5, "(]"), '(,"5"]'),
+        (Range(None, None, "()"), "(,)"),
+        (Range(empty=True), "empty"),
+        (Range('a"b', "c\\d", "[]"), '["a\\"b","c\\\\d"]'),
+        (Multirange([Range(1, 2), Range(5, None)]), '{["1","2"),["5",)}'),
+    ],
+)
+def test_a_range_is_written_as_the_server_reads_it(value: object, written: str) -> None:
+    assert plain_filter({"valid": value}) == {"valid": written}

@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 HIDDEN = {
     "a document is deleted": "DELETE FROM books WHERE id = 3",
+    "a document is deleted by a prepared transaction": "DELETE FROM books WHERE id = 3; PREPARE TRANSACTION 'deletion'",
     "a document fulfils its condition no more": "UPDATE books SET title = 'gone' WHERE id = 3",
     "a document's key changes": "UPDATE books SET id = 33 WHERE id = 3",
     "a related row comes": "INSERT INTO reviews VALUES (1, 3, 'hidden')",
@@ -35,10 +36,13 @@ def test_what_waits_for_a_standby_is_not_undone_by_a_related_row_and_holds_no_ot
         source=cluster.dsn(),
     )
     pipeline = scene.pipeline
-    with psycopg.connect(cluster.dsn(), autocommit=True) as admin, psycopg.connect(cluster.dsn()) as waiting:
-        waiting.execute("SET synchronous_commit = on")
-        waiting.execute(statement.encode())
-        waiting.pgconn.send_query(b"COMMIT")
+    with (
+        psycopg.connect(cluster.dsn(), autocommit=True) as admin,
+        psycopg.connect(cluster.dsn(), autocommit=True) as waiting,
+    ):
+        for one in ("BEGIN", *statement.split("; "), "SET synchronous_commit = on"):
+            waiting.execute(one.encode())
+        waiting.pgconn.send_query(b"COMMIT PREPARED 'deletion'" if "PREPARE" in statement else b"COMMIT")
         waits = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
         until(lambda: admin.execute(waits).fetchone() == (True,), "the commit to wait")
         scene.execute("INSERT INTO plain VALUES (1, 'one')")
