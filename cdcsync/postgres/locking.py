@@ -124,7 +124,12 @@ _EXCLUSIVE: LiteralString = """
         SELECT c.oid, named.place FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS named (schema, name, place)
             JOIN pg_namespace AS n ON n.nspname = named.schema
             JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = named.name
-        UNION SELECT i.inhrelid, w.place FROM wanted AS w JOIN pg_inherits AS i ON i.inhparent = w.oid
+        -- Who reads a table opens its partitions, its indexes and what holds its large values.
+        UNION SELECT part.oid, w.place FROM wanted AS w CROSS JOIN LATERAL (
+            SELECT inhrelid FROM pg_inherits WHERE inhparent = w.oid
+            UNION ALL SELECT indexrelid FROM pg_index WHERE indrelid = w.oid
+            UNION ALL SELECT reltoastrelid FROM pg_class WHERE oid = w.oid AND reltoastrelid <> 0
+        ) AS part (oid)
     )
     SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname), l.pid,
         CASE WHEN l.pid IS NULL THEN format('prepared transaction %%L', p.gid)

@@ -48,9 +48,9 @@ class Calls:
         return await asyncio.wrap_future(self._threads.submit(contextvars.copy_context().run, _counted, call))
 
     def close(self) -> None:
-        """Let the threads end once they are done. Calls that have not begun are cancelled."""
+        """Let the threads end once they are done, with the calls that wait for them."""
         if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads.shutdown(wait=False)
             self._threads = None
 
 

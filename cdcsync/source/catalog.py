@@ -9,11 +9,13 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import LiteralString, cast
 
+import anyio
 import msgspec
 from psycopg import sql
 
 from cdcsync.config import QualifiedName
 from cdcsync.documents.related import RelatedRows, TableFacts, columns_read
+from cdcsync.errors import leading
 from cdcsync.lsn import Lsn
 from cdcsync.model.visibility import XID_SPAN, Snapshot
 from cdcsync.postgres.locking import BRIEFLY, until_locked
@@ -309,11 +311,15 @@ async def running_transactions(connection: Connection) -> frozenset[int]:
     return (await current_snapshot(connection)).running
 
 
+_CONFIRMED: LiteralString = """
+    BEGIN; SET LOCAL synchronous_commit = remote_apply;
+    SELECT pg_logical_emit_message(true, 'cdcsync doubt', ''); COMMIT
+"""
+
 _IN_DOUBT: LiteralString = """
     WITH waiting AS (
         SELECT backend_xid::text::int8 AS xid FROM pg_stat_activity
-        WHERE current_setting('synchronous_standby_names') <> ''
-            AND (wait_event = 'SyncRep' OR query = '<insufficient privilege>')
+        WHERE pid <> pg_backend_pid() AND (wait_event = 'SyncRep' OR query = '<insufficient privilege>')
     )
     SELECT xid FROM waiting WHERE xid IS NOT NULL
     UNION SELECT transaction::text::int8 FROM pg_prepared_xacts WHERE EXISTS (SELECT FROM waiting WHERE xid IS NULL)
@@ -321,13 +327,33 @@ _IN_DOUBT: LiteralString = """
 # The session of a COMMIT PREPARED has no id; the transaction is listed as prepared until it is visible.
 
 
+CONFIRMED_S = 1.0
+"""How long a commit of ours may wait for the synchronous standbys before others are taken to wait, too."""
+
+
 async def in_doubt(connection: Connection) -> set[int]:
     """Return the transactions (32-bit ids) that may be delivered already although no snapshot shows them yet.
 
-    They wait for a synchronous standby. Of sessions of other roles it may not be seen whether they do.
+    They wait for a synchronous standby, so there are none if that confirms a commit which came after theirs. If it does
+    not, those of sessions that we may not look into are among them.
     """
-    rows = await fetch_rows(connection, _IN_DOUBT)
-    return {xid for (xid,) in rows}
+    if await fetch_value(connection, "SELECT current_setting('synchronous_standby_names') = ''"):
+        return set()
+    late = anyio.Event()
+
+    async def give_up() -> None:
+        await anyio.sleep(CONFIRMED_S)
+        late.set()
+        await connection.cancel_safe()  # the commit stands, and waits no longer
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(give_up)
+            await connection.execute(_CONFIRMED)
+            tasks.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise leading(group) from None
+    return {xid for (xid,) in await fetch_rows(connection, _IN_DOUBT)} if late.is_set() else set()
 
 
 async def next_transaction(connection: Connection) -> int:

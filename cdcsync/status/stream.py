@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 
+import anyio
 import msgspec
 import psycopg
 
@@ -25,6 +26,9 @@ SAME_WRITE = timedelta(milliseconds=1)
 
 LOCKED_S = 10.0
 """How long a transaction has been open, at least, whose lock on a source table is told."""
+
+COMES_AND_GOES_S = 1.0
+"""How long a lock is watched of whose transaction we may not know the age."""
 
 _GAP_REMEDY = 'docs/operations.md, "After a gap", says how to continue'
 
@@ -65,10 +69,18 @@ async def read_locks(
     try:
         with speaking_of("source"):
             every = {one for of in tables.values() for one in of}
-            if not every or not await exclusive_locks(source, every, open_for_s=LOCKED_S):
+            if not every or not (found_now := await exclusive_locks(source, every, open_for_s=LOCKED_S)):
                 return told
+            # Of whom we may not look into, nobody tells how old the transaction is: one that comes and goes is gone.
+            if any(lock.age is None for lock in found_now):
+                await anyio.sleep(COMES_AND_GOES_S)
+            before = {(lock.table, lock.pid) for lock in found_now}
             for name, of in tables.items():
-                locks = await exclusive_locks(source, of, open_for_s=LOCKED_S)
+                locks = [
+                    lock
+                    for lock in await exclusive_locks(source, of, open_for_s=LOCKED_S)
+                    if (lock.table, lock.pid) in before
+                ]
                 if locks:
                     told[name] = msgspec.structs.replace(found[name], locked=str(locks[0]))
                     problems.append(f"index {name} cannot read a table: {locks[0]}; {locks[0].remedy}")

@@ -43,6 +43,9 @@ class Target:
         self.looked_ahead = 0
         self.waits_for_all_ahead = False
 
+    async def open_writers(self, indexes: object) -> None:
+        pass
+
     async def ensure(self, specs: Sequence[Any]) -> None:
         self.opened += 1
 

@@ -23,10 +23,10 @@ import structlog
 
 from cdcsync.errors import SourceUnavailable
 from cdcsync.model.spec import IndexSpec
-from cdcsync.model.visibility import Snapshot
+from cdcsync.model.visibility import XID_SPAN, Snapshot
 from cdcsync.postgres.locking import LockedOut
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
-from cdcsync.source.catalog import blockers, current_snapshot, in_doubt
+from cdcsync.source.catalog import blockers, current_snapshot, in_doubt, running_transactions
 
 log = structlog.get_logger()
 
@@ -93,6 +93,7 @@ class Sight:
         if self.poor:
             raise PutOff
         wanted, until, pause_s = {*xids, *(self._unread or ())}, anyio.current_time() + HIDDEN_S, FIRST_LOOK_S
+        looks = 0
         while True:
             async with self.putting_off():
                 with self._speaking():
@@ -103,8 +104,9 @@ class Sight:
                     self._unread.clear()
                 return found
             log.debug("reread_waits", index=self._spec.name, transactions=len(hidden))
-            if anyio.current_time() >= until:
-                await self._put_off(snapshot, hidden)
+            looks += 1
+            if looks > 1 and anyio.current_time() >= until:
+                wanted -= await self._over(hidden)
             await anyio.sleep(pause_s)
             pause_s = min(2 * pause_s, VISIBILITY_POLL_S)
 
@@ -121,11 +123,23 @@ class Sight:
                 raise PutOff from error
             raise
 
-    async def _put_off(self, snapshot: Snapshot, hidden: Collection[int]) -> None:
-        self._locked.wait()
+    async def _over(self, hidden: Collection[int]) -> set[int]:
+        """Return hidden transactions that do not run any more, or never did on this server, if that is all of them.
+
+        :raises PutOff: some of them run.
+        """
         with self._speaking():
-            sessions = await blockers(await self._source.connection(), map(snapshot.widen, hidden))
-        log.warning("reread_put_off", index=self._spec.name, transactions=len(hidden), sessions=sessions)
+            connection = await self._source.connection()
+            running = {xid % XID_SPAN for xid in await running_transactions(connection)}
+            left = {xid for xid in hidden if xid % XID_SPAN in running}
+            sessions = await blockers(connection, left) if left else []
+        over = {xid for xid in hidden if xid not in left}
+        if self._unread:
+            self._unread -= over
+        if not left:
+            return over
+        self._locked.wait()
+        log.warning("reread_put_off", index=self._spec.name, transactions=len(left), sessions=sessions)
         raise PutOff
 
     def _speaking(self) -> AbstractContextManager[None]:

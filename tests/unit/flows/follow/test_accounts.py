@@ -38,6 +38,9 @@ class Target:
         self.away = away
         self.prepared = 0
 
+    async def open_writers(self, indexes: object) -> None:
+        pass
+
     async def ensure(self, specs: Any) -> None: ...
 
     def writer(self, index: str) -> None: ...

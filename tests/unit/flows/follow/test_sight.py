@@ -44,6 +44,10 @@ def of(source: Source, monkeypatch: pytest.MonkeyPatch, doubted: set[int] | None
     async def blockers(*_: Any) -> list[str]:
         return []
 
+    async def running(_: Any) -> frozenset[int]:
+        return source.snapshots[0].running
+
+    monkeypatch.setattr(sight, "running_transactions", running)
     monkeypatch.setattr(sight, "in_doubt", in_doubt)
     monkeypatch.setattr(sight, "blockers", blockers)
     monkeypatch.setattr(sight, "HIDDEN_S", 0.01)
@@ -82,3 +86,13 @@ async def test_a_row_of_a_page_has_no_transaction_that_could_be_waited_for(monke
     await of_one.applied({0})
     assert await of_one.read((), source.read) == "the row"
     assert source.readings == 1
+
+
+async def test_a_transaction_that_this_server_never_gave_out_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source(seen())
+    of_one = of(source, monkeypatch)
+    await of_one.applied({OLD + 7, OLD - 2**31 - 3})  # of the server that was before, and half of all ids ago
+    assert await of_one.read((), source.read) == "the row"
+    before = source.readings
+    assert await of_one.read((), source.read) == "the row"
+    assert source.readings == before + 1

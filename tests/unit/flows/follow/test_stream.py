@@ -51,6 +51,9 @@ class FakeTarget:
         self.released = anyio.Event()
         self.released.set()
 
+    async def open_writers(self, indexes: object) -> None:
+        pass
+
     async def ensure(self, specs: Any) -> None:
         await anyio.lowlevel.checkpoint()
 
