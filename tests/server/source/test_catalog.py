@@ -10,7 +10,6 @@ from psycopg import sql
 from cdcsync.config import QualifiedName
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.source.catalog import blockers, current_snapshot, read_catalog, running_transactions
-from tests.support.indexes import until_blocked
 from tests.support.publications import T, lay_out
 from tests.support.servers import Database
 
@@ -98,10 +97,18 @@ async def test_a_statement_that_locks_a_table_before_its_partitions_is_not_faile
         anyio.create_task_group() as tasks,
         application.transaction(),
     ):
+        looked = anyio.Event()
+
+        async def look() -> None:
+            catalog = await read_catalog(looking, "none", [name])
+            assert catalog.tables[name].leaves
+            looked.set()
+
         await application.execute("LOCK TABLE ONLY public.parted IN ACCESS EXCLUSIVE MODE")
-        tasks.start_soon(read_catalog, looking, "none", [name])
-        await until_blocked(source, looking)
+        tasks.start_soon(look)
+        await looked.wait()  # nothing of what is asked waits for the lock
         await application.execute("LOCK TABLE ONLY public.part_1 IN ACCESS EXCLUSIVE MODE")
+        await look()
 
     assert (await read_catalog(source, "none", [name])).tables[name].leaves
     await source.execute("DROP TABLE public.parted")
