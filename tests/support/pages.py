@@ -48,6 +48,10 @@ NEVER_RUN = {
     "jq": "it is another project's",
     "python3": "it makes a virtual environment",
     "install": "it writes to system directories",
+    "mkdir": "it writes to system directories",
+    "printf": "it writes to system directories",
+    "rm": "it writes to system directories",
+    "systemd-creds": "it needs systemd",
     "chmod": "it changes system files",
 }
 """Programs of others that a page may name, and why the test does not run them."""
@@ -91,6 +95,8 @@ def inline_commands(page: Path) -> Iterator[str]:
 
 def shell_lines(text: str) -> list[str]:
     """Return the commands of a block, continued lines joined and comments left out."""
+    # What a command reads from the lines after it is its own.
+    text = re.sub(r"(<<'(\w+)'\n).*?\n\2$", r"\1", text, flags=re.DOTALL | re.MULTILINE)
     joined = re.sub(r" *\\\n *", " ", text)
     lines = (re.sub(r"(^|\s{2,})#.*$", "", line).strip() for line in joined.splitlines())
     return [line for line in lines if line]
