@@ -38,8 +38,8 @@ _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 class OnnxEmbedder(Described):
     """Embeds with an ONNX file; `float32[n, dimensions]`, L2-normalised if the model normalises.
 
-    Calls run in threads, about as many at a time as there are processors. A cancelled call returns
-    at once, and its thread keeps its place until its texts are done.
+    Calls run in threads, about as many at a time as there are processors. A cancelled call returns at
+    once, and its thread keeps its place until its texts are done.
 
     :param name: the section's name in the configuration.
     :raises EmbedderSetupError: the model is not to be found or not supported, or a package is missing.

@@ -134,9 +134,8 @@ class OpenBatch:
 
     def add(self, change: Change | Touch) -> None:
         """Add a change of the transaction."""
-        batch, self._mixed = self._filling, True
-        if self._held_since == math.inf:
-            self._held_since = anyio.current_time()
+        batch = self._filling
+        self._hold()
         batch.add(change)
         if batch.oldest_us is None and self._transaction is not None:
             batch.oldest_us = self._transaction.commit_time_us
@@ -148,10 +147,14 @@ class OpenBatch:
 
     def add_page(self, page: PageRows) -> None:
         """Add the rows that belong at a mark."""
+        self._hold()
+        self._filling.add_page(page)
+
+    def _hold(self) -> None:
+        """Note that something of the transaction is in the batch, and since when the batch has something."""
         self._mixed = True
         if self._held_since == math.inf:
             self._held_since = anyio.current_time()
-        self._filling.add_page(page)
 
     def commit(self, transaction: Committed) -> None:
         """Note that the transaction is whole."""

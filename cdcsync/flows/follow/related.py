@@ -11,10 +11,8 @@ concerns the document once more.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TypeVar
 
 import msgspec
-import structlog
 
 from cdcsync.flows.follow.sight import PutOff, Sight, snapshot_only
 from cdcsync.model.batch import IndexChanges
@@ -25,10 +23,6 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.source.related import MOST_FILTERED, LookUps
-
-log = structlog.get_logger()
-
-T = TypeVar("T")
 
 MOST_OF_ONE = 1_000
 """Documents of one changed row that are rebuilt with its batch: reading them takes some 50 ms. If there are more, a
