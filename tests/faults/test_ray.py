@@ -24,7 +24,7 @@ from tests.support.ray_clusters import RayCluster, actors, children, ray_cluster
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(600)]
 
 BATCH_TEXTS = 8
 IN_FLIGHT = 2
@@ -148,7 +148,6 @@ async def test_an_embedder_that_actors_cannot_open_says_why(rays: RayCluster, pr
 
 
 @pytest.mark.server
-@pytest.mark.timeout(240)  # some 25 s on an idle machine
 def test_nodes_actors_and_the_head_come_and_go_and_nothing_is_lost_or_embedded_for_nothing(
     doomed: RayCluster,
     database: Database,

@@ -76,7 +76,7 @@ def no_replication(database: Database, role: Role) -> Dsns:
 
 
 EVERYWHERE = {
-    wrong_password: (f"the server refuses the password of role {LOCKED}", "PGPASSWORD or ~/.pgpass"),
+    wrong_password: (f"the server refuses the password of role {LOCKED}", "correct it in the DSN, PGPASSWORD or "),
     no_password: ("no password is given for this role", "set PGPASSWORD"),
     no_such_role: ("there is no role nobody_of_that_name", "`cdcsync init` and `cdcsync config roles` print the SQL"),
     no_such_database: ("there is no database nosuch", "correct the database name in the DSN"),
