@@ -241,15 +241,16 @@ async def published_names(connection: Connection, name: str) -> list[QualifiedNa
 
 
 def create_publication_statement(name: str, tables: Sequence[QualifiedName], *, version: int = 0) -> sql.Composed:
-    """Return the statement that creates a publication of `tables`.
+    """Return the statement that creates a publication of `tables`, or of none yet.
 
     :param version: the server's. If it can, the publication sends stored generated columns: templates may use them,
         and without them UPDATE and DELETE would fail on a table that has some and REPLICA IDENTITY FULL.
     """
     generated = ", publish_generated_columns = stored" if version >= GENERATED_COLUMNS_VERSION else ""
-    return sql.SQL(
-        "CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true" + generated + ")"
-    ).format(sql.Identifier(name), _names(tables))
+    of = sql.SQL(" FOR TABLE {}").format(_names(tables)) if tables else sql.SQL("")
+    return sql.SQL("CREATE PUBLICATION {}{} WITH (publish_via_partition_root = true" + generated + ")").format(
+        sql.Identifier(name), of
+    )
 
 
 def publish_statement(name: str, tables: Sequence[QualifiedName]) -> sql.Composed:

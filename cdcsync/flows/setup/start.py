@@ -96,8 +96,10 @@ async def set_up_publication(
 ) -> None:
     """Create the publication, or add those of the tables that it lacks.
 
-    It must exist before the slot does: a slot looks its publication up in the catalog of the past. And it is put right
-    before the tables' fingerprints are taken, which tell that it was not.
+    It must exist before the slot does, be it without a table: a slot looks its publication up in the catalog of the
+    past. And it is put right before the tables' fingerprints are taken, which tell that it was not.
+
+    :param tables: none if somebody holds all of them.
 
     :param index_of: an index that needs each table.
     :raises TablesChanged: one of the tables was dropped meanwhile.
@@ -108,7 +110,7 @@ async def set_up_publication(
         catalog = await read_catalog(source, name, tables)
         publication, tables = catalog.publication, catalog.single(tables)
         missing = [one for one in tables if publication is None or one not in publication.tables]
-        if not missing:
+        if publication is not None and not missing:
             return
 
         async def publish() -> None:

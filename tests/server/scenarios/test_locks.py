@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import psycopg
 import pytest
 
-from tests.support.configs import NO_AUDIT
+from tests.support.configs import NO_AUDIT, configuration
 from tests.support.scenes import Followed, MakeScene, Scene
-from tests.support.workers import until
+from tests.support.servers import Database
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server]
 
@@ -237,3 +238,20 @@ def test_tables_of_one_index_in_the_target_that_stay_locked_pause_that_index_alo
         until(partial(made.equal, "sound"), made.pipeline.tail)
     made.heals()
     assert len(made.pipeline.processes) == 1
+
+
+@pytest.mark.parametrize("mode", ["ACCESS EXCLUSIVE", "SHARE UPDATE EXCLUSIVE"])
+def test_a_first_start_whose_only_table_is_locked_follows_it_once_it_is_free(
+    make_pipeline: Callable[[str], Pipeline], database: Database, mode: str
+) -> None:
+    pipeline = make_pipeline(configuration(database.dsn, indexes={"notes": {"text": "{title}"}}))
+    pipeline.hurry |= {"cdcsync.model.pauses.FIRST_DELAY_S": 2.0}
+    pipeline.source.execute("CREATE TABLE notes (id int PRIMARY KEY, title text)")
+    pipeline.source.execute("INSERT INTO notes VALUES (1, 'before')")
+    with psycopg.connect(database.dsn) as holder:
+        holder.execute(f"LOCK TABLE notes IN {mode} MODE")
+        pipeline.start()
+        pipeline.event("slot_creating")  # which waits for all transactions that have written
+    pipeline.live()
+    pipeline.source.execute("INSERT INTO notes VALUES (2, 'after')")
+    until(pipeline.in_step_now, pipeline.tail)
