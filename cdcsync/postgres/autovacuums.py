@@ -40,16 +40,18 @@ class Vacuumed(NamedTuple):
     tables: Sequence[tuple[str, str]]
 
 
-async def end_autovacuums(vacuumed: Vacuumed) -> None:
-    """Wait for tables that something maintains for so long that an autovacuum gives way.
+async def end_autovacuums(vacuumed: Vacuumed) -> bool:
+    """Wait for tables that something maintains for so long that an autovacuum gives way; returns whether one did.
 
     Anything else, such as a VACUUM of an administrator's, does not, and nor does an autovacuum against wraparound.
     """
     connection = vacuumed.connection
     schemas, names = zip(*vacuumed.tables, strict=True)
     found = await fetch_rows(connection, _MAINTAINED, [list(schemas), list(names)])
-    patience = "SELECT setting::int + 500 FROM pg_settings WHERE name = 'deadlock_timeout'"
+    # It is told to end after that time, and then needs some to do so.
+    patience = "SELECT setting::int + 2000 FROM pg_settings WHERE name = 'deadlock_timeout'"
     patience_ms: int = await fetch_value(connection, patience) if found else 0
+    ended = False
     for (name,) in found:
         with contextlib.suppress(
             psycopg.errors.LockNotAvailable,
@@ -60,3 +62,5 @@ async def end_autovacuums(vacuumed: Vacuumed) -> None:
             async with connection.transaction():
                 await connection.execute(f"SET LOCAL lock_timeout = {patience_ms}")
                 await connection.execute(sql.SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(sql.SQL(name)))
+                ended = True
+    return ended

@@ -63,9 +63,11 @@ async def until_locked(
             log.info("lock_waits", table=table, attempt=attempt + 1)
             if attempt + 1 == attempts:
                 raise
-            if vacuumed is not None and attempt % NUDGE_EVERY == FIRST_NUDGE:
-                await end_autovacuums(vacuumed)
-            await anyio.sleep(backoff_s(attempt, first=0.1, most=5))
+            if vacuumed is not None and attempt % NUDGE_EVERY == FIRST_NUDGE and await end_autovacuums(vacuumed):
+                pause_s = 0.0  # another one may begin as soon as the server looks for work again
+            else:
+                pause_s = backoff_s(attempt, first=0.1, most=5)
+            await anyio.sleep(pause_s)
             attempt += 1
 
 
