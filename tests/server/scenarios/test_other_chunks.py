@@ -17,7 +17,6 @@ from tests import ROOT
 from tests.support.configs import Section, configuration
 from tests.support.migrations import (
     BOTH,
-    asks_for,
     belongings,
     hashed,
     leave_rebuilds,
@@ -358,8 +357,11 @@ def test_other_chunks_are_activated_rolled_back_and_dropped_while_the_source_is_
 
     pipeline = make_pipeline(wanting({"articles": {}, "notes": {}}))
     loaded(pipeline, "articles", "notes", rows=20)
-    asks_for(pipeline, wanting({"articles": {"text": FRAMED, "embedder": "new"}, "notes": {}}))
+    # Before a worker sees the other text, which it would make in place.
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.configure(wanting({"articles": {"text": FRAMED, "embedder": "new"}, "notes": {}}))
     assert migrate(pipeline, "start")["generation"] == 2
+    pipeline.start(PYTHONPATH=str(ROOT))
     ready(pipeline, 2)
     source.stop("immediate")
     assert migrate(pipeline, "activate")["live"] == 2
