@@ -100,7 +100,6 @@ async def set_up_publication(
     past. And it is put right before the tables' fingerprints are taken, which tell that it was not.
 
     :param tables: none if somebody holds all of them.
-
     :param index_of: an index that needs each table.
     :raises TablesChanged: one of the tables was dropped meanwhile.
     :raises SchemaChanged: somebody holds a table of an index, so that it cannot be added.
