@@ -81,7 +81,9 @@ def test_what_only_looks_at_a_target_ends_no_worker_and_says_what_it_cannot_see(
     start, end = text.index("[indexes.articles]"), text.index("[indexes.notes]")
     assert pipeline.stop(worker) == 0
     pipeline.configure(text[:start] + text[end:])
+    streamed = pipeline.times("streaming")
     worker = pipeline.start()
+    until(lambda: pipeline.times("streaming") > streamed, pipeline.tail)
     pipeline.in_step()
     dropped = pipeline.command("drop", "articles", "--yes")
     assert dropped.returncode == 0, dropped.stderr

@@ -147,7 +147,7 @@ def test_every_panel_shows_something_of_a_worker_at_work(
     until(
         shown,
         lambda: "data for " + "\n".join(sorted(waiting)),
-        patience_s=5 * PATIENCE_S,
+        patience_s=2 * PATIENCE_S,
         progress=lambda: len(waiting),
     )
     for one in seldom:

@@ -49,6 +49,8 @@ READ_LATE = frozenset(
     {
         *("PYTHONPATH", "COLUMNS", "NO_COLOR", "CDCSYNC_CONFIG", "PGPASSWORD"),
         *("HTTPS_PROXY", "NO_PROXY", crashpoints.VARIABLE),
+        # What torch, sentence-transformers and Ray set where they are imported: no copy has them from the first.
+        *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR", "RAY_CLIENT_MODE"),
     }
 )
 """The variables that are read once a command runs, or that a copy sees to: others may be read by what is imported."""

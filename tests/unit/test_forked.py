@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -79,4 +80,13 @@ def test_what_is_read_by_an_import_needs_a_process_of_its_own() -> None:
         streams = (subprocess.DEVNULL, nothing, nothing)
         process = forked.start("cdcsync", ["--help"], streams, more={"OMP_NUM_THREADS": "1"})
     assert isinstance(process, subprocess.Popen)
+    assert process.wait(60) == 0
+
+
+def test_what_the_libraries_of_models_set_where_they_are_imported_is_read_by_no_copy() -> None:
+    importlib.import_module("sentence_transformers")
+    importlib.import_module("ray")
+    with Path(os.devnull).open("wb") as nothing:
+        process = forked.start("cdcsync", ["--help"], (subprocess.DEVNULL, nothing, nothing), more={})
+    assert isinstance(process, forked.Forked)
     assert process.wait(60) == 0

@@ -521,7 +521,7 @@ async def test_a_login_that_is_refused_later_is_told_with_its_fix_in_the_log_alo
             tickets.database.execute(sql.SQL("ALTER ROLE {} NOLOGIN").format(role))
             ended = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = %s"
             tickets.database.execute(ended, [tickets.reader])
-            with structlog.testing.capture_logs() as logs, anyio.fail_after(20):
+            with structlog.testing.capture_logs() as logs, anyio.fail_after(60):
                 # A session that has just ended is one that does not answer.
                 while (told := (await client.get("/readyz")).json()["reasons"]) == ["the target does not answer"]:
                     pass

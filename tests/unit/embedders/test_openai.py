@@ -54,5 +54,5 @@ async def test_a_provider_that_counts_wildly_is_not_believed_and_its_vectors_are
 
     for _ in range(3):
         provider.misdeeds.append(counts)
-        with anyio.fail_after(30):
+        with anyio.fail_after(60):
             np.testing.assert_allclose(await embedder.embed(TEXTS), expected(TEXTS), rtol=1e-6)

@@ -97,7 +97,7 @@ async def test_requests_are_not_logged(client: Client, caplog: pytest.LogCapture
 
 
 async def closed_by_the_server(stream: anyio.abc.SocketStream) -> None:
-    with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)), anyio.fail_after(30):
+    with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)), anyio.fail_after(60):
         await stream.receive()
 
 
@@ -167,7 +167,7 @@ async def test_a_client_that_does_not_take_its_answers_gives_its_place_back(
 ) -> None:
     bounds = Bounds(connections=1, request_s=0.3)
     async with serving(view, app=large_or_small, bounds=bounds, parser=parser) as client:
-        with deaf(client.port, requests), anyio.fail_after(15):
+        with deaf(client.port, requests), anyio.fail_after(60):
             while not await is_answered(client.port):  # noqa: ASYNC110 - only a new connection tells
                 await anyio.sleep(0.01)
 
@@ -180,7 +180,7 @@ async def test_requests_that_are_sent_ahead_are_answered_in_order(view: View, pa
         client = await stack.enter_async_context(serving(view, app=large_or_small, parser=parser))
         stream = await stack.enter_async_context(await anyio.connect_tcp("127.0.0.1", client.port))
         await stream.send(GET + 3 * small + last)
-        with anyio.fail_after(30), suppress(anyio.EndOfStream):
+        with anyio.fail_after(60), suppress(anyio.EndOfStream):
             while True:
                 read += await stream.receive(1_000_000)
     answers = read.split(b"HTTP/1.1 200 OK\r\n")[1:]
@@ -188,7 +188,7 @@ async def test_requests_that_are_sent_ahead_are_answered_in_order(view: View, pa
 
 
 async def closed_while_it_sends(stream: anyio.abc.SocketStream, part: bytes) -> None:
-    with anyio.fail_after(30), suppress(anyio.BrokenResourceError):
+    with anyio.fail_after(60), suppress(anyio.BrokenResourceError):
         for _ in range(1_000):
             await stream.send(part)
         pytest.fail("the server takes everything")

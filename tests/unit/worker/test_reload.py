@@ -136,7 +136,7 @@ def test_a_wrong_configuration_changes_nothing_and_is_told(logged: Callable[[], 
 
 async def test_the_signal_has_it_read_again_however_often(logged: Callable[[], list[dict[str, Any]]]) -> None:
     running = Running(config())
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             configs = iter([config("batch_rows = 7"), config("batch_rows = 8")])
             await tasks.start(reload_on_signal, running, lambda: next(configs), None)

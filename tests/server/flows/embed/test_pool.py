@@ -124,7 +124,7 @@ async def _fail_within_a_transaction(pool: Pool, index: LiveIndex) -> None:
 
 
 async def _all_closed(target: Database) -> bool:
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         while opened(target):
             await anyio.lowlevel.checkpoint()
     return True

@@ -156,7 +156,7 @@ async def test_an_index_that_is_there_is_not_kept_waiting_for_one_that_a_user_bu
         await old.execute("LOCK TABLE cdcsync.articles_chunks IN ROW EXCLUSIVE MODE")
         tasks.start_soon(user.execute, "CREATE INDEX CONCURRENTLY ON cdcsync.articles_chunks (content_hash)")
         await until_blocked(connection, user)
-        with anyio.fail_after(30):
+        with anyio.fail_after(60):
             assert not await build_search(connection, SCHEMA, index.spec)
 
 

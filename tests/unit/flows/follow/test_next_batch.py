@@ -151,7 +151,7 @@ async def test_what_is_committed_is_told_of_before_the_next_batch_is_prepared_an
 
     target.waits_for_all_ahead = True
     target.look_ups = slow  # type: ignore[method-assign]
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         await made.apply(a_batch(), caught_up=lambda: False, following=following, committed=lambda _: told.set())
     assert (len(target.prepared), len(target.commits)) == (4, 1)
     target.waits_for_all_ahead = False

@@ -143,7 +143,7 @@ class Followed:
         """Follow for the time of a block, which waits for what it expects; then stop in order."""
 
         async def until(expected: Callable[[], object]) -> None:
-            with anyio.fail_after(20):
+            with anyio.fail_after(60):
                 while not expected():
                     await anyio.lowlevel.checkpoint()
 
@@ -212,7 +212,7 @@ async def test_an_index_that_cannot_follow_its_table_ends_the_following_once_its
     without_body = pg.Relation(None, 1, "public", "articles", "d", (pg.Column(True, "id", 25, -1),))
     later = transaction(50, insert("never"))
     followed = Followed(tmp_path, *transaction(30, without_body), *transaction(40), *later)
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         (why,) = await followed.follow()
     assert why.index == "articles"
     assert followed.target.paused == ["articles"]
@@ -307,7 +307,7 @@ async def test_a_pause_from_outside_outlives_the_connection_whose_batch_was_to_s
         followed.stream.pause(gone)
 
     followed.slot.frames.extend(transaction(40, insert("b")))
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         assert await followed.follow() == [gone]
 
     assert followed.target.paused == ["articles"]
