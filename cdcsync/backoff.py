@@ -1,7 +1,8 @@
-"""How long to wait after a failure, and the loop that does the same thing again afterwards."""
+"""How long to wait after a failure: a loop that does the same thing again, and a rest for one thing among others."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from types import TracebackType
@@ -98,3 +99,27 @@ class Backoff:
             return False
         await self.wait(error)
         return True
+
+
+class Rest:
+    """Until when what failed is left alone, for longer after each failure in a row, while others go on."""
+
+    def __init__(self, *, most: float = 3600.0) -> None:
+        """Rest for `most` seconds at most."""
+        self._most = most
+        self._failures = 0
+        self._until = -math.inf
+
+    @property
+    def over(self) -> bool:
+        """Whether it may be tried."""
+        return anyio.current_time() >= self._until
+
+    def failed(self, error: CdcsyncError) -> None:
+        """Begin a rest."""
+        self._failures += 1 if isinstance(error, Unavailable) else 5  # which does not pass by itself
+        self._until = anyio.current_time() + backoff_s(self._failures, most=self._most)
+
+    def succeeded(self) -> None:
+        """Begin again with the shortest rest."""
+        self._failures = 0

@@ -22,14 +22,15 @@ from collections.abc import Callable, Sequence
 import anyio
 import structlog
 
-from cdcsync.backoff import Backoff
+from cdcsync.backoff import Backoff, Rest
 from cdcsync.config.sections import Worker
 from cdcsync.errors import CdcsyncError, SetupError, TargetUnavailable, leading
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import CLOSE_S, Lag
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Session, speaking_of
+from cdcsync.postgres.sessions import Session, locked_out, speaking_of
 from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
+from cdcsync.target.session import LOCK_WAIT_MS
 from cdcsync.target.settling import Settling, Tiers
 from cdcsync.target.tidying import tidy
 
@@ -62,6 +63,9 @@ REBUILD_AGAIN_S = 300.0
 """How soon a rebuild is tried again after it failed."""
 
 
+MOST_REST_S = 60.0
+"""An index is left alone for so long at most after something failed; the others have their turns meanwhile."""
+
 TIDY_SHARE = 0.1
 """The share of the time that may go into removing what is dead in fresh: an old transaction can make it be in vain."""
 
@@ -81,6 +85,8 @@ class _Seen:
         """No rebuild before this time: the last one failed."""
         self.built = False
         """Whether the settled tier had its HNSW index: until it has, everything may be fresh, and nothing is moved."""
+        self.rest = Rest(most=MOST_REST_S)
+        """Since something of this index failed."""
         self.tidy_at = -math.inf
         """When fresh is tidied again."""
 
@@ -151,15 +157,21 @@ class Settle:
 
     async def _turn(self, spec: IndexSpec) -> bool:
         """Move some vectors of an index if there is reason to; returns whether it did."""
+        rest = self._seen[_place(spec)].rest
+        if not rest.over:
+            return False
         try:
             with speaking_of("target", where=f"index {spec.name}"):
-                return await self._settle(spec)
-        except TargetUnavailable:
-            raise
+                moved = await self._settle(spec)
         except CdcsyncError as error:
+            if isinstance(error, TargetUnavailable) and not locked_out(error):
+                raise
             # Of this index alone: its tables are looked after by others.
             log.warning("settling_failed", index=spec.name, error=str(error))
+            rest.failed(error)
             return False
+        rest.succeeded()
+        return moved
 
     async def _settle(self, spec: IndexSpec) -> bool:
         settings, seen = self._settings(), self._seen[_place(spec)]
@@ -256,5 +268,7 @@ class Settle:
     async def _on(self, number: int, spec: IndexSpec) -> Settling:
         """Return what settles an index over one of our connections."""
         while len(self._sessions) <= number:
-            self._sessions.append(Session(self._dsn, "target", application_name="cdcsync settle"))
+            self._sessions.append(
+                Session(self._dsn, "target", application_name="cdcsync settle", lock_wait_ms=LOCK_WAIT_MS)
+            )
         return Settling(await self._sessions[number].connection(), self._schema, spec)

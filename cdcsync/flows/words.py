@@ -17,8 +17,8 @@ import anyio
 import structlog
 from psycopg import sql
 
-from cdcsync.backoff import backoff_s
-from cdcsync.errors import CdcsyncError, Unavailable
+from cdcsync.backoff import Rest
+from cdcsync.errors import CdcsyncError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session, speaking_of
@@ -89,34 +89,22 @@ async def _for_ever(
     :param pause_s: how long to wait after a round that took so long.
     """
     searchable = [spec for spec in specs if spec.config.search is not None]
-    failures = {spec.name: _Failures() for spec in searchable}
+    rests = {spec.name: Rest() for spec in searchable}
     while searchable:
         started = anyio.current_time()
         for spec in searchable:
             # One index may lack what another has: memory for its index, or a text search configuration.
-            if anyio.current_time() < failures[spec.name].until:
+            if not rests[spec.name].over:
                 continue
             try:
                 connection = await target.connection()
                 with speaking_of("target", where=f"index {spec.name}"):
                     await work(connection, spec)
-                failures[spec.name] = _Failures()
+                rests[spec.name].succeeded()
             except CdcsyncError as error:
                 failed(spec, error)
-                failures[spec.name].add(error)
+                rests[spec.name].failed(error)
         await anyio.sleep(pause_s(anyio.current_time() - started))
-
-
-class _Failures:
-    """The failures of one index in a row, and until when it is left alone."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self.until = 0.0
-
-    def add(self, error: CdcsyncError) -> None:
-        self._count += 1 if isinstance(error, Unavailable) else 5  # which does not pass by itself
-        self.until = anyio.current_time() + backoff_s(self._count, most=3600)
 
 
 async def _count_if_changed(connection: Connection, schema: str, spec: IndexSpec, counted_at: dict[str, int]) -> None:

@@ -269,10 +269,11 @@ def first_line(error: psycopg.Error) -> str:
 
 
 async def connect(
-    dsn: str, side: Side, *, application_name: str = "cdcsync", autocommit: bool = True
+    dsn: str, side: Side, *, application_name: str = "cdcsync", autocommit: bool = True, lock_wait_ms: int | None = None
 ) -> WatchedConnection:
     """Open an SQL session with pinned rendering. The caller closes it.
 
+    :param lock_wait_ms: how long a statement waits for a lock, if that is not for the side to say.
     :raises SetupError: wrong password, database, host name or DSN: waiting does not help.
     :raises SourceUnavailable, TargetUnavailable: the server does not answer now.
     """
@@ -288,7 +289,7 @@ async def connect(
     connection.prepare_threshold = None
     try:
         with speaking_of(side, where=where), anyio.fail_after(SETTINGS_S):
-            await _set_up(connection, side)
+            await _set_up(connection, side, lock_wait_ms)
             await connection.set_autocommit(autocommit)
     except TimeoutError:
         connection.pgconn.finish()
@@ -299,10 +300,13 @@ async def connect(
     return connection
 
 
-async def _set_up(connection: WatchedConnection, side: Side) -> None:
+async def _set_up(connection: WatchedConnection, side: Side, lock_wait_ms: int | None) -> None:
     """Pin the settings of a session, and note which one it is: until then nobody could tell that it is lost."""
     # Together, because each statement of its own would take the time of the way there and back.
-    ours = [RENDERING, SAFETY, DURABILITY[side], *([TABLES_ONLY] if side == "source" else []), SERVER]
+    ours = [RENDERING, SAFETY, DURABILITY[side], *([TABLES_ONLY] if side == "source" else [])]
+    if lock_wait_ms is not None:
+        ours.append(f"SET lock_timeout = {lock_wait_ms:d}")
+    ours.append(SERVER)
     cursor = await connection.execute("; ".join(ours))
     while cursor.nextset():
         pass
@@ -361,15 +365,25 @@ def connect_error(error: psycopg.Error, side: Side, where: str) -> CdcsyncError:
 class Session:
     """A connection that is opened when it is needed and again after it broke. For one task at a time."""
 
-    def __init__(self, dsn: str, side: Side, *, application_name: str, idle_s: float | None = None) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        side: Side,
+        *,
+        application_name: str,
+        idle_s: float | None = None,
+        lock_wait_ms: int | None = None,
+    ) -> None:
         """Make a session that has no connection yet.
 
         :param idle_s: close the connection once it has not been used for so long; nothing may live in it between uses.
+        :param lock_wait_ms: see `connect`.
         """
         self._dsn = dsn
         self._side: Side = side
         self._application_name = application_name
         self._idle_s = idle_s
+        self._lock_wait_ms = lock_wait_ms
         self._rest: asyncio.TimerHandle | None = None
         self._connection: WatchedConnection | None = None
 
@@ -385,7 +399,9 @@ class Session:
         """
         if self._connection is None or self._connection.info.transaction_status != TransactionStatus.IDLE:
             await self.aclose()
-            self._connection = await connect(self._dsn, self._side, application_name=self._application_name)
+            self._connection = await connect(
+                self._dsn, self._side, application_name=self._application_name, lock_wait_ms=self._lock_wait_ms
+            )
             if self._idle_s is not None:
                 self._rest = asyncio.get_running_loop().call_later(self._idle_s, self._close_if_idle)
         return self._connection

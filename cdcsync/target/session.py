@@ -54,7 +54,7 @@ class ApplySession(LockedSession):
         self._closed: set[str] = set()
         """The indexes whose writers could not be opened, because their tables were locked."""
         self._stages: TemporaryTables | None = None
-        self._beside = Session(dsn, "target", application_name=f"cdcsync look-up {slot}")
+        self._beside = Session(dsn, "target", application_name=f"cdcsync look-up {slot}", lock_wait_ms=LOCK_WAIT_MS)
         """Looks up for the next batch while this one is written."""
         self._look_ups: tuple[Connection | None, dict[str, LookUps]] = None, {}
         """The look-ups over that connection, by index."""
@@ -123,7 +123,6 @@ class ApplySession(LockedSession):
                     hint="if target.dsn names several hosts, add target_session_attrs=read-write",
                 )
             if self._look_ups[0] is not connection:
-                await connection.execute(_PATIENCE.format(sql.Literal(LOCK_WAIT_MS)))
                 self._look_ups = connection, {}
             found = self._look_ups[1].get(index)
             if found is None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
 import pytest
 
 from tests.support.configs import configuration, hosted
@@ -88,6 +89,31 @@ def test_a_backlog_is_embedded_over_as_many_connections_as_are_allowed(
 
     assert provider.most_at_once == 4
     assert set(provider.embedded.values()) == {1}
+    pipeline.in_step()
+
+
+def test_an_index_whose_vectors_cannot_be_stored_takes_no_connection_from_another(
+    pipeline: Pipeline, provider: FakeProvider
+) -> None:
+    pipeline.source.execute("CREATE TABLE notes (id bigint PRIMARY KEY, body text)")
+    notes = '\n[indexes.notes]\ntable = "notes"\ntext = "{body}"\nembedder = "hosted"\n'
+    pipeline.configure(pipeline.path.read_text() + notes)
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    provider.stop()
+    pipeline.source.execute("UPDATE articles SET body = 'another ' || body")
+    pipeline.in_step(vectors=False)
+
+    with psycopg.connect(pipeline.config.target.dsn) as holder:
+        holder.execute("LOCK TABLE cdcsync.articles_vectors_1_fresh IN SHARE MODE")
+        provider.start()
+        pipeline.event("backlog_locked")
+        pipeline.source.execute("INSERT INTO notes SELECT i, 'note ' || i FROM generate_series(1, 100) AS i")
+        pipeline.in_step("notes")
+        assert backlog(pipeline) == 200
+    until(lambda: backlog(pipeline) == 0, "the vectors")
+    assert {times for text, times in provider.embedded.items() if text.startswith("another")} == {1}
     pipeline.in_step()
 
 

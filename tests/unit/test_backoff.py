@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from cdcsync.backoff import Backoff, Failure, backoff_s
+from cdcsync.backoff import Backoff, Failure, Rest, backoff_s
 from cdcsync.errors import GapError, SourceUnavailable, TargetUnavailable
 
 pytestmark = pytest.mark.anyio
@@ -64,3 +64,26 @@ async def test_a_wait_that_the_other_side_asked_for_is_kept() -> None:
     told: list[Failure] = []
     await Backoff(told.append, first=60.0).wait(AWAY, asked_s=0.01)
     assert told == [Failure(AWAY, 1, 0.01)]
+
+
+async def test_what_failed_rests_and_what_no_waiting_mends_rests_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(anyio, "current_time", lambda: now)
+    passing, lasting = Rest(), Rest()
+    assert passing.over
+    passing.failed(AWAY)
+    lasting.failed(GapError("the slot is gone"))
+    assert not passing.over
+    now = 4.0
+    assert passing.over
+    assert not lasting.over
+    now = 3_600.0
+    assert lasting.over
+    for _ in range(20):
+        passing.failed(AWAY)
+    now += 1_700.0
+    assert not passing.over
+    passing.succeeded()
+    passing.failed(AWAY)
+    now += 4.0
+    assert passing.over

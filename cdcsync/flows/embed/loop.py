@@ -23,7 +23,7 @@ from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import LIVE
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
-from cdcsync.postgres.sessions import speaking_of, without_values
+from cdcsync.postgres.sessions import locked_out, speaking_of, without_values
 from cdcsync.target.backlog import Waiting
 
 log = structlog.get_logger()
@@ -95,7 +95,7 @@ class EmbedLoop:
         self._dispatcher.avoided(reason, texts)
 
     async def run(self) -> None:
-        """Embed until cancelled, connecting again whenever the target was away."""
+        """Embed until cancelled, trying again whenever the target was away, or somebody held the index's tables."""
         await self._dispatcher.ready.wait()
         while True:
             async with self._target_outage:
@@ -103,6 +103,9 @@ class EmbedLoop:
                     await self._drain_for_ever()
 
     def _target_away(self, failure: Failure) -> None:
+        if locked_out(failure.error):
+            log.warning("backlog_locked", index=self._spec.name, error=str(failure.error), attempt=failure.attempt)
+            return
         log.warning("target_unavailable", index=self._spec.name, loop="embed", error=str(failure.error))
         self._metrics.reconnects.labels("target").inc()
 

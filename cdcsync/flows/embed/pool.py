@@ -27,6 +27,11 @@ MOST = 8
 processors gain nothing."""
 
 
+LOCK_WAIT_MS = 2_000
+"""How long a connection waits for a lock on the tables of one index, which others could use meanwhile. What is ours
+holds one for less."""
+
+
 class _Session:
     """A connection with the backlogs that it has served."""
 
@@ -91,7 +96,8 @@ class Pool:
                     await self.aclose()
 
     async def _open(self) -> _Session:
-        return _Session(await connect(self._dsn, "target", application_name="cdcsync embed"))
+        opened = await connect(self._dsn, "target", application_name="cdcsync embed", lock_wait_ms=LOCK_WAIT_MS)
+        return _Session(opened)
 
     async def aclose(self) -> None:
         """Close the connections that nobody uses; the next use opens another."""

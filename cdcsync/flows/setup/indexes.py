@@ -116,7 +116,7 @@ async def set_up_indexes(
             if spec.name in known and spec.name not in (waiting or {}) and await _stands(target, config, spec, catalog):
                 continue
             try:
-                await upgrade_vectors(target, config.target.schema, spec)
+                await upgrade_vectors(target, config.target.schema, spec, LOCK_ATTEMPTS)
                 await drop_generations(target, config.target.schema, spec)
                 pause = (waiting or {}).get(spec.name)
                 await until_locked(

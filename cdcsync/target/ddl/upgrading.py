@@ -28,10 +28,13 @@ PROOF_NAME = "cdcsync_tier"
 PROOF = sql.Identifier(PROOF_NAME)
 
 
-async def upgrade_vectors(connection: Connection, schema: str, spec: IndexSpec) -> bool:
+async def upgrade_vectors(connection: Connection, schema: str, spec: IndexSpec, attempts: int | None = None) -> bool:
     """Divide the vectors table of the spec's generation into tiers where it is still one table.
 
     Needs a connection in autocommit. Returns whether there was anything to do.
+
+    :param attempts: how often each of its locks is asked for at most.
+    :raises LockNotAvailable, DeadlockDetected: somebody was in its way each time; what it has done stays done.
     """
     vectors = Names(schema, spec.relations).vectors(spec.generation)
     name = vectors.as_string(connection)
@@ -42,10 +45,12 @@ async def upgrade_vectors(connection: Connection, schema: str, spec: IndexSpec) 
         return False
     log.info("tiers_begin", index=spec.name, table=name)
     vacuumed = Vacuumed(connection, [(schema, spec.relations)])
-    await until_locked(lambda: _add_columns(connection, vectors), table=name, vacuumed=vacuumed)
-    await connection.execute(sql.SQL("ALTER TABLE {} VALIDATE CONSTRAINT {}").format(vectors, PROOF))
-    crash_point("tier proven")
-    await until_locked(lambda: _exchange(connection, schema, spec, row[0]), table=name, vacuumed=vacuumed)
+    for change in (
+        lambda: _add_columns(connection, vectors),
+        lambda: _prove(connection, vectors),
+        lambda: _exchange(connection, schema, spec, row[0]),
+    ):
+        await until_locked(change, table=name, attempts=attempts, vacuumed=vacuumed)
     log.info("tiers_ready", index=spec.name, table=name)
     return True
 
@@ -68,6 +73,13 @@ async def _add_columns(connection: Connection, vectors: sql.Identifier) -> None:
             )
         crash_point("tier columns written")
     crash_point("tier columns committed")
+
+
+async def _prove(connection: Connection, vectors: sql.Identifier) -> None:
+    async with connection.transaction():
+        await connection.execute(BRIEFLY)
+        await connection.execute(sql.SQL("ALTER TABLE {} VALIDATE CONSTRAINT {}").format(vectors, PROOF))
+    crash_point("tier proven")
 
 
 async def _exchange(connection: Connection, schema: str, spec: IndexSpec, oid: int) -> None:

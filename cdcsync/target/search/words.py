@@ -11,6 +11,7 @@ from __future__ import annotations
 from psycopg import sql
 
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.names import Names, words_name
@@ -43,6 +44,7 @@ async def count_words(connection: Connection, schema: str, spec: IndexSpec) -> i
         await connection.execute(
             "SELECT pg_advisory_xact_lock(hashtextextended('cdcsync words ' || %s, 0))", [spec.name]
         )
+        await connection.execute(BRIEFLY)
         await connection.execute(
             'CREATE TEMP TABLE counted (lexeme text COLLATE "C" PRIMARY KEY, chunks bigint, occurrences bigint)'
             " ON COMMIT DROP"

@@ -192,6 +192,25 @@ async def test_an_index_whose_tables_are_gone_does_not_keep_another_from_settlin
         await until(settled(built, 100))
 
 
+async def test_an_index_whose_vectors_are_locked_does_not_keep_another_from_settling(
+    built: LiveIndex, open_index: OpenIndex, target: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settle, "LOCK_WAIT_MS", 200)
+    locked = await open_index(name="aaa", search=None)
+    await register(locked.connection, locked.spec, slot="s")
+    await build_hnsw(locked.connection, SCHEMA, locked.spec)
+    await fill(locked, 10)
+    flow = Flow(target.dsn, [locked, built])
+    flow.worker = msgspec.structs.replace(EAGER, settle_connections=0)
+    async with flow.running():
+        await flow.looks_in_vain()
+        async with locked.connection.transaction():
+            await locked.connection.execute("LOCK TABLE cdcsync.aaa_vectors_1 IN ACCESS EXCLUSIVE MODE")
+            flow.worker = EAGER
+            await until(settled(built, 100))
+        await until(settled(locked, 10))
+
+
 async def test_settling_goes_on_after_its_sessions_were_ended(built: LiveIndex, target: Database) -> None:
     flow = Flow(target.dsn, [built])
     flow.worker = msgspec.structs.replace(EAGER, settle_connections=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -81,13 +82,19 @@ async def test_what_a_worker_before_it_counted_is_not_counted_again(
     assert await told() == ["notes"]
 
 
+@pytest.mark.parametrize("how", ["a table is gone", "locked"])
 async def test_an_index_whose_words_cannot_be_counted_keeps_no_other_from_it(
-    filled: LiveIndex, target: Database, open_index: OpenIndex
+    filled: LiveIndex, target: Database, open_index: OpenIndex, how: str
 ) -> None:
     notes = await open_index(name="notes")
     await written(notes, 0, 100)
-    await filled.connection.execute("ALTER TABLE cdcsync.articles_words RENAME TO elsewhere")
-    async with counting(target, filled, notes) as logged:
+    async with contextlib.AsyncExitStack() as stack:
+        if how == "locked":
+            await stack.enter_async_context(filled.connection.transaction())
+            await filled.connection.execute("LOCK TABLE cdcsync.articles_chunks IN ACCESS EXCLUSIVE MODE")
+        else:
+            await filled.connection.execute("ALTER TABLE cdcsync.articles_words RENAME TO elsewhere")
+        logged = await stack.enter_async_context(counting(target, filled, notes))
         await until(partial(counted, notes))
     assert {one["index"] for one in logged if one["event"] == "words_not_counted"} == {"articles"}
 

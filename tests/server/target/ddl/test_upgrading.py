@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import anyio
+import psycopg
 import pytest
 
-from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.ddl import upgrading
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.upgrading import upgrade_vectors
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, until_blocked, vector_text
 from tests.support.kills import Killed, kill_at, points
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -184,3 +186,20 @@ async def test_searches_go_on_through_the_exchange(open_index: OpenIndex, connec
         done.set()
 
     assert searches
+
+
+async def test_each_step_gives_up_while_somebody_holds_the_vectors_and_is_done_once_they_are_free(
+    open_index: OpenIndex, target: Database
+) -> None:
+    index = await earlier(open_index)
+    vectors = index.names.vectors(1)
+    holder = index.connection
+    async with await connect(target.dsn, "target") as connection:
+        for step in (upgrading._add_columns, upgrading._prove, None):
+            async with holder.transaction():
+                await holder.execute("LOCK TABLE cdcsync.articles_vectors_1 IN SHARE UPDATE EXCLUSIVE MODE")
+                with pytest.raises(psycopg.errors.LockNotAvailable):
+                    await upgrade_vectors(connection, SCHEMA, index.spec, 1)
+            if step is not None:
+                await step(connection, vectors)
+        assert await upgrade(connection, index)
