@@ -10,6 +10,7 @@ import re
 
 import msgspec
 
+from cdcsync.config.names import quote
 from cdcsync.postgres.passfile import to_edit
 
 
@@ -182,6 +183,7 @@ def explain(text: str) -> Refusal | None:
             found = {name: value for name, value in match.groupdict().items() if value is not None}
             if "name" in found:  # two versions of libpq say the same in two ways
                 found["host"] = found["name"]
+            found |= {name: quote(found[name]) for name in ("role", "database") if name in found}
             found["passwords"] = to_edit(os.environ)
             hint = None if refusal.hint is None else _filled(refusal.hint, found)
             return msgspec.structs.replace(refusal, message=_filled(refusal.message, found), hint=hint)

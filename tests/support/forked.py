@@ -51,7 +51,12 @@ READ_LATE = frozenset(
         *("HTTPS_PROXY", "NO_PROXY", crashpoints.VARIABLE),
         # What the libraries of models, and we for them, set where they are imported: the first imports none of them.
         *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR", "RAY_CLIENT_MODE"),
-        *("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM"),
+        *(
+            "HF_HUB_DISABLE_PROGRESS_BARS",
+            "HF_HUB_DISABLE_TELEMETRY",
+            "ORT_DISABLE_TELEMETRY",
+            "TOKENIZERS_PARALLELISM",
+        ),
     }
 )
 """The variables that are read once a command runs, or that a copy sees to: others may be read by what is imported."""

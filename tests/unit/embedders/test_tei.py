@@ -48,6 +48,17 @@ async def test_tei_embeds_within_the_servers_limits(
     assert embedder.identity == "tei:hashing:16:any revision:normalized"
 
 
+@pytest.mark.parametrize("most", [0, -1, None])
+async def test_a_limit_that_tei_cannot_mean_is_none(
+    make_tei: Callable[..., TeiEmbedder], provider: FakeProvider, most: int | None
+) -> None:
+    provider.info["max_client_batch_size"] = most
+    embedder = make_tei()
+    await embedder.open()
+    assert len(await embedder.embed(["one", "two", "three"])) == 3
+    assert [path for path, _, _ in provider.requests] == ["/info", "/embed"]
+
+
 @pytest.mark.parametrize(
     ("settings", "info", "problem"),
     [

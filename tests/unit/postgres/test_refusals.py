@@ -67,9 +67,14 @@ def test_a_fix_names_what_it_is_about_and_keeps_the_variable_to_type() -> None:
     assert refusal is not None
     assert refusal.hint is not None
     assert "${NAME}" in refusal.hint
-    told = explain('role "ann" is not permitted to log in')
+
+
+@pytest.mark.parametrize(("role", "written"), [("ann", "ann"), ("Ann-Marie", '"Ann-Marie"'), ("user", '"user"')])
+def test_a_role_is_written_as_sql_reads_it(role: str, written: str) -> None:
+    told = explain(f'role "{role}" is not permitted to log in')
     assert told is not None
-    assert told.hint == "ALTER ROLE ann LOGIN, or use another role"
+    assert told.message == f"role {written} may not log in"
+    assert told.hint == f"ALTER ROLE {written} LOGIN, or use another role"
 
 
 def test_words_that_are_not_known_are_left_alone() -> None:
