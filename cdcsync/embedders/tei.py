@@ -64,7 +64,7 @@ class TeiEmbedder(RemoteEmbedder):
             return
         info = await self._ask_info()
         self._check(info)
-        if (info.max_client_batch_size or 0) > 0:
+        if info.max_client_batch_size is not None and info.max_client_batch_size > 0:
             self._batch_texts = min(self._batch_texts, info.max_client_batch_size)
         self._known = True
 

@@ -30,7 +30,6 @@ from cdcsync.model.lag import CLOSE_S, Lag
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Session, locked_out, speaking_of
 from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
-from cdcsync.target.session import LOCK_WAIT_MS
 from cdcsync.target.settling import Settling, Tiers
 from cdcsync.target.tidying import tidy
 
@@ -62,6 +61,9 @@ REBUILD_ROWS = 5_000
 REBUILD_AGAIN_S = 300.0
 """How soon a rebuild is tried again after it failed."""
 
+
+LOCK_WAIT_MS = 2_000
+"""How long a turn waits for a lock on the tables of its index: the turns of the others come after it."""
 
 MOST_REST_S = 60.0
 """An index is left alone for so long at most after something failed; the others have their turns meanwhile."""
@@ -177,7 +179,7 @@ class Settle:
         settings, seen = self._settings(), self._seen[_place(spec)]
         settling = await self._on(0, spec)
         if not seen.cleared:
-            await Rebuild(await self._sessions[0].connection(), self._schema, spec).clear()
+            await Rebuild(await self._sessions[0].connection(), self._schema, spec).clear(attempts=1)
             seen.cleared = True
         if seen.built and (began := anyio.current_time()) >= seen.tidy_at:
             await tidy(await self._sessions[0].connection(), self._schema, spec)

@@ -20,6 +20,7 @@ from psycopg import sql
 from cdcsync.backoff import Rest
 from cdcsync.errors import CdcsyncError
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session, speaking_of
 from cdcsync.target.ddl.bm25 import bm25_option
@@ -107,18 +108,24 @@ async def _for_ever(
         await anyio.sleep(pause_s(anyio.current_time() - started))
 
 
+async def _written(connection: Connection, schema: str, spec: IndexSpec) -> tuple[int, int, int | None] | None:
+    """Return how many rows of chunks were ever written, how many there are, and how many were counted last."""
+    async with connection.transaction():
+        await connection.execute(BRIEFLY)
+        return await fetch_row(
+            connection,
+            sql.SQL(
+                "SELECT s.n_tup_ins + s.n_tup_upd + s.n_tup_del, s.n_live_tup,"
+                " (SELECT w.chunks FROM {} AS w WHERE w.lexeme = '')"
+                " FROM pg_stat_user_tables AS s WHERE s.relid = to_regclass(%s)"
+            ).format(words_name(schema, spec.relations)),
+            [Names(schema, spec.relations).chunks.as_string(connection)],
+        )
+
+
 async def _count_if_changed(connection: Connection, schema: str, spec: IndexSpec, counted_at: dict[str, int]) -> None:
     """Count an index's words if it has never been, or if enough was written since."""
-    row = await fetch_row(
-        connection,
-        sql.SQL(
-            "SELECT s.n_tup_ins + s.n_tup_upd + s.n_tup_del, s.n_live_tup,"
-            " (SELECT w.chunks FROM {} AS w WHERE w.lexeme = '')"
-            " FROM pg_stat_user_tables AS s WHERE s.relid = to_regclass(%s)"
-        ).format(words_name(schema, spec.relations)),
-        [Names(schema, spec.relations).chunks.as_string(connection)],
-    )
-    if row is None:
+    if (row := await _written(connection, schema, spec)) is None:
         return
     written, live, counted = row
     before = counted_at.get(spec.name)

@@ -101,7 +101,7 @@ def _of_index(status: Status, name: str, index: IndexStatus, late_s: float) -> H
     if index.unreadable is not None:
         return Headline(f"cannot be read: {index.unreadable}", "bad", name)
     if index.locked is not None:
-        return Headline(f"cannot read a table: {index.locked}", "bad", name)
+        return Headline(f"cannot use a table: {index.locked}", "bad", name)
     embedder = status.embedders.get(index.embedder or "")
     if index.backlog and embedder is not None and embedder.problem is not None:
         return Headline(f"{_texts(index.backlog)} for vectors: {embedder.problem}", "bad", name)

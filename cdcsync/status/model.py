@@ -148,7 +148,8 @@ class IndexStatus(msgspec.Struct, frozen=True):
     `unreadable` is why its tables could not be read and how to fix that: the figures from `documents` to `failed`,
     `fresh` and `generations` are then not known, and have the values that they have without rows.
 
-    `locked` is who has kept everybody from reading one of its source tables for a while, if anybody has.
+    `locked` is who has kept everybody from reading one of its source tables, or from writing to its own in the target,
+    for a while, if anybody has.
 
     `since` is when it came into its state. `progress` is empty unless a load is in progress. `text_freshness` and
     `vector_freshness` are known by the worker alone.

@@ -62,9 +62,8 @@ async def read_status(config: Config, source: Connection | CdcsyncError | None, 
                 problems += slot_problems(name, slot, state)
             stored = await read_indexes(target, config, present, now, problems)
         known = await read_embedders(target, config, present, worker, now, problems)
-    found = stored.found
-    if isinstance(source, psycopg.AsyncConnection) and end is not None:
-        found = await read_locks(config, source, found, problems)
+    answers = source if isinstance(source, psycopg.AsyncConnection) and end is not None else None
+    found = await read_locks(config, answers, target, stored.found, problems)
     lag = read_lag(end, state, worker, stored.oldest, now)
     status = Status(
         version=VERSION,

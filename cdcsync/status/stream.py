@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 
 import anyio
@@ -12,8 +12,8 @@ import psycopg
 from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import CdcsyncError, SourceUnavailable
 from cdcsync.lsn import Lsn
-from cdcsync.postgres.locking import exclusive_locks
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.locking import READERS_WAIT, WRITERS_WAIT, exclusive_locks
+from cdcsync.postgres.sessions import Connection, Side, speaking_of
 from cdcsync.source.catalog import Slot, current_lsn, read_slot, why_lost
 from cdcsync.status.model import IndexStatus, SlotStatus, WorkerStatus
 from cdcsync.target.pipelines import PipelineState
@@ -25,7 +25,7 @@ SAME_WRITE = timedelta(milliseconds=1)
 """Two readings of the clock in one UPDATE are microseconds apart, those of two commits are further."""
 
 LOCKED_S = 10.0
-"""How long a transaction has been open, at least, whose lock on a source table is told."""
+"""How long a transaction has been open, at least, whose lock on a table is told."""
 
 COMES_AND_GOES_S = 1.0
 """How long a lock is watched of whose transaction we may not know the age."""
@@ -52,25 +52,54 @@ async def read_source(
 
 
 async def read_locks(
-    config: Config, source: Connection, found: Mapping[str, IndexStatus], problems: list[str]
+    config: Config,
+    source: Connection | None,
+    target: Connection,
+    found: Mapping[str, IndexStatus],
+    problems: list[str],
 ) -> dict[str, IndexStatus]:
-    """Return the status of each index with who holds one of its source tables locked, and add that to `problems`.
+    """Return the status of each index with who holds one of its tables locked, and add that to `problems`.
 
-    What is to be read from such a table waits, and everything else goes on. A lock that comes and goes is not told.
+    What is to be read from such a table, or written to it, waits, and everything else goes on. A lock that comes and
+    goes is not told.
+
+    :param source: None while it does not answer.
     """
-    tables = {
+    told = dict(found)
+    if source is not None:
+        followed = {
+            name: [
+                *(one for one in config.indexes[name].followed if not one.patterns),
+                *(QualifiedName.parse(one) for one in status.tables),
+            ]
+            for name, status in found.items()
+        }
+        await _tell_locks("source", source, followed, READERS_WAIT, told, problems)
+    ours = {
         name: [
-            *(one for one in config.indexes[name].followed if not one.patterns),
-            *(QualifiedName.parse(one) for one in status.tables),
+            QualifiedName(config.target.schema, f"{name}_{one}")
+            for one in ("chunks", "backlog", f"vectors_{status.generation}")
         ]
         for name, status in found.items()
     }
-    told = dict(found)
+    await _tell_locks("target", target, ours, WRITERS_WAIT, told, problems)
+    return told
+
+
+async def _tell_locks(
+    side: Side,
+    connection: Connection,
+    tables: Mapping[str, Sequence[QualifiedName]],
+    modes: Sequence[str],
+    told: dict[str, IndexStatus],
+    problems: list[str],
+) -> None:
     try:
-        with speaking_of("source"):
+        with speaking_of(side):
             every = {one for of in tables.values() for one in of}
-            if not every or not (found_now := await exclusive_locks(source, every, open_for_s=LOCKED_S)):
-                return told
+            found_now = await exclusive_locks(connection, every, modes=modes, open_for_s=LOCKED_S) if every else []
+            if not found_now:
+                return
             # Of whom we may not look into, nobody tells how old the transaction is: one that comes and goes is gone.
             if any(lock.age is None for lock in found_now):
                 await anyio.sleep(COMES_AND_GOES_S)
@@ -78,15 +107,14 @@ async def read_locks(
             for name, of in tables.items():
                 locks = [
                     lock
-                    for lock in await exclusive_locks(source, of, open_for_s=LOCKED_S)
+                    for lock in await exclusive_locks(connection, of, modes=modes, open_for_s=LOCKED_S)
                     if (lock.table, lock.pid) in before
                 ]
                 if locks:
-                    told[name] = msgspec.structs.replace(found[name], locked=str(locks[0]))
-                    problems.append(f"index {name} cannot read a table: {locks[0]}; {locks[0].remedy}")
+                    told[name] = msgspec.structs.replace(told[name], locked=str(locks[0]))
+                    problems.append(f"index {name} cannot use a table: {locks[0]}; {locks[0].remedy}")
     except CdcsyncError as error:
-        problems.append(f"the locks of the source cannot be read: {error.with_fix}")
-    return told
+        problems.append(f"the locks of the {side} cannot be read: {error.with_fix}")
 
 
 def slot_status(slot: Slot) -> SlotStatus:

@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from psycopg import sql
 
+from cdcsync.config import QualifiedName
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.locking import WRITERS_WAIT, Lock, exclusive_locks
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
@@ -64,6 +66,7 @@ class Backlog:
         self._connection = connection
         self._spec = spec
         self._siblings = siblings
+        self._schema = schema
         self._names = Names(schema, spec.relations)
         names = self._names
         self._stage = f"{spec.name}_made_{spec.generation}"
@@ -110,6 +113,12 @@ class Backlog:
         for row in await cursor.fetchall():
             distinct.setdefault(row[0], Waiting(*row))
         return list(distinct.values())
+
+    async def lockers(self) -> list[Lock]:
+        """Return who keeps everybody from writing to the backlog or to the vectors."""
+        names = (f"{self._spec.relations}_backlog", f"{self._spec.relations}_vectors_{self._spec.generation}")
+        tables = [QualifiedName(self._schema, name) for name in names]
+        return await exclusive_locks(self._connection, tables, modes=WRITERS_WAIT)
 
     async def still_waiting(self, hashes: Sequence[bytes]) -> set[bytes]:
         """Return those texts that some chunk still needs a vector of."""

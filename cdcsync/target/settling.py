@@ -18,6 +18,7 @@ import msgspec
 from psycopg import sql
 
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_one, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
@@ -137,11 +138,17 @@ class Settling:
         """Move the vectors of these chunks to the settled tier; returns how many were moved.
 
         What changes or goes meanwhile stays as it is.
+
+        :raises LockNotAvailable, DeadlockDetected: somebody holds the tiers.
         """
         async with self._connection.transaction():
-            # A crash of the server can lose only a whole move, never half of it.
+            # A crash of the server can lose only a whole move, never half of it. Inserts into HNSW wait for each other,
+            # which a busy server may take longer for than others should wait for a table.
             await self._connection.execute(
-                self._sql("SET LOCAL synchronous_commit = off; LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE")
+                self._sql(
+                    BRIEFLY + "; SET LOCAL synchronous_commit = off;"
+                    " LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE; SET LOCAL lock_timeout = 0"
+                )
             )
             copied = await self._copy(chunks)
             moved = await self._release(copied) if copied else set()

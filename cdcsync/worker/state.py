@@ -219,7 +219,7 @@ class WorkerState:
                 if index.state == "building" and index.reason
             ]
             reasons += [
-                f"index {name} cannot read a table: {index.locked}"
+                f"index {name} cannot use a table: {index.locked}"
                 for name, index in self._last.indexes.items()
                 if index.locked is not None
             ]

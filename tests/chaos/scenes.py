@@ -557,7 +557,14 @@ ELSEWHERE: dict[str, str] = {
     ),
     **dict.fromkeys(("fresh vacuumed", "fresh list written", "fresh list rebuilt"), TIDYING),
     **dict.fromkeys(
-        ("tier columns written", "tier columns committed", "tier proven", "tiers written", "tiers committed"),
+        (
+            "tier columns written",
+            "tier columns committed",
+            "tier proof written",
+            "tier proven",
+            "tiers written",
+            "tiers committed",
+        ),
         UPGRADING,
     ),
     **dict.fromkeys(

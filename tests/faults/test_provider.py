@@ -98,6 +98,8 @@ def test_an_index_whose_vectors_cannot_be_stored_takes_no_connection_from_anothe
     pipeline.source.execute("CREATE TABLE notes (id bigint PRIMARY KEY, body text)")
     notes = '\n[indexes.notes]\ntable = "notes"\ntext = "{body}"\nembedder = "hosted"\n'
     pipeline.configure(pipeline.path.read_text() + notes)
+    # What is to be stored is kept by who made it, not by a memory that others fill.
+    pipeline.hurry = {"cdcsync.flows.embed.dispatcher.REMEMBERED_VECTORS": 1, "cdcsync.status.stream.LOCKED_S": 0.1}
     pipeline.start()
     pipeline.live()
     pipeline.in_step()
@@ -108,7 +110,12 @@ def test_an_index_whose_vectors_cannot_be_stored_takes_no_connection_from_anothe
     with psycopg.connect(pipeline.config.target.dsn) as holder:
         holder.execute("LOCK TABLE cdcsync.articles_vectors_1_fresh IN SHARE MODE")
         provider.start()
-        pipeline.event("backlog_locked")
+        until(lambda: pipeline.times("backlog_locked") > 2, pipeline.tail)
+        told = f"cdcsync.articles_vectors_1_fresh is locked by pid {holder.info.backend_pid}"
+        logged = [one for one in pipeline.events() if one["event"] == "backlog_locked"]
+        assert [one["attempt"] for one in logged] == [at + 1 for at in range(len(logged))]
+        assert all(told in one["locks"][0] for one in logged)
+        until(lambda: any(told in one for one in json.loads(pipeline.get("/readyz")[1])["reasons"]), pipeline.tail)
         pipeline.source.execute("INSERT INTO notes SELECT i, 'note ' || i FROM generate_series(1, 100) AS i")
         pipeline.in_step("notes")
         assert backlog(pipeline) == 200

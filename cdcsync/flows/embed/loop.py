@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from itertools import takewhile
+from typing import TypeVar
 
 import anyio
 import psycopg
@@ -23,10 +25,12 @@ from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import LIVE
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
-from cdcsync.postgres.sessions import locked_out, speaking_of, without_values
-from cdcsync.target.backlog import Waiting
+from cdcsync.postgres.sessions import first_line, locked_out, speaking_of, without_values
+from cdcsync.target.backlog import Backlog, Waiting
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 HOLD_S = 10.0
 """How long the loop waits for a stream that is far behind: a restart's worth of changes is applied by then, and a text
@@ -73,6 +77,10 @@ class EmbedLoop:
         self._broken = False
         self._target_outage = Backoff(self._target_away)
         self._held = False
+        self._kept_out = False
+        """Whether somebody holds the tables that are written to."""
+        self._tries = anyio.Lock()
+        self._lock_wait = Backoff()
         self.commits = Commits()
         """When the texts that apply put into the backlog were committed."""
         self.drained: Callable[[], None] = lambda: None
@@ -103,8 +111,10 @@ class EmbedLoop:
                     await self._drain_for_ever()
 
     def _target_away(self, failure: Failure) -> None:
-        if locked_out(failure.error):
-            log.warning("backlog_locked", index=self._spec.name, error=str(failure.error), attempt=failure.attempt)
+        if locked_out(failure.error):  # so that nothing can even be read
+            log.warning(
+                "backlog_locked", index=self._spec.name, error=str(failure.error), attempt=failure.attempt, locks=[]
+            )
             return
         log.warning("target_unavailable", index=self._spec.name, loop="embed", error=str(failure.error))
         self._metrics.reconnects.labels("target").inc()
@@ -173,9 +183,11 @@ class EmbedLoop:
         try:
             # Texts that changed again while they waited in the window are not worth a call, nor are those that another
             # generation has by now.
+            hashes = [one.hash for one in batch]
+            if self._siblings:
+                await self._write(lambda backlog: backlog.take_over(hashes))
             async with self._pool.backlog(self._spec, self._siblings) as backlog:
-                await backlog.take_over([one.hash for one in batch])
-                waiting = await backlog.still_waiting([one.hash for one in batch])
+                waiting = await backlog.still_waiting(hashes)
             self._dispatcher.avoided("superseded", len(batch) - len(waiting))
             if (batch := [one for one in batch if one.hash in waiting]) and not self._broken:
                 await self._batch(batch)
@@ -210,9 +222,8 @@ class EmbedLoop:
     async def _postpone(self, one: bytes, error: EmbedError, attempts: int = 0) -> None:
         """Note that a text cannot be embedded: for ever if it was refused, else for a while."""
         log.warning("text_not_embedded", index=self._spec.name, attempts=attempts + 1, error=str(error))
-        async with self._pool.backlog(self._spec, self._siblings) as backlog:
-            final = isinstance(error, TextRejected)
-            await backlog.postpone([one], str(error), delay_s=backoff_s(attempts), final=final)
+        final = isinstance(error, TextRejected)
+        await self._write(lambda backlog: backlog.postpone([one], str(error), delay_s=backoff_s(attempts), final=final))
 
     async def _store(self, made: Mapping[bytes, FloatVector]) -> None:
         """Store vectors, a part at a time, over as many connections as there are."""
@@ -223,8 +234,7 @@ class EmbedLoop:
 
     async def _store_part(self, part: Mapping[bytes, FloatVector]) -> None:
         try:
-            async with self._pool.backlog(self._spec, self._siblings) as backlog:
-                stored = await backlog.store(part)
+            stored = await self._write(lambda backlog: backlog.store(part))
         except psycopg.DataError as error:
             # PostgreSQL has the last word on what it stores: the texts are at fault whose vectors it does not take.
             if len(part) > 1:
@@ -235,3 +245,30 @@ class EmbedLoop:
             return
         self._dispatcher.avoided("shared", stored - len(part))
         self._metrics.vectors.labels(self._spec.name, "backlog" if self._searched else "migration").inc(stored)
+
+    async def _write(self, work: Callable[[Backlog], Awaitable[T]]) -> T:
+        """Write to the backlog, as soon as nobody holds its tables locked: what has been made is kept until then.
+
+        Nobody waits with a connection that other indexes could use, but for one at a time, and only briefly.
+        """
+        while True:
+            tries = self._kept_out
+            async with self._tries if tries else contextlib.nullcontext():
+                try:
+                    async with self._pool.backlog(self._spec, self._siblings) as backlog:
+                        done = await work(backlog)
+                except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+                    self._kept_out = True
+                    if tries:
+                        await self._tell_who_locks(error)
+                        await self._lock_wait.wait()
+                else:
+                    self._kept_out = False
+                    self._lock_wait.succeeded()
+                    return done
+
+    async def _tell_who_locks(self, error: psycopg.Error) -> None:
+        async with self._pool.backlog(self._spec, self._siblings) as backlog:
+            locks = [str(one) for one in await backlog.lockers()]
+        attempt = self._lock_wait.failures + 1
+        log.warning("backlog_locked", index=self._spec.name, error=first_line(error), attempt=attempt, locks=locks)

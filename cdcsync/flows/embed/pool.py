@@ -28,8 +28,7 @@ processors gain nothing."""
 
 
 LOCK_WAIT_MS = 2_000
-"""How long a connection waits for a lock on the tables of one index, which others could use meanwhile. What is ours
-holds one for less."""
+"""How long a connection waits for a lock on the tables of one index: others could use it meanwhile."""
 
 
 class _Session:

@@ -90,14 +90,18 @@ class Rebuild:
                 break
         return await self._until_locked(self.switch)
 
-    async def clear(self) -> None:
-        """Drop what an earlier rebuild left behind, once nobody uses the tiers; see `abandon`."""
-        await self._until_locked(self.abandon)
+    async def clear(self, attempts: int | None = None) -> None:
+        """Drop what an earlier rebuild left behind, once nobody uses the tiers; see `abandon`.
 
-    async def _until_locked(self, change: Callable[[], Awaitable[T]]) -> T:
+        :param attempts: how often that is tried at most.
+        :raises LockNotAvailable, DeadlockDetected: somebody used them each time.
+        """
+        await self._until_locked(self.abandon, attempts)
+
+    async def _until_locked(self, change: Callable[[], Awaitable[T]], attempts: int | None = None) -> T:
         table = self._parts["settled"].as_string(self._connection)
         vacuumed = Vacuumed(self._connection, [(self._schema, self._spec.relations)])
-        return await until_locked(change, table=table, vacuumed=vacuumed)
+        return await until_locked(change, table=table, attempts=attempts, vacuumed=vacuumed)
 
     async def abandon(self) -> None:
         """Drop what an earlier rebuild left behind, if it did."""

@@ -79,6 +79,7 @@ async def _prove(connection: Connection, vectors: sql.Identifier) -> None:
     async with connection.transaction():
         await connection.execute(BRIEFLY)
         await connection.execute(sql.SQL("ALTER TABLE {} VALIDATE CONSTRAINT {}").format(vectors, PROOF))
+        crash_point("tier proof written")
     crash_point("tier proven")
 
 

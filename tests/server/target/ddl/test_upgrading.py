@@ -195,9 +195,13 @@ async def test_each_step_gives_up_while_somebody_holds_the_vectors_and_is_done_o
     vectors = index.names.vectors(1)
     holder = index.connection
     async with await connect(target.dsn, "target") as connection:
-        for step in (upgrading._add_columns, upgrading._prove, None):
+        for step, mode in (
+            (upgrading._add_columns, "SHARE UPDATE EXCLUSIVE"),
+            (upgrading._prove, "SHARE UPDATE EXCLUSIVE"),
+            (None, "ACCESS SHARE"),  # a search
+        ):
             async with holder.transaction():
-                await holder.execute("LOCK TABLE cdcsync.articles_vectors_1 IN SHARE UPDATE EXCLUSIVE MODE")
+                await holder.execute(f"LOCK TABLE cdcsync.articles_vectors_1 IN {mode} MODE".encode())
                 with pytest.raises(psycopg.errors.LockNotAvailable):
                     await upgrade_vectors(connection, SCHEMA, index.spec, 1)
             if step is not None:
