@@ -65,6 +65,10 @@ REBUILD_AGAIN_S = 300.0
 LOCK_WAIT_MS = 2_000
 """How long a turn waits for a lock on the tables of its index: the turns of the others come after it."""
 
+CLEAR_ATTEMPTS = 4
+"""How often a turn asks for the locks under which a killed rebuild is cleared away: after the third time, an autovacuum
+lets go."""
+
 MOST_REST_S = 60.0
 """An index is left alone for so long at most after something failed; the others have their turns meanwhile."""
 
@@ -179,7 +183,7 @@ class Settle:
         settings, seen = self._settings(), self._seen[_place(spec)]
         settling = await self._on(0, spec)
         if not seen.cleared:
-            await Rebuild(await self._sessions[0].connection(), self._schema, spec).clear(attempts=1)
+            await Rebuild(await self._sessions[0].connection(), self._schema, spec).clear(CLEAR_ATTEMPTS)
             seen.cleared = True
         if seen.built and (began := anyio.current_time()) >= seen.tidy_at:
             await tidy(await self._sessions[0].connection(), self._schema, spec)

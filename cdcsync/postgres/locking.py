@@ -72,7 +72,7 @@ async def until_locked(
 
 
 class Lock(msgspec.Struct, frozen=True):
-    """A lock that keeps everybody from reading a table, or a request for one, behind which all others wait.
+    """A lock that keeps everybody from using a table, or a request for one, behind which all others wait.
 
     :ivar table: its name, as SQL writes it; of a partitioned table it may be a partition's.
     :ivar pid: of the session; None for a prepared transaction, which `session` names.
@@ -80,6 +80,7 @@ class Lock(msgspec.Struct, frozen=True):
     :ivar age: how long its transaction has been open; None if we may not know.
     :ivar granted: whether it has the lock; else it waits for others, and we behind it.
     :ivar of: the table that was asked about.
+    :ivar transaction: the transaction that it is of: another one each time that the session has begun again.
     """
 
     table: str
@@ -88,13 +89,14 @@ class Lock(msgspec.Struct, frozen=True):
     age: str | None
     granted: bool
     of: QualifiedName
+    transaction: str
 
     def __str__(self) -> str:
         holder = f"pid {self.pid} ({self.session})" if self.pid is not None else self.session
         lasting = "" if self.age is None else f", whose transaction has been open for {self.age}"
         if self.granted:
             return f"{self.table} is locked by {holder}{lasting}"
-        return f"{self.table} cannot be read because {holder} waits for an exclusive lock on it{lasting}"
+        return f"{self.table} cannot be used because {holder} waits for a lock on it{lasting}"
 
     @property
     def remedy(self) -> str:
@@ -137,7 +139,7 @@ _EXCLUSIVE: LiteralString = """
         CASE WHEN l.pid IS NULL THEN format('prepared transaction %%L', p.gid)
             ELSE concat_ws(', ', nullif(a.application_name, ''), 'role ' || a.usename) END,
         date_trunc('second', clock_timestamp() - coalesce(a.xact_start, p.prepared))::text, l.granted,
-        w.place
+        w.place, l.virtualtransaction
     FROM pg_locks AS l JOIN wanted AS w ON w.oid = l.relation
     JOIN pg_class AS c ON c.oid = w.oid JOIN pg_namespace AS n ON n.oid = c.relnamespace
     LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
@@ -165,8 +167,8 @@ async def exclusive_locks(
     schemas, names = [one.schema for one in asked], [one.name for one in asked]
     cursor = await connection.execute(_EXCLUSIVE, [schemas, names, list(modes), open_for_s])
     return [
-        Lock(table, pid, session, age, granted, asked[place - 1])
-        for table, pid, session, age, granted, place in await cursor.fetchall()
+        Lock(table, pid, session, age, granted, asked[place - 1], transaction)
+        for table, pid, session, age, granted, place, transaction in await cursor.fetchall()
     ]
 
 

@@ -63,7 +63,7 @@ async def read_status(config: Config, source: Connection | CdcsyncError | None, 
             stored = await read_indexes(target, config, present, now, problems)
         known = await read_embedders(target, config, present, worker, now, problems)
     answers = source if isinstance(source, psycopg.AsyncConnection) and end is not None else None
-    found = await read_locks(config, answers, target, stored.found, problems)
+    found = await read_locks(config, answers, target, stored, problems)
     lag = read_lag(end, state, worker, stored.oldest, now)
     status = Status(
         version=VERSION,

@@ -12,9 +12,10 @@ import psycopg
 from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import CdcsyncError, SourceUnavailable
 from cdcsync.lsn import Lsn
-from cdcsync.postgres.locking import READERS_WAIT, WRITERS_WAIT, exclusive_locks
+from cdcsync.postgres.locking import READERS_WAIT, WRITERS_WAIT, Lock, exclusive_locks
 from cdcsync.postgres.sessions import Connection, Side, speaking_of
 from cdcsync.source.catalog import Slot, current_lsn, read_slot, why_lost
+from cdcsync.status.indexes import Indexes
 from cdcsync.status.model import IndexStatus, SlotStatus, WorkerStatus
 from cdcsync.target.pipelines import PipelineState
 
@@ -28,7 +29,7 @@ LOCKED_S = 10.0
 """How long a transaction has been open, at least, whose lock on a table is told."""
 
 COMES_AND_GOES_S = 1.0
-"""How long a lock is watched of whose transaction we may not know the age."""
+"""How long a lock is watched before it is told: the transaction may be old, and the lock one of a moment."""
 
 _GAP_REMEDY = 'docs/operations.md, "After a gap", says how to continue'
 
@@ -52,69 +53,58 @@ async def read_source(
 
 
 async def read_locks(
-    config: Config,
-    source: Connection | None,
-    target: Connection,
-    found: Mapping[str, IndexStatus],
-    problems: list[str],
+    config: Config, source: Connection | None, target: Connection, stored: Indexes, problems: list[str]
 ) -> dict[str, IndexStatus]:
     """Return the status of each index with who holds one of its tables locked, and add that to `problems`.
 
     What is to be read from such a table, or written to it, waits, and everything else goes on. A lock that comes and
-    goes is not told.
+    goes is not told, whoever's it is.
 
     :param source: None while it does not answer.
     """
-    told = dict(found)
-    if source is not None:
-        followed = {
-            name: [
-                *(one for one in config.indexes[name].followed if not one.patterns),
-                *(QualifiedName.parse(one) for one in status.tables),
-            ]
-            for name, status in found.items()
-        }
-        await _tell_locks("source", source, followed, READERS_WAIT, told, problems)
-    ours = {
+    followed = {
         name: [
-            QualifiedName(config.target.schema, f"{name}_{one}")
-            for one in ("chunks", "backlog", f"vectors_{status.generation}")
+            *(one for one in config.indexes[name].followed if not one.patterns),
+            *(QualifiedName.parse(one) for one in status.tables),
         ]
-        for name, status in found.items()
+        for name, status in stored.found.items()
     }
-    await _tell_locks("target", target, ours, WRITERS_WAIT, told, problems)
+    ours = {name: [QualifiedName(config.target.schema, one) for one in of] for name, of in stored.written.items()}
+    asked = [_Asked("target", target, WRITERS_WAIT, ours)]
+    if source is not None:
+        asked.insert(0, _Asked("source", source, READERS_WAIT, followed))
+    seen = [(one, locks) for one in asked if (locks := await _locks(one, problems))]
+    if not seen:
+        return stored.found
+    await anyio.sleep(COMES_AND_GOES_S)
+    told = dict(stored.found)
+    for one, locks in seen:
+        before = {(lock.table, lock.transaction) for lock in locks}
+        lasting = [lock for lock in await _locks(one, problems) if (lock.table, lock.transaction) in before]
+        for name, tables in one.tables.items():
+            if (lock := next((lock for lock in lasting if lock.of in tables), None)) is not None:
+                told[name] = msgspec.structs.replace(told[name], locked=str(lock))
+                problems.append(f"index {name} cannot use a table: {lock}; {lock.remedy}")
     return told
 
 
-async def _tell_locks(
-    side: Side,
-    connection: Connection,
-    tables: Mapping[str, Sequence[QualifiedName]],
-    modes: Sequence[str],
-    told: dict[str, IndexStatus],
-    problems: list[str],
-) -> None:
+class _Asked(msgspec.Struct, frozen=True):
+    """Which locks of a server are asked about: `modes` on the tables of each index."""
+
+    side: Side
+    connection: Connection
+    modes: Sequence[str]
+    tables: Mapping[str, Sequence[QualifiedName]]
+
+
+async def _locks(asked: _Asked, problems: list[str]) -> list[Lock]:
+    every = {one for of in asked.tables.values() for one in of}
     try:
-        with speaking_of(side):
-            every = {one for of in tables.values() for one in of}
-            found_now = await exclusive_locks(connection, every, modes=modes, open_for_s=LOCKED_S) if every else []
-            if not found_now:
-                return
-            # Of whom we may not look into, nobody tells how old the transaction is: one that comes and goes is gone.
-            if any(lock.age is None for lock in found_now):
-                await anyio.sleep(COMES_AND_GOES_S)
-            before = {(lock.table, lock.pid) for lock in found_now}
-            for name, of in tables.items():
-                locks = [
-                    lock
-                    for lock in await exclusive_locks(connection, of, modes=modes, open_for_s=LOCKED_S)
-                    if (lock.table, lock.pid) in before
-                ]
-                if locks:
-                    told[name] = msgspec.structs.replace(told[name], locked=str(locks[0]))
-                    problems.append(f"index {name} cannot use a table: {locks[0]}; {locks[0].remedy}")
+        with speaking_of(asked.side):
+            return await exclusive_locks(asked.connection, every, modes=asked.modes, open_for_s=LOCKED_S)
     except CdcsyncError as error:
-        problems.append(f"the locks of the {side} cannot be read: {error.with_fix}")
+        problems.append(f"the locks of the {asked.side} cannot be read: {error.with_fix}")
+        return []
 
 
 def slot_status(slot: Slot) -> SlotStatus:

@@ -115,8 +115,9 @@ class Backlog:
         return list(distinct.values())
 
     async def lockers(self) -> list[Lock]:
-        """Return who keeps everybody from writing to the backlog or to the vectors."""
-        names = (f"{self._spec.relations}_backlog", f"{self._spec.relations}_vectors_{self._spec.generation}")
+        """Return who keeps everybody from writing to the backlog, to the vectors or to the chunks."""
+        stem = self._spec.relations
+        names = f"{stem}_backlog", f"{stem}_vectors_{self._spec.generation}", f"{stem}_chunks"
         tables = [QualifiedName(self._schema, name) for name in names]
         return await exclusive_locks(self._connection, tables, modes=WRITERS_WAIT)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -92,8 +93,9 @@ def test_a_backlog_is_embedded_over_as_many_connections_as_are_allowed(
     pipeline.in_step()
 
 
-def test_an_index_whose_vectors_cannot_be_stored_takes_no_connection_from_another(
-    pipeline: Pipeline, provider: FakeProvider
+@pytest.mark.parametrize(("table", "mode"), [("vectors_1_fresh", "SHARE"), ("backlog", "ACCESS EXCLUSIVE")])
+def test_vectors_that_cannot_be_stored_are_kept_and_take_no_connection_from_another_index(
+    pipeline: Pipeline, provider: FakeProvider, table: str, mode: str
 ) -> None:
     pipeline.source.execute("CREATE TABLE notes (id bigint PRIMARY KEY, body text)")
     notes = '\n[indexes.notes]\ntable = "notes"\ntext = "{body}"\nembedder = "hosted"\n'
@@ -106,19 +108,29 @@ def test_an_index_whose_vectors_cannot_be_stored_takes_no_connection_from_anothe
     provider.stop()
     pipeline.source.execute("UPDATE articles SET body = 'another ' || body")
     pipeline.in_step(vectors=False)
+    let, asked = threading.Event(), threading.Event()
 
+    def late(exchange: Any, texts: Any) -> None:
+        if any(text.startswith("another") for text in texts):
+            asked.set()
+            let.wait(60)
+        exchange.embed(exchange.provider.vectors(texts))
+
+    provider.misdeeds.extend([late] * 20)
+    provider.start()
+    until(asked.is_set, "a call for vectors")
     with psycopg.connect(pipeline.config.target.dsn) as holder:
-        holder.execute("LOCK TABLE cdcsync.articles_vectors_1_fresh IN SHARE MODE")
-        provider.start()
+        holder.execute(f"LOCK TABLE cdcsync.articles_{table} IN {mode} MODE".encode())
+        provider.misdeeds.clear()
+        let.set()
         until(lambda: pipeline.times("backlog_locked") > 2, pipeline.tail)
-        told = f"cdcsync.articles_vectors_1_fresh is locked by pid {holder.info.backend_pid}"
+        told = f"cdcsync.articles_{table} is locked by pid {holder.info.backend_pid}"
         logged = [one for one in pipeline.events() if one["event"] == "backlog_locked"]
         assert [one["attempt"] for one in logged] == [at + 1 for at in range(len(logged))]
         assert all(told in one["locks"][0] for one in logged)
         until(lambda: any(told in one for one in json.loads(pipeline.get("/readyz")[1])["reasons"]), pipeline.tail)
         pipeline.source.execute("INSERT INTO notes SELECT i, 'note ' || i FROM generate_series(1, 100) AS i")
         pipeline.in_step("notes")
-        assert backlog(pipeline) == 200
     until(lambda: backlog(pipeline) == 0, "the vectors")
     assert {times for text, times in provider.embedded.items() if text.startswith("another")} == {1}
     pipeline.in_step()

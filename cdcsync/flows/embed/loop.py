@@ -25,7 +25,7 @@ from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import LIVE
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
-from cdcsync.postgres.sessions import first_line, locked_out, speaking_of, without_values
+from cdcsync.postgres.sessions import first_line, speaking_of, without_values
 from cdcsync.target.backlog import Backlog, Waiting
 
 log = structlog.get_logger()
@@ -78,7 +78,7 @@ class EmbedLoop:
         self._target_outage = Backoff(self._target_away)
         self._held = False
         self._kept_out = False
-        """Whether somebody holds the tables that are written to."""
+        """Whether somebody holds the tables, as was last seen."""
         self._tries = anyio.Lock()
         self._lock_wait = Backoff()
         self.commits = Commits()
@@ -103,7 +103,7 @@ class EmbedLoop:
         self._dispatcher.avoided(reason, texts)
 
     async def run(self) -> None:
-        """Embed until cancelled, trying again whenever the target was away, or somebody held the index's tables."""
+        """Embed until cancelled, connecting again whenever the target was away."""
         await self._dispatcher.ready.wait()
         while True:
             async with self._target_outage:
@@ -111,11 +111,6 @@ class EmbedLoop:
                     await self._drain_for_ever()
 
     def _target_away(self, failure: Failure) -> None:
-        if locked_out(failure.error):  # so that nothing can even be read
-            log.warning(
-                "backlog_locked", index=self._spec.name, error=str(failure.error), attempt=failure.attempt, locks=[]
-            )
-            return
         log.warning("target_unavailable", index=self._spec.name, loop="embed", error=str(failure.error))
         self._metrics.reconnects.labels("target").inc()
 
@@ -132,6 +127,7 @@ class EmbedLoop:
             # Loads stop first when the tokens of a day run out.
             lane = None if self._dispatcher.waits_until(load=True) is None else LIVE
             if await self._window(lane=lane) == 0:
+                self._free_again()
                 self.drained()
                 with anyio.move_on_after(POLL_S):
                     await self._wake.wait()
@@ -147,8 +143,7 @@ class EmbedLoop:
 
     async def _window(self, *, lane: int | None) -> int:
         """Embed one window of due texts and return how many there were."""
-        async with self._pool.backlog(self._spec, self._siblings) as backlog:
-            window = await backlog.window(self._dispatcher.pace.window_texts, lane=lane)
+        window = await self._of_backlog(lambda it: it.window(self._dispatcher.pace.window_texts, lane=lane))
         self._target_outage.succeeded()
         # Texts of about the same length together: a batch is padded to its longest.
         tokens = await self._dispatcher.measure({waiting.hash: waiting.text for waiting in window})
@@ -185,9 +180,8 @@ class EmbedLoop:
             # generation has by now.
             hashes = [one.hash for one in batch]
             if self._siblings:
-                await self._write(lambda backlog: backlog.take_over(hashes))
-            async with self._pool.backlog(self._spec, self._siblings) as backlog:
-                waiting = await backlog.still_waiting(hashes)
+                await self._of_backlog(lambda backlog: backlog.take_over(hashes))
+            waiting = await self._of_backlog(lambda backlog: backlog.still_waiting(hashes))
             self._dispatcher.avoided("superseded", len(batch) - len(waiting))
             if (batch := [one for one in batch if one.hash in waiting]) and not self._broken:
                 await self._batch(batch)
@@ -223,7 +217,8 @@ class EmbedLoop:
         """Note that a text cannot be embedded: for ever if it was refused, else for a while."""
         log.warning("text_not_embedded", index=self._spec.name, attempts=attempts + 1, error=str(error))
         final = isinstance(error, TextRejected)
-        await self._write(lambda backlog: backlog.postpone([one], str(error), delay_s=backoff_s(attempts), final=final))
+        delay_s = backoff_s(attempts)
+        await self._of_backlog(lambda backlog: backlog.postpone([one], str(error), delay_s=delay_s, final=final))
 
     async def _store(self, made: Mapping[bytes, FloatVector]) -> None:
         """Store vectors, a part at a time, over as many connections as there are."""
@@ -234,7 +229,7 @@ class EmbedLoop:
 
     async def _store_part(self, part: Mapping[bytes, FloatVector]) -> None:
         try:
-            stored = await self._write(lambda backlog: backlog.store(part))
+            stored = await self._of_backlog(lambda backlog: backlog.store(part))
         except psycopg.DataError as error:
             # PostgreSQL has the last word on what it stores: the texts are at fault whose vectors it does not take.
             if len(part) > 1:
@@ -243,11 +238,12 @@ class EmbedLoop:
                 return
             await self._postpone(next(iter(part)), TextRejected(f"the target: {without_values(error)}"))
             return
+        self._free_again()
         self._dispatcher.avoided("shared", stored - len(part))
         self._metrics.vectors.labels(self._spec.name, "backlog" if self._searched else "migration").inc(stored)
 
-    async def _write(self, work: Callable[[Backlog], Awaitable[T]]) -> T:
-        """Write to the backlog, as soon as nobody holds its tables locked: what has been made is kept until then.
+    async def _of_backlog(self, work: Callable[[Backlog], Awaitable[T]]) -> T:
+        """Do something with the backlog, as soon as nobody holds its tables: what was made meanwhile is kept.
 
         Nobody waits with a connection that other indexes could use, but for one at a time, and only briefly.
         """
@@ -256,16 +252,17 @@ class EmbedLoop:
             async with self._tries if tries else contextlib.nullcontext():
                 try:
                     async with self._pool.backlog(self._spec, self._siblings) as backlog:
-                        done = await work(backlog)
+                        return await work(backlog)
                 except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
                     self._kept_out = True
                     if tries:
                         await self._tell_who_locks(error)
                         await self._lock_wait.wait()
-                else:
-                    self._kept_out = False
-                    self._lock_wait.succeeded()
-                    return done
+
+    def _free_again(self) -> None:
+        """Note that vectors could be stored, or that there are none: reading alone says little of who may write."""
+        self._kept_out = False
+        self._lock_wait.succeeded()
 
     async def _tell_who_locks(self, error: psycopg.Error) -> None:
         async with self._pool.backlog(self._spec, self._siblings) as backlog:

@@ -11,6 +11,7 @@ from cdcsync.config import Config, HashEmbedder, Source, Target
 from cdcsync.demo.cluster import Cluster
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.sessions import connect
+from cdcsync.status import stream
 from cdcsync.status.stream import FRESH
 from cdcsync.target.pipelines import Pipelines
 from tests.support.statuses import ARTICLES, Pipeline, problem
@@ -168,3 +169,33 @@ async def test_a_pipeline_that_has_not_begun_is_not_caught_up(make_stopped: Call
     status = await pipeline.status()
     assert (status.checkpoint, status.lag_bytes, status.lag_seconds, status.caught_up) == (None, None, None, False)
     assert status.problems == [f"no worker runs for slot {status.pipeline}: start `cdcsync run`"]
+
+
+@pytest.mark.parametrize("table", ["articles_backlog", "articles_vectors_1_settled", "articles~2_backlog"])
+@pytest.mark.parametrize("lasts", [True, False])
+async def test_who_holds_a_table_that_is_written_to_is_told_unless_the_lock_comes_and_goes(
+    stopped: Pipeline, monkeypatch: pytest.MonkeyPatch, table: str, lasts: bool
+) -> None:
+    await stopped.target.execute(
+        'CREATE TABLE cdcsync."articles~2_backlog" (); INSERT INTO cdcsync.indexes SELECT (jsonb_populate_record(i,'
+        " jsonb_build_object('name', 'articles~other', 'stem', 'articles~2', 'generation', 2))).*"
+        " FROM cdcsync.indexes AS i"
+    )
+    monkeypatch.setattr(stream, "LOCKED_S", 0.0)
+    async with await connect(stopped.dsn, "target", application_name="index build", autocommit=False) as other:
+        lock = f'LOCK TABLE cdcsync."{table}" IN SHARE MODE'.encode()
+        await other.execute(lock)
+
+        async def pause(_: float) -> None:
+            if not lasts:
+                await other.rollback()
+                await other.execute(lock)
+
+        monkeypatch.setattr("cdcsync.status.stream.anyio.sleep", pause)
+        status = await stopped.status()
+    locked = status.indexes["articles"].locked
+    assert (locked is not None) == lasts
+    if locked is not None:
+        assert "is locked by pid" in locked
+        assert "(index build, role" in locked
+        assert locked in problem(status, "index articles cannot use a table: ")
