@@ -28,8 +28,9 @@ SAME_WRITE = timedelta(milliseconds=1)
 LOCKED_S = 10.0
 """How long a transaction has been open, at least, whose lock on a table is told."""
 
-COMES_AND_GOES_S = 1.0
-"""How long a lock is watched before it is told: the transaction may be old, and the lock one of a moment."""
+COMES_AND_GOES_S = 0.3
+"""How long a lock is watched before it is told: the transaction may be old, and the lock one of a moment. No longer,
+because a reading is repeated the less often the longer it takes."""
 
 _GAP_REMEDY = 'docs/operations.md, "After a gap", says how to continue'
 
