@@ -173,9 +173,12 @@ def test_what_cannot_begin_is_refused_with_what_to_do(
     assert pipeline.answer("status")["indexes"]["articles"]["generation"] == 1
     assert "drop removes generation 2 of articles (new, vector(64), ready) with all its vectors." in refused("drop")
     # The worker has nothing to do with an index that is paused: the command does not wait for it without an end.
+    streamed = pipeline.times("streaming")
     pipeline.source.execute("ALTER TABLE articles RENAME TO away")
     paused = "SELECT state = 'paused' FROM cdcsync.indexes"
     until(lambda: pipeline.target.execute(paused).fetchone() == (True,), pipeline.tail)
+    # It begins again without the index; until it has, it may still drop what it is asked to.
+    until(lambda: pipeline.times("streaming") > streamed, pipeline.tail)
     assert "the worker drops generation 2 once it follows the index again" in refused("drop", "--yes")
     pipeline.source.execute("ALTER TABLE away RENAME TO articles")
     gone = "SELECT count(*) = 0 FROM cdcsync.generations WHERE generation = 2"
