@@ -1,4 +1,4 @@
-"""How long to wait after a failure: a loop that does the same thing again, and a rest for one thing among others."""
+"""How long to wait after a failure: before a retry, or before an index that others need not wait for is tried again."""
 
 from __future__ import annotations
 
@@ -101,25 +101,28 @@ class Backoff:
         return True
 
 
-class Rest:
-    """Until when what failed is left alone, for longer after each failure in a row, while others go on."""
+class Cooldown:
+    """Says when something that failed may be tried again, later after each failure in a row. Other work continues.
+
+    Use a `Backoff` where the caller itself waits.
+    """
 
     def __init__(self, *, most: float = 3600.0) -> None:
-        """Rest for `most` seconds at most."""
+        """Last for `most` seconds at most."""
         self._most = most
         self._failures = 0
         self._until = -math.inf
 
     @property
     def over(self) -> bool:
-        """Whether it may be tried."""
+        """Whether it may be tried again."""
         return anyio.current_time() >= self._until
 
     def failed(self, error: CdcsyncError) -> None:
-        """Begin a rest."""
-        self._failures += 1 if isinstance(error, Unavailable) else 5  # which does not pass by itself
+        """Begin a cooldown; an error that does not pass by itself makes it longer."""
+        self._failures += 1 if isinstance(error, Unavailable) else 5
         self._until = anyio.current_time() + backoff_s(self._failures, most=self._most)
 
     def succeeded(self) -> None:
-        """Begin again with the shortest rest."""
+        """Begin again with the shortest cooldown."""
         self._failures = 0

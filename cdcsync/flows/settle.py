@@ -22,12 +22,13 @@ from collections.abc import Callable, Sequence
 import anyio
 import structlog
 
-from cdcsync.backoff import Backoff, Rest
+from cdcsync.backoff import Backoff, Cooldown
 from cdcsync.config.sections import Worker
 from cdcsync.errors import CdcsyncError, SetupError, TargetUnavailable, leading
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import CLOSE_S, Lag
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
 from cdcsync.postgres.sessions import Session, locked_out, speaking_of
 from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
 from cdcsync.target.settling import Settling, Tiers
@@ -62,15 +63,12 @@ REBUILD_AGAIN_S = 300.0
 """How soon a rebuild is tried again after it failed."""
 
 
-LOCK_WAIT_MS = 2_000
-"""How long a turn waits for a lock on the tables of its index: the turns of the others come after it."""
-
 CLEAR_ATTEMPTS = 4
 """How often a turn asks for the locks under which a killed rebuild is cleared away: after the third time, an autovacuum
 lets go."""
 
-MOST_REST_S = 60.0
-"""An index is left alone for so long at most after something failed; the others have their turns meanwhile."""
+MOST_COOLDOWN_S = 60.0
+"""How long an index is left alone at most after a failure, while the others settle."""
 
 TIDY_SHARE = 0.1
 """The share of the time that may go into removing what is dead in fresh: an old transaction can make it be in vain."""
@@ -91,8 +89,7 @@ class _Seen:
         """No rebuild before this time: the last one failed."""
         self.built = False
         """Whether the settled tier had its HNSW index: until it has, everything may be fresh, and nothing is moved."""
-        self.rest = Rest(most=MOST_REST_S)
-        """Since something of this index failed."""
+        self.cooldown = Cooldown(most=MOST_COOLDOWN_S)
         self.tidy_at = -math.inf
         """When fresh is tidied again."""
 
@@ -163,8 +160,8 @@ class Settle:
 
     async def _turn(self, spec: IndexSpec) -> bool:
         """Move some vectors of an index if there is reason to; returns whether it did."""
-        rest = self._seen[_place(spec)].rest
-        if not rest.over:
+        cooldown = self._seen[_place(spec)].cooldown
+        if not cooldown.over:
             return False
         try:
             with speaking_of("target", where=f"index {spec.name}"):
@@ -174,9 +171,9 @@ class Settle:
                 raise
             # Of this index alone: its tables are looked after by others.
             log.warning("settling_failed", index=spec.name, error=str(error))
-            rest.failed(error)
+            cooldown.failed(error)
             return False
-        rest.succeeded()
+        cooldown.succeeded()
         return moved
 
     async def _settle(self, spec: IndexSpec) -> bool:
@@ -275,6 +272,6 @@ class Settle:
         """Return what settles an index over one of our connections."""
         while len(self._sessions) <= number:
             self._sessions.append(
-                Session(self._dsn, "target", application_name="cdcsync settle", lock_wait_ms=LOCK_WAIT_MS)
+                Session(self._dsn, "target", application_name="cdcsync settle", lock_wait_ms=SHARED_LOCK_WAIT_MS)
             )
         return Settling(await self._sessions[number].connection(), self._schema, spec)

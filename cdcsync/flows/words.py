@@ -17,7 +17,7 @@ import anyio
 import structlog
 from psycopg import sql
 
-from cdcsync.backoff import Rest
+from cdcsync.backoff import Cooldown
 from cdcsync.errors import CdcsyncError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import BRIEFLY
@@ -90,21 +90,21 @@ async def _for_ever(
     :param pause_s: how long to wait after a round that took so long.
     """
     searchable = [spec for spec in specs if spec.config.search is not None]
-    rests = {spec.name: Rest() for spec in searchable}
+    cooldowns = {spec.name: Cooldown() for spec in searchable}
     while searchable:
         started = anyio.current_time()
         for spec in searchable:
             # One index may lack what another has: memory for its index, or a text search configuration.
-            if not rests[spec.name].over:
+            if not cooldowns[spec.name].over:
                 continue
             try:
                 connection = await target.connection()
                 with speaking_of("target", where=f"index {spec.name}"):
                     await work(connection, spec)
-                rests[spec.name].succeeded()
+                cooldowns[spec.name].succeeded()
             except CdcsyncError as error:
                 failed(spec, error)
-                rests[spec.name].failed(error)
+                cooldowns[spec.name].failed(error)
         await anyio.sleep(pause_s(anyio.current_time() - started))
 
 

@@ -33,6 +33,9 @@ T = TypeVar("T")
 BRIEFLY = "SET LOCAL lock_timeout = '400ms'"
 """In one transaction; for as long as `ALWAYS_BRIEFLY`."""
 
+SHARED_LOCK_WAIT_MS = 2_000
+"""How long a session that serves several indexes waits for a lock on the tables of one: the others wait behind it."""
+
 LOCKED_OUT_S = 5.0
 """How long a table that was found locked is not asked for: each attempt costs others the time that it waits."""
 

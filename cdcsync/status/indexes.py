@@ -8,7 +8,7 @@ from typing import cast
 
 import msgspec
 
-from cdcsync.config import Config
+from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import own_name
 from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.sessions import Connection
@@ -36,12 +36,12 @@ from cdcsync.target.requests.history import History
 class Indexes(msgspec.Struct, frozen=True):
     """The indexes that are stored, and when the oldest of them was made.
 
-    :ivar written: the names of the tables that are written for each, in all generations, and for its other chunks.
+    :ivar written: the tables that are written for each index, in all generations, and for its other chunks.
     """
 
     found: dict[str, IndexStatus] = {}
     oldest: datetime | None = None
-    written: dict[str, list[str]] = {}
+    written: dict[str, list[QualifiedName]] = {}
 
 
 class _Noted(msgspec.Struct, frozen=True):
@@ -90,18 +90,12 @@ async def read_indexes(
     if new := [name for name in config.indexes if name not in found]:
         does = "start the worker again with this configuration" if found else "`cdcsync run` does it when it starts"
         problems.append(f"not set up yet: {', '.join(new)}; {does}")
-    written: dict[str, list[str]] = {name: [] for name in found}
+    written: dict[str, list[QualifiedName]] = {name: [] for name in found}
     for entry in stored:
         if (name := own_name(entry.name)) in written:
-            written[name] += _tables(entry, noted)
+            generations = {entry.generation, *(one.generation for one in noted.generations.get(entry.name, []))}
+            written[name] += Names(schema, entry.relations).written(*generations)
     return Indexes(found, min((entry.created_at for entry in entries), default=None), written)
-
-
-def _tables(entry: Entry, noted: _Noted) -> Iterator[str]:
-    """Yield the names of an entry's tables."""
-    generations = {entry.generation, *(one.generation for one in noted.generations.get(entry.name, []))}
-    for table in ("chunks", "backlog", *(f"vectors_{one}" for one in sorted(generations))):
-        yield f"{entry.relations}_{table}"
 
 
 async def _read_noted(

@@ -58,8 +58,8 @@ async def read_locks(
 ) -> dict[str, IndexStatus]:
     """Return the status of each index with who holds one of its tables locked, and add that to `problems`.
 
-    What is to be read from such a table, or written to it, waits, and everything else goes on. A lock that comes and
-    goes is not told, whoever's it is.
+    Reads from a locked source table and writes to a locked target table wait; everything else continues. A lock that
+    is held only for a moment is not reported, even if its transaction is old.
 
     :param source: None while it does not answer.
     """
@@ -70,8 +70,7 @@ async def read_locks(
         ]
         for name, status in stored.found.items()
     }
-    ours = {name: [QualifiedName(config.target.schema, one) for one in of] for name, of in stored.written.items()}
-    asked = [_Asked("target", target, WRITERS_WAIT, ours)]
+    asked = [_Asked("target", target, WRITERS_WAIT, stored.written)]
     if source is not None:
         asked.insert(0, _Asked("source", source, READERS_WAIT, followed))
     seen = [(one, locks) for one in asked if (locks := await _locks(one, problems))]

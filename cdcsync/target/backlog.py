@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 from psycopg import sql
 
-from cdcsync.config import QualifiedName
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import WRITERS_WAIT, Lock, exclusive_locks
 from cdcsync.postgres.queries import fetch_row
@@ -66,7 +65,6 @@ class Backlog:
         self._connection = connection
         self._spec = spec
         self._siblings = siblings
-        self._schema = schema
         self._names = Names(schema, spec.relations)
         names = self._names
         self._stage = f"{spec.name}_made_{spec.generation}"
@@ -115,10 +113,8 @@ class Backlog:
         return list(distinct.values())
 
     async def lockers(self) -> list[Lock]:
-        """Return who keeps everybody from writing to the backlog, to the vectors or to the chunks."""
-        stem = self._spec.relations
-        names = f"{stem}_backlog", f"{stem}_vectors_{self._spec.generation}", f"{stem}_chunks"
-        tables = [QualifiedName(self._schema, name) for name in names]
+        """Return who keeps everybody from writing to the index's tables."""
+        tables = self._names.written(self._spec.generation)
         return await exclusive_locks(self._connection, tables, modes=WRITERS_WAIT)
 
     async def still_waiting(self, hashes: Sequence[bytes]) -> set[bytes]:

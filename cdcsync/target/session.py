@@ -11,7 +11,6 @@ from datetime import datetime
 
 from psycopg import sql
 
-from cdcsync.config import QualifiedName
 from cdcsync.errors import SchemaChanged, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
@@ -25,6 +24,7 @@ from cdcsync.postgres.sessions import REFUSALS, Connection, Session, locked_out,
 from cdcsync.postgres.temporary import TemporaryTables
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.apply import IndexWriter
+from cdcsync.target.ddl.names import Names
 from cdcsync.target.failures.documents import FailedDocuments, close_list
 from cdcsync.target.keys import discard_vectors
 from cdcsync.target.locked_session import LockedSession
@@ -95,11 +95,9 @@ class ApplySession(LockedSession):
     async def lockers(self, index: str) -> list[Lock]:
         """Return who keeps this session from writing to the tables of an index."""
         spec = self._writers[index].spec
-        tables = [f"{spec.relations}_chunks", f"{spec.relations}_backlog"]
-        tables += [f"{spec.relations}_vectors_{one.generation}" for one in spec.generations]
+        tables = Names(self._schema, spec.relations).written(*(one.generation for one in spec.generations))
         with speaking_of("target"):
-            names = [QualifiedName(self._schema, table) for table in tables]
-            return await exclusive_locks(self.connection, names, modes=WRITERS_WAIT)
+            return await exclusive_locks(self.connection, tables, modes=WRITERS_WAIT)
 
     def writer(self, index: str) -> IndexWriter:
         """Return the writer of one index, for its look-ups."""

@@ -313,7 +313,7 @@ class Machine:
 
         # Patience begins anew with each line of its log, and loading a model, which logs nothing, takes the longest.
         what, size = (lambda: f"cdcsync {arguments[0]}: {log.read_text()[-2000:]}"), (lambda: log.stat().st_size)
-        until(answers, what, patience_s=PATIENCE_S, progress=size)
+        until(answers, what, patience_s=2 * PATIENCE_S, progress=size)
 
     def _curl(self, line: str, block: Block) -> None:
         if not self.follow:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from cdcsync.backoff import Backoff, Failure, Rest, backoff_s
+from cdcsync.backoff import Backoff, Cooldown, Failure, backoff_s
 from cdcsync.errors import GapError, SourceUnavailable, TargetUnavailable
 
 pytestmark = pytest.mark.anyio
@@ -66,10 +66,12 @@ async def test_a_wait_that_the_other_side_asked_for_is_kept() -> None:
     assert told == [Failure(AWAY, 1, 0.01)]
 
 
-async def test_what_failed_rests_and_what_no_waiting_mends_rests_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cooldown_grows_and_is_longer_after_an_error_that_does_not_pass_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = 0.0
     monkeypatch.setattr(anyio, "current_time", lambda: now)
-    passing, lasting = Rest(), Rest()
+    passing, lasting = Cooldown(), Cooldown()
     assert passing.over
     passing.failed(AWAY)
     lasting.failed(GapError("the slot is gone"))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
+from functools import partial
 from itertools import takewhile
 from typing import TypeVar
 
@@ -77,9 +78,9 @@ class EmbedLoop:
         self._broken = False
         self._target_outage = Backoff(self._target_away)
         self._held = False
-        self._kept_out = False
-        """Whether somebody holds the tables, as was last seen."""
-        self._tries = anyio.Lock()
+        self._locked_out = False
+        """Whether another session was last seen to hold the tables."""
+        self._one_tries = anyio.Lock()
         self._lock_wait = Backoff()
         self.commits = Commits()
         """When the texts that apply put into the backlog were committed."""
@@ -127,7 +128,7 @@ class EmbedLoop:
             # Loads stop first when the tokens of a day run out.
             lane = None if self._dispatcher.waits_until(load=True) is None else LIVE
             if await self._window(lane=lane) == 0:
-                self._free_again()
+                self._note_unlocked()
                 self.drained()
                 with anyio.move_on_after(POLL_S):
                     await self._wake.wait()
@@ -178,10 +179,7 @@ class EmbedLoop:
         try:
             # Texts that changed again while they waited in the window are not worth a call, nor are those that another
             # generation has by now.
-            hashes = [one.hash for one in batch]
-            if self._siblings:
-                await self._of_backlog(lambda backlog: backlog.take_over(hashes))
-            waiting = await self._of_backlog(lambda backlog: backlog.still_waiting(hashes))
+            waiting = await self._of_backlog(partial(_left, [one.hash for one in batch]))
             self._dispatcher.avoided("superseded", len(batch) - len(waiting))
             if (batch := [one for one in batch if one.hash in waiting]) and not self._broken:
                 await self._batch(batch)
@@ -238,30 +236,31 @@ class EmbedLoop:
                 return
             await self._postpone(next(iter(part)), TextRejected(f"the target: {without_values(error)}"))
             return
-        self._free_again()
+        self._note_unlocked()
         self._dispatcher.avoided("shared", stored - len(part))
         self._metrics.vectors.labels(self._spec.name, "backlog" if self._searched else "migration").inc(stored)
 
     async def _of_backlog(self, work: Callable[[Backlog], Awaitable[T]]) -> T:
-        """Do something with the backlog, as soon as nobody holds its tables: what was made meanwhile is kept.
+        """Work on the backlog; while another session holds its tables, wait and try again.
 
-        Nobody waits with a connection that other indexes could use, but for one at a time, and only briefly.
+        The tasks that wait keep the vectors that they have made, but no connection: other indexes need it. One task at
+        a time tries for all of them.
         """
         while True:
-            tries = self._kept_out
-            async with self._tries if tries else contextlib.nullcontext():
+            tries = self._locked_out
+            async with self._one_tries if tries else contextlib.nullcontext():
                 try:
                     async with self._pool.backlog(self._spec, self._siblings) as backlog:
                         return await work(backlog)
                 except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
-                    self._kept_out = True
+                    self._locked_out = True
                     if tries:
                         await self._tell_who_locks(error)
                         await self._lock_wait.wait()
 
-    def _free_again(self) -> None:
-        """Note that vectors could be stored, or that there are none: reading alone says little of who may write."""
-        self._kept_out = False
+    def _note_unlocked(self) -> None:
+        """Note that vectors could be stored, or that none are left. A read does not prove that a write is possible."""
+        self._locked_out = False
         self._lock_wait.succeeded()
 
     async def _tell_who_locks(self, error: psycopg.Error) -> None:
@@ -269,3 +268,9 @@ class EmbedLoop:
             locks = [str(one) for one in await backlog.lockers()]
         attempt = self._lock_wait.failures + 1
         log.warning("backlog_locked", index=self._spec.name, error=first_line(error), attempt=attempt, locks=locks)
+
+
+async def _left(hashes: list[bytes], backlog: Backlog) -> set[bytes]:
+    """Take over the vectors that other generations have by now; return the texts that still need one."""
+    await backlog.take_over(hashes)
+    return await backlog.still_waiting(hashes)

@@ -14,6 +14,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
 from cdcsync.postgres.sessions import Connection, connect, speaking_of
 from cdcsync.postgres.temporary import TemporaryTables
 from cdcsync.target.backlog import Backlog
@@ -25,10 +26,6 @@ vector, which is more than a fast model or provider takes to make it."""
 MOST = 8
 """Connections of a worker, however many indexes it has: a server's default is 100 for everybody, and more than its
 processors gain nothing."""
-
-
-LOCK_WAIT_MS = 2_000
-"""How long a connection waits for a lock on the tables of one index: others could use it meanwhile."""
 
 
 class _Session:
@@ -95,7 +92,7 @@ class Pool:
                     await self.aclose()
 
     async def _open(self) -> _Session:
-        opened = await connect(self._dsn, "target", application_name="cdcsync embed", lock_wait_ms=LOCK_WAIT_MS)
+        opened = await connect(self._dsn, "target", application_name="cdcsync embed", lock_wait_ms=SHARED_LOCK_WAIT_MS)
         return _Session(opened)
 
     async def aclose(self) -> None:

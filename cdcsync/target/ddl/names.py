@@ -10,7 +10,7 @@ from typing import cast
 
 from psycopg import sql
 
-from cdcsync.config.names import MAX_NAME_BYTES
+from cdcsync.config.names import MAX_NAME_BYTES, QualifiedName
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import Distance, IndexSpec
 from cdcsync.postgres.sessions import Connection
@@ -35,6 +35,12 @@ class Names:
         self.chunks = sql.Identifier(schema, f"{index}_chunks")
         self.backlog = sql.Identifier(schema, f"{index}_backlog")
         self._prefix = (schema, index)
+
+    def written(self, *generations: int) -> list[QualifiedName]:
+        """Return the tables that changes and vectors of these generations are written to."""
+        schema, index = self._prefix
+        tables = ("chunks", "backlog", *(f"vectors_{generation}" for generation in generations))
+        return [QualifiedName(schema, f"{index}_{table}") for table in tables]
 
     def vectors(self, generation: int) -> sql.Identifier:
         """Return the vectors table of a generation: both tiers."""

@@ -195,7 +195,7 @@ async def test_an_index_whose_tables_are_gone_does_not_keep_another_from_settlin
 async def test_an_index_whose_vectors_are_locked_does_not_keep_another_from_settling(
     built: LiveIndex, open_index: OpenIndex, target: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settle, "LOCK_WAIT_MS", 200)
+    monkeypatch.setattr(settle, "SHARED_LOCK_WAIT_MS", 200)
     locked = await open_index(name="aaa", search=None)
     await register(locked.connection, locked.spec, slot="s")
     await build_hnsw(locked.connection, SCHEMA, locked.spec)
