@@ -19,6 +19,7 @@ from cdcsync.errors import TargetUnavailable
 from cdcsync.model.pauses import Pause
 from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, Session, speaking_of
 from cdcsync.process.crashpoints import crash_point
@@ -52,7 +53,7 @@ async def build_until_live(dsn: str, schema: str, specs: Sequence[IndexSpec]) ->
     """
     left = list(specs)
     backoff = Backoff(lambda failure: log.warning("build_waits", error=str(failure.error), fix=failure.error.hint))
-    async with Session(dsn, "target", application_name="cdcsync build") as session:
+    async with Session(dsn, "target", application_name="cdcsync build", lock_wait_ms=SHARED_LOCK_WAIT_MS) as session:
         while left:
             async with backoff:
                 await _advance_all(await session.connection(), schema, left)
@@ -63,7 +64,8 @@ async def build_until_live(dsn: str, schema: str, specs: Sequence[IndexSpec]) ->
 async def _advance_all(connection: Connection, schema: str, left: list[IndexSpec]) -> None:
     """Build the indexes whose loads have drained, and take those off the list for which nothing is left to do.
 
-    One that the target lacks memory or disk for waits, with the cause in its entry, and the others are built.
+    One that the target lacks memory or disk for, or whose tables somebody holds, waits with the cause in its entry, and
+    the others are built.
 
     :raises TargetUnavailable: one waits, or the target is away.
     """

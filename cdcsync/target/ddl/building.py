@@ -19,7 +19,8 @@ from psycopg import sql
 
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
+from cdcsync.postgres.queries import fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection, first_line
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.bm25 import bm25_of, bm25_option
@@ -42,6 +43,8 @@ async def build_search(connection: Connection, schema: str, spec: IndexSpec) -> 
     """Build the index for keyword search, where the configuration asks for one; False when there is nothing to do.
 
     Needs a connection in autocommit.
+
+    :raises LockNotAvailable: somebody holds the table, as of all that is built here.
     """
     if spec.config.search is None:
         return False
@@ -61,6 +64,7 @@ async def keep_bm25(connection: Connection, schema: str, spec: IndexSpec) -> boo
     if built_with == (None if wanted is None else wanted.option):
         return False
     if built_with:
+        await _see_it_is_free(connection, names.chunks)
         await connection.execute(
             sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(schema, names.bm25_name))
         )
@@ -110,19 +114,23 @@ async def hnsw_options(connection: Connection, schema: str, spec: IndexSpec) -> 
 async def build_settings(
     connection: Connection, spec: IndexSpec, frugal: Mapping[str, str] = MappingProxyType({})
 ) -> AsyncIterator[None]:
-    """Give a session the memory and the workers that the spec has for building an index, but for what `frugal` says."""
-    settings = {"maintenance_work_mem": spec.config.hnsw.build_memory}
+    """Give a session the memory and the workers that the spec has for building an index, but for what `frugal` says.
+
+    A build ends by waiting for older transactions: it would be in vain if the session's `lock_timeout` ended that.
+    """
+    settings = {"maintenance_work_mem": spec.config.hnsw.build_memory, "lock_timeout": "0"}
     if spec.config.hnsw.build_workers:
         settings["max_parallel_maintenance_workers"] = str(spec.config.hnsw.build_workers)
     settings |= frugal
+    before = {one: await fetch_value(connection, "SELECT current_setting(%s)", [one]) for one in settings}
     try:
         for setting, value in settings.items():
             await connection.execute("SELECT set_config(%s, %s, false)", [setting, value])
         yield
     finally:
         if not connection.closed:
-            for setting in settings:
-                await connection.execute(sql.SQL("RESET {}").format(sql.Identifier(setting)))
+            for setting, value in before.items():
+                await connection.execute("SELECT set_config(%s, %s, false)", [setting, value])
 
 
 async def _build(
@@ -137,6 +145,7 @@ async def _build(
         if await _validity(connection, schema, name):
             return False  # whatever somebody else builds on that table
         await _others_through(connection, table)
+        await _see_it_is_free(connection, table)
         valid = await _validity(connection, schema, name)
         if valid:
             return False
@@ -178,6 +187,16 @@ async def _others_through(connection: Connection, table: sql.Identifier) -> None
             log.info("index_build_waits", table=table.as_string(connection), pid=row[0])
             waited = True
         await anyio.sleep(POLL_S)
+
+
+async def _see_it_is_free(connection: Connection, table: sql.Identifier) -> None:
+    """See that nobody holds a table in which an index is about to be built or dropped, which waits without an end.
+
+    :raises LockNotAvailable: somebody does.
+    """
+    async with connection.transaction():
+        await connection.execute(f"SET LOCAL lock_timeout = {SHARED_LOCK_WAIT_MS:d}")
+        await connection.execute(sql.SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(table))
 
 
 async def _validity(connection: Connection, schema: str, name: str) -> bool | None:

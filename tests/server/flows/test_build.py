@@ -6,12 +6,15 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import anyio
 import msgspec
 import psycopg
 import pytest
+from psycopg import sql
 
+import tests.support.indexes as support
 from cdcsync.config import parse
-from cdcsync.flows.build import _advance
+from cdcsync.flows.build import _advance, build_until_live
 from cdcsync.flows.setup.differences import ask_for
 from cdcsync.flows.setup.indexes import pause_indexes, set_up_indexes
 from cdcsync.model.pauses import Pause
@@ -185,6 +188,38 @@ async def test_a_load_that_has_read_nothing_yet_needs_no_comparison(
 
     cursor = await connection.execute("SELECT id FROM cdcsync.backfills")
     assert await cursor.fetchall() == [(load,)]
+
+
+@pytest.mark.parametrize("table", ["chunks", "words", "backlog", "vectors_1", "vectors_1_settled"])
+async def test_an_index_whose_tables_are_locked_waits_to_be_built_and_others_go_live(
+    open_index: OpenIndex, connection: Connection, target: Database, table: str
+) -> None:
+    indexes = [await open_index(name=name) for name in ("articles", "notes")]
+    await Pipelines(SCHEMA, "s").ensure(connection, "p")
+    for index in indexes:
+        await register(connection, index.spec, slot="s", state="building")
+        await index.apply(changes(document("1", "a rare word"), inline=["a rare word"]))
+        await REQUESTS.add(connection, index.spec.name, "initial", rewrite=False, filter_=None)
+    await connection.execute("UPDATE cdcsync.backfills SET state = 'done', finished_at = now()")
+
+    def is_now(states: list[tuple[str, bool]]) -> Callable[[], Awaitable[bool]]:
+        async def probe() -> bool:
+            cursor = await connection.execute("SELECT state, reason IS NOT NULL FROM cdcsync.indexes ORDER BY name")
+            return await cursor.fetchall() == states
+
+        return probe
+
+    async with anyio.create_task_group() as tasks:
+        async with indexes[0].connection.transaction():
+            locked = sql.Identifier(SCHEMA, f"articles_{table}")
+            await indexes[0].connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(locked))
+            tasks.start_soon(build_until_live, target.dsn, SCHEMA, [one.spec for one in indexes])
+            await support.until(is_now([("building", True), ("live", False)]))
+        await support.until(is_now([("live", False), ("live", False)]))
+
+    valid = "SELECT count(*) FROM pg_index JOIN pg_class ON oid = indexrelid WHERE indisvalid AND relname = ANY(%s)"
+    wanted = [f"{name}_{of}" for name in ("articles", "notes") for of in ("chunks_search", "vectors_1_hnsw")]
+    assert await (await connection.execute(valid, [wanted])).fetchone() == (4,)
 
 
 def problems(pipeline: Pipeline) -> str:
