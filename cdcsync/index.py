@@ -34,9 +34,10 @@ from cdcsync.embedders.queries import QueryModels
 from cdcsync.errors import EmbedError, ModelChanged, TargetUnavailable, UsageError
 from cdcsync.lsn import Lsn
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.pool import Pool
 from cdcsync.postgres.queries import fetch_value
-from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.search import (
     NO_SETTINGS,
     TIMEOUT_S,

@@ -196,7 +196,7 @@ async def _measure_recall(
     config: Config, name: str, queries: int, k: int, ef_search: list[int], where: str | None
 ) -> _Recall:
     from cdcsync.flows.evaluate import recall
-    from cdcsync.postgres.sessions import speaking_of
+    from cdcsync.postgres.errors import speaking_of
     from cdcsync.target import evaluations
 
     async with _opened(config, name) as (connection, spec):
@@ -220,7 +220,7 @@ async def _measure_answers(config: Config, name: str, asked: _Judging) -> _Answe
 
     from cdcsync.cli.beside import questions_by_worker
     from cdcsync.flows.evaluate import gates, judged
-    from cdcsync.postgres.sessions import speaking_of
+    from cdcsync.postgres.errors import speaking_of
     from cdcsync.target import judged_runs
 
     collection, floors, measures = gates.read_questions(asked.directory, asked.least, asked.measures)

@@ -110,7 +110,8 @@ async def _list(config: Config, name: str, limit: int) -> tuple[list[Failure], L
     """Return some failures, how many documents there are, and whether the index has several generations of vectors."""
     import msgspec
 
-    from cdcsync.postgres.sessions import connect, speaking_of
+    from cdcsync.postgres.errors import speaking_of
+    from cdcsync.postgres.sessions import connect
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
         spec, failed = await _open(target, config, name)
@@ -126,7 +127,8 @@ async def _list(config: Config, name: str, limit: int) -> tuple[list[Failure], L
 
 
 async def _discard(config: Config, name: str) -> int:
-    from cdcsync.postgres.sessions import connect, speaking_of
+    from cdcsync.postgres.errors import speaking_of
+    from cdcsync.postgres.sessions import connect
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
         spec, failed = await _open(target, config, name)
@@ -137,7 +139,8 @@ async def _discard(config: Config, name: str) -> int:
 async def _retry(config: Config, name: str, as_json: bool) -> bool:
     """Request another attempt for everything, and follow the rows that are read again; returns whether that worked."""
     from cdcsync.flows.replay import open_index, require_followed
-    from cdcsync.postgres.sessions import connect, speaking_of
+    from cdcsync.postgres.errors import speaking_of
+    from cdcsync.postgres.sessions import connect
     from cdcsync.target.failures.listing import Failures
 
     async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
@@ -185,7 +188,7 @@ async def _retry(config: Config, name: str, as_json: bool) -> bool:
 async def _read_again(target: Connection, config: Config, spec: IndexSpec, failed: Failures, listed: Listed) -> Request:
     """Request that the rows, or all rows if not every failed one is listed, are read again; returns when that ended."""
     from cdcsync.flows.replay import Replay, ask, follow
-    from cdcsync.postgres.sessions import speaking_of
+    from cdcsync.postgres.errors import speaking_of
     from cdcsync.worker.substitute import worker_ensured
 
     with speaking_of("target", where=f"index {spec.name}"):

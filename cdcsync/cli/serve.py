@@ -123,7 +123,8 @@ def audit(
     """Read the record of calls of the tool server."""
     import anyio
 
-    from cdcsync.postgres.sessions import connect, speaking_of
+    from cdcsync.postgres.errors import speaking_of
+    from cdcsync.postgres.sessions import connect
     from cdcsync.target.calls import Call, read_calls
 
     configuration = context.ensure_object(Invocation).load(config)

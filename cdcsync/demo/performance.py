@@ -22,7 +22,8 @@ from cdcsync.demo.corpus import Entry
 from cdcsync.demo.material import CONFIG, HUB_MODEL, find_model, read_entries
 from cdcsync.demo.stage import Stage
 from cdcsync.errors import leading
-from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.worker import run as worker
 from cdcsync.worker.state import WorkerState
 

@@ -21,7 +21,8 @@ from cdcsync.demo.material import CHANGES, QUESTIONS, read_entries, text_of
 from cdcsync.embedders import Embedder, make_embedder
 from cdcsync.flows.evaluate.judged import Searches, embed_questions, evaluate_judged
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.target.search import Hit, Mode, search, stored_spec
 from cdcsync.worker.state import WorkerState
 

@@ -19,9 +19,10 @@ from cdcsync.errors import TargetUnavailable
 from cdcsync.model.pauses import Pause
 from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
 from cdcsync.postgres.queries import fetch_value
-from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names

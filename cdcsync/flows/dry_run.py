@@ -25,8 +25,9 @@ from cdcsync.errors import DocumentError, EmbedError
 from cdcsync.flows.replay import Replay
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_value
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight import build_embedders
 from cdcsync.preflight.generations import cuts, embedder_of
 from cdcsync.source.many import source_table

@@ -22,7 +22,8 @@ from cdcsync.flows.setup.approval import Cost, Reading, confirm_above, cost_of, 
 from cdcsync.flows.setup.needs import Need
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.preflight import Report
 from cdcsync.preflight.beside import beside_findings
 from cdcsync.preflight.dependents import dependents_findings

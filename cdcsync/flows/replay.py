@@ -24,8 +24,9 @@ from cdcsync.errors import SetupError, UsageError
 from cdcsync.model.requests import Request, RequestAction
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import first_line, speaking_of, translate
 from cdcsync.postgres.queries import fetch_one
-from cdcsync.postgres.sessions import Connection, first_line, speaking_of, translate
+from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight import build_embedders, examine
 from cdcsync.source.catalog import facts_of, read_catalog
 from cdcsync.source.conditions import Refused, try_condition

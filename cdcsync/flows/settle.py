@@ -28,8 +28,9 @@ from cdcsync.errors import CdcsyncError, SetupError, TargetUnavailable, leading
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import CLOSE_S, Lag
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import locked_out, speaking_of
 from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
-from cdcsync.postgres.sessions import Session, locked_out, speaking_of
+from cdcsync.postgres.sessions import Session
 from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
 from cdcsync.target.settling import Settling, Tiers
 from cdcsync.target.tidying import tidy

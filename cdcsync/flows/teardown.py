@@ -20,7 +20,8 @@ from psycopg import sql
 from cdcsync.config import Config
 from cdcsync.config.names import beside_name, quote
 from cdcsync.errors import SetupError, SlotInUse
-from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.source.catalog import Slot, read_server, read_slot
 from cdcsync.source.families import single_names
 from cdcsync.source.publications import Publication, published_names, read_publication

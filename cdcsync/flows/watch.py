@@ -3,13 +3,11 @@
     tables     can each index follow its table, and is the table, and what has it sent, what it was
     relations  has the target all that each index should have there, and are our tables still of our version
     slot       how much of `max_slot_wal_keep_size` does it hold (`flows/retention`)
-    heartbeat  a message now and then, which shows on an idle source that the pipeline moves
 
 The tables are read all at once, and judged by the functions that `check` uses: an index that `check` would refuse is
 paused, and one that was paused is resumed once `check` would accept it.
 
-Source: PostgreSQL, "pg_replication_slots", "Replication" (max_slot_wal_keep_size); "System Administration Functions"
-(pg_logical_emit_message).
+Source: PostgreSQL, "pg_replication_slots", "Replication" (max_slot_wal_keep_size).
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ import structlog
 from cdcsync.config import Config
 from cdcsync.config.names import beside_name, own_name
 from cdcsync.errors import (
-    CdcsyncError,
     RunError,
     SchemaChanged,
     SetupError,
@@ -41,22 +38,22 @@ from cdcsync.flows.setup.differences import (
     stored_fingerprint,
 )
 from cdcsync.flows.setup.indexes import outdated
-from cdcsync.logs import Told
+from cdcsync.flows.truncations import Truncations
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import exclusive_locks
-from cdcsync.postgres.sessions import Session, speaking_of
+from cdcsync.postgres.sessions import Session
 from cdcsync.preflight import Finding
 from cdcsync.preflight.families import followed_catalog
 from cdcsync.preflight.following import following_findings, seen_fingerprint
 from cdcsync.preflight.indexes import Plan, vector_faults
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.source.catalog import Catalog, insert_lsn, read_catalog, read_slot
-from cdcsync.source.fingerprints import Emptied
+from cdcsync.source.catalog import Catalog, read_catalog, read_slot
 from cdcsync.target.approvals import Approvals
 from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.missing import missing_relations
@@ -84,9 +81,6 @@ its session ended."""
 
 RELATIONS_S = 60.0
 """How often it is looked whether somebody dropped a relation of an index in the target."""
-
-HEARTBEAT_PREFIX = "cdcsync heartbeat"
-"""The prefix of the messages: not that of the marks, which are looked for."""
 
 
 class _Stored(msgspec.Struct, frozen=True):
@@ -130,12 +124,8 @@ class Watch:
         self._pauses = pauses
         self._pause = pause
         self._metrics = metrics
-        self._deliveries = deliveries
-        self._received = received
         self._source_ends = source_ends
-        self._awaited: dict[tuple[str, int | None], tuple[int, Lsn]] = {}
-        """By index, and the place of a related table's link or None: the transaction that rewrote the table, and from
-        where in the stream on that has come if it was a TRUNCATE."""
+        self._truncations = Truncations(deliveries, received)
         self._unapproved = unapproved
         self._ailing = {plan.name for plan in plans if plan.unfit}
         """The indexes whose tables had a fault when they were last looked at."""
@@ -182,7 +172,7 @@ class Watch:
                     away += isinstance(error, SourceUnavailable)
                     if away == AWAY_LOOKS:
                         self._source_ends()
-                with anyio.move_on_after(AWAITED_S if self._awaited or away else WATCH_S):
+                with anyio.move_on_after(AWAITED_S if self._truncations.awaited or away else WATCH_S):
                     await self._nudged.wait()
                     await anyio.sleep(NUDGED_S)
 
@@ -342,12 +332,12 @@ class Watch:
         found = difference_of(catalog, spec, entry, now)
         if found.reread or found.called:
             raise TablesChanged(found.reread or found.compare or "", where=f"index {spec.name}")
-        said = [await self._truncated(source, spec, one) for one in found.emptied]
+        said = [await self._truncations.explain(source, spec, one) for one in found.emptied]
         if None in said and False not in said:
             return
         if said and all(said):
             found = msgspec.structs.replace(found, compare=None)
-        self._awaited = {of: awaited for of, awaited in self._awaited.items() if of[0] != spec.name}
+        self._truncations.forget(spec.name)
         schema = self._config.target.schema
         with speaking_of("target", where=f"index {spec.name}", index=spec.name):
             connection = await target.connection()
@@ -357,23 +347,6 @@ class Watch:
                     await ask_for(connection, schema, spec.name, found)
                 crash_point("difference written")
             crash_point("difference committed")
-
-    async def _truncated(self, source: Session, spec: IndexSpec, emptied: Emptied) -> bool | None:
-        """Say whether a TRUNCATE that the stream has brought made a table's new files; None if it may still come."""
-        writer, deliveries = emptied.by, self._deliveries[spec.name]
-        # The same table by another link is truncated in the same message.
-        links = {link.table: link.place for link in spec.links}
-        place = None if emptied.table == spec.shape.table else links[emptied.table]
-        if deliveries.emptied_by(writer, place) and not emptied.at_its_end:
-            return True
-        of = spec.name, place
-        awaited = self._awaited.get(of)
-        if awaited is None or (awaited[0] != writer and deliveries.emptied_by(awaited[0], place)):
-            with speaking_of("source"):
-                awaited = self._awaited[of] = writer, await insert_lsn(await source.connection())
-        if self._received() <= awaited[1]:
-            return None
-        return awaited[0] == writer and deliveries.emptied_by(writer, place, at_its_end=emptied.at_its_end)
 
     async def _look_at_paused(
         self, target: Session, plan: Plan, entry: Entry, catalog: Catalog, error: Finding | None
@@ -407,25 +380,3 @@ class Watch:
             self._pauses.note_standing(name, now)
         if self._pauses.due(name, now) and not (entry.reason or "").startswith(LOAD_CANCELLED):
             raise TablesChanged("it may be followed again", where=f"index {name}")
-
-
-async def send_heartbeats(config: Config) -> None:
-    """Write a message to the source's WAL every `source.heartbeat_every_s`, until cancelled; without it do nothing."""
-    if not config.source.heartbeat_every_s:
-        return
-    told = Told()
-    async with Session(config.source.dsn, "source", application_name="cdcsync heartbeat") as session:
-        while True:
-            try:
-                with speaking_of("source"):
-                    # In no transaction: it takes no transaction id, and waits for no commit.
-                    await (await session.connection()).execute(
-                        "SELECT pg_logical_emit_message(false, %s, '')", [HEARTBEAT_PREFIX]
-                    )
-                    crash_point("heartbeat written")
-                told.over()
-            except CdcsyncError as error:
-                say = log.debug if isinstance(error, Unavailable) else log.warning
-                if told.anew(error):
-                    say("heartbeat_waits", error=str(error), fix=error.hint)
-            await anyio.sleep(config.source.heartbeat_every_s)

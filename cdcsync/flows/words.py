@@ -20,9 +20,10 @@ from psycopg import sql
 from cdcsync.backoff import Cooldown
 from cdcsync.errors import CdcsyncError
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_row
-from cdcsync.postgres.sessions import IDLE_S, Connection, Session, speaking_of
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session
 from cdcsync.target.ddl.bm25 import bm25_option
 from cdcsync.target.ddl.building import keep_bm25
 from cdcsync.target.ddl.names import Names, words_name

@@ -17,14 +17,14 @@ from typing import LiteralString, TypeVar
 
 import anyio
 import msgspec
-import psycopg
 
 from cdcsync.backoff import backoff_s
 from cdcsync.config import QualifiedName
 from cdcsync.errors import CdcsyncError, SourceUnavailable
 from cdcsync.logs import get_logger
 from cdcsync.postgres.autovacuums import Vacuumed, end_autovacuums
-from cdcsync.postgres.sessions import Connection, Session, locked_out, speaking_of
+from cdcsync.postgres.errors import LOCKED_OUT, locked_out, speaking_of
+from cdcsync.postgres.sessions import Connection, Session
 
 log = get_logger()
 
@@ -62,7 +62,7 @@ async def until_locked(
     while True:
         try:
             return await change()
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+        except LOCKED_OUT:
             log.info("lock_waits", table=table, attempt=attempt + 1)
             if attempt + 1 == attempts:
                 raise

@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 import anyio
 
 from cdcsync.errors import UsageError
-from cdcsync.postgres.sessions import Connection, Session, Side
+from cdcsync.postgres.sessions import Connection, Session
+from cdcsync.postgres.settings import Side
 
 
 class Pool:

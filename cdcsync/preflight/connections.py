@@ -13,7 +13,8 @@ import msgspec
 from cdcsync.config import Config
 from cdcsync.config.names import quote
 from cdcsync.postgres.queries import fetch_one
-from cdcsync.postgres.sessions import Connection, Side
+from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.settings import Side
 from cdcsync.preflight.findings import Finding
 
 ON_SOURCE = 8

@@ -14,8 +14,10 @@ from cdcsync.embedders import Embedder
 from cdcsync.errors import CdcsyncError
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import exclusive_locks
-from cdcsync.postgres.sessions import ALWAYS_BRIEFLY, Connection, Side, connect, speaking_of
+from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.postgres.settings import ALWAYS_BRIEFLY, Side
 from cdcsync.preflight.beside import beside_findings
 from cdcsync.preflight.connections import needed, read_room, room_findings
 from cdcsync.preflight.dependents import dependents_findings

@@ -15,8 +15,9 @@ import msgspec
 import psycopg
 
 from cdcsync.errors import CdcsyncError, Retry
+from cdcsync.postgres.errors import locked_out, translate
 from cdcsync.postgres.locking import Lock
-from cdcsync.postgres.sessions import Side, locked_out, translate
+from cdcsync.postgres.settings import Side
 
 Level = Literal["ok", "warning", "error"]
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import psycopg
 from psycopg import conninfo, pq
 
-from cdcsync.postgres.sessions import Side
+from cdcsync.postgres.settings import Side
 from cdcsync.preflight.findings import Finding
 
 PRIMARY_ONLY = ("read-write", "primary")

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import psycopg
 
 from cdcsync.postgres.queries import fetch_value
-from cdcsync.postgres.sessions import Connection, Side, connect
+from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.postgres.settings import Side
 from cdcsync.preflight.findings import Finding
 
 PID = "SELECT pg_backend_pid()"

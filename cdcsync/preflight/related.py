@@ -16,7 +16,8 @@ from cdcsync.config import QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.documents.related import LISTED, ONE, Facts, RelatedRows, columns_read
 from cdcsync.model.rows import Shape
-from cdcsync.postgres.sessions import Connection, first_line, locked_out, passing, translate
+from cdcsync.postgres.errors import first_line, locked_out, passing, translate
+from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, nearest
 from cdcsync.preflight.indexes import Plan
 from cdcsync.preflight.sending import sending_findings

@@ -9,7 +9,8 @@ import structlog
 from prometheus_client import Counter
 
 from cdcsync.errors import CdcsyncError
-from cdcsync.postgres.sessions import Session, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Session
 from cdcsync.target.calls import Call, forget_calls, record_calls
 
 log = structlog.get_logger()

@@ -20,8 +20,10 @@ from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedError, SetupEr
 from cdcsync.index import Index, Resources
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_value
-from cdcsync.postgres.sessions import CONNECT_TIMEOUT_S, IDLE_S, Connection, Session, speaking_of
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session
+from cdcsync.postgres.settings import CONNECT_TIMEOUT_S
 from cdcsync.serve.budget import shortened
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.messages import Answer, ColumnInfo, Document, Found, IndexInfo, SearchRequest

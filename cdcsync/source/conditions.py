@@ -39,9 +39,10 @@ from cdcsync.model.conditions import (
     understood,
 )
 from cdcsync.model.rows import SOURCE_TABLE
+from cdcsync.postgres.errors import locked_out, passing, speaking_of, translate, without_values
 from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.queries import fetch_value
-from cdcsync.postgres.sessions import Connection, locked_out, passing, speaking_of, translate, without_values
+from cdcsync.postgres.sessions import Connection
 from cdcsync.source.unreadable import of_a_row
 
 TRIED_ROWS = 100

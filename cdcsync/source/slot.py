@@ -40,19 +40,9 @@ from cdcsync.errors import (
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.frames import Keepalive, XLogData, decode_frame, encode_status_update
 from cdcsync.pgoutput.wire import from_datetime
+from cdcsync.postgres.errors import connect_error, first_line, passing, translate, without_values
 from cdcsync.postgres.interrupts import CANCEL_S
-from cdcsync.postgres.sessions import (
-    LEAVING,
-    RENDERING,
-    SAFETY,
-    connect_error,
-    conninfo_for,
-    describe,
-    first_line,
-    passing,
-    translate,
-    without_values,
-)
+from cdcsync.postgres.settings import LEAVING, RENDERING, SAFETY, conninfo_for, describe
 
 COMMAND_S = 60.0
 """A command that a server answers at once has been lost if it is not answered within this time."""

@@ -16,7 +16,7 @@ from typing import TypeVar
 import psycopg
 
 from cdcsync.model.rows import Key, Unread
-from cdcsync.postgres.sessions import without_values
+from cdcsync.postgres.errors import without_values
 
 T = TypeVar("T")
 

@@ -15,7 +15,8 @@ import psycopg
 
 from cdcsync.config import Config
 from cdcsync.errors import CdcsyncError
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.status.embedders import read_embedders
 from cdcsync.status.headline import with_headlines
 from cdcsync.status.indexes import Indexes, absent, read_indexes

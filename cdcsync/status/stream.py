@@ -12,8 +12,10 @@ import psycopg
 from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import CdcsyncError, SourceUnavailable
 from cdcsync.lsn import Lsn
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import READERS_WAIT, WRITERS_WAIT, Lock, exclusive_locks
-from cdcsync.postgres.sessions import Connection, Side, speaking_of
+from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.settings import Side
 from cdcsync.source.catalog import Slot, current_lsn, read_slot, why_lost
 from cdcsync.status.indexes import Indexes
 from cdcsync.status.model import IndexStatus, SlotStatus, WorkerStatus

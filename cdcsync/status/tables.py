@@ -13,8 +13,9 @@ from typing import LiteralString, TypeVar, cast
 from psycopg import sql
 
 from cdcsync.errors import CdcsyncError
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_value
-from cdcsync.postgres.sessions import Connection, answers, speaking_of
+from cdcsync.postgres.sessions import Connection, answers
 
 T = TypeVar("T")
 

@@ -17,9 +17,10 @@ import psycopg
 from cdcsync.errors import RunError, TargetUnavailable
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
 from cdcsync.postgres.liveness import WatchedConnection
-from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
 

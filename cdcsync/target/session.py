@@ -19,8 +19,9 @@ from cdcsync.model.pauses import Pause
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import Part
+from cdcsync.postgres.errors import REFUSALS, locked_out, speaking_of
 from cdcsync.postgres.locking import WRITERS_WAIT, Lock, exclusive_locks
-from cdcsync.postgres.sessions import REFUSALS, Connection, Session, locked_out, speaking_of
+from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.postgres.temporary import TemporaryTables
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.apply import IndexWriter

@@ -20,6 +20,7 @@ import psycopg
 from psycopg import sql
 
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import LOCKED_OUT
 from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
@@ -87,7 +88,7 @@ async def tidy(connection: Connection, schema: str, spec: IndexSpec) -> None:
                 await connection.execute(sql.SQL("REINDEX INDEX {}").format(near))
                 crash_point("fresh list written")
             crash_point("fresh list rebuilt")
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+        except LOCKED_OUT:
             return  # a long search: the next look tries again
 
 

@@ -31,21 +31,23 @@ from cdcsync.flows.follow.apply import Applier
 from cdcsync.flows.follow.open_batch import Limits
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.flows.follow.stream import Stream
+from cdcsync.flows.heartbeat import send_heartbeats
 from cdcsync.flows.migrate.fill import Fill
 from cdcsync.flows.settle import Settle
 from cdcsync.flows.setup.approval import Held
 from cdcsync.flows.setup.exchange import do_what_was_asked
 from cdcsync.flows.setup.indexes import let_go, outdated, pause_indexes, set_up_indexes
 from cdcsync.flows.setup.start import refuse_early, set_up_publication, set_up_shared
-from cdcsync.flows.watch import Watch, send_heartbeats
+from cdcsync.flows.watch import Watch
 from cdcsync.flows.words import count_words_for_ever, enter_words_for_ever
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import Lag
 from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupted_by
-from cdcsync.postgres.sessions import IDLE_S, Session, connect, speaking_of
+from cdcsync.postgres.sessions import IDLE_S, Session, connect
 from cdcsync.preflight.indexes import Plan
 from cdcsync.process import collector
 from cdcsync.source.catalog import read_catalog, read_server

@@ -25,7 +25,8 @@ from cdcsync.logs import Told
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
 from cdcsync.model.lag import Lag
-from cdcsync.postgres.sessions import IDLE_S, Connection, Session, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session
 from cdcsync.status import (
     Headline,
     Paces,

@@ -22,8 +22,9 @@ from cdcsync.lsn import Lsn
 from cdcsync.model.lag import SILENCE_S
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.interrupts import cancelled_by
-from cdcsync.postgres.sessions import Session, speaking_of
+from cdcsync.postgres.sessions import Session
 from cdcsync.source.catalog import running_transactions
 from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool

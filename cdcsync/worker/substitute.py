@@ -13,7 +13,8 @@ import anyio
 
 from cdcsync.backoff import Backoff
 from cdcsync.config import Config
-from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.worker import run as worker
 from cdcsync.worker.state import WorkerState

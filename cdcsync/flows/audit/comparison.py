@@ -23,7 +23,8 @@ from cdcsync.flows.audit.soundness import examine_chunks
 from cdcsync.model.requests import Request
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.many import source_table
 from cdcsync.target.audits import START, Place

@@ -21,8 +21,9 @@ from cdcsync.flows.audit.verification import DiffersAsAWhole, repair, verify
 from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import LockedOut
-from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import blockers, current_snapshot, running_transactions
 from cdcsync.target.requests.queue import Queue

@@ -39,8 +39,9 @@ from cdcsync.flows.audit.verification import Verification, as_a_whole, repair_fo
 from cdcsync.metrics import Metrics
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import LockedOut
-from cdcsync.postgres.sessions import IDLE_S, Connection, Session, speaking_of
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.many import source_table
 from cdcsync.target.audits import Audits, Place

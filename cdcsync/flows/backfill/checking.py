@@ -20,7 +20,8 @@ from cdcsync.model.requests import Problem
 from cdcsync.model.rows import Key, Row, Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Snapshot
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.target.keys import stored_documents
 
 

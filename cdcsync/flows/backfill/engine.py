@@ -23,8 +23,9 @@ from cdcsync.model.requests import Problem, Request
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import LockedOut
-from cdcsync.postgres.sessions import IDLE_S, Connection, Session, connect, speaking_of
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session, connect
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.marks import emit_mark

@@ -18,7 +18,8 @@ from cdcsync.model.requests import Request
 from cdcsync.model.rows import Key, Row, Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries, Snapshot
-from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.source.catalog import blockers, current_snapshot
 from cdcsync.source.reads import Page as Read
 from cdcsync.source.tables import SourceTable

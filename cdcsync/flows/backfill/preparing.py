@@ -20,7 +20,8 @@ from cdcsync.flows.embed.pages import page_vectors
 from cdcsync.model.rows import Key, Row, Shape, Upsert
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.target.keys import texts_with_vector
 
 log = structlog.get_logger()

@@ -26,7 +26,7 @@ from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import LIVE
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
-from cdcsync.postgres.sessions import first_line, speaking_of, without_values
+from cdcsync.postgres.errors import LOCKED_OUT, first_line, speaking_of, without_values
 from cdcsync.target.backlog import Backlog, Waiting
 
 log = structlog.get_logger()
@@ -252,7 +252,7 @@ class EmbedLoop:
                 try:
                     async with self._pool.backlog(self._spec, self._siblings) as backlog:
                         return await work(backlog)
-                except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+                except LOCKED_OUT as error:
                     self._locked_out = True
                     if tries:
                         await self._tell_who_locks(error)

@@ -12,7 +12,8 @@ from cdcsync.flows.embed.dispatcher import Dispatcher
 from cdcsync.flows.embed.pool import Pool
 from cdcsync.logs import Told
 from cdcsync.model.embedding import EmbedderState
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.target.embedders import note_embedders, read_embedders
 
 log = structlog.get_logger()

@@ -14,8 +14,9 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
-from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.postgres.temporary import TemporaryTables
 from cdcsync.target.backlog import Backlog
 

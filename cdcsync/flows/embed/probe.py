@@ -21,7 +21,7 @@ from cdcsync.flows.embed.dispatcher import Dispatcher
 from cdcsync.flows.embed.pool import Pool
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import Probe, cosine_distance
-from cdcsync.postgres.sessions import speaking_of
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.target.embedders import read_probe, write_probe
 
 log = structlog.get_logger()

@@ -21,7 +21,8 @@ from cdcsync.errors import UsageError
 from cdcsync.flows.evaluate.collection import JUDGMENTS, Judgment, read_judgments
 from cdcsync.flows.evaluate.judged import document_id, embed_questions
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.target.calls import read_questions
 from cdcsync.target.search import Mode, search
 

@@ -31,7 +31,8 @@ from cdcsync.errors import SetupError, UsageError
 from cdcsync.flows.evaluate.collection import Collection
 from cdcsync.flows.evaluate.intervals import difference, figure
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.target.judged_runs import MODES, Figure, JudgedMode, ModeRun, Run, Weighed
 from cdcsync.target.search import FUSION, Hit, Mode, search
 

@@ -12,8 +12,9 @@ from cdcsync.backoff import Backoff
 from cdcsync.errors import CdcsyncError, Unavailable
 from cdcsync.flows.evaluate.recall import Budget, evaluate
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_value
-from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.relations import Names
 from cdcsync.target.registry import Registry

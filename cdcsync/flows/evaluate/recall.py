@@ -37,8 +37,9 @@ from cdcsync.errors import SetupError, UsageError
 from cdcsync.flows.evaluate.sampling import sample_vectors
 from cdcsync.flows.evaluate.searches import MAX_EF_SEARCH, Measuring, search_all_ways
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_one, fetch_value
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import Names, vector_schema
 from cdcsync.target.evaluations import USUAL_K, Evaluation, Measured
 from cdcsync.target.registry import Registry

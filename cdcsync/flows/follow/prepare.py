@@ -33,8 +33,9 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
 from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.pgoutput.messages import UNCHANGED
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import LockedOut
-from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.source.reads import Page
 from cdcsync.source.tables import SourceTable
 from cdcsync.target.look_ups import LookUps

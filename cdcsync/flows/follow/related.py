@@ -21,7 +21,8 @@ from cdcsync.model.links import Link, Touch, Values
 from cdcsync.model.rows import Delete, Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries, Snapshot
-from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.source.related import MOST_FILTERED, LookUps
 
 MOST_OF_ONE = 1_000

@@ -24,8 +24,9 @@ import structlog
 from cdcsync.errors import SourceUnavailable
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import XID_SPAN, Snapshot
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import LockedOut
-from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.source.catalog import blockers, current_snapshot, in_doubt, running_transactions
 
 log = structlog.get_logger()

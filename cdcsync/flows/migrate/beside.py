@@ -20,7 +20,8 @@ from cdcsync.flows.migrate.present import Started
 from cdcsync.flows.setup.approval import COUNTED_S, Cost, Reading, confirm_above, cost_of
 from cdcsync.flows.setup.needs import Need
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.preflight import examine, refuse
 from cdcsync.preflight.indexes import WantedVectors
 from cdcsync.process.crashpoints import crash_point

@@ -21,7 +21,8 @@ from cdcsync.flows.evaluate.gates import Verdict
 from cdcsync.flows.evaluate.recall import evaluate
 from cdcsync.flows.evaluate.sampling import sample_vectors
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.names import Names, vector_schema
 from cdcsync.target.search import nearest_statement, tune

@@ -10,7 +10,7 @@ from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import opened, other_generation
 from cdcsync.flows.setup.exchange import do_what_was_asked
 from cdcsync.flows.setup.indexes import drop_generations
-from cdcsync.postgres.sessions import speaking_of
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.beside import asks_for_others
 from cdcsync.target.entries import Entry

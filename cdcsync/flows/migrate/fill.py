@@ -29,8 +29,9 @@ from cdcsync.flows.embed import Dispatcher, EmbedLoop
 from cdcsync.flows.embed.pages import page_vectors
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import until_locked
-from cdcsync.postgres.sessions import Connection, Session, speaking_of
+from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.ddl.names import Names

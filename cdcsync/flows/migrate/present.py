@@ -10,7 +10,8 @@ import msgspec
 from cdcsync.config import Config
 from cdcsync.config.names import beside_name
 from cdcsync.errors import SetupError
-from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.preflight.generations import live_generation
 from cdcsync.status.generations import GenerationStatus, read_generations
 from cdcsync.target.entries import Entry

@@ -22,8 +22,9 @@ from cdcsync.flows.migrate.present import Started, opened
 from cdcsync.flows.setup.approval import confirm_above
 from cdcsync.flows.setup.needs import content_changes
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_one
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight import build_embedders
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.generations import embedder_of, live_generation

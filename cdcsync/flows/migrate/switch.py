@@ -18,8 +18,9 @@ from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import opened, other_generation
 from cdcsync.flows.setup.exchange import do_what_was_asked
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import until_locked
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight import build_embedders
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.generations import embedder_of

@@ -23,7 +23,8 @@ from cdcsync.flows.setup.differences import difference_of, present_fingerprint
 from cdcsync.flows.setup.needs import AWAITS_APPROVAL, Need, need_of
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import Connection, connect, locked_out, speaking_of
+from cdcsync.postgres.errors import locked_out, speaking_of
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.fingerprints import Difference
 from cdcsync.target.approvals import Approvals, change_of

@@ -8,7 +8,6 @@ worker runs, or once a running one has let go of the lock because the watch saw 
 from __future__ import annotations
 
 import msgspec
-import psycopg
 
 from cdcsync.config import Config
 from cdcsync.config.names import beside_name, own_name
@@ -16,8 +15,9 @@ from cdcsync.errors import SetupError
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed
+from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
 from cdcsync.postgres.locking import until_locked
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.beside import contents_asked_for
 from cdcsync.target.ddl.generations import drop_beside, exchange_relations
@@ -77,7 +77,7 @@ async def _do(connection: Connection, config: Config, other: Entry, *, ends: boo
                 await until_locked(
                     lambda: _exchange(connection, config, index), table=table, attempts=ATTEMPTS, vacuumed=vacuumed
                 )
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+        except LOCKED_OUT as error:
             raise SetupError(
                 "other transactions have locked its view or tables for some seconds, a dump for one",
                 where=f"index {index}",

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from cdcsync.errors import DecodingFailed, GapError, SourceUnavailable
 from cdcsync.lsn import Lsn
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_row
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import SENDS_PREPARED, Slot, read_slot, why_lost
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.pipelines import PipelineState

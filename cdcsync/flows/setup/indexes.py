@@ -28,8 +28,9 @@ from cdcsync.flows.setup.needs import need_of
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed
+from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
 from cdcsync.postgres.locking import BRIEFLY, until_locked
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import (
     Catalog,
@@ -130,7 +131,7 @@ async def set_up_indexes(
                 if await Registry(config.target.schema).find(target, spec.name) is None:
                     raise
                 raise SchemaChanged(error.message, index=spec.name, where=error.where, hint=error.hint) from error
-            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+            except LOCKED_OUT as error:
                 raise SchemaChanged(
                     "its tables or views in the target have to change, and a session there does not let go of them",
                     index=spec.name,

@@ -18,8 +18,9 @@ from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, 
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.autovacuums import Vacuumed
+from cdcsync.postgres.errors import LOCKED_OUT, first_line, speaking_of
 from cdcsync.postgres.locking import BRIEFLY, PUBLISHING_WAITS, exclusive_locks, until_locked
-from cdcsync.postgres.sessions import Connection, first_line, speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import (
     FAILOVER_VERSION,
@@ -130,7 +131,7 @@ async def set_up_publication(
                 attempts=PUBLISH_ATTEMPTS,
                 vacuumed=Vacuumed(source, [(one.schema, one.name) for one in missing]),
             )
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+        except LOCKED_OUT as error:
             locks = await exclusive_locks(source, missing, modes=PUBLISHING_WAITS)
             held = locks[0].of if locks else missing[0]
             raise SchemaChanged(

@@ -19,9 +19,10 @@ from psycopg import sql
 
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import first_line
 from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
 from cdcsync.postgres.queries import fetch_row, fetch_value
-from cdcsync.postgres.sessions import Connection, first_line
+from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.bm25 import bm25_of, bm25_option
 from cdcsync.target.ddl.names import Names, opclass, signs, vector_schema

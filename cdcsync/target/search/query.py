@@ -20,15 +20,8 @@ from psycopg import sql
 
 from cdcsync.errors import CdcsyncError, ModelChanged, SetupError, UsageError
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.sessions import (
-    Connection,
-    first_line,
-    passing,
-    speaking_of,
-    translate,
-    unavailable,
-    without_values,
-)
+from cdcsync.postgres.errors import first_line, passing, speaking_of, translate, unavailable, without_values
+from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.hits import OWN, attribute_of
 from cdcsync.target.ddl.names import Names, function_name
 from cdcsync.target.ddl.search_function import BY_WORDS_ALONE, NO_GENERATION, NOT_FOLLOWED, Variant, compose

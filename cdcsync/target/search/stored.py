@@ -14,8 +14,9 @@ from cdcsync.errors import SetupError
 from cdcsync.model.conditions import Where
 from cdcsync.model.rows import Shape
 from cdcsync.model.spec import Distance, IndexSpec
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_value
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.target.beside import as_kept, made_by
 from cdcsync.target.entries import TABLE, Entry
 from cdcsync.target.generations import Generations

@@ -18,7 +18,7 @@ import structlog
 from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster, free_port
-from cdcsync.postgres import liveness, sessions
+from cdcsync.postgres import liveness, settings
 from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.sessions import connect
 from tests.support.indexes import until
@@ -271,8 +271,8 @@ async def test_a_session_that_is_left_behind_in_a_transaction_is_ended_on_the_se
 async def test_the_server_ends_what_a_process_that_has_ended_left_behind_in_a_transaction(
     database: Database, make_proxy: Callable[[int], Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    soon = sessions.DURABILITY["target"].replace("120s", "100ms")
-    monkeypatch.setitem(sessions.DURABILITY, "target", soon)
+    soon = settings.DURABILITY["target"].replace("120s", "100ms")
+    monkeypatch.setitem(settings.DURABILITY, "target", soon)
     dsn = conninfo.conninfo_to_dict(database.dsn)
     proxy = make_proxy(int(str(dsn["port"])))
     connection = await connect(conninfo.make_conninfo("", **dsn | {"host": "127.0.0.1", "port": proxy.port}), "target")

@@ -10,9 +10,11 @@ from psycopg import conninfo, sql
 
 from cdcsync.errors import SourceUnavailable, Unavailable
 from cdcsync.postgres import sessions
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.queries import fetch_texts
-from cdcsync.postgres.sessions import Session, Side, connect, speaking_of
+from cdcsync.postgres.sessions import Session, connect
+from cdcsync.postgres.settings import Side
 from cdcsync.source.slot import SlotConnection
 from tests.support.expiries import EXPIRIES, expire
 from tests.support.proxies import Proxy

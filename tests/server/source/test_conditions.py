@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cdcsync.config import QualifiedName
 from cdcsync.model.conditions import ColumnKind, tokens, understood
-from cdcsync.postgres.sessions import RENDERING, Connection, connect
+from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.postgres.settings import RENDERING
 from cdcsync.source.conditions import Refused, examine_condition, examine_order, try_condition
 from tests.support.servers import Database, Server, fresh_database
 

@@ -12,7 +12,8 @@ from cdcsync.config import QualifiedName
 from cdcsync.errors import SetupError
 from cdcsync.model.rows import Key, Shape
 from cdcsync.postgres.conditions import check_filter
-from cdcsync.postgres.sessions import Connection, connect, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.source.tables import SourceTable
 from tests.support.relations import rows
 from tests.support.tables import create_types, pages, source_table

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cdcsync.errors import SetupError
-from cdcsync.postgres.sessions import Connection, speaking_of
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.target.belongings import (
     Belongings,
     belongings_of,

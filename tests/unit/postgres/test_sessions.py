@@ -7,7 +7,7 @@ import pytest
 from psycopg import errors
 
 from cdcsync.errors import CdcsyncError, SetupError, SourceUnavailable, TargetUnavailable
-from cdcsync.postgres.sessions import speaking_of, translate
+from cdcsync.postgres.errors import speaking_of, translate
 
 
 def raised(error: psycopg.Error) -> BaseException:

@@ -12,7 +12,7 @@ import pytest
 from cdcsync.flows.embed import Pool
 from cdcsync.flows.embed.pool import MOST, PER_INDEX
 from cdcsync.postgres import temporary
-from cdcsync.postgres.sessions import passing
+from cdcsync.postgres.errors import passing
 from tests.support.ages import held_back, use_transactions
 from tests.support.expiries import EXPIRIES, expire
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document

@@ -1,0 +1,194 @@
+"""What the driver's errors mean for the pipeline, for one index, and for the operator.
+
+Source: PostgreSQL, "PostgreSQL Error Codes".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+
+from cdcsync.errors import (
+    CdcsyncError,
+    SchemaChanged,
+    SetupError,
+    SourceUnavailable,
+    TargetUnavailable,
+    Unavailable,
+)
+from cdcsync.logs import without_quoted
+from cdcsync.postgres.refusals import explain
+from cdcsync.postgres.settings import Side
+
+_DAMAGE = 'docs/operations.md, "Damaged tables", says how to continue'
+
+_HINTS: dict[str, tuple[str, str]] = {
+    "28P01": ("the password is wrong", "correct the password in the DSN, in PGPASSWORD, or in the password file"),
+    "28000": ("the server refuses this role or host", "allow the role in pg_hba.conf, or use another role"),
+    "3D000": ("the database does not exist", "create it, or correct the database name in the DSN"),
+    "42501": ("the role lacks a privilege", "grant it; `cdcsync config roles` lists what each role needs"),
+    "53100": ("the disk is full", "free disk space on the server, or make it larger"),
+    "53200": ("the server is out of memory", "give the server more memory, or lower work_mem and maintenance_work_mem"),
+    "53300": ("too many connections", "raise max_connections, or close some"),
+    "53400": ("a limit of the configuration is reached", "raise it: the server's log names it"),
+    "55P03": ("another session holds a lock", "wait for that session, or end it: pg_locks names it"),
+    "58030": ("the server cannot read or write a file", _DAMAGE),
+    "XX001": ("data of the server is damaged", _DAMAGE),
+    "XX002": ("an index of the server is damaged", "find out what damaged it, then REINDEX it"),
+}
+
+_SHARED_MEMORY = "give the server more shared memory: /dev/shm of a container has 64 MB (docker run --shm-size)"
+"""The fix if 53100 is not about a disk: parallel workers keep shared data in a file in /dev/shm."""
+
+_EARLIER_TABLES = (
+    "if our tables are those of an earlier cdcsync, start `cdcsync run` of this one: it adds what they lack"
+)
+"""The fix if a column is missing: a command may read columns that a worker which still runs did not add."""
+
+_PASSING = ("55P03", "25006", "57014", "25P03", "25P04")
+
+
+def unavailable(
+    side: Side, message: str, *, where: str | None = None, hint: str | None = None, sqlstate: str | None = None
+) -> SourceUnavailable | TargetUnavailable:
+    """Return the error of a server that cannot be reached just now."""
+    kind = SourceUnavailable if side == "source" else TargetUnavailable
+    hint = hint or f"check that the {side} server runs and is reachable"
+    return kind(message, where=where or side, hint=hint, sqlstate=sqlstate)
+
+
+def passing(error: psycopg.Error) -> bool:
+    """Say whether an error goes away by itself: the server or the network, not what we asked for.
+
+    Classes 08 (connection), 53 (resources), 57P (shutdown), 40 (serialisation, deadlock), 55P03 (lock timeout), 25P03
+    and 25P04 (time limits that somebody set for us after all), and errors without a code raised by libpq when the
+    connection broke.
+    """
+    code = error.sqlstate
+    if code is None:
+        return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+    return code[:2] in ("08", "53", "40") or code.startswith("57P") or code in _PASSING
+
+
+LOCKED_OUT = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)
+"""The errors by which a statement ends because another session holds a lock on what it needs."""
+
+
+def locked_out(error: BaseException) -> bool:
+    """Say whether an error is one of `LOCKED_OUT`, or says that in our tree."""
+    if isinstance(error, psycopg.Error):
+        return isinstance(error, LOCKED_OUT)
+    return isinstance(error, Unavailable) and error.sqlstate in ("55P03", "40P01")
+
+
+def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> CdcsyncError:
+    """Return the error of our tree that says what a driver's error means for the pipeline."""
+    message = without_values(error)
+    _, hint = _HINTS.get(error.sqlstate or "", (message, None))
+    if error.sqlstate == "55P03":
+        message = _HINTS["55P03"][0]  # in place of the limit that we ourselves have set
+    if error.sqlstate == "53100" and "shared memory" in message:
+        hint = _SHARED_MEMORY
+    if error.sqlstate == "42703" and side == "target":
+        hint = _EARLIER_TABLES
+    if passing(error):
+        return unavailable(side, message, where=where, hint=hint, sqlstate=error.sqlstate)
+    return SetupError(message, where=where or side, hint=hint or error.diag.message_hint, sqlstate=error.sqlstate)
+
+
+def ours(error: psycopg.Error) -> bool:
+    """Say whether an error is a mistake of this program, which no operator can fix: a misuse of the driver or session.
+
+    The driver reports its misuse without a code. Classes 25 (transaction state), 26, 34 (names of statements and
+    cursors), and parameters without a meaning (42P02) or type (42P18) come from the server.
+    """
+    code = error.sqlstate
+    if code is None:
+        return isinstance(error, psycopg.ProgrammingError | psycopg.NotSupportedError)
+    return code[:2] in ("26", "34") or code in ("25P01", "25P02", "25001", "42P02", "42P18")
+
+
+REFUSALS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
+"""The errors by which a server refuses a value."""
+
+
+def fault_of(index: str, error: psycopg.Error, side: Side, *, where: str | None = None) -> SchemaChanged:
+    """Return the error of a statement for one index as the reason why that index, and only that one, is paused.
+
+    The server's words about a value hold the value, so of those only the kind of error is passed on.
+    """
+    where = where or f"index {index}"
+    if not isinstance(error, REFUSALS):
+        hint = error.diag.message_hint or f"correct that in the {side}; the index is tried again from time to time"
+        return SchemaChanged(f"the {side} says: {without_values(error)}", index=index, where=where, hint=hint)
+    what = f"the {side} refuses a value: {type(error).__name__} ({error.sqlstate})"
+    hint = "compare the types of the table's key and carried columns with those of the chunks table"
+    if isinstance(error, psycopg.errors.ProgramLimitExceeded):
+        # A value of more than 8 kB after compression is refused before the server says for which index.
+        what += f", too long for the index {error.diag.constraint_name or 'of a key or column'}"
+        hint = 'docs/operations.md, "What is followed, and what pauses", says how long it may be, and what to do'
+    return SchemaChanged(what, index=index, where=where, hint=hint)
+
+
+@contextmanager
+def speaking_of(side: Side, *, where: str | None = None, index: str | None = None) -> Iterator[None]:
+    """Turn driver errors raised inside into errors of our tree.
+
+    Every statement that is for one index goes through here with its name, so that what goes wrong with it stops that
+    index alone.
+
+    :param index: the index that the statements inside are for.
+    :raises SourceUnavailable, TargetUnavailable: waiting may help.
+    :raises SchemaChanged: it will not, and `index` has to be paused.
+    :raises SetupError: it will not.
+    :raises psycopg.Error: it is a mistake of ours.
+    """
+    try:
+        yield
+    except psycopg.Error as error:
+        if ours(error):
+            raise
+        if index is not None and not passing(error):
+            raise fault_of(index, error, side, where=where) from error
+        said = translate(error, side, where=where)
+        if isinstance(said, Unavailable) and locked_out(error):
+            said.index = index
+        raise said from error
+
+
+def without_values(error: psycopg.Error) -> str:
+    """Return the server's primary message without the value of a cell that it may quote: fit to be logged and stored.
+
+    Data exceptions quote what they are about: `invalid input syntax for type integer: "…"`.
+    """
+    return without_quoted(first_line(error), error.sqlstate)
+
+
+def first_line(error: psycopg.Error) -> str:
+    """Return the server's primary message, or libpq's words in one line."""
+    text = error.diag.message_primary or str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def connect_error(error: psycopg.Error, side: Side, where: str) -> CdcsyncError:
+    """Return what a failed attempt to connect means.
+
+    libpq gives no error code for a refused login: its words are what the server sent, so they are looked for.
+    """
+    text = first_line(error)
+    if (refusal := explain(text)) is not None:
+        if refusal.lasting:
+            return SetupError(refusal.message, where=where, hint=refusal.hint, sqlstate=error.sqlstate)
+        return unavailable(side, refusal.message, where=where, hint=refusal.hint, sqlstate=error.sqlstate)
+    for code, pattern in (
+        ("28P01", r"password authentication failed|no password supplied"),
+        ("28000", r'pg_hba\.conf|role ".*" does not exist|role ".*" is not permitted to log in'),
+        ("3D000", r'database ".*" does not exist'),
+    ):
+        if error.sqlstate == code or re.search(pattern, text):
+            problem, hint = _HINTS[code]
+            return SetupError(f"{problem}: {text}", where=where, hint=hint)
+    return unavailable(side, text, where=where)

@@ -1,0 +1,111 @@
+"""What a session is opened with, and set to, on either server.
+
+Source: PostgreSQL, "Client Connection Defaults"; "Database Connection Control Functions".
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, LiteralString
+
+import psycopg
+from psycopg import conninfo
+
+from cdcsync.config import redact_dsn
+from cdcsync.config.redaction import dsn_fault
+from cdcsync.errors import SetupError
+from cdcsync.postgres.liveness import TCP_USER_TIMEOUT_MS
+
+Side = Literal["source", "target"]
+
+RENDERING: LiteralString = (
+    "SET datestyle = 'ISO, MDY'; SET intervalstyle = 'postgres'; SET extra_float_digits = 3; SET bytea_output = 'hex';"
+    " SET timezone = 'UTC'; SET search_path = ''; SET xmloption = 'content';"
+    " SET lc_monetary = 'C'; SET array_nulls = on; SET standard_conforming_strings = on;"
+    " SET quote_all_identifiers = off"
+)
+"""Settings by which values and names are written and read. An empty search_path makes names in values (regclass, say)
+come out qualified. In another `lc_monetary` an amount of money would be another number to a reader. The driver writes
+bytes as the server reads them only where strings are standard."""
+
+SAFETY: LiteralString = (
+    "SELECT set_config(name, setting, false) FROM (VALUES ('statement_timeout', '0'), ('lock_timeout', '0'),"
+    " ('transaction_timeout', '0'), ('idle_in_transaction_session_timeout', '0'), ('idle_session_timeout', '0'),"
+    " ('tcp_keepalives_idle', '30'), ('tcp_keepalives_interval', '10'), ('tcp_keepalives_count', '3'),"
+    " ('tcp_user_timeout', '60000'), ('default_transaction_isolation', 'read committed'), ('jit', 'off'))"
+    " AS ours (name, setting)"
+    " WHERE current_setting(name, true) IS NOT NULL"
+)
+"""A role's own limits are for its queries: a build, a slot or a large page takes the time that it takes. And a server
+whose client is gone without a word ends the session within a minute, rather than keep its locks for two hours. Each
+statement is planned anew for the rows of its batch or page, and compiling it would take longer than running it. Not
+every version has all of these."""
+
+LEAVING: LiteralString = (
+    "SELECT set_config('client_connection_check_interval', '1s', false)"
+    " WHERE current_setting('client_connection_check_interval', true) IS NOT NULL"
+)
+"""A session whose client is gone ends within a second even while it waits for a lock: otherwise what a killed worker
+asked for would still be in the queue, and hold up everybody behind it. Not every version and operating system can
+tell."""
+
+TABLES_ONLY: LiteralString = (
+    "SELECT set_config('restrict_nonsystem_relation_kind', 'view, foreign-table', false)"
+    " WHERE current_setting('restrict_nonsystem_relation_kind', true) IS NOT NULL"
+)
+"""The source's tables are read by name. If their owner replaces one by a view, the view's functions would run with our
+role's privileges; the server then refuses the statement instead. Supported since the minor releases of August 2024."""
+
+ALWAYS_BRIEFLY: LiteralString = "SET lock_timeout = '400ms'"
+"""In all of a session. Less than PostgreSQL's default `deadlock_timeout`, 1 s: so that the server never breaks a circle
+by failing somebody's statement, we give up."""
+
+DURABILITY: dict[Side, LiteralString] = {
+    # Our writes on the source are marks and publications: flushed at commit, waiting for no standby. And
+    # replication does not know row-level security: a policy that would hide rows from us must be an error.
+    # And a table of an application may be locked for hours, which must not hold up what is for another index.
+    "source": "SET synchronous_commit = local; SET row_security = off; " + ALWAYS_BRIEFLY,
+    # Changes acknowledged to the source must survive a crash of the target, whatever the role's default is. And if a
+    # proxy keeps a session open whose process has ended in the middle of a transaction, its locks must not stay: none
+    # of our transactions there waits for anything but the server.
+    "target": "SET synchronous_commit = on; SET idle_in_transaction_session_timeout = '120s'",
+}
+"""Settings that only one side's sessions need."""
+
+CONNECT_TIMEOUT_S = 10
+"""Long enough for a server that is starting, short enough that an operator waits for the message."""
+
+_DEAD_PEER = {
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": TCP_USER_TIMEOUT_MS,
+}
+"""A peer that vanished without a word is noticed within a minute, not after the kernel's two hours."""
+
+
+def describe(dsn: str) -> str:
+    """Return a DSN as it may be shown: without secrets; libpq's own settings when it is empty."""
+    return redact_dsn(dsn) if dsn else "libpq's environment (PGHOST, PGSERVICE, …)"
+
+
+def conninfo_for(dsn: str, **settings: str | int) -> str:
+    """Return `dsn` with our settings added where it does not say otherwise itself.
+
+    The encoding is always ours: the stream and texts are read as UTF-8.
+
+    :raises SetupError: it is not a DSN.
+    """
+    if fault := dsn_fault(dsn):
+        raise SetupError(fault, where=describe(dsn), hint="correct the DSN")
+    try:
+        own = conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        # libpq's own words would repeat the part that it stumbled over, which may be the password.
+        raise SetupError(
+            "not a connection string",
+            where=describe(dsn),
+            hint="write postgresql://user@host/database, or key=value pairs",
+        ) from None
+    defaults = {"connect_timeout": CONNECT_TIMEOUT_S, **_DEAD_PEER}
+    merged: dict[str, Any] = {**defaults, **own, "client_encoding": "UTF8", **settings}
+    return conninfo.make_conninfo("", **merged)
