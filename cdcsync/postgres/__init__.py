@@ -4,7 +4,9 @@
     refusals      why a connection could not be opened, in plain words
     interrupts    statements that end when the worker is told to stop
     liveness      connections whose far end is gone although the socket is open
-    sessions      connections that render every value the same way, and that come back after an outage
+    settings      what a session is opened with, and set to: it renders every value the same way
+    errors        what the driver's errors mean for the pipeline
+    sessions      connections that come back after an outage
     queries       one row, one value, or rows as text
     autovacuums   autovacuums that are to give way
     locking       locks that nobody else has to suffer for

@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 
@@ -174,6 +174,15 @@ LOCKED_MS = 150
 """A change that meets a row held by an open transaction of the writer gives up after this."""
 
 
+_PREPARED: LiteralString = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY gid"
+
+
+def _end_prepared(session: psycopg.Connection[Any], gid: str, way: str) -> None:
+    """End a prepared transaction, which the writer's thread and who waits for it may do in the same moment."""
+    with contextlib.suppress(psycopg.errors.UndefinedObject, psycopg.errors.ObjectNotInPrerequisiteState):
+        session.execute(f"{way} PREPARED '{gid}'")
+
+
 class Writer:
     """Changes the tables until told to stop; survives whatever becomes of the server.
 
@@ -218,12 +227,8 @@ class Writer:
     def finish(self) -> None:
         """End every prepared transaction, one way or the other."""
         with self._connect() as session:
-            for (gid,) in session.execute(
-                "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY gid"
-            ).fetchall():
-                # The writer's own thread may end it in the same moment.
-                with contextlib.suppress(psycopg.errors.UndefinedObject, psycopg.errors.ObjectNotInPrerequisiteState):
-                    session.execute(f"{self.chance.choice(('COMMIT', 'ROLLBACK'))} PREPARED '{gid}'")
+            for (gid,) in session.execute(_PREPARED).fetchall():
+                _end_prepared(session, gid, self.chance.choice(("COMMIT", "ROLLBACK")))
 
     def _run(self) -> None:
         try:
@@ -293,12 +298,10 @@ class Writer:
                 self._change(session)
                 session.execute(f"PREPARE TRANSACTION 'p{self._number}_{chance.randint(0, 10**9)}'")
             case "resolved":
-                row = session.execute(
-                    "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY gid LIMIT 1"
-                ).fetchone()
+                row = session.execute(_PREPARED).fetchone()
                 if row is None:
                     return
-                session.execute(f"{chance.choice(('COMMIT', 'COMMIT', 'ROLLBACK'))} PREPARED '{row[0]}'")
+                _end_prepared(session, row[0], chance.choice(("COMMIT", "COMMIT", "ROLLBACK")))
             case "truncated":
                 session.execute(
                     chance.choice(

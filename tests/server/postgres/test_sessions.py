@@ -1,4 +1,4 @@
-"""What every session of ours is like."""
+"""Sessions that a server ends or that fall silent are away, and opened again."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from psycopg import conninfo, sql
+from psycopg import conninfo
 
 from cdcsync.errors import SourceUnavailable, Unavailable
 from cdcsync.postgres import sessions
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.liveness import WatchedConnection
-from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Session, connect
 from cdcsync.postgres.settings import Side
 from cdcsync.source.slot import SlotConnection
@@ -21,79 +20,6 @@ from tests.support.proxies import Proxy
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
-
-
-@pytest.mark.parametrize("autocommit", [True, False])
-async def test_a_role_that_may_use_no_language_has_sessions_that_end_with_their_client(
-    database: Database, autocommit: bool
-) -> None:
-    database.execute("REVOKE USAGE ON LANGUAGE plpgsql FROM PUBLIC")
-    role = f"{database.name}_plain"
-    database.execute(sql.SQL("CREATE ROLE {}").format(sql.Identifier(role)))
-    try:
-        dsn = conninfo.make_conninfo(database.dsn, options=f"-c role={role}")
-        connection = await connect(dsn, "target", autocommit=autocommit)
-        cursor = await connection.execute("SELECT current_user, current_setting('client_connection_check_interval')")
-        assert await cursor.fetchone() == (role, "1s")
-        await connection.close()
-    finally:
-        database.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
-
-
-LIMITS = (
-    "statement_timeout",
-    "lock_timeout",
-    "transaction_timeout",
-    "idle_in_transaction_session_timeout",
-    "idle_session_timeout",
-)
-
-
-async def test_texts_are_utf8_whatever_encoding_the_dsn_asks_for(database: Database) -> None:
-    connection = await connect(conninfo.make_conninfo(database.dsn, client_encoding="LATIN1"), "source")
-    assert await fetch_texts(connection, "SELECT 'caf\u00e9'") == [("caf\u00e9",)]
-    await connection.close()
-
-
-async def test_a_roles_own_time_limits_do_not_hold_for_our_sessions(database: Database) -> None:
-    known = {name for (name,) in database.execute("SELECT name FROM pg_settings WHERE name = ANY(%s)", [list(LIMITS)])}
-    dsn = conninfo.make_conninfo(database.dsn, options=" ".join(f"-c {name}=20000" for name in sorted(known)))
-    connection = await connect(dsn, "target")
-    slot = await SlotConnection.connect(dsn)
-    for name in known:
-        cursor = await connection.execute(f"SHOW {name}".encode())
-        assert await cursor.fetchone() == ("2min" if name == "idle_in_transaction_session_timeout" else "0",)
-        assert await slot._command(f"SHOW {name}") == [("0",)]
-    await slot.aclose()
-    await connection.close()
-
-
-@pytest.mark.parametrize("side", ["source", "target"])
-async def test_no_statement_of_ours_is_compiled(database: Database, side: Side) -> None:
-    connection = await connect(conninfo.make_conninfo(database.dsn, options="-c jit=on"), side)
-    cursor = await connection.execute("SHOW jit")
-    assert await cursor.fetchone() == ("off",)
-    await connection.close()
-
-
-async def test_a_server_gives_up_every_session_whose_host_is_gone_within_a_minute(database: Database) -> None:
-    settings = conninfo.conninfo_to_dict(database.dsn)
-    if str(settings.get("host", "/")).startswith("/"):
-        pytest.skip("a Unix socket has no host")
-    names = ("tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count", "tcp_user_timeout")
-    shown = "SELECT " + ", ".join(f"current_setting('{name}')::int" for name in names)
-    connection = await connect(database.dsn, "target")
-    slot = await SlotConnection.connect(database.dsn)
-    # What the kernel has for the socket, not what was asked for.
-    cursor = await connection.execute(shown.encode())
-    row = await cursor.fetchone()
-    assert row is not None
-    idle, interval, count, unanswered_ms = row
-    assert idle + interval * count <= 60
-    assert unanswered_ms <= 60_000
-    assert [tuple(map(int, one)) for one in await slot._command(shown)] == [row]
-    await slot.aclose()
-    await connection.close()
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
