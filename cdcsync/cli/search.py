@@ -268,6 +268,7 @@ async def find(
                 headline=HEADLINE,
                 plans=plans if explain else None,
                 warnings=answer.warnings,
+                for_json=True,
             )
             answer.found += [Found(name, hit) for hit in hits]
             if explain:

@@ -53,25 +53,30 @@ async def build_until_live(dsn: str, schema: str, specs: Sequence[IndexSpec]) ->
     growing it.
     """
     left = list(specs)
+    causes: dict[str, str | None] = {}
     backoff = Backoff(lambda failure: log.warning("build_waits", error=str(failure.error), fix=failure.error.hint))
     async with Session(dsn, "target", application_name="cdcsync build", lock_wait_ms=SHARED_LOCK_WAIT_MS) as session:
         while left:
             async with backoff:
-                await _advance_all(await session.connection(), schema, left)
+                await _advance_all(await session.connection(), schema, left, causes)
                 backoff.succeeded()
                 await anyio.sleep(POLL_S)
 
 
-async def _advance_all(connection: Connection, schema: str, left: list[IndexSpec]) -> None:
+async def _advance_all(
+    connection: Connection, schema: str, left: list[IndexSpec], causes: dict[str, str | None]
+) -> None:
     """Build the indexes whose loads have drained, and take those off the list for which nothing is left to do.
 
     One that the target lacks memory or disk for, or whose tables somebody holds, waits with the cause in its entry, and
     the others are built.
 
+    :param causes: why indexes wait, by index, as it was noted last.
     :raises TargetUnavailable: one waits, or the target is away.
     """
     lacking: list[TargetUnavailable] = []
     for spec in list(left):
+        cause: str | None = None
         try:
             with speaking_of("target", where=f"index {spec.name}", index=spec.name):
                 if await _advance(connection, schema, spec):
@@ -80,9 +85,12 @@ async def _advance_all(connection: Connection, schema: str, left: list[IndexSpec
             if connection.info.transaction_status != TransactionStatus.IDLE:
                 raise
             lacking.append(error)
+            cause = error.with_fix
+        if cause != causes.get(spec.name):
             with speaking_of("target"):
-                await Registry(schema).note_wait(connection, spec.name, error.with_fix)
+                await Registry(schema).note_wait(connection, spec.name, cause)
             crash_point("cause of a wait noted")
+            causes[spec.name] = cause
     if lacking:
         raise lacking[0]
 

@@ -109,8 +109,8 @@ class Registry:
             [index],
         )
 
-    async def note_wait(self, connection: Connection, index: str, reason: str) -> None:
-        """Note why a building index waits; being live, paused or registered anew ends that."""
+    async def note_wait(self, connection: Connection, index: str, reason: str | None) -> None:
+        """Note why a building index waits, if it does; being live, paused or registered anew ends that."""
         await connection.execute(
             sql.SQL("UPDATE {} SET reason = %s WHERE name = %s AND state = 'building'").format(self._table),
             [reason, index],

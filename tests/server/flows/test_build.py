@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -190,6 +191,12 @@ async def test_a_load_that_has_read_nothing_yet_needs_no_comparison(
     assert await cursor.fetchall() == [(load,)]
 
 
+async def are(connection: Connection, *states: tuple[str, bool]) -> bool:
+    """Say whether these are the states of the indexes, by name, and which of them have a cause why they wait."""
+    cursor = await connection.execute("SELECT state, reason IS NOT NULL FROM cdcsync.indexes ORDER BY name")
+    return await cursor.fetchall() == list(states)
+
+
 @pytest.mark.parametrize("table", ["chunks", "words", "backlog", "vectors_1", "vectors_1_settled"])
 async def test_an_index_whose_tables_are_locked_waits_to_be_built_and_others_go_live(
     open_index: OpenIndex, connection: Connection, target: Database, table: str
@@ -202,24 +209,37 @@ async def test_an_index_whose_tables_are_locked_waits_to_be_built_and_others_go_
         await REQUESTS.add(connection, index.spec.name, "initial", rewrite=False, filter_=None)
     await connection.execute("UPDATE cdcsync.backfills SET state = 'done', finished_at = now()")
 
-    def is_now(states: list[tuple[str, bool]]) -> Callable[[], Awaitable[bool]]:
-        async def probe() -> bool:
-            cursor = await connection.execute("SELECT state, reason IS NOT NULL FROM cdcsync.indexes ORDER BY name")
-            return await cursor.fetchall() == states
-
-        return probe
-
     async with anyio.create_task_group() as tasks:
         async with indexes[0].connection.transaction():
             locked = sql.Identifier(SCHEMA, f"articles_{table}")
             await indexes[0].connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(locked))
             tasks.start_soon(build_until_live, target.dsn, SCHEMA, [one.spec for one in indexes])
-            await support.until(is_now([("building", True), ("live", False)]))
-        await support.until(is_now([("live", False), ("live", False)]))
+            await support.until(partial(are, connection, ("building", True), ("live", False)))
+        await support.until(partial(are, connection, ("live", False), ("live", False)))
 
     valid = "SELECT count(*) FROM pg_index JOIN pg_class ON oid = indexrelid WHERE indisvalid AND relname = ANY(%s)"
     wanted = [f"{name}_{of}" for name in ("articles", "notes") for of in ("chunks_search", "vectors_1_hnsw")]
     assert await (await connection.execute(valid, [wanted])).fetchone() == (4,)
+
+
+async def test_an_index_that_waits_for_its_vectors_only_says_no_more_that_it_waits_for_a_lock(
+    open_index: OpenIndex, connection: Connection, target: Database
+) -> None:
+    index = await open_index(search=None)
+    await Pipelines(SCHEMA, "s").ensure(connection, "p")
+    await register(connection, index.spec, slot="s", state="building")
+    await index.apply(changes(document("1", "a rare word")))
+    await connection.execute("UPDATE cdcsync.articles_backlog SET lane = 1")
+    await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
+    await connection.execute("UPDATE cdcsync.backfills SET state = 'done', finished_at = now()")
+
+    async with anyio.create_task_group() as tasks:
+        async with index.connection.transaction():
+            await index.connection.execute("LOCK TABLE cdcsync.articles_backlog IN ACCESS EXCLUSIVE MODE")
+            tasks.start_soon(build_until_live, target.dsn, SCHEMA, [index.spec])
+            await support.until(partial(are, connection, ("building", True)))
+        await support.until(partial(are, connection, ("building", False)))
+        tasks.cancel_scope.cancel()
 
 
 def problems(pipeline: Pipeline) -> str:

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 import cdcsync
+from cdcsync.cli.search import find
 from cdcsync.config import Config
 from cdcsync.config.serving import Serve
 from tests.support.configs import configuration
@@ -57,6 +58,10 @@ VALUES: tuple[tuple[str, str, Any, Any], ...] = (
 TYPES = tuple(dict.fromkeys(type_ for type_, *_ in VALUES))
 
 TITLE = "title text DEFAULT 'the printer'"
+
+AS_A_COMMAND: dict[str, Any] = {
+    **{"k": 10, "mode": "text", "where": None, "per_document": True, "skip": 0, "explain": False}
+}
 
 KEYS = (("\\x00ff", "infinity", "-1 days"), ("\\x", "0044-03-15 12:00:00 BC", "3 years 2 mons"))
 
@@ -125,6 +130,8 @@ async def test_a_value_is_found_told_and_found_again(odd: Config, number: int, c
         if not isinstance(told, list | dict) and type_ not in ("json", "jsonb"):
             assert number in [one["key"]["id"] for one in await hits(client, "odd", **{name: told})]
         assert await hits(client, "plain")
+    answer = await find(odd, ["odd"], "printer", **AS_A_COMMAND, filter_={"id": {"eq": str(number)}})
+    assert msgspec.json.decode(msgspec.json.encode(answer.found[0].hit.carried, enc_hook=str)) == found["columns"]
 
 
 async def test_the_list_of_indexes_names_examples_that_a_filter_takes(odd: Config) -> None:
