@@ -177,7 +177,11 @@ def test_what_the_page_starts_when_it_is_typed_survives_mistakes_kills_and_reboo
     until(lambda: machine.shows("cdcsync", "StatusText").startswith("up to date"), machine.said)
 
     file = "/etc/cdcsync/cdcsync.toml"
+    running = machine.shows("cdcsync", "MainPID")
     machine.types(f"cp {file} keep.toml; echo 'nonsense = 1' >> {file}")
+    assert machine.types("systemctl reload cdcsync", ok=False).returncode != 0
+    assert "nonsense" in machine.types("journalctl --unit cdcsync --no-pager --lines 20").stdout
+    assert (up("cdcsync"), machine.shows("cdcsync", "MainPID")) == (True, running)
     assert machine.types("systemctl restart cdcsync", ok=False).returncode != 0
     assert "fix:" in machine.types("journalctl --unit cdcsync --no-pager --lines 20").stdout
     machine.types(f"cp keep.toml {file}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from cdcsync.config.sections import Worker
 from cdcsync.worker.state import ALIVE_WITHIN_S
 from tests import ROOT
+from tests.support.configs import configuration
 
 CONFIG = ROOT / "config"
 UNIT, TEMPLATE = CONFIG / "cdcsync.service", CONFIG / "cdcsync@.service"
@@ -40,10 +43,15 @@ def directives(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
 
 
+def values(name: str) -> list[str]:
+    """Return what the unit sets a directive to, line by line."""
+    return [line.partition("=")[2] for line in directives(UNIT) if line.startswith(f"{name}=")]
+
+
 def value(name: str) -> str:
-    """Return what the unit sets a directive to."""
-    (line,) = [line for line in directives(UNIT) if line.startswith(f"{name}=")]
-    return line.partition("=")[2]
+    """Return what the unit sets a directive to that it has once."""
+    (found,) = values(name)
+    return found
 
 
 def test_the_template_is_the_unit_with_an_instance() -> None:
@@ -85,8 +93,27 @@ def test_systemd_waits_until_either_process_is_of_use() -> None:
 
 
 def test_a_reload_is_the_signal_that_the_worker_takes_for_one() -> None:
-    assert value("ExecReload").split()[1:] == ["-HUP", "$MAINPID"]
+    *_, signalled = values("ExecReload")
+    assert signalled.split()[1:] == ["-HUP", "$MAINPID"]
     assert value("Type") == "notify"
+
+
+@pytest.mark.parametrize(("line", "status", "told"), [("", 0, ""), ("batch_row = 10", 2, "batch_row")])
+def test_a_file_with_errors_fails_the_reload_before_the_worker_is_asked(
+    tmp_path: Path, line: str, status: int, told: str
+) -> None:
+    file = tmp_path / "cdcsync.toml"
+    file.write_text(configuration("postgresql://here/shop", worker_lines=line))
+    looks, _ = values("ExecReload")
+    for shipped, here in (
+        ("/opt/cdcsync/bin/cdcsync", f"{sys.executable} -m cdcsync"),
+        ("/etc/cdcsync/cdcsync.toml", str(file)),
+    ):
+        assert shipped in looks
+        looks = looks.replace(shipped, here)
+    done = subprocess.run(shlex.split(looks), capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert told in done.stderr
 
 
 @pytest.mark.parametrize("path", [UNIT, TEMPLATE], ids=lambda path: path.name)
