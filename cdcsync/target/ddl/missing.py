@@ -1,4 +1,4 @@
-"""Relations that an index should have in the target and lacks: somebody dropped them, or they became invalid."""
+"""What an index should have in the target and lacks: somebody dropped or detached it, or it became invalid."""
 
 from __future__ import annotations
 
@@ -60,6 +60,10 @@ async def missing_relations(
                      FROM unnest(%(schemas)s::text[], %(shown)s::text[]) AS wanted(schema, name) WHERE NOT EXISTS (
                          SELECT FROM pg_class c JOIN pg_namespace v ON v.oid = c.relnamespace
                          WHERE v.nspname = wanted.schema AND c.relname = wanted.name)),
+               array(SELECT tier || ' as a partition' FROM unnest(%(tiers)s::text[]) AS tier
+                     JOIN pg_class p ON p.relnamespace = n.oid AND p.relname = %(vectors)s AND p.relkind = 'p'
+                     JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = tier
+                     WHERE NOT EXISTS (SELECT FROM pg_inherits WHERE inhrelid = c.oid AND inhparent = p.oid)),
                array(SELECT %(function)s::text WHERE %(function)s::text IS NOT NULL AND NOT EXISTS (
                    SELECT FROM pg_proc p WHERE p.pronamespace = n.oid AND p.proname = %(function)s))
         FROM (SELECT (SELECT oid FROM pg_namespace WHERE nspname = %(ours)s) AS oid) AS n

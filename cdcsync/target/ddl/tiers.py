@@ -31,7 +31,7 @@ from psycopg import sql
 
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.queries import fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import FRESH, SETTLED, Names, opclass, vector_schema
 from cdcsync.target.ddl.standing import create_index, describe_table
@@ -87,6 +87,7 @@ async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -
                 tier=sql.Literal(tier),
             )
         )
+        await _attach(connection, vectors, table, tier)
         definition = sql.SQL("{} (content_hash)").format(table)
         await create_index(connection, schema, names.hash_name(spec.generation, tier), definition)
     # To build it over vectors that are there takes a sample of them: 80 MB for 2,000 dimensions.
@@ -96,6 +97,19 @@ async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -
     )
     await create_index(connection, schema, names.near_name(spec.generation), definition)
     await describe_vectors(connection, schema, spec)
+
+
+async def _attach(connection: Connection, vectors: sql.Identifier, table: sql.Identifier, tier: str) -> None:
+    """Attach a tier that somebody has detached, and that searches have therefore not read; what we write went on."""
+    attached = await fetch_value(
+        connection,
+        "SELECT EXISTS (SELECT FROM pg_inherits WHERE inhrelid = to_regclass(%s) AND inhparent = to_regclass(%s))",
+        [table.as_string(connection), vectors.as_string(connection)],
+    )
+    if not attached:
+        await connection.execute(
+            sql.SQL("ALTER TABLE {} ATTACH PARTITION {} FOR VALUES IN ({})").format(vectors, table, sql.Literal(tier))
+        )
 
 
 async def describe_vectors(connection: Connection, schema: str, spec: IndexSpec) -> None:

@@ -190,6 +190,8 @@ DROPPED = {
     "vectors": "DROP TABLE cdcsync.{t}_vectors_1 CASCADE",
     "settled": "DROP TABLE cdcsync.{t}_vectors_1_settled",
     "fresh": "DROP TABLE cdcsync.{t}_vectors_1_fresh",
+    "settled as a partition": "ALTER TABLE cdcsync.{t}_vectors_1 DETACH PARTITION cdcsync.{t}_vectors_1_settled",
+    "fresh as a partition": "ALTER TABLE cdcsync.{t}_vectors_1 DETACH PARTITION cdcsync.{t}_vectors_1_fresh",
     "view": "DROP VIEW {t}_index",
     "view of chunks": "DROP VIEW {t}_index_chunks",
     "function": "DROP FUNCTION cdcsync.{t}_search",

@@ -33,6 +33,12 @@ DROPPED = {
     "DROP TABLE cdcsync.articles_vectors_1_fresh": Missing(
         ("articles_vectors_1_fresh",), ("articles_vectors_1_fresh_near",)
     ),
+    "ALTER TABLE cdcsync.articles_vectors_1 DETACH PARTITION cdcsync.articles_vectors_1_settled": Missing(
+        built=("articles_vectors_1_settled as a partition",)
+    ),
+    "ALTER TABLE cdcsync.articles_vectors_1 DETACH PARTITION cdcsync.articles_vectors_1_fresh": Missing(
+        built=("articles_vectors_1_fresh as a partition",)
+    ),
     "DROP INDEX cdcsync.articles_vectors_1_hnsw": Missing(built=("articles_vectors_1_hnsw",)),
     "DROP INDEX cdcsync.articles_vectors_1_fresh_near": Missing(built=("articles_vectors_1_fresh_near",)),
     "DROP INDEX cdcsync.articles_chunks_search": Missing(built=("articles_chunks_search",)),
