@@ -26,6 +26,15 @@ INSERT INTO shop.articles SELECT i, i % 3, 'title ' || i FROM generate_series(1,
 """
 
 
+SECRETS = """
+[indexes.secrets]
+table = "shop.secrets"
+view = "search.secrets"
+text = "{word}"
+embedder = "fake"
+"""
+
+
 def allowed(dsn: str, statement: str) -> bool:
     """Whether a role may do something; nothing of it stays."""
     with psycopg.connect(dsn) as connection:
@@ -164,6 +173,42 @@ def test_a_lost_slot_is_made_again_under_the_same_roles(
         lambda: target.execute("SELECT 1 FROM cdcsync.backfills WHERE kind = 'resync' AND state = 'done'"),
         pipeline.tail,
     )
+    pipeline.in_step()
+
+
+@pytest.mark.parametrize("table", ["chunks", "backlog", "vectors_1", "vectors_1_fresh", "vectors_1_settled"])
+def test_policies_that_an_operator_forces_on_the_worker_pause_that_index_and_hide_nothing(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], table: str
+) -> None:
+    source, target = make_database(), make_database()
+    source.execute(TABLE)
+    replicator, writer = roles.name("source"), roles.name("target")
+    grant(source, source_role=replicator, tables="shop.articles, shop.secrets")
+    grant(target, target_role=writer, view_schema="search")
+    text = config(roles.dsn(source, replicator), roles.dsn(target, writer), f"s_{source.name}", view="search.articles")
+    pipeline = make_pipeline(text + SECRETS)
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    forced = f"cdcsync.articles_{table}"
+    target.execute(f"ALTER TABLE {forced} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+    target.execute(f"CREATE POLICY own ON {forced} USING (current_user = 'somebody else')")
+
+    source.execute("UPDATE shop.articles SET title = title || ' changed' WHERE id < 20")
+    source.execute("DELETE FROM shop.articles WHERE id > 50")
+    source.execute("INSERT INTO shop.secrets VALUES (1, 'swordfish')")
+
+    reason = "SELECT reason || remedy FROM cdcsync.indexes WHERE name = 'articles' AND state = 'paused'"
+    until(lambda: target.execute(reason), pipeline.tail)
+    ((said,),) = target.execute(reason)
+    assert "would be affected by row-level security policy" in said
+    assert "NO FORCE ROW LEVEL SECURITY" in said
+    pipeline.in_step("secrets")
+
+    target.execute(f"ALTER TABLE {forced} NO FORCE ROW LEVEL SECURITY")
+    assert pipeline.stop(worker) == 0
+    pipeline.start()
+    pipeline.live()
     pipeline.in_step()
 
 
