@@ -57,6 +57,7 @@ HELD = {
     "the role may not read": (PAUSES, "the role may not read"),
     "the target refuses a value": (PAUSES, "the target refuses a value"),
     "the target refuses a value …, too long": (f"{SCENARIOS}test_values.py", "test_a_key_that_the_target_cannot_take"),
+    "… would be empty after a crash": (PAUSES, "would be empty after a crash of the target"),
     "the target says: query would": (
         "tests/server/test_roles.py",
         "test_policies_that_an_operator_forces_on_the_worker_pause_that_index",

@@ -1,10 +1,14 @@
-"""What an index should have in the target and lacks: somebody dropped or detached it, or it became invalid."""
+"""What an index should have in the target and lacks: somebody dropped or detached it, or it became invalid.
+
+Source: PostgreSQL, "CREATE TABLE" (UNLOGGED: it is emptied after a crash, and not replicated).
+"""
 
 from __future__ import annotations
 
 import msgspec
 
 from cdcsync.config import QualifiedName
+from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
@@ -13,20 +17,37 @@ from cdcsync.target.ddl.names import FRESH, SETTLED, Names, b_tree_name
 
 
 class Missing(msgspec.Struct, frozen=True):
-    """The missing relations of an index.
+    """The missing relations of an index, and those that it may lose.
 
     :ivar tables: those that hold its contents: the source has to be read again.
     :ivar built: what searches need, and can be built of what is there.
+    :ivar unlogged: tables that a crash of the target empties, and a failover does not take along.
     """
 
     tables: tuple[str, ...] = ()
     built: tuple[str, ...] = ()
+    unlogged: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"missing in the target: {', '.join((*self.tables, *self.built))}"
+        kinds = {"missing": (*self.tables, *self.built), "unlogged": self.unlogged}
+        return "; ".join(f"{kind} in the target: {', '.join(names)}" for kind, names in kinds.items() if names)
 
     def __bool__(self) -> bool:
-        return bool(self.tables or self.built)
+        return bool(self.tables or self.built or self.unlogged)
+
+    def refuse_unlogged(self, schema: str) -> None:
+        """Fail if a table is unlogged.
+
+        :raises SetupError: one is.
+        """
+        if not self.unlogged:
+            return
+        statements = "; ".join(f"ALTER TABLE {schema}.{name} SET LOGGED" for name in self.unlogged)
+        raise SetupError(
+            f"{', '.join(self.unlogged)} would be empty after a crash of the target, and on its standbys: unlogged",
+            where=schema,
+            hint=statements,
+        )
 
 
 async def missing_relations(
@@ -49,7 +70,9 @@ async def missing_relations(
     row = await fetch_one(
         connection,
         """
-        SELECT array(SELECT wanted FROM unnest(%(tables)s::text[] || CASE WHEN EXISTS (
+        SELECT array(SELECT c.relname FROM pg_class c WHERE c.relnamespace = n.oid AND c.relpersistence = 'u'
+                     AND c.relname = ANY(%(tables)s::text[] || %(tiers)s::text[]) ORDER BY c.relname),
+               array(SELECT wanted FROM unnest(%(tables)s::text[] || CASE WHEN EXISTS (
                          SELECT FROM pg_class c WHERE c.relnamespace = n.oid AND c.relname = %(vectors)s
                              AND c.relkind = 'p') THEN %(tiers)s::text[] END) AS wanted WHERE NOT EXISTS (
                    SELECT FROM pg_class c WHERE c.relnamespace = n.oid AND c.relname = wanted)),
@@ -80,5 +103,5 @@ async def missing_relations(
             "ours": schema,
         },
     )
-    absent, *built = row
-    return Missing(tuple(absent), tuple(name for some in built for name in some))
+    unlogged, absent, *built = row
+    return Missing(tuple(absent), tuple(name for some in built for name in some), tuple(unlogged))

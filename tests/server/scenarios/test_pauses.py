@@ -83,6 +83,13 @@ CASES = {
         there="ALTER TABLE cdcsync.{t}_chunks ADD CONSTRAINT small CHECK (rating < 100)",
         remedy_there="ALTER TABLE cdcsync.{t}_chunks DROP CONSTRAINT small",
     ),
+    "… would be empty after a crash of the target": Case(
+        "SELECT",
+        ("{t}_chunks, {t}_vectors_1_fresh would be empty", "SET LOGGED"),
+        "SELECT",
+        there="ALTER TABLE cdcsync.{t}_chunks SET UNLOGGED; ALTER TABLE cdcsync.{t}_vectors_1_fresh SET UNLOGGED",
+        remedy_there=TYPED,
+    ),
     "the target says, or the source says": Case(
         "UPDATE {t} SET title = 'refused' WHERE id = 5",
         ("the target says: not here",),
@@ -141,7 +148,11 @@ def outcomes(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 apart=True,
                 source=dsn,
                 started=False,
-                hurry={"cdcsync.model.pauses.FIRST_DELAY_S": 2.0, "cdcsync.model.pauses.MOST_DELAY_S": 12.0},
+                hurry={
+                    "cdcsync.model.pauses.FIRST_DELAY_S": 2.0,
+                    "cdcsync.model.pauses.MOST_DELAY_S": 12.0,
+                    "cdcsync.flows.watch.RELATIONS_S": 2.0,
+                },
             )
         )
         made.pipeline.target.execute("CREATE DOMAIN public.low AS int CHECK (VALUE < 10)")
@@ -172,7 +183,7 @@ def gone_through(made: Scene, role: str) -> dict[str, Outcome]:
     told = {cause: comes_true(partial(readiness_names, name)) for cause, name in NAMES.items()}
     for cause, case in CASES.items():
         if case.remedy_there:
-            pipeline.target.execute(case.remedy_there.format(t=NAMES[cause]).encode())
+            pipeline.target.execute(case.remedy_there.format(t=NAMES[cause], remedy=found[cause][1]).encode())
         typed = case.remedy.format(t=NAMES[cause], remedy=found[cause][1])
         for statement in typed.split("; "):
             made.execute(statement)
