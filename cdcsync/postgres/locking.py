@@ -20,11 +20,12 @@ import msgspec
 
 from cdcsync.backoff import backoff_s
 from cdcsync.config import QualifiedName
-from cdcsync.errors import CdcsyncError, SourceUnavailable
+from cdcsync.errors import CdcsyncError, SourceUnavailable, Unavailable
 from cdcsync.logs import get_logger
 from cdcsync.postgres.autovacuums import Vacuumed, end_autovacuums
 from cdcsync.postgres.errors import LOCKED_OUT, locked_out, speaking_of
 from cdcsync.postgres.sessions import Connection, Session
+from cdcsync.postgres.settings import Side
 
 log = get_logger()
 
@@ -176,11 +177,15 @@ async def exclusive_locks(
 
 
 class LockedOut:
-    """Whether the tables of an index could not be read just now, for all who read them over one session."""
+    """Whether the tables of an index could not be used just now, for all who use them over the same sessions."""
 
-    def __init__(self, index: str, tables: Sequence[QualifiedName]) -> None:
+    def __init__(self, index: str, source: Sequence[QualifiedName], target: Sequence[QualifiedName] = ()) -> None:
+        """Remember it of an index.
+
+        :param source: its tables in the source; `target`: those in the target.
+        """
         self._index = index
-        self._tables = tables
+        self._tables: dict[Side, Sequence[QualifiedName]] = {"source": source, "target": target}
         self._until = float("-inf")
 
     @property
@@ -192,14 +197,16 @@ class LockedOut:
         """Have nobody ask for them for a while."""
         self._until = anyio.current_time() + LOCKED_OUT_S
 
-    async def note(self, error: CdcsyncError, session: Session) -> bool:
-        """Note an error of reading them over a session, and log who holds the lock; False if it is another error."""
-        if not (isinstance(error, SourceUnavailable) and locked_out(error)):
+    async def note(self, error: CdcsyncError, source: Session, target: Session | None = None) -> bool:
+        """Note an error of using them over a session, and log who holds the lock; False if it is another error."""
+        side: Side = "source" if isinstance(error, SourceUnavailable) else "target"
+        session = source if side == "source" else target
+        if session is None or not (isinstance(error, Unavailable) and locked_out(error)):
             return False
         self.wait()
         try:
-            with speaking_of("source"):
-                locks = await exclusive_locks(await session.connection(), self._tables)
+            with speaking_of(side):
+                locks = await exclusive_locks(await session.connection(), self._tables[side])
         except CdcsyncError:
             locks = []
         log.warning("table_locked", index=self._index, error=str(error), locks=[str(one) for one in locks])

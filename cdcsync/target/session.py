@@ -25,7 +25,7 @@ from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.postgres.temporary import TemporaryTables
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.apply import IndexWriter
-from cdcsync.target.ddl.names import Names
+from cdcsync.target.ddl.names import tables_of
 from cdcsync.target.failures.documents import FailedDocuments, close_list
 from cdcsync.target.keys import discard_vectors
 from cdcsync.target.locked_session import LockedSession
@@ -96,7 +96,7 @@ class ApplySession(LockedSession):
     async def lockers(self, index: str) -> list[Lock]:
         """Return who keeps this session from writing to the tables of an index."""
         spec = self._writers[index].spec
-        tables = Names(self._schema, spec.relations).written(*(one.generation for one in spec.generations))
+        tables = tables_of(self._schema, spec)
         with speaking_of("target"):
             return await exclusive_locks(self.connection, tables, modes=WRITERS_WAIT)
 
@@ -240,7 +240,7 @@ class ApplySession(LockedSession):
                 for index, pause in paused.items():
                     await self._registry.pause(self.connection, index, pause)
                 for page in pages:
-                    await self._end_page(page)
+                    await self._end_page(page, paused)
                 # After the pages: a request asks how far the one that is being served has come.
                 for index, change_set in changes.items():
                     for rebuild in change_set.rebuilds:
@@ -252,9 +252,12 @@ class ApplySession(LockedSession):
             crash_point("batch committed")
         return applied
 
-    async def _end_page(self, page: PageEnd) -> None:
+    async def _end_page(self, page: PageEnd, paused: Collection[str]) -> None:
+        if page.force_embed and page.index in paused:
+            return  # its vectors cannot be discarded now: the request is served from here on, once it can be
         if page.force_embed and page.index in self._writers:
-            await discard_vectors(self.connection, self._schema, self._writers[page.index].spec, page.force_embed)
+            with speaking_of("target", where=f"index {page.index}", index=page.index):
+                await discard_vectors(self.connection, self._schema, self._writers[page.index].spec, page.force_embed)
         request = await self._queue.end_page(self.connection, page)
         if request is not None and page.done and request.read_all:
             await close_list(self.connection, self._schema, request.index, request.started_at)

@@ -40,11 +40,12 @@ from cdcsync.metrics import Metrics
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.locking import LockedOut
+from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS, LockedOut
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.many import source_table
 from cdcsync.target.audits import Audits, Place
+from cdcsync.target.ddl.names import tables_of
 from cdcsync.target.failures.documents import unlisted_among
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests.history import History
@@ -84,9 +85,9 @@ NOT_LIVE_S = 5.0
 class _Comparison:
     """A comparison of one index that is under way."""
 
-    def __init__(self, spec: IndexSpec) -> None:
+    def __init__(self, schema: str, spec: IndexSpec) -> None:
         self.spec = spec
-        self.locked = LockedOut(spec.name, spec.single_tables)
+        self.locked = LockedOut(spec.name, spec.single_tables, tables_of(schema, spec))
         self.due = anyio.current_time() + FIRST_S
         self.anew = False
         """Whether to begin from the start, despite a stored place."""
@@ -137,7 +138,9 @@ class RollingAudit:
         :param busy: says whether changes come in.
         """
         self._source = Session(source_dsn, "source", application_name="cdcsync audit", idle_s=IDLE_S)
-        self._target = Session(target_dsn, "target", application_name="cdcsync audit", idle_s=IDLE_S)
+        self._target = Session(
+            target_dsn, "target", application_name="cdcsync audit", idle_s=IDLE_S, lock_wait_ms=SHARED_LOCK_WAIT_MS
+        )
         self._schema = schema
         self._audits = Audits(schema)
         self._registry = Registry(schema)
@@ -146,7 +149,7 @@ class RollingAudit:
         self._most_rows_per_s = most_rows_per_s
         self._every_s = every_s
         self._busy = busy
-        self._comparisons = [_Comparison(spec) for spec in specs]
+        self._comparisons = [_Comparison(schema, spec) for spec in specs]
         for one in self._comparisons:
             one.due = anyio.current_time() + min(FIRST_S, every_s or FIRST_S)
 
@@ -171,7 +174,7 @@ class RollingAudit:
                         one.restart()
                         one.anew = error.retry is not Retry.AUTOMATIC
                         one.due = anyio.current_time() + NOT_LIVE_S
-                        if await one.locked.note(error, self._source):
+                        if await one.locked.note(error, self._source, self._target):
                             continue  # the others are compared meanwhile
                         raise
                     backoff.succeeded()

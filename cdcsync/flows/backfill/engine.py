@@ -24,12 +24,13 @@ from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.locking import LockedOut
-from cdcsync.postgres.sessions import IDLE_S, Connection, Session, connect
+from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS, LockedOut
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.marks import emit_mark
 from cdcsync.source.tables import SourceTable
+from cdcsync.target.ddl.names import tables_of
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.submission import Requests
 
@@ -80,7 +81,9 @@ class Backfills:
         :param forget_vectors: called when vectors of an index are to be made anew, so that none comes from memory.
         """
         self._source = Session(source_dsn, "source", application_name="cdcsync backfill", idle_s=IDLE_S)
-        self._target_dsn = target_dsn
+        self._target = Session(
+            target_dsn, "target", application_name="cdcsync backfill", lock_wait_ms=SHARED_LOCK_WAIT_MS
+        )
         self._schema = schema
         self._queue = Queue(schema)
         self._requests = Requests(schema)
@@ -99,7 +102,9 @@ class Backfills:
         self._turn_ends = 0.0
         """When the request that is served may have to give way."""
         self._forget_vectors = forget_vectors
-        self._locked = {name: LockedOut(name, spec.single_tables) for name, spec in specs.items()}
+        self._locked = {
+            name: LockedOut(name, spec.single_tables, tables_of(schema, spec)) for name, spec in specs.items()
+        }
         self.marks = Marks(deliveries, metrics)
         self._pages: dict[str, Pages] = {
             name: Pages(self._source, schema, spec, tables[name], deliveries[name], self.marks.forget)
@@ -117,8 +122,8 @@ class Backfills:
         while True:
             async with backoff, AsyncExitStack() as stack:
                 stack.push_async_callback(self._source.aclose)
-                target = await connect(self._target_dsn, "target", application_name="cdcsync backfill")
-                stack.push_async_callback(target.close)
+                stack.push_async_callback(self._target.aclose)
+                target = await self._target.connection()
                 with speaking_of("target"):
                     await target.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._queue.channel)))
                 backoff.succeeded()
@@ -138,7 +143,7 @@ class Backfills:
         try:
             await self._serve(target, request)
         except CdcsyncError as error:
-            if await self._locked[request.index].note(error, self._source):
+            if await self._locked[request.index].note(error, self._source, self._target):
                 return  # others are served meanwhile
             if error.retry is Retry.AUTOMATIC:
                 raise

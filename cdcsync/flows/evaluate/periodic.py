@@ -12,7 +12,8 @@ from cdcsync.backoff import Backoff
 from cdcsync.errors import CdcsyncError, Unavailable
 from cdcsync.flows.evaluate.recall import Budget, evaluate
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.errors import locked_out, speaking_of
+from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.target import evaluations
@@ -34,7 +35,7 @@ async def evaluate_for_ever(
 
     The status and the metrics show what is stored.
     """
-    async with Session(dsn, "target", application_name="cdcsync evaluate") as target:
+    async with Session(dsn, "target", application_name="cdcsync evaluate", lock_wait_ms=SHARED_LOCK_WAIT_MS) as target:
         backoff = Backoff(first=1.0, most=every_s)
         await anyio.sleep(every_s)
         while True:
@@ -44,7 +45,7 @@ async def evaluate_for_ever(
                         await _evaluate_live(await target.connection(), schema, spec, budget)
                     except CdcsyncError as error:
                         log.warning("evaluation_failed", index=spec.name, error=str(error), fix=error.hint)
-                        if isinstance(error, Unavailable):
+                        if isinstance(error, Unavailable) and not locked_out(error):
                             raise
                 backoff.succeeded()
                 await anyio.sleep(every_s)

@@ -101,6 +101,11 @@ class Names:
         return f"{self._prefix[1]}_vectors_{generation}_hnsw"
 
 
+def tables_of(schema: str, spec: IndexSpec) -> list[QualifiedName]:
+    """Return the tables that changes and vectors of an index are written to, those of all its generations."""
+    return Names(schema, spec.relations).written(*(one.generation for one in spec.generations))
+
+
 def b_tree_name(index: str, column: str) -> str:
     """Return a name for a column's b-tree that no other has: PostgreSQL would cut a long one, and take two for one."""
     name = f"{index}_chunks_by_{column}"

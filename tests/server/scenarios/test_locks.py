@@ -11,6 +11,7 @@ from functools import partial
 import psycopg
 import pytest
 
+from cdcsync.demo.cluster import Cluster
 from tests.support.configs import NO_AUDIT, configuration
 from tests.support.scenes import Followed, MakeScene, Scene
 from tests.support.servers import Database
@@ -238,6 +239,75 @@ def test_tables_of_one_index_in_the_target_that_stay_locked_pause_that_index_alo
         until(partial(made.equal, "sound"), made.pipeline.tail)
     made.heals()
     assert len(made.pipeline.processes) == 1
+
+
+def test_vectors_that_cannot_be_discarded_for_a_request_pause_that_index_alone_and_are_made_anew_later(
+    make_scene: MakeScene,
+) -> None:
+    made = make_scene(
+        TABLES,
+        {"sound": Followed("sound"), "chosen": Followed("chosen")},
+        worker_lines=NO_AUDIT,
+        hurry={
+            "cdcsync.target.session.LOCK_WAIT_MS": 200,
+            "cdcsync.flows.follow.apply.LOCKED_ATTEMPTS": 3,
+            "cdcsync.flows.setup.indexes.LOCK_ATTEMPTS": 2,
+            "cdcsync.model.pauses.FIRST_DELAY_S": 5.0,
+        },
+    )
+    stored = "SELECT max(stored_at) < %s FROM cdcsync.chosen_vectors_1"
+    with held(made, "cdcsync.chosen_vectors_1_fresh", mode="SHARE"):
+        (asked_at,) = made.pipeline.target.execute(
+            "INSERT INTO cdcsync.backfills (index_name, kind, force_embed) VALUES ('chosen', 'replay', true)"
+            " RETURNING clock_timestamp()"
+        ).fetchone() or (None,)
+        made.paused("chosen")
+        made.execute("UPDATE sound SET title = 'x' WHERE id = 1")
+        until(partial(made.equal, "sound"), made.pipeline.tail)
+        assert made.pipeline.target.execute(stored, [asked_at]).fetchone() == (True,)
+    made.heals()
+    oldest = "SELECT min(stored_at) > %s FROM cdcsync.chosen_vectors_1"
+    until(lambda: made.pipeline.target.execute(oldest, [asked_at]).fetchone() == (True,), made.pipeline.tail)
+    assert len(made.pipeline.processes) == 1
+
+
+def test_requests_and_audits_of_the_others_go_on_beside_an_index_whose_tables_in_the_target_are_locked(
+    make_cluster: Callable[..., Cluster], database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    source = make_cluster().dsn()  # another server: comparisons wait for what is open on the source
+    names = ("chosen", "sound")
+    text = configuration(source, target=database.dsn, indexes={name: {"text": "{title}"} for name in names})
+    pipeline = make_pipeline(text)
+    pipeline.hurry |= {
+        "cdcsync.postgres.locking.LOCKED_OUT_S": 0.5,
+        **{f"cdcsync.flows.audit.rolling.{name}": 0.3 for name in ("FIRST_S", "REST_S", "NOT_LIVE_S")},
+    }
+    for name in names:
+        pipeline.source.execute(f"CREATE TABLE {name} (id int PRIMARY KEY, title text)")
+        pipeline.source.execute(f"INSERT INTO {name} SELECT i, 'title ' || i FROM generate_series(1, 20) i")
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+
+    def answered(index: str) -> bool:
+        """Whether requests and the audit of an index have all been through since they were asked for."""
+        return pipeline.target.execute(
+            "SELECT count(*) = 2 AND (SELECT finished_at > max(b.requested_at) FROM cdcsync.audits"
+            " WHERE index_name = %s) FROM cdcsync.backfills b WHERE index_name = %s AND kind IN ('resync', 'compare')"
+            " AND state = 'done'",
+            [index, index],
+        ).fetchone() == (True,)
+
+    with psycopg.connect(database.dsn) as holder:
+        holder.execute("LOCK TABLE cdcsync.chosen_chunks IN ACCESS EXCLUSIVE MODE")
+        for name in names:
+            for kind, phase in (("resync", "orphans"), ("compare", "rows")):
+                pipeline.target.execute(
+                    "INSERT INTO cdcsync.backfills (index_name, kind, phase) VALUES (%s, %s, %s)", [name, kind, phase]
+                )
+        until(partial(answered, "sound"), pipeline.tail)
+        assert not answered("chosen")
+    until(partial(answered, "chosen"), pipeline.tail)
 
 
 @pytest.mark.parametrize("mode", ["ACCESS EXCLUSIVE", "SHARE UPDATE EXCLUSIVE"])
