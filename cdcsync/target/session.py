@@ -25,7 +25,7 @@ from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.postgres.temporary import TemporaryTables
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.apply import IndexWriter
-from cdcsync.target.ddl.names import tables_of
+from cdcsync.target.ddl.names import written_tables
 from cdcsync.target.failures.documents import FailedDocuments, close_list
 from cdcsync.target.keys import discard_vectors
 from cdcsync.target.locked_session import LockedSession
@@ -96,7 +96,7 @@ class ApplySession(LockedSession):
     async def lockers(self, index: str) -> list[Lock]:
         """Return who keeps this session from writing to the tables of an index."""
         spec = self._writers[index].spec
-        tables = tables_of(self._schema, spec)
+        tables = written_tables(self._schema, spec)
         with speaking_of("target"):
             return await exclusive_locks(self.connection, tables, modes=WRITERS_WAIT)
 

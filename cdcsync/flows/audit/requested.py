@@ -26,7 +26,7 @@ from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS, LockedOut
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import blockers, current_snapshot, running_transactions
-from cdcsync.target.ddl.names import tables_of
+from cdcsync.target.ddl.names import written_tables
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.submission import Requests
 
@@ -52,7 +52,7 @@ async def compare_for_ever(
     """Make the comparisons that are asked for, until cancelled."""
     queue = Queue(schema)
     backoff = Backoff(_waits)
-    locked = {name: LockedOut(name, spec.single_tables, tables_of(schema, spec)) for name, spec in specs.items()}
+    locked = {name: LockedOut(name, spec.single_tables, written_tables(schema, spec)) for name, spec in specs.items()}
     async with (
         Session(source_dsn, "source", application_name="cdcsync compare") as source,
         Session(target_dsn, "target", application_name="cdcsync compare", lock_wait_ms=SHARED_LOCK_WAIT_MS) as target,

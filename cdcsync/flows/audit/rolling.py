@@ -45,7 +45,7 @@ from cdcsync.postgres.sessions import IDLE_S, Connection, Session
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.many import source_table
 from cdcsync.target.audits import Audits, Place
-from cdcsync.target.ddl.names import tables_of
+from cdcsync.target.ddl.names import written_tables
 from cdcsync.target.failures.documents import unlisted_among
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests.history import History
@@ -87,7 +87,7 @@ class _Comparison:
 
     def __init__(self, schema: str, spec: IndexSpec) -> None:
         self.spec = spec
-        self.locked = LockedOut(spec.name, spec.single_tables, tables_of(schema, spec))
+        self.locked = LockedOut(spec.name, spec.single_tables, written_tables(schema, spec))
         self.due = anyio.current_time() + FIRST_S
         self.anew = False
         """Whether to begin from the start, despite a stored place."""

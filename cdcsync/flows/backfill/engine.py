@@ -30,7 +30,7 @@ from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.marks import emit_mark
 from cdcsync.source.tables import SourceTable
-from cdcsync.target.ddl.names import tables_of
+from cdcsync.target.ddl.names import written_tables
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.submission import Requests
 
@@ -103,7 +103,7 @@ class Backfills:
         """When the request that is served may have to give way."""
         self._forget_vectors = forget_vectors
         self._locked = {
-            name: LockedOut(name, spec.single_tables, tables_of(schema, spec)) for name, spec in specs.items()
+            name: LockedOut(name, spec.single_tables, written_tables(schema, spec)) for name, spec in specs.items()
         }
         self.marks = Marks(deliveries, metrics)
         self._pages: dict[str, Pages] = {

@@ -101,7 +101,7 @@ class Names:
         return f"{self._prefix[1]}_vectors_{generation}_hnsw"
 
 
-def tables_of(schema: str, spec: IndexSpec) -> list[QualifiedName]:
+def written_tables(schema: str, spec: IndexSpec) -> list[QualifiedName]:
     """Return the tables that changes and vectors of an index are written to, those of all its generations."""
     return Names(schema, spec.relations).written(*(one.generation for one in spec.generations))
 
