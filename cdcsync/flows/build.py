@@ -38,6 +38,9 @@ log = structlog.get_logger()
 POLL_S = 0.5
 """How often a building index is looked at: one small query."""
 
+HELD_S = 10.0
+"""How long a build waits for transactions that hold its table, while other indexes wait for their turn."""
+
 LOAD_CANCELLED = "its load was cancelled"
 """Why an index is paused whose load someone cancelled: it is not loaded again without being asked."""
 
@@ -128,7 +131,7 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
         return True
     if load is None or load.state != "done" or await History(schema).doubted(connection, load):
         return False
-    if await build_search(connection, schema, spec):
+    if await build_search(connection, schema, spec, patience_s=HELD_S):
         await count_words(connection, schema, spec)
     if await _loading(connection, names, spec):
         return False
@@ -136,7 +139,7 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
     await delete_vectors_without_chunks(connection, schema, spec)
     await settle_all(connection, schema, spec)
     log.info("hnsw_building", index=spec.name)
-    await build_hnsw(connection, schema, spec)
+    await build_hnsw(connection, schema, spec, patience_s=HELD_S)
     await connection.execute(sql.SQL("ANALYZE {}").format(names.chunks))
     await connection.execute(sql.SQL("ANALYZE {}").format(names.vectors(spec.generation)))
     async with connection.transaction():

@@ -21,7 +21,7 @@ from cdcsync.backoff import Cooldown
 from cdcsync.errors import CdcsyncError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.locking import BRIEFLY
+from cdcsync.postgres.locking import BRIEFLY, SHARED_LOCK_WAIT_MS
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session
 from cdcsync.target.ddl.bm25 import bm25_option
@@ -36,12 +36,18 @@ log = structlog.get_logger()
 LOOK_EVERY_S = 60.0
 """How often it is asked how much has changed: a row of the server's statistics for each index."""
 
+MOST_COOLDOWN_S = 60.0
+"""How long an index is left alone at most after a failure."""
+
 CHANGED_SHARE = 0.1
 """An index is counted again when so many of its chunks were written since the last time."""
 
 SHARE = 0.01
 """How much of the time words may be counted: what took a second is not done again for a hundred."""
 
+
+HELD_S = 10.0
+"""How long an index of pg_textsearch waits for transactions that hold its table, while other indexes wait for it."""
 
 ENTER_EVERY_S = 1.0
 """How often the words of changed chunks are entered into their index; see `target/tidying`."""
@@ -58,7 +64,9 @@ async def count_words_for_ever(dsn: str, schema: str, specs: Sequence[IndexSpec]
     def failed(spec: IndexSpec, error: CdcsyncError) -> None:
         log.warning("words_not_counted", index=spec.name, error=str(error), fix=error.hint)
 
-    async with Session(dsn, "target", application_name="cdcsync words", idle_s=IDLE_S) as target:
+    async with Session(
+        dsn, "target", application_name="cdcsync words", idle_s=IDLE_S, lock_wait_ms=SHARED_LOCK_WAIT_MS
+    ) as target:
         await _for_ever(target, specs, count, failed, lambda took_s: max(LOOK_EVERY_S, took_s / SHARE))
 
 
@@ -91,7 +99,7 @@ async def _for_ever(
     :param pause_s: how long to wait after a round that took so long.
     """
     searchable = [spec for spec in specs if spec.config.search is not None]
-    cooldowns = {spec.name: Cooldown() for spec in searchable}
+    cooldowns = {spec.name: Cooldown(most=MOST_COOLDOWN_S) for spec in searchable}
     while searchable:
         started = anyio.current_time()
         for spec in searchable:
@@ -143,6 +151,6 @@ async def _keep_ranking(connection: Connection, schema: str, spec: IndexSpec) ->
     entry = await Registry(schema).find(connection, spec.name)
     if entry is None or entry.state != "live":
         return
-    if await keep_bm25(connection, schema, spec):
+    if await keep_bm25(connection, schema, spec, patience_s=HELD_S):
         by = "pg_textsearch" if await bm25_option(connection, schema, spec) else "sql"
         log.info("words_ranked", index=spec.name, by=by)

@@ -119,6 +119,9 @@ WRITERS_WAIT = (*READERS_WAIT, "ExclusiveLock", "ShareRowExclusiveLock", "ShareL
 PUBLISHING_WAITS = (*WRITERS_WAIT, "ShareUpdateExclusiveLock")
 """Those that keep a table from being added to a publication. VACUUM and CREATE INDEX CONCURRENTLY take such, too."""
 
+BUILDING_WAITS = (*PUBLISHING_WAITS, "RowExclusiveLock")
+"""Those whose transactions CREATE INDEX CONCURRENTLY waits for: of everybody who writes, too."""
+
 LOCKED: LiteralString = (
     "(SELECT array_agg(relation) FROM pg_locks WHERE locktype = 'relation' AND mode = 'AccessExclusiveLock'"
     " AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"

@@ -17,10 +17,13 @@ import anyio
 import psycopg
 from psycopg import sql
 
+from cdcsync.config import QualifiedName
+from cdcsync.errors import TargetUnavailable
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.autovacuums import Vacuumed, end_autovacuums
 from cdcsync.postgres.errors import first_line
-from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
+from cdcsync.postgres.locking import BUILDING_WAITS, exclusive_locks
 from cdcsync.postgres.queries import fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
@@ -40,50 +43,63 @@ POLL_S = 0.5
 """How often it is looked whether a build of another session is through."""
 
 
-async def build_search(connection: Connection, schema: str, spec: IndexSpec) -> bool:
+async def build_search(
+    connection: Connection, schema: str, spec: IndexSpec, *, patience_s: float | None = None
+) -> bool:
     """Build the index for keyword search, where the configuration asks for one; False when there is nothing to do.
 
     Needs a connection in autocommit.
 
-    :raises LockNotAvailable: somebody holds the table, as of all that is built here.
+    :param patience_s: how long transactions that hold the table are waited for, where others wait for the caller.
+    :raises TargetUnavailable: they went on for longer than that.
     """
     if spec.config.search is None:
         return False
     names = Names(schema, spec.relations)
-    return await _build(connection, schema, names.search_name, names.chunks, sql.SQL("gin (search)"), spec)
+    method = sql.SQL("gin (search)")
+    return await _build(connection, schema, names.search_name, _chunks(spec), method, spec, patience_s)
 
 
-async def keep_bm25(connection: Connection, schema: str, spec: IndexSpec) -> bool:
+async def keep_bm25(connection: Connection, schema: str, spec: IndexSpec, *, patience_s: float | None = None) -> bool:
     """Build the index by which pg_textsearch ranks words, or drop it, as the extension and the configuration have it.
 
     Searches rank by the words' counts meanwhile. Needs a connection in autocommit.
 
+    :param patience_s: as for `build_search`.
     :returns: whether there was something to do.
+    :raises TargetUnavailable: as `build_search`.
     """
     names = Names(schema, spec.relations)
     wanted, built_with = await bm25_of(connection, spec), await bm25_option(connection, schema, spec)
     if built_with == (None if wanted is None else wanted.option):
         return False
     if built_with:
-        await _see_it_is_free(connection, names.chunks)
+        await _see_it_is_free(connection, QualifiedName(schema, _chunks(spec)), patience_s)
         await connection.execute(
             sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(schema, names.bm25_name))
         )
         crash_point("outdated BM25 index dropped")
     if wanted is not None:
-        await _build(connection, schema, names.bm25_name, names.chunks, wanted.method, spec)
+        await _build(connection, schema, names.bm25_name, _chunks(spec), wanted.method, spec, patience_s)
     return True
 
 
-async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec) -> bool:
+async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec, *, patience_s: float | None = None) -> bool:
     """Build the generation's HNSW index without blocking writers; returns False when it was there already.
 
     Needs a connection in autocommit.
+
+    :param patience_s: as for `build_search`.
+    :raises TargetUnavailable: as `build_search`.
     """
     names = Names(schema, spec.relations)
     method = await hnsw_method(connection, spec)
-    settled = names.settled(spec.generation)
-    return await _build(connection, schema, names.hnsw_name(spec.generation), settled, method, spec)
+    settled = names.settled_name(spec.generation)
+    return await _build(connection, schema, names.hnsw_name(spec.generation), settled, method, spec, patience_s)
+
+
+def _chunks(spec: IndexSpec) -> str:
+    return f"{spec.relations}_chunks"
 
 
 async def hnsw_method(connection: Connection, spec: IndexSpec) -> sql.Composed:
@@ -135,18 +151,25 @@ async def build_settings(
 
 
 async def _build(
-    connection: Connection, schema: str, name: str, table: sql.Identifier, method: sql.Composable, spec: IndexSpec
+    connection: Connection,
+    schema: str,
+    name: str,
+    table_name: str,
+    method: sql.Composable,
+    spec: IndexSpec,
+    patience_s: float | None,
 ) -> bool:
     """Build an index unless it is there. One that an interrupted build left invalid is dropped and built again.
 
     The server continues the build of a worker that was killed: we wait for it, and use its result.
     """
     frugal = 0
+    table = sql.Identifier(schema, table_name)
     while True:
         if await _validity(connection, schema, name):
             return False  # whatever somebody else builds on that table
+        await _see_it_is_free(connection, QualifiedName(schema, table_name), patience_s)
         await _others_through(connection, table)
-        await _see_it_is_free(connection, table)
         valid = await _validity(connection, schema, name)
         if valid:
             return False
@@ -155,6 +178,7 @@ async def _build(
                 sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(schema, name))
             )
             crash_point("invalid search index dropped")
+            continue
         try:
             await _create(connection, name, table, method, spec, FRUGAL[frugal])
             return True
@@ -190,14 +214,24 @@ async def _others_through(connection: Connection, table: sql.Identifier) -> None
         await anyio.sleep(POLL_S)
 
 
-async def _see_it_is_free(connection: Connection, table: sql.Identifier) -> None:
-    """See that nobody holds a table in which an index is about to be built or dropped, which waits without an end.
+async def _see_it_is_free(connection: Connection, table: QualifiedName, patience_s: float | None) -> None:
+    """See that no transaction holds a table in which an index is built or dropped: that waits for it without an end.
 
-    :raises LockNotAvailable: somebody does.
+    :param patience_s: how long one may go on; None if nobody waits for the caller.
+    :raises TargetUnavailable: one does, and goes on for so long.
     """
-    async with connection.transaction():
-        await connection.execute(f"SET LOCAL lock_timeout = {SHARED_LOCK_WAIT_MS:d}")
-        await connection.execute(sql.SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(table))
+    if patience_s is None:
+        return
+    await end_autovacuums(Vacuumed(connection, [(table.schema, table.name)]))
+    until = anyio.current_time() + patience_s
+    held = await exclusive_locks(connection, [table], modes=BUILDING_WAITS)
+    while held:
+        if anyio.current_time() >= until:
+            raise TargetUnavailable(str(held[0]), where=str(table), hint=held[0].remedy, sqlstate="55P03")
+        await anyio.sleep(POLL_S)
+        then = {one.pid or one.transaction for one in held}
+        now = await exclusive_locks(connection, [table], modes=BUILDING_WAITS)
+        held = [one for one in now if (one.pid or one.transaction) in then]
 
 
 async def _validity(connection: Connection, schema: str, name: str) -> bool | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, LiteralString
 
 import anyio
 import msgspec
@@ -197,10 +197,24 @@ async def are(connection: Connection, *states: tuple[str, bool]) -> bool:
     return await cursor.fetchall() == list(states)
 
 
-@pytest.mark.parametrize("table", ["chunks", "words", "backlog", "vectors_1", "vectors_1_settled"])
-async def test_an_index_whose_tables_are_locked_waits_to_be_built_and_others_go_live(
-    open_index: OpenIndex, connection: Connection, target: Database, table: str
+HELD = [
+    *((table, "ACCESS EXCLUSIVE") for table in ("chunks", "words", "backlog", "vectors_1", "vectors_1_settled")),
+    *((table, "ROW EXCLUSIVE") for table in ("chunks", "vectors_1_settled")),
+    ("chunks", "SHARE UPDATE EXCLUSIVE"),
+]
+"""Tables that another session holds, and how: who builds an index waits for those who write, too."""
+
+
+@pytest.mark.parametrize(("table", "mode"), HELD)
+async def test_an_index_whose_tables_are_held_waits_to_be_built_and_others_go_live(
+    open_index: OpenIndex,
+    connection: Connection,
+    target: Database,
+    table: str,
+    mode: LiteralString,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("cdcsync.flows.build.HELD_S", 0.5)
     indexes = [await open_index(name=name) for name in ("articles", "notes")]
     await Pipelines(SCHEMA, "s").ensure(connection, "p")
     for index in indexes:
@@ -211,8 +225,9 @@ async def test_an_index_whose_tables_are_locked_waits_to_be_built_and_others_go_
 
     async with anyio.create_task_group() as tasks:
         async with indexes[0].connection.transaction():
-            locked = sql.Identifier(SCHEMA, f"articles_{table}")
-            await indexes[0].connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(locked))
+            held = sql.Identifier(SCHEMA, f"articles_{table}")
+            await indexes[0].connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+            await indexes[0].connection.execute(sql.SQL("LOCK TABLE {} IN " + mode + " MODE").format(held))
             tasks.start_soon(build_until_live, target.dsn, SCHEMA, [one.spec for one in indexes])
             await support.until(partial(are, connection, ("building", True), ("live", False)))
         await support.until(partial(are, connection, ("live", False), ("live", False)))
@@ -268,7 +283,7 @@ def test_an_index_that_cannot_be_built_says_why_everywhere_and_others_go_live(
     with psycopg.connect(database.dsn) as holding:
         holding.execute("LOCK TABLE cdcsync.articles_vectors_1_settled IN ROW EXCLUSIVE MODE")
         database.execute("DROP EVENT TRIGGER lacks_memory")
-        held = f"the build waits for the open transaction of the target's session with pid {holding.info.backend_pid};"
+        held = f"waits to be built: cdcsync.articles_vectors_1_settled is locked by pid {holding.info.backend_pid} ("
         until(lambda: held in problems(pipeline), pipeline.tail)
     pipeline.live()
     until(lambda: not problems(pipeline), pipeline.tail)
