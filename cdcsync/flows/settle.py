@@ -264,7 +264,9 @@ class Settle:
             try:
                 with speaking_of("target"):
                     await settling.note(scan_ms, seen.per_s)
-            except SetupError as error:
+            except CdcsyncError as error:
+                if not isinstance(error, SetupError) and not locked_out(error):
+                    raise
                 log.debug("tiers_not_noted", index=spec.name, error=str(error))
             else:
                 seen.noted = bool(tiers.fresh)

@@ -95,6 +95,7 @@ async def read_indexes(
         if (name := own_name(entry.name)) in written:
             generations = {entry.generation, *(one.generation for one in noted.generations.get(entry.name, []))}
             written[name] += Names(schema, entry.relations).written(*generations)
+            written[name].append(QualifiedName(schema, f"{entry.relations}_words"))
     return Indexes(found, min((entry.created_at for entry in entries), default=None), written)
 
 

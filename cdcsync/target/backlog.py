@@ -31,6 +31,10 @@ ERROR_CHARACTERS = 500
 """Stored errors are cut to this: some providers answer with pages."""
 
 
+OPEN_FOR_S = 1.0
+"""A transaction that was begun later than that is in nobody's way."""
+
+
 class Waiting(msgspec.Struct, frozen=True):
     """A text that needs a vector."""
 
@@ -116,6 +120,12 @@ class Backlog:
         """Return who keeps everybody from writing to the index's tables."""
         tables = self._names.written(self._spec.generation)
         return await exclusive_locks(self._connection, tables, modes=WRITERS_WAIT)
+
+    async def row_lockers(self) -> list[Lock]:
+        """Return whose transactions may hold rows of the backlog: those that have been open for a while."""
+        tables = self._names.written()
+        modes = ("RowShareLock", "RowExclusiveLock")
+        return await exclusive_locks(self._connection, tables, modes=modes, open_for_s=OPEN_FOR_S)
 
     async def still_waiting(self, hashes: Sequence[bytes]) -> set[bytes]:
         """Return those texts that some chunk still needs a vector of."""

@@ -147,7 +147,7 @@ class Settling:
             await self._connection.execute(
                 self._sql(
                     BRIEFLY + "; SET LOCAL synchronous_commit = off;"
-                    " LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE; SET LOCAL lock_timeout = 0"
+                    " LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE; SET LOCAL lock_timeout = '10s'"
                 )
             )
             copied = await self._copy(chunks)

@@ -45,6 +45,9 @@ STORE_TEXTS = 128
 LIVE_S = 1.0
 """So long after a live change others are expected."""
 
+TELL_EVERY = 6
+"""So many windows in a row can nothing be stored of before it is told: some seconds."""
+
 POLL_S = 5.0
 """How often the backlog is looked at without a word from apply: postponed texts become due by themselves."""
 
@@ -80,6 +83,10 @@ class EmbedLoop:
         self._held = False
         self._locked_out = False
         """Whether another session was last seen to hold the tables."""
+        self._progress = 0
+        """Counts what brought the backlog nearer to its end, or proved a text to be done with."""
+        self._fruitless = 0
+        """Windows in a row of which nothing could be stored, although nobody holds the tables."""
         self._one_tries = anyio.Lock()
         self._lock_wait = Backoff()
         self.commits = Commits()
@@ -127,11 +134,16 @@ class EmbedLoop:
             self._broken = False
             # Loads stop first when the tokens of a day run out.
             lane = None if self._dispatcher.waits_until(load=True) is None else LIVE
+            progress = self._progress
             if await self._window(lane=lane) == 0:
                 self._note_unlocked()
                 self.drained()
                 with anyio.move_on_after(POLL_S):
                     await self._wake.wait()
+            elif self._progress == progress and self._goes_on(load=lane is None):
+                await self._wait_for_rows()
+            else:
+                self._fruitless = 0
 
     async def _hold_while_far_behind(self) -> None:
         """Wait for the stream to catch up, once each time that it falls behind."""
@@ -181,6 +193,7 @@ class EmbedLoop:
             # generation has by now.
             waiting = await self._of_backlog(partial(_left, [one.hash for one in batch]))
             self._dispatcher.avoided("superseded", len(batch) - len(waiting))
+            self._progress += len(batch) - len(waiting)
             if (batch := [one for one in batch if one.hash in waiting]) and not self._broken:
                 await self._batch(batch)
         except EmbedderUnavailable:
@@ -215,6 +228,7 @@ class EmbedLoop:
         """Note that a text cannot be embedded: for ever if it was refused, else for a while."""
         log.warning("text_not_embedded", index=self._spec.name, attempts=attempts + 1, error=str(error))
         final = isinstance(error, TextRejected)
+        self._progress += 1
         delay_s = backoff_s(attempts)
         await self._of_backlog(lambda backlog: backlog.postpone([one], str(error), delay_s=delay_s, final=final))
 
@@ -237,6 +251,7 @@ class EmbedLoop:
             await self._postpone(next(iter(part)), TextRejected(f"the target: {without_values(error)}"))
             return
         self._note_unlocked()
+        self._progress += stored
         self._dispatcher.avoided("shared", stored - len(part))
         self._metrics.vectors.labels(self._spec.name, "backlog" if self._searched else "migration").inc(stored)
 
@@ -251,12 +266,25 @@ class EmbedLoop:
             async with self._one_tries if tries else contextlib.nullcontext():
                 try:
                     async with self._pool.backlog(self._spec, self._siblings) as backlog:
-                        return await work(backlog)
+                        if tries or not self._locked_out:  # found out while we waited for the connection
+                            return await work(backlog)
                 except LOCKED_OUT as error:
                     self._locked_out = True
                     if tries:
                         await self._tell_who_locks(error)
                         await self._lock_wait.wait()
+
+    async def _wait_for_rows(self) -> None:
+        """Wait because other sessions hold the rows of all that is due, but no longer than until there is more."""
+        self._fruitless += 1
+        if self._fruitless % TELL_EVERY == 0:
+            async with self._pool.backlog(self._spec, self._siblings) as backlog:
+                locks = [str(one) for one in await backlog.row_lockers()]
+            log.warning(
+                "backlog_locked", index=self._spec.name, error="its rows are held", attempt=self._fruitless, locks=locks
+            )
+        with anyio.move_on_after(backoff_s(self._fruitless, first=0.05, most=POLL_S)):
+            await self._wake.wait()
 
     def _note_unlocked(self) -> None:
         """Note that vectors could be stored, or that none are left. A read does not prove that a write is possible."""

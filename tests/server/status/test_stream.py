@@ -171,7 +171,9 @@ async def test_a_pipeline_that_has_not_begun_is_not_caught_up(make_stopped: Call
     assert status.problems == [f"no worker runs for slot {status.pipeline}: start `cdcsync run`"]
 
 
-@pytest.mark.parametrize("table", ["articles_backlog", "articles_vectors_1_settled", "articles~2_backlog"])
+@pytest.mark.parametrize(
+    "table", ["articles_backlog", "articles_words", "articles_vectors_1_settled", "articles~2_backlog"]
+)
 @pytest.mark.parametrize("lasts", [True, False])
 async def test_who_holds_a_table_that_is_written_to_is_told_unless_the_lock_comes_and_goes(
     stopped: Pipeline, monkeypatch: pytest.MonkeyPatch, table: str, lasts: bool
