@@ -146,6 +146,7 @@ async def test_an_embedder_that_actors_cannot_open_says_why(rays: RayCluster, pr
         await fleet.aclose()
 
 
+@pytest.mark.proof
 @pytest.mark.server
 def test_nodes_actors_and_the_head_come_and_go_and_nothing_is_lost_or_embedded_for_nothing(
     doomed: RayCluster,
