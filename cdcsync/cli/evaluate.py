@@ -256,9 +256,7 @@ async def _opened(config: Config, name: str) -> AsyncIterator[tuple[Connection, 
     from cdcsync.target.search import stored_spec
 
     index = config.index_named(name)
-    async with await connect(
-        config.target.dsn, "target", application_name="cdcsync evaluate", searches=True
-    ) as connection:
+    async with await connect(config.target.dsn, "target", application_name="cdcsync evaluate") as connection:
         yield connection, await stored_spec(connection, config.target.schema, name, index)
 
 

@@ -64,7 +64,7 @@ async def _sessions(config: Config) -> AsyncIterator[tuple[Session, Session]]:
 
     async with (
         Session(config.source.dsn, "source", application_name="cdcsync status") as source,
-        Session(config.target.dsn, "target", application_name="cdcsync status", searches=True) as target,
+        Session(config.target.dsn, "target", application_name="cdcsync status") as target,
     ):
         yield source, target
 

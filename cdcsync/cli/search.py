@@ -223,9 +223,7 @@ async def find(
     answer = Answer()
     vectors: dict[str, Vector | None] = {}
     indexes = {name: config.index_named(name) for name in names}
-    async with await connect(
-        config.target.dsn, "target", application_name="cdcsync search", searches=True
-    ) as connection:
+    async with await connect(config.target.dsn, "target", application_name="cdcsync search") as connection:
 
         async def embed(spec: IndexSpec) -> None:
             """Have the vector of the query by the model of an index; None if that is away and words will do."""

@@ -144,7 +144,8 @@ _EXCLUSIVE: LiteralString = """
     )
     SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname), l.pid,
         CASE WHEN l.pid IS NULL THEN format('prepared transaction %%L', p.gid)
-            ELSE concat_ws(', ', nullif(a.application_name, ''), 'role ' || a.usename) END,
+            ELSE coalesce(nullif(concat_ws(', ', nullif(a.application_name, ''), 'role ' || a.usename), ''),
+                a.backend_type, '') END,
         date_trunc('second', clock_timestamp() - coalesce(a.xact_start, p.prepared))::text, l.granted,
         w.place, l.virtualtransaction
     FROM pg_locks AS l JOIN wanted AS w ON w.oid = l.relation
@@ -209,7 +210,8 @@ class LockedOut:
         self.wait()
         try:
             with speaking_of(side):
-                locks = await exclusive_locks(await session.connection(), self._tables[side])
+                modes = READERS_WAIT if side == "source" else WRITERS_WAIT
+                locks = await exclusive_locks(await session.connection(), self._tables[side], modes=modes)
         except CdcsyncError:
             locks = []
         log.warning("table_locked", index=self._index, error=str(error), locks=[str(one) for one in locks])

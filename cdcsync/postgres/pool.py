@@ -14,7 +14,7 @@ from cdcsync.postgres.settings import Side
 
 
 class Pool:
-    """Up to `size` sessions for searches, opened when they are needed and kept. For any tasks of one event loop.
+    """Up to `size` sessions, opened when they are needed and kept. For any number of tasks of one event loop.
 
     A session that broke is opened again by the next task that takes it. The session that was used last is taken
     first, so that no more stay busy than are needed.
@@ -22,7 +22,7 @@ class Pool:
 
     def __init__(self, dsn: str, side: Side, *, size: int, application_name: str) -> None:
         self._room = anyio.CapacityLimiter(size)
-        self._idle = [Session(dsn, side, application_name=application_name, searches=True) for _ in range(size)]
+        self._idle = [Session(dsn, side, application_name=application_name) for _ in range(size)]
         self._closed = False
         self._process: int | None = None
         """The process that has used it: a copy of that, by a fork, has its sockets, and must not write to them."""

@@ -18,18 +18,7 @@ from psycopg.pq import TransactionStatus
 from cdcsync.errors import CdcsyncError, Unavailable
 from cdcsync.postgres.errors import connect_error, speaking_of, unavailable
 from cdcsync.postgres.liveness import SERVER, Backend, WatchedConnection, at_its_host, system_of
-from cdcsync.postgres.settings import (
-    AS_SHOWN,
-    DURABILITY,
-    LEAVING,
-    RENDERING,
-    SAFETY,
-    TABLES_ONLY,
-    UNHIDDEN,
-    Side,
-    conninfo_for,
-    describe,
-)
+from cdcsync.postgres.settings import DURABILITY, LEAVING, RENDERING, SAFETY, TABLES_ONLY, Side, conninfo_for, describe
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
@@ -51,18 +40,11 @@ def answers(connection: Connection, error: CdcsyncError) -> bool:
 
 
 async def connect(
-    dsn: str,
-    side: Side,
-    *,
-    application_name: str = "cdcsync",
-    autocommit: bool = True,
-    lock_wait_ms: int | None = None,
-    searches: bool = False,
+    dsn: str, side: Side, *, application_name: str = "cdcsync", autocommit: bool = True, lock_wait_ms: int | None = None
 ) -> WatchedConnection:
     """Open an SQL session with pinned rendering. The caller closes it.
 
     :param lock_wait_ms: how long a statement waits for a lock, if that is not for the side to say.
-    :param searches: whether policies hide rows from it, as from an application; else such a statement is an error.
     :raises SetupError: wrong password, database, host name or DSN: waiting does not help.
     :raises SourceUnavailable, TargetUnavailable: the server does not answer now.
     """
@@ -78,7 +60,7 @@ async def connect(
     connection.prepare_threshold = None
     try:
         with speaking_of(side, where=where), anyio.fail_after(SETTINGS_S):
-            await _set_up(connection, side, lock_wait_ms, searches=searches)
+            await _set_up(connection, side, lock_wait_ms)
             await connection.set_autocommit(autocommit)
     except TimeoutError:
         connection.pgconn.finish()
@@ -89,16 +71,10 @@ async def connect(
     return connection
 
 
-async def _set_up(connection: WatchedConnection, side: Side, lock_wait_ms: int | None, *, searches: bool) -> None:
+async def _set_up(connection: WatchedConnection, side: Side, lock_wait_ms: int | None) -> None:
     """Pin the settings of a session, and note which one it is: until then nobody could tell that it is lost."""
     # Together, because each statement of its own would take the time of the way there and back.
-    ours = [
-        RENDERING,
-        SAFETY,
-        DURABILITY[side],
-        AS_SHOWN if searches else UNHIDDEN,
-        *([TABLES_ONLY] if side == "source" else []),
-    ]
+    ours = [RENDERING, SAFETY, DURABILITY[side], *([TABLES_ONLY] if side == "source" else [])]
     if lock_wait_ms is not None:
         ours.append(f"SET lock_timeout = {lock_wait_ms:d}")
     ours.append(SERVER)
@@ -124,19 +100,17 @@ class Session:
         application_name: str,
         idle_s: float | None = None,
         lock_wait_ms: int | None = None,
-        searches: bool = False,
     ) -> None:
         """Make a session that has no connection yet.
 
         :param idle_s: close the connection once it has not been used for so long; nothing may live in it between uses.
-        :param lock_wait_ms: see `connect`, as for `searches`.
+        :param lock_wait_ms: see `connect`.
         """
         self._dsn = dsn
         self._side: Side = side
         self._application_name = application_name
         self._idle_s = idle_s
         self._lock_wait_ms = lock_wait_ms
-        self._searches = searches
         self._rest: asyncio.TimerHandle | None = None
         self._connection: WatchedConnection | None = None
 
@@ -153,11 +127,7 @@ class Session:
         if self._connection is None or self._connection.info.transaction_status != TransactionStatus.IDLE:
             await self.aclose()
             self._connection = await connect(
-                self._dsn,
-                self._side,
-                application_name=self._application_name,
-                lock_wait_ms=self._lock_wait_ms,
-                searches=self._searches,
+                self._dsn, self._side, application_name=self._application_name, lock_wait_ms=self._lock_wait_ms
             )
             if self._idle_s is not None:
                 self._rest = asyncio.get_running_loop().call_later(self._idle_s, self._close_if_idle)

@@ -55,21 +55,15 @@ TABLES_ONLY: LiteralString = (
 """The source's tables are read by name. If their owner replaces one by a view, the view's functions would run with our
 role's privileges; the server then refuses the statement instead. Supported since the minor releases of August 2024."""
 
-UNHIDDEN: LiteralString = "SET row_security = off"
-"""A policy that would hide rows from us is an error: the source sends all of them, and what we do not see of our own
-tables we would neither change nor delete."""
-
-AS_SHOWN: LiteralString = "SET row_security = on"
-"""For whoever searches, policies hide what they are there to hide."""
-
 ALWAYS_BRIEFLY: LiteralString = "SET lock_timeout = '400ms'"
 """In all of a session. Less than PostgreSQL's default `deadlock_timeout`, 1 s: so that the server never breaks a circle
 by failing somebody's statement, we give up."""
 
 DURABILITY: dict[Side, LiteralString] = {
-    # Our writes on the source are marks and publications: flushed at commit, waiting for no standby.
+    # Our writes on the source are marks and publications: flushed at commit, waiting for no standby. And
+    # replication does not know row-level security: a policy that would hide rows from us must be an error.
     # And a table of an application may be locked for hours, which must not hold up what is for another index.
-    "source": "SET synchronous_commit = local; " + ALWAYS_BRIEFLY,
+    "source": "SET synchronous_commit = local; SET row_security = off; " + ALWAYS_BRIEFLY,
     # Changes acknowledged to the source must survive a crash of the target, whatever the role's default is. And if a
     # proxy keeps a session open whose process has ended in the middle of a transaction, its locks must not stay: none
     # of our transactions there waits for anything but the server.

@@ -123,9 +123,9 @@ class Backlog:
 
     async def row_lockers(self) -> list[Lock]:
         """Return whose transactions may hold rows of the backlog: those that have been open for a while."""
-        tables = self._names.written()
+        _, backlog = self._names.written()
         modes = ("RowShareLock", "RowExclusiveLock")
-        return await exclusive_locks(self._connection, tables, modes=modes, open_for_s=OPEN_FOR_S)
+        return await exclusive_locks(self._connection, [backlog], modes=modes, open_for_s=OPEN_FOR_S)
 
     async def still_waiting(self, hashes: Sequence[bytes]) -> set[bytes]:
         """Return those texts that some chunk still needs a vector of."""
@@ -220,9 +220,12 @@ class Backlog:
             await self._connection.execute(self._sql("DELETE FROM {settled} WHERE chunk_id = ANY(%s)"), [chunks])
         return done.rowcount
 
-    async def postpone(self, hashes: Sequence[bytes], error: str, *, delay_s: float, final: bool = False) -> None:
-        """Note a failure of these texts: they are due again after `delay_s` seconds, or never when `final`."""
-        await self._connection.execute(
+    async def postpone(self, hashes: Sequence[bytes], error: str, *, delay_s: float, final: bool = False) -> int:
+        """Note a failure of these texts: they are due again after `delay_s` seconds, or never when `final`.
+
+        :returns: of how many chunks that could be noted.
+        """
+        cursor = await self._connection.execute(
             self._sql(
                 "WITH due AS (SELECT chunk_id FROM {backlog}"
                 " WHERE generation = {generation} AND content_hash = ANY(%s::bytea[]) FOR UPDATE SKIP LOCKED)"
@@ -233,6 +236,7 @@ class Backlog:
             [list(hashes), final, error[:ERROR_CHARACTERS], delay_s],
         )
         crash_point("failure of a text noted")
+        return cursor.rowcount
 
     async def counts(self) -> BacklogCounts:
         """Return how many chunks wait."""

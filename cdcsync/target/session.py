@@ -55,6 +55,8 @@ class ApplySession(LockedSession):
         self._closed: set[str] = set()
         """The indexes whose writers could not be opened, because their tables were locked."""
         self._stages: TemporaryTables | None = None
+        self._put_off: set[int] = set()
+        """Requests of which a page had to be left out: their later pages wait for it."""
         self._beside = Session(dsn, "target", application_name=f"cdcsync look-up {slot}", lock_wait_ms=LOCK_WAIT_MS)
         """Looks up for the next batch while this one is written."""
         self._look_ups: tuple[Connection | None, dict[str, LookUps]] = None, {}
@@ -254,7 +256,9 @@ class ApplySession(LockedSession):
 
     async def _end_page(self, page: PageEnd, paused: Collection[str]) -> None:
         if page.force_embed and page.index in paused:
-            return  # its vectors cannot be discarded now: the request is served from here on, once it can be
+            self._put_off.add(page.backfill_id)
+        if page.backfill_id in self._put_off:
+            return  # its vectors cannot be discarded now: the request is served from here on, once the index is resumed
         if page.force_embed and page.index in self._writers:
             with speaking_of("target", where=f"index {page.index}", index=page.index):
                 await discard_vectors(self.connection, self._schema, self._writers[page.index].spec, page.force_embed)

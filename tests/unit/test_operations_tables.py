@@ -58,7 +58,7 @@ HELD = {
     "the target refuses a value": (PAUSES, "the target refuses a value"),
     "the target refuses a value …, too long": (f"{SCENARIOS}test_values.py", "test_a_key_that_the_target_cannot_take"),
     "… would be empty after a crash": (PAUSES, "would be empty after a crash of the target"),
-    "the target says: query would": (
+    "… has policies that hide rows": (
         "tests/server/test_roles.py",
         "test_policies_that_an_operator_forces_on_the_worker_pause_that_index",
     ),
@@ -168,7 +168,7 @@ def test_every_row_of_the_table_of_pauses_has_a_case_of_two_indexes() -> None:
     elsewhere = {
         "the vectors of index": "tests/server/scenarios/test_changed_models.py",
         "the target refuses a value …, too long": "tests/server/scenarios/test_values.py",
-        "the target says: query would": "tests/server/test_roles.py",
+        "… has policies that hide rows": "tests/server/test_roles.py",
         "its load failed": PAUSES,
         "its load was cancelled": "tests/faults/test_schema_changes.py",
         "its tables or views in the target": "tests/server/flows/setup/test_indexes.py",

@@ -45,6 +45,9 @@ STORE_TEXTS = 128
 LIVE_S = 1.0
 """So long after a live change others are expected."""
 
+HELD_TEXTS = 256
+"""Texts in a window while none of the last one could be stored."""
+
 TELL_EVERY = 6
 """So many windows in a row can nothing be stored of before it is told: some seconds."""
 
@@ -156,7 +159,9 @@ class EmbedLoop:
 
     async def _window(self, *, lane: int | None) -> int:
         """Embed one window of due texts and return how many there were."""
-        window = await self._of_backlog(lambda it: it.window(self._dispatcher.pace.window_texts, lane=lane))
+        # Fewer than are remembered: what cannot be stored is not paid for again.
+        most = HELD_TEXTS if self._fruitless else self._dispatcher.pace.window_texts
+        window = await self._of_backlog(lambda it: it.window(most, lane=lane))
         self._target_outage.succeeded()
         # Texts of about the same length together: a batch is padded to its longest.
         tokens = await self._dispatcher.measure({waiting.hash: waiting.text for waiting in window})
@@ -228,9 +233,9 @@ class EmbedLoop:
         """Note that a text cannot be embedded: for ever if it was refused, else for a while."""
         log.warning("text_not_embedded", index=self._spec.name, attempts=attempts + 1, error=str(error))
         final = isinstance(error, TextRejected)
-        self._progress += 1
         delay_s = backoff_s(attempts)
-        await self._of_backlog(lambda backlog: backlog.postpone([one], str(error), delay_s=delay_s, final=final))
+        noted = await self._of_backlog(lambda it: it.postpone([one], str(error), delay_s=delay_s, final=final))
+        self._progress += noted
 
     async def _store(self, made: Mapping[bytes, FloatVector]) -> None:
         """Store vectors, a part at a time, over as many connections as there are."""
@@ -275,7 +280,7 @@ class EmbedLoop:
                         await self._lock_wait.wait()
 
     async def _wait_for_rows(self) -> None:
-        """Wait because other sessions hold the rows of all that is due, but no longer than until there is more."""
+        """Wait a little, because other sessions hold the rows of all that is due."""
         self._fruitless += 1
         if self._fruitless % TELL_EVERY == 0:
             async with self._pool.backlog(self._spec, self._siblings) as backlog:
@@ -283,8 +288,7 @@ class EmbedLoop:
             log.warning(
                 "backlog_locked", index=self._spec.name, error="its rows are held", attempt=self._fruitless, locks=locks
             )
-        with anyio.move_on_after(backoff_s(self._fruitless, first=0.05, most=POLL_S)):
-            await self._wake.wait()
+        await anyio.sleep(backoff_s(self._fruitless, first=0.05, most=POLL_S))
 
     def _note_unlocked(self) -> None:
         """Note that vectors could be stored, or that none are left. A read does not prove that a write is possible."""

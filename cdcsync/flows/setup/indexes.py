@@ -160,7 +160,7 @@ async def _set_up(target: Connection, config: Config, spec: IndexSpec, catalog: 
         before = await _as_examined(target, config, spec)
         view = None if before is None else before.view
         missing = await missing_relations(target, config.target.schema, spec, view=view)
-        missing.refuse_unlogged(config.target.schema)
+        missing.refuse_unsafe(config.target.schema)
         await create_index_relations(target, config.target.schema, spec)
         created = await create_generations(target, config.target.schema, spec)
         await put_policy(target, config.target.schema, spec, config.serve)

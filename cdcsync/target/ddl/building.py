@@ -8,6 +8,7 @@ Source: PostgreSQL, "CREATE INDEX" (Building Indexes Concurrently); pgvector's R
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
@@ -73,7 +74,7 @@ async def keep_bm25(connection: Connection, schema: str, spec: IndexSpec, *, pat
     wanted, built_with = await bm25_of(connection, spec), await bm25_option(connection, schema, spec)
     if built_with == (None if wanted is None else wanted.option):
         return False
-    if built_with:
+    if built_with is not None:
         await _see_it_is_free(connection, QualifiedName(schema, _chunks(spec)), patience_s)
         await connection.execute(
             sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(schema, names.bm25_name))
@@ -168,8 +169,8 @@ async def _build(
     while True:
         if await _validity(connection, schema, name):
             return False  # whatever somebody else builds on that table
+        await _others_through(connection, table, patience_s)
         await _see_it_is_free(connection, QualifiedName(schema, table_name), patience_s)
-        await _others_through(connection, table)
         valid = await _validity(connection, schema, name)
         if valid:
             return False
@@ -196,9 +197,13 @@ async def _build(
                 raise
 
 
-async def _others_through(connection: Connection, table: sql.Identifier) -> None:
-    """Wait until no session builds an index on a table."""
+async def _others_through(connection: Connection, table: sql.Identifier, patience_s: float | None) -> None:
+    """Wait until no session builds an index on a table.
+
+    :raises TargetUnavailable: one does, for so long.
+    """
     waited = False
+    until = math.inf if patience_s is None else anyio.current_time() + patience_s
     while True:
         row = await fetch_row(
             connection,
@@ -211,6 +216,13 @@ async def _others_through(connection: Connection, table: sql.Identifier) -> None
         if not waited:
             log.info("index_build_waits", table=table.as_string(connection), pid=row[0])
             waited = True
+        if anyio.current_time() >= until:
+            raise TargetUnavailable(
+                f"the session with pid {row[0]} builds an index on it, perhaps for a worker that was killed",
+                where=table.as_string(connection),
+                hint="wait until that is through: its result will be used",
+                sqlstate="55P03",
+            )
         await anyio.sleep(POLL_S)
 
 
@@ -229,9 +241,9 @@ async def _see_it_is_free(connection: Connection, table: QualifiedName, patience
         if anyio.current_time() >= until:
             raise TargetUnavailable(str(held[0]), where=str(table), hint=held[0].remedy, sqlstate="55P03")
         await anyio.sleep(POLL_S)
-        then = {one.pid or one.transaction for one in held}
+        then = {one.transaction for one in held}
         now = await exclusive_locks(connection, [table], modes=BUILDING_WAITS)
-        held = [one for one in now if (one.pid or one.transaction) in then]
+        held = [one for one in now if one.transaction in then]
 
 
 async def _validity(connection: Connection, schema: str, name: str) -> bool | None:

@@ -6,6 +6,7 @@ Source: PostgreSQL, "CREATE TABLE" (UNLOGGED: it is emptied after a crash, and n
 from __future__ import annotations
 
 import msgspec
+from psycopg import sql
 
 from cdcsync.config import QualifiedName
 from cdcsync.errors import SetupError
@@ -22,32 +23,34 @@ class Missing(msgspec.Struct, frozen=True):
     :ivar tables: those that hold its contents: the source has to be read again.
     :ivar built: what searches need, and can be built of what is there.
     :ivar unlogged: tables that a crash of the target empties, and a failover does not take along.
+    :ivar hidden: tables of which policies hide rows from the role that asks.
     """
 
     tables: tuple[str, ...] = ()
     built: tuple[str, ...] = ()
     unlogged: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        kinds = {"missing": (*self.tables, *self.built), "unlogged": self.unlogged}
+        kinds = {"missing": (*self.tables, *self.built), "unlogged": self.unlogged, "hidden by policies": self.hidden}
         return "; ".join(f"{kind} in the target: {', '.join(names)}" for kind, names in kinds.items() if names)
 
     def __bool__(self) -> bool:
-        return bool(self.tables or self.built or self.unlogged)
+        return bool(self.tables or self.built or self.unlogged or self.hidden)
 
-    def refuse_unlogged(self, schema: str) -> None:
-        """Fail if a table is unlogged.
+    def refuse_unsafe(self, schema: str) -> None:
+        """Fail if a table could lose or hide rows without anybody noticing.
 
-        :raises SetupError: one is.
+        :raises SetupError: one could.
         """
-        if not self.unlogged:
-            return
-        statements = "; ".join(f"ALTER TABLE {schema}.{name} SET LOGGED" for name in self.unlogged)
-        raise SetupError(
-            f"{', '.join(self.unlogged)} would be empty after a crash of the target, and on its standbys: unlogged",
-            where=schema,
-            hint=statements,
-        )
+        for tables, fault, change in (
+            (self.unlogged, "would be empty after a crash of the target, and on its standbys: unlogged", "SET LOGGED"),
+            (self.hidden, "has policies that hide rows from the worker", "NO FORCE ROW LEVEL SECURITY"),
+        ):
+            if tables:
+                named = [sql.Identifier(schema, table).as_string() for table in tables]
+                hint = "; ".join(f"ALTER TABLE {table} {change}" for table in named)
+                raise SetupError(f"{', '.join(tables)} {fault}", where=schema, hint=hint)
 
 
 async def missing_relations(
@@ -72,6 +75,8 @@ async def missing_relations(
         """
         SELECT array(SELECT c.relname FROM pg_class c WHERE c.relnamespace = n.oid AND c.relpersistence = 'u'
                      AND c.relname = ANY(%(tables)s::text[] || %(tiers)s::text[]) ORDER BY c.relname),
+               array(SELECT c.relname FROM pg_class c WHERE c.relnamespace = n.oid AND row_security_active(c.oid)
+                     AND c.relname = ANY(%(tables)s::text[] || %(tiers)s::text[]) ORDER BY c.relname),
                array(SELECT wanted FROM unnest(%(tables)s::text[] || CASE WHEN EXISTS (
                          SELECT FROM pg_class c WHERE c.relnamespace = n.oid AND c.relname = %(vectors)s
                              AND c.relkind = 'p') THEN %(tiers)s::text[] END) AS wanted WHERE NOT EXISTS (
@@ -86,7 +91,8 @@ async def missing_relations(
                array(SELECT tier || ' as a partition' FROM unnest(%(tiers)s::text[]) AS tier
                      JOIN pg_class p ON p.relnamespace = n.oid AND p.relname = %(vectors)s AND p.relkind = 'p'
                      JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = tier
-                     WHERE NOT EXISTS (SELECT FROM pg_inherits WHERE inhrelid = c.oid AND inhparent = p.oid)),
+                     WHERE NOT EXISTS (SELECT FROM pg_inherits WHERE inhrelid = c.oid AND inhparent = p.oid
+                         AND NOT inhdetachpending)),
                array(SELECT %(function)s::text WHERE %(function)s::text IS NOT NULL AND NOT EXISTS (
                    SELECT FROM pg_proc p WHERE p.pronamespace = n.oid AND p.proname = %(function)s))
         FROM (SELECT (SELECT oid FROM pg_namespace WHERE nspname = %(ours)s) AS oid) AS n
@@ -103,5 +109,5 @@ async def missing_relations(
             "ours": schema,
         },
     )
-    unlogged, absent, *built = row
-    return Missing(tuple(absent), tuple(name for some in built for name in some), tuple(unlogged))
+    unlogged, hidden, absent, *built = row
+    return Missing(tuple(absent), tuple(name for some in built for name in some), tuple(unlogged), tuple(hidden))

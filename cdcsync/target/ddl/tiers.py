@@ -31,7 +31,7 @@ from psycopg import sql
 
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.queries import fetch_row, fetch_value
+from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import FRESH, SETTLED, Names, opclass, vector_schema
 from cdcsync.target.ddl.standing import create_index, describe_table
@@ -101,15 +101,18 @@ async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -
 
 async def _attach(connection: Connection, vectors: sql.Identifier, table: sql.Identifier, tier: str) -> None:
     """Attach a tier that somebody has detached, and that searches have therefore not read; what we write went on."""
-    attached = await fetch_value(
+    pending = await fetch_row(
         connection,
-        "SELECT EXISTS (SELECT FROM pg_inherits WHERE inhrelid = to_regclass(%s) AND inhparent = to_regclass(%s))",
+        "SELECT inhdetachpending FROM pg_inherits WHERE inhrelid = to_regclass(%s) AND inhparent = to_regclass(%s)",
         [table.as_string(connection), vectors.as_string(connection)],
     )
-    if not attached:
-        await connection.execute(
-            sql.SQL("ALTER TABLE {} ATTACH PARTITION {} FOR VALUES IN ({})").format(vectors, table, sql.Literal(tier))
-        )
+    if pending == (False,):
+        return
+    if pending is not None:
+        await connection.execute(sql.SQL("ALTER TABLE {} DETACH PARTITION {} FINALIZE").format(vectors, table))
+    await connection.execute(
+        sql.SQL("ALTER TABLE {} ATTACH PARTITION {} FOR VALUES IN ({})").format(vectors, table, sql.Literal(tier))
+    )
 
 
 async def describe_vectors(connection: Connection, schema: str, spec: IndexSpec) -> None:

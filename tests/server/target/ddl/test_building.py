@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import anyio
 import msgspec
@@ -10,6 +11,7 @@ import psycopg
 import pytest
 import structlog
 
+from cdcsync.errors import TargetUnavailable
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.building import build_hnsw, build_search
 from tests.support.indexes import (
@@ -114,6 +116,45 @@ async def test_an_index_that_an_interrupted_build_left_behind_is_replaced(
     assert await build_hnsw(building, SCHEMA, index.spec)
     assert await rows(connection, valid) == [(True,)]
     assert await rows(building, "SHOW maintenance_work_mem") == await rows(connection, "SHOW maintenance_work_mem")
+
+
+async def test_a_session_that_writes_all_the_time_in_short_transactions_keeps_no_index_from_being_built(
+    index: LiveIndex, connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    await fill(index, 10)
+    writing, building = await connect_target(), await connect_target()
+    written: list[int] = []
+
+    async def write() -> None:
+        while True:
+            async with writing.transaction():
+                await writing.execute("UPDATE cdcsync.articles_vectors_1_settled SET stored_at = now()")
+                await anyio.sleep(0.3)
+            written.append(1)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(write)
+        await until(partial(_any, written))
+        assert await build_hnsw(building, SCHEMA, index.spec, patience_s=10.0)
+        tasks.cancel_scope.cancel()
+
+
+async def _any(of: list[int]) -> bool:
+    return bool(of)
+
+
+async def test_a_build_of_another_session_is_no_obstacle_to_be_ended(
+    index: LiveIndex, connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    await fill(index, 10)
+    old, other, building = await connect_target(), await connect_target(), await connect_target()
+    async with anyio.create_task_group() as tasks, old.transaction():
+        await old.execute("UPDATE cdcsync.articles_vectors_1 SET chunk_id = chunk_id")
+        tasks.start_soon(build_hnsw, other, SCHEMA, index.spec)
+        await until_blocked(connection, other)
+        with pytest.raises(TargetUnavailable, match=f"pid {other.info.backend_pid} builds an index") as caught:
+            await build_hnsw(building, SCHEMA, index.spec, patience_s=0.2)
+        assert "terminate" not in (caught.value.hint or "")
 
 
 async def test_a_build_that_a_killed_worker_left_running_is_waited_for_and_taken(

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import LiteralString
+
 import pytest
 
 from cdcsync.config import QualifiedName
+from cdcsync.errors import SetupError
 from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.missing import Missing, missing_relations
-from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex
+from cdcsync.target.ddl.tiers import create_vectors
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
-DROPPED = {
+INTERRUPTED: LiteralString = (
+    "UPDATE pg_inherits SET inhdetachpending = true WHERE inhrelid = 'cdcsync.articles_vectors_1_fresh'::regclass"
+)
+
+DROPPED: dict[LiteralString, Missing] = {
     "DROP TABLE cdcsync.articles_chunks CASCADE": Missing(
         ("articles_chunks",),
         *[
@@ -39,6 +47,7 @@ DROPPED = {
     "ALTER TABLE cdcsync.articles_vectors_1 DETACH PARTITION cdcsync.articles_vectors_1_fresh": Missing(
         built=("articles_vectors_1_fresh as a partition",)
     ),
+    INTERRUPTED: Missing(built=("articles_vectors_1_fresh as a partition",)),
     "ALTER TABLE cdcsync.articles_vectors_1_settled SET UNLOGGED": Missing(unlogged=("articles_vectors_1_settled",)),
     "DROP INDEX cdcsync.articles_vectors_1_hnsw": Missing(built=("articles_vectors_1_hnsw",)),
     "DROP INDEX cdcsync.articles_vectors_1_fresh_near": Missing(built=("articles_vectors_1_fresh_near",)),
@@ -84,3 +93,18 @@ async def test_a_view_is_looked_for_under_the_name_that_it_has(loaded: LiveIndex
     elsewhere = QualifiedName("public", "not_yet")
     missing = await missing_relations(loaded.connection, SCHEMA, loaded.spec, view=elsewhere)
     assert missing == Missing(built=("public.not_yet", "public.not_yet_chunks"))
+
+
+async def test_a_detachment_that_was_interrupted_is_ended_and_undone(loaded: LiveIndex) -> None:
+    await loaded.apply(changes(document("1", "a"), inline=["a"]))
+    await loaded.connection.execute(INTERRUPTED)
+    async with loaded.connection.transaction():
+        await create_vectors(loaded.connection, SCHEMA, loaded.spec)
+    assert not await missing_relations(loaded.connection, SCHEMA, loaded.spec)
+    assert await loaded.rows("SELECT tier FROM {vectors}") == [("fresh",)]
+
+
+def test_the_remedy_for_an_unlogged_table_names_it_as_sql_does() -> None:
+    with pytest.raises(SetupError) as caught:
+        Missing(unlogged=("articles~2_chunks",)).refuse_unsafe("Search")
+    assert caught.value.hint == 'ALTER TABLE "Search"."articles~2_chunks" SET LOGGED'
