@@ -228,8 +228,7 @@ def source_fails_over_with_loss(history: History) -> None:
     history.gap_expected = True
     history.settings["on_gap"] = "resync"
     history.write_config()
-    history.worker.stop()
-    history.worker.killed = True
+    history.stop()
     history.start().until_said("streaming")
     _cut_off(history.source)
     history.writer.allow()  # by now it has written all it might, and there would be nothing to lose
@@ -317,8 +316,7 @@ def target_fails_over_with_loss(history: History) -> None:
     history.gap_expected = True
     history.settings["on_gap"] = "resync"
     history.write_config()
-    history.worker.stop()
-    history.worker.killed = True
+    history.stop()
     history.start().until_said("streaming")
     with history.losing():
         _cut_off(side)

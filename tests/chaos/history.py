@@ -235,6 +235,12 @@ class History:
         self.losses.append(Loss())
         return alive
 
+    def stop(self) -> None:
+        """Have the newest worker stop in order; what calls under way bring is lost all the same."""
+        self.worker.stop()
+        self.worker.killed = True
+        self.losses.append(Loss())
+
     def streaming(self) -> None:
         """Wait until the newest worker streams, or has ended."""
         self.worker.until_said("streaming", patience_s=CONVERGE_S)

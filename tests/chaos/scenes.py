@@ -67,8 +67,7 @@ def _live(history: History) -> None:
         "live indexes",
         300,
     )
-    history.worker.stop()
-    history.worker.killed = True
+    history.stop()
 
 
 def table_added(history: History, point: str) -> None:
