@@ -107,7 +107,7 @@ class Cooldown:
     Use a `Backoff` where the caller itself waits.
     """
 
-    def __init__(self, *, most: float = 3600.0) -> None:
+    def __init__(self, *, most: float = 60.0) -> None:
         """Last for `most` seconds at most."""
         self._most = most
         self._failures = 0

@@ -24,7 +24,7 @@ from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.target.ddl.building import build_hnsw, build_search
+from cdcsync.target.ddl.building import HELD_S, build_hnsw, build_search
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 from cdcsync.target.generations import Generations
 from cdcsync.target.keys import delete_vectors_without_chunks
@@ -37,9 +37,6 @@ log = structlog.get_logger()
 
 POLL_S = 0.5
 """How often a building index is looked at: one small query."""
-
-HELD_S = 10.0
-"""How long a build waits for transactions that hold its table, while other indexes wait for their turn."""
 
 LOAD_CANCELLED = "its load was cancelled"
 """Why an index is paused whose load someone cancelled: it is not loaded again without being asked."""

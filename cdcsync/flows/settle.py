@@ -68,9 +68,6 @@ CLEAR_ATTEMPTS = 4
 """How often a turn asks for the locks under which a killed rebuild is cleared away: after the third time, an autovacuum
 lets go."""
 
-MOST_COOLDOWN_S = 60.0
-"""How long an index is left alone at most after a failure, while the others settle."""
-
 TIDY_SHARE = 0.1
 """The share of the time that may go into removing what is dead in fresh: an old transaction can make it be in vain."""
 
@@ -90,7 +87,7 @@ class _Seen:
         """No rebuild before this time: the last one failed."""
         self.built = False
         """Whether the settled tier had its HNSW index: until it has, everything may be fresh, and nothing is moved."""
-        self.cooldown = Cooldown(most=MOST_COOLDOWN_S)
+        self.cooldown = Cooldown()
         self.tidy_at = -math.inf
         """When fresh is tidied again."""
 

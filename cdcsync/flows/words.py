@@ -25,7 +25,7 @@ from cdcsync.postgres.locking import BRIEFLY, SHARED_LOCK_WAIT_MS
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session
 from cdcsync.target.ddl.bm25 import bm25_option
-from cdcsync.target.ddl.building import keep_bm25
+from cdcsync.target.ddl.building import HELD_S, keep_bm25
 from cdcsync.target.ddl.names import Names, words_name
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import count_words
@@ -36,18 +36,12 @@ log = structlog.get_logger()
 LOOK_EVERY_S = 60.0
 """How often it is asked how much has changed: a row of the server's statistics for each index."""
 
-MOST_COOLDOWN_S = 60.0
-"""How long an index is left alone at most after a failure."""
-
 CHANGED_SHARE = 0.1
 """An index is counted again when so many of its chunks were written since the last time."""
 
 SHARE = 0.01
 """How much of the time words may be counted: what took a second is not done again for a hundred."""
 
-
-HELD_S = 10.0
-"""How long an index of pg_textsearch waits for transactions that hold its table, while other indexes wait for it."""
 
 ENTER_EVERY_S = 1.0
 """How often the words of changed chunks are entered into their index; see `target/tidying`."""
@@ -99,7 +93,7 @@ async def _for_ever(
     :param pause_s: how long to wait after a round that took so long.
     """
     searchable = [spec for spec in specs if spec.config.search is not None]
-    cooldowns = {spec.name: Cooldown(most=MOST_COOLDOWN_S) for spec in searchable}
+    cooldowns = {spec.name: Cooldown() for spec in searchable}
     while searchable:
         started = anyio.current_time()
         for spec in searchable:

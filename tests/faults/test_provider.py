@@ -94,6 +94,16 @@ def test_a_backlog_is_embedded_over_as_many_connections_as_are_allowed(
     pipeline.in_step()
 
 
+def waiting_for_vectors(pipeline: Pipeline, provider: FakeProvider) -> None:
+    """Start a worker, and have every text of the index wait for another vector while the provider is away."""
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    provider.stop()
+    pipeline.source.execute("UPDATE articles SET body = 'another ' || body")
+    pipeline.in_step(vectors=False)
+
+
 @pytest.mark.parametrize(("table", "mode"), [("vectors_1_fresh", "SHARE"), ("backlog", "ACCESS EXCLUSIVE")])
 def test_vectors_that_cannot_be_stored_are_kept_and_take_no_connection_from_another_index(
     pipeline: Pipeline, provider: FakeProvider, table: str, mode: str
@@ -103,12 +113,7 @@ def test_vectors_that_cannot_be_stored_are_kept_and_take_no_connection_from_anot
     pipeline.configure(pipeline.path.read_text() + notes)
     # What is to be stored is kept by who made it, not by a memory that others fill.
     pipeline.hurry = {"cdcsync.flows.embed.dispatcher.REMEMBERED_VECTORS": 1, "cdcsync.status.stream.LOCKED_S": 0.1}
-    pipeline.start()
-    pipeline.live()
-    pipeline.in_step()
-    provider.stop()
-    pipeline.source.execute("UPDATE articles SET body = 'another ' || body")
-    pipeline.in_step(vectors=False)
+    waiting_for_vectors(pipeline, provider)
     let, asked = threading.Event(), threading.Event()
 
     def late(exchange: Any, texts: Any) -> None:
@@ -140,12 +145,7 @@ def test_vectors_that_cannot_be_stored_are_kept_and_take_no_connection_from_anot
 def test_rows_of_the_backlog_that_another_session_holds_are_waited_for(
     pipeline: Pipeline, provider: FakeProvider
 ) -> None:
-    pipeline.start()
-    pipeline.live()
-    pipeline.in_step()
-    provider.stop()
-    pipeline.source.execute("UPDATE articles SET body = 'another ' || body")
-    pipeline.in_step(vectors=False)
+    waiting_for_vectors(pipeline, provider)
     with psycopg.connect(pipeline.config.target.dsn) as holder:
         held = holder.execute("SELECT FROM cdcsync.articles_backlog FOR UPDATE").rowcount
         provider.start()

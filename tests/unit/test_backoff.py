@@ -71,7 +71,7 @@ async def test_a_cooldown_grows_and_is_longer_after_an_error_that_does_not_pass_
 ) -> None:
     now = 0.0
     monkeypatch.setattr(anyio, "current_time", lambda: now)
-    passing, lasting = Cooldown(), Cooldown()
+    passing, lasting = Cooldown(most=3_600.0), Cooldown(most=3_600.0)
     assert passing.over
     passing.failed(AWAY)
     lasting.failed(GapError("the slot is gone"))

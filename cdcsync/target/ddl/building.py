@@ -40,6 +40,9 @@ FRUGAL: tuple[Mapping[str, str], ...] = (
 )
 """The settings that a build tries while the server lacks memory: as configured, by one process, and with little."""
 
+HELD_S = 10.0
+"""How long a build waits for transactions that hold its table, where other indexes wait for it."""
+
 POLL_S = 0.5
 """How often it is looked whether a build of another session is through."""
 
@@ -200,7 +203,8 @@ async def _build(
 async def _others_through(connection: Connection, table: sql.Identifier, patience_s: float | None) -> None:
     """Wait until no session builds an index on a table.
 
-    :raises TargetUnavailable: one does, for so long.
+    :param patience_s: how many seconds at most; None for as long as it takes.
+    :raises TargetUnavailable: one still does.
     """
     waited = False
     until = math.inf if patience_s is None else anyio.current_time() + patience_s
@@ -229,8 +233,8 @@ async def _others_through(connection: Connection, table: sql.Identifier, patienc
 async def _see_it_is_free(connection: Connection, table: QualifiedName, patience_s: float | None) -> None:
     """See that no transaction holds a table in which an index is built or dropped: that waits for it without an end.
 
-    :param patience_s: how long one may go on; None if nobody waits for the caller.
-    :raises TargetUnavailable: one does, and goes on for so long.
+    :param patience_s: how many seconds such transactions are waited for; None not to look for them at all.
+    :raises TargetUnavailable: one of them is still open.
     """
     if patience_s is None:
         return

@@ -213,6 +213,14 @@ def live(made: Scene, name: str) -> bool:
     return row == ("live",)
 
 
+SOON_PAUSED = {
+    "cdcsync.target.session.LOCK_WAIT_MS": 200,
+    "cdcsync.flows.follow.apply.LOCKED_ATTEMPTS": 3,
+    "cdcsync.flows.setup.indexes.LOCK_ATTEMPTS": 2,
+    "cdcsync.model.pauses.FIRST_DELAY_S": 5.0,
+}
+
+
 @pytest.mark.parametrize("broken", [False, True], ids=["", "the connection breaks meanwhile"])
 @pytest.mark.parametrize("relation", ["chunks", "backlog", "vectors_1_fresh"])
 def test_tables_of_one_index_in_the_target_that_stay_locked_pause_that_index_alone(
@@ -222,12 +230,7 @@ def test_tables_of_one_index_in_the_target_that_stay_locked_pause_that_index_alo
         TABLES,
         {"sound": Followed("sound"), "chosen": Followed("chosen")},
         worker_lines=NO_AUDIT,
-        hurry={
-            "cdcsync.target.session.LOCK_WAIT_MS": 200,
-            "cdcsync.flows.follow.apply.LOCKED_ATTEMPTS": 3,
-            "cdcsync.flows.setup.indexes.LOCK_ATTEMPTS": 2,
-            "cdcsync.model.pauses.FIRST_DELAY_S": 5.0,
-        },
+        hurry=SOON_PAUSED,
     )
     with held(made, f"cdcsync.chosen_{relation}") as holder:
         if broken:
@@ -248,12 +251,7 @@ def test_vectors_that_cannot_be_discarded_for_a_request_pause_that_index_alone_a
         TABLES,
         {"sound": Followed("sound"), "chosen": Followed("chosen")},
         worker_lines=NO_AUDIT,
-        hurry={
-            "cdcsync.target.session.LOCK_WAIT_MS": 200,
-            "cdcsync.flows.follow.apply.LOCKED_ATTEMPTS": 3,
-            "cdcsync.flows.setup.indexes.LOCK_ATTEMPTS": 2,
-            "cdcsync.model.pauses.FIRST_DELAY_S": 5.0,
-        },
+        hurry=SOON_PAUSED,
     )
     stored = "SELECT max(stored_at) < %s FROM cdcsync.chosen_vectors_1"
     with held(made, "cdcsync.chosen_vectors_1_fresh", mode="SHARE"):
