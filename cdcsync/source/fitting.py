@@ -85,10 +85,12 @@ async def fitting_keys(table: Statements, connection: Connection, keys: Sequence
 
 async def _has_large_values(table: Statements, connection: Connection) -> bool:
     """Say whether any value is stored out of line: if none is, no row is larger than a page of the server's."""
+    # The function locks what it is asked about: nobody else's table, whatever the planner thinks is cheaper.
     row = await fetch_one(
         connection,
-        "SELECT EXISTS (SELECT FROM pg_class WHERE reltoastrelid <> 0 AND pg_relation_size(reltoastrelid) > 0"
-        f" AND oid IN {RELATIONS})",
+        "WITH ours AS MATERIALIZED"
+        f" (SELECT reltoastrelid AS oid FROM pg_class WHERE reltoastrelid <> 0 AND oid IN {RELATIONS})"
+        " SELECT EXISTS (SELECT FROM ours WHERE pg_relation_size(oid) > 0)",
         {"table": str(table.shape.table)},
     )
     return bool(row[0])

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from cdcsync.config import QualifiedName
 from cdcsync.model.rows import Shape
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.tables import SourceTable
-
-if TYPE_CHECKING:
-    pass
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -41,3 +37,19 @@ async def test_a_page_of_large_rows_is_as_many_as_fit_and_no_value_is_read_to_kn
     assert await table.fitting_keys(source_session, keys, 2_000_000) == 5
     assert await table.fitting_keys(source_session, keys, 1) == 1
     assert await table.fitting_keys(source_session, [("99",)], 1) == 1
+
+
+async def test_a_locked_table_of_somebody_else_is_not_waited_for(
+    database: Database, source_session: Connection
+) -> None:
+    await source_session.execute("CREATE TABLE public.t (id int PRIMARY KEY, body text)")
+    await source_session.execute("INSERT INTO public.t VALUES (1, 'small'), (2, 'small')")
+    await source_session.execute("CREATE TABLE public.another (body text)")
+    await source_session.execute("VACUUM ANALYZE pg_catalog.pg_class, pg_catalog.pg_inherits")
+    table = SourceTable(Shape("index", QualifiedName("public", "t"), ("id",), (), ("body",)), ("int",))
+
+    with database.connect() as other, other.transaction():
+        # It holds the lock of what keeps its large values, too.
+        other.execute("TRUNCATE public.another")
+        assert await table.fitting(source_session, None, 10, 1) == 10
+        assert await table.fitting_keys(source_session, [("1",), ("2",)], 1) == 2
